@@ -1,0 +1,1 @@
+"""Pure. The public Python surface, in the shape of `ray.serve.llm`: LLMConfig, build_openai_app, run."""

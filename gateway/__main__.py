@@ -1,0 +1,234 @@
+"""Shell. Composition root of a gateway process: settings -> objects -> TaskGroup; SIGTERM drains.
+
+python -m gateway CONFIG [--index N] [--run-dir DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import hashlib
+import logging
+import os
+import random
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import uvloop
+from aiohttp import web
+
+from gateway.admission import Admission
+from gateway.api import API, Limits
+from gateway.catalog import Catalog
+from gateway.dispatcher import Dispatcher, Flight
+from gateway.fleet import Fleet
+from gateway.metrics import Metrics
+from gateway.routing import POLICIES
+from gateway.settings import Endpoints, endpoints
+from shared import log as logs
+from shared import wire
+from shared.config import Settings
+from shared.errors import ConfigError, LoraplexError
+from shared.link import Sent, Server, open_context, secret_from_env
+from shared.process import follow_parent, on_stop_signals, read_settings
+from shared.stores import open_store
+
+log = logging.getLogger("loraplex.gateway")
+
+TICK_S = 0.2
+ALIVE_S = 0.5
+KEEPALIVE_S = 75.0
+LAST_WORDS_S = 0.05  # handlers whose requests have just ended still write their answers
+GC_THRESHOLD = (50_000, 50, 50)  # with 4,000 streams the default (700) would collect all the time
+
+
+class Links:
+    """The dispatcher's Transport: one control and one data socket, bound."""
+
+    def __init__(self, where: Endpoints, settings: Settings, name: str) -> None:
+        link = settings.gateway.link
+        secret = secret_from_env(link.secret_env)
+        self._context = open_context()
+        self.dispatcher: Dispatcher | None = None
+        self.control = Server(self._context, where.control, self._on_control, secret=secret, insecure=link.insecure)
+        self.data = Server(self._context, where.data, self._on_data, secret=secret, insecure=link.insecure)
+        self._name = name
+        self._settings = settings
+
+    def welcome(self) -> wire.Welcome:
+        g = self._settings.gateway
+        return wire.Welcome(self._name, self.data.endpoint, g.lease_s, g.heartbeat_s)
+
+    def send_data(self, peer: bytes, data: bytes) -> Sent:
+        return self.data.send(peer, data)
+
+    def send_control(self, peer: bytes, data: bytes) -> Sent:
+        return self.control.send(peer, data)
+
+    def close(self) -> None:
+        self.control.close()
+        self.data.close()
+        self._context.term()
+
+    def _on_control(self, peer: bytes, data: bytes) -> None:
+        if self.dispatcher is not None:
+            self.dispatcher.on_control(peer, data)
+
+    def _on_data(self, peer: bytes, data: bytes) -> None:
+        if self.dispatcher is not None:
+            self.dispatcher.on_data(peer, data)
+
+
+async def serve(settings: Settings, index: int, run_dir: Path) -> int:
+    """One gateway process, until a signal. Returns the exit status."""
+    g = settings.gateway
+    name = f"g{index}"
+    metrics = Metrics()
+    fleet = Fleet(g.lease_s)
+    admission: Admission[Flight] = Admission(g.max_queued_requests, g.queue_timeout_s)
+    links = Links(endpoints(settings, index, run_dir), settings, name)
+    dispatcher = Dispatcher(
+        fleet, POLICIES[g.routing_policy], admission, links, metrics, links.welcome, random.Random(), g.max_concurrent_requests
+    )
+    links.dispatcher = dispatcher
+    metrics.watch(fleet, {m.model_id: lambda base=m.model_id: admission.depth(base) for m in settings.models})  # type: ignore[misc]
+    stopping = asyncio.Event()
+    on_stop_signals(lambda sig: stopping.set())
+    async with _catalogs(settings) as catalogs:
+        limits = Limits(g.max_body_bytes, g.slow_reader_bytes, g.request_timeout_s)
+        api = API(dispatcher, catalogs, metrics, _api_keys(settings), limits)
+        async with _http(api, settings) as port:
+            _announce(run_dir, index, port, links)
+            log.info("listening", extra={"url": f"http://{g.host}:{port}", "workers_at": links.control.endpoint})
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(*GC_THRESHOLD)
+            async with asyncio.TaskGroup() as tasks:
+                loops = [
+                    tasks.create_task(_tick(dispatcher), name="tick"),
+                    tasks.create_task(_alive(fleet, links, dispatcher, name), name="alive"),
+                    *(tasks.create_task(c.run(), name=f"catalog {c.base}") for c in catalogs.values() if c is not None),
+                ]
+                await stopping.wait()
+                await _drain(dispatcher, g.drain_s)
+                for loop in loops:
+                    loop.cancel()
+    for worker in fleet:
+        links.send_control(wire.identity(worker.id, worker.beat.epoch), wire.encode(wire.Farewell(name)))
+    links.close()
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def _catalogs(settings: Settings) -> AsyncIterator[dict[str, Catalog | None]]:
+    async with contextlib.AsyncExitStack() as stack:
+        catalogs: dict[str, Catalog | None] = {}
+        for model in settings.models:
+            catalogs[model.model_id] = None
+            if model.adapters_path is not None and model.lora_config is not None:
+                store = await stack.enter_async_context(open_store(model.adapters_path, msgspec.structs.asdict(model.lora_config.store)))
+                catalogs[model.model_id] = Catalog(model.model_id, store, settings.gateway.catalog_refresh_s)
+        yield catalogs
+
+
+@contextlib.asynccontextmanager
+async def _http(api: API, settings: Settings) -> AsyncIterator[int]:
+    """Listens; yields the port. Raises ConfigError if it is taken."""
+    g = settings.gateway
+    # Without handler_cancellation aiohttp lets a handler run on after its client has left, and the engine would go on generating.
+    runner = web.AppRunner(api.app(), access_log=None, handler_cancellation=True, keepalive_timeout=KEEPALIVE_S, shutdown_timeout=1.0)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, g.host, g.port, backlog=4096, reuse_port=g.processes > 1 or None)
+        try:
+            await site.start()
+        except OSError as exc:
+            why = "the port is in use" if exc.errno == 98 else exc.strerror
+            raise ConfigError(
+                f"cannot listen on {g.host}:{g.port}: {why}; choose another with gateway.port (or `--port`), or stop what uses it"
+            ) from exc
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+async def _tick(dispatcher: Dispatcher) -> None:
+    while True:
+        await asyncio.sleep(TICK_S)
+        dispatcher.tick()
+
+
+async def _alive(fleet: Fleet, links: Links, dispatcher: Dispatcher, name: str) -> None:
+    """Tells the workers that this gateway lives, and greets those that have not attached yet."""
+    message = wire.encode(wire.Alive(name))
+    while True:
+        await asyncio.sleep(ALIVE_S)
+        for worker in list(fleet):
+            links.send_control(wire.identity(worker.id, worker.beat.epoch), message)
+            if worker.attached_epoch != worker.beat.epoch:
+                dispatcher.greet(worker)
+
+
+async def _drain(dispatcher: Dispatcher, drain_s: float) -> None:
+    log.info("draining", extra={"requests": dispatcher.open_flights})
+    dispatcher.drain()
+    try:
+        async with asyncio.timeout(drain_s):
+            await dispatcher.idle.wait()
+    except TimeoutError:
+        log.warning("drain timed out", extra={"requests": dispatcher.open_flights})
+        dispatcher.abort_all()
+    await asyncio.sleep(LAST_WORDS_S)
+
+
+def _announce(run_dir: Path, index: int, port: int, links: Links) -> None:
+    """What others on this host need to find this process: written aside and renamed, so that a reader sees all or nothing."""
+    facts = {"pid": os.getpid(), "port": port, "control": links.control.endpoint, "data": links.data.endpoint}
+    aside = run_dir / f".g{index}.json"
+    aside.write_bytes(msgspec.json.encode(facts))
+    aside.rename(run_dir / f"g{index}.json")
+
+
+def _api_keys(settings: Settings) -> frozenset[bytes]:
+    """SHA-256 digests of the configured keys. Raises ConfigError where they are asked for and none are given."""
+    g = settings.gateway
+    keys: list[str] = []
+    if g.api_keys_env:
+        keys += os.environ.get(g.api_keys_env, "").split(",")
+    if g.api_keys_file:
+        try:
+            keys += Path(g.api_keys_file).expanduser().read_text().splitlines()
+        except OSError as exc:
+            raise ConfigError(f"gateway.api_keys_file: cannot read {g.api_keys_file}: {exc.strerror}") from exc
+    found = frozenset(hashlib.sha256(k.strip().encode()).digest() for k in keys if k.strip())
+    if (g.api_keys_env or g.api_keys_file) and not found:
+        raise ConfigError(
+            "API keys are asked for (gateway.api_keys_env or api_keys_file) but none are given; nobody could call this server"
+        )
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gateway", description="One gateway process.")
+    parser.add_argument("config")
+    parser.add_argument("--index", type=int, default=0)
+    parser.add_argument("--run-dir", type=Path, default=None)
+    args = parser.parse_args(argv)
+    follow_parent()
+    try:
+        settings = read_settings(args.config)
+        logs.set_up(f"g{args.index}", settings.gateway.log_level)
+        run_dir = args.run_dir or Path(settings.gateway.state_dir).expanduser() / "run"
+        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return uvloop.run(serve(settings, args.index, run_dir))
+    except LoraplexError as exc:
+        print(f"loraplex gateway: {exc.message}", file=sys.stderr)  # noqa: T201 - the one message a person must see
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""Shell. The HTTP surface: aiohttp parses and routes, the dispatcher serves; bytes in, bytes out."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import math
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from gateway import openai
+from gateway.catalog import Catalog
+from gateway.dispatcher import Dispatcher, Flight
+from gateway.metrics import Metrics
+from gateway.stream import ClientStream, Sent
+from shared.adapters import AdapterRef, StoredAdapter
+from shared.errors import AdapterNotFound, BodyTooLarge, InvalidApiKey, InvalidRequest, LoraplexError, Overloaded, RouteNotFound
+
+access = logging.getLogger("loraplex.access")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    max_body_bytes: int
+    slow_reader_bytes: int
+    request_timeout_s: float
+
+
+class API:
+    """The routes of one gateway process.
+
+    Args:
+        catalogs: every configured base model; None where it has no adapter store.
+        api_keys: SHA-256 digests of the accepted keys; empty means no key is asked for.
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, catalogs: Mapping[str, Catalog | None], metrics: Metrics, api_keys: frozenset[bytes], limits: Limits
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._catalogs = catalogs
+        self._metrics = metrics
+        self._api_keys = api_keys
+        self._limits = limits
+        self._created = int(time.time())
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=self._limits.max_body_bytes)
+        for path in openai.GENERATE_PATHS:
+            app.router.add_post(path, self._guarded(self.generate))
+        app.router.add_get("/v1/models", self._guarded(self.models))
+        app.router.add_get("/v1/models/{model:.+}", self._guarded(self.model))
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/ready", self.ready)
+        app.router.add_get("/metrics", self.metrics)
+        app.router.add_route("*", "/{path:.*}", self.nowhere)
+        return app
+
+    # ---- generation -----------------------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        body = await self._body(request)
+        head = openai.parse_head(body)
+        base, adapter = openai.split_model(head.model, self._catalogs)
+        stored = await self._find(base, adapter) if adapter is not None else None
+        request_id = _request_id(request)
+        stream, flight = await self._fly(request, base, stored, request_id, body)
+        if isinstance(stream.error, AdapterNotFound) and stored is not None and not stream.started:
+            # The store's copy changed between the listing and the worker's fetch: look again, once.
+            catalog = self._catalogs[base]
+            assert catalog is not None
+            stored = await catalog.look_again(stored.name)
+            stream, flight = await self._fly(request, base, stored, request_id, body)
+        self._log(flight, head.model, stream)
+        if stream.started:
+            return Sent(request, stream.status, stream.keep_alive)
+        if stream.error is not None:
+            raise stream.error
+        return web.Response(status=stream.status, body=stream.body, content_type="application/json", headers=_headers(flight))
+
+    async def _fly(
+        self, request: web.Request, base: str, stored: StoredAdapter | None, request_id: str, body: bytes
+    ) -> tuple[ClientStream, Flight]:
+        """Submits the request and waits for its end; cancels it if the client leaves or its time is over."""
+        stream = ClientStream(request, self._limits.slow_reader_bytes)
+        ref = AdapterRef(base, stored.name, stored.digest) if stored is not None else None
+        flight = Flight(base, ref, stored, request.path, request_id, body, stream)
+        stream.describe(lambda: "".join(f"{k}: {v}\r\n" for k, v in _headers(flight).items()).encode())
+        self._dispatcher.submit(flight)
+        try:
+            async with asyncio.timeout(self._limits.request_timeout_s):
+                await stream.finished
+        except TimeoutError:
+            stream.fail(Overloaded(f"The request took longer than {self._limits.request_timeout_s:g} s."))
+        finally:
+            self._dispatcher.cancel(flight)
+        return stream, flight
+
+    async def _find(self, base: str, adapter: str) -> StoredAdapter:
+        catalog = self._catalogs[base]
+        if catalog is None:
+            raise AdapterNotFound(f"The model `{base}` is served without adapters.", param="model")
+        return await catalog.find(adapter)
+
+    async def _body(self, request: web.Request) -> bytes:
+        try:
+            return await request.read()
+        except web.HTTPRequestEntityTooLarge as exc:
+            raise BodyTooLarge(f"The request body is larger than {self._limits.max_body_bytes} bytes.") from exc
+        except web.HTTPException as exc:
+            raise InvalidRequest(f"The request body could not be read: {exc.reason}") from exc
+
+    def _log(self, flight: Flight, model: str, stream: ClientStream) -> None:
+        done = flight.done
+        access.info(
+            "request",
+            extra={
+                "request": flight.request_id,
+                "model": model,
+                "status": stream.status or (openai.status_of(stream.error) if stream.error else 499),
+                "outcome": flight.life.phase.value,
+                "worker": flight.choice.worker.id if flight.choice else None,
+                "reason": flight.choice.reason.value if flight.choice else None,
+                "queue_ms": _ms(flight.t_start, flight.t_sent),
+                "ttft_ms": _ms(flight.t_start, flight.t_head),
+                "load_ms": round(done.load_s * 1e3, 1) if done else None,
+                "total_ms": _ms(flight.t_start, time.monotonic()),
+                "prompt_tokens": done.prompt_tokens if done else None,
+                "output_tokens": done.output_tokens if done else None,
+                "error": stream.error.code if stream.error else None,
+            },
+        )
+
+    # ---- models ---------------------------------------------------------------------------------------------------------------------
+
+    async def models(self, request: web.Request) -> web.Response:
+        cards = []
+        for base, catalog in self._catalogs.items():
+            cards.append(openai.model_card(base, self._created))
+            names = sorted(catalog.known) if catalog else []
+            cards += [openai.model_card(f"{base}:{name}", self._created, parent=base, root=name) for name in names]
+        return web.Response(body=openai.model_list(cards), content_type="application/json")
+
+    async def model(self, request: web.Request) -> web.Response:
+        model = request.match_info["model"]
+        base, adapter = openai.split_model(model, self._catalogs)
+        if adapter is not None:
+            await self._find(base, adapter)
+            card = openai.model_card(model, self._created, parent=base, root=adapter)
+        else:
+            card = openai.model_card(model, self._created)
+        return web.Response(body=openai.to_json(card), content_type="application/json")
+
+    # ---- operations -----------------------------------------------------------------------------------------------------------------
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """200 once every configured base model has a worker that serves."""
+        serving = {base: len(self._dispatcher.fleet.routable(base)) for base in self._catalogs}
+        ready = all(serving.values()) and not self._dispatcher.draining
+        return web.json_response({"ready": ready, "workers": serving}, status=200 if ready else 503)
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def nowhere(self, request: web.Request) -> web.StreamResponse:
+        known = {str(r.canonical) for r in request.app.router.resources()} - {"/{path}"}
+        if request.path in known:
+            error: LoraplexError = InvalidRequest(f"{request.method} is not allowed for {request.path}.")
+            return web.Response(status=405, body=openai.error_body(error), content_type="application/json")
+        return self._answer(RouteNotFound(f"There is no {request.path[:200]} here; see {', '.join(openai.GENERATE_PATHS)} and /v1/models."))
+
+    # ---- around every handler ---------------------------------------------------------------------------------------------------------
+
+    def _guarded(self, handler: Handler) -> Handler:
+        """Checks the key and turns errors into answers."""
+
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            try:
+                self._check_key(request)
+                return await handler(request)
+            except LoraplexError as exc:
+                self._metrics.error(exc.code)
+                return self._answer(exc)
+
+        return guarded
+
+    def _check_key(self, request: web.Request) -> None:
+        if not self._api_keys:
+            return
+        kind, _, key = request.headers.get("Authorization", "").partition(" ")
+        # Digests are compared, so the time taken says nothing about a key's characters.
+        if kind.lower() != "bearer" or hashlib.sha256(key.strip().encode()).digest() not in self._api_keys:
+            raise InvalidApiKey("Missing or wrong API key; send `Authorization: Bearer KEY`.")
+
+    @staticmethod
+    def _answer(error: LoraplexError) -> web.Response:
+        status = openai.status_of(error)
+        headers = {}
+        if status == 503:
+            headers["Retry-After"] = str(math.ceil(error.retry_after_s or openai.RETRY_AFTER_S))
+        if status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return web.Response(status=status, body=openai.error_body(error), content_type="application/json", headers=headers)
+
+
+def _request_id(request: web.Request) -> str:
+    """The client's own id if it is harmless in headers and logs, else a new one."""
+    given = request.headers.get("X-Request-Id", "")
+    return given if _REQUEST_ID.match(given) else uuid.uuid4().hex
+
+
+def _headers(flight: Flight) -> dict[str, str]:
+    headers = {"x-request-id": flight.request_id}
+    if flight.choice is not None:
+        headers["x-loraplex-worker"] = flight.choice.worker.id
+    return headers
+
+
+def _ms(start: float, end: float) -> float | None:
+    return round((end - start) * 1e3, 1) if end else None

@@ -1,0 +1,105 @@
+"""Shell. Which adapters exist: one immutable mapping per base model, swapped after each listing of its store, and a lookup on demand for unknown names.
+
+`GET /v1/models` and known names never wait for the store. What the store once showed stays usable while the store is down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from shared.adapters import StoredAdapter
+from shared.errors import AdapterNotFound, LoraplexError, StoreUnavailable
+from shared.stores import AdapterStore
+
+log = logging.getLogger("loraplex.catalog")
+
+MAX_ADAPTERS = 100_000  # per base model; more are not listed, but still found by name
+NEGATIVE_TTL_S = 5.0  # a name that was not found is not asked for again within this time
+MAX_NEGATIVE = 10_000
+FIND_TIMEOUT_S = 10.0
+
+
+class Catalog:
+    """The adapters of one base model. `run()` refreshes for ever; `find` answers from memory or asks the store once."""
+
+    def __init__(self, base: str, store: AdapterStore, refresh_s: float) -> None:
+        self.base = base
+        self._store = store
+        self._refresh_s = refresh_s
+        self._known: Mapping[str, StoredAdapter] = {}
+        self._missing: OrderedDict[str, float] = OrderedDict()
+        self._asking: dict[str, asyncio.Future[StoredAdapter | None]] = {}
+        self.listed = False
+
+    @property
+    def known(self) -> Mapping[str, StoredAdapter]:
+        return self._known
+
+    async def run(self) -> None:
+        """Lists the store every `refresh_s` seconds; a failed listing keeps what was known."""
+        while True:
+            try:
+                await self.refresh()
+            except LoraplexError as exc:
+                log.warning("listing failed", extra={"base": self.base, "store": self._store.url, "error": exc.message})
+            await asyncio.sleep(self._refresh_s)
+
+    async def refresh(self) -> None:
+        known: dict[str, StoredAdapter] = {}
+        async for adapter in self._store.list():
+            known[adapter.name] = adapter
+            if len(known) >= MAX_ADAPTERS:
+                log.warning("too many adapters, listing cut", extra={"base": self.base, "limit": MAX_ADAPTERS})
+                break
+        if known.keys() != self._known.keys() or not self.listed:
+            log.info("adapters listed", extra={"base": self.base, "store": self._store.url, "adapters": len(known)})
+        self._known = known
+        self.listed = True
+
+    async def find(self, name: str) -> StoredAdapter:
+        """The adapter by name. Concurrent questions for one unknown name ask the store once.
+
+        Raises:
+            AdapterNotFound: the store does not have it (remembered for NEGATIVE_TTL_S). StoreUnavailable: the store cannot say.
+        """
+        adapter = self._known.get(name)
+        if adapter is None and not self._is_missing(name):
+            adapter = await self._ask(name)
+        if adapter is None:
+            raise AdapterNotFound(f"The adapter `{name}` of model `{self.base}` does not exist.", param="model")
+        return adapter
+
+    async def look_again(self, name: str) -> StoredAdapter:
+        """Asks the store now, whatever is known: the adapter changed since it was listed."""
+        self._known = {k: v for k, v in self._known.items() if k != name}
+        self._missing.pop(name, None)
+        return await self.find(name)
+
+    def _is_missing(self, name: str) -> bool:
+        return self._missing.get(name, 0.0) > time.monotonic()
+
+    async def _ask(self, name: str) -> StoredAdapter | None:
+        asking = self._asking.get(name)
+        if asking is None:
+            asking = self._asking[name] = asyncio.ensure_future(self._ask_store(name))
+            asking.add_done_callback(lambda _: self._asking.pop(name, None))
+        # One client's leaving must not cancel the question of the others.
+        return await asyncio.shield(asking)
+
+    async def _ask_store(self, name: str) -> StoredAdapter | None:
+        try:
+            async with asyncio.timeout(FIND_TIMEOUT_S):
+                adapter = await self._store.find(name)
+        except TimeoutError as exc:
+            raise StoreUnavailable("The adapter store did not answer in time.", retry_after_s=5.0) from exc
+        if adapter is not None:
+            self._known = {**self._known, name: adapter}
+            return adapter
+        self._missing[name] = time.monotonic() + NEGATIVE_TTL_S
+        while len(self._missing) > MAX_NEGATIVE:
+            self._missing.popitem(last=False)
+        return None

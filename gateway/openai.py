@@ -1,0 +1,117 @@
+"""Pure. The few request fields that the gateway reads, the OpenAI shapes that it writes itself, and the one table from errors to HTTP statuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from shared import errors
+from shared.adapters import check_name
+
+GENERATE_PATHS = ("/v1/chat/completions", "/v1/completions")
+"""Paths that are forwarded to a worker as they are."""
+
+OWNER = "loraplex"
+
+
+class RequestHead(msgspec.Struct, frozen=True):
+    """What routing needs of a request body; everything else is passed on unread."""
+
+    model: str
+    stream: bool | None = False
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    priority: int | None = None
+
+
+_decode_head = msgspec.json.Decoder(RequestHead).decode
+_encode = msgspec.json.Encoder().encode
+
+STATUS: dict[type[errors.LoraplexError], int] = {
+    errors.InvalidRequest: 400,
+    errors.InvalidApiKey: 401,
+    errors.RouteNotFound: 404,
+    errors.ModelNotFound: 404,
+    errors.AdapterNotFound: 404,
+    errors.BodyTooLarge: 413,
+    errors.InvalidAdapter: 422,
+    errors.Overloaded: 503,
+    errors.WorkerUnavailable: 503,
+    errors.StoreUnavailable: 503,
+    errors.EngineFailure: 500,
+}
+_TYPE = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "invalid_request_error",
+    422: "invalid_request_error",
+}
+_BY_CODE = {cls.code: cls for cls in STATUS}
+RETRY_AFTER_S = 1.0
+"""Where an error says nothing better; long enough not to hammer, short enough for a queue to have moved."""
+
+
+def parse_head(body: bytes) -> RequestHead:
+    """Raises InvalidRequest, with `param` where a field is at fault."""
+    try:
+        return _decode_head(body)
+    except msgspec.ValidationError as exc:
+        field = str(exc).rpartition("`$.")[2].rstrip("`") if "`$." in str(exc) else None
+        if "missing required field `model`" in str(exc):
+            field = "model"
+        raise errors.InvalidRequest(str(exc), param=field) from exc
+    except msgspec.MsgspecError as exc:
+        raise errors.InvalidRequest(f"The request body is not valid JSON: {exc}", param=None) from exc
+    except UnicodeDecodeError as exc:
+        raise errors.InvalidRequest("The request body is not valid UTF-8.", param=None) from exc
+
+
+def split_model(model: str, bases: Iterable[str]) -> tuple[str, str | None]:
+    """(base, adapter name or None) of a model name `base` or `base:adapter`. Base ids may hold `/` but never `:`.
+
+    Raises:
+        ModelNotFound: no such base. AdapterNotFound: the adapter's name breaks the grammar.
+    """
+    base, colon, adapter = model.partition(":")
+    known = list(bases)
+    if base not in known:
+        shown = ", ".join(f"`{b}`" for b in known[:5])
+        raise errors.ModelNotFound(f"The model `{base[:200]}` does not exist. Base models here: {shown}.", param="model")
+    if not colon:
+        return base, None
+    check_name(adapter)
+    return base, adapter
+
+
+def status_of(error: errors.LoraplexError) -> int:
+    return next((STATUS[cls] for cls in type(error).__mro__ if cls in STATUS), 500)
+
+
+def error_body(error: errors.LoraplexError) -> bytes:
+    """OpenAI's error shape: `{"error": {"message", "type", "param", "code"}}`."""
+    kind = _TYPE.get(status_of(error), "server_error")
+    return _encode({"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}})
+
+
+def error_event(error: errors.LoraplexError) -> bytes:
+    """The same as the last events of a stream whose status has been sent; clients raise on it."""
+    return b"data: " + error_body(error) + b"\n\ndata: [DONE]\n\n"
+
+
+def from_refusal(code: str, message: str) -> errors.LoraplexError:
+    """The error that a worker named by its code."""
+    return _BY_CODE.get(code, errors.EngineFailure)(message)
+
+
+def model_card(model_id: str, created: int, parent: str | None = None, root: str | None = None) -> dict[str, object]:
+    return {"id": model_id, "object": "model", "created": created, "owned_by": OWNER, "root": root or model_id, "parent": parent}
+
+
+def model_list(cards: Sequence[dict[str, object]]) -> bytes:
+    return _encode({"object": "list", "data": cards})
+
+
+def to_json(value: object) -> bytes:
+    return _encode(value)

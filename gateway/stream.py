@@ -1,0 +1,125 @@
+"""Shell. Where the answer of one request goes: straight to the client's transport, past aiohttp's writer.
+
+aiohttp parses requests and keeps connections; for the answer of a stream its per-chunk writer would cost half as much again as everything else
+(measured: 25 against 17 microseconds per token at 256 streams). So the head is pre-rendered, the frames are framed as HTTP/1.1 chunks and
+written to the transport, and aiohttp gets back a response object that says "sent". Rules kept here: the head leaves with the first frame, so
+that an error before it still has its status; a client that does not read is cut off at a bound; after the last chunk the connection may be
+used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import cast
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+
+from gateway.openai import error_event
+from shared.errors import LoraplexError
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+class Sent(web.StreamResponse):
+    """A response whose bytes are on the transport already."""
+
+    def __init__(self, request: web.BaseRequest, status: int, keep_alive: bool) -> None:
+        super().__init__(status=status)
+        self._req = request
+        self._keep_alive = keep_alive
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        return None
+
+
+class ClientStream:
+    """The Sink of one request. `finished` resolves at the end: to None for a stream that was written, to the whole body otherwise.
+
+    Args:
+        max_buffered_bytes: bytes the client may leave unread before it is cut off.
+    """
+
+    __slots__ = ("_chunked", "_headers", "_keep_alive", "_limit", "_parts", "_transport", "error", "finished", "sse", "started", "status")
+
+    def __init__(self, request: web.Request, max_buffered_bytes: int) -> None:
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client has left")
+        self._transport = cast(asyncio.WriteTransport, transport)
+        self._limit = max_buffered_bytes
+        self._chunked = request.version >= (1, 1)
+        self._keep_alive = request.keep_alive and self._chunked
+        self._headers: Callable[[], bytes] = bytes
+        self._parts: list[bytes] = []
+        self.status = 0
+        self.sse = False
+        self.started = False
+        self.error: LoraplexError | None = None
+        self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def keep_alive(self) -> bool:
+        return self._keep_alive
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self._parts)
+
+    def describe(self, headers: Callable[[], bytes]) -> None:
+        """`headers` is asked when the head leaves and yields its extra lines, each `name: value` with its line end."""
+        self._headers = headers
+
+    def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
+        self.status, self.sse = status, sse
+        if sse:
+            self._start(data, end)
+        else:
+            self._parts.append(data)
+        if end:
+            self._finish()
+
+    def more(self, data: bytes, end: bool) -> bool:
+        if not self.sse:
+            self._parts.append(data)
+        else:
+            self._transport.write(self._frame(data, end))
+            if self._transport.get_write_buffer_size() > self._limit:
+                self._transport.abort()
+                return False
+        if end:
+            self._finish()
+        return True
+
+    def fail(self, error: LoraplexError) -> None:
+        """Before the head: `error` is kept for the handler to answer with. After it: an error event ends the stream."""
+        self.error = error
+        if self.started and not self._transport.is_closing():
+            self._transport.write(self._frame(error_event(error), True))
+        self._finish()
+
+    def _start(self, data: bytes, end: bool) -> None:
+        self.started = True
+        framing = b"Transfer-Encoding: chunked\r\n" if self._chunked else b""
+        ending = b"" if self._keep_alive else b"Connection: close\r\n"
+        reason = HTTPStatus(self.status).phrase.encode()
+        self._transport.write(
+            b"HTTP/1.1 %d %b\r\nContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\nX-Accel-Buffering: no\r\n%b%b%b\r\n%b"
+            % (self.status, reason, framing, ending, self._headers(), self._frame(data, end))
+        )
+
+    def _frame(self, data: bytes, end: bool) -> bytes:
+        """`data` as one HTTP chunk; an empty one would end the body, so it is left out."""
+        if not self._chunked:
+            return data
+        chunk = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+        return chunk + LAST_CHUNK if end else chunk
+
+    def _finish(self) -> None:
+        if not self.finished.done():
+            self.finished.set_result(None)

@@ -1,0 +1,97 @@
+"""Pure. One tree of errors. `code` goes to clients and logs, `retryable` says whether another worker or a later moment may succeed."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class LoraplexError(Exception):
+    """Root of every error that Loraplex raises on purpose.
+
+    `message` is written for the person who gets it (no paths, no credentials); `param` names the request field or the config key at fault;
+    `retry_after_s` is set where waiting helps.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class ConfigError(LoraplexError):
+    """The configuration cannot work. The message says what, where (file, line) and what to do."""
+
+    code = "invalid_config"
+
+
+class InvalidRequest(LoraplexError):
+    """The request is malformed; `param` names the field."""
+
+    code = "invalid_request"
+
+
+class BodyTooLarge(LoraplexError):
+    code = "body_too_large"
+
+
+class InvalidApiKey(LoraplexError):
+    code = "invalid_api_key"
+
+
+class RouteNotFound(LoraplexError):
+    code = "not_found"
+
+
+class ModelNotFound(LoraplexError):
+    """No base model has this id."""
+
+    code = "model_not_found"
+
+
+class AdapterNotFound(LoraplexError):
+    """The base model exists, the adapter does not (in any store known to it)."""
+
+    code = "adapter_not_found"
+
+
+class InvalidAdapter(LoraplexError):
+    """The adapter exists but cannot be served: wrong format, rank, shapes or base model."""
+
+    code = "invalid_adapter"
+
+
+class StoreUnavailable(LoraplexError):
+    """The adapter store did not answer, refused us, or cut the transfer; what is cached keeps working."""
+
+    code = "store_unavailable"
+    retryable = True
+
+
+class Overloaded(LoraplexError):
+    """A queue is full, or no worker may take this request within its deadline."""
+
+    code = "overloaded"
+    retryable = True
+
+
+class WorkerUnavailable(LoraplexError):
+    """The worker is draining, gone, or was lost before it answered."""
+
+    code = "worker_unavailable"
+    retryable = True
+
+
+class EngineFailure(LoraplexError):
+    """The engine died or failed on this request."""
+
+    code = "engine_error"
+
+
+class LinkError(LoraplexError):
+    """The ZeroMQ link cannot be opened as configured."""
+
+    code = "link_error"

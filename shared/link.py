@@ -1,0 +1,202 @@
+"""Shell. The only `import zmq`: sockets on the event loop, without zmq.asyncio, which costs 3 to 20 times as much per message.
+
+The gateway binds ROUTER sockets, the workers connect DEALER sockets. Every send is NOBLOCK and says what became of it; every receive runs to
+completion in the reader's callback and never waits. ZeroMQ's file descriptor is edge-triggered: after every send and every full drain the
+socket's EVENTS must be looked at again, or messages lie unseen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import logging
+import os
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+import zmq
+from zmq.utils import z85
+
+from shared.errors import LinkError
+
+log = logging.getLogger("loraplex.link")
+
+HIGH_WATER_MESSAGES = 20_000  # per peer; the sender is told FULL beyond it
+MAX_MESSAGE_BYTES = 256 << 20  # a frame larger than this is not ours
+DRAIN_BATCH = 64  # messages handled before the loop may do something else
+RECONNECT_MS = 100
+LINGER_MS = 300  # last words may still leave after close
+RECONNECT_MAX_MS = 1_000
+
+
+class Sent(Enum):
+    OK = "ok"
+    GONE = "gone"  # no such peer is connected
+    FULL = "full"  # the peer's queue is at its bound
+
+
+class Link:
+    """One socket on the running loop. `bytes_in` goes to a callback; leave by `close()`, which never waits."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], kind: int, secret: str | None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._socket: zmq.Socket[bytes] = context.socket(kind)
+        self._fd: int = self._socket.getsockopt(zmq.FD)  # type: ignore[assignment]
+        s = self._socket
+        s.sndhwm = s.rcvhwm = HIGH_WATER_MESSAGES
+        s.maxmsgsize = MAX_MESSAGE_BYTES
+        s.reconnect_ivl, s.reconnect_ivl_max = RECONNECT_MS, RECONNECT_MAX_MS
+        # A peer that vanished without a word (pulled plug) is noticed by TCP within seconds instead of hours.
+        s.tcp_keepalive, s.tcp_keepalive_idle, s.tcp_keepalive_intvl, s.tcp_keepalive_cnt = 1, 5, 2, 3
+        if secret:
+            public, private = _keys(secret)
+            s.curve_secretkey, s.curve_publickey = private, public
+            if kind == zmq.ROUTER:
+                s.curve_server = True
+            else:
+                s.curve_serverkey = public
+        self._closed = False
+        self._scheduled = False
+
+    def _listen(self) -> None:
+        self._loop.add_reader(self._fd, self._drain)
+        self._again()
+
+    def _again(self) -> None:
+        if not self._scheduled and not self._closed:
+            self._scheduled = True
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        self._scheduled = False
+        if self._closed:
+            return
+        try:
+            for _ in range(DRAIN_BATCH):
+                self._receive()
+        except zmq.Again:
+            return
+        self._again()
+
+    def _receive(self) -> None:
+        raise AssertionError("a Link is a Server or a Client")
+
+    def _after_send(self) -> None:
+        # A send may swallow the edge that announced a message.
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._again()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._fd)
+            self._socket.close(LINGER_MS)
+
+
+class Server(Link):
+    """A bound ROUTER: many peers, each known by its routing id. `on_message(peer, data)` runs on the loop."""
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        endpoint: str,
+        on_message: Callable[[bytes, bytes], None],
+        *,
+        secret: str | None = None,
+        insecure: bool = False,
+    ) -> None:
+        check_endpoint(endpoint, secret, insecure)
+        super().__init__(context, zmq.ROUTER, secret)
+        self._on_message = on_message
+        self._socket.router_mandatory = True  # without it, a message to a peer that left is dropped in silence
+        self._socket.router_handover = True  # a peer that reconnects under its id takes over from its dead connection
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as exc:
+            self._socket.close(0)
+            raise LinkError(
+                f"cannot bind {endpoint}: {exc.strerror}; is another gateway running with this address or state folder?"
+            ) from exc
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self._listen()
+
+    def _receive(self) -> None:
+        parts = self._socket.recv_multipart(zmq.NOBLOCK)
+        if len(parts) == 2:
+            self._on_message(parts[0], parts[1])
+
+    def send(self, peer: bytes, data: bytes) -> Sent:
+        try:
+            self._socket.send_multipart((peer, data), zmq.NOBLOCK)
+        except zmq.Again:
+            return Sent.FULL
+        except zmq.ZMQError as exc:
+            if exc.errno == zmq.EHOSTUNREACH:
+                return Sent.GONE
+            raise
+        self._after_send()
+        return Sent.OK
+
+
+class Client(Link):
+    """A connected DEALER with a fixed routing id; reconnects by itself. `on_message(data)` runs on the loop."""
+
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: str, routing_id: bytes, on_message: Callable[[bytes], None], *, secret: str | None = None
+    ) -> None:
+        super().__init__(context, zmq.DEALER, secret)
+        self._on_message = on_message
+        self._socket.routing_id = routing_id
+        self._socket.connect(endpoint)
+        self._listen()
+
+    def _receive(self) -> None:
+        self._on_message(self._socket.recv(zmq.NOBLOCK))
+
+    def send(self, data: bytes) -> Sent:
+        try:
+            self._socket.send(data, zmq.NOBLOCK)
+        except zmq.Again:
+            return Sent.FULL
+        self._after_send()
+        return Sent.OK
+
+
+def open_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """One per process; close with `context.destroy(linger=ms)`."""
+    return zmq.Context(io_threads=1)
+
+
+def check_endpoint(endpoint: str, secret: str | None, insecure: bool) -> None:
+    """Raises LinkError for a bind address that strangers could reach without the shared secret."""
+    if endpoint.startswith("ipc://") or secret or insecure:
+        return
+    host = endpoint.removeprefix("tcp://").rsplit(":", 1)[0].strip("[]")
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise LinkError(
+            f"{endpoint} would let anyone who reaches this host run requests and read answers: "
+            "set gateway.link.secret_env to the name of an environment variable that holds a shared secret (the same for all workers), "
+            "bind 127.0.0.1, or set gateway.link.insecure: true on a trusted network"
+        )
+
+
+def secret_from_env(name: str | None) -> str | None:
+    """The shared secret that keys the link, read from the environment variable `name`. Raises LinkError where it is named but empty."""
+    if not name:
+        return None
+    value = os.environ.get(name, "")
+    if len(value) < 16:
+        raise LinkError(f"the environment variable {name} must hold the link's shared secret, at least 16 characters")
+    return value
+
+
+def _keys(secret: str) -> tuple[bytes, bytes]:
+    """A CURVE key pair that only holders of the secret can derive; the public half is never published, so it authenticates both sides."""
+    private = z85.encode(hashlib.scrypt(secret.encode(), salt=b"loraplex-link", n=2**14, r=8, p=1, dklen=32))
+    return zmq.curve_public(private), private

@@ -1,0 +1,55 @@
+"""Shell. What every process of ours does with the operating system: die with its parent, take signals, read the settings it was given."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from shared.config import Settings
+from shared.config_yaml import load_settings
+
+PARENT_ENV = "LORAPLEX_PARENT"
+"""Set by a process that starts ours: the pid whose end shall be ours too."""
+_PR_SET_PDEATHSIG = 1
+
+
+def read_settings(path: str) -> Settings:
+    """Settings from a config file (YAML), or from the `.json` that `serve` wrote for its children.
+
+    Raises:
+        ConfigError: with every problem of the file.
+    """
+    if path.endswith(".settings.json"):
+        return msgspec.json.decode(Path(path).read_bytes(), type=Settings)
+    return load_settings(path)
+
+
+def write_settings(settings: Settings, run_dir: Path) -> Path:
+    path = run_dir / "loraplex.settings.json"
+    path.write_bytes(msgspec.json.encode(settings))
+    path.chmod(0o600)
+    return path
+
+
+def follow_parent(sig: signal.Signals = signal.SIGTERM) -> None:
+    """If our starter asked for it, the kernel sends us `sig` when it ends. Linux only."""
+    wanted = os.environ.pop(PARENT_ENV, None)
+    if wanted is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
+    if os.getppid() != int(wanted):  # it ended before the kernel was asked
+        os.kill(os.getpid(), sig)
+
+
+def on_stop_signals(stop: Callable[[str], None]) -> None:
+    """SIGTERM and SIGINT call `stop` on the running loop, with the signal's name."""
+    loop = asyncio.get_running_loop()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, stop, sig.name)

@@ -1,0 +1,202 @@
+"""Pure. Every message between gateways and workers: ids, structs, one union and one typed decoder per direction and socket.
+
+Control (heartbeats, commands) and data (requests, frames) use separate sockets. Rules for change: new fields last, with defaults; unknown
+trailing fields are ignored by older peers; PROTOCOL_VERSION rises only when an old peer would misunderstand.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TypeAlias
+
+import msgspec
+
+from shared.adapters import AdapterRef, StoredAdapter
+
+PROTOCOL_VERSION = 1
+
+WorkerId: TypeAlias = str
+"""Chosen by whoever starts the worker; unique among live workers. A restarted worker may reuse it with a new epoch."""
+StreamId: TypeAlias = int
+"""One attempt of one request on one worker, unique within a gateway process; a retried request gets a new one, so late frames find nobody."""
+
+
+class WorkerState(IntEnum):
+    JOINING = 0  # the engine boots
+    SERVING = 1
+    DRAINING = 2  # finishes what it has, takes nothing new
+    STOPPED = 3  # last word of this epoch
+
+
+class Tier(IntEnum):
+    """Where an adapter's weights are, nearest first."""
+
+    GPU = 0
+    CPU = 1
+    DISK = 2
+    REMOTE = 3
+
+
+class AdapterState(msgspec.Struct, frozen=True, array_like=True):
+    """One adapter on one worker. While `loading`, `tier` is where it still comes from and `eta_s` the seconds until it is in a slot."""
+
+    name: str
+    digest: str
+    tier: Tier
+    loading: bool = False
+    eta_s: float = 0.0
+    in_flight: int = 0
+    rank: int = 0
+    size_bytes: int = 0
+    pinned: bool = False
+
+
+# ---- worker -> gateway, control ---------------------------------------------------------------------------------------------------------
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="beat"):
+    """A full snapshot of one worker for one gateway; losing any one is harmless.
+
+    `epoch` grows with every start of the worker, `seq` with every beat of the epoch. `running` and `waiting` count requests of all gateways,
+    `yours` those of the receiving gateway alone, `acked` is the highest stream id received from it.
+    """
+
+    worker: WorkerId
+    epoch: int
+    seq: int
+    base: str
+    state: WorkerState
+    capacity: int = 0
+    slots: int = 0
+    running: int = 0
+    waiting: int = 0
+    yours: int = 0
+    acked: StreamId = 0
+    waiting_tokens: int = 0
+    kv_usage: float = 0.0
+    adapters: tuple[AdapterState, ...] = ()
+    prefill_tokens_per_s: float = 0.0
+    step_s: float = 0.0
+    load_s: float = 0.0
+    engine: str = ""
+    reason: str = ""
+    max_lora_rank: int = 0
+    protocol: int = PROTOCOL_VERSION
+
+
+WorkerControl: TypeAlias = Heartbeat
+
+# ---- gateway -> worker, control ---------------------------------------------------------------------------------------------------------
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """Answer to a worker's first beat: where requests will come from, how long silence may last, and the gateway's fellow processes."""
+
+    gateway: str
+    data_endpoint: str
+    lease_s: float
+    heartbeat_s: float
+    fellows: tuple[str, ...] = ()
+    protocol: int = PROTOCOL_VERSION
+
+
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """The gateway's own heartbeat: a worker that hears none for `lease_s` aborts that gateway's requests."""
+
+    gateway: str
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Finish what runs, then stop."""
+
+
+class Farewell(msgspec.Struct, frozen=True, tag="farewell"):
+    """The gateway ends; its requests are over."""
+
+    gateway: str
+
+
+GatewayControl: TypeAlias = Welcome | Alive | Drain | Farewell
+
+# ---- gateway -> worker, data ------------------------------------------------------------------------------------------------------------
+
+
+class Generate(msgspec.Struct, frozen=True, tag="gen", array_like=True):
+    """One request. `body` is the client's JSON as it came; `adapter` is the version resolved for it, `stored` its files where the worker may need them."""
+
+    sid: StreamId
+    path: str
+    request_id: str
+    body: bytes
+    adapter: AdapterRef | None = None
+    stored: StoredAdapter | None = None
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel", array_like=True):
+    sid: StreamId
+
+
+GatewayData: TypeAlias = Generate | Cancel
+
+# ---- worker -> gateway, data ------------------------------------------------------------------------------------------------------------
+
+END = 1  # last frame of its stream
+SSE = 2  # in a head: the body is an event stream
+STATUS_SHIFT = 8  # in a head: flags >> STATUS_SHIFT is the HTTP status; 0 in every other frame
+
+Frame: TypeAlias = tuple[StreamId, int, bytes]
+"""(stream, flags, body bytes as the client gets them). The first frame of a stream is its head: it carries the status beside the first bytes."""
+
+
+class Done(msgspec.Struct, frozen=True, array_like=True):
+    """Facts of a finished request for the access log and the metrics; seconds. `cold` says where the adapter came from."""
+
+    sid: StreamId
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    wait_s: float = 0.0
+    load_s: float = 0.0
+    tier: Tier = Tier.GPU
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True):
+    """The worker will not or could not serve this stream; nothing of it reached the gateway. `code` is that of an error in shared.errors."""
+
+    sid: StreamId
+    code: str
+    message: str
+    retryable: bool
+
+
+class Attach(msgspec.Struct, frozen=True, tag="attach", array_like=True):
+    """First message on a data socket: from now on requests can be sent to this epoch of this worker."""
+
+    worker: WorkerId
+    epoch: int
+
+
+class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
+    """All that one engine step (or one turn of the worker's loop) yields for one gateway."""
+
+    frames: list[Frame]
+    done: list[Done] = []
+    refused: list[Refused] = []
+
+
+WorkerData: TypeAlias = Attach | Step
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+
+decode_worker_control = msgspec.msgpack.Decoder(WorkerControl).decode
+decode_gateway_control = msgspec.msgpack.Decoder(GatewayControl).decode
+decode_worker_data = msgspec.msgpack.Decoder(WorkerData).decode
+decode_gateway_data = msgspec.msgpack.Decoder(GatewayData).decode
+
+DecodeError = msgspec.MsgspecError
+"""What any decoder raises: count the message and drop it."""
+
+
+def identity(worker: WorkerId, epoch: int) -> bytes:
+    """The ZeroMQ routing id of one life of one worker."""
+    return f"{worker}#{epoch}".encode()

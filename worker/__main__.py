@@ -1,0 +1,145 @@
+"""Shell. Composition root of a worker process: settings -> engine, store, sessions -> Agent; SIGTERM drains.
+
+python -m worker CONFIG --gateway ENDPOINT [--gateway ...] [--model ID] [--worker NAME]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import socket
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from shared import log as logs
+from shared.config import LLMConfig, Settings
+from shared.errors import ConfigError, LoraplexError
+from shared.link import open_context, secret_from_env
+from shared.process import follow_parent, on_stop_signals, read_settings
+from shared.stores import open_store
+from worker.agent import Agent
+from worker.disk_cache import DiskCache
+from worker.engine import Engine
+from worker.session import Session
+from worker.settings import WorkerSettings
+
+# What vLLM reads from the environment at import; the user's own values win.
+VLLM_ENV = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore",  # of vLLM's dependencies, at every import
+}
+VLLM_CPU_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the executor runs inside EngineCore: one process and 12 s of boot less
+    "TORCHDYNAMO_DISABLE": "1",  # the first request with logprobs would otherwise compile for 3 to 24 s inside the step loop
+}
+VLLM_GPU_ENV = {
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process that has used torch was seen to hang on CUDA
+}
+
+
+def open_engine(model: LLMConfig) -> Engine:
+    """The engine that the config names; vLLM is imported only here and only if it is asked for."""
+    if model.llm_engine == "sim":
+        from worker.sim_engine import SimEngine
+
+        return SimEngine.from_config(model)
+    gpu = model.gpus_per_worker > 0 and Path("/dev/nvidiactl").exists()
+    for key, value in (VLLM_ENV | (VLLM_GPU_ENV if gpu else VLLM_CPU_ENV)).items():
+        os.environ.setdefault(key, value)
+    try:
+        from worker.vllm_engine import VLLMEngine
+    except ImportError as exc:
+        raise ConfigError(f"vLLM cannot be imported ({exc}); install loraplex[gpu] or loraplex[cpu], or use llm_engine: sim") from exc
+    return VLLMEngine(model)
+
+
+async def serve(settings: WorkerSettings) -> int:
+    """One worker, until it is stopped. Returns the exit status."""
+    model = settings.model
+    engine = open_engine(model)
+    context = open_context()
+    secret = secret_from_env(settings.secret_env)
+    sessions = [Session(context, endpoint, settings.worker, settings.epoch, secret) for endpoint in settings.gateways]
+    cache = DiskCache(settings.state_dir / "adapters", settings.disk_budget_bytes)
+    async with contextlib.AsyncExitStack() as stack:
+        store = None
+        if model.adapters_path is not None and model.lora_config is not None:
+            store = await stack.enter_async_context(open_store(model.adapters_path, msgspec.structs.asdict(model.lora_config.store)))
+        agent = Agent(settings, engine, store, cache, sessions)
+        on_stop_signals(agent.stop)
+        await agent.run()
+    context.term()
+    return agent.exit_code
+
+
+def worker_settings(settings: Settings, model_id: str | None, worker: str | None, gateways: list[str]) -> WorkerSettings:
+    """Raises ConfigError if it is not clear which model to serve, or no gateway is named."""
+    g = settings.gateway
+    if model_id is None and len(settings.models) > 1:
+        raise ConfigError(
+            f"{settings.source} has several models: choose one with --model ({', '.join(m.model_id for m in settings.models)})"
+        )
+    model = settings.models[0] if model_id is None else settings.model(model_id)
+    if model is None:
+        raise ConfigError(f"{settings.source} has no model `{model_id}` (it has {', '.join(m.model_id for m in settings.models)})")
+    if not gateways:
+        raise ConfigError("name at least one gateway: --gateway tcp://host:port (the address that the gateway prints as workers_at)")
+    max_ongoing = model.deployment_config.max_ongoing_requests
+    return WorkerSettings(
+        worker=worker or f"{_safe(socket.gethostname())}-{os.getpid()}",
+        epoch=time.time_ns() // 1_000_000,
+        model=model,
+        gateways=tuple(gateways),
+        state_dir=Path(g.state_dir).expanduser(),
+        secret_env=g.link.secret_env,
+        heartbeat_s=g.heartbeat_s,
+        drain_s=g.drain_s,
+        capacity=max_ongoing if max_ongoing < 1_000_000 else 0,
+        download_timeout_s=model.lora_config.download_timeout_s if model.lora_config else None,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m worker", description="One worker process.")
+    parser.add_argument("config")
+    parser.add_argument("--gateway", action="append", default=[], metavar="ENDPOINT")
+    parser.add_argument("--model", metavar="ID")
+    parser.add_argument("--worker", metavar="NAME")
+    args = parser.parse_args(argv)
+    follow_parent()
+    try:
+        settings = read_settings(args.config)
+        mine = worker_settings(settings, args.model, args.worker, args.gateway)
+        logs.set_up(mine.worker, settings.gateway.log_level)
+        return uvloop.run(serve(mine))
+    except LoraplexError as exc:
+        print(f"loraplex worker: {exc.message}", file=sys.stderr)  # noqa: T201 - the one message a person must see
+        return 2
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]", "-", name)
+
+
+def run(argv: list[str]) -> None:
+    """For the zygote: main() in a forked child, which must never return into its parent's code."""
+    status = 70
+    try:
+        status = main(argv)
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,339 @@
+"""Shell. The worker's middle: takes requests from every gateway, acts on what residency says, streams answers back, and beats.
+
+One task per request runs the engine; all that the requests of one turn of the loop yield leaves as one message per gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from shared import wire
+from shared.adapters import AdapterRef, StoredAdapter
+from shared.errors import AdapterNotFound, EngineFailure, LoraplexError
+from shared.stores import AdapterStore
+from worker.disk_cache import DiskCache
+from worker.engine import Call, Engine, EngineFacts, Loaded
+from worker.residency import Fetch, Instruction, Load, Reject, Residency, Start
+from worker.session import Session
+from worker.settings import WorkerSettings
+
+log = logging.getLogger("loraplex.agent")
+clock = time.monotonic
+
+LOAD_WEIGHT = 0.3  # of the newest load in the moving average
+GATEWAY_SILENCE_S = 3.0  # floor of how long a gateway may be silent before its requests are dropped
+
+
+@dataclass(slots=True)
+class Job:
+    """One request on this worker, from its arrival to its end."""
+
+    number: int
+    session: Session
+    message: wire.Generate
+    arrived: float
+    task: asyncio.Task[None] | None = None
+    started: float = 0.0
+    came_from: wire.Tier = wire.Tier.GPU
+
+
+class Reply:
+    """Puts one stream's frames into its gateway's outbox; the facts of the request travel with the last one."""
+
+    __slots__ = ("_job", "_outbox", "_sid", "begun", "output_tokens", "prompt_tokens")
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._outbox, self._sid = job, job.session.outbox, job.message.sid
+        self.prompt_tokens = self.output_tokens = 0
+        self.begun = False
+
+    def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
+        self.begun = True
+        self._outbox.frame(self._sid, status << wire.STATUS_SHIFT | (wire.SSE if sse else 0) | (wire.END if end else 0), data)
+        if end:
+            self._end()
+
+    def more(self, data: bytes, end: bool) -> None:
+        self._outbox.frame(self._sid, wire.END if end else 0, data)
+        if end:
+            self._end()
+
+    def _end(self) -> None:
+        wait_s = self._job.started - self._job.arrived
+        load_s = wait_s if self._job.came_from is not wire.Tier.GPU else 0.0
+        self._outbox.done(wire.Done(self._sid, self.prompt_tokens, self.output_tokens, wait_s, load_s, self._job.came_from))
+
+
+class Agent:
+    """Runs until it is told to stop and has drained, or its engine dies."""
+
+    def __init__(
+        self, settings: WorkerSettings, engine: Engine, store: AdapterStore | None, cache: DiskCache, sessions: list[Session]
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._store = store
+        self._cache = cache
+        self._sessions = sessions
+        self._state = wire.WorkerState.JOINING
+        self._reason = ""
+        self._facts = EngineFacts("", 0, 0, 0)
+        self._residency = Residency(0)
+        self._jobs: dict[int, Job] = {}
+        self._by_stream: dict[tuple[Session, wire.StreamId], Job] = {}
+        self._numbers = itertools.count(1)
+        self._int_ids = itertools.count(1)
+        self._stored: dict[AdapterRef, StoredAdapter] = {}
+        self._load_s = 0.0
+        self._engine_busy = asyncio.Lock()
+        self._stopping = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._tasks: asyncio.TaskGroup | None = None
+        self.exit_code = 0
+
+    async def run(self) -> None:
+        """Boots the engine while it beats as JOINING, serves, and returns once stopped."""
+        for session in self._sessions:
+            session.open(self._on_request, self._on_command, self._on_silence)
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            beating = tasks.create_task(self._beat_for_ever(), name="beat")
+            boot = tasks.create_task(self._boot(), name="boot")
+            await self._stopping.wait()
+            await self._drain()
+            boot.cancel()
+            self._become(wire.WorkerState.STOPPED, self._reason or "stopped")
+            beating.cancel()
+        await self._engine.stop()
+        for session in self._sessions:
+            session.close()
+
+    def stop(self, reason: str) -> None:
+        """Drains, then ends. The second call ends at once."""
+        if self._stopping.is_set():
+            self._idle.set()
+        self._reason = self._reason or reason
+        self._stopping.set()
+
+    # ---- life -------------------------------------------------------------------------------------------------------------------------
+
+    async def _boot(self) -> None:
+        try:
+            self._facts = await self._engine.start()
+        except LoraplexError as exc:
+            log.error("engine did not start: %s", exc.message)
+            self.exit_code = 1
+            self.stop(exc.message)
+            return
+        self._residency = Residency(self._facts.slots)
+        self._engine.died(self._on_engine_death)
+        log.info(
+            "serving",
+            extra={"base": self._settings.base, "engine": self._facts.name, "slots": self._facts.slots, "capacity": self._facts.capacity},
+        )
+        self._become(wire.WorkerState.SERVING, "")
+
+    def _on_engine_death(self, reason: str) -> None:
+        log.error("engine died: %s", reason)
+        self.exit_code = 1
+        self._reason = f"engine died: {reason}"
+        for job in list(self._jobs.values()):
+            self._refuse(job, EngineFailure.code, "The engine of this worker died.", True)
+        self.stop(self._reason)
+
+    async def _drain(self) -> None:
+        self._become(wire.WorkerState.DRAINING, self._reason)
+        self._wake_if_idle()
+        try:
+            async with asyncio.timeout(self._settings.drain_s):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("drain timed out", extra={"requests": len(self._jobs)})
+        for job in list(self._jobs.values()):
+            self._refuse(job, "worker_unavailable", "The worker shut down.", True)
+        for session in self._sessions:
+            session.outbox.flush()
+
+    def _become(self, state: wire.WorkerState, reason: str) -> None:
+        self._state, self._reason = state, reason
+        self._beat()
+
+    async def _beat_for_ever(self) -> None:
+        while True:
+            self._beat()
+            self._perform(self._residency.tick(clock()))
+            await asyncio.sleep(self._settings.heartbeat_s)
+
+    def _beat(self) -> None:
+        """A full snapshot to every gateway."""
+        now = clock()
+        stats = self._engine.stats()
+        adapters = self._residency.states(now, self._load_s)
+        for session in self._sessions:
+            session.beat(
+                wire.Heartbeat(
+                    worker=self._settings.worker,
+                    epoch=self._settings.epoch,
+                    seq=session.next_seq(),
+                    base=self._settings.base,
+                    state=self._state,
+                    capacity=self._settings.capacity or self._facts.capacity,
+                    slots=self._facts.slots,
+                    running=sum(j.task is not None for j in self._jobs.values()),
+                    waiting=sum(j.task is None for j in self._jobs.values()),
+                    yours=session.open_requests,
+                    acked=session.last_sid,
+                    waiting_tokens=stats.waiting_tokens,
+                    kv_usage=stats.kv_usage,
+                    adapters=adapters,
+                    prefill_tokens_per_s=stats.prefill_tokens_per_s,
+                    step_s=stats.step_s,
+                    load_s=self._load_s,
+                    engine=self._facts.name,
+                    reason=self._reason,
+                    max_lora_rank=self._facts.max_lora_rank,
+                )
+            )
+
+    # ---- from the gateways --------------------------------------------------------------------------------------------------------------
+
+    def _on_command(self, message: wire.GatewayControl) -> None:
+        if isinstance(message, wire.Drain):
+            self.stop("told to drain")
+
+    def _on_silence(self, session: Session, reason: str) -> None:
+        """The gateway is gone: nobody waits for its answers."""
+        mine = [j for j in self._jobs.values() if j.session is session]
+        if mine:
+            log.warning("gateway lost", extra={"gateway": session.endpoint, "reason": reason, "requests": len(mine)})
+        for job in mine:
+            self._cancel(job)
+
+    def _on_request(self, session: Session, message: wire.GatewayData) -> None:
+        if isinstance(message, wire.Cancel):
+            job = self._by_stream.get((session, message.sid))
+            if job is not None:
+                self._cancel(job)
+            return
+        if self._state is not wire.WorkerState.SERVING:
+            session.outbox.refuse(wire.Refused(message.sid, "worker_unavailable", "The worker is not serving.", True))
+            return
+        job = Job(next(self._numbers), session, message, clock())
+        self._jobs[job.number] = job
+        self._by_stream[session, message.sid] = job
+        session.open_requests += 1
+        if message.adapter is None:
+            self._start(job, None)
+            return
+        if message.stored is not None:
+            self._stored[message.adapter] = message.stored
+        self._perform(self._residency.want(job.number, message.adapter, clock()))
+
+    def _cancel(self, job: Job) -> None:
+        if job.task is not None:
+            job.task.cancel()
+        else:
+            self._forget(job)
+
+    # ---- acting on instructions -----------------------------------------------------------------------------------------------------------
+
+    def _perform(self, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Fetch(adapter):
+                    self._spawn(self._fetch(adapter), f"fetch {adapter}")
+                case Load(adapter, evict):
+                    self._spawn(self._load(adapter, evict), f"load {adapter.ref}")
+                case Start(number, adapter, came_from):
+                    job = self._jobs[number]
+                    job.came_from = came_from
+                    self._start(job, adapter)
+                case Reject(number, code, message, retryable):
+                    self._refuse(self._jobs[number], code, message, retryable)
+
+    async def _fetch(self, ref: AdapterRef) -> None:
+        came_from = wire.Tier.DISK if self._cache.has(ref) else wire.Tier.REMOTE
+        try:
+            stored = self._stored.pop(ref, None) or await self._look_up(ref)
+            assert self._store is not None
+            folder, rank = await self._cache.fetch(ref, stored, self._store, self._settings.download_timeout_s, self._facts.max_lora_rank)
+        except LoraplexError as exc:
+            log.warning("adapter not fetched", extra={"adapter": str(ref), "code": exc.code, "reason": exc.message})
+            self._perform(self._residency.failed(ref, exc.code, exc.message, exc.retryable, clock()))
+            return
+        loaded = Loaded(ref, next(self._int_ids), folder, rank, stored.size_bytes)
+        self._perform(self._residency.fetched(loaded, came_from, clock()))
+
+    async def _look_up(self, ref: AdapterRef) -> StoredAdapter:
+        """The gateway thought that the adapter was here and sent no files: ask the store."""
+        stored = await self._store.find(ref.name) if self._store is not None else None
+        if stored is None or stored.digest != ref.digest:
+            raise AdapterNotFound(f"The adapter `{ref.name}` of model `{ref.base}` is gone or has changed.", param="model")
+        return stored
+
+    async def _load(self, adapter: Loaded, evict: Loaded | None) -> None:
+        start = clock()
+        async with self._engine_busy:
+            try:
+                if evict is not None:
+                    await self._engine.unload(evict)
+                    log.info("adapter unloaded", extra={"adapter": str(evict.ref)})
+                    self._perform(self._residency.unloaded(evict.ref, clock()))
+                await self._engine.load(adapter)
+            except EngineFailure as exc:
+                self._on_engine_death(exc.message)
+                return
+            except LoraplexError as exc:
+                log.warning("adapter not loaded", extra={"adapter": str(adapter.ref), "code": exc.code, "reason": exc.message})
+                self._perform(self._residency.failed(adapter.ref, exc.code, exc.message, exc.retryable, clock()))
+                self._beat()
+                return
+        took = clock() - start
+        self._load_s = took if not self._load_s else LOAD_WEIGHT * took + (1 - LOAD_WEIGHT) * self._load_s
+        log.info("adapter loaded", extra={"adapter": str(adapter.ref), "rank": adapter.rank, "ms": round(took * 1e3, 1)})
+        self._perform(self._residency.loaded(adapter.ref, clock()))
+        self._beat()
+
+    def _start(self, job: Job, adapter: Loaded | None) -> None:
+        job.started = clock()
+        job.task = self._spawn(self._run(job, adapter), f"call {job.message.sid}")
+
+    async def _run(self, job: Job, adapter: Loaded | None) -> None:
+        """One request in the engine. Ends its job whatever happens."""
+        message = job.message
+        reply = Reply(job)
+        try:
+            await self._engine.serve(Call(message.path, message.request_id, message.body, adapter), reply)
+        except EngineFailure as exc:
+            if not reply.begun:
+                job.session.outbox.refuse(wire.Refused(message.sid, exc.code, exc.message, True))
+            self._on_engine_death(exc.message)
+        finally:
+            self._forget(job)
+
+    def _refuse(self, job: Job, code: str, message: str, retryable: bool) -> None:
+        job.session.outbox.refuse(wire.Refused(job.message.sid, code, message, retryable))
+        self._cancel(job)
+
+    def _forget(self, job: Job) -> None:
+        """Idempotent."""
+        if self._jobs.pop(job.number, None) is None:
+            return
+        del self._by_stream[job.session, job.message.sid]
+        job.session.open_requests -= 1
+        self._perform(self._residency.finish(job.number, clock()))
+        self._wake_if_idle()
+
+    def _wake_if_idle(self) -> None:
+        if self._stopping.is_set() and not self._jobs:
+            self._idle.set()
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        assert self._tasks is not None
+        return self._tasks.create_task(work, name=name)

@@ -1,0 +1,85 @@
+"""Pure. What the agent asks of an engine, whichever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from shared.adapters import AdapterRef
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A validated adapter on disk, as the engine gets it. `int_id` is unique for the life of the engine; `folder` never changes its content."""
+
+    ref: AdapterRef
+    int_id: int
+    folder: Path
+    rank: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request for the engine. `adapter` is resident when the engine sees it and stays so until the call has ended."""
+
+    path: str
+    request_id: str
+    body: bytes
+    adapter: Loaded | None
+
+
+class Reply(Protocol):
+    """Where the engine puts the answer. `head` comes first, once; `end=True` comes last, once, in either. None of them waits."""
+
+    prompt_tokens: int
+    output_tokens: int
+
+    def head(self, status: int, sse: bool, data: bytes, end: bool) -> None: ...
+    def more(self, data: bytes, end: bool) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """As of the engine's last step: requests, tokens, the share of KV cache in use, and measured rates (0 where nothing was measured yet)."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    waiting_tokens: int = 0
+    prefill_tokens_per_s: float = 0.0
+    step_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What the engine turned out to be once it had started."""
+
+    name: str
+    capacity: int
+    slots: int
+    max_lora_rank: int
+
+
+class Engine(Protocol):
+    """One model with LoRA slots. The agent serialises `load` and `unload`; `serve` runs concurrently, one task per call.
+
+    `serve` returns when the answer is complete; cancelling the task that runs it aborts generation. Errors of the request itself are answers
+    (status and body); EngineFailure means that the engine is dead.
+    """
+
+    async def start(self) -> EngineFacts: ...
+    async def serve(self, call: Call, reply: Reply) -> None: ...
+    async def load(self, adapter: Loaded) -> None:
+        """Raises InvalidAdapter if the engine refuses it; nothing of it stays then."""
+        ...
+
+    async def unload(self, adapter: Loaded) -> None: ...
+    def stats(self) -> EngineStats: ...
+    def died(self, callback: Callable[[str], None]) -> None:
+        """Calls back once with a reason if the engine dies by itself."""
+        ...
+
+    async def stop(self) -> None: ...

@@ -1,0 +1,269 @@
+"""Pure. Every adapter's way on this worker: ABSENT -> FETCHING -> CACHED -> LOADING -> RESIDENT, and FAILED for a while. Events in, instructions out.
+
+Fetches run side by side; loads one at a time, because the engine loads inside its step loop. A request that needs an adapter waits here and is
+started once the adapter is resident; from then on it holds the slot until it ends. When all slots are in use, adapters wait in order; one that
+has waited longer than SLOT_PATIENCE_S closes the slot that has gone longest without a new request: its running requests end in peace, its new
+ones wait in line. So a busy adapter cannot starve another one (vLLM's own scheduler would let it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TypeAlias
+
+from shared.adapters import AdapterRef
+from shared.wire import AdapterState, Tier
+from worker.engine import Loaded
+from worker.slots import Evict, Free, Full, SlotTable
+
+SLOT_PATIENCE_S = 2.0
+FAILED_FOR_S = 5.0
+"""A failing adapter is not tried again within this time."""
+MAX_FAILED = 10_000
+
+
+class Stage(Enum):
+    FETCHING = "fetching"
+    CACHED = "cached"  # on disk, waits for a slot
+    LOADING = "loading"
+    RESIDENT = "resident"
+    CLOSING = "closing"  # resident, gives up its slot when its last request ends
+    UNLOADING = "unloading"
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Bring the adapter to disk and validate it; answer with `fetched` or `failed`."""
+
+    adapter: AdapterRef
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Unload `evict` if one is named, then load; answer with `loaded` or `failed`."""
+
+    adapter: Loaded
+    evict: Loaded | None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The request's adapter is resident (or it needs none): give it to the engine. `waited_for` says what the adapter came from."""
+
+    request: int
+    adapter: Loaded
+    came_from: Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """The request cannot be served: its adapter failed."""
+
+    request: int
+    code: str
+    message: str
+    retryable: bool
+
+
+Instruction: TypeAlias = Fetch | Load | Start | Reject
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    code: str
+    message: str
+    retryable: bool
+    until: float
+
+
+@dataclass(slots=True)
+class _Entry:
+    stage: Stage
+    since: float
+    came_from: Tier
+    loaded: Loaded | None = None
+    waiting: dict[int, None] = field(default_factory=dict)  # requests, in order of arrival
+
+
+class Residency:
+    """The adapters of one engine with `slots` slots. Requests are known by a number chosen by the caller."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = SlotTable(slots)
+        self._entries: dict[AdapterRef, _Entry] = {}
+        self._line: dict[AdapterRef, None] = {}  # CACHED adapters in order of arrival
+        self._users: dict[int, AdapterRef] = {}  # started requests
+        self._seekers: dict[int, AdapterRef] = {}  # waiting requests
+        self._failed: dict[AdapterRef, Failure] = {}
+        self._loading: AdapterRef | None = None
+
+    # ---- requests ---------------------------------------------------------------------------------------------------------------------
+
+    def want(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
+        """A request needs the adapter."""
+        failure = self._failed.get(adapter)
+        if failure:
+            if now < failure.until:
+                return [Reject(request, failure.code, failure.message, failure.retryable)]
+            del self._failed[adapter]
+        entry = self._entries.get(adapter)
+        if entry is None:
+            entry = self._entries[adapter] = _Entry(Stage.FETCHING, now, Tier.REMOTE)
+            self._seek(request, adapter, entry)
+            return [Fetch(adapter)]
+        if entry.stage is Stage.RESIDENT:
+            assert entry.loaded is not None
+            return [self._start(request, entry.loaded, Tier.GPU)]
+        self._seek(request, adapter, entry)
+        return []
+
+    def finish(self, request: int, now: float) -> list[Instruction]:
+        """The request has ended, or its client left while it waited. Idempotent."""
+        adapter = self._users.pop(request, None)
+        if adapter is not None:
+            self.slots.release(adapter)
+            return self._advance(now)
+        adapter = self._seekers.pop(request, None)
+        if adapter is not None:
+            entry = self._entries[adapter]
+            del entry.waiting[request]
+            if entry.stage is Stage.CACHED and not entry.waiting:
+                self._forget(adapter)
+                return self._advance(now)
+        return []
+
+    def tick(self, now: float) -> list[Instruction]:
+        """Lets the head of the line close a slot once it has waited long enough."""
+        head = next(iter(self._line), None)
+        if head is None or now - self._entries[head].since < SLOT_PATIENCE_S or not isinstance(self.slots.room(), Full):
+            return []
+        if any(e.stage is Stage.CLOSING for e in self._entries.values()):
+            return []
+        victim = self.slots.oldest_in_use()
+        if victim is not None and self._entries[victim].stage is Stage.RESIDENT:
+            self._entries[victim].stage = Stage.CLOSING
+        return []
+
+    # ---- what became of the instructions ------------------------------------------------------------------------------------------------
+
+    def fetched(self, loaded: Loaded, came_from: Tier, now: float) -> list[Instruction]:
+        """The adapter is on disk and valid."""
+        entry = self._entries[loaded.ref]
+        entry.stage, entry.loaded, entry.came_from, entry.since = Stage.CACHED, loaded, came_from, now
+        if not entry.waiting:
+            self._forget(loaded.ref)
+            return []
+        self._line[loaded.ref] = None
+        return self._advance(now)
+
+    def loaded(self, adapter: AdapterRef, now: float) -> list[Instruction]:
+        """The engine has it: everybody who waited starts."""
+        entry = self._entries[adapter]
+        entry.stage, entry.since, self._loading = Stage.RESIDENT, now, None
+        assert entry.loaded is not None
+        started: list[Instruction] = [self._start(r, entry.loaded, entry.came_from) for r in entry.waiting]
+        for request in entry.waiting:
+            del self._seekers[request]
+        entry.waiting.clear()
+        return started + self._advance(now)
+
+    def failed(self, adapter: AdapterRef, code: str, message: str, retryable: bool, now: float) -> list[Instruction]:
+        """The fetch or the load failed: everybody who waited hears of it, and for FAILED_FOR_S nobody tries again."""
+        entry = self._entries.pop(adapter)
+        if self._loading == adapter:
+            self._loading = None
+            self.slots.vacate(adapter)
+        self._failed[adapter] = Failure(code, message, retryable, now + FAILED_FOR_S)
+        while len(self._failed) > MAX_FAILED:
+            del self._failed[next(iter(self._failed))]
+        for request in entry.waiting:
+            del self._seekers[request]
+        rejected: list[Instruction] = [Reject(r, code, message, retryable) for r in entry.waiting]
+        return rejected + self._advance(now)
+
+    def unloaded(self, adapter: AdapterRef, now: float) -> list[Instruction]:
+        """A victim has left the engine. Requests that came for it meanwhile wait in line again."""
+        entry = self._entries[adapter]
+        if entry.waiting:
+            entry.stage, entry.came_from, entry.since = Stage.CACHED, Tier.DISK, now
+            self._line[adapter] = None
+        else:
+            self._forget(adapter)
+        return []
+
+    # ---- for heartbeats -----------------------------------------------------------------------------------------------------------------
+
+    def states(self, now: float, load_s: float) -> tuple[AdapterState, ...]:
+        """The adapters of this worker that are in a slot or on their way; `load_s` is the expected time of a load."""
+        return tuple(self._state(ref, entry, now, load_s) for ref, entry in self._entries.items() if entry.stage is not Stage.UNLOADING)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._seekers)
+
+    # ---- inside -------------------------------------------------------------------------------------------------------------------------
+
+    def _advance(self, now: float) -> list[Instruction]:
+        """Gives the next slot to the head of the line, if there is a slot to give and no load runs."""
+        if self._loading is not None:
+            return []
+        head = next(iter(self._line), None)
+        if head is None:
+            return self._reopen()
+        victim: Loaded | None = None
+        room = self.slots.room()
+        closed = next((a for a, e in self._entries.items() if e.stage is Stage.CLOSING and self.slots.uses(a) == 0), None)
+        match room:
+            case Full():
+                return []
+            case Evict(lru):
+                leaving = closed or lru
+                gone = self._entries[leaving]
+                gone.stage = Stage.UNLOADING
+                victim = gone.loaded
+                self.slots.vacate(leaving)
+            case Free():
+                pass
+        del self._line[head]
+        entry = self._entries[head]
+        entry.stage = Stage.LOADING
+        self._loading = head
+        self.slots.occupy(head)
+        assert entry.loaded is not None
+        return [Load(entry.loaded, victim)]
+
+    def _reopen(self) -> list[Instruction]:
+        """Nobody waits for a slot any more: closing adapters stay, and those who came for them meanwhile start."""
+        started: list[Instruction] = []
+        for entry in self._entries.values():
+            if entry.stage is Stage.CLOSING and entry.loaded is not None:
+                entry.stage = Stage.RESIDENT
+                started += [self._start(r, entry.loaded, Tier.GPU) for r in entry.waiting]
+                for request in entry.waiting:
+                    del self._seekers[request]
+                entry.waiting.clear()
+        return started
+
+    def _seek(self, request: int, adapter: AdapterRef, entry: _Entry) -> None:
+        entry.waiting[request] = None
+        self._seekers[request] = adapter
+
+    def _start(self, request: int, adapter: Loaded, came_from: Tier) -> Start:
+        self.slots.acquire(adapter.ref)
+        self._users[request] = adapter.ref
+        return Start(request, adapter, came_from)
+
+    def _forget(self, adapter: AdapterRef) -> None:
+        """Out of the engine and nobody waits: what is left of it lies in the disk cache."""
+        self._line.pop(adapter, None)
+        del self._entries[adapter]
+
+    def _state(self, ref: AdapterRef, entry: _Entry, now: float, load_s: float) -> AdapterState:
+        in_slot = entry.stage in (Stage.RESIDENT, Stage.CLOSING)
+        tier = Tier.GPU if in_slot else (Tier.REMOTE if entry.stage is Stage.FETCHING else Tier.DISK)
+        size = entry.loaded.size_bytes if entry.loaded else 0
+        rank = entry.loaded.rank if entry.loaded else 0
+        eta_s = 0.0 if in_slot else max(0.0, load_s - (now - entry.since))
+        in_flight = self.slots.uses(ref) + len(entry.waiting)
+        return AdapterState(ref.name, ref.digest, tier, not in_slot, eta_s, in_flight, rank, size, self.slots.pinned(ref))

@@ -1,0 +1,162 @@
+"""Shell. One worker's conversation with one gateway process: control and data sockets, the gateway's lease, and what waits to be sent."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from shared import wire
+from shared.link import Client, Sent
+
+log = logging.getLogger("loraplex.session")
+
+MAX_PENDING_BYTES = 64 << 20  # of frames that a gateway does not take; beyond it its requests are dropped
+RETRY_S = 0.01  # after the link said FULL
+
+
+class Outbox:
+    """Frames of one turn of the event loop, sent as one message."""
+
+    __slots__ = ("_done", "_frames", "_loop", "_overflow", "_pending_bytes", "_refused", "_scheduled", "_send")
+
+    def __init__(self, overflow: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._send: Callable[[bytes], Sent] | None = None
+        self._overflow = overflow
+        self._frames: list[wire.Frame] = []
+        self._done: list[wire.Done] = []
+        self._refused: list[wire.Refused] = []
+        self._pending_bytes = 0
+        self._scheduled = False
+
+    def connect(self, send: Callable[[bytes], Sent]) -> None:
+        self._send = send
+
+    def frame(self, sid: wire.StreamId, flags: int, data: bytes) -> None:
+        self._frames.append((sid, flags, data))
+        self._pending_bytes += len(data)
+        if not self._scheduled:
+            self._schedule()
+
+    def done(self, done: wire.Done) -> None:
+        self._done.append(done)
+        self._schedule()
+
+    def refuse(self, refused: wire.Refused) -> None:
+        self._refused.append(refused)
+        self._schedule()
+
+    def flush(self) -> None:
+        self._scheduled = False
+        if self._send is None or not (self._frames or self._done or self._refused):
+            return
+        if self._send(wire.encode(wire.Step(self._frames, self._done, self._refused))) is Sent.OK:
+            self.clear()
+        elif self._pending_bytes > MAX_PENDING_BYTES:
+            self.clear()
+            self._overflow()
+        else:
+            self._scheduled = True
+            self._loop.call_later(RETRY_S, self.flush)
+
+    def clear(self) -> None:
+        self._frames, self._done, self._refused = [], [], []
+        self._pending_bytes = 0
+
+    def _schedule(self) -> None:
+        # Not at once: every stream that the engine moved in this step gets into the same message.
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self.flush)
+
+
+class Session:
+    """Opens the control socket to `endpoint`; the data socket once the gateway has said where. Reconnects by itself."""
+
+    def __init__(self, context: Any, endpoint: str, worker: wire.WorkerId, epoch: int, secret: str | None) -> None:
+        self.endpoint = endpoint
+        self._context = context
+        self._worker, self._epoch, self._secret = worker, epoch, secret
+        self._control: Client | None = None
+        self._data: Client | None = None
+        self._data_endpoint = ""
+        self._seq = 0
+        self._heard = time.monotonic()
+        self._lease_s = 0.0
+        self._silent = True
+        self.last_sid = 0
+        self.open_requests = 0
+        self.outbox = Outbox(lambda: self._lose("does not take what it is sent"))
+
+    def open(
+        self,
+        on_request: Callable[[Session, wire.GatewayData], None],
+        on_command: Callable[[wire.GatewayControl], None],
+        on_silence: Callable[[Session, str], None],
+    ) -> None:
+        self._on_request, self._on_command, self._on_silence = on_request, on_command, on_silence
+        self._control = Client(
+            self._context, self.endpoint, wire.identity(self._worker, self._epoch), self._control_in, secret=self._secret
+        )
+
+    def close(self) -> None:
+        for link in (self._control, self._data):
+            if link is not None:
+                link.close()
+
+    def next_seq(self) -> int:
+        self._seq += 1
+        return self._seq
+
+    def beat(self, beat: wire.Heartbeat) -> None:
+        """Sends a heartbeat; one that the link does not take is lost, the next one is a full snapshot again."""
+        if self._control is not None:
+            self._control.send(wire.encode(beat))
+        if not self._silent and self._lease_s and time.monotonic() - self._heard > self._lease_s:
+            self._lose(f"silent for {self._lease_s:g} s")
+
+    def _lose(self, reason: str) -> None:
+        self._silent = True
+        self.outbox.clear()
+        self._on_silence(self, reason)
+
+    def _control_in(self, data: bytes) -> None:
+        try:
+            message = wire.decode_gateway_control(data)
+        except wire.DecodeError:
+            log.warning("undecodable message dropped", extra={"gateway": self.endpoint})
+            return
+        self._heard = time.monotonic()
+        self._silent = False
+        if isinstance(message, wire.Welcome):
+            self._welcomed(message)
+        elif isinstance(message, wire.Farewell):
+            self._lose("ended")
+        else:
+            self._on_command(message)
+
+    def _welcomed(self, welcome: wire.Welcome) -> None:
+        """The gateway knows us: connect the data socket where it says, and show ourselves there."""
+        self._lease_s = welcome.lease_s
+        if welcome.data_endpoint != self._data_endpoint:
+            if self._data is not None:
+                self._data.close()
+            self._data_endpoint = welcome.data_endpoint
+            routing_id = wire.identity(self._worker, self._epoch)
+            self._data = Client(self._context, welcome.data_endpoint, routing_id, self._data_in, secret=self._secret)
+            self.outbox.connect(self._data.send)
+        assert self._data is not None
+        self._data.send(wire.encode(wire.Attach(self._worker, self._epoch)))
+
+    def _data_in(self, data: bytes) -> None:
+        try:
+            message = wire.decode_gateway_data(data)
+        except wire.DecodeError:
+            log.warning("undecodable request dropped", extra={"gateway": self.endpoint})
+            return
+        if isinstance(message, wire.Generate):
+            self.last_sid = message.sid
+        self._on_request(self, message)

@@ -1,0 +1,352 @@
+"""Shell. The only `import vllm`: AsyncLLM with vLLM's own OpenAI app in front of it, called in this process without HTTP.
+
+vLLM's serving layer does chat templates, sampling parameters, stop strings, logprobs and rendering; requests reach it through a hand-made ASGI
+scope and its bytes go to the Reply as they come. What this module adds is control over adapters: which version a request sees is set by a
+context variable (PINNED), so that the public name of an adapter may stand for different weights in requests that run at the same time, and
+adapters are loaded and removed only by explicit calls, never in line with a request (vLLM 0.32: an in-line load that fails kills the engine).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from shared.adapters import WEIGHTS_FILE
+from shared.config import LLMConfig
+from shared.errors import ConfigError, EngineFailure, InvalidAdapter
+from worker.engine import Call, EngineFacts, EngineStats, Loaded, Reply
+from worker.vllm_plugin import WORKER_PID_ENV
+
+log = logging.getLogger("loraplex.vllm")
+
+UTILITY_TIMEOUT_S = 300.0  # a utility call waits behind the running step; one that hangs this long never answers (the engine died)
+DEATH_POLL_S = 0.2
+STOP_S = 5.0
+EWMA = 0.2
+
+PINNED: ContextVar[LoRARequest | None] = ContextVar("pinned_adapter", default=None)
+_PATH = re.compile(r"(/[\w.\-]+){2,}")
+
+
+class PinnedAdapters(dict[str, LoRARequest]):
+    """vLLM's table of adapters, answering from the request's own context: the version that was resolved for it, or none."""
+
+    def __contains__(self, name: object) -> bool:
+        return PINNED.get() is not None
+
+    def __getitem__(self, name: str) -> LoRARequest:
+        lora = PINNED.get()
+        if lora is None:
+            raise KeyError(name)
+        return lora
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return PINNED.get() or default
+
+
+class Stats(StatLoggerBase):  # type: ignore[misc]
+    """The few engine figures that heartbeats carry, from each step's statistics."""
+
+    current: Stats | None = None
+
+    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        self.running = self.waiting = 0
+        self.kv_usage = self.step_s = self.prefill_tokens_per_s = 0.0
+        self._last = 0.0
+        Stats.current = self
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0, **_: Any) -> None:
+        now = time.monotonic()
+        if iteration_stats is not None and self._last:
+            took = now - self._last
+            prompt = iteration_stats.num_prompt_tokens
+            if prompt and took > 0:
+                self.prefill_tokens_per_s += EWMA * (prompt / took - self.prefill_tokens_per_s)
+            elif iteration_stats.num_generation_tokens and took < 1.0:
+                self.step_s += EWMA * (took - self.step_s)
+        if scheduler_stats is not None:
+            self.running = scheduler_stats.num_running_reqs
+            self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+            self.kv_usage = scheduler_stats.kv_cache_usage
+        self._last = now if self.running else 0.0
+
+    def log_engine_initialized(self) -> None:
+        return None
+
+
+class VLLMEngine:
+    """AsyncLLM for one model config. Its EngineCore is a child process that dies with this one."""
+
+    def __init__(self, model: LLMConfig) -> None:
+        self._model = model
+        self._args = serve_args(model)
+        self._engine: AsyncLLM | None = None
+        self._app: Any = None
+        self._on_death: Callable[[str], None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        # The kernel's parent-death signal belongs to the thread that forked: this one lives as long as the process.
+        self._boot_thread = ThreadPoolExecutor(1, thread_name_prefix="engine-boot")
+
+    async def start(self) -> EngineFacts:
+        """Boots the engine beside the event loop. Raises ConfigError or EngineFailure with vLLM's own words."""
+        loop = asyncio.get_running_loop()
+        try:
+            self._engine = await loop.run_in_executor(self._boot_thread, self._boot)
+        except Exception as exc:  # vLLM raises whatever its model, platform or kernels raise; all of it means: it did not start
+            raise EngineFailure(f"vLLM did not start: {type(exc).__name__}: {exc}") from exc
+        engine = self._engine
+        assert engine is not None
+        tasks = await engine.get_supported_tasks()
+        self._app = build_app(self._args, tasks, engine.model_config)
+        await init_app_state(engine, self._app.state, self._args, tasks)
+        self._app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler sets it where uvicorn would be told to end
+        models = self._app.state.openai_serving_models
+        base = self._model.model_id
+        models.lora_requests = PinnedAdapters()
+        models.model_name = lambda lora=None: lora.lora_name.rpartition("@")[0] if lora else base
+        await self._warm_up()
+        self._watch = asyncio.create_task(self._watch_engine(), name="engine-watch")
+        config = engine.vllm_config
+        lora = config.lora_config
+        return EngineFacts("vllm", config.scheduler_config.max_num_seqs, lora.max_loras if lora else 0, lora.max_lora_rank if lora else 0)
+
+    async def serve(self, call: Call, reply: Reply) -> None:
+        pinned = lora_request(call.adapter) if call.adapter else None
+        gone = asyncio.Event()
+        # The app runs in a task of its own: cancelling it would leave vLLM's handler running, so it is told of a disconnect instead.
+        bridge = asyncio.create_task(self._bridge(call, pinned, reply, gone), name=f"asgi {call.request_id}")
+        try:
+            await asyncio.shield(bridge)
+        except asyncio.CancelledError:
+            gone.set()
+            with contextlib.suppress(EngineFailure):
+                await bridge
+            raise
+
+    async def load(self, adapter: Loaded) -> None:
+        assert self._engine is not None
+        await asyncio.to_thread(_read_through, adapter.folder / WEIGHTS_FILE)  # the engine's own read then finds the page cache
+        request = lora_request(adapter)
+        try:
+            async with asyncio.timeout(UTILITY_TIMEOUT_S):
+                await self._engine.add_lora(request)
+        except TimeoutError as exc:
+            raise EngineFailure(f"add_lora did not answer within {UTILITY_TIMEOUT_S:g} s") from exc
+        except Exception as exc:  # vLLM raises a plain Exception with the engine's words
+            if self._engine.errored:
+                raise EngineFailure("the engine died while it loaded an adapter") from exc
+            await self.unload(adapter)  # a failed load may leave it registered and half in a slot
+            raise InvalidAdapter(f"The engine refused the adapter: {_without_paths(exc)}") from exc
+
+    async def unload(self, adapter: Loaded) -> None:
+        assert self._engine is not None
+        try:
+            async with asyncio.timeout(UTILITY_TIMEOUT_S):
+                await self._engine.remove_lora(adapter.int_id)
+        except Exception as exc:  # after a failed removal nobody knows what is in the slots
+            raise EngineFailure(f"remove_lora failed: {_without_paths(exc)}") from exc
+
+    def stats(self) -> EngineStats:
+        s = Stats.current
+        if s is None:
+            return EngineStats()
+        return EngineStats(s.running, s.waiting, s.kv_usage, 0, s.prefill_tokens_per_s, s.step_s)
+
+    def died(self, callback: Callable[[str], None]) -> None:
+        self._on_death = callback
+
+    async def stop(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.shutdown, STOP_S)
+
+    # ---- inside -----------------------------------------------------------------------------------------------------------------------
+
+    def _boot(self) -> AsyncLLM:
+        os.environ[WORKER_PID_ENV] = str(os.getpid())
+        start_method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
+        config = AsyncEngineArgs.from_cli_args(self._args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        if current_platform.is_cpu() and config.parallel_config.world_size == 1:
+            # Creating the config has set "spawn"; forking saves the engine 6 to 10 s of imports. On GPUs a fork was seen to hang.
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method or "fork"
+        return AsyncLLM.from_vllm_config(config, stat_loggers=[Stats], disable_log_stats=True)
+
+    async def _bridge(self, call: Call, pinned: LoRARequest | None, reply: Reply, gone: asyncio.Event) -> None:
+        """One request through vLLM's app: body in, `http.response.*` events out to the reply."""
+        PINNED.set(pinned)
+        state: dict[str, Any] = {}
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},  # from 2.4 on Starlette would not listen for the disconnect
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": call.path,
+            "raw_path": call.path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "server": ("worker", 0),
+            "client": ("gateway", 0),
+            "headers": [(b"content-type", b"application/json"), (b"x-request-id", call.request_id.encode())],
+            "state": state,
+        }
+        out = _Answer(reply, state)
+        unread = True
+
+        async def receive() -> dict[str, Any]:
+            nonlocal unread
+            if unread:
+                unread = False
+                return {"type": "http.request", "body": call.body, "more_body": False}
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        assert self._engine is not None
+        try:
+            await self._app(scope, receive, out.send)
+        except Exception as exc:  # Starlette re-raises after it has answered 500; the request failed, not the worker
+            log.warning("request failed in the engine's app", extra={"request": call.request_id, "error": type(exc).__name__})
+        if self._engine.errored:
+            raise EngineFailure("the engine died")
+        if not out.ended and not gone.is_set():
+            out.break_off()
+
+    async def _watch_engine(self) -> None:
+        assert self._engine is not None
+        while not self._engine.errored:  # noqa: ASYNC110 - vLLM has no event for it
+            await asyncio.sleep(DEATH_POLL_S)
+        if self._on_death is not None:
+            self._on_death("EngineCore ended")
+
+    async def _warm_up(self) -> None:
+        """The first request with logprobs compiles a kernel inside the step loop, which would stall every stream: let it be ours."""
+        body = b'{"model":"%b","prompt":[1,1],"max_tokens":2,"temperature":0.5,"seed":1,"logprobs":1}' % self._model.model_id.encode()
+        discard = Discard()
+        await self.serve(Call("/v1/completions", "warm-up", body, None), discard)
+        if discard.status != 200:
+            log.warning("warm-up request was not answered", extra={"status": discard.status})
+
+
+class _Answer:
+    """ASGI `send`: joins the head with the first bytes, and leaves out what the client must not see when the engine dies."""
+
+    __slots__ = ("_begun", "_reply", "_sse", "_state", "_status", "ended")
+
+    def __init__(self, reply: Reply, state: dict[str, Any]) -> None:
+        self._reply, self._state = reply, state
+        self._status, self._sse, self._begun, self.ended = 0, False, False, False
+
+    async def send(self, event: dict[str, Any]) -> None:
+        if event["type"] == "http.response.start":
+            self._status = event["status"]
+            kind = next((v for k, v in event["headers"] if k.lower() == b"content-type"), b"")
+            self._sse = kind.startswith(b"text/event-stream")
+            return
+        data, end = event.get("body", b""), not event.get("more_body", False)
+        if end:
+            self._count()
+            self.ended = True
+        if self._begun:
+            self._reply.more(data, end)
+        elif data or end:
+            self._begun = True
+            self._reply.head(self._status, self._sse, data, end)
+
+    def break_off(self) -> None:
+        """The app gave up without an end."""
+        if self._begun:
+            self._reply.more(b"", True)
+        else:
+            self._reply.head(
+                500, False, b'{"error":{"message":"The engine failed on this request.","type":"server_error","code":"engine_error"}}', True
+            )
+
+    def _count(self) -> None:
+        usage = getattr(self._state.get("request_metadata"), "final_usage_info", None)
+        if usage is not None:
+            self._reply.prompt_tokens = usage.prompt_tokens or 0
+            self._reply.output_tokens = usage.completion_tokens or 0
+
+
+class Discard:
+    """A Reply that keeps only the status."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens = self.output_tokens = self.status = 0
+
+    def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
+        self.status = status
+
+    def more(self, data: bytes, end: bool) -> None:
+        return None
+
+
+def serve_args(model: LLMConfig) -> Any:
+    """The arguments of `vllm serve` for a model config: vLLM's defaults, the config's engine_kwargs, and what Loraplex decides.
+
+    Raises:
+        ConfigError: vLLM refuses the combination.
+    """
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    wanted = {
+        "disable_fastapi_docs": True,
+        "use_tqdm_on_load": False,
+        **model.engine_kwargs,
+        "model": model.model_source,
+        "served_model_name": [model.model_id],
+    }
+    if model.uses_lora:
+        wanted |= {"enable_lora": True, "max_loras": model.max_loras}
+        # Adapters that leave a slot are removed by us, so a CPU tier of vLLM's own would never be used.
+        wanted.setdefault("max_cpu_loras", model.max_loras)
+    for key, value in wanted.items():
+        setattr(args, key, value)
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as exc:
+        raise ConfigError(f"vLLM refuses the engine_kwargs of `{model.model_id}`: {exc}") from exc
+    return args
+
+
+def known_arguments() -> frozenset[str]:
+    """The names that `engine_kwargs` may hold: every argument of `vllm serve`."""
+    return frozenset(vars(make_arg_parser(FlexibleArgumentParser()).parse_args([])))
+
+
+def lora_request(adapter: Loaded) -> LoRARequest:
+    """Name, id and path are unique per version: vLLM compares by name and keys its prefix cache by (name, path)."""
+    return LoRARequest(
+        lora_name=f"{adapter.ref.base}:{adapter.ref.name}@{adapter.ref.digest}", lora_int_id=adapter.int_id, lora_path=str(adapter.folder)
+    )
+
+
+def _read_through(path: Path) -> None:
+    with path.open("rb") as f:
+        while f.read(1 << 20):
+            pass
+
+
+def _without_paths(exc: Exception) -> str:
+    return _PATH.sub("<path>", str(exc).splitlines()[0] if str(exc) else type(exc).__name__)[:500]
