@@ -14,6 +14,7 @@ import uvloop
 
 from shared.config import Settings, engine_kwargs_problems
 from shared.errors import ConfigError, LoraplexError
+from shared.process import follow_parent, read_settings
 
 DESCRIPTION = """\
 Serve many LoRA fine-tunes of one base model behind one OpenAI-compatible endpoint.
@@ -74,9 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(path: str) -> Settings:
-    from shared.config_yaml import load_settings
-
-    settings = load_settings(path)
+    settings = read_settings(path)
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return settings
@@ -96,6 +95,7 @@ def serve(settings: Settings) -> int:
     from gateway.serve import Serve
     from shared import log as logs
 
+    follow_parent()
     logs.set_up("serve", settings.gateway.log_level)
 
     async def run() -> int:

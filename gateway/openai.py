@@ -64,6 +64,8 @@ def parse_head(body: bytes) -> RequestHead:
         raise errors.InvalidRequest(str(exc), param=field) from exc
     except msgspec.MsgspecError as exc:
         raise errors.InvalidRequest(f"The request body is not valid JSON: {exc}", param=None) from exc
+    except RecursionError as exc:
+        raise errors.InvalidRequest("The request body is nested too deeply.") from exc
     except UnicodeDecodeError as exc:
         raise errors.InvalidRequest("The request body is not valid UTF-8.", param=None) from exc
 

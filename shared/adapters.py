@@ -58,7 +58,7 @@ def check_name(name: str) -> None:
 
     A name outside the grammar cannot exist in a store, so it is not found rather than malformed; it never becomes part of a path.
     """
-    if len(name) > MAX_NAME_LENGTH or not all(_SEGMENT.match(s) for s in name.split("/")):
+    if len(name) > MAX_NAME_LENGTH or ".." in name or not all(_SEGMENT.match(s) for s in name.split("/")):
         raise AdapterNotFound(
             f"The adapter name `{name[:MAX_NAME_LENGTH]}` is not valid: use letters, digits, `.`, `_`, `-` and `/`.", param="model"
         )

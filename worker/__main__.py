@@ -47,12 +47,23 @@ VLLM_GPU_ENV = {
 }
 
 
+DEFAULT_SIM_RANK = 64
+DEFAULT_SIM_CONTEXT_TOKENS = 8192
+
+
 def open_engine(model: LLMConfig) -> Engine:
     """The engine that the config names; vLLM is imported only here and only if it is asked for."""
     if model.llm_engine == "sim":
         from worker.sim_engine import SimEngine
 
-        return SimEngine.from_config(model)
+        timing = msgspec.structs.asdict(model.sim)
+        return SimEngine(
+            model.model_id,
+            max_loras=model.max_loras,
+            max_lora_rank=model.engine_kwargs.get("max_lora_rank", DEFAULT_SIM_RANK),
+            max_model_len=model.engine_kwargs.get("max_model_len", DEFAULT_SIM_CONTEXT_TOKENS),
+            **timing,
+        )
     gpu = model.gpus_per_worker > 0 and Path("/dev/nvidiactl").exists()
     for key, value in (VLLM_ENV | (VLLM_GPU_ENV if gpu else VLLM_CPU_ENV)).items():
         os.environ.setdefault(key, value)

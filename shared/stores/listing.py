@@ -1,0 +1,176 @@
+"""Pure. Groups a store's keys into adapters: the folders that hold an `adapter_config.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import msgspec
+
+from shared.adapters import CONFIG_FILE, MAX_NAME_LENGTH, StoredAdapter, StoredFile, check_name
+from shared.errors import AdapterNotFound
+
+DIGEST_HEX_CHARS = 16
+# A PEFT adapter has 2 to 15 files, with a trainer's leftovers some 30; far beyond that the folder is something else.
+MAX_FILES_PER_ADAPTER = 256
+# S3's and GCS's own limit for a key.
+MAX_KEY_CHARS = 1024
+# One folder or file name: 255 is what Linux file systems allow. No leading dot: no hidden files, no `.` and no `..`.
+_SEGMENT = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}"
+_PATH = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*")
+
+
+class Entry(NamedTuple):
+    """One object of a store. `key` is relative to the store's root, with `/` and no leading `/`."""
+
+    key: str
+    size_bytes: int
+    version: str
+
+
+class Skipped(msgspec.Struct, frozen=True):
+    """What a listing left out: keys outside of the grammar (or links out of the root), adapters with too many files; one example."""
+
+    outside_grammar: int = 0
+    too_many_files: int = 0
+    example: str = ""
+
+
+class OutOfOrder(ValueError):
+    """The keys did not come in ascending order."""
+
+
+def valid_path(path: str) -> bool:
+    """Whether a relative path of folders or files keeps to the grammar: letters, digits, `._-`, with `/` between non-hidden segments."""
+    return len(path) <= MAX_KEY_CHARS and ".." not in path and _PATH.fullmatch(path) is not None
+
+
+def valid_name(name: str) -> bool:
+    """Whether an adapter may have this name. A client's string that passes is safe below any root."""
+    try:
+        check_name(name)
+    except AdapterNotFound:
+        return False
+    return valid_path(name)
+
+
+def digest_of(name: str, files: Iterable[StoredFile]) -> str:
+    """16 hex characters over the sorted (path, size, version) of all files, paths taken from the store's root.
+
+    From the root, because two adapters of one family often agree in every file's name and size, and where a build clamps times also in
+    their versions; they must not share a digest.
+    """
+    rows = sorted((f"{name}/{f.path}", f.size_bytes, f.version) for f in files)
+    return hashlib.sha256(msgspec.json.encode(rows)).hexdigest()[:DIGEST_HEX_CHARS]
+
+
+@dataclass(slots=True)
+class _Folder:
+    """A folder whose keys are still arriving. `files` may go to a parent that turns out to be an adapter, so they wait here."""
+
+    path: str
+    is_adapter: bool = False
+    files: list[Entry] = field(default_factory=list)
+
+    def hold(self, entries: Sequence[Entry]) -> None:
+        """One more than an adapter may have is kept, which tells "full" from "too many" and bounds what waits."""
+        self.files.extend(entries[: MAX_FILES_PER_ADAPTER + 1 - len(self.files)])
+
+
+class Grouping:
+    """Turns entries in ascending order of their keys (as S3 and GCS list them) into adapters, each as soon as its folder has ended.
+
+    A file belongs to the nearest enclosing folder that is an adapter; directory markers are ignored. Only the folders on the way to the
+    current key are held, each with at most MAX_FILES_PER_ADAPTER + 1 entries: memory depends on depth, not on the size of the bucket.
+    `skipped` counts what was left out.
+    """
+
+    def __init__(self) -> None:
+        self._open = [_Folder("")]
+        self._last_key = ""
+        self._outside_grammar = 0
+        self._too_many_files = 0
+        self._example = ""
+
+    @property
+    def skipped(self) -> Skipped:
+        return Skipped(outside_grammar=self._outside_grammar, too_many_files=self._too_many_files, example=self._example)
+
+    def add(self, entry: Entry) -> list[StoredAdapter]:
+        """The adapters that this entry shows to be complete.
+
+        Raises:
+            OutOfOrder: the key sorts before the one added last.
+        """
+        if entry.key < self._last_key:
+            raise OutOfOrder("the store's keys are not in ascending order")
+        self._last_key = entry.key
+        if entry.key.endswith("/"):
+            return []
+        if not valid_path(entry.key):
+            self.skip(entry.key)
+            return []
+        path, _, file_name = entry.key.rpartition("/")
+        complete = self._leave(path)
+        self._enter(path)
+        self._open[-1].hold([entry])
+        if file_name == CONFIG_FILE:
+            self._open[-1].is_adapter = True
+        return complete
+
+    def skip(self, key: str) -> None:
+        """Counts an entry that its store cannot show: outside of the grammar, or a link out of the root."""
+        self._outside_grammar += 1
+        self._example = self._example or ascii(key[:MAX_NAME_LENGTH])  # anybody's bytes, on their way to a log
+
+    def finish(self) -> list[StoredAdapter]:
+        """The adapters that were still open at the end of the listing."""
+        return self._leave(None)
+
+    def _enter(self, path: str) -> None:
+        start = len(self._open[-1].path)
+        while len(self._open[-1].path) < len(path):
+            end = path.find("/", start + 1)
+            start = len(path) if end < 0 else end
+            self._open.append(_Folder(path[:start]))
+
+    def _leave(self, path: str | None) -> list[StoredAdapter]:
+        """Closes the open folders that do not lie on the way to `path` (None: all but the root, which has no name and is no adapter)."""
+        complete: list[StoredAdapter] = []
+        while len(self._open) > 1:
+            folder = self._open[-1]
+            if path is not None and (path == folder.path or path.startswith(folder.path + "/")):
+                break
+            self._open.pop()
+            if folder.is_adapter:
+                complete.extend(self._adapter(folder))
+            elif len(self._open) > 1:
+                self._open[-1].hold(folder.files)
+        if len(self._open) == 1:
+            self._open[0] = _Folder("")
+        return complete
+
+    def _adapter(self, folder: _Folder) -> list[StoredAdapter]:
+        if not valid_name(folder.path):
+            self.skip(folder.path)
+            return []
+        if len(folder.files) > MAX_FILES_PER_ADAPTER:
+            self._too_many_files += 1
+            self._example = self._example or ascii(folder.path)
+            return []
+        start = len(folder.path) + 1
+        # Nearly every adapter has the same file names: interned, a thousand of them cost one.
+        files = tuple(StoredFile(sys.intern(e.key[start:]), e.size_bytes, e.version) for e in folder.files)
+        return [StoredAdapter(folder.path, digest_of(folder.path, files), files)]
+
+
+def group(entries: Iterable[Entry]) -> tuple[list[StoredAdapter], Skipped]:
+    """All adapters among entries in any order, and what was left out. Holds all entries: for stores that list in no order."""
+    grouping = Grouping()
+    adapters = [adapter for entry in sorted(entries) for adapter in grouping.add(entry)]
+    adapters += grouping.finish()
+    return adapters, grouping.skipped
