@@ -133,7 +133,7 @@ class API:
                 "queue_ms": _ms(flight.t_start, flight.t_sent),
                 "ttft_ms": _ms(flight.t_start, flight.t_head),
                 "load_ms": round(done.load_s * 1e3, 1) if done else None,
-                "total_ms": _ms(flight.t_start, time.monotonic()),
+                "total_ms": _ms(flight.t_start, flight.t_end),
                 "prompt_tokens": done.prompt_tokens if done else None,
                 "output_tokens": done.output_tokens if done else None,
                 "error": stream.error.code if stream.error else None,

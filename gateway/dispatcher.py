@@ -25,7 +25,6 @@ from shared.errors import EngineFailure, LoraplexError, Overloaded, WorkerUnavai
 from shared.link import Sent
 
 log = logging.getLogger("loraplex.dispatcher")
-clock = time.monotonic
 
 
 class Sink(Protocol):
@@ -52,6 +51,7 @@ class Flight:
         "sid",
         "sink",
         "stored",
+        "t_end",
         "t_head",
         "t_sent",
         "t_start",
@@ -67,8 +67,7 @@ class Flight:
         self.choice: Choice | None = None
         self.place: Place[Flight] | None = None
         self.done: wire.Done | None = None
-        self.t_start = clock()
-        self.t_sent = self.t_head = 0.0
+        self.t_start = self.t_sent = self.t_head = self.t_end = 0.0  # set by the dispatcher, on its clock
 
 
 class Transport(Protocol):
@@ -91,6 +90,7 @@ class Dispatcher:
         welcome: Callable[[], wire.Welcome],
         rng: random.Random,
         max_flights: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.fleet = fleet
         self._policy = policy
@@ -100,6 +100,7 @@ class Dispatcher:
         self._welcome = welcome
         self._rng = rng
         self._max_flights = max_flights
+        self.clock = clock
         self._flights: dict[wire.StreamId, Flight] = {}
         self._open = 0
         self._last_sid = 0
@@ -126,12 +127,13 @@ class Dispatcher:
         Raises:
             Overloaded: too many requests are open, or the queue is full.
         """
+        flight.t_start = self.clock()
         if self._draining:
             raise WorkerUnavailable("This server is shutting down.", retry_after_s=1.0)
         if self._open >= self._max_flights:
             raise Overloaded(f"Too many requests at once (limit {self._max_flights}).", retry_after_s=1.0)
         if not self._dispatch(flight):
-            flight.place = self._admission.offer(flight.base, flight, clock())
+            flight.place = self._admission.offer(flight.base, flight, self.clock())
             if flight.place is None:
                 raise Overloaded("All workers are busy and the queue is full.", retry_after_s=self._retry_after_s(flight.base))
         self._open += 1
@@ -168,7 +170,7 @@ class Dispatcher:
         if beat.protocol != wire.PROTOCOL_VERSION:
             self._metrics.undecodable("protocol")
             return
-        self._apply(self.fleet.beat(beat, clock()), peer)
+        self._apply(self.fleet.beat(beat, self.clock()), peer)
         self._admission.pump(beat.base, self._dispatch)
 
     def on_data(self, peer: bytes, data: bytes) -> None:
@@ -207,7 +209,7 @@ class Dispatcher:
 
     def tick(self) -> None:
         """Leases and queue deadlines; call it a few times per second."""
-        now = clock()
+        now = self.clock()
         self._apply(self.fleet.expire(now), None)
         for flight in self._admission.expire(now):
             self._fail(flight, Overloaded("No worker became free in time.", retry_after_s=self._retry_after_s(flight.base)))
@@ -236,14 +238,14 @@ class Dispatcher:
             lost = self.fleet.unreachable(worker.id, worker.beat.epoch)
             self._apply([lost] if lost else [], None)
         flight.sid, flight.choice, flight.place = sid, choice, None
-        flight.t_sent = clock()
+        flight.t_sent = self.clock()
         flight.life.on(Event.DISPATCHED)
         self._flights[sid] = flight
         self._metrics.dispatched(flight.base, choice.reason)
         return True
 
     def _on_head(self, flight: Flight, flags: int, payload: bytes) -> None:
-        flight.t_head = clock()
+        flight.t_head = self.clock()
         end = bool(flags & wire.END)
         flight.life.on(Event.HEAD)
         flight.sink.head(flags >> wire.STATUS_SHIFT, bool(flags & wire.SSE), payload, end)
@@ -264,7 +266,7 @@ class Dispatcher:
             return
         self._metrics.retries.inc()
         if not self._dispatch(flight):
-            flight.place = self._admission.offer(flight.base, flight, clock())
+            flight.place = self._admission.offer(flight.base, flight, self.clock())
             if flight.place is None:
                 self._fail(flight, error)
 
@@ -303,6 +305,7 @@ class Dispatcher:
         if flight.place is not None:
             self._admission.leave(flight.place)
         self._open -= 1
+        flight.t_end = self.clock()
         self._metrics.finished(flight)
         self._admission.pump(flight.base, self._dispatch)
         self._wake_if_idle()

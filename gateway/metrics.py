@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -65,10 +64,9 @@ class Metrics:
         self._errors.labels(code).inc()
 
     def finished(self, flight: Flight) -> None:
-        now = time.monotonic()
         base = flight.base
         self._requests.labels(base, flight.life.phase.value).inc()
-        self._duration.labels(base).observe(now - flight.t_start)
+        self._duration.labels(base).observe(flight.t_end - flight.t_start)
         if flight.t_sent:
             self._queue.labels(base).observe(flight.t_sent - flight.t_start)
         done = flight.done
