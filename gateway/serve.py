@@ -114,8 +114,15 @@ class Serve:
             facts = self._run_dir / f"g{index}.json"
             await self._until(lambda facts=facts: facts.exists(), child, "the gateway")  # type: ignore[misc]
             self.port = msgspec.json.decode(facts.read_bytes())["port"]
+            self._pin_port()
             self._keep(f"g{index}", child, lambda argv=argv: children.start(argv, {}))  # type: ignore[misc]
         self._say(f"gateway listens on {self._settings.gateway.host}:{self.port}")
+
+    def _pin_port(self) -> None:
+        """Port 0 has become a real one: a gateway that is started again, and its fellows, take the same."""
+        gateway = msgspec.structs.replace(self._settings.gateway, port=self.port)
+        self._settings = msgspec.structs.replace(self._settings, gateway=gateway)
+        write_settings(self._settings, self._run_dir)
 
     async def _until(self, condition: Callable[[], bool], child: Child, what: str) -> None:
         ended = asyncio.ensure_future(child.wait())

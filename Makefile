@@ -1,0 +1,37 @@
+# make demo | make test | make check | make bench-load | make demo-model | make clean
+VENV   ?= .venv
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
+WORKERS ?= 2
+JOBS   ?= 2
+PY      = $(VENV)/bin/python
+
+.PHONY: setup demo test check format bench-load demo-model clean
+
+setup:
+	@deploy/setup.sh $(VENV) dev
+
+# One gateway and WORKERS vLLM workers with the demo model and its adapters, until Ctrl-C.
+demo: setup
+	@VLLM_LOGGING_LEVEL=$${VLLM_LOGGING_LEVEL:-ERROR} exec $(VENV)/bin/loraplex serve examples/demo.yaml --host $(HOST) --port $(PORT) --workers $(WORKERS)
+
+# All tests, the ones on real vLLM included; JOBS processes side by side.
+test: setup
+	@$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+check: setup
+	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy
+
+format: setup
+	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
+
+# The table in README: a gateway and two workers are started, loaded and stopped.
+bench-load: setup
+	@$(PY) -m bench.readme
+
+# Trains the demo model and its adapters again (they are shipped in examples/demo).
+demo-model: setup
+	@$(PY) examples/demo/make_model.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
