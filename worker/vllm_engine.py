@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +36,9 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from shared.adapters import WEIGHTS_FILE
 from shared.config import LLMConfig
 from shared.errors import ConfigError, EngineFailure, InvalidAdapter
+from worker import vllm_patches
 from worker.engine import Call, EngineFacts, EngineStats, Loaded, Reply
-from worker.vllm_plugin import WORKER_PID_ENV
+from worker.vllm_plugin import WORKER_PID_ENV, die_with_parent
 
 log = logging.getLogger("loraplex.vllm")
 
@@ -100,6 +102,10 @@ class VLLMEngine:
 
     def __init__(self, model: LLMConfig) -> None:
         self._model = model
+        # Spawned children of vLLM get both through its plugin hook; forked ones would not, since vLLM remembers that it has run.
+        os.environ[WORKER_PID_ENV] = str(os.getpid())
+        vllm_patches.apply()
+        os.register_at_fork(after_in_child=lambda: die_with_parent(signal.SIGKILL))
         self._args = serve_args(model)
         self._engine: AsyncLLM | None = None
         self._app: Any = None
@@ -185,7 +191,6 @@ class VLLMEngine:
     # ---- inside -----------------------------------------------------------------------------------------------------------------------
 
     def _boot(self) -> AsyncLLM:
-        os.environ[WORKER_PID_ENV] = str(os.getpid())
         start_method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
         config = AsyncEngineArgs.from_cli_args(self._args).create_engine_config(UsageContext.OPENAI_API_SERVER)
         if current_platform.is_cpu() and config.parallel_config.world_size == 1:

@@ -1,4 +1,4 @@
-"""Shell. Runs in every process that vLLM starts (entry point `vllm.general_plugins`): ties its life to its parent's.
+"""Shell. Runs in every process that vLLM starts (entry point `vllm.general_plugins`): ties its life to its parent's, and corrects the kernels.
 
 Without this a worker that is killed leaves EngineCore alive, an orphan that holds the GPU (seen for more than 20 s with vLLM 0.32).
 """
@@ -10,14 +10,19 @@ import os
 import signal
 import sys
 
+from worker import vllm_patches
+
 WORKER_PID_ENV = "LORAPLEX_WORKER_PID"
 _PR_SET_PDEATHSIG = 1
 
 
 def register() -> None:
-    """Asks the kernel to kill this process when its parent ends, unless it is the worker process itself."""
+    """Does nothing in a vLLM that is not ours. The worker process itself outlives its parent until it has drained."""
     worker = os.environ.get(WORKER_PID_ENV)
-    if worker is None or int(worker) == os.getpid():
+    if worker is None:
+        return
+    vllm_patches.apply()
+    if int(worker) == os.getpid():
         return
     die_with_parent(signal.SIGKILL)
 
