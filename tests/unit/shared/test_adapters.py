@@ -26,13 +26,13 @@ def refusal(raw: bytes, max_rank: int = MAX_RANK) -> str:
 # ---- names ------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pirate", "a", "_", "7", "team/pirate", "a.b-c_d", "a..b", "a/b/c/d", "x" * MAX_NAME_LENGTH])
+@pytest.mark.parametrize("name", ["pirate", "a", "_", "7", "team/pirate", "a.b-c_d", "a/b/c/d", "x" * MAX_NAME_LENGTH])
 def test_a_name_in_the_grammar_passes(name: str) -> None:
     check_name(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["", "/", ".", "..", "../etc", "a/../b", "a/./b", "/a", "a/", "a//b", "-rf", "a/-b", ".hidden", "a b", "a\n", "a\r", "\na", "a\0", "é", "a:b", "a\\b", "a*", "x" * 201]
+    "name", ["", "/", ".", "..", "a..b", "../etc", "a/../b", "a/./b", "/a", "a/", "a//b", "-rf", "a/-b", ".hidden", "a b", "a\n", "a\r", "\na", "a\0", "é", "a:b", "a\\b", "a*", "x" * 201]
 )
 def test_a_name_outside_the_grammar_is_not_found(name: str) -> None:
     with pytest.raises(AdapterNotFound) as caught:

@@ -203,6 +203,7 @@ def test_other_ranks_are_refused_with_the_list(rank: int) -> None:
         ({"deployment_config": {"autoscaling_config": {"initial_replicas": 3}}}, "3 is more than max_replicas (1)"),
         ({"deployment_config": {"autoscaling_config": {"initial_replicas": 0}}}, "0 is less than min_replicas (1)"),
         ({"deployment_config": {"autoscaling_config": {"upscale_delay_s": float("nan")}}}, "got nan"),
+        ({"lora_config": {"download_timeout_s": float("inf")}}, "expected a number, got inf"),
         ({"deployment_config": {"backpressure_config": {"status_code": 500}}}, "429 or 503"),
         ({"deployment_config": {"max_replicas": 3}}, "belongs in deployment_config.autoscaling_config"),
         ({"deployment_config": {"max_ongoing_request": 3}}, "did you mean 'max_ongoing_requests'"),

@@ -58,6 +58,7 @@ def test_aliases_and_merge_keys_work_and_own_keys_win() -> None:
         ("a: &a [*a]", "too large or too deep"),
         ("a: &a {<<: *a}", "<< takes a mapping"),
         ("a: {<<: 3}", "<< takes a mapping"),
+        ('a: "\\UFFFFFFFF"', "a malformed number, escape or directive"),
         ("[" * 3000, "nested too deeply"),
         ("a: " + "x" * MAX_CHARS, "is larger than"),
     ],

@@ -48,9 +48,9 @@ def test_what_cannot_work_is_refused(fields: dict[str, Any], part: str) -> None:
     assert part in refusal(**fields)
 
 
-@pytest.mark.parametrize("fields", [{"api_keys_env": "sk-1234"}, {"link": {"secret_env": "sk-1234"}}, {"api_keys_env": ["sk-1234"]}])
+@pytest.mark.parametrize("fields", [{"api_keys_env": "sk-1234"}, {"link": {"secret_env": "sk-1234"}}, {"api_keys_env": 1234}])
 def test_a_pasted_secret_is_not_repeated(fields: dict[str, Any]) -> None:
-    assert "sk-1234" not in refusal(**fields)
+    assert "1234" not in refusal(**fields)
 
 
 @pytest.mark.parametrize("how", [{"secret_env": "LINK_SECRET"}, {"insecure": True}])

@@ -157,6 +157,7 @@ def test_what_a_file_cannot_mean_here_is_refused(text: str, part: str) -> None:
 def test_http_options_say_where_to_listen_unless_the_gateway_section_does() -> None:
     loaded = parse(SMALL + "http_options: {host: 127.0.0.2, port: 8123}\n")
     assert (loaded.gateway.host, loaded.gateway.port, loaded.warnings) == ("127.0.0.2", 8123, ())
+    assert parse(SMALL + "http_options: {port: 8123}\ngateway: {port: null}\n").gateway.port == 8123
     loaded = parse(SMALL + "http_options: {port: 8123}\ngateway: {port: 9000}\n")
     assert loaded.gateway.port == 9000
     assert loaded.warnings == (
