@@ -40,6 +40,7 @@ VLLM_ENV = {
 }
 VLLM_CPU_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the executor runs inside EngineCore: one process and 12 s of boot less
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding asserts more NUMA nodes than tensor parallel ranks; OMP_NUM_THREADS is set instead
     "TORCHDYNAMO_DISABLE": "1",  # the first request with logprobs would otherwise compile for 3 to 24 s inside the step loop
 }
 VLLM_GPU_ENV = {

@@ -326,6 +326,8 @@ def serve_args(model: LLMConfig) -> Any:
         wanted |= {"enable_lora": True, "max_loras": model.max_loras}
         # Adapters that leave a slot are removed by us, so a CPU tier of vLLM's own would never be used.
         wanted.setdefault("max_cpu_loras", model.max_loras)
+    if model.engine_kwargs.get("tensor_parallel_size", 1) * model.engine_kwargs.get("pipeline_parallel_size", 1) > 1:
+        wanted.setdefault("distributed_executor_backend", "worker.vllm_executor.SafeMultiprocExecutor")
     for key, value in wanted.items():
         setattr(args, key, value)
     try:
