@@ -141,12 +141,13 @@ class Session:
     def _welcomed(self, welcome: wire.Welcome) -> None:
         """The gateway knows us: connect the data socket where it says, and show ourselves there."""
         self._lease_s = welcome.lease_s
-        if welcome.data_endpoint != self._data_endpoint:
+        endpoint = _reachable(welcome.data_endpoint, self.endpoint)
+        if endpoint != self._data_endpoint:
             if self._data is not None:
                 self._data.close()
-            self._data_endpoint = welcome.data_endpoint
+            self._data_endpoint = endpoint
             routing_id = wire.identity(self._worker, self._epoch)
-            self._data = Client(self._context, welcome.data_endpoint, routing_id, self._data_in, secret=self._secret)
+            self._data = Client(self._context, endpoint, routing_id, self._data_in, secret=self._secret)
             self.outbox.connect(self._data.send)
         assert self._data is not None
         self._data.send(wire.encode(wire.Attach(self._worker, self._epoch)))
@@ -160,3 +161,9 @@ class Session:
         if isinstance(message, wire.Generate):
             self.last_sid = message.sid
         self._on_request(self, message)
+
+
+def _reachable(data: str, control: str) -> str:
+    """The data endpoint as this host reaches it: a gateway bound to every address (0.0.0.0, [::]) is where its control endpoint was found."""
+    host, _, port = data.removeprefix("tcp://").rpartition(":")
+    return f"{control.rpartition(':')[0]}:{port}" if host in ("0.0.0.0", "[::]", "::", "*") else data
