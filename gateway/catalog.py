@@ -75,9 +75,11 @@ class Catalog:
 
     async def look_again(self, name: str) -> StoredAdapter:
         """Asks the store now, whatever is known: the adapter changed since it was listed."""
-        self._known = {k: v for k, v in self._known.items() if k != name}
-        self._missing.pop(name, None)
-        return await self.find(name)
+        adapter = await self._ask(name)
+        if adapter is None:
+            self._known = {k: v for k, v in self._known.items() if k != name}
+            raise AdapterNotFound(f"The adapter `{name}` of model `{self.base}` does not exist any more.", param="model")
+        return adapter
 
     def _is_missing(self, name: str) -> bool:
         return self._missing.get(name, 0.0) > time.monotonic()

@@ -21,6 +21,7 @@ from gateway.openai import error_event
 from shared.errors import LoraplexError
 
 LAST_CHUNK = b"0\r\n\r\n"
+_PHRASES = {int(status): status.phrase.encode() for status in HTTPStatus}
 
 
 class Sent(web.StreamResponse):
@@ -107,7 +108,7 @@ class ClientStream:
         self.started = True
         framing = b"Transfer-Encoding: chunked\r\n" if self._chunked else b""
         ending = b"" if self._keep_alive else b"Connection: close\r\n"
-        reason = HTTPStatus(self.status).phrase.encode()
+        reason = _PHRASES.get(self.status, b"")
         self._transport.write(
             b"HTTP/1.1 %d %b\r\nContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\nX-Accel-Buffering: no\r\n%b%b%b\r\n%b"
             % (self.status, reason, framing, ending, self._headers(), self._frame(data, end))

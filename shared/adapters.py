@@ -72,7 +72,7 @@ def check_adapter_config(raw: bytes, max_rank: int) -> int:
     """
     try:
         config: Any = msgspec.json.decode(raw)
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise InvalidAdapter(f"{CONFIG_FILE} is not valid JSON: {exc}") from exc
     if not isinstance(config, dict):
         raise InvalidAdapter(f"{CONFIG_FILE} must hold a JSON object")

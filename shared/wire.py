@@ -59,6 +59,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="beat"):
 
     `epoch` grows with every start of the worker, `seq` with every beat of the epoch. `running` and `waiting` count requests of all gateways,
     `yours` those of the receiving gateway alone, `acked` is the highest stream id received from it.
+    Measured seconds, 0 where nothing was measured: a load from disk and from the CPU tier into a slot (what stalls the engine), a fetch from
+    the store to disk; `load_bytes` is the mean size of what the load from disk was measured on.
     """
 
     worker: WorkerId
@@ -82,6 +84,10 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="beat"):
     reason: str = ""
     max_lora_rank: int = 0
     protocol: int = PROTOCOL_VERSION
+    disk_load_s: float = 0.0
+    cpu_load_s: float = 0.0
+    fetch_s: float = 0.0
+    load_bytes: int = 0
 
 
 WorkerControl: TypeAlias = Heartbeat
@@ -193,8 +199,8 @@ decode_gateway_control = msgspec.msgpack.Decoder(GatewayControl).decode
 decode_worker_data = msgspec.msgpack.Decoder(WorkerData).decode
 decode_gateway_data = msgspec.msgpack.Decoder(GatewayData).decode
 
-DecodeError = msgspec.MsgspecError
-"""What any decoder raises: count the message and drop it."""
+DecodeError = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What any decoder raises, for `except`: count the message and drop it."""
 
 
 def identity(worker: WorkerId, epoch: int) -> bytes:

@@ -10,14 +10,16 @@ import itertools
 import logging
 import time
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from shared import wire
+from shared.adapter_checks import AdapterFacts
 from shared.adapters import AdapterRef, StoredAdapter
 from shared.errors import AdapterNotFound, EngineFailure, LoraplexError
 from shared.stores import AdapterStore
-from worker.disk_cache import DiskCache
+from worker.checks import open_validator
+from worker.disk_cache import Check, DiskCache
 from worker.engine import Call, Engine, EngineFacts, Loaded
 from worker.residency import Fetch, Instruction, Load, Reject, Residency, Start
 from worker.session import Session
@@ -90,6 +92,7 @@ class Agent:
         self._numbers = itertools.count(1)
         self._int_ids = itertools.count(1)
         self._stored: dict[AdapterRef, StoredAdapter] = {}
+        self._check: Check = lambda _: AdapterFacts(0, 0, ())  # until the engine has started; nothing is fetched before
         self._load_s = 0.0
         self._engine_busy = asyncio.Lock()
         self._stopping = asyncio.Event()
@@ -126,6 +129,7 @@ class Agent:
     async def _boot(self) -> None:
         try:
             self._facts = await self._engine.start()
+            self._check = (await asyncio.to_thread(open_validator, self._settings.model, self._facts.max_lora_rank)).check
         except LoraplexError as exc:
             log.error("engine did not start: %s", exc.message)
             self.exit_code = 1
@@ -168,6 +172,7 @@ class Agent:
         while True:
             self._beat()
             self._perform(self._residency.tick(clock()))
+            self._cache.keep(self._residency.adapters())
             await asyncio.sleep(self._settings.heartbeat_s)
 
     def _beat(self) -> None:
@@ -258,16 +263,23 @@ class Agent:
                     self._refuse(self._jobs[number], code, message, retryable)
 
     async def _fetch(self, ref: AdapterRef) -> None:
-        came_from = wire.Tier.DISK if self._cache.has(ref) else wire.Tier.REMOTE
+        stored = self._stored.pop(ref, None)
+        came_from = wire.Tier.DISK
         try:
-            stored = self._stored.pop(ref, None) or await self._look_up(ref)
-            assert self._store is not None
-            folder, rank = await self._cache.fetch(ref, stored, self._store, self._settings.download_timeout_s, self._facts.max_lora_rank)
+            cached = await self._cache.open(ref, self._check)  # whatever the store does, what is here is served
+            if cached is None:
+                came_from = wire.Tier.REMOTE
+                start = clock()
+                stored = stored or await self._look_up(ref)
+                assert self._store is not None
+                found_s = clock() - start
+                cached = await self._cache.fetch(ref, stored, self._store, self._check)
+                log.info("adapter fetched", extra={"adapter": str(ref), "bytes": cached.size_bytes, "find_s": found_s, **asdict(cached.times)})
         except LoraplexError as exc:
             log.warning("adapter not fetched", extra={"adapter": str(ref), "code": exc.code, "reason": exc.message})
             self._perform(self._residency.failed(ref, exc.code, exc.message, exc.retryable, clock()))
             return
-        loaded = Loaded(ref, next(self._int_ids), folder, rank, stored.size_bytes)
+        loaded = Loaded(ref, next(self._int_ids), cached.folder, cached.facts.rank, cached.size_bytes)
         self._perform(self._residency.fetched(loaded, came_from, clock()))
 
     async def _look_up(self, ref: AdapterRef) -> StoredAdapter:
@@ -303,6 +315,8 @@ class Agent:
     def _start(self, job: Job, adapter: Loaded | None) -> None:
         job.started = clock()
         job.task = self._spawn(self._run(job, adapter), f"call {job.message.sid}")
+        # Not in a `finally` of the task: one that is cancelled before its first step never gets there.
+        job.task.add_done_callback(lambda _: self._forget(job))
 
     async def _run(self, job: Job, adapter: Loaded | None) -> None:
         """One request in the engine. Ends its job whatever happens."""
@@ -314,8 +328,6 @@ class Agent:
             if not reply.begun:
                 job.session.outbox.refuse(wire.Refused(message.sid, exc.code, exc.message, True))
             self._on_engine_death(exc.message)
-        finally:
-            self._forget(job)
 
     def _refuse(self, job: Job, code: str, message: str, retryable: bool) -> None:
         job.session.outbox.refuse(wire.Refused(job.message.sid, code, message, retryable))

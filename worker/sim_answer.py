@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
@@ -112,8 +111,8 @@ _KINDS: dict[str, tuple[_Decoder, str, str]] = {
 }
 
 
-def read_request(call: Call, base: str, max_model_len: int) -> Answer:
-    """The answer that the call is due.
+def read_request(call: Call, base: str, max_model_len: int, created: int) -> Answer:
+    """The answer that the call is due; `created` is the time in seconds that it will carry.
 
     Raises:
         InvalidRequest: malformed, or more than the model's context; `param` names the field. RouteNotFound: no such path.
@@ -129,7 +128,7 @@ def read_request(call: Call, base: str, max_model_len: int) -> Answer:
     adapter = call.adapter
     name, digest = (adapter.ref.name, adapter.ref.digest) if adapter is not None else ("-", "-")
     model = request.model or (f"{base}:{name}" if adapter is not None else base)
-    head = {"id": f"{prefix}-{call.request_id}", "object": kind, "created": int(time.time()), "model": model}
+    head = {"id": f"{prefix}-{call.request_id}", "object": kind, "created": created, "model": model}
     return Answer(request, head, f"[base={base} adapter={name} digest={digest}]", prompt_tokens, max_tokens)
 
 

@@ -76,7 +76,7 @@ class SimEngine:
         assert adapter is None or adapter in self._uses, f"{adapter} is not loaded"
         self._check_alive()
         try:
-            answer = read_request(call, self._base, self._max_model_len)
+            answer = read_request(call, self._base, self._max_model_len, int(time.time()))
         except (InvalidRequest, RouteNotFound) as exc:
             reply.head(404 if isinstance(exc, RouteNotFound) else 400, False, error_body(exc), True)
             return

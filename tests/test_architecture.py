@@ -1,0 +1,176 @@
+"""The rules that keep the rooms apart, read off the source with `ast`: who may import whom, and what a pure module may do."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("gateway", "worker", "shared")
+
+DOORS = {
+    "zmq": {"shared/link.py"},
+    "vllm": {"worker/zygote.py", *(p.relative_to(ROOT).as_posix() for p in ROOT.glob("worker/vllm_*.py"))},
+    "aiobotocore": {"shared/stores/s3.py"},
+    "botocore": {"shared/stores/s3.py"},
+    "gcloud": {"shared/stores/gcs.py"},
+    "aiohttp": {
+        "gateway/api.py",
+        "gateway/__main__.py",
+        "gateway/stream.py",
+        "gateway/serve.py",
+        "shared/stores/s3.py",
+        "shared/stores/gcs.py",
+    },
+    "prometheus_client": {p.relative_to(ROOT).as_posix() for package in PACKAGES for p in ROOT.glob(f"{package}/**/metrics.py")},
+    "yaml": {"shared/config_document.py"},
+}
+"""Third parties with one door, and the modules that are that door."""
+
+PURE_THIRD_PARTIES = {"msgspec"}
+IMPURE = {"asyncio", "time", "logging", "socket", "subprocess", "threading", "multiprocessing", "signal", "selectors", "secrets", "uuid"}
+RANDOM_TYPES = {"Random"}
+"""Chance is an argument: a pure module may name the type of a generator, and never draw from the module's own."""
+
+# Each entry is (module, what it imports) and has its reason beside it.
+ALLOWED = {
+    ("shared/config_document.py", "yaml"): "parsing a text is pure, and YAML has one door",
+}
+
+
+class Module:
+    """One source file, parsed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.relative_to(ROOT).as_posix()
+        self.name = self.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        self.package = self.name.partition(".")[0]
+        self.tree = ast.parse(path.read_text(encoding="utf-8"), self.path)
+        self.kind = (ast.get_docstring(self.tree) or "").split(".")[0]
+
+    def imports(self, typing_too: bool = True) -> Iterator[tuple[int, str]]:
+        """(line, dotted name) of every import, those inside functions too; of `from a import b` both `a` and `a.b`."""
+        skipped = set() if typing_too else {id(n) for block in self._typing_blocks() for n in ast.walk(block)}
+        for node in ast.walk(self.tree):
+            if id(node) in skipped:
+                continue
+            if isinstance(node, ast.Import):
+                yield from ((node.lineno, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{self.path}:{node.lineno}: imports are absolute here"
+                assert node.module is not None
+                yield node.lineno, node.module
+                yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+    def _typing_blocks(self) -> Iterator[ast.If]:
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+                yield node
+
+
+MODULES = [Module(p) for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))]
+BY_NAME = {m.name: m for m in MODULES}
+every = pytest.mark.parametrize("module", MODULES, ids=lambda m: m.path)
+every_pure = pytest.mark.parametrize("module", [m for m in MODULES if m.kind == "Pure"], ids=lambda m: m.path)
+
+
+def test_there_is_something_to_check() -> None:
+    assert {m.package for m in MODULES} == set(PACKAGES) and len(MODULES) > 20
+
+
+@every
+def test_a_module_says_in_its_first_line_whether_it_is_pure_or_a_shell(module: Module) -> None:
+    assert module.kind in ("Pure", "Shell")
+
+
+@every
+def test_gateway_and_worker_never_import_each_other_and_shared_imports_neither(module: Module) -> None:
+    foreign = {"gateway": {"worker"}, "worker": {"gateway"}, "shared": {"gateway", "worker"}}[module.package]
+    found = [f"{module.path}:{line}: {name}" for line, name in module.imports() if name.partition(".")[0] in foreign]
+    assert not found
+
+
+@every
+def test_the_product_never_imports_tests_or_bench(module: Module) -> None:
+    assert not [name for _, name in module.imports() if name.partition(".")[0] in ("tests", "bench", "examples")]
+
+
+@every
+def test_every_third_party_comes_in_by_its_one_door(module: Module) -> None:
+    found = [
+        f"{module.path}:{line}: {name}"
+        for line, name in module.imports()
+        if module.path not in DOORS.get(name.partition(".")[0], {module.path})
+    ]
+    assert not found
+
+
+@every_pure
+def test_a_pure_module_never_waits(module: Module) -> None:
+    waits = (ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith)
+    protocols = {id(n) for c in ast.walk(module.tree) if isinstance(c, ast.ClassDef) and _is_protocol(c) for n in ast.walk(c)}
+    found = [n.lineno for n in ast.walk(module.tree) if isinstance(n, waits) and id(n) not in protocols]
+    assert not found, f"{module.path}: lines {found}"
+
+
+@every_pure
+def test_a_pure_module_imports_no_clock_no_chance_no_log_and_no_socket(module: Module) -> None:
+    found = [f"{module.path}:{line}: {name}" for line, name in module.imports() if name.partition(".")[0] in IMPURE]
+    assert not found
+
+
+@every_pure
+def test_a_pure_module_draws_from_no_generator_but_the_one_it_is_given(module: Module) -> None:
+    found = [f"{module.path}:{n.lineno}" for n in ast.walk(module.tree) if isinstance(n, ast.ImportFrom) and n.module == "random"]
+    for node in ast.walk(module.tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "random"
+            and node.attr not in RANDOM_TYPES
+        ):
+            found.append(f"{module.path}:{node.lineno}: random.{node.attr}")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("random.Random", "print", "open", "input", "eval", "exec"):
+            found.append(f"{module.path}:{node.lineno}: {ast.unparse(node.func)}()")
+    assert not found
+
+
+@every_pure
+def test_a_pure_module_imports_only_pure_ones(module: Module) -> None:
+    found = []
+    names = list(module.imports(typing_too=False))
+    for line, name in names:
+        root = name.partition(".")[0]
+        if root in PACKAGES:
+            target = BY_NAME.get(name)
+            if (
+                target is not None
+                and target.path.endswith("__init__.py")
+                and any(n in BY_NAME for at, n in names if at == line and n != name)
+            ):
+                continue  # `from package import module` asks the package for nothing but the module
+            if target is not None and target.kind != "Pure" and (module.path, name) not in ALLOWED:
+                found.append(f"{module.path}:{line}: {name} is a shell")
+        elif root not in sys.stdlib_module_names and root not in PURE_THIRD_PARTIES and (module.path, root) not in ALLOWED:
+            found.append(f"{module.path}:{line}: {name}")
+    assert not found
+
+
+@pytest.mark.parametrize("path", sorted({path for doors in DOORS.values() for path in doors}))
+def test_a_door_that_is_named_exists(path: str) -> None:
+    assert (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize(("path", "name"), sorted(ALLOWED))
+def test_an_exception_that_is_allowed_is_still_made(path: str, name: str) -> None:
+    module = next((m for m in MODULES if m.path == path), None)
+    assert module is not None and name in {n for _, n in module.imports()}
+
+
+def _is_protocol(node: ast.ClassDef) -> bool:
+    """A protocol may name what waits: its methods have no body."""
+    return any(ast.unparse(base).startswith("Protocol") for base in node.bases)

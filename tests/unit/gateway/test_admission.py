@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from gateway.admission import Admission, Place
+
+TIMEOUT_S = 5.0
+
+
+def test_items_leave_first_in_first_out() -> None:
+    queue: Admission[str] = Admission(10, TIMEOUT_S)
+    for item in "abc":
+        queue.offer("tiny", item, 0.0)
+    taken: list[str] = []
+    queue.pump("tiny", lambda item: not taken.append(item))  # type: ignore[func-returns-value]
+    assert taken == ["a", "b", "c"] and len(queue) == 0 and queue.bases() == []
+
+
+def test_the_pump_stops_at_the_first_item_that_is_declined_and_keeps_it_at_the_head() -> None:
+    queue: Admission[str] = Admission(10, TIMEOUT_S)
+    for item in "abc":
+        queue.offer("tiny", item, 0.0)
+    asked: list[str] = []
+
+    def only_a(item: str) -> bool:
+        asked.append(item)
+        return item == "a"
+
+    queue.pump("tiny", only_a)
+    assert asked == ["a", "b"] and queue.depth("tiny") == 2
+    queue.pump("tiny", only_a)
+    assert asked == ["a", "b", "b"]
+
+
+def test_base_models_queue_apart_but_share_the_bound() -> None:
+    queue: Admission[str] = Admission(2, TIMEOUT_S)
+    assert queue.offer("tiny", "a", 0.0) and queue.offer("big", "b", 0.0)
+    assert queue.offer("tiny", "c", 0.0) is None
+    taken: list[str] = []
+    queue.pump("big", lambda item: not taken.append(item))  # type: ignore[func-returns-value]
+    assert taken == ["b"] and queue.depth("tiny") == 1 and queue.depth("big") == 0
+    assert queue.offer("tiny", "c", 0.0) is not None
+
+
+def test_a_queue_of_no_places_takes_nothing() -> None:
+    queue: Admission[str] = Admission(0, TIMEOUT_S)
+    assert queue.offer("tiny", "a", 0.0) is None and len(queue) == 0
+
+
+def test_leaving_frees_the_place_once_and_no_more() -> None:
+    queue: Admission[str] = Admission(1, TIMEOUT_S)
+    place = queue.offer("tiny", "a", 0.0)
+    assert place is not None
+    queue.leave(place)
+    queue.leave(place)
+    assert len(queue) == 0
+    other = queue.offer("tiny", "b", 0.0)
+    assert other is not None
+    queue.leave(place)
+    assert queue.depth("tiny") == 1
+
+
+def test_equal_items_have_places_of_their_own() -> None:
+    queue: Admission[str] = Admission(3, TIMEOUT_S)
+    first, second = queue.offer("tiny", "a", 0.0), queue.offer("tiny", "a", 0.0)
+    assert first is not None and second is not None
+    queue.leave(first)
+    assert queue.depth("tiny") == 1
+
+
+def test_an_item_is_late_exactly_when_its_time_is_over() -> None:
+    queue: Admission[str] = Admission(10, TIMEOUT_S)
+    queue.offer("tiny", "a", 0.0)
+    queue.offer("tiny", "b", 1.0)
+    queue.offer("big", "c", 0.5)
+    assert queue.expire(TIMEOUT_S - 0.001) == []
+    assert queue.expire(TIMEOUT_S) == ["a"]
+    assert sorted(queue.expire(TIMEOUT_S + 1.0)) == ["b", "c"]
+    assert queue.expire(100.0) == [] and len(queue) == 0 and queue.bases() == []
+
+
+def test_an_item_that_leaves_while_the_queue_is_pumped_is_not_offered() -> None:
+    queue: Admission[str] = Admission(10, TIMEOUT_S)
+    places = [queue.offer("tiny", item, 0.0) for item in "abc"]
+    offered: list[str] = []
+
+    def dispatch(item: str) -> bool:
+        offered.append(item)
+        if item == "a" and places[1] is not None:
+            queue.leave(places[1])  # its client left while the link was busy with "a"
+        return True
+
+    queue.pump("tiny", dispatch)
+    assert offered == ["a", "c"]
+
+
+def test_a_pump_inside_a_pump_offers_no_item_twice() -> None:
+    queue: Admission[str] = Admission(10, TIMEOUT_S)
+    for item in "abc":
+        queue.offer("tiny", item, 0.0)
+    taken: list[str] = []
+
+    def dispatch(item: str) -> bool:
+        if item == "a" and "a" not in taken:
+            taken.append("a")
+            queue.pump("tiny", dispatch)  # giving "a" away freed a place, and whoever freed it pumps
+            return True
+        taken.append(item)
+        return True
+
+    queue.pump("tiny", dispatch)
+    assert sorted(taken) == ["a", "b", "c"]
+    assert len(queue) == 0
+
+
+class AdmissionMachine(RuleBasedStateMachine):
+    """Against two plain lists."""
+
+    @initialize(size=st.integers(0, 5))
+    def start(self, size: int) -> None:
+        self.size = size
+        self.queue: Admission[int] = Admission(size, TIMEOUT_S)
+        self.model: dict[str, list[Place[int]]] = {"tiny": [], "big": []}
+        self.gone: list[Place[int]] = []
+        self.now = 0.0
+        self.count = 0
+
+    @rule(base=st.sampled_from(["tiny", "big"]))
+    def offer(self, base: str) -> None:
+        self.count += 1
+        place = self.queue.offer(base, self.count, self.now)
+        assert (place is not None) == (sum(map(len, self.model.values())) < self.size)
+        if place is not None:
+            self.model[base].append(place)
+
+    @precondition(lambda self: any(self.model.values()))
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        place = data.draw(st.sampled_from([p for places in self.model.values() for p in places]))
+        self.queue.leave(place)
+        self.model[place.base].remove(place)
+        self.gone.append(place)
+
+    @precondition(lambda self: self.gone)
+    @rule()
+    def leave_again(self) -> None:
+        self.queue.leave(self.gone[-1])
+
+    @rule(base=st.sampled_from(["tiny", "big"]), room=st.integers(0, 3))
+    def pump(self, base: str, room: int) -> None:
+        taken: list[int] = []
+
+        def dispatch(item: int) -> bool:
+            if len(taken) == room:
+                return False
+            taken.append(item)
+            return True
+
+        self.queue.pump(base, dispatch)
+        assert taken == [p.item for p in self.model[base][:room]]
+        del self.model[base][:room]
+
+    @rule(seconds=st.sampled_from([0.0, 1.0, 3.0]))
+    def expire(self, seconds: float) -> None:
+        self.now += seconds
+        late = [p.item for places in self.model.values() for p in places if p.deadline <= self.now]
+        assert sorted(self.queue.expire(self.now)) == sorted(late)
+        for base, places in self.model.items():
+            self.model[base] = [p for p in places if p.item not in late]
+
+    @invariant()
+    def counts_agree(self) -> None:
+        if hasattr(self, "queue"):
+            assert len(self.queue) == sum(map(len, self.model.values())) <= self.size
+            assert {b: self.queue.depth(b) for b in self.model} == {b: len(p) for b, p in self.model.items()}
+            assert set(self.queue.bases()) == {b for b, p in self.model.items() if p}
+
+
+TestAdmissionMachine = AdmissionMachine.TestCase

@@ -1,0 +1,303 @@
+"""Shell. The disk tier over real folders: two caches with one root stand for two processes (flock tells them apart by descriptor)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from shared.adapter_checks import AdapterFacts
+from shared.adapters import AdapterRef, StoredAdapter, StoredFile
+from shared.errors import AdapterNotFound, InvalidAdapter, StoreUnavailable
+from shared.stores import transfer as transfer_module
+from shared.stores.local import LocalStore
+from shared.stores.objects import Trouble, unavailable
+from shared.stores.transfer import Pace
+from tests.store_servers import LocalPlace
+from worker.disk_cache import DiskCache
+
+PART = 64 * 1024
+WEIGHTS = "adapter_model.safetensors"
+pytestmark = pytest.mark.usefixtures("small_parts")
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer_module, "PART_BYTES", PART)
+
+
+class WatchedStore(LocalStore):
+    """A folder that notes what is read of it, and can be made to hang or to fail after a number of reads."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.asked: list[tuple[str, int]] = []
+        self.limit = 10**9
+        self.failure: Exception | None = None
+        self.at_limit, self.go = asyncio.Event(), asyncio.Event()
+
+    @asynccontextmanager
+    async def _stream(self, adapter_name: str, file: StoredFile, offset: int, length: int) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+        if len(self.asked) >= self.limit:
+            self.at_limit.set()
+            if self.failure is not None:
+                raise self.failure
+            await self.go.wait()
+        self.asked.append((file.path, offset))
+        async with super()._stream(adapter_name, file, offset, length) as chunks:
+            yield chunks
+
+
+class Host:
+    """A store folder and a cache folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.place = LocalPlace(folder / "store")
+        self.root = folder / "cache"
+        self.checked: list[Path] = []
+
+    def cache(self, budget_bytes: int = 0, stall_s: float = 5.0, tries: int = 1) -> DiskCache:
+        return DiskCache(self.root, budget_bytes, Pace(stall_s, tries))
+
+    def store(self) -> WatchedStore:
+        return WatchedStore(str(self.place.folder))
+
+    def put(self, name: str, weights: bytes) -> None:
+        self.place.put(f"{name}/adapter_config.json", b'{"r": 8}')
+        self.place.put(f"{name}/{WEIGHTS}", weights)
+
+    def check(self, folder: Path) -> AdapterFacts:
+        self.checked.append(folder)
+        if (folder / WEIGHTS).read_bytes().startswith(b"bad"):
+            raise InvalidAdapter("It is bad.", "nonfinite")
+        return AdapterFacts(8, 0, ())
+
+    async def look_up(self, name: str) -> tuple[AdapterRef, StoredAdapter]:
+        stored = await self.store().find(name)
+        assert stored is not None
+        return AdapterRef("base", name, stored.digest), stored
+
+    def files(self, kind: str) -> list[Path]:
+        return [path for path in (self.root / kind).rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+async def test_what_was_fetched_is_served_without_the_store(host: Host) -> None:
+    weights = os.urandom(5 * PART + 123)
+    host.put("a", weights)
+    ref, stored = await host.look_up("a")
+    first = await host.cache().fetch(ref, stored, host.store(), host.check)
+    assert (first.folder / WEIGHTS).read_bytes() == weights and first.size_bytes == stored.size_bytes and first.facts.rank == 8
+    later = await host.cache().open(ref, host.check)
+    assert later is not None and later.folder == first.folder and later.content == first.content
+    assert host.files("partial") == host.files("trash") == []
+
+
+async def test_equal_content_has_an_equal_hash_whatever_its_version(host: Host) -> None:
+    weights = os.urandom(PART)
+    host.put("a", weights)
+    cache = host.cache()
+    before = await cache.fetch(*await host.look_up("a"), host.store(), host.check)
+    host.put("a", weights)
+    after = await cache.fetch(*await host.look_up("a"), host.store(), host.check)
+    assert before.folder != after.folder and before.content == after.content
+
+
+async def test_of_two_processes_only_one_downloads(host: Host) -> None:
+    host.put("a", os.urandom(3 * PART))
+    ref, stored = await host.look_up("a")
+    stores = [host.store(), host.store()]
+    fetched = await asyncio.gather(*(host.cache().fetch(ref, stored, store, host.check) for store in stores))
+    assert sorted(len(store.asked) for store in stores) == [0, 4] and fetched[0].folder == fetched[1].folder
+
+
+async def test_who_waits_takes_over_from_a_download_that_dies_and_fetches_only_the_rest(host: Host) -> None:
+    weights = os.urandom(6 * PART)
+    host.put("a", weights)
+    ref, stored = await host.look_up("a")
+    first, second = host.store(), host.store()
+    first.limit = 4
+    dying = asyncio.create_task(host.cache().fetch(ref, stored, first, host.check))
+    await first.at_limit.wait()
+    waiting = asyncio.create_task(host.cache().fetch(ref, stored, second, host.check))
+    async with asyncio.timeout(10):
+        while len([p for p in host.files("partial") if p.name == "journal" and p.read_bytes().count(b"\n") > 1]) < 1:
+            await asyncio.sleep(0.001)
+        assert not waiting.done()
+        dying.cancel()
+        got = await waiting
+    assert (got.folder / WEIGHTS).read_bytes() == weights
+    assert 0 < len(second.asked) < 7
+
+
+async def test_a_part_that_was_damaged_while_it_lay_there_is_fetched_again(host: Host) -> None:
+    weights = os.urandom(4 * PART)
+    host.put("a", weights)
+    ref, stored = await host.look_up("a")
+    cut = host.store()
+    cut.limit, cut.failure = 4, unavailable(Trouble.UNREACHABLE)
+    with pytest.raises(StoreUnavailable):
+        await host.cache().fetch(ref, stored, cut, host.check)
+    (half,) = [path for path in host.files("partial") if path.name == WEIGHTS]
+    half.write_bytes(b"\1" * half.stat().st_size)
+    got = await host.cache().fetch(ref, stored, host.store(), host.check)
+    assert (got.folder / WEIGHTS).read_bytes() == weights
+
+
+async def test_a_fetch_that_got_nothing_leaves_nothing(host: Host) -> None:
+    host.put("a", b"x")
+    ref, stored = await host.look_up("a")
+    down = host.store()
+    down.limit, down.failure = 0, unavailable(Trouble.UNREACHABLE)
+    cache = host.cache()
+    with pytest.raises(StoreUnavailable):
+        await cache.fetch(ref, stored, down, host.check)
+    cache.close()
+    assert not host.cache().has(ref)
+    async with asyncio.timeout(5):
+        while any((host.root / "partial").iterdir()):
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "manifest", "symlink"])
+@pytest.mark.parametrize("same_process", [True, False])
+async def test_a_damaged_entry_is_never_served_and_comes_back_whole(host: Host, harm: str, same_process: bool) -> None:
+    weights = os.urandom(3 * PART)
+    host.put("a", weights)
+    ref, stored = await host.look_up("a")
+    cache = host.cache()
+    path = (await cache.fetch(ref, stored, host.store(), host.check)).folder / WEIGHTS
+    match harm:
+        case "flip":
+            with path.open("r+b") as handle:
+                handle.seek(PART + 7)
+                handle.write(bytes([weights[PART + 7] ^ 1]))
+        case "truncate":
+            os.truncate(path, PART)
+        case "remove":
+            path.unlink()
+        case "manifest":
+            (path.parent.parent / "manifest").write_bytes(b"{")
+        case "symlink":
+            path.rename(path.with_name("other"))
+            path.symlink_to("other")
+    cache = cache if same_process else host.cache()
+    assert await cache.open(ref, host.check) is None
+    again = await cache.fetch(ref, stored, host.store(), host.check)
+    assert (again.folder / WEIGHTS).read_bytes() == weights
+
+
+async def test_a_process_hashes_and_validates_an_entry_once(host: Host) -> None:
+    host.put("a", os.urandom(PART))
+    ref, stored = await host.look_up("a")
+    cache = host.cache()
+    await cache.fetch(ref, stored, host.store(), host.check)
+    for _ in range(3):
+        await cache.open(ref, host.check)
+    assert len(host.checked) == 1
+    await host.cache().open(ref, host.check)
+    assert len(host.checked) == 2
+
+
+async def test_the_quota_holds_and_who_is_in_use_in_any_process_stays(host: Host) -> None:
+    for name in "abcd":
+        host.put(name, os.urandom(2 * PART))
+    budget = 7 * PART  # three adapters
+    mine, other = host.cache(budget), host.cache(budget)
+    refs = {name: await host.look_up(name) for name in "abcd"}
+    await mine.fetch(*refs["a"], host.store(), host.check)
+    await other.fetch(*refs["b"], host.store(), host.check)
+    await mine.fetch(*refs["c"], host.store(), host.check)
+    mine.keep([refs["a"][0]])
+    await other.fetch(*refs["d"], host.store(), host.check)
+    assert {name for name in "abcd" if mine.has(refs[name][0])} == {"a", "b", "d"}
+
+
+async def test_a_cache_full_of_adapters_in_use_says_503_and_keeps_no_half_download(host: Host) -> None:
+    for name in "ab":
+        host.put(name, os.urandom(2 * PART))
+    cache = host.cache(3 * PART)
+    await cache.fetch(*await host.look_up("a"), host.store(), host.check)
+    with pytest.raises(StoreUnavailable, match="in use") as caught:
+        await cache.fetch(*await host.look_up("b"), host.store(), host.check)
+    assert caught.value.retry_after_s and list((host.root / "partial").iterdir()) == []
+    cache.keep(())
+    await cache.fetch(*await host.look_up("b"), host.store(), host.check)
+
+
+async def test_what_the_last_process_left_half_done_goes_before_whole_adapters(host: Host) -> None:
+    for name in "abc":
+        host.put(name, os.urandom(3 * PART))
+    cache = host.cache(8 * PART)
+    a, b = await host.look_up("a"), await host.look_up("b")
+    await cache.fetch(*a, host.store(), host.check)
+    cache.keep(())
+    cut = host.store()
+    cut.limit, cut.failure = 2, unavailable(Trouble.UNREACHABLE)
+    with pytest.raises(StoreUnavailable):
+        await cache.fetch(*b, cut, host.check)
+    await cache.fetch(*await host.look_up("c"), host.store(), host.check)
+    assert cache.has(a[0]) and list((host.root / "partial").iterdir()) == []
+
+
+async def test_an_adapter_larger_than_the_quota_is_the_adapters_fault(host: Host) -> None:
+    host.put("a", os.urandom(2 * PART))
+    with pytest.raises(InvalidAdapter, match="bytes"):
+        await host.cache(PART).fetch(*await host.look_up("a"), host.store(), host.check)
+
+
+async def test_an_invalid_version_is_fetched_once_and_the_next_version_again(host: Host) -> None:
+    host.put("a", b"bad" + bytes(PART))
+    cache, store = host.cache(), host.store()
+    ref, stored = await host.look_up("a")
+    for _ in range(3):
+        with pytest.raises(InvalidAdapter, match="bad"):
+            await cache.fetch(ref, stored, store, host.check)
+    assert len(store.asked) == 3 and not cache.has(ref)
+    host.put("a", b"good")
+    assert (await cache.fetch(*await host.look_up("a"), store, host.check)).facts.rank == 8
+
+
+async def test_a_version_that_left_the_store_is_not_found_and_leaves_nothing(host: Host) -> None:
+    host.put("a", b"old")
+    ref, stored = await host.look_up("a")
+    host.put("a", b"new!")
+    with pytest.raises(AdapterNotFound):
+        await host.cache().fetch(ref, stored, host.store(), host.check)
+    async with asyncio.timeout(5):
+        while any((host.root / "partial").iterdir()):
+            await asyncio.sleep(0.001)
+
+
+async def test_a_stuck_download_is_given_up_after_the_stall_time(host: Host) -> None:
+    host.put("a", b"x")
+    stuck = host.store()
+    stuck.limit = 0
+    with pytest.raises(StoreUnavailable, match="too slow"):
+        async with asyncio.timeout(5):
+            await host.cache(stall_s=0.2, tries=2).fetch(*await host.look_up("a"), stuck, host.check)
+    assert stuck.at_limit.is_set()
+
+
+async def test_many_stuck_downloads_delay_no_other_one(host: Host) -> None:
+    names = [f"stuck{i}" for i in range(20)]
+    for name in [*names, "quick"]:
+        host.put(name, os.urandom(8 * PART))
+    cache, stuck = host.cache(), host.store()
+    stuck.limit = 0
+    hanging = [asyncio.create_task(cache.fetch(*await host.look_up(name), stuck, host.check)) for name in names]
+    await stuck.at_limit.wait()
+    async with asyncio.timeout(4):
+        await cache.fetch(*await host.look_up("quick"), host.store(), host.check)
+    assert not any(task.done() for task in hanging)
+    for task in hanging:
+        task.cancel()
+    await asyncio.gather(*hanging, return_exceptions=True)

@@ -1,0 +1,523 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from shared.adapters import AdapterRef
+from shared.wire import Tier
+from worker.engine import Loaded
+from worker.residency import FAILED_FOR_S, MAX_FAILED, SLOT_PATIENCE_S, Fetch, Instruction, Load, Reject, Residency, Stage, Start
+
+A, B, C, D, E = (AdapterRef("tiny", name, "d") for name in "abcde")
+
+
+def on_disk(adapter: AdapterRef) -> Loaded:
+    return Loaded(adapter, ord(adapter.name[0]), Path("/nowhere"), 8, 1000)
+
+
+def resident(residency: Residency, request: int, adapter: AdapterRef, now: float = 0.0) -> None:
+    """Brings the adapter into a slot for a request that keeps running."""
+    assert residency.want(request, adapter, now) == [Fetch(adapter)]
+    assert residency.fetched(on_disk(adapter), Tier.REMOTE, now) == [Load(on_disk(adapter), None)]
+    assert residency.loaded(adapter, now) == [Start(request, on_disk(adapter), Tier.REMOTE)]
+
+
+def in_line(residency: Residency, request: int, adapter: AdapterRef, now: float = 0.0) -> None:
+    assert residency.want(request, adapter, now) == [Fetch(adapter)]
+    assert residency.fetched(on_disk(adapter), Tier.REMOTE, now) == []
+
+
+def stage(residency: Residency, adapter: AdapterRef) -> Stage | None:
+    entry = residency._entries.get(adapter)
+    return entry.stage if entry else None
+
+
+# ---- the plain way ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_waits_for_fetch_and_load_and_the_next_one_starts_at_once() -> None:
+    residency = Residency(1)
+    resident(residency, 1, A)
+    assert residency.want(2, A, 0.0) == [Start(2, on_disk(A), Tier.GPU)]
+    assert residency.waiting == 0
+
+
+def test_requests_that_come_while_the_adapter_is_on_its_way_share_one_fetch_and_one_load() -> None:
+    residency = Residency(1)
+    assert residency.want(1, A, 0.0) == [Fetch(A)]
+    assert residency.want(2, A, 0.0) == []
+    assert residency.fetched(on_disk(A), Tier.DISK, 0.0) == [Load(on_disk(A), None)]
+    assert residency.want(3, A, 0.0) == []
+    assert residency.waiting == 3
+    assert residency.loaded(A, 0.0) == [Start(r, on_disk(A), Tier.DISK) for r in (1, 2, 3)]
+
+
+def test_fetches_run_side_by_side_and_loads_one_after_the_other() -> None:
+    residency = Residency(3)
+    assert [residency.want(i, ref, 0.0) for i, ref in enumerate((A, B, C))] == [[Fetch(A)], [Fetch(B)], [Fetch(C)]]
+    assert residency.fetched(on_disk(B), Tier.REMOTE, 0.0) == [Load(on_disk(B), None)]
+    assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == []
+    assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == []
+    assert residency.loaded(B, 0.0) == [Start(1, on_disk(B), Tier.REMOTE), Load(on_disk(C), None)]
+    assert residency.loaded(C, 0.0) == [Start(2, on_disk(C), Tier.REMOTE), Load(on_disk(A), None)]
+
+
+def test_the_idle_adapter_that_was_used_longest_ago_makes_room_and_is_named() -> None:
+    residency = Residency(2)
+    resident(residency, 1, A)
+    resident(residency, 2, B)
+    residency.finish(1, 0.0)
+    residency.finish(2, 0.0)
+    residency.want(3, A, 0.0)
+    residency.finish(3, 0.0)
+    assert residency.want(4, C, 0.0) == [Fetch(C)]
+    assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == [Load(on_disk(C), on_disk(B))]
+
+
+def test_an_adapter_with_a_running_request_is_not_evicted_and_its_end_makes_room() -> None:
+    residency = Residency(1)
+    resident(residency, 1, A)
+    in_line(residency, 2, B)
+    assert residency.finish(1, 0.0) == [Load(on_disk(B), on_disk(A))]
+
+
+def test_a_request_that_leaves_the_line_takes_its_adapter_with_it() -> None:
+    residency = Residency(1)
+    resident(residency, 1, A)
+    in_line(residency, 2, B)
+    in_line(residency, 3, C)
+    assert residency.finish(2, 0.0) == []
+    assert stage(residency, B) is None
+    assert residency.finish(1, 0.0) == [Load(on_disk(C), on_disk(A))]
+
+
+def test_a_request_that_leaves_during_the_fetch_leaves_nothing_to_load() -> None:
+    residency = Residency(1)
+    residency.want(1, A, 0.0)
+    assert residency.finish(1, 0.0) == []
+    assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == []
+    assert stage(residency, A) is None and residency.want(2, A, 0.0) == [Fetch(A)]
+
+
+def test_a_request_that_leaves_during_the_load_is_not_started() -> None:
+    residency = Residency(1)
+    residency.want(1, A, 0.0)
+    residency.fetched(on_disk(A), Tier.REMOTE, 0.0)
+    assert residency.finish(1, 0.0) == []
+    assert residency.loaded(A, 0.0) == []
+    assert stage(residency, A) is Stage.RESIDENT
+
+
+def test_an_end_that_is_told_twice_counts_once() -> None:
+    residency = Residency(1)
+    resident(residency, 1, A)
+    residency.want(2, A, 0.0)
+    residency.finish(1, 0.0)
+    assert residency.finish(1, 0.0) == [] and residency.finish(99, 0.0) == []
+    assert residency.slots.uses(A) == 1
+
+
+def test_requests_for_a_victim_wait_in_line_behind_those_who_were_there_before() -> None:
+    residency = Residency(1)
+    resident(residency, 1, A)
+    in_line(residency, 2, B)
+    in_line(residency, 3, C)
+    residency.finish(1, 0.0)
+    assert residency.want(4, A, 0.0) == []
+    assert residency.unloaded(A, 0.0) == []
+    assert residency.loaded(B, 0.0) == [Start(2, on_disk(B), Tier.REMOTE)]
+    assert residency.finish(2, 0.0) == [Load(on_disk(C), on_disk(B))]
+    residency.unloaded(B, 0.0)
+    residency.loaded(C, 0.0)
+    assert residency.finish(3, 0.0) == [Load(on_disk(A), on_disk(C))]
+    residency.unloaded(C, 0.0)
+    assert residency.loaded(A, 0.0) == [Start(4, on_disk(A), Tier.DISK)]
+
+
+# ---- failures ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_fetch_is_told_to_all_who_wait_and_not_tried_again_before_its_time() -> None:
+    residency = Residency(1)
+    residency.want(1, A, 0.0)
+    residency.want(2, A, 0.0)
+    told = residency.failed(A, "store_unavailable", "down", True, 10.0)
+    assert told == [Reject(r, "store_unavailable", "down", True) for r in (1, 2)]
+    almost = 10.0 + FAILED_FOR_S - 0.001
+    assert residency.want(3, A, almost) == [Reject(3, "store_unavailable", "down", True)]
+    assert residency.want(4, A, 10.0 + FAILED_FOR_S) == [Fetch(A)]
+    assert residency.waiting == 1
+
+
+def test_a_failed_load_gives_its_slot_to_the_next_in_line() -> None:
+    residency = Residency(1)
+    residency.want(1, A, 0.0)
+    residency.fetched(on_disk(A), Tier.REMOTE, 0.0)
+    in_line(residency, 2, B)
+    assert residency.failed(A, "invalid_adapter", "rank", False, 0.0) == [
+        Reject(1, "invalid_adapter", "rank", False),
+        Load(on_disk(B), None),
+    ]
+
+
+def test_a_failed_load_after_an_eviction_leaves_a_free_slot() -> None:
+    residency = Residency(1)
+    resident(residency, 1, A)
+    residency.finish(1, 0.0)
+    residency.want(2, B, 0.0)
+    assert residency.fetched(on_disk(B), Tier.REMOTE, 0.0) == [Load(on_disk(B), on_disk(A))]
+    residency.unloaded(A, 0.0)
+    assert residency.failed(B, "invalid_adapter", "rank", False, 0.0) == [Reject(2, "invalid_adapter", "rank", False)]
+    assert len(residency.slots) == 0
+    assert residency.want(3, A, 0.0) == [Fetch(A)]
+    assert residency.fetched(on_disk(A), Tier.DISK, 0.0) == [Load(on_disk(A), None)]
+
+
+def test_a_failure_of_one_version_is_none_of_another() -> None:
+    residency = Residency(1)
+    residency.want(1, A, 0.0)
+    residency.failed(A, "invalid_adapter", "rank", False, 0.0)
+    newer = AdapterRef("tiny", "a", "d2")
+    assert residency.want(2, newer, 0.0) == [Fetch(newer)]
+
+
+def test_the_memory_of_failures_is_bounded_and_forgets_the_oldest() -> None:
+    residency = Residency(1)
+    refs = [AdapterRef("tiny", f"x{i}", "d") for i in range(MAX_FAILED + 1)]
+    for i, ref in enumerate(refs):
+        residency.want(i, ref, 0.0)
+        residency.failed(ref, "invalid_adapter", "rank", False, 0.0)
+    assert len(residency._failed) == MAX_FAILED
+    assert residency.want(-1, refs[0], 0.0) == [Fetch(refs[0])]
+    assert isinstance(residency.want(-2, refs[1], 0.0)[0], Reject)
+
+
+# ---- patience ---------------------------------------------------------------------------------------------------------------------------
+
+
+def starving(now: float = 0.0) -> Residency:
+    """One slot, in use by request 1; request 2 for B waits since `now`."""
+    residency = Residency(1)
+    resident(residency, 1, A)
+    in_line(residency, 2, B, now)
+    return residency
+
+
+def test_patience_ends_exactly_when_it_says() -> None:
+    residency = starving()
+    residency.tick(SLOT_PATIENCE_S - 0.001)
+    assert stage(residency, A) is Stage.RESIDENT
+    residency.tick(SLOT_PATIENCE_S)
+    assert stage(residency, A) is Stage.CLOSING
+
+
+def test_a_closing_adapter_lets_nobody_new_in_and_goes_with_its_last_request() -> None:
+    residency = starving()
+    residency.want(3, A, 0.0)
+    residency.tick(SLOT_PATIENCE_S)
+    assert residency.want(4, A, SLOT_PATIENCE_S) == []
+    assert residency.finish(1, 3.0) == []
+    assert residency.finish(3, 3.0) == [Load(on_disk(B), on_disk(A))]
+    residency.unloaded(A, 3.0)
+    assert residency.loaded(B, 3.0) == [Start(2, on_disk(B), Tier.REMOTE)]
+    assert residency.finish(2, 3.0) == [Load(on_disk(A), on_disk(B))]
+
+
+def test_a_closing_adapter_reopens_and_its_waiters_start_when_the_line_empties() -> None:
+    residency = starving()
+    residency.tick(SLOT_PATIENCE_S)
+    assert residency.want(3, A, 2.0) == []
+    assert residency.finish(2, 2.0) == [Start(3, on_disk(A), Tier.GPU)]
+    assert stage(residency, A) is Stage.RESIDENT
+    assert residency.want(4, A, 2.0) == [Start(4, on_disk(A), Tier.GPU)]
+
+
+def test_a_closing_adapter_reopens_when_another_slot_served_the_line() -> None:
+    residency = Residency(2)
+    resident(residency, 1, A)
+    resident(residency, 2, B)
+    in_line(residency, 3, C)
+    residency.tick(SLOT_PATIENCE_S)
+    assert stage(residency, A) is Stage.CLOSING
+    assert residency.want(4, A, 2.0) == []
+    assert residency.finish(2, 2.0) == [Load(on_disk(C), on_disk(B))]
+    residency.unloaded(B, 2.0)
+    assert residency.loaded(C, 2.0) == [Start(3, on_disk(C), Tier.REMOTE), Start(4, on_disk(A), Tier.GPU)]
+
+
+def test_only_one_slot_closes_at_a_time_and_it_is_the_one_longest_without_a_new_request() -> None:
+    residency = Residency(2)
+    resident(residency, 1, A)
+    resident(residency, 2, B)
+    residency.want(3, A, 0.0)
+    in_line(residency, 4, C)
+    in_line(residency, 5, D)
+    for now in (2.0, 3.0, 10.0):
+        residency.tick(now)
+    assert (stage(residency, A), stage(residency, B)) == (Stage.RESIDENT, Stage.CLOSING)
+
+
+def test_a_pinned_adapter_never_closes() -> None:
+    residency = starving()
+    residency.slots.pin(A)
+    residency.tick(100.0)
+    assert stage(residency, A) is Stage.RESIDENT
+
+
+def test_nothing_closes_while_nobody_waits_for_a_slot() -> None:
+    residency = Residency(1)
+    resident(residency, 1, A)
+    residency.want(2, B, 0.0)  # not fetched yet
+    residency.tick(100.0)
+    assert stage(residency, A) is Stage.RESIDENT
+
+
+# ---- heartbeats -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_beat_says_of_each_stage() -> None:
+    residency = Residency(1)
+    resident(residency, 1, A)
+    residency.want(2, A, 0.0)
+    in_line(residency, 3, B, 1.0)
+    residency.want(4, C, 1.0)
+    states = {s.name: s for s in residency.states(1.5, load_s=2.0)}
+    assert (states["a"].tier, states["a"].loading, states["a"].in_flight, states["a"].eta_s) == (Tier.GPU, False, 2, 0.0)
+    assert (states["b"].tier, states["b"].loading, states["b"].in_flight, states["b"].eta_s) == (Tier.DISK, True, 1, 1.5)
+    assert (states["c"].tier, states["c"].loading, states["c"].rank) == (Tier.REMOTE, True, 0)
+    residency.finish(1, 2.0)
+    residency.finish(2, 2.0)
+    assert {s.name for s in residency.states(2.0, 2.0)} == {"b", "c"}, "a victim on its way out is not offered to gateways"
+
+
+# ---- anything, in any order -------------------------------------------------------------------------------------------------------------
+
+REFS = [A, B, C, D, E]
+
+
+class ResidencyMachine(RuleBasedStateMachine):
+    """Drives Residency as the agent does, with an engine and a store that answer in any order, fail and are cancelled at any time.
+
+    `engine` is what a real engine would hold: it breaks the test if it gets more adapters than slots, or loses one that is in use.
+    """
+
+    @initialize(slots=st.integers(1, 3))
+    def start(self, slots: int) -> None:
+        self.size = slots
+        self.residency = Residency(slots)
+        self.now = 0.0
+        self.count = 0
+        self.wants: dict[int, AdapterRef] = {}
+        self.running: dict[int, AdapterRef] = {}
+        self.told: dict[int, str] = {}
+        self.fetching: list[AdapterRef] = []
+        self.load: Load | None = None
+        self.load_phase = ""
+        self.engine: set[AdapterRef] = set()
+        self.failed_at: dict[AdapterRef, float] = {}
+        self.closing_since: dict[AdapterRef, float] = {}
+
+    def perform(self, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Fetch(adapter):
+                    assert adapter not in self.fetching and adapter not in self.engine
+                    assert self.now >= self.failed_at.get(adapter, -100.0) + FAILED_FOR_S, "tried again too early"
+                    self.fetching.append(adapter)
+                case Load(adapter, evict):
+                    assert self.load is None, "two loads at once"
+                    assert adapter.ref not in self.engine
+                    if evict is not None:
+                        assert evict.ref in self.engine
+                        assert evict.ref not in self.running.values(), "evicted while in use"
+                    assert len(self.engine) + 1 - (evict is not None) <= self.size
+                    self.load, self.load_phase = instruction, "unload" if evict is not None else "load"
+                case Start(request, adapter, _):
+                    assert self.wants.pop(request) == adapter.ref
+                    assert adapter.ref in self.engine and not (self.load and self.load.evict and self.load.evict.ref == adapter.ref)
+                    self.tell(request, "start")
+                    self.running[request] = adapter.ref
+                case Reject(request):
+                    adapter_wanted = self.wants.pop(request)
+                    assert self.now < self.failed_at[adapter_wanted] + FAILED_FOR_S
+                    self.tell(request, "reject")
+                    # The agent forgets the job, which tells residency once more.
+                    self.perform(self.residency.finish(request, self.now))
+
+    def tell(self, request: int, what: str) -> None:
+        assert request not in self.told, f"request {request} was told {self.told[request]} and then {what}"
+        self.told[request] = what
+
+    @rule(adapters=st.lists(st.sampled_from(REFS), min_size=1, max_size=4))
+    def requests_come(self, adapters: list[AdapterRef]) -> None:
+        for adapter in adapters:
+            self.a_request_comes(adapter)
+
+    @rule()
+    def all_fetches_end_well(self) -> None:
+        while self.fetching:
+            adapter = self.fetching.pop(0)
+            self.perform(self.residency.fetched(on_disk(adapter), Tier.REMOTE, self.now))
+
+    def a_request_comes(self, adapter: AdapterRef) -> None:
+        self.count += 1
+        self.wants[self.count] = adapter
+        self.perform(self.residency.want(self.count, adapter, self.now))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def a_running_request_ends(self, data: st.DataObject) -> None:
+        self.end(data.draw(st.sampled_from(sorted(self.running))))
+
+    @precondition(lambda self: self.wants)
+    @rule(data=st.data())
+    def a_waiting_request_is_cancelled(self, data: st.DataObject) -> None:
+        self.end(data.draw(st.sampled_from(sorted(self.wants))))
+
+    def end(self, request: int) -> None:
+        if self.running.pop(request, None) is None:
+            del self.wants[request]
+            self.tell(request, "cancelled")
+        self.perform(self.residency.finish(request, self.now))
+
+    @precondition(lambda self: self.fetching)
+    @rule(data=st.data(), ok=st.sampled_from([True, True, False]), came_from=st.sampled_from([Tier.DISK, Tier.REMOTE]))
+    def a_fetch_ends(self, data: st.DataObject, ok: bool, came_from: Tier) -> None:
+        adapter = data.draw(st.sampled_from(self.fetching))
+        self.fetching.remove(adapter)
+        if ok:
+            self.perform(self.residency.fetched(on_disk(adapter), came_from, self.now))
+        else:
+            self.fail(adapter)
+
+    @precondition(lambda self: self.load is not None)
+    @rule(ok=st.sampled_from([True, True, False]))
+    def the_load_goes_on(self, ok: bool) -> None:
+        assert self.load is not None
+        load = self.load
+        if self.load_phase == "unload":
+            assert load.evict is not None
+            assert load.evict.ref not in self.running.values(), "unloaded while in use"
+            self.engine.remove(load.evict.ref)
+            self.load_phase = "load"
+            self.perform(self.residency.unloaded(load.evict.ref, self.now))
+            return
+        self.load = None
+        if ok:
+            self.engine.add(load.adapter.ref)
+            assert len(self.engine) <= self.size
+            self.perform(self.residency.loaded(load.adapter.ref, self.now))
+        else:
+            self.fail(load.adapter.ref)
+
+    def fail(self, adapter: AdapterRef) -> None:
+        self.failed_at[adapter] = self.now
+        self.perform(self.residency.failed(adapter, "invalid_adapter", "no", False, self.now))
+
+    @rule(seconds=st.sampled_from([0.0, 0.7, SLOT_PATIENCE_S, FAILED_FOR_S]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.perform(self.residency.tick(self.now))
+
+    @invariant()
+    def slots_are_never_overcommitted_and_nobody_waits_for_a_free_one(self) -> None:
+        if not hasattr(self, "residency"):
+            return
+        residency = self.residency
+        loading = {self.load.adapter.ref} if self.load else set()
+        assert len(self.engine | loading) <= self.size + (self.load_phase == "unload" and self.load is not None)
+        assert len(residency.slots) <= self.size
+        assert residency.waiting == len(self.wants)
+        assert {r: residency._users[r] for r in residency._users} == self.running
+        for adapter in REFS:
+            assert residency.slots.uses(adapter) == list(self.running.values()).count(adapter)
+            assert adapter in self.engine or adapter not in self.running.values()
+        if self.load is None:
+            idle = [a for a in self.engine if a not in self.running.values()]
+            in_line_ = [a for a in REFS if stage(residency, a) is Stage.CACHED]
+            assert not in_line_ or (len(self.engine) == self.size and not idle), "somebody waits for a slot that could be given"
+        for ref in self.wants.values():
+            assert stage(residency, ref) is not Stage.RESIDENT, "a request waits for an adapter that is there"
+            assert ref in self.fetching or stage(residency, ref) in (Stage.CACHED, Stage.LOADING, Stage.CLOSING, Stage.UNLOADING)
+        closing = [a for a in REFS if stage(residency, a) is Stage.CLOSING]
+        assert len(closing) <= 1
+        assert len(residency._entries) <= len(self.engine) + len(self.wants) + len(self.fetching) + 2, "an entry was left behind"
+        residency.states(self.now, 1.0)
+
+    def settle(self) -> None:
+        """Store and engine answer everything that is open, well."""
+        for _ in range(100):
+            if self.fetching:
+                adapter = self.fetching.pop(0)
+                self.perform(self.residency.fetched(on_disk(adapter), Tier.DISK, self.now))
+            elif self.load is not None:
+                self.the_load_goes_on(ok=True)
+            else:
+                return
+        raise AssertionError("it never settles")
+
+    def teardown(self) -> None:
+        if not hasattr(self, "residency"):
+            return
+        self.settle()
+        self.everybody_gets_a_slot_in_the_end()
+        while self.running:
+            self.end(min(self.running))
+            self.settle()
+        assert not self.wants and self.residency.waiting == 0
+        assert sorted(self.told) == list(range(1, self.count + 1)), "somebody was never told"
+        assert not [a for a in REFS if stage(self.residency, a) not in (None, Stage.RESIDENT)], "something hangs"
+
+    def everybody_gets_a_slot_in_the_end(self) -> None:
+        """Requests for resident adapters never stop coming, running ones end, time passes: those who wait now are all served."""
+        patient = set(self.wants)
+        for _ in range(4 * len(REFS)):
+            if not patient & self.wants.keys():
+                return
+            self.now += SLOT_PATIENCE_S
+            running = sorted(self.running)
+            for adapter in sorted(self.engine, key=str):
+                self.a_request_comes(adapter)
+            self.perform(self.residency.tick(self.now))
+            for request in running:
+                self.end(request)
+                self.settle()
+        raise AssertionError(f"requests {patient & self.wants.keys()} starve")
+
+
+TestResidencyMachine = ResidencyMachine.TestCase
+TestResidencyMachine.settings = settings(max_examples=150)  # three slots and a line take some luck
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_a_busy_adapter_cannot_starve_the_others(slots: int) -> None:
+    """Every slot always has a running request and new ones keep coming for what is resident: a cold adapter is served within two patiences."""
+    residency = Residency(slots)
+    busy = [AdapterRef("tiny", f"busy{i}", "d") for i in range(slots)]
+    for i, ref in enumerate(busy):
+        residency.want(i, ref, 0.0)
+        residency.fetched(Loaded(ref, i, Path("/nowhere"), 8, 0), Tier.DISK, 0.0)
+        residency.loaded(ref, 0.0)
+    running = dict(enumerate(busy))
+    in_line(residency, 1000, C, 0.0)
+    number, now = slots, 0.0
+    while now < 2 * SLOT_PATIENCE_S:
+        now += 0.25
+        instructions = residency.tick(now)
+        for ref in busy:  # one more comes before the oldest ends: never idle by itself
+            number += 1
+            for instruction in residency.want(number, ref, now):
+                assert isinstance(instruction, Start)
+                running[number] = ref
+        for ref in busy:
+            oldest = next((r for r, a in running.items() if a == ref), None)
+            if oldest is not None:
+                del running[oldest]
+                instructions += residency.finish(oldest, now)
+        if any(isinstance(i, Load) and i.adapter.ref == C for i in instructions):
+            return
+    raise AssertionError("the cold adapter never got a slot")
