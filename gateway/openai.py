@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from gateway.routing import Candidate
 from shared import errors
 from shared.adapters import check_name
 
@@ -104,7 +105,36 @@ def error_event(error: errors.LoraplexError) -> bytes:
 
 def from_refusal(code: str, message: str) -> errors.LoraplexError:
     """The error that a worker named by its code."""
+    general, _, reason = code.partition(f"{errors.InvalidAdapter.code}_")
+    if reason and not general:
+        return errors.InvalidAdapter(message, reason)
     return _BY_CODE.get(code, errors.EngineFailure)(message)
+
+
+PREFIX_BYTES = 512
+"""Of the prompt, for prefix affinity: a system prompt's first hundred tokens tell conversations with different ones apart."""
+
+
+def prefix_hash(digest: str, body: bytes) -> int:
+    """Of the adapter's digest and the first bytes after the body's first prompt or message; 0 if there is none."""
+    starts = [at for mark in (b'"messages"', b'"prompt"') if (at := body.find(mark)) >= 0]
+    return hash((digest, body[min(starts) : min(starts) + PREFIX_BYTES])) or 1 if starts else 0
+
+
+def candidate(found: Candidate) -> dict[str, object]:
+    """One worker of an explanation."""
+    t = found.terms
+    terms = {"queue": t.queue_s, "slot": t.slot_s, "load": t.load_s, "stall": t.stall_s, "evict": t.evict_s, "prefix": -t.prefix_s}
+    return {
+        "worker": found.worker.id,
+        "eligible": found.eligible,
+        "note": found.note,
+        "tier": found.tier.name.lower(),
+        "load": found.worker.load,
+        "open_slots": found.worker.open_slots,
+        "cost_ms": round(t.total_s * 1e3, 2),
+        "terms_ms": {name: round(s * 1e3, 2) for name, s in terms.items()},
+    }
 
 
 def model_card(model_id: str, created: int, parent: str | None = None, root: str | None = None) -> dict[str, object]:

@@ -15,9 +15,13 @@ from shared.config_section import Finding, Section, shown
 
 Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: any free one
 
+RoutingPolicy = Literal["expected-ttft", "ray", "residency-p2c", "p2c", "least-loaded", "round-robin", "random", "ray-strict"]
+"""What gateway/policies.py makes; docs/ROUTING.md says which to choose."""
+
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\s/:@\[\]]+):(?P<port>[0-9]{1,5})")
 _MIB = 1 << 20
+_GIB = 1 << 30
 _BEATS_PER_LEASE = 3  # losing any one heartbeat must change nothing but time
 _KEYS_HINT = (
     "keys do not belong in this file; name a variable in api_keys_env (comma-separated keys) or a file in api_keys_file (one per line)"
@@ -65,7 +69,10 @@ class LinkConfig(Section, frozen=True, kw_only=True):
 
 
 class GatewayConfig(Section, frozen=True, kw_only=True):
-    """One gateway. `state_dir` holds cached adapters and sockets; `processes` share one port."""
+    """One gateway. `state_dir` holds cached adapters and sockets; `processes` share one port.
+
+    `disk_cache_bytes` bounds the cached adapters of this machine, of all its workers together; 0: as much as the disk holds.
+    """
 
     REFUSED: ClassVar[Mapping[str, str]] = {"api_keys": _KEYS_HINT, "api_key": _KEYS_HINT}
     SECRET: ClassVar[frozenset[str]] = frozenset({"api_keys_env"})
@@ -87,7 +94,8 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     heartbeat_s: Seconds = 0.1
     link: LinkConfig = msgspec.field(default_factory=LinkConfig)
     state_dir: Text = "~/.cache/loraplex"
-    routing_policy: Text = "residency-p2c"
+    disk_cache_bytes: Annotated[int, Meta(ge=0)] = 50 * _GIB  # some 2,000 adapters of 26 MiB, and a quarter of a usual node disk
+    routing_policy: RoutingPolicy = "expected-ttft"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     slow_reader_bytes: Positive = _MIB
 

@@ -12,7 +12,7 @@ class LoraplexError(Exception):
     `retry_after_s` is set where waiting helps.
     """
 
-    code: ClassVar[str] = "internal_error"
+    code: str = "internal_error"
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
@@ -59,9 +59,15 @@ class AdapterNotFound(LoraplexError):
 
 
 class InvalidAdapter(LoraplexError):
-    """The adapter exists but cannot be served: wrong format, rank, shapes or base model."""
+    """The adapter exists but cannot be served: wrong format, rank, shapes or base model. `reason` is one word that makes the code specific."""
 
     code = "invalid_adapter"
+
+    def __init__(self, message: str, reason: str = "", *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message, param=param, retry_after_s=retry_after_s)
+        self.reason = reason
+        if reason:
+            self.code = f"{InvalidAdapter.code}_{reason}"
 
 
 class StoreUnavailable(LoraplexError):

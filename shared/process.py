@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,3 +55,15 @@ def on_stop_signals(stop: Callable[[str], None]) -> None:
     loop = asyncio.get_running_loop()
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, stop, sig.name)
+
+
+def count_gpus() -> int:
+    """NVIDIA devices that this process may use: those of CUDA_VISIBLE_DEVICES, else all that the driver shows."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([v for v in visible.split(",") if v.strip()])
+    devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if devices or shutil.which("nvidia-smi") is None:
+        return devices
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)  # containers may hide the device files
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())

@@ -21,8 +21,9 @@ from shared import log as logs
 from shared.config import LLMConfig, Settings
 from shared.errors import ConfigError, LoraplexError
 from shared.link import open_context, secret_from_env
-from shared.process import follow_parent, on_stop_signals, read_settings
+from shared.process import count_gpus, follow_parent, on_stop_signals, read_settings
 from shared.stores import open_store
+from shared.stores.transfer import Pace
 from worker.agent import Agent
 from worker.disk_cache import DiskCache
 from worker.engine import Engine
@@ -65,7 +66,7 @@ def open_engine(model: LLMConfig) -> Engine:
             max_model_len=model.engine_kwargs.get("max_model_len", DEFAULT_SIM_CONTEXT_TOKENS),
             **timing,
         )
-    gpu = model.gpus_per_worker > 0 and Path("/dev/nvidiactl").exists()
+    gpu = model.gpus_per_worker > 0 and count_gpus() > 0
     for key, value in (VLLM_ENV | (VLLM_GPU_ENV if gpu else VLLM_CPU_ENV)).items():
         os.environ.setdefault(key, value)
     try:
@@ -82,7 +83,8 @@ async def serve(settings: WorkerSettings) -> int:
     context = open_context()
     secret = secret_from_env(settings.secret_env)
     sessions = [Session(context, endpoint, settings.worker, settings.epoch, secret) for endpoint in settings.gateways]
-    cache = DiskCache(settings.state_dir / "adapters", settings.disk_budget_bytes)
+    pace = Pace(settings.download_timeout_s, settings.max_download_tries)
+    cache = DiskCache(settings.state_dir / "adapters", settings.disk_cache_bytes, pace)
     async with contextlib.AsyncExitStack() as stack:
         store = None
         if model.adapters_path is not None and model.lora_config is not None:
@@ -117,7 +119,9 @@ def worker_settings(settings: Settings, model_id: str | None, worker: str | None
         heartbeat_s=g.heartbeat_s,
         drain_s=g.drain_s,
         capacity=max_ongoing if max_ongoing < 1_000_000 else 0,
+        disk_cache_bytes=g.disk_cache_bytes,
         download_timeout_s=model.lora_config.download_timeout_s if model.lora_config else None,
+        max_download_tries=model.lora_config.max_download_tries if model.lora_config else 1,
     )
 
 

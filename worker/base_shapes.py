@@ -48,7 +48,7 @@ def _read_config(source: str, revision: str | None) -> dict[str, Any]:
         path = found
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError) as exc:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise ConfigError(f"The {CONFIG} of the base model `{source}` cannot be read: {exc}") from exc
 
 

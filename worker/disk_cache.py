@@ -1,122 +1,300 @@
-"""Shell. Adapters on this host's disk: one folder per version, written aside and renamed, so that a half-written one is never seen.
+"""Shell. Adapters on this host's disk, shared by all its workers: one download per version and host, nothing served that was not hashed.
 
-The folder's name is a hash of (base, name, digest), never a client's string. Folders are immutable and shared by the workers of the host; a
-worker that loses the race to create one uses the winner's. Beyond the byte budget the folders that were used longest ago go, but none that a
-worker may be about to load.
+What a process serves it has either downloaded itself (hashed as it came) or hashed in full at its own first use; afterwards one `lstat` per
+file tells whether somebody wrote to it. The full hash costs 0.6 ms per MiB, once per process, on bytes that the engine is about to read anyway;
+it finds what no cheaper check does: a disk that lied about a sync, a bit that flipped, a person who edited a file.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-import os
-import shutil
 import time
-import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeAlias, TypeVar
 
-from shared.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterRef, StoredAdapter, check_adapter_config
+from shared.adapter_checks import AdapterFacts
+from shared.adapters import AdapterRef, StoredAdapter
 from shared.errors import InvalidAdapter, StoreUnavailable
 from shared.stores import AdapterStore
+from shared.stores.objects import Trouble, unavailable
+from shared.stores.transfer import GRACE_S, Lanes, Pace, Part, PartId, Transfer
+from worker import disk_layout as layout
+from worker.disk_layout import FILES, Grip, Journal, Stamp, grip, key_of
+from worker.disk_shelf import Shelf
 
 log = logging.getLogger("loraplex.disk_cache")
+clock = time.monotonic
 
-YOUNG_S = 120.0  # a folder used within this time is never evicted: some worker may be loading it
-STALE_ASIDE_S = 3600.0  # what a killed worker left half-written
+Check: TypeAlias = Callable[[Path], AdapterFacts]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MAX_DOWNLOADS = 64
+"""At once, per worker; the others wait in line. Each has at least one connection of its own."""
+MAX_QUARANTINED = 10_000
+MAX_SEEN = 10_000
+"""Versions that this process remembers as hashed and validated; a forgotten one is hashed again."""
+THREADS = 8
+"""Of our own: a store that hangs in the loop's threads (a dead network file system) must not keep us from what is on disk."""
+HEAVY_THREADS = 2
+"""For hashing and validating: more of them would only fight with the event loop for the interpreter."""
+POLL_SHARE, MIN_POLL_S, MAX_POLL_S = 0.05, 0.005, 0.1
+"""Who waits for another process's download looks again after this share of the time waited so far: a few looks, and at most 5 % late."""
+DEFAULT_PATIENCE_S = 120.0
+SETTLE_PATIENCE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds: until the download could begin, of the download, of validation and sync (side by side), of making it visible."""
+
+    wait_s: float = 0.0
+    download_s: float = 0.0
+    validate_s: float = 0.0
+    settle_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """An adapter on disk, hashed, validated and in use: nobody on this host removes it until `keep` is called without it."""
+
+    folder: Path
+    facts: AdapterFacts
+    size_bytes: int
+    content: str
+    times: Times
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    stamps: tuple[Stamp, ...]
+    facts: AdapterFacts
 
 
 class DiskCache:
-    """Folders below `root`, at most `budget_bytes` of them (0: no bound)."""
+    """Of one worker process; others work on the same `root` at the same time."""
 
-    def __init__(self, root: Path, budget_bytes: int) -> None:
-        self._root = root
-        self._aside = root / ".aside"
-        self._budget_bytes = budget_bytes
-        self._aside.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-
-    def folder(self, ref: AdapterRef) -> Path:
-        key = hashlib.sha256("\0".join((ref.base, ref.name, ref.digest)).encode()).hexdigest()[:32]
-        return self._root / key
+    def __init__(self, root: Path, budget_bytes: int, pace: Pace | None = None) -> None:
+        self._pace = pace or Pace(GRACE_S, 3)
+        self._shelf = Shelf(root, budget_bytes)
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="disk")
+        self._heavy = ThreadPoolExecutor(HEAVY_THREADS, thread_name_prefix="disk-heavy")
+        self._lanes = Lanes()
+        self._gate = asyncio.Semaphore(MAX_DOWNLOADS)
+        self._leases: dict[str, tuple[Grip, int]] = {}
+        self._seen: OrderedDict[str, _Seen] = OrderedDict()
+        self._quarantine: OrderedDict[str, InvalidAdapter] = OrderedDict()
 
     def has(self, ref: AdapterRef) -> bool:
-        return self.folder(ref).is_dir()
+        """Whether it seems to be here; `open` knows."""
+        return self._shelf.entry(key_of(ref)).is_dir()
 
-    async def fetch(
-        self, ref: AdapterRef, stored: StoredAdapter, store: AdapterStore, timeout_s: float | None, max_rank: int
-    ) -> tuple[Path, int]:
-        """The adapter's folder and rank, fetched from the store unless it is here already.
+    async def open(self, ref: AdapterRef, check: Check) -> Cached | None:
+        """The adapter from disk, put in use; None if it is not here. Asks no store.
 
         Raises:
-            StoreUnavailable, AdapterNotFound: from the store. InvalidAdapter: it cannot be served; nothing of it is kept.
+            InvalidAdapter: it was found invalid before, or is now.
         """
-        folder = self.folder(ref)
-        if not folder.is_dir():
-            aside = self._aside / uuid.uuid4().hex
-            aside.mkdir()
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await store.fetch(stored, aside)
-                await asyncio.to_thread(self._settle, aside, folder, max_rank)
-            except TimeoutError as exc:
-                raise StoreUnavailable(f"Fetching the adapter `{ref.name}` took longer than {timeout_s:g} s.", retry_after_s=5.0) from exc
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-            await asyncio.to_thread(self._evict, folder)
+        key = key_of(ref)
+        if bad := self._quarantine.get(key):
+            raise bad.with_traceback(None)
+        start = clock()
+        try:
+            pool = self._threads if key in self._seen else self._heavy
+            taken = await asyncio.get_running_loop().run_in_executor(pool, self._take, key, ref, check)
+        except InvalidAdapter as exc:
+            raise self._quarantined(key, exc) from None
+        except OSError as exc:
+            raise unavailable(Trouble.NOT_WRITABLE, exc.strerror or "") from exc
+        if taken is None:
+            return None
+        held, manifest, seen = taken
+        return self._lease(key, held, manifest, seen, Times(validate_s=clock() - start))
+
+    async def fetch(self, ref: AdapterRef, stored: StoredAdapter, store: AdapterStore, check: Check) -> Cached:
+        """The adapter from disk, or from the store unless another process of this host is at it already; put in use.
+
+        Raises:
+            StoreUnavailable: the store failed beyond the pace's patience, or the disk has no room.
+            AdapterNotFound: the store has another version by now.
+            InvalidAdapter: it cannot be served; nothing of it is kept, and nobody asks the store again for this version.
+        """
+        key, start = key_of(ref), clock()
+        while True:
+            cached = await self.open(ref, check)
+            if cached is not None:
+                return cached
+            async with self._gate:
+                try:
+                    turn = await self._in_thread(self._shelf.begin, key, stored)
+                    if isinstance(turn, Grip):
+                        cached = await self._download(key, ref, stored, store, check, turn, clock() - start)
+                except OSError as exc:
+                    raise unavailable(Trouble.NOT_WRITABLE, exc.strerror or "") from exc
+            if cached is not None:
+                return cached
+            await self._wait(key, start)
+
+    def keep(self, refs: Iterable[AdapterRef]) -> None:
+        """Ends the use of every adapter that is not among `refs`: the whole truth each time, so that nothing is left in use by an oversight."""
+        wanted = {key_of(ref) for ref in refs}
+        for key in [key for key in self._leases if key not in wanted]:
+            held, size_bytes = self._leases.pop(key)
+            self._threads.submit(self._shelf.use, key, size_bytes)  # in use until now: it ages from here
+            held.release()
+
+    def close(self) -> None:
+        self.keep(())
+        self._threads.shutdown(wait=False)
+        self._heavy.shutdown(wait=False)
+
+    # ---- from disk --------------------------------------------------------------------------------------------------------------------
+
+    def _take(self, key: str, ref: AdapterRef, check: Check) -> tuple[Grip, layout.Manifest, _Seen] | None:
+        """In a thread. What it finds damaged it throws away."""
+        entry = self._shelf.entry(key)
+        try:
+            held = grip(entry, exclusive=False)
+        except FileNotFoundError:
+            return None
+        if held is None:  # is just being removed, or just becoming visible
+            return None
+        try:
+            return self._inspect(key, ref, check, held)
+        except BaseException:
+            held.release()
+            raise
+
+    def _inspect(self, key: str, ref: AdapterRef, check: Check, held: Grip) -> tuple[Grip, layout.Manifest, _Seen] | None:
+        entry = self._shelf.entry(key)
+        manifest = layout.read_manifest(entry)
+        stamps = layout.stamps(entry, manifest) if manifest is not None and manifest.ref == ref else None
+        seen = self._seen.get(key)
+        known = seen is not None and seen.stamps == stamps
+        if manifest is None or stamps is None or not (known or layout.is_whole(entry, manifest)):
+            log.error("adapter on disk is damaged and is dropped", extra={"adapter": str(ref), "key": key})
+            self._shelf.discard(entry, held)
+            return None
+        if seen is None or not known:
+            seen = _Seen(stamps, check(entry / FILES))
+        self._shelf.use(key, manifest.size_bytes)
+        return held, manifest, seen
+
+    def _lease(self, key: str, held: Grip, manifest: layout.Manifest, seen: _Seen, times: Times) -> Cached:
+        self._seen[key] = seen
+        self._seen.move_to_end(key)
+        while len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
+        if key in self._leases:
+            held.release()
         else:
-            os.utime(folder)
-        rank = await asyncio.to_thread(_validate, folder, max_rank)
-        return folder, rank
+            self._leases[key] = held, manifest.size_bytes
+        return Cached(self._shelf.entry(key) / FILES, seen.facts, manifest.size_bytes, manifest.content, times)
 
-    def _settle(self, aside: Path, folder: Path, max_rank: int) -> None:
-        _validate(aside, max_rank)
-        for path in [*aside.rglob("*"), aside]:
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+    # ---- from the store ---------------------------------------------------------------------------------------------------------------
+
+    async def _download(
+        self, key: str, ref: AdapterRef, stored: StoredAdapter, store: AdapterStore, check: Check, held: Grip, wait_s: float
+    ) -> Cached | None:
+        """None if somebody else's hand was quicker at the very end."""
+        partial = self._shelf.partial(key)
+        journal = Journal(partial, stored)
+        parts: dict[PartId, str] = {}
+
+        def on_part(part: Part, sha256: str) -> None:
+            parts[part.id] = sha256
+            journal.add(part, sha256)
+
+        began = clock()
+        keep = handed_over = False
         try:
-            aside.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # lost the race to another worker: its folder is as good
-                raise
-        fd = os.open(self._root, os.O_RDONLY)
-        try:
-            os.fsync(fd)
+            parts.update(await self._in_thread(journal.whole_parts))
+            if parts:
+                log.info("download goes on", extra={"adapter": str(ref), "parts": len(parts)})
+            transfer = Transfer(
+                pace=self._pace,
+                lanes=self._lanes,
+                done=dict(parts),
+                may_exist=True,
+                on_bytes=lambda _: journal.touch(),
+                on_part=on_part,
+            )
+            await store.fetch(stored, partial / FILES, transfer)
+            brought = clock()
+            facts = await self._settle(partial / FILES, check)
+            checked = clock()
+            manifest = layout.manifest_of(ref, stored, parts)
+            handed_over = True
+            lease = await self._in_thread(self._publish, key, manifest, held, brought - began)
+        except (StoreUnavailable, asyncio.CancelledError):
+            keep = bool(parts)  # whoever comes next goes on from here
+            raise
+        except InvalidAdapter as exc:
+            raise self._quarantined(key, exc) from None
         finally:
-            os.close(fd)
+            if not handed_over:
+                self._threads.submit(self._end, partial, held, keep)  # not awaited: this may run while being cancelled
+        if lease is None:
+            return None
+        own, stamps = lease
+        return self._lease(key, own, manifest, _Seen(stamps, facts), Times(wait_s, brought - began, checked - brought, clock() - checked))
 
-    def _evict(self, keep: Path) -> None:
-        if not self._budget_bytes:
-            return
-        aged = [(p.stat().st_mtime, _size_bytes(p), p) for p in self._root.iterdir() if p != self._aside and p.is_dir()]
-        total = sum(size for _, size, _ in aged)
-        for mtime, size, path in sorted(aged):
-            if total <= self._budget_bytes or time.time() - mtime < YOUNG_S:
+    async def _settle(self, files: Path, check: Check) -> AdapterFacts:
+        """Validates and syncs side by side."""
+        checking = asyncio.get_running_loop().run_in_executor(self._heavy, check, files)
+        syncing = asyncio.ensure_future(self._in_thread(layout.sync_files, files))
+        await asyncio.wait((checking, syncing))
+        syncing.result()
+        return checking.result()
+
+    def _publish(self, key: str, manifest: layout.Manifest, held: Grip, cost_s: float) -> tuple[Grip, tuple[Stamp, ...]] | None:
+        """In a thread, to its end even if the task is cancelled meanwhile. The lease gets a grip of its own: `held` ends here."""
+        entry = self._shelf.entry(key)
+        try:
+            if layout.stamps(self._shelf.partial(key), manifest) is None:
+                raise unavailable(Trouble.BROKEN_REPLY, "not all bytes are there")
+            if not self._shelf.publish(key, held, manifest, cost_s):
+                return None
+            own = grip(entry, exclusive=False)
+            stamps = layout.stamps(entry, manifest)
+            return None if own is None or stamps is None else (own, stamps)
+        finally:
+            self._end(self._shelf.partial(key), held, False)
+
+    def _end(self, partial: Path, held: Grip, keep: bool) -> None:
+        """Of a download, whether it came to be or not."""
+        if keep:
+            held.release()
+        else:
+            self._shelf.discard(partial, held)
+
+    async def _wait(self, key: str, start: float) -> None:
+        """Until the other process has the adapter, has failed, or is dead.
+
+        By looking, not by a blocking flock: that would take a thread per adapter, which nothing could call back.
+        """
+        stall_s = self._pace.stall_s
+        patience_s = DEFAULT_PATIENCE_S if stall_s is None else stall_s * self._pace.tries + SETTLE_PATIENCE_S
+        while True:
+            await asyncio.sleep(min(MAX_POLL_S, max(MIN_POLL_S, (clock() - start) * POLL_SHARE)))
+            moved_at = await self._in_thread(self._shelf.moved_at, key)
+            if moved_at is None:
                 return
-            if path != keep:
-                shutil.rmtree(path, ignore_errors=True)
-                total -= size
-                log.info("adapter removed from disk", extra={"folder": path.name, "bytes": size})
+            if time.time() - moved_at > patience_s:
+                raise StoreUnavailable("Another worker of this host began to fetch the adapter and hangs.", retry_after_s=5.0)
 
-    def _sweep(self) -> None:
-        for path in self._aside.iterdir():
-            if time.time() - path.stat().st_mtime > STALE_ASIDE_S:
-                shutil.rmtree(path, ignore_errors=True)
+    # ---- inside -----------------------------------------------------------------------------------------------------------------------
 
+    def _quarantined(self, key: str, exc: InvalidAdapter) -> InvalidAdapter:
+        self._quarantine[key] = exc.with_traceback(None)  # its frames would keep locks and buffers alive
+        while len(self._quarantine) > MAX_QUARANTINED:
+            self._quarantine.popitem(last=False)
+        return exc
 
-def _validate(folder: Path, max_rank: int) -> int:
-    try:
-        raw = (folder / CONFIG_FILE).read_bytes()
-    except OSError as exc:
-        raise InvalidAdapter(f"{CONFIG_FILE} is missing") from exc
-    rank = check_adapter_config(raw, max_rank)
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise InvalidAdapter(f"{WEIGHTS_FILE} is missing (weights in pickle files are refused)")
-    return rank
-
-
-def _size_bytes(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: function(*args, **kwargs))

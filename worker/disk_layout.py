@@ -102,6 +102,9 @@ class Grip:
         if fd >= 0:
             os.close(fd)
 
+    def __del__(self) -> None:
+        self.release()  # a thread's result that a cancelled task no longer takes
+
 
 def grip(folder: Path, *, exclusive: bool) -> Grip | None:
     """Locks a folder without waiting; None if somebody holds it. Raises FileNotFoundError if it is not there (any more)."""
@@ -136,7 +139,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """None if there is none, or none that makes sense."""
     try:
         manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     return manifest if manifest.layout == LAYOUT else None
 
@@ -278,10 +281,11 @@ def moved_at(partial: Path) -> float | None:
 
 
 def size_on_disk(folder: Path) -> int:
+    """Without holes."""
     total = 0
     for path in folder.rglob("*"):
         with suppress(OSError):
-            total += path.lstat().st_size
+            total += path.lstat().st_blocks * 512
     return total
 
 

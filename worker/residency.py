@@ -8,6 +8,7 @@ ones wait in line. So a busy adapter cannot starve another one (vLLM's own sched
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
@@ -197,6 +198,10 @@ class Residency:
     def states(self, now: float, load_s: float) -> tuple[AdapterState, ...]:
         """The adapters of this worker that are in a slot or on their way; `load_s` is the expected time of a load."""
         return tuple(self._state(ref, entry, now, load_s) for ref, entry in self._entries.items() if entry.stage is not Stage.UNLOADING)
+
+    def adapters(self) -> Iterable[AdapterRef]:
+        """Every adapter that is on its way, in a slot or just leaving one: its files must stay on disk."""
+        return self._entries.keys()
 
     @property
     def waiting(self) -> int:

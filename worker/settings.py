@@ -10,7 +10,10 @@ from shared.config import LLMConfig
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Times in seconds. `epoch` grows with every start of a worker of this id; `capacity` 0 means what the engine can run at once."""
+    """Times in seconds. `epoch` grows with every start of a worker of this id; `capacity` 0 means what the engine can run at once.
+
+    `disk_cache_bytes` 0 means as much as the disk holds; `download_timeout_s` bounds the time without a byte (None: no bound).
+    """
 
     worker: str
     epoch: int
@@ -21,8 +24,9 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     heartbeat_s: float = 0.1
     drain_s: float = 20.0
     capacity: int = 0
-    disk_budget_bytes: int = 0
+    disk_cache_bytes: int = 0
     download_timeout_s: float | None = 30.0
+    max_download_tries: int = 3
 
     @property
     def base(self) -> str:

@@ -1,7 +1,7 @@
 """Shell. Reads an adapter's folder for the checks of shared/adapter_checks.py: names, config, the weights' header, and every value once.
 
 Blocking: call it in a thread. It neither imports torch nor maps memory, holds one piece of the file at a time, and leaves the file in the page
-cache, where the engine's own read then finds it. The time goes into the scan: 0.3 ms per MiB of bfloat16, 1.3 of float16, 0.15 of float32.
+cache, where the engine's own read then finds it. The time goes into the scan: 0.4 ms per MiB of bfloat16, 1.4 of float16, 0.2 of float32.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def _floats(raw: memoryview, dtype: str, wide: np.ndarray[Any, Any]) -> np.ndarr
     out = wide[: len(raw) // VALUE_BYTES[dtype]]
     if dtype == "F16":
         np.copyto(out, np.frombuffer(raw, "<f2"))
-    else:  # bfloat16 is the upper half of a float32; two strided copies take half the time of a shift
-        halves = out.view("<u2")
-        halves[::2], halves[1::2] = 0, np.frombuffer(raw, "<u2")
+    else:  # bfloat16 is the upper half of a float32
+        bits = out.view(np.uint32)
+        np.copyto(bits, np.frombuffer(raw, "<u2"))
+        np.left_shift(bits, 16, out=bits)
     return out

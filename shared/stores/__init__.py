@@ -11,11 +11,12 @@ from urllib.parse import urlsplit
 from shared.adapters import StoredAdapter, StoredFile
 from shared.errors import ConfigError
 from shared.stores.listing import Skipped
+from shared.stores.transfer import Transfer
 
 # What S3 and GCS accept between them, including directory buckets and GCS names with dots and underscores.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 
-__all__ = ["AdapterStore", "Skipped", "StoredAdapter", "StoredFile", "open_store", "parse_bucket_url"]
+__all__ = ["AdapterStore", "Skipped", "StoredAdapter", "StoredFile", "Transfer", "open_store", "parse_bucket_url"]
 
 
 class AdapterStore(Protocol):
@@ -39,11 +40,11 @@ class AdapterStore(Protocol):
         """One adapter by name, asked of the store now; None where no `adapter_config.json` lies in that folder."""
         ...
 
-    async def fetch(self, adapter: StoredAdapter, into: Path) -> None:
-        """Copies the adapter's files into the existing empty folder `into`, each complete and of the listed size.
+    async def fetch(self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None) -> None:
+        """Copies the adapter's files into the existing folder `into` (empty unless `transfer` says otherwise), complete and as listed.
 
         Raises:
-            StoreUnavailable: the store failed; `into` may hold some files then and must be thrown away.
+            StoreUnavailable: the store failed; what `into` holds then is incomplete.
             AdapterNotFound: a file is gone or has another version than listed: the adapter changed, look it up again.
         """
         ...

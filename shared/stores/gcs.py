@@ -19,7 +19,8 @@ from shared.adapters import StoredAdapter, StoredFile
 from shared.errors import LoraplexError
 from shared.stores import parse_bucket_url
 from shared.stores.listing import Entry, Grouping, Skipped
-from shared.stores.objects import TransferCut, Trouble, changed, fetch_adapter, find_adapter, list_adapters, unavailable
+from shared.stores.objects import TransferCut, Trouble, changed, find_adapter, list_adapters, unavailable
+from shared.stores.transfer import Transfer, byte_range, fetch_adapter
 
 PUBLIC_ENDPOINT = "https://storage.googleapis.com"
 # The SDK's default asks for full control; nothing here writes.
@@ -33,7 +34,8 @@ REQUEST_TIMEOUT_S = 20.0
 TOKEN_TIMEOUT_S = 30.0
 MAX_ATTEMPTS = 3
 BACKOFF_S = 0.2
-MAX_CONNECTIONS = 32
+# More than the parts that a worker ever has in the air: a part must not wait for a connection while its patience runs.
+MAX_CONNECTIONS = 160
 CHUNK_BYTES = 256 * 1024
 
 # https://cloud.google.com/storage/docs/retry-strategy
@@ -92,8 +94,8 @@ class GCSStore:
     async def find(self, name: str) -> StoredAdapter | None:
         return await find_adapter(self, name)
 
-    async def fetch(self, adapter: StoredAdapter, into: Path) -> None:
-        await fetch_adapter(adapter, into, self.stream)
+    async def fetch(self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None) -> None:
+        await fetch_adapter(adapter, into, self._stream, transfer)
 
     async def pages(self, prefix: str) -> AsyncGenerator[Sequence[Entry], None]:
         request = {"prefix": self._prefix + prefix, "fields": _FIELDS}
@@ -115,18 +117,20 @@ class GCSStore:
         return Entry(item["name"].removeprefix(self._prefix), int(item["size"]), str(item["generation"]))
 
     @asynccontextmanager
-    async def stream(self, adapter_name: str, file: StoredFile, offset: int) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+    async def _stream(self, adapter_name: str, file: StoredFile, offset: int, length: int) -> AsyncIterator[AsyncGenerator[bytes, None]]:
         key = f"{self._prefix}{adapter_name}/{file.path}"
         # Asking for gzip turns off GCS's decompression on the way, which would change the size.
-        headers = {"Accept-Encoding": "gzip"} | ({"Range": f"bytes={offset}-"} if offset else {})
+        ranged = byte_range(file, offset, length)
+        headers = {"Accept-Encoding": "gzip"} | ({"Range": ranged} if ranged else {})
+        # One attempt: a transfer counts its tries itself.
         opened = await self._asked(
-            lambda: self._storage.download_stream(self._bucket, key, headers=dict(headers), timeout=_timeout(False)), adapter_name
+            lambda: self._storage.download_stream(self._bucket, key, headers=dict(headers), timeout=_timeout(False)), adapter_name, 1
         )
         async with opened as response:
             generation = response.headers.get("x-goog-generation")
             if generation not in (None, file.version):
                 raise changed(adapter_name)
-            if offset and response.status != 206:
+            if ranged and response.status != 206:
                 raise unavailable(Trouble.BROKEN_REPLY, "no range support")
             yield _chunks(response)
         if generation is None:
@@ -138,7 +142,7 @@ class GCSStore:
         if str(item.get("generation")) != file.version:
             raise changed(adapter_name)
 
-    async def _asked(self, request: Callable[[], Awaitable[Any]], adapter_name: str | None = None) -> Any:
+    async def _asked(self, request: Callable[[], Awaitable[Any]], adapter_name: str | None = None, attempts: int | None = None) -> Any:
         """One request's answer, after retries: this SDK has none of its own. Foreign errors end here."""
         await self._authorise()
         attempt = 1
@@ -147,7 +151,7 @@ class GCSStore:
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):
                     return await request()
             except (aiohttp.ClientError, OSError, ValueError) as exc:
-                if attempt == MAX_ATTEMPTS or not _retryable(exc):
+                if attempt == (attempts or MAX_ATTEMPTS) or not _retryable(exc):
                     raise _translated(exc, adapter_name) from exc
             await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
             attempt += 1

@@ -16,7 +16,8 @@ from urllib.parse import unquote
 from shared.adapters import CONFIG_FILE, StoredAdapter, StoredFile
 from shared.errors import ConfigError
 from shared.stores.listing import Entry, Grouping, Skipped, valid_name
-from shared.stores.objects import TransferCut, Trouble, changed, close_later, fetch_adapter, unavailable
+from shared.stores.objects import TransferCut, Trouble, changed, unavailable
+from shared.stores.transfer import Transfer, close_later, fetch_adapter
 
 _READ_BYTES = 4 << 20
 # How much of either end of a file is read for its version. Both ends of two trainings differ: the tensors' order is alphabetical.
@@ -60,8 +61,8 @@ class LocalStore:
             return None
         return await asyncio.to_thread(self._look_up, name)
 
-    async def fetch(self, adapter: StoredAdapter, into: Path) -> None:
-        await fetch_adapter(adapter, into, self._stream)
+    async def fetch(self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None) -> None:
+        await fetch_adapter(adapter, into, self._stream, transfer)
 
     def _look_up(self, name: str) -> StoredAdapter | None:
         real_root = self._real_root()
@@ -104,10 +105,10 @@ class LocalStore:
         return Entry(key, size, f"{mtime_ns:x}-{sample}")
 
     @asynccontextmanager
-    async def _stream(self, adapter_name: str, file: StoredFile, offset: int) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+    async def _stream(self, adapter_name: str, file: StoredFile, offset: int, length: int) -> AsyncIterator[AsyncGenerator[bytes, None]]:
         handle = await asyncio.to_thread(self._open_listed, adapter_name, file)
         try:
-            yield _chunks(handle, adapter_name, file, offset)
+            yield _chunks(handle, adapter_name, file, offset, length)
         finally:
             close_later(handle)
 
@@ -130,10 +131,11 @@ class LocalStore:
         return handle
 
 
-async def _chunks(handle: BinaryIO, adapter_name: str, file: StoredFile, offset: int) -> AsyncGenerator[bytes, None]:
+async def _chunks(handle: BinaryIO, adapter_name: str, file: StoredFile, offset: int, length: int) -> AsyncGenerator[bytes, None]:
     try:
         await asyncio.to_thread(handle.seek, offset)
-        while chunk := await asyncio.to_thread(handle.read, _READ_BYTES):
+        while length and (chunk := await asyncio.to_thread(handle.read, min(length, _READ_BYTES))):
+            length -= len(chunk)
             yield chunk
         if await asyncio.to_thread(_version, handle) != (file.size_bytes, file.version):
             raise changed(adapter_name)  # written in place while we read

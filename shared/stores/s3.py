@@ -21,7 +21,8 @@ from shared.adapters import StoredAdapter, StoredFile
 from shared.errors import ConfigError, LoraplexError
 from shared.stores import parse_bucket_url
 from shared.stores.listing import Entry, Grouping, Skipped
-from shared.stores.objects import TransferCut, Trouble, changed, fetch_adapter, find_adapter, list_adapters, unavailable
+from shared.stores.objects import TransferCut, Trouble, changed, find_adapter, list_adapters, unavailable
+from shared.stores.transfer import Transfer, byte_range, fetch_adapter
 
 CONNECT_TIMEOUT_S = 5.0
 # Between two pieces of a reply. A file as a whole is bounded in objects.py.
@@ -29,7 +30,9 @@ READ_TIMEOUT_S = 15.0
 # One list request, or a file's answer up to its first byte, with the SDK's retries.
 REQUEST_TIMEOUT_S = 40.0
 MAX_ATTEMPTS = 3
-MAX_CONNECTIONS = 32
+MAX_LISTINGS = 32
+# More than the parts that a worker ever has in the air: a part must not wait for a connection while its patience runs.
+MAX_TRANSFERS = 128
 CHUNK_BYTES = 256 * 1024
 
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
@@ -64,6 +67,7 @@ class S3Store:
         self._anonymous = anonymous or anonymous_url
         self._exit = AsyncExitStack()
         self._client: Any = None
+        self._reader: Any = None
 
     async def __aenter__(self) -> S3Store:
         custom = self._endpoint_url or any(os.environ.get(name) for name in _ENDPOINT_VARIABLES)
@@ -71,7 +75,7 @@ class S3Store:
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=READ_TIMEOUT_S,
             retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
-            max_pool_connections=MAX_CONNECTIONS,
+            max_pool_connections=MAX_LISTINGS,
             # Servers of one's own seldom have a DNS name per bucket.
             s3={"addressing_style": "path" if custom else "auto"},
             **({"signature_version": botocore.UNSIGNED} if self._anonymous else {}),
@@ -80,6 +84,10 @@ class S3Store:
             session = AioSession(profile=self._profile)
             client = session.create_client("s3", endpoint_url=self._endpoint_url, region_name=self._region, config=config)
             self._client = await self._exit.enter_async_context(client)
+            # Files have a client of their own: a transfer counts its tries itself, and must not take the connections of listings.
+            config = config.merge(AioConfig(retries={"mode": "standard", "total_max_attempts": 1}, max_pool_connections=MAX_TRANSFERS))
+            reader = session.create_client("s3", endpoint_url=self._endpoint_url, region_name=self._region, config=config)
+            self._reader = await self._exit.enter_async_context(reader)
         except sdk.ProfileNotFound as exc:
             raise ConfigError("the SDK's configuration has no such profile", param="profile") from exc
         except ValueError as exc:
@@ -100,8 +108,8 @@ class S3Store:
     async def find(self, name: str) -> StoredAdapter | None:
         return await find_adapter(self, name)
 
-    async def fetch(self, adapter: StoredAdapter, into: Path) -> None:
-        await fetch_adapter(adapter, into, self.stream)
+    async def fetch(self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None) -> None:
+        await fetch_adapter(adapter, into, self._stream, transfer)
 
     async def pages(self, prefix: str) -> AsyncGenerator[Sequence[Entry], None]:
         if self._bucket.endswith("--x-s3"):
@@ -130,20 +138,21 @@ class S3Store:
         return Entry(item["Key"].removeprefix(self._prefix), item["Size"], item["ETag"].strip('"'))
 
     @asynccontextmanager
-    async def stream(self, adapter_name: str, file: StoredFile, offset: int) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+    async def _stream(self, adapter_name: str, file: StoredFile, offset: int, length: int) -> AsyncIterator[AsyncGenerator[bytes, None]]:
         request = {"Bucket": self._bucket, "Key": f"{self._prefix}{adapter_name}/{file.path}", "IfMatch": f'"{file.version}"'}
-        if offset:
-            request["Range"] = f"bytes={offset}-"
+        ranged = byte_range(file, offset, length)
+        if ranged:
+            request["Range"] = ranged
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                reply = await self._client.get_object(**request)
+                reply = await self._reader.get_object(**request)
         except _FOREIGN as exc:
             raise _translated(exc, adapter_name) from exc
         body = reply["Body"]
         try:
             if reply.get("ETag", "").strip('"') != file.version:
                 raise changed(adapter_name)  # a server that does not know If-Match
-            if offset and reply["ResponseMetadata"]["HTTPStatusCode"] != 206:
+            if ranged and reply["ResponseMetadata"]["HTTPStatusCode"] != 206:
                 raise unavailable(Trouble.BROKEN_REPLY, "no range support")
             yield _chunks(body)
         finally:

@@ -198,7 +198,7 @@ async def test_a_broken_adapter_is_422_and_others_still_answer(tmp_path: Path, a
     async with cluster(sim_config(adapters), tmp_path) as c:
         await c.start_worker("w0")
         status, answer, _ = await c.chat("sim:bad")
-        assert status == 422 and answer["error"]["code"] == "invalid_adapter" and str(tmp_path) not in str(answer)
+        assert status == 422 and answer["error"]["code"].startswith("invalid_adapter") and str(tmp_path) not in str(answer)
         assert (await c.chat("sim:good", max_tokens=1))[0] == 200
 
 

@@ -16,8 +16,8 @@ from shared.adapters import StoredAdapter, StoredFile
 from shared.errors import AdapterNotFound, ConfigError, StoreUnavailable
 from shared.stores import AdapterStore, Skipped, open_store
 from shared.stores import gcs as gcs_module
-from shared.stores import objects as objects_module
 from shared.stores import s3 as s3_module
+from shared.stores import transfer as transfer_module
 from tests.store_servers import GCSPlace, LocalPlace, Place, S3Place, gcs_process, http_server, moto_process, paging_proxy
 
 pytestmark = pytest.mark.usefixtures("store_credentials")
@@ -288,7 +288,7 @@ def test_a_killed_server_is_unavailable_within_seconds(kind: str, tmp_path: Path
                 async with asyncio.timeout(10):
                     calls = (listed(store), store.find("a"), store.fetch(adapter, tmp_path))
                     outcomes = await asyncio.gather(*calls, return_exceptions=True)
-                assert [(type(o), "unreachable" in str(o)) for o in outcomes] == [(StoreUnavailable, True)] * 3
+                assert [(isinstance(o, StoreUnavailable), "unreachable" in str(o)) for o in outcomes] == [(True, True)] * 3
 
         asyncio.run(scenario())
 
@@ -412,8 +412,8 @@ async def test_another_version_is_refused_even_where_the_server_ignores_the_cond
 
 
 async def test_a_store_that_trickles_is_given_up_at_the_deadline(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects_module, "GRACE_S", 0.5)
-    monkeypatch.setattr(objects_module, "MIN_BYTES_PER_S", 1 << 30)
+    monkeypatch.setattr(transfer_module, "GRACE_S", 0.5)
+    monkeypatch.setattr(transfer_module, "MIN_BYTES_PER_S", 1 << 30)
     stopped = asyncio.Event()
 
     async def respond(request: web.Request) -> web.StreamResponse:

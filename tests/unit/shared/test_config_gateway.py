@@ -22,7 +22,7 @@ def test_defaults_listen_on_this_machine_only() -> None:
     assert (config.host, config.port, config.link) == ("127.0.0.1", 8000, LinkConfig(control="ipc", data="ipc"))
     assert (config.max_body_bytes, config.max_concurrent_requests, config.max_queued_requests) == (32 << 20, 4096, 1024)
     assert (config.drain_s, config.kill_s, config.lease_s, config.heartbeat_s) == (20.0, 5.0, 3.0, 0.1)
-    assert (config.routing_policy, config.slow_reader_bytes) == ("residency-p2c", 1 << 20)
+    assert (config.routing_policy, config.slow_reader_bytes) == ("expected-ttft", 1 << 20)
 
 
 @pytest.mark.parametrize(

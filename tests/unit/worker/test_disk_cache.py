@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,7 +17,7 @@ from shared.errors import AdapterNotFound, InvalidAdapter, StoreUnavailable
 from shared.stores import transfer as transfer_module
 from shared.stores.local import LocalStore
 from shared.stores.objects import Trouble, unavailable
-from shared.stores.transfer import Pace
+from shared.stores.transfer import Lanes, Pace, Transfer
 from tests.store_servers import LocalPlace
 from worker.disk_cache import DiskCache
 
@@ -301,3 +302,17 @@ async def test_many_stuck_downloads_delay_no_other_one(host: Host) -> None:
     for task in hanging:
         task.cancel()
     await asyncio.gather(*hanging, return_exceptions=True)
+
+
+async def test_shared_lanes_are_given_back_whether_a_transfer_ends_well_or_not(host: Host) -> None:
+    host.put("a", os.urandom(8 * PART))
+    _, stored = await host.look_up("a")
+    lanes = Lanes(2)
+    for number, failure in enumerate([None, unavailable(Trouble.ACCESS_DENIED)]):
+        store = host.store()
+        store.limit, store.failure = (10**9, None) if failure is None else (3, failure)
+        into = host.root / str(number)
+        into.mkdir(parents=True)
+        with contextlib.suppress(StoreUnavailable):
+            await store.fetch(stored, into, Transfer(lanes=lanes))
+        assert lanes.free == 2
