@@ -142,7 +142,13 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel", array_like=True):
     sid: StreamId
 
 
-GatewayData: TypeAlias = Generate | Cancel
+class Prefetch(msgspec.Struct, frozen=True, tag="prefetch", array_like=True):
+    """Load the adapter into a free slot before anybody asks for it; a worker without a free slot ignores it."""
+
+    adapter: AdapterRef
+
+
+GatewayData: TypeAlias = Generate | Cancel | Prefetch
 
 # ---- worker -> gateway, data ------------------------------------------------------------------------------------------------------------
 

@@ -85,7 +85,7 @@ class Agent:
         self._sessions = sessions
         self._state = wire.WorkerState.JOINING
         self._reason = ""
-        self._facts = EngineFacts("", 0, 0, 0)
+        self._facts = EngineFacts("", 0, 0, 0, 0)
         self._residency = Residency(0)
         self._jobs: dict[int, Job] = {}
         self._by_stream: dict[tuple[Session, wire.StreamId], Job] = {}
@@ -93,7 +93,7 @@ class Agent:
         self._int_ids = itertools.count(1)
         self._stored: dict[AdapterRef, StoredAdapter] = {}
         self._check: Check = lambda _: AdapterFacts(0, 0, ())  # until the engine has started; nothing is fetched before
-        self._load_s = 0.0
+        self._load_s = self._cpu_load_s = 0.0
         self._engine_busy = asyncio.Lock()
         self._stopping = asyncio.Event()
         self._idle = asyncio.Event()
@@ -135,7 +135,7 @@ class Agent:
             self.exit_code = 1
             self.stop(exc.message)
             return
-        self._residency = Residency(self._facts.slots)
+        self._residency = Residency(self._facts.slots, self._facts.host_places)
         self._engine.died(self._on_engine_death)
         log.info(
             "serving",
@@ -203,6 +203,8 @@ class Agent:
                     engine=self._facts.name,
                     reason=self._reason,
                     max_lora_rank=self._facts.max_lora_rank,
+                    disk_load_s=self._load_s,
+                    cpu_load_s=self._cpu_load_s,
                 )
             )
 
@@ -226,6 +228,9 @@ class Agent:
             if job is not None:
                 self._cancel(job)
             return
+        if isinstance(message, wire.Prefetch):
+            self._prefetch(message.adapter)
+            return
         if self._state is not wire.WorkerState.SERVING:
             session.outbox.refuse(wire.Refused(message.sid, "worker_unavailable", "The worker is not serving.", True))
             return
@@ -240,6 +245,12 @@ class Agent:
             self._stored[message.adapter] = message.stored
         self._perform(self._residency.want(job.number, message.adapter, clock()))
 
+    def _prefetch(self, adapter: AdapterRef) -> None:
+        """A request of nobody's: it ends as soon as the adapter is in its slot."""
+        slots = self._residency.slots
+        if self._state is wire.WorkerState.SERVING and len(slots) < slots.size:
+            self._perform(self._residency.want(-next(self._numbers), adapter, clock()))
+
     def _cancel(self, job: Job) -> None:
         if job.task is not None:
             job.task.cancel()
@@ -253,14 +264,18 @@ class Agent:
             match instruction:
                 case Fetch(adapter):
                     self._spawn(self._fetch(adapter), f"fetch {adapter}")
-                case Load(adapter, evict):
-                    self._spawn(self._load(adapter, evict), f"load {adapter.ref}")
+                case Load():
+                    self._spawn(self._load(instruction), f"load {instruction.adapter.ref}")
+                case Start(number) | Reject(number) if number < 0:  # of a prefetch
+                    self._perform(self._residency.finish(number, clock()))
                 case Start(number, adapter, came_from):
                     job = self._jobs[number]
                     job.came_from = came_from
                     self._start(job, adapter)
                 case Reject(number, code, message, retryable):
                     self._refuse(self._jobs[number], code, message, retryable)
+        if any(isinstance(instruction, Fetch | Load) for instruction in instructions):
+            self._beat()  # residency is news; gateways hear of it at once
 
     async def _fetch(self, ref: AdapterRef) -> None:
         stored = self._stored.pop(ref, None)
@@ -274,7 +289,9 @@ class Agent:
                 assert self._store is not None
                 found_s = clock() - start
                 cached = await self._cache.fetch(ref, stored, self._store, self._check)
-                log.info("adapter fetched", extra={"adapter": str(ref), "bytes": cached.size_bytes, "find_s": found_s, **asdict(cached.times)})
+                log.info(
+                    "adapter fetched", extra={"adapter": str(ref), "bytes": cached.size_bytes, "find_s": found_s, **asdict(cached.times)}
+                )
         except LoraplexError as exc:
             log.warning("adapter not fetched", extra={"adapter": str(ref), "code": exc.code, "reason": exc.message})
             self._perform(self._residency.failed(ref, exc.code, exc.message, exc.retryable, clock()))
@@ -289,14 +306,17 @@ class Agent:
             raise AdapterNotFound(f"The adapter `{ref.name}` of model `{ref.base}` is gone or has changed.", param="model")
         return stored
 
-    async def _load(self, adapter: Loaded, evict: Loaded | None) -> None:
-        start = clock()
+    async def _load(self, load: Load) -> None:
+        adapter = load.adapter
         async with self._engine_busy:
             try:
-                if evict is not None:
-                    await self._engine.unload(evict)
-                    log.info("adapter unloaded", extra={"adapter": str(evict.ref)})
-                    self._perform(self._residency.unloaded(evict.ref, clock()))
+                if load.demote is not None:
+                    await self._engine.demote(load.demote)
+                for leaving in [*([load.evict] if load.evict else []), *load.drop]:
+                    await self._engine.unload(leaving)
+                    log.info("adapter unloaded", extra={"adapter": str(leaving.ref)})
+                    self._perform(self._residency.unloaded(leaving.ref, clock()))
+                start = clock()
                 await self._engine.load(adapter)
             except EngineFailure as exc:
                 self._on_engine_death(exc.message)
@@ -307,8 +327,13 @@ class Agent:
                 self._beat()
                 return
         took = clock() - start
-        self._load_s = took if not self._load_s else LOAD_WEIGHT * took + (1 - LOAD_WEIGHT) * self._load_s
-        log.info("adapter loaded", extra={"adapter": str(adapter.ref), "rank": adapter.rank, "ms": round(took * 1e3, 1)})
+        came_from = self._residency.came_from(adapter.ref)
+        if came_from is wire.Tier.CPU:
+            self._cpu_load_s = _blend(self._cpu_load_s, took)
+        else:
+            self._load_s = _blend(self._load_s, took)
+        facts = {"adapter": str(adapter.ref), "rank": adapter.rank, "from": came_from.name.lower(), "ms": round(took * 1e3, 1)}
+        log.info("adapter loaded", extra=facts)
         self._perform(self._residency.loaded(adapter.ref, clock()))
         self._beat()
 
@@ -349,3 +374,7 @@ class Agent:
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         assert self._tasks is not None
         return self._tasks.create_task(work, name=name)
+
+
+def _blend(average: float, newest: float) -> float:
+    return LOAD_WEIGHT * newest + (1 - LOAD_WEIGHT) * average if average else newest

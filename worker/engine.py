@@ -61,6 +61,8 @@ class EngineFacts:
     capacity: int
     slots: int
     max_lora_rank: int
+    host_places: int = 0
+    """Adapters that fit the engine's host memory, those in slots included; the CPU tier. At most `slots` means: there is none."""
 
 
 class Engine(Protocol):
@@ -74,6 +76,10 @@ class Engine(Protocol):
     async def serve(self, call: Call, reply: Reply) -> None: ...
     async def load(self, adapter: Loaded) -> None:
         """Raises InvalidAdapter if the engine refuses it; nothing of it stays then."""
+        ...
+
+    async def demote(self, adapter: Loaded) -> None:
+        """Takes it out of its slot; its weights stay in host memory, and its next `load` is a copy."""
         ...
 
     async def unload(self, adapter: Loaded) -> None: ...

@@ -1,4 +1,7 @@
-"""Pure. Every adapter's way on this worker: ABSENT -> FETCHING -> CACHED -> LOADING -> RESIDENT, and FAILED for a while. Events in, instructions out.
+"""Pure. Every adapter's way on this worker: ABSENT -> FETCHING -> CACHED -> LOADING -> RESIDENT -> WARM, and FAILED for a while.
+
+Events in, instructions out. WARM is the CPU tier: the adapter has left its slot but its weights stay in the engine's host memory, so that its next
+load costs a copy instead of a read; the warm ones used longest ago are dropped beyond `host_places` adapters or WARM_BYTES.
 
 Fetches run side by side; loads one at a time, because the engine loads inside its step loop. A request that needs an adapter waits here and is
 started once the adapter is resident; from then on it holds the slot until it ends. When all slots are in use, adapters wait in order; one that
@@ -16,12 +19,14 @@ from typing import TypeAlias
 from shared.adapters import AdapterRef
 from shared.wire import AdapterState, Tier
 from worker.engine import Loaded
-from worker.slots import Evict, Free, Full, SlotTable
+from worker.slots import Evict, Full, SlotTable
 
 SLOT_PATIENCE_S = 2.0
 FAILED_FOR_S = 5.0
 """A failing adapter is not tried again within this time."""
 MAX_FAILED = 10_000
+WARM_BYTES = 4 << 30
+"""Host memory for adapters that are in no slot: 150 of 26 MiB (rank 16 on an 8B model), 10 of 400 MiB."""
 
 
 class Stage(Enum):
@@ -31,6 +36,7 @@ class Stage(Enum):
     RESIDENT = "resident"
     CLOSING = "closing"  # resident, gives up its slot when its last request ends
     UNLOADING = "unloading"
+    WARM = "warm"  # in the engine's host memory, in no slot, wanted by nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +48,15 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Unload `evict` if one is named, then load; answer with `loaded` or `failed`."""
+    """Take `demote` out of its slot (it stays in host memory), unload `evict` and `drop` (answer `unloaded` for each), then load.
+
+    Answer with `loaded` or `failed`.
+    """
 
     adapter: Loaded
     evict: Loaded | None
+    demote: Loaded | None = None
+    drop: tuple[Loaded, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +96,19 @@ class _Entry:
     came_from: Tier
     loaded: Loaded | None = None
     waiting: dict[int, None] = field(default_factory=dict)  # requests, in order of arrival
+    in_host: bool = False  # the engine holds the weights in host memory (in a slot as well, or not)
 
 
 class Residency:
-    """The adapters of one engine with `slots` slots. Requests are known by a number chosen by the caller."""
+    """The adapters of one engine with `slots` slots and room for `host_places` adapters in host memory, those in slots included.
 
-    def __init__(self, slots: int) -> None:
+    Requests are known by a number chosen by the caller.
+    """
+
+    def __init__(self, slots: int, host_places: int = 0) -> None:
         self.slots = SlotTable(slots)
+        self._host_places = max(slots, host_places)
+        self._warm: dict[AdapterRef, int] = {}  # WARM adapters in order of demotion -> bytes
         self._entries: dict[AdapterRef, _Entry] = {}
         self._line: dict[AdapterRef, None] = {}  # CACHED adapters in order of arrival
         self._users: dict[int, AdapterRef] = {}  # started requests
@@ -117,6 +134,10 @@ class Residency:
             assert entry.loaded is not None
             return [self._start(request, entry.loaded, Tier.GPU)]
         self._seek(request, adapter, entry)
+        if entry.stage is Stage.WARM:
+            del self._warm[adapter]
+            self._line_up(adapter, entry, Tier.CPU, now)
+            return self._advance(now)
         return []
 
     def finish(self, request: int, now: float) -> list[Instruction]:
@@ -151,17 +172,17 @@ class Residency:
     def fetched(self, loaded: Loaded, came_from: Tier, now: float) -> list[Instruction]:
         """The adapter is on disk and valid."""
         entry = self._entries[loaded.ref]
-        entry.stage, entry.loaded, entry.came_from, entry.since = Stage.CACHED, loaded, came_from, now
+        entry.loaded = loaded
+        self._line_up(loaded.ref, entry, came_from, now)
         if not entry.waiting:
             self._forget(loaded.ref)
             return []
-        self._line[loaded.ref] = None
         return self._advance(now)
 
     def loaded(self, adapter: AdapterRef, now: float) -> list[Instruction]:
         """The engine has it: everybody who waited starts."""
         entry = self._entries[adapter]
-        entry.stage, entry.since, self._loading = Stage.RESIDENT, now, None
+        entry.stage, entry.since, entry.in_host, self._loading = Stage.RESIDENT, now, True, None
         assert entry.loaded is not None
         started: list[Instruction] = [self._start(r, entry.loaded, entry.came_from) for r in entry.waiting]
         for request in entry.waiting:
@@ -186,9 +207,9 @@ class Residency:
     def unloaded(self, adapter: AdapterRef, now: float) -> list[Instruction]:
         """A victim has left the engine. Requests that came for it meanwhile wait in line again."""
         entry = self._entries[adapter]
+        entry.in_host = False
         if entry.waiting:
-            entry.stage, entry.came_from, entry.since = Stage.CACHED, Tier.DISK, now
-            self._line[adapter] = None
+            self._line_up(adapter, entry, Tier.DISK, now)
         else:
             self._forget(adapter)
         return []
@@ -203,6 +224,10 @@ class Residency:
         """Every adapter that is on its way, in a slot or just leaving one: its files must stay on disk."""
         return self._entries.keys()
 
+    def came_from(self, adapter: AdapterRef) -> Tier:
+        """Where an adapter that is being loaded comes from."""
+        return self._entries[adapter].came_from
+
     @property
     def waiting(self) -> int:
         return len(self._seekers)
@@ -216,27 +241,57 @@ class Residency:
         head = next(iter(self._line), None)
         if head is None:
             return self._reopen()
-        victim: Loaded | None = None
         room = self.slots.room()
-        closed = next((a for a, e in self._entries.items() if e.stage is Stage.CLOSING and self.slots.uses(a) == 0), None)
-        match room:
-            case Full():
-                return []
-            case Evict(lru):
-                leaving = closed or lru
-                gone = self._entries[leaving]
-                gone.stage = Stage.UNLOADING
-                victim = gone.loaded
-                self.slots.vacate(leaving)
-            case Free():
-                pass
-        del self._line[head]
+        if isinstance(room, Full):
+            return []
         entry = self._entries[head]
+        del self._line[head]
         entry.stage = Stage.LOADING
         self._loading = head
+        victim = self._vacate(room.victim) if isinstance(room, Evict) else None
         self.slots.occupy(head)
         assert entry.loaded is not None
-        return [Load(entry.loaded, victim)]
+        return [self._make_room(entry, victim, now)]
+
+    def _vacate(self, lru: AdapterRef) -> AdapterRef:
+        """Frees the slot of a closed adapter, else of the least recently used one."""
+        closed = next((a for a, e in self._entries.items() if e.stage is Stage.CLOSING and self.slots.uses(a) == 0), None)
+        victim = closed or lru
+        self.slots.vacate(victim)
+        return victim
+
+    def _make_room(self, entry: _Entry, victim: AdapterRef | None, now: float) -> Load:
+        """The load of `entry`, with what becomes of the victim: it stays in host memory if there is a place, after colder ones have gone."""
+        assert entry.loaded is not None
+        held = sum(e.in_host for e in self._entries.values())
+        excess = held + (not entry.in_host) - self._host_places
+        drop: list[Loaded] = []
+        while self._warm and (excess > len(drop) or sum(self._warm.values()) > WARM_BYTES):
+            coldest = next(iter(self._warm))
+            del self._warm[coldest]
+            drop.append(self._leave(coldest))
+        if victim is None:
+            return Load(entry.loaded, None, None, tuple(drop))
+        if excess > len(drop):
+            return Load(entry.loaded, self._leave(victim), None, tuple(drop))
+        gone = self._entries[victim]
+        assert gone.loaded is not None
+        if gone.waiting:
+            self._line_up(victim, gone, Tier.CPU, now)
+        else:
+            gone.stage = Stage.WARM
+            self._warm[victim] = gone.loaded.size_bytes
+        return Load(entry.loaded, None, gone.loaded, tuple(drop))
+
+    def _leave(self, adapter: AdapterRef) -> Loaded:
+        entry = self._entries[adapter]
+        entry.stage = Stage.UNLOADING
+        assert entry.loaded is not None
+        return entry.loaded
+
+    def _line_up(self, adapter: AdapterRef, entry: _Entry, came_from: Tier, now: float) -> None:
+        entry.stage, entry.came_from, entry.since = Stage.CACHED, came_from, now
+        self._line[adapter] = None
 
     def _reopen(self) -> list[Instruction]:
         """Nobody waits for a slot any more: closing adapters stay, and those who came for them meanwhile start."""
@@ -260,15 +315,21 @@ class Residency:
         return Start(request, adapter, came_from)
 
     def _forget(self, adapter: AdapterRef) -> None:
-        """Out of the engine and nobody waits: what is left of it lies in the disk cache."""
+        """Nobody waits: it stays warm if the engine has it, else what is left of it lies in the disk cache."""
         self._line.pop(adapter, None)
-        del self._entries[adapter]
+        entry = self._entries[adapter]
+        if entry.in_host and entry.loaded is not None:
+            entry.stage = Stage.WARM
+            self._warm[adapter] = entry.loaded.size_bytes
+        else:
+            del self._entries[adapter]
 
     def _state(self, ref: AdapterRef, entry: _Entry, now: float, load_s: float) -> AdapterState:
         in_slot = entry.stage in (Stage.RESIDENT, Stage.CLOSING)
-        tier = Tier.GPU if in_slot else (Tier.REMOTE if entry.stage is Stage.FETCHING else Tier.DISK)
+        warm = entry.stage is Stage.WARM
+        tier = Tier.GPU if in_slot else Tier.CPU if entry.in_host else Tier.REMOTE if entry.stage is Stage.FETCHING else Tier.DISK
         size = entry.loaded.size_bytes if entry.loaded else 0
         rank = entry.loaded.rank if entry.loaded else 0
-        eta_s = 0.0 if in_slot else max(0.0, load_s - (now - entry.since))
+        eta_s = 0.0 if in_slot or warm else max(0.0, load_s - (now - entry.since))
         in_flight = self.slots.uses(ref) + len(entry.waiting)
-        return AdapterState(ref.name, ref.digest, tier, not in_slot, eta_s, in_flight, rank, size, self.slots.pinned(ref))
+        return AdapterState(ref.name, ref.digest, tier, not (in_slot or warm), eta_s, in_flight, rank, size, self.slots.pinned(ref))

@@ -22,6 +22,8 @@ clock = time.monotonic
 MEASURE_WEIGHT = 0.2  # of the newest step or prefill in the moving averages
 TIMER_SLACK_S = 0.0006  # uvloop's timers round to whole milliseconds: one that fires this early is on time
 MB = 1e6
+ACTIVATE_S = 0.004  # an adapter in host memory gets into a slot
+HOST_PLACES_PER_SLOT = 5
 
 
 class SimEngine:
@@ -51,6 +53,7 @@ class SimEngine:
         self._ttft_s, self._itl_s, self._prefill_rate = ttft_ms / 1e3, itl_ms / 1e3, prefill_tokens_per_s
         self._load_s, self._load_s_per_mb = load_ms / 1e3, load_ms_per_mb / 1e3
         self._uses: dict[Loaded, int] = {}  # loaded adapters -> calls in flight
+        self._warm: set[Loaded] = set()  # in host memory, in no slot
         self._loads: deque[tuple[Loaded, asyncio.Future[None]]] = deque()
         # Every sequence is in one of these, in the order of arrival.
         self._waiting: OrderedDict[_Sequence, None] = OrderedDict()
@@ -69,7 +72,7 @@ class SimEngine:
     async def start(self) -> EngineFacts:
         self._task = asyncio.create_task(self._step_for_ever(), name="sim engine")
         self._task.add_done_callback(self._ended)
-        return EngineFacts("sim", self._max_num_seqs, self._max_loras, self._max_lora_rank)
+        return EngineFacts("sim", self._max_num_seqs, self._max_loras, self._max_lora_rank, self._max_loras * HOST_PLACES_PER_SLOT)
 
     async def serve(self, call: Call, reply: Reply) -> None:
         adapter = call.adapter
@@ -105,11 +108,16 @@ class SimEngine:
         self._wake_if_idle()
         await loaded
 
+    async def demote(self, adapter: Loaded) -> None:
+        await self.unload(adapter)
+        self._warm.add(adapter)
+
     async def unload(self, adapter: Loaded) -> None:
-        assert adapter in self._uses, f"{adapter} is not loaded"
-        assert not self._uses[adapter], f"{adapter} is in flight"
+        assert adapter in self._uses or adapter in self._warm, f"{adapter} is not loaded"
+        assert not self._uses.get(adapter), f"{adapter} is in flight"
         self._check_alive()
-        del self._uses[adapter]
+        self._uses.pop(adapter, None)
+        self._warm.discard(adapter)
 
     def stats(self) -> EngineStats:
         tokens_held = sum(s.answer.prompt_tokens + s.sent for queue in (self._prefilling, self._running) for s in queue)
@@ -201,12 +209,13 @@ class SimEngine:
     async def _load_first(self) -> None:
         adapter, loaded = self._loads[0]
         if not loaded.cancelled():
-            duration = self._load_s + self._load_s_per_mb * adapter.size_bytes / MB
+            duration = ACTIVATE_S if adapter in self._warm else self._load_s + self._load_s_per_mb * adapter.size_bytes / MB
             self._stall(clock(), duration)
             await asyncio.sleep(duration)
         self._loads.popleft()
         if not loaded.done():
             self._uses[adapter] = 0
+            self._warm.discard(adapter)
             loaded.set_result(None)
 
     def _stall(self, now: float, duration: float) -> None:

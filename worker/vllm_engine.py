@@ -48,6 +48,7 @@ UTILITY_TIMEOUT_S = 300.0  # a utility call waits behind the running step; one t
 DEATH_POLL_S = 0.2
 STOP_S = 5.0
 EWMA = 0.2
+HOST_PLACES = 240  # adapters in host memory beside those in slots; a count is all that vLLM bounds
 
 PINNED: ContextVar[LoRARequest | None] = ContextVar("pinned_adapter", default=None)
 _PATH = re.compile(r"(/[\w.\-]+){2,}")
@@ -133,6 +134,7 @@ class VLLMEngine:
         self._app: Any = None
         self.fast: FastPath | None = None
         self._on_death: Callable[[str], None] | None = None
+        self._in_host: set[int] = set()
         self._watch: asyncio.Task[None] | None = None
         # The kernel's parent-death signal belongs to the thread that forked: this one lives as long as the process.
         self._boot_thread = ThreadPoolExecutor(1, thread_name_prefix="engine-boot")
@@ -159,7 +161,10 @@ class VLLMEngine:
         self._watch = asyncio.create_task(self._watch_engine(), name="engine-watch")
         config = engine.vllm_config
         lora = config.lora_config
-        return EngineFacts("vllm", config.scheduler_config.max_num_seqs, lora.max_loras if lora else 0, lora.max_lora_rank if lora else 0)
+        capacity = config.scheduler_config.max_num_seqs
+        if lora is None:
+            return EngineFacts("vllm", capacity, 0, 0)
+        return EngineFacts("vllm", capacity, lora.max_loras, lora.max_lora_rank, lora.max_cpu_loras or lora.max_loras)
 
     async def serve(self, call: Call, reply: Reply) -> None:
         PINNED.set(lora_request(call.adapter) if call.adapter else None)  # seen by this call alone: each one runs in a task of its own
@@ -178,7 +183,8 @@ class VLLMEngine:
 
     async def load(self, adapter: Loaded) -> None:
         assert self._engine is not None
-        await asyncio.to_thread(_read_through, adapter.folder / WEIGHTS_FILE)  # the engine's own read then finds the page cache
+        if adapter.int_id not in self._in_host:
+            await asyncio.to_thread(_read_through, adapter.folder / WEIGHTS_FILE)  # the engine's own read then finds the page cache
         request = lora_request(adapter)
         try:
             async with asyncio.timeout(UTILITY_TIMEOUT_S):
@@ -190,9 +196,19 @@ class VLLMEngine:
                 raise EngineFailure("the engine died while it loaded an adapter") from exc
             await self.unload(adapter)  # a failed load may leave it registered and half in a slot
             raise InvalidAdapter(f"The engine refused the adapter: {_without_paths(exc)}") from exc
+        self._in_host.add(adapter.int_id)
+
+    async def demote(self, adapter: Loaded) -> None:
+        assert self._engine is not None
+        try:
+            async with asyncio.timeout(UTILITY_TIMEOUT_S):
+                await self._engine.collective_rpc("loraplex_demote", args=(adapter.int_id,))
+        except Exception as exc:  # as for unload
+            raise EngineFailure(f"an adapter could not leave its slot: {_without_paths(exc)}") from exc
 
     async def unload(self, adapter: Loaded) -> None:
         assert self._engine is not None
+        self._in_host.discard(adapter.int_id)
         try:
             async with asyncio.timeout(UTILITY_TIMEOUT_S):
                 await self._engine.remove_lora(adapter.int_id)
@@ -353,8 +369,9 @@ def serve_args(model: LLMConfig) -> Any:
     }
     if model.uses_lora:
         wanted |= {"enable_lora": True, "max_loras": model.max_loras}
-        # Adapters that leave a slot are removed by us, so a CPU tier of vLLM's own would never be used.
-        wanted.setdefault("max_cpu_loras", model.max_loras)
+        # vLLM's default (as many as slots) would make every eviction a reload from disk. What is kept is bounded in bytes by residency.
+        wanted.setdefault("max_cpu_loras", model.max_loras + HOST_PLACES)
+        wanted.setdefault("worker_extension_cls", "worker.vllm_extension.AdapterSlots")
     if model.engine_kwargs.get("tensor_parallel_size", 1) * model.engine_kwargs.get("pipeline_parallel_size", 1) > 1:
         wanted.setdefault("distributed_executor_backend", "worker.vllm_executor.SafeMultiprocExecutor")
     for key, value in wanted.items():

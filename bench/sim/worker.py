@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +77,7 @@ class SimWorker:
         self.peer = wire.identity(worker, self.epoch)
         self.facts, self._timing, self._agenda, self._lengths = facts, timing, agenda, lengths
         self._send_control, self._send_data = send_control, send_data
-        self.residency = Residency(facts.slots)
+        self.residency = Residency(facts.slots, facts.slots + facts.cpu_adapters)
         self.engine = Engine(timing, agenda, self)
         self.tally = Tally()
         self.alive = True
@@ -87,10 +86,9 @@ class SimWorker:
         self._by_sid: dict[wire.StreamId, Job] = {}
         self._started = 0
         self._on_disk: set[AdapterRef] = set()
-        self._in_cpu: OrderedDict[AdapterRef, wire.AdapterState] = OrderedDict()
-        self._origin: dict[AdapterRef, wire.Tier] = {}  # of adapters that are fetched or wait for their load
+        self._origin: dict[AdapterRef, wire.Tier] = {}  # of adapters that are fetched
         self._int_id = self._last_sid = self._seq = 0
-        self._load_s = 0.0
+        self._load_s = self._cpu_load_s = 0.0
         self._beat_due = False
 
     def join(self) -> None:
@@ -138,12 +136,11 @@ class SimWorker:
             match instruction:
                 case Fetch(adapter):
                     self._fetch(adapter)
-                case Load(adapter, evict):
-                    self._load(adapter, evict)
+                case Load():
+                    self._load(instruction)
                 case Start(number, _, came_from):
                     job = self._jobs[number]
-                    # A request that waited for somebody else's load saw the tier it came from, too.
-                    job.came_from = came_from if came_from is wire.Tier.GPU or job.adapter is None else self._origin[job.adapter]
+                    job.came_from = came_from
                     self._start(job)
                 case Reject(number, code, message, retryable):
                     job = self._jobs[number]
@@ -152,8 +149,6 @@ class SimWorker:
 
     def _fetch(self, adapter: AdapterRef) -> None:
         tier = wire.Tier.DISK if self.facts.disk_warm or adapter in self._on_disk else wire.Tier.REMOTE
-        if self._in_cpu.pop(adapter, None) is not None:
-            tier = wire.Tier.CPU
         self._origin[adapter] = tier
         self._agenda.after(self._timing.fetch_s(tier, self.facts.adapter_bytes), self._fetched, adapter)
         self._beat_soon()
@@ -165,41 +160,31 @@ class SimWorker:
             self._on_disk.add(adapter)
         self._int_id += 1
         loaded = Loaded(adapter, self._int_id, NOWHERE, self.facts.rank, self.facts.adapter_bytes)
-        self._perform(self.residency.fetched(loaded, self._origin[adapter], self._agenda.now))
+        self._perform(self.residency.fetched(loaded, self._origin.pop(adapter), self._agenda.now))
 
-    def _load(self, adapter: Loaded, evict: Loaded | None) -> None:
-        if evict is not None:
-            self._to_cpu(evict.ref)
-            self._perform(self.residency.unloaded(evict.ref, self._agenda.now))
-        # Whoever came for a victim on its way out waits in line again without a fetch: the bytes are still in the CPU tier.
-        origin = self._origin.setdefault(adapter.ref, wire.Tier.CPU)
-        self._in_cpu.pop(adapter.ref, None)
-        seconds = self._timing.load_from_s(origin, adapter.size_bytes)
+    def _load(self, load: Load) -> None:
+        for leaving in [*([load.evict] if load.evict else []), *load.drop]:
+            self._perform(self.residency.unloaded(leaving.ref, self._agenda.now))
+        adapter = load.adapter
+        seconds = self._timing.load_from_s(self.residency.came_from(adapter.ref), adapter.size_bytes)
         asked = self._agenda.now
         self.engine.load(seconds, lambda: self._loaded(adapter, asked))
 
     def _loaded(self, adapter: Loaded, asked: float) -> None:
         if not self.alive:
             return
-        origin = self._origin[adapter.ref]
+        origin = self.residency.came_from(adapter.ref)
         self.tally.loads += 1
         self.tally.cold_loads += origin is not wire.Tier.CPU
         if self.on_load is not None:
             self.on_load(adapter.ref, origin)
         took = self._agenda.now - asked
-        self._load_s = took if not self._load_s else LOAD_WEIGHT * took + (1 - LOAD_WEIGHT) * self._load_s
+        if origin is wire.Tier.CPU:
+            self._cpu_load_s = _blend(self._cpu_load_s, took)
+        else:
+            self._load_s = _blend(self._load_s, took)
         self._perform(self.residency.loaded(adapter.ref, self._agenda.now))
-        self._origin.pop(adapter.ref, None)
         self._beat_soon()
-
-    def _to_cpu(self, adapter: AdapterRef) -> None:
-        if self.facts.cpu_adapters:
-            facts = self.facts
-            self._in_cpu[adapter] = wire.AdapterState(
-                adapter.name, adapter.digest, wire.Tier.CPU, rank=facts.rank, size_bytes=facts.adapter_bytes
-            )
-            if len(self._in_cpu) > facts.cpu_adapters:
-                self._in_cpu.popitem(last=False)
 
     def _start(self, job: Job) -> None:
         job.started = self._agenda.now
@@ -269,11 +254,17 @@ class SimWorker:
             acked=self._last_sid,
             waiting_tokens=engine.waiting_tokens,
             kv_usage=engine.tokens_held / TOKENS_OF_CACHE,
-            adapters=(*held, *self._in_cpu.values()),
+            adapters=held,
             prefill_tokens_per_s=engine.measured_prefill_tokens_per_s,
             step_s=engine.measured_step_s,
             load_s=self._load_s,
             engine="virtual",
             max_lora_rank=facts.rank,
+            disk_load_s=self._load_s,
+            cpu_load_s=self._cpu_load_s,
         )
         self._send_control(self.peer, wire.encode(beat))
+
+
+def _blend(average: float, newest: float) -> float:
+    return LOAD_WEIGHT * newest + (1 - LOAD_WEIGHT) * average if average else newest

@@ -36,6 +36,12 @@ async def main(config, folders):
     except InvalidAdapter as exc:
         said["refused"] = exc.message
     said["after"] = sorted(await held())
+    active = lambda: engine._engine.collective_rpc("loraplex_slots")
+    said["in_slots"] = await active()
+    await engine.demote(loaded[1])
+    said["demoted"] = [sorted(await held()), await active()]
+    await engine.load(loaded[1])
+    said["again"] = [sorted(await held()), await active()]
     await engine.stop()
     print(json.dumps(said))
 
@@ -43,7 +49,7 @@ asyncio.run(main(json.loads(sys.argv[1]), sys.argv[2:]))
 """
 
 
-async def test_unloaded_and_refused_adapters_are_really_gone_from_the_engine(tmp_path: Path) -> None:
+async def test_unloaded_and_refused_adapters_are_really_gone_and_demoted_ones_are_only_out_of_their_slot(tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(DEMO / "adapters" / "haiku", bad)
     # Says rank 8 and has tensors of rank 16: vLLM raises only while it copies them into a slot, and would keep the half-copied adapter.
@@ -60,4 +66,6 @@ async def test_unloaded_and_refused_adapters_are_really_gone_from_the_engine(tmp
     said = json.loads(out.decode().splitlines()[-1])
     assert said["slots"] == 2 and said["start"] == []
     assert said["two"] == [1, 2] and said["one"] == [2]
+    assert said["in_slots"] == [[2]]
+    assert said["demoted"] == [[2], [[]]] and said["again"] == [[2], [[2]]]
     assert said["after"] == [2] and str(tmp_path) not in said["refused"]

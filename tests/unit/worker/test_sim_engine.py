@@ -140,7 +140,7 @@ async def cancel(*tasks: asyncio.Task[None]) -> None:
 
 async def test_facts_come_from_the_arguments() -> None:
     engine: Engine = SimEngine("tiny", max_loras=3, max_lora_rank=32, max_num_seqs=7)
-    assert await engine.start() == EngineFacts("sim", capacity=7, slots=3, max_lora_rank=32)
+    assert await engine.start() == EngineFacts("sim", capacity=7, slots=3, max_lora_rank=32, host_places=15)
     assert engine.stats() == EngineStats()
     await engine.stop()
 
