@@ -294,6 +294,31 @@ def test_what_a_beat_says_of_each_stage() -> None:
     assert {s.name for s in residency.states(2.0, 2.0)} == {"b", "c"}, "a victim on its way out is not offered to gateways"
 
 
+def test_a_victim_stays_in_host_memory_while_there_is_a_place_and_the_coldest_goes_first() -> None:
+    residency = Residency(1, 2)
+    resident(residency, 1, A)
+    residency.finish(1, 0.0)
+    assert residency.want(2, B, 0.0) == [Fetch(B)]
+    assert residency.fetched(on_disk(B), Tier.REMOTE, 0.0) == [Load(on_disk(B), None, on_disk(A))]
+    residency.loaded(B, 0.0)
+    assert {s.name: s.tier for s in residency.states(0.0, 1.0)} == {"a": Tier.CPU, "b": Tier.GPU}
+    residency.finish(2, 0.0)
+    residency.want(3, C, 0.0)
+    assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == [Load(on_disk(C), None, on_disk(B), (on_disk(A),))]
+
+
+def test_a_warm_adapter_is_loaded_again_without_a_fetch() -> None:
+    residency = Residency(1, 2)
+    resident(residency, 1, A)
+    residency.finish(1, 0.0)
+    residency.want(2, B, 0.0)
+    residency.fetched(on_disk(B), Tier.REMOTE, 0.0)
+    residency.loaded(B, 0.0)
+    residency.finish(2, 0.0)
+    assert residency.want(3, A, 0.0) == [Load(on_disk(A), None, on_disk(B))]
+    assert residency.loaded(A, 0.0) == [Start(3, on_disk(A), Tier.CPU)]
+
+
 # ---- anything, in any order -------------------------------------------------------------------------------------------------------------
 
 REFS = [A, B, C, D, E]
@@ -305,10 +330,12 @@ class ResidencyMachine(RuleBasedStateMachine):
     `engine` is what a real engine would hold: it breaks the test if it gets more adapters than slots, or loses one that is in use.
     """
 
-    @initialize(slots=st.integers(1, 3))
-    def start(self, slots: int) -> None:
-        self.size = slots
-        self.residency = Residency(slots)
+    @initialize(slots=st.integers(1, 3), more=st.integers(0, 3))
+    def start(self, slots: int, more: int) -> None:
+        self.size, self.places = slots, slots + more
+        self.residency = Residency(slots, slots + more)
+        self.warm: set[AdapterRef] = set()
+        self.leaving: list[AdapterRef] = []
         self.now = 0.0
         self.count = 0
         self.wants: dict[int, AdapterRef] = {}
@@ -325,17 +352,25 @@ class ResidencyMachine(RuleBasedStateMachine):
         for instruction in instructions:
             match instruction:
                 case Fetch(adapter):
-                    assert adapter not in self.fetching and adapter not in self.engine
+                    assert adapter not in self.fetching and adapter not in self.engine and adapter not in self.warm
                     assert self.now >= self.failed_at.get(adapter, -100.0) + FAILED_FOR_S, "tried again too early"
                     self.fetching.append(adapter)
-                case Load(adapter, evict):
+                case Load(adapter, evict, demote, drop):
                     assert self.load is None, "two loads at once"
                     assert adapter.ref not in self.engine
-                    if evict is not None:
-                        assert evict.ref in self.engine
-                        assert evict.ref not in self.running.values(), "evicted while in use"
-                    assert len(self.engine) + 1 - (evict is not None) <= self.size
-                    self.load, self.load_phase = instruction, "unload" if evict is not None else "load"
+                    assert evict is None or demote is None
+                    for victim in (evict, demote):
+                        if victim is not None:
+                            assert victim.ref in self.engine
+                            assert victim.ref not in self.running.values(), "evicted while in use"
+                    assert all(d.ref in self.warm and d.ref != adapter.ref for d in drop)
+                    if demote is not None:
+                        self.engine.remove(demote.ref)
+                        self.warm.add(demote.ref)
+                    self.leaving = [x.ref for x in ([evict] if evict else []) + list(drop)]
+                    assert len(self.engine - set(self.leaving)) + 1 <= self.size
+                    assert len((self.engine | self.warm | {adapter.ref}) - set(self.leaving)) <= self.places
+                    self.load, self.load_phase = instruction, "unload" if self.leaving else "load"
                 case Start(request, adapter, _):
                     assert self.wants.pop(request) == adapter.ref
                     assert adapter.ref in self.engine and not (self.load and self.load.evict and self.load.evict.ref == adapter.ref)
@@ -400,16 +435,19 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert self.load is not None
         load = self.load
         if self.load_phase == "unload":
-            assert load.evict is not None
-            assert load.evict.ref not in self.running.values(), "unloaded while in use"
-            self.engine.remove(load.evict.ref)
-            self.load_phase = "load"
-            self.perform(self.residency.unloaded(load.evict.ref, self.now))
+            gone = self.leaving.pop(0)
+            assert gone not in self.running.values(), "unloaded while in use"
+            self.engine.discard(gone)
+            self.warm.discard(gone)
+            if not self.leaving:
+                self.load_phase = "load"
+            self.perform(self.residency.unloaded(gone, self.now))
             return
         self.load = None
+        self.warm.discard(load.adapter.ref)
         if ok:
             self.engine.add(load.adapter.ref)
-            assert len(self.engine) <= self.size
+            assert len(self.engine) <= self.size and len(self.engine | self.warm) <= self.places
             self.perform(self.residency.loaded(load.adapter.ref, self.now))
         else:
             self.fail(load.adapter.ref)
@@ -445,7 +483,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             assert ref in self.fetching or stage(residency, ref) in (Stage.CACHED, Stage.LOADING, Stage.CLOSING, Stage.UNLOADING)
         closing = [a for a in REFS if stage(residency, a) is Stage.CLOSING]
         assert len(closing) <= 1
-        assert len(residency._entries) <= len(self.engine) + len(self.wants) + len(self.fetching) + 2, "an entry was left behind"
+        assert len(residency._entries) <= len(self.engine) + len(self.warm) + len(self.wants) + len(self.fetching) + 2, "an entry was left behind"
         residency.states(self.now, 1.0)
 
     def settle(self) -> None:
@@ -470,7 +508,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.settle()
         assert not self.wants and self.residency.waiting == 0
         assert sorted(self.told) == list(range(1, self.count + 1)), "somebody was never told"
-        assert not [a for a in REFS if stage(self.residency, a) not in (None, Stage.RESIDENT)], "something hangs"
+        assert not [a for a in REFS if stage(self.residency, a) not in (None, Stage.RESIDENT, Stage.WARM)], "something hangs"
 
     def everybody_gets_a_slot_in_the_end(self) -> None:
         """Requests for resident adapters never stop coming, running ones end, time passes: those who wait now are all served."""

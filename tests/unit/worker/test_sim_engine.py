@@ -125,7 +125,7 @@ async def answer(engine: SimEngine, call: Call) -> Frames:
 
 async def until(engine: SimEngine, holds: Callable[[EngineStats], bool]) -> None:
     """Lets the loop turn until the engine's figures are so."""
-    while not holds(engine.stats()):  # noqa: ASYNC110  figures have no event
+    while not holds(engine.stats()):
         await asyncio.sleep(0)
 
 
