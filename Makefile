@@ -1,4 +1,4 @@
-# make demo | make test | make check | make bench-load | make demo-model | make clean
+# make demo | make test | make check | make bench | make bench-engine | make bench-load | make demo-model | make clean
 VENV   ?= .venv
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
@@ -6,7 +6,7 @@ WORKERS ?= 2
 JOBS   ?= 2
 PY      = $(VENV)/bin/python
 
-.PHONY: setup demo test check format bench-load demo-model clean
+.PHONY: setup demo test check format bench bench-engine bench-load demo-model clean
 
 setup:
 	@deploy/setup.sh $(VENV) dev
@@ -28,6 +28,14 @@ format: setup
 # The table in README: a gateway and two workers are started, loaded and stopped.
 bench-load: setup
 	@$(PY) -m bench.readme
+
+# Gateways side by side: every peer that can be installed, one mock engine, interleaved.
+bench: setup
+	@$(PY) -m bench.gateways $(ARGS)
+
+# The worker's front end beside vLLM's own server, on the demo model.
+bench-engine: setup
+	@$(PY) -m bench.engine --out bench/results $(ARGS)
 
 # Trains the demo model and its adapters again (they are shipped in examples/demo).
 demo-model: setup

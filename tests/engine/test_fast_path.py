@@ -1,0 +1,429 @@
+"""Shell. Plain streams, written by us, against vLLM's own: the same bytes from the same engine output, and from the same requests."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import os
+import random
+import re
+import signal
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+import yaml
+
+from shared.adapters import AdapterRef
+from shared.errors import EngineFailure
+from shared.process import read_settings
+from tests.harness import DEMO, demo_config
+from worker.__main__ import VLLM_CPU_ENV, VLLM_ENV
+from worker.engine import Call, Loaded
+
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+PROMPT = "Tell me about the sea."
+UNICODE = 'Zoë schrieb: 漢字 und 🎉👩‍🚀, «naïve» Ελληνικά — ok?\t"quoted" \\ back\x01\x7f'
+
+
+class Written:
+    """A Reply that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens = self.output_tokens = self.status = self.frames = 0
+        self.data = b""
+        self.ended = False
+        self.first = asyncio.Event()
+
+    def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
+        assert not self.frames
+        self.status, self.sse = status, sse
+        self.more(data, end)
+
+    def more(self, data: bytes, end: bool) -> None:
+        assert not self.ended
+        self.frames += 1
+        self.data += data
+        self.ended = end
+        self.first.set()
+
+
+# ---- from the same engine output, token by token ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vllm_environment() -> AsyncIterator[None]:
+    """What a worker process sets before it imports vLLM; taken back, since other tests start processes of their own."""
+    before = dict(os.environ)
+    for key, value in (VLLM_ENV | VLLM_CPU_ENV | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}).items():
+        os.environ.setdefault(key, value)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(vllm_environment: None) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DEMO / "model")
+
+
+def _steps(tokenizer: Any, seed: int) -> tuple[list[list[int]], dict[str, Any], int | None, int | str | None]:
+    """Tokens per engine step, sampling parameters, and how it ends: what an engine might say, unlikely things included."""
+    rng = random.Random(seed)
+    source = rng.choice([tokenizer.encode(UNICODE), [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(1, 60))], [5]])
+    steps, rest = [], list(source)
+    while rest:
+        n = 1 if rng.random() < 0.8 else rng.randrange(0, 4)
+        steps.append(rest[:n])
+        rest = rest[n:]
+    text = tokenizer.decode(source)
+    stops = rng.choice([[], [], [text[len(text) // 2 :][:3] or "x"], ["never to be seen"], ["e", "漢"]])
+    params = {
+        "stop": stops,
+        "include_stop_str_in_output": rng.random() < 0.3,
+        "skip_special_tokens": rng.random() < 0.7,
+        "spaces_between_special_tokens": rng.random() < 0.5,
+        "stream_interval": rng.choice([None, None, 2, 5]),
+        "min_tokens": rng.choice([0, 0, 3]),
+    }
+    finish = rng.choice([0, 1, 1, 2, 3, 4])
+    return steps, params, finish, rng.choice([None, 7, '\n"stop']) if finish == 0 else None
+
+
+def _core_outputs(tokenizer: Any, seed: int) -> tuple[Any, list[Any]]:
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+
+    steps, params, finish, stop_reason = _steps(tokenizer, seed)
+    request = EngineCoreRequest(
+        request_id="internal",
+        prompt_token_ids=tokenizer.encode("hello"),
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=10_000, output_kind=RequestOutputKind.DELTA, **params),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    request.external_req_id = "external"
+    outputs = [EngineCoreOutput("internal", ids) for ids in steps]
+    assert finish is not None
+    outputs[-1].finish_reason, outputs[-1].stop_reason = FinishReason(finish), stop_reason
+    if finish == FinishReason.ABORT:
+        outputs.append(EngineCoreOutput("internal", [], finish_reason=FinishReason.ABORT))
+        outputs[-2].finish_reason = None
+    return request, outputs
+
+
+async def _by_vllm(tokenizer: Any, path: str, include_usage: bool, request: Any, outputs: list[Any], early: int) -> bytes:
+    """What vLLM's generator writes when its reader sees the first `early` outputs together, and then keeps up with the engine."""
+    from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+
+    processor = OutputProcessor(tokenizer, log_stats=False)
+    queue = RequestOutputCollector(request.sampling_params.output_kind, request.request_id)
+    processor.add_request(request, "hello", None, 0, queue)
+    made = []
+    for i, output in enumerate(outputs, start=1):
+        processor.process_outputs([output], weight_version="1")
+        if i >= min(early, len(outputs)):
+            made.append(queue.get_nowait())
+
+    async def results(numbered: bool) -> AsyncIterator[Any]:
+        for out in made:
+            if out is not None:
+                yield (0, out) if numbered else out
+
+    options = {"include_usage": True} if include_usage else None
+    meta = RequestResponseMetadata(request_id="id-1")
+    if path == CHAT:
+        body = ChatCompletionRequest(model="demo", messages=[{"role": "user", "content": "hello"}], stream=True, stream_options=options)
+        stream = _serving(path).chat_completion_stream_generator(body, results(False), "id-1", "demo", [], tokenizer, meta)
+    else:
+        body = CompletionRequest(model="demo", prompt="hello", stream=True, stream_options=options)
+        stream = _serving(path).completion_stream_generator(body, [None], results(True), "id-1", 1700000000, "demo", 1, tokenizer, meta)
+    return "".join([event async for event in stream]).encode()
+
+
+def _serving(path: str) -> Any:
+    """vLLM's serving object with what its stream generator looks at, and no engine."""
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+
+    serving: Any = object.__new__(OpenAIServingChat if path == CHAT else OpenAIServingCompletion)
+    serving.__dict__.update(
+        parser_cls=None,
+        response_role="assistant",
+        enable_force_include_usage=False,
+        enable_log_outputs=False,
+        enable_prompt_tokens_details=False,
+        enable_per_request_metrics=False,
+        request_logger=None,
+        system_fingerprint="vllm-0.32.0-test",
+        _include_reasoning_tokens_details=False,
+    )
+    return serving
+
+
+def _by_us(tokenizer: Any, path: str, include_usage: bool, request: Any, outputs: list[Any], created: int, early: int) -> Written:
+    """What a Stream writes; the first `early` outputs come before it is attached."""
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+
+    from worker.sse_chunks import chat_chunks, completion_chunks
+    from worker.vllm_fast import Draft, Stream, Submission, in_words
+
+    processor = OutputProcessor(tokenizer, log_stats=False)
+    queue = RequestOutputCollector(request.sampling_params.output_kind, request.request_id)
+    processor.add_request(request, "hello", None, 0, queue)
+    serving = _serving(path)
+    if path == CHAT:
+        chunks = chat_chunks("id-1", created, "demo", "assistant", serving.system_fingerprint, include_usage)
+    else:
+        chunks = completion_chunks("id-1", created, "demo", serving.system_fingerprint, include_usage)
+    written = Written()
+    stream = Stream(Draft(chunks, Submission(None, None, "", {}), lambda exc: in_words(serving, exc)), written)
+    for output in outputs[:early]:
+        processor.process_outputs([output], weight_version="1")
+    if request.request_id in processor.request_states:
+        stream.attach(processor.request_states[request.request_id])
+    stream.catch_up(queue.output)
+    for output in outputs[early:]:
+        processor.process_outputs([output], weight_version="1")
+    assert stream.ended.done() and written.ended
+    return written
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+@pytest.mark.parametrize("include_usage", [False, True], ids=["plain", "usage"])
+async def test_the_same_engine_output_gives_the_same_bytes(tokenizer: Any, path: str, include_usage: bool) -> None:
+    kinds = set()
+    for seed in range(150):
+        for early in (0, 1, 3):  # outputs that come before the stream is attached are one output, as in vLLM's queue
+            request, outputs = _core_outputs(tokenizer, seed)
+            wanted = await _by_vllm(tokenizer, path, include_usage, copy.deepcopy(request), copy.deepcopy(outputs), early)
+            found = re.search(rb'"created":(\d+)', wanted)
+            ours = _by_us(tokenizer, path, include_usage, request, outputs, int(found[1]) if found else 0, early)
+            assert ours.data == wanted, f"seed {seed}, {early} early"
+            kinds |= set(re.findall(rb'"finish_reason":"(\w+)"|"(error)":', wanted))
+    assert {k for pair in kinds for k in pair if k} == {b"stop", b"length", b"abort", b"repetition", b"error"}
+
+
+async def test_a_text_that_is_not_unicode_ends_its_own_stream_and_no_other(tokenizer: Any) -> None:
+    from worker.sse_chunks import chat_chunks
+    from worker.vllm_fast import Draft, Stream, Submission, in_words
+
+    written, serving = Written(), _serving(CHAT)
+    draft = Draft(chat_chunks("1", 1, "demo", "assistant", None, False), Submission(None, None, "", {}), lambda e: in_words(serving, e))
+    stream = Stream(draft, written)
+    stream.catch_up(
+        SimpleNamespace(prompt_token_ids=[1], outputs=[SimpleNamespace(text="\ud800", token_ids=[1], finish_reason=None, stop_reason=None)])
+    )
+    assert stream.ended.done() and b'"error"' in written.data and written.data.endswith(b"data: [DONE]\n\n")
+
+
+# ---- from the same requests, on one engine ----------------------------------------------------------------------------------------------
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def engine(vllm_environment: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Any]:
+    """The demo model with two adapters, in this process."""
+    from worker.vllm_engine import VLLMEngine
+
+    config = tmp_path_factory.mktemp("fast") / "config.yaml"
+    config.write_text(yaml.safe_dump(demo_config()))
+    engine = VLLMEngine(read_settings(str(config)).models[0])
+    await engine.start()
+    for adapter in ADAPTERS.values():
+        await engine.load(adapter)
+    yield engine
+    await engine.stop()
+
+
+ADAPTERS = {
+    name: Loaded(AdapterRef("demo", name, "1" * 64), i, DEMO / "adapters" / name, 8, 0)
+    for i, name in enumerate(("pirate", "haiku"), start=1)
+}
+
+
+async def _serve(engine: Any, body: dict[str, Any], request_id: str = "r1", path: str = "") -> Written:
+    written = Written()
+    adapter = ADAPTERS.get(str(body.get("model")).partition(":")[2])
+    path = path or (CHAT if "messages" in body else COMPLETION)
+    async with asyncio.timeout(60):
+        await asyncio.create_task(engine.serve(Call(path, request_id, json.dumps(body).encode(), adapter), written))
+    return written
+
+
+def chat(model: str = "demo", prompt: str = PROMPT, **more: Any) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": True, "temperature": 0, "max_tokens": 24, **more}
+
+
+def completion(model: str = "demo", prompt: Any = PROMPT, **more: Any) -> dict[str, Any]:
+    return {"model": model, "prompt": prompt, "stream": True, "temperature": 0, "max_tokens": 24, **more}
+
+
+MORE: list[dict[str, Any]] = [
+    {},
+    {"stream_options": {"include_usage": True}},
+    {"stream_options": {"include_usage": False}},
+    {"stream_options": None, "n": None, "user": "somebody"},
+    {"max_tokens": 1},
+    {"max_tokens": 1, "stream_options": {"include_usage": True}},
+    {"stop": ["e"]},
+    {"stop": "the", "include_stop_str_in_output": True},
+    {"stop": ["nowhere in it", "q"], "stream_options": {"include_usage": True}},
+    {"stop_token_ids": [*range(260, 300)]},
+    {"ignore_eos": True, "max_tokens": 60},
+    {"min_tokens": 20, "stop": ["a"]},
+    {"skip_special_tokens": False, "max_tokens": 200},
+    {"spaces_between_special_tokens": False, "skip_special_tokens": False, "ignore_eos": True},
+    {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "presence_penalty": 0.1},
+    {"allowed_token_ids": [*range(10, 140)], "max_tokens": 40},  # single bytes: characters split over tokens, broken ones too
+    {"logit_bias": {"300": 5.0}},
+    {"seed": 3, "top_k": 1, "top_p": 0.9, "min_p": 0.1, "temperature": 0.7},
+]
+
+
+@pytest.mark.parametrize("model", ["demo", "demo:pirate", "demo:haiku"])
+@pytest.mark.parametrize("form", [chat, completion])
+async def test_the_same_request_gives_the_same_bytes(engine: Any, form: Any, model: str) -> None:
+    for prompt in (PROMPT, UNICODE):
+        for more in MORE if (model, prompt) == ("demo", PROMPT) else MORE[:12:3]:
+            body = form(model, prompt, **more)
+            if form is completion and "n" in more:
+                del body["n"]
+            before = engine.fast.served
+            ours = await _serve(engine, body)
+            assert engine.fast.served == before + 1, body
+            wanted = await _serve(engine, body | {"return_token_ids": False})  # asks for nothing, but vLLM has to see it
+            assert engine.fast.served == before + 1
+            assert (ours.status, ours.sse, ours.ended) == (wanted.status, wanted.sse, wanted.ended) == (200, True, True)
+            assert (ours.prompt_tokens, ours.output_tokens) == (wanted.prompt_tokens, wanted.output_tokens), body
+            assert ours.output_tokens > 0
+            assert _steady(ours.data) == _steady(wanted.data), body
+
+
+async def test_token_prompts_and_other_shapes_of_messages_are_plain_too(engine: Any) -> None:
+    parts = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    bounds = {"max_tokens": None, "max_completion_tokens": 5}
+    for body in (completion(prompt=[1, 40, 50]), completion(max_tokens=None), chat() | {"messages": parts}, chat() | bounds):
+        before = engine.fast.served
+        ours = await _serve(engine, body)
+        assert engine.fast.served == before + 1
+        assert _steady(ours.data) == _steady((await _serve(engine, body | {"return_token_ids": False})).data)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        chat(logprobs=True, top_logprobs=2),
+        chat(n=2, temperature=1),
+        chat(echo=True),
+        chat(return_token_ids=True),
+        chat(stream_options={"include_usage": True, "continuous_usage_stats": True}),
+        chat(response_format={"type": "json_object"}),
+        chat(stream=False),
+        chat(stream_interval=3),
+        completion(prompt=["a", "b"]),
+        completion(echo=True, logprobs=1),
+        completion(prompt_logprobs=1, stream=False),
+    ],
+)
+async def test_what_is_not_plain_goes_through_vllm(engine: Any, body: dict[str, Any]) -> None:
+    before = engine.fast.served
+    answer = await _serve(engine, body)
+    assert engine.fast.served == before and answer.status == 200 and answer.ended and b'"error"' not in answer.data
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        chat(temperature=-1),
+        chat(max_tokens=0),
+        chat(prompt="word " * 3000),
+        chat() | {"messages": "no list"},
+        chat() | {"messages": []},
+        chat("nobody"),
+        chat(stop=[1]),
+        chat(logit_bias={"99999999": 1}),
+        completion(max_tokens=5000),
+        completion(prompt=[1, 99_999_999]),
+    ],
+)
+async def test_what_vllm_refuses_is_refused_in_its_words(engine: Any, body: dict[str, Any]) -> None:
+    before = engine.fast.served
+    ours, wanted = await _serve(engine, body), await _serve(engine, body | {"return_token_ids": False})
+    assert engine.fast.served == before
+    assert (ours.status, _steady(ours.data)) == (wanted.status, _steady(wanted.data))
+    assert b'"error"' in ours.data
+
+
+async def test_many_streams_at_once_say_what_each_says_alone(engine: Any) -> None:
+    bodies = [chat(m, p, max_tokens=40) for m in ("demo", "demo:pirate", "demo:haiku") for p in (PROMPT, "hello", "Where is the moon?")]
+    alone = [_text((await _serve(engine, b)).data) for b in bodies]
+    before = engine.fast.served
+    together = await asyncio.gather(*(_serve(engine, b, f"r{i}") for i, b in enumerate(bodies * 4)))
+    assert [_text(w.data) for w in together] == alone * 4
+    assert engine.fast.served == before + 4 * len(bodies)
+    assert all(b'chatcmpl-r%d"' % i in w.data for i, w in enumerate(together))
+
+
+async def test_a_cancelled_stream_leaves_the_engine_at_once(engine: Any) -> None:
+    written = Written()
+    call = Call(CHAT, "gone", json.dumps(chat(max_tokens=900, ignore_eos=True)).encode(), None)
+    task = asyncio.create_task(engine.serve(call, written))
+    async with asyncio.timeout(30):
+        await written.first.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert engine._engine.get_num_unfinished_requests() == 0
+        frames = written.frames
+        after = await _serve(engine, chat(max_tokens=30))
+        while engine.stats().running:
+            await asyncio.sleep(0.01)
+    assert written.frames == frames and not written.ended and after.ended
+
+
+async def test_a_dead_engine_breaks_the_stream_without_a_word_to_the_client(engine: Any) -> None:
+    written = Written()
+    call = Call(CHAT, "last", json.dumps(chat(max_tokens=900, ignore_eos=True)).encode(), None)
+    task = asyncio.create_task(engine.serve(call, written))
+    async with asyncio.timeout(30):
+        await written.first.wait()
+        for child in psutil.Process().children():
+            if "EngineCore" in " ".join(child.cmdline()) or child.name().startswith("VLLM"):
+                child.send_signal(signal.SIGKILL)
+        with pytest.raises(EngineFailure):
+            await task
+        with pytest.raises(EngineFailure):
+            await _serve(engine, chat())
+    assert b'"error"' not in written.data and b"[DONE]" not in written.data
+
+
+def _steady(data: bytes) -> tuple[list[bytes], bytes]:
+    """The events without ids, the second of the answer and their texts, repeated ones once; and all texts together, still escaped.
+
+    How many tokens are in one event differs by nature: a reader that is late gets two in one.
+    """
+    data = re.sub(rb'"created":\d+', b'"created":0', data)
+    data = re.sub(rb'"id":"(chatcmpl|cmpl)-[^"]+"', rb'"id":"\1"', data)
+    said = rb'("delta":\{"content"|"index":0,"text"):"((?:[^"\\]|\\.)*)"'
+    texts = b"".join(text for _, text in re.findall(said, data))
+    events = re.sub(said, rb'\1:""', data).split(b"\n\n")
+    return [e for i, e in enumerate(events) if i == 0 or e != events[i - 1]], texts
+
+
+def _text(data: bytes) -> str:
+    events = [json.loads(line[6:]) for line in data.split(b"\n\n") if line.startswith(b"data: {")]
+    choices = [e["choices"][0] for e in events if e.get("choices")]
+    return "".join(c["delta"].get("content") or "" if "delta" in c else c["text"] for c in choices)
