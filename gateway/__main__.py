@@ -27,7 +27,7 @@ from gateway.catalog import Catalog
 from gateway.dispatcher import Dispatcher, Flight
 from gateway.fleet import Fleet
 from gateway.metrics import Metrics
-from gateway.routing import POLICIES
+from gateway.policies import make_policy
 from gateway.settings import Endpoints, endpoints
 from shared import log as logs
 from shared import wire
@@ -92,7 +92,15 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
     admission: Admission[Flight] = Admission(g.max_queued_requests, g.queue_timeout_s)
     links = Links(endpoints(settings, index, run_dir), settings, name)
     dispatcher = Dispatcher(
-        fleet, POLICIES[g.routing_policy], admission, links, metrics, links.welcome, random.Random(), g.max_concurrent_requests
+        fleet,
+        make_policy(g.routing_policy),
+        admission,
+        links,
+        metrics,
+        links.welcome,
+        random.Random(),
+        g.max_concurrent_requests,
+        wake_at=lambda when: _wake(dispatcher, when),
     )
     links.dispatcher = dispatcher
     metrics.watch(fleet, {m.model_id: lambda base=m.model_id: admission.depth(base) for m in settings.models})  # type: ignore[misc]
@@ -160,6 +168,11 @@ async def _tick(dispatcher: Dispatcher) -> None:
     while True:
         await asyncio.sleep(TICK_S)
         dispatcher.tick()
+
+
+def _wake(dispatcher: Dispatcher, when: float) -> None:
+    """Besides the regular ticks: the policy wants to be asked again at `when`."""
+    asyncio.get_running_loop().call_later(max(0.0, when - dispatcher.clock()), dispatcher.tick)
 
 
 async def _alive(fleet: Fleet, links: Links, dispatcher: Dispatcher, name: str) -> None:

@@ -1,12 +1,28 @@
-"""Pure. The gateway's queue: requests that no worker has room for, bounded in number and in time, first in first out per base model."""
+"""Pure. The gateway's queue: requests that no worker takes now, bounded in number and in time, in fair order between flows.
+
+A flow is one adapter's requests of one API key at one priority; inside it the oldest goes first. Between flows: the lower priority number, then
+the least served (see fairness.py), then the oldest. A flow that waits for a slot does not hold up others that need none.
+"""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, TypeAlias, TypeVar
+
+from gateway.fairness import Counters
+from gateway.routing import Blocked
+from gateway.worker import Key
 
 T = TypeVar("T")
+
+Flow: TypeAlias = tuple[int, str, Key | None]
+"""(priority, tenant, adapter)."""
+ANYBODY: Flow = (0, "", None)
+MAX_WITHOUT_SLOT, MAX_NOT_YET = 8, 32
+"""Flows that a pump tries in vain before it stops: those behind them have no better claim to a slot, and time spent here delays everybody.
+More of those that only wait for their turn: they leave the slots of others alone."""
 
 
 @dataclass(slots=True, eq=False)
@@ -16,6 +32,17 @@ class Place(Generic[T]):
     base: str
     item: T
     deadline: float
+    flow: Flow = ANYBODY
+    number: int = 0
+
+
+@dataclass(slots=True)
+class _Line(Generic[T]):
+    """The queue of one base model."""
+
+    flows: dict[Flow, dict[Place[T], None]] = field(default_factory=dict)  # dicts keep order and let any place leave at once
+    counters: Counters = field(default_factory=Counters)
+    size: int = 0
 
 
 class Admission(Generic[T]):
@@ -24,50 +51,117 @@ class Admission(Generic[T]):
     def __init__(self, max_queued: int, timeout_s: float) -> None:
         self._max_queued = max_queued
         self._timeout_s = timeout_s
-        self._queues: dict[str, dict[Place[T], None]] = {}  # dicts keep order and let any place leave at once
-        self._size = 0
+        self._lines: dict[str, _Line[T]] = {}
+        self._arrivals: dict[Place[T], None] = {}  # all places; all wait equally long, so the order of arrival is that of the deadlines
+        self._last_number = 0
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._arrivals)
 
     def depth(self, base: str) -> int:
-        return len(self._queues.get(base, ()))
+        line = self._lines.get(base)
+        return line.size if line else 0
 
-    def offer(self, base: str, item: T, now: float) -> Place[T] | None:
+    def bases(self) -> list[str]:
+        return list(self._lines)
+
+    def offer(self, base: str, item: T, now: float, flow: Flow = ANYBODY) -> Place[T] | None:
         """The item's place in the queue, or None if the queue is full."""
-        if self._size >= self._max_queued:
+        if len(self._arrivals) >= self._max_queued:
             return None
-        place = Place(base, item, now + self._timeout_s)
-        self._queues.setdefault(base, {})[place] = None
-        self._size += 1
+        line = self._lines.get(base)
+        if line is None:
+            line = self._lines[base] = _Line()
+        waiting = line.flows.get(flow)
+        if waiting is None:
+            line.counters.lift(flow[1:], (f[1:] for f in line.flows))
+            waiting = line.flows[flow] = {}
+        self._last_number += 1
+        place = Place(base, item, now + self._timeout_s, flow, self._last_number)
+        waiting[place] = None
+        self._arrivals[place] = None
+        line.size += 1
         return place
 
     def leave(self, place: Place[T]) -> None:
         """Idempotent."""
-        queue = self._queues.get(place.base, {})
-        if place in queue:
-            del queue[place]
-            self._size -= 1
-            if not queue:
-                del self._queues[place.base]
+        if place not in self._arrivals:
+            return
+        del self._arrivals[place]
+        line = self._lines[place.base]
+        waiting = line.flows[place.flow]
+        del waiting[place]
+        line.size -= 1
+        if not waiting:
+            del line.flows[place.flow]
+            if not line.flows:
+                del self._lines[place.base]
 
-    def pump(self, base: str, dispatch: Callable[[T], bool]) -> None:
-        """Offers waiting items to `dispatch`, oldest first, until it declines one."""
-        for place in list(self._queues.get(base, ())):
-            if not dispatch(place.item):
+    def charge(self, base: str, flow: Flow, tokens: float) -> None:
+        """The flow was served so many weighted tokens (negative: fewer than charged before). Counts only while the base model has a queue."""
+        line = self._lines.get(base)
+        if line is not None:
+            line.counters.charge(flow[1:], tokens)
+
+    def pump(self, base: str, dispatch: Callable[[T], Blocked | None], adapter: Key | None = None) -> None:
+        """Offers waiting items to `dispatch` in order. None: it took the item. SLOT or TURN: the next flow's turn. ROOM: that was all.
+
+        Flows of `adapter` are tried as well if they are not among those whose turn comes: something was freed that they alone can use.
+        """
+        line = self._lines.get(base)
+        if line is None:
+            return
+        without_slot = not_yet = 0
+        turns = [self._turn(line, flow) for flow in line.flows]
+        heapq.heapify(turns)
+        while turns:
+            flow = turns[0][-1]
+            waiting = line.flows.get(flow)
+            if not waiting:  # what dispatch did to others emptied it
+                heapq.heappop(turns)
+                continue
+            place = next(iter(waiting))
+            blocked = dispatch(place.item)
+            if blocked is None:
+                self.leave(place)
+                if flow in line.flows:
+                    heapq.heapreplace(turns, self._turn(line, flow))
+                else:
+                    heapq.heappop(turns)
+                continue
+            if blocked is Blocked.ROOM:
+                return
+            heapq.heappop(turns)
+            without_slot += blocked is Blocked.SLOT
+            not_yet += blocked is Blocked.TURN
+            if without_slot == MAX_WITHOUT_SLOT or not_yet == MAX_NOT_YET:
+                break
+        if adapter is not None:
+            for _, _, _, flow in turns:
+                if flow[2] == adapter:
+                    self._drain(line, flow, dispatch)
+
+    def items(self) -> list[T]:
+        """All that wait, oldest first."""
+        return [place.item for place in self._arrivals]
+
+    def expire(self, now: float) -> list[T]:
+        """Removes and returns the items whose time is over."""
+        late: list[Place[T]] = []
+        for place in self._arrivals:
+            if place.deadline > now:
+                break
+            late.append(place)
+        for place in late:
+            self.leave(place)
+        return [place.item for place in late]
+
+    def _drain(self, line: _Line[T], flow: Flow, dispatch: Callable[[T], Blocked | None]) -> None:
+        for place in list(line.flows.get(flow, ())):
+            if dispatch(place.item) is not None:
                 return
             self.leave(place)
 
-    def expire(self, now: float) -> list[T]:
-        """Removes and returns the items whose time is over. The queues are in order of deadline."""
-        late: list[T] = []
-        for queue in list(self._queues.values()):
-            for place in list(queue):
-                if place.deadline > now:
-                    break
-                self.leave(place)
-                late.append(place.item)
-        return late
-
-    def bases(self) -> list[str]:
-        return list(self._queues)
+    @staticmethod
+    def _turn(line: _Line[T], flow: Flow) -> tuple[int, int, int, Flow]:
+        return (flow[0], line.counters.rank(flow[1:]), next(iter(line.flows[flow])).number, flow)

@@ -18,12 +18,16 @@ from gateway import openai
 from gateway.catalog import Catalog
 from gateway.dispatcher import Dispatcher, Flight
 from gateway.metrics import Metrics
+from gateway.routing import Ask
 from gateway.stream import ClientStream, Sent
 from shared.adapters import AdapterRef, StoredAdapter
 from shared.errors import AdapterNotFound, BodyTooLarge, InvalidApiKey, InvalidRequest, LoraplexError, Overloaded, RouteNotFound
 
 access = logging.getLogger("loraplex.access")
 
+_PRIORITY = re.compile(r"-?[0-9]{1,9}\Z")
+EXPLAINED_TOKENS, MAX_EXPLAINED_TOKENS = 128, 10**7  # of the prompt that /admin/explain assumes, and at most takes
+MAX_SESSION = 128  # characters of an x-session-id that count
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -62,6 +66,7 @@ class API:
         app.router.add_get("/health", self.health)
         app.router.add_get("/ready", self.ready)
         app.router.add_get("/metrics", self.metrics)
+        app.router.add_get("/admin/explain", self._guarded(self.explain))
         app.router.add_route("*", "/{path:.*}", self.nowhere)
         return app
 
@@ -73,28 +78,41 @@ class API:
         base, adapter = openai.split_model(head.model, self._catalogs)
         stored = await self._find(base, adapter) if adapter is not None else None
         request_id = _request_id(request)
-        stream, flight = await self._fly(request, base, stored, request_id, body)
+        stream, flight = await self._fly(request, base, stored, request_id, head, body)
         if isinstance(stream.error, AdapterNotFound) and stored is not None and not stream.started:
             # The store's copy changed between the listing and the worker's fetch: look again, once.
             catalog = self._catalogs[base]
             assert catalog is not None
             stored = await catalog.look_again(stored.name)
-            stream, flight = await self._fly(request, base, stored, request_id, body)
+            stream, flight = await self._fly(request, base, stored, request_id, head, body)
         self._log(flight, head.model, stream)
         if stream.started:
             return Sent(request, stream.status, stream.keep_alive)
         if stream.error is not None:
             raise stream.error
-        return web.Response(status=stream.status, body=stream.body, content_type="application/json", headers=_headers(flight))
+        return web.Response(status=stream.status, body=stream.body, content_type="application/json", headers=self._headers(flight))
 
     async def _fly(
-        self, request: web.Request, base: str, stored: StoredAdapter | None, request_id: str, body: bytes
+        self, request: web.Request, base: str, stored: StoredAdapter | None, request_id: str, head: openai.RequestHead, body: bytes
     ) -> tuple[ClientStream, Flight]:
         """Submits the request and waits for its end; cancels it if the client leaves or its time is over."""
         stream = ClientStream(request, self._limits.slow_reader_bytes)
         ref = AdapterRef(base, stored.name, stored.digest) if stored is not None else None
-        flight = Flight(base, ref, stored, request.path, request_id, body, stream)
-        stream.describe(lambda: "".join(f"{k}: {v}\r\n" for k, v in _headers(flight).items()).encode())
+        flight = Flight(
+            base,
+            ref,
+            stored,
+            request.path,
+            request_id,
+            body,
+            stream,
+            output_tokens=head.max_completion_tokens or head.max_tokens or 0,
+            tenant=_tenant(request),
+            session=request.headers.get("x-session-id", "")[:MAX_SESSION],
+            prefix=openai.prefix_hash(ref.digest if ref is not None else "", body),
+            priority=_priority(request, head),
+        )
+        stream.describe(lambda: "".join(f"{k}: {v}\r\n" for k, v in self._headers(flight).items()).encode())
         self._dispatcher.submit(flight)
         try:
             async with asyncio.timeout(self._limits.request_timeout_s):
@@ -130,6 +148,7 @@ class API:
                 "outcome": flight.life.phase.value,
                 "worker": flight.choice.worker.id if flight.choice else None,
                 "reason": flight.choice.reason.value if flight.choice else None,
+                "tier": flight.choice.tier.name.lower() if flight.choice and flight.adapter else None,
                 "queue_ms": _ms(flight.t_start, flight.t_sent),
                 "ttft_ms": _ms(flight.t_start, flight.t_head),
                 "load_ms": round(done.load_s * 1e3, 1) if done else None,
@@ -159,6 +178,29 @@ class API:
         else:
             card = openai.model_card(model, self._created)
         return web.Response(body=openai.to_json(card), content_type="application/json")
+
+    async def explain(self, request: web.Request) -> web.Response:
+        """What each worker would cost a request for `?model=` now, best first: every term in milliseconds."""
+        base, adapter = openai.split_model(request.query.get("model", ""), self._catalogs)
+        stored = await self._find(base, adapter) if adapter is not None else None
+        ref = AdapterRef(base, stored.name, stored.digest) if stored is not None else None
+        tokens = request.query.get("prompt_tokens", "")
+        ask = Ask(
+            base,
+            ref,
+            stored.size_bytes if stored is not None else 0,
+            min(int(tokens), MAX_EXPLAINED_TOKENS) if tokens.isdecimal() else EXPLAINED_TOKENS,
+            session=request.headers.get("x-session-id", "")[:MAX_SESSION],
+            arrived=self._dispatcher.clock(),
+        )
+        found = [openai.candidate(c) for c in self._dispatcher.explain(ask)]
+        body = {
+            "model": request.query["model"],
+            "policy": self._dispatcher.policy,
+            "queued": self._dispatcher.queued(base),
+            "workers": found,
+        }
+        return web.Response(body=openai.to_json(body), content_type="application/json")
 
     # ---- operations -----------------------------------------------------------------------------------------------------------------
 
@@ -204,6 +246,15 @@ class API:
         if kind.lower() != "bearer" or hashlib.sha256(key.strip().encode()).digest() not in self._api_keys:
             raise InvalidApiKey("Missing or wrong API key; send `Authorization: Bearer KEY`.")
 
+    def _headers(self, flight: Flight) -> dict[str, str]:
+        headers = {"x-request-id": flight.request_id, "x-loraplex-policy": self._dispatcher.policy}
+        if flight.choice is not None:
+            headers["x-loraplex-worker"] = flight.choice.worker.id
+            headers["x-loraplex-queue-ms"] = f"{(flight.t_sent - flight.t_start) * 1e3:.1f}"
+            if flight.adapter is not None:
+                headers["x-loraplex-adapter-tier"] = flight.choice.tier.name.lower()
+        return headers
+
     @staticmethod
     def _answer(error: LoraplexError) -> web.Response:
         status = openai.status_of(error)
@@ -221,11 +272,20 @@ def _request_id(request: web.Request) -> str:
     return given if _REQUEST_ID.match(given) else uuid.uuid4().hex
 
 
-def _headers(flight: Flight) -> dict[str, str]:
-    headers = {"x-request-id": flight.request_id}
-    if flight.choice is not None:
-        headers["x-loraplex-worker"] = flight.choice.worker.id
-    return headers
+def _tenant(request: web.Request) -> str:
+    """What tells API keys apart in queues: the first bytes of the digest of what the client authorises itself with, whether checked or not."""
+    given = request.headers.get("Authorization", "")
+    return hashlib.sha256(given.encode()).hexdigest()[:16] if given else ""
+
+
+def _priority(request: web.Request, head: openai.RequestHead) -> int:
+    """The header's, else the body's; lower goes first. Raises InvalidRequest."""
+    given = request.headers.get("x-loraplex-priority")
+    if given is None:
+        return head.priority or 0
+    if not _PRIORITY.match(given):
+        raise InvalidRequest("The header x-loraplex-priority must be a whole number; lower goes first.", param="x-loraplex-priority")
+    return int(given)
 
 
 def _ms(start: float, end: float) -> float | None:

@@ -8,23 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import Callable
 from typing import Protocol
 
-from gateway.admission import Admission, Place
+from gateway import fairness
+from gateway.admission import Admission, Flow, Place
 from gateway.fleet import Changed, Fleet, FleetEvent, Joined, Lost, Worker
 from gateway.metrics import Metrics
 from gateway.openai import from_refusal
 from gateway.request import Event, Lifecycle, Phase
-from gateway.routing import Choice, Policy
+from gateway.routing import Ask, Blocked, Candidate, Choice, Decision, Policy, Wait
+from gateway.worker import Key, key_of
 from shared import wire
 from shared.adapters import AdapterRef, StoredAdapter
 from shared.errors import EngineFailure, LoraplexError, Overloaded, WorkerUnavailable
 from shared.link import Sent
 
 log = logging.getLogger("loraplex.dispatcher")
+
+BYTES_PER_TOKEN = 4
+"""Of English text in a BPE vocabulary of 32,000 to 150,000; routing needs the order of magnitude, the worker counts exactly."""
+EXPECTED_OUTPUT_TOKENS = 128
+"""Charged to a flow when a request without `max_tokens` is sent, and corrected when it ends."""
+NO_ASK = Ask("")
 
 
 class Sink(Protocol):
@@ -36,18 +45,25 @@ class Sink(Protocol):
 
 
 class Flight:
-    """One request at the gateway, from submit to its end."""
+    """One request at the gateway, from submit to its end. `prompt_tokens` defaults to an estimate from the body's length."""
 
     __slots__ = (
         "adapter",
+        "ask",
         "base",
         "body",
         "choice",
         "done",
         "life",
+        "output_tokens",
         "path",
         "place",
+        "prefix",
+        "priority",
+        "prompt_tokens",
+        "refused_by",
         "request_id",
+        "session",
         "sid",
         "sink",
         "stored",
@@ -55,17 +71,37 @@ class Flight:
         "t_head",
         "t_sent",
         "t_start",
+        "tenant",
     )
 
     def __init__(
-        self, base: str, adapter: AdapterRef | None, stored: StoredAdapter | None, path: str, request_id: str, body: bytes, sink: Sink
+        self,
+        base: str,
+        adapter: AdapterRef | None,
+        stored: StoredAdapter | None,
+        path: str,
+        request_id: str,
+        body: bytes,
+        sink: Sink,
+        *,
+        prompt_tokens: int | None = None,
+        output_tokens: int = 0,
+        tenant: str = "",
+        session: str = "",
+        prefix: int = 0,
+        priority: int = 0,
     ) -> None:
         self.base, self.adapter, self.stored = base, adapter, stored
         self.path, self.request_id, self.body, self.sink = path, request_id, body, sink
+        self.prompt_tokens = len(body) // BYTES_PER_TOKEN if prompt_tokens is None else prompt_tokens
+        self.output_tokens = output_tokens
+        self.tenant, self.session, self.prefix, self.priority = tenant, session, prefix, priority
+        self.ask = NO_ASK  # made by the dispatcher, on its clock
         self.life = Lifecycle()
         self.sid: wire.StreamId = 0
         self.choice: Choice | None = None
         self.place: Place[Flight] | None = None
+        self.refused_by: frozenset[wire.WorkerId] = frozenset()
         self.done: wire.Done | None = None
         self.t_start = self.t_sent = self.t_head = self.t_end = 0.0  # set by the dispatcher, on its clock
 
@@ -78,7 +114,11 @@ class Transport(Protocol):
 
 
 class Dispatcher:
-    """Owns the flights. `policy` decides, `fleet` remembers, `transport` carries."""
+    """Owns the flights. `policy` decides (see policies.make_policy), `fleet` remembers, `transport` carries.
+
+    `wake_at` is told the time, on `clock`, at which `tick` should be called besides its regular calls (a policy wants to be asked again then);
+    without it the regular calls have to do.
+    """
 
     def __init__(
         self,
@@ -91,6 +131,8 @@ class Dispatcher:
         rng: random.Random,
         max_flights: int,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        wake_at: Callable[[float], None] | None = None,
     ) -> None:
         self.fleet = fleet
         self._policy = policy
@@ -105,6 +147,9 @@ class Dispatcher:
         self._open = 0
         self._last_sid = 0
         self._draining = False
+        self._wake_at = wake_at
+        self._alarm = math.inf
+        self._pumping: str | None = None
         self.idle = asyncio.Event()
         """Set once the dispatcher drains and no request is open."""
 
@@ -132,11 +177,25 @@ class Dispatcher:
             raise WorkerUnavailable("This server is shutting down.", retry_after_s=1.0)
         if self._open >= self._max_flights:
             raise Overloaded(f"Too many requests at once (limit {self._max_flights}).", retry_after_s=1.0)
-        if not self._dispatch(flight):
-            flight.place = self._admission.offer(flight.base, flight, self.clock())
-            if flight.place is None:
-                raise Overloaded("All workers are busy and the queue is full.", retry_after_s=self._retry_after_s(flight.base))
+        flight.ask = _ask(flight)
+        self._policy.arrived(flight.ask, flight.t_start)
         self._open += 1
+        # Where others wait it takes its turn among them.
+        if self._admission.depth(flight.base) or self._dispatch(flight) is not None:
+            flight.place = self._admission.offer(flight.base, flight, self.clock(), _flow(flight))
+            if flight.place is None:
+                self._open -= 1
+                self._policy.left(flight.ask, self.clock())
+                raise Overloaded("All workers are busy and the queue is full.", retry_after_s=self._retry_after_s(flight.base))
+            self._pump(flight.base, flight.ask)
+
+    def explain(self, ask: Ask) -> list[Candidate]:
+        """Every worker that could get such a request now, best first, with its costs."""
+        return self._policy.explain(ask, self.fleet, self.clock())
+
+    @property
+    def policy(self) -> str:
+        return self._policy.name
 
     def cancel(self, flight: Flight) -> None:
         """The client left. Idempotent; a no-op once the flight is over."""
@@ -153,11 +212,12 @@ class Dispatcher:
 
     def abort_all(self) -> None:
         """The drain's time is over: whatever still runs ends here."""
+        for flight in self._admission.items():  # first, so that none of them takes a place that the others leave
+            if flight.place is not None:
+                self._fail(flight, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0))
         for flight in [*self._flights.values()]:
             self._send_cancel(flight)
             self._fail(flight, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0))
-        for base in self._admission.bases():
-            self._admission.pump(base, lambda f: self._fail(f, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0)))
 
     # ---- the workers' side ----------------------------------------------------------------------------------------------------------
 
@@ -171,7 +231,10 @@ class Dispatcher:
             self._metrics.undecodable("protocol")
             return
         self._apply(self.fleet.beat(beat, self.clock()), peer)
-        self._admission.pump(beat.base, self._dispatch)
+        worker = self.fleet.get(beat.worker)
+        if worker is not None:
+            self._send_wishes(worker)
+        self._pump(beat.base)
 
     def on_data(self, peer: bytes, data: bytes) -> None:
         try:
@@ -183,7 +246,8 @@ class Dispatcher:
             self.fleet.attach(message.worker, message.epoch)
             worker = self.fleet.get(message.worker)
             if worker:
-                self._admission.pump(worker.beat.base, self._dispatch)
+                self._send_wishes(worker)
+                self._pump(worker.beat.base)
             return
         assert type(message) is wire.Step
         for done in message.done:
@@ -213,36 +277,76 @@ class Dispatcher:
         self._apply(self.fleet.expire(now), None)
         for flight in self._admission.expire(now):
             self._fail(flight, Overloaded("No worker became free in time.", retry_after_s=self._retry_after_s(flight.base)))
+        if now >= self._alarm:
+            self._alarm = math.inf
+            for base in self._admission.bases():
+                self._pump(base)
 
     # ---- inside -----------------------------------------------------------------------------------------------------------------------
 
-    def _dispatch(self, flight: Flight) -> bool:
-        """Choose, reserve and send in one step. False: nobody has room."""
+    def _dispatch(self, flight: Flight) -> Blocked | None:
+        """Choose, reserve and send in one step. None: it is on its way; else what it waits for."""
+        ask = flight.ask
+        full: set[wire.WorkerId] = set()  # their queues are at the bound: they take nothing for now, as if they had no room
         while True:
-            choice = self._policy(self.fleet.routable(flight.base), flight.adapter, self._rng)
-            if choice is None:
-                return False
+            now = self.clock()
+            choice = self._choose(flight, full, now)
+            if isinstance(choice, Wait):
+                if choice.until is not None:
+                    self._ask_again(max(choice.until, now))
+                return choice.blocked
             self._last_sid += 1
             sid = self._last_sid
             worker = choice.worker
-            self.fleet.reserve(worker, sid, flight.adapter)
-            resident = flight.adapter is None or worker.tier(flight.adapter) is wire.Tier.GPU
-            stored = None if resident else flight.stored
+            self.fleet.reserve(worker, sid, flight.adapter, flight.prompt_tokens)
+            stored = None if choice.tier is wire.Tier.GPU else flight.stored
             message = wire.Generate(sid, flight.path, flight.request_id, flight.body, flight.adapter, stored)
             sent = self._transport.send_data(wire.identity(worker.id, worker.beat.epoch), wire.encode(message))
             if sent is Sent.OK:
                 break
             self.fleet.release(sid)
-            if sent is Sent.FULL:  # its queue is at the bound: it takes nothing for now, as if it had no room
-                return False
+            if sent is Sent.FULL:
+                full.add(worker.id)
+                continue
             lost = self.fleet.unreachable(worker.id, worker.beat.epoch)
             self._apply([lost] if lost else [], None)
+        if flight.place is not None:
+            self._admission.leave(flight.place)
         flight.sid, flight.choice, flight.place = sid, choice, None
-        flight.t_sent = self.clock()
+        flight.t_sent = now
         flight.life.on(Event.DISPATCHED)
         self._flights[sid] = flight
+        self._policy.sent(ask, choice, now)
+        self._admission.charge(flight.base, _flow(flight), fairness.service(ask.prompt_tokens, ask.output_tokens))
         self._metrics.dispatched(flight.base, choice.reason)
-        return True
+        return None
+
+    def _choose(self, flight: Flight, full: set[wire.WorkerId], now: float) -> Decision:
+        """Without those that refused this request, unless nobody else takes it."""
+        if not full and not flight.refused_by:
+            return self._policy.choose(flight.ask, self.fleet, now, self._rng)
+        if flight.refused_by:
+            with self.fleet.without(full | flight.refused_by):
+                choice = self._policy.choose(flight.ask, self.fleet, now, self._rng)
+            if isinstance(choice, Choice):
+                return choice
+        with self.fleet.without(full):
+            return self._policy.choose(flight.ask, self.fleet, now, self._rng)
+
+    def _pump(self, base: str, ask: Ask | None = None) -> None:
+        """Something may have become free; `ask` is the request that freed or wants it. What a pump sets off does not pump again inside it."""
+        if self._pumping is None and self._admission.depth(base):
+            self._pumping = base
+            try:
+                self._admission.pump(base, self._dispatch, _key(ask.adapter) if ask is not None else None)
+            finally:
+                self._pumping = None
+
+    def _ask_again(self, when: float) -> None:
+        if when < self._alarm:
+            self._alarm = when
+            if self._wake_at is not None:
+                self._wake_at(when)
 
     def _on_head(self, flight: Flight, flags: int, payload: bytes) -> None:
         flight.t_head = self.clock()
@@ -255,6 +359,8 @@ class Dispatcher:
     def _on_refused(self, refused: wire.Refused) -> None:
         flight = self._flights.get(refused.sid)
         if flight is not None:
+            if flight.choice is not None:
+                flight.refused_by |= {flight.choice.worker.id}
             self._on_loss(flight, from_refusal(refused.code, refused.message), retryable=refused.retryable)
 
     def _on_loss(self, flight: Flight, error: LoraplexError, *, retryable: bool) -> None:
@@ -265,8 +371,8 @@ class Dispatcher:
             self._over(flight)
             return
         self._metrics.retries.inc()
-        if not self._dispatch(flight):
-            flight.place = self._admission.offer(flight.base, flight, self.clock())
+        if self._dispatch(flight) is not None:
+            flight.place = self._admission.offer(flight.base, flight, self.clock(), _flow(flight))
             if flight.place is None:
                 self._fail(flight, error)
 
@@ -286,15 +392,21 @@ class Dispatcher:
                         lost = EngineFailure if flight.life.phase is Phase.STREAMING else WorkerUnavailable
                         self._on_loss(flight, lost("The worker that served this request was lost."), retryable=True)
 
+    def _send_wishes(self, worker: Worker) -> None:
+        """Once per life of a worker, as soon as it takes requests: what it should have before the first."""
+        if worker.routable and not worker.wished:
+            worker.wished = True
+            for adapter in self._policy.wishes(worker, self.fleet, self.clock()):
+                self._transport.send_data(wire.identity(worker.id, worker.beat.epoch), wire.encode(wire.Prefetch(adapter)))
+
     def greet(self, worker: Worker) -> None:
         """Says hello again to a worker whose first Welcome may have been lost (its data socket never attached)."""
         peer = wire.identity(worker.id, worker.beat.epoch)
         self._transport.send_control(peer, wire.encode(self._welcome()))
 
-    def _fail(self, flight: Flight, error: LoraplexError) -> bool:
+    def _fail(self, flight: Flight, error: LoraplexError) -> None:
         flight.sink.fail(error)
         self._end(flight, Event.FAIL)
-        return True
 
     def _end(self, flight: Flight, event: Event) -> None:
         flight.life.on(event)
@@ -304,10 +416,19 @@ class Dispatcher:
     def _over(self, flight: Flight) -> None:
         if flight.place is not None:
             self._admission.leave(flight.place)
+            flight.place = None
         self._open -= 1
-        flight.t_end = self.clock()
+        now = flight.t_end = self.clock()
+        ask, done = flight.ask, flight.done
+        if flight.life.phase is Phase.FINISHED and flight.choice is not None:
+            tokens = done.output_tokens if done is not None else 0
+            self._policy.finished(ask, flight.choice.worker, now - flight.t_sent, tokens, now)
+            if done is not None:
+                self._admission.charge(flight.base, _flow(flight), fairness.OUTPUT_WEIGHT * (tokens - ask.output_tokens))
+        else:
+            self._policy.left(ask, now)
         self._metrics.finished(flight)
-        self._admission.pump(flight.base, self._dispatch)
+        self._pump(flight.base, ask)
         self._wake_if_idle()
 
     def _wake_if_idle(self) -> None:
@@ -327,3 +448,27 @@ class Dispatcher:
         """A guess from what is known: queued requests over the places that serve them, at least a second."""
         places = sum(w.beat.capacity for w in self.fleet.routable(base))
         return max(1.0, min(60.0, self._admission.depth(base) / places)) if places else 5.0
+
+
+def _ask(flight: Flight) -> Ask:
+    size_bytes = flight.stored.size_bytes if flight.stored is not None else 0
+    return Ask(
+        flight.base,
+        flight.adapter,
+        size_bytes,
+        flight.prompt_tokens,
+        flight.output_tokens or EXPECTED_OUTPUT_TOKENS,
+        flight.tenant,
+        flight.session,
+        flight.prefix,
+        flight.priority,
+        flight.t_start,
+    )
+
+
+def _flow(flight: Flight) -> Flow:
+    return (flight.priority, flight.tenant, _key(flight.adapter))
+
+
+def _key(adapter: AdapterRef | None) -> Key | None:
+    return None if adapter is None else key_of(adapter)

@@ -2,62 +2,31 @@
 
 Load of a worker = what it reports of other gateways + this gateway's own open reservations on it:
 
-    load(w) = (running + waiting - yours)  as of its last beat  +  |reservations(w)|  as of now
+    load(w) = max(0, running + waiting - yours)  as of its last beat  +  |reservations(w)|  as of now
 
-The second term is exact at every moment, so a burst between two heartbeats spreads; the first is as old as the last beat. An adapter counts as
-held by a worker if the last beat says so (loading counts, but as loading) or if this gateway has an open reservation for it there: the worker
-is then loading it, or about to.
+The second term is exact at every moment, so a burst between two heartbeats spreads; the first is as old as the last beat. Prompt tokens that
+wait for their prefill need the acknowledgement: what was sent after the request that the beat has seen (`acked`) is not in its count yet:
+
+    backlog(w) = max(0, waiting_tokens - prefill_rate x age of the beat)  +  tokens of reservations with a higher stream id than `acked`
+
+An adapter counts as held by a worker if the last beat says so (loading counts, but as loading) or if this gateway has an open reservation for
+it there: the worker is then loading it, or about to. Slots count the distinct adapters in flight: those of own reservations, and those that
+the last beat shows in flight beyond them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeAlias
 
+from gateway.pool import NOWHERE, Pool
+from gateway.worker import Key, Worker, key_of
 from shared.adapters import AdapterRef
-from shared.wire import AdapterState, Heartbeat, StreamId, Tier, WorkerId, WorkerState
+from shared.wire import Heartbeat, StreamId, WorkerId, WorkerState
 
-
-@dataclass(slots=True)
-class Worker:
-    """One worker as this gateway sees it. Written by Fleet alone; policies read it."""
-
-    beat: Heartbeat
-    lease_until: float
-    attached_epoch: int = -1
-    held: dict[tuple[str, str], AdapterState] = field(default_factory=dict)
-    reserved: dict[StreamId, AdapterRef | None] = field(default_factory=dict)
-    reserved_adapters: dict[AdapterRef, int] = field(default_factory=dict)
-
-    @property
-    def id(self) -> WorkerId:
-        return self.beat.worker
-
-    @property
-    def load(self) -> int:
-        """Requests on this worker, waiting ones included, from all gateways."""
-        return max(0, self.beat.running + self.beat.waiting - self.beat.yours) + len(self.reserved)
-
-    @property
-    def has_room(self) -> bool:
-        return self.load < self.beat.capacity
-
-    @property
-    def routable(self) -> bool:
-        return self.beat.state is WorkerState.SERVING and self.attached_epoch == self.beat.epoch
-
-    def tier(self, adapter: AdapterRef) -> Tier:
-        """Where the adapter's weights are on this worker, as far as known; GPU only once it is loaded."""
-        state = self.held.get((adapter.name, adapter.digest))
-        return state.tier if state else Tier.REMOTE
-
-    def holds(self, adapter: AdapterRef) -> bool:
-        """In a GPU slot, on the way to one, or reserved for by this gateway."""
-        if adapter in self.reserved_adapters:
-            return True
-        state = self.held.get((adapter.name, adapter.digest))
-        return state is not None and (state.tier is Tier.GPU or state.loading)
+__all__ = ["Changed", "Fleet", "FleetEvent", "Joined", "Key", "Lost", "Pool", "Worker", "key_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +67,7 @@ class Fleet:
         self._workers: dict[WorkerId, Worker] = {}
         self._by_stream: dict[StreamId, Worker] = {}
         self._ended: dict[WorkerId, int] = {}  # last epoch seen of workers that left, so that a late beat does not revive them
+        self._pools: dict[str, Pool] = {}
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -108,8 +78,12 @@ class Fleet:
     def get(self, worker: WorkerId) -> Worker | None:
         return self._workers.get(worker)
 
-    def routable(self, base: str) -> list[Worker]:
-        return [w for w in self._workers.values() if w.beat.base == base and w.routable]
+    def pool(self, base: str) -> Pool:
+        """The routable workers of a base model, with their indexes and sums. Read only."""
+        return self._pools.get(base, NOWHERE)
+
+    def routable(self, base: str) -> Sequence[Worker]:
+        return self.pool(base).workers
 
     def beat(self, beat: Heartbeat, now: float) -> list[FleetEvent]:
         """Takes a heartbeat. An older sequence or epoch is ignored; a newer epoch replaces everything known of the worker."""
@@ -126,13 +100,16 @@ class Fleet:
             self._ended[beat.worker] = beat.epoch
             return events
         if worker is None:
-            worker = self._workers[beat.worker] = Worker(beat, now + self._lease_s)
+            worker = self._workers[beat.worker] = Worker(beat, now + self._lease_s, now)
             events.append(Joined(beat.worker))
-        elif beat.state is not worker.beat.state:
-            events.append(Changed(beat.worker, worker.beat.state, beat.state, beat.reason))
-        worker.beat = beat
-        worker.lease_until = now + self._lease_s
-        worker.held = {(a.name, a.digest): a for a in beat.adapters}
+        else:
+            if beat.state is not worker.beat.state:
+                events.append(Changed(beat.worker, worker.beat.state, beat.state, beat.reason))
+            if beat.base != worker.beat.base:
+                self._pools[worker.beat.base].remove(worker)
+            worker.lease_until = now + self._lease_s
+            worker.hear(beat, now)
+        self._pool_of(worker).settle(worker)
         return events
 
     def attach(self, worker_id: WorkerId, epoch: int) -> None:
@@ -140,6 +117,7 @@ class Fleet:
         worker = self._workers.get(worker_id)
         if worker and worker.beat.epoch == epoch:
             worker.attached_epoch = epoch
+            self._pool_of(worker).settle(worker)
 
     def expire(self, now: float) -> list[Lost]:
         """Removes workers whose lease has run out."""
@@ -151,32 +129,43 @@ class Fleet:
         worker = self._workers.get(worker_id)
         return self._remove(worker, "connection lost") if worker and worker.beat.epoch == epoch else None
 
-    def reserve(self, worker: Worker, stream: StreamId, adapter: AdapterRef | None) -> None:
+    def reserve(self, worker: Worker, stream: StreamId, adapter: AdapterRef | None, prompt_tokens: int = 0) -> None:
         """Must happen in the same synchronous step as the choice."""
         assert worker.has_room and stream not in self._by_stream
-        worker.reserved[stream] = adapter
+        worker.take(stream, adapter, prompt_tokens)
         self._by_stream[stream] = worker
-        if adapter is not None:
-            worker.reserved_adapters[adapter] = worker.reserved_adapters.get(adapter, 0) + 1
+        self._pool_of(worker).settle(worker)
 
     def release(self, stream: StreamId) -> None:
         """Idempotent: the stream of a lost worker was released with it."""
         worker = self._by_stream.pop(stream, None)
-        if worker is None:
-            return
-        adapter = worker.reserved.pop(stream)
-        if adapter is not None:
-            left = worker.reserved_adapters[adapter] - 1
-            if left:
-                worker.reserved_adapters[adapter] = left
-            else:
-                del worker.reserved_adapters[adapter]
+        if worker is not None:
+            worker.give_back(stream)
+            self._pool_of(worker).settle(worker)
+
+    @contextmanager
+    def without(self, workers: Collection[WorkerId]) -> Iterator[None]:
+        """For the time of one decision: as if these workers took no requests."""
+        aside = [w for id_ in workers if (w := self._workers.get(id_)) is not None and w.routable]
+        for worker in aside:
+            self._pool_of(worker).remove(worker)
+        try:
+            yield
+        finally:
+            for worker in aside:
+                self._pool_of(worker).settle(worker)
+
+    def _pool_of(self, worker: Worker) -> Pool:
+        pool = self._pools.get(worker.beat.base)
+        if pool is None:
+            pool = self._pools[worker.beat.base] = Pool()
+        return pool
 
     def _remove(self, worker: Worker, reason: str) -> Lost:
         del self._workers[worker.id]
+        self._pool_of(worker).remove(worker)
         streams = tuple(worker.reserved)
         for stream in streams:
             del self._by_stream[stream]
-        worker.reserved.clear()
-        worker.reserved_adapters.clear()
+        worker.forget_reservations()
         return Lost(worker.id, worker.beat.epoch, streams, reason)

@@ -1,62 +1,151 @@
-"""Pure. Routing policies: functions from the workers of one base model to a choice with its reason. Chance is an argument."""
+"""Pure. The words of routing: what is asked (`Ask`), what is answered (`Choice` or `Wait`), and what every policy can be told (`Policy`)."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
-from gateway.fleet import Worker
+from gateway.fleet import Fleet, Worker
 from shared.adapters import AdapterRef
+from shared.wire import Tier
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ask:
+    """What routing knows of one request. Equal only to itself, so that a policy can keep state per request.
+
+    `prompt_tokens` is an estimate made from the body's length; `tenant` is the digest of the API key; `prefix` a hash of the adapter's digest
+    and the prompt's first bytes (0: unknown); a lower `priority` goes first; `arrived` is on the dispatcher's clock.
+    """
+
+    base: str
+    adapter: AdapterRef | None = None
+    size_bytes: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    tenant: str = ""
+    session: str = ""
+    prefix: int = 0
+    priority: int = 0
+    arrived: float = 0.0
 
 
 class Reason(Enum):
     """Why a worker was chosen; goes to the access log and the metrics."""
 
     BASE = "base"  # any worker serves the base model
-    RESIDENT = "resident"  # it holds the adapter and has room
-    SPILL = "spill"  # all holders are full: another one loads it
+    RESIDENT = "resident"  # it holds the adapter (or loads it already) and is not overloaded
+    SPILL = "spill"  # all holders are overloaded or full: another one loads it
     COLD = "cold"  # nobody holds the adapter
+    BLIND = "blind"  # the policy does not look at adapters
+
+
+class Blocked(Enum):
+    """What a request waits for."""
+
+    ROOM = "room"  # no worker takes another request
+    SLOT = "slot"  # no worker has a slot for another adapter; requests for adapters in flight may pass
+    TURN = "turn"  # the policy wants to be asked again at `until`
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The parts of an expected time to first token, in seconds. `stall` is not the request's own: it is what the choice costs the others."""
+
+    queue_s: float = 0.0
+    slot_s: float = 0.0
+    load_s: float = 0.0
+    stall_s: float = 0.0
+    evict_s: float = 0.0
+    prefix_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return self.queue_s + self.slot_s + self.load_s + self.stall_s + self.evict_s - self.prefix_s
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
+    """`tier` is where the adapter was on the worker at that moment (GPU for a request of the base model)."""
+
     worker: Worker
     reason: Reason
+    tier: Tier = Tier.GPU
+    terms: Terms | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nobody takes it now. `until` is when to ask again at the latest, if time alone can change the answer."""
+
+    blocked: Blocked
+    until: float | None = None
+
+
+Decision: TypeAlias = Choice | Wait
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One worker in an explanation: may it take the request, and what that would cost. `note` says why not."""
+
+    worker: Worker
+    tier: Tier
+    eligible: bool
+    note: str
+    terms: Terms
 
 
 class Policy(Protocol):
-    """`workers` are the routable workers of the request's base model. None means: nobody has room, wait."""
+    """Decides, and hears at once of everything that follows. `choose` has no effect that a second call would not have."""
 
-    def __call__(self, workers: Sequence[Worker], adapter: AdapterRef | None, rng: random.Random) -> Choice | None: ...
+    @property
+    def name(self) -> str: ...
+
+    def choose(self, ask: Ask, fleet: Fleet, now: float, rng: random.Random) -> Decision: ...
+
+    def explain(self, ask: Ask, fleet: Fleet, now: float) -> list[Candidate]:
+        """Every routable worker of the base model, best first."""
+        ...
+
+    def wishes(self, worker: Worker, fleet: Fleet, now: float) -> list[AdapterRef]:
+        """What a worker that has just become routable should load before its first request."""
+        ...
+
+    def arrived(self, ask: Ask, now: float) -> None:
+        """Once per request, before its first `choose`."""
+        ...
+
+    def sent(self, ask: Ask, choice: Choice, now: float) -> None:
+        """The choice was reserved and sent."""
+        ...
+
+    def left(self, ask: Ask, now: float) -> None:
+        """The request is over or was given back without having ended on a worker; what it waited for is free."""
+        ...
+
+    def finished(self, ask: Ask, worker: Worker, service_s: float, output_tokens: int, now: float) -> None:
+        """The request ended on the worker, `service_s` after it was sent."""
+        ...
 
 
-def residency_p2c(workers: Sequence[Worker], adapter: AdapterRef | None, rng: random.Random) -> Choice | None:
-    """Residency first, then load.
+class Plain:
+    """The ears of a policy that learns nothing, and its explanation: the loads."""
 
-    Among the workers that hold the adapter and have room, the better of two drawn at random; if all holders are full, the better of two of the
-    others loads it; if nobody holds it, the better of two of all. Power of two choices: Mitzenmacher, "The Power of Two Choices in Randomized
-    Load Balancing", 2001; the order of the steps: Ray Serve's multiplexed routing.
-    """
-    open_ = [w for w in workers if w.has_room]
-    if adapter is None:
-        return _choice(open_, Reason.BASE, rng)
-    holders = [w for w in open_ if w.holds(adapter)]
-    if holders:
-        return _choice(holders, Reason.RESIDENT, rng)
-    held = any(w.holds(adapter) for w in workers)
-    return _choice(open_, Reason.SPILL if held else Reason.COLD, rng)
+    def arrived(self, ask: Ask, now: float) -> None: ...
+    def sent(self, ask: Ask, choice: Choice, now: float) -> None: ...
+    def left(self, ask: Ask, now: float) -> None: ...
+    def finished(self, ask: Ask, worker: Worker, service_s: float, output_tokens: int, now: float) -> None: ...
 
+    def wishes(self, worker: Worker, fleet: Fleet, now: float) -> list[AdapterRef]:
+        return []
 
-POLICIES: dict[str, Policy] = {"residency-p2c": residency_p2c}
+    def explain(self, ask: Ask, fleet: Fleet, now: float) -> list[Candidate]:
+        workers = sorted(fleet.routable(ask.base), key=lambda w: w.load)
+        return [Candidate(w, tier_of(w, ask.adapter), w.has_room, "" if w.has_room else "no room", Terms()) for w in workers]
 
 
-def _choice(candidates: Sequence[Worker], reason: Reason, rng: random.Random) -> Choice | None:
-    if not candidates:
-        return None
-    if len(candidates) == 1:
-        return Choice(candidates[0], reason)
-    first, second = rng.sample(candidates, 2)
-    return Choice(first if first.load <= second.load else second, reason)
+def tier_of(worker: Worker, adapter: AdapterRef | None) -> Tier:
+    return Tier.GPU if adapter is None else worker.tier(adapter)

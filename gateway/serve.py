@@ -24,7 +24,7 @@ from shared import children
 from shared.children import Child, Zygote
 from shared.config import LLMConfig, Settings
 from shared.errors import ConfigError, LoraplexError
-from shared.process import on_stop_signals, write_settings
+from shared.process import count_gpus, on_stop_signals, write_settings
 
 log = logging.getLogger("loraplex.serve")
 
@@ -58,14 +58,6 @@ def plan_workers(settings: Settings, gpus: int) -> list[WorkerSpec]:
             mine, free = tuple(free[:need]), free[need:]
             specs.append(WorkerSpec(f"w{len(specs)}", model, mine))
     return specs
-
-
-def count_gpus() -> int:
-    """NVIDIA devices that this process may use: those of CUDA_VISIBLE_DEVICES, else all."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([v for v in visible.split(",") if v.strip()])
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 class Serve:

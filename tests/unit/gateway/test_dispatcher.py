@@ -13,7 +13,7 @@ from gateway.admission import Admission
 from gateway.dispatcher import Dispatcher, Flight
 from gateway.fleet import Fleet
 from gateway.metrics import Metrics
-from gateway.policies import make_policy
+from gateway.policies import POLICIES, make_policy
 from gateway.request import MAX_ATTEMPTS, Phase
 from shared import wire
 from shared.adapters import AdapterRef, StoredAdapter
@@ -87,7 +87,7 @@ class Kept:
 class Room:
     """A dispatcher with everything real around it but the link and the clock."""
 
-    def __init__(self, max_queued: int = 10, max_flights: int = 100, seed: int = 0) -> None:
+    def __init__(self, max_queued: int = 10, max_flights: int = 100, seed: int = 0, policy: str = "residency-p2c") -> None:
         self.now = 100.0
         self.wires = Wires()
         self.fleet = Fleet(LEASE_S)
@@ -95,7 +95,7 @@ class Room:
         self.metrics = Metrics()
         self.dispatcher = Dispatcher(
             self.fleet,
-            make_policy("residency-p2c"),
+            make_policy(policy),
             self.queue,
             self.wires,
             self.metrics,
@@ -576,9 +576,9 @@ worker_ids = st.sampled_from(WORKERS)
 class DispatcherMachine(RuleBasedStateMachine):
     """Clients, workers and the link in any order. The Sink itself breaks the test if it is told anything out of order or twice."""
 
-    @initialize(max_queued=st.integers(0, 4), seed=st.integers(0, 3))
-    def start(self, max_queued: int, seed: int) -> None:
-        self.room = Room(max_queued=max_queued, max_flights=12, seed=seed)
+    @initialize(max_queued=st.integers(0, 4), seed=st.integers(0, 3), policy=st.sampled_from(["residency-p2c", *POLICIES]))
+    def start(self, max_queued: int, seed: int, policy: str) -> None:
+        self.room = Room(max_queued=max_queued, max_flights=12, seed=seed, policy=policy)
         self.flights: list[tuple[Flight, Kept]] = []
         self.cancelled: set[int] = set()
         self.epoch = dict.fromkeys(WORKERS, 1)

@@ -1,0 +1,320 @@
+"""Pure. The default policy: the worker with the least expected time to first token, the others' loss included.
+
+    queue wait + slot wait + load(tier, bytes) + stall x running sequences + eviction - prefix reuse          (seconds)
+
+A load runs inside the engine's loop, so it is charged for everybody whom it stalls; so is a prefill. Three rules stand beside the sum. Slots:
+an adapter that is not in flight on a worker goes there only if a slot can be had, else it waits here, where any worker's next slot can take it
+and where its requests gather; with few slots left a copy in flight is preferred to a second one. Homes: a cold adapter goes to where its
+weights are cached, else to its home in rendezvous order within the bounded load. Copies: another copy is loaded when its demand is worth one;
+until then, and while one is on its way, requests join. docs/ROUTING.md explains all of it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import OrderedDict
+from collections.abc import Mapping
+from itertools import islice
+from typing import TypeAlias
+
+from gateway import costs
+from gateway.fleet import Fleet
+from gateway.placement import BOUND, FLOOR, HomeSets, Rates, Rendezvous, copies_for
+from gateway.pool import Pool
+from gateway.routing import Ask, Blocked, Candidate, Choice, Decision, Reason, Terms, Wait
+from gateway.slots import Claims
+from gateway.worker import Key, Worker
+from shared.adapters import AdapterRef
+from shared.wire import Tier, WorkerId
+
+HOME_CHOICES = 2
+"""Workers of the rendezvous order that are priced for a cold adapter: its home and the next, so that an idle one can win over a busy one."""
+STASH_CHOICES = 8
+"""Workers with the adapter in a lower tier that are priced."""
+BASE_CHOICES = 16
+"""Workers that are priced for a request of the base model; drawn at random where there are more."""
+HORIZON_S = 10.0
+"""How long present demand is trusted to last, when a load is weighed against what it saves."""
+HOME_PATIENCE_S = 0.25
+"""How long a request may wait for a slot where its adapter is cached, before any worker may load it."""
+SCARCE_PATIENCE_S = 2.0
+"""The same while slots are scarce: a load from disk then stalls a worker whose slots would all be free sooner without it, and costs its CPU tier
+an adapter of its own. Letting go after 0.25 s collapsed at 110 requests/s in the simulator (29% loads from disk, p99 TTFT 4.5 s against 0.6 s)."""
+RARELY = 0.1
+"""Requests expected within HORIZON_S below which an idle adapter's slot is nobody's loss."""
+SPREADS = 1.0
+"""Standard deviations of the misses' number for which slots are kept open."""
+AFFINITY_S = 0.005
+"""The most that a known prefix or session can weigh: less than a load from the CPU tier, so it only breaks ties."""
+MAX_AFFINITIES = 50_000
+
+
+Holders: TypeAlias = Mapping[WorkerId, Worker]
+NOTHING = Terms()
+
+
+class ExpectedTTFT:
+    """See the module. Per base model it learns service times and miss rates, per adapter request rates; workers measure the rest."""
+
+    name = "expected-ttft"
+
+    def __init__(self, patience_s: float = HOME_PATIENCE_S) -> None:
+        self._patience_s = patience_s
+        self._bases: dict[str, _Base] = {}
+        self._last: OrderedDict[tuple[str, int | str], WorkerId] = OrderedDict()  # prefix or session -> worker
+
+    # ---- decisions --------------------------------------------------------------------------------------------------------------------
+
+    def choose(self, ask: Ask, fleet: Fleet, now: float, rng: random.Random) -> Decision:
+        pool = fleet.pool(ask.base)
+        base = self._base(ask.base)
+        if ask.adapter is None:
+            return self._choose_base(ask, pool, now, rng)
+        key = (ask.adapter.name, ask.adapter.digest)
+        holders = pool.holders.get(key)
+        bound = max(FLOOR, BOUND * pool.mean_load)
+        if holders is None:
+            return self._choose_cold(ask, key, base, pool, bound, now, Reason.COLD)
+        return self._choose_held(ask, key, base, pool, list(holders.values()), bound, now)
+
+    def _choose_held(self, ask: Ask, key: Key, base: _Base, pool: Pool, holders: list[Worker], bound: float, now: float) -> Decision:
+        """The cheapest holder; or another worker, if the demand is worth one more copy or that is cheaper and takes no one's only slot."""
+        price = base.slot_price(pool, now)
+        copies = len(holders)
+        demand = max(sum([w.in_flight(key) for w in holders]) + 1.0, base.rates.per_s(key, now) * base.services.service_s)
+        wanted = base.homes.copies(key, demand, bound, now)
+        kept = holders if price == 0.0 else self._kept(key, holders, copies_for(demand, bound), bound)
+        best, least = self._cheapest(ask, key, base, pool, kept, price, now)
+        if best is None:
+            return self._choose_cold(ask, key, base, pool, bound, now, Reason.SPILL)
+        chosen = Choice(best, Reason.RESIDENT, best.tier_at(key))
+        if copies >= wanted and (price > 0.0 or best.load <= pool.mean_load + 1) and best.load < bound:
+            return chosen
+        if copies >= wanted and any(key in w.coming for w in holders):
+            return chosen
+        other = self._choose_cold(ask, key, base, pool, bound, now, Reason.SPILL, copies, needed=copies < wanted)
+        if not isinstance(other, Choice) or other.terms is None:
+            return chosen
+        needed = copies < wanted and best.load >= bound
+        return other if needed or other.terms.total_s < least else chosen
+
+    @staticmethod
+    def _kept(key: Key, holders: list[Worker], need: int, bound: float) -> list[Worker]:
+        """With slots scarce: as many holders as it takes, those with the most requests in flight, so that the others give their slots up."""
+        if len(holders) <= need:
+            return holders
+        kept = sorted(holders, key=lambda w: -w.in_flight(key))[:need]
+        return kept if any(w.load < bound and w.has_room for w in kept) else holders
+
+    def _cheapest(
+        self, ask: Ask, key: Key, base: _Base, pool: Pool, holders: list[Worker], price: float, now: float
+    ) -> tuple[Worker | None, float]:
+        best: Worker | None = None
+        least = math.inf
+        for w in holders:
+            if w.has_room and not base.claims.closed(w, key) and base.claims.open_to(w, key):
+                cost = self._terms(ask, key, w, base, pool, price, now).total_s
+                if cost < least:
+                    best, least = w, cost
+        return best, least
+
+    def _choose_cold(
+        self, ask: Ask, key: Key, base: _Base, pool: Pool, bound: float, now: float, reason: Reason, copies: int = 0, needed: bool = True
+    ) -> Decision:
+        """Where to load it: the least cost among those that have it cached and its home set."""
+        if not pool.workers:
+            return Wait(Blocked.ROOM)
+        holders = pool.holders.get(key, {})
+        candidates: list[Worker] = []
+        due = ask.arrived + (self._patience_s if base.slot_price(pool, now) == 0.0 else SCARCE_PATIENCE_S)
+        patient = not copies and now < due
+        stashed = pool.stashes.get(key)
+        if stashed is not None:
+            cached = [w for w in islice(stashed.values(), STASH_CHOICES) if w.id not in holders and w.tier_at(key) is Tier.CPU]
+            candidates = [w for w in cached if w.has_room and base.claims.open_to(w, key)]
+            if cached and patient and not candidates:
+                # A full worker frees a slot every service_s / slots; a load from disk would stall somebody for longer.
+                return Wait(Blocked.TURN, due)
+        if pool.open_workers == 0:
+            return self._blocked(ask, key, base, pool, now)
+        candidates += self._homes(key, base, pool, bound, holders, anybody=not candidates)
+        if not needed:
+            candidates = [w for w in candidates if self._surplus(w, base, pool, now)]
+        uses = 1.0 + base.rates.per_s(key, now) * HORIZON_S / (copies + 1) if copies else 1.0
+        best: Worker | None = None
+        terms = NOTHING
+        for w in candidates:
+            found = self._terms(ask, key, w, base, pool, 0.0, now, uses)
+            if best is None or found.total_s < terms.total_s:
+                best, terms = w, found
+        return Choice(best, reason, best.tier_at(key), terms) if best is not None else self._blocked(ask, key, base, pool, now)
+
+    def _homes(self, key: Key, base: _Base, pool: Pool, bound: float, holders: Holders, *, anybody: bool) -> list[Worker]:
+        """The first open ones of the rendezvous order within the bound; if need be beyond it, and if need be any."""
+        claims = base.claims
+        homes = [w for w in base.rendezvous.order(key, pool) if w.has_room and w.id not in holders and claims.open_to(w, key)]
+        within = [w for w in homes if w.load < bound][:HOME_CHOICES]
+        if within or not anybody:
+            return within
+        if homes:
+            return homes[:HOME_CHOICES]
+        able = [w for w in pool.workers if w.counted and w.counted[1] > 0 and w.id not in holders and claims.open_to(w, key)]
+        return [min(able, key=lambda w: w.load)] if able else []
+
+    def _choose_base(self, ask: Ask, pool: Pool, now: float, rng: random.Random) -> Decision:
+        base = self._base(ask.base)
+        workers = pool.workers
+        if len(workers) > BASE_CHOICES:
+            workers = rng.sample(workers, BASE_CHOICES)
+        best: Worker | None = None
+        least = math.inf
+        for w in workers:
+            if w.has_room:
+                cost = self._terms(ask, None, w, base, pool, 0.0, now).total_s
+                if cost < least:
+                    best, least = w, cost
+        if best is None:
+            best = next((w for w in pool.workers if w.has_room), None)
+        return Choice(best, Reason.BASE) if best is not None else Wait(Blocked.ROOM)
+
+    def _blocked(self, ask: Ask, key: Key, base: _Base, pool: Pool, now: float) -> Wait:
+        if not any(w.has_room for w in pool.workers):
+            return Wait(Blocked.ROOM)
+        return Wait(Blocked.SLOT, base.claims.claim(ask, key, pool, now, held=key in pool.holders))
+
+    # ---- costs ------------------------------------------------------------------------------------------------------------------------
+
+    def _terms(self, ask: Ask, key: Key | None, w: Worker, base: _Base, pool: Pool, price: float, now: float, uses: float = 1.0) -> Terms:
+        rate = costs.prefill_rate(w)
+        prefill_s = ask.prompt_tokens / rate
+        running = w.load
+        queue_s = w.backlog_tokens(rate, now) / rate + prefill_s + costs.step_s(w)
+        slot_s = load_s = evict_s = 0.0
+        stall_s = prefill_s * running
+        if key is not None:
+            if price and not w.in_flight(key):
+                slot_s = price
+            if key not in w.loaded:
+                load_s, stalling_s = self._load(ask, key, w, now)
+                stall_s += stalling_s * running / uses
+                if stalling_s:
+                    evict_s = self._eviction(w, base, pool, now) / uses
+        prefix_s = 0.0
+        if self._last and (ask.session or ask.prefix) and w.id in self._known(ask):
+            prefix_s = min(prefill_s, AFFINITY_S) if not ask.session else AFFINITY_S
+        return Terms(queue_s, slot_s, load_s, stall_s, evict_s, prefix_s)
+
+    def _load(self, ask: Ask, key: Key, w: Worker, now: float) -> tuple[float, float]:
+        """(seconds until it is in a slot, seconds of those that this request's own load stalls the engine for)."""
+        state = w.held.get(key)
+        tier = state.tier if state is not None else Tier.REMOTE
+        own_s = costs.stalling_load_s(w, tier, ask.size_bytes)
+        if key in w.coming:
+            eta_s = state.eta_s - (now - w.beat_at) if state is not None and state.loading else own_s
+            return max(eta_s, 0.0), 0.0
+        ahead_s = len(w.coming) * own_s if w.coming else 0.0
+        return ahead_s + own_s + costs.fetch_s(w, tier), own_s
+
+    def _eviction(self, w: Worker, base: _Base, pool: Pool, now: float) -> float:
+        """What it costs that somebody must leave: the likely victim's reload, if it is wanted again soon and is nowhere else."""
+        if w.free_slots > 0 or not w.idle:
+            return 0.0
+        victim = next(iter(w.idle))
+        if len(pool.holders.get(victim, ())) > 1:
+            return 0.0
+        again = min(1.0, base.rates.per_s(victim, now) * HORIZON_S)
+        reload_s = costs.stalling_load_s(w, Tier.CPU if w.lower else Tier.DISK, 0)
+        return again * reload_s * (1 + w.load)
+
+    def _surplus(self, w: Worker, base: _Base, pool: Pool, now: float) -> bool:
+        """The slot that a load would take there is nobody's, or that of an adapter that has another or is hardly asked for."""
+        if w.free_slots > 0 or not w.idle:
+            return w.free_slots > 0
+        victim = next(iter(w.idle))
+        return len(pool.holders.get(victim, ())) > 1 or base.rates.per_s(victim, now) * HORIZON_S < RARELY
+
+    def _known(self, ask: Ask) -> tuple[WorkerId | None, WorkerId | None]:
+        base = ask.base
+        return (self._last.get((base, ask.session)) if ask.session else None, self._last.get((base, ask.prefix)) if ask.prefix else None)
+
+    # ---- what it hears ------------------------------------------------------------------------------------------------------------------
+
+    def arrived(self, ask: Ask, now: float) -> None:
+        if ask.adapter is not None:
+            self._base(ask.base).rates.note((ask.adapter.name, ask.adapter.digest), now)
+
+    def sent(self, ask: Ask, choice: Choice, now: float) -> None:
+        base = self._base(ask.base)
+        if ask.adapter is not None:
+            base.claims.settle(ask, (ask.adapter.name, ask.adapter.digest))
+            if choice.reason is not Reason.RESIDENT:
+                base.misses.note(MISS, now)
+        for mark in (ask.session, ask.prefix):
+            if mark:
+                self._last[ask.base, mark] = choice.worker.id
+                self._last.move_to_end((ask.base, mark))
+        while len(self._last) > MAX_AFFINITIES:
+            self._last.popitem(last=False)
+
+    def left(self, ask: Ask, now: float) -> None:
+        if ask.adapter is not None:
+            self._base(ask.base).claims.settle(ask, (ask.adapter.name, ask.adapter.digest))
+
+    def finished(self, ask: Ask, worker: Worker, service_s: float, output_tokens: int, now: float) -> None:
+        self._base(ask.base).services.note(service_s, output_tokens)
+
+    def wishes(self, worker: Worker, fleet: Fleet, now: float) -> list[AdapterRef]:
+        """Its share of the hot adapters: those that will surely be asked for soon and whose home set it is in now; half of its slots at most."""
+        base, pool = self._base(worker.beat.base), fleet.pool(worker.beat.base)
+        found: list[AdapterRef] = []
+        for rate, key in base.rates.hottest(len(pool.workers) * worker.beat.slots, now):
+            if rate * HORIZON_S < 1.0 or len(found) == worker.beat.slots // 2:
+                break
+            if worker in base.rendezvous.order(key, pool)[: base.homes.of(key)]:
+                found.append(AdapterRef(worker.beat.base, *key))
+        return found
+
+    def explain(self, ask: Ask, fleet: Fleet, now: float) -> list[Candidate]:
+        pool, base = fleet.pool(ask.base), self._base(ask.base)
+        key = None if ask.adapter is None else (ask.adapter.name, ask.adapter.digest)
+        price = base.slot_price(pool, now)
+        found = []
+        for w in pool.workers:
+            note = "" if w.has_room else "no room"
+            if key is not None and not note:
+                note = "no slot" if not base.claims.open_to(w, key) else "slot closing" if base.claims.closed(w, key) else ""
+            tier = Tier.GPU if key is None else w.tier_at(key)
+            found.append(Candidate(w, tier, not note, note, self._terms(ask, key, w, base, pool, price, now)))
+        return sorted(found, key=lambda c: (not c.eligible, c.terms.total_s))
+
+    def _base(self, name: str) -> _Base:
+        base = self._bases.get(name)
+        if base is None:
+            base = self._bases[name] = _Base()
+        return base
+
+
+MISS: Key = ("", "")
+
+
+class _Base:
+    """What the policy has learned of one base model."""
+
+    def __init__(self) -> None:
+        self.rates = Rates()
+        self.rendezvous = Rendezvous()
+        self.misses = Rates(10.0, 1)
+        self.services = costs.Services()
+        self.homes = HomeSets()
+        self.claims = Claims()
+
+    def slot_price(self, pool: Pool, now: float) -> float:
+        """Seconds that the next slot is worth: nothing while open ones abound, a service time when there is none.
+
+        Misses come at random and each keeps a slot for a service time; what is kept open for them is twice the spread of their number
+        (square-root staffing: Halfin and Whitt, "Heavy-Traffic Limits for Queues with Many Exponential Servers", 1981).
+        """
+        service_s = self.services.service_s
+        headroom = SPREADS * math.sqrt(self.misses.per_s(MISS, now) * service_s)
+        return service_s * (1.0 - pool.open_slots / headroom) if pool.open_slots < headroom else 0.0

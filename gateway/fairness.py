@@ -1,0 +1,45 @@
+"""Pure. Virtual token counters: whose turn it is when there is a queue (Sheng et al., "Fairness in Serving Large Language Models", 2024).
+
+Every flow (API key, adapter) has a counter of the tokens it was served; the waiting flow with the least goes first. A flow that comes back is
+lifted to the least of those that wait, so that idleness earns no credit. Output is charged as expected when a request is sent and corrected
+when it ends. Counters live only as long as somebody waits: without a queue there is nothing to divide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+
+INPUT_WEIGHT = 1.0
+OUTPUT_WEIGHT = 2.0
+"""Of a token, as in the paper: a token of output occupies the engine for a step, one of input for its share of a prefill."""
+
+
+QUANTUM = 4096.0
+"""Weighted tokens within which flows count as equally served, so that the oldest of them goes first: ten requests of 128 tokens in and out."""
+
+
+def service(prompt_tokens: float, output_tokens: float) -> float:
+    return INPUT_WEIGHT * prompt_tokens + OUTPUT_WEIGHT * output_tokens
+
+
+class Counters:
+    """Weighted tokens per flow since the queue began."""
+
+    def __init__(self) -> None:
+        self._served: dict[Hashable, float] = {}
+
+    def __getitem__(self, flow: Hashable) -> float:
+        return self._served.get(flow, 0.0)
+
+    def rank(self, flow: Hashable) -> int:
+        """Flows of the same rank go by age."""
+        return int(self._served.get(flow, 0.0) // QUANTUM)
+
+    def charge(self, flow: Hashable, tokens: float) -> None:
+        """Negative where less was used than expected."""
+        self._served[flow] = max(0.0, self._served.get(flow, 0.0) + tokens)
+
+    def lift(self, flow: Hashable, waiting: Iterable[Hashable]) -> None:
+        """The flow begins to wait beside `waiting`."""
+        least = min((self[other] for other in waiting if other != flow), default=0.0)
+        self._served[flow] = max(self[flow], least)

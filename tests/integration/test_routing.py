@@ -1,0 +1,149 @@
+"""Shell. Routing end to end: gateway and simulated workers as real processes over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import Cluster, cluster, make_adapter, sim_config
+
+SLOW = {"itl_ms": 20, "load_ms": 30}
+
+
+async def burst(c: Cluster, models: list[str], max_tokens: int = 30) -> list[Mapping[str, str]]:
+    """The headers of requests that were all sent at once."""
+    answers = await asyncio.gather(*(c.chat(model, max_tokens=max_tokens) for model in models))
+    assert all(status == 200 for status, _, _ in answers), answers
+    return [headers for _, _, headers in answers]
+
+
+async def three_workers(c: Cluster) -> None:
+    for n in range(3):
+        await c.start_worker(f"w{n}")
+
+
+async def listed(c: Cluster, count: int) -> None:
+    """The store's listing is known."""
+    async with asyncio.timeout(20):
+        while len((await c.get("/v1/models"))[1]["data"]) < count:
+            await asyncio.sleep(0.02)
+
+
+async def test_requests_of_the_base_model_spread_over_all_workers(tmp_path: Path, adapters: Path) -> None:
+    async with cluster(sim_config(adapters, sim=SLOW), tmp_path) as c:
+        await three_workers(c)
+        counts = Counter(h["x-loraplex-worker"] for h in await burst(c, ["sim"] * 18))
+        assert set(counts) == {"w0", "w1", "w2"} and max(counts.values()) <= 8, counts
+
+
+async def test_a_burst_for_a_cold_adapter_is_loaded_once_and_then_found_in_the_slot(tmp_path: Path, adapters: Path) -> None:
+    make_adapter(adapters, "pirate")
+    async with cluster(sim_config(adapters, sim=SLOW), tmp_path) as c:
+        await three_workers(c)
+        await listed(c, 2)
+        first = await burst(c, ["sim:pirate"] * 8)
+        assert len({h["x-loraplex-worker"] for h in first}) == 1
+        assert "remote" in {h["x-loraplex-adapter-tier"] for h in first}
+        assert {h["x-loraplex-policy"] for h in first} == {"expected-ttft"}
+        assert sum(c.workers[w].output().count("adapter loaded") for w in c.workers) == 1
+        [again] = await burst(c, ["sim:pirate"])
+        assert again["x-loraplex-adapter-tier"] == "gpu" and again["x-loraplex-worker"] == first[0]["x-loraplex-worker"]
+        assert float(again["x-loraplex-queue-ms"]) < 100
+
+
+async def test_a_full_holder_spills_onto_another_worker(tmp_path: Path, adapters: Path) -> None:
+    make_adapter(adapters, "pirate")
+    async with cluster(sim_config(adapters, sim={**SLOW, "max_num_seqs": 4}), tmp_path) as c:
+        await three_workers(c)
+        await listed(c, 2)
+        counts = Counter(h["x-loraplex-worker"] for h in await burst(c, ["sim:pirate"] * 6))
+        assert len(counts) == 2 and max(counts.values()) == 4, counts
+
+
+async def test_more_adapters_than_slots_all_get_their_turn(tmp_path: Path, adapters: Path) -> None:
+    names = [f"a{n}" for n in range(6)]
+    for name in names:
+        make_adapter(adapters, name)
+    async with cluster(sim_config(adapters, max_loras=2, sim=SLOW), tmp_path) as c:
+        await c.start_worker("w0")
+        await listed(c, 7)
+        headers = await burst(c, [f"sim:{n}" for n in names for _ in range(3)], max_tokens=10)
+        assert len(headers) == 18 and max(float(h["x-loraplex-queue-ms"]) for h in headers) > 0
+
+
+async def test_explain_names_each_worker_with_its_costs(tmp_path: Path, adapters: Path) -> None:
+    make_adapter(adapters, "pirate")
+    async with cluster(sim_config(adapters), tmp_path) as c:
+        await three_workers(c)
+        await listed(c, 2)
+        [sent] = await burst(c, ["sim:pirate"], max_tokens=1)
+        async with asyncio.timeout(10):
+            while (await explained(c, "sim:pirate"))["workers"][0]["tier"] != "gpu":
+                await asyncio.sleep(0.02)
+        found = await explained(c, "sim:pirate")
+        assert found["policy"] == "expected-ttft" and found["queued"] == 0
+        assert found["workers"][0]["worker"] == sent["x-loraplex-worker"]
+        assert {w["worker"] for w in found["workers"]} == {"w0", "w1", "w2"}
+        assert set(found["workers"][0]["terms_ms"]) == {"queue", "slot", "load", "stall", "evict", "prefix"}
+        assert found["workers"][0]["terms_ms"]["load"] == 0 < found["workers"][1]["terms_ms"]["load"]
+        assert (await c.get("/admin/explain?model=sim:nobody"))[0] == 404
+        assert (await c.get("/admin/explain"))[0] == 404
+
+
+async def test_a_worker_that_joins_loads_its_share_of_the_hot_adapters_before_its_first_request(tmp_path: Path, adapters: Path) -> None:
+    names = [f"a{n}" for n in range(12)]
+    for name in names:
+        make_adapter(adapters, name)
+    async with cluster(sim_config(adapters, max_loras=16), tmp_path) as c:
+        await c.start_worker("w0")
+        await listed(c, 13)
+        for _ in range(6):
+            await burst(c, [f"sim:{n}" for n in names for _ in range(8)], max_tokens=1)
+        await c.start_worker("w1")
+        async with asyncio.timeout(20):
+            while await c.metric("loraplex_worker_adapters", worker="w1", tier="gpu") < 2:
+                await asyncio.sleep(0.05)
+        assert await c.metric("loraplex_worker_load", worker="w1") == 0
+
+
+async def explained(c: Cluster, model: str) -> Any:
+    status, body = await c.get(f"/admin/explain?model={model}")
+    assert status == 200
+    return body
+
+
+async def test_the_access_log_says_where_and_why(tmp_path: Path, adapters: Path) -> None:
+    make_adapter(adapters, "pirate")
+    async with cluster(sim_config(adapters), tmp_path) as c:
+        await c.start_worker("w0")
+        await listed(c, 2)
+        await burst(c, ["sim:pirate"], max_tokens=3)
+        assert c.gateway is not None
+        lines = [json.loads(line) for line in c.gateway.output().splitlines() if '"request"' in line and "ttft_ms" in line]
+        assert lines[-1]["worker"] == "w0" and lines[-1]["tier"] == "remote" and lines[-1]["reason"] == "cold"
+        assert lines[-1]["output_tokens"] == 3 and lines[-1]["queue_ms"] >= 0 and lines[-1]["load_ms"] > 0
+
+
+@pytest.mark.parametrize("policy", ["ray", "round-robin", "ray-strict"])
+async def test_another_policy_is_chosen_in_the_config(tmp_path: Path, adapters: Path, policy: str) -> None:
+    make_adapter(adapters, "pirate")
+    async with cluster(sim_config(adapters, routing_policy=policy), tmp_path) as c:
+        await c.start_worker("w0")
+        await listed(c, 2)
+        for headers in await burst(c, ["sim", "sim:pirate"], max_tokens=2):
+            assert headers["x-loraplex-policy"] == policy
+
+
+async def test_a_priority_that_is_no_number_is_refused(tmp_path: Path, adapters: Path) -> None:
+    async with cluster(sim_config(adapters), tmp_path) as c:
+        await c.start_worker("w0")
+        body = {"model": "sim", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+        assert (await c.post("/v1/chat/completions", body, {"x-loraplex-priority": "-3"}))[0] == 200
+        status, answer, _ = await c.post("/v1/chat/completions", body, {"x-loraplex-priority": "high"})
+        assert status == 400 and answer["error"]["param"] == "x-loraplex-priority"

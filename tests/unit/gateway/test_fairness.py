@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from gateway.admission import MAX_NOT_YET, MAX_WITHOUT_SLOT, Admission, Flow
+from gateway.fairness import QUANTUM, Counters
+from gateway.routing import Blocked
+
+NOISY: Flow = (0, "noisy", ("a", "d"))
+QUIET: Flow = (0, "quiet", ("b", "d"))
+
+
+def served(queue: Admission[str], count: int, cost: float) -> list[str]:
+    """What the next `count` places go to, each charged `cost` to the flow that the item's first letter names."""
+    taken: list[str] = []
+
+    def dispatch(item: str) -> Blocked | None:
+        if len(taken) == count:
+            return Blocked.ROOM
+        taken.append(item)
+        queue.charge("tiny", NOISY if item[0] == "n" else QUIET, cost)
+        return None
+
+    queue.pump("tiny", dispatch)
+    return taken
+
+
+def test_a_noisy_flow_that_came_first_does_not_keep_a_quiet_one_waiting_beyond_a_quantum() -> None:
+    queue: Admission[str] = Admission(1000, 60.0)
+    for n in range(200):
+        queue.offer("tiny", f"n{n}", 0.0, NOISY)
+    for n in range(5):
+        queue.offer("tiny", f"q{n}", 1.0, QUIET)
+    taken = served(queue, 20, QUANTUM / 4)
+    assert taken[:4] == ["n0", "n1", "n2", "n3"] and taken[4:8] == ["q0", "q1", "q2", "q3"]
+    assert [t for t in taken if t[0] == "q"] == [f"q{n}" for n in range(5)]
+
+
+def test_backlogged_flows_get_equal_service_within_a_quantum() -> None:
+    queue: Admission[str] = Admission(1000, 60.0)
+    for n in range(100):
+        queue.offer("tiny", f"n{n}", 0.0, NOISY)
+        queue.offer("tiny", f"q{n}", 0.0, QUIET)
+    taken = served(queue, 100, QUANTUM / 3)
+    assert abs([t[0] for t in taken].count("n") - 50) <= 3
+
+
+def test_a_flow_that_comes_back_has_no_credit_from_its_absence() -> None:
+    counters = Counters()
+    counters.charge("a", 10 * QUANTUM)
+    counters.lift("b", ["a"])
+    assert counters["b"] == 10 * QUANTUM
+    counters.lift("a", ["b"])
+    assert counters["a"] == 10 * QUANTUM
+
+
+def test_a_correction_never_makes_a_counter_negative() -> None:
+    counters = Counters()
+    counters.charge("a", 5.0)
+    counters.charge("a", -50.0)
+    assert counters["a"] == 0.0
+
+
+def test_a_lower_priority_number_goes_first_whatever_was_served() -> None:
+    queue: Admission[str] = Admission(10, 60.0)
+    urgent: Flow = (-1, "noisy", ("a", "d"))
+    queue.offer("tiny", "q", 0.0, QUIET)
+    queue.offer("tiny", "n", 1.0, urgent)
+    queue.charge("tiny", urgent, 100 * QUANTUM)
+    assert served(queue, 2, 0.0) == ["n", "q"]
+
+
+def test_counters_are_forgotten_with_the_queue() -> None:
+    queue: Admission[str] = Admission(10, 60.0)
+    queue.offer("tiny", "n", 0.0, NOISY)
+    queue.charge("tiny", NOISY, 100 * QUANTUM)
+    assert served(queue, 1, 0.0) == ["n"]
+    queue.offer("tiny", "n", 1.0, NOISY)
+    queue.offer("tiny", "q", 2.0, QUIET)
+    assert served(queue, 2, 0.0) == ["n", "q"]
+
+
+def test_a_flow_without_a_slot_holds_up_nobody_who_needs_none() -> None:
+    queue: Admission[str] = Admission(10, 60.0)
+    queue.offer("tiny", "n", 0.0, NOISY)
+    queue.offer("tiny", "q", 1.0, QUIET)
+    taken: list[str] = []
+
+    def dispatch(item: str) -> Blocked | None:
+        if item == "n":
+            return Blocked.SLOT
+        taken.append(item)
+        return None
+
+    queue.pump("tiny", dispatch)
+    assert taken == ["q"] and queue.depth("tiny") == 1
+
+
+def test_a_pump_gives_up_after_some_flows_but_tries_those_of_the_adapter_that_was_freed() -> None:
+    queue: Admission[str] = Admission(1000, 60.0)
+    for n in range(100):
+        queue.offer("tiny", f"a{n}", 0.0, (0, "", (f"a{n}", "d")))
+    asked: list[str] = []
+
+    def dispatch(item: str) -> Blocked | None:
+        asked.append(item)
+        return None if item == "a90" else Blocked.SLOT
+
+    queue.pump("tiny", dispatch, ("a90", "d"))
+    assert len(asked) == MAX_WITHOUT_SLOT + 1 and queue.depth("tiny") == 99
+    asked.clear()
+    queue.pump("tiny", lambda item: asked.append(item) or Blocked.TURN)  # type: ignore[func-returns-value]
+    assert len(asked) == MAX_NOT_YET
