@@ -106,9 +106,12 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
     metrics.watch(fleet, {m.model_id: lambda base=m.model_id: admission.depth(base) for m in settings.models})  # type: ignore[misc]
     stopping = asyncio.Event()
     on_stop_signals(lambda sig: stopping.set())
-    async with _catalogs(settings) as catalogs:
+    async with contextlib.AsyncExitStack() as stack:
+        catalogs = await stack.enter_async_context(_catalogs(settings))
         limits = Limits(g.max_body_bytes, g.slow_reader_bytes, g.request_timeout_s)
-        api = API(dispatcher, catalogs, metrics, _api_keys(settings), limits)
+        access = logs.AccessLog(name, g.log_level)
+        stack.callback(access.flush)
+        api = API(dispatcher, catalogs, metrics, _api_keys(settings), limits, access)
         async with _http(api, settings) as port:
             _announce(run_dir, index, port, links)
             log.info("listening", extra={"url": f"http://{g.host}:{port}", "workers_at": links.control.endpoint})
@@ -148,7 +151,7 @@ async def _http(api: API, settings: Settings) -> AsyncIterator[int]:
     """Listens; yields the port. Raises ConfigError if it is taken."""
     g = settings.gateway
     # Without handler_cancellation aiohttp lets a handler run on after its client has left, and the engine would go on generating.
-    runner = web.AppRunner(api.app(), access_log=None, handler_cancellation=True, keepalive_timeout=KEEPALIVE_S, shutdown_timeout=1.0)
+    runner = web.ServerRunner(api.server(access_log=None, handler_cancellation=True, keepalive_timeout=KEEPALIVE_S), shutdown_timeout=1.0)
     await runner.setup()
     try:
         site = web.TCPSite(runner, g.host, g.port, backlog=4096, reuse_port=g.processes > 1 or None)

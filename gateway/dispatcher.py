@@ -208,7 +208,14 @@ class Dispatcher:
     def drain(self) -> None:
         """No new requests from now on."""
         self._draining = True
+        self._give_up_waiting()
         self._wake_if_idle()
+
+    def _give_up_waiting(self) -> None:
+        """While this gateway drains, its workers may have gone already: nobody will come for what waits for them."""
+        for flight in self._admission.items():
+            if flight.place is not None and not self.fleet.routable(flight.base):
+                self._fail(flight, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0))
 
     def abort_all(self) -> None:
         """The drain's time is over: whatever still runs ends here."""
@@ -275,6 +282,8 @@ class Dispatcher:
         """Leases and queue deadlines; call it a few times per second."""
         now = self.clock()
         self._apply(self.fleet.expire(now), None)
+        if self._draining:
+            self._give_up_waiting()
         for flight in self._admission.expire(now):
             self._fail(flight, Overloaded("No worker became free in time.", retry_after_s=self._retry_after_s(flight.base)))
         if now >= self._alarm:

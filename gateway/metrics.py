@@ -49,13 +49,20 @@ class Metrics:
         self.retries = Counter("retries_total", "Requests sent to another worker before their first byte.", **labels)
         self.slow_readers = Counter("slow_readers_total", "Clients cut off because they did not read.", **labels)
         self._adapters: set[tuple[str, str]] = set()
+        # labels() costs several times as much as counting: every child is asked for once.
+        self._of_reason: dict[tuple[str, Reason], Any] = {}
+        self._of_base: dict[str, tuple[Any, ...]] = {}
+        self._of_outcome: dict[tuple[str, Phase], Any] = {}
 
     def watch(self, fleet: Fleet, depth: Mapping[str, Callable[[], int]]) -> None:
         """Registers the gauges; `depth` maps each base model to a function that counts its queue."""
         self.registry.register(FleetCollector(fleet, depth))
 
     def dispatched(self, base: str, reason: Reason) -> None:
-        self._dispatched.labels(base, reason.value).inc()
+        child = self._of_reason.get((base, reason))
+        if child is None:
+            child = self._of_reason[base, reason] = self._dispatched.labels(base, reason.value)
+        child.inc()
 
     def undecodable(self, socket: str) -> None:
         self._undecodable.labels(socket).inc()
@@ -64,18 +71,31 @@ class Metrics:
         self._errors.labels(code).inc()
 
     def finished(self, flight: Flight) -> None:
-        base = flight.base
-        self._requests.labels(base, flight.life.phase.value).inc()
-        self._duration.labels(base).observe(flight.t_end - flight.t_start)
+        base, phase = flight.base, flight.life.phase
+        outcome = self._of_outcome.get((base, phase))
+        if outcome is None:
+            outcome = self._of_outcome[base, phase] = self._requests.labels(base, phase.value)
+        outcome.inc()
+        series = self._of_base.get(base)
+        if series is None:
+            series = self._of_base[base] = (
+                self._duration.labels(base),
+                self._queue.labels(base),
+                self._ttft.labels(base, "yes"),
+                self._ttft.labels(base, "no"),
+                self._prompt.labels(base),
+                self._output.labels(base),
+            )
+        duration, queue, ttft_cold, ttft_warm, prompt, output = series
+        duration.observe(flight.t_end - flight.t_start)
         if flight.t_sent:
-            self._queue.labels(base).observe(flight.t_sent - flight.t_start)
+            queue.observe(flight.t_sent - flight.t_start)
         done = flight.done
         if flight.t_head:
-            cold = "yes" if done and done.load_s > 0 else "no"
-            self._ttft.labels(base, cold).observe(flight.t_head - flight.t_start)
+            (ttft_cold if done and done.load_s > 0 else ttft_warm).observe(flight.t_head - flight.t_start)
         if done:
-            self._prompt.labels(base).inc(done.prompt_tokens)
-            self._output.labels(base).inc(done.output_tokens)
+            prompt.inc(done.prompt_tokens)
+            output.inc(done.output_tokens)
         if flight.adapter is not None and flight.life.phase is Phase.FINISHED:
             self._adapter_requests.labels(base, self._adapter_label(base, flight.adapter.name)).inc()
 

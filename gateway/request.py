@@ -6,6 +6,8 @@ from enum import Enum
 
 
 class Phase(Enum):
+    __hash__ = object.__hash__  # Enum hashes names in Python: twice for every step of every request
+
     QUEUED = "queued"  # no worker yet, or none any more
     SENT = "sent"  # on a worker, nothing has come back
     STREAMING = "streaming"  # the client has seen the status
@@ -15,6 +17,8 @@ class Phase(Enum):
 
 
 class Event(Enum):
+    __hash__ = object.__hash__
+
     DISPATCHED = "dispatched"
     HEAD = "head"  # first frame
     END = "end"  # last frame

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, TypeAlias
 
+import msgspec
+
 from gateway.fleet import Fleet, Worker
 from shared.adapters import AdapterRef
 from shared.wire import Tier
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Ask:
+class Ask(msgspec.Struct, frozen=True, eq=False):
     """What routing knows of one request. Equal only to itself, so that a policy can keep state per request.
 
     `prompt_tokens` is an estimate made from the body's length; `tenant` is the digest of the API key; `prefix` a hash of the adapter's digest
@@ -35,6 +36,8 @@ class Ask:
 class Reason(Enum):
     """Why a worker was chosen; goes to the access log and the metrics."""
 
+    __hash__ = object.__hash__  # as in request.Phase
+
     BASE = "base"  # any worker serves the base model
     RESIDENT = "resident"  # it holds the adapter (or loads it already) and is not overloaded
     SPILL = "spill"  # all holders are overloaded or full: another one loads it
@@ -50,8 +53,7 @@ class Blocked(Enum):
     TURN = "turn"  # the policy wants to be asked again at `until`
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(msgspec.Struct, frozen=True):
     """The parts of an expected time to first token, in seconds. `stall` is not the request's own: it is what the choice costs the others."""
 
     queue_s: float = 0.0
@@ -66,8 +68,7 @@ class Terms:
         return self.queue_s + self.slot_s + self.load_s + self.stall_s + self.evict_s - self.prefix_s
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """`tier` is where the adapter was on the worker at that moment (GPU for a request of the base model)."""
 
     worker: Worker

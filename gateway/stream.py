@@ -48,7 +48,7 @@ class ClientStream:
 
     __slots__ = ("_chunked", "_headers", "_keep_alive", "_limit", "_parts", "_transport", "error", "finished", "sse", "started", "status")
 
-    def __init__(self, request: web.Request, max_buffered_bytes: int) -> None:
+    def __init__(self, request: web.BaseRequest, max_buffered_bytes: int) -> None:
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the client has left")
@@ -82,12 +82,16 @@ class ClientStream:
             self._start(data, end)
         else:
             self._parts.append(data)
+            if end:
+                self._whole()
         if end:
             self._finish()
 
     def more(self, data: bytes, end: bool) -> bool:
         if not self.sse:
             self._parts.append(data)
+            if end:
+                self._whole()
         else:
             self._transport.write(self._frame(data, end))
             if self._transport.get_write_buffer_size() > self._limit:
@@ -103,6 +107,16 @@ class ClientStream:
         if self.started and not self._transport.is_closing():
             self._transport.write(self._frame(error_event(error), True))
         self._finish()
+
+    def _whole(self) -> None:
+        """The answer of a request without `stream`, in one write."""
+        self.started = True
+        body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        ending = b"" if self._keep_alive else b"Connection: close\r\n"
+        self._transport.write(
+            b"HTTP/1.1 %d %b\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: %d\r\n%b%b\r\n%b"
+            % (self.status, _PHRASES.get(self.status, b""), len(body), ending, self._headers(), body)
+        )
 
     def _start(self, data: bytes, end: bool) -> None:
         self.started = True

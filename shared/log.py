@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
+import time
 from typing import Any
 
 import msgspec
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "vllm_process_name"}
 _encode = msgspec.json.Encoder(enc_hook=str).encode
+FLUSH_S = 0.1
 
 
 class JSONLines(logging.Formatter):
@@ -46,6 +49,38 @@ class ShortLines(logging.Formatter):
 
 def extras(record: logging.LogRecord) -> dict[str, Any]:
     return {k: v for k, v in vars(record).items() if k not in _STANDARD}
+
+
+class AccessLog:
+    """One line per request, past logging's machinery (45 microseconds of a request): lines leave together, ten times a second.
+
+    Call `flush()` once at the end.
+    """
+
+    def __init__(self, process: str, level: str = "info", json_lines: bool | None = None) -> None:
+        self._process = process
+        self._enabled = level in ("debug", "info")
+        self._as_json = not sys.stderr.isatty() if json_lines is None else json_lines
+        self._lines: list[bytes] = []
+
+    def write(self, facts: dict[str, Any]) -> None:
+        if not self._enabled:
+            return
+        if not self._lines:
+            asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
+        if self._as_json:
+            self._lines.append(
+                _encode({"ts": round(time.time(), 3), "level": "info", "process": self._process, "event": "request", **facts})
+            )
+        else:
+            shown = " ".join(f"{k}={v}" for k, v in facts.items() if v not in (None, ""))
+            self._lines.append(f"{time.strftime('%H:%M:%S')} {self._process:<8} request  {shown}".encode())
+
+    def flush(self) -> None:
+        if self._lines:
+            sys.stderr.write(b"\n".join([*self._lines, b""]).decode())
+            sys.stderr.flush()
+            self._lines.clear()
 
 
 def set_up(process: str, level: str = "info", json_lines: bool | None = None) -> None:

@@ -6,6 +6,7 @@ trailing fields are ignored by older peers; PROTOCOL_VERSION rises only when an 
 
 from __future__ import annotations
 
+import functools
 from enum import IntEnum
 from typing import TypeAlias
 
@@ -209,6 +210,7 @@ DecodeError = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What any decoder raises, for `except`: count the message and drop it."""
 
 
+@functools.lru_cache(maxsize=4096)
 def identity(worker: WorkerId, epoch: int) -> bytes:
     """The ZeroMQ routing id of one life of one worker."""
     return f"{worker}#{epoch}".encode()

@@ -74,6 +74,11 @@ class Client:
         return {k.decode(): v.decode() for k, v in self.response.headers}
 
     @property
+    def status(self) -> int:
+        assert self.response is not None
+        return self.response.status_code
+
+    @property
     def may_go_on(self) -> bool:
         """Whether the connection can carry another request, by the client's own rules."""
         return self.connection.their_state is h11.DONE and not self.connection.trailing_data[0]
@@ -190,19 +195,22 @@ async def test_an_http_1_0_client_gets_plain_bytes_and_a_closed_connection(pipe:
 # ---- answers that are no stream -----------------------------------------------------------------------------------------------------------
 
 
-async def test_an_answer_that_is_no_stream_is_kept_for_the_handler(pipe: Pipe) -> None:
+async def test_an_answer_that_is_no_stream_leaves_whole_in_one_write(pipe: Pipe) -> None:
     stream = stream_on(pipe)
     stream.head(400, False, b'{"error":', False)
-    assert not stream.finished.done()
+    assert not stream.finished.done() and not pipe.written
     stream.more(b" 1}", True)
-    assert stream.finished.done() and not stream.started
-    assert (stream.status, stream.body, pipe.written) == (400, b'{"error": 1}', b"")
+    client = Client(pipe.written)
+    assert stream.finished.done() and stream.started and stream.status == 400
+    assert (client.status, client.body, client.headers["content-length"]) == (400, b'{"error": 1}', "12")
+    assert client.headers["content-type"] == "application/json; charset=utf-8" and client.may_go_on
 
 
-async def test_an_answer_in_one_frame_is_kept_whole(pipe: Pipe) -> None:
-    stream = stream_on(pipe)
+async def test_an_answer_in_one_frame_to_a_client_that_closes_says_so(pipe: Pipe) -> None:
+    stream = stream_on(pipe, close=True)
     stream.head(200, False, b"{}", True)
-    assert stream.body == b"{}" and stream.finished.done() and not pipe.written
+    client = Client(pipe.written)
+    assert (client.status, client.body, client.headers["connection"]) == (200, b"{}", "close") and stream.finished.done()
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------------------------------
