@@ -125,7 +125,11 @@ async def test_the_access_log_says_where_and_why(tmp_path: Path, adapters: Path)
         await listed(c, 2)
         await burst(c, ["sim:pirate"], max_tokens=3)
         assert c.gateway is not None
-        lines = [json.loads(line) for line in c.gateway.output().splitlines() if '"request"' in line and "ttft_ms" in line]
+        lines: list[dict[str, Any]] = []
+        async with asyncio.timeout(10):
+            while not lines:  # lines leave together, a tenth of a second later
+                lines = [json.loads(line) for line in c.gateway.output().splitlines() if '"request"' in line and "ttft_ms" in line]
+                await asyncio.sleep(0.01)
         assert lines[-1]["worker"] == "w0" and lines[-1]["tier"] == "remote" and lines[-1]["reason"] == "cold"
         assert lines[-1]["output_tokens"] == 3 and lines[-1]["queue_ms"] >= 0 and lines[-1]["load_ms"] > 0
 
