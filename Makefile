@@ -6,7 +6,7 @@ WORKERS ?= 2
 JOBS   ?= 2
 PY      = $(VENV)/bin/python
 
-.PHONY: setup demo test check format bench bench-engine bench-load demo-model clean
+.PHONY: setup demo test check format bench bench-growth bench-engine bench-load demo-model clean
 
 setup:
 	@deploy/setup.sh $(VENV) dev
@@ -32,6 +32,10 @@ bench-load: setup
 # Gateways side by side: every peer that can be installed, one mock engine, interleaved.
 bench: setup
 	@$(PY) -m bench.gateways $(ARGS)
+
+# How the gateway's cost grows with streams, workers, adapters and processes.
+bench-growth: setup
+	@$(PY) -m bench.growth $(ARGS)
 
 # The worker's front end beside vLLM's own server, on the demo model.
 bench-engine: setup

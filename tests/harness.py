@@ -102,7 +102,9 @@ class Cluster:
             body = await answer.read()
             return answer.status, msgspec.json.decode(body) if "json" in answer.content_type else body.decode()
 
-    async def post(self, path: str, body: Mapping[str, Any] | bytes, headers: Mapping[str, str] | None = None) -> tuple[int, Any, Mapping[str, str]]:
+    async def post(
+        self, path: str, body: Mapping[str, Any] | bytes, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, Any, Mapping[str, str]]:
         data = body if isinstance(body, bytes) else msgspec.json.encode(body)
         async with self.http.post(self.url + path, data=data, headers=headers) as answer:
             raw = await answer.read()
@@ -176,7 +178,9 @@ def sim_config(adapters: Path | str, *, max_loras: int = 4, sim: Mapping[str, fl
     }
 
 
-def demo_config(*, max_loras: int = 2, adapters: Path | str = DEMO / "adapters", engine: Mapping[str, Any] | None = None, **gateway: Any) -> dict[str, Any]:
+def demo_config(
+    *, max_loras: int = 2, adapters: Path | str = DEMO / "adapters", engine: Mapping[str, Any] | None = None, **gateway: Any
+) -> dict[str, Any]:
     """The demo model on real vLLM."""
     kwargs = {
         "enable_lora": True,
@@ -204,7 +208,9 @@ def make_adapter(root: Path, name: str, rank: int = 8, size_bytes: int = 1000) -
     """A folder that looks like an adapter, for the simulated engine, which reads only its config."""
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": ["q_proj"]}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": ["q_proj"]})
+    )
     (folder / "adapter_model.safetensors").write_bytes(os.urandom(16) + bytes(size_bytes))
     return folder
 

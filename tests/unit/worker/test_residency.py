@@ -483,7 +483,9 @@ class ResidencyMachine(RuleBasedStateMachine):
             assert ref in self.fetching or stage(residency, ref) in (Stage.CACHED, Stage.LOADING, Stage.CLOSING, Stage.UNLOADING)
         closing = [a for a in REFS if stage(residency, a) is Stage.CLOSING]
         assert len(closing) <= 1
-        assert len(residency._entries) <= len(self.engine) + len(self.warm) + len(self.wants) + len(self.fetching) + 2, "an entry was left behind"
+        assert len(residency._entries) <= len(self.engine) + len(self.warm) + len(self.wants) + len(self.fetching) + 2, (
+            "an entry was left behind"
+        )
         residency.states(self.now, 1.0)
 
     def settle(self) -> None:
