@@ -158,7 +158,7 @@ async def test_a_killed_worker_takes_its_engine_along_and_its_stream_ends_with_a
 
 
 async def test_the_yaml_of_ray_starts_it_with_the_local_model_put_in(zygote: Zygote, tmp_path: Path) -> None:
-    ray = yaml.safe_load((ROOT / "examples" / "ray.yaml").read_text())  # noqa: ASYNC240 - a small local file
+    ray = yaml.safe_load((ROOT / "examples" / "ray.yaml").read_text())
     model = ray["applications"][0]["args"]["llm_configs"][0]
     model["model_loading_config"] = {"model_id": "demo", "model_source": str(DEMO / "model")}
     model["lora_config"]["dynamic_lora_loading_path"] = str(DEMO / "adapters")
