@@ -100,13 +100,13 @@ def serve(settings: Settings) -> int:
 
     async def run() -> int:
         return await Serve(settings, lambda line: print(f"==> {line}", file=sys.stderr, flush=True)).run(
-            lambda port: _greet(settings, port)
+            lambda port, model: _greet(settings, port, model)
         )
 
     return uvloop.run(run())
 
 
-def _greet(settings: Settings, port: int) -> None:
+def _greet(settings: Settings, port: int, example: str | None) -> None:
     """The address and three lines to try, on stdout, once everything serves."""
     g = settings.gateway
     host = "127.0.0.1" if g.host in ("0.0.0.0", "::") else g.host
@@ -114,7 +114,10 @@ def _greet(settings: Settings, port: int) -> None:
     model = settings.models[0].model_id
     key = ' -H "Authorization: Bearer $KEY"' if g.api_keys_env or g.api_keys_file else ""
     body = json.dumps(
-        {"model": f"{model}:ADAPTER" if settings.models[0].adapters_path else model, "messages": [{"role": "user", "content": "Hello!"}]}
+        {
+            "model": example or (f"{model}:ADAPTER" if settings.models[0].adapters_path else model),
+            "messages": [{"role": "user", "content": "Hello!"}],
+        }
     )
     stream = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]})
     print(

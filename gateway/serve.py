@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import aiohttp
 import msgspec
 
 from gateway.settings import endpoints
@@ -73,10 +74,14 @@ class Serve:
         self._failure: str | None = None
         self._run_dir = Path(tempfile.mkdtemp(prefix="loraplex-"))
         self._was_ready = False
+        self._example: str | None = None
         self.port = 0
 
-    async def run(self, ready: Callable[[int], None]) -> int:
-        """Serves until a signal or a failure that retrying cannot mend; `ready(port)` is called once all workers serve."""
+    async def run(self, ready: Callable[[int, str | None], None]) -> int:
+        """Serves until a signal or a failure that retrying cannot mend.
+
+        Once all workers serve, `ready(port, model)` is called; `model` is one that names an adapter, if the store shows any.
+        """
         on_stop_signals(lambda sig: self._stop(None))
         try:
             specs = plan_workers(self._settings, count_gpus())
@@ -85,7 +90,7 @@ class Serve:
             await self._start_workers(specs, config)
             if not self._stopping.is_set() and await self._until_ready(len(specs)):
                 self._was_ready = True
-                ready(self.port)
+                ready(self.port, self._example)
             await self._stopping.wait()
         except LoraplexError as exc:
             self._failure = exc.message
@@ -163,14 +168,13 @@ class Serve:
 
     async def _until_ready(self, workers: int) -> bool:
         """True once /ready says so for all workers; False if we stop before that."""
-        import aiohttp  # only `serve` asks over HTTP
-
         host = self._settings.gateway.host.replace("0.0.0.0", "127.0.0.1").replace("::", "[::1]")
         async with aiohttp.ClientSession() as client:
             while not self._stopping.is_set():
                 try:
                     async with client.get(f"http://{host}:{self.port}/ready") as answer:
                         if sum((await answer.json())["workers"].values()) >= workers:
+                            self._example = await self._adapter(client, f"http://{host}:{self.port}/v1/models")
                             return True
                 except aiohttp.ClientError:
                     pass
@@ -180,6 +184,13 @@ class Serve:
                 except TimeoutError:
                     continue
         return False
+
+    async def _adapter(self, client: aiohttp.ClientSession, url: str) -> str | None:
+        """An adapter to show how one is asked for; None if there are none, or if models are only told to those with a key."""
+        async with client.get(url) as answer:
+            if answer.status != 200:
+                return None
+            return next((m["id"] for m in (await answer.json())["data"] if m["parent"]), None)
 
     # ---- keeping alive ------------------------------------------------------------------------------------------------------------------
 
