@@ -24,8 +24,9 @@ from aiohttp import web
 from gateway.admission import Admission
 from gateway.api import API, Limits
 from gateway.catalog import Catalog
-from gateway.dispatcher import Dispatcher, Flight
+from gateway.dispatcher import Dispatcher
 from gateway.fleet import Fleet
+from gateway.flight import Flight
 from gateway.metrics import Metrics
 from gateway.policies import make_policy
 from gateway.settings import Endpoints, endpoints

@@ -17,7 +17,8 @@ from aiohttp import web
 
 from gateway import openai
 from gateway.catalog import Catalog
-from gateway.dispatcher import Dispatcher, Flight
+from gateway.dispatcher import Dispatcher
+from gateway.flight import Flight
 from gateway.metrics import Metrics
 from gateway.routing import Ask
 from gateway.stream import ClientStream, Sent

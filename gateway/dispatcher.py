@@ -15,95 +15,18 @@ from collections.abc import Callable
 from typing import Protocol
 
 from gateway import fairness
-from gateway.admission import Admission, Flow, Place
+from gateway.admission import Admission
 from gateway.fleet import Changed, Fleet, FleetEvent, Joined, Lost, Worker
+from gateway.flight import Flight, adapter_key, ask_of, flow_of
 from gateway.metrics import Metrics
 from gateway.openai import from_refusal
-from gateway.request import Event, Lifecycle, Phase
+from gateway.request import Event, Phase
 from gateway.routing import Ask, Blocked, Candidate, Choice, Decision, Policy, Wait
-from gateway.worker import Key, key_of
 from shared import wire
-from shared.adapters import AdapterRef, StoredAdapter
 from shared.errors import EngineFailure, LoraplexError, Overloaded, WorkerUnavailable
 from shared.link import Sent
 
 log = logging.getLogger("loraplex.dispatcher")
-
-BYTES_PER_TOKEN = 4
-"""Of English text in a BPE vocabulary of 32,000 to 150,000; routing needs the order of magnitude, the worker counts exactly."""
-EXPECTED_OUTPUT_TOKENS = 128
-"""Charged to a flow when a request without `max_tokens` is sent, and corrected when it ends."""
-NO_ASK = Ask("")
-
-
-class Sink(Protocol):
-    """Where a request's answer goes. None of these may wait; `more` returns False if the client cannot take it."""
-
-    def head(self, status: int, sse: bool, data: bytes, end: bool) -> None: ...
-    def more(self, data: bytes, end: bool) -> bool: ...
-    def fail(self, error: LoraplexError) -> None: ...
-
-
-class Flight:
-    """One request at the gateway, from submit to its end. `prompt_tokens` defaults to an estimate from the body's length."""
-
-    __slots__ = (
-        "adapter",
-        "ask",
-        "base",
-        "body",
-        "choice",
-        "done",
-        "life",
-        "output_tokens",
-        "path",
-        "place",
-        "prefix",
-        "priority",
-        "prompt_tokens",
-        "refused_by",
-        "request_id",
-        "session",
-        "sid",
-        "sink",
-        "stored",
-        "t_end",
-        "t_head",
-        "t_sent",
-        "t_start",
-        "tenant",
-    )
-
-    def __init__(
-        self,
-        base: str,
-        adapter: AdapterRef | None,
-        stored: StoredAdapter | None,
-        path: str,
-        request_id: str,
-        body: bytes,
-        sink: Sink,
-        *,
-        prompt_tokens: int | None = None,
-        output_tokens: int = 0,
-        tenant: str = "",
-        session: str = "",
-        prefix: int = 0,
-        priority: int = 0,
-    ) -> None:
-        self.base, self.adapter, self.stored = base, adapter, stored
-        self.path, self.request_id, self.body, self.sink = path, request_id, body, sink
-        self.prompt_tokens = len(body) // BYTES_PER_TOKEN if prompt_tokens is None else prompt_tokens
-        self.output_tokens = output_tokens
-        self.tenant, self.session, self.prefix, self.priority = tenant, session, prefix, priority
-        self.ask = NO_ASK  # made by the dispatcher, on its clock
-        self.life = Lifecycle()
-        self.sid: wire.StreamId = 0
-        self.choice: Choice | None = None
-        self.place: Place[Flight] | None = None
-        self.refused_by: frozenset[wire.WorkerId] = frozenset()
-        self.done: wire.Done | None = None
-        self.t_start = self.t_sent = self.t_head = self.t_end = 0.0  # set by the dispatcher, on its clock
 
 
 class Transport(Protocol):
@@ -177,12 +100,12 @@ class Dispatcher:
             raise WorkerUnavailable("This server is shutting down.", retry_after_s=1.0)
         if self._open >= self._max_flights:
             raise Overloaded(f"Too many requests at once (limit {self._max_flights}).", retry_after_s=1.0)
-        flight.ask = _ask(flight)
+        flight.ask = ask_of(flight)
         self._policy.arrived(flight.ask, flight.t_start)
         self._open += 1
         # Where others wait it takes its turn among them.
         if self._admission.depth(flight.base) or self._dispatch(flight) is not None:
-            flight.place = self._admission.offer(flight.base, flight, self.clock(), _flow(flight))
+            flight.place = self._admission.offer(flight.base, flight, self.clock(), flow_of(flight))
             if flight.place is None:
                 self._open -= 1
                 self._policy.left(flight.ask, self.clock())
@@ -326,7 +249,7 @@ class Dispatcher:
         flight.life.on(Event.DISPATCHED)
         self._flights[sid] = flight
         self._policy.sent(ask, choice, now)
-        self._admission.charge(flight.base, _flow(flight), fairness.service(ask.prompt_tokens, ask.output_tokens))
+        self._admission.charge(flight.base, flow_of(flight), fairness.service(ask.prompt_tokens, ask.output_tokens))
         self._metrics.dispatched(flight.base, choice.reason)
         return None
 
@@ -347,7 +270,7 @@ class Dispatcher:
         if self._pumping is None and self._admission.depth(base):
             self._pumping = base
             try:
-                self._admission.pump(base, self._dispatch, _key(ask.adapter) if ask is not None else None)
+                self._admission.pump(base, self._dispatch, adapter_key(ask.adapter) if ask is not None else None)
             finally:
                 self._pumping = None
 
@@ -381,7 +304,7 @@ class Dispatcher:
             return
         self._metrics.retries.inc()
         if self._dispatch(flight) is not None:
-            flight.place = self._admission.offer(flight.base, flight, self.clock(), _flow(flight))
+            flight.place = self._admission.offer(flight.base, flight, self.clock(), flow_of(flight))
             if flight.place is None:
                 self._fail(flight, error)
 
@@ -433,7 +356,7 @@ class Dispatcher:
             tokens = done.output_tokens if done is not None else 0
             self._policy.finished(ask, flight.choice.worker, now - flight.t_sent, tokens, now)
             if done is not None:
-                self._admission.charge(flight.base, _flow(flight), fairness.OUTPUT_WEIGHT * (tokens - ask.output_tokens))
+                self._admission.charge(flight.base, flow_of(flight), fairness.OUTPUT_WEIGHT * (tokens - ask.output_tokens))
         else:
             self._policy.left(ask, now)
         self._metrics.finished(flight)
@@ -457,27 +380,3 @@ class Dispatcher:
         """A guess from what is known: queued requests over the places that serve them, at least a second."""
         places = sum(w.beat.capacity for w in self.fleet.routable(base))
         return max(1.0, min(60.0, self._admission.depth(base) / places)) if places else 5.0
-
-
-def _ask(flight: Flight) -> Ask:
-    size_bytes = flight.stored.size_bytes if flight.stored is not None else 0
-    return Ask(
-        flight.base,
-        flight.adapter,
-        size_bytes,
-        flight.prompt_tokens,
-        flight.output_tokens or EXPECTED_OUTPUT_TOKENS,
-        flight.tenant,
-        flight.session,
-        flight.prefix,
-        flight.priority,
-        flight.t_start,
-    )
-
-
-def _flow(flight: Flight) -> Flow:
-    return (flight.priority, flight.tenant, _key(flight.adapter))
-
-
-def _key(adapter: AdapterRef | None) -> Key | None:
-    return None if adapter is None else key_of(adapter)

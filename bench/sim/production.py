@@ -9,8 +9,9 @@ from dataclasses import replace
 from bench.sim.agenda import Agenda
 from bench.sim.worker import HEARTBEAT_S, WorkerFacts
 from gateway.admission import Admission
-from gateway.dispatcher import Dispatcher, Flight, Transport
+from gateway.dispatcher import Dispatcher, Transport
 from gateway.fleet import Fleet
+from gateway.flight import Flight
 from gateway.metrics import Metrics
 from gateway.policies import POLICIES, make_policy
 from gateway.routing import Reason

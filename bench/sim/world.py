@@ -15,7 +15,8 @@ from bench.sim.production import build_dispatcher, worker_facts
 from bench.sim.timing import Timing
 from bench.sim.worker import SimWorker, WorkerFacts
 from bench.workload import Request
-from gateway.dispatcher import Dispatcher, Flight
+from gateway.dispatcher import Dispatcher
+from gateway.flight import Flight
 from shared import wire
 from shared.adapters import AdapterRef, StoredAdapter, StoredFile
 from shared.errors import LoraplexError

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gateway.admission import Admission
-from gateway.dispatcher import Dispatcher, Flight
+from gateway.dispatcher import Dispatcher
 from gateway.fleet import Fleet
+from gateway.flight import Flight
 from gateway.metrics import Metrics
 from gateway.policies import POLICIES, make_policy
 from gateway.request import MAX_ATTEMPTS, Phase
