@@ -1,21 +1,18 @@
-"""Pure. What an adapter is: its name, its identity by content, the files a store shows of it, and the checks its config must pass."""
+"""Pure. What an adapter is: its name, its identity by content, the files a store shows of it, and what a name may be."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import msgspec
 
-from shared.errors import AdapterNotFound, InvalidAdapter
+from shared.errors import AdapterNotFound
 
 MAX_NAME_LENGTH = 200
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
-# Parts of PEFT's LoRA that vLLM 0.32 refuses or mis-serves (vllm/lora/peft_helper.py, validate_legal).
-_UNSUPPORTED = ("use_dora", "modules_to_save", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_qalora")
 
 
 class StoredFile(msgspec.Struct, frozen=True):
@@ -62,30 +59,3 @@ def check_name(name: str) -> None:
         raise AdapterNotFound(
             f"The adapter name `{name[:MAX_NAME_LENGTH]}` is not valid: use letters, digits, `.`, `_`, `-` and `/`.", param="model"
         )
-
-
-def check_adapter_config(raw: bytes, max_rank: int) -> int:
-    """The rank of a PEFT LoRA adapter, from the bytes of its `adapter_config.json`.
-
-    Raises:
-        InvalidAdapter: not a LoRA config that vLLM can serve within `max_rank`; the message says why.
-    """
-    try:
-        config: Any = msgspec.json.decode(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-        raise InvalidAdapter(f"{CONFIG_FILE} is not valid JSON: {exc}") from exc
-    if not isinstance(config, dict):
-        raise InvalidAdapter(f"{CONFIG_FILE} must hold a JSON object")
-    if config.get("peft_type", "LORA") != "LORA":
-        raise InvalidAdapter(f"peft_type {config['peft_type']!r} is not supported; only LORA is")
-    rank = config.get("r")
-    if type(rank) is not int or rank < 1:
-        raise InvalidAdapter(f"`r` must be a whole number of at least 1, not {rank!r}")
-    pattern = config.get("rank_pattern") or {}
-    ranks = [rank, *(r for r in pattern.values() if type(r) is int)] if isinstance(pattern, dict) else [rank]
-    if max(ranks) > max_rank:
-        raise InvalidAdapter(f"rank {max(ranks)} is greater than the server's max_lora_rank {max_rank}")
-    for key in _UNSUPPORTED:
-        if config.get(key):
-            raise InvalidAdapter(f"`{key}` is not supported")
-    return rank
