@@ -289,9 +289,9 @@ class Agent:
                 assert self._store is not None
                 found_s = clock() - start
                 cached = await self._cache.fetch(ref, stored, self._store, self._check)
-                log.info(
-                    "adapter fetched", extra={"adapter": str(ref), "bytes": cached.size_bytes, "find_s": found_s, **asdict(cached.times)}
-                )
+                took = {"find_s": found_s, **asdict(cached.times)}
+                in_ms = {key.removesuffix("_s") + "_ms": round(seconds * 1e3, 1) for key, seconds in took.items()}
+                log.info("adapter fetched", extra={"adapter": str(ref), "bytes": cached.size_bytes, **in_ms})
         except LoraplexError as exc:
             log.warning("adapter not fetched", extra={"adapter": str(ref), "code": exc.code, "reason": exc.message})
             self._perform(self._residency.failed(ref, exc.code, exc.message, exc.retryable, clock()))

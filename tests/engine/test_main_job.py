@@ -106,18 +106,28 @@ async def test_errors_of_a_request_have_their_status_and_say_no_paths(
     assert str(DEMO) not in str(answer) and "Traceback" not in str(answer)
 
 
-async def test_a_client_that_leaves_stops_generation(demo: Cluster) -> None:
-    before = await demo.metric("loraplex_requests_total", outcome="aborted")
-    for stream in (True, False):
-        body = chat_body("demo", max_tokens=900, ignore_eos=True, stream=stream)
-        task = asyncio.create_task(_read_all(demo, body))
-        async with asyncio.timeout(10):
-            while await demo.metric("loraplex_worker_load") < 1:
-                await asyncio.sleep(0.005)
+async def test_a_client_that_leaves_stops_generation_within_100_ms(zygote: Zygote, tmp_path: Path) -> None:
+    """The engine's CPU time tells: it works while the client reads, and rests from 100 ms after the client has left."""
+    async with cluster(demo_config(), tmp_path, zygote) as c:
+        worker = await c.start_worker("w0")
+        core = psutil.Process(worker.pid).children(recursive=True)[0]
+
+        async def cpu_s_of_next(seconds: float) -> float:
+            before = sum(core.cpu_times()[:2])
+            await asyncio.sleep(seconds)
+            return sum(core.cpu_times()[:2]) - before
+
+        for stream in (True, False):
+            body = chat_body("demo", max_tokens=900, ignore_eos=True, stream=stream)
+            task = asyncio.create_task(_read_all(c, body))
+            async with asyncio.timeout(10):
+                while (busy := await cpu_s_of_next(0.4)) < 0.1:
+                    pass
             task.cancel()
-            while await demo.metric("loraplex_worker_load") > 0:
-                await asyncio.sleep(0.005)
-    assert await demo.metric("loraplex_requests_total", outcome="aborted") == before + 2
+            await asyncio.sleep(0.1)
+            assert await cpu_s_of_next(0.4) < busy / 2
+            assert await c.metric("loraplex_worker_load") == 0
+        assert await c.metric("loraplex_requests_total", outcome="aborted") == 2
 
 
 async def _read_all(demo: Cluster, body: dict[str, object]) -> bytes:
