@@ -36,9 +36,10 @@ if [ "$engine" = cpu ] && ! $pip install -q --dry-run --no-deps --only-binary :a
 fi
 say "installing loraplex[$extras] (a few minutes the first time)"
 # pip says a line per package; shown are the large downloads and what went wrong.
-$pip install --progress-bar off "${index[@]}" -e ".[$extras]" 2>&1 |
-  { grep --line-buffered -E '\(([0-9]{2,}\.[0-9]+ MB|[0-9.]+ GB)\)|^Installing collected|^ERROR|^error|No matching' || true; } | cut -c1-110
-[ "${PIPESTATUS[0]}" = 0 ] || { echo "setup: pip failed; for its whole output: $pip install -e '.[$extras]' ${index[*]}" >&2; exit 1; }
+if ! $pip install --progress-bar off "${index[@]}" -e ".[$extras]" 2>&1 |
+  { grep --line-buffered -E '\(([0-9]{2,}\.[0-9]+ MB|[0-9.]+ GB)\)|^Installing collected|^ERROR|^error|No matching' || true; } | cut -c1-110; then
+  echo "setup: pip failed; for its whole output: $pip install ${index[*]} -e '.[$extras]'" >&2; exit 1
+fi
 if [ "$engine" = cpu ]; then
   # They come as CUDA builds only, are not needed for text, and break transformers' imports beside the CPU build of torch.
   $pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null || true

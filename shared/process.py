@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +14,10 @@ import msgspec
 
 from shared.config import Settings
 from shared.config_yaml import load_settings
+from shared.parent import die_with_parent
 
 PARENT_ENV = "LORAPLEX_PARENT"
 """Set by a process that starts ours: the pid whose end shall be ours too."""
-_PR_SET_PDEATHSIG = 1
 
 
 def read_settings(path: str) -> Settings:
@@ -43,11 +41,8 @@ def write_settings(settings: Settings, run_dir: Path) -> Path:
 def follow_parent(sig: signal.Signals = signal.SIGTERM) -> None:
     """If our starter asked for it, the kernel sends us `sig` when it ends. Linux only."""
     wanted = os.environ.pop(PARENT_ENV, None)
-    if wanted is None or sys.platform != "linux":
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
-    if os.getppid() != int(wanted):  # it ended before the kernel was asked
-        os.kill(os.getpid(), sig)
+    if wanted is not None:
+        die_with_parent(sig, int(wanted))
 
 
 def on_stop_signals(stop: Callable[[str], None]) -> None:

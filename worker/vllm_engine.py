@@ -37,10 +37,11 @@ from vllm.v1.metrics.stats import LoRARequestStates
 from shared.adapters import WEIGHTS_FILE
 from shared.config import LLMConfig
 from shared.errors import ConfigError, EngineFailure, InvalidAdapter
+from shared.parent import die_with_parent
 from worker import vllm_patches
 from worker.engine import Call, EngineFacts, EngineStats, Loaded, Reply
 from worker.vllm_fast import FastPath
-from worker.vllm_plugin import WORKER_PID_ENV, die_with_parent
+from worker.vllm_plugin import WORKER_PID_ENV
 
 log = logging.getLogger("loraplex.vllm")
 

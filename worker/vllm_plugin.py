@@ -5,15 +5,13 @@ Without this a worker that is killed leaves EngineCore alive, an orphan that hol
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 
+from shared.parent import die_with_parent
 from worker import vllm_patches
 
 WORKER_PID_ENV = "LORAPLEX_WORKER_PID"
-_PR_SET_PDEATHSIG = 1
 
 
 def register() -> None:
@@ -25,13 +23,3 @@ def register() -> None:
     if int(worker) == os.getpid():
         return
     die_with_parent(signal.SIGKILL)
-
-
-def die_with_parent(sig: signal.Signals) -> None:
-    """The kernel sends `sig` to this process when the thread that created it ends. Linux only; elsewhere a no-op."""
-    if sys.platform != "linux":
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the kernel was asked
-        os.kill(os.getpid(), sig)
