@@ -197,6 +197,13 @@ class Serve:
     def _keep(self, name: str, child: Child, start: Callable[[], object]) -> None:
         task = asyncio.create_task(self._keep_alive(name, child, start), name=f"keep {name}")
         self._tasks.add(task)
+        task.add_done_callback(self._on_keeper_end)
+
+    def _on_keeper_end(self, task: asyncio.Task[None]) -> None:
+        """A keeper that failed keeps nothing alive any more (the zygote may be gone): better to end, and be started again, than to serve less."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._stop(f"{task.get_name()}: {error.message if isinstance(error, LoraplexError) else repr(error)}")
 
     async def _keep_alive(self, name: str, child: Child, start: Callable[[], object]) -> None:
         """Starts the process again whenever it ends, with back-off; gives up on one that never got going."""
@@ -215,7 +222,7 @@ class Serve:
                 return
             wait_s = BACKOFF_S[min(tries, len(BACKOFF_S)) - 1]
             log.warning(
-                "process ended, starting it again", extra={"name_": name, "status": status, "after_s": round(ran_s, 1), "in_s": wait_s}
+                "process ended, starting it again", extra={"which": name, "status": status, "after_s": round(ran_s, 1), "in_s": wait_s}
             )
             try:
                 async with asyncio.timeout(wait_s):

@@ -85,10 +85,12 @@ class Zygote:
         """Forks a worker; `argv` are the arguments of `python -m worker`."""
         assert self._process.stdin is not None
         async with self._asking:
-            self._process.stdin.write(json.dumps({"argv": list(argv), "env": dict(env)}).encode() + b"\n")
+            if self._process.returncode is None:
+                self._process.stdin.write(json.dumps({"argv": list(argv), "env": dict(env)}).encode() + b"\n")
             pid = await self._answers.get()
         if pid < 0:
-            raise ConfigError("the zygote process ended")
+            self._answers.put_nowait(-1)  # for whoever asks next
+            raise ConfigError("the process that forks the workers (worker.zygote) has ended; start again")
         return self._children[pid]
 
     async def close(self) -> None:

@@ -15,6 +15,7 @@ log = logging.getLogger("loraplex.session")
 
 MAX_PENDING_BYTES = 64 << 20  # of frames that a gateway does not take; beyond it its requests are dropped
 RETRY_S = 0.01  # after the link said FULL
+UNHEARD_S = 10.0  # a gateway that has not answered by then is worth a line in the log
 
 
 class Outbox:
@@ -87,6 +88,7 @@ class Session:
         self._heard = time.monotonic()
         self._lease_s = 0.0
         self._silent = True
+        self._complained = False
         self.last_sid = 0
         self.open_requests = 0
         self.outbox = Outbox(lambda: self._lose("does not take what it is sent"))
@@ -115,6 +117,12 @@ class Session:
         """Sends a heartbeat; one that the link does not take is lost, the next one is a full snapshot again."""
         if self._control is not None:
             self._control.send(wire.encode(beat))
+        if self._lease_s == 0.0 and not self._complained and time.monotonic() - self._heard > UNHEARD_S:
+            self._complained = True
+            log.warning(
+                "gateway does not answer: is it up, is this its control endpoint, is the link's secret the same?",
+                extra={"gateway": self.endpoint},
+            )
         if not self._silent and self._lease_s and time.monotonic() - self._heard > self._lease_s:
             self._lose(f"silent for {self._lease_s:g} s")
 
