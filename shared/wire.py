@@ -62,6 +62,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="beat"):
     `yours` those of the receiving gateway alone, `acked` is the highest stream id received from it.
     Measured seconds, 0 where nothing was measured: a load from disk and from the CPU tier into a slot (what stalls the engine), a fetch from
     the store to disk; `load_bytes` is the mean size of what the load from disk was measured on.
+    Workers with the same `host` share one disk cache; at `peer_endpoint` other hosts' workers get files from it ("": nobody does).
     """
 
     worker: WorkerId
@@ -89,6 +90,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="beat"):
     cpu_load_s: float = 0.0
     fetch_s: float = 0.0
     load_bytes: int = 0
+    host: str = ""
+    peer_endpoint: str = ""
 
 
 WorkerControl: TypeAlias = Heartbeat
@@ -129,7 +132,8 @@ GatewayControl: TypeAlias = Welcome | Alive | Drain | Farewell
 
 
 class Generate(msgspec.Struct, frozen=True, tag="gen", array_like=True):
-    """One request. `body` is the client's JSON as it came; `adapter` is the version resolved for it, `stored` its files where the worker may need them."""
+    """One request. `body` is the client's JSON as it came; `adapter` is the version resolved for it, `stored` its files where the worker may
+    need them, `peers` the peer endpoints of workers that have those files or are fetching them."""
 
     sid: StreamId
     path: str
@@ -137,6 +141,7 @@ class Generate(msgspec.Struct, frozen=True, tag="gen", array_like=True):
     body: bytes
     adapter: AdapterRef | None = None
     stored: StoredAdapter | None = None
+    peers: tuple[str, ...] = ()
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", array_like=True):
@@ -149,7 +154,27 @@ class Prefetch(msgspec.Struct, frozen=True, tag="prefetch", array_like=True):
     adapter: AdapterRef
 
 
-GatewayData: TypeAlias = Generate | Cancel | Prefetch
+class Action(IntEnum):
+    """What an operator, or a new version, asks of a worker for one adapter."""
+
+    CACHE = 0  # onto the disk, validated
+    LOAD = 1  # into a slot, where the least recently used idle adapter makes room
+    PIN = 2  # as LOAD, and it never makes room for another one
+    UNPIN = 3
+    EVICT = 4  # out of the engine, as soon as its requests have ended
+
+
+class Tend(msgspec.Struct, frozen=True, tag="tend", array_like=True):
+    """Answered with a `Done` of the same stream id once it is so, or with a `Refused`."""
+
+    sid: StreamId
+    action: Action
+    adapter: AdapterRef
+    stored: StoredAdapter | None = None
+    peers: tuple[str, ...] = ()
+
+
+GatewayData: TypeAlias = Generate | Cancel | Prefetch | Tend
 
 # ---- worker -> gateway, data ------------------------------------------------------------------------------------------------------------
 

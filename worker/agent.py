@@ -231,6 +231,9 @@ class Agent:
         if isinstance(message, wire.Prefetch):
             self._prefetch(message.adapter)
             return
+        if isinstance(message, wire.Tend):
+            session.outbox.refuse(wire.Refused(message.sid, "worker_unavailable", "This worker does not tend adapters.", False))
+            return
         if self._state is not wire.WorkerState.SERVING:
             session.outbox.refuse(wire.Refused(message.sid, "worker_unavailable", "The worker is not serving.", True))
             return
