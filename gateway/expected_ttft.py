@@ -41,6 +41,8 @@ HOME_PATIENCE_S = 0.25
 SCARCE_PATIENCE_S = 2.0
 """The same while slots are scarce: a load from disk then stalls a worker whose slots would all be free sooner without it, and costs its CPU tier
 an adapter of its own. Letting go after 0.25 s collapsed at 110 requests/s in the simulator (29% loads from disk, p99 TTFT 4.5 s against 0.6 s)."""
+VICTIMS = 4
+"""Idle adapters of a worker among which the coldest is taken for its next victim."""
 RARELY = 0.1
 """Requests expected within HORIZON_S below which an idle adapter's slot is nobody's loss."""
 SPREADS = 1.0
@@ -59,8 +61,8 @@ class ExpectedTTFT:
 
     name = "expected-ttft"
 
-    def __init__(self, patience_s: float = HOME_PATIENCE_S) -> None:
-        self._patience_s = patience_s
+    def __init__(self, patience_s: float | None = None) -> None:
+        self._patience_s = HOME_PATIENCE_S if patience_s is None else patience_s
         self._bases: dict[str, _Base] = {}
         self._last: OrderedDict[tuple[str, int | str], WorkerId] = OrderedDict()  # prefix or session -> worker
 
@@ -159,7 +161,7 @@ class ExpectedTTFT:
             return within
         if homes:
             return homes[:HOME_CHOICES]
-        able = [w for w in pool.workers if w.counted and w.counted[1] > 0 and w.id not in holders and claims.open_to(w, key)]
+        able = [w for w in pool.workers if w.counted and w.counted[1] > 0 and w.has_room and w.id not in holders and claims.open_to(w, key)]
         return [min(able, key=lambda w: w.load)] if able else []
 
     def _choose_base(self, ask: Ask, pool: Pool, now: float, rng: random.Random) -> Decision:
@@ -193,8 +195,8 @@ class ExpectedTTFT:
         slot_s = load_s = evict_s = 0.0
         stall_s = prefill_s * running
         if key is not None:
-            if price and not w.in_flight(key):
-                slot_s = price
+            if not w.in_flight(key):
+                slot_s = price if key in w.loaded else base.services.service_s * w.crowding * w.crowding
             if key not in w.loaded:
                 load_s, stalling_s = self._load(ask, key, w, now)
                 stall_s += stalling_s * running / uses
@@ -220,18 +222,23 @@ class ExpectedTTFT:
         """What it costs that somebody must leave: the likely victim's reload, if it is wanted again soon and is nowhere else."""
         if w.free_slots > 0 or not w.idle:
             return 0.0
-        victim = next(iter(w.idle))
+        victim = self._victim(w, base, now)
         if len(pool.holders.get(victim, ())) > 1:
             return 0.0
         again = min(1.0, base.rates.per_s(victim, now) * HORIZON_S)
         reload_s = costs.stalling_load_s(w, Tier.CPU if w.lower else Tier.DISK, 0)
         return again * reload_s * (1 + w.load)
 
+    @staticmethod
+    def _victim(w: Worker, base: _Base, now: float) -> Key:
+        """Whom the worker will likely take: it evicts the coldest, and among the first to have become idle that is nearly always to be found."""
+        return min(islice(w.idle, VICTIMS), key=lambda key: base.rates.per_s(key, now))
+
     def _surplus(self, w: Worker, base: _Base, pool: Pool, now: float) -> bool:
         """The slot that a load would take there is nobody's, or that of an adapter that has another or is hardly asked for."""
         if w.free_slots > 0 or not w.idle:
             return w.free_slots > 0
-        victim = next(iter(w.idle))
+        victim = self._victim(w, base, now)
         return len(pool.holders.get(victim, ())) > 1 or base.rates.per_s(victim, now) * HORIZON_S < RARELY
 
     def _known(self, ask: Ask) -> tuple[WorkerId | None, WorkerId | None]:

@@ -58,6 +58,9 @@ class Lost:
 
 FleetEvent: TypeAlias = Joined | Changed | Lost
 
+FULL = 1 << 40
+"""More requests than any capacity."""
+
 
 class Fleet:
     """Every known worker. Times are seconds of one monotonic clock, given by the caller."""
@@ -145,15 +148,16 @@ class Fleet:
 
     @contextmanager
     def without(self, workers: Collection[WorkerId]) -> Iterator[None]:
-        """For the time of one decision: as if these workers took no requests."""
-        aside = [w for id_ in workers if (w := self._workers.get(id_)) is not None and w.routable]
+        """For the time of one decision: as if these workers were full. (To take them out of every index and back would cost as much again
+        as the decision.)"""
+        aside = [w for id_ in workers if (w := self._workers.get(id_)) is not None]
         for worker in aside:
-            self._pool_of(worker).remove(worker)
+            worker.others += FULL
         try:
             yield
         finally:
             for worker in aside:
-                self._pool_of(worker).settle(worker)
+                worker.others -= FULL
 
     def _pool_of(self, worker: Worker) -> Pool:
         pool = self._pools.get(worker.beat.base)

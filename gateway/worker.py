@@ -81,6 +81,12 @@ class Worker:
         return slots - self.occupied if slots else self.beat.capacity
 
     @property
+    def crowding(self) -> float:
+        """Share of the slots that are in use, 0 to 1."""
+        slots = self.beat.slots
+        return min(1.0, self.occupied / slots) if slots else 0.0
+
+    @property
     def free_slots(self) -> int:
         """Slots that nobody has to leave first."""
         return self.beat.slots - len(self.loaded) - len(self.coming)

@@ -1,7 +1,7 @@
 """Pure. Every adapter's way on this worker: ABSENT -> FETCHING -> CACHED -> LOADING -> RESIDENT -> WARM, and FAILED for a while.
 
 Events in, instructions out. WARM is the CPU tier: the adapter has left its slot but its weights stay in the engine's host memory, so that its next
-load costs a copy instead of a read; the warm ones used longest ago are dropped beyond `host_places` adapters or WARM_BYTES.
+load costs a copy instead of a read; the coldest of them (see heat.py) are dropped beyond `host_places` adapters or WARM_BYTES.
 
 Fetches run side by side; loads one at a time, because the engine loads inside its step loop. A request that needs an adapter waits here and is
 started once the adapter is resident; from then on it holds the slot until it ends. When all slots are in use, adapters wait in order; one that
@@ -19,6 +19,7 @@ from typing import TypeAlias
 from shared.adapters import AdapterRef
 from shared.wire import AdapterState, Tier
 from worker.engine import Loaded
+from worker.heat import Heat
 from worker.slots import Evict, Full, SlotTable
 
 SLOT_PATIENCE_S = 2.0
@@ -106,6 +107,7 @@ class Residency:
     """
 
     def __init__(self, slots: int, host_places: int = 0) -> None:
+        self._heat = Heat()
         self.slots = SlotTable(slots)
         self._host_places = max(slots, host_places)
         self._warm: dict[AdapterRef, int] = {}  # WARM adapters in order of demotion -> bytes
@@ -120,6 +122,7 @@ class Residency:
 
     def want(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
         """A request needs the adapter."""
+        self._heat.note(adapter, now)
         failure = self._failed.get(adapter)
         if failure:
             if now < failure.until:
@@ -267,7 +270,7 @@ class Residency:
         excess = held + (not entry.in_host) - self._host_places
         drop: list[Loaded] = []
         while self._warm and (excess > len(drop) or sum(self._warm.values()) > WARM_BYTES):
-            coldest = next(iter(self._warm))
+            coldest = min(self._warm, key=self._heat.of)
             del self._warm[coldest]
             drop.append(self._leave(coldest))
         if victim is None:

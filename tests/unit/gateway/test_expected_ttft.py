@@ -126,6 +126,47 @@ def test_the_only_copy_of_a_warm_adapter_is_not_thrown_out_where_somebody_elses_
     assert {room.to(adapter(f"new{n}"))[0] for n in range(1)} == {"b"}
 
 
+def test_of_the_first_to_have_become_idle_the_coldest_is_the_victim_that_a_load_is_charged_for(room: Room) -> None:
+    room.worker("a", on("warm"), on("cold"), slots=2)
+    for _ in range(20):
+        room.to(adapter("warm"))
+    for sid in range(1, 21):
+        room.fleet.release(sid)
+    room.to(adapter("cold"))
+    room.fleet.release(21)
+    (worker,) = room.fleet.pool("tiny").workers
+    assert next(iter(worker.idle)) == ("warm", "d"), "by the time of its last use alone it would be this one"
+    (candidate,) = room.policy.explain(room.ask(adapter("new")), room.fleet, room.now)
+    assert candidate.terms.evict_s == pytest.approx(0.5 * 0.06), "once in 20 s, so wanted within 10 s in one case of two"
+
+
+def test_a_cold_adapter_settles_where_slots_are_left_though_fewer_requests_run_elsewhere(room: Room) -> None:
+    """It will be asked for again there: a worker with little to do but every slot in use makes each of its adapters wait."""
+    room.worker("crowded", *[on(f"a{n}", in_flight=1) for n in range(3)], running=3)
+    room.worker("roomy", on("b0", in_flight=9), running=9)
+    assert room.to(PIRATE) == ("roomy", Reason.COLD)
+
+
+def test_an_adapter_gets_as_many_copies_as_its_demand_is_worth_and_no_more(room: Room) -> None:
+    for n in range(4):
+        room.worker(f"w{n}", slots=8, capacity=1000)
+    workers = {room.to(PIRATE)[0] for _ in range(int(FLOOR))}
+    assert len(workers) == 1
+    workers |= {room.to(PIRATE)[0] for _ in range(int(FLOOR))}
+    assert len(workers) == 2, "twice the load of one copy"
+
+
+def test_a_copy_beyond_the_demand_takes_nobodys_only_slot_however_cheap_it_is(room: Room) -> None:
+    room.worker("b", on("warm"), slots=1)
+    for _ in range(3):
+        room.to(adapter("warm"))
+    for sid in range(1, 4):
+        room.fleet.release(sid)
+    room.worker("a", on("pirate"), running=14)
+    room.worker("b", on("warm"), on("pirate", Tier.CPU), slots=1)
+    assert room.to(PIRATE) == ("a", Reason.RESIDENT)
+
+
 def test_prefix_and_session_break_ties_and_nothing_else(room: Room) -> None:
     room.worker("a", on("pirate"))
     room.worker("b", on("pirate"))

@@ -188,6 +188,18 @@ def test_no_policy_ever_chooses_a_worker_without_room(name: str, adapter: Adapte
     assert not isinstance(policy.choose(Ask("tiny", adapter), fleet, 50.0, rng), Choice)
 
 
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"ray-strict"}))
+@pytest.mark.parametrize("adapter", [None, PIRATE])
+def test_no_policy_ever_chooses_a_worker_that_is_left_out(name: str, adapter: AdapterRef | None) -> None:
+    fleet, workers = a_fleet((9, 0, (PIRATE,)), (9, 3, (PIRATE,)), (9, 5, ()))
+    policy, rng = make_policy(name), random.Random(1)
+    with fleet.without(["w0", "gone"]):
+        for n in range(20):
+            choice = policy.choose(Ask("tiny", adapter), fleet, 10.0 * n, rng)
+            assert isinstance(choice, Choice) and choice.worker.id != "w0"
+    assert fleet.pool("tiny").workers == list(fleet) and [w.load for w in fleet] == [0, 3, 5]
+
+
 def test_round_robin_goes_round_and_leaves_out_the_full() -> None:
     fleet, _ = a_fleet((9, 0, ()), (1, 1, ()), (9, 0, ()))
     policy, rng = make_policy("round-robin"), random.Random(1)

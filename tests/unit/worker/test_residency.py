@@ -307,6 +307,17 @@ def test_a_victim_stays_in_host_memory_while_there_is_a_place_and_the_coldest_go
     assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == [Load(on_disk(C), None, on_disk(B), (on_disk(A),))]
 
 
+def test_one_request_for_another_does_not_cost_an_often_used_adapter_its_place_in_host_memory() -> None:
+    residency = Residency(1, 3)
+    for request, adapter in enumerate((A, A, A, B, C, D)):
+        now = float(request)
+        residency.want(request, adapter, now)
+        dropped = residency.fetched(on_disk(adapter), Tier.REMOTE, now) if request == 0 or adapter != A else []
+        residency.loaded(adapter, now) if request == 0 or adapter != A else None
+        residency.finish(request, now)
+    assert dropped == [Load(on_disk(D), None, on_disk(C), (on_disk(B),))], "B was used later than A, but only once"
+
+
 def test_a_warm_adapter_is_loaded_again_without_a_fetch() -> None:
     residency = Residency(1, 2)
     resident(residency, 1, A)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.adapters import AdapterRef
+from worker import heat
+from worker.heat import FADE_S, Heat
+
+A, B = AdapterRef("tiny", "a", "d"), AdapterRef("tiny", "b", "d")
+
+
+def test_what_is_asked_for_often_is_warmer_than_what_was_asked_for_last() -> None:
+    known = Heat()
+    for second in range(5):
+        known.note(A, float(second))
+    known.note(B, 10.0)
+    assert known.of(A) > known.of(B)
+
+
+def test_old_requests_fade_until_one_new_one_counts_more() -> None:
+    known = Heat()
+    for _ in range(5):
+        known.note(A, 0.0)
+    known.note(B, 2 * FADE_S)  # e^2 > 5
+    assert known.of(B) > known.of(A)
+
+
+def test_an_adapter_that_nobody_asked_for_is_the_coldest() -> None:
+    known = Heat()
+    known.note(A, 0.0)
+    assert known.of(B) == -math.inf < known.of(A)
+
+
+@given(st.lists(st.tuples(st.sampled_from([A, B]), st.floats(0, 1e6)), min_size=1, max_size=50))
+def test_the_order_is_that_of_the_faded_counts_however_late_it_is(requests: list[tuple[AdapterRef, float]]) -> None:
+    known = Heat()
+    for adapter, at in sorted(requests, key=lambda request: request[1]):
+        known.note(adapter, at)
+    for adapter in (A, B):
+        times = [at / FADE_S for who, at in requests if who is adapter]
+        expected = max(times) + math.log(sum(math.exp(t - max(times)) for t in times)) if times else -math.inf
+        assert known.of(adapter) == pytest.approx(expected)
+
+
+def test_it_remembers_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heat, "MAX_KNOWN", 2)
+    known = Heat()
+    for n in range(4):
+        known.note(AdapterRef("tiny", f"a{n}", "d"), float(n))
+    assert [known.of(AdapterRef("tiny", f"a{n}", "d")) > -math.inf for n in range(4)] == [False, False, True, True]
