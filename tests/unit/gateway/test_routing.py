@@ -191,7 +191,7 @@ def test_no_policy_ever_chooses_a_worker_without_room(name: str, adapter: Adapte
 @pytest.mark.parametrize("name", sorted(set(POLICIES) - {"ray-strict"}))
 @pytest.mark.parametrize("adapter", [None, PIRATE])
 def test_no_policy_ever_chooses_a_worker_that_is_left_out(name: str, adapter: AdapterRef | None) -> None:
-    fleet, workers = a_fleet((9, 0, (PIRATE,)), (9, 3, (PIRATE,)), (9, 5, ()))
+    fleet, _ = a_fleet((9, 0, (PIRATE,)), (9, 3, (PIRATE,)), (9, 5, ()))
     policy, rng = make_policy(name), random.Random(1)
     with fleet.without(["w0", "gone"]):
         for n in range(20):
