@@ -1,11 +1,11 @@
 """Pure. What nobody can beat: loads with perfect knowledge of the future, and answers without any waiting.
 
-Loads. Whatever the gateway does, a request starts while its adapter is in some slot of some worker, and a load fills one slot. So a fleet of W
-workers with S slots does at least as many loads as one cache of W x S places that holds every adapter once, serves the same requests in the
-same order and evicts the adapter whose next use is furthest away (Belady, "A study of replacement algorithms for a virtual-storage computer",
-1966: the fewest misses of any cache that must hold what it serves). Likewise with the places of the CPU tier added: at least as many loads
-come from below it. The bound is for service in order of arrival; a policy that holds requests back until others of their adapter come could
-go below it, and pays for that in time to first token.
+Loads. Whatever the gateway does, a request starts while its adapter is in some slot of some worker and keeps it there until it ends, and a load
+fills one slot. So a fleet of W workers with S slots that serves requests as they come does at least as many loads as one cache of W x S places
+that holds every adapter once, keeps what is in use for as long as the answer takes on an idle engine, and otherwise evicts the adapter whose
+next use is furthest away (Belady, "A study of replacement algorithms for a virtual-storage computer", 1966). Likewise with the places of the
+CPU tier added: at least as many loads come from below it. A policy that holds requests back until others of their adapter come could go below
+it, and pays for that in time to first token.
 
 Answers. Each request is alone on an engine: its TTFT is that of an idle worker, plus its load's own time if the bound has a load for it. The
 capacity is the rate at which engines with full batches are busy all the time, prompts and the bound's loads included.
@@ -26,32 +26,41 @@ from shared.wire import Tier
 FLEET = "fleet"
 
 
-def hits_of(adapters: Sequence[int], places: int) -> list[bool]:
-    """Which of these requests find their adapter, if the one needed latest always makes room. Starts empty."""
+def hits_of(requests: Sequence[tuple[int, float, float]], places: int) -> list[bool]:
+    """Which of these requests, (adapter, from when, until when it is in use), find their adapter. Starts empty.
+
+    What is in use stays; of the rest the one needed latest makes room. If all are in use one more place is lent: nobody waits here.
+    """
     uses: defaultdict[int, list[int]] = defaultdict(list)
-    for at in range(len(adapters) - 1, -1, -1):
-        uses[adapters[at]].append(at)  # the next use is last
+    for at in range(len(requests) - 1, -1, -1):
+        uses[requests[at][0]].append(at)  # the next use is last
     held: dict[int, int] = {}  # adapter -> its next use
-    latest: list[tuple[int, int]] = []  # heap of (-next use, adapter); out of date unless `held` agrees
+    busy_until: dict[int, float] = {}
+    busy: list[tuple[float, int]] = []  # heap of (until when, adapter)
+    latest: list[tuple[int, int]] = []  # heap of (-next use, adapter) of those not in use; out of date unless `held` agrees
     hits = []
-    for adapter in adapters:
+    for adapter, now, until in requests:
+        while busy and busy[0][0] <= now:
+            _, free = heapq.heappop(busy)
+            if busy_until[free] <= now:
+                heapq.heappush(latest, (-held[free], free))
         uses[adapter].pop()
         hits.append(adapter in held)
-        if adapter not in held and len(held) >= places:
+        while adapter not in held and len(held) >= places and latest:
             next_use, victim = heapq.heappop(latest)
-            while held.get(victim) != -next_use:
-                next_use, victim = heapq.heappop(latest)
-            del held[victim]
-        held[adapter] = uses[adapter][-1] if uses[adapter] else len(adapters)
-        heapq.heappush(latest, (-held[adapter], adapter))
+            if held.get(victim) == -next_use and busy_until[victim] <= now:
+                del held[victim]
+        held[adapter] = uses[adapter][-1] if uses[adapter] else len(requests)
+        busy_until[adapter] = max(busy_until.get(adapter, 0.0), until)
+        heapq.heappush(busy, (until, adapter))
     return hits
 
 
 def bound(requests: Sequence[Request], workers: int, facts: WorkerFacts, timing: Timing) -> Run:
     """The bound as a run, so that it is counted like any other."""
-    adapters = [request.adapter for request in requests if request.adapter is not None]
-    in_slot = iter(hits_of(adapters, workers * facts.slots))
-    in_memory = iter(hits_of(adapters, workers * (facts.slots + facts.cpu_adapters)))
+    uses = [(r.adapter, r.at_s, r.at_s + _least_s(r, timing)) for r in requests if r.adapter is not None]
+    in_slot = iter(hits_of(uses, workers * facts.slots))
+    in_memory = iter(hits_of(uses, workers * (facts.slots + facts.cpu_adapters)))
     seen: set[int] = set()
     run = Run([], [])
     for request in requests:
@@ -69,6 +78,11 @@ def bound(requests: Sequence[Request], workers: int, facts: WorkerFacts, timing:
         run.outcomes.append(Outcome(request, ttft_s, request.at_s, ended_s, None, tier, FLEET, 1))
     run.ended_s = max((outcome.ended_s or 0.0 for outcome in run.outcomes), default=0.0)
     return run
+
+
+def _least_s(request: Request, timing: Timing) -> float:
+    """What an engine needs for an answer that is alone there."""
+    return request.prompt_tokens / timing.prefill_tokens_per_s + request.output_tokens * timing.step_s(1)
 
 
 def capacity_bound(run: Run, workers: int, facts: WorkerFacts, timing: Timing) -> float:

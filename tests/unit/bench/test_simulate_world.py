@@ -142,7 +142,15 @@ def _fewest_misses(adapters: list[int], places: int) -> int:
 
 @given(st.lists(st.integers(0, 6), max_size=24), st.integers(1, 4))
 def test_nobody_misses_less_often_than_the_clairvoyant(adapters: list[int], places: int) -> None:
-    assert hits_of(adapters, places).count(False) == _fewest_misses(adapters, places)
+    assert hits_of([(a, float(n), float(n)) for n, a in enumerate(adapters)], places).count(False) == _fewest_misses(adapters, places)
+
+
+def test_what_is_in_use_keeps_its_place_in_the_bound() -> None:
+    in_use = [(1, 0.0, 10.0), (2, 1.0, 1.0), (3, 2.0, 2.0), (2, 3.0, 3.0), (1, 4.0, 4.0)]
+    assert hits_of(in_use, 2) == [False, False, False, False, True]
+    idle = [(adapter, at, at) for adapter, at, _ in in_use]
+    assert hits_of(idle, 2) == [False, False, False, True, False]
+    assert hits_of([(1, 0.0, 9.0), (2, 1.0, 9.0), (3, 2.0, 9.0), (1, 3.0, 9.0)], 2) == [False, False, False, True], "nobody waits"
 
 
 @pytest.mark.parametrize("policy", policies())
