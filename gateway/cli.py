@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     worker.add_argument("--model", metavar="ID", help="which model of the config, if it has several")
     worker.add_argument("--worker", metavar="NAME", help="a name unique in the cluster; default: host and pid")
+    worker.add_argument("--peer-host", metavar="HOST[:PORT]", help="where other hosts' workers reach this one (see gateway.link.peer)")
     worker.set_defaults(run=_worker)
     check = verbs.add_parser(
         "check", help="check a config", description="Check a config, including engine_kwargs against vLLM's own arguments."
@@ -148,6 +149,7 @@ def _worker(args: argparse.Namespace) -> int:
     rest = [part for endpoint in args.gateway for part in ("--gateway", endpoint)]
     rest += ["--model", args.model] if args.model else []
     rest += ["--worker", args.worker] if args.worker else []
+    rest += ["--peer-host", args.peer_host] if args.peer_host else []
     os.execv(sys.executable, [sys.executable, "-m", "worker", args.config, *rest])
 
 

@@ -20,6 +20,7 @@ from gateway.fleet import Changed, Fleet, FleetEvent, Joined, Lost, Worker
 from gateway.flight import Flight, adapter_key, ask_of, flow_of
 from gateway.metrics import Metrics
 from gateway.openai import from_refusal
+from gateway.peers import peers_of
 from gateway.request import Event, Phase
 from gateway.routing import Ask, Blocked, Candidate, Choice, Decision, Policy, Wait
 from shared import wire
@@ -232,7 +233,10 @@ class Dispatcher:
             worker = choice.worker
             self.fleet.reserve(worker, sid, flight.adapter, flight.prompt_tokens)
             stored = None if choice.tier is wire.Tier.GPU else flight.stored
-            message = wire.Generate(sid, flight.path, flight.request_id, flight.body, flight.adapter, stored)
+            peers: tuple[str, ...] = ()
+            if flight.adapter is not None and choice.tier > wire.Tier.CPU:
+                peers = peers_of(self.fleet.pool(flight.base), worker, (flight.adapter.name, flight.adapter.digest))
+            message = wire.Generate(sid, flight.path, flight.request_id, flight.body, flight.adapter, stored, peers)
             sent = self._transport.send_data(wire.identity(worker.id, worker.beat.epoch), wire.encode(message))
             if sent is Sent.OK:
                 break

@@ -32,6 +32,8 @@ class LinkConfig(Section, frozen=True, kw_only=True):
     """The sockets between gateway and workers: "ipc" (same machine) or tcp://host:port, one for control and one for data.
 
     Beyond this machine the link needs `secret_env`, the name of a variable with a shared secret, or an explicit `insecure: true`.
+    `peer` is where a worker gives adapters to workers of other hosts: tcp://host:port (port 0: any free one, else the first free one from
+    there on), "off", or "auto": every address and any free port where the link leaves this machine and has a secret, else off.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {"secret": "secrets do not belong in this file; name an environment variable in secret_env"}
@@ -39,19 +41,34 @@ class LinkConfig(Section, frozen=True, kw_only=True):
 
     control: Text = "ipc"
     data: Text = "ipc"
+    peer: Text = "auto"
     secret_env: Text | None = None
     insecure: bool = False
+
+    @property
+    def peer_endpoint(self) -> str:
+        """What a worker binds for its peers; empty: nothing."""
+        if self.peer != "auto":
+            return "" if self.peer == "off" else self.peer
+        match = _TCP.fullmatch(self.control)
+        return "tcp://0.0.0.0:0" if match is not None and not is_loopback(match["host"]) and self.secret_env else ""
+
+    @classmethod
+    def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if given.get("peer") is False:  # YAML 1.1 reads `off` as a boolean
+            given["peer"] = "off"
+        return given
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
         hosts = {}
-        for name in ("control", "data"):
+        for name, words in (("control", ("ipc",)), ("data", ("ipc",)), ("peer", ("off", "auto"))):
             endpoint = values.get(name)
-            if endpoint in (None, "ipc"):
+            if endpoint is None or endpoint in words:
                 continue
             match = _TCP.fullmatch(endpoint)
             if match is None or not 0 <= int(match["port"]) <= 65535:
-                yield Finding((name,), f"expected ipc or tcp://host:port, got {shown(endpoint)}")
+                yield Finding((name,), f"expected {', '.join(words)} or tcp://host:port, got {shown(endpoint)}")
             else:
                 hosts[name] = match["host"]
         control, data = values.get("control"), values.get("data")

@@ -8,6 +8,7 @@ socket's EVENTS must be looked at again, or messages lie unseen.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import ipaddress
 import logging
@@ -41,13 +42,15 @@ class Sent(Enum):
 class Link:
     """One socket on the running loop. `bytes_in` goes to a callback; leave by `close()`, which never waits."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], kind: int, secret: str | None) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], kind: int, secret: str | None, high_water: int, max_message_bytes: int
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._socket: zmq.Socket[bytes] = context.socket(kind)
         self._fd: int = self._socket.getsockopt(zmq.FD)  # type: ignore[assignment]
         s = self._socket
-        s.sndhwm = s.rcvhwm = HIGH_WATER_MESSAGES
-        s.maxmsgsize = MAX_MESSAGE_BYTES
+        s.sndhwm = s.rcvhwm = high_water
+        s.maxmsgsize = max_message_bytes
         s.reconnect_ivl, s.reconnect_ivl_max = RECONNECT_MS, RECONNECT_MAX_MS
         # A peer that vanished without a word (pulled plug) is noticed by TCP within seconds instead of hours.
         s.tcp_keepalive, s.tcp_keepalive_idle, s.tcp_keepalive_intvl, s.tcp_keepalive_cnt = 1, 5, 2, 3
@@ -114,9 +117,11 @@ class Server(Link):
         *,
         secret: str | None = None,
         insecure: bool = False,
+        high_water: int = HIGH_WATER_MESSAGES,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         check_endpoint(endpoint, secret, insecure)
-        super().__init__(context, zmq.ROUTER, secret)
+        super().__init__(context, zmq.ROUTER, secret, high_water, max_message_bytes)
         self._on_message = on_message
         self._socket.router_mandatory = True  # without it, a message to a peer that left is dropped in silence
         self._socket.router_handover = True  # a peer that reconnects under its id takes over from its dead connection
@@ -159,9 +164,17 @@ class Client(Link):
     """A connected DEALER with a fixed routing id; reconnects by itself. `on_message(data)` runs on the loop."""
 
     def __init__(
-        self, context: zmq.Context[Any], endpoint: str, routing_id: bytes, on_message: Callable[[bytes], None], *, secret: str | None = None
+        self,
+        context: zmq.Context[Any],
+        endpoint: str,
+        routing_id: bytes,
+        on_message: Callable[[bytes], None],
+        *,
+        secret: str | None = None,
+        high_water: int = HIGH_WATER_MESSAGES,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
-        super().__init__(context, zmq.DEALER, secret)
+        super().__init__(context, zmq.DEALER, secret, high_water, max_message_bytes)
         self._on_message = on_message
         self._socket.routing_id = routing_id
         self._socket.connect(endpoint)
@@ -211,6 +224,7 @@ def secret_from_env(name: str | None) -> str | None:
     return value
 
 
+@functools.lru_cache(maxsize=4)  # 50 ms, and a worker connects to peers while it serves
 def _keys(secret: str) -> tuple[bytes, bytes]:
     """A CURVE key pair that only holders of the secret can derive; the public half is never published, so it authenticates both sides."""
     private = z85.encode(hashlib.scrypt(secret.encode(), salt=b"loraplex-link", n=2**14, r=8, p=1, dklen=32))

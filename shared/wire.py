@@ -1,4 +1,4 @@
-"""Pure. Every message between gateways and workers: ids, structs, one union and one typed decoder per direction and socket.
+"""Pure. Every message between gateways and workers, and between workers: ids, structs, one union and one typed decoder per direction and socket.
 
 Control (heartbeats, commands) and data (requests, frames) use separate sockets. Rules for change: new fields last, with defaults; unknown
 trailing fields are ignored by older peers; PROTOCOL_VERSION rises only when an old peer would misunderstand.
@@ -223,6 +223,43 @@ class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
 
 WorkerData: TypeAlias = Attach | Step
 
+# ---- worker -> worker, peer -------------------------------------------------------------------------------------------------------------
+
+
+class Want(msgspec.Struct, frozen=True, tag="want", array_like=True):
+    """Bytes of one part of one file of an adapter. Each gets one answer with its `number`."""
+
+    number: int
+    adapter: AdapterRef
+    path: str
+    offset: int
+    size_bytes: int
+
+
+class Piece(msgspec.Struct, frozen=True, tag="piece", array_like=True):
+    """What was wanted, and the SHA-256 (hex) of the whole part that it lies in, as taken when the part came from the store."""
+
+    number: int
+    sha256: str
+    data: bytes
+
+
+class NotYet(msgspec.Struct, frozen=True, tag="not_yet", array_like=True):
+    """The part is on its way to this host, whose download got something `idle_s` seconds ago: ask again."""
+
+    number: int
+    idle_s: float = 0.0
+
+
+class NotHere(msgspec.Struct, frozen=True, tag="not_here", array_like=True):
+    """This host does not have the part and will not soon, or serves too many others now."""
+
+    number: int
+
+
+PeerQuestion: TypeAlias = Want
+PeerAnswer: TypeAlias = Piece | NotYet | NotHere
+
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
 
@@ -230,6 +267,8 @@ decode_worker_control = msgspec.msgpack.Decoder(WorkerControl).decode
 decode_gateway_control = msgspec.msgpack.Decoder(GatewayControl).decode
 decode_worker_data = msgspec.msgpack.Decoder(WorkerData).decode
 decode_gateway_data = msgspec.msgpack.Decoder(GatewayData).decode
+decode_peer_question = msgspec.msgpack.Decoder(PeerQuestion).decode
+decode_peer_answer = msgspec.msgpack.Decoder(PeerAnswer).decode
 
 DecodeError = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What any decoder raises, for `except`: count the message and drop it."""

@@ -75,13 +75,23 @@ class Cluster:
         found = json.loads(facts.read_text())
         self.url, self.control = f"http://127.0.0.1:{found['port']}", found["control"]
 
-    async def start_worker(self, name: str, model: str | None = None, *, serving: bool = True) -> Proc:
-        argv = [str(self._config_file()), "--worker", name, "--gateway", self.control, *(["--model", model] if model else [])]
+    async def start_worker(
+        self,
+        name: str,
+        model: str | None = None,
+        *,
+        serving: bool = True,
+        state_dir: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> Proc:
+        """`state_dir` of its own stands for a host of its own."""
+        config = self._config_file() if state_dir is None else self._config_of_host(state_dir)
+        argv = [str(config), "--worker", name, "--gateway", self.control, *(["--model", model] if model else [])]
         if self.zygote is not None:
             child = await self.zygote.start(argv, {})
             proc = Proc(name, child.pid, self.folder / f"{name}.log", child)
         else:
-            proc = await self._start(name, [sys.executable, "-m", "worker", *argv])
+            proc = await self._start(name, [sys.executable, "-m", "worker", *argv], env)
         self.workers[name] = proc
         if serving:
             await self.until_serving(name)
@@ -142,10 +152,18 @@ class Cluster:
             path.write_text(yaml.safe_dump(self.config))
         return path
 
-    async def _start(self, name: str, argv: Sequence[str]) -> Proc:
+    def _config_of_host(self, state_dir: Path) -> Path:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        path = state_dir / "config.yaml"
+        path.write_text(yaml.safe_dump(self.config | {"gateway": self.config["gateway"] | {"state_dir": str(state_dir)}}))
+        return path
+
+    async def _start(self, name: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> Proc:
         log = self.folder / f"{name}.log"
         with log.open("ab") as stderr:
-            process = await asyncio.create_subprocess_exec(*argv, stdin=asyncio.subprocess.DEVNULL, stdout=stderr, stderr=stderr, cwd=ROOT)
+            process = await asyncio.create_subprocess_exec(
+                *argv, stdin=asyncio.subprocess.DEVNULL, stdout=stderr, stderr=stderr, cwd=ROOT, env={**os.environ, **(env or {})}
+            )
         return Proc(name, process.pid, log, process)
 
 

@@ -1,6 +1,6 @@
 """Shell. Composition root of a worker process: settings -> engine, store, sessions -> Agent; SIGTERM drains.
 
-python -m worker CONFIG --gateway ENDPOINT [--gateway ...] [--model ID] [--worker NAME]
+python -m worker CONFIG --gateway ENDPOINT [--gateway ...] [--model ID] [--worker NAME] [--peer-host HOST[:PORT]]
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import re
 import socket
 import sys
 import time
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import uvloop
@@ -27,6 +29,8 @@ from shared.stores.transfer import Pace
 from worker.agent import Agent
 from worker.disk_cache import DiskCache
 from worker.engine import Engine
+from worker.peer_server import open_peer_server
+from worker.peers import Peers
 from worker.session import Session
 from worker.settings import WorkerSettings
 
@@ -85,18 +89,30 @@ async def serve(settings: WorkerSettings) -> int:
     sessions = [Session(context, endpoint, settings.worker, settings.epoch, secret) for endpoint in settings.gateways]
     pace = Pace(settings.download_timeout_s, settings.max_download_tries)
     cache = DiskCache(settings.state_dir / "adapters", settings.disk_cache_bytes, pace)
+    files = open_context()  # an I/O thread of their own: no token waits while a piece of a file is encrypted
+    peers = Peers(files, settings.worker, settings.epoch, secret, pace)
     async with contextlib.AsyncExitStack() as stack:
         store = None
         if model.adapters_path is not None and model.lora_config is not None:
             store = await stack.enter_async_context(open_store(model.adapters_path, msgspec.structs.asdict(model.lora_config.store)))
-        agent = Agent(settings, engine, store, cache, sessions)
+        told = await stack.enter_async_context(_peer_server(files, settings, cache, secret)) if store is not None and settings.peer else ""
+        stack.callback(peers.close)
+        agent = Agent(settings, engine, store, cache, sessions, peers, told)
         on_stop_signals(agent.stop)
         await agent.run()
     context.term()
+    files.term()
     return agent.exit_code
 
 
-def worker_settings(settings: Settings, model_id: str | None, worker: str | None, gateways: list[str]) -> WorkerSettings:
+def _peer_server(context: Any, settings: WorkerSettings, cache: DiskCache, secret: str | None) -> AbstractAsyncContextManager[str]:
+    named, gateway = settings.peer_host, settings.gateways[0]
+    return open_peer_server(context, settings.peer, cache, secret=secret, insecure=settings.insecure, named=named, gateway=gateway)
+
+
+def worker_settings(
+    settings: Settings, model_id: str | None, worker: str | None, gateways: list[str], peer_host: str | None = None
+) -> WorkerSettings:
     """Raises ConfigError if it is not clear which model to serve, or no gateway is named."""
     g = settings.gateway
     if model_id is None and len(settings.models) > 1:
@@ -122,6 +138,9 @@ def worker_settings(settings: Settings, model_id: str | None, worker: str | None
         disk_cache_bytes=g.disk_cache_bytes,
         download_timeout_s=model.lora_config.download_timeout_s if model.lora_config else None,
         max_download_tries=model.lora_config.max_download_tries if model.lora_config else 1,
+        peer=g.link.peer_endpoint,
+        peer_host=peer_host,
+        insecure=g.link.insecure,
     )
 
 
@@ -131,11 +150,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gateway", action="append", default=[], metavar="ENDPOINT")
     parser.add_argument("--model", metavar="ID")
     parser.add_argument("--worker", metavar="NAME")
+    parser.add_argument("--peer-host", metavar="HOST[:PORT]")
     args = parser.parse_args(argv)
     follow_parent()
     try:
         settings = read_settings(args.config)
-        mine = worker_settings(settings, args.model, args.worker, args.gateway)
+        mine = worker_settings(settings, args.model, args.worker, args.gateway, args.peer_host)
         logs.set_up(mine.worker, settings.gateway.log_level)
         return uvloop.run(serve(mine))
     except LoraplexError as exc:

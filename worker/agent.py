@@ -19,8 +19,9 @@ from shared.adapters import AdapterRef, StoredAdapter
 from shared.errors import AdapterNotFound, EngineFailure, LoraplexError
 from shared.stores import AdapterStore
 from worker.checks import open_validator
-from worker.disk_cache import Check, DiskCache
+from worker.disk_cache import Cached, Check, DiskCache
 from worker.engine import Call, Engine, EngineFacts, Loaded
+from worker.peers import Peers
 from worker.residency import Fetch, Instruction, Load, Reject, Residency, Start
 from worker.session import Session
 from worker.settings import WorkerSettings
@@ -76,13 +77,21 @@ class Agent:
     """Runs until it is told to stop and has drained, or its engine dies."""
 
     def __init__(
-        self, settings: WorkerSettings, engine: Engine, store: AdapterStore | None, cache: DiskCache, sessions: list[Session]
+        self,
+        settings: WorkerSettings,
+        engine: Engine,
+        store: AdapterStore | None,
+        cache: DiskCache,
+        sessions: list[Session],
+        peers: Peers,
+        peer_endpoint: str = "",
     ) -> None:
         self._settings = settings
         self._engine = engine
         self._store = store
         self._cache = cache
         self._sessions = sessions
+        self._peers, self._peer_endpoint = peers, peer_endpoint
         self._state = wire.WorkerState.JOINING
         self._reason = ""
         self._facts = EngineFacts("", 0, 0, 0, 0)
@@ -91,9 +100,9 @@ class Agent:
         self._by_stream: dict[tuple[Session, wire.StreamId], Job] = {}
         self._numbers = itertools.count(1)
         self._int_ids = itertools.count(1)
-        self._stored: dict[AdapterRef, StoredAdapter] = {}
+        self._offers: dict[AdapterRef, tuple[StoredAdapter | None, tuple[str, ...]]] = {}  # of fetches that are about to begin
         self._check: Check = lambda _: AdapterFacts(0, 0, ())  # until the engine has started; nothing is fetched before
-        self._load_s = self._cpu_load_s = 0.0
+        self._load_s = self._cpu_load_s = self._fetch_s = self._load_bytes = 0.0
         self._engine_busy = asyncio.Lock()
         self._stopping = asyncio.Event()
         self._idle = asyncio.Event()
@@ -205,6 +214,10 @@ class Agent:
                     max_lora_rank=self._facts.max_lora_rank,
                     disk_load_s=self._load_s,
                     cpu_load_s=self._cpu_load_s,
+                    fetch_s=self._fetch_s,
+                    load_bytes=round(self._load_bytes),
+                    host=self._cache.host,
+                    peer_endpoint=self._peer_endpoint,
                 )
             )
 
@@ -244,9 +257,14 @@ class Agent:
         if message.adapter is None:
             self._start(job, None)
             return
-        if message.stored is not None:
-            self._stored[message.adapter] = message.stored
-        self._perform(self._residency.want(job.number, message.adapter, clock()))
+        self._seek(job.number, message.adapter, message.stored, message.peers)
+
+    def _seek(self, number: int, adapter: AdapterRef, stored: StoredAdapter | None, peers: tuple[str, ...]) -> None:
+        """A request needs the adapter: `stored` and `peers` say where its files are, should it have to be fetched."""
+        instructions = self._residency.want(number, adapter, clock())
+        if any(isinstance(instruction, Fetch) for instruction in instructions):
+            self._offers[adapter] = stored, peers
+        self._perform(instructions)
 
     def _prefetch(self, adapter: AdapterRef) -> None:
         """A request of nobody's: it ends as soon as the adapter is in its slot."""
@@ -281,7 +299,7 @@ class Agent:
             self._beat()  # residency is news; gateways hear of it at once
 
     async def _fetch(self, ref: AdapterRef) -> None:
-        stored = self._stored.pop(ref, None)
+        stored, endpoints = self._offers.pop(ref, (None, ()))
         came_from = wire.Tier.DISK
         try:
             cached = await self._cache.open(ref, self._check)  # whatever the store does, what is here is served
@@ -291,16 +309,27 @@ class Agent:
                 stored = stored or await self._look_up(ref)
                 assert self._store is not None
                 found_s = clock() - start
-                cached = await self._cache.fetch(ref, stored, self._store, self._check)
-                took = {"find_s": found_s, **asdict(cached.times)}
-                in_ms = {key.removesuffix("_s") + "_ms": round(seconds * 1e3, 1) for key, seconds in took.items()}
-                log.info("adapter fetched", extra={"adapter": str(ref), "bytes": cached.size_bytes, **in_ms})
+                peers = self._peers.sources(ref, endpoints)
+                cached = await self._cache.fetch(ref, stored, self._store, self._check, peers)
+                self._note_fetch(ref, cached, found_s)
         except LoraplexError as exc:
             log.warning("adapter not fetched", extra={"adapter": str(ref), "code": exc.code, "reason": exc.message})
             self._perform(self._residency.failed(ref, exc.code, exc.message, exc.retryable, clock()))
             return
         loaded = Loaded(ref, next(self._int_ids), cached.folder, cached.facts.rank, cached.size_bytes)
         self._perform(self._residency.fetched(loaded, came_from, clock()))
+
+    def _note_fetch(self, ref: AdapterRef, cached: Cached, found_s: float) -> None:
+        took = {"find_s": found_s, **asdict(cached.times)}
+        in_ms = {key.removesuffix("_s") + "_ms": round(seconds * 1e3, 1) for key, seconds in took.items()}
+        sources = {"peer": cached.peer_bytes > 0, "store": cached.times.download_s > 0}
+        origin = "+".join(name for name, had_part in sources.items() if had_part) or "host"  # another worker of this host brought it
+        log.info(
+            "adapter fetched",
+            extra={"adapter": str(ref), "from": origin, "bytes": cached.size_bytes, "peer_bytes": cached.peer_bytes, **in_ms},
+        )
+        if origin == "store":
+            self._fetch_s = _blend(self._fetch_s, sum(took.values()) - cached.times.wait_s)
 
     async def _look_up(self, ref: AdapterRef) -> StoredAdapter:
         """The gateway thought that the adapter was here and sent no files: ask the store."""
@@ -335,6 +364,7 @@ class Agent:
             self._cpu_load_s = _blend(self._cpu_load_s, took)
         else:
             self._load_s = _blend(self._load_s, took)
+            self._load_bytes = _blend(self._load_bytes, adapter.size_bytes)
         facts = {"adapter": str(adapter.ref), "rank": adapter.rank, "from": came_from.name.lower(), "ms": round(took * 1e3, 1)}
         log.info("adapter loaded", extra=facts)
         self._perform(self._residency.loaded(adapter.ref, clock()))

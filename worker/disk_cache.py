@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,11 @@ from shared.adapters import AdapterRef, StoredAdapter
 from shared.errors import InvalidAdapter, StoreUnavailable
 from shared.stores import AdapterStore
 from shared.stores.objects import Trouble, unavailable
-from shared.stores.transfer import GRACE_S, Lanes, Pace, Part, PartId, Transfer
+from shared.stores.transfer import GRACE_S, Lanes, Pace, PartId
 from worker import disk_layout as layout
-from worker.disk_layout import FILES, Grip, Journal, Stamp, grip, key_of
+from worker.disk_intake import Errand, Intake, Source
+from worker.disk_journal import Journal
+from worker.disk_layout import FILES, Grip, Stamp, grip, key_of
 from worker.disk_shelf import Shelf
 
 log = logging.getLogger("loraplex.disk_cache")
@@ -51,9 +53,10 @@ SETTLE_PATIENCE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds: until the download could begin, of the download, of validation and sync (side by side), of making it visible."""
+    """Seconds: until the download could begin, of it from peers, from the store, of validation and sync (side by side), of making it visible."""
 
     wait_s: float = 0.0
+    peer_s: float = 0.0
     download_s: float = 0.0
     validate_s: float = 0.0
     settle_s: float = 0.0
@@ -61,13 +64,26 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """An adapter on disk, hashed, validated and in use: nobody on this host removes it until `keep` is called without it."""
+    """An adapter on disk, hashed, validated and in use: nobody on this host removes it until `keep` is called without it.
+
+    `peer_bytes` of it came from other hosts just now.
+    """
 
     folder: Path
     facts: AdapterFacts
     size_bytes: int
     content: str
     times: Times
+    peer_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Shelved:
+    """What of an adapter lies on this host: its parts below `files` with their sha256; `moved_at` (wall clock) while others are on their way."""
+
+    files: Path
+    parts: Mapping[PartId, str]
+    moved_at: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +105,8 @@ class DiskCache:
         self._leases: dict[str, tuple[Grip, int]] = {}
         self._seen: OrderedDict[str, _Seen] = OrderedDict()
         self._quarantine: OrderedDict[str, InvalidAdapter] = OrderedDict()
+        self._underway: dict[str, tuple[StoredAdapter, float]] = {}
+        self.host = layout.host_of(root)
 
     def has(self, ref: AdapterRef) -> bool:
         """Whether it seems to be here; `open` knows."""
@@ -116,24 +134,48 @@ class DiskCache:
         held, manifest, seen = taken
         return self._lease(key, held, manifest, seen, Times(validate_s=clock() - start))
 
-    async def fetch(self, ref: AdapterRef, stored: StoredAdapter, store: AdapterStore, check: Check) -> Cached:
-        """The adapter from disk, or from the store unless another process of this host is at it already; put in use.
+    def shelved(self, ref: AdapterRef) -> Shelved | None:
+        """For other hosts, in a thread: what there is of an adapter, whole or while this process fetches it or waits for who does."""
+        key = key_of(ref)
+        entry, partial = self._shelf.entry(key), self._shelf.partial(key)
+        manifest = layout.read_manifest(entry)
+        if manifest is not None and manifest.ref == ref:
+            parts = {(file.path, number): sha256 for file in manifest.files for number, sha256 in enumerate(file.parts)}
+            return Shelved(entry / FILES, parts, None)
+        underway = self._underway.get(key)
+        if underway is None:
+            return None
+        stored, began = underway
+        return Shelved(partial / FILES, Journal(partial, stored).listed_parts(), layout.moved_at(partial) or began)
+
+    async def fetch(
+        self, ref: AdapterRef, stored: StoredAdapter, store: AdapterStore, check: Check, peers: Sequence[Source] = ()
+    ) -> Cached:
+        """The adapter from disk, else from `peers` or the store unless another process of this host is at it already; put in use.
 
         Raises:
             StoreUnavailable: the store failed beyond the pace's patience, or the disk has no room.
             AdapterNotFound: the store has another version by now.
             InvalidAdapter: it cannot be served; nothing of it is kept, and nobody asks the store again for this version.
         """
-        key, start = key_of(ref), clock()
+        key = key_of(ref)
+        self._underway[key] = stored, time.time()
+        try:
+            return await self._fetch(key, Errand(ref, stored, store, peers), check)
+        finally:
+            self._underway.pop(key, None)
+
+    async def _fetch(self, key: str, errand: Errand, check: Check) -> Cached:
+        start = clock()
         while True:
-            cached = await self.open(ref, check)
+            cached = await self.open(errand.ref, check)
             if cached is not None:
                 return cached
             async with self._gate:
                 try:
-                    turn = await self._in_thread(self._shelf.begin, key, stored)
+                    turn = await self._in_thread(self._shelf.begin, key, errand.stored)
                     if isinstance(turn, Grip):
-                        cached = await self._download(key, ref, stored, store, check, turn, clock() - start)
+                        cached = await self._download(key, errand, check, turn, clock() - start)
                 except OSError as exc:
                     raise unavailable(Trouble.NOT_WRITABLE, exc.strerror or "") from exc
             if cached is not None:
@@ -185,7 +227,7 @@ class DiskCache:
         self._shelf.use(key, manifest.size_bytes)
         return held, manifest, seen
 
-    def _lease(self, key: str, held: Grip, manifest: layout.Manifest, seen: _Seen, times: Times) -> Cached:
+    def _lease(self, key: str, held: Grip, manifest: layout.Manifest, seen: _Seen, times: Times, peer_bytes: int = 0) -> Cached:
         self._seen[key] = seen
         self._seen.move_to_end(key)
         while len(self._seen) > MAX_SEEN:
@@ -194,45 +236,26 @@ class DiskCache:
             held.release()
         else:
             self._leases[key] = held, manifest.size_bytes
-        return Cached(self._shelf.entry(key) / FILES, seen.facts, manifest.size_bytes, manifest.content, times)
+        return Cached(self._shelf.entry(key) / FILES, seen.facts, manifest.size_bytes, manifest.content, times, peer_bytes)
 
     # ---- from the store ---------------------------------------------------------------------------------------------------------------
 
-    async def _download(
-        self, key: str, ref: AdapterRef, stored: StoredAdapter, store: AdapterStore, check: Check, held: Grip, wait_s: float
-    ) -> Cached | None:
+    async def _download(self, key: str, errand: Errand, check: Check, held: Grip, wait_s: float) -> Cached | None:
         """None if somebody else's hand was quicker at the very end."""
         partial = self._shelf.partial(key)
-        journal = Journal(partial, stored)
-        parts: dict[PartId, str] = {}
-
-        def on_part(part: Part, sha256: str) -> None:
-            parts[part.id] = sha256
-            journal.add(part, sha256)
-
-        began = clock()
+        intake = Intake(errand, partial, self._pace, self._lanes)
         keep = handed_over = False
         try:
-            parts.update(await self._in_thread(journal.whole_parts))
-            if parts:
-                log.info("download goes on", extra={"adapter": str(ref), "parts": len(parts)})
-            transfer = Transfer(
-                pace=self._pace,
-                lanes=self._lanes,
-                done=dict(parts),
-                may_exist=True,
-                on_bytes=lambda _: journal.touch(),
-                on_part=on_part,
-            )
-            await store.fetch(stored, partial / FILES, transfer)
+            await intake.resume(self._threads)
+            await intake.bring()
             brought = clock()
-            facts = await self._settle(partial / FILES, check)
+            facts = await self._settle(partial / FILES, check, intake)
             checked = clock()
-            manifest = layout.manifest_of(ref, stored, parts)
+            manifest = layout.manifest_of(errand.ref, errand.stored, intake.parts)
             handed_over = True
-            lease = await self._in_thread(self._publish, key, manifest, held, brought - began)
+            lease = await self._in_thread(self._publish, key, manifest, held, intake.peer_s + intake.store_s)
         except (StoreUnavailable, asyncio.CancelledError):
-            keep = bool(parts)  # whoever comes next goes on from here
+            keep = bool(intake.parts)  # whoever comes next goes on from here
             raise
         except InvalidAdapter as exc:
             raise self._quarantined(key, exc) from None
@@ -242,10 +265,20 @@ class DiskCache:
         if lease is None:
             return None
         own, stamps = lease
-        return self._lease(key, own, manifest, _Seen(stamps, facts), Times(wait_s, brought - began, checked - brought, clock() - checked))
+        times = Times(wait_s, intake.peer_s, intake.store_s, checked - brought, clock() - checked)
+        return self._lease(key, own, manifest, _Seen(stamps, facts), times, intake.peer_bytes)
 
-    async def _settle(self, files: Path, check: Check) -> AdapterFacts:
-        """Validates and syncs side by side."""
+    async def _settle(self, files: Path, check: Check, intake: Intake) -> AdapterFacts:
+        """Validates and syncs. What only the store may say is that an adapter is bad: a peer's bytes are not held against it."""
+        try:
+            return await self._settled(files, check)
+        except InvalidAdapter:
+            if not await intake.doubt():
+                raise
+            return await self._settled(files, check)
+
+    async def _settled(self, files: Path, check: Check) -> AdapterFacts:
+        """Side by side."""
         checking = asyncio.get_running_loop().run_in_executor(self._heavy, check, files)
         syncing = asyncio.ensure_future(self._in_thread(layout.sync_files, files))
         await asyncio.wait((checking, syncing))

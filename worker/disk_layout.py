@@ -15,8 +15,8 @@ import fcntl
 import hashlib
 import os
 import re
+import socket
 import struct
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +32,6 @@ FILES, MANIFEST, JOURNAL, HEAT = "files", "manifest", "journal", "heat"
 _KEY = re.compile(r"[0-9a-f]{32}")
 _HEAT = struct.Struct("<Qdd")
 _CLOCK = struct.Struct("<d")
-_LINE = re.compile(r"(\d+) (\d+) ([0-9a-f]{64})")
 _READ_BYTES = 1 << 20
 
 
@@ -67,6 +66,19 @@ def key_of(ref: AdapterRef) -> str:
 
 def is_key(name: str) -> bool:
     return _KEY.fullmatch(name) is not None
+
+
+def host_of(root: Path) -> str:
+    """Names the disk cache at `root`: equal for all who share the folder, on this boot of this machine, whatever containers they run in.
+
+    Not by /etc/machine-id and the path: images have the first in common, and containers the second.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = socket.gethostname()
+    there = root.stat()
+    return hashlib.sha256(f"{boot} {there.st_dev} {there.st_ino}".encode()).hexdigest()[:16]
 
 
 # ---- locks ------------------------------------------------------------------------------------------------------------------------------
@@ -174,14 +186,14 @@ def is_whole(folder: Path, manifest: Manifest) -> bool:
         stored = StoredFile(file.path, file.size_bytes, "")
         try:
             with (folder / FILES / file.path).open("rb") as handle:
-                if tuple(_hash(handle.fileno(), part) for part in parts_of(stored)) != file.parts:
+                if tuple(hash_part(handle.fileno(), part) for part in parts_of(stored)) != file.parts:
                     return False
         except OSError:
             return False
     return True
 
 
-def _hash(fd: int, part: Part) -> str:
+def hash_part(fd: int, part: Part) -> str:
     digest = hashlib.sha256()
     offset, end = part.offset, part.offset + part.size_bytes
     while offset < end and (piece := os.pread(fd, min(_READ_BYTES, end - offset), offset)):
@@ -204,62 +216,7 @@ def sync_files(folder: Path) -> None:
         sync(path)
 
 
-# ---- the journal of a download ------------------------------------------------------------------------------------------------------------
-
-
-class Journal:
-    """Which parts lie whole in a partial folder: a line each, written after the part. Its mtime says when the download last moved."""
-
-    def __init__(self, folder: Path, stored: StoredAdapter) -> None:
-        self._path = folder / JOURNAL
-        self._number = {file.path: number for number, file in enumerate(stored.files)}
-        self._stored = stored
-        self._files = folder / FILES
-        self._touched = 0.0
-
-    def start(self) -> None:
-        """The first line reserves the bytes: see `planned_bytes`."""
-        if not self._path.exists():
-            self._path.write_text(f"bytes {self._stored.size_bytes}\n")
-        self.touch()
-
-    def add(self, part: Part, sha256: str) -> None:
-        """One write of one line, so that lines of several threads never mix."""
-        with self._path.open("ab", buffering=0) as handle:
-            handle.write(f"{self._number[part.file.path]} {part.number} {sha256}\n".encode())
-
-    def touch(self) -> None:
-        """At most once a second."""
-        now = time.monotonic()
-        if now - self._touched >= 1.0:
-            self._touched = now
-            with suppress(OSError):
-                os.utime(self._path)
-
-    def whole_parts(self) -> dict[PartId, str]:
-        """The parts of an earlier try that are still what they were: every byte is hashed again."""
-        by_id = {(number, part.number): part for number, file in enumerate(self._stored.files) for part in parts_of(file)}
-        try:
-            lines = self._path.read_bytes().decode("ascii", "replace").split("\n")
-        except OSError:
-            return {}
-        whole: dict[PartId, str] = {}
-        for line in lines[:-1]:  # the last one is empty, or torn
-            match = _LINE.fullmatch(line)
-            part = by_id.get((int(match[1]), int(match[2]))) if match else None
-            if match and part is not None and self._hash(part) == match[3]:
-                whole[part.id] = match[3]
-        return whole
-
-    def _hash(self, part: Part) -> str:
-        try:
-            fd = os.open(self._files / part.file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            return ""
-        try:
-            return _hash(fd, part)
-        finally:
-            os.close(fd)
+# ---- what is on its way ---------------------------------------------------------------------------------------------------------------
 
 
 def planned_bytes(partial: Path) -> int:

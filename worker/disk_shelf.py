@@ -21,7 +21,8 @@ from shared.adapters import StoredAdapter
 from shared.errors import ConfigError, InvalidAdapter, StoreUnavailable
 from worker import disk_layout as layout
 from worker import disk_policy as policy
-from worker.disk_layout import FILES, JOURNAL, Grip, Journal, Manifest, grip
+from worker.disk_journal import Journal
+from worker.disk_layout import FILES, JOURNAL, Grip, Manifest, grip
 
 log = logging.getLogger("loraplex.disk_cache")
 

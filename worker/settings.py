@@ -13,6 +13,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Times in seconds. `epoch` grows with every start of a worker of this id; `capacity` 0 means what the engine can run at once.
 
     `disk_cache_bytes` 0 means as much as the disk holds; `download_timeout_s` bounds the time without a byte (None: no bound).
+    `peer` is bound for workers of other hosts (empty: nothing is), who are told of it at `peer_host`, a host or host:port, if it is named.
     """
 
     worker: str
@@ -27,6 +28,9 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disk_cache_bytes: int = 0
     download_timeout_s: float | None = 30.0
     max_download_tries: int = 3
+    peer: str = ""
+    peer_host: str | None = None
+    insecure: bool = False
 
     @property
     def base(self) -> str:

@@ -8,19 +8,19 @@ import os
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 from gcloud.aio.auth import Token
 from gcloud.aio.storage import Storage
 
-from shared.adapters import StoredAdapter, StoredFile
+from shared.adapters import StoredFile
 from shared.errors import LoraplexError
 from shared.stores import parse_bucket_url
-from shared.stores.listing import Entry, Grouping, Skipped
-from shared.stores.objects import TransferCut, Trouble, changed, find_adapter, list_adapters, unavailable
-from shared.stores.transfer import Transfer, byte_range, fetch_adapter
+from shared.stores.bucket import Bucket
+from shared.stores.listing import Entry
+from shared.stores.objects import TransferCut, Trouble, changed, unavailable
+from shared.stores.transfer import byte_range
 
 PUBLIC_ENDPOINT = "https://storage.googleapis.com"
 # The SDK's default asks for full control; nothing here writes.
@@ -44,7 +44,7 @@ _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 _FIELDS = "items(name,size,generation),nextPageToken"
 
 
-class GCSStore:
+class GCSStore(Bucket):
     """`gs://bucket/prefix`. A file's version is its generation, which a fetch compares with the answer's.
 
     STORAGE_EMULATOR_HOST is honoured. To it, to an `http://` endpoint_url and where `anonymous` is set no token is sent.
@@ -53,7 +53,6 @@ class GCSStore:
     def __init__(self, url: str, endpoint_url: str | None = None, anonymous: bool = False) -> None:
         self._bucket, self._prefix, anonymous_url = parse_bucket_url(url)
         self.url = f"gs://{self._bucket}/{self._prefix}"
-        self.skipped = Skipped()
         host = os.environ.get("STORAGE_EMULATOR_HOST", "")
         emulator = host if not host or "://" in host else f"http://{host}"
         self._endpoint_url = (endpoint_url or emulator or PUBLIC_ENDPOINT).rstrip("/")
@@ -84,18 +83,6 @@ class GCSStore:
             self._asking.cancel()
         if self._session is not None:
             await self._session.close()
-
-    async def list(self) -> AsyncIterator[StoredAdapter]:
-        grouping = Grouping()
-        async for adapter in list_adapters(self, grouping):
-            yield adapter
-        self.skipped = grouping.skipped
-
-    async def find(self, name: str) -> StoredAdapter | None:
-        return await find_adapter(self, name)
-
-    async def fetch(self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None) -> None:
-        await fetch_adapter(adapter, into, self._stream, transfer)
 
     async def pages(self, prefix: str) -> AsyncGenerator[Sequence[Entry], None]:
         request = {"prefix": self._prefix + prefix, "fields": _FIELDS}

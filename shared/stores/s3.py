@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -17,12 +16,13 @@ from aiobotocore.session import AioSession
 from botocore import exceptions as sdk
 from botocore.parsers import ResponseParserError
 
-from shared.adapters import StoredAdapter, StoredFile
+from shared.adapters import StoredFile
 from shared.errors import ConfigError, LoraplexError
 from shared.stores import parse_bucket_url
-from shared.stores.listing import Entry, Grouping, Skipped
-from shared.stores.objects import TransferCut, Trouble, changed, find_adapter, list_adapters, unavailable
-from shared.stores.transfer import Transfer, byte_range, fetch_adapter
+from shared.stores.bucket import Bucket
+from shared.stores.listing import Entry
+from shared.stores.objects import TransferCut, Trouble, changed, unavailable
+from shared.stores.transfer import byte_range
 
 CONNECT_TIMEOUT_S = 5.0
 # Between two pieces of a reply. A file as a whole is bounded in objects.py.
@@ -54,7 +54,7 @@ _UNREACHABLE = (sdk.HTTPClientError, sdk.ConnectionError, aiohttp.ClientError, O
 _FOREIGN = (sdk.ClientError, sdk.BotoCoreError, aiohttp.ClientError, ResponseParserError, OSError)
 
 
-class S3Store:
+class S3Store(Bucket):
     """`s3://bucket/prefix`. A file's version is its ETag, and a fetch is conditional on it."""
 
     def __init__(
@@ -62,7 +62,6 @@ class S3Store:
     ) -> None:
         self._bucket, self._prefix, anonymous_url = parse_bucket_url(url)
         self.url = f"s3://{self._bucket}/{self._prefix}"
-        self.skipped = Skipped()
         self._endpoint_url, self._region, self._profile = endpoint_url, region, profile
         self._anonymous = anonymous or anonymous_url
         self._exit = AsyncExitStack()
@@ -98,18 +97,6 @@ class S3Store:
 
     async def __aexit__(self, *exc: object) -> None:
         await self._exit.aclose()
-
-    async def list(self) -> AsyncIterator[StoredAdapter]:
-        grouping = Grouping()
-        async for adapter in list_adapters(self, grouping):
-            yield adapter
-        self.skipped = grouping.skipped
-
-    async def find(self, name: str) -> StoredAdapter | None:
-        return await find_adapter(self, name)
-
-    async def fetch(self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None) -> None:
-        await fetch_adapter(adapter, into, self._stream, transfer)
 
     async def pages(self, prefix: str) -> AsyncGenerator[Sequence[Entry], None]:
         if self._bucket.endswith("--x-s3"):

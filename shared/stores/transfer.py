@@ -102,6 +102,9 @@ class Lanes:
 def _nothing(_: int) -> None: ...
 
 
+def _no_matter(_: float) -> None: ...
+
+
 def _no_part(_: Part, __: str) -> None: ...
 
 
@@ -110,6 +113,7 @@ class Transfer:
     """How one adapter is to be brought. `done` are parts that lie in the folder already (their files exist then).
 
     `on_bytes` runs on the loop for every piece; `on_part` in a thread, with the part's sha256, once its bytes were given to the kernel.
+    `on_idle` runs on the loop where the source waits for the bytes itself: with the seconds since it got any.
     """
 
     pace: Pace = field(default_factory=lambda: Pace(GRACE_S, 1))
@@ -118,6 +122,7 @@ class Transfer:
     may_exist: bool = False
     on_bytes: Callable[[int], None] = _nothing
     on_part: Callable[[Part, str], None] = _no_part
+    on_idle: Callable[[float], None] = _no_matter
 
 
 async def fetch_adapter(adapter: StoredAdapter, into: Path, open_stream: OpenStream, transfer: Transfer | None = None) -> None:
