@@ -49,10 +49,11 @@ async def open_peer_server(
 
     Raises LinkError if it cannot be bound.
     """
-    async with asyncio.TaskGroup() as tasks:
-        serving = _PeerServer(context, endpoint, cache, tasks, secret, insecure)
+    outward = await asyncio.to_thread(_outward_address, gateway)
+    tasks = asyncio.TaskGroup()
+    serving = _PeerServer(context, endpoint, cache, tasks, secret, insecure)
+    async with tasks:
         try:
-            outward = await asyncio.to_thread(_outward_address, gateway)
             where = policy.advertised(serving.endpoint, named, outward)
             log.info("adapters are given to peers", extra={"bound": serving.endpoint, "told": where})
             yield where

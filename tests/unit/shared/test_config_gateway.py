@@ -42,6 +42,8 @@ def test_defaults_listen_on_this_machine_only() -> None:
         ({"link": {"control": "tcp://127.0.0.1:70000", "data": "tcp://127.0.0.1:7000"}}, "expected ipc or tcp://host:port"),
         ({"link": {"control": "tcp://10.0.0.1:7000", "data": "tcp://127.0.0.1:7001"}}, "'10.0.0.1' is reachable from other machines"),
         ({"link": {"control": "tcp://*:7000", "data": "tcp://127.0.0.1:7001"}}, "'*' is reachable from other machines"),
+        ({"link": {"peer": "tcp://0.0.0.0:9760"}}, "'0.0.0.0' is reachable from other machines"),
+        ({"link": {"peer": "ipc"}}, "expected off, auto or tcp://host:port"),
     ],
 )
 def test_what_cannot_work_is_refused(fields: dict[str, Any], part: str) -> None:
@@ -67,3 +69,19 @@ def test_these_hosts_are_this_machine(host: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "*", "10.0.0.1", "localhost.example.org", ""])
 def test_these_hosts_are_not(host: str) -> None:
     assert not is_loopback(host)
+
+
+@pytest.mark.parametrize(
+    ("fields", "bound"),
+    [
+        ({}, ""),
+        ({"control": "tcp://127.0.0.1:7000", "data": "tcp://127.0.0.1:7001"}, ""),
+        ({"control": "tcp://10.0.0.1:7000", "data": "tcp://10.0.0.1:7001", "insecure": True}, ""),
+        ({"control": "tcp://10.0.0.1:7000", "data": "tcp://10.0.0.1:7001", "secret_env": "S"}, "tcp://0.0.0.0:0"),
+        ({"control": "tcp://10.0.0.1:7000", "data": "tcp://10.0.0.1:7001", "secret_env": "S", "peer": "off"}, ""),
+        ({"control": "tcp://10.0.0.1:7000", "data": "tcp://10.0.0.1:7001", "secret_env": "S", "peer": False}, ""),
+        ({"peer": "tcp://127.0.0.1:9760"}, "tcp://127.0.0.1:9760"),
+    ],
+)
+def test_workers_open_a_socket_for_peers_where_the_link_leaves_the_machine_and_has_a_secret(fields: dict[str, Any], bound: str) -> None:
+    assert LinkConfig(**fields).peer_endpoint == bound
