@@ -124,7 +124,7 @@ async def measure(options: Options, command: Sequence[str] = ()) -> Run:
             "command": list(command),
             "seed": load.seed,
             "versions": _versions(),
-            "host": {"cores": os.cpu_count(), "cpu_model": _cpu_model(), "platform": platform.platform(), "busy_share": busy_share},
+            "host": {"cores": os.cpu_count(), "cpu_model": cpu_model(), "platform": platform.platform(), "busy_share": busy_share},
             "load": _load_facts(options, target, load),
         },
     )
@@ -261,7 +261,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -117,11 +117,11 @@ async def compare(folder: Path, store: AdapterStore, giver: asyncio.subprocess.P
     print(f"{size_bytes / MIB:.0f} MiB, {rounds} interleaved rounds, medians (least to most)\n")
     print("| from | MiB/s | CPU s per GiB | giver's loop late ms: p50 | p99 | most |\n|---|---|---|---|---|---|")
     for kind, rows in seen.items():
-        speed, cpu_s = [row[0] for row in rows], [row[1] for row in rows]
-        p50, p99, most = (statistics.median(row[2][n] for row in rows) for n in range(3))
+        speed, cpu = [row[0] for row in rows], [row[1] for row in rows]
+        p50, p99, latest = (statistics.median(row[2][n] for row in rows) for n in range(3))
         print(
             f"| {kind} | {statistics.median(speed):,.0f} ({min(speed):,.0f} to {max(speed):,.0f}) "
-            f"| {statistics.median(cpu_s):.2f} ({min(cpu_s):.2f} to {max(cpu_s):.2f}) | {p50:.2f} | {p99:.2f} | {most:.1f} |"
+            f"| {statistics.median(cpu):.2f} ({min(cpu):.2f} to {max(cpu):.2f}) | {p50:.2f} | {p99:.2f} | {latest:.1f} |"
         )
 
 
