@@ -179,7 +179,7 @@ async def test_two_that_wait_for_each_other_do_not_wait_for_ever(site: Site, mon
     monkeypatch.setattr(peer_policy, "IDLE_S", 1.0)
     ref, stored = await site.put("a", os.urandom(3 * PART))
     one, other = site.cache("one"), site.cache("other")
-    async with serving(one) as at_one, serving(other) as at_other, asking() as peers, asyncio.timeout(20):
+    async with serving(one) as at_one, serving(other) as at_other, asking(stall_s=60.0) as peers, asyncio.timeout(20):
         await asyncio.gather(
             one.fetch(ref, stored, site.store(), check, peers.sources(ref, [at_other])),
             other.fetch(ref, stored, site.store(), check, peers.sources(ref, [at_one])),
