@@ -1,4 +1,4 @@
-# make demo | make test | make check | make bench | make bench-engine | make bench-load | make demo-model | make clean
+# make demo | make test | make check | make bench | make bench-engine | make bench-cold | make bench-load | make demo-model | make clean
 VENV   ?= .venv
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
@@ -6,7 +6,7 @@ WORKERS ?= 2
 JOBS   ?= 2
 PY      = $(VENV)/bin/python
 
-.PHONY: setup demo test check format bench bench-growth bench-engine bench-load demo-model clean
+.PHONY: setup demo test check format bench bench-growth bench-engine bench-cold bench-load demo-model clean
 
 setup:
 	@deploy/setup.sh $(VENV) dev
@@ -40,6 +40,10 @@ bench-growth: setup
 # The worker's front end beside vLLM's own server, on the demo model.
 bench-engine: setup
 	@$(PY) -m bench.engine --out bench/results $(ARGS)
+
+# What a cold adapter costs: one taken apart, 64 at once, a bucket of 10,000.
+bench-cold: setup
+	@$(PY) -m bench.cold $(ARGS)
 
 # Trains the demo model and its adapters again (they are shipped in examples/demo).
 demo-model: setup
