@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import json
-import statistics
 import struct
 import sys
 import time
@@ -123,15 +122,12 @@ async def ask(client: Client, adapter: str, tokens: int) -> tuple[float, Reply]:
     return reply.first_token_s - began, reply
 
 
-async def line_bytes_per_s(bucket: Bucket, tries: int = 3) -> float:
-    """What the line gives to plain GETs side by side, as many as one adapter's download has: the median of a few tries."""
-    rates = []
+async def line_bytes_per_s(bucket: Bucket, connections: int = PARTS_PER_ADAPTER) -> float:
+    """What the line gives to so many plain GETs side by side."""
     async with aiohttp.ClientSession() as client:
-        for _ in range(tries):
-            began = time.perf_counter()
-            sizes = await asyncio.gather(*(_size(client, f"{bucket.endpoint}/{bucket.name}/p/{PROBE}") for _ in range(PARTS_PER_ADAPTER)))
-            rates.append(sum(sizes) / (time.perf_counter() - began))
-    return statistics.median(rates)
+        began = time.perf_counter()
+        sizes = await asyncio.gather(*(_size(client, f"{bucket.endpoint}/{bucket.name}/p/{PROBE}") for _ in range(connections)))
+        return sum(sizes) / (time.perf_counter() - began)
 
 
 async def _size(client: aiohttp.ClientSession, url: str) -> int:
