@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from shared.stores import open_store
 log = logging.getLogger("loraplex.gateway")
 
 TICK_S = 0.2
+STALL_S = 1.0
 ALIVE_S = 0.5
 KEEPALIVE_S = 75.0
 LAST_WORDS_S = 0.05  # handlers whose requests have just ended still write their answers
@@ -102,6 +104,8 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
         random.Random(),
         g.max_concurrent_requests,
         wake_at=lambda when: _wake(dispatcher, when),
+        progress_s=g.progress_s or 0.0,
+        first_sid=time.time_ns() // 1000,  # above those of this gateway's earlier life, unless it sent a million requests a second
     )
     links.dispatcher = dispatcher
     metrics.watch(fleet, {m.model_id: lambda base=m.model_id: admission.depth(base) for m in settings.models})  # type: ignore[misc]
@@ -169,9 +173,14 @@ async def _http(api: API, settings: Settings) -> AsyncIterator[int]:
 
 
 async def _tick(dispatcher: Dispatcher) -> None:
+    """If this process stood still (stopped, or its machine), the workers' beats lie unread: they are read first, one tick is left out."""
+    waited = False
     while True:
+        before = dispatcher.clock()
         await asyncio.sleep(TICK_S)
-        dispatcher.tick()
+        waited = not waited and dispatcher.clock() - before > STALL_S
+        if not waited:
+            dispatcher.tick()
 
 
 def _wake(dispatcher: Dispatcher, when: float) -> None:

@@ -145,6 +145,14 @@ class Admission(Generic[T]):
         """All that wait, oldest first."""
         return [place.item for place in self._arrivals]
 
+    def positions(self) -> dict[T, int]:
+        """Where each stands in the queue of its base model, by priority and arrival: about its turn, for fairness between flows changes it."""
+        ahead: dict[str, int] = {}
+        found: dict[T, int] = {}
+        for place in sorted(self._arrivals, key=lambda p: (p.flow[0], p.number)):
+            ahead[place.base] = found[place.item] = ahead.get(place.base, 0) + 1
+        return found
+
     def expire(self, now: float) -> list[T]:
         """Removes and returns the items whose time is over."""
         late: list[Place[T]] = []

@@ -20,12 +20,15 @@ from gateway.catalog import Catalog
 from gateway.dispatcher import Dispatcher
 from gateway.flight import Flight
 from gateway.metrics import Metrics
+from gateway.request import Phase
 from gateway.routing import Ask
 from gateway.stream import ClientStream, Sent
 from shared.adapters import AdapterRef, StoredAdapter
-from shared.errors import AdapterNotFound, BodyTooLarge, InvalidApiKey, InvalidRequest, LoraplexError, Overloaded, RouteNotFound
+from shared.errors import AdapterNotFound, BodyTooLarge, DeadlineExceeded, InvalidApiKey, InvalidRequest, LoraplexError, RouteNotFound
 from shared.log import AccessLog
 
+TIMEOUT_HEADER = "x-loraplex-timeout-ms"
+_TIMEOUT_MS = re.compile(r"0*[1-9][0-9]{0,8}\Z")
 _PRIORITY = re.compile(r"-?[0-9]{1,9}\Z")
 EXPLAINED_TOKENS, MAX_EXPLAINED_TOKENS = 128, 10**7  # of the prompt that /admin/explain assumes, and at most takes
 MAX_SESSION = 128  # characters of an x-session-id that count
@@ -39,6 +42,17 @@ class Limits:
     max_body_bytes: int
     slow_reader_bytes: int
     request_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """`at` is on the loop's clock, `after_s` how long that was from the request's arrival."""
+
+    at: float
+    after_s: float
+
+    def exceeded(self, phase: str) -> DeadlineExceeded:
+        return DeadlineExceeded(f"The request was not finished within {self.after_s:g} s (it was still {phase}).")
 
 
 class API:
@@ -101,27 +115,54 @@ class API:
         body = await self._body(request)
         head = openai.parse_head(body)
         base, adapter = openai.split_model(head.model, self._catalogs)
-        stored = await self._find(base, adapter) if adapter is not None else None
-        request_id = _request_id(request)
-        stream, flight = await self._fly(request, base, stored, request_id, head, body)
-        if isinstance(stream.error, AdapterNotFound) and stored is not None and not stream.started:
-            # The store's copy changed between the listing and the worker's fetch: look again, once.
-            catalog = self._catalogs[base]
-            assert catalog is not None
-            stored = await catalog.look_again(stored.name)
-            stream, flight = await self._fly(request, base, stored, request_id, head, body)
-        self._log(flight, head.model, stream)
-        if stream.started:
-            return Sent(request, stream.status, stream.keep_alive)
-        if stream.error is not None:
-            raise stream.error
-        return web.Response(status=stream.status, body=stream.body, content_type="application/json", headers=self._headers(flight))
-
-    async def _fly(
-        self, request: web.BaseRequest, base: str, stored: StoredAdapter | None, request_id: str, head: openai.RequestHead, body: bytes
-    ) -> tuple[ClientStream, Flight]:
-        """Submits the request and waits for its end; cancels it if the client leaves or its time is over."""
+        deadline = self._deadline(request)
+        stored = await self._find(base, adapter, deadline) if adapter is not None else None
         stream = ClientStream(request, self._limits.slow_reader_bytes)
+        flight = self._flight(request, base, stored, _request_id(request), head, body, stream)
+        await self._fly(flight, stream, deadline)
+        if isinstance(stream.error, AdapterNotFound) and stored is not None and not stream.answered:
+            flight = await self._fly_again(request, flight, stored, head, stream, deadline)
+        self._log(flight, head.model, stream)
+        if stream.error is not None and not stream.started:
+            raise stream.error
+        if stream.error is not None:
+            self._metrics.error(stream.error.code)
+            if not stream.answered:
+                stream.end_with(stream.error)
+        return Sent(request, stream.status, stream.keep_alive)
+
+    async def _fly_again(
+        self,
+        request: web.BaseRequest,
+        before: Flight,
+        stored: StoredAdapter,
+        head: openai.RequestHead,
+        stream: ClientStream,
+        deadline: Deadline,
+    ) -> Flight:
+        """The store's copy changed between the listing and the worker's fetch: looks again, once."""
+        catalog = self._catalogs[before.base]
+        assert catalog is not None
+        try:
+            stored = await self._in_time(catalog.look_again(stored.name), deadline)
+            stream.again()
+            flight = self._flight(request, before.base, stored, before.request_id, head, before.body, stream)
+            await self._fly(flight, stream, deadline)
+        except LoraplexError as exc:
+            stream.error = exc
+            return before
+        return flight
+
+    def _flight(
+        self,
+        request: web.BaseRequest,
+        base: str,
+        stored: StoredAdapter | None,
+        request_id: str,
+        head: openai.RequestHead,
+        body: bytes,
+        stream: ClientStream,
+    ) -> Flight:
         ref = AdapterRef(base, stored.name, stored.digest) if stored is not None else None
         flight = Flight(
             base,
@@ -136,25 +177,52 @@ class API:
             session=request.headers.get("x-session-id", "")[:MAX_SESSION],
             prefix=openai.prefix_hash(ref.digest if ref is not None else "", body),
             priority=_priority(request, head),
+            streams=bool(head.stream),
         )
         stream.describe(lambda: self._head_lines(flight))
+        return flight
+
+    async def _fly(self, flight: Flight, stream: ClientStream, deadline: Deadline) -> None:
+        """Submits the request and waits for its end; cancels it if the client leaves or its time is over."""
         self._dispatcher.submit(flight)
-        late = asyncio.get_running_loop().call_later(self._limits.request_timeout_s, self._too_late, stream)
+        late = asyncio.get_running_loop().call_at(deadline.at, self._too_late, flight, deadline)
         try:
             await stream.finished
         finally:
             late.cancel()
             self._dispatcher.cancel(flight)
-        return stream, flight
 
-    def _too_late(self, stream: ClientStream) -> None:
-        stream.fail(Overloaded(f"The request took longer than {self._limits.request_timeout_s:g} s."))
+    def _too_late(self, flight: Flight, deadline: Deadline) -> None:
+        self._dispatcher.give_up(flight, deadline.exceeded(flight.life.phase.value))
 
-    async def _find(self, base: str, adapter: str) -> StoredAdapter:
+    def _deadline(self, request: web.BaseRequest) -> Deadline:
+        """Of the whole request: the client's own, but never beyond the server's. Raises InvalidRequest."""
+        after_s = self._limits.request_timeout_s
+        given = request.headers.get(TIMEOUT_HEADER)
+        if given is not None:
+            if not _TIMEOUT_MS.match(given):
+                raise InvalidRequest(
+                    f"The header {TIMEOUT_HEADER} must be a whole number of milliseconds, at least 1.", param=TIMEOUT_HEADER
+                )
+            after_s = min(after_s, int(given) / 1e3)
+        return Deadline(asyncio.get_running_loop().time() + after_s, after_s)
+
+    async def _find(self, base: str, adapter: str, deadline: Deadline | None = None) -> StoredAdapter:
         catalog = self._catalogs[base]
         if catalog is None:
             raise AdapterNotFound(f"The model `{base}` is served without adapters.", param="model")
-        return await catalog.find(adapter)
+        known = catalog.known.get(adapter)
+        if known is not None or deadline is None:
+            return known or await catalog.find(adapter)
+        return await self._in_time(catalog.find(adapter), deadline)
+
+    @staticmethod
+    async def _in_time(asked: Awaitable[StoredAdapter], deadline: Deadline) -> StoredAdapter:
+        try:
+            async with asyncio.timeout_at(deadline.at):
+                return await asked
+        except TimeoutError as exc:
+            raise deadline.exceeded("looked up") from exc
 
     async def _body(self, request: web.BaseRequest) -> bytes:
         try:
@@ -276,22 +344,13 @@ class API:
 
     def _head_lines(self, flight: Flight) -> bytes:
         choice = flight.choice
-        if choice is None:
+        if choice is None or flight.life.phase is Phase.QUEUED:  # a comment commits the head
             return b"x-request-id: %b\r\nx-loraplex-policy: %b\r\n" % (flight.request_id.encode(), self._dispatcher.policy.encode())
         tier = f"x-loraplex-adapter-tier: {choice.tier.name.lower()}\r\n" if flight.adapter is not None else ""
         return (
             f"x-request-id: {flight.request_id}\r\nx-loraplex-policy: {self._dispatcher.policy}\r\nx-loraplex-worker: {choice.worker.id}\r\n"
             f"x-loraplex-queue-ms: {(flight.t_sent - flight.t_start) * 1e3:.1f}\r\n{tier}"
         ).encode()
-
-    def _headers(self, flight: Flight) -> dict[str, str]:
-        headers = {"x-request-id": flight.request_id, "x-loraplex-policy": self._dispatcher.policy}
-        if flight.choice is not None:
-            headers["x-loraplex-worker"] = flight.choice.worker.id
-            headers["x-loraplex-queue-ms"] = f"{(flight.t_sent - flight.t_start) * 1e3:.1f}"
-            if flight.adapter is not None:
-                headers["x-loraplex-adapter-tier"] = flight.choice.tier.name.lower()
-        return headers
 
     @staticmethod
     def _answer(error: LoraplexError) -> web.Response:

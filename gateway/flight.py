@@ -22,6 +22,10 @@ NO_ASK = Ask("")
 class Sink(Protocol):
     """Where a request's answer goes. None of these may wait; `more` returns False if the client cannot take it."""
 
+    def comment(self, text: bytes) -> None:
+        """Before the head of a stream: something that clients skip."""
+        ...
+
     def head(self, status: int, sse: bool, data: bytes, end: bool) -> None: ...
     def more(self, data: bytes, end: bool) -> bool: ...
     def fail(self, error: LoraplexError) -> None: ...
@@ -50,6 +54,7 @@ class Flight:
         "sid",
         "sink",
         "stored",
+        "streams",
         "t_end",
         "t_head",
         "t_sent",
@@ -73,12 +78,14 @@ class Flight:
         session: str = "",
         prefix: int = 0,
         priority: int = 0,
+        streams: bool = False,
     ) -> None:
         self.base, self.adapter, self.stored = base, adapter, stored
         self.path, self.request_id, self.body, self.sink = path, request_id, body, sink
         self.prompt_tokens = len(body) // BYTES_PER_TOKEN if prompt_tokens is None else prompt_tokens
         self.output_tokens = output_tokens
         self.tenant, self.session, self.prefix, self.priority = tenant, session, prefix, priority
+        self.streams = streams  # asked for an event stream: it can be told what it waits for
         self.ask = NO_ASK  # made by the dispatcher, on its clock
         self.life = Lifecycle()
         self.sid: wire.StreamId = 0

@@ -40,6 +40,7 @@ STATUS: dict[type[errors.LoraplexError], int] = {
     errors.Overloaded: 503,
     errors.WorkerUnavailable: 503,
     errors.StoreUnavailable: 503,
+    errors.DeadlineExceeded: 504,
     errors.EngineFailure: 500,
 }
 _TYPE = {
@@ -101,6 +102,11 @@ def error_body(error: errors.LoraplexError) -> bytes:
 def error_event(error: errors.LoraplexError) -> bytes:
     """The same as the last events of a stream whose status has been sent; clients raise on it."""
     return b"data: " + error_body(error) + b"\n\ndata: [DONE]\n\n"
+
+
+def answer_event(body: bytes) -> bytes:
+    """A whole JSON answer (the engine's error, as a rule) as the last events of a stream. JSON's line ends stand between tokens only."""
+    return b"data: " + body.replace(b"\r", b"").replace(b"\n", b"") + b"\n\ndata: [DONE]\n\n"
 
 
 def from_refusal(code: str, message: str) -> errors.LoraplexError:

@@ -84,6 +84,16 @@ class Overloaded(LoraplexError):
     retryable = True
 
 
+class DeadlineExceeded(LoraplexError):
+    """The request's own time is over: what the client asked for (`x-loraplex-timeout-ms`), or the server's bound for any request.
+
+    504, as proxies answer for what is behind them; 408, which Ray Serve gives, means a client that was slow to send.
+    """
+
+    code = "deadline_exceeded"
+    retryable = True
+
+
 class WorkerUnavailable(LoraplexError):
     """The worker is draining, gone, or was lost before it answered."""
 

@@ -16,7 +16,7 @@ from typing import Any
 from shared import wire
 from shared.adapter_checks import AdapterFacts
 from shared.adapters import AdapterRef, StoredAdapter
-from shared.errors import AdapterNotFound, EngineFailure, LoraplexError
+from shared.errors import AdapterNotFound, EngineFailure, LoraplexError, WorkerUnavailable
 from shared.stores import AdapterStore
 from worker.checks import open_validator
 from worker.disk_cache import Cached, Check, DiskCache
@@ -228,12 +228,12 @@ class Agent:
             self.stop("told to drain")
 
     def _on_silence(self, session: Session, reason: str) -> None:
-        """The gateway is gone: nobody waits for its answers."""
+        """The gateway is gone, or one of us stood still: its requests end here. It may have noticed nothing, so it is told of every one."""
         mine = [j for j in self._jobs.values() if j.session is session]
         if mine:
             log.warning("gateway lost", extra={"gateway": session.endpoint, "reason": reason, "requests": len(mine)})
         for job in mine:
-            self._cancel(job)
+            self._refuse(job, WorkerUnavailable.code, f"The worker lost its gateway ({reason}).", True)
 
     def _on_request(self, session: Session, message: wire.GatewayData) -> None:
         if isinstance(message, wire.Cancel):
