@@ -22,7 +22,7 @@ import msgspec
 import uvloop
 from aiohttp import web
 
-from gateway.admission import Admission
+from gateway.admission import Admission, Bound
 from gateway.api import API, Limits
 from gateway.catalog import Catalog
 from gateway.dispatcher import Dispatcher
@@ -33,7 +33,7 @@ from gateway.policies import make_policy
 from gateway.settings import Endpoints, endpoints
 from shared import log as logs
 from shared import wire
-from shared.config import Settings
+from shared.config import LLMConfig, Settings
 from shared.errors import ConfigError, LoraplexError
 from shared.link import Sent, Server, open_context, secret_from_env
 from shared.process import follow_parent, on_stop_signals, read_settings
@@ -91,8 +91,8 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
     g = settings.gateway
     name = f"g{index}"
     metrics = Metrics()
-    fleet = Fleet(g.lease_s)
-    admission: Admission[Flight] = Admission(g.max_queued_requests, g.queue_timeout_s)
+    fleet = Fleet(g.lease_s, {m.model_id: m.deployment_config.max_ongoing_requests for m in settings.models})
+    admission: Admission[Flight] = Admission(g.max_queued_requests, g.queue_timeout_s, {m.model_id: _bound(m) for m in settings.models})
     links = Links(endpoints(settings, index, run_dir), settings, name)
     dispatcher = Dispatcher(
         fleet,
@@ -137,6 +137,12 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
         links.send_control(wire.identity(worker.id, worker.beat.epoch), wire.encode(wire.Farewell(name)))
     links.close()
     return 0
+
+
+def _bound(model: LLMConfig) -> Bound:
+    config = model.deployment_config
+    pressure = config.backpressure_config
+    return Bound(config.max_queued_requests, pressure.status_code == 429, pressure.retry_after_s)
 
 
 @contextlib.asynccontextmanager

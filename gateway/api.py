@@ -356,8 +356,8 @@ class API:
     def _answer(error: LoraplexError) -> web.Response:
         status = openai.status_of(error)
         headers = {}
-        if status == 503:
-            headers["Retry-After"] = str(math.ceil(error.retry_after_s or openai.RETRY_AFTER_S))
+        if status in (429, 503):
+            headers["Retry-After"] = str(math.ceil(openai.RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s))
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return web.Response(status=status, body=openai.error_body(error), content_type="application/json", headers=headers)

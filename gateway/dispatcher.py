@@ -115,7 +115,7 @@ class Dispatcher:
             if flight.place is None:
                 self._open -= 1
                 self._policy.left(flight.ask, self.clock())
-                raise Overloaded("All workers are busy and the queue is full.", retry_after_s=self._retry_after_s(flight.base))
+                raise self._admission.bound(flight.base).refusal(self._retry_after_s(flight.base))
             self._pump(flight.base, flight.ask)
         if flight.streams:
             self._progress.enter(flight, flight.t_start)

@@ -37,6 +37,7 @@ STATUS: dict[type[errors.LoraplexError], int] = {
     errors.AdapterNotFound: 404,
     errors.BodyTooLarge: 413,
     errors.InvalidAdapter: 422,
+    errors.RateLimited: 429,
     errors.Overloaded: 503,
     errors.WorkerUnavailable: 503,
     errors.StoreUnavailable: 503,
@@ -49,6 +50,7 @@ _TYPE = {
     404: "not_found_error",
     413: "invalid_request_error",
     422: "invalid_request_error",
+    429: "rate_limit_error",
 }
 _BY_CODE = {cls.code: cls for cls in STATUS}
 RETRY_AFTER_S = 1.0

@@ -84,6 +84,12 @@ class Overloaded(LoraplexError):
     retryable = True
 
 
+class RateLimited(Overloaded):
+    """The same, where the config wants a full queue to be the client's limit (429), not the server's trouble (503)."""
+
+    code = "rate_limit_exceeded"
+
+
 class DeadlineExceeded(LoraplexError):
     """The request's own time is over: what the client asked for (`x-loraplex-timeout-ms`), or the server's bound for any request.
 

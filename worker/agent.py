@@ -197,7 +197,7 @@ class Agent:
                     seq=session.next_seq(),
                     base=self._settings.base,
                     state=self._state,
-                    capacity=self._settings.capacity or self._facts.capacity,
+                    capacity=min(self._settings.model.deployment_config.max_ongoing_requests, self._facts.capacity),
                     slots=self._facts.slots,
                     running=sum(j.task is not None for j in self._jobs.values()),
                     waiting=sum(j.task is None for j in self._jobs.values()),

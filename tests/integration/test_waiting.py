@@ -142,3 +142,24 @@ async def test_a_deadline_in_the_middle_of_a_stream_is_an_error_event(slow: Clus
 async def test_a_deadline_that_is_no_number_of_milliseconds_is_400(slow: Cluster, given: str) -> None:
     status, answer, _ = await slow.post("/v1/chat/completions", chat_body("sim"), {"x-loraplex-timeout-ms": given})
     assert status == 400 and answer["error"]["param"] == "x-loraplex-timeout-ms"
+
+
+async def test_a_full_queue_answers_as_the_models_config_says(tmp_path: Path, adapters: Path) -> None:
+    config = sim_config(adapters)
+    config["llm_configs"][0]["deployment_config"] = {
+        "max_ongoing_requests": 1,
+        "max_queued_requests": 1,
+        "backpressure_config": {"status_code": 429, "retry_after_s": 7},
+    }
+    async with cluster(config, tmp_path) as c:
+        await c.start_worker("w0")
+        assert await c.metric("loraplex_worker_capacity", worker="w0") == 1
+        taken = [asyncio.create_task(c.chat("sim", max_tokens=300)) for _ in range(2)]
+        async with asyncio.timeout(END_S):
+            while await c.metric("loraplex_queue_depth", base="sim") != 1:
+                await asyncio.sleep(0.01)
+        status, answer, headers = await c.chat("sim")
+        assert status == 429 and headers["Retry-After"] == "7"
+        assert (answer["error"]["code"], answer["error"]["type"]) == ("rate_limit_exceeded", "rate_limit_error")
+        assert [status for status, _, _ in await asyncio.gather(*taken)] == [200, 200]
+        assert await c.metric("loraplex_error_responses_total", code="rate_limit_exceeded") == 1

@@ -233,6 +233,7 @@ STATUSES = {
     errors.BodyTooLarge: (413, "invalid_request_error"),
     errors.InvalidAdapter: (422, "invalid_request_error"),
     errors.Overloaded: (503, "server_error"),
+    errors.RateLimited: (429, "rate_limit_error"),
     errors.DeadlineExceeded: (504, "server_error"),
     errors.WorkerUnavailable: (503, "server_error"),
     errors.StoreUnavailable: (503, "server_error"),
