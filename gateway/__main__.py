@@ -26,6 +26,7 @@ from gateway.admission import Admission, Bound
 from gateway.api import API, Limits
 from gateway.catalog import Catalog
 from gateway.dispatcher import Dispatcher
+from gateway.fellows import Fellows
 from gateway.fleet import Fleet
 from gateway.flight import Flight
 from gateway.metrics import Metrics
@@ -90,7 +91,11 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
     """One gateway process, until a signal. Returns the exit status."""
     g = settings.gateway
     name = f"g{index}"
-    metrics = Metrics()
+    metrics = Metrics(name)
+    fellows = Fellows(run_dir, index, g.processes, metrics.snapshot)
+    earlier = fellows.earlier()
+    if earlier is not None:
+        metrics.restore(earlier)
     fleet = Fleet(g.lease_s, {m.model_id: m.deployment_config.max_ongoing_requests for m in settings.models})
     admission: Admission[Flight] = Admission(g.max_queued_requests, g.queue_timeout_s, {m.model_id: _bound(m) for m in settings.models})
     links = Links(endpoints(settings, index, run_dir), settings, name)
@@ -116,7 +121,8 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
         limits = Limits(g.max_body_bytes, g.slow_reader_bytes, g.request_timeout_s)
         access = logs.AccessLog(name, g.log_level)
         stack.callback(access.flush)
-        api = API(dispatcher, catalogs, metrics, _api_keys(settings), limits, access)
+        api = API(dispatcher, catalogs, metrics, _api_keys(settings), limits, access, fellows)
+        await stack.enter_async_context(fellows.open())
         async with _http(api, settings) as port:
             _announce(run_dir, index, port, links)
             log.info("listening", extra={"url": f"http://{g.host}:{port}", "workers_at": links.control.endpoint})
@@ -126,11 +132,13 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
             async with asyncio.TaskGroup() as tasks:
                 loops = [
                     tasks.create_task(_tick(dispatcher), name="tick"),
+                    tasks.create_task(fellows.run(), name="count"),
                     tasks.create_task(_alive(fleet, links, dispatcher, name), name="alive"),
                     *(tasks.create_task(c.run(), name=f"catalog {c.base}") for c in catalogs.values() if c is not None),
                 ]
                 await stopping.wait()
                 await _drain(dispatcher, g.drain_s)
+                await fellows.save()
                 for loop in loops:
                     loop.cancel()
     for worker in fleet:

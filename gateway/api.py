@@ -18,6 +18,7 @@ from aiohttp import web
 from gateway import openai
 from gateway.catalog import Catalog
 from gateway.dispatcher import Dispatcher
+from gateway.fellows import Fellows
 from gateway.flight import Flight
 from gateway.metrics import Metrics
 from gateway.request import Phase
@@ -71,6 +72,7 @@ class API:
         api_keys: frozenset[bytes],
         limits: Limits,
         access: AccessLog,
+        fellows: Fellows,
     ) -> None:
         self._dispatcher = dispatcher
         self._catalogs = catalogs
@@ -78,6 +80,7 @@ class API:
         self._api_keys = api_keys
         self._limits = limits
         self._access = access
+        self._fellows = fellows
         self._created = int(time.time())
         self._routes: dict[tuple[str, str], Handler] = {}
 
@@ -311,7 +314,9 @@ class API:
         return web.json_response({"ready": ready, "workers": serving}, status=200 if ready else 503)
 
     async def metrics(self, request: web.BaseRequest) -> web.Response:
-        return web.Response(body=self._metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        """Of all gateway processes, whichever is asked."""
+        body = self._metrics.render(*await self._fellows.all())
+        return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def nowhere(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path in {path for _, path in self._routes}:

@@ -208,7 +208,7 @@ class Dispatcher:
                     self._transport.send_data(peer, wire.encode(wire.Cancel(sid)))
             elif flight.life.phase is Phase.STREAMING:
                 if not flight.sink.more(payload, bool(flags & wire.END)):
-                    self._metrics.slow_readers.inc()
+                    self._metrics.slow_reader()
                     self.cancel(flight)
                 elif flags & wire.END:
                     self._end(flight, Event.END)
@@ -331,7 +331,7 @@ class Dispatcher:
             flight.sink.fail(error)
             self._over(flight)
             return
-        self._metrics.retries.inc()
+        self._metrics.retried()
         if self._dispatch(flight) is not None:
             flight.place = self._admission.offer(flight.base, flight, self.clock(), flow_of(flight))
             if flight.place is None:

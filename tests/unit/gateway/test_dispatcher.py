@@ -149,7 +149,7 @@ class Room:
         return {w.id: len(w.reserved) for w in self.fleet}
 
     def counted(self, name: str, **labels: str) -> float:
-        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+        return self.metrics.value(name, labels) or 0.0
 
 
 MakeRoom = Callable[..., Room]
