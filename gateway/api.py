@@ -21,6 +21,7 @@ from gateway.dispatcher import Dispatcher
 from gateway.fellows import Fellows
 from gateway.flight import Flight
 from gateway.metrics import Metrics
+from gateway.model_list import ModelList
 from gateway.request import Phase
 from gateway.routing import Ask
 from gateway.stream import ClientStream, Sent
@@ -82,6 +83,7 @@ class API:
         self._access = access
         self._fellows = fellows
         self._created = int(time.time())
+        self._models = ModelList(catalogs, self._created)
         self._routes: dict[tuple[str, str], Handler] = {}
 
     def server(self, **settings: Any) -> web.Server:
@@ -262,12 +264,7 @@ class API:
     # ---- models ---------------------------------------------------------------------------------------------------------------------
 
     async def models(self, request: web.BaseRequest) -> web.Response:
-        cards = []
-        for base, catalog in self._catalogs.items():
-            cards.append(openai.model_card(base, self._created))
-            names = sorted(catalog.known) if catalog else []
-            cards += [openai.model_card(f"{base}:{name}", self._created, parent=base, root=name) for name in names]
-        return web.Response(body=openai.model_list(cards), content_type="application/json")
+        return web.Response(body=await self._models.body(), content_type="application/json")
 
     async def model(self, request: web.BaseRequest) -> web.Response:
         model = request.path.removeprefix("/v1/models/")
