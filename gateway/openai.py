@@ -35,6 +35,7 @@ STATUS: dict[type[errors.LoraplexError], int] = {
     errors.RouteNotFound: 404,
     errors.ModelNotFound: 404,
     errors.AdapterNotFound: 404,
+    errors.TooManyPins: 409,
     errors.BodyTooLarge: 413,
     errors.InvalidAdapter: 422,
     errors.Overloaded: 503,
@@ -46,6 +47,7 @@ _TYPE = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "not_found_error",
+    409: "invalid_request_error",
     413: "invalid_request_error",
     422: "invalid_request_error",
 }

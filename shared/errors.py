@@ -70,6 +70,12 @@ class InvalidAdapter(LoraplexError):
             self.code = f"{InvalidAdapter.code}_{reason}"
 
 
+class TooManyPins(LoraplexError):
+    """Every slot but the one that must stay for other adapters is pinned."""
+
+    code = "too_many_pins"
+
+
 class StoreUnavailable(LoraplexError):
     """The adapter store did not answer, refused us, or cut the transfer; what is cached keeps working."""
 
