@@ -9,7 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
+from shared.adapters import check_name
 from shared.config_section import Finding, Section, shown
+from shared.errors import AdapterNotFound
 
 Positive = Annotated[int, Meta(ge=1)]
 Text = Annotated[str, Meta(min_length=1)]
@@ -87,6 +89,7 @@ class LoraConfig(Section, frozen=True, kw_only=True):
 
     `max_num_adapters_per_replica` unset means `engine_kwargs.max_loras`, or 16; read `LLMConfig.max_loras` for the number that holds.
     `download_timeout_s` None means no limit. A folder per adapter lies directly under `dynamic_lora_loading_path`.
+    Ours, not Ray's: every worker loads the adapters of `preload` as soon as it serves, and those of `pin` too, which then keep their slots.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(
@@ -98,6 +101,8 @@ class LoraConfig(Section, frozen=True, kw_only=True):
     download_timeout_s: float | None = 30.0
     max_download_tries: Positive = 3
     store: StoreConfig = msgspec.field(default_factory=StoreConfig)
+    preload: tuple[Text, ...] = ()
+    pin: tuple[Text, ...] = ()
 
     @classmethod
     def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +121,11 @@ class LoraConfig(Section, frozen=True, kw_only=True):
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
         path = values.get("dynamic_lora_loading_path")
+        for key in ("preload", "pin"):
+            names = values.get(key) or ()
+            yield from _name_rules(key, names)
+            if names and "dynamic_lora_loading_path" in values and path is None:
+                yield Finding((key,), "names adapters, but dynamic_lora_loading_path does not say where they are; set it")
         if not isinstance(path, str):
             return
         here = ("dynamic_lora_loading_path",)
@@ -128,6 +138,17 @@ class LoraConfig(Section, frozen=True, kw_only=True):
             yield Finding(here, f"{shown(path)} names no bucket; write {scheme}://bucket/folder")
         elif separator and "@" in rest.partition("/")[0]:
             yield Finding(here, "credentials do not belong in this file; use the environment or a profile")
+
+
+def _name_rules(key: str, names: tuple[str, ...]) -> Iterator[Finding]:
+    for n, name in enumerate(names):
+        try:
+            check_name(name)
+        except AdapterNotFound:
+            text = f"{shown(name)} is no adapter's name: write it without the model, of letters, digits, '.', '_', '-' and '/'"
+            yield Finding((key, n), text)
+        if name in names[:n]:
+            yield Finding((key, n), f"{shown(name)} stands here twice; remove one")
 
 
 def _plain(path: str) -> str:
