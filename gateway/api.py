@@ -16,19 +16,19 @@ from typing import Any
 from aiohttp import web
 
 from gateway import openai
+from gateway.admin import MAX_SESSION, Admin
 from gateway.catalog import Catalog
 from gateway.dispatcher import Dispatcher
 from gateway.flight import Flight
+from gateway.keys import Keys
 from gateway.metrics import Metrics
-from gateway.routing import Ask
 from gateway.stream import ClientStream, Sent
+from gateway.usage import Usage
 from shared.adapters import AdapterRef, StoredAdapter
-from shared.errors import AdapterNotFound, BodyTooLarge, InvalidApiKey, InvalidRequest, LoraplexError, Overloaded, RouteNotFound
+from shared.errors import AdapterNotFound, BodyTooLarge, InvalidRequest, LoraplexError, Overloaded, RouteNotFound
 from shared.log import AccessLog
 
 _PRIORITY = re.compile(r"-?[0-9]{1,9}\Z")
-EXPLAINED_TOKENS, MAX_EXPLAINED_TOKENS = 128, 10**7  # of the prompt that /admin/explain assumes, and at most takes
-MAX_SESSION = 128  # characters of an x-session-id that count
 _random = functools.partial(random.getrandbits, 128)  # an id, not a secret; uuid4 would ask the kernel every time
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -46,7 +46,8 @@ class API:
 
     Args:
         catalogs: every configured base model; None where it has no adapter store.
-        api_keys: SHA-256 digests of the accepted keys; empty means no key is asked for.
+        usage: is told of every request for an adapter, and how it ended.
+        admin: what operators may ask, with keys of their own.
     """
 
     def __init__(
@@ -54,16 +55,20 @@ class API:
         dispatcher: Dispatcher,
         catalogs: Mapping[str, Catalog | None],
         metrics: Metrics,
-        api_keys: frozenset[bytes],
+        keys: Keys,
         limits: Limits,
         access: AccessLog,
+        usage: Usage,
+        admin: Admin,
     ) -> None:
         self._dispatcher = dispatcher
         self._catalogs = catalogs
         self._metrics = metrics
-        self._api_keys = api_keys
+        self._keys = keys
         self._limits = limits
         self._access = access
+        self._usage = usage
+        self._admin = admin
         self._created = int(time.time())
         self._routes: dict[tuple[str, str], Handler] = {}
 
@@ -75,8 +80,8 @@ class API:
             ("GET", "/health"): self.health,
             ("GET", "/ready"): self.ready,
             ("GET", "/metrics"): self.metrics,
-            ("GET", "/admin/explain"): self._guarded(self.explain),
         }
+        self._routes |= {route: self._guarded(handler, admin=True) for route, handler in self._admin.routes().items()}
         self._routes |= {("HEAD", path): handler for (method, path), handler in self._routes.items() if method == "GET"}
         most = self._limits.max_body_bytes
         loop = asyncio.get_running_loop()
@@ -93,6 +98,8 @@ class API:
         handler = self._routes.get((request.method, path))
         if handler is None and request.method in ("GET", "HEAD") and path.startswith("/v1/models/"):
             handler = self._guarded(self.model)
+        if handler is None and (found := self._admin.below(request.method, path)) is not None:
+            handler = self._guarded(found, admin=True)
         return await (handler or self.nowhere)(request)
 
     # ---- generation -----------------------------------------------------------------------------------------------------------------
@@ -138,6 +145,8 @@ class API:
             priority=_priority(request, head),
         )
         stream.describe(lambda: self._head_lines(flight))
+        if ref is not None:
+            self._usage.used(ref, time.time())
         self._dispatcher.submit(flight)
         late = asyncio.get_running_loop().call_later(self._limits.request_timeout_s, self._too_late, stream)
         try:
@@ -145,6 +154,10 @@ class API:
         finally:
             late.cancel()
             self._dispatcher.cancel(flight)
+        if ref is not None and stream.error is not None:
+            self._usage.failed(ref, stream.error)
+        elif ref is not None:
+            self._usage.worked(ref)
         return stream, flight
 
     def _too_late(self, stream: ClientStream) -> None:
@@ -208,29 +221,6 @@ class API:
             card = openai.model_card(model, self._created)
         return web.Response(body=openai.to_json(card), content_type="application/json")
 
-    async def explain(self, request: web.BaseRequest) -> web.Response:
-        """What each worker would cost a request for `?model=` now, best first: every term in milliseconds."""
-        base, adapter = openai.split_model(request.query.get("model", ""), self._catalogs)
-        stored = await self._find(base, adapter) if adapter is not None else None
-        ref = AdapterRef(base, stored.name, stored.digest) if stored is not None else None
-        tokens = request.query.get("prompt_tokens", "")
-        ask = Ask(
-            base,
-            ref,
-            stored.size_bytes if stored is not None else 0,
-            min(int(tokens), MAX_EXPLAINED_TOKENS) if tokens.isdecimal() else EXPLAINED_TOKENS,
-            session=request.headers.get("x-session-id", "")[:MAX_SESSION],
-            arrived=self._dispatcher.clock(),
-        )
-        found = [openai.candidate(c) for c in self._dispatcher.explain(ask)]
-        body = {
-            "model": request.query["model"],
-            "policy": self._dispatcher.policy,
-            "queued": self._dispatcher.queued(base),
-            "workers": found,
-        }
-        return web.Response(body=openai.to_json(body), content_type="application/json")
-
     # ---- operations -----------------------------------------------------------------------------------------------------------------
 
     async def health(self, request: web.BaseRequest) -> web.Response:
@@ -253,26 +243,19 @@ class API:
 
     # ---- around every handler ---------------------------------------------------------------------------------------------------------
 
-    def _guarded(self, handler: Handler) -> Handler:
+    def _guarded(self, handler: Handler, *, admin: bool = False) -> Handler:
         """Checks the key and turns errors into answers."""
+        check = self._keys.check_admin if admin else self._keys.check
 
         async def guarded(request: web.BaseRequest) -> web.StreamResponse:
             try:
-                self._check_key(request)
+                check(request.headers.get("Authorization", ""))
                 return await handler(request)
             except LoraplexError as exc:
                 self._metrics.error(exc.code)
                 return self._answer(exc)
 
         return guarded
-
-    def _check_key(self, request: web.BaseRequest) -> None:
-        if not self._api_keys:
-            return
-        kind, _, key = request.headers.get("Authorization", "").partition(" ")
-        # Digests are compared, so the time taken says nothing about a key's characters.
-        if kind.lower() != "bearer" or hashlib.sha256(key.strip().encode()).digest() not in self._api_keys:
-            raise InvalidApiKey("Missing or wrong API key; send `Authorization: Bearer KEY`.")
 
     def _head_lines(self, flight: Flight) -> bytes:
         choice = flight.choice

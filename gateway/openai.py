@@ -32,6 +32,7 @@ _encode = msgspec.json.Encoder().encode
 STATUS: dict[type[errors.LoraplexError], int] = {
     errors.InvalidRequest: 400,
     errors.InvalidApiKey: 401,
+    errors.Forbidden: 403,
     errors.RouteNotFound: 404,
     errors.ModelNotFound: 404,
     errors.AdapterNotFound: 404,
@@ -41,11 +42,13 @@ STATUS: dict[type[errors.LoraplexError], int] = {
     errors.Overloaded: 503,
     errors.WorkerUnavailable: 503,
     errors.StoreUnavailable: 503,
+    errors.NotDoneInTime: 504,
     errors.EngineFailure: 500,
 }
 _TYPE = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     409: "invalid_request_error",
     413: "invalid_request_error",

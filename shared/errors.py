@@ -42,6 +42,12 @@ class InvalidApiKey(LoraplexError):
     code = "invalid_api_key"
 
 
+class Forbidden(LoraplexError):
+    """Whoever it is may not do this, or nobody may as the gateway is configured."""
+
+    code = "forbidden"
+
+
 class RouteNotFound(LoraplexError):
     code = "not_found"
 
@@ -87,6 +93,13 @@ class Overloaded(LoraplexError):
     """A queue is full, or no worker may take this request within its deadline."""
 
     code = "overloaded"
+    retryable = True
+
+
+class NotDoneInTime(LoraplexError):
+    """The worker has not answered yet; what it was asked for goes on."""
+
+    code = "not_done_in_time"
     retryable = True
 
 

@@ -83,10 +83,12 @@ class Cluster:
         serving: bool = True,
         state_dir: Path | None = None,
         env: Mapping[str, str] | None = None,
+        gateways: Sequence[str] = (),
     ) -> Proc:
-        """`state_dir` of its own stands for a host of its own."""
+        """`state_dir` of its own stands for a host of its own; `gateways`: control endpoints besides this cluster's."""
         config = self._config_file() if state_dir is None else self._config_of_host(state_dir)
-        argv = [str(config), "--worker", name, "--gateway", self.control, *(["--model", model] if model else [])]
+        argv = [str(config), "--worker", name, *(["--model", model] if model else [])]
+        argv += [part for endpoint in (self.control, *gateways) for part in ("--gateway", endpoint)]
         if self.zygote is not None:
             child = await self.zygote.start(argv, {})
             proc = Proc(name, child.pid, self.folder / f"{name}.log", child)

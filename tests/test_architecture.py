@@ -19,6 +19,7 @@ DOORS = {
     "botocore": {"shared/stores/s3.py"},
     "gcloud": {"shared/stores/gcs.py"},
     "aiohttp": {
+        "gateway/admin.py",
         "gateway/api.py",
         "gateway/__main__.py",
         "gateway/stream.py",
