@@ -341,6 +341,25 @@ def test_an_adapter_in_host_memory_that_is_evicted_leaves_it() -> None:
     assert {s.name for s in residency.states(0.0, 1.0)} == {"b"}
 
 
+def test_an_adapter_that_was_evicted_from_host_memory_is_not_asked_to_leave_it_again() -> None:
+    residency = Residency(1, 2)
+    for number, ref in enumerate((A, B), 1):
+        residency.want(number, ref, 0.0)
+        residency.fetched(on_disk(ref), Tier.REMOTE, 0.0)
+        residency.loaded(ref, 0.0)
+        residency.finish(number, 0.0)
+    residency.evict(-1, A, 0.0)
+    residency.unloaded(A, 0.0)
+    for number, ref, drop in ((3, C, ()), (4, D, (on_disk(B),))):
+        residency.want(number, ref, 0.0)
+        [load] = residency.fetched(on_disk(ref), Tier.REMOTE, 0.0)
+        assert isinstance(load, Load) and load.drop == drop
+        for gone in drop:
+            residency.unloaded(gone.ref, 0.0)
+        residency.loaded(ref, 0.0)
+        residency.finish(number, 0.0)
+
+
 def test_an_evicted_adapter_in_flight_leaves_with_its_last_request_and_serves_those_who_come_meanwhile() -> None:
     residency = Residency(1)
     resident(residency, 1, A)
