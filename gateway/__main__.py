@@ -21,6 +21,8 @@ import uvloop
 from aiohttp import web
 
 from gateway.admin import Admin
+from gateway.admin_actions import Actions
+from gateway.admin_scope import Scope
 from gateway.admission import Admission
 from gateway.api import API, Limits
 from gateway.catalog import Catalog
@@ -119,7 +121,8 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
         stack.callback(access.flush)
         usage = Usage()
         keeper = Keeper(dispatcher, catalogs, _pins(settings), _pin_file(settings), usage, g.catalog_refresh_s)
-        admin = Admin(dispatcher, catalogs, {m.model_id: m.adapters_path or "" for m in settings.models}, keeper, usage)
+        scope, stores = Scope(dispatcher, catalogs), {m.model_id: m.adapters_path or "" for m in settings.models}
+        admin = Admin(scope, Actions(scope, stores, keeper, usage), keeper, usage)
         api = API(dispatcher, catalogs, metrics, read_keys(g), limits, access, usage, admin)
         async with _http(api, settings) as port:
             _announce(run_dir, index, port, links)

@@ -16,7 +16,8 @@ from typing import Any
 from aiohttp import web
 
 from gateway import openai
-from gateway.admin import MAX_SESSION, Admin
+from gateway.admin import Admin
+from gateway.admin_scope import MAX_SESSION
 from gateway.catalog import Catalog
 from gateway.dispatcher import Dispatcher
 from gateway.flight import Flight

@@ -25,7 +25,7 @@ from shared.wire import Action, WorkerId
 log = logging.getLogger("loraplex.keeper")
 clock = time.monotonic
 
-LOOK_S = 0.2
+LOOK_S = 0.5
 SETTLE_S = 4 * POLL_S
 """What was just changed is left alone for so long: another process may know better already."""
 RETRY_S = 10.0
@@ -40,6 +40,8 @@ class _Life:
     epoch: int
     preloaded: set[Key] = field(default_factory=set)
     pinned: set[Key] = field(default_factory=set)
+    unpinned: set[Key] = field(default_factory=set)
+    """Told once: if it is pinned again, a gateway of another machine wants it, and quarrelling would help nobody."""
     due: dict[Order, float] = field(default_factory=dict)
     """Not before then; an order that is not due any more is forgotten."""
 
@@ -115,7 +117,7 @@ class Keeper:
         digests = {name: stored.digest for name in pins.names(self.state) if (stored := catalog.known.get(name))}
         pinned = {name: digests.get(name) for name in pins.wanted(self.state, worker.id)}
         preload = {name: digests[name] for name in pins.preload if name in digests}
-        wanted = dict.fromkeys(orders(pinned, preload, worker.held, life.preloaded))
+        wanted = [o for o in orders(pinned, preload, worker.held, life.preloaded) if o[0] is not Action.UNPIN or o[1] not in life.unpinned]
         life.due = {order: when for order, when in life.due.items() if order in wanted}
         life.pinned |= {key for key, state in worker.held.items() if state.pinned}
         for order in wanted:
@@ -143,6 +145,10 @@ class Keeper:
         if error is None:
             if action is Action.LOAD:
                 life.preloaded.add(key)
+            elif action is Action.UNPIN:
+                life.unpinned.add(key)
+            else:
+                life.unpinned.discard(key)
             if action is not Action.UNPIN:
                 self._usage.worked(ref)
             log.info("adapter tended", extra=facts)

@@ -20,6 +20,8 @@ DOORS = {
     "gcloud": {"shared/stores/gcs.py"},
     "aiohttp": {
         "gateway/admin.py",
+        "gateway/admin_actions.py",
+        "gateway/admin_scope.py",
         "gateway/api.py",
         "gateway/__main__.py",
         "gateway/stream.py",

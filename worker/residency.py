@@ -17,13 +17,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TypeAlias
 
 from shared.adapters import AdapterRef
 from shared.wire import AdapterState, Tier
 from worker.engine import Loaded
 from worker.heat import Heat
+from worker.instructions import Fetch, Instruction, Load, Reject, Start, Tended, Unload
 from worker.slots import Evict, Full, SlotTable
+
+__all__ = ["Fetch", "Instruction", "Load", "Reject", "Residency", "Stage", "Start", "Tended", "Unload"]
 
 SLOT_PATIENCE_S = 2.0
 FAILED_FOR_S = 5.0
@@ -41,62 +43,6 @@ class Stage(Enum):
     CLOSING = "closing"  # resident, gives up its slot when its last request ends
     UNLOADING = "unloading"
     WARM = "warm"  # in the engine's host memory, in no slot, wanted by nobody
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Bring the adapter to disk and validate it; answer with `fetched` or `failed`."""
-
-    adapter: AdapterRef
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Take `demote` out of its slot (it stays in host memory), unload `evict` and `drop` (answer `unloaded` for each), then load.
-
-    Answer with `loaded` or `failed`.
-    """
-
-    adapter: Loaded
-    evict: Loaded | None
-    demote: Loaded | None = None
-    drop: tuple[Loaded, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """The request's adapter is resident (or it needs none): give it to the engine. `waited_for` says what the adapter came from."""
-
-    request: int
-    adapter: Loaded
-    came_from: Tier
-
-
-@dataclass(frozen=True, slots=True)
-class Reject:
-    """The request cannot be served: its adapter failed."""
-
-    request: int
-    code: str
-    message: str
-    retryable: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Unload:
-    """Take the adapter out of the engine altogether, before any load that is given later; answer with `unloaded`."""
-
-    adapter: Loaded
-
-
-@dataclass(frozen=True, slots=True)
-class Tended:
-    """What `cache` or `evict` asked for under this number is so."""
-
-    request: int
-
-
-Instruction: TypeAlias = Fetch | Load | Start | Reject | Unload | Tended
 
 
 @dataclass(frozen=True, slots=True)
