@@ -17,26 +17,19 @@ from tests.harness import DEMO, ROOT, START_S, Cluster, cluster, demo_config
 
 WORKER = """
 import asyncio, json, os, sys
-from shared.link import open_context
+import worker.__main__ as program
 from shared.process import read_settings
-from shared.stores import open_store
-from worker.__main__ import open_engine, worker_settings
-from worker.agent import Agent
-from worker.disk_cache import DiskCache
-from worker.session import Session
+
+opened, open_engine = [], program.open_engine
+program.open_engine = lambda model: opened.append(open_engine(model)) or opened[-1]
 
 async def main(config, control):
-    settings = worker_settings(read_settings(config), None, "w0", [control])
-    engine = open_engine(settings.model)
-    sessions = [Session(open_context(), control, settings.worker, settings.epoch, None)]
-    async with open_store(settings.model.adapters_path) as store:
-        agent = Agent(settings, engine, store, DiskCache(settings.state_dir / "adapters", settings.disk_cache_bytes), sessions)
-        running = asyncio.create_task(agent.run())
-        while await asyncio.to_thread(os.read, 0, 1):  # not sys.stdin: the engine, a fork, would wait for its lock
-            [slots] = await engine._engine.collective_rpc("loraplex_slots")
-            print("ENGINE", json.dumps({"slots": sorted(slots), "held": sorted(await engine._engine.list_loras())}), flush=True)
-        agent.stop("told to")
-        await running
+    running = asyncio.create_task(program.serve(program.worker_settings(read_settings(config), None, "w0", [control])))
+    while await asyncio.to_thread(os.read, 0, 1):  # not sys.stdin: the engine, a fork, would wait for its lock
+        engine = opened[0]._engine
+        [slots] = await engine.collective_rpc("loraplex_slots")
+        print("ENGINE", json.dumps({"slots": sorted(slots), "held": sorted(await engine.list_loras())}), flush=True)
+    running.cancel()
 
 asyncio.run(main(*sys.argv[1:]))
 """

@@ -48,6 +48,15 @@ async def test_a_refused_tend_fails_with_the_error_that_the_worker_named(code: s
     assert future.done() and isinstance(future.exception(), error) and "why" in str(future.exception())
 
 
+async def test_a_tend_names_the_hosts_that_have_the_files() -> None:
+    room = Room()
+    room.worker("w0", host="h0")
+    there = wire.AdapterState(PIRATE.name, PIRATE.digest, wire.Tier.GPU)
+    room.worker("w1", host="h1", peer_endpoint="tcp://h1:7000", adapters=(there,))
+    ask(room, wire.Action.CACHE)
+    assert tended(room)[0][1].peers == ("tcp://h1:7000",)
+
+
 async def test_an_answer_to_one_tend_is_none_to_another_or_to_a_request() -> None:
     room = Room()
     room.worker("w0")
