@@ -10,7 +10,8 @@ import msgspec
 from msgspec import Meta
 
 from shared.adapters import check_name
-from shared.config_section import Finding, Section, shown
+from shared.config_aliases import AliasConfig, alias_findings, plain_alias
+from shared.config_section import Finding, Section, shown, under
 from shared.errors import AdapterNotFound
 
 Positive = Annotated[int, Meta(ge=1)]
@@ -103,9 +104,16 @@ class LoraConfig(Section, frozen=True, kw_only=True):
     store: StoreConfig = msgspec.field(default_factory=StoreConfig)
     preload: tuple[Text, ...] = ()
     pin: tuple[Text, ...] = ()
+    aliases: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    @property
+    def alias_configs(self) -> dict[str, AliasConfig]:
+        return {name: raw if isinstance(raw, AliasConfig) else msgspec.convert(raw, AliasConfig) for name, raw in self.aliases.items()}
 
     @classmethod
     def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(given.get("aliases"), Mapping):
+            given["aliases"] = {name: plain_alias(raw) for name, raw in given["aliases"].items()}
         timeout_s = given.get("download_timeout_s")
         if isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool) and timeout_s <= 0:
             given["download_timeout_s"] = None  # as in Ray
@@ -120,12 +128,17 @@ class LoraConfig(Section, frozen=True, kw_only=True):
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
+        aliases = values.get("aliases")
+        if aliases:
+            yield from under(("aliases",), alias_findings(aliases))
         path = values.get("dynamic_lora_loading_path")
         for key in ("preload", "pin"):
             names = values.get(key) or ()
             yield from _name_rules(key, names)
             if names and "dynamic_lora_loading_path" in values and path is None:
                 yield Finding((key,), "names adapters, but dynamic_lora_loading_path does not say where they are; set it")
+        if aliases and "dynamic_lora_loading_path" in values and path is None:
+            yield Finding(("aliases",), "aliases stand for adapters, but dynamic_lora_loading_path does not say where they are; set it")
         if not isinstance(path, str):
             return
         here = ("dynamic_lora_loading_path",)
