@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -20,10 +21,14 @@ import msgspec
 import uvloop
 from aiohttp import web
 
+from gateway import alias_book
 from gateway.admin import Admin
 from gateway.admin_actions import Actions
 from gateway.admin_scope import Scope
 from gateway.admission import Admission
+from gateway.alias_api import AliasAPI
+from gateway.alias_book import AliasBook
+from gateway.aliases import Alias, AliasState, from_config
 from gateway.api import API, Limits
 from gateway.catalog import Catalog
 from gateway.dispatcher import Dispatcher
@@ -34,8 +39,11 @@ from gateway.keys import read_keys
 from gateway.metrics import Metrics
 from gateway.pins import Pins, PinState
 from gateway.policies import make_policy
+from gateway.resolver import Resolver
+from gateway.rollout import Rollout
 from gateway.settings import Endpoints, endpoints
 from gateway.usage import Usage
+from gateway.versions import Stage
 from shared import log as logs
 from shared import wire
 from shared.config import LoraConfig, Settings
@@ -121,9 +129,15 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
         stack.callback(access.flush)
         usage = Usage()
         keeper = Keeper(dispatcher, catalogs, _pins(settings), _pin_file(settings), usage, g.catalog_refresh_s)
+        book = AliasBook(_aliases(settings), _alias_file(settings), metrics)
+        resolver = Resolver(catalogs, book, fleet)
         scope, stores = Scope(dispatcher, catalogs), {m.model_id: m.adapters_path or "" for m in settings.models}
-        admin = Admin(scope, Actions(scope, stores, keeper, usage), keeper, usage)
-        api = API(dispatcher, catalogs, metrics, read_keys(g), limits, access, usage, admin)
+        admin = Admin(scope, Actions(scope, stores, keeper, usage), keeper, usage, resolver)
+        aliases = AliasAPI(book, resolver, catalogs, fleet, dispatcher.tend)
+        api = API(dispatcher, catalogs, resolver, metrics, read_keys(g), limits, access, usage, admin, aliases)
+        listed = [c for c in catalogs.values() if c is not None]
+        rollouts = [Rollout(c.base, c.versions, fleet, dispatcher.tend, metrics) for c in listed]
+        metrics.watch_versions({c.base: functools.partial(c.versions.count, Stage.REFUSED) for c in listed})
         async with _http(api, settings) as port:
             _announce(run_dir, index, port, links)
             log.info("listening", extra={"url": f"http://{g.host}:{port}", "workers_at": links.control.endpoint})
@@ -137,7 +151,9 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
                     tasks.create_task(keeper.follow(), name="pins"),
                     tasks.create_task(keeper.look_up(), name="look up pins"),
                     tasks.create_task(keeper.run(), name="keeper"),
-                    *(tasks.create_task(c.run(), name=f"catalog {c.base}") for c in catalogs.values() if c is not None),
+                    tasks.create_task(book.run(), name="aliases"),
+                    *(tasks.create_task(c.run(), name=f"catalog {c.base}") for c in listed),
+                    *(tasks.create_task(r.run(), name=f"rollout {r.base}") for r in rollouts),
                 ]
                 await stopping.wait()
                 await _drain(dispatcher, g.drain_s)
@@ -171,6 +187,18 @@ def _pins(settings: Settings) -> dict[str, Pins]:
         lora = model.lora_config or LoraConfig()
         found[model.model_id] = Pins(model.model_id, lora.pin, lora.preload, model.max_loras)
     return found
+
+
+def _alias_file(settings: Settings) -> StateFile[AliasState]:
+    return StateFile(Path(settings.gateway.state_dir).expanduser() / alias_book.FILE, AliasState)
+
+
+def _aliases(settings: Settings) -> dict[str, dict[str, Alias]]:
+    return {
+        m.model_id: {name: from_config(c) for name, c in m.lora_config.alias_configs.items()}
+        for m in settings.models
+        if m.lora_config is not None
+    }
 
 
 @contextlib.asynccontextmanager

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import TypeAlias
 
 from gateway.usage import Record
+from gateway.versions import Change, Stage
 from gateway.worker import Worker
 from shared.adapters import StoredAdapter
 from shared.errors import InvalidAdapter
@@ -33,8 +34,10 @@ def after(names: Sequence[str], last: str) -> int:
     return bisect_right(names, last) if last else 0
 
 
-def state_of(stored: StoredAdapter | None, held: Sequence[Holder], record: Record | None) -> str:
+def state_of(stored: StoredAdapter | None, held: Sequence[Holder], record: Record | None, change: Change | None = None) -> str:
     """One of STATES."""
+    if change is not None and change.stage is Stage.REFUSED:
+        return "invalid"
     if record is not None and stored is not None and record.refused == stored.digest and record.code.startswith(InvalidAdapter.code):
         return "invalid"
     states = [s for _, s in held]
@@ -51,8 +54,15 @@ def state_of(stored: StoredAdapter | None, held: Sequence[Holder], record: Recor
     return "listed"
 
 
-def row(base: str, name: str, stored: StoredAdapter | None, held: Sequence[Holder], record: Record | None) -> Row:
-    """`digest` and `bytes` are the store's newest version's, or a worker's where the store has none any more."""
+def row(
+    base: str, name: str, stored: StoredAdapter | None, held: Sequence[Holder], record: Record | None, change: Change | None = None
+) -> Row:
+    """`digest` and `bytes` are the store's newest version's, or a worker's where the store has none any more.
+
+    While the newest one is not served (`update`: waiting, preparing or refused), `serving` is the older one that is.
+    """
+    if change is not None:
+        stored = change.new
     newest = held[0][1] if held else None
     rank = next((s.rank for _, s in held if s.rank), None)
     return {
@@ -61,10 +71,12 @@ def row(base: str, name: str, stored: StoredAdapter | None, held: Sequence[Holde
         "digest": stored.digest if stored else newest.digest if newest else None,
         "bytes": stored.size_bytes if stored else newest.size_bytes if newest else None,
         "rank": rank,
-        "state": state_of(stored, held, record),
+        "state": state_of(stored, held, record, change),
+        "serving": change.old.digest if change else stored.digest if stored else None,
+        "update": change.stage.value if change else None,
         "in_store": stored is not None,
-        "code": record.code or None if record else None,
-        "reason": record.reason or None if record else None,
+        "code": (change.code if change else record.code if record else "") or None,
+        "reason": (change.reason if change else record.reason if record else "") or None,
         "hits": record.hits if record else 0,
         "last_used": _iso(record.last_used) if record and record.last_used else None,
         "workers": [_holder(worker, state) for worker, state in held],

@@ -11,7 +11,9 @@ from gateway import adapter_table, openai
 from gateway.admin_actions import PREFIX, Actions
 from gateway.admin_scope import Scope, choice, json_answer, number
 from gateway.keeper import Keeper
+from gateway.resolver import Resolver
 from gateway.usage import Usage
+from gateway.versions import Change
 from shared.adapters import StoredAdapter, check_name
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -24,11 +26,12 @@ LOOKED_AT_ONCE = 1000  # adapters between two turns of the loop
 class Admin:
     """Every path that takes an admin key."""
 
-    def __init__(self, scope: Scope, actions: Actions, keeper: Keeper, usage: Usage) -> None:
+    def __init__(self, scope: Scope, actions: Actions, keeper: Keeper, usage: Usage, resolver: Resolver) -> None:
         self._scope = scope
         self._actions = actions
         self._keeper = keeper
         self._usage = usage
+        self._resolver = resolver
         self._sorted: dict[str, tuple[Mapping[str, StoredAdapter], list[str]]] = {}
 
     def routes(self) -> dict[tuple[str, str], Handler]:
@@ -70,12 +73,13 @@ class Admin:
                     await asyncio.sleep(0)
                 name = names[n]
                 stored, on, record = known.get(name), held.get(name, ()), self._usage.get(base, name)
-                if wanted is not None and adapter_table.state_of(stored, on, record) != wanted:
+                change = self._change(base, name)
+                if wanted is not None and adapter_table.state_of(stored, on, record, change) != wanted:
                     continue
                 if len(rows) == limit:
                     follows = f"{rows[-1]['base']}:{rows[-1]['name']}"
                     break
-                rows.append(adapter_table.row(base, name, stored, on, record))
+                rows.append(adapter_table.row(base, name, stored, on, record, change))
         return json_answer({"adapters": rows, "next": follows})
 
     async def adapter(self, request: web.BaseRequest) -> web.Response:
@@ -84,7 +88,7 @@ class Admin:
         base = self._scope.base(request)
         held = adapter_table.holders(w for w in self._scope.dispatcher.fleet if w.beat.base == base).get(name, [])
         stored = await self._scope.stored(base, name, needed=not held)
-        row = adapter_table.row(base, name, stored, held, self._usage.get(base, name))
+        row = adapter_table.row(base, name, stored, held, self._usage.get(base, name), self._change(base, name))
         pins = self._keeper.pins(base)
         pinned_on = self._keeper.state.pinned.get(base, {}).get(name, ())
         everywhere = name in pins.wanted(self._keeper.state)
@@ -92,19 +96,23 @@ class Admin:
 
     async def explain(self, request: web.BaseRequest) -> web.Response:
         """What each worker would cost a request for `?model=` now, best first: every term in milliseconds."""
-        base, adapter = openai.split_model(request.query.get("model", ""), self._scope.catalogs)
-        stored = await self._scope.stored(base, adapter, needed=True) if adapter is not None else None
+        target = await self._resolver.resolve(request.query.get("model", ""), bytes)
         tokens = request.query.get("prompt_tokens", "")
         prompt_tokens = min(int(tokens), MAX_EXPLAINED_TOKENS) if tokens.isdecimal() else EXPLAINED_TOKENS
-        found = self._scope.dispatcher.explain(self._scope.ask(base, stored, prompt_tokens, request.headers.get("x-session-id", "")))
+        ask = self._scope.ask(target.base, target.adapter, target.stored, prompt_tokens, request.headers.get("x-session-id", ""))
+        found = self._scope.dispatcher.explain(ask)
         return json_answer(
             {
                 "model": request.query["model"],
                 "policy": self._scope.dispatcher.policy,
-                "queued": self._scope.dispatcher.queued(base),
+                "queued": self._scope.dispatcher.queued(target.base),
                 "workers": [openai.candidate(c) for c in found],
             }
         )
+
+    def _change(self, base: str, name: str) -> Change | None:
+        catalog = self._scope.catalogs[base]
+        return catalog.versions.change(name) if catalog is not None else None
 
     def _in_order(self, base: str) -> list[str]:
         known = self._scope.known(base)

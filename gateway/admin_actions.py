@@ -114,7 +114,7 @@ class Actions:
         base, name = self._adapter_of(asked.lora_name)
         self._check_path(base, name, asked.lora_path)
         stored = await self._scope.catalog(base).look_again(name)
-        found = self._scope.dispatcher.explain(self._scope.ask(base, stored, TYPICAL_TOKENS, ""))
+        found = self._scope.dispatcher.explain(self._scope.ask(base, AdapterRef(base, name, stored.digest), stored, TYPICAL_TOKENS, ""))
         workers = [c.worker for c in sorted(found, key=lambda c: not c.eligible)]
         chosen = workers if request.query.get("all") == "1" else workers[:1]
         self._scope.need(workers)

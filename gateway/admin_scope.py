@@ -68,8 +68,7 @@ class Scope:
         catalog = self.catalogs[base]
         return {} if catalog is None else catalog.known
 
-    def ask(self, base: str, stored: StoredAdapter | None, prompt_tokens: int, session: str) -> Ask:
-        ref = AdapterRef(base, stored.name, stored.digest) if stored is not None else None
+    def ask(self, base: str, ref: AdapterRef | None, stored: StoredAdapter | None, prompt_tokens: int, session: str) -> Ask:
         size_bytes = stored.size_bytes if stored is not None else 0
         return Ask(base, ref, size_bytes, prompt_tokens, session=session[:MAX_SESSION], arrived=self.dispatcher.clock())
 

@@ -26,7 +26,7 @@ from gateway.routing import Ask, Blocked, Candidate, Choice, Decision, Policy, W
 from gateway.tending import Tending
 from shared import wire
 from shared.adapters import AdapterRef, StoredAdapter
-from shared.errors import EngineFailure, LoraplexError, Overloaded, WorkerUnavailable
+from shared.errors import AdapterNotFound, EngineFailure, LoraplexError, Overloaded, WorkerUnavailable
 from shared.link import Sent
 
 log = logging.getLogger("loraplex.dispatcher")
@@ -263,7 +263,7 @@ class Dispatcher:
             peers: tuple[str, ...] = ()
             if flight.adapter is not None and choice.tier > wire.Tier.CPU:
                 peers = peers_of(self.fleet.pool(flight.base), worker, (flight.adapter.name, flight.adapter.digest))
-            message = wire.Generate(sid, flight.path, flight.request_id, flight.body, flight.adapter, stored, peers)
+            message = wire.Generate(sid, flight.path, flight.request_id, flight.body, flight.adapter, stored, peers, flight.model)
             sent = self._transport.send_data(wire.identity(worker.id, worker.beat.epoch), wire.encode(message))
             if sent is Sent.OK:
                 break
@@ -324,7 +324,8 @@ class Dispatcher:
         if flight is not None:
             if flight.choice is not None:
                 flight.refused_by |= {flight.choice.worker.id}
-            self._on_loss(flight, from_refusal(refused.code, refused.message), retryable=refused.retryable)
+            retryable = refused.retryable or (flight.elsewhere and refused.code == AdapterNotFound.code)
+            self._on_loss(flight, from_refusal(refused.code, refused.message), retryable=retryable)
         else:
             self._tending.refused(refused)
 

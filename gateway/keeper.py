@@ -114,7 +114,8 @@ class Keeper:
         catalog, pins = self._catalogs.get(base), self._pins.get(base)
         if catalog is None or pins is None:
             return
-        digests = {name: stored.digest for name in pins.names(self.state) if (stored := catalog.known.get(name))}
+        current = catalog.versions.current  # a new version takes over by itself once it is good
+        digests = {name: current(stored).digest for name in pins.names(self.state) if (stored := catalog.known.get(name))}
         pinned = {name: digests.get(name) for name in pins.wanted(self.state, worker.id)}
         preload = {name: digests[name] for name in pins.preload if name in digests}
         wanted = [o for o in orders(pinned, preload, worker.held, life.preloaded) if o[0] is not Action.UNPIN or o[1] not in life.unpinned]
@@ -132,7 +133,8 @@ class Keeper:
         assert catalog is not None
         ref = AdapterRef(worker.beat.base, *key)
         life.due[action, key] = float("inf")
-        future = self._dispatcher.tend(worker, action, ref, catalog.known.get(ref.name))
+        latest = catalog.known.get(ref.name)
+        future = self._dispatcher.tend(worker, action, ref, catalog.versions.current(latest) if latest is not None else None)
         self._open[future] = None
         future.add_done_callback(lambda f: self._ended(f, worker.id, life, action, ref))
 

@@ -24,6 +24,8 @@ class RequestHead(msgspec.Struct, frozen=True):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     priority: int | None = None
+    user: msgspec.Raw = msgspec.Raw(b"")
+    """As it came, unread: only its being the same counts."""
 
 
 _decode_head = msgspec.json.Decoder(RequestHead).decode
@@ -93,6 +95,15 @@ def split_model(model: str, bases: Iterable[str]) -> tuple[str, str | None]:
     return base, adapter
 
 
+def split_version(model: str, bases: Iterable[str]) -> tuple[str, str | None, str]:
+    """As `split_model`, and what stands behind the `@` of `base:adapter@digest` ("": nothing)."""
+    base, colon, adapter = model.partition(":")
+    name, at, digest = adapter.partition("@")
+    if at and not digest:
+        raise errors.AdapterNotFound("Behind the @ of an adapter's name goes a digest, or at least its first 8 characters.", param="model")
+    return *split_model(f"{base}{colon}{name}", bases), digest
+
+
 def status_of(error: errors.LoraplexError) -> int:
     return next((STATUS[cls] for cls in type(error).__mro__ if cls in STATUS), 500)
 
@@ -142,8 +153,17 @@ def candidate(found: Candidate) -> dict[str, object]:
     }
 
 
-def model_card(model_id: str, created: int, parent: str | None = None, root: str | None = None) -> dict[str, object]:
-    return {"id": model_id, "object": "model", "created": created, "owned_by": OWNER, "root": root or model_id, "parent": parent}
+def model_card(model_id: str, created: int, parent: str | None = None, root: str | None = None, digest: str = "") -> dict[str, object]:
+    """OpenAI's model object, with vLLM's `root` and `parent`; `loraplex_digest` is the version that answers."""
+    card: dict[str, object] = {
+        "id": model_id,
+        "object": "model",
+        "created": created,
+        "owned_by": OWNER,
+        "root": root or model_id,
+        "parent": parent,
+    }
+    return card | {"loraplex_digest": digest} if digest else card
 
 
 def model_list(cards: Sequence[dict[str, object]]) -> bytes:

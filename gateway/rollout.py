@@ -40,7 +40,7 @@ class Rollout:
     def __init__(
         self, base: str, found: Versions, fleet: Fleet, tend: Tend, metrics: Metrics, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._base, self._versions, self._fleet, self._tend = base, found, fleet, tend
+        self.base, self._versions, self._fleet, self._tend = base, found, fleet, tend
         self._metrics = metrics
         self._clock = clock
         self._homes = Rendezvous()
@@ -56,9 +56,9 @@ class Rollout:
 
     async def _prepare(self, prepare: Prepare) -> None:
         old, new = prepare.old, prepare.new
-        facts = {"base": self._base, "adapter": new.name, "old": old.digest, "new": new.digest}
+        facts = {"base": self.base, "adapter": new.name, "old": old.digest, "new": new.digest}
         begun = self._clock()
-        plan = versions.plan(prepare, self._fleet.pool(self._base), self._homes)
+        plan = versions.plan(prepare, self._fleet.pool(self.base), self._homes)
         try:
             match plan:
                 case versions.Load(workers):
@@ -73,14 +73,14 @@ class Rollout:
                     assert_never(plan)
         except LoraplexError as exc:
             stage = self._versions.failed(new, exc, self._clock())
-            self._metrics.version_change(self._base, "refused" if stage is Stage.REFUSED else "failed")
+            self._metrics.version_change(self.base, "refused" if stage is Stage.REFUSED else "failed")
             if stage is Stage.REFUSED:
                 log.error("new version refused, the old one goes on", extra={**facts, "code": exc.code, "reason": exc.message})
             else:
                 log.warning("new version not ready yet", extra={**facts, "code": exc.code, "reason": exc.message})
             return
         if self._versions.ready(new, self._clock()):
-            self._metrics.version_change(self._base, "switched")
+            self._metrics.version_change(self.base, "switched")
             log.info("version switched", extra={**facts, "ms": round((self._clock() - begun) * 1e3, 1)})
 
     async def _load(self, workers: tuple[Worker, ...], new: StoredAdapter) -> None:
@@ -91,11 +91,11 @@ class Rollout:
         except InvalidAdapter:
             raise
         except LoraplexError as exc:
-            log.warning("new version not loaded everywhere", extra={"base": self._base, "adapter": new.name, "reason": exc.message})
+            log.warning("new version not loaded everywhere", extra={"base": self.base, "adapter": new.name, "reason": exc.message})
 
     async def _ask(self, workers: Iterable[Worker], action: Action, new: StoredAdapter) -> None:
         """Returns once all have done it. Raises the first refusal as invalid, else the first failure, else WorkerUnavailable at the time limit."""
-        ref = AdapterRef(self._base, new.name, new.digest)
+        ref = AdapterRef(self.base, new.name, new.digest)
         asked = [self._tend(worker, action, ref, new) for worker in workers]
         if not asked:
             return
@@ -111,16 +111,16 @@ class Rollout:
             raise WorkerUnavailable(f"A worker did not {action.name.lower()} the adapter within {PREPARE_TIMEOUT_S:g} s.")
 
     def _evict(self) -> None:
-        pool = self._fleet.pool(self._base)
+        pool = self._fleet.pool(self.base)
         for key in self._versions.leaving(lambda key: versions.in_flight(key, pool), self._clock()):
             for worker in versions.in_engines(key, pool):
                 if (worker.id, key) not in self._leaving:
                     self._leaving.add((worker.id, key))
-                    future = self._tend(worker, Action.EVICT, AdapterRef(self._base, *key), None)
+                    future = self._tend(worker, Action.EVICT, AdapterRef(self.base, *key), None)
                     future.add_done_callback(lambda f, at=(worker.id, key): self._gone(f, *at))  # type: ignore[misc]
 
     def _gone(self, future: asyncio.Future[None], worker: WorkerId, key: Key) -> None:
         """If it did not work, the next tick asks again."""
         self._leaving.discard((worker, key))
         if not future.cancelled() and future.exception() is None:
-            log.info("old version left", extra={"worker": worker, "base": self._base, "adapter": key[0], "digest": key[1]})
+            log.info("old version left", extra={"worker": worker, "base": self.base, "adapter": key[0], "digest": key[1]})

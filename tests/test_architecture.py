@@ -22,6 +22,7 @@ DOORS = {
         "gateway/admin.py",
         "gateway/admin_actions.py",
         "gateway/admin_scope.py",
+        "gateway/alias_api.py",
         "gateway/api.py",
         "gateway/__main__.py",
         "gateway/stream.py",

@@ -402,7 +402,7 @@ class Agent:
         message = job.message
         reply = Reply(job)
         try:
-            await self._engine.serve(Call(message.path, message.request_id, message.body, adapter), reply)
+            await self._engine.serve(Call(message.path, message.request_id, message.body, adapter, message.model), reply)
         except EngineFailure as exc:
             if not reply.begun:
                 job.session.outbox.refuse(wire.Refused(message.sid, exc.code, exc.message, True))
