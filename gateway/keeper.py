@@ -153,11 +153,19 @@ class Keeper:
                 life.unpinned.discard(key)
             if action is not Action.UNPIN:
                 self._usage.worked(ref)
+                self._keep(ref)
             log.info("adapter tended", extra=facts)
         elif isinstance(error, LoraplexError):
             self._usage.failed(ref, error)
             if self._say(ref.base, ref.name, f"{ref.digest} {error.code}"):
                 log.warning("adapter not tended", extra={**facts, "code": error.code, "reason": error.message})
+
+    def _keep(self, ref: AdapterRef) -> None:
+        """What is pinned or preloaded counts as served: a bad new version shall not replace it."""
+        catalog = self._catalogs[ref.base]
+        latest = catalog.known.get(ref.name) if catalog is not None else None
+        if catalog is not None and latest is not None and (current := catalog.versions.current(latest)).digest == ref.digest:
+            catalog.versions.use(current, clock())
 
     async def _find(self, catalog: Catalog, base: str, name: str) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,10 @@ from gateway.fleet import Fleet
 from gateway.openai import split_version, status_of
 from gateway.versions import Known
 from shared.adapters import AdapterRef, StoredAdapter
+from shared.config_aliases import MAX_ALIASES
 from shared.errors import AdapterNotFound, InvalidAdapter, LoraplexError, WorkerUnavailable
+
+log = logging.getLogger("loraplex.aliases")
 
 SHOWN_VERSIONS = 10  # of one name in an error message
 
@@ -42,6 +46,7 @@ class Resolver:
         self, catalogs: Mapping[str, Catalog | None], book: AliasBook, fleet: Fleet, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._catalogs, self._book, self._fleet, self._clock = catalogs, book, fleet, clock
+        self._said: set[tuple[str, str]] = set()
 
     async def resolve(self, model: str, user: Callable[[], bytes]) -> Target:
         """`user` is asked for what keeps a user with one share of an alias.
@@ -55,6 +60,7 @@ class Resolver:
         found = self._book.of(base).get(name) if not spec else None
         if found is None:
             return await self.adapter(base, name, spec)
+        self._say_if_hiding(base, name)
         share = self._book.pick(found, user())
         name, _, spec = share.adapter.partition("@")
         return replace(await self.adapter(base, name, spec), alias=found.name, share=share.adapter)
@@ -110,6 +116,12 @@ class Resolver:
         return replace(await self.adapter(target.base, name), alias=target.alias, share=target.share)
 
     # ---- inside -------------------------------------------------------------------------------------------------------------------------
+
+    def _say_if_hiding(self, base: str, alias: str) -> None:
+        catalog = self._catalogs[base]
+        if catalog is not None and alias in catalog.known and (base, alias) not in self._said and len(self._said) < MAX_ALIASES:
+            self._said.add((base, alias))
+            log.warning("an alias hides an adapter of the same name", extra={"base": base, "alias": alias})
 
     def _catalog(self, base: str) -> Catalog:
         catalog = self._catalogs[base]

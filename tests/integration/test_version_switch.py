@@ -141,6 +141,9 @@ async def test_a_bad_new_version_leaves_the_old_one_in_charge_and_says_why(tmp_p
         assert {a for a in asked.answers if a[0]} == {(200, old)}
         assert c.gateway is not None and "new version refused" in c.gateway.output()
         assert await c.metric("loraplex_adapter_version_changes_total", outcome="refused") == 1, "tried once"
+        _, row = await c.get("/admin/adapters/a")
+        assert (row["state"], row["update"], row["code"], row["serving"]) == ("invalid", "refused", "invalid_adapter_rank", old)
+        assert row["digest"] != old and "1024" in row["reason"]
         assert (await c.chat("sim:a@" + "0" * 16))[1]["error"]["message"].count("refused") == 1
 
         replace_file(folder / "adapter_config.json", good)
@@ -150,6 +153,34 @@ async def test_a_bad_new_version_leaves_the_old_one_in_charge_and_says_why(tmp_p
                 await asyncio.sleep(0.02)
         assert await c.metric("loraplex_adapters_refused", base="sim") == 0
         assert new == await listed_digest(c, "a")
+
+
+async def test_a_pinned_adapter_that_nobody_has_asked_for_yet_is_not_replaced_by_a_bad_one_either(tmp_path: Path, adapters: Path) -> None:
+    folder = make_adapter(adapters, "a")
+    config = sim_config(adapters, catalog_refresh_s=0.2)
+    config["llm_configs"][0]["lora_config"]["pin"] = ["a"]
+    async with cluster(config, tmp_path) as c:
+        await c.start_worker("w0")
+        assert c.gateway is not None
+        async with asyncio.timeout(LIMIT_S):
+            while "adapter tended" not in c.gateway.output():
+                await asyncio.sleep(0.05)
+        old = await listed_digest(c, "a")
+        good = (folder / "adapter_config.json").read_bytes()
+        spoil(folder)
+        async with asyncio.timeout(LIMIT_S):
+            while await c.metric("loraplex_adapters_refused", base="sim") != 1:
+                await asyncio.sleep(0.02)
+        assert digest_of((await c.chat("sim:a", max_tokens=1))[1]) == old
+        replace_file(folder / "adapter_config.json", good)
+        new_weights(folder)
+        async with asyncio.timeout(LIMIT_S):
+            while (await c.get("/admin/adapters/a"))[1]["serving"] == old:
+                await asyncio.sleep(0.02)
+            while not (workers := (await c.get("/admin/adapters/a"))[1]["workers"]) or not all(
+                w["pinned"] and w["digest"] != old for w in workers
+            ):
+                await asyncio.sleep(0.05)
 
 
 async def test_an_old_version_that_can_be_had_nowhere_gives_way_at_once(tmp_path: Path, adapters: Path) -> None:
