@@ -119,11 +119,15 @@ class API:
         head = openai.parse_head(body)
         target = await self._resolver.resolve(head.model, lambda: _user(request, head))
         request_id = _request_id(request)
-        stream, flight = await self._fly(request, target, request_id, head, body)
-        if isinstance(stream.error, AdapterNotFound) and target.adapter is not None and not stream.started:
-            # The store's copy changed between the listing and the worker's fetch: look again, once.
-            target = await self._resolver.again(target)
+        try:
             stream, flight = await self._fly(request, target, request_id, head, body)
+            if isinstance(stream.error, AdapterNotFound) and target.adapter is not None and not stream.started:
+                # The store's copy changed between the listing and the worker's fetch: look again, once.
+                target = await self._resolver.again(target)
+                stream, flight = await self._fly(request, target, request_id, head, body)
+        except LoraplexError as exc:
+            self._resolver.ended(target, 0, exc)
+            raise
         self._resolver.ended(target, stream.status, stream.error)
         self._log(flight, head.model, stream)
         if stream.started:

@@ -63,7 +63,11 @@ class Resolver:
         self._say_if_hiding(base, name)
         share = self._book.pick(found, user())
         name, _, spec = share.adapter.partition("@")
-        return replace(await self.adapter(base, name, spec), alias=found.name, share=share.adapter)
+        try:
+            return replace(await self.adapter(base, name, spec), alias=found.name, share=share.adapter)
+        except LoraplexError as exc:
+            self.ended(Target(base, alias=found.name, share=share.adapter), 0, exc)
+            raise
 
     async def adapter(self, base: str, name: str, spec: str = "") -> Target:
         """An adapter by its name, in its current version or in the one that `spec` says."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,23 @@ async def test_a_failing_canary_is_rolled_back_for_everybody_until_an_operator_d
         mended = {"shares": [{"adapter": "v7", "weight": 50}, {"adapter": "v8", "weight": 50}]}
         assert (await c.put("/admin/aliases/prod", mended))[0] == 200
         assert set((await of_users(c, "sim:prod")).values()) == {"v7", "v8"}
+
+
+async def test_a_share_whose_adapter_was_deleted_is_rolled_back_though_its_answers_are_404(tmp_path: Path, adapters: Path) -> None:
+    for name in ("v7", "v8"):
+        make_adapter(adapters, name)
+    rollback = {"error_rate": 0.2, "min_requests": 5}
+    aliases = {"prod": {"shares": [{"adapter": "v7"}, {"adapter": "v8"}], "rollback": rollback}}
+    async with cluster(with_aliases(adapters, aliases, catalog_refresh_s=0.2), tmp_path) as c:
+        await c.start_worker("w0")
+        assert set((await of_users(c, "sim:prod")).values()) == {"v7", "v8"}
+        shutil.rmtree(adapters / "v8")
+        found = set()
+        async with asyncio.timeout(LIMIT_S):
+            while (await shown(c, "sim:prod"))["shares"][1]["weight"]:
+                found |= {status for status, _, _ in await asyncio.gather(*(c.chat("sim:prod", max_tokens=1, user=u) for u in USERS[:20]))}
+        assert found == {200, 404}
+        assert set((await of_users(c, "sim:prod")).values()) == {"v7"}
 
 
 async def test_errors_of_clients_and_clients_that_leave_roll_nothing_back(tmp_path: Path, adapters: Path) -> None:
