@@ -254,7 +254,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextlib.asynccontextmanager
 async def second_gateway(c: Cluster) -> AsyncIterator[Cluster]:
-    """Another gateway process with the same config, state; workers join it too if they are told of its `control`."""
+    """Another gateway process with the same config and state; workers join it too if they are told of its `control`."""
     other = Cluster(c.config, c.folder, None, c.http, index=1)
     try:
         await other.start_gateway()
