@@ -48,6 +48,7 @@ class Times:
         """What a row takes."""
         start_s = SWITCH_S + self.flush_s if first_of_gateway else 0.0
         more_s = self.serve_again_s if row.part in ("kill", "mixed") else 0.0
+        more_s += self.warm_s if row.part == "kill" else 0.0  # the load settles again
         return start_s + self.warm_s + self.measure_s + self.tail_s + more_s
 
 

@@ -20,7 +20,6 @@ from bench.measure import BIN_S
 from bench.peers.process import NotStarted
 
 RESTART_AFTER_S = 1.0  # as `loraplex serve` does
-AFTER_S = 3.0  # of load once the restarted worker serves
 REQUEST_TIMEOUT_S = 130.0
 SEED = 7
 FLUSH_AT_ONCE = 4  # requests per worker
@@ -162,8 +161,9 @@ class Runner:
         times, victim = self._plan.times, f"w{row.workers - 1}"
         served = self._cluster.times_served(victim)
         left_s = self._left_s()
-        bound_s = times.serve_again_s if left_s is None else max(0.0, left_s - times.warm_s - times.measure_s - times.tail_s)
-        whole_s = times.warm_s + times.measure_s + bound_s + AFTER_S
+        bound_s = times.serve_again_s if left_s is None else max(0.0, left_s - 2 * times.warm_s - times.measure_s - times.tail_s)
+        after_s = times.warm_s + fig.HOLD_S + 1.0  # what a load needs to settle, it needs to settle again
+        whole_s = times.warm_s + times.measure_s + bound_s + after_s
         wall, clock, before = time.time(), time.perf_counter(), gateway.usage()
         async with load(self._cluster.work, self._paced(row, gateway, whole_s)) as going:
             await asyncio.sleep(times.warm_s + times.measure_s)
@@ -175,7 +175,7 @@ class Runner:
             restarted_at = time.perf_counter()
             self._cluster.start_worker(victim)
             serves = await self._serves_within(victim, served + 1, bound_s)
-            await asyncio.sleep(max(AFTER_S, fig.HOLD_S + 1.0) if serves else 0.0)
+            await asyncio.sleep(after_s if serves else 0.0)
             going.end()
             seen = await going.seen()
         at_s = killed_at - seen.start_s
