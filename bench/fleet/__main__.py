@@ -1,13 +1,14 @@
 """Shell. `python -m bench.fleet` (`make bench-fleet`): one gateway and a worker per GPU, on 2, 4 and 8 of them, or with the simulated engine.
 
-    python -m bench.fleet --engine vllm --workers 2,4,8 --budget 560                  throughput and policies
-    python -m bench.fleet --engine vllm --workers 2,4,8 --budget 560 --parts kill,mixed
+    python -m bench.fleet --engine vllm --workers 2,4,8 --budget 560 --parts scale,policies
+    python -m bench.fleet --engine vllm --workers 2,4,8 --budget 560 --parts base,kill
+    python -m bench.fleet --engine vllm --workers 8 --budget 560 --parts mixed
     python -m bench.fleet --engine sim --workers 2,4,8                                the rehearsal, no GPU
 
-Parts: `scale` saturates every size of fleet in a closed loop; `policies` sends Poisson arrivals at 70% and 95% of the largest one's capacity to
-each policy, only the gateway being started again between them; `kill` kills a worker at 70%; `mixed` puts a worker with tensor parallel 2 and
-a model of its own beside the single ones. Every row is appended to a JSONL file in --out as soon as it exists and not measured again, so a run
-that was cut off, or did not fit into --budget, goes on where it stopped.
+Parts: `scale` saturates every size of fleet in a closed loop over all adapters, `base` with the base model alone; `policies` sends Poisson
+arrivals at 70% and 95% of the largest one's capacity to each policy, only the gateway being started again between them; `kill` kills a worker
+at 70%; `mixed` puts a worker with tensor parallel 2 and a model of its own beside the single ones. Every row is appended to a JSONL file in
+--out as soon as it exists and not measured again, so a run that was cut off, or did not fit into --budget, goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from bench.fleet.cluster import Cluster
 from bench.fleet.figures import RecordedRow, line, table
 from bench.fleet.plan import PARTS, POLICIES, Plan, Row, Times, fit, rows, with_capacity
 from bench.fleet.run import Runner, Volume, read
-from bench.fleet.served import Served, real, simulated
+from bench.fleet.served import PAIR, Served, real, simulated
 from bench.gateways import RESULTS, commit
 from bench.load import raise_open_files_limit
 from bench.peers.process import NotStarted
@@ -94,10 +95,12 @@ async def _measure(flags: argparse.Namespace, gpus: int, wanted: Sequence[Row], 
         first = most if any(row.part != "mixed" for row in wanted) else cluster.mixed_singles
         for index in range(first):
             cluster.start_worker(f"w{index}")
-        for index in range(first):
-            await cluster.until_serving(f"w{index}")
-        print(f"{first} workers serve after {time.monotonic() - STARTED:.0f} s", flush=True)
-        if flags.heat and first == most:
+        if all(row.part == "mixed" for row in wanted):
+            cluster.start_worker(cluster.pair, PAIR)
+        for name in list(cluster.workers):
+            await cluster.until_serving(name)
+        print(f"{len(cluster.workers)} workers serve after {time.monotonic() - STARTED:.0f} s", flush=True)
+        if flags.heat and any(row.part != "mixed" for row in wanted):
             await Runner(cluster, _volume(flags, most), Plan((), _times(flags)), lambda: None, ()).heat(most, flags.heat)
         plan = fit(wanted, _times(flags), _left_s(flags))
         _say(plan)
@@ -221,9 +224,7 @@ def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--engine", choices=("sim", "vllm"), default="vllm")
     parser.add_argument("--workers", type=_numbers, default=[2, 4, 8], metavar="N,N", help="sizes of the fleet (default 2,4,8)")
-    parser.add_argument(
-        "--parts", type=_words(PARTS), default=["scale", "policies", "kill"], help=f"of {','.join(PARTS)} (default: all but mixed)"
-    )
+    parser.add_argument("--parts", type=_words(PARTS), default=list(PARTS[:-1]), help=f"of {','.join(PARTS)} (default: all but mixed)")
     parser.add_argument("--mixed", dest="parts", action=_Also, const="mixed", nargs=0, help="the part `mixed` too")
     parser.add_argument("--policies", type=_words(POLICIES), default=list(POLICIES), help="default: all four")
     parser.add_argument("--repetitions", type=int, default=1, help="of the policies (default %(default)s)")

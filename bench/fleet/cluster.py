@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from bench.fleet.figures import Seen, together
-from bench.fleet.served import MODEL, Served
+from bench.fleet.served import MODEL, PAIR_ENV, Served
 from bench.peers.process import LOOK_AGAIN_S, NotStarted, Process, Usage, free_ports, spent_s, tree
 from shared.process import PARENT_ENV
 
@@ -65,6 +65,7 @@ class Cluster:
     boot_s: float
     gpus: int
     workers: dict[str, Process] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=lambda: free_ports(1)[0])
 
     def __post_init__(self) -> None:
@@ -75,6 +76,11 @@ class Cluster:
 
     # ---- workers ------------------------------------------------------------------------------------------------------------------------
 
+    @property
+    def pair(self) -> str:
+        """The worker with tensor parallel 2: its number is that of its first GPU, the first that the single ones of the mixed fleet leave."""
+        return f"w{self.mixed_singles}"
+
     def start_worker(self, name: str, model: str = MODEL) -> Process:
         number = int(name[1:])
         known = [size for size in self.sizes if number < size] if model == MODEL else []
@@ -82,6 +88,7 @@ class Cluster:
         endpoints = [f"ipc://{self._run_dir(size)}/g{i}.control" for size in known for i in range(self.gateway_processes)]
         argv = [sys.executable, "-m", "worker", str(self._config("worker", 0)), "--model", model, "--worker", name]
         argv += [part for endpoint in endpoints for part in ("--gateway", endpoint)]
+        self.models[name] = model
         self.workers[name] = Process(argv, self.work / WORKER_LOG.format(name), env=self._worker_env(number, model), cwd=ROOT)
         return self.workers[name]
 
@@ -131,7 +138,7 @@ class Cluster:
             env |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
         elif self.served.engine == "vllm":
             env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        return env
+        return env if model == MODEL else env | PAIR_ENV
 
     # ---- gateways -----------------------------------------------------------------------------------------------------------------------
 

@@ -155,9 +155,9 @@ def linear(tokens_per_s: Mapping[int, float]) -> dict[int, float]:
     return {n: made / n / each for n, made in sorted(tokens_per_s.items()) if each}
 
 
-def scale(rows: Sequence[RecordedRow]) -> dict[int, float]:
+def scale(rows: Sequence[RecordedRow], part: str = "scale") -> dict[int, float]:
     """Output tokens/s against workers, the latest row of each."""
-    return {row["workers"]: row["figures"]["output_tokens_per_s"] for row in rows if row["part"] == "scale"}
+    return {row["workers"]: row["figures"]["output_tokens_per_s"] for row in rows if row["part"] == part}
 
 
 def medians(rows: Sequence[RecordedRow]) -> dict[tuple[str, float], dict[str, float]]:
@@ -205,15 +205,16 @@ def table(rows: Sequence[RecordedRow]) -> str:
 
 
 def _scale_table(rows: Sequence[RecordedRow]) -> str:
-    made = scale(rows)
-    if not made:
-        return ""
-    costs = {r["workers"]: r for r in rows if r["part"] == "scale"}
-    lines = ["| workers | output tok/s | to linear | gateway us/token | gateway cores | processes |", "|---|---|---|---|---|---|"]
-    for n, ratio in linear(made).items():
-        g = costs[n]["gateway"]
-        lines.append(f"| {n} | {made[n]:,.0f} | {ratio:.2f} | {g['us_per_token'] or 0:.1f} | {g['cores']:.2f} | {g['processes']} |")
-    return "\n".join(lines)
+    lines = []
+    for part, load in (("scale", "adapters"), ("base", "base model")):
+        made = scale(rows, part)
+        costs = {r["workers"]: r["gateway"] for r in rows if r["part"] == part}
+        for n, ratio in linear(made).items():
+            g = costs[n]
+            cost = f"{g['us_per_token'] or 0:.1f} | {g['cores']:.2f} | {g['processes']}"
+            lines.append(f"| {load} | {n} | {made[n]:,.0f} | {ratio:.2f} | {cost} |")
+    head = ["| load | workers | output tok/s | to linear | gateway us/token | gateway cores | processes |", "|---|---|---|---|---|---|---|"]
+    return "\n".join([*head, *lines]) if lines else ""
 
 
 def _policy_table(rows: Sequence[RecordedRow]) -> str:

@@ -29,16 +29,17 @@ def draw(rows: Sequence[RecordedRow], path: Path, title: str) -> None:
 
 
 def _scale(axes: Any, rows: Sequence[RecordedRow]) -> None:
-    made = sorted(scale(rows).items())
-    axes.set(title="Output tokens/s against workers", xlabel="workers", ylabel="output tokens/s")
-    if made:
-        counts = [n for n, _ in made]
-        each = made[0][1] / made[0][0]
-        axes.plot(counts, [n * each for n in counts], "--", color="tab:gray", label="linear")
-        axes.plot(counts, [tokens for _, tokens in made], "o-", color="tab:blue", label="measured")
-        axes.set_xticks(counts)
-        axes.set_ylim(bottom=0)
-        axes.legend()
+    axes.set(title="Output tokens/s against workers (dashed: linear)", xlabel="workers", ylabel="output tokens/s")
+    for part, label, colour in (("scale", "adapters", "tab:blue"), ("base", "base model", "tab:gray")):
+        made = sorted(scale(rows, part).items())
+        if made:
+            counts = [n for n, _ in made]
+            each = made[0][1] / made[0][0]
+            axes.plot(counts, [n * each for n in counts], "--", color=colour, alpha=0.6)
+            axes.plot(counts, [tokens for _, tokens in made], "o-", color=colour, label=label)
+            axes.set_xticks(counts)
+            axes.set_ylim(bottom=0)
+            axes.legend()
     axes.grid(alpha=0.3)
 
 

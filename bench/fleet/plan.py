@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-PARTS = ("scale", "policies", "kill", "mixed")
+PARTS = ("scale", "base", "policies", "kill", "mixed")
 POLICIES = ("expected-ttft", "ray", "ray-strict", "round-robin")
 OURS = POLICIES[0]
 SHARES = (0.70, 0.95)
@@ -67,6 +67,8 @@ def rows(parts: Collection[str], workers: Sequence[int], policies: Sequence[str]
     most = max(workers)
     if "scale" in parts:
         made += [Row("scale", n) for n in sorted(workers)]
+    if "base" in parts:
+        made += [Row("base", n) for n in sorted(workers)]
     if "policies" in parts:
         made += [Row("policies", most, p, share, again) for again in range(repetitions) for p in policies for share in SHARES]
     if "kill" in parts:

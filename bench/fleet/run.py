@@ -139,7 +139,8 @@ class Runner:
             flags = self._flags(gateway, MODEL, output_tokens=self._volume.output_tokens, seed=SEED + 100 * row.repetition + index)
             streams = max(1, row.workers * self._volume.streams // count)
             pace = f"--concurrency={streams}" if rate is None else f"--rate={rate / count}"
-            made.append([*flags, "--mix=zipf", "--alpha=1.0", f"--duration={duration_s}", pace])
+            mix = ["--mix=base"] if row.part == "base" else ["--mix=zipf", "--alpha=1.0"]
+            made.append([*flags, *mix, f"--duration={duration_s}", pace])
         return made
 
     def _flags(self, gateway: Gateway, model: str, *, output_tokens: int, seed: int) -> list[str]:
@@ -214,12 +215,12 @@ class Runner:
     async def _mixed(self, row: Row) -> dict[str, Any]:
         """The last two GPUs go to one worker of another model, tensor parallel 2; both models are loaded at once."""
         cluster, times = self._cluster, self._plan.times
-        pair = f"w{cluster.mixed_singles}"
-        for name in [name for name in cluster.workers if int(name[1:]) >= cluster.mixed_singles]:
-            cluster.workers.pop(name).stop()
-        served = cluster.times_served(pair)  # its name was another's before
-        cluster.start_worker(pair, PAIR)
-        await cluster.until_serving(pair, times=served + 1)
+        if cluster.models.get(cluster.pair) != PAIR:
+            for name in [name for name in cluster.workers if int(name[1:]) >= cluster.mixed_singles]:
+                cluster.workers.pop(name).stop()
+            served = cluster.times_served(cluster.pair)  # its name was another's before
+            cluster.start_worker(cluster.pair, PAIR)
+            await cluster.until_serving(cluster.pair, times=served + 1)
         began, clock = time.time(), time.perf_counter()
         async with cluster.gateway(MIXED, row.policy) as gateway:
             before = gateway.usage()

@@ -12,6 +12,19 @@ from bench.sim.timing import Timing
 
 MODEL, PAIR = "m", "pair"
 """The model of the single workers, and the one of the worker with tensor parallel 2."""
+PAIR_ARGUMENTS: dict[str, Any] = {
+    "tensor_parallel_size": 2,
+    "disable_custom_all_reduce": True,
+    "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},
+}
+PAIR_ENV = {
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+}
+"""The pair talks through plain NCCL: everything faster may allocate NVLink multicast, which in virtual machines is missing, or shared with others."""
 SIM_PROMPT_TOKENS = 128
 VLLM_PROMPT_WORDS = 100  # about 128 tokens with the template
 
@@ -78,7 +91,7 @@ def real(work: Path, adapters: int, slots: int, shape: str) -> Served:
         }
 
     facts = {"engine": "vllm", "model": shape, "adapters": adapters, "rank": RANK, "slots": slots, "engine_arguments": arguments}
-    entries = {MODEL: entry(MODEL, {}), PAIR: entry(PAIR, {"tensor_parallel_size": 2})}
+    entries = {MODEL: entry(MODEL, {}), PAIR: entry(PAIR, PAIR_ARGUMENTS)}
     return Served("vllm", entries, _names(root), VLLM_PROMPT_WORDS, facts)
 
 

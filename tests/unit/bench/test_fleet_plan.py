@@ -17,6 +17,10 @@ def test_repetitions_of_the_policies_are_interleaved_at_the_largest_size() -> No
 
 def test_scaling_goes_from_the_smallest_fleet_to_the_largest() -> None:
     assert [row.workers for row in rows(["scale"], [8, 2, 4], POLICIES, 1)] == [2, 4, 8]
+    assert [row.key for row in rows(["base"], [4, 2], POLICIES, 1)] == [
+        "base/2/expected-ttft/saturated/0",
+        "base/4/expected-ttft/saturated/0",
+    ]
 
 
 def test_a_share_of_an_unknown_capacity_has_its_measurement_before_it() -> None:
@@ -42,6 +46,11 @@ def test_without_a_budget_everything_is_run() -> None:
 
 def test_throughput_and_policies_of_eight_gpus_fit_into_what_560_s_leave_after_boot() -> None:
     plan = fit(rows(["scale", "policies"], [2, 4, 8], POLICIES, 1), TIMES, 560 - 190 - 30 - 10)
+    assert not plan.left_out and plan.times.measure_s == TIMES.measure_s
+
+
+def test_the_base_model_and_a_killed_worker_fit_into_another_call() -> None:
+    plan = fit(rows(["base", "kill"], [2, 4, 8], POLICIES, 1), TIMES, 560 - 190 - 30 - 10)
     assert not plan.left_out and plan.times.measure_s == TIMES.measure_s
 
 
