@@ -207,7 +207,9 @@ def _publish(out: Path) -> None:
     machine = (
         f"{len(hardware['gpus'])} x {hardware['gpus'][0]}" if hardware["gpus"] else f"{hardware['cores']} cores, {hardware['cpu_model']}"
     )
-    head = f"`{' '.join(last['command'])}`\n\n{machine}, {last['at']}, commit {last['commit'][:13]}, {json.dumps(last['served'])}\n\n"
+    calls = dict.fromkeys((" ".join(row["command"]), row["commit"][:13]) for row in made)
+    head = "".join(f"`{command}` at commit {at}\n\n" for command, at in calls)
+    head += f"{machine}, {last['at']}, {json.dumps(last['served'])}\n\n"
     out.with_suffix(".md").write_text(head + text + "\n")
     try:
         from bench.fleet.picture import draw
