@@ -38,8 +38,8 @@ def _scale(axes: Any, rows: Sequence[RecordedRow]) -> None:
             axes.plot(counts, [n * each for n in counts], "--", color=colour, alpha=0.6)
             axes.plot(counts, [tokens for _, tokens in made], "o-", color=colour, label=label)
             axes.set_xticks(counts)
-            axes.set_ylim(bottom=0)
             axes.legend()
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
 
 
