@@ -41,7 +41,9 @@ class Flight:
         "body",
         "choice",
         "done",
+        "elsewhere",
         "life",
+        "model",
         "output_tokens",
         "path",
         "place",
@@ -79,6 +81,8 @@ class Flight:
         prefix: int = 0,
         priority: int = 0,
         streams: bool = False,
+        model: str = "",
+        elsewhere: bool = False,
     ) -> None:
         self.base, self.adapter, self.stored = base, adapter, stored
         self.path, self.request_id, self.body, self.sink = path, request_id, body, sink
@@ -86,6 +90,8 @@ class Flight:
         self.output_tokens = output_tokens
         self.tenant, self.session, self.prefix, self.priority = tenant, session, prefix, priority
         self.streams = streams  # asked for an event stream: it can be told what it waits for
+        self.model = model  # what the client called it, where that is not `base:name`
+        self.elsewhere = elsewhere  # a worker that cannot get the adapter says nothing about the others
         self.ask = NO_ASK  # made by the dispatcher, on its clock
         self.life = Lifecycle()
         self.sid: wire.StreamId = 0

@@ -30,6 +30,9 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "undecodable_messages": ("Messages from workers that were dropped.", ("socket",)),
     "retries": ("Requests sent to another worker before their first byte.", ()),
     "slow_readers": ("Clients cut off because they did not read.", ()),
+    "adapter_version_changes": ("New adapter versions: switched to, refused, or not ready yet.", ("base", "outcome")),
+    "alias_requests": ("Requests by alias and the share that answered.", ("base", "alias", "adapter", "outcome")),
+    "alias_rollbacks": ("Shares of aliases that were rolled back.", ("base", "alias")),
 }
 DISTRIBUTIONS: dict[str, tuple[str, tuple[str, ...], Sequence[float]]] = {
     "ttft_seconds": ("Time from a request's arrival to its first bytes.", ("base", "cold"), TTFT_BUCKETS_S),
@@ -51,6 +54,8 @@ class Metrics:
     def __init__(self, process: str = "g0") -> None:
         self.process = process
         self._tally = Tally(BOUNDS)
+        self._aliases: set[tuple[str, str, str]] = set()
+        self._refused: Mapping[str, Callable[[], int]] = {}
         self._adapters: set[tuple[str, str]] = set()
         self._fleet: Fleet | None = None
         self._depth: Mapping[str, Callable[[], int]] = {}
@@ -78,6 +83,24 @@ class Metrics:
 
     def slow_reader(self) -> None:
         self._tally.count(("slow_readers",))
+
+    def version_change(self, base: str, outcome: str) -> None:
+        """`outcome`: switched, refused or failed."""
+        self._tally.count(("adapter_version_changes", base, outcome))
+
+    def alias_request(self, base: str, alias: str, adapter: str, failed: bool) -> None:
+        if (base, alias, adapter) not in self._aliases:
+            if len(self._aliases) >= ADAPTER_LABELS:
+                alias = adapter = OTHER
+            self._aliases.add((base, alias, adapter))
+        self._tally.count(("alias_requests", base, alias, adapter, "failed" if failed else "ok"))
+
+    def alias_rollback(self, base: str, alias: str) -> None:
+        self._tally.count(("alias_rollbacks", base, alias if any(a[:2] == (base, alias) for a in self._aliases) else OTHER))
+
+    def watch_versions(self, refused: Mapping[str, Callable[[], int]]) -> None:
+        """`refused` maps each base model to a function that counts the adapters whose newest version is not served."""
+        self._refused = refused
 
     def finished(self, flight: Flight) -> None:
         base, phase, done, start = flight.base, flight.life.phase, flight.done, flight.t_start
@@ -124,6 +147,7 @@ class Metrics:
         registry.register(ProcessCollector(snapshots, answered))
         if self._fleet is not None:
             registry.register(FleetCollector(self._fleet))
+        registry.register(VersionCollector(self._refused))
         return registry
 
     def _adapter_label(self, base: str, adapter: str) -> str:
@@ -212,3 +236,18 @@ class FleetCollector(Collector):
             for tier in ("gpu", "cpu", "disk"):
                 used.add_metric([*at, tier], tiers.count(tier))
         return [up, load, capacity, slots, used, kv]
+
+
+class VersionCollector(Collector):
+    """As this process sees it: each switches on its own."""
+
+    def __init__(self, refused: Mapping[str, Callable[[], int]]) -> None:
+        self._refused = refused
+
+    def collect(self) -> Iterable[Metric]:
+        gauge = GaugeMetricFamily(
+            "loraplex_adapters_refused", "Adapters whose newest version is invalid while an older one is served.", labels=["base"]
+        )
+        for base, count in self._refused.items():
+            gauge.add_metric([base], count())
+        return [gauge]

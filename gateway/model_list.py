@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from gateway import openai
 from gateway.catalog import Catalog
 
 
 class ModelList:
-    """`catalogs`: every base model; None where it has no adapter store."""
+    """`catalogs`: every base model; None where it has no adapter store. `aliases`: those of a base model, listed beside its adapters."""
 
-    def __init__(self, catalogs: Mapping[str, Catalog | None], created: int) -> None:
-        self._catalogs = catalogs
+    def __init__(self, catalogs: Mapping[str, Catalog | None], aliases: Callable[[str], Iterable[str]], created: int) -> None:
+        self._catalogs, self._aliases = catalogs, aliases
         self._created = created
         self._making = asyncio.Lock()
-        self._state: tuple[int, ...] | None = None
+        self._state: tuple[object, ...] | None = None
         self._body = b""
 
     async def body(self) -> bytes:
@@ -25,10 +25,16 @@ class ModelList:
             async with self._making:  # many who ask at once wait for one
                 state = self._versions()
                 if self._state != state:
-                    names = {base: tuple(catalog.known) if catalog is not None else () for base, catalog in self._catalogs.items()}
+                    names = {base: self._names(base, catalog) for base, catalog in self._catalogs.items()}
                     self._body = await asyncio.to_thread(openai.model_list, names, self._created)
                     self._state = state
         return self._body
 
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(catalog.version for catalog in self._catalogs.values() if catalog is not None)
+    def _names(self, base: str, catalog: Catalog | None) -> tuple[str, ...]:
+        known = catalog.known if catalog is not None else {}
+        return (*known, *(alias for alias in self._aliases(base) if alias not in known))
+
+    def _versions(self) -> tuple[object, ...]:
+        return tuple(
+            (tuple(self._aliases(base)), catalog.version if catalog is not None else 0) for base, catalog in self._catalogs.items()
+        )

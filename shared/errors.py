@@ -42,6 +42,12 @@ class InvalidApiKey(LoraplexError):
     code = "invalid_api_key"
 
 
+class Forbidden(LoraplexError):
+    """Whoever it is may not do this, or nobody may as the gateway is configured."""
+
+    code = "forbidden"
+
+
 class RouteNotFound(LoraplexError):
     code = "not_found"
 
@@ -68,6 +74,12 @@ class InvalidAdapter(LoraplexError):
         self.reason = reason
         if reason:
             self.code = f"{InvalidAdapter.code}_{reason}"
+
+
+class TooManyPins(LoraplexError):
+    """Every slot but the one that must stay for other adapters is pinned."""
+
+    code = "too_many_pins"
 
 
 class StoreUnavailable(LoraplexError):
@@ -97,6 +109,13 @@ class DeadlineExceeded(LoraplexError):
     """
 
     code = "deadline_exceeded"
+    retryable = True
+
+
+class NotDoneInTime(LoraplexError):
+    """The worker has not answered yet; what it was asked for goes on."""
+
+    code = "not_done_in_time"
     retryable = True
 
 

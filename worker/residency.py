@@ -7,6 +7,9 @@ Fetches run side by side; loads one at a time, because the engine loads inside i
 started once the adapter is resident; from then on it holds the slot until it ends. When all slots are in use, adapters wait in order; one that
 has waited longer than SLOT_PATIENCE_S closes the slot that has gone longest without a new request: its running requests end in peace, its new
 ones wait in line. So a busy adapter cannot starve another one (vLLM's own scheduler would let it).
+
+What an operator asks for (wire.Tend) has a number like a request: `want` and `finish` stand for a load, `cache` for the disk alone, `evict` for
+the way out of the engine.
 """
 
 from __future__ import annotations
@@ -14,13 +17,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TypeAlias
 
 from shared.adapters import AdapterRef
 from shared.wire import AdapterState, Tier
 from worker.engine import Loaded
 from worker.heat import Heat
+from worker.instructions import Fetch, Instruction, Load, Reject, Start, Tended, Unload
 from worker.slots import Evict, Full, SlotTable
+
+__all__ = ["Fetch", "Instruction", "Load", "Reject", "Residency", "Stage", "Start", "Tended", "Unload"]
 
 SLOT_PATIENCE_S = 2.0
 FAILED_FOR_S = 5.0
@@ -41,48 +46,6 @@ class Stage(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Fetch:
-    """Bring the adapter to disk and validate it; answer with `fetched` or `failed`."""
-
-    adapter: AdapterRef
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Take `demote` out of its slot (it stays in host memory), unload `evict` and `drop` (answer `unloaded` for each), then load.
-
-    Answer with `loaded` or `failed`.
-    """
-
-    adapter: Loaded
-    evict: Loaded | None
-    demote: Loaded | None = None
-    drop: tuple[Loaded, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """The request's adapter is resident (or it needs none): give it to the engine. `waited_for` says what the adapter came from."""
-
-    request: int
-    adapter: Loaded
-    came_from: Tier
-
-
-@dataclass(frozen=True, slots=True)
-class Reject:
-    """The request cannot be served: its adapter failed."""
-
-    request: int
-    code: str
-    message: str
-    retryable: bool
-
-
-Instruction: TypeAlias = Fetch | Load | Start | Reject
-
-
-@dataclass(frozen=True, slots=True)
 class Failure:
     code: str
     message: str
@@ -97,6 +60,7 @@ class _Entry:
     came_from: Tier
     loaded: Loaded | None = None
     waiting: dict[int, None] = field(default_factory=dict)  # requests, in order of arrival
+    cachers: dict[int, None] = field(default_factory=dict)  # want it on disk, while it is fetched
     in_host: bool = False  # the engine holds the weights in host memory (in a slot as well, or not)
 
 
@@ -116,6 +80,7 @@ class Residency:
         self._users: dict[int, AdapterRef] = {}  # started requests
         self._seekers: dict[int, AdapterRef] = {}  # waiting requests
         self._failed: dict[AdapterRef, Failure] = {}
+        self._leaving: dict[AdapterRef, dict[int, None]] = {}  # evicted, not gone yet -> who asked
         self._loading: AdapterRef | None = None
 
     # ---- requests ---------------------------------------------------------------------------------------------------------------------
@@ -123,11 +88,9 @@ class Residency:
     def want(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
         """A request needs the adapter."""
         self._heat.note(adapter, now)
-        failure = self._failed.get(adapter)
-        if failure:
-            if now < failure.until:
-                return [Reject(request, failure.code, failure.message, failure.retryable)]
-            del self._failed[adapter]
+        rejected = self._reject(request, adapter, now)
+        if rejected:
+            return [rejected]
         entry = self._entries.get(adapter)
         if entry is None:
             entry = self._entries[adapter] = _Entry(Stage.FETCHING, now, Tier.REMOTE)
@@ -158,6 +121,35 @@ class Residency:
                 return self._advance(now)
         return []
 
+    # ---- what operators ask for -------------------------------------------------------------------------------------------------------
+
+    def cache(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
+        """Somebody wants the adapter on this host's disk, and no more."""
+        rejected = self._reject(request, adapter, now)
+        if rejected:
+            return [rejected]
+        entry = self._entries.get(adapter)
+        if entry is not None and entry.stage is not Stage.FETCHING:
+            return [Tended(request)]
+        instructions: list[Instruction] = []
+        if entry is None:
+            entry = self._entries[adapter] = _Entry(Stage.FETCHING, now, Tier.REMOTE)
+            instructions.append(Fetch(adapter))
+        entry.cachers[request] = None
+        return instructions
+
+    def evict(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
+        """Unpins the adapter; it leaves the engine as soon as nobody uses it or waits for it. Those who come meanwhile are served first."""
+        self.slots.unpin(adapter)
+        self._leaving.setdefault(adapter, {})[request] = None
+        return self._advance(now)
+
+    def pin(self, adapter: AdapterRef) -> list[Instruction]:
+        """It is in a slot and keeps it, whatever was asked before; its name's other versions are pinned no longer."""
+        self.slots.pin(adapter)
+        askers = self._leaving.pop(adapter, ())
+        return [Reject(r, "worker_unavailable", f"The adapter `{adapter.name}` was pinned meanwhile.", False) for r in askers]
+
     def tick(self, now: float) -> list[Instruction]:
         """Lets the head of the line close a slot once it has waited long enough."""
         head = next(iter(self._line), None)
@@ -176,11 +168,12 @@ class Residency:
         """The adapter is on disk and valid."""
         entry = self._entries[loaded.ref]
         entry.loaded = loaded
+        tended: list[Instruction] = [Tended(r) for r in entry.cachers]
+        entry.cachers.clear()
         self._line_up(loaded.ref, entry, came_from, now)
         if not entry.waiting:
             self._forget(loaded.ref)
-            return []
-        return self._advance(now)
+        return tended + self._advance(now)
 
     def loaded(self, adapter: AdapterRef, now: float) -> list[Instruction]:
         """The engine has it: everybody who waited starts."""
@@ -204,18 +197,19 @@ class Residency:
             del self._failed[next(iter(self._failed))]
         for request in entry.waiting:
             del self._seekers[request]
-        rejected: list[Instruction] = [Reject(r, code, message, retryable) for r in entry.waiting]
+        rejected: list[Instruction] = [Reject(r, code, message, retryable) for r in (*entry.waiting, *entry.cachers)]
         return rejected + self._advance(now)
 
     def unloaded(self, adapter: AdapterRef, now: float) -> list[Instruction]:
         """A victim has left the engine. Requests that came for it meanwhile wait in line again."""
         entry = self._entries[adapter]
         entry.in_host = False
+        tended: list[Instruction] = [Tended(r) for r in self._leaving.pop(adapter, ())]
         if entry.waiting:
             self._line_up(adapter, entry, Tier.DISK, now)
         else:
             self._forget(adapter)
-        return []
+        return tended + self._advance(now)
 
     # ---- for heartbeats -----------------------------------------------------------------------------------------------------------------
 
@@ -237,8 +231,37 @@ class Residency:
 
     # ---- inside -------------------------------------------------------------------------------------------------------------------------
 
+    def _reject(self, request: int, adapter: AdapterRef, now: float) -> Reject | None:
+        """What failed a moment ago is not tried again."""
+        failure = self._failed.get(adapter)
+        if failure is None:
+            return None
+        if now < failure.until:
+            return Reject(request, failure.code, failure.message, failure.retryable)
+        del self._failed[adapter]
+        return None
+
     def _advance(self, now: float) -> list[Instruction]:
-        """Gives the next slot to the head of the line, if there is a slot to give and no load runs."""
+        """Lets go what was evicted and is idle by now, then gives out the next slot."""
+        return (self._retire() if self._leaving else []) + self._give_slot(now)
+
+    def _retire(self) -> list[Instruction]:
+        instructions: list[Instruction] = []
+        for adapter, askers in list(self._leaving.items()):
+            entry = self._entries.get(adapter)
+            if entry is None:
+                del self._leaving[adapter]
+                instructions += [Tended(r) for r in askers]
+            elif entry.stage is Stage.WARM:
+                del self._warm[adapter]
+                instructions.append(Unload(self._leave(adapter)))
+            elif entry.stage in (Stage.RESIDENT, Stage.CLOSING) and not entry.waiting and self.slots.uses(adapter) == 0:
+                self.slots.vacate(adapter)
+                instructions.append(Unload(self._leave(adapter)))
+        return instructions
+
+    def _give_slot(self, now: float) -> list[Instruction]:
+        """The next slot to the head of the line, if there is a slot to give and no load runs."""
         if self._loading is not None:
             return []
         head = next(iter(self._line), None)
@@ -266,7 +289,7 @@ class Residency:
     def _make_room(self, entry: _Entry, victim: AdapterRef | None, now: float) -> Load:
         """The load of `entry`, with what becomes of the victim: it stays in host memory if there is a place, after colder ones have gone."""
         assert entry.loaded is not None
-        held = sum(e.in_host for e in self._entries.values())
+        held = sum(e.in_host and e.stage is not Stage.UNLOADING for e in self._entries.values())
         excess = held + (not entry.in_host) - self._host_places
         drop: list[Loaded] = []
         while self._warm and (excess > len(drop) or sum(self._warm.values()) > WARM_BYTES):
@@ -333,6 +356,7 @@ class Residency:
         tier = Tier.GPU if in_slot else Tier.CPU if entry.in_host else Tier.REMOTE if entry.stage is Stage.FETCHING else Tier.DISK
         size = entry.loaded.size_bytes if entry.loaded else 0
         rank = entry.loaded.rank if entry.loaded else 0
-        eta_s = 0.0 if in_slot or warm else max(0.0, load_s - (now - entry.since))
+        loading = not (in_slot or warm or (entry.cachers and not entry.waiting))
+        eta_s = max(0.0, load_s - (now - entry.since)) if loading else 0.0
         in_flight = self.slots.uses(ref) + len(entry.waiting)
-        return AdapterState(ref.name, ref.digest, tier, not (in_slot or warm), eta_s, in_flight, rank, size, self.slots.pinned(ref))
+        return AdapterState(ref.name, ref.digest, tier, loading, eta_s, in_flight, rank, size, self.slots.pinned(ref))

@@ -49,7 +49,7 @@ async def _level(adapters: int) -> str:
         await asyncio.to_thread(write_adapters, Path(folder), adapters)
         await asyncio.sleep(SETTLE_S)
         catalog = Catalog("base", open_store(folder), 30.0)
-        models = ModelList({"base": catalog}, 0)
+        models = ModelList({"base": catalog}, lambda _: (), 0)
         gc.collect()
         before = _rss_bytes()
         began = time.process_time()

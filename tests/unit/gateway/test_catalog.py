@@ -320,7 +320,7 @@ async def test_the_model_list_is_made_once_per_state_of_the_catalogs_however_man
     real = openai.model_list
     monkeypatch.setattr(openai, "model_list", lambda names, created: made.append(1) or real(names, created))
     catalog, _ = a_catalog(root)
-    models = ModelList({"tiny": catalog, "plain": None}, 5)
+    models = ModelList({"tiny": catalog, "plain": None}, lambda base: (), 5)
     assert b"pirate" not in await models.body()
     await catalog.refresh()
     bodies = await asyncio.gather(*(models.body() for _ in range(20)))

@@ -10,7 +10,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from shared.adapters import AdapterRef
 from shared.wire import Tier
 from worker.engine import Loaded
-from worker.residency import FAILED_FOR_S, MAX_FAILED, SLOT_PATIENCE_S, Fetch, Instruction, Load, Reject, Residency, Stage, Start
+from worker.residency import (
+    FAILED_FOR_S,
+    MAX_FAILED,
+    SLOT_PATIENCE_S,
+    Fetch,
+    Instruction,
+    Load,
+    Reject,
+    Residency,
+    Stage,
+    Start,
+    Tended,
+    Unload,
+)
 
 A, B, C, D, E = (AdapterRef("tiny", name, "d") for name in "abcde")
 
@@ -276,6 +289,112 @@ def test_nothing_closes_while_nobody_waits_for_a_slot() -> None:
     assert stage(residency, A) is Stage.RESIDENT
 
 
+# ---- what operators ask for ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_only_to_be_cached_is_fetched_and_takes_no_slot() -> None:
+    residency = Residency(1)
+    assert residency.cache(-1, A, 0.0) == [Fetch(A)]
+    assert residency.cache(-2, A, 0.0) == []
+    assert [(s.tier, s.loading, s.in_flight) for s in residency.states(0.0, 1.0)] == [(Tier.REMOTE, False, 0)]
+    assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == [Tended(-1), Tended(-2)]
+    assert len(residency.slots) == 0 and stage(residency, A) is None
+
+
+def test_a_request_that_comes_while_its_adapter_is_being_cached_shares_the_fetch() -> None:
+    residency = Residency(1)
+    residency.cache(-1, A, 0.0)
+    assert residency.want(2, A, 0.0) == []
+    assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == [Tended(-1), Load(on_disk(A), None)]
+
+
+def test_what_is_in_the_engine_is_cached_already_and_what_failed_is_refused() -> None:
+    residency = Residency(1)
+    resident(residency, 1, A)
+    assert residency.cache(-1, A, 0.0) == [Tended(-1)]
+    residency.cache(-2, B, 0.0)
+    assert residency.failed(B, "invalid_adapter", "no", False, 0.0) == [Reject(-2, "invalid_adapter", "no", False)]
+    assert residency.cache(-3, B, 0.0) == [Reject(-3, "invalid_adapter", "no", False)]
+
+
+def test_an_idle_adapter_that_is_evicted_leaves_at_once_and_its_slot_goes_to_the_line() -> None:
+    residency = Residency(1, 4)
+    resident(residency, 1, A)
+    residency.finish(1, 0.0)
+    assert residency.evict(-1, A, 0.0) == [Unload(on_disk(A))]
+    assert len(residency.slots) == 0
+    assert residency.states(0.0, 1.0) == ()
+    assert residency.unloaded(A, 0.0) == [Tended(-1)]
+    assert stage(residency, A) is None
+
+
+def test_an_adapter_in_host_memory_that_is_evicted_leaves_it() -> None:
+    residency = Residency(1, 4)
+    resident(residency, 1, A)
+    residency.finish(1, 0.0)
+    residency.want(2, B, 0.0)
+    residency.fetched(on_disk(B), Tier.REMOTE, 0.0)
+    residency.loaded(B, 0.0)
+    assert stage(residency, A) is Stage.WARM
+    assert residency.evict(-1, A, 0.0) == [Unload(on_disk(A))]
+    assert residency.unloaded(A, 0.0) == [Tended(-1)]
+    assert {s.name for s in residency.states(0.0, 1.0)} == {"b"}
+
+
+def test_an_adapter_that_was_evicted_from_host_memory_is_not_asked_to_leave_it_again() -> None:
+    residency = Residency(1, 2)
+    for number, ref in enumerate((A, B), 1):
+        residency.want(number, ref, 0.0)
+        residency.fetched(on_disk(ref), Tier.REMOTE, 0.0)
+        residency.loaded(ref, 0.0)
+        residency.finish(number, 0.0)
+    residency.evict(-1, A, 0.0)
+    residency.unloaded(A, 0.0)
+    for number, ref, drop in ((3, C, ()), (4, D, (on_disk(B),))):
+        residency.want(number, ref, 0.0)
+        [load] = residency.fetched(on_disk(ref), Tier.REMOTE, 0.0)
+        assert isinstance(load, Load) and load.drop == drop
+        for gone in drop:
+            residency.unloaded(gone.ref, 0.0)
+        residency.loaded(ref, 0.0)
+        residency.finish(number, 0.0)
+
+
+def test_an_evicted_adapter_in_flight_leaves_with_its_last_request_and_serves_those_who_come_meanwhile() -> None:
+    residency = Residency(1)
+    resident(residency, 1, A)
+    assert residency.evict(-1, A, 0.0) == []
+    assert residency.want(2, A, 0.0) == [Start(2, on_disk(A), Tier.GPU)]
+    assert residency.finish(1, 0.0) == []
+    assert residency.finish(2, 0.0) == [Unload(on_disk(A))]
+    assert residency.want(3, A, 0.0) == []
+    assert residency.unloaded(A, 0.0) == [Tended(-1), Load(on_disk(A), None)]
+
+
+def test_an_adapter_that_is_not_here_is_evicted_already_and_one_on_its_way_once_nobody_uses_it() -> None:
+    residency = Residency(1)
+    assert residency.evict(-1, A, 0.0) == [Tended(-1)]
+    residency.want(1, A, 0.0)
+    assert residency.evict(-2, A, 0.0) == []
+    assert residency.failed(A, "store_unavailable", "down", True, 0.0) == [
+        Reject(1, "store_unavailable", "down", True),
+        Tended(-2),
+    ]
+
+
+def test_a_pinned_adapter_makes_no_room_and_an_evicted_one_is_pinned_no_longer() -> None:
+    residency = Residency(2)
+    resident(residency, 1, A)
+    residency.slots.pin(A)
+    residency.finish(1, 0.0)
+    resident(residency, 2, B)
+    residency.finish(2, 0.0)
+    residency.want(3, C, 0.0)
+    assert residency.fetched(on_disk(C), Tier.DISK, 0.0) == [Load(on_disk(C), on_disk(B))]
+    assert residency.evict(-1, A, 0.0) == [Unload(on_disk(A))]
+    assert not residency.slots.pinned(A)
+
+
 # ---- heartbeats -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -357,7 +476,9 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.load_phase = ""
         self.engine: set[AdapterRef] = set()
         self.failed_at: dict[AdapterRef, float] = {}
-        self.closing_since: dict[AdapterRef, float] = {}
+        self.tends: dict[int, str] = {}
+        self.unloads: list[AdapterRef] = []
+        self.unloads_first = 0  # so many of them were told before the load
 
     def perform(self, instructions: list[Instruction]) -> None:
         for instruction in instructions:
@@ -368,28 +489,46 @@ class ResidencyMachine(RuleBasedStateMachine):
                     self.fetching.append(adapter)
                 case Load(adapter, evict, demote, drop):
                     assert self.load is None, "two loads at once"
+                    self.unloads_first = len(self.unloads)
                     assert adapter.ref not in self.engine
                     assert evict is None or demote is None
                     for victim in (evict, demote):
                         if victim is not None:
                             assert victim.ref in self.engine
                             assert victim.ref not in self.running.values(), "evicted while in use"
+                            assert not self.residency.slots.pinned(victim.ref), "evicted though pinned"
                     assert all(d.ref in self.warm and d.ref != adapter.ref for d in drop)
                     if demote is not None:
                         self.engine.remove(demote.ref)
                         self.warm.add(demote.ref)
                     self.leaving = [x.ref for x in ([evict] if evict else []) + list(drop)]
-                    assert len(self.engine - set(self.leaving)) + 1 <= self.size
-                    assert len((self.engine | self.warm | {adapter.ref}) - set(self.leaving)) <= self.places
+                    gone = set(self.leaving) | set(self.unloads)
+                    assert len(self.engine - gone) + 1 <= self.size
+                    assert len((self.engine | self.warm | {adapter.ref}) - gone) <= self.places
                     self.load, self.load_phase = instruction, "unload" if self.leaving else "load"
                 case Start(request, adapter, _):
                     assert self.wants.pop(request) == adapter.ref
                     assert adapter.ref in self.engine and not (self.load and self.load.evict and self.load.evict.ref == adapter.ref)
                     self.tell(request, "start")
                     self.running[request] = adapter.ref
+                    if request in self.tends:
+                        if self.tends.pop(request) == "pin" and self.residency.slots.may_pin(adapter.ref):
+                            self.perform(self.residency.pin(adapter.ref))
+                        del self.running[request]
+                        self.perform(self.residency.finish(request, self.now))
+                case Unload(adapter):
+                    assert adapter.ref in self.engine | self.warm and adapter.ref not in self.unloads
+                    assert adapter.ref not in self.running.values() and not self.residency.slots.pinned(adapter.ref)
+                    self.unloads.append(adapter.ref)
+                case Tended(request):
+                    del self.wants[request]
+                    asked = self.tends.pop(request)
+                    assert asked in ("cache", "evict")
+                    self.tell(request, asked)
                 case Reject(request):
                     adapter_wanted = self.wants.pop(request)
-                    assert self.now < self.failed_at[adapter_wanted] + FAILED_FOR_S
+                    asked = self.tends.pop(request, "")
+                    assert asked == "evict" or self.now < self.failed_at[adapter_wanted] + FAILED_FOR_S
                     self.tell(request, "reject")
                     # The agent forgets the job, which tells residency once more.
                     self.perform(self.residency.finish(request, self.now))
@@ -414,15 +553,37 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.wants[self.count] = adapter
         self.perform(self.residency.want(self.count, adapter, self.now))
 
+    @rule(adapter=st.sampled_from(REFS), what=st.sampled_from(["load", "pin", "cache", "evict", "unpin"]))
+    def an_operator_asks(self, adapter: AdapterRef, what: str) -> None:
+        if what in ("unpin", "evict"):  # the later word holds
+            self.tends |= {r: "load" for r, asked in self.tends.items() if asked == "pin" and self.wants[r] == adapter}
+        if what == "unpin":
+            return self.residency.slots.unpin(adapter)
+        self.count += 1
+        self.wants[self.count], self.tends[self.count] = adapter, what
+        ask = {"cache": self.residency.cache, "evict": self.residency.evict}.get(what, self.residency.want)
+        self.perform(ask(self.count, adapter, self.now))
+        return None
+
+    @precondition(lambda self: self.unloads and (self.load is None or self.unloads_first))
+    @rule()
+    def an_unload_ends(self) -> None:
+        adapter = self.unloads.pop(0)
+        self.unloads_first = max(0, self.unloads_first - 1)
+        assert adapter not in self.running.values(), "unloaded while in use"
+        self.engine.discard(adapter)
+        self.warm.discard(adapter)
+        self.perform(self.residency.unloaded(adapter, self.now))
+
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def a_running_request_ends(self, data: st.DataObject) -> None:
         self.end(data.draw(st.sampled_from(sorted(self.running))))
 
-    @precondition(lambda self: self.wants)
+    @precondition(lambda self: self.wants.keys() - self.tends.keys())
     @rule(data=st.data())
     def a_waiting_request_is_cancelled(self, data: st.DataObject) -> None:
-        self.end(data.draw(st.sampled_from(sorted(self.wants))))
+        self.end(data.draw(st.sampled_from(sorted(self.wants.keys() - self.tends.keys()))))
 
     def end(self, request: int) -> None:
         if self.running.pop(request, None) is None:
@@ -440,7 +601,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         else:
             self.fail(adapter)
 
-    @precondition(lambda self: self.load is not None)
+    @precondition(lambda self: self.load is not None and not self.unloads_first)
     @rule(ok=st.sampled_from([True, True, False]))
     def the_load_goes_on(self, ok: bool) -> None:
         assert self.load is not None
@@ -478,18 +639,23 @@ class ResidencyMachine(RuleBasedStateMachine):
             return
         residency = self.residency
         loading = {self.load.adapter.ref} if self.load else set()
-        assert len(self.engine | loading) <= self.size + (self.load_phase == "unload" and self.load is not None)
+        assert len((self.engine | loading) - set(self.unloads)) <= self.size + (self.load_phase == "unload" and self.load is not None)
         assert len(residency.slots) <= self.size
-        assert residency.waiting == len(self.wants)
+        pinned = {a for a in REFS if residency.slots.pinned(a)}
+        assert pinned <= self.engine and len(pinned) < self.size + (not pinned)
+        others = {r for r, what in self.tends.items() if what in ("cache", "evict")}
+        assert residency.waiting == len(self.wants) - len(others)
         assert {r: residency._users[r] for r in residency._users} == self.running
         for adapter in REFS:
             assert residency.slots.uses(adapter) == list(self.running.values()).count(adapter)
             assert adapter in self.engine or adapter not in self.running.values()
         if self.load is None:
-            idle = [a for a in self.engine if a not in self.running.values()]
+            idle = [a for a in self.engine if a not in self.running.values() and a not in pinned]
             in_line_ = [a for a in REFS if stage(residency, a) is Stage.CACHED]
             assert not in_line_ or (len(self.engine) == self.size and not idle), "somebody waits for a slot that could be given"
-        for ref in self.wants.values():
+        for request, ref in self.wants.items():
+            if request in others:
+                continue
             assert stage(residency, ref) is not Stage.RESIDENT, "a request waits for an adapter that is there"
             assert ref in self.fetching or stage(residency, ref) in (Stage.CACHED, Stage.LOADING, Stage.CLOSING, Stage.UNLOADING)
         closing = [a for a in REFS if stage(residency, a) is Stage.CLOSING]
@@ -505,6 +671,8 @@ class ResidencyMachine(RuleBasedStateMachine):
             if self.fetching:
                 adapter = self.fetching.pop(0)
                 self.perform(self.residency.fetched(on_disk(adapter), Tier.DISK, self.now))
+            elif self.unloads and (self.load is None or self.unloads_first):
+                self.an_unload_ends()
             elif self.load is not None:
                 self.the_load_goes_on(ok=True)
             else:
@@ -525,7 +693,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     def everybody_gets_a_slot_in_the_end(self) -> None:
         """Requests for resident adapters never stop coming, running ones end, time passes: those who wait now are all served."""
-        patient = set(self.wants)
+        patient = {r for r in self.wants if self.tends.get(r) != "evict"}
         for _ in range(4 * len(REFS)):
             if not patient & self.wants.keys():
                 return
