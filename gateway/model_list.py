@@ -25,16 +25,24 @@ class ModelList:
             async with self._making:  # many who ask at once wait for one
                 state = self._versions()
                 if self._state != state:
-                    names = {base: self._names(base, catalog) for base, catalog in self._catalogs.items()}
-                    self._body = await asyncio.to_thread(openai.model_list, names, self._created)
+                    digests = {base: self._digests(base, catalog) for base, catalog in self._catalogs.items()}
+                    self._body = await asyncio.to_thread(openai.model_list, digests, self._created)
                     self._state = state
         return self._body
 
-    def _names(self, base: str, catalog: Catalog | None) -> tuple[str, ...]:
-        known = catalog.known if catalog is not None else {}
-        return (*known, *(alias for alias in self._aliases(base) if alias not in known))
+    def _digests(self, base: str, catalog: Catalog | None) -> dict[str, str]:
+        found = {}
+        if catalog is not None:
+            found = {name: adapter.digest for name, adapter in catalog.known.items()}
+            # What answers differs from what the store shows only while a new version is made ready, or is refused.
+            found |= {change.new.name: change.old.digest for change in catalog.versions.changes() if change.new.name in found}
+        return found | dict.fromkeys(self._aliases(base), "")
 
     def _versions(self) -> tuple[object, ...]:
         return tuple(
-            (tuple(self._aliases(base)), catalog.version if catalog is not None else 0) for base, catalog in self._catalogs.items()
+            (
+                tuple(self._aliases(base)),
+                *((c.version, *((x.new.name, x.old.digest) for x in c.versions.changes())) if c is not None else ()),
+            )
+            for base, c in self._catalogs.items()
         )

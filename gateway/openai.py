@@ -177,14 +177,20 @@ def model_card(model_id: str, created: int, parent: str | None = None, root: str
     return card | {"loraplex_digest": digest} if digest else card
 
 
-def model_list(adapters: Mapping[str, Sequence[str]], created: int) -> bytes:
-    """Every base model and its adapters. What repeats in each adapter's card is encoded once: names have no character that JSON escapes."""
+def model_list(adapters: Mapping[str, Mapping[str, str]], created: int) -> bytes:
+    """Every base model and its adapters, name -> digest of the version that answers ("" for an alias).
+
+    What repeats in each adapter's card is encoded once: names and digests have no character that JSON escapes.
+    """
     cards = []
-    for base, names in adapters.items():
+    for base, digests in adapters.items():
         cards.append(_encode(model_card(base, created)).decode())
         hole = _encode(model_card(f"{base}:{_HOLE}", created, parent=base, root=_HOLE)).decode()
         before, between, after = hole.split(_HOLE)
-        cards += [f"{before}{name}{between}{name}{after}" for name in _sorted(names)]
+        for name in _sorted([*digests]):
+            digest = digests[name]
+            ending = f'{after[:-1]},"loraplex_digest":"{digest}"}}' if digest else after
+            cards.append(f"{before}{name}{between}{name}{ending}")
     return ('{"object":"list","data":[' + ",".join(cards) + "]}").encode()
 
 

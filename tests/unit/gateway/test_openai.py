@@ -284,8 +284,8 @@ def test_a_refusal_that_nobody_knows_is_an_engine_failure(code: str) -> None:
 
 
 def test_a_model_list_holds_bases_and_adapters_with_their_parent() -> None:
-    cards = [openai.model_card("tiny", 5), openai.model_card("tiny:pirate", 5, parent="tiny", root="pirate")]
-    listed = json.loads(openai.model_list({"tiny": ["pirate"]}, 5))
+    cards = [openai.model_card("tiny", 5), openai.model_card("tiny:pirate", 5, parent="tiny", root="pirate", digest="d1")]
+    listed = json.loads(openai.model_list({"tiny": {"pirate": "d1"}}, 5))
     assert listed["data"] == cards
     assert listed["object"] == "list"
     assert listed["data"][0] == {"id": "tiny", "object": "model", "created": 5, "owned_by": "loraplex", "root": "tiny", "parent": None}
