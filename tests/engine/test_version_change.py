@@ -135,6 +135,7 @@ async def test_a_new_version_with_nan_changes_no_answer_and_is_named(changing: C
     c = changing.cluster
     before = await changing.version()
     texts = {prompt: (await say(c, "demo:x", prompt, **GREEDY))[0] for prompt in PROMPTS}
+    assert texts == {prompt: changing.new[prompt] for prompt in PROMPTS}
     kind = KINDS["nan"]
     spoiled = c.folder / "spoiled"
     kind.make(DEMO / "adapters" / OLD, spoiled)
@@ -154,7 +155,8 @@ async def test_an_answer_by_alias_or_digest_bears_the_name_that_was_asked_for(ch
     assert (await c.put("/admin/aliases/prod", {"adapter": "x"}))[0] == 200
     digest = await changing.version()
     for model in ("demo:prod", f"demo:x@{digest[:8]}"):
-        assert (await say(c, model, PROMPTS[0], **GREEDY))[0] == changing.new[PROMPTS[0]]
+        said = await say(c, model, PROMPTS[0], **GREEDY)
+        assert said == (changing.new[PROMPTS[0]], f"x@{digest[:12]}"), c.gateway.output()[-4000:]  # type: ignore[union-attr]
         for path, ask in (("chat/completions", {"messages": [{"role": "user", "content": "a"}]}), ("completions", {"prompt": "a"})):
             body = {"model": model, "stream": True, "max_tokens": 3, **ask}
             async with c.http.post(f"{c.url}/v1/{path}", json=body) as answer:
