@@ -1,4 +1,4 @@
-# make demo | make test | make check | make bench | make bench-engine | make bench-cold | make bench-fleet | make bench-load | make demo-model | make clean
+# make demo | make test | make check | make bench | make bench-engine | make bench-cold | make bench-micro | make bench-fleet | make bench-load | make demo-model | make clean
 VENV   ?= .venv
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
@@ -6,7 +6,7 @@ WORKERS ?= 2
 JOBS   ?= 2
 PY      = $(VENV)/bin/python
 
-.PHONY: setup demo test check format bench bench-growth bench-engine bench-cold bench-fleet bench-load demo-model clean
+.PHONY: setup demo test check format bench bench-growth bench-engine bench-cold bench-micro bench-fleet bench-load demo-model clean
 
 setup:
 	@deploy/setup.sh $(VENV) dev
@@ -32,6 +32,10 @@ bench-load: setup
 # Gateways side by side: every peer that can be installed, one mock engine, interleaved.
 bench: setup
 	@$(PY) -m bench.gateways $(ARGS)
+
+# The building blocks: wire, slots, SSE, metrics, routing.
+bench-micro: setup
+	@$(PY) -m pytest bench/micro --benchmark-enable --benchmark-columns=min,median,iqr,rounds --benchmark-sort=fullname $(ARGS)
 
 # How the gateway's cost grows with streams, workers, adapters and processes.
 bench-growth: setup

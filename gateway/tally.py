@@ -1,6 +1,6 @@
 """Pure. What a gateway process counts: plain numbers in two tables, cheap to add to on a request's way, and whole tables of them can be summed.
 
-A key is (series, label values ...). prometheus_client's own counters cost twice as much per request (`python -m bench.micro.metrics`): a lock
+A key is (series, label values ...). prometheus_client's own counters cost twice as much per request (`make bench-micro`): a lock
 and several calls for each of the dozen numbers that one request changes. They become Prometheus series when somebody scrapes.
 """
 

@@ -1,13 +1,12 @@
-"""Shell. `python -m bench.micro.metrics`: what it costs to count one request, beside prometheus_client's own counters in the same minutes."""
+"""Shell. What it costs to count one request, beside prometheus_client's own counters."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from bench.micro.timing import best_us
+from bench.micro.conftest import PerUnit
 from gateway.flight import Flight
 from gateway.metrics import DURATION_BUCKETS_S, TTFT_BUCKETS_S, Metrics
 from gateway.request import Event
@@ -15,8 +14,6 @@ from gateway.routing import Reason
 from shared import wire
 from shared.adapters import AdapterRef, StoredAdapter
 from shared.errors import LoraplexError
-
-REPETITIONS = 7
 
 
 class Nowhere:
@@ -29,18 +26,12 @@ class Nowhere:
         return True
 
 
-def main() -> None:
-    """The two take turns, so that what disturbs one disturbs the other."""
-    flight = _flight()
-    ways = {"plain numbers": _plain(flight), "prometheus_client, children kept": _prometheus(flight)}
-    took: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(REPETITIONS):
-        for name, call in ways.items():
-            took[name].append(best_us(call))
-    lines = ["| one request counted by | us, median (least - most) |", "|---|---|"]
-    for name, of in took.items():
-        lines.append(f"| {name} | {sorted(of)[len(of) // 2]:.2f} ({min(of):.2f} - {max(of):.2f}) |")
-    sys.stdout.write("\n".join(lines) + "\n")
+def test_plain_numbers(per_unit: PerUnit) -> None:
+    per_unit(_plain(_flight()), 1, "request")
+
+
+def test_prometheus_client_with_its_children_kept(per_unit: PerUnit) -> None:
+    per_unit(_prometheus(_flight()), 1, "request")
 
 
 def _flight() -> Flight:
@@ -85,7 +76,3 @@ def _prometheus(flight: Flight) -> Callable[[], None]:
         of_adapter.inc()
 
     return call
-
-
-if __name__ == "__main__":
-    main()

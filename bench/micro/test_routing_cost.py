@@ -1,0 +1,122 @@
+"""Shell. How long a routing decision takes: fleet and policy as in production, no sockets.
+
+Per decision with its reservation, at 64 workers and at 1,000 workers with 10,000 adapters: for adapters that are held, that are nowhere, and for
+the base model; with one worker excluded; and for a heartbeat. The median counts, since some decisions are rarer and longer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from gateway.fleet import Fleet
+from gateway.policies import DEFAULT, make_policy
+from gateway.routing import Ask, Choice, Policy
+from shared.adapters import AdapterRef
+from shared.wire import AdapterState, Heartbeat, Tier, WorkerState
+
+SIZES = ((64, 1000), (1000, 10_000))
+SLOTS, CPU_ADAPTERS, RUNNING = 16, 64, 40
+DECISIONS = 3000
+ADAPTER_BYTES = 26 << 20
+
+
+def adapter(index: int) -> AdapterRef:
+    return AdapterRef("base", f"a{index:05}", f"{index:016x}")
+
+
+def beat(worker: int, adapters: int, seq: int, rng: random.Random) -> Heartbeat:
+    """Of a busy worker: full slots, half of them in flight by others' requests, and a full CPU tier."""
+    drawn = rng.sample(range(adapters), SLOTS + CPU_ADAPTERS)
+    states = tuple(
+        AdapterState(f"a{i:05}", f"{i:016x}", Tier.GPU if n < SLOTS else Tier.CPU, in_flight=int(n % 2 and n < SLOTS))
+        for n, i in enumerate(drawn)
+    )
+    return Heartbeat(f"w{worker:04}", 1, seq, "base", WorkerState.SERVING, 256, SLOTS, RUNNING, adapters=states)
+
+
+def fleet_of(workers: int, adapters: int) -> Fleet:
+    fleet, rng = Fleet(3600.0), random.Random(1)
+    for worker in range(workers):
+        fleet.beat(beat(worker, adapters, 1, rng), 0.0)
+        fleet.attach(f"w{worker:04}", 1)
+    return fleet
+
+
+@pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"{size[0]} workers, {size[1]} adapters")
+def crowd(request: Any) -> tuple[Fleet, int, int]:
+    workers, adapters = request.param
+    return fleet_of(workers, adapters), workers, adapters
+
+
+def ask(index: int) -> Ask:
+    return Ask("base", adapter(index), ADAPTER_BYTES, 128, 128)
+
+
+CASES: dict[str, Callable[[int, random.Random], Ask]] = {
+    "Zipf-like adapter": lambda adapters, rng: ask(int(adapters ** rng.random()) - 1),
+    "uniform adapter": lambda adapters, rng: ask(rng.randrange(adapters)),
+    "adapter that is nowhere": lambda adapters, rng: ask(adapters + rng.randrange(adapters)),
+    "base model": lambda adapters, rng: Ask("base", None, 0, 128),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("policy", [DEFAULT, "ray"])
+def test_decision(benchmark: Any, crowd: tuple[Fleet, int, int], policy: str, case: str) -> None:
+    fleet, _, adapters = crowd
+    rng = random.Random(4)
+    _decide(benchmark, fleet, make_policy(policy), [CASES[case](adapters, rng) for _ in range(DECISIONS)])
+
+
+def test_decision_with_one_worker_excluded(benchmark: Any, crowd: tuple[Fleet, int, int]) -> None:
+    fleet, _, adapters = crowd
+    rng = random.Random(4)
+    _decide(benchmark, fleet, make_policy(DEFAULT), [ask(rng.randrange(adapters)) for _ in range(DECISIONS // 10)], ["w0007"])
+
+
+def test_heartbeat_of_80_adapters(benchmark: Any, crowd: tuple[Fleet, int, int]) -> None:
+    fleet, workers, adapters = crowd
+    rng, seq = random.Random(3), itertools.count(2)
+    drawn = [beat(n % workers, adapters, 0, rng) for n in range(300)]
+
+    def fresh() -> tuple[tuple[Heartbeat, float], dict[str, Any]]:
+        number = next(seq)
+        return (msgspec.structs.replace(drawn[number % len(drawn)], seq=number), 1.0), {}
+
+    benchmark.pedantic(fleet.beat, setup=fresh, rounds=len(drawn))
+
+
+def _decide(benchmark: Any, fleet: Fleet, policy: Policy, asks: Sequence[Ask], excluded: Sequence[str] = ()) -> None:
+    """Of each ask: the decision and its reservation. What ends the request again is not counted."""
+    rng, of_stream = random.Random(2), dict(enumerate(asks, 1))
+    stream, taken = itertools.count(1), dict[int, Choice]()
+
+    def arrive() -> tuple[tuple[int], dict[str, Any]]:
+        for sid, choice in taken.items():
+            policy.sent(of_stream[sid], choice, 0.0)
+            fleet.release(sid)
+        taken.clear()
+        sid = next(stream)
+        policy.arrived(of_stream[sid], 0.0)
+        return (sid,), {}
+
+    def choose(sid: int) -> None:
+        wanted = of_stream[sid]
+        if excluded:
+            with fleet.without(excluded):
+                choice = policy.choose(wanted, fleet, 0.0, rng)
+        else:
+            choice = policy.choose(wanted, fleet, 0.0, rng)
+        if isinstance(choice, Choice):
+            fleet.reserve(choice.worker, sid, wanted.adapter, wanted.prompt_tokens)
+            taken[sid] = choice
+
+    benchmark.pedantic(choose, setup=arrive, rounds=len(asks))
+    for sid in taken:
+        fleet.release(sid)
