@@ -45,11 +45,7 @@ class Failed(Exception):
 def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser("adapters", help="look after the adapters of a running gateway", description=__doc__.partition(". ")[2])
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--url", default=DEFAULT_URL, help=f"of the gateway (default {DEFAULT_URL})")
-    common.add_argument("--base", help="base model, where there are several; NAME may also be BASE:ADAPTER")
-    common.add_argument("--key-file", type=Path, help=f"file with the admin key (default: the variable {KEY_ENV})")
-    common.add_argument("--json", action="store_true", help="print the gateway's own answer")
+    common = common_flags("NAME may also be BASE:ADAPTER")
     ls = actions.add_parser("ls", parents=[common], help="every adapter: where it is, how often it was asked for")
     ls.add_argument("--state", help="only those that are listed, cached, warm, loading, loaded, pinned or invalid")
     ls.set_defaults(run=lambda args: _run(_ls, args))
@@ -75,6 +71,16 @@ def add_parser(verbs: Any) -> None:
     validate.set_defaults(run=_validate)
 
 
+def common_flags(instead: str) -> argparse.ArgumentParser:
+    """What every action that speaks to a gateway takes. `instead` says what makes --base needless."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--url", default=DEFAULT_URL, help=f"of the gateway (default {DEFAULT_URL})")
+    common.add_argument("--base", help=f"base model, where there are several; {instead}")
+    common.add_argument("--key-file", type=Path, help=f"file with the admin key (default: the variable {KEY_ENV})")
+    common.add_argument("--json", action="store_true", help="print the gateway's own answer")
+    return common
+
+
 VALIDATE = "Check an adapter with exactly the checks that a worker makes. Exit status: 0 valid, 1 not valid, 2 it could not be checked."
 
 
@@ -87,13 +93,13 @@ def _validate(args: argparse.Namespace) -> int:
 
 def _run(action: Any, args: argparse.Namespace) -> int:
     try:
-        return int(action(args, Gateway(args.url, _key(args.key_file))))
+        return int(action(args, Gateway(args.url, read_key(args.key_file))))
     except Failed as exc:
         print(f"loraplex adapters {args.action}: {exc}", file=sys.stderr)
         return 1
 
 
-def _key(file: Path | None) -> str:
+def read_key(file: Path | None) -> str:
     if file is None:
         return os.environ.get(KEY_ENV, "").strip()
     try:
@@ -115,7 +121,7 @@ class Gateway:
 
     def call(self, method: str, path: str, query: dict[str, str], body: object = None, timeout_s: float = 60.0) -> tuple[int, Any]:
         url = f"{self.url}{urllib.parse.quote(path)}" + (f"?{urllib.parse.urlencode(query)}" if query else "")
-        data = json.dumps(body).encode() if method == "POST" else None
+        data = json.dumps(body).encode() if method in ("POST", "PUT") else None
         request = urllib.request.Request(url, data, self._headers, method=method)
         try:
             with self._opener.open(request, timeout=timeout_s + SLACK_S) as answer:
@@ -157,7 +163,7 @@ def _ls(args: argparse.Namespace, gateway: Gateway) -> int:
     if args.json:
         print(json.dumps(rows, indent=1))
         return 0
-    _table(
+    show_table(
         ("NAME", "STATE", "RANK", "MIB", "HITS", "LAST USED", "WORKERS"),
         [
             (
@@ -190,7 +196,7 @@ def _show(args: argparse.Namespace, gateway: Gateway) -> int:
     if found["workers"]:
         print()
         rows = [(w["worker"], w["tier"], w["digest"], w["in_flight"], _notes(w)) for w in found["workers"]]
-        _table(("WORKER", "TIER", "DIGEST", "IN FLIGHT", ""), rows)
+        show_table(("WORKER", "TIER", "DIGEST", "IN FLIGHT", ""), rows)
     return 0
 
 
@@ -237,7 +243,7 @@ def _notes(worker: dict[str, Any]) -> str:
     return ", ".join(word for word, so in (("pinned", worker["pinned"]), ("loading", worker["loading"])) if so)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def show_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     lines = [head, *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
     for line in _padded(lines, widths):

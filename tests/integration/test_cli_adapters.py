@@ -19,9 +19,9 @@ from tests.harness import DEMO, ROOT, STOP_S, Cluster, cluster, demo_config, mak
 KEY = "boss"
 
 
-async def loraplex(*argv: str, key: str = KEY) -> tuple[int, str, str]:
+async def loraplex(*argv: str, key: str = KEY, verb: str = "adapters") -> tuple[int, str, str]:
     env = {**os.environ, "LORAPLEX_ADMIN_KEY": key}
-    argv = (sys.executable, "-m", "gateway.cli", "adapters", *argv)
+    argv = (sys.executable, "-m", "gateway.cli", verb, *argv)
     process = await asyncio.create_subprocess_exec(*argv, stdout=-1, stderr=-1, env=env, cwd=ROOT)
     async with asyncio.timeout(STOP_S):
         out, err = await process.communicate()
@@ -82,6 +82,37 @@ async def test_a_wrong_key_and_a_missing_gateway_are_told_apart(served: Cluster,
 @pytest.mark.parametrize("argv", [(), ("pin",), ("dance", "a"), ("ls", "--url", "nowhere"), ("ls", "--key-file", "/no/such/file")])
 async def test_wrong_usage_has_exit_status_2(argv: tuple[str, ...]) -> None:
     assert (await loraplex(*argv))[0] == 2
+
+
+async def test_an_alias_goes_its_whole_way_by_command(served: Cluster) -> None:
+    url = ("--url", served.url)
+    status, out, _ = await loraplex("set", "prod", "a=90", "b=10", *url, verb="aliases")
+    assert status == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[1:] == [["sim:prod", "a", "90", "0", "0", "runtime"], ["b", "10", "0", "0"]]
+    assert await served.text("sim:prod", "hello")
+    (entry,) = json.loads((await loraplex("ls", *url, "--base", "sim", "--json", verb="aliases"))[1])
+    assert sum(share["requests"] for share in entry["shares"]) == 1
+    bounds = {"shares": [{"adapter": "a", "weight": 1}, {"adapter": "b", "weight": 1}], "rollback": {"min_requests": 7}}
+    as_admin = {"Authorization": f"Bearer {KEY}"}
+    async with served.http.put(served.url + "/admin/aliases/prod", json=bounds, headers=as_admin) as answer:
+        assert answer.status == 200
+    assert (await loraplex("set", "sim:prod", "team/d", *url, "--now", verb="aliases"))[0] == 0
+    (entry,) = json.loads((await loraplex("ls", *url, "--json", verb="aliases"))[1])
+    assert [share["adapter"] for share in entry["shares"]] == ["team/d"] and entry["rollback"]["min_requests"] == 7
+    assert await loraplex("rm", "prod", *url, verb="aliases") == (0, "sim:prod: deleted\n", "")
+    assert json.loads((await loraplex("ls", *url, "--json", verb="aliases"))[1]) == []
+
+
+async def test_an_alias_that_cannot_be_is_refused_in_words(served: Cluster) -> None:
+    url = ("--url", served.url)
+    status, _, err = await loraplex("set", "prod", "nobody", *url, verb="aliases")
+    assert status == 1 and "`nobody`" in err and "does not exist" in err
+    status, _, err = await loraplex("rm", "prod", *url, verb="aliases")
+    assert status == 1 and "no alias `prod`" in err
+    status, _, err = await loraplex("set", "prod", "a=much", *url, verb="aliases")
+    assert status == 2 and "expected ADAPTER=WEIGHT" in err
+    assert (await loraplex("set", "prod", *url, verb="aliases"))[0] == 2
 
 
 # ---- validate ---------------------------------------------------------------------------------------------------------------------------
