@@ -15,6 +15,7 @@ import yaml
 
 from tests.bad_adapters import KINDS
 from tests.harness import DEMO, ROOT, STOP_S, Cluster, cluster, demo_config, make_adapter, sim_config
+from tests.store_servers import GCSPlace, S3Place
 
 KEY = "boss"
 
@@ -151,19 +152,22 @@ async def test_what_is_no_adapter_or_cannot_be_checked_is_told_apart(tmp_path: P
     assert status == 2 and "has no model `other`" in out
 
 
-async def test_an_adapter_in_a_bucket_is_downloaded_and_checked(tmp_path: Path, moto_url: str, store_credentials: None) -> None:
-    import aiobotocore.session
-
-    session = aiobotocore.session.get_session()
-    async with session.create_client("s3", endpoint_url=moto_url, region_name="us-east-1") as s3:
-        await s3.create_bucket(Bucket="cli-validate")
-        for file in (DEMO / "adapters" / "pirate").iterdir():
-            await s3.put_object(Bucket="cli-validate", Key=f"team/pirate/{file.name}", Body=file.read_bytes())
-    made = demo_config(adapters="s3://elsewhere/adapters")
-    made["llm_configs"][0]["lora_config"]["store"] = {"endpoint_url": moto_url, "region": "us-east-1"}
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+async def test_an_adapter_in_a_bucket_is_downloaded_and_checked(
+    tmp_path: Path, kind: str, request: pytest.FixtureRequest, store_credentials: None
+) -> None:
+    place: S3Place | GCSPlace
+    if kind == "s3":
+        place = S3Place(request.getfixturevalue("moto_url"), "cli-validate", "team/")
+    else:
+        place = GCSPlace(request.getfixturevalue("gcs_url"), "cli-validate", "team/")
+    for file in (DEMO / "adapters" / "pirate").iterdir():
+        place.put(f"pirate/{file.name}", file.read_bytes())
+    made = demo_config(adapters=f"{kind}://elsewhere/adapters")
+    made["llm_configs"][0]["lora_config"]["store"] = place.options
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(made))
-    status, out, err = await loraplex("validate", "s3://cli-validate/team/pirate", "--config", str(path))
+    status, out, err = await loraplex("validate", f"{kind}://cli-validate/team/pirate", "--config", str(path))
     assert status == 0 and out.startswith("valid: rank "), (out, err)
-    status, out, _ = await loraplex("validate", "s3://cli-validate/team/nobody", "--config", str(path))
+    status, out, _ = await loraplex("validate", f"{kind}://cli-validate/team/nobody", "--config", str(path))
     assert status == 1 and "There is no adapter_config.json" in out
