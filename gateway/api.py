@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from gateway import openai
@@ -50,8 +51,7 @@ class Limits:
     request_timeout_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Deadline:
+class Deadline(msgspec.Struct, frozen=True, gc=False):
     """`at` is on the loop's clock, `after_s` how long that was from the request's arrival."""
 
     at: float
@@ -137,7 +137,9 @@ class API:
         body = await self._body(request)
         head = openai.parse_head(body)
         deadline = self._deadline(request)
-        target = await self._in_time(self._resolver.resolve(head.model, lambda: _user(request, head)), deadline)
+        target = self._resolver.at_once(head.model)
+        if target is None:
+            target = await self._in_time(self._resolver.resolve(head.model, lambda: _user(request, head)), deadline)
         stream = ClientStream(request, self._limits.slow_reader_bytes)
         try:
             flight = self._flight(request, target, _request_id(request), head, body, stream)

@@ -47,6 +47,21 @@ class Resolver:
     ) -> None:
         self._catalogs, self._book, self._fleet, self._clock = catalogs, book, fleet, clock
         self._said: set[tuple[str, str]] = set()
+        self._bases: dict[str, Target] = {}
+
+    def at_once(self, model: str) -> Target | None:
+        """What most requests want, without a task's machinery: a base model, or an adapter that the store has shown, in its current version.
+
+        None: `resolve` has to say. Raises ModelNotFound, AdapterNotFound.
+        """
+        base, name, spec = split_version(model, self._catalogs)
+        if name is None:
+            return self._bases.get(base) or self._bases.setdefault(base, Target(base))
+        if spec or name in self._book.of(base):
+            return None
+        catalog = self._catalog(base)
+        latest = catalog.known.get(name)
+        return None if latest is None else self._current(catalog, latest)
 
     async def resolve(self, model: str, user: Callable[[], bytes]) -> Target:
         """`user` is asked for what keeps a user with one share of an alias.
@@ -75,8 +90,7 @@ class Resolver:
         latest = await catalog.latest(name)
         if spec:
             return self._by_digest(catalog, latest, spec)
-        current = catalog.versions.current(latest)
-        return Target(base, AdapterRef(base, name, current.digest), current, elsewhere=current.digest != latest.digest)
+        return self._current(catalog, latest)
 
     def aliases(self, base: str) -> Mapping[str, InForce]:
         return self._book.of(base)
@@ -120,6 +134,12 @@ class Resolver:
         return replace(await self.adapter(target.base, name), alias=target.alias, share=target.share)
 
     # ---- inside -------------------------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _current(catalog: Catalog, latest: StoredAdapter) -> Target:
+        current = catalog.versions.current(latest)
+        ref = AdapterRef(catalog.base, latest.name, current.digest)
+        return Target(catalog.base, ref, current, elsewhere=current.digest != latest.digest)
 
     def _say_if_hiding(self, base: str, alias: str) -> None:
         catalog = self._catalogs[base]
