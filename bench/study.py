@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--plan", type=Path, default=PLAN)
     add("--jobs", type=int, default=max(1, multiprocessing.cpu_count() - 2), help="processes (%(default)s)")
-    add("--seconds", type=float, default=float("inf"), help="of wall time, after which what still runs is killed (no limit)")
+    add("--seconds", type=float, default=1e6, help="of wall time, after which what still runs is killed (no limit)")
     add("--out", type=Path, default=Path("study"), help="where items.jsonl is continued (%(default)s)")
     add("--have", type=Path, nargs="*", default=[], metavar="FILE", help="more items.jsonl, of other machines or earlier times")
     add("--redo", type=lambda text: text.split(","), default=[], metavar="POLICY,...", help="policies whose runs count only if of new code")

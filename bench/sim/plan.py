@@ -154,13 +154,15 @@ def median_capacity(searched: Item, seeds: int, results: Results) -> float | Non
     return statistics.median(found) if len(found) == seeds else None
 
 
-def _search(searched: Item, guess_rps: float, seeds: int, results: Results) -> Iterator[Item]:
-    """The one run that the search needs next. Seeds that have ended are the better guess."""
-    found = capacities(searched, seeds, results)
-    guess = rung_of(statistics.median(found) or guess_rps) if found else rung_of(guess_rps)
-    rung = next_rung(results.tried(searched), guess, STRIDE)
-    if rung is not None:
-        yield at(searched, rate_of(rung))
+def _search(searched: Item, guess_rps: float, results: Results) -> Iterator[Item]:
+    """The one run that the search needs next. Later seeds begin where the first ended, once it has: not where whichever was quickest did."""
+    guess: float | None = guess_rps
+    if searched.seed:
+        guess = capacity(with_seed(searched, 0), results)
+    if guess is not None:
+        rung = next_rung(results.tried(searched), rung_of(guess or guess_rps), STRIDE)
+        if rung is not None:
+            yield at(searched, rate_of(rung))
 
 
 def _searches(question: Question, scenarios: Sequence[str], guesses: Mapping[str, Mapping[str, float]], results: Results) -> Iterator[Item]:
@@ -168,7 +170,7 @@ def _searches(question: Question, scenarios: Sequence[str], guesses: Mapping[str
         for scenario in scenarios:
             for policy in question.policies:
                 guess = guesses.get(scenario, {}).get(policy, GUESS_RPS_PER_WORKER * question.workers)
-                yield from _search(question.item("keeps", policy, scenario, seed), guess, question.seeds, results)
+                yield from _search(question.item("keeps", policy, scenario, seed), guess, results)
 
 
 # ---- comparisons ------------------------------------------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ def _compare(question: Compare, results: Results) -> Iterator[Item]:
         for seed in range(question.seeds):
             for scenario in question.scenarios:
                 guess = question.guesses.get(scenario, {}).get(REFERENCE, GUESS_RPS_PER_WORKER * question.workers)
-                yield from _search(reference_search(question, scenario, seed), guess, question.seeds, results)
+                yield from _search(reference_search(question, scenario, seed), guess, results)
     for scenario in question.scenarios:
         rate = common_rate(question, scenario, results)
         if rate:
