@@ -192,7 +192,7 @@ class Worker:
                     idle[key] = None
             else:
                 lower.add(key)
-            if state.in_flight > busy.get(key, 0):
+            if state.in_flight and state.in_flight > busy.get(key, 0):
                 in_flight.add(key)
         for key in busy:
             if key not in loaded:

@@ -62,6 +62,7 @@ class _Entry:
     waiting: dict[int, None] = field(default_factory=dict)  # requests, in order of arrival
     cachers: dict[int, None] = field(default_factory=dict)  # want it on disk, while it is fetched
     in_host: bool = False  # the engine holds the weights in host memory (in a slot as well, or not)
+    when_warm: AdapterState | None = None  # what heartbeats say of it while it is WARM; always the same, so it is made once
 
 
 class Residency:
@@ -82,6 +83,7 @@ class Residency:
         self._failed: dict[AdapterRef, Failure] = {}
         self._leaving: dict[AdapterRef, dict[int, None]] = {}  # evicted, not gone yet -> who asked
         self._loading: AdapterRef | None = None
+        self._closed = False  # some adapter may be CLOSING
 
     # ---- requests ---------------------------------------------------------------------------------------------------------------------
 
@@ -147,6 +149,8 @@ class Residency:
     def pin(self, adapter: AdapterRef) -> list[Instruction]:
         """It is in a slot and keeps it, whatever was asked before; its name's other versions are pinned no longer."""
         self.slots.pin(adapter)
+        if adapter in self._entries:
+            self._entries[adapter].when_warm = None
         askers = self._leaving.pop(adapter, ())
         return [Reject(r, "worker_unavailable", f"The adapter `{adapter.name}` was pinned meanwhile.", False) for r in askers]
 
@@ -160,6 +164,7 @@ class Residency:
         victim = self.slots.oldest_in_use()
         if victim is not None and self._entries[victim].stage is Stage.RESIDENT:
             self._entries[victim].stage = Stage.CLOSING
+            self._closed = True
         return []
 
     # ---- what became of the instructions ------------------------------------------------------------------------------------------------
@@ -215,7 +220,14 @@ class Residency:
 
     def states(self, now: float, load_s: float) -> tuple[AdapterState, ...]:
         """The adapters of this worker that are in a slot or on their way; `load_s` is the expected time of a load."""
-        return tuple(self._state(ref, entry, now, load_s) for ref, entry in self._entries.items() if entry.stage is not Stage.UNLOADING)
+        warm, unloading = Stage.WARM, Stage.UNLOADING
+        return tuple(
+            [
+                (entry.when_warm if entry.stage is warm else None) or self._state(ref, entry, now, load_s)
+                for ref, entry in self._entries.items()
+                if entry.stage is not unloading
+            ]
+        )
 
     def adapters(self) -> Iterable[AdapterRef]:
         """Every adapter that is on its way, in a slot or just leaving one: its files must stay on disk."""
@@ -322,6 +334,9 @@ class Residency:
     def _reopen(self) -> list[Instruction]:
         """Nobody waits for a slot any more: closing adapters stay, and those who came for them meanwhile start."""
         started: list[Instruction] = []
+        if not self._closed:
+            return started
+        self._closed = False
         for entry in self._entries.values():
             if entry.stage is Stage.CLOSING and entry.loaded is not None:
                 entry.stage = Stage.RESIDENT
@@ -359,4 +374,7 @@ class Residency:
         loading = not (in_slot or warm or (entry.cachers and not entry.waiting))
         eta_s = max(0.0, load_s - (now - entry.since)) if loading else 0.0
         in_flight = self.slots.uses(ref) + len(entry.waiting)
-        return AdapterState(ref.name, ref.digest, tier, loading, eta_s, in_flight, rank, size, self.slots.pinned(ref))
+        state = AdapterState(ref.name, ref.digest, tier, loading, eta_s, in_flight, rank, size, self.slots.pinned(ref))
+        if warm and not state.pinned:
+            entry.when_warm = state
+        return state

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from bench.measure import percentile
 from bench.sim.scenarios import Window
 from bench.sim.world import Outcome, Run
+from gateway.placement import BOUND, FLOOR, copies_for
 from shared.wire import Tier
 
 FAILED_TTFT_S = 60.0
@@ -128,13 +129,15 @@ class Flash:
     copies: int
     """Workers that loaded the hot adapter."""
     hot_p99_s: float
+    needed: int = 1
+    """Copies that its peak demand is worth by the rule of gateway/placement.py: one per BOUND times the mean load."""
 
     @property
     def rise(self) -> float:
         return self.others_with_s / self.others_without_s - 1
 
 
-def flash(with_it: Run, without: Run, hot: int, hot_name: str, window: Window) -> Flash:
+def flash(with_it: Run, without: Run, hot: int, hot_name: str, workers: int, window: Window) -> Flash:
     def p99(run: Run, is_hot: bool) -> float:
         waits = [
             ttft_s(o) for o in run.outcomes if window.flash_s <= o.request.at_s < window.end_s and (o.request.adapter == hot) is is_hot
@@ -142,7 +145,23 @@ def flash(with_it: Run, without: Run, hot: int, hot_name: str, window: Window) -
         return percentile(sorted(waits), 0.99)
 
     copies = len({load.worker for load in with_it.loads if load.adapter == hot_name})
-    return Flash(p99(with_it, False), p99(without, False), copies, p99(with_it, True))
+    of_hot = [(o.request.at_s, o.ended_s) for o in with_it.outcomes if o.request.adapter == hot and o.ended_s is not None]
+    busy_s = sum(
+        min(o.ended_s, window.end_s) - max(o.request.at_s, window.flash_s)
+        for o in with_it.outcomes
+        if o.ended_s is not None and o.ended_s > window.flash_s and o.request.at_s < window.end_s
+    )
+    mean_load = busy_s / (window.end_s - window.flash_s) / workers
+    needed = copies_for(_most_at_once(of_hot), max(FLOOR, BOUND * mean_load))
+    return Flash(p99(with_it, False), p99(without, False), copies, p99(with_it, True), needed)
+
+
+def _most_at_once(spans: Sequence[tuple[float, float]]) -> int:
+    now = most = 0
+    for _, change in sorted([(end, -1) for _, end in spans] + [(begin, 1) for begin, _ in spans]):
+        now += change
+        most = max(most, now)
+    return most
 
 
 BIN_S = 2.0

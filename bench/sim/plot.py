@@ -134,6 +134,24 @@ def plot_event(document: Mapping[str, Any], path: str, title: str) -> None:
     figure.savefig(path)
 
 
+def plot_study(document: Mapping[str, Any], path: str) -> None:
+    """All pictures of a study, each in PATH-WHAT.png."""
+    for what in ("scenarios", "fleets"):
+        several = {name: of for name, of in document[what].items() if "policies" in of}
+        if several:
+            title = "; ".join(f"{name}: {of['scenario']['what']}, {of['rate_rps']:.0f}/s" for name, of in several.items())
+            plot_comparison(several, f"{path}-{what}.png", f"{title}; medians, whiskers: least and most over the seeds")
+    for what, event in document["events"].items():
+        plot_event(
+            event, f"{path}-{what}.png", f"A quarter of the workers: {what}, {event['rate_rps']:.0f} requests/s; medians over the seeds"
+        )
+    for of, growth in document["growth"].items():
+        per = growth["rates_rps"][0] if of == "adapters" else growth["rates_rps"][0] / growth["points"][0]
+        rate = f"{per:.0f} requests/s" + (" per worker" if of == "workers" else "")
+        seeds = ", ".join(str(number) for number in growth["seeds"])
+        plot_growth(growth, f"{path}-growth-{of}.png", f"Growth in {of}, {rate}; seeds by point: {seeds}; bands: least and most")
+
+
 def _figure(rows: int, columns: int, title: str, size: tuple[float, float]) -> tuple[Any, Sequence[Any]]:
     from matplotlib.figure import Figure
 

@@ -7,7 +7,7 @@ The document of one scenario; `--scenario all` has these under `scenarios.<name>
     rate_rps    the common rate of the comparison;  rate_is: how it was chosen
     policies    {name: {capacity_rps (null if not asked for), ttft_p50_s, ttft_p99_s, loads_per_request, hit_rate, jain}}
     more        {name: {requests, cold_loads_per_request, completed_rps, served_jain, failed}}
-    flash       {name: {others_with_s, others_without_s, rise, copies, hot_p99_s}}      scenario flash only
+    flash       {name: {others_with_s, others_without_s, rise, copies, needed, hot_p99_s}}      scenario flash only
     overload    {name: {capacity_rps, offered: {times: {completed_over_capacity, served_jain, failed, ...}}}}      with --overload only
     growth      {of, points, rates_rps, adapters, policies: {name: [{figure: ...} by point]}}      with --grow only
     event       {what, at_s, rate_rps, policies: {name: [{at_s, ttft_p50_s, ttft_p99_s, loads, failed}]}}      with --events only
@@ -33,7 +33,7 @@ def comparison_document(made: Comparison) -> dict[str, Any]:
     spreads = {policy: made.spreads(policy) for policy in made.figures}
 
     def part(names: Sequence[str]) -> dict[str, Any]:
-        return {policy: {name: _plain(of.get(name)) for name in names} for policy, of in spreads.items()}
+        return {policy: {name: plain(of.get(name)) for name in names} for policy, of in spreads.items()}
 
     document: dict[str, Any] = {"rate_rps": made.rate_rps, "rate_is": made.rate_is, "policies": part(MAIN), "more": part(MORE)}
     if made.flashes:
@@ -41,7 +41,8 @@ def comparison_document(made: Comparison) -> dict[str, Any]:
     return document
 
 
-def _plain(of: Spread | None) -> dict[str, float] | None:
+def plain(of: Spread | None) -> dict[str, float] | None:
+    """As the document has it."""
     return None if of is None else asdict(of)
 
 
@@ -101,6 +102,9 @@ def comparison_table(name: str, what: str, document: Mapping[str, Any], seeds: i
         at, more = of["capacity_rps"], document["more"][policy]
         capacity = f"{at['median']:>11.1f}{_range(at):>15}" if at else f"{'-':>11}{'-':>15}"
         ratio = f"{at['median'] / reference['median']:>14.2f}x" if at and reference and reference["median"] else f"{'-':>15}"
+        if of["ttft_p99_s"] is None:
+            lines.append(f"{policy:<16}{capacity}{ratio}  (no figures yet)")
+            continue
         lines.append(
             f"{policy:<16}{capacity}{ratio}{_ms(of['ttft_p50_s']):>11}{_ms(of['ttft_p99_s']):>11}{of['loads_per_request']['median']:>11.3f}"
             f"{more['cold_loads_per_request']['median']:>7.3f}{of['hit_rate']['median']:>7.1%}{of['jain']['median']:>7.3f}"
@@ -111,7 +115,8 @@ def comparison_table(name: str, what: str, document: Mapping[str, Any], seeds: i
     for policy, crowd in document.get("flash", {}).items():
         lines.append(
             f"flash crowd, {policy}: p99 of all others {_ms(crowd['others_without_s'])} -> {_ms(crowd['others_with_s'])} "
-            f"({crowd['rise']['median']:+.0%}), hot adapter on {crowd['copies']['median']:.0f} workers, its p99 {_ms(crowd['hot_p99_s'])}"
+            f"({crowd['rise']['median']:+.0%}), hot adapter on {crowd['copies']['median']:.0f} workers (its demand is worth "
+            f"{crowd['needed']['median']:.0f}), its p99 {_ms(crowd['hot_p99_s'])}"
         )
     return "\n".join(lines)
 

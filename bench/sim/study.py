@@ -82,7 +82,7 @@ def measure(case: Case, rate_per_s: float) -> tuple[Figures, Flash | None]:
         return figures(run, case.window), None
     calm = simulate(case.world, requests_of(replace(case.scenario, flash=False), rate_per_s, case.seed, case.window))
     hot = case.scenario.adapters
-    return figures(run, case.window), flash(run, calm, hot, adapter_name(hot), case.window)
+    return figures(run, case.window), flash(run, calm, hot, adapter_name(hot), case.workers, case.window)
 
 
 def measure_bound(case: Case, rate_per_s: float) -> tuple[Figures, float]:
@@ -123,7 +123,7 @@ class Comparison:
     def spreads(self, policy: str) -> dict[str, Spread]:
         """Of every figure of a policy, by name."""
         rows = [asdict(row) for row in self.figures[policy]]
-        made = {field.name: spread([row[field.name] for row in rows]) for field in fields(Figures)}
+        made = {field.name: spread([row[field.name] for row in rows]) for field in fields(Figures)} if rows else {}
         if self.capacities.get(policy):
             made["capacity_rps"] = spread(self.capacities[policy])
         return made

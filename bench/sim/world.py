@@ -132,6 +132,7 @@ class _Client:
                 outcome.tier = flight.done.tier
             if flight.choice is not None:
                 outcome.worker = flight.choice.worker.id
+            self._flight = None  # they know each other, and runs are made without the garbage collector
         self._sim.open -= 1
 
 

@@ -663,7 +663,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert len(residency._entries) <= len(self.engine) + len(self.warm) + len(self.wants) + len(self.fetching) + 2, (
             "an entry was left behind"
         )
-        residency.states(self.now, 1.0)
+        anew = [residency._state(a, e, self.now, 1.0) for a, e in residency._entries.items() if e.stage is not Stage.UNLOADING]
+        assert list(residency.states(self.now, 1.0)) == anew, "what a beat says of a warm adapter is out of date"
 
     def settle(self) -> None:
         """Store and engine answer everything that is open, well."""

@@ -1,0 +1,142 @@
+"""Pure. One run of a study as a value: what it is, what came of it, about how long it takes. A study's items can run in any order and place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any, Literal, TypeAlias, assert_never
+
+import msgspec
+
+from bench.sim import scenarios, search, study
+from bench.sim.scenarios import SCENARIOS, Scenario, Window
+from bench.sim.study import CLAIRVOYANT, Case
+
+Kind: TypeAlias = Literal["keeps", "figures", "bound", "overload", "scale", "loss"]
+"""A run that asks whether a rate keeps the promise on p99; one for figures; the clairvoyant bound's; with production's queue; with an event."""
+REQUEST_S, WORKER_S = 0.00028, 0.3e-6
+"""Processor time of one request: with 8 workers, and what each further one adds (blind policies scan them, and the caches of the processor
+are colder). Measured on two shared cores of 2.9 GHz, Python 3.11."""
+TIMES = {"keeps": 0.8, "overload": 2.0, "bound": 0.1}
+"""A run that fails its promise ends early; a long queue is dear."""
+
+
+class Item(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`adapters` 0: as many as the scenario has. `p99_s` is the promise, for `keeps` alone."""
+
+    kind: Kind
+    policy: str
+    scenario: str
+    seed: int
+    rate_rps: float = 0.0
+    workers: int = scenarios.WORKERS
+    adapters: int = 0
+    warm_up_s: float = 60.0
+    duration_s: float = 60.0
+    p99_s: float = 0.0
+
+    @property
+    def name(self) -> str:
+        where = f"{self.scenario} {self.workers}w" + (f" {self.adapters}a" if self.adapters else "")
+        return f"{self.kind} {where} {self.policy} seed {self.seed} at {self.rate_rps:g}/s"
+
+    @property
+    def estimate_s(self) -> float:
+        """Processor time."""
+        scenario = SCENARIOS[self.scenario]
+        seconds = self.warm_up_s + self.duration_s
+        if scenario.flash:
+            crowd_s = self.duration_s * (1 - scenarios.FLASH_AT)
+            seconds += crowd_s + (seconds if self.kind == "figures" else 0.0)  # a second run, without the crowd
+        return TIMES.get(self.kind, 1.0) * self.rate_rps * seconds * (REQUEST_S + WORKER_S * self.workers)
+
+
+def scenario_of(item: Item) -> Scenario:
+    return study.scenario_named(item.scenario, item.adapters or None)
+
+
+def case_of(item: Item) -> Case:
+    policy = "round-robin" if item.policy == CLAIRVOYANT else item.policy  # the bound has none
+    return Case(policy, scenario_of(item), item.seed, item.workers, Window(item.warm_up_s, item.duration_s))
+
+
+class Done(msgspec.Struct, frozen=True):
+    """A finished item, one line of a study's file. `at` is when, in seconds since 1970; `code` says of which code."""
+
+    item: Item
+    result: Any
+    cpu_s: float
+    at: float
+    code: str
+
+
+def perform(item: Item) -> Any:
+    """The item's result, as JSON has it. Raises: KeyError for a policy or scenario that does not exist."""
+    case = case_of(item)
+    match item.kind:
+        case "keeps":
+            return search.keeps(case.world, case.scenario, item.rate_rps, case.window, item.p99_s)
+        case "figures":
+            figures, flash = study.measure(case, item.rate_rps)
+            return {"figures": asdict(figures), "flash": None if flash is None else asdict(flash)}
+        case "bound":
+            figures, capacity_rps = study.measure_bound(case, item.rate_rps)
+            return {"figures": asdict(figures), "capacity_rps": capacity_rps}
+        case "overload":
+            return {"figures": asdict(study.measure_overload(case, item.rate_rps))}
+        case "scale" | "loss":
+            return {"moments": [asdict(moment) for moment in study.measure_event(case, item.rate_rps, item.kind)]}
+        case _:
+            assert_never(item.kind)
+
+
+class Results:
+    """What is known so far. The later of two results for one item holds."""
+
+    def __init__(self, done: Iterable[Done] = ()) -> None:
+        self._results: dict[Item, Any] = {}
+        self._tried: dict[Item, dict[int, bool]] = {}
+        for each in sorted(done, key=lambda each: each.at):
+            self.add(each.item, each.result)
+
+    def __contains__(self, item: Item) -> bool:
+        return item in self._results
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def add(self, item: Item, result: Any) -> None:
+        self._results[item] = result
+        if item.kind == "keeps":
+            self._tried.setdefault(at(item, 0.0), {})[search.rung_of(item.rate_rps)] = result
+
+    def copy(self) -> Results:
+        made = Results()
+        made._results = dict(self._results)
+        made._tried = {searched: dict(tried) for searched, tried in self._tried.items()}
+        return made
+
+    def get(self, item: Item) -> Any:
+        """None if it is not there."""
+        return self._results.get(item)
+
+    def tried(self, searched: Item) -> Mapping[int, bool]:
+        """By rung, of a search: an item of kind `keeps` at rate 0."""
+        return self._tried.get(searched, {})
+
+
+def at(item: Item, rate_rps: float) -> Item:
+    return msgspec.structs.replace(item, rate_rps=rate_rps)
+
+
+def still_good(done: Iterable[Done], redo: Iterable[str], code: str | None = None) -> list[Done]:
+    """Without what older code made of the policies in `redo`. `code` None: the newest that each of them has."""
+    rows, stale = list(done), set(redo)
+    newest: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: row.at):
+        newest[row.item.policy] = row.code
+    return [row for row in rows if row.item.policy not in stale or row.code == (code or newest[row.item.policy])]
+
+
+def with_seed(item: Item, seed: int) -> Item:
+    return msgspec.structs.replace(item, seed=seed)
