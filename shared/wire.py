@@ -39,7 +39,10 @@ class Tier(IntEnum):
 
 
 class AdapterState(msgspec.Struct, frozen=True, array_like=True):
-    """One adapter on one worker. While `loading`, `tier` is where it still comes from and `eta_s` the seconds until it is in a slot."""
+    """One adapter on one worker. While `loading`, `tier` is where it still comes from and `eta_s` the seconds until it is in a slot.
+
+    `steady`: of all gateways together it gets at least STEADY_PER_S requests a second.
+    """
 
     name: str
     digest: str
@@ -50,6 +53,11 @@ class AdapterState(msgspec.Struct, frozen=True, array_like=True):
     rank: int = 0
     size_bytes: int = 0
     pinned: bool = False
+    steady: bool = False
+
+
+STEADY_PER_S = 0.5
+"""Requests a second from which on an adapter is in steady use: idle for a moment, it will be asked for again before a load elsewhere is over."""
 
 
 # ---- worker -> gateway, control ---------------------------------------------------------------------------------------------------------
