@@ -56,8 +56,9 @@ class AdapterState(msgspec.Struct, frozen=True, array_like=True):
     steady: bool = False
 
 
-STEADY_PER_S = 0.5
-"""Requests a second from which on an adapter is in steady use: idle for a moment, it will be asked for again before a load elsewhere is over."""
+STEADY_PER_S = 1.0
+"""Requests a second from which on an adapter is in steady use. Half of it costs capacity: in the simulator (`default`, 85 requests/s, 4 seeds) p99
+TTFT is 162 ms without any such rule, 167 ms with this, 194 ms with 0.5."""
 
 
 # ---- worker -> gateway, control ---------------------------------------------------------------------------------------------------------
