@@ -115,7 +115,7 @@ class ExpectedTTFT:
         best: Worker | None = None
         least = math.inf
         for w in holders:
-            if w.has_room and not base.claims.closed(w, key) and base.claims.open_to(w, key):
+            if w.has_room and not base.claims.closed(w, key) and base.claims.open_to(w, key, pool, now):
                 cost = self._terms(ask, key, w, base, pool, price, now).total_s
                 if cost < least:
                     best, least = w, cost
@@ -134,13 +134,13 @@ class ExpectedTTFT:
         stashed = pool.stashes.get(key)
         if stashed is not None:
             cached = [w for w in islice(stashed.values(), STASH_CHOICES) if w.id not in holders and w.tier_at(key) is Tier.CPU]
-            candidates = [w for w in cached if w.has_room and base.claims.open_to(w, key)]
+            candidates = [w for w in cached if w.has_room and base.claims.open_to(w, key, pool, now)]
             if cached and patient and not candidates:
                 # A full worker frees a slot every service_s / slots; a load from disk would stall somebody for longer.
                 return Wait(Blocked.TURN, due)
         if pool.open_workers == 0:
             return self._blocked(ask, key, base, pool, now)
-        candidates += self._homes(key, base, pool, bound, holders, anybody=not candidates)
+        candidates += self._homes(key, base, pool, bound, holders, now, anybody=not candidates)
         if not needed:
             candidates = [w for w in candidates if self._surplus(w, base, pool, now)]
         uses = 1.0 + base.rates.per_s(key, now) * HORIZON_S / (copies + 1) if copies else 1.0
@@ -152,17 +152,18 @@ class ExpectedTTFT:
                 best, terms = w, found
         return Choice(best, reason, best.tier_at(key), terms) if best is not None else self._blocked(ask, key, base, pool, now)
 
-    def _homes(self, key: Key, base: _Base, pool: Pool, bound: float, holders: Holders, *, anybody: bool) -> list[Worker]:
+    def _homes(self, key: Key, base: _Base, pool: Pool, bound: float, holders: Holders, now: float, *, anybody: bool) -> list[Worker]:
         """The first open ones of the rendezvous order within the bound; if need be beyond it, and if need be any."""
         claims = base.claims
-        homes = [w for w in base.rendezvous.order(key, pool) if w.has_room and w.id not in holders and claims.open_to(w, key)]
+        homes = [w for w in base.rendezvous.order(key, pool) if w.has_room and w.id not in holders and claims.open_to(w, key, pool, now)]
         within = [w for w in homes if w.load < bound][:HOME_CHOICES]
         if within or not anybody:
             return within
         if homes:
             return homes[:HOME_CHOICES]
-        able = [w for w in pool.workers if w.counted and w.counted[1] > 0 and w.has_room and w.id not in holders and claims.open_to(w, key)]
-        return [min(able, key=lambda w: w.load)] if able else []
+        able = [w for w in pool.workers if w.counted and w.counted[1] > 0 and w.has_room and w.id not in holders]
+        able.sort(key=lambda w: w.load)
+        return [w for w in able if claims.open_to(w, key, pool, now)][:1]
 
     def _choose_base(self, ask: Ask, pool: Pool, now: float, rng: random.Random) -> Decision:
         base = self._base(ask.base)
@@ -290,7 +291,7 @@ class ExpectedTTFT:
         for w in pool.workers:
             note = "" if w.has_room else "no room"
             if key is not None and not note:
-                note = "no slot" if not base.claims.open_to(w, key) else "slot closing" if base.claims.closed(w, key) else ""
+                note = "no slot" if not base.claims.open_to(w, key, pool, now) else "slot closing" if base.claims.closed(w, key) else ""
             tier = Tier.GPU if key is None else w.tier_at(key)
             found.append(Candidate(w, tier, not note, note, self._terms(ask, key, w, base, pool, price, now)))
         return sorted(found, key=lambda c: (not c.eligible, c.terms.total_s))
@@ -314,7 +315,7 @@ class _Base:
         self.misses = Rates(10.0, 1)
         self.services = costs.Services()
         self.homes = HomeSets()
-        self.claims = Claims()
+        self.claims = Claims(self.rates, self.rendezvous)
 
     def slot_price(self, pool: Pool, now: float) -> float:
         """Seconds that the next slot is worth: nothing while open ones abound, a service time when there is none.

@@ -1,18 +1,25 @@
 """Pure. Slots as the gateway hands them out: never more distinct adapters in flight on a worker than it has, and nobody waits for ever.
 
+An adapter in steady use is idle for a moment again and again. If each such moment gave its slot to somebody who comes once, it would wait behind a
+whole burst of those for its own reload. So one copy of it (the first of its rendezvous order that has it in a slot, on which all gateways agree)
+keeps its slot while it is idle: colder adapters wait for another one.
+
 Requests for adapters in flight may always join, so a busy adapter would keep its slot for ever. A request that has waited for a slot longer
-than AGE_BOUND_S makes a claim: the adapter with the fewest requests in flight on some worker gets no new ones there, and when its last has
-ended the slot goes to the claimant's adapter, with all who wait for it. (vLLM's own scheduler skips requests over `max_loras` without end.)
+than AGE_BOUND_S makes a claim: an adapter on some worker gets no new requests there, and when its last has ended the slot goes to the claimant's
+adapter, with all who wait for it. That is the adapter with the fewest requests in flight; one in steady use only where there is no other, and
+then the coldest. (vLLM's own scheduler skips requests over `max_loras` without end.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gateway.placement import Rates, Rendezvous
 from gateway.pool import Pool
 from gateway.routing import Ask
 from gateway.worker import Key, Worker
-from shared.wire import WorkerId
+from shared.wire import STEADY_PER_S, WorkerId
 
 AGE_BOUND_S = 3.0
 """A request older than this claims a slot; it then waits for no more than the emptiest adapter's running requests."""
@@ -27,9 +34,10 @@ class Claim:
 
 
 class Claims:
-    """Open claims of one base model: at most one per waiting adapter, and at most half of a worker's slots."""
+    """The slots of one base model. Open claims: at most one per waiting adapter, and at most half of a worker's slots."""
 
-    def __init__(self, age_bound_s: float = AGE_BOUND_S) -> None:
+    def __init__(self, rates: Rates, rendezvous: Rendezvous, age_bound_s: float = AGE_BOUND_S) -> None:
+        self._rates, self._rendezvous = rates, rendezvous
         self._age_bound_s = age_bound_s
         self._claims: dict[Key, Claim] = {}  # by the claimant's adapter
         self._closing: set[tuple[WorkerId, Key]] = set()
@@ -42,19 +50,14 @@ class Claims:
         """The adapter gives up its slot there: nothing new for it."""
         return bool(self._closing) and (worker.id, key) in self._closing
 
-    def open_to(self, worker: Worker, key: Key) -> bool:
-        """The worker has a slot for the adapter that no claim of another one keeps."""
-        if not self._claims:
+    def open_to(self, worker: Worker, key: Key, pool: Pool, now: float) -> bool:
+        """The worker has a slot for the adapter that is kept for no other one's claim and for no hotter adapter in steady use."""
+        if not self._claims and not worker.steady:
             return worker.takes(key)
         if worker.in_flight(key):
             return True
-        claim = self._claims.get(key)
-        kept = self._per_worker.get(worker.id, 0) - (claim is not None and claim.worker is worker)
-        # Before the victim has left, its slot is occupied: only claims whose victim is gone keep an open one.
-        for other, c in self._claims.items():
-            if c.worker is worker and other != key and worker.in_flight(c.victim):
-                kept -= 1
-        return worker.open_slots > kept
+        spare = worker.open_slots - (self._promised(worker, key) if self._claims else 0)
+        return spare > len(worker.steady) or (spare > 0 and spare > self._kept(worker, key, pool, now))
 
     def claim(self, ask: Ask, key: Key, pool: Pool, now: float, *, held: bool = False) -> float:
         """No slot anywhere: claims one if the request is old enough. Returns when to ask again.
@@ -69,29 +72,67 @@ class Claims:
             mine = None
         if now < due or mine is not None:
             return due if now < due else now + self._age_bound_s
-        found = self._victim(key, pool, by_load=held)
-        if found is not None:
-            self._claims[key] = found
-            self._closing.add((found.worker.id, found.victim))
-            self._per_worker[found.worker.id] = self._per_worker.get(found.worker.id, 0) + 1
-        return now + self._age_bound_s
+        found = self._victim(key, pool, now, by_load=held)
+        if found is None:
+            return now + self._age_bound_s
+        self._claims[key] = found
+        self._closing.add((found.worker.id, found.victim))
+        self._per_worker[found.worker.id] = self._per_worker.get(found.worker.id, 0) + 1
+        return now + self._age_bound_s if found.worker.in_flight(found.victim) else now
 
     def settle(self, ask: Ask, key: Key) -> None:
         """The adapter has a slot, or nobody waits for it any more."""
         if key in self._claims:
             self._drop(key)
 
-    def _victim(self, key: Key, pool: Pool, *, by_load: bool) -> Claim | None:
-        """The adapter in flight with the fewest requests, on any worker or the least loaded one that has claims to spare."""
-        best: tuple[int, int, Claim] | None = None
+    def _promised(self, worker: Worker, key: Key) -> int:
+        """Open slots that claims of other adapters keep. Before a victim has left, its slot is occupied and not among them."""
+        claim = self._claims.get(key)
+        kept = self._per_worker.get(worker.id, 0) - (claim is not None and claim.worker is worker)
+        for other, c in self._claims.items():
+            if c.worker is worker and other != key and worker.in_flight(c.victim):
+                kept -= 1
+        return kept
+
+    def _kept(self, worker: Worker, key: Key, pool: Pool, now: float) -> int:
+        """Slots of idle adapters in steady use that are no colder than this one and have their lasting copy there."""
+        per_s = self._rates.per_s(key, now)
+        return sum(
+            other != key
+            and (per_s <= STEADY_PER_S or per_s <= self._rates.per_s(other, now))
+            and (worker.id, other) not in self._closing
+            and self._lasts(worker, other, pool)
+            for other in _idle_steady(worker)
+        )
+
+    def _lasts(self, worker: Worker, key: Key, pool: Pool) -> bool:
+        """Of the adapter's copies this is the one that stays."""
+        if len(pool.holders.get(key, ())) < 2:
+            return True
+        first = next((w for w in self._rendezvous.order(key, pool) if key in w.loaded), None)
+        return first is None or first is worker
+
+    def _victim(self, key: Key, pool: Pool, now: float, *, by_load: bool) -> Claim | None:
+        """On any worker, or the least loaded one, that has claims to spare; none in steady use as long as others are in flight anywhere."""
+        best: tuple[float, int, int, Claim] | None = None
+        others = False
         for w in pool.workers:
-            if not w.has_room or self._per_worker.get(w.id, 0) >= max(1, w.beat.slots // 2):
+            if not w.has_room:
                 continue
-            for victim, count in w.busy.items():
-                rank = (w.load, count) if by_load else (count, w.load)
-                if (best is None or rank < best[:2]) and victim != key and (w.id, victim) not in self._closing:
+            others = others or not w.others_busy <= w.steady
+            spare = self._per_worker.get(w.id, 0) < max(1, w.beat.slots // 2)
+            for victim, count in (*w.busy.items(), *((idle, 0) for idle in _idle_steady(w))):
+                if victim == key:
+                    continue
+                per_s = 0.0
+                if victim in w.steady:
+                    per_s = max(STEADY_PER_S, self._rates.per_s(victim, now))
+                else:
+                    others = True
+                rank = (per_s, w.load, count) if by_load else (per_s, count, w.load)
+                if spare and (best is None or rank < best[:3]) and (w.id, victim) not in self._closing:
                     best = (*rank, Claim(w, victim))
-        return best[2] if best else None
+        return best[3] if best and not (best[0] and others) else None
 
     def _drop(self, key: Key) -> None:
         claim = self._claims.pop(key)
@@ -101,3 +142,7 @@ class Claims:
             self._per_worker[claim.worker.id] = left
         else:
             del self._per_worker[claim.worker.id]
+
+
+def _idle_steady(worker: Worker) -> Iterator[Key]:
+    return (key for key in worker.steady if key not in worker.busy and key not in worker.others_busy)

@@ -23,7 +23,8 @@ class Worker:
 
     `loaded` are the adapters in a GPU slot as of the last beat; `coming` those on their way to one: loading, or reserved for and not loaded;
     `lower` those in the CPU tier or on disk; `idle` the loaded ones without a request in flight, first the one whose last request of this
-    gateway ended earliest (the likely victim of the next load); `others_busy` those in flight beyond this gateway's reservations.
+    gateway ended earliest (the likely victim of the next load); `steady` the loaded ones in steady use, in flight or not; `others_busy` those
+    in flight beyond this gateway's reservations.
     """
 
     beat: Heartbeat
@@ -40,6 +41,7 @@ class Worker:
     coming: set[Key] = field(default_factory=set)
     lower: set[Key] = field(default_factory=set)
     idle: dict[Key, None] = field(default_factory=dict)
+    steady: set[Key] = field(default_factory=set)
     unseen: dict[StreamId, int] = field(default_factory=dict)  # prompt tokens of reservations that the last beat does not count
     unseen_tokens: int = 0
     seed: int = 0
@@ -181,6 +183,7 @@ class Worker:
         lower: set[Key] = set()
         in_flight: set[Key] = set()
         idle: dict[Key, None] = {}
+        steady: set[Key] = set()
         for state in beat.adapters:
             key = (state.name, state.digest)
             held[key] = state
@@ -188,6 +191,8 @@ class Worker:
                 coming.add(key)
             elif state.tier is Tier.GPU:
                 loaded.add(key)
+                if state.steady:
+                    steady.add(key)
                 if key not in busy:
                     idle[key] = None
             else:
@@ -197,7 +202,7 @@ class Worker:
         for key in busy:
             if key not in loaded:
                 coming.add(key)
-        self.held, self.loaded, self.coming, self.lower = held, loaded, coming, lower
+        self.held, self.loaded, self.coming, self.lower, self.steady = held, loaded, coming, lower, steady
         # Without requests of other gateways it is our own that ended since the beat left.
         self.others_busy = in_flight if self.others else set()
         known = {key: None for key in self.idle if key in idle}

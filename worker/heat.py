@@ -12,6 +12,8 @@ from shared.adapters import AdapterRef
 
 FADE_S = 60.0
 """A request counts e times less after this time."""
+STEADY_FADE_S = 10.0
+"""The same where the question is whether an adapter is in use at present: known after some seconds, forgotten within half a minute."""
 MAX_KNOWN = 10_000
 """Adapters whose warmth is remembered, also of those that have left; the one that was asked for longest ago is forgotten first."""
 
@@ -35,3 +37,7 @@ class Heat:
 
     def of(self, adapter: AdapterRef) -> float:
         return self._levels.get(adapter, -math.inf)
+
+    def per_s(self, adapter: AdapterRef, now: float) -> float:
+        """Requests a second of late."""
+        return math.exp(self._levels.get(adapter, -math.inf) - now / self._fade_s) / self._fade_s

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from shared.adapters import AdapterRef
-from shared.wire import AdapterState, Tier
+from shared.wire import STEADY_PER_S, AdapterState, Tier
 from worker.engine import Loaded
-from worker.heat import Heat
+from worker.heat import STEADY_FADE_S, Heat
 from worker.instructions import Fetch, Instruction, Load, Reject, Start, Tended, Unload
 from worker.slots import Evict, Full, SlotTable
 
@@ -72,7 +72,7 @@ class Residency:
     """
 
     def __init__(self, slots: int, host_places: int = 0) -> None:
-        self._heat = Heat()
+        self._heat, self._recent = Heat(), Heat(STEADY_FADE_S)
         self.slots = SlotTable(slots)
         self._host_places = max(slots, host_places)
         self._warm: dict[AdapterRef, int] = {}  # WARM adapters in order of demotion -> bytes
@@ -90,6 +90,7 @@ class Residency:
     def want(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
         """A request needs the adapter."""
         self._heat.note(adapter, now)
+        self._recent.note(adapter, now)
         rejected = self._reject(request, adapter, now)
         if rejected:
             return [rejected]
@@ -279,7 +280,7 @@ class Residency:
         head = next(iter(self._line), None)
         if head is None:
             return self._reopen()
-        room = self.slots.room()
+        room = self.slots.room(lambda adapter: self._steady_per_s(adapter, now))
         if isinstance(room, Full):
             return []
         entry = self._entries[head]
@@ -291,10 +292,15 @@ class Residency:
         assert entry.loaded is not None
         return [self._make_room(entry, victim, now)]
 
-    def _vacate(self, lru: AdapterRef) -> AdapterRef:
-        """Frees the slot of a closed adapter, else of the least recently used one."""
+    def _steady_per_s(self, adapter: AdapterRef, now: float) -> float:
+        """Requests a second of an adapter in steady use, and 0 for all others: they make room first, in the order of their last use."""
+        per_s = self._recent.per_s(adapter, now)
+        return per_s if per_s >= STEADY_PER_S else 0.0
+
+    def _vacate(self, idle: AdapterRef) -> AdapterRef:
+        """Frees the slot of a closed adapter, else of the one given."""
         closed = next((a for a, e in self._entries.items() if e.stage is Stage.CLOSING and self.slots.uses(a) == 0), None)
-        victim = closed or lru
+        victim = closed or idle
         self.slots.vacate(victim)
         return victim
 
@@ -374,7 +380,8 @@ class Residency:
         loading = not (in_slot or warm or (entry.cachers and not entry.waiting))
         eta_s = max(0.0, load_s - (now - entry.since)) if loading else 0.0
         in_flight = self.slots.uses(ref) + len(entry.waiting)
-        state = AdapterState(ref.name, ref.digest, tier, loading, eta_s, in_flight, rank, size, self.slots.pinned(ref))
+        steady = in_slot and self._steady_per_s(ref, now) > 0.0
+        state = AdapterState(ref.name, ref.digest, tier, loading, eta_s, in_flight, rank, size, self.slots.pinned(ref), steady)
         if warm and not state.pinned:
             entry.when_warm = state
         return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,7 +17,7 @@ class Free:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """The least recently used idle adapter makes room."""
+    """An idle adapter makes room."""
 
     victim: AdapterRef
 
@@ -50,11 +51,12 @@ class SlotTable:
         """The adapter that has gone longest without a new request, though some are still in flight."""
         return next((a for a, n in self._uses.items() if n and a not in self._pinned), None)
 
-    def room(self) -> Room:
+    def room(self, warmth: Callable[[AdapterRef], float] = lambda _: 0.0) -> Room:
+        """For one more adapter. The victim is the idle one with the least `warmth`, of several the least recently used."""
         if len(self._uses) < self.size:
             return Free()
-        victim = next((a for a, n in self._uses.items() if n == 0 and a not in self._pinned), None)
-        return Evict(victim) if victim else Full()
+        idle = [a for a, n in self._uses.items() if n == 0 and a not in self._pinned]
+        return Evict(min(idle, key=warmth)) if idle else Full()
 
     def occupy(self, adapter: AdapterRef) -> None:
         """The adapter takes a free slot (from the start of its load on)."""
