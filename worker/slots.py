@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -46,14 +47,15 @@ class SlotTable:
     def uses(self, adapter: AdapterRef) -> int:
         return self._uses.get(adapter, 0)
 
-    def oldest_in_use(self) -> AdapterRef | None:
+    def oldest_in_use(self, but: Container[AdapterRef] = ()) -> AdapterRef | None:
         """The adapter that has gone longest without a new request, though some are still in flight."""
-        return next((a for a, n in self._uses.items() if n and a not in self._pinned), None)
+        return next((a for a, n in self._uses.items() if n and a not in self._pinned and a not in but), None)
 
-    def room(self) -> Room:
+    def room(self, but: Container[AdapterRef] = ()) -> Room:
+        """Whether a slot can be had, and whose; those in `but` are on their way in."""
         if len(self._uses) < self.size:
             return Free()
-        victim = next((a for a, n in self._uses.items() if n == 0 and a not in self._pinned), None)
+        victim = next((a for a, n in self._uses.items() if n == 0 and a not in self._pinned and a not in but), None)
         return Evict(victim) if victim else Full()
 
     def occupy(self, adapter: AdapterRef) -> None:

@@ -12,13 +12,11 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,25 +32,23 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import LoRARequestStates
 
-from shared.adapters import WEIGHTS_FILE
 from shared.config import LLMConfig
-from shared.errors import ConfigError, EngineFailure, InvalidAdapter
+from shared.errors import ConfigError, EngineFailure
 from shared.parent import die_with_parent
 from worker import vllm_patches
-from worker.engine import Call, EngineFacts, EngineStats, Loaded, Reply
+from worker.engine import Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped
+from worker.vllm_adapters import Adapters, lora_request
 from worker.vllm_fast import FastPath
 from worker.vllm_plugin import WORKER_PID_ENV
 
 log = logging.getLogger("loraplex.vllm")
 
-UTILITY_TIMEOUT_S = 300.0  # a utility call waits behind the running step; one that hangs this long never answers (the engine died)
 DEATH_POLL_S = 0.2
 STOP_S = 5.0
 EWMA = 0.2
 HOST_PLACES = 240  # adapters in host memory beside those in slots; a count is all that vLLM bounds
 
 PINNED: ContextVar[LoRARequest | None] = ContextVar("pinned_adapter", default=None)
-_PATH = re.compile(r"(/[\w.\-]+){2,}")
 
 
 class PinnedAdapters(dict[str, LoRARequest]):
@@ -135,7 +131,7 @@ class VLLMEngine:
         self._app: Any = None
         self.fast: FastPath | None = None
         self._on_death: Callable[[str], None] | None = None
-        self._in_host: set[int] = set()
+        self._adapters: Adapters | None = None
         self._watch: asyncio.Task[None] | None = None
         # The kernel's parent-death signal belongs to the thread that forked: this one lives as long as the process.
         self._boot_thread = ThreadPoolExecutor(1, thread_name_prefix="engine-boot")
@@ -149,6 +145,7 @@ class VLLMEngine:
             raise EngineFailure(f"vLLM did not start: {type(exc).__name__}: {exc}") from exc
         engine = self._engine
         assert engine is not None
+        self._adapters = Adapters(engine)
         tasks = await engine.get_supported_tasks()
         self._app = build_app(self._args, tasks, engine.model_config)
         await init_app_state(engine, self._app.state, self._args, tasks)
@@ -182,39 +179,13 @@ class VLLMEngine:
                 await bridge
             raise
 
-    async def load(self, adapter: Loaded) -> None:
-        assert self._engine is not None
-        if adapter.int_id not in self._in_host:
-            await asyncio.to_thread(_read_through, adapter.folder / WEIGHTS_FILE)  # the engine's own read then finds the page cache
-        request = lora_request(adapter)
-        try:
-            async with asyncio.timeout(UTILITY_TIMEOUT_S):
-                await self._engine.add_lora(request)
-        except TimeoutError as exc:
-            raise EngineFailure(f"add_lora did not answer within {UTILITY_TIMEOUT_S:g} s") from exc
-        except Exception as exc:  # vLLM raises a plain Exception with the engine's words
-            if self._engine.errored:
-                raise EngineFailure("the engine died while it loaded an adapter") from exc
-            await self.unload(adapter)  # a failed load may leave it registered and half in a slot
-            raise InvalidAdapter(f"The engine refused the adapter: {_without_paths(exc)}") from exc
-        self._in_host.add(adapter.int_id)
+    async def prepare(self, adapter: Loaded) -> None:
+        assert self._adapters is not None
+        await self._adapters.prepare(adapter)
 
-    async def demote(self, adapter: Loaded) -> None:
-        assert self._engine is not None
-        try:
-            async with asyncio.timeout(UTILITY_TIMEOUT_S):
-                await self._engine.collective_rpc("loraplex_demote", args=(adapter.int_id,))
-        except Exception as exc:  # as for unload
-            raise EngineFailure(f"an adapter could not leave its slot: {_without_paths(exc)}") from exc
-
-    async def unload(self, adapter: Loaded) -> None:
-        assert self._engine is not None
-        self._in_host.discard(adapter.int_id)
-        try:
-            async with asyncio.timeout(UTILITY_TIMEOUT_S):
-                await self._engine.remove_lora(adapter.int_id)
-        except Exception as exc:  # after a failed removal nobody knows what is in the slots
-            raise EngineFailure(f"remove_lora failed: {_without_paths(exc)}") from exc
+    async def swap(self, swap: Swap) -> Swapped:
+        assert self._adapters is not None
+        return await self._adapters.swap(swap)
 
     def stats(self) -> EngineStats:
         s = Stats.current
@@ -387,20 +358,3 @@ def serve_args(model: LLMConfig) -> Any:
 def known_arguments() -> frozenset[str]:
     """The names that `engine_kwargs` may hold: every argument of `vllm serve`."""
     return frozenset(vars(make_arg_parser(FlexibleArgumentParser()).parse_args([])))
-
-
-def lora_request(adapter: Loaded) -> LoRARequest:
-    """Name, id and path are unique per version: vLLM compares by name and keys its prefix cache by (name, path)."""
-    return LoRARequest(
-        lora_name=f"{adapter.ref.base}:{adapter.ref.name}@{adapter.ref.digest}", lora_int_id=adapter.int_id, lora_path=str(adapter.folder)
-    )
-
-
-def _read_through(path: Path) -> None:
-    with path.open("rb") as f:
-        while f.read(1 << 20):
-            pass
-
-
-def _without_paths(exc: Exception) -> str:
-    return _PATH.sub("<path>", str(exc).splitlines()[0] if str(exc) else type(exc).__name__)[:500]

@@ -23,7 +23,7 @@ from shared.errors import EngineFailure
 from shared.process import read_settings
 from tests.harness import DEMO, demo_config
 from worker.__main__ import VLLM_CPU_ENV, VLLM_ENV
-from worker.engine import Call, Loaded
+from worker.engine import Call, Loaded, Swap
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 PROMPT = "Tell me about the sea."
@@ -243,7 +243,8 @@ async def engine(vllm_environment: None, tmp_path_factory: pytest.TempPathFactor
     engine = VLLMEngine(read_settings(str(config)).models[0])
     await engine.start()
     for adapter in ADAPTERS.values():
-        await engine.load(adapter)
+        await engine.prepare(adapter)
+        assert not (await engine.swap(Swap((adapter,)))).refused
     yield engine
     await engine.stop()
 
