@@ -1,10 +1,13 @@
 """Shell. `python -m bench.gpu`: Loraplex beside vLLM's own server on GPUs, with a model in the shape of Llama-3.1-8B and dummy weights.
 
 Self-contained: it writes the model's config, a tokenizer and random rank-16 adapters, boots one server after the other with the same engine
-arguments, loads each with `bench.load`, and prints a table last. Every measured row is kept in `--out` at once, so a run that was cut off goes on
-where it stopped.
+arguments, loads each with `bench.load`, and prints a table last. Every measured row is printed and kept in `--out` at once, so a run that was cut
+off goes on where it stopped; the rows that matter most come first, and none begins after `--budget-s`.
 
-    python -m bench.gpu --out results --servers loraplex,vllm --adapters 64 --slots 16
+    python -m bench.gpu --out results --rows zipf,stall,adapters        the rows with adapters
+    python -m bench.gpu --out results --rows base                       the rest; both together measure everything
+    python -m bench.gpu --out results --defaults --rows adapters        each server's own defaults, but for slots and rank
+    python -m bench.gpu --servers loraplex --loraplex-arg specialize_active_lora=true --label specialized
 """
 
 from __future__ import annotations
@@ -30,10 +33,14 @@ import uvloop
 from bench.load import measure, raise_open_files_limit
 from bench.options import parse
 from bench.report import document
+from bench.stall import stall
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_TOKENIZER = ROOT / "examples" / "demo" / "model"
 BOOT_S = 420.0
+KINDS = ("zipf", "stall", "adapters", "base")
+COLD_ADAPTERS = 16
+"""That no row but `stall` asks for."""
 RANK = 16
 
 LLAMA_8B = {
@@ -79,14 +86,18 @@ class Row:
     requests: int
 
 
-def rows(slots: int, adapters: int, levels: list[int], per_stream: int) -> list[Row]:
-    made = []
-    for n in levels:
+def rows(args: argparse.Namespace) -> list[Row]:
+    """What `--rows` asks for, the most important first."""
+    slots, adapters, per_stream = args.slots, args.adapters, args.per_stream
+    made: dict[str, list[Row]] = {kind: [] for kind in KINDS}
+    made["zipf"] = [Row(f"{adapters} adapters over {slots} slots, zipf x128", adapters, "zipf", 128, 128 * per_stream)]
+    made["stall"] = [Row("stall per cold load", 0, "stall", 32, 0)]
+    for n in args.levels:
         count = max(8, n * per_stream)
-        made.append(Row(f"base x{n}", 0, "base", n, count))
-        made.append(Row(f"{slots} adapters x{n}", slots, "uniform", n, count))
-    made.append(Row(f"{adapters} adapters over {slots} slots, zipf x128", adapters, "zipf", 128, 128 * per_stream))
-    return made
+        if n in args.adapter_levels:
+            made["adapters"].append(Row(f"{slots} adapters x{n}", slots, "uniform", n, count))
+        made["base"].append(Row(f"base x{n}", 0, "base", n, count))
+    return [row for kind in KINDS if kind in args.rows for row in made[kind]]
 
 
 # ---- what is served -------------------------------------------------------------------------------------------------------------------------
@@ -109,7 +120,7 @@ def make_model(folder: Path, shape: str) -> Path:
 
 
 def make_adapters(root: Path, count: int, shape: str) -> Path:
-    """`count` folders with one set of random weights (q, k, v, o; rank 16; 26 MiB for 8b), hard-linked: what counts is their size."""
+    """`count` folders, and those of the cold ones, with one set of random weights (q, k, v, o; rank 16; 26 MiB for 8b), hard-linked."""
     import torch
     from safetensors.torch import save_file
 
@@ -127,8 +138,8 @@ def make_adapters(root: Path, count: int, shape: str) -> Path:
     save_file(tensors, weights)
     modules = ["q_proj", "k_proj", "v_proj", "o_proj"]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "target_modules": modules, "bias": "none"}
-    for i in range(count):
-        folder = root / f"a{i:03d}"
+    for name in [*(f"a{i:03d}" for i in range(count)), *(f"c{i:03d}" for i in range(COLD_ADAPTERS))]:
+        folder = root / name
         folder.mkdir(exist_ok=True)
         (folder / "adapter_config.json").write_text(json.dumps(config))
         with contextlib.suppress(FileExistsError):
@@ -136,17 +147,11 @@ def make_adapters(root: Path, count: int, shape: str) -> Path:
     return root
 
 
-def engine_arguments(shape: str, slots: int) -> dict[str, Any]:
-    """The same for both servers."""
-    wanted: dict[str, Any] = {
-        "load_format": "dummy",
-        "enable_lora": True,
-        "max_loras": slots,
-        "max_lora_rank": RANK,
-        "max_model_len": 2048,
-        "max_num_seqs": 512,
-        "enable_prefix_caching": False,
-    }
+def engine_arguments(shape: str, slots: int, *, defaults: bool) -> dict[str, Any]:
+    """The same for both servers. `defaults`: only what the test itself needs."""
+    wanted: dict[str, Any] = {"load_format": "dummy", "enable_lora": True, "max_loras": slots, "max_lora_rank": RANK, "max_model_len": 2048}
+    if not defaults:
+        wanted |= {"max_num_seqs": 512, "enable_prefix_caching": False}
     if shape == "tiny":
         wanted |= {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "dtype": "float32"}
     return wanted
@@ -184,7 +189,8 @@ def vllm(model: Path, adapters: Path, arguments: dict[str, Any], work: Path, gpu
         flag = f"--{key.replace('_', '-')}"
         argv += [flag] if value is True else [flag.replace("--", "--no-", 1)] if value is False else [flag, str(value)]
     argv += ["--max-cpu-loras", str(max(64, arguments["max_loras"])), "--lora-modules"]
-    argv += [f"{p.name}={p}" for p in sorted(adapters.iterdir())]
+    # It loads them all at its start and keeps the last ones: those that must be cold come first.
+    argv += [f"{p.name}={p}" for p in sorted(adapters.iterdir(), reverse=True)]
     with server(argv, "http://127.0.0.1:8701", "/health", work / "vllm.log"):
         yield "http://127.0.0.1:8701", "{adapter}"
 
@@ -222,53 +228,77 @@ SERVERS = {"loraplex": loraplex, "vllm": vllm}
 def load(url: str, naming: str, row: Row, output_tokens: int, rounds: int) -> dict[str, Any]:
     """Figures of one row: the last of `rounds` passes (the first pays kernel tuning)."""
     flags = ["--url", url, "--model", "m", "--model-format", naming, "--quiet", "--ignore-eos", "--timeout", "300"]
-    flags += [
-        "--prompt-tokens",
-        "100",
-        "--output-tokens",
-        str(output_tokens),
-        "--concurrency",
-        str(row.streams),
-        "--requests",
-        str(row.requests),
-    ]
+    flags += ["--prompt-tokens", "100", "--output-tokens", str(output_tokens)]
+    flags += ["--concurrency", str(row.streams), "--requests", str(row.requests), "--mix", row.mix]
     if row.adapters:
-        flags += ["--adapters", ",".join(f"a{i:03d}" for i in range(row.adapters)), "--mix", row.mix]
+        flags += ["--adapters", ",".join(f"a{i:03d}" for i in range(row.adapters))]
         flags += ["--warm-adapters"] if row.mix == "uniform" else []
-    else:
-        flags += ["--mix", "base"]
     made: dict[str, Any] = {}
     for _ in range(rounds):
         made = document(uvloop.run(measure(parse([*flags, "--warmup", "4"]))))
     return made
 
 
+def figures_of(url: str, naming: str, row: Row, args: argparse.Namespace) -> dict[str, Any]:
+    if row.mix != "stall":
+        return load(url, naming, row, args.output_tokens, args.rounds)
+    names = [naming.format(base="m", adapter=name) for name in ("a000", *(f"c{i:03d}" for i in range(COLD_ADAPTERS)))]
+    return {"stall": uvloop.run(stall(url, names[0], names[1:]))}
+
+
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    began = time.monotonic()
     out: Path = args.out
     work = Path(args.work)
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
-    kept = out / f"gpu-{args.shape}.jsonl"
+    label = args.label or ("defaults" if args.defaults else "")
+    kept = out / f"gpu-{args.shape}{label and '-'}{label}.jsonl"
     done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     model = make_model(work / "model", args.shape)
     adapters = make_adapters(work / "adapters", args.adapters, args.shape)
-    wanted = rows(args.slots, args.adapters, args.levels, args.per_stream)
+    wanted = rows(args)
     for name in args.servers:
         left = [r for r in wanted if not any(d["server"] == name and d["row"] == r.name for d in done)]
         if not left:
             continue
-        with SERVERS[name](model, adapters, engine_arguments(args.shape, args.slots), work, args.gpus) as (url, naming):
+        arguments = engine_arguments(args.shape, args.slots, defaults=args.defaults) | (
+            dict(args.loraplex_arg) if name == "loraplex" else {}
+        )
+        with SERVERS[name](model, adapters, arguments, work, args.gpus) as (url, naming):
             for row in left:
-                made = load(url, naming, row, args.output_tokens, args.rounds)
-                done.append({"server": name, "row": row.name, "figures": made})
+                if time.monotonic() - began > args.budget_s:
+                    print(f"out of time before {name}, {row.name}", flush=True)
+                    break
+                done.append({"server": name, "row": row.name, "arguments": arguments, "figures": figures_of(url, naming, row, args)})
                 with kept.open("a") as f:
                     f.write(json.dumps(done[-1]) + "\n")
                 print(line(done[-1]), flush=True)
+        print_stalls(work / f"{name}.log")
     return done
+
+
+def print_stalls(path: Path) -> None:
+    """What the worker itself says of its loads: how long the engine stood still for each."""
+    said = [
+        json.loads(text) for text in path.read_text(errors="replace").splitlines() if text.startswith("{") and '"adapter loaded"' in text
+    ]
+    if said:
+        each = sorted(d["stall_ms"] / d["together"] for d in said)
+        together = [d["together"] for d in said]
+        mean = statistics.mean(together)
+        print(
+            f"{len(each)} loads: stall p50 {each[len(each) // 2]:.1f} ms, most {each[-1]:.1f} ms; {mean:.1f} adapters per swap", flush=True
+        )
 
 
 def line(d: dict[str, Any]) -> str:
     f = d["figures"]
+    if "stall" in f:
+        x = f["stall"]
+        stalls = f"stall p50 {x['stall_p50_ms']:.1f} ms, most {x['stall_max_ms']:.1f} ms"
+        ttfts = f"TTFT {x['ttft_cold_ms']:.0f} cold, {x['ttft_warm_ms']:.0f} warm"
+        return f"| {d['server']} | {d['row']} | {stalls} | {ttfts} | | {x['gap_warm_ms']:.1f} (longest) | |"
     ttft, itl = f["ttft"] or {"p50": 0, "p99": 0}, f["itl"] or {"p50": 0}
     return (
         f"| {d['server']} | {d['row']} | {f['throughput']['output_tokens_per_s']:,.0f} | {ttft['p50'] * 1e3:.0f} | {ttft['p99'] * 1e3:.0f} "
@@ -283,10 +313,22 @@ def table(done: list[dict[str, Any]]) -> str:
 
 def ratios(done: list[dict[str, Any]]) -> str:
     """Loraplex over vLLM, row by row."""
-    of = {(d["server"], d["row"]): d["figures"]["throughput"]["output_tokens_per_s"] for d in done}
+    of = {(d["server"], d["row"]): d["figures"]["throughput"]["output_tokens_per_s"] for d in done if "throughput" in d["figures"]}
     pairs = [(row, of["loraplex", row] / of["vllm", row]) for (server_, row) in of if server_ == "loraplex" and of.get(("vllm", row))]
     middle = statistics.median([r for _, r in pairs]) if pairs else 0.0
     return "\n".join([*(f"{row}: {ratio:.3f}" for row, ratio in pairs), f"median {middle:.3f}"])
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def main() -> int:
@@ -298,7 +340,15 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--levels", type=lambda s: [int(x) for x in s.split(",")], default=[1, 64, 256])
+    parser.add_argument("--levels", type=_numbers, default=[256, 64, 1, 512], help="concurrent streams, in order of importance")
+    parser.add_argument("--adapter-levels", type=_numbers, default=[256, 64], help="those of them that are measured with adapters as well")
+    parser.add_argument("--rows", type=lambda s: s.split(","), default=list(KINDS), help=f"of {', '.join(KINDS)} (all)")
+    parser.add_argument("--defaults", action="store_true", help="each server's own defaults, but for slots, rank and context")
+    parser.add_argument(
+        "--loraplex-arg", type=_argument, action="append", default=[], metavar="NAME=JSON", help="an engine argument for Loraplex alone"
+    )
+    parser.add_argument("--label", default="", help="part of the results file's name")
+    parser.add_argument("--budget-s", type=float, default=520.0, help="no row begins after so long")
     parser.add_argument("--per-stream", type=int, default=4, help="requests per concurrent stream")
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2, help="passes per row; the last one counts")
