@@ -287,14 +287,42 @@ def test_no_more_slots_close_than_adapters_wait_too_long_and_first_the_one_longe
     resident(residency, 2, B)
     residency.want(3, A, 0.0)
     in_line(residency, 4, C)
-    in_line(residency, 5, D, 1.0)
-    for now in (2.0, 2.9):
+    in_line(residency, 5, D, 0.75)
+    for now in (1.0, 1.7):
         residency.tick(now)
     assert (stage(residency, A), stage(residency, B)) == (Stage.RESIDENT, Stage.CLOSING)
-    residency.tick(3.0)
+    residency.tick(1.75)
     assert stage(residency, A) is Stage.CLOSING
     assert residency.finish(5, 3.0) == []
     assert sum(stage(residency, a) is Stage.CLOSING for a in (A, B)) == 1, "one more closes than wait"
+
+
+def test_of_two_in_line_the_older_goes_first_unless_enough_requests_wait_for_the_other() -> None:
+    for company, first in ((1, C), (4, D)):
+        residency = Residency(1)
+        resident(residency, 1, A)
+        in_line(residency, 2, C)
+        in_line(residency, 3, D, 0.3)
+        for number in range(4, 3 + company):
+            residency.want(number, D, 0.3)
+        swaps = residency.finish(1, 1.0)
+        assert [s.enter for s in swaps if isinstance(s, Swap)] == [(on_disk(first),)]
+
+
+def test_a_request_for_a_closed_adapter_keeps_its_age_in_line() -> None:
+    residency = Residency(2, 9)
+    resident(residency, 1, A)
+    resident(residency, 2, B)
+    in_line(residency, 3, C)
+    in_line(residency, 4, D)
+    residency.tick(SLOT_PATIENCE_S)
+    residency.want(5, A, 1.0)
+    residency.finish(1, 2.0)
+    residency.swapped({}, 2.0)
+    in_line(residency, 6, E, 1.5)
+    assert residency.finish(2, 3.0) == [Swap((on_disk(D),), (on_disk(B),))]
+    residency.swapped({}, 3.0)
+    assert residency.finish(4, 4.0) == [Swap((on_disk(A),), (on_disk(D),))]
 
 
 def test_a_pinned_adapter_never_closes() -> None:
