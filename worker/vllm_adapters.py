@@ -49,6 +49,10 @@ class Adapters:
             await self._call("loraplex_swap", [], [], [a.int_id for a in swap.enter if a.ref in refused])
         return Swapped(refused, max(seconds for _, seconds in ranks))
 
+    async def rehearse(self, adapter: Loaded) -> None:
+        """Puts an adapter that changes nothing and has no files into a slot; the kernels, the copies and the pinning then happen once."""
+        await self._call("loraplex_rehearse", adapter.int_id)
+
     async def _watch(self) -> None:
         """Until nothing is being prepared. Answers every caller, whatever happens."""
         try:

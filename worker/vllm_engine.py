@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +34,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import LoRARequestStates
 
+from shared.adapters import AdapterRef
 from shared.config import LLMConfig
 from shared.errors import ConfigError, EngineFailure
 from shared.parent import die_with_parent
@@ -45,6 +48,23 @@ log = logging.getLogger("loraplex.vllm")
 
 DEATH_POLL_S = 0.2
 STOP_S = 5.0
+WARM_UP_S = 60.0
+REHEARSAL_ID = (1 << 31) - 1  # of the adapter that is loaded once before the first real one
+WARM_UPS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.5, "seed": 1, "logprobs": 1},
+    {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 5,
+        "min_p": 0.1,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.1,
+        "repetition_penalty": 1.1,
+    },
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "warm", "schema": {"type": "object"}}}},
+)
+"""One request each: greedy, seeded with logprobs, sampled with penalties, structured."""
 EWMA = 0.2
 HOST_PLACES = 240  # adapters in host memory beside those in slots; a count is all that vLLM bounds
 
@@ -263,12 +283,40 @@ class VLLMEngine:
             self._on_death("EngineCore ended")
 
     async def _warm_up(self) -> None:
-        """The first request with logprobs compiles a kernel inside the step loop, which would stall every stream: let it be ours."""
-        body = b'{"model":"%b","prompt":[1,1],"max_tokens":2,"temperature":0.5,"seed":1,"logprobs":1}' % self._model.model_id.encode()
+        """The first request of each kind compiles kernels inside the step loop, which would stall every stream: let it be ours.
+
+        Bounded in time, and nothing that fails here keeps the worker from serving.
+        """
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(WARM_UP_S):
+                for extra in WARM_UPS:
+                    await self._rehearse(extra, None)
+                if self._args.enable_lora:
+                    await self._rehearse_adapter()
+        except TimeoutError:
+            log.warning("warm-up was cut short", extra={"after_s": WARM_UP_S})
+        log.info("warmed up", extra={"seconds": round(time.monotonic() - started, 1)})
+
+    async def _rehearse_adapter(self) -> None:
+        assert self._adapters is not None
+        adapter = Loaded(AdapterRef(self._model.model_id, "warm-up", "0"), REHEARSAL_ID, Path("/nonexistent"), 1, 0)
+        try:
+            await self._adapters.rehearse(adapter)
+            await self._rehearse({}, adapter)
+            await self._adapters.swap(Swap((), (), (adapter,)))
+        except EngineFailure as exc:
+            log.warning("warm-up without an adapter", extra={"reason": exc.message})
+
+    async def _rehearse(self, extra: dict[str, Any], adapter: Loaded | None) -> None:
+        body = json.dumps({"model": self._model.model_id, "prompt": [1, 1], "max_tokens": 2, **extra}).encode()
         discard = Discard()
-        await self.serve(Call("/v1/completions", "warm-up", body, None), discard)
+        try:
+            await self.serve(Call("/v1/completions", "warm-up", body, adapter), discard)
+        finally:
+            PINNED.set(None)
         if discard.status != 200:
-            log.warning("warm-up request was not answered", extra={"status": discard.status})
+            log.warning("warm-up request was not answered", extra={"status": discard.status, "with": list(extra)})
 
 
 class _Answer:

@@ -50,6 +50,16 @@ class AdapterSlots:
             slots.remove(int_id)
         return [slots.enter(*request) for request in enter], time.perf_counter() - began
 
+    def loraplex_rehearse(self, int_id: int) -> None:
+        """Puts an adapter of zeros into a slot, as vLLM does while it captures its graphs; `loraplex_swap` takes it out again."""
+        slots = self._loraplex()
+        manager = slots.manager
+        rank = manager.get_dummy_lora_warmup_rank(min(8, manager.lora_config.max_lora_rank))
+        lora = manager.create_dummy_lora(int_id, rank, self.model_runner.lora_manager.embedding_modules)
+        _gather(lora)
+        manager._registered_adapters[int_id] = lora
+        manager.activate_adapter(int_id)
+
     def loraplex_slots(self) -> list[int]:
         """The adapters that are in a slot, as the engine sees it."""
         return [int_id for int_id in self._loraplex().manager.lora_index_to_id if int_id is not None]
