@@ -377,9 +377,9 @@ def test_one_request_for_another_does_not_cost_an_often_used_adapter_its_place_i
         now = float(request)
         residency.want(request, adapter, now)
         dropped = residency.fetched(on_disk(adapter), Tier.REMOTE, now) if request == 0 or adapter != A else []
-        residency.loaded(adapter, now) if request == 0 or adapter != A else None
+        residency.swapped({}, now) if request == 0 or adapter != A else None
         residency.finish(request, now)
-    assert dropped == [Load(on_disk(D), None, on_disk(C), (on_disk(B),))], "B was used later than A, but only once"
+    assert dropped == [Swap((on_disk(D),), (on_disk(C),), (on_disk(B),))], "B was used later than A, but only once"
 
 
 def test_a_warm_adapter_is_loaded_again_without_a_fetch() -> None:
