@@ -16,6 +16,7 @@ def open_validator(model: LLMConfig, max_rank: int) -> Validator:
     """Blocking: it reads the base model's config."""
     if model.llm_engine == "sim":
         return Validator(None, max_rank, weights=False)
+    targets = model.engine_kwargs.get("lora_target_modules")  # vLLM ignores an adapter's weights for any other module without a word
     try:
         shapes = read_base_shapes(
             model.model_source,
@@ -25,5 +26,5 @@ def open_validator(model: LLMConfig, max_rank: int) -> Validator:
     except ConfigError as exc:
         # Names, config, ranks and every value are still checked.
         log.warning("adapters are validated without the base model's shapes: %s", exc.message)
-        return Validator(None, max_rank)
-    return Validator(shapes, max_rank)
+        return Validator(None, max_rank, targets=targets)
+    return Validator(shapes, max_rank, targets=targets)

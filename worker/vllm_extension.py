@@ -14,6 +14,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from worker import vllm_patches
+
+vllm_patches.apply()  # vLLM imports this module in every worker, before the model; its plugin hook needs the project to be installed
+
 STAGED_BYTES = 4 << 30
 """Of prepared adapters that no slot has taken yet. Beyond it an adapter is read inside the swap, which stalls but needs no memory now."""
 SWITCH_S = 0.0005
