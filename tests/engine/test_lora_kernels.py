@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.harness import ROOT
 from worker import vllm_patches
+from worker.__main__ import VLLM_CPU_ENV, VLLM_ENV
 
 SHAPES = {"17": {"1": {"64": {"4096": {"16": {"block_m": 16}}}}, "3": {"64": {"4096": {"16": {"block_m": 32}}}}}}
 
 
 @pytest.fixture
-def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tables(tmp_path: Path) -> Path:
     (tmp_path / "Some_GPU_1_SHRINK.json").write_text(json.dumps(SHAPES))
-    monkeypatch.setattr(vllm_patches, "KERNELS", tmp_path)
     return tmp_path
 
 
@@ -29,18 +33,27 @@ def test_a_gpu_without_tables_keeps_the_guess_of_vllm(tables: Path) -> None:
     assert vllm_patches.kernel_table(tables, "Some GPU-1", "expand", True) is None
 
 
-def test_vllm_finds_the_table_of_its_gpu_and_of_no_other_kernel(
-    vllm_environment: None, tables: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-    from vllm.lora.ops.triton_ops import utils
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import torch
+from vllm.lora.ops.triton_ops import utils
+from worker import vllm_patches
 
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU-1")
-    monkeypatch.setattr(utils, "load_lora_op_config", utils.load_lora_op_config)  # put back after the test
-    vllm_patches._lora_kernels_fit_the_gpu()
-    ours = utils.get_lora_op_configs.__wrapped__
-    assert ours("shrink", 9, 50, 4096, 16, 1) == {"block_m": 16}
-    assert ours("shrink", 17, 64, 4096, 16, 4) == {"block_m": 32}
-    assert ours("expand", 17, 64, 4096, 16, 1, True)["block_n"] == 128, "no table: vLLM's own guess"
-    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tables))
-    assert "block_m" in ours("shrink", 17, 64, 4096, 16, 1)
+torch.cuda.get_device_name = lambda: "Some GPU-1"
+vllm_patches.KERNELS = Path(sys.argv[1])
+vllm_patches._lora_kernels_fit_the_gpu()
+ours = utils.get_lora_op_configs
+said = [ours("shrink", 9, 50, 4096, 16, 1), ours("shrink", 17, 64, 4096, 16, 4), ours("expand", 17, 64, 4096, 16, 1, True)]
+print(json.dumps(said))
+"""
+
+
+def test_vllm_finds_the_table_of_its_gpu_and_of_no_other_kernel(tables: Path) -> None:
+    """In a process of its own: what it changes in vLLM must not stay."""
+    env = {**os.environ, **VLLM_ENV, **VLLM_CPU_ENV, "VLLM_LOGGING_LEVEL": "ERROR"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(tables)], capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    nearest, slices, expand = json.loads(done.stdout.splitlines()[-1])
+    assert nearest == {"block_m": 16} and slices == {"block_m": 32}
+    assert expand["block_n"] == 128, "no table: vLLM's own guess"
