@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import gc
-import hashlib
 import logging
 import os
 import random
@@ -21,21 +21,36 @@ import msgspec
 import uvloop
 from aiohttp import web
 
+from gateway import alias_book
+from gateway.admin import Admin
+from gateway.admin_actions import Actions
+from gateway.admin_scope import Scope
 from gateway.admission import Admission
+from gateway.alias_api import AliasAPI
+from gateway.alias_book import AliasBook
+from gateway.aliases import Alias, AliasState, from_config
 from gateway.api import API, Limits
 from gateway.catalog import Catalog
 from gateway.dispatcher import Dispatcher
 from gateway.fleet import Fleet
 from gateway.flight import Flight
+from gateway.keeper import Keeper
+from gateway.keys import read_keys
 from gateway.metrics import Metrics
+from gateway.pins import Pins, PinState
 from gateway.policies import make_policy
+from gateway.resolver import Resolver
+from gateway.rollout import Rollout
 from gateway.settings import Endpoints, endpoints
+from gateway.usage import Usage
+from gateway.versions import Stage
 from shared import log as logs
 from shared import wire
-from shared.config import Settings
+from shared.config import LoraConfig, Settings
 from shared.errors import ConfigError, LoraplexError
 from shared.link import Sent, Server, open_context, secret_from_env
 from shared.process import follow_parent, on_stop_signals, read_settings
+from shared.state_file import StateFile
 from shared.stores import open_store
 
 log = logging.getLogger("loraplex.gateway")
@@ -112,7 +127,17 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
         limits = Limits(g.max_body_bytes, g.slow_reader_bytes, g.request_timeout_s)
         access = logs.AccessLog(name, g.log_level)
         stack.callback(access.flush)
-        api = API(dispatcher, catalogs, metrics, _api_keys(settings), limits, access)
+        usage = Usage()
+        keeper = Keeper(dispatcher, catalogs, _pins(settings), _pin_file(settings), usage, g.catalog_refresh_s)
+        book = AliasBook(_aliases(settings), _alias_file(settings), metrics)
+        resolver = Resolver(catalogs, book, fleet)
+        scope, stores = Scope(dispatcher, catalogs), {m.model_id: m.adapters_path or "" for m in settings.models}
+        admin = Admin(scope, Actions(scope, stores, keeper, usage), keeper, usage, resolver)
+        aliases = AliasAPI(book, resolver, catalogs, fleet, dispatcher.tend)
+        api = API(dispatcher, catalogs, resolver, metrics, read_keys(g), limits, access, usage, admin, aliases)
+        listed = [c for c in catalogs.values() if c is not None]
+        rollouts = [Rollout(c.base, c.versions, fleet, dispatcher.tend, metrics) for c in listed]
+        metrics.watch_versions({c.base: functools.partial(c.versions.count, Stage.REFUSED) for c in listed})
         async with _http(api, settings) as port:
             _announce(run_dir, index, port, links)
             log.info("listening", extra={"url": f"http://{g.host}:{port}", "workers_at": links.control.endpoint})
@@ -123,7 +148,12 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
                 loops = [
                     tasks.create_task(_tick(dispatcher), name="tick"),
                     tasks.create_task(_alive(fleet, links, dispatcher, name), name="alive"),
-                    *(tasks.create_task(c.run(), name=f"catalog {c.base}") for c in catalogs.values() if c is not None),
+                    tasks.create_task(keeper.follow(), name="pins"),
+                    tasks.create_task(keeper.look_up(), name="look up pins"),
+                    tasks.create_task(keeper.run(), name="keeper"),
+                    tasks.create_task(book.run(), name="aliases"),
+                    *(tasks.create_task(c.run(), name=f"catalog {c.base}") for c in listed),
+                    *(tasks.create_task(r.run(), name=f"rollout {r.base}") for r in rollouts),
                 ]
                 await stopping.wait()
                 await _drain(dispatcher, g.drain_s)
@@ -145,6 +175,30 @@ async def _catalogs(settings: Settings) -> AsyncIterator[dict[str, Catalog | Non
                 store = await stack.enter_async_context(open_store(model.adapters_path, msgspec.structs.asdict(model.lora_config.store)))
                 catalogs[model.model_id] = Catalog(model.model_id, store, settings.gateway.catalog_refresh_s)
         yield catalogs
+
+
+def _pin_file(settings: Settings) -> StateFile[PinState]:
+    return StateFile(Path(settings.gateway.state_dir).expanduser() / "pins.json", PinState)
+
+
+def _pins(settings: Settings) -> dict[str, Pins]:
+    found = {}
+    for model in settings.models:
+        lora = model.lora_config or LoraConfig()
+        found[model.model_id] = Pins(model.model_id, lora.pin, lora.preload, model.max_loras)
+    return found
+
+
+def _alias_file(settings: Settings) -> StateFile[AliasState]:
+    return StateFile(Path(settings.gateway.state_dir).expanduser() / alias_book.FILE, AliasState)
+
+
+def _aliases(settings: Settings) -> dict[str, dict[str, Alias]]:
+    return {
+        m.model_id: {name: from_config(c) for name, c in m.lora_config.alias_configs.items()}
+        for m in settings.models
+        if m.lora_config is not None
+    }
 
 
 @contextlib.asynccontextmanager
@@ -208,25 +262,6 @@ def _announce(run_dir: Path, index: int, port: int, links: Links) -> None:
     aside = run_dir / f".g{index}.json"
     aside.write_bytes(msgspec.json.encode(facts))
     aside.rename(run_dir / f"g{index}.json")
-
-
-def _api_keys(settings: Settings) -> frozenset[bytes]:
-    """SHA-256 digests of the configured keys. Raises ConfigError where they are asked for and none are given."""
-    g = settings.gateway
-    keys: list[str] = []
-    if g.api_keys_env:
-        keys += os.environ.get(g.api_keys_env, "").split(",")
-    if g.api_keys_file:
-        try:
-            keys += Path(g.api_keys_file).expanduser().read_text().splitlines()
-        except OSError as exc:
-            raise ConfigError(f"gateway.api_keys_file: cannot read {g.api_keys_file}: {exc.strerror}") from exc
-    found = frozenset(hashlib.sha256(k.strip().encode()).digest() for k in keys if k.strip())
-    if (g.api_keys_env or g.api_keys_file) and not found:
-        raise ConfigError(
-            "API keys are asked for (gateway.api_keys_env or api_keys_file) but none are given; nobody could call this server"
-        )
-    return found
 
 
 def main(argv: list[str] | None = None) -> int:

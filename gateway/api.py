@@ -16,19 +16,23 @@ from typing import Any
 from aiohttp import web
 
 from gateway import openai
+from gateway.admin import Admin
+from gateway.admin_scope import MAX_SESSION
+from gateway.alias_api import AliasAPI
 from gateway.catalog import Catalog
 from gateway.dispatcher import Dispatcher
 from gateway.flight import Flight
+from gateway.keys import Keys
 from gateway.metrics import Metrics
-from gateway.routing import Ask
+from gateway.resolver import Resolver, Target
 from gateway.stream import ClientStream, Sent
-from shared.adapters import AdapterRef, StoredAdapter
-from shared.errors import AdapterNotFound, BodyTooLarge, InvalidApiKey, InvalidRequest, LoraplexError, Overloaded, RouteNotFound
+from gateway.usage import Usage
+from shared.adapters import AdapterRef
+from shared.errors import AdapterNotFound, BodyTooLarge, InvalidRequest, LoraplexError, Overloaded, RouteNotFound
 from shared.log import AccessLog
 
 _PRIORITY = re.compile(r"-?[0-9]{1,9}\Z")
-EXPLAINED_TOKENS, MAX_EXPLAINED_TOKENS = 128, 10**7  # of the prompt that /admin/explain assumes, and at most takes
-MAX_SESSION = 128  # characters of an x-session-id that count
+SHOWN_DIGEST = 12  # characters of a version in headers and logs
 _random = functools.partial(random.getrandbits, 128)  # an id, not a secret; uuid4 would ask the kernel every time
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -46,24 +50,33 @@ class API:
 
     Args:
         catalogs: every configured base model; None where it has no adapter store.
-        api_keys: SHA-256 digests of the accepted keys; empty means no key is asked for.
+        usage: is told of every request for an adapter, and how it ended.
+        admin: what operators may ask, with keys of their own.
     """
 
     def __init__(
         self,
         dispatcher: Dispatcher,
         catalogs: Mapping[str, Catalog | None],
+        resolver: Resolver,
         metrics: Metrics,
-        api_keys: frozenset[bytes],
+        keys: Keys,
         limits: Limits,
         access: AccessLog,
+        usage: Usage,
+        admin: Admin,
+        aliases: AliasAPI,
     ) -> None:
         self._dispatcher = dispatcher
         self._catalogs = catalogs
+        self._resolver = resolver
         self._metrics = metrics
-        self._api_keys = api_keys
+        self._keys = keys
         self._limits = limits
         self._access = access
+        self._usage = usage
+        self._admin = admin
+        self._aliases = aliases
         self._created = int(time.time())
         self._routes: dict[tuple[str, str], Handler] = {}
 
@@ -75,8 +88,9 @@ class API:
             ("GET", "/health"): self.health,
             ("GET", "/ready"): self.ready,
             ("GET", "/metrics"): self.metrics,
-            ("GET", "/admin/explain"): self._guarded(self.explain),
         }
+        operators = self._admin.routes() | self._aliases.routes()
+        self._routes |= {route: self._guarded(handler, admin=True) for route, handler in operators.items()}
         self._routes |= {("HEAD", path): handler for (method, path), handler in self._routes.items() if method == "GET"}
         most = self._limits.max_body_bytes
         loop = asyncio.get_running_loop()
@@ -93,6 +107,9 @@ class API:
         handler = self._routes.get((request.method, path))
         if handler is None and request.method in ("GET", "HEAD") and path.startswith("/v1/models/"):
             handler = self._guarded(self.model)
+        if handler is None:
+            found = self._admin.below(request.method, path) or self._aliases.below(request.method, path)
+            handler = self._guarded(found, admin=True) if found is not None else None
         return await (handler or self.nowhere)(request)
 
     # ---- generation -----------------------------------------------------------------------------------------------------------------
@@ -100,16 +117,18 @@ class API:
     async def generate(self, request: web.BaseRequest) -> web.StreamResponse:
         body = await self._body(request)
         head = openai.parse_head(body)
-        base, adapter = openai.split_model(head.model, self._catalogs)
-        stored = await self._find(base, adapter) if adapter is not None else None
+        target = await self._resolver.resolve(head.model, lambda: _user(request, head))
         request_id = _request_id(request)
-        stream, flight = await self._fly(request, base, stored, request_id, head, body)
-        if isinstance(stream.error, AdapterNotFound) and stored is not None and not stream.started:
-            # The store's copy changed between the listing and the worker's fetch: look again, once.
-            catalog = self._catalogs[base]
-            assert catalog is not None
-            stored = await catalog.look_again(stored.name)
-            stream, flight = await self._fly(request, base, stored, request_id, head, body)
+        try:
+            stream, flight = await self._fly(request, target, request_id, head, body)
+            if isinstance(stream.error, AdapterNotFound) and target.adapter is not None and not stream.started:
+                # The store's copy changed between the listing and the worker's fetch: look again, once.
+                target = await self._resolver.again(target)
+                stream, flight = await self._fly(request, target, request_id, head, body)
+        except LoraplexError as exc:
+            self._resolver.ended(target, 0, exc)
+            raise
+        self._resolver.ended(target, stream.status, stream.error)
         self._log(flight, head.model, stream)
         if stream.started:
             return Sent(request, stream.status, stream.keep_alive)
@@ -118,15 +137,16 @@ class API:
         return web.Response(status=stream.status, body=stream.body, content_type="application/json", headers=self._headers(flight))
 
     async def _fly(
-        self, request: web.BaseRequest, base: str, stored: StoredAdapter | None, request_id: str, head: openai.RequestHead, body: bytes
+        self, request: web.BaseRequest, target: Target, request_id: str, head: openai.RequestHead, body: bytes
     ) -> tuple[ClientStream, Flight]:
         """Submits the request and waits for its end; cancels it if the client leaves or its time is over."""
         stream = ClientStream(request, self._limits.slow_reader_bytes)
-        ref = AdapterRef(base, stored.name, stored.digest) if stored is not None else None
+        ref = target.adapter
+        self._resolver.use(target)
         flight = Flight(
-            base,
+            target.base,
             ref,
-            stored,
+            target.stored,
             request.path,
             request_id,
             body,
@@ -136,8 +156,12 @@ class API:
             session=request.headers.get("x-session-id", "")[:MAX_SESSION],
             prefix=openai.prefix_hash(ref.digest if ref is not None else "", body),
             priority=_priority(request, head),
+            model=head.model if target.alias or target.by_digest else "",
+            elsewhere=target.elsewhere,
         )
         stream.describe(lambda: self._head_lines(flight))
+        if ref is not None:
+            self._usage.used(ref, time.time())
         self._dispatcher.submit(flight)
         late = asyncio.get_running_loop().call_later(self._limits.request_timeout_s, self._too_late, stream)
         try:
@@ -145,16 +169,14 @@ class API:
         finally:
             late.cancel()
             self._dispatcher.cancel(flight)
+        if ref is not None and stream.error is not None:
+            self._usage.failed(ref, stream.error)
+        elif ref is not None:
+            self._usage.worked(ref)
         return stream, flight
 
     def _too_late(self, stream: ClientStream) -> None:
         stream.fail(Overloaded(f"The request took longer than {self._limits.request_timeout_s:g} s."))
-
-    async def _find(self, base: str, adapter: str) -> StoredAdapter:
-        catalog = self._catalogs[base]
-        if catalog is None:
-            raise AdapterNotFound(f"The model `{base}` is served without adapters.", param="model")
-        return await catalog.find(adapter)
 
     async def _body(self, request: web.BaseRequest) -> bytes:
         try:
@@ -173,6 +195,8 @@ class API:
             {
                 "request": flight.request_id,
                 "model": model,
+                "adapter": flight.adapter.name if flight.adapter else None,
+                "digest": flight.adapter.digest[:SHOWN_DIGEST] if flight.adapter else None,
                 "status": stream.status or (openai.status_of(stream.error) if stream.error else 499),
                 "outcome": flight.life.phase.value,
                 "worker": flight.choice.worker.id if flight.choice else None,
@@ -194,42 +218,28 @@ class API:
         cards = []
         for base, catalog in self._catalogs.items():
             cards.append(openai.model_card(base, self._created))
-            names = sorted(catalog.known) if catalog else []
-            cards += [openai.model_card(f"{base}:{name}", self._created, parent=base, root=name) for name in names]
+            aliases = self._resolver.aliases(base)
+            cards += [openai.model_card(f"{base}:{name}", self._created, parent=base, root=name) for name in aliases]
+            if catalog is not None:
+                current, known = catalog.versions.current, catalog.known
+                cards += [
+                    openai.model_card(f"{base}:{name}", self._created, parent=base, root=name, digest=current(known[name]).digest)
+                    for name in sorted(known)
+                    if name not in aliases
+                ]
         return web.Response(body=openai.model_list(cards), content_type="application/json")
 
     async def model(self, request: web.BaseRequest) -> web.Response:
         model = request.path.removeprefix("/v1/models/")
-        base, adapter = openai.split_model(model, self._catalogs)
-        if adapter is not None:
-            await self._find(base, adapter)
-            card = openai.model_card(model, self._created, parent=base, root=adapter)
-        else:
+        target = await self._resolver.resolve(model, bytes)
+        if target.adapter is None:
             card = openai.model_card(model, self._created)
+        elif target.alias:
+            card = openai.model_card(model, self._created, parent=target.base, root=target.alias)
+        else:
+            ref = target.adapter
+            card = openai.model_card(model, self._created, parent=ref.base, root=ref.name, digest=ref.digest)
         return web.Response(body=openai.to_json(card), content_type="application/json")
-
-    async def explain(self, request: web.BaseRequest) -> web.Response:
-        """What each worker would cost a request for `?model=` now, best first: every term in milliseconds."""
-        base, adapter = openai.split_model(request.query.get("model", ""), self._catalogs)
-        stored = await self._find(base, adapter) if adapter is not None else None
-        ref = AdapterRef(base, stored.name, stored.digest) if stored is not None else None
-        tokens = request.query.get("prompt_tokens", "")
-        ask = Ask(
-            base,
-            ref,
-            stored.size_bytes if stored is not None else 0,
-            min(int(tokens), MAX_EXPLAINED_TOKENS) if tokens.isdecimal() else EXPLAINED_TOKENS,
-            session=request.headers.get("x-session-id", "")[:MAX_SESSION],
-            arrived=self._dispatcher.clock(),
-        )
-        found = [openai.candidate(c) for c in self._dispatcher.explain(ask)]
-        body = {
-            "model": request.query["model"],
-            "policy": self._dispatcher.policy,
-            "queued": self._dispatcher.queued(base),
-            "workers": found,
-        }
-        return web.Response(body=openai.to_json(body), content_type="application/json")
 
     # ---- operations -----------------------------------------------------------------------------------------------------------------
 
@@ -253,12 +263,13 @@ class API:
 
     # ---- around every handler ---------------------------------------------------------------------------------------------------------
 
-    def _guarded(self, handler: Handler) -> Handler:
+    def _guarded(self, handler: Handler, *, admin: bool = False) -> Handler:
         """Checks the key and turns errors into answers."""
+        check = self._keys.check_admin if admin else self._keys.check
 
         async def guarded(request: web.BaseRequest) -> web.StreamResponse:
             try:
-                self._check_key(request)
+                check(request.headers.get("Authorization", ""))
                 return await handler(request)
             except LoraplexError as exc:
                 self._metrics.error(exc.code)
@@ -266,19 +277,12 @@ class API:
 
         return guarded
 
-    def _check_key(self, request: web.BaseRequest) -> None:
-        if not self._api_keys:
-            return
-        kind, _, key = request.headers.get("Authorization", "").partition(" ")
-        # Digests are compared, so the time taken says nothing about a key's characters.
-        if kind.lower() != "bearer" or hashlib.sha256(key.strip().encode()).digest() not in self._api_keys:
-            raise InvalidApiKey("Missing or wrong API key; send `Authorization: Bearer KEY`.")
-
     def _head_lines(self, flight: Flight) -> bytes:
         choice = flight.choice
         if choice is None:
             return b"x-request-id: %b\r\nx-loraplex-policy: %b\r\n" % (flight.request_id.encode(), self._dispatcher.policy.encode())
-        tier = f"x-loraplex-adapter-tier: {choice.tier.name.lower()}\r\n" if flight.adapter is not None else ""
+        adapter = flight.adapter
+        tier = f"x-loraplex-adapter: {_version(adapter)}\r\nx-loraplex-adapter-tier: {choice.tier.name.lower()}\r\n" if adapter else ""
         return (
             f"x-request-id: {flight.request_id}\r\nx-loraplex-policy: {self._dispatcher.policy}\r\nx-loraplex-worker: {choice.worker.id}\r\n"
             f"x-loraplex-queue-ms: {(flight.t_sent - flight.t_start) * 1e3:.1f}\r\n{tier}"
@@ -290,6 +294,7 @@ class API:
             headers["x-loraplex-worker"] = flight.choice.worker.id
             headers["x-loraplex-queue-ms"] = f"{(flight.t_sent - flight.t_start) * 1e3:.1f}"
             if flight.adapter is not None:
+                headers["x-loraplex-adapter"] = _version(flight.adapter)
                 headers["x-loraplex-adapter-tier"] = flight.choice.tier.name.lower()
         return headers
 
@@ -314,6 +319,21 @@ def _tenant(request: web.BaseRequest) -> str:
     """What tells API keys apart in queues: the first bytes of the digest of what the client authorises itself with, whether checked or not."""
     given = request.headers.get("Authorization", "")
     return hashlib.sha256(given.encode()).hexdigest()[:16] if given else ""
+
+
+def _user(request: web.BaseRequest, head: openai.RequestHead) -> bytes:
+    """Who asks, for the shares of an alias: the body's `user`, else the API key, else the session, else nobody twice."""
+    user = bytes(head.user)
+    if user not in (b"", b"null", b'""'):
+        return b"u" + user
+    key, session = _tenant(request), request.headers.get("x-session-id", "")[:MAX_SESSION]
+    if key or session:
+        return f"k{key}".encode() if key else b"s" + session.encode(errors="replace")
+    return b"%x" % _random()
+
+
+def _version(adapter: AdapterRef) -> str:
+    return f"{adapter.name}@{adapter.digest[:SHOWN_DIGEST]}"
 
 
 def _priority(request: web.BaseRequest, head: openai.RequestHead) -> int:

@@ -1,6 +1,7 @@
 """Shell. Which adapters exist: one immutable mapping per base model, swapped after each listing of its store, and a lookup on demand for unknown names.
 
-`GET /v1/models` and known names never wait for the store. What the store once showed stays usable while the store is down.
+`GET /v1/models` and known names never wait for the store. What the store once showed stays usable while the store is down. `known` is what the
+store shows; `find` says which version of it answers (see `versions`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 
+from gateway.versions import Versions
 from shared.adapters import StoredAdapter
 from shared.errors import AdapterNotFound, LoraplexError, StoreUnavailable
 from shared.stores import AdapterStore
@@ -33,6 +35,8 @@ class Catalog:
         self._known: Mapping[str, StoredAdapter] = {}
         self._missing: OrderedDict[str, float] = OrderedDict()
         self._asking: dict[str, asyncio.Future[StoredAdapter | None]] = {}
+        self._fresh: dict[str, StoredAdapter | None] = {}  # what single questions found since the running listing began: newer than it
+        self.versions = Versions()
         self.listed = False
 
     @property
@@ -50,38 +54,51 @@ class Catalog:
 
     async def refresh(self) -> None:
         known: dict[str, StoredAdapter] = {}
+        complete = True
+        self._fresh.clear()
         async for adapter in self._store.list():
             known[adapter.name] = adapter
             if len(known) >= MAX_ADAPTERS:
                 log.warning("too many adapters, listing cut", extra={"base": self.base, "limit": MAX_ADAPTERS})
+                complete = False
                 break
+        for name, found in self._fresh.items():
+            known.pop(name, None)
+            if found is not None:
+                known[name] = found
         if known.keys() != self._known.keys() or not self.listed:
             log.info("adapters listed", extra={"base": self.base, "store": self._store.url, "adapters": len(known)})
         self._known = known
         self.listed = True
+        self.versions.listed(known, time.monotonic(), complete=complete)
 
     async def find(self, name: str) -> StoredAdapter:
-        """The adapter by name. Concurrent questions for one unknown name ask the store once.
+        """The version of the adapter that answers now. See `latest`, also for what it raises."""
+        return self.versions.current(await self.latest(name))
+
+    async def latest(self, name: str) -> StoredAdapter:
+        """The adapter by name, as the store shows it. Concurrent questions for one unknown name ask the store once.
 
         Raises:
             AdapterNotFound: the store does not have it (remembered for NEGATIVE_TTL_S). StoreUnavailable: the store cannot say.
         """
         adapter = self._known.get(name)
-        if adapter is None and not self._is_missing(name):
+        if adapter is None and not self.is_missing(name):
             adapter = await self._ask(name)
         if adapter is None:
             raise AdapterNotFound(f"The adapter `{name}` of model `{self.base}` does not exist.", param="model")
         return adapter
 
     async def look_again(self, name: str) -> StoredAdapter:
-        """Asks the store now, whatever is known: the adapter changed since it was listed."""
+        """As `latest`, but asks the store now, whatever is known: the adapter changed since it was listed."""
         adapter = await self._ask(name)
         if adapter is None:
             self._known = {k: v for k, v in self._known.items() if k != name}
+            self.versions.deleted(name, time.monotonic())
             raise AdapterNotFound(f"The adapter `{name}` of model `{self.base}` does not exist any more.", param="model")
         return adapter
 
-    def _is_missing(self, name: str) -> bool:
+    def is_missing(self, name: str) -> bool:
         return self._missing.get(name, 0.0) > time.monotonic()
 
     async def _ask(self, name: str) -> StoredAdapter | None:
@@ -98,10 +115,18 @@ class Catalog:
                 adapter = await self._store.find(name)
         except TimeoutError as exc:
             raise StoreUnavailable("The adapter store did not answer in time.", retry_after_s=5.0) from exc
+        self._fresh[name] = adapter
+        if len(self._fresh) > MAX_NEGATIVE:
+            del self._fresh[next(iter(self._fresh))]
         if adapter is not None:
             self._known = {**self._known, name: adapter}
+            self.versions.found(adapter, time.monotonic())
             return adapter
+        self.miss(name)
+        return None
+
+    def miss(self, name: str) -> None:
+        """The store has no such name, or nobody such a version (`name@digest`)."""
         self._missing[name] = time.monotonic() + NEGATIVE_TTL_S
         while len(self._missing) > MAX_NEGATIVE:
             self._missing.popitem(last=False)
-        return None

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 import uvloop
 
+from gateway import cli_adapters
 from shared.config import Settings, engine_kwargs_problems
 from shared.errors import ConfigError, LoraplexError
 from shared.process import follow_parent, read_settings
@@ -23,6 +24,8 @@ Serve many LoRA fine-tunes of one base model behind one OpenAI-compatible endpoi
   loraplex gateway CONFIG    only the gateway; workers connect to it from anywhere
   loraplex worker CONFIG --gateway tcp://HOST:PORT    one worker (one GPU, or one tensor-parallel group)
   loraplex check CONFIG      say what is wrong with a config, and what it would start
+  loraplex adapters ls       the adapters of a running gateway; also show, load, unload, pin, unpin, prefetch, evict
+  loraplex adapters validate PATH_OR_URL --config CONFIG    check an adapter as a worker would
 
 CONFIG is a Ray Serve LLM file (`llm_configs:` or `applications:`) plus an optional `gateway:` section; see docs/CONFIG.md.
 Ask with {"model": "BASE"} for the base model, or {"model": "BASE:ADAPTER"} for a folder of the adapter store.
@@ -72,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("config", metavar="CONFIG")
     check.set_defaults(run=_check)
+    cli_adapters.add_parser(verbs)
     return parser
 
 

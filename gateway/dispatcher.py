@@ -23,8 +23,10 @@ from gateway.openai import from_refusal
 from gateway.peers import peers_of
 from gateway.request import Event, Phase
 from gateway.routing import Ask, Blocked, Candidate, Choice, Decision, Policy, Wait
+from gateway.tending import Tending
 from shared import wire
-from shared.errors import EngineFailure, LoraplexError, Overloaded, WorkerUnavailable
+from shared.adapters import AdapterRef, StoredAdapter
+from shared.errors import AdapterNotFound, EngineFailure, LoraplexError, Overloaded, WorkerUnavailable
 from shared.link import Sent
 
 log = logging.getLogger("loraplex.dispatcher")
@@ -68,6 +70,7 @@ class Dispatcher:
         self._max_flights = max_flights
         self.clock = clock
         self._flights: dict[wire.StreamId, Flight] = {}
+        self._tending = Tending()
         self._open = 0
         self._last_sid = 0
         self._draining = False
@@ -112,6 +115,28 @@ class Dispatcher:
                 self._policy.left(flight.ask, self.clock())
                 raise Overloaded("All workers are busy and the queue is full.", retry_after_s=self._retry_after_s(flight.base))
             self._pump(flight.base, flight.ask)
+
+    def tend(self, worker: Worker, action: wire.Action, adapter: AdapterRef, stored: StoredAdapter | None) -> asyncio.Future[None]:
+        """Asks the worker to do it; the future resolves once it is so. How long to wait is the caller's affair.
+
+        It fails with: Overloaded, too many are open. WorkerUnavailable: it takes nothing, or was lost. Else what the worker refused it with.
+        """
+        self._last_sid += 1
+        sid, peer = self._last_sid, wire.identity(worker.id, worker.beat.epoch)
+        future = self._tending.begin(sid, worker.id, worker.beat.epoch)
+        if future.done():
+            return future
+        if not worker.routable or self.fleet.get(worker.id) is not worker:
+            self._tending.fail(sid, WorkerUnavailable("The worker does not serve.", retry_after_s=1.0))
+            return future
+        peers = peers_of(self.fleet.pool(adapter.base), worker, (adapter.name, adapter.digest))
+        sent = self._transport.send_data(peer, wire.encode(wire.Tend(sid, action, adapter, stored, peers)))
+        if sent is Sent.FULL:
+            self._tending.fail(sid, WorkerUnavailable("The worker does not take messages fast enough.", retry_after_s=1.0))
+        elif sent is not Sent.OK:
+            lost = self.fleet.unreachable(worker.id, worker.beat.epoch)
+            self._apply([lost] if lost else [], None)
+        return future
 
     def explain(self, ask: Ask) -> list[Candidate]:
         """Every worker that could get such a request now, best first, with its costs."""
@@ -185,6 +210,8 @@ class Dispatcher:
             flight = self._flights.get(done.sid)
             if flight is not None:
                 flight.done = done
+            else:
+                self._tending.done(done.sid)
         flights = self._flights
         for sid, flags, payload in message.frames:
             flight = flights.get(sid)
@@ -236,7 +263,7 @@ class Dispatcher:
             peers: tuple[str, ...] = ()
             if flight.adapter is not None and choice.tier > wire.Tier.CPU:
                 peers = peers_of(self.fleet.pool(flight.base), worker, (flight.adapter.name, flight.adapter.digest))
-            message = wire.Generate(sid, flight.path, flight.request_id, flight.body, flight.adapter, stored, peers)
+            message = wire.Generate(sid, flight.path, flight.request_id, flight.body, flight.adapter, stored, peers, flight.model)
             sent = self._transport.send_data(wire.identity(worker.id, worker.beat.epoch), wire.encode(message))
             if sent is Sent.OK:
                 break
@@ -297,7 +324,10 @@ class Dispatcher:
         if flight is not None:
             if flight.choice is not None:
                 flight.refused_by |= {flight.choice.worker.id}
-            self._on_loss(flight, from_refusal(refused.code, refused.message), retryable=refused.retryable)
+            retryable = refused.retryable or (flight.elsewhere and refused.code == AdapterNotFound.code)
+            self._on_loss(flight, from_refusal(refused.code, refused.message), retryable=retryable)
+        else:
+            self._tending.refused(refused)
 
     def _on_loss(self, flight: Flight, error: LoraplexError, *, retryable: bool) -> None:
         """The worker gave the request back: another one takes it, it queues again, or the client hears of it."""
@@ -327,6 +357,7 @@ class Dispatcher:
                     if flight is not None:
                         lost = EngineFailure if flight.life.phase is Phase.STREAMING else WorkerUnavailable
                         self._on_loss(flight, lost("The worker that served this request was lost."), retryable=True)
+                self._tending.lost(event.worker, event.epoch)
 
     def _send_wishes(self, worker: Worker) -> None:
         """Once per life of a worker, as soon as it takes requests: what it should have before the first."""

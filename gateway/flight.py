@@ -37,7 +37,9 @@ class Flight:
         "body",
         "choice",
         "done",
+        "elsewhere",
         "life",
+        "model",
         "output_tokens",
         "path",
         "place",
@@ -73,12 +75,16 @@ class Flight:
         session: str = "",
         prefix: int = 0,
         priority: int = 0,
+        model: str = "",
+        elsewhere: bool = False,
     ) -> None:
         self.base, self.adapter, self.stored = base, adapter, stored
         self.path, self.request_id, self.body, self.sink = path, request_id, body, sink
         self.prompt_tokens = len(body) // BYTES_PER_TOKEN if prompt_tokens is None else prompt_tokens
         self.output_tokens = output_tokens
         self.tenant, self.session, self.prefix, self.priority = tenant, session, prefix, priority
+        self.model = model  # what the client called it, where that is not `base:name`
+        self.elsewhere = elsewhere  # a worker that cannot get the adapter says nothing about the others
         self.ask = NO_ASK  # made by the dispatcher, on its clock
         self.life = Lifecycle()
         self.sid: wire.StreamId = 0

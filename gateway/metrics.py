@@ -46,7 +46,15 @@ class Metrics:
         self._undecodable = Counter("undecodable_messages_total", "Messages from workers that were dropped.", ["socket"], **labels)
         self.retries = Counter("retries_total", "Requests sent to another worker before their first byte.", **labels)
         self.slow_readers = Counter("slow_readers_total", "Clients cut off because they did not read.", **labels)
+        self._version_changes = Counter(
+            "adapter_version_changes_total", "New adapter versions: switched to, refused, or not ready yet.", ["base", "outcome"], **labels
+        )
+        self._alias_requests = Counter(
+            "alias_requests_total", "Requests by alias and the share that answered.", ["base", "alias", "adapter", "outcome"], **labels
+        )
+        self._alias_rollbacks = Counter("alias_rollbacks_total", "Shares of aliases that were rolled back.", ["base", "alias"], **labels)
         self._adapters: set[tuple[str, str]] = set()
+        self._aliases: set[tuple[str, str, str]] = set()
         # labels() costs several times as much as counting: every child is asked for once.
         self._of_reason: dict[tuple[str, Reason], Any] = {}
         self._of_base: dict[str, tuple[Any, ...]] = {}
@@ -67,6 +75,24 @@ class Metrics:
 
     def error(self, code: str) -> None:
         self._errors.labels(code).inc()
+
+    def version_change(self, base: str, outcome: str) -> None:
+        """`outcome`: switched, refused or failed."""
+        self._version_changes.labels(base, outcome).inc()
+
+    def alias_request(self, base: str, alias: str, adapter: str, failed: bool) -> None:
+        if (base, alias, adapter) not in self._aliases:
+            if len(self._aliases) >= ADAPTER_LABELS:
+                alias = adapter = "_other"
+            self._aliases.add((base, alias, adapter))
+        self._alias_requests.labels(base, alias, adapter, "failed" if failed else "ok").inc()
+
+    def alias_rollback(self, base: str, alias: str) -> None:
+        self._alias_rollbacks.labels(base, alias if any(a[:2] == (base, alias) for a in self._aliases) else "_other").inc()
+
+    def watch_versions(self, refused: Mapping[str, Callable[[], int]]) -> None:
+        """Registers a gauge; `refused` maps each base model to a function that counts the adapters whose newest version is not served."""
+        self.registry.register(VersionCollector(refused))
 
     def finished(self, flight: Flight) -> None:
         base, phase = flight.base, flight.life.phase
@@ -138,3 +164,16 @@ class FleetCollector(Collector):
         for base, depth in self._depth.items():
             queue.add_metric([base], depth())
         return [up, load, capacity, slots, used, kv, queue]
+
+
+class VersionCollector(Collector):
+    def __init__(self, refused: Mapping[str, Callable[[], int]]) -> None:
+        self._refused = refused
+
+    def collect(self) -> Iterable[Metric]:
+        gauge = GaugeMetricFamily(
+            "loraplex_adapters_refused", "Adapters whose newest version is invalid while an older one is served.", labels=["base"]
+        )
+        for base, count in self._refused.items():
+            gauge.add_metric([base], count())
+        return [gauge]

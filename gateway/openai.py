@@ -24,6 +24,8 @@ class RequestHead(msgspec.Struct, frozen=True):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     priority: int | None = None
+    user: msgspec.Raw = msgspec.Raw(b"")
+    """As it came, unread: only its being the same counts."""
 
 
 _decode_head = msgspec.json.Decoder(RequestHead).decode
@@ -32,20 +34,25 @@ _encode = msgspec.json.Encoder().encode
 STATUS: dict[type[errors.LoraplexError], int] = {
     errors.InvalidRequest: 400,
     errors.InvalidApiKey: 401,
+    errors.Forbidden: 403,
     errors.RouteNotFound: 404,
     errors.ModelNotFound: 404,
     errors.AdapterNotFound: 404,
+    errors.TooManyPins: 409,
     errors.BodyTooLarge: 413,
     errors.InvalidAdapter: 422,
     errors.Overloaded: 503,
     errors.WorkerUnavailable: 503,
     errors.StoreUnavailable: 503,
+    errors.NotDoneInTime: 504,
     errors.EngineFailure: 500,
 }
 _TYPE = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
+    409: "invalid_request_error",
     413: "invalid_request_error",
     422: "invalid_request_error",
 }
@@ -86,6 +93,15 @@ def split_model(model: str, bases: Iterable[str]) -> tuple[str, str | None]:
         return base, None
     check_name(adapter)
     return base, adapter
+
+
+def split_version(model: str, bases: Iterable[str]) -> tuple[str, str | None, str]:
+    """As `split_model`, and what stands behind the `@` of `base:adapter@digest` ("": nothing)."""
+    base, colon, adapter = model.partition(":")
+    name, at, digest = adapter.partition("@")
+    if at and not digest:
+        raise errors.AdapterNotFound("Behind the @ of an adapter's name goes a digest, or at least its first 8 characters.", param="model")
+    return *split_model(f"{base}{colon}{name}", bases), digest
 
 
 def status_of(error: errors.LoraplexError) -> int:
@@ -137,8 +153,17 @@ def candidate(found: Candidate) -> dict[str, object]:
     }
 
 
-def model_card(model_id: str, created: int, parent: str | None = None, root: str | None = None) -> dict[str, object]:
-    return {"id": model_id, "object": "model", "created": created, "owned_by": OWNER, "root": root or model_id, "parent": parent}
+def model_card(model_id: str, created: int, parent: str | None = None, root: str | None = None, digest: str = "") -> dict[str, object]:
+    """OpenAI's model object, with vLLM's `root` and `parent`; `loraplex_digest` is the version that answers."""
+    card: dict[str, object] = {
+        "id": model_id,
+        "object": "model",
+        "created": created,
+        "owned_by": OWNER,
+        "root": root or model_id,
+        "parent": parent,
+    }
+    return card | {"loraplex_digest": digest} if digest else card
 
 
 def model_list(cards: Sequence[dict[str, object]]) -> bytes:

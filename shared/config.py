@@ -210,11 +210,12 @@ def rooted(config: LLMConfig, base_dir: str, home: str | None = None) -> LLMConf
 
 
 def rooted_gateway(config: GatewayConfig, base_dir: str, home: str | None = None) -> GatewayConfig:
-    keys = config.api_keys_file
+    api, admin = (None if path is None else local_path(path, base_dir, home) for path in (config.api_keys_file, config.admin_keys_file))
     return msgspec.structs.replace(
         config,
         state_dir=local_path(config.state_dir, base_dir, home),
-        api_keys_file=None if keys is None else local_path(keys, base_dir, home),
+        api_keys_file=api,
+        admin_keys_file=admin,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from shared.config_deployment import Factor
-from shared.config_parts import LoraConfig, Positive, SecondsOrNone
+from shared.config_parts import DEFAULT_MAX_LORAS, LoraConfig, Positive, SecondsOrNone
 from shared.config_section import Finding, Section, has_errors, nearest, read_fields, under
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank (vllm/config/lora.py)
@@ -16,6 +16,7 @@ _KWARGS = ("engine_kwargs",)
 _ENABLE = (*_KWARGS, "enable_lora")
 _SLOTS = (*_KWARGS, "max_loras")
 _PATH = ("lora_config", "dynamic_lora_loading_path")
+_PIN, _PRELOAD = ("lora_config", "pin"), ("lora_config", "preload")
 _ADAPTERS = ("lora_config", "max_num_adapters_per_replica")
 
 
@@ -137,6 +138,14 @@ def _lora_rules(engine: str, kwargs: Mapping[str, Any], lora: LoraConfig | None)
     if slots is not None and adapters is not None and slots != adapters:
         text = f"{slots} differs from lora_config.max_num_adapters_per_replica ({adapters}); make them equal, or leave one out"
         yield Finding(_SLOTS, text, other=_ADAPTERS)
+        return
+    size, key = slots or adapters or DEFAULT_MAX_LORAS, _SLOTS if slots else _ADAPTERS
+    if len(lora.pin) >= size:
+        text = f"{len(lora.pin)} adapters for {size} slots a worker, of which one must stay for the others; pin at most {size - 1}"
+        yield Finding(_PIN, text, other=key)
+    elif len({*lora.pin, *lora.preload}) > size:
+        text = f"with the pinned ones {len({*lora.pin, *lora.preload})} adapters for {size} slots a worker: they push one another out"
+        yield Finding(_PRELOAD, text, "warning", other=key)
 
 
 def _not_plain(kwargs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -26,6 +26,7 @@ _BEATS_PER_LEASE = 3  # losing any one heartbeat must change nothing but time
 _KEYS_HINT = (
     "keys do not belong in this file; name a variable in api_keys_env (comma-separated keys) or a file in api_keys_file (one per line)"
 )
+_ADMIN_KEYS_HINT = _KEYS_HINT.replace("api_keys", "admin_keys")
 
 
 class LinkConfig(Section, frozen=True, kw_only=True):
@@ -91,8 +92,11 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     `disk_cache_bytes` bounds the cached adapters of this machine, of all its workers together; 0: as much as the disk holds.
     """
 
-    REFUSED: ClassVar[Mapping[str, str]] = {"api_keys": _KEYS_HINT, "api_key": _KEYS_HINT}
-    SECRET: ClassVar[frozenset[str]] = frozenset({"api_keys_env"})
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("api_keys", "api_key"), _KEYS_HINT),
+        **dict.fromkeys(("admin_keys", "admin_key"), _ADMIN_KEYS_HINT),
+    }
+    SECRET: ClassVar[frozenset[str]] = frozenset({"api_keys_env", "admin_keys_env"})
 
     host: Text = "127.0.0.1"
     port: Port = 8000
@@ -115,6 +119,8 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     routing_policy: RoutingPolicy = "expected-ttft"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     slow_reader_bytes: Positive = _MIB
+    admin_keys_env: Text | None = None
+    admin_keys_file: Text | None = None
 
     @classmethod
     def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -125,6 +131,7 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
         yield from _variable_rule("api_keys_env", values.get("api_keys_env"))
+        yield from _variable_rule("admin_keys_env", values.get("admin_keys_env"))
         lease_s, heartbeat_s = values.get("lease_s"), values.get("heartbeat_s")
         if lease_s is not None and heartbeat_s is not None and lease_s < _BEATS_PER_LEASE * heartbeat_s:
             text = (

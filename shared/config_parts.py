@@ -9,7 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
-from shared.config_section import Finding, Section, shown
+from shared.adapters import check_name
+from shared.config_aliases import AliasConfig, alias_findings, plain_alias
+from shared.config_section import Finding, Section, shown, under
+from shared.errors import AdapterNotFound
 
 Positive = Annotated[int, Meta(ge=1)]
 Text = Annotated[str, Meta(min_length=1)]
@@ -87,6 +90,7 @@ class LoraConfig(Section, frozen=True, kw_only=True):
 
     `max_num_adapters_per_replica` unset means `engine_kwargs.max_loras`, or 16; read `LLMConfig.max_loras` for the number that holds.
     `download_timeout_s` None means no limit. A folder per adapter lies directly under `dynamic_lora_loading_path`.
+    Ours, not Ray's: every worker loads the adapters of `preload` as soon as it serves, and those of `pin` too, which then keep their slots.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(
@@ -98,9 +102,18 @@ class LoraConfig(Section, frozen=True, kw_only=True):
     download_timeout_s: float | None = 30.0
     max_download_tries: Positive = 3
     store: StoreConfig = msgspec.field(default_factory=StoreConfig)
+    preload: tuple[Text, ...] = ()
+    pin: tuple[Text, ...] = ()
+    aliases: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    @property
+    def alias_configs(self) -> dict[str, AliasConfig]:
+        return {name: raw if isinstance(raw, AliasConfig) else msgspec.convert(raw, AliasConfig) for name, raw in self.aliases.items()}
 
     @classmethod
     def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(given.get("aliases"), Mapping):
+            given["aliases"] = {name: plain_alias(raw) for name, raw in given["aliases"].items()}
         timeout_s = given.get("download_timeout_s")
         if isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool) and timeout_s <= 0:
             given["download_timeout_s"] = None  # as in Ray
@@ -115,7 +128,17 @@ class LoraConfig(Section, frozen=True, kw_only=True):
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
+        aliases = values.get("aliases")
+        if aliases:
+            yield from under(("aliases",), alias_findings(aliases))
         path = values.get("dynamic_lora_loading_path")
+        for key in ("preload", "pin"):
+            names = values.get(key) or ()
+            yield from _name_rules(key, names)
+            if names and "dynamic_lora_loading_path" in values and path is None:
+                yield Finding((key,), "names adapters, but dynamic_lora_loading_path does not say where they are; set it")
+        if aliases and "dynamic_lora_loading_path" in values and path is None:
+            yield Finding(("aliases",), "aliases stand for adapters, but dynamic_lora_loading_path does not say where they are; set it")
         if not isinstance(path, str):
             return
         here = ("dynamic_lora_loading_path",)
@@ -128,6 +151,17 @@ class LoraConfig(Section, frozen=True, kw_only=True):
             yield Finding(here, f"{shown(path)} names no bucket; write {scheme}://bucket/folder")
         elif separator and "@" in rest.partition("/")[0]:
             yield Finding(here, "credentials do not belong in this file; use the environment or a profile")
+
+
+def _name_rules(key: str, names: tuple[str, ...]) -> Iterator[Finding]:
+    for n, name in enumerate(names):
+        try:
+            check_name(name)
+        except AdapterNotFound:
+            text = f"{shown(name)} is no adapter's name: write it without the model, of letters, digits, '.', '_', '-' and '/'"
+            yield Finding((key, n), text)
+        if name in names[:n]:
+            yield Finding((key, n), f"{shown(name)} stands here twice; remove one")
 
 
 def _plain(path: str) -> str:

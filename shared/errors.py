@@ -42,6 +42,12 @@ class InvalidApiKey(LoraplexError):
     code = "invalid_api_key"
 
 
+class Forbidden(LoraplexError):
+    """Whoever it is may not do this, or nobody may as the gateway is configured."""
+
+    code = "forbidden"
+
+
 class RouteNotFound(LoraplexError):
     code = "not_found"
 
@@ -70,6 +76,12 @@ class InvalidAdapter(LoraplexError):
             self.code = f"{InvalidAdapter.code}_{reason}"
 
 
+class TooManyPins(LoraplexError):
+    """Every slot but the one that must stay for other adapters is pinned."""
+
+    code = "too_many_pins"
+
+
 class StoreUnavailable(LoraplexError):
     """The adapter store did not answer, refused us, or cut the transfer; what is cached keeps working."""
 
@@ -81,6 +93,13 @@ class Overloaded(LoraplexError):
     """A queue is full, or no worker may take this request within its deadline."""
 
     code = "overloaded"
+    retryable = True
+
+
+class NotDoneInTime(LoraplexError):
+    """The worker has not answered yet; what it was asked for goes on."""
+
+    code = "not_done_in_time"
     retryable = True
 
 

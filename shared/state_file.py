@@ -43,7 +43,7 @@ class StateFile(Generic[T]):
         """
         with self._alone():
             changed = change(self.read())
-            aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+            aside = self.path.with_name(f".{self.path.name}.new")
             with aside.open("wb") as f:
                 f.write(msgspec.json.format(msgspec.json.encode(changed), indent=1) + b"\n")
                 f.flush()

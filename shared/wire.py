@@ -133,7 +133,8 @@ GatewayControl: TypeAlias = Welcome | Alive | Drain | Farewell
 
 class Generate(msgspec.Struct, frozen=True, tag="gen", array_like=True):
     """One request. `body` is the client's JSON as it came; `adapter` is the version resolved for it, `stored` its files where the worker may
-    need them, `peers` the peer endpoints of workers that have those files or are fetching them."""
+    need them, `peers` the peer endpoints of workers that have those files or are fetching them. `model` is what the client called it, where
+    that is not `base:name`: the answer says so too."""
 
     sid: StreamId
     path: str
@@ -142,6 +143,7 @@ class Generate(msgspec.Struct, frozen=True, tag="gen", array_like=True):
     adapter: AdapterRef | None = None
     stored: StoredAdapter | None = None
     peers: tuple[str, ...] = ()
+    model: str = ""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", array_like=True):

@@ -61,12 +61,14 @@ class Cluster:
     control: str = ""
     gateway: Proc | None = None
     workers: dict[str, Proc] = field(default_factory=dict)
+    index: int = 0
 
     async def start_gateway(self) -> None:
-        facts = self.folder / "run" / "g0.json"
+        name = f"g{self.index}"
+        facts = self.folder / "run" / f"{name}.json"
         facts.unlink(missing_ok=True)
         argv = [sys.executable, "-m", "gateway", str(self._config_file()), "--run-dir", str(self.folder / "run")]
-        self.gateway = await self._start("g0", argv)
+        self.gateway = await self._start(name, [*argv, "--index", str(self.index)])
         async with asyncio.timeout(START_S):
             while not facts.exists():
                 if self.gateway.waiter.returncode is not None:
@@ -83,10 +85,12 @@ class Cluster:
         serving: bool = True,
         state_dir: Path | None = None,
         env: Mapping[str, str] | None = None,
+        gateways: Sequence[str] = (),
     ) -> Proc:
-        """`state_dir` of its own stands for a host of its own."""
+        """`state_dir` of its own stands for a host of its own; `gateways`: control endpoints besides this cluster's."""
         config = self._config_file() if state_dir is None else self._config_of_host(state_dir)
-        argv = [str(config), "--worker", name, "--gateway", self.control, *(["--model", model] if model else [])]
+        argv = [str(config), "--worker", name, *(["--model", model] if model else [])]
+        argv += [part for endpoint in (self.control, *gateways) for part in ("--gateway", endpoint)]
         if self.zygote is not None:
             child = await self.zygote.start(argv, {})
             proc = Proc(name, child.pid, self.folder / f"{name}.log", child)
@@ -122,6 +126,14 @@ class Cluster:
 
     async def chat(self, model: str, prompt: str = "hello", **more: Any) -> tuple[int, Any, Mapping[str, str]]:
         return await self.post("/v1/chat/completions", chat_body(model, prompt, **more))
+
+    async def put(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+        async with self.http.put(self.url + path, data=msgspec.json.encode(body)) as answer:
+            return answer.status, msgspec.json.decode(await answer.read())
+
+    async def delete(self, path: str) -> tuple[int, Any]:
+        async with self.http.delete(self.url + path) as answer:
+            return answer.status, msgspec.json.decode(await answer.read())
 
     async def text(self, model: str, prompt: str = "hello", **more: Any) -> str:
         """The content of a successful greedy answer."""
@@ -231,6 +243,24 @@ def make_adapter(root: Path, name: str, rank: int = 8, size_bytes: int = 1000) -
     )
     (folder / "adapter_model.safetensors").write_bytes(os.urandom(16) + bytes(size_bytes))
     return folder
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """As a careful uploader does it: written aside, then renamed."""
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_bytes(data)
+    aside.rename(path)
+
+
+@contextlib.asynccontextmanager
+async def second_gateway(c: Cluster) -> AsyncIterator[Cluster]:
+    """Another gateway process with the same config and state; workers join it too if they are told of its `control`."""
+    other = Cluster(c.config, c.folder, None, c.http, index=1)
+    try:
+        await other.start_gateway()
+        yield other
+    finally:
+        await other.stop()
 
 
 @contextlib.asynccontextmanager

@@ -19,6 +19,10 @@ DOORS = {
     "botocore": {"shared/stores/s3.py"},
     "gcloud": {"shared/stores/gcs.py"},
     "aiohttp": {
+        "gateway/admin.py",
+        "gateway/admin_actions.py",
+        "gateway/admin_scope.py",
+        "gateway/alias_api.py",
         "gateway/api.py",
         "gateway/__main__.py",
         "gateway/stream.py",

@@ -22,9 +22,10 @@ from worker.checks import open_validator
 from worker.disk_cache import Cached, Check, DiskCache
 from worker.engine import Call, Engine, EngineFacts, Loaded, Swap
 from worker.peers import Peers
-from worker.residency import Failure, Fetch, Instruction, Reject, Residency, Start
+from worker.residency import Failure, Fetch, Instruction, Reject, Residency, Start, Tended
 from worker.session import Session
 from worker.settings import WorkerSettings
+from worker.tending import Tending
 
 log = logging.getLogger("loraplex.agent")
 clock = time.monotonic
@@ -96,6 +97,7 @@ class Agent:
         self._reason = ""
         self._facts = EngineFacts("", 0, 0, 0, 0)
         self._residency = Residency(0)
+        self._tending = Tending()
         self._jobs: dict[int, Job] = {}
         self._by_stream: dict[tuple[Session, wire.StreamId], Job] = {}
         self._numbers = itertools.count(1)
@@ -234,6 +236,8 @@ class Agent:
             log.warning("gateway lost", extra={"gateway": session.endpoint, "reason": reason, "requests": len(mine)})
         for job in mine:
             self._cancel(job)
+        for number in self._tending.forget(session):
+            self._perform(self._residency.finish(number, clock()))
 
     def _on_request(self, session: Session, message: wire.GatewayData) -> None:
         if isinstance(message, wire.Cancel):
@@ -245,7 +249,7 @@ class Agent:
             self._prefetch(message.adapter)
             return
         if isinstance(message, wire.Tend):
-            session.outbox.refuse(wire.Refused(message.sid, "worker_unavailable", "This worker does not tend adapters.", False))
+            self._tend(session, message)
             return
         if self._state is not wire.WorkerState.SERVING:
             session.outbox.refuse(wire.Refused(message.sid, "worker_unavailable", "The worker is not serving.", True))
@@ -257,13 +261,12 @@ class Agent:
         if message.adapter is None:
             self._start(job, None)
             return
-        self._seek(job.number, message.adapter, message.stored, message.peers)
+        self._seek(message, message.adapter, self._residency.want(job.number, message.adapter, clock()))
 
-    def _seek(self, number: int, adapter: AdapterRef, stored: StoredAdapter | None, peers: tuple[str, ...]) -> None:
-        """A request needs the adapter: `stored` and `peers` say where its files are, should it have to be fetched."""
-        instructions = self._residency.want(number, adapter, clock())
+    def _seek(self, message: wire.Generate | wire.Tend, adapter: AdapterRef, instructions: list[Instruction]) -> None:
+        """Acts on them; `message` says where the adapter's files are, should it have to be fetched."""
         if any(isinstance(instruction, Fetch) for instruction in instructions):
-            self._offers[adapter] = stored, peers
+            self._offers[adapter] = message.stored, message.peers
         self._perform(instructions)
 
     def _prefetch(self, adapter: AdapterRef) -> None:
@@ -271,6 +274,10 @@ class Agent:
         slots = self._residency.slots
         if self._state is wire.WorkerState.SERVING and len(slots) < slots.size:
             self._perform(self._residency.want(-next(self._numbers), adapter, clock()))
+
+    def _tend(self, session: Session, message: wire.Tend) -> None:
+        number, serving = -next(self._numbers), self._state is wire.WorkerState.SERVING
+        self._seek(message, message.adapter, self._tending.begin(number, session, message, serving, self._residency, clock()))
 
     def _cancel(self, job: Job) -> None:
         if job.task is not None:
@@ -287,8 +294,8 @@ class Agent:
                     self._spawn(self._fetch(adapter), f"fetch {adapter}")
                 case Swap():
                     self._spawn(self._swap(instruction), "swap")
-                case Start(number) | Reject(number) if number < 0:  # of a prefetch
-                    self._perform(self._residency.finish(number, clock()))
+                case Start(number) | Reject(number) | Tended(number) if number < 0:  # of nobody's request
+                    self._perform(self._tending.settle(instruction, self._residency, clock()))
                 case Start(number, adapter, came_from):
                     job = self._jobs[number]
                     job.came_from = came_from
@@ -312,6 +319,9 @@ class Agent:
                 peers = self._peers.sources(ref, endpoints)
                 cached = await self._cache.fetch(ref, stored, self._store, self._check, peers)
                 self._note_fetch(ref, cached, found_s)
+            self._perform(self._residency.cached(ref, clock()))
+            if ref not in self._residency.adapters():
+                return  # nobody wants more than the files
             loaded = Loaded(ref, next(self._int_ids), cached.folder, cached.facts.rank, cached.size_bytes)
             start = clock()
             await self._engine.prepare(loaded)
@@ -382,7 +392,7 @@ class Agent:
         message = job.message
         reply = Reply(job)
         try:
-            await self._engine.serve(Call(message.path, message.request_id, message.body, adapter), reply)
+            await self._engine.serve(Call(message.path, message.request_id, message.body, adapter, message.model), reply)
         except EngineFailure as exc:
             if not reply.begun:
                 job.session.outbox.refuse(wire.Refused(message.sid, exc.code, exc.message, True))

@@ -16,16 +16,24 @@ from shared.base_shapes import BaseShapes, families_of, shapes_from_config
 from shared.errors import ConfigError
 
 CONFIG = "config.json"
+MAX_REASON = 300  # characters of a library's words
 # Not served with adapters: output heads, and the encoders of multi-modal models, where vLLM would silently leave an adapter out.
 _LEFT_OUT = re.compile(r"(?:^|\.)(?:lm_head|score|classifier|vision\w*|visual|audio\w*|multi_modal_projector|\w*_tower)(?:\.|$)")
+# What building a model from a config that it does not understand raises.
+_CONFUSED = (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RuntimeError)
 # transformers moved the text part of multi-modal models in 4.52; adapters saved before carry the old beginning.
 _RENAMED = (("language_model.model.", "model.language_model."),)
+
+
+class UnknownArchitecture(ConfigError):
+    """Neither this package nor transformers has ever heard of the model: nobody can tell its layers from here."""
 
 
 def read_base_shapes(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> BaseShapes:
     """Of the model in the folder `source`, or of the Hugging Face id `source` once it is in the local cache. Blocking.
 
     Raises:
+        UnknownArchitecture: only the model's own code, or vLLM, knows what its layers are.
         ConfigError: no config is there, or neither way yields any layer.
     """
     config = _read_config(source, revision)
@@ -68,16 +76,35 @@ def _cached(source: str, revision: str | None) -> Path | None:
 def _from_meta_device(source: str, revision: str | None, trust_remote_code: bool) -> dict[str, tuple[int, int]]:
     try:
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": True}
-        config = AutoConfig.from_pretrained(source, **options)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ImportError, OSError, ValueError, KeyError, AttributeError, RuntimeError) as exc:  # what a model that is not understood raises
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import CONFIG_MAPPING, AutoConfig
+    except ImportError as exc:
         raise ConfigError(f"The layers of the base model `{source}` cannot be told without vLLM's libraries: {exc}") from exc
+    kind = str(_read_config(source, revision).get("model_type", ""))
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code, local_files_only=True)
+        with torch.device("meta"):
+            model = _build(config, trust_remote_code)
+    except (*_CONFUSED, StrictDataclassError) as exc:
+        why = " ".join(str(exc).split())[:MAX_REASON] or type(exc).__name__
+        if kind not in CONFIG_MAPPING:
+            raise UnknownArchitecture(f"transformers does not know the architecture of the base model `{source}` ({kind}): {why}.") from exc
+        raise ConfigError(f"The layers of the base model `{source}` cannot be told from its {CONFIG}: {why}.") from exc
     return {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and not _LEFT_OUT.search(name)
     }
+
+
+def _build(config: Any, trust_remote_code: bool) -> Any:
+    """The model that generates text; of one that transformers files elsewhere (pictures or speech come in too), the class that it names."""
+    import transformers
+
+    try:
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError:
+        named = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+        if named is None:
+            raise
+        return named._from_config(config)

@@ -47,6 +47,8 @@ class Call:
     request_id: str
     body: bytes
     adapter: Loaded | None
+    model: str = ""
+    """What the answer calls the model; "": `base:name`, or the base."""
 
 
 class Reply(Protocol):

@@ -9,6 +9,9 @@ A request that needs an adapter waits here and is started once the adapter is re
 slots are in use, adapters wait in order; each that has waited longer than SLOT_PATIENCE_S closes a slot, first the one that has gone longest
 without a new request: its running requests end in peace, its new ones wait in line. So a busy adapter cannot starve another one (vLLM's own
 scheduler would let it).
+
+What an operator asks for (wire.Tend) has a number like a request: `want` and `finish` stand for a load, `cache` for the disk alone, `evict` for
+the way out of the engine.
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import TypeAlias
 
 from shared.adapters import AdapterRef
 from shared.wire import AdapterState, Tier
 from worker.engine import Loaded, Swap
 from worker.heat import Heat
+from worker.instructions import Fetch, Instruction, Reject, Start, Tended
 from worker.slots import Evict, Full, SlotTable
+
+__all__ = ["Failure", "Fetch", "Instruction", "Reject", "Residency", "Stage", "Start", "Swap", "Tended"]
 
 SLOT_PATIENCE_S = 1.0
 """In the simulator (128 closed-loop streams over 64 adapters and 16 slots, one worker) 0 to 1.5 s serve alike; 3 s let the p99 of TTFT grow by a third."""
@@ -47,36 +52,6 @@ class Stage(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Fetch:
-    """Bring the adapter to disk, validate it and prepare it in host memory; answer with `fetched` or `failed`."""
-
-    adapter: AdapterRef
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """The request's adapter is resident (or it needs none): give it to the engine. `waited_for` says what the adapter came from."""
-
-    request: int
-    adapter: Loaded
-    came_from: Tier
-
-
-@dataclass(frozen=True, slots=True)
-class Reject:
-    """The request cannot be served: its adapter failed."""
-
-    request: int
-    code: str
-    message: str
-    retryable: bool
-
-
-Instruction: TypeAlias = Fetch | Swap | Start | Reject
-"""Answer a Swap, of which only one is under way at a time, with `swapped`."""
-
-
-@dataclass(frozen=True, slots=True)
 class Failure:
     """Why an adapter cannot be served; not tried again before `until`."""
 
@@ -93,6 +68,7 @@ class _Entry:
     came_from: Tier
     loaded: Loaded | None = None
     waiting: dict[int, float] = field(default_factory=dict)  # requests in order of arrival, and when that was
+    cachers: dict[int, None] = field(default_factory=dict)  # want it on disk, while it is fetched
     in_host: bool = False  # the engine holds the weights in host memory (in a slot as well, or not)
 
 
@@ -113,6 +89,7 @@ class Residency:
         self._seekers: dict[int, AdapterRef] = {}  # waiting requests
         self._closing: dict[AdapterRef, None] = {}
         self._failed: dict[AdapterRef, Failure] = {}
+        self._leaving: dict[AdapterRef, dict[int, None]] = {}  # evicted, not gone yet -> who asked
         self._swap: Swap | None = None  # under way
 
     # ---- requests ---------------------------------------------------------------------------------------------------------------------
@@ -120,11 +97,9 @@ class Residency:
     def want(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
         """A request needs the adapter."""
         self._heat.note(adapter, now)
-        failure = self._failed.get(adapter)
-        if failure:
-            if now < failure.until:
-                return [Reject(request, failure.code, failure.message, failure.retryable)]
-            del self._failed[adapter]
+        rejected = self._reject(request, adapter, now)
+        if rejected:
+            return [rejected]
         entry = self._entries.get(adapter)
         if entry is None:
             entry = self._entries[adapter] = _Entry(Stage.FETCHING, now, Tier.REMOTE)
@@ -155,6 +130,35 @@ class Residency:
                 return self._advance(now)
         return []
 
+    # ---- what operators ask for -------------------------------------------------------------------------------------------------------
+
+    def cache(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
+        """Somebody wants the adapter on this host's disk, and no more."""
+        rejected = self._reject(request, adapter, now)
+        if rejected:
+            return [rejected]
+        entry = self._entries.get(adapter)
+        if entry is not None and entry.stage is not Stage.FETCHING:
+            return [Tended(request)]
+        instructions: list[Instruction] = []
+        if entry is None:
+            entry = self._entries[adapter] = _Entry(Stage.FETCHING, now, Tier.REMOTE)
+            instructions.append(Fetch(adapter))
+        entry.cachers[request] = None
+        return instructions
+
+    def evict(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
+        """Unpins the adapter; it leaves the engine as soon as nobody uses it or waits for it. Those who come meanwhile are served first."""
+        self.slots.unpin(adapter)
+        self._leaving.setdefault(adapter, {})[request] = None
+        return self._advance(now)
+
+    def pin(self, adapter: AdapterRef) -> list[Instruction]:
+        """It is in a slot and keeps it, whatever was asked before; its name's other versions are pinned no longer."""
+        self.slots.pin(adapter)
+        askers = self._leaving.pop(adapter, ())
+        return [Reject(r, "worker_unavailable", f"The adapter `{adapter.name}` was pinned meanwhile.", False) for r in askers]
+
     def tick(self, now: float) -> list[Instruction]:
         """Lets everybody in line who has waited long enough close a slot."""
         if not isinstance(self.slots.room(), Full):
@@ -170,18 +174,29 @@ class Residency:
 
     # ---- what became of the instructions ------------------------------------------------------------------------------------------------
 
+    def cached(self, adapter: AdapterRef, now: float) -> list[Instruction]:
+        """Its files are on disk and valid. If nobody wanted more, that was its way: the agent sees it gone from `adapters` and stops here."""
+        entry = self._entries[adapter]
+        tended: list[Instruction] = [Tended(r) for r in entry.cachers]
+        entry.cachers.clear()
+        if tended and not entry.waiting:
+            del self._entries[adapter]
+        return tended + self._advance(now)
+
     def fetched(self, loaded: Loaded, came_from: Tier, now: float) -> list[Instruction]:
         """The adapter is valid and at hand."""
         entry = self._entries[loaded.ref]
         entry.loaded, entry.in_host = loaded, True
+        tended: list[Instruction] = [Tended(r) for r in entry.cachers]
+        entry.cachers.clear()
         self._line_up(loaded.ref, entry, came_from, now)
         if not entry.waiting:
             self._forget(loaded.ref)
-        return self._advance(now)
+        return tended + self._advance(now)
 
     def failed(self, adapter: AdapterRef, failure: Failure, now: float) -> list[Instruction]:
         """The fetch failed: everybody who waited hears of it, and for FAILED_FOR_S nobody tries again."""
-        return self._reject(adapter, failure, now) + self._advance(now)
+        return self._fail(adapter, failure, now) + self._advance(now)
 
     def swapped(self, failures: Mapping[AdapterRef, Failure], now: float) -> list[Instruction]:
         """The engine has done it: everybody who waited starts, but for the adapters that it refused, of which nothing has stayed there."""
@@ -189,6 +204,7 @@ class Residency:
         assert swap is not None
         told: list[Instruction] = []
         for gone in swap.unload:
+            told += [Tended(r) for r in self._leaving.pop(gone.ref, ())]
             entry = self._entries[gone.ref]
             if entry.waiting:  # they came meanwhile
                 entry.stage, entry.loaded = Stage.FETCHING, None
@@ -199,7 +215,7 @@ class Residency:
             failure = failures.get(entered.ref)
             if failure is not None:
                 self.slots.vacate(entered.ref)
-                told += self._reject(entered.ref, failure, now)
+                told += self._fail(entered.ref, failure, now)
                 continue
             entry = self._entries[entered.ref]
             entry.stage, entry.since = Stage.RESIDENT, now
@@ -226,10 +242,22 @@ class Residency:
 
     # ---- inside -------------------------------------------------------------------------------------------------------------------------
 
+    def _reject(self, request: int, adapter: AdapterRef, now: float) -> Reject | None:
+        """What failed a moment ago is not tried again."""
+        failure = self._failed.get(adapter)
+        if failure is None:
+            return None
+        if now < failure.until:
+            return Reject(request, failure.code, failure.message, failure.retryable)
+        del self._failed[adapter]
+        return None
+
     def _advance(self, now: float) -> list[Instruction]:
-        """Gives slots to those in line, in order, and makes room in host memory."""
+        """Lets go what was evicted and is idle by now, gives slots to those in line, in order, and makes room in host memory."""
+        told = self._tell_gone() if self._leaving else []
         if self._swap is not None:
-            return []
+            return told
+        unload = self._retire() if self._leaving else []
         enter: list[Loaded] = []
         victims: list[AdapterRef] = []
         coming: set[AdapterRef] = set()
@@ -242,10 +270,10 @@ class Residency:
             self.slots.occupy(head)
             coming.add(head)
             enter.append(self._enter(head))
-        started = self._reopen()
-        if not enter and sum(self._warm.values()) <= WARM_BYTES:
-            return started
-        unload = self._drop()
+        told += self._reopen()
+        if not (enter or unload) and sum(self._warm.values()) <= WARM_BYTES:
+            return told
+        unload += self._drop()
         excess = self._held() - self._host_places
         demote: list[Loaded] = []
         for victim in victims:
@@ -255,7 +283,27 @@ class Residency:
             else:
                 demote.append(self._demote(victim, now))
         self._swap = Swap(tuple(enter), tuple(demote), tuple(unload))
-        return [*started, self._swap]
+        return [*told, self._swap]
+
+    def _tell_gone(self) -> list[Instruction]:
+        """To evict what is not here is done at once."""
+        gone = [a for a in self._leaving if a not in self._entries]
+        return [Tended(r) for a in gone for r in self._leaving.pop(a)]
+
+    def _retire(self) -> list[Loaded]:
+        """What was evicted, and nobody uses or waits for."""
+        retired: list[Loaded] = []
+        for adapter in self._leaving:
+            entry = self._entries[adapter]
+            if entry.stage is Stage.WARM:
+                del self._warm[adapter]
+            elif entry.stage in (Stage.RESIDENT, Stage.CLOSING) and not entry.waiting and self.slots.uses(adapter) == 0:
+                self._closing.pop(adapter, None)
+                self.slots.vacate(adapter)
+            else:
+                continue
+            retired.append(self._leave(adapter))
+        return retired
 
     def _in_order(self) -> list[AdapterRef]:
         """Those in line: by the age of the oldest request, but every request that waits for an adapter counts as COUNT_S of it."""
@@ -331,14 +379,14 @@ class Residency:
         entry.waiting.clear()
         return started
 
-    def _reject(self, adapter: AdapterRef, failure: Failure, now: float) -> list[Instruction]:
+    def _fail(self, adapter: AdapterRef, failure: Failure, now: float) -> list[Instruction]:
         entry = self._entries.pop(adapter)
         self._failed[adapter] = replace(failure, until=now + FAILED_FOR_S)
         while len(self._failed) > MAX_FAILED:
             del self._failed[next(iter(self._failed))]
         for request in entry.waiting:
             del self._seekers[request]
-        return [Reject(r, failure.code, failure.message, failure.retryable) for r in entry.waiting]
+        return [Reject(r, failure.code, failure.message, failure.retryable) for r in (*entry.waiting, *entry.cachers)]
 
     def _seek(self, request: int, adapter: AdapterRef, entry: _Entry, now: float) -> None:
         entry.waiting[request] = now
@@ -365,6 +413,7 @@ class Residency:
         tier = Tier.GPU if in_slot else Tier.CPU if entry.in_host else Tier.REMOTE if entry.stage is Stage.FETCHING else Tier.DISK
         size = entry.loaded.size_bytes if entry.loaded else 0
         rank = entry.loaded.rank if entry.loaded else 0
-        eta_s = 0.0 if in_slot or warm else max(0.0, load_s - (now - entry.since))
+        loading = not (in_slot or warm or (entry.cachers and not entry.waiting))
+        eta_s = max(0.0, load_s - (now - entry.since)) if loading else 0.0
         in_flight = self.slots.uses(ref) + len(entry.waiting)
-        return AdapterState(ref.name, ref.digest, tier, not (in_slot or warm), eta_s, in_flight, rank, size, self.slots.pinned(ref))
+        return AdapterState(ref.name, ref.digest, tier, loading, eta_s, in_flight, rank, size, self.slots.pinned(ref))

@@ -127,7 +127,7 @@ def read_request(call: Call, base: str, max_model_len: int, created: int) -> Ans
     max_tokens = _output_tokens(request, prompt_tokens, max_model_len)
     adapter = call.adapter
     name, digest = (adapter.ref.name, adapter.ref.digest) if adapter is not None else ("-", "-")
-    model = request.model or (f"{base}:{name}" if adapter is not None else base)
+    model = call.model or request.model or (f"{base}:{name}" if adapter is not None else base)
     head = {"id": f"{prefix}-{call.request_id}", "object": kind, "created": created, "model": model}
     return Answer(request, head, f"[base={base} adapter={name} digest={digest}]", prompt_tokens, max_tokens)
 

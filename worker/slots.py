@@ -76,8 +76,13 @@ class SlotTable:
         assert self._uses[adapter] > 0
         self._uses[adapter] -= 1
 
+    def may_pin(self, adapter: AdapterRef) -> bool:
+        """One slot always stays for adapters that are not pinned; another version of a pinned name takes that one's place."""
+        return len({a.name for a in self._pinned} | {adapter.name}) < self.size
+
     def pin(self, adapter: AdapterRef) -> None:
-        self._pinned.add(adapter)
+        """Other versions of the same name are pinned no longer."""
+        self._pinned = {a for a in self._pinned if a.name != adapter.name} | {adapter}
 
     def unpin(self, adapter: AdapterRef) -> None:
         self._pinned.discard(adapter)

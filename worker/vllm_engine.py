@@ -69,6 +69,7 @@ EWMA = 0.2
 HOST_PLACES = 240  # adapters in host memory beside those in slots; a count is all that vLLM bounds
 
 PINNED: ContextVar[LoRARequest | None] = ContextVar("pinned_adapter", default=None)
+ASKED: ContextVar[str] = ContextVar("asked_model", default="")
 
 
 class PinnedAdapters(dict[str, LoRARequest]):
@@ -173,7 +174,7 @@ class VLLMEngine:
         models = self._app.state.openai_serving_models
         base = self._model.model_id
         models.lora_requests = PinnedAdapters()
-        models.model_name = lambda lora=None: lora.lora_name.rpartition("@")[0] if lora else base
+        models.model_name = lambda lora=None: ASKED.get() or (lora.lora_name.rpartition("@")[0] if lora else base)
         self.fast = FastPath(engine, self._app.state, self._args)
         await self._warm_up()
         self._watch = asyncio.create_task(self._watch_engine(), name="engine-watch")
@@ -185,7 +186,9 @@ class VLLMEngine:
         return EngineFacts("vllm", capacity, lora.max_loras, lora.max_lora_rank, lora.max_cpu_loras or lora.max_loras)
 
     async def serve(self, call: Call, reply: Reply) -> None:
-        PINNED.set(lora_request(call.adapter) if call.adapter else None)  # seen by this call alone: each one runs in a task of its own
+        # Seen by this call alone: each one runs in a task of its own.
+        PINNED.set(lora_request(call.adapter) if call.adapter else None)
+        ASKED.set(call.model)
         if self.fast is not None and await self.fast.serve(call, reply):
             return
         gone = asyncio.Event()

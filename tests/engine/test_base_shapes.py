@@ -69,3 +69,14 @@ def test_of_a_multi_modal_model_only_the_text_part_takes_adapters(tmp_path: Path
     assert len(shapes.modules) == 3 * 7 and not any("vision" in m or "projector" in m for m in shapes.modules)
     old = "language_model.model.layers.0.self_attn.q_proj"
     assert shapes.modules[shapes.canonical(old)] == (128, 64)
+
+
+def test_a_multi_modal_model_that_transformers_does_not_file_under_text_is_built_by_its_own_name(tmp_path: Path) -> None:
+    config = transformers.Qwen2VLConfig(
+        text_config=SIZES | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}},
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
+    )
+    config.architectures = ["Qwen2VLForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    shapes = read_base_shapes(str(tmp_path))
+    assert len(shapes.modules) == 3 * 7 and not any("visual" in m for m in shapes.modules)

@@ -347,6 +347,20 @@ def test_a_refusal_that_is_final_is_told_to_the_client(room: Room) -> None:
     assert len(room.wires.generated()) == 1 and room.reserved() == {"w0": 0}
 
 
+def test_a_version_that_the_store_does_not_show_is_looked_for_on_another_worker(make_room: MakeRoom) -> None:
+    room = make_room(policy="round-robin")
+    for worker in ("w0", "w1"):
+        room.worker(worker)
+    for elsewhere, phase in ((False, Phase.FAILED), (True, Phase.SENT)):
+        flight, _ = room.flight(PIRATE)
+        flight.elsewhere = elsewhere
+        room.dispatcher.submit(flight)
+        first = flight.choice.worker.id  # type: ignore[union-attr]
+        room.refuse(first, flight.sid, "adapter_not_found", retryable=False)
+        assert flight.life.phase is phase
+        assert (flight.choice.worker.id != first) is elsewhere  # type: ignore[union-attr]
+
+
 def test_a_refusal_after_the_first_frame_fails_the_stream_and_is_not_retried(room: Room) -> None:
     room.worker("w0")
     flight, sink = room.submit()

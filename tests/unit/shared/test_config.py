@@ -155,6 +155,28 @@ def test_slots_that_disagree_are_refused_with_both_keys() -> None:
     assert "engine_kwargs.max_loras: 16" in message and "lora_config.max_num_adapters_per_replica (8)" in message
 
 
+def test_one_slot_must_stay_for_what_is_not_pinned() -> None:
+    lora = {"dynamic_lora_loading_path": "/a", "max_num_adapters_per_replica": 3}
+    assert made(llm_engine="sim", lora_config={**lora, "pin": ["a", "b"]}).lora_config.pin == ("a", "b")  # type: ignore[union-attr]
+    message = refusal(llm_engine="sim", lora_config={**lora, "pin": ["a", "b", "c"]})
+    assert "lora_config.pin: 3 adapters for 3 slots" in message and "pin at most 2" in message
+    assert "for 16 slots" in refusal(llm_engine="sim", lora_config={"dynamic_lora_loading_path": "/a", "pin": [f"a{i}" for i in range(16)]})
+
+
+@pytest.mark.parametrize(
+    ("lora", "part"),
+    [
+        ({"pin": ["m:a"]}, "lora_config.pin[0]: the text 'm:a' is no adapter's name"),
+        ({"preload": ["../a"]}, "lora_config.preload[0]: "),
+        ({"preload": ["a", "b", "a"]}, "lora_config.preload[2]: the text 'a' stands here twice"),
+        ({"pin": "a"}, "lora_config.pin: expected a list"),
+        ({"pin": ["a"], "dynamic_lora_loading_path": None}, "does not say where they are"),
+    ],
+)
+def test_names_that_cannot_be_pinned_or_preloaded_are_refused(lora: dict[str, Any], part: str) -> None:
+    assert part in refusal(llm_engine="sim", lora_config={"dynamic_lora_loading_path": "/a", **lora})
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"enable_lora": False}, {"enable_lora": None}])
 def test_adapters_without_enable_lora_are_refused(kwargs: dict[str, Any]) -> None:
     message = refusal(lora_config={"dynamic_lora_loading_path": "/a"}, engine_kwargs=kwargs)

@@ -53,6 +53,14 @@ def test_rays_own_file_needs_no_change_and_names_what_has_no_effect() -> None:
     assert loaded.models[0].adapters_path == "s3://my_dynamic_lora_path"
 
 
+def test_too_many_pins_are_refused_at_their_line_and_too_many_preloads_are_a_warning() -> None:
+    text = SMALL + "  llm_engine: sim\n  lora_config:\n    dynamic_lora_loading_path: /a\n    max_num_adapters_per_replica: 2\n"
+    (line,) = refusal(text + "    pin: [a, b]\n")
+    assert line.startswith("conf/c.yaml:7: llm_configs[0].lora_config.pin: 2 adapters for 2 slots") and "conf/c.yaml:6" in line
+    (warning,) = parse(text + "    pin: [a]\n    preload: [a, b, c]\n").warnings
+    assert warning.startswith("conf/c.yaml:8: llm_configs[0].lora_config.preload: with the pinned ones 3 adapters for 2 slots")
+
+
 def test_all_problems_of_a_file_come_at_once_in_order_with_their_lines() -> None:
     lines = refusal(
         "gateway:\n"  # 1

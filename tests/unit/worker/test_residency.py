@@ -11,7 +11,7 @@ from shared.adapters import AdapterRef
 from shared.wire import Tier
 from worker import residency as module
 from worker.engine import Loaded, Swap
-from worker.residency import FAILED_FOR_S, MAX_FAILED, SLOT_PATIENCE_S, Failure, Fetch, Instruction, Reject, Residency, Stage, Start
+from worker.residency import FAILED_FOR_S, MAX_FAILED, SLOT_PATIENCE_S, Failure, Fetch, Instruction, Reject, Residency, Stage, Start, Tended
 
 A, B, C, D, E = (AdapterRef("tiny", name, "d") for name in "abcde")
 
@@ -340,6 +340,131 @@ def test_nothing_closes_while_nobody_waits_for_a_slot() -> None:
     assert stage(residency, A) is Stage.RESIDENT
 
 
+# ---- what operators ask for ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_only_to_be_cached_is_fetched_and_takes_no_slot() -> None:
+    residency = Residency(1)
+    assert residency.cache(-1, A, 0.0) == [Fetch(A)]
+    assert residency.cache(-2, A, 0.0) == []
+    assert [(s.tier, s.loading, s.in_flight) for s in residency.states(0.0, 1.0)] == [(Tier.REMOTE, False, 0)]
+    assert residency.cached(A, 0.0) == [Tended(-1), Tended(-2)]
+    assert len(residency.slots) == 0 and A not in residency.adapters()
+
+
+def test_a_request_that_comes_while_its_adapter_is_being_cached_shares_the_fetch() -> None:
+    residency = Residency(1)
+    residency.cache(-1, A, 0.0)
+    assert residency.want(2, A, 0.0) == []
+    assert residency.cached(A, 0.0) == [Tended(-1)]
+    assert residency.cache(-3, A, 0.0) == []
+    assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == [Tended(-3), Swap((on_disk(A),))]
+
+
+def test_what_is_in_the_engine_is_cached_already_and_what_failed_is_refused() -> None:
+    residency = Residency(1)
+    resident(residency, 1, A)
+    assert residency.cache(-1, A, 0.0) == [Tended(-1)]
+    residency.cache(-2, B, 0.0)
+    assert residency.failed(B, Failure("invalid_adapter", "no", False), 0.0) == [Reject(-2, "invalid_adapter", "no", False)]
+    assert residency.cache(-3, B, 0.0) == [Reject(-3, "invalid_adapter", "no", False)]
+
+
+def test_an_idle_adapter_that_is_evicted_leaves_at_once_and_its_slot_goes_to_the_line() -> None:
+    residency = Residency(1, 4)
+    resident(residency, 1, A)
+    residency.finish(1, 0.0)
+    assert residency.evict(-1, A, 0.0) == [Swap((), (), (on_disk(A),))]
+    assert len(residency.slots) == 0
+    assert residency.states(0.0, 1.0) == ()
+    assert residency.swapped({}, 0.0) == [Tended(-1)]
+    assert stage(residency, A) is None
+
+
+def test_an_adapter_in_host_memory_that_is_evicted_leaves_it() -> None:
+    residency = Residency(1, 4)
+    resident(residency, 1, A)
+    residency.finish(1, 0.0)
+    residency.want(2, B, 0.0)
+    residency.fetched(on_disk(B), Tier.REMOTE, 0.0)
+    residency.swapped({}, 0.0)
+    assert stage(residency, A) is Stage.WARM
+    assert residency.evict(-1, A, 0.0) == [Swap((), (), (on_disk(A),))]
+    assert residency.swapped({}, 0.0) == [Tended(-1)]
+    assert {s.name for s in residency.states(0.0, 1.0)} == {"b"}
+
+
+def test_an_adapter_that_was_evicted_from_host_memory_is_not_asked_to_leave_it_again() -> None:
+    residency = Residency(1, 2)
+    for number, ref in enumerate((A, B), 1):
+        residency.want(number, ref, 0.0)
+        residency.fetched(on_disk(ref), Tier.REMOTE, 0.0)
+        residency.swapped({}, 0.0)
+        residency.finish(number, 0.0)
+    residency.evict(-1, A, 0.0)
+    residency.swapped({}, 0.0)
+    for number, ref, drop in ((3, C, ()), (4, D, (on_disk(B),))):
+        residency.want(number, ref, 0.0)
+        [swap] = residency.fetched(on_disk(ref), Tier.REMOTE, 0.0)
+        assert isinstance(swap, Swap) and swap.unload == drop
+        residency.swapped({}, 0.0)
+        residency.finish(number, 0.0)
+
+
+def test_an_evicted_adapter_in_flight_leaves_with_its_last_request_and_serves_those_who_come_meanwhile() -> None:
+    residency = Residency(1)
+    resident(residency, 1, A)
+    assert residency.evict(-1, A, 0.0) == []
+    assert residency.want(2, A, 0.0) == [Start(2, on_disk(A), Tier.GPU)]
+    assert residency.finish(1, 0.0) == []
+    assert residency.finish(2, 0.0) == [Swap((), (), (on_disk(A),))]
+    assert residency.want(3, A, 0.0) == []
+    assert residency.swapped({}, 0.0) == [Tended(-1), Fetch(A)]
+
+
+def test_an_adapter_that_is_not_here_is_evicted_already_and_one_on_its_way_once_nobody_uses_it() -> None:
+    residency = Residency(1)
+    assert residency.evict(-1, A, 0.0) == [Tended(-1)]
+    residency.want(1, A, 0.0)
+    assert residency.evict(-2, A, 0.0) == []
+    assert residency.failed(A, Failure("store_unavailable", "down", True), 0.0) == [
+        Reject(1, "store_unavailable", "down", True),
+        Tended(-2),
+    ]
+
+
+def test_a_pinned_adapter_makes_no_room_and_an_evicted_one_is_pinned_no_longer() -> None:
+    residency = Residency(2)
+    resident(residency, 1, A)
+    residency.slots.pin(A)
+    residency.finish(1, 0.0)
+    resident(residency, 2, B)
+    residency.finish(2, 0.0)
+    residency.want(3, C, 0.0)
+    assert residency.fetched(on_disk(C), Tier.DISK, 0.0) == [Swap((on_disk(C),), (), (on_disk(B),))]
+    assert residency.evict(-1, A, 0.0) == [] and not residency.slots.pinned(A)
+    assert residency.swapped({}, 0.0) == [Start(3, on_disk(C), Tier.DISK), Swap((), (), (on_disk(A),))]
+    assert residency.swapped({}, 0.0) == [Tended(-1)]
+
+
+def test_what_is_evicted_leaves_in_the_same_swap_in_which_its_slot_is_given() -> None:
+    residency = Residency(2, 9)
+    resident(residency, 1, A)
+    resident(residency, 2, B)
+    in_line(residency, 3, C)
+    assert residency.evict(-1, A, 0.0) == []
+    assert residency.finish(1, 0.0) == [Swap((on_disk(C),), (), (on_disk(A),))]
+    assert residency.swapped({}, 0.0) == [Tended(-1), Start(3, on_disk(C), Tier.REMOTE)]
+
+
+def test_an_evicted_adapter_that_was_closing_is_counted_as_closing_no_longer() -> None:
+    residency = starving()
+    residency.tick(SLOT_PATIENCE_S)
+    residency.evict(-1, A, 2.0)
+    assert residency.finish(1, 2.0) == [Swap((on_disk(B),), (), (on_disk(A),))]
+    assert not residency._closing
+
+
 # ---- heartbeats -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -419,7 +544,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.swap: Swap | None = None
         self.engine: set[AdapterRef] = set()
         self.failed_at: dict[AdapterRef, float] = {}
-        self.closing_since: dict[AdapterRef, float] = {}
+        self.tends: dict[int, str] = {}
 
     def perform(self, instructions: list[Instruction]) -> None:
         for instruction in instructions:
@@ -433,6 +558,7 @@ class ResidencyMachine(RuleBasedStateMachine):
                     self.swap = instruction
                     gone = {a.ref for a in demote + unload}
                     assert not gone & set(self.running.values()), "out of its slot while in use"
+                    assert not any(self.residency.slots.pinned(a) for a in gone), "evicted though pinned"
                     assert all(a.ref in self.engine for a in demote) and all(a.ref in self.engine | self.warm for a in unload)
                     assert len({a.ref for a in enter + demote + unload}) == len(enter + demote + unload)
                     assert all(a.ref in self.warm for a in enter)
@@ -444,9 +570,20 @@ class ResidencyMachine(RuleBasedStateMachine):
                     assert adapter.ref in self.engine
                     self.tell(request, "start")
                     self.running[request] = adapter.ref
+                    if request in self.tends:
+                        if self.tends.pop(request) == "pin" and self.residency.slots.may_pin(adapter.ref):
+                            self.perform(self.residency.pin(adapter.ref))
+                        del self.running[request]
+                        self.perform(self.residency.finish(request, self.now))
+                case Tended(request):
+                    del self.wants[request]
+                    asked = self.tends.pop(request)
+                    assert asked in ("cache", "evict")
+                    self.tell(request, asked)
                 case Reject(request):
                     adapter_wanted = self.wants.pop(request)
-                    assert self.now < self.failed_at[adapter_wanted] + FAILED_FOR_S
+                    asked = self.tends.pop(request, "")
+                    assert asked == "evict" or self.now < self.failed_at[adapter_wanted] + FAILED_FOR_S
                     self.tell(request, "reject")
                     # The agent forgets the job, which tells residency once more.
                     self.perform(self.residency.finish(request, self.now))
@@ -475,15 +612,35 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.wants[self.count] = adapter
         self.perform(self.residency.want(self.count, adapter, self.now))
 
+    @rule(adapter=st.sampled_from(REFS), what=st.sampled_from(["load", "pin", "cache", "evict", "unpin"]))
+    def an_operator_asks(self, adapter: AdapterRef, what: str) -> None:
+        if what in ("unpin", "evict"):  # the later word holds
+            self.tends |= {r: "load" for r, asked in self.tends.items() if asked == "pin" and self.wants[r] == adapter}
+        if what == "unpin":
+            return self.residency.slots.unpin(adapter)
+        self.count += 1
+        self.wants[self.count], self.tends[self.count] = adapter, what
+        ask = {"cache": self.residency.cache, "evict": self.residency.evict}.get(what, self.residency.want)
+        self.perform(ask(self.count, adapter, self.now))
+        return None
+
+    @precondition(lambda self: self.fetching)
+    @rule(data=st.data())
+    def the_files_of_a_fetch_are_there(self, data: st.DataObject) -> None:
+        adapter = data.draw(st.sampled_from(self.fetching))
+        self.perform(self.residency.cached(adapter, self.now))
+        if adapter not in self.residency.adapters():
+            self.fetching.remove(adapter)
+
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def a_running_request_ends(self, data: st.DataObject) -> None:
         self.end(data.draw(st.sampled_from(sorted(self.running))))
 
-    @precondition(lambda self: self.wants)
+    @precondition(lambda self: self.wants.keys() - self.tends.keys())
     @rule(data=st.data())
     def a_waiting_request_is_cancelled(self, data: st.DataObject) -> None:
-        self.end(data.draw(st.sampled_from(sorted(self.wants))))
+        self.end(data.draw(st.sampled_from(sorted(self.wants.keys() - self.tends.keys()))))
 
     def end(self, request: int) -> None:
         if self.running.pop(request, None) is None:
@@ -529,16 +686,21 @@ class ResidencyMachine(RuleBasedStateMachine):
         coming = {a.ref for a in self.swap.enter} if self.swap else set()
         assert len(self.engine | coming) <= self.size
         assert len(residency.slots) <= self.size
-        assert residency.waiting == len(self.wants)
+        pinned = {a for a in REFS if residency.slots.pinned(a)}
+        assert pinned <= self.engine and len(pinned) < self.size + (not pinned)
+        others = {r for r, what in self.tends.items() if what in ("cache", "evict")}
+        assert residency.waiting == len(self.wants) - len(others)
         assert {r: residency._users[r] for r in residency._users} == self.running
         for adapter in REFS:
             assert residency.slots.uses(adapter) == list(self.running.values()).count(adapter)
             assert adapter in self.engine or adapter not in self.running.values()
         if self.swap is None:
-            idle = [a for a in self.engine if a not in self.running.values()]
+            idle = [a for a in self.engine if a not in self.running.values() and a not in pinned]
             in_line_ = [a for a in REFS if stage(residency, a) is Stage.CACHED]
             assert not in_line_ or (len(self.engine) == self.size and not idle), "somebody waits for a slot that could be given"
-        for ref in self.wants.values():
+        for request, ref in self.wants.items():
+            if request in others:
+                continue
             assert stage(residency, ref) is not Stage.RESIDENT, "a request waits for an adapter that is there"
             assert ref in self.fetching or stage(residency, ref) in (Stage.CACHED, Stage.LOADING, Stage.CLOSING, Stage.UNLOADING)
         closing = [a for a in REFS if stage(residency, a) is Stage.CLOSING]
@@ -575,7 +737,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     def everybody_gets_a_slot_in_the_end(self) -> None:
         """Requests for resident adapters never stop coming, running ones end, time passes: those who wait now are all served."""
-        patient = set(self.wants)
+        patient = {r for r in self.wants if self.tends.get(r) != "evict"}
         for _ in range(4 * len(REFS)):
             if not patient & self.wants.keys():
                 return

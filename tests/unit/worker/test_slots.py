@@ -158,3 +158,24 @@ class SlotMachine(RuleBasedStateMachine):
 
 
 TestSlotMachine = SlotMachine.TestCase
+
+
+def test_one_slot_always_stays_for_what_is_not_pinned() -> None:
+    table = SlotTable(3)
+    a, b, c = (AdapterRef("tiny", name, "d") for name in "abc")
+    table.pin(a)
+    table.pin(b)
+    assert not table.may_pin(c)
+    assert table.may_pin(a), "pinned already"
+    table.unpin(a)
+    assert table.may_pin(c)
+    assert not SlotTable(1).may_pin(a)
+
+
+def test_a_newer_version_takes_over_the_pin_of_its_name() -> None:
+    table = SlotTable(2)
+    old, new = AdapterRef("tiny", "a", "d1"), AdapterRef("tiny", "a", "d2")
+    table.pin(old)
+    assert table.may_pin(new)
+    table.pin(new)
+    assert table.pinned(new) and not table.pinned(old)

@@ -1,0 +1,62 @@
+"""What a worker does where it cannot tell its base model's shapes: it refuses to serve adapters, unless nobody could tell."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.config import LLMConfig
+from shared.errors import ConfigError
+from worker.checks import open_validator
+
+KNOWN = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
+
+
+def model(folder: Path, config: dict[str, Any] | str | None, adapters: str | None = "/adapters") -> LLMConfig:
+    folder.mkdir(exist_ok=True)
+    if config is not None:
+        (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return LLMConfig(
+        model_loading_config={"model_id": "m", "model_source": str(folder)},
+        lora_config={"dynamic_lora_loading_path": adapters},
+        engine_kwargs={"enable_lora": True},
+    )
+
+
+def test_a_known_model_is_checked_with_its_shapes(tmp_path: Path) -> None:
+    assert open_validator(model(tmp_path, KNOWN), 16)._shapes is not None
+
+
+@pytest.mark.parametrize("config", [None, "{", "[]"], ids=["none", "cut", "a-list"])
+def test_a_config_that_is_missing_or_broken_refuses_the_start(tmp_path: Path, config: str | None) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json.*Adapters of `m` cannot be checked"):
+        open_validator(model(tmp_path / "base", config), 16)
+
+
+def test_a_model_without_adapters_needs_no_shapes(tmp_path: Path) -> None:
+    assert open_validator(model(tmp_path / "base", None, None), 16)._shapes is None
+
+
+def test_a_known_architecture_whose_sizes_make_no_sense_refuses_the_start(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(ConfigError, match=r"cannot be told from its config\.json.*multiple"):
+        open_validator(model(tmp_path, {**KNOWN, "hidden_size": -1, "head_dim": -4}), 16)
+
+
+def test_an_architecture_that_nobody_knows_is_served_with_a_loud_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("transformers")
+    config = {"architectures": ["OddForCausalLM"], "model_type": "odd"}
+    with caplog.at_level(logging.WARNING):
+        assert open_validator(model(tmp_path, config), 16)._shapes is None
+    assert "does not know the architecture" in caplog.text and "NOT for the layers" in caplog.text
