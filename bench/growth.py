@@ -15,10 +15,12 @@ import os
 import struct
 import sys
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import aiohttp
 import msgspec
 import uvloop
 
@@ -41,6 +43,8 @@ FASTEST_PACE_MS = 20
 TOKENS = 50  # of every stream: each token carries a fiftieth of what its request cost
 HOT_ADAPTERS = 16
 IDLE_S = 3.0
+MODELS_ASKED = 200
+LOOK_AGAIN_S = 0.5
 RANK, WIDTH = 8, 16
 
 
@@ -94,7 +98,8 @@ async def with_adapters(adapters: int) -> Row:
             hot = ",".join(adapter_name(i * adapters // min(HOT_ADAPTERS, adapters)) for i in range(min(HOT_ADAPTERS, adapters)))
             to_adapters = [f"--adapters={hot}", "--mix=uniform"]
             await _load(running, ["--requests=64", "--concurrency=4", "--output-tokens=2", *to_adapters], stream=True, pace_ms=0)
-            return {**await _idle(running), **await _whole_answers(running, to_adapters)}
+            models = await _models(running, adapters)
+            return {**await _idle(running), **await _whole_answers(running, to_adapters), **models}
 
 
 async def with_processes(processes: int) -> Row:
@@ -136,6 +141,24 @@ async def _idle(running: Running) -> Row:
     before = _usage(running)
     await asyncio.sleep(IDLE_S)
     return {"idle_core_share": round(_spent_s(before, _usage(running)) / IDLE_S, 4)}
+
+
+async def _models(running: Running, adapters: int) -> Row:
+    """`GET /v1/models`, one after another, once the store's listing is known."""
+    took: list[float] = []
+    async with aiohttp.ClientSession() as client:
+        known = 0
+        while known <= adapters:  # and the base model
+            async with client.get(running.url + "/v1/models") as answer:
+                known = (await answer.read()).count(b'"id":')
+            await asyncio.sleep(LOOK_AGAIN_S)
+        for _ in range(MODELS_ASKED):
+            began = time.perf_counter()
+            async with client.get(running.url + "/v1/models") as answer:
+                await answer.read()
+            took.append((time.perf_counter() - began) * 1e3)
+    took.sort()
+    return {"models_p50_ms": round(took[len(took) // 2], 2), "models_p99_ms": round(took[len(took) * 99 // 100], 2)}
 
 
 async def _load(running: Running, flags: Sequence[str], *, stream: bool, pace_ms: int) -> tuple[dict[str, Any], float]:

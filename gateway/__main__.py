@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -25,13 +26,14 @@ from gateway import alias_book
 from gateway.admin import Admin
 from gateway.admin_actions import Actions
 from gateway.admin_scope import Scope
-from gateway.admission import Admission
+from gateway.admission import Admission, Bound
 from gateway.alias_api import AliasAPI
 from gateway.alias_book import AliasBook
 from gateway.aliases import Alias, AliasState, from_config
 from gateway.api import API, Limits
 from gateway.catalog import Catalog
 from gateway.dispatcher import Dispatcher
+from gateway.fellows import Fellows
 from gateway.fleet import Fleet
 from gateway.flight import Flight
 from gateway.keeper import Keeper
@@ -46,7 +48,7 @@ from gateway.usage import Usage
 from gateway.versions import Stage
 from shared import log as logs
 from shared import wire
-from shared.config import LoraConfig, Settings
+from shared.config import LLMConfig, LoraConfig, Settings
 from shared.errors import ConfigError, LoraplexError
 from shared.link import Sent, Server, open_context, secret_from_env
 from shared.process import follow_parent, on_stop_signals, read_settings
@@ -56,6 +58,7 @@ from shared.stores import open_store
 log = logging.getLogger("loraplex.gateway")
 
 TICK_S = 0.2
+STALL_S = 1.0
 ALIVE_S = 0.5
 KEEPALIVE_S = 75.0
 LAST_WORDS_S = 0.05  # handlers whose requests have just ended still write their answers
@@ -103,9 +106,13 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
     """One gateway process, until a signal. Returns the exit status."""
     g = settings.gateway
     name = f"g{index}"
-    metrics = Metrics()
-    fleet = Fleet(g.lease_s)
-    admission: Admission[Flight] = Admission(g.max_queued_requests, g.queue_timeout_s)
+    metrics = Metrics(name)
+    fellows = Fellows(run_dir, index, g.processes, metrics.snapshot)
+    earlier = fellows.earlier()
+    if earlier is not None:
+        metrics.restore(earlier)
+    fleet = Fleet(g.lease_s, {m.model_id: m.deployment_config.max_ongoing_requests for m in settings.models})
+    admission: Admission[Flight] = Admission(g.max_queued_requests, g.queue_timeout_s, {m.model_id: _bound(m) for m in settings.models})
     links = Links(endpoints(settings, index, run_dir), settings, name)
     dispatcher = Dispatcher(
         fleet,
@@ -117,6 +124,8 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
         random.Random(),
         g.max_concurrent_requests,
         wake_at=lambda when: _wake(dispatcher, when),
+        progress_s=g.progress_s or 0.0,
+        first_sid=time.time_ns() // 1000,  # above those of this gateway's earlier life, unless it sent a million requests a second
     )
     links.dispatcher = dispatcher
     metrics.watch(fleet, {m.model_id: lambda base=m.model_id: admission.depth(base) for m in settings.models})  # type: ignore[misc]
@@ -134,10 +143,11 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
         scope, stores = Scope(dispatcher, catalogs), {m.model_id: m.adapters_path or "" for m in settings.models}
         admin = Admin(scope, Actions(scope, stores, keeper, usage), keeper, usage, resolver)
         aliases = AliasAPI(book, resolver, catalogs, fleet, dispatcher.tend)
-        api = API(dispatcher, catalogs, resolver, metrics, read_keys(g), limits, access, usage, admin, aliases)
+        api = API(dispatcher, catalogs, resolver, metrics, read_keys(g), limits, access, usage, admin, aliases, fellows)
         listed = [c for c in catalogs.values() if c is not None]
         rollouts = [Rollout(c.base, c.versions, fleet, dispatcher.tend, metrics) for c in listed]
         metrics.watch_versions({c.base: functools.partial(c.versions.count, Stage.REFUSED) for c in listed})
+        await stack.enter_async_context(fellows.open())
         async with _http(api, settings) as port:
             _announce(run_dir, index, port, links)
             log.info("listening", extra={"url": f"http://{g.host}:{port}", "workers_at": links.control.endpoint})
@@ -147,6 +157,7 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
             async with asyncio.TaskGroup() as tasks:
                 loops = [
                     tasks.create_task(_tick(dispatcher), name="tick"),
+                    tasks.create_task(fellows.run(), name="count"),
                     tasks.create_task(_alive(fleet, links, dispatcher, name), name="alive"),
                     tasks.create_task(keeper.follow(), name="pins"),
                     tasks.create_task(keeper.look_up(), name="look up pins"),
@@ -157,12 +168,19 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
                 ]
                 await stopping.wait()
                 await _drain(dispatcher, g.drain_s)
+                await fellows.save()
                 for loop in loops:
                     loop.cancel()
     for worker in fleet:
         links.send_control(wire.identity(worker.id, worker.beat.epoch), wire.encode(wire.Farewell(name)))
     links.close()
     return 0
+
+
+def _bound(model: LLMConfig) -> Bound:
+    config = model.deployment_config
+    pressure = config.backpressure_config
+    return Bound(config.max_queued_requests, pressure.status_code == 429, pressure.retry_after_s)
 
 
 @contextlib.asynccontextmanager
@@ -223,9 +241,14 @@ async def _http(api: API, settings: Settings) -> AsyncIterator[int]:
 
 
 async def _tick(dispatcher: Dispatcher) -> None:
+    """If this process stood still (stopped, or its machine), the workers' beats lie unread: they are read first, one tick is left out."""
+    waited = False
     while True:
+        before = dispatcher.clock()
         await asyncio.sleep(TICK_S)
-        dispatcher.tick()
+        waited = not waited and dispatcher.clock() - before > STALL_S
+        if not waited:
+            dispatcher.tick()
 
 
 def _wake(dispatcher: Dispatcher, when: float) -> None:

@@ -7,13 +7,14 @@ the least served (see fairness.py), then the oldest. A flow that waits for a slo
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
 from gateway.fairness import Counters
 from gateway.routing import Blocked
 from gateway.worker import Key
+from shared.errors import Overloaded, RateLimited
 
 T = TypeVar("T")
 
@@ -23,6 +24,24 @@ ANYBODY: Flow = (0, "", None)
 MAX_WITHOUT_SLOT, MAX_NOT_YET = 8, 32
 """Flows that a pump tries in vain before it stops: those behind them have no better claim to a slot, and time spent here delays everybody.
 More of those that only wait for their turn: they leave the slots of others alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What one base model's config says of its queue. `max_queued` -1: only the gateway's own bound holds. `retry_after_s` None: a guess."""
+
+    max_queued: int = -1
+    rate_limited: bool = False
+    retry_after_s: float | None = None
+
+    def refusal(self, guess_s: float) -> Overloaded:
+        """The answer when the queue is full."""
+        kind = RateLimited if self.rate_limited else Overloaded
+        after_s = guess_s if self.retry_after_s is None else self.retry_after_s
+        return kind("All workers are busy and the queue is full.", retry_after_s=after_s)
+
+
+UNBOUND = Bound()
 
 
 @dataclass(slots=True, eq=False)
@@ -46,10 +65,14 @@ class _Line(Generic[T]):
 
 
 class Admission(Generic[T]):
-    """Holds at most `max_queued` items, each for at most `timeout_s` seconds. Cancelled items leave at once and free their place."""
+    """Holds at most `max_queued` items, each for at most `timeout_s` seconds; of a base model in `bounds` at most as many as it says.
 
-    def __init__(self, max_queued: int, timeout_s: float) -> None:
+    Cancelled items leave at once and free their place.
+    """
+
+    def __init__(self, max_queued: int, timeout_s: float, bounds: Mapping[str, Bound] | None = None) -> None:
         self._max_queued = max_queued
+        self._bounds = dict(bounds or {})
         self._timeout_s = timeout_s
         self._lines: dict[str, _Line[T]] = {}
         self._arrivals: dict[Place[T], None] = {}  # all places; all wait equally long, so the order of arrival is that of the deadlines
@@ -62,14 +85,18 @@ class Admission(Generic[T]):
         line = self._lines.get(base)
         return line.size if line else 0
 
+    def bound(self, base: str) -> Bound:
+        return self._bounds.get(base, UNBOUND)
+
     def bases(self) -> list[str]:
         return list(self._lines)
 
     def offer(self, base: str, item: T, now: float, flow: Flow = ANYBODY) -> Place[T] | None:
         """The item's place in the queue, or None if the queue is full."""
-        if len(self._arrivals) >= self._max_queued:
-            return None
         line = self._lines.get(base)
+        most = self.bound(base).max_queued
+        if len(self._arrivals) >= self._max_queued or 0 <= most <= (line.size if line else 0):
+            return None
         if line is None:
             line = self._lines[base] = _Line()
         waiting = line.flows.get(flow)
@@ -144,6 +171,14 @@ class Admission(Generic[T]):
     def items(self) -> list[T]:
         """All that wait, oldest first."""
         return [place.item for place in self._arrivals]
+
+    def positions(self) -> dict[T, int]:
+        """Where each stands in the queue of its base model, by priority and arrival: about its turn, for fairness between flows changes it."""
+        ahead: dict[str, int] = {}
+        found: dict[T, int] = {}
+        for place in sorted(self._arrivals, key=lambda p: (p.flow[0], p.number)):
+            ahead[place.base] = found[place.item] = ahead.get(place.base, 0) + 1
+        return found
 
     def expire(self, now: float) -> list[T]:
         """Removes and returns the items whose time is over."""

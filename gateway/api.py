@@ -21,16 +21,21 @@ from gateway.admin_scope import MAX_SESSION
 from gateway.alias_api import AliasAPI
 from gateway.catalog import Catalog
 from gateway.dispatcher import Dispatcher
+from gateway.fellows import Fellows
 from gateway.flight import Flight
 from gateway.keys import Keys
 from gateway.metrics import Metrics
+from gateway.model_list import ModelList
+from gateway.request import Phase
 from gateway.resolver import Resolver, Target
 from gateway.stream import ClientStream, Sent
 from gateway.usage import Usage
 from shared.adapters import AdapterRef
-from shared.errors import AdapterNotFound, BodyTooLarge, InvalidRequest, LoraplexError, Overloaded, RouteNotFound
+from shared.errors import AdapterNotFound, BodyTooLarge, DeadlineExceeded, InvalidRequest, LoraplexError, RouteNotFound
 from shared.log import AccessLog
 
+TIMEOUT_HEADER = "x-loraplex-timeout-ms"
+_TIMEOUT_MS = re.compile(r"0*[1-9][0-9]{0,8}\Z")
 _PRIORITY = re.compile(r"-?[0-9]{1,9}\Z")
 SHOWN_DIGEST = 12  # characters of a version in headers and logs
 _random = functools.partial(random.getrandbits, 128)  # an id, not a secret; uuid4 would ask the kernel every time
@@ -43,6 +48,17 @@ class Limits:
     max_body_bytes: int
     slow_reader_bytes: int
     request_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """`at` is on the loop's clock, `after_s` how long that was from the request's arrival."""
+
+    at: float
+    after_s: float
+
+    def exceeded(self, phase: str) -> DeadlineExceeded:
+        return DeadlineExceeded(f"The request was not finished within {self.after_s:g} s (it was still {phase}).")
 
 
 class API:
@@ -66,6 +82,7 @@ class API:
         usage: Usage,
         admin: Admin,
         aliases: AliasAPI,
+        fellows: Fellows,
     ) -> None:
         self._dispatcher = dispatcher
         self._catalogs = catalogs
@@ -77,7 +94,9 @@ class API:
         self._usage = usage
         self._admin = admin
         self._aliases = aliases
+        self._fellows = fellows
         self._created = int(time.time())
+        self._models = ModelList(catalogs, resolver.aliases, self._created)
         self._routes: dict[tuple[str, str], Handler] = {}
 
     def server(self, **settings: Any) -> web.Server:
@@ -117,30 +136,44 @@ class API:
     async def generate(self, request: web.BaseRequest) -> web.StreamResponse:
         body = await self._body(request)
         head = openai.parse_head(body)
-        target = await self._resolver.resolve(head.model, lambda: _user(request, head))
-        request_id = _request_id(request)
+        deadline = self._deadline(request)
+        target = await self._in_time(self._resolver.resolve(head.model, lambda: _user(request, head)), deadline)
+        stream = ClientStream(request, self._limits.slow_reader_bytes)
         try:
-            stream, flight = await self._fly(request, target, request_id, head, body)
-            if isinstance(stream.error, AdapterNotFound) and target.adapter is not None and not stream.started:
-                # The store's copy changed between the listing and the worker's fetch: look again, once.
-                target = await self._resolver.again(target)
-                stream, flight = await self._fly(request, target, request_id, head, body)
+            flight = self._flight(request, target, _request_id(request), head, body, stream)
+            await self._fly(flight, stream, deadline)
         except LoraplexError as exc:
             self._resolver.ended(target, 0, exc)
             raise
+        if isinstance(stream.error, AdapterNotFound) and target.adapter is not None and not stream.answered:
+            target, flight = await self._fly_again(request, flight, target, head, stream, deadline)
         self._resolver.ended(target, stream.status, stream.error)
         self._log(flight, head.model, stream)
-        if stream.started:
-            return Sent(request, stream.status, stream.keep_alive)
-        if stream.error is not None:
+        if stream.error is not None and not stream.started:
             raise stream.error
-        return web.Response(status=stream.status, body=stream.body, content_type="application/json", headers=self._headers(flight))
+        if stream.error is not None:
+            self._metrics.error(stream.error.code)
+            if not stream.answered:
+                stream.end_with(stream.error)
+        return Sent(request, stream.status, stream.keep_alive)
 
-    async def _fly(
-        self, request: web.BaseRequest, target: Target, request_id: str, head: openai.RequestHead, body: bytes
-    ) -> tuple[ClientStream, Flight]:
-        """Submits the request and waits for its end; cancels it if the client leaves or its time is over."""
-        stream = ClientStream(request, self._limits.slow_reader_bytes)
+    async def _fly_again(
+        self, request: web.BaseRequest, before: Flight, target: Target, head: openai.RequestHead, stream: ClientStream, deadline: Deadline
+    ) -> tuple[Target, Flight]:
+        """The store's copy changed between the listing and the worker's fetch: looks again, once."""
+        try:
+            target = await self._in_time(self._resolver.again(target), deadline)
+            stream.again()
+            flight = self._flight(request, target, before.request_id, head, before.body, stream)
+            await self._fly(flight, stream, deadline)
+        except LoraplexError as exc:
+            stream.error = exc
+            return target, before
+        return target, flight
+
+    def _flight(
+        self, request: web.BaseRequest, target: Target, request_id: str, head: openai.RequestHead, body: bytes, stream: ClientStream
+    ) -> Flight:
         ref = target.adapter
         self._resolver.use(target)
         flight = Flight(
@@ -156,14 +189,20 @@ class API:
             session=request.headers.get("x-session-id", "")[:MAX_SESSION],
             prefix=openai.prefix_hash(ref.digest if ref is not None else "", body),
             priority=_priority(request, head),
+            streams=bool(head.stream),
             model=head.model if target.alias or target.by_digest else "",
             elsewhere=target.elsewhere,
         )
         stream.describe(lambda: self._head_lines(flight))
+        return flight
+
+    async def _fly(self, flight: Flight, stream: ClientStream, deadline: Deadline) -> None:
+        """Submits the request and waits for its end; cancels it if the client leaves or its time is over."""
+        ref = flight.adapter
         if ref is not None:
             self._usage.used(ref, time.time())
         self._dispatcher.submit(flight)
-        late = asyncio.get_running_loop().call_later(self._limits.request_timeout_s, self._too_late, stream)
+        late = asyncio.get_running_loop().call_at(deadline.at, self._too_late, flight, deadline)
         try:
             await stream.finished
         finally:
@@ -173,10 +212,29 @@ class API:
             self._usage.failed(ref, stream.error)
         elif ref is not None:
             self._usage.worked(ref)
-        return stream, flight
 
-    def _too_late(self, stream: ClientStream) -> None:
-        stream.fail(Overloaded(f"The request took longer than {self._limits.request_timeout_s:g} s."))
+    def _too_late(self, flight: Flight, deadline: Deadline) -> None:
+        self._dispatcher.give_up(flight, deadline.exceeded(flight.life.phase.value))
+
+    def _deadline(self, request: web.BaseRequest) -> Deadline:
+        """Of the whole request: the client's own, but never beyond the server's. Raises InvalidRequest."""
+        after_s = self._limits.request_timeout_s
+        given = request.headers.get(TIMEOUT_HEADER)
+        if given is not None:
+            if not _TIMEOUT_MS.match(given):
+                raise InvalidRequest(
+                    f"The header {TIMEOUT_HEADER} must be a whole number of milliseconds, at least 1.", param=TIMEOUT_HEADER
+                )
+            after_s = min(after_s, int(given) / 1e3)
+        return Deadline(asyncio.get_running_loop().time() + after_s, after_s)
+
+    @staticmethod
+    async def _in_time(asked: Awaitable[Target], deadline: Deadline) -> Target:
+        try:
+            async with asyncio.timeout_at(deadline.at):
+                return await asked
+        except TimeoutError as exc:
+            raise deadline.exceeded("looked up") from exc
 
     async def _body(self, request: web.BaseRequest) -> bytes:
         try:
@@ -215,19 +273,7 @@ class API:
     # ---- models ---------------------------------------------------------------------------------------------------------------------
 
     async def models(self, request: web.BaseRequest) -> web.Response:
-        cards = []
-        for base, catalog in self._catalogs.items():
-            cards.append(openai.model_card(base, self._created))
-            aliases = self._resolver.aliases(base)
-            cards += [openai.model_card(f"{base}:{name}", self._created, parent=base, root=name) for name in aliases]
-            if catalog is not None:
-                current, known = catalog.versions.current, catalog.known
-                cards += [
-                    openai.model_card(f"{base}:{name}", self._created, parent=base, root=name, digest=current(known[name]).digest)
-                    for name in sorted(known)
-                    if name not in aliases
-                ]
-        return web.Response(body=openai.model_list(cards), content_type="application/json")
+        return web.Response(body=await self._models.body(), content_type="application/json")
 
     async def model(self, request: web.BaseRequest) -> web.Response:
         model = request.path.removeprefix("/v1/models/")
@@ -253,7 +299,9 @@ class API:
         return web.json_response({"ready": ready, "workers": serving}, status=200 if ready else 503)
 
     async def metrics(self, request: web.BaseRequest) -> web.Response:
-        return web.Response(body=self._metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        """Of all gateway processes, whichever is asked."""
+        body = self._metrics.render(*await self._fellows.all())
+        return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def nowhere(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path in {path for _, path in self._routes}:
@@ -279,7 +327,7 @@ class API:
 
     def _head_lines(self, flight: Flight) -> bytes:
         choice = flight.choice
-        if choice is None:
+        if choice is None or flight.life.phase is Phase.QUEUED:  # a comment commits the head
             return b"x-request-id: %b\r\nx-loraplex-policy: %b\r\n" % (flight.request_id.encode(), self._dispatcher.policy.encode())
         adapter = flight.adapter
         tier = f"x-loraplex-adapter: {_version(adapter)}\r\nx-loraplex-adapter-tier: {choice.tier.name.lower()}\r\n" if adapter else ""
@@ -288,22 +336,12 @@ class API:
             f"x-loraplex-queue-ms: {(flight.t_sent - flight.t_start) * 1e3:.1f}\r\n{tier}"
         ).encode()
 
-    def _headers(self, flight: Flight) -> dict[str, str]:
-        headers = {"x-request-id": flight.request_id, "x-loraplex-policy": self._dispatcher.policy}
-        if flight.choice is not None:
-            headers["x-loraplex-worker"] = flight.choice.worker.id
-            headers["x-loraplex-queue-ms"] = f"{(flight.t_sent - flight.t_start) * 1e3:.1f}"
-            if flight.adapter is not None:
-                headers["x-loraplex-adapter"] = _version(flight.adapter)
-                headers["x-loraplex-adapter-tier"] = flight.choice.tier.name.lower()
-        return headers
-
     @staticmethod
     def _answer(error: LoraplexError) -> web.Response:
         status = openai.status_of(error)
         headers = {}
-        if status == 503:
-            headers["Retry-After"] = str(math.ceil(error.retry_after_s or openai.RETRY_AFTER_S))
+        if status in (429, 503):
+            headers["Retry-After"] = str(math.ceil(openai.RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s))
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return web.Response(status=status, body=openai.error_body(error), content_type="application/json", headers=headers)

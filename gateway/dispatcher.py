@@ -21,6 +21,7 @@ from gateway.flight import Flight, adapter_key, ask_of, flow_of
 from gateway.metrics import Metrics
 from gateway.openai import from_refusal
 from gateway.peers import peers_of
+from gateway.progress import Progress, comment
 from gateway.request import Event, Phase
 from gateway.routing import Ask, Blocked, Candidate, Choice, Decision, Policy, Wait
 from gateway.tending import Tending
@@ -43,7 +44,8 @@ class Dispatcher:
     """Owns the flights. `policy` decides (see policies.make_policy), `fleet` remembers, `transport` carries.
 
     `wake_at` is told the time, on `clock`, at which `tick` should be called besides its regular calls (a policy wants to be asked again then);
-    without it the regular calls have to do.
+    without it the regular calls have to do. `progress_s`: how often a stream that waits hears of it (0: never). `first_sid`: stream ids begin
+    above it; those of a gateway's earlier life must not come again, for its workers may still send frames for them.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class Dispatcher:
         clock: Callable[[], float] = time.monotonic,
         *,
         wake_at: Callable[[float], None] | None = None,
+        progress_s: float = 0.0,
+        first_sid: wire.StreamId = 0,
     ) -> None:
         self.fleet = fleet
         self._policy = policy
@@ -72,7 +76,8 @@ class Dispatcher:
         self._flights: dict[wire.StreamId, Flight] = {}
         self._tending = Tending()
         self._open = 0
-        self._last_sid = 0
+        self._last_sid = first_sid
+        self._progress = Progress(progress_s)
         self._draining = False
         self._wake_at = wake_at
         self._alarm = math.inf
@@ -113,8 +118,10 @@ class Dispatcher:
             if flight.place is None:
                 self._open -= 1
                 self._policy.left(flight.ask, self.clock())
-                raise Overloaded("All workers are busy and the queue is full.", retry_after_s=self._retry_after_s(flight.base))
+                raise self._admission.bound(flight.base).refusal(self._retry_after_s(flight.base))
             self._pump(flight.base, flight.ask)
+        if flight.streams:
+            self._progress.enter(flight, flight.t_start)
 
     def tend(self, worker: Worker, action: wire.Action, adapter: AdapterRef, stored: StoredAdapter | None) -> asyncio.Future[None]:
         """Asks the worker to do it; the future resolves once it is so. How long to wait is the caller's affair.
@@ -153,6 +160,14 @@ class Dispatcher:
         if flight.life.phase is not Phase.QUEUED:
             self._send_cancel(flight)
         self._end(flight, Event.CANCEL)
+
+    def give_up(self, flight: Flight, error: LoraplexError) -> None:
+        """Its time is over: it leaves the queue or its worker, and the client hears why. A no-op once the flight is over."""
+        if flight.life.over:
+            return
+        if flight.life.phase is not Phase.QUEUED:
+            self._send_cancel(flight)
+        self._fail(flight, error)
 
     def drain(self) -> None:
         """No new requests from now on."""
@@ -220,7 +235,7 @@ class Dispatcher:
                     self._transport.send_data(peer, wire.encode(wire.Cancel(sid)))
             elif flight.life.phase is Phase.STREAMING:
                 if not flight.sink.more(payload, bool(flags & wire.END)):
-                    self._metrics.slow_readers.inc()
+                    self._metrics.slow_reader()
                     self.cancel(flight)
                 elif flags & wire.END:
                     self._end(flight, Event.END)
@@ -230,13 +245,22 @@ class Dispatcher:
             self._on_refused(refused)
 
     def tick(self) -> None:
-        """Leases and queue deadlines; call it a few times per second."""
+        """Leases, queue deadlines, and a word to those who wait; call it a few times per second."""
         now = self.clock()
-        self._apply(self.fleet.expire(now), None)
+        silent = self.fleet.expire(now)
+        for lost in silent:
+            # It may only have stood still, with these requests unread before it: nobody waits for them any more.
+            for sid in lost.streams:
+                self._transport.send_data(wire.identity(lost.worker, lost.epoch), wire.encode(wire.Cancel(sid)))
+        self._apply(silent, None)
         if self._draining:
             self._give_up_waiting()
         for flight in self._admission.expire(now):
             self._fail(flight, Overloaded("No worker became free in time.", retry_after_s=self._retry_after_s(flight.base)))
+        turns = self._progress.turns(now)
+        places = self._admission.positions() if any(f.place is not None for f in turns) else {}
+        for flight in turns:
+            flight.sink.comment(comment(flight, places))
         if now >= self._alarm:
             self._alarm = math.inf
             for base in self._admission.bases():
@@ -313,6 +337,7 @@ class Dispatcher:
 
     def _on_head(self, flight: Flight, flags: int, payload: bytes) -> None:
         flight.t_head = self.clock()
+        self._progress.leave(flight)
         end = bool(flags & wire.END)
         flight.life.on(Event.HEAD)
         flight.sink.head(flags >> wire.STATUS_SHIFT, bool(flags & wire.SSE), payload, end)
@@ -336,7 +361,7 @@ class Dispatcher:
             flight.sink.fail(error)
             self._over(flight)
             return
-        self._metrics.retries.inc()
+        self._metrics.retried()
         if self._dispatch(flight) is not None:
             flight.place = self._admission.offer(flight.base, flight, self.clock(), flow_of(flight))
             if flight.place is None:
@@ -384,6 +409,7 @@ class Dispatcher:
         if flight.place is not None:
             self._admission.leave(flight.place)
             flight.place = None
+        self._progress.leave(flight)
         self._open -= 1
         now = flight.t_end = self.clock()
         ask, done = flight.ask, flight.done

@@ -16,10 +16,12 @@ the last beat shows in flight beyond them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
+
+import msgspec
 
 from gateway.pool import NOWHERE, Pool
 from gateway.worker import Key, Worker, key_of
@@ -63,10 +65,14 @@ FULL = 1 << 40
 
 
 class Fleet:
-    """Every known worker. Times are seconds of one monotonic clock, given by the caller."""
+    """Every known worker. Times are seconds of one monotonic clock, given by the caller.
 
-    def __init__(self, lease_s: float) -> None:
+    `most` are the requests that a worker of a base model is given at once, whatever capacity it tells of.
+    """
+
+    def __init__(self, lease_s: float, most: Mapping[str, int] | None = None) -> None:
         self._lease_s = lease_s
+        self._most = dict(most or {})
         self._workers: dict[WorkerId, Worker] = {}
         self._by_stream: dict[StreamId, Worker] = {}
         self._ended: dict[WorkerId, int] = {}  # last epoch seen of workers that left, so that a late beat does not revive them
@@ -93,6 +99,9 @@ class Fleet:
         worker = self._workers.get(beat.worker)
         if beat.epoch <= self._ended.get(beat.worker, -1) or (worker and (beat.epoch, beat.seq) <= (worker.beat.epoch, worker.beat.seq)):
             return []
+        most = self._most.get(beat.base)
+        if most is not None and most < beat.capacity:
+            beat = msgspec.structs.replace(beat, capacity=most)  # here, so that a decision compares two numbers
         events: list[FleetEvent] = []
         if worker and beat.epoch > worker.beat.epoch:
             events.append(self._remove(worker, "restarted"))

@@ -22,6 +22,10 @@ NO_ASK = Ask("")
 class Sink(Protocol):
     """Where a request's answer goes. None of these may wait; `more` returns False if the client cannot take it."""
 
+    def comment(self, text: bytes) -> None:
+        """Before the head of a stream: something that clients skip."""
+        ...
+
     def head(self, status: int, sse: bool, data: bytes, end: bool) -> None: ...
     def more(self, data: bytes, end: bool) -> bool: ...
     def fail(self, error: LoraplexError) -> None: ...
@@ -52,6 +56,7 @@ class Flight:
         "sid",
         "sink",
         "stored",
+        "streams",
         "t_end",
         "t_head",
         "t_sent",
@@ -75,6 +80,7 @@ class Flight:
         session: str = "",
         prefix: int = 0,
         priority: int = 0,
+        streams: bool = False,
         model: str = "",
         elsewhere: bool = False,
     ) -> None:
@@ -83,6 +89,7 @@ class Flight:
         self.prompt_tokens = len(body) // BYTES_PER_TOKEN if prompt_tokens is None else prompt_tokens
         self.output_tokens = output_tokens
         self.tenant, self.session, self.prefix, self.priority = tenant, session, prefix, priority
+        self.streams = streams  # asked for an event stream: it can be told what it waits for
         self.model = model  # what the client called it, where that is not `base:name`
         self.elsewhere = elsewhere  # a worker that cannot get the adapter says nothing about the others
         self.ask = NO_ASK  # made by the dispatcher, on its clock

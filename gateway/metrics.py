@@ -2,129 +2,153 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gateway.fleet import Fleet
 from gateway.flight import Flight
 from gateway.request import Phase
 from gateway.routing import Reason
+from gateway.tally import Distribution, Snapshot, Tally
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30, 60)
 DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 640)
 ADAPTER_LABELS = 200
-"""Adapters that get a series of their own, first come; the rest is summed under `_other`."""
+"""Adapters that get a series of their own in each gateway process, first come; the rest is summed under `_other`."""
+OTHER = "_other"
+
+COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "requests": ("Requests ended, by how they ended.", ("base", "outcome")),
+    "adapter_requests": ("Requests ended, by adapter.", ("base", "adapter")),
+    "dispatched": ("Requests given to a worker, by the reason of the choice.", ("base", "reason")),
+    "error_responses": ("Errors answered by the gateway itself, by code.", ("code",)),
+    "prompt_tokens": ("Prompt tokens of ended requests.", ("base",)),
+    "output_tokens": ("Output tokens of ended requests.", ("base",)),
+    "undecodable_messages": ("Messages from workers that were dropped.", ("socket",)),
+    "retries": ("Requests sent to another worker before their first byte.", ()),
+    "slow_readers": ("Clients cut off because they did not read.", ()),
+    "adapter_version_changes": ("New adapter versions: switched to, refused, or not ready yet.", ("base", "outcome")),
+    "alias_requests": ("Requests by alias and the share that answered.", ("base", "alias", "adapter", "outcome")),
+    "alias_rollbacks": ("Shares of aliases that were rolled back.", ("base", "alias")),
+}
+DISTRIBUTIONS: dict[str, tuple[str, tuple[str, ...], Sequence[float]]] = {
+    "ttft_seconds": ("Time from a request's arrival to its first bytes.", ("base", "cold"), TTFT_BUCKETS_S),
+    "queue_seconds": ("Time from a request's arrival to its dispatch.", ("base",), TTFT_BUCKETS_S),
+    "request_seconds": ("Time from a request's arrival to its end.", ("base",), DURATION_BUCKETS_S),
+}
+GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "queue_depth": ("Requests that wait for a worker in one gateway process.", ("base", "process")),
+}
+BOUNDS = {name: bounds for name, (_, _, bounds) in DISTRIBUTIONS.items()}
+WITHOUT_LABELS = [(name,) for name, (_, labels) in COUNTERS.items() if not labels]
+_OUTCOME = {phase: phase.value for phase in Phase}  # reading an enum's value costs as much as counting
+_REASON = {reason: reason.value for reason in Reason}
 
 
 class Metrics:
-    """Counters are written by the dispatcher and the API; gauges are read off the fleet at scrape time."""
+    """One process's numbers, counted by the dispatcher and the API; gauges are read off the fleet at scrape time."""
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        labels: dict[str, Any] = {"registry": self.registry, "namespace": "loraplex"}
-        self._requests = Counter("requests_total", "Requests ended, by how they ended.", ["base", "outcome"], **labels)
-        self._adapter_requests = Counter("adapter_requests_total", "Requests ended, by adapter.", ["base", "adapter"], **labels)
-        self._dispatched = Counter(
-            "dispatched_total", "Requests given to a worker, by the reason of the choice.", ["base", "reason"], **labels
-        )
-        self._errors = Counter("error_responses_total", "Errors answered by the gateway itself, by code.", ["code"], **labels)
-        self._ttft = Histogram(
-            "ttft_seconds", "Time from a request's arrival to its first bytes.", ["base", "cold"], buckets=TTFT_BUCKETS_S, **labels
-        )
-        self._queue = Histogram(
-            "queue_seconds", "Time from a request's arrival to its dispatch.", ["base"], buckets=TTFT_BUCKETS_S, **labels
-        )
-        self._duration = Histogram(
-            "request_seconds", "Time from a request's arrival to its end.", ["base"], buckets=DURATION_BUCKETS_S, **labels
-        )
-        self._prompt = Counter("prompt_tokens_total", "Prompt tokens of ended requests.", ["base"], **labels)
-        self._output = Counter("output_tokens_total", "Output tokens of ended requests.", ["base"], **labels)
-        self._undecodable = Counter("undecodable_messages_total", "Messages from workers that were dropped.", ["socket"], **labels)
-        self.retries = Counter("retries_total", "Requests sent to another worker before their first byte.", **labels)
-        self.slow_readers = Counter("slow_readers_total", "Clients cut off because they did not read.", **labels)
-        self._version_changes = Counter(
-            "adapter_version_changes_total", "New adapter versions: switched to, refused, or not ready yet.", ["base", "outcome"], **labels
-        )
-        self._alias_requests = Counter(
-            "alias_requests_total", "Requests by alias and the share that answered.", ["base", "alias", "adapter", "outcome"], **labels
-        )
-        self._alias_rollbacks = Counter("alias_rollbacks_total", "Shares of aliases that were rolled back.", ["base", "alias"], **labels)
-        self._adapters: set[tuple[str, str]] = set()
+    def __init__(self, process: str = "g0") -> None:
+        self.process = process
+        self._tally = Tally(BOUNDS)
         self._aliases: set[tuple[str, str, str]] = set()
-        # labels() costs several times as much as counting: every child is asked for once.
-        self._of_reason: dict[tuple[str, Reason], Any] = {}
-        self._of_base: dict[str, tuple[Any, ...]] = {}
-        self._of_outcome: dict[tuple[str, Phase], Any] = {}
+        self._refused: Mapping[str, Callable[[], int]] = {}
+        self._adapters: set[tuple[str, str]] = set()
+        self._fleet: Fleet | None = None
+        self._depth: Mapping[str, Callable[[], int]] = {}
+        self._of_base: dict[str, tuple[Distribution, Distribution, Distribution, Distribution]] = {}
+        for key in WITHOUT_LABELS:
+            self._tally.count(key, 0)
 
     def watch(self, fleet: Fleet, depth: Mapping[str, Callable[[], int]]) -> None:
-        """Registers the gauges; `depth` maps each base model to a function that counts its queue."""
-        self.registry.register(FleetCollector(fleet, depth))
+        """`depth` maps each base model to a function that counts its queue."""
+        self._fleet, self._depth = fleet, depth
+
+    # ---- counting ---------------------------------------------------------------------------------------------------------------------
 
     def dispatched(self, base: str, reason: Reason) -> None:
-        child = self._of_reason.get((base, reason))
-        if child is None:
-            child = self._of_reason[base, reason] = self._dispatched.labels(base, reason.value)
-        child.inc()
+        self._tally.count(("dispatched", base, _REASON[reason]))
 
     def undecodable(self, socket: str) -> None:
-        self._undecodable.labels(socket).inc()
+        self._tally.count(("undecodable_messages", socket))
 
     def error(self, code: str) -> None:
-        self._errors.labels(code).inc()
+        self._tally.count(("error_responses", code))
+
+    def retried(self) -> None:
+        self._tally.count(("retries",))
+
+    def slow_reader(self) -> None:
+        self._tally.count(("slow_readers",))
 
     def version_change(self, base: str, outcome: str) -> None:
         """`outcome`: switched, refused or failed."""
-        self._version_changes.labels(base, outcome).inc()
+        self._tally.count(("adapter_version_changes", base, outcome))
 
     def alias_request(self, base: str, alias: str, adapter: str, failed: bool) -> None:
         if (base, alias, adapter) not in self._aliases:
             if len(self._aliases) >= ADAPTER_LABELS:
-                alias = adapter = "_other"
+                alias = adapter = OTHER
             self._aliases.add((base, alias, adapter))
-        self._alias_requests.labels(base, alias, adapter, "failed" if failed else "ok").inc()
+        self._tally.count(("alias_requests", base, alias, adapter, "failed" if failed else "ok"))
 
     def alias_rollback(self, base: str, alias: str) -> None:
-        self._alias_rollbacks.labels(base, alias if any(a[:2] == (base, alias) for a in self._aliases) else "_other").inc()
+        self._tally.count(("alias_rollbacks", base, alias if any(a[:2] == (base, alias) for a in self._aliases) else OTHER))
 
     def watch_versions(self, refused: Mapping[str, Callable[[], int]]) -> None:
-        """Registers a gauge; `refused` maps each base model to a function that counts the adapters whose newest version is not served."""
-        self.registry.register(VersionCollector(refused))
+        """`refused` maps each base model to a function that counts the adapters whose newest version is not served."""
+        self._refused = refused
 
     def finished(self, flight: Flight) -> None:
-        base, phase = flight.base, flight.life.phase
-        outcome = self._of_outcome.get((base, phase))
-        if outcome is None:
-            outcome = self._of_outcome[base, phase] = self._requests.labels(base, phase.value)
-        outcome.inc()
+        base, phase, done, start = flight.base, flight.life.phase, flight.done, flight.t_start
+        count = self._tally.count
         series = self._of_base.get(base)
         if series is None:
-            series = self._of_base[base] = (
-                self._duration.labels(base),
-                self._queue.labels(base),
-                self._ttft.labels(base, "yes"),
-                self._ttft.labels(base, "no"),
-                self._prompt.labels(base),
-                self._output.labels(base),
-            )
-        duration, queue, ttft_cold, ttft_warm, prompt, output = series
-        duration.observe(flight.t_end - flight.t_start)
+            of = self._tally.distribution
+            keys = (("request_seconds", base), ("queue_seconds", base), ("ttft_seconds", base, "yes"), ("ttft_seconds", base, "no"))
+            series = self._of_base[base] = (of(keys[0]), of(keys[1]), of(keys[2]), of(keys[3]))
+        duration, queue, ttft_cold, ttft_warm = series
+        count(("requests", base, _OUTCOME[phase]))
+        duration.observe(flight.t_end - start)
         if flight.t_sent:
-            queue.observe(flight.t_sent - flight.t_start)
-        done = flight.done
+            queue.observe(flight.t_sent - start)
         if flight.t_head:
-            (ttft_cold if done and done.load_s > 0 else ttft_warm).observe(flight.t_head - flight.t_start)
-        if done:
-            prompt.inc(done.prompt_tokens)
-            output.inc(done.output_tokens)
-        if flight.adapter is not None and flight.life.phase is Phase.FINISHED:
-            self._adapter_requests.labels(base, self._adapter_label(base, flight.adapter.name)).inc()
+            (ttft_cold if done is not None and done.load_s > 0 else ttft_warm).observe(flight.t_head - start)
+        if done is not None:
+            count(("prompt_tokens", base), done.prompt_tokens)
+            count(("output_tokens", base), done.output_tokens)
+        if flight.adapter is not None and phase is Phase.FINISHED:
+            count(("adapter_requests", base, self._adapter_label(base, flight.adapter.name)))
 
-    def render(self) -> bytes:
-        return generate_latest(self.registry)
+    # ---- telling ----------------------------------------------------------------------------------------------------------------------
+
+    def value(self, name: str, labels: Mapping[str, str]) -> float | None:
+        """One series of this process, as a scrape would show it."""
+        return self._registry([self.snapshot()], {}).get_sample_value(name, dict(labels))
+
+    def snapshot(self) -> Snapshot:
+        gauges = [(("queue_depth", base, self.process), float(depth())) for base, depth in self._depth.items()]
+        return self._tally.snapshot(self.process, gauges)
+
+    def restore(self, before: Snapshot) -> None:
+        """Goes on where an earlier life of this process ended, so that no counter ever falls."""
+        self._tally.add(before)
+        self._adapters |= {(key[1], key[2]) for key in self._tally.counters if key[0] == "adapter_requests" and key[2] != OTHER}
+
+    def render(self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool]) -> bytes:
+        """The sum of what all gateway processes counted; `answered` says of each whether its part is of now."""
+        return generate_latest(self._registry(snapshots, answered))
+
+    def _registry(self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool]) -> CollectorRegistry:
+        registry = CollectorRegistry()
+        registry.register(ProcessCollector(snapshots, answered))
+        if self._fleet is not None:
+            registry.register(FleetCollector(self._fleet))
+        registry.register(VersionCollector(self._refused))
+        return registry
 
     def _adapter_label(self, base: str, adapter: str) -> str:
         if (base, adapter) in self._adapters:
@@ -132,15 +156,66 @@ class Metrics:
         if len(self._adapters) < ADAPTER_LABELS:
             self._adapters.add((base, adapter))
             return adapter
-        return "_other"
+        return OTHER
+
+
+class ProcessCollector(Collector):
+    """What the gateway processes counted: counters and histograms summed, gauges one by one."""
+
+    def __init__(self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool]) -> None:
+        self._snapshots = snapshots
+        self._answered = answered
+
+    def collect(self) -> Iterable[Metric]:
+        total = Tally(BOUNDS)
+        served = GaugeMetricFamily("loraplex_gateway_requests", "Requests that ended in one gateway process.", labels=["process"])
+        for snapshot in self._snapshots:
+            total.add(snapshot)
+            served.add_metric([snapshot.process], sum(value for key, value in snapshot.counters if key[0] == "requests"))
+        yield from _counters(total)
+        yield from _distributions(total)
+        for name, (text, labels) in GAUGES.items():
+            gauge = GaugeMetricFamily(f"loraplex_{name}", text, labels=labels)
+            for key, value in (
+                row for s in self._snapshots if self._answered.get(s.process, True) for row in s.gauges if row[0][0] == name
+            ):
+                gauge.add_metric(key[1:], value)
+            yield gauge
+        yield served
+        up = GaugeMetricFamily(
+            "loraplex_gateway_process_up",
+            "0 for a gateway process that did not tell its numbers in time: they are its last.",
+            labels=["process"],
+        )
+        for process, answered in self._answered.items():
+            up.add_metric([process], float(answered))
+        yield up
+
+
+def _counters(total: Tally) -> Iterable[Metric]:
+    families = {name: CounterMetricFamily(f"loraplex_{name}", text, labels=labels) for name, (text, labels) in COUNTERS.items()}
+    for key, value in total.counters.items():
+        if key[0] in families:
+            families[key[0]].add_metric(key[1:], value)
+    return families.values()
+
+
+def _distributions(total: Tally) -> Iterable[Metric]:
+    families = {name: HistogramMetricFamily(f"loraplex_{name}", text, labels=labels) for name, (text, labels, _) in DISTRIBUTIONS.items()}
+    for key, found in total.distributions.items():
+        below, buckets = 0, []
+        for bound, count in zip((*found.bounds, float("inf")), found.counts, strict=True):
+            below += count
+            buckets.append((str(float(bound)) if bound < float("inf") else "+Inf", below))
+        families[key[0]].add_metric(key[1:], buckets, found.total)
+    return families.values()
 
 
 class FleetCollector(Collector):
-    """Gauges of the fleet as of the scrape; workers that left leave no stale series."""
+    """Gauges of the fleet as this process sees it at the scrape; workers that left leave no stale series."""
 
-    def __init__(self, fleet: Fleet, depth: Mapping[str, Callable[[], int]]) -> None:
+    def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._depth = depth
 
     def collect(self) -> Iterable[Metric]:
         names = ["worker", "base"]
@@ -160,13 +235,12 @@ class FleetCollector(Collector):
             tiers = [a.tier.name.lower() for a in w.beat.adapters]
             for tier in ("gpu", "cpu", "disk"):
                 used.add_metric([*at, tier], tiers.count(tier))
-        queue = GaugeMetricFamily("loraplex_queue_depth", "Requests that wait for a worker.", labels=["base"])
-        for base, depth in self._depth.items():
-            queue.add_metric([base], depth())
-        return [up, load, capacity, slots, used, kv, queue]
+        return [up, load, capacity, slots, used, kv]
 
 
 class VersionCollector(Collector):
+    """As this process sees it: each switches on its own."""
+
     def __init__(self, refused: Mapping[str, Callable[[], int]]) -> None:
         self._refused = refused
 

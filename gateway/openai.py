@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -14,6 +15,8 @@ GENERATE_PATHS = ("/v1/chat/completions", "/v1/completions")
 """Paths that are forwarded to a worker as they are."""
 
 OWNER = "loraplex"
+SORTED_AT_ONCE = 4096
+_HOLE = "*name*"  # neither a base id after its colon nor an adapter's name may hold it
 
 
 class RequestHead(msgspec.Struct, frozen=True):
@@ -41,9 +44,11 @@ STATUS: dict[type[errors.LoraplexError], int] = {
     errors.TooManyPins: 409,
     errors.BodyTooLarge: 413,
     errors.InvalidAdapter: 422,
+    errors.RateLimited: 429,
     errors.Overloaded: 503,
     errors.WorkerUnavailable: 503,
     errors.StoreUnavailable: 503,
+    errors.DeadlineExceeded: 504,
     errors.NotDoneInTime: 504,
     errors.EngineFailure: 500,
 }
@@ -55,6 +60,7 @@ _TYPE = {
     409: "invalid_request_error",
     413: "invalid_request_error",
     422: "invalid_request_error",
+    429: "rate_limit_error",
 }
 _BY_CODE = {cls.code: cls for cls in STATUS}
 RETRY_AFTER_S = 1.0
@@ -119,6 +125,11 @@ def error_event(error: errors.LoraplexError) -> bytes:
     return b"data: " + error_body(error) + b"\n\ndata: [DONE]\n\n"
 
 
+def answer_event(body: bytes) -> bytes:
+    """A whole JSON answer (the engine's error, as a rule) as the last events of a stream. JSON's line ends stand between tokens only."""
+    return b"data: " + body.replace(b"\r", b"").replace(b"\n", b"") + b"\n\ndata: [DONE]\n\n"
+
+
 def from_refusal(code: str, message: str) -> errors.LoraplexError:
     """The error that a worker named by its code."""
     general, _, reason = code.partition(f"{errors.InvalidAdapter.code}_")
@@ -166,8 +177,26 @@ def model_card(model_id: str, created: int, parent: str | None = None, root: str
     return card | {"loraplex_digest": digest} if digest else card
 
 
-def model_list(cards: Sequence[dict[str, object]]) -> bytes:
-    return _encode({"object": "list", "data": cards})
+def model_list(adapters: Mapping[str, Mapping[str, str]], created: int) -> bytes:
+    """Every base model and its adapters, name -> digest of the version that answers ("" for an alias).
+
+    What repeats in each adapter's card is encoded once: names and digests have no character that JSON escapes.
+    """
+    cards = []
+    for base, digests in adapters.items():
+        cards.append(_encode(model_card(base, created)).decode())
+        hole = _encode(model_card(f"{base}:{_HOLE}", created, parent=base, root=_HOLE)).decode()
+        before, between, after = hole.split(_HOLE)
+        for name in _sorted([*digests]):
+            digest = digests[name]
+            ending = f'{after[:-1]},"loraplex_digest":"{digest}"}}' if digest else after
+            cards.append(f"{before}{name}{between}{name}{ending}")
+    return ('{"object":"list","data":[' + ",".join(cards) + "]}").encode()
+
+
+def _sorted(names: Sequence[str]) -> Iterable[str]:
+    """In runs: one call that sorts a hundred thousand names would keep the interpreter from every other thread for 50 ms."""
+    return heapq.merge(*(sorted(names[at : at + SORTED_AT_ONCE]) for at in range(0, len(names), SORTED_AT_ONCE)))
 
 
 def to_json(value: object) -> bytes:

@@ -15,7 +15,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
 
 
-class StoredFile(msgspec.Struct, frozen=True):
+class StoredFile(msgspec.Struct, frozen=True, gc=False):
     """One file of an adapter. `path` is relative to the adapter's folder, `version` the store's own tag (ETag, generation, mtime and size)."""
 
     path: str
@@ -23,7 +23,7 @@ class StoredFile(msgspec.Struct, frozen=True):
     version: str
 
 
-class StoredAdapter(msgspec.Struct, frozen=True):
+class StoredAdapter(msgspec.Struct, frozen=True, gc=False):
     """An adapter as its store shows it: a folder that holds an `adapter_config.json`.
 
     `name` is the folder's path below the store's root, with `/`. `digest` (hex, 16 characters) changes whenever a file is added, removed or

@@ -96,6 +96,22 @@ class Overloaded(LoraplexError):
     retryable = True
 
 
+class RateLimited(Overloaded):
+    """The same, where the config wants a full queue to be the client's limit (429), not the server's trouble (503)."""
+
+    code = "rate_limit_exceeded"
+
+
+class DeadlineExceeded(LoraplexError):
+    """The request's own time is over: what the client asked for (`x-loraplex-timeout-ms`), or the server's bound for any request.
+
+    504, as proxies answer for what is behind them; 408, which Ray Serve gives, means a client that was slow to send.
+    """
+
+    code = "deadline_exceeded"
+    retryable = True
+
+
 class NotDoneInTime(LoraplexError):
     """The worker has not answered yet; what it was asked for goes on."""
 

@@ -124,7 +124,6 @@ def worker_settings(
         raise ConfigError(f"{settings.source} has no model `{model_id}` (it has {', '.join(m.model_id for m in settings.models)})")
     if not gateways:
         raise ConfigError("name at least one gateway: --gateway tcp://host:port (the address that the gateway prints as workers_at)")
-    max_ongoing = model.deployment_config.max_ongoing_requests
     return WorkerSettings(
         worker=worker or f"{_safe(socket.gethostname())}-{os.getpid()}",
         epoch=time.time_ns() // 1_000_000,
@@ -134,7 +133,6 @@ def worker_settings(
         secret_env=g.link.secret_env,
         heartbeat_s=g.heartbeat_s,
         drain_s=g.drain_s,
-        capacity=max_ongoing if max_ongoing < 1_000_000 else 0,
         disk_cache_bytes=g.disk_cache_bytes,
         download_timeout_s=model.lora_config.download_timeout_s if model.lora_config else None,
         max_download_tries=model.lora_config.max_download_tries if model.lora_config else 1,

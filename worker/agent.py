@@ -16,7 +16,7 @@ from typing import Any
 from shared import wire
 from shared.adapter_checks import AdapterFacts
 from shared.adapters import AdapterRef, StoredAdapter
-from shared.errors import AdapterNotFound, EngineFailure, LoraplexError
+from shared.errors import AdapterNotFound, EngineFailure, LoraplexError, WorkerUnavailable
 from shared.stores import AdapterStore
 from worker.checks import open_validator
 from worker.disk_cache import Cached, Check, DiskCache
@@ -199,7 +199,7 @@ class Agent:
                     seq=session.next_seq(),
                     base=self._settings.base,
                     state=self._state,
-                    capacity=self._settings.capacity or self._facts.capacity,
+                    capacity=min(self._settings.model.deployment_config.max_ongoing_requests, self._facts.capacity),
                     slots=self._facts.slots,
                     running=sum(j.task is not None for j in self._jobs.values()),
                     waiting=sum(j.task is None for j in self._jobs.values()),
@@ -230,12 +230,12 @@ class Agent:
             self.stop("told to drain")
 
     def _on_silence(self, session: Session, reason: str) -> None:
-        """The gateway is gone: nobody waits for its answers."""
+        """The gateway is gone, or one of us stood still: its requests end here. It may have noticed nothing, so it is told of every one."""
         mine = [j for j in self._jobs.values() if j.session is session]
         if mine:
             log.warning("gateway lost", extra={"gateway": session.endpoint, "reason": reason, "requests": len(mine)})
         for job in mine:
-            self._cancel(job)
+            self._refuse(job, WorkerUnavailable.code, f"The worker lost its gateway ({reason}).", True)
         for number in self._tending.forget(session):
             self._perform(self._residency.finish(number, clock()))
 

@@ -260,8 +260,10 @@ class DiskCache:
         except InvalidAdapter as exc:
             raise self._quarantined(key, exc) from None
         finally:
-            if not handed_over:
-                self._threads.submit(self._end, partial, held, keep)  # not awaited: this may run while being cancelled
+            if not handed_over and keep:
+                held.release()  # at once: who looks for what can go must find it free
+            elif not handed_over:
+                self._threads.submit(self._end, partial, held)  # not awaited: this may run while being cancelled
         if lease is None:
             return None
         own, stamps = lease
@@ -297,14 +299,11 @@ class DiskCache:
             stamps = layout.stamps(entry, manifest)
             return None if own is None or stamps is None else (own, stamps)
         finally:
-            self._end(self._shelf.partial(key), held, False)
+            self._end(self._shelf.partial(key), held)
 
-    def _end(self, partial: Path, held: Grip, keep: bool) -> None:
-        """Of a download, whether it came to be or not."""
-        if keep:
-            held.release()
-        else:
-            self._shelf.discard(partial, held)
+    def _end(self, partial: Path, held: Grip) -> None:
+        """Of a download of which nothing is left to go on from."""
+        self._shelf.discard(partial, held)
 
     async def _wait(self, key: str, start: float) -> None:
         """Until the other process has the adapter, has failed, or is dead.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shared import wire
+from shared.errors import WorkerUnavailable
 from shared.link import Client, Sent
 
 log = logging.getLogger("loraplex.session")
@@ -55,16 +56,19 @@ class Outbox:
         if self._send is None or not (self._frames or self._done or self._refused):
             return
         if self._send(wire.encode(wire.Step(self._frames, self._done, self._refused))) is Sent.OK:
-            self.clear()
-        elif self._pending_bytes > MAX_PENDING_BYTES:
-            self.clear()
+            self._frames, self._done, self._refused = [], [], []
+            self._pending_bytes = 0
+            return
+        self._scheduled = True
+        self._loop.call_later(RETRY_S, self.flush)
+        if self._pending_bytes > MAX_PENDING_BYTES:
             self._overflow()
-        else:
-            self._scheduled = True
-            self._loop.call_later(RETRY_S, self.flush)
 
-    def clear(self) -> None:
-        self._frames, self._done, self._refused = [], [], []
+    def give_up(self, reason: str) -> None:
+        """What has not left will not: each of its streams ends with a refusal, which leaves as soon as the gateway takes something again."""
+        for sid in {sid for sid, _, _ in self._frames}:
+            self.refuse(wire.Refused(sid, WorkerUnavailable.code, reason, True))
+        self._frames, self._done = [], []
         self._pending_bytes = 0
 
     def _schedule(self) -> None:
@@ -128,7 +132,7 @@ class Session:
 
     def _lose(self, reason: str) -> None:
         self._silent = True
-        self.outbox.clear()
+        self.outbox.give_up(f"The worker lost its gateway ({reason}).")
         self._on_silence(self, reason)
 
     def _control_in(self, data: bytes) -> None:
@@ -147,7 +151,13 @@ class Session:
             self._on_command(message)
 
     def _welcomed(self, welcome: wire.Welcome) -> None:
-        """The gateway knows us: connect the data socket where it says, and show ourselves there."""
+        """The gateway knows us: connect the data socket where it says, and show ourselves there.
+
+        It greets whom it did not know, so what we have of it is of an earlier life, its own or ours: nobody waits for it.
+        """
+        if self.open_requests:
+            self._lose("it greeted us anew")
+            self._silent = False
         self._lease_s = welcome.lease_s
         endpoint = _reachable(welcome.data_endpoint, self.endpoint)
         if endpoint != self._data_endpoint:

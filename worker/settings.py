@@ -10,7 +10,7 @@ from shared.config import LLMConfig
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Times in seconds. `epoch` grows with every start of a worker of this id; `capacity` 0 means what the engine can run at once.
+    """Times in seconds. `epoch` grows with every start of a worker of this id.
 
     `disk_cache_bytes` 0 means as much as the disk holds; `download_timeout_s` bounds the time without a byte (None: no bound).
     `peer` is bound for workers of other hosts (empty: nothing is), who are told of it at `peer_host`, a host or host:port, if it is named.
@@ -24,7 +24,6 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     secret_env: str | None = None
     heartbeat_s: float = 0.1
     drain_s: float = 20.0
-    capacity: int = 0
     disk_cache_bytes: int = 0
     download_timeout_s: float | None = 30.0
     max_download_tries: int = 3

@@ -105,6 +105,8 @@ class _Client:
     def of(self, flight: Flight) -> None:
         self._flight = flight
 
+    def comment(self, text: bytes) -> None: ...
+
     def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
         sim, outcome = self._sim, self._outcome
         outcome.ttft_s = sim.agenda.now - outcome.request.at_s + sim.world.timing.outside_s

@@ -3,8 +3,9 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.admission import Admission, Place
+from gateway.admission import Admission, Bound, Place
 from gateway.routing import Blocked
+from shared.errors import Overloaded, RateLimited
 
 TIMEOUT_S = 5.0
 
@@ -177,3 +178,40 @@ class AdmissionMachine(RuleBasedStateMachine):
 
 
 TestAdmissionMachine = AdmissionMachine.TestCase
+
+
+# ---- the bound of one base model ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_base_model_with_a_bound_of_its_own_is_full_before_the_gateway_is() -> None:
+    queue: Admission[str] = Admission(3, 10.0, {"a": Bound(1), "b": Bound(-1), "c": Bound(0)})
+    assert queue.offer("a", "1", 0.0) and not queue.offer("a", "2", 0.0)
+    assert queue.offer("b", "3", 0.0) and queue.offer("b", "4", 0.0)
+    assert not queue.offer("b", "5", 0.0), "-1 leaves the gateway's own bound"
+    assert not queue.offer("c", "6", 0.0), "0: nobody waits"
+
+
+def test_a_place_that_is_left_is_free_for_the_next_of_its_base_model() -> None:
+    queue: Admission[str] = Admission(3, 10.0, {"a": Bound(1)})
+    place = queue.offer("a", "1", 0.0)
+    assert place is not None
+    queue.leave(place)
+    assert queue.offer("a", "2", 0.0)
+
+
+def test_the_refusal_is_what_the_config_says() -> None:
+    guessed, told, at_once = (
+        Bound().refusal(7.0),
+        Bound(rate_limited=True, retry_after_s=3.0).refusal(7.0),
+        Bound(retry_after_s=0.0).refusal(7.0),
+    )
+    assert (type(guessed), guessed.retry_after_s) == (Overloaded, 7.0)
+    assert (type(told), told.retry_after_s) == (RateLimited, 3.0)
+    assert at_once.retry_after_s == 0.0
+
+
+def test_positions_count_by_priority_and_arrival_within_each_base_model() -> None:
+    queue: Admission[str] = Admission(10, 10.0)
+    for base, item, priority in (("a", "late", 5), ("a", "first", 0), ("b", "other", 0), ("a", "second", 0)):
+        queue.offer(base, item, 0.0, (priority, "", None))
+    assert queue.positions() == {"first": 1, "second": 2, "late": 3, "other": 1}

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway import catalog as module
+from gateway import openai
 from gateway.catalog import Catalog
+from gateway.model_list import ModelList
 from shared.adapters import StoredAdapter
 from shared.errors import AdapterNotFound, StoreUnavailable
 from shared.stores.local import LocalStore
@@ -297,3 +299,57 @@ def test_no_name_leads_out_of_the_store(name: str, tmp_path_factory: pytest.Temp
             return None
 
     assert asyncio.run(find()) in (None, "a")
+
+
+# ---- what is kept while nothing changes ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_listing_without_news_leaves_the_mapping_and_its_version_alone(root: Path) -> None:
+    catalog, _ = a_catalog(root)
+    await catalog.refresh()
+    known, version = catalog.known, catalog.version
+    await catalog.refresh()
+    assert catalog.known is known and catalog.version == version
+    put(root, "pirate", b"other weights, longer")
+    await catalog.refresh()
+    assert catalog.known is not known and catalog.version == version + 1
+
+
+async def test_the_model_list_is_made_once_per_state_of_the_catalogs_however_many_ask(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = openai.model_list
+    monkeypatch.setattr(openai, "model_list", lambda names, created: made.append(1) or real(names, created))
+    catalog, _ = a_catalog(root)
+    models = ModelList({"tiny": catalog, "plain": None}, lambda base: (), 5)
+    assert b"pirate" not in await models.body()
+    await catalog.refresh()
+    bodies = await asyncio.gather(*(models.body() for _ in range(20)))
+    assert all(body is bodies[0] and b'"tiny:pirate"' in body and b'"plain"' in body for body in bodies) and len(made) == 2
+    put(root, "new")
+    await catalog.find("new")
+    assert b'"tiny:new"' in await models.body() and len(made) == 3
+
+
+async def test_the_event_loop_gets_its_turns_while_a_long_listing_is_taken_in(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TURN", 2)
+    for number in range(10):
+        put(root, f"a{number}")
+    catalog, store = a_catalog(root)
+    adapters = [a async for a in LocalStore(str(root)).list()]
+
+    async def ready() -> AsyncIterator[StoredAdapter]:
+        for adapter in adapters:
+            yield adapter
+
+    monkeypatch.setattr(store, "list", ready)
+    turns: list[int] = []
+
+    async def other() -> None:
+        while True:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(other())
+    await catalog.refresh()
+    task.cancel()
+    assert len(turns) >= len(adapters) // 2

@@ -18,7 +18,7 @@ from gateway.policies import POLICIES, make_policy
 from gateway.request import MAX_ATTEMPTS, Phase
 from shared import wire
 from shared.adapters import AdapterRef, StoredAdapter
-from shared.errors import EngineFailure, InvalidAdapter, LoraplexError, Overloaded, WorkerUnavailable
+from shared.errors import DeadlineExceeded, EngineFailure, InvalidAdapter, LoraplexError, Overloaded, WorkerUnavailable
 from shared.link import Sent
 
 LEASE_S, QUEUE_S = 3.0, 10.0
@@ -58,9 +58,14 @@ class Kept:
     def __init__(self) -> None:
         self.status: int | None = None
         self.parts: list[bytes] = []
+        self.comments: list[bytes] = []
         self.error: LoraplexError | None = None
         self.ended = self.takes = False
         self.takes = True
+
+    def comment(self, text: bytes) -> None:
+        assert self.status is None and not self.over, "a comment after the head or the end"
+        self.comments.append(text)
 
     def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
         assert self.status is None and not self.over, "a second head, or a head after the end"
@@ -88,7 +93,9 @@ class Kept:
 class Room:
     """A dispatcher with everything real around it but the link and the clock."""
 
-    def __init__(self, max_queued: int = 10, max_flights: int = 100, seed: int = 0, policy: str = "residency-p2c") -> None:
+    def __init__(
+        self, max_queued: int = 10, max_flights: int = 100, seed: int = 0, policy: str = "residency-p2c", progress_s: float = 0.0
+    ) -> None:
         self.now = 100.0
         self.wires = Wires()
         self.fleet = Fleet(LEASE_S)
@@ -104,6 +111,7 @@ class Room:
             random.Random(seed),
             max_flights,
             lambda: self.now,
+            progress_s=progress_s,
         )
         self._seq = itertools.count(1)
 
@@ -128,12 +136,12 @@ class Room:
         step = wire.Step([], [], [wire.Refused(sid, code, "why", retryable)])
         self.dispatcher.on_data(wire.identity(worker, epoch), wire.encode(step))
 
-    def flight(self, adapter: AdapterRef | None = None) -> tuple[Flight, Kept]:
+    def flight(self, adapter: AdapterRef | None = None, *, streams: bool = False) -> tuple[Flight, Kept]:
         sink = Kept()
-        return Flight("tiny", adapter, STORED if adapter else None, "/v1/completions", "r", b"{}", sink), sink
+        return Flight("tiny", adapter, STORED if adapter else None, "/v1/completions", "r", b"{}", sink, streams=streams), sink
 
-    def submit(self, adapter: AdapterRef | None = None) -> tuple[Flight, Kept]:
-        flight, sink = self.flight(adapter)
+    def submit(self, adapter: AdapterRef | None = None, *, streams: bool = False) -> tuple[Flight, Kept]:
+        flight, sink = self.flight(adapter, streams=streams)
         self.dispatcher.submit(flight)
         return flight, sink
 
@@ -141,7 +149,7 @@ class Room:
         return {w.id: len(w.reserved) for w in self.fleet}
 
     def counted(self, name: str, **labels: str) -> float:
-        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+        return self.metrics.value(name, labels) or 0.0
 
 
 MakeRoom = Callable[..., Room]
@@ -725,3 +733,93 @@ class DispatcherMachine(RuleBasedStateMachine):
 
 
 TestDispatcherMachine = DispatcherMachine.TestCase
+
+
+# ---- while it waits, and when its time is over ---------------------------------------------------------------------------------------------
+
+
+def wait(room: Room, seconds: float) -> None:
+    """Time goes by in ticks; workers that beat stay."""
+    for _ in range(round(seconds / 0.5)):
+        room.now += 0.5
+        for worker in list(room.fleet):
+            room.beat(worker.id, capacity=worker.beat.capacity, adapters=worker.beat.adapters, yours=len(worker.reserved))
+        room.dispatcher.tick()
+
+
+def test_a_queued_stream_hears_where_it_stands_and_one_that_is_no_stream_hears_nothing(make_room: MakeRoom) -> None:
+    room = make_room(progress_s=2.0)
+    room.worker("w0")
+    room.submit()
+    _, mute = room.submit()
+    _, second = room.submit(streams=True)
+    _, third = room.submit(streams=True)
+    wait(room, 1.5)
+    assert not second.comments, "too early: an error would lose its status"
+    wait(room, 3.0)
+    assert second.comments == [b": queued, position about 2\n\n"] * 2 and third.comments == [b": queued, position about 3\n\n"] * 2
+    assert not mute.comments
+
+
+def test_a_stream_hears_that_its_adapter_loads_and_then_that_its_first_token_is_on_its_way(make_room: MakeRoom) -> None:
+    room = make_room(progress_s=1.0)
+    room.worker("w0")
+    _, sink = room.submit(PIRATE, streams=True)
+    wait(room, 1.0)
+    assert sink.comments == [b": loading adapter pirate\n\n"]
+    room.beat("w0", adapters=(wire.AdapterState("pirate", "d", wire.Tier.GPU, in_flight=1),), yours=1)
+    wait(room, 1.0)
+    assert sink.comments[1:] == [b": waiting for the first token\n\n"]
+
+
+def test_nobody_hears_anything_after_the_first_frame_or_the_end(make_room: MakeRoom) -> None:
+    room = make_room(progress_s=1.0)
+    room.worker("w0", capacity=3)
+    streaming, first = room.submit(streams=True)
+    ended, second = room.submit(streams=True)
+    left, third = room.submit(streams=True)
+    room.frames("w0", (streaming.sid, HEAD, b"x"), (ended.sid, HEAD | wire.END, b"y"))
+    room.dispatcher.cancel(left)
+    wait(room, 5.0)
+    assert not first.comments and not second.comments and not third.comments
+    assert len(room.dispatcher._progress) == 0
+
+
+def test_a_stream_that_is_given_back_hears_that_it_is_queued_again(make_room: MakeRoom) -> None:
+    room = make_room(progress_s=1.0)
+    room.worker("w0")
+    flight, sink = room.submit(streams=True)
+    room.refuse("w0", flight.sid)  # and w0 is asked again, as nobody else is there
+    lose_by_word(room)
+    wait(room, 1.0)
+    assert sink.comments == [b": queued, position about 1\n\n"]
+
+
+def test_a_queued_request_whose_time_is_over_leaves_the_queue_at_once(room: Room) -> None:
+    room.worker("w0")
+    room.submit()
+    flight, sink = room.submit()
+    room.dispatcher.give_up(flight, DeadlineExceeded("late"))
+    assert isinstance(sink.error, DeadlineExceeded) and room.dispatcher.queued("tiny") == 0 and flight.life.phase is Phase.FAILED
+    room.dispatcher.give_up(flight, DeadlineExceeded("again"))
+    assert sink.error.message == "late" and not room.wires.cancelled()
+
+
+def test_a_request_on_a_worker_whose_time_is_over_frees_its_place_and_the_worker_is_told(room: Room) -> None:
+    room.worker("w0")
+    flight, sink = room.submit()
+    waiting, _ = room.submit()
+    room.dispatcher.give_up(flight, DeadlineExceeded("late"))
+    assert isinstance(sink.error, DeadlineExceeded) and room.wires.cancelled() == [("w0", flight.sid)]
+    assert waiting.life.phase is Phase.SENT and room.reserved() == {"w0": 1}
+    assert room.counted("loraplex_requests_total", base="tiny", outcome="failed") == 1
+
+
+def test_a_worker_that_fell_silent_is_told_to_forget_what_it_had_in_case_it_only_stood_still(room: Room) -> None:
+    room.worker("w0", capacity=2)
+    first, _ = room.submit()
+    second, _ = room.submit()
+    sids = [first.sid, second.sid]
+    room.now += LEASE_S
+    room.dispatcher.tick()
+    assert room.wires.cancelled() == [("w0", sid) for sid in sids]

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gateway.fleet import Changed, Fleet, FleetEvent, Joined, Lost, Worker
+from gateway.policies import POLICIES, make_policy
+from gateway.routing import Ask, Choice, Wait
 from shared.adapters import AdapterRef
 from shared.wire import AdapterState, Heartbeat, Tier, WorkerState
 
@@ -49,7 +52,7 @@ def of(adapter: AdapterRef, tier: Tier, loading: bool = False) -> AdapterState:
 
 
 def serving(first: Heartbeat, fleet: Fleet | None = None, now: float = 0.0) -> tuple[Fleet, Worker]:
-    fleet = fleet or Fleet(LEASE_S)
+    fleet = Fleet(LEASE_S) if fleet is None else fleet  # an empty one is false
     fleet.beat(first, now)
     fleet.attach(first.worker, first.epoch)
     worker = fleet.get(first.worker)
@@ -446,3 +449,27 @@ class FleetMachine(RuleBasedStateMachine):
 
 
 TestFleetMachine = FleetMachine.TestCase
+
+
+# ---- the config's bound -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_worker_is_given_no_more_than_the_config_allows_whatever_it_says_and_whatever_the_policy(policy: str) -> None:
+    fleet, worker = serving(beat("w0", capacity=100), Fleet(LEASE_S, {"tiny": 2}))
+    chooser, rng = make_policy(policy), random.Random(1)
+    for sid in (1, 2):
+        ask = Ask("tiny")
+        choice = chooser.choose(ask, fleet, 0.0, rng)
+        assert isinstance(choice, Choice)
+        fleet.reserve(worker, sid, None)
+        chooser.sent(ask, choice, 0.0)
+    assert worker.beat.capacity == 2 and not worker.has_room
+    assert isinstance(chooser.choose(Ask("tiny"), fleet, 0.0, rng), Wait)
+    fleet.beat(beat("w0", seq=2, capacity=100, running=2, yours=2), 0.1)
+    assert not worker.has_room, "the next beat tells of its own capacity again"
+
+
+def test_a_worker_that_takes_less_than_the_config_allows_is_given_what_it_takes() -> None:
+    _, worker = serving(beat("w0", capacity=1), Fleet(LEASE_S, {"tiny": 2, "other": 9}))
+    assert worker.beat.capacity == 1

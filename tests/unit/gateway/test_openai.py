@@ -233,6 +233,8 @@ STATUSES = {
     errors.BodyTooLarge: (413, "invalid_request_error"),
     errors.InvalidAdapter: (422, "invalid_request_error"),
     errors.Overloaded: (503, "server_error"),
+    errors.RateLimited: (429, "rate_limit_error"),
+    errors.DeadlineExceeded: (504, "server_error"),
     errors.WorkerUnavailable: (503, "server_error"),
     errors.StoreUnavailable: (503, "server_error"),
     errors.EngineFailure: (500, "server_error"),
@@ -282,8 +284,9 @@ def test_a_refusal_that_nobody_knows_is_an_engine_failure(code: str) -> None:
 
 
 def test_a_model_list_holds_bases_and_adapters_with_their_parent() -> None:
-    cards = [openai.model_card("tiny", 5), openai.model_card("tiny:pirate", 5, parent="tiny", root="pirate")]
-    listed = json.loads(openai.model_list(cards))
+    cards = [openai.model_card("tiny", 5), openai.model_card("tiny:pirate", 5, parent="tiny", root="pirate", digest="d1")]
+    listed = json.loads(openai.model_list({"tiny": {"pirate": "d1"}}, 5))
+    assert listed["data"] == cards
     assert listed["object"] == "list"
     assert listed["data"][0] == {"id": "tiny", "object": "model", "created": 5, "owned_by": "loraplex", "root": "tiny", "parent": None}
     assert listed["data"][1]["parent"] == "tiny" and listed["data"][1]["root"] == "pirate"

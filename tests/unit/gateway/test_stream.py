@@ -287,3 +287,65 @@ async def test_aiohttp_gets_a_response_that_writes_nothing_more(pipe: Pipe) -> N
     await response.write_eof()
     assert pipe.written == b"" and response.keep_alive is True and response.status == 200
     assert Sent(request, 200, keep_alive=False).keep_alive is False
+
+
+# ---- comments while it waits --------------------------------------------------------------------------------------------------------------
+
+COMMENT = b": queued, position about 3\n\n"
+
+
+@pytest.mark.parametrize("version", [HttpVersion11, HttpVersion10])
+async def test_comments_come_before_the_stream_and_do_not_change_it(pipe: Pipe, version: HttpVersion) -> None:
+    stream = stream_on(pipe, version)
+    stream.comment(COMMENT)
+    stream.comment(COMMENT)
+    assert stream.started and not stream.answered and not Client(pipe.written).complete
+    stream.head(200, True, b"data: 1\n\n", False)
+    stream.more(b"data: [DONE]\n\n", True)
+    client = Client(pipe.written, closed=version == HttpVersion10)
+    assert (client.status, client.body) == (200, COMMENT * 2 + b"data: 1\n\ndata: [DONE]\n\n")
+    assert client.complete and client.headers["content-type"].startswith("text/event-stream") and pipe.written.count(b"HTTP/1.1") == 1
+    assert client.may_go_on == (version == HttpVersion11)
+
+
+async def test_an_error_after_comments_waits_for_the_handler_which_ends_the_stream_with_it(pipe: Pipe) -> None:
+    stream = stream_on(pipe)
+    stream.comment(COMMENT)
+    before = pipe.written
+    stream.fail(Overloaded("busy"))
+    assert stream.finished.done() and not stream.answered and pipe.written == before
+    assert stream.error is not None
+    stream.end_with(stream.error)
+    client = Client(pipe.written)
+    comment, error, done, rest = client.body.split(b"\n\n")
+    assert (comment + b"\n\n", done, rest) == (COMMENT, b"data: [DONE]", b"") and client.complete
+    assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "overloaded"
+
+
+async def test_after_comments_another_attempt_may_still_answer(pipe: Pipe) -> None:
+    stream = stream_on(pipe)
+    stream.comment(COMMENT)
+    stream.fail(Overloaded("busy"))
+    stream.again()
+    assert stream.error is None and not stream.finished.done()
+    stream.head(200, True, b"data: 1\n\n", True)
+    client = Client(pipe.written)
+    assert client.body == COMMENT + b"data: 1\n\n" and client.complete and stream.finished.done()
+
+
+async def test_what_the_engine_answers_instead_of_a_stream_is_an_event_after_comments(pipe: Pipe) -> None:
+    stream = stream_on(pipe)
+    stream.comment(COMMENT)
+    stream.head(400, False, b'{"error":\n', False)
+    stream.more(b' {"message": "too long"}}', True)
+    client = Client(pipe.written)
+    assert client.status == 200 and client.complete and client.may_go_on and stream.finished.done()
+    assert client.body == COMMENT + b'data: {"error": {"message": "too long"}}\n\ndata: [DONE]\n\n'
+
+
+async def test_a_comment_for_a_client_that_was_cut_off_is_not_written(pipe: Pipe) -> None:
+    stream = stream_on(pipe)
+    stream.comment(COMMENT)
+    before, pipe.aborted = pipe.written, True
+    stream.comment(COMMENT)
+    assert pipe.written == before

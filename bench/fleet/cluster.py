@@ -1,0 +1,296 @@
+"""Shell. The processes of a run: workers that live through it, gateways that come and go, load generators.
+
+A worker is told all gateways that it will ever know as it starts, one set for every size of fleet: a gateway of size 2 has the first two
+workers, whatever else runs. To change the policy only the gateway is started again; its workers find it at the same sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench.fleet.figures import Seen, together
+from bench.fleet.served import MODEL, PAIR_ENV, Served
+from bench.peers.process import LOOK_AGAIN_S, NotStarted, Process, Usage, free_ports, spent_s, tree
+from shared.process import PARENT_ENV
+
+ROOT = Path(__file__).resolve().parents[2]
+GATEWAY_START_S = 60.0
+REJOIN_S = 30.0
+STOP_GENERATORS_S = 150.0
+ORPHANS_S = 10.0  # children of a killed worker may take so long to notice
+MIXED = 0
+"""The size that stands for the mixed fleet."""
+WORKER_LOG, GATEWAY_LOG = "worker-{}.log", "gateway-{}.log"
+
+
+@dataclass
+class Gateway:
+    """A running gateway of `processes` processes at `url`."""
+
+    url: str
+    processes: Sequence[Process]
+    log: Path
+
+    def usage(self) -> list[Usage]:
+        return [process.usage() for process in self.processes]
+
+
+def cpu_s(before: Sequence[Usage], after: Sequence[Usage]) -> float:
+    return sum(spent_s(b, a) for b, a in zip(before, after, strict=True))
+
+
+@dataclass
+class Cluster:
+    """`sizes` are those of the fleets; `boot_s` bounds a worker's start."""
+
+    served: Served
+    work: Path
+    sizes: Sequence[int]
+    mixed_singles: int
+    gateway_processes: int
+    boot_s: float
+    gpus: int
+    workers: dict[str, Process] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
+    port: int = field(default_factory=lambda: free_ports(1)[0])
+
+    def __post_init__(self) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        for old in self.work.glob("*.log"):
+            old.unlink()
+        self._sockets = Path(tempfile.mkdtemp(prefix="fleet-"))  # short: a socket's path holds at most 107 bytes
+
+    # ---- workers ------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def pair(self) -> str:
+        """The worker with tensor parallel 2: its number is that of its first GPU, the first that the single ones of the mixed fleet leave."""
+        return f"w{self.mixed_singles}"
+
+    def start_worker(self, name: str, model: str = MODEL) -> Process:
+        number = int(name[1:])
+        known = [size for size in self.sizes if number < size] if model == MODEL else []
+        known += [MIXED] if model != MODEL or number < self.mixed_singles else []
+        endpoints = [f"ipc://{self._run_dir(size)}/g{i}.control" for size in known for i in range(self.gateway_processes)]
+        argv = [sys.executable, "-m", "worker", str(self._config("worker", 0)), "--model", model, "--worker", name]
+        argv += [part for endpoint in endpoints for part in ("--gateway", endpoint)]
+        self.models[name] = model
+        self.workers[name] = Process(argv, self.work / WORKER_LOG.format(name), env=self._worker_env(number, model), cwd=ROOT)
+        return self.workers[name]
+
+    async def until_serving(self, name: str, times: int = 1) -> None:
+        """Until the worker has said so the `times`-th time in its log. Raises NotStarted."""
+        deadline = time.monotonic() + self.boot_s
+        while self.times_served(name) < times:
+            process = self.workers[name]
+            if not process.running or time.monotonic() > deadline:
+                raise NotStarted(f"worker {name} does not serve: {process.last_words()}")
+            await asyncio.sleep(LOOK_AGAIN_S)
+
+    def times_served(self, name: str) -> int:
+        return sum(1 for _ in self._events("worker", name, "serving"))
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to the worker alone: what becomes of its engine is the worker's own business."""
+        os.kill(self.workers[name].pid, signal.SIGKILL)
+
+    async def bury(self, name: str, family: Sequence[int]) -> int:
+        """Waits until the killed worker's children are gone; the number of those that had to be killed."""
+        deadline = time.monotonic() + ORPHANS_S
+        self.workers[name].stop()
+        while time.monotonic() < deadline and any(_alive(pid) for pid in family):  # noqa: ASYNC110 - not children of ours: nothing tells
+            await asyncio.sleep(LOOK_AGAIN_S)
+        left = [pid for pid in family if _alive(pid)]
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return len(left)
+
+    def family(self, name: str) -> list[int]:
+        return tree(self.workers[name].pid)
+
+    def stop(self) -> None:
+        for process in self.workers.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)  # all at once; stop() waits for each
+        for process in self.workers.values():
+            process.stop()
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def _worker_env(self, number: int, model: str) -> dict[str, str]:
+        env = {PARENT_ENV: str(os.getpid())}
+        if self.served.engine == "vllm" and self.gpus:
+            devices = [number] if model == MODEL else [number, number + 1]
+            env |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+        elif self.served.engine == "vllm":
+            env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        return env if model == MODEL else env | PAIR_ENV
+
+    # ---- gateways -----------------------------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def gateway(self, size: int, policy: str) -> AsyncIterator[Gateway]:
+        """With the first `size` workers (MIXED: those of the mixed fleet), all of which have joined. Raises NotStarted."""
+        run_dir = self._run_dir(size)
+        config = self._config(policy, self.port)
+        log = self.work / GATEWAY_LOG.format(f"{size}-{policy}")
+        processes: list[Process] = []
+        with contextlib.ExitStack() as stack:
+            for index in range(self.gateway_processes):
+                facts = run_dir / f"g{index}.json"
+                facts.unlink(missing_ok=True)
+                argv = [sys.executable, "-m", "gateway", str(config), "--index", str(index), "--run-dir", str(run_dir)]
+                processes.append(Process(argv, log, env={PARENT_ENV: str(os.getpid())}, cwd=ROOT))
+                stack.callback(processes[-1].stop)
+                await _until(facts.exists, processes[-1], GATEWAY_START_S, "the gateway")
+            wanted = size or self.mixed_singles + 1
+            await self._until_joined(processes, wanted)
+            yield Gateway(f"http://127.0.0.1:{self.port}", processes, log)
+
+    async def _until_joined(self, processes: Sequence[Process], wanted: int) -> None:
+        """All processes share the port: each new connection may meet another one, so it takes several good answers in a row."""
+        deadline, good = time.monotonic() + REJOIN_S, 0
+        while good < (1 if len(processes) == 1 else 6 * len(processes)):
+            good = good + 1 if await _serving(self.port) >= wanted else 0
+            if time.monotonic() > deadline:
+                raise NotStarted(f"the gateway has {await _serving(self.port)} of {wanted} workers: {processes[0].last_words()}")
+            if not good:
+                await asyncio.sleep(LOOK_AGAIN_S)
+
+    def _run_dir(self, size: int) -> Path:
+        folder = self._sockets / str(size)
+        folder.mkdir(exist_ok=True, mode=0o700)
+        return folder
+
+    def _config(self, name: str, port: int) -> Path:
+        gateway = {
+            "port": port,
+            "processes": self.gateway_processes,
+            "state_dir": str(self.work / "state"),
+            "max_concurrent_requests": 65_536,
+            "max_queued_requests": 65_536,  # an overloaded policy shows as a late answer, not as a refused one
+            "queue_timeout_s": 120.0,
+            **({} if name == "worker" else {"routing_policy": name}),
+        }
+        path = self.work / f"{name}.yaml"
+        path.write_text(self.served.config(gateway))
+        return path
+
+    # ---- what the logs say ----------------------------------------------------------------------------------------------------------------
+
+    def loads(self, since: float, until: float) -> list[Mapping[str, Any]]:
+        """Adapter loads of all workers between two moments of the wall clock."""
+        return [e for name in self.workers for e in self._events("worker", name, "adapter loaded") if since <= e["ts"] < until]
+
+    def lost(self, gateway: Gateway, worker: str) -> Mapping[str, Any] | None:
+        """What the gateway said as it lost the worker: `ts`, `requests`."""
+        lines = [e for e in _lines(gateway.log, "worker lost") if e["worker"] == worker]
+        return lines[-1] if lines else None
+
+    def _events(self, kind: str, name: str, event: str) -> Iterator[Mapping[str, Any]]:
+        return _lines(self.work / f"{kind}-{name}.log", event)
+
+
+def _lines(log: Path, event: str) -> Iterator[Mapping[str, Any]]:
+    if not log.exists():
+        return
+    mark = f'"{event}"'
+    with log.open(errors="replace") as lines:
+        for line in lines:
+            if mark in line:
+                with contextlib.suppress(ValueError):  # a line that is being written, or of somebody else
+                    made = json.loads(line)
+                    if made.get("event") == event:
+                        yield made
+
+
+def _alive(pid: int) -> bool:
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+async def _until(condition: Any, process: Process, timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if not process.running or time.monotonic() > deadline:
+            raise NotStarted(f"{what} did not start: {process.last_words()}")
+        await asyncio.sleep(LOOK_AGAIN_S)
+
+
+async def _serving(port: int) -> int:
+    """Workers that the gateway process which answers can route to."""
+    with contextlib.suppress(OSError, TimeoutError, ValueError):
+        async with asyncio.timeout(2.0):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(b"GET /ready HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+                body = (await reader.read()).partition(b"\r\n\r\n")[2]
+                return sum(json.loads(body)["workers"].values())
+            finally:
+                writer.close()
+    return 0
+
+
+# ---- load -----------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Load:
+    """Generators that run. `seen()` and `each()` wait for them; `end()` tells them to send no more."""
+
+    children: Sequence[asyncio.subprocess.Process]
+    files: Sequence[Path]
+
+    def end(self) -> None:
+        for child in self.children:
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(signal.SIGINT)
+
+    async def each(self) -> list[Seen]:
+        """Of every generator. Raises NotStarted if one failed."""
+        for child in self.children:
+            _, words = await child.communicate()
+            if child.returncode:
+                raise NotStarted(f"a load generator failed: {words.decode(errors='replace')[-600:]}")
+        return [msgspec.msgpack.decode(file.read_bytes(), type=Seen) for file in self.files]
+
+    async def seen(self) -> Seen:
+        """Of all together."""
+        return together(await self.each())
+
+
+@contextlib.asynccontextmanager
+async def load(work: Path, flags: Sequence[Sequence[str]]) -> AsyncIterator[Load]:
+    """One generator for each list of flags of bench.load."""
+    files = [work / f"seen-{index}" for index in range(len(flags))]
+    children = []
+    try:
+        for file, mine in zip(files, flags, strict=True):
+            file.unlink(missing_ok=True)
+            argv = [sys.executable, "-m", "bench.fleet.generator", str(file), *mine, "--quiet"]
+            env = {**os.environ, PARENT_ENV: str(os.getpid())}
+            child = await asyncio.create_subprocess_exec(
+                *argv, cwd=ROOT, env=env, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True
+            )
+            children.append(child)
+        yield Load(children, files)
+    finally:
+        for child in children:
+            if child.returncode is None:
+                child.kill()
+                await child.wait()

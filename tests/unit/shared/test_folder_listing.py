@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.stores import folder_listing
+from shared.stores.folder_listing import FolderListing
+
+NAMES = ["a", "b", "team/a", "team/b", "a/inner", "bad name/x", ".hidden/x"]
+_times = itertools.count(10**18, 1000)
+
+
+def age(root: Path) -> None:
+    """As if all had been written long ago, each at another time: what is changed from now on shows, whatever the steps of the file system's clock."""
+    for folder, _, files in os.walk(root):
+        for path in (folder, *(os.path.join(folder, file) for file in files)):
+            if os.path.exists(path):  # a link to nowhere
+                os.utime(path, ns=(0, next(_times)))
+
+
+def put(root: Path, name: str, weights: bytes = b"weights") -> None:
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+
+
+def remove(root: Path, name: str) -> None:
+    shutil.rmtree(root / name, ignore_errors=True)
+
+
+def change_in_place(root: Path, name: str) -> None:
+    path = root / name / "adapter_model.safetensors"
+    if path.exists():
+        with path.open("r+b") as handle:
+            handle.write(os.urandom(4))
+
+
+def add_file(root: Path, name: str) -> None:
+    if (root / name).is_dir():
+        (root / name / f"note-{next(_times)}.txt").write_text("x")
+
+
+def replace_file(root: Path, name: str) -> None:
+    path = root / name / "adapter_model.safetensors"
+    if path.exists():
+        path.with_suffix(".new").write_bytes(b"WEIGHTS")
+        path.with_suffix(".new").rename(path)
+
+
+def drop_config(root: Path, name: str) -> None:
+    (root / name / "adapter_config.json").unlink(missing_ok=True)
+
+
+def move(root: Path, name: str) -> None:
+    if (root / name).is_dir():
+        (root / name).rename(root / f"moved-{next(_times)}")
+
+
+def link(root: Path, name: str) -> None:
+    target = root / f"link-{NAMES.index(name)}"
+    if not target.is_symlink():
+        target.symlink_to(name)
+
+
+CHANGES: list[Callable[[Path, str], None]] = [put, remove, change_in_place, add_file, replace_file, drop_config, move, link]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    return (tmp_path_factory.mktemp("root") for _ in itertools.count())  # type: ignore[return-value]
+
+
+@given(changes=st.lists(st.lists(st.tuples(st.sampled_from(CHANGES), st.sampled_from(NAMES)), max_size=3), min_size=2, max_size=6))
+def test_a_listing_that_remembers_the_last_one_shows_what_a_new_one_shows(
+    folders: Iterator[Path], changes: list[list[tuple[Callable[[Path, str], None], str]]]
+) -> None:
+    root = next(folders)
+    put(root, "a")
+    put(root, "team/b")
+    listing = FolderListing(str(root))
+    for some in changes:
+        age(root)
+        listing.scan(str(root))
+        for change, name in some:
+            change(root, name)
+        adapters, skipped = listing.scan(str(root))
+        fresh, fresh_skipped = FolderListing(str(root)).scan(str(root))
+        assert sorted(a.name for a in adapters) == sorted(a.name for a in fresh)
+        assert {a.name: a for a in adapters} == {a.name: a for a in fresh}
+        assert (skipped.outside_grammar, skipped.too_many_files) == (fresh_skipped.outside_grammar, fresh_skipped.too_many_files)
+
+
+def test_what_has_not_changed_is_not_read_again_and_is_the_same_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES[:4]:
+        put(tmp_path, name)
+    age(tmp_path)
+    listing = FolderListing(str(tmp_path))
+    before, _ = listing.scan(str(tmp_path))
+    change_in_place(tmp_path, "b")
+    opened: list[str] = []
+    real = folder_listing.open_regular
+    monkeypatch.setattr(folder_listing, "open_regular", lambda path: opened.append(path) or real(path))
+    after, _ = listing.scan(str(tmp_path))
+    assert {os.path.dirname(path) for path in opened} == {str(tmp_path / "b")}
+    old, new = ({a.name: a for a in listed} for listed in (before, after))
+    assert {name for name in old if new[name] is old[name]} == {"a", "team/a", "team/b"} and new["b"].digest != old["b"].digest
+
+
+def test_a_folder_that_changed_a_moment_ago_is_looked_at_in_full_the_next_time(tmp_path: Path) -> None:
+    """Its time may be too coarse to tell of another change."""
+    put(tmp_path, "a")
+    listing = FolderListing(str(tmp_path))
+    listing.scan(str(tmp_path))
+    status = (tmp_path / "a").stat()
+    (tmp_path / "a" / "more.txt").write_text("x")
+    os.utime(tmp_path / "a", ns=(status.st_atime_ns, status.st_mtime_ns))
+    adapters, _ = listing.scan(str(tmp_path))
+    assert "more.txt" in {f.path for f in adapters[0].files}
