@@ -119,8 +119,8 @@ def make_model(folder: Path, shape: str) -> Path:
     return folder
 
 
-def make_adapters(root: Path, count: int, shape: str) -> Path:
-    """`count` folders, and those of the cold ones, with one set of random weights (q, k, v, o; rank 16; 26 MiB for 8b), hard-linked."""
+def make_adapters(root: Path, count: int, shape: str, *, cold: int = COLD_ADAPTERS) -> Path:
+    """`count` folders, and `cold` ones of other names, with one set of random weights (q, k, v, o; rank 16; 26 MiB for 8b), hard-linked."""
     import torch
     from safetensors.torch import save_file
 
@@ -138,7 +138,7 @@ def make_adapters(root: Path, count: int, shape: str) -> Path:
     save_file(tensors, weights)
     modules = ["q_proj", "k_proj", "v_proj", "o_proj"]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "target_modules": modules, "bias": "none"}
-    for name in [*(f"a{i:03d}" for i in range(count)), *(f"c{i:03d}" for i in range(COLD_ADAPTERS))]:
+    for name in [*(f"a{i:03d}" for i in range(count)), *(f"c{i:03d}" for i in range(cold))]:
         folder = root / name
         folder.mkdir(exist_ok=True)
         (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -80,8 +80,8 @@ def real(work: Path, adapters: int, slots: int, shape: str) -> Served:
     if not (model / "config.json").exists():
         make_model(model, shape)
     if not root.exists():
-        make_adapters(root, adapters, shape)
-    arguments = engine_arguments(shape, slots)
+        make_adapters(root, adapters, shape, cold=0)
+    arguments = engine_arguments(shape, slots, defaults=False)
 
     def entry(name: str, more: dict[str, Any]) -> dict[str, Any]:
         return {
