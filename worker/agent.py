@@ -108,6 +108,7 @@ class Agent:
         self._stopping = asyncio.Event()
         self._idle = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
+        self._errands: set[asyncio.Task[None]] = set()  # fetches and swaps
         self.exit_code = 0
 
     async def run(self) -> None:
@@ -123,6 +124,8 @@ class Agent:
             boot.cancel()
             self._become(wire.WorkerState.STOPPED, self._reason or "stopped")
             beating.cancel()
+            for errand in self._errands:  # nobody waits for them; what was asked of an engine that died is never answered
+                errand.cancel()
         await self._engine.stop()
         for session in self._sessions:
             session.close()
@@ -291,9 +294,9 @@ class Agent:
         for instruction in instructions:
             match instruction:
                 case Fetch(adapter):
-                    self._spawn(self._fetch(adapter), f"fetch {adapter}")
+                    self._run_errand(self._fetch(adapter), f"fetch {adapter}")
                 case Swap():
-                    self._spawn(self._swap(instruction), "swap")
+                    self._run_errand(self._swap(instruction), "swap")
                 case Start(number) | Reject(number) | Tended(number) if number < 0:  # of nobody's request
                     self._perform(self._tending.settle(instruction, self._residency, clock()))
                 case Start(number, adapter, came_from):
@@ -325,7 +328,9 @@ class Agent:
             loaded = Loaded(ref, next(self._int_ids), cached.folder, cached.facts.rank, cached.size_bytes)
             start = clock()
             await self._engine.prepare(loaded)
-            self._prepare_s = _blend(self._prepare_s, clock() - start)
+            prepare_s = clock() - start
+            self._prepare_s = _blend(self._prepare_s, prepare_s)
+            log.info("adapter prepared", extra={"adapter": str(ref), "bytes": cached.size_bytes, "ms": round(prepare_s * 1e3, 1)})
         except EngineFailure as exc:
             self._on_engine_death(exc.message)
             return
@@ -414,6 +419,11 @@ class Agent:
     def _wake_if_idle(self) -> None:
         if self._stopping.is_set() and not self._jobs:
             self._idle.set()
+
+    def _run_errand(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = self._spawn(work, name)
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         assert self._tasks is not None

@@ -153,11 +153,17 @@ class Residency:
         self._leaving.setdefault(adapter, {})[request] = None
         return self._advance(now)
 
-    def pin(self, adapter: AdapterRef) -> list[Instruction]:
+    def pin(self, adapter: AdapterRef, now: float) -> list[Instruction]:
         """It is in a slot and keeps it, whatever was asked before; its name's other versions are pinned no longer."""
         self.slots.pin(adapter)
         askers = self._leaving.pop(adapter, ())
-        return [Reject(r, "worker_unavailable", f"The adapter `{adapter.name}` was pinned meanwhile.", False) for r in askers]
+        rejected = [Reject(r, "worker_unavailable", f"The adapter `{adapter.name}` was pinned meanwhile.", False) for r in askers]
+        return [*rejected, *self._advance(now)]
+
+    def unpin(self, adapter: AdapterRef, now: float) -> list[Instruction]:
+        """From now on it makes room like any other: at once, if it is idle and somebody waits for a slot."""
+        self.slots.unpin(adapter)
+        return self._advance(now)
 
     def tick(self, now: float) -> list[Instruction]:
         """Lets everybody in line who has waited long enough close a slot."""

@@ -447,6 +447,18 @@ def test_a_pinned_adapter_makes_no_room_and_an_evicted_one_is_pinned_no_longer()
     assert residency.swapped({}, 0.0) == [Tended(-1)]
 
 
+def test_an_idle_adapter_that_is_pinned_no_longer_makes_room_at_once_for_those_in_line() -> None:
+    newer = AdapterRef("tiny", "a", "d2")
+    for unpin in (lambda r: r.unpin(A, 1.0), lambda r: r.pin(newer, 1.0)):
+        residency = Residency(3, 9)
+        for number, ref in enumerate((A, B, newer)):
+            resident(residency, number, ref)
+        residency.slots.pin(A)
+        residency.finish(0, 0.0)
+        in_line(residency, 3, C)
+        assert unpin(residency) == [Swap((on_disk(C),), (on_disk(A),))]
+
+
 def test_what_is_evicted_leaves_in_the_same_swap_in_which_its_slot_is_given() -> None:
     residency = Residency(2, 9)
     resident(residency, 1, A)
@@ -543,6 +555,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.fetching: list[AdapterRef] = []
         self.swap: Swap | None = None
         self.engine: set[AdapterRef] = set()
+        self.registered: set[AdapterRef] = set()  # what vLLM counts as in its host memory: in a slot, or has been in one
         self.failed_at: dict[AdapterRef, float] = {}
         self.tends: dict[int, str] = {}
 
@@ -564,6 +577,8 @@ class ResidencyMachine(RuleBasedStateMachine):
                     assert all(a.ref in self.warm for a in enter)
                     self.warm = (self.warm | {a.ref for a in demote}) - {a.ref for a in enter + unload}
                     self.engine -= gone
+                    self.registered = (self.registered - {a.ref for a in unload}) | {a.ref for a in enter}
+                    assert len(self.registered) <= self.places, "more than vLLM has room for: it would refuse a good adapter"
                     assert len(self.engine) + len(enter) <= self.size
                 case Start(request, adapter, _):
                     assert self.wants.pop(request) == adapter.ref
@@ -572,7 +587,7 @@ class ResidencyMachine(RuleBasedStateMachine):
                     self.running[request] = adapter.ref
                     if request in self.tends:
                         if self.tends.pop(request) == "pin" and self.residency.slots.may_pin(adapter.ref):
-                            self.perform(self.residency.pin(adapter.ref))
+                            self.perform(self.residency.pin(adapter.ref, self.now))
                         del self.running[request]
                         self.perform(self.residency.finish(request, self.now))
                 case Tended(request):
@@ -617,7 +632,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         if what in ("unpin", "evict"):  # the later word holds
             self.tends |= {r: "load" for r, asked in self.tends.items() if asked == "pin" and self.wants[r] == adapter}
         if what == "unpin":
-            return self.residency.slots.unpin(adapter)
+            return self.perform(self.residency.unpin(adapter, self.now))
         self.count += 1
         self.wants[self.count], self.tends[self.count] = adapter, what
         ask = {"cache": self.residency.cache, "evict": self.residency.evict}.get(what, self.residency.want)
@@ -665,6 +680,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         entered, self.swap = {a.ref for a in self.swap.enter}, None
         failures = {a: Failure("invalid_adapter", "no", False) for a in fails & entered}
         self.engine |= entered - fails
+        self.registered -= entered & fails
         for ref in failures:
             self.failed_at[ref] = self.now
         self.perform(self.residency.swapped(failures, self.now))
@@ -706,9 +722,9 @@ class ResidencyMachine(RuleBasedStateMachine):
         closing = [a for a in REFS if stage(residency, a) is Stage.CLOSING]
         assert len(closing) <= len(residency._line) or self.swap is not None
         assert set(closing) == set(residency._closing)
-        assert len(residency._entries) <= len(self.engine) + len(self.warm) + len(self.wants) + len(self.fetching) + 2, (
-            "an entry was left behind"
-        )
+        on_the_way = len(self.swap.enter + self.swap.unload) if self.swap else 0
+        known = len(self.engine) + len(self.warm) + len(self.wants) + len(self.fetching) + on_the_way
+        assert len(residency._entries) <= known, "an entry was left behind"
         residency.states(self.now, 1.0)
 
     def settle(self) -> None:
