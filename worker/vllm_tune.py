@@ -5,7 +5,10 @@
 vLLM (0.32) launches its two kernels with one guess for every GPU and shape: 64 splits of K in blocks of 256, where a hidden size of 4,096 has
 work for 16; the rest add zeros to memory, once per adapter in the batch. The tables have vLLM's own format (VLLM_TUNED_CONFIG_FOLDER) and are
 found by worker/vllm_patches.py. Shapes are those of a Llama layer; vLLM takes the nearest for others. Every candidate's result is compared with
-that of vLLM's own guess before its time counts. Takes 4 minutes on an H200.
+that of vLLM's own guess before its time counts. Takes some minutes, most of them for compiling the candidates.
+
+The tables are written anew after every shape, and what they have is not measured again: the same command goes on where the last one stopped,
+however that ended. To begin anew, delete them.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +31,8 @@ from worker.vllm_patches import gpu_file
 
 Config: TypeAlias = dict[str, Any]
 
-TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 2048, 8192)
+TOKENS = (64, 256, 128, 512, 32, 2048, 8192, 16, 4, 1)
+"""In order of importance: what a busy engine decodes, prefills, and what a quiet one decodes. Between them vLLM takes the nearest."""
 LAYERS = 8
 """Copies of the weights that one measurement goes through: more than the GPU's cache holds, as in a model."""
 TOLERANCE = 0.05
@@ -108,17 +114,25 @@ def microseconds(op: Callable[[int], torch.Tensor]) -> float:
     return min(times)
 
 
-def best(op: Callable[[int], torch.Tensor], bench: Bench, default: Config, candidates: Iterator[Config]) -> tuple[Config, float, float]:
-    """(the fastest config that gives the same result, its time, the default's time)."""
+class OutOfTime(Exception):
+    """Before all candidates of a shape were measured; the next run begins with it."""
+
+
+def best(
+    op: Callable[[int], torch.Tensor], bench: Bench, default: Config, candidates: Iterator[Config], until: float
+) -> tuple[Config, float, float]:
+    """(the fastest config that gives the same result, its time, the default's time). Raises OutOfTime."""
     use(default)
     right = bench.result(op)
     scale = right.abs().max().item() or 1.0
     usual_us = microseconds(op)
     found, found_us = default, usual_us * GAIN
     for candidate in candidates:
+        if time.monotonic() > until:
+            raise OutOfTime
         use(candidate)
         try:
-            if (bench.result(op) - right).abs().max().item() > TOLERANCE * scale:
+            if not (bench.result(op) - right).abs().max().item() <= TOLERANCE * scale:  # as well if it is no number
                 continue
             took_us = microseconds(op)
         except Exception:  # triton raises its own errors for what this GPU cannot launch (registers, shared memory): not a candidate then
@@ -135,39 +149,55 @@ def use(config: Config) -> None:
     lora_shrink_op.get_lora_op_configs = lora_expand_op.get_lora_op_configs = chosen
 
 
-def tune(slots: int, rank: int, hidden: int, kv: int, intermediate: int, seconds: float) -> tuple[Config, Config]:
-    """The two tables: [slots + 1][slices][tokens][k][n] -> config."""
+class Table:
+    """One kernel's configs, [slots + 1][slices][tokens][k][n], as they are in its file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._configs: Config = json.loads(path.read_text()) if path.exists() else {}
+
+    def __contains__(self, keys: tuple[int, ...]) -> bool:
+        table = self._configs
+        for key in keys:
+            if str(key) not in table:
+                return False
+            table = table[str(key)]
+        return True
+
+    def put(self, keys: tuple[int, ...], config: Config) -> None:
+        """Into the file as well, which is whole at every moment."""
+        table = self._configs
+        for key in keys[:-1]:
+            table = table.setdefault(str(key), {})
+        table[str(keys[-1])] = config
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self._configs, indent=1, sort_keys=True) + "\n")
+        os.replace(part, self.path)
+
+
+def tune(shrink: Table, expand: Table, slots: int, rank: int, hidden: int, kv: int, intermediate: int, until: float) -> None:
+    """Fills the tables. Raises OutOfTime."""
     shapes = {
         "qkv": (hidden, [hidden, kv, kv]),
         "o": (hidden, [hidden]),
         "gate_up": (hidden, [intermediate] * 2),
         "down": (intermediate, [hidden]),
     }
-    shrink: Config = {}
-    expand: Config = {}
-    until = time.monotonic() + seconds
-    # The sizes of decoding first, should the time be short.
-    for tokens in sorted(TOKENS, key=lambda t: (t > 512, -t)):
-        for name, (k, outs) in shapes.items():
-            if time.monotonic() > until:
-                print(f"out of time before {name} with {tokens} tokens", flush=True)
-                return shrink, expand
-            bench = Bench(slots, rank, k, outs, tokens)
+    for tokens, (name, (k, outs)) in itertools.product(TOKENS, shapes.items()):
+        down_at, up_at = (slots + 1, len(outs), tokens, k, rank), (slots + 1, len(outs), tokens, rank, max(outs))
+        if down_at in shrink and up_at in expand:
+            continue
+        bench = Bench(slots, rank, k, outs, tokens)
+        if down_at not in shrink:
             guess = utils.get_lora_op_configs("shrink", slots + 1, tokens, k, rank, len(outs))
-            down, down_us, was_down_us = best(bench.shrink, bench, guess, shrink_candidates(tokens, k))
+            down, us, was_us = best(bench.shrink, bench, guess, shrink_candidates(tokens, k), until)
+            shrink.put(down_at, down)
+            print(f"{name:8} {tokens:5} tokens  shrink {was_us:7.1f} -> {us:6.1f} us {_short(down)}", flush=True)
+        if up_at not in expand:
             guess = utils.get_lora_op_configs("expand", slots + 1, tokens, max(outs), rank, len(outs), True)
-            up, up_us, was_up_us = best(bench.expand, bench, guess, expand_candidates(tokens, rank))
-            _put(shrink, down, slots + 1, len(outs), tokens, k, rank)
-            _put(expand, up, slots + 1, len(outs), tokens, rank, max(outs))
-            print(f"{name:8} {tokens:5} tokens  shrink {was_down_us:7.1f} -> {down_us:6.1f} us {_short(down)}", flush=True)
-            print(f"{'':21}  expand {was_up_us:7.1f} -> {up_us:6.1f} us {_short(up)}", flush=True)
-    return shrink, expand
-
-
-def _put(table: Config, config: Config, *keys: int) -> None:
-    for key in keys[:-1]:
-        table = table.setdefault(str(key), {})
-    table[str(keys[-1])] = config
+            up, us, was_us = best(bench.expand, bench, guess, expand_candidates(tokens, rank), until)
+            expand.put(up_at, up)
+            print(f"{name:8} {tokens:5} tokens  expand {was_us:7.1f} -> {us:6.1f} us {_short(up)}", flush=True)
 
 
 def _short(config: Config) -> str:
@@ -176,7 +206,7 @@ def _short(config: Config) -> str:
     )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m worker.vllm_tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -186,15 +216,23 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--kv", type=int, default=1024)
     parser.add_argument("--intermediate", type=int, default=14336)
-    parser.add_argument("--seconds", type=float, default=420.0, help="stop after so long; what is measured by then is written")
+    parser.add_argument("--seconds", type=float, default=420.0, help="stop after so long; the next run goes on (default %(default)s)")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("vllm_tune: no CUDA device here; run it on the kind of GPU that the workers have", file=sys.stderr)
+        return 2
+    until = time.monotonic() + args.seconds
     args.out.mkdir(parents=True, exist_ok=True)
-    shrink, expand = tune(args.slots, args.rank, args.hidden, args.kv, args.intermediate, args.seconds)
-    for op, table in (("shrink", shrink), ("expand", expand)):
-        path = args.out / gpu_file(torch.cuda.get_device_name(), op, True)
-        path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-        print(f"wrote {path}")
+    gpu = torch.cuda.get_device_name()
+    shrink, expand = (Table(args.out / gpu_file(gpu, op, True)) for op in ("shrink", "expand"))
+    try:
+        tune(shrink, expand, args.slots, args.rank, args.hidden, args.kv, args.intermediate, until)
+    except OutOfTime:
+        print(f"out of time: the same command goes on from here; so far {shrink.path} and {expand.path}")
+        return 0
+    print(f"complete: {shrink.path} and {expand.path}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -74,7 +74,7 @@ def simulated(work: Path, adapters: int, slots: int, slow: float, sequences: int
 
 def real(work: Path, adapters: int, slots: int, shape: str) -> Served:
     """vLLM with dummy weights in a known shape, as in bench.gpu."""
-    from bench.gpu import RANK, engine_arguments, make_adapters, make_model
+    from bench.gpu_servers import RANK, engine_arguments, make_adapters, make_model
 
     model, root = work / f"model-{shape}", work / shape / f"adapters-{adapters}"
     if not (model / "config.json").exists():
