@@ -123,7 +123,10 @@ async def first(folder: Path, flags: argparse.Namespace) -> Figures:
 
 def _taken_apart(c: Cluster, name: str, cold_s: float, warm_s: float, bytes_per_s: float) -> Figures:
     fetched = next(e for e in c.events("w0", "adapter fetched") if f":{name}@" in e["adapter"])
-    load_s = next(e for e in c.events("w0", "adapter loaded") if f":{name}@" in e["adapter"])["ms"] / 1e3
+    load_s = (
+        sum(next(e for e in c.events("w0", what) if f":{name}@" in e["adapter"])["ms"] for what in ("adapter prepared", "adapter loaded"))
+        / 1e3
+    )
     parts = {key: fetched[f"{key}_ms"] / 1e3 for key in ("wait", "download", "validate", "settle")}
     transfer_s = fetched["bytes"] / bytes_per_s
     bound_s = FACTOR * transfer_s + load_s + SLACK_S
@@ -203,7 +206,7 @@ def _bounds(c: Cluster, ended: dict[str, float], bytes_per_s: float, began_wall:
         loaded = [e for e in c.events(worker, "adapter loaded") if e["ts"] >= began_wall]
         times = [e["ms"] / 1e3 for e in loaded]
         loads += times
-        serial_s.append(sum(times))
+        serial_s.append(sum(e["ms"] / e["together"] for e in loaded) / 1e3)
         taken = 0.0
         for e in loaded:
             name = re.sub(r".*:(.*)@.*", r"\1", e["adapter"])

@@ -23,7 +23,7 @@ import uvloop
 import worker.__main__
 from shared import log as logs
 from shared.process import follow_parent, read_settings
-from worker.engine import Call, EngineFacts, EngineStats, Loaded, Reply
+from worker.engine import Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped
 
 CAPACITY = 100_000
 SLOTS = 4_096
@@ -304,9 +304,9 @@ class MockEngine:
         finally:
             self._lockstep.leave(stream)
 
-    async def load(self, adapter: Loaded) -> None: ...
-    async def demote(self, adapter: Loaded) -> None: ...
-    async def unload(self, adapter: Loaded) -> None: ...
+    async def prepare(self, adapter: Loaded) -> None: ...
+    async def swap(self, swap: Swap) -> Swapped:
+        return Swapped()
 
     def stats(self) -> EngineStats:
         return EngineStats()

@@ -36,12 +36,14 @@ class Pool:
         if not worker.routable:
             self.remove(worker)
             return
+        if worker.counted is None:
+            self.workers.append(worker)
+            self.version += 1
+            self._settle_company()
         load, slots = worker.load, worker.open_slots
         if slots < 0 or load >= worker.beat.capacity:
             slots = 0
         if worker.counted is None:
-            self.workers.append(worker)
-            self.version += 1
             self.load += load
             self.open_slots += slots
             self.open_workers += slots > 0
@@ -64,11 +66,22 @@ class Pool:
         self.open_workers -= slots > 0
         self.workers.remove(worker)
         self.version += 1
+        worker.alone = False
+        self._settle_company()
         slotted, lower = self._indexed.pop(worker.id)
         for key in slotted:
             _drop(self.holders, key, worker.id)
         for key in lower:
             _drop(self.stashes, key, worker.id)
+
+    def _settle_company(self) -> None:
+        """A worker came or went: one that is alone keeps a line of its own, others leave theirs to the gateway."""
+        alone = len(self.workers) == 1
+        for worker in self.workers[:2]:  # a third changes nothing for the first two
+            if worker.alone is not alone:
+                worker.alone = alone
+                if worker.counted is not None:
+                    self.settle(worker)
 
     def _index(self, worker: Worker) -> None:
         """Sets are compared by identity first: between two beats only `coming` changes, and that by one adapter."""

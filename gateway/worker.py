@@ -9,6 +9,9 @@ from typing import TypeAlias
 from shared.adapters import AdapterRef
 from shared.wire import AdapterState, Heartbeat, StreamId, Tier, WorkerId, WorkerState
 
+LINE_PER_SLOT = 3
+"""Adapters per slot that may wait in line on a worker that is alone."""
+
 Key: TypeAlias = tuple[str, str]
 """(name, digest): an adapter among those of one base model."""
 
@@ -45,6 +48,7 @@ class Worker:
     unseen: dict[StreamId, int] = field(default_factory=dict)  # prompt tokens of reservations that the last beat does not count
     unseen_tokens: int = 0
     seed: int = 0
+    alone: bool = False  # in its pool: no other worker's slot could take what waits for one here
     counted: tuple[int, int] | None = None  # load and open slots as the pool has them; None while not in one
 
     def __post_init__(self) -> None:
@@ -78,9 +82,15 @@ class Worker:
 
     @property
     def open_slots(self) -> int:
-        """Slots for adapters that are not in flight here, taken from idle ones if need be. A worker that tells no number has no limit."""
+        """Slots for adapters that are not in flight here, taken from idle ones if need be. A worker that tells no number has no limit.
+
+        With the places in its line if it is alone: the worker gives a slot to the next in line between two engine steps, knows whose turn it is
+        and has the weights ready; from here the slot would stand empty for a round trip and a load.
+        """
         slots = self.beat.slots
-        return slots - self.occupied if slots else self.beat.capacity
+        if not slots:
+            return self.beat.capacity
+        return slots * (1 + LINE_PER_SLOT * self.alone) - self.occupied
 
     @property
     def crowding(self) -> float:

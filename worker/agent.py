@@ -20,9 +20,9 @@ from shared.errors import AdapterNotFound, EngineFailure, LoraplexError, WorkerU
 from shared.stores import AdapterStore
 from worker.checks import open_validator
 from worker.disk_cache import Cached, Check, DiskCache
-from worker.engine import Call, Engine, EngineFacts, Loaded
+from worker.engine import Call, Engine, EngineFacts, Loaded, Swap
 from worker.peers import Peers
-from worker.residency import Fetch, Instruction, Load, Reject, Residency, Start, Tended, Unload
+from worker.residency import Failure, Fetch, Instruction, Reject, Residency, Start, Tended
 from worker.session import Session
 from worker.settings import WorkerSettings
 from worker.tending import Tending
@@ -104,11 +104,11 @@ class Agent:
         self._int_ids = itertools.count(1)
         self._offers: dict[AdapterRef, tuple[StoredAdapter | None, tuple[str, ...]]] = {}  # of fetches that are about to begin
         self._check: Check = lambda _: AdapterFacts(0, 0, ())  # until the engine has started; nothing is fetched before
-        self._load_s = self._cpu_load_s = self._fetch_s = self._load_bytes = 0.0
-        self._engine_busy = asyncio.Lock()
+        self._prepare_s = self._stall_s = self._fetch_s = self._load_bytes = 0.0
         self._stopping = asyncio.Event()
         self._idle = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
+        self._errands: set[asyncio.Task[None]] = set()  # fetches and swaps
         self.exit_code = 0
 
     async def run(self) -> None:
@@ -124,6 +124,8 @@ class Agent:
             boot.cancel()
             self._become(wire.WorkerState.STOPPED, self._reason or "stopped")
             beating.cancel()
+            for errand in self._errands:  # nobody waits for them; what was asked of an engine that died is never answered
+                errand.cancel()
         await self._engine.stop()
         for session in self._sessions:
             session.close()
@@ -190,7 +192,8 @@ class Agent:
         """A full snapshot to every gateway."""
         now = clock()
         stats = self._engine.stats()
-        adapters = self._residency.states(now, self._load_s)
+        load_s = self._prepare_s + self._stall_s
+        adapters = self._residency.states(now, load_s)
         for session in self._sessions:
             session.beat(
                 wire.Heartbeat(
@@ -210,12 +213,12 @@ class Agent:
                     adapters=adapters,
                     prefill_tokens_per_s=stats.prefill_tokens_per_s,
                     step_s=stats.step_s,
-                    load_s=self._load_s,
+                    load_s=load_s,
                     engine=self._facts.name,
                     reason=self._reason,
                     max_lora_rank=self._facts.max_lora_rank,
-                    disk_load_s=self._load_s,
-                    cpu_load_s=self._cpu_load_s,
+                    disk_load_s=self._stall_s,
+                    cpu_load_s=self._stall_s,
                     fetch_s=self._fetch_s,
                     load_bytes=round(self._load_bytes),
                     host=self._cache.host,
@@ -291,11 +294,9 @@ class Agent:
         for instruction in instructions:
             match instruction:
                 case Fetch(adapter):
-                    self._spawn(self._fetch(adapter), f"fetch {adapter}")
-                case Load():
-                    self._spawn(self._load(instruction), f"load {instruction.adapter.ref}")
-                case Unload(adapter):
-                    self._spawn(self._unload(adapter), f"unload {adapter.ref}")
+                    self._run_errand(self._fetch(adapter), f"fetch {adapter}")
+                case Swap():
+                    self._run_errand(self._swap(instruction), "swap")
                 case Start(number) | Reject(number) | Tended(number) if number < 0:  # of nobody's request
                     self._perform(self._tending.settle(instruction, self._residency, clock()))
                 case Start(number, adapter, came_from):
@@ -304,7 +305,7 @@ class Agent:
                     self._start(job, adapter)
                 case Reject(number, code, message, retryable):
                     self._refuse(self._jobs[number], code, message, retryable)
-        if any(isinstance(instruction, Fetch | Load) for instruction in instructions):
+        if any(isinstance(instruction, Fetch | Swap) for instruction in instructions):
             self._beat()  # residency is news; gateways hear of it at once
 
     async def _fetch(self, ref: AdapterRef) -> None:
@@ -321,11 +322,23 @@ class Agent:
                 peers = self._peers.sources(ref, endpoints)
                 cached = await self._cache.fetch(ref, stored, self._store, self._check, peers)
                 self._note_fetch(ref, cached, found_s)
+            self._perform(self._residency.cached(ref, clock()))
+            if ref not in self._residency.adapters():
+                return  # nobody wants more than the files
+            loaded = Loaded(ref, next(self._int_ids), cached.folder, cached.facts.rank, cached.size_bytes)
+            start = clock()
+            await self._engine.prepare(loaded)
+            prepare_s = clock() - start
+            self._prepare_s = _blend(self._prepare_s, prepare_s)
+            log.info("adapter prepared", extra={"adapter": str(ref), "bytes": cached.size_bytes, "ms": round(prepare_s * 1e3, 1)})
+        except EngineFailure as exc:
+            self._on_engine_death(exc.message)
+            return
         except LoraplexError as exc:
             log.warning("adapter not fetched", extra={"adapter": str(ref), "code": exc.code, "reason": exc.message})
-            self._perform(self._residency.failed(ref, exc.code, exc.message, exc.retryable, clock()))
+            self._perform(self._residency.failed(ref, Failure(exc.code, exc.message, exc.retryable), clock()))
+            self._beat()
             return
-        loaded = Loaded(ref, next(self._int_ids), cached.folder, cached.facts.rank, cached.size_bytes)
         self._perform(self._residency.fetched(loaded, came_from, clock()))
 
     def _note_fetch(self, ref: AdapterRef, cached: Cached, found_s: float) -> None:
@@ -347,49 +360,31 @@ class Agent:
             raise AdapterNotFound(f"The adapter `{ref.name}` of model `{ref.base}` is gone or has changed.", param="model")
         return stored
 
-    async def _load(self, load: Load) -> None:
-        adapter = load.adapter
-        async with self._engine_busy:
-            try:
-                if load.demote is not None:
-                    await self._engine.demote(load.demote)
-                for leaving in [*([load.evict] if load.evict else []), *load.drop]:
-                    await self._leave(leaving)
-                start = clock()
-                await self._engine.load(adapter)
-            except EngineFailure as exc:
-                self._on_engine_death(exc.message)
-                return
-            except LoraplexError as exc:
-                log.warning("adapter not loaded", extra={"adapter": str(adapter.ref), "code": exc.code, "reason": exc.message})
-                self._perform(self._residency.failed(adapter.ref, exc.code, exc.message, exc.retryable, clock()))
-                self._beat()
-                return
-        took = clock() - start
-        came_from = self._residency.came_from(adapter.ref)
-        if came_from is wire.Tier.CPU:
-            self._cpu_load_s = _blend(self._cpu_load_s, took)
-        else:
-            self._load_s = _blend(self._load_s, took)
-            self._load_bytes = _blend(self._load_bytes, adapter.size_bytes)
-        facts = {"adapter": str(adapter.ref), "rank": adapter.rank, "from": came_from.name.lower(), "ms": round(took * 1e3, 1)}
-        log.info("adapter loaded", extra=facts)
-        self._perform(self._residency.loaded(adapter.ref, clock()))
+    async def _swap(self, swap: Swap) -> None:
+        start = clock()
+        try:
+            done = await self._engine.swap(swap)
+        except EngineFailure as exc:
+            self._on_engine_death(exc.message)
+            return
+        took_ms, stall_ms = round((clock() - start) * 1e3, 1), round(done.stall_s * 1e3, 1)
+        if swap.enter:
+            self._stall_s = _blend(self._stall_s, done.stall_s / len(swap.enter))
+            self._load_bytes = _blend(self._load_bytes, sum(a.size_bytes for a in swap.enter) / len(swap.enter))
+        for adapter in swap.unload:
+            log.info("adapter unloaded", extra={"adapter": str(adapter.ref)})
+        failures = {}
+        for adapter in swap.enter:
+            refused = done.refused.get(adapter.ref)
+            if refused is not None:
+                log.warning("adapter not loaded", extra={"adapter": str(adapter.ref), "code": refused.code, "reason": refused.message})
+                failures[adapter.ref] = Failure(refused.code, refused.message, refused.retryable)
+                continue
+            came_from = self._residency.came_from(adapter.ref).name.lower()
+            facts = {"adapter": str(adapter.ref), "rank": adapter.rank, "from": came_from, "ms": took_ms, "stall_ms": stall_ms}
+            log.info("adapter loaded", extra=facts | {"together": len(swap.enter)})
+        self._perform(self._residency.swapped(failures, clock()))
         self._beat()
-
-    async def _unload(self, leaving: Loaded) -> None:
-        async with self._engine_busy:  # which serves in the order of arrival: a load that was told later finds the slot empty
-            try:
-                await self._leave(leaving)
-            except EngineFailure as exc:
-                self._on_engine_death(exc.message)
-                return
-        self._beat()
-
-    async def _leave(self, leaving: Loaded) -> None:
-        await self._engine.unload(leaving)
-        log.info("adapter unloaded", extra={"adapter": str(leaving.ref)})
-        self._perform(self._residency.unloaded(leaving.ref, clock()))
 
     def _start(self, job: Job, adapter: Loaded | None) -> None:
         job.started = clock()
@@ -424,6 +419,11 @@ class Agent:
     def _wake_if_idle(self) -> None:
         if self._stopping.is_set() and not self._jobs:
             self._idle.set()
+
+    def _run_errand(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = self._spawn(work, name)
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         assert self._tasks is not None

@@ -25,6 +25,7 @@ def open_validator(model: LLMConfig, max_rank: int) -> Validator:
         return Validator(None, max_rank, weights=False)
     if model.adapters_path is None:
         return Validator(None, max_rank)  # there are none to check
+    targets = model.engine_kwargs.get("lora_target_modules")  # vLLM ignores an adapter's weights for any other module without a word
     try:
         shapes = read_base_shapes(
             str(model.engine_kwargs.get("hf_config_path") or model.model_source),
@@ -39,9 +40,9 @@ def open_validator(model: LLMConfig, max_rank: int) -> Validator:
             exc.message,
             model.model_id,
         )
-        return Validator(None, max_rank)
+        return Validator(None, max_rank, targets=targets)
     except ConfigError as exc:
         raise ConfigError(
             f"{exc.message} Adapters of `{model.model_id}` cannot be checked without it, and unchecked ones are not served."
         ) from exc
-    return Validator(shapes, max_rank)
+    return Validator(shapes, max_rank, targets=targets)

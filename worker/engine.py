@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from shared.adapters import AdapterRef
+from shared.errors import InvalidAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,23 @@ class Loaded:
     folder: Path
     rank: int
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """In one stop of the engine: `demote` leave their slots (and stay in host memory), `unload` leave altogether, `enter` get slots."""
+
+    enter: tuple[Loaded, ...]
+    demote: tuple[Loaded, ...] = ()
+    unload: tuple[Loaded, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """What became of a swap: the adapters that the engine refused, of which nothing has stayed, and how long its streams stood still."""
+
+    refused: Mapping[AdapterRef, InvalidAdapter] = field(default_factory=dict)
+    stall_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +86,7 @@ class EngineFacts:
 
 
 class Engine(Protocol):
-    """One model with LoRA slots. The agent serialises `load` and `unload`; `serve` runs concurrently, one task per call.
+    """One model with LoRA slots. The agent has one `swap` under way at a time; `prepare` and `serve` run concurrently, one task per call.
 
     `serve` returns when the answer is complete; cancelling the task that runs it aborts generation. Errors of the request itself are answers
     (status and body); EngineFailure means that the engine is dead.
@@ -76,15 +94,14 @@ class Engine(Protocol):
 
     async def start(self) -> EngineFacts: ...
     async def serve(self, call: Call, reply: Reply) -> None: ...
-    async def load(self, adapter: Loaded) -> None:
-        """Raises InvalidAdapter if the engine refuses it; nothing of it stays then."""
+    async def prepare(self, adapter: Loaded) -> None:
+        """Brings the weights into host memory beside the step loop, ready for a slot. Raises InvalidAdapter if the engine refuses them."""
         ...
 
-    async def demote(self, adapter: Loaded) -> None:
-        """Takes it out of its slot; its weights stay in host memory, and its next `load` is a copy."""
+    async def swap(self, swap: Swap) -> Swapped:
+        """Raises EngineFailure only: one adapter's fault is told in the answer and harms no other."""
         ...
 
-    async def unload(self, adapter: Loaded) -> None: ...
     def stats(self) -> EngineStats: ...
     def died(self, callback: Callable[[str], None]) -> None:
         """Calls back once with a reason if the engine dies by itself."""

@@ -7,27 +7,14 @@ from typing import TypeAlias
 
 from shared.adapters import AdapterRef
 from shared.wire import Tier
-from worker.engine import Loaded
+from worker.engine import Loaded, Swap
 
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Bring the adapter to disk and validate it; answer with `fetched` or `failed`."""
+    """Bring the adapter to disk, validate it and prepare it in host memory; answer with `cached` once it is there, then `fetched`, or `failed`."""
 
     adapter: AdapterRef
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Take `demote` out of its slot (it stays in host memory), unload `evict` and `drop` (answer `unloaded` for each), then load.
-
-    Answer with `loaded` or `failed`.
-    """
-
-    adapter: Loaded
-    evict: Loaded | None
-    demote: Loaded | None = None
-    drop: tuple[Loaded, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +37,11 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True)
-class Unload:
-    """Take the adapter out of the engine altogether, before any load that is given later; answer with `unloaded`."""
-
-    adapter: Loaded
-
-
-@dataclass(frozen=True, slots=True)
 class Tended:
     """What `cache` or `evict` asked for under this number is so."""
 
     request: int
 
 
-Instruction: TypeAlias = Fetch | Load | Start | Reject | Unload | Tended
+Instruction: TypeAlias = Fetch | Swap | Start | Reject | Tended
+"""Answer a Swap, of which only one is under way at a time, with `swapped`."""

@@ -13,8 +13,9 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 
+from shared.adapters import AdapterRef
 from shared.errors import EngineFailure, InvalidAdapter, InvalidRequest, RouteNotFound
-from worker.engine import Call, EngineFacts, EngineStats, Loaded, Reply
+from worker.engine import Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped
 from worker.sim_answer import Answer, error_body, read_request
 
 clock = time.monotonic
@@ -97,12 +98,34 @@ class SimEngine:
             if adapter is not None:
                 self._uses[adapter] -= 1
 
+    async def prepare(self, adapter: Loaded) -> None:
+        """Takes as long as a load would, but beside the steps."""
+        self._check_alive()
+        self._check_rank(adapter)
+        await asyncio.sleep(self._load_s + self._load_s_per_mb * adapter.size_bytes / MB)
+        self._check_alive()
+        self._warm.add(adapter)
+
+    async def swap(self, swap: Swap) -> Swapped:
+        for adapter in swap.demote:
+            await self.demote(adapter)
+        for adapter in swap.unload:
+            await self.unload(adapter)
+        began = clock()
+        outcomes = await asyncio.gather(*map(self.load, swap.enter), return_exceptions=True)
+        refused: dict[AdapterRef, InvalidAdapter] = {}
+        for adapter, outcome in zip(swap.enter, outcomes, strict=True):
+            if isinstance(outcome, InvalidAdapter):
+                refused[adapter.ref] = outcome
+            elif outcome is not None:
+                raise outcome
+        return Swapped(refused, clock() - began)
+
     async def load(self, adapter: Loaded) -> None:
         assert len(self._uses) + len(self._loads) < self._max_loras, f"no slot is free for {adapter}"
         assert adapter not in self._uses and all(a != adapter for a, _ in self._loads), f"{adapter} is loaded already"
         self._check_alive()
-        if adapter.rank > self._max_lora_rank:
-            raise InvalidAdapter(f"rank {adapter.rank} is greater than the server's max_lora_rank {self._max_lora_rank}")
+        self._check_rank(adapter)
         loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._loads.append((adapter, loaded))
         self._wake_if_idle()
@@ -247,6 +270,10 @@ class SimEngine:
     def _wake_if_idle(self) -> None:
         if not self._running:  # else the next step sees it
             self._wake.set()
+
+    def _check_rank(self, adapter: Loaded) -> None:
+        if adapter.rank > self._max_lora_rank:
+            raise InvalidAdapter(f"rank {adapter.rank} is greater than the server's max_lora_rank {self._max_lora_rank}")
 
     def _check_alive(self) -> None:
         assert self._task is not None, "the engine has not started"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -47,15 +47,16 @@ class SlotTable:
     def uses(self, adapter: AdapterRef) -> int:
         return self._uses.get(adapter, 0)
 
-    def oldest_in_use(self) -> AdapterRef | None:
+    def oldest_in_use(self, but: Container[AdapterRef] = ()) -> AdapterRef | None:
         """The adapter that has gone longest without a new request, though some are still in flight."""
-        return next((a for a, n in self._uses.items() if n and a not in self._pinned), None)
+        return next((a for a, n in self._uses.items() if n and a not in self._pinned and a not in but), None)
 
-    def room(self, warmth: Callable[[AdapterRef], float] = lambda _: 0.0) -> Room:
-        """For one more adapter. The victim is the idle one with the least `warmth`, of several the least recently used."""
+    def room(self, but: Container[AdapterRef] = (), warmth: Callable[[AdapterRef], float] = lambda _: 0.0) -> Room:
+        """For one more adapter: the victim is the idle one with the least `warmth`, of several the least recently used; those in `but` are on
+        their way in."""
         if len(self._uses) < self.size:
             return Free()
-        idle = [a for a, n in self._uses.items() if n == 0 and a not in self._pinned]
+        idle = [a for a, n in self._uses.items() if n == 0 and a not in self._pinned and a not in but]
         return Evict(min(idle, key=warmth)) if idle else Full()
 
     def occupy(self, adapter: AdapterRef) -> None:

@@ -47,8 +47,7 @@ class Tending:
                 return residency.want(number, message.adapter, now)
             case wire.Action.UNPIN:
                 self._unpin(message.adapter)
-                residency.slots.unpin(message.adapter)
-                return [Tended(number)]
+                return [*residency.unpin(message.adapter, now), Tended(number)]
             case wire.Action.EVICT:
                 self._unpin(message.adapter)
                 return residency.evict(number, message.adapter, now)
@@ -68,7 +67,7 @@ class Tending:
             _refuse(tend, error.code, error.message, error.retryable)
         else:
             if tend.action is wire.Action.PIN:
-                instructions += residency.pin(tend.adapter)
+                instructions += residency.pin(tend.adapter, now)
             tend.session.outbox.done(wire.Done(tend.sid))
         return instructions + residency.finish(answer.request, now)
 

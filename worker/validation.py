@@ -10,7 +10,7 @@ import io
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from shared.safetensors_header import LENGTH_BYTES, VALUE_BYTES, Tensor, header_
 if TYPE_CHECKING:
     import numpy as np
 
+PACKED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
 PIECE_BYTES = 1 << 19  # half a MiB: the piece and its float32 form stay in a core's cache
 
 
@@ -42,7 +43,16 @@ class Validator:
     Both are for the simulated engine, whose adapters need not hold any. Stateless: threads may share one.
     """
 
-    def __init__(self, shapes: BaseShapes | None, max_rank: int, limits: AdapterLimits | None = None, *, weights: bool = True) -> None:
+    def __init__(
+        self,
+        shapes: BaseShapes | None,
+        max_rank: int,
+        limits: AdapterLimits | None = None,
+        *,
+        weights: bool = True,
+        targets: Collection[str] | None = None,
+    ) -> None:
+        self._targets = None if targets is None else adaptable(targets)
         self._shapes, self._max_rank, self._limits, self._weights = shapes, max_rank, limits or AdapterLimits(), weights
 
     def check(self, folder: Path) -> AdapterFacts:
@@ -59,7 +69,19 @@ class Validator:
             norms = _scan(f, tensors)
         for pair in pairs:
             check_change(pair, norms[pair.a.name], norms[pair.b.name], limits)
-        return AdapterFacts(rank, size_bytes, tuple(sorted({p.module.rpartition(".")[2] for p in pairs})))
+        modules = sorted({p.module.rpartition(".")[2] for p in pairs})
+        if self._targets is not None and not self._targets.issuperset(modules):
+            beyond = ", ".join(m for m in modules if m not in self._targets)
+            raise InvalidAdapter(
+                f"The adapter changes {beyond}, which this server leaves out (engine_kwargs.lora_target_modules).", "target_modules"
+            )
+        return AdapterFacts(rank, size_bytes, tuple(modules))
+
+
+def adaptable(targets: Collection[str]) -> frozenset[str]:
+    """The modules that the engine adapts if told so; of those that it packs into one layer, all or none (vllm.lora.utils.is_in_target_modules)."""
+    packed = [children for parent, children in PACKED.items() if parent in targets or not children.isdisjoint(targets)]
+    return frozenset(targets).union(*packed)
 
 
 def _files(folder: Path, at_most: int) -> Iterator[FolderFile]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
-import re
 import signal
 import time
 from collections.abc import Callable
@@ -34,26 +34,42 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import LoRARequestStates
 
-from shared.adapters import WEIGHTS_FILE
+from shared.adapters import AdapterRef
 from shared.config import LLMConfig
-from shared.errors import ConfigError, EngineFailure, InvalidAdapter
+from shared.errors import ConfigError, EngineFailure
 from shared.parent import die_with_parent
 from worker import vllm_patches
-from worker.engine import Call, EngineFacts, EngineStats, Loaded, Reply
+from worker.engine import Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped
+from worker.vllm_adapters import Adapters, lora_request
 from worker.vllm_fast import FastPath
 from worker.vllm_plugin import WORKER_PID_ENV
 
 log = logging.getLogger("loraplex.vllm")
 
-UTILITY_TIMEOUT_S = 300.0  # a utility call waits behind the running step; one that hangs this long never answers (the engine died)
 DEATH_POLL_S = 0.2
 STOP_S = 5.0
+WARM_UP_S = 60.0
+REHEARSAL_ID = (1 << 31) - 1  # of the adapter that is loaded once before the first real one
+WARM_UPS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.5, "seed": 1, "logprobs": 1},
+    {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 5,
+        "min_p": 0.1,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.1,
+        "repetition_penalty": 1.1,
+    },
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "warm", "schema": {"type": "object"}}}},
+)
+"""One request each: greedy, seeded with logprobs, sampled with penalties, structured."""
 EWMA = 0.2
 HOST_PLACES = 240  # adapters in host memory beside those in slots; a count is all that vLLM bounds
 
 PINNED: ContextVar[LoRARequest | None] = ContextVar("pinned_adapter", default=None)
 ASKED: ContextVar[str] = ContextVar("asked_model", default="")
-_PATH = re.compile(r"(/[\w.\-]+){2,}")
 
 
 class PinnedAdapters(dict[str, LoRARequest]):
@@ -136,7 +152,7 @@ class VLLMEngine:
         self._app: Any = None
         self.fast: FastPath | None = None
         self._on_death: Callable[[str], None] | None = None
-        self._in_host: set[int] = set()
+        self._adapters: Adapters | None = None
         self._watch: asyncio.Task[None] | None = None
         # The kernel's parent-death signal belongs to the thread that forked: this one lives as long as the process.
         self._boot_thread = ThreadPoolExecutor(1, thread_name_prefix="engine-boot")
@@ -150,6 +166,7 @@ class VLLMEngine:
             raise EngineFailure(f"vLLM did not start: {type(exc).__name__}: {exc}") from exc
         engine = self._engine
         assert engine is not None
+        self._adapters = Adapters(engine)
         tasks = await engine.get_supported_tasks()
         self._app = build_app(self._args, tasks, engine.model_config)
         await init_app_state(engine, self._app.state, self._args, tasks)
@@ -185,39 +202,13 @@ class VLLMEngine:
                 await bridge
             raise
 
-    async def load(self, adapter: Loaded) -> None:
-        assert self._engine is not None
-        if adapter.int_id not in self._in_host:
-            await asyncio.to_thread(_read_through, adapter.folder / WEIGHTS_FILE)  # the engine's own read then finds the page cache
-        request = lora_request(adapter)
-        try:
-            async with asyncio.timeout(UTILITY_TIMEOUT_S):
-                await self._engine.add_lora(request)
-        except TimeoutError as exc:
-            raise EngineFailure(f"add_lora did not answer within {UTILITY_TIMEOUT_S:g} s") from exc
-        except Exception as exc:  # vLLM raises a plain Exception with the engine's words
-            if self._engine.errored:
-                raise EngineFailure("the engine died while it loaded an adapter") from exc
-            await self.unload(adapter)  # a failed load may leave it registered and half in a slot
-            raise InvalidAdapter(f"The engine refused the adapter: {_without_paths(exc)}") from exc
-        self._in_host.add(adapter.int_id)
+    async def prepare(self, adapter: Loaded) -> None:
+        assert self._adapters is not None
+        await self._adapters.prepare(adapter)
 
-    async def demote(self, adapter: Loaded) -> None:
-        assert self._engine is not None
-        try:
-            async with asyncio.timeout(UTILITY_TIMEOUT_S):
-                await self._engine.collective_rpc("loraplex_demote", args=(adapter.int_id,))
-        except Exception as exc:  # as for unload
-            raise EngineFailure(f"an adapter could not leave its slot: {_without_paths(exc)}") from exc
-
-    async def unload(self, adapter: Loaded) -> None:
-        assert self._engine is not None
-        self._in_host.discard(adapter.int_id)
-        try:
-            async with asyncio.timeout(UTILITY_TIMEOUT_S):
-                await self._engine.remove_lora(adapter.int_id)
-        except Exception as exc:  # after a failed removal nobody knows what is in the slots
-            raise EngineFailure(f"remove_lora failed: {_without_paths(exc)}") from exc
+    async def swap(self, swap: Swap) -> Swapped:
+        assert self._adapters is not None
+        return await self._adapters.swap(swap)
 
     def stats(self) -> EngineStats:
         s = Stats.current
@@ -295,12 +286,40 @@ class VLLMEngine:
             self._on_death("EngineCore ended")
 
     async def _warm_up(self) -> None:
-        """The first request with logprobs compiles a kernel inside the step loop, which would stall every stream: let it be ours."""
-        body = b'{"model":"%b","prompt":[1,1],"max_tokens":2,"temperature":0.5,"seed":1,"logprobs":1}' % self._model.model_id.encode()
+        """The first request of each kind compiles kernels inside the step loop, which would stall every stream: let it be ours.
+
+        Bounded in time, and nothing that fails here keeps the worker from serving.
+        """
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(WARM_UP_S):
+                for extra in WARM_UPS:
+                    await self._rehearse(extra, None)
+                if self._args.enable_lora:
+                    await self._rehearse_adapter()
+        except TimeoutError:
+            log.warning("warm-up was cut short", extra={"after_s": WARM_UP_S})
+        log.info("warmed up", extra={"seconds": round(time.monotonic() - started, 1)})
+
+    async def _rehearse_adapter(self) -> None:
+        assert self._adapters is not None
+        adapter = Loaded(AdapterRef(self._model.model_id, "warm-up", "0"), REHEARSAL_ID, Path("/nonexistent"), 1, 0)
+        try:
+            await self._adapters.rehearse(adapter)
+            await self._rehearse({}, adapter)
+            await self._adapters.swap(Swap((), (), (adapter,)))
+        except EngineFailure as exc:
+            log.warning("warm-up without an adapter", extra={"reason": exc.message})
+
+    async def _rehearse(self, extra: dict[str, Any], adapter: Loaded | None) -> None:
+        body = json.dumps({"model": self._model.model_id, "prompt": [1, 1], "max_tokens": 2, **extra}).encode()
         discard = Discard()
-        await self.serve(Call("/v1/completions", "warm-up", body, None), discard)
+        try:
+            await self.serve(Call("/v1/completions", "warm-up", body, adapter), discard)
+        finally:
+            PINNED.set(None)
         if discard.status != 200:
-            log.warning("warm-up request was not answered", extra={"status": discard.status})
+            log.warning("warm-up request was not answered", extra={"status": discard.status, "with": list(extra)})
 
 
 class _Answer:
@@ -390,20 +409,3 @@ def serve_args(model: LLMConfig) -> Any:
 def known_arguments() -> frozenset[str]:
     """The names that `engine_kwargs` may hold: every argument of `vllm serve`."""
     return frozenset(vars(make_arg_parser(FlexibleArgumentParser()).parse_args([])))
-
-
-def lora_request(adapter: Loaded) -> LoRARequest:
-    """Name, id and path are unique per version: vLLM compares by name and keys its prefix cache by (name, path)."""
-    return LoRARequest(
-        lora_name=f"{adapter.ref.base}:{adapter.ref.name}@{adapter.ref.digest}", lora_int_id=adapter.int_id, lora_path=str(adapter.folder)
-    )
-
-
-def _read_through(path: Path) -> None:
-    with path.open("rb") as f:
-        while f.read(1 << 20):
-            pass
-
-
-def _without_paths(exc: Exception) -> str:
-    return _PATH.sub("<path>", str(exc).splitlines()[0] if str(exc) else type(exc).__name__)[:500]

@@ -5,7 +5,12 @@ Each one says what goes wrong without it, is harmless where vLLM is right alread
 
 from __future__ import annotations
 
+import functools
+import json
+from pathlib import Path
 from typing import Any
+
+KERNELS = Path(__file__).parent / "lora_kernels"
 
 
 def apply() -> None:
@@ -13,6 +18,8 @@ def apply() -> None:
 
     if current_platform.is_cpu():
         _base_rows_stay_base()
+    elif current_platform.is_cuda():
+        _lora_kernels_fit_the_gpu()
 
 
 def _base_rows_stay_base() -> None:
@@ -36,3 +43,46 @@ def _base_rows_stay_base() -> None:
     bgmv_shrink.loraplex = True  # type: ignore[attr-defined]
     lora_ops.bgmv_shrink = bgmv_shrink  # the prefill's sgmv_shrink looks it up here
     punica_cpu.bgmv_shrink = bgmv_shrink
+
+
+def _lora_kernels_fit_the_gpu() -> None:
+    """vLLM launches its LoRA kernels with one guess for every GPU, unless VLLM_TUNED_CONFIG_FOLDER has tables for this one, and brings none.
+
+    Ours are made by worker/vllm_tune.py; the user's own folder comes first. (Setting the variable instead would change the kernels of MoE models.)
+    """
+    from vllm.lora.ops.triton_ops import utils
+
+    theirs = utils.load_lora_op_config
+    if getattr(theirs, "loraplex", False) or utils.is_batch_invariant:
+        return
+
+    @functools.lru_cache
+    def load_lora_op_config(op_type: str, add_inputs: bool | None) -> dict[str, Any] | None:
+        import torch
+
+        table: dict[str, Any] | None = theirs(op_type, add_inputs)
+        return table if table is not None else kernel_table(KERNELS, torch.cuda.get_device_name(), op_type, add_inputs)
+
+    load_lora_op_config.loraplex = True  # type: ignore[attr-defined]
+    utils.load_lora_op_config = load_lora_op_config
+
+
+def kernel_table(folder: Path, gpu: str, op: str, add_inputs: bool | None) -> dict[str, Any] | None:
+    """The table of [slots + 1][slices][tokens][k][n] -> launch config for this GPU, if there is one."""
+    path = folder / gpu_file(gpu, op, add_inputs)
+    if not path.exists():
+        return None
+    return {slots: _Nearest(by_slices) for slots, by_slices in json.loads(path.read_text()).items()}
+
+
+def gpu_file(gpu: str, op: str, add_inputs: bool | None) -> str:
+    """vLLM's name for the table of a kernel."""
+    kind = f"EXPAND_{str(add_inputs).upper()}" if op == "expand" else op.upper()
+    return f"{gpu.replace(' ', '_').replace('-', '_')}_{kind}.json"
+
+
+class _Nearest(dict[str, Any]):
+    """vLLM takes the nearest entry at every level of a table but this one, where it would fail: a layer of four slices gets what three have."""
+
+    def __missing__(self, key: str) -> Any:
+        return self[min(self, key=lambda k: abs(int(k) - int(key)))]

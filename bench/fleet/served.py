@@ -74,14 +74,14 @@ def simulated(work: Path, adapters: int, slots: int, slow: float, sequences: int
 
 def real(work: Path, adapters: int, slots: int, shape: str) -> Served:
     """vLLM with dummy weights in a known shape, as in bench.gpu."""
-    from bench.gpu import RANK, engine_arguments, make_adapters, make_model
+    from bench.gpu_servers import RANK, engine_arguments, make_adapters, make_model
 
     model, root = work / f"model-{shape}", work / shape / f"adapters-{adapters}"
     if not (model / "config.json").exists():
         make_model(model, shape)
     if not root.exists():
-        make_adapters(root, adapters, shape)
-    arguments = engine_arguments(shape, slots)
+        make_adapters(root, adapters, shape, cold=0)
+    arguments = engine_arguments(shape, slots, defaults=False)
 
     def entry(name: str, more: dict[str, Any]) -> dict[str, Any]:
         return {

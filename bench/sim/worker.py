@@ -11,8 +11,8 @@ from bench.sim.engine import Engine, Sequence
 from bench.sim.timing import Timing
 from shared import wire
 from shared.adapters import AdapterRef
-from worker.engine import Loaded
-from worker.residency import Fetch, Instruction, Load, Reject, Residency, Start
+from worker.engine import Loaded, Swap
+from worker.residency import Fetch, Instruction, Reject, Residency, Start
 
 LOAD_WEIGHT = 0.3
 """Of the newest load in the moving average, as in worker/agent.py."""
@@ -136,8 +136,8 @@ class SimWorker:
             match instruction:
                 case Fetch(adapter):
                     self._fetch(adapter)
-                case Load():
-                    self._load(instruction)
+                case Swap():
+                    self._swap(instruction)
                 case Start(number, _, came_from):
                     job = self._jobs[number]
                     job.came_from = came_from
@@ -162,28 +162,26 @@ class SimWorker:
         loaded = Loaded(adapter, self._int_id, NOWHERE, self.facts.rank, self.facts.adapter_bytes)
         self._perform(self.residency.fetched(loaded, self._origin.pop(adapter), self._agenda.now))
 
-    def _load(self, load: Load) -> None:
-        for leaving in [*([load.evict] if load.evict else []), *load.drop]:
-            self._perform(self.residency.unloaded(leaving.ref, self._agenda.now))
-        adapter = load.adapter
-        seconds = self._timing.load_from_s(self.residency.came_from(adapter.ref), adapter.size_bytes)
+    def _swap(self, swap: Swap) -> None:
+        seconds = sum(self._timing.load_from_s(self.residency.came_from(a.ref), a.size_bytes) for a in swap.enter)
         asked = self._agenda.now
-        self.engine.load(seconds, lambda: self._loaded(adapter, asked))
+        self.engine.load(seconds, lambda: self._swapped(swap, asked))
 
-    def _loaded(self, adapter: Loaded, asked: float) -> None:
+    def _swapped(self, swap: Swap, asked: float) -> None:
         if not self.alive:
             return
-        origin = self.residency.came_from(adapter.ref)
-        self.tally.loads += 1
-        self.tally.cold_loads += origin is not wire.Tier.CPU
-        if self.on_load is not None:
-            self.on_load(adapter.ref, origin)
-        took = self._agenda.now - asked
-        if origin is wire.Tier.CPU:
-            self._cpu_load_s = _blend(self._cpu_load_s, took)
-        else:
-            self._load_s = _blend(self._load_s, took)
-        self._perform(self.residency.loaded(adapter.ref, self._agenda.now))
+        took = (self._agenda.now - asked) / max(1, len(swap.enter))
+        for adapter in swap.enter:
+            origin = self.residency.came_from(adapter.ref)
+            self.tally.loads += 1
+            self.tally.cold_loads += origin is not wire.Tier.CPU
+            if self.on_load is not None:
+                self.on_load(adapter.ref, origin)
+            if origin is wire.Tier.CPU:
+                self._cpu_load_s = _blend(self._cpu_load_s, took)
+            else:
+                self._load_s = _blend(self._load_s, took)
+        self._perform(self.residency.swapped({}, self._agenda.now))
         self._beat_soon()
 
     def _start(self, job: Job) -> None:

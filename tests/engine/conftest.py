@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest_asyncio
 
 from shared.children import Zygote
 from tests.harness import Cluster, cluster, demo_config
+from worker.__main__ import VLLM_CPU_ENV, VLLM_ENV
 
 HERE = Path(__file__).parent
 
@@ -28,3 +30,14 @@ async def demo(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Asyn
         await c.start_worker("w0")
         await c.start_worker("w1")
         yield c
+
+
+@pytest.fixture(scope="module")
+def vllm_environment() -> Iterator[None]:
+    """What a worker process sets before it imports vLLM; taken back, since other tests start processes of their own."""
+    before = dict(os.environ)
+    for key, value in (VLLM_ENV | VLLM_CPU_ENV | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}).items():
+        os.environ.setdefault(key, value)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -1,4 +1,4 @@
-"""Shell. The engine itself, asked what it holds: adapters that leave a slot are really gone, and a refused one leaves nothing behind."""
+"""Shell. The engine itself, asked what it holds: adapters that leave a slot are really gone, and a refused one leaves nothing behind and harms nobody."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
+from examples.demo.styles import HELD_OUT
 from tests.harness import DEMO, ROOT, demo_config
 
 PROGRAM = """
@@ -18,54 +20,95 @@ from shared.adapters import AdapterRef
 from shared.config import LLMConfig
 from shared.errors import InvalidAdapter
 from worker.__main__ import open_engine
-from worker.engine import Loaded
+from worker.engine import Call, Loaded, Swap
 
-async def main(config, folders):
+class Reply:
+    prompt_tokens = output_tokens = 0
+    def head(self, status, sse, data, end): self.text = json.loads(data)["choices"][0]["message"]["content"] if status == 200 else data.decode()
+    def more(self, data, end): pass
+
+async def main(config, question, pirate, shouting, unfit, gone):
     engine = open_engine(LLMConfig(**config))
     facts = await engine.start()
-    held = lambda: engine._engine.list_loras()
-    loaded = [Loaded(AdapterRef("demo", Path(f).name, "d"), i, Path(f), 8, 0) for i, f in enumerate(folders, 1)]
-    said = {"slots": facts.slots, "start": sorted(await held())}
-    for adapter in loaded[:2]:
-        await engine.load(adapter)
-    said["two"] = sorted(await held())
-    await engine.unload(loaded[0])
-    said["one"] = sorted(await held())
+    folders = [pirate, shouting, unfit, pirate, gone]
+    a, b, bad, c, missing = [Loaded(AdapterRef("demo", f"a{i}", "d"), i, Path(f), 8, 0) for i, f in enumerate(folders, 1)]
+    said = {"slots": facts.slots}
+    async def note(what):
+        said[what] = [sorted(await engine._engine.list_loras()), await engine._engine.collective_rpc("loraplex_slots")]
+    async def text(adapter):
+        messages = [{"role": "user", "content": question}]
+        body = {"model": "demo", "messages": messages, "max_tokens": 40, "temperature": 0}
+        reply = Reply()
+        await engine.serve(Call("/v1/chat/completions", "r", json.dumps(body).encode(), adapter), reply)
+        return reply.text
+    async def swap(*parts):
+        done = await engine.swap(Swap(*parts))
+        assert done.stall_s > 0
+        return {ref.name: exc.message for ref, exc in done.refused.items()}
+    await note("start")
+    said["base"] = await text(None)
+    await asyncio.gather(engine.prepare(a), engine.prepare(b), engine.prepare(bad))
+    await note("prepared")
+    assert not await swap((a, b))
+    await note("two")
+    said["first"] = [await text(a), await text(b)]
+    assert not await swap((), (), (a,))
+    await note("one")
+    said["refused"] = await swap((bad, c))
+    await note("after")
+    said["second"] = [await text(c), await text(b)]
+    said["unprepared"] = await swap((a, missing), (c,), (b,))
+    await note("again")
+    said["third"] = [await text(a)]
+    assert not await swap((c,), (a,))
+    await note("demoted")
+    said["fourth"] = [await text(c)]
     try:
-        await engine.load(loaded[2])
+        await engine.prepare(missing)
     except InvalidAdapter as exc:
-        said["refused"] = exc.message
-    said["after"] = sorted(await held())
-    active = lambda: engine._engine.collective_rpc("loraplex_slots")
-    said["in_slots"] = await active()
-    await engine.demote(loaded[1])
-    said["demoted"] = [sorted(await held()), await active()]
-    await engine.load(loaded[1])
-    said["again"] = [sorted(await held()), await active()]
+        said["missing"] = exc.message
     await engine.stop()
     print(json.dumps(said))
 
-asyncio.run(main(json.loads(sys.argv[1]), sys.argv[2:]))
+asyncio.run(main(json.loads(sys.argv[1]), *sys.argv[2:]))
 """
 
 
-async def test_unloaded_and_refused_adapters_are_really_gone_and_demoted_ones_are_only_out_of_their_slot(tmp_path: Path) -> None:
-    bad = tmp_path / "bad"
-    shutil.copytree(DEMO / "adapters" / "haiku", bad)
+async def hear(tmp_path: Path, **engine: Any) -> dict[str, Any]:
+    unfit = tmp_path / "unfit"
+    shutil.copytree(DEMO / "adapters" / "haiku", unfit)
     # Says rank 8 and has tensors of rank 16: vLLM raises only while it copies them into a slot, and would keep the half-copied adapter.
-    config = json.loads((bad / "adapter_config.json").read_text())
-    (bad / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
-    folders = [str(DEMO / "adapters" / "pirate"), str(DEMO / "adapters" / "shouting"), str(bad)]
-    model = json.dumps(demo_config(max_loras=2, engine={"max_lora_rank": 8})["llm_configs"][0])
+    config = json.loads((unfit / "adapter_config.json").read_text())
+    (unfit / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
+    folders = [str(DEMO / "adapters" / "pirate"), str(DEMO / "adapters" / "shouting"), str(unfit), str(tmp_path / "no" / "such")]
+    model = json.dumps(demo_config(max_loras=2, engine={"max_lora_rank": 8, **engine})["llm_configs"][0])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    argv = [sys.executable, "-c", PROGRAM, model, *folders]
+    argv = [sys.executable, "-c", PROGRAM, model, HELD_OUT[0], *folders]
     process = await asyncio.create_subprocess_exec(*argv, stdout=-1, stderr=-1, env=env, cwd=ROOT)
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(180):
         out, err = await process.communicate()
     assert process.returncode == 0, err.decode()[-3000:]
-    said = json.loads(out.decode().splitlines()[-1])
-    assert said["slots"] == 2 and said["start"] == []
-    assert said["two"] == [1, 2] and said["one"] == [2]
-    assert said["in_slots"] == [[2]]
-    assert said["demoted"] == [[2], [[]]] and said["again"] == [[2], [[2]]]
-    assert said["after"] == [2] and str(tmp_path) not in said["refused"]
+    said: dict[str, Any] = json.loads(out.decode().splitlines()[-1])
+    return said
+
+
+def check(said: dict[str, Any], tmp_path: Path, ranks: int = 1) -> None:
+    assert said["slots"] == 2 and said["start"] == [[], [[]] * ranks]
+    assert said["prepared"] == [[], [[]] * ranks], "prepared beside the slots"
+    assert said["two"] == [[1, 2], [[1, 2]] * ranks] and said["one"] == [[2], [[2]] * ranks]
+    assert said["after"] == [[2, 4], [[4, 2]] * ranks], "the refused adapter left its slot to the next, and the other stayed"
+    assert list(said["refused"]) == ["a3"] and list(said["unprepared"]) == ["a5"]
+    assert said["again"] == [[1, 4], [[1]] * ranks] and said["demoted"] == [[1, 4], [[4]] * ranks]
+    pirate, shouting = said["first"]
+    assert len({pirate, shouting, said["base"]}) == 3
+    assert said["second"] == [pirate, shouting], "what the refused adapter half wrote was not wiped out of the slot"
+    assert said["third"] == [pirate] and said["fourth"] == [pirate]
+    assert all(str(tmp_path) not in words for words in (said["missing"], *said["refused"].values(), *said["unprepared"].values()))
+
+
+async def test_one_swap_moves_several_adapters_and_a_refused_one_leaves_nothing_and_harms_nobody(tmp_path: Path) -> None:
+    check(await hear(tmp_path), tmp_path)
+
+
+async def test_two_ranks_swap_alike(tmp_path: Path) -> None:
+    check(await hear(tmp_path, tensor_parallel_size=2), tmp_path, ranks=2)

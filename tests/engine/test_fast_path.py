@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-import os
 import random
 import re
 import signal
@@ -22,8 +21,7 @@ from shared.adapters import AdapterRef
 from shared.errors import EngineFailure
 from shared.process import read_settings
 from tests.harness import DEMO, demo_config
-from worker.__main__ import VLLM_CPU_ENV, VLLM_ENV
-from worker.engine import Call, Loaded
+from worker.engine import Call, Loaded, Swap
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 PROMPT = "Tell me about the sea."
@@ -53,17 +51,6 @@ class Written:
 
 
 # ---- from the same engine output, token by token ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def vllm_environment() -> AsyncIterator[None]:
-    """What a worker process sets before it imports vLLM; taken back, since other tests start processes of their own."""
-    before = dict(os.environ)
-    for key, value in (VLLM_ENV | VLLM_CPU_ENV | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}).items():
-        os.environ.setdefault(key, value)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +230,8 @@ async def engine(vllm_environment: None, tmp_path_factory: pytest.TempPathFactor
     engine = VLLMEngine(read_settings(str(config)).models[0])
     await engine.start()
     for adapter in ADAPTERS.values():
-        await engine.load(adapter)
+        await engine.prepare(adapter)
+        assert not (await engine.swap(Swap((adapter,)))).refused
     yield engine
     await engine.stop()
 

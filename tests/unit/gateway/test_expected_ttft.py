@@ -11,6 +11,7 @@ from gateway.fleet import Fleet
 from gateway.placement import BOUND, FLOOR
 from gateway.routing import Ask, Blocked, Choice, Decision, Reason, Wait
 from gateway.slots import AGE_BOUND_S, HELD_AGE_S
+from gateway.worker import LINE_PER_SLOT
 from shared.adapters import AdapterRef
 from shared.wire import AdapterState, Heartbeat, Tier, WorkerState
 
@@ -56,6 +57,10 @@ class Room:
             self.fleet.reserve(decision.worker, self.sid, ref, ask.prompt_tokens)
             self.policy.sent(ask, decision, self.now)
         return decision
+
+    def taken(self) -> None:
+        """One more worker, with no slot to give: the others are not alone."""
+        self.worker("taken", on("somebody", in_flight=1), running=1, yours=0, slots=1)
 
     def to(self, ref: AdapterRef | None, **more: object) -> tuple[str, Reason]:
         decision = self.send(ref, **more)
@@ -232,6 +237,7 @@ def test_a_full_holder_is_passed_by(room: Room) -> None:
 
 def test_an_adapter_beyond_the_slots_waits_and_those_in_flight_pass_it(room: Room) -> None:
     room.worker("w0", slots=2)
+    room.taken()
     room.to(PIRATE)
     room.to(HAIKU)
     waiting = room.send(adapter("third"))
@@ -241,8 +247,25 @@ def test_an_adapter_beyond_the_slots_waits_and_those_in_flight_pass_it(room: Roo
     assert room.to(adapter("third")) == ("w0", Reason.COLD)
 
 
+def test_a_worker_that_is_alone_keeps_a_line_of_its_own_until_it_gets_company(room: Room) -> None:
+    room.worker("w0", slots=1)
+    for number in range(1 + LINE_PER_SLOT):
+        assert room.to(adapter(f"a{number}")) == ("w0", Reason.COLD)
+    assert isinstance(room.send(PIRATE), Wait), "the line is full"
+    room.fleet.release(1)
+    assert room.to(PIRATE) == ("w0", Reason.COLD)
+    room.fleet.release(2)
+    room.worker("w1", slots=1)
+    assert room.to(HAIKU)[0] == "w1"
+    assert isinstance(room.send(adapter("late")), Wait)
+    lost = next(w for w in room.fleet.routable("tiny") if w.id == "w1")
+    room.fleet.unreachable(lost.id, lost.beat.epoch)
+    assert room.to(adapter("late"))[0] == "w0"
+
+
 def test_adapters_in_flight_for_other_gateways_hold_their_slots(room: Room) -> None:
     room.worker("w0", on("a", in_flight=1), on("b", in_flight=2), running=3, yours=0, slots=2)
+    room.taken()
     assert isinstance(room.send(PIRATE), Wait)
     assert room.to(adapter("a"))[1] is Reason.RESIDENT
 
@@ -259,6 +282,7 @@ def test_a_request_waits_a_moment_for_a_slot_where_its_weights_are_cached_then_g
 
 def test_a_request_older_than_the_age_bound_closes_the_emptiest_slot_and_gets_it(room: Room) -> None:
     room.worker("w0", slots=2)
+    room.taken()
     for _ in range(3):
         room.to(PIRATE)
     room.to(HAIKU)  # sid 4, alone
@@ -281,6 +305,7 @@ def test_a_request_older_than_the_age_bound_closes_the_emptiest_slot_and_gets_it
 
 def test_a_claim_ends_with_the_request_that_made_it(room: Room) -> None:
     room.worker("w0", slots=1)
+    room.taken()
     room.to(PIRATE)
     old = room.ask(HAIKU)
     room.now = AGE_BOUND_S

@@ -9,21 +9,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from shared.adapters import AdapterRef
 from shared.wire import Tier
-from worker.engine import Loaded
-from worker.residency import (
-    FAILED_FOR_S,
-    MAX_FAILED,
-    SLOT_PATIENCE_S,
-    Fetch,
-    Instruction,
-    Load,
-    Reject,
-    Residency,
-    Stage,
-    Start,
-    Tended,
-    Unload,
-)
+from worker import residency as module
+from worker.engine import Loaded, Swap
+from worker.residency import FAILED_FOR_S, MAX_FAILED, SLOT_PATIENCE_S, Failure, Fetch, Instruction, Reject, Residency, Stage, Start, Tended
 
 A, B, C, D, E = (AdapterRef("tiny", name, "d") for name in "abcde")
 
@@ -35,8 +23,8 @@ def on_disk(adapter: AdapterRef) -> Loaded:
 def resident(residency: Residency, request: int, adapter: AdapterRef, now: float = 0.0) -> None:
     """Brings the adapter into a slot for a request that keeps running."""
     assert residency.want(request, adapter, now) == [Fetch(adapter)]
-    assert residency.fetched(on_disk(adapter), Tier.REMOTE, now) == [Load(on_disk(adapter), None)]
-    assert residency.loaded(adapter, now) == [Start(request, on_disk(adapter), Tier.REMOTE)]
+    assert residency.fetched(on_disk(adapter), Tier.REMOTE, now) == [Swap((on_disk(adapter),))]
+    assert residency.swapped({}, now) == [Start(request, on_disk(adapter), Tier.REMOTE)]
 
 
 def in_line(residency: Residency, request: int, adapter: AdapterRef, now: float = 0.0) -> None:
@@ -63,20 +51,43 @@ def test_requests_that_come_while_the_adapter_is_on_its_way_share_one_fetch_and_
     residency = Residency(1)
     assert residency.want(1, A, 0.0) == [Fetch(A)]
     assert residency.want(2, A, 0.0) == []
-    assert residency.fetched(on_disk(A), Tier.DISK, 0.0) == [Load(on_disk(A), None)]
+    assert residency.fetched(on_disk(A), Tier.DISK, 0.0) == [Swap((on_disk(A),))]
     assert residency.want(3, A, 0.0) == []
     assert residency.waiting == 3
-    assert residency.loaded(A, 0.0) == [Start(r, on_disk(A), Tier.DISK) for r in (1, 2, 3)]
+    assert residency.swapped({}, 0.0) == [Start(r, on_disk(A), Tier.DISK) for r in (1, 2, 3)]
 
 
-def test_fetches_run_side_by_side_and_loads_one_after_the_other() -> None:
+def test_fetches_run_side_by_side_and_what_comes_during_a_swap_enters_together_with_the_next() -> None:
     residency = Residency(3)
     assert [residency.want(i, ref, 0.0) for i, ref in enumerate((A, B, C))] == [[Fetch(A)], [Fetch(B)], [Fetch(C)]]
-    assert residency.fetched(on_disk(B), Tier.REMOTE, 0.0) == [Load(on_disk(B), None)]
+    assert residency.fetched(on_disk(B), Tier.REMOTE, 0.0) == [Swap((on_disk(B),))]
     assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == []
     assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == []
-    assert residency.loaded(B, 0.0) == [Start(1, on_disk(B), Tier.REMOTE), Load(on_disk(C), None)]
-    assert residency.loaded(C, 0.0) == [Start(2, on_disk(C), Tier.REMOTE), Load(on_disk(A), None)]
+    assert residency.swapped({}, 0.0) == [Start(1, on_disk(B), Tier.REMOTE), Swap((on_disk(C), on_disk(A)))]
+    assert residency.swapped({}, 0.0) == [Start(2, on_disk(C), Tier.REMOTE), Start(0, on_disk(A), Tier.REMOTE)]
+
+
+def test_an_adapter_on_its_way_in_is_no_victim_of_the_same_swap() -> None:
+    residency = Residency(2)
+    resident(residency, 1, A)
+    resident(residency, 2, B)
+    in_line(residency, 3, C)
+    in_line(residency, 4, D)
+    assert residency.finish(1, 0.0) == [Swap((on_disk(C),), (), (on_disk(A),))]
+    residency.swapped({}, 0.0)
+    assert residency.finish(2, 0.0) == [Swap((on_disk(D),), (), (on_disk(B),))]
+
+
+def test_slots_that_become_free_during_a_swap_are_given_by_the_next_one() -> None:
+    residency = Residency(3, 9)
+    for number, ref in enumerate((A, B, C)):
+        resident(residency, number, ref)
+    in_line(residency, 3, D)
+    in_line(residency, 4, E)
+    assert residency.finish(0, 0.0) == [Swap((on_disk(D),), (on_disk(A),))]
+    assert residency.want(5, A, 0.0) == [] and residency.finish(1, 0.0) == [] and residency.finish(2, 0.0) == []
+    both = Swap((on_disk(E), on_disk(A)), (on_disk(B), on_disk(C)))
+    assert residency.swapped({}, 0.0) == [Start(3, on_disk(D), Tier.REMOTE), both]
 
 
 def test_the_idle_adapter_that_was_used_longest_ago_makes_room_and_is_named() -> None:
@@ -88,14 +99,14 @@ def test_the_idle_adapter_that_was_used_longest_ago_makes_room_and_is_named() ->
     residency.want(3, A, 0.0)
     residency.finish(3, 0.0)
     assert residency.want(4, C, 0.0) == [Fetch(C)]
-    assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == [Load(on_disk(C), on_disk(B))]
+    assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == [Swap((on_disk(C),), (), (on_disk(B),))]
 
 
 def test_an_adapter_with_a_running_request_is_not_evicted_and_its_end_makes_room() -> None:
     residency = Residency(1)
     resident(residency, 1, A)
     in_line(residency, 2, B)
-    assert residency.finish(1, 0.0) == [Load(on_disk(B), on_disk(A))]
+    assert residency.finish(1, 0.0) == [Swap((on_disk(B),), (), (on_disk(A),))]
 
 
 def test_a_request_that_leaves_the_line_takes_its_adapter_with_it() -> None:
@@ -104,16 +115,28 @@ def test_a_request_that_leaves_the_line_takes_its_adapter_with_it() -> None:
     in_line(residency, 2, B)
     in_line(residency, 3, C)
     assert residency.finish(2, 0.0) == []
-    assert stage(residency, B) is None
-    assert residency.finish(1, 0.0) == [Load(on_disk(C), on_disk(A))]
+    assert stage(residency, B) is Stage.WARM
+    assert residency.finish(1, 0.0) == [Swap((on_disk(C),), (), (on_disk(B), on_disk(A)))]
 
 
-def test_a_request_that_leaves_during_the_fetch_leaves_nothing_to_load() -> None:
+def test_a_request_that_leaves_during_the_fetch_leaves_it_warm() -> None:
     residency = Residency(1)
     residency.want(1, A, 0.0)
     assert residency.finish(1, 0.0) == []
     assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == []
-    assert stage(residency, A) is None and residency.want(2, A, 0.0) == [Fetch(A)]
+    assert stage(residency, A) is Stage.WARM and residency.want(2, A, 0.0) == [Swap((on_disk(A),))]
+
+
+def test_what_nobody_came_for_does_not_outgrow_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WARM_BYTES", 2000)
+    residency = Residency(1, 9)
+    for number, ref in enumerate((A, B, C)):
+        residency.want(number, ref, 0.0)
+        residency.finish(number, 0.0)
+    assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == residency.fetched(on_disk(B), Tier.REMOTE, 0.0) == []
+    assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == [Swap((), (), (on_disk(A),))]
+    assert residency.want(4, A, 0.0) == [], "it is on its way out"
+    assert residency.swapped({}, 0.0) == [Fetch(A)]
 
 
 def test_a_request_that_leaves_during_the_load_is_not_started() -> None:
@@ -121,7 +144,7 @@ def test_a_request_that_leaves_during_the_load_is_not_started() -> None:
     residency.want(1, A, 0.0)
     residency.fetched(on_disk(A), Tier.REMOTE, 0.0)
     assert residency.finish(1, 0.0) == []
-    assert residency.loaded(A, 0.0) == []
+    assert residency.swapped({}, 0.0) == []
     assert stage(residency, A) is Stage.RESIDENT
 
 
@@ -141,14 +164,12 @@ def test_requests_for_a_victim_wait_in_line_behind_those_who_were_there_before()
     in_line(residency, 3, C)
     residency.finish(1, 0.0)
     assert residency.want(4, A, 0.0) == []
-    assert residency.unloaded(A, 0.0) == []
-    assert residency.loaded(B, 0.0) == [Start(2, on_disk(B), Tier.REMOTE)]
-    assert residency.finish(2, 0.0) == [Load(on_disk(C), on_disk(B))]
-    residency.unloaded(B, 0.0)
-    residency.loaded(C, 0.0)
-    assert residency.finish(3, 0.0) == [Load(on_disk(A), on_disk(C))]
-    residency.unloaded(C, 0.0)
-    assert residency.loaded(A, 0.0) == [Start(4, on_disk(A), Tier.DISK)]
+    assert residency.swapped({}, 0.0) == [Fetch(A), Start(2, on_disk(B), Tier.REMOTE)]
+    assert residency.fetched(on_disk(A), Tier.DISK, 0.0) == []
+    assert residency.finish(2, 0.0) == [Swap((on_disk(C),), (), (on_disk(B),))]
+    residency.swapped({}, 0.0)
+    assert residency.finish(3, 0.0) == [Swap((on_disk(A),), (), (on_disk(C),))]
+    assert residency.swapped({}, 0.0) == [Start(4, on_disk(A), Tier.DISK)]
 
 
 # ---- failures ---------------------------------------------------------------------------------------------------------------------------
@@ -158,7 +179,7 @@ def test_a_failed_fetch_is_told_to_all_who_wait_and_not_tried_again_before_its_t
     residency = Residency(1)
     residency.want(1, A, 0.0)
     residency.want(2, A, 0.0)
-    told = residency.failed(A, "store_unavailable", "down", True, 10.0)
+    told = residency.failed(A, Failure("store_unavailable", "down", True), 10.0)
     assert told == [Reject(r, "store_unavailable", "down", True) for r in (1, 2)]
     almost = 10.0 + FAILED_FOR_S - 0.001
     assert residency.want(3, A, almost) == [Reject(3, "store_unavailable", "down", True)]
@@ -171,9 +192,9 @@ def test_a_failed_load_gives_its_slot_to_the_next_in_line() -> None:
     residency.want(1, A, 0.0)
     residency.fetched(on_disk(A), Tier.REMOTE, 0.0)
     in_line(residency, 2, B)
-    assert residency.failed(A, "invalid_adapter", "rank", False, 0.0) == [
+    assert residency.swapped({A: Failure("invalid_adapter", "rank", False)}, 0.0) == [
         Reject(1, "invalid_adapter", "rank", False),
-        Load(on_disk(B), None),
+        Swap((on_disk(B),)),
     ]
 
 
@@ -182,18 +203,17 @@ def test_a_failed_load_after_an_eviction_leaves_a_free_slot() -> None:
     resident(residency, 1, A)
     residency.finish(1, 0.0)
     residency.want(2, B, 0.0)
-    assert residency.fetched(on_disk(B), Tier.REMOTE, 0.0) == [Load(on_disk(B), on_disk(A))]
-    residency.unloaded(A, 0.0)
-    assert residency.failed(B, "invalid_adapter", "rank", False, 0.0) == [Reject(2, "invalid_adapter", "rank", False)]
+    assert residency.fetched(on_disk(B), Tier.REMOTE, 0.0) == [Swap((on_disk(B),), (), (on_disk(A),))]
+    assert residency.swapped({B: Failure("invalid_adapter", "rank", False)}, 0.0) == [Reject(2, "invalid_adapter", "rank", False)]
     assert len(residency.slots) == 0
     assert residency.want(3, A, 0.0) == [Fetch(A)]
-    assert residency.fetched(on_disk(A), Tier.DISK, 0.0) == [Load(on_disk(A), None)]
+    assert residency.fetched(on_disk(A), Tier.DISK, 0.0) == [Swap((on_disk(A),))]
 
 
 def test_a_failure_of_one_version_is_none_of_another() -> None:
     residency = Residency(1)
     residency.want(1, A, 0.0)
-    residency.failed(A, "invalid_adapter", "rank", False, 0.0)
+    residency.failed(A, Failure("invalid_adapter", "rank", False), 0.0)
     newer = AdapterRef("tiny", "a", "d2")
     assert residency.want(2, newer, 0.0) == [Fetch(newer)]
 
@@ -203,7 +223,7 @@ def test_the_memory_of_failures_is_bounded_and_forgets_the_oldest() -> None:
     refs = [AdapterRef("tiny", f"x{i}", "d") for i in range(MAX_FAILED + 1)]
     for i, ref in enumerate(refs):
         residency.want(i, ref, 0.0)
-        residency.failed(ref, "invalid_adapter", "rank", False, 0.0)
+        residency.failed(ref, Failure("invalid_adapter", "rank", False), 0.0)
     assert len(residency._failed) == MAX_FAILED
     assert residency.want(-1, refs[0], 0.0) == [Fetch(refs[0])]
     assert isinstance(residency.want(-2, refs[1], 0.0)[0], Reject)
@@ -234,10 +254,10 @@ def test_a_closing_adapter_lets_nobody_new_in_and_goes_with_its_last_request() -
     residency.tick(SLOT_PATIENCE_S)
     assert residency.want(4, A, SLOT_PATIENCE_S) == []
     assert residency.finish(1, 3.0) == []
-    assert residency.finish(3, 3.0) == [Load(on_disk(B), on_disk(A))]
-    residency.unloaded(A, 3.0)
-    assert residency.loaded(B, 3.0) == [Start(2, on_disk(B), Tier.REMOTE)]
-    assert residency.finish(2, 3.0) == [Load(on_disk(A), on_disk(B))]
+    assert residency.finish(3, 3.0) == [Swap((on_disk(B),), (), (on_disk(A),))]
+    assert residency.swapped({}, 3.0) == [Fetch(A), Start(2, on_disk(B), Tier.REMOTE)]
+    assert residency.fetched(on_disk(A), Tier.DISK, 3.0) == []
+    assert residency.finish(2, 3.0) == [Swap((on_disk(A),), (), (on_disk(B),))]
 
 
 def test_a_closing_adapter_reopens_and_its_waiters_start_when_the_line_empties() -> None:
@@ -257,21 +277,52 @@ def test_a_closing_adapter_reopens_when_another_slot_served_the_line() -> None:
     residency.tick(SLOT_PATIENCE_S)
     assert stage(residency, A) is Stage.CLOSING
     assert residency.want(4, A, 2.0) == []
-    assert residency.finish(2, 2.0) == [Load(on_disk(C), on_disk(B))]
-    residency.unloaded(B, 2.0)
-    assert residency.loaded(C, 2.0) == [Start(3, on_disk(C), Tier.REMOTE), Start(4, on_disk(A), Tier.GPU)]
+    assert residency.finish(2, 2.0) == [Start(4, on_disk(A), Tier.GPU), Swap((on_disk(C),), (), (on_disk(B),))]
+    assert residency.swapped({}, 2.0) == [Start(3, on_disk(C), Tier.REMOTE)]
 
 
-def test_only_one_slot_closes_at_a_time_and_it_is_the_one_longest_without_a_new_request() -> None:
+def test_no_more_slots_close_than_adapters_wait_too_long_and_first_the_one_longest_without_a_new_request() -> None:
     residency = Residency(2)
     resident(residency, 1, A)
     resident(residency, 2, B)
     residency.want(3, A, 0.0)
     in_line(residency, 4, C)
-    in_line(residency, 5, D)
-    for now in (2.0, 3.0, 10.0):
+    in_line(residency, 5, D, 0.75)
+    for now in (1.0, 1.7):
         residency.tick(now)
     assert (stage(residency, A), stage(residency, B)) == (Stage.RESIDENT, Stage.CLOSING)
+    residency.tick(1.75)
+    assert stage(residency, A) is Stage.CLOSING
+    assert residency.finish(5, 3.0) == []
+    assert sum(stage(residency, a) is Stage.CLOSING for a in (A, B)) == 1, "one more closes than wait"
+
+
+def test_of_two_in_line_the_older_goes_first_unless_enough_requests_wait_for_the_other() -> None:
+    for company, first in ((1, C), (4, D)):
+        residency = Residency(1)
+        resident(residency, 1, A)
+        in_line(residency, 2, C)
+        in_line(residency, 3, D, 0.3)
+        for number in range(4, 3 + company):
+            residency.want(number, D, 0.3)
+        swaps = residency.finish(1, 1.0)
+        assert [s.enter for s in swaps if isinstance(s, Swap)] == [(on_disk(first),)]
+
+
+def test_a_request_for_a_closed_adapter_keeps_its_age_in_line() -> None:
+    residency = Residency(2, 9)
+    resident(residency, 1, A)
+    resident(residency, 2, B)
+    in_line(residency, 3, C)
+    in_line(residency, 4, D)
+    residency.tick(SLOT_PATIENCE_S)
+    residency.want(5, A, 1.0)
+    residency.finish(1, 2.0)
+    residency.swapped({}, 2.0)
+    in_line(residency, 6, E, 1.5)
+    assert residency.finish(2, 3.0) == [Swap((on_disk(D),), (on_disk(B),))]
+    residency.swapped({}, 3.0)
+    assert residency.finish(4, 4.0) == [Swap((on_disk(A),), (on_disk(D),))]
 
 
 def test_a_pinned_adapter_never_closes() -> None:
@@ -297,15 +348,17 @@ def test_what_is_only_to_be_cached_is_fetched_and_takes_no_slot() -> None:
     assert residency.cache(-1, A, 0.0) == [Fetch(A)]
     assert residency.cache(-2, A, 0.0) == []
     assert [(s.tier, s.loading, s.in_flight) for s in residency.states(0.0, 1.0)] == [(Tier.REMOTE, False, 0)]
-    assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == [Tended(-1), Tended(-2)]
-    assert len(residency.slots) == 0 and stage(residency, A) is None
+    assert residency.cached(A, 0.0) == [Tended(-1), Tended(-2)]
+    assert len(residency.slots) == 0 and A not in residency.adapters()
 
 
 def test_a_request_that_comes_while_its_adapter_is_being_cached_shares_the_fetch() -> None:
     residency = Residency(1)
     residency.cache(-1, A, 0.0)
     assert residency.want(2, A, 0.0) == []
-    assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == [Tended(-1), Load(on_disk(A), None)]
+    assert residency.cached(A, 0.0) == [Tended(-1)]
+    assert residency.cache(-3, A, 0.0) == []
+    assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == [Tended(-3), Swap((on_disk(A),))]
 
 
 def test_what_is_in_the_engine_is_cached_already_and_what_failed_is_refused() -> None:
@@ -313,7 +366,7 @@ def test_what_is_in_the_engine_is_cached_already_and_what_failed_is_refused() ->
     resident(residency, 1, A)
     assert residency.cache(-1, A, 0.0) == [Tended(-1)]
     residency.cache(-2, B, 0.0)
-    assert residency.failed(B, "invalid_adapter", "no", False, 0.0) == [Reject(-2, "invalid_adapter", "no", False)]
+    assert residency.failed(B, Failure("invalid_adapter", "no", False), 0.0) == [Reject(-2, "invalid_adapter", "no", False)]
     assert residency.cache(-3, B, 0.0) == [Reject(-3, "invalid_adapter", "no", False)]
 
 
@@ -321,10 +374,10 @@ def test_an_idle_adapter_that_is_evicted_leaves_at_once_and_its_slot_goes_to_the
     residency = Residency(1, 4)
     resident(residency, 1, A)
     residency.finish(1, 0.0)
-    assert residency.evict(-1, A, 0.0) == [Unload(on_disk(A))]
+    assert residency.evict(-1, A, 0.0) == [Swap((), (), (on_disk(A),))]
     assert len(residency.slots) == 0
     assert residency.states(0.0, 1.0) == ()
-    assert residency.unloaded(A, 0.0) == [Tended(-1)]
+    assert residency.swapped({}, 0.0) == [Tended(-1)]
     assert stage(residency, A) is None
 
 
@@ -334,10 +387,10 @@ def test_an_adapter_in_host_memory_that_is_evicted_leaves_it() -> None:
     residency.finish(1, 0.0)
     residency.want(2, B, 0.0)
     residency.fetched(on_disk(B), Tier.REMOTE, 0.0)
-    residency.loaded(B, 0.0)
+    residency.swapped({}, 0.0)
     assert stage(residency, A) is Stage.WARM
-    assert residency.evict(-1, A, 0.0) == [Unload(on_disk(A))]
-    assert residency.unloaded(A, 0.0) == [Tended(-1)]
+    assert residency.evict(-1, A, 0.0) == [Swap((), (), (on_disk(A),))]
+    assert residency.swapped({}, 0.0) == [Tended(-1)]
     assert {s.name for s in residency.states(0.0, 1.0)} == {"b"}
 
 
@@ -346,17 +399,15 @@ def test_an_adapter_that_was_evicted_from_host_memory_is_not_asked_to_leave_it_a
     for number, ref in enumerate((A, B), 1):
         residency.want(number, ref, 0.0)
         residency.fetched(on_disk(ref), Tier.REMOTE, 0.0)
-        residency.loaded(ref, 0.0)
+        residency.swapped({}, 0.0)
         residency.finish(number, 0.0)
     residency.evict(-1, A, 0.0)
-    residency.unloaded(A, 0.0)
+    residency.swapped({}, 0.0)
     for number, ref, drop in ((3, C, ()), (4, D, (on_disk(B),))):
         residency.want(number, ref, 0.0)
-        [load] = residency.fetched(on_disk(ref), Tier.REMOTE, 0.0)
-        assert isinstance(load, Load) and load.drop == drop
-        for gone in drop:
-            residency.unloaded(gone.ref, 0.0)
-        residency.loaded(ref, 0.0)
+        [swap] = residency.fetched(on_disk(ref), Tier.REMOTE, 0.0)
+        assert isinstance(swap, Swap) and swap.unload == drop
+        residency.swapped({}, 0.0)
         residency.finish(number, 0.0)
 
 
@@ -366,9 +417,9 @@ def test_an_evicted_adapter_in_flight_leaves_with_its_last_request_and_serves_th
     assert residency.evict(-1, A, 0.0) == []
     assert residency.want(2, A, 0.0) == [Start(2, on_disk(A), Tier.GPU)]
     assert residency.finish(1, 0.0) == []
-    assert residency.finish(2, 0.0) == [Unload(on_disk(A))]
+    assert residency.finish(2, 0.0) == [Swap((), (), (on_disk(A),))]
     assert residency.want(3, A, 0.0) == []
-    assert residency.unloaded(A, 0.0) == [Tended(-1), Load(on_disk(A), None)]
+    assert residency.swapped({}, 0.0) == [Tended(-1), Fetch(A)]
 
 
 def test_an_adapter_that_is_not_here_is_evicted_already_and_one_on_its_way_once_nobody_uses_it() -> None:
@@ -376,7 +427,7 @@ def test_an_adapter_that_is_not_here_is_evicted_already_and_one_on_its_way_once_
     assert residency.evict(-1, A, 0.0) == [Tended(-1)]
     residency.want(1, A, 0.0)
     assert residency.evict(-2, A, 0.0) == []
-    assert residency.failed(A, "store_unavailable", "down", True, 0.0) == [
+    assert residency.failed(A, Failure("store_unavailable", "down", True), 0.0) == [
         Reject(1, "store_unavailable", "down", True),
         Tended(-2),
     ]
@@ -390,9 +441,40 @@ def test_a_pinned_adapter_makes_no_room_and_an_evicted_one_is_pinned_no_longer()
     resident(residency, 2, B)
     residency.finish(2, 0.0)
     residency.want(3, C, 0.0)
-    assert residency.fetched(on_disk(C), Tier.DISK, 0.0) == [Load(on_disk(C), on_disk(B))]
-    assert residency.evict(-1, A, 0.0) == [Unload(on_disk(A))]
-    assert not residency.slots.pinned(A)
+    assert residency.fetched(on_disk(C), Tier.DISK, 0.0) == [Swap((on_disk(C),), (), (on_disk(B),))]
+    assert residency.evict(-1, A, 0.0) == [] and not residency.slots.pinned(A)
+    assert residency.swapped({}, 0.0) == [Start(3, on_disk(C), Tier.DISK), Swap((), (), (on_disk(A),))]
+    assert residency.swapped({}, 0.0) == [Tended(-1)]
+
+
+def test_an_idle_adapter_that_is_pinned_no_longer_makes_room_at_once_for_those_in_line() -> None:
+    newer = AdapterRef("tiny", "a", "d2")
+    for unpin in (lambda r: r.unpin(A, 1.0), lambda r: r.pin(newer, 1.0)):
+        residency = Residency(3, 9)
+        for number, ref in enumerate((A, B, newer)):
+            resident(residency, number, ref)
+        residency.slots.pin(A)
+        residency.finish(0, 0.0)
+        in_line(residency, 3, C)
+        assert unpin(residency) == [Swap((on_disk(C),), (on_disk(A),))]
+
+
+def test_what_is_evicted_leaves_in_the_same_swap_in_which_its_slot_is_given() -> None:
+    residency = Residency(2, 9)
+    resident(residency, 1, A)
+    resident(residency, 2, B)
+    in_line(residency, 3, C)
+    assert residency.evict(-1, A, 0.0) == []
+    assert residency.finish(1, 0.0) == [Swap((on_disk(C),), (), (on_disk(A),))]
+    assert residency.swapped({}, 0.0) == [Tended(-1), Start(3, on_disk(C), Tier.REMOTE)]
+
+
+def test_an_evicted_adapter_that_was_closing_is_counted_as_closing_no_longer() -> None:
+    residency = starving()
+    residency.tick(SLOT_PATIENCE_S)
+    residency.evict(-1, A, 2.0)
+    assert residency.finish(1, 2.0) == [Swap((on_disk(B),), (), (on_disk(A),))]
+    assert not residency._closing
 
 
 # ---- heartbeats -------------------------------------------------------------------------------------------------------------------------
@@ -406,7 +488,7 @@ def test_what_a_beat_says_of_each_stage() -> None:
     residency.want(4, C, 1.0)
     states = {s.name: s for s in residency.states(1.5, load_s=2.0)}
     assert (states["a"].tier, states["a"].loading, states["a"].in_flight, states["a"].eta_s) == (Tier.GPU, False, 2, 0.0)
-    assert (states["b"].tier, states["b"].loading, states["b"].in_flight, states["b"].eta_s) == (Tier.DISK, True, 1, 1.5)
+    assert (states["b"].tier, states["b"].loading, states["b"].in_flight, states["b"].eta_s) == (Tier.CPU, True, 1, 1.5)
     assert (states["c"].tier, states["c"].loading, states["c"].rank) == (Tier.REMOTE, True, 0)
     residency.finish(1, 2.0)
     residency.finish(2, 2.0)
@@ -418,12 +500,12 @@ def test_a_victim_stays_in_host_memory_while_there_is_a_place_and_the_coldest_go
     resident(residency, 1, A)
     residency.finish(1, 0.0)
     assert residency.want(2, B, 0.0) == [Fetch(B)]
-    assert residency.fetched(on_disk(B), Tier.REMOTE, 0.0) == [Load(on_disk(B), None, on_disk(A))]
-    residency.loaded(B, 0.0)
+    assert residency.fetched(on_disk(B), Tier.REMOTE, 0.0) == [Swap((on_disk(B),), (on_disk(A),))]
+    residency.swapped({}, 0.0)
     assert {s.name: s.tier for s in residency.states(0.0, 1.0)} == {"a": Tier.CPU, "b": Tier.GPU}
     residency.finish(2, 0.0)
     residency.want(3, C, 0.0)
-    assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == [Load(on_disk(C), None, on_disk(B), (on_disk(A),))]
+    assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == [Swap((on_disk(C),), (on_disk(B),), (on_disk(A),))]
 
 
 def test_one_request_for_another_does_not_cost_an_often_used_adapter_its_place_in_host_memory() -> None:
@@ -432,9 +514,9 @@ def test_one_request_for_another_does_not_cost_an_often_used_adapter_its_place_i
         now = float(request)
         residency.want(request, adapter, now)
         dropped = residency.fetched(on_disk(adapter), Tier.REMOTE, now) if request == 0 or adapter != A else []
-        residency.loaded(adapter, now) if request == 0 or adapter != A else None
+        residency.swapped({}, now) if request == 0 or adapter != A else None
         residency.finish(request, now)
-    assert dropped == [Load(on_disk(D), None, on_disk(C), (on_disk(B),))], "B was used later than A, but only once"
+    assert dropped == [Swap((on_disk(D),), (on_disk(C),), (on_disk(B),))], "B was used later than A, but only once"
 
 
 def test_a_warm_adapter_is_loaded_again_without_a_fetch() -> None:
@@ -443,10 +525,10 @@ def test_a_warm_adapter_is_loaded_again_without_a_fetch() -> None:
     residency.finish(1, 0.0)
     residency.want(2, B, 0.0)
     residency.fetched(on_disk(B), Tier.REMOTE, 0.0)
-    residency.loaded(B, 0.0)
+    residency.swapped({}, 0.0)
     residency.finish(2, 0.0)
-    assert residency.want(3, A, 0.0) == [Load(on_disk(A), None, on_disk(B))]
-    assert residency.loaded(A, 0.0) == [Start(3, on_disk(A), Tier.CPU)]
+    assert residency.want(3, A, 0.0) == [Swap((on_disk(A),), (on_disk(B),))]
+    assert residency.swapped({}, 0.0) == [Start(3, on_disk(A), Tier.CPU)]
 
 
 # ---- anything, in any order -------------------------------------------------------------------------------------------------------------
@@ -465,20 +547,17 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.size, self.places = slots, slots + more
         self.residency = Residency(slots, slots + more)
         self.warm: set[AdapterRef] = set()
-        self.leaving: list[AdapterRef] = []
         self.now = 0.0
         self.count = 0
         self.wants: dict[int, AdapterRef] = {}
         self.running: dict[int, AdapterRef] = {}
         self.told: dict[int, str] = {}
         self.fetching: list[AdapterRef] = []
-        self.load: Load | None = None
-        self.load_phase = ""
+        self.swap: Swap | None = None
         self.engine: set[AdapterRef] = set()
+        self.registered: set[AdapterRef] = set()  # what vLLM counts as in its host memory: in a slot, or has been in one
         self.failed_at: dict[AdapterRef, float] = {}
         self.tends: dict[int, str] = {}
-        self.unloads: list[AdapterRef] = []
-        self.unloads_first = 0  # so many of them were told before the load
 
     def perform(self, instructions: list[Instruction]) -> None:
         for instruction in instructions:
@@ -487,39 +566,30 @@ class ResidencyMachine(RuleBasedStateMachine):
                     assert adapter not in self.fetching and adapter not in self.engine and adapter not in self.warm
                     assert self.now >= self.failed_at.get(adapter, -100.0) + FAILED_FOR_S, "tried again too early"
                     self.fetching.append(adapter)
-                case Load(adapter, evict, demote, drop):
-                    assert self.load is None, "two loads at once"
-                    self.unloads_first = len(self.unloads)
-                    assert adapter.ref not in self.engine
-                    assert evict is None or demote is None
-                    for victim in (evict, demote):
-                        if victim is not None:
-                            assert victim.ref in self.engine
-                            assert victim.ref not in self.running.values(), "evicted while in use"
-                            assert not self.residency.slots.pinned(victim.ref), "evicted though pinned"
-                    assert all(d.ref in self.warm and d.ref != adapter.ref for d in drop)
-                    if demote is not None:
-                        self.engine.remove(demote.ref)
-                        self.warm.add(demote.ref)
-                    self.leaving = [x.ref for x in ([evict] if evict else []) + list(drop)]
-                    gone = set(self.leaving) | set(self.unloads)
-                    assert len(self.engine - gone) + 1 <= self.size
-                    assert len((self.engine | self.warm | {adapter.ref}) - gone) <= self.places
-                    self.load, self.load_phase = instruction, "unload" if self.leaving else "load"
+                case Swap(enter, demote, unload):
+                    assert self.swap is None, "two swaps at once"
+                    self.swap = instruction
+                    gone = {a.ref for a in demote + unload}
+                    assert not gone & set(self.running.values()), "out of its slot while in use"
+                    assert not any(self.residency.slots.pinned(a) for a in gone), "evicted though pinned"
+                    assert all(a.ref in self.engine for a in demote) and all(a.ref in self.engine | self.warm for a in unload)
+                    assert len({a.ref for a in enter + demote + unload}) == len(enter + demote + unload)
+                    assert all(a.ref in self.warm for a in enter)
+                    self.warm = (self.warm | {a.ref for a in demote}) - {a.ref for a in enter + unload}
+                    self.engine -= gone
+                    self.registered = (self.registered - {a.ref for a in unload}) | {a.ref for a in enter}
+                    assert len(self.registered) <= self.places, "more than vLLM has room for: it would refuse a good adapter"
+                    assert len(self.engine) + len(enter) <= self.size
                 case Start(request, adapter, _):
                     assert self.wants.pop(request) == adapter.ref
-                    assert adapter.ref in self.engine and not (self.load and self.load.evict and self.load.evict.ref == adapter.ref)
+                    assert adapter.ref in self.engine
                     self.tell(request, "start")
                     self.running[request] = adapter.ref
                     if request in self.tends:
                         if self.tends.pop(request) == "pin" and self.residency.slots.may_pin(adapter.ref):
-                            self.perform(self.residency.pin(adapter.ref))
+                            self.perform(self.residency.pin(adapter.ref, self.now))
                         del self.running[request]
                         self.perform(self.residency.finish(request, self.now))
-                case Unload(adapter):
-                    assert adapter.ref in self.engine | self.warm and adapter.ref not in self.unloads
-                    assert adapter.ref not in self.running.values() and not self.residency.slots.pinned(adapter.ref)
-                    self.unloads.append(adapter.ref)
                 case Tended(request):
                     del self.wants[request]
                     asked = self.tends.pop(request)
@@ -546,7 +616,11 @@ class ResidencyMachine(RuleBasedStateMachine):
     def all_fetches_end_well(self) -> None:
         while self.fetching:
             adapter = self.fetching.pop(0)
-            self.perform(self.residency.fetched(on_disk(adapter), Tier.REMOTE, self.now))
+            self.arrive(adapter, Tier.REMOTE)
+
+    def arrive(self, adapter: AdapterRef, came_from: Tier) -> None:
+        self.warm.add(adapter)
+        self.perform(self.residency.fetched(on_disk(adapter), came_from, self.now))
 
     def a_request_comes(self, adapter: AdapterRef) -> None:
         self.count += 1
@@ -558,22 +632,20 @@ class ResidencyMachine(RuleBasedStateMachine):
         if what in ("unpin", "evict"):  # the later word holds
             self.tends |= {r: "load" for r, asked in self.tends.items() if asked == "pin" and self.wants[r] == adapter}
         if what == "unpin":
-            return self.residency.slots.unpin(adapter)
+            return self.perform(self.residency.unpin(adapter, self.now))
         self.count += 1
         self.wants[self.count], self.tends[self.count] = adapter, what
         ask = {"cache": self.residency.cache, "evict": self.residency.evict}.get(what, self.residency.want)
         self.perform(ask(self.count, adapter, self.now))
         return None
 
-    @precondition(lambda self: self.unloads and (self.load is None or self.unloads_first))
-    @rule()
-    def an_unload_ends(self) -> None:
-        adapter = self.unloads.pop(0)
-        self.unloads_first = max(0, self.unloads_first - 1)
-        assert adapter not in self.running.values(), "unloaded while in use"
-        self.engine.discard(adapter)
-        self.warm.discard(adapter)
-        self.perform(self.residency.unloaded(adapter, self.now))
+    @precondition(lambda self: self.fetching)
+    @rule(data=st.data())
+    def the_files_of_a_fetch_are_there(self, data: st.DataObject) -> None:
+        adapter = data.draw(st.sampled_from(self.fetching))
+        self.perform(self.residency.cached(adapter, self.now))
+        if adapter not in self.residency.adapters():
+            self.fetching.remove(adapter)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -597,36 +669,25 @@ class ResidencyMachine(RuleBasedStateMachine):
         adapter = data.draw(st.sampled_from(self.fetching))
         self.fetching.remove(adapter)
         if ok:
-            self.perform(self.residency.fetched(on_disk(adapter), came_from, self.now))
+            self.arrive(adapter, came_from)
         else:
             self.fail(adapter)
 
-    @precondition(lambda self: self.load is not None and not self.unloads_first)
-    @rule(ok=st.sampled_from([True, True, False]))
-    def the_load_goes_on(self, ok: bool) -> None:
-        assert self.load is not None
-        load = self.load
-        if self.load_phase == "unload":
-            gone = self.leaving.pop(0)
-            assert gone not in self.running.values(), "unloaded while in use"
-            self.engine.discard(gone)
-            self.warm.discard(gone)
-            if not self.leaving:
-                self.load_phase = "load"
-            self.perform(self.residency.unloaded(gone, self.now))
-            return
-        self.load = None
-        self.warm.discard(load.adapter.ref)
-        if ok:
-            self.engine.add(load.adapter.ref)
-            assert len(self.engine) <= self.size and len(self.engine | self.warm) <= self.places
-            self.perform(self.residency.loaded(load.adapter.ref, self.now))
-        else:
-            self.fail(load.adapter.ref)
+    @precondition(lambda self: self.swap is not None)
+    @rule(fails=st.sets(st.sampled_from(REFS), max_size=2))
+    def the_swap_ends(self, fails: set[AdapterRef]) -> None:
+        assert self.swap is not None
+        entered, self.swap = {a.ref for a in self.swap.enter}, None
+        failures = {a: Failure("invalid_adapter", "no", False) for a in fails & entered}
+        self.engine |= entered - fails
+        self.registered -= entered & fails
+        for ref in failures:
+            self.failed_at[ref] = self.now
+        self.perform(self.residency.swapped(failures, self.now))
 
     def fail(self, adapter: AdapterRef) -> None:
         self.failed_at[adapter] = self.now
-        self.perform(self.residency.failed(adapter, "invalid_adapter", "no", False, self.now))
+        self.perform(self.residency.failed(adapter, Failure("invalid_adapter", "no", False), self.now))
 
     @rule(seconds=st.sampled_from([0.0, 0.7, SLOT_PATIENCE_S, FAILED_FOR_S]))
     def time_passes(self, seconds: float) -> None:
@@ -638,8 +699,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         if not hasattr(self, "residency"):
             return
         residency = self.residency
-        loading = {self.load.adapter.ref} if self.load else set()
-        assert len((self.engine | loading) - set(self.unloads)) <= self.size + (self.load_phase == "unload" and self.load is not None)
+        coming = {a.ref for a in self.swap.enter} if self.swap else set()
+        assert len(self.engine | coming) <= self.size
         assert len(residency.slots) <= self.size
         pinned = {a for a in REFS if residency.slots.pinned(a)}
         assert pinned <= self.engine and len(pinned) < self.size + (not pinned)
@@ -649,7 +710,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         for adapter in REFS:
             assert residency.slots.uses(adapter) == list(self.running.values()).count(adapter)
             assert adapter in self.engine or adapter not in self.running.values()
-        if self.load is None:
+        if self.swap is None:
             idle = [a for a in self.engine if a not in self.running.values() and a not in pinned]
             in_line_ = [a for a in REFS if stage(residency, a) is Stage.CACHED]
             assert not in_line_ or (len(self.engine) == self.size and not idle), "somebody waits for a slot that could be given"
@@ -659,10 +720,11 @@ class ResidencyMachine(RuleBasedStateMachine):
             assert stage(residency, ref) is not Stage.RESIDENT, "a request waits for an adapter that is there"
             assert ref in self.fetching or stage(residency, ref) in (Stage.CACHED, Stage.LOADING, Stage.CLOSING, Stage.UNLOADING)
         closing = [a for a in REFS if stage(residency, a) is Stage.CLOSING]
-        assert len(closing) <= 1
-        assert len(residency._entries) <= len(self.engine) + len(self.warm) + len(self.wants) + len(self.fetching) + 2, (
-            "an entry was left behind"
-        )
+        assert len(closing) <= len(residency._line) or self.swap is not None
+        assert set(closing) == set(residency._closing)
+        on_the_way = len(self.swap.enter + self.swap.unload) if self.swap else 0
+        known = len(self.engine) + len(self.warm) + len(self.wants) + len(self.fetching) + on_the_way
+        assert len(residency._entries) <= known, "an entry was left behind"
         anew = [residency._state(a, e, self.now, 1.0) for a, e in residency._entries.items() if e.stage is not Stage.UNLOADING]
         assert list(residency.states(self.now, 1.0)) == anew, "what a beat says of a warm adapter is out of date"
 
@@ -671,11 +733,9 @@ class ResidencyMachine(RuleBasedStateMachine):
         for _ in range(100):
             if self.fetching:
                 adapter = self.fetching.pop(0)
-                self.perform(self.residency.fetched(on_disk(adapter), Tier.DISK, self.now))
-            elif self.unloads and (self.load is None or self.unloads_first):
-                self.an_unload_ends()
-            elif self.load is not None:
-                self.the_load_goes_on(ok=True)
+                self.arrive(adapter, Tier.DISK)
+            elif self.swap is not None:
+                self.the_swap_ends(set())
             else:
                 return
         raise AssertionError("it never settles")
@@ -721,7 +781,7 @@ def test_a_busy_adapter_cannot_starve_the_others(slots: int) -> None:
     for i, ref in enumerate(busy):
         residency.want(i, ref, 0.0)
         residency.fetched(Loaded(ref, i, Path("/nowhere"), 8, 0), Tier.DISK, 0.0)
-        residency.loaded(ref, 0.0)
+        residency.swapped({}, 0.0)
     running = dict(enumerate(busy))
     in_line(residency, 1000, C, 0.0)
     number, now = slots, 0.0
@@ -738,6 +798,6 @@ def test_a_busy_adapter_cannot_starve_the_others(slots: int) -> None:
             if oldest is not None:
                 del running[oldest]
                 instructions += residency.finish(oldest, now)
-        if any(isinstance(i, Load) and i.adapter.ref == C for i in instructions):
+        if any(isinstance(i, Swap) and C in [a.ref for a in i.enter] for i in instructions):
             return
     raise AssertionError("the cold adapter never got a slot")

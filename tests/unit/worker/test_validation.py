@@ -108,6 +108,14 @@ def test_the_norm_is_that_of_the_values_in_every_type(tmp_path: Path, dtype: str
         Validator(None, 16, AdapterLimits(max_change=999.9)).check(tmp_path)
 
 
+def test_an_adapter_for_modules_that_the_server_leaves_out_is_refused_with_their_names(good: Path) -> None:
+    assert Validator(BASE, 16, targets=["qkv_proj", "down_proj"]).check(good).modules == ("down_proj", "q_proj", "v_proj")
+    assert Validator(BASE, 16, targets=["k_proj", "down_proj"]).check(good).rank == RANK, "packed into one layer, adapted as one"
+    with pytest.raises(InvalidAdapter, match="changes q_proj, v_proj, which") as refused:
+        Validator(BASE, 16, targets=["o_proj", "down_proj"]).check(good)
+    assert refused.value.code == "invalid_adapter_target_modules"
+
+
 def test_a_rank_pattern_raises_the_rank_that_a_slot_must_hold(tmp_path: Path, good: Path) -> None:
     raw = json.loads((make_good(tmp_path / "a") / CONFIG).read_text())
     (tmp_path / "a" / CONFIG).write_text(json.dumps(raw | {"rank_pattern": {"k_proj": 12}}))
