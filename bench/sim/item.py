@@ -19,8 +19,7 @@ REQUEST_S, LARGE_REQUEST_S, WORKER_S = 0.00030, 0.00042, 0.25e-6
 """Processor time of one request with the usual 8 workers and with more, and what each worker adds (blind policies scan them). Measured on two
 busy cores with Python 3.11."""
 TIMES = {"keeps": 0.8, "overload": 1.8, "bound": 0.1, "fits": 0.4, "expected-ttft": 1.2}
-"""By kind, scenario or policy. A run that fails its promise ends early; long queues are dear, most of all to the policy that looks twice; with
-few adapters heartbeats are short."""
+"""By kind, scenario or policy. A run that fails its promise ends early; long queues are dear; with few adapters heartbeats are short."""
 
 
 class Item(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
