@@ -8,7 +8,7 @@
 
 No sockets, no sleeping, no model: the gateway's dispatcher, fleet, policies and admission, the worker's residency and slots, and the wire format
 between them run as they are; clocks, sockets and engines are simulated, engines by a table measured on an H200 (bench/sim/timing.py). The same
-command gives the same figures. Exit status: 0; 2 for flags that make no sense.
+command gives the same figures. The whole study, in resumable parts on many cores: `python -m bench.study`. Exit status: 0; 2 for flags that make no sense.
 """
 
 from __future__ import annotations

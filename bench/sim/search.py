@@ -16,7 +16,8 @@ FAILING_SHARE = 0.01
 """Of requests above a bound on p99."""
 LEAST_RPS = 0.5
 NEAR_TRIES = 3
-"""So many strides on one side of the guess are short ones: a guess is rarely far off, and rates far above a capacity take long to fail."""
+"""So many strides on one side of the guess are short ones, then they double: a guess is rarely far off, and what is far above a capacity takes
+long to fail."""
 HOPELESS_S = 5.0
 """If half of the requests that came so long ago (or up to twice as long) still wait late in the warm-up, the queue grows for ever."""
 
@@ -40,7 +41,7 @@ def next_rung(tried: Mapping[int, bool], guess: int, stride: int) -> int | None:
     """
     low = max((rung for rung, passed in tried.items() if passed), default=None)
     high = min((rung for rung, passed in tried.items() if not passed and (low is None or rung > low)), default=None)
-    wider = stride if len(tried) <= NEAR_TRIES else 2 * stride
+    wider = stride << max(0, len(tried) - NEAR_TRIES)
     if low is None:
         if high is None:
             return max(guess, LEAST_RUNG)

@@ -215,7 +215,9 @@ def test_the_plan_in_the_repository_covers_what_the_documentation_shows() -> Non
     left = rehearse(plan, Results())
     assert all(left)
     assert max(item.estimate_s for runs in left for item in runs) < 200, "a part of eight minutes must be able to end any run"
-    assert min(item.rate_rps * item.duration_s for runs in left for item in runs if item.kind == "keeps") > 2_500
+    assert min(item.rate_rps * item.duration_s for runs in left for item in runs if item.kind == "keeps") >= 2_800, (
+        "a p99 of fewer says little"
+    )
 
 
 def test_items_survive_json() -> None:
