@@ -97,6 +97,7 @@ def _holder(worker: WorkerId, state: AdapterState) -> Row:
         "loading": state.loading,
         "in_flight": state.in_flight,
         "pinned": state.pinned,
+        "steady": state.steady,
     }
 
 

@@ -31,10 +31,12 @@ def adapter(index: int) -> AdapterRef:
 
 
 def beat(worker: int, adapters: int, seq: int, rng: random.Random) -> Heartbeat:
-    """Of a busy worker: full slots, half of them in flight by others' requests, and a full CPU tier."""
+    """Of a busy worker: full slots, half of them in flight by others' requests, a quarter in steady use, and a full CPU tier."""
     drawn = rng.sample(range(adapters), SLOTS + CPU_ADAPTERS)
     states = tuple(
-        AdapterState(f"a{i:05}", f"{i:016x}", Tier.GPU if n < SLOTS else Tier.CPU, in_flight=int(n % 2 and n < SLOTS))
+        AdapterState(f"a{i:05}", f"{i:016x}", Tier.GPU, in_flight=n % 2, steady=n % 8 < 2)
+        if n < SLOTS
+        else AdapterState(f"a{i:05}", f"{i:016x}", Tier.CPU)
         for n, i in enumerate(drawn)
     )
     return Heartbeat(f"w{worker:04}", 1, seq, "base", WorkerState.SERVING, 256, SLOTS, RUNNING, adapters=states)

@@ -77,6 +77,44 @@ async def test_more_adapters_than_slots_all_get_their_turn(tmp_path: Path, adapt
         assert len(headers) == 30 and max(float(h["x-loraplex-queue-ms"]) for h in headers) > 0
 
 
+async def test_a_warm_adapter_is_never_unloaded_for_a_burst_of_cold_ones(tmp_path: Path, adapters: Path) -> None:
+    colds = [f"cold{n:02}" for n in range(40)]
+    for name in ["warm", *colds]:
+        make_adapter(adapters, name)
+    async with cluster(sim_config(adapters, max_loras=3, sim=SLOW), tmp_path) as c:
+        for n in range(2):
+            await c.start_worker(f"w{n}")
+        await listed(c, len(colds) + 2)
+        tiers: list[str] = []
+        asking = [asyncio.create_task(keep_asking(c, "sim:warm", tiers)) for _ in range(3)]
+        async with asyncio.timeout(60):
+            while len(tiers) < 60:  # a handful a second, far from where steady use begins
+                await asyncio.sleep(0.05)
+        assert [w["steady"] for w in (await c.get("/admin/adapters/warm"))[1]["workers"]] == [True]
+        before, loads = len(tiers), loads_of(c, "warm")
+        await burst(c, [f"sim:{name}" for name in colds], max_tokens=10)
+        assert not any(task.done() for task in asking)
+        for task in asking:
+            task.cancel()
+        await asyncio.wait(asking)
+        assert sum(loads_of(c, name) for name in colds) >= len(colds) and len(tiers) > before
+        assert set(tiers[before:]) == {"gpu"}, "each request found it in its slot"
+        assert loads_of(c, "warm") == loads == 1
+
+
+async def keep_asking(c: Cluster, model: str, tiers: list[str]) -> None:
+    """One short request after another; where each found the adapter."""
+    while True:
+        [headers] = await burst(c, [model], max_tokens=3)
+        tiers.append(headers["x-loraplex-adapter-tier"])
+        await asyncio.sleep(0.1)  # idle for a moment: that is what it is about
+
+
+def loads_of(c: Cluster, adapter: str) -> int:
+    lines = [line for proc in c.workers.values() for line in proc.output().splitlines() if '"adapter loaded"' in line]
+    return sum(f":{adapter}@" in line for line in lines)
+
+
 async def test_explain_names_each_worker_with_its_costs(tmp_path: Path, adapters: Path) -> None:
     make_adapter(adapters, "pirate")
     async with cluster(sim_config(adapters), tmp_path) as c:

@@ -46,6 +46,18 @@ def test_the_order_is_that_of_the_faded_counts_however_late_it_is(requests: list
         assert known.of(adapter) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("per_s", [0.5, 3.0, 100.0])
+def test_the_rate_is_that_of_requests_that_keep_coming_and_none_a_while_after_the_last(per_s: float) -> None:
+    known, began = Heat(10.0), 1e6  # a machine that has been up for days
+    count = int(60 * per_s)
+    for n in range(count):
+        known.note(A, began + n / per_s)
+    end = began + (count - 1) / per_s
+    assert known.per_s(A, end) == pytest.approx(per_s, rel=0.15)
+    assert known.per_s(A, end + 100.0) < per_s / 1000
+    assert known.per_s(B, end) == 0.0
+
+
 def test_it_remembers_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heat, "MAX_KNOWN", 2)
     known = Heat()

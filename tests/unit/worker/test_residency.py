@@ -102,6 +102,47 @@ def test_the_idle_adapter_that_was_used_longest_ago_makes_room_and_is_named() ->
     assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == [Swap((on_disk(C),), (), (on_disk(B),))]
 
 
+def test_an_adapter_in_steady_use_stays_though_it_was_used_longest_ago_and_beats_say_so() -> None:
+    residency = Residency(2)
+    resident(residency, 1, A)
+    residency.finish(1, 0.0)
+    for n in range(30):
+        residency.want(100 + n, A, n / 5)
+        residency.finish(100 + n, n / 5)
+    resident(residency, 2, B, 6.0)
+    residency.finish(2, 6.0)
+    assert [(s.name, s.steady) for s in residency.states(6.0, 1.0)] == [("a", True), ("b", False)]
+    residency.want(3, C, 6.0)
+    assert residency.fetched(on_disk(C), Tier.DISK, 6.0) == [Swap((on_disk(C),), (), (on_disk(B),))]
+
+
+def test_of_adapters_in_steady_use_the_coldest_makes_room() -> None:
+    residency = Residency(2)
+    for number, adapter, times in ((1, A, 60), (2, B, 30)):
+        resident(residency, number, adapter)
+        residency.finish(number, 0.0)
+        for n in range(times):
+            residency.want(100 * number + n, adapter, 0.0)
+            residency.finish(100 * number + n, 0.0)
+    residency.want(3, C, 0.0)
+    assert residency.fetched(on_disk(C), Tier.DISK, 0.0) == [Swap((on_disk(C),), (), (on_disk(B),))]
+
+
+def test_an_adapter_that_is_asked_for_no_more_is_soon_in_steady_use_no_longer() -> None:
+    residency = Residency(2)
+    resident(residency, 1, A)
+    for n in range(300):
+        residency.want(100 + n, A, n / 10)
+        residency.finish(100 + n, n / 10)
+    residency.finish(1, 30.0)
+    assert residency.states(30.0, 1.0)[0].steady
+    assert not residency.states(60.0, 1.0)[0].steady
+    resident(residency, 2, B, 60.0)
+    residency.finish(2, 60.0)
+    residency.want(3, C, 60.0)
+    assert residency.fetched(on_disk(C), Tier.DISK, 60.0) == [Swap((on_disk(C),), (), (on_disk(A),))]
+
+
 def test_an_adapter_with_a_running_request_is_not_evicted_and_its_end_makes_room() -> None:
     residency = Residency(1)
     resident(residency, 1, A)

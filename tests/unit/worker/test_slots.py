@@ -38,6 +38,15 @@ def test_the_least_recently_used_idle_adapter_makes_room() -> None:
     assert slots.room() == Evict(A)
 
 
+def test_the_coldest_idle_adapter_makes_room_and_of_equals_the_least_recently_used() -> None:
+    slots = table(3, A, B, C)
+    assert slots.room((), {A: 2.0, B: 1.0, C: 1.0}.__getitem__) == Evict(B)
+    slots.acquire(B)
+    assert slots.room((), {A: 2.0, B: 1.0, C: 1.0}.__getitem__) == Evict(C)
+    slots.pin(C)
+    assert slots.room((), {A: 2.0, B: 1.0, C: 1.0}.__getitem__) == Evict(A)
+
+
 def test_an_end_of_a_request_is_no_use() -> None:
     slots = table(2, A, B)
     slots.acquire(A)
