@@ -6,8 +6,8 @@ keeps its slot while it is idle: colder adapters wait for another one.
 
 Requests for adapters in flight may always join, so a busy adapter would keep its slot for ever. A request that has waited for a slot longer
 than AGE_BOUND_S makes a claim: an adapter on some worker gets no new requests there, and when its last has ended the slot goes to the claimant's
-adapter, with all who wait for it. That is the adapter with the fewest requests in flight; one in steady use only where there is no other, and
-then the coldest. (vLLM's own scheduler skips requests over `max_loras` without end.)
+adapter, with all who wait for it. That is the adapter with the fewest requests in flight. Those in steady use are passed by as long as they have
+few of the slots; with more, the others would have to share what is left. (vLLM's own scheduler skips requests over `max_loras` without end.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gateway.placement import Rates, Rendezvous
 from gateway.pool import Pool
 from gateway.routing import Ask
 from gateway.worker import Key, Worker
-from shared.wire import STEADY_PER_S, WorkerId
+from shared.wire import STEADY_PER_S, STEADY_SHARE, WorkerId
 
 AGE_BOUND_S = 3.0
 """A request older than this claims a slot; it then waits for no more than the emptiest adapter's running requests."""
@@ -113,26 +113,24 @@ class Claims:
         return first is None or first is worker
 
     def _victim(self, key: Key, pool: Pool, now: float, *, by_load: bool) -> Claim | None:
-        """On any worker, or the least loaded one, that has claims to spare; none in steady use as long as others are in flight anywhere."""
-        best: tuple[float, int, int, Claim] | None = None
+        """On any worker, or the least loaded one, that has claims to spare. While few are in steady use, those are passed by, also if for now no
+        other one can be claimed."""
+        able = [w for w in pool.workers if w.has_room]
+        few = sum(len(w.steady) for w in able) <= STEADY_SHARE * sum(w.beat.slots for w in able)
+        best: tuple[float, int, int, float, Claim] | None = None
         others = False
-        for w in pool.workers:
-            if not w.has_room:
-                continue
+        for w in able:
             others = others or not w.others_busy <= w.steady
             spare = self._per_worker.get(w.id, 0) < max(1, w.beat.slots // 2)
             for victim, count in (*w.busy.items(), *((idle, 0) for idle in _idle_steady(w))):
                 if victim == key:
                     continue
-                per_s = 0.0
-                if victim in w.steady:
-                    per_s = max(STEADY_PER_S, self._rates.per_s(victim, now))
-                else:
-                    others = True
-                rank = (per_s, w.load, count) if by_load else (per_s, count, w.load)
-                if spare and (best is None or rank < best[:3]) and (w.id, victim) not in self._closing:
+                per_s = max(STEADY_PER_S, self._rates.per_s(victim, now)) if victim in w.steady else 0.0
+                others = others or not per_s
+                rank = (few * per_s, w.load, count, per_s) if by_load else (few * per_s, count, w.load, per_s)
+                if spare and (best is None or rank < best[:4]) and (w.id, victim) not in self._closing:
                     best = (*rank, Claim(w, victim))
-        return best[3] if best and not (best[0] and others) else None
+        return best[4] if best and not (best[0] and others) else None
 
     def _drop(self, key: Key) -> None:
         claim = self._claims.pop(key)

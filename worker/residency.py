@@ -16,16 +16,16 @@ the way out of the engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from shared.adapters import AdapterRef
-from shared.wire import STEADY_PER_S, AdapterState, Tier
+from shared.wire import STEADY_PER_S, STEADY_SHARE, AdapterState, Tier
 from worker.engine import Loaded, Swap
 from worker.heat import STEADY_FADE_S, Heat
 from worker.instructions import Fetch, Instruction, Reject, Start, Tended
-from worker.slots import Evict, Full, SlotTable
+from worker.slots import Evict, Full, Room, SlotTable
 
 __all__ = ["Failure", "Fetch", "Instruction", "Reject", "Residency", "Stage", "Start", "Swap", "Tended"]
 
@@ -170,12 +170,15 @@ class Residency:
         return self._advance(now)
 
     def tick(self, now: float) -> list[Instruction]:
-        """Lets everybody in line who has waited long enough close a slot."""
-        if not isinstance(self.slots.room(), Full):
+        """Lets everybody in line who has waited long enough close a slot, or take one whose steady use is over."""
+        if not self._line:
             return []
+        kept = self._kept(now)
+        if not isinstance(self._room(kept, now), Full):
+            return self._advance(now)
         late = sum(now - self._oldest(a) >= SLOT_PATIENCE_S for a in self._line)
         for _ in range(late - len(self._closing)):
-            victim = self.slots.oldest_in_use(self._closing)
+            victim = self.slots.oldest_in_use({*self._closing, *kept})
             if victim is None:
                 break
             self._entries[victim].stage = Stage.CLOSING
@@ -278,8 +281,9 @@ class Residency:
         enter: list[Loaded] = []
         victims: list[AdapterRef] = []
         coming: set[AdapterRef] = set()
+        kept = self._kept(now) if self._line else set()
         for head in self._in_order():
-            room = self.slots.room(coming, lambda adapter: self._steady_per_s(adapter, now))
+            room = self._room(kept, now, self._recent.per_s(head, now), coming)
             if isinstance(room, Full):
                 break
             if isinstance(room, Evict):
@@ -330,6 +334,20 @@ class Residency:
 
     def _oldest(self, adapter: AdapterRef) -> float:
         return next(iter(self._entries[adapter].waiting.values()))
+
+    def _room(self, kept: Collection[AdapterRef], now: float, per_s: float = 0.0, coming: Collection[AdapterRef] = ()) -> Room:
+        """For an adapter that is asked for `per_s` times a second. A hotter one of `kept` stays in its idle moments: another's will be the slot."""
+        room = self.slots.room(coming, lambda adapter: self._steady_per_s(adapter, now))
+        if not isinstance(room, Evict) or room.victim not in kept or self._recent.per_s(room.victim, now) <= per_s:
+            return room
+        return room if any(self.slots.uses(a) == 0 for a in self._closing) else Full()
+
+    def _kept(self, now: float) -> set[AdapterRef]:
+        """The adapters in steady use, while they have few of the slots. (Of what waits at a gateway, that sees to it; this is for a line that is
+        longer than there are slots.)"""
+        open_to_all = [a for a in self.slots.adapters() if not self.slots.pinned(a)]
+        steady = {a for a in open_to_all if self._steady_per_s(a, now)}
+        return steady if len(steady) <= STEADY_SHARE * len(open_to_all) else set()
 
     def _steady_per_s(self, adapter: AdapterRef, now: float) -> float:
         """Requests a second of an adapter in steady use, and 0 for all others: they make room first, in the order of their last use."""

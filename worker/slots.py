@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -58,6 +58,9 @@ class SlotTable:
             return Free()
         idle = [a for a, n in self._uses.items() if n == 0 and a not in self._pinned and a not in but]
         return Evict(min(idle, key=warmth)) if idle else Full()
+
+    def adapters(self) -> Iterable[AdapterRef]:
+        return self._uses.keys()
 
     def occupy(self, adapter: AdapterRef) -> None:
         """The adapter takes a free slot (from the start of its load on)."""

@@ -17,7 +17,7 @@ from gateway.fleet import Fleet
 from gateway.routing import Ask, Choice, Decision, Wait
 from gateway.slots import AGE_BOUND_S, HELD_AGE_S
 from shared.adapters import AdapterRef
-from shared.wire import STEADY_PER_S, AdapterState, Heartbeat, Tier, WorkerState
+from shared.wire import STEADY_PER_S, STEADY_SHARE, AdapterState, Heartbeat, Tier, WorkerState
 
 
 def adapter(name: str) -> AdapterRef:
@@ -121,29 +121,38 @@ def test_what_another_gateway_has_in_flight_counts_once(gateway: Gateway) -> Non
 
 
 def test_a_claim_passes_by_an_adapter_in_steady_use_though_it_has_fewer_requests_in_flight(gateway: Gateway) -> None:
-    gateway.worker("w0", held("warm", steady=True), held("busy"), slots=2)
-    gateway.send(WARM)
-    for _ in range(3):
-        gateway.send(adapter("busy"))
+    gateway.worker("w0", held("warm", steady=True), held("b1"), held("b2"), held("b3"), slots=4)
+    for name in ("warm", *["b1", "b2", "b3"] * 3, "b2", "b3"):
+        gateway.send(adapter(name))
     old = gateway.ask(COLD)
     gateway.now = AGE_BOUND_S
     assert isinstance(gateway.choose(old), Wait)
-    assert gateway.send(WARM) == "w0" and gateway.send(adapter("busy")) is None
+    assert gateway.send(WARM) == "w0" and gateway.send(adapter("b1")) is None
+
+
+def test_of_many_in_steady_use_a_claim_takes_the_one_with_the_fewest_requests_in_flight(gateway: Gateway) -> None:
+    gateway.worker("w0", held("warm", steady=True), held("hot", steady=True), held("b1"), held("b2"), slots=4)
+    for name in ("warm", *["hot", "b1", "b2"] * 3):
+        gateway.send(adapter(name))
+    old = gateway.ask(COLD)
+    gateway.now = AGE_BOUND_S
+    assert isinstance(gateway.choose(old), Wait)
+    assert gateway.send(WARM) is None
 
 
 def test_it_passes_by_even_where_the_others_slots_are_promised_already(gateway: Gateway) -> None:
-    """One slot a worker, and so one claim: the second claimant waits for its turn behind the first."""
+    """One claim on each worker, as they have no more slots: the second claimant waits for its turn behind the first."""
     gateway.worker("w0", held("warm", steady=True), slots=1)
-    gateway.worker("w1", held("other"), slots=1)
-    gateway.send(WARM)
-    gateway.send(adapter("other"))
+    gateway.worker("w1", held("b1"), held("b2"), held("b3"), slots=3)
+    for name in ("warm", "b1", "b2", "b3"):
+        gateway.send(adapter(name))
     first, second = gateway.ask(adapter("c1")), gateway.ask(adapter("c2"))
     gateway.now = AGE_BOUND_S
     assert isinstance(gateway.choose(first), Wait) and isinstance(gateway.choose(second), Wait)
     assert gateway.send(WARM) == "w0"
 
 
-def test_where_all_slots_are_in_steady_use_the_coldest_gives_its_own_up_after_the_age_bound(gateway: Gateway) -> None:
+def test_where_all_slots_are_in_steady_use_the_coldest_idle_one_gives_its_own_up_after_the_age_bound(gateway: Gateway) -> None:
     gateway.worker("w0", *(held(f"a{n}", steady=True) for n in range(3)), slots=3)
     for n in range(3):
         for _ in range(40 - 10 * n):
@@ -160,8 +169,8 @@ def test_where_all_slots_are_in_steady_use_the_coldest_gives_its_own_up_after_th
 def test_a_slot_is_claimed_on_the_least_loaded_worker_but_not_from_an_adapter_in_steady_use(gateway: Gateway) -> None:
     gateway.worker("full", held("pirate"), slots=1, running=256)
     gateway.worker("calm", held("warm", steady=True), slots=1)
-    gateway.worker("busy", held("other"), slots=1)
-    for name in ("warm", "other", "other"):
+    gateway.worker("busy", held("other"), held("b2"), held("b3"), slots=3)
+    for name in ("warm", "other", "b2", "b2", "b3", "b3"):
         gateway.send(adapter(name))
     ask = gateway.ask(adapter("pirate"))
     gateway.now = HELD_AGE_S
@@ -197,12 +206,14 @@ class Watch:
         return False
 
 
-def played(steady: int, colds: Sequence[tuple[float, int]], slots: int, every_s: float = EVERY_S) -> tuple[Watch, list[Outcome]]:
-    """Two workers; the first `steady` adapters are asked for all the time, each further one once: at (second, output tokens)."""
+def played(
+    steady: int, colds: Sequence[tuple[float, int]], slots: int, every_s: float = EVERY_S, workers: int = 2
+) -> tuple[Watch, list[Outcome]]:
+    """The first `steady` adapters are asked for all the time, each further one once: at (second, output tokens)."""
     times = [(n * every_s + 0.01 * a, a, 5) for a in range(steady) for n in range(int(END_S / every_s))]
     times += [(at_s, steady + n, tokens) for n, (at_s, tokens) in enumerate(colds)]
     requests = [Request(n, at_s, index, None, 128, tokens) for n, (at_s, index, tokens) in enumerate(sorted(times))]
-    world = World("expected-ttft", 2, steady + len(colds), 1, facts=WorkerFacts("base", slots, disk_warm=False))
+    world = World("expected-ttft", workers, steady + len(colds), 1, facts=WorkerFacts("base", slots, disk_warm=False))
     watch = Watch(steady)
     watch.simulation = Simulation(world, requests, watch)
     outcomes = watch.simulation.run().outcomes
@@ -213,16 +224,26 @@ def played(steady: int, colds: Sequence[tuple[float, int]], slots: int, every_s:
 COLDS = st.lists(st.tuples(st.floats(WARM_UP_S, WARM_UP_S + 2.0), st.integers(5, 150)), min_size=1, max_size=64)
 
 
-@given(colds=COLDS, slots=st.integers(2, 4), steady=st.integers(1, 2))
+@given(colds=COLDS, slots=st.integers(2, 6), data=st.data())
 def test_the_last_copy_of_an_adapter_in_steady_use_is_never_evicted_for_colder_ones_and_all_of_them_are_served(
-    colds: list[tuple[float, int]], slots: int, steady: int
+    colds: list[tuple[float, int]], slots: int, data: st.DataObject
 ) -> None:
+    steady = data.draw(st.integers(1, int(STEADY_SHARE * 2 * slots)))
     watch, outcomes = played(steady, colds, slots)
     assert not watch.gone
     queued_s = {outcome.request: outcome.sent_s - outcome.request.at_s for outcome in outcomes if outcome.request.at_s >= WARM_UP_S}
     assert max(s for request, s in queued_s.items() if request.adapter is not None and request.adapter < steady) == pytest.approx(0)
     turns = -(-len(colds) // (2 * slots - steady))
     assert max(queued_s.values()) <= AGE_BOUND_S + 4.0 * turns, "150 tokens and a load take at most 4 s"
+
+
+@given(colds=COLDS, slots=st.integers(4, 6))
+def test_nor_does_a_worker_that_is_alone_evict_it_for_those_in_its_own_line(colds: list[tuple[float, int]], slots: int) -> None:
+    watch, outcomes = played(1, colds, slots, workers=1)
+    assert not watch.gone
+    turns = -(-len(colds) // (slots - 1))
+    waits = [outcome.ttft_s for outcome in outcomes if outcome.ttft_s is not None]
+    assert len(waits) == len(outcomes) and max(waits) <= AGE_BOUND_S + 4.0 * turns
 
 
 @given(colds=COLDS, slots=st.integers(1, 2))

@@ -13,7 +13,7 @@ from worker import residency as module
 from worker.engine import Loaded, Swap
 from worker.residency import FAILED_FOR_S, MAX_FAILED, SLOT_PATIENCE_S, Failure, Fetch, Instruction, Reject, Residency, Stage, Start, Tended
 
-A, B, C, D, E = (AdapterRef("tiny", name, "d") for name in "abcde")
+A, B, C, D, E = ABCDE = [AdapterRef("tiny", name, "d") for name in "abcde"]
 
 
 def on_disk(adapter: AdapterRef) -> Loaded:
@@ -114,6 +114,61 @@ def test_an_adapter_in_steady_use_stays_though_it_was_used_longest_ago_and_beats
     assert [(s.name, s.steady) for s in residency.states(6.0, 1.0)] == [("a", True), ("b", False)]
     residency.want(3, C, 6.0)
     assert residency.fetched(on_disk(C), Tier.DISK, 6.0) == [Swap((on_disk(C),), (), (on_disk(B),))]
+
+
+def full_with_one_in_steady_use(slots: int = 4) -> Residency:
+    """A is idle for the moment; B, C, ... run request 2, 3, ..."""
+    residency = Residency(slots)
+    resident(residency, 1, A)
+    residency.finish(1, 0.0)
+    for n in range(30):
+        residency.want(100 + n, A, 0.0)
+        residency.finish(100 + n, 0.0)
+    for n in range(1, slots):
+        resident(residency, n + 1, ABCDE[n])
+    return residency
+
+
+def test_the_idle_moment_of_an_adapter_in_steady_use_is_not_given_to_the_line() -> None:
+    residency = full_with_one_in_steady_use()
+    in_line(residency, 9, E)
+    assert residency.tick(SLOT_PATIENCE_S) == [] and stage(residency, B) is Stage.CLOSING
+    assert residency.finish(2, 1.5) == [Swap((on_disk(E),), (), (on_disk(B),))]
+
+
+def test_nor_is_its_slot_closed_however_long_the_line_is() -> None:
+    residency = full_with_one_in_steady_use()
+    residency.want(1000, A, 0.0)
+    for n in range(8):
+        in_line(residency, 10 + n, AdapterRef("tiny", f"late{n}", "d"))
+    residency.tick(SLOT_PATIENCE_S)
+    assert [stage(residency, a) for a in (A, B, C, D)] == [Stage.RESIDENT, Stage.CLOSING, Stage.CLOSING, Stage.CLOSING]
+
+
+def test_it_is_given_to_a_hotter_one() -> None:
+    residency = full_with_one_in_steady_use()
+    for n in range(40):
+        residency.want(200 + n, E, 0.0)
+    assert residency.fetched(on_disk(E), Tier.DISK, 0.0) == [Swap((on_disk(E),), (), (on_disk(A),))]
+
+
+def test_it_is_given_to_the_line_once_the_steady_use_is_over() -> None:
+    residency = full_with_one_in_steady_use()
+    in_line(residency, 9, E)
+    assert residency.tick(30.0) == [Swap((on_disk(E),), (), (on_disk(A),))]
+
+
+def test_it_is_given_to_the_line_where_there_are_few_slots() -> None:
+    residency = full_with_one_in_steady_use(3)
+    residency.want(9, E, 0.0)
+    assert residency.fetched(on_disk(E), Tier.DISK, 0.0) == [Swap((on_disk(E),), (), (on_disk(A),))]
+
+
+def test_pinned_slots_are_not_among_those_that_are_left_to_others() -> None:
+    residency = full_with_one_in_steady_use()
+    residency.pin(B, 0.0)
+    residency.want(9, E, 0.0)
+    assert residency.fetched(on_disk(E), Tier.DISK, 0.0) == [Swap((on_disk(E),), (), (on_disk(A),))]
 
 
 def test_of_adapters_in_steady_use_the_coldest_makes_room() -> None:
