@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import TypeAlias
 
@@ -155,15 +155,19 @@ class ExpectedTTFT:
     def _homes(self, key: Key, base: _Base, pool: Pool, bound: float, holders: Holders, now: float, *, anybody: bool) -> list[Worker]:
         """The first open ones of the rendezvous order within the bound; if need be beyond it, and if need be any."""
         claims = base.claims
-        homes = [w for w in base.rendezvous.order(key, pool) if w.has_room and w.id not in holders and claims.open_to(w, key, pool, now)]
-        within = [w for w in homes if w.load < bound][:HOME_CHOICES]
+
+        def first(number: int, workers: Iterable[Worker]) -> list[Worker]:
+            return list(islice((w for w in workers if claims.open_to(w, key, pool, now)), number))
+
+        homes = [w for w in base.rendezvous.order(key, pool) if w.has_room and w.id not in holders]
+        within = first(HOME_CHOICES, (w for w in homes if w.load < bound))
         if within or not anybody:
             return within
-        if homes:
-            return homes[:HOME_CHOICES]
+        beyond = first(HOME_CHOICES, homes)
+        if beyond:
+            return beyond
         able = [w for w in pool.workers if w.counted and w.counted[1] > 0 and w.has_room and w.id not in holders]
-        able.sort(key=lambda w: w.load)
-        return [w for w in able if claims.open_to(w, key, pool, now)][:1]
+        return first(1, sorted(able, key=lambda w: w.load))
 
     def _choose_base(self, ask: Ask, pool: Pool, now: float, rng: random.Random) -> Decision:
         base = self._base(ask.base)
