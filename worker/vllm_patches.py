@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 KERNELS = Path(__file__).parent / "lora_kernels"
+RELATIVES = {(9, 0): "NVIDIA H200"}
+"""Whose tables a GPU without its own takes, by compute capability: what fits into its registers and shared memory fits here too, and vLLM's guess was
+made for none of them. Its own tables are better."""
 
 
 def apply() -> None:
@@ -61,7 +64,10 @@ def _lora_kernels_fit_the_gpu() -> None:
         import torch
 
         table: dict[str, Any] | None = theirs(op_type, add_inputs)
-        return table if table is not None else kernel_table(KERNELS, torch.cuda.get_device_name(), op_type, add_inputs)
+        for gpu in (torch.cuda.get_device_name(), RELATIVES.get(torch.cuda.get_device_capability())):
+            if table is None and gpu is not None:
+                table = kernel_table(KERNELS, gpu, op_type, add_inputs)
+        return table
 
     load_lora_op_config.loraplex = True  # type: ignore[attr-defined]
     utils.load_lora_op_config = load_lora_op_config

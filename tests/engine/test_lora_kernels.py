@@ -33,6 +33,17 @@ def test_a_gpu_without_tables_keeps_the_guess_of_vllm(tables: Path) -> None:
     assert vllm_patches.kernel_table(tables, "Some GPU-1", "expand", True) is None
 
 
+def test_the_tables_that_come_along_serve_every_layer_of_a_llama_at_16_slots() -> None:
+    for gpu in set(vllm_patches.RELATIVES.values()):
+        shrink = vllm_patches.kernel_table(vllm_patches.KERNELS, gpu, "shrink", None)
+        expand = vllm_patches.kernel_table(vllm_patches.KERNELS, gpu, "expand", True)
+        assert shrink is not None and expand is not None
+        for slices in ("1", "2", "3"):
+            for tokens in ("4", "64", "256", "2048"):
+                for table in (shrink, expand):
+                    assert all(config["block_m"] > 0 for by_n in table["17"][slices][tokens].values() for config in by_n.values())
+
+
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -40,7 +51,9 @@ import torch
 from vllm.lora.ops.triton_ops import utils
 from worker import vllm_patches
 
-torch.cuda.get_device_name = lambda: "Some GPU-1"
+torch.cuda.get_device_name = lambda: sys.argv[2]
+torch.cuda.get_device_capability = lambda: (9, 9)
+vllm_patches.RELATIVES = {(9, 9): "Some GPU-1"} if len(sys.argv) > 3 else {}
 vllm_patches.KERNELS = Path(sys.argv[1])
 vllm_patches._lora_kernels_fit_the_gpu()
 ours = utils.get_lora_op_configs
@@ -49,10 +62,13 @@ print(json.dumps(said))
 """
 
 
-def test_vllm_finds_the_table_of_its_gpu_and_of_no_other_kernel(tables: Path) -> None:
+@pytest.mark.parametrize("gpu", [["Some GPU-1"], ["Its relative", "has none"]], ids=["its own", "of a relative"])
+def test_vllm_finds_the_table_of_its_gpu_and_of_no_other_kernel(tables: Path, gpu: list[str]) -> None:
     """In a process of its own: what it changes in vLLM must not stay."""
     env = {**os.environ, **VLLM_ENV, **VLLM_CPU_ENV, "VLLM_LOGGING_LEVEL": "ERROR"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(tables)], capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tables), *gpu], capture_output=True, text=True, cwd=ROOT, env=env, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     nearest, slices, expand = json.loads(done.stdout.splitlines()[-1])
     assert nearest == {"block_m": 16} and slices == {"block_m": 32}
