@@ -16,10 +16,18 @@ from worker.__main__ import VLLM_CPU_ENV, VLLM_ENV
 HERE = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups, whenever this file was loaded
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.xdist_group("vllm"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Scattered over the processes these tests would import vLLM in each, and a file whose tests build on one another would fail now and then."""
+    grouped = hasattr(session.config, "workerinput") and getattr(session.config.option, "loadgroup", False)
+    if grouped and any(HERE in item.path.parents and not item.nodeid.endswith("@vllm") for item in session.items):
+        raise pytest.UsageError("pytest-xdist has not grouped the tests of tests/engine; do its version and pytest's fit?")
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
