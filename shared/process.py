@@ -18,6 +18,8 @@ from shared.parent import die_with_parent
 
 PARENT_ENV = "LORAPLEX_PARENT"
 """Set by a process that starts ours: the pid whose end shall be ours too."""
+SERVE_SETTINGS = ".settings.json"
+"""How the name of the file ends that `serve` writes for its children, into a folder that it removes."""
 
 
 def read_settings(path: str) -> Settings:
@@ -26,13 +28,13 @@ def read_settings(path: str) -> Settings:
     Raises:
         ConfigError: with every problem of the file.
     """
-    if path.endswith(".settings.json"):
+    if path.endswith(SERVE_SETTINGS):
         return msgspec.json.decode(Path(path).read_bytes(), type=Settings)
     return load_settings(path)
 
 
 def write_settings(settings: Settings, run_dir: Path) -> Path:
-    path = run_dir / "loraplex.settings.json"
+    path = run_dir / f"loraplex{SERVE_SETTINGS}"
     path.write_bytes(msgspec.json.encode(settings))
     path.chmod(0o600)
     return path

@@ -11,7 +11,9 @@ import os
 import re
 import socket
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from shared import log as logs
 from shared.config import LLMConfig, Settings
 from shared.errors import ConfigError, LoraplexError
 from shared.link import open_context, secret_from_env
-from shared.process import count_gpus, follow_parent, on_stop_signals, read_settings
+from shared.process import SERVE_SETTINGS, count_gpus, follow_parent, on_stop_signals, read_settings
 from shared.stores import open_store
 from shared.stores.transfer import Pace
 from worker.agent import Agent
@@ -53,6 +55,8 @@ VLLM_GPU_ENV = {
 }
 
 
+MAX_SOCKET_FOLDER = 107 - 37
+"""What Linux allows for a socket's path, less a slash and vLLM's 36 characters; a longer folder would keep the engine from starting."""
 DEFAULT_SIM_RANK = 64
 DEFAULT_SIM_CONTEXT_TOKENS = 8192
 
@@ -110,6 +114,19 @@ def _peer_server(context: Any, settings: WorkerSettings, cache: DiskCache, secre
     return open_peer_server(context, settings.peer, cache, secret=secret, insecure=settings.insecure, named=named, gateway=gateway)
 
 
+@contextlib.contextmanager
+def engine_sockets(config: str) -> Iterator[None]:
+    """A place for the sockets that vLLM binds and never removes: the run folder of `serve`, which ends with it, else one that ends with us."""
+    with contextlib.ExitStack() as stack:
+        if config.endswith(SERVE_SETTINGS):
+            folder = str(Path(config).parent)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="loraplex-", ignore_cleanup_errors=True))
+        if len(folder) <= MAX_SOCKET_FOLDER:
+            os.environ.setdefault("VLLM_RPC_BASE_PATH", folder)
+        yield
+
+
 def worker_settings(
     settings: Settings, model_id: str | None, worker: str | None, gateways: list[str], peer_host: str | None = None
 ) -> WorkerSettings:
@@ -155,7 +172,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = read_settings(args.config)
         mine = worker_settings(settings, args.model, args.worker, args.gateway, args.peer_host)
         logs.set_up(mine.worker, settings.gateway.log_level)
-        return uvloop.run(serve(mine))
+        with engine_sockets(args.config):
+            return uvloop.run(serve(mine))
     except LoraplexError as exc:
         print(f"loraplex worker: {exc.message}", file=sys.stderr)  # noqa: T201 - the one message a person must see
         return 2
