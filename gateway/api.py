@@ -35,6 +35,7 @@ from shared.adapters import AdapterRef
 from shared.errors import AdapterNotFound, BodyTooLarge, DeadlineExceeded, InvalidRequest, LoraplexError, RouteNotFound
 from shared.log import AccessLog
 
+REQUEST_ID = "x-request-id"
 TIMEOUT_HEADER = "x-loraplex-timeout-ms"
 _TIMEOUT_MS = re.compile(r"0*[1-9][0-9]{0,8}\Z")
 _PRIORITY = re.compile(r"-?[0-9]{1,9}\Z")
@@ -152,6 +153,7 @@ class API:
         self._resolver.ended(target, stream.status, stream.error)
         self._log(flight, head.model, stream)
         if stream.error is not None and not stream.started:
+            stream.error.request_id = flight.request_id
             raise stream.error
         if stream.error is not None:
             self._metrics.error(stream.error.code)
@@ -308,8 +310,10 @@ class API:
     async def nowhere(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path in {path for _, path in self._routes}:
             error: LoraplexError = InvalidRequest(f"{request.method} is not allowed for {request.path}.")
-            return web.Response(status=405, body=openai.error_body(error), content_type="application/json")
-        return self._answer(RouteNotFound(f"There is no {request.path[:200]} here; see {', '.join(openai.GENERATE_PATHS)} and /v1/models."))
+            headers = {REQUEST_ID: _request_id(request)}
+            return web.Response(status=405, body=openai.error_body(error), content_type="application/json", headers=headers)
+        error = RouteNotFound(f"There is no {request.path[:200]} here; see {', '.join(openai.GENERATE_PATHS)} and /v1/models.")
+        return self._answer(error, _request_id(request))
 
     # ---- around every handler ---------------------------------------------------------------------------------------------------------
 
@@ -323,7 +327,7 @@ class API:
                 return await handler(request)
             except LoraplexError as exc:
                 self._metrics.error(exc.code)
-                return self._answer(exc)
+                return self._answer(exc, exc.request_id or _request_id(request))
 
         return guarded
 
@@ -339,9 +343,9 @@ class API:
         ).encode()
 
     @staticmethod
-    def _answer(error: LoraplexError) -> web.Response:
+    def _answer(error: LoraplexError, request_id: str) -> web.Response:
         status = openai.status_of(error)
-        headers = {}
+        headers = {REQUEST_ID: request_id}
         if status in (429, 503):
             headers["Retry-After"] = str(math.ceil(openai.RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s))
         if status == 401:

@@ -9,7 +9,7 @@ class LoraplexError(Exception):
     """Root of every error that Loraplex raises on purpose.
 
     `message` is written for the person who gets it (no paths, no credentials); `param` names the request field or the config key at fault;
-    `retry_after_s` is set where waiting helps.
+    `retry_after_s` is set where waiting helps; `request_id` once the request that failed has one.
     """
 
     code: str = "internal_error"
@@ -20,6 +20,7 @@ class LoraplexError(Exception):
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.request_id = ""
 
 
 class ConfigError(LoraplexError):

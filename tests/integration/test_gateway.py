@@ -67,10 +67,11 @@ async def test_ready_says_200_only_once_a_worker_serves(tmp_path: Path, adapters
     ],
 )
 async def test_bad_requests_get_openai_errors(bad_cluster, body: bytes, status: int, param: str | None, code: str | None) -> None:  # type: ignore[no-untyped-def]
-    got, answer, _ = await bad_cluster.post("/v1/chat/completions", body)
+    got, answer, headers = await bad_cluster.post("/v1/chat/completions", body)
     assert got == status, answer
     assert answer["error"]["param"] == param
     assert code is None or answer["error"]["code"] == code
+    assert headers["x-request-id"]
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +198,11 @@ async def test_a_broken_adapter_is_422_and_others_still_answer(tmp_path: Path, a
     (make_adapter(adapters, "bad") / "adapter_config.json").write_text("{")
     async with cluster(sim_config(adapters), tmp_path) as c:
         await c.start_worker("w0")
-        status, answer, _ = await c.chat("sim:bad")
+        status, answer, headers = await c.chat("sim:bad")
         assert status == 422 and answer["error"]["code"].startswith("invalid_adapter") and str(tmp_path) not in str(answer)
+        async with asyncio.timeout(10):
+            while headers["x-request-id"] not in c.gateway.output():
+                await asyncio.sleep(0.05)
         assert (await c.chat("sim:good", max_tokens=1))[0] == 200
 
 
