@@ -35,7 +35,7 @@ class AutoscalingPolicy(Section, frozen=True, kw_only=True):
 class AutoscalingConfig(Section, frozen=True, kw_only=True):
     """How many workers, between which bounds, how fast. The defaults are those that Ray LLM deployments end up with."""
 
-    IGNORED: ClassVar[Mapping[str, str]] = {"policy": "Loraplex has one scaling policy, by load; a custom function is not called"}
+    IGNORED: ClassVar[Mapping[str, str]] = {"policy": "nothing scales by itself yet; the function is not called"}
 
     min_replicas: Count = 1
     initial_replicas: Count | None = None
@@ -86,6 +86,10 @@ class AutoscalingConfig(Section, frozen=True, kw_only=True):
                 f"{first} is more than max_replicas ({high}); lower it or raise max_replicas",
                 other=("max_replicas",),
             )
+        start = low if first is None else first
+        if start is not None and high is not None and start < high:
+            text = f"has no effect here: nothing scales by itself yet, {start} worker{'s' * (start != 1)} will run (set num_replicas)"
+            yield Finding(("max_replicas",), text, "warning")
 
 
 _PLACEMENT = "workers run on this machine, and each gets the GPUs that its tensor and pipeline parallel sizes ask for"
@@ -106,6 +110,7 @@ class DeploymentConfig(Section, frozen=True, kw_only=True):
         "max_replicas_per_node": _PLACEMENT,
         "gang_scheduling_config": _PLACEMENT,
         "deployment_actors": "there are no actors",
+        "graceful_shutdown_timeout_s": "running requests may finish for gateway.drain_s",
         "graceful_shutdown_wait_loop_s": "a worker stops when its last request ends, without polling",
         "health_check_period_s": _HEALTH,
         "health_check_timeout_s": _HEALTH,
@@ -125,7 +130,7 @@ class DeploymentConfig(Section, frozen=True, kw_only=True):
     max_ongoing_requests: Positive = UNLIMITED_REQUESTS
     max_queued_requests: Annotated[int, Meta(ge=-1)] = -1
     backpressure_config: BackpressureConfig = msgspec.field(default_factory=BackpressureConfig)
-    graceful_shutdown_timeout_s: SecondsOrNone = 20.0
+    graceful_shutdown_timeout_s: SecondsOrNone | None = None
     name: str | None = None
     user_config: Any = None
     ray_actor_options: dict[str, Any] | None = None

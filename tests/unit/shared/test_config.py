@@ -77,7 +77,7 @@ def test_a_config_cannot_be_changed() -> None:
 def test_defaults_are_those_of_ray_llm_deployments() -> None:
     deployment, scaling, lora = made().deployment_config, AutoscalingConfig(), LoraConfig()
     assert (deployment.max_ongoing_requests, deployment.max_queued_requests) == (UNLIMITED_REQUESTS, -1)
-    assert (deployment.backpressure_config.status_code, deployment.graceful_shutdown_timeout_s) == (503, 20.0)
+    assert deployment.backpressure_config.status_code == 503
     assert (scaling.min_replicas, scaling.max_replicas, scaling.upscale_delay_s, scaling.downscale_delay_s) == (1, 1, 30.0, 600.0)
     assert (scaling.metrics_interval_s, scaling.look_back_period_s, scaling.aggregation_function) == (10.0, 30.0, "mean")
     assert (lora.download_timeout_s, lora.max_download_tries) == (30.0, 3)

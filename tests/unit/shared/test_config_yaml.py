@@ -48,8 +48,9 @@ def test_the_examples_are_valid(name: str, workers: int) -> None:
 
 def test_rays_own_file_needs_no_change_and_names_what_has_no_effect() -> None:
     loaded = load_settings(EXAMPLES / "ray.yaml")
-    (warning,) = loaded.warnings
-    assert ": proxy_location: has no effect here: " in warning
+    placement, scaling = loaded.warnings
+    assert ": proxy_location: has no effect here: " in placement
+    assert "max_replicas: has no effect here: nothing scales by itself yet, 1 worker will run" in scaling
     assert loaded.models[0].adapters_path == "s3://my_dynamic_lora_path"
 
 
@@ -188,7 +189,16 @@ def test_rays_model_options_are_accepted_with_a_warning(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["health_check_period_s: 10", "request_router_config: {x: 1}", "ray_actor_options: {num_cpus: 1}", "name: x"]
+    "key",
+    [
+        "graceful_shutdown_timeout_s: 60",
+        "autoscaling_config: {max_replicas: 2}",
+        "num_replicas: auto",
+        "health_check_period_s: 10",
+        "request_router_config: {x: 1}",
+        "ray_actor_options: {num_cpus: 1}",
+        "name: x",
+    ],
 )
 def test_rays_deployment_options_are_accepted_with_a_warning(key: str) -> None:
     (warning,) = parse(SMALL + f"  deployment_config: {{{key}}}\n").warnings
