@@ -233,7 +233,7 @@ async def _http(api: API, settings: Settings) -> AsyncIterator[int]:
         except OSError as exc:
             why = "the port is in use" if exc.errno == 98 else exc.strerror
             raise ConfigError(
-                f"cannot listen on {g.host}:{g.port}: {why}; choose another with gateway.port (or `--port`), or stop what uses it"
+                f"cannot listen on {g.host}:{g.port}: {why}; choose another with gateway.port (`serve` also takes --port), or stop what uses it"
             ) from exc
         yield runner.addresses[0][1]
     finally:

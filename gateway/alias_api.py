@@ -102,7 +102,7 @@ class AliasAPI:
             if any(w.tier_at(key) is Tier.GPU for w in there):
                 continue
             if not pool.workers:
-                raise WorkerUnavailable("No worker serves this model now; add ?now=1 to change the alias all the same.")
+                raise WorkerUnavailable("No worker serves this model now; add ?now=1 (--now) to change the alias all the same.")
             home = there[0] if there else self._homes.setdefault(target.base, Rendezvous()).order(key, pool)[0]
             asked.append(self._tend(home, Action.LOAD, target.adapter, target.stored))
         if not asked:
@@ -114,7 +114,7 @@ class AliasAPI:
             future.result()
         if late:
             raise Overloaded(
-                f"The adapter was not loaded within {LOAD_TIMEOUT_S:g} s; the alias is as it was. ?now=1 changes it all the same."
+                f"The adapter was not loaded within {LOAD_TIMEOUT_S:g} s; the alias is as it was. ?now=1 (--now) changes it all the same."
             )
 
     def _entry(self, base: str, found: InForce) -> dict[str, object]:

@@ -19,6 +19,11 @@ from shared.errors import ConfigError
 
 KEY_ENV = "LORAPLEX_ADMIN_KEY"
 DEFAULT_URL = "http://127.0.0.1:8000"
+SHOWN = (
+    *("base", "name", "digest", "state", "update", "serving", "bytes", "rank", "hits", "last_used"),
+    *("to_be_pinned", "preload", "code", "reason"),
+)
+"""Of an adapter, in this order; `serving` only while it is not `digest`."""
 SLACK_S = 10.0  # beyond what the gateway itself waits for its workers
 DONE = {
     "load": "loaded",
@@ -187,7 +192,7 @@ def _show(args: argparse.Namespace, gateway: Gateway) -> int:
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
-    for key in ("base", "name", "digest", "state", "bytes", "rank", "hits", "last_used", "to_be_pinned", "preload", "code", "reason"):
+    for key in SHOWN if found.get("update") else [key for key in SHOWN if key != "serving"]:
         value = found.get(key)
         if value not in (None, [], False):
             print(f"{key.replace('_', ' ') + ':':14}{', '.join(value) if isinstance(value, list) else value}")
@@ -240,7 +245,7 @@ def _place(worker: dict[str, Any]) -> str:
 
 
 def _notes(worker: dict[str, Any]) -> str:
-    return ", ".join(word for word, so in (("pinned", worker["pinned"]), ("loading", worker["loading"])) if so)
+    return ", ".join(word for word in ("pinned", "loading", "steady") if worker.get(word))
 
 
 def show_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

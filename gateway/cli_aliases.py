@@ -99,7 +99,7 @@ def _show(args: argparse.Namespace, entries: list[Any]) -> None:
             share["requests"],
             share["errors"],
             entry["source"] if not n else "",
-            _fate(share),
+            _fate(share) or ("hides the adapter of this name" if entry["hides_adapter"] and not n else ""),
         )
         for entry in entries
         for n, share in enumerate(entry["shares"])

@@ -101,6 +101,9 @@ async def test_an_alias_goes_its_whole_way_by_command(served: Cluster) -> None:
     assert (await loraplex("set", "sim:prod", "team/d", *url, "--now", verb="aliases"))[0] == 0
     (entry,) = json.loads((await loraplex("ls", *url, "--json", verb="aliases"))[1])
     assert [share["adapter"] for share in entry["shares"]] == ["team/d"] and entry["rollback"]["min_requests"] == 7
+    status, out, _ = await loraplex("set", "b", "a", *url, "--now", verb="aliases")
+    assert status == 0 and out.rstrip().endswith("runtime  hides the adapter of this name")
+    assert (await loraplex("rm", "b", *url, verb="aliases"))[0] == 0
     assert await loraplex("rm", "prod", *url, verb="aliases") == (0, "sim:prod: deleted\n", "")
     assert json.loads((await loraplex("ls", *url, "--json", verb="aliases"))[1]) == []
 
