@@ -240,6 +240,9 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = read_arguments()
+    if missing := [str(path) for path in args.report or () if not path.exists()]:
+        print(f"bench.gpu: --report: no such file: {', '.join(missing)}", file=sys.stderr)
+        return 2
     if args.report:
         done = [d for path in args.report for d in Record(path, "").rows]
         print(f"{table(done)}\n\nLoraplex over vLLM, output tokens/s:\n{ratios(done)}")
