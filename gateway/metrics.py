@@ -13,6 +13,7 @@ from gateway.flight import Flight
 from gateway.request import Phase
 from gateway.routing import Reason
 from gateway.tally import Distribution, Snapshot, Tally
+from shared.wire import WorkerState
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30, 60)
 DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -227,7 +228,10 @@ class FleetCollector(Collector):
         kv = GaugeMetricFamily("loraplex_worker_kv_usage_ratio", "Share of the KV cache in use.", labels=names)
         for w in self._fleet:
             at = [w.id, w.beat.base]
-            up.add_metric([*at, w.beat.state.name.lower()], 1)
+            state = w.beat.state
+            if state is WorkerState.SERVING and not w.routable:
+                state = WorkerState.JOINING  # it beats, but its data link is not there (yet): nothing can be sent to it
+            up.add_metric([*at, state.name.lower()], 1)
             load.add_metric(at, w.load)
             capacity.add_metric(at, w.beat.capacity)
             slots.add_metric(at, w.beat.slots)
