@@ -57,7 +57,11 @@ class Claims:
         if worker.in_flight(key):
             return True
         spare = worker.open_slots - (self._promised(worker, key) if self._claims else 0)
-        return spare > len(worker.steady) or (spare > 0 and spare > self._kept(worker, key, pool, now))
+        if spare <= 0 or spare > len(worker.steady):
+            return spare > 0
+        # Where most are in steady use, all of them may be idle while everybody waits for others.
+        few = len(worker.steady) <= max(1.0, STEADY_SHARE * worker.beat.slots)
+        return not few or spare > self._kept(worker, key, pool, now)
 
     def claim(self, ask: Ask, key: Key, pool: Pool, now: float, *, held: bool = False) -> float:
         """No slot anywhere: claims one if the request is old enough. Returns when to ask again.
