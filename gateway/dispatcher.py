@@ -11,12 +11,12 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from gateway import fairness
 from gateway.admission import Admission
-from gateway.fleet import Changed, Fleet, FleetEvent, Joined, Lost, Worker
+from gateway.fleet import Changed, Fleet, FleetEvent, Joined, Worker
 from gateway.flight import Flight, adapter_key, ask_of, flow_of
 from gateway.metrics import Metrics
 from gateway.openai import from_refusal
@@ -348,7 +348,11 @@ class Dispatcher:
         flight = self._flights.get(refused.sid)
         if flight is not None:
             if flight.choice is not None:
-                flight.refused_by |= {flight.choice.worker.id}
+                worker = flight.choice.worker
+                flight.refused_by |= {worker.id}
+                if refused.leaving:  # else it would get the request again at once, and soon be asked for the last time
+                    changed = self.fleet.leaves(worker.id, worker.beat.epoch, refused.message)
+                    self._apply([changed] if changed else [], None)
             retryable = refused.retryable or (flight.elsewhere and refused.code == AdapterNotFound.code)
             self._on_loss(flight, from_refusal(refused.code, refused.message), retryable=retryable)
         else:
@@ -367,7 +371,7 @@ class Dispatcher:
             if flight.place is None:
                 self._fail(flight, error)
 
-    def _apply(self, events: list[FleetEvent] | list[Lost], peer: bytes | None) -> None:
+    def _apply(self, events: Sequence[FleetEvent], peer: bytes | None) -> None:
         for event in events:
             if isinstance(event, Joined):
                 log.info("worker joined", extra={"worker": event.worker})

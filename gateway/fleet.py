@@ -102,6 +102,8 @@ class Fleet:
         most = self._most.get(beat.base)
         if most is not None and most < beat.capacity:
             beat = msgspec.structs.replace(beat, capacity=most)  # here, so that a decision compares two numbers
+        if worker and beat.epoch == worker.beat.epoch and beat.state < worker.beat.state:
+            beat = msgspec.structs.replace(beat, state=worker.beat.state)  # it left before this was heard: see `leaves`
         events: list[FleetEvent] = []
         if worker and beat.epoch > worker.beat.epoch:
             events.append(self._remove(worker, "restarted"))
@@ -130,6 +132,16 @@ class Fleet:
         if worker and worker.beat.epoch == epoch:
             worker.attached_epoch = epoch
             self._pool_of(worker).settle(worker)
+
+    def leaves(self, worker_id: WorkerId, epoch: int, reason: str) -> Changed | None:
+        """This life of the worker has refused a request because it takes no more: no beat that was on its way can say otherwise."""
+        worker = self._workers.get(worker_id)
+        if worker is None or worker.beat.epoch != epoch or worker.beat.state >= WorkerState.DRAINING:
+            return None
+        before = worker.beat.state
+        worker.beat = msgspec.structs.replace(worker.beat, state=WorkerState.DRAINING, reason=reason)
+        self._pool_of(worker).settle(worker)
+        return Changed(worker_id, before, WorkerState.DRAINING, reason)
 
     def expire(self, now: float) -> list[Lost]:
         """Removes workers whose lease has run out."""

@@ -213,12 +213,16 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True):
-    """The worker will not or could not serve this stream; nothing of it reached the gateway. `code` is that of an error in shared.errors."""
+    """The worker will not or could not serve this stream; nothing of it reached the gateway. `code` is that of an error in shared.errors.
+
+    `leaving`: this life of the worker takes no more requests. Heartbeats say it too, on another socket and so perhaps later.
+    """
 
     sid: StreamId
     code: str
     message: str
     retryable: bool
+    leaving: bool = False
 
 
 class Attach(msgspec.Struct, frozen=True, tag="attach", array_like=True):

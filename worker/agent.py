@@ -160,9 +160,9 @@ class Agent:
         log.error("engine died: %s", reason)
         self.exit_code = 1
         self._reason = f"engine died: {reason}"
+        self.stop(self._reason)
         for job in list(self._jobs.values()):
             self._refuse(job, EngineFailure.code, "The engine of this worker died.", True)
-        self.stop(self._reason)
 
     async def _drain(self) -> None:
         self._become(wire.WorkerState.DRAINING, self._reason)
@@ -255,7 +255,9 @@ class Agent:
             self._tend(session, message)
             return
         if self._state is not wire.WorkerState.SERVING:
-            session.outbox.refuse(wire.Refused(message.sid, "worker_unavailable", "The worker is not serving.", True))
+            session.outbox.refuse(
+                wire.Refused(message.sid, "worker_unavailable", "The worker is not serving.", True, self._stopping.is_set())
+            )
             return
         job = Job(next(self._numbers), session, message, clock())
         self._jobs[job.number] = job
@@ -400,11 +402,11 @@ class Agent:
             await self._engine.serve(Call(message.path, message.request_id, message.body, adapter, message.model), reply)
         except EngineFailure as exc:
             if not reply.begun:
-                job.session.outbox.refuse(wire.Refused(message.sid, exc.code, exc.message, True))
+                job.session.outbox.refuse(wire.Refused(message.sid, exc.code, exc.message, True, leaving=True))
             self._on_engine_death(exc.message)
 
     def _refuse(self, job: Job, code: str, message: str, retryable: bool) -> None:
-        job.session.outbox.refuse(wire.Refused(job.message.sid, code, message, retryable))
+        job.session.outbox.refuse(wire.Refused(job.message.sid, code, message, retryable, self._stopping.is_set()))
         self._cancel(job)
 
     def _forget(self, job: Job) -> None:

@@ -132,8 +132,10 @@ class Room:
     def frames(self, worker: str, *frames: wire.Frame, done: list[wire.Done] | None = None, epoch: int = 1) -> None:
         self.dispatcher.on_data(wire.identity(worker, epoch), wire.encode(wire.Step(list(frames), done or [])))
 
-    def refuse(self, worker: str, sid: int, code: str = "worker_unavailable", retryable: bool = True, epoch: int = 1) -> None:
-        step = wire.Step([], [], [wire.Refused(sid, code, "why", retryable)])
+    def refuse(
+        self, worker: str, sid: int, code: str = "worker_unavailable", retryable: bool = True, epoch: int = 1, leaving: bool = False
+    ) -> None:
+        step = wire.Step([], [], [wire.Refused(sid, code, "why", retryable, leaving)])
         self.dispatcher.on_data(wire.identity(worker, epoch), wire.encode(step))
 
     def flight(self, adapter: AdapterRef | None = None, *, streams: bool = False) -> tuple[Flight, Kept]:
@@ -345,6 +347,20 @@ def test_a_refused_request_goes_to_another_worker_if_there_is_one_with_room(make
     assert room.wires.generated()[-1][0] == "w0"
     room.refuse("w0", flight.sid, "engine_error")
     assert room.wires.generated()[-1][0] == "w1"
+
+
+def test_a_request_that_a_leaving_worker_gives_back_waits_for_another_worker_whatever_late_beats_say(room: Room) -> None:
+    """Word of the end comes on two sockets; before the heartbeats have said it, the same worker would be asked until no attempt is left."""
+    room.worker("w0", capacity=8)
+    flights = [room.submit() for _ in range(3)]
+    for flight, _ in flights:
+        room.refuse("w0", flight.sid, "engine_error", leaving=True)
+        room.beat("w0", capacity=8)  # it left the worker before the end did
+    assert [flight.life.phase for flight, _ in flights] == [Phase.QUEUED] * 3 and len(room.wires.generated()) == 3
+    later, _ = room.submit()
+    assert later.life.phase is Phase.QUEUED
+    room.worker("w0", epoch=2, capacity=8)
+    assert [flight.life.phase for flight, _ in [*flights, (later, None)]] == [Phase.SENT] * 4
 
 
 def test_a_refusal_that_is_final_is_told_to_the_client(room: Room) -> None:

@@ -100,6 +100,17 @@ def test_a_change_of_state_is_told_once_with_its_reason() -> None:
     assert fleet.beat(beat(seq=3, state=WorkerState.DRAINING), 0.0) == []
 
 
+def test_a_life_that_leaves_does_not_come_back_with_a_late_beat_but_the_next_life_serves() -> None:
+    fleet, worker = serving(beat())
+    assert fleet.leaves("w0", 2, "why") is None and worker.routable, "another life's refusal"
+    assert fleet.leaves("w0", 1, "why") == Changed("w0", WorkerState.SERVING, WorkerState.DRAINING, "why")
+    assert fleet.leaves("w0", 1, "why") is None, "told once"
+    assert fleet.beat(beat(seq=2), 0.1) == [] and not fleet.routable(worker.beat.base)
+    assert fleet.beat(beat(seq=3, state=WorkerState.STOPPED), 0.2)[0].worker == "w0" and len(fleet) == 0
+    fleet, worker = serving(beat(epoch=2), fleet)
+    assert worker.routable
+
+
 def test_stopped_ends_the_epoch_for_good() -> None:
     fleet, worker = serving(beat(epoch=3))
     fleet.reserve(worker, 1, None)
