@@ -45,11 +45,14 @@ def test_backlogged_flows_get_equal_service_within_a_quantum() -> None:
 
 def test_a_flow_that_comes_back_has_no_credit_from_its_absence() -> None:
     counters = Counters()
+    counters.enter("a")
     counters.charge("a", 10 * QUANTUM)
-    counters.lift("b", ["a"])
+    counters.enter("b")
     assert counters["b"] == 10 * QUANTUM
-    counters.lift("a", ["b"])
-    assert counters["a"] == 10 * QUANTUM
+    counters.charge("b", QUANTUM)
+    counters.leave("a")
+    counters.enter("a")
+    assert counters["a"] == 11 * QUANTUM
 
 
 def test_a_correction_never_makes_a_counter_negative() -> None:
