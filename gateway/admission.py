@@ -6,7 +6,7 @@ the least served (see fairness.py), then the oldest. A flow that waits for a slo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -99,14 +99,17 @@ class Admission(Generic[T]):
         if line is not None:
             line.charge(flow, tokens)
 
-    def pump(self, base: str, dispatch: Callable[[T], Blocked | None], adapter: Key | None = None) -> None:
+    def pump(self, base: str, dispatch: Callable[[T], Blocked | None], adapter: Key | None = None, heirs: Iterable[Key] = ()) -> None:
         """Offers waiting items to `dispatch` in order. None: it took the item. SLOT or TURN: the next flow's turn. ROOM: that was all.
 
-        Those who wait for `adapter` are tried as well if their turn has not come: something was freed that they alone can use.
+        Those who wait for `heirs` are tried first, whoever's turn it is: something is kept for them. Those who wait for `adapter` are tried as well
+        if their turn has not come: something was freed that they alone can use.
         """
         line = self._lines.get(base)
         if line is None:
             return
+        for heir in heirs:
+            self._offer_all(line, heir, None, dispatch)
         without_slot = not_yet = 0
         tried: Turn | None = None
         while (turn := line.next(tried)) is not None:
@@ -118,10 +121,8 @@ class Admission(Generic[T]):
             not_yet += blocked is Blocked.TURN
             if without_slot == MAX_WITHOUT_SLOT or not_yet == MAX_NOT_YET:
                 break
-        while adapter is not None and (turn := line.next(tried, adapter)) is not None:
-            tried = turn
-            if self._offer(line, turn, dispatch) is not None:
-                return
+        if adapter is not None:
+            self._offer_all(line, adapter, tried, dispatch)
 
     def items(self) -> list[T]:
         """All that wait, oldest first."""
@@ -145,6 +146,12 @@ class Admission(Generic[T]):
         for place in late:
             self.leave(place)
         return [place.item for place in late]
+
+    def _offer_all(self, line: Line[T], adapter: Key, after: Turn | None, dispatch: Callable[[T], Blocked | None]) -> None:
+        """Those who wait for the adapter, to the first that is not taken."""
+        while (after := line.next(after, adapter)) is not None:
+            if self._offer(line, after, dispatch) is not None:
+                return
 
     def _offer(self, line: Line[T], turn: Turn, dispatch: Callable[[T], Blocked | None]) -> Blocked | None:
         place = line.oldest(turn)

@@ -280,6 +280,9 @@ class ExpectedTTFT:
     def finished(self, ask: Ask, worker: Worker, service_s: float, output_tokens: int, now: float) -> None:
         self._base(ask.base).services.note(service_s, output_tokens)
 
+    def heirs(self, base: str, fleet: Fleet, now: float) -> list[Key]:
+        return self._base(base).claims.heirs(fleet.pool(base), now)
+
     def wishes(self, worker: Worker, fleet: Fleet, now: float) -> list[AdapterRef]:
         """Its share of the hot adapters: those that will surely be asked for soon and whose home set it is in now; half of its slots at most."""
         base, pool = self._base(worker.beat.base), fleet.pool(worker.beat.base)

@@ -53,6 +53,10 @@ class Claims:
     def __len__(self) -> int:
         return len(self._claims)
 
+    def of(self, key: Key) -> Claim | None:
+        """The one that the adapter has made."""
+        return self._claims.get(key)
+
     def closed(self, worker: Worker, key: Key) -> bool:
         """The adapter gives up its slot there: nothing new for it."""
         return bool(self._closing) and (worker.id, key) in self._closing
@@ -119,6 +123,13 @@ class Claims:
         """The adapter has a slot, or nobody waits for it any more."""
         if key in self._claims:
             self._drop(key)
+
+    def heirs(self, pool: Pool, now: float) -> list[Key]:
+        """Adapters whose claimed slot is free: nobody else may have it, so they are asked first, whoever's turn it is."""
+        if not self._claims:
+            return []
+        freed = (w for w in pool.open.values() if w.id in self._on)
+        return [key for w in freed for key in self._on[w.id] if self.open_to(w, key, pool, now)]
 
     def _promised(self, worker: Worker, key: Key) -> int:
         """Open slots that claims of other adapters keep. Before a victim has left, its slot is occupied and not among them."""

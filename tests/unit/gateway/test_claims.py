@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import random
+from itertools import takewhile
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.sim.worker import WorkerFacts
+from bench.sim.world import Simulation, World
+from bench.workload import Fixed, Poisson, Workload, Zipf, requests
 from gateway.fleet import Fleet, Worker
 from gateway.placement import Rates, Rendezvous
 from gateway.routing import Ask
@@ -87,3 +91,39 @@ def test_the_pools_sums_are_those_of_its_workers(rng: random.Random) -> None:
         pool = desk.fleet.pool("tiny")
         assert pool.room == sum(w.has_room for w in pool.workers)
         assert set(pool.open) == {w.id for w in pool.workers if w.has_room and w.open_slots > 0}
+
+
+@given(st.randoms(use_true_random=False))
+def test_a_slot_that_is_kept_for_a_claim_is_its_claimants_to_have_at_once(rng: random.Random) -> None:
+    desk = Desk(rng)
+    for _ in range(60):
+        desk.step()
+        pool = desk.fleet.pool("tiny")
+        heirs = desk.claims.heirs(pool, desk.now)
+        assert all(desk.open_to(key) for key in heirs)
+        for ref in ADAPTERS:
+            key = key_of(ref)
+            claim = desk.claims.of(key)
+            if claim is not None and claim.worker in desk.open_to(key) and claim.worker.open_slots > 0:
+                assert key in heirs
+
+
+def test_few_slots_stand_empty_while_many_wait_for_one() -> None:
+    """Twice what two workers can serve as it comes. A claimed slot that waits for its claimant's turn would be empty for seconds."""
+    slots = 16
+    mix = Workload(Poisson(54.0), Zipf(1.0), 250, Fixed(64), Fixed(128), seed=3)
+    load = takewhile(lambda request: request.at_s < 12.0, requests(mix))
+    simulation = Simulation(World("expected-ttft", 2, 250, 1, facts=WorkerFacts("base", slots=slots)), load)
+    gateway = simulation.dispatcher
+    empty: list[int] = []
+
+    def look() -> None:
+        if gateway.queued("base") > 40:
+            empty.append(gateway.fleet.pool("base").open_slots)
+        simulation.agenda.after(0.05, look)
+
+    simulation.agenda.after(6.0, look)
+    run = simulation.run()
+    assert len(empty) > 100, "the run was to be overloaded for seconds"
+    assert sum(empty) < 0.08 * 2 * slots * len(empty)
+    assert all(outcome.failed is None for outcome in run.outcomes)

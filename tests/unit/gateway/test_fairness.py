@@ -112,3 +112,17 @@ def test_a_pump_gives_up_after_some_flows_but_tries_those_of_the_adapter_that_wa
     asked.clear()
     queue.pump("tiny", lambda item: asked.append(item) or Blocked.TURN)  # type: ignore[func-returns-value]
     assert len(asked) == MAX_NOT_YET
+
+
+def test_those_for_whom_something_is_kept_are_asked_before_the_first_in_turn() -> None:
+    queue: Admission[str] = Admission(1000, 60.0)
+    for n in range(100):
+        queue.offer("tiny", f"a{n}", 0.0, (0, "", (f"a{n % 50}", "d")))
+    asked: list[str] = []
+
+    def dispatch(item: str) -> Blocked | None:
+        asked.append(item)
+        return None if item in ("a40", "a90") else Blocked.SLOT
+
+    queue.pump("tiny", dispatch, heirs=[("a40", "d"), ("gone", "d")])
+    assert asked[:2] == ["a40", "a90"] and len(asked) == 2 + MAX_WITHOUT_SLOT and queue.depth("tiny") == 98
