@@ -6,21 +6,19 @@ the least served (see fairness.py), then the oldest. A flow that waits for a slo
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Generic, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from gateway.fairness import Counters
+from gateway.line import ANYBODY, Flow, Line, Place, Turn
 from gateway.routing import Blocked
 from gateway.worker import Key
 from shared.errors import Overloaded, RateLimited
 
+__all__ = ["ANYBODY", "UNBOUND", "Admission", "Bound", "Flow", "Place"]
+
 T = TypeVar("T")
 
-Flow: TypeAlias = tuple[int, str, Key | None]
-"""(priority, tenant, adapter)."""
-ANYBODY: Flow = (0, "", None)
 MAX_WITHOUT_SLOT, MAX_NOT_YET = 8, 32
 """Flows that a pump tries in vain before it stops: those behind them have no better claim to a slot, and time spent here delays everybody.
 More of those that only wait for their turn: they leave the slots of others alone."""
@@ -44,26 +42,6 @@ class Bound:
 UNBOUND = Bound()
 
 
-@dataclass(slots=True, eq=False)
-class Place(Generic[T]):
-    """An item's place in the queue."""
-
-    base: str
-    item: T
-    deadline: float
-    flow: Flow = ANYBODY
-    number: int = 0
-
-
-@dataclass(slots=True)
-class _Line(Generic[T]):
-    """The queue of one base model."""
-
-    flows: dict[Flow, dict[Place[T], None]] = field(default_factory=dict)  # dicts keep order and let any place leave at once
-    counters: Counters = field(default_factory=Counters)
-    size: int = 0
-
-
 class Admission(Generic[T]):
     """Holds at most `max_queued` items, each for at most `timeout_s` seconds; of a base model in `bounds` at most as many as it says.
 
@@ -74,7 +52,7 @@ class Admission(Generic[T]):
         self._max_queued = max_queued
         self._bounds = dict(bounds or {})
         self._timeout_s = timeout_s
-        self._lines: dict[str, _Line[T]] = {}
+        self._lines: dict[str, Line[T]] = {}
         self._arrivals: dict[Place[T], None] = {}  # all places; all wait equally long, so the order of arrival is that of the deadlines
         self._last_number = 0
 
@@ -98,16 +76,11 @@ class Admission(Generic[T]):
         if len(self._arrivals) >= self._max_queued or 0 <= most <= (line.size if line else 0):
             return None
         if line is None:
-            line = self._lines[base] = _Line()
-        waiting = line.flows.get(flow)
-        if waiting is None:
-            line.counters.lift(flow[1:], (f[1:] for f in line.flows))
-            waiting = line.flows[flow] = {}
+            line = self._lines[base] = Line()
         self._last_number += 1
         place = Place(base, item, now + self._timeout_s, flow, self._last_number)
-        waiting[place] = None
         self._arrivals[place] = None
-        line.size += 1
+        line.add(place)
         return place
 
     def leave(self, place: Place[T]) -> None:
@@ -116,57 +89,40 @@ class Admission(Generic[T]):
             return
         del self._arrivals[place]
         line = self._lines[place.base]
-        waiting = line.flows[place.flow]
-        del waiting[place]
-        line.size -= 1
-        if not waiting:
-            del line.flows[place.flow]
-            if not line.flows:
-                del self._lines[place.base]
+        line.remove(place)
+        if not line.size:
+            del self._lines[place.base]
 
     def charge(self, base: str, flow: Flow, tokens: float) -> None:
         """The flow was served so many weighted tokens (negative: fewer than charged before). Counts only while the base model has a queue."""
         line = self._lines.get(base)
         if line is not None:
-            line.counters.charge(flow[1:], tokens)
+            line.charge(flow, tokens)
 
-    def pump(self, base: str, dispatch: Callable[[T], Blocked | None], adapter: Key | None = None) -> None:
+    def pump(self, base: str, dispatch: Callable[[T], Blocked | None], adapter: Key | None = None, heirs: Iterable[Key] = ()) -> None:
         """Offers waiting items to `dispatch` in order. None: it took the item. SLOT or TURN: the next flow's turn. ROOM: that was all.
 
-        Flows of `adapter` are tried as well if they are not among those whose turn comes: something was freed that they alone can use.
+        Those who wait for `heirs` are tried first, whoever's turn it is: something is kept for them. Those who wait for `adapter` are tried as well
+        if their turn has not come: something was freed that they alone can use.
         """
         line = self._lines.get(base)
         if line is None:
             return
+        for heir in heirs:
+            self._offer_all(line, heir, None, dispatch)
         without_slot = not_yet = 0
-        turns = [self._turn(line, flow) for flow in line.flows]
-        heapq.heapify(turns)
-        while turns:
-            flow = turns[0][-1]
-            waiting = line.flows.get(flow)
-            if not waiting:  # what dispatch did to others emptied it
-                heapq.heappop(turns)
-                continue
-            place = next(iter(waiting))
-            blocked = dispatch(place.item)
-            if blocked is None:
-                self.leave(place)
-                if flow in line.flows:
-                    heapq.heapreplace(turns, self._turn(line, flow))
-                else:
-                    heapq.heappop(turns)
-                continue
+        tried: Turn | None = None
+        while (turn := line.next(tried)) is not None:
+            tried = turn  # whom dispatch takes comes again further behind
+            blocked = self._offer(line, turn, dispatch)
             if blocked is Blocked.ROOM:
                 return
-            heapq.heappop(turns)
             without_slot += blocked is Blocked.SLOT
             not_yet += blocked is Blocked.TURN
             if without_slot == MAX_WITHOUT_SLOT or not_yet == MAX_NOT_YET:
                 break
         if adapter is not None:
-            for _, _, _, flow in turns:
-                if flow[2] == adapter:
-                    self._drain(line, flow, dispatch)
+            self._offer_all(line, adapter, tried, dispatch)
 
     def items(self) -> list[T]:
         """All that wait, oldest first."""
@@ -191,12 +147,15 @@ class Admission(Generic[T]):
             self.leave(place)
         return [place.item for place in late]
 
-    def _drain(self, line: _Line[T], flow: Flow, dispatch: Callable[[T], Blocked | None]) -> None:
-        for place in list(line.flows.get(flow, ())):
-            if dispatch(place.item) is not None:
+    def _offer_all(self, line: Line[T], adapter: Key, after: Turn | None, dispatch: Callable[[T], Blocked | None]) -> None:
+        """Those who wait for the adapter, to the first that is not taken."""
+        while (after := line.next(after, adapter)) is not None:
+            if self._offer(line, after, dispatch) is not None:
                 return
-            self.leave(place)
 
-    @staticmethod
-    def _turn(line: _Line[T], flow: Flow) -> tuple[int, int, int, Flow]:
-        return (flow[0], line.counters.rank(flow[1:]), next(iter(line.flows[flow])).number, flow)
+    def _offer(self, line: Line[T], turn: Turn, dispatch: Callable[[T], Blocked | None]) -> Blocked | None:
+        place = line.oldest(turn)
+        blocked = dispatch(place.item)
+        if blocked is None:
+            self.leave(place)
+        return blocked

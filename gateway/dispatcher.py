@@ -325,7 +325,8 @@ class Dispatcher:
         if self._pumping is None and self._admission.depth(base):
             self._pumping = base
             try:
-                self._admission.pump(base, self._dispatch, adapter_key(ask.adapter) if ask is not None else None)
+                heirs = self._policy.heirs(base, self.fleet, self.clock())
+                self._admission.pump(base, self._dispatch, adapter_key(ask.adapter) if ask is not None else None, heirs)
             finally:
                 self._pumping = None
 

@@ -53,6 +53,7 @@ MAX_AFFINITIES = 50_000
 
 
 Holders: TypeAlias = Mapping[WorkerId, Worker]
+NOBODY: Holders = {}
 NOTHING = Terms()
 
 
@@ -70,6 +71,8 @@ class ExpectedTTFT:
 
     def choose(self, ask: Ask, fleet: Fleet, now: float, rng: random.Random) -> Decision:
         pool = fleet.pool(ask.base)
+        if not pool.room:
+            return Wait(Blocked.ROOM)
         base = self._base(ask.base)
         if ask.adapter is None:
             return self._choose_base(ask, pool, now, rng)
@@ -125,20 +128,21 @@ class ExpectedTTFT:
         self, ask: Ask, key: Key, base: _Base, pool: Pool, bound: float, now: float, reason: Reason, copies: int = 0, needed: bool = True
     ) -> Decision:
         """Where to load it: the least cost among those that have it cached and its home set."""
-        if not pool.workers:
-            return Wait(Blocked.ROOM)
-        holders = pool.holders.get(key, {})
+        holders = pool.holders.get(key, NOBODY)
         candidates: list[Worker] = []
-        due = ask.arrived + (self._patience_s if base.slot_price(pool, now) == 0.0 else SCARCE_PATIENCE_S)
-        patient = not copies and now < due
-        stashed = pool.stashes.get(key)
-        if stashed is not None:
+        stashed = pool.stashes.get(key, NOBODY)
+        shut = base.claims.shut(key, pool, now) and not any(key in w.others_busy for w in stashed.values())
+        patient = not copies and now - ask.arrived < max(self._patience_s, SCARCE_PATIENCE_S)
+        if stashed and (patient or not shut):
             cached = [w for w in islice(stashed.values(), STASH_CHOICES) if w.id not in holders and w.tier_at(key) is Tier.CPU]
-            candidates = [w for w in cached if w.has_room and base.claims.open_to(w, key, pool, now)]
+            if not shut:
+                candidates = [w for w in cached if w.has_room and base.claims.open_to(w, key, pool, now)]
             if cached and patient and not candidates:
-                # A full worker frees a slot every service_s / slots; a load from disk would stall somebody for longer.
-                return Wait(Blocked.TURN, due)
-        if pool.open_workers == 0:
+                due = ask.arrived + (self._patience_s if base.slot_price(pool, now) == 0.0 else SCARCE_PATIENCE_S)
+                if now < due:
+                    # A full worker frees a slot every service_s / slots; a load from disk would stall somebody for longer.
+                    return Wait(Blocked.TURN, due)
+        if shut or not pool.open:
             return self._blocked(ask, key, base, pool, now)
         candidates += self._homes(key, base, pool, bound, holders, now, anybody=not candidates)
         if not needed:
@@ -275,6 +279,9 @@ class ExpectedTTFT:
 
     def finished(self, ask: Ask, worker: Worker, service_s: float, output_tokens: int, now: float) -> None:
         self._base(ask.base).services.note(service_s, output_tokens)
+
+    def heirs(self, base: str, fleet: Fleet, now: float) -> list[Key]:
+        return self._base(base).claims.heirs(fleet.pool(base), now)
 
     def wishes(self, worker: Worker, fleet: Fleet, now: float) -> list[AdapterRef]:
         """Its share of the hot adapters: those that will surely be asked for soon and whose home set it is in now; half of its slots at most."""

@@ -7,7 +7,8 @@ when it ends. Counters live only as long as somebody waits: without a queue ther
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from bisect import bisect_left, insort
+from collections.abc import Hashable
 
 INPUT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 2.0
@@ -27,6 +28,9 @@ class Counters:
 
     def __init__(self) -> None:
         self._served: dict[Hashable, float] = {}
+        self._numbers: dict[Hashable, int] = {}  # of those that wait
+        self._order: list[tuple[float, int]] = []  # (served, number) of those, the least first
+        self._last = 0
 
     def __getitem__(self, flow: Hashable) -> float:
         return self._served.get(flow, 0.0)
@@ -37,9 +41,21 @@ class Counters:
 
     def charge(self, flow: Hashable, tokens: float) -> None:
         """Negative where less was used than expected."""
-        self._served[flow] = max(0.0, self._served.get(flow, 0.0) + tokens)
+        before = self[flow]
+        served = self._served[flow] = max(0.0, before + tokens)
+        number = self._numbers.get(flow)
+        if number is not None:
+            del self._order[bisect_left(self._order, (before, number))]
+            insort(self._order, (served, number))
 
-    def lift(self, flow: Hashable, waiting: Iterable[Hashable]) -> None:
-        """The flow begins to wait beside `waiting`."""
-        least = min((self[other] for other in waiting if other != flow), default=0.0)
-        self._served[flow] = max(self[flow], least)
+    def enter(self, flow: Hashable) -> None:
+        """It begins to wait beside those that wait already."""
+        least = self._order[0][0] if self._order else 0.0
+        served = self._served[flow] = max(self[flow], least)
+        self._last += 1
+        self._numbers[flow] = self._last
+        insort(self._order, (served, self._last))
+
+    def leave(self, flow: Hashable) -> None:
+        """It waits no longer."""
+        del self._order[bisect_left(self._order, (self[flow], self._numbers.pop(flow)))]

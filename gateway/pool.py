@@ -13,9 +13,10 @@ from shared.wire import WorkerId
 
 @dataclass(slots=True, eq=False)
 class Pool:
-    """Written by Fleet alone. `version` grows whenever a worker comes or goes.
+    """Written by Fleet alone. `version` grows whenever a worker comes or goes, `changes` whenever anything does.
 
-    `holders` are the workers where the adapter is in a slot or on its way to one, `stashes` those that have it in a lower tier.
+    `room` is the number of workers that take another request, `open` are those of them with an open slot; `holders` are the workers where the
+    adapter is in a slot or on its way to one, `stashes` those that have it in a lower tier.
     """
 
     workers: list[Worker] = field(default_factory=list)
@@ -24,7 +25,9 @@ class Pool:
     version: int = 0
     load: int = 0
     open_slots: int = 0
-    open_workers: int = 0  # with at least one open slot
+    room: int = 0
+    open: dict[WorkerId, Worker] = field(default_factory=dict)
+    changes: int = 0
     _indexed: dict[WorkerId, tuple[set[Key], set[Key]]] = field(default_factory=dict)
 
     @property
@@ -33,6 +36,7 @@ class Pool:
 
     def settle(self, worker: Worker) -> None:
         """After any change of the worker: brings sums and indexes up to date."""
+        self.changes += 1
         if not worker.routable:
             self.remove(worker)
             return
@@ -41,29 +45,36 @@ class Pool:
             self.version += 1
             self._settle_company()
         load, slots = worker.load, worker.open_slots
-        if slots < 0 or load >= worker.beat.capacity:
+        room = load < worker.beat.capacity
+        if slots < 0 or not room:
             slots = 0
         if worker.counted is None:
             self.load += load
             self.open_slots += slots
-            self.open_workers += slots > 0
+            self.room += room
         else:
-            load_before, slots_before = worker.counted
+            load_before, slots_before, room_before = worker.counted
             self.load += load - load_before
+            self.room += room - room_before
             self.open_slots += slots - slots_before
-            self.open_workers += (slots > 0) - (slots_before > 0)
-        worker.counted = (load, slots)
+        if slots:
+            self.open[worker.id] = worker
+        else:
+            self.open.pop(worker.id, None)
+        worker.counted = (load, slots, room)
         self._index(worker)
 
     def remove(self, worker: Worker) -> None:
         """Idempotent."""
         if worker.counted is None:
             return
-        load, slots = worker.counted
+        self.changes += 1
+        load, slots, room = worker.counted
         worker.counted = None
         self.load -= load
         self.open_slots -= slots
-        self.open_workers -= slots > 0
+        self.room -= room
+        self.open.pop(worker.id, None)
         self.workers.remove(worker)
         self.version += 1
         worker.alone = False

@@ -9,7 +9,7 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
-from gateway.fleet import Fleet, Worker
+from gateway.fleet import Fleet, Key, Worker
 from shared.adapters import AdapterRef
 from shared.wire import Tier
 
@@ -115,6 +115,10 @@ class Policy(Protocol):
         """What a worker that has just become routable should load before its first request."""
         ...
 
+    def heirs(self, base: str, fleet: Fleet, now: float) -> list[Key]:
+        """Adapters that something free is kept for: those who wait for them are asked before all others."""
+        ...
+
     def arrived(self, ask: Ask, now: float) -> None:
         """Once per request, before its first `choose`."""
         ...
@@ -141,6 +145,9 @@ class Plain:
     def finished(self, ask: Ask, worker: Worker, service_s: float, output_tokens: int, now: float) -> None: ...
 
     def wishes(self, worker: Worker, fleet: Fleet, now: float) -> list[AdapterRef]:
+        return []
+
+    def heirs(self, base: str, fleet: Fleet, now: float) -> list[Key]:
         return []
 
     def explain(self, ask: Ask, fleet: Fleet, now: float) -> list[Candidate]:

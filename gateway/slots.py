@@ -26,6 +26,9 @@ AGE_BOUND_S = 3.0
 HELD_AGE_S = 0.1
 """The same for a request whose adapter's holders are all full: soon, for every further one will wait as well."""
 
+NONE: Key = ("", "")
+"""An adapter that nobody asks for: what is open to it is open to any."""
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -41,10 +44,18 @@ class Claims:
         self._age_bound_s = age_bound_s
         self._claims: dict[Key, Claim] = {}  # by the claimant's adapter
         self._closing: set[tuple[WorkerId, Key]] = set()
-        self._per_worker: dict[WorkerId, int] = {}
+        self._on: dict[WorkerId, dict[Key, Claim]] = {}
+        self._changes = 0
+        self._as_of: tuple[Pool | None, int, int] = (None, 0, 0)
+        self._vacant = False  # as of then
+        self._kept_open: list[tuple[Worker, int]] = []
 
     def __len__(self) -> int:
         return len(self._claims)
+
+    def of(self, key: Key) -> Claim | None:
+        """The one that the adapter has made."""
+        return self._claims.get(key)
 
     def closed(self, worker: Worker, key: Key) -> bool:
         """The adapter gives up its slot there: nothing new for it."""
@@ -54,14 +65,37 @@ class Claims:
         """The worker has a slot for the adapter that is kept for no other one's claim and for no hotter adapter in steady use."""
         if not self._claims and not worker.steady:
             return worker.takes(key)
-        if worker.in_flight(key):
+        if key in worker.busy or key in worker.others_busy:
             return True
-        spare = worker.open_slots - (self._promised(worker, key) if self._claims else 0)
-        if spare <= 0 or spare > len(worker.steady):
-            return spare > 0
-        # Where most are in steady use, all of them may be idle while everybody waits for others.
-        few = len(worker.steady) <= max(1.0, STEADY_SHARE * worker.beat.slots)
-        return not few or spare > self._kept(worker, key, pool, now)
+        return self._enough(worker.open_slots - self._promised(worker, key), worker, key, pool, now)
+
+    def shut(self, key: Key, pool: Pool, now: float) -> bool:
+        """No worker has a slot for the adapter, but for those where it is in flight: as `open_to` of each, without asking each."""
+        if (pool, pool.changes, self._changes) != self._as_of:
+            self._look(pool, now)
+        if self._vacant:
+            return False
+        claim = self._claims.get(key)
+        if claim is not None and claim.worker.id in pool.open and self.open_to(claim.worker, key, pool, now):
+            return False
+        if self._kept_open and (
+            self._rates.per_s(key, now) > STEADY_PER_S or any(key in w.steady for w in pool.holders.get(key, {}).values())
+        ):
+            return not any(self._enough(spare, w, key, pool, now) for w, spare in self._kept_open)
+        return True
+
+    def _look(self, pool: Pool, now: float) -> None:
+        """Has any worker a slot for anybody? Else, which ones keep slots open for adapters in steady use?"""
+        self._as_of = (pool, pool.changes, self._changes)
+        self._kept_open = []
+        for w in pool.open.values():
+            spare = w.open_slots - self._promised(w, NONE)
+            if self._enough(spare, w, NONE, pool, now):
+                self._vacant = True
+                return
+            if spare > 0:
+                self._kept_open.append((w, spare))
+        self._vacant = False
 
     def claim(self, ask: Ask, key: Key, pool: Pool, now: float, *, held: bool = False) -> float:
         """No slot anywhere: claims one if the request is old enough. Returns when to ask again.
@@ -81,7 +115,8 @@ class Claims:
             return now + self._age_bound_s
         self._claims[key] = found
         self._closing.add((found.worker.id, found.victim))
-        self._per_worker[found.worker.id] = self._per_worker.get(found.worker.id, 0) + 1
+        self._on.setdefault(found.worker.id, {})[key] = found
+        self._changes += 1
         return now + self._age_bound_s if found.worker.in_flight(found.victim) else now
 
     def settle(self, ask: Ask, key: Key) -> None:
@@ -89,14 +124,28 @@ class Claims:
         if key in self._claims:
             self._drop(key)
 
+    def heirs(self, pool: Pool, now: float) -> list[Key]:
+        """Adapters whose claimed slot is free: nobody else may have it, so they are asked first, whoever's turn it is."""
+        if not self._claims:
+            return []
+        freed = (w for w in pool.open.values() if w.id in self._on)
+        return [key for w in freed for key in self._on[w.id] if self.open_to(w, key, pool, now)]
+
     def _promised(self, worker: Worker, key: Key) -> int:
         """Open slots that claims of other adapters keep. Before a victim has left, its slot is occupied and not among them."""
-        claim = self._claims.get(key)
-        kept = self._per_worker.get(worker.id, 0) - (claim is not None and claim.worker is worker)
-        for other, c in self._claims.items():
-            if c.worker is worker and other != key and worker.in_flight(c.victim):
-                kept -= 1
-        return kept
+        claims = self._on.get(worker.id)
+        if claims is None:
+            return 0
+        busy, others = worker.busy, worker.others_busy
+        return sum([c.victim not in busy and c.victim not in others and other != key for other, c in claims.items()])
+
+    def _enough(self, spare: int, worker: Worker, key: Key, pool: Pool, now: float) -> bool:
+        """More than are kept for adapters in steady use."""
+        if spare <= 0 or spare > len(worker.steady):
+            return spare > 0
+        # Where most are in steady use, all of them may be idle while everybody waits for others.
+        few = len(worker.steady) <= max(1.0, STEADY_SHARE * worker.beat.slots)
+        return not few or spare > self._kept(worker, key, pool, now)
 
     def _kept(self, worker: Worker, key: Key, pool: Pool, now: float) -> int:
         """Slots of idle adapters in steady use that are no colder than this one and have their lasting copy there."""
@@ -125,7 +174,7 @@ class Claims:
         others = False
         for w in able:
             others = others or not w.others_busy <= w.steady
-            spare = self._per_worker.get(w.id, 0) < max(1, w.beat.slots // 2)
+            spare = len(self._on.get(w.id, ())) < max(1, w.beat.slots // 2)
             for victim, count in (*w.busy.items(), *((idle, 0) for idle in _idle_steady(w))):
                 if victim == key:
                     continue
@@ -139,11 +188,11 @@ class Claims:
     def _drop(self, key: Key) -> None:
         claim = self._claims.pop(key)
         self._closing.discard((claim.worker.id, claim.victim))
-        left = self._per_worker[claim.worker.id] - 1
-        if left:
-            self._per_worker[claim.worker.id] = left
-        else:
-            del self._per_worker[claim.worker.id]
+        claims = self._on[claim.worker.id]
+        del claims[key]
+        if not claims:
+            del self._on[claim.worker.id]
+        self._changes += 1
 
 
 def _idle_steady(worker: Worker) -> Iterator[Key]:

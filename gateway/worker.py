@@ -49,7 +49,7 @@ class Worker:
     unseen_tokens: int = 0
     seed: int = 0
     alone: bool = False  # in its pool: no other worker's slot could take what waits for one here
-    counted: tuple[int, int] | None = None  # load and open slots as the pool has them; None while not in one
+    counted: tuple[int, int, bool] | None = None  # load, open slots and room as the pool has them; None while not in one
 
     def __post_init__(self) -> None:
         self.seed = int.from_bytes(hashlib.blake2b(self.beat.worker.encode(), digest_size=8).digest(), "big")

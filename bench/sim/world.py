@@ -175,14 +175,18 @@ class Simulation:
 
     def run(self) -> Run:
         """To the end of the last request (or until somebody gave up)."""
+        self.begin()
+        self.agenda.run(self._going)
+        self._run.ended_s = self.agenda.now
+        return self._run
+
+    def begin(self) -> None:
+        """What happens next is on the agenda from now on."""
         self._join(self.world.workers)
         for event in self.world.events:
             self.agenda.at(event.at_s, self._join if isinstance(event, Join) else self._lose, event.workers)
         self.agenda.after(TICK_S, self._tick)
         self._next()
-        self.agenda.run(self._going)
-        self._run.ended_s = self.agenda.now
-        return self._run
 
     def _going(self) -> bool:
         return (self._arriving or self.open > 0) and not self._run.given_up

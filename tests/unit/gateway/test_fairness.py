@@ -45,11 +45,14 @@ def test_backlogged_flows_get_equal_service_within_a_quantum() -> None:
 
 def test_a_flow_that_comes_back_has_no_credit_from_its_absence() -> None:
     counters = Counters()
+    counters.enter("a")
     counters.charge("a", 10 * QUANTUM)
-    counters.lift("b", ["a"])
+    counters.enter("b")
     assert counters["b"] == 10 * QUANTUM
-    counters.lift("a", ["b"])
-    assert counters["a"] == 10 * QUANTUM
+    counters.charge("b", QUANTUM)
+    counters.leave("a")
+    counters.enter("a")
+    assert counters["a"] == 11 * QUANTUM
 
 
 def test_a_correction_never_makes_a_counter_negative() -> None:
@@ -109,3 +112,17 @@ def test_a_pump_gives_up_after_some_flows_but_tries_those_of_the_adapter_that_wa
     asked.clear()
     queue.pump("tiny", lambda item: asked.append(item) or Blocked.TURN)  # type: ignore[func-returns-value]
     assert len(asked) == MAX_NOT_YET
+
+
+def test_those_for_whom_something_is_kept_are_asked_before_the_first_in_turn() -> None:
+    queue: Admission[str] = Admission(1000, 60.0)
+    for n in range(100):
+        queue.offer("tiny", f"a{n}", 0.0, (0, "", (f"a{n % 50}", "d")))
+    asked: list[str] = []
+
+    def dispatch(item: str) -> Blocked | None:
+        asked.append(item)
+        return None if item in ("a40", "a90") else Blocked.SLOT
+
+    queue.pump("tiny", dispatch, heirs=[("a40", "d"), ("gone", "d")])
+    assert asked[:2] == ["a40", "a90"] and len(asked) == 2 + MAX_WITHOUT_SLOT and queue.depth("tiny") == 98

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from collections import defaultdict
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from gateway.fairness import QUANTUM
+from gateway.line import Flow, Line, Place, Turn
+
+PRIORITIES, TENANTS, ADAPTERS = (0, 1), ("x", "y"), (None, ("a", "d"), ("b", "d"), ("c", "d"))
+
+
+def order(line: Line[int], adapter: tuple[str, str] | None = None) -> list[Turn]:
+    found: list[Turn] = []
+    while (turn := line.next(found[-1] if found else None, adapter)) is not None:
+        found.append(turn)
+    return found
+
+
+class LineMachine(RuleBasedStateMachine):
+    """Against turns that are made anew and sorted each time."""
+
+    @initialize()
+    def start(self) -> None:
+        self.line: Line[int] = Line()
+        self.places: list[Place[int]] = []
+        self.served: defaultdict[tuple[object, ...], float] = defaultdict(float)
+        self.count = 0
+
+    @rule(priority=st.sampled_from(PRIORITIES), tenant=st.sampled_from(TENANTS), adapter=st.sampled_from(ADAPTERS))
+    def add(self, priority: int, tenant: str, adapter: tuple[str, str] | None) -> None:
+        self.count += 1
+        place = Place("tiny", self.count, 0.0, (priority, tenant, adapter), self.count)
+        waiting = {other.flow[1:] for other in self.places}
+        if place.flow[1:] not in waiting:
+            self.served[place.flow[1:]] = max(self.served[place.flow[1:]], min((self.served[w] for w in waiting), default=0.0))
+        self.line.add(place)
+        self.places.append(place)
+
+    @precondition(lambda self: self.places)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        place = data.draw(st.sampled_from(self.places))
+        self.line.remove(place)
+        self.places.remove(place)
+
+    @rule(tenant=st.sampled_from(TENANTS), adapter=st.sampled_from(ADAPTERS), quanta=st.sampled_from([-3.0, 0.4, 0.7, 5.0]))
+    def charge(self, tenant: str, adapter: tuple[str, str] | None, quanta: float) -> None:
+        flow: Flow = (0, tenant, adapter)
+        self.line.charge(flow, quanta * QUANTUM)
+        self.served[flow[1:]] = max(0.0, self.served[flow[1:]] + quanta * QUANTUM)
+
+    @invariant()
+    def turns_are_those_of_a_fresh_sort(self) -> None:
+        oldest: dict[Flow, Place[int]] = {}
+        for place in self.places:
+            oldest.setdefault(place.flow, place)
+        fresh = sorted(((f[0], int(self.served[f[1:]] // QUANTUM), p.number, f) for f, p in oldest.items()), key=lambda turn: turn[:3])
+        assert order(self.line) == fresh
+        assert self.line.size == len(self.places)
+        for adapter in ADAPTERS[1:]:
+            assert order(self.line, adapter) == [turn for turn in fresh if turn[-1][2] == adapter]
+        assert [self.line.oldest(turn) for turn in fresh] == [oldest[turn[-1]] for turn in fresh]
+
+
+TestLineMachine = LineMachine.TestCase
