@@ -2,11 +2,12 @@
 
     queue wait + slot wait + load(tier, bytes) + stall x running sequences + eviction - prefix reuse          (seconds)
 
-A load runs inside the engine's loop, so it is charged for everybody whom it stalls; so is a prefill. Three rules stand beside the sum. Slots:
+A load runs inside the engine's loop, so it is charged for everybody whom it stalls; so is a prefill. Four rules stand beside the sum. Slots:
 an adapter that is not in flight on a worker goes there only if a slot can be had, else it waits here, where any worker's next slot can take it
 and where its requests gather; with few slots left a copy in flight is preferred to a second one. Homes: a cold adapter goes to where its
 weights are cached, else to its home in rendezvous order within the bounded load. Copies: another copy is loaded when its demand is worth one;
-until then, and while one is on its way, requests join. docs/ROUTING.md explains all of it.
+until then, and while one is on its way, requests join. Relief: an adapter leaves a worker that stays far busier than the others.
+docs/ROUTING.md explains all of it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from gateway import costs
 from gateway.fleet import Fleet
 from gateway.placement import BOUND, FLOOR, HomeSets, Rates, Rendezvous, copies_for
 from gateway.pool import Pool
+from gateway.relief import Relief
 from gateway.routing import Ask, Blocked, Candidate, Choice, Decision, Reason, Terms, Wait
 from gateway.slots import Claims
 from gateway.worker import Key, Worker
@@ -47,6 +49,8 @@ RARELY = 0.1
 """Requests expected within HORIZON_S below which an idle adapter's slot is nobody's loss."""
 SPREADS = 1.0
 """Standard deviations of the misses' number for which slots are kept open."""
+ABUNDANT_SPREADS = 4.0
+"""The same for slots to count as abundant: a move takes two for a while. With 2 it cost the scenario `hot` a twentieth of its capacity."""
 AFFINITY_S = 0.005
 """The most that a known prefix or session can weigh: less than a load from the CPU tier, so it only breaks ties."""
 MAX_AFFINITIES = 50_000
@@ -81,7 +85,8 @@ class ExpectedTTFT:
         bound = max(FLOOR, BOUND * pool.mean_load)
         if holders is None:
             return self._choose_cold(ask, key, base, pool, bound, now, Reason.COLD)
-        return self._choose_held(ask, key, base, pool, list(holders.values()), bound, now)
+        staying = [w for w in holders.values() if not base.relief.left(w, key, now)]
+        return self._choose_held(ask, key, base, pool, staying or list(holders.values()), bound, now)
 
     def _choose_held(self, ask: Ask, key: Key, base: _Base, pool: Pool, holders: list[Worker], bound: float, now: float) -> Decision:
         """The cheapest holder; or another worker, if the demand is worth one more copy or that is cheaper and takes no one's only slot."""
@@ -93,6 +98,12 @@ class ExpectedTTFT:
         best, least = self._cheapest(ask, key, base, pool, kept, price, now)
         if best is None:
             return self._choose_cold(ask, key, base, pool, bound, now, Reason.SPILL)
+        if copies < wanted:
+            base.relief.settle(key, now)
+        else:
+            relieved = self._relieved(ask, key, best, base, pool, now)
+            if relieved is not None:
+                return relieved
         chosen = Choice(best, Reason.RESIDENT, best.tier_at(key))
         if copies >= wanted and (price > 0.0 or best.load <= pool.mean_load + 1) and best.load < bound:
             return chosen
@@ -103,6 +114,19 @@ class ExpectedTTFT:
             return chosen
         needed = copies < wanted and best.load >= bound
         return other if needed or other.terms.total_s < least else chosen
+
+    def _relieved(self, ask: Ask, key: Key, w: Worker, base: _Base, pool: Pool, now: float) -> Choice | None:
+        """The lighter worker that the adapter moves to from this one, if that is to be relieved."""
+        relief = base.relief
+        if not relief.due(w, key, pool, now) or not base.abundant(pool, now):
+            return None
+        lighter = relief.lighter(w, base.rendezvous.order(key, pool), key)
+        able = [o for o in lighter if (o.open_slots > 1 or o.in_flight(key)) and base.claims.open_to(o, key, pool, now)]
+        if not able:
+            return None
+        to = min(able, key=lambda o: (o.tier_at(key) > Tier.CPU, o.usual_load))
+        relief.move(w, to, key, now)
+        return Choice(to, Reason.SPILL, to.tier_at(key))
 
     @staticmethod
     def _kept(key: Key, holders: list[Worker], need: int, bound: float) -> list[Worker]:
@@ -303,6 +327,7 @@ class ExpectedTTFT:
             note = "" if w.has_room else "no room"
             if key is not None and not note:
                 note = "no slot" if not base.claims.open_to(w, key, pool, now) else "slot closing" if base.claims.closed(w, key) else ""
+                note = note or ("moved to a lighter worker" if base.relief.left(w, key, now) else "")
             tier = Tier.GPU if key is None else w.tier_at(key)
             found.append(Candidate(w, tier, not note, note, self._terms(ask, key, w, base, pool, price, now)))
         return sorted(found, key=lambda c: (not c.eligible, c.terms.total_s))
@@ -327,6 +352,7 @@ class _Base:
         self.services = costs.Services()
         self.homes = HomeSets()
         self.claims = Claims(self.rates, self.rendezvous)
+        self.relief = Relief()
 
     def slot_price(self, pool: Pool, now: float) -> float:
         """Seconds that the next slot is worth: nothing while open ones abound, a service time when there is none.
@@ -334,6 +360,13 @@ class _Base:
         Misses come at random and each keeps a slot for a service time; what is kept open for them is twice the spread of their number
         (square-root staffing: Halfin and Whitt, "Heavy-Traffic Limits for Queues with Many Exponential Servers", 1981).
         """
-        service_s = self.services.service_s
-        headroom = SPREADS * math.sqrt(self.misses.per_s(MISS, now) * service_s)
-        return service_s * (1.0 - pool.open_slots / headroom) if pool.open_slots < headroom else 0.0
+        headroom = SPREADS * self._spread(now)
+        return self.services.service_s * (1.0 - pool.open_slots / headroom) if pool.open_slots < headroom else 0.0
+
+    def abundant(self, pool: Pool, now: float) -> bool:
+        """A slot more or less is nobody's loss."""
+        return pool.open_slots >= ABUNDANT_SPREADS * self._spread(now)
+
+    def _spread(self, now: float) -> float:
+        """Of the number of slots that misses keep, in slots."""
+        return math.sqrt(self.misses.per_s(MISS, now) * self.services.service_s)

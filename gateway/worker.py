@@ -12,6 +12,9 @@ from shared.wire import AdapterState, Heartbeat, StreamId, Tier, WorkerId, Worke
 LINE_PER_SLOT = 3
 """Adapters per slot that may wait in line on a worker that is alone."""
 
+USUAL_S = 2.0
+"""Time constant of a worker's usual load: a burst of some tens of requests is over by then, a bad distribution of adapters is not."""
+
 Key: TypeAlias = tuple[str, str]
 """(name, digest): an adapter among those of one base model."""
 
@@ -39,6 +42,7 @@ class Worker:
     reserved: dict[StreamId, Key | None] = field(default_factory=dict)
     busy: dict[Key, int] = field(default_factory=dict)  # adapters of own reservations, with their number
     others: int = 0
+    usual_load: float = 0.0  # smoothed from beat to beat
     others_busy: set[Key] = field(default_factory=set)
     loaded: set[Key] = field(default_factory=set)
     coming: set[Key] = field(default_factory=set)
@@ -137,6 +141,7 @@ class Worker:
     def hear(self, beat: Heartbeat, now: float) -> None:
         """A newer beat of the same life."""
         same = beat.adapters == self.beat.adapters
+        self.usual_load += (self.load - self.usual_load) * min(1.0, (now - self.beat_at) / USUAL_S)
         self.beat, self.beat_at = beat, now
         unseen = self.unseen
         while unseen:
