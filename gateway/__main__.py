@@ -30,12 +30,13 @@ from gateway.admission import Admission, Bound
 from gateway.alias_api import AliasAPI
 from gateway.alias_book import AliasBook
 from gateway.aliases import Alias, AliasState, from_config
-from gateway.api import API, Limits
+from gateway.api import API
 from gateway.catalog import Catalog
 from gateway.dispatcher import Dispatcher
 from gateway.fellows import Fellows
 from gateway.fleet import Fleet
 from gateway.flight import Flight
+from gateway.generation import Generation, Limits
 from gateway.keeper import Keeper
 from gateway.keys import read_keys
 from gateway.metrics import Metrics
@@ -143,7 +144,8 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
         scope, stores = Scope(dispatcher, catalogs), {m.model_id: m.adapters_path or "" for m in settings.models}
         admin = Admin(scope, Actions(scope, stores, keeper, usage), keeper, usage, resolver)
         aliases = AliasAPI(book, resolver, catalogs, fleet, dispatcher.tend)
-        api = API(dispatcher, catalogs, resolver, metrics, read_keys(g), limits, access, usage, admin, aliases, fellows)
+        generation = Generation(dispatcher, resolver, metrics, read_keys(g), limits, access, usage)
+        api = API(dispatcher, catalogs, resolver, metrics, generation, admin, aliases, fellows)
         listed = [c for c in catalogs.values() if c is not None]
         rollouts = [Rollout(c.base, c.versions, fleet, dispatcher.tend, metrics) for c in listed]
         metrics.watch_versions({c.base: functools.partial(c.versions.count, Stage.REFUSED) for c in listed})

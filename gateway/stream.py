@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import cast
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
@@ -40,49 +39,45 @@ class Sent(web.StreamResponse):
 
 
 class ClientStream:
-    """The Sink of one request. `finished` resolves at its end.
+    """The Sink of one request. `finished` at its end, of which `on_finish` is told once, from inside the dispatcher: it may only note it.
 
     `started`: the client has seen the status. `answered`: the worker has begun to answer. Between the two there are only comments; an error then
-    waits for the handler (`end_with`), which may still ask another time (`again`).
+    waits for its owner (`end_with`, or `refuse` where nothing was written), who may still ask another time (`again`).
 
     Args:
         max_buffered_bytes: bytes the client may leave unread before it is cut off.
+        chunked: the client speaks HTTP/1.1.
     """
 
     __slots__ = (
         "_chunked",
         "_headers",
-        "_keep_alive",
         "_limit",
         "_parts",
         "_transport",
         "answered",
         "error",
         "finished",
+        "keep_alive",
+        "on_finish",
         "sse",
         "started",
         "status",
     )
 
-    def __init__(self, request: web.BaseRequest, max_buffered_bytes: int) -> None:
-        transport = request.transport
-        if transport is None:
-            raise ConnectionResetError("the client has left")
-        self._transport = cast(asyncio.WriteTransport, transport)
+    def __init__(
+        self, transport: asyncio.WriteTransport, max_buffered_bytes: int, *, chunked: bool = True, keep_alive: bool = True
+    ) -> None:
+        self._transport = transport
         self._limit = max_buffered_bytes
-        self._chunked = request.version >= (1, 1)
-        self._keep_alive = request.keep_alive and self._chunked
+        self._chunked = chunked
+        self.keep_alive = keep_alive
         self._headers: Callable[[], bytes] = bytes
         self._parts: list[bytes] = []
         self.status = 0
-        self.sse = False
-        self.started = self.answered = False
+        self.sse = self.started = self.answered = self.finished = False
         self.error: LoraplexError | None = None
-        self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    @property
-    def keep_alive(self) -> bool:
-        return self._keep_alive
+        self.on_finish: Callable[[], object] = bool  # nobody is told
 
     def describe(self, headers: Callable[[], bytes]) -> None:
         """`headers` is asked when the head leaves and yields its extra lines, each `name: value` with its line end."""
@@ -91,7 +86,7 @@ class ClientStream:
     def again(self) -> None:
         """The first attempt failed before it was answered: as new, but for what the client has seen."""
         self.error = None
-        self.finished = asyncio.get_running_loop().create_future()
+        self.finished = False
 
     def comment(self, text: bytes) -> None:
         if not self.started:
@@ -142,23 +137,31 @@ class ClientStream:
         if not self._transport.is_closing():
             self._transport.write(self._frame(error_event(error), True))
 
+    def refuse(self, status: int, lines: bytes, body: bytes) -> None:
+        """A whole answer of the gateway's own, for a client that has seen nothing yet."""
+        self.status = status
+        self._write_whole(lines, body)
+
     def _whole(self) -> None:
         """The answer of a request without `stream`, in one write; after comments, what the engine answered instead of a stream, as an event."""
         body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         if self.started:
             self._transport.write(self._frame(answer_event(body), True))
-            return
+        else:
+            self._write_whole(self._headers(), body)
+
+    def _write_whole(self, lines: bytes, body: bytes) -> None:
         self.started = True
-        ending = b"" if self._keep_alive else b"Connection: close\r\n"
+        ending = b"" if self.keep_alive else b"Connection: close\r\n"
         self._transport.write(
             b"HTTP/1.1 %d %b\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: %d\r\n%b%b\r\n%b"
-            % (self.status, _PHRASES.get(self.status, b""), len(body), ending, self._headers(), body)
+            % (self.status, _PHRASES.get(self.status, b""), len(body), ending, lines, body)
         )
 
     def _start(self, data: bytes, end: bool) -> None:
         self.started = True
         framing = b"Transfer-Encoding: chunked\r\n" if self._chunked else b""
-        ending = b"" if self._keep_alive else b"Connection: close\r\n"
+        ending = b"" if self.keep_alive else b"Connection: close\r\n"
         reason = _PHRASES.get(self.status, b"")
         self._transport.write(
             b"HTTP/1.1 %d %b\r\nContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\nX-Accel-Buffering: no\r\n%b%b%b\r\n%b"
@@ -173,5 +176,6 @@ class ClientStream:
         return chunk + LAST_CHUNK if end else chunk
 
     def _finish(self) -> None:
-        if not self.finished.done():
-            self.finished.set_result(None)
+        if not self.finished:
+            self.finished = True
+            self.on_finish()

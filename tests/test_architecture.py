@@ -24,6 +24,8 @@ DOORS = {
         "gateway/admin_scope.py",
         "gateway/alias_api.py",
         "gateway/api.py",
+        "gateway/front.py",
+        "gateway/generation.py",
         "gateway/__main__.py",
         "gateway/stream.py",
         "gateway/serve.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 from pathlib import Path
 
@@ -231,3 +232,55 @@ async def test_every_answer_on_a_kept_connection_is_whole(tmp_path: Path, adapte
                         assert raw.endswith(b"data: [DONE]\n\n") and raw.count(b"data: ") >= 2
                     else:
                         assert msgspec.json.decode(raw)["usage"]["completion_tokens"] == 1 + i % 7
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        chat_body("sim", max_tokens=3, seed=1),
+        chat_body("sim:pirate", max_tokens=3, seed=1, stream=True),
+        chat_body("other"),
+        chat_body("sim:nobody"),
+        chat_body("sim", max_tokens=0),
+        chat_body("sim", priority="high"),
+        {},
+    ],
+)
+async def test_a_request_is_answered_alike_whichever_way_it_comes_in(bad_cluster, body: dict[str, object]) -> None:  # type: ignore[no-untyped-def]
+    """With a length it goes past aiohttp's request machinery, in chunks through it."""
+
+    async def in_chunks():  # type: ignore[no-untyped-def]
+        yield msgspec.json.encode(body)
+
+    make_adapter(bad_cluster.folder / "adapters", "pirate")
+    answers = []
+    for data in (msgspec.json.encode(body), in_chunks()):
+        async with bad_cluster.http.post(f"{bad_cluster.url}/v1/chat/completions", data=data, headers={"x-request-id": "same"}) as answer:
+            text = re.sub(rb'"created":\d+', b'"created":0', await answer.read())
+            names = {n for n in answer.headers if n.lower() not in ("date", "server", "x-loraplex-queue-ms")}
+            answers.append((answer.status, text, {n.lower(): answer.headers[n] for n in names}))
+    for _, _, headers in answers:
+        headers.pop("content-length", None)
+        headers["content-type"] = headers["content-type"].partition(";")[0]
+        headers.pop("x-loraplex-adapter-tier", None)
+    assert answers[0] == answers[1]
+
+
+async def test_a_client_that_leaves_has_a_line_in_the_access_log_whichever_way_it_came(tmp_path: Path, adapters: Path) -> None:
+    async with cluster(sim_config(adapters, sim={"itl_ms": 50}), tmp_path) as c:
+        await c.start_worker("w0")
+        body = msgspec.json.encode(chat_body("sim", max_tokens=5_000, stream=True))
+
+        async def in_chunks():  # type: ignore[no-untyped-def]
+            yield body
+
+        for request_id, data in (("short", body), ("ordinary", in_chunks())):
+            headers = {"x-request-id": request_id}
+            async with aiohttp.ClientSession() as http, http.post(f"{c.url}/v1/chat/completions", data=data, headers=headers) as answer:
+                await read_until(answer, b"data: ")
+            async with asyncio.timeout(30):
+                while not any(f'"request":"{request_id}"' in line for line in c.gateway.output().splitlines()):  # type: ignore[union-attr]
+                    await asyncio.sleep(0.02)
+            line = next(x for x in c.gateway.output().splitlines() if f'"request":"{request_id}"' in x)  # type: ignore[union-attr]
+            facts = msgspec.json.decode(line)
+            assert (facts["outcome"], facts["status"], facts["event"], facts["process"]) == ("aborted", 200, "request", "g0")

@@ -5,8 +5,6 @@ import json
 
 import h11
 import pytest
-from aiohttp import HttpVersion10, HttpVersion11
-from aiohttp.http import HttpVersion
 from aiohttp.test_utils import make_mocked_request
 
 from gateway.stream import ClientStream, Sent
@@ -37,10 +35,8 @@ class Pipe(asyncio.Transport):
         return self.aborted
 
 
-def stream_on(pipe: Pipe, version: HttpVersion = HttpVersion11, close: bool = False) -> ClientStream:
-    request = make_mocked_request("POST", "/v1/completions", version=version, transport=pipe)
-    request._message = request._message._replace(should_close=close)  # what aiohttp's parser makes of `Connection`
-    return ClientStream(request, LIMIT_BYTES)
+def stream_on(pipe: Pipe, *, chunked: bool = True, close: bool = False) -> ClientStream:
+    return ClientStream(pipe, LIMIT_BYTES, chunked=chunked, keep_alive=chunked and not close)
 
 
 class Client:
@@ -93,7 +89,7 @@ async def test_a_stream_arrives_whole_and_the_connection_can_be_used_again(pipe:
     stream = stream_on(pipe)
     stream.head(200, True, b"data: 1\n\n", False)
     assert stream.more(b"data: 2\n\n", False) and stream.more(b"data: [DONE]\n\n", True)
-    assert stream.finished.done() and stream.keep_alive
+    assert stream.finished and stream.keep_alive
     client = Client(pipe.written)
     assert client.response is not None and client.response.status_code == 200
     assert client.body == b"data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
@@ -108,14 +104,14 @@ async def test_nothing_is_written_before_the_first_frame_and_the_head_leaves_wit
     stream.head(200, True, b"first", False)
     client = Client(pipe.written)
     assert client.response is not None and client.body == b"first" and not client.complete
-    assert stream.started and not stream.finished.done()
+    assert stream.started and not stream.finished
 
 
 async def test_a_head_that_is_also_the_end_is_a_complete_answer(pipe: Pipe) -> None:
     stream = stream_on(pipe)
     stream.head(200, True, b"all", True)
     client = Client(pipe.written)
-    assert client.body == b"all" and client.complete and client.may_go_on and stream.finished.done()
+    assert client.body == b"all" and client.complete and client.may_go_on and stream.finished
 
 
 async def test_empty_frames_do_not_end_the_body(pipe: Pipe) -> None:
@@ -182,7 +178,7 @@ async def test_a_client_that_asks_to_close_is_told_so_and_gets_chunks(pipe: Pipe
 
 @pytest.mark.parametrize("close", [True, False])
 async def test_an_http_1_0_client_gets_plain_bytes_and_a_closed_connection(pipe: Pipe, close: bool) -> None:
-    stream = stream_on(pipe, HttpVersion10, close)
+    stream = stream_on(pipe, chunked=False, close=close)
     stream.head(200, True, b"x", False)
     stream.more(b"", False)
     stream.more(b"y", True)
@@ -198,10 +194,10 @@ async def test_an_http_1_0_client_gets_plain_bytes_and_a_closed_connection(pipe:
 async def test_an_answer_that_is_no_stream_leaves_whole_in_one_write(pipe: Pipe) -> None:
     stream = stream_on(pipe)
     stream.head(400, False, b'{"error":', False)
-    assert not stream.finished.done() and not pipe.written
+    assert not stream.finished and not pipe.written
     stream.more(b" 1}", True)
     client = Client(pipe.written)
-    assert stream.finished.done() and stream.started and stream.status == 400
+    assert stream.finished and stream.started and stream.status == 400
     assert (client.status, client.body, client.headers["content-length"]) == (400, b'{"error": 1}', "12")
     assert client.headers["content-type"] == "application/json; charset=utf-8" and client.may_go_on
 
@@ -210,7 +206,7 @@ async def test_an_answer_in_one_frame_to_a_client_that_closes_says_so(pipe: Pipe
     stream = stream_on(pipe, close=True)
     stream.head(200, False, b"{}", True)
     client = Client(pipe.written)
-    assert (client.status, client.body, client.headers["connection"]) == (200, b"{}", "close") and stream.finished.done()
+    assert (client.status, client.body, client.headers["connection"]) == (200, b"{}", "close") and stream.finished
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------------------------------
@@ -220,27 +216,27 @@ async def test_an_error_before_the_head_leaves_the_answer_to_the_handler(pipe: P
     stream = stream_on(pipe)
     error = Overloaded("busy")
     stream.fail(error)
-    assert stream.error is error and stream.finished.done() and not stream.started and pipe.written == b""
+    assert stream.error is error and stream.finished and not stream.started and pipe.written == b""
 
 
 async def test_an_error_in_an_unfinished_answer_that_is_no_stream_is_left_to_the_handler_too(pipe: Pipe) -> None:
     stream = stream_on(pipe)
     stream.head(200, False, b'{"half', False)
     stream.fail(EngineFailure("gone"))
-    assert stream.error is not None and not stream.started and pipe.written == b"" and stream.finished.done()
+    assert stream.error is not None and not stream.started and pipe.written == b"" and stream.finished
 
 
-@pytest.mark.parametrize("version", [HttpVersion11, HttpVersion10])
-async def test_an_error_after_the_head_is_an_event_that_ends_the_stream(pipe: Pipe, version: HttpVersion) -> None:
-    stream = stream_on(pipe, version)
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_an_error_after_the_head_is_an_event_that_ends_the_stream(pipe: Pipe, chunked: bool) -> None:
+    stream = stream_on(pipe, chunked=chunked)
     stream.head(200, True, b"data: 1\n\n", False)
     stream.fail(EngineFailure("the engine died"))
-    client = Client(pipe.written, closed=version == HttpVersion10)
+    client = Client(pipe.written, closed=not chunked)
     assert client.complete
     first, error, done, rest = client.body.split(b"\n\n")
     assert (first, done, rest) == (b"data: 1", b"data: [DONE]", b"")
     assert json.loads(error.removeprefix(b"data: "))["error"]["message"] == "the engine died"
-    assert stream.finished.done()
+    assert stream.finished
 
 
 async def test_an_error_after_the_client_was_cut_off_is_not_written(pipe: Pipe) -> None:
@@ -249,7 +245,7 @@ async def test_an_error_after_the_client_was_cut_off_is_not_written(pipe: Pipe) 
     before = pipe.written
     pipe.aborted = True
     stream.fail(EngineFailure("gone"))
-    assert pipe.written == before and stream.finished.done()
+    assert pipe.written == before and stream.finished
 
 
 # ---- slow and absent clients --------------------------------------------------------------------------------------------------------------
@@ -273,11 +269,22 @@ async def test_a_client_that_is_cut_off_does_not_get_an_end_that_it_could_take_f
     assert not Client(pipe.written).complete
 
 
-async def test_a_client_that_left_before_the_stream_was_made_is_a_lost_connection(pipe: Pipe) -> None:
-    request = make_mocked_request("POST", "/", transport=pipe)
-    request._protocol.transport = None  # what aiohttp leaves of a connection that is gone
-    with pytest.raises(ConnectionResetError):
-        ClientStream(request, LIMIT_BYTES)
+async def test_a_refusal_is_a_whole_answer(pipe: Pipe) -> None:
+    stream = stream_on(pipe)
+    stream.refuse(503, b"Retry-After: 2\r\n", b'{"error":{}}')
+    client = Client(pipe.written)
+    assert client.status == 503 and client.headers["retry-after"] == "2" and client.body == b'{"error":{}}'
+    assert client.complete and client.may_go_on
+
+
+async def test_the_end_is_told_once(pipe: Pipe) -> None:
+    stream, ends = stream_on(pipe), []
+    stream.on_finish = lambda: ends.append(1)
+    stream.head(200, True, b"x", False)
+    assert not ends
+    stream.more(b"y", True)
+    stream.fail(EngineFailure("late"))
+    assert ends == [1]
 
 
 async def test_aiohttp_gets_a_response_that_writes_nothing_more(pipe: Pipe) -> None:
@@ -294,18 +301,18 @@ async def test_aiohttp_gets_a_response_that_writes_nothing_more(pipe: Pipe) -> N
 COMMENT = b": queued, position about 3\n\n"
 
 
-@pytest.mark.parametrize("version", [HttpVersion11, HttpVersion10])
-async def test_comments_come_before_the_stream_and_do_not_change_it(pipe: Pipe, version: HttpVersion) -> None:
-    stream = stream_on(pipe, version)
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_comments_come_before_the_stream_and_do_not_change_it(pipe: Pipe, chunked: bool) -> None:
+    stream = stream_on(pipe, chunked=chunked)
     stream.comment(COMMENT)
     stream.comment(COMMENT)
     assert stream.started and not stream.answered and not Client(pipe.written).complete
     stream.head(200, True, b"data: 1\n\n", False)
     stream.more(b"data: [DONE]\n\n", True)
-    client = Client(pipe.written, closed=version == HttpVersion10)
+    client = Client(pipe.written, closed=not chunked)
     assert (client.status, client.body) == (200, COMMENT * 2 + b"data: 1\n\ndata: [DONE]\n\n")
     assert client.complete and client.headers["content-type"].startswith("text/event-stream") and pipe.written.count(b"HTTP/1.1") == 1
-    assert client.may_go_on == (version == HttpVersion11)
+    assert client.may_go_on == chunked
 
 
 async def test_an_error_after_comments_waits_for_the_handler_which_ends_the_stream_with_it(pipe: Pipe) -> None:
@@ -313,7 +320,7 @@ async def test_an_error_after_comments_waits_for_the_handler_which_ends_the_stre
     stream.comment(COMMENT)
     before = pipe.written
     stream.fail(Overloaded("busy"))
-    assert stream.finished.done() and not stream.answered and pipe.written == before
+    assert stream.finished and not stream.answered and pipe.written == before
     assert stream.error is not None
     stream.end_with(stream.error)
     client = Client(pipe.written)
@@ -327,10 +334,10 @@ async def test_after_comments_another_attempt_may_still_answer(pipe: Pipe) -> No
     stream.comment(COMMENT)
     stream.fail(Overloaded("busy"))
     stream.again()
-    assert stream.error is None and not stream.finished.done()
+    assert stream.error is None and not stream.finished
     stream.head(200, True, b"data: 1\n\n", True)
     client = Client(pipe.written)
-    assert client.body == COMMENT + b"data: 1\n\n" and client.complete and stream.finished.done()
+    assert client.body == COMMENT + b"data: 1\n\n" and client.complete and stream.finished
 
 
 async def test_what_the_engine_answers_instead_of_a_stream_is_an_event_after_comments(pipe: Pipe) -> None:
@@ -339,7 +346,7 @@ async def test_what_the_engine_answers_instead_of_a_stream_is_an_event_after_com
     stream.head(400, False, b'{"error":\n', False)
     stream.more(b' {"message": "too long"}}', True)
     client = Client(pipe.written)
-    assert client.status == 200 and client.complete and client.may_go_on and stream.finished.done()
+    assert client.status == 200 and client.complete and client.may_go_on and stream.finished
     assert client.body == COMMENT + b'data: {"error": {"message": "too long"}}\n\ndata: [DONE]\n\n'
 
 

@@ -1,0 +1,130 @@
+"""Pure. HTTP/1.1 requests that ask nothing special of the protocol: recognised whole from the bytes of a connection, or not at all.
+
+What is recognised is a strict subset of what aiohttp's parser takes, and means the same there; whatever is unusual in any way (chunked bodies,
+`Expect`, `Upgrade`, `Connection: close`, a line that the grammar of RFC 9112 does not know, a second request behind the first) is SPECIAL and
+goes to aiohttp, which knows all of HTTP. So nothing here has to be lenient, and nothing is ever read in two ways.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, TypeAlias
+
+MAX_HEAD_BYTES: Final = 8190
+"""Of a head that is looked at here; aiohttp's own bound for a single line."""
+_FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n"
+_HEAD = re.compile(rb"(GET|HEAD|POST) (/[!-~]*) HTTP/1\.1\r\n((?:" + _FIELD + rb")*)\r\n")
+_SPECIAL = re.compile(
+    rb"\n(?:(?:transfer-encoding|content-encoding|expect|upgrade|te|trailer|http2-settings|sec-websocket-[a-z0-9-]+):"
+    rb"|connection:(?![ \t]*keep-alive[ \t]*\r))"
+)
+MAX_DIGITS: Final = 12
+_LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,%d})[ \t]*\r" % MAX_DIGITS)
+
+
+class Head:
+    """What stands before the body, read once: clients that keep a connection send the same again and again, but for the body's length.
+
+    `before` and `after` are its bytes around the digits of `Content-Length` (`after` is empty where there is no such field).
+    """
+
+    __slots__ = ("_fields", "_lowered", "_values", "after", "before", "method", "path")
+
+    def __init__(self, method: str, path: str, fields: bytes, lowered: bytes, before: bytes, after: bytes) -> None:
+        self.method, self.path = method, path
+        self.before, self.after = before, after
+        self._fields, self._lowered = fields, lowered
+        self._values: dict[str, str | None] = {}
+
+    def value(self, name: str) -> str | None:
+        """Of the first field of this name (in lower case), decoded as aiohttp does."""
+        try:
+            return self._values[name]
+        except KeyError:
+            found = self._values[name] = self._find(b"\n" + name.encode() + b":")
+            return found
+
+    def _find(self, mark: bytes) -> str | None:
+        at = self._lowered.find(mark)
+        if at < 0:
+            return None
+        start = at + len(mark)
+        return self._fields[start : self._fields.index(b"\r", start)].strip(b" \t").decode("utf-8", "surrogateescape")
+
+
+class Plain:
+    """One request. `path` is its target as it came, with its query if it has one."""
+
+    __slots__ = ("body", "head", "header", "method", "path")
+
+    def __init__(self, head: Head, body: bytes) -> None:
+        self.head, self.body = head, body
+        self.method, self.path, self.header = head.method, head.path, head.value
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """Plain so far. `needed` bytes make it whole; 0: the head is not complete, so nobody knows."""
+
+    needed: int = 0
+
+
+class Special(Enum):
+    """Not for us."""
+
+    SPECIAL = "special"
+
+
+SPECIAL: Final = Special.SPECIAL
+HEAD_UNFINISHED: Final = Unfinished()
+Recognised: TypeAlias = Plain | Unfinished | Special
+
+
+def recognise(data: bytes, most_bytes: int, before: Head | None = None) -> Recognised:
+    """What the bytes that a connection has brought since its last request are: one whole request, the beginning of one, or something else.
+
+    `before` is the head of that last request: one that differs in nothing but the body's length need not be read again. A request of more than
+    `most_bytes` is SPECIAL.
+    """
+    if before is not None and before.after and data.startswith(before.before):
+        start = len(before.before)
+        stop = data.find(b"\r", start, start + MAX_DIGITS + 1)
+        if stop > start and data.startswith(before.after, stop) and data[start:stop].isdigit():
+            return _with_body(before, data, stop + len(before.after), int(data[start:stop]), most_bytes)
+    found = _HEAD.match(data)
+    if found is None:
+        if len(data) < MAX_HEAD_BYTES and b"\r\n\r\n" not in data and b"\n\n" not in data and _may_become_one(data):
+            return HEAD_UNFINISHED
+        return SPECIAL
+    end = found.end()
+    if end > MAX_HEAD_BYTES:
+        return SPECIAL
+    fields = data[found.start(3) - 1 : found.end(3)]  # from a line's end on, so that every name stands behind one
+    lowered = fields.lower()
+    lengths = lowered.count(b"\ncontent-length:")
+    if lengths > 1 or lowered.count(b"\nhost:") != 1 or _SPECIAL.search(lowered) is not None:
+        return SPECIAL
+    method, path = found[1].decode(), found[2].decode()
+    if not lengths:
+        return _with_body(Head(method, path, fields, lowered, data[:end], b""), data, end, 0, most_bytes)
+    given = _LENGTH.search(lowered)
+    if given is None:
+        return SPECIAL
+    digits_at = found.start(3) - 1 + given.start(1)
+    head = Head(method, path, fields, lowered, data[:digits_at], data[digits_at + len(given[1]) : end])
+    return _with_body(head, data, end, int(given[1]), most_bytes)
+
+
+def _with_body(head: Head, data: bytes, end: int, length: int, most_bytes: int) -> Recognised:
+    """`end` is where the head ends."""
+    needed = end + length
+    if needed > most_bytes or len(data) > needed:
+        return SPECIAL
+    return Plain(head, data[end:]) if len(data) == needed else Unfinished(needed)
+
+
+def _may_become_one(data: bytes) -> bool:
+    """A head that is not complete begins like one that we know."""
+    return any(data.startswith(method) or method.startswith(data) for method in (b"POST /", b"GET /", b"HEAD /"))
