@@ -178,4 +178,5 @@ class ClientStream:
     def _finish(self) -> None:
         if not self.finished:
             self.finished = True
-            self.on_finish()
+            told, self.on_finish, self._headers = self.on_finish, bool, bytes  # whoever owns this stream is no longer part of a cycle with it
+            told()
