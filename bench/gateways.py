@@ -196,6 +196,7 @@ def _load_flags(running: Running, scenario: Scenario, *, warm_up: bool) -> list[
     flags = [f"--url={running.url}", "--model=base", "--quiet", "--no-usage", f"--timeout={REQUEST_TIMEOUT_S}", "--prompt-tokens=256"]
     flags += [f"--concurrency={scenario.clients}", f"--requests={requests}", f"--duration={scenario.duration_s}"]
     flags += [f"--output-tokens={tokens}", f'--extra-body={{"seed": {pace_ms}}}']
+    flags += [f"--ramp={scenario.ramp_s}"] if scenario.ramp_s and not warm_up else []
     flags += ["--no-stream"] if scenario.pace_ms is None else []
     return flags + ([f"--api-key-env={running.key_env}"] if running.key_env else [])
 

@@ -49,6 +49,7 @@ class Target:
 class Pace:
     """`concurrency` requests at a time, or None for the arrival times of the workload; ends after `requests` or `duration_s`, whichever is first.
 
+    `ramp_s`: the callers of a closed loop begin evenly spread over this time, not all in the same instant.
     `most_open` bounds an open loop: a request that is due while so many are in flight is not sent and counts as the error `client_saturated`.
     """
 
@@ -56,6 +57,7 @@ class Pace:
     requests: int | None
     duration_s: float | None
     most_open: int = 10_000
+    ramp_s: float = 0.0
 
 
 class UsageError(Exception):
@@ -152,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--cv", type=_positive, default=2.0, help="of gamma arrivals: 1 is Poisson, above is burstier (default %(default)s)")
     add("--burst", type=_count, default=16, metavar="N", help="requests per burst (default %(default)s)")
     add("--concurrency", type=_count, metavar="C", help="requests in flight at any time")
+    add("--ramp", type=_positive, metavar="S", help="closed loop: the callers begin spread over S seconds (default: all at once)")
     add("--requests", type=_count, metavar="N", help=f"end after N requests (default {DEFAULT_REQUESTS} if there is no --duration)")
     add("--duration", type=_positive, metavar="S", help="end after S seconds")
     add(
@@ -287,6 +290,8 @@ def _arrival(flags: argparse.Namespace) -> Arrival:
         if flags.rate or flags.arrivals:
             raise UsageError("--concurrency is a closed loop: it has no --rate and no --arrivals")
         return AtOnce()
+    if flags.ramp:
+        raise UsageError("--ramp spreads the callers of a closed loop: give --concurrency")
     if flags.arrivals == "at-once":
         if flags.duration and not flags.requests:
             raise UsageError("--arrivals at-once needs --requests")
@@ -306,4 +311,6 @@ def _arrival(flags: argparse.Namespace) -> Arrival:
 
 def _pace(flags: argparse.Namespace) -> Pace:
     requests = flags.requests if flags.requests or flags.duration else DEFAULT_REQUESTS
-    return Pace(concurrency=flags.concurrency, requests=requests, duration_s=flags.duration, most_open=flags.max_open)
+    return Pace(
+        concurrency=flags.concurrency, requests=requests, duration_s=flags.duration, most_open=flags.max_open, ramp_s=flags.ramp or 0.0
+    )

@@ -67,7 +67,7 @@ async def drive(
     if pace.concurrency is None:
         await _open_loop(sender, requests, pace, progress)
     else:
-        await _closed_loop(sender, requests, pace.concurrency, pace.duration_s, progress)
+        await _closed_loop(sender, requests, pace.concurrency, pace, progress)
 
 
 async def _open_loop(sender: _Sender, requests: Iterator[Request], pace: Pace, progress: Progress) -> None:
@@ -91,10 +91,11 @@ async def _open_loop(sender: _Sender, requests: Iterator[Request], pace: Pace, p
                 await asyncio.sleep(0)
 
 
-async def _closed_loop(
-    sender: _Sender, requests: Iterator[Request], concurrency: int, duration_s: float | None, progress: Progress
-) -> None:
-    async def one_after_another() -> None:
+async def _closed_loop(sender: _Sender, requests: Iterator[Request], concurrency: int, pace: Pace, progress: Progress) -> None:
+    duration_s = pace.duration_s
+
+    async def one_after_another(begin_s: float) -> None:
+        await asyncio.sleep(begin_s)
         while not progress.stop and (duration_s is None or sender.now_s() < duration_s):
             request = next(requests, None)
             if request is None:
@@ -104,7 +105,7 @@ async def _closed_loop(
 
     async with asyncio.TaskGroup() as group:
         for number in range(concurrency):
-            group.create_task(one_after_another(), name=f"caller-{number}")
+            group.create_task(one_after_another(pace.ramp_s * number / concurrency), name=f"caller-{number}")
 
 
 class _Sender:

@@ -74,6 +74,7 @@ class Dispatcher:
         self._max_flights = max_flights
         self.clock = clock
         self._flights: dict[wire.StreamId, Flight] = {}
+        self._streaming: dict[wire.StreamId, Callable[[bytes, bool], bool]] = {}  # where the next frame of each goes that has had its first
         self._tending = Tending()
         self._open = 0
         self._last_sid = first_sid
@@ -227,20 +228,16 @@ class Dispatcher:
                 flight.done = done
             else:
                 self._tending.done(done.sid)
-        flights = self._flights
+        streaming = self._streaming
         for sid, flags, payload in message.frames:
-            flight = flights.get(sid)
-            if flight is None:
-                if not flags & wire.END:  # nobody waits for it any more; the worker has not heard yet
-                    self._transport.send_data(peer, wire.encode(wire.Cancel(sid)))
-            elif flight.life.phase is Phase.STREAMING:
-                if not flight.sink.more(payload, bool(flags & wire.END)):
-                    self._metrics.slow_reader()
-                    self.cancel(flight)
-                elif flags & wire.END:
-                    self._end(flight, Event.END)
-            else:
-                self._on_head(flight, flags, payload)
+            more = streaming.get(sid)
+            if more is None:
+                self._on_first(peer, sid, flags, payload)
+            elif not more(payload, flags == wire.END):
+                self._metrics.slow_reader()
+                self.cancel(self._flights[sid])
+            elif flags:
+                self._end(self._flights[sid], Event.END)
         for refused in message.refused:
             self._on_refused(refused)
 
@@ -336,6 +333,14 @@ class Dispatcher:
             if self._wake_at is not None:
                 self._wake_at(when)
 
+    def _on_first(self, peer: bytes, sid: wire.StreamId, flags: int, payload: bytes) -> None:
+        """The first frame of an answer, or one that nobody waits for any more."""
+        flight = self._flights.get(sid)
+        if flight is not None:
+            self._on_head(flight, flags, payload)
+        elif not flags & wire.END:  # the worker has not heard yet
+            self._transport.send_data(peer, wire.encode(wire.Cancel(sid)))
+
     def _on_head(self, flight: Flight, flags: int, payload: bytes) -> None:
         flight.t_head = self.clock()
         self._progress.leave(flight)
@@ -344,6 +349,8 @@ class Dispatcher:
         flight.sink.head(flags >> wire.STATUS_SHIFT, bool(flags & wire.SSE), payload, end)
         if end:
             self._end(flight, Event.END)
+        else:
+            self._streaming[flight.sid] = flight.sink.more
 
     def _on_refused(self, refused: wire.Refused) -> None:
         flight = self._flights.get(refused.sid)
@@ -435,6 +442,7 @@ class Dispatcher:
 
     def _unreserve(self, flight: Flight) -> None:
         if self._flights.pop(flight.sid, None) is not None:
+            self._streaming.pop(flight.sid, None)
             self.fleet.release(flight.sid)
 
     def _send_cancel(self, flight: Flight) -> None:

@@ -52,6 +52,7 @@ class ClientStream:
     __slots__ = (
         "_chunked",
         "_headers",
+        "_in_chunks",
         "_limit",
         "_parts",
         "_transport",
@@ -71,6 +72,7 @@ class ClientStream:
         self._transport = transport
         self._limit = max_buffered_bytes
         self._chunked = chunked
+        self._in_chunks = False
         self.keep_alive = keep_alive
         self._headers: Callable[[], bytes] = bytes
         self._parts: list[bytes] = []
@@ -97,6 +99,7 @@ class ClientStream:
 
     def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
         self.answered, self.sse = True, sse
+        self._in_chunks = sse and self._chunked
         if sse and self.started:
             self._transport.write(self._frame(data, end))
         elif sse:
@@ -111,6 +114,12 @@ class ClientStream:
             self._finish()
 
     def more(self, data: bytes, end: bool) -> bool:
+        if self._in_chunks and data and not end:  # as nearly always
+            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            if self._transport.get_write_buffer_size() <= self._limit:
+                return True
+            self._transport.abort()
+            return False
         if not self.sse:
             self._parts.append(data)
             if end:
@@ -178,5 +187,9 @@ class ClientStream:
     def _finish(self) -> None:
         if not self.finished:
             self.finished = True
-            told, self.on_finish, self._headers = self.on_finish, bool, bytes  # whoever owns this stream is no longer part of a cycle with it
+            told, self.on_finish, self._headers = (
+                self.on_finish,
+                bool,
+                bytes,
+            )  # whoever owns this stream is no longer part of a cycle with it
             told()

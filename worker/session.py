@@ -22,7 +22,7 @@ UNHEARD_S = 10.0  # a gateway that has not answered by then is worth a line in t
 class Outbox:
     """Frames of one turn of the event loop, sent as one message."""
 
-    __slots__ = ("_done", "_frames", "_loop", "_overflow", "_pending_bytes", "_refused", "_scheduled", "_send")
+    __slots__ = ("_done", "_frames", "_loop", "_overflow", "_refused", "_scheduled", "_send", "_stuck", "_stuck_bytes")
 
     def __init__(self, overflow: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -31,7 +31,7 @@ class Outbox:
         self._frames: list[wire.Frame] = []
         self._done: list[wire.Done] = []
         self._refused: list[wire.Refused] = []
-        self._pending_bytes = 0
+        self._stuck = self._stuck_bytes = 0  # frames that the link has not taken
         self._scheduled = False
 
     def connect(self, send: Callable[[bytes], Sent]) -> None:
@@ -39,7 +39,6 @@ class Outbox:
 
     def frame(self, sid: wire.StreamId, flags: int, data: bytes) -> None:
         self._frames.append((sid, flags, data))
-        self._pending_bytes += len(data)
         if not self._scheduled:
             self._schedule()
 
@@ -57,11 +56,14 @@ class Outbox:
             return
         if self._send(wire.encode(wire.Step(self._frames, self._done, self._refused))) is Sent.OK:
             self._frames, self._done, self._refused = [], [], []
-            self._pending_bytes = 0
+            self._stuck = self._stuck_bytes = 0
             return
         self._scheduled = True
         self._loop.call_later(RETRY_S, self.flush)
-        if self._pending_bytes > MAX_PENDING_BYTES:
+        # Counted here, where it is rare, and not at every frame.
+        self._stuck_bytes += sum(len(data) for _, _, data in self._frames[self._stuck :])
+        self._stuck = len(self._frames)
+        if self._stuck_bytes > MAX_PENDING_BYTES:
             self._overflow()
 
     def give_up(self, reason: str) -> None:
@@ -69,7 +71,7 @@ class Outbox:
         for sid in {sid for sid, _, _ in self._frames}:
             self.refuse(wire.Refused(sid, WorkerUnavailable.code, reason, True))
         self._frames, self._done = [], []
-        self._pending_bytes = 0
+        self._stuck = self._stuck_bytes = 0
 
     def _schedule(self) -> None:
         # Not at once: every stream that the engine moved in this step gets into the same message.

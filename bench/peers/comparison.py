@@ -14,7 +14,8 @@ YARDSTICK = "nginx"
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """A closed loop of `clients`; ends after `requests` have been sent or `duration_s` has passed. `pace_ms` is the time between two tokens of a
-    stream; None asks for whole answers. `unit` is what a cost is divided by."""
+    stream; None asks for whole answers. `unit` is what a cost is divided by. The clients begin within `ramp_s`: with 0 all at once, so that the time
+    to the first token is that of the last one in a queue of them all."""
 
     name: str
     title: str
@@ -24,18 +25,19 @@ class Scenario:
     pace_ms: int | None
     duration_s: float
     unit: str
+    ramp_s: float = 0.0
 
 
 SCENARIOS = (
     Scenario("A64", "whole answers of 64 tokens, 64 clients", 64, 6_000, 64, None, 4.0, "request"),
     Scenario("C256", "256 streams, 100 tokens every 20 ms", 256, 768, 100, 20, 6.0, "token"),
-    Scenario("D", "1,000 streams, 20 tokens every 50 ms", 1_000, 2_000, 20, 50, 20.0, "token"),
+    Scenario("D", "1,000 streams, 20 tokens every 50 ms", 1_000, 2_000, 20, 50, 20.0, "token", 1.0),
     Scenario("E", "one client, time to the first token", 1, 300, 2, 0, 3.0, "request"),
 )
 QUICK = (
     Scenario("A64", "whole answers of 64 tokens, 64 clients", 64, 1_000, 64, None, 2.0, "request"),
     Scenario("C256", "256 streams, 40 tokens every 20 ms", 256, 256, 40, 20, 6.0, "token"),
-    Scenario("D", "1,000 streams, 10 tokens every 50 ms", 1_000, 1_000, 10, 50, 20.0, "token"),
+    Scenario("D", "1,000 streams, 10 tokens every 50 ms", 1_000, 1_000, 10, 50, 20.0, "token", 0.5),
     Scenario("E", "one client, time to the first token", 1, 50, 2, 0, 3.0, "request"),
 )
 
