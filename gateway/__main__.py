@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import functools
 import gc
 import logging
 import os
 import random
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -20,7 +22,6 @@ from pathlib import Path
 
 import msgspec
 import uvloop
-from aiohttp import web
 
 from gateway import alias_book
 from gateway.admin import Admin
@@ -62,6 +63,7 @@ TICK_S = 0.2
 STALL_S = 1.0
 ALIVE_S = 0.5
 KEEPALIVE_S = 75.0
+SHUTDOWN_S = 1.0  # after the drain, for handlers that are still writing
 LAST_WORDS_S = 0.05  # handlers whose requests have just ended still write their answers
 GC_THRESHOLD = (50_000, 50, 50)  # with 4,000 streams the default (700) would collect all the time
 
@@ -226,20 +228,24 @@ async def _http(api: API, settings: Settings) -> AsyncIterator[int]:
     """Listens; yields the port. Raises ConfigError if it is taken."""
     g = settings.gateway
     # Without handler_cancellation aiohttp lets a handler run on after its client has left, and the engine would go on generating.
-    runner = web.ServerRunner(api.server(access_log=None, handler_cancellation=True, keepalive_timeout=KEEPALIVE_S), shutdown_timeout=1.0)
-    await runner.setup()
+    door = api.door(access_log=None, handler_cancellation=True, keepalive_timeout=KEEPALIVE_S)
+    loop = asyncio.get_running_loop()
     try:
-        site = web.TCPSite(runner, g.host, g.port, backlog=4096, reuse_port=g.processes > 1 or None)
-        try:
-            await site.start()
-        except OSError as exc:
-            why = "the port is in use" if exc.errno == 98 else exc.strerror
-            raise ConfigError(
-                f"cannot listen on {g.host}:{g.port}: {why}; choose another with gateway.port (`serve` also takes --port), or stop what uses it"
-            ) from exc
-        yield runner.addresses[0][1]
+        server = await loop.create_server(door, g.host, g.port, backlog=4096, reuse_port=g.processes > 1 or None)
+    except OSError as exc:
+        why = "the port is in use" if exc.errno == errno.EADDRINUSE else exc.strerror
+        raise ConfigError(
+            f"cannot listen on {g.host}:{g.port}: {why}; choose another with gateway.port (`serve` also takes --port), or stop what uses it"
+        ) from exc
+    try:
+        for listening in server.sockets:  # connections inherit it: a client that vanished without a word is noticed
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        yield server.sockets[0].getsockname()[1]
     finally:
-        await runner.cleanup()
+        server.close()
+        await asyncio.sleep(0)  # what came before is handled
+        door.pre_shutdown()
+        await door.shutdown(SHUTDOWN_S)
 
 
 async def _tick(dispatcher: Dispatcher) -> None:

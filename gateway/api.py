@@ -57,7 +57,7 @@ class API:
         self._models = ModelList(catalogs, resolver.aliases, self._created)
         self._routes: dict[tuple[str, str], Handler] = {}
 
-    def server(self, **settings: Any) -> web.Server:
+    def door(self, **settings: Any) -> Door:
         """aiohttp without its Application (a dozen fixed paths need no router), behind the short way for plain requests."""
         self._routes = {("POST", path): self._guarded(self._generation.ordinary) for path in openai.GENERATE_PATHS}
         self._routes |= {

@@ -13,7 +13,6 @@ them can still lie in aiohttp's parser.
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -23,6 +22,9 @@ from gateway.plain import SPECIAL, Head, Plain, Unfinished, recognise
 
 MAX_EXPRESS_BYTES = 1 << 20
 """Of a request that is gathered here; longer ones are read by aiohttp, which pauses the client and counts."""
+
+SWEEP_SHARE = 0.25
+"""Of the time that a connection may rest, between two looks at all of them."""
 
 
 class Call(Protocol):
@@ -59,6 +61,7 @@ class Door(web.Server):
         self.keepalive_s = keepalive_timeout
         self.closing = False
         self.fronts: set[Front] = set()
+        self._sweeping = False
 
     def __call__(self) -> Front:  # type: ignore[override]  # aiohttp's sites and loops ask for a protocol, no more
         return Front(self)
@@ -66,6 +69,22 @@ class Door(web.Server):
     def ordinary(self) -> web.RequestHandler:
         """aiohttp's own protocol for a connection."""
         return super().__call__()
+
+    def enter(self, front: Front) -> None:
+        """A connection has come."""
+        self.fronts.add(front)
+        if not self._sweeping:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """One timer for all connections; each lasts up to a quarter longer than it may."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for front in [*self.fronts]:
+            front.close_if_late(now)
+        self._sweeping = bool(self.fronts)
+        if self._sweeping:
+            loop.call_at(now + self.keepalive_s * SWEEP_SHARE, self._sweep)
 
     def pre_shutdown(self) -> None:
         self.closing = True
@@ -82,7 +101,7 @@ class Door(web.Server):
 class Front(asyncio.Protocol):
     """One connection. `_inner` is aiohttp's side of it, once it was needed."""
 
-    __slots__ = ("_call", "_close_at", "_door", "_head", "_held", "_inner", "_loop", "_needed", "_stays", "_timer", "_transport")
+    __slots__ = ("_call", "_close_at", "_door", "_head", "_held", "_inner", "_loop", "_needed", "_stays", "_transport")
 
     def __init__(self, door: Door) -> None:
         self._door = door
@@ -95,19 +114,13 @@ class Front(asyncio.Protocol):
         self._held = bytearray()  # the beginning of a request, or what came while one was answered
         self._needed = 0
         self._close_at = 0.0
-        self._timer: asyncio.TimerHandle | None = None
 
     # ---- asyncio's side -----------------------------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._door.fronts.add(self)
         self._rest()
-        self._timer = self._loop.call_at(self._close_at, self._on_timer)
+        self._door.enter(self)
 
     def data_received(self, data: bytes) -> None:
         inner = self._inner
@@ -141,8 +154,6 @@ class Front(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._door.fronts.discard(self)
         self._transport = None
-        if self._timer is not None:
-            self._timer.cancel()
         if self._call is not None:
             self._call.cancel()
             self._call = None
@@ -207,15 +218,10 @@ class Front(asyncio.Protocol):
     def _rest(self) -> None:
         self._close_at = self._loop.time() + self._door.keepalive_s
 
-    def _on_timer(self) -> None:
-        self._timer = None
-        if self._transport is None or self._stays:
-            return  # aiohttp has a timer of its own
-        now = self._loop.time()
-        if self._call is None and self._inner is None and now >= self._close_at:
-            self._transport.close()
-        else:
-            self._timer = self._loop.call_at(max(self._close_at, now + self._door.keepalive_s / 2), self._on_timer)
+    def close_if_late(self, now: float) -> None:
+        """It has rested, or been at one request, for too long. While aiohttp has it, it has a timer of its own."""
+        if now >= self._close_at:
+            self.close_if_idle()
 
     def close_if_idle(self) -> None:
         if self._call is None and self._inner is None and self._transport is not None:

@@ -11,6 +11,9 @@ from gateway.worker import Key, Worker
 from shared.wire import WorkerId
 
 
+NOTHING = (0, 0, False)
+
+
 @dataclass(slots=True, eq=False)
 class Pool:
     """Written by Fleet alone. `version` grows whenever a worker comes or goes, `changes` whenever anything does.
@@ -40,27 +43,25 @@ class Pool:
         if not worker.routable:
             self.remove(worker)
             return
-        if worker.counted is None:
+        before = worker.counted
+        if before is None:
             self.workers.append(worker)
             self.version += 1
             self._settle_company()
-        load, slots = worker.load, worker.open_slots
+            before = NOTHING
+        load = worker.load
         room = load < worker.beat.capacity
-        if slots < 0 or not room:
+        slots = worker.open_slots if room else 0
+        if slots < 0:
             slots = 0
-        if worker.counted is None:
-            self.load += load
-            self.open_slots += slots
-            self.room += room
-        else:
-            load_before, slots_before, room_before = worker.counted
-            self.load += load - load_before
-            self.room += room - room_before
-            self.open_slots += slots - slots_before
-        if slots:
-            self.open[worker.id] = worker
-        else:
-            self.open.pop(worker.id, None)
+        self.load += load - before[0]
+        self.open_slots += slots - before[1]
+        self.room += room - before[2]
+        if slots != before[1] or worker.counted is None:
+            if slots:
+                self.open[worker.id] = worker
+            else:
+                self.open.pop(worker.id, None)
         worker.counted = (load, slots, room)
         self._index(worker)
 

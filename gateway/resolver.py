@@ -54,9 +54,12 @@ class Resolver:
 
         None: `resolve` has to say. Raises ModelNotFound, AdapterNotFound.
         """
+        known = self._bases.get(model)
+        if known is not None:
+            return known
         base, name, spec = split_version(model, self._catalogs)
         if name is None:
-            return self._bases.get(base) or self._bases.setdefault(base, Target(base))
+            return self._bases.setdefault(base, Target(base))
         if spec or name in self._book.of(base):
             return None
         catalog = self._catalog(base)

