@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 SCHEMA = "loraplex.bench.gateways/1"
 YARDSTICK = "nginx"
+COMPARED = ("A64", "C256", "D", "R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +32,15 @@ class Scenario:
 SCENARIOS = (
     Scenario("A64", "whole answers of 64 tokens, 64 clients", 64, 6_000, 64, None, 4.0, "request"),
     Scenario("C256", "256 streams, 100 tokens every 20 ms", 256, 768, 100, 20, 6.0, "token"),
-    Scenario("D", "1,000 streams, 20 tokens every 50 ms", 1_000, 2_000, 20, 50, 20.0, "token", 1.0),
+    Scenario("D", "1,000 streams at once, 20 tokens every 50 ms", 1_000, 2_000, 20, 50, 20.0, "token"),
+    Scenario("R", "1,000 streams begun over 0.5 s, 20 tokens every 50 ms", 1_000, 2_000, 20, 50, 20.0, "token", 0.5),
     Scenario("E", "one client, time to the first token", 1, 300, 2, 0, 3.0, "request"),
 )
 QUICK = (
     Scenario("A64", "whole answers of 64 tokens, 64 clients", 64, 1_000, 64, None, 2.0, "request"),
     Scenario("C256", "256 streams, 40 tokens every 20 ms", 256, 256, 40, 20, 6.0, "token"),
-    Scenario("D", "1,000 streams, 10 tokens every 50 ms", 1_000, 1_000, 10, 50, 20.0, "token", 0.5),
+    Scenario("D", "1,000 streams at once, 10 tokens every 50 ms", 1_000, 1_000, 10, 50, 20.0, "token"),
+    Scenario("R", "1,000 streams begun over 0.5 s, 10 tokens every 50 ms", 1_000, 1_000, 10, 50, 20.0, "token", 0.5),
     Scenario("E", "one client, time to the first token", 1, 50, 2, 0, 3.0, "request"),
 )
 
@@ -106,13 +109,14 @@ def _columns(results: Sequence[Result], peer: str, direct: str) -> dict[str, lis
         "a64_us_per_request": of(results, peer, "A64", "cpu_us"),
         "c256_us_per_token": of(results, peer, "C256", "cpu_us"),
         "d_us_per_token": of(results, peer, "D", "cpu_us"),
+        "r_us_per_token": of(results, peer, "R", "cpu_us"),
         "c256_with_engine_side_us": _sum(of(results, peer, "C256", "cpu_us"), of(results, peer, "C256", "engine_us")),
         "added_ttft_ms": added_ttft_ms(results, peer, direct),
-        "d_ttft_p50_ms": of(results, peer, "D", "ttft_ms.p50"),
-        "d_ttft_p99_ms": of(results, peer, "D", "ttft_ms.p99"),
+        "r_ttft_p50_ms": of(results, peer, "R", "ttft_ms.p50"),
+        "r_ttft_p99_ms": of(results, peer, "R", "ttft_ms.p99"),
         "rss_d_mb": of(results, peer, "D", "rss_mb"),
     }
-    for scenario in ("A64", "C256", "D"):
+    for scenario in COMPARED:
         columns[f"{scenario.lower()}_to_{YARDSTICK}"] = ratios(results, peer, YARDSTICK, scenario)
     return columns
 
@@ -125,10 +129,11 @@ HEADS = (
     ("a64_us_per_request", "A64 us/request", 0),
     ("c256_us_per_token", "C256 us/token", 1),
     ("d_us_per_token", "D us/token", 1),
+    ("r_us_per_token", "R us/token", 1),
     ("c256_with_engine_side_us", "C256 + engine side", 1),
     ("added_ttft_ms", "added TTFT ms", 2),
-    ("d_ttft_p50_ms", "D TTFT p50 ms", 0),
-    ("d_ttft_p99_ms", "D TTFT p99 ms", 0),
+    ("r_ttft_p50_ms", "R TTFT p50 ms", 0),
+    ("r_ttft_p99_ms", "R TTFT p99 ms", 0),
     ("rss_d_mb", "RSS MB", 0),
 )
 
@@ -140,9 +145,9 @@ def table(made: Mapping[str, Any]) -> str:
         cells = [_cell(row[key], digits) for key, _, digits in HEADS]
         version = made["peers"][peer]["version"]
         lines.append(f"| {peer} {version} | " + " | ".join(cells) + f" | {_failed(made['results'], peer)} |")
-    lines += ["", f"| to {YARDSTICK}, of the same repetition | A64 | C256 | D |", "|---|---|---|---|"]
+    lines += ["", f"| to {YARDSTICK}, of the same repetition | {' | '.join(COMPARED)} |", "|---" * (len(COMPARED) + 1) + "|"]
     for peer, row in made["summary"].items():
-        cells = [_cell(row[f"{s}_to_{YARDSTICK}"], 2) for s in ("a64", "c256", "d")]
+        cells = [_cell(row[f"{s.lower()}_to_{YARDSTICK}"], 2) for s in COMPARED]
         lines.append(f"| {peer} | " + " | ".join(cells) + " |")
     lines += [f"\nskipped: {name}: {facts['skipped']}" for name, facts in made["peers"].items() if facts.get("skipped")]
     notes = {(r["peer"], r["scenario"], r["note"]) for r in made["results"] if r["note"]}
