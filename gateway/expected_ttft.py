@@ -39,7 +39,8 @@ BASE_CHOICES = 16
 HORIZON_S = 10.0
 """How long present demand is trusted to last, when a load is weighed against what it saves."""
 HOME_PATIENCE_S = 0.25
-"""How long a request may wait for a slot where its adapter is cached, before any worker may load it."""
+"""How long a request may wait for a slot where its adapter is cached, before any worker may load it; less the more slots are open elsewhere, and
+not at all beyond PATIENT_SPREADS: the load then costs less than the wait."""
 SCARCE_PATIENCE_S = 2.0
 """The same while slots are scarce: a load from disk then stalls a worker whose slots would all be free sooner without it, and costs its CPU tier
 an adapter of its own. Letting go after 0.25 s collapsed at 110 requests/s in the simulator (29% loads from disk, p99 TTFT 4.5 s against 0.6 s)."""
@@ -47,10 +48,22 @@ VICTIMS = 4
 """Idle adapters of a worker among which the coldest is taken for its next victim."""
 RARELY = 0.1
 """Requests expected within HORIZON_S below which an idle adapter's slot is nobody's loss."""
+MISS_WINDOW_S = 10.0
+"""Time constant of the rate at which adapters are not in a slot."""
 SPREADS = 1.0
 """Standard deviations of the misses' number for which slots are kept open."""
-ABUNDANT_SPREADS = 4.0
-"""The same for slots to count as abundant: a move takes two for a while. With 2 it cost the scenario `hot` a twentieth of its capacity."""
+PATIENT_SPREADS = 2.5
+"""The same up to which a request waits at all for its adapter's own CPU tier. In `default` at 95 requests/s the p99 TTFT was 249 ms with 5, 208 with 3, 201
+with this and 179 with 2; at 107 requests/s 438, 438, 458 and 431."""
+ABUNDANT_SPREADS = 5.0
+"""The same for slots to count as abundant: a copy more or a move takes somebody's slot for a while. With 2, moves cost the scenario `hot` a twentieth of
+its capacity."""
+EVEN = 0.5
+"""Of the mean load, what one copy of an adapter is for while slots abound: an adapter that gets half of all requests then sits on every worker, so that
+the others' are not crowded onto those without it. (A flash crowd to 50%: with a copy per 1.25 x the mean, 5 of 8 workers had it, and the p99 of all
+others rose by 51%; so by 17%.) While slots are scarce it is BOUND: a copy takes a slot, and where all slots are in use that costs more."""
+LEAST_SPREAD = 1e-3
+"""Slots; where nothing misses, any open slot is plenty."""
 AFFINITY_S = 0.005
 """The most that a known prefix or session can weigh: less than a load from the CPU tier, so it only breaks ties."""
 MAX_AFFINITIES = 50_000
@@ -93,7 +106,7 @@ class ExpectedTTFT:
         price = base.slot_price(pool, now)
         copies = len(holders)
         demand = max(sum([w.in_flight(key) for w in holders]) + 1.0, base.rates.per_s(key, now) * base.services.service_s)
-        wanted = base.homes.copies(key, demand, bound, now)
+        wanted = base.homes.copies(key, demand, max(FLOOR, EVEN * pool.mean_load) if base.abundant(pool, now) else bound, now)
         kept = holders if price == 0.0 else self._kept(key, holders, copies_for(demand, bound), bound)
         best, least = self._cheapest(ask, key, base, pool, kept, price, now)
         if best is None:
@@ -162,7 +175,7 @@ class ExpectedTTFT:
             if not shut:
                 candidates = [w for w in cached if w.has_room and base.claims.open_to(w, key, pool, now)]
             if cached and patient and not candidates:
-                due = ask.arrived + (self._patience_s if base.slot_price(pool, now) == 0.0 else SCARCE_PATIENCE_S)
+                due = ask.arrived + self._patience(base.slack(pool, now))
                 if now < due:
                     # A full worker frees a slot every service_s / slots; a load from disk would stall somebody for longer.
                     return Wait(Blocked.TURN, due)
@@ -196,6 +209,12 @@ class ExpectedTTFT:
             return beyond
         able = [w for w in pool.workers if w.counted and w.counted[1] > 0 and w.has_room and w.id not in holders]
         return first(1, sorted(able, key=lambda w: w.load))
+
+    def _patience(self, slack: float) -> float:
+        """Seconds that a request waits for its adapter's own CPU tier."""
+        if slack < SPREADS:
+            return SCARCE_PATIENCE_S
+        return self._patience_s * max(0.0, min(1.0, (PATIENT_SPREADS - slack) / (PATIENT_SPREADS - SPREADS)))
 
     def _choose_base(self, ask: Ask, pool: Pool, now: float, rng: random.Random) -> Decision:
         base = self._base(ask.base)
@@ -348,7 +367,7 @@ class _Base:
     def __init__(self) -> None:
         self.rates = Rates()
         self.rendezvous = Rendezvous()
-        self.misses = Rates(10.0, 1)
+        self.misses = Rates(MISS_WINDOW_S, 1)
         self.services = costs.Services()
         self.homes = HomeSets()
         self.claims = Claims(self.rates, self.rendezvous)
@@ -360,12 +379,15 @@ class _Base:
         Misses come at random and each keeps a slot for a service time; what is kept open for them is twice the spread of their number
         (square-root staffing: Halfin and Whitt, "Heavy-Traffic Limits for Queues with Many Exponential Servers", 1981).
         """
-        headroom = SPREADS * self._spread(now)
-        return self.services.service_s * (1.0 - pool.open_slots / headroom) if pool.open_slots < headroom else 0.0
+        return self.services.service_s * max(0.0, 1.0 - self.slack(pool, now) / SPREADS)
 
     def abundant(self, pool: Pool, now: float) -> bool:
         """A slot more or less is nobody's loss."""
-        return pool.open_slots >= ABUNDANT_SPREADS * self._spread(now)
+        return self.slack(pool, now) >= ABUNDANT_SPREADS
+
+    def slack(self, pool: Pool, now: float) -> float:
+        """Open slots, in standard deviations of the number that misses keep."""
+        return pool.open_slots / max(self._spread(now), LEAST_SPREAD)
 
     def _spread(self, now: float) -> float:
         """Of the number of slots that misses keep, in slots."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from gateway.worker import Key, Worker
 from shared.wire import WorkerId
 
-
 NOTHING = (0, 0, False)
 
 

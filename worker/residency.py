@@ -337,7 +337,7 @@ class Residency:
 
     def _room(self, kept: Collection[AdapterRef], now: float, per_s: float = 0.0, coming: Collection[AdapterRef] = ()) -> Room:
         """For an adapter that is asked for `per_s` times a second. A hotter one of `kept` stays in its idle moments: another's will be the slot."""
-        room = self.slots.room(coming, lambda adapter: self._steady_per_s(adapter, now))
+        room = self.slots.room(coming, self._heat.of)
         if not isinstance(room, Evict) or room.victim not in kept or self._recent.per_s(room.victim, now) <= per_s:
             return room
         return room if any(self.slots.uses(a) == 0 for a in self._closing) else Full()
@@ -350,7 +350,7 @@ class Residency:
         return steady if len(steady) <= STEADY_SHARE * len(open_to_all) else set()
 
     def _steady_per_s(self, adapter: AdapterRef, now: float) -> float:
-        """Requests a second of an adapter in steady use, and 0 for all others: they make room first, in the order of their last use."""
+        """Requests a second of an adapter in steady use, and 0 for all others."""
         per_s = self._recent.per_s(adapter, now)
         return per_s if per_s >= STEADY_PER_S else 0.0
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from bench.measure import percentile
 from bench.sim.scenarios import Window
 from bench.sim.world import Outcome, Run
-from gateway.placement import BOUND, FLOOR, copies_for
+from gateway.expected_ttft import EVEN
+from gateway.placement import FLOOR, copies_for
 from shared.wire import Tier
 
 FAILED_TTFT_S = 60.0
@@ -130,7 +131,7 @@ class Flash:
     """Workers that loaded the hot adapter."""
     hot_p99_s: float
     needed: int = 1
-    """Copies that its peak demand is worth by the rule of gateway/placement.py: one per BOUND times the mean load."""
+    """Copies that its peak demand is worth by the rule of gateway/expected_ttft.py: one per EVEN times the mean load."""
 
     @property
     def rise(self) -> float:
@@ -152,7 +153,7 @@ def flash(with_it: Run, without: Run, hot: int, hot_name: str, workers: int, win
         if o.ended_s is not None and o.ended_s > window.flash_s and o.request.at_s < window.end_s
     )
     mean_load = busy_s / (window.end_s - window.flash_s) / workers
-    needed = copies_for(_most_at_once(of_hot), max(FLOOR, BOUND * mean_load))
+    needed = min(workers, copies_for(_most_at_once(of_hot), max(FLOOR, EVEN * mean_load)))
     return Flash(p99(with_it, False), p99(without, False), copies, p99(with_it, True), needed)
 
 

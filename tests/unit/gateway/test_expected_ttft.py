@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.expected_ttft import HOME_PATIENCE_S, ExpectedTTFT
+from gateway.expected_ttft import HOME_PATIENCE_S, MISS, MISS_WINDOW_S, ExpectedTTFT
 from gateway.fleet import Fleet
 from gateway.placement import BOUND, FLOOR
 from gateway.routing import Ask, Blocked, Choice, Decision, Reason, Wait
@@ -57,6 +57,12 @@ class Room:
             self.fleet.reserve(decision.worker, self.sid, ref, ask.prompt_tokens)
             self.policy.sent(ask, decision, self.now)
         return decision
+
+    def misses(self, slots: float) -> None:
+        """Adapters were not in a slot so often of late that the number of slots that such requests keep spreads by so many."""
+        base = self.policy._base("tiny")
+        for _ in range(round(slots**2 / base.services.service_s * MISS_WINDOW_S)):
+            base.misses.note(MISS, self.now)
 
     def taken(self) -> None:
         """One more worker, with no slot to give: the others are not alone."""
@@ -272,12 +278,40 @@ def test_adapters_in_flight_for_other_gateways_hold_their_slots(room: Room) -> N
 
 def test_a_request_waits_a_moment_for_a_slot_where_its_weights_are_cached_then_goes_anywhere(room: Room) -> None:
     room.worker("cached", on("pirate", Tier.CPU), on("x", in_flight=1), slots=1, running=1)
-    room.worker("other", slots=100)
+    room.worker("other", slots=2)
+    room.misses(slots=2.0)
     ask = room.ask(PIRATE)
     assert room.choose(ask) == Wait(Blocked.TURN, HOME_PATIENCE_S)
     room.now = HOME_PATIENCE_S
     decision = room.choose(ask)
     assert isinstance(decision, Choice) and decision.worker.id == "other"
+
+
+def test_the_more_slots_are_open_elsewhere_the_less_a_request_waits_for_one_where_its_weights_are_cached(room: Room) -> None:
+    room.worker("cached", on("pirate", Tier.CPU), on("x", in_flight=1), slots=1, running=1)
+    room.worker("other", slots=7)
+    room.misses(slots=4.0)
+    decision = room.choose(room.ask(PIRATE))
+    assert isinstance(decision, Wait) and decision.until == pytest.approx(HOME_PATIENCE_S / 2, rel=0.05)
+    room.worker("other", slots=11)
+    decision = room.choose(room.ask(PIRATE))
+    assert isinstance(decision, Choice) and decision.worker.id == "other"
+
+
+@pytest.mark.parametrize("scarce", [False, True])
+def test_an_adapter_with_half_of_all_requests_is_on_every_worker_while_slots_abound_and_only_then(scarce: bool) -> None:
+    room = Room()
+    others = {f"w{n}": [on(f"a{n}"), on(f"a{n + 4}")] for n in range(4)}
+    for w, mine in others.items():
+        room.worker(w, *mine, slots=16)
+    if scarce:
+        room.misses(slots=100.0)
+    for n in range(200):
+        room.to(PIRATE)
+        room.to(adapter(f"a{n % 8}"))
+        for w in room.fleet.routable("tiny"):
+            room.worker(w.id, *others[w.id], *([on("pirate")] if w.in_flight(("pirate", "d")) else []), slots=16)
+    assert (sum(w.in_flight(("pirate", "d")) > 0 for w in room.fleet.routable("tiny")) == 4) is not scarce
 
 
 def test_a_request_older_than_the_age_bound_closes_the_emptiest_slot_and_gets_it(room: Room) -> None:

@@ -192,10 +192,23 @@ def test_an_adapter_that_is_asked_for_no_more_is_soon_in_steady_use_no_longer() 
     residency.finish(1, 30.0)
     assert residency.states(30.0, 1.0)[0].steady
     assert not residency.states(60.0, 1.0)[0].steady
-    resident(residency, 2, B, 60.0)
-    residency.finish(2, 60.0)
-    residency.want(3, C, 60.0)
-    assert residency.fetched(on_disk(C), Tier.DISK, 60.0) == [Swap((on_disk(C),), (), (on_disk(A),))]
+    resident(residency, 2, B, 600.0)
+    residency.finish(2, 600.0)
+    residency.want(3, C, 600.0)
+    assert residency.fetched(on_disk(C), Tier.DISK, 600.0) == [Swap((on_disk(C),), (), (on_disk(A),))]
+
+
+def test_the_one_that_was_asked_for_least_makes_room_whenever_it_was_used_last() -> None:
+    residency = Residency(2)
+    resident(residency, 1, A)
+    for n in range(3):
+        residency.want(10 + n, A, 0.0)
+        residency.finish(10 + n, 0.0)
+    residency.finish(1, 0.0)
+    resident(residency, 2, B, 5.0)  # later, and once
+    residency.finish(2, 5.0)
+    residency.want(3, C, 6.0)
+    assert residency.fetched(on_disk(C), Tier.DISK, 6.0) == [Swap((on_disk(C),), (), (on_disk(B),))]
 
 
 def test_an_adapter_with_a_running_request_is_not_evicted_and_its_end_makes_room() -> None:
