@@ -1,6 +1,7 @@
 """Shell. `python -m bench.engine` (`make bench-engine`): Loraplex beside vLLM's own server, same engine arguments, on the demo model.
 
     python -m bench.engine                                    1, 16 and 64 streams, base and 8 adapters, 3 interleaved rounds
+    python -m bench.engine --levels 1,16,64,256,512 --rounds 5 --servers loraplex,vllm
     python -m bench.engine --levels 64 --rounds 5 --servers loraplex,vllm
 
 Three are compared: Loraplex (gateway and one worker), the same worker with every request sent through vLLM's serving layer (a field that
@@ -44,8 +45,8 @@ ENGINE = {
     "max_model_len": 1024,
     "dtype": "float32",
     "enforce_eager": True,
-    "kv_cache_memory_bytes": 128 << 20,
-    "max_num_seqs": 128,
+    "kv_cache_memory_bytes": 256 << 20,
+    "max_num_seqs": 512,
     "enable_lora": True,
     "max_loras": len(ADAPTERS),
     "max_cpu_loras": len(ADAPTERS),
@@ -207,7 +208,29 @@ def table(made: Sequence[Figures]) -> str:
     head = "| streams | server | output tok/s (min to max) | TTFT p50 ms | ITL p50 / p99 ms | CPU us per token: gateway | front end | engine | failed |"
     keys = dict.fromkeys((m["kind"], m["streams"], m["server"]) for m in made)
     rows = [_line([m for m in made if (m["kind"], m["streams"], m["server"]) == key]) for key in keys]
-    return "\n".join([head, "|---" * 9 + "|", *rows])
+    return "\n".join([head, "|---" * 9 + "|", *rows, *_ratios(made)])
+
+
+def _ratios(made: Sequence[Figures]) -> list[str]:
+    """Loraplex over vLLM, round by round, since both halves of a ratio then ran within the same seconds."""
+    runs = {(m["kind"], m["streams"], m["round"], m["server"]): m for m in made}
+    lines = [
+        "",
+        "| streams | output tok/s, Loraplex over vLLM: median (least to most) | TTFT p50, Loraplex less vLLM, ms |",
+        "|---|---|---|",
+    ]
+    for kind, streams in dict.fromkeys((m["kind"], m["streams"]) for m in made):
+        pairs = [
+            (ours, runs[kind, streams, round_, "vllm"])
+            for (k, n, round_, server), ours in runs.items()
+            if (k, n, server) == (kind, streams, "loraplex") and (kind, streams, round_, "vllm") in runs
+        ]
+        if pairs:
+            speeds = [ours["tokens_per_s"] / theirs["tokens_per_s"] for ours, theirs in pairs]
+            later = [ours["ttft_ms"] - theirs["ttft_ms"] for ours, theirs in pairs]
+            spread = f"{statistics.median(speeds):.2f} ({min(speeds):.2f} to {max(speeds):.2f})"
+            lines.append(f"| {streams}, {kind} | {spread} | {statistics.median(later):+.1f} ({min(later):+.1f} to {max(later):+.1f}) |")
+    return lines if len(lines) > 3 else []
 
 
 def _line(rounds: Sequence[Figures]) -> str:

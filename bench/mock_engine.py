@@ -320,7 +320,7 @@ async def serve_workers(config: str, gateways: Sequence[str], workers: int) -> N
     settings = read_settings(config)
     logs.set_up("mock", "warning")
     lockstep = Lockstep()
-    worker.__main__.open_engine = lambda model: MockEngine(lockstep)
+    worker.__main__.open_engine = lambda model, stream_gap_s=0.0: MockEngine(lockstep)
     async with asyncio.TaskGroup() as tasks:
         for number in range(workers):
             mine = worker.__main__.worker_settings(settings, None, f"mock{number}", list(gateways))

@@ -122,6 +122,7 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     slow_reader_bytes: Positive = _MIB
     admin_keys_env: Text | None = None
     admin_keys_file: Text | None = None
+    stream_gap_s: SecondsOrNone | None = 0.04
 
     @classmethod
     def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ DEFAULT_SIM_RANK = 64
 DEFAULT_SIM_CONTEXT_TOKENS = 8192
 
 
-def open_engine(model: LLMConfig) -> Engine:
+def open_engine(model: LLMConfig, stream_gap_s: float = 0.0) -> Engine:
     """The engine that the config names; vLLM is imported only here and only if it is asked for."""
     if model.llm_engine == "sim":
         from worker.sim_engine import SimEngine
@@ -81,13 +81,13 @@ def open_engine(model: LLMConfig) -> Engine:
         from worker.vllm_engine import VLLMEngine
     except ImportError as exc:
         raise ConfigError(f"vLLM cannot be imported ({exc}); install loraplex[gpu] or loraplex[cpu], or use llm_engine: sim") from exc
-    return VLLMEngine(model)
+    return VLLMEngine(model, stream_gap_s)
 
 
 async def serve(settings: WorkerSettings) -> int:
     """One worker, until it is stopped. Returns the exit status."""
     model = settings.model
-    engine = open_engine(model)
+    engine = open_engine(model, settings.stream_gap_s)
     context = open_context()
     secret = secret_from_env(settings.secret_env)
     sessions = [Session(context, endpoint, settings.worker, settings.epoch, secret) for endpoint in settings.gateways]
@@ -156,6 +156,7 @@ def worker_settings(
         peer=g.link.peer_endpoint,
         peer_host=peer_host,
         insecure=g.link.insecure,
+        stream_gap_s=g.stream_gap_s or 0.0,
     )
 
 

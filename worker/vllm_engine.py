@@ -40,6 +40,7 @@ from shared.errors import ConfigError, EngineFailure
 from shared.parent import die_with_parent
 from worker import vllm_patches
 from worker.engine import Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped
+from worker.pacing import LOOK_S, Pacing
 from worker.vllm_adapters import Adapters, lora_request
 from worker.vllm_fast import FastPath
 from worker.vllm_plugin import WORKER_PID_ENV
@@ -98,6 +99,7 @@ class Stats(StatLoggerBase):  # type: ignore[misc]
         self.kv_usage = self.step_s = self.prefill_tokens_per_s = 0.0
         self._last = 0.0
         self._outputs = self._prompt_tokens = 0
+        self.pacing: Pacing | None = None
         Stats.current = self
 
     def replace_others(self, engine: AsyncLLM) -> None:
@@ -130,6 +132,8 @@ class Stats(StatLoggerBase):  # type: ignore[misc]
             self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
             self.kv_usage = scheduler_stats.kv_cache_usage
         self._last = now if self.running else 0.0
+        if self.pacing is not None:
+            self.pacing.stepped(now, self.step_s)
 
     def record_admission_rejection(self, reason: str) -> None:
         return None
@@ -141,8 +145,9 @@ class Stats(StatLoggerBase):  # type: ignore[misc]
 class VLLMEngine:
     """AsyncLLM for one model config. Its EngineCore is a child process that dies with this one."""
 
-    def __init__(self, model: LLMConfig) -> None:
+    def __init__(self, model: LLMConfig, stream_gap_s: float = 0.0) -> None:
         self._model = model
+        self._pacing = Pacing(stream_gap_s)
         # Spawned children of vLLM get both through its plugin hook; forked ones would not, since vLLM remembers that it has run.
         os.environ[WORKER_PID_ENV] = str(os.getpid())
         vllm_patches.apply()
@@ -154,6 +159,7 @@ class VLLMEngine:
         self._on_death: Callable[[str], None] | None = None
         self._adapters: Adapters | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._pace: asyncio.Task[None] | None = None
         # The kernel's parent-death signal belongs to the thread that forked: this one lives as long as the process.
         self._boot_thread = ThreadPoolExecutor(1, thread_name_prefix="engine-boot")
 
@@ -175,9 +181,12 @@ class VLLMEngine:
         base = self._model.model_id
         models.lora_requests = PinnedAdapters()
         models.model_name = lambda lora=None: ASKED.get() or (lora.lora_name.rpartition("@")[0] if lora else base)
-        self.fast = FastPath(engine, self._app.state, self._args)
+        self.fast = FastPath(engine, self._app.state, self._args, self._pacing)
         await self._warm_up()
         self._watch = asyncio.create_task(self._watch_engine(), name="engine-watch")
+        if Stats.current is not None and engine.logger_manager is Stats.current:  # else vLLM counts, and no step is told of
+            Stats.current.pacing = self._pacing
+            self._pace = asyncio.create_task(self._watch_load(), name="pace")
         config = engine.vllm_config
         lora = config.lora_config
         capacity = config.scheduler_config.max_num_seqs
@@ -220,8 +229,9 @@ class VLLMEngine:
         self._on_death = callback
 
     async def stop(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
+        for task in (self._watch, self._pace):
+            if task is not None:
+                task.cancel()
         if self._engine is not None:
             await asyncio.to_thread(self._engine.shutdown, STOP_S)
 
@@ -284,6 +294,16 @@ class VLLMEngine:
             await asyncio.sleep(DEATH_POLL_S)
         if self._on_death is not None:
             self._on_death("EngineCore ended")
+
+    async def _watch_load(self) -> None:
+        """How much of a core this thread, which serves all streams, has had of late, and how long it was in line for one."""
+        before, at = _scheduled_s(), time.monotonic()
+        while True:
+            await asyncio.sleep(LOOK_S)
+            (ran, waited), now = _scheduled_s(), time.monotonic()
+            took = now - at
+            self._pacing.look((ran - before[0]) / took, (waited - before[1]) / took)
+            before, at = (ran, waited), now
 
     async def _warm_up(self) -> None:
         """The first request of each kind compiles kernels inside the step loop, which would stall every stream: let it be ours.
@@ -374,6 +394,15 @@ class Discard:
 
     def more(self, data: bytes, end: bool) -> None:
         return None
+
+
+def _scheduled_s() -> tuple[float, float]:
+    """Seconds that this thread has been on a core, and in line for one (0 where the kernel does not say)."""
+    try:
+        ran, waited, _ = Path("/proc/thread-self/schedstat").read_text().split()
+    except (OSError, ValueError):
+        return time.thread_time(), 0.0
+    return int(ran) / 1e9, int(waited) / 1e9
 
 
 def serve_args(model: LLMConfig) -> Any:

@@ -28,6 +28,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from shared.errors import EngineFailure
 from worker.engine import Call, Reply
+from worker.pacing import Pacing
 from worker.sse_chunks import DONE, Chunks, chat_chunks, completion_chunks, escape, is_plain_chat, is_plain_completion
 
 UNUSUAL_ARGS = (
@@ -95,10 +96,22 @@ class Route:
 class Stream:
     """One running plain stream. In vLLM's state of the request it replaces both the making of outputs and the queue for them."""
 
-    __slots__ = ("_begun", "_chunks", "_detokenizer", "_in_words", "_interval", "_prompt_tokens", "_reply", "_sent", "_tokens", "ended")
+    __slots__ = (
+        "_begun",
+        "_chunks",
+        "_detokenizer",
+        "_in_words",
+        "_interval",
+        "_pacing",
+        "_prompt_tokens",
+        "_reply",
+        "_sent",
+        "_tokens",
+        "ended",
+    )
 
-    def __init__(self, draft: Draft, reply: Reply) -> None:
-        self._chunks, self._in_words, self._reply = draft.chunks, draft.in_words, reply
+    def __init__(self, draft: Draft, reply: Reply, pacing: Pacing) -> None:
+        self._chunks, self._in_words, self._reply, self._pacing = draft.chunks, draft.in_words, reply, pacing
         self._tokens = self._sent = 0
         self._begun = False
         self._prompt_tokens = 0
@@ -135,6 +148,8 @@ class Stream:
         self._tokens += len(new_token_ids)
         if finish_reason is not None:
             self.write(self._detokenizer.get_next_output_text(True, True), str(finish_reason), stop_reason)
+            return
+        if self._begun and not self._pacing.flush:
             return
         if self._interval > 1:
             if self._sent and self._tokens - self._sent < self._interval:
@@ -184,8 +199,8 @@ class Stream:
 class FastPath:
     """Serves plain streams of one engine. Made once vLLM's app is ready."""
 
-    def __init__(self, engine: AsyncLLM, state: Any, args: Any) -> None:
-        self._engine = engine
+    def __init__(self, engine: AsyncLLM, state: Any, args: Any, pacing: Pacing) -> None:
+        self._engine, self._pacing = engine, pacing
         self._tap = EngineTap(engine)
         self._routes: dict[str, Route] = {}
         self.served = 0
@@ -210,7 +225,7 @@ class FastPath:
         if draft is None:
             return False
         engine, asked = self._engine, draft.submission
-        stream = Stream(draft, reply)
+        stream = Stream(draft, reply, self._pacing)
         try:
             queue = await engine.add_request(asked.request_id, asked.prompt, asked.params, **asked.more)
         except asyncio.CancelledError:

@@ -8,6 +8,7 @@ import json
 import random
 import re
 import signal
+import time
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -165,6 +166,7 @@ def _by_us(tokenizer: Any, path: str, include_usage: bool, request: Any, outputs
     """What a Stream writes; the first `early` outputs come before it is attached."""
     from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
+    from worker.pacing import Pacing
     from worker.sse_chunks import chat_chunks, completion_chunks
     from worker.vllm_fast import Draft, Stream, Submission, in_words
 
@@ -177,7 +179,7 @@ def _by_us(tokenizer: Any, path: str, include_usage: bool, request: Any, outputs
     else:
         chunks = completion_chunks("id-1", created, "demo", serving.system_fingerprint, include_usage)
     written = Written()
-    stream = Stream(Draft(chunks, Submission(None, None, "", {}), lambda exc: in_words(serving, exc)), written)
+    stream = Stream(Draft(chunks, Submission(None, None, "", {}), lambda exc: in_words(serving, exc)), written, Pacing(0.0))
     for output in outputs[:early]:
         processor.process_outputs([output], weight_version="1")
     if request.request_id in processor.request_states:
@@ -205,12 +207,13 @@ async def test_the_same_engine_output_gives_the_same_bytes(tokenizer: Any, path:
 
 
 async def test_a_text_that_is_not_unicode_ends_its_own_stream_and_no_other(tokenizer: Any) -> None:
+    from worker.pacing import Pacing
     from worker.sse_chunks import chat_chunks
     from worker.vllm_fast import Draft, Stream, Submission, in_words
 
     written, serving = Written(), _serving(CHAT)
     draft = Draft(chat_chunks("1", 1, "demo", "assistant", None, False), Submission(None, None, "", {}), lambda e: in_words(serving, e))
-    stream = Stream(draft, written)
+    stream = Stream(draft, written, Pacing(0.0))
     stream.catch_up(
         SimpleNamespace(prompt_token_ids=[1], outputs=[SimpleNamespace(text="\ud800", token_ids=[1], finish_reason=None, stop_reason=None)])
     )
@@ -253,6 +256,27 @@ async def _serve(engine: Any, body: dict[str, Any], request_id: str = "r1", path
 
 def chat(model: str = "demo", prompt: str = PROMPT, **more: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": True, "temperature": 0, "max_tokens": 24, **more}
+
+
+@pytest.mark.parametrize("more", [{}, {"stream_options": {"include_usage": True}}, {"stop": ["the"]}, {"max_tokens": 1}])
+async def test_tokens_that_leave_together_are_the_same_text_with_the_same_end(engine: Any, more: dict[str, Any]) -> None:
+    alone = (await _serve(engine, chat(**more))).data
+    engine._pacing.gap_s = 100.0  # for longer than the answer lasts, whatever looks halve of it
+    engine._pacing._flushed_at = time.monotonic()
+    engine._pacing.flush = False
+    try:
+        together = (await _serve(engine, chat(**more))).data
+    finally:
+        engine._pacing.gap_s, engine._pacing.flush = 0.0, True
+
+    def read(data: bytes) -> tuple[str, list[Any], Any]:
+        events = [json.loads(line.removeprefix(b"data: ")) for line in data.split(b"\n\n") if line and line != b"data: [DONE]"]
+        choices = [c for e in events for c in e["choices"]]
+        text = "".join(c["delta"].get("content") or "" for c in choices)
+        return text, [c["finish_reason"] for c in choices if c["finish_reason"]], [e["usage"] for e in events if e.get("usage")]
+
+    assert read(together) == read(alone) and together.endswith(b"data: [DONE]\n\n")
+    assert together.count(b"data: ") <= min(alone.count(b"data: "), 5)  # role, first token, last, usage, DONE
 
 
 def completion(model: str = "demo", prompt: Any = PROMPT, **more: Any) -> dict[str, Any]:

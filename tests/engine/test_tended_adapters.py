@@ -21,7 +21,7 @@ import worker.__main__ as program
 from shared.process import read_settings
 
 opened, open_engine = [], program.open_engine
-program.open_engine = lambda model: opened.append(open_engine(model)) or opened[-1]
+program.open_engine = lambda model, gap_s: opened.append(open_engine(model, gap_s)) or opened[-1]
 
 async def main(config, control):
     running = asyncio.create_task(program.serve(program.worker_settings(read_settings(config), None, "w0", [control])))

@@ -407,7 +407,7 @@ def test_no_more_slots_close_than_adapters_wait_too_long_and_first_the_one_longe
 
 
 def test_of_two_in_line_the_older_goes_first_unless_enough_requests_wait_for_the_other() -> None:
-    for company, first in ((1, C), (4, D)):
+    for company, first in ((1, C), (8, D)):
         residency = Residency(1)
         resident(residency, 1, A)
         in_line(residency, 2, C)
