@@ -20,7 +20,10 @@ def apply() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
+        from worker import vllm_cpu_lora
+
         _base_rows_stay_base()
+        vllm_cpu_lora.install()
     elif current_platform.is_cuda():
         _lora_kernels_fit_the_gpu()
 
@@ -29,8 +32,8 @@ def _base_rows_stay_base() -> None:
     """The CPU kernels take the slot of a token as an index, and a token of the base model has slot -1: in Python's way it selects the LAST slot.
 
     So a base request that shares a batch with an adapter's request is answered with the weights of whatever adapter is in the last slot. The GPU
-    kernels skip such tokens (vllm-project/vllm pull requests 48421 and 49656, open at the time of writing). Here the shrink's result is made
-    zero for them, and what the expand adds is then zero as well.
+    kernels skip such tokens (vllm-project/vllm pull requests 48421 and 49656, open at the time of writing). Linear layers have kernels of their own
+    (vllm_cpu_lora.py); for what still comes here the shrink's result is made zero, and what the expand adds is then zero as well.
     """
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu

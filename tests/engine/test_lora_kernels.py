@@ -103,3 +103,24 @@ def test_tuning_without_a_gpu_says_what_it_needs(tmp_path: Path) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
     assert done.returncode == 2 and "no CUDA device" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+BASE_ROWS = """
+import torch
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.punica_wrapper import punica_cpu
+from worker import vllm_patches
+
+vllm_patches.apply()
+weights, rows, own = torch.ones(2, 1, 4, 8), torch.ones(3, 8), torch.tensor([1, -1, 0])
+for kernel in (lora_ops.bgmv_shrink, punica_cpu.bgmv_shrink):
+    made = torch.empty(3, 4)
+    kernel(rows, weights, made, own, 1.0)
+    assert made.tolist() == [[8.0] * 4, [0.0] * 4, [8.0] * 4], made
+"""
+
+
+def test_on_a_cpu_a_base_row_gets_nothing_of_the_last_slot_in_the_kernels_that_stay_vllms() -> None:
+    env = {**os.environ, **VLLM_ENV, **VLLM_CPU_ENV, "VLLM_LOGGING_LEVEL": "ERROR"}
+    done = subprocess.run([sys.executable, "-c", BASE_ROWS], capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
