@@ -337,7 +337,7 @@ class Residency:
 
     def _room(self, kept: Collection[AdapterRef], now: float, per_s: float = 0.0, coming: Collection[AdapterRef] = ()) -> Room:
         """For an adapter that is asked for `per_s` times a second. A hotter one of `kept` stays in its idle moments: another's will be the slot."""
-        room = self.slots.room(coming, self._heat.of)
+        room = self.slots.room(coming, self._warmth)
         if not isinstance(room, Evict) or room.victim not in kept or self._recent.per_s(room.victim, now) <= per_s:
             return room
         return room if any(self.slots.uses(a) == 0 for a in self._closing) else Full()
@@ -372,10 +372,14 @@ class Residency:
         """The coldest adapters, as many as it takes for the rest to fit host memory."""
         dropped: list[Loaded] = []
         while self._warm and (self._held() > self._host_places or sum(self._warm.values()) > WARM_BYTES):
-            coldest = min(self._warm, key=self._heat.of)
+            coldest = min(self._warm, key=self._warmth)
             del self._warm[coldest]
             dropped.append(self._leave(coldest))
         return dropped
+
+    def _warmth(self, adapter: AdapterRef) -> float:
+        """Who has least makes room, in the slots and in host memory."""
+        return self._heat.of(adapter)
 
     def _held(self) -> int:
         return sum(e.in_host for e in self._entries.values())

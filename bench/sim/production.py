@@ -69,4 +69,4 @@ def build_dispatcher(
 
 def worker_facts(policy: str, facts: WorkerFacts) -> WorkerFacts:
     """What differs between policies on the worker's side."""
-    return replace(facts, capacity=UNBOUNDED) if policy == "ray-strict" else facts
+    return replace(facts, capacity=UNBOUNDED, kept_by_vllm=True) if policy == "ray-strict" else facts

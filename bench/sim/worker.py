@@ -9,6 +9,7 @@ from pathlib import Path
 from bench.sim.agenda import Agenda
 from bench.sim.engine import Engine, Sequence
 from bench.sim.timing import Timing
+from bench.sim.vllm_residency import VllmResidency
 from shared import wire
 from shared.adapters import AdapterRef
 from worker.engine import Loaded, Swap
@@ -37,6 +38,8 @@ class WorkerFacts:
     disk_warm: bool = True
     """The disk cache holds every adapter from the start; else the first fetch of each comes from the store."""
     heartbeat_s: float = HEARTBEAT_S
+    kept_by_vllm: bool = False
+    """Slots and host memory are vLLM's own, as behind Ray."""
 
 
 @dataclass(slots=True, eq=False)
@@ -77,7 +80,8 @@ class SimWorker:
         self.peer = wire.identity(worker, self.epoch)
         self.facts, self._timing, self._agenda, self._lengths = facts, timing, agenda, lengths
         self._send_control, self._send_data = send_control, send_data
-        self.residency = Residency(facts.slots, facts.slots + facts.cpu_adapters)
+        keeps = VllmResidency if facts.kept_by_vllm else Residency
+        self.residency = keeps(facts.slots, facts.slots + facts.cpu_adapters)
         self.engine = Engine(timing, agenda, self)
         self.tally = Tally()
         self.alive = True
