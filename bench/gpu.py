@@ -6,15 +6,16 @@ goes on where the last one stopped (SIGTERM, say by `timeout`, ends it and its s
 not end within `--budget-s`. A boot takes 2 to 3.5 minutes; under a limit of 9 minutes a call has time for one server and all rows of a kind, for
 both one after the other and few rows, or for both at once:
 
-    python -m bench.gpu --out results --together --rows zipf,stall,adapters    both servers up on one GPU, measured in turns
+    python -m bench.gpu --out results --together --rows zipf,stall,adapters    both servers up, measured in turns
     python -m bench.gpu --out results --servers loraplex --rows base           one server with the GPU to itself, and in another call
     python -m bench.gpu --out results --servers vllm --rows base               the other
     python -m bench.gpu --out results --defaults --rows adapters               each server's own defaults, but for slots, rank and context
     python -m bench.gpu --out results --servers loraplex --loraplex-arg specialize_active_lora=true --label spec
     python -m bench.gpu --report results/*.jsonl                               one table and the ratios of what several calls have measured
 
-`--together` halves the GPU: each server has 45% of its memory and, said in bytes, the same KV cache; only one is asked at a time, the other one
-stands still. On 80 GB that leaves 10 GiB of KV cache each, enough for 256 streams but not for 512.
+`--together` gives each server a GPU of its own where the host has two. Else it halves the GPU: each has 45% of its memory and, said in bytes, the
+same KV cache; on 80 GB that leaves 10 GiB of KV cache each, enough for 256 streams but not for 512. Only one is asked at a time, the other one
+stands still.
 """
 
 from __future__ import annotations
@@ -143,7 +144,8 @@ def run(args: argparse.Namespace, record: Record) -> None:
     model = make_model(work / "model", args.shape)
     adapters = make_adapters(work / "adapters", args.adapters, args.shape)
     common = engine_arguments(args.shape, args.slots, defaults=args.defaults)
-    if args.together:
+    apart = args.together and args.gpus == 1 and count_gpus() >= len(args.servers)
+    if args.together and not apart:
         common |= shared_gpu(gpu()[1], args.kv_gib)
     arguments = {name: common | (dict(args.loraplex_arg) if name == "loraplex" else {}) for name in args.servers}
     left = {name: [r for r in rows(args) if not record.has(name, r, arguments[name])] for name in args.servers}
@@ -153,7 +155,7 @@ def run(args: argparse.Namespace, record: Record) -> None:
     names = [name for name in args.servers if left[name]]
     for group in [names] if args.together and names else [[name] for name in names]:
         servers = [SERVERS[name](model, adapters, arguments[name], work, args.gpus) for name in group]
-        with up(servers, work):
+        with up(servers, work, apart=apart):
             for row in rows(args):
                 for server in servers:
                     if row not in left[server.name]:
@@ -216,7 +218,9 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="print what these files hold, and measure nothing")
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="tiny: to try this program out where there is no GPU")
     parser.add_argument("--servers", type=_some_of(SERVERS), default=[*SERVERS])
-    parser.add_argument("--together", action="store_true", help="the servers share the GPU, up at once, measured in turns")
+    parser.add_argument(
+        "--together", action="store_true", help="the servers are up at once, each on a GPU of its own or sharing one, and measured in turns"
+    )
     parser.add_argument("--kv-gib", type=float, help=f"KV cache of each with --together (default: its share less {BESIDE_KV_GIB} GiB)")
     parser.add_argument("--gpus", type=int, default=1, help="workers of Loraplex; vLLM's server has one")
     parser.add_argument("--adapters", type=int, default=64)

@@ -196,14 +196,19 @@ SERVERS: dict[str, Callable[[Path, Path, dict[str, Any], Path, int], Server]] = 
 
 
 @contextlib.contextmanager
-def up(servers: Sequence[Server], work: Path) -> Iterator[None]:
-    """Boots them all at once and waits until each serves. They end with this process, however that ends.
+def up(servers: Sequence[Server], work: Path, *, apart: bool = False) -> Iterator[None]:
+    """Boots them all at once, `apart` each on a GPU of its own, and waits until each serves. They end with this process, however that ends.
 
     Raises SystemExit with the end of its log if one does not come up.
     """
     with contextlib.ExitStack() as stack:
         started = time.monotonic()
-        waiting = {server.name: (server, stack.enter_context(_process(server, work if len(servers) > 1 else None))) for server in servers}
+        waiting = {}
+        for n, server in enumerate(servers):
+            # Two that compile the same model at once must not write the same files.
+            env = {"VLLM_CACHE_ROOT": str(work / f"cache-{server.name}")} if len(servers) > 1 else {}
+            env |= {"CUDA_VISIBLE_DEVICES": str(n)} if apart else {}
+            waiting[server.name] = server, stack.enter_context(_process(server, env))
         say_at = SAY_EVERY_S
         while waiting:
             after = time.monotonic() - started
@@ -224,10 +229,8 @@ def up(servers: Sequence[Server], work: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _process(server: Server, own_cache: Path | None) -> Iterator[subprocess.Popen[bytes]]:
-    env = {**os.environ, "VLLM_WORKER_MULTIPROC_METHOD": os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "spawn")}
-    if own_cache is not None:  # two that compile the same model at once must not write the same files
-        env["VLLM_CACHE_ROOT"] = str(own_cache / f"cache-{server.name}")
+def _process(server: Server, more: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    env = {**os.environ, "VLLM_WORKER_MULTIPROC_METHOD": os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "spawn"), **more}
     last_wish = partial(die_with_parent, signal.SIGTERM, os.getpid())
     with server.log.open("wb") as out:
         process = subprocess.Popen(server.argv, stdout=out, stderr=out, env=env, cwd=ROOT, start_new_session=True, preexec_fn=last_wish)

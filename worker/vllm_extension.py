@@ -10,19 +10,20 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from worker import vllm_patches
 
 vllm_patches.apply()  # vLLM imports this module in every worker, before the model; its plugin hook needs the project to be installed
 
+from worker.vllm_replay import Kinds, Watched, Ways, gather, tensors  # noqa: E402
+
 STAGED_BYTES = 4 << 30
 """Of prepared adapters that no slot has taken yet. Beyond it an adapter is read inside the swap, which stalls but needs no memory now."""
 SWITCH_S = 0.0005
 """How long the preparing thread may keep the interpreter from the step loop; Python's own 5 ms are a third of a step."""
-ALIGN_BYTES = 512
 
 
 class AdapterSlots:
@@ -60,9 +61,9 @@ class AdapterSlots:
         manager = slots.manager
         rank = manager.get_dummy_lora_warmup_rank(min(8, manager.lora_config.max_lora_rank))
         lora = manager.create_dummy_lora(int_id, rank, self.model_runner.lora_manager.embedding_modules)
-        _gather(lora)
+        gather(lora)
         manager._registered_adapters[int_id] = lora
-        manager.activate_adapter(int_id)
+        slots.ways.activate(int_id)
 
     def loraplex_slots(self) -> list[int]:
         """The adapters that are in a slot, as the engine sees it."""
@@ -81,6 +82,7 @@ class _Slots:
     def __init__(self, lora_manager: Any) -> None:
         self.manager = lora_manager._adapter_manager
         self.staging = _Staging(lora_manager)
+        self.ways = Ways(self.manager)
         for module in self.manager.modules.values():
             _Written.of(module, self.manager.lora_slots)
 
@@ -105,7 +107,7 @@ class _Slots:
             manager._registered_adapters[int_id] = lora  # the last step of its _add_adapter; `read` has done the others
         if len(manager._active_adapters) >= manager.lora_slots and int_id not in manager._active_adapters:
             raise RuntimeError("No slot is free.")  # vLLM would take one that may be in use
-        manager.activate_adapter(int_id)
+        self.ways.activate(int_id)
 
 
 class _Staging:
@@ -118,6 +120,8 @@ class _Staging:
         self._bytes: dict[int, int] = {}  # of those
         self._failed: dict[int, str] = {}
         self._wanted: set[int] = set()  # being prepared, and not dropped meanwhile
+        lora_manager._lora_model_cls = Watched
+        self._kinds = Kinds(lora_manager.lora_config.lora_dtype)
         device = lora_manager._adapter_manager.device
         self._thread = ThreadPoolExecutor(1, "loraplex-prepare", initializer=_use_device, initargs=(device,))
         _pin_later()
@@ -149,12 +153,14 @@ class _Staging:
         """What vLLM's add_adapter does before it registers an adapter, with all weights in one pinned block at the end."""
         from vllm.lora.request import LoRARequest
 
-        lora = self._lora_manager._load_adapter(LoRARequest(lora_name=name, lora_int_id=int_id, lora_path=folder))
-        manager = self._lora_manager._adapter_manager
-        manager._validate_moe_lora_format(lora)
-        manager._create_merged_loras_inplace(lora)
-        _gather(lora)
-        return lora
+        def theirs() -> Any:
+            lora = self._lora_manager._load_adapter(LoRARequest(lora_name=name, lora_int_id=int_id, lora_path=folder))
+            manager = self._lora_manager._adapter_manager
+            manager._validate_moe_lora_format(lora)
+            manager._create_merged_loras_inplace(lora)
+            return lora
+
+        return self._kinds.read(Path(folder), int_id, theirs)
 
     def _prepare(self, name: str, int_id: int, folder: str) -> None:
         made, failure = None, ""
@@ -170,7 +176,7 @@ class _Staging:
                 self._failed[int_id] = failure
             else:
                 self._ready[int_id] = made
-                self._bytes[int_id] = sum(t.nbytes for _, _, t in _tensors(made))
+                self._bytes[int_id] = sum(t.nbytes for _, _, t in tensors(made))
 
 
 class _Written:
@@ -209,36 +215,6 @@ class _Written:
 
 def _shapes(weights: Any) -> tuple[Any, ...]:
     return tuple(None if w is None else tuple(w.shape) for w in weights) if isinstance(weights, list) else tuple(weights.shape)
-
-
-def _tensors(lora: Any) -> Iterator[tuple[Any, int | str, Any]]:
-    """Every tensor of a LoRAModel and where it hangs: (a list, its index) or (a layer's weights, the attribute's name)."""
-    for weights in lora.loras.values():
-        for name in ("lora_a", "lora_b"):
-            held = getattr(weights, name)
-            if isinstance(held, list):
-                yield from ((held, i, tensor) for i, tensor in enumerate(held) if tensor is not None)
-            elif held is not None:
-                yield weights, name, held
-
-
-def _gather(lora: Any) -> None:
-    """Moves all weights into one block, pinned where that can be: one allocation per adapter instead of hundreds, and copies that do not wait."""
-    import torch
-    from vllm.utils.torch_utils import PIN_MEMORY
-
-    found = list(_tensors(lora))
-    sizes = [-(-tensor.nbytes // ALIGN_BYTES) * ALIGN_BYTES for _, _, tensor in found]
-    block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=PIN_MEMORY)
-    at = 0
-    for (where, key, tensor), size in zip(found, sizes, strict=True):
-        view = block[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        view.copy_(tensor)
-        if isinstance(key, int):
-            where[key] = view
-        else:
-            setattr(where, key, view)
-        at += size
 
 
 def _use_device(device: Any) -> None:

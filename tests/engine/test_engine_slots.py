@@ -21,6 +21,7 @@ from shared.config import LLMConfig
 from shared.errors import InvalidAdapter
 from worker.__main__ import open_engine
 from worker.engine import Call, Loaded, Swap
+from tests.engine import slot_audit
 
 class Reply:
     prompt_tokens = output_tokens = 0
@@ -33,6 +34,7 @@ async def main(config, question, pirate, shouting, unfit, gone):
     folders = [pirate, shouting, unfit, pirate, gone]
     a, b, bad, c, missing = [Loaded(AdapterRef("demo", f"a{i}", "d"), i, Path(f), 8, 0) for i, f in enumerate(folders, 1)]
     said = {"slots": facts.slots}
+    await engine._engine.collective_rpc(slot_audit.begin)
     async def note(what):
         said[what] = [sorted(await engine._engine.list_loras()), await engine._engine.collective_rpc("loraplex_slots")]
     async def text(adapter):
@@ -67,6 +69,10 @@ async def main(config, question, pirate, shouting, unfit, gone):
         await engine.prepare(missing)
     except InvalidAdapter as exc:
         said["missing"] = exc.message
+    await engine.prepare(b)
+    assert not await swap((b,))
+    said["fifth"] = [await text(b)]
+    said["audit"] = await engine._engine.collective_rpc(slot_audit.audit, args=({c.int_id: pirate, b.int_id: shouting},))
     await engine.stop()
     print(json.dumps(said))
 
@@ -82,7 +88,7 @@ async def hear(tmp_path: Path, **engine: Any) -> dict[str, Any]:
     (unfit / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
     folders = [str(DEMO / "adapters" / "pirate"), str(DEMO / "adapters" / "shouting"), str(unfit), str(tmp_path / "no" / "such")]
     model = json.dumps(demo_config(max_loras=2, engine={"max_lora_rank": 8, **engine})["llm_configs"][0])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     argv = [sys.executable, "-c", PROGRAM, model, HELD_OUT[0], *folders]
     process = await asyncio.create_subprocess_exec(*argv, stdout=-1, stderr=-1, env=env, cwd=ROOT)
     async with asyncio.timeout(180):
@@ -103,6 +109,8 @@ def check(said: dict[str, Any], tmp_path: Path, ranks: int = 1) -> None:
     assert len({pirate, shouting, said["base"]}) == 3
     assert said["second"] == [pirate, shouting], "what the refused adapter half wrote was not wiped out of the slot"
     assert said["third"] == [pirate] and said["fourth"] == [pirate]
+    assert said["fifth"] == [shouting]
+    assert said["audit"] == [[3, [4, 2], True, True]] * ranks, "known ways gone, adapters in the slots, vLLM's own bits in both"
     assert all(str(tmp_path) not in words for words in (said["missing"], *said["refused"].values(), *said["unprepared"].values()))
 
 
