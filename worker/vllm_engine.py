@@ -44,6 +44,7 @@ from worker.pacing import LOOK_S, Pacing
 from worker.vllm_adapters import Adapters, lora_request
 from worker.vllm_fast import FastPath
 from worker.vllm_plugin import WORKER_PID_ENV
+from worker.warm_up import WARM_UP_TOKENS, WARM_UPS, prefills
 
 log = logging.getLogger("loraplex.vllm")
 
@@ -51,21 +52,6 @@ DEATH_POLL_S = 0.2
 STOP_S = 5.0
 WARM_UP_S = 60.0
 REHEARSAL_ID = (1 << 31) - 1  # of the adapter that is loaded once before the first real one
-WARM_UPS: tuple[dict[str, Any], ...] = (
-    {},
-    {"temperature": 0.5, "seed": 1, "logprobs": 1},
-    {
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "top_k": 5,
-        "min_p": 0.1,
-        "presence_penalty": 0.1,
-        "frequency_penalty": 0.1,
-        "repetition_penalty": 1.1,
-    },
-    {"response_format": {"type": "json_schema", "json_schema": {"name": "warm", "schema": {"type": "object"}}}},
-)
-"""One request each: greedy, seeded with logprobs, sampled with penalties, structured."""
 EWMA = 0.2
 HOST_PLACES = 240  # adapters in host memory beside those in slots; a count is all that vLLM bounds
 
@@ -327,12 +313,23 @@ class VLLMEngine:
         try:
             await self._adapters.rehearse(adapter)
             await self._rehearse({}, adapter)
+            for prompts in self._prefills():
+                await asyncio.gather(*(self._rehearse({"prompt": prompt}, adapter) for prompt in prompts))
             await self._adapters.swap(Swap((), (), (adapter,)))
         except EngineFailure as exc:
             log.warning("warm-up without an adapter", extra={"reason": exc.message})
 
+    def _prefills(self) -> list[list[list[int]]]:
+        """None on a CPU, whose kernels are compiled already."""
+        assert self._engine is not None
+        config = self._engine.vllm_config
+        if config.device_config.device_type == "cpu":
+            return []
+        graphs = config.compilation_config.max_cudagraph_capture_size or 1
+        return prefills(graphs, config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len - WARM_UP_TOKENS)
+
     async def _rehearse(self, extra: dict[str, Any], adapter: Loaded | None) -> None:
-        body = json.dumps({"model": self._model.model_id, "prompt": [1, 1], "max_tokens": 2, **extra}).encode()
+        body = json.dumps({"model": self._model.model_id, "prompt": [1, 1], "max_tokens": WARM_UP_TOKENS, **extra}).encode()
         discard = Discard()
         try:
             await self.serve(Call("/v1/completions", "warm-up", body, adapter), discard)

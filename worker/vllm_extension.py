@@ -83,8 +83,6 @@ class _Slots:
         self.manager = lora_manager._adapter_manager
         self.staging = _Staging(lora_manager)
         self.ways = Ways(self.manager)
-        for module in self.manager.modules.values():
-            _Written.of(module, self.manager.lora_slots)
 
     def remove(self, int_id: int) -> None:
         self.staging.drop(int_id)
@@ -177,44 +175,6 @@ class _Staging:
             else:
                 self._ready[int_id] = made
                 self._bytes[int_id] = sum(t.nbytes for _, _, t in tensors(made))
-
-
-class _Written:
-    """What a module's buffers hold per slot, so that a load does not zero what it is about to write or what is zero already.
-
-    vLLM zeroes every buffer of every module at every load, those included that the adapter has nothing for: twice as many calls as copies.
-    """
-
-    def __init__(self, module: Any, slots: int) -> None:
-        self._reset, self._set = module.reset_lora, module.set_lora
-        self._shapes: list[Any] = [None] * slots  # None: unknown; (): zero
-        self._writing = False
-
-    @classmethod
-    def of(cls, module: Any, slots: int) -> None:
-        written = cls(module, slots)
-        module.reset_lora, module.set_lora = written.reset_lora, written.set_lora
-
-    def reset_lora(self, index: int) -> None:
-        if not self._writing and self._shapes[index] != ():
-            self._reset(index)
-            self._shapes[index] = ()
-
-    def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
-        shapes = (_shapes(lora_a), _shapes(lora_b))
-        if self._shapes[index] != shapes:
-            self.reset_lora(index)
-        self._shapes[index] = None  # until all of it is there
-        self._writing = True
-        try:
-            self._set(index, lora_a, lora_b)
-        finally:
-            self._writing = False
-        self._shapes[index] = shapes
-
-
-def _shapes(weights: Any) -> tuple[Any, ...]:
-    return tuple(None if w is None else tuple(w.shape) for w in weights) if isinstance(weights, list) else tuple(weights.shape)
 
 
 def _use_device(device: Any) -> None:

@@ -3,9 +3,9 @@
 Adapters of one training recipe differ in their values only: their files have the same header, and each tensor goes to the same place. vLLM finds
 that out anew for each of them, in some thousand Python calls, which for an 8B model take 100 ms of an interpreter that the step loop needs as well.
 A `Kind` is what there is to know of reading: where the tensors lie in the file, which are scaled, how vLLM arranges them. It is learned
-from what vLLM itself has made, and kept only if it gives the same bits. A `Way` is how such a block of weights is spread over the
-buffers of one slot: the copies that vLLM was seen to make. Whatever has no kind (experts, classification heads, files of several dtypes) goes vLLM's
-way each time.
+from what vLLM itself has made, and kept only if it gives the same bits. `Place`s are where the parts of such a block go in a slot: the copies
+that vLLM was seen to make for the first adapter of its kind; a `Way` makes them for any slot. Whatever has no kind (experts, classification
+heads, files of several dtypes) goes vLLM's way each time.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from vllm.utils.torch_utils import PIN_MEMORY
 
 KINDS = 16
 """That are remembered; each costs its header and some hundred bytes per tensor."""
-WAYS = 256
-"""That are remembered, one per slot and arrangement; each costs some 800 bytes per tensor."""
+ARRANGEMENTS = 8
+"""Whose places are remembered; each costs some 800 bytes per tensor and slot."""
 HEADER_BYTES = 16 << 20
 ALIGN_BYTES = 512
 FILE = "adapter_model.safetensors"
@@ -92,6 +92,9 @@ class Arrangement:
 
     elements: int
     layers: tuple[Layer, ...]
+
+
+EMPTY = Arrangement(0, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +241,20 @@ def gather(lora: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a part of the block goes, in whatever slot: which buffer, how far into the slot's row of it, as what; and where it lies in the block."""
+
+    buffer: int
+    at: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    source_strides: tuple[int, ...]
+    source_at: int
+
+
+@dataclass(frozen=True, slots=True)
 class Way:
-    """The block goes to the device in one piece, where `sources` are views of it; they are copied to `targets`, views of the slot's buffers."""
+    """Into one slot: the block goes to the device in one piece, where `sources` are views of it; they are copied to `targets`, views of the buffers."""
 
     stage: torch.Tensor
     pairs: tuple[tuple[list[torch.Tensor], list[torch.Tensor]], ...]  # (targets, sources), those that lie densely apart from the others
@@ -251,13 +266,25 @@ class Way:
 
 
 class Ways:
-    """What lies in each slot, and how to put something of the same arrangement there."""
+    """What lies in each slot, and how adapters of the same arrangement get there.
+
+    vLLM zeroes every buffer of every module before it writes what the adapter has. Here the slot's rows are zeroed in one call, and not at all
+    where the next adapter overwrites exactly what the last one wrote.
+    """
 
     def __init__(self, manager: Any) -> None:
+        """While all slots are empty."""
         self._manager = manager
         self._holds: list[Arrangement | None] = [None] * manager.lora_slots
-        self._known: OrderedDict[tuple[int, int], tuple[Arrangement, Way]] = OrderedDict()
+        self._known: OrderedDict[int, tuple[Arrangement, list[Place], dict[int, Way]]] = OrderedDict()
         self._stage: torch.Tensor | None = None
+        self._buffers = _buffers(manager)
+        if self._buffers is not None:
+            for buffer in self._buffers:
+                buffer.zero_()
+            for module in manager.modules.values():
+                module.reset_lora = _zero_already
+            self._holds = [EMPTY] * manager.lora_slots
 
     def activate(self, int_id: int) -> None:
         """What vLLM's activate_adapter does. Raises what it raises."""
@@ -267,59 +294,105 @@ class Ways:
         lora = manager.get_adapter(int_id)
         slot = manager.lora_index_to_id.index(None)
         arrangement = getattr(lora, "arrangement", None)
-        _, way = self._known.get((id(arrangement), slot), (None, None))
-        if way is not None and self._holds[slot] is arrangement:
+        held, self._holds[slot] = self._holds[slot], None
+        way = self._way(arrangement, slot)
+        if self._buffers is not None and held is not EMPTY and (way is None or held is not arrangement):
+            torch._foreach_zero_([buffer[slot] for buffer in self._buffers])
+        if way is not None:
             manager._active_adapters[int_id] = None
             manager.lora_index_to_id[slot] = int_id
             way.go(lora.block)
-            return
-        self._holds[slot] = None
-        with _Copies() as copies:
-            manager.activate_adapter(int_id)
-        if arrangement is not None and (way := self._way(copies, lora.block)) is not None:
-            self._holds[slot] = arrangement
-            self._known[id(arrangement), slot] = arrangement, way  # which keeps the arrangement, so that its id is its own
-            if len(self._known) > WAYS:
-                self._known.popitem(last=False)
+        else:
+            with _Writes() as writes:
+                manager.activate_adapter(int_id)
+            if arrangement is not None and (places := self._places(writes, lora.block, slot)):
+                self._known[id(arrangement)] = arrangement, places, {}
+                if len(self._known) > ARRANGEMENTS:
+                    self._known.popitem(last=False)
+        self._holds[slot] = arrangement
 
-    def _way(self, copies: _Copies, block: torch.Tensor) -> Way | None:
-        if copies.other or not copies.made:
+    def _way(self, arrangement: Arrangement | None, slot: int) -> Way | None:
+        known = self._known.get(id(arrangement))  # which is its own for as long as it is known
+        if known is None:
             return None
-        home, device = block.untyped_storage().data_ptr(), copies.made[0][0].device
-        for target, source in copies.made:
-            plain = target.shape == source.shape and target.dtype is source.dtype is block.dtype and target.device == device
-            if not plain or source.untyped_storage().data_ptr() != home:
-                return None
-        stage = self._staged(block, device)
+        self._known.move_to_end(id(arrangement))
+        _, places, ways = known
+        if slot not in ways:
+            ways[slot] = self._into(places, known[0].elements, slot)
+        return ways[slot]
+
+    def _into(self, places: list[Place], elements: int, slot: int) -> Way:
+        assert self._buffers is not None
+        stage = self._staged(elements)
         dense: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         spread: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        for target, source in copies.made:
+        for p in places:
+            buffer = self._buffers[p.buffer]
+            target = buffer.as_strided(p.shape, p.strides, buffer.storage_offset() + slot * buffer.stride(0) + p.at)
+            source = stage.as_strided(p.shape, p.source_strides, p.source_at)
             targets, sources = dense if target.is_contiguous() and source.is_contiguous() else spread
             targets.append(target)
-            sources.append(stage.as_strided(source.shape, source.stride(), source.storage_offset()))
-        return Way(stage[: len(block)], tuple(pair for pair in (dense, spread) if pair[0]))
+            sources.append(source)
+        return Way(stage[:elements], tuple(pair for pair in (dense, spread) if pair[0]))
 
-    def _staged(self, block: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def _staged(self, elements: int) -> torch.Tensor:
         """As large as the largest adapter so far; ways keep the smaller one that they were made with."""
-        if self._stage is None or len(self._stage) < len(block):
-            self._stage = torch.empty(1 << (len(block) - 1).bit_length(), dtype=block.dtype, device=device)
+        if self._stage is None or len(self._stage) < elements:
+            assert self._buffers is not None
+            buffer = self._buffers[0]
+            self._stage = torch.empty(1 << (elements - 1).bit_length(), dtype=buffer.dtype, device=buffer.device)
         return self._stage
 
+    def _places(self, writes: _Writes, block: torch.Tensor, slot: int) -> list[Place] | None:
+        """None if that is not all of what happened, or the block not all of what was copied."""
+        if self._buffers is None or writes.other or writes.zeroed:
+            return None
+        number = {buffer.untyped_storage().data_ptr(): n for n, buffer in enumerate(self._buffers)}
+        home = block.untyped_storage().data_ptr()
+        places = []
+        for target, source in writes.copied:
+            n = number.get(target.untyped_storage().data_ptr())
+            if n is None or source.untyped_storage().data_ptr() != home or target.shape != source.shape:
+                return None
+            buffer = self._buffers[n]
+            at = target.storage_offset() - buffer.storage_offset() - slot * buffer.stride(0)
+            if not 0 <= at < buffer.stride(0) or not target.dtype is source.dtype is block.dtype:
+                return None
+            places.append(Place(n, at, tuple(target.shape), target.stride(), source.stride(), source.storage_offset()))
+        return places
 
-class _Copies(TorchFunctionMode):  # type: ignore[misc]
-    """The copies that are made meanwhile, and whether anything else is written but zeros."""
+
+def _buffers(manager: Any) -> list[torch.Tensor] | None:
+    """Those whose first dimension is the slot, as vLLM's own reset tells. None if it does more than set rows of them to zero."""
+    with _Writes() as writes:
+        for module in manager.modules.values():
+            module.reset_lora(0)
+    found = [buffer for buffer, index in writes.zeroed if index == 0 and buffer.size(0) == manager.lora_slots]
+    own = {buffer.untyped_storage().data_ptr() for buffer in found}
+    one = {(buffer.dtype, buffer.device) for buffer in found}
+    plain = not writes.other and not writes.copied and len(own) == len(found) == len(writes.zeroed) and len(one) == 1
+    return found if plain and not any(manager.lora_index_to_id) else None
+
+
+def _zero_already(index: int) -> None:
+    """In the place of a module's reset_lora."""
+
+
+class _Writes(TorchFunctionMode):  # type: ignore[misc]
+    """What is written to tensors meanwhile: (target, source) of copies, (tensor, index) of what is set to zero, and whether there was anything else."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.copied: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.zeroed: list[tuple[torch.Tensor, Any]] = []
         self.other = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name == "copy_":
-            self.made.append((args[0], args[1]))
-        elif name == "__setitem__":
-            self.other |= isinstance(args[2], torch.Tensor) or args[2] != 0
-        elif name.endswith("_") and not name.endswith("__") and name != "zero_":
+            self.copied.append((args[0], args[1]))
+        elif name == "__setitem__" and isinstance(args[2], int | float) and args[2] == 0:
+            self.zeroed.append((args[0], args[1]))
+        elif name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
             self.other = True
         return func(*args, **(kwargs or {}))

@@ -29,7 +29,7 @@ def audit(worker: Any, folders: dict[int, str]) -> tuple[int, list[int | None], 
     manager, held = slots.manager, list(slots.manager.lora_index_to_id)
     ours = bits(manager)
     for module in manager.modules.values():
-        del module.reset_lora, module.set_lora  # ours; the class has vLLM's
+        module.__dict__.pop("reset_lora", None)  # ours; the class has vLLM's
         for slot in range(len(held)):
             module.reset_lora(slot)
     worker.model_runner.lora_manager._lora_model_cls = LoRAModel

@@ -1,0 +1,42 @@
+"""Pure. What a worker asks its engine before it says that it is ready: the first request of each kind compiles kernels inside the step loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+WARM_UP_TOKENS = 2
+WARM_UPS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.5, "seed": 1, "logprobs": 1},
+    {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 5,
+        "min_p": 0.1,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.1,
+        "repetition_penalty": 1.1,
+    },
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "warm", "schema": {"type": "object"}}}},
+)
+"""One request each: greedy, seeded with logprobs, sampled with penalties, structured."""
+MOST_PROMPTS = 64
+"""Of one prefill: where prompts must be short, large ones are left out."""
+
+
+def prefills(above: int, most: int, longest: int) -> list[list[list[int]]]:
+    """Prompts for one prefill of each size in tokens: double `above`, the largest batch that a graph was captured for, up to `most`.
+
+    Kernels for adapters are compiled per size of batch: without this, the first burst of adapters stood still for 7 s on an H200. Each inner list
+    is sent at once; no prompt is longer than `longest` tokens or begins as another one does, for what is in the prefix cache is not computed.
+    """
+    made: list[list[list[int]]] = []
+    size, token = 2 * above, 0
+    while size <= most and -(-size // longest) <= MOST_PROMPTS:
+        prompts = []
+        for at in range(0, size, longest):
+            token += 1
+            prompts.append([token] * min(longest, size - at))
+        made.append(prompts)
+        size *= 2
+    return made
