@@ -1,11 +1,13 @@
 """Shell. Processes that do jobs until a deadline: what is unfinished then is killed, and nothing but that is lost.
 
-Children are spawned, not forked: with the parent gone (however it went) each finds its own pipe closed and ends.
+Children are spawned, not forked, and end when the parent has gone, however it went: a job can last minutes.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
+
+from shared.parent import die_with_parent
 
 T = TypeVar("T")
 
@@ -83,13 +87,14 @@ class Crew(Generic[T]):
     def _hire(self) -> _Hand[T]:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self._do, self._ready), daemon=True)
+        process = context.Process(target=_work, args=(theirs, self._do, self._ready, os.getpid()), daemon=True)
         process.start()
         theirs.close()
         return _Hand(process, ours)
 
 
-def _work(pipe: Connection, do: Callable[[Any], Any], ready: Callable[[], None] | None) -> None:
+def _work(pipe: Connection, do: Callable[[Any], Any], ready: Callable[[], None] | None, parent: int) -> None:
+    die_with_parent(signal.SIGKILL, parent)
     if ready is not None:
         ready()
     while True:

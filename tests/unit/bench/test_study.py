@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from bench.sim.item import Done, Item, Results, perform, still_good
 from bench.sim.plan import Compare, Plan, capacities, needed, read_plan, rehearse
 from bench.sim.search import rate_of
 
+ROOT = Path(__file__).resolve().parents[3]
 COMPARE = {
     "ask": "compare",
     "policies": ["random", "ray-strict"],
@@ -242,3 +246,31 @@ def test_a_process_that_dies_is_told_and_replaced() -> None:
         crew.start(0)
         (end,) = crew.ended(time.monotonic() + 60)
         assert not end.error and end.result != os.getpid()
+
+
+ORPHAN = """
+import sys, time
+from bench.crew import Crew
+from tests.unit.bench.test_study import _tell_and_stay
+if __name__ == "__main__":
+    with Crew(_tell_and_stay, 1) as crew:
+        crew.start(sys.argv[1])
+        next(crew.ended(time.monotonic() + 60))
+"""
+
+
+def _tell_and_stay(told: str) -> None:
+    with open(told, "w") as f:
+        f.write(str(os.getpid()))
+    signal.pause()
+
+
+def test_a_long_job_does_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    os.mkfifo(told)
+    (tmp_path / "parent.py").write_text(ORPHAN)
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py", told], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    watch = os.pidfd_open(int(told.read_text()))
+    parent.kill()
+    parent.wait(10)
+    assert select.select([watch], [], [], 10)[0], "the child still runs"
