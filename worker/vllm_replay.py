@@ -44,13 +44,16 @@ Key = tuple[bytes, bytes]
 class Watched(LoRAModel):  # type: ignore[misc]
     """What vLLM makes of a file, with the name of the tensor that each weight came from."""
 
-    names: dict[int, str]  # by address
+    names: dict[int, str] | None = None  # by address; None: not watched
     scales: dict[int, float]  # of B, by address
 
     @classmethod
-    def from_lora_tensors(cls, *, tensors: dict[str, torch.Tensor], dtype: torch.dtype, **more: Any) -> LoRAModel:
+    def from_lora_tensors(cls, *, tensors: dict[str, torch.Tensor], dtype: torch.dtype, peft_helper: PEFTHelper, **more: Any) -> LoRAModel:
+        more |= {"dtype": dtype, "peft_helper": peft_helper}
+        if peft_helper.modules_to_save:  # whose tensors keep their dtype
+            return super().from_lora_tensors(tensors=tensors, **more)
         cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        made = super().from_lora_tensors(tensors=cast, dtype=dtype, **more)
+        made = super().from_lora_tensors(tensors=cast, **more)
         made.names = {tensor.data_ptr(): name for name, tensor in cast.items()}
         made.scales = {w.lora_b.data_ptr(): w.scaling for w in made.loras.values() if w.lora_b is not None}
         return made
@@ -118,7 +121,8 @@ class Kind:
         block = torch.empty(elements, dtype=self.dtype, pin_memory=PIN_MEMORY)
         block.copy_(values)
         for scale, parts in self.scaled.items():
-            torch._foreach_mul_([part.of(block) for part in parts], scale)
+            for part in parts:
+                part.of(block).mul_(scale)  # _foreach_mul_ rounds otherwise
         made = LoRAModel(int_id, self.rank, {layer.name: layer.weights(block) for layer in self.arrangement.layers})
         made.arrangement, made.block = self.arrangement, block
         return made
@@ -166,18 +170,21 @@ def read_key(folder: Path) -> Key | None:
         read = {name: value for name, value in config.items() if name in CONFIG}
         if isinstance(modules := read.get("target_modules"), list):
             read["target_modules"] = sorted(modules)  # a set to PEFT, which writes it in any order
-        return (header, json.dumps(read, sort_keys=True).encode()) if len(header) == size else None
+        return (header, json.dumps(sorted(read.items())).encode()) if len(header) == size else None
     except (OSError, ValueError, AttributeError, TypeError, struct.error):
         return None  # vLLM has words for it
 
 
 def _kind(key: Key, made: Any, dtype: torch.dtype) -> Kind | None:
+    names: dict[int, str] | None = getattr(made, "names", None)
+    if names is None:
+        return None
     header = json.loads(key[0])
     header.pop("__metadata__", None)
     stored = {DTYPES.get(tensor["dtype"]) for tensor in header.values()}
     (stored_as,) = stored if len(stored) == 1 else (None,)
     begin = 8 + len(key[0])
-    if stored_as is None or begin % stored_as.itemsize or made.modules_to_save or not isinstance(made, Watched):
+    if stored_as is None or begin % stored_as.itemsize:
         return None
     parts = {name: Part(tensor["data_offsets"][0] // stored_as.itemsize, tuple(tensor["shape"])) for name, tensor in header.items()}
     scaled: dict[float, list[Part]] = {}
@@ -185,7 +192,7 @@ def _kind(key: Key, made: Any, dtype: torch.dtype) -> Kind | None:
     def found(tensor: torch.Tensor | None) -> Part | None:
         if tensor is None:
             return None
-        part = parts[made.names[tensor.data_ptr()]]
+        part = parts[names[tensor.data_ptr()]]
         if part.shape != tuple(tensor.shape):
             raise KeyError
         if (scale := made.scales.get(tensor.data_ptr(), 1)) != 1:
@@ -318,7 +325,10 @@ class Ways:
         self._known.move_to_end(id(arrangement))
         _, places, ways = known
         if slot not in ways:
-            ways[slot] = self._into(places, known[0].elements, slot)
+            try:
+                ways[slot] = self._into(places, known[0].elements, slot)
+            except torch.OutOfMemoryError:
+                return None  # vLLM's way needs no staged copy
         return ways[slot]
 
     def _into(self, places: list[Place], elements: int, slot: int) -> Way:
