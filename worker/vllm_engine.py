@@ -219,6 +219,8 @@ class VLLMEngine:
             if task is not None:
                 task.cancel()
         if self._engine is not None:
+            if self._engine.output_handler is not None:
+                self._engine.output_handler.cancel()  # else it may see the engine gone before it is told to end, and logs that as its death
             await asyncio.to_thread(self._engine.shutdown, STOP_S)
 
     # ---- inside -----------------------------------------------------------------------------------------------------------------------

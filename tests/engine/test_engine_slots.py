@@ -94,6 +94,7 @@ async def hear(tmp_path: Path, **engine: Any) -> dict[str, Any]:
     async with asyncio.timeout(180):
         out, err = await process.communicate()
     assert process.returncode == 0, err.decode()[-3000:]
+    assert b"EngineDeadError" not in err, "an engine that was stopped is not a dead one"
     said: dict[str, Any] = json.loads(out.decode().splitlines()[-1])
     return said
 
