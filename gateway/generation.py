@@ -399,7 +399,9 @@ class _Call:
     async def _look_again(self) -> None:
         exchange = self._exchange
         try:
-            exchange.submit(await exchange._generation.look_again(exchange))
+            target = await exchange._generation.look_again(exchange)
+            exchange.stream.on_finish = self._on_finish  # a stream tells it once
+            exchange.submit(target)
         except LoraplexError as exc:
             exchange.stream.error = exc
             self._close()
