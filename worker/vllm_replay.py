@@ -139,23 +139,36 @@ class Kinds:
     def read(self, folder: Path, int_id: int, theirs: Callable[[], Any]) -> Any:
         """A LoRAModel of the folder; `theirs` has vLLM make it. Raises what vLLM raises, and OSError."""
         key, file = read_key(folder), folder / FILE
-        with self._lock:
-            kind = self._known.get(key) if key else None
+        kind = self._find(key) if key else None
         if kind is not None:
             return kind.read(file, int_id)
         made = theirs()
         kind = _kind(key, made, self._dtype) if key else None
-        again = kind and kind.read(file, int_id)
-        if key is None or kind is None or again is None or not _same(made, again):
-            gather(made)
-            return made
-        self._keep(key, kind)
-        return again
+        if key is not None and kind is not None:
+            kind = self._sharing(kind)
+            again = kind.read(file, int_id)
+            if _same(made, again):
+                self._keep(key, kind)
+                return again
+        gather(made)
+        return made
+
+    def _find(self, key: Key) -> Kind | None:
+        with self._lock:
+            kind = self._known.get(key)
+            if kind is not None:
+                self._known.move_to_end(key)
+            return kind
+
+    def _sharing(self, kind: Kind) -> Kind:
+        """With the very arrangement of a kind that lies alike: places in slots are known by it."""
+        with self._lock:
+            known = next((k.arrangement for k in self._known.values() if k.arrangement == kind.arrangement), kind.arrangement)
+        return replace(kind, arrangement=known)
 
     def _keep(self, key: Key, kind: Kind) -> None:
         with self._lock:
-            known = [k.arrangement for k in self._known.values() if k.arrangement == kind.arrangement]
-            self._known[key] = replace(kind, arrangement=known[0]) if known else kind
+            self._known[key] = kind
             if len(self._known) > KINDS:
                 self._known.popitem(last=False)
 

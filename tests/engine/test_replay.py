@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
-from worker.vllm_replay import Kinds, Watched, tensors
+from worker.vllm_replay import KINDS, Kinds, Watched, tensors
 
 MODULES = ["q_proj", "o_proj", "down_proj"]
 RANK, SIZE = 8, 24
@@ -136,6 +136,14 @@ def test_a_file_that_was_cut_off_is_refused_and_nothing_is_read_beyond_its_end(t
 def test_adapters_of_two_kinds_that_lie_alike_share_their_arrangement(tmp_path: Path) -> None:
     reader = Reader()
     one, two = reader.read(adapter(tmp_path / "a", 0)), reader.read(adapter(tmp_path / "b", 1, lora_alpha=32))
-    reader.read(adapter(tmp_path / "c", 2, lora_alpha=32))
-    assert one.arrangement == two.arrangement
-    assert reader.read(adapter(tmp_path / "d", 3, lora_alpha=32)).arrangement is one.arrangement
+    assert two.arrangement is one.arrangement and reader.asked == 2
+
+
+def test_a_kind_in_use_outlives_any_number_of_others(tmp_path: Path) -> None:
+    reader = Reader()
+    usual = adapter(tmp_path / "usual", 0)
+    reader.read(usual)
+    for n in range(KINDS + 2):
+        reader.read(adapter(tmp_path / str(n), n, lora_alpha=100 + n))
+        reader.read(usual)
+    assert reader.asked == 1 + KINDS + 2
