@@ -32,7 +32,7 @@ from typing import Any, TextIO
 import msgspec
 
 from bench.crew import Crew
-from bench.sim import clairvoyant, engine, plot, production, search, study, world
+from bench.sim import clairvoyant, engine, plot, pooled, production, search, study, world
 from bench.sim.item import Done, Item, Results, perform, still_good
 from bench.sim.merged import markdown, merge
 from bench.sim.plan import Plan, needed, read_plan, rehearse
@@ -148,7 +148,7 @@ def read(files: Iterable[Path]) -> list[Done]:
 
 def code_digest() -> str:
     """Of all source that a run's result depends on: the production code that is loaded, and the simulator without what plans and reports."""
-    ours = {module.__name__ for module in (clairvoyant, engine, production, search, study, world)}
+    ours = {module.__name__ for module in (clairvoyant, engine, pooled, production, search, study, world)}
     ours |= {"bench.workload", "bench.sim.agenda", "bench.sim.figures", "bench.sim.scenarios", "bench.sim.timing", "bench.sim.worker"}
     digest = hashlib.sha256()
     for name, module in sorted(sys.modules.items()):

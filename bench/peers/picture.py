@@ -37,7 +37,9 @@ def _bars(panel: Any, values: Mapping[str, Mapping[str, float]], title: str) -> 
     colours = ["tab:blue" if n == "loraplex" else "tab:gray" for n in names]
     panel.barh(names, middles, xerr=errors, color=colours, ecolor="black", capsize=2)
     for index, middle in enumerate(middles):
-        panel.text(values[names[index]]["most"], index, "  " + (f"{middle:,.0f}" if middle >= 100 else f"{middle:.3g}"), va="center", fontsize=8)
+        panel.text(
+            values[names[index]]["most"], index, "  " + (f"{middle:,.0f}" if middle >= 100 else f"{middle:.3g}"), va="center", fontsize=8
+        )
     panel.invert_yaxis()
     panel.set_title(title, fontsize=10)
     panel.grid(alpha=0.3, axis="x")

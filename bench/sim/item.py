@@ -13,12 +13,13 @@ from bench.sim import scenarios, search, study
 from bench.sim.scenarios import SCENARIOS, Scenario, Window
 from bench.sim.study import CLAIRVOYANT, Case
 
-Kind: TypeAlias = Literal["keeps", "figures", "bound", "overload", "scale", "loss"]
-"""A run that asks whether a rate keeps the promise on p99; one for figures; the clairvoyant bound's; with production's queue; with an event."""
+Kind: TypeAlias = Literal["keeps", "figures", "bound", "pooled", "overload", "scale", "loss"]
+"""A run that asks whether a rate keeps the promise on p99; one for figures; the clairvoyant bound's; the default policy's with all slots one pool; with
+production's queue; with an event."""
 REQUEST_S, LARGE_REQUEST_S, WORKER_S = 0.00030, 0.00042, 0.25e-6
 """Processor time of one request with the usual 8 workers and with more, and what each worker adds (blind policies scan them). Measured on two
 busy cores with Python 3.11."""
-TIMES = {"keeps": 0.8, "overload": 1.8, "bound": 0.1, "fits": 0.4, "expected-ttft": 1.2}
+TIMES = {"keeps": 0.8, "pooled": 1.3, "overload": 1.8, "bound": 0.1, "fits": 0.4, "expected-ttft": 1.2}
 """By kind, scenario or policy. A run that fails its promise ends early; long queues are dear; with few adapters heartbeats are short."""
 
 
@@ -85,6 +86,8 @@ def perform(item: Item) -> Any:
         case "bound":
             figures, capacity_rps = study.measure_bound(case, item.rate_rps)
             return {"figures": asdict(figures), "capacity_rps": capacity_rps}
+        case "pooled":
+            return {"figures": asdict(study.measure_pooled(case, item.rate_rps))}
         case "overload":
             return {"figures": asdict(study.measure_overload(case, item.rate_rps))}
         case "scale" | "loss":

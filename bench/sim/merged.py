@@ -34,10 +34,9 @@ from bench.sim.plan import (
     rehearse,
 )
 from bench.sim.scenarios import WORKERS
-from bench.sim.study import CLAIRVOYANT, COMMON_P99_S, COMMON_SHARE, REFERENCE
+from bench.sim.study import CLAIRVOYANT, COMMON_P99_S, COMMON_SHARE, ONE_POOL, OURS, REFERENCE
 
 SCHEMA = "loraplex.bench.study/1"
-OURS = "expected-ttft"
 
 
 @dataclass(slots=True)
@@ -199,7 +198,7 @@ def markdown(merged: Merged, command: str) -> str:
     lines = [f"`{command}`", ""]
     lines += [*(f"- missing: {what}" for what in document["missing"]), ""] if document["missing"] else []
     several = {**document["scenarios"], **document["fleets"]}
-    policies = list(dict.fromkeys(policy for of in several.values() for policy in of.get("policies", {})))
+    policies = list(dict.fromkeys(policy for of in several.values() for policy in of.get("policies", {}) if policy != ONE_POOL))
     lines += [
         "Capacity, requests/s (median, least and most over the seeds):",
         "",

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from bench.sim.item import Item, Results, at, with_seed
+from bench.sim.item import Item, Kind, Results, at, with_seed
 from bench.sim.search import found_rps, next_rung, rate_of, rung_of
 from bench.sim.study import (
     ADAPTERS_PER_WORKER,
@@ -22,6 +22,8 @@ from bench.sim.study import (
     COMMON_SHARE,
     GUESS_RPS_PER_WORKER,
     MOST_ADAPTERS,
+    ONE_POOL,
+    OURS,
     REFERENCE,
 )
 
@@ -47,7 +49,7 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
     def words(self) -> str:
         return type(self).__name__.lower()
 
-    def item(self, kind: Literal["keeps", "figures", "bound", "overload", "scale", "loss"], policy: str, scenario: str, seed: int) -> Item:
+    def item(self, kind: Kind, policy: str, scenario: str, seed: int) -> Item:
         """At rate 0."""
         p99_s = CAPACITY_P99_S if kind == "keeps" else 0.0
         return Item(kind, policy, scenario, seed, 0.0, self.workers, self.adapters, self.warm_up_s, self.duration_s, p99_s)
@@ -193,7 +195,10 @@ def common_rate(question: Compare, scenario: str, results: Results) -> float | N
 
 def compared_runs(question: Compare, scenario: str, seed: int, rate_rps: float) -> list[Item]:
     runs = [question.item("figures", policy, scenario, seed) for policy in question.policies]
-    return [at(run, rate_rps) for run in [*runs, question.item("bound", CLAIRVOYANT, scenario, seed)]]
+    runs.append(question.item("bound", CLAIRVOYANT, scenario, seed))
+    if question.common == "reference" and OURS in question.policies:
+        runs.append(question.item("pooled", ONE_POOL, scenario, seed))
+    return [at(run, rate_rps) for run in runs]
 
 
 def _compare(question: Compare, results: Results) -> Iterator[Item]:

@@ -15,6 +15,7 @@ COLOURS = {
     "ray-strict": "#fdae6b",
     "ray": "#e6550d",
     "expected-ttft": "#31a354",
+    "one-pool": "#f7b6d2",
     "clairvoyant": "#c51b8a",
 }
 OTHER = "#756bb1"
@@ -69,7 +70,7 @@ def _bars(
         above.append((spread["max"] - spread["median"]) * scale)
     if not places:
         return
-    hatch = "//" if policy == "clairvoyant" else None
+    hatch = "//" if policy in ("clairvoyant", "one-pool") else None
     bars = axis.bar(
         places,
         values,

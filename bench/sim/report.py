@@ -22,7 +22,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from bench.sim.figures import Figures, Flash, Moment, Spread, spread
-from bench.sim.study import CLAIRVOYANT, REFERENCE, Comparison, Event, Growth, Overload
+from bench.sim.study import CLAIRVOYANT, ONE_POOL, OURS, REFERENCE, Comparison, Event, Growth, Overload
 
 SCHEMA = "loraplex.bench.simulate/1"
 MAIN = ("capacity_rps", "ttft_p50_s", "ttft_p99_s", "loads_per_request", "hit_rate", "jain")
@@ -112,6 +112,8 @@ def comparison_table(name: str, what: str, document: Mapping[str, Any], seeds: i
         )
     if CLAIRVOYANT in policies:
         lines.append(f"{CLAIRVOYANT}: a bound (no waiting at all, Belady on the slots of the whole fleet), not a policy")
+    if ONE_POOL in policies:
+        lines.append(f"{ONE_POOL}: the run of {OURS} had all slots of the fleet been one worker's, and evictions Belady's")
     for policy, crowd in document.get("flash", {}).items():
         lines.append(
             f"flash crowd, {policy}: p99 of all others {_ms(crowd['others_without_s'])} -> {_ms(crowd['others_with_s'])} "

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from bench.sim.clairvoyant import bound, capacity_bound
 from bench.sim.figures import Figures, Flash, Moment, Spread, figures, flash, spread, timeline
+from bench.sim.pooled import pooled
 from bench.sim.scenarios import SCENARIOS, WORKERS, Scenario, Window, requests_of
 from bench.sim.search import highest, keeps
 from bench.sim.timing import Timing
@@ -20,6 +21,8 @@ from bench.sim.worker import WorkerFacts
 from bench.sim.world import Join, Loss, World, adapter_name, simulate
 
 CLAIRVOYANT = "clairvoyant"
+ONE_POOL = "one-pool"
+OURS = "expected-ttft"
 REFERENCE = "ray-strict"
 CAPACITY_P99_S = 0.5
 COMMON_P99_S = 1.0
@@ -90,6 +93,13 @@ def measure_bound(case: Case, rate_per_s: float) -> tuple[Figures, float]:
     world = case.world
     run = bound(requests_of(case.scenario, rate_per_s, case.seed, case.window), case.workers, world.facts, world.timing)
     return figures(run, case.window), capacity_bound(run, case.workers, world.facts, world.timing)
+
+
+def measure_pooled(case: Case, rate_per_s: float) -> Figures:
+    """Of the default policy's run, had all slots been one worker's."""
+    world = replace(case, policy=OURS).world
+    run = simulate(world, requests_of(case.scenario, rate_per_s, case.seed, case.window))
+    return figures(pooled(run, case.workers, world.facts), case.window)
 
 
 def measure_overload(case: Case, rate_per_s: float) -> Figures:

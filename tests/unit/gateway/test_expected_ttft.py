@@ -6,8 +6,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.expected_ttft import HOME_PATIENCE_S, MISS, MISS_WINDOW_S, ExpectedTTFT
+from gateway.expected_ttft import MISS, MISS_WINDOW_S, ExpectedTTFT
 from gateway.fleet import Fleet
+from gateway.patience import PATIENCE_S, SOON_S
 from gateway.placement import BOUND, FLOOR
 from gateway.routing import Ask, Blocked, Choice, Decision, Reason, Wait
 from gateway.slots import AGE_BOUND_S, HELD_AGE_S
@@ -281,8 +282,11 @@ def test_a_request_waits_a_moment_for_a_slot_where_its_weights_are_cached_then_g
     room.worker("other", slots=2)
     room.misses(slots=2.0)
     ask = room.ask(PIRATE)
-    assert room.choose(ask) == Wait(Blocked.TURN, HOME_PATIENCE_S)
-    room.now = HOME_PATIENCE_S
+    assert room.choose(ask) == Wait(Blocked.TURN, SOON_S)
+    room.now = SOON_S
+    again = room.choose(ask)
+    assert isinstance(again, Wait) and again.until == pytest.approx(PATIENCE_S, rel=0.01)
+    room.now = PATIENCE_S
     decision = room.choose(ask)
     assert isinstance(decision, Choice) and decision.worker.id == "other"
 
@@ -292,10 +296,22 @@ def test_the_more_slots_are_open_elsewhere_the_less_a_request_waits_for_one_wher
     room.worker("other", slots=7)
     room.misses(slots=4.0)
     decision = room.choose(room.ask(PIRATE))
-    assert isinstance(decision, Wait) and decision.until == pytest.approx(HOME_PATIENCE_S / 2, rel=0.05)
+    assert isinstance(decision, Wait) and decision.until == pytest.approx(PATIENCE_S / 2, rel=0.05)
     room.worker("other", slots=11)
     decision = room.choose(room.ask(PIRATE))
     assert isinstance(decision, Choice) and decision.worker.id == "other"
+
+
+def test_a_cold_adapter_passes_by_a_worker_that_loads_already_while_another_home_loads_nothing(room: Room) -> None:
+    for n in range(4):
+        room.worker(f"w{n}", slots=8)
+    order = [w.id for w in room.policy._base("tiny").rendezvous.order(("pirate", "d"), room.fleet.pool("tiny"))]
+    for home in order[:2]:
+        room.worker(home, on("other", Tier.DISK, loading=True, eta_s=0.06), slots=8)
+    assert room.to(PIRATE)[0] in order[2:]
+    for home in order[2:]:
+        room.worker(home, on("other", Tier.DISK, loading=True, eta_s=0.06), slots=8)
+    assert room.to(HAIKU)[1] is Reason.COLD
 
 
 @pytest.mark.parametrize("scarce", [False, True])
@@ -450,6 +466,12 @@ class SlotMachine(RuleBasedStateMachine):
         if hasattr(self, "room"):
             for worker in self.room.fleet:
                 assert worker.load <= CAPACITY and len(worker.busy) <= SLOTS
+
+    @invariant()
+    def nothing_is_kept_of_what_is_over(self) -> None:
+        if hasattr(self, "room"):
+            base = self.room.policy._base("tiny")
+            assert len(base.stays) == len(self.running) and len(base.patience) <= len(self.waiting)
 
     @invariant()
     def nobody_waits_past_the_age_bound_and_its_turn(self) -> None:
