@@ -1,8 +1,10 @@
 """Pure. Virtual token counters: whose turn it is when there is a queue (Sheng et al., "Fairness in Serving Large Language Models", 2024).
 
-Every flow (API key, adapter) has a counter of the tokens it was served; the waiting flow with the least goes first. A flow that comes back is
-lifted to the least of those that wait, so that idleness earns no credit. Output is charged as expected when a request is sent and corrected
-when it ends. Counters live only as long as somebody waits: without a queue there is nothing to divide.
+Every flow (API key, adapter) has a counter of the tokens it was served; the waiting flow with the least goes first. A flow that comes, or comes
+back, is lifted to what each of those that waited has been served on average since the queue began (the virtual time of fair queueing), and at
+least to the least of them, so that absence earns no credit. The least alone, as in the paper, lets flows that come once, one after the other, pass
+by one that has had its fair share for as long as they come: a hundred adapters that wait for a slot are just that. Output is charged as expected
+when a request is sent and corrected when it ends. Counters live only as long as somebody waits: without a queue there is nothing to divide.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ class Counters:
         self._numbers: dict[Hashable, int] = {}  # of those that wait
         self._order: list[tuple[float, int]] = []  # (served, number) of those, the least first
         self._last = 0
+        self._level = 0.0  # what each that waited was served on average
 
     def __getitem__(self, flow: Hashable) -> float:
         return self._served.get(flow, 0.0)
@@ -45,13 +48,14 @@ class Counters:
         served = self._served[flow] = max(0.0, before + tokens)
         number = self._numbers.get(flow)
         if number is not None:
+            self._level += max(0.0, tokens) / len(self._numbers)
             del self._order[bisect_left(self._order, (before, number))]
             insort(self._order, (served, number))
 
     def enter(self, flow: Hashable) -> None:
         """It begins to wait beside those that wait already."""
         least = self._order[0][0] if self._order else 0.0
-        served = self._served[flow] = max(self[flow], least)
+        served = self._served[flow] = max(self[flow], self._level, least)
         self._last += 1
         self._numbers[flow] = self._last
         insort(self._order, (served, self._last))

@@ -55,6 +55,27 @@ def test_a_flow_that_comes_back_has_no_credit_from_its_absence() -> None:
     assert counters["a"] == 11 * QUANTUM
 
 
+def test_flows_that_come_once_do_not_pass_for_ever_by_one_that_has_had_its_fair_share() -> None:
+    queue: Admission[str] = Admission(1000, 60.0)
+    queue.offer("tiny", "mid", 0.0, QUIET)
+    for n in range(10):
+        queue.offer("tiny", f"old{n}", 0.0, (0, "", (f"old{n}", "d")))
+    queue.charge("tiny", QUIET, 3 * QUANTUM)
+    taken: list[str] = []
+
+    def dispatch(item: str) -> Blocked | None:
+        if taken and taken[-1] == f"round {turn}":
+            return Blocked.ROOM
+        taken.extend((item, f"round {turn}"))
+        queue.charge("tiny", QUIET if item == "mid" else (0, "", (item, "d")), QUANTUM)
+        return None
+
+    for turn in range(60):  # each time one more comes and one is served
+        queue.offer("tiny", f"new{turn}", 1.0, (0, "", (f"new{turn}", "d")))
+        queue.pump("tiny", dispatch)
+    assert "mid" in taken and taken.index("mid") > 2 * 10  # after those who had had nothing, before the newest
+
+
 def test_a_correction_never_makes_a_counter_negative() -> None:
     counters = Counters()
     counters.charge("a", 5.0)

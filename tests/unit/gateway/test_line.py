@@ -26,7 +26,7 @@ class LineMachine(RuleBasedStateMachine):
         self.line: Line[int] = Line()
         self.places: list[Place[int]] = []
         self.served: defaultdict[tuple[object, ...], float] = defaultdict(float)
-        self.count = 0
+        self.count, self.level = 0, 0.0
 
     @rule(priority=st.sampled_from(PRIORITIES), tenant=st.sampled_from(TENANTS), adapter=st.sampled_from(ADAPTERS))
     def add(self, priority: int, tenant: str, adapter: tuple[str, str] | None) -> None:
@@ -34,7 +34,8 @@ class LineMachine(RuleBasedStateMachine):
         place = Place("tiny", self.count, 0.0, (priority, tenant, adapter), self.count)
         waiting = {other.flow[1:] for other in self.places}
         if place.flow[1:] not in waiting:
-            self.served[place.flow[1:]] = max(self.served[place.flow[1:]], min((self.served[w] for w in waiting), default=0.0))
+            least = min((self.served[w] for w in waiting), default=0.0)
+            self.served[place.flow[1:]] = max(self.served[place.flow[1:]], self.level, least)
         self.line.add(place)
         self.places.append(place)
 
@@ -48,6 +49,9 @@ class LineMachine(RuleBasedStateMachine):
     @rule(tenant=st.sampled_from(TENANTS), adapter=st.sampled_from(ADAPTERS), quanta=st.sampled_from([-3.0, 0.4, 0.7, 5.0]))
     def charge(self, tenant: str, adapter: tuple[str, str] | None, quanta: float) -> None:
         flow: Flow = (0, tenant, adapter)
+        waiting = {other.flow[1:] for other in self.places}
+        if flow[1:] in waiting:
+            self.level += max(0.0, quanta * QUANTUM) / len(waiting)
         self.line.charge(flow, quanta * QUANTUM)
         self.served[flow[1:]] = max(0.0, self.served[flow[1:]] + quanta * QUANTUM)
 
