@@ -48,6 +48,8 @@ def _policies(axes: Any, rows: Sequence[RecordedRow], figure: str, title: str, f
     for nth, policy in enumerate(POLICIES):
         at = [group + (nth - 1.5) * WIDTH for group in range(len(SHARES))]
         heights = [cells.get((policy, share), {}).get(figure, math.nan) * factor for share in SHARES]
+        if all(math.isnan(height) for height in heights):
+            continue
         bars = axes.bar(at, heights, WIDTH, color=COLOURS[policy], label=policy)
         axes.bar_label(bars, labels=["" if math.isnan(h) else f"{h:,.0f}" for h in heights], fontsize=7)
     axes.set_title(title)
@@ -55,6 +57,8 @@ def _policies(axes: Any, rows: Sequence[RecordedRow], figure: str, title: str, f
     axes.set_xticklabels([f"{share:.0%} of capacity" for share in SHARES])
     if figure.startswith("ttft") and cells:
         axes.set_yscale("log")
+        drawn = [of[figure] * factor for of in cells.values()]
+        axes.set_ylim(10 ** math.floor(math.log10(min(drawn) / 2)), 3 * max(drawn))  # room for the legend
     axes.legend(fontsize=8)
     axes.grid(axis="y", alpha=0.3)
 

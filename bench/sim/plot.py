@@ -50,7 +50,7 @@ def plot_comparison(documents: Mapping[str, Mapping[str, Any]], path: str, title
             axis.set_ylim(0, axis.get_ylim()[1] * 1.08)
         axis.set_xticks(range(len(documents)))
         axis.set_xticklabels(list(documents) if len(documents) > 1 else [""])
-    _legend(figure, axes[0], len(policies))
+    _legend(figure, axes[1], len(policies))  # one-pool has no capacity
     figure.savefig(path)
 
 
