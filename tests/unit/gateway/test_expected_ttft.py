@@ -106,6 +106,12 @@ def test_weights_in_the_cpu_tier_win_over_an_idle_worker_without_them(room: Room
     assert isinstance(decision, Choice) and decision.worker.id == "cached" and decision.tier is Tier.CPU
 
 
+def test_a_few_streams_less_on_a_worker_do_not_draw_a_queue_of_prompts_there(room: Room) -> None:
+    room.worker("light", on("pirate"), running=30, yours=0)
+    room.worker("heavy", on("pirate"), running=40, yours=0)
+    assert [room.to(PIRATE)[0] for _ in range(4)] == ["light", "heavy", "light", "heavy"]
+
+
 def test_measured_times_replace_the_constants(room: Room) -> None:
     """A CPU tier that is slower than the disk is not worth its name."""
     room.worker("idle", disk_load_s=0.001, fetch_s=0.001, prefill_tokens_per_s=1e6, step_s=0.001)
