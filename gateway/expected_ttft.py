@@ -235,7 +235,8 @@ class ExpectedTTFT:
         rate = costs.prefill_rate(w)
         prefill_s = ask.prompt_tokens / rate
         running = w.load
-        queue_s = w.backlog_tokens(rate, now) / rate + prefill_s + costs.step_s(w)
+        # A step is under way where somebody runs; what an idle worker measured last says nothing of its next.
+        queue_s = w.backlog_tokens(rate, now) / rate + prefill_s + (costs.step_s(w) if running else 0.0)
         slot_s = load_s = evict_s = 0.0
         stall_s = prefill_s * running * BESIDE
         if key is not None:

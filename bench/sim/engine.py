@@ -153,7 +153,8 @@ class Engine:
             sequence.unread_tokens -= chunk
             if not sequence.unread_tokens:
                 self._waiting.popleft()
-        self.measured_prefill_tokens_per_s += EWMA * (tokens / self._step_s - self.measured_prefill_tokens_per_s)
+        before = self.measured_prefill_tokens_per_s or tokens / self._step_s
+        self.measured_prefill_tokens_per_s = before + EWMA * (tokens / self._step_s - before)
         self.waiting_tokens -= tokens
         return self._step_s
 

@@ -78,6 +78,15 @@ def test_one_request_alone_takes_its_prompt_and_one_step_per_token() -> None:
     assert heard.last[0] == pytest.approx(first + 127 * TABLE.step_s(1))
 
 
+def test_the_first_measured_prefill_counts_in_full() -> None:
+    """An average that began at 0 would make a worker look slow after its first request, and nobody would ask it again."""
+    agenda = Agenda()
+    engine = Engine(TABLE, agenda, Heard(agenda))
+    engine.add(Sequence(0, 128, 2))
+    agenda.run(lambda: engine.decoding == 0)
+    assert engine.measured_prefill_tokens_per_s == pytest.approx(128 / (TABLE.step_s(1) + 128 / TABLE.prefill_tokens_per_s))
+
+
 def test_requests_that_come_together_run_together_at_the_step_of_their_number() -> None:
     heard = _run(TABLE, [Job(0.0, 64, 100) for _ in range(17)])
     gaps = {heard.last[number] - heard.first[number] for number in range(1, 17)}

@@ -112,6 +112,12 @@ def test_a_few_streams_less_on_a_worker_do_not_draw_a_queue_of_prompts_there(roo
     assert [room.to(PIRATE)[0] for _ in range(4)] == ["light", "heavy", "light", "heavy"]
 
 
+def test_an_idle_worker_is_not_priced_by_the_step_that_it_measured_when_it_was_busy(room: Room) -> None:
+    room.worker("busy", running=5, yours=0, step_s=0.01)
+    room.worker("idle", step_s=0.03)
+    assert room.to(None)[0] == "idle"
+
+
 def test_measured_times_replace_the_constants(room: Room) -> None:
     """A CPU tier that is slower than the disk is not worth its name."""
     room.worker("idle", disk_load_s=0.001, fetch_s=0.001, prefill_tokens_per_s=1e6, step_s=0.001)
