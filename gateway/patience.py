@@ -56,10 +56,12 @@ class Patience:
         share = min(1.0, (PATIENT_SPREADS - slack) / (PATIENT_SPREADS - FULL_SPREADS))
         due = ask.arrived + self._patience_s * share
         if now >= due:
+            self.forget(ask)
             return now
         hope = self._hopes.get(ask)
         if hope is None or hope[0] <= now:
             if not any(self._likely(ask, w, now) for w in cached):
+                self.forget(ask)  # who has given up is ahead of nobody
                 return now
             self._hope(ask, [w.id for w in cached], now + RECKON_S)
         return min(due, now + SOON_S)

@@ -52,8 +52,8 @@ class Stays:
         lasted = self._sorted
         if len(lasted) < LEAST:
             return None
-        mean_s = lasted[len(lasted) // 2] or within_s
-        others = min(1.0, within_s / mean_s)  # of other gateways' requests only their number is known
+        median_s = lasted[len(lasted) // 2] or within_s
+        others = min(1.0, within_s / median_s)  # of other gateways' requests only their number is known
         own = self._on.get(worker.id, {})
         total = 0.0
         for key, asks in own.items():

@@ -65,6 +65,15 @@ def test_a_hope_is_given_up_when_the_slot_went_to_somebody_else() -> None:
     assert not line.waits(asked, RECKON_S)
 
 
+def test_who_has_given_up_is_ahead_of_nobody() -> None:
+    line = Line(*[SOON_S / 2] * 2)
+    gone, asked = ask(0.0), ask(0.02)
+    assert line.waits(gone)
+    assert not line.waits(gone, PATIENCE_S)
+    assert len(line.patience) == 0
+    assert line.waits(asked, 0.02)
+
+
 def test_patience_ends_however_likely_a_slot_is() -> None:
     line = Line(*[at / 10 for at in range(10)])
     asked = ask()
