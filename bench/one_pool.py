@@ -25,7 +25,7 @@ from bench.sim.pooled import starts_of
 from bench.sim.scenarios import SCENARIOS, Scenario, Window, requests_of
 from bench.sim.search import highest
 from bench.sim.study import CAPACITY_P99_S, CLAIRVOYANT, OURS, scenario_named
-from bench.sim.timing import Timing
+from bench.sim.timing import Timing, timing_of
 from bench.sim.worker import WorkerFacts
 
 SEEDS = 5
@@ -58,9 +58,9 @@ def stay_s(rate_rps: float, workers: int, loads: Loads, timing: Timing) -> float
     return found
 
 
-def keeps(scenario: Scenario, rate_rps: float, workers: int, loads: Loads, seed: int) -> bool:
+def keeps(scenario: Scenario, rate_rps: float, workers: int, loads: Loads, timing: Timing, seed: int) -> bool:
     """Whether p99 TTFT is within the promise."""
-    timing, facts = Timing(), WorkerFacts("base")
+    facts = WorkerFacts("base")
     lasts_s = stay_s(rate_rps, workers, loads, timing)
     if lasts_s is None:
         return False
@@ -72,11 +72,11 @@ def keeps(scenario: Scenario, rate_rps: float, workers: int, loads: Loads, seed:
     return percentile(waits, 0.99) + warm_s <= CAPACITY_P99_S
 
 
-def capacity(scenario: Scenario, workers: int, loads: Loads, guess_rps: float, seeds: int = SEEDS) -> float:
+def capacity(scenario: Scenario, workers: int, loads: Loads, timing: Timing, guess_rps: float, seeds: int = SEEDS) -> float:
     """Requests per second; the median over the seeds."""
 
     def of(seed: int) -> float:
-        return highest(lambda rate: keeps(scenario, rate, workers, loads, seed), guess_rps, stride=1.08)
+        return highest(lambda rate: keeps(scenario, rate, workers, loads, timing, seed), guess_rps, stride=1.08)
 
     return statistics.median(of(seed) for seed in range(seeds))
 
@@ -105,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not ours or facts["name"] not in SCENARIOS or SCENARIOS[facts["name"]].flash or document["policies"][OURS]["ttft_p99_s"] is None:
             continue
         scenario = scenario_named(facts["name"], facts["adapters"])
-        found = [capacity(scenario, facts["workers"], loads_of(document, of), ours["median"]) for of in (OURS, CLAIRVOYANT)]
+        timing = timing_of(facts.get("loads", "vllm"))
+        found = [capacity(scenario, facts["workers"], loads_of(document, of), timing, ours["median"]) for of in (OURS, CLAIRVOYANT)]
         print(f"{name:<14}{ours['median']:>15.0f}{found[0]:>21.0f}{found[1]:>29.0f}", flush=True)
     return 0
 

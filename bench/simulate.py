@@ -100,7 +100,8 @@ def _cases(flags: argparse.Namespace) -> dict[str, list[Case]]:
     window = Window(flags.duration * WARM_UP_SHARE if flags.warm_up is None else flags.warm_up, flags.duration)
     return {
         scenario: [
-            Case(name, study.scenario_named(scenario, flags.adapters), 0, flags.workers, window, not flags.cold_disks) for name in names
+            Case(name, study.scenario_named(scenario, flags.adapters), 0, flags.workers, window, not flags.cold_disks, flags.loads)
+            for name in names
         ]
         for scenario in (SCENARIOS if flags.scenario == "all" else [flags.scenario])
     }
@@ -150,6 +151,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--warm-up", type=float, default=None, help="seconds before them (a third of them)")
     add("--no-capacity", action="store_true", help="compare at one rate only")
     add("--cold-disks", action="store_true", help="workers fetch each adapter from the store once, instead of having it in the disk cache")
+    add(
+        "--loads",
+        choices=["vllm", "own"],
+        default="vllm",
+        help="as vLLM loads adapters, or this project's workers do (%(default)s; bench/sim/timing.py)",
+    )
     add("--grow", choices=list(study.GROWTH), help="figures as the number of adapters or of workers grows, instead")
     add("--events", choices=["scale", "loss"], help="how a quarter more or fewer workers is taken, instead")
     add(

@@ -44,6 +44,19 @@ def stalling_load_s(worker: Worker, tier: Tier, size_bytes: int) -> float:
     return LOAD_S * size_bytes / LOAD_BYTES if size_bytes else LOAD_S
 
 
+def load_s(worker: Worker, tier: Tier, size_bytes: int) -> float:
+    """Until its files are in a slot: what is done beside the engine's loop and the part inside it."""
+    stalling_s, beat = stalling_load_s(worker, tier, size_bytes), worker.beat
+    if tier <= Tier.CPU or not beat.disk_load_s:
+        return stalling_s
+    return stalling_s * max(1.0, beat.load_s / beat.disk_load_s)
+
+
+def load_elsewhere_s(worker: Worker, size_bytes: int, running: float) -> float:
+    """What a load from disk costs on a worker like this: the request's own time, and that of the `running` who stand still meanwhile."""
+    return load_s(worker, Tier.DISK, size_bytes) + stalling_load_s(worker, Tier.DISK, size_bytes) * running
+
+
 def fetch_s(worker: Worker, tier: Tier) -> float:
     """The part of a load that only its own requests wait for."""
     return (worker.beat.fetch_s or FETCH_S) if tier is Tier.REMOTE else 0.0

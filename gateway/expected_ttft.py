@@ -173,7 +173,8 @@ class ExpectedTTFT:
             if not shut:
                 candidates = [w for w in cached if w.has_room and base.claims.open_to(w, key, pool, now)]
             if cached and not copies and not candidates:
-                due = base.patience.until(ask, cached, base.slack(pool, now), now)
+                elsewhere_s = costs.load_elsewhere_s(cached[0], ask.size_bytes, pool.mean_load)
+                due = base.patience.until(ask, cached, base.slack(pool, now), elsewhere_s, now)
                 if now < due:
                     return Wait(Blocked.TURN, due)
         if shut or not pool.open:
@@ -256,12 +257,12 @@ class ExpectedTTFT:
         """(seconds until it is in a slot, seconds of those that this request's own load stalls the engine for)."""
         state = w.held.get(key)
         tier = state.tier if state is not None else Tier.REMOTE
-        own_s = costs.stalling_load_s(w, tier, ask.size_bytes)
+        own_s = costs.load_s(w, tier, ask.size_bytes)  # inside the engine's loop or not
         if key in w.coming:
             eta_s = state.eta_s - (now - w.beat_at) if state is not None and state.loading else own_s
             return max(eta_s, 0.0), 0.0
         ahead_s = len(w.coming) * own_s if w.coming else 0.0
-        return ahead_s + own_s + costs.fetch_s(w, tier), own_s
+        return ahead_s + own_s + costs.fetch_s(w, tier), costs.stalling_load_s(w, tier, ask.size_bytes)
 
     def _eviction(self, w: Worker, base: _Base, pool: Pool, now: float) -> float:
         """What it costs that somebody must leave: the likely victim's reload, if it is wanted again soon and is nowhere else."""
@@ -271,8 +272,8 @@ class ExpectedTTFT:
         if len(pool.holders.get(victim, ())) > 1:
             return 0.0
         again = min(1.0, base.rates.per_s(victim, now) * HORIZON_S)
-        reload_s = costs.stalling_load_s(w, Tier.CPU if w.lower else Tier.DISK, 0)
-        return again * reload_s * (1 + w.load)
+        tier = Tier.CPU if w.lower else Tier.DISK
+        return again * (costs.load_s(w, tier, 0) + costs.stalling_load_s(w, tier, 0) * w.load)
 
     @staticmethod
     def _victim(w: Worker, base: _Base, now: float) -> Key:

@@ -1,7 +1,8 @@
 """Pure. How long a request waits for a slot on the worker that has its adapter cached, before another worker loads it from disk.
 
-A full worker with S slots frees one every service time / S; a load from disk stalls everybody on some other worker. So a request waits as long as
-a slot there is likely to come free in a moment, for it and for those that came before it, and the less the more slots are open elsewhere.
+A full worker with S slots frees one every service time / S; a load from disk takes its time and may stall everybody on some other worker. So a request
+waits as long as a slot there is likely to come free in a moment, for it and for those that came before it, and the less the more slots are open
+elsewhere; never longer than what the load elsewhere would cost, in seconds, its own and other people's.
 """
 
 from __future__ import annotations
@@ -46,25 +47,28 @@ class Patience:
     def __len__(self) -> int:
         return len(self._hopes)
 
-    def until(self, ask: Ask, cached: Sequence[Worker], slack: float, now: float) -> float:
+    def until(self, ask: Ask, cached: Sequence[Worker], slack: float, elsewhere_s: float, now: float) -> float:
         """When to ask again; `now` or before if it should wait no longer.
 
-        `cached`: full workers that have its adapter in host memory; `slack`: open slots elsewhere, in spreads (see SCARCE_SPREADS).
+        `cached`: full workers that have its adapter in host memory; `slack`: open slots elsewhere, in spreads (see SCARCE_SPREADS); `elsewhere_s`:
+        what a load there would cost.
         """
-        if slack < SCARCE_SPREADS:
-            return ask.arrived + max(self._patience_s, SCARCE_PATIENCE_S)
+        scarce = slack < SCARCE_SPREADS
         share = min(1.0, (PATIENT_SPREADS - slack) / (PATIENT_SPREADS - FULL_SPREADS))
-        due = ask.arrived + self._patience_s * share
+        due = ask.arrived + min(elsewhere_s, SCARCE_PATIENCE_S if scarce else self._patience_s * share)
         if now >= due:
-            self.forget(ask)
+            self.forget(ask)  # who has given up is ahead of nobody
             return now
+        if scarce:
+            return due
+        soon_s = min(SOON_S, elsewhere_s)
         hope = self._hopes.get(ask)
         if hope is None or hope[0] <= now:
-            if not any(self._likely(ask, w, now) for w in cached):
-                self.forget(ask)  # who has given up is ahead of nobody
+            if not any(self._likely(ask, w, soon_s, now) for w in cached):
+                self.forget(ask)
                 return now
             self._hope(ask, [w.id for w in cached], now + RECKON_S)
-        return min(due, now + SOON_S)
+        return min(due, now + soon_s)
 
     def forget(self, ask: Ask) -> None:
         """It was sent or has left. Idempotent."""
@@ -75,8 +79,8 @@ class Patience:
             if not there:
                 del self._at[worker]
 
-    def _likely(self, ask: Ask, worker: Worker, now: float) -> bool:
-        freed = self._stays.freed(worker, SOON_S, now)
+    def _likely(self, ask: Ask, worker: Worker, soon_s: float, now: float) -> bool:
+        freed = self._stays.freed(worker, soon_s, now)
         if freed is None:
             return True
         ahead = sum(1 for other in self._at.get(worker.id, ()) if other.arrived < ask.arrived)

@@ -12,6 +12,7 @@ import msgspec
 from bench.sim import scenarios, search, study
 from bench.sim.scenarios import SCENARIOS, Scenario, Window
 from bench.sim.study import CLAIRVOYANT, Case
+from bench.sim.timing import Loads
 
 Kind: TypeAlias = Literal["keeps", "figures", "bound", "pooled", "overload", "scale", "loss"]
 """A run that asks whether a rate keeps the promise on p99; one for figures; the clairvoyant bound's; the default policy's with all slots one pool; with
@@ -36,11 +37,13 @@ class Item(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warm_up_s: float = 60.0
     duration_s: float = 60.0
     p99_s: float = 0.0
+    loads: Loads = "vllm"
 
     @property
     def name(self) -> str:
         where = f"{self.scenario} {self.workers}w" + (f" {self.adapters}a" if self.adapters else "")
-        return f"{self.kind} {where} {self.policy} seed {self.seed} at {self.rate_rps:g}/s"
+        loads = "" if self.loads == "vllm" else f" {self.loads} loads"
+        return f"{self.kind} {where}{loads} {self.policy} seed {self.seed} at {self.rate_rps:g}/s"
 
     @property
     def estimate_s(self) -> float:
@@ -61,7 +64,7 @@ def scenario_of(item: Item) -> Scenario:
 
 def case_of(item: Item) -> Case:
     policy = "round-robin" if item.policy == CLAIRVOYANT else item.policy  # the bound has none
-    return Case(policy, scenario_of(item), item.seed, item.workers, Window(item.warm_up_s, item.duration_s))
+    return Case(policy, scenario_of(item), item.seed, item.workers, Window(item.warm_up_s, item.duration_s), loads=item.loads)
 
 
 class Done(msgspec.Struct, frozen=True):

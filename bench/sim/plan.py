@@ -26,6 +26,7 @@ from bench.sim.study import (
     OURS,
     REFERENCE,
 )
+from bench.sim.timing import Loads
 
 STRIDE = 3
 """Rungs; two seeds of one policy are rarely further apart."""
@@ -39,11 +40,13 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
     adapters: int = 0
     warm_up_s: float = 60.0
     duration_s: float = 60.0
+    loads: Loads = "vllm"
 
     @property
     def name(self) -> str:
         size = f", {self.workers} workers" + (f", {self.adapters:,} adapters" if self.adapters else "")
-        return f"{self.words}{size}, {self.seeds} seeds"
+        loads = "" if self.loads == "vllm" else f", {self.loads} loads"
+        return f"{self.words}{size}{loads}, {self.seeds} seeds"
 
     @property
     def words(self) -> str:
@@ -52,7 +55,7 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
     def item(self, kind: Kind, policy: str, scenario: str, seed: int) -> Item:
         """At rate 0."""
         p99_s = CAPACITY_P99_S if kind == "keeps" else 0.0
-        return Item(kind, policy, scenario, seed, 0.0, self.workers, self.adapters, self.warm_up_s, self.duration_s, p99_s)
+        return Item(kind, policy, scenario, seed, 0.0, self.workers, self.adapters, self.warm_up_s, self.duration_s, p99_s, self.loads)
 
 
 class Compare(Question, frozen=True, tag="compare"):
@@ -246,7 +249,9 @@ def grow_runs(question: Grow, point: Point) -> list[Item]:
     rate = question.rps_per_worker * workers
     seeds = range(point.seeds or question.seeds)
     return [
-        Item("figures", policy, question.scenario, seed, rate, workers, adapters, *window) for seed in seeds for policy in question.policies
+        Item("figures", policy, question.scenario, seed, rate, workers, adapters, *window, loads=question.loads)
+        for seed in seeds
+        for policy in question.policies
     ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bench.sim.agenda import Agenda
+from bench.sim.timing import Loads
 from bench.sim.worker import HEARTBEAT_S, WorkerFacts
 from gateway.admission import Admission
 from gateway.dispatcher import Dispatcher, Transport
@@ -17,6 +18,7 @@ from gateway.policies import POLICIES, make_policy
 from gateway.routing import Reason
 from shared import wire
 
+STRICT = "ray-strict"
 LEASE_S = 3.0
 """The production default."""
 MAX_FLIGHTS = 1_000_000
@@ -69,4 +71,9 @@ def build_dispatcher(
 
 def worker_facts(policy: str, facts: WorkerFacts) -> WorkerFacts:
     """What differs between policies on the worker's side."""
-    return replace(facts, capacity=UNBOUNDED, kept_by_vllm=True) if policy == "ray-strict" else facts
+    return replace(facts, capacity=UNBOUNDED, kept_by_vllm=True) if policy == STRICT else facts
+
+
+def loads_of(policy: str, loads: Loads) -> Loads:
+    """Behind Ray it is vLLM that loads."""
+    return "vllm" if policy == STRICT else loads

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 from bench.sim.clairvoyant import bound, capacity_bound
 from bench.sim.figures import Figures, Flash, Moment, Spread, figures, flash, spread, timeline
 from bench.sim.pooled import pooled
+from bench.sim.production import loads_of
 from bench.sim.scenarios import SCENARIOS, WORKERS, Scenario, Window, requests_of
 from bench.sim.search import highest, keeps
-from bench.sim.timing import Timing
+from bench.sim.timing import Loads, timing_of
 from bench.sim.worker import WorkerFacts
 from bench.sim.world import Join, Loss, World, adapter_name, simulate
 
@@ -57,11 +58,13 @@ class Case:
     workers: int = WORKERS
     window: Window = field(default_factory=Window)
     disk_warm: bool = True
+    loads: Loads = "vllm"
 
     @property
     def world(self) -> World:
         facts = WorkerFacts("base", disk_warm=self.disk_warm)
-        return World(self.policy, self.workers, self.scenario.all_adapters, self.seed, facts=facts)
+        timing = timing_of(loads_of(self.policy, self.loads))
+        return World(self.policy, self.workers, self.scenario.all_adapters, self.seed, timing, facts)
 
 
 class SpreadOut(Protocol):
@@ -264,11 +267,12 @@ def scenario_named(name: str, adapters: int | None) -> Scenario:
 
 def facts_of(case: Case) -> dict[str, Any]:
     """What the JSON says of the situation."""
-    timing, worker = Timing(), case.world.facts
+    timing, worker = timing_of(case.loads), case.world.facts
     return {
         "name": case.scenario.name,
         "what": case.scenario.what,
         "workers": case.workers,
+        "loads": case.loads,
         "adapters": case.scenario.all_adapters,
         "mix": repr(case.scenario.mix),
         "prompt": repr(case.scenario.prompt),

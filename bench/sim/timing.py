@@ -4,17 +4,22 @@ Decode: mean time between tokens of N streams over 16 adapters, 128 tokens in an
 363 ms for 64 prompts and 170 ms for 16, so 48 prompts of 128 tokens more took 193 ms more: 31,800 tokens/s. (Quotients of a single run mix in
 what does not grow with the prompt: 22,600 tokens/s from 64 prompts alone, 12,000 from 16.) One warm request alone had its first token after
 18-23 ms; its step and its prompt account for 6.7 + 4.0 ms, the rest is the server around the engine, which delays but does not occupy it.
-Loads: a cold adapter of 26 MiB took 60 ms, all of it inside the engine's loop.
+Loads: a cold adapter of 26 MiB took 60 ms, all of it inside the engine's loop. This project's workers read, cast and pin it beside the loop, one after
+another, in 27 to 45 ms; running streams then stand still for 5.3 to 6.6 ms (median of `bench.gpu --rows stall` on an H100 and an H200), of which the
+copy into the slot is half a millisecond.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 from shared.wire import Tier
 
 MIB = 1 << 20
+Loads: TypeAlias = Literal["vllm", "own"]
+"""How workers load adapters: as vLLM does, or as this project's do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +34,10 @@ class Timing:
     """vLLM's max_num_batched_tokens for a server on this class of GPU; longer prompts are prefilled in chunks."""
     max_sequences: int = 256
     load_s: float = 0.060
+    prepare_s: float = 0.0
+    """Before it, beside the engine and one adapter after another; 0: `load_s` is all of it."""
     load_bytes: int = 26 * MIB
-    """The size that `load_s` and `fetch_remote_s` are for; both grow with the bytes."""
+    """The size that `load_s`, `prepare_s` and `fetch_remote_s` are for; they grow with the bytes."""
     activate_s: float = 0.004
     """A load from the CPU tier."""
     fetch_remote_s: float = 0.150
@@ -55,6 +62,9 @@ class Timing:
         """What a load stalls the engine for."""
         return self.activate_s if tier is Tier.CPU else self.load_s * size_bytes / self.load_bytes
 
+    def prepared_in_s(self, size_bytes: int) -> float:
+        return self.prepare_s * size_bytes / self.load_bytes
+
     def fetch_s(self, tier: Tier, size_bytes: int) -> float:
         """Until the adapter is at hand for a load, the engine undisturbed."""
         if tier is Tier.CPU:
@@ -65,3 +75,7 @@ class Timing:
         """A bound for one worker: what a batch that is always full completes, with so much of its time lost to loads."""
         decode_s = output_tokens * self.step_s(self.max_sequences) / self.max_sequences
         return 1.0 / (decode_s + prompt_tokens / self.prefill_tokens_per_s + load_s_per_request)
+
+
+def timing_of(loads: Loads) -> Timing:
+    return Timing() if loads == "vllm" else replace(Timing(), load_s=0.006, prepare_s=0.036, activate_s=0.001)

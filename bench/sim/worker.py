@@ -92,7 +92,8 @@ class SimWorker:
         self._on_disk: set[AdapterRef] = set()
         self._origin: dict[AdapterRef, wire.Tier] = {}  # of adapters that are fetched
         self._int_id = self._last_sid = self._seq = 0
-        self._load_s = self._cpu_load_s = 0.0
+        self._prepare_s = self._load_s = self._cpu_load_s = 0.0
+        self._prepared_until = 0.0
         self._beat_due = False
 
     def join(self) -> None:
@@ -154,14 +155,23 @@ class SimWorker:
     def _fetch(self, adapter: AdapterRef) -> None:
         tier = wire.Tier.DISK if self.facts.disk_warm or adapter in self._on_disk else wire.Tier.REMOTE
         self._origin[adapter] = tier
-        self._agenda.after(self._timing.fetch_s(tier, self.facts.adapter_bytes), self._fetched, adapter)
+        self._agenda.after(self._timing.fetch_s(tier, self.facts.adapter_bytes), self._prepare, adapter)
         self._beat_soon()
 
-    def _fetched(self, adapter: AdapterRef) -> None:
-        if not self.alive:
-            return
+    def _prepare(self, adapter: AdapterRef) -> None:
         if not self.facts.disk_warm:
             self._on_disk.add(adapter)
+        if not self._timing.prepare_s:
+            self._prepared(adapter)
+            return
+        now = self._agenda.now
+        self._prepared_until = max(now, self._prepared_until) + self._timing.prepared_in_s(self.facts.adapter_bytes)
+        self._prepare_s = _blend(self._prepare_s, self._prepared_until - now)
+        self._agenda.at(self._prepared_until, self._prepared, adapter)
+
+    def _prepared(self, adapter: AdapterRef) -> None:
+        if not self.alive:
+            return
         self._int_id += 1
         loaded = Loaded(adapter, self._int_id, NOWHERE, self.facts.rank, self.facts.adapter_bytes)
         self._perform(self.residency.fetched(loaded, self._origin.pop(adapter), self._agenda.now))
@@ -241,7 +251,8 @@ class SimWorker:
         self._beat_due = False
         self._seq += 1
         facts, engine = self.facts, self.engine
-        held = self.residency.states(self._agenda.now, self._load_s)
+        load_s = self._prepare_s + self._load_s
+        held = self.residency.states(self._agenda.now, load_s)
         beat = wire.Heartbeat(
             worker=self.id,
             epoch=self.epoch,
@@ -259,7 +270,7 @@ class SimWorker:
             adapters=held,
             prefill_tokens_per_s=engine.measured_prefill_tokens_per_s,
             step_s=engine.measured_step_s,
-            load_s=self._load_s,
+            load_s=load_s,
             engine="virtual",
             max_lora_rank=facts.rank,
             disk_load_s=self._load_s,

@@ -7,7 +7,7 @@ import pytest
 from bench import one_pool
 from bench.one_pool import Loads, capacity, stay_s
 from bench.sim.scenarios import SCENARIOS
-from bench.sim.timing import Timing
+from bench.sim.timing import Timing, timing_of
 
 FEW, MANY = Loads(0.03, 0.2), Loads(0.15, 0.2)
 
@@ -23,8 +23,9 @@ def test_a_stay_grows_with_the_batch_and_with_the_loads_and_has_an_end() -> None
 
 def test_fewer_loads_and_more_popular_adapters_let_one_pool_reach_more() -> None:
     default = SCENARIOS["default"]
-    few, many = capacity(default, 8, FEW, 120.0, seeds=1), capacity(default, 8, MANY, 110.0, seeds=1)
-    assert 100.0 < many < few < capacity(SCENARIOS["hot"], 8, FEW, 300.0, seeds=1)
+    few, many = (capacity(default, 8, loads, Timing(), 120.0, seeds=1) for loads in (FEW, MANY))
+    assert 100.0 < many < few < capacity(SCENARIOS["hot"], 8, FEW, Timing(), 300.0, seeds=1)
+    assert many < capacity(default, 8, MANY, timing_of("own"), 120.0, seeds=1)
 
 
 def test_what_is_no_report_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ from bench.sim.clairvoyant import bound, capacity_bound, hits_of
 from bench.sim.figures import figures
 from bench.sim.production import policies
 from bench.sim.scenarios import SCENARIOS, Window, requests_of
-from bench.sim.timing import Timing
+from bench.sim.study import Case
+from bench.sim.timing import Timing, timing_of
 from bench.sim.worker import WorkerFacts
 from bench.sim.world import Join, Loss, Outcome, Run, World, simulate
 from bench.workload import Request
@@ -122,6 +123,27 @@ def test_a_load_stalls_the_requests_that_run_on_its_worker() -> None:
     beside = simulate(World("residency-p2c", 1, 2, 0), _requests([1.0, 3.0, 3.2], [0, 0, 1], 1, 100)).outcomes[1]
     assert lone.ended_s is not None and beside.ended_s is not None
     assert beside.ended_s - lone.ended_s > TIMING.load_s
+
+
+def test_a_load_as_this_projects_workers_do_it_is_waited_for_and_stalls_the_others_for_its_last_part_alone() -> None:
+    own = timing_of("own")
+    runs = [simulate(World("residency-p2c", 1, 2, 0, timing), _requests([1.0, 3.0, 3.2], [0, 0, 1], 1, 100)) for timing in (TIMING, own)]
+    (_, stalled, _), (_, hardly, cold) = (run.outcomes for run in runs)
+    assert stalled.ended_s is not None and hardly.ended_s is not None and cold.ttft_s is not None
+    assert stalled.ended_s - hardly.ended_s == pytest.approx(TIMING.load_s - own.load_s, abs=own.step_s(2))
+    assert cold.ttft_s > own.prepare_s + own.load_s
+
+
+def test_adapters_are_prepared_one_after_another() -> None:
+    own = timing_of("own")
+    run = simulate(World("residency-p2c", 1, 3, 0, own), _requests([1.0, 1.0, 1.0], [0, 1, 2], 1, 1))
+    first, second, third = sorted(load.at_s for load in run.loads)
+    assert second - first >= own.prepare_s - own.load_s and third - second >= own.prepare_s - own.load_s
+
+
+def test_behind_ray_it_is_vllm_that_loads() -> None:
+    own = {policy: Case(policy, SCENARIOS["default"], 0, loads="own").world.timing for policy in ("ray-strict", "ray")}
+    assert own == {"ray-strict": TIMING, "ray": timing_of("own")}
 
 
 def _fewest_misses(adapters: list[int], places: int) -> int:

@@ -17,7 +17,7 @@ import pytest
 
 from bench import study
 from bench.crew import Crew
-from bench.sim.item import Done, Item, Results, perform, still_good
+from bench.sim.item import Done, Item, Results, case_of, perform, still_good
 from bench.sim.plan import Compare, Plan, capacities, needed, read_plan, rehearse
 from bench.sim.search import rate_of
 
@@ -227,6 +227,15 @@ def test_the_plan_in_the_repository_covers_what_the_documentation_shows() -> Non
 def test_items_survive_json() -> None:
     row = _row("ray", "x", 1.25, rate_of(233))
     assert msgspec.json.decode(msgspec.json.encode(row), type=Done) == row
+
+
+@pytest.mark.parametrize("ask", [COMPARE, EVENT, GROW])
+def test_a_question_about_other_loads_asks_other_runs(ask: dict[str, Any]) -> None:
+    usual, own = (read_plan(json.dumps([ask | more]).encode()) for more in ({}, {"loads": "own"}))
+    runs = rehearse(own, Results())[0]
+    assert runs and all(run.loads == "own" and "own loads" in run.name for run in runs)
+    assert not {*runs} & {*rehearse(usual, Results())[0]}
+    assert case_of(runs[0]).loads == "own"
 
 
 # ---- the processes ----------------------------------------------------------------------------------------------------------------------

@@ -291,7 +291,7 @@ def test_adapters_in_flight_for_other_gateways_hold_their_slots(room: Room) -> N
 
 def test_a_request_waits_a_moment_for_a_slot_where_its_weights_are_cached_then_goes_anywhere(room: Room) -> None:
     room.worker("cached", on("pirate", Tier.CPU), on("x", in_flight=1), slots=1, running=1)
-    room.worker("other", slots=2)
+    room.worker("other", slots=2, running=20, yours=0)
     room.misses(slots=2.0)
     ask = room.ask(PIRATE)
     assert room.choose(ask) == Wait(Blocked.TURN, SOON_S)
@@ -305,13 +305,32 @@ def test_a_request_waits_a_moment_for_a_slot_where_its_weights_are_cached_then_g
 
 def test_the_more_slots_are_open_elsewhere_the_less_a_request_waits_for_one_where_its_weights_are_cached(room: Room) -> None:
     room.worker("cached", on("pirate", Tier.CPU), on("x", in_flight=1), slots=1, running=1)
-    room.worker("other", slots=7)
+    room.worker("other", slots=7, running=20, yours=0)
     room.misses(slots=4.0)
     decision = room.choose(room.ask(PIRATE))
     assert isinstance(decision, Wait) and decision.until == pytest.approx(PATIENCE_S / 2, rel=0.05)
-    room.worker("other", slots=11)
+    room.worker("other", slots=11, running=20, yours=0)
     decision = room.choose(room.ask(PIRATE))
     assert isinstance(decision, Choice) and decision.worker.id == "other"
+
+
+@pytest.mark.parametrize(("stalls_s", "waits_s"), [(0.040, SOON_S), (0.0005, 0.040 + 0.0005 * 10.5)])
+def test_it_waits_no_longer_than_what_a_load_elsewhere_costs_it_and_those_who_run_there(
+    room: Room, stalls_s: float, waits_s: float
+) -> None:
+    room.worker("cached", on("pirate", Tier.CPU), on("x", in_flight=1), slots=1, running=1, disk_load_s=stalls_s, load_s=0.040)
+    room.worker("other", slots=2, running=20, yours=0)
+    room.misses(slots=2.0)
+    decision = room.choose(room.ask(PIRATE))
+    assert isinstance(decision, Wait) and decision.until == pytest.approx(waits_s)
+
+
+def test_a_load_beside_the_engine_is_the_requests_own_time_and_nobody_elses(room: Room) -> None:
+    for name, stalls_s in (("inside", 0.040), ("beside", 0.001)):
+        room.worker(name, on("pirate", Tier.DISK), running=10, yours=0, disk_load_s=stalls_s, load_s=0.040)
+    terms = {c.worker.id: c.terms for c in room.policy.explain(room.ask(PIRATE), room.fleet, 0.0)}
+    assert terms["inside"].load_s == terms["beside"].load_s == pytest.approx(0.040)
+    assert terms["inside"].stall_s - terms["beside"].stall_s == pytest.approx(10 * 0.039)
 
 
 def test_a_cold_adapter_passes_by_a_worker_that_loads_already_while_another_home_loads_nothing(room: Room) -> None:

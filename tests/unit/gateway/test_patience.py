@@ -10,6 +10,8 @@ from shared.wire import Heartbeat, WorkerState
 
 FULL = Worker(Heartbeat("full", 1, 1, "tiny", WorkerState.SERVING, 256, 4), 1e9)
 STAY_S = 2.0
+DEAR_S = 10.0
+"""A load elsewhere that costs more than any patience."""
 
 
 class Line:
@@ -23,8 +25,8 @@ class Line:
         for n, at in enumerate(ends):
             self.stays.begin(Ask("tiny"), "full", (f"a{n}", "d"), at - STAY_S)
 
-    def waits(self, ask: Ask, now: float = 0.0, slack: float = FULL_SPREADS) -> bool:
-        return self.patience.until(ask, [FULL], slack, now) > now
+    def waits(self, ask: Ask, now: float = 0.0, slack: float = FULL_SPREADS, elsewhere_s: float = DEAR_S) -> bool:
+        return self.patience.until(ask, [FULL], slack, elsewhere_s, now) > now
 
 
 def ask(arrived: float = 0.0) -> Ask:
@@ -77,23 +79,36 @@ def test_who_has_given_up_is_ahead_of_nobody() -> None:
 def test_patience_ends_however_likely_a_slot_is() -> None:
     line = Line(*[at / 10 for at in range(10)])
     asked = ask()
-    assert line.patience.until(asked, [FULL], FULL_SPREADS, 0.0) == pytest.approx(SOON_S)
-    assert line.patience.until(asked, [FULL], FULL_SPREADS, 0.2) == pytest.approx(PATIENCE_S)
+    assert line.patience.until(asked, [FULL], FULL_SPREADS, DEAR_S, 0.0) == pytest.approx(SOON_S)
+    assert line.patience.until(asked, [FULL], FULL_SPREADS, DEAR_S, 0.2) == pytest.approx(PATIENCE_S)
     assert not line.waits(asked, PATIENCE_S)
 
 
 def test_the_more_slots_are_open_elsewhere_the_shorter_it_is() -> None:
     line = Line(0.05)
-    half = line.patience.until(ask(), [FULL], (FULL_SPREADS + PATIENT_SPREADS) / 2, 0.0)
+    half = line.patience.until(ask(), [FULL], (FULL_SPREADS + PATIENT_SPREADS) / 2, DEAR_S, 0.0)
     assert half == pytest.approx(PATIENCE_S / 2)
     assert not line.waits(ask(), slack=PATIENT_SPREADS)
 
 
 def test_while_slots_are_scarce_it_waits_whatever_is_likely() -> None:
     line, asked = Line(1.0), ask(1.0)
-    assert line.patience.until(asked, [FULL], SCARCE_SPREADS / 2, 1.0) == 1.0 + SCARCE_PATIENCE_S
+    assert line.patience.until(asked, [FULL], SCARCE_SPREADS / 2, DEAR_S, 1.0) == 1.0 + SCARCE_PATIENCE_S
     assert not line.waits(asked, 1.0 + SCARCE_PATIENCE_S, SCARCE_SPREADS / 2)
 
 
 def test_where_nothing_is_known_of_stays_it_waits() -> None:
-    assert Patience(Stays()).until(ask(), [FULL], FULL_SPREADS, 0.0) == pytest.approx(SOON_S)
+    assert Patience(Stays()).until(ask(), [FULL], FULL_SPREADS, DEAR_S, 0.0) == pytest.approx(SOON_S)
+
+
+@pytest.mark.parametrize("slack", [FULL_SPREADS, SCARCE_SPREADS / 2])
+def test_nobody_waits_longer_than_a_load_elsewhere_costs(slack: float) -> None:
+    line, asked = Line(1.005), ask(1.0)
+    assert line.patience.until(asked, [FULL], slack, 0.02, 1.0) == pytest.approx(1.02)
+    assert not line.waits(asked, 1.02, slack, elsewhere_s=0.02)
+    assert len(line.patience) == 0
+
+
+def test_a_slot_that_comes_free_later_than_a_load_elsewhere_would_take_is_no_hope() -> None:
+    assert Line(0.05).waits(ask())
+    assert not Line(0.05).waits(ask(), elsewhere_s=0.02)
