@@ -3,12 +3,14 @@
     python -m bench.fleet --engine vllm --workers 2,4,8 --budget 560 --parts scale,policies
     python -m bench.fleet --engine vllm --workers 2,4,8 --budget 560 --parts base,kill
     python -m bench.fleet --engine vllm --workers 8 --budget 560 --parts mixed
+    python -m bench.fleet --engine vllm --workers 4 --budget 560 --parts policies --rps 8,10    a load that the slots hold
     python -m bench.fleet --engine sim --workers 2,4,8                                the rehearsal, no GPU
 
 Parts: `scale` saturates every size of fleet in a closed loop over all adapters, `base` with the base model alone; `policies` sends Poisson
-arrivals at 70% and 95% of the largest one's capacity to each policy, only the gateway being started again between them; `kill` kills a worker
-at 70%; `mixed` puts a worker with tensor parallel 2 and a model of its own beside the single ones. Every row is appended to a JSONL file in
---out as soon as it exists and not measured again, so a run that was cut off, or did not fit into --budget, goes on where it stopped.
+arrivals at 70% and 95% of the largest one's capacity (or --rps requests/s a worker) to each policy, only the gateway being started again between
+them; `kill` kills a worker at 70% (or the lowest of --rps); `mixed` puts a worker with tensor parallel 2 and a model of its own beside the single
+ones. Every row is appended to a JSONL file in --out as soon as it exists and not measured again, so a run that was cut off, or did not fit into
+--budget, goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.work.mkdir(parents=True, exist_ok=True)
     done = read(out)
     try:
-        wanted = with_capacity(rows(flags.parts, flags.workers, flags.policies, flags.repetitions), {row["key"] for row in done})
+        wanted = with_capacity(rows(flags.parts, flags.workers, flags.policies, flags.repetitions, flags.rps), {row["key"] for row in done})
         skipped = asyncio.run(_measure(flags, gpus, wanted, done, out)) if wanted else []
     except NotStarted as exc:
         print(f"bench.fleet: {exc}", file=sys.stderr)
@@ -229,6 +231,13 @@ def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", type=_words(PARTS), default=list(PARTS[:-1]), help=f"of {','.join(PARTS)} (default: all but mixed)")
     parser.add_argument("--mixed", dest="parts", action=_Also, const="mixed", nargs=0, help="the part `mixed` too")
     parser.add_argument("--policies", type=_words(POLICIES), default=list(POLICIES), help="default: all four")
+    parser.add_argument(
+        "--rps",
+        type=_rates,
+        default=[],
+        metavar="R,R",
+        help="policies and kill at so many requests/s a worker, instead of shares of the capacity",
+    )
     parser.add_argument("--repetitions", type=int, default=1, help="of the policies (default %(default)s)")
     parser.add_argument(
         "--budget", type=float, metavar="S", help="the whole call, boot included; what does not fit is trimmed, then left out"
@@ -269,6 +278,13 @@ def _numbers(text: str) -> list[int]:
     made = sorted({int(part) for part in text.split(",")})
     if made[0] < 1:
         raise argparse.ArgumentTypeError(f"{text}: a fleet has at least one worker")
+    return made
+
+
+def _rates(text: str) -> list[float]:
+    made = sorted({float(part) for part in text.split(",")})
+    if not 0 < made[0] <= made[-1] < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: a rate is above 0")
     return made
 
 

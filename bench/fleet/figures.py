@@ -160,12 +160,23 @@ def scale(rows: Sequence[RecordedRow], part: str = "scale") -> dict[int, float]:
     return {row["workers"]: row["figures"]["output_tokens_per_s"] for row in rows if row["part"] == part}
 
 
-def medians(rows: Sequence[RecordedRow]) -> dict[tuple[str, float], dict[str, float]]:
-    """Of each policy and share, the medians over the repetitions, seconds; what no repetition has is missing."""
-    found: dict[tuple[str, float], dict[str, list[float]]] = {}
+def pace(row: RecordedRow) -> str:
+    """Of an open loop, for people. Rows of earlier calls have no `rps`."""
+    return f"{row['share']:.0%} of capacity" if row["share"] is not None else f"{row['rps']:g} requests/s a worker"
+
+
+def paces(rows: Sequence[RecordedRow]) -> list[str]:
+    """All that policies were compared at, lowest first."""
+    found = {pace(row): (row["share"] or 0.0, row.get("rps") or 0.0) for row in rows if row["part"] == "policies"}
+    return sorted(found, key=lambda each: found[each])
+
+
+def medians(rows: Sequence[RecordedRow]) -> dict[tuple[str, str], dict[str, float]]:
+    """Of each policy and pace, the medians over the repetitions, seconds; what no repetition has is missing."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
         if row["part"] == "policies":
-            cell = found.setdefault((row["policy"], row["share"]), {})
+            cell = found.setdefault((row["policy"], pace(row)), {})
             for name in ("ttft", "ttft_warm", "ttft_cold"):
                 for rank in ("p50", "p99"):
                     if row["figures"][name]:
@@ -224,21 +235,22 @@ def _policy_table(rows: Sequence[RecordedRow]) -> str:
     names = ("ttft_p50", "ttft_p99", "ttft_warm_p50", "ttft_warm_p99", "ttft_cold_p50", "ttft_cold_p99")
     head = " | ".join(name.replace("_", " ").replace("ttft", "TTFT").replace("p50", "p50 ms").replace("p99", "p99 ms") for name in names)
     lines = [f"| load | policy | {head} | loads/1,000 | tok/s | failed |", "|---" * (len(names) + 5) + "|"]
-    for policy, share in sorted(cells, key=lambda key: (key[1], key[0] != OURS, key[0])):
-        cell = cells[policy, share]
+    order = paces(rows)
+    for policy, at in sorted(cells, key=lambda key: (order.index(key[1]), key[0] != OURS, key[0])):
+        cell = cells[policy, at]
         shown = " | ".join(f"{cell[name] * 1e3:,.0f}" if name in cell else "-" for name in names)
         rest = f"{cell['loads_per_1000']:.0f} | {cell['tokens_per_s']:,.0f} | {cell['failed']:g}"
-        lines.append(f"| {share:.0%} | {policy} | {shown} | {rest} |")
+        lines.append(f"| {at} | {policy} | {shown} | {rest} |")
     return "\n".join([*lines, *_to_ray_strict(cells), *_mixed_runs(rows)])
 
 
-def _to_ray_strict(cells: Mapping[tuple[str, float], Mapping[str, float]]) -> list[str]:
+def _to_ray_strict(cells: Mapping[tuple[str, str], Mapping[str, float]]) -> list[str]:
     made = []
-    for policy, share in sorted(cells):
-        other = cells.get(("ray-strict", share))
-        if policy == OURS and other and "ttft_p99" in other and "ttft_p99" in cells[policy, share]:
-            ratio = cells[policy, share]["ttft_p99"] / other["ttft_p99"]
-            made.append(f"\np99 TTFT of {OURS} to ray-strict's at {share:.0%}: {ratio:.2f}")
+    for policy, at in sorted(cells):
+        other = cells.get(("ray-strict", at))
+        if policy == OURS and other and "ttft_p99" in other and "ttft_p99" in cells[policy, at]:
+            ratio = cells[policy, at]["ttft_p99"] / other["ttft_p99"]
+            made.append(f"\np99 TTFT of {OURS} to ray-strict's at {at}: {ratio:.2f}")
     return made
 
 
@@ -253,7 +265,7 @@ def _kill_table(rows: Sequence[RecordedRow]) -> str:
         k = row["kill"]
         worst = "" if k["lowest_second"] is None else f"worst second {k['lowest_second']:.0%} of before, "
         lines.append(
-            f"{k['worker']} of {row['workers']} killed at {row['share']:.0%} load, {k['in_flight']} requests in flight there: "
+            f"{k['worker']} of {row['workers']} killed at {pace(row)}, {k['in_flight']} requests in flight there: "
             f"{k['failed_before_first_byte']} failed before the first byte, {k['broken_off']} streams broken off, {worst}"
             f"throughput back after {_s(k['throughput_back_s'])}, the restarted worker serves after {_s(k['worker_serves_again_s'])}"
         )

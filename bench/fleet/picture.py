@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.fleet.figures import RecordedRow, medians, scale
-from bench.fleet.plan import POLICIES, SHARES
+from bench.fleet.figures import RecordedRow, medians, paces, scale
+from bench.fleet.plan import POLICIES
 from bench.sim.plot import COLOURS
 
 WIDTH = 0.2
@@ -44,17 +44,17 @@ def _scale(axes: Any, rows: Sequence[RecordedRow]) -> None:
 
 
 def _policies(axes: Any, rows: Sequence[RecordedRow], figure: str, title: str, factor: float) -> None:
-    cells = medians(rows)
+    cells, loads = medians(rows), paces(rows)
     for nth, policy in enumerate(POLICIES):
-        at = [group + (nth - 1.5) * WIDTH for group in range(len(SHARES))]
-        heights = [cells.get((policy, share), {}).get(figure, math.nan) * factor for share in SHARES]
+        places = [group + (nth - 1.5) * WIDTH for group in range(len(loads))]
+        heights = [cells.get((policy, at), {}).get(figure, math.nan) * factor for at in loads]
         if all(math.isnan(height) for height in heights):
             continue
-        bars = axes.bar(at, heights, WIDTH, color=COLOURS[policy], label=policy)
+        bars = axes.bar(places, heights, WIDTH, color=COLOURS[policy], label=policy)
         axes.bar_label(bars, labels=["" if math.isnan(h) else f"{h:,.0f}" for h in heights], fontsize=7)
     axes.set_title(title)
-    axes.set_xticks(range(len(SHARES)))
-    axes.set_xticklabels([f"{share:.0%} of capacity" for share in SHARES])
+    axes.set_xticks(range(len(loads)))
+    axes.set_xticklabels(loads)
     if figure.startswith("ttft") and cells:
         axes.set_yscale("log")
         drawn = [of[figure] * factor for of in cells.values()]

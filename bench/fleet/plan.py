@@ -16,17 +16,22 @@ SWITCH_S = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One load. `share` is of the capacity that the row `scale` of as many workers found; None is a closed loop."""
+    """One load. `share` is of the capacity that the row `scale` of as many workers found, `rps` are requests/s for each worker; neither: a closed loop."""
 
     part: str
     workers: int
     policy: str = OURS
     share: float | None = None
     repetition: int = 0
+    rps: float | None = None
+
+    @property
+    def saturated(self) -> bool:
+        return self.share is None and self.rps is None
 
     @property
     def key(self) -> str:
-        rate = "saturated" if self.share is None else f"{self.share:.0%}"
+        rate = "saturated" if self.saturated else f"{self.share:.0%}" if self.share is not None else f"{self.rps:g}rps"
         return f"{self.part}/{self.workers}/{self.policy}/{rate}/{self.repetition}"
 
 
@@ -61,8 +66,8 @@ class Plan:
     left_out: tuple[Row, ...] = ()
 
 
-def rows(parts: Collection[str], workers: Sequence[int], policies: Sequence[str], repetitions: int) -> list[Row]:
-    """Repetitions of the policies are interleaved, so that a machine that drifts drifts for all of them."""
+def rows(parts: Collection[str], workers: Sequence[int], policies: Sequence[str], repetitions: int, rps: Sequence[float] = ()) -> list[Row]:
+    """Repetitions of the policies are interleaved, so that a machine that drifts drifts for all of them. `rps`: instead of shares of the capacity."""
     made: list[Row] = []
     most = max(workers)
     if "scale" in parts:
@@ -70,9 +75,14 @@ def rows(parts: Collection[str], workers: Sequence[int], policies: Sequence[str]
     if "base" in parts:
         made += [Row("base", n) for n in sorted(workers)]
     if "policies" in parts:
-        made += [Row("policies", most, p, share, again) for again in range(repetitions) for p in policies for share in SHARES]
+        for again in range(repetitions):
+            for policy in policies:
+                if rps:
+                    made += [Row("policies", most, policy, None, again, rate) for rate in rps]
+                else:
+                    made += [Row("policies", most, policy, share, again) for share in SHARES]
     if "kill" in parts:
-        made.append(Row("kill", most, OURS, KILL_SHARE))
+        made.append(Row("kill", most, OURS, None if rps else KILL_SHARE, rps=min(rps) if rps else None))
     if "mixed" in parts:
         made.append(Row("mixed", most))
     return made
@@ -90,7 +100,8 @@ def gateways(planned: Sequence[Row]) -> Iterator[tuple[Row, bool]]:
     """Each row, and whether a gateway starts for it: neighbours of one policy and size share theirs."""
     before: Row | None = None
     for row in planned:
-        yield row, before is None or replace(row, share=None) != replace(before, share=None) or row.share is None
+        one = replace(row, share=None, rps=None)
+        yield row, before is None or row.saturated or one != replace(before, share=None, rps=None)
         before = row
 
 

@@ -124,6 +124,8 @@ class Runner:
 
     def _rate(self, row: Row) -> float | None:
         """Requests/s of an open loop. Raises NotStarted if the capacity is not known."""
+        if row.rps is not None:
+            return row.rps * row.workers
         if row.share is None:
             return None
         capacity = fig.scale(self.recorded).get(row.workers)

@@ -4,7 +4,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.fleet.figures import Seen, failures, figures, linear, lowest_share, recovery_s, served_again_s, together, tokens_within
+from bench.fleet.figures import (
+    Seen,
+    failures,
+    figures,
+    linear,
+    lowest_share,
+    paces,
+    recovery_s,
+    served_again_s,
+    table,
+    together,
+    tokens_within,
+)
 from bench.measure import BIN_S, Outcome
 
 
@@ -70,6 +82,20 @@ def test_throughput_is_back_when_it_stays_at_nine_tenths_of_what_it_was() -> Non
 
 def test_the_warm_up_does_not_lower_what_throughput_was() -> None:
     assert recovery_s([0] * 20 + [100] * 20 + [60] * 40, 0.25, 10.0, 5.0) is None
+
+
+def test_policies_are_shown_by_what_was_offered_lowest_first() -> None:
+    def row(**more: object) -> dict[str, object]:
+        ttft = {"p50": 0.1, "p99": 0.2}
+        figures = {"ttft": ttft, "ttft_warm": None, "ttft_cold": None, "output_tokens_per_s": 1.0}
+        figures["requests"] = {"failed_before_first_byte": 0, "broken_off": 0}
+        return {"part": "policies", "run": "1", "figures": figures, "loads": {"per_1000_requests": 0.0}, **more}
+
+    old = row(policy="ray", share=0.7)
+    made = [row(policy="ray", share=None, rps=10.5), old, row(policy="ray", share=None, rps=8.0)]
+    assert paces(made) == ["8 requests/s a worker", "10.5 requests/s a worker", "70% of capacity"]
+    shown = [line.split("|")[1].strip() for line in table(made).splitlines()[2:]]
+    assert shown == paces(made)
 
 
 def test_the_worst_second_is_told_as_a_share_of_what_was_before() -> None:

@@ -39,6 +39,14 @@ def test_two_shares_of_one_policy_share_their_gateway_and_a_repetition_starts_an
     assert [first for _, first in gateways(made)] == [True, True, True, False, True, False, True]
 
 
+def test_given_rates_take_the_place_of_shares_and_need_no_capacity() -> None:
+    made = rows(["policies", "kill"], [2, 4], ["a", "b"], 1, [8.0, 10.5])
+    assert [(r.policy, r.share, r.rps) for r in made[:4]] == [(p, None, rate) for p in ("a", "b") for rate in (8.0, 10.5)]
+    assert [first for _, first in gateways(made)] == [True, False, True, False, True]
+    assert made[1].key == "policies/4/a/10.5rps/0" and made[4].rps == 8.0
+    assert with_capacity(made, set()) == made
+
+
 def test_without_a_budget_everything_is_run() -> None:
     wanted = rows(PARTS, [2, 4, 8], POLICIES, 3)
     assert fit(wanted, TIMES, None).rows == tuple(wanted)
