@@ -41,7 +41,7 @@ def stalling_load_s(worker: Worker, tier: Tier, size_bytes: int) -> float:
     measured = worker.beat.disk_load_s
     if measured:
         return measured * (size_bytes / worker.beat.load_bytes) if size_bytes and worker.beat.load_bytes else measured
-    return LOAD_S * size_bytes / LOAD_BYTES if size_bytes else LOAD_S
+    return max(ACTIVATE_S, LOAD_S * size_bytes / LOAD_BYTES) if size_bytes else LOAD_S
 
 
 def load_s(worker: Worker, tier: Tier, size_bytes: int) -> float:

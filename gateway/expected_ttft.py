@@ -255,8 +255,7 @@ class ExpectedTTFT:
 
     def _load(self, ask: Ask, key: Key, w: Worker, now: float) -> tuple[float, float]:
         """(seconds until it is in a slot, seconds of those that this request's own load stalls the engine for)."""
-        state = w.held.get(key)
-        tier = state.tier if state is not None else Tier.REMOTE
+        state, tier = w.held.get(key), w.tier_at(key)
         own_s = costs.load_s(w, tier, ask.size_bytes)  # inside the engine's loop or not
         if key in w.coming:
             eta_s = state.eta_s - (now - w.beat_at) if state is not None and state.loading else own_s

@@ -24,6 +24,7 @@ from typing import TypeAlias
 import msgspec
 
 from gateway.pool import NOWHERE, Pool
+from gateway.shelves import Shelves
 from gateway.worker import Key, Worker, key_of
 from shared.adapters import AdapterRef
 from shared.wire import Heartbeat, StreamId, WorkerId, WorkerState
@@ -77,6 +78,7 @@ class Fleet:
         self._by_stream: dict[StreamId, Worker] = {}
         self._ended: dict[WorkerId, int] = {}  # last epoch seen of workers that left, so that a late beat does not revive them
         self._pools: dict[str, Pool] = {}
+        self._shelves = Shelves()
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -114,7 +116,7 @@ class Fleet:
             self._ended[beat.worker] = beat.epoch
             return events
         if worker is None:
-            worker = self._workers[beat.worker] = Worker(beat, now + self._lease_s, now)
+            worker = self._workers[beat.worker] = Worker(beat, now + self._lease_s, now, shelves=self._shelves)
             events.append(Joined(beat.worker))
         else:
             if beat.state is not worker.beat.state:

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from gateway.shelves import Shelves
 from shared.adapters import AdapterRef
 from shared.wire import AdapterState, Heartbeat, StreamId, Tier, WorkerId, WorkerState
 
@@ -53,6 +54,7 @@ class Worker:
     unseen_tokens: int = 0
     seed: int = 0
     alone: bool = False  # in its pool: no other worker's slot could take what waits for one here
+    shelves: Shelves = field(default_factory=Shelves)
     counted: tuple[int, int, bool] | None = None  # load, open slots and room as the pool has them; None while not in one
 
     def __post_init__(self) -> None:
@@ -118,12 +120,14 @@ class Worker:
         return key in self.busy or self.open_slots > 0 or key in self.others_busy
 
     def tier(self, adapter: AdapterRef) -> Tier:
-        """Where the adapter's weights are on this worker, as far as known; GPU only once it is loaded."""
+        """Where the adapter's weights are on this worker, as far as known; GPU only once it is loaded, DISK also if any worker of its host has or had it."""
         return self.tier_at((adapter.name, adapter.digest))
 
     def tier_at(self, key: Key) -> Tier:
         state = self.held.get(key)
-        return state.tier if state else Tier.REMOTE
+        if state is not None and state.tier is not Tier.REMOTE:
+            return state.tier
+        return Tier.DISK if self.shelves.has(self.beat.host, key) else Tier.REMOTE
 
     def holds(self, adapter: AdapterRef) -> bool:
         """In a GPU slot, on the way to one, or reserved for by this gateway."""
@@ -217,6 +221,9 @@ class Worker:
         for key in busy:
             if key not in loaded:
                 coming.add(key)
+        come_or_gone = (self.loaded | self.lower) ^ (loaded | lower)
+        if come_or_gone:
+            self.shelves.put(beat.host, [k for k in come_or_gone if (held.get(k) or self.held[k]).tier is not Tier.REMOTE])
         self.held, self.loaded, self.coming, self.lower, self.steady = held, loaded, coming, lower, steady
         # Without requests of other gateways it is our own that ended since the beat left.
         self.others_busy = in_flight if self.others else set()

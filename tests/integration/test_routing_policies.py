@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -130,8 +131,22 @@ async def test_explain_names_each_worker_with_its_costs(tmp_path: Path, adapters
         assert {w["worker"] for w in found["workers"]} == {"w0", "w1", "w2"}
         assert set(found["workers"][0]["terms_ms"]) == {"queue", "slot", "load", "stall", "evict", "prefix"}
         assert found["workers"][0]["terms_ms"]["load"] == 0 < found["workers"][1]["terms_ms"]["load"]
+        assert [w["tier"] for w in found["workers"]] == ["gpu", "disk", "disk"], "they share the disk that the first one read it to"
         assert (await c.get("/admin/explain?model=sim:nobody"))[0] == 404
         assert (await c.get("/admin/explain"))[0] == 404
+
+
+async def test_a_worker_that_starts_again_is_known_to_have_on_disk_what_it_had(tmp_path: Path, adapters: Path) -> None:
+    make_adapter(adapters, "pirate")
+    async with cluster(sim_config(adapters), tmp_path) as c:
+        await c.start_worker("w0")
+        await listed(c, 2)
+        [first] = await burst(c, ["sim:pirate"], max_tokens=1)
+        c.workers["w0"].signal(signal.SIGKILL)
+        await c.workers["w0"].wait()
+        await c.start_worker("w0")
+        [again] = await burst(c, ["sim:pirate"], max_tokens=1)
+        assert [h["x-loraplex-adapter-tier"] for h in (first, again)] == ["remote", "disk"]
 
 
 async def test_a_worker_that_joins_loads_its_share_of_the_hot_adapters_before_its_first_request(tmp_path: Path, adapters: Path) -> None:

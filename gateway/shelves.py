@@ -1,0 +1,37 @@
+"""Pure. Which adapters' files lie on which host's disk, as far as heartbeats have told.
+
+Heartbeats name what an engine holds. Its files are in the host's disk cache, for all workers of that host and across their restarts, and stay there
+after the engine has dropped it, until the disk's quota makes room. No heartbeat tells of that: a hint, and where it is out of date, files are fetched again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+MOST = 200_000
+"""Of all hosts together: a hundred whose cache of 50 GiB is full of 26 MiB adapters."""
+
+
+class Shelves:
+    """Keys are those of gateway/worker.py. The longest unseen are forgotten beyond `most`. Hosts without a name have none."""
+
+    def __init__(self, most: int = MOST) -> None:
+        self._most = most
+        self._seen: dict[tuple[str, tuple[str, str]], None] = {}  # (host, key), the longest unseen first
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def put(self, host: str, keys: Iterable[tuple[str, str]]) -> None:
+        """They are on the host's disk now."""
+        if not host:
+            return
+        for key in keys:
+            mark = (host, key)
+            self._seen.pop(mark, None)
+            self._seen[mark] = None
+        while len(self._seen) > self._most:
+            del self._seen[next(iter(self._seen))]
+
+    def has(self, host: str, key: tuple[str, str]) -> bool:
+        return (host, key) in self._seen
