@@ -24,8 +24,6 @@ class Shelves:
 
     def put(self, host: str, keys: Iterable[tuple[str, str]]) -> None:
         """They are on the host's disk now."""
-        if not host:
-            return
         for key in keys:
             mark = (host, key)
             self._seen.pop(mark, None)

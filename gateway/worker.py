@@ -221,9 +221,9 @@ class Worker:
         for key in busy:
             if key not in loaded:
                 coming.add(key)
-        come_or_gone = (self.loaded | self.lower) ^ (loaded | lower)
-        if come_or_gone:
-            self.shelves.put(beat.host, [k for k in come_or_gone if (held.get(k) or self.held[k]).tier is not Tier.REMOTE])
+        if beat.host:
+            self.shelves.put(beat.host, loaded - self.loaded)
+            self.shelves.put(beat.host, [key for key in lower - self.lower if held[key].tier is not Tier.REMOTE])
         self.held, self.loaded, self.coming, self.lower, self.steady = held, loaded, coming, lower, steady
         # Without requests of other gateways it is our own that ended since the beat left.
         self.others_busy = in_flight if self.others else set()
