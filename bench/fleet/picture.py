@@ -45,11 +45,10 @@ def _scale(axes: Any, rows: Sequence[RecordedRow]) -> None:
 
 def _policies(axes: Any, rows: Sequence[RecordedRow], figure: str, title: str, factor: float) -> None:
     cells, loads = medians(rows), paces(rows)
-    for nth, policy in enumerate(POLICIES):
-        places = [group + (nth - 1.5) * WIDTH for group in range(len(loads))]
+    shown = [policy for policy in POLICIES if any((policy, at) in cells for at in loads)]
+    for nth, policy in enumerate(shown):
+        places = [group + (nth - (len(shown) - 1) / 2) * WIDTH for group in range(len(loads))]
         heights = [cells.get((policy, at), {}).get(figure, math.nan) * factor for at in loads]
-        if all(math.isnan(height) for height in heights):
-            continue
         bars = axes.bar(places, heights, WIDTH, color=COLOURS[policy], label=policy)
         axes.bar_label(bars, labels=["" if math.isnan(h) else f"{h:,.0f}" for h in heights], fontsize=7)
     axes.set_title(title)
@@ -65,6 +64,7 @@ def _policies(axes: Any, rows: Sequence[RecordedRow], figure: str, title: str, f
 
 def _kill(axes: Any, rows: Sequence[RecordedRow]) -> None:
     killed = [row["kill"] for row in rows if row["part"] == "kill"]
+    axes.set_visible(bool(killed))
     axes.set(title="A worker killed under load", xlabel="seconds since it was killed", ylabel="output tokens/s")
     if killed:
         kill = killed[-1]
