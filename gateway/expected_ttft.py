@@ -372,9 +372,9 @@ class _Base:
         self.misses = Rates(MISS_WINDOW_S, 1)
         self.services = costs.Services()
         self.homes = HomeSets()
-        self.claims = Claims(self.rates, self.rendezvous)
         self.relief = Relief()
         self.stays = Stays()
+        self.claims = Claims(self.rates, self.rendezvous, self.stays)
         self.patience = Patience(self.stays, patience_s)
 
     def slot_price(self, pool: Pool, now: float) -> float:

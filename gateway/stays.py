@@ -7,6 +7,7 @@ step who ends next, with lengths that say nothing it comes to the mean rate.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right, insort
 from collections import deque
 
@@ -67,6 +68,11 @@ class Stays:
                 chance *= others
             total += chance
         return total + others * sum(key not in own for key in worker.others_busy)
+
+    def newest(self, worker: WorkerId, key: Key) -> float:
+        """When this gateway sent the last of the adapter's requests that are there; minus infinity if there is none."""
+        there = self._on.get(worker, {}).get(key)
+        return next(reversed(there.values())) if there else -math.inf
 
     def _leave(self, ask: Ask) -> None:
         there = self._of.pop(ask, None)

@@ -13,6 +13,7 @@ from gateway.fleet import Fleet, Worker
 from gateway.placement import Rates, Rendezvous
 from gateway.routing import Ask
 from gateway.slots import Claims
+from gateway.stays import Stays
 from gateway.worker import Key, key_of
 from shared.adapters import AdapterRef
 from shared.wire import AdapterState, Heartbeat, Tier, WorkerState
@@ -26,7 +27,7 @@ class Desk:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng, self.fleet, self.rates = rng, Fleet(1e9), Rates()
-        self.claims = Claims(self.rates, Rendezvous(), age_bound_s=0.0)
+        self.claims = Claims(self.rates, Rendezvous(), Stays(), age_bound_s=0.0)
         self.now, self.seq, self.sid = 0.0, 0, 0
         self.open: list[int] = []
         for worker in WORKERS:

@@ -361,13 +361,15 @@ def test_an_adapter_with_half_of_all_requests_is_on_every_worker_while_slots_abo
     assert (sum(w.in_flight(("pirate", "d")) > 0 for w in room.fleet.routable("tiny")) == 4) is not scarce
 
 
-def test_a_request_older_than_the_age_bound_closes_the_emptiest_slot_and_gets_it(room: Room) -> None:
+def test_a_request_older_than_the_age_bound_closes_the_slot_longest_without_a_new_request_and_gets_it(room: Room) -> None:
     room.worker("w0", slots=2)
     room.taken()
     for _ in range(3):
         room.to(PIRATE)
-    room.to(HAIKU)  # sid 4, alone
-    old = room.ask(adapter("old"))
+    room.to(HAIKU)  # sid 4
+    room.now = 1.0
+    room.to(PIRATE)
+    old = room.ask(adapter("old"), arrived=0.0)
     assert room.choose(old) == Wait(Blocked.SLOT, AGE_BOUND_S)
     room.now = AGE_BOUND_S
     assert isinstance(room.choose(old), Wait)

@@ -101,3 +101,15 @@ def test_nothing_stays_behind_and_no_more_is_freed_than_is_there(events: list[tu
         stays.end(ask)
     assert len(stays) == 0 and freed(stays, worker("w0"), 9.0, now) == freed(stays, worker("w1"), 9.0, now) == 0.0
     assert not stays._on
+
+
+def test_the_newest_request_of_an_adapter_is_the_one_that_was_sent_last_and_is_still_there() -> None:
+    stays, first, second = Stays(), Ask("tiny"), Ask("tiny")
+    assert stays.newest("w0", ("a", "d")) == -math.inf
+    stays.begin(first, "w0", ("a", "d"), 1.0)
+    stays.begin(second, "w0", ("a", "d"), 2.0)
+    assert stays.newest("w0", ("a", "d")) == 2.0
+    stays.end(second)
+    assert stays.newest("w0", ("a", "d")) == 1.0
+    stays.end(first)
+    assert stays.newest("w0", ("a", "d")) == -math.inf

@@ -130,12 +130,13 @@ def test_a_claim_passes_by_an_adapter_in_steady_use_though_it_has_fewer_requests
     assert gateway.send(WARM) == "w0" and gateway.send(adapter("b1")) is None
 
 
-def test_of_many_in_steady_use_a_claim_takes_the_one_with_the_fewest_requests_in_flight(gateway: Gateway) -> None:
+def test_of_many_in_steady_use_a_claim_takes_the_one_longest_without_a_new_request(gateway: Gateway) -> None:
     gateway.worker("w0", held("warm", steady=True), held("hot", steady=True), held("b1"), held("b2"), slots=4)
     for name in ("warm", *["hot", "b1", "b2"] * 3):
         gateway.send(adapter(name))
+        gateway.now += 0.01
     old = gateway.ask(COLD)
-    gateway.now = AGE_BOUND_S
+    gateway.now += AGE_BOUND_S
     assert isinstance(gateway.choose(old), Wait)
     assert gateway.send(WARM) is None
 
