@@ -168,8 +168,9 @@ class Claims:
 
     def _victim(self, key: Key, pool: Pool, now: float, *, by_load: bool) -> Claim | None:
         """On any worker, or the least loaded one, that has claims to spare: who was sent its last request longest ago will be gone soonest, and would not
-        miss the slot. (With own loads, at 1.2 and 1.5 times the capacity, mean TTFT is an eighth less than with whoever has the fewest in flight.) While few are in
-        steady use, those are passed by, also if for now no other one can be claimed."""
+        miss the slot. (With own loads, at 1.2 and 1.5 times the capacity, mean TTFT is an eighth less than with whoever has the fewest in flight.)
+        While few are in steady use, those are passed by, also if for now no other one can be claimed.
+        """
         able = [w for w in pool.workers if w.has_room]
         few = sum(len(w.steady) for w in able) <= STEADY_SHARE * sum(w.beat.slots for w in able)
         best: tuple[float, float, float, float, Claim] | None = None
