@@ -5,6 +5,7 @@
     python -m bench.simulate --scenario default --grow adapters --seeds 10 --plot growth.png
     python -m bench.simulate --scenario default --events loss --plot loss.png
     python -m bench.simulate --scenario default --overload 1.25,1.5,2
+    python -m bench.simulate --scenario default --by-rank --rate 150 --loads own --warm-up 60
 
 No sockets, no sleeping, no model: the gateway's dispatcher, fleet, policies and admission, the worker's residency and slots, and the wire format
 between them run as they are; clocks, sockets and engines are simulated, engines by a table measured on an H200 (bench/sim/timing.py). The same
@@ -67,6 +68,10 @@ def _answer(flags: argparse.Namespace, cases: dict[str, list[Case]], spread_out:
         grown = report.growth_document(study.grow(first, flags.grow, flags.seeds, flags.rate, spread_out))
         print(report.growth_table(grown))
         return {"scenario": study.facts_of(first[0]), "growth": grown}
+    if flags.by_rank:
+        made = report.waits_document(flags.rate, study.who_waits(first, flags.seeds, flags.rate, spread_out))
+        print(report.waits_table(made))
+        return {"scenario": study.facts_of(first[0]), "waits": made}
     if flags.events:
         rate = flags.rate or study.compare(first, flags.seeds, None, True, False, spread_out).rate_rps
         event = report.event_document(study.watch(first, flags.events, flags.seeds, rate, spread_out))
@@ -97,6 +102,8 @@ def _cases(flags: argparse.Namespace) -> dict[str, list[Case]]:
     unknown = set(names) - set(policies())
     if unknown or not names:
         raise ValueError(f"no policy {', '.join(sorted(unknown)) or 'given'}; there are {', '.join([*policies(), CLAIRVOYANT])}")
+    if flags.by_rank and (not flags.rate or flags.plot or flags.scenario == "all"):
+        raise ValueError("--by-rank takes one --scenario and a --rate, and draws no --plot")
     window = Window(flags.duration * WARM_UP_SHARE if flags.warm_up is None else flags.warm_up, flags.duration)
     return {
         scenario: [
@@ -159,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--grow", choices=list(study.GROWTH), help="figures as the number of adapters or of workers grows, instead")
     add("--events", choices=["scale", "loss"], help="how a quarter more or fewer workers is taken, instead")
+    add("--by-rank", action="store_true", help="who waits at --rate, by the popularity of the adapter and with production's queue, instead")
     add(
         "--overload", type=lambda text: [_positive(part) for part in text.split(",")], help="also offer so many times each capacity: 1.25,2"
     )

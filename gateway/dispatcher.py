@@ -137,6 +137,8 @@ class Dispatcher:
         if not worker.routable or self.fleet.get(worker.id) is not worker:
             self._tending.fail(sid, WorkerUnavailable("The worker does not serve.", retry_after_s=1.0))
             return future
+        if action is wire.Action.CACHE:  # what is on the disk alone is in no heartbeat
+            future.add_done_callback(lambda f: self.fleet.cached(worker, adapter) if not f.cancelled() and f.exception() is None else None)
         peers = peers_of(self.fleet.pool(adapter.base), worker, (adapter.name, adapter.digest))
         sent = self._transport.send_data(peer, wire.encode(wire.Tend(sid, action, adapter, stored, peers)))
         if sent is Sent.FULL:

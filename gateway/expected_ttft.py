@@ -2,7 +2,7 @@
 
     queue wait + slot wait + load(tier, bytes) + stall x running sequences + eviction - prefix reuse          (seconds)
 
-A load runs inside the engine's loop, so it is charged for everybody whom it stalls; a prefill, by a fiftieth. Four rules stand beside the sum.
+What of a load runs inside the engine's loop is charged for everybody whom it stalls; a prefill, by a fiftieth. Four rules stand beside the sum.
 Slots: an adapter that is not in flight on a worker goes there only if a slot can be had, else it waits here, where any worker's next slot can take it
 and where its requests gather; with few slots left a copy in flight is preferred to a second one. Homes: a cold adapter goes to where its
 weights are cached, else to its home in rendezvous order within the bounded load. Copies: another copy is loaded when its demand is worth one;

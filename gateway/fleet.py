@@ -135,6 +135,10 @@ class Fleet:
             worker.attached_epoch = epoch
             self._pool_of(worker).settle(worker)
 
+    def cached(self, worker: Worker, adapter: AdapterRef) -> None:
+        """The worker says that its host's disk has the adapter's files."""
+        self._shelves.put(worker.beat.host, adapter.base, [key_of(adapter)])
+
     def leaves(self, worker_id: WorkerId, epoch: int, reason: str) -> Changed | None:
         """This life of the worker has refused a request because it takes no more: no beat that was on its way can say otherwise."""
         worker = self._workers.get(worker_id)

@@ -1,7 +1,8 @@
-"""Pure. Which adapters' files lie on which host's disk, as far as heartbeats have told.
+"""Pure. Which adapters' files lie on which host's disk, as far as workers have told.
 
 Heartbeats name what an engine holds. Its files are in the host's disk cache, for all workers of that host and across their restarts, and stay there
 after the engine has dropped it, until the disk's quota makes room. No heartbeat tells of that: a hint, and where it is out of date, files are fetched again.
+(Whether an adapter is on any disk at all, for the list of adapters, is in usage.py, by name.)
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ class Shelves:
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
-        self._seen: dict[tuple[str, tuple[str, str]], None] = {}  # (host, key), the longest unseen first
+        self._seen: dict[tuple[str, str, tuple[str, str]], None] = {}  # (host, base, key), the longest unseen first
 
     def __len__(self) -> int:
         return len(self._seen)
 
-    def put(self, host: str, keys: Iterable[tuple[str, str]]) -> None:
+    def put(self, host: str, base: str, keys: Iterable[tuple[str, str]]) -> None:
         """They are on the host's disk now."""
-        for key in keys:
-            mark = (host, key)
+        for key in keys if host else ():
+            mark = (host, base, key)
             self._seen.pop(mark, None)
             self._seen[mark] = None
         while len(self._seen) > self._most:
             del self._seen[next(iter(self._seen))]
 
-    def has(self, host: str, key: tuple[str, str]) -> bool:
-        return (host, key) in self._seen
+    def has(self, host: str, base: str, key: tuple[str, str]) -> bool:
+        return (host, base, key) in self._seen

@@ -127,7 +127,7 @@ class Worker:
         state = self.held.get(key)
         if state is not None and state.tier is not Tier.REMOTE:
             return state.tier
-        return Tier.DISK if self.shelves.has(self.beat.host, key) else Tier.REMOTE
+        return Tier.DISK if self.shelves.has(self.beat.host, self.beat.base, key) else Tier.REMOTE
 
     def holds(self, adapter: AdapterRef) -> bool:
         """In a GPU slot, on the way to one, or reserved for by this gateway."""
@@ -221,9 +221,8 @@ class Worker:
         for key in busy:
             if key not in loaded:
                 coming.add(key)
-        if beat.host:
-            self.shelves.put(beat.host, loaded - self.loaded)
-            self.shelves.put(beat.host, [key for key in lower - self.lower if held[key].tier is not Tier.REMOTE])
+        self.shelves.put(beat.host, beat.base, loaded - self.loaded)
+        self.shelves.put(beat.host, beat.base, [key for key in lower - self.lower if held[key].tier is not Tier.REMOTE])
         self.held, self.loaded, self.coming, self.lower, self.steady = held, loaded, coming, lower, steady
         # Without requests of other gateways it is our own that ended since the beat left.
         self.others_busy = in_flight if self.others else set()

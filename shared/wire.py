@@ -73,7 +73,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="beat"):
 
     `epoch` grows with every start of the worker, `seq` with every beat of the epoch. `running` and `waiting` count requests of all gateways,
     `yours` those of the receiving gateway alone, `acked` is the highest stream id received from it.
-    Measured seconds, 0 where nothing was measured: a load from disk and from the CPU tier into a slot (what stalls the engine), a fetch from
+    Measured seconds, 0 where nothing was measured: `load_s` a whole load from disk, checked and prepared beside the engine and put into a slot; of that, and of
+    one from the CPU tier, the part that stalls the engine (`disk_load_s`, `cpu_load_s`); a fetch from
     the store to disk; `load_bytes` is the mean size of what the load from disk was measured on.
     Workers with the same `host` share one disk cache; at `peer_endpoint` other hosts' workers get files from it ("": nobody does).
     """

@@ -16,6 +16,7 @@ from typing import Any
 from shared import wire
 from shared.adapter_checks import AdapterFacts
 from shared.adapters import AdapterRef, StoredAdapter
+from shared.averages import blend
 from shared.errors import AdapterNotFound, EngineFailure, LoraplexError, WorkerUnavailable
 from shared.stores import AdapterStore
 from worker.checks import open_validator
@@ -334,7 +335,7 @@ class Agent:
             await self._engine.prepare(loaded)
             prepare_s = clock() - start
             if came_from is wire.Tier.DISK or not self._prepare_s:
-                self._prepare_s = _blend(self._prepare_s, check_s + prepare_s)
+                self._prepare_s = blend(self._prepare_s, check_s + prepare_s, LOAD_WEIGHT)
             in_ms = {"ms": round(prepare_s * 1e3, 1), "check_ms": round(check_s * 1e3, 1)}
             log.info("adapter prepared", extra={"adapter": str(ref), "bytes": cached.size_bytes, **in_ms})
         except EngineFailure as exc:
@@ -357,7 +358,7 @@ class Agent:
             extra={"adapter": str(ref), "from": origin, "bytes": cached.size_bytes, "peer_bytes": cached.peer_bytes, **in_ms},
         )
         if origin == "store":
-            self._fetch_s = _blend(self._fetch_s, sum(took.values()) - cached.times.wait_s)
+            self._fetch_s = blend(self._fetch_s, sum(took.values()) - cached.times.wait_s, LOAD_WEIGHT)
 
     async def _look_up(self, ref: AdapterRef) -> StoredAdapter:
         """The gateway thought that the adapter was here and sent no files: ask the store."""
@@ -375,8 +376,8 @@ class Agent:
             return
         took_ms, stall_ms = round((clock() - start) * 1e3, 1), round(done.stall_s * 1e3, 1)
         if swap.enter:
-            self._stall_s = _blend(self._stall_s, done.stall_s / len(swap.enter))
-            self._load_bytes = _blend(self._load_bytes, sum(a.size_bytes for a in swap.enter) / len(swap.enter))
+            self._stall_s = blend(self._stall_s, done.stall_s / len(swap.enter), LOAD_WEIGHT)
+            self._load_bytes = blend(self._load_bytes, sum(a.size_bytes for a in swap.enter) / len(swap.enter), LOAD_WEIGHT)
         for adapter in swap.unload:
             log.info("adapter unloaded", extra={"adapter": str(adapter.ref)})
         failures = {}
@@ -434,7 +435,3 @@ class Agent:
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         assert self._tasks is not None
         return self._tasks.create_task(work, name=name)
-
-
-def _blend(average: float, newest: float) -> float:
-    return LOAD_WEIGHT * newest + (1 - LOAD_WEIGHT) * average if average else newest

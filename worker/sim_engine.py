@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 
 from shared.adapters import AdapterRef
+from shared.averages import blend
 from shared.errors import EngineFailure, InvalidAdapter, InvalidRequest, RouteNotFound
 from worker.engine import Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped
 from worker.sim_answer import Answer, error_body, read_request
@@ -209,7 +210,7 @@ class SimEngine:
     def _step(self, now: float, due: float) -> None:
         """What has left prefill joins, and every running sequence moves by one token."""
         if self._running:
-            self._step_s = _blend(self._step_s, now - self._step_began)
+            self._step_s = blend(self._step_s, now - self._step_began, MEASURE_WEIGHT)
         self._join(max(now, due))
         for sequence in [s for s in self._running if s.advance()]:
             self._remove(sequence, now)
@@ -227,7 +228,9 @@ class SimEngine:
             del self._prefilling[sequence]
             self._running[sequence] = None
             took = sequence.ready - self._ttft_s - sequence.prefill_began  # includes stalls by loads
-            self._measured_prefill_rate = _blend(self._measured_prefill_rate, sequence.answer.prompt_tokens / max(took, 1e-6))
+            self._measured_prefill_rate = blend(
+                self._measured_prefill_rate, sequence.answer.prompt_tokens / max(took, 1e-6), MEASURE_WEIGHT
+            )
 
     async def _load_first(self) -> None:
         adapter, loaded = self._loads[0]
@@ -314,7 +317,3 @@ class _Sequence:
         else:
             reply.more(answer.event(number), last)
         return last
-
-
-def _blend(average: float, newest: float) -> float:
-    return MEASURE_WEIGHT * newest + (1 - MEASURE_WEIGHT) * average if average else newest

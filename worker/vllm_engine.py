@@ -35,6 +35,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import LoRARequestStates
 
 from shared.adapters import AdapterRef
+from shared.averages import blend
 from shared.config import LLMConfig
 from shared.errors import ConfigError, EngineFailure
 from shared.parent import die_with_parent
@@ -109,9 +110,9 @@ class Stats(StatLoggerBase):  # type: ignore[misc]
         now = time.monotonic()
         took = now - self._last
         if self._last and self._prompt_tokens and took > 0:
-            self.prefill_tokens_per_s = _blend(self.prefill_tokens_per_s, self._prompt_tokens / took)
+            self.prefill_tokens_per_s = blend(self.prefill_tokens_per_s, self._prompt_tokens / took, EWMA)
         elif self._last and self._outputs and took < 1.0:
-            self.step_s = _blend(self.step_s, took)
+            self.step_s = blend(self.step_s, took, EWMA)
         self._outputs = self._prompt_tokens = 0
         if scheduler_stats is not None:
             self.running = scheduler_stats.num_running_reqs
@@ -437,8 +438,3 @@ def serve_args(model: LLMConfig) -> Any:
 def known_arguments() -> frozenset[str]:
     """The names that `engine_kwargs` may hold: every argument of `vllm serve`."""
     return frozenset(vars(make_arg_parser(FlexibleArgumentParser()).parse_args([])))
-
-
-def _blend(average: float, newest: float) -> float:
-    """The first one counts in full: an average that began at 0 would make a worker look slow, and nobody would ask it again."""
-    return average + EWMA * (newest - average) if average else newest

@@ -71,6 +71,7 @@ def bound(requests: Sequence[Request], workers: int, facts: WorkerFacts, timing:
             tier = Tier.GPU if hit else Tier.CPU if near else far
             seen.add(request.adapter)
         wait_s = 0.0 if tier is Tier.GPU else timing.fetch_s(tier, facts.adapter_bytes) + timing.load_from_s(tier, facts.adapter_bytes)
+        wait_s += timing.prepared_in_s(facts.adapter_bytes) if tier > Tier.CPU else 0.0
         if tier is not Tier.GPU and request.adapter is not None:
             run.loads.append(LoadSeen(request.at_s, FLEET, adapter_name(request.adapter), tier))
         ttft_s = wait_s + timing.outside_s + timing.step_s(1) + request.prompt_tokens / timing.prefill_tokens_per_s

@@ -12,7 +12,7 @@ import msgspec
 from bench.sim import scenarios, search, study
 from bench.sim.scenarios import SCENARIOS, Scenario, Window
 from bench.sim.study import CLAIRVOYANT, Case
-from bench.sim.timing import Loads
+from bench.sim.timing import Loader
 
 Kind: TypeAlias = Literal["keeps", "figures", "bound", "pooled", "overload", "scale", "loss"]
 """A run that asks whether a rate keeps the promise on p99; one for figures; the clairvoyant bound's; the default policy's with all slots one pool; with
@@ -37,7 +37,7 @@ class Item(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warm_up_s: float = 60.0
     duration_s: float = 60.0
     p99_s: float = 0.0
-    loads: Loads = "vllm"
+    loads: Loader = "vllm"
 
     @property
     def name(self) -> str:

@@ -26,7 +26,7 @@ from bench.sim.study import (
     OURS,
     REFERENCE,
 )
-from bench.sim.timing import Loads
+from bench.sim.timing import Loader
 
 STRIDE = 3
 """Rungs; two seeds of one policy are rarely further apart."""
@@ -40,7 +40,7 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
     adapters: int = 0
     warm_up_s: float = 60.0
     duration_s: float = 60.0
-    loads: Loads = "vllm"
+    loads: Loader = "vllm"
 
     @property
     def name(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bench.sim.agenda import Agenda
-from bench.sim.timing import Loads
+from bench.sim.timing import Loader
 from bench.sim.worker import HEARTBEAT_S, WorkerFacts
 from gateway.admission import Admission
 from gateway.dispatcher import Dispatcher, Transport
@@ -74,6 +74,6 @@ def worker_facts(policy: str, facts: WorkerFacts) -> WorkerFacts:
     return replace(facts, capacity=UNBOUNDED, kept_by_vllm=True) if policy == STRICT else facts
 
 
-def loads_of(policy: str, loads: Loads) -> Loads:
+def loader_of(policy: str, loads: Loader) -> Loader:
     """Behind Ray it is vLLM that loads."""
     return "vllm" if policy == STRICT else loads

@@ -12,19 +12,19 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
 
 from bench.sim.clairvoyant import bound, capacity_bound
-from bench.sim.figures import Figures, Flash, Moment, Spread, figures, flash, spread, timeline
+from bench.sim.figures import Figures, Flash, Moment, Spread, Waits, figures, flash, spread, timeline, waits
 from bench.sim.pooled import pooled
-from bench.sim.production import loads_of
+from bench.sim.production import STRICT, loader_of
 from bench.sim.scenarios import SCENARIOS, WORKERS, Scenario, Window, requests_of
 from bench.sim.search import highest, keeps
-from bench.sim.timing import Loads, timing_of
+from bench.sim.timing import Loader, timing_of
 from bench.sim.worker import WorkerFacts
-from bench.sim.world import Join, Loss, World, adapter_name, simulate
+from bench.sim.world import Join, Loss, Run, World, adapter_name, simulate
 
 CLAIRVOYANT = "clairvoyant"
 ONE_POOL = "one-pool"
 OURS = "expected-ttft"
-REFERENCE = "ray-strict"
+REFERENCE = STRICT
 CAPACITY_P99_S = 0.5
 COMMON_P99_S = 1.0
 """The rate of the comparison in `default` is where the reference's p99 TTFT reaches this."""
@@ -58,12 +58,12 @@ class Case:
     workers: int = WORKERS
     window: Window = field(default_factory=Window)
     disk_warm: bool = True
-    loads: Loads = "vllm"
+    loads: Loader = "vllm"
 
     @property
     def world(self) -> World:
         facts = WorkerFacts("base", disk_warm=self.disk_warm)
-        timing = timing_of(loads_of(self.policy, self.loads))
+        timing = timing_of(loader_of(self.policy, self.loads))
         return World(self.policy, self.workers, self.scenario.all_adapters, self.seed, timing, facts)
 
 
@@ -107,8 +107,17 @@ def measure_pooled(case: Case, rate_per_s: float) -> Figures:
 
 def measure_overload(case: Case, rate_per_s: float) -> Figures:
     """With the bounded queue of production: what cannot be served in time is refused."""
+    return figures(_overloaded(case, rate_per_s), case.window)
+
+
+def measure_waits(case: Case, rate_per_s: float) -> Waits:
+    """Likewise."""
+    return waits(_overloaded(case, rate_per_s), case.window)
+
+
+def _overloaded(case: Case, rate_per_s: float) -> Run:
     world = replace(case.world, max_queued=PRODUCTION_QUEUE, queue_timeout_s=PRODUCTION_QUEUE_S)
-    return figures(simulate(world, requests_of(case.scenario, rate_per_s, case.seed, case.window)), case.window)
+    return simulate(world, requests_of(case.scenario, rate_per_s, case.seed, case.window))
 
 
 def measure_event(case: Case, rate_per_s: float, event: str) -> list[Moment]:
@@ -257,6 +266,13 @@ def overload(cases: Sequence[Case], times: Sequence[float], seeds: int, at: dict
     results = iter(spread_out(measure_overload, jobs))
     measured = {case.policy: {more: [next(results) for _ in range(seeds)] for more in times} for case in cases}
     return Overload(medians, measured)
+
+
+def who_waits(cases: Sequence[Case], seeds: int, rate_rps: float, spread_out: SpreadOut) -> dict[str, list[Waits]]:
+    """By policy, one per seed."""
+    jobs = [(replace(case, seed=seed), rate_rps) for case in cases for seed in range(seeds)]
+    results = iter(spread_out(measure_waits, jobs))
+    return {case.policy: [next(results) for _ in range(seeds)] for case in cases}
 
 
 def scenario_named(name: str, adapters: int | None) -> Scenario:

@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 from shared.wire import Tier
 
 MIB = 1 << 20
-Loads: TypeAlias = Literal["vllm", "own"]
+Loader: TypeAlias = Literal["vllm", "own"]
 """How workers load adapters: as vLLM does, or as this project's do."""
 
 
@@ -77,5 +77,5 @@ class Timing:
         return 1.0 / (decode_s + prompt_tokens / self.prefill_tokens_per_s + load_s_per_request)
 
 
-def timing_of(loads: Loads) -> Timing:
+def timing_of(loads: Loader) -> Timing:
     return Timing() if loads == "vllm" else replace(Timing(), load_s=0.006, prepare_s=0.036, activate_s=0.001)

@@ -12,6 +12,7 @@ from bench.sim.timing import Timing
 from bench.sim.vllm_residency import VllmResidency
 from shared import wire
 from shared.adapters import AdapterRef
+from shared.averages import blend
 from worker.engine import Loaded, Swap
 from worker.residency import Fetch, Instruction, Reject, Residency, Start
 
@@ -166,7 +167,7 @@ class SimWorker:
             return
         now = self._agenda.now
         self._prepared_until = max(now, self._prepared_until) + self._timing.prepared_in_s(self.facts.adapter_bytes)
-        self._prepare_s = _blend(self._prepare_s, self._prepared_until - now)
+        self._prepare_s = blend(self._prepare_s, self._prepared_until - now, LOAD_WEIGHT)
         self._agenda.at(self._prepared_until, self._prepared, adapter)
 
     def _prepared(self, adapter: AdapterRef) -> None:
@@ -192,9 +193,9 @@ class SimWorker:
             if self.on_load is not None:
                 self.on_load(adapter.ref, origin)
             if origin is wire.Tier.CPU:
-                self._cpu_load_s = _blend(self._cpu_load_s, took)
+                self._cpu_load_s = blend(self._cpu_load_s, took, LOAD_WEIGHT)
             else:
-                self._load_s = _blend(self._load_s, took)
+                self._load_s = blend(self._load_s, took, LOAD_WEIGHT)
         self._perform(self.residency.swapped({}, self._agenda.now))
         self._beat_soon()
 
@@ -277,7 +278,3 @@ class SimWorker:
             cpu_load_s=self._cpu_load_s,
         )
         self._send_control(self.peer, wire.encode(beat))
-
-
-def _blend(average: float, newest: float) -> float:
-    return LOAD_WEIGHT * newest + (1 - LOAD_WEIGHT) * average if average else newest

@@ -146,6 +146,8 @@ async def test_a_prefetched_adapter_is_on_disk_and_in_no_slot_and_with_tier_gpu_
     status, body = await act(two, "team/d", "prefetch")
     assert status == 200 and [r["ok"] for r in body["results"]] == [True, True] and body["tier"] == "disk"
     assert (await row(two, "team/d"))["state"] == "cached"
+    found = (await two.get("/admin/explain?model=sim:team/d"))[1]
+    assert {w["tier"] for w in found["workers"]} == {"disk"}, found
     assert "adapter loaded" not in "".join(w.output() for w in two.workers.values())
     assert (await act(two, "team/d", "prefetch", "?tier=gpu&worker=w1"))[0] == 200
     await until(two, "team/d", lambda r: [(w["worker"], w["tier"], w["loading"]) for w in r["workers"]] == [("w1", "gpu", False)])

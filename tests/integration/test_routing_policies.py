@@ -149,6 +149,31 @@ async def test_a_worker_that_starts_again_is_known_to_have_on_disk_what_it_had(t
         assert [h["x-loraplex-adapter-tier"] for h in (first, again)] == ["remote", "disk"]
 
 
+async def test_a_load_is_priced_by_all_of_it_the_check_and_what_is_done_beside_the_engine_included(tmp_path: Path, adapters: Path) -> None:
+    for name in ("pirate", "haiku"):
+        make_adapter(adapters, name)
+    async with cluster(sim_config(adapters, sim=SLOW), tmp_path) as c:
+        await c.start_worker("w0")
+        await listed(c, 3)
+        await burst(c, ["sim:pirate"], max_tokens=1)
+        c.workers["w0"].signal(signal.SIGKILL)
+        await c.workers["w0"].wait()
+        await c.start_worker("w0")
+        await burst(c, ["sim:pirate"], max_tokens=1)
+        async with asyncio.timeout(10):  # until a heartbeat tells of it
+            while (await explained(c, "sim:pirate"))["workers"][0]["tier"] != "gpu":
+                await asyncio.sleep(0.02)
+        [w0] = (await explained(c, "sim:haiku"))["workers"]
+        lines = c.workers["w0"].output().splitlines()
+        prepared, loaded = (json.loads([line for line in lines if f'"adapter {what}"' in line][-1]) for what in ("prepared", "loaded"))
+        assert prepared["ms"] >= SLOW["load_ms"] > 5 * loaded["stall_ms"]
+        whole_ms = prepared["check_ms"] + prepared["ms"] + loaded["stall_ms"]
+        assert w0["tier"] == "remote" and w0["terms_ms"]["load"] == pytest.approx(
+            250 + whole_ms, abs=0.5
+        )  # 250: a fetch that nobody measured
+        assert w0["terms_ms"]["stall"] < 1
+
+
 async def test_a_worker_that_joins_loads_its_share_of_the_hot_adapters_before_its_first_request(tmp_path: Path, adapters: Path) -> None:
     names = [f"a{n}" for n in range(12)]
     for name in names:

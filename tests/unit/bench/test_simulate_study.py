@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bench import simulate
 from bench.sim import study
-from bench.sim.figures import fair_shares, jain, spread
+from bench.sim.figures import RANKS, fair_shares, jain, spread
 from bench.sim.report import MAIN
 from bench.sim.scenarios import SCENARIOS, Window
 from bench.sim.search import highest, keeps
@@ -112,6 +112,33 @@ def test_events_and_overload_are_reported(more: list[str], tmp_path: Path, capsy
         assert len(document["event"]["policies"]["residency-p2c"]) == 3
     else:
         assert 0.5 < document["overload"]["residency-p2c"]["offered"]["2"]["completed_over_capacity"]["median"] < 3.0
+
+
+def test_who_waits_is_shown_by_popularity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tmp_path / "made.json"
+    flags = [
+        "--workers",
+        "1",
+        "--seeds",
+        "2",
+        "--duration",
+        "20",
+        "--rate",
+        "40",
+        "--jobs",
+        "1",
+        "--policies",
+        "expected-ttft",
+        "--by-rank",
+    ]
+    assert simulate.main([*flags, "--json", str(made)]) == 0
+    waits = json.loads(made.read_text())["waits"]["policies"]["expected-ttft"]
+    assert len(waits["by_rank"]) == len(RANKS) + 1
+    assert waits["by_rank"][0] < waits["mean_s"] < waits["by_rank"][-1], "one worker of 16 slots is too few for 1,000 adapters"
+    assert waits["p50_s"] < waits["p90_s"] < waits["p99_s"]
+    assert "513-" in capsys.readouterr().out
+    assert simulate.main([*flags[:6], "--by-rank"]) == 2
+    assert "--rate" in capsys.readouterr().err
 
 
 def test_a_policy_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:

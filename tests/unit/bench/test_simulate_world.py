@@ -141,6 +141,14 @@ def test_adapters_are_prepared_one_after_another() -> None:
     assert second - first >= own.prepare_s - own.load_s and third - second >= own.prepare_s - own.load_s
 
 
+def test_the_bound_waits_for_what_is_done_beside_the_engine_too() -> None:
+    own = timing_of("own")
+    requests = _requests([1.0, 3.0], [0, 0], 1, 1)
+    cold, warm = bound(requests, 1, FACTS, own).outcomes
+    assert cold.ttft_s is not None and warm.ttft_s is not None
+    assert cold.ttft_s - warm.ttft_s == pytest.approx(own.fetch_disk_s + own.prepare_s + own.load_s)
+
+
 def test_behind_ray_it_is_vllm_that_loads() -> None:
     own = {policy: Case(policy, SCENARIOS["default"], 0, loads="own").world.timing for policy in ("ray-strict", "ray")}
     assert own == {"ray-strict": TIMING, "ray": timing_of("own")}

@@ -78,6 +78,22 @@ def test_a_worker_that_names_no_host_shares_no_disk() -> None:
 def test_memory_is_bounded_and_the_longest_unseen_is_forgotten_first() -> None:
     shelves = Shelves(most=2)
     for name in ("a", "b", "a", "c"):
-        shelves.put("host", [(name, "d")])
+        shelves.put("host", "tiny", [(name, "d")])
     assert len(shelves) == 2
-    assert [shelves.has("host", (name, "d")) for name in ("a", "b", "c")] == [True, False, True]
+    assert [shelves.has("host", "tiny", (name, "d")) for name in ("a", "b", "c")] == [True, False, True]
+
+
+def test_an_adapter_of_another_base_model_is_another_adapter() -> None:
+    shelves = Shelves()
+    shelves.put("host", "tiny", [("a", "d")])
+    assert shelves.has("host", "tiny", ("a", "d")) and not shelves.has("host", "large", ("a", "d"))
+
+
+def test_what_a_worker_was_told_to_fetch_is_on_its_disk_though_no_heartbeat_says_so() -> None:
+    hosts = Hosts()
+    hosts.beat("w0", "a", NOTHING)
+    hosts.beat("w1", "a", NOTHING)
+    worker = hosts.fleet.get("w0")
+    assert worker is not None
+    hosts.fleet.cached(worker, PIRATE)
+    assert hosts.tier("w0") == hosts.tier("w1") == Tier.DISK
