@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from shared.config import LLMConfig, LoraConfig, ModelLoadingConfig, Settings
-from shared.config_yaml import app_from_args
+from shared.config.llm import LLMConfig, LoraConfig, ModelLoadingConfig, Settings
+from shared.config.yaml import app_from_args
 
 if TYPE_CHECKING:
-    from gateway.background import Background
+    from gateway.supervisor.background import Background
 
 __all__ = ["LLMConfig", "LoraConfig", "ModelLoadingConfig", "Settings", "build_openai_app", "run"]
 
@@ -38,10 +38,10 @@ def run(app: Settings, *, blocking: bool = False, name: str = "default", route_p
         ConfigError: it could not start (non-blocking). With `blocking`, SystemExit carries the exit status of a failed start.
     """
     if not blocking:
-        from gateway.background import Background
+        from gateway.supervisor.background import Background
 
         return Background.start(app)
-    from gateway.cli import serve
+    from gateway.cli.main import serve
 
     status = serve(app)
     if status:

@@ -23,38 +23,38 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from gateway import alias_book
-from gateway.admin import Admin
-from gateway.admin_actions import Actions
-from gateway.admin_scope import Scope
-from gateway.admission import Admission, Bound
-from gateway.alias_api import AliasAPI
-from gateway.alias_book import AliasBook
-from gateway.aliases import Alias, AliasState, from_config
-from gateway.api import API
-from gateway.catalog import Catalog
-from gateway.dispatcher import Dispatcher
-from gateway.fellows import Fellows
-from gateway.fleet import Fleet
-from gateway.flight import Flight
-from gateway.generation import Generation, Limits
-from gateway.keeper import Keeper
-from gateway.keys import read_keys
-from gateway.metrics import Metrics
-from gateway.pins import Pins, PinState
-from gateway.policies import make_policy
-from gateway.resolver import Resolver
-from gateway.rollout import Rollout
-from gateway.settings import Endpoints, endpoints
-from gateway.usage import Usage
-from gateway.versions import Stage
-from shared import log as logs
-from shared import wire
-from shared.config import LLMConfig, LoraConfig, Settings
+from gateway.adapters import alias_store as alias_book
+from gateway.admin.adapters import Admin
+from gateway.admin.actions import Actions
+from gateway.admin.scope import Scope
+from gateway.dispatch.admission import Admission, Bound
+from gateway.admin.aliases import AliasAPI
+from gateway.adapters.alias_store import AliasBook
+from gateway.adapters.aliases import Alias, AliasState, from_config
+from gateway.app import API
+from gateway.adapters.catalog import Catalog
+from gateway.dispatch.dispatcher import Dispatcher
+from gateway.telemetry.aggregation import Fellows
+from gateway.fleet.fleet import Fleet
+from gateway.dispatch.request import Flight
+from gateway.api.generate import Generation, Limits
+from gateway.adapters.reconciler import Keeper
+from gateway.accounts.keys import read_keys
+from gateway.telemetry.prometheus import Metrics
+from gateway.adapters.pins import Pins, PinState
+from gateway.routing.registry import make_policy
+from gateway.adapters.resolver import Resolver
+from gateway.adapters.rollout import Rollout
+from gateway.supervisor.endpoints import Endpoints, endpoints
+from gateway.adapters.usage import Usage
+from gateway.adapters.versions import Stage
+from shared.runtime import log as logs
+from shared.link import messages as wire
+from shared.config.llm import LLMConfig, LoraConfig, Settings
 from shared.errors import ConfigError, LoraplexError
-from shared.link import Sent, Server, open_context, secret_from_env
-from shared.process import follow_parent, on_stop_signals, read_settings
-from shared.state_file import StateFile
+from shared.link.sockets import Sent, Server, open_context, secret_from_env
+from shared.runtime.process import follow_parent, on_stop_signals, read_settings
+from shared.runtime.state_file import StateFile
 from shared.stores import open_store
 
 log = logging.getLogger("loraplex.gateway")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from shared.children import Zygote
+from shared.runtime.children import Zygote
 from tests.store_servers import gcs_url, moto_url, store_credentials
 
 __all__ = ["adapters", "gcs_url", "moto_url", "store_credentials", "zygote"]

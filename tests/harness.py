@@ -20,7 +20,7 @@ import aiohttp
 import msgspec
 import yaml
 
-from shared.children import Zygote
+from shared.runtime.children import Zygote
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "demo"

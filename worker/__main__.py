@@ -21,18 +21,18 @@ from typing import Any
 import msgspec
 import uvloop
 
-from shared import log as logs
-from shared.config import LLMConfig, Settings
+from shared.runtime import log as logs
+from shared.config.llm import LLMConfig, Settings
 from shared.errors import ConfigError, LoraplexError
-from shared.link import open_context, secret_from_env
-from shared.process import SERVE_SETTINGS, count_gpus, follow_parent, on_stop_signals, read_settings
+from shared.link.sockets import open_context, secret_from_env
+from shared.runtime.process import SERVE_SETTINGS, count_gpus, follow_parent, on_stop_signals, read_settings
 from shared.stores import open_store
 from shared.stores.transfer import Pace
 from worker.agent import Agent
-from worker.disk_cache import DiskCache
-from worker.engine import Engine
-from worker.peer_server import open_peer_server
-from worker.peers import Peers
+from worker.disk.cache import DiskCache
+from worker.engine.base import Engine
+from worker.peers.server import open_peer_server
+from worker.peers.client import Peers
 from worker.session import Session
 from worker.settings import WorkerSettings
 
@@ -64,7 +64,7 @@ DEFAULT_SIM_CONTEXT_TOKENS = 8192
 def open_engine(model: LLMConfig, stream_gap_s: float = 0.0) -> Engine:
     """The engine that the config names; vLLM is imported only here and only if it is asked for."""
     if model.llm_engine == "sim":
-        from worker.sim_engine import SimEngine
+        from worker.engine.sim.engine import SimEngine
 
         timing = msgspec.structs.asdict(model.sim)
         return SimEngine(
@@ -78,7 +78,7 @@ def open_engine(model: LLMConfig, stream_gap_s: float = 0.0) -> Engine:
     for key, value in (VLLM_ENV | (VLLM_GPU_ENV if gpu else VLLM_CPU_ENV)).items():
         os.environ.setdefault(key, value)
     try:
-        from worker.vllm_engine import VLLMEngine
+        from worker.engine.vllm.engine import VLLMEngine
     except ImportError as exc:
         raise ConfigError(f"vLLM cannot be imported ({exc}); install loraplex[gpu] or loraplex[cpu], or use llm_engine: sim") from exc
     return VLLMEngine(model, stream_gap_s)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from shared.config import LLMConfig
+from shared.config.llm import LLMConfig
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

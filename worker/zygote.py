@@ -14,7 +14,7 @@ import signal
 import sys
 import warnings
 
-from shared.process import PARENT_ENV, follow_parent
+from shared.runtime.process import PARENT_ENV, follow_parent
 from worker.__main__ import VLLM_CPU_ENV, VLLM_ENV, run
 
 
@@ -30,7 +30,7 @@ def preload() -> None:
     import vllm.v1.worker.cpu_model_runner
     import vllm.v1.worker.cpu_worker  # noqa: F401
 
-    import worker.vllm_engine  # noqa: F401
+    import worker.engine.vllm.engine
 
 
 def spawn(argv: list[str], env: dict[str, str]) -> int:

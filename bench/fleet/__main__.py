@@ -36,10 +36,10 @@ from bench.fleet.figures import RecordedRow, line, table
 from bench.fleet.plan import PARTS, POLICIES, Plan, Row, Times, fit, rows, with_capacity
 from bench.fleet.run import Runner, Volume, read
 from bench.fleet.served import PAIR, Served, real, simulated
-from bench.gateways import RESULTS, commit
-from bench.load import raise_open_files_limit
-from bench.peers.process import NotStarted
-from shared.process import count_gpus
+from bench.gateways.__main__ import RESULTS, commit
+from bench.load.__main__ import raise_open_files_limit
+from bench.gateways.peers.process import NotStarted
+from shared.runtime.process import count_gpus
 
 SCHEMA = "loraplex.bench.fleet/1"
 STARTED = time.monotonic()

@@ -24,8 +24,8 @@ import msgspec
 
 from bench.fleet.figures import Seen, together
 from bench.fleet.served import MODEL, PAIR_ENV, Served
-from bench.peers.process import LOOK_AGAIN_S, NotStarted, Process, Usage, free_ports, spent_s, tree
-from shared.process import PARENT_ENV
+from bench.gateways.peers.process import (LOOK_AGAIN_S, NotStarted, Process, Usage, free_ports, spent_s, tree)
+from shared.runtime.process import PARENT_ENV
 
 ROOT = Path(__file__).resolve().parents[2]
 GATEWAY_START_S = 60.0

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from bench.fleet.plan import OURS
-from bench.measure import BIN_S, Outcome, latency
+from bench.load.measure import BIN_S, Outcome, latency
 
 RecordedRow: TypeAlias = Mapping[str, Any]
 

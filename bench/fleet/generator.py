@@ -13,9 +13,9 @@ import msgspec
 import uvloop
 
 from bench.fleet.figures import Seen
-from bench.load import measure, raise_open_files_limit
-from bench.options import parse
-from shared.process import follow_parent
+from bench.load.__main__ import measure, raise_open_files_limit
+from bench.load.options import parse
+from shared.runtime.process import follow_parent
 
 
 def main() -> int:

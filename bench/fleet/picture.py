@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.fleet.figures import RecordedRow, medians, paces, scale
 from bench.fleet.plan import POLICIES
-from bench.sim.plot import COLOURS
+from bench.routing.sim.plot import COLOURS
 
 WIDTH = 0.2
 

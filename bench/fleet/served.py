@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.growth import write_adapters
-from bench.sim.timing import Timing
+from bench.gateways.growth import write_adapters
+from bench.routing.sim.timing import Timing
 
 MODEL, PAIR = "m", "pair"
 """The model of the single workers, and the one of the worker with tensor parallel 2."""
@@ -74,7 +74,7 @@ def simulated(work: Path, adapters: int, slots: int, slow: float, sequences: int
 
 def real(work: Path, adapters: int, slots: int, shape: str) -> Served:
     """vLLM with dummy weights in a known shape, as in bench.gpu."""
-    from bench.gpu_servers import RANK, engine_arguments, make_adapters, make_model
+    from bench.engine.gpu_servers import RANK, engine_arguments, make_adapters, make_model
 
     model, root = work / f"model-{shape}", work / shape / f"adapters-{adapters}"
     if not (model / "config.json").exists():

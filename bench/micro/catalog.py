@@ -19,9 +19,9 @@ from pathlib import Path
 
 import uvloop
 
-from bench.growth import write_adapters
-from gateway.catalog import Catalog
-from gateway.model_list import ModelList
+from bench.gateways.growth import write_adapters
+from gateway.adapters.catalog import Catalog
+from gateway.api.models import ModelList
 from shared.stores import open_store
 
 LEVELS = "1000,100000"

@@ -20,16 +20,16 @@ from pathlib import Path
 
 import uvloop
 
-from bench.bucket import CREDENTIALS, Bucket, open_bucket
-from bench.peers.process import usage
-from shared.adapter_checks import AdapterFacts
-from shared.adapters import AdapterRef, StoredAdapter
-from shared.link import open_context
+from bench.engine.bucket import CREDENTIALS, Bucket, open_bucket
+from bench.gateways.peers.process import usage
+from shared.adapters.checks import AdapterFacts
+from shared.adapters.identity import AdapterRef, StoredAdapter
+from shared.link.sockets import open_context
 from shared.stores import AdapterStore, open_store
 from shared.stores.transfer import Pace
-from worker.disk_cache import DiskCache
-from worker.peer_server import open_peer_server
-from worker.peers import Peers
+from worker.disk.cache import DiskCache
+from worker.peers.server import open_peer_server
+from worker.peers.client import Peers
 
 SECRET = "the secret of this benchmark"
 TICK_S = 0.001

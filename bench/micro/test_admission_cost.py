@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from bench.sim.worker import WorkerFacts
-from bench.sim.world import Simulation, World
-from bench.workload import Fixed, Poisson, Request, UniformLength, Workload, Zipf, requests
-from gateway.policies import DEFAULT
-from shared import wire
+from bench.routing.sim.worker import WorkerFacts
+from bench.routing.sim.world import Simulation, World
+from bench.load.workload import (Fixed, Poisson, Request, UniformLength, Workload, Zipf, requests)
+from gateway.routing.registry import DEFAULT
+from shared.link import messages as wire
 
 CASES = [(workers, adapters, queued) for queued in (1_000, 10_000) for workers, adapters in ((8, 500), (64, 500), (64, 4_000))]
 CAPACITY = 64

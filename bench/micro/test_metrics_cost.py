@@ -7,12 +7,12 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from bench.micro.conftest import PerUnit
-from gateway.flight import Flight
-from gateway.metrics import DURATION_BUCKETS_S, TTFT_BUCKETS_S, Metrics
-from gateway.request import Event
-from gateway.routing import Reason
-from shared import wire
-from shared.adapters import AdapterRef, StoredAdapter
+from gateway.dispatch.request import Flight
+from gateway.telemetry.prometheus import DURATION_BUCKETS_S, TTFT_BUCKETS_S, Metrics
+from gateway.dispatch.lifecycle import Event
+from gateway.routing.policy import Reason
+from shared.link import messages as wire
+from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import LoraplexError
 
 

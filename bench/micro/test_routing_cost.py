@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.fleet import Fleet
-from gateway.policies import DEFAULT, make_policy
-from gateway.routing import Ask, Choice, Policy
-from shared.adapters import AdapterRef
-from shared.wire import AdapterState, Heartbeat, Tier, WorkerState
+from gateway.fleet.fleet import Fleet
+from gateway.routing.registry import DEFAULT, make_policy
+from gateway.routing.policy import Ask, Choice, Policy
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 SIZES = ((64, 1000), (1000, 10_000))
 SLOTS, CPU_ADAPTERS, RUNNING = 16, 64, 40

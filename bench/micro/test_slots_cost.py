@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bench.micro.conftest import PerUnit
-from shared.adapters import AdapterRef
-from worker.slots import Evict, SlotTable
+from shared.adapters.identity import AdapterRef
+from worker.adapters.slot_table import Evict, SlotTable
 
 SIZES = (16, 256)
 

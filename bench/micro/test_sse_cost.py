@@ -6,7 +6,7 @@ import json
 
 from bench.micro.conftest import PerUnit
 from bench.micro.test_wire_cost import BODY, EVENT
-from gateway.openai import parse_head
+from gateway.api.schema import parse_head
 
 JOINED = 8
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from shared.adapters import StoredAdapter, StoredFile
+from shared.adapters.identity import StoredAdapter, StoredFile
 from shared.errors import ConfigError
 from shared.stores.listing import Skipped
 from shared.stores.transfer import Transfer

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 
-from shared.adapters import StoredAdapter, StoredFile
+from shared.adapters.identity import StoredAdapter, StoredFile
 from shared.stores.listing import Entry, Grouping, Skipped
 from shared.stores.objects import find_adapter, list_adapters
 from shared.stores.transfer import Stream, Transfer, fetch_adapter

@@ -17,7 +17,7 @@ from typing import BinaryIO, TypeAlias
 
 import msgspec
 
-from shared.adapters import CONFIG_FILE, StoredAdapter
+from shared.adapters.identity import CONFIG_FILE, StoredAdapter
 from shared.stores.listing import Entry, Grouping, Skipped, valid_path
 
 # How much of either end of a file is read for its version. Both ends of two trainings differ: the tensors' order is alphabetical.

@@ -14,7 +14,7 @@ import aiohttp
 from gcloud.aio.auth import Token
 from gcloud.aio.storage import Storage
 
-from shared.adapters import StoredFile
+from shared.adapters.identity import StoredFile
 from shared.errors import LoraplexError
 from shared.stores import parse_bucket_url
 from shared.stores.bucket import Bucket

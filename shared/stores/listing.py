@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from shared.adapters import CONFIG_FILE, MAX_NAME_LENGTH, StoredAdapter, StoredFile, check_name
+from shared.adapters.identity import CONFIG_FILE, MAX_NAME_LENGTH, StoredAdapter, StoredFile, check_name
 from shared.errors import AdapterNotFound
 
 DIGEST_HEX_CHARS = 16

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
 
-from shared.adapters import CONFIG_FILE, StoredAdapter, StoredFile
+from shared.adapters.identity import CONFIG_FILE, StoredAdapter, StoredFile
 from shared.errors import ConfigError
 from shared.stores.folder_listing import FolderListing, below, open_regular, sample, walk
 from shared.stores.listing import Entry, Grouping, Skipped, valid_name

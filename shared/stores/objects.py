@@ -7,7 +7,7 @@ from contextlib import aclosing
 from enum import Enum
 from typing import Protocol
 
-from shared.adapters import CONFIG_FILE, StoredAdapter
+from shared.adapters.identity import CONFIG_FILE, StoredAdapter
 from shared.errors import AdapterNotFound, StoreUnavailable
 from shared.stores.listing import Entry, Grouping, OutOfOrder, valid_name
 

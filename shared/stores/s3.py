@@ -16,7 +16,7 @@ from aiobotocore.session import AioSession
 from botocore import exceptions as sdk
 from botocore.parsers import ResponseParserError
 
-from shared.adapters import StoredFile
+from shared.adapters.identity import StoredFile
 from shared.errors import ConfigError, LoraplexError
 from shared.stores import parse_bucket_url
 from shared.stores.bucket import Bucket

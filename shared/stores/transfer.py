@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
-from shared.adapters import StoredAdapter, StoredFile
+from shared.adapters.identity import StoredAdapter, StoredFile
 from shared.errors import AdapterNotFound, LoraplexError, StoreUnavailable
 from shared.stores.listing import valid_path
 from shared.stores.objects import TransferCut, Trouble, transient, unavailable

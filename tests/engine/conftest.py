@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from shared.children import Zygote
+from shared.runtime.children import Zygote
 from tests.harness import Cluster, cluster, demo_config
 from worker.__main__ import VLLM_CPU_ENV, VLLM_ENV
 

@@ -8,7 +8,7 @@ import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 
-from worker.vllm_replay import Way
+from worker.engine.vllm.tensor_replay import Way
 
 gone: list[int] = []
 

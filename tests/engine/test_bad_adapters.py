@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from shared.children import Zygote
+from shared.runtime.children import Zygote
 from tests.bad_adapters import KINDS
 from tests.harness import DEMO, Cluster, cluster, demo_config
 

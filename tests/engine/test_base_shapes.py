@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import transformers
 
-from shared.base_shapes import shapes_from_config
-from worker import base_shapes
-from worker.base_shapes import read_base_shapes
+from shared.adapters.base_layers import shapes_from_config
+from worker.validation import base_model as base_shapes
+from worker.validation.base_model import read_base_shapes
 
 SIZES = {
     "vocab_size": 128,

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from examples.demo.styles import HELD_OUT
-from shared.children import Zygote
+from shared.runtime.children import Zygote
 from tests.harness import cluster, demo_config
 
 END_S = 60.0  # far less than the engine's own patience with a call that is not answered (worker.vllm_adapters.UTILITY_TIMEOUT_S)

@@ -18,11 +18,11 @@ import pytest
 import pytest_asyncio
 import yaml
 
-from shared.adapters import AdapterRef
+from shared.adapters.identity import AdapterRef
 from shared.errors import EngineFailure
-from shared.process import read_settings
+from shared.runtime.process import read_settings
 from tests.harness import DEMO, demo_config
-from worker.engine import Call, Loaded, Swap
+from worker.engine.base import Call, Loaded, Swap
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 PROMPT = "Tell me about the sea."
@@ -166,9 +166,9 @@ def _by_us(tokenizer: Any, path: str, include_usage: bool, request: Any, outputs
     """What a Stream writes; the first `early` outputs come before it is attached."""
     from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
-    from worker.pacing import Pacing
-    from worker.sse_chunks import chat_chunks, completion_chunks
-    from worker.vllm_fast import Draft, Stream, Submission, in_words
+    from worker.engine.vllm.pacing import Pacing
+    from worker.engine.vllm.sse import chat_chunks, completion_chunks
+    from worker.engine.vllm.fast_path import Draft, Stream, Submission, in_words
 
     processor = OutputProcessor(tokenizer, log_stats=False)
     queue = RequestOutputCollector(request.sampling_params.output_kind, request.request_id)
@@ -207,9 +207,9 @@ async def test_the_same_engine_output_gives_the_same_bytes(tokenizer: Any, path:
 
 
 async def test_a_text_that_is_not_unicode_ends_its_own_stream_and_no_other(tokenizer: Any) -> None:
-    from worker.pacing import Pacing
-    from worker.sse_chunks import chat_chunks
-    from worker.vllm_fast import Draft, Stream, Submission, in_words
+    from worker.engine.vllm.pacing import Pacing
+    from worker.engine.vllm.sse import chat_chunks
+    from worker.engine.vllm.fast_path import Draft, Stream, Submission, in_words
 
     written, serving = Written(), _serving(CHAT)
     draft = Draft(chat_chunks("1", 1, "demo", "assistant", None, False), Submission(None, None, "", {}), lambda e: in_words(serving, e))
@@ -226,7 +226,7 @@ async def test_a_text_that_is_not_unicode_ends_its_own_stream_and_no_other(token
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def engine(vllm_environment: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Any]:
     """The demo model with two adapters, in this process."""
-    from worker.vllm_engine import VLLMEngine
+    from worker.engine.vllm.engine import VLLMEngine
 
     config = tmp_path_factory.mktemp("fast") / "config.yaml"
     config.write_text(yaml.safe_dump(demo_config()))

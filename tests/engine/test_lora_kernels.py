@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ROOT
-from worker import vllm_patches
+from worker.engine.vllm import patches as vllm_patches
 from worker.__main__ import VLLM_CPU_ENV, VLLM_ENV
 
 SHAPES = {"17": {"1": {"64": {"4096": {"16": {"block_m": 16}}}}, "3": {"64": {"4096": {"16": {"block_m": 32}}}}}}
@@ -99,7 +99,7 @@ def test_a_table_is_whole_after_every_shape_and_the_next_run_goes_on_with_it(tmp
 
 def test_tuning_without_a_gpu_says_what_it_needs(tmp_path: Path) -> None:
     env = {**os.environ, **VLLM_ENV, **VLLM_CPU_ENV, "CUDA_VISIBLE_DEVICES": ""}
-    argv = [sys.executable, "-m", "worker.vllm_tune", "--out", str(tmp_path / "out")]
+    argv = [sys.executable, "-m", "worker.engine.vllm.tune_kernels", "--out", str(tmp_path / "out")]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
     assert done.returncode == 2 and "no CUDA device" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from examples.demo.styles import HELD_OUT, is_style
-from shared.children import Zygote
+from shared.runtime.children import Zygote
 from tests.harness import DEMO, ROOT, Cluster, chat_body, cluster, demo_config
 
 ADAPTERS = sorted(p.name for p in (DEMO / "adapters").iterdir())

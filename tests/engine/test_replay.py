@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
-from worker.vllm_replay import KINDS, Kinds, Watched, tensors
+from worker.engine.vllm.tensor_replay import KINDS, Kinds, Watched, tensors
 
 MODULES = ["q_proj", "o_proj", "down_proj"]
 RANK, SIZE = 8, 24

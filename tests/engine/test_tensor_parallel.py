@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from examples.demo.styles import HELD_OUT, is_style
-from shared.children import Zygote
+from shared.runtime.children import Zygote
 from tests.harness import DEMO, cluster, demo_config
 
 

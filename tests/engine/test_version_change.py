@@ -13,7 +13,7 @@ from typing import Any
 import pytest_asyncio
 
 from examples.demo.styles import HELD_OUT
-from shared.children import Zygote
+from shared.runtime.children import Zygote
 from tests.bad_adapters import KINDS
 from tests.harness import DEMO, Cluster, cluster, demo_config, replace_file
 

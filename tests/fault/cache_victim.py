@@ -15,12 +15,12 @@ import threading
 import traceback
 from pathlib import Path
 
-from shared.adapter_checks import AdapterFacts
-from shared.adapters import AdapterRef
+from shared.adapters.checks import AdapterFacts
+from shared.adapters.identity import AdapterRef
 from shared.errors import AdapterNotFound, StoreUnavailable
 from shared.stores import transfer
 from shared.stores.local import LocalStore
-from worker.disk_cache import DiskCache
+from worker.disk.cache import DiskCache
 
 NAMES = ("a", "b", "c", "team/d")
 PART_BYTES = 32 * 1024

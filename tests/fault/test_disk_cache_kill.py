@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from shared.adapters import AdapterRef
+from shared.adapters.identity import AdapterRef
 from shared.stores import transfer as transfer_module
 from shared.stores.local import LocalStore
 from tests.fault import cache_victim as victim
 from tests.harness import ROOT
-from worker import disk_layout
-from worker.disk_cache import DiskCache
+from worker.disk import layout as disk_layout
+from worker.disk.cache import DiskCache
 
 ROUNDS = 100
 BUDGET_BYTES = 3 * victim.MAX_PARTS * victim.PART_BYTES  # less than all adapters, so that there are evictions

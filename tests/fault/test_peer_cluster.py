@@ -18,7 +18,7 @@ import pytest
 from tests.fault.proxy import Fault, FaultProxy, fault_proxy
 from tests.harness import Cluster, cluster, sim_config
 from tests.store_servers import S3Place
-from worker import disk_layout
+from worker.disk import layout as disk_layout
 
 pytestmark = pytest.mark.usefixtures("store_credentials")
 

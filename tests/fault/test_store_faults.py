@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.adapter_checks import AdapterFacts
-from shared.adapters import AdapterRef, StoredAdapter
+from shared.adapters.checks import AdapterFacts
+from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import StoreUnavailable
 from shared.stores import AdapterStore, open_store
 from shared.stores import transfer as transfer_module
@@ -23,7 +23,7 @@ from shared.stores.transfer import Pace
 from tests.fault.proxy import Fault, FaultProxy, fault_proxy
 from tests.harness import cluster, sim_config
 from tests.store_servers import GCSPlace, S3Place, moto_process
-from worker.disk_cache import Cached, DiskCache
+from worker.disk.cache import Cached, DiskCache
 
 pytestmark = pytest.mark.usefixtures("store_credentials")
 

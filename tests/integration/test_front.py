@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import pytest
 from aiohttp import web
 
-from gateway.front import Call, Door
-from gateway.plain import Plain
+from gateway.http.server import Call, Door
+from gateway.http.parser import Plain
 
 PATH = "/v1/completions"
 WAIT_S = 10.0

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from shared.errors import ConfigError
-from shared.state_file import StateFile
+from shared.runtime.state_file import StateFile
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 60

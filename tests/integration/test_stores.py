@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from shared.adapters import StoredAdapter, StoredFile
+from shared.adapters.identity import StoredAdapter, StoredFile
 from shared.errors import AdapterNotFound, ConfigError, StoreUnavailable
 from shared.stores import AdapterStore, Skipped, open_store
 from shared.stores import gcs as gcs_module

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.measure import BIN_S, Histogram, Meter, Outcome, Run, Slo, cold_flags, latency, percentile
-from bench.report import document, table
+from bench.load.measure import (BIN_S, Histogram, Meter, Outcome, Run, Slo, cold_flags, latency, percentile)
+from bench.load.report import document, table
 
 
 def _outcome(

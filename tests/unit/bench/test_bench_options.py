@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.options import DEFAULT_REQUESTS, Options, UsageError, parse
-from bench.workload import BaseOnly, Bursts, Fixed, Gamma, LogNormal, Poisson, Zipf
+from bench.load.options import DEFAULT_REQUESTS, Options, UsageError, parse
+from bench.load.workload import (BaseOnly, Bursts, Fixed, Gamma, LogNormal, Poisson, Zipf)
 
 
 def _parse(flags: str) -> Options:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.measure import Meter
-from bench.reply import Reply
+from bench.load.measure import Meter
+from bench.load.reply import Reply
 
 
 def _event(**choice: object) -> bytes:

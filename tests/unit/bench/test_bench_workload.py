@@ -8,31 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.workload import (
-    AtOnce,
-    BaseOnly,
-    Bursts,
-    Constant,
-    Distinct,
-    Diurnal,
-    Fixed,
-    FlashCrowd,
-    Gamma,
-    Identical,
-    LogNormal,
-    Mmpp,
-    Poisson,
-    Uniform,
-    UniformLength,
-    Workload,
-    Zipf,
-    adapter_indices,
-    arrival_times_s,
-    draw_tokens,
-    parse_length,
-    prompt_text,
-    requests,
-)
+from bench.load.workload import (AtOnce, BaseOnly, Bursts, Constant, Distinct, Diurnal, Fixed, FlashCrowd, Gamma, Identical, LogNormal, Mmpp, Poisson, Uniform, UniformLength, Workload, Zipf, adapter_indices, arrival_times_s, draw_tokens, parse_length, prompt_text, requests)
 
 MANY = 20_000
 LOAD = Workload(arrival=Poisson(50.0), mix=Zipf(1.0), adapters=100, prompt=Fixed(32), output=LogNormal(64, 0.5), seed=7)

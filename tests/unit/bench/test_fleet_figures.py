@@ -17,7 +17,7 @@ from bench.fleet.figures import (
     together,
     tokens_within,
 )
-from bench.measure import BIN_S, Outcome
+from bench.load.measure import BIN_S, Outcome
 
 
 def _answer(

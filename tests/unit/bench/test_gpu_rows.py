@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from bench.gpu import Record, Row, read_arguments, rows
-from bench.gpu_report import ratios
-from bench.gpu_servers import BESIDE_KV_GIB, GIB, SHARE, shared_gpu
+from bench.engine.gpu import Record, Row, read_arguments, rows
+from bench.engine.gpu_report import ratios
+from bench.engine.gpu_servers import BESIDE_KV_GIB, GIB, SHARE, shared_gpu
 
 
 def test_rows_come_in_order_of_importance_and_levels_of_both_kinds_are_free() -> None:

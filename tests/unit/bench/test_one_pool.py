@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import one_pool
-from bench.one_pool import Loads, capacity, stay_s
-from bench.sim.scenarios import SCENARIOS
-from bench.sim.timing import Timing, timing_of
+from bench.routing import one_pool
+from bench.routing.one_pool import Loads, capacity, stay_s
+from bench.routing.sim.scenarios import SCENARIOS
+from bench.routing.sim.timing import Timing, timing_of
 
 FEW, MANY = Loads(0.03, 0.2), Loads(0.15, 0.2)
 

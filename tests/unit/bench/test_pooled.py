@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.sim.clairvoyant import bound
-from bench.sim.figures import figures
-from bench.sim.pooled import Stay, pooled, starts_of
-from bench.sim.scenarios import SCENARIOS, Window, requests_of
-from bench.sim.timing import Timing
-from bench.sim.worker import WorkerFacts
-from bench.sim.world import World, simulate
+from bench.routing.sim.clairvoyant import bound
+from bench.routing.sim.figures import figures
+from bench.routing.sim.pooled import Stay, pooled, starts_of
+from bench.routing.sim.scenarios import SCENARIOS, Window, requests_of
+from bench.routing.sim.timing import Timing
+from bench.routing.sim.worker import WorkerFacts
+from bench.routing.sim.world import World, simulate
 
 FACTS, WINDOW = WorkerFacts("base"), Window(5.0, 20.0)
 

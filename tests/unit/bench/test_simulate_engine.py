@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.sim.agenda import Agenda
-from bench.sim.engine import Engine, Sequence
-from bench.sim.timing import Timing
-from shared.wire import Tier
+from bench.routing.sim.agenda import Agenda
+from bench.routing.sim.engine import Engine, Sequence
+from bench.routing.sim.timing import Timing
+from shared.link.messages import Tier
 
 TABLE = Timing()
 STEADY = Timing(decode=((1, 0.001), (256, 0.001)), prefill_tokens_per_s=1e12)

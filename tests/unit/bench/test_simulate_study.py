@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import simulate
-from bench.sim import study
-from bench.sim.figures import RANKS, fair_shares, jain, spread
-from bench.sim.report import MAIN
-from bench.sim.scenarios import SCENARIOS, Window
-from bench.sim.search import highest, keeps
-from bench.sim.study import Case
-from bench.sim.world import World
+from bench.routing import simulate
+from bench.routing.sim import study
+from bench.routing.sim.figures import RANKS, fair_shares, jain, spread
+from bench.routing.sim.report import MAIN
+from bench.routing.sim.scenarios import SCENARIOS, Window
+from bench.routing.sim.search import highest, keeps
+from bench.routing.sim.study import Case
+from bench.routing.sim.world import World
 
 SHORT = Window(1.0, 3.0)
 
@@ -96,7 +96,7 @@ def test_the_command_writes_the_document_and_the_pictures(tmp_path: Path, capsys
         assert tuple(figures) == MAIN
         assert all(set(of) == {"median", "min", "max"} for of in figures.values())
     assert document["scenario"]["workers"] == 2
-    assert document["command"][:3] == ["python", "-m", "bench.simulate"]
+    assert document["command"][:3] == ["python", "-m", "bench.routing.simulate"]
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "residency-p2c" in capsys.readouterr().out
 

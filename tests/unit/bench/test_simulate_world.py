@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.sim.clairvoyant import bound, capacity_bound, hits_of
-from bench.sim.figures import figures
-from bench.sim.production import policies
-from bench.sim.scenarios import SCENARIOS, Window, requests_of
-from bench.sim.study import Case
-from bench.sim.timing import Timing, timing_of
-from bench.sim.worker import WorkerFacts
-from bench.sim.world import Join, Loss, Outcome, Run, World, simulate
-from bench.workload import Request
-from shared.wire import Tier
+from bench.routing.sim.clairvoyant import bound, capacity_bound, hits_of
+from bench.routing.sim.figures import figures
+from bench.routing.sim.production import policies
+from bench.routing.sim.scenarios import SCENARIOS, Window, requests_of
+from bench.routing.sim.study import Case
+from bench.routing.sim.timing import Timing, timing_of
+from bench.routing.sim.worker import WorkerFacts
+from bench.routing.sim.world import (Join, Loss, Outcome, Run, World, simulate)
+from bench.load.workload import Request
+from shared.link.messages import Tier
 
 WINDOW = Window(1.0, 3.0)
 TIMING = Timing()

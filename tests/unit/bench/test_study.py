@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from bench import study
-from bench.crew import Crew
-from bench.sim.item import Done, Item, Results, case_of, perform, still_good
-from bench.sim.plan import Compare, Plan, capacities, needed, read_plan, rehearse
-from bench.sim.search import rate_of
+from bench.routing import __main__ as study
+from bench.routing.crew import Crew
+from bench.routing.sim.item import (Done, Item, Results, case_of, perform, still_good)
+from bench.routing.sim.plan import (Compare, Plan, capacities, needed, read_plan, rehearse)
+from bench.routing.sim.search import rate_of
 
 ROOT = Path(__file__).resolve().parents[3]
 COMPARE = {

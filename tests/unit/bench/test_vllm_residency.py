@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.sim.vllm_residency import VllmResidency
-from shared.adapters import AdapterRef
-from shared.wire import Tier
-from worker.engine import Loaded, Swap
+from bench.routing.sim.vllm_residency import VllmResidency
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import Tier
+from worker.engine.base import Loaded, Swap
 
 A, B, C = (AdapterRef("tiny", name, "d") for name in "abc")
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.admission import Admission, Bound, Place
-from gateway.routing import Blocked
+from gateway.dispatch.admission import Admission, Bound, Place
+from gateway.routing.policy import Blocked
 from shared.errors import Overloaded, RateLimited
 
 TIMEOUT_S = 5.0

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.aliases import Alias, AliasState, Share, Trip, from_config, in_force, pick, with_alias, with_trip, without_alias
-from shared.config_aliases import AliasConfig, RollbackConfig, plain_alias
-from shared.config_parts import LoraConfig
-from shared.config_section import read_section
+from gateway.adapters.aliases import (Alias, AliasState, Share, Trip, from_config, in_force, pick, with_alias, with_trip, without_alias)
+from shared.config.aliases import AliasConfig, RollbackConfig, plain_alias
+from shared.config.parts import LoraConfig
+from shared.config.section import read_section
 from shared.errors import ConfigError
 
 USERS = [hashlib.sha256(str(i).encode()).digest() for i in range(4000)]

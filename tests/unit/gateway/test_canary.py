@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.canary import SLICES, Shares, Window
-from shared.config_aliases import RollbackConfig
+from gateway.adapters.canary import SLICES, Shares, Window
+from shared.config.aliases import RollbackConfig
 
 LIMIT = RollbackConfig(error_rate=0.1, min_requests=20, window_s=60.0)
 

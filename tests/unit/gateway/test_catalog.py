@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway import catalog as module
-from gateway import openai
-from gateway.catalog import Catalog
-from gateway.model_list import ModelList
-from shared.adapters import StoredAdapter
+from gateway.adapters import catalog as module
+from gateway.api import schema as openai
+from gateway.adapters.catalog import Catalog
+from gateway.api.models import ModelList
+from shared.adapters.identity import StoredAdapter
 from shared.errors import AdapterNotFound, StoreUnavailable
 from shared.stores.local import LocalStore
 

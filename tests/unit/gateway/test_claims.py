@@ -6,17 +6,17 @@ from itertools import takewhile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.sim.worker import WorkerFacts
-from bench.sim.world import Simulation, World
-from bench.workload import Fixed, Poisson, Workload, Zipf, requests
-from gateway.fleet import Fleet, Worker
-from gateway.placement import Rates, Rendezvous
-from gateway.routing import Ask
-from gateway.slots import Claims
-from gateway.stays import Stays
-from gateway.worker import Key, key_of
-from shared.adapters import AdapterRef
-from shared.wire import AdapterState, Heartbeat, Tier, WorkerState
+from bench.routing.sim.worker import WorkerFacts
+from bench.routing.sim.world import Simulation, World
+from bench.load.workload import Fixed, Poisson, Workload, Zipf, requests
+from gateway.fleet.fleet import Fleet, Worker
+from gateway.routing.demand import Rates, Rendezvous
+from gateway.routing.policy import Ask
+from gateway.routing.slot_claims import Claims
+from gateway.routing.occupancy import Stays
+from gateway.fleet.worker_view import Key, key_of
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 ADAPTERS = [AdapterRef("tiny", f"a{n}", "d") for n in range(7)]
 WORKERS = ("w0", "w1", "w2")

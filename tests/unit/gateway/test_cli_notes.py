@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.cli_adapters import _notes
+from gateway.cli.adapters import _notes
 
 
 def test_a_pinned_adapter_in_steady_use_is_shown_as_both() -> None:

@@ -9,17 +9,17 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.admission import Admission
-from gateway.dispatcher import Dispatcher
-from gateway.fleet import Fleet
-from gateway.flight import Flight
-from gateway.metrics import Metrics
-from gateway.policies import POLICIES, make_policy
-from gateway.request import MAX_ATTEMPTS, Phase
-from shared import wire
-from shared.adapters import AdapterRef, StoredAdapter
+from gateway.dispatch.admission import Admission
+from gateway.dispatch.dispatcher import Dispatcher
+from gateway.fleet.fleet import Fleet
+from gateway.dispatch.request import Flight
+from gateway.telemetry.prometheus import Metrics
+from gateway.routing.registry import POLICIES, make_policy
+from gateway.dispatch.lifecycle import MAX_ATTEMPTS, Phase
+from shared.link import messages as wire
+from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import DeadlineExceeded, EngineFailure, InvalidAdapter, LoraplexError, Overloaded, WorkerUnavailable
-from shared.link import Sent
+from shared.link.sockets import Sent
 
 LEASE_S, QUEUE_S = 3.0, 10.0
 PIRATE = AdapterRef("tiny", "pirate", "d")

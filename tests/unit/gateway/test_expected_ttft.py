@@ -6,15 +6,15 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.expected_ttft import MISS, MISS_WINDOW_S, ExpectedTTFT
-from gateway.fleet import Fleet
-from gateway.patience import PATIENCE_S, SOON_S
-from gateway.placement import BOUND, FLOOR
-from gateway.routing import Ask, Blocked, Choice, Decision, Reason, Wait
-from gateway.slots import AGE_BOUND_S, HELD_AGE_S
-from gateway.worker import LINE_PER_SLOT
-from shared.adapters import AdapterRef
-from shared.wire import AdapterState, Heartbeat, Tier, WorkerState
+from gateway.routing.expected_ttft import MISS, MISS_WINDOW_S, ExpectedTTFT
+from gateway.fleet.fleet import Fleet
+from gateway.routing.slot_wait import PATIENCE_S, SOON_S
+from gateway.routing.demand import BOUND, FLOOR
+from gateway.routing.policy import (Ask, Blocked, Choice, Decision, Reason, Wait)
+from gateway.routing.slot_claims import AGE_BOUND_S, HELD_AGE_S
+from gateway.fleet.worker_view import LINE_PER_SLOT
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 MIB = 1 << 20
 

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from gateway.admission import MAX_NOT_YET, MAX_WITHOUT_SLOT, Admission, Flow
-from gateway.fairness import QUANTUM, Counters
-from gateway.routing import Blocked
+from gateway.dispatch.admission import MAX_NOT_YET, MAX_WITHOUT_SLOT, Admission, Flow
+from gateway.dispatch.fairness import QUANTUM, Counters
+from gateway.routing.policy import Blocked
 
 NOISY: Flow = (0, "noisy", ("a", "d"))
 QUIET: Flow = (0, "quiet", ("b", "d"))

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.fleet import Changed, Fleet, FleetEvent, Joined, Lost, Worker
-from gateway.policies import POLICIES, make_policy
-from gateway.routing import Ask, Choice, Wait
-from shared.adapters import AdapterRef
-from shared.wire import AdapterState, Heartbeat, Tier, WorkerState
+from gateway.fleet.fleet import (Changed, Fleet, FleetEvent, Joined, Lost, Worker)
+from gateway.routing.registry import POLICIES, make_policy
+from gateway.routing.policy import Ask, Choice, Wait
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 LEASE_S = 3.0
 PIRATE = AdapterRef("tiny", "pirate", "d1")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gateway.fleet import Fleet
-from gateway.metrics import FleetCollector
-from shared.wire import Heartbeat, WorkerState
+from gateway.fleet.fleet import Fleet
+from gateway.telemetry.prometheus import FleetCollector
+from shared.link.messages import Heartbeat, WorkerState
 
 
 def state_of(fleet: Fleet) -> list[str]:

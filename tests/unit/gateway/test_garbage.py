@@ -4,18 +4,19 @@ import asyncio
 import gc
 import random
 
-from gateway.admission import Admission
-from gateway.dispatcher import Dispatcher
-from gateway.fleet import Fleet
-from gateway.front import Door, Front
-from gateway.generation import Generation, Limits
-from gateway.keys import Keys
-from gateway.metrics import Metrics
-from gateway.policies import make_policy
-from gateway.resolver import Resolver
-from gateway.usage import Usage
-from shared import log, wire
-from shared.link import Sent
+from gateway.dispatch.admission import Admission
+from gateway.dispatch.dispatcher import Dispatcher
+from gateway.fleet.fleet import Fleet
+from gateway.http.server import Door, Front
+from gateway.api.generate import Generation, Limits
+from gateway.accounts.keys import Keys
+from gateway.telemetry.prometheus import Metrics
+from gateway.routing.registry import make_policy
+from gateway.adapters.resolver import Resolver
+from gateway.adapters.usage import Usage
+from shared.runtime import log
+from shared.link import messages as wire
+from shared.link.sockets import Sent
 
 PATH = "/v1/completions"
 BODY = b'{"model":"base","prompt":"hello","stream":%b}'

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from gateway.fleet import Fleet, key_of
-from gateway.peers import MOST, peers_of
-from shared.adapters import AdapterRef
-from shared.wire import AdapterState, Heartbeat, Tier, WorkerState
+from gateway.fleet.fleet import Fleet, key_of
+from gateway.fleet.peer_hints import MOST, peers_of
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 PIRATE = AdapterRef("tiny", "pirate", "d1")
 

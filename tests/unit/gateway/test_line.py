@@ -5,8 +5,8 @@ from collections import defaultdict
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.fairness import QUANTUM
-from gateway.line import Flow, Line, Place, Turn
+from gateway.dispatch.fairness import QUANTUM
+from gateway.dispatch.wait_queue import Flow, Line, Place, Turn
 
 PRIORITIES, TENANTS, ADAPTERS = (0, 1), ("x", "y"), (None, ("a", "d"), ("b", "d"), ("c", "d"))
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import openai
+from gateway.api import schema as openai
 from shared import errors
-from shared.adapters import MAX_NAME_LENGTH
+from shared.adapters.identity import MAX_NAME_LENGTH
 
 BASES = ["tiny", "Qwen/Qwen2.5-0.5B-Instruct", "org/sub/model"]
 

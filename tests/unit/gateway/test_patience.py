@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.patience import FULL_SPREADS, PATIENCE_S, PATIENT_SPREADS, RECKON_S, SCARCE_PATIENCE_S, SCARCE_SPREADS, SOON_S, Patience
-from gateway.routing import Ask
-from gateway.stays import RECENT, Stays
-from gateway.worker import Worker
-from shared.wire import Heartbeat, WorkerState
+from gateway.routing.slot_wait import (FULL_SPREADS, PATIENCE_S, PATIENT_SPREADS, RECKON_S, SCARCE_PATIENCE_S, SCARCE_SPREADS, SOON_S, Patience)
+from gateway.routing.policy import Ask
+from gateway.routing.occupancy import RECENT, Stays
+from gateway.fleet.worker_view import Worker
+from shared.link.messages import Heartbeat, WorkerState
 
 FULL = Worker(Heartbeat("full", 1, 1, "tiny", WorkerState.SERVING, 256, 4), 1e9)
 STAY_S = 2.0

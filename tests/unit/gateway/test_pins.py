@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.adapter_table import STATES, row, state_of
-from gateway.pins import Pins, PinState, orders
-from gateway.usage import MAX_RECORDS, Usage
-from shared.adapters import AdapterRef, StoredAdapter
+from gateway.admin.views import STATES, row, state_of
+from gateway.adapters.pins import Pins, PinState, orders
+from gateway.adapters.usage import MAX_RECORDS, Usage
+from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import InvalidAdapter, InvalidRequest, Overloaded, TooManyPins
-from shared.wire import Action, AdapterState, Tier
+from shared.link.messages import Action, AdapterState, Tier
 
 EMPTY = PinState()
 PINS = Pins("tiny", configured=("a",), preload=("p",), slots=3)

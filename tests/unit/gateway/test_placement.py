@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.fleet import Fleet
-from gateway.placement import ORDER_LENGTH, RATE_WINDOW_S, SHRINK_AFTER_S, HomeSets, Rates, Rendezvous
-from shared.wire import Heartbeat, WorkerState
+from gateway.fleet.fleet import Fleet
+from gateway.routing.demand import (ORDER_LENGTH, RATE_WINDOW_S, SHRINK_AFTER_S, HomeSets, Rates, Rendezvous)
+from shared.link.messages import Heartbeat, WorkerState
 
 
 def pool_of(names: list[str]) -> Fleet:

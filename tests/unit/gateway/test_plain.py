@@ -8,7 +8,7 @@ from aiohttp.http_parser import HttpRequestParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.plain import MAX_HEAD_BYTES, SPECIAL, Plain, Unfinished, recognise
+from gateway.http.parser import MAX_HEAD_BYTES, SPECIAL, Plain, Unfinished, recognise
 
 MOST = 1 << 20
 BODY = b'{"model": "m"}'

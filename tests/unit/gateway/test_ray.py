@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from gateway.fleet import Fleet, Worker
-from gateway.ray import BACKOFF_S, Ray, RayStrict, backoff_s
-from gateway.routing import Ask, Blocked, Choice, Reason, Wait
-from shared.adapters import AdapterRef
-from shared.wire import AdapterState, Heartbeat, Tier, WorkerState
+from gateway.fleet.fleet import Fleet, Worker
+from gateway.routing.ray import BACKOFF_S, Ray, RayStrict, backoff_s
+from gateway.routing.policy import Ask, Blocked, Choice, Reason, Wait
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 PIRATE = AdapterRef("tiny", "pirate", "d1")
 HAIKU = AdapterRef("tiny", "haiku", "d2")

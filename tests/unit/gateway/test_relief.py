@@ -4,13 +4,13 @@ import random
 
 import pytest
 
-from gateway.expected_ttft import ExpectedTTFT
-from gateway.fleet import Fleet
-from gateway.relief import CLOSED_S, MAX_SETTLING, SETTLE_S, Relief
-from gateway.routing import Ask, Choice, Reason
-from gateway.worker import USUAL_S, Worker
-from shared.adapters import AdapterRef
-from shared.wire import AdapterState, Heartbeat, Tier, WorkerState
+from gateway.routing.expected_ttft import ExpectedTTFT
+from gateway.fleet.fleet import Fleet
+from gateway.routing.rebalance import CLOSED_S, MAX_SETTLING, SETTLE_S, Relief
+from gateway.routing.policy import Ask, Choice, Reason
+from gateway.fleet.worker_view import USUAL_S, Worker
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 SLOTS = 16
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.request import MAX_ATTEMPTS, NEXT, OVER, Event, Lifecycle, Phase
+from gateway.dispatch.lifecycle import (MAX_ATTEMPTS, NEXT, OVER, Event, Lifecycle, Phase)
 
 # Written down a second time on purpose: the table is the contract.
 ALLOWED = {

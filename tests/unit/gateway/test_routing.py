@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.fleet import Fleet, Worker
-from gateway.policies import POLICIES, make_policy
-from gateway.routing import Ask, Choice, Reason
-from shared.adapters import AdapterRef
-from shared.wire import AdapterState, Heartbeat, Tier, WorkerState
+from gateway.fleet.fleet import Fleet, Worker
+from gateway.routing.registry import POLICIES, make_policy
+from gateway.routing.policy import Ask, Choice, Reason
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 PIRATE = AdapterRef("tiny", "pirate", "d1")
 HAIKU = AdapterRef("tiny", "haiku", "d2")

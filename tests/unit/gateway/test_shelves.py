@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import msgspec
 
-from gateway.fleet import Fleet
-from gateway.shelves import Shelves
-from gateway.worker import Worker
-from shared.adapters import AdapterRef
-from shared.wire import AdapterState, Heartbeat, Tier, WorkerState
+from gateway.fleet.fleet import Fleet
+from gateway.fleet.disk_index import Shelves
+from gateway.fleet.worker_view import Worker
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 PIRATE = AdapterRef("tiny", "pirate", "d")
 NOTHING: tuple[AdapterState, ...] = ()

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.routing import Ask
-from gateway.stays import LEAST, RECENT, Stays
-from gateway.worker import Key, Worker
-from shared.wire import AdapterState, Heartbeat, Tier, WorkerState
+from gateway.routing.policy import Ask
+from gateway.routing.occupancy import LEAST, RECENT, Stays
+from gateway.fleet.worker_view import Key, Worker
+from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 A: Key = ("a", "d")
 B: Key = ("b", "d")

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.sim.worker import WorkerFacts
-from bench.sim.world import Outcome, Simulation, World, adapter_name
-from bench.workload import Request
-from gateway.expected_ttft import ExpectedTTFT
-from gateway.fleet import Fleet
-from gateway.routing import Ask, Choice, Decision, Wait
-from gateway.slots import AGE_BOUND_S, HELD_AGE_S
-from shared.adapters import AdapterRef
-from shared.wire import STEADY_PER_S, STEADY_SHARE, AdapterState, Heartbeat, Tier, WorkerState
+from bench.routing.sim.worker import WorkerFacts
+from bench.routing.sim.world import Outcome, Simulation, World, adapter_name
+from bench.load.workload import Request
+from gateway.routing.expected_ttft import ExpectedTTFT
+from gateway.fleet.fleet import Fleet
+from gateway.routing.policy import Ask, Choice, Decision, Wait
+from gateway.routing.slot_claims import AGE_BOUND_S, HELD_AGE_S
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import (STEADY_PER_S, STEADY_SHARE, AdapterState, Heartbeat, Tier, WorkerState)
 
 
 def adapter(name: str) -> AdapterRef:

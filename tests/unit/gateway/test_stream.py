@@ -7,7 +7,7 @@ import h11
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
-from gateway.stream import ClientStream, Sent
+from gateway.http.response import ClientStream, Sent
 from shared.errors import EngineFailure, Overloaded
 
 LIMIT_BYTES = 1000

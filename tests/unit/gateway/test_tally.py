@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
 
-from gateway import tally
-from gateway.metrics import ADAPTER_LABELS, TTFT_BUCKETS_S, Metrics
-from gateway.tally import Distribution, Snapshot, Tally
+from gateway.telemetry import counters as tally
+from gateway.telemetry.prometheus import ADAPTER_LABELS, TTFT_BUCKETS_S, Metrics
+from gateway.telemetry.counters import Distribution, Snapshot, Tally
 
 BOUNDS = {"ttft": (1.0, 2.0)}
 

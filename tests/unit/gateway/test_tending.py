@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from gateway.tending import MAX_OPEN, Tending
-from shared import wire
+from gateway.dispatch.commands import MAX_OPEN, Tending
+from shared.link import messages as wire
 from shared.errors import InvalidAdapter, Overloaded, TooManyPins, WorkerUnavailable
-from shared.link import Sent
+from shared.link.sockets import Sent
 from tests.unit.gateway.test_dispatcher import PIRATE, STORED, Room
 
 

@@ -7,35 +7,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gateway import versions as module
-from gateway.fleet import Fleet
-from gateway.placement import Rendezvous
-from gateway.versions import (
-    ENGINE_TRIES,
-    EXPLICIT_S,
-    FIRST_PAUSE_S,
-    FORGET_S,
-    LINGER_S,
-    MAX_OLDER,
-    MAX_PAUSE_S,
-    MAX_PREPARING,
-    QUIET_S,
-    RECENT_S,
-    Cache,
-    Load,
-    Nobody,
-    Nothing,
-    Prepare,
-    Stage,
-    Versions,
-    in_engines,
-    in_flight,
-    on_workers,
-    plan,
-)
-from shared.adapters import StoredAdapter, StoredFile
+from gateway.adapters import versions as module
+from gateway.fleet.fleet import Fleet
+from gateway.routing.demand import Rendezvous
+from gateway.adapters.versions import (ENGINE_TRIES, EXPLICIT_S, FIRST_PAUSE_S, FORGET_S, LINGER_S, MAX_OLDER, MAX_PAUSE_S, MAX_PREPARING, QUIET_S, RECENT_S, Cache, Load, Nobody, Nothing, Prepare, Stage, Versions, in_engines, in_flight, on_workers, plan)
+from shared.adapters.identity import StoredAdapter, StoredFile
 from shared.errors import AdapterNotFound, EngineFailure, InvalidAdapter, StoreUnavailable
-from shared.wire import AdapterState, Heartbeat, Tier, WorkerState
+from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 
 def version(digest: str, name: str = "a") -> StoredAdapter:

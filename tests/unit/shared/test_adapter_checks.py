@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.adapter_checks import AdapterLimits, FileKind, FolderFile, Pair, check_change, check_files, check_norm, check_tensors
-from shared.adapter_config import check_config
-from shared.base_shapes import BaseShapes, families_in, shapes_from_config
+from shared.adapters.checks import (AdapterLimits, FileKind, FolderFile, Pair, check_change, check_files, check_norm, check_tensors)
+from shared.adapters.peft_config import check_config
+from shared.adapters.base_layers import BaseShapes, families_in, shapes_from_config
 from shared.errors import InvalidAdapter
-from shared.safetensors_header import Tensor, header_length, parse_header
-from shared.strict_json import parse_object, shown
+from shared.adapters.safetensors import Tensor, header_length, parse_header
+from shared.adapters.strict_json import parse_object, shown
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

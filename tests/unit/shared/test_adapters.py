@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.adapters import MAX_NAME_LENGTH, AdapterRef, StoredAdapter, StoredFile, check_name
+from shared.adapters.identity import MAX_NAME_LENGTH, AdapterRef, StoredAdapter, StoredFile, check_name
 from shared.errors import AdapterNotFound
 
 # ---- names ------------------------------------------------------------------------------------------------------------------------------

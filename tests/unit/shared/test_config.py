@@ -9,20 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from shared.config import (
-    LORA_RANKS,
-    UNLIMITED_REQUESTS,
-    AutoscalingConfig,
-    DeploymentConfig,
-    LLMConfig,
-    LoraConfig,
-    ModelLoadingConfig,
-    Settings,
-    SimTiming,
-    StoreConfig,
-    check_engine_kwargs,
-    rooted,
-)
+from shared.config.llm import (LORA_RANKS, UNLIMITED_REQUESTS, AutoscalingConfig, DeploymentConfig, LLMConfig, LoraConfig, ModelLoadingConfig, Settings, SimTiming, StoreConfig, check_engine_kwargs, rooted)
 from shared.errors import ConfigError
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.config_document import MAX_CHARS, Document, read_document
+from shared.config.document import MAX_CHARS, Document, read_document
 
 
 def read(text: str) -> Document:

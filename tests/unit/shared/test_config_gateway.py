@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from shared.config import GatewayConfig, LinkConfig
-from shared.config_gateway import is_loopback
+from shared.config.llm import GatewayConfig, LinkConfig
+from shared.config.gateway import is_loopback
 from shared.errors import ConfigError
 
 

@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.config import LLMConfig, Settings, engine_kwargs_problems
-from shared.config_yaml import app_from_args, load_settings, parse_settings
+from shared.config.llm import LLMConfig, Settings, engine_kwargs_problems
+from shared.config.yaml import app_from_args, load_settings, parse_settings
 from shared.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[3] / "examples"

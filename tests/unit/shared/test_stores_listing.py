@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.adapters import CONFIG_FILE, MAX_NAME_LENGTH, StoredAdapter, StoredFile
+from shared.adapters.identity import CONFIG_FILE, MAX_NAME_LENGTH, StoredAdapter, StoredFile
 from shared.errors import ConfigError
 from shared.stores import open_store, parse_bucket_url
 from shared.stores.listing import MAX_FILES_PER_ADAPTER, Entry, Grouping, OutOfOrder, digest_of, group, valid_name, valid_path

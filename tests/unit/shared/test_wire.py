@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared import wire
-from shared.adapters import AdapterRef, StoredAdapter, StoredFile
+from shared.link import messages as wire
+from shared.adapters.identity import AdapterRef, StoredAdapter, StoredFile
 
 REF = AdapterRef("tiny", "team/pirate", "0123456789abcdef")
 STORED = StoredAdapter(

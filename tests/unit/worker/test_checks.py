@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from shared.config import LLMConfig
+from shared.config.llm import LLMConfig
 from shared.errors import ConfigError
-from worker.checks import open_validator
+from worker.validation.factory import open_validator
 
 KNOWN = {
     "architectures": ["LlamaForCausalLM"],
@@ -61,7 +61,7 @@ def test_an_architecture_that_nobody_knows_is_served_with_a_loud_warning(
     # Straight at its source: what else ran in this process may have turned the loggers above it away, or off.
     log = logging.Logger("checks")
     log.addHandler(caplog.handler)
-    monkeypatch.setattr("worker.checks.log", log)
+    monkeypatch.setattr("worker.validation.factory.log", log)
     config = {"architectures": ["OddForCausalLM"], "model_type": "odd"}
     assert open_validator(model(tmp_path, config), 16)._shapes is None
     assert "does not know the architecture" in caplog.text and "NOT for the layers" in caplog.text

@@ -4,8 +4,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from worker import vllm_cpu_lora  # noqa: E402
-from worker.vllm_cpu_lora import Rows, add  # noqa: E402
+from worker.engine.vllm import cpu_lora as vllm_cpu_lora  # noqa: E402
+from worker.engine.vllm.cpu_lora import Rows, add  # noqa: E402
 
 RANK, SCALE = 4, 0.5
 SIZES = (6, 3, 5)

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from shared.adapter_checks import AdapterFacts
-from shared.adapters import AdapterRef, StoredAdapter, StoredFile
+from shared.adapters.checks import AdapterFacts
+from shared.adapters.identity import AdapterRef, StoredAdapter, StoredFile
 from shared.errors import AdapterNotFound, InvalidAdapter, StoreUnavailable
 from shared.stores import transfer as transfer_module
 from shared.stores.local import LocalStore
 from shared.stores.objects import Trouble, unavailable
 from shared.stores.transfer import Lanes, Pace, Transfer
 from tests.store_servers import LocalPlace
-from worker.disk_cache import DiskCache
+from worker.disk.cache import DiskCache
 
 PART = 64 * 1024
 WEIGHTS = "adapter_model.safetensors"

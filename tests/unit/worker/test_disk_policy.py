@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.disk_policy import Candidate, Heat, leaving, room, used
+from worker.disk.eviction import Candidate, Heat, leaving, room, used
 
 MIB = 1 << 20
 sizes = st.integers(0, 10**12)

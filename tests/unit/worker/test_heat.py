@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.adapters import AdapterRef
-from worker import heat
-from worker.heat import FADE_S, Heat
+from shared.adapters.identity import AdapterRef
+from worker.adapters import popularity as heat
+from worker.adapters.popularity import FADE_S, Heat
 
 A, B = AdapterRef("tiny", "a", "d"), AdapterRef("tiny", "b", "d")
 

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from shared import wire
-from shared.link import Sent
+from shared.link import messages as wire
+from shared.link.sockets import Sent
 from worker import session
 from worker.session import Outbox
 

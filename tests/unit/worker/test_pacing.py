@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.pacing import BUSY_SHARE, WAIT_SHARE, Pacing
+from worker.engine.vllm.pacing import BUSY_SHARE, WAIT_SHARE, Pacing
 
 
 def gaps(pacing: Pacing, step_s: float, steps: int = 200) -> list[float]:

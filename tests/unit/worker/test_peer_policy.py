@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker import peer_policy as policy
-from worker.peer_policy import OpenWants, Standing, advertised, pieces_of, too_slow
+from worker.peers import policy
+from worker.peers.policy import OpenWants, Standing, advertised, pieces_of, too_slow
 
 A, B, C, D = (f"tcp://10.0.0.{n}:9760" for n in range(1, 5))
 

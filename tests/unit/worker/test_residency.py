@@ -7,11 +7,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shared.adapters import AdapterRef
-from shared.wire import Tier
-from worker import residency as module
-from worker.engine import Loaded, Swap
-from worker.residency import FAILED_FOR_S, MAX_FAILED, SLOT_PATIENCE_S, Failure, Fetch, Instruction, Reject, Residency, Stage, Start, Tended
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import Tier
+from worker.adapters import residency as module
+from worker.engine.base import Loaded, Swap
+from worker.adapters.residency import (FAILED_FOR_S, MAX_FAILED, SLOT_PATIENCE_S, Failure, Fetch, Instruction, Reject, Residency, Stage, Start, Tended)
 
 A, B, C, D, E = ABCDE = [AdapterRef("tiny", name, "d") for name in "abcde"]
 

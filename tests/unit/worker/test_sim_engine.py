@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from shared.adapters import AdapterRef
+from shared.adapters.identity import AdapterRef
 from shared.errors import EngineFailure, InvalidAdapter
-from worker.engine import Call, Engine, EngineFacts, EngineStats, Loaded
-from worker.sim_engine import SimEngine
+from worker.engine.base import Call, Engine, EngineFacts, EngineStats, Loaded
+from worker.engine.sim.engine import SimEngine
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LIMIT_S = 20

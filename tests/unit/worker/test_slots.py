@@ -4,8 +4,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from shared.adapters import AdapterRef
-from worker.slots import Evict, Free, Full, SlotTable
+from shared.adapters.identity import AdapterRef
+from worker.adapters.slot_table import Evict, Free, Full, SlotTable
 
 A, B, C, D = (AdapterRef("tiny", name, "d") for name in "abcd")
 

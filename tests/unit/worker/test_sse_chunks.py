@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.sse_chunks import DONE, chat_chunks, completion_chunks, escape, is_plain_chat, is_plain_completion
+from worker.engine.vllm.sse import (DONE, chat_chunks, completion_chunks, escape, is_plain_chat, is_plain_completion)
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 COMPLETION = {"model": "m", "prompt": "hi", "stream": True}

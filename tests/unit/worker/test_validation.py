@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.adapter_checks import AdapterLimits
-from shared.base_shapes import BaseShapes, shapes_from_config
+from shared.adapters.checks import AdapterLimits
+from shared.adapters.base_layers import BaseShapes, shapes_from_config
 from shared.errors import ConfigError, InvalidAdapter
 from tests.bad_adapters import CONFIG, KINDS, ON_DISK_ONLY, WEIGHTS, filled, safetensors
-from worker.base_shapes import read_base_shapes
-from worker.validation import PIECE_BYTES, Validator
+from worker.validation.base_model import read_base_shapes
+from worker.validation.validator import PIECE_BYTES, Validator
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.warm_up import MOST_PROMPTS, prefills
+from worker.engine.vllm.warm_up import MOST_PROMPTS, prefills
 
 
 def test_an_8b_model_warms_up_the_sizes_between_its_graphs_and_its_largest_batch() -> None:

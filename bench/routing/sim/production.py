@@ -1,0 +1,79 @@
+"""Pure. The one place that knows how production puts a gateway together (gateway/__main__.py does it with sockets)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bench.routing.sim.agenda import Agenda
+from bench.routing.sim.timing import Loader
+from bench.routing.sim.worker import HEARTBEAT_S, WorkerFacts
+from gateway.dispatch.admission import Admission
+from gateway.dispatch.dispatcher import Dispatcher, Transport
+from gateway.fleet.fleet import Fleet
+from gateway.dispatch.request import Flight
+from gateway.telemetry.prometheus import Metrics
+from gateway.routing.registry import POLICIES, make_policy
+from gateway.routing.policy import Reason
+from shared.link import messages as wire
+
+STRICT = "ray-strict"
+LEASE_S = 3.0
+"""The production default."""
+MAX_FLIGHTS = 1_000_000
+UNBOUNDED = 1_000_000
+"""What a worker behind Ray takes at once: max_ongoing_requests of Ray Serve LLM is without a bound, and requests queue in the engine."""
+
+
+class NoMetrics(Metrics):
+    """Counts nothing; a message that does not decode is a bug here."""
+
+    def dispatched(self, base: str, reason: Reason) -> None:
+        pass
+
+    def finished(self, flight: Flight) -> None:
+        pass
+
+    def undecodable(self, socket: str) -> None:
+        raise AssertionError(f"the gateway could not decode what came on {socket}")
+
+
+def policies() -> Sequence[str]:
+    """The names of the production policies."""
+    return tuple(POLICIES)
+
+
+def build_dispatcher(
+    policy: str, max_queued: int, queue_timeout_s: float, transport: Transport, rng: random.Random, agenda: Agenda
+) -> Dispatcher:
+    """A gateway on virtual time. Raises: KeyError if there is no such policy."""
+    admission: Admission[Flight] = Admission(max_queued, queue_timeout_s)
+    welcome = wire.Welcome("g0", "virtual", LEASE_S, HEARTBEAT_S)
+
+    def wake_at(when: float) -> None:
+        agenda.at(max(when, agenda.now), dispatcher.tick)
+
+    dispatcher = Dispatcher(
+        Fleet(LEASE_S),
+        make_policy(policy),
+        admission,
+        transport,
+        NoMetrics(),
+        lambda: welcome,
+        rng,
+        MAX_FLIGHTS,
+        clock=agenda.clock,
+        wake_at=wake_at,
+    )
+    return dispatcher
+
+
+def worker_facts(policy: str, facts: WorkerFacts) -> WorkerFacts:
+    """What differs between policies on the worker's side."""
+    return replace(facts, capacity=UNBOUNDED, kept_by_vllm=True) if policy == STRICT else facts
+
+
+def loader_of(policy: str, loads: Loader) -> Loader:
+    """Behind Ray it is vLLM that loads."""
+    return "vllm" if policy == STRICT else loads

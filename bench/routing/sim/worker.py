@@ -1,0 +1,280 @@
+"""Pure. A worker in virtual time: the production residency and slots around the simulated engine, in the part of worker/agent.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.routing.sim.agenda import Agenda
+from bench.routing.sim.engine import Engine, Sequence
+from bench.routing.sim.timing import Timing
+from bench.routing.sim.vllm_residency import VllmResidency
+from shared.link import messages as wire
+from shared.adapters.identity import AdapterRef
+from shared.averages import blend
+from worker.engine.base import Loaded, Swap
+from worker.adapters.residency import Fetch, Instruction, Reject, Residency, Start
+
+LOAD_WEIGHT = 0.3
+"""Of the newest load in the moving average, as in worker/agent.py."""
+NOWHERE = Path("/nonexistent")
+HEARTBEAT_S = 0.1
+"""The production default."""
+TOKENS_OF_CACHE = 256 * 4096
+"""The KV cache's size, for `kv_usage`; no request ever waits for it here."""
+OK_SSE = 200 << wire.STATUS_SHIFT | wire.SSE
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What a worker is like. `capacity`: requests it takes at once; `cpu_adapters`: places of its CPU tier."""
+
+    base: str
+    slots: int = 16
+    capacity: int = 256
+    cpu_adapters: int = 64
+    adapter_bytes: int = 26 << 20
+    rank: int = 16
+    disk_warm: bool = True
+    """The disk cache holds every adapter from the start; else the first fetch of each comes from the store."""
+    heartbeat_s: float = HEARTBEAT_S
+    kept_by_vllm: bool = False
+    """Slots and host memory are vLLM's own, as behind Ray."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    number: int
+    sid: wire.StreamId
+    adapter: AdapterRef | None
+    prompt_tokens: int
+    output_tokens: int
+    arrived: float
+    sequence: Sequence | None = None
+    started: float = 0.0
+    came_from: wire.Tier = wire.Tier.GPU
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a worker has done so far."""
+
+    loads: int = 0
+    cold_loads: int = 0
+
+
+class SimWorker:
+    """`lengths` says how many tokens a request has in and out; `send_data` and `send_control` reach the gateway at once."""
+
+    def __init__(
+        self,
+        worker: wire.WorkerId,
+        facts: WorkerFacts,
+        timing: Timing,
+        agenda: Agenda,
+        lengths: Callable[[str], tuple[int, int]],
+        send_control: Callable[[bytes, bytes], None],
+        send_data: Callable[[bytes, bytes], None],
+    ) -> None:
+        self.id, self.epoch = worker, 1
+        self.peer = wire.identity(worker, self.epoch)
+        self.facts, self._timing, self._agenda, self._lengths = facts, timing, agenda, lengths
+        self._send_control, self._send_data = send_control, send_data
+        keeps = VllmResidency if facts.kept_by_vllm else Residency
+        self.residency = keeps(facts.slots, facts.slots + facts.cpu_adapters)
+        self.engine = Engine(timing, agenda, self)
+        self.tally = Tally()
+        self.alive = True
+        self.on_load: Callable[[AdapterRef, wire.Tier], None] | None = None
+        self._jobs: dict[int, Job] = {}
+        self._by_sid: dict[wire.StreamId, Job] = {}
+        self._started = 0
+        self._on_disk: set[AdapterRef] = set()
+        self._origin: dict[AdapterRef, wire.Tier] = {}  # of adapters that are fetched
+        self._int_id = self._last_sid = self._seq = 0
+        self._prepare_s = self._load_s = self._cpu_load_s = 0.0
+        self._prepared_until = 0.0
+        self._beat_due = False
+
+    def join(self) -> None:
+        """Says hello, attaches its data socket, and beats from now on."""
+        self._beat()
+        self._send_data(self.peer, wire.encode(wire.Attach(self.id, self.epoch)))
+        self._agenda.after(self.facts.heartbeat_s, self._beat_for_ever)
+
+    def die(self) -> None:
+        """Without a word."""
+        self.alive = False
+
+    # ---- from the gateway ---------------------------------------------------------------------------------------------------------------
+
+    def receive(self, data: bytes) -> None:
+        if not self.alive:
+            return
+        message = wire.decode_gateway_data(data)
+        if isinstance(message, wire.Cancel):
+            self._cancel(message.sid)
+        elif isinstance(message, wire.Generate):
+            self._take(message)
+
+    def _take(self, message: wire.Generate) -> None:
+        prompt_tokens, output_tokens = self._lengths(message.request_id)
+        job = Job(message.sid, message.sid, message.adapter, prompt_tokens, output_tokens, self._agenda.now)
+        self._jobs[job.number] = self._by_sid[job.sid] = job
+        self._last_sid = job.sid
+        if message.adapter is None:
+            self._start(job)
+        else:
+            self._perform(self.residency.want(job.number, message.adapter, self._agenda.now))
+
+    def _cancel(self, sid: wire.StreamId) -> None:
+        job = self._by_sid.get(sid)
+        if job is not None:
+            if job.sequence is not None:
+                self.engine.abort(job.sequence)
+            self._forget(job)
+
+    # ---- acting on instructions ---------------------------------------------------------------------------------------------------------
+
+    def _perform(self, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Fetch(adapter):
+                    self._fetch(adapter)
+                case Swap():
+                    self._swap(instruction)
+                case Start(number, _, came_from):
+                    job = self._jobs[number]
+                    job.came_from = came_from
+                    self._start(job)
+                case Reject(number, code, message, retryable):
+                    job = self._jobs[number]
+                    self._tell(wire.Step([], [], [wire.Refused(job.sid, code, message, retryable)]))
+                    self._forget(job)
+
+    def _fetch(self, adapter: AdapterRef) -> None:
+        tier = wire.Tier.DISK if self.facts.disk_warm or adapter in self._on_disk else wire.Tier.REMOTE
+        self._origin[adapter] = tier
+        self._agenda.after(self._timing.fetch_s(tier, self.facts.adapter_bytes), self._prepare, adapter)
+        self._beat_soon()
+
+    def _prepare(self, adapter: AdapterRef) -> None:
+        if not self.facts.disk_warm:
+            self._on_disk.add(adapter)
+        if not self._timing.prepare_s:
+            self._prepared(adapter)
+            return
+        now = self._agenda.now
+        self._prepared_until = max(now, self._prepared_until) + self._timing.prepared_in_s(self.facts.adapter_bytes)
+        self._prepare_s = blend(self._prepare_s, self._prepared_until - now, LOAD_WEIGHT)
+        self._agenda.at(self._prepared_until, self._prepared, adapter)
+
+    def _prepared(self, adapter: AdapterRef) -> None:
+        if not self.alive:
+            return
+        self._int_id += 1
+        loaded = Loaded(adapter, self._int_id, NOWHERE, self.facts.rank, self.facts.adapter_bytes)
+        self._perform(self.residency.fetched(loaded, self._origin.pop(adapter), self._agenda.now))
+
+    def _swap(self, swap: Swap) -> None:
+        seconds = sum(self._timing.load_from_s(self.residency.came_from(a.ref), a.size_bytes) for a in swap.enter)
+        asked = self._agenda.now
+        self.engine.load(seconds, lambda: self._swapped(swap, asked))
+
+    def _swapped(self, swap: Swap, asked: float) -> None:
+        if not self.alive:
+            return
+        took = (self._agenda.now - asked) / max(1, len(swap.enter))
+        for adapter in swap.enter:
+            origin = self.residency.came_from(adapter.ref)
+            self.tally.loads += 1
+            self.tally.cold_loads += origin is not wire.Tier.CPU
+            if self.on_load is not None:
+                self.on_load(adapter.ref, origin)
+            if origin is wire.Tier.CPU:
+                self._cpu_load_s = blend(self._cpu_load_s, took, LOAD_WEIGHT)
+            else:
+                self._load_s = blend(self._load_s, took, LOAD_WEIGHT)
+        self._perform(self.residency.swapped({}, self._agenda.now))
+        self._beat_soon()
+
+    def _start(self, job: Job) -> None:
+        job.started = self._agenda.now
+        job.sequence = Sequence(job.number, job.prompt_tokens, job.output_tokens)
+        self._started += 1
+        self.engine.add(job.sequence)
+
+    def _forget(self, job: Job) -> None:
+        del self._jobs[job.number], self._by_sid[job.sid]
+        self._started -= job.sequence is not None
+        if job.adapter is not None:
+            self._perform(self.residency.finish(job.number, self._agenda.now))
+
+    # ---- to the gateway -----------------------------------------------------------------------------------------------------------------
+
+    def on_step(self, first: list[Sequence], last: list[Sequence]) -> None:
+        """One message for all that a step brought: a head for each first token, an END for each last."""
+        if not self.alive:
+            return
+        frames: list[wire.Frame] = [(s.number, OK_SSE, b"") for s in first if s.number in self._jobs]
+        done = []
+        for sequence in last:
+            job = self._jobs.get(sequence.number)
+            if job is None:
+                continue
+            frames.append((job.sid, wire.END, b""))
+            wait_s = job.started - job.arrived
+            load_s = wait_s if job.came_from is not wire.Tier.GPU else 0.0
+            done.append(wire.Done(job.sid, job.prompt_tokens, job.output_tokens, wait_s, load_s, job.came_from))
+            self._forget(job)
+        self._tell(wire.Step(frames, done))
+
+    def _tell(self, step: wire.Step) -> None:
+        self._send_data(self.peer, wire.encode(step))
+
+    def _beat_for_ever(self) -> None:
+        if self.alive:
+            self._beat()
+            self._perform(self.residency.tick(self._agenda.now))
+            self._agenda.after(self.facts.heartbeat_s, self._beat_for_ever)
+
+    def _beat_soon(self) -> None:
+        if not self._beat_due:
+            self._beat_due = True
+            self._agenda.after(self._timing.beat_soon_s, self._beat_if_due)
+
+    def _beat_if_due(self) -> None:
+        if self._beat_due and self.alive:
+            self._beat()
+
+    def _beat(self) -> None:
+        self._beat_due = False
+        self._seq += 1
+        facts, engine = self.facts, self.engine
+        load_s = self._prepare_s + self._load_s
+        held = self.residency.states(self._agenda.now, load_s)
+        beat = wire.Heartbeat(
+            worker=self.id,
+            epoch=self.epoch,
+            seq=self._seq,
+            base=facts.base,
+            state=wire.WorkerState.SERVING,
+            capacity=facts.capacity,
+            slots=facts.slots,
+            running=self._started,
+            waiting=len(self._jobs) - self._started,
+            yours=len(self._jobs),
+            acked=self._last_sid,
+            waiting_tokens=engine.waiting_tokens,
+            kv_usage=engine.tokens_held / TOKENS_OF_CACHE,
+            adapters=held,
+            prefill_tokens_per_s=engine.measured_prefill_tokens_per_s,
+            step_s=engine.measured_step_s,
+            load_s=load_s,
+            engine="virtual",
+            max_lora_rank=facts.rank,
+            disk_load_s=self._load_s,
+            cpu_load_s=self._cpu_load_s,
+        )
+        self._send_control(self.peer, wire.encode(beat))

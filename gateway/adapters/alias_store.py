@@ -1,0 +1,130 @@
+"""Shell. The aliases in force on this gateway process: the config's, and those of the state file that all processes of the machine share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+
+from gateway.adapters import aliases
+from gateway.adapters.aliases import Alias, AliasState, InForce, Share, Trip
+from gateway.adapters.canary import Count, Shares
+from gateway.telemetry.prometheus import Metrics
+from shared.errors import ConfigError, LoraplexError
+from shared.runtime.state_file import StateFile
+
+log = logging.getLogger("loraplex.aliases")
+
+FILE = "aliases.json"
+MAX_UNWRITTEN = 100
+"""Rollbacks on their way to the file; there are at most as many as shares."""
+
+
+class AliasBook:
+    """Reads the file once at the start; `run()` follows it from then on. Raises ConfigError if it cannot be read."""
+
+    def __init__(
+        self,
+        configured: Mapping[str, Mapping[str, Alias]],
+        file: StateFile[AliasState],
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._configured, self._file, self._metrics, self._clock = configured, file, metrics, clock
+        self._in_force: dict[str, dict[str, InForce]] = {}
+        self._shares: dict[tuple[str, str], tuple[Alias, Shares]] = {}
+        self._unwritten: asyncio.Queue[tuple[str, InForce, str, Trip]] = asyncio.Queue(MAX_UNWRITTEN)
+        self._state = AliasState()
+        self._apply(file.read())
+
+    def of(self, base: str) -> Mapping[str, InForce]:
+        """The aliases of a base model, by name."""
+        return self._in_force.get(base, {})
+
+    def pick(self, found: InForce, user: bytes) -> Share:
+        """The user's share. If every share was rolled back, which no rollback leads to, the first answers."""
+        return aliases.pick(found.name, found.live or found.alias.shares[:1], user)
+
+    def note(self, base: str, name: str, adapter: str, *, failed: bool) -> None:
+        """A request by alias has ended; rolls its share back if that was one error too many."""
+        found = self.of(base).get(name)
+        if found is None or all(share.adapter != adapter for share in found.alias.shares):
+            return  # it has changed since
+        self._metrics.alias_request(base, name, adapter, failed)
+        reason = self._counts(base, found).note(adapter, failed, self._clock())
+        if reason is None or adapter in found.trips or self._unwritten.full():
+            return
+        trip = Trip(reason, round(time.time(), 3))
+        changed = aliases.with_trip(self._state, base, found, adapter, trip)
+        if changed is not self._state:
+            log.error("share of an alias rolled back", extra={"base": base, "alias": name, "adapter": adapter, "reason": reason})
+            self._metrics.alias_rollback(base, name)
+            self._apply(changed)
+            self._unwritten.put_nowait((base, found, adapter, trip))
+
+    def count(self, base: str, found: InForce, adapter: str) -> Count:
+        """Requests of a share within its window, of this process."""
+        return self._counts(base, found).count(adapter, self._clock())
+
+    async def put(self, base: str, name: str, alias: Alias) -> None:
+        """Raises LoraplexError if the file cannot be written; nothing has changed then."""
+        await self._update(lambda state: aliases.with_alias(state, base, name, alias))
+        self._shares.pop((base, name), None)
+
+    async def delete(self, base: str, name: str) -> None:
+        """As `put`."""
+        await self._update(lambda state: aliases.without_alias(state, base, name))
+        self._shares.pop((base, name), None)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._write_trips(), name="alias rollbacks")
+            async for state in self._file.changes():
+                self._apply(state)
+
+    async def _write_trips(self) -> None:
+        while True:
+            base, found, adapter, trip = await self._unwritten.get()
+            try:
+                await self._update(lambda state: aliases.with_trip(state, base, found, adapter, trip))  # noqa: B023 - called before the next turn
+            except LoraplexError as exc:
+                log.error("rollback not kept", extra={"base": base, "alias": found.name, "adapter": adapter, "reason": exc.message})
+
+    async def _update(self, change: Callable[[AliasState], AliasState]) -> None:
+        try:
+            await asyncio.to_thread(self._file.update, change)
+            self._apply(self._file.read())
+        except OSError as exc:
+            raise LoraplexError(f"The aliases could not be written to gateway.state_dir: {exc.strerror}.") from exc
+        except ConfigError as exc:
+            raise LoraplexError(
+                f"The file of the aliases in gateway.state_dir cannot be read; mend or remove {self._file.path.name}."
+            ) from exc
+
+    def _apply(self, state: AliasState) -> None:
+        self._state = state
+        bases = {*self._configured, *state.bases}
+        changed = {b: aliases.in_force(self._configured.get(b, {}), state.bases.get(b, {})) for b in bases}
+        for base, found in changed.items():
+            before = self._in_force.get(base, {})
+            for name in {*before, *found}:
+                if found.get(name) != before.get(name):
+                    log.info("alias", extra={"base": base, "alias": name, "shares": _shown(found.get(name))})
+                    if name not in found:
+                        self._shares.pop((base, name), None)
+        self._in_force = changed
+
+    def _counts(self, base: str, found: InForce) -> Shares:
+        """Anew for every change of the alias."""
+        alias, shares = self._shares.get((base, found.name), (None, None))
+        if shares is None or alias != found.alias:
+            shares = Shares(found.alias.rollback)
+            self._shares[base, found.name] = (found.alias, shares)
+        return shares
+
+
+def _shown(found: InForce | None) -> str:
+    if found is None:
+        return "none"
+    return ", ".join(f"{s.adapter}={0 if s.adapter in found.trips else s.weight:g}" for s in found.alias.shares)

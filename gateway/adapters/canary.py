@@ -1,0 +1,73 @@
+"""Pure. Error rates of the shares of aliases over a sliding window, and when one of them is too high."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from shared.config.aliases import RollbackConfig
+
+SLICES = 12
+"""Of a window: it slides in steps of a twelfth."""
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    requests: int = 0
+    errors: int = 0
+
+    @property
+    def rate(self) -> float:
+        return self.errors / self.requests if self.requests else 0.0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.requests + other.requests, self.errors + other.errors)
+
+
+class Window:
+    """The requests of one share that ended within the last `window_s` seconds, to the precision of a slice."""
+
+    def __init__(self, window_s: float) -> None:
+        self._slice_s = window_s / SLICES
+        self._slices: deque[tuple[int, Count]] = deque(maxlen=SLICES)
+
+    def note(self, failed: bool, now: float) -> None:
+        one, number = Count(1, int(failed)), int(now / self._slice_s)
+        if self._slices and self._slices[-1][0] == number:
+            one += self._slices.pop()[1]
+        self._slices.append((number, one))
+
+    def count(self, now: float) -> Count:
+        oldest = int(now / self._slice_s) - SLICES
+        return sum((c for number, c in self._slices if number > oldest), Count())
+
+
+class Shares:
+    """The windows of one alias's shares."""
+
+    def __init__(self, rollback: RollbackConfig | None) -> None:
+        self._rollback = rollback or RollbackConfig()
+        self._enabled = rollback is not None
+        self._windows: dict[str, Window] = {}
+
+    def note(self, adapter: str, failed: bool, now: float) -> str | None:
+        """A request of this share has ended. Returns why the share is to be rolled back, if it is."""
+        window = self._windows.get(adapter)
+        if window is None:
+            window = self._windows[adapter] = Window(self._rollback.window_s)
+        window.note(failed, now)
+        if not (failed and self._enabled):
+            return None  # only an error raises a rate
+        mine = window.count(now)
+        others = sum((w.count(now) for a, w in self._windows.items() if a != adapter), Count())
+        limit = self._rollback
+        if mine.requests < limit.min_requests or mine.rate <= max(limit.error_rate, others.rate):
+            return None
+        return (
+            f"{mine.errors} of {mine.requests} requests failed within {limit.window_s:g} s ({mine.rate:.1%}); "
+            f"allowed are {limit.error_rate:.1%}, the other shares have {others.rate:.1%}"
+        )
+
+    def count(self, adapter: str, now: float) -> Count:
+        window = self._windows.get(adapter)
+        return window.count(now) if window is not None else Count()

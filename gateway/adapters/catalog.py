@@ -1,0 +1,154 @@
+"""Shell. Which adapters exist: one immutable mapping per base model, swapped after each listing that differs, and a lookup on demand for unknown names.
+
+`GET /v1/models` and known names never wait for the store. What the store once showed stays usable while the store is down. `known` is what the
+store shows; `find` says which version of it answers (see `versions`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from gateway.adapters.versions import Versions
+from shared.adapters.identity import StoredAdapter
+from shared.errors import AdapterNotFound, LoraplexError, StoreUnavailable
+from shared.stores import AdapterStore
+
+log = logging.getLogger("loraplex.catalog")
+
+MAX_ADAPTERS = 100_000  # per base model; more are not listed, but still found by name
+NEGATIVE_TTL_S = 5.0  # a name that was not found is not asked for again within this time
+MAX_NEGATIVE = 10_000
+FIND_TIMEOUT_S = 10.0
+TURN = 256  # adapters of a listing between two turns of the event loop
+
+
+class Catalog:
+    """The adapters of one base model. `run()` refreshes for ever; `find` answers from memory or asks the store once."""
+
+    def __init__(self, base: str, store: AdapterStore, refresh_s: float) -> None:
+        self.base = base
+        self._store = store
+        self._refresh_s = refresh_s
+        self._known: dict[str, StoredAdapter] = {}
+        self._missing: OrderedDict[str, float] = OrderedDict()
+        self._asking: dict[str, asyncio.Future[StoredAdapter | None]] = {}
+        self._fresh: dict[str, StoredAdapter | None] = {}  # what single questions found since the running listing began: newer than it
+        self.versions = Versions()
+        self.listed = False
+        self.version = 0
+        """Grows whenever `known` is another one."""
+
+    @property
+    def known(self) -> Mapping[str, StoredAdapter]:
+        return self._known
+
+    async def run(self) -> None:
+        """Lists the store every `refresh_s` seconds; a failed listing keeps what was known."""
+        while True:
+            try:
+                await self.refresh()
+            except LoraplexError as exc:
+                log.warning("listing failed", extra={"base": self.base, "store": self._store.url, "error": exc.message})
+            await asyncio.sleep(self._refresh_s)
+
+    async def refresh(self) -> None:
+        known: dict[str, StoredAdapter] = {}
+        same = named = 0
+        complete = True
+        self._fresh.clear()
+        async for adapter in self._store.list():
+            before = self._known.get(adapter.name)
+            named += before is not None
+            if before == adapter:
+                adapter, same = before, same + 1  # so that equal ones are there once, however many requests hold one
+            known[adapter.name] = adapter
+            if len(known) % TURN == 0:
+                await asyncio.sleep(0)  # a store that has its listing ready never gives the loop a turn
+            if len(known) >= MAX_ADAPTERS:
+                log.warning("too many adapters, listing cut", extra={"base": self.base, "limit": MAX_ADAPTERS})
+                complete = False
+                break
+        for name, found in self._fresh.items():
+            known.pop(name, None)
+            if found is not None:
+                known[name] = found
+        if not len(known) == len(self._known) == named or not self.listed:
+            log.info("adapters listed", extra={"base": self.base, "store": self._store.url, "adapters": len(known)})
+        if not len(known) == len(self._known) == same:
+            self._known = known
+            self.version += 1
+        self.listed = True
+        self.versions.listed(known, time.monotonic(), complete=complete)
+
+    async def find(self, name: str) -> StoredAdapter:
+        """The version of the adapter that answers now. See `latest`, also for what it raises."""
+        return self.versions.current(await self.latest(name))
+
+    async def latest(self, name: str) -> StoredAdapter:
+        """The adapter by name, as the store shows it. Concurrent questions for one unknown name ask the store once.
+
+        Raises:
+            AdapterNotFound: the store does not have it (remembered for NEGATIVE_TTL_S). StoreUnavailable: the store cannot say.
+        """
+        adapter = self._known.get(name)
+        if adapter is None and not self.is_missing(name):
+            adapter = await self._ask(name)
+        if adapter is None:
+            raise AdapterNotFound(f"The adapter `{name}` of model `{self.base}` does not exist.", param="model")
+        return adapter
+
+    async def look_again(self, name: str) -> StoredAdapter:
+        """As `latest`, but asks the store now, whatever is known: the adapter changed since it was listed."""
+        adapter = await self._ask(name)
+        if adapter is None:
+            self._swap(name, None)
+            self.versions.deleted(name, time.monotonic())
+            raise AdapterNotFound(f"The adapter `{name}` of model `{self.base}` does not exist any more.", param="model")
+        return adapter
+
+    def _swap(self, name: str, adapter: StoredAdapter | None) -> None:
+        """A copy, so that whoever reads the mapping has it whole: under a millisecond for a hundred thousand."""
+        known = self._known.copy()
+        if adapter is not None:
+            known[name] = adapter
+        else:
+            known.pop(name, None)
+        self._known = known
+        self.version += 1
+
+    def is_missing(self, name: str) -> bool:
+        return self._missing.get(name, 0.0) > time.monotonic()
+
+    async def _ask(self, name: str) -> StoredAdapter | None:
+        asking = self._asking.get(name)
+        if asking is None:
+            asking = self._asking[name] = asyncio.ensure_future(self._ask_store(name))
+            asking.add_done_callback(lambda _: self._asking.pop(name, None))
+        # One client's leaving must not cancel the question of the others.
+        return await asyncio.shield(asking)
+
+    async def _ask_store(self, name: str) -> StoredAdapter | None:
+        try:
+            async with asyncio.timeout(FIND_TIMEOUT_S):
+                adapter = await self._store.find(name)
+        except TimeoutError as exc:
+            raise StoreUnavailable("The adapter store did not answer in time.", retry_after_s=5.0) from exc
+        self._fresh[name] = adapter
+        if len(self._fresh) > MAX_NEGATIVE:
+            del self._fresh[next(iter(self._fresh))]
+        if adapter is not None:
+            self._swap(name, adapter)
+            self.versions.found(adapter, time.monotonic())
+            return adapter
+        self.miss(name)
+        return None
+
+    def miss(self, name: str) -> None:
+        """The store has no such name, or nobody such a version (`name@digest`)."""
+        self._missing[name] = time.monotonic() + NEGATIVE_TTL_S
+        while len(self._missing) > MAX_NEGATIVE:
+            self._missing.popitem(last=False)

@@ -1,0 +1,185 @@
+"""Shell. Keeps adapters pinned and preloaded: compares what is wanted with what the workers' beats say, and sends what is missing.
+
+Every gateway process does this by itself; what two of them ask for is done once. The operators' changes are in a file that all of them read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from gateway.adapters.catalog import Catalog
+from gateway.dispatch.dispatcher import Dispatcher
+from gateway.adapters.pins import Pins, PinState, orders
+from gateway.adapters.usage import Usage
+from gateway.fleet.worker_view import Key, Worker
+from shared.adapters.identity import AdapterRef
+from shared.errors import ConfigError, LoraplexError
+from shared.runtime.state_file import POLL_S, StateFile
+from shared.link.messages import Action, WorkerId
+
+log = logging.getLogger("loraplex.keeper")
+clock = time.monotonic
+
+LOOK_S = 0.5
+SETTLE_S = 4 * POLL_S
+"""What was just changed is left alone for so long: another process may know better already."""
+RETRY_S = 10.0
+MAX_OPEN = 64  # orders on their way, of this process; the others follow
+Order: TypeAlias = tuple[Action, Key]
+
+
+@dataclass(slots=True)
+class _Life:
+    """One epoch of one worker: what it was told and what came of it."""
+
+    epoch: int
+    preloaded: set[Key] = field(default_factory=set)
+    pinned: set[Key] = field(default_factory=set)
+    unpinned: set[Key] = field(default_factory=set)
+    """Told once: if it is pinned again, a gateway of another machine wants it, and quarrelling would help nobody."""
+    due: dict[Order, float] = field(default_factory=dict)
+    """Not before then; an order that is not due any more is forgotten."""
+
+
+class Keeper:
+    """`state` is what operators changed, as this process knows it."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        catalogs: Mapping[str, Catalog | None],
+        pins: Mapping[str, Pins],
+        file: StateFile[PinState],
+        usage: Usage,
+        refresh_s: float,
+    ) -> None:
+        """Raises ConfigError if the file cannot be read."""
+        self._dispatcher = dispatcher
+        self._catalogs = catalogs
+        self._pins = pins
+        self._file = file
+        self._usage = usage
+        self._refresh_s = refresh_s
+        self.state = file.read()
+        self._lives: dict[WorkerId, _Life] = {}
+        self._open: dict[asyncio.Future[None], None] = {}
+        self._said: dict[tuple[str, str], str] = {}
+
+    def pins(self, base: str) -> Pins:
+        return self._pins[base]
+
+    async def change(self, change: Callable[[PinState], PinState]) -> None:
+        """For every process of this machine, and after a restart too. Raises what `change` raises, or ConfigError."""
+        try:
+            self.state = await asyncio.to_thread(self._file.update, change)
+        except OSError as exc:
+            raise ConfigError(f"{self._file.path} cannot be written: {exc.strerror}; pins are kept there") from exc
+
+    async def follow(self) -> None:
+        """What other processes change."""
+        async for state in self._file.changes():
+            self.state = state
+
+    async def look_up(self) -> None:
+        """Names that no listing shows: asked for at each refresh, and complained of once."""
+        while True:
+            for base, catalog in self._catalogs.items():
+                if catalog is not None and catalog.listed:
+                    for name in sorted(self._pins[base].names(self.state)):
+                        await self._find(catalog, base, name)
+            await asyncio.sleep(self._refresh_s if all(c is None or c.listed for c in self._catalogs.values()) else LOOK_S)
+
+    async def run(self) -> None:
+        while True:
+            now = clock()
+            workers = [w for w in self._dispatcher.fleet if w.routable]
+            self._lives = {w.id: self._life(w) for w in workers}
+            for worker in workers:
+                self._look_after(worker, self._lives[worker.id], now)
+            await asyncio.sleep(LOOK_S)
+
+    # ---- inside -----------------------------------------------------------------------------------------------------------------------
+
+    def _life(self, worker: Worker) -> _Life:
+        life = self._lives.get(worker.id)
+        return life if life is not None and life.epoch == worker.beat.epoch else _Life(worker.beat.epoch)
+
+    def _look_after(self, worker: Worker, life: _Life, now: float) -> None:
+        base = worker.beat.base
+        catalog, pins = self._catalogs.get(base), self._pins.get(base)
+        if catalog is None or pins is None:
+            return
+        current = catalog.versions.current  # a new version takes over by itself once it is good
+        digests = {name: current(stored).digest for name in pins.names(self.state) if (stored := catalog.known.get(name))}
+        pinned = {name: digests.get(name) for name in pins.wanted(self.state, worker.id)}
+        preload = {name: digests[name] for name in pins.preload if name in digests}
+        wanted = [o for o in orders(pinned, preload, worker.held, life.preloaded) if o[0] is not Action.UNPIN or o[1] not in life.unpinned]
+        life.due = {order: when for order, when in life.due.items() if order in wanted}
+        life.pinned |= {key for key, state in worker.held.items() if state.pinned}
+        for order in wanted:
+            action, key = order
+            # Another process may have changed what this one has not read yet; only what was never so is done at once.
+            settled = action is Action.LOAD or (action is Action.PIN and key not in life.pinned)
+            if life.due.setdefault(order, now if settled else now + SETTLE_S) <= now and len(self._open) < MAX_OPEN:
+                self._send(worker, life, action, key)
+
+    def _send(self, worker: Worker, life: _Life, action: Action, key: Key) -> None:
+        catalog = self._catalogs[worker.beat.base]
+        assert catalog is not None
+        ref = AdapterRef(worker.beat.base, *key)
+        life.due[action, key] = float("inf")
+        latest = catalog.known.get(ref.name)
+        future = self._dispatcher.tend(worker, action, ref, catalog.versions.current(latest) if latest is not None else None)
+        self._open[future] = None
+        future.add_done_callback(lambda f: self._ended(f, worker.id, life, action, ref))
+
+    def _ended(self, future: asyncio.Future[None], worker: WorkerId, life: _Life, action: Action, ref: AdapterRef) -> None:
+        del self._open[future]
+        key = (ref.name, ref.digest)
+        error = None if future.cancelled() else future.exception()
+        life.due[action, key] = clock() + (SETTLE_S if error is None else RETRY_S)
+        facts = {"adapter": str(ref), "worker": worker, "action": action.name.lower()}
+        if error is None:
+            if action is Action.LOAD:
+                life.preloaded.add(key)
+            elif action is Action.UNPIN:
+                life.unpinned.add(key)
+            else:
+                life.unpinned.discard(key)
+            if action is not Action.UNPIN:
+                self._usage.worked(ref)
+                self._keep(ref)
+            log.info("adapter tended", extra=facts)
+        elif isinstance(error, LoraplexError):
+            self._usage.failed(ref, error)
+            if self._say(ref.base, ref.name, f"{ref.digest} {error.code}"):
+                log.warning("adapter not tended", extra={**facts, "code": error.code, "reason": error.message})
+
+    def _keep(self, ref: AdapterRef) -> None:
+        """What is pinned or preloaded counts as served: a bad new version shall not replace it."""
+        catalog = self._catalogs[ref.base]
+        latest = catalog.known.get(ref.name) if catalog is not None else None
+        if catalog is not None and latest is not None and (current := catalog.versions.current(latest)).digest == ref.digest:
+            catalog.versions.use(current, clock())
+
+    async def _find(self, catalog: Catalog, base: str, name: str) -> None:
+        try:
+            await catalog.find(name)
+        except LoraplexError as exc:
+            if self._say(base, name, exc.code):
+                log.warning(
+                    "an adapter to be pinned or preloaded was not found", extra={"base": base, "adapter": name, "reason": exc.message}
+                )
+        else:
+            self._said.pop((base, name), None)
+
+    def _say(self, base: str, name: str, what: str) -> bool:
+        """False if it was said last time too."""
+        new = self._said.get((base, name)) != what
+        self._said[base, name] = what
+        return new

@@ -1,0 +1,126 @@
+"""Shell. Performs what `versions` decides for one base model: new versions are made ready on the workers, old ones leave the engines.
+
+Every gateway process does so by itself. What it asks of workers is idempotent, so several at once do no harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol, assert_never
+
+from gateway.adapters import versions
+from gateway.fleet.fleet import Fleet
+from gateway.telemetry.prometheus import Metrics
+from gateway.routing.demand import Rendezvous
+from gateway.adapters.versions import Prepare, Stage, Versions
+from gateway.fleet.worker_view import Key, Worker
+from shared.adapters.identity import AdapterRef, StoredAdapter
+from shared.errors import InvalidAdapter, LoraplexError, WorkerUnavailable
+from shared.link.messages import Action, WorkerId
+
+log = logging.getLogger("loraplex.versions")
+
+TICK_S = 0.25
+PREPARE_TIMEOUT_S = 300.0
+"""For one worker. Transfers have bounds of their own; this one is for a worker that has no slot to give."""
+
+
+class Tend(Protocol):
+    """Dispatcher.tend: resolves once the worker has done it, fails with a LoraplexError."""
+
+    def __call__(self, worker: Worker, action: Action, adapter: AdapterRef, stored: StoredAdapter | None) -> asyncio.Future[None]: ...
+
+
+class Rollout:
+    """`run()` works for ever on the changes of one base model's adapters."""
+
+    def __init__(
+        self, base: str, found: Versions, fleet: Fleet, tend: Tend, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.base, self._versions, self._fleet, self._tend = base, found, fleet, tend
+        self._metrics = metrics
+        self._clock = clock
+        self._homes = Rendezvous()
+        self._leaving: set[tuple[WorkerId, Key]] = set()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                for prepare in self._versions.due(self._clock()):
+                    tasks.create_task(self._prepare(prepare), name=f"prepare {prepare.new.name}@{prepare.new.digest}")
+                self._evict()
+                await asyncio.sleep(TICK_S)
+
+    async def _prepare(self, prepare: Prepare) -> None:
+        old, new = prepare.old, prepare.new
+        facts = {"base": self.base, "adapter": new.name, "old": old.digest, "new": new.digest}
+        begun = self._clock()
+        plan = versions.plan(prepare, self._fleet.pool(self.base), self._homes)
+        try:
+            match plan:
+                case versions.Load(workers):
+                    await self._load(workers, new)
+                case versions.Cache(worker):
+                    await self._ask([worker], Action.CACHE, new)
+                case versions.Nothing():
+                    pass
+                case versions.Nobody():
+                    raise WorkerUnavailable("No worker serves this model now.")
+                case _:
+                    assert_never(plan)
+        except LoraplexError as exc:
+            stage = self._versions.failed(new, exc, self._clock())
+            self._metrics.version_change(self.base, "refused" if stage is Stage.REFUSED else "failed")
+            if stage is Stage.REFUSED:
+                log.error("new version refused, the old one goes on", extra={**facts, "code": exc.code, "reason": exc.message})
+            else:
+                log.warning("new version not ready yet", extra={**facts, "code": exc.code, "reason": exc.message})
+            return
+        if self._versions.ready(new, self._clock()):
+            self._metrics.version_change(self.base, "switched")
+            log.info("version switched", extra={**facts, "ms": round((self._clock() - begun) * 1e3, 1)})
+
+    async def _load(self, workers: tuple[Worker, ...], new: StoredAdapter) -> None:
+        """On the first one, then on the others; of these only a refusal counts, since requests can load it where it is missing."""
+        await self._ask(workers[:1], Action.LOAD, new)
+        try:
+            await self._ask(workers[1:], Action.LOAD, new)
+        except InvalidAdapter:
+            raise
+        except LoraplexError as exc:
+            log.warning("new version not loaded everywhere", extra={"base": self.base, "adapter": new.name, "reason": exc.message})
+
+    async def _ask(self, workers: Iterable[Worker], action: Action, new: StoredAdapter) -> None:
+        """Returns once all have done it. Raises the first refusal as invalid, else the first failure, else WorkerUnavailable at the time limit."""
+        ref = AdapterRef(self.base, new.name, new.digest)
+        asked = [self._tend(worker, action, ref, new) for worker in workers]
+        if not asked:
+            return
+        # Waited for, never cancelled: the worker goes on anyway, and its answer has a place to go.
+        done, waiting = await asyncio.wait(asked, timeout=PREPARE_TIMEOUT_S)
+        for late in waiting:
+            late.add_done_callback(lambda f: f.exception())
+        failures = [exc for f in done if (exc := f.exception()) is not None]
+        failures.sort(key=lambda exc: not isinstance(exc, InvalidAdapter))
+        if failures:
+            raise failures[0]
+        if waiting:
+            raise WorkerUnavailable(f"A worker did not {action.name.lower()} the adapter within {PREPARE_TIMEOUT_S:g} s.")
+
+    def _evict(self) -> None:
+        pool = self._fleet.pool(self.base)
+        for key in self._versions.leaving(lambda key: versions.in_flight(key, pool), self._clock()):
+            for worker in versions.in_engines(key, pool):
+                if (worker.id, key) not in self._leaving:
+                    self._leaving.add((worker.id, key))
+                    future = self._tend(worker, Action.EVICT, AdapterRef(self.base, *key), None)
+                    future.add_done_callback(lambda f, at=(worker.id, key): self._gone(f, *at))  # type: ignore[misc]
+
+    def _gone(self, future: asyncio.Future[None], worker: WorkerId, key: Key) -> None:
+        """If it did not work, the next tick asks again."""
+        self._leaving.discard((worker, key))
+        if not future.cancelled() and future.exception() is None:
+            log.info("old version left", extra={"worker": worker, "base": self.base, "adapter": key[0], "digest": key[1]})

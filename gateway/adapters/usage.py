@@ -1,0 +1,64 @@
+"""Pure. What this gateway process has seen of each adapter: requests, the last one's time, the last refusal. Bounded: the longest unused go."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from shared.adapters.identity import AdapterRef
+from shared.errors import AdapterNotFound, InvalidAdapter, LoraplexError, StoreUnavailable
+
+MAX_RECORDS = 20_000
+MAX_REASON = 500  # characters
+ABOUT_ADAPTERS = (AdapterNotFound, InvalidAdapter, StoreUnavailable)
+
+
+@dataclass(slots=True)
+class Record:
+    """`last_used` is in seconds of the Unix epoch. `refused` is the digest that was refused last, `on_disk` one that a worker had on its disk."""
+
+    hits: int = 0
+    last_used: float = 0.0
+    refused: str = ""
+    code: str = ""
+    reason: str = ""
+    on_disk: str = ""
+
+
+class Usage:
+    """By (base, name)."""
+
+    def __init__(self) -> None:
+        self._records: OrderedDict[tuple[str, str], Record] = OrderedDict()
+
+    def get(self, base: str, name: str) -> Record | None:
+        return self._records.get((base, name))
+
+    def used(self, adapter: AdapterRef, now: float) -> None:
+        """A request came for it."""
+        record = self._record(adapter)
+        record.hits += 1
+        record.last_used = now
+
+    def worked(self, adapter: AdapterRef) -> None:
+        """A worker has it on its disk, and it is valid."""
+        record = self._record(adapter)
+        record.on_disk = adapter.digest
+        record.refused = record.code = record.reason = ""
+
+    def failed(self, adapter: AdapterRef, error: LoraplexError) -> None:
+        """Only what says something about the adapter is kept."""
+        if isinstance(error, ABOUT_ADAPTERS):
+            record = self._record(adapter)
+            record.refused, record.code, record.reason = adapter.digest, error.code, error.message[:MAX_REASON]
+
+    def _record(self, adapter: AdapterRef) -> Record:
+        key = (adapter.base, adapter.name)
+        record = self._records.get(key)
+        if record is None:
+            record = self._records[key] = Record()
+            if len(self._records) > MAX_RECORDS:
+                self._records.popitem(last=False)
+        else:
+            self._records.move_to_end(key)
+        return record

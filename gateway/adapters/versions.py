@@ -1,0 +1,382 @@
+"""Pure. Which version of an adapter answers: the old one goes on until the new one is loaded and valid, or until the old one cannot be had.
+
+The store's listing says what there is; this says what is served. A name that this process has served has a current version. Once the store
+shows another one, a `Change` begins: the new version is prepared where the old one is (see `plan`), and then takes over in one step. One that
+is not valid is refused and not tried again until the content changes; any other failure is tried again later, at growing intervals. Versions
+that were replaced or deleted leave the engines once nobody has used them for a while. Every table is bounded.
+
+    WAITING --begin--> PREPARING --ready--> SWITCHED
+       ^---fail-----------|   |----invalid--> REFUSED        lost (the old one is nowhere any more): SWITCHED, from any of them
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+from gateway.routing.demand import Rendezvous
+from gateway.fleet.pool import Pool
+from gateway.fleet.worker_view import Key, Worker
+from shared.adapters.identity import StoredAdapter
+from shared.errors import EngineFailure, InvalidAdapter, LoraplexError
+from shared.link.messages import Tier
+
+RECENT_S = 3600.0
+"""An adapter that was asked for within this time keeps its old version while the new one is checked, even if no engine holds it now."""
+FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
+ENGINE_TRIES = 2
+"""Engines that may die over a new version before it counts as refused."""
+QUIET_S = 2.0
+"""An old version leaves an engine after this long without a request: other gateways may switch a little later and still ask for it."""
+LINGER_S = 120.0
+"""A replaced version is looked for in the engines at least this long: a request that queued for it may bring it back."""
+FORGET_S = 3600.0
+EXPLICIT_S = 300.0
+"""A version that was asked for by its digest within this time stays."""
+MAX_SERVED = 20_000
+MAX_CHANGES = 10_000
+MAX_PREPARING = 8
+MAX_RETIRED = 5_000
+MAX_EXPLICIT = 5_000
+MAX_OLDER = 4
+"""Replaced versions of one adapter that are remembered, for `name@digest`."""
+_SPEC = re.compile(r"[0-9a-f]{8,16}\Z")
+DIGEST_LENGTH = 16
+
+
+class Stage(Enum):
+    WAITING = "waiting"
+    PREPARING = "preparing"
+    SWITCHED = "switched"
+    REFUSED = "refused"
+
+
+class Event(Enum):
+    BEGIN = "begin"
+    READY = "ready"
+    FAIL = "fail"
+    INVALID = "invalid"
+    LOST = "lost"
+
+
+NEXT = {
+    (Stage.WAITING, Event.BEGIN): Stage.PREPARING,
+    (Stage.PREPARING, Event.READY): Stage.SWITCHED,
+    (Stage.PREPARING, Event.FAIL): Stage.WAITING,
+    (Stage.PREPARING, Event.INVALID): Stage.REFUSED,
+    (Stage.WAITING, Event.LOST): Stage.SWITCHED,
+    (Stage.PREPARING, Event.LOST): Stage.SWITCHED,
+    (Stage.REFUSED, Event.LOST): Stage.SWITCHED,
+}
+
+
+@dataclass(slots=True)
+class Change:
+    """One name on its way from `old` to `new`. `code` and `reason` are of the last failure."""
+
+    old: StoredAdapter
+    new: StoredAdapter
+    stage: Stage = Stage.WAITING
+    until: float = 0.0
+    attempts: int = 0
+    code: str = ""
+    reason: str = ""
+
+    def on(self, event: Event) -> Stage:
+        after = NEXT.get((self.stage, event))
+        if after is None:
+            raise AssertionError(f"{event} in {self.stage} of {self.new.name}@{self.new.digest}")
+        self.stage = after
+        return after
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Make the new version ready (see `plan`); answer with `ready` or `failed`. `recent`: the old one is worth keeping meanwhile."""
+
+    old: StoredAdapter
+    new: StoredAdapter
+    recent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """One version of a name that may be asked for by its digest. `state`: current, preparing, refused, older, or loaded (on some worker)."""
+
+    digest: str
+    state: str
+    stored: StoredAdapter | None = None
+
+
+@dataclass(slots=True)
+class _Served:
+    adapter: StoredAdapter
+    used_at: float
+
+
+@dataclass(slots=True)
+class _Retired:
+    since: float
+    busy_at: float
+
+
+class Versions:
+    """The versions of one base model's adapters, as far as this process has served them. Times are seconds of one monotonic clock."""
+
+    def __init__(self) -> None:
+        self._served: OrderedDict[str, _Served] = OrderedDict()  # the longest unused first
+        self._changes: OrderedDict[str, Change] = OrderedDict()
+        self._older: OrderedDict[str, tuple[StoredAdapter, ...]] = OrderedDict()
+        self._retired: OrderedDict[Key, _Retired] = OrderedDict()
+        self._explicit: OrderedDict[Key, float] = OrderedDict()
+
+    # ---- what answers -------------------------------------------------------------------------------------------------------------------
+
+    def current(self, latest: StoredAdapter) -> StoredAdapter:
+        """The version that answers, where the store shows `latest`."""
+        served = self._served.get(latest.name)
+        return served.adapter if served is not None else latest
+
+    def of(self, latest: StoredAdapter) -> list[Known]:
+        """The versions of a name that are known here, the current one first."""
+        current = self.current(latest)
+        found = [Known(current.digest, "current", current)]
+        if latest.digest != current.digest:
+            change = self._changes.get(latest.name)
+            refused = change is not None and change.stage is Stage.REFUSED
+            found.append(Known(latest.digest, "refused" if refused else "preparing", latest))
+        digests = {current.digest, latest.digest}
+        return found + [Known(o.digest, "older", o) for o in self._older.get(latest.name, ()) if o.digest not in digests]
+
+    def change(self, name: str) -> Change | None:
+        """What is under way for this name, or was refused. Read only."""
+        return self._changes.get(name)
+
+    def changes(self) -> Iterable[Change]:
+        return self._changes.values()
+
+    def count(self, stage: Stage) -> int:
+        return sum(c.stage is stage for c in self._changes.values())
+
+    # ---- what happens -------------------------------------------------------------------------------------------------------------------
+
+    def use(self, adapter: StoredAdapter, now: float) -> None:
+        """A request is answered from this version, which is the current one."""
+        served = self._served.get(adapter.name)
+        if served is None:
+            served = self._served[adapter.name] = _Served(adapter, now)
+            if len(self._served) > MAX_SERVED:
+                self._changes.pop(self._served.popitem(last=False)[0], None)
+        elif served.adapter.digest != adapter.digest:
+            return
+        served.used_at = now
+        self._served.move_to_end(adapter.name)
+        if self._retired:
+            self._retired.pop((adapter.name, adapter.digest), None)
+
+    def use_explicitly(self, key: Key, now: float) -> None:
+        """A request names this version by its digest: it stays in the engines for a while, and nothing else follows from it."""
+        self._explicit[key] = now
+        self._explicit.move_to_end(key)
+        if len(self._explicit) > MAX_EXPLICIT:
+            self._explicit.popitem(last=False)
+
+    def unusable(self, adapter: StoredAdapter) -> None:
+        """The version turned out to be invalid: nothing good that would be worth keeping."""
+        served = self._served.get(adapter.name)
+        if served is not None and served.adapter.digest == adapter.digest:
+            self._forget(adapter.name)
+
+    def lost(self, adapter: StoredAdapter, now: float) -> None:
+        """This version is nowhere any more: what the store shows takes over at once."""
+        served, change = self._served.get(adapter.name), self._changes.get(adapter.name)
+        if served is None or served.adapter.digest != adapter.digest:
+            return
+        if change is None:
+            self._forget(adapter.name)
+        else:
+            change.on(Event.LOST)
+            self._switch(change, now)
+
+    def listed(self, known: Mapping[str, StoredAdapter], now: float, *, complete: bool) -> None:
+        """The store's listing. Only names that were served are looked at; one that a complete listing lacks is deleted."""
+        for name in [*self._served]:
+            latest = known.get(name)
+            if latest is not None:
+                self.found(latest, now)
+            elif complete:
+                self.deleted(name, now)
+
+    def found(self, latest: StoredAdapter, now: float) -> None:
+        """The store shows this version of a name now."""
+        served = self._served.get(latest.name)
+        if served is None:
+            return
+        change = self._changes.get(latest.name)
+        if latest.digest == served.adapter.digest:
+            self._changes.pop(latest.name, None)  # its content came back
+        elif change is None or change.new.digest != latest.digest:
+            self._begin(Change(served.adapter, latest))
+
+    def deleted(self, name: str, now: float) -> None:
+        served = self._served.get(name)
+        if served is not None:
+            self._forget(name)
+            self._retire(served.adapter, now)
+        self._older.pop(name, None)
+
+    # ---- what is to be done ---------------------------------------------------------------------------------------------------------------
+
+    def due(self, now: float) -> list[Prepare]:
+        """The changes to work on from now on, at most MAX_PREPARING at once."""
+        room = MAX_PREPARING - self.count(Stage.PREPARING)
+        found: list[Prepare] = []
+        for change in self._changes.values():
+            if len(found) >= room:
+                break
+            if change.stage is Stage.WAITING and change.until <= now:
+                change.on(Event.BEGIN)
+                change.attempts += 1
+                found.append(Prepare(change.old, change.new, now - self._served[change.new.name].used_at < RECENT_S))
+        return found
+
+    def ready(self, new: StoredAdapter, now: float) -> bool:
+        """The new version is loaded and valid: it answers from now on. False if it has been overtaken meanwhile."""
+        change = self._preparing(new)
+        if change is None:
+            return False
+        change.on(Event.READY)
+        self._switch(change, now)
+        return True
+
+    def failed(self, new: StoredAdapter, error: LoraplexError, now: float) -> Stage:
+        """The new version could not be made ready: REFUSED until the content changes, or WAITING for the next try."""
+        change = self._preparing(new)
+        if change is None:
+            return Stage.WAITING
+        change.code, change.reason = error.code, error.message
+        if isinstance(error, InvalidAdapter) or (isinstance(error, EngineFailure) and change.attempts >= ENGINE_TRIES):
+            return change.on(Event.INVALID)
+        change.until = now + min(FIRST_PAUSE_S * 2.0 ** (change.attempts - 1), MAX_PAUSE_S)
+        return change.on(Event.FAIL)
+
+    def leaving(self, in_flight: Callable[[Key], int | None], now: float) -> list[Key]:
+        """The replaced and deleted versions that should leave the engines now. `in_flight`: requests in flight; None: no engine holds it."""
+        found = []
+        for key, retired in [*self._retired.items()]:
+            requests = in_flight(key)
+            if requests:
+                retired.busy_at = now
+            elif (requests is None and now - retired.since > LINGER_S) or now - retired.since > FORGET_S:
+                del self._retired[key]
+            elif requests is not None and now - retired.busy_at >= QUIET_S and now - self._explicit.get(key, -EXPLICIT_S) >= EXPLICIT_S:
+                found.append(key)
+        return found
+
+    # ---- inside -------------------------------------------------------------------------------------------------------------------------
+
+    def _preparing(self, new: StoredAdapter) -> Change | None:
+        change = self._changes.get(new.name)
+        return change if change is not None and change.stage is Stage.PREPARING and change.new.digest == new.digest else None
+
+    def _begin(self, change: Change) -> None:
+        """At the bound, the oldest refusal is forgotten (it would be refused again); without one, the next listing shows the change again."""
+        if change.new.name not in self._changes and len(self._changes) >= MAX_CHANGES:
+            refused = next((n for n, c in self._changes.items() if c.stage is Stage.REFUSED), None)
+            if refused is None:
+                return
+            del self._changes[refused]
+        self._changes[change.new.name] = change
+
+    def _switch(self, change: Change, now: float) -> None:
+        name = change.new.name
+        del self._changes[name]
+        self._served[name].adapter = change.new
+        self._retired.pop((name, change.new.digest), None)
+        self._retire(change.old, now)
+        older = [o for o in self._older.pop(name, ()) if o.digest not in (change.old.digest, change.new.digest)]
+        self._older[name] = (change.old, *older)[:MAX_OLDER]
+        if len(self._older) > MAX_SERVED:
+            self._older.popitem(last=False)
+
+    def _retire(self, adapter: StoredAdapter, now: float) -> None:
+        self._retired[adapter.name, adapter.digest] = _Retired(now, now)
+        if len(self._retired) > MAX_RETIRED:
+            self._retired.popitem(last=False)
+
+    def _forget(self, name: str) -> None:
+        del self._served[name]
+        self._changes.pop(name, None)
+
+
+# ---- where ------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Into a slot of each of these workers; of the first one before the others, so that a version that kills engines kills one."""
+
+    workers: tuple[Worker, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Onto the worker's disk, validated."""
+
+    worker: Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """There is no old version that would be worth keeping."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nobody:
+    """No worker serves the base model now."""
+
+
+Plan: TypeAlias = Load | Cache | Nothing | Nobody
+
+
+def plan(prepare: Prepare, pool: Pool, homes: Rendezvous) -> Plan:
+    """Where the new version is made ready: in the slots of the workers that have the old one in a slot, else of one that has it in host memory,
+    else on the disk of its home."""
+    old = (prepare.old.name, prepare.old.digest)
+    holders = in_engines(old, pool)
+    if holders:
+        slotted = [w for w in holders if w.tier_at(old) is Tier.GPU]
+        return Load(tuple(sorted(slotted, key=lambda w: w.load)) or (holders[0],))
+    if not prepare.recent:
+        return Nothing()
+    return Cache(homes.order((prepare.new.name, prepare.new.digest), pool)[0]) if pool.workers else Nobody()
+
+
+def in_engines(key: Key, pool: Pool) -> list[Worker]:
+    """The workers whose engine has the version, in a slot or in host memory."""
+    there = {**pool.holders.get(key, {}), **pool.stashes.get(key, {})}
+    return [w for w in there.values() if w.tier_at(key) in (Tier.GPU, Tier.CPU)]
+
+
+def in_flight(key: Key, pool: Pool) -> int | None:
+    """Requests for the version on all workers; None if no engine has it."""
+    workers = in_engines(key, pool)
+    return sum(w.in_flight(key) for w in workers) if workers else None
+
+
+# ---- by digest --------------------------------------------------------------------------------------------------------------------------
+
+
+def is_spec(text: str) -> bool:
+    """Whether it may stand behind the `@` of `name@digest`: a digest, or at least its first 8 characters."""
+    return _SPEC.match(text) is not None
+
+
+def on_workers(name: str, pool: Pool) -> Iterator[Known]:
+    """The versions of a name that any worker has; looks at every adapter of the pool."""
+    for digest in {d for index in (pool.holders, pool.stashes) for n, d in index if n == name}:
+        yield Known(digest, "loaded")

@@ -1,0 +1,245 @@
+"""Shell. What operators tell the workers over HTTP: pin, unpin, prefetch and evict adapters, and vLLM's own load and unload."""
+
+from __future__ import annotations
+
+import asyncio
+import posixpath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+from aiohttp import web
+
+from gateway.api import schema as openai
+from gateway.admin.scope import (Scope, body_of, choice, listed, number, text_answer)
+from gateway.adapters.reconciler import Keeper
+from gateway.adapters.usage import Usage
+from gateway.fleet.worker_view import Worker
+from shared.adapters.identity import AdapterRef, StoredAdapter, check_name
+from shared.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, LoraplexError, NotDoneInTime
+from shared.link.messages import Action, WorkerId
+
+PREFIX = "/admin/adapters/"
+TYPICAL_TOKENS = 128  # of a prompt, where a worker is chosen for an adapter and nobody has asked yet
+TIMEOUT_S, MAX_TIMEOUT_S = 60.0, 600.0
+MULTI_STATUS = 207
+
+
+class LoadRequest(msgspec.Struct, frozen=True):
+    """vLLM's (vllm/entrypoints/serve/lora/protocol.py, 0.32)."""
+
+    lora_name: str
+    lora_path: str | None = None
+    load_inplace: bool = False
+
+
+class UnloadRequest(msgspec.Struct, frozen=True):
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one action: per worker, None or the error."""
+
+    action: str
+    base: str
+    name: str
+    digest: str | None
+    results: dict[WorkerId, LoraplexError | None] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> list[LoraplexError]:
+        return [e for e in self.results.values() if e is not None]
+
+    def answer(self, **more: object) -> web.Response:
+        """200 where all is well, the error's status where nothing is, 207 in between."""
+        errors = self.errors
+        status = 200 if not errors else MULTI_STATUS if len(errors) < len(self.results) else openai.status_of(errors[0])
+        body: dict[str, object] = {"adapter": self.name, "base": self.base, "digest": self.digest, "action": self.action, **more}
+        if errors:
+            body |= msgspec.json.decode(openai.error_body(errors[0]))
+        body["results"] = [_result(worker, error) for worker, error in self.results.items()]
+        return web.Response(status=status, body=openai.to_json(body), content_type="application/json")
+
+
+class Actions:
+    """`stores`: base -> the URL of its adapter store."""
+
+    def __init__(self, scope: Scope, stores: Mapping[str, str], keeper: Keeper, usage: Usage) -> None:
+        self._scope = scope
+        self._stores = stores
+        self._keeper = keeper
+        self._usage = usage
+
+    async def pin(self, request: web.BaseRequest) -> web.Response:
+        base, name, workers = self._target(request)
+        stored = await self._scope.stored(base, name, needed=True)
+        assert stored is not None
+        one = request.query.get("worker")
+        pins = self._keeper.pins(base)
+        await self._keeper.change(lambda state: pins.pin(state, name, one))
+        outcome = await self._tend(request, "pin", base, name, stored, {w: [(Action.PIN, stored.digest)] for w in workers})
+        errors = outcome.errors
+        hopeless = bool(errors) and len(errors) == len(outcome.results) and all(isinstance(e, InvalidAdapter) for e in errors)
+        if hopeless:
+            await self._keeper.change(lambda state: pins.unpin(state, name, one))
+        return outcome.answer(remembered=not hopeless)
+
+    async def unpin(self, request: web.BaseRequest) -> web.Response:
+        base, name, workers = self._target(request)
+        stored = await self._scope.stored(base, name, needed=not self._scope.is_known(base, name))
+        await self._forget_pin(base, name, request.query.get("worker"))
+        todo = {w: [(Action.UNPIN, s.digest) for s in w.beat.adapters if s.name == name and s.pinned] for w in workers}
+        if stored is not None:  # its pin may be younger than the last beat
+            for asked in todo.values():
+                asked += [] if (Action.UNPIN, stored.digest) in asked else [(Action.UNPIN, stored.digest)]
+        return (await self._tend(request, "unpin", base, name, stored, todo)).answer()
+
+    async def prefetch(self, request: web.BaseRequest) -> web.Response:
+        base, name, workers = self._target(request)
+        stored = await self._scope.stored(base, name, needed=True)
+        assert stored is not None
+        tier = choice("tier", request.query.get("tier", "disk"), ("disk", "gpu"))
+        action = Action.LOAD if tier == "gpu" else Action.CACHE
+        return (await self._tend(request, "prefetch", base, name, stored, _on_each(workers, action, stored.digest))).answer(tier=tier)
+
+    async def evict(self, request: web.BaseRequest) -> web.Response:
+        base, name, workers = self._target(request)
+        return (await self._evict(request, base, name, workers, request.query.get("worker"))).answer()
+
+    async def load(self, request: web.BaseRequest) -> web.Response:
+        """vLLM's path; the files are the store's. Done once the worker that requests would go to has it in a slot."""
+        asked = await body_of(request, LoadRequest)
+        base, name = self._adapter_of(asked.lora_name)
+        self._check_path(base, name, asked.lora_path)
+        stored = await self._scope.catalog(base).look_again(name)
+        found = self._scope.dispatcher.explain(self._scope.ask(base, AdapterRef(base, name, stored.digest), stored, TYPICAL_TOKENS, ""))
+        workers = [c.worker for c in sorted(found, key=lambda c: not c.eligible)]
+        chosen = workers if request.query.get("all") == "1" else workers[:1]
+        self._scope.need(workers)
+        outcome = await self._tend(request, "load", base, name, stored, _on_each(chosen, Action.LOAD, stored.digest))
+        return outcome.answer() if outcome.errors else text_answer(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+
+    async def unload(self, request: web.BaseRequest) -> web.Response:
+        asked = await body_of(request, UnloadRequest)
+        base, name = self._adapter_of(asked.lora_name)
+        if not self._scope.is_known(base, name):
+            raise AdapterNotFound(f"The lora adapter '{asked.lora_name[:300]}' cannot be found.", param="lora_name")
+        _timeout_s(request)
+        outcome = await self._evict(request, base, name, self._scope.workers(base), None)
+        return outcome.answer() if outcome.errors else text_answer(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+
+    # ---- inside -----------------------------------------------------------------------------------------------------------------------
+
+    async def _evict(self, request: web.BaseRequest, base: str, name: str, workers: Sequence[Worker], one: WorkerId | None) -> Outcome:
+        """Every version, on each of the workers; what was pinned is pinned no longer."""
+        stored = await self._scope.stored(base, name, needed=not self._scope.is_known(base, name))
+        await self._forget_pin(base, name, one)
+        newest = [stored.digest] if stored is not None else []  # it may be on its way already, unknown to the last beat
+        todo = {
+            w: [(Action.EVICT, d) for d in dict.fromkeys([*newest, *(s.digest for s in w.beat.adapters if s.name == name)])]
+            for w in workers
+        }
+        return await self._tend(request, "evict", base, name, stored, todo)
+
+    async def _forget_pin(self, base: str, name: str, one: WorkerId | None) -> None:
+        pins, state = self._keeper.pins(base), self._keeper.state
+        if name in pins.names(state) or name in state.unpinned.get(base, ()):
+            await self._keeper.change(lambda state: pins.unpin(state, name, one))
+
+    async def _tend(
+        self,
+        request: web.BaseRequest,
+        what: str,
+        base: str,
+        name: str,
+        stored: StoredAdapter | None,
+        todo: Mapping[Worker, Sequence[tuple[Action, str]]],
+    ) -> Outcome:
+        """Asks all at once and waits for the answers, at most `?timeout_s=`."""
+        timeout_s = _timeout_s(request)
+        outcome = Outcome(what, base, name, stored.digest if stored else None, {w.id: None for w in todo})
+        asked: dict[asyncio.Future[None], tuple[Worker, AdapterRef, Action]] = {}
+        for worker, actions in todo.items():
+            for action, digest in actions:
+                ref = AdapterRef(base, name, digest)
+                files = stored if stored is not None and stored.digest == digest else None
+                asked[self._scope.dispatcher.tend(worker, action, ref, files)] = worker, ref, action
+        if asked:
+            await asyncio.wait(asked, timeout=timeout_s)
+        for future, (worker, ref, action) in asked.items():
+            if not future.done():
+                future.cancel()
+                late = NotDoneInTime(f"The worker has not answered within {timeout_s:g} s; what was asked goes on.")
+                outcome.results[worker.id] = late
+            elif isinstance(error := future.exception(), LoraplexError):
+                self._usage.failed(ref, error)
+                outcome.results[worker.id] = error
+            elif action in (Action.CACHE, Action.LOAD, Action.PIN):
+                self._usage.worked(ref)
+        return outcome
+
+    def _target(self, request: web.BaseRequest) -> tuple[str, str, list[Worker]]:
+        """(base, adapter, workers) of POST /admin/adapters/{name}/{action}, refused before anything has been done."""
+        _timeout_s(request)
+        name = request.path.removeprefix(PREFIX).rpartition("/")[0]
+        check_name(name)
+        base = self._scope.base(request)
+        workers, one = self._scope.workers(base), request.query.get("worker")
+        if one is not None:
+            workers = [w for w in workers if w.id == one]
+            if not workers:
+                raise InvalidRequest(f"No worker `{one[:200]}` serves `{base}` now.", param="worker")
+        elif request.path.rpartition("/")[2] not in ("pin", "unpin"):  # pins are remembered for workers to come
+            self._scope.need(workers)
+        return base, name, workers
+
+    def _adapter_of(self, lora_name: str) -> tuple[str, str]:
+        """(base, adapter) of vLLM's lora_name: `base:adapter`, or an adapter alone where there is one base model."""
+        with_adapters = self._scope.with_adapters()
+        if lora_name in self._scope.catalogs:
+            raise InvalidRequest(f"The lora adapter '{lora_name}' conflicts with a served base model.", param="lora_name")
+        if not lora_name:
+            raise InvalidRequest("'lora_name' must be provided.", param="lora_name")
+        if ":" in lora_name:
+            base, adapter = openai.split_model(lora_name, with_adapters)
+            if adapter is not None:
+                return base, adapter
+        if len(with_adapters) != 1:
+            raise InvalidRequest(f"Write lora_name as `base:adapter`, with a base of {listed(with_adapters)}.", param="lora_name")
+        check_name(lora_name)
+        return with_adapters[0], lora_name
+
+    def _check_path(self, base: str, name: str, path: str | None) -> None:
+        """Files come from the store alone: a path from outside would load anything that the workers can read."""
+        if not path:
+            return
+        expected = _plain_path(f"{self._stores[base]}/{name}")
+        if _plain_path(path) != expected:
+            raise InvalidRequest(
+                f"Files come from the configured store: the adapter `{name}` is at {expected}. Leave lora_path out, or put the files there.",
+                param="lora_path",
+            )
+
+
+def _timeout_s(request: web.BaseRequest) -> float:
+    return number(request, "timeout_s", TIMEOUT_S, MAX_TIMEOUT_S)
+
+
+def _on_each(workers: Sequence[Worker], action: Action, digest: str) -> dict[Worker, list[tuple[Action, str]]]:
+    return {w: [(action, digest)] for w in workers}
+
+
+def _result(worker: WorkerId, error: LoraplexError | None) -> dict[str, object]:
+    if error is None:
+        return {"worker": worker, "ok": True}
+    return {"worker": worker, "ok": False, "code": error.code, "message": error.message, "retryable": error.retryable}
+
+
+def _plain_path(path: str) -> str:
+    """file:///a/b/ and /a//b alike; a bucket's URL without Ray's `anonymous@`."""
+    scheme, separator, rest = path.removeprefix("file://").partition("://")
+    if not separator:
+        return posixpath.normpath(scheme)
+    return f"{scheme}://{posixpath.normpath(rest.removeprefix('anonymous@'))}"

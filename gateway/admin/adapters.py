@@ -1,0 +1,123 @@
+"""Shell. What operators ask over HTTP: which adapters are where, and what a request would cost. docs/OPERATIONS.md is the manual."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+
+from aiohttp import web
+
+from gateway.admin import views as adapter_table
+from gateway.api import schema as openai
+from gateway.admin.actions import PREFIX, Actions
+from gateway.admin.scope import Scope, choice, json_answer, number
+from gateway.adapters.reconciler import Keeper
+from gateway.adapters.resolver import Resolver
+from gateway.adapters.usage import Usage
+from gateway.adapters.versions import Change
+from shared.adapters.identity import StoredAdapter, check_name
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+EXPLAINED_TOKENS, MAX_EXPLAINED_TOKENS = 128, 10**7  # of the prompt that /admin/explain assumes, and at most takes
+PAGE = 1000
+LOOKED_AT_ONCE = 1000  # adapters between two turns of the loop
+
+
+class Admin:
+    """Every path that takes an admin key."""
+
+    def __init__(self, scope: Scope, actions: Actions, keeper: Keeper, usage: Usage, resolver: Resolver) -> None:
+        self._scope = scope
+        self._actions = actions
+        self._keeper = keeper
+        self._usage = usage
+        self._resolver = resolver
+        self._sorted: dict[str, tuple[Mapping[str, StoredAdapter], list[str]]] = {}
+
+    def routes(self) -> dict[tuple[str, str], Handler]:
+        return {
+            ("GET", "/admin/explain"): self.explain,
+            ("GET", "/admin/adapters"): self.adapters,
+            ("POST", "/v1/load_lora_adapter"): self._actions.load,
+            ("POST", "/v1/unload_lora_adapter"): self._actions.unload,
+        }
+
+    def below(self, method: str, path: str) -> Handler | None:
+        """For paths that hold an adapter's name: GET /admin/adapters/{name}, POST /admin/adapters/{name}/{action}."""
+        if not path.startswith(PREFIX):
+            return None
+        if method in ("GET", "HEAD"):
+            return self.adapter
+        do = self._actions
+        actions = {"pin": do.pin, "unpin": do.unpin, "prefetch": do.prefetch, "evict": do.evict}
+        return actions.get(path.rpartition("/")[2]) if method == "POST" else None
+
+    # ---- looking ----------------------------------------------------------------------------------------------------------------------
+
+    async def adapters(self, request: web.BaseRequest) -> web.Response:
+        """A page of the table, by base and name; `next` is what to send as `after` for the following one."""
+        bases = [choice("base", request.query["base"], self._scope.catalogs)] if "base" in request.query else sorted(self._scope.catalogs)
+        wanted = choice("state", request.query["state"], adapter_table.STATES) if "state" in request.query else None
+        limit = int(number(request, "limit", PAGE, PAGE))
+        last_base, _, last_name = request.query.get("after", "").partition(":")
+        rows: list[adapter_table.Row] = []
+        follows = None
+        for base in bases:
+            if base < last_base or follows is not None:
+                continue
+            held = adapter_table.holders(w for w in self._scope.dispatcher.fleet if w.beat.base == base)
+            known = self._scope.known(base)
+            names = adapter_table.names_of(known, held, self._in_order(base))
+            for n in range(adapter_table.after(names, last_name if base == last_base else ""), len(names)):
+                if n % LOOKED_AT_ONCE == LOOKED_AT_ONCE - 1:
+                    await asyncio.sleep(0)
+                name = names[n]
+                stored, on, record = known.get(name), held.get(name, ()), self._usage.get(base, name)
+                change = self._change(base, name)
+                if wanted is not None and adapter_table.state_of(stored, on, record, change) != wanted:
+                    continue
+                if len(rows) == limit:
+                    follows = f"{rows[-1]['base']}:{rows[-1]['name']}"
+                    break
+                rows.append(adapter_table.row(base, name, stored, on, record, change))
+        return json_answer({"adapters": rows, "next": follows})
+
+    async def adapter(self, request: web.BaseRequest) -> web.Response:
+        name = request.path.removeprefix(PREFIX)
+        check_name(name)
+        base = self._scope.base(request)
+        held = adapter_table.holders(w for w in self._scope.dispatcher.fleet if w.beat.base == base).get(name, [])
+        stored = await self._scope.stored(base, name, needed=not held)
+        row = adapter_table.row(base, name, stored, held, self._usage.get(base, name), self._change(base, name))
+        pins = self._keeper.pins(base)
+        pinned_on = self._keeper.state.pinned.get(base, {}).get(name, ())
+        everywhere = name in pins.wanted(self._keeper.state)
+        return json_answer({**row, "to_be_pinned": "everywhere" if everywhere else list(pinned_on), "preload": name in pins.preload})
+
+    async def explain(self, request: web.BaseRequest) -> web.Response:
+        """What each worker would cost a request for `?model=` now, best first: every term in milliseconds."""
+        target = await self._resolver.resolve(request.query.get("model", ""), bytes)
+        tokens = request.query.get("prompt_tokens", "")
+        prompt_tokens = min(int(tokens), MAX_EXPLAINED_TOKENS) if tokens.isdecimal() else EXPLAINED_TOKENS
+        ask = self._scope.ask(target.base, target.adapter, target.stored, prompt_tokens, request.headers.get("x-session-id", ""))
+        found = self._scope.dispatcher.explain(ask)
+        return json_answer(
+            {
+                "model": request.query["model"],
+                "policy": self._scope.dispatcher.policy,
+                "queued": self._scope.dispatcher.queued(target.base),
+                "workers": [openai.candidate(c) for c in found],
+            }
+        )
+
+    def _change(self, base: str, name: str) -> Change | None:
+        catalog = self._scope.catalogs[base]
+        return catalog.versions.change(name) if catalog is not None else None
+
+    def _in_order(self, base: str) -> list[str]:
+        known = self._scope.known(base)
+        kept = self._sorted.get(base)
+        if kept is None or kept[0] is not known:
+            kept = self._sorted[base] = known, sorted(known)
+        return kept[1]

@@ -1,0 +1,160 @@
+"""Shell. `/admin/aliases`: what aliases stand for now, and changing it. A change holds on all gateway processes of the machine within a second."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from gateway.api import schema as openai
+from gateway.adapters import versions
+from gateway.admin.adapters import Handler
+from gateway.adapters.alias_store import AliasBook
+from gateway.adapters.aliases import Alias, InForce, from_config
+from gateway.adapters.catalog import Catalog
+from gateway.fleet.fleet import Fleet
+from gateway.routing.demand import Rendezvous
+from gateway.adapters.resolver import Resolver, Target
+from gateway.adapters.rollout import Tend
+from shared.config.aliases import MAX_ALIASES, AliasConfig, plain_alias
+from shared.config.section import error_lines, read_section
+from shared.errors import AdapterNotFound, InvalidRequest, ModelNotFound, Overloaded, WorkerUnavailable
+from shared.link.messages import Action, Tier
+
+PATH = "/admin/aliases"
+LOAD_TIMEOUT_S = 120.0
+"""For a PUT that brings its target to a worker first."""
+
+
+class AliasAPI:
+    def __init__(self, book: AliasBook, resolver: Resolver, catalogs: Mapping[str, Catalog | None], fleet: Fleet, tend: Tend) -> None:
+        self._book, self._resolver, self._catalogs = book, resolver, catalogs
+        self._fleet, self._tend = fleet, tend
+        self._homes: dict[str, Rendezvous] = {}
+
+    def routes(self) -> dict[tuple[str, str], Handler]:
+        return {("GET", PATH): self.show}
+
+    def below(self, method: str, path: str) -> Handler | None:
+        """For paths that hold an alias's name."""
+        return {"PUT": self.put, "DELETE": self.delete}.get(method) if path.startswith(PATH + "/") else None
+
+    async def show(self, request: web.BaseRequest) -> web.Response:
+        """Every alias in force, with the counts of this process."""
+        return _json({"aliases": [self._entry(base, found) for base in self._catalogs for found in self._book.of(base).values()]})
+
+    async def put(self, request: web.BaseRequest) -> web.Response:
+        """Sets an alias: `{"adapter": "v8"}` or `{"shares": [{"adapter": "v7", "weight": 90}, ...]}`, both with `rollback` if wanted.
+
+        Its adapters are loaded somewhere before it holds, unless `?now=1`.
+        """
+        base, name = self._name(request)
+        alias = _read(await request.read())
+        known = self._book.of(base)
+        if name not in known and len(known) >= MAX_ALIASES:
+            raise InvalidRequest(f"There are {MAX_ALIASES} aliases already; delete one first.")
+        targets = [await self._target(base, share.adapter) for share in alias.shares if share.weight > 0]
+        if request.query.get("now", "") not in ("1", "true"):
+            await self._load(targets)
+        await self._book.put(base, name, alias)
+        return _json(self._entry(base, self._book.of(base)[name]))
+
+    async def delete(self, request: web.BaseRequest) -> web.Response:
+        """Takes an operator's alias away; the config's of the same name holds again."""
+        base, name = self._name(request)
+        found = self._book.of(base).get(name)
+        if found is None:
+            raise AdapterNotFound(f"There is no alias `{name}` of model `{base}`.", param="name")
+        if found.source == "config" and not found.trips:
+            raise InvalidRequest(f"The alias `{name}` stands in the config file; take it out there, or PUT another meaning.", param="name")
+        await self._book.delete(base, name)
+        left = self._book.of(base).get(name)
+        return _json({"deleted": f"{base}:{name}", "now": self._entry(base, left) if left is not None else None})
+
+    # ---- inside -------------------------------------------------------------------------------------------------------------------------
+
+    def _name(self, request: web.BaseRequest) -> tuple[str, str]:
+        """`base:alias` behind the path, or `alias` alone where only one base model has adapters."""
+        text = request.path.removeprefix(PATH + "/")
+        if ":" not in text:
+            bases = [base for base, catalog in self._catalogs.items() if catalog is not None]
+            if len(bases) != 1:
+                raise InvalidRequest("Say which base model is meant: /admin/aliases/BASE:ALIAS.", param="name")
+            text = f"{bases[0]}:{text}"
+        base, name = openai.split_model(text, self._catalogs)
+        if self._catalogs[base] is None or name is None:
+            raise ModelNotFound(f"The model `{base}` is served without adapters.", param="name")
+        return base, name
+
+    async def _target(self, base: str, adapter: str) -> Target:
+        name, _, spec = adapter.partition("@")
+        return await self._resolver.adapter(base, name, spec)
+
+    async def _load(self, targets: list[Target]) -> None:
+        """Loads those that no worker has in a slot on their homes. Raises what the first one that fails was refused with."""
+        asked = []
+        for target in targets:
+            assert target.adapter is not None
+            key, pool = (target.adapter.name, target.adapter.digest), self._fleet.pool(target.base)
+            there = versions.in_engines(key, pool)
+            if any(w.tier_at(key) is Tier.GPU for w in there):
+                continue
+            if not pool.workers:
+                raise WorkerUnavailable("No worker serves this model now; add ?now=1 (--now) to change the alias all the same.")
+            home = there[0] if there else self._homes.setdefault(target.base, Rendezvous()).order(key, pool)[0]
+            asked.append(self._tend(home, Action.LOAD, target.adapter, target.stored))
+        if not asked:
+            return
+        done, late = await asyncio.wait(asked, timeout=LOAD_TIMEOUT_S)
+        for future in late:
+            future.add_done_callback(lambda f: f.exception())
+        for future in done:
+            future.result()
+        if late:
+            raise Overloaded(
+                f"The adapter was not loaded within {LOAD_TIMEOUT_S:g} s; the alias is as it was. ?now=1 (--now) changes it all the same."
+            )
+
+    def _entry(self, base: str, found: InForce) -> dict[str, object]:
+        catalog = self._catalogs.get(base)
+        shares = []
+        for share in found.alias.shares:
+            count, trip = self._book.count(base, found, share.adapter), found.trips.get(share.adapter)
+            rolled_back = {"reason": trip.reason, "at": trip.at} if trip is not None else None
+            shares.append(
+                {
+                    "adapter": share.adapter,
+                    "weight": 0 if trip is not None else share.weight,
+                    "given_weight": share.weight,
+                    "rolled_back": rolled_back,
+                    "requests": count.requests,
+                    "errors": count.errors,
+                }
+            )
+        return {
+            "model": f"{base}:{found.name}",
+            "source": found.source,
+            "shares": shares,
+            "rollback": found.alias.rollback,
+            "hides_adapter": catalog is not None and found.name in catalog.known,
+        }
+
+
+def _read(body: bytes) -> Alias:
+    """Raises InvalidRequest that names every fault."""
+    try:
+        raw: Any = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise InvalidRequest(f"The request body is not valid JSON: {exc}") from exc
+    section, findings = read_section(AliasConfig, plain_alias(raw), ())
+    lines = error_lines(findings, lambda _: "body")
+    if section is None or lines:
+        raise InvalidRequest("; ".join(lines).replace("body: ", ""))
+    return from_config(section)
+
+
+def _json(value: object) -> web.Response:
+    return web.Response(body=openai.to_json(value), content_type="application/json")

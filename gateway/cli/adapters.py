@@ -1,0 +1,260 @@
+"""Shell. `loraplex adapters ...`: an operator's words to a running gateway, over its HTTP paths; and adapters checked without one."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared.config.gateway import is_loopback
+from shared.errors import ConfigError
+
+KEY_ENV = "LORAPLEX_ADMIN_KEY"
+DEFAULT_URL = "http://127.0.0.1:8000"
+SHOWN = (
+    *("base", "name", "digest", "state", "update", "serving", "bytes", "rank", "hits", "last_used"),
+    *("to_be_pinned", "preload", "code", "reason"),
+)
+"""Of an adapter, in this order; `serving` only while it is not `digest`."""
+SLACK_S = 10.0  # beyond what the gateway itself waits for its workers
+DONE = {
+    "load": "loaded",
+    "unload": "unloaded",
+    "pin": "pinned",
+    "unpin": "unpinned",
+    "prefetch": "prefetched",
+    "evict": "evicted",
+}
+HELP = {
+    "load": "look at the store now and bring the adapter into a slot",
+    "unload": "take the adapter out of every engine; its files stay on disk",
+    "pin": "keep the adapter in a slot of every worker, restarts included",
+    "unpin": "let it make room for others again",
+    "prefetch": "bring the adapter onto the workers' disks (--gpu: into a slot)",
+    "evict": "take the adapter out of the engines",
+}
+
+
+class Failed(Exception):
+    """What the person at the terminal must know; exit status 1."""
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser("adapters", help="look after the adapters of a running gateway", description=__doc__.partition(". ")[2])
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    common = common_flags("NAME may also be BASE:ADAPTER")
+    ls = actions.add_parser("ls", parents=[common], help="every adapter: where it is, how often it was asked for")
+    ls.add_argument("--state", help="only those that are listed, cached, warm, loading, loaded, pinned or invalid")
+    ls.set_defaults(run=lambda args: _run(_ls, args))
+    show = actions.add_parser("show", parents=[common], help="one adapter, worker by worker")
+    show.add_argument("name", metavar="NAME")
+    show.set_defaults(run=lambda args: _run(_show, args))
+    for action, text in HELP.items():
+        doing = actions.add_parser(action, parents=[common], help=text, description=text)
+        doing.add_argument("name", metavar="NAME")
+        doing.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="how long to wait for the workers (default 60)")
+        if action == "load":
+            doing.add_argument("--all", action="store_true", help="on every worker, not only where requests would go")
+        elif action != "unload":
+            doing.add_argument("--worker", help="on this worker only")
+        if action == "prefetch":
+            doing.add_argument("--gpu", action="store_true", help="into a slot, not only onto the disk")
+        doing.set_defaults(run=lambda args: _run(_act, args))
+    validate = actions.add_parser("validate", help="check an adapter as a worker would, without a gateway", description=VALIDATE)
+    validate.add_argument("path", metavar="PATH_OR_URL", help="a folder, s3://bucket/folder or gs://bucket/folder")
+    validate.add_argument("--config", required=True, help="the config with the base model that it is for")
+    validate.add_argument("--model", metavar="BASE", help="which model of the config, if it has several")
+    validate.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    validate.set_defaults(run=_validate)
+
+
+def common_flags(instead: str) -> argparse.ArgumentParser:
+    """What every action that speaks to a gateway takes. `instead` says what makes --base needless."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--url", default=DEFAULT_URL, help=f"of the gateway (default {DEFAULT_URL})")
+    common.add_argument("--base", help=f"base model, where there are several; {instead}")
+    common.add_argument("--key-file", type=Path, help=f"file with the admin key (default: the variable {KEY_ENV})")
+    common.add_argument("--json", action="store_true", help="print the gateway's own answer")
+    return common
+
+
+VALIDATE = "Check an adapter with exactly the checks that a worker makes. Exit status: 0 valid, 1 not valid, 2 it could not be checked."
+
+
+def _validate(args: argparse.Namespace) -> int:
+    """In a worker's process, which may read model configs and weights."""
+    rest = (["--model", args.model] if args.model else []) + (["--json"] if args.json else [])
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "worker.validation", args.path, "--config", args.config, *rest])
+
+
+def _run(action: Any, args: argparse.Namespace) -> int:
+    try:
+        return int(action(args, Gateway(args.url, read_key(args.key_file))))
+    except Failed as exc:
+        print(f"loraplex adapters {args.action}: {exc}", file=sys.stderr)
+        return 1
+
+
+def read_key(file: Path | None) -> str:
+    if file is None:
+        return os.environ.get(KEY_ENV, "").strip()
+    try:
+        return file.expanduser().read_text().strip().partition("\n")[0]
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"--key-file: cannot read {file}: {exc}") from exc
+
+
+class Gateway:
+    """Its HTTP paths. Raises Failed with what to do for whatever is not an answer."""
+
+    def __init__(self, url: str, key: str) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"--url: expected http://host:port, got {url}")
+        self.url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_loopback(parts.hostname) else []))
+
+    def call(self, method: str, path: str, query: dict[str, str], body: object = None, timeout_s: float = 60.0) -> tuple[int, Any]:
+        url = f"{self.url}{urllib.parse.quote(path)}" + (f"?{urllib.parse.urlencode(query)}" if query else "")
+        data = json.dumps(body).encode() if method in ("POST", "PUT") else None
+        request = urllib.request.Request(url, data, self._headers, method=method)
+        try:
+            with self._opener.open(request, timeout=timeout_s + SLACK_S) as answer:
+                return answer.status, _decoded(answer.read())
+        except urllib.error.HTTPError as exc:
+            return exc.code, self._explained(exc.code, _decoded(exc.read()))
+        except (OSError, http.client.HTTPException) as exc:
+            reason = getattr(exc, "reason", exc)
+            raise Failed(f"no gateway answers at {self.url} ({reason}); is it running, is --url right?") from exc
+
+    def _explained(self, status: int, answer: Any) -> Any:
+        said = answer.get("error", {}).get("message", "") if isinstance(answer, dict) else ""
+        if status == 401:
+            how = "is wrong" if self._headers else "is needed"
+            raise Failed(f"an admin key {how}: set {KEY_ENV}, or give --key-file FILE ({said})")
+        if status == 403 or not isinstance(answer, dict) or "results" not in answer:
+            raise Failed(said or f"{self.url} answered {status}; is this a Loraplex gateway?")
+        return answer
+
+
+def _decoded(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return raw.decode(errors="replace")
+
+
+def _ls(args: argparse.Namespace, gateway: Gateway) -> int:
+    query = {k: v for k, v in (("base", args.base), ("state", args.state)) if v}
+    rows: list[dict[str, Any]] = []
+    while True:
+        _, page = gateway.call("GET", "/admin/adapters", query)
+        if not isinstance(page, dict) or "adapters" not in page:
+            raise Failed(f"{gateway.url} does not answer like a Loraplex gateway; is --url right?")
+        rows += page["adapters"]
+        if not page["next"]:
+            break
+        query["after"] = page["next"]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    show_table(
+        ("NAME", "STATE", "RANK", "MIB", "HITS", "LAST USED", "WORKERS"),
+        [
+            (
+                f"{r['base']}:{r['name']}",
+                r["state"],
+                r["rank"] or "-",
+                f"{r['bytes'] / 2**20:.1f}" if r["bytes"] is not None else "-",
+                r["hits"],
+                (r["last_used"] or "-")[:19],
+                " ".join(_place(w) for w in r["workers"]) or "-",
+            )
+            for r in rows
+        ],
+    )
+    return 0
+
+
+def _show(args: argparse.Namespace, gateway: Gateway) -> int:
+    base, name = _target(args)
+    _, found = gateway.call("GET", f"/admin/adapters/{name}", {"base": base} if base else {})
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for key in SHOWN if found.get("update") else [key for key in SHOWN if key != "serving"]:
+        value = found.get(key)
+        if value not in (None, [], False):
+            print(f"{key.replace('_', ' ') + ':':14}{', '.join(value) if isinstance(value, list) else value}")
+    if not found["in_store"]:
+        print("the store does not have it any more")
+    if found["workers"]:
+        print()
+        rows = [(w["worker"], w["tier"], w["digest"], w["in_flight"], _notes(w)) for w in found["workers"]]
+        show_table(("WORKER", "TIER", "DIGEST", "IN FLIGHT", ""), rows)
+    return 0
+
+
+def _act(args: argparse.Namespace, gateway: Gateway) -> int:
+    base, name = _target(args)
+    query = {"timeout_s": f"{args.timeout:g}"}
+    if args.action in ("load", "unload"):
+        query |= {"all": "1"} if getattr(args, "all", False) else {}
+        body = {"lora_name": f"{base}:{name}" if base else name}
+        _, answer = gateway.call("POST", f"/v1/{args.action}_lora_adapter", query, body, args.timeout)
+    else:
+        query |= {"base": base} if base else {}
+        query |= {"worker": args.worker} if args.worker else {}
+        query |= {"tier": "gpu"} if getattr(args, "gpu", False) else {}
+        _, answer = gateway.call("POST", f"/admin/adapters/{name}/{args.action}", query, {}, args.timeout)
+    return _report(args, answer)
+
+
+def _report(args: argparse.Namespace, answer: Any) -> int:
+    results = answer["results"] if isinstance(answer, dict) else []
+    failed = [r for r in results if not r["ok"]]
+    if args.json:
+        print(json.dumps(answer, indent=1))
+    elif not isinstance(answer, dict):
+        print(answer)  # vLLM's paths answer in words
+    elif not results:
+        print(f"{args.name}: no worker serves now; it is remembered for those that come")
+    else:
+        for result in results:
+            print(f"{result['worker']}: " + (DONE[args.action] if result["ok"] else f"{result['code']}: {result['message']}"))
+    return 1 if failed else 0
+
+
+def _target(args: argparse.Namespace) -> tuple[str | None, str]:
+    base, colon, name = args.name.rpartition(":")
+    return (base, name) if colon else (args.base, args.name)
+
+
+def _place(worker: dict[str, Any]) -> str:
+    return f"{worker['worker']}:{worker['tier']}" + ("..." if worker["loading"] else "") + ("*" if worker["pinned"] else "")
+
+
+def _notes(worker: dict[str, Any]) -> str:
+    return ", ".join(word for word in ("pinned", "loading", "steady") if worker.get(word))
+
+
+def show_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    lines = [head, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
+    for line in _padded(lines, widths):
+        print(line)
+
+
+def _padded(lines: Sequence[Sequence[str]], widths: Sequence[int]) -> Iterator[str]:
+    for line in lines:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

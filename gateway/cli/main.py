@@ -1,0 +1,190 @@
+"""Shell. The `loraplex` command. Each verb is a call; what it prints is for a person."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import msgspec
+import uvloop
+
+from gateway.cli import adapters as cli_adapters
+from gateway.cli import aliases as cli_aliases
+from shared.config.llm import Settings, engine_kwargs_problems
+from shared.errors import ConfigError, LoraplexError
+from shared.runtime.process import follow_parent, read_settings
+
+DESCRIPTION = """\
+Serve many LoRA fine-tunes of one base model behind one OpenAI-compatible endpoint.
+
+  loraplex serve CONFIG      gateway and workers, all on this machine
+  loraplex gateway CONFIG    only the gateway; workers connect to it from anywhere
+  loraplex worker CONFIG --gateway tcp://HOST:PORT    one worker (one GPU, or one tensor-parallel group)
+  loraplex check CONFIG      say what is wrong with a config, and what it would start
+  loraplex adapters ls       the adapters of a running gateway; also show, load, unload, pin, unpin, prefetch, evict
+  loraplex adapters validate PATH_OR_URL --config CONFIG    check an adapter as a worker would
+  loraplex aliases set prod v7=90 v8=10    let a name stand for adapters, by shares; also ls, rm
+
+CONFIG is a Ray Serve LLM file (`llm_configs:` or `applications:`) plus an optional `gateway:` section; see docs/CONFIG.md.
+Ask with {"model": "BASE"} for the base model, or {"model": "BASE:ADAPTER"} for a folder of the adapter store.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    if args.verb is None:
+        _parser().print_help()
+        return 0
+    try:
+        return int(args.run(args))
+    except LoraplexError as exc:
+        print(f"loraplex {args.verb}: {exc.message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="loraplex", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    serve = verbs.add_parser(
+        "serve", help="gateway and workers on this machine", description="Serve everything on this machine until Ctrl-C."
+    )
+    serve.add_argument("config", metavar="CONFIG")
+    serve.add_argument("--host", help="listen on this address instead of gateway.host")
+    serve.add_argument("--port", type=int, help="listen on this port instead of gateway.port (0: any free one)")
+    serve.add_argument("--workers", type=int, help="workers of the first model, instead of its num_replicas")
+    serve.set_defaults(run=_serve)
+    gateway = verbs.add_parser("gateway", help="only the gateway", description="One gateway process; prints where workers connect.")
+    gateway.add_argument("config", metavar="CONFIG")
+    gateway.add_argument("--index", type=int, default=0, help="number of this process, if several share one port")
+    gateway.set_defaults(run=_gateway)
+    worker = verbs.add_parser("worker", help="one worker", description="One worker; set CUDA_VISIBLE_DEVICES to choose its GPUs.")
+    worker.add_argument("config", metavar="CONFIG")
+    worker.add_argument(
+        "--gateway", action="append", default=[], metavar="ENDPOINT", help="control endpoint of a gateway process; repeatable"
+    )
+    worker.add_argument("--model", metavar="ID", help="which model of the config, if it has several")
+    worker.add_argument("--worker", metavar="NAME", help="a name unique in the cluster; default: host and pid")
+    worker.add_argument("--peer-host", metavar="HOST[:PORT]", help="where other hosts' workers reach this one (see gateway.link.peer)")
+    worker.set_defaults(run=_worker)
+    check = verbs.add_parser(
+        "check", help="check a config", description="Check a config, including engine_kwargs against vLLM's own arguments."
+    )
+    check.add_argument("config", metavar="CONFIG")
+    check.set_defaults(run=_check)
+    cli_adapters.add_parser(verbs)
+    cli_aliases.add_parser(verbs)
+    return parser
+
+
+def _load(path: str) -> Settings:
+    settings = read_settings(path)
+    for warning in settings.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return settings
+
+
+def _serve(args: argparse.Namespace) -> int:
+    settings = _load(args.config)
+    changes = {k: getattr(args, k) for k in ("host", "port") if getattr(args, k) is not None}
+    settings = msgspec.structs.replace(settings, gateway=msgspec.structs.replace(settings.gateway, **changes))
+    if args.workers is not None:
+        settings = _with_workers(settings, args.workers)
+    return serve(settings)
+
+
+def serve(settings: Settings) -> int:
+    """Runs everything until Ctrl-C; for the verb and for `gateway.run`."""
+    from gateway.supervisor.supervisor import Serve
+    from shared.runtime import log as logs
+
+    follow_parent()
+    logs.set_up("serve", settings.gateway.log_level)
+
+    async def run() -> int:
+        return await Serve(settings, lambda line: print(f"==> {line}", file=sys.stderr, flush=True)).run(
+            lambda port, model: _greet(settings, port, model)
+        )
+
+    return uvloop.run(run())
+
+
+def _greet(settings: Settings, port: int, example: str | None) -> None:
+    """The address and three lines to try, on stdout, once everything serves."""
+    g = settings.gateway
+    host = "127.0.0.1" if g.host in ("0.0.0.0", "::") else g.host
+    url = f"http://{host}:{port}"
+    model = settings.models[0].model_id
+    key = ' -H "Authorization: Bearer $KEY"' if g.api_keys_env or g.api_keys_file else ""
+    body = json.dumps(
+        {
+            "model": example or (f"{model}:ADAPTER" if settings.models[0].adapters_path else model),
+            "messages": [{"role": "user", "content": "Hello!"}],
+        }
+    )
+    stream = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]})
+    print(
+        f"\nLoraplex serves at {url}/v1  (Ctrl-C stops it)\n\n"
+        f"  curl {url}/v1/models{key}\n"
+        f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'\n"
+        f"  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{stream}'\n",
+        flush=True,
+    )
+
+
+def _with_workers(settings: Settings, workers: int) -> Settings:
+    if workers < 1:
+        raise ConfigError("--workers must be at least 1")
+    first = settings.models[0]
+    deployment = msgspec.structs.replace(first.deployment_config, num_replicas=workers, autoscaling_config=None)
+    first = msgspec.structs.replace(first, deployment_config=deployment)
+    return msgspec.structs.replace(settings, models=(first, *settings.models[1:]))
+
+
+def _gateway(args: argparse.Namespace) -> int:
+    _load(args.config)
+    os.execv(sys.executable, [sys.executable, "-m", "gateway", args.config, "--index", str(args.index)])
+
+
+def _worker(args: argparse.Namespace) -> int:
+    _load(args.config)
+    rest = [part for endpoint in args.gateway for part in ("--gateway", endpoint)]
+    rest += ["--model", args.model] if args.model else []
+    rest += ["--worker", args.worker] if args.worker else []
+    rest += ["--peer-host", args.peer_host] if args.peer_host else []
+    os.execv(sys.executable, [sys.executable, "-m", "worker", args.config, *rest])
+
+
+def _check(args: argparse.Namespace) -> int:
+    settings = _load(args.config)
+    if any(m.llm_engine == "vLLM" and m.engine_kwargs for m in settings.models):
+        problems = engine_kwargs_problems(settings, _known_arguments())
+        if problems:
+            raise ConfigError("\n".join(problems))
+    for m in settings.models:
+        gpus = f", {m.gpus_per_worker} GPU each" if m.gpus_per_worker else ""
+        adapters = f"adapters from {m.adapters_path}, {m.max_loras} slots a worker" if m.adapters_path else "no adapters"
+        print(f"{m.model_id}: {m.llm_engine}, {m.workers} worker(s){gpus}, {adapters}")
+    g = settings.gateway
+    print(f"gateway: http://{g.host}:{g.port}, {g.processes} process(es)\nok")
+    return 0
+
+
+def _known_arguments() -> frozenset[str]:
+    """vLLM's argument names, asked of a process that imports it (about 10 s)."""
+    asked = subprocess.run([sys.executable, "-m", "worker.engine.vllm.arguments"], capture_output=True, text=True, check=False)
+    try:
+        return frozenset(json.loads(asked.stdout.splitlines()[-1]))
+    except (IndexError, ValueError) as exc:
+        raise ConfigError(
+            "vLLM cannot be imported here, so engine_kwargs cannot be checked; install loraplex[gpu] or loraplex[cpu]"
+        ) from exc
+
+
+if __name__ == "__main__":
+    sys.exit(main())

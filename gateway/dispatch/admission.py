@@ -1,0 +1,161 @@
+"""Pure. The gateway's queue: requests that no worker takes now, bounded in number and in time, in fair order between flows.
+
+A flow is one adapter's requests of one API key at one priority; inside it the oldest goes first. Between flows: the lower priority number, then
+the least served (see fairness.py), then the oldest. A flow that waits for a slot does not hold up others that need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from gateway.dispatch.wait_queue import ANYBODY, Flow, Line, Place, Turn
+from gateway.routing.policy import Blocked
+from gateway.fleet.worker_view import Key
+from shared.errors import Overloaded, RateLimited
+
+__all__ = ["ANYBODY", "UNBOUND", "Admission", "Bound", "Flow", "Place"]
+
+T = TypeVar("T")
+
+MAX_WITHOUT_SLOT, MAX_NOT_YET = 8, 32
+"""Flows that a pump tries in vain before it stops: those behind them have no better claim to a slot, and time spent here delays everybody.
+More of those that only wait for their turn: they leave the slots of others alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What one base model's config says of its queue. `max_queued` -1: only the gateway's own bound holds. `retry_after_s` None: a guess."""
+
+    max_queued: int = -1
+    rate_limited: bool = False
+    retry_after_s: float | None = None
+
+    def refusal(self, guess_s: float) -> Overloaded:
+        """The answer when the queue is full."""
+        kind = RateLimited if self.rate_limited else Overloaded
+        after_s = guess_s if self.retry_after_s is None else self.retry_after_s
+        return kind("All workers are busy and the queue is full.", retry_after_s=after_s)
+
+
+UNBOUND = Bound()
+
+
+class Admission(Generic[T]):
+    """Holds at most `max_queued` items, each for at most `timeout_s` seconds; of a base model in `bounds` at most as many as it says.
+
+    Cancelled items leave at once and free their place.
+    """
+
+    def __init__(self, max_queued: int, timeout_s: float, bounds: Mapping[str, Bound] | None = None) -> None:
+        self._max_queued = max_queued
+        self._bounds = dict(bounds or {})
+        self._timeout_s = timeout_s
+        self._lines: dict[str, Line[T]] = {}
+        self._arrivals: dict[Place[T], None] = {}  # all places; all wait equally long, so the order of arrival is that of the deadlines
+        self._last_number = 0
+
+    def __len__(self) -> int:
+        return len(self._arrivals)
+
+    def depth(self, base: str) -> int:
+        line = self._lines.get(base)
+        return line.size if line else 0
+
+    def bound(self, base: str) -> Bound:
+        return self._bounds.get(base, UNBOUND)
+
+    def bases(self) -> list[str]:
+        return list(self._lines)
+
+    def offer(self, base: str, item: T, now: float, flow: Flow = ANYBODY) -> Place[T] | None:
+        """The item's place in the queue, or None if the queue is full."""
+        line = self._lines.get(base)
+        most = self.bound(base).max_queued
+        if len(self._arrivals) >= self._max_queued or 0 <= most <= (line.size if line else 0):
+            return None
+        if line is None:
+            line = self._lines[base] = Line()
+        self._last_number += 1
+        place = Place(base, item, now + self._timeout_s, flow, self._last_number)
+        self._arrivals[place] = None
+        line.add(place)
+        return place
+
+    def leave(self, place: Place[T]) -> None:
+        """Idempotent."""
+        if place not in self._arrivals:
+            return
+        del self._arrivals[place]
+        line = self._lines[place.base]
+        line.remove(place)
+        if not line.size:
+            del self._lines[place.base]
+
+    def charge(self, base: str, flow: Flow, tokens: float) -> None:
+        """The flow was served so many weighted tokens (negative: fewer than charged before). Counts only while the base model has a queue."""
+        line = self._lines.get(base)
+        if line is not None:
+            line.charge(flow, tokens)
+
+    def pump(self, base: str, dispatch: Callable[[T], Blocked | None], adapter: Key | None = None, heirs: Iterable[Key] = ()) -> None:
+        """Offers waiting items to `dispatch` in order. None: it took the item. SLOT or TURN: the next flow's turn. ROOM: that was all.
+
+        Those who wait for `heirs` are tried first, whoever's turn it is: something is kept for them. Those who wait for `adapter` are tried as well
+        if their turn has not come: something was freed that they alone can use.
+        """
+        line = self._lines.get(base)
+        if line is None:
+            return
+        for heir in heirs:
+            self._offer_all(line, heir, None, dispatch)
+        without_slot = not_yet = 0
+        tried: Turn | None = None
+        while (turn := line.next(tried)) is not None:
+            tried = turn  # whom dispatch takes comes again further behind
+            blocked = self._offer(line, turn, dispatch)
+            if blocked is Blocked.ROOM:
+                return
+            without_slot += blocked is Blocked.SLOT
+            not_yet += blocked is Blocked.TURN
+            if without_slot == MAX_WITHOUT_SLOT or not_yet == MAX_NOT_YET:
+                break
+        if adapter is not None:
+            self._offer_all(line, adapter, tried, dispatch)
+
+    def items(self) -> list[T]:
+        """All that wait, oldest first."""
+        return [place.item for place in self._arrivals]
+
+    def positions(self) -> dict[T, int]:
+        """Where each stands in the queue of its base model, by priority and arrival: about its turn, for fairness between flows changes it."""
+        ahead: dict[str, int] = {}
+        found: dict[T, int] = {}
+        for place in sorted(self._arrivals, key=lambda p: (p.flow[0], p.number)):
+            ahead[place.base] = found[place.item] = ahead.get(place.base, 0) + 1
+        return found
+
+    def expire(self, now: float) -> list[T]:
+        """Removes and returns the items whose time is over."""
+        late: list[Place[T]] = []
+        for place in self._arrivals:
+            if place.deadline > now:
+                break
+            late.append(place)
+        for place in late:
+            self.leave(place)
+        return [place.item for place in late]
+
+    def _offer_all(self, line: Line[T], adapter: Key, after: Turn | None, dispatch: Callable[[T], Blocked | None]) -> None:
+        """Those who wait for the adapter, to the first that is not taken."""
+        while (after := line.next(after, adapter)) is not None:
+            if self._offer(line, after, dispatch) is not None:
+                return
+
+    def _offer(self, line: Line[T], turn: Turn, dispatch: Callable[[T], Blocked | None]) -> Blocked | None:
+        place = line.oldest(turn)
+        blocked = dispatch(place.item)
+        if blocked is None:
+            self.leave(place)
+        return blocked

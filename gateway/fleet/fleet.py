@@ -1,0 +1,202 @@
+"""Pure. The fleet table: the only owner of membership, leases, load, residency (a hint) and reservations.
+
+Load of a worker = what it reports of other gateways + this gateway's own open reservations on it:
+
+    load(w) = max(0, running + waiting - yours)  as of its last beat  +  |reservations(w)|  as of now
+
+The second term is exact at every moment, so a burst between two heartbeats spreads; the first is as old as the last beat. Prompt tokens that
+wait for their prefill need the acknowledgement: what was sent after the request that the beat has seen (`acked`) is not in its count yet:
+
+    backlog(w) = max(0, waiting_tokens - prefill_rate x age of the beat)  +  tokens of reservations with a higher stream id than `acked`
+
+An adapter counts as held by a worker if the last beat says so (loading counts, but as loading) or if this gateway has an open reservation for
+it there: the worker is then loading it, or about to. Slots count the distinct adapters in flight: those of own reservations, and those that
+the last beat shows in flight beyond them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import msgspec
+
+from gateway.fleet.pool import NOWHERE, Pool
+from gateway.fleet.disk_index import Shelves
+from gateway.fleet.worker_view import Key, Worker, key_of
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import Heartbeat, StreamId, WorkerId, WorkerState
+
+__all__ = ["Changed", "Fleet", "FleetEvent", "Joined", "Key", "Lost", "Pool", "Worker", "key_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """First beat of a worker's life."""
+
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """The worker's state is another one than before."""
+
+    worker: WorkerId
+    before: WorkerState
+    now: WorkerState
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The worker's life is over; `streams` are the requests it had of this gateway, returned exactly once."""
+
+    worker: WorkerId
+    epoch: int
+    streams: tuple[StreamId, ...]
+    reason: str
+
+
+FleetEvent: TypeAlias = Joined | Changed | Lost
+
+FULL = 1 << 40
+"""More requests than any capacity."""
+
+
+class Fleet:
+    """Every known worker. Times are seconds of one monotonic clock, given by the caller.
+
+    `most` are the requests that a worker of a base model is given at once, whatever capacity it tells of.
+    """
+
+    def __init__(self, lease_s: float, most: Mapping[str, int] | None = None) -> None:
+        self._lease_s = lease_s
+        self._most = dict(most or {})
+        self._workers: dict[WorkerId, Worker] = {}
+        self._by_stream: dict[StreamId, Worker] = {}
+        self._ended: dict[WorkerId, int] = {}  # last epoch seen of workers that left, so that a late beat does not revive them
+        self._pools: dict[str, Pool] = {}
+        self._shelves = Shelves()
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers.values())
+
+    def get(self, worker: WorkerId) -> Worker | None:
+        return self._workers.get(worker)
+
+    def pool(self, base: str) -> Pool:
+        """The routable workers of a base model, with their indexes and sums. Read only."""
+        return self._pools.get(base, NOWHERE)
+
+    def routable(self, base: str) -> Sequence[Worker]:
+        return self.pool(base).workers
+
+    def beat(self, beat: Heartbeat, now: float) -> list[FleetEvent]:
+        """Takes a heartbeat. An older sequence or epoch is ignored; a newer epoch replaces everything known of the worker."""
+        worker = self._workers.get(beat.worker)
+        if beat.epoch <= self._ended.get(beat.worker, -1) or (worker and (beat.epoch, beat.seq) <= (worker.beat.epoch, worker.beat.seq)):
+            return []
+        most = self._most.get(beat.base)
+        if most is not None and most < beat.capacity:
+            beat = msgspec.structs.replace(beat, capacity=most)  # here, so that a decision compares two numbers
+        if worker and beat.epoch == worker.beat.epoch and beat.state < worker.beat.state:
+            beat = msgspec.structs.replace(beat, state=worker.beat.state)  # it left before this was heard: see `leaves`
+        events: list[FleetEvent] = []
+        if worker and beat.epoch > worker.beat.epoch:
+            events.append(self._remove(worker, "restarted"))
+            worker = None
+        if beat.state is WorkerState.STOPPED:
+            if worker:
+                events.append(self._remove(worker, beat.reason or "stopped"))
+            self._ended[beat.worker] = beat.epoch
+            return events
+        if worker is None:
+            worker = self._workers[beat.worker] = Worker(beat, now + self._lease_s, now, shelves=self._shelves)
+            events.append(Joined(beat.worker))
+        else:
+            if beat.state is not worker.beat.state:
+                events.append(Changed(beat.worker, worker.beat.state, beat.state, beat.reason))
+            if beat.base != worker.beat.base:
+                self._pools[worker.beat.base].remove(worker)
+            worker.lease_until = now + self._lease_s
+            worker.hear(beat, now)
+        self._pool_of(worker).settle(worker)
+        return events
+
+    def attach(self, worker_id: WorkerId, epoch: int) -> None:
+        """The worker's data socket is connected: requests can be sent to it."""
+        worker = self._workers.get(worker_id)
+        if worker and worker.beat.epoch == epoch:
+            worker.attached_epoch = epoch
+            self._pool_of(worker).settle(worker)
+
+    def cached(self, worker: Worker, adapter: AdapterRef) -> None:
+        """The worker says that its host's disk has the adapter's files."""
+        self._shelves.put(worker.beat.host, adapter.base, [key_of(adapter)])
+
+    def leaves(self, worker_id: WorkerId, epoch: int, reason: str) -> Changed | None:
+        """This life of the worker has refused a request because it takes no more: no beat that was on its way can say otherwise."""
+        worker = self._workers.get(worker_id)
+        if worker is None or worker.beat.epoch != epoch or worker.beat.state >= WorkerState.DRAINING:
+            return None
+        before = worker.beat.state
+        worker.beat = msgspec.structs.replace(worker.beat, state=WorkerState.DRAINING, reason=reason)
+        self._pool_of(worker).settle(worker)
+        return Changed(worker_id, before, WorkerState.DRAINING, reason)
+
+    def expire(self, now: float) -> list[Lost]:
+        """Removes workers whose lease has run out."""
+        silent = [w for w in self._workers.values() if w.lease_until <= now]
+        return [self._remove(w, f"no heartbeat for {self._lease_s:g} s") for w in silent]
+
+    def unreachable(self, worker_id: WorkerId, epoch: int) -> Lost | None:
+        """The link says that this life of the worker is gone. It may come back with its next attach."""
+        worker = self._workers.get(worker_id)
+        return self._remove(worker, "connection lost") if worker and worker.beat.epoch == epoch else None
+
+    def reserve(self, worker: Worker, stream: StreamId, adapter: AdapterRef | None, prompt_tokens: int = 0) -> None:
+        """Must happen in the same synchronous step as the choice."""
+        assert worker.has_room and stream not in self._by_stream
+        worker.take(stream, adapter, prompt_tokens)
+        self._by_stream[stream] = worker
+        self._pool_of(worker).settle(worker)
+
+    def release(self, stream: StreamId) -> None:
+        """Idempotent: the stream of a lost worker was released with it."""
+        worker = self._by_stream.pop(stream, None)
+        if worker is not None:
+            worker.give_back(stream)
+            self._pool_of(worker).settle(worker)
+
+    @contextmanager
+    def without(self, workers: Collection[WorkerId]) -> Iterator[None]:
+        """For the time of one decision: as if these workers were full. (To take them out of every index and back would cost as much again
+        as the decision.)"""
+        aside = [w for id_ in workers if (w := self._workers.get(id_)) is not None]
+        for worker in aside:
+            worker.others += FULL
+        try:
+            yield
+        finally:
+            for worker in aside:
+                worker.others -= FULL
+
+    def _pool_of(self, worker: Worker) -> Pool:
+        pool = self._pools.get(worker.beat.base)
+        if pool is None:
+            pool = self._pools[worker.beat.base] = Pool()
+        return pool
+
+    def _remove(self, worker: Worker, reason: str) -> Lost:
+        del self._workers[worker.id]
+        self._pool_of(worker).remove(worker)
+        streams = tuple(worker.reserved)
+        for stream in streams:
+            del self._by_stream[stream]
+        worker.forget_reservations()
+        return Lost(worker.id, worker.beat.epoch, streams, reason)

@@ -1,0 +1,125 @@
+"""Pure. The routable workers of one base model: who holds which adapter, and their sums, kept up to date so that a decision need not scan.
+
+A decision looks at the holders of one adapter and at a few workers in its rendezvous order; what it must know of all the others is in sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gateway.fleet.worker_view import Key, Worker
+from shared.link.messages import WorkerId
+
+NOTHING = (0, 0, False)
+
+
+@dataclass(slots=True, eq=False)
+class Pool:
+    """Written by Fleet alone. `version` grows whenever a worker comes or goes, `changes` whenever anything does.
+
+    `room` is the number of workers that take another request, `open` are those of them with an open slot; `holders` are the workers where the
+    adapter is in a slot or on its way to one, `stashes` those that have it in a lower tier.
+    """
+
+    workers: list[Worker] = field(default_factory=list)
+    holders: dict[Key, dict[WorkerId, Worker]] = field(default_factory=dict)
+    stashes: dict[Key, dict[WorkerId, Worker]] = field(default_factory=dict)
+    version: int = 0
+    load: int = 0
+    open_slots: int = 0
+    room: int = 0
+    open: dict[WorkerId, Worker] = field(default_factory=dict)
+    changes: int = 0
+    _indexed: dict[WorkerId, tuple[set[Key], set[Key]]] = field(default_factory=dict)
+
+    @property
+    def mean_load(self) -> float:
+        return self.load / len(self.workers) if self.workers else 0.0
+
+    def settle(self, worker: Worker) -> None:
+        """After any change of the worker: brings sums and indexes up to date."""
+        self.changes += 1
+        if not worker.routable:
+            self.remove(worker)
+            return
+        before = worker.counted
+        if before is None:
+            self.workers.append(worker)
+            self.version += 1
+            self._settle_company()
+            before = NOTHING
+        load = worker.load
+        room = load < worker.beat.capacity
+        slots = worker.open_slots if room else 0
+        if slots < 0:
+            slots = 0
+        self.load += load - before[0]
+        self.open_slots += slots - before[1]
+        self.room += room - before[2]
+        if slots != before[1] or worker.counted is None:
+            if slots:
+                self.open[worker.id] = worker
+            else:
+                self.open.pop(worker.id, None)
+        worker.counted = (load, slots, room)
+        self._index(worker)
+
+    def remove(self, worker: Worker) -> None:
+        """Idempotent."""
+        if worker.counted is None:
+            return
+        self.changes += 1
+        load, slots, room = worker.counted
+        worker.counted = None
+        self.load -= load
+        self.open_slots -= slots
+        self.room -= room
+        self.open.pop(worker.id, None)
+        self.workers.remove(worker)
+        self.version += 1
+        worker.alone = False
+        self._settle_company()
+        slotted, lower = self._indexed.pop(worker.id)
+        for key in slotted:
+            _drop(self.holders, key, worker.id)
+        for key in lower:
+            _drop(self.stashes, key, worker.id)
+
+    def _settle_company(self) -> None:
+        """A worker came or went: one that is alone keeps a line of its own, others leave theirs to the gateway."""
+        alone = len(self.workers) == 1
+        for worker in self.workers[:2]:  # a third changes nothing for the first two
+            if worker.alone is not alone:
+                worker.alone = alone
+                if worker.counted is not None:
+                    self.settle(worker)
+
+    def _index(self, worker: Worker) -> None:
+        """Sets are compared by identity first: between two beats only `coming` changes, and that by one adapter."""
+        slotted = worker.loaded | worker.coming if worker.coming else worker.loaded
+        before = self._indexed.get(worker.id)
+        if before is not None and before[0] is slotted and before[1] is worker.lower:
+            return
+        old_slotted, old_lower = before or (set(), set())
+        if slotted is worker.loaded or slotted != old_slotted:
+            for key in slotted - old_slotted:
+                self.holders.setdefault(key, {})[worker.id] = worker
+            for key in old_slotted - slotted:
+                _drop(self.holders, key, worker.id)
+        if worker.lower is not old_lower:
+            for key in worker.lower - old_lower:
+                self.stashes.setdefault(key, {})[worker.id] = worker
+            for key in old_lower - worker.lower:
+                _drop(self.stashes, key, worker.id)
+        self._indexed[worker.id] = (slotted, worker.lower)
+
+
+def _drop(index: dict[Key, dict[WorkerId, Worker]], key: Key, worker: WorkerId) -> None:
+    there = index[key]
+    del there[worker]
+    if not there:
+        del index[key]
+
+
+NOWHERE = Pool()
+"""Of a base model that no worker serves. Nobody writes to it."""

@@ -1,0 +1,230 @@
+"""Pure. One worker as a gateway sees it: its last heartbeat, and what this gateway has sent there since."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from gateway.fleet.disk_index import Shelves
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import (AdapterState, Heartbeat, StreamId, Tier, WorkerId, WorkerState)
+
+LINE_PER_SLOT = 3
+"""Adapters per slot that may wait in line on a worker that is alone."""
+
+USUAL_S = 2.0
+"""Time constant of a worker's usual load: a burst of some tens of requests is over by then, a bad distribution of adapters is not."""
+
+Key: TypeAlias = tuple[str, str]
+"""(name, digest): an adapter among those of one base model."""
+
+
+def key_of(adapter: AdapterRef) -> Key:
+    return (adapter.name, adapter.digest)
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """Written by Fleet alone; policies read it.
+
+    `loaded` are the adapters in a GPU slot as of the last beat; `coming` those on their way to one: loading, or reserved for and not loaded;
+    `lower` those in the CPU tier or on disk; `idle` the loaded ones without a request in flight, first the one whose last request of this
+    gateway ended earliest (the likely victim of the next load); `steady` the loaded ones in steady use, in flight or not; `others_busy` those
+    in flight beyond this gateway's reservations.
+    """
+
+    beat: Heartbeat
+    lease_until: float
+    beat_at: float = 0.0
+    attached_epoch: int = -1
+    wished: bool = False  # it was told what to load before its first request; the dispatcher's mark
+    held: dict[Key, AdapterState] = field(default_factory=dict)
+    reserved: dict[StreamId, Key | None] = field(default_factory=dict)
+    busy: dict[Key, int] = field(default_factory=dict)  # adapters of own reservations, with their number
+    others: int = 0
+    usual_load: float = 0.0  # smoothed from beat to beat
+    others_busy: set[Key] = field(default_factory=set)
+    loaded: set[Key] = field(default_factory=set)
+    coming: set[Key] = field(default_factory=set)
+    lower: set[Key] = field(default_factory=set)
+    idle: dict[Key, None] = field(default_factory=dict)
+    steady: set[Key] = field(default_factory=set)
+    unseen: dict[StreamId, int] = field(default_factory=dict)  # prompt tokens of reservations that the last beat does not count
+    unseen_tokens: int = 0
+    seed: int = 0
+    alone: bool = False  # in its pool: no other worker's slot could take what waits for one here
+    shelves: Shelves = field(default_factory=Shelves)
+    counted: tuple[int, int, bool] | None = None  # load, open slots and room as the pool has them; None while not in one
+
+    def __post_init__(self) -> None:
+        self.seed = int.from_bytes(hashlib.blake2b(self.beat.worker.encode(), digest_size=8).digest(), "big")
+        self._read(self.beat)
+
+    @property
+    def id(self) -> WorkerId:
+        return self.beat.worker
+
+    @property
+    def load(self) -> int:
+        """Requests on this worker, waiting ones included, from all gateways."""
+        return self.others + len(self.reserved)
+
+    @property
+    def has_room(self) -> bool:
+        return self.others + len(self.reserved) < self.beat.capacity
+
+    @property
+    def routable(self) -> bool:
+        return self.beat.state is WorkerState.SERVING and self.attached_epoch == self.beat.epoch
+
+    @property
+    def occupied(self) -> int:
+        """Slots that cannot be given to another adapter: distinct adapters in flight."""
+        busy = self.busy
+        if not self.others_busy:
+            return len(busy)
+        return len(busy) + sum(1 for key in self.others_busy if key not in busy)
+
+    @property
+    def open_slots(self) -> int:
+        """Slots for adapters that are not in flight here, taken from idle ones if need be. A worker that tells no number has no limit.
+
+        With the places in its line if it is alone: the worker gives a slot to the next in line between two engine steps, knows whose turn it is
+        and has the weights ready; from here the slot would stand empty for a round trip and a load.
+        """
+        slots = self.beat.slots
+        if not slots:
+            return self.beat.capacity
+        return slots * (1 + LINE_PER_SLOT * self.alone) - self.occupied
+
+    @property
+    def crowding(self) -> float:
+        """Share of the slots that are in use, 0 to 1."""
+        slots = self.beat.slots
+        return min(1.0, self.occupied / slots) if slots else 0.0
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that nobody has to leave first."""
+        return self.beat.slots - len(self.loaded) - len(self.coming)
+
+    def in_flight(self, key: Key) -> int:
+        own = self.busy.get(key, 0)
+        if key in self.others_busy:
+            return max(own + 1, self.held[key].in_flight)
+        return own
+
+    def takes(self, key: Key) -> bool:
+        """Has a slot for the adapter: it is in flight here already, or a slot can be had."""
+        return key in self.busy or self.open_slots > 0 or key in self.others_busy
+
+    def tier(self, adapter: AdapterRef) -> Tier:
+        """Where the adapter's weights are on this worker, as far as known; GPU only once it is loaded, DISK also if any worker of its host has or had it."""
+        return self.tier_at((adapter.name, adapter.digest))
+
+    def tier_at(self, key: Key) -> Tier:
+        state = self.held.get(key)
+        if state is not None and state.tier is not Tier.REMOTE:
+            return state.tier
+        return Tier.DISK if self.shelves.has(self.beat.host, self.beat.base, key) else Tier.REMOTE
+
+    def holds(self, adapter: AdapterRef) -> bool:
+        """In a GPU slot, on the way to one, or reserved for by this gateway."""
+        key = (adapter.name, adapter.digest)
+        return key in self.loaded or key in self.coming or key in self.busy
+
+    def backlog_tokens(self, prefill_tokens_per_s: float, now: float) -> float:
+        """Prompt tokens that wait for their prefill, as far as known."""
+        done = prefill_tokens_per_s * (now - self.beat_at)
+        waiting = self.beat.waiting_tokens - done
+        return (waiting if waiting > 0 else 0.0) + self.unseen_tokens
+
+    # ---- for Fleet --------------------------------------------------------------------------------------------------------------------
+
+    def hear(self, beat: Heartbeat, now: float) -> None:
+        """A newer beat of the same life."""
+        same = beat.adapters == self.beat.adapters
+        self.usual_load += (self.load - self.usual_load) * min(1.0, (now - self.beat_at) / USUAL_S)
+        self.beat, self.beat_at = beat, now
+        unseen = self.unseen
+        while unseen:
+            first = next(iter(unseen))
+            if first > beat.acked:
+                break
+            self.unseen_tokens -= unseen.pop(first)
+        if not same or self.coming or self.others or beat.running + beat.waiting > beat.yours:
+            self._read(beat)
+
+    def take(self, stream: StreamId, adapter: AdapterRef | None, prompt_tokens: int) -> None:
+        key = None if adapter is None else (adapter.name, adapter.digest)
+        self.reserved[stream] = key
+        if prompt_tokens:
+            self.unseen[stream] = prompt_tokens
+            self.unseen_tokens += prompt_tokens
+        if key is not None:
+            self.busy[key] = self.busy.get(key, 0) + 1
+            self.idle.pop(key, None)
+            if key not in self.loaded:
+                self.coming.add(key)
+
+    def give_back(self, stream: StreamId) -> None:
+        key = self.reserved.pop(stream)
+        self.unseen_tokens -= self.unseen.pop(stream, 0)
+        if key is None:
+            return
+        left = self.busy[key] - 1
+        if left:
+            self.busy[key] = left
+            return
+        del self.busy[key]
+        if key in self.loaded:
+            self.idle[key] = None
+        else:
+            state = self.held.get(key)
+            if state is None or not state.loading:
+                self.coming.discard(key)
+
+    def forget_reservations(self) -> None:
+        self.reserved.clear()
+        self.busy.clear()
+        self.unseen.clear()
+        self.unseen_tokens = 0
+        self.coming.clear()
+
+    def _read(self, beat: Heartbeat) -> None:
+        """Residency as of `beat`."""
+        self.others = max(0, beat.running + beat.waiting - beat.yours)
+        busy = self.busy
+        held: dict[Key, AdapterState] = {}
+        loaded: set[Key] = set()
+        coming: set[Key] = set()
+        lower: set[Key] = set()
+        in_flight: set[Key] = set()
+        idle: dict[Key, None] = {}
+        steady: set[Key] = set()
+        for state in beat.adapters:
+            key = (state.name, state.digest)
+            held[key] = state
+            if state.loading:
+                coming.add(key)
+            elif state.tier is Tier.GPU:
+                loaded.add(key)
+                if state.steady:
+                    steady.add(key)
+                if key not in busy:
+                    idle[key] = None
+            else:
+                lower.add(key)
+            if state.in_flight and state.in_flight > busy.get(key, 0):
+                in_flight.add(key)
+        for key in busy:
+            if key not in loaded:
+                coming.add(key)
+        self.shelves.put(beat.host, beat.base, loaded - self.loaded)
+        self.shelves.put(beat.host, beat.base, [key for key in lower - self.lower if held[key].tier is not Tier.REMOTE])
+        self.held, self.loaded, self.coming, self.lower, self.steady = held, loaded, coming, lower, steady
+        # Without requests of other gateways it is our own that ended since the beat left.
+        self.others_busy = in_flight if self.others else set()
+        known = {key: None for key in self.idle if key in idle}
+        self.idle = known | idle

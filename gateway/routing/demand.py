@@ -1,0 +1,137 @@
+"""Pure. Where adapters belong: rendezvous order, the measured demand of each, and how many copies that demand is worth.
+
+Rendezvous hashing (Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit Rates", 1998): every gateway ranks the workers for an
+adapter by a hash of both, so that all agree with nothing shared, and a worker that comes or goes moves only its own share. Bounded load
+(Mirrokni, Thorup and Zadimoghaddam, "Consistent Hashing with Bounded Loads", 2017): nobody is home beyond `BOUND` times the mean load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.fleet.pool import Pool
+from gateway.fleet.worker_view import Key, Worker
+
+BOUND = 1.25
+"""c of the bounded load, as in the paper's own deployment and in peers' routers."""
+FLOOR = 16
+"""Sequences that a worker may always have, whatever the mean: up to 16 the engine's step grows from 6.7 to 12.2 ms on an H200, so that sixteen
+in one batch finish sooner than one on each of two workers that both load the adapter first."""
+ORDER_LENGTH = 16
+"""Workers of a rendezvous order that are kept. If none of sixteen can take an adapter, hardly anybody can, and a scan settles it."""
+MAX_ORDERS = 20_000
+RATE_WINDOW_S = 20.0
+"""Time constant of an adapter's request rate: long enough for a handful of requests of a lukewarm one, short enough to follow a crowd."""
+MAX_RATES = 50_000
+SHRINK_AFTER_S = 30.0
+"""A home set loses a copy only after this long of lower demand; it grows at once. A load costs a stall, a copy too many only an idle slot."""
+MASK = (1 << 64) - 1
+MIX = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio, odd: the product's high bits depend on all bits of the factor (Knuth's multiplicative hashing)."""
+
+
+def seed_of(key: Key) -> int:
+    """The same number on every gateway, whatever its hash seed."""
+    return int.from_bytes(hashlib.blake2b("\0".join(key).encode(), digest_size=8).digest(), "big")
+
+
+class Rendezvous:
+    """Ranks the workers of one pool for an adapter; the first ORDER_LENGTH of each order are kept until the pool changes."""
+
+    def __init__(self) -> None:
+        self._orders: OrderedDict[Key, list[Worker]] = OrderedDict()
+        self._seeds: list[int] = []
+        self._version = -1
+
+    def order(self, key: Key, pool: Pool) -> list[Worker]:
+        if pool.version != self._version:
+            self._version, self._seeds = pool.version, [w.seed for w in pool.workers]
+            self._orders.clear()
+        order = self._orders.get(key)
+        if order is None:
+            order = self._orders[key] = self._ranked(seed_of(key), pool.workers)
+            if len(self._orders) > MAX_ORDERS:
+                self._orders.popitem(last=False)
+        return order
+
+    def _ranked(self, seed: int, workers: Sequence[Worker]) -> list[Worker]:
+        """Of a large pool only those whose hash is in the top share that holds some 3 x ORDER_LENGTH are sorted."""
+        cut = int(MASK * (1 - 3 * ORDER_LENGTH / len(workers))) if len(workers) > 4 * ORDER_LENGTH else -1
+        found = [(h, n) for n, s in enumerate(self._seeds) if (h := (s ^ seed) * MIX & MASK) > cut]
+        if len(found) < ORDER_LENGTH and cut >= 0:
+            found = [((s ^ seed) * MIX & MASK, n) for n, s in enumerate(self._seeds)]
+        found.sort(reverse=True)
+        return [workers[n] for _, n in found[:ORDER_LENGTH]]
+
+
+class Rates:
+    """Requests per second of each adapter: a counter that decays with RATE_WINDOW_S."""
+
+    def __init__(self, window_s: float = RATE_WINDOW_S, size: int = MAX_RATES) -> None:
+        self._window_s, self._size = window_s, size
+        self._counters: dict[Key, tuple[float, float]] = {}  # value, as of when; the longest unseen first
+
+    def note(self, key: Key, now: float) -> None:
+        value, since = self._counters.pop(key, (0.0, now))
+        self._counters[key] = (value * math.exp((since - now) / self._window_s) + 1.0, now)
+        if len(self._counters) > self._size:
+            del self._counters[next(iter(self._counters))]
+
+    def per_s(self, key: Key, now: float) -> float:
+        value, since = self._counters.get(key, (0.0, now))
+        return value * math.exp((since - now) / self._window_s) / self._window_s
+
+    def hottest(self, count: int, now: float) -> list[tuple[float, Key]]:
+        """The `count` adapters with the highest rates, highest first."""
+        window_s = self._window_s
+        return heapq.nlargest(count, ((v * math.exp((t - now) / window_s) / window_s, key) for key, (v, t) in self._counters.items()))
+
+
+@dataclass(slots=True)
+class _Size:
+    copies: int
+    low_since: float | None = None
+    low_peak: int = 1
+
+
+def copies_for(demand: float, bound: float) -> int:
+    """`demand` in sequences at once (rate x service time, or what is in flight), `bound` sequences per copy."""
+    return max(1, math.ceil(demand / bound - 1e-9))
+
+
+class HomeSets:
+    """How many copies each adapter's demand is worth; grows at once, shrinks slowly."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[Key, _Size] = {}  # of adapters with more than one
+
+    def copies(self, key: Key, demand: float, bound: float, now: float) -> int:
+        """See `copies_for`; remembers."""
+        need = copies_for(demand, bound)
+        size = self._sizes.get(key)
+        if size is None:
+            if need > 1:
+                self._sizes[key] = _Size(need)
+            return need
+        if need >= size.copies:
+            size.copies, size.low_since = need, None
+        elif size.low_since is None:
+            size.low_since, size.low_peak = now, need
+        elif now - size.low_since < SHRINK_AFTER_S:
+            size.low_peak = max(size.low_peak, need)
+        else:
+            size.copies, size.low_since, size.low_peak = max(size.low_peak, need), now, need
+            if size.copies == 1:
+                del self._sizes[key]
+                return 1
+        return size.copies
+
+    def of(self, key: Key) -> int:
+        """As of the last call of `copies`."""
+        size = self._sizes.get(key)
+        return size.copies if size else 1

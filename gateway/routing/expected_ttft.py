@@ -1,0 +1,398 @@
+"""Pure. The default policy: the worker with the least expected time to first token, the others' loss included.
+
+    queue wait + slot wait + load(tier, bytes) + stall x running sequences + eviction - prefix reuse          (seconds)
+
+What of a load runs inside the engine's loop is charged for everybody whom it stalls; a prefill, by a fiftieth. Four rules stand beside the sum.
+Slots: an adapter that is not in flight on a worker goes there only if a slot can be had, else it waits here, where any worker's next slot can take it
+and where its requests gather; with few slots left a copy in flight is preferred to a second one. Homes: a cold adapter goes to where its
+weights are cached, else to its home in rendezvous order within the bounded load. Copies: another copy is loaded when its demand is worth one;
+until then, and while one is on its way, requests join. Relief: an adapter leaves a worker that stays far busier than the others.
+docs/ROUTING.md explains all of it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import TypeAlias
+
+from gateway.routing import costs
+from gateway.fleet.fleet import Fleet
+from gateway.routing.slot_wait import PATIENCE_S, Patience
+from gateway.routing.demand import (BOUND, FLOOR, HomeSets, Rates, Rendezvous, copies_for)
+from gateway.fleet.pool import Pool
+from gateway.routing.rebalance import Relief
+from gateway.routing.policy import (Ask, Blocked, Candidate, Choice, Decision, Reason, Terms, Wait)
+from gateway.routing.slot_claims import Claims
+from gateway.routing.occupancy import Stays
+from gateway.fleet.worker_view import Key, Worker
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import Tier, WorkerId
+
+HOME_CHOICES = 2
+"""Workers of the rendezvous order that are priced for a cold adapter: its home and the next, so that an idle one can win over a busy one. Those that load
+already are passed by while others are not: loads run one after the other, and each stops everybody there. (p99 TTFT of `hot` at 223 requests/s
+157 -> 145 ms; of all others in a flash crowd +22% -> +15%.)"""
+STASH_CHOICES = 8
+"""Workers with the adapter in a lower tier that are priced."""
+BASE_CHOICES = 16
+"""Workers that are priced for a request of the base model; drawn at random where there are more."""
+HORIZON_S = 10.0
+"""How long present demand is trusted to last, when a load is weighed against what it saves."""
+BESIDE = 0.02
+"""What a running stream's delay by a prefill counts against a wait for a first token: enough to prefer the lighter of two workers whose queues tie. With
+1, whoever ran ten sequences fewer got the next handful of prompts at once, and they queued for each other: p99 TTFT of `fits` at 309 requests/s 119 ms
+with 1, 91 with 0.2, 65 with this; of `hot` at 223 155, 127, 112; of others in a flash crowd +15%, +10%. A load's stall counts in full."""
+VICTIMS = 4
+"""Idle adapters of a worker among which the coldest is taken for its next victim."""
+RARELY = 0.1
+"""Requests expected within HORIZON_S below which an idle adapter's slot is nobody's loss."""
+MISS_WINDOW_S = 10.0
+"""Time constant of the rate at which adapters are not in a slot."""
+SPREADS = 1.0
+"""Standard deviations of the misses' number for which slots are kept open."""
+ABUNDANT_SPREADS = 5.0
+"""The same for slots to count as abundant: a copy more or a move takes somebody's slot for a while. With 2, moves cost the scenario `hot` a twentieth of
+its capacity."""
+EVEN = 0.5
+"""Of the mean load, what one copy of an adapter is for while slots abound: an adapter that gets half of all requests then sits on every worker, so that
+the others' are not crowded onto those without it. (A flash crowd to 50%: with a copy per 1.25 x the mean, 5 of 8 workers had it, and the p99 of all
+others rose by 51%; so by 17%.) While slots are scarce it is BOUND: a copy takes a slot, and where all slots are in use that costs more."""
+LEAST_SPREAD = 1e-3
+"""Slots; where nothing misses, any open slot is plenty."""
+AFFINITY_S = 0.005
+"""The most that a known prefix or session can weigh: less than a load from the CPU tier, so it only breaks ties."""
+MAX_AFFINITIES = 50_000
+
+
+Holders: TypeAlias = Mapping[WorkerId, Worker]
+NOBODY: Holders = {}
+NOTHING = Terms()
+
+
+class ExpectedTTFT:
+    """See the module. Per base model it learns service times and miss rates, per adapter request rates; workers measure the rest."""
+
+    name = "expected-ttft"
+
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
+        self._bases: dict[str, _Base] = {}
+        self._last: OrderedDict[tuple[str, int | str], WorkerId] = OrderedDict()  # prefix or session -> worker
+
+    # ---- decisions --------------------------------------------------------------------------------------------------------------------
+
+    def choose(self, ask: Ask, fleet: Fleet, now: float, rng: random.Random) -> Decision:
+        pool = fleet.pool(ask.base)
+        if not pool.room:
+            return Wait(Blocked.ROOM)
+        base = self._base(ask.base)
+        if ask.adapter is None:
+            return self._choose_base(ask, pool, now, rng)
+        key = (ask.adapter.name, ask.adapter.digest)
+        holders = pool.holders.get(key)
+        bound = max(FLOOR, BOUND * pool.mean_load)
+        if holders is None:
+            return self._choose_cold(ask, key, base, pool, bound, now, Reason.COLD)
+        staying = [w for w in holders.values() if not base.relief.left(w, key, now)]
+        return self._choose_held(ask, key, base, pool, staying or list(holders.values()), bound, now)
+
+    def _choose_held(self, ask: Ask, key: Key, base: _Base, pool: Pool, holders: list[Worker], bound: float, now: float) -> Decision:
+        """The cheapest holder; or another worker, if the demand is worth one more copy or that is cheaper and takes no one's only slot."""
+        price = base.slot_price(pool, now)
+        copies = len(holders)
+        demand = max(sum([w.in_flight(key) for w in holders]) + 1.0, base.rates.per_s(key, now) * base.services.service_s)
+        wanted = base.homes.copies(key, demand, max(FLOOR, EVEN * pool.mean_load) if base.abundant(pool, now) else bound, now)
+        kept = holders if price == 0.0 else self._kept(key, holders, copies_for(demand, bound), bound)
+        best, least = self._cheapest(ask, key, base, pool, kept, price, now)
+        if best is None:
+            return self._choose_cold(ask, key, base, pool, bound, now, Reason.SPILL)
+        if copies < wanted:
+            base.relief.settle(key, now)
+        else:
+            relieved = self._relieved(ask, key, best, base, pool, now)
+            if relieved is not None:
+                return relieved
+        chosen = Choice(best, Reason.RESIDENT, best.tier_at(key))
+        if copies >= wanted and (price > 0.0 or best.load <= pool.mean_load + 1) and best.load < bound:
+            return chosen
+        if copies >= wanted and any(key in w.coming for w in holders):
+            return chosen
+        other = self._choose_cold(ask, key, base, pool, bound, now, Reason.SPILL, copies, needed=copies < wanted)
+        if not isinstance(other, Choice) or other.terms is None:
+            return chosen
+        needed = copies < wanted and (best.load >= bound or base.abundant(pool, now))
+        return other if needed or other.terms.total_s < least else chosen
+
+    def _relieved(self, ask: Ask, key: Key, w: Worker, base: _Base, pool: Pool, now: float) -> Choice | None:
+        """The lighter worker that the adapter moves to from this one, if that is to be relieved."""
+        relief = base.relief
+        if not relief.due(w, key, pool, now) or not base.abundant(pool, now):
+            return None
+        lighter = relief.lighter(w, base.rendezvous.order(key, pool), key)
+        able = [o for o in lighter if (o.open_slots > 1 or o.in_flight(key)) and base.claims.open_to(o, key, pool, now)]
+        if not able:
+            return None
+        to = min(able, key=lambda o: (o.tier_at(key) > Tier.CPU, o.usual_load))
+        relief.move(w, to, key, now)
+        return Choice(to, Reason.SPILL, to.tier_at(key))
+
+    @staticmethod
+    def _kept(key: Key, holders: list[Worker], need: int, bound: float) -> list[Worker]:
+        """With slots scarce: as many holders as it takes, those with the most requests in flight, so that the others give their slots up."""
+        if len(holders) <= need:
+            return holders
+        kept = sorted(holders, key=lambda w: -w.in_flight(key))[:need]
+        return kept if any(w.load < bound and w.has_room for w in kept) else holders
+
+    def _cheapest(
+        self, ask: Ask, key: Key, base: _Base, pool: Pool, holders: list[Worker], price: float, now: float
+    ) -> tuple[Worker | None, float]:
+        best: Worker | None = None
+        least = math.inf
+        for w in holders:
+            if w.has_room and not base.claims.closed(w, key) and base.claims.open_to(w, key, pool, now):
+                cost = self._terms(ask, key, w, base, pool, price, now).total_s
+                if cost < least:
+                    best, least = w, cost
+        return best, least
+
+    def _choose_cold(
+        self, ask: Ask, key: Key, base: _Base, pool: Pool, bound: float, now: float, reason: Reason, copies: int = 0, needed: bool = True
+    ) -> Decision:
+        """Where to load it: the least cost among those that have it cached and its home set."""
+        holders = pool.holders.get(key, NOBODY)
+        candidates: list[Worker] = []
+        stashed = pool.stashes.get(key, NOBODY)
+        shut = base.claims.shut(key, pool, now) and not any(key in w.others_busy for w in stashed.values())
+        if stashed and not (copies and shut):
+            cached = [w for w in islice(stashed.values(), STASH_CHOICES) if w.id not in holders and w.tier_at(key) is Tier.CPU]
+            if not shut:
+                candidates = [w for w in cached if w.has_room and base.claims.open_to(w, key, pool, now)]
+            if cached and not copies and not candidates:
+                elsewhere_s = costs.load_elsewhere_s(cached[0], ask.size_bytes, pool.mean_load)
+                due = base.patience.until(ask, cached, base.slack(pool, now), elsewhere_s, now)
+                if now < due:
+                    return Wait(Blocked.TURN, due)
+        if shut or not pool.open:
+            return self._blocked(ask, key, base, pool, now)
+        candidates += self._homes(key, base, pool, bound, holders, now, anybody=not candidates)
+        if not needed:
+            candidates = [w for w in candidates if self._surplus(w, base, pool, now)]
+        uses = 1.0 + base.rates.per_s(key, now) * HORIZON_S / (copies + 1) if copies else 1.0
+        best: Worker | None = None
+        terms = NOTHING
+        for w in candidates:
+            found = self._terms(ask, key, w, base, pool, 0.0, now, uses)
+            if best is None or found.total_s < terms.total_s:
+                best, terms = w, found
+        return Choice(best, reason, best.tier_at(key), terms) if best is not None else self._blocked(ask, key, base, pool, now)
+
+    def _homes(self, key: Key, base: _Base, pool: Pool, bound: float, holders: Holders, now: float, *, anybody: bool) -> list[Worker]:
+        """The first open ones of the rendezvous order within the bound, better those that load nothing; if need be beyond it, and if need be any."""
+        claims = base.claims
+
+        def first(number: int, workers: Iterable[Worker]) -> list[Worker]:
+            return list(islice((w for w in workers if claims.open_to(w, key, pool, now)), number))
+
+        homes = [w for w in base.rendezvous.order(key, pool) if w.has_room and w.id not in holders]
+        within = first(HOME_CHOICES, (w for w in homes if w.load < bound and not w.coming))
+        within = within or first(HOME_CHOICES, (w for w in homes if w.load < bound))
+        if within or not anybody:
+            return within
+        beyond = first(HOME_CHOICES, homes)
+        if beyond:
+            return beyond
+        able = [w for w in pool.workers if w.counted and w.counted[1] > 0 and w.has_room and w.id not in holders]
+        return first(1, sorted(able, key=lambda w: w.load))
+
+    def _choose_base(self, ask: Ask, pool: Pool, now: float, rng: random.Random) -> Decision:
+        base = self._base(ask.base)
+        workers = pool.workers
+        if len(workers) > BASE_CHOICES:
+            workers = rng.sample(workers, BASE_CHOICES)
+        best: Worker | None = None
+        least = math.inf
+        for w in workers:
+            if w.has_room:
+                cost = self._terms(ask, None, w, base, pool, 0.0, now).total_s
+                if cost < least:
+                    best, least = w, cost
+        if best is None:
+            best = next((w for w in pool.workers if w.has_room), None)
+        return Choice(best, Reason.BASE) if best is not None else Wait(Blocked.ROOM)
+
+    def _blocked(self, ask: Ask, key: Key, base: _Base, pool: Pool, now: float) -> Wait:
+        if not any(w.has_room for w in pool.workers):
+            return Wait(Blocked.ROOM)
+        return Wait(Blocked.SLOT, base.claims.claim(ask, key, pool, now, held=key in pool.holders))
+
+    # ---- costs ------------------------------------------------------------------------------------------------------------------------
+
+    def _terms(self, ask: Ask, key: Key | None, w: Worker, base: _Base, pool: Pool, price: float, now: float, uses: float = 1.0) -> Terms:
+        rate = costs.prefill_rate(w)
+        prefill_s = ask.prompt_tokens / rate
+        running = w.load
+        # A step is under way where somebody runs; what an idle worker measured last says nothing of its next.
+        queue_s = w.backlog_tokens(rate, now) / rate + prefill_s + (costs.step_s(w) if running else 0.0)
+        slot_s = load_s = evict_s = 0.0
+        stall_s = prefill_s * running * BESIDE
+        if key is not None:
+            if not w.in_flight(key):
+                slot_s = price if key in w.loaded else base.services.service_s * w.crowding * w.crowding
+            if key not in w.loaded:
+                load_s, stalling_s = self._load(ask, key, w, now)
+                stall_s += stalling_s * running / uses
+                if stalling_s:
+                    evict_s = self._eviction(w, base, pool, now) / uses
+        prefix_s = 0.0
+        if self._last and (ask.session or ask.prefix) and w.id in self._known(ask):
+            prefix_s = min(prefill_s, AFFINITY_S) if not ask.session else AFFINITY_S
+        return Terms(queue_s, slot_s, load_s, stall_s, evict_s, prefix_s)
+
+    def _load(self, ask: Ask, key: Key, w: Worker, now: float) -> tuple[float, float]:
+        """(seconds until it is in a slot, seconds of those that this request's own load stalls the engine for)."""
+        state, tier = w.held.get(key), w.tier_at(key)
+        own_s = costs.load_s(w, tier, ask.size_bytes)  # inside the engine's loop or not
+        if key in w.coming:
+            eta_s = state.eta_s - (now - w.beat_at) if state is not None and state.loading else own_s
+            return max(eta_s, 0.0), 0.0
+        ahead_s = len(w.coming) * own_s if w.coming else 0.0
+        return ahead_s + own_s + costs.fetch_s(w, tier), costs.stalling_load_s(w, tier, ask.size_bytes)
+
+    def _eviction(self, w: Worker, base: _Base, pool: Pool, now: float) -> float:
+        """What it costs that somebody must leave: the likely victim's reload, if it is wanted again soon and is nowhere else."""
+        if w.free_slots > 0 or not w.idle:
+            return 0.0
+        victim = self._victim(w, base, now)
+        if len(pool.holders.get(victim, ())) > 1:
+            return 0.0
+        again = min(1.0, base.rates.per_s(victim, now) * HORIZON_S)
+        tier = Tier.CPU if w.lower else Tier.DISK
+        return again * (costs.load_s(w, tier, 0) + costs.stalling_load_s(w, tier, 0) * w.load)
+
+    @staticmethod
+    def _victim(w: Worker, base: _Base, now: float) -> Key:
+        """Whom the worker will likely take: it evicts the coldest, and among the first to have become idle that is nearly always to be found."""
+        return min(islice(w.idle, VICTIMS), key=lambda key: base.rates.per_s(key, now))
+
+    def _surplus(self, w: Worker, base: _Base, pool: Pool, now: float) -> bool:
+        """The slot that a load would take there is nobody's, or that of an adapter that has another or is hardly asked for."""
+        if w.free_slots > 0 or not w.idle:
+            return w.free_slots > 0
+        victim = self._victim(w, base, now)
+        return len(pool.holders.get(victim, ())) > 1 or base.rates.per_s(victim, now) * HORIZON_S < RARELY
+
+    def _known(self, ask: Ask) -> tuple[WorkerId | None, WorkerId | None]:
+        base = ask.base
+        return (self._last.get((base, ask.session)) if ask.session else None, self._last.get((base, ask.prefix)) if ask.prefix else None)
+
+    # ---- what it hears ------------------------------------------------------------------------------------------------------------------
+
+    def arrived(self, ask: Ask, now: float) -> None:
+        if ask.adapter is not None:
+            self._base(ask.base).rates.note((ask.adapter.name, ask.adapter.digest), now)
+
+    def sent(self, ask: Ask, choice: Choice, now: float) -> None:
+        base = self._base(ask.base)
+        if ask.adapter is not None:
+            key = (ask.adapter.name, ask.adapter.digest)
+            base.patience.forget(ask)
+            base.stays.begin(ask, choice.worker.id, key, now)
+            base.claims.settle(ask, key)
+            if choice.reason is not Reason.RESIDENT:
+                base.misses.note(MISS, now)
+        for mark in (ask.session, ask.prefix):
+            if mark:
+                self._last[ask.base, mark] = choice.worker.id
+                self._last.move_to_end((ask.base, mark))
+        while len(self._last) > MAX_AFFINITIES:
+            self._last.popitem(last=False)
+
+    def left(self, ask: Ask, now: float) -> None:
+        if ask.adapter is not None:
+            base = self._base(ask.base)
+            base.patience.forget(ask)
+            base.stays.end(ask)
+            base.claims.settle(ask, (ask.adapter.name, ask.adapter.digest))
+
+    def finished(self, ask: Ask, worker: Worker, service_s: float, output_tokens: int, now: float) -> None:
+        base = self._base(ask.base)
+        base.services.note(service_s, output_tokens)
+        if ask.adapter is not None:
+            base.stays.end(ask, service_s)
+
+    def heirs(self, base: str, fleet: Fleet, now: float) -> list[Key]:
+        return self._base(base).claims.heirs(fleet.pool(base), now)
+
+    def wishes(self, worker: Worker, fleet: Fleet, now: float) -> list[AdapterRef]:
+        """Its share of the hot adapters: those that will surely be asked for soon and whose home set it is in now; half of its slots at most."""
+        base, pool = self._base(worker.beat.base), fleet.pool(worker.beat.base)
+        found: list[AdapterRef] = []
+        for rate, key in base.rates.hottest(len(pool.workers) * worker.beat.slots, now):
+            if rate * HORIZON_S < 1.0 or len(found) == worker.beat.slots // 2:
+                break
+            if worker in base.rendezvous.order(key, pool)[: base.homes.of(key)]:
+                found.append(AdapterRef(worker.beat.base, *key))
+        return found
+
+    def explain(self, ask: Ask, fleet: Fleet, now: float) -> list[Candidate]:
+        pool, base = fleet.pool(ask.base), self._base(ask.base)
+        key = None if ask.adapter is None else (ask.adapter.name, ask.adapter.digest)
+        price = base.slot_price(pool, now)
+        found = []
+        for w in pool.workers:
+            note = "" if w.has_room else "no room"
+            if key is not None and not note:
+                note = "no slot" if not base.claims.open_to(w, key, pool, now) else "slot closing" if base.claims.closed(w, key) else ""
+                note = note or ("moved to a lighter worker" if base.relief.left(w, key, now) else "")
+            tier = Tier.GPU if key is None else w.tier_at(key)
+            found.append(Candidate(w, tier, not note, note, self._terms(ask, key, w, base, pool, price, now)))
+        return sorted(found, key=lambda c: (not c.eligible, c.terms.total_s))
+
+    def _base(self, name: str) -> _Base:
+        base = self._bases.get(name)
+        if base is None:
+            base = self._bases[name] = _Base(self._patience_s)
+        return base
+
+
+MISS: Key = ("", "")
+
+
+class _Base:
+    """What the policy has learned of one base model."""
+
+    def __init__(self, patience_s: float) -> None:
+        self.rates = Rates()
+        self.rendezvous = Rendezvous()
+        self.misses = Rates(MISS_WINDOW_S, 1)
+        self.services = costs.Services()
+        self.homes = HomeSets()
+        self.relief = Relief()
+        self.stays = Stays()
+        self.claims = Claims(self.rates, self.rendezvous, self.stays)
+        self.patience = Patience(self.stays, patience_s)
+
+    def slot_price(self, pool: Pool, now: float) -> float:
+        """Seconds that the next slot is worth: nothing while open ones abound, a service time when there is none.
+
+        Misses come at random and each keeps a slot for a service time; what is kept open for them is twice the spread of their number
+        (square-root staffing: Halfin and Whitt, "Heavy-Traffic Limits for Queues with Many Exponential Servers", 1981).
+        """
+        return self.services.service_s * max(0.0, 1.0 - self.slack(pool, now) / SPREADS)
+
+    def abundant(self, pool: Pool, now: float) -> bool:
+        """A slot more or less is nobody's loss."""
+        return self.slack(pool, now) >= ABUNDANT_SPREADS
+
+    def slack(self, pool: Pool, now: float) -> float:
+        """Open slots, in standard deviations of the number that misses keep."""
+        return pool.open_slots / max(self._spread(now), LEAST_SPREAD)
+
+    def _spread(self, now: float) -> float:
+        """Of the number of slots that misses keep, in slots."""
+        return math.sqrt(self.misses.per_s(MISS, now) * self.services.service_s)

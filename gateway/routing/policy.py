@@ -1,0 +1,159 @@
+"""Pure. The words of routing: what is asked (`Ask`), what is answered (`Choice` or `Wait`), and what every policy can be told (`Policy`)."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol, TypeAlias
+
+import msgspec
+
+from gateway.fleet.fleet import Fleet, Key, Worker
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import Tier
+
+
+class Ask(msgspec.Struct, frozen=True, eq=False):
+    """What routing knows of one request. Equal only to itself, so that a policy can keep state per request.
+
+    `prompt_tokens` is an estimate made from the body's length; `tenant` is the digest of the API key; `prefix` a hash of the adapter's digest
+    and the prompt's first bytes (0: unknown); a lower `priority` goes first; `arrived` is on the dispatcher's clock.
+    """
+
+    base: str
+    adapter: AdapterRef | None = None
+    size_bytes: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    tenant: str = ""
+    session: str = ""
+    prefix: int = 0
+    priority: int = 0
+    arrived: float = 0.0
+
+
+class Reason(Enum):
+    """Why a worker was chosen; goes to the access log and the metrics."""
+
+    __hash__ = object.__hash__  # as in request.Phase
+
+    BASE = "base"  # any worker serves the base model
+    RESIDENT = "resident"  # it holds the adapter (or loads it already) and is not overloaded
+    SPILL = "spill"  # all holders are overloaded or full: another one loads it
+    COLD = "cold"  # nobody holds the adapter
+    BLIND = "blind"  # the policy does not look at adapters
+
+
+class Blocked(Enum):
+    """What a request waits for."""
+
+    ROOM = "room"  # no worker takes another request
+    SLOT = "slot"  # no worker has a slot for another adapter; requests for adapters in flight may pass
+    TURN = "turn"  # the policy wants to be asked again at `until`
+
+
+class Terms(msgspec.Struct, frozen=True):
+    """The parts of an expected time to first token, in seconds. `stall` is not the request's own: it is what the choice costs the others."""
+
+    queue_s: float = 0.0
+    slot_s: float = 0.0
+    load_s: float = 0.0
+    stall_s: float = 0.0
+    evict_s: float = 0.0
+    prefix_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        return self.queue_s + self.slot_s + self.load_s + self.stall_s + self.evict_s - self.prefix_s
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """`tier` is where the adapter was on the worker at that moment (GPU for a request of the base model)."""
+
+    worker: Worker
+    reason: Reason
+    tier: Tier = Tier.GPU
+    terms: Terms | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nobody takes it now. `until` is when to ask again at the latest, if time alone can change the answer."""
+
+    blocked: Blocked
+    until: float | None = None
+
+
+Decision: TypeAlias = Choice | Wait
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One worker in an explanation: may it take the request, and what that would cost. `note` says why not."""
+
+    worker: Worker
+    tier: Tier
+    eligible: bool
+    note: str
+    terms: Terms
+
+
+class Policy(Protocol):
+    """Decides, and hears at once of everything that follows. `choose` has no effect that a second call would not have."""
+
+    @property
+    def name(self) -> str: ...
+
+    def choose(self, ask: Ask, fleet: Fleet, now: float, rng: random.Random) -> Decision: ...
+
+    def explain(self, ask: Ask, fleet: Fleet, now: float) -> list[Candidate]:
+        """Every routable worker of the base model, best first."""
+        ...
+
+    def wishes(self, worker: Worker, fleet: Fleet, now: float) -> list[AdapterRef]:
+        """What a worker that has just become routable should load before its first request."""
+        ...
+
+    def heirs(self, base: str, fleet: Fleet, now: float) -> list[Key]:
+        """Adapters that something free is kept for: those who wait for them are asked before all others."""
+        ...
+
+    def arrived(self, ask: Ask, now: float) -> None:
+        """Once per request, before its first `choose`."""
+        ...
+
+    def sent(self, ask: Ask, choice: Choice, now: float) -> None:
+        """The choice was reserved and sent."""
+        ...
+
+    def left(self, ask: Ask, now: float) -> None:
+        """The request is over or was given back without having ended on a worker; what it waited for is free."""
+        ...
+
+    def finished(self, ask: Ask, worker: Worker, service_s: float, output_tokens: int, now: float) -> None:
+        """The request ended on the worker, `service_s` after it was sent."""
+        ...
+
+
+class Plain:
+    """The ears of a policy that learns nothing, and its explanation: the loads."""
+
+    def arrived(self, ask: Ask, now: float) -> None: ...
+    def sent(self, ask: Ask, choice: Choice, now: float) -> None: ...
+    def left(self, ask: Ask, now: float) -> None: ...
+    def finished(self, ask: Ask, worker: Worker, service_s: float, output_tokens: int, now: float) -> None: ...
+
+    def wishes(self, worker: Worker, fleet: Fleet, now: float) -> list[AdapterRef]:
+        return []
+
+    def heirs(self, base: str, fleet: Fleet, now: float) -> list[Key]:
+        return []
+
+    def explain(self, ask: Ask, fleet: Fleet, now: float) -> list[Candidate]:
+        workers = sorted(fleet.routable(ask.base), key=lambda w: w.load)
+        return [Candidate(w, tier_of(w, ask.adapter), w.has_room, "" if w.has_room else "no room", Terms()) for w in workers]
+
+
+def tier_of(worker: Worker, adapter: AdapterRef | None) -> Tier:
+    return Tier.GPU if adapter is None else worker.tier(adapter)

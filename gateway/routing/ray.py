@@ -1,0 +1,164 @@
+"""Pure. Ray Serve's multiplexed routing: `Ray` as its words promise, `RayStrict` as Ray 2.60 does it.
+
+The words: (1) is there a replica that has the adapter; (2) choose one that has it and is not overloaded; (3) if all that have it are overloaded,
+a less busy replica loads it; (4) if none has it, power of two choices picks one and loads it there. The rows M1 to M6 of Ray's candidate table
+are named below; docs/ROUTING.md has the table, and each deviation of `Ray` from it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.fleet.fleet import Fleet, Worker
+from gateway.fleet.pool import Pool
+from gateway.routing.policy import (Ask, Blocked, Choice, Decision, Plain, Reason, Wait, tier_of)
+from gateway.fleet.worker_view import Key, key_of
+from shared.link.messages import Tier
+
+MATCHING_S = 1.0
+"""RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S; the window is drawn anew in every round, between one and two of it."""
+BACKOFF_S, BACKOFF_FACTOR, MAX_BACKOFF_S = 0.025, 2.0, 0.5
+"""RAY_SERVE_ROUTER_RETRY_*: before the third round of a request and each later one; the second follows the first at once."""
+TASKS_PER_REPLICA, MAX_TASKS = 2, 50
+"""Requests that Ray's router looks for a replica for at the same time; the others wait behind them, whatever their adapter (W4)."""
+LLM_MAX_ONGOING = 10**9
+"""max_ongoing_requests of Ray Serve LLM: nothing is ever overloaded (W1)."""
+MAX_FALLBACKS = 10_000
+"""Ray never prunes its set of adapters that have fallen back (W12); ours forgets the oldest."""
+
+
+class Ray(Plain):
+    """The decision table by the words, on pushed loads and own reservations.
+
+    Args:
+        max_ongoing_requests: a worker with as many is overloaded; by default its own capacity, which is where its engine would queue.
+    """
+
+    name = "ray"
+
+    def __init__(self, max_ongoing_requests: int | None = None) -> None:
+        self._limit = max_ongoing_requests or LLM_MAX_ONGOING
+
+    def choose(self, ask: Ask, fleet: Fleet, now: float, rng: random.Random) -> Decision:
+        pool = fleet.pool(ask.base)
+        able = [w for w in pool.workers if w.has_room and w.load < self._limit]
+        if not able:
+            return Wait(Blocked.ROOM)
+        if ask.adapter is None:
+            return Choice(_two_choices(able, rng), Reason.BASE)
+        holders = pool.holders.get(key_of(ask.adapter), {})
+        free = [w for w in holders.values() if w.has_room and w.load < self._limit]
+        if free:  # M1
+            worker = _two_choices(free, rng)
+            return Choice(worker, Reason.RESIDENT, worker.tier(ask.adapter))
+        worker = _two_choices(_fewest(able), rng)  # M4, M5 where all holders are overloaded; M2 where there is none
+        return Choice(worker, Reason.SPILL if holders else Reason.COLD, worker.tier(ask.adapter))
+
+
+@dataclass(slots=True)
+class _Search:
+    """One request's way through Ray's rounds."""
+
+    began: float
+    rounds: int = 0
+    next_at: float = 0.0
+    tried_first: bool = False
+    tried_fewest: bool = False
+
+
+class RayStrict(Plain):
+    """Ray 2.60 with the LLM defaults, weaknesses W1 to W4 included; for comparison. Rounds advance with `now`."""
+
+    name = "ray-strict"
+
+    def __init__(self, max_ongoing_requests: int = LLM_MAX_ONGOING) -> None:
+        self._limit = max_ongoing_requests
+        self._searches: dict[Ask, _Search] = {}
+        self._fallbacks: dict[Key, None] = {}
+
+    def choose(self, ask: Ask, fleet: Fleet, now: float, rng: random.Random) -> Decision:
+        pool = fleet.pool(ask.base)
+        if not pool.workers:
+            return Wait(Blocked.ROOM)
+        search = self._searches.get(ask)
+        if search is None:
+            if len(self._searches) >= min(MAX_TASKS, TASKS_PER_REPLICA * len(pool.workers)):
+                return Wait(Blocked.TURN, now + BACKOFF_S)
+            search = self._searches[ask] = _Search(now, next_at=now)
+        while search.next_at <= now:
+            candidates = self._candidates(ask, search, pool, now, rng)
+            search.rounds += 1
+            search.next_at = now + backoff_s(search.rounds)
+            drawn = rng.sample(candidates, 2) if len(candidates) > 2 else rng.sample(candidates, len(candidates))
+            free = [w for w in drawn if w.load < self._limit and w.has_room]
+            if free:
+                worker = min(free, key=lambda w: w.load)
+                return Choice(worker, self._reason(ask, worker), tier_of(worker, ask.adapter))
+        return Wait(Blocked.TURN, search.next_at)
+
+    def sent(self, ask: Ask, choice: Choice, now: float) -> None:
+        self._searches.pop(ask, None)
+
+    def left(self, ask: Ask, now: float) -> None:
+        self._searches.pop(ask, None)
+
+    def _candidates(self, ask: Ask, search: _Search, pool: Pool, now: float, rng: random.Random) -> Sequence[Worker]:
+        if ask.adapter is None:
+            return pool.workers
+        key = key_of(ask.adapter)
+        if now - search.began >= rng.uniform(MATCHING_S, 2 * MATCHING_S):
+            if search.tried_fewest:
+                return pool.workers  # M6
+            search.tried_fewest = True
+            return _fewest(pool.workers)  # M5
+        if search.tried_first:
+            self._fall_back(key)
+            return _fewest(pool.workers)  # M4
+        search.tried_first = True
+        holders = [w for w in pool.workers if announced(w, key)]
+        if holders:
+            self._fallbacks.pop(key, None)
+            return holders  # M1
+        if key in self._fallbacks:
+            return ()  # M3
+        self._fall_back(key)
+        return _fewest(pool.workers)  # M2
+
+    def _fall_back(self, key: Key) -> None:
+        self._fallbacks[key] = None
+        if len(self._fallbacks) > MAX_FALLBACKS:
+            del self._fallbacks[next(iter(self._fallbacks))]
+
+    @staticmethod
+    def _reason(ask: Ask, worker: Worker) -> Reason:
+        if ask.adapter is None:
+            return Reason.BASE
+        return Reason.RESIDENT if announced(worker, key_of(ask.adapter)) else Reason.COLD
+
+
+def backoff_s(rounds: int) -> float:
+    """Between round number `rounds` and the next: 0, 25, 50, 100, 200, 400, 500, 500, ... ms."""
+    return 0.0 if rounds < 2 else min(BACKOFF_S * BACKOFF_FACTOR ** (rounds - 2), MAX_BACKOFF_S)
+
+
+def announced(worker: Worker, key: Key) -> bool:
+    """As Ray's replicas tell it: loaded or loading, as of the last broadcast. Reservations are not in it (W2)."""
+    state = worker.held.get(key)
+    return state is not None and (state.loading or state.tier is Tier.GPU)
+
+
+def _fewest(workers: Sequence[Worker]) -> list[Worker]:
+    """F: those that hold the fewest adapters."""
+    counts = [len(w.loaded) + len(w.coming) for w in workers]
+    least = min(counts)
+    return [w for w, n in zip(workers, counts, strict=True) if n == least]
+
+
+def _two_choices(candidates: Sequence[Worker], rng: random.Random) -> Worker:
+    """Uniform among the ordered pairs; the less loaded, the first of equals."""
+    if len(candidates) == 1:
+        return candidates[0]
+    first, second = rng.sample(candidates, 2)
+    return first if first.load <= second.load else second

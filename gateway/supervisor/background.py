@@ -1,0 +1,60 @@
+"""Shell. `run(app, blocking=False)`: `loraplex serve` as a child process that ends with us."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from shared.config.llm import Settings
+from shared.errors import ConfigError
+from shared.runtime.process import PARENT_ENV, write_settings
+
+STOP_S = 60.0
+
+
+class Background:
+    """A running server. `url` is the base for OpenAI clients; `stop()` drains and ends it. Also a context manager."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str, folder: Path) -> None:
+        self._process = process
+        self._folder = folder
+        self.url = url
+
+    @classmethod
+    def start(cls, app: Settings) -> Background:
+        """Starts the server and waits until all its workers serve. Raises ConfigError if it ends before that; its messages are on stderr."""
+        folder = Path(tempfile.mkdtemp(prefix="loraplex-app-"))
+        config = write_settings(app, folder)
+        argv = [sys.executable, "-m", "gateway.cli.main", "serve", str(config)]
+        env = {**os.environ, PARENT_ENV: str(os.getpid())}
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            found = re.search(r"serves at (\S+)", line)
+            if found:
+                return cls(process, found[1], folder)
+        status = process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+        raise ConfigError(f"the server did not start (status {status}; its message is above)")
+
+    def stop(self) -> int:
+        """Idempotent. Returns the exit status."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        status = self._process.wait(STOP_S)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return status
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()

@@ -1,0 +1,257 @@
+"""Shell. Every Prometheus series of the gateway. Labels are bounded: base models from the config, fixed sets of words, live workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from gateway.fleet.fleet import Fleet
+from gateway.dispatch.request import Flight
+from gateway.dispatch.lifecycle import Phase
+from gateway.routing.policy import Reason
+from gateway.telemetry.counters import Distribution, Snapshot, Tally
+from shared.link.messages import WorkerState
+
+TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30, 60)
+DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 640)
+ADAPTER_LABELS = 200
+"""Adapters that get a series of their own in each gateway process, first come; the rest is summed under `_other`."""
+OTHER = "_other"
+
+COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "requests": ("Requests ended, by how they ended.", ("base", "outcome")),
+    "adapter_requests": ("Requests ended, by adapter.", ("base", "adapter")),
+    "dispatched": ("Requests given to a worker, by the reason of the choice.", ("base", "reason")),
+    "error_responses": ("Errors answered by the gateway itself, by code.", ("code",)),
+    "prompt_tokens": ("Prompt tokens of ended requests.", ("base",)),
+    "output_tokens": ("Output tokens of ended requests.", ("base",)),
+    "undecodable_messages": ("Messages from workers that were dropped.", ("socket",)),
+    "retries": ("Requests sent to another worker before their first byte.", ()),
+    "slow_readers": ("Clients cut off because they did not read.", ()),
+    "adapter_version_changes": ("New adapter versions: switched to, refused, or not ready yet.", ("base", "outcome")),
+    "alias_requests": ("Requests by alias and the share that answered.", ("base", "alias", "adapter", "outcome")),
+    "alias_rollbacks": ("Shares of aliases that were rolled back.", ("base", "alias")),
+}
+DISTRIBUTIONS: dict[str, tuple[str, tuple[str, ...], Sequence[float]]] = {
+    "ttft_seconds": ("Time from a request's arrival to its first bytes.", ("base", "cold"), TTFT_BUCKETS_S),
+    "queue_seconds": ("Time from a request's arrival to its dispatch.", ("base",), TTFT_BUCKETS_S),
+    "request_seconds": ("Time from a request's arrival to its end.", ("base",), DURATION_BUCKETS_S),
+}
+GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "queue_depth": ("Requests that wait for a worker in one gateway process.", ("base", "process")),
+}
+BOUNDS = {name: bounds for name, (_, _, bounds) in DISTRIBUTIONS.items()}
+WITHOUT_LABELS = [(name,) for name, (_, labels) in COUNTERS.items() if not labels]
+_OUTCOME = {phase: phase.value for phase in Phase}  # reading an enum's value costs as much as counting
+_REASON = {reason: reason.value for reason in Reason}
+
+
+class Metrics:
+    """One process's numbers, counted by the dispatcher and the API; gauges are read off the fleet at scrape time."""
+
+    def __init__(self, process: str = "g0") -> None:
+        self.process = process
+        self._tally = Tally(BOUNDS)
+        self._aliases: set[tuple[str, str, str]] = set()
+        self._refused: Mapping[str, Callable[[], int]] = {}
+        self._adapters: set[tuple[str, str]] = set()
+        self._fleet: Fleet | None = None
+        self._depth: Mapping[str, Callable[[], int]] = {}
+        self._of_base: dict[str, tuple[Distribution, Distribution, Distribution, Distribution]] = {}
+        for key in WITHOUT_LABELS:
+            self._tally.count(key, 0)
+
+    def watch(self, fleet: Fleet, depth: Mapping[str, Callable[[], int]]) -> None:
+        """`depth` maps each base model to a function that counts its queue."""
+        self._fleet, self._depth = fleet, depth
+
+    # ---- counting ---------------------------------------------------------------------------------------------------------------------
+
+    def dispatched(self, base: str, reason: Reason) -> None:
+        self._tally.count(("dispatched", base, _REASON[reason]))
+
+    def undecodable(self, socket: str) -> None:
+        self._tally.count(("undecodable_messages", socket))
+
+    def error(self, code: str) -> None:
+        self._tally.count(("error_responses", code))
+
+    def retried(self) -> None:
+        self._tally.count(("retries",))
+
+    def slow_reader(self) -> None:
+        self._tally.count(("slow_readers",))
+
+    def version_change(self, base: str, outcome: str) -> None:
+        """`outcome`: switched, refused or failed."""
+        self._tally.count(("adapter_version_changes", base, outcome))
+
+    def alias_request(self, base: str, alias: str, adapter: str, failed: bool) -> None:
+        if (base, alias, adapter) not in self._aliases:
+            if len(self._aliases) >= ADAPTER_LABELS:
+                alias = adapter = OTHER
+            self._aliases.add((base, alias, adapter))
+        self._tally.count(("alias_requests", base, alias, adapter, "failed" if failed else "ok"))
+
+    def alias_rollback(self, base: str, alias: str) -> None:
+        self._tally.count(("alias_rollbacks", base, alias if any(a[:2] == (base, alias) for a in self._aliases) else OTHER))
+
+    def watch_versions(self, refused: Mapping[str, Callable[[], int]]) -> None:
+        """`refused` maps each base model to a function that counts the adapters whose newest version is not served."""
+        self._refused = refused
+
+    def finished(self, flight: Flight) -> None:
+        base, phase, done, start = flight.base, flight.life.phase, flight.done, flight.t_start
+        count = self._tally.count
+        series = self._of_base.get(base)
+        if series is None:
+            of = self._tally.distribution
+            keys = (("request_seconds", base), ("queue_seconds", base), ("ttft_seconds", base, "yes"), ("ttft_seconds", base, "no"))
+            series = self._of_base[base] = (of(keys[0]), of(keys[1]), of(keys[2]), of(keys[3]))
+        duration, queue, ttft_cold, ttft_warm = series
+        count(("requests", base, _OUTCOME[phase]))
+        duration.observe(flight.t_end - start)
+        if flight.t_sent:
+            queue.observe(flight.t_sent - start)
+        if flight.t_head:
+            (ttft_cold if done is not None and done.load_s > 0 else ttft_warm).observe(flight.t_head - start)
+        if done is not None:
+            count(("prompt_tokens", base), done.prompt_tokens)
+            count(("output_tokens", base), done.output_tokens)
+        if flight.adapter is not None and phase is Phase.FINISHED:
+            count(("adapter_requests", base, self._adapter_label(base, flight.adapter.name)))
+
+    # ---- telling ----------------------------------------------------------------------------------------------------------------------
+
+    def value(self, name: str, labels: Mapping[str, str]) -> float | None:
+        """One series of this process, as a scrape would show it."""
+        return self._registry([self.snapshot()], {}).get_sample_value(name, dict(labels))
+
+    def snapshot(self) -> Snapshot:
+        gauges = [(("queue_depth", base, self.process), float(depth())) for base, depth in self._depth.items()]
+        return self._tally.snapshot(self.process, gauges)
+
+    def restore(self, before: Snapshot) -> None:
+        """Goes on where an earlier life of this process ended, so that no counter ever falls."""
+        self._tally.add(before)
+        self._adapters |= {(key[1], key[2]) for key in self._tally.counters if key[0] == "adapter_requests" and key[2] != OTHER}
+
+    def render(self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool]) -> bytes:
+        """The sum of what all gateway processes counted; `answered` says of each whether its part is of now."""
+        return generate_latest(self._registry(snapshots, answered))
+
+    def _registry(self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool]) -> CollectorRegistry:
+        registry = CollectorRegistry()
+        registry.register(ProcessCollector(snapshots, answered))
+        if self._fleet is not None:
+            registry.register(FleetCollector(self._fleet))
+        registry.register(VersionCollector(self._refused))
+        return registry
+
+    def _adapter_label(self, base: str, adapter: str) -> str:
+        if (base, adapter) in self._adapters:
+            return adapter
+        if len(self._adapters) < ADAPTER_LABELS:
+            self._adapters.add((base, adapter))
+            return adapter
+        return OTHER
+
+
+class ProcessCollector(Collector):
+    """What the gateway processes counted: counters and histograms summed, gauges one by one."""
+
+    def __init__(self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool]) -> None:
+        self._snapshots = snapshots
+        self._answered = answered
+
+    def collect(self) -> Iterable[Metric]:
+        total = Tally(BOUNDS)
+        served = GaugeMetricFamily("loraplex_gateway_requests", "Requests that ended in one gateway process.", labels=["process"])
+        for snapshot in self._snapshots:
+            total.add(snapshot)
+            served.add_metric([snapshot.process], sum(value for key, value in snapshot.counters if key[0] == "requests"))
+        yield from _counters(total)
+        yield from _distributions(total)
+        for name, (text, labels) in GAUGES.items():
+            gauge = GaugeMetricFamily(f"loraplex_{name}", text, labels=labels)
+            for key, value in (
+                row for s in self._snapshots if self._answered.get(s.process, True) for row in s.gauges if row[0][0] == name
+            ):
+                gauge.add_metric(key[1:], value)
+            yield gauge
+        yield served
+        up = GaugeMetricFamily(
+            "loraplex_gateway_process_up",
+            "0 for a gateway process that did not tell its numbers in time: they are its last.",
+            labels=["process"],
+        )
+        for process, answered in self._answered.items():
+            up.add_metric([process], float(answered))
+        yield up
+
+
+def _counters(total: Tally) -> Iterable[Metric]:
+    families = {name: CounterMetricFamily(f"loraplex_{name}", text, labels=labels) for name, (text, labels) in COUNTERS.items()}
+    for key, value in total.counters.items():
+        if key[0] in families:
+            families[key[0]].add_metric(key[1:], value)
+    return families.values()
+
+
+def _distributions(total: Tally) -> Iterable[Metric]:
+    families = {name: HistogramMetricFamily(f"loraplex_{name}", text, labels=labels) for name, (text, labels, _) in DISTRIBUTIONS.items()}
+    for key, found in total.distributions.items():
+        below, buckets = 0, []
+        for bound, count in zip((*found.bounds, float("inf")), found.counts, strict=True):
+            below += count
+            buckets.append((str(float(bound)) if bound < float("inf") else "+Inf", below))
+        families[key[0]].add_metric(key[1:], buckets, found.total)
+    return families.values()
+
+
+class FleetCollector(Collector):
+    """Gauges of the fleet as this process sees it at the scrape; workers that left leave no stale series."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def collect(self) -> Iterable[Metric]:
+        names = ["worker", "base"]
+        up = GaugeMetricFamily("loraplex_worker_up", "1 for every worker with a valid lease.", labels=[*names, "state"])
+        load = GaugeMetricFamily("loraplex_worker_load", "Requests on the worker.", labels=names)
+        capacity = GaugeMetricFamily("loraplex_worker_capacity", "Requests that the worker takes at once.", labels=names)
+        slots = GaugeMetricFamily("loraplex_worker_slots", "Adapter slots of the worker.", labels=names)
+        used = GaugeMetricFamily("loraplex_worker_adapters", "Adapters that the worker holds, by tier.", labels=[*names, "tier"])
+        kv = GaugeMetricFamily("loraplex_worker_kv_usage_ratio", "Share of the KV cache in use.", labels=names)
+        for w in self._fleet:
+            at = [w.id, w.beat.base]
+            state = w.beat.state
+            if state is WorkerState.SERVING and not w.routable:
+                state = WorkerState.JOINING  # it beats, but its data link is not there (yet): nothing can be sent to it
+            up.add_metric([*at, state.name.lower()], 1)
+            load.add_metric(at, w.load)
+            capacity.add_metric(at, w.beat.capacity)
+            slots.add_metric(at, w.beat.slots)
+            kv.add_metric(at, w.beat.kv_usage)
+            tiers = [a.tier.name.lower() for a in w.beat.adapters]
+            for tier in ("gpu", "cpu", "disk"):
+                used.add_metric([*at, tier], tiers.count(tier))
+        return [up, load, capacity, slots, used, kv]
+
+
+class VersionCollector(Collector):
+    """As this process sees it: each switches on its own."""
+
+    def __init__(self, refused: Mapping[str, Callable[[], int]]) -> None:
+        self._refused = refused
+
+    def collect(self) -> Iterable[Metric]:
+        gauge = GaugeMetricFamily(
+            "loraplex_adapters_refused", "Adapters whose newest version is invalid while an older one is served.", labels=["base"]
+        )
+        for base, count in self._refused.items():
+            gauge.add_metric([base], count())
+        return [gauge]

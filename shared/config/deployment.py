@@ -1,0 +1,176 @@
+"""Pure. `deployment_config`: how many workers, how much each takes, how they scale. Names and defaults are Ray Serve's (2.60)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta
+
+from shared.config.parts import Positive, Seconds, SecondsOrNone
+from shared.config.section import Finding, Section
+
+Count = Annotated[int, Meta(ge=0)]
+Factor = Annotated[float, Meta(gt=0)]
+
+UNLIMITED_REQUESTS = 1_000_000_000  # Ray LLM's default of max_ongoing_requests and target_ongoing_requests: "never full", "never scale"
+_AUTO = {"max_replicas": 100, "target_ongoing_requests": 2.0}  # Ray Serve's own defaults under `num_replicas: auto`
+
+
+class BackpressureConfig(Section, frozen=True, kw_only=True):
+    """The answer when a queue is full."""
+
+    status_code: Literal[503, 429] = 503
+    retry_after_s: SecondsOrNone | None = None
+
+
+class AutoscalingPolicy(Section, frozen=True, kw_only=True):
+    """Ray's hook for a scaling function of one's own. Accepted, unused."""
+
+    policy_function: Any = None
+    policy_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class AutoscalingConfig(Section, frozen=True, kw_only=True):
+    """How many workers, between which bounds, how fast. The defaults are those that Ray LLM deployments end up with."""
+
+    IGNORED: ClassVar[Mapping[str, str]] = {"policy": "nothing scales by itself yet; the function is not called"}
+
+    min_replicas: Count = 1
+    initial_replicas: Count | None = None
+    max_replicas: Positive = 1
+    target_ongoing_requests: Factor = float(UNLIMITED_REQUESTS)
+    metrics_interval_s: Seconds = 10.0
+    look_back_period_s: Seconds = 30.0
+    smoothing_factor: Factor = 1.0
+    upscale_smoothing_factor: Factor | None = None
+    downscale_smoothing_factor: Factor | None = None
+    upscaling_factor: Factor | None = None
+    downscaling_factor: Factor | None = None
+    downscale_delay_s: SecondsOrNone = 600.0
+    downscale_to_zero_delay_s: SecondsOrNone | None = None
+    upscale_delay_s: SecondsOrNone = 30.0
+    aggregation_function: Literal["mean", "max", "min"] = "mean"
+    policy: AutoscalingPolicy | None = None
+
+    @property
+    def upscale_gain(self) -> float:
+        """The factor on each step up, with Ray's precedence among the old and new names."""
+        return self.upscaling_factor or self.upscale_smoothing_factor or self.smoothing_factor
+
+    @property
+    def downscale_gain(self) -> float:
+        return self.downscaling_factor or self.downscale_smoothing_factor or self.smoothing_factor
+
+    @classmethod
+    def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(given.get("aggregation_function"), str):
+            given["aggregation_function"] = given["aggregation_function"].lower()
+        return given
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
+        low, first, high = (values.get(name) for name in ("min_replicas", "initial_replicas", "max_replicas"))
+        if low is not None and high is not None and low > high:
+            yield Finding(
+                ("min_replicas",), f"{low} is more than max_replicas ({high}); raise max_replicas or lower it", other=("max_replicas",)
+            )
+        if first is not None and low is not None and first < low:
+            yield Finding(
+                ("initial_replicas",), f"{first} is less than min_replicas ({low}); raise it or lower min_replicas", other=("min_replicas",)
+            )
+        if first is not None and high is not None and first > high:
+            yield Finding(
+                ("initial_replicas",),
+                f"{first} is more than max_replicas ({high}); lower it or raise max_replicas",
+                other=("max_replicas",),
+            )
+        start = low if first is None else first
+        if start is not None and high is not None and start < high:
+            text = f"has no effect here: nothing scales by itself yet, {start} worker{'s' * (start != 1)} will run (set num_replicas)"
+            yield Finding(("max_replicas",), text, "warning")
+
+
+_PLACEMENT = "workers run on this machine, and each gets the GPUs that its tensor and pipeline parallel sizes ask for"
+_HEALTH = "a worker's heartbeats are its health check (gateway.heartbeat_s, gateway.lease_s)"
+_ROLLOUT = "workers are replaced one at a time"
+
+
+class DeploymentConfig(Section, frozen=True, kw_only=True):
+    """The options of Ray's `@serve.deployment` that mean something here, and those that do not, accepted with a warning."""
+
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        "name": "workers are named after the model id",
+        "user_config": "there is no user class to configure",
+        "ray_actor_options": _PLACEMENT,
+        "placement_group_bundles": _PLACEMENT,
+        "placement_group_strategy": _PLACEMENT,
+        "placement_group_bundle_label_selector": _PLACEMENT,
+        "max_replicas_per_node": _PLACEMENT,
+        "gang_scheduling_config": _PLACEMENT,
+        "deployment_actors": "there are no actors",
+        "graceful_shutdown_timeout_s": "running requests may finish for gateway.drain_s",
+        "graceful_shutdown_wait_loop_s": "a worker stops when its last request ends, without polling",
+        "health_check_period_s": _HEALTH,
+        "health_check_timeout_s": _HEALTH,
+        "max_constructor_retry_count": "a worker that fails to start is retried with growing pauses",
+        "rolling_update_percentage": _ROLLOUT,
+        "max_surge_percent": _ROLLOUT,
+        "request_router_config": "requests are routed by gateway.routing_policy",
+        "logging_config": "logs are JSON lines; set gateway.log_level",
+    }
+
+    REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("min_replicas", "initial_replicas", "max_replicas", "target_ongoing_requests"), "belongs in deployment_config.autoscaling_config"
+    )
+
+    num_replicas: Positive | Literal["auto"] | None = None
+    autoscaling_config: AutoscalingConfig | None = None
+    max_ongoing_requests: Positive = UNLIMITED_REQUESTS
+    max_queued_requests: Annotated[int, Meta(ge=-1)] = -1
+    backpressure_config: BackpressureConfig = msgspec.field(default_factory=BackpressureConfig)
+    graceful_shutdown_timeout_s: SecondsOrNone | None = None
+    name: str | None = None
+    user_config: Any = None
+    ray_actor_options: dict[str, Any] | None = None
+    placement_group_bundles: list[dict[str, Any]] | None = None
+    placement_group_strategy: str | None = None
+    placement_group_bundle_label_selector: list[dict[str, Any]] | None = None
+    max_replicas_per_node: Positive | None = None
+    gang_scheduling_config: dict[str, Any] | None = None
+    deployment_actors: list[Any] | None = None
+    graceful_shutdown_wait_loop_s: SecondsOrNone | None = None
+    health_check_period_s: Seconds | None = None
+    health_check_timeout_s: Seconds | None = None
+    max_constructor_retry_count: Positive | None = None
+    rolling_update_percentage: Annotated[float, Meta(gt=0, le=1)] | None = None
+    max_surge_percent: Annotated[int, Meta(ge=0, le=100)] | None = None
+    request_router_config: dict[str, Any] | None = None
+    logging_config: dict[str, Any] | None = None
+
+    @property
+    def workers(self) -> int:
+        """How many workers to start with."""
+        if isinstance(self.num_replicas, int):
+            return self.num_replicas
+        scaling = self.autoscaling_config
+        if scaling is None:
+            return 1
+        return scaling.min_replicas if scaling.initial_replicas is None else scaling.initial_replicas
+
+    @classmethod
+    def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
+        scaling = given.get("autoscaling_config")
+        if given.get("num_replicas") == "auto" and (scaling is None or isinstance(scaling, Mapping)):
+            given["autoscaling_config"] = {**_AUTO, **(scaling or {})}
+        return given
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
+        if isinstance(values.get("num_replicas"), int) and values.get("autoscaling_config") is not None:
+            yield Finding(
+                ("num_replicas",),
+                "a fixed number and autoscaling_config exclude each other; keep one (or write num_replicas: auto)",
+                other=("autoscaling_config",),
+            )

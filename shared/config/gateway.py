@@ -1,0 +1,161 @@
+"""Pure. The `gateway:` section, ours: where the gateway listens, what it admits, how it reaches its workers."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta
+
+from shared.config.parts import Positive, Seconds, SecondsOrNone, Text
+from shared.config.section import Finding, Section, shown
+
+Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: any free one
+
+RoutingPolicy = Literal["expected-ttft", "ray", "residency-p2c", "p2c", "least-loaded", "round-robin", "random", "ray-strict"]
+"""What gateway/policies.py makes; docs/ROUTING.md says which to choose."""
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_TCP = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\s/:@\[\]]+):(?P<port>[0-9]{1,5})")
+_MIB = 1 << 20
+_GIB = 1 << 30
+_BEATS_PER_LEASE = 3  # losing any one heartbeat must change nothing but time
+_KEYS_HINT = (
+    "keys do not belong in this file; name a variable in api_keys_env (comma-separated keys) or a file in api_keys_file (one per line)"
+)
+_ADMIN_KEYS_HINT = _KEYS_HINT.replace("api_keys", "admin_keys")
+
+
+class LinkConfig(Section, frozen=True, kw_only=True):
+    """The sockets between gateway and workers: "ipc" (same machine) or tcp://host:port, one for control and one for data.
+
+    Beyond this machine the link needs `secret_env`, the name of a variable with a shared secret, or an explicit `insecure: true`.
+    `peer` is where a worker gives adapters to workers of other hosts: tcp://host:port (port 0: any free one, else the first free one from
+    there on), "off", or "auto": every address and any free port where the link leaves this machine and has a secret, else off.
+    """
+
+    REFUSED: ClassVar[Mapping[str, str]] = {"secret": "secrets do not belong in this file; name an environment variable in secret_env"}
+    SECRET: ClassVar[frozenset[str]] = frozenset({"secret_env"})
+
+    control: Text = "ipc"
+    data: Text = "ipc"
+    peer: Text = "auto"
+    secret_env: Text | None = None
+    insecure: bool = False
+
+    @property
+    def peer_endpoint(self) -> str:
+        """What a worker binds for its peers; empty: nothing."""
+        if self.peer != "auto":
+            return "" if self.peer == "off" else self.peer
+        match = _TCP.fullmatch(self.control)
+        return "tcp://0.0.0.0:0" if match is not None and not is_loopback(match["host"]) and self.secret_env else ""
+
+    @classmethod
+    def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if given.get("peer") is False:  # YAML 1.1 reads `off` as a boolean
+            given["peer"] = "off"
+        return given
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
+        hosts = {}
+        for name, words in (("control", ("ipc",)), ("data", ("ipc",)), ("peer", ("off", "auto"))):
+            endpoint = values.get(name)
+            if endpoint is None or endpoint in words:
+                continue
+            match = _TCP.fullmatch(endpoint)
+            if match is None or not 0 <= int(match["port"]) <= 65535:
+                yield Finding((name,), f"expected {', '.join(words)} or tcp://host:port, got {shown(endpoint)}")
+            else:
+                hosts[name] = match["host"]
+        control, data = values.get("control"), values.get("data")
+        if control is not None and data is not None:
+            if (control == "ipc") != (data == "ipc"):
+                yield Finding(("data",), "control and data must both be ipc, or both tcp://host:port", other=("control",))
+            elif control == data != "ipc" and not control.endswith(":0"):
+                yield Finding(("data",), "control and data need two ports", other=("control",))
+        yield from _variable_rule("secret_env", values.get("secret_env"))
+        if values.get("secret_env") is None and values.get("insecure") is False:
+            for name, host in hosts.items():
+                if not is_loopback(host):
+                    text = f"{shown(host)} is reachable from other machines; set secret_env, or insecure: true on a private network"
+                    yield Finding((name,), text)
+
+
+class GatewayConfig(Section, frozen=True, kw_only=True):
+    """One gateway. `state_dir` holds cached adapters and sockets; `processes` share one port.
+
+    `disk_cache_bytes` bounds the cached adapters of this machine, of all its workers together; 0: as much as the disk holds.
+    """
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("api_keys", "api_key"), _KEYS_HINT),
+        **dict.fromkeys(("admin_keys", "admin_key"), _ADMIN_KEYS_HINT),
+    }
+    SECRET: ClassVar[frozenset[str]] = frozenset({"api_keys_env", "admin_keys_env"})
+
+    host: Text = "127.0.0.1"
+    port: Port = 8000
+    processes: Positive = 1
+    api_keys_env: Text | None = None
+    api_keys_file: Text | None = None
+    max_body_bytes: Positive = 32 * _MIB
+    max_concurrent_requests: Positive = 4096
+    max_queued_requests: Annotated[int, Meta(ge=0)] = 1024
+    queue_timeout_s: Seconds = 60.0
+    request_timeout_s: Seconds = 600.0
+    progress_s: SecondsOrNone | None = 5.0
+    catalog_refresh_s: Seconds = 30.0
+    drain_s: SecondsOrNone = 20.0
+    kill_s: SecondsOrNone = 5.0
+    lease_s: Seconds = 3.0
+    heartbeat_s: Seconds = 0.1
+    link: LinkConfig = msgspec.field(default_factory=LinkConfig)
+    state_dir: Text = "~/.cache/loraplex"
+    disk_cache_bytes: Annotated[int, Meta(ge=0)] = 50 * _GIB  # some 2,000 adapters of 26 MiB, and a quarter of a usual node disk
+    routing_policy: RoutingPolicy = "expected-ttft"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    slow_reader_bytes: Positive = _MIB
+    admin_keys_env: Text | None = None
+    admin_keys_file: Text | None = None
+    stream_gap_s: SecondsOrNone | None = 0.04
+
+    @classmethod
+    def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(given.get("log_level"), str):
+            given["log_level"] = given["log_level"].lower()
+        return given
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
+        yield from _variable_rule("api_keys_env", values.get("api_keys_env"))
+        yield from _variable_rule("admin_keys_env", values.get("admin_keys_env"))
+        lease_s, heartbeat_s = values.get("lease_s"), values.get("heartbeat_s")
+        if lease_s is not None and heartbeat_s is not None and lease_s < _BEATS_PER_LEASE * heartbeat_s:
+            text = (
+                f"must be at least {_BEATS_PER_LEASE} heartbeats ({_BEATS_PER_LEASE * heartbeat_s:g}), or one lost heartbeat loses a worker"
+            )
+            yield Finding(("lease_s",), text, other=("heartbeat_s",))
+        host, keys = values.get("host"), (values.get("api_keys_env"), values.get("api_keys_file"))
+        if host is not None and not is_loopback(host) and keys == (None, None):
+            text = f"{shown(host)} is reachable from other machines and no API keys are required; set api_keys_env or api_keys_file"
+            yield Finding(("host",), text, "warning")
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine reaches `host`. A name other than localhost may be anything."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _variable_rule(key: str, name: str | None) -> Iterator[Finding]:
+    if name is not None and _VARIABLE.fullmatch(name) is None:
+        yield Finding((key,), "expected the name of an environment variable (letters, digits and _), not its value")

@@ -1,0 +1,233 @@
+"""Pure. The model configuration (`LLMConfig`, Ray Serve LLM's names) and the settings of a whole file.
+
+Everything that Ray's Python API accepts is accepted here: `LLMConfig(model_loading_config={...}, lora_config=dict(...), ...)`.
+Semantics and defaults were checked against Ray 2.60 (ray/llm/_internal/serve/core/configs/llm_config.py, ray/serve/config.py).
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import msgspec
+from msgspec import Struct
+
+from shared.config.deployment import UNLIMITED_REQUESTS, AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, DeploymentConfig
+from shared.config.engine import LORA_RANKS, SimTiming, engine_findings, sim_timing, unknown_kwargs
+from shared.config.gateway import GatewayConfig, LinkConfig
+from shared.config.parts import (DEFAULT_MAX_LORAS, AcceleratorConfig, LoraConfig, ModelLoadingConfig, StoreConfig, Text)
+from shared.config.section import Finding, Section
+
+__all__ = [
+    "DEFAULT_MAX_LORAS",
+    "LORA_RANKS",
+    "UNLIMITED_REQUESTS",
+    "AcceleratorConfig",
+    "AutoscalingConfig",
+    "AutoscalingPolicy",
+    "BackpressureConfig",
+    "DeploymentConfig",
+    "GatewayConfig",
+    "LLMConfig",
+    "LinkConfig",
+    "LoraConfig",
+    "ModelLoadingConfig",
+    "Settings",
+    "SimTiming",
+    "StoreConfig",
+    "check_engine_kwargs",
+    "engine_kwargs_problems",
+]
+
+Engine = Literal["vLLM", "sim"]
+_ENGINES = {"vllm": "vLLM", "sim": "sim"}
+
+
+class LLMConfig(Section, frozen=True, kw_only=True):
+    """One base model, its adapters and its workers.
+
+    Sections may be given as dicts. Raises ConfigError, with all problems at once, for what cannot work.
+    """
+
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        "runtime_env": "workers run in the environment of `loraplex`; install packages and export variables before starting it",
+        "placement_group_config": "workers run on this machine, each with the GPUs that its tensor and pipeline parallel sizes ask for",
+        "server_cls": "there is one kind of worker",
+        "experimental_configs": "they tune Ray's own request path; tokens are sent on as the engine makes them",
+        "callback_config": "there is no Ray initialisation to hook into",
+    }
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("model_id", "model_source", "tokenizer_source"), "belongs in model_loading_config"),
+        **dict.fromkeys(("enable_lora", "max_loras", "max_lora_rank", "max_model_len", "tensor_parallel_size"), "belongs in engine_kwargs"),
+        **dict.fromkeys(("num_replicas", "autoscaling_config", "max_ongoing_requests"), "belongs in deployment_config"),
+    }
+
+    model_loading_config: ModelLoadingConfig
+    llm_engine: Engine = "vLLM"
+    engine_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
+    runtime_env: dict[str, Any] | None = None
+    accelerator_type: Text | None = None
+    accelerator_config: AcceleratorConfig | None = None
+    placement_group_config: dict[str, Any] | None = None
+    lora_config: LoraConfig | None = None
+    deployment_config: DeploymentConfig = msgspec.field(default_factory=DeploymentConfig)
+    server_cls: Any = None
+    experimental_configs: dict[str, Any] = msgspec.field(default_factory=dict)
+    log_engine_metrics: bool = True
+    callback_config: Any = None
+
+    if TYPE_CHECKING:
+        # msgspec makes the constructor, __post_init__ turns dicts into sections; this is what it accepts.
+        def __init__(
+            self,
+            *,
+            model_loading_config: ModelLoadingConfig | Mapping[str, Any],
+            llm_engine: str = "vLLM",
+            engine_kwargs: Mapping[str, Any] = {},
+            runtime_env: Mapping[str, Any] | None = None,
+            accelerator_type: str | None = None,
+            accelerator_config: AcceleratorConfig | Mapping[str, Any] | None = None,
+            placement_group_config: Mapping[str, Any] | None = None,
+            lora_config: LoraConfig | Mapping[str, Any] | None = None,
+            deployment_config: DeploymentConfig | Mapping[str, Any] = ...,
+            server_cls: object = None,
+            experimental_configs: Mapping[str, Any] = {},
+            log_engine_metrics: bool = True,
+            callback_config: object = None,
+        ) -> None: ...
+
+    @property
+    def model_id(self) -> str:
+        return self.model_loading_config.model_id
+
+    @property
+    def model_source(self) -> str:
+        """A Hugging Face id or a local folder."""
+        source = self.model_loading_config.model_source
+        return source if isinstance(source, str) else self.model_id
+
+    @property
+    def tokenizer_source(self) -> str:
+        return self.model_loading_config.tokenizer_source or self.model_source
+
+    @property
+    def uses_lora(self) -> bool:
+        """True if the engine has adapter slots."""
+        return bool(self.engine_kwargs.get("enable_lora", self.llm_engine == "sim"))
+
+    @property
+    def adapters_path(self) -> str | None:
+        """The folder of the adapters: s3://, gs:// or local; None if there are none."""
+        return None if self.lora_config is None else self.lora_config.dynamic_lora_loading_path
+
+    @property
+    def max_loras(self) -> int:
+        """Adapter slots per worker: engine_kwargs.max_loras, else lora_config.max_num_adapters_per_replica, else Ray's 16."""
+        asked = self.lora_config.max_num_adapters_per_replica if self.lora_config else None
+        return self.engine_kwargs.get("max_loras") or asked or DEFAULT_MAX_LORAS
+
+    @property
+    def workers(self) -> int:
+        """Workers to start with: num_replicas, else initial_replicas, else min_replicas, else 1."""
+        return self.deployment_config.workers
+
+    @property
+    def gpus_per_worker(self) -> int:
+        """Tensor times pipeline parallel size; 0 for the simulated engine and for `accelerator_config: {kind: cpu}`."""
+        if self.llm_engine == "sim" or (self.accelerator_config is not None and self.accelerator_config.kind == "cpu"):
+            return 0
+        tensor, pipeline = (self.engine_kwargs.get(f"{kind}_parallel_size") or 1 for kind in ("tensor", "pipeline"))
+        return int(tensor * pipeline)
+
+    @property
+    def sim(self) -> SimTiming:
+        """The simulated engine's timing. Only for llm_engine "sim"."""
+        return sim_timing(self.engine_kwargs)
+
+    @classmethod
+    def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(given.get("llm_engine"), str):
+            given["llm_engine"] = _ENGINES.get(given["llm_engine"].lower(), given["llm_engine"])
+        for name in ("server_cls", "callback_config"):
+            if given.get(name) is not None:
+                given[name] = str(given[name])  # unused, and a class would not travel to the worker processes
+        return given
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
+        yield from engine_findings(values)
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """A whole configuration file. Plain data: it travels to worker processes as JSON.
+
+    `source` is the file (or what built it); `warnings` are lines for the log; `places` maps a key (`llm_configs[0].engine_kwargs.max_loras`)
+    to `file:line`, for checks that come later.
+    """
+
+    models: tuple[LLMConfig, ...]
+    gateway: GatewayConfig = msgspec.field(default_factory=GatewayConfig)
+    source: str = ""
+    warnings: tuple[str, ...] = ()
+    places: dict[str, str] = msgspec.field(default_factory=dict)
+    model_paths: tuple[str, ...] = ()
+    """Where in the file each of `models` stands, e.g. `llm_configs[0]`."""
+
+    def model(self, model_id: str) -> LLMConfig | None:
+        return next((model for model in self.models if model.model_id == model_id), None)
+
+
+def check_engine_kwargs(config: LLMConfig, known: frozenset[str]) -> list[str]:
+    """One line for each of the model's engine_kwargs that vLLM does not have; `known` are vLLM's own names."""
+    if config.llm_engine == "sim":
+        return []
+    return [f"{config.model_id}: engine_kwargs.{key}: {text}" for key, text in unknown_kwargs(config.engine_kwargs, known)]
+
+
+def engine_kwargs_problems(settings: Settings, known: frozenset[str]) -> list[str]:
+    """The same for all models of a file, each line with its place: `file:line: key: what is wrong`."""
+    lines = []
+    for model, path in zip(settings.models, settings.model_paths, strict=True):
+        if model.llm_engine == "sim":
+            continue
+        for key, text in unknown_kwargs(model.engine_kwargs, known):
+            dotted_key = f"{path}.engine_kwargs.{key}"
+            lines.append(f"{settings.places.get(dotted_key, settings.source)}: {dotted_key}: {text}")
+    return lines
+
+
+def rooted(config: LLMConfig, base_dir: str, home: str | None = None) -> LLMConfig:
+    """The config with its local paths made absolute: adapters and ./model folders relative to `base_dir`, ~ to `home`."""
+    loading, lora = config.model_loading_config, config.lora_config
+    source, tokenizer = (_explicit(path, base_dir, home) for path in (config.model_loading_config.model_source, loading.tokenizer_source))
+    loading = msgspec.structs.replace(loading, model_source=source, tokenizer_source=tokenizer)
+    if lora is not None and lora.dynamic_lora_loading_path is not None:
+        path = lora.dynamic_lora_loading_path
+        lora = msgspec.structs.replace(lora, dynamic_lora_loading_path=path if "://" in path else local_path(path, base_dir, home))
+    return msgspec.structs.replace(config, model_loading_config=loading, lora_config=lora)
+
+
+def rooted_gateway(config: GatewayConfig, base_dir: str, home: str | None = None) -> GatewayConfig:
+    api, admin = (None if path is None else local_path(path, base_dir, home) for path in (config.api_keys_file, config.admin_keys_file))
+    return msgspec.structs.replace(
+        config,
+        state_dir=local_path(config.state_dir, base_dir, home),
+        api_keys_file=api,
+        admin_keys_file=admin,
+    )
+
+
+def local_path(path: str, base_dir: str, home: str | None) -> str:
+    """`path` as seen from `base_dir`. Without `home`, ~ stays as it is."""
+    if path == "~" or path.startswith("~/"):
+        return path if home is None else os.path.normpath(home + path[1:])
+    return os.path.normpath(os.path.join(base_dir, path))
+
+
+def _explicit(source: Any, base_dir: str, home: str | None) -> Any:
+    """A model source is a path only if it looks like one: org/name is a Hugging Face id."""
+    if isinstance(source, str) and source.startswith(("./", "../", "~/", "/")):
+        return local_path(source, base_dir, home)
+    return source

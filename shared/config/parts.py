@@ -1,0 +1,191 @@
+"""Pure. The small sections of an LLMConfig: which model, which adapters, on what. Names and defaults are Ray Serve LLM's (2.60)."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta
+
+from shared.adapters.identity import check_name
+from shared.config.aliases import AliasConfig, alias_findings, plain_alias
+from shared.config.section import Finding, Section, shown, under
+from shared.errors import AdapterNotFound
+
+Positive = Annotated[int, Meta(ge=1)]
+Text = Annotated[str, Meta(min_length=1)]
+Seconds = Annotated[float, Meta(gt=0)]
+SecondsOrNone = Annotated[float, Meta(ge=0)]
+
+DEFAULT_MAX_LORAS = 16  # Ray's default of max_num_adapters_per_replica
+_MODEL_ID_CHARS = 200  # ids travel in every request, log line and metric label
+_REMOTE = ("s3://", "gs://", "abfss://", "azure://")
+
+
+class ModelLoadingConfig(Section, frozen=True, kw_only=True):
+    """Which model to serve, under which name. `model_source` is a Hugging Face id or a local folder; without it, `model_id` is the id."""
+
+    model_id: Text
+    model_source: str | dict[str, Any] | None = None
+    tokenizer_source: Text | None = None
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
+        if "model_id" in values:
+            yield from _model_id_rules(values["model_id"])
+        source = values.get("model_source")
+        if isinstance(source, dict):
+            yield Finding(
+                ("model_source",), "mirrors of a model in cloud storage are not supported; download it first and give the local folder"
+            )
+        elif isinstance(source, str) and source.startswith(_REMOTE):
+            yield Finding(
+                ("model_source",),
+                f"a model in cloud storage ({shown(source)}) is not supported; download it first and give the local folder",
+            )
+        elif source == "":
+            yield Finding(("model_source",), "is empty; give a Hugging Face id or a local folder, or leave it out to use model_id")
+
+
+def _model_id_rules(model_id: str) -> Iterator[Finding]:
+    path = ("model_id",)
+    if ":" in model_id:
+        yield Finding(
+            path, f"{shown(model_id)} contains ':', which separates a base model from its adapter in requests; choose another name"
+        )
+    if any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in model_id):
+        yield Finding(path, f"{shown(model_id)} contains control characters, which clients, logs and metrics cannot carry; remove them")
+    elif model_id != model_id.strip():
+        yield Finding(path, f"{shown(model_id)} begins or ends with a blank; remove it")
+    if len(model_id) > _MODEL_ID_CHARS:
+        yield Finding(path, f"is longer than {_MODEL_ID_CHARS} characters; choose a shorter name")
+
+
+class StoreConfig(Section, frozen=True, kw_only=True):
+    """How to reach the adapter store (ours, not Ray's). Credentials come from the environment or the named profile, never from here."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("access_key_id", "secret_access_key", "aws_access_key_id", "aws_secret_access_key", "session_token", "credentials"),
+        "credentials do not belong in this file; use the environment, a profile, or the role of the machine",
+    )
+
+    endpoint_url: Text | None = None
+    region: Text | None = None
+    profile: Text | None = None
+    anonymous: bool = False
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
+        url = values.get("endpoint_url")
+        if isinstance(url, str) and not url.startswith(("http://", "https://")):
+            yield Finding(("endpoint_url",), f"expected http://host:port or https://host, got {shown(url)}")
+        elif isinstance(url, str) and "@" in url:
+            yield Finding(("endpoint_url",), "credentials do not belong in this file; use the environment or a profile")
+
+
+class LoraConfig(Section, frozen=True, kw_only=True):
+    """Where the adapters are, and how many a worker holds at once.
+
+    `max_num_adapters_per_replica` unset means `engine_kwargs.max_loras`, or 16; read `LLMConfig.max_loras` for the number that holds.
+    `download_timeout_s` None means no limit. A folder per adapter lies directly under `dynamic_lora_loading_path`.
+    Ours, not Ray's: every worker loads the adapters of `preload` as soon as it serves, and those of `pin` too, which then keep their slots.
+    """
+
+    REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras"), "belongs in engine_kwargs"
+    )
+
+    dynamic_lora_loading_path: Text | None = None
+    max_num_adapters_per_replica: Positive | None = None
+    download_timeout_s: float | None = 30.0
+    max_download_tries: Positive = 3
+    store: StoreConfig = msgspec.field(default_factory=StoreConfig)
+    preload: tuple[Text, ...] = ()
+    pin: tuple[Text, ...] = ()
+    aliases: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    @property
+    def alias_configs(self) -> dict[str, AliasConfig]:
+        return {name: raw if isinstance(raw, AliasConfig) else msgspec.convert(raw, AliasConfig) for name, raw in self.aliases.items()}
+
+    @classmethod
+    def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(given.get("aliases"), Mapping):
+            given["aliases"] = {name: plain_alias(raw) for name, raw in given["aliases"].items()}
+        timeout_s = given.get("download_timeout_s")
+        if isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool) and timeout_s <= 0:
+            given["download_timeout_s"] = None  # as in Ray
+        path = given.get("dynamic_lora_loading_path")
+        if isinstance(path, str) and path:
+            given["dynamic_lora_loading_path"] = path = _plain(path)
+            store = given.get("store")
+            if path.startswith("s3://anonymous@") and isinstance(store, StoreConfig | Mapping | None):  # Ray's way to say "unsigned"
+                given["dynamic_lora_loading_path"] = "s3://" + path.removeprefix("s3://anonymous@")
+                given["store"] = _anonymous(store)
+        return given
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
+        aliases = values.get("aliases")
+        if aliases:
+            yield from under(("aliases",), alias_findings(aliases))
+        path = values.get("dynamic_lora_loading_path")
+        for key in ("preload", "pin"):
+            names = values.get(key) or ()
+            yield from _name_rules(key, names)
+            if names and "dynamic_lora_loading_path" in values and path is None:
+                yield Finding((key,), "names adapters, but dynamic_lora_loading_path does not say where they are; set it")
+        if aliases and "dynamic_lora_loading_path" in values and path is None:
+            yield Finding(("aliases",), "aliases stand for adapters, but dynamic_lora_loading_path does not say where they are; set it")
+        if not isinstance(path, str):
+            return
+        here = ("dynamic_lora_loading_path",)
+        scheme, separator, rest = path.partition("://")
+        if scheme in ("abfss", "azure") and separator:
+            yield Finding(here, "Azure storage is not supported; use s3://, gs:// or a local folder")
+        elif separator and scheme not in ("s3", "gs"):
+            yield Finding(here, f"expected s3://bucket/folder, gs://bucket/folder or a local folder, got {shown(path)}")
+        elif separator and (not rest.strip("/") or rest.startswith("/")):
+            yield Finding(here, f"{shown(path)} names no bucket; write {scheme}://bucket/folder")
+        elif separator and "@" in rest.partition("/")[0]:
+            yield Finding(here, "credentials do not belong in this file; use the environment or a profile")
+
+
+def _name_rules(key: str, names: tuple[str, ...]) -> Iterator[Finding]:
+    for n, name in enumerate(names):
+        try:
+            check_name(name)
+        except AdapterNotFound:
+            text = f"{shown(name)} is no adapter's name: write it without the model, of letters, digits, '.', '_', '-' and '/'"
+            yield Finding((key, n), text)
+        if name in names[:n]:
+            yield Finding((key, n), f"{shown(name)} stands here twice; remove one")
+
+
+def _plain(path: str) -> str:
+    """file:///folder -> /folder; no slash at the end."""
+    if path.startswith("file:///"):
+        path = path.removeprefix("file://")
+    short = path.rstrip("/") or "/"
+    return path if short.endswith(":") else short  # s3:// alone stays recognisable, to be refused
+
+
+def _anonymous(store: StoreConfig | Mapping[str, Any] | None) -> dict[str, Any]:
+    given = {name: getattr(store, name) for name in store.__struct_fields__} if isinstance(store, StoreConfig) else dict(store or {})
+    return {**given, "anonymous": True}
+
+
+class AcceleratorConfig(Section, frozen=True, kw_only=True):
+    """What the workers run on. `cpu` means that they take no GPU, even where there are some."""
+
+    IGNORED: ClassVar[Mapping[str, str]] = {"topology": "it describes TPU slices"}
+
+    kind: Literal["cpu", "gpu", "tpu"]
+    topology: str | None = None
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
+        if values.get("kind") == "tpu":
+            yield Finding(("kind",), "TPUs are not supported; use 'gpu' or 'cpu'")

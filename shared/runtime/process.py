@@ -1,0 +1,66 @@
+"""Shell. What every process of ours does with the operating system: die with its parent, take signals, read the settings it was given."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from shared.config.llm import Settings
+from shared.config.yaml import load_settings
+from shared.runtime.parent_death import die_with_parent
+
+PARENT_ENV = "LORAPLEX_PARENT"
+"""Set by a process that starts ours: the pid whose end shall be ours too."""
+SERVE_SETTINGS = ".settings.json"
+"""How the name of the file ends that `serve` writes for its children, into a folder that it removes."""
+
+
+def read_settings(path: str) -> Settings:
+    """Settings from a config file (YAML), or from the `.json` that `serve` wrote for its children.
+
+    Raises:
+        ConfigError: with every problem of the file.
+    """
+    if path.endswith(SERVE_SETTINGS):
+        return msgspec.json.decode(Path(path).read_bytes(), type=Settings)
+    return load_settings(path)
+
+
+def write_settings(settings: Settings, run_dir: Path) -> Path:
+    path = run_dir / f"loraplex{SERVE_SETTINGS}"
+    path.write_bytes(msgspec.json.encode(settings))
+    path.chmod(0o600)
+    return path
+
+
+def follow_parent(sig: signal.Signals = signal.SIGTERM) -> None:
+    """If our starter asked for it, the kernel sends us `sig` when it ends. Linux only."""
+    wanted = os.environ.pop(PARENT_ENV, None)
+    if wanted is not None:
+        die_with_parent(sig, int(wanted))
+
+
+def on_stop_signals(stop: Callable[[str], None]) -> None:
+    """SIGTERM and SIGINT call `stop` on the running loop, with the signal's name."""
+    loop = asyncio.get_running_loop()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, stop, sig.name)
+
+
+def count_gpus() -> int:
+    """NVIDIA devices that this process may use: those of CUDA_VISIBLE_DEVICES, else all that the driver shows."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([v for v in visible.split(",") if v.strip()])
+    devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if devices or shutil.which("nvidia-smi") is None:
+        return devices
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)  # containers may hide the device files
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())

@@ -1,0 +1,95 @@
+"""Pure. The GPU slots: which adapters are in one, who uses them, and who makes room next. The only authority; the engine's own LRU never decides."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from shared.adapters.identity import AdapterRef
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """A slot is free."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """An idle adapter makes room."""
+
+    victim: AdapterRef
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """Every slot is in use."""
+
+
+Room: TypeAlias = Free | Evict | Full
+
+
+class SlotTable:
+    """`size` slots in order of last use. An adapter in flight or pinned is never a victim."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._uses: OrderedDict[AdapterRef, int] = OrderedDict()
+        self._pinned: set[AdapterRef] = set()
+
+    def __contains__(self, adapter: AdapterRef) -> bool:
+        return adapter in self._uses
+
+    def __len__(self) -> int:
+        return len(self._uses)
+
+    def uses(self, adapter: AdapterRef) -> int:
+        return self._uses.get(adapter, 0)
+
+    def oldest_in_use(self, but: Container[AdapterRef] = ()) -> AdapterRef | None:
+        """The adapter that has gone longest without a new request, though some are still in flight."""
+        return next((a for a, n in self._uses.items() if n and a not in self._pinned and a not in but), None)
+
+    def room(self, but: Container[AdapterRef] = (), warmth: Callable[[AdapterRef], float] = lambda _: 0.0) -> Room:
+        """For one more adapter: the victim is the idle one with the least `warmth`, of several the least recently used; those in `but` are on
+        their way in."""
+        if len(self._uses) < self.size:
+            return Free()
+        idle = [a for a, n in self._uses.items() if n == 0 and a not in self._pinned and a not in but]
+        return Evict(min(idle, key=warmth)) if idle else Full()
+
+    def adapters(self) -> Iterable[AdapterRef]:
+        return self._uses.keys()
+
+    def occupy(self, adapter: AdapterRef) -> None:
+        """The adapter takes a free slot (from the start of its load on)."""
+        assert adapter not in self._uses and len(self._uses) < self.size
+        self._uses[adapter] = 0
+
+    def vacate(self, adapter: AdapterRef) -> None:
+        assert self._uses[adapter] == 0, "an adapter in flight must never lose its slot"
+        del self._uses[adapter]
+
+    def acquire(self, adapter: AdapterRef) -> None:
+        """One more request uses the adapter; it becomes the most recently used."""
+        self._uses[adapter] += 1
+        self._uses.move_to_end(adapter)
+
+    def release(self, adapter: AdapterRef) -> None:
+        assert self._uses[adapter] > 0
+        self._uses[adapter] -= 1
+
+    def may_pin(self, adapter: AdapterRef) -> bool:
+        """One slot always stays for adapters that are not pinned; another version of a pinned name takes that one's place."""
+        return len({a.name for a in self._pinned} | {adapter.name}) < self.size
+
+    def pin(self, adapter: AdapterRef) -> None:
+        """Other versions of the same name are pinned no longer."""
+        self._pinned = {a for a in self._pinned if a.name != adapter.name} | {adapter}
+
+    def unpin(self, adapter: AdapterRef) -> None:
+        self._pinned.discard(adapter)
+
+    def pinned(self, adapter: AdapterRef) -> bool:
+        return adapter in self._pinned

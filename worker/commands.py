@@ -1,0 +1,108 @@
+"""Shell. What operators asked of this worker and have not been answered yet: numbers beside those of requests, and whom to answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias, assert_never
+
+from shared.link import messages as wire
+from shared.adapters.identity import AdapterRef
+from shared.errors import LoraplexError, Overloaded, TooManyPins, WorkerUnavailable
+from worker.adapters.residency import Instruction, Reject, Residency, Start, Tended
+from worker.session import Session
+
+MAX_OPEN = 4096
+"""Of all gateways together; each has at most 1,000 on the way to one worker."""
+Answer: TypeAlias = Start | Reject | Tended
+
+
+@dataclass(slots=True)
+class _Open:
+    session: Session
+    sid: wire.StreamId
+    action: wire.Action
+    adapter: AdapterRef
+
+
+class Tending:
+    """The open tends of one worker. Their numbers are negative, so that residency's answers to them are told from those to requests."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, _Open] = {}
+
+    def begin(
+        self, number: int, session: Session, message: wire.Tend, serving: bool, residency: Residency, now: float
+    ) -> list[Instruction]:
+        """Takes it, or refuses it at once."""
+        tend = _Open(session, message.sid, message.action, message.adapter)
+        error = self._objection(message, serving, residency)
+        if error is not None:
+            _refuse(tend, error.code, error.message, error.retryable)
+            return []
+        self._open[number] = tend
+        match message.action:
+            case wire.Action.CACHE:
+                return residency.cache(number, message.adapter, now)
+            case wire.Action.LOAD | wire.Action.PIN:
+                return residency.want(number, message.adapter, now)
+            case wire.Action.UNPIN:
+                self._unpin(message.adapter)
+                return [*residency.unpin(message.adapter, now), Tended(number)]
+            case wire.Action.EVICT:
+                self._unpin(message.adapter)
+                return residency.evict(number, message.adapter, now)
+            case _:
+                assert_never(message.action)
+
+    def settle(self, answer: Answer, residency: Residency, now: float) -> list[Instruction]:
+        """Passes on what became of a number, whose place is free then. One that is not known is a prefetch, or its gateway has gone."""
+        tend = self._open.pop(answer.request, None)
+        instructions: list[Instruction] = []
+        if tend is None:
+            pass
+        elif isinstance(answer, Reject):
+            _refuse(tend, answer.code, answer.message, answer.retryable)
+        elif tend.action is wire.Action.PIN and not residency.slots.may_pin(tend.adapter):  # others were quicker
+            error = _too_many(tend.adapter, residency)
+            _refuse(tend, error.code, error.message, error.retryable)
+        else:
+            if tend.action is wire.Action.PIN:
+                instructions += residency.pin(tend.adapter, now)
+            tend.session.outbox.done(wire.Done(tend.sid))
+        return instructions + residency.finish(answer.request, now)
+
+    def forget(self, session: Session) -> list[int]:
+        """The gateway is gone. Returns the numbers that nobody waits for any more; what was begun for them may end."""
+        numbers = [number for number, tend in self._open.items() if tend.session is session]
+        for number in numbers:
+            del self._open[number]
+        return numbers
+
+    def _objection(self, message: wire.Tend, serving: bool, residency: Residency) -> LoraplexError | None:
+        if not serving:
+            return WorkerUnavailable("The worker is not serving.")
+        if len(self._open) >= MAX_OPEN:
+            return Overloaded(f"The worker tends {MAX_OPEN} adapters already; try again later.")
+        if not residency.slots.size:
+            return WorkerUnavailable("This worker has no adapter slots.")
+        if message.action is wire.Action.PIN and not residency.slots.may_pin(message.adapter):
+            return _too_many(message.adapter, residency)
+        return None
+
+    def _unpin(self, adapter: AdapterRef) -> None:
+        """The later word holds: a pin that is still on its way becomes a mere load."""
+        for tend in self._open.values():
+            if tend.adapter == adapter and tend.action is wire.Action.PIN:
+                tend.action = wire.Action.LOAD
+
+
+def _too_many(adapter: AdapterRef, residency: Residency) -> TooManyPins:
+    size = residency.slots.size
+    return TooManyPins(
+        f"The adapter `{adapter.name}` cannot be pinned: {size - 1} of this worker's {size} slots may be, since one must stay for the "
+        "others; unpin one, or give the worker more slots (max_num_adapters_per_replica)."
+    )
+
+
+def _refuse(tend: _Open, code: str, message: str, retryable: bool) -> None:
+    tend.session.outbox.refuse(wire.Refused(tend.sid, code, message, retryable))

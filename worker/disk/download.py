@@ -1,0 +1,115 @@
+"""Shell. One download into a partial folder: from several sources in turn, keeping the parts that are whole, with the journal of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from shared.adapters.identity import AdapterRef, StoredAdapter
+from shared.stores import AdapterStore
+from shared.stores.transfer import Lanes, Pace, Part, PartId, Transfer
+from worker.disk.journal import Journal
+from worker.disk.layout import FILES
+from worker.peers.policy import PeerFailed
+
+log = logging.getLogger("loraplex.disk_cache")
+clock = time.monotonic
+
+
+class Source(Protocol):
+    """Where an adapter's files can be had: a store, or another host."""
+
+    async def fetch(self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None) -> None:
+        """As AdapterStore.fetch. Raises PeerFailed where another source may still do it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """What is to be brought, and from where: `peers` are asked first, in their order."""
+
+    ref: AdapterRef
+    stored: StoredAdapter
+    store: AdapterStore
+    peers: Sequence[Source] = ()
+
+
+class Intake:
+    """`parts` are the whole ones with their sha256; `peer_bytes` those that peers gave; `peer_s` and `store_s` the seconds with either."""
+
+    def __init__(self, errand: Errand, partial: Path, pace: Pace, lanes: Lanes) -> None:
+        self._errand, self._stored, self._files = errand, errand.stored, partial / FILES
+        self._pace, self._lanes = pace, lanes
+        self._journal = Journal(partial, errand.stored)
+        self.parts: dict[PartId, str] = {}
+        self._from_store: set[PartId] = set()
+        self.peer_bytes = 0
+        self.peer_s = self.store_s = 0.0
+
+    async def resume(self, threads: Executor) -> None:
+        """Takes over what an earlier try left."""
+        self.parts.update(await asyncio.get_running_loop().run_in_executor(threads, self._journal.whole_parts))
+        if self.parts:
+            log.info("download goes on", extra={"adapter": str(self._errand.ref), "parts": len(self.parts)})
+
+    async def bring(self) -> None:
+        """Everything that is missing: from the peers in their order, and what they did not give from the store."""
+        start = clock()
+        for peer in self._errand.peers:
+            try:
+                await peer.fetch(self._stored, self._files, self._transfer(self._on_peer_part))
+                self.peer_s = clock() - start
+                return
+            except PeerFailed as exc:
+                log.info(
+                    "peer did not give all", extra={"adapter": str(self._errand.ref), "reason": exc.message, "peer_bytes": self.peer_bytes}
+                )
+        self.peer_s = clock() - start if self._errand.peers else 0.0
+        await self._ask_store()
+
+    async def doubt(self) -> bool:
+        """The files turned out to be invalid: says whether any came from elsewhere than the store, and if so brings those again."""
+        doubtful = self.parts.keys() - self._from_store
+        if doubtful:
+            log.warning("adapter from a peer is not valid and is fetched again from the store", extra={"adapter": str(self._errand.ref)})
+            for part_id in doubtful:
+                del self.parts[part_id]
+            self.peer_bytes = 0
+            await self._ask_store()
+        return bool(doubtful)
+
+    async def _ask_store(self) -> None:
+        start = clock()
+        await self._errand.store.fetch(self._stored, self._files, self._transfer(self._on_store_part))
+        self.store_s += clock() - start
+
+    def _transfer(self, on_part: Callable[[Part, str], None]) -> Transfer:
+        return Transfer(
+            pace=self._pace,
+            lanes=self._lanes,
+            done=dict(self.parts),
+            may_exist=True,
+            on_bytes=lambda _: self._journal.touch(),
+            on_idle=self._journal.moved,
+            on_part=on_part,
+        )
+
+    # ---- in threads -------------------------------------------------------------------------------------------------------------------
+
+    def _on_store_part(self, part: Part, sha256: str) -> None:
+        self._from_store.add(part.id)
+        self._note(part, sha256)
+
+    def _on_peer_part(self, part: Part, sha256: str) -> None:
+        self.peer_bytes += part.size_bytes
+        self._note(part, sha256)
+
+    def _note(self, part: Part, sha256: str) -> None:
+        self.parts[part.id] = sha256
+        self._journal.add(part, sha256)

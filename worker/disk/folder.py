@@ -1,0 +1,244 @@
+"""Shell. The cache's folder on disk: who may download, what must go to make room, what becomes visible. Blocking: call it in threads.
+
+Every change that others must see at once is a rename; every question of the kind "is somebody at it?" is a lock. So a process may die between
+any two lines, and the next one finds either the state before or the state after.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from enum import Enum
+from pathlib import Path
+
+from shared.adapters.identity import StoredAdapter
+from shared.errors import ConfigError, InvalidAdapter, StoreUnavailable
+from worker.disk import layout
+from worker.disk import eviction as policy
+from worker.disk.journal import Journal
+from worker.disk.layout import FILES, JOURNAL, Grip, Manifest, grip
+
+log = logging.getLogger("loraplex.disk_cache")
+
+PARTIAL_KEEP_S = 24 * 3600.0
+"""A download that nobody has gone on with for so long is dropped."""
+KEEP_FREE_BYTES = 256 << 20
+"""Of the file system: what runs beside us needs room for its logs."""
+LOCK_PATIENCE_S = 5.0
+"""The folder's own lock is held for milliseconds; whoever holds it for longer hangs."""
+LOCK_POLL_S = 0.002
+
+
+class Turn(Enum):
+    HERE = "here"  # the entry is complete
+    BUSY = "busy"  # somebody else is downloading it
+
+
+class Shelf:
+    """Entries below `root`, of at most `budget_bytes` together with what is on its way (0: as much as the disk holds)."""
+
+    def __init__(self, root: Path, budget_bytes: int) -> None:
+        self._root, self._budget_bytes = root, budget_bytes
+        self._entries, self._partials, self._trash = root / "entries", root / "partial", root / "trash"
+        self._sizes: dict[tuple[str, int], int] = {}
+        for folder in (self._entries, self._partials, self._trash):
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held = grip(self._trash, exclusive=False)
+        except OSError as exc:
+            raise ConfigError("gateway.state_dir lies on a file system without flock; use a local disk", param="state_dir") from exc
+        if held is not None:
+            held.release()
+        self._drop_old_partials()
+        self.empty_trash()
+
+    def entry(self, key: str) -> Path:
+        return self._entries / key
+
+    def partial(self, key: str) -> Path:
+        return self._partials / key
+
+    # ---- a download's life ------------------------------------------------------------------------------------------------------------
+
+    def begin(self, key: str, stored: StoredAdapter) -> Grip | Turn:
+        """The exclusive right to download, with the bytes reserved and what an earlier try left in place.
+
+        Raises:
+            StoreUnavailable: there is no room, because everything else is in use.
+            InvalidAdapter: it alone is larger than the budget.
+        """
+        if self._budget_bytes and stored.size_bytes > self._budget_bytes:
+            raise InvalidAdapter(f"The adapter takes {stored.size_bytes} bytes; the server's disk cache holds less.", "too_large")
+        partial = self.partial(key)
+        with self._alone():
+            if self.entry(key).is_dir():
+                return Turn.HERE
+            if not partial.is_dir():
+                self._make_room(stored.size_bytes)
+            (partial / FILES).mkdir(parents=True, exist_ok=True)
+            held = grip(partial, exclusive=True)
+            if held is None:
+                return Turn.BUSY
+            Journal(partial, stored).start()
+        self.empty_trash()
+        return held
+
+    def publish(self, key: str, held: Grip, manifest: Manifest, cost_s: float) -> bool:
+        """Makes a complete and synced download an entry that `held` then shares. False if it was lost to somebody quicker."""
+        partial, entry = self.partial(key), self.entry(key)
+        layout.write_manifest(partial, manifest)
+        layout.write_heat(partial, policy.used(policy.Heat(cost_s=cost_s), manifest.size_bytes, layout.read_clock(self._root)))
+        layout.sync(partial)
+        with self._alone():
+            partial.rename(entry)
+        layout.sync(self._entries)
+        (entry / JOURNAL).unlink(missing_ok=True)
+        return held.share() and held.holds(entry)
+
+    def moved_at(self, key: str) -> float | None:
+        """When somebody's download last got something (wall clock); None if nobody is at it."""
+        partial = self.partial(key)
+        try:
+            held = grip(partial, exclusive=True)
+        except FileNotFoundError:
+            return None
+        if held is None:
+            return layout.moved_at(partial)
+        held.release()
+        return None
+
+    def use(self, key: str, size_bytes: int) -> None:
+        """Counts one use."""
+        entry = self.entry(key)
+        layout.write_heat(entry, policy.used(layout.read_heat(entry), size_bytes, layout.read_clock(self._root)))
+
+    def discard(self, folder: Path, held: Grip) -> None:
+        """Out of sight at once, if it is still the folder that `held` holds; its bytes go as soon as nobody uses them. Lets go of `held`."""
+        try:
+            with self._alone():
+                if held.holds(folder):
+                    self._throw_away(folder)
+        finally:
+            held.release()
+        self.empty_trash()
+
+    def empty_trash(self) -> None:
+        for folder in list(self._trash.iterdir()):
+            try:
+                held = grip(folder, exclusive=True)
+            except OSError:
+                continue  # another process was quicker
+            if held is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                held.release()
+
+    def used_bytes(self) -> int:
+        """Of entries and of what is on its way."""
+        return sum(self._scan().values())
+
+    # ---- inside -----------------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time scans, evicts and reserves."""
+        fd = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            deadline = time.monotonic() + LOCK_PATIENCE_S
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise StoreUnavailable("The adapter cache of this host is locked by a process that hangs.") from None
+                    time.sleep(LOCK_POLL_S)
+            yield
+        finally:
+            os.close(fd)
+
+    def _make_room(self, incoming_bytes: int) -> None:
+        sizes = self._scan()
+        status = os.statvfs(self._root)
+        # What is on its way elsewhere will take its bytes from what is free now.
+        promised = sum(max(0, size - layout.size_on_disk(path)) for path, size in sizes.items() if path.parent == self._partials)
+        free_bytes = status.f_bavail * status.f_frsize - promised
+        room = policy.room(sum(sizes.values()), incoming_bytes, self._budget_bytes, free_bytes, KEEP_FREE_BYTES)
+        if not room.must_bytes:
+            return
+        freed, clock = self._drop_idle_partials(sizes), layout.read_clock(self._root)
+        entries = {path.name: size for path, size in sizes.items() if path.parent == self._entries}
+        candidates = [policy.Candidate(key, size, layout.read_heat(self.entry(key)).priority) for key, size in entries.items()]
+        for victim in policy.leaving(candidates):
+            if freed >= room.aim_bytes:
+                break
+            if self._evict(victim.key):
+                freed += victim.size_bytes
+                clock = max(clock, victim.priority)
+                log.info("adapter removed from disk", extra={"key": victim.key, "bytes": victim.size_bytes})
+        layout.write_clock(self._root, clock)
+        if freed < room.must_bytes:
+            raise StoreUnavailable(
+                "The adapter cache of this host is full of adapters in use: gateway.disk_cache_bytes or the disk is too small.",
+                retry_after_s=LOCK_PATIENCE_S,
+            )
+
+    def _evict(self, key: str) -> bool:
+        """False if somebody uses it."""
+        try:
+            held = grip(self.entry(key), exclusive=True)
+        except FileNotFoundError:
+            return False
+        if held is None:
+            return False
+        self._throw_away(self.entry(key))
+        held.release()
+        return True
+
+    def _scan(self) -> dict[Path, int]:
+        """Every entry and partial folder with the bytes that it takes, or will. Sizes never change, so each is read once per process."""
+        sizes: dict[Path, int] = {}
+        known: dict[tuple[str, int], int] = {}
+        for parent in (self._entries, self._partials):
+            for name, inode in layout.keys_in(parent):
+                size = self._sizes.get((name, inode))
+                if size is None:
+                    manifest = layout.read_manifest(parent / name)
+                    size = manifest.size_bytes if manifest else layout.planned_bytes(parent / name)
+                sizes[parent / name] = known[name, inode] = size
+        self._sizes = known
+        return sizes
+
+    def _drop_idle_partials(self, sizes: dict[Path, int]) -> int:
+        """When room is short, half a download that nobody is at is worth less than any whole one."""
+        freed = 0
+        for path, size in sizes.items():
+            if path.parent == self._partials and self._drop_partial(path):
+                freed += size
+        return freed
+
+    def _drop_old_partials(self) -> None:
+        for name, _ in layout.keys_in(self._partials):
+            moved = layout.moved_at(self._partials / name)
+            if moved is None or time.time() - moved > PARTIAL_KEEP_S:
+                self._drop_partial(self._partials / name)
+
+    def _drop_partial(self, partial: Path) -> bool:
+        try:
+            held = grip(partial, exclusive=True)
+        except FileNotFoundError:
+            return False
+        if held is None:
+            return False
+        self._throw_away(partial)
+        held.release()
+        return True
+
+    def _throw_away(self, folder: Path) -> None:
+        with suppress(FileNotFoundError):
+            folder.rename(self._trash / f"{folder.name}.{uuid.uuid4().hex}")

@@ -1,0 +1,290 @@
+"""Shell. How adapters lie on disk: folders and the locks on them, manifests, the journal of a download, and how hot an entry is.
+
+    entries/<key>/    complete: files/ (the adapter as the engine gets it), `manifest` (what must be in it), `heat` (a hint, never synced)
+    partial/<key>/    on its way: files/ with holes, `journal` (which parts are whole)
+    trash/            waits for deletion
+    lock  clock       one scan at a time, and the clock of the eviction policy
+
+The key is a hash of (base, name, digest), never a client's string. The lock on an entry is a `flock` on its folder: it follows the folder
+from partial/ to entries/, and a process that dies lets go of it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import socket
+import struct
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from shared.adapters.identity import AdapterRef, StoredAdapter, StoredFile
+from shared.stores.transfer import Part, PartId, parts_of
+from worker.disk.eviction import Heat
+
+LAYOUT = 1
+FILES, MANIFEST, JOURNAL, HEAT = "files", "manifest", "journal", "heat"
+_KEY = re.compile(r"[0-9a-f]{32}")
+_HEAT = struct.Struct("<Qdd")
+_CLOCK = struct.Struct("<d")
+_READ_BYTES = 1 << 20
+
+
+class KeptFile(msgspec.Struct, frozen=True):
+    """One file of an entry; `parts` are the sha256 of its parts of PART_BYTES."""
+
+    path: str
+    size_bytes: int
+    parts: tuple[str, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What an entry holds. `content` is the sha256 over paths, sizes and parts: equal content, equal value, in any store."""
+
+    layout: int
+    ref: AdapterRef
+    files: tuple[KeptFile, ...]
+    content: str
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+
+Stamp = tuple[int, int, int, int]
+"""(inode, size, mtime, ctime) of a file: equal as long as nobody wrote to it."""
+
+
+def key_of(ref: AdapterRef) -> str:
+    return hashlib.sha256("\0".join((ref.base, ref.name, ref.digest)).encode()).hexdigest()[:32]
+
+
+def is_key(name: str) -> bool:
+    return _KEY.fullmatch(name) is not None
+
+
+def host_of(root: Path) -> str:
+    """Names the disk cache at `root`: equal for all who share the folder, on this boot of this machine, whatever containers they run in.
+
+    Not by /etc/machine-id and the path: images have the first in common, and containers the second.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = socket.gethostname()
+    there = root.stat()
+    return hashlib.sha256(f"{boot} {there.st_dev} {there.st_ino}".encode()).hexdigest()[:16]
+
+
+# ---- locks ------------------------------------------------------------------------------------------------------------------------------
+
+
+class Grip:
+    """A locked folder. Released by `release`, or by the death of the process (and of children that it forked without exec)."""
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def share(self) -> bool:
+        """From exclusive to shared. False if somebody else was quicker: a conversion lets go for a moment."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def holds(self, path: Path) -> bool:
+        """Whether the locked folder is the one at `path` now."""
+        try:
+            there = os.stat(path)
+        except FileNotFoundError:
+            return False
+        here = os.fstat(self._fd)
+        return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+    def release(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.release()  # a thread's result that a cancelled task no longer takes
+
+
+def grip(folder: Path, *, exclusive: bool) -> Grip | None:
+    """Locks a folder without waiting; None if somebody holds it. Raises FileNotFoundError if it is not there (any more)."""
+    held = Grip(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    try:
+        fcntl.flock(held._fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.release()
+        return None
+    except OSError:
+        held.release()
+        raise
+    if not held.holds(folder):  # moved away between our open and our lock
+        held.release()
+        raise FileNotFoundError(folder)
+    return held
+
+
+# ---- contents ---------------------------------------------------------------------------------------------------------------------------
+
+
+def manifest_of(ref: AdapterRef, stored: StoredAdapter, parts: Mapping[PartId, str]) -> Manifest:
+    files = tuple(
+        KeptFile(file.path, file.size_bytes, tuple(parts[part.id] for part in parts_of(file)))
+        for file in sorted(stored.files, key=lambda f: f.path)
+    )
+    content = hashlib.sha256(msgspec.json.encode(files)).hexdigest()
+    return Manifest(LAYOUT, ref, files, content)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """None if there is none, or none that makes sense."""
+    try:
+        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return manifest if manifest.layout == LAYOUT else None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Aside, synced, renamed."""
+    aside = folder / (MANIFEST + ".new")
+    with aside.open("wb") as handle:
+        handle.write(msgspec.json.encode(manifest))
+        handle.flush()
+        os.fsync(handle.fileno())
+    aside.rename(folder / MANIFEST)
+
+
+def stamps(folder: Path, manifest: Manifest) -> tuple[Stamp, ...] | None:
+    """The files' stamps; None unless each is there, regular, and of the manifest's size. Costs one `lstat` per file."""
+    found = []
+    for file in manifest.files:
+        try:
+            status = os.lstat(folder / FILES / file.path)
+        except OSError:
+            return None
+        if status.st_size != file.size_bytes or (status.st_mode & 0o170000) != 0o100000:
+            return None
+        found.append((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    return tuple(found)
+
+
+def is_whole(folder: Path, manifest: Manifest) -> bool:
+    """Reads and hashes every byte."""
+    for file in manifest.files:
+        stored = StoredFile(file.path, file.size_bytes, "")
+        try:
+            with (folder / FILES / file.path).open("rb") as handle:
+                if tuple(hash_part(handle.fileno(), part) for part in parts_of(stored)) != file.parts:
+                    return False
+        except OSError:
+            return False
+    return True
+
+
+def hash_part(fd: int, part: Part) -> str:
+    digest = hashlib.sha256()
+    offset, end = part.offset, part.offset + part.size_bytes
+    while offset < end and (piece := os.pread(fd, min(_READ_BYTES, end - offset), offset)):
+        digest.update(piece)
+        offset += len(piece)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_files(folder: Path) -> None:
+    """Every file and every folder below `folder`, and itself."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+# ---- what is on its way ---------------------------------------------------------------------------------------------------------------
+
+
+def planned_bytes(partial: Path) -> int:
+    """What a partial folder will take once it is complete."""
+    try:
+        with (partial / JOURNAL).open("rb") as handle:
+            word, _, number = handle.readline(40).partition(b" ")
+        return int(number) if word == b"bytes" else size_on_disk(partial)
+    except (OSError, ValueError):
+        return size_on_disk(partial)
+
+
+def moved_at(partial: Path) -> float | None:
+    """When the download of a partial folder last got something; None if there is no such folder."""
+    try:
+        return (partial / JOURNAL).stat().st_mtime
+    except OSError:
+        return None
+
+
+def size_on_disk(folder: Path) -> int:
+    """Without holes."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.lstat().st_blocks * 512
+    return total
+
+
+# ---- hints: lost or wrong, they cost time and nothing else --------------------------------------------------------------------------------
+
+
+def read_heat(folder: Path) -> Heat:
+    try:
+        uses, cost_s, priority = _HEAT.unpack((folder / HEAT).read_bytes())
+    except (OSError, struct.error):
+        return Heat()
+    return Heat(uses, cost_s, priority)
+
+
+def write_heat(folder: Path, heat: Heat) -> None:
+    with suppress(OSError):
+        _overwrite(folder / HEAT, _HEAT.pack(heat.uses, heat.cost_s, heat.priority))
+
+
+def read_clock(root: Path) -> float:
+    try:
+        clock: float = _CLOCK.unpack((root / "clock").read_bytes())[0]
+    except (OSError, struct.error):
+        return 0.0
+    return clock if 0.0 <= clock < float("inf") else 0.0
+
+
+def write_clock(root: Path, clock: float) -> None:
+    with suppress(OSError):
+        _overwrite(root / "clock", _CLOCK.pack(clock))
+
+
+def _overwrite(path: Path, record: bytes) -> None:
+    """In place and in one write: a reader sees the old or the new record."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        os.pwrite(fd, record, 0)
+    finally:
+        os.close(fd)
+
+
+def keys_in(folder: Path) -> Iterable[tuple[str, int]]:
+    """(key, inode) of the folders below `folder`."""
+    with os.scandir(folder) as entries:
+        return [(entry.name, entry.inode()) for entry in entries if is_key(entry.name)]

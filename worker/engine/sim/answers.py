@@ -1,0 +1,174 @@
+"""Pure. What the simulated engine reads of a request and what it answers, in vLLM's OpenAI shape."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+
+from shared.errors import InvalidRequest, LoraplexError, RouteNotFound
+from worker.engine.base import Call
+
+DEFAULT_OUTPUT_TOKENS = 16  # OpenAI's for completions
+_HOLE = "\0"  # where a token goes in an event; JSON never holds it unescaped
+_encode = msgspec.json.Encoder().encode
+
+
+class Answer:
+    """One answer's bytes in vLLM's OpenAI shape. What repeats in every event is encoded once: under load, events are all that this engine does."""
+
+    def __init__(self, request: _Request, head: dict[str, Any], label: str, prompt_tokens: int, max_tokens: int) -> None:
+        self.stream = bool(request.stream)
+        self.prompt_tokens, self.max_tokens = prompt_tokens, max_tokens
+        self._chat = isinstance(request, _ChatRequest)
+        self._head, self._label = head, label
+        self._usage = {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + max_tokens, "completion_tokens": max_tokens}
+        if not self.stream:
+            return
+        head = {**head, "object": "chat.completion.chunk"} if self._chat else head
+        self._before, self._after = self._split(head, None)
+        self._last_after = self._split(head, "length")[1]
+        role = {"delta": {"role": "assistant", "content": ""}}
+        self._opening = _event({**head, "choices": [_choice(role, None)]}) if self._chat else b""
+        with_usage = request.stream_options is not None and request.stream_options.include_usage
+        self._closing = (_event({**head, "choices": [], "usage": self._usage}) if with_usage else b"") + b"data: [DONE]\n\n"
+
+    def event(self, number: int) -> bytes:
+        """The bytes of a stream that go out with token `number`, counted from 0."""
+        first, last = number == 0, number == self.max_tokens - 1
+        if not (first or last):
+            return b"%b w%d%b" % (self._before, number - 1, self._after)
+        token = _encode(self._label)[1:-1] if first else b" w%d" % (number - 1)
+        after = self._last_after + self._closing if last else self._after
+        return (self._opening if first else b"") + self._before + token + after
+
+    def body(self) -> bytes:
+        """The whole answer of a request without `stream`."""
+        text = " ".join([self._label, *(f"w{i}" for i in range(self.max_tokens - 1))])
+        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        return _encode({**self._head, "choices": [_choice(said, "length")], "usage": self._usage})
+
+    def _split(self, head: dict[str, Any], finish_reason: str | None) -> tuple[bytes, bytes]:
+        """An event's bytes before and after its token."""
+        said: dict[str, Any] = {"delta": {"content": _HOLE}} if self._chat else {"text": _HOLE}
+        before, _, after = _event({**head, "choices": [_choice(said, finish_reason)]}).rpartition(_encode(_HOLE)[1:-1])
+        return before, after
+
+
+class _StreamOptions(msgspec.Struct, frozen=True):
+    include_usage: bool | None = None
+
+
+class _Request(msgspec.Struct, frozen=True, kw_only=True):
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+
+
+class _Part(msgspec.Struct, frozen=True):
+    type: str
+    text: str = ""
+
+
+class _Message(msgspec.Struct, frozen=True):
+    role: str
+    content: str | list[_Part] | None = None
+
+
+class _ChatRequest(_Request, frozen=True, kw_only=True):
+    messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
+
+    def prompt_tokens(self) -> int:
+        return sum(
+            len(m.content.split()) if isinstance(m.content, str) else sum(len(p.text.split()) for p in m.content or ())
+            for m in self.messages
+        )
+
+
+class _CompletionRequest(_Request, frozen=True, kw_only=True):
+    """`prompt` is text, tokens, or a list of one of these."""
+
+    prompt: str | Annotated[list[str | int | list[int]], msgspec.Meta(min_length=1)]
+
+    def prompt_tokens(self) -> int:
+        if isinstance(self.prompt, str):
+            return len(self.prompt.split())
+        if all(isinstance(p, int) for p in self.prompt):
+            return len(self.prompt)
+        if len(self.prompt) > 1:
+            raise InvalidRequest("The simulated engine takes one prompt per request.", param="prompt")
+        only = self.prompt[0]
+        return len(only.split()) if isinstance(only, str) else len(only) if isinstance(only, list) else 1
+
+
+_Decoder: TypeAlias = msgspec.json.Decoder[_ChatRequest] | msgspec.json.Decoder[_CompletionRequest]
+_KINDS: dict[str, tuple[_Decoder, str, str]] = {
+    "/v1/chat/completions": (msgspec.json.Decoder(_ChatRequest), "chatcmpl", "chat.completion"),
+    "/v1/completions": (msgspec.json.Decoder(_CompletionRequest), "cmpl", "text_completion"),
+}
+
+
+def read_request(call: Call, base: str, max_model_len: int, created: int) -> Answer:
+    """The answer that the call is due; `created` is the time in seconds that it will carry.
+
+    Raises:
+        InvalidRequest: malformed, or more than the model's context; `param` names the field. RouteNotFound: no such path.
+    """
+    if call.path not in _KINDS:
+        raise RouteNotFound(f"There is no {call.path[:200]} here.")
+    decoder, prefix, kind = _KINDS[call.path]
+    request = _decode(decoder, call.body)
+    if request.n is not None and request.n != 1:
+        raise InvalidRequest("The simulated engine gives one choice per request: n must be 1.", param="n")
+    prompt_tokens = max(1, request.prompt_tokens())  # no real prompt is empty: chat templates and tokenizers add tokens of their own
+    max_tokens = _output_tokens(request, prompt_tokens, max_model_len)
+    adapter = call.adapter
+    name, digest = (adapter.ref.name, adapter.ref.digest) if adapter is not None else ("-", "-")
+    model = call.model or request.model or (f"{base}:{name}" if adapter is not None else base)
+    head = {"id": f"{prefix}-{call.request_id}", "object": kind, "created": created, "model": model}
+    return Answer(request, head, f"[base={base} adapter={name} digest={digest}]", prompt_tokens, max_tokens)
+
+
+def error_body(error: LoraplexError) -> bytes:
+    """OpenAI's error shape."""
+    kind = "not_found_error" if isinstance(error, RouteNotFound) else "invalid_request_error"
+    return _encode({"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}})
+
+
+def _decode(decoder: _Decoder, body: bytes) -> _ChatRequest | _CompletionRequest:
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as exc:
+        text = str(exc)
+        missing = text.partition("missing required field `")[2].partition("`")[0]
+        inside = text.partition("`$.")[2].rstrip("`")
+        raise InvalidRequest(text, param=".".join(filter(None, (inside, missing))) or None) from exc
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise InvalidRequest(f"The request body is not valid JSON: {exc}") from exc
+
+
+def _output_tokens(request: _Request, prompt_tokens: int, max_model_len: int) -> int:
+    """How many tokens the answer has: as asked for, or the default as far as the context reaches."""
+    field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    asked: int | None = getattr(request, field)
+    if asked is not None and asked < 1:
+        raise InvalidRequest(f"{field} must be at least 1, got {asked}.", param=field)
+    left = max_model_len - prompt_tokens
+    if left < (asked or 1):
+        raise InvalidRequest(
+            f"This model's maximum context length is {max_model_len} tokens. You asked for {asked or 1} output tokens and your prompt "
+            f"contains {prompt_tokens}.",
+            param=field if left > 0 else "messages" if isinstance(request, _ChatRequest) else "prompt",
+        )
+    return min(DEFAULT_OUTPUT_TOKENS, left) if asked is None else asked
+
+
+def _choice(said: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+    return {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
+
+
+def _event(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + _encode(chunk) + b"\n\n"

@@ -1,0 +1,319 @@
+"""Shell. A simulated engine: deterministic text, scripted timing, the slot rules of a real one. No model, no torch.
+
+What it models: one step loop that moves every running sequence by one token each `itl_ms`; one prefill lane beside it, first come first
+served; loads between steps, during which nothing else moves. A token is a word: prompts are counted in words, and the text is the label
+`[base=... adapter=... digest=...]` (the first token), then w0, w1, ... up to exactly `max_tokens`. Sampling parameters, `stop`, tools and logprobs
+are ignored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+
+from shared.adapters.identity import AdapterRef
+from shared.averages import blend
+from shared.errors import EngineFailure, InvalidAdapter, InvalidRequest, RouteNotFound
+from worker.engine.base import (Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped)
+from worker.engine.sim.answers import Answer, error_body, read_request
+
+clock = time.monotonic
+
+MEASURE_WEIGHT = 0.2  # of the newest step or prefill in the moving averages
+TIMER_SLACK_S = 0.0006  # uvloop's timers round to whole milliseconds: one that fires this early is on time
+MB = 1e6
+ACTIVATE_S = 0.004  # an adapter in host memory gets into a slot
+HOST_PLACES_PER_SLOT = 5
+
+
+class SimEngine:
+    """Implements `worker.engine.Engine`. All times in milliseconds; loading an adapter takes `load_ms` + `load_ms_per_mb` x its megabytes.
+
+    An answer's first token comes `ttft_ms` after its prompt has left the prefill lane, with the step that follows. At most `max_num_seqs`
+    sequences prefill or decode; the others wait, unbounded: the agent admits no more than `EngineFacts.capacity`.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        *,
+        max_loras: int = 16,
+        max_lora_rank: int = 16,
+        max_model_len: int = 4096,
+        max_num_seqs: int = 256,
+        ttft_ms: float = 5.0,
+        itl_ms: float = 20.0,
+        prefill_tokens_per_s: float = 8000.0,
+        load_ms: float = 60.0,
+        load_ms_per_mb: float = 1.2,
+    ) -> None:
+        self._base = base
+        self._max_loras, self._max_lora_rank = max_loras, max_lora_rank
+        self._max_model_len, self._max_num_seqs = max_model_len, max_num_seqs
+        self._ttft_s, self._itl_s, self._prefill_rate = ttft_ms / 1e3, itl_ms / 1e3, prefill_tokens_per_s
+        self._load_s, self._load_s_per_mb = load_ms / 1e3, load_ms_per_mb / 1e3
+        self._uses: dict[Loaded, int] = {}  # loaded adapters -> calls in flight
+        self._warm: set[Loaded] = set()  # in host memory, in no slot
+        self._loads: deque[tuple[Loaded, asyncio.Future[None]]] = deque()
+        # Every sequence is in one of these, in the order of arrival.
+        self._waiting: OrderedDict[_Sequence, None] = OrderedDict()
+        self._prefilling: OrderedDict[_Sequence, None] = OrderedDict()
+        self._running: OrderedDict[_Sequence, None] = OrderedDict()
+        self._lane_free = 0.0  # when the prefill lane can take the next prompt
+        self._stalled_until = 0.0
+        self._next_step = 0.0  # if something runs
+        self._step_began = 0.0
+        self._step_s = self._measured_prefill_rate = 0.0
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._on_death: Callable[[str], None] | None = None
+        self._dead = ""
+
+    async def start(self) -> EngineFacts:
+        self._task = asyncio.create_task(self._step_for_ever(), name="sim engine")
+        self._task.add_done_callback(self._ended)
+        return EngineFacts("sim", self._max_num_seqs, self._max_loras, self._max_lora_rank, self._max_loras * HOST_PLACES_PER_SLOT)
+
+    async def serve(self, call: Call, reply: Reply) -> None:
+        adapter = call.adapter
+        assert adapter is None or adapter in self._uses, f"{adapter} is not loaded"
+        self._check_alive()
+        try:
+            answer = read_request(call, self._base, self._max_model_len, int(time.time()))
+        except (InvalidRequest, RouteNotFound) as exc:
+            reply.head(404 if isinstance(exc, RouteNotFound) else 400, False, error_body(exc), True)
+            return
+        reply.prompt_tokens = answer.prompt_tokens
+        sequence = _Sequence(answer, reply, clock(), asyncio.get_running_loop().create_future())
+        if adapter is not None:
+            self._uses[adapter] += 1
+        self._waiting[sequence] = None
+        self._wake_if_idle()
+        try:
+            await sequence.done
+        finally:
+            self._remove(sequence, clock())
+            self._wake_if_idle()
+            if adapter is not None:
+                self._uses[adapter] -= 1
+
+    async def prepare(self, adapter: Loaded) -> None:
+        """Takes as long as a load would, but beside the steps."""
+        self._check_alive()
+        self._check_rank(adapter)
+        await asyncio.sleep(self._load_s + self._load_s_per_mb * adapter.size_bytes / MB)
+        self._check_alive()
+        self._warm.add(adapter)
+
+    async def swap(self, swap: Swap) -> Swapped:
+        for adapter in swap.demote:
+            await self.demote(adapter)
+        for adapter in swap.unload:
+            await self.unload(adapter)
+        began = clock()
+        outcomes = await asyncio.gather(*map(self.load, swap.enter), return_exceptions=True)
+        refused: dict[AdapterRef, InvalidAdapter] = {}
+        for adapter, outcome in zip(swap.enter, outcomes, strict=True):
+            if isinstance(outcome, InvalidAdapter):
+                refused[adapter.ref] = outcome
+            elif outcome is not None:
+                raise outcome
+        return Swapped(refused, clock() - began)
+
+    async def load(self, adapter: Loaded) -> None:
+        assert len(self._uses) + len(self._loads) < self._max_loras, f"no slot is free for {adapter}"
+        assert adapter not in self._uses and all(a != adapter for a, _ in self._loads), f"{adapter} is loaded already"
+        self._check_alive()
+        self._check_rank(adapter)
+        loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loads.append((adapter, loaded))
+        self._wake_if_idle()
+        await loaded
+
+    async def demote(self, adapter: Loaded) -> None:
+        await self.unload(adapter)
+        self._warm.add(adapter)
+
+    async def unload(self, adapter: Loaded) -> None:
+        assert adapter in self._uses or adapter in self._warm, f"{adapter} is not loaded"
+        assert not self._uses.get(adapter), f"{adapter} is in flight"
+        self._check_alive()
+        self._uses.pop(adapter, None)
+        self._warm.discard(adapter)
+
+    def stats(self) -> EngineStats:
+        tokens_held = sum(s.answer.prompt_tokens + s.sent for queue in (self._prefilling, self._running) for s in queue)
+        return EngineStats(
+            running=len(self._prefilling) + len(self._running),
+            waiting=len(self._waiting),
+            kv_usage=tokens_held / (self._max_num_seqs * self._max_model_len),
+            waiting_tokens=sum(s.answer.prompt_tokens for queue in (self._waiting, self._prefilling) for s in queue),
+            prefill_tokens_per_s=self._measured_prefill_rate,
+            step_s=self._step_s,
+        )
+
+    def died(self, callback: Callable[[str], None]) -> None:
+        self._on_death = callback
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    # ---- the step loop ----------------------------------------------------------------------------------------------------------------
+
+    async def _step_for_ever(self) -> None:
+        while True:
+            self._prefill(clock())
+            due = self._due()
+            await self._sleep_until(due)
+            now = clock()
+            if due is not None and now >= due - TIMER_SLACK_S:
+                self._step(now, due)
+                await asyncio.sleep(0)  # the frames of this step leave before the next, even if it is due
+            while self._loads:
+                await self._load_first()
+
+    async def _sleep_until(self, due: float | None) -> None:
+        """Until `due`, if there is one, or a call or load arrives while nothing decodes."""
+        self._wake.clear()
+        if self._loads and not self._running:
+            return
+        timer = None if due is None else asyncio.get_running_loop().call_later(max(0.0, due - clock()), self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _due(self) -> float | None:
+        if self._running:
+            return self._next_step
+        if self._prefilling:
+            return next(iter(self._prefilling)).ready
+        return self._lane_free if self._waiting else None
+
+    def _prefill(self, now: float) -> None:
+        """Sequences enter the prefill lane, one after another, as if each had entered the moment it could."""
+        while self._waiting and len(self._prefilling) + len(self._running) < self._max_num_seqs:
+            sequence = next(iter(self._waiting))
+            start = max(self._lane_free, sequence.arrived)
+            if start > now:
+                return
+            del self._waiting[sequence]
+            self._lane_free = start + sequence.answer.prompt_tokens / self._prefill_rate
+            sequence.prefill_began, sequence.ready = start, self._lane_free + self._ttft_s
+            self._prefilling[sequence] = None
+
+    def _step(self, now: float, due: float) -> None:
+        """What has left prefill joins, and every running sequence moves by one token."""
+        if self._running:
+            self._step_s = blend(self._step_s, now - self._step_began, MEASURE_WEIGHT)
+        self._join(max(now, due))
+        for sequence in [s for s in self._running if s.advance()]:
+            self._remove(sequence, now)
+            if not sequence.done.done():
+                sequence.done.set_result(None)
+        self._step_began = now
+        # From when it was due, so that late timers do not add up; a step that came a whole interval late is not made up for.
+        self._next_step = max(due + self._itl_s, now)
+
+    def _join(self, now: float) -> None:
+        while self._prefilling:
+            sequence = next(iter(self._prefilling))
+            if sequence.ready > now:
+                return
+            del self._prefilling[sequence]
+            self._running[sequence] = None
+            took = sequence.ready - self._ttft_s - sequence.prefill_began  # includes stalls by loads
+            self._measured_prefill_rate = blend(
+                self._measured_prefill_rate, sequence.answer.prompt_tokens / max(took, 1e-6), MEASURE_WEIGHT
+            )
+
+    async def _load_first(self) -> None:
+        adapter, loaded = self._loads[0]
+        if not loaded.cancelled():
+            duration = ACTIVATE_S if adapter in self._warm else self._load_s + self._load_s_per_mb * adapter.size_bytes / MB
+            self._stall(clock(), duration)
+            await asyncio.sleep(duration)
+        self._loads.popleft()
+        if not loaded.done():
+            self._uses[adapter] = 0
+            self._warm.discard(adapter)
+            loaded.set_result(None)
+
+    def _stall(self, now: float, duration: float) -> None:
+        """Prefill and decode stand still and go on where they were."""
+        self._prefill(now)
+        for sequence in self._prefilling:
+            if sequence.ready > now:
+                sequence.ready += duration
+        self._lane_free = max(self._lane_free, now) + duration
+        self._next_step += duration
+        self._step_began += duration
+        self._stalled_until = now + duration
+
+    def _remove(self, sequence: _Sequence, now: float) -> None:
+        """Takes the sequence out wherever it is; nothing if it is out already."""
+        full = len(self._prefilling) + len(self._running) >= self._max_num_seqs
+        lane_freed = bool(self._prefilling) and next(reversed(self._prefilling)) is sequence
+        for queue in (self._waiting, self._prefilling, self._running):
+            if sequence in queue:
+                del queue[sequence]
+                break
+        else:
+            return
+        if lane_freed:
+            self._lane_free = max(min(self._lane_free, now), self._stalled_until)
+        if full:
+            self._lane_free = max(self._lane_free, now)  # nobody enters a place before it is free
+
+    def _wake_if_idle(self) -> None:
+        if not self._running:  # else the next step sees it
+            self._wake.set()
+
+    def _check_rank(self, adapter: Loaded) -> None:
+        if adapter.rank > self._max_lora_rank:
+            raise InvalidAdapter(f"rank {adapter.rank} is greater than the server's max_lora_rank {self._max_lora_rank}")
+
+    def _check_alive(self) -> None:
+        assert self._task is not None, "the engine has not started"
+        if self._dead:
+            raise EngineFailure(self._dead)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """The step loop is over: stopped, or broken by a bug."""
+        self._dead = "stopped" if task.cancelled() else f"step loop broke: {task.exception()!r}"
+        pending: Iterable[asyncio.Future[None]] = [s.done for q in (self._waiting, self._prefilling, self._running) for s in q]
+        for future in (*pending, *(loaded for _, loaded in self._loads)):
+            if not future.done():
+                future.set_exception(EngineFailure(self._dead))
+        if not task.cancelled() and self._on_death is not None:
+            self._on_death(self._dead)
+
+
+class _Sequence:
+    """One answer on its way through the engine. `done` resolves with its last token."""
+
+    __slots__ = ("answer", "arrived", "done", "prefill_began", "ready", "reply", "sent")
+
+    def __init__(self, answer: Answer, reply: Reply, arrived: float, done: asyncio.Future[None]) -> None:
+        self.answer, self.reply, self.arrived, self.done = answer, reply, arrived, done
+        self.sent = 0
+        self.prefill_began = self.ready = 0.0
+
+    def advance(self) -> bool:
+        """One token more. True if it was the last."""
+        answer, reply, number = self.answer, self.reply, self.sent
+        self.sent = reply.output_tokens = number + 1
+        last = self.sent == answer.max_tokens
+        if not answer.stream:
+            if last:
+                reply.head(200, False, answer.body(), True)
+        elif number == 0:
+            reply.head(200, True, answer.event(number), last)
+        else:
+            reply.more(answer.event(number), last)
+        return last

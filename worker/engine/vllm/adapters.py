@@ -1,0 +1,105 @@
+"""Shell. Adapters in and out of vLLM, from the front end's side: calls of worker/vllm_extension.py on every rank, between engine steps."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from shared.adapters.identity import AdapterRef
+from shared.errors import EngineFailure, InvalidAdapter
+from worker.engine.base import Loaded, Swap, Swapped
+
+UTILITY_TIMEOUT_S = 300.0  # a utility call waits behind the running step; one that hangs this long never answers (the engine died)
+POLL_S = 0.005  # between two looks at what is being prepared: one call for all of them, and none while there is nothing
+_PATH = re.compile(r"(/[\w.\-]+){2,}")
+
+
+class Adapters:
+    """What `worker.engine.Engine` says of `prepare` and `swap`."""
+
+    def __init__(self, engine: AsyncLLM) -> None:
+        self._engine = engine
+        self._new: list[Loaded] = []
+        self._preparing: dict[int, asyncio.Future[str]] = {}
+        self._poll: asyncio.Task[None] | None = None
+
+    async def prepare(self, adapter: Loaded) -> None:
+        told = self._preparing[adapter.int_id] = asyncio.get_running_loop().create_future()
+        self._new.append(adapter)
+        if self._poll is None or self._poll.done():
+            self._poll = asyncio.create_task(self._watch(), name="adapters being prepared")
+        failure = await told
+        if failure:
+            await self._call("loraplex_swap", [], [], [adapter.int_id])  # another rank may have it ready
+            raise _refusal(failure)
+
+    async def swap(self, swap: Swap) -> Swapped:
+        demote, unload = [a.int_id for a in swap.demote], [a.int_id for a in swap.unload]
+        ranks = await self._call("loraplex_swap", [_fields(a) for a in swap.enter], demote, unload)
+        refused: dict[AdapterRef, InvalidAdapter] = {}
+        for i, adapter in enumerate(swap.enter):
+            failure = next((words[i] for words, _ in ranks if words[i]), "")
+            if failure:
+                refused[adapter.ref] = _refusal(failure)
+        if refused and len(ranks) > 1:  # one rank has refused it, the others have it
+            await self._call("loraplex_swap", [], [], [a.int_id for a in swap.enter if a.ref in refused])
+        return Swapped(refused, max(seconds for _, seconds in ranks))
+
+    async def rehearse(self, adapter: Loaded) -> None:
+        """Puts an adapter that changes nothing and has no files into a slot; the kernels, the copies and the pinning then happen once."""
+        await self._call("loraplex_rehearse", adapter.int_id)
+
+    async def _watch(self) -> None:
+        """Until nothing is being prepared. Answers every caller, whatever happens."""
+        try:
+            while self._preparing:
+                new, self._new = self._new, []
+                watched = list(self._preparing)
+                ranks = await self._call("loraplex_prepare", [_fields(a) for a in new], watched)
+                for int_id, states in zip(watched, zip(*ranks, strict=True), strict=True):
+                    if None not in states:
+                        self._answer(int_id, next((words for words in states if words), ""))
+                await asyncio.sleep(POLL_S)
+        except EngineFailure as exc:
+            for told in self._preparing.values():
+                if not told.done():
+                    told.set_exception(EngineFailure(exc.message))
+            self._preparing.clear()
+
+    def _answer(self, int_id: int, failure: str) -> None:
+        told = self._preparing.pop(int_id)
+        if not told.done():  # else its caller was cancelled
+            told.set_result(failure)
+
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        """One answer per rank. Raises EngineFailure."""
+        try:
+            async with asyncio.timeout(UTILITY_TIMEOUT_S):
+                answers: list[Any] = await self._engine.collective_rpc(method, args=args)
+        except TimeoutError as exc:
+            raise EngineFailure(f"{method} did not answer within {UTILITY_TIMEOUT_S:g} s") from exc
+        except Exception as exc:  # vLLM raises a plain Exception with the engine's words; nobody knows then what is in the slots
+            raise EngineFailure(f"{method} failed: {_without_paths(str(exc))}") from exc
+        return answers
+
+
+def lora_request(adapter: Loaded) -> LoRARequest:
+    """Name, id and path are unique per version: vLLM compares by name and keys its prefix cache by (name, path)."""
+    name, int_id, folder = _fields(adapter)
+    return LoRARequest(lora_name=name, lora_int_id=int_id, lora_path=folder)
+
+
+def _fields(adapter: Loaded) -> tuple[str, int, str]:
+    return f"{adapter.ref.base}:{adapter.ref.name}@{adapter.ref.digest}", adapter.int_id, str(adapter.folder)
+
+
+def _refusal(words: str) -> InvalidAdapter:
+    return InvalidAdapter(f"The engine refused the adapter: {_without_paths(words)}")
+
+
+def _without_paths(words: str) -> str:
+    return _PATH.sub("<path>", words.splitlines()[0] if words else "")[:500]

@@ -1,0 +1,440 @@
+"""Shell. The only `import vllm`: AsyncLLM with vLLM's own OpenAI app in front of it, called in this process without HTTP.
+
+vLLM's serving layer does chat templates, sampling parameters, stop strings, logprobs and rendering; requests reach it through a hand-made ASGI
+scope and its bytes go to the Reply as they come. What this module adds is control over adapters: which version a request sees is set by a
+context variable (PINNED), so that the public name of an adapter may stand for different weights in requests that run at the same time, and
+adapters are loaded and removed only by explicit calls, never in line with a request (vLLM 0.32: an in-line load that fails kills the engine).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import LoRARequestStates
+
+from shared.adapters.identity import AdapterRef
+from shared.averages import blend
+from shared.config.llm import LLMConfig
+from shared.errors import ConfigError, EngineFailure
+from shared.runtime.parent_death import die_with_parent
+from worker.engine.vllm import patches as vllm_patches
+from worker.engine.base import (Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped)
+from worker.engine.vllm.pacing import LOOK_S, Pacing
+from worker.engine.vllm.adapters import Adapters, lora_request
+from worker.engine.vllm.fast_path import FastPath
+from worker.engine.vllm.plugin import WORKER_PID_ENV
+from worker.engine.vllm.warm_up import WARM_UP_TOKENS, WARM_UPS, prefills
+
+log = logging.getLogger("loraplex.vllm")
+
+DEATH_POLL_S = 0.2
+STOP_S = 5.0
+WARM_UP_S = 60.0
+REHEARSAL_ID = (1 << 31) - 1  # of the adapter that is loaded once before the first real one
+EWMA = 0.2
+HOST_PLACES = 240  # adapters in host memory beside those in slots; a count is all that vLLM bounds
+
+PINNED: ContextVar[LoRARequest | None] = ContextVar("pinned_adapter", default=None)
+ASKED: ContextVar[str] = ContextVar("asked_model", default="")
+
+
+class PinnedAdapters(dict[str, LoRARequest]):
+    """vLLM's table of adapters, answering from the request's own context: the version that was resolved for it, or none."""
+
+    def __contains__(self, name: object) -> bool:
+        return PINNED.get() is not None
+
+    def __getitem__(self, name: str) -> LoRARequest:
+        lora = PINNED.get()
+        if lora is None:
+            raise KeyError(name)
+        return lora
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return PINNED.get() or default
+
+
+class Stats(StatLoggerBase):  # type: ignore[misc]
+    """The few engine figures that heartbeats carry. Alone with what each step says of itself: vLLM's own statistics cost 10 us per token."""
+
+    current: Stats | None = None
+
+    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        self.running = self.waiting = 0
+        self.kv_usage = self.step_s = self.prefill_tokens_per_s = 0.0
+        self._last = 0.0
+        self._outputs = self._prompt_tokens = 0
+        self.pacing: Pacing | None = None
+        Stats.current = self
+
+    def replace_others(self, engine: AsyncLLM) -> None:
+        """Before the first request: no figures per request and token, and no Prometheus logger, which vLLM adds to any other."""
+        processor = engine.output_processor
+        engine.log_stats = processor.log_stats = False
+        processor.lora_states = LoRARequestStates(False)
+        engine.logger_manager = self
+        process = processor.process_outputs
+
+        def counted(outputs: list[Any], *args: Any, **kwargs: Any) -> Any:
+            self._outputs += len(outputs)
+            for output in outputs:
+                if output.prefill_stats is not None:  # with a request's first token
+                    self._prompt_tokens += output.prefill_stats.num_prompt_tokens
+            return process(outputs, *args, **kwargs)
+
+        processor.process_outputs = counted
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0, **_: Any) -> None:
+        now = time.monotonic()
+        took = now - self._last
+        if self._last and self._prompt_tokens and took > 0:
+            self.prefill_tokens_per_s = blend(self.prefill_tokens_per_s, self._prompt_tokens / took, EWMA)
+        elif self._last and self._outputs and took < 1.0:
+            self.step_s = blend(self.step_s, took, EWMA)
+        self._outputs = self._prompt_tokens = 0
+        if scheduler_stats is not None:
+            self.running = scheduler_stats.num_running_reqs
+            self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+            self.kv_usage = scheduler_stats.kv_cache_usage
+        self._last = now if self.running else 0.0
+        if self.pacing is not None:
+            self.pacing.stepped(now, self.step_s)
+
+    def record_admission_rejection(self, reason: str) -> None:
+        return None
+
+    def log_engine_initialized(self) -> None:
+        return None
+
+
+class VLLMEngine:
+    """AsyncLLM for one model config. Its EngineCore is a child process that dies with this one."""
+
+    def __init__(self, model: LLMConfig, stream_gap_s: float = 0.0) -> None:
+        self._model = model
+        self._pacing = Pacing(stream_gap_s)
+        # Spawned children of vLLM get both through its plugin hook; forked ones would not, since vLLM remembers that it has run.
+        os.environ[WORKER_PID_ENV] = str(os.getpid())
+        vllm_patches.apply()
+        os.register_at_fork(after_in_child=lambda: die_with_parent(signal.SIGKILL))
+        self._args = serve_args(model)
+        self._engine: AsyncLLM | None = None
+        self._app: Any = None
+        self.fast: FastPath | None = None
+        self._on_death: Callable[[str], None] | None = None
+        self._adapters: Adapters | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._pace: asyncio.Task[None] | None = None
+        # The kernel's parent-death signal belongs to the thread that forked: this one lives as long as the process.
+        self._boot_thread = ThreadPoolExecutor(1, thread_name_prefix="engine-boot")
+
+    async def start(self) -> EngineFacts:
+        """Boots the engine beside the event loop. Raises ConfigError or EngineFailure with vLLM's own words."""
+        loop = asyncio.get_running_loop()
+        try:
+            self._engine = await loop.run_in_executor(self._boot_thread, self._boot)
+        except Exception as exc:  # vLLM raises whatever its model, platform or kernels raise; all of it means: it did not start
+            raise EngineFailure(f"vLLM did not start: {type(exc).__name__}: {exc}") from exc
+        engine = self._engine
+        assert engine is not None
+        self._adapters = Adapters(engine)
+        tasks = await engine.get_supported_tasks()
+        self._app = build_app(self._args, tasks, engine.model_config)
+        await init_app_state(engine, self._app.state, self._args, tasks)
+        self._app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler sets it where uvicorn would be told to end
+        models = self._app.state.openai_serving_models
+        base = self._model.model_id
+        models.lora_requests = PinnedAdapters()
+        models.model_name = lambda lora=None: ASKED.get() or (lora.lora_name.rpartition("@")[0] if lora else base)
+        self.fast = FastPath(engine, self._app.state, self._args, self._pacing)
+        await self._warm_up()
+        self._watch = asyncio.create_task(self._watch_engine(), name="engine-watch")
+        if Stats.current is not None and engine.logger_manager is Stats.current:  # else vLLM counts, and no step is told of
+            Stats.current.pacing = self._pacing
+            self._pace = asyncio.create_task(self._watch_load(), name="pace")
+        config = engine.vllm_config
+        lora = config.lora_config
+        capacity = config.scheduler_config.max_num_seqs
+        if lora is None:
+            return EngineFacts("vllm", capacity, 0, 0)
+        return EngineFacts("vllm", capacity, lora.max_loras, lora.max_lora_rank, lora.max_cpu_loras or lora.max_loras)
+
+    async def serve(self, call: Call, reply: Reply) -> None:
+        # Seen by this call alone: each one runs in a task of its own.
+        PINNED.set(lora_request(call.adapter) if call.adapter else None)
+        ASKED.set(call.model)
+        if self.fast is not None and await self.fast.serve(call, reply):
+            return
+        gone = asyncio.Event()
+        # The app runs in a task of its own: cancelling it would leave vLLM's handler running, so it is told of a disconnect instead.
+        bridge = asyncio.create_task(self._bridge(call, reply, gone), name=f"asgi {call.request_id}")
+        try:
+            await asyncio.shield(bridge)
+        except asyncio.CancelledError:
+            gone.set()
+            with contextlib.suppress(EngineFailure):
+                await bridge
+            raise
+
+    async def prepare(self, adapter: Loaded) -> None:
+        assert self._adapters is not None
+        await self._adapters.prepare(adapter)
+
+    async def swap(self, swap: Swap) -> Swapped:
+        assert self._adapters is not None
+        return await self._adapters.swap(swap)
+
+    def stats(self) -> EngineStats:
+        s = Stats.current
+        if s is None:
+            return EngineStats()
+        return EngineStats(s.running, s.waiting, s.kv_usage, 0, s.prefill_tokens_per_s, s.step_s)
+
+    def died(self, callback: Callable[[str], None]) -> None:
+        self._on_death = callback
+
+    async def stop(self) -> None:
+        for task in (self._watch, self._pace):
+            if task is not None:
+                task.cancel()
+        if self._engine is not None:
+            if self._engine.output_handler is not None:
+                self._engine.output_handler.cancel()  # else it may see the engine gone before it is told to end, and logs that as its death
+            await asyncio.to_thread(self._engine.shutdown, STOP_S)
+
+    # ---- inside -----------------------------------------------------------------------------------------------------------------------
+
+    def _boot(self) -> AsyncLLM:
+        start_method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
+        config = AsyncEngineArgs.from_cli_args(self._args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        if current_platform.is_cpu() and config.parallel_config.world_size == 1:
+            # Creating the config has set "spawn"; forking saves the engine 6 to 10 s of imports. On GPUs a fork was seen to hang.
+            os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method or "fork"
+        engine = AsyncLLM.from_vllm_config(config, stat_loggers=[Stats], disable_log_stats=True)
+        if not (self._args.enable_per_request_metrics or config.observability_config.otlp_traces_endpoint):
+            assert Stats.current is not None
+            Stats.current.replace_others(engine)
+        return engine
+
+    async def _bridge(self, call: Call, reply: Reply, gone: asyncio.Event) -> None:
+        """One request through vLLM's app: body in, `http.response.*` events out to the reply."""
+        state: dict[str, Any] = {}
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},  # from 2.4 on Starlette would not listen for the disconnect
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": call.path,
+            "raw_path": call.path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "server": ("worker", 0),
+            "client": ("gateway", 0),
+            "headers": [(b"content-type", b"application/json"), (b"x-request-id", call.request_id.encode())],
+            "state": state,
+        }
+        out = _Answer(reply, state)
+        unread = True
+
+        async def receive() -> dict[str, Any]:
+            nonlocal unread
+            if unread:
+                unread = False
+                return {"type": "http.request", "body": call.body, "more_body": False}
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        assert self._engine is not None
+        try:
+            await self._app(scope, receive, out.send)
+        except Exception as exc:  # Starlette re-raises after it has answered 500; the request failed, not the worker
+            log.warning("request failed in the engine's app", extra={"request": call.request_id, "error": type(exc).__name__})
+        if self._engine.errored:
+            raise EngineFailure("the engine died")
+        if not out.ended and not gone.is_set():
+            out.break_off()
+
+    async def _watch_engine(self) -> None:
+        assert self._engine is not None
+        while not self._engine.errored:  # noqa: ASYNC110 - vLLM has no event for it
+            await asyncio.sleep(DEATH_POLL_S)
+        if self._on_death is not None:
+            self._on_death("EngineCore ended")
+
+    async def _watch_load(self) -> None:
+        """How much of a core this thread, which serves all streams, has had of late, and how long it was in line for one."""
+        before, at = _scheduled_s(), time.monotonic()
+        while True:
+            await asyncio.sleep(LOOK_S)
+            (ran, waited), now = _scheduled_s(), time.monotonic()
+            took = now - at
+            self._pacing.look((ran - before[0]) / took, (waited - before[1]) / took)
+            before, at = (ran, waited), now
+
+    async def _warm_up(self) -> None:
+        """The first request of each kind compiles kernels inside the step loop, which would stall every stream: let it be ours.
+
+        Bounded in time, and nothing that fails here keeps the worker from serving.
+        """
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(WARM_UP_S):
+                for extra in WARM_UPS:
+                    await self._rehearse(extra, None)
+                if self._args.enable_lora:
+                    await self._rehearse_adapter()
+        except TimeoutError:
+            log.warning("warm-up was cut short", extra={"after_s": WARM_UP_S})
+        log.info("warmed up", extra={"seconds": round(time.monotonic() - started, 1)})
+
+    async def _rehearse_adapter(self) -> None:
+        assert self._adapters is not None
+        adapter = Loaded(AdapterRef(self._model.model_id, "warm-up", "0"), REHEARSAL_ID, Path("/nonexistent"), 1, 0)
+        try:
+            await self._adapters.rehearse(adapter)
+            await self._rehearse({}, adapter)
+            for prompts in self._prefills():
+                await asyncio.gather(*(self._rehearse({"prompt": prompt}, adapter) for prompt in prompts))
+            await self._adapters.swap(Swap((), (), (adapter,)))
+        except EngineFailure as exc:
+            log.warning("warm-up without an adapter", extra={"reason": exc.message})
+
+    def _prefills(self) -> list[list[list[int]]]:
+        """None on a CPU, whose kernels are compiled already."""
+        assert self._engine is not None
+        config = self._engine.vllm_config
+        if config.device_config.device_type == "cpu":
+            return []
+        graphs = config.compilation_config.max_cudagraph_capture_size or 1
+        return prefills(graphs, config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len - WARM_UP_TOKENS)
+
+    async def _rehearse(self, extra: dict[str, Any], adapter: Loaded | None) -> None:
+        body = json.dumps({"model": self._model.model_id, "prompt": [1, 1], "max_tokens": WARM_UP_TOKENS, **extra}).encode()
+        discard = Discard()
+        try:
+            await self.serve(Call("/v1/completions", "warm-up", body, adapter), discard)
+        finally:
+            PINNED.set(None)
+        if discard.status != 200:
+            log.warning("warm-up request was not answered", extra={"status": discard.status, "with": list(extra)})
+
+
+class _Answer:
+    """ASGI `send`: joins the head with the first bytes, and leaves out what the client must not see when the engine dies."""
+
+    __slots__ = ("_begun", "_reply", "_sse", "_state", "_status", "ended")
+
+    def __init__(self, reply: Reply, state: dict[str, Any]) -> None:
+        self._reply, self._state = reply, state
+        self._status, self._sse, self._begun, self.ended = 0, False, False, False
+
+    async def send(self, event: dict[str, Any]) -> None:
+        if event["type"] == "http.response.start":
+            self._status = event["status"]
+            kind = next((v for k, v in event["headers"] if k.lower() == b"content-type"), b"")
+            self._sse = kind.startswith(b"text/event-stream")
+            return
+        data, end = event.get("body", b""), not event.get("more_body", False)
+        if end:
+            self._count()
+            self.ended = True
+        if self._begun:
+            self._reply.more(data, end)
+        elif data or end:
+            self._begun = True
+            self._reply.head(self._status, self._sse, data, end)
+
+    def break_off(self) -> None:
+        """The app gave up without an end."""
+        if self._begun:
+            self._reply.more(b"", True)
+        else:
+            self._reply.head(
+                500, False, b'{"error":{"message":"The engine failed on this request.","type":"server_error","code":"engine_error"}}', True
+            )
+
+    def _count(self) -> None:
+        usage = getattr(self._state.get("request_metadata"), "final_usage_info", None)
+        if usage is not None:
+            self._reply.prompt_tokens = usage.prompt_tokens or 0
+            self._reply.output_tokens = usage.completion_tokens or 0
+
+
+class Discard:
+    """A Reply that keeps only the status."""
+
+    def __init__(self) -> None:
+        self.prompt_tokens = self.output_tokens = self.status = 0
+
+    def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
+        self.status = status
+
+    def more(self, data: bytes, end: bool) -> None:
+        return None
+
+
+def _scheduled_s() -> tuple[float, float]:
+    """Seconds that this thread has been on a core, and in line for one (0 where the kernel does not say)."""
+    try:
+        ran, waited, _ = Path("/proc/thread-self/schedstat").read_text().split()
+    except (OSError, ValueError):
+        return time.thread_time(), 0.0
+    return int(ran) / 1e9, int(waited) / 1e9
+
+
+def serve_args(model: LLMConfig) -> Any:
+    """The arguments of `vllm serve` for a model config: vLLM's defaults, the config's engine_kwargs, and what Loraplex decides.
+
+    Raises:
+        ConfigError: vLLM refuses the combination.
+    """
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    wanted = {
+        "disable_fastapi_docs": True,
+        "use_tqdm_on_load": False,
+        **model.engine_kwargs,
+        "model": model.model_source,
+        "served_model_name": [model.model_id],
+    }
+    if model.uses_lora:
+        wanted |= {"enable_lora": True, "max_loras": model.max_loras}
+        # vLLM's default (as many as slots) would make every eviction a reload from disk. What is kept is bounded in bytes by residency.
+        wanted.setdefault("max_cpu_loras", model.max_loras + HOST_PLACES)
+        wanted.setdefault("worker_extension_cls", "worker.engine.vllm.worker_extension.AdapterSlots")
+    if model.engine_kwargs.get("tensor_parallel_size", 1) * model.engine_kwargs.get("pipeline_parallel_size", 1) > 1:
+        wanted.setdefault("distributed_executor_backend", "worker.engine.vllm.executor.SafeMultiprocExecutor")
+    for key, value in wanted.items():
+        setattr(args, key, value)
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as exc:
+        raise ConfigError(f"vLLM refuses the engine_kwargs of `{model.model_id}`: {exc}") from exc
+    return args
+
+
+def known_arguments() -> frozenset[str]:
+    """The names that `engine_kwargs` may hold: every argument of `vllm serve`."""
+    return frozenset(vars(make_arg_parser(FlexibleArgumentParser()).parse_args([])))

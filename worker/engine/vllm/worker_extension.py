@@ -1,0 +1,196 @@
+"""Shell. What Loraplex adds to vLLM's worker class (`worker_extension_cls`), called by name on every rank between engine steps.
+
+vLLM can only load into a slot or forget altogether (add_lora, remove_lora), one adapter per call, reading and pinning it inside the step loop:
+60 ms for 26 MiB. Here a thread of the same process does all of that beforehand (`loraplex_prepare`), and one call between two steps takes what is
+prepared (`loraplex_swap`). The state stays vLLM's own: its two caches, its table of slots, its modules' buffers.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from worker.engine.vllm import patches as vllm_patches
+
+vllm_patches.apply()  # vLLM imports this module in every worker, before the model; its plugin hook needs the project to be installed
+
+from worker.engine.vllm.tensor_replay import Kinds, Watched, Ways, gather, tensors  # noqa: E402
+
+STAGED_BYTES = 4 << 30
+"""Of prepared adapters that no slot has taken yet. Beyond it an adapter is read inside the swap, which stalls but needs no memory now."""
+SWITCH_S = 0.0005
+"""How long the preparing thread may keep the interpreter from the step loop; Python's own 5 ms are a third of a step."""
+
+
+class AdapterSlots:
+    """Mixed into vLLM's worker; called by the thread that runs the steps."""
+
+    model_runner: Any
+
+    def loraplex_prepare(self, start: list[tuple[str, int, str]], watch: list[int]) -> list[str | None]:
+        """Starts to prepare adapters, each a (name, int id, folder), and returns at once.
+
+        Per watched adapter: None while it is being prepared, "" once it is ready, else why it cannot be.
+        """
+        staging = self._loraplex().staging
+        for request in start:
+            staging.start(*request)
+        return [staging.state(int_id) for int_id in watch]
+
+    def loraplex_swap(self, enter: list[tuple[str, int, str]], demote: list[int], remove: list[int]) -> tuple[list[str], float]:
+        """Frees slots and fills them; per adapter that was to enter "" or why it could not, and the seconds that all of it took.
+
+        `demote` leave their slots and stay in host memory, `remove` leave altogether; never one that is in flight. Nothing stays of an adapter
+        that fails, and the others do not notice.
+        """
+        began = time.perf_counter()
+        slots = self._loraplex()
+        for int_id in demote:
+            slots.manager.deactivate_adapter(int_id)
+        for int_id in remove:
+            slots.remove(int_id)
+        return [slots.enter(*request) for request in enter], time.perf_counter() - began
+
+    def loraplex_rehearse(self, int_id: int) -> None:
+        """Puts an adapter of zeros into a slot, as vLLM does while it captures its graphs; `loraplex_swap` takes it out again."""
+        slots = self._loraplex()
+        manager = slots.manager
+        rank = manager.get_dummy_lora_warmup_rank(min(8, manager.lora_config.max_lora_rank))
+        lora = manager.create_dummy_lora(int_id, rank, self.model_runner.lora_manager.embedding_modules)
+        gather(lora)
+        manager._registered_adapters[int_id] = lora
+        slots.ways.activate(int_id)
+
+    def loraplex_slots(self) -> list[int]:
+        """The adapters that are in a slot, as the engine sees it."""
+        return [int_id for int_id in self._loraplex().manager.lora_index_to_id if int_id is not None]
+
+    def _loraplex(self) -> _Slots:
+        slots: _Slots | None = getattr(self, "_loraplex_slots", None)
+        if slots is None:
+            slots = self._loraplex_slots = _Slots(self.model_runner.lora_manager)
+        return slots
+
+
+class _Slots:
+    """One rank's slots. `lora_manager` is vLLM's LRUCacheWorkerLoRAManager; its `_adapter_manager` owns caches and modules."""
+
+    def __init__(self, lora_manager: Any) -> None:
+        self.manager = lora_manager._adapter_manager
+        self.staging = _Staging(lora_manager)
+        self.ways = Ways(self.manager)
+
+    def remove(self, int_id: int) -> None:
+        self.staging.drop(int_id)
+        self.manager.remove_adapter(int_id)
+
+    def enter(self, name: str, int_id: int, folder: str) -> str:
+        try:
+            self._enter(name, int_id, folder)
+        except Exception as exc:  # whatever vLLM, safetensors or torch raise: this adapter fails, the engine must not
+            self.remove(int_id)
+            return _words(exc)
+        return ""
+
+    def _enter(self, name: str, int_id: int, folder: str) -> None:
+        manager = self.manager
+        if manager.get_adapter(int_id) is None:
+            lora = self.staging.take(int_id) or self.staging.read(name, int_id, folder)
+            if len(manager) >= manager.capacity:
+                raise RuntimeError("No room in host memory for another adapter.")  # vLLM would drop one that we believe is there
+            manager._registered_adapters[int_id] = lora  # the last step of its _add_adapter; `read` has done the others
+        if len(manager._active_adapters) >= manager.lora_slots and int_id not in manager._active_adapters:
+            raise RuntimeError("No slot is free.")  # vLLM would take one that may be in use
+        self.ways.activate(int_id)
+
+
+class _Staging:
+    """Adapters that are being prepared or wait, prepared, for their slot. One thread reads; everything else is the step loop's."""
+
+    def __init__(self, lora_manager: Any) -> None:
+        self._lora_manager = lora_manager
+        self._lock = threading.Lock()
+        self._ready: dict[int, Any] = {}  # int id -> LoRAModel
+        self._bytes: dict[int, int] = {}  # of those
+        self._failed: dict[int, str] = {}
+        self._wanted: set[int] = set()  # being prepared, and not dropped meanwhile
+        lora_manager._lora_model_cls = Watched
+        self._kinds = Kinds(lora_manager.lora_config.lora_dtype)
+        device = lora_manager._adapter_manager.device
+        self._thread = ThreadPoolExecutor(1, "loraplex-prepare", initializer=_use_device, initargs=(device,))
+        _pin_later()
+        sys.setswitchinterval(SWITCH_S)
+
+    def start(self, name: str, int_id: int, folder: str) -> None:
+        with self._lock:
+            if int_id in self._wanted or int_id in self._ready or sum(self._bytes.values()) > STAGED_BYTES:
+                return
+            self._wanted.add(int_id)
+        self._thread.submit(self._prepare, name, int_id, folder)
+
+    def state(self, int_id: int) -> str | None:
+        with self._lock:
+            return None if int_id in self._wanted else self._failed.get(int_id, "")
+
+    def take(self, int_id: int) -> Any | None:
+        with self._lock:
+            self._wanted.discard(int_id)
+            self._bytes.pop(int_id, None)
+            return self._ready.pop(int_id, None)
+
+    def drop(self, int_id: int) -> None:
+        self.take(int_id)
+        with self._lock:
+            self._failed.pop(int_id, None)
+
+    def read(self, name: str, int_id: int, folder: str) -> Any:
+        """What vLLM's add_adapter does before it registers an adapter, with all weights in one pinned block at the end."""
+        from vllm.lora.request import LoRARequest
+
+        def theirs() -> Any:
+            lora = self._lora_manager._load_adapter(LoRARequest(lora_name=name, lora_int_id=int_id, lora_path=folder))
+            manager = self._lora_manager._adapter_manager
+            manager._validate_moe_lora_format(lora)
+            manager._create_merged_loras_inplace(lora)
+            return lora
+
+        return self._kinds.read(Path(folder), int_id, theirs)
+
+    def _prepare(self, name: str, int_id: int, folder: str) -> None:
+        made, failure = None, ""
+        try:
+            made = self.read(name, int_id, folder)
+        except Exception as exc:  # as in _Slots.enter
+            failure = _words(exc)
+        with self._lock:
+            if int_id not in self._wanted:
+                return
+            self._wanted.discard(int_id)
+            if made is None:
+                self._failed[int_id] = failure
+            else:
+                self._ready[int_id] = made
+                self._bytes[int_id] = sum(t.nbytes for _, _, t in tensors(made))
+
+
+def _use_device(device: Any) -> None:
+    """A thread begins on device 0, and pinning there would cost rank 3 a context on it."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def _pin_later() -> None:
+    """vLLM pins each tensor as it reads it; `_gather` pins them all at once."""
+    from vllm.lora import lora_model, model_manager
+
+    lora_model.PIN_MEMORY = model_manager.PIN_MEMORY = False
+
+
+def _words(exc: Exception) -> str:
+    return str(exc) or type(exc).__name__
