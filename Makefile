@@ -39,7 +39,7 @@ bench-micro: setup
 
 # How the gateway's cost grows with streams, workers, adapters and processes.
 bench-growth: setup
-	@$(PY) -m bench.growth $(ARGS)
+	@$(PY) -m bench.gateways.growth $(ARGS)
 
 # The worker's front end beside vLLM's own server, on the demo model.
 bench-engine: setup
@@ -47,7 +47,7 @@ bench-engine: setup
 
 # What a cold adapter costs: one taken apart, 64 at once, a bucket of 10,000.
 bench-cold: setup
-	@$(PY) -m bench.cold $(ARGS)
+	@$(PY) -m bench.engine.cold $(ARGS)
 
 # One gateway and a worker per GPU: throughput on 2, 4, 8 of them, policies, a worker's death. ARGS="--engine sim" rehearses it without a GPU.
 bench-fleet: setup

@@ -15,13 +15,13 @@ from typing import Any
 import msgspec
 import uvloop
 
+from bench import ROOT
 from bench.load.__main__ import measure
 from bench.load.options import parse
 from bench.load.report import document
 from gateway.supervisor.background import Background
 from shared.config.yaml import load_settings
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMON = ["--model", "demo", "--prompt-tokens", "16", "--output-tokens", "64", "--ignore-eos", "--quiet"]
 EIGHT = ["--adapters", "pirate,shouting,haiku,json,polite,emoji,bullets,robot"]
 ROWS = (

@@ -23,37 +23,39 @@ from pathlib import Path
 import msgspec
 import uvloop
 
+from gateway.accounts.keys import read_keys
 from gateway.adapters import alias_store as alias_book
-from gateway.admin.adapters import Admin
-from gateway.admin.actions import Actions
-from gateway.admin.scope import Scope
-from gateway.dispatch.admission import Admission, Bound
-from gateway.admin.aliases import AliasAPI
 from gateway.adapters.alias_store import AliasBook
 from gateway.adapters.aliases import Alias, AliasState, from_config
-from gateway.app import API
 from gateway.adapters.catalog import Catalog
-from gateway.dispatch.dispatcher import Dispatcher
-from gateway.telemetry.aggregation import Fellows
-from gateway.fleet.fleet import Fleet
-from gateway.dispatch.request import Flight
-from gateway.api.generate import Generation, Limits
-from gateway.adapters.reconciler import Keeper
-from gateway.accounts.keys import read_keys
-from gateway.telemetry.prometheus import Metrics
 from gateway.adapters.pins import Pins, PinState
-from gateway.routing.registry import make_policy
+from gateway.adapters.reconciler import Keeper
 from gateway.adapters.resolver import Resolver
 from gateway.adapters.rollout import Rollout
-from gateway.supervisor.endpoints import Endpoints, endpoints
 from gateway.adapters.usage import Usage
 from gateway.adapters.versions import Stage
-from shared.runtime import log as logs
-from shared.link import messages as wire
+from gateway.admin.actions import Actions
+from gateway.admin.adapters import Admin
+from gateway.admin.aliases import AliasAPI
+from gateway.admin.scope import Scope
+from gateway.api.generate import Generation, Limits
+from gateway.app import API
+from gateway.dispatch.admission import Admission, Bound
+from gateway.dispatch.dispatcher import Dispatcher
+from gateway.dispatch.request import Flight
+from gateway.dispatch.transport import Links
+from gateway.fleet.fleet import Fleet
+from gateway.routing.registry import make_policy
+from gateway.supervisor.endpoints import endpoints
+from gateway.telemetry.access_log import AccessLog
+from gateway.telemetry.aggregation import Fellows
+from gateway.telemetry.prometheus import Metrics
+from shared.config.handover import read_settings
 from shared.config.llm import LLMConfig, LoraConfig, Settings
 from shared.errors import ConfigError, LoraplexError
-from shared.link.sockets import Sent, Server, open_context, secret_from_env
-from shared.runtime.process import follow_parent, on_stop_signals, read_settings
+from shared.link import messages as wire
+from shared.runtime import log as logs
+from shared.runtime.process import follow_parent, on_stop_signals
 from shared.runtime.state_file import StateFile
 from shared.stores import open_store
 
@@ -66,43 +68,6 @@ KEEPALIVE_S = 75.0
 SHUTDOWN_S = 1.0  # after the drain, for handlers that are still writing
 LAST_WORDS_S = 0.05  # handlers whose requests have just ended still write their answers
 GC_THRESHOLD = (50_000, 50, 50)  # with 4,000 streams the default (700) would collect all the time
-
-
-class Links:
-    """The dispatcher's Transport: one control and one data socket, bound."""
-
-    def __init__(self, where: Endpoints, settings: Settings, name: str) -> None:
-        link = settings.gateway.link
-        secret = secret_from_env(link.secret_env)
-        self._context = open_context()
-        self.dispatcher: Dispatcher | None = None
-        self.control = Server(self._context, where.control, self._on_control, secret=secret, insecure=link.insecure)
-        self.data = Server(self._context, where.data, self._on_data, secret=secret, insecure=link.insecure)
-        self._name = name
-        self._settings = settings
-
-    def welcome(self) -> wire.Welcome:
-        g = self._settings.gateway
-        return wire.Welcome(self._name, self.data.endpoint, g.lease_s, g.heartbeat_s)
-
-    def send_data(self, peer: bytes, data: bytes) -> Sent:
-        return self.data.send(peer, data)
-
-    def send_control(self, peer: bytes, data: bytes) -> Sent:
-        return self.control.send(peer, data)
-
-    def close(self) -> None:
-        self.control.close()
-        self.data.close()
-        self._context.term()
-
-    def _on_control(self, peer: bytes, data: bytes) -> None:
-        if self.dispatcher is not None:
-            self.dispatcher.on_control(peer, data)
-
-    def _on_data(self, peer: bytes, data: bytes) -> None:
-        if self.dispatcher is not None:
-            self.dispatcher.on_data(peer, data)
 
 
 async def serve(settings: Settings, index: int, run_dir: Path) -> int:
@@ -137,7 +102,7 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
     async with contextlib.AsyncExitStack() as stack:
         catalogs = await stack.enter_async_context(_catalogs(settings))
         limits = Limits(g.max_body_bytes, g.slow_reader_bytes, g.request_timeout_s)
-        access = logs.AccessLog(name, g.log_level)
+        access = AccessLog(name, g.log_level)
         stack.callback(access.flush)
         usage = Usage()
         keeper = Keeper(dispatcher, catalogs, _pins(settings), _pin_file(settings), usage, g.catalog_refresh_s)

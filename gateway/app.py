@@ -9,17 +9,19 @@ from typing import Any
 
 from aiohttp import web
 
-from gateway.api import schema as openai
+from gateway.adapters.catalog import Catalog
+from gateway.adapters.resolver import Resolver
 from gateway.admin.adapters import Admin
 from gateway.admin.aliases import AliasAPI
-from gateway.adapters.catalog import Catalog
+from gateway.api import schema as openai
+from gateway.api.generate import Generation
+from gateway.api.models import ModelList, model_card
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.telemetry.aggregation import Fellows
+from gateway.http.bodies import answer, error_body, to_json
+from gateway.http.headers import REQUEST_ID, Ordinary, request_id_of
 from gateway.http.server import Door
-from gateway.api.generate import REQUEST_ID, Generation, Ordinary, answer, request_id_of
+from gateway.telemetry.aggregation import Fellows
 from gateway.telemetry.prometheus import Metrics
-from gateway.api.models import ModelList
-from gateway.adapters.resolver import Resolver
 from shared.errors import InvalidRequest, LoraplexError, RouteNotFound
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -101,13 +103,13 @@ class API:
         model = request.path.removeprefix("/v1/models/")
         target = await self._resolver.resolve(model, bytes)
         if target.adapter is None:
-            card = openai.model_card(model, self._created)
+            card = model_card(model, self._created)
         elif target.alias:
-            card = openai.model_card(model, self._created, parent=target.base, root=target.alias)
+            card = model_card(model, self._created, parent=target.base, root=target.alias)
         else:
             ref = target.adapter
-            card = openai.model_card(model, self._created, parent=ref.base, root=ref.name, digest=ref.digest)
-        return web.Response(body=openai.to_json(card), content_type="application/json")
+            card = model_card(model, self._created, parent=ref.base, root=ref.name, digest=ref.digest)
+        return web.Response(body=to_json(card), content_type="application/json")
 
     # ---- operations -----------------------------------------------------------------------------------------------------------------
 
@@ -129,7 +131,7 @@ class API:
         if request.path in {path for _, path in self._routes}:
             error: LoraplexError = InvalidRequest(f"{request.method} is not allowed for {request.path}.")
             headers = {REQUEST_ID: request_id_of(Ordinary(request))}
-            return web.Response(status=405, body=openai.error_body(error), content_type="application/json", headers=headers)
+            return web.Response(status=405, body=error_body(error), content_type="application/json", headers=headers)
         error = RouteNotFound(f"There is no {request.path[:200]} here; see {', '.join(openai.GENERATE_PATHS)} and /v1/models.")
         return self._answer(error, request_id_of(Ordinary(request)))
 

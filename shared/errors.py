@@ -1,4 +1,8 @@
-"""Pure. One tree of errors. `code` goes to clients and logs, `retryable` says whether another worker or a later moment may succeed."""
+"""Pure. One tree of errors.
+
+`code` goes to clients and logs, `status` is the HTTP status of the answer, `retryable` says whether
+another worker or a later moment may succeed.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ class LoraplexError(Exception):
     """
 
     code: str = "internal_error"
+    status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
@@ -33,42 +38,50 @@ class InvalidRequest(LoraplexError):
     """The request is malformed; `param` names the field."""
 
     code = "invalid_request"
+    status = 400
 
 
 class BodyTooLarge(LoraplexError):
     code = "body_too_large"
+    status = 413
 
 
 class InvalidApiKey(LoraplexError):
     code = "invalid_api_key"
+    status = 401
 
 
 class Forbidden(LoraplexError):
     """Whoever it is may not do this, or nobody may as the gateway is configured."""
 
     code = "forbidden"
+    status = 403
 
 
 class RouteNotFound(LoraplexError):
     code = "not_found"
+    status = 404
 
 
 class ModelNotFound(LoraplexError):
     """No base model has this id."""
 
     code = "model_not_found"
+    status = 404
 
 
 class AdapterNotFound(LoraplexError):
     """The base model exists, the adapter does not (in any store known to it)."""
 
     code = "adapter_not_found"
+    status = 404
 
 
 class InvalidAdapter(LoraplexError):
     """The adapter exists but cannot be served: wrong format, rank, shapes or base model. `reason` is one word that makes the code specific."""
 
     code = "invalid_adapter"
+    status = 422
 
     def __init__(self, message: str, reason: str = "", *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message, param=param, retry_after_s=retry_after_s)
@@ -81,12 +94,14 @@ class TooManyPins(LoraplexError):
     """Every slot but the one that must stay for other adapters is pinned."""
 
     code = "too_many_pins"
+    status = 409
 
 
 class StoreUnavailable(LoraplexError):
     """The adapter store did not answer, refused us, or cut the transfer; what is cached keeps working."""
 
     code = "store_unavailable"
+    status = 503
     retryable = True
 
 
@@ -94,6 +109,7 @@ class Overloaded(LoraplexError):
     """A queue is full, or no worker may take this request within its deadline."""
 
     code = "overloaded"
+    status = 503
     retryable = True
 
 
@@ -101,6 +117,7 @@ class RateLimited(Overloaded):
     """The same, where the config wants a full queue to be the client's limit (429), not the server's trouble (503)."""
 
     code = "rate_limit_exceeded"
+    status = 429
 
 
 class DeadlineExceeded(LoraplexError):
@@ -110,6 +127,7 @@ class DeadlineExceeded(LoraplexError):
     """
 
     code = "deadline_exceeded"
+    status = 504
     retryable = True
 
 
@@ -117,6 +135,7 @@ class NotDoneInTime(LoraplexError):
     """The worker has not answered yet; what it was asked for goes on."""
 
     code = "not_done_in_time"
+    status = 504
     retryable = True
 
 
@@ -124,6 +143,7 @@ class WorkerUnavailable(LoraplexError):
     """The worker is draining, gone, or was lost before it answered."""
 
     code = "worker_unavailable"
+    status = 503
     retryable = True
 
 
@@ -137,3 +157,19 @@ class LinkError(LoraplexError):
     """The ZeroMQ link cannot be opened as configured."""
 
     code = "link_error"
+
+
+def _descendants(cls: type[LoraplexError]) -> list[type[LoraplexError]]:
+    return [c for child in cls.__subclasses__() for c in (child, *_descendants(child))]
+
+
+_OWN_PROCESS = (ConfigError, LinkError)  # end a process at its start, no request
+_BY_CODE = {c.code: c for c in _descendants(LoraplexError) if c not in _OWN_PROCESS}
+
+
+def from_refusal(code: str, message: str) -> LoraplexError:
+    """The error that a worker named by its code."""
+    general, _, reason = code.partition(f"{InvalidAdapter.code}_")
+    if reason and not general:
+        return InvalidAdapter(message, reason)
+    return _BY_CODE.get(code, EngineFailure)(message)

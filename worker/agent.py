@@ -13,20 +13,20 @@ from collections.abc import Coroutine
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from shared.link import messages as wire
 from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.averages import blend
 from shared.errors import AdapterNotFound, EngineFailure, LoraplexError, WorkerUnavailable
+from shared.link import messages as wire
 from shared.stores import AdapterStore
-from worker.validation.factory import open_validator
+from worker.adapters.residency import Failure, Fetch, Instruction, Reject, Residency, Start, Tended
+from worker.commands import Tending
 from worker.disk.cache import Cached, Check, DiskCache
 from worker.engine.base import Call, Engine, EngineFacts, Loaded, Swap
 from worker.peers.client import Peers
-from worker.adapters.residency import (Failure, Fetch, Instruction, Reject, Residency, Start, Tended)
 from worker.session import Session
 from worker.settings import WorkerSettings
-from worker.commands import Tending
+from worker.validation.factory import open_validator
 
 log = logging.getLogger("loraplex.agent")
 clock = time.monotonic

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
-from shared.link import messages as wire
 from shared.adapters.identity import AdapterRef
 from shared.errors import LoraplexError, Overloaded, TooManyPins, WorkerUnavailable
+from shared.link import messages as wire
 from worker.adapters.residency import Instruction, Reject, Residency, Start, Tended
 from worker.session import Session
 

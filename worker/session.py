@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from shared.link import messages as wire
 from shared.errors import WorkerUnavailable
+from shared.link import messages as wire
 from shared.link.sockets import Client, Sent
 
 log = logging.getLogger("loraplex.session")

@@ -15,7 +15,8 @@ import sys
 import warnings
 
 from shared.runtime.process import PARENT_ENV, follow_parent
-from worker.__main__ import VLLM_CPU_ENV, VLLM_ENV, run
+from worker.__main__ import run
+from worker.engine.factory import VLLM_CPU_ENV, VLLM_ENV
 
 
 def preload() -> None:
@@ -29,8 +30,6 @@ def preload() -> None:
     import vllm.v1.engine.core
     import vllm.v1.worker.cpu_model_runner
     import vllm.v1.worker.cpu_worker  # noqa: F401
-
-    import worker.engine.vllm.engine
 
 
 def spawn(argv: list[str], env: dict[str, str]) -> int:

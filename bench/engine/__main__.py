@@ -30,14 +30,14 @@ import msgspec
 import uvloop
 import yaml
 
+from bench import ROOT
 from bench.gateways.__main__ import commit
+from bench.gateways.peers.process import LOOK_AGAIN_S, NotStarted, Process, free_ports, tree, until_answers
 from bench.load.__main__ import measure, raise_open_files_limit
 from bench.load.options import parse
-from bench.gateways.peers.process import (LOOK_AGAIN_S, NotStarted, Process, free_ports, tree, until_answers)
 from bench.load.report import document
-from worker.__main__ import VLLM_CPU_ENV, VLLM_ENV
+from worker.engine.factory import VLLM_CPU_ENV, VLLM_ENV
 
-ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "examples" / "demo"
 ADAPTERS = sorted(p.name for p in (DEMO / "adapters").iterdir())
 BOOT_S = 300.0

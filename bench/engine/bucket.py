@@ -1,6 +1,6 @@
 """Shell. An S3 server of the benchmark's own: moto's, in a process of its own, behind a line of a known bandwidth where that is wanted.
 
-python -m bench.bucket HOST PORT BYTES_PER_S LATENCY_S    the line: prints its URL, ends with its parent
+python -m bench.engine.bucket HOST PORT BYTES_PER_S LATENCY_S    the line: prints its URL, ends with its parent
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from urllib.parse import quote, urlsplit
 
 import uvloop
 
+from bench import ROOT
 from bench.gateways.peers.process import Process, free_ports, until_answers
 from shared.runtime.parent_death import die_with_parent
 
-ROOT = Path(__file__).resolve().parents[1]
 READY_S = 60.0
 CHUNK_BYTES = 16 << 10
 # moto takes any signature, but lets nobody without one write.
@@ -75,7 +75,7 @@ async def open_bucket(folder: Path, name: str = "bench") -> AsyncIterator[Bucket
 async def behind_line(bucket: Bucket, folder: Path, bytes_per_s: float, latency_s: float) -> AsyncIterator[Bucket]:
     """The same bucket over a line that all connections share."""
     parts, (port,) = urlsplit(bucket.endpoint), free_ports(1)
-    argv = [sys.executable, "-m", "bench.bucket", str(parts.hostname), str(parts.port), str(bytes_per_s), str(latency_s), str(port)]
+    argv = [sys.executable, "-m", "bench.engine.bucket", str(parts.hostname), str(parts.port), str(bytes_per_s), str(latency_s), str(port)]
     line = Process(argv, folder / "line.log", cwd=ROOT)
     try:
         await until_answers(port, "/moto-api/data.json", line, READY_S)

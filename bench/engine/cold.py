@@ -1,9 +1,9 @@
-"""Shell. `python -m bench.cold`: what a cold adapter costs, on real vLLM (CPU, the demo model) with adapters in S3 behind a line of known bandwidth.
+"""Shell. `python -m bench.engine.cold`: what a cold adapter costs, on real vLLM (CPU, the demo model) with adapters in S3 behind a line of known bandwidth.
 
-    python -m bench.cold                          all three parts
-    python -m bench.cold --parts first --json F   first: one cold adapter after another, taken apart; beside it the same adapter warm
-    python -m bench.cold --parts many             many: so many cold adapters at once on two workers, and what a warm one notices
-    python -m bench.cold --parts catalog          catalog: a bucket of 1,000 and of 10,000 adapters and no worker
+    python -m bench.engine.cold                          all three parts
+    python -m bench.engine.cold --parts first --json F   first: one cold adapter after another, taken apart; beside it the same adapter warm
+    python -m bench.engine.cold --parts many             many: so many cold adapters at once on two workers, and what a warm one notices
+    python -m bench.engine.cold --parts catalog          catalog: a bucket of 1,000 and of 10,000 adapters and no worker
 
 Each part prints its bound and the ratio to it. Bandwidth is what plain GETs get of the line: just before each cold adapter on one connection
 (they are a single part), before the many on four.
@@ -31,13 +31,13 @@ import msgspec
 import uvloop
 
 from bench.engine.bucket import CREDENTIALS, Bucket, behind_line, open_bucket
-from bench.load.client import Client
-from bench.engine.cold_cluster import (PROBE, PROBE_BYTES, Cluster, adapter_files, ask, cluster, line_bytes_per_s, until)
+from bench.engine.cold_cluster import PROBE, PROBE_BYTES, Cluster, adapter_files, ask, cluster, line_bytes_per_s, until
 from bench.gateways.__main__ import commit
 from bench.gateways.growth import write_adapters
-from bench.load.__main__ import cpu_model
-from bench.load.measure import percentile
 from bench.gateways.peers.process import NotStarted
+from bench.load.__main__ import cpu_model
+from bench.load.client import Client
+from bench.load.measure import percentile
 from shared.stores import open_store
 
 SLACK_S, FACTOR = 0.020, 1.2  # of the target for a cold first token
@@ -52,7 +52,9 @@ Figures: TypeAlias = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.cold", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.engine.cold", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", type=lambda s: s.split(","), default=list(PARTS), metavar="PART,PART", help="default: all")
     parser.add_argument("--line-mib", type=float, default=16.0, help="MiB/s of the line to the store (default %(default)s)")
     parser.add_argument("--line-ms", type=float, default=5.0, help="latency of each answer (default %(default)s)")
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             made[part] = uvloop.run(_in_folder(PARTS[part], flags))
             print(f"## {part}\n\n{table(made[part])}\n", flush=True)
     except NotStarted as exc:
-        print(f"bench.cold: {exc}", file=sys.stderr)
+        print(f"bench.engine.cold: {exc}", file=sys.stderr)
         return 2
     made["loadavg_after"] = os.getloadavg()
     if flags.json:
@@ -316,7 +318,7 @@ def about(arguments: Sequence[str]) -> Figures:
     return {
         "schema": "loraplex.bench.cold/1",
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": ["python", "-m", "bench.cold", *arguments],
+        "command": ["python", "-m", "bench.engine.cold", *arguments],
         "commit": commit(),
         "versions": versions,
         "host": {"cores": os.cpu_count(), "cpu_model": cpu_model(), "platform": platform.platform()},

@@ -1,4 +1,4 @@
-"""Shell. What `bench.cold` measures: a gateway and workers on real vLLM (CPU) with adapters in S3 behind a line of known bandwidth."""
+"""Shell. What `bench.engine.cold` measures: a gateway and workers on real vLLM (CPU) with adapters in S3 behind a line of known bandwidth."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ import aiohttp
 import numpy as np
 import yaml
 
+from bench import ROOT
 from bench.engine.bucket import CREDENTIALS, SIGNED, Bucket
+from bench.gateways.peers.process import LOOK_AGAIN_S, NotStarted, Process, free_ports
 from bench.load.client import Client
 from bench.load.measure import Meter
-from bench.gateways.peers.process import LOOK_AGAIN_S, NotStarted, Process, free_ports
 from bench.load.reply import Reply
 from shared.stores.transfer import PARTS_PER_ADAPTER
-from worker.__main__ import VLLM_CPU_ENV, VLLM_ENV
+from worker.engine.factory import VLLM_CPU_ENV, VLLM_ENV
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "demo" / "model"
 BOOT_S = 300.0
 RANK = 64

@@ -1,4 +1,4 @@
-"""Shell. `python -m bench.gpu`: Loraplex beside vLLM's own server on GPUs, with a model in the shape of Llama-3.1-8B and dummy weights.
+"""Shell. `python -m bench.engine.gpu`: Loraplex beside vLLM's own server on GPUs, with a model in the shape of Llama-3.1-8B and dummy weights.
 
 Self-contained: it writes the model's config, a tokenizer and random rank-16 adapters, boots the servers with the same engine arguments, loads
 each with `bench.load`, and prints a table last. A row is printed and appended to a file in `--out` as soon as it is measured; the same command
@@ -6,12 +6,12 @@ goes on where the last one stopped (SIGTERM, say by `timeout`, ends it and its s
 not end within `--budget-s`. A boot takes 2 to 3.5 minutes; under a limit of 9 minutes a call has time for one server and all rows of a kind, for
 both one after the other and few rows, or for both at once:
 
-    python -m bench.gpu --out results --together --rows zipf,stall,adapters    both servers up, measured in turns
-    python -m bench.gpu --out results --servers loraplex --rows base           one server with the GPU to itself, and in another call
-    python -m bench.gpu --out results --servers vllm --rows base               the other
-    python -m bench.gpu --out results --defaults --rows adapters               each server's own defaults, but for slots, rank and context
-    python -m bench.gpu --out results --servers loraplex --loraplex-arg specialize_active_lora=true --label spec
-    python -m bench.gpu --report results/*.jsonl                               one table and the ratios of what several calls have measured
+    python -m bench.engine.gpu --out results --together --rows zipf,stall,adapters    both servers up, measured in turns
+    python -m bench.engine.gpu --out results --servers loraplex --rows base           one server with the GPU to itself, and in another call
+    python -m bench.engine.gpu --out results --servers vllm --rows base               the other
+    python -m bench.engine.gpu --out results --defaults --rows adapters               each server's own defaults, but for slots, rank and context
+    python -m bench.engine.gpu --out results --servers loraplex --loraplex-arg specialize_active_lora=true --label spec
+    python -m bench.engine.gpu --report results/*.jsonl                               one table and the ratios of what several calls have measured
 
 `--together` gives each server a GPU of its own where the host has two. Else it halves the GPU: each has 45% of its memory and, said in bytes, the
 same KV cache; on 80 GB that leaves 10 GiB of KV cache each, enough for 256 streams but not for 512. Only one is asked at a time, the other one
@@ -32,19 +32,32 @@ from typing import Any
 
 import uvloop
 
+from bench import ROOT
 from bench.engine.gpu_report import Recorded, line, ratios, table
-from bench.engine.gpu_servers import (BESIDE_KV_GIB, COLD_ADAPTERS, SERVERS, SHAPES, Server, engine_arguments, gpu, make_adapters, make_model, shared_gpu, up)
+from bench.engine.gpu_servers import (
+    BESIDE_KV_GIB,
+    COLD_ADAPTERS,
+    SERVERS,
+    SHAPES,
+    Server,
+    engine_arguments,
+    gpu,
+    make_adapters,
+    make_model,
+    shared_gpu,
+    up,
+)
+from bench.engine.stall import stall
 from bench.load.__main__ import CannotRun, measure, raise_open_files_limit
 from bench.load.options import parse
 from bench.load.report import document
-from bench.engine.stall import stall
 from shared.runtime.process import count_gpus
 
 KINDS = ("zipf", "stall", "adapters", "base")
 STALL_S = 30.0
 SLOW_STEP_S = {"zipf": 0.05, "uniform": 0.03, "base": 0.025}
 """Per output token of a stream, wait and prefill included, on a slow day; what a row takes at most is guessed from it."""
-KERNELS = Path(__file__).resolve().parent.parent / "worker" / "lora_kernels"
+KERNELS = ROOT / "worker" / "engine" / "vllm" / "lora_kernels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +213,9 @@ def _argument(text: str) -> tuple[str, Any]:
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.engine.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--work", default="/tmp/loraplex-gpu", help="model, adapters, logs and caches (default %(default)s)")
     parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="print what these files hold, and measure nothing")
@@ -233,7 +248,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = read_arguments()
     if missing := [str(path) for path in args.report or () if not path.exists()]:
-        print(f"bench.gpu: --report: no such file: {', '.join(missing)}", file=sys.stderr)
+        print(f"bench.engine.gpu: --report: no such file: {', '.join(missing)}", file=sys.stderr)
         return 2
     if args.report:
         done = [d for path in args.report for d in Record(path, "").rows]
@@ -241,11 +256,11 @@ def main() -> int:
         return 0
     if args.shape != "tiny" and not count_gpus():
         print(
-            f"bench.gpu: no NVIDIA GPU here, and --shape {args.shape} needs one; --shape tiny tries this program out on a CPU",
+            f"bench.engine.gpu: no NVIDIA GPU here, and --shape {args.shape} needs one; --shape tiny tries this program out on a CPU",
             file=sys.stderr,
         )
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench.gpu: stopped; what was measured is kept"))  # servers end on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench.engine.gpu: stopped; what was measured is kept"))  # servers end on the way out
     raise_open_files_limit()
     label = args.label or ("defaults" if args.defaults else "")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -253,7 +268,7 @@ def main() -> int:
     try:
         run(args, record)
     except CannotRun as exc:
-        print(f"bench.gpu: {exc}", file=sys.stderr)
+        print(f"bench.engine.gpu: {exc}", file=sys.stderr)
         return 2
     finally:
         print(f"\n{table(record.rows)}\n\nLoraplex over vLLM, output tokens/s:\n{ratios(record.rows)}", flush=True)

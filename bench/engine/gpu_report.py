@@ -1,4 +1,4 @@
-"""Pure. The rows of one or more `bench.gpu` runs as a table, and Loraplex over vLLM row by row."""
+"""Pure. The rows of one or more `bench.engine.gpu` runs as a table, and Loraplex over vLLM row by row."""
 
 from __future__ import annotations
 

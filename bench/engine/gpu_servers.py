@@ -1,4 +1,4 @@
-"""Shell. What `bench.gpu` measures: a model and adapters that it makes itself, and the two servers with the same engine arguments."""
+"""Shell. What `bench.engine.gpu` measures: a model and adapters that it makes itself, and the two servers with the same engine arguments."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench import ROOT
 from shared.runtime.parent_death import die_with_parent
 
-ROOT = Path(__file__).resolve().parent.parent
 DEMO_TOKENIZER = ROOT / "examples" / "demo" / "model"
 BOOT_S = 420.0
 SAY_EVERY_S = 30.0
@@ -129,7 +129,7 @@ def shared_gpu(memory_bytes: int, kv_gib: float | None) -> dict[str, Any]:
     kv = kv_gib or SHARE * memory_bytes / GIB - BESIDE_KV_GIB
     if kv < 1 or 2 * (kv + BESIDE_KV_GIB) > memory_bytes / GIB:
         raise SystemExit(
-            f"bench.gpu: two servers with {max(kv, 0):.0f} GiB of KV cache each do not fit a GPU of {memory_bytes / GIB:.0f} GiB; run them one "
+            f"bench.engine.gpu: two servers with {max(kv, 0):.0f} GiB of KV cache each do not fit a GPU of {memory_bytes / GIB:.0f} GiB; run them one "
             "after the other (without --together)"
         )
     return {"gpu_memory_utilization": SHARE, "kv_cache_memory_bytes": int(kv * GIB)}
@@ -176,7 +176,7 @@ def loraplex(model: Path, adapters: Path, arguments: dict[str, Any], work: Path,
     }
     path = work / "loraplex.yaml"
     path.write_text(json.dumps(config))
-    argv = [sys.executable, "-m", "gateway.cli.main", "serve", str(path)]
+    argv = [sys.executable, "-m", "gateway.cli.main.main", "serve", str(path)]
     return Server("loraplex", argv, "http://127.0.0.1:8700", "/ready", "{base}:{adapter}", work / "loraplex.log")
 
 

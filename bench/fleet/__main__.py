@@ -37,8 +37,8 @@ from bench.fleet.plan import PARTS, POLICIES, Plan, Row, Times, fit, rows, with_
 from bench.fleet.run import Runner, Volume, read
 from bench.fleet.served import PAIR, Served, real, simulated
 from bench.gateways.__main__ import RESULTS, commit
-from bench.load.__main__ import raise_open_files_limit
 from bench.gateways.peers.process import NotStarted
+from bench.load.__main__ import raise_open_files_limit
 from shared.runtime.process import count_gpus
 
 SCHEMA = "loraplex.bench.fleet/1"

@@ -22,12 +22,12 @@ from typing import Any
 
 import msgspec
 
+from bench import ROOT
 from bench.fleet.figures import Seen, together
 from bench.fleet.served import MODEL, PAIR_ENV, Served
-from bench.gateways.peers.process import (LOOK_AGAIN_S, NotStarted, Process, Usage, free_ports, spent_s, tree)
+from bench.gateways.peers.process import LOOK_AGAIN_S, NotStarted, Process, Usage, free_ports, spent_s, tree
 from shared.runtime.process import PARENT_ENV
 
-ROOT = Path(__file__).resolve().parents[2]
 GATEWAY_START_S = 60.0
 REJOIN_S = 30.0
 STOP_GENERATORS_S = 150.0

@@ -26,18 +26,18 @@ from typing import Any
 import msgspec
 import uvloop
 
-from bench.load.__main__ import CannotRun, measure, raise_open_files_limit
-from bench.load.options import parse
+from bench import ROOT
 from bench.gateways.peers import PEERS, AnyPeer
-from bench.gateways.peers.comparison import (QUICK, SCENARIOS, SCHEMA, Result, Scenario, summary, table)
+from bench.gateways.peers.comparison import QUICK, SCENARIOS, SCHEMA, Result, Scenario, summary, table
 from bench.gateways.peers.loraplex import Loraplex
 from bench.gateways.peers.peer import Place, Running, Skipped
 from bench.gateways.peers.picture import draw
-from bench.gateways.peers.process import (NotStarted, Process, Usage, free_ports, spent_s, until_answers)
+from bench.gateways.peers.process import NotStarted, Process, Usage, free_ports, spent_s, until_answers
 from bench.gateways.peers.routers import KEY, KEY_ENV
+from bench.load.__main__ import CannotRun, measure, raise_open_files_limit
+from bench.load.options import parse
 from bench.load.report import document
 
-ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "peers"
 RESULTS = ROOT / "bench" / "results"
 DIRECT = "direct"
@@ -151,7 +151,7 @@ async def start(
     """The mock engine and every peer of the group, up to the end of `stack`."""
     engine_port, *ports = free_ports(len(group) + 1)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True)))
-    engine = Process([sys.executable, "-m", "bench.mock_engine", "http", str(engine_port)], folder / "engine.log", cwd=ROOT)
+    engine = Process([sys.executable, "-m", "bench.gateways.mock_engine", "http", str(engine_port)], folder / "engine.log", cwd=ROOT)
     stack.callback(engine.stop)
     await until_answers(engine_port, "/v1/models", engine, 30.0)
     up = {DIRECT: Running(f"http://127.0.0.1:{engine_port}", ())}

@@ -1,6 +1,6 @@
-"""Shell. `python -m bench.growth`: how the gateway's cost grows with streams, workers, known adapters and gateway processes.
+"""Shell. `python -m bench.gateways.growth`: how the gateway's cost grows with streams, workers, known adapters and gateway processes.
 
-    python -m bench.growth [--parts streams,workers,adapters,processes] [--quick]
+    python -m bench.gateways.growth [--parts streams,workers,adapters,processes] [--quick]
 
 Each part is a row of runs of this project alone, against mock workers, and a plot in bench/results.
 """
@@ -25,11 +25,11 @@ import msgspec
 import uvloop
 
 from bench.gateways.__main__ import RESULTS, commit, one_peer
-from bench.load.__main__ import measure, raise_open_files_limit
-from bench.load.options import parse
 from bench.gateways.peers.loraplex import Loraplex
 from bench.gateways.peers.peer import Running
 from bench.gateways.peers.process import Usage, spent_s
+from bench.load.__main__ import measure, raise_open_files_limit
+from bench.load.options import parse
 from bench.load.report import document
 
 Row: TypeAlias = dict[str, Any]
@@ -49,7 +49,7 @@ RANK, WIDTH = 8, 16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.growth")
+    parser = argparse.ArgumentParser(prog="python -m bench.gateways.growth")
     parser.add_argument("--parts", default=",".join(PARTS), help="default %(default)s")
     parser.add_argument("--quick", action="store_true", help="the two smallest of each: does everything work?")
     parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="default bench/results, none with --quick")
@@ -230,7 +230,7 @@ def _write(out: Path, name: str, rows: Sequence[Row], text: str, axes: Axes, arg
     made: dict[str, Any] = {
         "schema": "loraplex.bench.growth/1",
         "started_at": at,
-        "command": ["python", "-m", "bench.growth", *arguments],
+        "command": ["python", "-m", "bench.gateways.growth", *arguments],
         "commit": commit(),
         "cores": os.cpu_count(),
         "loadavg": os.getloadavg(),

@@ -1,7 +1,7 @@
 """Shell. An engine that costs next to nothing: answers at once, then moves all streams of one pace together, as an engine's step does.
 
-    python -m bench.mock_engine http PORT
-    python -m bench.mock_engine worker CONFIG --gateway ENDPOINT [--gateway ...] [--workers N]
+    python -m bench.gateways.mock_engine http PORT
+    python -m bench.gateways.mock_engine worker CONFIG --gateway ENDPOINT [--gateway ...] [--workers N]
 
 As `http` it is the OpenAI server behind the gateways that speak HTTP; as `worker` it sits in place of the engine under this project's own agent.
 Both send the same tokens at the same pace. The pace is asked for in the request's `seed` (whole milliseconds between tokens, 0: as fast as
@@ -21,9 +21,10 @@ import msgspec
 import uvloop
 
 import worker.__main__
+from shared.config.handover import read_settings
 from shared.runtime import log as logs
-from shared.runtime.process import follow_parent, read_settings
-from worker.engine.base import (Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped)
+from shared.runtime.process import follow_parent
+from worker.engine.base import Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped
 
 CAPACITY = 100_000
 SLOTS = 4_096
@@ -320,11 +321,10 @@ async def serve_workers(config: str, gateways: Sequence[str], workers: int) -> N
     settings = read_settings(config)
     logs.set_up("mock", "warning")
     lockstep = Lockstep()
-    worker.__main__.open_engine = lambda model, stream_gap_s=0.0: MockEngine(lockstep)
     async with asyncio.TaskGroup() as tasks:
         for number in range(workers):
             mine = worker.__main__.worker_settings(settings, None, f"mock{number}", list(gateways))
-            tasks.create_task(worker.__main__.serve(mine), name=mine.worker)
+            tasks.create_task(worker.__main__.serve(mine, lambda *_: MockEngine(lockstep)), name=mine.worker)
         _tune()
 
 
@@ -335,7 +335,7 @@ def _tune() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.mock_engine")
+    parser = argparse.ArgumentParser(prog="python -m bench.gateways.mock_engine")
     kinds = parser.add_subparsers(dest="kind", required=True)
     http = kinds.add_parser("http")
     http.add_argument("port", type=int)

@@ -10,7 +10,23 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from bench.load.measure import Slo
-from bench.load.workload import (Arrival, AtOnce, BaseOnly, Bursts, Constant, Distinct, Gamma, Identical, Length, Mix, Poisson, Uniform, Workload, Zipf, parse_length)
+from bench.load.workload import (
+    Arrival,
+    AtOnce,
+    BaseOnly,
+    Bursts,
+    Constant,
+    Distinct,
+    Gamma,
+    Identical,
+    Length,
+    Mix,
+    Poisson,
+    Uniform,
+    Workload,
+    Zipf,
+    parse_length,
+)
 
 DEFAULT_REQUESTS = 200
 

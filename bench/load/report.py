@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bench.load.measure import (BIN_S, Outcome, Run, cold_flags, gap_latency, latency)
+from bench.load.measure import BIN_S, Outcome, Run, cold_flags, gap_latency, latency
 
 SCHEMA = "loraplex.bench.load/1"
 LAG_WARNING_S = 0.010

@@ -28,8 +28,8 @@ from shared.link.sockets import open_context
 from shared.stores import AdapterStore, open_store
 from shared.stores.transfer import Pace
 from worker.disk.cache import DiskCache
-from worker.peers.server import open_peer_server
 from worker.peers.client import Peers
+from worker.peers.server import open_peer_server
 
 SECRET = "the secret of this benchmark"
 TICK_S = 0.001

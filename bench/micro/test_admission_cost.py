@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from bench.load.workload import Fixed, Poisson, Request, UniformLength, Workload, Zipf, requests
 from bench.routing.sim.worker import WorkerFacts
 from bench.routing.sim.world import Simulation, World
-from bench.load.workload import (Fixed, Poisson, Request, UniformLength, Workload, Zipf, requests)
 from gateway.routing.registry import DEFAULT
 from shared.link import messages as wire
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from bench.micro.conftest import PerUnit
-from gateway.dispatch.request import Flight
-from gateway.telemetry.prometheus import DURATION_BUCKETS_S, TTFT_BUCKETS_S, Metrics
 from gateway.dispatch.lifecycle import Event
+from gateway.dispatch.request import Flight
 from gateway.routing.policy import Reason
-from shared.link import messages as wire
+from gateway.telemetry.prometheus import DURATION_BUCKETS_S, TTFT_BUCKETS_S, Metrics
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import LoraplexError
+from shared.link import messages as wire
 
 
 class Nowhere:

@@ -15,8 +15,8 @@ import msgspec
 import pytest
 
 from gateway.fleet.fleet import Fleet
-from gateway.routing.registry import DEFAULT, make_policy
 from gateway.routing.policy import Ask, Choice, Policy
+from gateway.routing.registry import DEFAULT, make_policy
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from bench.micro.conftest import PerUnit
-from shared.link import messages as wire
 from shared.adapters.identity import AdapterRef
+from shared.link import messages as wire
 
 STREAMS = 64
 EVENT = b'data: {"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1,"model":"base","choices":[' + (

@@ -1,10 +1,10 @@
-"""Shell. `python -m bench.study`: the whole comparison of routing policies, in parts of any length on any number of machines.
+"""Shell. `python -m bench.routing`: the whole comparison of routing policies, in parts of any length on any number of machines.
 
-    python -m bench.study --estimate
-    python -m bench.study --jobs 14 --seconds 460 --out study                again and again, until it says that nothing is left
-    python -m bench.study --out study --have elsewhere/items.jsonl --report bench/results/routing-2026-11-24
+    python -m bench.routing --estimate
+    python -m bench.routing --jobs 14 --seconds 460 --out study                again and again, until it says that nothing is left
+    python -m bench.routing --out study --have elsewhere/items.jsonl --report bench/results/routing-2026-11-24
 
-A plan (bench/plans/routing.json; the words are in bench/sim/plan.py) becomes independent runs of at most about two minutes. Each that ends is
+A plan (bench/routing/plans/routing.json; the words are in bench/routing/sim/plan.py) becomes independent runs of at most about two minutes. Each that ends is
 one line of OUT/items.jsonl; the next call goes on from there and from what is in --have. What runs at the deadline is killed and done again.
 `--redo ray` counts runs of that policy only if they are of today's code; without it a result stays good when code changes, with a warning.
 --report writes NAME.json, NAME.md and, with matplotlib, pictures. It reports what there is and says what is missing.
@@ -32,14 +32,7 @@ from typing import Any, TextIO
 import msgspec
 
 from bench.routing.crew import Crew
-from bench.routing.sim import clairvoyant
-from bench.routing.sim import engine
-from bench.routing.sim import plot
-from bench.routing.sim import pooled
-from bench.routing.sim import production
-from bench.routing.sim import search
-from bench.routing.sim import study
-from bench.routing.sim import world
+from bench.routing.sim import clairvoyant, engine, plot, pooled, production, search, study, world
 from bench.routing.sim.item import Done, Item, Results, perform, still_good
 from bench.routing.sim.merged import markdown, merge
 from bench.routing.sim.plan import Plan, needed, read_plan, rehearse
@@ -56,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plan = read_plan(flags.plan.read_bytes())
         done = read(_files(flags))
     except (OSError, msgspec.DecodeError) as exc:
-        print(f"bench.study: {exc}", file=sys.stderr)
+        print(f"bench.routing: {exc}", file=sys.stderr)
         return 2
     if flags.report:
         command = ["python", "-m", "bench.routing", *(sys.argv[1:] if arguments is None else arguments)]
@@ -156,7 +149,14 @@ def read(files: Iterable[Path]) -> list[Done]:
 def code_digest() -> str:
     """Of all source that a run's result depends on: the production code that is loaded, and the simulator without what plans and reports."""
     ours = {module.__name__ for module in (clairvoyant, engine, pooled, production, search, study, world)}
-    ours |= {"bench.workload", "bench.sim.agenda", "bench.sim.figures", "bench.sim.scenarios", "bench.sim.timing", "bench.sim.worker"}
+    ours |= {
+        "bench.load.workload",
+        "bench.routing.sim.agenda",
+        "bench.routing.sim.figures",
+        "bench.routing.sim.scenarios",
+        "bench.routing.sim.timing",
+        "bench.routing.sim.worker",
+    }
     digest = hashlib.sha256()
     for name, module in sorted(sys.modules.items()):
         if (name.partition(".")[0] in ("gateway", "worker", "shared") or name in ours) and getattr(module, "__file__", None):
@@ -217,7 +217,7 @@ def _files(flags: argparse.Namespace) -> list[Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.study", description="The whole comparison of routing policies, in parts.")
+    parser = argparse.ArgumentParser(prog="python -m bench.routing", description="The whole comparison of routing policies, in parts.")
     add = parser.add_argument
     add("--plan", type=Path, default=PLAN)
     add("--jobs", type=int, default=max(1, multiprocessing.cpu_count() - 2), help="processes (%(default)s)")

@@ -1,8 +1,8 @@
-"""Shell. `python -m bench.one_pool REPORT.json`: what a fleet would reach if all its slots were one worker's, from a study's report.
+"""Shell. `python -m bench.routing.one_pool REPORT.json`: what a fleet would reach if all its slots were one worker's, from a study's report.
 
 No placement of adapters can do better than none at all: one queue, first come first served, for all slots of the fleet. Requests stay in a slot for as long
 as the engine's own table says: steps of a batch that is equally full everywhere, stretched by prompts and by as many loads per request as the report
-has for the default policy, or for the clairvoyant bound. The capacity is the highest rate on the ladder of bench/sim/search.py with p99 TTFT of at
+has for the default policy, or for the clairvoyant bound. The capacity is the highest rate on the ladder of bench/routing/sim/search.py with p99 TTFT of at
 most 0.5 s, the median of five seeds; lengths are taken as 128 tokens.
 
 Exit status: 0; 2, the report cannot be read.
@@ -89,14 +89,16 @@ def loads_of(document: Mapping[str, Any], policy: str) -> Loads:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.one_pool", description="What the fleet would reach if its slots were one worker's.")
+    parser = argparse.ArgumentParser(
+        prog="bench.routing.one_pool", description="What the fleet would reach if its slots were one worker's."
+    )
     parser.add_argument("report", type=Path, help="NAME.json of bench.study --report")
     flags = parser.parse_args(arguments)
     try:
         report = json.loads(flags.report.read_bytes())
         several: dict[str, Any] = {**report["scenarios"], **report["fleets"]}
     except (OSError, ValueError, KeyError) as exc:
-        print(f"bench.one_pool: {flags.report}: {exc!r}; it takes what `bench.study --report` writes", file=sys.stderr)
+        print(f"bench.routing.one_pool: {flags.report}: {exc!r}; it takes what `bench.routing --report` writes", file=sys.stderr)
         return 2
     print(f"{'':<14}{OURS:>15}{'its loads, one pool':>21}{'clairvoyant loads, one pool':>29}   requests/s")
     for name, document in several.items():

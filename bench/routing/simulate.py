@@ -1,15 +1,15 @@
-"""Shell. `python -m bench.simulate`: routing policies compared in virtual time, with the gateway's production code and simulated workers.
+"""Shell. `python -m bench.routing.simulate`: routing policies compared in virtual time, with the gateway's production code and simulated workers.
 
-    python -m bench.simulate --scenario default --seeds 10 --json default.json --plot default.png
-    python -m bench.simulate --scenario all --seeds 10 --policies ray,expected-ttft --json all.json --plot all.png
-    python -m bench.simulate --scenario default --grow adapters --seeds 10 --plot growth.png
-    python -m bench.simulate --scenario default --events loss --plot loss.png
-    python -m bench.simulate --scenario default --overload 1.25,1.5,2
-    python -m bench.simulate --scenario default --by-rank --rate 150 --loads own --warm-up 60
+    python -m bench.routing.simulate --scenario default --seeds 10 --json default.json --plot default.png
+    python -m bench.routing.simulate --scenario all --seeds 10 --policies ray,expected-ttft --json all.json --plot all.png
+    python -m bench.routing.simulate --scenario default --grow adapters --seeds 10 --plot growth.png
+    python -m bench.routing.simulate --scenario default --events loss --plot loss.png
+    python -m bench.routing.simulate --scenario default --overload 1.25,1.5,2
+    python -m bench.routing.simulate --scenario default --by-rank --rate 150 --loads own --warm-up 60
 
 No sockets, no sleeping, no model: the gateway's dispatcher, fleet, policies and admission, the worker's residency and slots, and the wire format
-between them run as they are; clocks, sockets and engines are simulated, engines by a table measured on an H200 (bench/sim/timing.py). The same
-command gives the same figures. The whole study, in resumable parts on many cores: `python -m bench.study`. Exit status: 0; 2 for flags that make no sense.
+between them run as they are; clocks, sockets and engines are simulated, engines by a table measured on an H200 (bench/routing/sim/timing.py). The same
+command gives the same figures. The whole study, in resumable parts on many cores: `python -m bench.routing`. Exit status: 0; 2 for flags that make no sense.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench.routing.sim import plot
-from bench.routing.sim import report
-from bench.routing.sim import study
+from bench.routing.sim import plot, report, study
 from bench.routing.sim.production import policies
 from bench.routing.sim.scenarios import SCENARIOS, WORKERS, Window
 from bench.routing.sim.study import CLAIRVOYANT, Case
@@ -45,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cases = _cases(flags)
     except ValueError as exc:
-        print(f"bench.simulate: {exc}", file=sys.stderr)
+        print(f"bench.routing.simulate: {exc}", file=sys.stderr)
         return 2
     logging.getLogger("loraplex").setLevel(logging.ERROR)  # a lost worker is part of the experiment
     document: dict[str, Any] = {
@@ -148,7 +146,7 @@ def _run(task: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.simulate", description="Routing policies compared in virtual time.")
+    parser = argparse.ArgumentParser(prog="python -m bench.routing.simulate", description="Routing policies compared in virtual time.")
     add = parser.add_argument
     add("--scenario", choices=[*SCENARIOS, "all"], default="default")
     add("--seeds", type=_at_least_one, default=DEFAULT_SEEDS, help="runs per figure (%(default)s)")
@@ -164,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         "--loads",
         choices=["vllm", "own"],
         default="vllm",
-        help="as vLLM loads adapters, or this project's workers do (%(default)s; bench/sim/timing.py)",
+        help="as vLLM loads adapters, or this project's workers do (%(default)s; bench/routing/sim/timing.py)",
     )
     add("--grow", choices=list(study.GROWTH), help="figures as the number of adapters or of workers grows, instead")
     add("--events", choices=["scale", "loss"], help="how a quarter more or fewer workers is taken, instead")

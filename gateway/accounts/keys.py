@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.config.llm import GatewayConfig
 from shared.config.gateway import is_loopback
+from shared.config.llm import GatewayConfig
 from shared.errors import ConfigError, Forbidden, InvalidApiKey
 
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from gateway.adapters.catalog import Catalog
-from gateway.dispatch.dispatcher import Dispatcher
 from gateway.adapters.pins import Pins, PinState, orders
 from gateway.adapters.usage import Usage
+from gateway.dispatch.dispatcher import Dispatcher
 from gateway.fleet.worker_view import Key, Worker
 from shared.adapters.identity import AdapterRef
 from shared.errors import ConfigError, LoraplexError
-from shared.runtime.state_file import POLL_S, StateFile
 from shared.link.messages import Action, WorkerId
+from shared.runtime.state_file import POLL_S, StateFile
 
 log = logging.getLogger("loraplex.keeper")
 clock = time.monotonic

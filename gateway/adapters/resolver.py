@@ -11,9 +11,9 @@ from gateway.adapters import versions
 from gateway.adapters.alias_store import AliasBook
 from gateway.adapters.aliases import InForce
 from gateway.adapters.catalog import Catalog
+from gateway.adapters.names import split_version
+from gateway.adapters.version_queries import Known, in_engines, on_workers
 from gateway.fleet.fleet import Fleet
-from gateway.api.schema import split_version, status_of
-from gateway.adapters.versions import Known
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.config.aliases import MAX_ALIASES
 from shared.errors import AdapterNotFound, InvalidAdapter, LoraplexError, WorkerUnavailable
@@ -115,7 +115,7 @@ class Resolver:
             catalog.versions.unusable(target.stored)
         if target.alias:
             # A target that is gone is no fault of the client, who asked for the alias.
-            failed = status >= 500 or isinstance(error, InvalidAdapter | AdapterNotFound) or (error is not None and status_of(error) >= 500)
+            failed = status >= 500 or isinstance(error, InvalidAdapter | AdapterNotFound) or (error is not None and error.status >= 500)
             self._book.note(target.base, target.alias, target.share, failed=failed)
 
     async def again(self, target: Target) -> Target:
@@ -131,7 +131,7 @@ class Resolver:
             raise self._no_such_version(catalog, await catalog.latest(name), target.adapter.digest)
         latest = await catalog.look_again(name)
         if latest.digest != target.adapter.digest:
-            if versions.in_engines((name, target.adapter.digest), self._fleet.pool(target.base)):
+            if in_engines((name, target.adapter.digest), self._fleet.pool(target.base)):
                 raise WorkerUnavailable("This adapter is being replaced, and the workers that have it are busy.", retry_after_s=1.0)
             catalog.versions.lost(target.stored, self._clock())
         return replace(await self.adapter(target.base, name), alias=target.alias, share=target.share)
@@ -172,7 +172,7 @@ class Resolver:
         return Target(catalog.base, ref, hits[0].stored, by_digest=True, elsewhere=ref.digest != latest.digest)
 
     def _on_workers(self, base: str, name: str) -> list[Known]:
-        return list(versions.on_workers(name, self._fleet.pool(base)))
+        return list(on_workers(name, self._fleet.pool(base)))
 
     def _no_such_version(self, catalog: Catalog, latest: StoredAdapter, spec: str) -> AdapterNotFound:
         known = {v.digest: v.state for v in self._on_workers(catalog.base, latest.name)} | {

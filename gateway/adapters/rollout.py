@@ -9,14 +9,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol, assert_never
+from typing import assert_never
 
-from gateway.adapters import versions
+from gateway.adapters import version_queries
+from gateway.adapters.version_queries import Cache, Load, Nobody, Nothing, Prepare, in_engines, in_flight
+from gateway.adapters.versions import Stage, Versions
+from gateway.fleet.commands import Tend
 from gateway.fleet.fleet import Fleet
-from gateway.telemetry.prometheus import Metrics
-from gateway.routing.demand import Rendezvous
-from gateway.adapters.versions import Prepare, Stage, Versions
+from gateway.fleet.rendezvous import Rendezvous
 from gateway.fleet.worker_view import Key, Worker
+from gateway.telemetry.prometheus import Metrics
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import InvalidAdapter, LoraplexError, WorkerUnavailable
 from shared.link.messages import Action, WorkerId
@@ -26,12 +28,6 @@ log = logging.getLogger("loraplex.versions")
 TICK_S = 0.25
 PREPARE_TIMEOUT_S = 300.0
 """For one worker. Transfers have bounds of their own; this one is for a worker that has no slot to give."""
-
-
-class Tend(Protocol):
-    """Dispatcher.tend: resolves once the worker has done it, fails with a LoraplexError."""
-
-    def __call__(self, worker: Worker, action: Action, adapter: AdapterRef, stored: StoredAdapter | None) -> asyncio.Future[None]: ...
 
 
 class Rollout:
@@ -58,16 +54,16 @@ class Rollout:
         old, new = prepare.old, prepare.new
         facts = {"base": self.base, "adapter": new.name, "old": old.digest, "new": new.digest}
         begun = self._clock()
-        plan = versions.plan(prepare, self._fleet.pool(self.base), self._homes)
+        plan = version_queries.plan(prepare, self._fleet.pool(self.base), self._homes)
         try:
             match plan:
-                case versions.Load(workers):
+                case Load(workers):
                     await self._load(workers, new)
-                case versions.Cache(worker):
+                case Cache(worker):
                     await self._ask([worker], Action.CACHE, new)
-                case versions.Nothing():
+                case Nothing():
                     pass
-                case versions.Nobody():
+                case Nobody():
                     raise WorkerUnavailable("No worker serves this model now.")
                 case _:
                     assert_never(plan)
@@ -112,8 +108,8 @@ class Rollout:
 
     def _evict(self) -> None:
         pool = self._fleet.pool(self.base)
-        for key in self._versions.leaving(lambda key: versions.in_flight(key, pool), self._clock()):
-            for worker in versions.in_engines(key, pool):
+        for key in self._versions.leaving(lambda key: in_flight(key, pool), self._clock()):
+            for worker in in_engines(key, pool):
                 if (worker.id, key) not in self._leaving:
                     self._leaving.add((worker.id, key))
                     future = self._tend(worker, Action.EVICT, AdapterRef(self.base, *key), None)

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 import msgspec
 from aiohttp import web
 
-from gateway.api import schema as openai
-from gateway.admin.scope import (Scope, body_of, choice, listed, number, text_answer)
+from gateway.adapters.names import split_model
 from gateway.adapters.reconciler import Keeper
 from gateway.adapters.usage import Usage
+from gateway.admin.scope import Scope, body_of, choice, listed, number, text_answer
 from gateway.fleet.worker_view import Worker
+from gateway.http.bodies import error_body, to_json
 from shared.adapters.identity import AdapterRef, StoredAdapter, check_name
 from shared.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, LoraplexError, NotDoneInTime
 from shared.link.messages import Action, WorkerId
@@ -55,12 +56,12 @@ class Outcome:
     def answer(self, **more: object) -> web.Response:
         """200 where all is well, the error's status where nothing is, 207 in between."""
         errors = self.errors
-        status = 200 if not errors else MULTI_STATUS if len(errors) < len(self.results) else openai.status_of(errors[0])
+        status = 200 if not errors else MULTI_STATUS if len(errors) < len(self.results) else errors[0].status
         body: dict[str, object] = {"adapter": self.name, "base": self.base, "digest": self.digest, "action": self.action, **more}
         if errors:
-            body |= msgspec.json.decode(openai.error_body(errors[0]))
+            body |= msgspec.json.decode(error_body(errors[0]))
         body["results"] = [_result(worker, error) for worker, error in self.results.items()]
-        return web.Response(status=status, body=openai.to_json(body), content_type="application/json")
+        return web.Response(status=status, body=to_json(body), content_type="application/json")
 
 
 class Actions:
@@ -203,7 +204,7 @@ class Actions:
         if not lora_name:
             raise InvalidRequest("'lora_name' must be provided.", param="lora_name")
         if ":" in lora_name:
-            base, adapter = openai.split_model(lora_name, with_adapters)
+            base, adapter = split_model(lora_name, with_adapters)
             if adapter is not None:
                 return base, adapter
         if len(with_adapters) != 1:

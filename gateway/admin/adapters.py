@@ -7,14 +7,14 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
-from gateway.admin import views as adapter_table
-from gateway.api import schema as openai
-from gateway.admin.actions import PREFIX, Actions
-from gateway.admin.scope import Scope, choice, json_answer, number
 from gateway.adapters.reconciler import Keeper
 from gateway.adapters.resolver import Resolver
 from gateway.adapters.usage import Usage
 from gateway.adapters.versions import Change
+from gateway.admin import views as adapter_table
+from gateway.admin.actions import PREFIX, Actions
+from gateway.admin.scope import Scope, choice, json_answer, number
+from gateway.admin.views import candidate
 from shared.adapters.identity import StoredAdapter, check_name
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -107,7 +107,7 @@ class Admin:
                 "model": request.query["model"],
                 "policy": self._scope.dispatcher.policy,
                 "queued": self._scope.dispatcher.queued(target.base),
-                "workers": [openai.candidate(c) for c in found],
+                "workers": [candidate(c) for c in found],
             }
         )
 

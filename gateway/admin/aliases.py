@@ -9,16 +9,17 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from gateway.api import schema as openai
-from gateway.adapters import versions
-from gateway.admin.adapters import Handler
 from gateway.adapters.alias_store import AliasBook
 from gateway.adapters.aliases import Alias, InForce, from_config
 from gateway.adapters.catalog import Catalog
-from gateway.fleet.fleet import Fleet
-from gateway.routing.demand import Rendezvous
+from gateway.adapters.names import split_model
 from gateway.adapters.resolver import Resolver, Target
-from gateway.adapters.rollout import Tend
+from gateway.adapters.version_queries import in_engines
+from gateway.admin.adapters import Handler
+from gateway.fleet.commands import Tend
+from gateway.fleet.fleet import Fleet
+from gateway.fleet.rendezvous import Rendezvous
+from gateway.http.bodies import to_json
 from shared.config.aliases import MAX_ALIASES, AliasConfig, plain_alias
 from shared.config.section import error_lines, read_section
 from shared.errors import AdapterNotFound, InvalidRequest, ModelNotFound, Overloaded, WorkerUnavailable
@@ -84,7 +85,7 @@ class AliasAPI:
             if len(bases) != 1:
                 raise InvalidRequest("Say which base model is meant: /admin/aliases/BASE:ALIAS.", param="name")
             text = f"{bases[0]}:{text}"
-        base, name = openai.split_model(text, self._catalogs)
+        base, name = split_model(text, self._catalogs)
         if self._catalogs[base] is None or name is None:
             raise ModelNotFound(f"The model `{base}` is served without adapters.", param="name")
         return base, name
@@ -99,7 +100,7 @@ class AliasAPI:
         for target in targets:
             assert target.adapter is not None
             key, pool = (target.adapter.name, target.adapter.digest), self._fleet.pool(target.base)
-            there = versions.in_engines(key, pool)
+            there = in_engines(key, pool)
             if any(w.tier_at(key) is Tier.GPU for w in there):
                 continue
             if not pool.workers:
@@ -157,4 +158,4 @@ def _read(body: bytes) -> Alias:
 
 
 def _json(value: object) -> web.Response:
-    return web.Response(body=openai.to_json(value), content_type="application/json")
+    return web.Response(body=to_json(value), content_type="application/json")

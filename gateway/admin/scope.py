@@ -8,16 +8,16 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from gateway.api import schema as openai
 from gateway.adapters.catalog import Catalog
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.routing.policy import Ask
 from gateway.fleet.worker_view import Worker
+from gateway.http.bodies import to_json
+from gateway.http.headers import MAX_SESSION
+from gateway.routing.policy import Ask
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import AdapterNotFound, InvalidRequest, LoraplexError, WorkerUnavailable
 
 T = TypeVar("T")
-MAX_SESSION = 128  # characters of an x-session-id that count
 
 
 class Scope:
@@ -105,7 +105,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def json_answer(value: object) -> web.Response:
-    return web.Response(body=openai.to_json(value), content_type="application/json")
+    return web.Response(body=to_json(value), content_type="application/json")
 
 
 def text_answer(text: str) -> web.Response:

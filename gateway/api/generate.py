@@ -8,43 +8,42 @@ Both do the same things in the same order: key, head, deadline, version, submit;
 from __future__ import annotations
 
 import asyncio
-import functools
-import hashlib
-import math
-import random
 import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
-import msgspec
 from aiohttp import web
 
-from gateway.api import schema as openai
-from gateway.admin.scope import MAX_SESSION
-from gateway.dispatch.dispatcher import Dispatcher
-from gateway.dispatch.request import Flight
-from gateway.http.server import Call
 from gateway.accounts.keys import Keys
-from gateway.telemetry.prometheus import Metrics
-from gateway.http.parser import Plain
-from gateway.dispatch.lifecycle import Phase
 from gateway.adapters.resolver import Resolver, Target
-from gateway.http.response import ClientStream, Sent
 from gateway.adapters.usage import Usage
+from gateway.api import schema as openai
+from gateway.dispatch.dispatcher import Dispatcher
+from gateway.dispatch.lifecycle import Phase
+from gateway.dispatch.request import Flight
+from gateway.http.headers import (
+    _TIMEOUT_MS,
+    MAX_SESSION,
+    TIMEOUT_HEADER,
+    Asked,
+    Deadline,
+    Ordinary,
+    _random,
+    _tenant,
+    request_id_of,
+)
+from gateway.http.parser import Plain
+from gateway.http.response import ClientStream, Sent, refuse
+from gateway.http.server import Call
+from gateway.telemetry.access_log import AccessLog, Line
+from gateway.telemetry.prometheus import Metrics
 from shared.adapters.identity import AdapterRef
-from shared.errors import AdapterNotFound, BodyTooLarge, DeadlineExceeded, InvalidRequest, LoraplexError
-from shared.runtime.log import AccessLog
+from shared.errors import AdapterNotFound, BodyTooLarge, InvalidRequest, LoraplexError
 
-REQUEST_ID = "x-request-id"
-TIMEOUT_HEADER = "x-loraplex-timeout-ms"
 SHOWN_DIGEST = 12  # characters of a version in headers and logs
-MAX_TENANTS = 1024  # keys whose digests are remembered, so that they need not be made again
-_TIMEOUT_MS = re.compile(r"0*[1-9][0-9]{0,8}\Z")
 _PRIORITY = re.compile(r"-?[0-9]{1,9}\Z")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
-_random = functools.partial(random.getrandbits, 128)  # an id, not a secret; uuid4 would ask the kernel every time
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,44 +51,6 @@ class Limits:
     max_body_bytes: int
     slow_reader_bytes: int
     request_timeout_s: float
-
-
-class Asked(Protocol):
-    """A request's path and header fields (by names in lower case), whoever has read them."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def header(self) -> Callable[[str], str | None]: ...
-
-
-class Ordinary:
-    """As aiohttp has read it."""
-
-    def __init__(self, request: web.BaseRequest) -> None:
-        self.path = request.path
-        self.header: Callable[[str], str | None] = request.headers.get
-
-
-class Line(msgspec.Struct, frozen=True, gc=False):
-    """One request in the access log."""
-
-    request: str
-    model: str
-    adapter: str | None
-    digest: str | None
-    status: int
-    outcome: str
-    worker: str | None
-    reason: str | None
-    tier: str | None
-    queue_ms: float | None
-    ttft_ms: float | None
-    load_ms: float | None
-    total_ms: float | None
-    prompt_tokens: int | None
-    output_tokens: int | None
-    error: str | None
 
 
 class Generation:
@@ -213,16 +174,6 @@ class Generation:
             raise BodyTooLarge(f"The request body is larger than {self.limits.max_body_bytes} bytes.") from exc
         except web.HTTPException as exc:
             raise InvalidRequest(f"The request body could not be read: {exc.reason}") from exc
-
-
-class Deadline(msgspec.Struct, frozen=True, gc=False):
-    """`at` is on the loop's clock, `after_s` how long that was from the request's arrival."""
-
-    at: float
-    after_s: float
-
-    def exceeded(self, phase: str) -> DeadlineExceeded:
-        return DeadlineExceeded(f"The request was not finished within {self.after_s:g} s (it was still {phase}).")
 
 
 class Exchange:
@@ -349,7 +300,7 @@ class Exchange:
                 self.head.model,
                 adapter.name if adapter else None,
                 adapter.digest[:SHOWN_DIGEST] if adapter else None,
-                stream.status or (openai.status_of(stream.error) if stream.error else 499),
+                stream.status or (stream.error.status if stream.error else 499),
                 flight.life.phase._value_,
                 choice.worker.id if choice else None,
                 choice.reason._value_ if choice else None,
@@ -426,35 +377,6 @@ class _NothingLeft:
 
 
 NOTHING_LEFT = _NothingLeft()
-
-
-def answer(error: LoraplexError, request_id: str) -> tuple[int, dict[str, str], bytes]:
-    """(status, headers, body) of an error's answer."""
-    status = openai.status_of(error)
-    headers = {REQUEST_ID: request_id}
-    if status in (429, 503):
-        headers["Retry-After"] = str(math.ceil(openai.RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s))
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return status, headers, openai.error_body(error)
-
-
-def refuse(stream: ClientStream, error: LoraplexError, request_id: str) -> None:
-    """Answers with the error; nothing has been written before."""
-    status, headers, body = answer(error, request_id)
-    stream.refuse(status, "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode(), body)
-
-
-def request_id_of(asked: Asked) -> str:
-    """The client's own id if it is harmless in headers and logs, else a new one."""
-    given = asked.header(REQUEST_ID)
-    return given if given is not None and _REQUEST_ID.match(given) else f"{_random():032x}"
-
-
-@functools.lru_cache(MAX_TENANTS)
-def _tenant(authorization: str) -> str:
-    """What tells API keys apart in queues: the first bytes of the digest of what the client authorises itself with, whether checked or not."""
-    return hashlib.sha256(authorization.encode(errors="replace")).hexdigest()[:16] if authorization else ""
 
 
 def _user(asked: Asked, head: openai.RequestHead) -> bytes:

@@ -8,7 +8,7 @@ import sys
 from datetime import datetime
 from typing import Any
 
-from gateway.cli.adapters import Failed, Gateway, common_flags, read_key, show_table
+from gateway.cli.client import Failed, Gateway, common_flags, read_key, show_table
 from shared.errors import ConfigError
 
 SET_HELP = "let an alias stand for an adapter, or for several by weight; returns once they are loaded somewhere"

@@ -14,9 +14,10 @@ import uvloop
 
 from gateway.cli import adapters as cli_adapters
 from gateway.cli import aliases as cli_aliases
+from shared.config.handover import read_settings
 from shared.config.llm import Settings, engine_kwargs_problems
 from shared.errors import ConfigError, LoraplexError
-from shared.runtime.process import follow_parent, read_settings
+from shared.runtime.process import follow_parent
 
 DESCRIPTION = """\
 Serve many LoRA fine-tunes of one base model behind one OpenAI-compatible endpoint.

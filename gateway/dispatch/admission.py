@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from gateway.dispatch.wait_queue import ANYBODY, Flow, Line, Place, Turn
-from gateway.routing.policy import Blocked
 from gateway.fleet.worker_view import Key
+from gateway.routing.policy import Blocked
 from shared.errors import Overloaded, RateLimited
 
 __all__ = ["ANYBODY", "UNBOUND", "Admission", "Bound", "Flow", "Place"]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from gateway.api.schema import from_refusal
+from shared.errors import LoraplexError, Overloaded, WorkerUnavailable, from_refusal
 from shared.link import messages as wire
-from shared.errors import LoraplexError, Overloaded, WorkerUnavailable
 
 MAX_OPEN = 1000
 

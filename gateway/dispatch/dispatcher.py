@@ -16,18 +16,17 @@ from typing import Protocol
 
 from gateway.dispatch import fairness
 from gateway.dispatch.admission import Admission
-from gateway.fleet.fleet import Changed, Fleet, FleetEvent, Joined, Worker
-from gateway.dispatch.request import Flight, adapter_key, ask_of, flow_of
-from gateway.telemetry.prometheus import Metrics
-from gateway.api.schema import from_refusal
-from gateway.fleet.peer_hints import peers_of
+from gateway.dispatch.commands import Tending
 from gateway.dispatch.keepalive import Progress, comment
 from gateway.dispatch.lifecycle import Event, Phase
-from gateway.routing.policy import (Ask, Blocked, Candidate, Choice, Decision, Policy, Wait)
-from gateway.dispatch.commands import Tending
-from shared.link import messages as wire
+from gateway.dispatch.request import Flight, adapter_key, ask_of, flow_of
+from gateway.fleet.fleet import Changed, Fleet, FleetEvent, Joined, Worker
+from gateway.fleet.peer_hints import peers_of
+from gateway.routing.policy import Ask, Blocked, Candidate, Choice, Decision, Policy, Wait
+from gateway.telemetry.prometheus import Metrics
 from shared.adapters.identity import AdapterRef, StoredAdapter
-from shared.errors import AdapterNotFound, EngineFailure, LoraplexError, Overloaded, WorkerUnavailable
+from shared.errors import AdapterNotFound, EngineFailure, LoraplexError, Overloaded, WorkerUnavailable, from_refusal
+from shared.link import messages as wire
 from shared.link.sockets import Sent
 
 log = logging.getLogger("loraplex.dispatcher")

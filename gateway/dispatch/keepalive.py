@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gateway.dispatch.request import Flight, adapter_key
 from gateway.dispatch.lifecycle import Phase
+from gateway.dispatch.request import Flight, adapter_key
 from shared.link.messages import Tier
 
 

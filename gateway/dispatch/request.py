@@ -6,11 +6,11 @@ from typing import Protocol
 
 from gateway.dispatch.admission import Flow, Place
 from gateway.dispatch.lifecycle import Lifecycle
-from gateway.routing.policy import Ask, Choice
 from gateway.fleet.worker_view import Key, key_of
-from shared.link import messages as wire
+from gateway.routing.policy import Ask, Choice
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import LoraplexError
+from shared.link import messages as wire
 
 BYTES_PER_TOKEN = 4
 """Of English text in a BPE vocabulary of 32,000 to 150,000; routing needs the order of magnitude, the worker counts exactly."""

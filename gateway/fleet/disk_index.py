@@ -14,7 +14,7 @@ MOST = 200_000
 
 
 class Shelves:
-    """Keys are those of gateway/worker.py. The longest unseen are forgotten beyond `most`. Hosts without a name have none."""
+    """Keys are those of gateway/fleet/worker_view.py. The longest unseen are forgotten beyond `most`. Hosts without a name have none."""
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most

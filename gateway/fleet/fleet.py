@@ -23,8 +23,8 @@ from typing import TypeAlias
 
 import msgspec
 
-from gateway.fleet.pool import NOWHERE, Pool
 from gateway.fleet.disk_index import Shelves
+from gateway.fleet.pool import NOWHERE, Pool
 from gateway.fleet.worker_view import Key, Worker, key_of
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import Heartbeat, StreamId, WorkerId, WorkerState

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from gateway.fleet.disk_index import Shelves
 from shared.adapters.identity import AdapterRef
-from shared.link.messages import (AdapterState, Heartbeat, StreamId, Tier, WorkerId, WorkerState)
+from shared.link.messages import AdapterState, Heartbeat, StreamId, Tier, WorkerId, WorkerState
 
 LINE_PER_SLOT = 3
 """Adapters per slot that may wait in line on a worker that is alone."""

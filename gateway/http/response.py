@@ -16,7 +16,7 @@ from http import HTTPStatus
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
-from gateway.api.schema import answer_event, error_event
+from gateway.http.bodies import answer, answer_event, error_event
 from shared.errors import LoraplexError
 
 LAST_CHUNK = b"0\r\n\r\n"
@@ -193,3 +193,9 @@ class ClientStream:
                 bytes,
             )  # whoever owns this stream is no longer part of a cycle with it
             told()
+
+
+def refuse(stream: ClientStream, error: LoraplexError, request_id: str) -> None:
+    """Answers with the error; nothing has been written before."""
+    status, headers, body = answer(error, request_id)
+    stream.refuse(status, "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode(), body)

@@ -19,16 +19,17 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import TypeAlias
 
-from gateway.routing import costs
 from gateway.fleet.fleet import Fleet
-from gateway.routing.slot_wait import PATIENCE_S, Patience
-from gateway.routing.demand import (BOUND, FLOOR, HomeSets, Rates, Rendezvous, copies_for)
 from gateway.fleet.pool import Pool
-from gateway.routing.rebalance import Relief
-from gateway.routing.policy import (Ask, Blocked, Candidate, Choice, Decision, Reason, Terms, Wait)
-from gateway.routing.slot_claims import Claims
-from gateway.routing.occupancy import Stays
+from gateway.fleet.rendezvous import Rendezvous
 from gateway.fleet.worker_view import Key, Worker
+from gateway.routing import costs
+from gateway.routing.demand import BOUND, FLOOR, HomeSets, Rates, copies_for
+from gateway.routing.occupancy import Stays
+from gateway.routing.policy import Ask, Blocked, Candidate, Choice, Decision, Reason, Terms, Wait
+from gateway.routing.rebalance import Relief
+from gateway.routing.slot_claims import Claims
+from gateway.routing.slot_wait import PATIENCE_S, Patience
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import Tier, WorkerId
 

@@ -11,8 +11,8 @@ import math
 from bisect import bisect_right, insort
 from collections import deque
 
-from gateway.routing.policy import Ask
 from gateway.fleet.worker_view import Key, Worker
+from gateway.routing.policy import Ask
 from shared.link.messages import WorkerId
 
 RECENT = 256

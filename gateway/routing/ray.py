@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from gateway.fleet.fleet import Fleet, Worker
 from gateway.fleet.pool import Pool
-from gateway.routing.policy import (Ask, Blocked, Choice, Decision, Plain, Reason, Wait, tier_of)
 from gateway.fleet.worker_view import Key, key_of
+from gateway.routing.policy import Ask, Blocked, Choice, Decision, Plain, Reason, Wait, tier_of
 from shared.link.messages import Tier
 
 MATCHING_S = 1.0

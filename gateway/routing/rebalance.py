@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
-from gateway.routing.demand import BOUND, SHRINK_AFTER_S
 from gateway.fleet.pool import Pool
 from gateway.fleet.worker_view import Key, Worker
+from gateway.routing.demand import BOUND, SHRINK_AFTER_S
 from shared.link.messages import WorkerId
 
 FLOOR = 32

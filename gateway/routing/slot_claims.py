@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gateway.routing.demand import Rates, Rendezvous
 from gateway.fleet.pool import Pool
-from gateway.routing.policy import Ask
-from gateway.routing.occupancy import Stays
+from gateway.fleet.rendezvous import Rendezvous
 from gateway.fleet.worker_view import Key, Worker
+from gateway.routing.demand import Rates
+from gateway.routing.occupancy import Stays
+from gateway.routing.policy import Ask
 from shared.link.messages import STEADY_PER_S, STEADY_SHARE, WorkerId
 
 AGE_BOUND_S = 3.0

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gateway.routing.policy import Ask
-from gateway.routing.occupancy import Stays
 from gateway.fleet.worker_view import Worker
+from gateway.routing.occupancy import Stays
+from gateway.routing.policy import Ask
 from shared.link.messages import WorkerId
 
 PATIENCE_S = 0.25

@@ -11,9 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from shared.config.handover import write_settings
 from shared.config.llm import Settings
 from shared.errors import ConfigError
-from shared.runtime.process import PARENT_ENV, write_settings
+from shared.runtime.process import PARENT_ENV
 
 STOP_S = 60.0
 
@@ -31,7 +32,7 @@ class Background:
         """Starts the server and waits until all its workers serve. Raises ConfigError if it ends before that; its messages are on stderr."""
         folder = Path(tempfile.mkdtemp(prefix="loraplex-app-"))
         config = write_settings(app, folder)
-        argv = [sys.executable, "-m", "gateway.cli.main", "serve", str(config)]
+        argv = [sys.executable, "-m", "gateway.cli.main.main", "serve", str(config)]
         env = {**os.environ, PARENT_ENV: str(os.getpid())}
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True)
         assert process.stdout is not None

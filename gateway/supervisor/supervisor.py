@@ -21,11 +21,12 @@ import aiohttp
 import msgspec
 
 from gateway.supervisor.endpoints import endpoints
-from shared.runtime import children
-from shared.runtime.children import Child, Zygote
+from shared.config.handover import write_settings
 from shared.config.llm import LLMConfig, Settings
 from shared.errors import ConfigError, LoraplexError
-from shared.runtime.process import count_gpus, on_stop_signals, write_settings
+from shared.runtime import children
+from shared.runtime.children import Child, Zygote
+from shared.runtime.process import count_gpus, on_stop_signals
 
 log = logging.getLogger("loraplex.serve")
 

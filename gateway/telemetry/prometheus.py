@@ -8,9 +8,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gateway.fleet.fleet import Fleet
-from gateway.dispatch.request import Flight
 from gateway.dispatch.lifecycle import Phase
+from gateway.dispatch.request import Flight
+from gateway.fleet.fleet import Fleet
 from gateway.routing.policy import Reason
 from gateway.telemetry.counters import Distribution, Snapshot, Tally
 from shared.link.messages import WorkerState

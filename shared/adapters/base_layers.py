@@ -1,7 +1,7 @@
 """Pure. The linear layers of a base model that adapters may change, with their shapes, from the model's `config.json` alone.
 
 Known architectures are computed here, so that checking an adapter needs neither torch nor a GPU; for any other, or where the config leaves
-out what its class fills in, `shapes_from_config` answers None and the caller builds the model without weights instead (worker/base_shapes.py).
+out what its class fills in, `shapes_from_config` answers None and the caller builds the model without weights instead (worker/validation/base_model.py).
 Output heads and embeddings are left out: adapters on them are not served.
 """
 

@@ -1,7 +1,7 @@
 """Pure. What an adapter must be before the engine sees a byte of it: its files, its tensors, the size of the change it makes.
 
 Each check raises InvalidAdapter with the first failure, worded for the adapter's owner, and a reason that makes the code (`invalid_adapter_shape`).
-Its config is checked in shared/adapter_config.py.
+Its config is checked in shared/adapters/peft_config.py.
 vLLM 0.32 by itself loads without a word, and then serves wrong answers from: tensors too small for their layer, a rank below the config's,
 other dtypes, unknown prefixes, layers that do not exist; NaN and infinite values even spoil the answers of other tenants.
 """
@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from shared.adapters.peft_config import LoraConfig
-from shared.adapters.identity import CONFIG_FILE, WEIGHTS_FILE
 from shared.adapters.base_layers import BaseShapes, endings
-from shared.errors import InvalidAdapter
+from shared.adapters.identity import CONFIG_FILE, WEIGHTS_FILE
+from shared.adapters.peft_config import LoraConfig
 from shared.adapters.safetensors import Tensor
 from shared.adapters.strict_json import shown
+from shared.errors import InvalidAdapter
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Pure. What an adapter's `adapter_config.json` may say, and what of it the other checks need.
 
-Raises InvalidAdapter with the first failure, as shared/adapter_checks.py does. Stricter than PEFT and vLLM where either would guess.
+Raises InvalidAdapter with the first failure, as shared/adapters/checks.py does. Stricter than PEFT and vLLM where either would guess.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shared.adapters.identity import CONFIG_FILE
 from shared.adapters.base_layers import BaseShapes, endings, families_in
-from shared.errors import InvalidAdapter
+from shared.adapters.identity import CONFIG_FILE
 from shared.adapters.strict_json import parse_object, shown
+from shared.errors import InvalidAdapter
 
 # Parts of PEFT's LoraConfig that change what the weights mean and that vLLM 0.32 refuses or ignores (vllm/lora/peft_helper.py).
 _UNSUPPORTED = (

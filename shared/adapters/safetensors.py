@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shared.errors import InvalidAdapter
 from shared.adapters.strict_json import parse_object, shown
+from shared.errors import InvalidAdapter
 
 LENGTH_BYTES = 8
 METADATA = "__metadata__"

@@ -9,7 +9,7 @@ import msgspec
 
 from shared.config.deployment import Factor
 from shared.config.parts import DEFAULT_MAX_LORAS, LoraConfig, Positive, SecondsOrNone
-from shared.config.section import (Finding, Section, has_errors, nearest, read_fields, under)
+from shared.config.section import Finding, Section, has_errors, nearest, read_fields, under
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank (vllm/config/lora.py)
 _KWARGS = ("engine_kwargs",)

@@ -16,7 +16,7 @@ from shared.config.section import Finding, Section, shown
 Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: any free one
 
 RoutingPolicy = Literal["expected-ttft", "ray", "residency-p2c", "p2c", "least-loaded", "round-robin", "random", "ray-strict"]
-"""What gateway/policies.py makes; docs/ROUTING.md says which to choose."""
+"""What gateway/routing/registry.py makes; docs/ROUTING.md says which to choose."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\s/:@\[\]]+):(?P<port>[0-9]{1,5})")

@@ -16,7 +16,7 @@ from msgspec import Struct
 from shared.config.deployment import UNLIMITED_REQUESTS, AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, DeploymentConfig
 from shared.config.engine import LORA_RANKS, SimTiming, engine_findings, sim_timing, unknown_kwargs
 from shared.config.gateway import GatewayConfig, LinkConfig
-from shared.config.parts import (DEFAULT_MAX_LORAS, AcceleratorConfig, LoraConfig, ModelLoadingConfig, StoreConfig, Text)
+from shared.config.parts import DEFAULT_MAX_LORAS, AcceleratorConfig, LoraConfig, ModelLoadingConfig, StoreConfig, Text
 from shared.config.section import Finding, Section
 
 __all__ = [

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from shared.config.llm import LLMConfig, Settings, rooted, rooted_gateway
 from shared.config.document import Document, read_document
 from shared.config.file import AppArgs, Application, ConfigFile
 from shared.config.gateway import GatewayConfig
-from shared.config.section import (Finding, Path, Section, dotted, error_lines, read_fields, read_section, shown, warning_lines)
+from shared.config.llm import LLMConfig, Settings, rooted, rooted_gateway
+from shared.config.section import Finding, Path, Section, dotted, error_lines, read_fields, read_section, shown, warning_lines
 from shared.errors import ConfigError
 
 ReadFile = Callable[[str], str]

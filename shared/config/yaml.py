@@ -1,12 +1,12 @@
-"""Shell. Reads configuration files, and builds settings from Python; what they mean is decided in `shared.config_settings`."""
+"""Shell. Reads configuration files, and builds settings from Python; what they mean is decided in `shared.config.loader`."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from shared.config.llm import Settings
 from shared.config.document import MAX_CHARS
+from shared.config.llm import Settings
 from shared.config.loader import Origin, parse_settings, settings_from_args
 from shared.errors import ConfigError
 

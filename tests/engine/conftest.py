@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from shared.runtime.children import Zygote
 from tests.harness import Cluster, cluster, demo_config
-from worker.__main__ import VLLM_CPU_ENV, VLLM_ENV
+from worker.engine.factory import VLLM_CPU_ENV, VLLM_ENV
 
 HERE = Path(__file__).parent
 

@@ -16,11 +16,11 @@ from tests.harness import DEMO, ROOT, demo_config
 PROGRAM = """
 import asyncio, json, sys
 from pathlib import Path
-from shared.adapters import AdapterRef
-from shared.config import LLMConfig
+from shared.adapters.identity import AdapterRef
+from shared.config.llm import LLMConfig
 from shared.errors import InvalidAdapter
-from worker.__main__ import open_engine
-from worker.engine import Call, Loaded, Swap
+from worker.engine.factory import open_engine
+from worker.engine.base import Call, Loaded, Swap
 from tests.engine import slot_audit
 
 class Reply:

@@ -19,8 +19,8 @@ import pytest_asyncio
 import yaml
 
 from shared.adapters.identity import AdapterRef
+from shared.config.handover import read_settings
 from shared.errors import EngineFailure
-from shared.runtime.process import read_settings
 from tests.harness import DEMO, demo_config
 from worker.engine.base import Call, Loaded, Swap
 
@@ -166,9 +166,9 @@ def _by_us(tokenizer: Any, path: str, include_usage: bool, request: Any, outputs
     """What a Stream writes; the first `early` outputs come before it is attached."""
     from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
+    from worker.engine.vllm.fast_path import Draft, Stream, Submission, in_words
     from worker.engine.vllm.pacing import Pacing
     from worker.engine.vllm.sse import chat_chunks, completion_chunks
-    from worker.engine.vllm.fast_path import Draft, Stream, Submission, in_words
 
     processor = OutputProcessor(tokenizer, log_stats=False)
     queue = RequestOutputCollector(request.sampling_params.output_kind, request.request_id)
@@ -207,9 +207,9 @@ async def test_the_same_engine_output_gives_the_same_bytes(tokenizer: Any, path:
 
 
 async def test_a_text_that_is_not_unicode_ends_its_own_stream_and_no_other(tokenizer: Any) -> None:
+    from worker.engine.vllm.fast_path import Draft, Stream, Submission, in_words
     from worker.engine.vllm.pacing import Pacing
     from worker.engine.vllm.sse import chat_chunks
-    from worker.engine.vllm.fast_path import Draft, Stream, Submission, in_words
 
     written, serving = Written(), _serving(CHAT)
     draft = Draft(chat_chunks("1", 1, "demo", "assistant", None, False), Submission(None, None, "", {}), lambda e: in_words(serving, e))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness import ROOT
+from worker.engine.factory import VLLM_CPU_ENV, VLLM_ENV
 from worker.engine.vllm import patches as vllm_patches
-from worker.__main__ import VLLM_CPU_ENV, VLLM_ENV
 
 SHAPES = {"17": {"1": {"64": {"4096": {"16": {"block_m": 16}}}}, "3": {"64": {"4096": {"16": {"block_m": 32}}}}}}
 
@@ -49,7 +49,7 @@ import json, sys
 from pathlib import Path
 import torch
 from vllm.lora.ops.triton_ops import utils
-from worker import vllm_patches
+from worker.engine.vllm import patches as vllm_patches
 
 torch.cuda.get_device_name = lambda: sys.argv[2]
 torch.cuda.get_device_capability = lambda: (9, 9)
@@ -78,7 +78,7 @@ def test_vllm_finds_the_table_of_its_gpu_and_of_no_other_kernel(tables: Path, gp
 RESUMED = """
 import sys
 from pathlib import Path
-from worker.vllm_tune import Table
+from worker.engine.vllm.tune_kernels import Table
 
 path = Path(sys.argv[1])
 Table(path).put((17, 3, 64, 4096, 16), {"block_m": 16})
@@ -109,7 +109,7 @@ BASE_ROWS = """
 import torch
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
-from worker import vllm_patches
+from worker.engine.vllm import patches as vllm_patches
 
 vllm_patches.apply()
 weights, rows, own = torch.ones(2, 1, 4, 8), torch.ones(3, 8), torch.tensor([1, -1, 0])

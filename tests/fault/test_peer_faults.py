@@ -13,19 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from shared.link import messages as wire
 from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import InvalidAdapter, LinkError
+from shared.link import messages as wire
 from shared.link.sockets import Server, open_context
 from shared.stores import transfer as transfer_module
 from shared.stores.transfer import Pace
 from tests.store_servers import LocalPlace
-from tests.unit.worker.test_disk_cache import WatchedStore
-from worker.peers import policy as peer_policy
+from tests.unit.worker.disk.test_cache import WatchedStore
 from worker.disk.cache import Cached, DiskCache
-from worker.peers.server import open_peer_server
+from worker.peers import policy as peer_policy
 from worker.peers.client import Peers
+from worker.peers.server import open_peer_server
 
 PART = 1 << 20
 WEIGHTS = "adapter_model.safetensors"

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.harness import ROOT
+
 SMALL = ["--engine=sim", "--slow=0.2", "--adapters=8", "--slots=2", "--streams=4", "--output-tokens=8", "--warm=0.5", "--seconds=1"]
 
 

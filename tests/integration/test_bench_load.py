@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.harness import ROOT
+
 TTFT_S, ITL_S, COLD_S = 0.050, 0.010, 0.150
 BASE = "base"
 ADAPTERS = ("pirate", "haiku", "shouting")

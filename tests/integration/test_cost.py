@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import pytest
 
 from bench.gateways.__main__ import CACHE, DIRECT, run, start
-from bench.load.__main__ import raise_open_files_limit
 from bench.gateways.peers import PEERS
 from bench.gateways.peers.comparison import Result, Scenario
 from bench.gateways.peers.peer import Running, Skipped
 from bench.gateways.peers.process import Process
+from bench.load.__main__ import raise_open_files_limit
 
 MOST_TO_NGINX = 1.5  # what is reached is below 1; the rest is room for noise, not for regressions
 REPETITIONS = 4

@@ -15,8 +15,8 @@ import pytest
 
 from shared.errors import ConfigError
 from shared.runtime.state_file import StateFile
+from tests.harness import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 60
 
 

@@ -22,10 +22,10 @@ from enum import Enum
 
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import STEADY_PER_S, STEADY_SHARE, AdapterState, Tier
-from worker.engine.base import Loaded, Swap
-from worker.adapters.popularity import STEADY_FADE_S, Heat
 from worker.adapters.instructions import Fetch, Instruction, Reject, Start, Tended
+from worker.adapters.popularity import STEADY_FADE_S, Heat
 from worker.adapters.slot_table import Evict, Full, Room, SlotTable
+from worker.engine.base import Loaded, Swap
 
 __all__ = ["Failure", "Fetch", "Instruction", "Reject", "Residency", "Stage", "Start", "Swap", "Tended"]
 

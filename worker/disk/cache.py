@@ -25,9 +25,9 @@ from shared.stores.objects import Trouble, unavailable
 from shared.stores.transfer import GRACE_S, Lanes, Pace, PartId
 from worker.disk import layout
 from worker.disk.download import Errand, Intake, Source
+from worker.disk.folder import Shelf
 from worker.disk.journal import Journal
 from worker.disk.layout import FILES, Grip, Stamp, grip, key_of
-from worker.disk.folder import Shelf
 
 log = logging.getLogger("loraplex.disk_cache")
 clock = time.monotonic

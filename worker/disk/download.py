@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Protocol
 
 from shared.adapters.identity import AdapterRef, StoredAdapter
+from shared.errors import StoreUnavailable
 from shared.stores import AdapterStore
 from shared.stores.transfer import Lanes, Pace, Part, PartId, Transfer
 from worker.disk.journal import Journal
 from worker.disk.layout import FILES
-from worker.peers.policy import PeerFailed
 
 log = logging.getLogger("loraplex.disk_cache")
 clock = time.monotonic
@@ -113,3 +113,7 @@ class Intake:
     def _note(self, part: Part, sha256: str) -> None:
         self.parts[part.id] = sha256
         self._journal.add(part, sha256)
+
+
+class PeerFailed(StoreUnavailable):
+    """A peer did not give what it was asked for; somebody else may."""

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from shared.adapters.identity import StoredAdapter
 from shared.errors import ConfigError, InvalidAdapter, StoreUnavailable
-from worker.disk import layout
 from worker.disk import eviction as policy
+from worker.disk import layout
 from worker.disk.journal import Journal
 from worker.disk.layout import FILES, JOURNAL, Grip, Manifest, grip
 

@@ -17,15 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shared.link import messages as wire
 from shared.adapters.identity import AdapterRef, StoredAdapter, StoredFile
 from shared.errors import StoreUnavailable
+from shared.link import messages as wire
 from shared.link.sockets import Client, Sent
 from shared.stores import transfer as transfers
 from shared.stores.objects import StoreFailure, Trouble
 from shared.stores.transfer import Pace, Part, PartId, Transfer, fetch_adapter
+from worker.disk.download import PeerFailed
 from worker.peers import policy
-from worker.peers.policy import PeerFailed
 
 log = logging.getLogger("loraplex.peers")
 clock = time.monotonic

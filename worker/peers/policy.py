@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from shared.errors import StoreUnavailable
-
 PIECE_BYTES = 256 << 10
 """Of one message. Larger ones cost less CPU per byte, and each holds up the event loop of both sides for longer: 0.2 ms at this size."""
 PIECES_AHEAD = 4
@@ -42,10 +40,6 @@ MOST_ASKED = 3
 MAX_STANDINGS = 256
 
 _ENDPOINT = re.compile(r"tcp://(\[[0-9A-Fa-f:.%]{2,64}\]|[A-Za-z0-9._-]{1,253}):[0-9]{1,5}")
-
-
-class PeerFailed(StoreUnavailable):
-    """A peer did not give what it was asked for; somebody else may."""
 
 
 class Standing:

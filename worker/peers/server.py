@@ -18,14 +18,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from shared.link import messages as wire
 from shared.adapters.identity import AdapterRef
 from shared.errors import LinkError
+from shared.link import messages as wire
 from shared.link.sockets import Sent, Server
 from shared.stores import transfer
-from worker.peers import policy
 from worker.disk.cache import DiskCache, Shelved
 from worker.disk.layout import key_of
+from worker.peers import policy
 
 log = logging.getLogger("loraplex.peers")
 clock = time.monotonic

@@ -1,6 +1,6 @@
 """Shell. Checks one adapter as a worker would, without engine and gateway, and prints the verdict; for `loraplex adapters validate`.
 
-python -m worker.validate PATH_OR_URL --config CONFIG [--model BASE] [--json]
+python -m worker.validation PATH_OR_URL --config CONFIG [--model BASE] [--json]
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import msgspec
 
 from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import CONFIG_FILE
+from shared.config.handover import read_settings
 from shared.config.llm import LLMConfig, Settings
 from shared.errors import AdapterNotFound, ConfigError, InvalidAdapter, LoraplexError
-from shared.runtime.process import read_settings
 from shared.stores import open_store
 from shared.stores.transfer import Pace, Transfer
 from worker.validation.factory import DEFAULT_MAX_RANK, open_validator
@@ -29,7 +29,7 @@ VALID, NOT_VALID, NOT_CHECKED = 0, 1, 2
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m worker.validate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m worker.validation", description=__doc__)
     parser.add_argument("path")
     parser.add_argument("--config", required=True)
     parser.add_argument("--model")

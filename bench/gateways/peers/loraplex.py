@@ -14,10 +14,10 @@ from pathlib import Path
 
 import yaml
 
+from bench import ROOT
 from bench.gateways.peers.peer import Place, Running
 from bench.gateways.peers.process import LOOK_AGAIN_S, NotStarted, Process, until_answers
 
-ROOT = Path(__file__).resolve().parents[2]
 READY_S = 60.0
 
 
@@ -50,7 +50,7 @@ class Loraplex:
                 gateways.append(Process(argv, place.folder / f"g{index}.log", cwd=self.root))
                 stack.callback(gateways[-1].stop)
             endpoints = [await _endpoint(run_dir / f"g{index}.json", gateway) for index, gateway in enumerate(gateways)]
-            argv = [sys.executable, "-m", "bench.mock_engine", "worker", str(config), "--workers", str(self.workers)]
+            argv = [sys.executable, "-m", "bench.gateways.mock_engine", "worker", str(config), "--workers", str(self.workers)]
             engine = Process([*argv, *(f"--gateway={e}" for e in endpoints)], place.folder / "worker.log", cwd=self.root)
             stack.callback(engine.stop)
             try:

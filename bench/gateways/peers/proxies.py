@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.gateways.peers.peer import (Command, Peer, Place, from_debian, library_path, program)
+from bench.gateways.peers.peer import Command, Peer, Place, from_debian, library_path, program
 
 NGINX_CONF = """
 daemon off;

@@ -1,6 +1,6 @@
 """Shell. Ray Serve in the shape of Serve LLM: proxy -> ingress deployment (FastAPI) -> server deployment, streams in batches of 50 ms.
 
-    PYTHON_OF_THE_PEER bench/peers/ray_app.py PORT
+    PYTHON_OF_THE_PEER bench/gateways/peers/ray_app.py PORT
 
 Runs in Ray's own environment and imports nothing of this project. The server deployment makes the tokens itself, at the pace that the
 request's `seed` asks for (milliseconds), and the ingress renders them with pydantic, as Serve LLM's OpenAI ingress does. Its CPU counts as

@@ -17,10 +17,10 @@ import heapq
 from collections import defaultdict
 from collections.abc import Sequence
 
+from bench.load.workload import Request
 from bench.routing.sim.timing import Timing
 from bench.routing.sim.worker import WorkerFacts
 from bench.routing.sim.world import LoadSeen, Outcome, Run, adapter_name
-from bench.load.workload import Request
 from shared.link.messages import Tier
 
 FLEET = "fleet"

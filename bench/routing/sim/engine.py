@@ -21,7 +21,7 @@ from bench.routing.sim.agenda import Agenda
 from bench.routing.sim.timing import Timing
 
 EWMA = 0.2
-"""Weight of the newest step in the measured rates, as in worker/vllm_engine.py."""
+"""Weight of the newest step in the measured rates, as in worker/engine/vllm/engine.py."""
 HAIR = 1e-9
 """Of a step: a sum of steps may miss a boundary by rounding."""
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from bench.load.measure import percentile
 from bench.routing.sim.scenarios import Window
 from bench.routing.sim.world import Outcome, Run
-from gateway.routing.expected_ttft import EVEN
 from gateway.routing.demand import FLOOR, copies_for
+from gateway.routing.expected_ttft import EVEN
 from shared.link.messages import Tier
 
 FAILED_TTFT_S = 60.0
@@ -176,7 +176,7 @@ class Flash:
     """Workers that loaded the hot adapter."""
     hot_p99_s: float
     needed: int = 1
-    """Copies that its peak demand is worth by the rule of gateway/expected_ttft.py: one per EVEN times the mean load."""
+    """Copies that its peak demand is worth by the rule of gateway/routing/expected_ttft.py: one per EVEN times the mean load."""
 
     @property
     def rise(self) -> float:

@@ -9,9 +9,7 @@ from typing import Any, Literal, TypeAlias, assert_never
 
 import msgspec
 
-from bench.routing.sim import scenarios
-from bench.routing.sim import search
-from bench.routing.sim import study
+from bench.routing.sim import scenarios, search, study
 from bench.routing.sim.scenarios import SCENARIOS, Scenario, Window
 from bench.routing.sim.study import CLAIRVOYANT, Case
 from bench.routing.sim.timing import Loader

@@ -1,7 +1,7 @@
 """Pure. From a study's results to one document, tables and titles of pictures: what there is, and in words what is missing.
 
     schema, plan, processor_s, missing [str]
-    scenarios   {name: the document of bench/sim/report.py, with `overload` where asked for, and `ratios`}
+    scenarios   {name: the document of bench/routing/sim/report.py, with `overload` where asked for, and `ratios`}
     fleets      {"64 workers": the same}
     events      {what: event};  growth {of: growth}
 
@@ -14,13 +14,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.routing.sim import report
-from bench.routing.sim import study
+from bench.routing.sim import report, study
 from bench.routing.sim.figures import Figures, Flash, Moment, spread
 from bench.routing.sim.item import Item, Results, case_of, with_seed
-from bench.routing.sim.plan import (Compare, Event, Grow, Overload, Plan, capacities, capacity, common_rate, compared_runs, event_runs, grow_runs, median_capacity, overload_runs, rehearse)
+from bench.routing.sim.plan import (
+    Compare,
+    Event,
+    Grow,
+    Overload,
+    Plan,
+    capacities,
+    capacity,
+    common_rate,
+    compared_runs,
+    event_runs,
+    grow_runs,
+    median_capacity,
+    overload_runs,
+    rehearse,
+)
 from bench.routing.sim.scenarios import WORKERS
-from bench.routing.sim.study import (CLAIRVOYANT, COMMON_P99_S, COMMON_SHARE, ONE_POOL, OURS, REFERENCE)
+from bench.routing.sim.study import CLAIRVOYANT, COMMON_P99_S, COMMON_SHARE, ONE_POOL, OURS, REFERENCE
 
 SCHEMA = "loraplex.bench.study/1"
 

@@ -14,7 +14,18 @@ import msgspec
 
 from bench.routing.sim.item import Item, Kind, Results, at, with_seed
 from bench.routing.sim.search import found_rps, next_rung, rate_of, rung_of
-from bench.routing.sim.study import (ADAPTERS_PER_WORKER, CAPACITY_P99_S, CLAIRVOYANT, COMMON_P99_S, COMMON_SHARE, GUESS_RPS_PER_WORKER, MOST_ADAPTERS, ONE_POOL, OURS, REFERENCE)
+from bench.routing.sim.study import (
+    ADAPTERS_PER_WORKER,
+    CAPACITY_P99_S,
+    CLAIRVOYANT,
+    COMMON_P99_S,
+    COMMON_SHARE,
+    GUESS_RPS_PER_WORKER,
+    MOST_ADAPTERS,
+    ONE_POOL,
+    OURS,
+    REFERENCE,
+)
 from bench.routing.sim.timing import Loader
 
 STRIDE = 3

@@ -11,11 +11,11 @@ from bench.routing.sim.timing import Loader
 from bench.routing.sim.worker import HEARTBEAT_S, WorkerFacts
 from gateway.dispatch.admission import Admission
 from gateway.dispatch.dispatcher import Dispatcher, Transport
-from gateway.fleet.fleet import Fleet
 from gateway.dispatch.request import Flight
-from gateway.telemetry.prometheus import Metrics
-from gateway.routing.registry import POLICIES, make_policy
+from gateway.fleet.fleet import Fleet
 from gateway.routing.policy import Reason
+from gateway.routing.registry import POLICIES, make_policy
+from gateway.telemetry.prometheus import Metrics
 from shared.link import messages as wire
 
 STRICT = "ray-strict"

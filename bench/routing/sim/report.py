@@ -13,7 +13,7 @@ The document of one scenario; `--scenario all` has these under `scenarios.<name>
     event       {what, at_s, rate_rps, policies: {name: [{at_s, ttft_p50_s, ttft_p99_s, loads, failed}]}}      with --events only
     waits       {rate_rps, ranks, policies: {name: {mean_s, p50_s, p90_s, p99_s, by_rank, ...}}}, medians alone      with --by-rank only
 
-What each figure is: bench/sim/figures.py. `clairvoyant` is a bound, not a policy: bench/sim/clairvoyant.py.
+What each figure is: bench/routing/sim/figures.py. `clairvoyant` is a bound, not a policy: bench/routing/sim/clairvoyant.py.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from dataclasses import asdict, fields
 from itertools import pairwise
 from typing import Any
 
-from bench.routing.sim.figures import (RANKS, Figures, Flash, Moment, Spread, Waits, spread)
-from bench.routing.sim.study import (CLAIRVOYANT, ONE_POOL, OURS, REFERENCE, Comparison, Event, Growth, Overload)
+from bench.routing.sim.figures import RANKS, Figures, Flash, Moment, Spread, Waits, spread
+from bench.routing.sim.study import CLAIRVOYANT, ONE_POOL, OURS, REFERENCE, Comparison, Event, Growth, Overload
 
 SCHEMA = "loraplex.bench.simulate/1"
 MAIN = ("capacity_rps", "ttft_p50_s", "ttft_p99_s", "loads_per_request", "hit_rate", "jain")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from heapq import merge
 from itertools import takewhile
 
-from bench.load.workload import (Fixed, FlashCrowd, Identical, Length, LogNormal, Mix, Poisson, Request, Uniform, Workload, Zipf, requests)
+from bench.load.workload import Fixed, FlashCrowd, Identical, Length, LogNormal, Mix, Poisson, Request, Uniform, Workload, Zipf, requests
 
 WORKERS = 8
 TOKENS = Fixed(128)

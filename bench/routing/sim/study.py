@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
 
 from bench.routing.sim.clairvoyant import bound, capacity_bound
-from bench.routing.sim.figures import (Figures, Flash, Moment, Spread, Waits, figures, flash, spread, timeline, waits)
+from bench.routing.sim.figures import Figures, Flash, Moment, Spread, Waits, figures, flash, spread, timeline, waits
 from bench.routing.sim.pooled import pooled
 from bench.routing.sim.production import STRICT, loader_of
 from bench.routing.sim.scenarios import SCENARIOS, WORKERS, Scenario, Window, requests_of
 from bench.routing.sim.search import highest, keeps
 from bench.routing.sim.timing import Loader, timing_of
 from bench.routing.sim.worker import WorkerFacts
-from bench.routing.sim.world import (Join, Loss, Run, World, adapter_name, simulate)
+from bench.routing.sim.world import Join, Loss, Run, World, adapter_name, simulate
 
 CLAIRVOYANT = "clairvoyant"
 ONE_POOL = "one-pool"
@@ -45,7 +45,7 @@ GROWTH = {
     "workers": (1, 2, 4, 8, 16, 64, 256, 1_000),
 }
 PRODUCTION_QUEUE, PRODUCTION_QUEUE_S = 1024, 60.0
-"""The gateway's defaults (shared/config_gateway.py): overload is met with the bounds that production has."""
+"""The gateway's defaults (shared/config/gateway.py): overload is met with the bounds that production has."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Decode: mean time between tokens of N streams over 16 adapters, 128 tokens in an
 what does not grow with the prompt: 22,600 tokens/s from 64 prompts alone, 12,000 from 16.) One warm request alone had its first token after
 18-23 ms; its step and its prompt account for 6.7 + 4.0 ms, the rest is the server around the engine, which delays but does not occupy it.
 Loads: a cold adapter of 26 MiB took 60 ms, all of it inside the engine's loop. This project's workers read, cast and pin it beside the loop, one after
-another, in 27 to 45 ms; running streams then stand still for 5.3 to 6.6 ms (median of `bench.gpu --rows stall` on an H100 and an H200), of which the
+another, in 27 to 45 ms; running streams then stand still for 5.3 to 6.6 ms (median of `bench.engine.gpu --rows stall` on an H100 and an H200), of which the
 copy into the slot is half a millisecond.
 """
 

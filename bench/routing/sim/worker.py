@@ -10,11 +10,11 @@ from bench.routing.sim.agenda import Agenda
 from bench.routing.sim.engine import Engine, Sequence
 from bench.routing.sim.timing import Timing
 from bench.routing.sim.vllm_residency import VllmResidency
-from shared.link import messages as wire
 from shared.adapters.identity import AdapterRef
 from shared.averages import blend
-from worker.engine.base import Loaded, Swap
+from shared.link import messages as wire
 from worker.adapters.residency import Fetch, Instruction, Reject, Residency, Start
+from worker.engine.base import Loaded, Swap
 
 LOAD_WEIGHT = 0.3
 """Of the newest load in the moving average, as in worker/agent.py."""

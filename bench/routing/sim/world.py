@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from bench.load.workload import Request
 from bench.routing.sim.agenda import Agenda
 from bench.routing.sim.production import build_dispatcher, worker_facts
 from bench.routing.sim.timing import Timing
 from bench.routing.sim.worker import SimWorker, WorkerFacts
-from bench.load.workload import Request
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.request import Flight
-from shared.link import messages as wire
 from shared.adapters.identity import AdapterRef, StoredAdapter, StoredFile
 from shared.errors import LoraplexError
+from shared.link import messages as wire
 from shared.link.sockets import Sent
 
 TICK_S = 0.2

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from shared.adapters.identity import AdapterRef
 from shared.averages import blend
 from shared.errors import EngineFailure, InvalidAdapter, InvalidRequest, RouteNotFound
-from worker.engine.base import (Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped)
+from worker.engine.base import Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped
 from worker.engine.sim.answers import Answer, error_body, read_request
 
 clock = time.monotonic

@@ -1,4 +1,4 @@
-"""Shell. Adapters in and out of vLLM, from the front end's side: calls of worker/vllm_extension.py on every rank, between engine steps."""
+"""Shell. Adapters in and out of vLLM, from the front end's side: calls of worker/engine/vllm/worker_extension.py on every rank, between engine steps."""
 
 from __future__ import annotations
 

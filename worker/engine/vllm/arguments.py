@@ -1,6 +1,6 @@
 """Shell. Prints the names that `engine_kwargs` may hold, as a JSON list: `loraplex check` asks this in a process of its own.
 
-python -m worker.arguments
+python -m worker.engine.vllm.arguments
 """
 
 from __future__ import annotations

@@ -39,11 +39,11 @@ from shared.averages import blend
 from shared.config.llm import LLMConfig
 from shared.errors import ConfigError, EngineFailure
 from shared.runtime.parent_death import die_with_parent
+from worker.engine.base import Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped
 from worker.engine.vllm import patches as vllm_patches
-from worker.engine.base import (Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped)
-from worker.engine.vllm.pacing import LOOK_S, Pacing
 from worker.engine.vllm.adapters import Adapters, lora_request
 from worker.engine.vllm.fast_path import FastPath
+from worker.engine.vllm.pacing import LOOK_S, Pacing
 from worker.engine.vllm.plugin import WORKER_PID_ENV
 from worker.engine.vllm.warm_up import WARM_UP_TOKENS, WARM_UPS, prefills
 

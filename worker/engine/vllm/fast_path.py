@@ -29,7 +29,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from shared.errors import EngineFailure
 from worker.engine.base import Call, Reply
 from worker.engine.vllm.pacing import Pacing
-from worker.engine.vllm.sse import (DONE, Chunks, chat_chunks, completion_chunks, escape, is_plain_chat, is_plain_completion)
+from worker.engine.vllm.sse import DONE, Chunks, chat_chunks, completion_chunks, escape, is_plain_chat, is_plain_completion
 
 UNUSUAL_ARGS = (
     "api_key",

@@ -54,7 +54,7 @@ def _base_rows_stay_base() -> None:
 def _lora_kernels_fit_the_gpu() -> None:
     """vLLM launches its LoRA kernels with one guess for every GPU, unless VLLM_TUNED_CONFIG_FOLDER has tables for this one, and brings none.
 
-    Ours are made by worker/vllm_tune.py; the user's own folder comes first. (Setting the variable instead would change the kernels of MoE models.)
+    Ours are made by worker/engine/vllm/tune_kernels.py; the user's own folder comes first. (Setting the variable instead would change the kernels of MoE models.)
     """
     from vllm.lora.ops.triton_ops import utils
 

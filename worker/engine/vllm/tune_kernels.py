@@ -1,10 +1,10 @@
-"""Shell. `python -m worker.vllm_tune`: finds how vLLM's LoRA kernels should be launched on this GPU, and writes the tables that workers use.
+"""Shell. `python -m worker.engine.vllm.tune_kernels`: finds how vLLM's LoRA kernels should be launched on this GPU, and writes the tables that workers use.
 
-    python -m worker.vllm_tune --out worker/lora_kernels --slots 16 --rank 16
+    python -m worker.engine.vllm.tune_kernels --out worker/engine/vllm/lora_kernels --slots 16 --rank 16
 
 vLLM (0.32) launches its two kernels with one guess for every GPU and shape: 64 splits of K in blocks of 256, where a hidden size of 4,096 has
 work for 16; the rest add zeros to memory, once per adapter in the batch. The tables have vLLM's own format (VLLM_TUNED_CONFIG_FOLDER) and are
-found by worker/vllm_patches.py. Shapes are those of a Llama layer; vLLM takes the nearest for others. Every candidate's result is compared with
+found by worker/engine/vllm/patches.py. Shapes are those of a Llama layer; vLLM takes the nearest for others. Every candidate's result is compared with
 that of vLLM's own guess before its time counts. Takes some minutes, most of them for compiling the candidates.
 
 The tables are written anew after every shape, and what they have is not measured again: the same command goes on where the last one stopped,
@@ -208,7 +208,7 @@ def _short(config: Config) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m worker.vllm_tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m worker.engine.vllm.tune_kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--slots", type=int, default=16)

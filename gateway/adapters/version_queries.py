@@ -1,0 +1,89 @@
+"""Pure. DOC."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from gateway.fleet.pool import Pool
+from gateway.fleet.rendezvous import Rendezvous
+from gateway.fleet.worker_view import Key, Worker
+from shared.adapters.identity import StoredAdapter
+from shared.link.messages import Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Make the new version ready (see `plan`); answer with `ready` or `failed`. `recent`: the old one is worth keeping meanwhile."""
+
+    old: StoredAdapter
+    new: StoredAdapter
+    recent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """One version of a name that may be asked for by its digest. `state`: current, preparing, refused, older, or loaded (on some worker)."""
+
+    digest: str
+    state: str
+    stored: StoredAdapter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Into a slot of each of these workers; of the first one before the others, so that a version that kills engines kills one."""
+
+    workers: tuple[Worker, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Onto the worker's disk, validated."""
+
+    worker: Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """There is no old version that would be worth keeping."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nobody:
+    """No worker serves the base model now."""
+
+
+Plan: TypeAlias = Load | Cache | Nothing | Nobody
+
+
+def plan(prepare: Prepare, pool: Pool, homes: Rendezvous) -> Plan:
+    """Where the new version is made ready: in the slots of the workers that have the old one in a slot, else of one that has it in host memory,
+    else on the disk of its home."""
+    old = (prepare.old.name, prepare.old.digest)
+    holders = in_engines(old, pool)
+    if holders:
+        slotted = [w for w in holders if w.tier_at(old) is Tier.GPU]
+        return Load(tuple(sorted(slotted, key=lambda w: w.load)) or (holders[0],))
+    if not prepare.recent:
+        return Nothing()
+    return Cache(homes.order((prepare.new.name, prepare.new.digest), pool)[0]) if pool.workers else Nobody()
+
+
+def in_engines(key: Key, pool: Pool) -> list[Worker]:
+    """The workers whose engine has the version, in a slot or in host memory."""
+    there = {**pool.holders.get(key, {}), **pool.stashes.get(key, {})}
+    return [w for w in there.values() if w.tier_at(key) in (Tier.GPU, Tier.CPU)]
+
+
+def in_flight(key: Key, pool: Pool) -> int | None:
+    """Requests for the version on all workers; None if no engine has it."""
+    workers = in_engines(key, pool)
+    return sum(w.in_flight(key) for w in workers) if workers else None
+
+
+def on_workers(name: str, pool: Pool) -> Iterator[Known]:
+    """The versions of a name that any worker has; looks at every adapter of the pool."""
+    for digest in {d for index in (pool.holders, pool.stashes) for n, d in index if n == name}:
+        yield Known(digest, "loaded")

@@ -1,0 +1,74 @@
+"""Shell. DOC."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+import re
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+from aiohttp import web
+
+from shared.errors import DeadlineExceeded
+
+REQUEST_ID = "x-request-id"
+
+
+TIMEOUT_HEADER = "x-loraplex-timeout-ms"
+
+
+MAX_TENANTS = 1024  # keys whose digests are remembered, so that they need not be made again
+
+
+_TIMEOUT_MS = re.compile(r"0*[1-9][0-9]{0,8}\Z")
+
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
+
+
+_random = functools.partial(random.getrandbits, 128)  # an id, not a secret; uuid4 would ask the kernel every time
+
+
+class Asked(Protocol):
+    """A request's path and header fields (by names in lower case), whoever has read them."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def header(self) -> Callable[[str], str | None]: ...
+
+
+class Ordinary:
+    """As aiohttp has read it."""
+
+    def __init__(self, request: web.BaseRequest) -> None:
+        self.path = request.path
+        self.header: Callable[[str], str | None] = request.headers.get
+
+
+class Deadline(msgspec.Struct, frozen=True, gc=False):
+    """`at` is on the loop's clock, `after_s` how long that was from the request's arrival."""
+
+    at: float
+    after_s: float
+
+    def exceeded(self, phase: str) -> DeadlineExceeded:
+        return DeadlineExceeded(f"The request was not finished within {self.after_s:g} s (it was still {phase}).")
+
+
+def request_id_of(asked: Asked) -> str:
+    """The client's own id if it is harmless in headers and logs, else a new one."""
+    given = asked.header(REQUEST_ID)
+    return given if given is not None and _REQUEST_ID.match(given) else f"{_random():032x}"
+
+
+@functools.lru_cache(MAX_TENANTS)
+def _tenant(authorization: str) -> str:
+    """What tells API keys apart in queues: the first bytes of the digest of what the client authorises itself with, whether checked or not."""
+    return hashlib.sha256(authorization.encode(errors="replace")).hexdigest()[:16] if authorization else ""
+
+
+MAX_SESSION = 128  # characters of an x-session-id that count

@@ -1,0 +1,66 @@
+"""Shell. DOC."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+import msgspec
+
+from shared.runtime.log import _encode
+
+
+class Line(msgspec.Struct, frozen=True, gc=False):
+    """One request in the access log."""
+
+    request: str
+    model: str
+    adapter: str | None
+    digest: str | None
+    status: int
+    outcome: str
+    worker: str | None
+    reason: str | None
+    tier: str | None
+    queue_ms: float | None
+    ttft_ms: float | None
+    load_ms: float | None
+    total_ms: float | None
+    prompt_tokens: int | None
+    output_tokens: int | None
+    error: str | None
+
+
+FLUSH_S = 0.1
+
+
+class AccessLog:
+    """One line per request, past logging's machinery (45 microseconds of a request): lines leave together, ten times a second.
+
+    Call `flush()` once at the end.
+    """
+
+    def __init__(self, process: str, level: str = "info", json_lines: bool | None = None) -> None:
+        self._process = process
+        self.enabled = level in ("debug", "info")
+        self._as_json = not sys.stderr.isatty() if json_lines is None else json_lines
+        self._begin = b'"level":"info","process":%b,"event":"request",' % _encode(process)
+        self._lines: list[bytes] = []
+
+    def write(self, facts: msgspec.Struct) -> None:
+        if not self.enabled:
+            return
+        if not self._lines:
+            asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
+        if self._as_json:
+            self._lines.append(b'{"ts":%.3f,%b%b' % (time.time(), self._begin, _encode(facts)[1:]))
+        else:
+            shown = " ".join(f"{k}={v}" for k, v in msgspec.structs.asdict(facts).items() if v not in (None, ""))
+            self._lines.append(f"{time.strftime('%H:%M:%S')} {self._process:<8} request  {shown}".encode())
+
+    def flush(self) -> None:
+        if self._lines:
+            sys.stderr.write(b"\n".join([*self._lines, b""]).decode())
+            sys.stderr.flush()
+            self._lines.clear()

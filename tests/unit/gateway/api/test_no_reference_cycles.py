@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+
+from gateway.accounts.keys import Keys
+from gateway.adapters.resolver import Resolver
+from gateway.adapters.usage import Usage
+from gateway.api.generate import Generation, Limits
+from gateway.dispatch.admission import Admission
+from gateway.dispatch.dispatcher import Dispatcher
+from gateway.fleet.fleet import Fleet
+from gateway.http.server import Door, Front
+from gateway.routing.registry import make_policy
+from gateway.telemetry.access_log import AccessLog
+from gateway.telemetry.prometheus import Metrics
+from shared.link import messages as wire
+from shared.link.sockets import Sent
+
+PATH = "/v1/completions"
+BODY = b'{"model":"base","prompt":"hello","stream":%b}'
+REQUEST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+TIMES = 50
+
+
+class Wires:
+    def send_data(self, peer: bytes, data: bytes) -> Sent:
+        return Sent.OK
+
+    def send_control(self, peer: bytes, data: bytes) -> Sent:
+        return Sent.OK
+
+
+class Written(asyncio.Transport):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = b""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.text += data
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return False
+
+
+class NoAliases:
+    def of(self, base: str) -> dict[str, str]:
+        return {}
+
+
+async def never(request: object) -> object:
+    raise AssertionError("a plain request went to aiohttp")
+
+
+async def test_a_request_that_has_ended_leaves_nothing_for_the_collector() -> None:
+    metrics, fleet = Metrics(), Fleet(3.0, {})
+    welcome = wire.Welcome("g0", "x", 3.0, 0.1)
+    dispatcher = Dispatcher(
+        fleet, make_policy("expected-ttft"), Admission(100, 60.0), Wires(), metrics, lambda: welcome, random.Random(1), 100, progress_s=5.0
+    )
+    resolver = Resolver({"base": None}, NoAliases(), fleet)  # type: ignore[dict-item, arg-type]
+    limits = Limits(1 << 20, 1 << 20, 600.0)
+    generation = Generation(dispatcher, resolver, metrics, Keys(), limits, AccessLog("g0", "error"), Usage())
+    door = Door(never, express=generation.express, paths=frozenset({PATH}), most_bytes=1 << 20, keepalive_timeout=75.0)
+    peer = wire.identity("w0", 1)
+    beat = wire.Heartbeat("w0", 1, 1, "base", wire.WorkerState.SERVING, capacity=8, slots=2)
+    dispatcher.on_control(peer, wire.encode(beat))
+    dispatcher.on_data(peer, wire.encode(wire.Attach("w0", 1)))
+    front, written = Front(door), Written()
+    front.connection_made(written)
+
+    async def ask(stream: bool) -> None:
+        body = BODY % (b"true" if stream else b"false")
+        front.data_received(REQUEST % (len(body), body))
+        sid = dispatcher._last_sid
+        status, done = 200 << wire.STATUS_SHIFT, wire.Done(sid, 10, 64, 0.0, 0.0, wire.Tier.GPU)
+        if stream:
+            dispatcher.on_data(peer, wire.encode(wire.Step([(sid, status | wire.SSE, b"data: {}\n\n")], [])))
+            dispatcher.on_data(peer, wire.encode(wire.Step([(sid, wire.END, b"data: [DONE]\n\n")], [done])))
+        else:
+            dispatcher.on_data(peer, wire.encode(wire.Step([(sid, status | wire.END, b"{}")], [done])))
+        await asyncio.sleep(0)  # what was put off to the loop's next turn
+
+    for stream in (False, True):
+        for _ in range(TIMES):  # whatever is made once
+            await ask(stream)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(TIMES):
+                await ask(stream)
+            assert gc.collect() < TIMES, "each request left a cycle"
+        finally:
+            gc.enable()
+    assert written.text.count(b"HTTP/1.1 200 OK") == 4 * TIMES
+    front.connection_lost(None)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import msgspec
+
+from gateway.fleet.disk_index import Shelves
+from gateway.fleet.fleet import Fleet
+from gateway.fleet.worker_view import Worker
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
+
+PIRATE = AdapterRef("tiny", "pirate", "d")
+NOTHING: tuple[AdapterState, ...] = ()
+
+
+def holding(tier: Tier, *, loading: bool = False) -> tuple[AdapterState, ...]:
+    return (AdapterState("pirate", "d", tier, loading),)
+
+
+class Hosts:
+    def __init__(self) -> None:
+        self.fleet = Fleet(3.0)
+        self.seq = 0
+
+    def beat(self, worker: str, host: str, adapters: tuple[AdapterState, ...], epoch: int = 1) -> None:
+        self.seq += 1
+        beat = Heartbeat(worker, epoch, self.seq, "tiny", WorkerState.SERVING, 4, 4, adapters=adapters)
+        self.fleet.beat(msgspec.structs.replace(beat, host=host), 0.0)
+
+    def tier(self, worker: str) -> Tier:
+        found = self.fleet.get(worker)
+        assert isinstance(found, Worker)
+        return found.tier(PIRATE)
+
+
+def test_what_a_worker_dropped_is_on_its_hosts_disk_for_all_workers_there_and_for_nobody_else() -> None:
+    hosts = Hosts()
+    for worker, host in (("w0", "a"), ("w1", "a"), ("w2", "b")):
+        hosts.beat(worker, host, NOTHING)
+    assert [hosts.tier(w) for w in ("w0", "w1", "w2")] == [Tier.REMOTE] * 3
+    hosts.beat("w0", "a", holding(Tier.GPU))
+    assert [hosts.tier(w) for w in ("w0", "w1", "w2")] == [Tier.GPU, Tier.DISK, Tier.REMOTE]
+    hosts.beat("w0", "a", NOTHING)
+    assert [hosts.tier(w) for w in ("w0", "w1", "w2")] == [Tier.DISK, Tier.DISK, Tier.REMOTE]
+
+
+def test_what_is_being_fetched_is_not_there_yet() -> None:
+    hosts = Hosts()
+    hosts.beat("w0", "a", holding(Tier.REMOTE, loading=True))
+    hosts.beat("w1", "a", NOTHING)
+    assert hosts.tier("w0") == hosts.tier("w1") == Tier.REMOTE
+    hosts.beat("w0", "a", holding(Tier.REMOTE))  # for the disk alone
+    hosts.beat("w0", "a", NOTHING)  # it failed, for all that is known
+    assert hosts.tier("w1") is Tier.REMOTE
+
+
+def test_a_load_from_a_disk_that_has_it_is_no_fetch_though_the_worker_has_only_begun() -> None:
+    hosts = Hosts()
+    hosts.beat("w0", "a", holding(Tier.CPU))
+    hosts.beat("w1", "a", holding(Tier.REMOTE, loading=True))
+    assert hosts.tier("w1") is Tier.DISK
+
+
+def test_a_disk_outlives_its_workers() -> None:
+    hosts = Hosts()
+    hosts.beat("w0", "a", holding(Tier.GPU))
+    assert hosts.fleet.unreachable("w0", 1) is not None
+    hosts.beat("w0", "a", NOTHING, epoch=2)
+    assert hosts.tier("w0") is Tier.DISK
+
+
+def test_a_worker_that_names_no_host_shares_no_disk() -> None:
+    hosts = Hosts()
+    hosts.beat("w0", "", holding(Tier.GPU))
+    hosts.beat("w1", "", NOTHING)
+    assert hosts.tier("w1") is Tier.REMOTE
+
+
+def test_memory_is_bounded_and_the_longest_unseen_is_forgotten_first() -> None:
+    shelves = Shelves(most=2)
+    for name in ("a", "b", "a", "c"):
+        shelves.put("host", "tiny", [(name, "d")])
+    assert len(shelves) == 2
+    assert [shelves.has("host", "tiny", (name, "d")) for name in ("a", "b", "c")] == [True, False, True]
+
+
+def test_an_adapter_of_another_base_model_is_another_adapter() -> None:
+    shelves = Shelves()
+    shelves.put("host", "tiny", [("a", "d")])
+    assert shelves.has("host", "tiny", ("a", "d")) and not shelves.has("host", "large", ("a", "d"))
+
+
+def test_what_a_worker_was_told_to_fetch_is_on_its_disk_though_no_heartbeat_says_so() -> None:
+    hosts = Hosts()
+    hosts.beat("w0", "a", NOTHING)
+    hosts.beat("w1", "a", NOTHING)
+    worker = hosts.fleet.get("w0")
+    assert worker is not None
+    hosts.fleet.cached(worker, PIRATE)
+    assert hosts.tier("w0") == hosts.tier("w1") == Tier.DISK

@@ -1,0 +1,360 @@
+"""Whole files: Ray's forms, real line numbers, all problems at once, warnings for what only Ray understands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shared.config.llm import LLMConfig, Settings, engine_kwargs_problems
+from shared.config.yaml import app_from_args, load_settings, parse_settings
+from shared.errors import ConfigError
+from tests.harness import ROOT
+
+EXAMPLES = ROOT / "examples"
+SMALL = "llm_configs:\n- model_loading_config: {model_id: m}\n"
+
+
+def nothing(path: str) -> str:
+    raise FileNotFoundError(2, os.strerror(2), path)
+
+
+def parse(text: str, read_file: Callable[[str], str] = nothing) -> Settings:
+    return parse_settings(text, "conf/c.yaml", read_file)
+
+
+def refusal(text: str, read_file: Callable[[str], str] = nothing) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(text, read_file)
+    return caught.value.message.splitlines()
+
+
+def test_the_shortest_file_is_one_model() -> None:
+    loaded = parse(SMALL)
+    assert [model.model_id for model in loaded.models] == ["m"]
+    assert (loaded.source, loaded.warnings, loaded.gateway.port) == ("conf/c.yaml", (), 8000)
+
+
+@pytest.mark.parametrize(("name", "workers"), [("qwen.yaml", 1), ("ray.yaml", 1), ("sim.yaml", 2)])
+def test_the_examples_are_valid(name: str, workers: int) -> None:
+    loaded = load_settings(EXAMPLES / name)
+    assert [model.workers for model in loaded.models] == [workers]
+
+
+def test_rays_own_file_needs_no_change_and_names_what_has_no_effect() -> None:
+    loaded = load_settings(EXAMPLES / "ray.yaml")
+    placement, scaling = loaded.warnings
+    assert ": proxy_location: has no effect here: " in placement
+    assert "max_replicas: has no effect here: nothing scales by itself yet, 1 worker will run" in scaling
+    assert loaded.models[0].adapters_path == "s3://my_dynamic_lora_path"
+
+
+def test_too_many_pins_are_refused_at_their_line_and_too_many_preloads_are_a_warning() -> None:
+    text = SMALL + "  llm_engine: sim\n  lora_config:\n    dynamic_lora_loading_path: /a\n    max_num_adapters_per_replica: 2\n"
+    (line,) = refusal(text + "    pin: [a, b]\n")
+    assert line.startswith("conf/c.yaml:7: llm_configs[0].lora_config.pin: 2 adapters for 2 slots") and "conf/c.yaml:6" in line
+    (warning,) = parse(text + "    pin: [a]\n    preload: [a, b, c]\n").warnings
+    assert warning.startswith("conf/c.yaml:8: llm_configs[0].lora_config.preload: with the pinned ones 3 adapters for 2 slots")
+
+
+def test_all_problems_of_a_file_come_at_once_in_order_with_their_lines() -> None:
+    lines = refusal(
+        "gateway:\n"  # 1
+        "  prot: 80\n"
+        "llm_configs:\n"
+        "- model_loading_config: {model_id: 'a:b'}\n"  # 4
+        "  engine_kwargs:\n"
+        "    max_loras: 4\n"  # 6
+        "    max_lora_rank: 0\n"
+        "  lora_config:\n"
+        "    max_num_adapters_per_replica: 8\n"  # 9
+        "- model_loading_config: {model_id: m}\n"
+        "- model_loading_config: {model_id: m}\n"  # 11
+    )
+    assert [line.split(": ")[0] for line in lines] == [f"conf/c.yaml:{n}" for n in (2, 4, 6, 7, 11)]
+    assert lines[0] == "conf/c.yaml:2: gateway.prot: unknown key; did you mean 'port'?"
+    assert "max_num_adapters_per_replica" in lines[2] and "conf/c.yaml:9)" in lines[2]
+    assert lines[4].endswith("(see llm_configs[1].model_loading_config.model_id, conf/c.yaml:10)")
+
+
+def test_a_missing_key_is_placed_at_its_section() -> None:
+    assert refusal("llm_configs:\n- accelerator_type: L4\n") == [
+        "conf/c.yaml:2: llm_configs[0].model_loading_config: is missing; it is required"
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "# nothing", "llm_configs:", "llm_configs: []", "gateway: {}", "- a", "text", "llm_configs: {a: 1}"])
+def test_a_file_without_a_model_is_refused(text: str) -> None:
+    (line,) = refusal(text)
+    assert line.startswith("conf/c.yaml")
+
+
+def test_a_model_at_the_top_level_is_told_where_it_belongs() -> None:
+    assert any("list the model under llm_configs" in line for line in refusal("model_loading_config: {model_id: m}"))
+
+
+def test_models_may_stand_in_files_of_their_own() -> None:
+    files = {"conf/models/a.yaml": "model_loading_config: {model_id: a, model_source: ./weights}"}
+    loaded = parse("llm_configs: [models/a.yaml, {model_loading_config: {model_id: b}}]", files.__getitem__)
+    assert [model.model_id for model in loaded.models] == ["a", "b"]
+    assert loaded.models[0].model_source == "conf/models/weights"
+
+
+def test_a_problem_in_a_file_of_its_own_is_placed_there() -> None:
+    (line,) = refusal("llm_configs:\n- m.yaml\n", lambda _: "\nmodel_loading_config: {model_id: a}\nengine_kwarg: {}\n")
+    assert line == "conf/m.yaml:3: llm_configs[0].engine_kwarg: unknown key; did you mean 'engine_kwargs'?"
+
+
+@pytest.mark.parametrize("content", ["[", "", "- a", "a: 1\na: 2"])
+def test_a_broken_model_file_is_refused(content: str) -> None:
+    assert refusal("llm_configs:\n- m.yaml\n", lambda _: content)
+
+
+def test_a_model_file_that_cannot_be_read_is_named() -> None:
+    (line,) = refusal("llm_configs:\n- gone.yaml\n")
+    assert line.startswith("conf/c.yaml:2: llm_configs[0]: cannot read the text 'gone.yaml': No such file")
+
+
+APP = "applications:\n- args:\n    llm_configs:\n    - model_loading_config: {model_id: m}\n"
+
+
+def test_the_applications_form_takes_the_gateway_section_from_the_top_level() -> None:
+    loaded = parse(APP + "gateway: {port: 9000}\n")
+    assert (loaded.models[0].model_id, loaded.gateway.port) == ("m", 9000)
+
+
+@pytest.mark.parametrize(
+    ("extra", "warnings"),
+    [
+        ("  name: llms\n  route_prefix: /\n", 0),
+        ("  route_prefix: /llm\n", 1),
+        ("  runtime_env: {env_vars: {A: b}}\n", 1),
+        ("  deployments: [{name: x}]\n", 1),
+        ("  import_path: ray.serve.llm:build_openai_app\n", 0),
+        ("  import_path: gateway:build_openai_app\n", 0),
+    ],
+)
+def test_an_applications_own_keys_are_accepted_and_warned_about_where_they_do_nothing(extra: str, warnings: int) -> None:
+    assert len(parse(APP + extra).warnings) == warnings
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (APP + "  import_path: ray.serve.llm:build_pd_openai_app\n", "conf/c.yaml:5: applications[0].import_path: "),
+        (APP + "- args: {}\n", "merge their llm_configs"),
+        (APP + "llm_configs: []\n", "stands both here and at the top level"),
+        ("applications: []", "an empty one"),
+        ("applications: [{name: a}]", "applications[0].args: is missing"),
+        ("applications: [a]", "applications[0]: expected a mapping"),
+        ("applications: 3", "expected a list with one application, got 3"),
+        ("applications: [{args: {llm_configs: 3}}]", "expected a list of models, got 3"),
+        (SMALL + "http_options: {ssl_keyfile: k}\n", "does not terminate TLS"),
+        (SMALL + "http_options: {port: 99999}\n", "conf/c.yaml:3: http_options.port: expected"),
+        (SMALL + "proxy_loc: x\n", "did you mean 'proxy_location'?"),
+    ],
+)
+def test_what_a_file_cannot_mean_here_is_refused(text: str, part: str) -> None:
+    assert any(part in line for line in refusal(text))
+
+
+def test_http_options_say_where_to_listen_unless_the_gateway_section_does() -> None:
+    loaded = parse(SMALL + "http_options: {host: 127.0.0.2, port: 8123}\n")
+    assert (loaded.gateway.host, loaded.gateway.port, loaded.warnings) == ("127.0.0.2", 8123, ())
+    assert parse(SMALL + "http_options: {port: 8123}\ngateway: {port: null}\n").gateway.port == 8123
+    loaded = parse(SMALL + "http_options: {port: 8123}\ngateway: {port: 9000}\n")
+    assert loaded.gateway.port == 9000
+    assert loaded.warnings == (
+        "conf/c.yaml:3: http_options.port: has no effect here: gateway.port is set (see gateway.port, conf/c.yaml:4)",
+    )
+
+
+@pytest.mark.parametrize("key", ["proxy_location", "grpc_options", "logging_config", "controller_options", "target_capacity"])
+def test_rays_cluster_options_are_accepted_with_a_warning(key: str) -> None:
+    (warning,) = parse(SMALL + f"{key}: {{x: 1}}\n").warnings
+    assert warning.startswith(f"conf/c.yaml:3: {key}: has no effect here: ")
+
+
+@pytest.mark.parametrize(
+    "key", ["runtime_env: {a: 1}", "placement_group_config: {bundles: []}", "server_cls: 'a:B'", "callback_config: {callback_class: a}"]
+)
+def test_rays_model_options_are_accepted_with_a_warning(key: str) -> None:
+    (warning,) = parse(SMALL + f"  {key}\n").warnings
+    assert warning.startswith("conf/c.yaml:3: llm_configs[0].") and "has no effect here: " in warning
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "graceful_shutdown_timeout_s: 60",
+        "autoscaling_config: {max_replicas: 2}",
+        "num_replicas: auto",
+        "health_check_period_s: 10",
+        "request_router_config: {x: 1}",
+        "ray_actor_options: {num_cpus: 1}",
+        "name: x",
+    ],
+)
+def test_rays_deployment_options_are_accepted_with_a_warning(key: str) -> None:
+    (warning,) = parse(SMALL + f"  deployment_config: {{{key}}}\n").warnings
+    assert "llm_configs[0].deployment_config." in warning
+
+
+@pytest.mark.parametrize("key", ["ingress_cls_config", "ingress_deployment_config"])
+def test_rays_ingress_options_are_accepted_with_a_warning(key: str) -> None:
+    assert len(parse(SMALL + f"{key}: {{x: 1}}\n").warnings) == 1
+
+
+def test_empty_sections_are_as_good_as_none() -> None:
+    loaded = parse(SMALL + "  deployment_config:\n  engine_kwargs:\n  lora_config:\n  runtime_env:\ngateway:\n")
+    assert loaded.models == parse(SMALL).models and loaded.warnings == ()
+
+
+def test_an_open_gateway_without_keys_is_warned_about() -> None:
+    assert "no API keys" in parse(SMALL + "gateway: {host: 0.0.0.0}").warnings[0]
+    assert not parse(SMALL + "gateway: {host: 0.0.0.0, api_keys_env: KEYS}").warnings
+
+
+def test_variables_are_not_substituted() -> None:
+    assert parse("llm_configs: [{model_loading_config: {model_id: '${HOME}'}}]").models[0].model_id == "${HOME}"
+
+
+def test_a_later_check_can_name_the_line() -> None:
+    loaded = parse(SMALL + "  engine_kwargs:\n    seeed: 1\n")
+    assert engine_kwargs_problems(loaded, frozenset({"seed"})) == [
+        "conf/c.yaml:4: llm_configs[0].engine_kwargs.seeed: vLLM has no such engine argument; did you mean 'seed'?"
+    ]
+
+
+def test_a_flood_of_problems_is_cut() -> None:
+    lines = refusal(SMALL + "".join(f"key{n}: 1\n" for n in range(200)))
+    assert len(lines) == 51 and lines[-1] == "... and 150 more"
+
+
+def test_files_are_read_from_disk_with_paths_from_their_folder(tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text(
+        "model_loading_config: {model_id: m}\nengine_kwargs: {enable_lora: true}\nlora_config: {dynamic_lora_loading_path: ./adapters}\n"
+    )
+    (tmp_path / "c.yaml").write_text("llm_configs: [m.yaml]\ngateway: {state_dir: state, api_keys_file: ~/keys}\n")
+    loaded = load_settings(tmp_path / "c.yaml")
+    assert loaded.models[0].adapters_path == str(tmp_path / "adapters")
+    assert loaded.gateway.state_dir == str(tmp_path / "state")
+    assert loaded.gateway.api_keys_file == os.path.expanduser("~/keys")
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe", b"llm_configs: [other.yaml]"])
+def test_unreadable_files_are_config_errors(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "c.yaml").write_bytes(content)
+    (tmp_path / "other.yaml").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        load_settings(tmp_path / "c.yaml")
+
+
+def test_the_default_state_folder_is_in_the_home_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(SMALL)
+    assert load_settings(tmp_path / "c.yaml").gateway.state_dir == os.path.expanduser("~/.cache/loraplex")
+
+
+def test_an_app_is_built_from_configs_dicts_and_paths(tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text("model_loading_config: {model_id: c}")
+    one = LLMConfig(model_loading_config={"model_id": "a"}, runtime_env={"x": 1})
+    loaded = app_from_args(
+        {"llm_configs": [one, {"model_loading_config": {"model_id": "b"}}, str(tmp_path / "m.yaml")], "gateway": {"port": 1}}
+    )
+    assert [model.model_id for model in loaded.models] == ["a", "b", "c"]
+    assert loaded.gateway.port == 1
+    assert [w.split(":")[1].strip() for w in loaded.warnings] == ["llm_configs[0].runtime_env"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        None,
+        [],
+        {},
+        {"llm_configs": []},
+        {"llm_configs": [3]},
+        {"llm_configs": ["/nowhere.yaml"]},
+        {"llm_configs": [""]},
+        {"llm_config": []},
+        {"llm_configs": [{"model_loading_config": {"model_id": "m"}}] * 2},
+    ],
+)
+def test_an_app_without_valid_models_is_refused(args: Any) -> None:
+    with pytest.raises(ConfigError, match="build_openai_app: "):
+        app_from_args(args)
+
+
+def loads_or_refuses(text: str) -> None:
+    try:
+        loaded = parse(text)
+    except ConfigError as exc:
+        assert exc.message
+        exc.message.encode()  # printable everywhere
+    else:
+        assert loaded.models
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=100))
+def test_no_text_raises_anything_but_a_config_error(text: str) -> None:
+    loads_or_refuses(text)
+
+
+_KEYS = st.sampled_from(
+    [
+        "llm_configs",
+        "applications",
+        "args",
+        "gateway",
+        "http_options",
+        "port",
+        "host",
+        "link",
+        "control",
+        "model_loading_config",
+        "model_id",
+        "model_source",
+        "engine_kwargs",
+        "max_loras",
+        "max_lora_rank",
+        "sim",
+        "lora_config",
+        "store",
+        "dynamic_lora_loading_path",
+        "deployment_config",
+        "autoscaling_config",
+        "num_replicas",
+        "min_replicas",
+        "llm_engine",
+        "accelerator_config",
+        "kind",
+        "log_level",
+        "state_dir",
+        "x",
+    ]
+)
+_LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(["sim", "auto", "s3://b", "m"])
+)
+_VALUES = st.recursive(
+    _LEAVES,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(_KEYS | st.text(max_size=3), inner, max_size=4)),
+    max_leaves=12,
+)
+_MODELS = st.fixed_dictionaries(
+    {"model_loading_config": st.just({"model_id": "m"})}, optional={"engine_kwargs": _VALUES, "lora_config": _VALUES}
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(_VALUES, st.dictionaries(_KEYS, _VALUES, max_size=5), st.fixed_dictionaries({"llm_configs": st.lists(_MODELS)})))
+def test_no_structure_raises_anything_but_a_config_error(value: Any) -> None:
+    loads_or_refuses(yaml.safe_dump(value))

@@ -1,0 +1,63 @@
+"""Shell. DOC."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from shared.config.llm import LLMConfig
+from shared.errors import ConfigError
+from shared.runtime.process import count_gpus
+from worker.engine.base import Engine
+
+# What vLLM reads from the environment at import; the user's own values win.
+VLLM_ENV = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore",  # of vLLM's dependencies, at every import
+}
+
+
+VLLM_CPU_ENV = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the executor runs inside EngineCore: one process and 12 s of boot less
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding asserts more NUMA nodes than tensor parallel ranks; OMP_NUM_THREADS is set instead
+    "TORCHDYNAMO_DISABLE": "1",  # the first request with logprobs would otherwise compile for 3 to 24 s inside the step loop
+}
+
+
+VLLM_GPU_ENV = {
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process that has used torch was seen to hang on CUDA
+}
+
+
+DEFAULT_SIM_RANK = 64
+
+
+DEFAULT_SIM_CONTEXT_TOKENS = 8192
+
+
+def open_engine(model: LLMConfig, stream_gap_s: float = 0.0) -> Engine:
+    """The engine that the config names; vLLM is imported only here and only if it is asked for."""
+    if model.llm_engine == "sim":
+        from worker.engine.sim.engine import SimEngine
+
+        timing = msgspec.structs.asdict(model.sim)
+        return SimEngine(
+            model.model_id,
+            max_loras=model.max_loras,
+            max_lora_rank=model.engine_kwargs.get("max_lora_rank", DEFAULT_SIM_RANK),
+            max_model_len=model.engine_kwargs.get("max_model_len", DEFAULT_SIM_CONTEXT_TOKENS),
+            **timing,
+        )
+    gpu = model.gpus_per_worker > 0 and count_gpus() > 0
+    for key, value in (VLLM_ENV | (VLLM_GPU_ENV if gpu else VLLM_CPU_ENV)).items():
+        os.environ.setdefault(key, value)
+    try:
+        from worker.engine.vllm.engine import VLLMEngine
+    except ImportError as exc:
+        raise ConfigError(f"vLLM cannot be imported ({exc}); install loraplex[gpu] or loraplex[cpu], or use llm_engine: sim") from exc
+    return VLLMEngine(model, stream_gap_s)
