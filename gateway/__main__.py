@@ -24,37 +24,37 @@ import msgspec
 import uvloop
 
 from gateway.accounts.keys import read_keys
-from gateway.adapters import alias_store as alias_book
-from gateway.adapters.alias_store import AliasBook
+from gateway.adapters import alias_store
+from gateway.adapters.alias_store import AliasStore
 from gateway.adapters.aliases import Alias, AliasState, from_config
 from gateway.adapters.catalog import Catalog
 from gateway.adapters.pins import Pins, PinState
-from gateway.adapters.reconciler import Keeper
+from gateway.adapters.reconciler import Reconciler
 from gateway.adapters.resolver import Resolver
 from gateway.adapters.rollout import Rollout
-from gateway.adapters.usage import Usage
-from gateway.adapters.versions import Stage
-from gateway.admin.actions import Actions
-from gateway.admin.adapters import Admin
-from gateway.admin.aliases import AliasAPI
-from gateway.admin.scope import Scope
-from gateway.api.generate import Generation, Limits
-from gateway.app import API
-from gateway.dispatch.admission import Admission, Bound
+from gateway.adapters.usage import AdapterUsage
+from gateway.adapters.versions import VersionStage
+from gateway.admin.actions import AdminActions
+from gateway.admin.adapters import AdapterAdmin
+from gateway.admin.aliases import AliasAdmin
+from gateway.admin.scope import AdminScope
+from gateway.api.generate import GenerationAPI, RequestLimits
+from gateway.app import GatewayApp
+from gateway.dispatch.admission import Admission, QueueBound
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.dispatch.request import Flight
-from gateway.dispatch.transport import Links
+from gateway.dispatch.request import InFlightRequest
+from gateway.dispatch.transport import LinkTransport
 from gateway.fleet.fleet import Fleet
 from gateway.routing.registry import make_policy
 from gateway.supervisor.endpoints import endpoints
 from gateway.telemetry.access_log import AccessLog
-from gateway.telemetry.aggregation import Fellows
+from gateway.telemetry.aggregation import ProcessAggregator
 from gateway.telemetry.prometheus import Metrics
 from shared.config.handover import read_settings
 from shared.config.llm import LLMConfig, LoraConfig, Settings
 from shared.errors import ConfigError, LoraplexError
-from shared.link import messages as wire
-from shared.runtime import log as logs
+from shared.link import messages
+from shared.runtime import log as runtime_log
 from shared.runtime.process import follow_parent, on_stop_signals
 from shared.runtime.state_file import StateFile
 from shared.stores import open_store
@@ -75,13 +75,15 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
     g = settings.gateway
     name = f"g{index}"
     metrics = Metrics(name)
-    fellows = Fellows(run_dir, index, g.processes, metrics.snapshot)
-    earlier = fellows.earlier()
+    aggregator = ProcessAggregator(run_dir, index, g.processes, metrics.snapshot)
+    earlier = aggregator.earlier()
     if earlier is not None:
         metrics.restore(earlier)
     fleet = Fleet(g.lease_s, {m.model_id: m.deployment_config.max_ongoing_requests for m in settings.models})
-    admission: Admission[Flight] = Admission(g.max_queued_requests, g.queue_timeout_s, {m.model_id: _bound(m) for m in settings.models})
-    links = Links(endpoints(settings, index, run_dir), settings, name)
+    admission: Admission[InFlightRequest] = Admission(
+        g.max_queued_requests, g.queue_timeout_s, {m.model_id: _bound(m) for m in settings.models}
+    )
+    links = LinkTransport(endpoints(settings, index, run_dir), settings, name)
     dispatcher = Dispatcher(
         fleet,
         make_policy(g.routing_policy),
@@ -101,22 +103,22 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
     on_stop_signals(lambda sig: stopping.set())
     async with contextlib.AsyncExitStack() as stack:
         catalogs = await stack.enter_async_context(_catalogs(settings))
-        limits = Limits(g.max_body_bytes, g.slow_reader_bytes, g.request_timeout_s)
+        limits = RequestLimits(g.max_body_bytes, g.slow_reader_bytes, g.request_timeout_s)
         access = AccessLog(name, g.log_level)
         stack.callback(access.flush)
-        usage = Usage()
-        keeper = Keeper(dispatcher, catalogs, _pins(settings), _pin_file(settings), usage, g.catalog_refresh_s)
-        book = AliasBook(_aliases(settings), _alias_file(settings), metrics)
-        resolver = Resolver(catalogs, book, fleet)
-        scope, stores = Scope(dispatcher, catalogs), {m.model_id: m.adapters_path or "" for m in settings.models}
-        admin = Admin(scope, Actions(scope, stores, keeper, usage), keeper, usage, resolver)
-        aliases = AliasAPI(book, resolver, catalogs, fleet, dispatcher.tend)
-        generation = Generation(dispatcher, resolver, metrics, read_keys(g), limits, access, usage)
-        api = API(dispatcher, catalogs, resolver, metrics, generation, admin, aliases, fellows)
+        usage = AdapterUsage()
+        reconciler = Reconciler(dispatcher, catalogs, _pins(settings), _pin_file(settings), usage, g.catalog_refresh_s)
+        alias_store = AliasStore(_aliases(settings), _alias_file(settings), metrics)
+        resolver = Resolver(catalogs, alias_store, fleet)
+        scope, stores = AdminScope(dispatcher, catalogs), {m.model_id: m.adapters_path or "" for m in settings.models}
+        admin = AdapterAdmin(scope, AdminActions(scope, stores, reconciler, usage), reconciler, usage, resolver)
+        aliases = AliasAdmin(alias_store, resolver, catalogs, fleet, dispatcher.send_command)
+        generation = GenerationAPI(dispatcher, resolver, metrics, read_keys(g), limits, access, usage)
+        api = GatewayApp(dispatcher, catalogs, resolver, metrics, generation, admin, aliases, aggregator)
         listed = [c for c in catalogs.values() if c is not None]
-        rollouts = [Rollout(c.base, c.versions, fleet, dispatcher.tend, metrics) for c in listed]
-        metrics.watch_versions({c.base: functools.partial(c.versions.count, Stage.REFUSED) for c in listed})
-        await stack.enter_async_context(fellows.open())
+        rollouts = [Rollout(c.base, c.versions, fleet, dispatcher.send_command, metrics) for c in listed]
+        metrics.watch_versions({c.base: functools.partial(c.versions.count, VersionStage.REFUSED) for c in listed})
+        await stack.enter_async_context(aggregator.open())
         async with _http(api, settings) as port:
             _announce(run_dir, index, port, links)
             log.info("listening", extra={"url": f"http://{g.host}:{port}", "workers_at": links.control.endpoint})
@@ -126,30 +128,30 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
             async with asyncio.TaskGroup() as tasks:
                 loops = [
                     tasks.create_task(_tick(dispatcher), name="tick"),
-                    tasks.create_task(fellows.run(), name="count"),
+                    tasks.create_task(aggregator.run(), name="count"),
                     tasks.create_task(_alive(fleet, links, dispatcher, name), name="alive"),
-                    tasks.create_task(keeper.follow(), name="pins"),
-                    tasks.create_task(keeper.look_up(), name="look up pins"),
-                    tasks.create_task(keeper.run(), name="keeper"),
-                    tasks.create_task(book.run(), name="aliases"),
+                    tasks.create_task(reconciler.follow(), name="pins"),
+                    tasks.create_task(reconciler.look_up(), name="look up pins"),
+                    tasks.create_task(reconciler.run(), name="reconciler"),
+                    tasks.create_task(alias_store.run(), name="aliases"),
                     *(tasks.create_task(c.run(), name=f"catalog {c.base}") for c in listed),
                     *(tasks.create_task(r.run(), name=f"rollout {r.base}") for r in rollouts),
                 ]
                 await stopping.wait()
                 await _drain(dispatcher, g.drain_s)
-                await fellows.save()
+                await aggregator.save()
                 for loop in loops:
                     loop.cancel()
     for worker in fleet:
-        links.send_control(wire.identity(worker.id, worker.beat.epoch), wire.encode(wire.Farewell(name)))
+        links.send_control(messages.identity(worker.id, worker.beat.epoch), messages.encode(messages.Farewell(name)))
     links.close()
     return 0
 
 
-def _bound(model: LLMConfig) -> Bound:
+def _bound(model: LLMConfig) -> QueueBound:
     config = model.deployment_config
     pressure = config.backpressure_config
-    return Bound(config.max_queued_requests, pressure.status_code == 429, pressure.retry_after_s)
+    return QueueBound(config.max_queued_requests, pressure.status_code == 429, pressure.retry_after_s)
 
 
 @contextlib.asynccontextmanager
@@ -177,7 +179,7 @@ def _pins(settings: Settings) -> dict[str, Pins]:
 
 
 def _alias_file(settings: Settings) -> StateFile[AliasState]:
-    return StateFile(Path(settings.gateway.state_dir).expanduser() / alias_book.FILE, AliasState)
+    return StateFile(Path(settings.gateway.state_dir).expanduser() / alias_store.FILE, AliasState)
 
 
 def _aliases(settings: Settings) -> dict[str, dict[str, Alias]]:
@@ -189,14 +191,14 @@ def _aliases(settings: Settings) -> dict[str, dict[str, Alias]]:
 
 
 @contextlib.asynccontextmanager
-async def _http(api: API, settings: Settings) -> AsyncIterator[int]:
+async def _http(api: GatewayApp, settings: Settings) -> AsyncIterator[int]:
     """Listens; yields the port. Raises ConfigError if it is taken."""
     g = settings.gateway
     # Without handler_cancellation aiohttp lets a handler run on after its client has left, and the engine would go on generating.
-    door = api.door(access_log=None, handler_cancellation=True, keepalive_timeout=KEEPALIVE_S)
+    http_server = api.http_server(access_log=None, handler_cancellation=True, keepalive_timeout=KEEPALIVE_S)
     loop = asyncio.get_running_loop()
     try:
-        server = await loop.create_server(door, g.host, g.port, backlog=4096, reuse_port=g.processes > 1 or None)
+        server = await loop.create_server(http_server, g.host, g.port, backlog=4096, reuse_port=g.processes > 1 or None)
     except OSError as exc:
         why = "the port is in use" if exc.errno == errno.EADDRINUSE else exc.strerror
         raise ConfigError(
@@ -209,8 +211,8 @@ async def _http(api: API, settings: Settings) -> AsyncIterator[int]:
     finally:
         server.close()
         await asyncio.sleep(0)  # what came before is handled
-        door.pre_shutdown()
-        await door.shutdown(SHUTDOWN_S)
+        http_server.pre_shutdown()
+        await http_server.shutdown(SHUTDOWN_S)
 
 
 async def _tick(dispatcher: Dispatcher) -> None:
@@ -229,30 +231,30 @@ def _wake(dispatcher: Dispatcher, when: float) -> None:
     asyncio.get_running_loop().call_later(max(0.0, when - dispatcher.clock()), dispatcher.tick)
 
 
-async def _alive(fleet: Fleet, links: Links, dispatcher: Dispatcher, name: str) -> None:
+async def _alive(fleet: Fleet, links: LinkTransport, dispatcher: Dispatcher, name: str) -> None:
     """Tells the workers that this gateway lives, and greets those that have not attached yet."""
-    message = wire.encode(wire.Alive(name))
+    message = messages.encode(messages.Alive(name))
     while True:
         await asyncio.sleep(ALIVE_S)
         for worker in list(fleet):
-            links.send_control(wire.identity(worker.id, worker.beat.epoch), message)
+            links.send_control(messages.identity(worker.id, worker.beat.epoch), message)
             if worker.attached_epoch != worker.beat.epoch:
                 dispatcher.greet(worker)
 
 
 async def _drain(dispatcher: Dispatcher, drain_s: float) -> None:
-    log.info("draining", extra={"requests": dispatcher.open_flights})
+    log.info("draining", extra={"requests": dispatcher.open_requests})
     dispatcher.drain()
     try:
         async with asyncio.timeout(drain_s):
             await dispatcher.idle.wait()
     except TimeoutError:
-        log.warning("drain timed out", extra={"requests": dispatcher.open_flights})
+        log.warning("drain timed out", extra={"requests": dispatcher.open_requests})
         dispatcher.abort_all()
     await asyncio.sleep(LAST_WORDS_S)
 
 
-def _announce(run_dir: Path, index: int, port: int, links: Links) -> None:
+def _announce(run_dir: Path, index: int, port: int, links: LinkTransport) -> None:
     """What others on this host need to find this process: written aside and renamed, so that a reader sees all or nothing."""
     facts = {"pid": os.getpid(), "port": port, "control": links.control.endpoint, "data": links.data.endpoint}
     aside = run_dir / f".g{index}.json"
@@ -269,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     follow_parent()
     try:
         settings = read_settings(args.config)
-        logs.set_up(f"g{args.index}", settings.gateway.log_level)
+        runtime_log.set_up(f"g{args.index}", settings.gateway.log_level)
         run_dir = args.run_dir or Path(settings.gateway.state_dir).expanduser() / "run"
         run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         return uvloop.run(serve(settings, args.index, run_dir))

@@ -11,23 +11,23 @@ from aiohttp import web
 
 from gateway.adapters.catalog import Catalog
 from gateway.adapters.resolver import Resolver
-from gateway.admin.adapters import Admin
-from gateway.admin.aliases import AliasAPI
-from gateway.api import schema as openai
-from gateway.api.generate import Generation
+from gateway.admin.adapters import AdapterAdmin
+from gateway.admin.aliases import AliasAdmin
+from gateway.api import schema
+from gateway.api.generate import GenerationAPI
 from gateway.api.models import ModelList, model_card
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.http.bodies import answer, error_body, to_json
-from gateway.http.headers import REQUEST_ID, Ordinary, request_id_of
-from gateway.http.server import Door
-from gateway.telemetry.aggregation import Fellows
+from gateway.http.headers import REQUEST_ID, AiohttpRequest, request_id_of
+from gateway.http.server import Server
+from gateway.telemetry.aggregation import ProcessAggregator
 from gateway.telemetry.prometheus import Metrics
 from shared.errors import InvalidRequest, LoraplexError, RouteNotFound
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
-class API:
+class GatewayApp:
     """The routes of one gateway process.
 
     Args:
@@ -41,10 +41,10 @@ class API:
         catalogs: Mapping[str, Catalog | None],
         resolver: Resolver,
         metrics: Metrics,
-        generation: Generation,
-        admin: Admin,
-        aliases: AliasAPI,
-        fellows: Fellows,
+        generation: GenerationAPI,
+        admin: AdapterAdmin,
+        aliases: AliasAdmin,
+        aggregator: ProcessAggregator,
     ) -> None:
         self._dispatcher = dispatcher
         self._catalogs = catalogs
@@ -54,14 +54,14 @@ class API:
         self._keys = generation.keys
         self._admin = admin
         self._aliases = aliases
-        self._fellows = fellows
+        self._aggregator = aggregator
         self._created = int(time.time())
         self._models = ModelList(catalogs, resolver.aliases, self._created)
         self._routes: dict[tuple[str, str], Handler] = {}
 
-    def door(self, **settings: Any) -> Door:
+    def http_server(self, **settings: Any) -> Server:
         """aiohttp without its Application (a dozen fixed paths need no router), behind the short way for plain requests."""
-        self._routes = {("POST", path): self._guarded(self._generation.ordinary) for path in openai.GENERATE_PATHS}
+        self._routes = {("POST", path): self._guarded(self._generation.aiohttp_path) for path in schema.GENERATE_PATHS}
         self._routes |= {
             ("GET", "/v1/models"): self._guarded(self.models),
             ("GET", "/health"): self.health,
@@ -73,10 +73,10 @@ class API:
         self._routes |= {("HEAD", path): handler for (method, path), handler in self._routes.items() if method == "GET"}
         most = self._generation.limits.max_body_bytes
         loop = asyncio.get_running_loop()
-        return Door(
+        return Server(
             self._handle,
-            express=self._generation.express,
-            paths=frozenset(openai.GENERATE_PATHS),
+            fast_path=self._generation.fast_path,
+            paths=frozenset(schema.GENERATE_PATHS),
             most_bytes=most,
             request_factory=lambda message, payload, protocol, writer, task: web.BaseRequest(
                 message, payload, protocol, writer, task, loop, client_max_size=most
@@ -124,16 +124,16 @@ class API:
 
     async def metrics(self, request: web.BaseRequest) -> web.Response:
         """Of all gateway processes, whichever is asked."""
-        body = self._metrics.render(*await self._fellows.all())
+        body = self._metrics.render(*await self._aggregator.all())
         return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def nowhere(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path in {path for _, path in self._routes}:
             error: LoraplexError = InvalidRequest(f"{request.method} is not allowed for {request.path}.")
-            headers = {REQUEST_ID: request_id_of(Ordinary(request))}
+            headers = {REQUEST_ID: request_id_of(AiohttpRequest(request))}
             return web.Response(status=405, body=error_body(error), content_type="application/json", headers=headers)
-        error = RouteNotFound(f"There is no {request.path[:200]} here; see {', '.join(openai.GENERATE_PATHS)} and /v1/models.")
-        return self._answer(error, request_id_of(Ordinary(request)))
+        error = RouteNotFound(f"There is no {request.path[:200]} here; see {', '.join(schema.GENERATE_PATHS)} and /v1/models.")
+        return self._answer(error, request_id_of(AiohttpRequest(request)))
 
     # ---- around every handler ---------------------------------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class API:
                 return await handler(request)
             except LoraplexError as exc:
                 self._metrics.error(exc.code)
-                return self._answer(exc, exc.request_id or request_id_of(Ordinary(request)))
+                return self._answer(exc, exc.request_id or request_id_of(AiohttpRequest(request)))
 
         return guarded
 

@@ -25,7 +25,7 @@ from shared.config.handover import SERVE_SETTINGS, read_settings
 from shared.config.llm import LLMConfig, Settings
 from shared.errors import ConfigError, LoraplexError
 from shared.link.sockets import open_context, secret_from_env
-from shared.runtime import log as logs
+from shared.runtime import log as runtime_log
 from shared.runtime.process import follow_parent, on_stop_signals
 from shared.stores import open_store
 from shared.stores.transfer import Pace
@@ -35,7 +35,7 @@ from worker.engine.base import Engine
 from worker.engine.factory import open_engine
 from worker.peers.client import Peers
 from worker.peers.server import open_peer_server
-from worker.session import Session
+from worker.session import GatewaySession
 from worker.settings import WorkerSettings
 
 MAX_SOCKET_FOLDER = 107 - 37
@@ -48,7 +48,7 @@ async def serve(settings: WorkerSettings, make_engine: Callable[[LLMConfig, floa
     engine = make_engine(model, settings.stream_gap_s)
     context = open_context()
     secret = secret_from_env(settings.secret_env)
-    sessions = [Session(context, endpoint, settings.worker, settings.epoch, secret) for endpoint in settings.gateways]
+    sessions = [GatewaySession(context, endpoint, settings.worker, settings.epoch, secret) for endpoint in settings.gateways]
     pace = Pace(settings.download_timeout_s, settings.max_download_tries)
     cache = DiskCache(settings.state_dir / "adapters", settings.disk_cache_bytes, pace)
     files = open_context()  # an I/O thread of their own: no token waits while a piece of a file is encrypted
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = read_settings(args.config)
         mine = worker_settings(settings, args.model, args.worker, args.gateway, args.peer_host)
-        logs.set_up(mine.worker, settings.gateway.log_level)
+        runtime_log.set_up(mine.worker, settings.gateway.log_level)
         with engine_sockets(args.config):
             return uvloop.run(serve(mine))
     except LoraplexError as exc:

@@ -17,14 +17,14 @@ from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.averages import blend
 from shared.errors import AdapterNotFound, EngineFailure, LoraplexError, WorkerUnavailable
-from shared.link import messages as wire
+from shared.link import messages
 from shared.stores import AdapterStore
-from worker.adapters.residency import Failure, Fetch, Instruction, Reject, Residency, Start, Tended
-from worker.commands import Tending
+from worker.adapters.residency import CommandDone, Failure, Fetch, Instruction, Reject, Residency, Start
+from worker.commands import CommandRunner
 from worker.disk.cache import Cached, Check, DiskCache
-from worker.engine.base import Call, Engine, EngineFacts, Loaded, Swap
+from worker.engine.base import Engine, EngineFacts, EngineRequest, Loaded, Swap
 from worker.peers.client import Peers
-from worker.session import Session
+from worker.session import GatewaySession
 from worker.settings import WorkerSettings
 from worker.validation.factory import open_validator
 
@@ -40,15 +40,15 @@ class Job:
     """One request on this worker, from its arrival to its end."""
 
     number: int
-    session: Session
-    message: wire.Generate
+    session: GatewaySession
+    message: messages.Generate
     arrived: float
     task: asyncio.Task[None] | None = None
     started: float = 0.0
-    came_from: wire.Tier = wire.Tier.GPU
+    came_from: messages.Tier = messages.Tier.GPU
 
 
-class Reply:
+class StreamReply:
     """Puts one stream's frames into its gateway's outbox; the facts of the request travel with the last one."""
 
     __slots__ = ("_job", "_outbox", "_sid", "begun", "output_tokens", "prompt_tokens")
@@ -60,19 +60,19 @@ class Reply:
 
     def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
         self.begun = True
-        self._outbox.frame(self._sid, status << wire.STATUS_SHIFT | (wire.SSE if sse else 0) | (wire.END if end else 0), data)
+        self._outbox.frame(self._sid, status << messages.STATUS_SHIFT | (messages.SSE if sse else 0) | (messages.END if end else 0), data)
         if end:
             self._end()
 
     def more(self, data: bytes, end: bool) -> None:
-        self._outbox.frame(self._sid, wire.END if end else 0, data)
+        self._outbox.frame(self._sid, messages.END if end else 0, data)
         if end:
             self._end()
 
     def _end(self) -> None:
         wait_s = self._job.started - self._job.arrived
-        load_s = wait_s if self._job.came_from is not wire.Tier.GPU else 0.0
-        self._outbox.done(wire.Done(self._sid, self.prompt_tokens, self.output_tokens, wait_s, load_s, self._job.came_from))
+        load_s = wait_s if self._job.came_from is not messages.Tier.GPU else 0.0
+        self._outbox.done(messages.Done(self._sid, self.prompt_tokens, self.output_tokens, wait_s, load_s, self._job.came_from))
 
 
 class Agent:
@@ -84,7 +84,7 @@ class Agent:
         engine: Engine,
         store: AdapterStore | None,
         cache: DiskCache,
-        sessions: list[Session],
+        sessions: list[GatewaySession],
         peers: Peers,
         peer_endpoint: str = "",
     ) -> None:
@@ -94,13 +94,13 @@ class Agent:
         self._cache = cache
         self._sessions = sessions
         self._peers, self._peer_endpoint = peers, peer_endpoint
-        self._state = wire.WorkerState.JOINING
+        self._state = messages.WorkerState.JOINING
         self._reason = ""
         self._facts = EngineFacts("", 0, 0, 0, 0)
         self._residency = Residency(0)
-        self._tending = Tending()
+        self._commands = CommandRunner()
         self._jobs: dict[int, Job] = {}
-        self._by_stream: dict[tuple[Session, wire.StreamId], Job] = {}
+        self._by_stream: dict[tuple[GatewaySession, messages.StreamId], Job] = {}
         self._numbers = itertools.count(1)
         self._int_ids = itertools.count(1)
         self._offers: dict[AdapterRef, tuple[StoredAdapter | None, tuple[str, ...]]] = {}  # of fetches that are about to begin
@@ -123,7 +123,7 @@ class Agent:
             await self._stopping.wait()
             await self._drain()
             boot.cancel()
-            self._become(wire.WorkerState.STOPPED, self._reason or "stopped")
+            self._become(messages.WorkerState.STOPPED, self._reason or "stopped")
             beating.cancel()
             for errand in self._errands:  # nobody waits for them; what was asked of an engine that died is never answered
                 errand.cancel()
@@ -155,7 +155,7 @@ class Agent:
             "serving",
             extra={"base": self._settings.base, "engine": self._facts.name, "slots": self._facts.slots, "capacity": self._facts.capacity},
         )
-        self._become(wire.WorkerState.SERVING, "")
+        self._become(messages.WorkerState.SERVING, "")
 
     def _on_engine_death(self, reason: str) -> None:
         log.error("engine died: %s", reason)
@@ -166,7 +166,7 @@ class Agent:
             self._refuse(job, EngineFailure.code, "The engine of this worker died.", True)
 
     async def _drain(self) -> None:
-        self._become(wire.WorkerState.DRAINING, self._reason)
+        self._become(messages.WorkerState.DRAINING, self._reason)
         self._wake_if_idle()
         try:
             async with asyncio.timeout(self._settings.drain_s):
@@ -178,7 +178,7 @@ class Agent:
         for session in self._sessions:
             session.outbox.flush()
 
-    def _become(self, state: wire.WorkerState, reason: str) -> None:
+    def _become(self, state: messages.WorkerState, reason: str) -> None:
         self._state, self._reason = state, reason
         self._beat()
 
@@ -197,7 +197,7 @@ class Agent:
         adapters = self._residency.states(now, load_s)
         for session in self._sessions:
             session.beat(
-                wire.Heartbeat(
+                messages.Heartbeat(
                     worker=self._settings.worker,
                     epoch=self._settings.epoch,
                     seq=session.next_seq(),
@@ -229,35 +229,35 @@ class Agent:
 
     # ---- from the gateways --------------------------------------------------------------------------------------------------------------
 
-    def _on_command(self, message: wire.GatewayControl) -> None:
-        if isinstance(message, wire.Drain):
+    def _on_command(self, message: messages.GatewayControl) -> None:
+        if isinstance(message, messages.Drain):
             self.stop("told to drain")
 
-    def _on_silence(self, session: Session, reason: str) -> None:
+    def _on_silence(self, session: GatewaySession, reason: str) -> None:
         """The gateway is gone, or one of us stood still: its requests end here. It may have noticed nothing, so it is told of every one."""
         mine = [j for j in self._jobs.values() if j.session is session]
         if mine:
             log.warning("gateway lost", extra={"gateway": session.endpoint, "reason": reason, "requests": len(mine)})
         for job in mine:
             self._refuse(job, WorkerUnavailable.code, f"The worker lost its gateway ({reason}).", True)
-        for number in self._tending.forget(session):
+        for number in self._commands.forget(session):
             self._perform(self._residency.finish(number, clock()))
 
-    def _on_request(self, session: Session, message: wire.GatewayData) -> None:
-        if isinstance(message, wire.Cancel):
+    def _on_request(self, session: GatewaySession, message: messages.GatewayData) -> None:
+        if isinstance(message, messages.Cancel):
             job = self._by_stream.get((session, message.sid))
             if job is not None:
                 self._cancel(job)
             return
-        if isinstance(message, wire.Prefetch):
+        if isinstance(message, messages.Prefetch):
             self._prefetch(message.adapter)
             return
-        if isinstance(message, wire.Tend):
+        if isinstance(message, messages.AdapterCommand):
             self._tend(session, message)
             return
-        if self._state is not wire.WorkerState.SERVING:
+        if self._state is not messages.WorkerState.SERVING:
             session.outbox.refuse(
-                wire.Refused(message.sid, "worker_unavailable", "The worker is not serving.", True, self._stopping.is_set())
+                messages.Refused(message.sid, "worker_unavailable", "The worker is not serving.", True, self._stopping.is_set())
             )
             return
         job = Job(next(self._numbers), session, message, clock())
@@ -269,7 +269,7 @@ class Agent:
             return
         self._seek(message, message.adapter, self._residency.want(job.number, message.adapter, clock()))
 
-    def _seek(self, message: wire.Generate | wire.Tend, adapter: AdapterRef, instructions: list[Instruction]) -> None:
+    def _seek(self, message: messages.Generate | messages.AdapterCommand, adapter: AdapterRef, instructions: list[Instruction]) -> None:
         """Acts on them; `message` says where the adapter's files are, should it have to be fetched."""
         if any(isinstance(instruction, Fetch) for instruction in instructions):
             self._offers[adapter] = message.stored, message.peers
@@ -278,12 +278,12 @@ class Agent:
     def _prefetch(self, adapter: AdapterRef) -> None:
         """A request of nobody's: it ends as soon as the adapter is in its slot."""
         slots = self._residency.slots
-        if self._state is wire.WorkerState.SERVING and len(slots) < slots.size:
+        if self._state is messages.WorkerState.SERVING and len(slots) < slots.size:
             self._perform(self._residency.want(-next(self._numbers), adapter, clock()))
 
-    def _tend(self, session: Session, message: wire.Tend) -> None:
-        number, serving = -next(self._numbers), self._state is wire.WorkerState.SERVING
-        self._seek(message, message.adapter, self._tending.begin(number, session, message, serving, self._residency, clock()))
+    def _tend(self, session: GatewaySession, message: messages.AdapterCommand) -> None:
+        number, serving = -next(self._numbers), self._state is messages.WorkerState.SERVING
+        self._seek(message, message.adapter, self._commands.begin(number, session, message, serving, self._residency, clock()))
 
     def _cancel(self, job: Job) -> None:
         if job.task is not None:
@@ -300,8 +300,8 @@ class Agent:
                     self._run_errand(self._fetch(adapter), f"fetch {adapter}")
                 case Swap():
                     self._run_errand(self._swap(instruction), "swap")
-                case Start(number) | Reject(number) | Tended(number) if number < 0:  # of nobody's request
-                    self._perform(self._tending.settle(instruction, self._residency, clock()))
+                case Start(number) | Reject(number) | CommandDone(number) if number < 0:  # of nobody's request
+                    self._perform(self._commands.settle(instruction, self._residency, clock()))
                 case Start(number, adapter, came_from):
                     job = self._jobs[number]
                     job.came_from = came_from
@@ -313,13 +313,13 @@ class Agent:
 
     async def _fetch(self, ref: AdapterRef) -> None:
         stored, endpoints = self._offers.pop(ref, (None, ()))
-        came_from = wire.Tier.DISK
+        came_from = messages.Tier.DISK
         try:
             start = clock()
             cached = await self._cache.open(ref, self._check)  # whatever the store does, what is here is served
             check_s = clock() - start
             if cached is None:
-                came_from, check_s = wire.Tier.REMOTE, 0.0  # it is checked as it comes
+                came_from, check_s = messages.Tier.REMOTE, 0.0  # it is checked as it comes
                 start = clock()
                 stored = stored or await self._look_up(ref)
                 assert self._store is not None
@@ -334,7 +334,7 @@ class Agent:
             start = clock()
             await self._engine.prepare(loaded)
             prepare_s = clock() - start
-            if came_from is wire.Tier.DISK or not self._prepare_s:
+            if came_from is messages.Tier.DISK or not self._prepare_s:
                 self._prepare_s = blend(self._prepare_s, check_s + prepare_s, LOAD_WEIGHT)
             in_ms = {"ms": round(prepare_s * 1e3, 1), "check_ms": round(check_s * 1e3, 1)}
             log.info("adapter prepared", extra={"adapter": str(ref), "bytes": cached.size_bytes, **in_ms})
@@ -402,16 +402,16 @@ class Agent:
     async def _run(self, job: Job, adapter: Loaded | None) -> None:
         """One request in the engine. Ends its job whatever happens."""
         message = job.message
-        reply = Reply(job)
+        reply = StreamReply(job)
         try:
-            await self._engine.serve(Call(message.path, message.request_id, message.body, adapter, message.model), reply)
+            await self._engine.serve(EngineRequest(message.path, message.request_id, message.body, adapter, message.model), reply)
         except EngineFailure as exc:
             if not reply.begun:
-                job.session.outbox.refuse(wire.Refused(message.sid, exc.code, exc.message, True, leaving=True))
+                job.session.outbox.refuse(messages.Refused(message.sid, exc.code, exc.message, True, leaving=True))
             self._on_engine_death(exc.message)
 
     def _refuse(self, job: Job, code: str, message: str, retryable: bool) -> None:
-        job.session.outbox.refuse(wire.Refused(job.message.sid, code, message, retryable, self._stopping.is_set()))
+        job.session.outbox.refuse(messages.Refused(job.message.sid, code, message, retryable, self._stopping.is_set()))
         self._cancel(job)
 
     def _forget(self, job: Job) -> None:

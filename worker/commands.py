@@ -7,48 +7,48 @@ from typing import TypeAlias, assert_never
 
 from shared.adapters.identity import AdapterRef
 from shared.errors import LoraplexError, Overloaded, TooManyPins, WorkerUnavailable
-from shared.link import messages as wire
-from worker.adapters.residency import Instruction, Reject, Residency, Start, Tended
-from worker.session import Session
+from shared.link import messages
+from worker.adapters.residency import CommandDone, Instruction, Reject, Residency, Start
+from worker.session import GatewaySession
 
 MAX_OPEN = 4096
 """Of all gateways together; each has at most 1,000 on the way to one worker."""
-Answer: TypeAlias = Start | Reject | Tended
+Answer: TypeAlias = Start | Reject | CommandDone
 
 
 @dataclass(slots=True)
 class _Open:
-    session: Session
-    sid: wire.StreamId
-    action: wire.Action
+    session: GatewaySession
+    sid: messages.StreamId
+    action: messages.AdapterAction
     adapter: AdapterRef
 
 
-class Tending:
+class CommandRunner:
     """The open tends of one worker. Their numbers are negative, so that residency's answers to them are told from those to requests."""
 
     def __init__(self) -> None:
         self._open: dict[int, _Open] = {}
 
     def begin(
-        self, number: int, session: Session, message: wire.Tend, serving: bool, residency: Residency, now: float
+        self, number: int, session: GatewaySession, message: messages.AdapterCommand, serving: bool, residency: Residency, now: float
     ) -> list[Instruction]:
         """Takes it, or refuses it at once."""
-        tend = _Open(session, message.sid, message.action, message.adapter)
+        send_command = _Open(session, message.sid, message.action, message.adapter)
         error = self._objection(message, serving, residency)
         if error is not None:
-            _refuse(tend, error.code, error.message, error.retryable)
+            _refuse(send_command, error.code, error.message, error.retryable)
             return []
-        self._open[number] = tend
+        self._open[number] = send_command
         match message.action:
-            case wire.Action.CACHE:
+            case messages.AdapterAction.CACHE:
                 return residency.cache(number, message.adapter, now)
-            case wire.Action.LOAD | wire.Action.PIN:
+            case messages.AdapterAction.LOAD | messages.AdapterAction.PIN:
                 return residency.want(number, message.adapter, now)
-            case wire.Action.UNPIN:
+            case messages.AdapterAction.UNPIN:
                 self._unpin(message.adapter)
-                return [*residency.unpin(message.adapter, now), Tended(number)]
-            case wire.Action.EVICT:
+                return [*residency.unpin(message.adapter, now), CommandDone(number)]
+            case messages.AdapterAction.EVICT:
                 self._unpin(message.adapter)
                 return residency.evict(number, message.adapter, now)
             case _:
@@ -56,44 +56,44 @@ class Tending:
 
     def settle(self, answer: Answer, residency: Residency, now: float) -> list[Instruction]:
         """Passes on what became of a number, whose place is free then. One that is not known is a prefetch, or its gateway has gone."""
-        tend = self._open.pop(answer.request, None)
+        send_command = self._open.pop(answer.request, None)
         instructions: list[Instruction] = []
-        if tend is None:
+        if send_command is None:
             pass
         elif isinstance(answer, Reject):
-            _refuse(tend, answer.code, answer.message, answer.retryable)
-        elif tend.action is wire.Action.PIN and not residency.slots.may_pin(tend.adapter):  # others were quicker
-            error = _too_many(tend.adapter, residency)
-            _refuse(tend, error.code, error.message, error.retryable)
+            _refuse(send_command, answer.code, answer.message, answer.retryable)
+        elif send_command.action is messages.AdapterAction.PIN and not residency.slots.may_pin(send_command.adapter):  # others were quicker
+            error = _too_many(send_command.adapter, residency)
+            _refuse(send_command, error.code, error.message, error.retryable)
         else:
-            if tend.action is wire.Action.PIN:
-                instructions += residency.pin(tend.adapter, now)
-            tend.session.outbox.done(wire.Done(tend.sid))
+            if send_command.action is messages.AdapterAction.PIN:
+                instructions += residency.pin(send_command.adapter, now)
+            send_command.session.outbox.done(messages.Done(send_command.sid))
         return instructions + residency.finish(answer.request, now)
 
-    def forget(self, session: Session) -> list[int]:
+    def forget(self, session: GatewaySession) -> list[int]:
         """The gateway is gone. Returns the numbers that nobody waits for any more; what was begun for them may end."""
-        numbers = [number for number, tend in self._open.items() if tend.session is session]
+        numbers = [number for number, send_command in self._open.items() if send_command.session is session]
         for number in numbers:
             del self._open[number]
         return numbers
 
-    def _objection(self, message: wire.Tend, serving: bool, residency: Residency) -> LoraplexError | None:
+    def _objection(self, message: messages.AdapterCommand, serving: bool, residency: Residency) -> LoraplexError | None:
         if not serving:
             return WorkerUnavailable("The worker is not serving.")
         if len(self._open) >= MAX_OPEN:
             return Overloaded(f"The worker tends {MAX_OPEN} adapters already; try again later.")
         if not residency.slots.size:
             return WorkerUnavailable("This worker has no adapter slots.")
-        if message.action is wire.Action.PIN and not residency.slots.may_pin(message.adapter):
+        if message.action is messages.AdapterAction.PIN and not residency.slots.may_pin(message.adapter):
             return _too_many(message.adapter, residency)
         return None
 
     def _unpin(self, adapter: AdapterRef) -> None:
         """The later word holds: a pin that is still on its way becomes a mere load."""
-        for tend in self._open.values():
-            if tend.adapter == adapter and tend.action is wire.Action.PIN:
-                tend.action = wire.Action.LOAD
+        for send_command in self._open.values():
+            if send_command.adapter == adapter and send_command.action is messages.AdapterAction.PIN:
+                send_command.action = messages.AdapterAction.LOAD
 
 
 def _too_many(adapter: AdapterRef, residency: Residency) -> TooManyPins:
@@ -104,5 +104,5 @@ def _too_many(adapter: AdapterRef, residency: Residency) -> TooManyPins:
     )
 
 
-def _refuse(tend: _Open, code: str, message: str, retryable: bool) -> None:
-    tend.session.outbox.refuse(wire.Refused(tend.sid, code, message, retryable))
+def _refuse(send_command: _Open, code: str, message: str, retryable: bool) -> None:
+    send_command.session.outbox.refuse(messages.Refused(send_command.sid, code, message, retryable))

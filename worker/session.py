@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from shared.errors import WorkerUnavailable
-from shared.link import messages as wire
-from shared.link.sockets import Client, Sent
+from shared.link import messages
+from shared.link.sockets import DealerSocket, SendResult
 
 log = logging.getLogger("loraplex.session")
 
@@ -26,27 +26,27 @@ class Outbox:
 
     def __init__(self, overflow: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._send: Callable[[bytes], Sent] | None = None
+        self._send: Callable[[bytes], SendResult] | None = None
         self._overflow = overflow
-        self._frames: list[wire.Frame] = []
-        self._done: list[wire.Done] = []
-        self._refused: list[wire.Refused] = []
+        self._frames: list[messages.Frame] = []
+        self._done: list[messages.Done] = []
+        self._refused: list[messages.Refused] = []
         self._stuck = self._stuck_bytes = 0  # frames that the link has not taken
         self._scheduled = False
 
-    def connect(self, send: Callable[[bytes], Sent]) -> None:
+    def connect(self, send: Callable[[bytes], SendResult]) -> None:
         self._send = send
 
-    def frame(self, sid: wire.StreamId, flags: int, data: bytes) -> None:
+    def frame(self, sid: messages.StreamId, flags: int, data: bytes) -> None:
         self._frames.append((sid, flags, data))
         if not self._scheduled:
             self._schedule()
 
-    def done(self, done: wire.Done) -> None:
+    def done(self, done: messages.Done) -> None:
         self._done.append(done)
         self._schedule()
 
-    def refuse(self, refused: wire.Refused) -> None:
+    def refuse(self, refused: messages.Refused) -> None:
         self._refused.append(refused)
         self._schedule()
 
@@ -54,7 +54,7 @@ class Outbox:
         self._scheduled = False
         if self._send is None or not (self._frames or self._done or self._refused):
             return
-        if self._send(wire.encode(wire.Step(self._frames, self._done, self._refused))) is Sent.OK:
+        if self._send(messages.encode(messages.Step(self._frames, self._done, self._refused))) is SendResult.OK:
             self._frames, self._done, self._refused = [], [], []
             self._stuck = self._stuck_bytes = 0
             return
@@ -69,7 +69,7 @@ class Outbox:
     def give_up(self, reason: str) -> None:
         """What has not left will not: each of its streams ends with a refusal, which leaves as soon as the gateway takes something again."""
         for sid in {sid for sid, _, _ in self._frames}:
-            self.refuse(wire.Refused(sid, WorkerUnavailable.code, reason, True))
+            self.refuse(messages.Refused(sid, WorkerUnavailable.code, reason, True))
         self._frames, self._done = [], []
         self._stuck = self._stuck_bytes = 0
 
@@ -80,15 +80,15 @@ class Outbox:
             self._loop.call_soon(self.flush)
 
 
-class Session:
+class GatewaySession:
     """Opens the control socket to `endpoint`; the data socket once the gateway has said where. Reconnects by itself."""
 
-    def __init__(self, context: Any, endpoint: str, worker: wire.WorkerId, epoch: int, secret: str | None) -> None:
+    def __init__(self, context: Any, endpoint: str, worker: messages.WorkerId, epoch: int, secret: str | None) -> None:
         self.endpoint = endpoint
         self._context = context
         self._worker, self._epoch, self._secret = worker, epoch, secret
-        self._control: Client | None = None
-        self._data: Client | None = None
+        self._control: DealerSocket | None = None
+        self._data: DealerSocket | None = None
         self._data_endpoint = ""
         self._seq = 0
         self._heard = time.monotonic()
@@ -101,13 +101,13 @@ class Session:
 
     def open(
         self,
-        on_request: Callable[[Session, wire.GatewayData], None],
-        on_command: Callable[[wire.GatewayControl], None],
-        on_silence: Callable[[Session, str], None],
+        on_request: Callable[[GatewaySession, messages.GatewayData], None],
+        on_command: Callable[[messages.GatewayControl], None],
+        on_silence: Callable[[GatewaySession, str], None],
     ) -> None:
         self._on_request, self._on_command, self._on_silence = on_request, on_command, on_silence
-        self._control = Client(
-            self._context, self.endpoint, wire.identity(self._worker, self._epoch), self._control_in, secret=self._secret
+        self._control = DealerSocket(
+            self._context, self.endpoint, messages.identity(self._worker, self._epoch), self._control_in, secret=self._secret
         )
 
     def close(self) -> None:
@@ -119,10 +119,10 @@ class Session:
         self._seq += 1
         return self._seq
 
-    def beat(self, beat: wire.Heartbeat) -> None:
+    def beat(self, beat: messages.Heartbeat) -> None:
         """Sends a heartbeat; one that the link does not take is lost, the next one is a full snapshot again."""
         if self._control is not None:
-            self._control.send(wire.encode(beat))
+            self._control.send(messages.encode(beat))
         if self._lease_s == 0.0 and not self._complained and time.monotonic() - self._heard > UNHEARD_S:
             self._complained = True
             log.warning(
@@ -139,20 +139,20 @@ class Session:
 
     def _control_in(self, data: bytes) -> None:
         try:
-            message = wire.decode_gateway_control(data)
-        except wire.DecodeError:
+            message = messages.decode_gateway_control(data)
+        except messages.DecodeError:
             log.warning("undecodable message dropped", extra={"gateway": self.endpoint})
             return
         self._heard = time.monotonic()
         self._silent = False
-        if isinstance(message, wire.Welcome):
+        if isinstance(message, messages.Welcome):
             self._welcomed(message)
-        elif isinstance(message, wire.Farewell):
+        elif isinstance(message, messages.Farewell):
             self._lose("ended")
         else:
             self._on_command(message)
 
-    def _welcomed(self, welcome: wire.Welcome) -> None:
+    def _welcomed(self, welcome: messages.Welcome) -> None:
         """The gateway knows us: connect the data socket where it says, and show ourselves there.
 
         It greets whom it did not know, so what we have of it is of an earlier life, its own or ours: nobody waits for it.
@@ -166,19 +166,19 @@ class Session:
             if self._data is not None:
                 self._data.close()
             self._data_endpoint = endpoint
-            routing_id = wire.identity(self._worker, self._epoch)
-            self._data = Client(self._context, endpoint, routing_id, self._data_in, secret=self._secret)
+            routing_id = messages.identity(self._worker, self._epoch)
+            self._data = DealerSocket(self._context, endpoint, routing_id, self._data_in, secret=self._secret)
             self.outbox.connect(self._data.send)
         assert self._data is not None
-        self._data.send(wire.encode(wire.Attach(self._worker, self._epoch)))
+        self._data.send(messages.encode(messages.Attach(self._worker, self._epoch)))
 
     def _data_in(self, data: bytes) -> None:
         try:
-            message = wire.decode_gateway_data(data)
-        except wire.DecodeError:
+            message = messages.decode_gateway_data(data)
+        except messages.DecodeError:
             log.warning("undecodable request dropped", extra={"gateway": self.endpoint})
             return
-        if isinstance(message, wire.Generate):
+        if isinstance(message, messages.Generate):
             self.last_sid = message.sid
         self._on_request(self, message)
 

@@ -23,7 +23,7 @@ from bench.engine.bucket import CREDENTIALS, SIGNED, Bucket
 from bench.gateways.peers.process import LOOK_AGAIN_S, NotStarted, Process, free_ports
 from bench.load.client import Client
 from bench.load.measure import Meter
-from bench.load.reply import Reply
+from bench.load.reply import LoadReply
 from shared.stores.transfer import PARTS_PER_ADAPTER
 from worker.engine.factory import VLLM_CPU_ENV, VLLM_ENV
 
@@ -105,7 +105,7 @@ async def until(true: Callable[[], object], process: Process) -> None:
         await asyncio.sleep(LOOK_AGAIN_S)
 
 
-async def ask(client: Client, adapter: str, tokens: int) -> tuple[float, Reply]:
+async def ask(client: Client, adapter: str, tokens: int) -> tuple[float, LoadReply]:
     """One stream: seconds to its first token, and the answer. Raises ValueError if it failed."""
     body = {
         "model": f"demo:{adapter}",

@@ -22,9 +22,9 @@ import uvloop
 
 import worker.__main__
 from shared.config.handover import read_settings
-from shared.runtime import log as logs
+from shared.runtime import log as runtime_log
 from shared.runtime.process import follow_parent
-from worker.engine.base import Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped
+from worker.engine.base import EngineFacts, EngineRequest, EngineStats, Loaded, Reply, Swap, Swapped
 
 CAPACITY = 100_000
 SLOTS = 4_096
@@ -286,7 +286,7 @@ class MockEngine:
     async def start(self) -> EngineFacts:
         return EngineFacts("mock", CAPACITY, SLOTS, MAX_RANK)
 
-    async def serve(self, call: Call, reply: Reply) -> None:
+    async def serve(self, call: EngineRequest, reply: Reply) -> None:
         self._number += 1
         try:
             answer = Answer(call.body, self._number)
@@ -319,7 +319,7 @@ class MockEngine:
 async def serve_workers(config: str, gateways: Sequence[str], workers: int) -> None:
     """So many workers in this one process, until it is killed: the worker's own composition, with this engine in the place of its own."""
     settings = read_settings(config)
-    logs.set_up("mock", "warning")
+    runtime_log.set_up("mock", "warning")
     lockstep = Lockstep()
     async with asyncio.TaskGroup() as tasks:
         for number in range(workers):

@@ -12,7 +12,7 @@ import time
 from urllib.parse import urlsplit
 
 from bench.load.measure import Meter
-from bench.load.reply import Reply
+from bench.load.reply import LoadReply
 
 MAX_IDLE_S = 2.0
 """Idle connections are not used again after this, well before any usual server (5 s at the least) closes them: a request that loses the race
@@ -26,13 +26,13 @@ class _Connection(asyncio.Protocol):
         self.idle_since_s = 0.0
         self.closed = False
         self._transport: asyncio.Transport | None = None
-        self._reply: Reply | None = None
+        self._reply: LoadReply | None = None
         self._ended: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # a stream connection's transport is a Transport
 
-    def send(self, message: bytes, reply: Reply) -> asyncio.Future[None]:
+    def send(self, message: bytes, reply: LoadReply) -> asyncio.Future[None]:
         """Writes the request; the future is set when the answer has ended, however it did."""
         assert self._reply is None and self._transport is not None
         self._reply, self._ended = reply, asyncio.get_running_loop().create_future()
@@ -53,7 +53,7 @@ class _Connection(asyncio.Protocol):
         if self._reply is not None:
             self._end(self._reply)
 
-    def _end(self, reply: Reply) -> None:
+    def _end(self, reply: LoadReply) -> None:
         # An error status is known before its body, whose message is wanted; any other error ends the answer at once.
         self._reply = None
         reply.close(time.perf_counter())
@@ -94,9 +94,9 @@ class Client:
             connection.abort()
         self._idle.clear()
 
-    async def get(self, path: str, *, timeout_s: float = 10.0) -> Reply:
+    async def get(self, path: str, *, timeout_s: float = 10.0) -> LoadReply:
         """A plain GET; `body` holds the answer. Raises: OSError if the server cannot be reached or does not answer in time."""
-        reply = Reply(stream=False, meter=Meter())
+        reply = LoadReply(stream=False, meter=Meter())
         message = f"GET {self._root}{path} HTTP/1.1\r\n{self._common}\r\n".encode()
         async with asyncio.timeout(min(timeout_s, self._timeout_s)):
             connection = await self._connect()
@@ -106,9 +106,9 @@ class Client:
                 connection.abort()
         return reply
 
-    async def post(self, path: str, body: bytes, *, stream: bool, meter: Meter) -> Reply:
+    async def post(self, path: str, body: bytes, *, stream: bool, meter: Meter) -> LoadReply:
         """One measured request; never raises for what the server does, the reply's `error` says it."""
-        reply = Reply(stream=stream, meter=meter)
+        reply = LoadReply(stream=stream, meter=meter)
         head = f"POST {self._root}{path} HTTP/1.1\r\n{self._common}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         connection: _Connection | None = None
         try:

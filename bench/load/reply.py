@@ -63,7 +63,7 @@ class _Framing(Enum):
 
 
 @dataclass(slots=True)
-class Reply:
+class LoadReply:
     """One answer being read, and what was measured of it. Times are `perf_counter` seconds.
 
     `error` is None for a good answer, else its kind: `connect_failed`, `timeout`, `closed_early`, `bad_http`, `http_<status>`, `not_a_stream`,

@@ -14,7 +14,7 @@ import msgspec
 from bench.load.client import Client
 from bench.load.measure import Meter, Outcome
 from bench.load.options import Pace, Target
-from bench.load.reply import Reply
+from bench.load.reply import LoadReply
 from bench.load.workload import Request, Workload, prompt_text
 
 EARLY_S = 0.0005
@@ -134,7 +134,7 @@ class _Sender:
     def _name(self, request: Request) -> str | None:
         return None if request.adapter is None else self._target.adapters[request.adapter]
 
-    def _outcome(self, request: Request, reply: Reply, scheduled_s: float, started_s: float) -> Outcome:
+    def _outcome(self, request: Request, reply: LoadReply, scheduled_s: float, started_s: float) -> Outcome:
         if self._target.ignore_eos and reply.usage_tokens not in (None, request.output_tokens):
             reply.fail("wrong_length", f"{reply.usage_tokens} tokens where {request.output_tokens} were asked for and ignore_eos was set")
         start_s = self._meter.start_s

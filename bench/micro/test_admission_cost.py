@@ -17,7 +17,7 @@ from bench.load.workload import Fixed, Poisson, Request, UniformLength, Workload
 from bench.routing.sim.worker import WorkerFacts
 from bench.routing.sim.world import Simulation, World
 from gateway.routing.registry import DEFAULT
-from shared.link import messages as wire
+from shared.link import messages
 
 CASES = [(workers, adapters, queued) for queued in (1_000, 10_000) for workers, adapters in ((8, 500), (64, 500), (64, 4_000))]
 CAPACITY = 64
@@ -57,8 +57,8 @@ class Stopping:
         noting = self._noting(call)
 
         def on_data(peer: bytes, data: bytes) -> None:
-            message = wire.decode_worker_data(data)
-            (call if isinstance(message, wire.Step) and not message.done else noting)(peer, data)
+            message = messages.decode_worker_data(data)
+            (call if isinstance(message, messages.Step) and not message.done else noting)(peer, data)
 
         return on_data
 

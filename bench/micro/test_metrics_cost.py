@@ -7,13 +7,13 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from bench.micro.conftest import PerUnit
-from gateway.dispatch.lifecycle import Event
-from gateway.dispatch.request import Flight
-from gateway.routing.policy import Reason
+from gateway.dispatch.lifecycle import RequestEvent
+from gateway.dispatch.request import InFlightRequest
+from gateway.routing.policy import ChoiceReason
 from gateway.telemetry.prometheus import DURATION_BUCKETS_S, TTFT_BUCKETS_S, Metrics
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import LoraplexError
-from shared.link import messages as wire
+from shared.link import messages
 
 
 class Nowhere:
@@ -34,27 +34,27 @@ def test_prometheus_client_with_its_children_kept(per_unit: PerUnit) -> None:
     per_unit(_prometheus(_flight()), 1, "request")
 
 
-def _flight() -> Flight:
+def _flight() -> InFlightRequest:
     ref = AdapterRef("base", "adapter", "0" * 16)
-    flight = Flight("base", ref, StoredAdapter("adapter", "0" * 16, ()), "/v1/completions", "r", b"{}", Nowhere())
-    for event in (Event.DISPATCHED, Event.HEAD, Event.END):
-        flight.life.on(event)
-    flight.t_start, flight.t_sent, flight.t_head, flight.t_end = 1.0, 1.001, 1.12, 3.0
-    flight.done = wire.Done(1, 100, 64)
-    return flight
+    inflight = InFlightRequest("base", ref, StoredAdapter("adapter", "0" * 16, ()), "/v1/completions", "r", b"{}", Nowhere())
+    for event in (RequestEvent.DISPATCHED, RequestEvent.HEAD, RequestEvent.END):
+        inflight.life.on(event)
+    inflight.t_start, inflight.t_sent, inflight.t_head, inflight.t_end = 1.0, 1.001, 1.12, 3.0
+    inflight.done = messages.Done(1, 100, 64)
+    return inflight
 
 
-def _plain(flight: Flight) -> Callable[[], None]:
+def _plain(inflight: InFlightRequest) -> Callable[[], None]:
     metrics = Metrics()
 
     def call() -> None:
-        metrics.dispatched("base", Reason.RESIDENT)
-        metrics.finished(flight)
+        metrics.dispatched("base", ChoiceReason.RESIDENT)
+        metrics.finished(inflight)
 
     return call
 
 
-def _prometheus(flight: Flight) -> Callable[[], None]:
+def _prometheus(inflight: InFlightRequest) -> Callable[[], None]:
     """The same numbers as counters and histograms of prometheus_client whose labelled children were asked for once."""
     registry = CollectorRegistry()
     dispatched = Counter("dispatched", "x", ["base", "reason"], registry=registry).labels("base", "resident")
@@ -67,12 +67,12 @@ def _prometheus(flight: Flight) -> Callable[[], None]:
     def call() -> None:
         dispatched.inc()
         requests.inc()
-        duration.observe(flight.t_end - flight.t_start)
-        queue.observe(flight.t_sent - flight.t_start)
-        ttft.observe(flight.t_head - flight.t_start)
-        if flight.done:
-            prompt.inc(flight.done.prompt_tokens)
-            output.inc(flight.done.output_tokens)
+        duration.observe(inflight.t_end - inflight.t_start)
+        queue.observe(inflight.t_sent - inflight.t_start)
+        ttft.observe(inflight.t_head - inflight.t_start)
+        if inflight.done:
+            prompt.inc(inflight.done.prompt_tokens)
+            output.inc(inflight.done.output_tokens)
         of_adapter.inc()
 
     return call

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from gateway.fleet.fleet import Fleet
-from gateway.routing.policy import Ask, Choice, Policy
+from gateway.routing.policy import Choice, Policy, RoutingRequest
 from gateway.routing.registry import DEFAULT, make_policy
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
@@ -57,15 +57,15 @@ def crowd(request: Any) -> tuple[Fleet, int, int]:
     return fleet_of(workers, adapters), workers, adapters
 
 
-def ask(index: int) -> Ask:
-    return Ask("base", adapter(index), ADAPTER_BYTES, 128, 128)
+def ask(index: int) -> RoutingRequest:
+    return RoutingRequest("base", adapter(index), ADAPTER_BYTES, 128, 128)
 
 
-CASES: dict[str, Callable[[int, random.Random], Ask]] = {
+CASES: dict[str, Callable[[int, random.Random], RoutingRequest]] = {
     "Zipf-like adapter": lambda adapters, rng: ask(int(adapters ** rng.random()) - 1),
     "uniform adapter": lambda adapters, rng: ask(rng.randrange(adapters)),
     "adapter that is nowhere": lambda adapters, rng: ask(adapters + rng.randrange(adapters)),
-    "base model": lambda adapters, rng: Ask("base", None, 0, 128),
+    "base model": lambda adapters, rng: RoutingRequest("base", None, 0, 128),
 }
 
 
@@ -103,7 +103,7 @@ def test_heartbeat_of_80_adapters(benchmark: Any, crowd: tuple[Fleet, int, int],
     benchmark.pedantic(fleet.beat, setup=fresh, rounds=300)
 
 
-def _decide(benchmark: Any, fleet: Fleet, policy: Policy, asks: Sequence[Ask], excluded: Sequence[str] = ()) -> None:
+def _decide(benchmark: Any, fleet: Fleet, policy: Policy, asks: Sequence[RoutingRequest], excluded: Sequence[str] = ()) -> None:
     """Of each ask: the decision and its reservation. What ends the request again is not counted."""
     rng, of_stream = random.Random(2), dict(enumerate(asks, 1))
     stream, taken = itertools.count(1), dict[int, Choice]()

@@ -9,7 +9,7 @@ import pytest
 
 from bench.micro.conftest import PerUnit
 from shared.adapters.identity import AdapterRef
-from shared.link import messages as wire
+from shared.link import messages
 
 STREAMS = 64
 EVENT = b'data: {"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1,"model":"base","choices":[' + (
@@ -17,19 +17,24 @@ EVENT = b'data: {"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chun
 )
 BODY = b'{"model":"base:adapter","messages":[{"role":"user","content":"' + b"word " * 400 + b'"}],"max_tokens":64,"stream":true}'
 RESIDENT = 64
-ADAPTERS = tuple(wire.AdapterState(f"adapter-{i:04d}", "0" * 64, wire.Tier.GPU) for i in range(RESIDENT))
+ADAPTERS = tuple(messages.AdapterState(f"adapter-{i:04d}", "0" * 64, messages.Tier.GPU) for i in range(RESIDENT))
 MESSAGES: dict[str, tuple[Any, Callable[[bytes], object], int, str]] = {
-    f"step of {STREAMS} streams": (wire.Step([(sid, 0, EVENT) for sid in range(STREAMS)]), wire.decode_worker_data, STREAMS, "token"),
-    "step of one stream": (wire.Step([(1, 0, EVENT)]), wire.decode_worker_data, 1, "token"),
+    f"step of {STREAMS} streams": (
+        messages.Step([(sid, 0, EVENT) for sid in range(STREAMS)]),
+        messages.decode_worker_data,
+        STREAMS,
+        "token",
+    ),
+    "step of one stream": (messages.Step([(1, 0, EVENT)]), messages.decode_worker_data, 1, "token"),
     f"request of {len(BODY):,} bytes": (
-        wire.Generate(1, "/v1/chat/completions", "0" * 32, BODY, AdapterRef("base", "adapter", "0" * 64)),
-        wire.decode_gateway_data,
+        messages.Generate(1, "/v1/chat/completions", "0" * 32, BODY, AdapterRef("base", "adapter", "0" * 64)),
+        messages.decode_gateway_data,
         1,
         "request",
     ),
     f"heartbeat with {RESIDENT} adapters": (
-        wire.Heartbeat("w0", 1, 1, "base", wire.WorkerState.SERVING, adapters=ADAPTERS),
-        wire.decode_worker_control,
+        messages.Heartbeat("w0", 1, 1, "base", messages.WorkerState.SERVING, adapters=ADAPTERS),
+        messages.decode_worker_control,
         RESIDENT,
         "adapter",
     ),
@@ -39,12 +44,12 @@ MESSAGES: dict[str, tuple[Any, Callable[[bytes], object], int, str]] = {
 @pytest.mark.parametrize("name", MESSAGES)
 def test_encode(per_unit: PerUnit, name: str) -> None:
     message, _, units, unit = MESSAGES[name]
-    per_unit(lambda: wire.encode(message), units, unit)
+    per_unit(lambda: messages.encode(message), units, unit)
 
 
 @pytest.mark.parametrize("name", MESSAGES)
 def test_decode(per_unit: PerUnit, name: str) -> None:
     message, read, units, unit = MESSAGES[name]
-    data = wire.encode(message)
+    data = messages.encode(message)
     assert type(read(data)) is type(message)
     per_unit(lambda: read(data), units, unit)

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from gateway.adapters import aliases
-from gateway.adapters.aliases import Alias, AliasState, InForce, Share, Trip
-from gateway.adapters.canary import Count, Shares
+from gateway.adapters.aliases import ActiveAliases, Alias, AliasState, RollbackRecord, Share
+from gateway.adapters.canary import OutcomeCount, ShareOutcomes
 from gateway.telemetry.prometheus import Metrics
 from shared.errors import ConfigError, LoraplexError
 from shared.runtime.state_file import StateFile
@@ -21,7 +21,7 @@ MAX_UNWRITTEN = 100
 """Rollbacks on their way to the file; there are at most as many as shares."""
 
 
-class AliasBook:
+class AliasStore:
     """Reads the file once at the start; `run()` follows it from then on. Raises ConfigError if it cannot be read."""
 
     def __init__(
@@ -32,17 +32,17 @@ class AliasBook:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._configured, self._file, self._metrics, self._clock = configured, file, metrics, clock
-        self._in_force: dict[str, dict[str, InForce]] = {}
-        self._shares: dict[tuple[str, str], tuple[Alias, Shares]] = {}
-        self._unwritten: asyncio.Queue[tuple[str, InForce, str, Trip]] = asyncio.Queue(MAX_UNWRITTEN)
+        self._in_force: dict[str, dict[str, ActiveAliases]] = {}
+        self._shares: dict[tuple[str, str], tuple[Alias, ShareOutcomes]] = {}
+        self._unwritten: asyncio.Queue[tuple[str, ActiveAliases, str, RollbackRecord]] = asyncio.Queue(MAX_UNWRITTEN)
         self._state = AliasState()
         self._apply(file.read())
 
-    def of(self, base: str) -> Mapping[str, InForce]:
+    def of(self, base: str) -> Mapping[str, ActiveAliases]:
         """The aliases of a base model, by name."""
         return self._in_force.get(base, {})
 
-    def pick(self, found: InForce, user: bytes) -> Share:
+    def pick(self, found: ActiveAliases, user: bytes) -> Share:
         """The user's share. If every share was rolled back, which no rollback leads to, the first answers."""
         return aliases.pick(found.name, found.live or found.alias.shares[:1], user)
 
@@ -55,7 +55,7 @@ class AliasBook:
         reason = self._counts(base, found).note(adapter, failed, self._clock())
         if reason is None or adapter in found.trips or self._unwritten.full():
             return
-        trip = Trip(reason, round(time.time(), 3))
+        trip = RollbackRecord(reason, round(time.time(), 3))
         changed = aliases.with_trip(self._state, base, found, adapter, trip)
         if changed is not self._state:
             log.error("share of an alias rolled back", extra={"base": base, "alias": name, "adapter": adapter, "reason": reason})
@@ -63,7 +63,7 @@ class AliasBook:
             self._apply(changed)
             self._unwritten.put_nowait((base, found, adapter, trip))
 
-    def count(self, base: str, found: InForce, adapter: str) -> Count:
+    def count(self, base: str, found: ActiveAliases, adapter: str) -> OutcomeCount:
         """Requests of a share within its window, of this process."""
         return self._counts(base, found).count(adapter, self._clock())
 
@@ -115,16 +115,16 @@ class AliasBook:
                         self._shares.pop((base, name), None)
         self._in_force = changed
 
-    def _counts(self, base: str, found: InForce) -> Shares:
+    def _counts(self, base: str, found: ActiveAliases) -> ShareOutcomes:
         """Anew for every change of the alias."""
         alias, shares = self._shares.get((base, found.name), (None, None))
         if shares is None or alias != found.alias:
-            shares = Shares(found.alias.rollback)
+            shares = ShareOutcomes(found.alias.rollback)
             self._shares[base, found.name] = (found.alias, shares)
         return shares
 
 
-def _shown(found: InForce | None) -> str:
+def _shown(found: ActiveAliases | None) -> str:
     if found is None:
         return "none"
     return ", ".join(f"{s.adapter}={0 if s.adapter in found.trips else s.weight:g}" for s in found.alias.shares)

@@ -29,7 +29,7 @@ class Alias(msgspec.Struct, frozen=True):
     rollback: RollbackConfig | None = None
 
 
-class Trip(msgspec.Struct, frozen=True):
+class RollbackRecord(msgspec.Struct, frozen=True):
     """A share was rolled back. `at` is in seconds since 1970."""
 
     reason: str
@@ -43,7 +43,7 @@ class Kept(msgspec.Struct, frozen=True):
     """
 
     alias: Alias | None = None
-    trips: dict[str, Trip] = {}
+    trips: dict[str, RollbackRecord] = {}
     tripped_of: tuple[Share, ...] = ()
 
 
@@ -54,13 +54,13 @@ class AliasState(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class InForce:
+class ActiveAliases:
     """An alias as it holds now. `live` are the shares that get requests."""
 
     name: str
     alias: Alias
     source: str  # "config" or "runtime"
-    trips: Mapping[str, Trip]
+    trips: Mapping[str, RollbackRecord]
     live: tuple[Share, ...]
 
 
@@ -68,7 +68,7 @@ def from_config(config: AliasConfig) -> Alias:
     return Alias(tuple(Share(s.adapter, s.weight) for s in config.parts), config.rollback)
 
 
-def in_force(configured: Mapping[str, Alias], kept: Mapping[str, Kept]) -> dict[str, InForce]:
+def in_force(configured: Mapping[str, Alias], kept: Mapping[str, Kept]) -> dict[str, ActiveAliases]:
     """The aliases of one base model: an operator's own before the config's."""
     found = {}
     for name in sorted({*configured, *(n for n, k in kept.items() if k.alias is not None)}):
@@ -76,7 +76,7 @@ def in_force(configured: Mapping[str, Alias], kept: Mapping[str, Kept]) -> dict[
         alias = entry.alias or configured[name]
         trips = entry.trips if entry.tripped_of == alias.shares else {}
         live = tuple(s for s in alias.shares if s.weight > 0 and s.adapter not in trips)
-        found[name] = InForce(name, alias, "runtime" if entry.alias is not None else "config", trips, live)
+        found[name] = ActiveAliases(name, alias, "runtime" if entry.alias is not None else "config", trips, live)
     return found
 
 
@@ -106,7 +106,7 @@ def without_alias(state: AliasState, base: str, name: str) -> AliasState:
     return _with(state, base, name, None)
 
 
-def with_trip(state: AliasState, base: str, found: InForce, adapter: str, trip: Trip) -> AliasState:
+def with_trip(state: AliasState, base: str, found: ActiveAliases, adapter: str, trip: RollbackRecord) -> AliasState:
     """Without effect if the alias has changed meanwhile, or if no other share would be left."""
     kept = state.bases.get(base, {}).get(found.name, Kept())
     if (kept.alias or found.alias).shares != found.alias.shares:

@@ -12,7 +12,7 @@ SLICES = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
+class OutcomeCount:
     requests: int = 0
     errors: int = 0
 
@@ -20,46 +20,46 @@ class Count:
     def rate(self) -> float:
         return self.errors / self.requests if self.requests else 0.0
 
-    def __add__(self, other: Count) -> Count:
-        return Count(self.requests + other.requests, self.errors + other.errors)
+    def __add__(self, other: OutcomeCount) -> OutcomeCount:
+        return OutcomeCount(self.requests + other.requests, self.errors + other.errors)
 
 
-class Window:
+class OutcomeWindow:
     """The requests of one share that ended within the last `window_s` seconds, to the precision of a slice."""
 
     def __init__(self, window_s: float) -> None:
         self._slice_s = window_s / SLICES
-        self._slices: deque[tuple[int, Count]] = deque(maxlen=SLICES)
+        self._slices: deque[tuple[int, OutcomeCount]] = deque(maxlen=SLICES)
 
     def note(self, failed: bool, now: float) -> None:
-        one, number = Count(1, int(failed)), int(now / self._slice_s)
+        one, number = OutcomeCount(1, int(failed)), int(now / self._slice_s)
         if self._slices and self._slices[-1][0] == number:
             one += self._slices.pop()[1]
         self._slices.append((number, one))
 
-    def count(self, now: float) -> Count:
+    def count(self, now: float) -> OutcomeCount:
         oldest = int(now / self._slice_s) - SLICES
-        return sum((c for number, c in self._slices if number > oldest), Count())
+        return sum((c for number, c in self._slices if number > oldest), OutcomeCount())
 
 
-class Shares:
+class ShareOutcomes:
     """The windows of one alias's shares."""
 
     def __init__(self, rollback: RollbackConfig | None) -> None:
         self._rollback = rollback or RollbackConfig()
         self._enabled = rollback is not None
-        self._windows: dict[str, Window] = {}
+        self._windows: dict[str, OutcomeWindow] = {}
 
     def note(self, adapter: str, failed: bool, now: float) -> str | None:
         """A request of this share has ended. Returns why the share is to be rolled back, if it is."""
         window = self._windows.get(adapter)
         if window is None:
-            window = self._windows[adapter] = Window(self._rollback.window_s)
+            window = self._windows[adapter] = OutcomeWindow(self._rollback.window_s)
         window.note(failed, now)
         if not (failed and self._enabled):
             return None  # only an error raises a rate
         mine = window.count(now)
-        others = sum((w.count(now) for a, w in self._windows.items() if a != adapter), Count())
+        others = sum((w.count(now) for a, w in self._windows.items() if a != adapter), OutcomeCount())
         limit = self._rollback
         if mine.requests < limit.min_requests or mine.rate <= max(limit.error_rate, others.rate):
             return None
@@ -68,6 +68,6 @@ class Shares:
             f"allowed are {limit.error_rate:.1%}, the other shares have {others.rate:.1%}"
         )
 
-    def count(self, adapter: str, now: float) -> Count:
+    def count(self, adapter: str, now: float) -> OutcomeCount:
         window = self._windows.get(adapter)
-        return window.count(now) if window is not None else Count()
+        return window.count(now) if window is not None else OutcomeCount()

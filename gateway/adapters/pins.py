@@ -9,7 +9,7 @@ import msgspec
 
 from gateway.fleet.worker_view import Key
 from shared.errors import InvalidRequest, TooManyPins
-from shared.link.messages import Action, AdapterState, Tier, WorkerId
+from shared.link.messages import AdapterAction, AdapterState, Tier, WorkerId
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class Pins(msgspec.Struct, frozen=True):
 
 def orders(
     pinned: Mapping[str, str | None], preload: Mapping[str, str], held: Mapping[Key, AdapterState], preloaded: Collection[Key]
-) -> Iterator[tuple[Action, Key]]:
+) -> Iterator[tuple[AdapterAction, Key]]:
     """What a worker still has to be told. `pinned` and `preload`: name -> digest, None where nobody knows it; `held`: what the worker has.
 
     A pinned name whose newest version is not there yet keeps the old one: the worker lets go of it as soon as it has the new one.
@@ -86,16 +86,16 @@ def orders(
         if digest is not None:
             state = held.get((name, digest))
             if state is None or not state.pinned:
-                yield Action.PIN, (name, digest)
+                yield AdapterAction.PIN, (name, digest)
     for name, digest in preload.items():
         key = (name, digest)
         if key not in preloaded and name not in pinned:
             state = held.get(key)
             if state is None or state.loading or state.tier is not Tier.GPU:
-                yield Action.LOAD, key
+                yield AdapterAction.LOAD, key
     for key, state in held.items():
         if state.pinned and key[0] not in pinned:
-            yield Action.UNPIN, key
+            yield AdapterAction.UNPIN, key
 
 
 def _with(mapping: dict[str, T], key: str, value: T) -> dict[str, T]:

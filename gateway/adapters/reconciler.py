@@ -14,12 +14,12 @@ from typing import TypeAlias
 
 from gateway.adapters.catalog import Catalog
 from gateway.adapters.pins import Pins, PinState, orders
-from gateway.adapters.usage import Usage
+from gateway.adapters.usage import AdapterUsage
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.fleet.worker_view import Key, Worker
+from gateway.fleet.worker_view import Key, WorkerView
 from shared.adapters.identity import AdapterRef
 from shared.errors import ConfigError, LoraplexError
-from shared.link.messages import Action, WorkerId
+from shared.link.messages import AdapterAction, WorkerId
 from shared.runtime.state_file import POLL_S, StateFile
 
 log = logging.getLogger("loraplex.keeper")
@@ -30,7 +30,7 @@ SETTLE_S = 4 * POLL_S
 """What was just changed is left alone for so long: another process may know better already."""
 RETRY_S = 10.0
 MAX_OPEN = 64  # orders on their way, of this process; the others follow
-Order: TypeAlias = tuple[Action, Key]
+Order: TypeAlias = tuple[AdapterAction, Key]
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class _Life:
     """Not before then; an order that is not due any more is forgotten."""
 
 
-class Keeper:
+class Reconciler:
     """`state` is what operators changed, as this process knows it."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Keeper:
         catalogs: Mapping[str, Catalog | None],
         pins: Mapping[str, Pins],
         file: StateFile[PinState],
-        usage: Usage,
+        usage: AdapterUsage,
         refresh_s: float,
     ) -> None:
         """Raises ConfigError if the file cannot be read."""
@@ -105,11 +105,11 @@ class Keeper:
 
     # ---- inside -----------------------------------------------------------------------------------------------------------------------
 
-    def _life(self, worker: Worker) -> _Life:
+    def _life(self, worker: WorkerView) -> _Life:
         life = self._lives.get(worker.id)
         return life if life is not None and life.epoch == worker.beat.epoch else _Life(worker.beat.epoch)
 
-    def _look_after(self, worker: Worker, life: _Life, now: float) -> None:
+    def _look_after(self, worker: WorkerView, life: _Life, now: float) -> None:
         base = worker.beat.base
         catalog, pins = self._catalogs.get(base), self._pins.get(base)
         if catalog is None or pins is None:
@@ -118,40 +118,42 @@ class Keeper:
         digests = {name: current(stored).digest for name in pins.names(self.state) if (stored := catalog.known.get(name))}
         pinned = {name: digests.get(name) for name in pins.wanted(self.state, worker.id)}
         preload = {name: digests[name] for name in pins.preload if name in digests}
-        wanted = [o for o in orders(pinned, preload, worker.held, life.preloaded) if o[0] is not Action.UNPIN or o[1] not in life.unpinned]
+        wanted = [
+            o for o in orders(pinned, preload, worker.held, life.preloaded) if o[0] is not AdapterAction.UNPIN or o[1] not in life.unpinned
+        ]
         life.due = {order: when for order, when in life.due.items() if order in wanted}
         life.pinned |= {key for key, state in worker.held.items() if state.pinned}
         for order in wanted:
             action, key = order
             # Another process may have changed what this one has not read yet; only what was never so is done at once.
-            settled = action is Action.LOAD or (action is Action.PIN and key not in life.pinned)
+            settled = action is AdapterAction.LOAD or (action is AdapterAction.PIN and key not in life.pinned)
             if life.due.setdefault(order, now if settled else now + SETTLE_S) <= now and len(self._open) < MAX_OPEN:
                 self._send(worker, life, action, key)
 
-    def _send(self, worker: Worker, life: _Life, action: Action, key: Key) -> None:
+    def _send(self, worker: WorkerView, life: _Life, action: AdapterAction, key: Key) -> None:
         catalog = self._catalogs[worker.beat.base]
         assert catalog is not None
         ref = AdapterRef(worker.beat.base, *key)
         life.due[action, key] = float("inf")
         latest = catalog.known.get(ref.name)
-        future = self._dispatcher.tend(worker, action, ref, catalog.versions.current(latest) if latest is not None else None)
+        future = self._dispatcher.send_command(worker, action, ref, catalog.versions.current(latest) if latest is not None else None)
         self._open[future] = None
         future.add_done_callback(lambda f: self._ended(f, worker.id, life, action, ref))
 
-    def _ended(self, future: asyncio.Future[None], worker: WorkerId, life: _Life, action: Action, ref: AdapterRef) -> None:
+    def _ended(self, future: asyncio.Future[None], worker: WorkerId, life: _Life, action: AdapterAction, ref: AdapterRef) -> None:
         del self._open[future]
         key = (ref.name, ref.digest)
         error = None if future.cancelled() else future.exception()
         life.due[action, key] = clock() + (SETTLE_S if error is None else RETRY_S)
         facts = {"adapter": str(ref), "worker": worker, "action": action.name.lower()}
         if error is None:
-            if action is Action.LOAD:
+            if action is AdapterAction.LOAD:
                 life.preloaded.add(key)
-            elif action is Action.UNPIN:
+            elif action is AdapterAction.UNPIN:
                 life.unpinned.add(key)
             else:
                 life.unpinned.discard(key)
-            if action is not Action.UNPIN:
+            if action is not AdapterAction.UNPIN:
                 self._usage.worked(ref)
                 self._keep(ref)
             log.info("adapter tended", extra=facts)

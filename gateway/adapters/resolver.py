@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from gateway.adapters import versions
-from gateway.adapters.alias_store import AliasBook
-from gateway.adapters.aliases import InForce
+from gateway.adapters.alias_store import AliasStore
+from gateway.adapters.aliases import ActiveAliases
 from gateway.adapters.catalog import Catalog
 from gateway.adapters.names import split_version
-from gateway.adapters.version_queries import Known, in_engines, on_workers
+from gateway.adapters.version_queries import KnownVersion, in_engines, on_workers
 from gateway.fleet.fleet import Fleet
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.config.aliases import MAX_ALIASES
@@ -43,9 +43,9 @@ class Resolver:
     """`catalogs`: every configured base model; None where it has no adapter store."""
 
     def __init__(
-        self, catalogs: Mapping[str, Catalog | None], book: AliasBook, fleet: Fleet, clock: Callable[[], float] = time.monotonic
+        self, catalogs: Mapping[str, Catalog | None], alias_store: AliasStore, fleet: Fleet, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._catalogs, self._book, self._fleet, self._clock = catalogs, book, fleet, clock
+        self._catalogs, self._alias_store, self._fleet, self._clock = catalogs, alias_store, fleet, clock
         self._said: set[tuple[str, str]] = set()
         self._bases: dict[str, Target] = {}
 
@@ -60,7 +60,7 @@ class Resolver:
         base, name, spec = split_version(model, self._catalogs)
         if name is None:
             return self._bases.setdefault(base, Target(base))
-        if spec or name in self._book.of(base):
+        if spec or name in self._alias_store.of(base):
             return None
         catalog = self._catalog(base)
         latest = catalog.known.get(name)
@@ -75,11 +75,11 @@ class Resolver:
         base, name, spec = split_version(model, self._catalogs)
         if name is None:
             return Target(base)
-        found = self._book.of(base).get(name) if not spec else None
+        found = self._alias_store.of(base).get(name) if not spec else None
         if found is None:
             return await self.adapter(base, name, spec)
         self._say_if_hiding(base, name)
-        share = self._book.pick(found, user())
+        share = self._alias_store.pick(found, user())
         name, _, spec = share.adapter.partition("@")
         try:
             return replace(await self.adapter(base, name, spec), alias=found.name, share=share.adapter)
@@ -95,8 +95,8 @@ class Resolver:
             return self._by_digest(catalog, latest, spec)
         return self._current(catalog, latest)
 
-    def aliases(self, base: str) -> Mapping[str, InForce]:
-        return self._book.of(base)
+    def aliases(self, base: str) -> Mapping[str, ActiveAliases]:
+        return self._alias_store.of(base)
 
     def use(self, target: Target) -> None:
         """A request is about to be answered from it."""
@@ -116,7 +116,7 @@ class Resolver:
         if target.alias:
             # A target that is gone is no fault of the client, who asked for the alias.
             failed = status >= 500 or isinstance(error, InvalidAdapter | AdapterNotFound) or (error is not None and error.status >= 500)
-            self._book.note(target.base, target.alias, target.share, failed=failed)
+            self._alias_store.note(target.base, target.alias, target.share, failed=failed)
 
     async def again(self, target: Target) -> Target:
         """No worker could get the version: the store's copy has changed or is gone.
@@ -165,13 +165,13 @@ class Resolver:
         hits = hits or [known for known in self._on_workers(catalog.base, name) if known.digest.startswith(spec)]
         whole = len(spec) == versions.DIGEST_LENGTH
         if not hits and whole and not catalog.is_missing(f"{name}@{spec}"):
-            hits = [Known(spec, "unknown")]
+            hits = [KnownVersion(spec, "unknown")]
         if len(hits) != 1:
             raise self._no_such_version(catalog, latest, spec)
         ref = AdapterRef(catalog.base, name, hits[0].digest)
         return Target(catalog.base, ref, hits[0].stored, by_digest=True, elsewhere=ref.digest != latest.digest)
 
-    def _on_workers(self, base: str, name: str) -> list[Known]:
+    def _on_workers(self, base: str, name: str) -> list[KnownVersion]:
         return list(on_workers(name, self._fleet.pool(base)))
 
     def _no_such_version(self, catalog: Catalog, latest: StoredAdapter, spec: str) -> AdapterNotFound:

@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterable
 from typing import assert_never
 
 from gateway.adapters import version_queries
-from gateway.adapters.version_queries import Cache, Load, Nobody, Nothing, Prepare, in_engines, in_flight
-from gateway.adapters.versions import Stage, Versions
-from gateway.fleet.commands import Tend
+from gateway.adapters.version_queries import CacheVersion, LoadVersion, NobodyServes, NothingToPrepare, Prepare, in_engines, in_flight
+from gateway.adapters.versions import Versions, VersionStage
+from gateway.fleet.commands import SendCommand
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.rendezvous import Rendezvous
-from gateway.fleet.worker_view import Key, Worker
+from gateway.fleet.worker_view import Key, WorkerView
 from gateway.telemetry.prometheus import Metrics
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import InvalidAdapter, LoraplexError, WorkerUnavailable
-from shared.link.messages import Action, WorkerId
+from shared.link.messages import AdapterAction, WorkerId
 
 log = logging.getLogger("loraplex.versions")
 
@@ -34,9 +34,15 @@ class Rollout:
     """`run()` works for ever on the changes of one base model's adapters."""
 
     def __init__(
-        self, base: str, found: Versions, fleet: Fleet, tend: Tend, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+        self,
+        base: str,
+        found: Versions,
+        fleet: Fleet,
+        send_command: SendCommand,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.base, self._versions, self._fleet, self._tend = base, found, fleet, tend
+        self.base, self._versions, self._fleet, self._tend = base, found, fleet, send_command
         self._metrics = metrics
         self._clock = clock
         self._homes = Rendezvous()
@@ -57,20 +63,20 @@ class Rollout:
         plan = version_queries.plan(prepare, self._fleet.pool(self.base), self._homes)
         try:
             match plan:
-                case Load(workers):
+                case LoadVersion(workers):
                     await self._load(workers, new)
-                case Cache(worker):
-                    await self._ask([worker], Action.CACHE, new)
-                case Nothing():
+                case CacheVersion(worker):
+                    await self._ask([worker], AdapterAction.CACHE, new)
+                case NothingToPrepare():
                     pass
-                case Nobody():
+                case NobodyServes():
                     raise WorkerUnavailable("No worker serves this model now.")
                 case _:
                     assert_never(plan)
         except LoraplexError as exc:
             stage = self._versions.failed(new, exc, self._clock())
-            self._metrics.version_change(self.base, "refused" if stage is Stage.REFUSED else "failed")
-            if stage is Stage.REFUSED:
+            self._metrics.version_change(self.base, "refused" if stage is VersionStage.REFUSED else "failed")
+            if stage is VersionStage.REFUSED:
                 log.error("new version refused, the old one goes on", extra={**facts, "code": exc.code, "reason": exc.message})
             else:
                 log.warning("new version not ready yet", extra={**facts, "code": exc.code, "reason": exc.message})
@@ -79,17 +85,17 @@ class Rollout:
             self._metrics.version_change(self.base, "switched")
             log.info("version switched", extra={**facts, "ms": round((self._clock() - begun) * 1e3, 1)})
 
-    async def _load(self, workers: tuple[Worker, ...], new: StoredAdapter) -> None:
+    async def _load(self, workers: tuple[WorkerView, ...], new: StoredAdapter) -> None:
         """On the first one, then on the others; of these only a refusal counts, since requests can load it where it is missing."""
-        await self._ask(workers[:1], Action.LOAD, new)
+        await self._ask(workers[:1], AdapterAction.LOAD, new)
         try:
-            await self._ask(workers[1:], Action.LOAD, new)
+            await self._ask(workers[1:], AdapterAction.LOAD, new)
         except InvalidAdapter:
             raise
         except LoraplexError as exc:
             log.warning("new version not loaded everywhere", extra={"base": self.base, "adapter": new.name, "reason": exc.message})
 
-    async def _ask(self, workers: Iterable[Worker], action: Action, new: StoredAdapter) -> None:
+    async def _ask(self, workers: Iterable[WorkerView], action: AdapterAction, new: StoredAdapter) -> None:
         """Returns once all have done it. Raises the first refusal as invalid, else the first failure, else WorkerUnavailable at the time limit."""
         ref = AdapterRef(self.base, new.name, new.digest)
         asked = [self._tend(worker, action, ref, new) for worker in workers]
@@ -112,7 +118,7 @@ class Rollout:
             for worker in in_engines(key, pool):
                 if (worker.id, key) not in self._leaving:
                     self._leaving.add((worker.id, key))
-                    future = self._tend(worker, Action.EVICT, AdapterRef(self.base, *key), None)
+                    future = self._tend(worker, AdapterAction.EVICT, AdapterRef(self.base, *key), None)
                     future.add_done_callback(lambda f, at=(worker.id, key): self._gone(f, *at))  # type: ignore[misc]
 
     def _gone(self, future: asyncio.Future[None], worker: WorkerId, key: Key) -> None:

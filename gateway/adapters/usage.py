@@ -14,7 +14,7 @@ ABOUT_ADAPTERS = (AdapterNotFound, InvalidAdapter, StoreUnavailable)
 
 
 @dataclass(slots=True)
-class Record:
+class UsageRecord:
     """`last_used` is in seconds of the Unix epoch. `refused` is the digest that was refused last, `on_disk` one that a worker had on its disk."""
 
     hits: int = 0
@@ -25,13 +25,13 @@ class Record:
     on_disk: str = ""
 
 
-class Usage:
+class AdapterUsage:
     """By (base, name)."""
 
     def __init__(self) -> None:
-        self._records: OrderedDict[tuple[str, str], Record] = OrderedDict()
+        self._records: OrderedDict[tuple[str, str], UsageRecord] = OrderedDict()
 
-    def get(self, base: str, name: str) -> Record | None:
+    def get(self, base: str, name: str) -> UsageRecord | None:
         return self._records.get((base, name))
 
     def used(self, adapter: AdapterRef, now: float) -> None:
@@ -52,11 +52,11 @@ class Usage:
             record = self._record(adapter)
             record.refused, record.code, record.reason = adapter.digest, error.code, error.message[:MAX_REASON]
 
-    def _record(self, adapter: AdapterRef) -> Record:
+    def _record(self, adapter: AdapterRef) -> UsageRecord:
         key = (adapter.base, adapter.name)
         record = self._records.get(key)
         if record is None:
-            record = self._records[key] = Record()
+            record = self._records[key] = UsageRecord()
             if len(self._records) > MAX_RECORDS:
                 self._records.popitem(last=False)
         else:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from gateway.fleet.pool import Pool
 from gateway.fleet.rendezvous import Rendezvous
-from gateway.fleet.worker_view import Key, Worker
+from gateway.fleet.worker_view import Key, WorkerView
 from shared.adapters.identity import StoredAdapter
 from shared.link.messages import Tier
 
@@ -23,7 +23,7 @@ class Prepare:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class KnownVersion:
     """One version of a name that may be asked for by its digest. `state`: current, preparing, refused, older, or loaded (on some worker)."""
 
     digest: str
@@ -32,46 +32,46 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class LoadVersion:
     """Into a slot of each of these workers; of the first one before the others, so that a version that kills engines kills one."""
 
-    workers: tuple[Worker, ...]
+    workers: tuple[WorkerView, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
+class CacheVersion:
     """Onto the worker's disk, validated."""
 
-    worker: Worker
+    worker: WorkerView
 
 
 @dataclass(frozen=True, slots=True)
-class Nothing:
+class NothingToPrepare:
     """There is no old version that would be worth keeping."""
 
 
 @dataclass(frozen=True, slots=True)
-class Nobody:
+class NobodyServes:
     """No worker serves the base model now."""
 
 
-Plan: TypeAlias = Load | Cache | Nothing | Nobody
+PreparationPlan: TypeAlias = LoadVersion | CacheVersion | NothingToPrepare | NobodyServes
 
 
-def plan(prepare: Prepare, pool: Pool, homes: Rendezvous) -> Plan:
+def plan(prepare: Prepare, pool: Pool, homes: Rendezvous) -> PreparationPlan:
     """Where the new version is made ready: in the slots of the workers that have the old one in a slot, else of one that has it in host memory,
     else on the disk of its home."""
     old = (prepare.old.name, prepare.old.digest)
     holders = in_engines(old, pool)
     if holders:
         slotted = [w for w in holders if w.tier_at(old) is Tier.GPU]
-        return Load(tuple(sorted(slotted, key=lambda w: w.load)) or (holders[0],))
+        return LoadVersion(tuple(sorted(slotted, key=lambda w: w.load)) or (holders[0],))
     if not prepare.recent:
-        return Nothing()
-    return Cache(homes.order((prepare.new.name, prepare.new.digest), pool)[0]) if pool.workers else Nobody()
+        return NothingToPrepare()
+    return CacheVersion(homes.order((prepare.new.name, prepare.new.digest), pool)[0]) if pool.workers else NobodyServes()
 
 
-def in_engines(key: Key, pool: Pool) -> list[Worker]:
+def in_engines(key: Key, pool: Pool) -> list[WorkerView]:
     """The workers whose engine has the version, in a slot or in host memory."""
     there = {**pool.holders.get(key, {}), **pool.stashes.get(key, {})}
     return [w for w in there.values() if w.tier_at(key) in (Tier.GPU, Tier.CPU)]
@@ -83,7 +83,7 @@ def in_flight(key: Key, pool: Pool) -> int | None:
     return sum(w.in_flight(key) for w in workers) if workers else None
 
 
-def on_workers(name: str, pool: Pool) -> Iterator[Known]:
+def on_workers(name: str, pool: Pool) -> Iterator[KnownVersion]:
     """The versions of a name that any worker has; looks at every adapter of the pool."""
     for digest in {d for index in (pool.holders, pool.stashes) for n, d in index if n == name}:
-        yield Known(digest, "loaded")
+        yield KnownVersion(digest, "loaded")

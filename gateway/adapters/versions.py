@@ -1,7 +1,7 @@
 """Pure. Which version of an adapter answers: the old one goes on until the new one is loaded and valid, or until the old one cannot be had.
 
 The store's listing says what there is; this says what is served. A name that this process has served has a current version. Once the store
-shows another one, a `Change` begins: the new version is prepared where the old one is (see `plan`), and then takes over in one step. One that
+shows another one, a `VersionChange` begins: the new version is prepared where the old one is (see `plan`), and then takes over in one step. One that
 is not valid is refused and not tried again until the content changes; any other failure is tried again later, at growing intervals. Versions
 that were replaced or deleted leave the engines once nobody has used them for a while. Every table is bounded.
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from gateway.adapters.version_queries import Known, Prepare
+from gateway.adapters.version_queries import KnownVersion, Prepare
 from gateway.fleet.worker_view import Key
 from shared.adapters.identity import StoredAdapter
 from shared.errors import EngineFailure, InvalidAdapter, LoraplexError
@@ -45,14 +45,14 @@ _SPEC = re.compile(r"[0-9a-f]{8,16}\Z")
 DIGEST_LENGTH = 16
 
 
-class Stage(Enum):
+class VersionStage(Enum):
     WAITING = "waiting"
     PREPARING = "preparing"
     SWITCHED = "switched"
     REFUSED = "refused"
 
 
-class Event(Enum):
+class VersionEvent(Enum):
     BEGIN = "begin"
     READY = "ready"
     FAIL = "fail"
@@ -61,29 +61,29 @@ class Event(Enum):
 
 
 NEXT = {
-    (Stage.WAITING, Event.BEGIN): Stage.PREPARING,
-    (Stage.PREPARING, Event.READY): Stage.SWITCHED,
-    (Stage.PREPARING, Event.FAIL): Stage.WAITING,
-    (Stage.PREPARING, Event.INVALID): Stage.REFUSED,
-    (Stage.WAITING, Event.LOST): Stage.SWITCHED,
-    (Stage.PREPARING, Event.LOST): Stage.SWITCHED,
-    (Stage.REFUSED, Event.LOST): Stage.SWITCHED,
+    (VersionStage.WAITING, VersionEvent.BEGIN): VersionStage.PREPARING,
+    (VersionStage.PREPARING, VersionEvent.READY): VersionStage.SWITCHED,
+    (VersionStage.PREPARING, VersionEvent.FAIL): VersionStage.WAITING,
+    (VersionStage.PREPARING, VersionEvent.INVALID): VersionStage.REFUSED,
+    (VersionStage.WAITING, VersionEvent.LOST): VersionStage.SWITCHED,
+    (VersionStage.PREPARING, VersionEvent.LOST): VersionStage.SWITCHED,
+    (VersionStage.REFUSED, VersionEvent.LOST): VersionStage.SWITCHED,
 }
 
 
 @dataclass(slots=True)
-class Change:
+class VersionChange:
     """One name on its way from `old` to `new`. `code` and `reason` are of the last failure."""
 
     old: StoredAdapter
     new: StoredAdapter
-    stage: Stage = Stage.WAITING
+    stage: VersionStage = VersionStage.WAITING
     until: float = 0.0
     attempts: int = 0
     code: str = ""
     reason: str = ""
 
-    def on(self, event: Event) -> Stage:
+    def on(self, event: VersionEvent) -> VersionStage:
         after = NEXT.get((self.stage, event))
         if after is None:
             raise AssertionError(f"{event} in {self.stage} of {self.new.name}@{self.new.digest}")
@@ -108,7 +108,7 @@ class Versions:
 
     def __init__(self) -> None:
         self._served: OrderedDict[str, _Served] = OrderedDict()  # the longest unused first
-        self._changes: OrderedDict[str, Change] = OrderedDict()
+        self._changes: OrderedDict[str, VersionChange] = OrderedDict()
         self._older: OrderedDict[str, tuple[StoredAdapter, ...]] = OrderedDict()
         self._retired: OrderedDict[Key, _Retired] = OrderedDict()
         self._explicit: OrderedDict[Key, float] = OrderedDict()
@@ -120,25 +120,25 @@ class Versions:
         served = self._served.get(latest.name)
         return served.adapter if served is not None else latest
 
-    def of(self, latest: StoredAdapter) -> list[Known]:
+    def of(self, latest: StoredAdapter) -> list[KnownVersion]:
         """The versions of a name that are known here, the current one first."""
         current = self.current(latest)
-        found = [Known(current.digest, "current", current)]
+        found = [KnownVersion(current.digest, "current", current)]
         if latest.digest != current.digest:
             change = self._changes.get(latest.name)
-            refused = change is not None and change.stage is Stage.REFUSED
-            found.append(Known(latest.digest, "refused" if refused else "preparing", latest))
+            refused = change is not None and change.stage is VersionStage.REFUSED
+            found.append(KnownVersion(latest.digest, "refused" if refused else "preparing", latest))
         digests = {current.digest, latest.digest}
-        return found + [Known(o.digest, "older", o) for o in self._older.get(latest.name, ()) if o.digest not in digests]
+        return found + [KnownVersion(o.digest, "older", o) for o in self._older.get(latest.name, ()) if o.digest not in digests]
 
-    def change(self, name: str) -> Change | None:
+    def change(self, name: str) -> VersionChange | None:
         """What is under way for this name, or was refused. Read only."""
         return self._changes.get(name)
 
-    def changes(self) -> Iterable[Change]:
+    def changes(self) -> Iterable[VersionChange]:
         return self._changes.values()
 
-    def count(self, stage: Stage) -> int:
+    def count(self, stage: VersionStage) -> int:
         return sum(c.stage is stage for c in self._changes.values())
 
     # ---- what happens -------------------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class Versions:
         if change is None:
             self._forget(adapter.name)
         else:
-            change.on(Event.LOST)
+            change.on(VersionEvent.LOST)
             self._switch(change, now)
 
     def listed(self, known: Mapping[str, StoredAdapter], now: float, *, complete: bool) -> None:
@@ -199,7 +199,7 @@ class Versions:
         if latest.digest == served.adapter.digest:
             self._changes.pop(latest.name, None)  # its content came back
         elif change is None or change.new.digest != latest.digest:
-            self._begin(Change(served.adapter, latest))
+            self._begin(VersionChange(served.adapter, latest))
 
     def deleted(self, name: str, now: float) -> None:
         served = self._served.get(name)
@@ -212,13 +212,13 @@ class Versions:
 
     def due(self, now: float) -> list[Prepare]:
         """The changes to work on from now on, at most MAX_PREPARING at once."""
-        room = MAX_PREPARING - self.count(Stage.PREPARING)
+        room = MAX_PREPARING - self.count(VersionStage.PREPARING)
         found: list[Prepare] = []
         for change in self._changes.values():
             if len(found) >= room:
                 break
-            if change.stage is Stage.WAITING and change.until <= now:
-                change.on(Event.BEGIN)
+            if change.stage is VersionStage.WAITING and change.until <= now:
+                change.on(VersionEvent.BEGIN)
                 change.attempts += 1
                 found.append(Prepare(change.old, change.new, now - self._served[change.new.name].used_at < RECENT_S))
         return found
@@ -228,20 +228,20 @@ class Versions:
         change = self._preparing(new)
         if change is None:
             return False
-        change.on(Event.READY)
+        change.on(VersionEvent.READY)
         self._switch(change, now)
         return True
 
-    def failed(self, new: StoredAdapter, error: LoraplexError, now: float) -> Stage:
+    def failed(self, new: StoredAdapter, error: LoraplexError, now: float) -> VersionStage:
         """The new version could not be made ready: REFUSED until the content changes, or WAITING for the next try."""
         change = self._preparing(new)
         if change is None:
-            return Stage.WAITING
+            return VersionStage.WAITING
         change.code, change.reason = error.code, error.message
         if isinstance(error, InvalidAdapter) or (isinstance(error, EngineFailure) and change.attempts >= ENGINE_TRIES):
-            return change.on(Event.INVALID)
+            return change.on(VersionEvent.INVALID)
         change.until = now + min(FIRST_PAUSE_S * 2.0 ** (change.attempts - 1), MAX_PAUSE_S)
-        return change.on(Event.FAIL)
+        return change.on(VersionEvent.FAIL)
 
     def leaving(self, in_flight: Callable[[Key], int | None], now: float) -> list[Key]:
         """The replaced and deleted versions that should leave the engines now. `in_flight`: requests in flight; None: no engine holds it."""
@@ -258,20 +258,20 @@ class Versions:
 
     # ---- inside -------------------------------------------------------------------------------------------------------------------------
 
-    def _preparing(self, new: StoredAdapter) -> Change | None:
+    def _preparing(self, new: StoredAdapter) -> VersionChange | None:
         change = self._changes.get(new.name)
-        return change if change is not None and change.stage is Stage.PREPARING and change.new.digest == new.digest else None
+        return change if change is not None and change.stage is VersionStage.PREPARING and change.new.digest == new.digest else None
 
-    def _begin(self, change: Change) -> None:
+    def _begin(self, change: VersionChange) -> None:
         """At the bound, the oldest refusal is forgotten (it would be refused again); without one, the next listing shows the change again."""
         if change.new.name not in self._changes and len(self._changes) >= MAX_CHANGES:
-            refused = next((n for n, c in self._changes.items() if c.stage is Stage.REFUSED), None)
+            refused = next((n for n, c in self._changes.items() if c.stage is VersionStage.REFUSED), None)
             if refused is None:
                 return
             del self._changes[refused]
         self._changes[change.new.name] = change
 
-    def _switch(self, change: Change, now: float) -> None:
+    def _switch(self, change: VersionChange, now: float) -> None:
         name = change.new.name
         del self._changes[name]
         self._served[name].adapter = change.new

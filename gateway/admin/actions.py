@@ -11,14 +11,14 @@ import msgspec
 from aiohttp import web
 
 from gateway.adapters.names import split_model
-from gateway.adapters.reconciler import Keeper
-from gateway.adapters.usage import Usage
-from gateway.admin.scope import Scope, body_of, choice, listed, number, text_answer
-from gateway.fleet.worker_view import Worker
+from gateway.adapters.reconciler import Reconciler
+from gateway.adapters.usage import AdapterUsage
+from gateway.admin.scope import AdminScope, body_of, choice, listed, number, text_answer
+from gateway.fleet.worker_view import WorkerView
 from gateway.http.bodies import error_body, to_json
 from shared.adapters.identity import AdapterRef, StoredAdapter, check_name
 from shared.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, LoraplexError, NotDoneInTime
-from shared.link.messages import Action, WorkerId
+from shared.link.messages import AdapterAction, WorkerId
 
 PREFIX = "/admin/adapters/"
 TYPICAL_TOKENS = 128  # of a prompt, where a worker is chosen for an adapter and nobody has asked yet
@@ -64,13 +64,13 @@ class Outcome:
         return web.Response(status=status, body=to_json(body), content_type="application/json")
 
 
-class Actions:
+class AdminActions:
     """`stores`: base -> the URL of its adapter store."""
 
-    def __init__(self, scope: Scope, stores: Mapping[str, str], keeper: Keeper, usage: Usage) -> None:
+    def __init__(self, scope: AdminScope, stores: Mapping[str, str], reconciler: Reconciler, usage: AdapterUsage) -> None:
         self._scope = scope
         self._stores = stores
-        self._keeper = keeper
+        self._reconciler = reconciler
         self._usage = usage
 
     async def pin(self, request: web.BaseRequest) -> web.Response:
@@ -78,23 +78,23 @@ class Actions:
         stored = await self._scope.stored(base, name, needed=True)
         assert stored is not None
         one = request.query.get("worker")
-        pins = self._keeper.pins(base)
-        await self._keeper.change(lambda state: pins.pin(state, name, one))
-        outcome = await self._tend(request, "pin", base, name, stored, {w: [(Action.PIN, stored.digest)] for w in workers})
+        pins = self._reconciler.pins(base)
+        await self._reconciler.change(lambda state: pins.pin(state, name, one))
+        outcome = await self._tend(request, "pin", base, name, stored, {w: [(AdapterAction.PIN, stored.digest)] for w in workers})
         errors = outcome.errors
         hopeless = bool(errors) and len(errors) == len(outcome.results) and all(isinstance(e, InvalidAdapter) for e in errors)
         if hopeless:
-            await self._keeper.change(lambda state: pins.unpin(state, name, one))
+            await self._reconciler.change(lambda state: pins.unpin(state, name, one))
         return outcome.answer(remembered=not hopeless)
 
     async def unpin(self, request: web.BaseRequest) -> web.Response:
         base, name, workers = self._target(request)
         stored = await self._scope.stored(base, name, needed=not self._scope.is_known(base, name))
         await self._forget_pin(base, name, request.query.get("worker"))
-        todo = {w: [(Action.UNPIN, s.digest) for s in w.beat.adapters if s.name == name and s.pinned] for w in workers}
+        todo = {w: [(AdapterAction.UNPIN, s.digest) for s in w.beat.adapters if s.name == name and s.pinned] for w in workers}
         if stored is not None:  # its pin may be younger than the last beat
             for asked in todo.values():
-                asked += [] if (Action.UNPIN, stored.digest) in asked else [(Action.UNPIN, stored.digest)]
+                asked += [] if (AdapterAction.UNPIN, stored.digest) in asked else [(AdapterAction.UNPIN, stored.digest)]
         return (await self._tend(request, "unpin", base, name, stored, todo)).answer()
 
     async def prefetch(self, request: web.BaseRequest) -> web.Response:
@@ -102,7 +102,7 @@ class Actions:
         stored = await self._scope.stored(base, name, needed=True)
         assert stored is not None
         tier = choice("tier", request.query.get("tier", "disk"), ("disk", "gpu"))
-        action = Action.LOAD if tier == "gpu" else Action.CACHE
+        action = AdapterAction.LOAD if tier == "gpu" else AdapterAction.CACHE
         return (await self._tend(request, "prefetch", base, name, stored, _on_each(workers, action, stored.digest))).answer(tier=tier)
 
     async def evict(self, request: web.BaseRequest) -> web.Response:
@@ -119,7 +119,7 @@ class Actions:
         workers = [c.worker for c in sorted(found, key=lambda c: not c.eligible)]
         chosen = workers if request.query.get("all") == "1" else workers[:1]
         self._scope.need(workers)
-        outcome = await self._tend(request, "load", base, name, stored, _on_each(chosen, Action.LOAD, stored.digest))
+        outcome = await self._tend(request, "load", base, name, stored, _on_each(chosen, AdapterAction.LOAD, stored.digest))
         return outcome.answer() if outcome.errors else text_answer(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
     async def unload(self, request: web.BaseRequest) -> web.Response:
@@ -133,21 +133,21 @@ class Actions:
 
     # ---- inside -----------------------------------------------------------------------------------------------------------------------
 
-    async def _evict(self, request: web.BaseRequest, base: str, name: str, workers: Sequence[Worker], one: WorkerId | None) -> Outcome:
+    async def _evict(self, request: web.BaseRequest, base: str, name: str, workers: Sequence[WorkerView], one: WorkerId | None) -> Outcome:
         """Every version, on each of the workers; what was pinned is pinned no longer."""
         stored = await self._scope.stored(base, name, needed=not self._scope.is_known(base, name))
         await self._forget_pin(base, name, one)
         newest = [stored.digest] if stored is not None else []  # it may be on its way already, unknown to the last beat
         todo = {
-            w: [(Action.EVICT, d) for d in dict.fromkeys([*newest, *(s.digest for s in w.beat.adapters if s.name == name)])]
+            w: [(AdapterAction.EVICT, d) for d in dict.fromkeys([*newest, *(s.digest for s in w.beat.adapters if s.name == name)])]
             for w in workers
         }
         return await self._tend(request, "evict", base, name, stored, todo)
 
     async def _forget_pin(self, base: str, name: str, one: WorkerId | None) -> None:
-        pins, state = self._keeper.pins(base), self._keeper.state
+        pins, state = self._reconciler.pins(base), self._reconciler.state
         if name in pins.names(state) or name in state.unpinned.get(base, ()):
-            await self._keeper.change(lambda state: pins.unpin(state, name, one))
+            await self._reconciler.change(lambda state: pins.unpin(state, name, one))
 
     async def _tend(
         self,
@@ -156,17 +156,17 @@ class Actions:
         base: str,
         name: str,
         stored: StoredAdapter | None,
-        todo: Mapping[Worker, Sequence[tuple[Action, str]]],
+        todo: Mapping[WorkerView, Sequence[tuple[AdapterAction, str]]],
     ) -> Outcome:
         """Asks all at once and waits for the answers, at most `?timeout_s=`."""
         timeout_s = _timeout_s(request)
         outcome = Outcome(what, base, name, stored.digest if stored else None, {w.id: None for w in todo})
-        asked: dict[asyncio.Future[None], tuple[Worker, AdapterRef, Action]] = {}
+        asked: dict[asyncio.Future[None], tuple[WorkerView, AdapterRef, AdapterAction]] = {}
         for worker, actions in todo.items():
             for action, digest in actions:
                 ref = AdapterRef(base, name, digest)
                 files = stored if stored is not None and stored.digest == digest else None
-                asked[self._scope.dispatcher.tend(worker, action, ref, files)] = worker, ref, action
+                asked[self._scope.dispatcher.send_command(worker, action, ref, files)] = worker, ref, action
         if asked:
             await asyncio.wait(asked, timeout=timeout_s)
         for future, (worker, ref, action) in asked.items():
@@ -177,11 +177,11 @@ class Actions:
             elif isinstance(error := future.exception(), LoraplexError):
                 self._usage.failed(ref, error)
                 outcome.results[worker.id] = error
-            elif action in (Action.CACHE, Action.LOAD, Action.PIN):
+            elif action in (AdapterAction.CACHE, AdapterAction.LOAD, AdapterAction.PIN):
                 self._usage.worked(ref)
         return outcome
 
-    def _target(self, request: web.BaseRequest) -> tuple[str, str, list[Worker]]:
+    def _target(self, request: web.BaseRequest) -> tuple[str, str, list[WorkerView]]:
         """(base, adapter, workers) of POST /admin/adapters/{name}/{action}, refused before anything has been done."""
         _timeout_s(request)
         name = request.path.removeprefix(PREFIX).rpartition("/")[0]
@@ -228,7 +228,7 @@ def _timeout_s(request: web.BaseRequest) -> float:
     return number(request, "timeout_s", TIMEOUT_S, MAX_TIMEOUT_S)
 
 
-def _on_each(workers: Sequence[Worker], action: Action, digest: str) -> dict[Worker, list[tuple[Action, str]]]:
+def _on_each(workers: Sequence[WorkerView], action: AdapterAction, digest: str) -> dict[WorkerView, list[tuple[AdapterAction, str]]]:
     return {w: [(action, digest)] for w in workers}
 
 

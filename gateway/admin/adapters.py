@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
-from gateway.adapters.reconciler import Keeper
+from gateway.adapters.reconciler import Reconciler
 from gateway.adapters.resolver import Resolver
-from gateway.adapters.usage import Usage
-from gateway.adapters.versions import Change
-from gateway.admin import views as adapter_table
-from gateway.admin.actions import PREFIX, Actions
-from gateway.admin.scope import Scope, choice, json_answer, number
+from gateway.adapters.usage import AdapterUsage
+from gateway.adapters.versions import VersionChange
+from gateway.admin import views
+from gateway.admin.actions import PREFIX, AdminActions
+from gateway.admin.scope import AdminScope, choice, json_answer, number
 from gateway.admin.views import candidate
 from shared.adapters.identity import StoredAdapter, check_name
 
@@ -24,13 +24,13 @@ PAGE = 1000
 LOOKED_AT_ONCE = 1000  # adapters between two turns of the loop
 
 
-class Admin:
+class AdapterAdmin:
     """Every path that takes an admin key."""
 
-    def __init__(self, scope: Scope, actions: Actions, keeper: Keeper, usage: Usage, resolver: Resolver) -> None:
+    def __init__(self, scope: AdminScope, actions: AdminActions, reconciler: Reconciler, usage: AdapterUsage, resolver: Resolver) -> None:
         self._scope = scope
         self._actions = actions
-        self._keeper = keeper
+        self._reconciler = reconciler
         self._usage = usage
         self._resolver = resolver
         self._sorted: dict[str, tuple[Mapping[str, StoredAdapter], list[str]]] = {}
@@ -58,41 +58,41 @@ class Admin:
     async def adapters(self, request: web.BaseRequest) -> web.Response:
         """A page of the table, by base and name; `next` is what to send as `after` for the following one."""
         bases = [choice("base", request.query["base"], self._scope.catalogs)] if "base" in request.query else sorted(self._scope.catalogs)
-        wanted = choice("state", request.query["state"], adapter_table.STATES) if "state" in request.query else None
+        wanted = choice("state", request.query["state"], views.STATES) if "state" in request.query else None
         limit = int(number(request, "limit", PAGE, PAGE))
         last_base, _, last_name = request.query.get("after", "").partition(":")
-        rows: list[adapter_table.Row] = []
+        rows: list[views.Row] = []
         follows = None
         for base in bases:
             if base < last_base or follows is not None:
                 continue
-            held = adapter_table.holders(w for w in self._scope.dispatcher.fleet if w.beat.base == base)
+            held = views.holders(w for w in self._scope.dispatcher.fleet if w.beat.base == base)
             known = self._scope.known(base)
-            names = adapter_table.names_of(known, held, self._in_order(base))
-            for n in range(adapter_table.after(names, last_name if base == last_base else ""), len(names)):
+            names = views.names_of(known, held, self._in_order(base))
+            for n in range(views.after(names, last_name if base == last_base else ""), len(names)):
                 if n % LOOKED_AT_ONCE == LOOKED_AT_ONCE - 1:
                     await asyncio.sleep(0)
                 name = names[n]
                 stored, on, record = known.get(name), held.get(name, ()), self._usage.get(base, name)
                 change = self._change(base, name)
-                if wanted is not None and adapter_table.state_of(stored, on, record, change) != wanted:
+                if wanted is not None and views.state_of(stored, on, record, change) != wanted:
                     continue
                 if len(rows) == limit:
                     follows = f"{rows[-1]['base']}:{rows[-1]['name']}"
                     break
-                rows.append(adapter_table.row(base, name, stored, on, record, change))
+                rows.append(views.row(base, name, stored, on, record, change))
         return json_answer({"adapters": rows, "next": follows})
 
     async def adapter(self, request: web.BaseRequest) -> web.Response:
         name = request.path.removeprefix(PREFIX)
         check_name(name)
         base = self._scope.base(request)
-        held = adapter_table.holders(w for w in self._scope.dispatcher.fleet if w.beat.base == base).get(name, [])
+        held = views.holders(w for w in self._scope.dispatcher.fleet if w.beat.base == base).get(name, [])
         stored = await self._scope.stored(base, name, needed=not held)
-        row = adapter_table.row(base, name, stored, held, self._usage.get(base, name), self._change(base, name))
-        pins = self._keeper.pins(base)
-        pinned_on = self._keeper.state.pinned.get(base, {}).get(name, ())
-        everywhere = name in pins.wanted(self._keeper.state)
+        row = views.row(base, name, stored, held, self._usage.get(base, name), self._change(base, name))
+        pins = self._reconciler.pins(base)
+        pinned_on = self._reconciler.state.pinned.get(base, {}).get(name, ())
+        everywhere = name in pins.wanted(self._reconciler.state)
         return json_answer({**row, "to_be_pinned": "everywhere" if everywhere else list(pinned_on), "preload": name in pins.preload})
 
     async def explain(self, request: web.BaseRequest) -> web.Response:
@@ -111,7 +111,7 @@ class Admin:
             }
         )
 
-    def _change(self, base: str, name: str) -> Change | None:
+    def _change(self, base: str, name: str) -> VersionChange | None:
         catalog = self._scope.catalogs[base]
         return catalog.versions.change(name) if catalog is not None else None
 

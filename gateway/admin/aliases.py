@@ -9,31 +9,33 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from gateway.adapters.alias_store import AliasBook
-from gateway.adapters.aliases import Alias, InForce, from_config
+from gateway.adapters.alias_store import AliasStore
+from gateway.adapters.aliases import ActiveAliases, Alias, from_config
 from gateway.adapters.catalog import Catalog
 from gateway.adapters.names import split_model
 from gateway.adapters.resolver import Resolver, Target
 from gateway.adapters.version_queries import in_engines
 from gateway.admin.adapters import Handler
-from gateway.fleet.commands import Tend
+from gateway.fleet.commands import SendCommand
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.rendezvous import Rendezvous
 from gateway.http.bodies import to_json
 from shared.config.aliases import MAX_ALIASES, AliasConfig, plain_alias
 from shared.config.section import error_lines, read_section
 from shared.errors import AdapterNotFound, InvalidRequest, ModelNotFound, Overloaded, WorkerUnavailable
-from shared.link.messages import Action, Tier
+from shared.link.messages import AdapterAction, Tier
 
 PATH = "/admin/aliases"
 LOAD_TIMEOUT_S = 120.0
 """For a PUT that brings its target to a worker first."""
 
 
-class AliasAPI:
-    def __init__(self, book: AliasBook, resolver: Resolver, catalogs: Mapping[str, Catalog | None], fleet: Fleet, tend: Tend) -> None:
-        self._book, self._resolver, self._catalogs = book, resolver, catalogs
-        self._fleet, self._tend = fleet, tend
+class AliasAdmin:
+    def __init__(
+        self, alias_store: AliasStore, resolver: Resolver, catalogs: Mapping[str, Catalog | None], fleet: Fleet, send_command: SendCommand
+    ) -> None:
+        self._alias_store, self._resolver, self._catalogs = alias_store, resolver, catalogs
+        self._fleet, self._tend = fleet, send_command
         self._homes: dict[str, Rendezvous] = {}
 
     def routes(self) -> dict[tuple[str, str], Handler]:
@@ -45,7 +47,7 @@ class AliasAPI:
 
     async def show(self, request: web.BaseRequest) -> web.Response:
         """Every alias in force, with the counts of this process."""
-        return _json({"aliases": [self._entry(base, found) for base in self._catalogs for found in self._book.of(base).values()]})
+        return _json({"aliases": [self._entry(base, found) for base in self._catalogs for found in self._alias_store.of(base).values()]})
 
     async def put(self, request: web.BaseRequest) -> web.Response:
         """Sets an alias: `{"adapter": "v8"}` or `{"shares": [{"adapter": "v7", "weight": 90}, ...]}`, both with `rollback` if wanted.
@@ -54,25 +56,25 @@ class AliasAPI:
         """
         base, name = self._name(request)
         alias = _read(await request.read())
-        known = self._book.of(base)
+        known = self._alias_store.of(base)
         if name not in known and len(known) >= MAX_ALIASES:
             raise InvalidRequest(f"There are {MAX_ALIASES} aliases already; delete one first.")
         targets = [await self._target(base, share.adapter) for share in alias.shares if share.weight > 0]
         if request.query.get("now", "") not in ("1", "true"):
             await self._load(targets)
-        await self._book.put(base, name, alias)
-        return _json(self._entry(base, self._book.of(base)[name]))
+        await self._alias_store.put(base, name, alias)
+        return _json(self._entry(base, self._alias_store.of(base)[name]))
 
     async def delete(self, request: web.BaseRequest) -> web.Response:
         """Takes an operator's alias away; the config's of the same name holds again."""
         base, name = self._name(request)
-        found = self._book.of(base).get(name)
+        found = self._alias_store.of(base).get(name)
         if found is None:
             raise AdapterNotFound(f"There is no alias `{name}` of model `{base}`.", param="name")
         if found.source == "config" and not found.trips:
             raise InvalidRequest(f"The alias `{name}` stands in the config file; take it out there, or PUT another meaning.", param="name")
-        await self._book.delete(base, name)
-        left = self._book.of(base).get(name)
+        await self._alias_store.delete(base, name)
+        left = self._alias_store.of(base).get(name)
         return _json({"deleted": f"{base}:{name}", "now": self._entry(base, left) if left is not None else None})
 
     # ---- inside -------------------------------------------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ class AliasAPI:
             if not pool.workers:
                 raise WorkerUnavailable("No worker serves this model now; add ?now=1 (--now) to change the alias all the same.")
             home = there[0] if there else self._homes.setdefault(target.base, Rendezvous()).order(key, pool)[0]
-            asked.append(self._tend(home, Action.LOAD, target.adapter, target.stored))
+            asked.append(self._tend(home, AdapterAction.LOAD, target.adapter, target.stored))
         if not asked:
             return
         done, late = await asyncio.wait(asked, timeout=LOAD_TIMEOUT_S)
@@ -119,11 +121,11 @@ class AliasAPI:
                 f"The adapter was not loaded within {LOAD_TIMEOUT_S:g} s; the alias is as it was. ?now=1 (--now) changes it all the same."
             )
 
-    def _entry(self, base: str, found: InForce) -> dict[str, object]:
+    def _entry(self, base: str, found: ActiveAliases) -> dict[str, object]:
         catalog = self._catalogs.get(base)
         shares = []
         for share in found.alias.shares:
-            count, trip = self._book.count(base, found, share.adapter), found.trips.get(share.adapter)
+            count, trip = self._alias_store.count(base, found, share.adapter), found.trips.get(share.adapter)
             rolled_back = {"reason": trip.reason, "at": trip.at} if trip is not None else None
             shares.append(
                 {

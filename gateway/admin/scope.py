@@ -10,17 +10,17 @@ from aiohttp import web
 
 from gateway.adapters.catalog import Catalog
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.fleet.worker_view import Worker
+from gateway.fleet.worker_view import WorkerView
 from gateway.http.bodies import to_json
 from gateway.http.headers import MAX_SESSION
-from gateway.routing.policy import Ask
+from gateway.routing.policy import RoutingRequest
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import AdapterNotFound, InvalidRequest, LoraplexError, WorkerUnavailable
 
 T = TypeVar("T")
 
 
-class Scope:
+class AdminScope:
     """The catalogs and the fleet, as operators' questions see them."""
 
     def __init__(self, dispatcher: Dispatcher, catalogs: Mapping[str, Catalog | None]) -> None:
@@ -30,11 +30,11 @@ class Scope:
     def with_adapters(self) -> list[str]:
         return [b for b, catalog in self.catalogs.items() if catalog is not None]
 
-    def need(self, workers: Sequence[Worker]) -> None:
+    def need(self, workers: Sequence[WorkerView]) -> None:
         if not workers:
             raise WorkerUnavailable("No worker of this model serves now.", retry_after_s=1.0)
 
-    def workers(self, base: str) -> list[Worker]:
+    def workers(self, base: str) -> list[WorkerView]:
         return sorted(self.dispatcher.fleet.routable(base), key=lambda w: w.id)
 
     def base(self, request: web.BaseRequest) -> str:
@@ -68,9 +68,9 @@ class Scope:
         catalog = self.catalogs[base]
         return {} if catalog is None else catalog.known
 
-    def ask(self, base: str, ref: AdapterRef | None, stored: StoredAdapter | None, prompt_tokens: int, session: str) -> Ask:
+    def ask(self, base: str, ref: AdapterRef | None, stored: StoredAdapter | None, prompt_tokens: int, session: str) -> RoutingRequest:
         size_bytes = stored.size_bytes if stored is not None else 0
-        return Ask(base, ref, size_bytes, prompt_tokens, session=session[:MAX_SESSION], arrived=self.dispatcher.clock())
+        return RoutingRequest(base, ref, size_bytes, prompt_tokens, session=session[:MAX_SESSION], arrived=self.dispatcher.clock())
 
 
 async def body_of(request: web.BaseRequest, kind: type[T]) -> T:

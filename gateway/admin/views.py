@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TypeAlias
 
-from gateway.adapters.usage import Record
-from gateway.adapters.versions import Change, Stage
-from gateway.fleet.worker_view import Worker
+from gateway.adapters.usage import UsageRecord
+from gateway.adapters.versions import VersionChange, VersionStage
+from gateway.fleet.worker_view import WorkerView
 from gateway.routing.policy import Candidate
 from shared.adapters.identity import StoredAdapter
 from shared.errors import InvalidAdapter
@@ -21,7 +21,7 @@ Holder: TypeAlias = tuple[WorkerId, AdapterState]
 Row: TypeAlias = dict[str, object]
 
 
-def holders(workers: Iterable[Worker]) -> dict[str, list[Holder]]:
+def holders(workers: Iterable[WorkerView]) -> dict[str, list[Holder]]:
     """Name -> who has or loads a version of it, as of the last beats."""
     found: dict[str, list[Holder]] = {}
     for worker in sorted(workers, key=lambda w: w.id):
@@ -35,9 +35,9 @@ def after(names: Sequence[str], last: str) -> int:
     return bisect_right(names, last) if last else 0
 
 
-def state_of(stored: StoredAdapter | None, held: Sequence[Holder], record: Record | None, change: Change | None = None) -> str:
+def state_of(stored: StoredAdapter | None, held: Sequence[Holder], record: UsageRecord | None, change: VersionChange | None = None) -> str:
     """One of STATES."""
-    if change is not None and change.stage is Stage.REFUSED:
+    if change is not None and change.stage is VersionStage.REFUSED:
         return "invalid"
     if record is not None and stored is not None and record.refused == stored.digest and record.code.startswith(InvalidAdapter.code):
         return "invalid"
@@ -56,7 +56,12 @@ def state_of(stored: StoredAdapter | None, held: Sequence[Holder], record: Recor
 
 
 def row(
-    base: str, name: str, stored: StoredAdapter | None, held: Sequence[Holder], record: Record | None, change: Change | None = None
+    base: str,
+    name: str,
+    stored: StoredAdapter | None,
+    held: Sequence[Holder],
+    record: UsageRecord | None,
+    change: VersionChange | None = None,
 ) -> Row:
     """`digest` and `bytes` are the store's newest version's, or a worker's where the store has none any more.
 

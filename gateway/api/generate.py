@@ -1,6 +1,6 @@
 """Shell. A request for tokens at the HTTP surface, from its body to its last byte, whichever of two ways it came in.
 
-`express` answers a plain request (see front.py) from the callback that brought it: no task, no coroutine, nothing of aiohttp's. `ordinary` is an
+`fast_path` answers a plain request (see front.py) from the callback that brought it: no task, no coroutine, nothing of aiohttp's. `aiohttp_path` is an
 aiohttp handler for all others, among them those that have to wait before they can be routed (an alias, a name that the store must be asked for).
 Both do the same things in the same order: key, head, deadline, version, submit; then the answer goes to the client by itself, and at its end comes the account.
 """
@@ -18,26 +18,26 @@ from aiohttp import web
 
 from gateway.accounts.keys import Keys
 from gateway.adapters.resolver import Resolver, Target
-from gateway.adapters.usage import Usage
-from gateway.api import schema as openai
+from gateway.adapters.usage import AdapterUsage
+from gateway.api import schema
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.dispatch.lifecycle import Phase
-from gateway.dispatch.request import Flight
+from gateway.dispatch.lifecycle import RequestPhase
+from gateway.dispatch.request import InFlightRequest
 from gateway.http.headers import (
     _TIMEOUT_MS,
     MAX_SESSION,
     TIMEOUT_HEADER,
-    Asked,
-    Deadline,
-    Ordinary,
+    AiohttpRequest,
+    IncomingRequest,
+    RequestDeadline,
     _random,
     _tenant,
     request_id_of,
 )
-from gateway.http.parser import Plain
-from gateway.http.response import ClientStream, Sent, refuse
-from gateway.http.server import Call
-from gateway.telemetry.access_log import AccessLog, Line
+from gateway.http.parser import SimpleRequest
+from gateway.http.response import AlreadySent, ResponseWriter, refuse
+from gateway.http.server import PendingAnswer
+from gateway.telemetry.access_log import AccessLog, AccessRecord
 from gateway.telemetry.prometheus import Metrics
 from shared.adapters.identity import AdapterRef
 from shared.errors import AdapterNotFound, BodyTooLarge, InvalidRequest, LoraplexError
@@ -47,13 +47,13 @@ _PRIORITY = re.compile(r"-?[0-9]{1,9}\Z")
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RequestLimits:
     max_body_bytes: int
     slow_reader_bytes: int
     request_timeout_s: float
 
 
-class Generation:
+class GenerationAPI:
     """Requests for tokens of one gateway process.
 
     Args:
@@ -66,9 +66,9 @@ class Generation:
         resolver: Resolver,
         metrics: Metrics,
         keys: Keys,
-        limits: Limits,
+        limits: RequestLimits,
         access: AccessLog,
-        usage: Usage,
+        usage: AdapterUsage,
     ) -> None:
         self.dispatcher = dispatcher
         self.resolver = resolver
@@ -81,16 +81,18 @@ class Generation:
 
     # ---- the short way --------------------------------------------------------------------------------------------------------------
 
-    def express(self, request: Plain, transport: asyncio.WriteTransport, answered: Callable[[bool], None]) -> Call | None:
+    def fast_path(
+        self, request: SimpleRequest, transport: asyncio.WriteTransport, answered: Callable[[bool], None]
+    ) -> PendingAnswer | None:
         """See front.Express. None: who asks for what is not known at once."""
-        stream = ClientStream(transport, self.limits.slow_reader_bytes)
+        stream = ResponseWriter(transport, self.limits.slow_reader_bytes)
         try:
             self.keys.check(request.header("authorization") or "")
             exchange = Exchange(self, request, request.body, stream)
             target = self.resolver.at_once(exchange.head.model)
             if target is None:
                 return None
-            call = _Call(exchange, answered)
+            call = _FastExchange(exchange, answered)
             try:
                 exchange.submit(target)
             except LoraplexError as exc:
@@ -105,15 +107,15 @@ class Generation:
 
     # ---- the ordinary way -------------------------------------------------------------------------------------------------------------
 
-    async def ordinary(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def aiohttp_path(self, request: web.BaseRequest) -> web.StreamResponse:
         """Raises LoraplexError where nothing has been sent to the client."""
         body = await self._body(request)
         if request.transport is None:
             raise ConnectionResetError("the client has left")
         chunked = request.version >= (1, 1)
         transport = cast(asyncio.WriteTransport, request.transport)
-        stream = ClientStream(transport, self.limits.slow_reader_bytes, chunked=chunked, keep_alive=request.keep_alive and chunked)
-        asked = Ordinary(request)
+        stream = ResponseWriter(transport, self.limits.slow_reader_bytes, chunked=chunked, keep_alive=request.keep_alive and chunked)
+        asked = AiohttpRequest(request)
         exchange = Exchange(self, asked, body, stream)
         target = self.resolver.at_once(exchange.head.model)
         if target is None:
@@ -134,7 +136,7 @@ class Generation:
                 stream.error.request_id = exchange.request_id
                 raise stream.error
             exchange.end_with_error()
-        return Sent(request, stream.status, stream.keep_alive)
+        return AlreadySent(request, stream.status, stream.keep_alive)
 
     async def _fly(self, exchange: Exchange, target: Target) -> None:
         finished = asyncio.Event()
@@ -157,7 +159,7 @@ class Generation:
         return target
 
     @staticmethod
-    async def _in_time(asked: Awaitable[Target], deadline: Deadline) -> Target:
+    async def _in_time(asked: Awaitable[Target], deadline: RequestDeadline) -> Target:
         try:
             async with asyncio.timeout_at(deadline.at):
                 return await asked
@@ -182,15 +184,15 @@ class Exchange:
     Raises InvalidRequest for a body or a header that cannot be.
     """
 
-    __slots__ = ("_asked", "_body", "_generation", "_late", "deadline", "flight", "head", "request_id", "stream", "target")
+    __slots__ = ("_asked", "_body", "_generation", "_late", "deadline", "head", "inflight", "request_id", "stream", "target")
 
-    def __init__(self, generation: Generation, asked: Asked, body: bytes, stream: ClientStream) -> None:
+    def __init__(self, generation: GenerationAPI, asked: IncomingRequest, body: bytes, stream: ResponseWriter) -> None:
         self._generation, self._asked, self._body, self.stream = generation, asked, body, stream
-        self.head = openai.parse_head(body)
+        self.head = schema.parse_body_fields(body)
         self.request_id = request_id_of(asked)
         self.deadline = self._deadline()
         self.target: Target
-        self.flight: Flight
+        self.inflight: InFlightRequest
         self._late: asyncio.TimerHandle | None = None
 
     @property
@@ -204,7 +206,7 @@ class Exchange:
         ref = target.adapter
         self.target = target
         header = asked.header
-        flight = self.flight = Flight(
+        inflight = self.inflight = InFlightRequest(
             target.base,
             ref,
             target.stored,
@@ -215,7 +217,7 @@ class Exchange:
             output_tokens=head.max_completion_tokens or head.max_tokens or 0,
             tenant=_tenant(header("authorization") or ""),
             session=(header("x-session-id") or "")[:MAX_SESSION],
-            prefix=openai.prefix_hash(ref.digest if ref is not None else "", self._body),
+            prefix=schema.prefix_hash(ref.digest if ref is not None else "", self._body),
             priority=_priority(header("x-loraplex-priority"), head),
             streams=bool(head.stream),
             model=head.model if target.alias or target.by_digest else "",
@@ -225,13 +227,13 @@ class Exchange:
         self.stream.describe(self._head_lines)
         if ref is not None:
             g.usage.used(ref, time.time())
-        g.dispatcher.submit(flight)
+        g.dispatcher.submit(inflight)
         self._late = g.loop.call_at(self.deadline.at, self._too_late)
 
     def landed(self) -> None:
         """The stream has finished."""
         self._leave()
-        usage, ref, error = self._generation.usage, self.flight.adapter, self.stream.error
+        usage, ref, error = self._generation.usage, self.inflight.adapter, self.stream.error
         if ref is not None and error is not None:
             usage.failed(ref, error)
         elif ref is not None:
@@ -261,12 +263,12 @@ class Exchange:
         if self._late is not None:
             self._late.cancel()
             self._late = None
-        self._generation.dispatcher.cancel(self.flight)
+        self._generation.dispatcher.cancel(self.inflight)
 
     def _too_late(self) -> None:
-        self._generation.dispatcher.give_up(self.flight, self.deadline.exceeded(self.flight.life.phase.value))
+        self._generation.dispatcher.give_up(self.inflight, self.deadline.exceeded(self.inflight.life.phase.value))
 
-    def _deadline(self) -> Deadline:
+    def _deadline(self) -> RequestDeadline:
         """Of the whole request: the client's own, but never beyond the server's."""
         after_s = self._generation.limits.request_timeout_s
         given = self._asked.header(TIMEOUT_HEADER)
@@ -276,39 +278,39 @@ class Exchange:
                     f"The header {TIMEOUT_HEADER} must be a whole number of milliseconds, at least 1.", param=TIMEOUT_HEADER
                 )
             after_s = min(after_s, int(given) / 1e3)
-        return Deadline(self._generation.loop.time() + after_s, after_s)
+        return RequestDeadline(self._generation.loop.time() + after_s, after_s)
 
     def _head_lines(self) -> bytes:
-        flight, policy = self.flight, self._generation.dispatcher.policy
-        choice, adapter = flight.choice, flight.adapter
-        if choice is None or flight.life.phase is Phase.QUEUED:  # a comment commits the head
-            return f"x-request-id: {flight.request_id}\r\nx-loraplex-policy: {policy}\r\n".encode()
+        inflight, policy = self.inflight, self._generation.dispatcher.policy
+        choice, adapter = inflight.choice, inflight.adapter
+        if choice is None or inflight.life.phase is RequestPhase.QUEUED:  # a comment commits the head
+            return f"x-request-id: {inflight.request_id}\r\nx-loraplex-policy: {policy}\r\n".encode()
         tier = f"x-loraplex-adapter: {_version(adapter)}\r\nx-loraplex-adapter-tier: {choice.tier.name.lower()}\r\n" if adapter else ""
         return (
-            f"x-request-id: {flight.request_id}\r\nx-loraplex-policy: {policy}\r\nx-loraplex-worker: {choice.worker.id}\r\n"
-            f"x-loraplex-queue-ms: {(flight.t_sent - flight.t_start) * 1e3:.1f}\r\n{tier}"
+            f"x-request-id: {inflight.request_id}\r\nx-loraplex-policy: {policy}\r\nx-loraplex-worker: {choice.worker.id}\r\n"
+            f"x-loraplex-queue-ms: {(inflight.t_sent - inflight.t_start) * 1e3:.1f}\r\n{tier}"
         ).encode()
 
     def _log(self) -> None:
         if not self._generation.access.enabled:
             return
-        flight, stream = self.flight, self.stream
-        done, choice, adapter, start = flight.done, flight.choice, flight.adapter, flight.t_start
+        inflight, stream = self.inflight, self.stream
+        done, choice, adapter, start = inflight.done, inflight.choice, inflight.adapter, inflight.t_start
         self._generation.access.write(
-            Line(
-                flight.request_id,
+            AccessRecord(
+                inflight.request_id,
                 self.head.model,
                 adapter.name if adapter else None,
                 adapter.digest[:SHOWN_DIGEST] if adapter else None,
                 stream.status or (stream.error.status if stream.error else 499),
-                flight.life.phase._value_,
+                inflight.life.phase._value_,
                 choice.worker.id if choice else None,
                 choice.reason._value_ if choice else None,
                 choice.tier.name.lower() if choice and adapter else None,
-                _ms(start, flight.t_sent),
-                _ms(start, flight.t_head),
+                _ms(start, inflight.t_sent),
+                _ms(start, inflight.t_head),
                 round(done.load_s * 1e3, 1) if done else None,
-                _ms(start, flight.t_end),
+                _ms(start, inflight.t_end),
                 done.prompt_tokens if done else None,
                 done.output_tokens if done else None,
                 stream.error.code if stream.error else None,
@@ -316,7 +318,7 @@ class Exchange:
         )
 
 
-class _Call:
+class _FastExchange:
     """An exchange on the short way: its end is a callback."""
 
     __slots__ = ("_answered", "_exchange", "_gone", "_task")
@@ -379,7 +381,7 @@ class _NothingLeft:
 NOTHING_LEFT = _NothingLeft()
 
 
-def _user(asked: Asked, head: openai.RequestHead) -> bytes:
+def _user(asked: IncomingRequest, head: schema.BodyFields) -> bytes:
     """Who asks, for the shares of an alias: the body's `user`, else the API key, else the session, else nobody twice."""
     user = bytes(head.user)
     if user not in (b"", b"null", b'""'):
@@ -394,7 +396,7 @@ def _version(adapter: AdapterRef) -> str:
     return f"{adapter.name}@{adapter.digest[:SHOWN_DIGEST]}"
 
 
-def _priority(given: str | None, head: openai.RequestHead) -> int:
+def _priority(given: str | None, head: schema.BodyFields) -> int:
     """The header's, else the body's; lower goes first. Raises InvalidRequest."""
     if given is None:
         return head.priority or 0

@@ -10,7 +10,7 @@ GENERATE_PATHS = ("/v1/chat/completions", "/v1/completions")
 """Paths that are forwarded to a worker as they are."""
 
 
-class RequestHead(msgspec.Struct, frozen=True):
+class BodyFields(msgspec.Struct, frozen=True):
     """What routing needs of a request body; everything else is passed on unread."""
 
     model: str
@@ -22,10 +22,10 @@ class RequestHead(msgspec.Struct, frozen=True):
     """As it came, unread: only its being the same counts."""
 
 
-_decode_head = msgspec.json.Decoder(RequestHead).decode
+_decode_head = msgspec.json.Decoder(BodyFields).decode
 
 
-def parse_head(body: bytes) -> RequestHead:
+def parse_body_fields(body: bytes) -> BodyFields:
     """Raises InvalidRequest, with `param` where a field is at fault."""
     try:
         return _decode_head(body)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import msgspec
 import uvloop
 
-from gateway.cli import adapters as cli_adapters
-from gateway.cli import aliases as cli_aliases
+from gateway.cli import adapters as adapter_commands
+from gateway.cli import aliases as alias_commands
 from shared.config.handover import read_settings
 from shared.config.llm import Settings, engine_kwargs_problems
 from shared.errors import ConfigError, LoraplexError
@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("config", metavar="CONFIG")
     check.set_defaults(run=_check)
-    cli_adapters.add_parser(verbs)
-    cli_aliases.add_parser(verbs)
+    adapter_commands.add_parser(verbs)
+    alias_commands.add_parser(verbs)
     return parser
 
 
@@ -101,14 +101,14 @@ def _serve(args: argparse.Namespace) -> int:
 
 def serve(settings: Settings) -> int:
     """Runs everything until Ctrl-C; for the verb and for `gateway.run`."""
-    from gateway.supervisor.supervisor import Serve
-    from shared.runtime import log as logs
+    from gateway.supervisor.supervisor import Supervisor
+    from shared.runtime import log as runtime_log
 
     follow_parent()
-    logs.set_up("serve", settings.gateway.log_level)
+    runtime_log.set_up("serve", settings.gateway.log_level)
 
     async def run() -> int:
-        return await Serve(settings, lambda line: print(f"==> {line}", file=sys.stderr, flush=True)).run(
+        return await Supervisor(settings, lambda line: print(f"==> {line}", file=sys.stderr, flush=True)).run(
             lambda port, model: _greet(settings, port, model)
         )
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from gateway.dispatch.wait_queue import ANYBODY, Flow, Line, Place, Turn
+from gateway.dispatch.wait_queue import ANYBODY, Flow, Ticket, Turn, WaitQueue
 from gateway.fleet.worker_view import Key
 from gateway.routing.policy import Blocked
 from shared.errors import Overloaded, RateLimited
 
-__all__ = ["ANYBODY", "UNBOUND", "Admission", "Bound", "Flow", "Place"]
+__all__ = ["ANYBODY", "UNBOUND", "Admission", "Flow", "QueueBound", "Ticket"]
 
 T = TypeVar("T")
 
@@ -25,7 +25,7 @@ More of those that only wait for their turn: they leave the slots of others alon
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
+class QueueBound:
     """What one base model's config says of its queue. `max_queued` -1: only the gateway's own bound holds. `retry_after_s` None: a guess."""
 
     max_queued: int = -1
@@ -39,7 +39,7 @@ class Bound:
         return kind("All workers are busy and the queue is full.", retry_after_s=after_s)
 
 
-UNBOUND = Bound()
+UNBOUND = QueueBound()
 
 
 class Admission(Generic[T]):
@@ -48,73 +48,75 @@ class Admission(Generic[T]):
     Cancelled items leave at once and free their place.
     """
 
-    def __init__(self, max_queued: int, timeout_s: float, bounds: Mapping[str, Bound] | None = None) -> None:
+    def __init__(self, max_queued: int, timeout_s: float, bounds: Mapping[str, QueueBound] | None = None) -> None:
         self._max_queued = max_queued
         self._bounds = dict(bounds or {})
         self._timeout_s = timeout_s
-        self._lines: dict[str, Line[T]] = {}
-        self._arrivals: dict[Place[T], None] = {}  # all places; all wait equally long, so the order of arrival is that of the deadlines
+        self._queues: dict[str, WaitQueue[T]] = {}
+        self._arrivals: dict[Ticket[T], None] = {}  # all places; all wait equally long, so the order of arrival is that of the deadlines
         self._last_number = 0
 
     def __len__(self) -> int:
         return len(self._arrivals)
 
     def depth(self, base: str) -> int:
-        line = self._lines.get(base)
-        return line.size if line else 0
+        queue = self._queues.get(base)
+        return queue.size if queue else 0
 
-    def bound(self, base: str) -> Bound:
+    def bound(self, base: str) -> QueueBound:
         return self._bounds.get(base, UNBOUND)
 
     def bases(self) -> list[str]:
-        return list(self._lines)
+        return list(self._queues)
 
-    def offer(self, base: str, item: T, now: float, flow: Flow = ANYBODY) -> Place[T] | None:
+    def offer(self, base: str, item: T, now: float, flow: Flow = ANYBODY) -> Ticket[T] | None:
         """The item's place in the queue, or None if the queue is full."""
-        line = self._lines.get(base)
+        queue = self._queues.get(base)
         most = self.bound(base).max_queued
-        if len(self._arrivals) >= self._max_queued or 0 <= most <= (line.size if line else 0):
+        if len(self._arrivals) >= self._max_queued or 0 <= most <= (queue.size if queue else 0):
             return None
-        if line is None:
-            line = self._lines[base] = Line()
+        if queue is None:
+            queue = self._queues[base] = WaitQueue()
         self._last_number += 1
-        place = Place(base, item, now + self._timeout_s, flow, self._last_number)
-        self._arrivals[place] = None
-        line.add(place)
-        return place
+        ticket = Ticket(base, item, now + self._timeout_s, flow, self._last_number)
+        self._arrivals[ticket] = None
+        queue.add(ticket)
+        return ticket
 
-    def leave(self, place: Place[T]) -> None:
+    def leave(self, ticket: Ticket[T]) -> None:
         """Idempotent."""
-        if place not in self._arrivals:
+        if ticket not in self._arrivals:
             return
-        del self._arrivals[place]
-        line = self._lines[place.base]
-        line.remove(place)
-        if not line.size:
-            del self._lines[place.base]
+        del self._arrivals[ticket]
+        queue = self._queues[ticket.base]
+        queue.remove(ticket)
+        if not queue.size:
+            del self._queues[ticket.base]
 
     def charge(self, base: str, flow: Flow, tokens: float) -> None:
         """The flow was served so many weighted tokens (negative: fewer than charged before). Counts only while the base model has a queue."""
-        line = self._lines.get(base)
-        if line is not None:
-            line.charge(flow, tokens)
+        queue = self._queues.get(base)
+        if queue is not None:
+            queue.charge(flow, tokens)
 
-    def pump(self, base: str, dispatch: Callable[[T], Blocked | None], adapter: Key | None = None, heirs: Iterable[Key] = ()) -> None:
+    def admit_waiting(
+        self, base: str, dispatch: Callable[[T], Blocked | None], adapter: Key | None = None, reserved_for: Iterable[Key] = ()
+    ) -> None:
         """Offers waiting items to `dispatch` in order. None: it took the item. SLOT or TURN: the next flow's turn. ROOM: that was all.
 
-        Those who wait for `heirs` are tried first, whoever's turn it is: something is kept for them. Those who wait for `adapter` are tried as well
+        Those who wait for `reserved_for` are tried first, whoever's turn it is: something is kept for them. Those who wait for `adapter` are tried as well
         if their turn has not come: something was freed that they alone can use.
         """
-        line = self._lines.get(base)
-        if line is None:
+        queue = self._queues.get(base)
+        if queue is None:
             return
-        for heir in heirs:
-            self._offer_all(line, heir, None, dispatch)
+        for heir in reserved_for:
+            self._offer_all(queue, heir, None, dispatch)
         without_slot = not_yet = 0
         tried: Turn | None = None
-        while (turn := line.next(tried)) is not None:
+        while (turn := queue.next(tried)) is not None:
             tried = turn  # whom dispatch takes comes again further behind
-            blocked = self._offer(line, turn, dispatch)
+            blocked = self._offer(queue, turn, dispatch)
             if blocked is Blocked.ROOM:
                 return
             without_slot += blocked is Blocked.SLOT
@@ -122,40 +124,40 @@ class Admission(Generic[T]):
             if without_slot == MAX_WITHOUT_SLOT or not_yet == MAX_NOT_YET:
                 break
         if adapter is not None:
-            self._offer_all(line, adapter, tried, dispatch)
+            self._offer_all(queue, adapter, tried, dispatch)
 
     def items(self) -> list[T]:
         """All that wait, oldest first."""
-        return [place.item for place in self._arrivals]
+        return [ticket.item for ticket in self._arrivals]
 
     def positions(self) -> dict[T, int]:
         """Where each stands in the queue of its base model, by priority and arrival: about its turn, for fairness between flows changes it."""
         ahead: dict[str, int] = {}
         found: dict[T, int] = {}
-        for place in sorted(self._arrivals, key=lambda p: (p.flow[0], p.number)):
-            ahead[place.base] = found[place.item] = ahead.get(place.base, 0) + 1
+        for ticket in sorted(self._arrivals, key=lambda p: (p.flow[0], p.number)):
+            ahead[ticket.base] = found[ticket.item] = ahead.get(ticket.base, 0) + 1
         return found
 
     def expire(self, now: float) -> list[T]:
         """Removes and returns the items whose time is over."""
-        late: list[Place[T]] = []
-        for place in self._arrivals:
-            if place.deadline > now:
+        late: list[Ticket[T]] = []
+        for ticket in self._arrivals:
+            if ticket.deadline > now:
                 break
-            late.append(place)
-        for place in late:
-            self.leave(place)
-        return [place.item for place in late]
+            late.append(ticket)
+        for ticket in late:
+            self.leave(ticket)
+        return [ticket.item for ticket in late]
 
-    def _offer_all(self, line: Line[T], adapter: Key, after: Turn | None, dispatch: Callable[[T], Blocked | None]) -> None:
+    def _offer_all(self, queue: WaitQueue[T], adapter: Key, after: Turn | None, dispatch: Callable[[T], Blocked | None]) -> None:
         """Those who wait for the adapter, to the first that is not taken."""
-        while (after := line.next(after, adapter)) is not None:
-            if self._offer(line, after, dispatch) is not None:
+        while (after := queue.next(after, adapter)) is not None:
+            if self._offer(queue, after, dispatch) is not None:
                 return
 
-    def _offer(self, line: Line[T], turn: Turn, dispatch: Callable[[T], Blocked | None]) -> Blocked | None:
-        place = line.oldest(turn)
-        blocked = dispatch(place.item)
+    def _offer(self, queue: WaitQueue[T], turn: Turn, dispatch: Callable[[T], Blocked | None]) -> Blocked | None:
+        ticket = queue.oldest(turn)
+        blocked = dispatch(ticket.item)
         if blocked is None:
-            self.leave(place)
+            self.leave(ticket)
         return blocked

@@ -16,18 +16,18 @@ from typing import Protocol
 
 from gateway.dispatch import fairness
 from gateway.dispatch.admission import Admission
-from gateway.dispatch.commands import Tending
-from gateway.dispatch.keepalive import Progress, comment
-from gateway.dispatch.lifecycle import Event, Phase
-from gateway.dispatch.request import Flight, adapter_key, ask_of, flow_of
-from gateway.fleet.fleet import Changed, Fleet, FleetEvent, Joined, Worker
-from gateway.fleet.peer_hints import peers_of
-from gateway.routing.policy import Ask, Blocked, Candidate, Choice, Decision, Policy, Wait
+from gateway.dispatch.commands import PendingCommands
+from gateway.dispatch.keepalive import Keepalive, comment
+from gateway.dispatch.lifecycle import RequestEvent, RequestPhase
+from gateway.dispatch.request import InFlightRequest, adapter_key, flow_of, routing_request_of
+from gateway.fleet.fleet import Changed, Fleet, FleetEvent, Joined, WorkerView
+from gateway.fleet.peer_hints import peer_hints
+from gateway.routing.policy import Blocked, Candidate, Choice, Decision, Defer, Policy, RoutingRequest
 from gateway.telemetry.prometheus import Metrics
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import AdapterNotFound, EngineFailure, LoraplexError, Overloaded, WorkerUnavailable, from_refusal
-from shared.link import messages as wire
-from shared.link.sockets import Sent
+from shared.link import messages
+from shared.link.sockets import SendResult
 
 log = logging.getLogger("loraplex.dispatcher")
 
@@ -35,8 +35,8 @@ log = logging.getLogger("loraplex.dispatcher")
 class Transport(Protocol):
     """What the dispatcher needs of the link: NOBLOCK sends to a worker's control and data sockets, by routing id."""
 
-    def send_data(self, peer: bytes, data: bytes) -> Sent: ...
-    def send_control(self, peer: bytes, data: bytes) -> Sent: ...
+    def send_data(self, peer: bytes, data: bytes) -> SendResult: ...
+    def send_control(self, peer: bytes, data: bytes) -> SendResult: ...
 
 
 class Dispatcher:
@@ -51,17 +51,17 @@ class Dispatcher:
         self,
         fleet: Fleet,
         policy: Policy,
-        admission: Admission[Flight],
+        admission: Admission[InFlightRequest],
         transport: Transport,
         metrics: Metrics,
-        welcome: Callable[[], wire.Welcome],
+        welcome: Callable[[], messages.Welcome],
         rng: random.Random,
-        max_flights: int,
+        max_requests: int,
         clock: Callable[[], float] = time.monotonic,
         *,
         wake_at: Callable[[float], None] | None = None,
         progress_s: float = 0.0,
-        first_sid: wire.StreamId = 0,
+        first_sid: messages.StreamId = 0,
     ) -> None:
         self.fleet = fleet
         self._policy = policy
@@ -70,25 +70,27 @@ class Dispatcher:
         self._metrics = metrics
         self._welcome = welcome
         self._rng = rng
-        self._max_flights = max_flights
+        self._max_flights = max_requests
         self.clock = clock
-        self._flights: dict[wire.StreamId, Flight] = {}
-        self._streaming: dict[wire.StreamId, Callable[[bytes, bool], bool]] = {}  # where the next frame of each goes that has had its first
-        self._tending = Tending()
+        self._requests: dict[messages.StreamId, InFlightRequest] = {}
+        self._streaming: dict[
+            messages.StreamId, Callable[[bytes, bool], bool]
+        ] = {}  # where the next frame of each goes that has had its first
+        self._commands = PendingCommands()
         self._open = 0
         self._last_sid = first_sid
-        self._progress = Progress(progress_s)
+        self._progress = Keepalive(progress_s)
         self._draining = False
         self._wake_at = wake_at
         self._alarm = math.inf
-        self._pumping: str | None = None
+        self._admitting: str | None = None
         self.idle = asyncio.Event()
         """Set once the dispatcher drains and no request is open."""
 
     # ---- the client's side ----------------------------------------------------------------------------------------------------------
 
     @property
-    def open_flights(self) -> int:
+    def open_requests(self) -> int:
         return self._open
 
     @property
@@ -98,56 +100,58 @@ class Dispatcher:
     def queued(self, base: str) -> int:
         return self._admission.depth(base)
 
-    def submit(self, flight: Flight) -> None:
+    def submit(self, request: InFlightRequest) -> None:
         """Sends the request to a worker or queues it.
 
         Raises:
             Overloaded: too many requests are open, or the queue is full.
         """
-        flight.t_start = self.clock()
+        request.t_start = self.clock()
         if self._draining:
             raise WorkerUnavailable("This server is shutting down.", retry_after_s=1.0)
         if self._open >= self._max_flights:
             raise Overloaded(f"Too many requests at once (limit {self._max_flights}).", retry_after_s=1.0)
-        flight.ask = ask_of(flight)
-        self._policy.arrived(flight.ask, flight.t_start)
+        request.ask = routing_request_of(request)
+        self._policy.arrived(request.ask, request.t_start)
         self._open += 1
         # Where others wait it takes its turn among them.
-        if self._admission.depth(flight.base) or self._dispatch(flight) is not None:
-            flight.place = self._admission.offer(flight.base, flight, self.clock(), flow_of(flight))
-            if flight.place is None:
+        if self._admission.depth(request.base) or self._dispatch(request) is not None:
+            request.ticket = self._admission.offer(request.base, request, self.clock(), flow_of(request))
+            if request.ticket is None:
                 self._open -= 1
-                self._policy.left(flight.ask, self.clock())
-                raise self._admission.bound(flight.base).refusal(self._retry_after_s(flight.base))
-            self._pump(flight.base, flight.ask)
-        if flight.streams:
-            self._progress.enter(flight, flight.t_start)
+                self._policy.left(request.ask, self.clock())
+                raise self._admission.bound(request.base).refusal(self._retry_after_s(request.base))
+            self._admit_waiting(request.base, request.ask)
+        if request.streams:
+            self._progress.enter(request, request.t_start)
 
-    def tend(self, worker: Worker, action: wire.Action, adapter: AdapterRef, stored: StoredAdapter | None) -> asyncio.Future[None]:
+    def send_command(
+        self, worker: WorkerView, action: messages.AdapterAction, adapter: AdapterRef, stored: StoredAdapter | None
+    ) -> asyncio.Future[None]:
         """Asks the worker to do it; the future resolves once it is so. How long to wait is the caller's affair.
 
         It fails with: Overloaded, too many are open. WorkerUnavailable: it takes nothing, or was lost. Else what the worker refused it with.
         """
         self._last_sid += 1
-        sid, peer = self._last_sid, wire.identity(worker.id, worker.beat.epoch)
-        future = self._tending.begin(sid, worker.id, worker.beat.epoch)
+        sid, peer = self._last_sid, messages.identity(worker.id, worker.beat.epoch)
+        future = self._commands.begin(sid, worker.id, worker.beat.epoch)
         if future.done():
             return future
         if not worker.routable or self.fleet.get(worker.id) is not worker:
-            self._tending.fail(sid, WorkerUnavailable("The worker does not serve.", retry_after_s=1.0))
+            self._commands.fail(sid, WorkerUnavailable("The worker does not serve.", retry_after_s=1.0))
             return future
-        if action is wire.Action.CACHE:  # what is on the disk alone is in no heartbeat
+        if action is messages.AdapterAction.CACHE:  # what is on the disk alone is in no heartbeat
             future.add_done_callback(lambda f: self.fleet.cached(worker, adapter) if not f.cancelled() and f.exception() is None else None)
-        peers = peers_of(self.fleet.pool(adapter.base), worker, (adapter.name, adapter.digest))
-        sent = self._transport.send_data(peer, wire.encode(wire.Tend(sid, action, adapter, stored, peers)))
-        if sent is Sent.FULL:
-            self._tending.fail(sid, WorkerUnavailable("The worker does not take messages fast enough.", retry_after_s=1.0))
-        elif sent is not Sent.OK:
+        peers = peer_hints(self.fleet.pool(adapter.base), worker, (adapter.name, adapter.digest))
+        sent = self._transport.send_data(peer, messages.encode(messages.AdapterCommand(sid, action, adapter, stored, peers)))
+        if sent is SendResult.FULL:
+            self._commands.fail(sid, WorkerUnavailable("The worker does not take messages fast enough.", retry_after_s=1.0))
+        elif sent is not SendResult.OK:
             lost = self.fleet.unreachable(worker.id, worker.beat.epoch)
             self._apply([lost] if lost else [], None)
         return future
 
-    def explain(self, ask: Ask) -> list[Candidate]:
+    def explain(self, ask: RoutingRequest) -> list[Candidate]:
         """Every worker that could get such a request now, best first, with its costs."""
         return self._policy.explain(ask, self.fleet, self.clock())
 
@@ -155,21 +159,21 @@ class Dispatcher:
     def policy(self) -> str:
         return self._policy.name
 
-    def cancel(self, flight: Flight) -> None:
+    def cancel(self, request: InFlightRequest) -> None:
         """The client left. Idempotent; a no-op once the flight is over."""
-        if flight.life.over:
+        if request.life.over:
             return
-        if flight.life.phase is not Phase.QUEUED:
-            self._send_cancel(flight)
-        self._end(flight, Event.CANCEL)
+        if request.life.phase is not RequestPhase.QUEUED:
+            self._send_cancel(request)
+        self._end(request, RequestEvent.CANCEL)
 
-    def give_up(self, flight: Flight, error: LoraplexError) -> None:
+    def give_up(self, request: InFlightRequest, error: LoraplexError) -> None:
         """Its time is over: it leaves the queue or its worker, and the client hears why. A no-op once the flight is over."""
-        if flight.life.over:
+        if request.life.over:
             return
-        if flight.life.phase is not Phase.QUEUED:
-            self._send_cancel(flight)
-        self._fail(flight, error)
+        if request.life.phase is not RequestPhase.QUEUED:
+            self._send_cancel(request)
+        self._fail(request, error)
 
     def drain(self) -> None:
         """No new requests from now on."""
@@ -179,66 +183,66 @@ class Dispatcher:
 
     def _give_up_waiting(self) -> None:
         """While this gateway drains, its workers may have gone already: nobody will come for what waits for them."""
-        for flight in self._admission.items():
-            if flight.place is not None and not self.fleet.routable(flight.base):
-                self._fail(flight, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0))
+        for request in self._admission.items():
+            if request.ticket is not None and not self.fleet.routable(request.base):
+                self._fail(request, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0))
 
     def abort_all(self) -> None:
         """The drain's time is over: whatever still runs ends here."""
-        for flight in self._admission.items():  # first, so that none of them takes a place that the others leave
-            if flight.place is not None:
-                self._fail(flight, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0))
-        for flight in [*self._flights.values()]:
-            self._send_cancel(flight)
-            self._fail(flight, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0))
+        for request in self._admission.items():  # first, so that none of them takes a place that the others leave
+            if request.ticket is not None:
+                self._fail(request, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0))
+        for request in [*self._requests.values()]:
+            self._send_cancel(request)
+            self._fail(request, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0))
 
     # ---- the workers' side ----------------------------------------------------------------------------------------------------------
 
     def on_control(self, peer: bytes, data: bytes) -> None:
         try:
-            beat = wire.decode_worker_control(data)
-        except wire.DecodeError:
+            beat = messages.decode_worker_control(data)
+        except messages.DecodeError:
             self._metrics.undecodable("control")
             return
-        if beat.protocol != wire.PROTOCOL_VERSION:
+        if beat.protocol != messages.PROTOCOL_VERSION:
             self._metrics.undecodable("protocol")
             return
         self._apply(self.fleet.beat(beat, self.clock()), peer)
         worker = self.fleet.get(beat.worker)
         if worker is not None:
-            self._send_wishes(worker)
-        self._pump(beat.base)
+            self._send_warm_set(worker)
+        self._admit_waiting(beat.base)
 
     def on_data(self, peer: bytes, data: bytes) -> None:
         try:
-            message = wire.decode_worker_data(data)
-        except wire.DecodeError:
+            message = messages.decode_worker_data(data)
+        except messages.DecodeError:
             self._metrics.undecodable("data")
             return
-        if type(message) is wire.Attach:
+        if type(message) is messages.Attach:
             self.fleet.attach(message.worker, message.epoch)
             worker = self.fleet.get(message.worker)
             if worker:
-                self._send_wishes(worker)
-                self._pump(worker.beat.base)
+                self._send_warm_set(worker)
+                self._admit_waiting(worker.beat.base)
             return
-        assert type(message) is wire.Step
+        assert type(message) is messages.Step
         for done in message.done:
-            flight = self._flights.get(done.sid)
-            if flight is not None:
-                flight.done = done
+            request = self._requests.get(done.sid)
+            if request is not None:
+                request.done = done
             else:
-                self._tending.done(done.sid)
+                self._commands.done(done.sid)
         streaming = self._streaming
         for sid, flags, payload in message.frames:
             more = streaming.get(sid)
             if more is None:
                 self._on_first(peer, sid, flags, payload)
-            elif not more(payload, flags == wire.END):
+            elif not more(payload, flags == messages.END):
                 self._metrics.slow_reader()
-                self.cancel(self._flights[sid])
+                self.cancel(self._requests[sid])
             elif flags:
-                self._end(self._flights[sid], Event.END)
+                self._end(self._requests[sid], RequestEvent.END)
         for refused in message.refused:
             self._on_refused(refused)
 
@@ -249,84 +253,84 @@ class Dispatcher:
         for lost in silent:
             # It may only have stood still, with these requests unread before it: nobody waits for them any more.
             for sid in lost.streams:
-                self._transport.send_data(wire.identity(lost.worker, lost.epoch), wire.encode(wire.Cancel(sid)))
+                self._transport.send_data(messages.identity(lost.worker, lost.epoch), messages.encode(messages.Cancel(sid)))
         self._apply(silent, None)
         if self._draining:
             self._give_up_waiting()
-        for flight in self._admission.expire(now):
-            self._fail(flight, Overloaded("No worker became free in time.", retry_after_s=self._retry_after_s(flight.base)))
+        for request in self._admission.expire(now):
+            self._fail(request, Overloaded("No worker became free in time.", retry_after_s=self._retry_after_s(request.base)))
         turns = self._progress.turns(now)
-        places = self._admission.positions() if any(f.place is not None for f in turns) else {}
-        for flight in turns:
-            flight.sink.comment(comment(flight, places))
+        tickets = self._admission.positions() if any(f.ticket is not None for f in turns) else {}
+        for request in turns:
+            request.sink.comment(comment(request, tickets))
         if now >= self._alarm:
             self._alarm = math.inf
             for base in self._admission.bases():
-                self._pump(base)
+                self._admit_waiting(base)
 
     # ---- inside -----------------------------------------------------------------------------------------------------------------------
 
-    def _dispatch(self, flight: Flight) -> Blocked | None:
+    def _dispatch(self, request: InFlightRequest) -> Blocked | None:
         """Choose, reserve and send in one step. None: it is on its way; else what it waits for."""
-        ask = flight.ask
-        full: set[wire.WorkerId] = set()  # their queues are at the bound: they take nothing for now, as if they had no room
+        ask = request.ask
+        full: set[messages.WorkerId] = set()  # their queues are at the bound: they take nothing for now, as if they had no room
         while True:
             now = self.clock()
-            choice = self._choose(flight, full, now)
-            if isinstance(choice, Wait):
+            choice = self._choose(request, full, now)
+            if isinstance(choice, Defer):
                 if choice.until is not None:
                     self._ask_again(max(choice.until, now))
                 return choice.blocked
             self._last_sid += 1
             sid = self._last_sid
             worker = choice.worker
-            self.fleet.reserve(worker, sid, flight.adapter, flight.prompt_tokens)
-            stored = None if choice.tier is wire.Tier.GPU else flight.stored
+            self.fleet.reserve(worker, sid, request.adapter, request.prompt_tokens)
+            stored = None if choice.tier is messages.Tier.GPU else request.stored
             peers: tuple[str, ...] = ()
-            if flight.adapter is not None and choice.tier > wire.Tier.CPU:
-                peers = peers_of(self.fleet.pool(flight.base), worker, (flight.adapter.name, flight.adapter.digest))
-            message = wire.Generate(sid, flight.path, flight.request_id, flight.body, flight.adapter, stored, peers, flight.model)
-            sent = self._transport.send_data(wire.identity(worker.id, worker.beat.epoch), wire.encode(message))
-            if sent is Sent.OK:
+            if request.adapter is not None and choice.tier > messages.Tier.CPU:
+                peers = peer_hints(self.fleet.pool(request.base), worker, (request.adapter.name, request.adapter.digest))
+            message = messages.Generate(sid, request.path, request.request_id, request.body, request.adapter, stored, peers, request.model)
+            sent = self._transport.send_data(messages.identity(worker.id, worker.beat.epoch), messages.encode(message))
+            if sent is SendResult.OK:
                 break
             self.fleet.release(sid)
-            if sent is Sent.FULL:
+            if sent is SendResult.FULL:
                 full.add(worker.id)
                 continue
             lost = self.fleet.unreachable(worker.id, worker.beat.epoch)
             self._apply([lost] if lost else [], None)
-        if flight.place is not None:
-            self._admission.leave(flight.place)
-        flight.sid, flight.choice, flight.place = sid, choice, None
-        flight.t_sent = now
-        flight.life.on(Event.DISPATCHED)
-        self._flights[sid] = flight
+        if request.ticket is not None:
+            self._admission.leave(request.ticket)
+        request.sid, request.choice, request.ticket = sid, choice, None
+        request.t_sent = now
+        request.life.on(RequestEvent.DISPATCHED)
+        self._requests[sid] = request
         self._policy.sent(ask, choice, now)
-        self._admission.charge(flight.base, flow_of(flight), fairness.service(ask.prompt_tokens, ask.output_tokens))
-        self._metrics.dispatched(flight.base, choice.reason)
+        self._admission.charge(request.base, flow_of(request), fairness.service(ask.prompt_tokens, ask.output_tokens))
+        self._metrics.dispatched(request.base, choice.reason)
         return None
 
-    def _choose(self, flight: Flight, full: set[wire.WorkerId], now: float) -> Decision:
+    def _choose(self, request: InFlightRequest, full: set[messages.WorkerId], now: float) -> Decision:
         """Without those that refused this request, unless nobody else takes it."""
-        if not full and not flight.refused_by:
-            return self._policy.choose(flight.ask, self.fleet, now, self._rng)
-        if flight.refused_by:
-            with self.fleet.without(full | flight.refused_by):
-                choice = self._policy.choose(flight.ask, self.fleet, now, self._rng)
+        if not full and not request.refused_by:
+            return self._policy.choose(request.ask, self.fleet, now, self._rng)
+        if request.refused_by:
+            with self.fleet.without(full | request.refused_by):
+                choice = self._policy.choose(request.ask, self.fleet, now, self._rng)
             if isinstance(choice, Choice):
                 return choice
         with self.fleet.without(full):
-            return self._policy.choose(flight.ask, self.fleet, now, self._rng)
+            return self._policy.choose(request.ask, self.fleet, now, self._rng)
 
-    def _pump(self, base: str, ask: Ask | None = None) -> None:
+    def _admit_waiting(self, base: str, ask: RoutingRequest | None = None) -> None:
         """Something may have become free; `ask` is the request that freed or wants it. What a pump sets off does not pump again inside it."""
-        if self._pumping is None and self._admission.depth(base):
-            self._pumping = base
+        if self._admitting is None and self._admission.depth(base):
+            self._admitting = base
             try:
-                heirs = self._policy.heirs(base, self.fleet, self.clock())
-                self._admission.pump(base, self._dispatch, adapter_key(ask.adapter) if ask is not None else None, heirs)
+                reserved_for = self._policy.reserved_for(base, self.fleet, self.clock())
+                self._admission.admit_waiting(base, self._dispatch, adapter_key(ask.adapter) if ask is not None else None, reserved_for)
             finally:
-                self._pumping = None
+                self._admitting = None
 
     def _ask_again(self, when: float) -> None:
         if when < self._alarm:
@@ -334,124 +338,124 @@ class Dispatcher:
             if self._wake_at is not None:
                 self._wake_at(when)
 
-    def _on_first(self, peer: bytes, sid: wire.StreamId, flags: int, payload: bytes) -> None:
+    def _on_first(self, peer: bytes, sid: messages.StreamId, flags: int, payload: bytes) -> None:
         """The first frame of an answer, or one that nobody waits for any more."""
-        flight = self._flights.get(sid)
-        if flight is not None:
-            self._on_head(flight, flags, payload)
-        elif not flags & wire.END:  # the worker has not heard yet
-            self._transport.send_data(peer, wire.encode(wire.Cancel(sid)))
+        request = self._requests.get(sid)
+        if request is not None:
+            self._on_head(request, flags, payload)
+        elif not flags & messages.END:  # the worker has not heard yet
+            self._transport.send_data(peer, messages.encode(messages.Cancel(sid)))
 
-    def _on_head(self, flight: Flight, flags: int, payload: bytes) -> None:
-        flight.t_head = self.clock()
-        self._progress.leave(flight)
-        end = bool(flags & wire.END)
-        flight.life.on(Event.HEAD)
-        flight.sink.head(flags >> wire.STATUS_SHIFT, bool(flags & wire.SSE), payload, end)
+    def _on_head(self, request: InFlightRequest, flags: int, payload: bytes) -> None:
+        request.t_head = self.clock()
+        self._progress.leave(request)
+        end = bool(flags & messages.END)
+        request.life.on(RequestEvent.HEAD)
+        request.sink.head(flags >> messages.STATUS_SHIFT, bool(flags & messages.SSE), payload, end)
         if end:
-            self._end(flight, Event.END)
+            self._end(request, RequestEvent.END)
         else:
-            self._streaming[flight.sid] = flight.sink.more
+            self._streaming[request.sid] = request.sink.more
 
-    def _on_refused(self, refused: wire.Refused) -> None:
-        flight = self._flights.get(refused.sid)
-        if flight is not None:
-            if flight.choice is not None:
-                worker = flight.choice.worker
-                flight.refused_by |= {worker.id}
+    def _on_refused(self, refused: messages.Refused) -> None:
+        request = self._requests.get(refused.sid)
+        if request is not None:
+            if request.choice is not None:
+                worker = request.choice.worker
+                request.refused_by |= {worker.id}
                 if refused.leaving:  # else it would get the request again at once, and soon be asked for the last time
                     changed = self.fleet.leaves(worker.id, worker.beat.epoch, refused.message)
                     self._apply([changed] if changed else [], None)
-            retryable = refused.retryable or (flight.elsewhere and refused.code == AdapterNotFound.code)
-            self._on_loss(flight, from_refusal(refused.code, refused.message), retryable=retryable)
+            retryable = refused.retryable or (request.elsewhere and refused.code == AdapterNotFound.code)
+            self._on_loss(request, from_refusal(refused.code, refused.message), retryable=retryable)
         else:
-            self._tending.refused(refused)
+            self._commands.refused(refused)
 
-    def _on_loss(self, flight: Flight, error: LoraplexError, *, retryable: bool) -> None:
+    def _on_loss(self, request: InFlightRequest, error: LoraplexError, *, retryable: bool) -> None:
         """The worker gave the request back: another one takes it, it queues again, or the client hears of it."""
-        self._unreserve(flight)
-        if flight.life.on_loss(retryable=retryable) is Phase.FAILED:
-            flight.sink.fail(error)
-            self._over(flight)
+        self._unreserve(request)
+        if request.life.on_loss(retryable=retryable) is RequestPhase.FAILED:
+            request.sink.fail(error)
+            self._over(request)
             return
         self._metrics.retried()
-        if self._dispatch(flight) is not None:
-            flight.place = self._admission.offer(flight.base, flight, self.clock(), flow_of(flight))
-            if flight.place is None:
-                self._fail(flight, error)
+        if self._dispatch(request) is not None:
+            request.ticket = self._admission.offer(request.base, request, self.clock(), flow_of(request))
+            if request.ticket is None:
+                self._fail(request, error)
 
     def _apply(self, events: Sequence[FleetEvent], peer: bytes | None) -> None:
         for event in events:
             if isinstance(event, Joined):
                 log.info("worker joined", extra={"worker": event.worker})
                 if peer is not None:
-                    self._transport.send_control(peer, wire.encode(self._welcome()))
+                    self._transport.send_control(peer, messages.encode(self._welcome()))
             elif isinstance(event, Changed):
                 log.info("worker state", extra={"worker": event.worker, "state": event.now.name.lower(), "reason": event.reason})
             else:
                 log.warning("worker lost", extra={"worker": event.worker, "reason": event.reason, "requests": len(event.streams)})
                 for sid in event.streams:
-                    flight = self._flights.get(sid)
-                    if flight is not None:
-                        lost = EngineFailure if flight.life.phase is Phase.STREAMING else WorkerUnavailable
-                        self._on_loss(flight, lost("The worker that served this request was lost."), retryable=True)
-                self._tending.lost(event.worker, event.epoch)
+                    request = self._requests.get(sid)
+                    if request is not None:
+                        lost = EngineFailure if request.life.phase is RequestPhase.STREAMING else WorkerUnavailable
+                        self._on_loss(request, lost("The worker that served this request was lost."), retryable=True)
+                self._commands.lost(event.worker, event.epoch)
 
-    def _send_wishes(self, worker: Worker) -> None:
+    def _send_warm_set(self, worker: WorkerView) -> None:
         """Once per life of a worker, as soon as it takes requests: what it should have before the first."""
         if worker.routable and not worker.wished:
             worker.wished = True
-            for adapter in self._policy.wishes(worker, self.fleet, self.clock()):
-                self._transport.send_data(wire.identity(worker.id, worker.beat.epoch), wire.encode(wire.Prefetch(adapter)))
+            for adapter in self._policy.warm_set(worker, self.fleet, self.clock()):
+                self._transport.send_data(messages.identity(worker.id, worker.beat.epoch), messages.encode(messages.Prefetch(adapter)))
 
-    def greet(self, worker: Worker) -> None:
+    def greet(self, worker: WorkerView) -> None:
         """Says hello again to a worker whose first Welcome may have been lost (its data socket never attached)."""
-        peer = wire.identity(worker.id, worker.beat.epoch)
-        self._transport.send_control(peer, wire.encode(self._welcome()))
+        peer = messages.identity(worker.id, worker.beat.epoch)
+        self._transport.send_control(peer, messages.encode(self._welcome()))
 
-    def _fail(self, flight: Flight, error: LoraplexError) -> None:
-        flight.sink.fail(error)
-        self._end(flight, Event.FAIL)
+    def _fail(self, request: InFlightRequest, error: LoraplexError) -> None:
+        request.sink.fail(error)
+        self._end(request, RequestEvent.FAIL)
 
-    def _end(self, flight: Flight, event: Event) -> None:
-        flight.life.on(event)
-        self._unreserve(flight)
-        self._over(flight)
+    def _end(self, request: InFlightRequest, event: RequestEvent) -> None:
+        request.life.on(event)
+        self._unreserve(request)
+        self._over(request)
 
-    def _over(self, flight: Flight) -> None:
-        if flight.place is not None:
-            self._admission.leave(flight.place)
-            flight.place = None
-        self._progress.leave(flight)
+    def _over(self, request: InFlightRequest) -> None:
+        if request.ticket is not None:
+            self._admission.leave(request.ticket)
+            request.ticket = None
+        self._progress.leave(request)
         self._open -= 1
-        now = flight.t_end = self.clock()
-        ask, done = flight.ask, flight.done
-        if flight.life.phase is Phase.FINISHED and flight.choice is not None:
+        now = request.t_end = self.clock()
+        ask, done = request.ask, request.done
+        if request.life.phase is RequestPhase.FINISHED and request.choice is not None:
             tokens = done.output_tokens if done is not None else 0
-            self._policy.finished(ask, flight.choice.worker, now - flight.t_sent, tokens, now)
+            self._policy.finished(ask, request.choice.worker, now - request.t_sent, tokens, now)
             if done is not None:
-                self._admission.charge(flight.base, flow_of(flight), fairness.OUTPUT_WEIGHT * (tokens - ask.output_tokens))
+                self._admission.charge(request.base, flow_of(request), fairness.OUTPUT_WEIGHT * (tokens - ask.output_tokens))
         else:
             self._policy.left(ask, now)
-        self._metrics.finished(flight)
-        self._pump(flight.base, ask)
+        self._metrics.finished(request)
+        self._admit_waiting(request.base, ask)
         self._wake_if_idle()
 
     def _wake_if_idle(self) -> None:
         if self._draining and not self._open:
             self.idle.set()
 
-    def _unreserve(self, flight: Flight) -> None:
-        if self._flights.pop(flight.sid, None) is not None:
-            self._streaming.pop(flight.sid, None)
-            self.fleet.release(flight.sid)
+    def _unreserve(self, request: InFlightRequest) -> None:
+        if self._requests.pop(request.sid, None) is not None:
+            self._streaming.pop(request.sid, None)
+            self.fleet.release(request.sid)
 
-    def _send_cancel(self, flight: Flight) -> None:
-        if flight.choice is not None:
-            worker = flight.choice.worker
-            self._transport.send_data(wire.identity(worker.id, worker.beat.epoch), wire.encode(wire.Cancel(flight.sid)))
+    def _send_cancel(self, request: InFlightRequest) -> None:
+        if request.choice is not None:
+            worker = request.choice.worker
+            self._transport.send_data(messages.identity(worker.id, worker.beat.epoch), messages.encode(messages.Cancel(request.sid)))
 
     def _retry_after_s(self, base: str) -> float:
         """A guess from what is known: queued requests over the places that serve them, at least a second."""
-        places = sum(w.beat.capacity for w in self.fleet.routable(base))
-        return max(1.0, min(60.0, self._admission.depth(base) / places)) if places else 5.0
+        tickets = sum(w.beat.capacity for w in self.fleet.routable(base))
+        return max(1.0, min(60.0, self._admission.depth(base) / tickets)) if tickets else 5.0

@@ -4,7 +4,7 @@ Every flow (API key, adapter) has a counter of the tokens it was served; the wai
 back, is lifted to what each of those that waited has been served on average since the queue began (the virtual time of fair queueing), and at
 least to the least of them, so that absence earns no credit. The least alone, as in the paper, lets flows that come once, one after the other, pass
 by one that has had its fair share for as long as they come: a hundred adapters that wait for a slot are just that. Output is charged as expected
-when a request is sent and corrected when it ends. Counters live only as long as somebody waits: without a queue there is nothing to divide.
+when a request is sent and corrected when it ends. ServiceCounters live only as long as somebody waits: without a queue there is nothing to divide.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def service(prompt_tokens: float, output_tokens: float) -> float:
     return INPUT_WEIGHT * prompt_tokens + OUTPUT_WEIGHT * output_tokens
 
 
-class Counters:
+class ServiceCounters:
     """Weighted tokens per flow since the queue began."""
 
     def __init__(self) -> None:

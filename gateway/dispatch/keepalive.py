@@ -8,47 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gateway.dispatch.lifecycle import Phase
-from gateway.dispatch.request import Flight, adapter_key
+from gateway.dispatch.lifecycle import RequestPhase
+from gateway.dispatch.request import InFlightRequest, adapter_key
 from shared.link.messages import Tier
 
 
-class Progress:
+class Keepalive:
     """Requests that wait for their first frame, the next one due first. `every_s` 0: nobody is ever due."""
 
     def __init__(self, every_s: float) -> None:
         self._every_s = every_s
-        self._due: dict[Flight, float] = {}  # all wait equally long between two turns, so the order of entry is that of the turns
+        self._due: dict[InFlightRequest, float] = {}  # all wait equally long between two turns, so the order of entry is that of the turns
 
     def __len__(self) -> int:
         return len(self._due)
 
-    def enter(self, flight: Flight, now: float) -> None:
+    def enter(self, request: InFlightRequest, now: float) -> None:
         if self._every_s:
-            self._due[flight] = now + self._every_s
+            self._due[request] = now + self._every_s
 
-    def leave(self, flight: Flight) -> None:
+    def leave(self, request: InFlightRequest) -> None:
         """Idempotent."""
-        self._due.pop(flight, None)
+        self._due.pop(request, None)
 
-    def turns(self, now: float) -> list[Flight]:
+    def turns(self, now: float) -> list[InFlightRequest]:
         """Those whose turn it is; each has its next one `every_s` from now."""
-        found: list[Flight] = []
-        for flight, when in self._due.items():
+        found: list[InFlightRequest] = []
+        for request, when in self._due.items():
             if when > now:
                 break
-            found.append(flight)
-        for flight in found:
-            del self._due[flight]
-            self._due[flight] = now + self._every_s
+            found.append(request)
+        for request in found:
+            del self._due[request]
+            self._due[request] = now + self._every_s
         return found
 
 
-def comment(flight: Flight, places: Mapping[Flight, int]) -> bytes:
-    """What it waits for, as one SSE comment. `places` are positions in the queue; an adapter's name holds no character that means something here."""
-    if flight.life.phase is Phase.QUEUED:
-        return b": queued, position about %d\n\n" % places.get(flight, 1)
-    key = adapter_key(flight.adapter)
-    if key is not None and flight.choice is not None and flight.choice.worker.tier_at(key) is not Tier.GPU:
+def comment(request: InFlightRequest, tickets: Mapping[InFlightRequest, int]) -> bytes:
+    """What it waits for, as one SSE comment. `tickets` are positions in the queue; an adapter's name holds no character that means something here."""
+    if request.life.phase is RequestPhase.QUEUED:
+        return b": queued, position about %d\n\n" % tickets.get(request, 1)
+    key = adapter_key(request.adapter)
+    if key is not None and request.choice is not None and request.choice.worker.tier_at(key) is not Tier.GPU:
         return b": loading adapter %b\n\n" % key[0].encode()
     return b": waiting for the first token\n\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 
-class Phase(Enum):
+class RequestPhase(Enum):
     __hash__ = object.__hash__  # Enum hashes names in Python: twice for every step of every request
 
     QUEUED = "queued"  # no worker yet, or none any more
@@ -16,7 +16,7 @@ class Phase(Enum):
     ABORTED = "aborted"  # the client left
 
 
-class Event(Enum):
+class RequestEvent(Enum):
     __hash__ = object.__hash__
 
     DISPATCHED = "dispatched"
@@ -27,48 +27,48 @@ class Event(Enum):
     CANCEL = "cancel"
 
 
-NEXT: dict[tuple[Phase, Event], Phase] = {
-    (Phase.QUEUED, Event.DISPATCHED): Phase.SENT,
-    (Phase.QUEUED, Event.FAIL): Phase.FAILED,
-    (Phase.QUEUED, Event.CANCEL): Phase.ABORTED,
-    (Phase.SENT, Event.HEAD): Phase.STREAMING,
-    (Phase.SENT, Event.RETRY): Phase.QUEUED,
-    (Phase.SENT, Event.FAIL): Phase.FAILED,
-    (Phase.SENT, Event.CANCEL): Phase.ABORTED,
-    (Phase.STREAMING, Event.END): Phase.FINISHED,
-    (Phase.STREAMING, Event.FAIL): Phase.FAILED,
-    (Phase.STREAMING, Event.CANCEL): Phase.ABORTED,
+NEXT: dict[tuple[RequestPhase, RequestEvent], RequestPhase] = {
+    (RequestPhase.QUEUED, RequestEvent.DISPATCHED): RequestPhase.SENT,
+    (RequestPhase.QUEUED, RequestEvent.FAIL): RequestPhase.FAILED,
+    (RequestPhase.QUEUED, RequestEvent.CANCEL): RequestPhase.ABORTED,
+    (RequestPhase.SENT, RequestEvent.HEAD): RequestPhase.STREAMING,
+    (RequestPhase.SENT, RequestEvent.RETRY): RequestPhase.QUEUED,
+    (RequestPhase.SENT, RequestEvent.FAIL): RequestPhase.FAILED,
+    (RequestPhase.SENT, RequestEvent.CANCEL): RequestPhase.ABORTED,
+    (RequestPhase.STREAMING, RequestEvent.END): RequestPhase.FINISHED,
+    (RequestPhase.STREAMING, RequestEvent.FAIL): RequestPhase.FAILED,
+    (RequestPhase.STREAMING, RequestEvent.CANCEL): RequestPhase.ABORTED,
 }
-OVER = frozenset({Phase.FINISHED, Phase.FAILED, Phase.ABORTED})
+OVER = frozenset({RequestPhase.FINISHED, RequestPhase.FAILED, RequestPhase.ABORTED})
 MAX_ATTEMPTS = 3
 """Workers tried for one request before the client hears of the failure."""
 
 
-class Lifecycle:
+class RequestLifecycle:
     """One request's phase. Ends exactly once, in FINISHED, FAILED or ABORTED."""
 
     __slots__ = ("attempts", "history", "phase")
 
     def __init__(self) -> None:
-        self.phase = Phase.QUEUED
+        self.phase = RequestPhase.QUEUED
         self.attempts = 0
-        self.history: list[Event] = []
+        self.history: list[RequestEvent] = []
 
     @property
     def over(self) -> bool:
         return self.phase in OVER
 
-    def on(self, event: Event) -> Phase:
+    def on(self, event: RequestEvent) -> RequestPhase:
         after = NEXT.get((self.phase, event))
         if after is None:
             raise AssertionError(f"{event} in {self.phase} after {self.history}")
         self.phase = after
         self.history.append(event)
-        if event is Event.DISPATCHED:
+        if event is RequestEvent.DISPATCHED:
             self.attempts += 1
         return after
 
-    def on_loss(self, *, retryable: bool) -> Phase:
+    def on_loss(self, *, retryable: bool) -> RequestPhase:
         """The worker refused the request or was lost: QUEUED again if nothing was sent to the client and attempts are left, else FAILED."""
-        again = retryable and self.phase is Phase.SENT and self.attempts < MAX_ATTEMPTS
-        return self.on(Event.RETRY if again else Event.FAIL)
+        again = retryable and self.phase is RequestPhase.SENT and self.attempts < MAX_ATTEMPTS
+        return self.on(RequestEvent.RETRY if again else RequestEvent.FAIL)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from gateway.dispatch.admission import Flow, Place
-from gateway.dispatch.lifecycle import Lifecycle
+from gateway.dispatch.admission import Flow, Ticket
+from gateway.dispatch.lifecycle import RequestLifecycle
 from gateway.fleet.worker_view import Key, key_of
-from gateway.routing.policy import Ask, Choice
+from gateway.routing.policy import Choice, RoutingRequest
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import LoraplexError
-from shared.link import messages as wire
+from shared.link import messages
 
 BYTES_PER_TOKEN = 4
 """Of English text in a BPE vocabulary of 32,000 to 150,000; routing needs the order of magnitude, the worker counts exactly."""
 EXPECTED_OUTPUT_TOKENS = 128
 """Charged to a flow when a request without `max_tokens` is sent, and corrected when it ends."""
-NO_ASK = Ask("")
+NO_ASK = RoutingRequest("")
 
 
 class Sink(Protocol):
@@ -31,7 +31,7 @@ class Sink(Protocol):
     def fail(self, error: LoraplexError) -> None: ...
 
 
-class Flight:
+class InFlightRequest:
     """One request at the gateway, from submit to its end. `prompt_tokens` defaults to an estimate from the body's length."""
 
     __slots__ = (
@@ -46,7 +46,6 @@ class Flight:
         "model",
         "output_tokens",
         "path",
-        "place",
         "prefix",
         "priority",
         "prompt_tokens",
@@ -62,6 +61,7 @@ class Flight:
         "t_sent",
         "t_start",
         "tenant",
+        "ticket",
     )
 
     def __init__(
@@ -93,35 +93,35 @@ class Flight:
         self.model = model  # what the client called it, where that is not `base:name`
         self.elsewhere = elsewhere  # a worker that cannot get the adapter says nothing about the others
         self.ask = NO_ASK  # made by the dispatcher, on its clock
-        self.life = Lifecycle()
-        self.sid: wire.StreamId = 0
+        self.life = RequestLifecycle()
+        self.sid: messages.StreamId = 0
         self.choice: Choice | None = None
-        self.place: Place[Flight] | None = None
-        self.refused_by: frozenset[wire.WorkerId] = frozenset()
-        self.done: wire.Done | None = None
+        self.ticket: Ticket[InFlightRequest] | None = None
+        self.refused_by: frozenset[messages.WorkerId] = frozenset()
+        self.done: messages.Done | None = None
         self.t_start = self.t_sent = self.t_head = self.t_end = 0.0  # set by the dispatcher, on its clock
 
 
-def ask_of(flight: Flight) -> Ask:
+def routing_request_of(request: InFlightRequest) -> RoutingRequest:
     """What routing is told of it, as of its start."""
-    size_bytes = flight.stored.size_bytes if flight.stored is not None else 0
-    return Ask(
-        flight.base,
-        flight.adapter,
+    size_bytes = request.stored.size_bytes if request.stored is not None else 0
+    return RoutingRequest(
+        request.base,
+        request.adapter,
         size_bytes,
-        flight.prompt_tokens,
-        flight.output_tokens or EXPECTED_OUTPUT_TOKENS,
-        flight.tenant,
-        flight.session,
-        flight.prefix,
-        flight.priority,
-        flight.t_start,
+        request.prompt_tokens,
+        request.output_tokens or EXPECTED_OUTPUT_TOKENS,
+        request.tenant,
+        request.session,
+        request.prefix,
+        request.priority,
+        request.t_start,
     )
 
 
-def flow_of(flight: Flight) -> Flow:
+def flow_of(request: InFlightRequest) -> Flow:
     """Whose turn it uses in the queue."""
-    return (flight.priority, flight.tenant, adapter_key(flight.adapter))
+    return (request.priority, request.tenant, adapter_key(request.adapter))
 
 
 def adapter_key(adapter: AdapterRef | None) -> Key | None:

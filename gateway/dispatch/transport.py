@@ -5,11 +5,11 @@ from __future__ import annotations
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.supervisor.endpoints import Endpoints
 from shared.config.llm import Settings
-from shared.link import messages as wire
-from shared.link.sockets import Sent, Server, open_context, secret_from_env
+from shared.link import messages
+from shared.link.sockets import RouterSocket, SendResult, open_context, secret_from_env
 
 
-class Links:
+class LinkTransport:
     """The dispatcher's Transport: one control and one data socket, bound."""
 
     def __init__(self, where: Endpoints, settings: Settings, name: str) -> None:
@@ -17,19 +17,19 @@ class Links:
         secret = secret_from_env(link.secret_env)
         self._context = open_context()
         self.dispatcher: Dispatcher | None = None
-        self.control = Server(self._context, where.control, self._on_control, secret=secret, insecure=link.insecure)
-        self.data = Server(self._context, where.data, self._on_data, secret=secret, insecure=link.insecure)
+        self.control = RouterSocket(self._context, where.control, self._on_control, secret=secret, insecure=link.insecure)
+        self.data = RouterSocket(self._context, where.data, self._on_data, secret=secret, insecure=link.insecure)
         self._name = name
         self._settings = settings
 
-    def welcome(self) -> wire.Welcome:
+    def welcome(self) -> messages.Welcome:
         g = self._settings.gateway
-        return wire.Welcome(self._name, self.data.endpoint, g.lease_s, g.heartbeat_s)
+        return messages.Welcome(self._name, self.data.endpoint, g.lease_s, g.heartbeat_s)
 
-    def send_data(self, peer: bytes, data: bytes) -> Sent:
+    def send_data(self, peer: bytes, data: bytes) -> SendResult:
         return self.data.send(peer, data)
 
-    def send_control(self, peer: bytes, data: bytes) -> Sent:
+    def send_control(self, peer: bytes, data: bytes) -> SendResult:
         return self.control.send(peer, data)
 
     def close(self) -> None:

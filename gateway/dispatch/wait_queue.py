@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
-from gateway.dispatch.fairness import Counters
+from gateway.dispatch.fairness import ServiceCounters
 from gateway.fleet.worker_view import Key
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ ANYBODY: Flow = (0, "", None)
 
 
 @dataclass(slots=True, eq=False)
-class Place(Generic[T]):
+class Ticket(Generic[T]):
     """An item's place in the queue."""
 
     base: str
@@ -37,23 +37,23 @@ class _Waiting(Generic[T]):
     """The places of one flow, oldest first."""
 
     turn: Turn
-    places: dict[Place[T], None] = field(default_factory=dict)  # keeps order and lets any place leave at once
+    tickets: dict[Ticket[T], None] = field(default_factory=dict)  # keeps order and lets any place leave at once
 
 
-class Line(Generic[T]):
+class WaitQueue(Generic[T]):
     """The places of one base model, by flow, and the flows' turns."""
 
     def __init__(self) -> None:
         self.size = 0
-        self._counters = Counters()
+        self._counters = ServiceCounters()
         self._flows: dict[Flow, _Waiting[T]] = {}
         self._turns: list[Turn] = []
         self._of_adapter: dict[Key | None, list[Turn]] = {}
         self._of_account: dict[tuple[str, Key | None], dict[Flow, None]] = {}  # one tenant's of one adapter, whatever the priority
 
-    def add(self, place: Place[T]) -> None:
+    def add(self, ticket: Ticket[T]) -> None:
         """The youngest."""
-        flow = place.flow
+        flow = ticket.flow
         waiting = self._flows.get(flow)
         if waiting is None:
             account = flow[1:]
@@ -61,18 +61,18 @@ class Line(Generic[T]):
             if not flows:
                 self._counters.enter(account)
             flows[flow] = None
-            waiting = self._flows[flow] = _Waiting((flow[0], self._counters.rank(account), place.number, flow))
+            waiting = self._flows[flow] = _Waiting((flow[0], self._counters.rank(account), ticket.number, flow))
             self._enlist(waiting.turn)
-        waiting.places[place] = None
+        waiting.tickets[ticket] = None
         self.size += 1
 
-    def remove(self, place: Place[T]) -> None:
-        flow = place.flow
+    def remove(self, ticket: Ticket[T]) -> None:
+        flow = ticket.flow
         waiting = self._flows[flow]
-        del waiting.places[place]
+        del waiting.tickets[ticket]
         self.size -= 1
-        if waiting.places:
-            if place.number == waiting.turn[2]:
+        if waiting.tickets:
+            if ticket.number == waiting.turn[2]:
                 self._settle(waiting)
             return
         self._strike(waiting.turn)
@@ -95,13 +95,13 @@ class Line(Generic[T]):
         at = 0 if after is None else bisect_right(turns, after)
         return turns[at] if at < len(turns) else None
 
-    def oldest(self, turn: Turn) -> Place[T]:
-        return next(iter(self._flows[turn[-1]].places))
+    def oldest(self, turn: Turn) -> Ticket[T]:
+        return next(iter(self._flows[turn[-1]].tickets))
 
     def _settle(self, waiting: _Waiting[T]) -> None:
         """Its oldest or its rank is another one."""
         flow = waiting.turn[-1]
-        turn = (flow[0], self._counters.rank(flow[1:]), next(iter(waiting.places)).number, flow)
+        turn = (flow[0], self._counters.rank(flow[1:]), next(iter(waiting.tickets)).number, flow)
         if turn != waiting.turn:
             self._strike(waiting.turn)
             waiting.turn = turn

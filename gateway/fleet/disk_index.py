@@ -13,7 +13,7 @@ MOST = 200_000
 """Of all hosts together: a hundred whose cache of 50 GiB is full of 26 MiB adapters."""
 
 
-class Shelves:
+class DiskIndex:
     """Keys are those of gateway/fleet/worker_view.py. The longest unseen are forgotten beyond `most`. Hosts without a name have none."""
 
     def __init__(self, most: int = MOST) -> None:

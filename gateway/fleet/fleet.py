@@ -23,13 +23,13 @@ from typing import TypeAlias
 
 import msgspec
 
-from gateway.fleet.disk_index import Shelves
+from gateway.fleet.disk_index import DiskIndex
 from gateway.fleet.pool import NOWHERE, Pool
-from gateway.fleet.worker_view import Key, Worker, key_of
+from gateway.fleet.worker_view import Key, WorkerView, key_of
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import Heartbeat, StreamId, WorkerId, WorkerState
 
-__all__ = ["Changed", "Fleet", "FleetEvent", "Joined", "Key", "Lost", "Pool", "Worker", "key_of"]
+__all__ = ["Changed", "Fleet", "FleetEvent", "Joined", "Key", "Lost", "Pool", "WorkerView", "key_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,26 +74,26 @@ class Fleet:
     def __init__(self, lease_s: float, most: Mapping[str, int] | None = None) -> None:
         self._lease_s = lease_s
         self._most = dict(most or {})
-        self._workers: dict[WorkerId, Worker] = {}
-        self._by_stream: dict[StreamId, Worker] = {}
+        self._workers: dict[WorkerId, WorkerView] = {}
+        self._by_stream: dict[StreamId, WorkerView] = {}
         self._ended: dict[WorkerId, int] = {}  # last epoch seen of workers that left, so that a late beat does not revive them
         self._pools: dict[str, Pool] = {}
-        self._shelves = Shelves()
+        self._disk_index = DiskIndex()
 
     def __len__(self) -> int:
         return len(self._workers)
 
-    def __iter__(self) -> Iterator[Worker]:
+    def __iter__(self) -> Iterator[WorkerView]:
         return iter(self._workers.values())
 
-    def get(self, worker: WorkerId) -> Worker | None:
+    def get(self, worker: WorkerId) -> WorkerView | None:
         return self._workers.get(worker)
 
     def pool(self, base: str) -> Pool:
         """The routable workers of a base model, with their indexes and sums. Read only."""
         return self._pools.get(base, NOWHERE)
 
-    def routable(self, base: str) -> Sequence[Worker]:
+    def routable(self, base: str) -> Sequence[WorkerView]:
         return self.pool(base).workers
 
     def beat(self, beat: Heartbeat, now: float) -> list[FleetEvent]:
@@ -116,7 +116,7 @@ class Fleet:
             self._ended[beat.worker] = beat.epoch
             return events
         if worker is None:
-            worker = self._workers[beat.worker] = Worker(beat, now + self._lease_s, now, shelves=self._shelves)
+            worker = self._workers[beat.worker] = WorkerView(beat, now + self._lease_s, now, disk_index=self._disk_index)
             events.append(Joined(beat.worker))
         else:
             if beat.state is not worker.beat.state:
@@ -135,9 +135,9 @@ class Fleet:
             worker.attached_epoch = epoch
             self._pool_of(worker).settle(worker)
 
-    def cached(self, worker: Worker, adapter: AdapterRef) -> None:
+    def cached(self, worker: WorkerView, adapter: AdapterRef) -> None:
         """The worker says that its host's disk has the adapter's files."""
-        self._shelves.put(worker.beat.host, adapter.base, [key_of(adapter)])
+        self._disk_index.put(worker.beat.host, adapter.base, [key_of(adapter)])
 
     def leaves(self, worker_id: WorkerId, epoch: int, reason: str) -> Changed | None:
         """This life of the worker has refused a request because it takes no more: no beat that was on its way can say otherwise."""
@@ -159,7 +159,7 @@ class Fleet:
         worker = self._workers.get(worker_id)
         return self._remove(worker, "connection lost") if worker and worker.beat.epoch == epoch else None
 
-    def reserve(self, worker: Worker, stream: StreamId, adapter: AdapterRef | None, prompt_tokens: int = 0) -> None:
+    def reserve(self, worker: WorkerView, stream: StreamId, adapter: AdapterRef | None, prompt_tokens: int = 0) -> None:
         """Must happen in the same synchronous step as the choice."""
         assert worker.has_room and stream not in self._by_stream
         worker.take(stream, adapter, prompt_tokens)
@@ -186,13 +186,13 @@ class Fleet:
             for worker in aside:
                 worker.others -= FULL
 
-    def _pool_of(self, worker: Worker) -> Pool:
+    def _pool_of(self, worker: WorkerView) -> Pool:
         pool = self._pools.get(worker.beat.base)
         if pool is None:
             pool = self._pools[worker.beat.base] = Pool()
         return pool
 
-    def _remove(self, worker: Worker, reason: str) -> Lost:
+    def _remove(self, worker: WorkerView, reason: str) -> Lost:
         del self._workers[worker.id]
         self._pool_of(worker).remove(worker)
         streams = tuple(worker.reserved)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import chain, islice
 
 from gateway.fleet.pool import Pool
-from gateway.fleet.worker_view import Key, Worker
+from gateway.fleet.worker_view import Key, WorkerView
 from shared.link.messages import Tier
 
 MOST = 3
@@ -14,7 +14,7 @@ LOOKED_AT = 16
 """An adapter that is everywhere has a thousand holders; any few will do."""
 
 
-def peers_of(pool: Pool, worker: Worker, key: Key) -> tuple[str, ...]:
+def peer_hints(pool: Pool, worker: WorkerView, key: Key) -> tuple[str, ...]:
     """Their endpoints, best first: who has the files before who fetches them, the less loaded first, one per host and none of the worker's own."""
     if not pool.holders.get(key) and not pool.stashes.get(key):
         return ()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gateway.fleet.worker_view import Key, Worker
+from gateway.fleet.worker_view import Key, WorkerView
 from shared.link.messages import WorkerId
 
 NOTHING = (0, 0, False)
@@ -21,14 +21,14 @@ class Pool:
     adapter is in a slot or on its way to one, `stashes` those that have it in a lower tier.
     """
 
-    workers: list[Worker] = field(default_factory=list)
-    holders: dict[Key, dict[WorkerId, Worker]] = field(default_factory=dict)
-    stashes: dict[Key, dict[WorkerId, Worker]] = field(default_factory=dict)
+    workers: list[WorkerView] = field(default_factory=list)
+    holders: dict[Key, dict[WorkerId, WorkerView]] = field(default_factory=dict)
+    stashes: dict[Key, dict[WorkerId, WorkerView]] = field(default_factory=dict)
     version: int = 0
     load: int = 0
     open_slots: int = 0
     room: int = 0
-    open: dict[WorkerId, Worker] = field(default_factory=dict)
+    open: dict[WorkerId, WorkerView] = field(default_factory=dict)
     changes: int = 0
     _indexed: dict[WorkerId, tuple[set[Key], set[Key]]] = field(default_factory=dict)
 
@@ -36,7 +36,7 @@ class Pool:
     def mean_load(self) -> float:
         return self.load / len(self.workers) if self.workers else 0.0
 
-    def settle(self, worker: Worker) -> None:
+    def settle(self, worker: WorkerView) -> None:
         """After any change of the worker: brings sums and indexes up to date."""
         self.changes += 1
         if not worker.routable:
@@ -64,7 +64,7 @@ class Pool:
         worker.counted = (load, slots, room)
         self._index(worker)
 
-    def remove(self, worker: Worker) -> None:
+    def remove(self, worker: WorkerView) -> None:
         """Idempotent."""
         if worker.counted is None:
             return
@@ -94,7 +94,7 @@ class Pool:
                 if worker.counted is not None:
                     self.settle(worker)
 
-    def _index(self, worker: Worker) -> None:
+    def _index(self, worker: WorkerView) -> None:
         """Sets are compared by identity first: between two beats only `coming` changes, and that by one adapter."""
         slotted = worker.loaded | worker.coming if worker.coming else worker.loaded
         before = self._indexed.get(worker.id)
@@ -114,7 +114,7 @@ class Pool:
         self._indexed[worker.id] = (slotted, worker.lower)
 
 
-def _drop(index: dict[Key, dict[WorkerId, Worker]], key: Key, worker: WorkerId) -> None:
+def _drop(index: dict[Key, dict[WorkerId, WorkerView]], key: Key, worker: WorkerId) -> None:
     there = index[key]
     del there[worker]
     if not there:

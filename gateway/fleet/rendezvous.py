@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from gateway.fleet.pool import Pool
-from gateway.fleet.worker_view import Key, Worker
+from gateway.fleet.worker_view import Key, WorkerView
 
 ORDER_LENGTH = 16
 """Workers of a rendezvous order that are kept. If none of sixteen can take an adapter, hardly anybody can, and a scan settles it."""
@@ -32,11 +32,11 @@ class Rendezvous:
     """Ranks the workers of one pool for an adapter; the first ORDER_LENGTH of each order are kept until the pool changes."""
 
     def __init__(self) -> None:
-        self._orders: OrderedDict[Key, list[Worker]] = OrderedDict()
+        self._orders: OrderedDict[Key, list[WorkerView]] = OrderedDict()
         self._seeds: list[int] = []
         self._version = -1
 
-    def order(self, key: Key, pool: Pool) -> list[Worker]:
+    def order(self, key: Key, pool: Pool) -> list[WorkerView]:
         if pool.version != self._version:
             self._version, self._seeds = pool.version, [w.seed for w in pool.workers]
             self._orders.clear()
@@ -47,7 +47,7 @@ class Rendezvous:
                 self._orders.popitem(last=False)
         return order
 
-    def _ranked(self, seed: int, workers: Sequence[Worker]) -> list[Worker]:
+    def _ranked(self, seed: int, workers: Sequence[WorkerView]) -> list[WorkerView]:
         """Of a large pool only those whose hash is in the top share that holds some 3 x ORDER_LENGTH are sorted."""
         cut = int(MASK * (1 - 3 * ORDER_LENGTH / len(workers))) if len(workers) > 4 * ORDER_LENGTH else -1
         found = [(h, n) for n, s in enumerate(self._seeds) if (h := (s ^ seed) * MIX & MASK) > cut]

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from gateway.fleet.disk_index import Shelves
+from gateway.fleet.disk_index import DiskIndex
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import AdapterState, Heartbeat, StreamId, Tier, WorkerId, WorkerState
 
@@ -25,7 +25,7 @@ def key_of(adapter: AdapterRef) -> Key:
 
 
 @dataclass(slots=True, eq=False)
-class Worker:
+class WorkerView:
     """Written by Fleet alone; policies read it.
 
     `loaded` are the adapters in a GPU slot as of the last beat; `coming` those on their way to one: loading, or reserved for and not loaded;
@@ -54,7 +54,7 @@ class Worker:
     unseen_tokens: int = 0
     seed: int = 0
     alone: bool = False  # in its pool: no other worker's slot could take what waits for one here
-    shelves: Shelves = field(default_factory=Shelves)
+    disk_index: DiskIndex = field(default_factory=DiskIndex)
     counted: tuple[int, int, bool] | None = None  # load, open slots and room as the pool has them; None while not in one
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class Worker:
         state = self.held.get(key)
         if state is not None and state.tier is not Tier.REMOTE:
             return state.tier
-        return Tier.DISK if self.shelves.has(self.beat.host, self.beat.base, key) else Tier.REMOTE
+        return Tier.DISK if self.disk_index.has(self.beat.host, self.beat.base, key) else Tier.REMOTE
 
     def holds(self, adapter: AdapterRef) -> bool:
         """In a GPU slot, on the way to one, or reserved for by this gateway."""
@@ -221,8 +221,8 @@ class Worker:
         for key in busy:
             if key not in loaded:
                 coming.add(key)
-        self.shelves.put(beat.host, beat.base, loaded - self.loaded)
-        self.shelves.put(beat.host, beat.base, [key for key in lower - self.lower if held[key].tier is not Tier.REMOTE])
+        self.disk_index.put(beat.host, beat.base, loaded - self.loaded)
+        self.disk_index.put(beat.host, beat.base, [key for key in lower - self.lower if held[key].tier is not Tier.REMOTE])
         self.held, self.loaded, self.coming, self.lower, self.steady = held, loaded, coming, lower, steady
         # Without requests of other gateways it is our own that ended since the beat left.
         self.others_busy = in_flight if self.others else set()

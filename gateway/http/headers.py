@@ -32,7 +32,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 _random = functools.partial(random.getrandbits, 128)  # an id, not a secret; uuid4 would ask the kernel every time
 
 
-class Asked(Protocol):
+class IncomingRequest(Protocol):
     """A request's path and header fields (by names in lower case), whoever has read them."""
 
     @property
@@ -41,7 +41,7 @@ class Asked(Protocol):
     def header(self) -> Callable[[str], str | None]: ...
 
 
-class Ordinary:
+class AiohttpRequest:
     """As aiohttp has read it."""
 
     def __init__(self, request: web.BaseRequest) -> None:
@@ -49,7 +49,7 @@ class Ordinary:
         self.header: Callable[[str], str | None] = request.headers.get
 
 
-class Deadline(msgspec.Struct, frozen=True, gc=False):
+class RequestDeadline(msgspec.Struct, frozen=True, gc=False):
     """`at` is on the loop's clock, `after_s` how long that was from the request's arrival."""
 
     at: float
@@ -59,7 +59,7 @@ class Deadline(msgspec.Struct, frozen=True, gc=False):
         return DeadlineExceeded(f"The request was not finished within {self.after_s:g} s (it was still {phase}).")
 
 
-def request_id_of(asked: Asked) -> str:
+def request_id_of(asked: IncomingRequest) -> str:
     """The client's own id if it is harmless in headers and logs, else a new one."""
     given = asked.header(REQUEST_ID)
     return given if given is not None and _REQUEST_ID.match(given) else f"{_random():032x}"

@@ -1,7 +1,7 @@
 """Pure. HTTP/1.1 requests that ask nothing special of the protocol: recognised whole from the bytes of a connection, or not at all.
 
 What is recognised is a strict subset of what aiohttp's parser takes, and means the same there; whatever is unusual in any way (chunked bodies,
-`Expect`, `Upgrade`, `Connection: close`, a line that the grammar of RFC 9112 does not know, a second request behind the first) is SPECIAL and
+`Expect`, `Upgrade`, `Connection: close`, a line that the grammar of RFC 9112 does not know, a second request behind the first) is UNSUPPORTED and
 goes to aiohttp, which knows all of HTTP. So nothing here has to be lenient, and nothing is ever read in two ways.
 """
 
@@ -24,7 +24,7 @@ MAX_DIGITS: Final = 12
 _LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,%d})[ \t]*\r" % MAX_DIGITS)
 
 
-class Head:
+class RequestStart:
     """What stands before the body, read once: clients that keep a connection send the same again and again, but for the body's length.
 
     `before` and `after` are its bytes around the digits of `Content-Length` (`after` is empty where there is no such field).
@@ -54,39 +54,39 @@ class Head:
         return self._fields[start : self._fields.index(b"\r", start)].strip(b" \t").decode("utf-8", "surrogateescape")
 
 
-class Plain:
+class SimpleRequest:
     """One request. `path` is its target as it came, with its query if it has one."""
 
     __slots__ = ("body", "head", "header", "method", "path")
 
-    def __init__(self, head: Head, body: bytes) -> None:
+    def __init__(self, head: RequestStart, body: bytes) -> None:
         self.head, self.body = head, body
         self.method, self.path, self.header = head.method, head.path, head.value
 
 
 @dataclass(frozen=True, slots=True)
-class Unfinished:
+class IncompleteRequest:
     """Plain so far. `needed` bytes make it whole; 0: the head is not complete, so nobody knows."""
 
     needed: int = 0
 
 
-class Special(Enum):
+class Unsupported(Enum):
     """Not for us."""
 
-    SPECIAL = "special"
+    UNSUPPORTED = "special"
 
 
-SPECIAL: Final = Special.SPECIAL
-HEAD_UNFINISHED: Final = Unfinished()
-Recognised: TypeAlias = Plain | Unfinished | Special
+UNSUPPORTED: Final = Unsupported.UNSUPPORTED
+HEAD_UNFINISHED: Final = IncompleteRequest()
+Parsed: TypeAlias = SimpleRequest | IncompleteRequest | Unsupported
 
 
-def recognise(data: bytes, most_bytes: int, before: Head | None = None) -> Recognised:
+def parse(data: bytes, most_bytes: int, before: RequestStart | None = None) -> Parsed:
     """What the bytes that a connection has brought since its last request are: one whole request, the beginning of one, or something else.
 
     `before` is the head of that last request: one that differs in nothing but the body's length need not be read again. A request of more than
-    `most_bytes` is SPECIAL.
+    `most_bytes` is UNSUPPORTED.
     """
     if before is not None and before.after and data.startswith(before.before):
         start = len(before.before)
@@ -97,32 +97,32 @@ def recognise(data: bytes, most_bytes: int, before: Head | None = None) -> Recog
     if found is None:
         if len(data) < MAX_HEAD_BYTES and b"\r\n\r\n" not in data and b"\n\n" not in data and _may_become_one(data):
             return HEAD_UNFINISHED
-        return SPECIAL
+        return UNSUPPORTED
     end = found.end()
     if end > MAX_HEAD_BYTES:
-        return SPECIAL
+        return UNSUPPORTED
     fields = data[found.start(3) - 1 : found.end(3)]  # from a line's end on, so that every name stands behind one
     lowered = fields.lower()
     lengths = lowered.count(b"\ncontent-length:")
     if lengths > 1 or lowered.count(b"\nhost:") != 1 or _SPECIAL.search(lowered) is not None:
-        return SPECIAL
+        return UNSUPPORTED
     method, path = found[1].decode(), found[2].decode()
     if not lengths:
-        return _with_body(Head(method, path, fields, lowered, data[:end], b""), data, end, 0, most_bytes)
+        return _with_body(RequestStart(method, path, fields, lowered, data[:end], b""), data, end, 0, most_bytes)
     given = _LENGTH.search(lowered)
     if given is None:
-        return SPECIAL
+        return UNSUPPORTED
     digits_at = found.start(3) - 1 + given.start(1)
-    head = Head(method, path, fields, lowered, data[:digits_at], data[digits_at + len(given[1]) : end])
+    head = RequestStart(method, path, fields, lowered, data[:digits_at], data[digits_at + len(given[1]) : end])
     return _with_body(head, data, end, int(given[1]), most_bytes)
 
 
-def _with_body(head: Head, data: bytes, end: int, length: int, most_bytes: int) -> Recognised:
+def _with_body(head: RequestStart, data: bytes, end: int, length: int, most_bytes: int) -> Parsed:
     """`end` is where the head ends."""
     needed = end + length
     if needed > most_bytes or len(data) > needed:
-        return SPECIAL
-    return Plain(head, data[end:]) if len(data) == needed else Unfinished(needed)
+        return UNSUPPORTED
+    return SimpleRequest(head, data[end:]) if len(data) == needed else IncompleteRequest(needed)
 
 
 def _may_become_one(data: bytes) -> bool:

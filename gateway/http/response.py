@@ -23,7 +23,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 _PHRASES = {int(status): status.phrase.encode() for status in HTTPStatus}
 
 
-class Sent(web.StreamResponse):
+class AlreadySent(web.StreamResponse):
     """A response whose bytes are on the transport already."""
 
     def __init__(self, request: web.BaseRequest, status: int, keep_alive: bool) -> None:
@@ -38,7 +38,7 @@ class Sent(web.StreamResponse):
         return None
 
 
-class ClientStream:
+class ResponseWriter:
     """The Sink of one request. `finished` at its end, of which `on_finish` is told once, from inside the dispatcher: it may only note it.
 
     `started`: the client has seen the status. `answered`: the worker has begun to answer. Between the two there are only comments; an error then
@@ -195,7 +195,7 @@ class ClientStream:
             told()
 
 
-def refuse(stream: ClientStream, error: LoraplexError, request_id: str) -> None:
+def refuse(stream: ResponseWriter, error: LoraplexError, request_id: str) -> None:
     """Answers with the error; nothing has been written before."""
     status, headers, body = answer(error, request_id)
     stream.refuse(status, "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode(), body)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.fleet.worker_view import Worker
+from gateway.fleet.worker_view import WorkerView
 from shared.link.messages import Tier
 
 MIB = 1 << 20
@@ -24,15 +24,15 @@ WEIGHT = 0.05
 """Of the newest request in the moving averages of service time and output length: twenty requests back counts a third."""
 
 
-def prefill_rate(worker: Worker) -> float:
+def prefill_rate(worker: WorkerView) -> float:
     return worker.beat.prefill_tokens_per_s or PREFILL_TOKENS_PER_S
 
 
-def step_s(worker: Worker) -> float:
+def step_s(worker: WorkerView) -> float:
     return worker.beat.step_s or STEP_S
 
 
-def stalling_load_s(worker: Worker, tier: Tier, size_bytes: int) -> float:
+def stalling_load_s(worker: WorkerView, tier: Tier, size_bytes: int) -> float:
     """The part of a load that runs inside the engine's loop, where nothing else runs meanwhile."""
     if tier is Tier.GPU:
         return 0.0
@@ -44,7 +44,7 @@ def stalling_load_s(worker: Worker, tier: Tier, size_bytes: int) -> float:
     return max(ACTIVATE_S, LOAD_S * size_bytes / LOAD_BYTES) if size_bytes else LOAD_S
 
 
-def load_s(worker: Worker, tier: Tier, size_bytes: int) -> float:
+def load_s(worker: WorkerView, tier: Tier, size_bytes: int) -> float:
     """Until its files are in a slot: what is done beside the engine's loop and the part inside it."""
     stalling_s, beat = stalling_load_s(worker, tier, size_bytes), worker.beat
     if tier <= Tier.CPU or not beat.disk_load_s:
@@ -52,17 +52,17 @@ def load_s(worker: Worker, tier: Tier, size_bytes: int) -> float:
     return stalling_s * max(1.0, beat.load_s / beat.disk_load_s)
 
 
-def load_elsewhere_s(worker: Worker, size_bytes: int, running: float) -> float:
+def load_elsewhere_s(worker: WorkerView, size_bytes: int, running: float) -> float:
     """What a load from disk costs on a worker like this: the request's own time, and that of the `running` who stand still meanwhile."""
     return load_s(worker, Tier.DISK, size_bytes) + stalling_load_s(worker, Tier.DISK, size_bytes) * running
 
 
-def fetch_s(worker: Worker, tier: Tier) -> float:
+def fetch_s(worker: WorkerView, tier: Tier) -> float:
     """The part of a load that only its own requests wait for."""
     return (worker.beat.fetch_s or FETCH_S) if tier is Tier.REMOTE else 0.0
 
 
-class Services:
+class ServiceTimes:
     """Moving averages over the requests of one base model that have ended: seconds on a worker, tokens of output."""
 
     def __init__(self) -> None:

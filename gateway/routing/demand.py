@@ -25,7 +25,7 @@ SHRINK_AFTER_S = 30.0
 """A home set loses a copy only after this long of lower demand; it grows at once. A load costs a stall, a copy too many only an idle slot."""
 
 
-class Rates:
+class DemandRates:
     """Requests per second of each adapter: a counter that decays with RATE_WINDOW_S."""
 
     def __init__(self, window_s: float = RATE_WINDOW_S, size: int = MAX_RATES) -> None:

@@ -22,14 +22,14 @@ from typing import TypeAlias
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.pool import Pool
 from gateway.fleet.rendezvous import Rendezvous
-from gateway.fleet.worker_view import Key, Worker
+from gateway.fleet.worker_view import Key, WorkerView
 from gateway.routing import costs
-from gateway.routing.demand import BOUND, FLOOR, HomeSets, Rates, copies_for
-from gateway.routing.occupancy import Stays
-from gateway.routing.policy import Ask, Blocked, Candidate, Choice, Decision, Reason, Terms, Wait
-from gateway.routing.rebalance import Relief
-from gateway.routing.slot_claims import Claims
-from gateway.routing.slot_wait import PATIENCE_S, Patience
+from gateway.routing.demand import BOUND, FLOOR, DemandRates, HomeSets, copies_for
+from gateway.routing.occupancy import Occupancy
+from gateway.routing.policy import Blocked, Candidate, Choice, ChoiceReason, CostBreakdown, Decision, Defer, RoutingRequest
+from gateway.routing.rebalance import Rebalancer
+from gateway.routing.slot_claims import SlotClaims
+from gateway.routing.slot_wait import PATIENCE_S, SlotWait
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import Tier, WorkerId
 
@@ -69,9 +69,9 @@ AFFINITY_S = 0.005
 MAX_AFFINITIES = 50_000
 
 
-Holders: TypeAlias = Mapping[WorkerId, Worker]
+Holders: TypeAlias = Mapping[WorkerId, WorkerView]
 NOBODY: Holders = {}
-NOTHING = Terms()
+NOTHING = CostBreakdown()
 
 
 class ExpectedTTFT:
@@ -86,10 +86,10 @@ class ExpectedTTFT:
 
     # ---- decisions --------------------------------------------------------------------------------------------------------------------
 
-    def choose(self, ask: Ask, fleet: Fleet, now: float, rng: random.Random) -> Decision:
+    def choose(self, ask: RoutingRequest, fleet: Fleet, now: float, rng: random.Random) -> Decision:
         pool = fleet.pool(ask.base)
         if not pool.room:
-            return Wait(Blocked.ROOM)
+            return Defer(Blocked.ROOM)
         base = self._base(ask.base)
         if ask.adapter is None:
             return self._choose_base(ask, pool, now, rng)
@@ -97,11 +97,13 @@ class ExpectedTTFT:
         holders = pool.holders.get(key)
         bound = max(FLOOR, BOUND * pool.mean_load)
         if holders is None:
-            return self._choose_cold(ask, key, base, pool, bound, now, Reason.COLD)
-        staying = [w for w in holders.values() if not base.relief.left(w, key, now)]
+            return self._choose_cold(ask, key, base, pool, bound, now, ChoiceReason.COLD)
+        staying = [w for w in holders.values() if not base.rebalancer.left(w, key, now)]
         return self._choose_held(ask, key, base, pool, staying or list(holders.values()), bound, now)
 
-    def _choose_held(self, ask: Ask, key: Key, base: _Base, pool: Pool, holders: list[Worker], bound: float, now: float) -> Decision:
+    def _choose_held(
+        self, ask: RoutingRequest, key: Key, base: _Base, pool: Pool, holders: list[WorkerView], bound: float, now: float
+    ) -> Decision:
         """The cheapest holder; or another worker, if the demand is worth one more copy or that is cheaper and takes no one's only slot."""
         price = base.slot_price(pool, now)
         copies = len(holders)
@@ -110,39 +112,39 @@ class ExpectedTTFT:
         kept = holders if price == 0.0 else self._kept(key, holders, copies_for(demand, bound), bound)
         best, least = self._cheapest(ask, key, base, pool, kept, price, now)
         if best is None:
-            return self._choose_cold(ask, key, base, pool, bound, now, Reason.SPILL)
+            return self._choose_cold(ask, key, base, pool, bound, now, ChoiceReason.SPILL)
         if copies < wanted:
-            base.relief.settle(key, now)
+            base.rebalancer.settle(key, now)
         else:
             relieved = self._relieved(ask, key, best, base, pool, now)
             if relieved is not None:
                 return relieved
-        chosen = Choice(best, Reason.RESIDENT, best.tier_at(key))
+        chosen = Choice(best, ChoiceReason.RESIDENT, best.tier_at(key))
         if copies >= wanted and (price > 0.0 or best.load <= pool.mean_load + 1) and best.load < bound:
             return chosen
         if copies >= wanted and any(key in w.coming for w in holders):
             return chosen
-        other = self._choose_cold(ask, key, base, pool, bound, now, Reason.SPILL, copies, needed=copies < wanted)
+        other = self._choose_cold(ask, key, base, pool, bound, now, ChoiceReason.SPILL, copies, needed=copies < wanted)
         if not isinstance(other, Choice) or other.terms is None:
             return chosen
         needed = copies < wanted and (best.load >= bound or base.abundant(pool, now))
         return other if needed or other.terms.total_s < least else chosen
 
-    def _relieved(self, ask: Ask, key: Key, w: Worker, base: _Base, pool: Pool, now: float) -> Choice | None:
+    def _relieved(self, ask: RoutingRequest, key: Key, w: WorkerView, base: _Base, pool: Pool, now: float) -> Choice | None:
         """The lighter worker that the adapter moves to from this one, if that is to be relieved."""
-        relief = base.relief
-        if not relief.due(w, key, pool, now) or not base.abundant(pool, now):
+        rebalancer = base.rebalancer
+        if not rebalancer.due(w, key, pool, now) or not base.abundant(pool, now):
             return None
-        lighter = relief.lighter(w, base.rendezvous.order(key, pool), key)
+        lighter = rebalancer.lighter(w, base.rendezvous.order(key, pool), key)
         able = [o for o in lighter if (o.open_slots > 1 or o.in_flight(key)) and base.claims.open_to(o, key, pool, now)]
         if not able:
             return None
         to = min(able, key=lambda o: (o.tier_at(key) > Tier.CPU, o.usual_load))
-        relief.move(w, to, key, now)
-        return Choice(to, Reason.SPILL, to.tier_at(key))
+        rebalancer.move(w, to, key, now)
+        return Choice(to, ChoiceReason.SPILL, to.tier_at(key))
 
     @staticmethod
-    def _kept(key: Key, holders: list[Worker], need: int, bound: float) -> list[Worker]:
+    def _kept(key: Key, holders: list[WorkerView], need: int, bound: float) -> list[WorkerView]:
         """With slots scarce: as many holders as it takes, those with the most requests in flight, so that the others give their slots up."""
         if len(holders) <= need:
             return holders
@@ -150,9 +152,9 @@ class ExpectedTTFT:
         return kept if any(w.load < bound and w.has_room for w in kept) else holders
 
     def _cheapest(
-        self, ask: Ask, key: Key, base: _Base, pool: Pool, holders: list[Worker], price: float, now: float
-    ) -> tuple[Worker | None, float]:
-        best: Worker | None = None
+        self, ask: RoutingRequest, key: Key, base: _Base, pool: Pool, holders: list[WorkerView], price: float, now: float
+    ) -> tuple[WorkerView | None, float]:
+        best: WorkerView | None = None
         least = math.inf
         for w in holders:
             if w.has_room and not base.claims.closed(w, key) and base.claims.open_to(w, key, pool, now):
@@ -162,11 +164,20 @@ class ExpectedTTFT:
         return best, least
 
     def _choose_cold(
-        self, ask: Ask, key: Key, base: _Base, pool: Pool, bound: float, now: float, reason: Reason, copies: int = 0, needed: bool = True
+        self,
+        ask: RoutingRequest,
+        key: Key,
+        base: _Base,
+        pool: Pool,
+        bound: float,
+        now: float,
+        reason: ChoiceReason,
+        copies: int = 0,
+        needed: bool = True,
     ) -> Decision:
         """Where to load it: the least cost among those that have it cached and its home set."""
         holders = pool.holders.get(key, NOBODY)
-        candidates: list[Worker] = []
+        candidates: list[WorkerView] = []
         stashed = pool.stashes.get(key, NOBODY)
         shut = base.claims.shut(key, pool, now) and not any(key in w.others_busy for w in stashed.values())
         if stashed and not (copies and shut):
@@ -175,16 +186,16 @@ class ExpectedTTFT:
                 candidates = [w for w in cached if w.has_room and base.claims.open_to(w, key, pool, now)]
             if cached and not copies and not candidates:
                 elsewhere_s = costs.load_elsewhere_s(cached[0], ask.size_bytes, pool.mean_load)
-                due = base.patience.until(ask, cached, base.slack(pool, now), elsewhere_s, now)
+                due = base.slot_wait.until(ask, cached, base.slack(pool, now), elsewhere_s, now)
                 if now < due:
-                    return Wait(Blocked.TURN, due)
+                    return Defer(Blocked.TURN, due)
         if shut or not pool.open:
             return self._blocked(ask, key, base, pool, now)
         candidates += self._homes(key, base, pool, bound, holders, now, anybody=not candidates)
         if not needed:
             candidates = [w for w in candidates if self._surplus(w, base, pool, now)]
         uses = 1.0 + base.rates.per_s(key, now) * HORIZON_S / (copies + 1) if copies else 1.0
-        best: Worker | None = None
+        best: WorkerView | None = None
         terms = NOTHING
         for w in candidates:
             found = self._terms(ask, key, w, base, pool, 0.0, now, uses)
@@ -192,11 +203,11 @@ class ExpectedTTFT:
                 best, terms = w, found
         return Choice(best, reason, best.tier_at(key), terms) if best is not None else self._blocked(ask, key, base, pool, now)
 
-    def _homes(self, key: Key, base: _Base, pool: Pool, bound: float, holders: Holders, now: float, *, anybody: bool) -> list[Worker]:
+    def _homes(self, key: Key, base: _Base, pool: Pool, bound: float, holders: Holders, now: float, *, anybody: bool) -> list[WorkerView]:
         """The first open ones of the rendezvous order within the bound, better those that load nothing; if need be beyond it, and if need be any."""
         claims = base.claims
 
-        def first(number: int, workers: Iterable[Worker]) -> list[Worker]:
+        def first(number: int, workers: Iterable[WorkerView]) -> list[WorkerView]:
             return list(islice((w for w in workers if claims.open_to(w, key, pool, now)), number))
 
         homes = [w for w in base.rendezvous.order(key, pool) if w.has_room and w.id not in holders]
@@ -210,12 +221,12 @@ class ExpectedTTFT:
         able = [w for w in pool.workers if w.counted and w.counted[1] > 0 and w.has_room and w.id not in holders]
         return first(1, sorted(able, key=lambda w: w.load))
 
-    def _choose_base(self, ask: Ask, pool: Pool, now: float, rng: random.Random) -> Decision:
+    def _choose_base(self, ask: RoutingRequest, pool: Pool, now: float, rng: random.Random) -> Decision:
         base = self._base(ask.base)
         workers = pool.workers
         if len(workers) > BASE_CHOICES:
             workers = rng.sample(workers, BASE_CHOICES)
-        best: Worker | None = None
+        best: WorkerView | None = None
         least = math.inf
         for w in workers:
             if w.has_room:
@@ -224,16 +235,18 @@ class ExpectedTTFT:
                     best, least = w, cost
         if best is None:
             best = next((w for w in pool.workers if w.has_room), None)
-        return Choice(best, Reason.BASE) if best is not None else Wait(Blocked.ROOM)
+        return Choice(best, ChoiceReason.BASE) if best is not None else Defer(Blocked.ROOM)
 
-    def _blocked(self, ask: Ask, key: Key, base: _Base, pool: Pool, now: float) -> Wait:
+    def _blocked(self, ask: RoutingRequest, key: Key, base: _Base, pool: Pool, now: float) -> Defer:
         if not any(w.has_room for w in pool.workers):
-            return Wait(Blocked.ROOM)
-        return Wait(Blocked.SLOT, base.claims.claim(ask, key, pool, now, held=key in pool.holders))
+            return Defer(Blocked.ROOM)
+        return Defer(Blocked.SLOT, base.claims.claim(ask, key, pool, now, held=key in pool.holders))
 
     # ---- costs ------------------------------------------------------------------------------------------------------------------------
 
-    def _terms(self, ask: Ask, key: Key | None, w: Worker, base: _Base, pool: Pool, price: float, now: float, uses: float = 1.0) -> Terms:
+    def _terms(
+        self, ask: RoutingRequest, key: Key | None, w: WorkerView, base: _Base, pool: Pool, price: float, now: float, uses: float = 1.0
+    ) -> CostBreakdown:
         rate = costs.prefill_rate(w)
         prefill_s = ask.prompt_tokens / rate
         running = w.load
@@ -252,9 +265,9 @@ class ExpectedTTFT:
         prefix_s = 0.0
         if self._last and (ask.session or ask.prefix) and w.id in self._known(ask):
             prefix_s = min(prefill_s, AFFINITY_S) if not ask.session else AFFINITY_S
-        return Terms(queue_s, slot_s, load_s, stall_s, evict_s, prefix_s)
+        return CostBreakdown(queue_s, slot_s, load_s, stall_s, evict_s, prefix_s)
 
-    def _load(self, ask: Ask, key: Key, w: Worker, now: float) -> tuple[float, float]:
+    def _load(self, ask: RoutingRequest, key: Key, w: WorkerView, now: float) -> tuple[float, float]:
         """(seconds until it is in a slot, seconds of those that this request's own load stalls the engine for)."""
         state, tier = w.held.get(key), w.tier_at(key)
         own_s = costs.load_s(w, tier, ask.size_bytes)  # inside the engine's loop or not
@@ -264,7 +277,7 @@ class ExpectedTTFT:
         ahead_s = len(w.coming) * own_s if w.coming else 0.0
         return ahead_s + own_s + costs.fetch_s(w, tier), costs.stalling_load_s(w, tier, ask.size_bytes)
 
-    def _eviction(self, w: Worker, base: _Base, pool: Pool, now: float) -> float:
+    def _eviction(self, w: WorkerView, base: _Base, pool: Pool, now: float) -> float:
         """What it costs that somebody must leave: the likely victim's reload, if it is wanted again soon and is nowhere else."""
         if w.free_slots > 0 or not w.idle:
             return 0.0
@@ -276,35 +289,35 @@ class ExpectedTTFT:
         return again * (costs.load_s(w, tier, 0) + costs.stalling_load_s(w, tier, 0) * w.load)
 
     @staticmethod
-    def _victim(w: Worker, base: _Base, now: float) -> Key:
+    def _victim(w: WorkerView, base: _Base, now: float) -> Key:
         """Whom the worker will likely take: it evicts the coldest, and among the first to have become idle that is nearly always to be found."""
         return min(islice(w.idle, VICTIMS), key=lambda key: base.rates.per_s(key, now))
 
-    def _surplus(self, w: Worker, base: _Base, pool: Pool, now: float) -> bool:
+    def _surplus(self, w: WorkerView, base: _Base, pool: Pool, now: float) -> bool:
         """The slot that a load would take there is nobody's, or that of an adapter that has another or is hardly asked for."""
         if w.free_slots > 0 or not w.idle:
             return w.free_slots > 0
         victim = self._victim(w, base, now)
         return len(pool.holders.get(victim, ())) > 1 or base.rates.per_s(victim, now) * HORIZON_S < RARELY
 
-    def _known(self, ask: Ask) -> tuple[WorkerId | None, WorkerId | None]:
+    def _known(self, ask: RoutingRequest) -> tuple[WorkerId | None, WorkerId | None]:
         base = ask.base
         return (self._last.get((base, ask.session)) if ask.session else None, self._last.get((base, ask.prefix)) if ask.prefix else None)
 
     # ---- what it hears ------------------------------------------------------------------------------------------------------------------
 
-    def arrived(self, ask: Ask, now: float) -> None:
+    def arrived(self, ask: RoutingRequest, now: float) -> None:
         if ask.adapter is not None:
             self._base(ask.base).rates.note((ask.adapter.name, ask.adapter.digest), now)
 
-    def sent(self, ask: Ask, choice: Choice, now: float) -> None:
+    def sent(self, ask: RoutingRequest, choice: Choice, now: float) -> None:
         base = self._base(ask.base)
         if ask.adapter is not None:
             key = (ask.adapter.name, ask.adapter.digest)
-            base.patience.forget(ask)
-            base.stays.begin(ask, choice.worker.id, key, now)
+            base.slot_wait.forget(ask)
+            base.occupancy.begin(ask, choice.worker.id, key, now)
             base.claims.settle(ask, key)
-            if choice.reason is not Reason.RESIDENT:
+            if choice.reason is not ChoiceReason.RESIDENT:
                 base.misses.note(MISS, now)
         for mark in (ask.session, ask.prefix):
             if mark:
@@ -313,23 +326,23 @@ class ExpectedTTFT:
         while len(self._last) > MAX_AFFINITIES:
             self._last.popitem(last=False)
 
-    def left(self, ask: Ask, now: float) -> None:
+    def left(self, ask: RoutingRequest, now: float) -> None:
         if ask.adapter is not None:
             base = self._base(ask.base)
-            base.patience.forget(ask)
-            base.stays.end(ask)
+            base.slot_wait.forget(ask)
+            base.occupancy.end(ask)
             base.claims.settle(ask, (ask.adapter.name, ask.adapter.digest))
 
-    def finished(self, ask: Ask, worker: Worker, service_s: float, output_tokens: int, now: float) -> None:
+    def finished(self, ask: RoutingRequest, worker: WorkerView, service_s: float, output_tokens: int, now: float) -> None:
         base = self._base(ask.base)
         base.services.note(service_s, output_tokens)
         if ask.adapter is not None:
-            base.stays.end(ask, service_s)
+            base.occupancy.end(ask, service_s)
 
-    def heirs(self, base: str, fleet: Fleet, now: float) -> list[Key]:
-        return self._base(base).claims.heirs(fleet.pool(base), now)
+    def reserved_for(self, base: str, fleet: Fleet, now: float) -> list[Key]:
+        return self._base(base).claims.reserved_for(fleet.pool(base), now)
 
-    def wishes(self, worker: Worker, fleet: Fleet, now: float) -> list[AdapterRef]:
+    def warm_set(self, worker: WorkerView, fleet: Fleet, now: float) -> list[AdapterRef]:
         """Its share of the hot adapters: those that will surely be asked for soon and whose home set it is in now; half of its slots at most."""
         base, pool = self._base(worker.beat.base), fleet.pool(worker.beat.base)
         found: list[AdapterRef] = []
@@ -340,7 +353,7 @@ class ExpectedTTFT:
                 found.append(AdapterRef(worker.beat.base, *key))
         return found
 
-    def explain(self, ask: Ask, fleet: Fleet, now: float) -> list[Candidate]:
+    def explain(self, ask: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:
         pool, base = fleet.pool(ask.base), self._base(ask.base)
         key = None if ask.adapter is None else (ask.adapter.name, ask.adapter.digest)
         price = base.slot_price(pool, now)
@@ -349,7 +362,7 @@ class ExpectedTTFT:
             note = "" if w.has_room else "no room"
             if key is not None and not note:
                 note = "no slot" if not base.claims.open_to(w, key, pool, now) else "slot closing" if base.claims.closed(w, key) else ""
-                note = note or ("moved to a lighter worker" if base.relief.left(w, key, now) else "")
+                note = note or ("moved to a lighter worker" if base.rebalancer.left(w, key, now) else "")
             tier = Tier.GPU if key is None else w.tier_at(key)
             found.append(Candidate(w, tier, not note, note, self._terms(ask, key, w, base, pool, price, now)))
         return sorted(found, key=lambda c: (not c.eligible, c.terms.total_s))
@@ -368,15 +381,15 @@ class _Base:
     """What the policy has learned of one base model."""
 
     def __init__(self, patience_s: float) -> None:
-        self.rates = Rates()
+        self.rates = DemandRates()
         self.rendezvous = Rendezvous()
-        self.misses = Rates(MISS_WINDOW_S, 1)
-        self.services = costs.Services()
+        self.misses = DemandRates(MISS_WINDOW_S, 1)
+        self.services = costs.ServiceTimes()
         self.homes = HomeSets()
-        self.relief = Relief()
-        self.stays = Stays()
-        self.claims = Claims(self.rates, self.rendezvous, self.stays)
-        self.patience = Patience(self.stays, patience_s)
+        self.rebalancer = Rebalancer()
+        self.occupancy = Occupancy()
+        self.claims = SlotClaims(self.rates, self.rendezvous, self.occupancy)
+        self.slot_wait = SlotWait(self.occupancy, patience_s)
 
     def slot_price(self, pool: Pool, now: float) -> float:
         """Seconds that the next slot is worth: nothing while open ones abound, a service time when there is none.

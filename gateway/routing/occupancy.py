@@ -11,8 +11,8 @@ import math
 from bisect import bisect_right, insort
 from collections import deque
 
-from gateway.fleet.worker_view import Key, Worker
-from gateway.routing.policy import Ask
+from gateway.fleet.worker_view import Key, WorkerView
+from gateway.routing.policy import RoutingRequest
 from shared.link.messages import WorkerId
 
 RECENT = 256
@@ -21,25 +21,25 @@ LEAST = 32
 """Stays below which nothing is known."""
 
 
-class Stays:
+class Occupancy:
     """Of one base model's requests, as this gateway has sent them. Times and durations in seconds."""
 
     def __init__(self) -> None:
-        self._of: dict[Ask, tuple[WorkerId, Key]] = {}
-        self._on: dict[WorkerId, dict[Key, dict[Ask, float]]] = {}  # when each was sent
+        self._of: dict[RoutingRequest, tuple[WorkerId, Key]] = {}
+        self._on: dict[WorkerId, dict[Key, dict[RoutingRequest, float]]] = {}  # when each was sent
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []  # the same, shortest first
 
     def __len__(self) -> int:
         return len(self._of)
 
-    def begin(self, ask: Ask, worker: WorkerId, key: Key, now: float) -> None:
+    def begin(self, ask: RoutingRequest, worker: WorkerId, key: Key, now: float) -> None:
         """It was sent there; if it was sent before, it is no longer where it was."""
         self._leave(ask)
         self._of[ask] = (worker, key)
         self._on.setdefault(worker, {}).setdefault(key, {})[ask] = now
 
-    def end(self, ask: Ask, lasted_s: float | None = None) -> None:
+    def end(self, ask: RoutingRequest, lasted_s: float | None = None) -> None:
         """It is over, after so long if it was served to its end. A no-op for what was never sent."""
         self._leave(ask)
         if lasted_s is not None:
@@ -48,7 +48,7 @@ class Stays:
             if len(self._recent) > RECENT:
                 del self._sorted[bisect_right(self._sorted, self._recent.popleft()) - 1]
 
-    def freed(self, worker: Worker, within_s: float, now: float) -> float | None:
+    def freed(self, worker: WorkerView, within_s: float, now: float) -> float | None:
         """How many adapters, on average, have none of their present requests left on the worker after so long. None: too little is known."""
         lasted = self._sorted
         if len(lasted) < LEAST:
@@ -74,7 +74,7 @@ class Stays:
         there = self._on.get(worker, {}).get(key)
         return next(reversed(there.values())) if there else -math.inf
 
-    def _leave(self, ask: Ask) -> None:
+    def _leave(self, ask: RoutingRequest) -> None:
         there = self._of.pop(ask, None)
         if there is None:
             return

@@ -1,4 +1,4 @@
-"""Pure. The words of routing: what is asked (`Ask`), what is answered (`Choice` or `Wait`), and what every policy can be told (`Policy`)."""
+"""Pure. The words of routing: what is asked (`RoutingRequest`), what is answered (`Choice` or `Defer`), and what every policy can be told (`Policy`)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
-from gateway.fleet.fleet import Fleet, Key, Worker
+from gateway.fleet.fleet import Fleet, Key, WorkerView
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import Tier
 
 
-class Ask(msgspec.Struct, frozen=True, eq=False):
+class RoutingRequest(msgspec.Struct, frozen=True, eq=False):
     """What routing knows of one request. Equal only to itself, so that a policy can keep state per request.
 
     `prompt_tokens` is an estimate made from the body's length; `tenant` is the digest of the API key; `prefix` a hash of the adapter's digest
@@ -33,7 +33,7 @@ class Ask(msgspec.Struct, frozen=True, eq=False):
     arrived: float = 0.0
 
 
-class Reason(Enum):
+class ChoiceReason(Enum):
     """Why a worker was chosen; goes to the access log and the metrics."""
 
     __hash__ = object.__hash__  # as in request.Phase
@@ -53,7 +53,7 @@ class Blocked(Enum):
     TURN = "turn"  # the policy wants to be asked again at `until`
 
 
-class Terms(msgspec.Struct, frozen=True):
+class CostBreakdown(msgspec.Struct, frozen=True):
     """The parts of an expected time to first token, in seconds. `stall` is not the request's own: it is what the choice costs the others."""
 
     queue_s: float = 0.0
@@ -71,32 +71,32 @@ class Terms(msgspec.Struct, frozen=True):
 class Choice(msgspec.Struct, frozen=True):
     """`tier` is where the adapter was on the worker at that moment (GPU for a request of the base model)."""
 
-    worker: Worker
-    reason: Reason
+    worker: WorkerView
+    reason: ChoiceReason
     tier: Tier = Tier.GPU
-    terms: Terms | None = None
+    terms: CostBreakdown | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class Defer:
     """Nobody takes it now. `until` is when to ask again at the latest, if time alone can change the answer."""
 
     blocked: Blocked
     until: float | None = None
 
 
-Decision: TypeAlias = Choice | Wait
+Decision: TypeAlias = Choice | Defer
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One worker in an explanation: may it take the request, and what that would cost. `note` says why not."""
 
-    worker: Worker
+    worker: WorkerView
     tier: Tier
     eligible: bool
     note: str
-    terms: Terms
+    terms: CostBreakdown
 
 
 class Policy(Protocol):
@@ -105,55 +105,55 @@ class Policy(Protocol):
     @property
     def name(self) -> str: ...
 
-    def choose(self, ask: Ask, fleet: Fleet, now: float, rng: random.Random) -> Decision: ...
+    def choose(self, ask: RoutingRequest, fleet: Fleet, now: float, rng: random.Random) -> Decision: ...
 
-    def explain(self, ask: Ask, fleet: Fleet, now: float) -> list[Candidate]:
+    def explain(self, ask: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:
         """Every routable worker of the base model, best first."""
         ...
 
-    def wishes(self, worker: Worker, fleet: Fleet, now: float) -> list[AdapterRef]:
+    def warm_set(self, worker: WorkerView, fleet: Fleet, now: float) -> list[AdapterRef]:
         """What a worker that has just become routable should load before its first request."""
         ...
 
-    def heirs(self, base: str, fleet: Fleet, now: float) -> list[Key]:
+    def reserved_for(self, base: str, fleet: Fleet, now: float) -> list[Key]:
         """Adapters that something free is kept for: those who wait for them are asked before all others."""
         ...
 
-    def arrived(self, ask: Ask, now: float) -> None:
+    def arrived(self, ask: RoutingRequest, now: float) -> None:
         """Once per request, before its first `choose`."""
         ...
 
-    def sent(self, ask: Ask, choice: Choice, now: float) -> None:
+    def sent(self, ask: RoutingRequest, choice: Choice, now: float) -> None:
         """The choice was reserved and sent."""
         ...
 
-    def left(self, ask: Ask, now: float) -> None:
+    def left(self, ask: RoutingRequest, now: float) -> None:
         """The request is over or was given back without having ended on a worker; what it waited for is free."""
         ...
 
-    def finished(self, ask: Ask, worker: Worker, service_s: float, output_tokens: int, now: float) -> None:
+    def finished(self, ask: RoutingRequest, worker: WorkerView, service_s: float, output_tokens: int, now: float) -> None:
         """The request ended on the worker, `service_s` after it was sent."""
         ...
 
 
-class Plain:
+class StatelessPolicy:
     """The ears of a policy that learns nothing, and its explanation: the loads."""
 
-    def arrived(self, ask: Ask, now: float) -> None: ...
-    def sent(self, ask: Ask, choice: Choice, now: float) -> None: ...
-    def left(self, ask: Ask, now: float) -> None: ...
-    def finished(self, ask: Ask, worker: Worker, service_s: float, output_tokens: int, now: float) -> None: ...
+    def arrived(self, ask: RoutingRequest, now: float) -> None: ...
+    def sent(self, ask: RoutingRequest, choice: Choice, now: float) -> None: ...
+    def left(self, ask: RoutingRequest, now: float) -> None: ...
+    def finished(self, ask: RoutingRequest, worker: WorkerView, service_s: float, output_tokens: int, now: float) -> None: ...
 
-    def wishes(self, worker: Worker, fleet: Fleet, now: float) -> list[AdapterRef]:
+    def warm_set(self, worker: WorkerView, fleet: Fleet, now: float) -> list[AdapterRef]:
         return []
 
-    def heirs(self, base: str, fleet: Fleet, now: float) -> list[Key]:
+    def reserved_for(self, base: str, fleet: Fleet, now: float) -> list[Key]:
         return []
 
-    def explain(self, ask: Ask, fleet: Fleet, now: float) -> list[Candidate]:
+    def explain(self, ask: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:
         workers = sorted(fleet.routable(ask.base), key=lambda w: w.load)
-        return [Candidate(w, tier_of(w, ask.adapter), w.has_room, "" if w.has_room else "no room", Terms()) for w in workers]
+        return [Candidate(w, tier_of(w, ask.adapter), w.has_room, "" if w.has_room else "no room", CostBreakdown()) for w in workers]
 
 
-def tier_of(worker: Worker, adapter: AdapterRef | None) -> Tier:
+def tier_of(worker: WorkerView, adapter: AdapterRef | None) -> Tier:
     return Tier.GPU if adapter is None else worker.tier(adapter)

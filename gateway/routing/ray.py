@@ -11,10 +11,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gateway.fleet.fleet import Fleet, Worker
+from gateway.fleet.fleet import Fleet, WorkerView
 from gateway.fleet.pool import Pool
 from gateway.fleet.worker_view import Key, key_of
-from gateway.routing.policy import Ask, Blocked, Choice, Decision, Plain, Reason, Wait, tier_of
+from gateway.routing.policy import Blocked, Choice, ChoiceReason, Decision, Defer, RoutingRequest, StatelessPolicy, tier_of
 from shared.link.messages import Tier
 
 MATCHING_S = 1.0
@@ -29,7 +29,7 @@ MAX_FALLBACKS = 10_000
 """Ray never prunes its set of adapters that have fallen back (W12); ours forgets the oldest."""
 
 
-class Ray(Plain):
+class Ray(StatelessPolicy):
     """The decision table by the words, on pushed loads and own reservations.
 
     Args:
@@ -41,20 +41,20 @@ class Ray(Plain):
     def __init__(self, max_ongoing_requests: int | None = None) -> None:
         self._limit = max_ongoing_requests or LLM_MAX_ONGOING
 
-    def choose(self, ask: Ask, fleet: Fleet, now: float, rng: random.Random) -> Decision:
+    def choose(self, ask: RoutingRequest, fleet: Fleet, now: float, rng: random.Random) -> Decision:
         pool = fleet.pool(ask.base)
         able = [w for w in pool.workers if w.has_room and w.load < self._limit]
         if not able:
-            return Wait(Blocked.ROOM)
+            return Defer(Blocked.ROOM)
         if ask.adapter is None:
-            return Choice(_two_choices(able, rng), Reason.BASE)
+            return Choice(_two_choices(able, rng), ChoiceReason.BASE)
         holders = pool.holders.get(key_of(ask.adapter), {})
         free = [w for w in holders.values() if w.has_room and w.load < self._limit]
         if free:  # M1
             worker = _two_choices(free, rng)
-            return Choice(worker, Reason.RESIDENT, worker.tier(ask.adapter))
+            return Choice(worker, ChoiceReason.RESIDENT, worker.tier(ask.adapter))
         worker = _two_choices(_fewest(able), rng)  # M4, M5 where all holders are overloaded; M2 where there is none
-        return Choice(worker, Reason.SPILL if holders else Reason.COLD, worker.tier(ask.adapter))
+        return Choice(worker, ChoiceReason.SPILL if holders else ChoiceReason.COLD, worker.tier(ask.adapter))
 
 
 @dataclass(slots=True)
@@ -68,24 +68,24 @@ class _Search:
     tried_fewest: bool = False
 
 
-class RayStrict(Plain):
+class RayStrict(StatelessPolicy):
     """Ray 2.60 with the LLM defaults, weaknesses W1 to W4 included; for comparison. Rounds advance with `now`."""
 
     name = "ray-strict"
 
     def __init__(self, max_ongoing_requests: int = LLM_MAX_ONGOING) -> None:
         self._limit = max_ongoing_requests
-        self._searches: dict[Ask, _Search] = {}
+        self._searches: dict[RoutingRequest, _Search] = {}
         self._fallbacks: dict[Key, None] = {}
 
-    def choose(self, ask: Ask, fleet: Fleet, now: float, rng: random.Random) -> Decision:
+    def choose(self, ask: RoutingRequest, fleet: Fleet, now: float, rng: random.Random) -> Decision:
         pool = fleet.pool(ask.base)
         if not pool.workers:
-            return Wait(Blocked.ROOM)
+            return Defer(Blocked.ROOM)
         search = self._searches.get(ask)
         if search is None:
             if len(self._searches) >= min(MAX_TASKS, TASKS_PER_REPLICA * len(pool.workers)):
-                return Wait(Blocked.TURN, now + BACKOFF_S)
+                return Defer(Blocked.TURN, now + BACKOFF_S)
             search = self._searches[ask] = _Search(now, next_at=now)
         while search.next_at <= now:
             candidates = self._candidates(ask, search, pool, now, rng)
@@ -96,15 +96,15 @@ class RayStrict(Plain):
             if free:
                 worker = min(free, key=lambda w: w.load)
                 return Choice(worker, self._reason(ask, worker), tier_of(worker, ask.adapter))
-        return Wait(Blocked.TURN, search.next_at)
+        return Defer(Blocked.TURN, search.next_at)
 
-    def sent(self, ask: Ask, choice: Choice, now: float) -> None:
+    def sent(self, ask: RoutingRequest, choice: Choice, now: float) -> None:
         self._searches.pop(ask, None)
 
-    def left(self, ask: Ask, now: float) -> None:
+    def left(self, ask: RoutingRequest, now: float) -> None:
         self._searches.pop(ask, None)
 
-    def _candidates(self, ask: Ask, search: _Search, pool: Pool, now: float, rng: random.Random) -> Sequence[Worker]:
+    def _candidates(self, ask: RoutingRequest, search: _Search, pool: Pool, now: float, rng: random.Random) -> Sequence[WorkerView]:
         if ask.adapter is None:
             return pool.workers
         key = key_of(ask.adapter)
@@ -132,10 +132,10 @@ class RayStrict(Plain):
             del self._fallbacks[next(iter(self._fallbacks))]
 
     @staticmethod
-    def _reason(ask: Ask, worker: Worker) -> Reason:
+    def _reason(ask: RoutingRequest, worker: WorkerView) -> ChoiceReason:
         if ask.adapter is None:
-            return Reason.BASE
-        return Reason.RESIDENT if announced(worker, key_of(ask.adapter)) else Reason.COLD
+            return ChoiceReason.BASE
+        return ChoiceReason.RESIDENT if announced(worker, key_of(ask.adapter)) else ChoiceReason.COLD
 
 
 def backoff_s(rounds: int) -> float:
@@ -143,20 +143,20 @@ def backoff_s(rounds: int) -> float:
     return 0.0 if rounds < 2 else min(BACKOFF_S * BACKOFF_FACTOR ** (rounds - 2), MAX_BACKOFF_S)
 
 
-def announced(worker: Worker, key: Key) -> bool:
+def announced(worker: WorkerView, key: Key) -> bool:
     """As Ray's replicas tell it: loaded or loading, as of the last broadcast. Reservations are not in it (W2)."""
     state = worker.held.get(key)
     return state is not None and (state.loading or state.tier is Tier.GPU)
 
 
-def _fewest(workers: Sequence[Worker]) -> list[Worker]:
+def _fewest(workers: Sequence[WorkerView]) -> list[WorkerView]:
     """F: those that hold the fewest adapters."""
     counts = [len(w.loaded) + len(w.coming) for w in workers]
     least = min(counts)
     return [w for w, n in zip(workers, counts, strict=True) if n == least]
 
 
-def _two_choices(candidates: Sequence[Worker], rng: random.Random) -> Worker:
+def _two_choices(candidates: Sequence[WorkerView], rng: random.Random) -> WorkerView:
     """Uniform among the ordered pairs; the less loaded, the first of equals."""
     if len(candidates) == 1:
         return candidates[0]

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 from gateway.fleet.pool import Pool
-from gateway.fleet.worker_view import Key, Worker
+from gateway.fleet.worker_view import Key, WorkerView
 from gateway.routing.demand import BOUND, SHRINK_AFTER_S
 from shared.link.messages import WorkerId
 
@@ -31,7 +31,7 @@ MAX_SETTLING = 10_000
 T = TypeVar("T")
 
 
-class Relief:
+class Rebalancer:
     """Of one base model's workers. Bounded: an entry per move and growth of the last SETTLE_S, and one per worker that moved something."""
 
     def __init__(self) -> None:
@@ -39,17 +39,17 @@ class Relief:
         self._resting: dict[WorkerId, float] = {}
         self._settling: dict[Key, float] = {}
 
-    def left(self, worker: Worker, key: Key, now: float) -> bool:
+    def left(self, worker: WorkerView, key: Key, now: float) -> bool:
         """The adapter leaves the worker, or has just done so."""
         return bool(self._left) and self._left.get((worker.id, key), now) > now
 
-    def due(self, worker: Worker, key: Key, pool: Pool, now: float) -> bool:
+    def due(self, worker: WorkerView, key: Key, pool: Pool, now: float) -> bool:
         """The worker is far busier than the mean, and neither it nor the adapter has just been part of a change."""
         if worker.usual_load <= FLOOR or worker.usual_load <= BOUND * pool.mean_load:
             return False
         return self._resting.get(worker.id, now) <= now and self._settling.get(key, now) <= now
 
-    def lighter(self, worker: Worker, others: Iterable[Worker], key: Key) -> list[Worker]:
+    def lighter(self, worker: WorkerView, others: Iterable[WorkerView], key: Key) -> list[WorkerView]:
         """Those that would still not be busier than the worker, with the adapter's requests there instead of here. Whether they have a slot for it
         is the caller's question."""
         moved = worker.in_flight(key)
@@ -57,7 +57,7 @@ class Relief:
             return []
         return [w for w in others if w is not worker and w.has_room and w.usual_load + moved <= worker.usual_load - moved]
 
-    def move(self, worker: Worker, to: Worker, key: Key, now: float) -> None:
+    def move(self, worker: WorkerView, to: WorkerView, key: Key, now: float) -> None:
         self._left, self._resting = _present(self._left, now), _present(self._resting, now)
         self._left.pop((to.id, key), None)
         self._left[worker.id, key] = now + CLOSED_S

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 from gateway.fleet.pool import Pool
 from gateway.fleet.rendezvous import Rendezvous
-from gateway.fleet.worker_view import Key, Worker
-from gateway.routing.demand import Rates
-from gateway.routing.occupancy import Stays
-from gateway.routing.policy import Ask
+from gateway.fleet.worker_view import Key, WorkerView
+from gateway.routing.demand import DemandRates
+from gateway.routing.occupancy import Occupancy
+from gateway.routing.policy import RoutingRequest
 from shared.link.messages import STEADY_PER_S, STEADY_SHARE, WorkerId
 
 AGE_BOUND_S = 3.0
@@ -33,37 +33,37 @@ NONE: Key = ("", "")
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
-    worker: Worker
+class SlotClaim:
+    worker: WorkerView
     victim: Key
 
 
-class Claims:
+class SlotClaims:
     """The slots of one base model. Open claims: at most one per waiting adapter, and at most half of a worker's slots."""
 
-    def __init__(self, rates: Rates, rendezvous: Rendezvous, stays: Stays, age_bound_s: float = AGE_BOUND_S) -> None:
-        self._rates, self._rendezvous, self._stays = rates, rendezvous, stays
+    def __init__(self, rates: DemandRates, rendezvous: Rendezvous, occupancy: Occupancy, age_bound_s: float = AGE_BOUND_S) -> None:
+        self._rates, self._rendezvous, self._occupancy = rates, rendezvous, occupancy
         self._age_bound_s = age_bound_s
-        self._claims: dict[Key, Claim] = {}  # by the claimant's adapter
+        self._claims: dict[Key, SlotClaim] = {}  # by the claimant's adapter
         self._closing: set[tuple[WorkerId, Key]] = set()
-        self._on: dict[WorkerId, dict[Key, Claim]] = {}
+        self._on: dict[WorkerId, dict[Key, SlotClaim]] = {}
         self._changes = 0
         self._as_of: tuple[Pool | None, int, int] = (None, 0, 0)
         self._vacant = False  # as of then
-        self._kept_open: list[tuple[Worker, int]] = []
+        self._kept_open: list[tuple[WorkerView, int]] = []
 
     def __len__(self) -> int:
         return len(self._claims)
 
-    def of(self, key: Key) -> Claim | None:
+    def of(self, key: Key) -> SlotClaim | None:
         """The one that the adapter has made."""
         return self._claims.get(key)
 
-    def closed(self, worker: Worker, key: Key) -> bool:
+    def closed(self, worker: WorkerView, key: Key) -> bool:
         """The adapter gives up its slot there: nothing new for it."""
         return bool(self._closing) and (worker.id, key) in self._closing
 
-    def open_to(self, worker: Worker, key: Key, pool: Pool, now: float) -> bool:
+    def open_to(self, worker: WorkerView, key: Key, pool: Pool, now: float) -> bool:
         """The worker has a slot for the adapter that is kept for no other one's claim and for no hotter adapter in steady use."""
         if not self._claims and not worker.steady:
             return worker.takes(key)
@@ -99,7 +99,7 @@ class Claims:
                 self._kept_open.append((w, spare))
         self._vacant = False
 
-    def claim(self, ask: Ask, key: Key, pool: Pool, now: float, *, held: bool = False) -> float:
+    def claim(self, ask: RoutingRequest, key: Key, pool: Pool, now: float, *, held: bool = False) -> float:
         """No slot anywhere: claims one if the request is old enough. Returns when to ask again.
 
         `held`: the adapter has slots, all on full workers, while others have room: that is no want of slots but a bad distribution of them, so
@@ -121,19 +121,19 @@ class Claims:
         self._changes += 1
         return now + self._age_bound_s if found.worker.in_flight(found.victim) else now
 
-    def settle(self, ask: Ask, key: Key) -> None:
+    def settle(self, ask: RoutingRequest, key: Key) -> None:
         """The adapter has a slot, or nobody waits for it any more."""
         if key in self._claims:
             self._drop(key)
 
-    def heirs(self, pool: Pool, now: float) -> list[Key]:
+    def reserved_for(self, pool: Pool, now: float) -> list[Key]:
         """Adapters whose claimed slot is free: nobody else may have it, so they are asked first, whoever's turn it is."""
         if not self._claims:
             return []
         freed = (w for w in pool.open.values() if w.id in self._on)
         return [key for w in freed for key in self._on[w.id] if self.open_to(w, key, pool, now)]
 
-    def _promised(self, worker: Worker, key: Key) -> int:
+    def _promised(self, worker: WorkerView, key: Key) -> int:
         """Open slots that claims of other adapters keep. Before a victim has left, its slot is occupied and not among them."""
         claims = self._on.get(worker.id)
         if claims is None:
@@ -141,7 +141,7 @@ class Claims:
         busy, others = worker.busy, worker.others_busy
         return sum([c.victim not in busy and c.victim not in others and other != key for other, c in claims.items()])
 
-    def _enough(self, spare: int, worker: Worker, key: Key, pool: Pool, now: float) -> bool:
+    def _enough(self, spare: int, worker: WorkerView, key: Key, pool: Pool, now: float) -> bool:
         """More than are kept for adapters in steady use."""
         if spare <= 0 or spare > len(worker.steady):
             return spare > 0
@@ -149,7 +149,7 @@ class Claims:
         few = len(worker.steady) <= max(1.0, STEADY_SHARE * worker.beat.slots)
         return not few or spare > self._kept(worker, key, pool, now)
 
-    def _kept(self, worker: Worker, key: Key, pool: Pool, now: float) -> int:
+    def _kept(self, worker: WorkerView, key: Key, pool: Pool, now: float) -> int:
         """Slots of idle adapters in steady use that are no colder than this one and have their lasting copy there."""
         per_s = self._rates.per_s(key, now)
         return sum(
@@ -160,21 +160,21 @@ class Claims:
             for other in _idle_steady(worker)
         )
 
-    def _lasts(self, worker: Worker, key: Key, pool: Pool) -> bool:
+    def _lasts(self, worker: WorkerView, key: Key, pool: Pool) -> bool:
         """Of the adapter's copies this is the one that stays."""
         if len(pool.holders.get(key, ())) < 2:
             return True
         first = next((w for w in self._rendezvous.order(key, pool) if key in w.loaded), None)
         return first is None or first is worker
 
-    def _victim(self, key: Key, pool: Pool, now: float, *, by_load: bool) -> Claim | None:
+    def _victim(self, key: Key, pool: Pool, now: float, *, by_load: bool) -> SlotClaim | None:
         """On any worker, or the least loaded one, that has claims to spare: who was sent its last request longest ago will be gone soonest, and would not
         miss the slot. (With own loads, at 1.2 and 1.5 times the capacity, mean TTFT is an eighth less than with whoever has the fewest in flight.)
         While few are in steady use, those are passed by, also if for now no other one can be claimed.
         """
         able = [w for w in pool.workers if w.has_room]
         few = sum(len(w.steady) for w in able) <= STEADY_SHARE * sum(w.beat.slots for w in able)
-        best: tuple[float, float, float, float, Claim] | None = None
+        best: tuple[float, float, float, float, SlotClaim] | None = None
         others = False
         for w in able:
             others = others or not w.others_busy <= w.steady
@@ -184,9 +184,11 @@ class Claims:
                     continue
                 per_s = max(STEADY_PER_S, self._rates.per_s(victim, now)) if victim in w.steady else 0.0
                 others = others or not per_s
-                rank = (few * per_s, w.load, count, per_s) if by_load else (few * per_s, self._stays.newest(w.id, victim), w.load, per_s)
+                rank = (
+                    (few * per_s, w.load, count, per_s) if by_load else (few * per_s, self._occupancy.newest(w.id, victim), w.load, per_s)
+                )
                 if spare and (best is None or rank < best[:4]) and (w.id, victim) not in self._closing:
-                    best = (*rank, Claim(w, victim))
+                    best = (*rank, SlotClaim(w, victim))
         return best[4] if best and not (best[0] and others) else None
 
     def _drop(self, key: Key) -> None:
@@ -199,5 +201,5 @@ class Claims:
         self._changes += 1
 
 
-def _idle_steady(worker: Worker) -> Iterator[Key]:
+def _idle_steady(worker: WorkerView) -> Iterator[Key]:
     return (key for key in worker.steady if key not in worker.busy and key not in worker.others_busy)

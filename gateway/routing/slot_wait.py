@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gateway.fleet.worker_view import Worker
-from gateway.routing.occupancy import Stays
-from gateway.routing.policy import Ask
+from gateway.fleet.worker_view import WorkerView
+from gateway.routing.occupancy import Occupancy
+from gateway.routing.policy import RoutingRequest
 from shared.link.messages import WorkerId
 
 PATIENCE_S = 0.25
@@ -36,18 +36,18 @@ RECKON_S = 0.02
 """A hope stands for this long before it is reckoned anew: a step or two, in which little changes."""
 
 
-class Patience:
+class SlotWait:
     """Of one base model's requests."""
 
-    def __init__(self, stays: Stays, patience_s: float = PATIENCE_S) -> None:
-        self._stays, self._patience_s = stays, patience_s
-        self._at: dict[WorkerId, dict[Ask, None]] = {}  # who waits for a slot there
-        self._hopes: dict[Ask, tuple[float, Sequence[WorkerId]]] = {}  # until when a hope stands, and where
+    def __init__(self, occupancy: Occupancy, patience_s: float = PATIENCE_S) -> None:
+        self._occupancy, self._patience_s = occupancy, patience_s
+        self._at: dict[WorkerId, dict[RoutingRequest, None]] = {}  # who waits for a slot there
+        self._hopes: dict[RoutingRequest, tuple[float, Sequence[WorkerId]]] = {}  # until when a hope stands, and where
 
     def __len__(self) -> int:
         return len(self._hopes)
 
-    def until(self, ask: Ask, cached: Sequence[Worker], slack: float, elsewhere_s: float, now: float) -> float:
+    def until(self, ask: RoutingRequest, cached: Sequence[WorkerView], slack: float, elsewhere_s: float, now: float) -> float:
         """When to ask again; `now` or before if it should wait no longer.
 
         `cached`: full workers that have its adapter in host memory; `slack`: open slots elsewhere, in spreads (see SCARCE_SPREADS); `elsewhere_s`:
@@ -70,7 +70,7 @@ class Patience:
             self._hope(ask, [w.id for w in cached], now + RECKON_S)
         return min(due, now + soon_s)
 
-    def forget(self, ask: Ask) -> None:
+    def forget(self, ask: RoutingRequest) -> None:
         """It was sent or has left. Idempotent."""
         hope = self._hopes.pop(ask, None)
         for worker in hope[1] if hope is not None else ():
@@ -79,14 +79,14 @@ class Patience:
             if not there:
                 del self._at[worker]
 
-    def _likely(self, ask: Ask, worker: Worker, soon_s: float, now: float) -> bool:
-        freed = self._stays.freed(worker, soon_s, now)
+    def _likely(self, ask: RoutingRequest, worker: WorkerView, soon_s: float, now: float) -> bool:
+        freed = self._occupancy.freed(worker, soon_s, now)
         if freed is None:
             return True
         ahead = sum(1 for other in self._at.get(worker.id, ()) if other.arrived < ask.arrived)
         return freed - ahead >= LIKELY
 
-    def _hope(self, ask: Ask, workers: Sequence[WorkerId], until: float) -> None:
+    def _hope(self, ask: RoutingRequest, workers: Sequence[WorkerId], until: float) -> None:
         self.forget(ask)
         self._hopes[ask] = (until, workers)
         for worker in workers:

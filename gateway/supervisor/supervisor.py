@@ -62,7 +62,7 @@ def plan_workers(settings: Settings, gpus: int) -> list[WorkerSpec]:
     return specs
 
 
-class Serve:
+class Supervisor:
     """One run of `serve`. `say` prints a line for the person at the terminal."""
 
     def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:

@@ -11,7 +11,7 @@ import msgspec
 from shared.runtime.log import _encode
 
 
-class Line(msgspec.Struct, frozen=True, gc=False):
+class AccessRecord(msgspec.Struct, frozen=True, gc=False):
     """One request in the access log."""
 
     request: str

@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from gateway.telemetry import counters as tally
+from gateway.telemetry import counters
 from gateway.telemetry.counters import Snapshot
 
 log = logging.getLogger("loraplex.fellows")
@@ -22,7 +22,7 @@ SAVE_S = 1.0
 ANSWER_S = 1.0  # for another process to tell its numbers; Prometheus waits 10 s for all of it
 
 
-class Fellows:
+class ProcessAggregator:
     """This process, number `index` of `processes`; their sockets and files lie in `run_dir`. `snapshot` tells what this one has counted."""
 
     def __init__(self, run_dir: Path, index: int, processes: int, snapshot: Callable[[], Snapshot]) -> None:
@@ -61,7 +61,7 @@ class Fellows:
         async with self._saving:  # a later file must never be replaced by an earlier one
             snapshot = self._snapshot()
             try:
-                await asyncio.to_thread(self._write, tally.encode(snapshot))
+                await asyncio.to_thread(self._write, counters.encode(snapshot))
             except OSError as exc:
                 log.warning("metrics not saved: a restart would begin them anew", extra={"error": exc.strerror})
             return snapshot
@@ -76,7 +76,7 @@ class Fellows:
 
     async def _tell(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):  # the one that asked has left
-            writer.write(tally.encode(await self.save()))
+            writer.write(counters.encode(await self.save()))
             await writer.drain()
         writer.close()
 
@@ -85,16 +85,16 @@ class Fellows:
             async with asyncio.timeout(ANSWER_S):
                 reader, writer = await asyncio.open_unix_connection(self._socket(index))
                 with contextlib.closing(writer):
-                    return tally.decode(await reader.read())
-        except (OSError, TimeoutError, *tally.DecodeError):
+                    return counters.decode(await reader.read())
+        except (OSError, TimeoutError, *counters.DecodeError):
             return None
 
     def _read(self, index: int) -> Snapshot | None:
         try:
-            return tally.decode(self._file(index).read_bytes())
+            return counters.decode(self._file(index).read_bytes())
         except FileNotFoundError:
             return None
-        except (OSError, *tally.DecodeError) as exc:
+        except (OSError, *counters.DecodeError) as exc:
             log.warning("metrics file not read", extra={"file": self._file(index).name, "error": str(exc)})
             return None
 

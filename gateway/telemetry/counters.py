@@ -40,7 +40,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     gauges: tuple[tuple[Key, float], ...] = ()
 
 
-class Tally:
+class CounterSet:
     """Counters and distributions by key. `bounds` has the bucket bounds of every series that is a distribution."""
 
     def __init__(self, bounds: Mapping[str, Sequence[float]]) -> None:

@@ -8,11 +8,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gateway.dispatch.lifecycle import Phase
-from gateway.dispatch.request import Flight
+from gateway.dispatch.lifecycle import RequestPhase
+from gateway.dispatch.request import InFlightRequest
 from gateway.fleet.fleet import Fleet
-from gateway.routing.policy import Reason
-from gateway.telemetry.counters import Distribution, Snapshot, Tally
+from gateway.routing.policy import ChoiceReason
+from gateway.telemetry.counters import CounterSet, Distribution, Snapshot
 from shared.link.messages import WorkerState
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30, 60)
@@ -45,8 +45,8 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 BOUNDS = {name: bounds for name, (_, _, bounds) in DISTRIBUTIONS.items()}
 WITHOUT_LABELS = [(name,) for name, (_, labels) in COUNTERS.items() if not labels]
-_OUTCOME = {phase: phase.value for phase in Phase}  # reading an enum's value costs as much as counting
-_REASON = {reason: reason.value for reason in Reason}
+_OUTCOME = {phase: phase.value for phase in RequestPhase}  # reading an enum's value costs as much as counting
+_REASON = {reason: reason.value for reason in ChoiceReason}
 
 
 class Metrics:
@@ -54,7 +54,7 @@ class Metrics:
 
     def __init__(self, process: str = "g0") -> None:
         self.process = process
-        self._tally = Tally(BOUNDS)
+        self._tally = CounterSet(BOUNDS)
         self._aliases: set[tuple[str, str, str]] = set()
         self._refused: Mapping[str, Callable[[], int]] = {}
         self._adapters: set[tuple[str, str]] = set()
@@ -70,7 +70,7 @@ class Metrics:
 
     # ---- counting ---------------------------------------------------------------------------------------------------------------------
 
-    def dispatched(self, base: str, reason: Reason) -> None:
+    def dispatched(self, base: str, reason: ChoiceReason) -> None:
         self._tally.count(("dispatched", base, _REASON[reason]))
 
     def undecodable(self, socket: str) -> None:
@@ -103,8 +103,8 @@ class Metrics:
         """`refused` maps each base model to a function that counts the adapters whose newest version is not served."""
         self._refused = refused
 
-    def finished(self, flight: Flight) -> None:
-        base, phase, done, start = flight.base, flight.life.phase, flight.done, flight.t_start
+    def finished(self, inflight: InFlightRequest) -> None:
+        base, phase, done, start = inflight.base, inflight.life.phase, inflight.done, inflight.t_start
         count = self._tally.count
         series = self._of_base.get(base)
         if series is None:
@@ -113,16 +113,16 @@ class Metrics:
             series = self._of_base[base] = (of(keys[0]), of(keys[1]), of(keys[2]), of(keys[3]))
         duration, queue, ttft_cold, ttft_warm = series
         count(("requests", base, _OUTCOME[phase]))
-        duration.observe(flight.t_end - start)
-        if flight.t_sent:
-            queue.observe(flight.t_sent - start)
-        if flight.t_head:
-            (ttft_cold if done is not None and done.load_s > 0 else ttft_warm).observe(flight.t_head - start)
+        duration.observe(inflight.t_end - start)
+        if inflight.t_sent:
+            queue.observe(inflight.t_sent - start)
+        if inflight.t_head:
+            (ttft_cold if done is not None and done.load_s > 0 else ttft_warm).observe(inflight.t_head - start)
         if done is not None:
             count(("prompt_tokens", base), done.prompt_tokens)
             count(("output_tokens", base), done.output_tokens)
-        if flight.adapter is not None and phase is Phase.FINISHED:
-            count(("adapter_requests", base, self._adapter_label(base, flight.adapter.name)))
+        if inflight.adapter is not None and phase is RequestPhase.FINISHED:
+            count(("adapter_requests", base, self._adapter_label(base, inflight.adapter.name)))
 
     # ---- telling ----------------------------------------------------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class ProcessCollector(Collector):
         self._answered = answered
 
     def collect(self) -> Iterable[Metric]:
-        total = Tally(BOUNDS)
+        total = CounterSet(BOUNDS)
         served = GaugeMetricFamily("loraplex_gateway_requests", "Requests that ended in one gateway process.", labels=["process"])
         for snapshot in self._snapshots:
             total.add(snapshot)
@@ -193,7 +193,7 @@ class ProcessCollector(Collector):
         yield up
 
 
-def _counters(total: Tally) -> Iterable[Metric]:
+def _counters(total: CounterSet) -> Iterable[Metric]:
     families = {name: CounterMetricFamily(f"loraplex_{name}", text, labels=labels) for name, (text, labels) in COUNTERS.items()}
     for key, value in total.counters.items():
         if key[0] in families:
@@ -201,7 +201,7 @@ def _counters(total: Tally) -> Iterable[Metric]:
     return families.values()
 
 
-def _distributions(total: Tally) -> Iterable[Metric]:
+def _distributions(total: CounterSet) -> Iterable[Metric]:
     families = {name: HistogramMetricFamily(f"loraplex_{name}", text, labels=labels) for name, (text, labels, _) in DISTRIBUTIONS.items()}
     for key, found in total.distributions.items():
         below, buckets = 0, []

@@ -15,7 +15,7 @@ from enum import Enum
 
 from shared.adapters.base_layers import BaseShapes, endings
 from shared.adapters.identity import CONFIG_FILE, WEIGHTS_FILE
-from shared.adapters.peft_config import LoraConfig
+from shared.adapters.peft_config import PeftLoraConfig
 from shared.adapters.safetensors import Tensor
 from shared.adapters.strict_json import shown
 from shared.errors import InvalidAdapter
@@ -105,7 +105,7 @@ class Pair:
     scaling: float
 
 
-def check_tensors(tensors: Sequence[Tensor], config: LoraConfig, shapes: BaseShapes | None) -> list[Pair]:
+def check_tensors(tensors: Sequence[Tensor], config: PeftLoraConfig, shapes: BaseShapes | None) -> list[Pair]:
     """The pairs, in the order of their modules' names.
 
     Raises:
@@ -129,7 +129,7 @@ def check_tensors(tensors: Sequence[Tensor], config: LoraConfig, shapes: BaseSha
     return pairs
 
 
-def _pair(module: str, found: Mapping[str, Tensor], config: LoraConfig, shapes: BaseShapes | None) -> Pair:
+def _pair(module: str, found: Mapping[str, Tensor], config: PeftLoraConfig, shapes: BaseShapes | None) -> Pair:
     a, b = found.get("A"), found.get("B")
     if a is None or b is None:
         raise InvalidAdapter(f"The layer {shown(module)} has no lora_{'A' if a is None else 'B'}; both are needed.", "pair")
@@ -152,7 +152,7 @@ def _pair(module: str, found: Mapping[str, Tensor], config: LoraConfig, shapes: 
     return Pair(module, a, b, config.scaling_of(module))
 
 
-def _check_complete(found: Mapping[str, object], config: LoraConfig, shapes: BaseShapes | None) -> None:
+def _check_complete(found: Mapping[str, object], config: PeftLoraConfig, shapes: BaseShapes | None) -> None:
     """A layer that `target_modules` names but whose tensors are not there: half an adapter, which would answer in half a style."""
     if shapes is None or config.targets is None or not config.whole:
         return

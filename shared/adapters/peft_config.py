@@ -16,7 +16,7 @@ from shared.adapters.identity import CONFIG_FILE
 from shared.adapters.strict_json import parse_object, shown
 from shared.errors import InvalidAdapter
 
-# Parts of PEFT's LoraConfig that change what the weights mean and that vLLM 0.32 refuses or ignores (vllm/lora/peft_helper.py).
+# Parts of PEFT's PeftLoraConfig that change what the weights mean and that vLLM 0.32 refuses or ignores (vllm/lora/peft_helper.py).
 _UNSUPPORTED = (
     "use_dora",
     "modules_to_save",
@@ -50,7 +50,7 @@ class Patterns:
 
 
 @dataclass(frozen=True, slots=True)
-class LoraConfig:
+class PeftLoraConfig:
     """`targets`: module names or their endings, None where the config has an expression instead. `whole`: no layer that they name may lack."""
 
     rank: int
@@ -69,7 +69,7 @@ class LoraConfig:
         return (self.alphas.value(module) or self.alpha) / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
-def check_config(raw: bytes, max_rank: int, shapes: BaseShapes | None) -> LoraConfig:
+def check_config(raw: bytes, max_rank: int, shapes: BaseShapes | None) -> PeftLoraConfig:
     """From the bytes of `adapter_config.json`.
 
     Raises:
@@ -87,7 +87,7 @@ def check_config(raw: bytes, max_rank: int, shapes: BaseShapes | None) -> LoraCo
     targets = _targets(config.get("target_modules"), shapes)
     _check_base(config.get("base_model_name_or_path"), shapes)
     whole = not any(config.get(k) not in (None, [], "") for k in ("layers_to_transform", "layers_pattern", "exclude_modules"))
-    return LoraConfig(rank, alpha, bool(config.get("use_rslora")), targets, whole, ranks, alphas)
+    return PeftLoraConfig(rank, alpha, bool(config.get("use_rslora")), targets, whole, ranks, alphas)
 
 
 def _rank(value: Any, key: str, max_rank: int) -> int:

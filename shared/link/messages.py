@@ -120,7 +120,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     data_endpoint: str
     lease_s: float
     heartbeat_s: float
-    fellows: tuple[str, ...] = ()
+    aggregator: tuple[str, ...] = ()
     protocol: int = PROTOCOL_VERSION
 
 
@@ -170,7 +170,7 @@ class Prefetch(msgspec.Struct, frozen=True, tag="prefetch", array_like=True):
     adapter: AdapterRef
 
 
-class Action(IntEnum):
+class AdapterAction(IntEnum):
     """What an operator, or a new version, asks of a worker for one adapter."""
 
     CACHE = 0  # onto the disk, validated
@@ -180,17 +180,17 @@ class Action(IntEnum):
     EVICT = 4  # out of the engine, as soon as its requests have ended
 
 
-class Tend(msgspec.Struct, frozen=True, tag="tend", array_like=True):
+class AdapterCommand(msgspec.Struct, frozen=True, tag="send_command", array_like=True):
     """Answered with a `Done` of the same stream id once it is so, or with a `Refused`."""
 
     sid: StreamId
-    action: Action
+    action: AdapterAction
     adapter: AdapterRef
     stored: StoredAdapter | None = None
     peers: tuple[str, ...] = ()
 
 
-GatewayData: TypeAlias = Generate | Cancel | Prefetch | Tend
+GatewayData: TypeAlias = Generate | Cancel | Prefetch | AdapterCommand
 
 # ---- worker -> gateway, data ------------------------------------------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ WorkerData: TypeAlias = Attach | Step
 # ---- worker -> worker, peer -------------------------------------------------------------------------------------------------------------
 
 
-class Want(msgspec.Struct, frozen=True, tag="want", array_like=True):
+class PieceRequest(msgspec.Struct, frozen=True, tag="want", array_like=True):
     """Bytes of one part of one file of an adapter. Each gets one answer with its `number`."""
 
     number: int
@@ -264,21 +264,21 @@ class Piece(msgspec.Struct, frozen=True, tag="piece", array_like=True):
     data: bytes
 
 
-class NotYet(msgspec.Struct, frozen=True, tag="not_yet", array_like=True):
+class PieceNotYet(msgspec.Struct, frozen=True, tag="not_yet", array_like=True):
     """The part is on its way to this host, whose download got something `idle_s` seconds ago: ask again."""
 
     number: int
     idle_s: float = 0.0
 
 
-class NotHere(msgspec.Struct, frozen=True, tag="not_here", array_like=True):
+class PieceNotHere(msgspec.Struct, frozen=True, tag="not_here", array_like=True):
     """This host does not have the part and will not soon, or serves too many others now."""
 
     number: int
 
 
-PeerQuestion: TypeAlias = Want
-PeerAnswer: TypeAlias = Piece | NotYet | NotHere
+PeerQuestion: TypeAlias = PieceRequest
+PeerAnswer: TypeAlias = Piece | PieceNotYet | PieceNotHere
 
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode

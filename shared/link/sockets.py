@@ -38,13 +38,13 @@ LINGER_MS = 300  # last words may still leave after close
 RECONNECT_MAX_MS = 1_000
 
 
-class Sent(Enum):
+class SendResult(Enum):
     OK = "ok"
     GONE = "gone"  # no such peer is connected
     FULL = "full"  # the peer's queue is at its bound
 
 
-class Link:
+class Socket:
     """One socket on the running loop. `bytes_in` goes to a callback; leave by `close()`, which never waits."""
 
     def __init__(
@@ -110,7 +110,7 @@ class Link:
             self._socket.close(LINGER_MS)
 
 
-class Server(Link):
+class RouterSocket(Socket):
     """A bound ROUTER: many peers, each known by its routing id. `on_message(peer, data)` runs on the loop."""
 
     def __init__(
@@ -150,21 +150,21 @@ class Server(Link):
             return
         self._on_message(peer, data)
 
-    def send(self, peer: bytes, data: bytes) -> Sent:
+    def send(self, peer: bytes, data: bytes) -> SendResult:
         try:
             _send(self._socket, peer, _NOBLOCK_MORE)  # not send_multipart, which looks at every part first: 0.3 against 3.2 microseconds
             _send(self._socket, data, _NOBLOCK)
         except zmq.Again:
-            return Sent.FULL
+            return SendResult.FULL
         except zmq.ZMQError as exc:
             if exc.errno == zmq.EHOSTUNREACH:
-                return Sent.GONE
+                return SendResult.GONE
             raise
         self._after_send()
-        return Sent.OK
+        return SendResult.OK
 
 
-class Client(Link):
+class DealerSocket(Socket):
     """A connected DEALER with a fixed routing id; reconnects by itself. `on_message(data)` runs on the loop."""
 
     def __init__(
@@ -187,13 +187,13 @@ class Client(Link):
     def _receive(self) -> None:
         self._on_message(self._socket.recv(_NOBLOCK))
 
-    def send(self, data: bytes) -> Sent:
+    def send(self, data: bytes) -> SendResult:
         try:
             _send(self._socket, data, _NOBLOCK)
         except zmq.Again:
-            return Sent.FULL
+            return SendResult.FULL
         self._after_send()
-        return Sent.OK
+        return SendResult.OK
 
 
 def open_context() -> zmq.Context[zmq.Socket[bytes]]:

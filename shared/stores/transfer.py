@@ -43,7 +43,7 @@ PartId: TypeAlias = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class FilePart:
     """`size_bytes` bytes of `file` from `offset` on; all parts of a file but the last have PART_BYTES."""
 
     file: StoredFile
@@ -56,10 +56,10 @@ class Part:
         return self.file.path, self.number
 
 
-def parts_of(file: StoredFile) -> list[Part]:
+def parts_of(file: StoredFile) -> list[FilePart]:
     """The parts of one file in order; none for an empty one."""
     return [
-        Part(file, number, offset, min(PART_BYTES, file.size_bytes - offset))
+        FilePart(file, number, offset, min(PART_BYTES, file.size_bytes - offset))
         for number, offset in enumerate(range(0, file.size_bytes, PART_BYTES))
     ]
 
@@ -105,7 +105,7 @@ def _nothing(_: int) -> None: ...
 def _no_matter(_: float) -> None: ...
 
 
-def _no_part(_: Part, __: str) -> None: ...
+def _no_part(_: FilePart, __: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +121,7 @@ class Transfer:
     done: Mapping[PartId, str] = field(default_factory=dict)
     may_exist: bool = False
     on_bytes: Callable[[int], None] = _nothing
-    on_part: Callable[[Part, str], None] = _no_part
+    on_part: Callable[[FilePart, str], None] = _no_part
     on_idle: Callable[[float], None] = _no_matter
 
 
@@ -199,7 +199,7 @@ class _Run:
             self._beside += 1
             self._tasks.append(group.create_task(self._lane(group, True), name=f"fetch beside {self._adapter.name}"))
 
-    async def _bring(self, part: Part) -> None:
+    async def _bring(self, part: FilePart) -> None:
         """One part, in as many tries as bring something, and `pace.tries` in a row that bring nothing."""
         handle = await asyncio.to_thread(_open_at, self._into / part.file.path, part.offset)
         try:
@@ -223,7 +223,7 @@ class _Run:
         finally:
             close_later(handle)
 
-    async def _receive(self, part: Part, sink: _Sink) -> None:
+    async def _receive(self, part: FilePart, sink: _Sink) -> None:
         """One try."""
         stall_s = self.transfer.pace.stall_s
         loop = asyncio.get_running_loop()
@@ -244,7 +244,7 @@ class _Run:
         if sink.received_bytes < part.size_bytes:
             raise TransferCut
 
-    def _finish(self, part: Part, sink: _Sink) -> None:
+    def _finish(self, part: FilePart, sink: _Sink) -> None:
         sink.write()
         sink.close()
         self.transfer.on_part(part, sink.sha256())

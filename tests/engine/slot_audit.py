@@ -8,19 +8,19 @@ import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 
-from worker.engine.vllm.tensor_replay import Way
+from worker.engine.vllm.tensor_replay import CopyPlan
 
 gone: list[int] = []
 
 
 def begin(worker: Any) -> None:
-    go = Way.go
+    go = CopyPlan.go
 
-    def counted(way: Way, block: torch.Tensor) -> None:
+    def counted(way: CopyPlan, block: torch.Tensor) -> None:
         gone.append(len(block))
         go(way, block)
 
-    Way.go = counted  # type: ignore[method-assign]
+    CopyPlan.go = counted  # type: ignore[method-assign]
 
 
 def audit(worker: Any, folders: dict[int, str]) -> tuple[int, list[int | None], bool, bool]:

@@ -20,7 +20,7 @@ from shared.adapters.identity import AdapterRef
 from shared.config.llm import LLMConfig
 from shared.errors import InvalidAdapter
 from worker.engine.factory import open_engine
-from worker.engine.base import Call, Loaded, Swap
+from worker.engine.base import EngineRequest, Loaded, Swap
 from tests.engine import slot_audit
 
 class Reply:
@@ -41,7 +41,7 @@ async def main(config, question, pirate, shouting, unfit, gone):
         messages = [{"role": "user", "content": question}]
         body = {"model": "demo", "messages": messages, "max_tokens": 40, "temperature": 0}
         reply = Reply()
-        await engine.serve(Call("/v1/chat/completions", "r", json.dumps(body).encode(), adapter), reply)
+        await engine.serve(EngineRequest("/v1/chat/completions", "r", json.dumps(body).encode(), adapter), reply)
         return reply.text
     async def swap(*parts):
         done = await engine.swap(Swap(*parts))

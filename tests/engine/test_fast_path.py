@@ -22,7 +22,7 @@ from shared.adapters.identity import AdapterRef
 from shared.config.handover import read_settings
 from shared.errors import EngineFailure
 from tests.harness import DEMO, demo_config
-from worker.engine.base import Call, Loaded, Swap
+from worker.engine.base import EngineRequest, Loaded, Swap
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 PROMPT = "Tell me about the sea."
@@ -250,7 +250,7 @@ async def _serve(engine: Any, body: dict[str, Any], request_id: str = "r1", path
     adapter = ADAPTERS.get(str(body.get("model")).partition(":")[2])
     path = path or (CHAT if "messages" in body else COMPLETION)
     async with asyncio.timeout(60):
-        await asyncio.create_task(engine.serve(Call(path, request_id, json.dumps(body).encode(), adapter), written))
+        await asyncio.create_task(engine.serve(EngineRequest(path, request_id, json.dumps(body).encode(), adapter), written))
     return written
 
 
@@ -392,7 +392,7 @@ async def test_many_streams_at_once_say_what_each_says_alone(engine: Any) -> Non
 
 async def test_a_cancelled_stream_leaves_the_engine_at_once(engine: Any) -> None:
     written = Written()
-    call = Call(CHAT, "gone", json.dumps(chat(max_tokens=900, ignore_eos=True)).encode(), None)
+    call = EngineRequest(CHAT, "gone", json.dumps(chat(max_tokens=900, ignore_eos=True)).encode(), None)
     task = asyncio.create_task(engine.serve(call, written))
     async with asyncio.timeout(30):
         await written.first.wait()
@@ -409,7 +409,7 @@ async def test_a_cancelled_stream_leaves_the_engine_at_once(engine: Any) -> None
 
 async def test_a_dead_engine_breaks_the_stream_without_a_word_to_the_client(engine: Any) -> None:
     written = Written()
-    call = Call(CHAT, "last", json.dumps(chat(max_tokens=900, ignore_eos=True)).encode(), None)
+    call = EngineRequest(CHAT, "last", json.dumps(chat(max_tokens=900, ignore_eos=True)).encode(), None)
     task = asyncio.create_task(engine.serve(call, written))
     async with asyncio.timeout(30):
         await written.first.wait()

@@ -12,7 +12,7 @@ import pytest
 
 from tests.harness import ROOT
 from worker.engine.factory import VLLM_CPU_ENV, VLLM_ENV
-from worker.engine.vllm import patches as vllm_patches
+from worker.engine.vllm import patches
 
 SHAPES = {"17": {"1": {"64": {"4096": {"16": {"block_m": 16}}}}, "3": {"64": {"4096": {"16": {"block_m": 32}}}}}}
 
@@ -24,19 +24,19 @@ def tables(tmp_path: Path) -> Path:
 
 
 def test_a_layer_of_more_slices_than_the_table_has_gets_the_nearest(tables: Path) -> None:
-    table = vllm_patches.kernel_table(tables, "Some GPU-1", "shrink", None)
+    table = patches.kernel_table(tables, "Some GPU-1", "shrink", None)
     assert table is not None and table["17"]["4"] == SHAPES["17"]["3"] and table["17"]["1"] == SHAPES["17"]["1"]
 
 
 def test_a_gpu_without_tables_keeps_the_guess_of_vllm(tables: Path) -> None:
-    assert vllm_patches.kernel_table(tables, "Other GPU", "shrink", None) is None
-    assert vllm_patches.kernel_table(tables, "Some GPU-1", "expand", True) is None
+    assert patches.kernel_table(tables, "Other GPU", "shrink", None) is None
+    assert patches.kernel_table(tables, "Some GPU-1", "expand", True) is None
 
 
 def test_the_tables_that_come_along_serve_every_layer_of_a_llama_at_16_slots() -> None:
-    for gpu in set(vllm_patches.RELATIVES.values()):
-        shrink = vllm_patches.kernel_table(vllm_patches.KERNELS, gpu, "shrink", None)
-        expand = vllm_patches.kernel_table(vllm_patches.KERNELS, gpu, "expand", True)
+    for gpu in set(patches.RELATIVES.values()):
+        shrink = patches.kernel_table(patches.KERNELS, gpu, "shrink", None)
+        expand = patches.kernel_table(patches.KERNELS, gpu, "expand", True)
         assert shrink is not None and expand is not None
         for slices in ("1", "2", "3"):
             for tokens in ("4", "64", "256", "2048"):
@@ -49,7 +49,7 @@ import json, sys
 from pathlib import Path
 import torch
 from vllm.lora.ops.triton_ops import utils
-from worker.engine.vllm import patches as vllm_patches
+from worker.engine.vllm import patches
 
 torch.cuda.get_device_name = lambda: sys.argv[2]
 torch.cuda.get_device_capability = lambda: (9, 9)
@@ -92,7 +92,7 @@ def test_a_table_is_whole_after_every_shape_and_the_next_run_goes_on_with_it(tmp
     env = {**os.environ, **VLLM_ENV, **VLLM_CPU_ENV, "VLLM_LOGGING_LEVEL": "ERROR"}
     path = tmp_path / "Some_GPU_1_SHRINK.json"
     subprocess.run([sys.executable, "-c", RESUMED, str(path)], check=True, cwd=ROOT, env=env, timeout=120)
-    table = vllm_patches.kernel_table(tmp_path, "Some GPU-1", "shrink", None)
+    table = patches.kernel_table(tmp_path, "Some GPU-1", "shrink", None)
     assert table is not None and [*table["17"]] == ["1", "3"] and table["17"]["3"]["64"] == {"4096": {"16": {"block_m": 16}}}
     assert [*tmp_path.iterdir()] == [path]
 
@@ -109,7 +109,7 @@ BASE_ROWS = """
 import torch
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
-from worker.engine.vllm import patches as vllm_patches
+from worker.engine.vllm import patches
 
 vllm_patches.apply()
 weights, rows, own = torch.ones(2, 1, 4, 8), torch.ones(3, 8), torch.tensor([1, -1, 0])

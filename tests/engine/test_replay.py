@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
-from worker.engine.vllm.tensor_replay import KINDS, Kinds, Watched, tensors
+from worker.engine.vllm.tensor_replay import KINDS, Kinds, RecordedWrites, tensors
 
 MODULES = ["q_proj", "o_proj", "down_proj"]
 RANK, SIZE = 8, 24
@@ -52,7 +52,7 @@ class Reader:
     def read(self, folder: Path) -> Any:
         def ask() -> Any:
             self.asked += 1
-            return theirs(folder, Watched)
+            return theirs(folder, RecordedWrites)
 
         return self.kinds.read(folder, 7, ask)
 

@@ -16,8 +16,8 @@ import pytest
 from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import InvalidAdapter, LinkError
-from shared.link import messages as wire
-from shared.link.sockets import Server, open_context
+from shared.link import messages
+from shared.link.sockets import RouterSocket, open_context
 from shared.stores import transfer as transfer_module
 from shared.stores.transfer import Pace
 from tests.store_servers import LocalPlace
@@ -30,7 +30,7 @@ from worker.peers.server import open_peer_server
 PART = 1 << 20
 WEIGHTS = "adapter_model.safetensors"
 SECRET = "the secret of these tests"
-Answers = Callable[[wire.Want], wire.PeerAnswer | bytes | None]
+Answers = Callable[[messages.PieceRequest], messages.PeerAnswer | bytes | None]
 
 
 @pytest.fixture(autouse=True)
@@ -102,11 +102,11 @@ async def false_peer(answers: Answers) -> AsyncIterator[str]:
     context = open_context()
 
     def on_message(peer: bytes, data: bytes) -> None:
-        answer = answers(wire.decode_peer_question(data))
+        answer = answers(messages.decode_peer_question(data))
         if answer is not None:
-            server.send(peer, answer if isinstance(answer, bytes) else wire.encode(answer))
+            server.send(peer, answer if isinstance(answer, bytes) else messages.encode(answer))
 
-    server = Server(context, "tcp://127.0.0.1:0", on_message, secret=SECRET)
+    server = RouterSocket(context, "tcp://127.0.0.1:0", on_message, secret=SECRET)
     try:
         yield server.endpoint
     finally:
@@ -202,16 +202,16 @@ async def test_bytes_that_a_peer_has_on_a_broken_disk_are_found_out_and_the_next
 
 ZEROS = hashlib.sha256(bytes(PART)).hexdigest()
 LIES: dict[str, Answers] = {
-    "bytes that are not those of its hash": lambda w: wire.Piece(w.number, "0" * 64, bytes(w.size_bytes)),
-    "more bytes than asked for": lambda w: wire.Piece(w.number, ZEROS, bytes(w.size_bytes + 1)),
-    "fewer bytes than asked for": lambda w: wire.Piece(w.number, ZEROS, b""),
+    "bytes that are not those of its hash": lambda w: messages.Piece(w.number, "0" * 64, bytes(w.size_bytes)),
+    "more bytes than asked for": lambda w: messages.Piece(w.number, ZEROS, bytes(w.size_bytes + 1)),
+    "fewer bytes than asked for": lambda w: messages.Piece(w.number, ZEROS, b""),
     "a message beyond the bound": lambda w: bytes(4 << 20),
     "what does not decode": lambda w: b"\xc1",
-    "the answer to another question": lambda w: wire.NotHere(w.number + 1000),
+    "the answer to another question": lambda w: messages.PieceNotHere(w.number + 1000),
     "nothing": lambda w: None,
-    "that it has nothing": lambda w: wire.NotHere(w.number),
-    "that it waits for one that stands still": lambda w: wire.NotYet(w.number, 1e9),
-    "times that are none": lambda w: wire.NotYet(w.number, float("nan")),
+    "that it has nothing": lambda w: messages.PieceNotHere(w.number),
+    "that it waits for one that stands still": lambda w: messages.PieceNotYet(w.number, 1e9),
+    "times that are none": lambda w: messages.PieceNotYet(w.number, float("nan")),
 }
 HONEST = {"that it has nothing", "that it waits for one that stands still", "times that are none"}
 
@@ -234,7 +234,7 @@ async def test_a_peer_that_always_says_soon_is_waited_for_as_long_as_a_store_wou
     store = site.store()
 
     async def soon() -> None:
-        async with false_peer(lambda w: wire.NotYet(w.number)) as endpoint, asking(stall_s=0.5) as peers:
+        async with false_peer(lambda w: messages.PieceNotYet(w.number)) as endpoint, asking(stall_s=0.5) as peers:
             await fetched(site, ref, stored, store, peers, endpoint)
 
     await soon()
@@ -246,9 +246,9 @@ async def test_a_whole_lie_that_is_no_valid_adapter_is_fetched_from_the_store_an
     ref, stored = await site.put("a", weights)
     lie = b"bad" + bytes(PART - 3)
 
-    def answer(want: wire.Want) -> wire.PeerAnswer:
+    def answer(want: messages.PieceRequest) -> messages.PeerAnswer:
         data = b'{"r": 8}' if want.path != WEIGHTS else lie
-        return wire.Piece(want.number, hashlib.sha256(data).hexdigest(), data[want.offset :][: want.size_bytes])
+        return messages.Piece(want.number, hashlib.sha256(data).hexdigest(), data[want.offset :][: want.size_bytes])
 
     store = site.store()
     async with false_peer(answer) as endpoint, asking() as peers:
@@ -285,10 +285,10 @@ async def test_a_want_for_anything_but_a_listed_file_gets_nothing(site: Site, pa
     (folder / "link").symlink_to("/etc/passwd")
     async with serving(giver) as endpoint, asking() as peers, asyncio.timeout(10):
         connection = peers.connection(endpoint)
-        assert isinstance(await connection.ask(ref, path, 0, 10), wire.NotHere)
-        assert isinstance(await connection.ask(ref, WEIGHTS, 0, 100), wire.Piece)
+        assert isinstance(await connection.ask(ref, path, 0, 10), messages.PieceNotHere)
+        assert isinstance(await connection.ask(ref, WEIGHTS, 0, 100), messages.Piece)
         for offset, size_bytes in ((-1, 10), (0, 0), (0, -5), (90, 11), (1 << 40, 10), (0, peer_policy.PIECE_BYTES + 1)):
-            assert isinstance(await connection.ask(ref, WEIGHTS, offset, size_bytes), wire.NotHere)
+            assert isinstance(await connection.ask(ref, WEIGHTS, offset, size_bytes), messages.PieceNotHere)
 
 
 async def test_the_next_free_port_is_taken_where_the_first_one_is_in_use(site: Site) -> None:

@@ -274,7 +274,7 @@ async def test_a_client_that_leaves_has_a_line_in_the_access_log_whichever_way_i
         async def in_chunks():  # type: ignore[no-untyped-def]
             yield body
 
-        for request_id, data in (("short", body), ("ordinary", in_chunks())):
+        for request_id, data in (("short", body), ("aiohttp_path", in_chunks())):
             headers = {"x-request-id": request_id}
             async with aiohttp.ClientSession() as http, http.post(f"{c.url}/v1/chat/completions", data=data, headers=headers) as answer:
                 await read_until(answer, b"data: ")

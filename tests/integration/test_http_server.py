@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import pytest
 from aiohttp import web
 
-from gateway.http.parser import Plain
-from gateway.http.server import Call, Door
+from gateway.http.parser import SimpleRequest
+from gateway.http.server import PendingAnswer, Server
 
 PATH = "/v1/completions"
 WAIT_S = 10.0
@@ -21,7 +21,7 @@ WAIT_S = 10.0
 class Flying:
     """A request on the short way, until the test answers it."""
 
-    request: Plain
+    request: SimpleRequest
     transport: asyncio.WriteTransport
     answered: Callable[[bool], None]
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -38,14 +38,16 @@ class Flying:
 class Served:
     """A door on a port. `flying` are the requests that came the short way; `refuse` sends them to aiohttp instead."""
 
-    door: Door
+    http_server: Server
     port: int
     flying: asyncio.Queue[Flying] = field(default_factory=asyncio.Queue)
-    ordinary: list[str] = field(default_factory=list)
+    aiohttp_path: list[str] = field(default_factory=list)
     hold: asyncio.Event | None = None
     refuse: bool = False
 
-    def express(self, request: Plain, transport: asyncio.WriteTransport, answered: Callable[[bool], None]) -> Call | None:
+    def fast_path(
+        self, request: SimpleRequest, transport: asyncio.WriteTransport, answered: Callable[[bool], None]
+    ) -> PendingAnswer | None:
         if self.refuse:
             return None
         flying = Flying(request, transport, answered)
@@ -56,7 +58,7 @@ class Served:
         body = await request.read()
         if self.hold is not None:
             await self.hold.wait()
-        self.ordinary.append(f"{request.method} {request.path}")
+        self.aiohttp_path.append(f"{request.method} {request.path}")
         return web.Response(body=b"aiohttp:" + body)
 
     async def next(self) -> Flying:
@@ -66,20 +68,20 @@ class Served:
 @contextlib.asynccontextmanager
 async def serving(*, keepalive_s: float = 60.0, most_bytes: int = 1 << 20) -> AsyncIterator[Served]:
     served: Served
-    door = Door(
+    http_server = Server(
         lambda request: served.handle(request),
-        express=lambda *a: served.express(*a),
+        fast_path=lambda *a: served.fast_path(*a),
         paths=frozenset({PATH}),
         most_bytes=most_bytes,
         keepalive_timeout=keepalive_s,
         handler_cancellation=True,
         access_log=None,
     )
-    runner = web.ServerRunner(door, shutdown_timeout=1.0)
+    runner = web.ServerRunner(http_server, shutdown_timeout=1.0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    served = Served(door, runner.addresses[0][1])
+    served = Served(http_server, runner.addresses[0][1])
     try:
         yield served
     finally:
@@ -130,7 +132,7 @@ async def test_requests_of_one_connection_go_either_way_and_back() -> None:
             assert (await client.answer())[1] == b"answer %d" % nth
             client.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert (await client.answer())[1] == b"aiohttp:"
-        assert served.ordinary == ["GET /health"] * 3 and len(served.door.connections) == 1
+        assert served.aiohttp_path == ["GET /health"] * 3 and len(served.http_server.connections) == 1
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20, 60, -1])
@@ -152,7 +154,7 @@ async def test_a_body_of_many_pieces_arrives_whole() -> None:
         body = bytes(range(256)) * 4000
         client.send(post(body))
         flying = await served.next()
-        assert flying.request.body == body and not served.ordinary
+        assert flying.request.body == body and not served.aiohttp_path
         flying.answer(b"ok")
         await client.answer()
 
@@ -212,7 +214,7 @@ async def test_a_request_behind_one_that_aiohttp_still_answers_waits_for_it() ->
         served.hold = asyncio.Event()
         client.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         async with asyncio.timeout(WAIT_S):
-            while not served.door.connections:
+            while not served.http_server.connections:
                 await asyncio.sleep(0.005)
         client.send(post(b"1"))
         await client.writer.drain()
@@ -226,7 +228,7 @@ async def test_a_client_that_leaves_cancels_its_request() -> None:
             client.send(post())
             flying = await served.next()
         await asyncio.wait_for(flying.cancelled.wait(), WAIT_S)
-        assert not served.door.fronts
+        assert not served.http_server.connections
 
 
 async def test_an_answer_that_ends_the_connection_ends_it() -> None:
@@ -264,7 +266,7 @@ async def test_a_shutdown_closes_idle_connections_at_once_and_lets_a_request_end
     async with serving() as served, client_of(served) as idle, client_of(served) as busy:
         busy.send(post())
         flying = await served.next()
-        served.door.pre_shutdown()
+        served.http_server.pre_shutdown()
         assert await idle.ended() == b"" and not flying.cancelled.is_set()
         flying.answer(b"last")
         assert (await busy.answer())[1] == b"last" and await busy.ended() == b""
@@ -274,11 +276,11 @@ async def test_after_a_shutdown_nobody_is_connected() -> None:
     async with serving() as served, client_of(served) as client:
         client.send(post())
         flying = await served.next()
-        await served.door.shutdown(0.1)
+        await served.http_server.shutdown(0.1)
         await asyncio.wait_for(flying.cancelled.wait(), WAIT_S)
         with contextlib.suppress(ConnectionError):
             assert await client.ended() == b""
-        assert not served.door.fronts
+        assert not served.http_server.connections
 
 
 async def test_garbage_gets_aiohttps_400() -> None:

@@ -37,11 +37,11 @@ class Reject:
 
 
 @dataclass(frozen=True, slots=True)
-class Tended:
+class CommandDone:
     """What `cache` or `evict` asked for under this number is so."""
 
     request: int
 
 
-Instruction: TypeAlias = Fetch | Swap | Start | Reject | Tended
+Instruction: TypeAlias = Fetch | Swap | Start | Reject | CommandDone
 """Answer a Swap, of which only one is under way at a time, with `swapped`."""

@@ -18,7 +18,7 @@ MAX_KNOWN = 10_000
 """Adapters whose warmth is remembered, also of those that have left; the one that was asked for longest ago is forgotten first."""
 
 
-class Heat:
+class Popularity:
     """`of` yields numbers that only compare with each other: the logarithm of the faded count, as if faded to time 0."""
 
     def __init__(self, fade_s: float | None = None) -> None:

@@ -22,12 +22,12 @@ from enum import Enum
 
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import STEADY_PER_S, STEADY_SHARE, AdapterState, Tier
-from worker.adapters.instructions import Fetch, Instruction, Reject, Start, Tended
-from worker.adapters.popularity import STEADY_FADE_S, Heat
+from worker.adapters.instructions import CommandDone, Fetch, Instruction, Reject, Start
+from worker.adapters.popularity import STEADY_FADE_S, Popularity
 from worker.adapters.slot_table import Evict, Full, Room, SlotTable
 from worker.engine.base import Loaded, Swap
 
-__all__ = ["Failure", "Fetch", "Instruction", "Reject", "Residency", "Stage", "Start", "Swap", "Tended"]
+__all__ = ["CommandDone", "Failure", "Fetch", "Instruction", "Reject", "Residency", "ResidencyStage", "Start", "Swap"]
 
 SLOT_PATIENCE_S = 1.0
 """In the simulator (128 closed-loop streams over 64 adapters and 16 slots, one worker) 0 to 1.5 s serve alike; 3 s let the p99 of TTFT grow by a third."""
@@ -41,7 +41,7 @@ WARM_BYTES = 4 << 30
 """Host memory for adapters that are in no slot: 150 of 26 MiB (rank 16 on an 8B model), 10 of 400 MiB."""
 
 
-class Stage(Enum):
+class ResidencyStage(Enum):
     FETCHING = "fetching"
     CACHED = "cached"  # at hand, waits for a slot
     LOADING = "loading"
@@ -63,7 +63,7 @@ class Failure:
 
 @dataclass(slots=True)
 class _Entry:
-    stage: Stage
+    stage: ResidencyStage
     since: float
     came_from: Tier
     loaded: Loaded | None = None
@@ -80,7 +80,7 @@ class Residency:
     """
 
     def __init__(self, slots: int, host_places: int = 0) -> None:
-        self._heat, self._recent = Heat(), Heat(STEADY_FADE_S)
+        self._popularity, self._recent = Popularity(), Popularity(STEADY_FADE_S)
         self.slots = SlotTable(slots)
         self._host_places = max(slots, host_places)
         self._warm: dict[AdapterRef, int] = {}  # WARM adapters in order of demotion -> bytes
@@ -97,21 +97,21 @@ class Residency:
 
     def want(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
         """A request needs the adapter."""
-        self._heat.note(adapter, now)
+        self._popularity.note(adapter, now)
         self._recent.note(adapter, now)
         rejected = self._reject(request, adapter, now)
         if rejected:
             return [rejected]
         entry = self._entries.get(adapter)
         if entry is None:
-            entry = self._entries[adapter] = _Entry(Stage.FETCHING, now, Tier.REMOTE)
+            entry = self._entries[adapter] = _Entry(ResidencyStage.FETCHING, now, Tier.REMOTE)
             self._seek(request, adapter, entry, now)
             return [Fetch(adapter)]
-        if entry.stage is Stage.RESIDENT:
+        if entry.stage is ResidencyStage.RESIDENT:
             assert entry.loaded is not None
             return [self._start(request, entry.loaded, Tier.GPU)]
         self._seek(request, adapter, entry, now)
-        if entry.stage is Stage.WARM:
+        if entry.stage is ResidencyStage.WARM:
             del self._warm[adapter]
             self._line_up(adapter, entry, Tier.CPU, now)
             return self._advance(now)
@@ -127,7 +127,7 @@ class Residency:
         if adapter is not None:
             entry = self._entries[adapter]
             del entry.waiting[request]
-            if entry.stage is Stage.CACHED and not entry.waiting:
+            if entry.stage is ResidencyStage.CACHED and not entry.waiting:
                 self._forget(adapter)
                 return self._advance(now)
         return []
@@ -140,11 +140,11 @@ class Residency:
         if rejected:
             return [rejected]
         entry = self._entries.get(adapter)
-        if entry is not None and entry.stage is not Stage.FETCHING:
-            return [Tended(request)]
+        if entry is not None and entry.stage is not ResidencyStage.FETCHING:
+            return [CommandDone(request)]
         instructions: list[Instruction] = []
         if entry is None:
-            entry = self._entries[adapter] = _Entry(Stage.FETCHING, now, Tier.REMOTE)
+            entry = self._entries[adapter] = _Entry(ResidencyStage.FETCHING, now, Tier.REMOTE)
             instructions.append(Fetch(adapter))
         entry.cachers[request] = None
         return instructions
@@ -181,7 +181,7 @@ class Residency:
             victim = self.slots.oldest_in_use({*self._closing, *kept})
             if victim is None:
                 break
-            self._entries[victim].stage = Stage.CLOSING
+            self._entries[victim].stage = ResidencyStage.CLOSING
             self._closing[victim] = None
         return []
 
@@ -190,7 +190,7 @@ class Residency:
     def cached(self, adapter: AdapterRef, now: float) -> list[Instruction]:
         """Its files are on disk and valid. If nobody wanted more, that was its way: the agent sees it gone from `adapters` and stops here."""
         entry = self._entries[adapter]
-        tended: list[Instruction] = [Tended(r) for r in entry.cachers]
+        tended: list[Instruction] = [CommandDone(r) for r in entry.cachers]
         entry.cachers.clear()
         if tended and not entry.waiting:
             del self._entries[adapter]
@@ -200,7 +200,7 @@ class Residency:
         """The adapter is valid and at hand."""
         entry = self._entries[loaded.ref]
         entry.loaded, entry.in_host = loaded, True
-        tended: list[Instruction] = [Tended(r) for r in entry.cachers]
+        tended: list[Instruction] = [CommandDone(r) for r in entry.cachers]
         entry.cachers.clear()
         self._line_up(loaded.ref, entry, came_from, now)
         if not entry.waiting:
@@ -217,10 +217,10 @@ class Residency:
         assert swap is not None
         told: list[Instruction] = []
         for gone in swap.unload:
-            told += [Tended(r) for r in self._leaving.pop(gone.ref, ())]
+            told += [CommandDone(r) for r in self._leaving.pop(gone.ref, ())]
             entry = self._entries[gone.ref]
             if entry.waiting:  # they came meanwhile
-                entry.stage, entry.loaded = Stage.FETCHING, None
+                entry.stage, entry.loaded = ResidencyStage.FETCHING, None
                 told.append(Fetch(gone.ref))
             else:
                 del self._entries[gone.ref]
@@ -231,7 +231,7 @@ class Residency:
                 told += self._fail(entered.ref, failure, now)
                 continue
             entry = self._entries[entered.ref]
-            entry.stage, entry.since = Stage.RESIDENT, now
+            entry.stage, entry.since = ResidencyStage.RESIDENT, now
             told += self._start_waiting(entry, entry.came_from)
         return told + self._advance(now)
 
@@ -239,7 +239,7 @@ class Residency:
 
     def states(self, now: float, load_s: float) -> tuple[AdapterState, ...]:
         """The adapters of this worker that are in a slot or on their way; `load_s` is the expected time of a load."""
-        warm, unloading = Stage.WARM, Stage.UNLOADING
+        warm, unloading = ResidencyStage.WARM, ResidencyStage.UNLOADING
         return tuple(
             [
                 (entry.when_warm if entry.stage is warm else None) or self._state(ref, entry, now, load_s)
@@ -309,16 +309,16 @@ class Residency:
     def _tell_gone(self) -> list[Instruction]:
         """To evict what is not here is done at once."""
         gone = [a for a in self._leaving if a not in self._entries]
-        return [Tended(r) for a in gone for r in self._leaving.pop(a)]
+        return [CommandDone(r) for a in gone for r in self._leaving.pop(a)]
 
     def _retire(self) -> list[Loaded]:
         """What was evicted, and nobody uses or waits for."""
         retired: list[Loaded] = []
         for adapter in self._leaving:
             entry = self._entries[adapter]
-            if entry.stage is Stage.WARM:
+            if entry.stage is ResidencyStage.WARM:
                 del self._warm[adapter]
-            elif entry.stage in (Stage.RESIDENT, Stage.CLOSING) and not entry.waiting and self.slots.uses(adapter) == 0:
+            elif entry.stage in (ResidencyStage.RESIDENT, ResidencyStage.CLOSING) and not entry.waiting and self.slots.uses(adapter) == 0:
                 self._closing.pop(adapter, None)
                 self.slots.vacate(adapter)
             else:
@@ -364,7 +364,7 @@ class Residency:
     def _enter(self, adapter: AdapterRef) -> Loaded:
         entry = self._entries[adapter]
         del self._line[adapter]
-        entry.stage = Stage.LOADING
+        entry.stage = ResidencyStage.LOADING
         assert entry.loaded is not None
         return entry.loaded
 
@@ -379,7 +379,7 @@ class Residency:
 
     def _warmth(self, adapter: AdapterRef) -> float:
         """Who has least makes room, in the slots and in host memory."""
-        return self._heat.of(adapter)
+        return self._popularity.of(adapter)
 
     def _held(self) -> int:
         return sum(e.in_host for e in self._entries.values())
@@ -390,18 +390,18 @@ class Residency:
         if entry.waiting:
             self._line_up(victim, entry, Tier.CPU, now)
         else:
-            entry.stage = Stage.WARM
+            entry.stage = ResidencyStage.WARM
             self._warm[victim] = entry.loaded.size_bytes
         return entry.loaded
 
     def _leave(self, adapter: AdapterRef) -> Loaded:
         entry = self._entries[adapter]
-        entry.stage, entry.in_host = Stage.UNLOADING, False
+        entry.stage, entry.in_host = ResidencyStage.UNLOADING, False
         assert entry.loaded is not None
         return entry.loaded
 
     def _line_up(self, adapter: AdapterRef, entry: _Entry, came_from: Tier, now: float) -> None:
-        entry.stage, entry.came_from, entry.since = Stage.CACHED, came_from, now
+        entry.stage, entry.came_from, entry.since = ResidencyStage.CACHED, came_from, now
         self._line[adapter] = None
 
     def _reopen(self) -> list[Instruction]:
@@ -410,7 +410,7 @@ class Residency:
         while len(self._closing) > len(self._line):
             adapter, _ = self._closing.popitem()
             entry = self._entries[adapter]
-            entry.stage = Stage.RESIDENT
+            entry.stage = ResidencyStage.RESIDENT
             started += self._start_waiting(entry, Tier.GPU)
         return started
 
@@ -446,15 +446,15 @@ class Residency:
         self._line.pop(adapter, None)
         entry = self._entries[adapter]
         if entry.in_host and entry.loaded is not None:
-            entry.stage = Stage.WARM
+            entry.stage = ResidencyStage.WARM
             self._warm[adapter] = entry.loaded.size_bytes
         else:
             del self._entries[adapter]
 
     def _state(self, ref: AdapterRef, entry: _Entry, now: float, load_s: float) -> AdapterState:
-        in_slot = entry.stage in (Stage.RESIDENT, Stage.CLOSING)
-        warm = entry.stage is Stage.WARM
-        tier = Tier.GPU if in_slot else Tier.CPU if entry.in_host else Tier.REMOTE if entry.stage is Stage.FETCHING else Tier.DISK
+        in_slot = entry.stage in (ResidencyStage.RESIDENT, ResidencyStage.CLOSING)
+        warm = entry.stage is ResidencyStage.WARM
+        tier = Tier.GPU if in_slot else Tier.CPU if entry.in_host else Tier.REMOTE if entry.stage is ResidencyStage.FETCHING else Tier.DISK
         size = entry.loaded.size_bytes if entry.loaded else 0
         rank = entry.loaded.rank if entry.loaded else 0
         loading = not (in_slot or warm or (entry.cachers and not entry.waiting))

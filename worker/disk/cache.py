@@ -24,10 +24,10 @@ from shared.stores import AdapterStore
 from shared.stores.objects import Trouble, unavailable
 from shared.stores.transfer import GRACE_S, Lanes, Pace, PartId
 from worker.disk import layout
-from worker.disk.download import Errand, Intake, Source
-from worker.disk.folder import Shelf
+from worker.disk.download import DownloadJob, Downloads, Source
+from worker.disk.folder import CacheFolder
 from worker.disk.journal import Journal
-from worker.disk.layout import FILES, Grip, Stamp, grip, key_of
+from worker.disk.layout import FILES, EntryLock, Stamp, key_of, lock_entry
 
 log = logging.getLogger("loraplex.disk_cache")
 clock = time.monotonic
@@ -78,7 +78,7 @@ class Cached:
 
 
 @dataclass(frozen=True, slots=True)
-class Shelved:
+class CachedOnDisk:
     """What of an adapter lies on this host: its parts below `files` with their sha256; `moved_at` (wall clock) while others are on their way."""
 
     files: Path
@@ -97,12 +97,12 @@ class DiskCache:
 
     def __init__(self, root: Path, budget_bytes: int, pace: Pace | None = None) -> None:
         self._pace = pace or Pace(GRACE_S, 3)
-        self._shelf = Shelf(root, budget_bytes)
+        self._cache_folder = CacheFolder(root, budget_bytes)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="disk")
         self._heavy = ThreadPoolExecutor(HEAVY_THREADS, thread_name_prefix="disk-heavy")
         self._lanes = Lanes()
         self._gate = asyncio.Semaphore(MAX_DOWNLOADS)
-        self._leases: dict[str, tuple[Grip, int]] = {}
+        self._leases: dict[str, tuple[EntryLock, int]] = {}
         self._seen: OrderedDict[str, _Seen] = OrderedDict()
         self._quarantine: OrderedDict[str, InvalidAdapter] = OrderedDict()
         self._underway: dict[str, tuple[StoredAdapter, float]] = {}
@@ -110,7 +110,7 @@ class DiskCache:
 
     def has(self, ref: AdapterRef) -> bool:
         """Whether it seems to be here; `open` knows."""
-        return self._shelf.entry(key_of(ref)).is_dir()
+        return self._cache_folder.entry(key_of(ref)).is_dir()
 
     async def open(self, ref: AdapterRef, check: Check) -> Cached | None:
         """The adapter from disk, put in use; None if it is not here. Asks no store.
@@ -134,19 +134,19 @@ class DiskCache:
         held, manifest, seen = taken
         return self._lease(key, held, manifest, seen, Times(validate_s=clock() - start))
 
-    def shelved(self, ref: AdapterRef) -> Shelved | None:
+    def cached_on_disk(self, ref: AdapterRef) -> CachedOnDisk | None:
         """For other hosts, in a thread: what there is of an adapter, whole or while this process fetches it or waits for who does."""
         key = key_of(ref)
-        entry, partial = self._shelf.entry(key), self._shelf.partial(key)
+        entry, partial = self._cache_folder.entry(key), self._cache_folder.partial(key)
         manifest = layout.read_manifest(entry)
         if manifest is not None and manifest.ref == ref:
             parts = {(file.path, number): sha256 for file in manifest.files for number, sha256 in enumerate(file.parts)}
-            return Shelved(entry / FILES, parts, None)
+            return CachedOnDisk(entry / FILES, parts, None)
         underway = self._underway.get(key)
         if underway is None:
             return None
         stored, began = underway
-        return Shelved(partial / FILES, Journal(partial, stored).listed_parts(), layout.moved_at(partial) or began)
+        return CachedOnDisk(partial / FILES, Journal(partial, stored).listed_parts(), layout.moved_at(partial) or began)
 
     async def fetch(
         self, ref: AdapterRef, stored: StoredAdapter, store: AdapterStore, check: Check, peers: Sequence[Source] = ()
@@ -161,21 +161,21 @@ class DiskCache:
         key = key_of(ref)
         self._underway[key] = stored, time.time()
         try:
-            return await self._fetch(key, Errand(ref, stored, store, peers), check)
+            return await self._fetch(key, DownloadJob(ref, stored, store, peers), check)
         finally:
             self._underway.pop(key, None)
 
-    async def _fetch(self, key: str, errand: Errand, check: Check) -> Cached:
+    async def _fetch(self, key: str, job: DownloadJob, check: Check) -> Cached:
         start = clock()
         while True:
-            cached = await self.open(errand.ref, check)
+            cached = await self.open(job.ref, check)
             if cached is not None:
                 return cached
             async with self._gate:
                 try:
-                    turn = await self._in_thread(self._shelf.begin, key, errand.stored)
-                    if isinstance(turn, Grip):
-                        cached = await self._download(key, errand, check, turn, clock() - start)
+                    turn = await self._in_thread(self._cache_folder.begin, key, job.stored)
+                    if isinstance(turn, EntryLock):
+                        cached = await self._download(key, job, check, turn, clock() - start)
                 except OSError as exc:
                     raise unavailable(Trouble.NOT_WRITABLE, exc.strerror or "") from exc
             if cached is not None:
@@ -187,7 +187,7 @@ class DiskCache:
         wanted = {key_of(ref) for ref in refs}
         for key in [key for key in self._leases if key not in wanted]:
             held, size_bytes = self._leases.pop(key)
-            self._threads.submit(self._shelf.use, key, size_bytes)  # in use until now: it ages from here
+            self._threads.submit(self._cache_folder.use, key, size_bytes)  # in use until now: it ages from here
             held.release()
 
     def close(self) -> None:
@@ -197,11 +197,11 @@ class DiskCache:
 
     # ---- from disk --------------------------------------------------------------------------------------------------------------------
 
-    def _take(self, key: str, ref: AdapterRef, check: Check) -> tuple[Grip, layout.Manifest, _Seen] | None:
+    def _take(self, key: str, ref: AdapterRef, check: Check) -> tuple[EntryLock, layout.Manifest, _Seen] | None:
         """In a thread. What it finds damaged it throws away."""
-        entry = self._shelf.entry(key)
+        entry = self._cache_folder.entry(key)
         try:
-            held = grip(entry, exclusive=False)
+            held = lock_entry(entry, exclusive=False)
         except FileNotFoundError:
             return None
         if held is None:  # is just being removed, or just becoming visible
@@ -212,22 +212,22 @@ class DiskCache:
             held.release()
             raise
 
-    def _inspect(self, key: str, ref: AdapterRef, check: Check, held: Grip) -> tuple[Grip, layout.Manifest, _Seen] | None:
-        entry = self._shelf.entry(key)
+    def _inspect(self, key: str, ref: AdapterRef, check: Check, held: EntryLock) -> tuple[EntryLock, layout.Manifest, _Seen] | None:
+        entry = self._cache_folder.entry(key)
         manifest = layout.read_manifest(entry)
         stamps = layout.stamps(entry, manifest) if manifest is not None and manifest.ref == ref else None
         seen = self._seen.get(key)
         known = seen is not None and seen.stamps == stamps
         if manifest is None or stamps is None or not (known or layout.is_whole(entry, manifest)):
             log.error("adapter on disk is damaged and is dropped", extra={"adapter": str(ref), "key": key})
-            self._shelf.discard(entry, held)
+            self._cache_folder.discard(entry, held)
             return None
         if seen is None or not known:
             seen = _Seen(stamps, check(entry / FILES))
-        self._shelf.use(key, manifest.size_bytes)
+        self._cache_folder.use(key, manifest.size_bytes)
         return held, manifest, seen
 
-    def _lease(self, key: str, held: Grip, manifest: layout.Manifest, seen: _Seen, times: Times, peer_bytes: int = 0) -> Cached:
+    def _lease(self, key: str, held: EntryLock, manifest: layout.Manifest, seen: _Seen, times: Times, peer_bytes: int = 0) -> Cached:
         self._seen[key] = seen
         self._seen.move_to_end(key)
         while len(self._seen) > MAX_SEEN:
@@ -236,14 +236,14 @@ class DiskCache:
             held.release()
         else:
             self._leases[key] = held, manifest.size_bytes
-        return Cached(self._shelf.entry(key) / FILES, seen.facts, manifest.size_bytes, manifest.content, times, peer_bytes)
+        return Cached(self._cache_folder.entry(key) / FILES, seen.facts, manifest.size_bytes, manifest.content, times, peer_bytes)
 
     # ---- from the store ---------------------------------------------------------------------------------------------------------------
 
-    async def _download(self, key: str, errand: Errand, check: Check, held: Grip, wait_s: float) -> Cached | None:
+    async def _download(self, key: str, job: DownloadJob, check: Check, held: EntryLock, wait_s: float) -> Cached | None:
         """None if somebody else's hand was quicker at the very end."""
-        partial = self._shelf.partial(key)
-        intake = Intake(errand, partial, self._pace, self._lanes)
+        partial = self._cache_folder.partial(key)
+        intake = Downloads(job, partial, self._pace, self._lanes)
         keep = handed_over = False
         try:
             await intake.resume(self._threads)
@@ -251,7 +251,7 @@ class DiskCache:
             brought = clock()
             facts = await self._settle(partial / FILES, check, intake)
             checked = clock()
-            manifest = layout.manifest_of(errand.ref, errand.stored, intake.parts)
+            manifest = layout.manifest_of(job.ref, job.stored, intake.parts)
             handed_over = True
             lease = await self._in_thread(self._publish, key, manifest, held, intake.peer_s + intake.store_s)
         except (StoreUnavailable, asyncio.CancelledError):
@@ -270,7 +270,7 @@ class DiskCache:
         times = Times(wait_s, intake.peer_s, intake.store_s, checked - brought, clock() - checked)
         return self._lease(key, own, manifest, _Seen(stamps, facts), times, intake.peer_bytes)
 
-    async def _settle(self, files: Path, check: Check, intake: Intake) -> AdapterFacts:
+    async def _settle(self, files: Path, check: Check, intake: Downloads) -> AdapterFacts:
         """Validates and syncs. What only the store may say is that an adapter is bad: a peer's bytes are not held against it."""
         try:
             return await self._settled(files, check)
@@ -287,23 +287,23 @@ class DiskCache:
         syncing.result()
         return checking.result()
 
-    def _publish(self, key: str, manifest: layout.Manifest, held: Grip, cost_s: float) -> tuple[Grip, tuple[Stamp, ...]] | None:
+    def _publish(self, key: str, manifest: layout.Manifest, held: EntryLock, cost_s: float) -> tuple[EntryLock, tuple[Stamp, ...]] | None:
         """In a thread, to its end even if the task is cancelled meanwhile. The lease gets a grip of its own: `held` ends here."""
-        entry = self._shelf.entry(key)
+        entry = self._cache_folder.entry(key)
         try:
-            if layout.stamps(self._shelf.partial(key), manifest) is None:
+            if layout.stamps(self._cache_folder.partial(key), manifest) is None:
                 raise unavailable(Trouble.BROKEN_REPLY, "not all bytes are there")
-            if not self._shelf.publish(key, held, manifest, cost_s):
+            if not self._cache_folder.publish(key, held, manifest, cost_s):
                 return None
-            own = grip(entry, exclusive=False)
+            own = lock_entry(entry, exclusive=False)
             stamps = layout.stamps(entry, manifest)
             return None if own is None or stamps is None else (own, stamps)
         finally:
-            self._end(self._shelf.partial(key), held)
+            self._end(self._cache_folder.partial(key), held)
 
-    def _end(self, partial: Path, held: Grip) -> None:
+    def _end(self, partial: Path, held: EntryLock) -> None:
         """Of a download of which nothing is left to go on from."""
-        self._shelf.discard(partial, held)
+        self._cache_folder.discard(partial, held)
 
     async def _wait(self, key: str, start: float) -> None:
         """Until the other process has the adapter, has failed, or is dead.
@@ -314,7 +314,7 @@ class DiskCache:
         patience_s = DEFAULT_PATIENCE_S if stall_s is None else stall_s * self._pace.tries + SETTLE_PATIENCE_S
         while True:
             await asyncio.sleep(min(MAX_POLL_S, max(MIN_POLL_S, (clock() - start) * POLL_SHARE)))
-            moved_at = await self._in_thread(self._shelf.moved_at, key)
+            moved_at = await self._in_thread(self._cache_folder.moved_at, key)
             if moved_at is None:
                 return
             if time.time() - moved_at > patience_s:

@@ -14,7 +14,7 @@ from typing import Protocol
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import StoreUnavailable
 from shared.stores import AdapterStore
-from shared.stores.transfer import Lanes, Pace, Part, PartId, Transfer
+from shared.stores.transfer import FilePart, Lanes, Pace, PartId, Transfer
 from worker.disk.journal import Journal
 from worker.disk.layout import FILES
 
@@ -31,7 +31,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class DownloadJob:
     """What is to be brought, and from where: `peers` are asked first, in their order."""
 
     ref: AdapterRef
@@ -40,13 +40,13 @@ class Errand:
     peers: Sequence[Source] = ()
 
 
-class Intake:
+class Downloads:
     """`parts` are the whole ones with their sha256; `peer_bytes` those that peers gave; `peer_s` and `store_s` the seconds with either."""
 
-    def __init__(self, errand: Errand, partial: Path, pace: Pace, lanes: Lanes) -> None:
-        self._errand, self._stored, self._files = errand, errand.stored, partial / FILES
+    def __init__(self, job: DownloadJob, partial: Path, pace: Pace, lanes: Lanes) -> None:
+        self._errand, self._stored, self._files = job, job.stored, partial / FILES
         self._pace, self._lanes = pace, lanes
-        self._journal = Journal(partial, errand.stored)
+        self._journal = Journal(partial, job.stored)
         self.parts: dict[PartId, str] = {}
         self._from_store: set[PartId] = set()
         self.peer_bytes = 0
@@ -89,7 +89,7 @@ class Intake:
         await self._errand.store.fetch(self._stored, self._files, self._transfer(self._on_store_part))
         self.store_s += clock() - start
 
-    def _transfer(self, on_part: Callable[[Part, str], None]) -> Transfer:
+    def _transfer(self, on_part: Callable[[FilePart, str], None]) -> Transfer:
         return Transfer(
             pace=self._pace,
             lanes=self._lanes,
@@ -102,15 +102,15 @@ class Intake:
 
     # ---- in threads -------------------------------------------------------------------------------------------------------------------
 
-    def _on_store_part(self, part: Part, sha256: str) -> None:
+    def _on_store_part(self, part: FilePart, sha256: str) -> None:
         self._from_store.add(part.id)
         self._note(part, sha256)
 
-    def _on_peer_part(self, part: Part, sha256: str) -> None:
+    def _on_peer_part(self, part: FilePart, sha256: str) -> None:
         self.peer_bytes += part.size_bytes
         self._note(part, sha256)
 
-    def _note(self, part: Part, sha256: str) -> None:
+    def _note(self, part: FilePart, sha256: str) -> None:
         self.parts[part.id] = sha256
         self._journal.add(part, sha256)
 

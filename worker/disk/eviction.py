@@ -24,7 +24,7 @@ SLACK = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Heat:
+class UseFrequency:
     """How an adapter has been used: times, the seconds that it took to bring it, and its priority as of its last use."""
 
     uses: int = 0
@@ -33,7 +33,7 @@ class Heat:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class EvictionCandidate:
     """One adapter on disk. Who is in use is found out when its turn to go has come: a lock says so, not a list."""
 
     key: str
@@ -49,14 +49,14 @@ class Room:
     aim_bytes: int
 
 
-def used(heat: Heat, size_bytes: int, clock: float) -> Heat:
+def used(popularity: UseFrequency, size_bytes: int, clock: float) -> UseFrequency:
     """The heat after one more use."""
-    uses = heat.uses + 1
-    value = uses * max(MIN_COST_S, heat.cost_s) / max(MIN_BYTES, size_bytes)
-    return Heat(uses, heat.cost_s, clock + value)
+    uses = popularity.uses + 1
+    value = uses * max(MIN_COST_S, popularity.cost_s) / max(MIN_BYTES, size_bytes)
+    return UseFrequency(uses, popularity.cost_s, clock + value)
 
 
-def leaving(candidates: Iterable[Candidate]) -> list[Candidate]:
+def leaving(candidates: Iterable[EvictionCandidate]) -> list[EvictionCandidate]:
     """In the order in which they should go; the larger first among equals. A priority that is no number counts as none."""
     return sorted(candidates, key=lambda c: (c.priority if math.isfinite(c.priority) else 0.0, -c.size_bytes, c.key))
 

@@ -19,10 +19,9 @@ from pathlib import Path
 
 from shared.adapters.identity import StoredAdapter
 from shared.errors import ConfigError, InvalidAdapter, StoreUnavailable
-from worker.disk import eviction as policy
-from worker.disk import layout
+from worker.disk import eviction, layout
 from worker.disk.journal import Journal
-from worker.disk.layout import FILES, JOURNAL, Grip, Manifest, grip
+from worker.disk.layout import FILES, JOURNAL, EntryLock, Manifest, lock_entry
 
 log = logging.getLogger("loraplex.disk_cache")
 
@@ -40,7 +39,7 @@ class Turn(Enum):
     BUSY = "busy"  # somebody else is downloading it
 
 
-class Shelf:
+class CacheFolder:
     """Entries below `root`, of at most `budget_bytes` together with what is on its way (0: as much as the disk holds)."""
 
     def __init__(self, root: Path, budget_bytes: int) -> None:
@@ -50,7 +49,7 @@ class Shelf:
         for folder in (self._entries, self._partials, self._trash):
             folder.mkdir(parents=True, exist_ok=True)
         try:
-            held = grip(self._trash, exclusive=False)
+            held = lock_entry(self._trash, exclusive=False)
         except OSError as exc:
             raise ConfigError("gateway.state_dir lies on a file system without flock; use a local disk", param="state_dir") from exc
         if held is not None:
@@ -66,7 +65,7 @@ class Shelf:
 
     # ---- a download's life ------------------------------------------------------------------------------------------------------------
 
-    def begin(self, key: str, stored: StoredAdapter) -> Grip | Turn:
+    def begin(self, key: str, stored: StoredAdapter) -> EntryLock | Turn:
         """The exclusive right to download, with the bytes reserved and what an earlier try left in place.
 
         Raises:
@@ -82,18 +81,20 @@ class Shelf:
             if not partial.is_dir():
                 self._make_room(stored.size_bytes)
             (partial / FILES).mkdir(parents=True, exist_ok=True)
-            held = grip(partial, exclusive=True)
+            held = lock_entry(partial, exclusive=True)
             if held is None:
                 return Turn.BUSY
             Journal(partial, stored).start()
         self.empty_trash()
         return held
 
-    def publish(self, key: str, held: Grip, manifest: Manifest, cost_s: float) -> bool:
+    def publish(self, key: str, held: EntryLock, manifest: Manifest, cost_s: float) -> bool:
         """Makes a complete and synced download an entry that `held` then shares. False if it was lost to somebody quicker."""
         partial, entry = self.partial(key), self.entry(key)
         layout.write_manifest(partial, manifest)
-        layout.write_heat(partial, policy.used(policy.Heat(cost_s=cost_s), manifest.size_bytes, layout.read_clock(self._root)))
+        layout.write_use_frequency(
+            partial, eviction.used(eviction.UseFrequency(cost_s=cost_s), manifest.size_bytes, layout.read_clock(self._root))
+        )
         layout.sync(partial)
         with self._alone():
             partial.rename(entry)
@@ -105,7 +106,7 @@ class Shelf:
         """When somebody's download last got something (wall clock); None if nobody is at it."""
         partial = self.partial(key)
         try:
-            held = grip(partial, exclusive=True)
+            held = lock_entry(partial, exclusive=True)
         except FileNotFoundError:
             return None
         if held is None:
@@ -116,9 +117,9 @@ class Shelf:
     def use(self, key: str, size_bytes: int) -> None:
         """Counts one use."""
         entry = self.entry(key)
-        layout.write_heat(entry, policy.used(layout.read_heat(entry), size_bytes, layout.read_clock(self._root)))
+        layout.write_use_frequency(entry, eviction.used(layout.read_use_frequency(entry), size_bytes, layout.read_clock(self._root)))
 
-    def discard(self, folder: Path, held: Grip) -> None:
+    def discard(self, folder: Path, held: EntryLock) -> None:
         """Out of sight at once, if it is still the folder that `held` holds; its bytes go as soon as nobody uses them. Lets go of `held`."""
         try:
             with self._alone():
@@ -131,7 +132,7 @@ class Shelf:
     def empty_trash(self) -> None:
         for folder in list(self._trash.iterdir()):
             try:
-                held = grip(folder, exclusive=True)
+                held = lock_entry(folder, exclusive=True)
             except OSError:
                 continue  # another process was quicker
             if held is not None:
@@ -168,13 +169,15 @@ class Shelf:
         # What is on its way elsewhere will take its bytes from what is free now.
         promised = sum(max(0, size - layout.size_on_disk(path)) for path, size in sizes.items() if path.parent == self._partials)
         free_bytes = status.f_bavail * status.f_frsize - promised
-        room = policy.room(sum(sizes.values()), incoming_bytes, self._budget_bytes, free_bytes, KEEP_FREE_BYTES)
+        room = eviction.room(sum(sizes.values()), incoming_bytes, self._budget_bytes, free_bytes, KEEP_FREE_BYTES)
         if not room.must_bytes:
             return
         freed, clock = self._drop_idle_partials(sizes), layout.read_clock(self._root)
         entries = {path.name: size for path, size in sizes.items() if path.parent == self._entries}
-        candidates = [policy.Candidate(key, size, layout.read_heat(self.entry(key)).priority) for key, size in entries.items()]
-        for victim in policy.leaving(candidates):
+        candidates = [
+            eviction.EvictionCandidate(key, size, layout.read_use_frequency(self.entry(key)).priority) for key, size in entries.items()
+        ]
+        for victim in eviction.leaving(candidates):
             if freed >= room.aim_bytes:
                 break
             if self._evict(victim.key):
@@ -191,7 +194,7 @@ class Shelf:
     def _evict(self, key: str) -> bool:
         """False if somebody uses it."""
         try:
-            held = grip(self.entry(key), exclusive=True)
+            held = lock_entry(self.entry(key), exclusive=True)
         except FileNotFoundError:
             return False
         if held is None:
@@ -230,7 +233,7 @@ class Shelf:
 
     def _drop_partial(self, partial: Path) -> bool:
         try:
-            held = grip(partial, exclusive=True)
+            held = lock_entry(partial, exclusive=True)
         except FileNotFoundError:
             return False
         if held is None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shared.adapters.identity import StoredAdapter
-from shared.stores.transfer import Part, PartId, parts_of
+from shared.stores.transfer import FilePart, PartId, parts_of
 from worker.disk.layout import FILES, JOURNAL, hash_part
 
 _LINE = re.compile(r"(\d+) (\d+) ([0-9a-f]{64})")
@@ -31,7 +31,7 @@ class Journal:
             self._path.write_text(f"bytes {self._stored.size_bytes}\n")
         self.touch()
 
-    def add(self, part: Part, sha256: str) -> None:
+    def add(self, part: FilePart, sha256: str) -> None:
         """One write of one line, so that lines of several threads never mix."""
         with self._path.open("ab", buffering=0) as handle:
             handle.write(f"{self._number[part.file.path]} {part.number} {sha256}\n".encode())
@@ -71,7 +71,7 @@ class Journal:
                 listed[part.id] = match[3]
         return listed
 
-    def _hash(self, part: Part) -> str:
+    def _hash(self, part: FilePart) -> str:
         try:
             fd = os.open(self._files / part.file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:

@@ -1,6 +1,6 @@
 """Shell. How adapters lie on disk: folders and the locks on them, manifests, the journal of a download, and how hot an entry is.
 
-    entries/<key>/    complete: files/ (the adapter as the engine gets it), `manifest` (what must be in it), `heat` (a hint, never synced)
+    entries/<key>/    complete: files/ (the adapter as the engine gets it), `manifest` (what must be in it), `popularity` (a hint, never synced)
     partial/<key>/    on its way: files/ with holes, `journal` (which parts are whole)
     trash/            waits for deletion
     lock  clock       one scan at a time, and the clock of the eviction policy
@@ -24,11 +24,11 @@ from pathlib import Path
 import msgspec
 
 from shared.adapters.identity import AdapterRef, StoredAdapter, StoredFile
-from shared.stores.transfer import Part, PartId, parts_of
-from worker.disk.eviction import Heat
+from shared.stores.transfer import FilePart, PartId, parts_of
+from worker.disk.eviction import UseFrequency
 
 LAYOUT = 1
-FILES, MANIFEST, JOURNAL, HEAT = "files", "manifest", "journal", "heat"
+FILES, MANIFEST, JOURNAL, HEAT = "files", "manifest", "journal", "popularity"
 _KEY = re.compile(r"[0-9a-f]{32}")
 _HEAT = struct.Struct("<Qdd")
 _CLOCK = struct.Struct("<d")
@@ -84,7 +84,7 @@ def host_of(root: Path) -> str:
 # ---- locks ------------------------------------------------------------------------------------------------------------------------------
 
 
-class Grip:
+class EntryLock:
     """A locked folder. Released by `release`, or by the death of the process (and of children that it forked without exec)."""
 
     __slots__ = ("_fd",)
@@ -118,9 +118,9 @@ class Grip:
         self.release()  # a thread's result that a cancelled task no longer takes
 
 
-def grip(folder: Path, *, exclusive: bool) -> Grip | None:
+def lock_entry(folder: Path, *, exclusive: bool) -> EntryLock | None:
     """Locks a folder without waiting; None if somebody holds it. Raises FileNotFoundError if it is not there (any more)."""
-    held = Grip(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    held = EntryLock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     try:
         fcntl.flock(held._fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -193,7 +193,7 @@ def is_whole(folder: Path, manifest: Manifest) -> bool:
     return True
 
 
-def hash_part(fd: int, part: Part) -> str:
+def hash_part(fd: int, part: FilePart) -> str:
     digest = hashlib.sha256()
     offset, end = part.offset, part.offset + part.size_bytes
     while offset < end and (piece := os.pread(fd, min(_READ_BYTES, end - offset), offset)):
@@ -249,17 +249,17 @@ def size_on_disk(folder: Path) -> int:
 # ---- hints: lost or wrong, they cost time and nothing else --------------------------------------------------------------------------------
 
 
-def read_heat(folder: Path) -> Heat:
+def read_use_frequency(folder: Path) -> UseFrequency:
     try:
         uses, cost_s, priority = _HEAT.unpack((folder / HEAT).read_bytes())
     except (OSError, struct.error):
-        return Heat()
-    return Heat(uses, cost_s, priority)
+        return UseFrequency()
+    return UseFrequency(uses, cost_s, priority)
 
 
-def write_heat(folder: Path, heat: Heat) -> None:
+def write_use_frequency(folder: Path, popularity: UseFrequency) -> None:
     with suppress(OSError):
-        _overwrite(folder / HEAT, _HEAT.pack(heat.uses, heat.cost_s, heat.priority))
+        _overwrite(folder / HEAT, _HEAT.pack(popularity.uses, popularity.cost_s, popularity.priority))
 
 
 def read_clock(root: Path) -> float:

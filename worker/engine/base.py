@@ -40,7 +40,7 @@ class Swapped:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class EngineRequest:
     """One request for the engine. `adapter` is resident when the engine sees it and stays so until the call has ended."""
 
     path: str
@@ -93,7 +93,7 @@ class Engine(Protocol):
     """
 
     async def start(self) -> EngineFacts: ...
-    async def serve(self, call: Call, reply: Reply) -> None: ...
+    async def serve(self, call: EngineRequest, reply: Reply) -> None: ...
     async def prepare(self, adapter: Loaded) -> None:
         """Brings the weights into host memory beside the step loop, ready for a slot. Raises InvalidAdapter if the engine refuses them."""
         ...

@@ -19,11 +19,11 @@ from typing import Any
 
 from shared.adapters.identity import AdapterRef, StoredAdapter, StoredFile
 from shared.errors import StoreUnavailable
-from shared.link import messages as wire
-from shared.link.sockets import Client, Sent
+from shared.link import messages
+from shared.link.sockets import DealerSocket, SendResult
 from shared.stores import transfer as transfers
 from shared.stores.objects import StoreFailure, Trouble
-from shared.stores.transfer import Pace, Part, PartId, Transfer, fetch_adapter
+from shared.stores.transfer import FilePart, Pace, PartId, Transfer, fetch_adapter
 from worker.disk.download import PeerFailed
 from worker.peers import policy
 
@@ -38,7 +38,7 @@ class Peers:
 
     def __init__(self, context: Any, worker: str, epoch: int, secret: str | None, pace: Pace) -> None:
         self._context, self._worker, self._epoch, self._secret, self._pace = context, worker, epoch, secret, pace
-        self._connections: OrderedDict[str, _Connection] = OrderedDict()
+        self._connections: OrderedDict[str, _PeerConnection] = OrderedDict()
         self._numbers = itertools.count(1)
         self.standing = policy.Standing()
 
@@ -46,10 +46,10 @@ class Peers:
         """Those worth asking, in their order."""
         return [PeerSource(self, ref, endpoint, self._pace) for endpoint in self.standing.usable(endpoints, clock())]
 
-    def connection(self, endpoint: str) -> _Connection:
+    def connection(self, endpoint: str) -> _PeerConnection:
         connection = self._connections.get(endpoint)
         if connection is None:
-            connection = self._connections[endpoint] = _Connection(
+            connection = self._connections[endpoint] = _PeerConnection(
                 self._context, endpoint, f"{self._worker}#{self._epoch}#{next(self._numbers)}".encode(), self._secret
             )
         self._connections.move_to_end(endpoint)
@@ -70,14 +70,14 @@ class Peers:
         self._connections.clear()
 
 
-class _Connection:
+class _PeerConnection:
     """Wants that are out at one peer, by number. Closing it fails them."""
 
     def __init__(self, context: Any, endpoint: str, routing_id: bytes, secret: str | None) -> None:
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[wire.PeerAnswer]] = {}
+        self._waiting: dict[int, asyncio.Future[messages.PeerAnswer]] = {}
         self.window = asyncio.Semaphore(policy.PIECES_IN_FLIGHT)
-        self._client = Client(
+        self._client = DealerSocket(
             context,
             endpoint,
             routing_id,
@@ -87,17 +87,17 @@ class _Connection:
             max_message_bytes=policy.MAX_MESSAGE_BYTES,
         )
 
-    def ask(self, adapter: AdapterRef, path: str, offset: int, size_bytes: int) -> asyncio.Future[wire.PeerAnswer]:
+    def ask(self, adapter: AdapterRef, path: str, offset: int, size_bytes: int) -> asyncio.Future[messages.PeerAnswer]:
         """Sends a want; `heard` waits for the answer. Raises PeerFailed if the peer takes no more."""
         number = next(self._numbers)
-        answer: asyncio.Future[wire.PeerAnswer] = asyncio.get_running_loop().create_future()
-        if self._client.send(wire.encode(wire.Want(number, adapter, path, offset, size_bytes))) is not Sent.OK:
+        answer: asyncio.Future[messages.PeerAnswer] = asyncio.get_running_loop().create_future()
+        if self._client.send(messages.encode(messages.PieceRequest(number, adapter, path, offset, size_bytes))) is not SendResult.OK:
             raise PeerFailed("it takes no more questions")
         self._waiting[number] = answer
         answer.add_done_callback(lambda _: self._waiting.pop(number, None))
         return answer
 
-    def ask_in_window(self, adapter: AdapterRef, path: str, offset: int, size_bytes: int) -> asyncio.Future[wire.PeerAnswer]:
+    def ask_in_window(self, adapter: AdapterRef, path: str, offset: int, size_bytes: int) -> asyncio.Future[messages.PeerAnswer]:
         """As `ask`, with a place of the window that the caller has acquired: given back with the answer."""
         try:
             answer = self.ask(adapter, path, offset, size_bytes)
@@ -110,12 +110,12 @@ class _Connection:
     def close(self) -> None:
         self._client.close()
         for answer in list(self._waiting.values()):
-            answer.set_result(wire.NotHere(0))
+            answer.set_result(messages.PieceNotHere(0))
 
     def _on_message(self, data: bytes) -> None:
         try:
-            message = wire.decode_peer_answer(data)
-        except wire.DecodeError:
+            message = messages.decode_peer_answer(data)
+        except messages.DecodeError:
             log.warning("undecodable answer of a peer dropped")
             return
         answer = self._waiting.get(message.number)
@@ -136,7 +136,7 @@ class PeerSource:
         wanted = transfer or Transfer()
         self._on_idle = wanted.on_idle
 
-        def on_part(part: Part, sha256: str) -> None:
+        def on_part(part: FilePart, sha256: str) -> None:
             if self._claims.get(part.id) != sha256:
                 raise PeerFailed("its bytes are not those of its own hash")
             wanted.on_part(part, sha256)
@@ -173,7 +173,7 @@ class PeerSource:
         self._claims[file.path, offset // transfers.PART_BYTES] = piece.sha256
         began, received = clock(), len(piece.data)
         yield piece.data
-        left, out = deque(rest), deque[tuple[asyncio.Future[wire.PeerAnswer], int]]()
+        left, out = deque(rest), deque[tuple[asyncio.Future[messages.PeerAnswer], int]]()
         try:
             while out or left:
                 # With pieces of our own on the way nobody waits for the window: another part may hold all of it.
@@ -192,17 +192,17 @@ class PeerSource:
             for answer, _ in out:
                 answer.cancel()
 
-    async def _first(self, connection: _Connection, file: StoredFile, offset: int, size_bytes: int) -> wire.Piece:
+    async def _first(self, connection: _PeerConnection, file: StoredFile, offset: int, size_bytes: int) -> messages.Piece:
         while True:
             answer = await _heard(connection.ask(self._ref, file.path, offset, size_bytes))
-            if not isinstance(answer, wire.NotYet):
+            if not isinstance(answer, messages.PieceNotYet):
                 return _piece(answer, size_bytes)
             if not 0.0 <= answer.idle_s <= policy.IDLE_S:
                 raise _Absent("waits for a download that does not move")
             self._on_idle(answer.idle_s)
 
 
-async def _heard(answer: asyncio.Future[wire.PeerAnswer]) -> wire.PeerAnswer:
+async def _heard(answer: asyncio.Future[messages.PeerAnswer]) -> messages.PeerAnswer:
     """Raises PeerFailed after SILENCE_S without an answer."""
     try:
         async with asyncio.timeout(policy.SILENCE_S):
@@ -215,8 +215,8 @@ class _Absent(PeerFailed):
     """The peer is well and does not have it."""
 
 
-def _piece(answer: wire.PeerAnswer, size_bytes: int) -> wire.Piece:
-    if not isinstance(answer, wire.Piece):
+def _piece(answer: messages.PeerAnswer, size_bytes: int) -> messages.Piece:
+    if not isinstance(answer, messages.Piece):
         raise _Absent("not there")
     if len(answer.data) != size_bytes:
         raise PeerFailed("a piece of another size than asked for")

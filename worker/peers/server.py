@@ -20,10 +20,10 @@ from typing import Any, TypeAlias
 
 from shared.adapters.identity import AdapterRef
 from shared.errors import LinkError
-from shared.link import messages as wire
-from shared.link.sockets import Sent, Server
+from shared.link import messages
+from shared.link.sockets import RouterSocket, SendResult
 from shared.stores import transfer
-from worker.disk.cache import DiskCache, Shelved
+from worker.disk.cache import CachedOnDisk, DiskCache
 from worker.disk.layout import key_of
 from worker.peers import policy
 
@@ -38,7 +38,7 @@ KNOWN_ENTRIES = 256
 """Whole adapters whose manifest is kept in memory."""
 FULL_RETRY_S = 0.01
 
-Look: TypeAlias = asyncio.Future[Shelved | None]
+Look: TypeAlias = asyncio.Future[CachedOnDisk | None]
 
 
 @asynccontextmanager
@@ -69,15 +69,15 @@ class _PeerServer:
         self._threads = ThreadPoolExecutor(policy.READS_AT_ONCE, thread_name_prefix="peer-read")
         self._open = policy.OpenWants()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._known: OrderedDict[str, Shelved] = OrderedDict()
+        self._known: OrderedDict[str, CachedOnDisk] = OrderedDict()
         self._looks: dict[str, Look] = {}
 
-    def _bound(self, context: Any, endpoint: str, secret: str | None, insecure: bool) -> Server:
+    def _bound(self, context: Any, endpoint: str, secret: str | None, insecure: bool) -> RouterSocket:
         host, _, first = endpoint.rpartition(":")
         ports = [0] if int(first) == 0 else range(int(first), min(65536, int(first) + PORTS_TRIED))
         for port in ports:
             try:
-                return Server(
+                return RouterSocket(
                     context,
                     f"{host}:{port}",
                     self._on_message,
@@ -99,12 +99,12 @@ class _PeerServer:
 
     def _on_message(self, peer: bytes, data: bytes) -> None:
         try:
-            want = wire.decode_peer_question(data)
-        except wire.DecodeError:
+            want = messages.decode_peer_question(data)
+        except messages.DecodeError:
             log.warning("undecodable message of a peer dropped")
             return
         if not self._open.take(peer):
-            self._server.send(peer, wire.encode(wire.NotHere(want.number)))
+            self._server.send(peer, messages.encode(messages.PieceNotHere(want.number)))
             return
         task = self._group.create_task(self._answer(peer, want), name=f"piece for {peer!r}")
         self._tasks.add(task)
@@ -115,18 +115,18 @@ class _PeerServer:
         self._tasks.discard(task)
         self._open.give(peer)
 
-    async def _answer(self, peer: bytes, want: wire.Want) -> None:
-        answer = wire.encode(await self._found(want))
+    async def _answer(self, peer: bytes, want: messages.PieceRequest) -> None:
+        answer = messages.encode(await self._found(want))
         for _ in range(int(policy.SILENCE_S / FULL_RETRY_S)):
-            if self._server.send(peer, answer) is not Sent.FULL:
+            if self._server.send(peer, answer) is not SendResult.FULL:
                 return
             await asyncio.sleep(FULL_RETRY_S)  # the asker does not read; its pieces wait here, where their number is bounded
 
-    async def _found(self, want: wire.Want) -> wire.PeerAnswer:
+    async def _found(self, want: messages.PieceRequest) -> messages.PeerAnswer:
         """As soon as the part is whole; NotYet after HOLD_S; NotHere if there is nothing to wait for."""
         part = want.offset // transfer.PART_BYTES
         if not (0 < want.size_bytes <= policy.PIECE_BYTES and want.offset >= 0):
-            return wire.NotHere(want.number)
+            return messages.PieceNotHere(want.number)
         began = clock()
         while True:
             there = await self._look(want.adapter)
@@ -134,19 +134,19 @@ class _PeerServer:
             if there is not None and (sha256 := there.parts.get((want.path, part))):
                 data = await self._read(there.files / want.path, want)
                 if data is not None:
-                    return wire.Piece(want.number, sha256, data)
+                    return messages.Piece(want.number, sha256, data)
                 self._known.pop(key_of(want.adapter), None)  # gone, or moved from partial to entries just now
                 there = None
             if there is None:
                 if waited_s > policy.GRACE_S:
-                    return wire.NotHere(want.number)
+                    return messages.PieceNotHere(want.number)
             elif there.moved_at is None or (idle_s := time.time() - there.moved_at) > policy.IDLE_S:
-                return wire.NotHere(want.number)
+                return messages.PieceNotHere(want.number)
             elif waited_s > policy.HOLD_S:
-                return wire.NotYet(want.number, max(0.0, idle_s))
+                return messages.PieceNotYet(want.number, max(0.0, idle_s))
             await asyncio.sleep(LOOK_S)
 
-    async def _look(self, ref: AdapterRef) -> Shelved | None:
+    async def _look(self, ref: AdapterRef) -> CachedOnDisk | None:
         """What lies on disk; one look for all who ask for the same adapter at the same time, none for one that is known to be whole."""
         key = key_of(ref)
         known = self._known.get(key)
@@ -155,7 +155,7 @@ class _PeerServer:
             return known
         look = self._looks.get(key)
         if look is None:
-            look = self._looks[key] = asyncio.get_running_loop().run_in_executor(self._threads, self._cache.shelved, ref)
+            look = self._looks[key] = asyncio.get_running_loop().run_in_executor(self._threads, self._cache.cached_on_disk, ref)
             look.add_done_callback(lambda _: self._looks.pop(key, None))
         there = await asyncio.shield(look)
         if there is not None and there.moved_at is None:
@@ -164,7 +164,7 @@ class _PeerServer:
                 self._known.popitem(last=False)
         return there
 
-    async def _read(self, path: Path, want: wire.Want) -> bytes | None:
+    async def _read(self, path: Path, want: messages.PieceRequest) -> bytes | None:
         return await asyncio.get_running_loop().run_in_executor(self._threads, _read, path, want.offset, want.size_bytes)
 
 

@@ -11,12 +11,12 @@ from bench.routing.sim.timing import Loader
 from bench.routing.sim.worker import HEARTBEAT_S, WorkerFacts
 from gateway.dispatch.admission import Admission
 from gateway.dispatch.dispatcher import Dispatcher, Transport
-from gateway.dispatch.request import Flight
+from gateway.dispatch.request import InFlightRequest
 from gateway.fleet.fleet import Fleet
-from gateway.routing.policy import Reason
+from gateway.routing.policy import ChoiceReason
 from gateway.routing.registry import POLICIES, make_policy
 from gateway.telemetry.prometheus import Metrics
-from shared.link import messages as wire
+from shared.link import messages
 
 STRICT = "ray-strict"
 LEASE_S = 3.0
@@ -29,10 +29,10 @@ UNBOUNDED = 1_000_000
 class NoMetrics(Metrics):
     """Counts nothing; a message that does not decode is a bug here."""
 
-    def dispatched(self, base: str, reason: Reason) -> None:
+    def dispatched(self, base: str, reason: ChoiceReason) -> None:
         pass
 
-    def finished(self, flight: Flight) -> None:
+    def finished(self, inflight: InFlightRequest) -> None:
         pass
 
     def undecodable(self, socket: str) -> None:
@@ -48,8 +48,8 @@ def build_dispatcher(
     policy: str, max_queued: int, queue_timeout_s: float, transport: Transport, rng: random.Random, agenda: Agenda
 ) -> Dispatcher:
     """A gateway on virtual time. Raises: KeyError if there is no such policy."""
-    admission: Admission[Flight] = Admission(max_queued, queue_timeout_s)
-    welcome = wire.Welcome("g0", "virtual", LEASE_S, HEARTBEAT_S)
+    admission: Admission[InFlightRequest] = Admission(max_queued, queue_timeout_s)
+    welcome = messages.Welcome("g0", "virtual", LEASE_S, HEARTBEAT_S)
 
     def wake_at(when: float) -> None:
         agenda.at(max(when, agenda.now), dispatcher.tick)

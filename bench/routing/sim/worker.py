@@ -12,7 +12,7 @@ from bench.routing.sim.timing import Timing
 from bench.routing.sim.vllm_residency import VllmResidency
 from shared.adapters.identity import AdapterRef
 from shared.averages import blend
-from shared.link import messages as wire
+from shared.link import messages
 from worker.adapters.residency import Fetch, Instruction, Reject, Residency, Start
 from worker.engine.base import Loaded, Swap
 
@@ -23,7 +23,7 @@ HEARTBEAT_S = 0.1
 """The production default."""
 TOKENS_OF_CACHE = 256 * 4096
 """The KV cache's size, for `kv_usage`; no request ever waits for it here."""
-OK_SSE = 200 << wire.STATUS_SHIFT | wire.SSE
+OK_SSE = 200 << messages.STATUS_SHIFT | messages.SSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,14 @@ class WorkerFacts:
 @dataclass(slots=True, eq=False)
 class Job:
     number: int
-    sid: wire.StreamId
+    sid: messages.StreamId
     adapter: AdapterRef | None
     prompt_tokens: int
     output_tokens: int
     arrived: float
     sequence: Sequence | None = None
     started: float = 0.0
-    came_from: wire.Tier = wire.Tier.GPU
+    came_from: messages.Tier = messages.Tier.GPU
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class SimWorker:
 
     def __init__(
         self,
-        worker: wire.WorkerId,
+        worker: messages.WorkerId,
         facts: WorkerFacts,
         timing: Timing,
         agenda: Agenda,
@@ -78,7 +78,7 @@ class SimWorker:
         send_data: Callable[[bytes, bytes], None],
     ) -> None:
         self.id, self.epoch = worker, 1
-        self.peer = wire.identity(worker, self.epoch)
+        self.peer = messages.identity(worker, self.epoch)
         self.facts, self._timing, self._agenda, self._lengths = facts, timing, agenda, lengths
         self._send_control, self._send_data = send_control, send_data
         keeps = VllmResidency if facts.kept_by_vllm else Residency
@@ -86,12 +86,12 @@ class SimWorker:
         self.engine = Engine(timing, agenda, self)
         self.tally = Tally()
         self.alive = True
-        self.on_load: Callable[[AdapterRef, wire.Tier], None] | None = None
+        self.on_load: Callable[[AdapterRef, messages.Tier], None] | None = None
         self._jobs: dict[int, Job] = {}
-        self._by_sid: dict[wire.StreamId, Job] = {}
+        self._by_sid: dict[messages.StreamId, Job] = {}
         self._started = 0
         self._on_disk: set[AdapterRef] = set()
-        self._origin: dict[AdapterRef, wire.Tier] = {}  # of adapters that are fetched
+        self._origin: dict[AdapterRef, messages.Tier] = {}  # of adapters that are fetched
         self._int_id = self._last_sid = self._seq = 0
         self._prepare_s = self._load_s = self._cpu_load_s = 0.0
         self._prepared_until = 0.0
@@ -100,7 +100,7 @@ class SimWorker:
     def join(self) -> None:
         """Says hello, attaches its data socket, and beats from now on."""
         self._beat()
-        self._send_data(self.peer, wire.encode(wire.Attach(self.id, self.epoch)))
+        self._send_data(self.peer, messages.encode(messages.Attach(self.id, self.epoch)))
         self._agenda.after(self.facts.heartbeat_s, self._beat_for_ever)
 
     def die(self) -> None:
@@ -112,13 +112,13 @@ class SimWorker:
     def receive(self, data: bytes) -> None:
         if not self.alive:
             return
-        message = wire.decode_gateway_data(data)
-        if isinstance(message, wire.Cancel):
+        message = messages.decode_gateway_data(data)
+        if isinstance(message, messages.Cancel):
             self._cancel(message.sid)
-        elif isinstance(message, wire.Generate):
+        elif isinstance(message, messages.Generate):
             self._take(message)
 
-    def _take(self, message: wire.Generate) -> None:
+    def _take(self, message: messages.Generate) -> None:
         prompt_tokens, output_tokens = self._lengths(message.request_id)
         job = Job(message.sid, message.sid, message.adapter, prompt_tokens, output_tokens, self._agenda.now)
         self._jobs[job.number] = self._by_sid[job.sid] = job
@@ -128,7 +128,7 @@ class SimWorker:
         else:
             self._perform(self.residency.want(job.number, message.adapter, self._agenda.now))
 
-    def _cancel(self, sid: wire.StreamId) -> None:
+    def _cancel(self, sid: messages.StreamId) -> None:
         job = self._by_sid.get(sid)
         if job is not None:
             if job.sequence is not None:
@@ -150,11 +150,11 @@ class SimWorker:
                     self._start(job)
                 case Reject(number, code, message, retryable):
                     job = self._jobs[number]
-                    self._tell(wire.Step([], [], [wire.Refused(job.sid, code, message, retryable)]))
+                    self._tell(messages.Step([], [], [messages.Refused(job.sid, code, message, retryable)]))
                     self._forget(job)
 
     def _fetch(self, adapter: AdapterRef) -> None:
-        tier = wire.Tier.DISK if self.facts.disk_warm or adapter in self._on_disk else wire.Tier.REMOTE
+        tier = messages.Tier.DISK if self.facts.disk_warm or adapter in self._on_disk else messages.Tier.REMOTE
         self._origin[adapter] = tier
         self._agenda.after(self._timing.fetch_s(tier, self.facts.adapter_bytes), self._prepare, adapter)
         self._beat_soon()
@@ -189,10 +189,10 @@ class SimWorker:
         for adapter in swap.enter:
             origin = self.residency.came_from(adapter.ref)
             self.tally.loads += 1
-            self.tally.cold_loads += origin is not wire.Tier.CPU
+            self.tally.cold_loads += origin is not messages.Tier.CPU
             if self.on_load is not None:
                 self.on_load(adapter.ref, origin)
-            if origin is wire.Tier.CPU:
+            if origin is messages.Tier.CPU:
                 self._cpu_load_s = blend(self._cpu_load_s, took, LOAD_WEIGHT)
             else:
                 self._load_s = blend(self._load_s, took, LOAD_WEIGHT)
@@ -217,21 +217,21 @@ class SimWorker:
         """One message for all that a step brought: a head for each first token, an END for each last."""
         if not self.alive:
             return
-        frames: list[wire.Frame] = [(s.number, OK_SSE, b"") for s in first if s.number in self._jobs]
+        frames: list[messages.Frame] = [(s.number, OK_SSE, b"") for s in first if s.number in self._jobs]
         done = []
         for sequence in last:
             job = self._jobs.get(sequence.number)
             if job is None:
                 continue
-            frames.append((job.sid, wire.END, b""))
+            frames.append((job.sid, messages.END, b""))
             wait_s = job.started - job.arrived
-            load_s = wait_s if job.came_from is not wire.Tier.GPU else 0.0
-            done.append(wire.Done(job.sid, job.prompt_tokens, job.output_tokens, wait_s, load_s, job.came_from))
+            load_s = wait_s if job.came_from is not messages.Tier.GPU else 0.0
+            done.append(messages.Done(job.sid, job.prompt_tokens, job.output_tokens, wait_s, load_s, job.came_from))
             self._forget(job)
-        self._tell(wire.Step(frames, done))
+        self._tell(messages.Step(frames, done))
 
-    def _tell(self, step: wire.Step) -> None:
-        self._send_data(self.peer, wire.encode(step))
+    def _tell(self, step: messages.Step) -> None:
+        self._send_data(self.peer, messages.encode(step))
 
     def _beat_for_ever(self) -> None:
         if self.alive:
@@ -254,12 +254,12 @@ class SimWorker:
         facts, engine = self.facts, self.engine
         load_s = self._prepare_s + self._load_s
         held = self.residency.states(self._agenda.now, load_s)
-        beat = wire.Heartbeat(
+        beat = messages.Heartbeat(
             worker=self.id,
             epoch=self.epoch,
             seq=self._seq,
             base=facts.base,
-            state=wire.WorkerState.SERVING,
+            state=messages.WorkerState.SERVING,
             capacity=facts.capacity,
             slots=facts.slots,
             running=self._started,
@@ -277,4 +277,4 @@ class SimWorker:
             disk_load_s=self._load_s,
             cpu_load_s=self._cpu_load_s,
         )
-        self._send_control(self.peer, wire.encode(beat))
+        self._send_control(self.peer, messages.encode(beat))

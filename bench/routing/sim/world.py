@@ -16,11 +16,11 @@ from bench.routing.sim.production import build_dispatcher, worker_facts
 from bench.routing.sim.timing import Timing
 from bench.routing.sim.worker import SimWorker, WorkerFacts
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.dispatch.request import Flight
+from gateway.dispatch.request import InFlightRequest
 from shared.adapters.identity import AdapterRef, StoredAdapter, StoredFile
 from shared.errors import LoraplexError
-from shared.link import messages as wire
-from shared.link.sockets import Sent
+from shared.link import messages
+from shared.link.sockets import SendResult
 
 TICK_S = 0.2
 """As in gateway/__main__.py."""
@@ -67,7 +67,7 @@ class Outcome:
     sent_s: float = 0.0
     ended_s: float | None = None
     failed: str | None = None
-    tier: wire.Tier | None = None
+    tier: messages.Tier | None = None
     worker: str = ""
     ends: int = 0
 
@@ -79,7 +79,7 @@ class LoadSeen:
     at_s: float
     worker: str
     adapter: str
-    tier: wire.Tier
+    tier: messages.Tier
 
 
 @dataclass(slots=True)
@@ -100,10 +100,10 @@ class _Client:
 
     def __init__(self, sim: Simulation, outcome: Outcome) -> None:
         self._sim, self._outcome = sim, outcome
-        self._flight: Flight | None = None
+        self._flight: InFlightRequest | None = None
 
-    def of(self, flight: Flight) -> None:
-        self._flight = flight
+    def of(self, inflight: InFlightRequest) -> None:
+        self._flight = inflight
 
     def comment(self, text: bytes) -> None: ...
 
@@ -123,15 +123,15 @@ class _Client:
         self._end()
 
     def _end(self) -> None:
-        outcome, flight = self._outcome, self._flight
+        outcome, inflight = self._outcome, self._flight
         outcome.ends += 1
         outcome.ended_s = self._sim.agenda.now
-        if flight is not None:
-            outcome.sent_s = flight.t_sent
-            if flight.done is not None:
-                outcome.tier = flight.done.tier
-            if flight.choice is not None:
-                outcome.worker = flight.choice.worker.id
+        if inflight is not None:
+            outcome.sent_s = inflight.t_sent
+            if inflight.done is not None:
+                outcome.tier = inflight.done.tier
+            if inflight.choice is not None:
+                outcome.worker = inflight.choice.worker.id
             self._flight = None  # they know each other, and runs are made without the garbage collector
         self._sim.open -= 1
 
@@ -143,15 +143,15 @@ class _Wires:
         self._agenda, self._link_s = agenda, link_s
         self.workers: dict[bytes, SimWorker] = {}
 
-    def send_data(self, peer: bytes, data: bytes) -> Sent:
+    def send_data(self, peer: bytes, data: bytes) -> SendResult:
         worker = self.workers.get(peer)
         if worker is None or not worker.alive:
-            return Sent.GONE
+            return SendResult.GONE
         self._agenda.after(self._link_s, worker.receive, data)
-        return Sent.OK
+        return SendResult.OK
 
-    def send_control(self, peer: bytes, data: bytes) -> Sent:
-        return Sent.OK if peer in self.workers else Sent.GONE  # Welcome and Drain: the simulated worker needs neither
+    def send_control(self, peer: bytes, data: bytes) -> SendResult:
+        return SendResult.OK if peer in self.workers else SendResult.GONE  # Welcome and Drain: the simulated worker needs neither
 
 
 class Simulation:
@@ -211,11 +211,11 @@ class Simulation:
         self._lengths[request_id] = (request.prompt_tokens, request.output_tokens)
         ref, stored = (None, None) if request.adapter is None else self._refs[request.adapter]
         client = _Client(self, outcome)
-        flight = Flight(self.world.facts.base, ref, stored, "/v1/completions", request_id, _body(request), client)
-        client.of(flight)
+        inflight = InFlightRequest(self.world.facts.base, ref, stored, "/v1/completions", request_id, _body(request), client)
+        client.of(inflight)
         self.open += 1
         try:
-            self.dispatcher.submit(flight)
+            self.dispatcher.submit(inflight)
         except LoraplexError as refusal:
             client.fail(refusal)
 
@@ -240,7 +240,7 @@ class Simulation:
             # Workers do not beat in step.
             self.agenda.after(self._facts.heartbeat_s * (len(self.workers) * 0.618 % 1.0) if self.agenda.now else 0.0, worker.join)
 
-    def _watch(self, worker: str) -> Callable[[AdapterRef, wire.Tier], None]:
+    def _watch(self, worker: str) -> Callable[[AdapterRef, messages.Tier], None]:
         return lambda adapter, tier: self._run.loads.append(LoadSeen(self.agenda.now, worker, adapter.name, tier))
 
     def _lose(self, number: int) -> None:

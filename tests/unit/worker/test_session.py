@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from shared.link import messages as wire
-from shared.link.sockets import Sent
+from shared.link import messages
+from shared.link.sockets import SendResult
 from worker import session
 from worker.session import Outbox
 
@@ -15,17 +15,17 @@ class Gateway:
 
     def __init__(self) -> None:
         self.takes = True
-        self.frames: list[wire.Frame] = []
+        self.frames: list[messages.Frame] = []
         self.refused: list[int] = []
 
-    def send(self, data: bytes) -> Sent:
+    def send(self, data: bytes) -> SendResult:
         if not self.takes:
-            return Sent.FULL
-        step = wire.decode_worker_data(data)
-        assert isinstance(step, wire.Step)
+            return SendResult.FULL
+        step = messages.decode_worker_data(data)
+        assert isinstance(step, messages.Step)
         self.frames += step.frames
         self.refused += [r.sid for r in step.refused]
-        return Sent.OK
+        return SendResult.OK
 
 
 async def turns(n: int = 3) -> None:
@@ -49,13 +49,13 @@ async def test_streams_whose_frames_a_gateway_never_took_are_refused_once_it_tak
     outbox = Outbox(overflow)
     outbox.connect(gateway.send)
     for sid in range(streams):
-        outbox.frame(sid, 200 << wire.STATUS_SHIFT, b"head")
+        outbox.frame(sid, 200 << messages.STATUS_SHIFT, b"head")
     await turns()
     assert len(gateway.frames) == streams
     gateway.takes = False
     for sid in range(streams):
-        outbox.frame(sid, wire.END, b"x" * 1001)
-        outbox.done(wire.Done(sid))
+        outbox.frame(sid, messages.END, b"x" * 1001)
+        outbox.done(messages.Done(sid))
     async with asyncio.timeout(10):
         while not overflows:
             await asyncio.sleep(0.001)

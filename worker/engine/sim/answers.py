@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 from shared.errors import InvalidRequest, LoraplexError, RouteNotFound
-from worker.engine.base import Call
+from worker.engine.base import EngineRequest
 
 DEFAULT_OUTPUT_TOKENS = 16  # OpenAI's for completions
 _HOLE = "\0"  # where a token goes in an event; JSON never holds it unescaped
@@ -111,7 +111,7 @@ _KINDS: dict[str, tuple[_Decoder, str, str]] = {
 }
 
 
-def read_request(call: Call, base: str, max_model_len: int, created: int) -> Answer:
+def read_request(call: EngineRequest, base: str, max_model_len: int, created: int) -> Answer:
     """The answer that the call is due; `created` is the time in seconds that it will carry.
 
     Raises:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from shared.adapters.identity import AdapterRef
 from shared.averages import blend
 from shared.errors import EngineFailure, InvalidAdapter, InvalidRequest, RouteNotFound
-from worker.engine.base import Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped
+from worker.engine.base import EngineFacts, EngineRequest, EngineStats, Loaded, Reply, Swap, Swapped
 from worker.engine.sim.answers import Answer, error_body, read_request
 
 clock = time.monotonic
@@ -76,7 +76,7 @@ class SimEngine:
         self._task.add_done_callback(self._ended)
         return EngineFacts("sim", self._max_num_seqs, self._max_loras, self._max_lora_rank, self._max_loras * HOST_PLACES_PER_SLOT)
 
-    async def serve(self, call: Call, reply: Reply) -> None:
+    async def serve(self, call: EngineRequest, reply: Reply) -> None:
         adapter = call.adapter
         assert adapter is None or adapter in self._uses, f"{adapter} is not loaded"
         self._check_alive()

@@ -39,10 +39,10 @@ from shared.averages import blend
 from shared.config.llm import LLMConfig
 from shared.errors import ConfigError, EngineFailure
 from shared.runtime.parent_death import die_with_parent
-from worker.engine.base import Call, EngineFacts, EngineStats, Loaded, Reply, Swap, Swapped
-from worker.engine.vllm import patches as vllm_patches
+from worker.engine.base import EngineFacts, EngineRequest, EngineStats, Loaded, Reply, Swap, Swapped
+from worker.engine.vllm import patches
 from worker.engine.vllm.adapters import Adapters, lora_request
-from worker.engine.vllm.fast_path import FastPath
+from worker.engine.vllm.fast_path import FastServing
 from worker.engine.vllm.pacing import LOOK_S, Pacing
 from worker.engine.vllm.plugin import WORKER_PID_ENV
 from worker.engine.vllm.warm_up import WARM_UP_TOKENS, WARM_UPS, prefills
@@ -137,12 +137,12 @@ class VLLMEngine:
         self._pacing = Pacing(stream_gap_s)
         # Spawned children of vLLM get both through its plugin hook; forked ones would not, since vLLM remembers that it has run.
         os.environ[WORKER_PID_ENV] = str(os.getpid())
-        vllm_patches.apply()
+        patches.apply()
         os.register_at_fork(after_in_child=lambda: die_with_parent(signal.SIGKILL))
         self._args = serve_args(model)
         self._engine: AsyncLLM | None = None
         self._app: Any = None
-        self.fast: FastPath | None = None
+        self.fast: FastServing | None = None
         self._on_death: Callable[[str], None] | None = None
         self._adapters: Adapters | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -168,7 +168,7 @@ class VLLMEngine:
         base = self._model.model_id
         models.lora_requests = PinnedAdapters()
         models.model_name = lambda lora=None: ASKED.get() or (lora.lora_name.rpartition("@")[0] if lora else base)
-        self.fast = FastPath(engine, self._app.state, self._args, self._pacing)
+        self.fast = FastServing(engine, self._app.state, self._args, self._pacing)
         await self._warm_up()
         self._watch = asyncio.create_task(self._watch_engine(), name="engine-watch")
         if Stats.current is not None and engine.logger_manager is Stats.current:  # else vLLM counts, and no step is told of
@@ -181,7 +181,7 @@ class VLLMEngine:
             return EngineFacts("vllm", capacity, 0, 0)
         return EngineFacts("vllm", capacity, lora.max_loras, lora.max_lora_rank, lora.max_cpu_loras or lora.max_loras)
 
-    async def serve(self, call: Call, reply: Reply) -> None:
+    async def serve(self, call: EngineRequest, reply: Reply) -> None:
         # Seen by this call alone: each one runs in a task of its own.
         PINNED.set(lora_request(call.adapter) if call.adapter else None)
         ASKED.set(call.model)
@@ -238,7 +238,7 @@ class VLLMEngine:
             Stats.current.replace_others(engine)
         return engine
 
-    async def _bridge(self, call: Call, reply: Reply, gone: asyncio.Event) -> None:
+    async def _bridge(self, call: EngineRequest, reply: Reply, gone: asyncio.Event) -> None:
         """One request through vLLM's app: body in, `http.response.*` events out to the reply."""
         state: dict[str, Any] = {}
         scope = {
@@ -335,7 +335,7 @@ class VLLMEngine:
         body = json.dumps({"model": self._model.model_id, "prompt": [1, 1], "max_tokens": WARM_UP_TOKENS, **extra}).encode()
         discard = Discard()
         try:
-            await self.serve(Call("/v1/completions", "warm-up", body, adapter), discard)
+            await self.serve(EngineRequest("/v1/completions", "warm-up", body, adapter), discard)
         finally:
             PINNED.set(None)
         if discard.status != 200:

@@ -27,7 +27,7 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from shared.errors import EngineFailure
-from worker.engine.base import Call, Reply
+from worker.engine.base import EngineRequest, Reply
 from worker.engine.vllm.pacing import Pacing
 from worker.engine.vllm.sse import DONE, Chunks, chat_chunks, completion_chunks, escape, is_plain_chat, is_plain_completion
 
@@ -196,7 +196,7 @@ class Stream:
             self._reply.head(200, True, self._chunks.opening + data, end)
 
 
-class FastPath:
+class FastServing:
     """Serves plain streams of one engine. Made once vLLM's app is ready."""
 
     def __init__(self, engine: AsyncLLM, state: Any, args: Any, pacing: Pacing) -> None:
@@ -215,7 +215,7 @@ class FastPath:
             completion = self._tapped(completion, "completion_stream_generator", self._draft_completion)
             self._routes["/v1/completions"] = Route(is_plain_completion, CompletionRequest.model_validate, completion.create_completion)
 
-    async def serve(self, call: Call, reply: Reply) -> bool:
+    async def serve(self, call: EngineRequest, reply: Reply) -> bool:
         """Answers the call, or returns False if that is for vLLM's app to do; nothing has been said or started then.
 
         Raises:
@@ -246,7 +246,7 @@ class FastPath:
                 await engine.abort(queue.request_id, internal=True)
         return True
 
-    async def _draft(self, call: Call) -> Draft | None:
+    async def _draft(self, call: EngineRequest) -> Draft | None:
         """What vLLM's serving object makes of a plain request; None for any other, and for one that it refuses."""
         route = self._routes.get(call.path)
         if route is None or b'"stream"' not in call.body:

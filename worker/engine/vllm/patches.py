@@ -20,10 +20,10 @@ def apply() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from worker.engine.vllm import cpu_lora as vllm_cpu_lora
+        from worker.engine.vllm import cpu_lora
 
         _base_rows_stay_base()
-        vllm_cpu_lora.install()
+        cpu_lora.install()
     elif current_platform.is_cuda():
         _lora_kernels_fit_the_gpu()
 

@@ -9,7 +9,7 @@ import os
 import signal
 
 from shared.runtime.parent_death import die_with_parent
-from worker.engine.vllm import patches as vllm_patches
+from worker.engine.vllm import patches
 
 WORKER_PID_ENV = "LORAPLEX_WORKER_PID"
 
@@ -19,7 +19,7 @@ def register() -> None:
     worker = os.environ.get(WORKER_PID_ENV)
     if worker is None:
         return
-    vllm_patches.apply()
+    patches.apply()
     if int(worker) == os.getpid():
         return
     die_with_parent(signal.SIGKILL)

@@ -3,8 +3,8 @@
 Adapters of one training recipe differ in their values only: their files have the same header, and each tensor goes to the same place. vLLM finds
 that out anew for each of them, in some thousand Python calls, which for an 8B model take 100 ms of an interpreter that the step loop needs as well.
 A `Kind` is what there is to know of reading: where the tensors lie in the file, which are scaled, how vLLM arranges them. It is learned
-from what vLLM itself has made, and kept only if it gives the same bits. `Place`s are where the parts of such a block go in a slot: the copies
-that vLLM was seen to make for the first adapter of its kind; a `Way` makes them for any slot. Whatever has no kind (experts, classification
+from what vLLM itself has made, and kept only if it gives the same bits. `SlotPlace`s are where the parts of such a block go in a slot: the copies
+that vLLM was seen to make for the first adapter of its kind; a `CopyPlan` makes them for any slot. Whatever has no kind (experts, classification
 heads, files of several dtypes) goes vLLM's way each time.
 """
 
@@ -41,7 +41,7 @@ Key = tuple[bytes, bytes]
 """A file's header, and those fields of its config that vLLM reads."""
 
 
-class Watched(LoRAModel):  # type: ignore[misc]
+class RecordedWrites(LoRAModel):  # type: ignore[misc]
     """What vLLM makes of a file, with the name of the tensor that each weight came from."""
 
     names: dict[int, str] | None = None  # by address; None: not watched
@@ -60,7 +60,7 @@ class Watched(LoRAModel):  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorPart:
     """One tensor: where it begins in the block, in elements, and its shape."""
 
     at: int
@@ -78,8 +78,8 @@ class Layer:
     """The weights of one layer. `a` and `b` have one entry per sub-module if vLLM packs several of them into one, else a single one."""
 
     name: str
-    a: tuple[Part | None, ...]
-    b: tuple[Part | None, ...]
+    a: tuple[TensorPart | None, ...]
+    b: tuple[TensorPart | None, ...]
     like: LoRALayerWeights = field(compare=False)  # what vLLM made, without its weights
 
     def weights(self, block: torch.Tensor) -> LoRALayerWeights:
@@ -108,7 +108,7 @@ class Kind:
     begin: int
     stored: torch.dtype
     dtype: torch.dtype
-    scaled: dict[float, list[Part]]
+    scaled: dict[float, list[TensorPart]]
     arrangement: Arrangement
 
     def read(self, file: Path, int_id: int) -> LoRAModel:
@@ -199,10 +199,10 @@ def _kind(key: Key, made: Any, dtype: torch.dtype) -> Kind | None:
     begin = 8 + len(key[0])
     if stored_as is None or begin % stored_as.itemsize:
         return None
-    parts = {name: Part(tensor["data_offsets"][0] // stored_as.itemsize, tuple(tensor["shape"])) for name, tensor in header.items()}
-    scaled: dict[float, list[Part]] = {}
+    parts = {name: TensorPart(tensor["data_offsets"][0] // stored_as.itemsize, tuple(tensor["shape"])) for name, tensor in header.items()}
+    scaled: dict[float, list[TensorPart]] = {}
 
-    def found(tensor: torch.Tensor | None) -> Part | None:
+    def found(tensor: torch.Tensor | None) -> TensorPart | None:
         if tensor is None:
             return None
         part = parts[names[tensor.data_ptr()]]
@@ -261,7 +261,7 @@ def gather(lora: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SlotPlace:
     """Where a part of the block goes, in whatever slot: which buffer, how far into the slot's row of it, as what; and where it lies in the block."""
 
     buffer: int
@@ -273,7 +273,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class CopyPlan:
     """Into one slot: the block goes to the device in one piece, where `sources` are views of it; they are copied to `targets`, views of the buffers."""
 
     stage: torch.Tensor
@@ -285,7 +285,7 @@ class Way:
             torch._foreach_copy_(targets, sources)
 
 
-class Ways:
+class CopyPlans:
     """What lies in each slot, and how adapters of the same arrangement get there.
 
     vLLM zeroes every buffer of every module before it writes what the adapter has. Here the slot's rows are zeroed in one call, and not at all
@@ -296,7 +296,7 @@ class Ways:
         """While all slots are empty."""
         self._manager = manager
         self._holds: list[Arrangement | None] = [None] * manager.lora_slots
-        self._known: OrderedDict[int, tuple[Arrangement, list[Place], dict[int, Way]]] = OrderedDict()
+        self._known: OrderedDict[int, tuple[Arrangement, list[SlotPlace], dict[int, CopyPlan]]] = OrderedDict()
         self._stage: torch.Tensor | None = None
         self._buffers = _buffers(manager)
         if self._buffers is not None:
@@ -331,7 +331,7 @@ class Ways:
                     self._known.popitem(last=False)
         self._holds[slot] = arrangement
 
-    def _way(self, arrangement: Arrangement | None, slot: int) -> Way | None:
+    def _way(self, arrangement: Arrangement | None, slot: int) -> CopyPlan | None:
         known = self._known.get(id(arrangement))  # which is its own for as long as it is known
         if known is None:
             return None
@@ -344,7 +344,7 @@ class Ways:
                 return None  # vLLM's way needs no staged copy
         return ways[slot]
 
-    def _into(self, places: list[Place], elements: int, slot: int) -> Way:
+    def _into(self, places: list[SlotPlace], elements: int, slot: int) -> CopyPlan:
         assert self._buffers is not None
         stage = self._staged(elements)
         dense: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
@@ -356,7 +356,7 @@ class Ways:
             targets, sources = dense if target.is_contiguous() and source.is_contiguous() else spread
             targets.append(target)
             sources.append(source)
-        return Way(stage[:elements], tuple(pair for pair in (dense, spread) if pair[0]))
+        return CopyPlan(stage[:elements], tuple(pair for pair in (dense, spread) if pair[0]))
 
     def _staged(self, elements: int) -> torch.Tensor:
         """As large as the largest adapter so far; ways keep the smaller one that they were made with."""
@@ -366,7 +366,7 @@ class Ways:
             self._stage = torch.empty(1 << (elements - 1).bit_length(), dtype=buffer.dtype, device=buffer.device)
         return self._stage
 
-    def _places(self, writes: _Writes, block: torch.Tensor, slot: int) -> list[Place] | None:
+    def _places(self, writes: _Writes, block: torch.Tensor, slot: int) -> list[SlotPlace] | None:
         """None if that is not all of what happened, or the block not all of what was copied."""
         if self._buffers is None or writes.other or writes.zeroed:
             return None
@@ -381,7 +381,7 @@ class Ways:
             at = target.storage_offset() - buffer.storage_offset() - slot * buffer.stride(0)
             if not 0 <= at < buffer.stride(0) or not target.dtype is source.dtype is block.dtype:
                 return None
-            places.append(Place(n, at, tuple(target.shape), target.stride(), source.stride(), source.storage_offset()))
+            places.append(SlotPlace(n, at, tuple(target.shape), target.stride(), source.stride(), source.storage_offset()))
         return places
 
 

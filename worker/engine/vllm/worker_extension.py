@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from worker.engine.vllm import patches as vllm_patches
+from worker.engine.vllm import patches
 
-vllm_patches.apply()  # vLLM imports this module in every worker, before the model; its plugin hook needs the project to be installed
+patches.apply()  # vLLM imports this module in every worker, before the model; its plugin hook needs the project to be installed
 
-from worker.engine.vllm.tensor_replay import Kinds, Watched, Ways, gather, tensors  # noqa: E402
+from worker.engine.vllm.tensor_replay import CopyPlans, Kinds, RecordedWrites, gather, tensors  # noqa: E402
 
 STAGED_BYTES = 4 << 30
 """Of prepared adapters that no slot has taken yet. Beyond it an adapter is read inside the swap, which stalls but needs no memory now."""
@@ -82,7 +82,7 @@ class _Slots:
     def __init__(self, lora_manager: Any) -> None:
         self.manager = lora_manager._adapter_manager
         self.staging = _Staging(lora_manager)
-        self.ways = Ways(self.manager)
+        self.ways = CopyPlans(self.manager)
 
     def remove(self, int_id: int) -> None:
         self.staging.drop(int_id)
@@ -118,7 +118,7 @@ class _Staging:
         self._bytes: dict[int, int] = {}  # of those
         self._failed: dict[int, str] = {}
         self._wanted: set[int] = set()  # being prepared, and not dropped meanwhile
-        lora_manager._lora_model_cls = Watched
+        lora_manager._lora_model_cls = RecordedWrites
         self._kinds = Kinds(lora_manager.lora_config.lora_dtype)
         device = lora_manager._adapter_manager.device
         self._thread = ThreadPoolExecutor(1, "loraplex-prepare", initializer=_use_device, initargs=(device,))

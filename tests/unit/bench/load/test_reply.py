@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.load.measure import Meter
-from bench.load.reply import Reply
+from bench.load.reply import LoadReply
 
 
 def _event(**choice: object) -> bytes:
@@ -27,9 +27,9 @@ def _chunked(*payloads: bytes, content_type: str = "text/event-stream; charset=u
     return head + b"".join(b"%x\r\n%b\r\n" % (len(payload), payload) for payload in payloads) + b"0\r\n\r\n"
 
 
-def _read(*parts: bytes, stream: bool = True) -> Reply:
+def _read(*parts: bytes, stream: bool = True) -> LoadReply:
     """Reads the parts at seconds 1, 2, 3, ..."""
-    reply, now = Reply(stream=stream, meter=Meter()), 0.0
+    reply, now = LoadReply(stream=stream, meter=Meter()), 0.0
     for part in parts:
         now += 1.0
         reply.feed(part, now)

@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.adapters.aliases import Alias, AliasState, Share, Trip, from_config, in_force, pick, with_alias, with_trip, without_alias
+from gateway.adapters.aliases import (
+    Alias,
+    AliasState,
+    RollbackRecord,
+    Share,
+    from_config,
+    in_force,
+    pick,
+    with_alias,
+    with_trip,
+    without_alias,
+)
 from shared.config.aliases import AliasConfig, RollbackConfig, plain_alias
 from shared.config.parts import LoraConfig
 from shared.config.section import read_section
@@ -20,7 +31,7 @@ SHARES = st.lists(
     max_size=5,
     unique_by=lambda s: s.adapter,
 ).map(tuple)
-TRIP = Trip("too many errors", 1.0)
+TRIP = RollbackRecord("too many errors", 1.0)
 
 
 def shares(**weights: float) -> tuple[Share, ...]:

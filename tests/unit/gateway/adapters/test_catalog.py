@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.adapters import catalog as module
 from gateway.adapters.catalog import Catalog
-from gateway.api import models
+from gateway.api import models as models_module
 from gateway.api.models import ModelList, model_list
 from shared.adapters.identity import StoredAdapter
 from shared.errors import AdapterNotFound, StoreUnavailable
@@ -318,7 +318,7 @@ async def test_a_listing_without_news_leaves_the_mapping_and_its_version_alone(r
 async def test_the_model_list_is_made_once_per_state_of_the_catalogs_however_many_ask(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     real = model_list
-    monkeypatch.setattr(models, "model_list", lambda names, created: made.append(1) or real(names, created))
+    monkeypatch.setattr(models_module, "model_list", lambda names, created: made.append(1) or real(names, created))
     catalog, _ = a_catalog(root)
     models = ModelList({"tiny": catalog, "plain": None}, lambda base: (), 5)
     assert b"pirate" not in await models.body()

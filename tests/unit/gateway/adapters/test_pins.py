@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 
 from gateway.adapters.pins import Pins, PinState, orders
-from gateway.adapters.usage import MAX_RECORDS, Usage
+from gateway.adapters.usage import MAX_RECORDS, AdapterUsage
 from gateway.admin.views import STATES, row, state_of
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import InvalidAdapter, InvalidRequest, Overloaded, TooManyPins
-from shared.link.messages import Action, AdapterState, Tier
+from shared.link.messages import AdapterAction, AdapterState, Tier
 
 EMPTY = PinState()
 PINS = Pins("tiny", configured=("a",), preload=("p",), slots=3)
@@ -62,16 +62,16 @@ def held(*states: AdapterState) -> dict[tuple[str, str], AdapterState]:
 @pytest.mark.parametrize(
     ("states", "expected"),
     [
-        ([], [(Action.PIN, ("a", "d")), (Action.LOAD, ("p", "d"))]),
-        ([on("a"), on("p")], [(Action.PIN, ("a", "d"))]),
+        ([], [(AdapterAction.PIN, ("a", "d")), (AdapterAction.LOAD, ("p", "d"))]),
+        ([on("a"), on("p")], [(AdapterAction.PIN, ("a", "d"))]),
         ([on("a", pinned=True), on("p")], []),
-        ([on("a", pinned=True), on("p", tier=Tier.CPU)], [(Action.LOAD, ("p", "d"))]),
-        ([on("a", "old", pinned=True), on("p")], [(Action.PIN, ("a", "d"))]),
-        ([on("a", pinned=True), on("p"), on("x", pinned=True)], [(Action.UNPIN, ("x", "d"))]),
+        ([on("a", pinned=True), on("p", tier=Tier.CPU)], [(AdapterAction.LOAD, ("p", "d"))]),
+        ([on("a", "old", pinned=True), on("p")], [(AdapterAction.PIN, ("a", "d"))]),
+        ([on("a", pinned=True), on("p"), on("x", pinned=True)], [(AdapterAction.UNPIN, ("x", "d"))]),
     ],
 )
 def test_a_worker_is_told_what_it_lacks_and_an_old_version_stays_pinned_until_the_new_one_is(
-    states: list[AdapterState], expected: list[tuple[Action, tuple[str, str]]]
+    states: list[AdapterState], expected: list[tuple[AdapterAction, tuple[str, str]]]
 ) -> None:
     assert list(orders({"a": "d"}, {"p": "d"}, held(*states), ())) == expected
 
@@ -103,7 +103,7 @@ def test_an_adapter_is_where_it_is_nearest(states: list[AdapterState], expected:
 
 
 def test_what_was_refused_stays_invalid_until_its_content_changes_or_it_works() -> None:
-    usage = Usage()
+    usage = AdapterUsage()
     usage.used(A, 1000.0)
     usage.failed(A, Overloaded("full"))
     assert usage.get("tiny", "a").reason == ""  # type: ignore[union-attr]
@@ -118,7 +118,7 @@ def test_what_was_refused_stays_invalid_until_its_content_changes_or_it_works() 
 
 
 def test_the_memory_of_use_is_bounded_and_forgets_the_longest_unused() -> None:
-    usage = Usage()
+    usage = AdapterUsage()
     for n in range(MAX_RECORDS + 1):
         usage.used(AdapterRef("tiny", f"a{n}", "d"), float(n))
         usage.used(AdapterRef("tiny", "a0", "d"), float(n))

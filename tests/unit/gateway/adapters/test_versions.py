@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gateway.adapters import versions as module
-from gateway.adapters.version_queries import Cache, Load, Nobody, Nothing, Prepare, in_engines, in_flight, on_workers, plan
+from gateway.adapters.version_queries import (
+    CacheVersion,
+    LoadVersion,
+    NobodyServes,
+    NothingToPrepare,
+    Prepare,
+    in_engines,
+    in_flight,
+    on_workers,
+    plan,
+)
 from gateway.adapters.versions import (
     ENGINE_TRIES,
     EXPLICIT_S,
@@ -20,8 +30,8 @@ from gateway.adapters.versions import (
     MAX_PREPARING,
     QUIET_S,
     RECENT_S,
-    Stage,
     Versions,
+    VersionStage,
 )
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.rendezvous import Rendezvous
@@ -75,7 +85,7 @@ def test_the_old_version_answers_until_the_new_one_is_ready_and_the_new_one_from
 
 def test_an_invalid_new_version_never_answers_and_is_tried_again_only_when_its_content_changes() -> None:
     versions = changing()
-    assert versions.failed(B, BAD, 2.0) is Stage.REFUSED
+    assert versions.failed(B, BAD, 2.0) is VersionStage.REFUSED
     for now in (3.0, 1e4, 1e6):
         versions.listed({"a": B}, now, complete=True)
         assert versions.due(now) == [] and versions.current(B) is A
@@ -88,7 +98,7 @@ def test_an_invalid_new_version_never_answers_and_is_tried_again_only_when_its_c
 def test_any_other_failure_is_tried_again_after_growing_pauses() -> None:
     versions, now, pauses = changing(), 1.0, []
     for _ in range(10):
-        assert versions.failed(B, DOWN, now) is Stage.WAITING
+        assert versions.failed(B, DOWN, now) is VersionStage.WAITING
         change = versions.change("a")
         assert change is not None and versions.due(change.until - 0.001) == []
         pauses.append(change.until - now)
@@ -101,10 +111,10 @@ def test_any_other_failure_is_tried_again_after_growing_pauses() -> None:
 def test_a_version_that_kills_engines_is_refused_after_a_few() -> None:
     versions, now = changing(), 1.0
     for _ in range(ENGINE_TRIES - 1):
-        assert versions.failed(B, EngineFailure("died"), now) is Stage.WAITING
+        assert versions.failed(B, EngineFailure("died"), now) is VersionStage.WAITING
         now += MAX_PAUSE_S
         versions.due(now)
-    assert versions.failed(B, EngineFailure("died"), now) is Stage.REFUSED
+    assert versions.failed(B, EngineFailure("died"), now) is VersionStage.REFUSED
 
 
 def test_an_old_version_that_is_nowhere_any_more_gives_way_at_once_even_to_a_refused_one() -> None:
@@ -306,9 +316,9 @@ PREPARE = Prepare(A, B, True)
 
 def where(found: Fleet, prepare: Prepare = PREPARE) -> object:
     match plan(prepare, found.pool("tiny"), Rendezvous()):
-        case Load(workers):
+        case LoadVersion(workers):
             return sorted(w.id for w in workers)
-        case Cache(worker):
+        case CacheVersion(worker):
             return worker.id
         case other:
             return type(other)
@@ -326,8 +336,8 @@ def test_where_no_engine_has_the_old_one_its_home_caches_it_if_it_was_served_lat
     found = fleet(w0=(), w1=(state(Tier.GPU, "other"),))
     home = Rendezvous().order(("a", "bbbb"), found.pool("tiny"))[0].id
     assert where(found) == home
-    assert where(found, Prepare(A, B, False)) is Nothing
-    assert where(fleet()) is Nobody
+    assert where(found, Prepare(A, B, False)) is NothingToPrepare
+    assert where(fleet()) is NobodyServes
 
 
 def test_requests_in_flight_are_counted_over_all_engines_that_have_it() -> None:

@@ -6,17 +6,17 @@ import random
 
 from gateway.accounts.keys import Keys
 from gateway.adapters.resolver import Resolver
-from gateway.adapters.usage import Usage
-from gateway.api.generate import Generation, Limits
+from gateway.adapters.usage import AdapterUsage
+from gateway.api.generate import GenerationAPI, RequestLimits
 from gateway.dispatch.admission import Admission
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.fleet.fleet import Fleet
-from gateway.http.server import Door, Front
+from gateway.http.server import Connection, Server
 from gateway.routing.registry import make_policy
 from gateway.telemetry.access_log import AccessLog
 from gateway.telemetry.prometheus import Metrics
-from shared.link import messages as wire
-from shared.link.sockets import Sent
+from shared.link import messages
+from shared.link.sockets import SendResult
 
 PATH = "/v1/completions"
 BODY = b'{"model":"base","prompt":"hello","stream":%b}'
@@ -25,11 +25,11 @@ TIMES = 50
 
 
 class Wires:
-    def send_data(self, peer: bytes, data: bytes) -> Sent:
-        return Sent.OK
+    def send_data(self, peer: bytes, data: bytes) -> SendResult:
+        return SendResult.OK
 
-    def send_control(self, peer: bytes, data: bytes) -> Sent:
-        return Sent.OK
+    def send_control(self, peer: bytes, data: bytes) -> SendResult:
+        return SendResult.OK
 
 
 class Written(asyncio.Transport):
@@ -58,31 +58,31 @@ async def never(request: object) -> object:
 
 async def test_a_request_that_has_ended_leaves_nothing_for_the_collector() -> None:
     metrics, fleet = Metrics(), Fleet(3.0, {})
-    welcome = wire.Welcome("g0", "x", 3.0, 0.1)
+    welcome = messages.Welcome("g0", "x", 3.0, 0.1)
     dispatcher = Dispatcher(
         fleet, make_policy("expected-ttft"), Admission(100, 60.0), Wires(), metrics, lambda: welcome, random.Random(1), 100, progress_s=5.0
     )
     resolver = Resolver({"base": None}, NoAliases(), fleet)  # type: ignore[dict-item, arg-type]
-    limits = Limits(1 << 20, 1 << 20, 600.0)
-    generation = Generation(dispatcher, resolver, metrics, Keys(), limits, AccessLog("g0", "error"), Usage())
-    door = Door(never, express=generation.express, paths=frozenset({PATH}), most_bytes=1 << 20, keepalive_timeout=75.0)
-    peer = wire.identity("w0", 1)
-    beat = wire.Heartbeat("w0", 1, 1, "base", wire.WorkerState.SERVING, capacity=8, slots=2)
-    dispatcher.on_control(peer, wire.encode(beat))
-    dispatcher.on_data(peer, wire.encode(wire.Attach("w0", 1)))
-    front, written = Front(door), Written()
+    limits = RequestLimits(1 << 20, 1 << 20, 600.0)
+    generation = GenerationAPI(dispatcher, resolver, metrics, Keys(), limits, AccessLog("g0", "error"), AdapterUsage())
+    http_server = Server(never, fast_path=generation.fast_path, paths=frozenset({PATH}), most_bytes=1 << 20, keepalive_timeout=75.0)
+    peer = messages.identity("w0", 1)
+    beat = messages.Heartbeat("w0", 1, 1, "base", messages.WorkerState.SERVING, capacity=8, slots=2)
+    dispatcher.on_control(peer, messages.encode(beat))
+    dispatcher.on_data(peer, messages.encode(messages.Attach("w0", 1)))
+    front, written = Connection(http_server), Written()
     front.connection_made(written)
 
     async def ask(stream: bool) -> None:
         body = BODY % (b"true" if stream else b"false")
         front.data_received(REQUEST % (len(body), body))
         sid = dispatcher._last_sid
-        status, done = 200 << wire.STATUS_SHIFT, wire.Done(sid, 10, 64, 0.0, 0.0, wire.Tier.GPU)
+        status, done = 200 << messages.STATUS_SHIFT, messages.Done(sid, 10, 64, 0.0, 0.0, messages.Tier.GPU)
         if stream:
-            dispatcher.on_data(peer, wire.encode(wire.Step([(sid, status | wire.SSE, b"data: {}\n\n")], [])))
-            dispatcher.on_data(peer, wire.encode(wire.Step([(sid, wire.END, b"data: [DONE]\n\n")], [done])))
+            dispatcher.on_data(peer, messages.encode(messages.Step([(sid, status | messages.SSE, b"data: {}\n\n")], [])))
+            dispatcher.on_data(peer, messages.encode(messages.Step([(sid, messages.END, b"data: [DONE]\n\n")], [done])))
         else:
-            dispatcher.on_data(peer, wire.encode(wire.Step([(sid, status | wire.END, b"{}")], [done])))
+            dispatcher.on_data(peer, messages.encode(messages.Step([(sid, status | messages.END, b"{}")], [done])))
         await asyncio.sleep(0)  # what was put off to the loop's next turn
 
     for stream in (False, True):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.adapters.names import split_model
-from gateway.api import schema as openai
+from gateway.api import schema
 from gateway.api.models import model_card, model_list
 from gateway.http.bodies import error_body, error_event
 from shared import errors
@@ -20,7 +20,7 @@ BASES = ["tiny", "Qwen/Qwen2.5-0.5B-Instruct", "org/sub/model"]
 
 def refused(body: bytes) -> errors.InvalidRequest:
     with pytest.raises(errors.InvalidRequest) as caught:
-        openai.parse_head(body)
+        schema.parse_body_fields(body)
     return caught.value
 
 
@@ -31,13 +31,13 @@ def test_only_the_fields_of_the_head_are_read() -> None:
     body = (
         b'{"messages": [{"role": "user", "content": "hi"}], "model": "tiny:pirate", "stream": true, "max_tokens": 5, "unknown": {"a": [1]}}'
     )
-    head = openai.parse_head(body)
+    head = schema.parse_body_fields(body)
     assert (head.model, head.stream, head.max_tokens, head.priority) == ("tiny:pirate", True, 5, None)
 
 
 @pytest.mark.parametrize("body", [b'{"model": "m"}', b'{"model": "m", "stream": null, "max_tokens": null, "priority": null}'])
 def test_absent_and_null_fields_are_no_error(body: bytes) -> None:
-    head = openai.parse_head(body)
+    head = schema.parse_body_fields(body)
     assert not head.stream and head.max_tokens is None and head.priority is None
 
 
@@ -91,7 +91,7 @@ def test_a_field_of_the_wrong_type_is_named(body: bytes, param: str) -> None:
 @pytest.mark.parametrize("key", [b"model", b"mod\\u0065l"])
 def test_of_duplicate_keys_the_last_one_counts_as_for_the_worker(key: bytes) -> None:
     body = b'{"model": "a", "' + key + b'": "b"}'
-    assert openai.parse_head(body).model == json.loads(body)["model"] == "b"
+    assert schema.parse_body_fields(body).model == json.loads(body)["model"] == "b"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_model_that_is_no_unicode_text_is_refused(body: bytes) -> None:
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_are_a_head_or_an_invalid_request(body: bytes) -> None:
     try:
-        head = openai.parse_head(body)
+        head = schema.parse_body_fields(body)
     except errors.InvalidRequest as exc:
         error_body(exc)
     else:
@@ -133,9 +133,9 @@ fields = st.sampled_from(["model", "stream", "max_tokens", "max_completion_token
 def test_arbitrary_json_is_a_head_or_an_invalid_request_that_can_be_answered(pairs: list[tuple[str, object]]) -> None:
     body = ("{" + ",".join(f"{json.dumps(k)}:{json.dumps(v)}" for k, v in pairs) + "}").encode()
     try:
-        head = openai.parse_head(body)
+        head = schema.parse_body_fields(body)
     except errors.InvalidRequest as exc:
-        assert exc.param is None or exc.param in openai.RequestHead.__struct_fields__
+        assert exc.param is None or exc.param in schema.BodyFields.__struct_fields__
         error_body(exc)
     else:
         assert head.model == json.loads(body)["model"]
@@ -145,7 +145,7 @@ def test_arbitrary_json_is_a_head_or_an_invalid_request_that_can_be_answered(pai
 def test_a_body_with_a_broken_middle_is_a_head_or_an_invalid_request(junk: bytes, at: int) -> None:
     good = b'{"model": "tiny:pirate", "stream": true, "messages": [{"role": "user"}]}'
     try:
-        openai.parse_head(good[:at] + junk + good[at:])
+        schema.parse_body_fields(good[:at] + junk + good[at:])
     except errors.InvalidRequest as exc:
         error_body(exc)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.dispatch.admission import Admission, Bound, Place
+from gateway.dispatch.admission import Admission, Ticket, QueueBound
 from gateway.routing.policy import Blocked
 from shared.errors import Overloaded, RateLimited
 
@@ -15,7 +15,7 @@ def test_items_leave_first_in_first_out() -> None:
     for item in "abc":
         queue.offer("tiny", item, 0.0)
     taken: list[str] = []
-    queue.pump("tiny", taken.append)
+    queue.admit_waiting("tiny", taken.append)
     assert taken == ["a", "b", "c"] and len(queue) == 0 and queue.bases() == []
 
 
@@ -29,9 +29,9 @@ def test_the_pump_stops_at_the_first_item_that_is_declined_and_keeps_it_at_the_h
         asked.append(item)
         return None if item == "a" else Blocked.ROOM
 
-    queue.pump("tiny", only_a)
+    queue.admit_waiting("tiny", only_a)
     assert asked == ["a", "b"] and queue.depth("tiny") == 2
-    queue.pump("tiny", only_a)
+    queue.admit_waiting("tiny", only_a)
     assert asked == ["a", "b", "b"]
 
 
@@ -40,7 +40,7 @@ def test_base_models_queue_apart_but_share_the_bound() -> None:
     assert queue.offer("tiny", "a", 0.0) and queue.offer("big", "b", 0.0)
     assert queue.offer("tiny", "c", 0.0) is None
     taken: list[str] = []
-    queue.pump("big", taken.append)
+    queue.admit_waiting("big", taken.append)
     assert taken == ["b"] and queue.depth("tiny") == 1 and queue.depth("big") == 0
     assert queue.offer("tiny", "c", 0.0) is not None
 
@@ -52,14 +52,14 @@ def test_a_queue_of_no_places_takes_nothing() -> None:
 
 def test_leaving_frees_the_place_once_and_no_more() -> None:
     queue: Admission[str] = Admission(1, TIMEOUT_S)
-    place = queue.offer("tiny", "a", 0.0)
-    assert place is not None
-    queue.leave(place)
-    queue.leave(place)
+    ticket = queue.offer("tiny", "a", 0.0)
+    assert ticket is not None
+    queue.leave(ticket)
+    queue.leave(ticket)
     assert len(queue) == 0
     other = queue.offer("tiny", "b", 0.0)
     assert other is not None
-    queue.leave(place)
+    queue.leave(ticket)
     assert queue.depth("tiny") == 1
 
 
@@ -92,24 +92,24 @@ def test_an_item_that_leaves_while_the_queue_is_pumped_is_not_offered() -> None:
         if item == "a" and places[1] is not None:
             queue.leave(places[1])  # its client left while the link was busy with "a"
 
-    queue.pump("tiny", dispatch)
+    queue.admit_waiting("tiny", dispatch)
     assert offered == ["a", "c"]
 
 
 def test_a_pump_inside_a_pump_offers_no_item_twice() -> None:
     queue: Admission[str] = Admission(10, TIMEOUT_S)
-    places = [place for item in "abc" if (place := queue.offer("tiny", item, 0.0))]
+    places = [ticket for item in "abc" if (ticket := queue.offer("tiny", item, 0.0))]
     taken: list[str] = []
 
     def dispatch(item: str) -> None:
         if item == "a" and "a" not in taken:
             taken.append("a")
             queue.leave(places[0])
-            queue.pump("tiny", dispatch)  # giving "a" away freed a place, and whoever freed it pumps
+            queue.admit_waiting("tiny", dispatch)  # giving "a" away freed a place, and whoever freed it pumps
         elif item != "a":
             taken.append(item)
 
-    queue.pump("tiny", dispatch)
+    queue.admit_waiting("tiny", dispatch)
     assert sorted(taken) == ["a", "b", "c"]
     assert len(queue) == 0
 
@@ -121,26 +121,26 @@ class AdmissionMachine(RuleBasedStateMachine):
     def start(self, size: int) -> None:
         self.size = size
         self.queue: Admission[int] = Admission(size, TIMEOUT_S)
-        self.model: dict[str, list[Place[int]]] = {"tiny": [], "big": []}
-        self.gone: list[Place[int]] = []
+        self.model: dict[str, list[Ticket[int]]] = {"tiny": [], "big": []}
+        self.gone: list[Ticket[int]] = []
         self.now = 0.0
         self.count = 0
 
     @rule(base=st.sampled_from(["tiny", "big"]))
     def offer(self, base: str) -> None:
         self.count += 1
-        place = self.queue.offer(base, self.count, self.now)
-        assert (place is not None) == (sum(map(len, self.model.values())) < self.size)
-        if place is not None:
-            self.model[base].append(place)
+        ticket = self.queue.offer(base, self.count, self.now)
+        assert (ticket is not None) == (sum(map(len, self.model.values())) < self.size)
+        if ticket is not None:
+            self.model[base].append(ticket)
 
     @precondition(lambda self: any(self.model.values()))
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
-        place = data.draw(st.sampled_from([p for places in self.model.values() for p in places]))
-        self.queue.leave(place)
-        self.model[place.base].remove(place)
-        self.gone.append(place)
+        ticket = data.draw(st.sampled_from([p for places in self.model.values() for p in places]))
+        self.queue.leave(ticket)
+        self.model[ticket.base].remove(ticket)
+        self.gone.append(ticket)
 
     @precondition(lambda self: self.gone)
     @rule()
@@ -148,7 +148,7 @@ class AdmissionMachine(RuleBasedStateMachine):
         self.queue.leave(self.gone[-1])
 
     @rule(base=st.sampled_from(["tiny", "big"]), room=st.integers(0, 3))
-    def pump(self, base: str, room: int) -> None:
+    def admit_waiting(self, base: str, room: int) -> None:
         taken: list[int] = []
 
         def dispatch(item: int) -> Blocked | None:
@@ -157,7 +157,7 @@ class AdmissionMachine(RuleBasedStateMachine):
             taken.append(item)
             return None
 
-        self.queue.pump(base, dispatch)
+        self.queue.admit_waiting(base, dispatch)
         assert taken == [p.item for p in self.model[base][:room]]
         del self.model[base][:room]
 
@@ -184,7 +184,7 @@ TestAdmissionMachine = AdmissionMachine.TestCase
 
 
 def test_a_base_model_with_a_bound_of_its_own_is_full_before_the_gateway_is() -> None:
-    queue: Admission[str] = Admission(3, 10.0, {"a": Bound(1), "b": Bound(-1), "c": Bound(0)})
+    queue: Admission[str] = Admission(3, 10.0, {"a": QueueBound(1), "b": QueueBound(-1), "c": QueueBound(0)})
     assert queue.offer("a", "1", 0.0) and not queue.offer("a", "2", 0.0)
     assert queue.offer("b", "3", 0.0) and queue.offer("b", "4", 0.0)
     assert not queue.offer("b", "5", 0.0), "-1 leaves the gateway's own bound"
@@ -192,18 +192,18 @@ def test_a_base_model_with_a_bound_of_its_own_is_full_before_the_gateway_is() ->
 
 
 def test_a_place_that_is_left_is_free_for_the_next_of_its_base_model() -> None:
-    queue: Admission[str] = Admission(3, 10.0, {"a": Bound(1)})
-    place = queue.offer("a", "1", 0.0)
-    assert place is not None
-    queue.leave(place)
+    queue: Admission[str] = Admission(3, 10.0, {"a": QueueBound(1)})
+    ticket = queue.offer("a", "1", 0.0)
+    assert ticket is not None
+    queue.leave(ticket)
     assert queue.offer("a", "2", 0.0)
 
 
 def test_the_refusal_is_what_the_config_says() -> None:
     guessed, told, at_once = (
-        Bound().refusal(7.0),
-        Bound(rate_limited=True, retry_after_s=3.0).refusal(7.0),
-        Bound(retry_after_s=0.0).refusal(7.0),
+        QueueBound().refusal(7.0),
+        QueueBound(rate_limited=True, retry_after_s=3.0).refusal(7.0),
+        QueueBound(retry_after_s=0.0).refusal(7.0),
     )
     assert (type(guessed), guessed.retry_after_s) == (Overloaded, 7.0)
     assert (type(told), told.retry_after_s) == (RateLimited, 3.0)

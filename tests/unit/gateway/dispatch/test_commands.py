@@ -4,21 +4,21 @@ import asyncio
 
 import pytest
 
-from gateway.dispatch.commands import MAX_OPEN, Tending
+from gateway.dispatch.commands import MAX_OPEN, PendingCommands
 from shared.errors import InvalidAdapter, Overloaded, TooManyPins, WorkerUnavailable
-from shared.link import messages as wire
-from shared.link.sockets import Sent
+from shared.link import messages
+from shared.link.sockets import SendResult
 from tests.unit.gateway.dispatch.test_dispatcher import PIRATE, STORED, Room
 
 
-def tended(room: Room) -> list[tuple[str, wire.Tend]]:
-    return [(w, m) for w, m in room.wires.data if isinstance(m, wire.Tend)]
+def tended(room: Room) -> list[tuple[str, messages.AdapterCommand]]:
+    return [(w, m) for w, m in room.wires.data if isinstance(m, messages.AdapterCommand)]
 
 
-def ask(room: Room, action: wire.Action = wire.Action.LOAD) -> asyncio.Future[None]:
+def ask(room: Room, action: messages.AdapterAction = messages.AdapterAction.LOAD) -> asyncio.Future[None]:
     worker = room.fleet.get("w0")
     assert worker is not None
-    return room.dispatcher.tend(worker, action, PIRATE, STORED)
+    return room.dispatcher.send_command(worker, action, PIRATE, STORED)
 
 
 def refuse(room: Room, sid: int, code: str) -> None:
@@ -28,11 +28,11 @@ def refuse(room: Room, sid: int, code: str) -> None:
 async def test_a_tend_goes_to_its_worker_and_is_done_when_the_worker_says_so() -> None:
     room = Room()
     room.worker("w0")
-    future = ask(room, wire.Action.PIN)
-    [(worker, tend)] = tended(room)
-    assert (worker, tend.action, tend.adapter, tend.stored) == ("w0", wire.Action.PIN, PIRATE, STORED)
+    future = ask(room, messages.AdapterAction.PIN)
+    [(worker, send_command)] = tended(room)
+    assert (worker, send_command.action, send_command.adapter, send_command.stored) == ("w0", messages.AdapterAction.PIN, PIRATE, STORED)
     assert not future.done()
-    room.frames("w0", done=[wire.Done(tend.sid)])
+    room.frames("w0", done=[messages.Done(send_command.sid)])
     assert future.done() and future.exception() is None
 
 
@@ -51,22 +51,22 @@ async def test_a_refused_tend_fails_with_the_error_that_the_worker_named(code: s
 async def test_a_tend_names_the_hosts_that_have_the_files() -> None:
     room = Room()
     room.worker("w0", host="h0")
-    there = wire.AdapterState(PIRATE.name, PIRATE.digest, wire.Tier.GPU)
+    there = messages.AdapterState(PIRATE.name, PIRATE.digest, messages.Tier.GPU)
     room.worker("w1", host="h1", peer_endpoint="tcp://h1:7000", adapters=(there,))
-    ask(room, wire.Action.CACHE)
+    ask(room, messages.AdapterAction.CACHE)
     assert tended(room)[0][1].peers == ("tcp://h1:7000",)
 
 
 async def test_an_answer_to_one_tend_is_none_to_another_or_to_a_request() -> None:
     room = Room()
     room.worker("w0")
-    flight, sink = room.submit(PIRATE)
+    inflight, sink = room.submit(PIRATE)
     first, second = ask(room), ask(room)
     sids = [t.sid for _, t in tended(room)]
-    assert len({flight.sid, *sids}) == 3
-    room.frames("w0", done=[wire.Done(sids[1])])
+    assert len({inflight.sid, *sids}) == 3
+    room.frames("w0", done=[messages.Done(sids[1])])
     assert second.done() and not first.done() and not sink.over
-    refuse(room, flight.sid, "invalid_adapter_rank")
+    refuse(room, inflight.sid, "invalid_adapter_rank")
     assert sink.error is not None and not first.done()
 
 
@@ -81,9 +81,9 @@ async def test_a_tend_fails_when_its_worker_is_lost(how: str) -> None:
     elif how == "restart":
         room.beat("w0", epoch=2)
     elif how == "stopped":
-        room.beat("w0", state=wire.WorkerState.STOPPED)
+        room.beat("w0", state=messages.WorkerState.STOPPED)
     else:
-        room.wires.state[wire.identity("w0", 1)] = Sent.GONE
+        room.wires.state[messages.identity("w0", 1)] = SendResult.GONE
         assert ask(room).done()
     assert future.done() and isinstance(future.exception(), WorkerUnavailable)
 
@@ -93,15 +93,15 @@ async def test_a_worker_that_takes_nothing_fails_a_tend_at_once() -> None:
     room.beat("w0")  # not attached
     assert isinstance(ask(room).exception(), WorkerUnavailable)
     room.attach("w0")
-    room.wires.state[wire.identity("w0", 1)] = Sent.FULL
+    room.wires.state[messages.identity("w0", 1)] = SendResult.FULL
     assert isinstance(ask(room).exception(), WorkerUnavailable)
     room.wires.state.clear()
-    room.beat("w0", state=wire.WorkerState.DRAINING)
+    room.beat("w0", state=messages.WorkerState.DRAINING)
     assert isinstance(ask(room).exception(), WorkerUnavailable)
 
 
 async def test_open_tends_are_bounded_and_whoever_gives_up_makes_room() -> None:
-    tending = Tending()
+    tending = PendingCommands()
     futures = [tending.begin(sid, "w0", 1) for sid in range(MAX_OPEN)]
     with pytest.raises(Overloaded):
         await tending.begin(MAX_OPEN, "w0", 1)

@@ -11,45 +11,45 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from gateway.dispatch.admission import Admission
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.dispatch.lifecycle import MAX_ATTEMPTS, Phase
-from gateway.dispatch.request import Flight
+from gateway.dispatch.lifecycle import MAX_ATTEMPTS, RequestPhase
+from gateway.dispatch.request import InFlightRequest
 from gateway.fleet.fleet import Fleet
 from gateway.routing.registry import POLICIES, make_policy
 from gateway.telemetry.prometheus import Metrics
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import DeadlineExceeded, EngineFailure, InvalidAdapter, LoraplexError, Overloaded, WorkerUnavailable
-from shared.link import messages as wire
-from shared.link.sockets import Sent
+from shared.link import messages
+from shared.link.sockets import SendResult
 
 LEASE_S, QUEUE_S = 3.0, 10.0
 PIRATE = AdapterRef("tiny", "pirate", "d")
 STORED = StoredAdapter("pirate", "d", ())
-HEAD = 200 << wire.STATUS_SHIFT | wire.SSE
+HEAD = 200 << messages.STATUS_SHIFT | messages.SSE
 
 
 class Wires:
     """The link's two sends. What a worker gets is kept; `state` says what its data socket answers."""
 
     def __init__(self) -> None:
-        self.data: list[tuple[str, wire.GatewayData]] = []
-        self.control: list[tuple[bytes, wire.GatewayControl]] = []
-        self.state: dict[bytes, Sent] = {}
+        self.data: list[tuple[str, messages.GatewayData]] = []
+        self.control: list[tuple[bytes, messages.GatewayControl]] = []
+        self.state: dict[bytes, SendResult] = {}
 
-    def send_data(self, peer: bytes, data: bytes) -> Sent:
-        sent = self.state.get(peer, Sent.OK)
-        if sent is Sent.OK:
-            self.data.append((peer.decode().partition("#")[0], wire.decode_gateway_data(data)))
+    def send_data(self, peer: bytes, data: bytes) -> SendResult:
+        sent = self.state.get(peer, SendResult.OK)
+        if sent is SendResult.OK:
+            self.data.append((peer.decode().partition("#")[0], messages.decode_gateway_data(data)))
         return sent
 
-    def send_control(self, peer: bytes, data: bytes) -> Sent:
-        self.control.append((peer, wire.decode_gateway_control(data)))
-        return Sent.OK
+    def send_control(self, peer: bytes, data: bytes) -> SendResult:
+        self.control.append((peer, messages.decode_gateway_control(data)))
+        return SendResult.OK
 
-    def generated(self) -> list[tuple[str, wire.Generate]]:
-        return [(w, m) for w, m in self.data if isinstance(m, wire.Generate)]
+    def generated(self) -> list[tuple[str, messages.Generate]]:
+        return [(w, m) for w, m in self.data if isinstance(m, messages.Generate)]
 
     def cancelled(self) -> list[tuple[str, int]]:
-        return [(w, m.sid) for w, m in self.data if isinstance(m, wire.Cancel)]
+        return [(w, m.sid) for w, m in self.data if isinstance(m, messages.Cancel)]
 
 
 class Kept:
@@ -94,12 +94,12 @@ class Room:
     """A dispatcher with everything real around it but the link and the clock."""
 
     def __init__(
-        self, max_queued: int = 10, max_flights: int = 100, seed: int = 0, policy: str = "residency-p2c", progress_s: float = 0.0
+        self, max_queued: int = 10, max_requests: int = 100, seed: int = 0, policy: str = "residency-p2c", progress_s: float = 0.0
     ) -> None:
         self.now = 100.0
         self.wires = Wires()
         self.fleet = Fleet(LEASE_S)
-        self.queue: Admission[Flight] = Admission(max_queued, QUEUE_S)
+        self.queue: Admission[InFlightRequest] = Admission(max_queued, QUEUE_S)
         self.metrics = Metrics()
         self.dispatcher = Dispatcher(
             self.fleet,
@@ -107,45 +107,45 @@ class Room:
             self.queue,
             self.wires,
             self.metrics,
-            lambda: wire.Welcome("g0", "ipc:///data", LEASE_S, 0.5),
+            lambda: messages.Welcome("g0", "ipc:///data", LEASE_S, 0.5),
             random.Random(seed),
-            max_flights,
+            max_requests,
             lambda: self.now,
             progress_s=progress_s,
         )
         self._seq = itertools.count(1)
 
     def beat(
-        self, worker: str, epoch: int = 1, capacity: int = 1, state: wire.WorkerState = wire.WorkerState.SERVING, **more: object
+        self, worker: str, epoch: int = 1, capacity: int = 1, state: messages.WorkerState = messages.WorkerState.SERVING, **more: object
     ) -> None:
-        beat = wire.Heartbeat(worker, epoch, next(self._seq), "tiny", state, capacity=capacity)
+        beat = messages.Heartbeat(worker, epoch, next(self._seq), "tiny", state, capacity=capacity)
         beat = msgspec.structs.replace(beat, **more)
-        self.dispatcher.on_control(wire.identity(worker, epoch), wire.encode(beat))
+        self.dispatcher.on_control(messages.identity(worker, epoch), messages.encode(beat))
 
     def attach(self, worker: str, epoch: int = 1) -> None:
-        self.dispatcher.on_data(wire.identity(worker, epoch), wire.encode(wire.Attach(worker, epoch)))
+        self.dispatcher.on_data(messages.identity(worker, epoch), messages.encode(messages.Attach(worker, epoch)))
 
     def worker(self, worker: str, epoch: int = 1, capacity: int = 1, **more: object) -> None:
         self.beat(worker, epoch, capacity, **more)  # type: ignore[arg-type]
         self.attach(worker, epoch)
 
-    def frames(self, worker: str, *frames: wire.Frame, done: list[wire.Done] | None = None, epoch: int = 1) -> None:
-        self.dispatcher.on_data(wire.identity(worker, epoch), wire.encode(wire.Step(list(frames), done or [])))
+    def frames(self, worker: str, *frames: messages.Frame, done: list[messages.Done] | None = None, epoch: int = 1) -> None:
+        self.dispatcher.on_data(messages.identity(worker, epoch), messages.encode(messages.Step(list(frames), done or [])))
 
     def refuse(
         self, worker: str, sid: int, code: str = "worker_unavailable", retryable: bool = True, epoch: int = 1, leaving: bool = False
     ) -> None:
-        step = wire.Step([], [], [wire.Refused(sid, code, "why", retryable, leaving)])
-        self.dispatcher.on_data(wire.identity(worker, epoch), wire.encode(step))
+        step = messages.Step([], [], [messages.Refused(sid, code, "why", retryable, leaving)])
+        self.dispatcher.on_data(messages.identity(worker, epoch), messages.encode(step))
 
-    def flight(self, adapter: AdapterRef | None = None, *, streams: bool = False) -> tuple[Flight, Kept]:
+    def inflight(self, adapter: AdapterRef | None = None, *, streams: bool = False) -> tuple[InFlightRequest, Kept]:
         sink = Kept()
-        return Flight("tiny", adapter, STORED if adapter else None, "/v1/completions", "r", b"{}", sink, streams=streams), sink
+        return InFlightRequest("tiny", adapter, STORED if adapter else None, "/v1/completions", "r", b"{}", sink, streams=streams), sink
 
-    def submit(self, adapter: AdapterRef | None = None, *, streams: bool = False) -> tuple[Flight, Kept]:
-        flight, sink = self.flight(adapter, streams=streams)
-        self.dispatcher.submit(flight)
-        return flight, sink
+    def submit(self, adapter: AdapterRef | None = None, *, streams: bool = False) -> tuple[InFlightRequest, Kept]:
+        inflight, sink = self.inflight(adapter, streams=streams)
+        self.dispatcher.submit(inflight)
+        return inflight, sink
 
     def reserved(self) -> dict[str, int]:
         return {w.id: len(w.reserved) for w in self.fleet}
@@ -172,32 +172,32 @@ def room(make_room: MakeRoom) -> Room:
 
 def test_a_request_goes_to_a_worker_and_its_answer_to_the_client(room: Room) -> None:
     room.worker("w0")
-    flight, sink = room.submit()
-    assert room.wires.generated() == [("w0", wire.Generate(flight.sid, "/v1/completions", "r", b"{}"))]
-    assert room.reserved() == {"w0": 1} and flight.life.phase is Phase.SENT
-    room.frames("w0", (flight.sid, HEAD, b"a"), (flight.sid, 0, b"b"))
-    assert flight.life.phase is Phase.STREAMING and room.reserved() == {"w0": 1}
-    room.frames("w0", (flight.sid, wire.END, b"c"), done=[wire.Done(flight.sid, 3, 4)])
+    inflight, sink = room.submit()
+    assert room.wires.generated() == [("w0", messages.Generate(inflight.sid, "/v1/completions", "r", b"{}"))]
+    assert room.reserved() == {"w0": 1} and inflight.life.phase is RequestPhase.SENT
+    room.frames("w0", (inflight.sid, HEAD, b"a"), (inflight.sid, 0, b"b"))
+    assert inflight.life.phase is RequestPhase.STREAMING and room.reserved() == {"w0": 1}
+    room.frames("w0", (inflight.sid, messages.END, b"c"), done=[messages.Done(inflight.sid, 3, 4)])
     assert (sink.status, b"".join(sink.parts), sink.ended) == (200, b"abc", True)
-    assert flight.life.phase is Phase.FINISHED and room.reserved() == {"w0": 0} and room.dispatcher.open_flights == 0
-    assert flight.done is not None and flight.done.output_tokens == 4
+    assert inflight.life.phase is RequestPhase.FINISHED and room.reserved() == {"w0": 0} and room.dispatcher.open_requests == 0
+    assert inflight.done is not None and inflight.done.output_tokens == 4
     assert room.counted("loraplex_requests_total", base="tiny", outcome="finished") == 1
 
 
 def test_an_answer_in_one_frame_is_head_and_end(room: Room) -> None:
     room.worker("w0")
-    flight, sink = room.submit()
-    room.frames("w0", (flight.sid, 400 << wire.STATUS_SHIFT | wire.END, b"{}"))
-    assert (sink.status, sink.ended) == (400, True) and flight.life.phase is Phase.FINISHED and room.reserved() == {"w0": 0}
+    inflight, sink = room.submit()
+    room.frames("w0", (inflight.sid, 400 << messages.STATUS_SHIFT | messages.END, b"{}"))
+    assert (sink.status, sink.ended) == (400, True) and inflight.life.phase is RequestPhase.FINISHED and room.reserved() == {"w0": 0}
 
 
 def test_the_files_of_an_adapter_travel_unless_it_is_on_the_gpu(room: Room) -> None:
     room.worker("w0", capacity=9)
     room.submit(PIRATE)
-    loading = (wire.AdapterState("pirate", "d", wire.Tier.DISK, True),)
+    loading = (messages.AdapterState("pirate", "d", messages.Tier.DISK, True),)
     room.beat("w0", capacity=9, adapters=loading)
     room.submit(PIRATE)
-    room.beat("w0", capacity=9, adapters=(wire.AdapterState("pirate", "d", wire.Tier.GPU),))
+    room.beat("w0", capacity=9, adapters=(messages.AdapterState("pirate", "d", messages.Tier.GPU),))
     room.submit(PIRATE)
     room.submit()
     sent = [(m.adapter, m.stored) for _, m in room.wires.generated()]
@@ -207,14 +207,14 @@ def test_the_files_of_an_adapter_travel_unless_it_is_on_the_gpu(room: Room) -> N
 def test_a_first_beat_is_welcomed_once(room: Room) -> None:
     room.beat("w0")
     room.beat("w0")
-    assert [(p, type(m)) for p, m in room.wires.control] == [(b"w0#1", wire.Welcome)]
+    assert [(p, type(m)) for p, m in room.wires.control] == [(b"w0#1", messages.Welcome)]
     room.beat("w0", epoch=2)
     assert [p for p, _ in room.wires.control] == [b"w0#1", b"w0#2"]
 
 
 def test_frames_for_a_stream_that_nobody_waits_for_are_answered_with_cancel_unless_it_ends(room: Room) -> None:
     room.worker("w0")
-    room.frames("w0", (77, HEAD, b"x"), (78, wire.END, b"x"), (79, 0, b""))
+    room.frames("w0", (77, HEAD, b"x"), (78, messages.END, b"x"), (79, 0, b""))
     assert room.wires.cancelled() == [("w0", 77), ("w0", 79)]
     room.refuse("w0", 80)
     assert len(room.wires.cancelled()) == 2
@@ -222,24 +222,24 @@ def test_frames_for_a_stream_that_nobody_waits_for_are_answered_with_cancel_unle
 
 def test_messages_that_do_not_decode_are_counted_and_dropped(room: Room) -> None:
     room.worker("w0")
-    flight, sink = room.submit()
-    for junk in (b"", b"\xc1", b"junk", wire.encode(wire.Alive("g"))):
+    inflight, sink = room.submit()
+    for junk in (b"", b"\xc1", b"junk", messages.encode(messages.Alive("g"))):
         room.dispatcher.on_control(b"x", junk)
         room.dispatcher.on_data(b"x", junk)
     assert room.counted("loraplex_undecodable_messages_total", socket="control") == 4
     assert room.counted("loraplex_undecodable_messages_total", socket="data") == 4
-    room.frames("w0", (flight.sid, HEAD | wire.END, b"x"))
+    room.frames("w0", (inflight.sid, HEAD | messages.END, b"x"))
     assert sink.ended
 
 
 def test_a_message_with_broken_text_is_counted_and_dropped_too(room: Room) -> None:
-    attach = wire.encode(wire.Attach("aaaa", 1)).replace(b"aaaa", b"\xff\xff\xff\xff")
+    attach = messages.encode(messages.Attach("aaaa", 1)).replace(b"aaaa", b"\xff\xff\xff\xff")
     room.dispatcher.on_data(b"x", attach)
     assert room.counted("loraplex_undecodable_messages_total", socket="data") == 1
 
 
 def test_a_beat_of_another_protocol_is_counted_and_joins_nobody(room: Room) -> None:
-    room.beat("w0", protocol=wire.PROTOCOL_VERSION + 1)
+    room.beat("w0", protocol=messages.PROTOCOL_VERSION + 1)
     assert len(room.fleet) == 0 and room.counted("loraplex_undecodable_messages_total", socket="protocol") == 1
 
 
@@ -250,25 +250,25 @@ def test_requests_without_room_wait_in_order_and_each_end_lets_the_next_one_go(r
     room.worker("w0")
     flights = [room.submit()[0] for _ in range(3)]
     assert room.dispatcher.queued("tiny") == 2 and len(room.wires.generated()) == 1
-    for i, flight in enumerate(flights):
-        assert len(room.wires.generated()) == i + 1 and flight.life.phase is Phase.SENT
-        room.frames("w0", (flight.sid, HEAD | wire.END, b"x"))
-    assert room.dispatcher.open_flights == 0 and room.dispatcher.queued("tiny") == 0
+    for i, inflight in enumerate(flights):
+        assert len(room.wires.generated()) == i + 1 and inflight.life.phase is RequestPhase.SENT
+        room.frames("w0", (inflight.sid, HEAD | messages.END, b"x"))
+    assert room.dispatcher.open_requests == 0 and room.dispatcher.queued("tiny") == 0
 
 
 @pytest.mark.parametrize("news", ["beat", "attach"])
 def test_a_worker_that_comes_gets_what_waits(room: Room, news: str) -> None:
     if news == "beat":
-        room.worker("w0", state=wire.WorkerState.JOINING, capacity=0)
+        room.worker("w0", state=messages.WorkerState.JOINING, capacity=0)
     else:
         room.beat("w0")
-    flight, _ = room.submit()
-    assert flight.life.phase is Phase.QUEUED
+    inflight, _ = room.submit()
+    assert inflight.life.phase is RequestPhase.QUEUED
     if news == "beat":
         room.beat("w0")
     else:
         room.attach("w0")
-    assert flight.life.phase is Phase.SENT and flight.place is None
+    assert inflight.life.phase is RequestPhase.SENT and inflight.ticket is None
 
 
 def test_a_full_queue_is_overloaded_and_says_when_to_come_back(make_room: MakeRoom) -> None:
@@ -276,11 +276,11 @@ def test_a_full_queue_is_overloaded_and_says_when_to_come_back(make_room: MakeRo
     room.worker("w0")
     room.submit()
     room.submit()
-    flight, sink = room.flight()
+    inflight, sink = room.inflight()
     with pytest.raises(Overloaded) as caught:
-        room.dispatcher.submit(flight)
+        room.dispatcher.submit(inflight)
     assert caught.value.retry_after_s is not None and 1.0 <= caught.value.retry_after_s <= 60.0
-    assert room.dispatcher.open_flights == 2 and not sink.over
+    assert room.dispatcher.open_requests == 2 and not sink.over
 
 
 def test_without_any_worker_a_full_queue_still_says_when_to_come_back(make_room: MakeRoom) -> None:
@@ -291,7 +291,7 @@ def test_without_any_worker_a_full_queue_still_says_when_to_come_back(make_room:
 
 
 def test_more_open_requests_than_allowed_are_overloaded_at_once(make_room: MakeRoom) -> None:
-    room = make_room(max_flights=2)
+    room = make_room(max_requests=2)
     room.worker("w0", capacity=9)
     room.submit()
     room.submit()
@@ -301,14 +301,14 @@ def test_more_open_requests_than_allowed_are_overloaded_at_once(make_room: MakeR
 
 
 def test_a_request_that_waits_too_long_is_overloaded_and_was_never_sent(room: Room) -> None:
-    flight, sink = room.submit()
+    inflight, sink = room.submit()
     room.now += QUEUE_S - 0.001
     room.dispatcher.tick()
     assert not sink.over
     room.now += 0.001
     room.dispatcher.tick()
     assert isinstance(sink.error, Overloaded) and sink.error.retry_after_s
-    assert flight.life.phase is Phase.FAILED and room.dispatcher.open_flights == 0 and not room.wires.data
+    assert inflight.life.phase is RequestPhase.FAILED and room.dispatcher.open_requests == 0 and not room.wires.data
 
 
 # ---- refusals and losses ------------------------------------------------------------------------------------------------------------------
@@ -316,36 +316,36 @@ def test_a_request_that_waits_too_long_is_overloaded_and_was_never_sent(room: Ro
 
 def test_a_retryable_refusal_is_tried_again_under_a_new_stream(room: Room) -> None:
     room.worker("w0")
-    flight, sink = room.submit()
-    first = flight.sid
+    inflight, sink = room.submit()
+    first = inflight.sid
     room.refuse("w0", first)
-    assert flight.sid != first and flight.life.phase is Phase.SENT and not sink.over
+    assert inflight.sid != first and inflight.life.phase is RequestPhase.SENT and not sink.over
     assert room.counted("loraplex_retries_total") == 1 and room.reserved() == {"w0": 1}
     room.frames("w0", (first, HEAD, b"late"))
     assert sink.status is None and ("w0", first) in room.wires.cancelled()
-    room.frames("w0", (flight.sid, HEAD | wire.END, b"x"))
+    room.frames("w0", (inflight.sid, HEAD | messages.END, b"x"))
     assert sink.parts == [b"x"]
 
 
 def test_a_request_is_tried_a_bounded_number_of_times_and_then_fails_with_the_last_reason(room: Room) -> None:
     room.worker("w0")
-    flight, sink = room.submit()
+    inflight, sink = room.submit()
     for _ in range(MAX_ATTEMPTS):
         assert not sink.over
-        room.refuse("w0", flight.sid)
+        room.refuse("w0", inflight.sid)
     assert isinstance(sink.error, WorkerUnavailable) and len(room.wires.generated()) == MAX_ATTEMPTS
-    assert room.reserved() == {"w0": 0} and room.dispatcher.open_flights == 0
+    assert room.reserved() == {"w0": 0} and room.dispatcher.open_requests == 0
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_refused_request_goes_to_another_worker_if_there_is_one_with_room(make_room: MakeRoom, seed: int) -> None:
     """The one that refused has the least load now and, for an adapter, is its only holder: whoever asks it again is refused again."""
     room = make_room(seed=seed)
-    room.worker("w0", capacity=8, adapters=(wire.AdapterState("pirate", "d", wire.Tier.GPU),))
+    room.worker("w0", capacity=8, adapters=(messages.AdapterState("pirate", "d", messages.Tier.GPU),))
     room.worker("w1", capacity=8)
-    flight, _ = room.submit(PIRATE)
+    inflight, _ = room.submit(PIRATE)
     assert room.wires.generated()[-1][0] == "w0"
-    room.refuse("w0", flight.sid, "engine_error")
+    room.refuse("w0", inflight.sid, "engine_error")
     assert room.wires.generated()[-1][0] == "w1"
 
 
@@ -353,21 +353,21 @@ def test_a_request_that_a_leaving_worker_gives_back_waits_for_another_worker_wha
     """Word of the end comes on two sockets; before the heartbeats have said it, the same worker would be asked until no attempt is left."""
     room.worker("w0", capacity=8)
     flights = [room.submit() for _ in range(3)]
-    for flight, _ in flights:
-        room.refuse("w0", flight.sid, "engine_error", leaving=True)
+    for inflight, _ in flights:
+        room.refuse("w0", inflight.sid, "engine_error", leaving=True)
         room.beat("w0", capacity=8)  # it left the worker before the end did
-    assert [flight.life.phase for flight, _ in flights] == [Phase.QUEUED] * 3 and len(room.wires.generated()) == 3
+    assert [inflight.life.phase for inflight, _ in flights] == [RequestPhase.QUEUED] * 3 and len(room.wires.generated()) == 3
     later, _ = room.submit()
-    assert later.life.phase is Phase.QUEUED
+    assert later.life.phase is RequestPhase.QUEUED
     room.worker("w0", epoch=2, capacity=8)
-    assert [flight.life.phase for flight, _ in [*flights, (later, None)]] == [Phase.SENT] * 4
+    assert [inflight.life.phase for inflight, _ in [*flights, (later, None)]] == [RequestPhase.SENT] * 4
 
 
 def test_a_refusal_that_is_final_is_told_to_the_client(room: Room) -> None:
     room.worker("w0")
-    flight, sink = room.submit(PIRATE)
-    room.refuse("w0", flight.sid, "invalid_adapter", retryable=False)
-    assert isinstance(sink.error, InvalidAdapter) and flight.life.phase is Phase.FAILED
+    inflight, sink = room.submit(PIRATE)
+    room.refuse("w0", inflight.sid, "invalid_adapter", retryable=False)
+    assert isinstance(sink.error, InvalidAdapter) and inflight.life.phase is RequestPhase.FAILED
     assert len(room.wires.generated()) == 1 and room.reserved() == {"w0": 0}
 
 
@@ -375,22 +375,22 @@ def test_a_version_that_the_store_does_not_show_is_looked_for_on_another_worker(
     room = make_room(policy="round-robin")
     for worker in ("w0", "w1"):
         room.worker(worker)
-    for elsewhere, phase in ((False, Phase.FAILED), (True, Phase.SENT)):
-        flight, _ = room.flight(PIRATE)
-        flight.elsewhere = elsewhere
-        room.dispatcher.submit(flight)
-        first = flight.choice.worker.id  # type: ignore[union-attr]
-        room.refuse(first, flight.sid, "adapter_not_found", retryable=False)
-        assert flight.life.phase is phase
-        assert (flight.choice.worker.id != first) is elsewhere  # type: ignore[union-attr]
+    for elsewhere, phase in ((False, RequestPhase.FAILED), (True, RequestPhase.SENT)):
+        inflight, _ = room.inflight(PIRATE)
+        inflight.elsewhere = elsewhere
+        room.dispatcher.submit(inflight)
+        first = inflight.choice.worker.id  # type: ignore[union-attr]
+        room.refuse(first, inflight.sid, "adapter_not_found", retryable=False)
+        assert inflight.life.phase is phase
+        assert (inflight.choice.worker.id != first) is elsewhere  # type: ignore[union-attr]
 
 
 def test_a_refusal_after_the_first_frame_fails_the_stream_and_is_not_retried(room: Room) -> None:
     room.worker("w0")
-    flight, sink = room.submit()
-    room.frames("w0", (flight.sid, HEAD, b"x"))
-    room.refuse("w0", flight.sid)
-    assert sink.error is not None and len(room.wires.generated()) == 1 and room.dispatcher.open_flights == 0
+    inflight, sink = room.submit()
+    room.frames("w0", (inflight.sid, HEAD, b"x"))
+    room.refuse("w0", inflight.sid)
+    assert sink.error is not None and len(room.wires.generated()) == 1 and room.dispatcher.open_requests == 0
 
 
 def lose_by_lease(room: Room) -> None:
@@ -404,7 +404,7 @@ def lose_by_restart(room: Room) -> None:
 
 
 def lose_by_word(room: Room) -> None:
-    room.beat("w0", state=wire.WorkerState.STOPPED)
+    room.beat("w0", state=messages.WorkerState.STOPPED)
 
 
 losses = pytest.mark.parametrize("lose", [lose_by_lease, lose_by_restart, lose_by_word])
@@ -413,40 +413,40 @@ losses = pytest.mark.parametrize("lose", [lose_by_lease, lose_by_restart, lose_b
 @losses
 def test_a_worker_lost_before_the_first_frame_costs_time_only(room: Room, lose: Callable[[Room], None]) -> None:
     room.worker("w0")
-    flight, sink = room.submit()
+    inflight, sink = room.submit()
     room.worker("w1")
     lose(room)
-    assert [w for w, _ in room.wires.generated()] == ["w0", "w1"] and flight.life.phase is Phase.SENT
-    room.frames("w1", (flight.sid, HEAD | wire.END, b"x"))
+    assert [w for w, _ in room.wires.generated()] == ["w0", "w1"] and inflight.life.phase is RequestPhase.SENT
+    room.frames("w1", (inflight.sid, HEAD | messages.END, b"x"))
     assert sink.ended and sink.error is None
 
 
 @losses
 def test_a_worker_lost_after_the_first_frame_ends_the_stream_with_an_error(room: Room, lose: Callable[[Room], None]) -> None:
     room.worker("w0")
-    flight, sink = room.submit()
+    inflight, sink = room.submit()
     room.worker("w1")
-    room.frames("w0", (flight.sid, HEAD, b"x"))
+    room.frames("w0", (inflight.sid, HEAD, b"x"))
     lose(room)
-    assert isinstance(sink.error, EngineFailure) and sink.parts == [b"x"] and flight.life.phase is Phase.FAILED
-    assert len(room.wires.generated()) == 1 and room.dispatcher.open_flights == 0
+    assert isinstance(sink.error, EngineFailure) and sink.parts == [b"x"] and inflight.life.phase is RequestPhase.FAILED
+    assert len(room.wires.generated()) == 1 and room.dispatcher.open_requests == 0
 
 
 def test_a_request_of_a_lost_worker_waits_if_nobody_else_has_room_and_goes_with_the_next_one(room: Room) -> None:
     room.worker("w0")
-    flight, sink = room.submit()
+    inflight, sink = room.submit()
     lose_by_word(room)
-    assert flight.life.phase is Phase.QUEUED and room.dispatcher.queued("tiny") == 1
+    assert inflight.life.phase is RequestPhase.QUEUED and room.dispatcher.queued("tiny") == 1
     room.worker("w1")
-    assert flight.life.phase is Phase.SENT and not sink.over
+    assert inflight.life.phase is RequestPhase.SENT and not sink.over
 
 
 def test_a_request_of_a_lost_worker_fails_if_the_queue_is_full(make_room: MakeRoom) -> None:
     room = make_room(max_queued=0)
     room.worker("w0")
-    flight, sink = room.submit()
+    inflight, sink = room.submit()
     lose_by_word(room)
-    assert isinstance(sink.error, WorkerUnavailable) and flight.life.phase is Phase.FAILED and room.dispatcher.open_flights == 0
+    assert isinstance(sink.error, WorkerUnavailable) and inflight.life.phase is RequestPhase.FAILED and room.dispatcher.open_requests == 0
 
 
 # ---- what the link answers ------------------------------------------------------------------------------------------------------------------
@@ -454,20 +454,20 @@ def test_a_request_of_a_lost_worker_fails_if_the_queue_is_full(make_room: MakeRo
 
 def test_a_worker_that_the_link_says_is_gone_is_removed_and_the_next_one_tried(room: Room) -> None:
     room.worker("w0")
-    room.wires.state[b"w0#1"] = Sent.GONE
-    flight, _ = room.submit()
-    assert flight.life.phase is Phase.QUEUED and len(room.fleet) == 0
+    room.wires.state[b"w0#1"] = SendResult.GONE
+    inflight, _ = room.submit()
+    assert inflight.life.phase is RequestPhase.QUEUED and len(room.fleet) == 0
     room.worker("w1")
-    assert room.wires.generated() == [("w1", wire.Generate(flight.sid, "/v1/completions", "r", b"{}"))]
+    assert room.wires.generated() == [("w1", messages.Generate(inflight.sid, "/v1/completions", "r", b"{}"))]
 
 
 def test_what_a_gone_worker_had_is_given_to_others(room: Room) -> None:
     room.worker("w0", capacity=3)
     held, _ = room.submit()
     room.worker("w1", capacity=3, running=2)
-    room.wires.state[b"w0#1"] = Sent.GONE
-    flight, _ = room.submit()
-    assert held.life.phase is flight.life.phase or Phase.QUEUED in (held.life.phase, flight.life.phase)
+    room.wires.state[b"w0#1"] = SendResult.GONE
+    inflight, _ = room.submit()
+    assert held.life.phase is inflight.life.phase or RequestPhase.QUEUED in (held.life.phase, inflight.life.phase)
     assert room.reserved() == {"w1": 1} and room.dispatcher.queued("tiny") == 1
 
 
@@ -476,26 +476,26 @@ def test_a_gone_worker_found_while_the_queue_moves_sends_no_request_twice(room: 
     room.worker("gone", capacity=1)
     streaming, sink = room.submit()
     room.frames("gone", (streaming.sid, HEAD, b"x"))
-    room.wires.state[b"good#1"] = Sent.FULL
+    room.wires.state[b"good#1"] = SendResult.FULL
     room.worker("good", capacity=8, running=5)
     waiting = [room.submit()[0] for _ in range(2)]
-    assert [f.life.phase for f in waiting] == [Phase.QUEUED] * 2
-    room.wires.state[b"good#1"] = Sent.OK
-    room.wires.state[b"gone#1"] = Sent.GONE
+    assert [f.life.phase for f in waiting] == [RequestPhase.QUEUED] * 2
+    room.wires.state[b"good#1"] = SendResult.OK
+    room.wires.state[b"gone#1"] = SendResult.GONE
     room.beat("gone", capacity=4)  # it has room and the lower load, so the head of the queue is offered to it first
     assert isinstance(sink.error, EngineFailure)
-    assert [f.life.phase for f in waiting] == [Phase.SENT] * 2 and room.reserved() == {"good": 2}
+    assert [f.life.phase for f in waiting] == [RequestPhase.SENT] * 2 and room.reserved() == {"good": 2}
     assert [w for w, _ in room.wires.generated()] == ["gone", "good", "good"]
 
 
 def test_a_worker_whose_link_is_full_keeps_its_lease_and_gets_the_request_later(room: Room) -> None:
     room.worker("w0")
-    room.wires.state[b"w0#1"] = Sent.FULL
-    flight, _ = room.submit()
-    assert flight.life.phase is Phase.QUEUED and room.reserved() == {"w0": 0} and len(room.fleet) == 1
-    room.wires.state[b"w0#1"] = Sent.OK
+    room.wires.state[b"w0#1"] = SendResult.FULL
+    inflight, _ = room.submit()
+    assert inflight.life.phase is RequestPhase.QUEUED and room.reserved() == {"w0": 0} and len(room.fleet) == 1
+    room.wires.state[b"w0#1"] = SendResult.OK
     room.beat("w0")
-    assert flight.life.phase is Phase.SENT
+    assert inflight.life.phase is RequestPhase.SENT
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -503,62 +503,62 @@ def test_a_full_link_to_one_worker_does_not_keep_requests_from_another_with_room
     room = make_room(seed=seed)
     room.worker("stuck", capacity=8)
     room.worker("free", capacity=8, running=4)
-    room.wires.state[b"stuck#1"] = Sent.FULL
-    flight, _ = room.submit()
-    assert flight.life.phase is Phase.SENT and room.reserved() == {"stuck": 0, "free": 1}
+    room.wires.state[b"stuck#1"] = SendResult.FULL
+    inflight, _ = room.submit()
+    assert inflight.life.phase is RequestPhase.SENT and room.reserved() == {"stuck": 0, "free": 1}
 
 
 # ---- clients that leave -------------------------------------------------------------------------------------------------------------------
 
 
 def test_to_cancel_a_waiting_request_frees_its_place_and_tells_no_worker(room: Room) -> None:
-    flight, sink = room.submit()
-    room.dispatcher.cancel(flight)
-    assert flight.life.phase is Phase.ABORTED and room.dispatcher.queued("tiny") == 0 and not room.wires.data and not sink.over
+    inflight, sink = room.submit()
+    room.dispatcher.cancel(inflight)
+    assert inflight.life.phase is RequestPhase.ABORTED and room.dispatcher.queued("tiny") == 0 and not room.wires.data and not sink.over
     room.worker("w0")
-    assert not room.wires.generated() and room.dispatcher.open_flights == 0
+    assert not room.wires.generated() and room.dispatcher.open_requests == 0
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_to_cancel_a_running_request_tells_its_worker_and_frees_the_room(room: Room, streaming: bool) -> None:
     room.worker("w0")
-    flight, sink = room.submit()
+    inflight, sink = room.submit()
     waiting, _ = room.submit()
-    sid = flight.sid
+    sid = inflight.sid
     if streaming:
         room.frames("w0", (sid, HEAD, b"x"))
-    room.dispatcher.cancel(flight)
-    assert room.wires.cancelled() == [("w0", sid)] and flight.life.phase is Phase.ABORTED and not sink.over
-    assert waiting.life.phase is Phase.SENT and room.reserved() == {"w0": 1}
+    room.dispatcher.cancel(inflight)
+    assert room.wires.cancelled() == [("w0", sid)] and inflight.life.phase is RequestPhase.ABORTED and not sink.over
+    assert waiting.life.phase is RequestPhase.SENT and room.reserved() == {"w0": 1}
 
 
 def test_to_cancel_twice_or_after_the_end_is_nothing(room: Room) -> None:
     room.worker("w0")
-    flight, _ = room.submit()
-    room.frames("w0", (flight.sid, HEAD | wire.END, b"x"))
-    room.dispatcher.cancel(flight)
-    assert flight.life.phase is Phase.FINISHED and not room.wires.cancelled()
+    inflight, _ = room.submit()
+    room.frames("w0", (inflight.sid, HEAD | messages.END, b"x"))
+    room.dispatcher.cancel(inflight)
+    assert inflight.life.phase is RequestPhase.FINISHED and not room.wires.cancelled()
     other, _ = room.submit()
     room.dispatcher.cancel(other)
     room.dispatcher.cancel(other)
-    assert len(room.wires.cancelled()) == 1 and room.dispatcher.open_flights == 0
+    assert len(room.wires.cancelled()) == 1 and room.dispatcher.open_requests == 0
 
 
 def test_to_cancel_a_request_that_waits_for_its_second_try_tells_no_worker(room: Room) -> None:
     room.worker("w0")
-    flight, _ = room.submit()
+    inflight, _ = room.submit()
     lose_by_word(room)
-    room.dispatcher.cancel(flight)
-    assert flight.life.phase is Phase.ABORTED and not room.wires.cancelled() and room.dispatcher.queued("tiny") == 0
+    room.dispatcher.cancel(inflight)
+    assert inflight.life.phase is RequestPhase.ABORTED and not room.wires.cancelled() and room.dispatcher.queued("tiny") == 0
 
 
 def test_a_client_that_does_not_read_is_cut_off_and_its_worker_told(room: Room) -> None:
     room.worker("w0")
-    flight, sink = room.submit()
-    room.frames("w0", (flight.sid, HEAD, b"x"))
+    inflight, sink = room.submit()
+    room.frames("w0", (inflight.sid, HEAD, b"x"))
     sink.takes = False
-    room.frames("w0", (flight.sid, 0, b"y"), (flight.sid, 0, b"z"))
-    assert flight.life.phase is Phase.ABORTED and room.wires.cancelled()[0] == ("w0", flight.sid)
+    room.frames("w0", (inflight.sid, 0, b"y"), (inflight.sid, 0, b"z"))
+    assert inflight.life.phase is RequestPhase.ABORTED and room.wires.cancelled()[0] == ("w0", inflight.sid)
     assert room.counted("loraplex_slow_readers_total") == 1 and room.reserved() == {"w0": 0}
 
 
@@ -573,9 +573,9 @@ def test_a_drain_takes_nothing_new_and_is_idle_once_the_last_request_ended(room:
     assert room.dispatcher.draining and not room.dispatcher.idle.is_set()
     with pytest.raises(WorkerUnavailable):
         room.submit()
-    room.frames("w0", (running.sid, HEAD | wire.END, b"x"))
-    assert waiting.life.phase is Phase.SENT and not room.dispatcher.idle.is_set()
-    room.frames("w0", (waiting.sid, HEAD | wire.END, b"x"))
+    room.frames("w0", (running.sid, HEAD | messages.END, b"x"))
+    assert waiting.life.phase is RequestPhase.SENT and not room.dispatcher.idle.is_set()
+    room.frames("w0", (waiting.sid, HEAD | messages.END, b"x"))
     assert room.dispatcher.idle.is_set()
 
 
@@ -591,9 +591,9 @@ def test_when_the_drains_time_is_over_whatever_is_open_ends(room: Room) -> None:
     waiting = [room.submit() for _ in range(3)]
     room.dispatcher.drain()
     room.dispatcher.abort_all()
-    for flight, sink in (sent, streaming, *waiting):
-        assert isinstance(sink.error, WorkerUnavailable) and flight.life.phase is Phase.FAILED
-    assert room.dispatcher.idle.is_set() and room.dispatcher.open_flights == 0 and room.reserved() == {"w0": 0}
+    for inflight, sink in (sent, streaming, *waiting):
+        assert isinstance(sink.error, WorkerUnavailable) and inflight.life.phase is RequestPhase.FAILED
+    assert room.dispatcher.idle.is_set() and room.dispatcher.open_requests == 0 and room.reserved() == {"w0": 0}
     assert {w for w, _ in room.wires.cancelled()} == {"w0"}
 
 
@@ -617,8 +617,8 @@ class DispatcherMachine(RuleBasedStateMachine):
 
     @initialize(max_queued=st.integers(0, 4), seed=st.integers(0, 3), policy=st.sampled_from(["residency-p2c", *POLICIES]))
     def start(self, max_queued: int, seed: int, policy: str) -> None:
-        self.room = Room(max_queued=max_queued, max_flights=12, seed=seed, policy=policy)
-        self.flights: list[tuple[Flight, Kept]] = []
+        self.room = Room(max_queued=max_queued, max_requests=12, seed=seed, policy=policy)
+        self.flights: list[tuple[InFlightRequest, Kept]] = []
         self.cancelled: set[int] = set()
         self.epoch = dict.fromkeys(WORKERS, 1)
         for worker in WORKERS[:2]:
@@ -630,25 +630,25 @@ class DispatcherMachine(RuleBasedStateMachine):
             self.client_comes(adapter)
 
     def client_comes(self, adapter: AdapterRef | None) -> None:
-        flight, sink = self.room.flight(adapter)
-        before = self.room.dispatcher.open_flights
+        inflight, sink = self.room.inflight(adapter)
+        before = self.room.dispatcher.open_requests
         try:
-            self.room.dispatcher.submit(flight)
+            self.room.dispatcher.submit(inflight)
         except Overloaded as exc:
             assert exc.retry_after_s and not sink.over
         else:
-            self.flights.append((flight, sink))
-            assert self.room.dispatcher.open_flights <= before + 1
+            self.flights.append((inflight, sink))
+            assert self.room.dispatcher.open_requests <= before + 1
 
     @precondition(lambda self: self.flights)
     @rule(data=st.data())
     def client_leaves(self, data: st.DataObject) -> None:
         index = data.draw(st.integers(0, len(self.flights) - 1))
-        flight, _ = self.flights[index]
-        if not flight.life.over:
+        inflight, _ = self.flights[index]
+        if not inflight.life.over:
             self.cancelled.add(index)
-        self.room.dispatcher.cancel(flight)
-        assert flight.life.over
+        self.room.dispatcher.cancel(inflight)
+        assert inflight.life.over
 
     @precondition(lambda self: self.flights)
     @rule(data=st.data(), takes=st.booleans())
@@ -657,7 +657,7 @@ class DispatcherMachine(RuleBasedStateMachine):
 
     @rule(worker=worker_ids, capacity=st.integers(0, 3), running=st.integers(0, 2), state=st.sampled_from([1, 1, 1, 2, 3]))
     def worker_beats(self, worker: str, capacity: int, running: int, state: int) -> None:
-        self.room.beat(worker, self.epoch[worker], capacity, wire.WorkerState(state), running=running)
+        self.room.beat(worker, self.epoch[worker], capacity, messages.WorkerState(state), running=running)
         if state == 3:
             self.epoch[worker] += 1
 
@@ -668,16 +668,16 @@ class DispatcherMachine(RuleBasedStateMachine):
 
     @rule(worker=worker_ids)
     def worker_attaches(self, worker: str) -> None:
-        self.room.wires.state[wire.identity(worker, self.epoch[worker])] = Sent.OK
+        self.room.wires.state[messages.identity(worker, self.epoch[worker])] = SendResult.OK
         self.room.attach(worker, self.epoch[worker])
 
     @rule(worker=worker_ids)
     def worker_restarts(self, worker: str) -> None:
         self.epoch[worker] += 1
 
-    @rule(worker=worker_ids, sent=st.sampled_from(list(Sent)))
-    def link_changes(self, worker: str, sent: Sent) -> None:
-        self.room.wires.state[wire.identity(worker, self.epoch[worker])] = sent
+    @rule(worker=worker_ids, sent=st.sampled_from(list(SendResult)))
+    def link_changes(self, worker: str, sent: SendResult) -> None:
+        self.room.wires.state[messages.identity(worker, self.epoch[worker])] = sent
 
     @rule(
         data=st.data(),
@@ -688,24 +688,24 @@ class DispatcherMachine(RuleBasedStateMachine):
         sent = self.room.wires.generated()
         if not sent:
             return
-        live = [m.sid for _, m in sent if m.sid in self.room.dispatcher._flights] or [m.sid for _, m in sent]
-        step = wire.Step([], [], [])
+        live = [m.sid for _, m in sent if m.sid in self.room.dispatcher._requests] or [m.sid for _, m in sent]
+        step = messages.Step([], [], [])
         ended: set[int] = set()
         for kind in what:
             sid = data.draw(st.sampled_from(live) | st.sampled_from([m.sid for _, m in sent]))
             if sid in ended:
                 continue
-            flight = self.room.dispatcher._flights.get(sid)
-            begun = flight is not None and (flight.life.phase is Phase.STREAMING or any(f[0] == sid for f in step.frames))
+            inflight = self.room.dispatcher._requests.get(sid)
+            begun = inflight is not None and (inflight.life.phase is RequestPhase.STREAMING or any(f[0] == sid for f in step.frames))
             if kind.startswith("refuse"):
-                step.refused.append(wire.Refused(sid, "worker_unavailable", "no", kind == "refuse"))
+                step.refused.append(messages.Refused(sid, "worker_unavailable", "no", kind == "refuse"))
                 ended.add(sid)
             else:
-                step.frames.append((sid, (0 if begun else HEAD) | (wire.END if kind == "end" else 0), b"x"))
+                step.frames.append((sid, (0 if begun else HEAD) | (messages.END if kind == "end" else 0), b"x"))
                 if kind == "end":
                     ended.add(sid)
-        peer = wire.identity(data.draw(worker_ids), 1)
-        self.room.dispatcher.on_data(peer, wire.encode(step))
+        peer = messages.identity(data.draw(worker_ids), 1)
+        self.room.dispatcher.on_data(peer, messages.encode(step))
 
     @rule(seconds=st.sampled_from([0.1, LEASE_S, QUEUE_S]))
     def time_passes(self, seconds: float) -> None:
@@ -718,21 +718,21 @@ class DispatcherMachine(RuleBasedStateMachine):
             return
         room = self.room
         open_ = [f for f, _ in self.flights if not f.life.over]
-        assert room.dispatcher.open_flights == len(open_)
-        assert room.dispatcher.queued("tiny") == sum(f.life.phase is Phase.QUEUED for f in open_)
-        on_workers = {f.sid: f for f in open_ if f.life.phase is not Phase.QUEUED}
-        assert room.dispatcher._flights == on_workers
+        assert room.dispatcher.open_requests == len(open_)
+        assert room.dispatcher.queued("tiny") == sum(f.life.phase is RequestPhase.QUEUED for f in open_)
+        on_workers = {f.sid: f for f in open_ if f.life.phase is not RequestPhase.QUEUED}
+        assert room.dispatcher._requests == on_workers
         assert {sid for w in room.fleet for sid in w.reserved} == on_workers.keys()
         sids = [m.sid for _, m in room.wires.generated()]
         assert len(sids) == len(set(sids)) == sum(f.life.attempts for f, _ in self.flights), "sent twice, or sent and not known"
-        for index, (flight, sink) in enumerate(self.flights):
-            assert flight.life.attempts <= MAX_ATTEMPTS
-            match flight.life.phase:
-                case Phase.FINISHED:
+        for index, (inflight, sink) in enumerate(self.flights):
+            assert inflight.life.attempts <= MAX_ATTEMPTS
+            match inflight.life.phase:
+                case RequestPhase.FINISHED:
                     assert sink.ended and sink.error is None
-                case Phase.FAILED:
+                case RequestPhase.FAILED:
                     assert sink.error is not None
-                case Phase.ABORTED:
+                case RequestPhase.ABORTED:
                     assert not sink.over and (index in self.cancelled or not sink.takes)
                 case _:
                     assert not sink.over
@@ -744,7 +744,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         self.room.dispatcher.abort_all()
         self.the_books_balance()
         assert all(f.life.over for f, _ in self.flights)
-        assert self.room.dispatcher.open_flights == 0 and self.room.dispatcher.idle.is_set()
+        assert self.room.dispatcher.open_requests == 0 and self.room.dispatcher.idle.is_set()
         assert all(not w.reserved for w in self.room.fleet) and len(self.room.queue) == 0
 
 
@@ -783,7 +783,7 @@ def test_a_stream_hears_that_its_adapter_loads_and_then_that_its_first_token_is_
     _, sink = room.submit(PIRATE, streams=True)
     wait(room, 1.0)
     assert sink.comments == [b": loading adapter pirate\n\n"]
-    room.beat("w0", adapters=(wire.AdapterState("pirate", "d", wire.Tier.GPU, in_flight=1),), yours=1)
+    room.beat("w0", adapters=(messages.AdapterState("pirate", "d", messages.Tier.GPU, in_flight=1),), yours=1)
     wait(room, 1.0)
     assert sink.comments[1:] == [b": waiting for the first token\n\n"]
 
@@ -794,7 +794,7 @@ def test_nobody_hears_anything_after_the_first_frame_or_the_end(make_room: MakeR
     streaming, first = room.submit(streams=True)
     ended, second = room.submit(streams=True)
     left, third = room.submit(streams=True)
-    room.frames("w0", (streaming.sid, HEAD, b"x"), (ended.sid, HEAD | wire.END, b"y"))
+    room.frames("w0", (streaming.sid, HEAD, b"x"), (ended.sid, HEAD | messages.END, b"y"))
     room.dispatcher.cancel(left)
     wait(room, 5.0)
     assert not first.comments and not second.comments and not third.comments
@@ -804,8 +804,8 @@ def test_nobody_hears_anything_after_the_first_frame_or_the_end(make_room: MakeR
 def test_a_stream_that_is_given_back_hears_that_it_is_queued_again(make_room: MakeRoom) -> None:
     room = make_room(progress_s=1.0)
     room.worker("w0")
-    flight, sink = room.submit(streams=True)
-    room.refuse("w0", flight.sid)  # and w0 is asked again, as nobody else is there
+    inflight, sink = room.submit(streams=True)
+    room.refuse("w0", inflight.sid)  # and w0 is asked again, as nobody else is there
     lose_by_word(room)
     wait(room, 1.0)
     assert sink.comments == [b": queued, position about 1\n\n"]
@@ -814,20 +814,20 @@ def test_a_stream_that_is_given_back_hears_that_it_is_queued_again(make_room: Ma
 def test_a_queued_request_whose_time_is_over_leaves_the_queue_at_once(room: Room) -> None:
     room.worker("w0")
     room.submit()
-    flight, sink = room.submit()
-    room.dispatcher.give_up(flight, DeadlineExceeded("late"))
-    assert isinstance(sink.error, DeadlineExceeded) and room.dispatcher.queued("tiny") == 0 and flight.life.phase is Phase.FAILED
-    room.dispatcher.give_up(flight, DeadlineExceeded("again"))
+    inflight, sink = room.submit()
+    room.dispatcher.give_up(inflight, DeadlineExceeded("late"))
+    assert isinstance(sink.error, DeadlineExceeded) and room.dispatcher.queued("tiny") == 0 and inflight.life.phase is RequestPhase.FAILED
+    room.dispatcher.give_up(inflight, DeadlineExceeded("again"))
     assert sink.error.message == "late" and not room.wires.cancelled()
 
 
 def test_a_request_on_a_worker_whose_time_is_over_frees_its_place_and_the_worker_is_told(room: Room) -> None:
     room.worker("w0")
-    flight, sink = room.submit()
+    inflight, sink = room.submit()
     waiting, _ = room.submit()
-    room.dispatcher.give_up(flight, DeadlineExceeded("late"))
-    assert isinstance(sink.error, DeadlineExceeded) and room.wires.cancelled() == [("w0", flight.sid)]
-    assert waiting.life.phase is Phase.SENT and room.reserved() == {"w0": 1}
+    room.dispatcher.give_up(inflight, DeadlineExceeded("late"))
+    assert isinstance(sink.error, DeadlineExceeded) and room.wires.cancelled() == [("w0", inflight.sid)]
+    assert waiting.life.phase is RequestPhase.SENT and room.reserved() == {"w0": 1}
     assert room.counted("loraplex_requests_total", base="tiny", outcome="failed") == 1
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from gateway.dispatch.admission import MAX_NOT_YET, MAX_WITHOUT_SLOT, Admission, Flow
-from gateway.dispatch.fairness import QUANTUM, Counters
+from gateway.dispatch.fairness import QUANTUM, ServiceCounters
 from gateway.routing.policy import Blocked
 
 NOISY: Flow = (0, "noisy", ("a", "d"))
@@ -19,7 +19,7 @@ def served(queue: Admission[str], count: int, cost: float) -> list[str]:
         queue.charge("tiny", NOISY if item[0] == "n" else QUIET, cost)
         return None
 
-    queue.pump("tiny", dispatch)
+    queue.admit_waiting("tiny", dispatch)
     return taken
 
 
@@ -44,7 +44,7 @@ def test_backlogged_flows_get_equal_service_within_a_quantum() -> None:
 
 
 def test_a_flow_that_comes_back_has_no_credit_from_its_absence() -> None:
-    counters = Counters()
+    counters = ServiceCounters()
     counters.enter("a")
     counters.charge("a", 10 * QUANTUM)
     counters.enter("b")
@@ -72,12 +72,12 @@ def test_flows_that_come_once_do_not_pass_for_ever_by_one_that_has_had_its_fair_
 
     for turn in range(60):  # each time one more comes and one is served
         queue.offer("tiny", f"new{turn}", 1.0, (0, "", (f"new{turn}", "d")))
-        queue.pump("tiny", dispatch)
+        queue.admit_waiting("tiny", dispatch)
     assert "mid" in taken and taken.index("mid") > 2 * 10  # after those who had had nothing, before the newest
 
 
 def test_a_correction_never_makes_a_counter_negative() -> None:
-    counters = Counters()
+    counters = ServiceCounters()
     counters.charge("a", 5.0)
     counters.charge("a", -50.0)
     assert counters["a"] == 0.0
@@ -114,7 +114,7 @@ def test_a_flow_without_a_slot_holds_up_nobody_who_needs_none() -> None:
         taken.append(item)
         return None
 
-    queue.pump("tiny", dispatch)
+    queue.admit_waiting("tiny", dispatch)
     assert taken == ["q"] and queue.depth("tiny") == 1
 
 
@@ -128,10 +128,10 @@ def test_a_pump_gives_up_after_some_flows_but_tries_those_of_the_adapter_that_wa
         asked.append(item)
         return None if item == "a90" else Blocked.SLOT
 
-    queue.pump("tiny", dispatch, ("a90", "d"))
+    queue.admit_waiting("tiny", dispatch, ("a90", "d"))
     assert len(asked) == MAX_WITHOUT_SLOT + 1 and queue.depth("tiny") == 99
     asked.clear()
-    queue.pump("tiny", lambda item: asked.append(item) or Blocked.TURN)  # type: ignore[func-returns-value]
+    queue.admit_waiting("tiny", lambda item: asked.append(item) or Blocked.TURN)  # type: ignore[func-returns-value]
     assert len(asked) == MAX_NOT_YET
 
 
@@ -145,5 +145,5 @@ def test_those_for_whom_something_is_kept_are_asked_before_the_first_in_turn() -
         asked.append(item)
         return None if item in ("a40", "a90") else Blocked.SLOT
 
-    queue.pump("tiny", dispatch, heirs=[("a40", "d"), ("gone", "d")])
+    queue.admit_waiting("tiny", dispatch, reserved_for=[("a40", "d"), ("gone", "d")])
     assert asked[:2] == ["a40", "a90"] and len(asked) == 2 + MAX_WITHOUT_SLOT and queue.depth("tiny") == 98

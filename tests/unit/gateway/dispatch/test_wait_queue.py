@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gateway.dispatch.fairness import QUANTUM
-from gateway.dispatch.wait_queue import Flow, Line, Place, Turn
+from gateway.dispatch.wait_queue import Flow, Ticket, Turn, WaitQueue
 
 PRIORITIES, TENANTS, ADAPTERS = (0, 1), ("x", "y"), (None, ("a", "d"), ("b", "d"), ("c", "d"))
 
 
-def order(line: Line[int], adapter: tuple[str, str] | None = None) -> list[Turn]:
+def order(line: WaitQueue[int], adapter: tuple[str, str] | None = None) -> list[Turn]:
     found: list[Turn] = []
     while (turn := line.next(found[-1] if found else None, adapter)) is not None:
         found.append(turn)
@@ -23,28 +23,28 @@ class LineMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.line: Line[int] = Line()
-        self.places: list[Place[int]] = []
+        self.line: WaitQueue[int] = WaitQueue()
+        self.places: list[Ticket[int]] = []
         self.served: defaultdict[tuple[object, ...], float] = defaultdict(float)
         self.count, self.level = 0, 0.0
 
     @rule(priority=st.sampled_from(PRIORITIES), tenant=st.sampled_from(TENANTS), adapter=st.sampled_from(ADAPTERS))
     def add(self, priority: int, tenant: str, adapter: tuple[str, str] | None) -> None:
         self.count += 1
-        place = Place("tiny", self.count, 0.0, (priority, tenant, adapter), self.count)
+        ticket = Ticket("tiny", self.count, 0.0, (priority, tenant, adapter), self.count)
         waiting = {other.flow[1:] for other in self.places}
-        if place.flow[1:] not in waiting:
+        if ticket.flow[1:] not in waiting:
             least = min((self.served[w] for w in waiting), default=0.0)
-            self.served[place.flow[1:]] = max(self.served[place.flow[1:]], self.level, least)
-        self.line.add(place)
-        self.places.append(place)
+            self.served[ticket.flow[1:]] = max(self.served[ticket.flow[1:]], self.level, least)
+        self.line.add(ticket)
+        self.places.append(ticket)
 
     @precondition(lambda self: self.places)
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
-        place = data.draw(st.sampled_from(self.places))
-        self.line.remove(place)
-        self.places.remove(place)
+        ticket = data.draw(st.sampled_from(self.places))
+        self.line.remove(ticket)
+        self.places.remove(ticket)
 
     @rule(tenant=st.sampled_from(TENANTS), adapter=st.sampled_from(ADAPTERS), quanta=st.sampled_from([-3.0, 0.4, 0.7, 5.0]))
     def charge(self, tenant: str, adapter: tuple[str, str] | None, quanta: float) -> None:
@@ -57,9 +57,9 @@ class LineMachine(RuleBasedStateMachine):
 
     @invariant()
     def turns_are_those_of_a_fresh_sort(self) -> None:
-        oldest: dict[Flow, Place[int]] = {}
-        for place in self.places:
-            oldest.setdefault(place.flow, place)
+        oldest: dict[Flow, Ticket[int]] = {}
+        for ticket in self.places:
+            oldest.setdefault(ticket.flow, ticket)
         fresh = sorted(((f[0], int(self.served[f[1:]] // QUANTUM), p.number, f) for f, p in oldest.items()), key=lambda turn: turn[:3])
         assert order(self.line) == fresh
         assert self.line.size == len(self.places)

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import msgspec
 
-from gateway.fleet.disk_index import Shelves
+from gateway.fleet.disk_index import DiskIndex
 from gateway.fleet.fleet import Fleet
-from gateway.fleet.worker_view import Worker
+from gateway.fleet.worker_view import WorkerView
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
@@ -28,7 +28,7 @@ class Hosts:
 
     def tier(self, worker: str) -> Tier:
         found = self.fleet.get(worker)
-        assert isinstance(found, Worker)
+        assert isinstance(found, WorkerView)
         return found.tier(PIRATE)
 
 
@@ -76,17 +76,17 @@ def test_a_worker_that_names_no_host_shares_no_disk() -> None:
 
 
 def test_memory_is_bounded_and_the_longest_unseen_is_forgotten_first() -> None:
-    shelves = Shelves(most=2)
+    disk_index = DiskIndex(most=2)
     for name in ("a", "b", "a", "c"):
-        shelves.put("host", "tiny", [(name, "d")])
-    assert len(shelves) == 2
-    assert [shelves.has("host", "tiny", (name, "d")) for name in ("a", "b", "c")] == [True, False, True]
+        disk_index.put("host", "tiny", [(name, "d")])
+    assert len(disk_index) == 2
+    assert [disk_index.has("host", "tiny", (name, "d")) for name in ("a", "b", "c")] == [True, False, True]
 
 
 def test_an_adapter_of_another_base_model_is_another_adapter() -> None:
-    shelves = Shelves()
-    shelves.put("host", "tiny", [("a", "d")])
-    assert shelves.has("host", "tiny", ("a", "d")) and not shelves.has("host", "large", ("a", "d"))
+    disk_index = DiskIndex()
+    disk_index.put("host", "tiny", [("a", "d")])
+    assert disk_index.has("host", "tiny", ("a", "d")) and not disk_index.has("host", "large", ("a", "d"))
 
 
 def test_what_a_worker_was_told_to_fetch_is_on_its_disk_though_no_heartbeat_says_so() -> None:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.fleet.fleet import Changed, Fleet, FleetEvent, Joined, Lost, Worker
-from gateway.routing.policy import Ask, Choice, Wait
+from gateway.fleet.fleet import Changed, Fleet, FleetEvent, Joined, Lost, WorkerView
+from gateway.routing.policy import Choice, Defer, RoutingRequest
 from gateway.routing.registry import POLICIES, make_policy
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
@@ -51,7 +51,7 @@ def of(adapter: AdapterRef, tier: Tier, loading: bool = False) -> AdapterState:
     return AdapterState(adapter.name, adapter.digest, tier, loading)
 
 
-def serving(first: Heartbeat, fleet: Fleet | None = None, now: float = 0.0) -> tuple[Fleet, Worker]:
+def serving(first: Heartbeat, fleet: Fleet | None = None, now: float = 0.0) -> tuple[Fleet, WorkerView]:
     fleet = Fleet(LEASE_S) if fleet is None else fleet  # an empty one is false
     fleet.beat(first, now)
     fleet.attach(first.worker, first.epoch)
@@ -470,13 +470,13 @@ def test_a_worker_is_given_no_more_than_the_config_allows_whatever_it_says_and_w
     fleet, worker = serving(beat("w0", capacity=100), Fleet(LEASE_S, {"tiny": 2}))
     chooser, rng = make_policy(policy), random.Random(1)
     for sid in (1, 2):
-        ask = Ask("tiny")
+        ask = RoutingRequest("tiny")
         choice = chooser.choose(ask, fleet, 0.0, rng)
         assert isinstance(choice, Choice)
         fleet.reserve(worker, sid, None)
         chooser.sent(ask, choice, 0.0)
     assert worker.beat.capacity == 2 and not worker.has_room
-    assert isinstance(chooser.choose(Ask("tiny"), fleet, 0.0, rng), Wait)
+    assert isinstance(chooser.choose(RoutingRequest("tiny"), fleet, 0.0, rng), Defer)
     fleet.beat(beat("w0", seq=2, capacity=100, running=2, yours=2), 0.1)
     assert not worker.has_room, "the next beat tells of its own capacity again"
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from gateway.fleet.fleet import Fleet, key_of
-from gateway.fleet.peer_hints import MOST, peers_of
+from gateway.fleet.peer_hints import MOST, peer_hints
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
@@ -30,7 +30,7 @@ def join(
 def told(fleet: Fleet, worker: str) -> list[str]:
     found = fleet.get(worker)
     assert found is not None
-    return [e.removeprefix("tcp://").removesuffix(":1") for e in peers_of(fleet.pool("tiny"), found, key_of(PIRATE))]
+    return [e.removeprefix("tcp://").removesuffix(":1") for e in peer_hints(fleet.pool("tiny"), found, key_of(PIRATE))]
 
 
 def test_who_has_it_comes_before_who_fetches_it_and_the_less_loaded_first() -> None:

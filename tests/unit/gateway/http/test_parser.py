@@ -8,7 +8,7 @@ from aiohttp.http_parser import HttpRequestParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.http.parser import MAX_HEAD_BYTES, SPECIAL, Plain, Unfinished, recognise
+from gateway.http.parser import MAX_HEAD_BYTES, UNSUPPORTED, IncompleteRequest, SimpleRequest, parse
 
 MOST = 1 << 20
 BODY = b'{"model": "m"}'
@@ -20,28 +20,28 @@ def raw(*lines: bytes, body: bytes = BODY, first: bytes = b"POST /v1/completions
 
 
 def test_a_post_with_its_body_is_recognised_whole() -> None:
-    found = recognise(raw(b"Authorization: Bearer \xc3\xa4 ", b"X-Session-Id:s"), MOST)
-    assert isinstance(found, Plain)
+    found = parse(raw(b"Authorization: Bearer \xc3\xa4 ", b"X-Session-Id:s"), MOST)
+    assert isinstance(found, SimpleRequest)
     assert (found.method, found.path, found.body) == ("POST", "/v1/completions", BODY)
     assert found.header("authorization") == "Bearer ä" and found.header("x-session-id") == "s" and found.header("x-other") is None
 
 
 def test_the_first_of_two_fields_counts_and_a_value_that_looks_like_a_field_does_not() -> None:
-    found = recognise(raw(b"X-A: first", b"X-A: second", b"X-B: x-c: no"), MOST)
-    assert isinstance(found, Plain) and found.header("x-a") == "first" and found.header("x-c") is None
+    found = parse(raw(b"X-A: first", b"X-A: second", b"X-B: x-c: no"), MOST)
+    assert isinstance(found, SimpleRequest) and found.header("x-a") == "first" and found.header("x-c") is None
 
 
 def test_a_request_without_a_body_is_recognised() -> None:
-    found = recognise(b"GET /health?x=1 HTTP/1.1\r\nHost: x\r\n\r\n", MOST)
-    assert isinstance(found, Plain) and (found.method, found.path, found.body) == ("GET", "/health?x=1", b"")
+    found = parse(b"GET /health?x=1 HTTP/1.1\r\nHost: x\r\n\r\n", MOST)
+    assert isinstance(found, SimpleRequest) and (found.method, found.path, found.body) == ("GET", "/health?x=1", b"")
 
 
 @pytest.mark.parametrize("cut", range(1, len(raw())))
 def test_a_request_that_is_cut_anywhere_is_unfinished_and_says_how_long_it_is_once_its_head_is_known(cut: int) -> None:
     whole = raw()
-    found = recognise(whole[:cut], MOST)
+    found = parse(whole[:cut], MOST)
     head = whole.index(b"\r\n\r\n") + 4
-    assert found == Unfinished(len(whole) if cut >= head else 0)
+    assert found == IncompleteRequest(len(whole) if cut >= head else 0)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_request_that_is_cut_anywhere_is_unfinished_and_says_how_long_it_is_on
     ],
 )
 def test_whatever_is_unusual_is_left_to_aiohttp(data: bytes) -> None:
-    assert recognise(data, MOST) is SPECIAL
+    assert parse(data, MOST) is UNSUPPORTED
 
 
 def parsed_by_aiohttp(data: bytes) -> tuple[str, str, list[tuple[str, str]], bytes, bool]:
@@ -138,8 +138,8 @@ FIELDS = st.lists(st.one_of(st.tuples(NAMES, VALUES).map(lambda f: f"{f[0]}: {f[
 @given(FIELDS, st.binary(max_size=40), st.sampled_from(["POST", "GET", "HEAD", "PUT"]), st.booleans())
 def test_what_is_recognised_is_what_aiohttp_reads(fields: list[str], body: bytes, method: str, length: bool) -> None:
     data = raw(*(f.encode() for f in fields), body=body, first=f"{method} /v1/x?y HTTP/1.1".encode(), length=length)
-    found = recognise(data, MOST)
-    if isinstance(found, Plain):
+    found = parse(data, MOST)
+    if isinstance(found, SimpleRequest):
         their_method, target, headers, their_body, keep_alive = parsed_by_aiohttp(data)
         assert (found.method, found.path, found.body, True) == (their_method, target, their_body, keep_alive)
         for name, _ in headers:
@@ -148,7 +148,7 @@ def test_what_is_recognised_is_what_aiohttp_reads(fields: list[str], body: bytes
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_recognised_somehow(data: bytes) -> None:
-    recognise(data, MOST)
+    parse(data, MOST)
 
 
 @given(st.lists(st.binary(max_size=20), min_size=2, max_size=5), st.binary(max_size=3), st.sampled_from([0, 1, 17, 30, 60]))
@@ -159,9 +159,9 @@ def test_a_head_that_is_known_is_read_as_one_that_is_not(bodies: list[bytes], no
         data = raw(b"X-A: 1", body=body)
         if nth:
             data = data[:at] + noise + data[at + len(noise) :]
-        expected, found = recognise(data, MOST), recognise(data, MOST, known)
-        if isinstance(expected, Plain):
-            assert isinstance(found, Plain)
+        expected, found = parse(data, MOST), parse(data, MOST, known)
+        if isinstance(expected, SimpleRequest):
+            assert isinstance(found, SimpleRequest)
             assert (found.method, found.path, found.body) == (expected.method, expected.path, expected.body)
             assert found.header("x-a") == expected.header("x-a")
             known = found.head

@@ -7,7 +7,7 @@ import h11
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
-from gateway.http.response import ClientStream, Sent
+from gateway.http.response import AlreadySent, ResponseWriter
 from shared.errors import EngineFailure, Overloaded
 
 LIMIT_BYTES = 1000
@@ -35,8 +35,8 @@ class Pipe(asyncio.Transport):
         return self.aborted
 
 
-def stream_on(pipe: Pipe, *, chunked: bool = True, close: bool = False) -> ClientStream:
-    return ClientStream(pipe, LIMIT_BYTES, chunked=chunked, keep_alive=chunked and not close)
+def stream_on(pipe: Pipe, *, chunked: bool = True, close: bool = False) -> ResponseWriter:
+    return ResponseWriter(pipe, LIMIT_BYTES, chunked=chunked, keep_alive=chunked and not close)
 
 
 class Client:
@@ -289,11 +289,11 @@ async def test_the_end_is_told_once(pipe: Pipe) -> None:
 
 async def test_aiohttp_gets_a_response_that_writes_nothing_more(pipe: Pipe) -> None:
     request = make_mocked_request("POST", "/", transport=pipe)
-    response = Sent(request, 200, keep_alive=True)
+    response = AlreadySent(request, 200, keep_alive=True)
     assert await response.prepare(request) is None
     await response.write_eof()
     assert pipe.written == b"" and response.keep_alive is True and response.status == 200
-    assert Sent(request, 200, keep_alive=False).keep_alive is False
+    assert AlreadySent(request, 200, keep_alive=False).keep_alive is False
 
 
 # ---- comments while it waits --------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.rendezvous import ORDER_LENGTH, Rendezvous
-from gateway.routing.demand import RATE_WINDOW_S, SHRINK_AFTER_S, HomeSets, Rates
+from gateway.routing.demand import RATE_WINDOW_S, SHRINK_AFTER_S, DemandRates, HomeSets
 from shared.link.messages import Heartbeat, WorkerState
 
 
@@ -55,7 +55,7 @@ def test_of_a_large_pool_the_first_of_the_order_are_the_true_first() -> None:
 
 
 def test_a_rate_is_what_steady_requests_make_it_and_fades() -> None:
-    rates = Rates()
+    rates = DemandRates()
     for n in range(2000):
         rates.note(("a", "d"), n / 10)
     assert rates.per_s(("a", "d"), 200.0) == pytest.approx(10.0, rel=0.05)
@@ -64,7 +64,7 @@ def test_a_rate_is_what_steady_requests_make_it_and_fades() -> None:
 
 
 def test_rates_forget_the_adapter_longest_unseen_when_they_are_full() -> None:
-    rates = Rates(size=2)
+    rates = DemandRates(size=2)
     for n, name in enumerate("abac"):
         rates.note((name, "d"), float(n))
     assert [rates.per_s((name, "d"), 3.0) > 0 for name in "abc"] == [True, False, True]

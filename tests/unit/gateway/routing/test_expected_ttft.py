@@ -10,7 +10,7 @@ from gateway.fleet.fleet import Fleet
 from gateway.fleet.worker_view import LINE_PER_SLOT
 from gateway.routing.demand import BOUND, FLOOR
 from gateway.routing.expected_ttft import MISS, MISS_WINDOW_S, ExpectedTTFT
-from gateway.routing.policy import Ask, Blocked, Choice, Decision, Reason, Wait
+from gateway.routing.policy import Blocked, Choice, ChoiceReason, Decision, Defer, RoutingRequest
 from gateway.routing.slot_claims import AGE_BOUND_S, HELD_AGE_S
 from gateway.routing.slot_wait import PATIENCE_S, SOON_S
 from shared.adapters.identity import AdapterRef
@@ -43,13 +43,13 @@ class Room:
         self.fleet.beat(beat, self.now)
         self.fleet.attach(name, 1)
 
-    def ask(self, ref: AdapterRef | None, **more: object) -> Ask:
-        return Ask("tiny", ref, 26 * MIB, **({"prompt_tokens": 128, "arrived": self.now} | more))  # type: ignore[arg-type]
+    def ask(self, ref: AdapterRef | None, **more: object) -> RoutingRequest:
+        return RoutingRequest("tiny", ref, 26 * MIB, **({"prompt_tokens": 128, "arrived": self.now} | more))  # type: ignore[arg-type]
 
-    def choose(self, ask: Ask) -> Decision:
+    def choose(self, ask: RoutingRequest) -> Decision:
         return self.policy.choose(ask, self.fleet, self.now, self.rng)
 
-    def send(self, ref: AdapterRef | None, **more: object) -> Choice | Wait:
+    def send(self, ref: AdapterRef | None, **more: object) -> Choice | Defer:
         ask = self.ask(ref, **more)
         self.policy.arrived(ask, self.now)
         decision = self.choose(ask)
@@ -69,7 +69,7 @@ class Room:
         """One more worker, with no slot to give: the others are not alone."""
         self.worker("taken", on("somebody", in_flight=1), running=1, yours=0, slots=1)
 
-    def to(self, ref: AdapterRef | None, **more: object) -> tuple[str, Reason]:
+    def to(self, ref: AdapterRef | None, **more: object) -> tuple[str, ChoiceReason]:
         decision = self.send(ref, **more)
         assert isinstance(decision, Choice), decision
         return decision.worker.id, decision.reason
@@ -84,19 +84,19 @@ def room() -> Room:
 
 
 def test_nobody_to_choose_from_is_a_wait_for_room(room: Room) -> None:
-    assert room.send(None) == room.send(PIRATE) == Wait(Blocked.ROOM)
+    assert room.send(None) == room.send(PIRATE) == Defer(Blocked.ROOM)
 
 
 def test_a_holder_wins_over_an_idle_stranger(room: Room) -> None:
     room.worker("idle")
     room.worker("holder", on("pirate"), running=10)
-    assert room.to(PIRATE) == ("holder", Reason.RESIDENT)
+    assert room.to(PIRATE) == ("holder", ChoiceReason.RESIDENT)
 
 
 def test_a_cold_adapter_belongs_on_the_idle_worker_even_when_queues_tie(room: Room) -> None:
     room.worker("busy", running=12)
     room.worker("idle")
-    assert room.to(PIRATE) == ("idle", Reason.COLD)
+    assert room.to(PIRATE) == ("idle", ChoiceReason.COLD)
 
 
 def test_weights_in_the_cpu_tier_win_over_an_idle_worker_without_them(room: Room) -> None:
@@ -137,7 +137,7 @@ def test_a_backlog_of_prompts_is_charged_in_seconds_and_works_itself_off(room: R
 def test_base_requests_go_to_the_least_cost_and_touch_no_slot(room: Room) -> None:
     room.worker("full", *[on(f"a{n}", in_flight=1) for n in range(4)], running=4)
     room.worker("other", running=9)
-    assert room.to(None) == ("full", Reason.BASE)
+    assert room.to(None) == ("full", ChoiceReason.BASE)
 
 
 def test_the_only_copy_of_a_warm_adapter_is_not_thrown_out_where_somebody_elses_slot_is_free(room: Room) -> None:
@@ -168,7 +168,7 @@ def test_a_cold_adapter_settles_where_slots_are_left_though_fewer_requests_run_e
     """It will be asked for again there: a worker with little to do but every slot in use makes each of its adapters wait."""
     room.worker("crowded", *[on(f"a{n}", in_flight=1) for n in range(3)], running=3)
     room.worker("roomy", on("b0", in_flight=9), running=9)
-    assert room.to(PIRATE) == ("roomy", Reason.COLD)
+    assert room.to(PIRATE) == ("roomy", ChoiceReason.COLD)
 
 
 def test_an_adapter_gets_as_many_copies_as_its_demand_is_worth_and_no_more(room: Room) -> None:
@@ -188,7 +188,7 @@ def test_a_copy_beyond_the_demand_takes_nobodys_only_slot_however_cheap_it_is(ro
         room.fleet.release(sid)
     room.worker("a", on("pirate"), running=14)
     room.worker("b", on("warm"), on("pirate", Tier.CPU), slots=1)
-    assert room.to(PIRATE) == ("a", Reason.RESIDENT)
+    assert room.to(PIRATE) == ("a", ChoiceReason.RESIDENT)
 
 
 def test_prefix_and_session_break_ties_and_nothing_else(room: Room) -> None:
@@ -228,14 +228,14 @@ def test_a_cold_burst_is_loaded_once(room: Room) -> None:
     for n in range(4):
         room.worker(f"w{n}")
     sent = [room.to(PIRATE) for _ in range(FLOOR)]
-    assert len({w for w, _ in sent}) == 1 and [r for _, r in sent].count(Reason.COLD) == 1
+    assert len({w for w, _ in sent}) == 1 and [r for _, r in sent].count(ChoiceReason.COLD) == 1
 
 
 def test_a_larger_burst_is_loaded_by_as_many_workers_as_it_needs(room: Room) -> None:
     for n in range(16):
         room.worker(f"w{n}")
     sent = [room.to(PIRATE) for _ in range(4 * FLOOR)]
-    assert len({w for w, _ in sent}) == 4 and sum(r is not Reason.RESIDENT for _, r in sent) == 4
+    assert len({w for w, _ in sent}) == 4 and sum(r is not ChoiceReason.RESIDENT for _, r in sent) == 4
 
 
 def test_two_adapters_of_equal_demand_share_the_load_of_their_copies(room: Room) -> None:
@@ -248,7 +248,7 @@ def test_two_adapters_of_equal_demand_share_the_load_of_their_copies(room: Room)
 def test_a_full_holder_is_passed_by(room: Room) -> None:
     room.worker("holder", on("pirate"), running=2, capacity=2)
     room.worker("other")
-    assert room.to(PIRATE) == ("other", Reason.SPILL)
+    assert room.to(PIRATE) == ("other", ChoiceReason.SPILL)
 
 
 # ---- slots ------------------------------------------------------------------------------------------------------------------------------
@@ -260,23 +260,23 @@ def test_an_adapter_beyond_the_slots_waits_and_those_in_flight_pass_it(room: Roo
     room.to(PIRATE)
     room.to(HAIKU)
     waiting = room.send(adapter("third"))
-    assert isinstance(waiting, Wait) and waiting.blocked is Blocked.SLOT
-    assert room.to(PIRATE) == ("w0", Reason.RESIDENT)
+    assert isinstance(waiting, Defer) and waiting.blocked is Blocked.SLOT
+    assert room.to(PIRATE) == ("w0", ChoiceReason.RESIDENT)
     room.fleet.release(2)
-    assert room.to(adapter("third")) == ("w0", Reason.COLD)
+    assert room.to(adapter("third")) == ("w0", ChoiceReason.COLD)
 
 
 def test_a_worker_that_is_alone_keeps_a_line_of_its_own_until_it_gets_company(room: Room) -> None:
     room.worker("w0", slots=1)
     for number in range(1 + LINE_PER_SLOT):
-        assert room.to(adapter(f"a{number}")) == ("w0", Reason.COLD)
-    assert isinstance(room.send(PIRATE), Wait), "the line is full"
+        assert room.to(adapter(f"a{number}")) == ("w0", ChoiceReason.COLD)
+    assert isinstance(room.send(PIRATE), Defer), "the line is full"
     room.fleet.release(1)
-    assert room.to(PIRATE) == ("w0", Reason.COLD)
+    assert room.to(PIRATE) == ("w0", ChoiceReason.COLD)
     room.fleet.release(2)
     room.worker("w1", slots=1)
     assert room.to(HAIKU)[0] == "w1"
-    assert isinstance(room.send(adapter("late")), Wait)
+    assert isinstance(room.send(adapter("late")), Defer)
     lost = next(w for w in room.fleet.routable("tiny") if w.id == "w1")
     room.fleet.unreachable(lost.id, lost.beat.epoch)
     assert room.to(adapter("late"))[0] == "w0"
@@ -285,8 +285,8 @@ def test_a_worker_that_is_alone_keeps_a_line_of_its_own_until_it_gets_company(ro
 def test_adapters_in_flight_for_other_gateways_hold_their_slots(room: Room) -> None:
     room.worker("w0", on("a", in_flight=1), on("b", in_flight=2), running=3, yours=0, slots=2)
     room.taken()
-    assert isinstance(room.send(PIRATE), Wait)
-    assert room.to(adapter("a"))[1] is Reason.RESIDENT
+    assert isinstance(room.send(PIRATE), Defer)
+    assert room.to(adapter("a"))[1] is ChoiceReason.RESIDENT
 
 
 def test_a_request_waits_a_moment_for_a_slot_where_its_weights_are_cached_then_goes_anywhere(room: Room) -> None:
@@ -294,10 +294,10 @@ def test_a_request_waits_a_moment_for_a_slot_where_its_weights_are_cached_then_g
     room.worker("other", slots=2, running=20, yours=0)
     room.misses(slots=2.0)
     ask = room.ask(PIRATE)
-    assert room.choose(ask) == Wait(Blocked.TURN, SOON_S)
+    assert room.choose(ask) == Defer(Blocked.TURN, SOON_S)
     room.now = SOON_S
     again = room.choose(ask)
-    assert isinstance(again, Wait) and again.until == pytest.approx(PATIENCE_S, rel=0.01)
+    assert isinstance(again, Defer) and again.until == pytest.approx(PATIENCE_S, rel=0.01)
     room.now = PATIENCE_S
     decision = room.choose(ask)
     assert isinstance(decision, Choice) and decision.worker.id == "other"
@@ -308,7 +308,7 @@ def test_the_more_slots_are_open_elsewhere_the_less_a_request_waits_for_one_wher
     room.worker("other", slots=7, running=20, yours=0)
     room.misses(slots=4.0)
     decision = room.choose(room.ask(PIRATE))
-    assert isinstance(decision, Wait) and decision.until == pytest.approx(PATIENCE_S / 2, rel=0.05)
+    assert isinstance(decision, Defer) and decision.until == pytest.approx(PATIENCE_S / 2, rel=0.05)
     room.worker("other", slots=11, running=20, yours=0)
     decision = room.choose(room.ask(PIRATE))
     assert isinstance(decision, Choice) and decision.worker.id == "other"
@@ -322,7 +322,7 @@ def test_it_waits_no_longer_than_what_a_load_elsewhere_costs_it_and_those_who_ru
     room.worker("other", slots=2, running=20, yours=0)
     room.misses(slots=2.0)
     decision = room.choose(room.ask(PIRATE))
-    assert isinstance(decision, Wait) and decision.until == pytest.approx(waits_s)
+    assert isinstance(decision, Defer) and decision.until == pytest.approx(waits_s)
 
 
 def test_a_load_beside_the_engine_is_the_requests_own_time_and_nobody_elses(room: Room) -> None:
@@ -342,7 +342,7 @@ def test_a_cold_adapter_passes_by_a_worker_that_loads_already_while_another_home
     assert room.to(PIRATE)[0] in order[2:]
     for home in order[2:]:
         room.worker(home, on("other", Tier.DISK, loading=True, eta_s=0.06), slots=8)
-    assert room.to(HAIKU)[1] is Reason.COLD
+    assert room.to(HAIKU)[1] is ChoiceReason.COLD
 
 
 @pytest.mark.parametrize("scarce", [False, True])
@@ -370,14 +370,14 @@ def test_a_request_older_than_the_age_bound_closes_the_slot_longest_without_a_ne
     room.now = 1.0
     room.to(PIRATE)
     old = room.ask(adapter("old"), arrived=0.0)
-    assert room.choose(old) == Wait(Blocked.SLOT, AGE_BOUND_S)
+    assert room.choose(old) == Defer(Blocked.SLOT, AGE_BOUND_S)
     room.now = AGE_BOUND_S
-    assert isinstance(room.choose(old), Wait)
-    assert isinstance(room.send(HAIKU), Wait)  # its slot closes
-    assert room.to(PIRATE)[1] is Reason.RESIDENT
+    assert isinstance(room.choose(old), Defer)
+    assert isinstance(room.send(HAIKU), Defer)  # its slot closes
+    assert room.to(PIRATE)[1] is ChoiceReason.RESIDENT
     room.fleet.release(4)
-    assert isinstance(room.send(adapter("young")), Wait)  # the slot is kept for whom it was closed
-    assert isinstance(room.send(HAIKU), Wait)
+    assert isinstance(room.send(adapter("young")), Defer)  # the slot is kept for whom it was closed
+    assert isinstance(room.send(HAIKU), Defer)
     decision = room.choose(old)
     assert isinstance(decision, Choice)
     room.fleet.reserve(decision.worker, 99, adapter("old"))
@@ -393,9 +393,9 @@ def test_a_claim_ends_with_the_request_that_made_it(room: Room) -> None:
     old = room.ask(HAIKU)
     room.now = AGE_BOUND_S
     room.choose(old)
-    assert isinstance(room.send(PIRATE), Wait)
+    assert isinstance(room.send(PIRATE), Defer)
     room.policy.left(old, room.now)
-    assert room.to(PIRATE)[1] is Reason.RESIDENT
+    assert room.to(PIRATE)[1] is ChoiceReason.RESIDENT
 
 
 def test_an_adapter_whose_holders_are_all_full_soon_gets_a_slot_on_a_worker_with_room(room: Room) -> None:
@@ -405,8 +405,8 @@ def test_an_adapter_whose_holders_are_all_full_soon_gets_a_slot_on_a_worker_with
     assert room.to(HAIKU)[0] == "idle"
     ask = room.ask(PIRATE)
     room.now = HELD_AGE_S
-    assert isinstance(room.choose(ask), Wait)
-    assert isinstance(room.send(HAIKU), Wait)
+    assert isinstance(room.choose(ask), Defer)
+    assert isinstance(room.send(HAIKU), Defer)
     room.fleet.release(2)
     decision = room.choose(ask)
     assert isinstance(decision, Choice) and decision.worker.id == "idle"
@@ -422,10 +422,10 @@ def test_a_new_worker_is_told_its_share_of_the_hot_adapters_and_no_cold_ones(roo
     room.worker("new", slots=16)
     new = room.fleet.get("new")
     assert new is not None
-    wishes = [a.name for a in room.policy.wishes(new, room.fleet, room.now)]
-    assert 1 <= len(wishes) <= 8 and all(name.startswith("hot") for name in wishes)
+    warm_set = [a.name for a in room.policy.warm_set(new, room.fleet, room.now)]
+    assert 1 <= len(warm_set) <= 8 and all(name.startswith("hot") for name in warm_set)
     room.now += 1000.0
-    assert room.policy.wishes(new, room.fleet, room.now) == []
+    assert room.policy.warm_set(new, room.fleet, room.now) == []
 
 
 def test_explain_shows_every_worker_best_first_with_its_terms(room: Room) -> None:
@@ -453,8 +453,8 @@ class SlotMachine(RuleBasedStateMachine):
         self.room = Room()
         for n in range(WORKERS):
             self.room.worker(f"w{n}", slots=SLOTS, capacity=CAPACITY)
-        self.waiting: list[tuple[Ask, AdapterRef]] = []
-        self.running: dict[int, tuple[float, Ask, AdapterRef]] = {}
+        self.waiting: list[tuple[RoutingRequest, AdapterRef]] = []
+        self.running: dict[int, tuple[float, RoutingRequest, AdapterRef]] = {}
 
     @rule(names=st.lists(st.integers(0, 11), min_size=1, max_size=4))
     def arrive(self, names: list[int]) -> None:
@@ -504,7 +504,7 @@ class SlotMachine(RuleBasedStateMachine):
     def nothing_is_kept_of_what_is_over(self) -> None:
         if hasattr(self, "room"):
             base = self.room.policy._base("tiny")
-            assert len(base.stays) == len(self.running) and len(base.patience) <= len(self.waiting)
+            assert len(base.occupancy) == len(self.running) and len(base.slot_wait) <= len(self.waiting)
 
     @invariant()
     def nobody_waits_past_the_age_bound_and_its_turn(self) -> None:

@@ -6,31 +6,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.fleet.worker_view import Key, Worker
-from gateway.routing.occupancy import LEAST, RECENT, Stays
-from gateway.routing.policy import Ask
+from gateway.fleet.worker_view import Key, WorkerView
+from gateway.routing.occupancy import LEAST, RECENT, Occupancy
+from gateway.routing.policy import RoutingRequest
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 A: Key = ("a", "d")
 B: Key = ("b", "d")
 
 
-def worker(name: str = "w0", **others: int) -> Worker:
+def worker(name: str = "w0", **others: int) -> WorkerView:
     """With so many requests of other gateways for each of these adapters."""
     states = tuple(AdapterState(n, "d", Tier.GPU, in_flight=k) for n, k in others.items())
     running = sum(others.values())
-    return Worker(Heartbeat(name, 1, 1, "tiny", WorkerState.SERVING, 256, 4, running, adapters=states, yours=0), 1e9)
+    return WorkerView(Heartbeat(name, 1, 1, "tiny", WorkerState.SERVING, 256, 4, running, adapters=states, yours=0), 1e9)
 
 
-def seen(*lasted_s: float) -> Stays:
-    stays = Stays()
+def seen(*lasted_s: float) -> Occupancy:
+    occupancy = Occupancy()
     for each in lasted_s:
-        stays.end(Ask("tiny"), each)
-    return stays
+        occupancy.end(RoutingRequest("tiny"), each)
+    return occupancy
 
 
-def freed(stays: Stays, w: Worker, within_s: float, now: float) -> float:
-    found = stays.freed(w, within_s, now)
+def freed(occupancy: Occupancy, w: WorkerView, within_s: float, now: float) -> float:
+    found = occupancy.freed(w, within_s, now)
     assert found is not None
     return found
 
@@ -41,75 +41,75 @@ def test_of_too_few_stays_nothing_is_told() -> None:
 
 
 def test_where_all_stay_equally_long_it_is_known_who_ends_next() -> None:
-    stays, w = seen(*[2.0] * RECENT), worker()
-    stays.begin(Ask("tiny"), "w0", A, 0.0)
-    assert freed(stays, w, 0.1, now=1.0) < 0.01
-    assert freed(stays, w, 0.1, now=1.95) > 0.99
+    occupancy, w = seen(*[2.0] * RECENT), worker()
+    occupancy.begin(RoutingRequest("tiny"), "w0", A, 0.0)
+    assert freed(occupancy, w, 0.1, now=1.0) < 0.01
+    assert freed(occupancy, w, 0.1, now=1.95) > 0.99
 
 
 def test_where_the_past_tells_nothing_of_the_future_age_does_not_matter() -> None:
     """Exponential stays have no memory."""
-    stays, w = seen(*[-2.0 * math.log(1 - (n + 0.5) / RECENT) for n in range(RECENT)]), worker()
-    stays.begin(Ask("tiny"), "w0", A, 0.0)
-    chances = [freed(stays, w, 0.5, now=age) for age in (0.1, 1.0, 2.0, 3.0)]
+    occupancy, w = seen(*[-2.0 * math.log(1 - (n + 0.5) / RECENT) for n in range(RECENT)]), worker()
+    occupancy.begin(RoutingRequest("tiny"), "w0", A, 0.0)
+    chances = [freed(occupancy, w, 0.5, now=age) for age in (0.1, 1.0, 2.0, 3.0)]
     assert chances == pytest.approx([1 - math.exp(-0.25)] * 4, rel=0.25)
 
 
 def test_a_slot_is_free_once_all_requests_of_its_adapter_have_ended() -> None:
-    stays, w = seen(*[n / 100 for n in range(1, 201)]), worker()
-    stays.begin(Ask("tiny"), "w0", A, 0.0)
-    one = freed(stays, w, 0.5, now=0.0)
-    stays.begin(Ask("tiny"), "w0", A, 0.0)
-    assert freed(stays, w, 0.5, now=0.0) == pytest.approx(one**2)
-    stays.begin(Ask("tiny"), "w0", B, 0.0)
-    assert freed(stays, w, 0.5, now=0.0) == pytest.approx(one**2 + one)
+    occupancy, w = seen(*[n / 100 for n in range(1, 201)]), worker()
+    occupancy.begin(RoutingRequest("tiny"), "w0", A, 0.0)
+    one = freed(occupancy, w, 0.5, now=0.0)
+    occupancy.begin(RoutingRequest("tiny"), "w0", A, 0.0)
+    assert freed(occupancy, w, 0.5, now=0.0) == pytest.approx(one**2)
+    occupancy.begin(RoutingRequest("tiny"), "w0", B, 0.0)
+    assert freed(occupancy, w, 0.5, now=0.0) == pytest.approx(one**2 + one)
 
 
 def test_adapters_of_other_gateways_count_at_the_mean_rate() -> None:
-    stays = seen(*[2.0] * RECENT)
-    assert freed(stays, worker(a=1, b=3), 0.5, now=0.0) == pytest.approx(2 * 0.25)
-    stays.begin(Ask("tiny"), "w0", A, 0.0)
-    assert freed(stays, worker(a=2), 0.5, now=1.75) == pytest.approx(0.25, rel=0.01)  # ours ends, theirs must as well
+    occupancy = seen(*[2.0] * RECENT)
+    assert freed(occupancy, worker(a=1, b=3), 0.5, now=0.0) == pytest.approx(2 * 0.25)
+    occupancy.begin(RoutingRequest("tiny"), "w0", A, 0.0)
+    assert freed(occupancy, worker(a=2), 0.5, now=1.75) == pytest.approx(0.25, rel=0.01)  # ours ends, theirs must as well
 
 
 def test_what_is_sent_again_elsewhere_is_no_longer_where_it_was() -> None:
-    stays = seen(*[1.0] * RECENT)
-    ask = Ask("tiny")
-    stays.begin(ask, "w0", A, 0.0)
-    stays.begin(ask, "w1", A, 0.0)
-    assert freed(stays, worker("w0"), 1.0, 0.5) == 0.0 and freed(stays, worker("w1"), 1.0, 0.5) > 0.9
+    occupancy = seen(*[1.0] * RECENT)
+    ask = RoutingRequest("tiny")
+    occupancy.begin(ask, "w0", A, 0.0)
+    occupancy.begin(ask, "w1", A, 0.0)
+    assert freed(occupancy, worker("w0"), 1.0, 0.5) == 0.0 and freed(occupancy, worker("w1"), 1.0, 0.5) > 0.9
 
 
 def test_only_the_newest_stays_count() -> None:
-    stays = seen(*[9.0] * RECENT, *[1.0] * RECENT)
-    stays.begin(Ask("tiny"), "w0", A, 0.0)
-    assert freed(stays, worker(), 0.2, now=0.9) > 0.99
+    occupancy = seen(*[9.0] * RECENT, *[1.0] * RECENT)
+    occupancy.begin(RoutingRequest("tiny"), "w0", A, 0.0)
+    assert freed(occupancy, worker(), 0.2, now=0.9) > 0.99
 
 
 @given(st.lists(st.tuples(st.sampled_from(["begin", "end", "lose"]), st.integers(0, 5), st.floats(0.0, 5.0)), max_size=60))
 def test_nothing_stays_behind_and_no_more_is_freed_than_is_there(events: list[tuple[str, int, float]]) -> None:
-    stays, asks, now = seen(*[1.0] * LEAST), [Ask("tiny") for _ in range(6)], 0.0
+    occupancy, asks, now = seen(*[1.0] * LEAST), [RoutingRequest("tiny") for _ in range(6)], 0.0
     for what, n, gap in events:
         now += gap
         if what == "begin":
-            stays.begin(asks[n], f"w{n % 2}", (f"a{n % 3}", "d"), now)
+            occupancy.begin(asks[n], f"w{n % 2}", (f"a{n % 3}", "d"), now)
         else:
-            stays.end(asks[n], gap if what == "end" else None)
-        there = {w: freed(stays, worker(w), 0.3, now) for w in ("w0", "w1")}
+            occupancy.end(asks[n], gap if what == "end" else None)
+        there = {w: freed(occupancy, worker(w), 0.3, now) for w in ("w0", "w1")}
         assert all(0.0 <= number <= 3.0 for number in there.values())
     for ask in asks:
-        stays.end(ask)
-    assert len(stays) == 0 and freed(stays, worker("w0"), 9.0, now) == freed(stays, worker("w1"), 9.0, now) == 0.0
-    assert not stays._on
+        occupancy.end(ask)
+    assert len(occupancy) == 0 and freed(occupancy, worker("w0"), 9.0, now) == freed(occupancy, worker("w1"), 9.0, now) == 0.0
+    assert not occupancy._on
 
 
 def test_the_newest_request_of_an_adapter_is_the_one_that_was_sent_last_and_is_still_there() -> None:
-    stays, first, second = Stays(), Ask("tiny"), Ask("tiny")
-    assert stays.newest("w0", ("a", "d")) == -math.inf
-    stays.begin(first, "w0", ("a", "d"), 1.0)
-    stays.begin(second, "w0", ("a", "d"), 2.0)
-    assert stays.newest("w0", ("a", "d")) == 2.0
-    stays.end(second)
-    assert stays.newest("w0", ("a", "d")) == 1.0
-    stays.end(first)
-    assert stays.newest("w0", ("a", "d")) == -math.inf
+    occupancy, first, second = Occupancy(), RoutingRequest("tiny"), RoutingRequest("tiny")
+    assert occupancy.newest("w0", ("a", "d")) == -math.inf
+    occupancy.begin(first, "w0", ("a", "d"), 1.0)
+    occupancy.begin(second, "w0", ("a", "d"), 2.0)
+    assert occupancy.newest("w0", ("a", "d")) == 2.0
+    occupancy.end(second)
+    assert occupancy.newest("w0", ("a", "d")) == 1.0
+    occupancy.end(first)
+    assert occupancy.newest("w0", ("a", "d")) == -math.inf

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.fleet.fleet import Fleet, Worker
-from gateway.routing.policy import Ask, Choice, Reason
+from gateway.fleet.fleet import Fleet, WorkerView
+from gateway.routing.policy import Choice, ChoiceReason, RoutingRequest
 from gateway.routing.registry import POLICIES, make_policy
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
@@ -16,7 +16,7 @@ PIRATE = AdapterRef("tiny", "pirate", "d1")
 HAIKU = AdapterRef("tiny", "haiku", "d2")
 
 
-def a_fleet(*workers: tuple[int, int, tuple[AdapterRef, ...]]) -> tuple[Fleet, list[Worker]]:
+def a_fleet(*workers: tuple[int, int, tuple[AdapterRef, ...]]) -> tuple[Fleet, list[WorkerView]]:
     """One worker per (capacity, load by others, adapters on its GPU)."""
     fleet = Fleet(10.0)
     for i, (capacity, running, held) in enumerate(workers):
@@ -27,16 +27,16 @@ def a_fleet(*workers: tuple[int, int, tuple[AdapterRef, ...]]) -> tuple[Fleet, l
 
 
 def choose(fleet: Fleet, adapter: AdapterRef | None, rng: random.Random) -> Choice | None:
-    decision = make_policy("residency-p2c").choose(Ask("tiny", adapter), fleet, 0.0, rng)
+    decision = make_policy("residency-p2c").choose(RoutingRequest("tiny", adapter), fleet, 0.0, rng)
     return decision if isinstance(decision, Choice) else None
 
 
-def chosen(fleet: Fleet, adapter: AdapterRef | None, seed: int = 0) -> tuple[str, Reason] | None:
+def chosen(fleet: Fleet, adapter: AdapterRef | None, seed: int = 0) -> tuple[str, ChoiceReason] | None:
     choice = choose(fleet, adapter, random.Random(seed))
     return (choice.worker.id, choice.reason) if choice else None
 
 
-def burst(fleet: Fleet, adapter: AdapterRef | None, requests: int, seed: int = 0) -> list[tuple[str, Reason]]:
+def burst(fleet: Fleet, adapter: AdapterRef | None, requests: int, seed: int = 0) -> list[tuple[str, ChoiceReason]]:
     """Choices of a burst between two heartbeats: choose and reserve, no beat."""
     rng = random.Random(seed)
     choices = []
@@ -54,28 +54,28 @@ def test_nobody_to_choose_from_is_no_choice() -> None:
 
 def test_a_base_request_goes_to_any_worker_with_room() -> None:
     fleet, _ = a_fleet((1, 1, ()), (1, 0, ()), (1, 1, ()))
-    assert {chosen(fleet, None, seed) for seed in range(20)} == {("w1", Reason.BASE)}
+    assert {chosen(fleet, None, seed) for seed in range(20)} == {("w1", ChoiceReason.BASE)}
 
 
 def test_a_holder_with_room_wins_over_an_idle_stranger() -> None:
     fleet, _ = a_fleet((4, 0, ()), (4, 3, (PIRATE,)), (4, 0, (HAIKU,)))
-    assert {chosen(fleet, PIRATE, seed) for seed in range(20)} == {("w1", Reason.RESIDENT)}
+    assert {chosen(fleet, PIRATE, seed) for seed in range(20)} == {("w1", ChoiceReason.RESIDENT)}
 
 
 def test_full_holders_spill_onto_one_that_has_room() -> None:
     fleet, _ = a_fleet((2, 2, (PIRATE,)), (2, 0, ()), (2, 2, (PIRATE,)))
-    assert {chosen(fleet, PIRATE, seed) for seed in range(20)} == {("w1", Reason.SPILL)}
+    assert {chosen(fleet, PIRATE, seed) for seed in range(20)} == {("w1", ChoiceReason.SPILL)}
 
 
 def test_an_adapter_that_nobody_holds_is_cold() -> None:
     fleet, _ = a_fleet((2, 0, (HAIKU,)), (2, 2, ()))
-    assert chosen(fleet, PIRATE) == ("w0", Reason.COLD)
+    assert chosen(fleet, PIRATE) == ("w0", ChoiceReason.COLD)
 
 
 def test_an_adapter_that_is_on_its_way_counts_as_resident() -> None:
     fleet, workers = a_fleet((4, 0, ()), (4, 2, ()))
     fleet.reserve(workers[1], 1, PIRATE)
-    assert {chosen(fleet, PIRATE, seed) for seed in range(20)} == {("w1", Reason.RESIDENT)}
+    assert {chosen(fleet, PIRATE, seed) for seed in range(20)} == {("w1", ChoiceReason.RESIDENT)}
 
 
 @pytest.mark.parametrize("adapter", [None, PIRATE, HAIKU])
@@ -86,13 +86,13 @@ def test_when_all_are_full_the_request_waits(adapter: AdapterRef | None) -> None
 
 def test_two_choices_take_the_less_loaded_of_two() -> None:
     fleet, _ = a_fleet((9, 5, ()), (9, 1, ()))
-    assert {chosen(fleet, None, seed) for seed in range(50)} == {("w1", Reason.BASE)}
+    assert {chosen(fleet, None, seed) for seed in range(50)} == {("w1", ChoiceReason.BASE)}
 
 
 def test_the_most_loaded_of_three_is_never_chosen() -> None:
     fleet, _ = a_fleet((9, 1, ()), (9, 8, ()), (9, 2, ()))
     picks = {chosen(fleet, None, seed) for seed in range(100)}
-    assert picks == {("w0", Reason.BASE), ("w2", Reason.BASE)}
+    assert picks == {("w0", ChoiceReason.BASE), ("w2", ChoiceReason.BASE)}
 
 
 def test_equal_loads_are_shared_evenly() -> None:
@@ -107,7 +107,7 @@ def test_equal_loads_are_shared_evenly() -> None:
 
 
 def test_the_same_seed_makes_the_same_choices() -> None:
-    def run(seed: int) -> list[tuple[str, Reason]]:
+    def run(seed: int) -> list[tuple[str, ChoiceReason]]:
         return burst(a_fleet(*[(8, 0, ())] * 5)[0], None, 30, seed)
 
     assert run(3) == run(3)
@@ -126,10 +126,10 @@ def test_a_burst_for_a_cold_adapter_stays_on_the_worker_that_loads_it_until_that
     fleet, _ = a_fleet(*[(4, 0, ())] * 3)
     choices = burst(fleet, PIRATE, 6, seed)
     first, spilled = choices[0][0], choices[4][0]
-    assert choices[0][1] is Reason.COLD
-    assert choices[1:4] == [(first, Reason.RESIDENT)] * 3
-    assert choices[4][1] is Reason.SPILL and spilled != first
-    assert choices[5] == (spilled, Reason.RESIDENT)
+    assert choices[0][1] is ChoiceReason.COLD
+    assert choices[1:4] == [(first, ChoiceReason.RESIDENT)] * 3
+    assert choices[4][1] is ChoiceReason.SPILL and spilled != first
+    assert choices[5] == (spilled, ChoiceReason.RESIDENT)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -137,11 +137,11 @@ def test_a_burst_spreads_over_the_holders_and_fills_no_stranger_before_they_are_
     fleet, workers = a_fleet((5, 0, (PIRATE,)), (5, 0, (PIRATE,)), (5, 0, ()))
     choices = burst(fleet, PIRATE, 10, seed)
     assert [w.load for w in workers] == [5, 5, 0]
-    assert {reason for _, reason in choices} == {Reason.RESIDENT}
-    assert burst_next(fleet) == ("w2", Reason.SPILL)
+    assert {reason for _, reason in choices} == {ChoiceReason.RESIDENT}
+    assert burst_next(fleet) == ("w2", ChoiceReason.SPILL)
 
 
-def burst_next(fleet: Fleet) -> tuple[str, Reason] | None:
+def burst_next(fleet: Fleet) -> tuple[str, ChoiceReason] | None:
     return chosen(fleet, PIRATE)
 
 
@@ -162,13 +162,13 @@ def test_a_choice_has_room_and_its_reason_is_true(
         return
     assert choice.worker in open_
     if adapter is None:
-        assert choice.reason is Reason.BASE
+        assert choice.reason is ChoiceReason.BASE
         return
     holders = [w for w in workers if w.holds(adapter)]
     if any(w.has_room for w in holders):
-        assert choice.reason is Reason.RESIDENT and choice.worker in holders
+        assert choice.reason is ChoiceReason.RESIDENT and choice.worker in holders
     else:
-        assert choice.reason is (Reason.SPILL if holders else Reason.COLD) and choice.worker not in holders
+        assert choice.reason is (ChoiceReason.SPILL if holders else ChoiceReason.COLD) and choice.worker not in holders
 
 
 def test_every_policy_is_made_by_its_name_and_knows_it() -> None:
@@ -182,10 +182,10 @@ def test_no_policy_ever_chooses_a_worker_without_room(name: str, adapter: Adapte
     fleet, _ = a_fleet((1, 1, (PIRATE,)), (3, 0, ()), (2, 5, (PIRATE,)))
     policy, rng = make_policy(name), random.Random(1)
     for sid in range(1, 4):
-        choice = policy.choose(Ask("tiny", adapter), fleet, 10.0 * sid, rng)
+        choice = policy.choose(RoutingRequest("tiny", adapter), fleet, 10.0 * sid, rng)
         assert isinstance(choice, Choice) and choice.worker.id == "w1"
         fleet.reserve(choice.worker, sid, adapter)
-    assert not isinstance(policy.choose(Ask("tiny", adapter), fleet, 50.0, rng), Choice)
+    assert not isinstance(policy.choose(RoutingRequest("tiny", adapter), fleet, 50.0, rng), Choice)
 
 
 @pytest.mark.parametrize("name", sorted(set(POLICIES) - {"ray-strict"}))
@@ -195,7 +195,7 @@ def test_no_policy_ever_chooses_a_worker_that_is_left_out(name: str, adapter: Ad
     policy, rng = make_policy(name), random.Random(1)
     with fleet.without(["w0", "gone"]):
         for n in range(20):
-            choice = policy.choose(Ask("tiny", adapter), fleet, 10.0 * n, rng)
+            choice = policy.choose(RoutingRequest("tiny", adapter), fleet, 10.0 * n, rng)
             assert isinstance(choice, Choice) and choice.worker.id != "w0"
     assert fleet.pool("tiny").workers == list(fleet) and [w.load for w in fleet] == [0, 3, 5]
 
@@ -203,11 +203,11 @@ def test_no_policy_ever_chooses_a_worker_that_is_left_out(name: str, adapter: Ad
 def test_round_robin_goes_round_and_leaves_out_the_full() -> None:
     fleet, _ = a_fleet((9, 0, ()), (1, 1, ()), (9, 0, ()))
     policy, rng = make_policy("round-robin"), random.Random(1)
-    picks = [policy.choose(Ask("tiny"), fleet, 0.0, rng) for _ in range(4)]
+    picks = [policy.choose(RoutingRequest("tiny"), fleet, 0.0, rng) for _ in range(4)]
     assert [c.worker.id for c in picks if isinstance(c, Choice)] == ["w0", "w2", "w0", "w2"]
 
 
 def test_least_loaded_takes_the_least_loaded() -> None:
     fleet, _ = a_fleet((9, 3, ()), (9, 1, ()), (9, 2, (PIRATE,)))
-    choice = make_policy("least-loaded").choose(Ask("tiny", PIRATE), fleet, 0.0, random.Random(1))
-    assert isinstance(choice, Choice) and choice.worker.id == "w1" and choice.reason is Reason.BLIND
+    choice = make_policy("least-loaded").choose(RoutingRequest("tiny", PIRATE), fleet, 0.0, random.Random(1))
+    assert isinstance(choice, Choice) and choice.worker.id == "w1" and choice.reason is ChoiceReason.BLIND

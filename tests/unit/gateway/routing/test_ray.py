@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from gateway.fleet.fleet import Fleet, Worker
-from gateway.routing.policy import Ask, Blocked, Choice, Reason, Wait
+from gateway.fleet.fleet import Fleet, WorkerView
+from gateway.routing.policy import Blocked, Choice, ChoiceReason, Defer, RoutingRequest
 from gateway.routing.ray import BACKOFF_S, Ray, RayStrict, backoff_s
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
@@ -15,7 +15,7 @@ HAIKU = AdapterRef("tiny", "haiku", "d2")
 OTHER = AdapterRef("tiny", "other", "d3")
 
 
-def a_fleet(*workers: tuple[int, tuple[AdapterRef, ...]], capacity: int = 256) -> tuple[Fleet, list[Worker]]:
+def a_fleet(*workers: tuple[int, tuple[AdapterRef, ...]], capacity: int = 256) -> tuple[Fleet, list[WorkerView]]:
     """One worker per (load by others, adapters on its GPU)."""
     fleet = Fleet(10.0)
     for i, (running, held) in enumerate(workers):
@@ -25,11 +25,11 @@ def a_fleet(*workers: tuple[int, tuple[AdapterRef, ...]], capacity: int = 256) -
     return fleet, list(fleet.routable("tiny"))
 
 
-def picks(policy: Ray | RayStrict, fleet: Fleet, ask: Ask, now: float = 0.0, seeds: int = 30) -> set[str]:
+def picks(policy: Ray | RayStrict, fleet: Fleet, ask: RoutingRequest, now: float = 0.0, seeds: int = 30) -> set[str]:
     """Who can be chosen, over the chance of many seeds (of a fresh request each)."""
     found = set()
     for seed in range(seeds):
-        fresh = Ask(ask.base, ask.adapter)
+        fresh = RoutingRequest(ask.base, ask.adapter)
         choice = policy.choose(fresh, fleet, now, random.Random(seed))
         policy.left(fresh, now)
         found.add(choice.worker.id if isinstance(choice, Choice) else choice.blocked.value)
@@ -41,18 +41,18 @@ def picks(policy: Ray | RayStrict, fleet: Fleet, ask: Ask, now: float = 0.0, see
 
 def test_a_holder_that_is_not_overloaded_gets_the_request_however_busy_it_is() -> None:
     fleet, _ = a_fleet((0, ()), (9, (PIRATE,)), (0, ()))
-    assert picks(Ray(10), fleet, Ask("tiny", PIRATE)) == {"w1"}
+    assert picks(Ray(10), fleet, RoutingRequest("tiny", PIRATE)) == {"w1"}
 
 
 def test_when_all_holders_are_overloaded_a_less_busy_worker_loads_it_at_once() -> None:
     fleet, _ = a_fleet((10, (PIRATE,)), (3, (HAIKU,)), (12, (PIRATE,)))
-    choice = Ray(10).choose(Ask("tiny", PIRATE), fleet, 0.0, random.Random(1))
-    assert isinstance(choice, Choice) and (choice.worker.id, choice.reason) == ("w1", Reason.SPILL)
+    choice = Ray(10).choose(RoutingRequest("tiny", PIRATE), fleet, 0.0, random.Random(1))
+    assert isinstance(choice, Choice) and (choice.worker.id, choice.reason) == ("w1", ChoiceReason.SPILL)
 
 
 def test_a_cold_adapter_goes_to_one_of_those_with_the_fewest_adapters() -> None:
     fleet, _ = a_fleet((0, (HAIKU,)), (5, ()), (6, ()))
-    assert picks(Ray(), fleet, Ask("tiny", PIRATE)) == {"w1"}
+    assert picks(Ray(), fleet, RoutingRequest("tiny", PIRATE)) == {"w1"}
 
 
 def test_a_burst_for_a_cold_adapter_loads_it_once() -> None:
@@ -60,21 +60,21 @@ def test_a_burst_for_a_cold_adapter_loads_it_once() -> None:
     rng, policy = random.Random(1), Ray()
     chosen = []
     for sid in range(8):
-        choice = policy.choose(Ask("tiny", PIRATE), fleet, 0.0, rng)
+        choice = policy.choose(RoutingRequest("tiny", PIRATE), fleet, 0.0, rng)
         assert isinstance(choice, Choice)
         fleet.reserve(choice.worker, sid, PIRATE)
         chosen.append((choice.worker.id, choice.reason))
-    assert len({w for w, _ in chosen}) == 1 and [r for _, r in chosen].count(Reason.COLD) == 1
+    assert len({w for w, _ in chosen}) == 1 and [r for _, r in chosen].count(ChoiceReason.COLD) == 1
 
 
 def test_a_base_request_never_looks_at_residency() -> None:
     fleet, _ = a_fleet((4, ()), (1, (PIRATE, HAIKU, OTHER)))
-    assert picks(Ray(), fleet, Ask("tiny")) == {"w1"}
+    assert picks(Ray(), fleet, RoutingRequest("tiny")) == {"w1"}
 
 
 def test_when_every_worker_is_overloaded_the_request_waits_for_room() -> None:
     fleet, _ = a_fleet((10, (PIRATE,)), (11, ()))
-    assert Ray(10).choose(Ask("tiny", PIRATE), fleet, 0.0, random.Random(1)) == Wait(Blocked.ROOM)
+    assert Ray(10).choose(RoutingRequest("tiny", PIRATE), fleet, 0.0, random.Random(1)) == Defer(Blocked.ROOM)
 
 
 # ---- what Ray 2.60 really does: the rows of its table ---------------------------------------------------------------------------------------
@@ -82,12 +82,12 @@ def test_when_every_worker_is_overloaded_the_request_waits_for_room() -> None:
 
 def test_m1_the_first_round_looks_at_holders_alone_however_loaded() -> None:
     fleet, _ = a_fleet((0, ()), (200, (PIRATE,)), (0, ()))
-    assert picks(RayStrict(), fleet, Ask("tiny", PIRATE)) == {"w1"}
+    assert picks(RayStrict(), fleet, RoutingRequest("tiny", PIRATE)) == {"w1"}
 
 
 def test_m2_without_a_holder_those_with_the_fewest_adapters() -> None:
     fleet, _ = a_fleet((0, (HAIKU,)), (1, ()), (2, ()))
-    assert picks(RayStrict(), fleet, Ask("tiny", PIRATE)) == {"w1"}
+    assert picks(RayStrict(), fleet, RoutingRequest("tiny", PIRATE)) == {"w1"}
 
 
 def test_m3_then_m4_an_adapter_that_fell_back_wastes_a_round_and_may_be_loaded_by_several_workers() -> None:
@@ -95,7 +95,7 @@ def test_m3_then_m4_an_adapter_that_fell_back_wastes_a_round_and_may_be_loaded_b
     policy, rng = RayStrict(), random.Random(1)
     loaded_by = set()
     for sid in range(12):
-        ask = Ask("tiny", PIRATE)
+        ask = RoutingRequest("tiny", PIRATE)
         choice = policy.choose(ask, fleet, 0.0, rng)
         assert isinstance(choice, Choice)
         fleet.reserve(choice.worker, sid, PIRATE)
@@ -108,8 +108,8 @@ def test_m3_then_m4_an_adapter_that_fell_back_wastes_a_round_and_may_be_loaded_b
 def test_m4_after_a_full_holder_only_those_with_the_fewest_adapters_are_tried_for_a_second() -> None:
     """W3: the third worker is idle, but holds more adapters than the full second one."""
     fleet, _ = a_fleet((9, (PIRATE, HAIKU)), (9, ()), (0, (HAIKU,)))
-    policy, ask, rng, now = RayStrict(9), Ask("tiny", PIRATE), random.Random(1), 0.0
-    while isinstance(decision := policy.choose(ask, fleet, now, rng), Wait):
+    policy, ask, rng, now = RayStrict(9), RoutingRequest("tiny", PIRATE), random.Random(1), 0.0
+    while isinstance(decision := policy.choose(ask, fleet, now, rng), Defer):
         assert decision.blocked is Blocked.TURN and decision.until is not None and decision.until > now
         now = decision.until
     assert decision.worker.id == "w2" and 1.0 <= now <= 3.0  # M5, then M6: the window ends at the boundary of a round
@@ -117,10 +117,10 @@ def test_m4_after_a_full_holder_only_those_with_the_fewest_adapters_are_tried_fo
 
 def test_m1_is_not_tried_again_when_the_holder_frees_within_the_window() -> None:
     fleet, workers = a_fleet((9, (PIRATE, HAIKU)), (9, ()))
-    policy, ask = RayStrict(9), Ask("tiny", PIRATE)
-    assert isinstance(policy.choose(ask, fleet, 0.0, random.Random(1)), Wait)
+    policy, ask = RayStrict(9), RoutingRequest("tiny", PIRATE)
+    assert isinstance(policy.choose(ask, fleet, 0.0, random.Random(1)), Defer)
     fleet.beat(Heartbeat("w0", 1, 2, "tiny", WorkerState.SERVING, 256, 16, 0, adapters=workers[0].beat.adapters), 0.1)
-    assert isinstance(policy.choose(ask, fleet, 0.2, random.Random(1)), Wait)
+    assert isinstance(policy.choose(ask, fleet, 0.2, random.Random(1)), Defer)
 
 
 def test_rounds_back_off_as_ray_does() -> None:
@@ -132,11 +132,11 @@ def test_requests_beyond_the_routing_tasks_wait_behind_the_others_even_for_an_id
     fleet, _ = a_fleet((9, (PIRATE,)), (0, (HAIKU, OTHER)), capacity=9)
     fleet.beat(Heartbeat("w1", 1, 2, "tiny", WorkerState.SERVING, 9, 16, 9, adapters=()), 0.0)
     policy, rng = RayStrict(9), random.Random(1)
-    stuck = [Ask("tiny", PIRATE) for _ in range(4)]
-    assert all(isinstance(policy.choose(ask, fleet, 0.0, rng), Wait) for ask in stuck)
+    stuck = [RoutingRequest("tiny", PIRATE) for _ in range(4)]
+    assert all(isinstance(policy.choose(ask, fleet, 0.0, rng), Defer) for ask in stuck)
     fleet.beat(Heartbeat("w1", 1, 3, "tiny", WorkerState.SERVING, 9, 16, 0, adapters=(AdapterState("haiku", "d2", Tier.GPU),)), 0.0)
-    warm = Ask("tiny", HAIKU)
-    assert policy.choose(warm, fleet, 0.01, rng) == Wait(Blocked.TURN, 0.01 + BACKOFF_S)
+    warm = RoutingRequest("tiny", HAIKU)
+    assert policy.choose(warm, fleet, 0.01, rng) == Defer(Blocked.TURN, 0.01 + BACKOFF_S)
     policy.left(stuck[0], 0.02)
     assert isinstance(policy.choose(warm, fleet, 0.02, rng), Choice)
 
@@ -145,7 +145,7 @@ def test_a_request_that_left_keeps_no_state() -> None:
     fleet, _ = a_fleet((9, (PIRATE,)))
     policy = RayStrict(9)
     for _ in range(50):
-        ask = Ask("tiny", PIRATE)
+        ask = RoutingRequest("tiny", PIRATE)
         policy.choose(ask, fleet, 0.0, random.Random(1))
         policy.left(ask, 0.0)
     assert not policy._searches

@@ -5,10 +5,10 @@ import random
 import pytest
 
 from gateway.fleet.fleet import Fleet
-from gateway.fleet.worker_view import USUAL_S, Worker
+from gateway.fleet.worker_view import USUAL_S, WorkerView
 from gateway.routing.expected_ttft import ExpectedTTFT
-from gateway.routing.policy import Ask, Choice, Reason
-from gateway.routing.rebalance import CLOSED_S, MAX_SETTLING, SETTLE_S, Relief
+from gateway.routing.policy import Choice, ChoiceReason, RoutingRequest
+from gateway.routing.rebalance import CLOSED_S, MAX_SETTLING, SETTLE_S, Rebalancer
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
@@ -25,7 +25,7 @@ class Room:
     def __init__(self) -> None:
         self.fleet, self.policy, self.rng, self.now, self.sid, self.seq = Fleet(1e9), ExpectedTTFT(), random.Random(1), 0.0, 0, 0
 
-    def beat(self, worker: str, **in_flight: int) -> Worker:
+    def beat(self, worker: str, **in_flight: int) -> WorkerView:
         """The worker has these adapters in slots, with so many requests each."""
         self.seq += 1
         states = tuple(AdapterState(name, "d", Tier.GPU, in_flight=n) for name, n in in_flight.items())
@@ -44,8 +44,8 @@ class Room:
                 self.beat(worker, **in_flight)
             self.now += 2 * USUAL_S
 
-    def to(self, name: str) -> tuple[str, Reason]:
-        ask = Ask("tiny", ref(name), 26 << 20, prompt_tokens=128, arrived=self.now)
+    def to(self, name: str) -> tuple[str, ChoiceReason]:
+        ask = RoutingRequest("tiny", ref(name), 26 << 20, prompt_tokens=128, arrived=self.now)
         self.policy.arrived(ask, self.now)
         choice = self.policy.choose(ask, self.fleet, self.now, self.rng)
         assert isinstance(choice, Choice), choice
@@ -66,13 +66,13 @@ def room() -> Room:
 
 def test_an_adapter_leaves_a_worker_that_stays_far_busier_than_the_others_and_does_not_come_back_at_once(room: Room) -> None:
     room.usual(heavy=HEAVY, light={"poem": 20})
-    assert room.to("law") == ("light", Reason.SPILL)
+    assert room.to("law") == ("light", ChoiceReason.SPILL)
     for _ in range(5):
-        assert room.to("law") == ("light", Reason.RESIDENT)
+        assert room.to("law") == ("light", ChoiceReason.RESIDENT)
     room.now += CLOSED_S - 0.1
     room.beat("heavy", **HEAVY)
     room.beat("light", poem=20, law=20)
-    assert room.to("law") == ("light", Reason.RESIDENT)
+    assert room.to("law") == ("light", ChoiceReason.RESIDENT)
 
 
 def test_one_at_a_time_so_that_the_second_move_knows_of_the_first(room: Room) -> None:
@@ -84,7 +84,7 @@ def test_a_busy_moment_is_not_a_bad_distribution(room: Room) -> None:
     room.usual(heavy={"law": 20, "tax": 20}, light={"poem": 40})
     room.now += 0.1
     room.beat("heavy", **HEAVY)
-    assert room.to("law") == ("heavy", Reason.RESIDENT)
+    assert room.to("law") == ("heavy", ChoiceReason.RESIDENT)
 
 
 def test_an_adapter_that_would_only_turn_the_difference_round_stays(room: Room) -> None:
@@ -125,7 +125,7 @@ def test_while_slots_are_scarce_nobody_moves(room: Room) -> None:
 
 def test_an_adapter_whose_home_set_grows_is_spread_by_copies_and_not_moved(room: Room) -> None:
     room.usual(heavy=HEAVY, light={"poem": 20})
-    room.policy._base("tiny").relief.settle(("law", "d"), room.now)
+    room.policy._base("tiny").rebalancer.settle(("law", "d"), room.now)
     assert room.to("law")[0] == "heavy"
     room.now += SETTLE_S
     room.usual(heavy=HEAVY, light={"poem": 20})
@@ -135,15 +135,15 @@ def test_an_adapter_whose_home_set_grows_is_spread_by_copies_and_not_moved(room:
 def test_when_the_worker_that_took_it_is_lost_the_old_one_serves_the_adapter_again(room: Room) -> None:
     room.usual(heavy=HEAVY, light={"poem": 20}, third={"ode": 30})
     (taker, reason) = room.to("law")
-    assert reason is Reason.SPILL
+    assert reason is ChoiceReason.SPILL
     room.fleet.unreachable(taker, 1)
-    assert room.to("law") == ("heavy", Reason.RESIDENT)
+    assert room.to("law") == ("heavy", ChoiceReason.RESIDENT)
 
 
 def test_explain_says_that_the_adapter_has_moved(room: Room) -> None:
     room.usual(heavy=HEAVY, light={"poem": 20})
     room.to("law")
-    ask = Ask("tiny", ref("law"), 26 << 20, prompt_tokens=128, arrived=room.now)
+    ask = RoutingRequest("tiny", ref("law"), 26 << 20, prompt_tokens=128, arrived=room.now)
     assert {c.worker.id: c.note for c in room.policy.explain(ask, room.fleet, room.now)} == {
         "heavy": "moved to a lighter worker",
         "light": "",
@@ -151,7 +151,7 @@ def test_explain_says_that_the_adapter_has_moved(room: Room) -> None:
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    relief = Relief()
+    rebalancer = Rebalancer()
     for n in range(2 * MAX_SETTLING):
-        relief.settle((f"a{n}", "d"), 0.0)
-    assert len(relief._settling) == MAX_SETTLING
+        rebalancer.settle((f"a{n}", "d"), 0.0)
+    assert len(rebalancer._settling) == MAX_SETTLING

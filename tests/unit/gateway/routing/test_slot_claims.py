@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from bench.load.workload import Fixed, Poisson, Workload, Zipf, requests
 from bench.routing.sim.worker import WorkerFacts
 from bench.routing.sim.world import Simulation, World
-from gateway.fleet.fleet import Fleet, Worker
+from gateway.fleet.fleet import Fleet, WorkerView
 from gateway.fleet.rendezvous import Rendezvous
 from gateway.fleet.worker_view import Key, key_of
-from gateway.routing.demand import Rates
-from gateway.routing.occupancy import Stays
-from gateway.routing.policy import Ask
-from gateway.routing.slot_claims import Claims
+from gateway.routing.demand import DemandRates
+from gateway.routing.occupancy import Occupancy
+from gateway.routing.policy import RoutingRequest
+from gateway.routing.slot_claims import SlotClaims
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
@@ -27,8 +27,8 @@ class Desk:
     """Workers of two or three slots, and claims on them."""
 
     def __init__(self, rng: random.Random) -> None:
-        self.rng, self.fleet, self.rates = rng, Fleet(1e9), Rates()
-        self.claims = Claims(self.rates, Rendezvous(), Stays(), age_bound_s=0.0)
+        self.rng, self.fleet, self.rates = rng, Fleet(1e9), DemandRates()
+        self.claims = SlotClaims(self.rates, Rendezvous(), Occupancy(), age_bound_s=0.0)
         self.now, self.seq, self.sid = 0.0, 0, 0
         self.open: list[int] = []
         for worker in WORKERS:
@@ -51,9 +51,9 @@ class Desk:
             case 0:
                 self.beat(self.rng.choice(WORKERS))
             case 1:
-                self.claims.claim(Ask("tiny", ref), key, pool, self.now)
+                self.claims.claim(RoutingRequest("tiny", ref), key, pool, self.now)
             case 2:
-                self.claims.settle(Ask("tiny", ref), key)
+                self.claims.settle(RoutingRequest("tiny", ref), key)
             case 3:
                 self.now += self.rng.random()
                 for _ in range(self.rng.choice((1, 40))):
@@ -67,7 +67,7 @@ class Desk:
                     self.fleet.reserve(self.rng.choice(able), self.sid, ref)
                     self.open.append(self.sid)
 
-    def open_to(self, key: Key) -> list[Worker]:
+    def open_to(self, key: Key) -> list[WorkerView]:
         pool = self.fleet.pool("tiny")
         return [w for w in pool.workers if w.has_room and self.claims.open_to(w, key, pool, self.now)]
 
@@ -101,13 +101,13 @@ def test_a_slot_that_is_kept_for_a_claim_is_its_claimants_to_have_at_once(rng: r
     for _ in range(60):
         desk.step()
         pool = desk.fleet.pool("tiny")
-        heirs = desk.claims.heirs(pool, desk.now)
-        assert all(desk.open_to(key) for key in heirs)
+        reserved_for = desk.claims.reserved_for(pool, desk.now)
+        assert all(desk.open_to(key) for key in reserved_for)
         for ref in ADAPTERS:
             key = key_of(ref)
             claim = desk.claims.of(key)
             if claim is not None and claim.worker in desk.open_to(key) and claim.worker.open_slots > 0:
-                assert key in heirs
+                assert key in reserved_for
 
 
 def test_few_slots_stand_empty_while_many_wait_for_one() -> None:

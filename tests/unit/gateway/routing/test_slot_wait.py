@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.fleet.worker_view import Worker
-from gateway.routing.occupancy import RECENT, Stays
-from gateway.routing.policy import Ask
+from gateway.fleet.worker_view import WorkerView
+from gateway.routing.occupancy import RECENT, Occupancy
+from gateway.routing.policy import RoutingRequest
 from gateway.routing.slot_wait import (
     FULL_SPREADS,
     PATIENCE_S,
@@ -13,11 +13,11 @@ from gateway.routing.slot_wait import (
     SCARCE_PATIENCE_S,
     SCARCE_SPREADS,
     SOON_S,
-    Patience,
+    SlotWait,
 )
 from shared.link.messages import Heartbeat, WorkerState
 
-FULL = Worker(Heartbeat("full", 1, 1, "tiny", WorkerState.SERVING, 256, 4), 1e9)
+FULL = WorkerView(Heartbeat("full", 1, 1, "tiny", WorkerState.SERVING, 256, 4), 1e9)
 STAY_S = 2.0
 DEAR_S = 10.0
 """A load elsewhere that costs more than any patience."""
@@ -27,19 +27,19 @@ class Line:
     """Requests that wait for `FULL`, on which each adapter has one request that stays for STAY_S."""
 
     def __init__(self, *ends: float) -> None:
-        self.stays = Stays()
-        self.patience = Patience(self.stays)
+        self.occupancy = Occupancy()
+        self.slot_wait = SlotWait(self.occupancy)
         for _ in range(RECENT):
-            self.stays.end(Ask("tiny"), STAY_S)
+            self.occupancy.end(RoutingRequest("tiny"), STAY_S)
         for n, at in enumerate(ends):
-            self.stays.begin(Ask("tiny"), "full", (f"a{n}", "d"), at - STAY_S)
+            self.occupancy.begin(RoutingRequest("tiny"), "full", (f"a{n}", "d"), at - STAY_S)
 
-    def waits(self, ask: Ask, now: float = 0.0, slack: float = FULL_SPREADS, elsewhere_s: float = DEAR_S) -> bool:
-        return self.patience.until(ask, [FULL], slack, elsewhere_s, now) > now
+    def waits(self, ask: RoutingRequest, now: float = 0.0, slack: float = FULL_SPREADS, elsewhere_s: float = DEAR_S) -> bool:
+        return self.slot_wait.until(ask, [FULL], slack, elsewhere_s, now) > now
 
 
-def ask(arrived: float = 0.0) -> Ask:
-    return Ask("tiny", arrived=arrived)
+def ask(arrived: float = 0.0) -> RoutingRequest:
+    return RoutingRequest("tiny", arrived=arrived)
 
 
 def test_it_waits_if_a_slot_comes_free_soon_and_not_if_none_does() -> None:
@@ -60,18 +60,18 @@ def test_who_leaves_lets_the_next_hope() -> None:
     line = Line(SOON_S / 2)
     first, second = ask(0.01), ask(0.02)
     assert line.waits(first, 0.02) and not line.waits(second, 0.02)
-    line.patience.forget(first)
+    line.slot_wait.forget(first)
     assert line.waits(second, 0.02)
-    line.patience.forget(second)
-    line.patience.forget(second)
-    assert len(line.patience) == 0 and not line.patience._at
+    line.slot_wait.forget(second)
+    line.slot_wait.forget(second)
+    assert len(line.slot_wait) == 0 and not line.slot_wait._at
 
 
 def test_a_hope_is_given_up_when_the_slot_went_to_somebody_else() -> None:
     line = Line(0.1)
     asked = ask()
     assert line.waits(asked)
-    line.stays.begin(Ask("tiny"), "full", ("a0", "d"), 0.0)  # the adapter got a new request and will not leave
+    line.occupancy.begin(RoutingRequest("tiny"), "full", ("a0", "d"), 0.0)  # the adapter got a new request and will not leave
     assert line.waits(asked, RECKON_S / 2)
     assert not line.waits(asked, RECKON_S)
 
@@ -81,41 +81,41 @@ def test_who_has_given_up_is_ahead_of_nobody() -> None:
     gone, asked = ask(0.0), ask(0.02)
     assert line.waits(gone)
     assert not line.waits(gone, PATIENCE_S)
-    assert len(line.patience) == 0
+    assert len(line.slot_wait) == 0
     assert line.waits(asked, 0.02)
 
 
 def test_patience_ends_however_likely_a_slot_is() -> None:
     line = Line(*[at / 10 for at in range(10)])
     asked = ask()
-    assert line.patience.until(asked, [FULL], FULL_SPREADS, DEAR_S, 0.0) == pytest.approx(SOON_S)
-    assert line.patience.until(asked, [FULL], FULL_SPREADS, DEAR_S, 0.2) == pytest.approx(PATIENCE_S)
+    assert line.slot_wait.until(asked, [FULL], FULL_SPREADS, DEAR_S, 0.0) == pytest.approx(SOON_S)
+    assert line.slot_wait.until(asked, [FULL], FULL_SPREADS, DEAR_S, 0.2) == pytest.approx(PATIENCE_S)
     assert not line.waits(asked, PATIENCE_S)
 
 
 def test_the_more_slots_are_open_elsewhere_the_shorter_it_is() -> None:
     line = Line(0.05)
-    half = line.patience.until(ask(), [FULL], (FULL_SPREADS + PATIENT_SPREADS) / 2, DEAR_S, 0.0)
+    half = line.slot_wait.until(ask(), [FULL], (FULL_SPREADS + PATIENT_SPREADS) / 2, DEAR_S, 0.0)
     assert half == pytest.approx(PATIENCE_S / 2)
     assert not line.waits(ask(), slack=PATIENT_SPREADS)
 
 
 def test_while_slots_are_scarce_it_waits_whatever_is_likely() -> None:
     line, asked = Line(1.0), ask(1.0)
-    assert line.patience.until(asked, [FULL], SCARCE_SPREADS / 2, DEAR_S, 1.0) == 1.0 + SCARCE_PATIENCE_S
+    assert line.slot_wait.until(asked, [FULL], SCARCE_SPREADS / 2, DEAR_S, 1.0) == 1.0 + SCARCE_PATIENCE_S
     assert not line.waits(asked, 1.0 + SCARCE_PATIENCE_S, SCARCE_SPREADS / 2)
 
 
 def test_where_nothing_is_known_of_stays_it_waits() -> None:
-    assert Patience(Stays()).until(ask(), [FULL], FULL_SPREADS, DEAR_S, 0.0) == pytest.approx(SOON_S)
+    assert SlotWait(Occupancy()).until(ask(), [FULL], FULL_SPREADS, DEAR_S, 0.0) == pytest.approx(SOON_S)
 
 
 @pytest.mark.parametrize("slack", [FULL_SPREADS, SCARCE_SPREADS / 2])
 def test_nobody_waits_longer_than_a_load_elsewhere_costs(slack: float) -> None:
     line, asked = Line(1.005), ask(1.0)
-    assert line.patience.until(asked, [FULL], slack, 0.02, 1.0) == pytest.approx(1.02)
+    assert line.slot_wait.until(asked, [FULL], slack, 0.02, 1.0) == pytest.approx(1.02)
     assert not line.waits(asked, 1.02, slack, elsewhere_s=0.02)
-    assert len(line.patience) == 0
+    assert len(line.slot_wait) == 0
 
 
 def test_a_slot_that_comes_free_later_than_a_load_elsewhere_would_take_is_no_hope() -> None:

@@ -14,7 +14,7 @@ from bench.routing.sim.worker import WorkerFacts
 from bench.routing.sim.world import Outcome, Simulation, World, adapter_name
 from gateway.fleet.fleet import Fleet
 from gateway.routing.expected_ttft import ExpectedTTFT
-from gateway.routing.policy import Ask, Choice, Decision, Wait
+from gateway.routing.policy import Choice, Decision, Defer, RoutingRequest
 from gateway.routing.slot_claims import AGE_BOUND_S, HELD_AGE_S
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import STEADY_PER_S, STEADY_SHARE, AdapterState, Heartbeat, Tier, WorkerState
@@ -46,11 +46,11 @@ class Gateway:
         self.fleet.beat(beat, self.now)
         self.fleet.attach(name, 1)
 
-    def choose(self, ask: Ask) -> Decision:
+    def choose(self, ask: RoutingRequest) -> Decision:
         return self.policy.choose(ask, self.fleet, self.now, random.Random(1))
 
-    def ask(self, ref: AdapterRef) -> Ask:
-        ask = Ask("tiny", ref, 1000, 10, arrived=self.now)
+    def ask(self, ref: AdapterRef) -> RoutingRequest:
+        ask = RoutingRequest("tiny", ref, 1000, 10, arrived=self.now)
         self.policy.arrived(ask, self.now)
         return ask
 
@@ -58,7 +58,7 @@ class Gateway:
         """The worker it went to."""
         ask = self.ask(ref)
         decision = self.choose(ask)
-        if isinstance(decision, Wait):
+        if isinstance(decision, Defer):
             return None
         self.sid += 1
         self.fleet.reserve(decision.worker, self.sid, ref)
@@ -126,7 +126,7 @@ def test_a_claim_passes_by_an_adapter_in_steady_use_though_it_has_fewer_requests
         gateway.send(adapter(name))
     old = gateway.ask(COLD)
     gateway.now = AGE_BOUND_S
-    assert isinstance(gateway.choose(old), Wait)
+    assert isinstance(gateway.choose(old), Defer)
     assert gateway.send(WARM) == "w0" and gateway.send(adapter("b1")) is None
 
 
@@ -137,7 +137,7 @@ def test_of_many_in_steady_use_a_claim_takes_the_one_longest_without_a_new_reque
         gateway.now += 0.01
     old = gateway.ask(COLD)
     gateway.now += AGE_BOUND_S
-    assert isinstance(gateway.choose(old), Wait)
+    assert isinstance(gateway.choose(old), Defer)
     assert gateway.send(WARM) is None
 
 
@@ -149,7 +149,7 @@ def test_it_passes_by_even_where_the_others_slots_are_promised_already(gateway: 
         gateway.send(adapter(name))
     first, second = gateway.ask(adapter("c1")), gateway.ask(adapter("c2"))
     gateway.now = AGE_BOUND_S
-    assert isinstance(gateway.choose(first), Wait) and isinstance(gateway.choose(second), Wait)
+    assert isinstance(gateway.choose(first), Defer) and isinstance(gateway.choose(second), Defer)
     assert gateway.send(WARM) == "w0"
 
 
@@ -170,7 +170,7 @@ def test_a_slot_is_claimed_on_the_least_loaded_worker_but_not_from_an_adapter_in
         gateway.send(adapter(name))
     ask = gateway.ask(adapter("pirate"))
     gateway.now = HELD_AGE_S
-    assert isinstance(gateway.choose(ask), Wait)
+    assert isinstance(gateway.choose(ask), Defer)
     assert gateway.send(WARM) == "calm" and gateway.send(adapter("other")) is None
 
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
 
-from gateway.telemetry import counters as tally
-from gateway.telemetry.counters import Distribution, Snapshot, Tally
+from gateway.telemetry import counters
+from gateway.telemetry.counters import CounterSet, Distribution, Snapshot
 from gateway.telemetry.prometheus import ADAPTER_LABELS, TTFT_BUCKETS_S, Metrics
 
 BOUNDS = {"ttft": (1.0, 2.0)}
@@ -30,22 +30,22 @@ def test_values_fall_into_the_buckets_that_prometheus_would_put_them_in(values: 
 
 
 def test_the_sum_of_processes_is_what_one_process_would_have_counted() -> None:
-    rng, one, parts = random.Random(1), Tally(BOUNDS), [Tally(BOUNDS) for _ in range(3)]
+    rng, one, parts = random.Random(1), CounterSet(BOUNDS), [CounterSet(BOUNDS) for _ in range(3)]
     for _ in range(200):
         part, value, key = rng.choice(parts), rng.randrange(4), ("requests", rng.choice("ab"))
         for each in (one, part):
             each.count(key, value)
             each.distribution(("ttft", "a")).observe(value)
-    total = Tally(BOUNDS)
+    total = CounterSet(BOUNDS)
     for number, part in enumerate(parts):
-        total.add(tally.decode(tally.encode(part.snapshot(f"g{number}"))))
+        total.add(counters.decode(counters.encode(part.snapshot(f"g{number}"))))
     assert total.counters == one.counters
     mine, its = total.distribution(("ttft", "a")), one.distribution(("ttft", "a"))
     assert (mine.counts, mine.total) == (its.counts, its.total)
 
 
 def test_buckets_of_another_version_are_left_out_and_the_rest_is_kept() -> None:
-    total = Tally(BOUNDS)
+    total = CounterSet(BOUNDS)
     total.add(Snapshot("g1", ((("requests", "a"), 3),), ((("ttft", "a"), (1, 2), 1.0), (("gone", "a"), (1, 2, 3), 1.0))))
     assert total.counters == {("requests", "a"): 3} and not total.distributions
 
@@ -55,7 +55,7 @@ def test_a_process_that_is_started_again_goes_on_from_its_last_numbers() -> None
     before.retried()
     before.error("overloaded")
     after = Metrics("g1")
-    after.restore(tally.decode(tally.encode(before.snapshot())))
+    after.restore(counters.decode(counters.encode(before.snapshot())))
     after.retried()
     assert after.value("loraplex_retries_total", {}) == 2
     assert after.value("loraplex_error_responses_total", {"code": "overloaded"}) == 1

@@ -19,9 +19,9 @@ from worker.adapters.residency import (
     Instruction,
     Reject,
     Residency,
-    Stage,
+    ResidencyStage,
     Start,
-    Tended,
+    CommandDone,
 )
 from worker.engine.base import Loaded, Swap
 
@@ -44,7 +44,7 @@ def in_line(residency: Residency, request: int, adapter: AdapterRef, now: float 
     assert residency.fetched(on_disk(adapter), Tier.REMOTE, now) == []
 
 
-def stage(residency: Residency, adapter: AdapterRef) -> Stage | None:
+def stage(residency: Residency, adapter: AdapterRef) -> ResidencyStage | None:
     entry = residency._entries.get(adapter)
     return entry.stage if entry else None
 
@@ -144,7 +144,7 @@ def full_with_one_in_steady_use(slots: int = 4) -> Residency:
 def test_the_idle_moment_of_an_adapter_in_steady_use_is_not_given_to_the_line() -> None:
     residency = full_with_one_in_steady_use()
     in_line(residency, 9, E)
-    assert residency.tick(SLOT_PATIENCE_S) == [] and stage(residency, B) is Stage.CLOSING
+    assert residency.tick(SLOT_PATIENCE_S) == [] and stage(residency, B) is ResidencyStage.CLOSING
     assert residency.finish(2, 1.5) == [Swap((on_disk(E),), (), (on_disk(B),))]
 
 
@@ -154,7 +154,12 @@ def test_nor_is_its_slot_closed_however_long_the_line_is() -> None:
     for n in range(8):
         in_line(residency, 10 + n, AdapterRef("tiny", f"late{n}", "d"))
     residency.tick(SLOT_PATIENCE_S)
-    assert [stage(residency, a) for a in (A, B, C, D)] == [Stage.RESIDENT, Stage.CLOSING, Stage.CLOSING, Stage.CLOSING]
+    assert [stage(residency, a) for a in (A, B, C, D)] == [
+        ResidencyStage.RESIDENT,
+        ResidencyStage.CLOSING,
+        ResidencyStage.CLOSING,
+        ResidencyStage.CLOSING,
+    ]
 
 
 def test_it_is_given_to_a_hotter_one() -> None:
@@ -236,7 +241,7 @@ def test_a_request_that_leaves_the_line_takes_its_adapter_with_it() -> None:
     in_line(residency, 2, B)
     in_line(residency, 3, C)
     assert residency.finish(2, 0.0) == []
-    assert stage(residency, B) is Stage.WARM
+    assert stage(residency, B) is ResidencyStage.WARM
     assert residency.finish(1, 0.0) == [Swap((on_disk(C),), (), (on_disk(B), on_disk(A)))]
 
 
@@ -245,7 +250,7 @@ def test_a_request_that_leaves_during_the_fetch_leaves_it_warm() -> None:
     residency.want(1, A, 0.0)
     assert residency.finish(1, 0.0) == []
     assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == []
-    assert stage(residency, A) is Stage.WARM and residency.want(2, A, 0.0) == [Swap((on_disk(A),))]
+    assert stage(residency, A) is ResidencyStage.WARM and residency.want(2, A, 0.0) == [Swap((on_disk(A),))]
 
 
 def test_what_nobody_came_for_does_not_outgrow_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +271,7 @@ def test_a_request_that_leaves_during_the_load_is_not_started() -> None:
     residency.fetched(on_disk(A), Tier.REMOTE, 0.0)
     assert residency.finish(1, 0.0) == []
     assert residency.swapped({}, 0.0) == []
-    assert stage(residency, A) is Stage.RESIDENT
+    assert stage(residency, A) is ResidencyStage.RESIDENT
 
 
 def test_an_end_that_is_told_twice_counts_once() -> None:
@@ -364,9 +369,9 @@ def starving(now: float = 0.0) -> Residency:
 def test_patience_ends_exactly_when_it_says() -> None:
     residency = starving()
     residency.tick(SLOT_PATIENCE_S - 0.001)
-    assert stage(residency, A) is Stage.RESIDENT
+    assert stage(residency, A) is ResidencyStage.RESIDENT
     residency.tick(SLOT_PATIENCE_S)
-    assert stage(residency, A) is Stage.CLOSING
+    assert stage(residency, A) is ResidencyStage.CLOSING
 
 
 def test_a_closing_adapter_lets_nobody_new_in_and_goes_with_its_last_request() -> None:
@@ -386,7 +391,7 @@ def test_a_closing_adapter_reopens_and_its_waiters_start_when_the_line_empties()
     residency.tick(SLOT_PATIENCE_S)
     assert residency.want(3, A, 2.0) == []
     assert residency.finish(2, 2.0) == [Start(3, on_disk(A), Tier.GPU)]
-    assert stage(residency, A) is Stage.RESIDENT
+    assert stage(residency, A) is ResidencyStage.RESIDENT
     assert residency.want(4, A, 2.0) == [Start(4, on_disk(A), Tier.GPU)]
 
 
@@ -396,7 +401,7 @@ def test_a_closing_adapter_reopens_when_another_slot_served_the_line() -> None:
     resident(residency, 2, B)
     in_line(residency, 3, C)
     residency.tick(SLOT_PATIENCE_S)
-    assert stage(residency, A) is Stage.CLOSING
+    assert stage(residency, A) is ResidencyStage.CLOSING
     assert residency.want(4, A, 2.0) == []
     assert residency.finish(2, 2.0) == [Start(4, on_disk(A), Tier.GPU), Swap((on_disk(C),), (), (on_disk(B),))]
     assert residency.swapped({}, 2.0) == [Start(3, on_disk(C), Tier.REMOTE)]
@@ -411,11 +416,11 @@ def test_no_more_slots_close_than_adapters_wait_too_long_and_first_the_one_longe
     in_line(residency, 5, D, 0.75)
     for now in (1.0, 1.7):
         residency.tick(now)
-    assert (stage(residency, A), stage(residency, B)) == (Stage.RESIDENT, Stage.CLOSING)
+    assert (stage(residency, A), stage(residency, B)) == (ResidencyStage.RESIDENT, ResidencyStage.CLOSING)
     residency.tick(1.75)
-    assert stage(residency, A) is Stage.CLOSING
+    assert stage(residency, A) is ResidencyStage.CLOSING
     assert residency.finish(5, 3.0) == []
-    assert sum(stage(residency, a) is Stage.CLOSING for a in (A, B)) == 1, "one more closes than wait"
+    assert sum(stage(residency, a) is ResidencyStage.CLOSING for a in (A, B)) == 1, "one more closes than wait"
 
 
 def test_of_two_in_line_the_older_goes_first_unless_enough_requests_wait_for_the_other() -> None:
@@ -450,7 +455,7 @@ def test_a_pinned_adapter_never_closes() -> None:
     residency = starving()
     residency.slots.pin(A)
     residency.tick(100.0)
-    assert stage(residency, A) is Stage.RESIDENT
+    assert stage(residency, A) is ResidencyStage.RESIDENT
 
 
 def test_nothing_closes_while_nobody_waits_for_a_slot() -> None:
@@ -458,7 +463,7 @@ def test_nothing_closes_while_nobody_waits_for_a_slot() -> None:
     resident(residency, 1, A)
     residency.want(2, B, 0.0)  # not fetched yet
     residency.tick(100.0)
-    assert stage(residency, A) is Stage.RESIDENT
+    assert stage(residency, A) is ResidencyStage.RESIDENT
 
 
 # ---- what operators ask for ---------------------------------------------------------------------------------------------------------------
@@ -469,7 +474,7 @@ def test_what_is_only_to_be_cached_is_fetched_and_takes_no_slot() -> None:
     assert residency.cache(-1, A, 0.0) == [Fetch(A)]
     assert residency.cache(-2, A, 0.0) == []
     assert [(s.tier, s.loading, s.in_flight) for s in residency.states(0.0, 1.0)] == [(Tier.REMOTE, False, 0)]
-    assert residency.cached(A, 0.0) == [Tended(-1), Tended(-2)]
+    assert residency.cached(A, 0.0) == [CommandDone(-1), CommandDone(-2)]
     assert len(residency.slots) == 0 and A not in residency.adapters()
 
 
@@ -477,15 +482,15 @@ def test_a_request_that_comes_while_its_adapter_is_being_cached_shares_the_fetch
     residency = Residency(1)
     residency.cache(-1, A, 0.0)
     assert residency.want(2, A, 0.0) == []
-    assert residency.cached(A, 0.0) == [Tended(-1)]
+    assert residency.cached(A, 0.0) == [CommandDone(-1)]
     assert residency.cache(-3, A, 0.0) == []
-    assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == [Tended(-3), Swap((on_disk(A),))]
+    assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == [CommandDone(-3), Swap((on_disk(A),))]
 
 
 def test_what_is_in_the_engine_is_cached_already_and_what_failed_is_refused() -> None:
     residency = Residency(1)
     resident(residency, 1, A)
-    assert residency.cache(-1, A, 0.0) == [Tended(-1)]
+    assert residency.cache(-1, A, 0.0) == [CommandDone(-1)]
     residency.cache(-2, B, 0.0)
     assert residency.failed(B, Failure("invalid_adapter", "no", False), 0.0) == [Reject(-2, "invalid_adapter", "no", False)]
     assert residency.cache(-3, B, 0.0) == [Reject(-3, "invalid_adapter", "no", False)]
@@ -498,7 +503,7 @@ def test_an_idle_adapter_that_is_evicted_leaves_at_once_and_its_slot_goes_to_the
     assert residency.evict(-1, A, 0.0) == [Swap((), (), (on_disk(A),))]
     assert len(residency.slots) == 0
     assert residency.states(0.0, 1.0) == ()
-    assert residency.swapped({}, 0.0) == [Tended(-1)]
+    assert residency.swapped({}, 0.0) == [CommandDone(-1)]
     assert stage(residency, A) is None
 
 
@@ -509,9 +514,9 @@ def test_an_adapter_in_host_memory_that_is_evicted_leaves_it() -> None:
     residency.want(2, B, 0.0)
     residency.fetched(on_disk(B), Tier.REMOTE, 0.0)
     residency.swapped({}, 0.0)
-    assert stage(residency, A) is Stage.WARM
+    assert stage(residency, A) is ResidencyStage.WARM
     assert residency.evict(-1, A, 0.0) == [Swap((), (), (on_disk(A),))]
-    assert residency.swapped({}, 0.0) == [Tended(-1)]
+    assert residency.swapped({}, 0.0) == [CommandDone(-1)]
     assert {s.name for s in residency.states(0.0, 1.0)} == {"b"}
 
 
@@ -540,17 +545,17 @@ def test_an_evicted_adapter_in_flight_leaves_with_its_last_request_and_serves_th
     assert residency.finish(1, 0.0) == []
     assert residency.finish(2, 0.0) == [Swap((), (), (on_disk(A),))]
     assert residency.want(3, A, 0.0) == []
-    assert residency.swapped({}, 0.0) == [Tended(-1), Fetch(A)]
+    assert residency.swapped({}, 0.0) == [CommandDone(-1), Fetch(A)]
 
 
 def test_an_adapter_that_is_not_here_is_evicted_already_and_one_on_its_way_once_nobody_uses_it() -> None:
     residency = Residency(1)
-    assert residency.evict(-1, A, 0.0) == [Tended(-1)]
+    assert residency.evict(-1, A, 0.0) == [CommandDone(-1)]
     residency.want(1, A, 0.0)
     assert residency.evict(-2, A, 0.0) == []
     assert residency.failed(A, Failure("store_unavailable", "down", True), 0.0) == [
         Reject(1, "store_unavailable", "down", True),
-        Tended(-2),
+        CommandDone(-2),
     ]
 
 
@@ -565,7 +570,7 @@ def test_a_pinned_adapter_makes_no_room_and_an_evicted_one_is_pinned_no_longer()
     assert residency.fetched(on_disk(C), Tier.DISK, 0.0) == [Swap((on_disk(C),), (), (on_disk(B),))]
     assert residency.evict(-1, A, 0.0) == [] and not residency.slots.pinned(A)
     assert residency.swapped({}, 0.0) == [Start(3, on_disk(C), Tier.DISK), Swap((), (), (on_disk(A),))]
-    assert residency.swapped({}, 0.0) == [Tended(-1)]
+    assert residency.swapped({}, 0.0) == [CommandDone(-1)]
 
 
 def test_an_idle_adapter_that_is_pinned_no_longer_makes_room_at_once_for_those_in_line() -> None:
@@ -587,7 +592,7 @@ def test_what_is_evicted_leaves_in_the_same_swap_in_which_its_slot_is_given() ->
     in_line(residency, 3, C)
     assert residency.evict(-1, A, 0.0) == []
     assert residency.finish(1, 0.0) == [Swap((on_disk(C),), (), (on_disk(A),))]
-    assert residency.swapped({}, 0.0) == [Tended(-1), Start(3, on_disk(C), Tier.REMOTE)]
+    assert residency.swapped({}, 0.0) == [CommandDone(-1), Start(3, on_disk(C), Tier.REMOTE)]
 
 
 def test_an_evicted_adapter_that_was_closing_is_counted_as_closing_no_longer() -> None:
@@ -711,7 +716,7 @@ class ResidencyMachine(RuleBasedStateMachine):
                             self.perform(self.residency.pin(adapter.ref, self.now))
                         del self.running[request]
                         self.perform(self.residency.finish(request, self.now))
-                case Tended(request):
+                case CommandDone(request):
                     del self.wants[request]
                     asked = self.tends.pop(request)
                     assert asked in ("cache", "evict")
@@ -833,20 +838,25 @@ class ResidencyMachine(RuleBasedStateMachine):
             assert adapter in self.engine or adapter not in self.running.values()
         if self.swap is None:
             idle = [a for a in self.engine if a not in self.running.values() and a not in pinned]
-            in_line_ = [a for a in REFS if stage(residency, a) is Stage.CACHED]
+            in_line_ = [a for a in REFS if stage(residency, a) is ResidencyStage.CACHED]
             assert not in_line_ or (len(self.engine) == self.size and not idle), "somebody waits for a slot that could be given"
         for request, ref in self.wants.items():
             if request in others:
                 continue
-            assert stage(residency, ref) is not Stage.RESIDENT, "a request waits for an adapter that is there"
-            assert ref in self.fetching or stage(residency, ref) in (Stage.CACHED, Stage.LOADING, Stage.CLOSING, Stage.UNLOADING)
-        closing = [a for a in REFS if stage(residency, a) is Stage.CLOSING]
+            assert stage(residency, ref) is not ResidencyStage.RESIDENT, "a request waits for an adapter that is there"
+            assert ref in self.fetching or stage(residency, ref) in (
+                ResidencyStage.CACHED,
+                ResidencyStage.LOADING,
+                ResidencyStage.CLOSING,
+                ResidencyStage.UNLOADING,
+            )
+        closing = [a for a in REFS if stage(residency, a) is ResidencyStage.CLOSING]
         assert len(closing) <= len(residency._line) or self.swap is not None
         assert set(closing) == set(residency._closing)
         on_the_way = len(self.swap.enter + self.swap.unload) if self.swap else 0
         known = len(self.engine) + len(self.warm) + len(self.wants) + len(self.fetching) + on_the_way
         assert len(residency._entries) <= known, "an entry was left behind"
-        anew = [residency._state(a, e, self.now, 1.0) for a, e in residency._entries.items() if e.stage is not Stage.UNLOADING]
+        anew = [residency._state(a, e, self.now, 1.0) for a, e in residency._entries.items() if e.stage is not ResidencyStage.UNLOADING]
         assert list(residency.states(self.now, 1.0)) == anew, "what a beat says of a warm adapter is out of date"
 
     def settle(self) -> None:
@@ -871,7 +881,9 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.settle()
         assert not self.wants and self.residency.waiting == 0
         assert sorted(self.told) == list(range(1, self.count + 1)), "somebody was never told"
-        assert not [a for a in REFS if stage(self.residency, a) not in (None, Stage.RESIDENT, Stage.WARM)], "something hangs"
+        assert not [a for a in REFS if stage(self.residency, a) not in (None, ResidencyStage.RESIDENT, ResidencyStage.WARM)], (
+            "something hangs"
+        )
 
     def everybody_gets_a_slot_in_the_end(self) -> None:
         """Requests for resident adapters never stop coming, running ones end, time passes: those who wait now are all served."""

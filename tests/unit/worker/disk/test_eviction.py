@@ -7,18 +7,18 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.disk.eviction import Candidate, Heat, leaving, room, used
+from worker.disk.eviction import EvictionCandidate, UseFrequency, leaving, room, used
 
 MIB = 1 << 20
 sizes = st.integers(0, 10**12)
 
 
-def first_to_go(**heats: tuple[Heat, int]) -> str:
-    return leaving([Candidate(key, size, heat.priority) for key, (heat, size) in heats.items()])[0].key
+def first_to_go(**heats: tuple[UseFrequency, int]) -> str:
+    return leaving([EvictionCandidate(key, size, heat.priority) for key, (heat, size) in heats.items()])[0].key
 
 
-def used_times(times: int, cost_s: float, size_bytes: int, clock: float = 0.0) -> Heat:
-    heat = Heat(cost_s=cost_s)
+def used_times(times: int, cost_s: float, size_bytes: int, clock: float = 0.0) -> UseFrequency:
+    heat = UseFrequency(cost_s=cost_s)
     for _ in range(times):
         heat = used(heat, size_bytes, clock)
     return heat
@@ -43,7 +43,14 @@ def test_what_was_popular_long_ago_goes_before_what_is_used_now() -> None:
 
 
 def test_a_priority_that_is_no_number_ranks_lowest_instead_of_confusing_the_order() -> None:
-    order = leaving([Candidate("a", 1, 2.0), Candidate("b", 1, math.nan), Candidate("c", 1, math.inf), Candidate("d", 1, 1.0)])
+    order = leaving(
+        [
+            EvictionCandidate("a", 1, 2.0),
+            EvictionCandidate("b", 1, math.nan),
+            EvictionCandidate("c", 1, math.inf),
+            EvictionCandidate("d", 1, 1.0),
+        ]
+    )
     assert [c.key for c in order] == ["b", "c", "d", "a"]
 
 
@@ -69,6 +76,6 @@ def test_after_freeing_what_must_go_the_newcomer_fits_both_bounds(
 @given(st.lists(st.tuples(sizes, st.floats(0, 100)), min_size=1, max_size=20), st.floats(0, 1e6))
 def test_every_use_raises_the_priority_and_never_below_the_clock(uses: list[tuple[int, float]], clock: float) -> None:
     for size, cost_s in uses:
-        once = used(Heat(cost_s=cost_s), size, clock)
+        once = used(UseFrequency(cost_s=cost_s), size, clock)
         twice = used(once, size, clock)
         assert clock <= once.priority <= twice.priority

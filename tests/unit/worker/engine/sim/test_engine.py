@@ -13,7 +13,7 @@ import pytest
 
 from shared.adapters.identity import AdapterRef
 from shared.errors import EngineFailure, InvalidAdapter
-from worker.engine.base import Call, Engine, EngineFacts, EngineStats, Loaded
+from worker.engine.base import Engine, EngineFacts, EngineRequest, EngineStats, Loaded
 from worker.engine.sim.engine import SimEngine
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -97,13 +97,13 @@ class Frames:
         return "".join(c["delta"].get("content", "") if "delta" in c else c["text"] for e in self.events for c in e["choices"])
 
 
-def chat(words: int = 3, use: Loaded | None = None, **fields: Any) -> Call:
+def chat(words: int = 3, use: Loaded | None = None, **fields: Any) -> EngineRequest:
     content = " ".join(["word"] * words)
-    return Call(CHAT, "r1", json.dumps({"model": "m", "messages": [{"role": "user", "content": content}], **fields}).encode(), use)
+    return EngineRequest(CHAT, "r1", json.dumps({"model": "m", "messages": [{"role": "user", "content": content}], **fields}).encode(), use)
 
 
-def completion(use: Loaded | None = None, **fields: Any) -> Call:
-    return Call(COMPLETIONS, "r1", json.dumps({"model": "m", "prompt": "one two three", **fields}).encode(), use)
+def completion(use: Loaded | None = None, **fields: Any) -> EngineRequest:
+    return EngineRequest(COMPLETIONS, "r1", json.dumps({"model": "m", "prompt": "one two three", **fields}).encode(), use)
 
 
 @asynccontextmanager
@@ -116,7 +116,7 @@ async def started(**options: Any) -> AsyncIterator[SimEngine]:
         await engine.stop()
 
 
-async def answer(engine: SimEngine, call: Call) -> Frames:
+async def answer(engine: SimEngine, call: EngineRequest) -> Frames:
     frames = Frames()
     await engine.serve(call, frames)
     assert frames.ended
@@ -253,7 +253,7 @@ BAD: list[tuple[str, bytes, str | None]] = [
 @pytest.mark.parametrize(("path", "body", "param"), BAD)
 async def test_a_bad_request_is_answered_with_400_and_the_field(path: str, body: bytes, param: str | None) -> None:
     async with started(max_model_len=100) as engine:
-        reply = await answer(engine, Call(path, "r1", body, None))
+        reply = await answer(engine, EngineRequest(path, "r1", body, None))
         assert engine.stats() == EngineStats()
     error = reply.json["error"]
     assert (reply.status, reply.sse, error["type"], error["param"]) == (400, False, "invalid_request_error", param)
@@ -262,7 +262,7 @@ async def test_a_bad_request_is_answered_with_400_and_the_field(path: str, body:
 
 async def test_an_unknown_path_is_answered_with_404() -> None:
     async with started() as engine:
-        assert (await answer(engine, Call("/v1/embeddings", "r1", b"{}", None))).status == 404
+        assert (await answer(engine, EngineRequest("/v1/embeddings", "r1", b"{}", None))).status == 404
 
 
 async def test_the_context_can_be_filled_to_its_last_token_and_bounds_the_default() -> None:

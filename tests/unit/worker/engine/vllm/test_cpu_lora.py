@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from worker.engine.vllm import cpu_lora as vllm_cpu_lora  # noqa: E402
+from worker.engine.vllm import cpu_lora  # noqa: E402
 from worker.engine.vllm.cpu_lora import Rows, add  # noqa: E402
 
 RANK, SCALE = 4, 0.5
@@ -37,7 +37,7 @@ def layer(slots: int = 4, size_in: int = 8, dtype=None):  # type: ignore[no-unty
 def test_every_row_gets_the_weights_of_its_own_slot_and_base_rows_none(
     slots: list[int], calls_worth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_cpu_lora, "CALLS_WORTH", calls_worth)
+    monkeypatch.setattr(cpu_lora, "CALLS_WORTH", calls_worth)
     torch.manual_seed(len(slots))
     a, b = layer()
     x, y = torch.randn(len(slots), 8), torch.randn(len(slots), sum(SIZES))
@@ -59,7 +59,7 @@ def test_bfloat16_models_get_the_product_with_a_in_float32() -> None:
 
 
 def test_a_slot_that_is_written_again_counts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_cpu_lora, "CALLS_WORTH", 1 << 40)
+    monkeypatch.setattr(cpu_lora, "CALLS_WORTH", 1 << 40)
     a, b = layer()
     x, rows = torch.randn(2, 8), Rows([1, 2])
     for _ in range(3):
