@@ -1,6 +1,10 @@
-"""Pure. Load generation and measurement: `python -m bench.load` speaks HTTP to any OpenAI-compatible server."""
+"""Pure. Load generation and measurement: `python -m bench.load` speaks HTTP to any
+OpenAI-compatible server.
+"""
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-"""The checkout that this package lies in: examples, deploy files and results are found from here."""
+"""The checkout that this package lies in: examples, deploy files and results are found from
+here.
+"""

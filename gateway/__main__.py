@@ -79,7 +79,9 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
     earlier = aggregator.earlier()
     if earlier is not None:
         metrics.restore(earlier)
-    fleet = Fleet(g.lease_s, {m.model_id: m.deployment_config.max_ongoing_requests for m in settings.models})
+    fleet = Fleet(
+        g.lease_s, {m.model_id: m.deployment_config.max_ongoing_requests for m in settings.models}
+    )
     admission: Admission[InFlightRequest] = Admission(
         g.max_queued_requests, g.queue_timeout_s, {m.model_id: _bound(m) for m in settings.models}
     )
@@ -95,10 +97,13 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
         g.max_concurrent_requests,
         wake_at=lambda when: _wake(dispatcher, when),
         progress_s=g.progress_s or 0.0,
-        first_sid=time.time_ns() // 1000,  # above those of this gateway's earlier life, unless it sent a million requests a second
+        # above those of this gateway's earlier life, unless it sent a million requests a second
+        first_sid=time.time_ns() // 1000,
     )
     links.dispatcher = dispatcher
-    metrics.watch(fleet, {m.model_id: lambda base=m.model_id: admission.depth(base) for m in settings.models})  # type: ignore[misc]
+    metrics.watch(
+        fleet, {m.model_id: lambda base=m.model_id: admission.depth(base) for m in settings.models}
+    )  # type: ignore[misc]
     stopping = asyncio.Event()
     on_stop_signals(lambda sig: stopping.set())
     async with contextlib.AsyncExitStack() as stack:
@@ -107,21 +112,39 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
         access = AccessLog(name, g.log_level)
         stack.callback(access.flush)
         usage = AdapterUsage()
-        reconciler = Reconciler(dispatcher, catalogs, _pins(settings), _pin_file(settings), usage, g.catalog_refresh_s)
+        reconciler = Reconciler(
+            dispatcher, catalogs, _pins(settings), _pin_file(settings), usage, g.catalog_refresh_s
+        )
         alias_store = AliasStore(_aliases(settings), _alias_file(settings), metrics)
         resolver = Resolver(catalogs, alias_store, fleet)
-        scope, stores = AdminScope(dispatcher, catalogs), {m.model_id: m.adapters_path or "" for m in settings.models}
-        admin = AdapterAdmin(scope, AdminActions(scope, stores, reconciler, usage), reconciler, usage, resolver)
+        scope, stores = (
+            AdminScope(dispatcher, catalogs),
+            {m.model_id: m.adapters_path or "" for m in settings.models},
+        )
+        admin = AdapterAdmin(
+            scope, AdminActions(scope, stores, reconciler, usage), reconciler, usage, resolver
+        )
         aliases = AliasAdmin(alias_store, resolver, catalogs, fleet, dispatcher.send_command)
-        generation = GenerationAPI(dispatcher, resolver, metrics, read_keys(g), limits, access, usage)
-        api = GatewayApp(dispatcher, catalogs, resolver, metrics, generation, admin, aliases, aggregator)
+        generation = GenerationAPI(
+            dispatcher, resolver, metrics, read_keys(g), limits, access, usage
+        )
+        api = GatewayApp(
+            dispatcher, catalogs, resolver, metrics, generation, admin, aliases, aggregator
+        )
         listed = [c for c in catalogs.values() if c is not None]
-        rollouts = [Rollout(c.base, c.versions, fleet, dispatcher.send_command, metrics) for c in listed]
-        metrics.watch_versions({c.base: functools.partial(c.versions.count, VersionStage.REFUSED) for c in listed})
+        rollouts = [
+            Rollout(c.base, c.versions, fleet, dispatcher.send_command, metrics) for c in listed
+        ]
+        metrics.watch_versions(
+            {c.base: functools.partial(c.versions.count, VersionStage.REFUSED) for c in listed}
+        )
         await stack.enter_async_context(aggregator.open())
         async with _http(api, settings) as port:
             _announce(run_dir, index, port, links)
-            log.info("listening", extra={"url": f"http://{g.host}:{port}", "workers_at": links.control.endpoint})
+            log.info(
+                "listening",
+                extra={"url": f"http://{g.host}:{port}", "workers_at": links.control.endpoint},
+            )
             gc.collect()
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLD)
@@ -143,7 +166,10 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
                 for loop in loops:
                     loop.cancel()
     for worker in fleet:
-        links.send_control(messages.identity(worker.id, worker.beat.epoch), messages.encode(messages.Farewell(name)))
+        links.send_control(
+            messages.identity(worker.id, worker.beat.epoch),
+            messages.encode(messages.Farewell(name)),
+        )
     links.close()
     return 0
 
@@ -151,7 +177,9 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
 def _bound(model: LLMConfig) -> QueueBound:
     config = model.deployment_config
     pressure = config.backpressure_config
-    return QueueBound(config.max_queued_requests, pressure.status_code == 429, pressure.retry_after_s)
+    return QueueBound(
+        config.max_queued_requests, pressure.status_code == 429, pressure.retry_after_s
+    )
 
 
 @contextlib.asynccontextmanager
@@ -161,8 +189,12 @@ async def _catalogs(settings: Settings) -> AsyncIterator[dict[str, Catalog | Non
         for model in settings.models:
             catalogs[model.model_id] = None
             if model.adapters_path is not None and model.lora_config is not None:
-                store = await stack.enter_async_context(open_store(model.adapters_path, msgspec.structs.asdict(model.lora_config.store)))
-                catalogs[model.model_id] = Catalog(model.model_id, store, settings.gateway.catalog_refresh_s)
+                store = await stack.enter_async_context(
+                    open_store(model.adapters_path, msgspec.structs.asdict(model.lora_config.store))
+                )
+                catalogs[model.model_id] = Catalog(
+                    model.model_id, store, settings.gateway.catalog_refresh_s
+                )
         yield catalogs
 
 
@@ -194,18 +226,25 @@ def _aliases(settings: Settings) -> dict[str, dict[str, Alias]]:
 async def _http(api: GatewayApp, settings: Settings) -> AsyncIterator[int]:
     """Listens; yields the port. Raises ConfigError if it is taken."""
     g = settings.gateway
-    # Without handler_cancellation aiohttp lets a handler run on after its client has left, and the engine would go on generating.
-    http_server = api.http_server(access_log=None, handler_cancellation=True, keepalive_timeout=KEEPALIVE_S)
+    # Without handler_cancellation aiohttp lets a handler run on after its client has left, and the
+    # engine would go on generating.
+    http_server = api.http_server(
+        access_log=None, handler_cancellation=True, keepalive_timeout=KEEPALIVE_S
+    )
     loop = asyncio.get_running_loop()
     try:
-        server = await loop.create_server(http_server, g.host, g.port, backlog=4096, reuse_port=g.processes > 1 or None)
+        server = await loop.create_server(
+            http_server, g.host, g.port, backlog=4096, reuse_port=g.processes > 1 or None
+        )
     except OSError as exc:
         why = "the port is in use" if exc.errno == errno.EADDRINUSE else exc.strerror
         raise ConfigError(
-            f"cannot listen on {g.host}:{g.port}: {why}; choose another with gateway.port (`serve` also takes --port), or stop what uses it"
+            f"cannot listen on {g.host}:{g.port}: {why}; choose another with "
+            "gateway.port (`serve` also takes --port), or stop what uses it"
         ) from exc
     try:
-        for listening in server.sockets:  # connections inherit it: a client that vanished without a word is noticed
+        # connections inherit it: a client that vanished without a word is noticed
+        for listening in server.sockets:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         yield server.sockets[0].getsockname()[1]
     finally:
@@ -216,7 +255,9 @@ async def _http(api: GatewayApp, settings: Settings) -> AsyncIterator[int]:
 
 
 async def _tick(dispatcher: Dispatcher) -> None:
-    """If this process stood still (stopped, or its machine), the workers' beats lie unread: they are read first, one tick is left out."""
+    """If this process stood still (stopped, or its machine), the workers' beats lie unread: they
+    are read first, one tick is left out.
+    """
     waited = False
     while True:
         before = dispatcher.clock()
@@ -255,8 +296,15 @@ async def _drain(dispatcher: Dispatcher, drain_s: float) -> None:
 
 
 def _announce(run_dir: Path, index: int, port: int, links: LinkTransport) -> None:
-    """What others on this host need to find this process: written aside and renamed, so that a reader sees all or nothing."""
-    facts = {"pid": os.getpid(), "port": port, "control": links.control.endpoint, "data": links.data.endpoint}
+    """What others on this host need to find this process: written aside and renamed, so that a
+    reader sees all or nothing.
+    """
+    facts = {
+        "pid": os.getpid(),
+        "port": port,
+        "control": links.control.endpoint,
+        "data": links.data.endpoint,
+    }
     aside = run_dir / f".g{index}.json"
     aside.write_bytes(msgspec.json.encode(facts))
     aside.rename(run_dir / f"g{index}.json")

@@ -1,4 +1,6 @@
-"""Shell. The HTTP surface: which path is answered by whom, who may ask, and how errors become answers."""
+"""Shell. The HTTP surface: which path is answered by whom, who may ask, and how errors become
+answers.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,13 @@ class GatewayApp:
         self._routes: dict[tuple[str, str], Handler] = {}
 
     def http_server(self, **settings: Any) -> Server:
-        """aiohttp without its Application (a dozen fixed paths need no router), behind the short way for plain requests."""
-        self._routes = {("POST", path): self._guarded(self._generation.aiohttp_path) for path in schema.GENERATE_PATHS}
+        """aiohttp without its Application (a dozen fixed paths need no router), behind the short
+        way for plain requests.
+        """
+        self._routes = {
+            ("POST", path): self._guarded(self._generation.aiohttp_path)
+            for path in schema.GENERATE_PATHS
+        }
         self._routes |= {
             ("GET", "/v1/models"): self._guarded(self.models),
             ("GET", "/health"): self.health,
@@ -69,8 +76,14 @@ class GatewayApp:
             ("GET", "/metrics"): self.metrics,
         }
         operators = self._admin.routes() | self._aliases.routes()
-        self._routes |= {route: self._guarded(handler, admin=True) for route, handler in operators.items()}
-        self._routes |= {("HEAD", path): handler for (method, path), handler in self._routes.items() if method == "GET"}
+        self._routes |= {
+            route: self._guarded(handler, admin=True) for route, handler in operators.items()
+        }
+        self._routes |= {
+            ("HEAD", path): handler
+            for (method, path), handler in self._routes.items()
+            if method == "GET"
+        }
         most = self._generation.limits.max_body_bytes
         loop = asyncio.get_running_loop()
         return Server(
@@ -90,11 +103,13 @@ class GatewayApp:
         if handler is None and request.method in ("GET", "HEAD") and path.startswith("/v1/models/"):
             handler = self._guarded(self.model)
         if handler is None:
-            found = self._admin.below(request.method, path) or self._aliases.below(request.method, path)
+            found = self._admin.below(request.method, path) or self._aliases.below(
+                request.method, path
+            )
             handler = self._guarded(found, admin=True) if found is not None else None
         return await (handler or self.nowhere)(request)
 
-    # ---- models ---------------------------------------------------------------------------------------------------------------------
+    # ---- models ----------------------------------------------------------------------------------
 
     async def models(self, request: web.BaseRequest) -> web.Response:
         return web.Response(body=await self._models.body(), content_type="application/json")
@@ -108,10 +123,12 @@ class GatewayApp:
             card = model_card(model, self._created, parent=target.base, root=target.alias)
         else:
             ref = target.adapter
-            card = model_card(model, self._created, parent=ref.base, root=ref.name, digest=ref.digest)
+            card = model_card(
+                model, self._created, parent=ref.base, root=ref.name, digest=ref.digest
+            )
         return web.Response(body=to_json(card), content_type="application/json")
 
-    # ---- operations -----------------------------------------------------------------------------------------------------------------
+    # ---- operations ------------------------------------------------------------------------------
 
     async def health(self, request: web.BaseRequest) -> web.Response:
         return web.json_response({"status": "ok"})
@@ -125,17 +142,26 @@ class GatewayApp:
     async def metrics(self, request: web.BaseRequest) -> web.Response:
         """Of all gateway processes, whichever is asked."""
         body = self._metrics.render(*await self._aggregator.all())
-        return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        return web.Response(
+            body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        )
 
     async def nowhere(self, request: web.BaseRequest) -> web.StreamResponse:
         if request.path in {path for _, path in self._routes}:
-            error: LoraplexError = InvalidRequest(f"{request.method} is not allowed for {request.path}.")
+            error: LoraplexError = InvalidRequest(
+                f"{request.method} is not allowed for {request.path}."
+            )
             headers = {REQUEST_ID: request_id_of(AiohttpRequest(request))}
-            return web.Response(status=405, body=error_body(error), content_type="application/json", headers=headers)
-        error = RouteNotFound(f"There is no {request.path[:200]} here; see {', '.join(schema.GENERATE_PATHS)} and /v1/models.")
+            return web.Response(
+                status=405, body=error_body(error), content_type="application/json", headers=headers
+            )
+        error = RouteNotFound(
+            f"There is no {request.path[:200]} here; see "
+            f"{', '.join(schema.GENERATE_PATHS)} and /v1/models."
+        )
         return self._answer(error, request_id_of(AiohttpRequest(request)))
 
-    # ---- around every handler ---------------------------------------------------------------------------------------------------------
+    # ---- around every handler --------------------------------------------------------------------
 
     def _guarded(self, handler: Handler, *, admin: bool = False) -> Handler:
         """Checks the key and turns errors into answers."""
@@ -154,4 +180,6 @@ class GatewayApp:
     @staticmethod
     def _answer(error: LoraplexError, request_id: str) -> web.Response:
         status, headers, body = answer(error, request_id)
-        return web.Response(status=status, body=body, content_type="application/json", headers=headers)
+        return web.Response(
+            status=status, body=body, content_type="application/json", headers=headers
+        )

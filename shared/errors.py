@@ -12,15 +12,18 @@ from typing import ClassVar
 class LoraplexError(Exception):
     """Root of every error that Loraplex raises on purpose.
 
-    `message` is written for the person who gets it (no paths, no credentials); `param` names the request field or the config key at fault;
-    `retry_after_s` is set where waiting helps; `request_id` once the request that failed has one.
+    `message` is written for the person who gets it (no paths, no credentials); `param` names the
+    request field or the config key at fault; `retry_after_s` is set where waiting helps;
+    `request_id` once the request that failed has one.
     """
 
     code: str = "internal_error"
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
@@ -78,12 +81,21 @@ class AdapterNotFound(LoraplexError):
 
 
 class InvalidAdapter(LoraplexError):
-    """The adapter exists but cannot be served: wrong format, rank, shapes or base model. `reason` is one word that makes the code specific."""
+    """The adapter exists but cannot be served: wrong format, rank, shapes or base model. `reason`
+    is one word that makes the code specific.
+    """
 
     code = "invalid_adapter"
     status = 422
 
-    def __init__(self, message: str, reason: str = "", *, param: str | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        reason: str = "",
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message, param=param, retry_after_s=retry_after_s)
         self.reason = reason
         if reason:
@@ -98,7 +110,9 @@ class TooManyPins(LoraplexError):
 
 
 class StoreUnavailable(LoraplexError):
-    """The adapter store did not answer, refused us, or cut the transfer; what is cached keeps working."""
+    """The adapter store did not answer, refused us, or cut the transfer; what is cached keeps
+    working.
+    """
 
     code = "store_unavailable"
     status = 503
@@ -114,16 +128,20 @@ class Overloaded(LoraplexError):
 
 
 class RateLimited(Overloaded):
-    """The same, where the config wants a full queue to be the client's limit (429), not the server's trouble (503)."""
+    """The same, where the config wants a full queue to be the client's limit (429), not the
+    server's trouble (503).
+    """
 
     code = "rate_limit_exceeded"
     status = 429
 
 
 class DeadlineExceeded(LoraplexError):
-    """The request's own time is over: what the client asked for (`x-loraplex-timeout-ms`), or the server's bound for any request.
+    """The request's own time is over: what the client asked for (`x-loraplex-timeout-ms`), or the
+    server's bound for any request.
 
-    504, as proxies answer for what is behind them; 408, which Ray Serve gives, means a client that was slow to send.
+    504, as proxies answer for what is behind them; 408, which Ray Serve gives, means a client that
+    was slow to send.
     """
 
     code = "deadline_exceeded"

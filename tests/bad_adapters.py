@@ -1,7 +1,8 @@
-"""Shell. Every way to spoil a good adapter that the tests know, each with the code that its owner must get.
+"""Shell. Every way to spoil a good adapter that the tests know, each with the code that its owner
+must get.
 
-`KINDS[name].make(good, folder)` copies a good adapter and spoils the copy. Files are written byte by byte here, without the safetensors
-library, which would refuse to write most of them.
+`KINDS[name].make(good, folder)` copies a good adapter and spoils the copy. Files are written byte
+by byte here, without the safetensors library, which would refuse to write most of them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Values:
 
 @dataclass
 class Draft:
-    """An adapter while it is being spoiled. `config_text` and `weights` replace the files that would be written from the rest."""
+    """An adapter while it is being spoiled. `config_text` and `weights` replace the files that
+    would be written from the rest.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -48,13 +51,19 @@ class Draft:
         return next(n for n in sorted(self.tensors) if n.endswith(f"lora_{half}.weight"))
 
     def write(self) -> None:
-        (self.folder / CONFIG).write_text(json.dumps(self.config) if self.config_text is None else self.config_text)
-        (self.folder / WEIGHTS).write_bytes(safetensors(self.tensors, self.extra_header) if self.weights is None else self.weights)
+        (self.folder / CONFIG).write_text(
+            json.dumps(self.config) if self.config_text is None else self.config_text
+        )
+        (self.folder / WEIGHTS).write_bytes(
+            safetensors(self.tensors, self.extra_header) if self.weights is None else self.weights
+        )
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`spoil` changes the draft, `after` the folder once it is written. The expected code is `invalid_adapter_` + `reason`."""
+    """`spoil` changes the draft, `after` the folder once it is written. The expected code is
+    `invalid_adapter_` + `reason`.
+    """
 
     reason: str
     spoil: Callable[[Draft], None] = lambda draft: None
@@ -66,7 +75,9 @@ class Kind:
 
     def make(self, good: Path, folder: Path) -> Path:
         folder.mkdir(parents=True)
-        draft = Draft(folder, json.loads((good / CONFIG).read_bytes()), read_tensors(good / WEIGHTS))
+        draft = Draft(
+            folder, json.loads((good / CONFIG).read_bytes()), read_tensors(good / WEIGHTS)
+        )
         self.spoil(draft)
         draft.write()
         self.after(folder)
@@ -79,7 +90,9 @@ def safetensors(tensors: dict[str, Values], extra: dict[str, Any] | None = None)
     for name, t in tensors.items():
         header[name] = {"dtype": t.dtype, "shape": t.shape, "data_offsets": [at, at + len(t.raw)]}
         at += len(t.raw)
-    return with_header(json.dumps(header | (extra or {})).encode(), b"".join(t.raw for t in tensors.values()))
+    return with_header(
+        json.dumps(header | (extra or {})).encode(), b"".join(t.raw for t in tensors.values())
+    )
 
 
 def with_header(header: bytes, data: bytes) -> bytes:
@@ -92,7 +105,10 @@ def read_tensors(path: Path) -> dict[str, Values]:
     header = json.loads(raw[8 : 8 + length])
     header.pop("__metadata__", None)
     data = raw[8 + length :]
-    return {n: Values(e["dtype"], e["shape"], data[e["data_offsets"][0] : e["data_offsets"][1]]) for n, e in header.items()}
+    return {
+        n: Values(e["dtype"], e["shape"], data[e["data_offsets"][0] : e["data_offsets"][1]])
+        for n, e in header.items()
+    }
 
 
 def filled(dtype: str, shape: list[int], value: float = 0.01) -> Values:
@@ -102,7 +118,7 @@ def filled(dtype: str, shape: list[int], value: float = 0.01) -> Values:
     return Values(dtype, shape, numbers.tobytes())
 
 
-# ---- spoilers: of the config ------------------------------------------------------------------------------------------------------------
+# ---- spoilers: of the config ---------------------------------------------------------------------
 
 
 def config(**changes: Any) -> Callable[[Draft], None]:
@@ -125,11 +141,15 @@ def double_key(draft: Draft) -> None:
     draft.config_text = json.dumps(draft.config)[:-1] + f', "r": {draft.config["r"]}}}'
 
 
-# ---- spoilers: of tensors ---------------------------------------------------------------------------------------------------------------
+# ---- spoilers: of tensors ------------------------------------------------------------------------
 
 
-def poke(value: float, dtype: str | None = None, half: str = "B", everywhere: bool = False) -> Callable[[Draft], None]:
-    """One value (or all) of the first tensor becomes `value`, after a change of its dtype where one is named."""
+def poke(
+    value: float, dtype: str | None = None, half: str = "B", everywhere: bool = False
+) -> Callable[[Draft], None]:
+    """One value (or all) of the first tensor becomes `value`, after a change of its dtype where one
+    is named.
+    """
 
     def spoil(draft: Draft) -> None:
         t = draft.tensors[draft.first(half)]
@@ -146,14 +166,19 @@ def poke(value: float, dtype: str | None = None, half: str = "B", everywhere: bo
 def reshape(half: str, change: Callable[[list[int]], list[int]]) -> Callable[[Draft], None]:
     def spoil(draft: Draft) -> None:
         name = draft.first(half)
-        draft.tensors[name] = filled(draft.tensors[name].dtype, change(list(draft.tensors[name].shape)))
+        draft.tensors[name] = filled(
+            draft.tensors[name].dtype, change(list(draft.tensors[name].shape))
+        )
 
     return spoil
 
 
 def retype(dtype: str) -> Callable[[Draft], None]:
     def spoil(draft: Draft) -> None:
-        draft.tensors = {n: filled(dtype, t.shape, 0.01 if dtype != "I8" else 1) for n, t in draft.tensors.items()}
+        draft.tensors = {
+            n: filled(dtype, t.shape, 0.01 if dtype != "I8" else 1)
+            for n, t in draft.tensors.items()
+        }
 
     return spoil
 
@@ -161,7 +186,10 @@ def retype(dtype: str) -> Callable[[Draft], None]:
 def rename(change: Callable[[str], str], only_first: bool = False) -> Callable[[Draft], None]:
     def spoil(draft: Draft) -> None:
         module = draft.first().removesuffix("lora_A.weight")
-        draft.tensors = {change(n) if not only_first or n.startswith(module) else n: t for n, t in draft.tensors.items()}
+        draft.tensors = {
+            change(n) if not only_first or n.startswith(module) else n: t
+            for n, t in draft.tensors.items()
+        }
 
     return spoil
 
@@ -187,7 +215,9 @@ def copy_layer(to: str) -> Callable[[Draft], None]:
     def spoil(draft: Draft) -> None:
         module = draft.first().removesuffix(".lora_A.weight")
         for half in "AB":
-            draft.tensors[f"base_model.model.{to}.lora_{half}.weight"] = draft.tensors[f"{module}.lora_{half}.weight"]
+            draft.tensors[f"base_model.model.{to}.lora_{half}.weight"] = draft.tensors[
+                f"{module}.lora_{half}.weight"
+            ]
 
     return spoil
 
@@ -197,21 +227,31 @@ def drop(half: str | None) -> Callable[[Draft], None]:
 
     def spoil(draft: Draft) -> None:
         module = draft.first().removesuffix("lora_A.weight")
-        for name in [n for n in draft.tensors if n.startswith(module) and (half is None or f"lora_{half}" in n)]:
+        for name in [
+            n
+            for n in draft.tensors
+            if n.startswith(module) and (half is None or f"lora_{half}" in n)
+        ]:
             del draft.tensors[name]
 
     return spoil
 
 
 def unpaired(draft: Draft) -> None:
-    """The last layer's lora_B under a layer of its own kind that has no lora_A: both are left alone."""
+    """The last layer's lora_B under a layer of its own kind that has no lora_A: both are left
+    alone.
+    """
     name = sorted(n for n in draft.tensors if "lora_B" in n)[-1]
     draft.tensors[name.replace("lora_B", "lora_A")] = draft.tensors.pop(name)
 
 
 def embedding(draft: Draft) -> None:
-    draft.tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = filled("F32", [draft.config["r"], 64])
-    draft.tensors["base_model.model.model.embed_tokens.lora_embedding_B"] = filled("F32", [64, draft.config["r"]])
+    draft.tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = filled(
+        "F32", [draft.config["r"], 64]
+    )
+    draft.tensors["base_model.model.model.embed_tokens.lora_embedding_B"] = filled(
+        "F32", [64, draft.config["r"]]
+    )
 
 
 def huge(draft: Draft) -> None:
@@ -223,7 +263,7 @@ def no_tensors(draft: Draft) -> None:
     draft.tensors = {}
 
 
-# ---- spoilers: of the weights file ------------------------------------------------------------------------------------------------------
+# ---- spoilers: of the weights file ---------------------------------------------------------------
 
 
 def weights(change: Callable[[bytes], bytes]) -> Callable[[Draft], None]:
@@ -234,7 +274,9 @@ def weights(change: Callable[[bytes], bytes]) -> Callable[[Draft], None]:
 
 
 def header(change: Callable[[dict[str, Any], str, str], None]) -> Callable[[Draft], None]:
-    """The header is changed as an object (with the names of its first two tensors), the values stay."""
+    """The header is changed as an object (with the names of its first two tensors), the values
+    stay.
+    """
 
     def spoil(draft: Draft) -> None:
         raw = safetensors(draft.tensors)
@@ -289,7 +331,7 @@ def hole(draft: Draft) -> None:
     draft.weights = with_header(json.dumps(parsed).encode(), data[:end] + bytes(64) + data[end:])
 
 
-# ---- spoilers: of the folder ------------------------------------------------------------------------------------------------------------
+# ---- spoilers: of the folder ---------------------------------------------------------------------
 
 
 def pickle_only(folder: Path) -> None:
@@ -319,14 +361,18 @@ KINDS: dict[str, Kind] = {
     "no-config": Kind("missing_file", after=lambda f: (f / CONFIG).unlink()),
     "no-weights": Kind("missing_file", after=lambda f: (f / WEIGHTS).unlink()),
     "pickle-only": Kind("pickle", after=pickle_only),
-    "pickle-beside": Kind("pickle", after=lambda f: void((f / "optimizer.pt").write_bytes(pickle.dumps({"a": 1})))),
+    "pickle-beside": Kind(
+        "pickle", after=lambda f: void((f / "optimizer.pt").write_bytes(pickle.dumps({"a": 1})))
+    ),
     "many-files": Kind("too_large", after=many_files),
     "config-huge": Kind("too_large", config(notes="x" * (2 << 20))),
     # config
     "config-empty": Kind("config", config_text("")),
     "config-cut": Kind("config", config_text('{"r": 8, ')),
     "config-list": Kind("config", config_text("[1, 2]")),
-    "config-not-utf8": Kind("config", after=lambda f: void((f / CONFIG).write_bytes(b'{"r": "\xff\xfe"}'))),
+    "config-not-utf8": Kind(
+        "config", after=lambda f: void((f / CONFIG).write_bytes(b'{"r": "\xff\xfe"}'))
+    ),
     "config-nested": Kind("config", config_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}")),
     "config-long-number": Kind("config", config_text('{"r": ' + "9" * 10_000 + "}")),
     "config-double-key": Kind("duplicate_key", double_key),
@@ -351,9 +397,13 @@ KINDS: dict[str, Kind] = {
     "activated-lora": Kind("unsupported", config(alora_invocation_tokens=[1, 2])),
     "layer-replication": Kind("unsupported", config(layer_replication=[[0, 2], [1, 2]])),
     "pissa": Kind("unsupported", config(init_lora_weights="pissa")),
-    "expert-parameters": Kind("unsupported", config(target_parameters=["mlp.experts.gate_up_proj"])),
+    "expert-parameters": Kind(
+        "unsupported", config(target_parameters=["mlp.experts.gate_up_proj"])
+    ),
     "pattern-expression": Kind("pattern", config(rank_pattern={"(x+x+)+y": 8})),
-    "target-unknown": Kind("target", lambda d: d.config["target_modules"].append("query_key_value")),
+    "target-unknown": Kind(
+        "target", lambda d: d.config["target_modules"].append("query_key_value")
+    ),
     "target-head": Kind("target", lambda d: d.config["target_modules"].append("lm_head")),
     "target-empty": Kind("target", config(target_modules=[])),
     "target-missing": Kind("target", without("target_modules")),
@@ -364,8 +414,15 @@ KINDS: dict[str, Kind] = {
     "weights-cut-in-header": Kind("header", weights(lambda raw: raw[:100])),
     "weights-cut-in-values": Kind("header", weights(lambda raw: raw[:-1000])),
     "weights-longer": Kind("header", weights(lambda raw: raw + bytes(16))),
-    "weights-garbage": Kind("header", weights(lambda raw: np.random.default_rng(7).bytes(len(raw)))),
-    "weights-text": Kind("header", weights(lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 216016\n")),
+    "weights-garbage": Kind(
+        "header", weights(lambda raw: np.random.default_rng(7).bytes(len(raw)))
+    ),
+    "weights-text": Kind(
+        "header",
+        weights(
+            lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 216016\n"
+        ),
+    ),
     "weights-zip": Kind("header", after=zip_bomb),
     "header-huge": Kind("header", weights(lambda raw: struct.pack("<Q", 1 << 60) + raw[8:])),
     "header-large": Kind("header", weights(lambda raw: with_header(b" " * (50 << 20), b""))),
@@ -401,13 +458,25 @@ KINDS: dict[str, Kind] = {
     "layer-beyond": Kind("module", copy_layer("model.layers.99.self_attn.q_proj")),
     "module-unknown": Kind("module", copy_layer("model.layers.0.self_attn.z_proj")),
     "module-head": Kind("module", copy_layer("lm_head")),
-    "wrong-inner-prefix": Kind("module", rename(lambda n: n.replace("model.model.layers", "model.transformer.layers"))),
+    "wrong-inner-prefix": Kind(
+        "module", rename(lambda n: n.replace("model.model.layers", "model.transformer.layers"))
+    ),
     "prefix-missing": Kind("tensor", rename(lambda n: n.removeprefix("base_model.model."))),
-    "adapter-name-inside": Kind("tensor", rename(lambda n: n.replace(".weight", ".default.weight"))),
-    "magnitude-vector": Kind("tensor", rename(lambda n: n.replace("lora_A.weight", "lora_magnitude_vector"), only_first=True)),
-    "path-as-name": Kind("tensor", rename(lambda n: n.replace("base_model", "../../etc/passwd"), only_first=True)),
+    "adapter-name-inside": Kind(
+        "tensor", rename(lambda n: n.replace(".weight", ".default.weight"))
+    ),
+    "magnitude-vector": Kind(
+        "tensor",
+        rename(lambda n: n.replace("lora_A.weight", "lora_magnitude_vector"), only_first=True),
+    ),
+    "path-as-name": Kind(
+        "tensor", rename(lambda n: n.replace("base_model", "../../etc/passwd"), only_first=True)
+    ),
     "embedding": Kind("tensor", embedding),
-    "full-weight": Kind("tensor", lambda d: d.tensors.update({"base_model.model.lm_head.weight": filled("F32", [64, 64])})),
+    "full-weight": Kind(
+        "tensor",
+        lambda d: d.tensors.update({"base_model.model.lm_head.weight": filled("F32", [64, 64])}),
+    ),
     # values
     "nan": Kind("nonfinite", poke(float("nan"))),
     "nan-in-a": Kind("nonfinite", poke(float("nan"), half="A")),
@@ -423,7 +492,8 @@ KINDS: dict[str, Kind] = {
     "huge-alpha": Kind("magnitude", config(lora_alpha=1e30)),
 }
 
-# Links within a store are the store's own business, which refuses those that lead out of it before anything is fetched.
+# Links within a store are the store's own business, which refuses those that lead out of it before
+# anything is fetched.
 ON_DISK_ONLY: dict[str, Kind] = {
     "link-out": Kind("link", after=link_out),
     "link-to-folder": Kind("link", after=lambda f: (f / "more").symlink_to(f)),

@@ -1,6 +1,8 @@
-"""Shell. Real clusters for tests: a gateway process and worker processes, over real sockets, killed with real signals.
+"""Shell. Real clusters for tests: a gateway process and worker processes, over real sockets, killed
+with real signals.
 
-vLLM workers are forked from one zygote per test process, which imports vLLM once. Everything runs on one event loop per test process.
+vLLM workers are forked from one zygote per test process, which imports vLLM once. Everything runs
+on one event loop per test process.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ STOP_S = 30.0
 
 @dataclass
 class Proc:
-    """A process that a test started: its pid, its way to be waited for, and what it has written to stderr."""
+    """A process that a test started: its pid, its way to be waited for, and what it has written to
+    stderr.
+    """
 
     name: str
     pid: int
@@ -67,7 +71,14 @@ class Cluster:
         name = f"g{self.index}"
         facts = self.folder / "run" / f"{name}.json"
         facts.unlink(missing_ok=True)
-        argv = [sys.executable, "-m", "gateway", str(self._config_file()), "--run-dir", str(self.folder / "run")]
+        argv = [
+            sys.executable,
+            "-m",
+            "gateway",
+            str(self._config_file()),
+            "--run-dir",
+            str(self.folder / "run"),
+        ]
         self.gateway = await self._start(name, [*argv, "--index", str(self.index)])
         async with asyncio.timeout(START_S):
             while not facts.exists():
@@ -87,7 +98,9 @@ class Cluster:
         env: Mapping[str, str] | None = None,
         gateways: Sequence[str] = (),
     ) -> Proc:
-        """`state_dir` of its own stands for a host of its own; `gateways`: control endpoints besides this cluster's."""
+        """`state_dir` of its own stands for a host of its own; `gateways`: control endpoints
+        besides this cluster's.
+        """
         config = self._config_file() if state_dir is None else self._config_of_host(state_dir)
         argv = [str(config), "--worker", name, *(["--model", model] if model else [])]
         argv += [part for endpoint in (self.control, *gateways) for part in ("--gateway", endpoint)]
@@ -103,7 +116,9 @@ class Cluster:
 
     async def until_serving(self, name: str) -> None:
         async with asyncio.timeout(START_S):
-            while f'worker="{name}"' not in "".join(line for line in (await self.metrics()).splitlines() if 'state="serving"' in line):
+            while f'worker="{name}"' not in "".join(
+                line for line in (await self.metrics()).splitlines() if 'state="serving"' in line
+            ):
                 if self.workers[name].waiter is not None and await _ended(self.workers[name]):
                     raise AssertionError(f"worker {name} ended:\n{self.workers[name].output()}")
                 await asyncio.sleep(0.05)
@@ -114,7 +129,9 @@ class Cluster:
     async def get(self, path: str) -> tuple[int, Any]:
         async with self.http.get(self.url + path) as answer:
             body = await answer.read()
-            return answer.status, msgspec.json.decode(body) if "json" in answer.content_type else body.decode()
+            return answer.status, msgspec.json.decode(
+                body
+            ) if "json" in answer.content_type else body.decode()
 
     async def post(
         self, path: str, body: Mapping[str, Any] | bytes, headers: Mapping[str, str] | None = None
@@ -122,9 +139,15 @@ class Cluster:
         data = body if isinstance(body, bytes) else msgspec.json.encode(body)
         async with self.http.post(self.url + path, data=data, headers=headers) as answer:
             raw = await answer.read()
-            return answer.status, msgspec.json.decode(raw) if "json" in answer.content_type else raw.decode(), answer.headers
+            return (
+                answer.status,
+                msgspec.json.decode(raw) if "json" in answer.content_type else raw.decode(),
+                answer.headers,
+            )
 
-    async def chat(self, model: str, prompt: str = "hello", **more: Any) -> tuple[int, Any, Mapping[str, str]]:
+    async def chat(
+        self, model: str, prompt: str = "hello", **more: Any
+    ) -> tuple[int, Any, Mapping[str, str]]:
         return await self.post("/v1/chat/completions", chat_body(model, prompt, **more))
 
     async def put(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
@@ -137,7 +160,9 @@ class Cluster:
 
     async def text(self, model: str, prompt: str = "hello", **more: Any) -> str:
         """The content of a successful greedy answer."""
-        status, body, _ = await self.chat(model, prompt, **({"temperature": 0, "max_tokens": 64} | more))
+        status, body, _ = await self.chat(
+            model, prompt, **({"temperature": 0, "max_tokens": 64} | more)
+        )
         assert status == 200, body
         return str(body["choices"][0]["message"]["content"])
 
@@ -149,7 +174,9 @@ class Cluster:
         total = 0.0
         for line in (await self.metrics()).splitlines():
             series, _, value = line.rpartition(" ")
-            if series.split("{")[0] == name and all(f'{k}="{v}"' in series for k, v in labels.items()):
+            if series.split("{")[0] == name and all(
+                f'{k}="{v}"' in series for k, v in labels.items()
+            ):
                 total += float(value)
         return total
 
@@ -167,14 +194,25 @@ class Cluster:
     def _config_of_host(self, state_dir: Path) -> Path:
         state_dir.mkdir(parents=True, exist_ok=True)
         path = state_dir / "config.yaml"
-        path.write_text(yaml.safe_dump(self.config | {"gateway": self.config["gateway"] | {"state_dir": str(state_dir)}}))
+        path.write_text(
+            yaml.safe_dump(
+                self.config | {"gateway": self.config["gateway"] | {"state_dir": str(state_dir)}}
+            )
+        )
         return path
 
-    async def _start(self, name: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> Proc:
+    async def _start(
+        self, name: str, argv: Sequence[str], env: Mapping[str, str] | None = None
+    ) -> Proc:
         log = self.folder / f"{name}.log"
         with log.open("ab") as stderr:
             process = await asyncio.create_subprocess_exec(
-                *argv, stdin=asyncio.subprocess.DEVNULL, stdout=stderr, stderr=stderr, cwd=ROOT, env={**os.environ, **(env or {})}
+                *argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=stderr,
+                stderr=stderr,
+                cwd=ROOT,
+                env={**os.environ, **(env or {})},
             )
         return Proc(name, process.pid, log, process)
 
@@ -192,16 +230,32 @@ def chat_body(model: str, prompt: str = "hello", **more: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": prompt}], **more}
 
 
-def sim_config(adapters: Path | str, *, max_loras: int = 4, sim: Mapping[str, float] | None = None, **gateway: Any) -> dict[str, Any]:
+def sim_config(
+    adapters: Path | str,
+    *,
+    max_loras: int = 4,
+    sim: Mapping[str, float] | None = None,
+    **gateway: Any,
+) -> dict[str, Any]:
     """One simulated model `sim`; quick unless told otherwise."""
-    timing = {"ttft_ms": 1, "itl_ms": 2, "prefill_tokens_per_s": 100_000, "load_ms": 5, "load_ms_per_mb": 0, **(sim or {})}
+    timing = {
+        "ttft_ms": 1,
+        "itl_ms": 2,
+        "prefill_tokens_per_s": 100_000,
+        "load_ms": 5,
+        "load_ms_per_mb": 0,
+        **(sim or {}),
+    }
     return {
         "llm_configs": [
             {
                 "model_loading_config": {"model_id": "sim"},
                 "llm_engine": "sim",
                 "engine_kwargs": {"max_loras": max_loras, "sim": timing},
-                "lora_config": {"dynamic_lora_loading_path": str(adapters), "max_num_adapters_per_replica": max_loras},
+                "lora_config": {
+                    "dynamic_lora_loading_path": str(adapters),
+                    "max_num_adapters_per_replica": max_loras,
+                },
             }
         ],
         "gateway": {"port": 0, "lease_s": 2.0, **gateway},
@@ -209,7 +263,11 @@ def sim_config(adapters: Path | str, *, max_loras: int = 4, sim: Mapping[str, fl
 
 
 def demo_config(
-    *, max_loras: int = 2, adapters: Path | str = DEMO / "adapters", engine: Mapping[str, Any] | None = None, **gateway: Any
+    *,
+    max_loras: int = 2,
+    adapters: Path | str = DEMO / "adapters",
+    engine: Mapping[str, Any] | None = None,
+    **gateway: Any,
 ) -> dict[str, Any]:
     """The demo model on real vLLM."""
     kwargs = {
@@ -227,7 +285,10 @@ def demo_config(
             {
                 "model_loading_config": {"model_id": "demo", "model_source": str(DEMO / "model")},
                 "engine_kwargs": kwargs,
-                "lora_config": {"dynamic_lora_loading_path": str(adapters), "max_num_adapters_per_replica": max_loras},
+                "lora_config": {
+                    "dynamic_lora_loading_path": str(adapters),
+                    "max_num_adapters_per_replica": max_loras,
+                },
             }
         ],
         "gateway": {"port": 0, "lease_s": 3.0, **gateway},
@@ -235,7 +296,9 @@ def demo_config(
 
 
 def make_adapter(root: Path, name: str, rank: int = 8, size_bytes: int = 1000) -> Path:
-    """A folder that looks like an adapter, for the simulated engine, which reads only its config."""
+    """A folder that looks like an adapter, for the simulated engine, which reads only its
+    config.
+    """
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(
@@ -254,7 +317,9 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextlib.asynccontextmanager
 async def second_gateway(c: Cluster) -> AsyncIterator[Cluster]:
-    """Another gateway process with the same config and state; workers join it too if they are told of its `control`."""
+    """Another gateway process with the same config and state; workers join it too if they are told
+    of its `control`.
+    """
     other = Cluster(c.config, c.folder, None, c.http, index=1)
     try:
         await other.start_gateway()
@@ -264,8 +329,12 @@ async def second_gateway(c: Cluster) -> AsyncIterator[Cluster]:
 
 
 @contextlib.asynccontextmanager
-async def cluster(config: dict[str, Any], folder: Path, zygote: Zygote | None = None) -> AsyncIterator[Cluster]:
-    """A running gateway in `folder`; start workers with `start_worker`. Everything is killed at the end."""
+async def cluster(
+    config: dict[str, Any], folder: Path, zygote: Zygote | None = None
+) -> AsyncIterator[Cluster]:
+    """A running gateway in `folder`; start workers with `start_worker`. Everything is killed at the
+    end.
+    """
     config["gateway"].setdefault("state_dir", str(folder / "state"))
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as http:
         c = Cluster(config, folder, zygote, http)

@@ -1,6 +1,8 @@
-"""Real S3 and GCS servers for tests, as processes on loopback, and one way to put files into any store.
+"""Real S3 and GCS servers for tests, as processes on loopback, and one way to put files into any
+store.
 
-Context managers for everything, pytest fixtures (`moto_url`, `gcs_url`, one process each per session; `store_credentials`) on top.
+Context managers for everything, pytest fixtures (`moto_url`, `gcs_url`, one process each per
+session; `store_credentials`) on top.
 """
 
 from __future__ import annotations
@@ -47,9 +49,13 @@ class StoreProcess:
 
 @contextmanager
 def _server(command: list[str], port: int, ready_path: str) -> Iterator[StoreProcess]:
-    """Starts a console script of this virtual environment, waits until it answers, ends it by its own process id."""
+    """Starts a console script of this virtual environment, waits until it answers, ends it by its
+    own process id.
+    """
     script = Path(sys.executable).with_name(command[0])
-    process = subprocess.Popen([str(script), *command[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [str(script), *command[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         _wait_ready(process, port, ready_path)
         yield StoreProcess(f"http://127.0.0.1:{port}", process)
@@ -83,15 +89,23 @@ def _wait_ready(process: subprocess.Popen[bytes], port: int, ready_path: str) ->
 def moto_process() -> Iterator[StoreProcess]:
     """An S3 server (and the rest of AWS) that keeps everything in memory."""
     port = free_port()
-    with _server(["moto_server", "-H", "127.0.0.1", "-p", str(port)], port, "/moto-api/data.json") as server:
+    with _server(
+        ["moto_server", "-H", "127.0.0.1", "-p", str(port)], port, "/moto-api/data.json"
+    ) as server:
         yield server
 
 
 @contextmanager
 def gcs_process() -> Iterator[StoreProcess]:
-    """A GCS server that keeps everything in memory. It never paginates and ignores preconditions; see `paging_proxy`."""
+    """A GCS server that keeps everything in memory. It never paginates and ignores preconditions;
+    see `paging_proxy`.
+    """
     port = free_port()
-    with _server(["gcp-storage-emulator", "start", "--host", "127.0.0.1", "--port", str(port), "-M", "-q"], port, "/") as server:
+    with _server(
+        ["gcp-storage-emulator", "start", "--host", "127.0.0.1", "--port", str(port), "-M", "-q"],
+        port,
+        "/",
+    ) as server:
         yield server
 
 
@@ -109,8 +123,12 @@ def gcs_url() -> Iterator[str]:
 
 @pytest.fixture
 def store_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Credentials for moto, and nothing from this host: no profile, no instance role, no emulator that somebody exported."""
-    for name in [n for n in os.environ if n.startswith(("AWS_", "GOOGLE_")) or n == "STORAGE_EMULATOR_HOST"]:
+    """Credentials for moto, and nothing from this host: no profile, no instance role, no emulator
+    that somebody exported.
+    """
+    for name in [
+        n for n in os.environ if n.startswith(("AWS_", "GOOGLE_")) or n == "STORAGE_EMULATOR_HOST"
+    ]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test-access-key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test-secret-key")
@@ -121,7 +139,9 @@ def store_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class HTTP:
-    """One kept-alive connection for seeding: an SDK would need ten times as long for a thousand small files."""
+    """One kept-alive connection for seeding: an SDK would need ten times as long for a thousand
+    small files.
+    """
 
     base_url: str
     connection: http.client.HTTPConnection = field(init=False)
@@ -130,7 +150,9 @@ class HTTP:
         parts = urlsplit(self.base_url)
         self.connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
 
-    def __call__(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> bytes:
+    def __call__(
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> bytes:
         self.connection.request(method, path, body, dict(headers or {}))
         reply = self.connection.getresponse()
         data = reply.read()
@@ -163,7 +185,10 @@ class LocalPlace:
 
 
 # moto takes any signature, but lets nobody without one replace or delete an object.
-_SIGNED = {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20200101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"}
+_SIGNED = {
+    "Authorization": "AWS4-HMAC-SHA256 Credential=test/20200101/us-east-1/s3/aws4_request, "
+    "SignedHeaders=host, Signature=0"
+}
 
 
 class S3Place:
@@ -202,17 +227,35 @@ class GCSPlace:
         self._http, self._bucket, self._prefix = HTTP(base_url), bucket, prefix
         self.url = f"gs://{bucket}/{prefix}"
         self.options: dict[str, object] = {"endpoint_url": base_url}
-        self._http("POST", "/storage/v1/b?project=test", json.dumps({"name": bucket}).encode(), {"Content-Type": "application/json"})
+        self._http(
+            "POST",
+            "/storage/v1/b?project=test",
+            json.dumps({"name": bucket}).encode(),
+            {"Content-Type": "application/json"},
+        )
 
     def put(self, key: str, data: bytes) -> None:
         path, name = f"/upload/storage/v1/b/{self._bucket}/o", self._prefix + key
         if data:
-            self._http("POST", f"{path}?uploadType=media&name={quote(name, safe='')}", data, {"Content-Type": "application/octet-stream"})
+            self._http(
+                "POST",
+                f"{path}?uploadType=media&name={quote(name, safe='')}",
+                data,
+                {"Content-Type": "application/octet-stream"},
+            )
             return
         # The emulator breaks on an empty plain upload, not on an empty part.
         meta = json.dumps({"name": name})
-        parts = f"--b\r\nContent-Type: application/json\r\n\r\n{meta}\r\n--b\r\nContent-Type: text/plain\r\n\r\n\r\n--b--\r\n"
-        self._http("POST", f"{path}?uploadType=multipart", parts.encode(), {"Content-Type": "multipart/related; boundary=b"})
+        parts = (
+            f"--b\r\nContent-Type: application/json\r\n\r\n{meta}\r\n--b\r\nContent-Type: "
+            "text/plain\r\n\r\n\r\n--b--\r\n"
+        )
+        self._http(
+            "POST",
+            f"{path}?uploadType=multipart",
+            parts.encode(),
+            {"Content-Type": "multipart/related; boundary=b"},
+        )
 
     def delete(self, key: str) -> None:
         self._http("DELETE", f"/storage/v1/b/{self._bucket}/o/{quote(self._prefix + key, safe='')}")
@@ -227,7 +270,9 @@ Respond = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @asynccontextmanager
 async def http_server(respond: Respond) -> AsyncIterator[str]:
-    """An HTTP server of the test's own whose every answer is `respond`'s: for the replies that no emulator gives."""
+    """An HTTP server of the test's own whose every answer is `respond`'s: for the replies that no
+    emulator gives.
+    """
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", respond)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -243,11 +288,16 @@ async def http_server(respond: Respond) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def paging_proxy(gcs_base_url: str, page_size: int) -> AsyncIterator[tuple[str, list[str]]]:
-    """Stands before a GCS server and cuts its listings into pages, as GCS does. Yields its URL and the page tokens it was asked for."""
+    """Stands before a GCS server and cuts its listings into pages, as GCS does. Yields its URL and
+    the page tokens it was asked for.
+    """
     asked: list[str] = []
 
     async def respond(request: web.Request) -> web.Response:
-        async with aiohttp.ClientSession() as upstream, upstream.get(gcs_base_url + request.raw_path) as reply:
+        async with (
+            aiohttp.ClientSession() as upstream,
+            upstream.get(gcs_base_url + request.raw_path) as reply,
+        ):
             data, kind = await reply.read(), reply.headers.get("Content-Type", "")
         if reply.status == 200 and request.path.endswith("/o"):
             start = int(request.query.get("pageToken") or 0)
@@ -257,7 +307,9 @@ async def paging_proxy(gcs_base_url: str, page_size: int) -> AsyncIterator[tuple
                 listing["nextPageToken"] = str(start + page_size)
             listing["items"] = listing["items"][start : start + page_size]
             data = json.dumps(listing).encode()
-        return web.Response(status=reply.status, body=data, headers={"Content-Type": kind} if kind else None)
+        return web.Response(
+            status=reply.status, body=data, headers={"Content-Type": kind} if kind else None
+        )
 
     async with http_server(respond) as url:
         yield url, asked

@@ -1,4 +1,6 @@
-"""The rules that keep the rooms apart, read off the source with `ast`: who may import whom, and what a pure module may do."""
+"""The rules that keep the rooms apart, read off the source with `ast`: who may import whom, and
+what a pure module may do.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ PACKAGES = ("gateway", "worker", "shared")
 
 DOORS = {
     "zmq": {"shared/link/sockets.py"},
-    "vllm": {"worker/zygote.py", *(p.relative_to(ROOT).as_posix() for p in ROOT.glob("worker/vllm_*.py"))},
+    "vllm": {
+        "worker/zygote.py",
+        *(p.relative_to(ROOT).as_posix() for p in ROOT.glob("worker/vllm_*.py")),
+    },
     "aiobotocore": {"shared/stores/s3.py"},
     "botocore": {"shared/stores/s3.py"},
     "gcloud": {"shared/stores/gcs.py"},
@@ -31,15 +36,33 @@ DOORS = {
         "shared/stores/s3.py",
         "shared/stores/gcs.py",
     },
-    "prometheus_client": {p.relative_to(ROOT).as_posix() for package in PACKAGES for p in ROOT.glob(f"{package}/**/metrics.py")},
+    "prometheus_client": {
+        p.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for p in ROOT.glob(f"{package}/**/metrics.py")
+    },
     "yaml": {"shared/config/document.py"},
 }
 """Third parties with one door, and the modules that are that door."""
 
 PURE_THIRD_PARTIES = {"msgspec"}
-IMPURE = {"asyncio", "time", "logging", "socket", "subprocess", "threading", "multiprocessing", "signal", "selectors", "secrets", "uuid"}
+IMPURE = {
+    "asyncio",
+    "time",
+    "logging",
+    "socket",
+    "subprocess",
+    "threading",
+    "multiprocessing",
+    "signal",
+    "selectors",
+    "secrets",
+    "uuid",
+}
 RANDOM_TYPES = {"Random"}
-"""Chance is an argument: a pure module may name the type of a generator, and never draw from the module's own."""
+"""Chance is an argument: a pure module may name the type of a generator, and never draw from the
+module's own.
+"""
 
 # Each entry is (module, what it imports) and has its reason beside it.
 ALLOWED = {
@@ -58,8 +81,14 @@ class Module:
         self.kind = (ast.get_docstring(self.tree) or "").split(".")[0]
 
     def imports(self, typing_too: bool = True) -> Iterator[tuple[int, str]]:
-        """(line, dotted name) of every import, those inside functions too; of `from a import b` both `a` and `a.b`."""
-        skipped = set() if typing_too else {id(n) for block in self._typing_blocks() for n in ast.walk(block)}
+        """(line, dotted name) of every import, those inside functions too; of `from a import b`
+        both `a` and `a.b`.
+        """
+        skipped = (
+            set()
+            if typing_too
+            else {id(n) for block in self._typing_blocks() for n in ast.walk(block)}
+        )
         for node in ast.walk(self.tree):
             if id(node) in skipped:
                 continue
@@ -73,14 +102,19 @@ class Module:
 
     def _typing_blocks(self) -> Iterator[ast.If]:
         for node in ast.walk(self.tree):
-            if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            if isinstance(node, ast.If) and ast.unparse(node.test) in (
+                "TYPE_CHECKING",
+                "typing.TYPE_CHECKING",
+            ):
                 yield node
 
 
 MODULES = [Module(p) for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))]
 BY_NAME = {m.name: m for m in MODULES}
 every = pytest.mark.parametrize("module", MODULES, ids=lambda m: m.path)
-every_pure = pytest.mark.parametrize("module", [m for m in MODULES if m.kind == "Pure"], ids=lambda m: m.path)
+every_pure = pytest.mark.parametrize(
+    "module", [m for m in MODULES if m.kind == "Pure"], ids=lambda m: m.path
+)
 
 
 def test_there_is_something_to_check() -> None:
@@ -93,15 +127,27 @@ def test_a_module_says_in_its_first_line_whether_it_is_pure_or_a_shell(module: M
 
 
 @every
-def test_gateway_and_worker_never_import_each_other_and_shared_imports_neither(module: Module) -> None:
-    foreign = {"gateway": {"worker"}, "worker": {"gateway"}, "shared": {"gateway", "worker"}}[module.package]
-    found = [f"{module.path}:{line}: {name}" for line, name in module.imports() if name.partition(".")[0] in foreign]
+def test_gateway_and_worker_never_import_each_other_and_shared_imports_neither(
+    module: Module,
+) -> None:
+    foreign = {"gateway": {"worker"}, "worker": {"gateway"}, "shared": {"gateway", "worker"}}[
+        module.package
+    ]
+    found = [
+        f"{module.path}:{line}: {name}"
+        for line, name in module.imports()
+        if name.partition(".")[0] in foreign
+    ]
     assert not found
 
 
 @every
 def test_the_product_never_imports_tests_or_bench(module: Module) -> None:
-    assert not [name for _, name in module.imports() if name.partition(".")[0] in ("tests", "bench", "examples")]
+    assert not [
+        name
+        for _, name in module.imports()
+        if name.partition(".")[0] in ("tests", "bench", "examples")
+    ]
 
 
 @every
@@ -117,20 +163,35 @@ def test_every_third_party_comes_in_by_its_one_door(module: Module) -> None:
 @every_pure
 def test_a_pure_module_never_waits(module: Module) -> None:
     waits = (ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith)
-    protocols = {id(n) for c in ast.walk(module.tree) if isinstance(c, ast.ClassDef) and _is_protocol(c) for n in ast.walk(c)}
-    found = [n.lineno for n in ast.walk(module.tree) if isinstance(n, waits) and id(n) not in protocols]
+    protocols = {
+        id(n)
+        for c in ast.walk(module.tree)
+        if isinstance(c, ast.ClassDef) and _is_protocol(c)
+        for n in ast.walk(c)
+    }
+    found = [
+        n.lineno for n in ast.walk(module.tree) if isinstance(n, waits) and id(n) not in protocols
+    ]
     assert not found, f"{module.path}: lines {found}"
 
 
 @every_pure
 def test_a_pure_module_imports_no_clock_no_chance_no_log_and_no_socket(module: Module) -> None:
-    found = [f"{module.path}:{line}: {name}" for line, name in module.imports() if name.partition(".")[0] in IMPURE]
+    found = [
+        f"{module.path}:{line}: {name}"
+        for line, name in module.imports()
+        if name.partition(".")[0] in IMPURE
+    ]
     assert not found
 
 
 @every_pure
 def test_a_pure_module_draws_from_no_generator_but_the_one_it_is_given(module: Module) -> None:
-    found = [f"{module.path}:{n.lineno}" for n in ast.walk(module.tree) if isinstance(n, ast.ImportFrom) and n.module == "random"]
+    found = [
+        f"{module.path}:{n.lineno}"
+        for n in ast.walk(module.tree)
+        if isinstance(n, ast.ImportFrom) and n.module == "random"
+    ]
     for node in ast.walk(module.tree):
         if (
             isinstance(node, ast.Attribute)
@@ -139,7 +200,14 @@ def test_a_pure_module_draws_from_no_generator_but_the_one_it_is_given(module: M
             and node.attr not in RANDOM_TYPES
         ):
             found.append(f"{module.path}:{node.lineno}: random.{node.attr}")
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("random.Random", "print", "open", "input", "eval", "exec"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "random.Random",
+            "print",
+            "open",
+            "input",
+            "eval",
+            "exec",
+        ):
             found.append(f"{module.path}:{node.lineno}: {ast.unparse(node.func)}()")
     assert not found
 
@@ -160,7 +228,11 @@ def test_a_pure_module_imports_only_pure_ones(module: Module) -> None:
                 continue  # `from package import module` asks the package for nothing but the module
             if target is not None and target.kind != "Pure" and (module.path, name) not in ALLOWED:
                 found.append(f"{module.path}:{line}: {name} is a shell")
-        elif root not in sys.stdlib_module_names and root not in PURE_THIRD_PARTIES and (module.path, root) not in ALLOWED:
+        elif (
+            root not in sys.stdlib_module_names
+            and root not in PURE_THIRD_PARTIES
+            and (module.path, root) not in ALLOWED
+        ):
             found.append(f"{module.path}:{line}: {name}")
     assert not found
 

@@ -1,4 +1,5 @@
-"""Shell. Composition root of a worker process: settings -> engine, store, sessions -> Agent; SIGTERM drains.
+"""Shell. Composition root of a worker process: settings -> engine, store, sessions -> Agent;
+SIGTERM drains.
 
 python -m worker CONFIG --gateway ENDPOINT [--gateway ...] [--model ID] [--worker NAME] [--peer-host HOST[:PORT]]
 """
@@ -39,25 +40,39 @@ from worker.session import GatewaySession
 from worker.settings import WorkerSettings
 
 MAX_SOCKET_FOLDER = 107 - 37
-"""What Linux allows for a socket's path, less a slash and vLLM's 36 characters; a longer folder would keep the engine from starting."""
+"""What Linux allows for a socket's path, less a slash and vLLM's 36 characters; a longer folder
+would keep the engine from starting.
+"""
 
 
-async def serve(settings: WorkerSettings, make_engine: Callable[[LLMConfig, float], Engine] = open_engine) -> int:
+async def serve(
+    settings: WorkerSettings, make_engine: Callable[[LLMConfig, float], Engine] = open_engine
+) -> int:
     """One worker, until it is stopped. Returns the exit status."""
     model = settings.model
     engine = make_engine(model, settings.stream_gap_s)
     context = open_context()
     secret = secret_from_env(settings.secret_env)
-    sessions = [GatewaySession(context, endpoint, settings.worker, settings.epoch, secret) for endpoint in settings.gateways]
+    sessions = [
+        GatewaySession(context, endpoint, settings.worker, settings.epoch, secret)
+        for endpoint in settings.gateways
+    ]
     pace = Pace(settings.download_timeout_s, settings.max_download_tries)
     cache = DiskCache(settings.state_dir / "adapters", settings.disk_cache_bytes, pace)
-    files = open_context()  # an I/O thread of their own: no token waits while a piece of a file is encrypted
+    # an I/O thread of their own: no token waits while a piece of a file is encrypted
+    files = open_context()
     peers = Peers(files, settings.worker, settings.epoch, secret, pace)
     async with contextlib.AsyncExitStack() as stack:
         store = None
         if model.adapters_path is not None and model.lora_config is not None:
-            store = await stack.enter_async_context(open_store(model.adapters_path, msgspec.structs.asdict(model.lora_config.store)))
-        told = await stack.enter_async_context(_peer_server(files, settings, cache, secret)) if store is not None and settings.peer else ""
+            store = await stack.enter_async_context(
+                open_store(model.adapters_path, msgspec.structs.asdict(model.lora_config.store))
+            )
+        told = (
+            await stack.enter_async_context(_peer_server(files, settings, cache, secret))
+            if store is not None and settings.peer
+            else ""
+        )
         stack.callback(peers.close)
         agent = Agent(settings, engine, store, cache, sessions, peers, told)
         on_stop_signals(agent.stop)
@@ -67,38 +82,63 @@ async def serve(settings: WorkerSettings, make_engine: Callable[[LLMConfig, floa
     return agent.exit_code
 
 
-def _peer_server(context: Any, settings: WorkerSettings, cache: DiskCache, secret: str | None) -> AbstractAsyncContextManager[str]:
+def _peer_server(
+    context: Any, settings: WorkerSettings, cache: DiskCache, secret: str | None
+) -> AbstractAsyncContextManager[str]:
     named, gateway = settings.peer_host, settings.gateways[0]
-    return open_peer_server(context, settings.peer, cache, secret=secret, insecure=settings.insecure, named=named, gateway=gateway)
+    return open_peer_server(
+        context,
+        settings.peer,
+        cache,
+        secret=secret,
+        insecure=settings.insecure,
+        named=named,
+        gateway=gateway,
+    )
 
 
 @contextlib.contextmanager
 def engine_sockets(config: str) -> Iterator[None]:
-    """A place for the sockets that vLLM binds and never removes: the run folder of `serve`, which ends with it, else one that ends with us."""
+    """A place for the sockets that vLLM binds and never removes: the run folder of `serve`, which
+    ends with it, else one that ends with us.
+    """
     with contextlib.ExitStack() as stack:
         if config.endswith(SERVE_SETTINGS):
             folder = str(Path(config).parent)
         else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="loraplex-", ignore_cleanup_errors=True))
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="loraplex-", ignore_cleanup_errors=True)
+            )
         if len(folder) <= MAX_SOCKET_FOLDER:
             os.environ.setdefault("VLLM_RPC_BASE_PATH", folder)
         yield
 
 
 def worker_settings(
-    settings: Settings, model_id: str | None, worker: str | None, gateways: list[str], peer_host: str | None = None
+    settings: Settings,
+    model_id: str | None,
+    worker: str | None,
+    gateways: list[str],
+    peer_host: str | None = None,
 ) -> WorkerSettings:
     """Raises ConfigError if it is not clear which model to serve, or no gateway is named."""
     g = settings.gateway
     if model_id is None and len(settings.models) > 1:
         raise ConfigError(
-            f"{settings.source} has several models: choose one with --model ({', '.join(m.model_id for m in settings.models)})"
+            f"{settings.source} has several models: choose one with --model "
+            f"({', '.join(m.model_id for m in settings.models)})"
         )
     model = settings.models[0] if model_id is None else settings.model(model_id)
     if model is None:
-        raise ConfigError(f"{settings.source} has no model `{model_id}` (it has {', '.join(m.model_id for m in settings.models)})")
+        raise ConfigError(
+            f"{settings.source} has no model `{model_id}` (it has "
+            f"{', '.join(m.model_id for m in settings.models)})"
+        )
     if not gateways:
-        raise ConfigError("name at least one gateway: --gateway tcp://host:port (the address that the gateway prints as workers_at)")
+        raise ConfigError(
+            "name at least one gateway: --gateway tcp://host:port (the address that "
+            "the gateway prints as workers_at)"
+        )
     return WorkerSettings(
         worker=worker or f"{_safe(socket.gethostname())}-{os.getpid()}",
         epoch=time.time_ns() // 1_000_000,

@@ -1,6 +1,8 @@
-"""Shell. The worker's middle: takes requests from every gateway, acts on what residency says, streams answers back, and beats.
+"""Shell. The worker's middle: takes requests from every gateway, acts on what residency says,
+streams answers back, and beats.
 
-One task per request runs the engine; all that the requests of one turn of the loop yield leaves as one message per gateway.
+One task per request runs the engine; all that the requests of one turn of the loop yield leaves as
+one message per gateway.
 """
 
 from __future__ import annotations
@@ -19,7 +21,15 @@ from shared.averages import blend
 from shared.errors import AdapterNotFound, EngineFailure, LoraplexError, WorkerUnavailable
 from shared.link import messages
 from shared.stores import AdapterStore
-from worker.adapters.residency import CommandDone, Failure, Fetch, Instruction, Reject, Residency, Start
+from worker.adapters.residency import (
+    CommandDone,
+    Failure,
+    Fetch,
+    Instruction,
+    Reject,
+    Residency,
+    Start,
+)
 from worker.commands import CommandRunner
 from worker.disk.cache import Cached, Check, DiskCache
 from worker.engine.base import Engine, EngineFacts, EngineRequest, Loaded, Swap
@@ -49,7 +59,9 @@ class Job:
 
 
 class StreamReply:
-    """Puts one stream's frames into its gateway's outbox; the facts of the request travel with the last one."""
+    """Puts one stream's frames into its gateway's outbox; the facts of the request travel with the
+    last one.
+    """
 
     __slots__ = ("_job", "_outbox", "_sid", "begun", "output_tokens", "prompt_tokens")
 
@@ -60,7 +72,13 @@ class StreamReply:
 
     def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
         self.begun = True
-        self._outbox.frame(self._sid, status << messages.STATUS_SHIFT | (messages.SSE if sse else 0) | (messages.END if end else 0), data)
+        self._outbox.frame(
+            self._sid,
+            status << messages.STATUS_SHIFT
+            | (messages.SSE if sse else 0)
+            | (messages.END if end else 0),
+            data,
+        )
         if end:
             self._end()
 
@@ -72,7 +90,16 @@ class StreamReply:
     def _end(self) -> None:
         wait_s = self._job.started - self._job.arrived
         load_s = wait_s if self._job.came_from is not messages.Tier.GPU else 0.0
-        self._outbox.done(messages.Done(self._sid, self.prompt_tokens, self.output_tokens, wait_s, load_s, self._job.came_from))
+        self._outbox.done(
+            messages.Done(
+                self._sid,
+                self.prompt_tokens,
+                self.output_tokens,
+                wait_s,
+                load_s,
+                self._job.came_from,
+            )
+        )
 
 
 class Agent:
@@ -103,8 +130,10 @@ class Agent:
         self._by_stream: dict[tuple[GatewaySession, messages.StreamId], Job] = {}
         self._numbers = itertools.count(1)
         self._int_ids = itertools.count(1)
-        self._offers: dict[AdapterRef, tuple[StoredAdapter | None, tuple[str, ...]]] = {}  # of fetches that are about to begin
-        self._check: Check = lambda _: AdapterFacts(0, 0, ())  # until the engine has started; nothing is fetched before
+        # of fetches that are about to begin
+        self._offers: dict[AdapterRef, tuple[StoredAdapter | None, tuple[str, ...]]] = {}
+        # until the engine has started; nothing is fetched before
+        self._check: Check = lambda _: AdapterFacts(0, 0, ())
         self._prepare_s = self._stall_s = self._fetch_s = self._load_bytes = 0.0
         self._stopping = asyncio.Event()
         self._idle = asyncio.Event()
@@ -125,7 +154,8 @@ class Agent:
             boot.cancel()
             self._become(messages.WorkerState.STOPPED, self._reason or "stopped")
             beating.cancel()
-            for errand in self._errands:  # nobody waits for them; what was asked of an engine that died is never answered
+            # nobody waits for them; what was asked of an engine that died is never answered
+            for errand in self._errands:
                 errand.cancel()
         await self._engine.stop()
         for session in self._sessions:
@@ -138,12 +168,16 @@ class Agent:
         self._reason = self._reason or reason
         self._stopping.set()
 
-    # ---- life -------------------------------------------------------------------------------------------------------------------------
+    # ---- life ------------------------------------------------------------------------------------
 
     async def _boot(self) -> None:
         try:
             self._facts = await self._engine.start()
-            self._check = (await asyncio.to_thread(open_validator, self._settings.model, self._facts.max_lora_rank)).check
+            self._check = (
+                await asyncio.to_thread(
+                    open_validator, self._settings.model, self._facts.max_lora_rank
+                )
+            ).check
         except LoraplexError as exc:
             log.error("engine did not start: %s", exc.message)
             self.exit_code = 1
@@ -153,7 +187,12 @@ class Agent:
         self._engine.died(self._on_engine_death)
         log.info(
             "serving",
-            extra={"base": self._settings.base, "engine": self._facts.name, "slots": self._facts.slots, "capacity": self._facts.capacity},
+            extra={
+                "base": self._settings.base,
+                "engine": self._facts.name,
+                "slots": self._facts.slots,
+                "capacity": self._facts.capacity,
+            },
         )
         self._become(messages.WorkerState.SERVING, "")
 
@@ -203,7 +242,10 @@ class Agent:
                     seq=session.next_seq(),
                     base=self._settings.base,
                     state=self._state,
-                    capacity=min(self._settings.model.deployment_config.max_ongoing_requests, self._facts.capacity),
+                    capacity=min(
+                        self._settings.model.deployment_config.max_ongoing_requests,
+                        self._facts.capacity,
+                    ),
                     slots=self._facts.slots,
                     running=sum(j.task is not None for j in self._jobs.values()),
                     waiting=sum(j.task is None for j in self._jobs.values()),
@@ -227,19 +269,26 @@ class Agent:
                 )
             )
 
-    # ---- from the gateways --------------------------------------------------------------------------------------------------------------
+    # ---- from the gateways -----------------------------------------------------------------------
 
     def _on_command(self, message: messages.GatewayControl) -> None:
         if isinstance(message, messages.Drain):
             self.stop("told to drain")
 
     def _on_silence(self, session: GatewaySession, reason: str) -> None:
-        """The gateway is gone, or one of us stood still: its requests end here. It may have noticed nothing, so it is told of every one."""
+        """The gateway is gone, or one of us stood still: its requests end here. It may have noticed
+        nothing, so it is told of every one.
+        """
         mine = [j for j in self._jobs.values() if j.session is session]
         if mine:
-            log.warning("gateway lost", extra={"gateway": session.endpoint, "reason": reason, "requests": len(mine)})
+            log.warning(
+                "gateway lost",
+                extra={"gateway": session.endpoint, "reason": reason, "requests": len(mine)},
+            )
         for job in mine:
-            self._refuse(job, WorkerUnavailable.code, f"The worker lost its gateway ({reason}).", True)
+            self._refuse(
+                job, WorkerUnavailable.code, f"The worker lost its gateway ({reason}).", True
+            )
         for number in self._commands.forget(session):
             self._perform(self._residency.finish(number, clock()))
 
@@ -257,7 +306,13 @@ class Agent:
             return
         if self._state is not messages.WorkerState.SERVING:
             session.outbox.refuse(
-                messages.Refused(message.sid, "worker_unavailable", "The worker is not serving.", True, self._stopping.is_set())
+                messages.Refused(
+                    message.sid,
+                    "worker_unavailable",
+                    "The worker is not serving.",
+                    True,
+                    self._stopping.is_set(),
+                )
             )
             return
         job = Job(next(self._numbers), session, message, clock())
@@ -267,10 +322,19 @@ class Agent:
         if message.adapter is None:
             self._start(job, None)
             return
-        self._seek(message, message.adapter, self._residency.want(job.number, message.adapter, clock()))
+        self._seek(
+            message, message.adapter, self._residency.want(job.number, message.adapter, clock())
+        )
 
-    def _seek(self, message: messages.Generate | messages.AdapterCommand, adapter: AdapterRef, instructions: list[Instruction]) -> None:
-        """Acts on them; `message` says where the adapter's files are, should it have to be fetched."""
+    def _seek(
+        self,
+        message: messages.Generate | messages.AdapterCommand,
+        adapter: AdapterRef,
+        instructions: list[Instruction],
+    ) -> None:
+        """Acts on them; `message` says where the adapter's files are, should it have to be
+        fetched.
+        """
         if any(isinstance(instruction, Fetch) for instruction in instructions):
             self._offers[adapter] = message.stored, message.peers
         self._perform(instructions)
@@ -283,7 +347,11 @@ class Agent:
 
     def _tend(self, session: GatewaySession, message: messages.AdapterCommand) -> None:
         number, serving = -next(self._numbers), self._state is messages.WorkerState.SERVING
-        self._seek(message, message.adapter, self._commands.begin(number, session, message, serving, self._residency, clock()))
+        self._seek(
+            message,
+            message.adapter,
+            self._commands.begin(number, session, message, serving, self._residency, clock()),
+        )
 
     def _cancel(self, job: Job) -> None:
         if job.task is not None:
@@ -291,7 +359,7 @@ class Agent:
         else:
             self._forget(job)
 
-    # ---- acting on instructions -----------------------------------------------------------------------------------------------------------
+    # ---- acting on instructions ------------------------------------------------------------------
 
     def _perform(self, instructions: list[Instruction]) -> None:
         for instruction in instructions:
@@ -300,7 +368,8 @@ class Agent:
                     self._run_errand(self._fetch(adapter), f"fetch {adapter}")
                 case Swap():
                     self._run_errand(self._swap(instruction), "swap")
-                case Start(number) | Reject(number) | CommandDone(number) if number < 0:  # of nobody's request
+                # of nobody's request
+                case Start(number) | Reject(number) | CommandDone(number) if number < 0:
                     self._perform(self._commands.settle(instruction, self._residency, clock()))
                 case Start(number, adapter, came_from):
                     job = self._jobs[number]
@@ -316,7 +385,8 @@ class Agent:
         came_from = messages.Tier.DISK
         try:
             start = clock()
-            cached = await self._cache.open(ref, self._check)  # whatever the store does, what is here is served
+            # whatever the store does, what is here is served
+            cached = await self._cache.open(ref, self._check)
             check_s = clock() - start
             if cached is None:
                 came_from, check_s = messages.Tier.REMOTE, 0.0  # it is checked as it comes
@@ -330,41 +400,64 @@ class Agent:
             self._perform(self._residency.cached(ref, clock()))
             if ref not in self._residency.adapters():
                 return  # nobody wants more than the files
-            loaded = Loaded(ref, next(self._int_ids), cached.folder, cached.facts.rank, cached.size_bytes)
+            loaded = Loaded(
+                ref, next(self._int_ids), cached.folder, cached.facts.rank, cached.size_bytes
+            )
             start = clock()
             await self._engine.prepare(loaded)
             prepare_s = clock() - start
             if came_from is messages.Tier.DISK or not self._prepare_s:
                 self._prepare_s = blend(self._prepare_s, check_s + prepare_s, LOAD_WEIGHT)
             in_ms = {"ms": round(prepare_s * 1e3, 1), "check_ms": round(check_s * 1e3, 1)}
-            log.info("adapter prepared", extra={"adapter": str(ref), "bytes": cached.size_bytes, **in_ms})
+            log.info(
+                "adapter prepared", extra={"adapter": str(ref), "bytes": cached.size_bytes, **in_ms}
+            )
         except EngineFailure as exc:
             self._on_engine_death(exc.message)
             return
         except LoraplexError as exc:
-            log.warning("adapter not fetched", extra={"adapter": str(ref), "code": exc.code, "reason": exc.message})
-            self._perform(self._residency.failed(ref, Failure(exc.code, exc.message, exc.retryable), clock()))
+            log.warning(
+                "adapter not fetched",
+                extra={"adapter": str(ref), "code": exc.code, "reason": exc.message},
+            )
+            self._perform(
+                self._residency.failed(ref, Failure(exc.code, exc.message, exc.retryable), clock())
+            )
             self._beat()
             return
         self._perform(self._residency.fetched(loaded, came_from, clock()))
 
     def _note_fetch(self, ref: AdapterRef, cached: Cached, found_s: float) -> None:
         took = {"find_s": found_s, **asdict(cached.times)}
-        in_ms = {key.removesuffix("_s") + "_ms": round(seconds * 1e3, 1) for key, seconds in took.items()}
+        in_ms = {
+            key.removesuffix("_s") + "_ms": round(seconds * 1e3, 1) for key, seconds in took.items()
+        }
         sources = {"peer": cached.peer_bytes > 0, "store": cached.times.download_s > 0}
-        origin = "+".join(name for name, had_part in sources.items() if had_part) or "host"  # another worker of this host brought it
+        # another worker of this host brought it
+        origin = "+".join(name for name, had_part in sources.items() if had_part) or "host"
         log.info(
             "adapter fetched",
-            extra={"adapter": str(ref), "from": origin, "bytes": cached.size_bytes, "peer_bytes": cached.peer_bytes, **in_ms},
+            extra={
+                "adapter": str(ref),
+                "from": origin,
+                "bytes": cached.size_bytes,
+                "peer_bytes": cached.peer_bytes,
+                **in_ms,
+            },
         )
         if origin == "store":
-            self._fetch_s = blend(self._fetch_s, sum(took.values()) - cached.times.wait_s, LOAD_WEIGHT)
+            self._fetch_s = blend(
+                self._fetch_s, sum(took.values()) - cached.times.wait_s, LOAD_WEIGHT
+            )
 
     async def _look_up(self, ref: AdapterRef) -> StoredAdapter:
         """The gateway thought that the adapter was here and sent no files: ask the store."""
         stored = await self._store.find(ref.name) if self._store is not None else None
         if stored is None or stored.digest != ref.digest:
-            raise AdapterNotFound(f"The adapter `{ref.name}` of model `{ref.base}` is gone or has changed.", param="model")
+            raise AdapterNotFound(
+                f"The adapter `{ref.name}` of model `{ref.base}` is gone or has changed.",
+                param="model",
+            )
         return stored
 
     async def _swap(self, swap: Swap) -> None:
@@ -377,18 +470,35 @@ class Agent:
         took_ms, stall_ms = round((clock() - start) * 1e3, 1), round(done.stall_s * 1e3, 1)
         if swap.enter:
             self._stall_s = blend(self._stall_s, done.stall_s / len(swap.enter), LOAD_WEIGHT)
-            self._load_bytes = blend(self._load_bytes, sum(a.size_bytes for a in swap.enter) / len(swap.enter), LOAD_WEIGHT)
+            self._load_bytes = blend(
+                self._load_bytes,
+                sum(a.size_bytes for a in swap.enter) / len(swap.enter),
+                LOAD_WEIGHT,
+            )
         for adapter in swap.unload:
             log.info("adapter unloaded", extra={"adapter": str(adapter.ref)})
         failures = {}
         for adapter in swap.enter:
             refused = done.refused.get(adapter.ref)
             if refused is not None:
-                log.warning("adapter not loaded", extra={"adapter": str(adapter.ref), "code": refused.code, "reason": refused.message})
+                log.warning(
+                    "adapter not loaded",
+                    extra={
+                        "adapter": str(adapter.ref),
+                        "code": refused.code,
+                        "reason": refused.message,
+                    },
+                )
                 failures[adapter.ref] = Failure(refused.code, refused.message, refused.retryable)
                 continue
             came_from = self._residency.came_from(adapter.ref).name.lower()
-            facts = {"adapter": str(adapter.ref), "rank": adapter.rank, "from": came_from, "ms": took_ms, "stall_ms": stall_ms}
+            facts = {
+                "adapter": str(adapter.ref),
+                "rank": adapter.rank,
+                "from": came_from,
+                "ms": took_ms,
+                "stall_ms": stall_ms,
+            }
             log.info("adapter loaded", extra=facts | {"together": len(swap.enter)})
         self._perform(self._residency.swapped(failures, clock()))
         self._beat()
@@ -396,7 +506,8 @@ class Agent:
     def _start(self, job: Job, adapter: Loaded | None) -> None:
         job.started = clock()
         job.task = self._spawn(self._run(job, adapter), f"call {job.message.sid}")
-        # Not in a `finally` of the task: one that is cancelled before its first step never gets there.
+        # Not in a `finally` of the task: one that is cancelled before its first step never gets
+        # there.
         job.task.add_done_callback(lambda _: self._forget(job))
 
     async def _run(self, job: Job, adapter: Loaded | None) -> None:
@@ -404,14 +515,23 @@ class Agent:
         message = job.message
         reply = StreamReply(job)
         try:
-            await self._engine.serve(EngineRequest(message.path, message.request_id, message.body, adapter, message.model), reply)
+            await self._engine.serve(
+                EngineRequest(
+                    message.path, message.request_id, message.body, adapter, message.model
+                ),
+                reply,
+            )
         except EngineFailure as exc:
             if not reply.begun:
-                job.session.outbox.refuse(messages.Refused(message.sid, exc.code, exc.message, True, leaving=True))
+                job.session.outbox.refuse(
+                    messages.Refused(message.sid, exc.code, exc.message, True, leaving=True)
+                )
             self._on_engine_death(exc.message)
 
     def _refuse(self, job: Job, code: str, message: str, retryable: bool) -> None:
-        job.session.outbox.refuse(messages.Refused(job.message.sid, code, message, retryable, self._stopping.is_set()))
+        job.session.outbox.refuse(
+            messages.Refused(job.message.sid, code, message, retryable, self._stopping.is_set())
+        )
         self._cancel(job)
 
     def _forget(self, job: Job) -> None:

@@ -1,4 +1,6 @@
-"""Shell. What operators asked of this worker and have not been answered yet: numbers beside those of requests, and whom to answer."""
+"""Shell. What operators asked of this worker and have not been answered yet: numbers beside those
+of requests, and whom to answer.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,21 @@ class _Open:
 
 
 class CommandRunner:
-    """The open tends of one worker. Their numbers are negative, so that residency's answers to them are told from those to requests."""
+    """The open tends of one worker. Their numbers are negative, so that residency's answers to them
+    are told from those to requests.
+    """
 
     def __init__(self) -> None:
         self._open: dict[int, _Open] = {}
 
     def begin(
-        self, number: int, session: GatewaySession, message: messages.AdapterCommand, serving: bool, residency: Residency, now: float
+        self,
+        number: int,
+        session: GatewaySession,
+        message: messages.AdapterCommand,
+        serving: bool,
+        residency: Residency,
+        now: float,
     ) -> list[Instruction]:
         """Takes it, or refuses it at once."""
         send_command = _Open(session, message.sid, message.action, message.adapter)
@@ -55,14 +65,19 @@ class CommandRunner:
                 assert_never(message.action)
 
     def settle(self, answer: Answer, residency: Residency, now: float) -> list[Instruction]:
-        """Passes on what became of a number, whose place is free then. One that is not known is a prefetch, or its gateway has gone."""
+        """Passes on what became of a number, whose place is free then. One that is not known is a
+        prefetch, or its gateway has gone.
+        """
         send_command = self._open.pop(answer.request, None)
         instructions: list[Instruction] = []
         if send_command is None:
             pass
         elif isinstance(answer, Reject):
             _refuse(send_command, answer.code, answer.message, answer.retryable)
-        elif send_command.action is messages.AdapterAction.PIN and not residency.slots.may_pin(send_command.adapter):  # others were quicker
+        elif send_command.action is messages.AdapterAction.PIN and not residency.slots.may_pin(
+            send_command.adapter
+        ):
+            # others were quicker
             error = _too_many(send_command.adapter, residency)
             _refuse(send_command, error.code, error.message, error.retryable)
         else:
@@ -72,34 +87,46 @@ class CommandRunner:
         return instructions + residency.finish(answer.request, now)
 
     def forget(self, session: GatewaySession) -> list[int]:
-        """The gateway is gone. Returns the numbers that nobody waits for any more; what was begun for them may end."""
-        numbers = [number for number, send_command in self._open.items() if send_command.session is session]
+        """The gateway is gone. Returns the numbers that nobody waits for any more; what was begun
+        for them may end.
+        """
+        numbers = [
+            number for number, send_command in self._open.items() if send_command.session is session
+        ]
         for number in numbers:
             del self._open[number]
         return numbers
 
-    def _objection(self, message: messages.AdapterCommand, serving: bool, residency: Residency) -> LoraplexError | None:
+    def _objection(
+        self, message: messages.AdapterCommand, serving: bool, residency: Residency
+    ) -> LoraplexError | None:
         if not serving:
             return WorkerUnavailable("The worker is not serving.")
         if len(self._open) >= MAX_OPEN:
             return Overloaded(f"The worker tends {MAX_OPEN} adapters already; try again later.")
         if not residency.slots.size:
             return WorkerUnavailable("This worker has no adapter slots.")
-        if message.action is messages.AdapterAction.PIN and not residency.slots.may_pin(message.adapter):
+        if message.action is messages.AdapterAction.PIN and not residency.slots.may_pin(
+            message.adapter
+        ):
             return _too_many(message.adapter, residency)
         return None
 
     def _unpin(self, adapter: AdapterRef) -> None:
         """The later word holds: a pin that is still on its way becomes a mere load."""
         for send_command in self._open.values():
-            if send_command.adapter == adapter and send_command.action is messages.AdapterAction.PIN:
+            if (
+                send_command.adapter == adapter
+                and send_command.action is messages.AdapterAction.PIN
+            ):
                 send_command.action = messages.AdapterAction.LOAD
 
 
 def _too_many(adapter: AdapterRef, residency: Residency) -> TooManyPins:
     size = residency.slots.size
     return TooManyPins(
-        f"The adapter `{adapter.name}` cannot be pinned: {size - 1} of this worker's {size} slots may be, since one must stay for the "
+        f"The adapter `{adapter.name}` cannot be pinned: {size - 1} of this worker's "
+        f"{size} slots may be, since one must stay for the "
         "others; unpin one, or give the worker more slots (max_num_adapters_per_replica)."
     )
 

@@ -1,4 +1,6 @@
-"""Shell. One worker's conversation with one gateway process: control and data sockets, the gateway's lease, and what waits to be sent."""
+"""Shell. One worker's conversation with one gateway process: control and data sockets, the
+gateway's lease, and what waits to be sent.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from shared.link.sockets import DealerSocket, SendResult
 
 log = logging.getLogger("loraplex.session")
 
-MAX_PENDING_BYTES = 64 << 20  # of frames that a gateway does not take; beyond it its requests are dropped
+# of frames that a gateway does not take; beyond it its requests are dropped
+MAX_PENDING_BYTES = 64 << 20
 RETRY_S = 0.01  # after the link said FULL
 UNHEARD_S = 10.0  # a gateway that has not answered by then is worth a line in the log
 
@@ -22,7 +25,17 @@ UNHEARD_S = 10.0  # a gateway that has not answered by then is worth a line in t
 class Outbox:
     """Frames of one turn of the event loop, sent as one message."""
 
-    __slots__ = ("_done", "_frames", "_loop", "_overflow", "_refused", "_scheduled", "_send", "_stuck", "_stuck_bytes")
+    __slots__ = (
+        "_done",
+        "_frames",
+        "_loop",
+        "_overflow",
+        "_refused",
+        "_scheduled",
+        "_send",
+        "_stuck",
+        "_stuck_bytes",
+    )
 
     def __init__(self, overflow: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -54,7 +67,10 @@ class Outbox:
         self._scheduled = False
         if self._send is None or not (self._frames or self._done or self._refused):
             return
-        if self._send(messages.encode(messages.Step(self._frames, self._done, self._refused))) is SendResult.OK:
+        if (
+            self._send(messages.encode(messages.Step(self._frames, self._done, self._refused)))
+            is SendResult.OK
+        ):
             self._frames, self._done, self._refused = [], [], []
             self._stuck = self._stuck_bytes = 0
             return
@@ -67,7 +83,9 @@ class Outbox:
             self._overflow()
 
     def give_up(self, reason: str) -> None:
-        """What has not left will not: each of its streams ends with a refusal, which leaves as soon as the gateway takes something again."""
+        """What has not left will not: each of its streams ends with a refusal, which leaves as soon
+        as the gateway takes something again.
+        """
         for sid in {sid for sid, _, _ in self._frames}:
             self.refuse(messages.Refused(sid, WorkerUnavailable.code, reason, True))
         self._frames, self._done = [], []
@@ -81,9 +99,13 @@ class Outbox:
 
 
 class GatewaySession:
-    """Opens the control socket to `endpoint`; the data socket once the gateway has said where. Reconnects by itself."""
+    """Opens the control socket to `endpoint`; the data socket once the gateway has said where.
+    Reconnects by itself.
+    """
 
-    def __init__(self, context: Any, endpoint: str, worker: messages.WorkerId, epoch: int, secret: str | None) -> None:
+    def __init__(
+        self, context: Any, endpoint: str, worker: messages.WorkerId, epoch: int, secret: str | None
+    ) -> None:
         self.endpoint = endpoint
         self._context = context
         self._worker, self._epoch, self._secret = worker, epoch, secret
@@ -107,7 +129,11 @@ class GatewaySession:
     ) -> None:
         self._on_request, self._on_command, self._on_silence = on_request, on_command, on_silence
         self._control = DealerSocket(
-            self._context, self.endpoint, messages.identity(self._worker, self._epoch), self._control_in, secret=self._secret
+            self._context,
+            self.endpoint,
+            messages.identity(self._worker, self._epoch),
+            self._control_in,
+            secret=self._secret,
         )
 
     def close(self) -> None:
@@ -120,13 +146,20 @@ class GatewaySession:
         return self._seq
 
     def beat(self, beat: messages.Heartbeat) -> None:
-        """Sends a heartbeat; one that the link does not take is lost, the next one is a full snapshot again."""
+        """Sends a heartbeat; one that the link does not take is lost, the next one is a full
+        snapshot again.
+        """
         if self._control is not None:
             self._control.send(messages.encode(beat))
-        if self._lease_s == 0.0 and not self._complained and time.monotonic() - self._heard > UNHEARD_S:
+        if (
+            self._lease_s == 0.0
+            and not self._complained
+            and time.monotonic() - self._heard > UNHEARD_S
+        ):
             self._complained = True
             log.warning(
-                "gateway does not answer: is it up, is this its control endpoint, is the link's secret the same?",
+                "gateway does not answer: is it up, is this its control endpoint, is "
+                "the link's secret the same?",
                 extra={"gateway": self.endpoint},
             )
         if not self._silent and self._lease_s and time.monotonic() - self._heard > self._lease_s:
@@ -155,7 +188,8 @@ class GatewaySession:
     def _welcomed(self, welcome: messages.Welcome) -> None:
         """The gateway knows us: connect the data socket where it says, and show ourselves there.
 
-        It greets whom it did not know, so what we have of it is of an earlier life, its own or ours: nobody waits for it.
+        It greets whom it did not know, so what we have of it is of an earlier life, its own or
+        ours: nobody waits for it.
         """
         if self.open_requests:
             self._lose("it greeted us anew")
@@ -167,7 +201,9 @@ class GatewaySession:
                 self._data.close()
             self._data_endpoint = endpoint
             routing_id = messages.identity(self._worker, self._epoch)
-            self._data = DealerSocket(self._context, endpoint, routing_id, self._data_in, secret=self._secret)
+            self._data = DealerSocket(
+                self._context, endpoint, routing_id, self._data_in, secret=self._secret
+            )
             self.outbox.connect(self._data.send)
         assert self._data is not None
         self._data.send(messages.encode(messages.Attach(self._worker, self._epoch)))
@@ -184,6 +220,10 @@ class GatewaySession:
 
 
 def _reachable(data: str, control: str) -> str:
-    """The data endpoint as this host reaches it: a gateway bound to every address (0.0.0.0, [::]) is where its control endpoint was found."""
+    """The data endpoint as this host reaches it: a gateway bound to every address (0.0.0.0, [::])
+    is where its control endpoint was found.
+    """
     host, _, port = data.removeprefix("tcp://").rpartition(":")
-    return f"{control.rpartition(':')[0]}:{port}" if host in ("0.0.0.0", "[::]", "::", "*") else data
+    return (
+        f"{control.rpartition(':')[0]}:{port}" if host in ("0.0.0.0", "[::]", "::", "*") else data
+    )

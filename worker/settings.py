@@ -13,8 +13,9 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Times in seconds. `epoch` grows with every start of a worker of this id.
 
     `stream_gap_s`: how far apart two events of a stream may be to save work while the CPU is short.
-    `disk_cache_bytes` 0 means as much as the disk holds; `download_timeout_s` bounds the time without a byte (None: no bound).
-    `peer` is bound for workers of other hosts (empty: nothing is), who are told of it at `peer_host`, a host or host:port, if it is named.
+    `disk_cache_bytes` 0 means as much as the disk holds; `download_timeout_s` bounds the time
+    without a byte (None: no bound). `peer` is bound for workers of other hosts (empty: nothing is),
+    who are told of it at `peer_host`, a host or host:port, if it is named.
     """
 
     worker: str

@@ -1,8 +1,10 @@
-"""Shell. A parent that imports vLLM once and forks workers on request: on CPU hosts a worker then boots in seconds instead of half a minute.
+"""Shell. A parent that imports vLLM once and forks workers on request: on CPU hosts a worker then
+boots in seconds instead of half a minute.
 
-Reads one JSON line per request on stdin, `{"argv": [...], "env": {...}}`, answers `{"pid": n}`, and reports `{"exited": pid, "status": code}` for
-every child (128 + signal for a killed one). It has one thread and no event loop, so that a fork is safe; it ends when its stdin does.
-Never used on GPU hosts: a fork of a process that has touched torch was seen to hang there.
+Reads one JSON line per request on stdin, `{"argv": [...], "env": {...}}`, answers `{"pid": n}`, and
+reports `{"exited": pid, "status": code}` for every child (128 + signal for a killed one). It has
+one thread and no event loop, so that a fork is safe; it ends when its stdin does. Never used on GPU
+hosts: a fork of a process that has touched torch was seen to hang there.
 """
 
 from __future__ import annotations
@@ -60,7 +62,14 @@ def reap() -> None:
             return
         if pid == 0:
             return
-        say({"exited": pid, "status": 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)})
+        say(
+            {
+                "exited": pid,
+                "status": 128 + os.WTERMSIG(status)
+                if os.WIFSIGNALED(status)
+                else os.WEXITSTATUS(status),
+            }
+        )
 
 
 def main() -> int:
@@ -71,7 +80,12 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write)
     preload()
-    say({"ready": os.getpid(), "threads": len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1})
+    say(
+        {
+            "ready": os.getpid(),
+            "threads": len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1,
+        }
+    )
     buffer = b""
     while True:
         readable, _, _ = select.select([0, wake_read], [], [])
@@ -90,4 +104,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main())  # nothing is buffered, and an interpreter with torch in it takes seconds to take itself apart
+    # nothing is buffered, and an interpreter with torch in it takes seconds to take itself apart
+    os._exit(main())

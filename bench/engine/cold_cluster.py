@@ -1,4 +1,6 @@
-"""Shell. What `bench.engine.cold` measures: a gateway and workers on real vLLM (CPU) with adapters in S3 behind a line of known bandwidth."""
+"""Shell. What `bench.engine.cold` measures: a gateway and workers on real vLLM (CPU) with adapters
+in S3 behind a line of known bandwidth.
+"""
 
 from __future__ import annotations
 
@@ -68,19 +70,42 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def cluster(folder: Path, bucket: Bucket, workers: Sequence[str] = (), slots: int = 4) -> AsyncIterator[Cluster]:
+async def cluster(
+    folder: Path, bucket: Bucket, workers: Sequence[str] = (), slots: int = 4
+) -> AsyncIterator[Cluster]:
     """In a folder that is there. Raises NotStarted."""
     (port,) = free_ports(1)
-    lora = {"dynamic_lora_loading_path": bucket.url, "max_num_adapters_per_replica": slots, "store": bucket.options}
+    lora = {
+        "dynamic_lora_loading_path": bucket.url,
+        "max_num_adapters_per_replica": slots,
+        "store": bucket.options,
+    }
     loading = {"model_id": "demo", "model_source": str(MODEL)}
-    model = {"model_loading_config": loading, "engine_kwargs": ENGINE | {"max_loras": slots}, "lora_config": lora}
-    gateway_section = {"host": "127.0.0.1", "port": port, "state_dir": str(folder / "state"), "catalog_refresh_s": 3600}
+    model = {
+        "model_loading_config": loading,
+        "engine_kwargs": ENGINE | {"max_loras": slots},
+        "lora_config": lora,
+    }
+    gateway_section = {
+        "host": "127.0.0.1",
+        "port": port,
+        "state_dir": str(folder / "state"),
+        "catalog_refresh_s": 3600,
+    }
     path = folder / "loraplex.yaml"
     path.write_text(yaml.safe_dump({"llm_configs": [model], "gateway": gateway_section}))
-    env = CREDENTIALS | VLLM_ENV | VLLM_CPU_ENV | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    env = (
+        CREDENTIALS
+        | VLLM_ENV
+        | VLLM_CPU_ENV
+        | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    )
     with contextlib.ExitStack() as stack:
         gateway = Process(
-            [sys.executable, "-m", "gateway", str(path), "--run-dir", str(folder / "run")], folder / "gateway.log", CREDENTIALS, ROOT
+            [sys.executable, "-m", "gateway", str(path), "--run-dir", str(folder / "run")],
+            folder / "gateway.log",
+            CREDENTIALS,
+            ROOT,
         )
         stack.callback(gateway.stop)
         facts = folder / "run" / "g0.json"
@@ -88,7 +113,16 @@ async def cluster(folder: Path, bucket: Bucket, workers: Sequence[str] = (), slo
         control = json.loads(facts.read_text())["control"]
         started = []
         for name in workers:
-            argv = [sys.executable, "-m", "worker", str(path), "--worker", name, "--gateway", control]
+            argv = [
+                sys.executable,
+                "-m",
+                "worker",
+                str(path),
+                "--worker",
+                name,
+                "--gateway",
+                control,
+            ]
             started.append(Process(argv, folder / f"{name}.log", env, ROOT))
             stack.callback(started[-1].stop)
         made = Cluster(f"http://127.0.0.1:{port}", folder, gateway, tuple(workers))
@@ -116,7 +150,9 @@ async def ask(client: Client, adapter: str, tokens: int) -> tuple[float, LoadRep
         "ignore_eos": True,
     }
     began = time.perf_counter()
-    reply = await client.post("/v1/chat/completions", json.dumps(body).encode(), stream=True, meter=Meter())
+    reply = await client.post(
+        "/v1/chat/completions", json.dumps(body).encode(), stream=True, meter=Meter()
+    )
     if reply.error is not None or reply.first_token_s is None:
         raise ValueError(f"{adapter}: {reply.error} {reply.detail}")
     return reply.first_token_s - began, reply
@@ -126,7 +162,12 @@ async def line_bytes_per_s(bucket: Bucket, connections: int = PARTS_PER_ADAPTER)
     """What the line gives to so many plain GETs side by side."""
     async with aiohttp.ClientSession() as client:
         began = time.perf_counter()
-        sizes = await asyncio.gather(*(_size(client, f"{bucket.endpoint}/{bucket.name}/p/{PROBE}") for _ in range(connections)))
+        sizes = await asyncio.gather(
+            *(
+                _size(client, f"{bucket.endpoint}/{bucket.name}/p/{PROBE}")
+                for _ in range(connections)
+            )
+        )
         return sum(sizes) / (time.perf_counter() - began)
 
 
@@ -140,7 +181,10 @@ def adapter_files(name: str, seed: int, rank: int = RANK) -> dict[str, bytes]:
     """A valid adapter of the demo model with weights of its own, on every projection."""
     config = json.loads((MODEL / "config.json").read_text())
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    q, kv = config["num_attention_heads"] * config["head_dim"], config["num_key_value_heads"] * config["head_dim"]
+    q, kv = (
+        config["num_attention_heads"] * config["head_dim"],
+        config["num_key_value_heads"] * config["head_dim"],
+    )
     shapes = {
         "self_attn.q_proj": (hidden, q),
         "self_attn.k_proj": (hidden, kv),
@@ -156,13 +200,23 @@ def adapter_files(name: str, seed: int, rank: int = RANK) -> dict[str, bytes]:
             for half, shape in (("A", (rank, wide_in)), ("B", (wide_out, rank))):
                 values = rng.normal(0, 1e-3, shape).astype(np.float32).tobytes()
                 key = f"base_model.model.model.layers.{layer}.{module}.lora_{half}.weight"
-                header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + len(values)]}
+                header[key] = {
+                    "dtype": "F32",
+                    "shape": list(shape),
+                    "data_offsets": [at, at + len(values)],
+                }
                 data.append(values)
                 at += len(values)
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     targets = sorted({module.rpartition(".")[2] for module in shapes})
-    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": targets}
+    about = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": targets,
+    }
     return {
         f"{name}/adapter_config.json": json.dumps(about).encode(),
         f"{name}/adapter_model.safetensors": b"".join([struct.pack("<Q", len(head)), head, *data]),

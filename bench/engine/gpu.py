@@ -1,10 +1,13 @@
-"""Shell. `python -m bench.engine.gpu`: Loraplex beside vLLM's own server on GPUs, with a model in the shape of Llama-3.1-8B and dummy weights.
+"""Shell. `python -m bench.engine.gpu`: Loraplex beside vLLM's own server on GPUs, with a model in
+the shape of Llama-3.1-8B and dummy weights.
 
-Self-contained: it writes the model's config, a tokenizer and random rank-16 adapters, boots the servers with the same engine arguments, loads
-each with `bench.load`, and prints a table last. A row is printed and appended to a file in `--out` as soon as it is measured; the same command
-goes on where the last one stopped (SIGTERM, say by `timeout`, ends it and its servers). Rows come in order of importance; none begins that would
-not end within `--budget-s`. A boot takes 2 to 3.5 minutes; under a limit of 9 minutes a call has time for one server and all rows of a kind, for
-both one after the other and few rows, or for both at once:
+Self-contained: it writes the model's config, a tokenizer and random rank-16 adapters, boots the
+servers with the same engine arguments, loads each with `bench.load`, and prints a table last. A row
+is printed and appended to a file in `--out` as soon as it is measured; the same command goes on
+where the last one stopped (SIGTERM, say by `timeout`, ends it and its servers). Rows come in order
+of importance; none begins that would not end within `--budget-s`. A boot takes 2 to 3.5 minutes;
+under a limit of 9 minutes a call has time for one server and all rows of a kind, for both one after
+the other and few rows, or for both at once:
 
     python -m bench.engine.gpu --out results --together --rows zipf,stall,adapters    both servers up, measured in turns
     python -m bench.engine.gpu --out results --servers loraplex --rows base           one server with the GPU to itself, and in another call
@@ -13,9 +16,10 @@ both one after the other and few rows, or for both at once:
     python -m bench.engine.gpu --out results --servers loraplex --loraplex-arg specialize_active_lora=true --label spec
     python -m bench.engine.gpu --report results/*.jsonl                               one table and the ratios of what several calls have measured
 
-`--together` gives each server a GPU of its own where the host has two. Else it halves the GPU: each has 45% of its memory and, said in bytes, the
-same KV cache; on 80 GB that leaves 10 GiB of KV cache each, enough for 256 streams but not for 512. Only one is asked at a time, the other one
-stands still.
+`--together` gives each server a GPU of its own where the host has two. Else it halves the GPU: each
+has 45% of its memory and, said in bytes, the same KV cache; on 80 GB that leaves 10 GiB of KV cache
+each, enough for 256 streams but not for 512. Only one is asked at a time, the other one stands
+still.
 """
 
 from __future__ import annotations
@@ -56,7 +60,9 @@ from shared.runtime.process import count_gpus
 KINDS = ("zipf", "stall", "adapters", "base")
 STALL_S = 30.0
 SLOW_STEP_S = {"zipf": 0.05, "uniform": 0.03, "base": 0.025}
-"""Per output token of a stream, wait and prefill included, on a slow day; what a row takes at most is guessed from it."""
+"""Per output token of a stream, wait and prefill included, on a slow day; what a row takes at most
+is guessed from it.
+"""
 KERNELS = ROOT / "worker" / "engine" / "vllm" / "lora_kernels"
 
 
@@ -81,16 +87,38 @@ def rows(args: argparse.Namespace) -> list[Row]:
     """What `--rows` asks for, the most important first."""
     slots, adapters, per_stream = args.slots, args.adapters, args.per_stream
     made: dict[str, list[Row]] = {kind: [] for kind in KINDS}
-    made["zipf"] = [Row(f"{adapters} adapters over {slots} slots, zipf x128", adapters, "zipf", 128, 128 * per_stream)]
+    made["zipf"] = [
+        Row(
+            f"{adapters} adapters over {slots} slots, zipf x128",
+            adapters,
+            "zipf",
+            128,
+            128 * per_stream,
+        )
+    ]
     made["stall"] = [Row("stall per cold load", 0, "stall", 32, 0)]
-    made["adapters"] = [Row(f"{slots} adapters x{n}", slots, "uniform", n, max(8, n * per_stream)) for n in args.adapter_levels]
+    made["adapters"] = [
+        Row(f"{slots} adapters x{n}", slots, "uniform", n, max(8, n * per_stream))
+        for n in args.adapter_levels
+    ]
     made["base"] = [Row(f"base x{n}", 0, "base", n, max(8, n * per_stream)) for n in args.levels]
     return [row for kind in KINDS if kind in args.rows for row in made[kind]]
 
 
 def load(server: Server, row: Row, output_tokens: int, rounds: int) -> dict[str, Any]:
     """Figures of one row: the last of `rounds` passes (the first pays kernel tuning)."""
-    flags = ["--url", server.url, "--model", "m", "--model-format", server.naming, "--quiet", "--ignore-eos", "--timeout", "300"]
+    flags = [
+        "--url",
+        server.url,
+        "--model",
+        "m",
+        "--model-format",
+        server.naming,
+        "--quiet",
+        "--ignore-eos",
+        "--timeout",
+        "300",
+    ]
     flags += ["--prompt-tokens", "100", "--output-tokens", str(output_tokens)]
     flags += ["--concurrency", str(row.streams), "--requests", str(row.requests), "--mix", row.mix]
     if row.adapters:
@@ -100,14 +128,20 @@ def load(server: Server, row: Row, output_tokens: int, rounds: int) -> dict[str,
     for number in range(rounds):
         made = document(uvloop.run(measure(parse([*flags, "--warmup", "4"]))))
         rate = made["throughput"]["output_tokens_per_s"]
-        print(f"  {server.name}, {row.name}, pass {number + 1} of {rounds}: {rate:,.0f} tokens/s", flush=True)
+        print(
+            f"  {server.name}, {row.name}, pass {number + 1} of {rounds}: {rate:,.0f} tokens/s",
+            flush=True,
+        )
     return made
 
 
 def figures_of(server: Server, row: Row, args: argparse.Namespace) -> dict[str, Any]:
     if row.mix != "stall":
         return load(server, row, args.output_tokens, args.rounds)
-    names = [server.naming.format(base="m", adapter=name) for name in ("a000", *(f"c{i:03d}" for i in range(COLD_ADAPTERS)))]
+    names = [
+        server.naming.format(base="m", adapter=name)
+        for name in ("a000", *(f"c{i:03d}" for i in range(COLD_ADAPTERS)))
+    ]
     return {"stall": uvloop.run(stall(server.url, names[0], names[1:]))}
 
 
@@ -118,7 +152,8 @@ class Record:
         self.path, self._label, self.rows = path, label, list[Recorded]()
         self._gpu, self._kernels = gpu()[0], sorted(p.name for p in KERNELS.glob("*.json"))
         kept = path.read_text() if path.exists() else ""
-        self._cut_off = bool(kept) and not kept.endswith("\n")  # a run that was killed while it wrote
+        # a run that was killed while it wrote
+        self._cut_off = bool(kept) and not kept.endswith("\n")
         for text in kept.splitlines():
             try:
                 self.rows.append(json.loads(text))
@@ -127,11 +162,28 @@ class Record:
 
     def has(self, server: str, row: Row, arguments: dict[str, Any]) -> bool:
         """Measured already, with these arguments."""
-        return any(d["server"] == server and d["row"] == row.name and d.get("arguments") == arguments for d in self.rows)
+        return any(
+            d["server"] == server and d["row"] == row.name and d.get("arguments") == arguments
+            for d in self.rows
+        )
 
-    def add(self, server: str, row: Row, arguments: dict[str, Any], figures: dict[str, Any]) -> None:
-        facts = {"server": server, "label": self._label, "row": row.name, "arguments": arguments, "gpu": self._gpu}
-        self.rows.append({**facts, "lora_kernels": self._kernels if server == "loraplex" else [], "figures": figures})
+    def add(
+        self, server: str, row: Row, arguments: dict[str, Any], figures: dict[str, Any]
+    ) -> None:
+        facts = {
+            "server": server,
+            "label": self._label,
+            "row": row.name,
+            "arguments": arguments,
+            "gpu": self._gpu,
+        }
+        self.rows.append(
+            {
+                **facts,
+                "lora_kernels": self._kernels if server == "loraplex" else [],
+                "figures": figures,
+            }
+        )
         with self.path.open("a") as f:
             f.write("\n" * self._cut_off + json.dumps(self.rows[-1]) + "\n")
         self._cut_off = False
@@ -148,23 +200,37 @@ def run(args: argparse.Namespace, record: Record) -> None:
     apart = args.together and args.gpus == 1 and count_gpus() >= len(args.servers)
     if args.together and not apart:
         common |= shared_gpu(gpu()[1], args.kv_gib)
-    arguments = {name: common | (dict(args.loraplex_arg) if name == "loraplex" else {}) for name in args.servers}
-    left = {name: [r for r in rows(args) if not record.has(name, r, arguments[name])] for name in args.servers}
+    arguments = {
+        name: common | (dict(args.loraplex_arg) if name == "loraplex" else {})
+        for name in args.servers
+    }
+    left = {
+        name: [r for r in rows(args) if not record.has(name, r, arguments[name])]
+        for name in args.servers
+    }
     for name in args.servers:
         if kept := [r.name for r in rows(args) if r not in left[name]]:
             print(f"{name}: {', '.join(kept)}: in {record.path} already", flush=True)
     names = [name for name in args.servers if left[name]]
     for group in [names] if args.together and names else [[name] for name in names]:
-        servers = [SERVERS[name](model, adapters, arguments[name], work, args.gpus) for name in group]
+        servers = [
+            SERVERS[name](model, adapters, arguments[name], work, args.gpus) for name in group
+        ]
         with up(servers, work, apart=apart):
             for row in rows(args):
                 for server in servers:
                     if row not in left[server.name]:
                         continue
                     if time.monotonic() + row.seconds(args.output_tokens, args.rounds) > until:
-                        print(f"out of time before {server.name}, {row.name}: run the same command again", flush=True)
+                        print(
+                            f"out of time before {server.name}, {row.name}: run the "
+                            "same command again",
+                            flush=True,
+                        )
                         continue
-                    record.add(server.name, row, arguments[server.name], figures_of(server, row, args))
+                    record.add(
+                        server.name, row, arguments[server.name], figures_of(server, row, args)
+                    )
         for server in servers:
             print_stalls(server.log)
 
@@ -172,17 +238,21 @@ def run(args: argparse.Namespace, record: Record) -> None:
 def print_stalls(path: Path) -> None:
     """What the worker itself says of its loads: how long the engine stood still for each."""
     said = [
-        json.loads(text) for text in path.read_text(errors="replace").splitlines() if text.startswith("{") and '"adapter loaded"' in text
+        json.loads(text)
+        for text in path.read_text(errors="replace").splitlines()
+        if text.startswith("{") and '"adapter loaded"' in text
     ]
     if said:
         each = sorted(d["stall_ms"] / d["together"] for d in said)
         mean = sum(d["together"] for d in said) / len(said)
         print(
-            f"{len(each)} loads: stall p50 {each[len(each) // 2]:.1f} ms, most {each[-1]:.1f} ms; {mean:.1f} adapters per swap", flush=True
+            f"{len(each)} loads: stall p50 {each[len(each) // 2]:.1f} ms, most "
+            f"{each[-1]:.1f} ms; {mean:.1f} adapters per swap",
+            flush=True,
         )
 
 
-# ---- arguments ------------------------------------------------------------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 def _numbers(text: str) -> list[int]:
@@ -196,7 +266,9 @@ def _some_of(known: Collection[str]) -> Callable[[str], list[str]]:
     def parse_names(text: str) -> list[str]:
         names = text.split(",")
         if unknown := [n for n in names if n not in known]:
-            raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown))}: there are {', '.join(known)}")
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(map(repr, unknown))}: there are {', '.join(known)}"
+            )
         return names
 
     return parse_names
@@ -214,31 +286,78 @@ def _argument(text: str) -> tuple[str, Any]:
 
 def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.engine.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.engine.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--work", default="/tmp/loraplex-gpu", help="model, adapters, logs and caches (default %(default)s)")
-    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE", help="print what these files hold, and measure nothing")
-    parser.add_argument("--shape", choices=SHAPES, default="8b", help="tiny: to try this program out where there is no GPU")
+    parser.add_argument(
+        "--work",
+        default="/tmp/loraplex-gpu",
+        help="model, adapters, logs and caches (default %(default)s)",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="print what these files hold, and measure nothing",
+    )
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default="8b",
+        help="tiny: to try this program out where there is no GPU",
+    )
     parser.add_argument("--servers", type=_some_of(SERVERS), default=[*SERVERS])
     parser.add_argument(
-        "--together", action="store_true", help="the servers are up at once, each on a GPU of its own or sharing one, and measured in turns"
+        "--together",
+        action="store_true",
+        help="the servers are up at once, each on a GPU of its own or sharing one, and "
+        "measured in turns",
     )
-    parser.add_argument("--kv-gib", type=float, help=f"KV cache of each with --together (default: its share less {BESIDE_KV_GIB} GiB)")
-    parser.add_argument("--gpus", type=int, default=1, help="workers of Loraplex; vLLM's server has one")
+    parser.add_argument(
+        "--kv-gib",
+        type=float,
+        help=f"KV cache of each with --together (default: its share less {BESIDE_KV_GIB} GiB)",
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="workers of Loraplex; vLLM's server has one"
+    )
     parser.add_argument("--adapters", type=int, default=64)
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument(
-        "--levels", type=_numbers, default=[256, 64, 1, 512], help="concurrent streams of the base rows, in order of importance"
+        "--levels",
+        type=_numbers,
+        default=[256, 64, 1, 512],
+        help="concurrent streams of the base rows, in order of importance",
     )
-    parser.add_argument("--adapter-levels", type=_numbers, default=[256, 64], help="the same of the adapters rows")
-    parser.add_argument("--rows", type=_some_of(KINDS), default=list(KINDS), help=f"of {', '.join(KINDS)} (all)")
-    parser.add_argument("--defaults", action="store_true", help="each server's own defaults, but for slots, rank and context")
     parser.add_argument(
-        "--loraplex-arg", type=_argument, action="append", default=[], metavar="NAME=JSON", help="an engine argument for Loraplex alone"
+        "--adapter-levels", type=_numbers, default=[256, 64], help="the same of the adapters rows"
+    )
+    parser.add_argument(
+        "--rows", type=_some_of(KINDS), default=list(KINDS), help=f"of {', '.join(KINDS)} (all)"
+    )
+    parser.add_argument(
+        "--defaults",
+        action="store_true",
+        help="each server's own defaults, but for slots, rank and context",
+    )
+    parser.add_argument(
+        "--loraplex-arg",
+        type=_argument,
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="an engine argument for Loraplex alone",
     )
     parser.add_argument("--label", default="", help="part of the results file's name")
-    parser.add_argument("--budget-s", type=float, default=515.0, help="no row begins that would not end by then (default %(default)s)")
+    parser.add_argument(
+        "--budget-s",
+        type=float,
+        default=515.0,
+        help="no row begins that would not end by then (default %(default)s)",
+    )
     parser.add_argument("--per-stream", type=int, default=4, help="requests per concurrent stream")
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2, help="passes per row; the last one counts")
@@ -256,11 +375,15 @@ def main() -> int:
         return 0
     if args.shape != "tiny" and not count_gpus():
         print(
-            f"bench.engine.gpu: no NVIDIA GPU here, and --shape {args.shape} needs one; --shape tiny tries this program out on a CPU",
+            f"bench.engine.gpu: no NVIDIA GPU here, and --shape {args.shape} needs "
+            "one; --shape tiny tries this program out on a CPU",
             file=sys.stderr,
         )
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench.engine.gpu: stopped; what was measured is kept"))  # servers end on the way out
+    # servers end on the way out
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("bench.engine.gpu: stopped; what was measured is kept")
+    )
     raise_open_files_limit()
     label = args.label or ("defaults" if args.defaults else "")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -271,7 +394,11 @@ def main() -> int:
         print(f"bench.engine.gpu: {exc}", file=sys.stderr)
         return 2
     finally:
-        print(f"\n{table(record.rows)}\n\nLoraplex over vLLM, output tokens/s:\n{ratios(record.rows)}", flush=True)
+        print(
+            f"\n{table(record.rows)}\n\nLoraplex over vLLM, output "
+            f"tokens/s:\n{ratios(record.rows)}",
+            flush=True,
+        )
     return 0
 
 

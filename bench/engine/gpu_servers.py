@@ -1,4 +1,6 @@
-"""Shell. What `bench.engine.gpu` measures: a model and adapters that it makes itself, and the two servers with the same engine arguments."""
+"""Shell. What `bench.engine.gpu` measures: a model and adapters that it makes itself, and the two
+servers with the same engine arguments.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ GIB = 1 << 30
 SHARE = 0.45
 """Of the GPU's memory, for each of two servers that are up at once."""
 BESIDE_KV_GIB = 25
-"""Weights (15 GiB), adapters, activations, graphs and the CUDA context of one server; the rest of its share is KV cache."""
+"""Weights (15 GiB), adapters, activations, graphs and the CUDA context of one server; the rest of
+its share is KV cache.
+"""
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -66,7 +70,9 @@ SHAPES = {
 
 
 def make_model(folder: Path, shape: str) -> Path:
-    """config.json and a tokenizer whose ids reach as far as the model's: the demo's, with entries that no text encodes to."""
+    """config.json and a tokenizer whose ids reach as far as the model's: the demo's, with entries
+    that no text encodes to.
+    """
     config = SHAPES[shape]
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = json.loads((DEMO_TOKENIZER / "tokenizer.json").read_text())
@@ -76,13 +82,17 @@ def make_model(folder: Path, shape: str) -> Path:
         if i not in used:
             vocab[f"\u0120t{i}"] = i
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (folder / "tokenizer_config.json").write_text((DEMO_TOKENIZER / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        (DEMO_TOKENIZER / "tokenizer_config.json").read_text()
+    )
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def make_adapters(root: Path, count: int, shape: str, *, cold: int = COLD_ADAPTERS) -> Path:
-    """`count` folders, and `cold` ones of other names, with one set of random weights (q, k, v, o; rank 16; 26 MiB for 8b), hard-linked."""
+    """`count` folders, and `cold` ones of other names, with one set of random weights (q, k, v, o;
+    rank 16; 26 MiB for 8b), hard-linked.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -93,13 +103,24 @@ def make_adapters(root: Path, count: int, shape: str, *, cold: int = COLD_ADAPTE
     for layer in range(c["num_hidden_layers"]):
         for name, out in (("q_proj", hidden), ("k_proj", kv), ("v_proj", kv), ("o_proj", hidden)):
             key = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            tensors[f"{key}.lora_A.weight"] = (torch.randn(RANK, hidden, generator=generator) * 0.01).bfloat16()
-            tensors[f"{key}.lora_B.weight"] = (torch.randn(out, RANK, generator=generator) * 0.01).bfloat16()
+            tensors[f"{key}.lora_A.weight"] = (
+                torch.randn(RANK, hidden, generator=generator) * 0.01
+            ).bfloat16()
+            tensors[f"{key}.lora_B.weight"] = (
+                torch.randn(out, RANK, generator=generator) * 0.01
+            ).bfloat16()
     root.mkdir(parents=True, exist_ok=True)
     weights = root.parent / "weights.safetensors"
     save_file(tensors, weights)
     modules = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "target_modules": modules, "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": RANK,
+        "target_modules": modules,
+        "bias": "none",
+    }
     for name in [*(f"a{i:03d}" for i in range(count)), *(f"c{i:03d}" for i in range(cold))]:
         folder = root / name
         folder.mkdir(exist_ok=True)
@@ -111,16 +132,28 @@ def make_adapters(root: Path, count: int, shape: str, *, cold: int = COLD_ADAPTE
 
 def engine_arguments(shape: str, slots: int, *, defaults: bool) -> dict[str, Any]:
     """The same for both servers. `defaults`: only what the test itself needs."""
-    wanted: dict[str, Any] = {"load_format": "dummy", "enable_lora": True, "max_loras": slots, "max_lora_rank": RANK, "max_model_len": 2048}
+    wanted: dict[str, Any] = {
+        "load_format": "dummy",
+        "enable_lora": True,
+        "max_loras": slots,
+        "max_lora_rank": RANK,
+        "max_model_len": 2048,
+    }
     if not defaults:
         wanted |= {"max_num_seqs": 512, "enable_prefix_caching": False}
     if shape == "tiny":
-        wanted |= {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "dtype": "float32"}
+        wanted |= {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 64 << 20,
+            "max_num_seqs": 64,
+            "dtype": "float32",
+        }
     return wanted
 
 
 def shared_gpu(memory_bytes: int, kv_gib: float | None) -> dict[str, Any]:
-    """What both servers get if they are up at once: the same KV cache, said in bytes, since neither can measure what is free.
+    """What both servers get if they are up at once: the same KV cache, said in bytes, since neither
+    can measure what is free.
 
     `memory_bytes` is the GPU's, 0 if there is none. Raises SystemExit if two servers do not fit.
     """
@@ -129,7 +162,8 @@ def shared_gpu(memory_bytes: int, kv_gib: float | None) -> dict[str, Any]:
     kv = kv_gib or SHARE * memory_bytes / GIB - BESIDE_KV_GIB
     if kv < 1 or 2 * (kv + BESIDE_KV_GIB) > memory_bytes / GIB:
         raise SystemExit(
-            f"bench.engine.gpu: two servers with {max(kv, 0):.0f} GiB of KV cache each do not fit a GPU of {memory_bytes / GIB:.0f} GiB; run them one "
+            f"bench.engine.gpu: two servers with {max(kv, 0):.0f} GiB of KV cache each "
+            f"do not fit a GPU of {memory_bytes / GIB:.0f} GiB; run them one "
             "after the other (without --together)"
         )
     return {"gpu_memory_utilization": SHARE, "kv_cache_memory_bytes": int(kv * GIB)}
@@ -139,19 +173,23 @@ def gpu() -> tuple[str, int]:
     """Name and bytes of the first GPU; ("", 0) if there is none."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
-        listed = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+        listed = subprocess.run(
+            query, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return "", 0
     name, _, mib = listed[0].rpartition(", ") if listed else ("", "", "0")
     return name, int(mib) << 20
 
 
-# ---- servers ----------------------------------------------------------------------------------------------------------------------------------
+# ---- servers -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """How one is started. `health` answers 200 once it serves; `naming` says how an adapter is asked for."""
+    """How one is started. `health` answers 200 once it serves; `naming` says how an adapter is
+    asked for.
+    """
 
     name: str
     argv: list[str]
@@ -161,43 +199,80 @@ class Server:
     log: Path
 
 
-def loraplex(model: Path, adapters: Path, arguments: dict[str, Any], work: Path, gpus: int) -> Server:
+def loraplex(
+    model: Path, adapters: Path, arguments: dict[str, Any], work: Path, gpus: int
+) -> Server:
     """One gateway and one worker per GPU."""
     config = {
         "llm_configs": [
             {
                 "model_loading_config": {"model_id": "m", "model_source": str(model)},
-                "lora_config": {"dynamic_lora_loading_path": str(adapters), "max_num_adapters_per_replica": arguments["max_loras"]},
+                "lora_config": {
+                    "dynamic_lora_loading_path": str(adapters),
+                    "max_num_adapters_per_replica": arguments["max_loras"],
+                },
                 "engine_kwargs": arguments,
                 "deployment_config": {"num_replicas": gpus},
             }
         ],
-        "gateway": {"port": 8700, "state_dir": str(work / "state"), "log_level": "info", "max_concurrent_requests": 8192},
+        "gateway": {
+            "port": 8700,
+            "state_dir": str(work / "state"),
+            "log_level": "info",
+            "max_concurrent_requests": 8192,
+        },
     }
     path = work / "loraplex.yaml"
     path.write_text(json.dumps(config))
     argv = [sys.executable, "-m", "gateway.cli.main.main", "serve", str(path)]
-    return Server("loraplex", argv, "http://127.0.0.1:8700", "/ready", "{base}:{adapter}", work / "loraplex.log")
+    return Server(
+        "loraplex",
+        argv,
+        "http://127.0.0.1:8700",
+        "/ready",
+        "{base}:{adapter}",
+        work / "loraplex.log",
+    )
 
 
 def vllm(model: Path, adapters: Path, arguments: dict[str, Any], work: Path, gpus: int) -> Server:
     """vLLM's own OpenAI server on one GPU, all adapters registered at its start."""
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "m", "--port", "8701"]
+    argv = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(model),
+        "--served-model-name",
+        "m",
+        "--port",
+        "8701",
+    ]
     for key, value in arguments.items():
         flag = f"--{key.replace('_', '-')}"
-        argv += [flag] if value is True else [flag.replace("--", "--no-", 1)] if value is False else [flag, str(value)]
+        argv += (
+            [flag]
+            if value is True
+            else [flag.replace("--", "--no-", 1)]
+            if value is False
+            else [flag, str(value)]
+        )
     argv += ["--max-cpu-loras", str(max(64, arguments["max_loras"])), "--lora-modules"]
     # It loads them all at its start and keeps the last ones: those that must be cold come first.
     argv += [f"{p.name}={p}" for p in sorted(adapters.iterdir(), reverse=True)]
     return Server("vllm", argv, "http://127.0.0.1:8701", "/health", "{adapter}", work / "vllm.log")
 
 
-SERVERS: dict[str, Callable[[Path, Path, dict[str, Any], Path, int], Server]] = {"loraplex": loraplex, "vllm": vllm}
+SERVERS: dict[str, Callable[[Path, Path, dict[str, Any], Path, int], Server]] = {
+    "loraplex": loraplex,
+    "vllm": vllm,
+}
 
 
 @contextlib.contextmanager
 def up(servers: Sequence[Server], work: Path, *, apart: bool = False) -> Iterator[None]:
-    """Boots them all at once, `apart` each on a GPU of its own, and waits until each serves. They end with this process, however that ends.
+    """Boots them all at once, `apart` each on a GPU of its own, and waits until each serves. They
+    end with this process, however that ends.
 
     Raises SystemExit with the end of its log if one does not come up.
     """
@@ -206,7 +281,9 @@ def up(servers: Sequence[Server], work: Path, *, apart: bool = False) -> Iterato
         waiting = {}
         for n, server in enumerate(servers):
             # Two that compile the same model at once must not write the same files.
-            env = {"VLLM_CACHE_ROOT": str(work / f"cache-{server.name}")} if len(servers) > 1 else {}
+            env = (
+                {"VLLM_CACHE_ROOT": str(work / f"cache-{server.name}")} if len(servers) > 1 else {}
+            )
             env |= {"CUDA_VISIBLE_DEVICES": str(n)} if apart else {}
             waiting[server.name] = server, stack.enter_context(_process(server, env))
         say_at = SAY_EVERY_S
@@ -214,7 +291,9 @@ def up(servers: Sequence[Server], work: Path, *, apart: bool = False) -> Iterato
             after = time.monotonic() - started
             for name, (server, process) in [*waiting.items()]:
                 if process.poll() is not None or after > BOOT_S:
-                    raise SystemExit(f"{name} did not start (status {process.poll()}):\n{_said(server, 3000)}")
+                    raise SystemExit(
+                        f"{name} did not start (status {process.poll()}):\n{_said(server, 3000)}"
+                    )
                 with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
                     urllib.request.urlopen(server.url + server.health, timeout=2)
                     print(f"{name} serves after {after:.0f} s", flush=True)
@@ -230,10 +309,22 @@ def up(servers: Sequence[Server], work: Path, *, apart: bool = False) -> Iterato
 
 @contextlib.contextmanager
 def _process(server: Server, more: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    env = {**os.environ, "VLLM_WORKER_MULTIPROC_METHOD": os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "spawn"), **more}
+    env = {
+        **os.environ,
+        "VLLM_WORKER_MULTIPROC_METHOD": os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),
+        **more,
+    }
     last_wish = partial(die_with_parent, signal.SIGTERM, os.getpid())
     with server.log.open("wb") as out:
-        process = subprocess.Popen(server.argv, stdout=out, stderr=out, env=env, cwd=ROOT, start_new_session=True, preexec_fn=last_wish)
+        process = subprocess.Popen(
+            server.argv,
+            stdout=out,
+            stderr=out,
+            env=env,
+            cwd=ROOT,
+            start_new_session=True,
+            preexec_fn=last_wish,
+        )
     try:
         yield process
     finally:

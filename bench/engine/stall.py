@@ -1,7 +1,9 @@
-"""Shell. How long running streams stand still while a cold adapter is loaded: the longest gap between tokens, over that of a warm request.
+"""Shell. How long running streams stand still while a cold adapter is loaded: the longest gap
+between tokens, over that of a warm request.
 
-`streams` long answers run; then requests for one token come, one after another, for adapters that the server has never loaded and, in between,
-for one that it has. Both read a prompt of the same length; what the cold ones add to the gap of everybody else is the load.
+`streams` long answers run; then requests for one token come, one after another, for adapters that
+the server has never loaded and, in between, for one that it has. Both read a prompt of the same
+length; what the cold ones add to the gap of everybody else is the load.
 """
 
 from __future__ import annotations
@@ -20,17 +22,32 @@ SETTLE_S = 2.0
 LIMIT_S = 120.0
 
 
-async def stall(url: str, warm: str, cold: Sequence[str], *, streams: int = 32, prompt_tokens: int = 100) -> dict[str, Any]:
-    """In ms: what a cold load adds to the gap (median and greatest over the loads), the two gaps, and the TTFTs of both kinds."""
+async def stall(
+    url: str, warm: str, cold: Sequence[str], *, streams: int = 32, prompt_tokens: int = 100
+) -> dict[str, Any]:
+    """In ms: what a cold load adds to the gap (median and greatest over the loads), the two gaps,
+    and the TTFTs of both kinds.
+    """
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
     prompt = " ".join(["word"] * prompt_tokens)
 
     async def stream(model: str, tokens: int, times: list[float]) -> None:
-        body = json.dumps({"model": model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True}).encode()
+        body = json.dumps(
+            {
+                "model": model,
+                "prompt": prompt,
+                "max_tokens": tokens,
+                "ignore_eos": True,
+                "stream": True,
+            }
+        ).encode()
         reader, writer = await asyncio.open_connection(host, port)
         try:
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            head = (
+                f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: "
+                "application/json\r\nConnection: close\r\n"
+            )
             writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             seen = b""
             while data := await reader.read(1 << 16):

@@ -1,7 +1,9 @@
-"""Shell. The processes of a run: workers that live through it, gateways that come and go, load generators.
+"""Shell. The processes of a run: workers that live through it, gateways that come and go, load
+generators.
 
-A worker is told all gateways that it will ever know as it starts, one set for every size of fleet: a gateway of size 2 has the first two
-workers, whatever else runs. To change the policy only the gateway is started again; its workers find it at the same sockets.
+A worker is told all gateways that it will ever know as it starts, one set for every size of fleet:
+a gateway of size 2 has the first two workers, whatever else runs. To change the policy only the
+gateway is started again; its workers find it at the same sockets.
 """
 
 from __future__ import annotations
@@ -25,7 +27,15 @@ import msgspec
 from bench import ROOT
 from bench.fleet.figures import Seen, together
 from bench.fleet.served import MODEL, PAIR_ENV, Served
-from bench.gateways.peers.process import LOOK_AGAIN_S, NotStarted, Process, Usage, free_ports, spent_s, tree
+from bench.gateways.peers.process import (
+    LOOK_AGAIN_S,
+    NotStarted,
+    Process,
+    Usage,
+    free_ports,
+    spent_s,
+    tree,
+)
 from shared.runtime.process import PARENT_ENV
 
 GATEWAY_START_S = 60.0
@@ -72,24 +82,42 @@ class Cluster:
         self.work.mkdir(parents=True, exist_ok=True)
         for old in self.work.glob("*.log"):
             old.unlink()
-        self._sockets = Path(tempfile.mkdtemp(prefix="fleet-"))  # short: a socket's path holds at most 107 bytes
+        # short: a socket's path holds at most 107 bytes
+        self._sockets = Path(tempfile.mkdtemp(prefix="fleet-"))
 
-    # ---- workers ------------------------------------------------------------------------------------------------------------------------
+    # ---- workers ---------------------------------------------------------------------------------
 
     @property
     def pair(self) -> str:
-        """The worker with tensor parallel 2: its number is that of its first GPU, the first that the single ones of the mixed fleet leave."""
+        """The worker with tensor parallel 2: its number is that of its first GPU, the first that
+        the single ones of the mixed fleet leave.
+        """
         return f"w{self.mixed_singles}"
 
     def start_worker(self, name: str, model: str = MODEL) -> Process:
         number = int(name[1:])
         known = [size for size in self.sizes if number < size] if model == MODEL else []
         known += [MIXED] if model != MODEL or number < self.mixed_singles else []
-        endpoints = [f"ipc://{self._run_dir(size)}/g{i}.control" for size in known for i in range(self.gateway_processes)]
-        argv = [sys.executable, "-m", "worker", str(self._config("worker", 0)), "--model", model, "--worker", name]
+        endpoints = [
+            f"ipc://{self._run_dir(size)}/g{i}.control"
+            for size in known
+            for i in range(self.gateway_processes)
+        ]
+        argv = [
+            sys.executable,
+            "-m",
+            "worker",
+            str(self._config("worker", 0)),
+            "--model",
+            model,
+            "--worker",
+            name,
+        ]
         argv += [part for endpoint in endpoints for part in ("--gateway", endpoint)]
         self.models[name] = model
-        self.workers[name] = Process(argv, self.work / WORKER_LOG.format(name), env=self._worker_env(number, model), cwd=ROOT)
+        self.workers[name] = Process(
+            argv, self.work / WORKER_LOG.format(name), env=self._worker_env(number, model), cwd=ROOT
+        )
         return self.workers[name]
 
     async def until_serving(self, name: str, times: int = 1) -> None:
@@ -109,7 +137,9 @@ class Cluster:
         os.kill(self.workers[name].pid, signal.SIGKILL)
 
     async def bury(self, name: str, family: Sequence[int]) -> int:
-        """Waits until the killed worker's children are gone; the number of those that had to be killed."""
+        """Waits until the killed worker's children are gone; the number of those that had to be
+        killed.
+        """
         deadline = time.monotonic() + ORPHANS_S
         self.workers[name].stop()
         while time.monotonic() < deadline and any(_alive(pid) for pid in family):  # noqa: ASYNC110 - not children of ours: nothing tells
@@ -135,16 +165,21 @@ class Cluster:
         env = {PARENT_ENV: str(os.getpid())}
         if self.served.engine == "vllm" and self.gpus:
             devices = [number] if model == MODEL else [number, number + 1]
-            env |= {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+            env |= {
+                "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
+                "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            }
         elif self.served.engine == "vllm":
             env |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         return env if model == MODEL else env | PAIR_ENV
 
-    # ---- gateways -----------------------------------------------------------------------------------------------------------------------
+    # ---- gateways --------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
     async def gateway(self, size: int, policy: str) -> AsyncIterator[Gateway]:
-        """With the first `size` workers (MIXED: those of the mixed fleet), all of which have joined. Raises NotStarted."""
+        """With the first `size` workers (MIXED: those of the mixed fleet), all of which have
+        joined. Raises NotStarted.
+        """
         run_dir = self._run_dir(size)
         config = self._config(policy, self.port)
         log = self.work / GATEWAY_LOG.format(f"{size}-{policy}")
@@ -153,7 +188,16 @@ class Cluster:
             for index in range(self.gateway_processes):
                 facts = run_dir / f"g{index}.json"
                 facts.unlink(missing_ok=True)
-                argv = [sys.executable, "-m", "gateway", str(config), "--index", str(index), "--run-dir", str(run_dir)]
+                argv = [
+                    sys.executable,
+                    "-m",
+                    "gateway",
+                    str(config),
+                    "--index",
+                    str(index),
+                    "--run-dir",
+                    str(run_dir),
+                ]
                 processes.append(Process(argv, log, env={PARENT_ENV: str(os.getpid())}, cwd=ROOT))
                 stack.callback(processes[-1].stop)
                 await _until(facts.exists, processes[-1], GATEWAY_START_S, "the gateway")
@@ -162,12 +206,17 @@ class Cluster:
             yield Gateway(f"http://127.0.0.1:{self.port}", processes, log)
 
     async def _until_joined(self, processes: Sequence[Process], wanted: int) -> None:
-        """All processes share the port: each new connection may meet another one, so it takes several good answers in a row."""
+        """All processes share the port: each new connection may meet another one, so it takes
+        several good answers in a row.
+        """
         deadline, good = time.monotonic() + REJOIN_S, 0
         while good < (1 if len(processes) == 1 else 6 * len(processes)):
             good = good + 1 if await _serving(self.port) >= wanted else 0
             if time.monotonic() > deadline:
-                raise NotStarted(f"the gateway has {await _serving(self.port)} of {wanted} workers: {processes[0].last_words()}")
+                raise NotStarted(
+                    f"the gateway has {await _serving(self.port)} of {wanted} workers: "
+                    f"{processes[0].last_words()}"
+                )
             if not good:
                 await asyncio.sleep(LOOK_AGAIN_S)
 
@@ -182,7 +231,8 @@ class Cluster:
             "processes": self.gateway_processes,
             "state_dir": str(self.work / "state"),
             "max_concurrent_requests": 65_536,
-            "max_queued_requests": 65_536,  # an overloaded policy shows as a late answer, not as a refused one
+            # an overloaded policy shows as a late answer, not as a refused one
+            "max_queued_requests": 65_536,
             "queue_timeout_s": 120.0,
             **({} if name == "worker" else {"routing_policy": name}),
         }
@@ -190,11 +240,16 @@ class Cluster:
         path.write_text(self.served.config(gateway))
         return path
 
-    # ---- what the logs say ----------------------------------------------------------------------------------------------------------------
+    # ---- what the logs say -----------------------------------------------------------------------
 
     def loads(self, since: float, until: float) -> list[Mapping[str, Any]]:
         """Adapter loads of all workers between two moments of the wall clock."""
-        return [e for name in self.workers for e in self._events("worker", name, "adapter loaded") if since <= e["ts"] < until]
+        return [
+            e
+            for name in self.workers
+            for e in self._events("worker", name, "adapter loaded")
+            if since <= e["ts"] < until
+        ]
 
     def lost(self, gateway: Gateway, worker: str) -> Mapping[str, Any] | None:
         """What the gateway said as it lost the worker: `ts`, `requests`."""
@@ -212,7 +267,8 @@ def _lines(log: Path, event: str) -> Iterator[Mapping[str, Any]]:
     with log.open(errors="replace") as lines:
         for line in lines:
             if mark in line:
-                with contextlib.suppress(ValueError):  # a line that is being written, or of somebody else
+                # a line that is being written, or of somebody else
+                with contextlib.suppress(ValueError):
                     made = json.loads(line)
                     if made.get("event") == event:
                         yield made
@@ -246,12 +302,14 @@ async def _serving(port: int) -> int:
     return 0
 
 
-# ---- load -----------------------------------------------------------------------------------------------------------------------------------
+# ---- load ----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Load:
-    """Generators that run. `seen()` and `each()` wait for them; `end()` tells them to send no more."""
+    """Generators that run. `seen()` and `each()` wait for them; `end()` tells them to send no
+    more.
+    """
 
     children: Sequence[asyncio.subprocess.Process]
     files: Sequence[Path]
@@ -266,7 +324,9 @@ class Load:
         for child in self.children:
             _, words = await child.communicate()
             if child.returncode:
-                raise NotStarted(f"a load generator failed: {words.decode(errors='replace')[-600:]}")
+                raise NotStarted(
+                    f"a load generator failed: {words.decode(errors='replace')[-600:]}"
+                )
         return [msgspec.msgpack.decode(file.read_bytes(), type=Seen) for file in self.files]
 
     async def seen(self) -> Seen:
@@ -285,7 +345,12 @@ async def load(work: Path, flags: Sequence[Sequence[str]]) -> AsyncIterator[Load
             argv = [sys.executable, "-m", "bench.fleet.generator", str(file), *mine, "--quiet"]
             env = {**os.environ, PARENT_ENV: str(os.getpid())}
             child = await asyncio.create_subprocess_exec(
-                *argv, cwd=ROOT, env=env, stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, start_new_session=True
+                *argv,
+                cwd=ROOT,
+                env=env,
+                stdin=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,
             )
             children.append(child)
         yield Load(children, files)

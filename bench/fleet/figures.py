@@ -1,4 +1,6 @@
-"""Pure. From what the load generators saw to the figures of a row, and from rows to ratios and a table."""
+"""Pure. From what the load generators saw to the figures of a row, and from rows to ratios and a
+table.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from bench.load.measure import BIN_S, Outcome, latency
 RecordedRow: TypeAlias = Mapping[str, Any]
 
 BACK = 0.9
-"""Throughput is back at this share of what it was: requests of a Poisson stream vary by about a tenth over a few seconds."""
+"""Throughput is back at this share of what it was: requests of a Poisson stream vary by about a
+tenth over a few seconds.
+"""
 HOLD_S = 2.0
 """... if it stays there on average for so long."""
 LATE_S = 0.010
@@ -24,7 +28,9 @@ BUSY = 0.85
 
 
 class Seen(msgspec.Struct):
-    """What one generator saw. Times of `outcomes` count from `start_s`, which is on a clock that all processes of this machine share."""
+    """What one generator saw. Times of `outcomes` count from `start_s`, which is on a clock that
+    all processes of this machine share.
+    """
 
     start_s: float
     outcomes: list[Outcome]
@@ -34,7 +40,9 @@ class Seen(msgspec.Struct):
 
 
 def together(parts: Sequence[Seen]) -> Seen:
-    """Several generators as one that started with the first of them. Raises: ValueError if there is none."""
+    """Several generators as one that started with the first of them. Raises: ValueError if there is
+    none.
+    """
     start_s = min(part.start_s for part in parts)
     outcomes: list[Outcome] = []
     bins: Counter[int] = Counter()
@@ -44,7 +52,13 @@ def together(parts: Sequence[Seen]) -> Seen:
         for at, count in part.tokens_by_bin.items():
             bins[at + int(late_s / BIN_S)] += count
     busy = [part.machine_busy for part in parts if part.machine_busy is not None]
-    return Seen(start_s, outcomes, dict(bins), max(part.cpu_share for part in parts), max(busy, default=None))
+    return Seen(
+        start_s,
+        outcomes,
+        dict(bins),
+        max(part.cpu_share for part in parts),
+        max(busy, default=None),
+    )
 
 
 def _later(outcome: Outcome, by_s: float) -> Outcome:
@@ -63,7 +77,9 @@ def _later(outcome: Outcome, by_s: float) -> Outcome:
 
 
 def tokens_within(outcomes: Sequence[Outcome], from_s: float, until_s: float) -> float:
-    """Output tokens between two moments; an answer's tokens are taken as evenly spread from its first to its last."""
+    """Output tokens between two moments; an answer's tokens are taken as evenly spread from its
+    first to its last.
+    """
     total = 0.0
     for outcome in outcomes:
         if outcome.first_token_s is None or outcome.last_token_s is None:
@@ -78,7 +94,9 @@ def tokens_within(outcomes: Sequence[Outcome], from_s: float, until_s: float) ->
 
 
 def figures(seen: Seen, from_s: float, until_s: float) -> dict[str, Any]:
-    """The load between two moments: tokens that came then, requests that were due then. `cold`: the adapter was in no slot as the request came."""
+    """The load between two moments: tokens that came then, requests that were due then. `cold`: the
+    adapter was in no slot as the request came.
+    """
     due = [o for o in seen.outcomes if from_s <= o.scheduled_s < until_s]
     good = [o for o in due if o.error is None]
     lag = latency(o.lag_s for o in due) or {"p99": 0.0}
@@ -102,7 +120,9 @@ def figures(seen: Seen, from_s: float, until_s: float) -> dict[str, Any]:
 
 
 def failures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Requests that got nothing, and answers that broke off after their first token: the latter cannot be sent again, the former must not fail."""
+    """Requests that got nothing, and answers that broke off after their first token: the latter
+    cannot be sent again, the former must not fail.
+    """
     failed = [o for o in outcomes if o.error is not None]
     before = sum(o.first_token_s is None for o in failed)
     return {
@@ -113,8 +133,11 @@ def failures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def recovery_s(tokens: Sequence[float], bin_s: float, at_s: float, settled_s: float) -> float | None:
-    """Seconds after `at_s` until throughput is back, None if it never is: the mean of the HOLD_S that follow is at least BACK of that before.
+def recovery_s(
+    tokens: Sequence[float], bin_s: float, at_s: float, settled_s: float
+) -> float | None:
+    """Seconds after `at_s` until throughput is back, None if it never is: the mean of the HOLD_S
+    that follow is at least BACK of that before.
 
     `tokens` are counts of bins; before means from `settled_s` to `at_s`.
     """
@@ -129,21 +152,31 @@ def recovery_s(tokens: Sequence[float], bin_s: float, at_s: float, settled_s: fl
     return None
 
 
-def lowest_share(tokens: Sequence[float], bin_s: float, at_s: float, settled_s: float) -> float | None:
+def lowest_share(
+    tokens: Sequence[float], bin_s: float, at_s: float, settled_s: float
+) -> float | None:
     """The worst second after `at_s`, against the mean before it."""
     at, settled, second = int(at_s / bin_s), int(settled_s / bin_s), round(1 / bin_s)
     before = tokens[settled:at]
     sums = [sum(tokens[start : start + second]) for start in range(at, len(tokens) - second + 1)]
-    return min(sums) / (statistics.fmean(before) * second) if before and sums and any(before) else None
+    return (
+        min(sums) / (statistics.fmean(before) * second) if before and sums and any(before) else None
+    )
 
 
 def served_again_s(outcomes: Sequence[Outcome], worker: str, restarted_s: float) -> float | None:
-    """When the first answer of a worker that was started at `restarted_s` began; None if there is none."""
-    times = [o.first_token_s for o in outcomes if o.worker == worker and o.first_token_s is not None and o.first_token_s > restarted_s]
+    """When the first answer of a worker that was started at `restarted_s` began; None if there is
+    none.
+    """
+    times = [
+        o.first_token_s
+        for o in outcomes
+        if o.worker == worker and o.first_token_s is not None and o.first_token_s > restarted_s
+    ]
     return min(times, default=None)
 
 
-# ---- rows together --------------------------------------------------------------------------------------------------------------------------
+# ---- rows together -------------------------------------------------------------------------------
 
 
 def linear(tokens_per_s: Mapping[int, float]) -> dict[int, float]:
@@ -157,22 +190,34 @@ def linear(tokens_per_s: Mapping[int, float]) -> dict[int, float]:
 
 def scale(rows: Sequence[RecordedRow], part: str = "scale") -> dict[int, float]:
     """Output tokens/s against workers, the latest row of each."""
-    return {row["workers"]: row["figures"]["output_tokens_per_s"] for row in rows if row["part"] == part}
+    return {
+        row["workers"]: row["figures"]["output_tokens_per_s"] for row in rows if row["part"] == part
+    }
 
 
 def pace(row: RecordedRow) -> str:
     """Of an open loop, for people. Rows of earlier calls have no `rps`."""
-    return f"{row['share']:.0%} of capacity" if row["share"] is not None else f"{row['rps']:g} requests/s a worker"
+    return (
+        f"{row['share']:.0%} of capacity"
+        if row["share"] is not None
+        else f"{row['rps']:g} requests/s a worker"
+    )
 
 
 def paces(rows: Sequence[RecordedRow]) -> list[str]:
     """All that policies were compared at, lowest first."""
-    found = {pace(row): (row["share"] or 0.0, row.get("rps") or 0.0) for row in rows if row["part"] == "policies"}
+    found = {
+        pace(row): (row["share"] or 0.0, row.get("rps") or 0.0)
+        for row in rows
+        if row["part"] == "policies"
+    }
     return sorted(found, key=lambda each: found[each])
 
 
 def medians(rows: Sequence[RecordedRow]) -> dict[tuple[str, str], dict[str, float]]:
-    """Of each policy and pace, the medians over the repetitions, seconds; what no repetition has is missing."""
+    """Of each policy and pace, the medians over the repetitions, seconds; what no repetition has is
+    missing.
+    """
     found: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row in rows:
         if row["part"] == "policies":
@@ -183,8 +228,16 @@ def medians(rows: Sequence[RecordedRow]) -> dict[tuple[str, str], dict[str, floa
                         cell.setdefault(f"{name}_{rank}", []).append(row["figures"][name][rank])
             cell.setdefault("loads_per_1000", []).append(row["loads"]["per_1000_requests"])
             cell.setdefault("tokens_per_s", []).append(row["figures"]["output_tokens_per_s"])
-            cell.setdefault("failed", []).append(sum(row["figures"]["requests"][k] for k in ("failed_before_first_byte", "broken_off")))
-    return {key: {name: statistics.median(values) for name, values in cell.items()} for key, cell in found.items()}
+            cell.setdefault("failed", []).append(
+                sum(
+                    row["figures"]["requests"][k]
+                    for k in ("failed_before_first_byte", "broken_off")
+                )
+            )
+    return {
+        key: {name: statistics.median(values) for name, values in cell.items()}
+        for key, cell in found.items()
+    }
 
 
 def line(row: RecordedRow) -> str:
@@ -192,12 +245,24 @@ def line(row: RecordedRow) -> str:
     f, cost = row["figures"], row["gateway"]["us_per_token"]
     fates = row["kill"] if row["part"] == "kill" else f["requests"]
     failed = f"failed {fates['failed_before_first_byte']}, broken off {fates['broken_off']}"
-    shown = [f"{row['key']:<38}", f"{f['output_tokens_per_s']:>9,.0f} tok/s", f"TTFT {_ms(f['ttft'])}"]
-    shown += [f"warm {_ms(f['ttft_warm'])}", f"cold {_ms(f['ttft_cold'])}", f"{row['loads']['per_1000_requests']:.0f} loads/1000", failed]
+    shown = [
+        f"{row['key']:<38}",
+        f"{f['output_tokens_per_s']:>9,.0f} tok/s",
+        f"TTFT {_ms(f['ttft'])}",
+    ]
+    shown += [
+        f"warm {_ms(f['ttft_warm'])}",
+        f"cold {_ms(f['ttft_cold'])}",
+        f"{row['loads']['per_1000_requests']:.0f} loads/1000",
+        failed,
+    ]
     shown += [f"gateway {cost:.1f} us/token"] if cost is not None else []
     if row["part"] == "kill":
         k = row["kill"]
-        shown += [f"back after {_s(k['throughput_back_s'])}", f"worker serves again after {_s(k['worker_serves_again_s'])}"]
+        shown += [
+            f"back after {_s(k['throughput_back_s'])}",
+            f"worker serves again after {_s(k['worker_serves_again_s'])}",
+        ]
     shown += [] if f["generator"]["kept_up"] else ["GENERATOR LATE"]
     return "  ".join(shown)
 
@@ -212,7 +277,11 @@ def _s(time_s: float | None) -> str:
 
 def table(rows: Sequence[RecordedRow]) -> str:
     """The short table at the end, Markdown."""
-    return "\n\n".join(part for part in (_scale_table(rows), _policy_table(rows), _kill_table(rows), _mixed_table(rows)) if part)
+    return "\n\n".join(
+        part
+        for part in (_scale_table(rows), _policy_table(rows), _kill_table(rows), _mixed_table(rows))
+        if part
+    )
 
 
 def _scale_table(rows: Sequence[RecordedRow]) -> str:
@@ -224,7 +293,11 @@ def _scale_table(rows: Sequence[RecordedRow]) -> str:
             g = costs[n]
             cost = f"{g['us_per_token'] or 0:.1f} | {g['cores']:.2f} | {g['processes']}"
             lines.append(f"| {load} | {n} | {made[n]:,.0f} | {ratio:.2f} | {cost} |")
-    head = ["| load | workers | output tok/s | to linear | gateway us/token | gateway cores | processes |", "|---|---|---|---|---|---|---|"]
+    head = [
+        "| load | workers | output tok/s | to linear | gateway us/token | gateway "
+        "cores | processes |",
+        "|---|---|---|---|---|---|---|",
+    ]
     return "\n".join([*head, *lines]) if lines else ""
 
 
@@ -232,9 +305,25 @@ def _policy_table(rows: Sequence[RecordedRow]) -> str:
     cells = medians(rows)
     if not cells:
         return ""
-    names = ("ttft_p50", "ttft_p99", "ttft_warm_p50", "ttft_warm_p99", "ttft_cold_p50", "ttft_cold_p99")
-    head = " | ".join(name.replace("_", " ").replace("ttft", "TTFT").replace("p50", "p50 ms").replace("p99", "p99 ms") for name in names)
-    lines = [f"| load | policy | {head} | loads/1,000 | tok/s | failed |", "|---" * (len(names) + 5) + "|"]
+    names = (
+        "ttft_p50",
+        "ttft_p99",
+        "ttft_warm_p50",
+        "ttft_warm_p99",
+        "ttft_cold_p50",
+        "ttft_cold_p99",
+    )
+    head = " | ".join(
+        name.replace("_", " ")
+        .replace("ttft", "TTFT")
+        .replace("p50", "p50 ms")
+        .replace("p99", "p99 ms")
+        for name in names
+    )
+    lines = [
+        f"| load | policy | {head} | loads/1,000 | tok/s | failed |",
+        "|---" * (len(names) + 5) + "|",
+    ]
     order = paces(rows)
     for policy, at in sorted(cells, key=lambda key: (order.index(key[1]), key[0] != OURS, key[0])):
         cell = cells[policy, at]
@@ -256,18 +345,27 @@ def _to_ray_strict(cells: Mapping[tuple[str, str], Mapping[str, float]]) -> list
 
 def _mixed_runs(rows: Sequence[RecordedRow]) -> list[str]:
     runs = {row["run"] for row in rows if row["part"] == "policies"}
-    return [f"\nThe policies were measured in {len(runs)} runs, not in one."] if len(runs) > 1 else []
+    return (
+        [f"\nThe policies were measured in {len(runs)} runs, not in one."] if len(runs) > 1 else []
+    )
 
 
 def _kill_table(rows: Sequence[RecordedRow]) -> str:
     lines = []
     for row in (row for row in rows if row["part"] == "kill"):
         k = row["kill"]
-        worst = "" if k["lowest_second"] is None else f"worst second {k['lowest_second']:.0%} of before, "
+        worst = (
+            ""
+            if k["lowest_second"] is None
+            else f"worst second {k['lowest_second']:.0%} of before, "
+        )
         lines.append(
-            f"{k['worker']} of {row['workers']} killed at {pace(row)}, {k['in_flight']} requests in flight there: "
-            f"{k['failed_before_first_byte']} failed before the first byte, {k['broken_off']} streams broken off, {worst}"
-            f"throughput back after {_s(k['throughput_back_s'])}, the restarted worker serves after {_s(k['worker_serves_again_s'])}"
+            f"{k['worker']} of {row['workers']} killed at {pace(row)}, "
+            f"{k['in_flight']} requests in flight there: "
+            f"{k['failed_before_first_byte']} failed before the first byte, "
+            f"{k['broken_off']} streams broken off, {worst}"
+            f"throughput back after {_s(k['throughput_back_s'])}, the restarted worker "
+            f"serves after {_s(k['worker_serves_again_s'])}"
         )
     return "\n".join(lines)
 
@@ -277,5 +375,8 @@ def _mixed_table(rows: Sequence[RecordedRow]) -> str:
     for row in (row for row in rows if row["part"] == "mixed"):
         for model, f in row["models"].items():
             failed = f["requests"]["failed_before_first_byte"] + f["requests"]["broken_off"]
-            lines.append(f"mixed, {model}: {f['output_tokens_per_s']:,.0f} tok/s, TTFT {_ms(f['ttft'])}, {failed} failed")
+            lines.append(
+                f"mixed, {model}: {f['output_tokens_per_s']:,.0f} tok/s, TTFT "
+                f"{_ms(f['ttft'])}, {failed} failed"
+            )
     return "\n".join(lines)

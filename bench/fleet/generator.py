@@ -1,4 +1,5 @@
-"""Shell. One load generator in a process of its own: `python -m bench.fleet.generator FILE [flags of bench.load]` writes what it saw to FILE.
+"""Shell. One load generator in a process of its own: `python -m bench.fleet.generator FILE [flags
+of bench.load]` writes what it saw to FILE.
 
 The first SIGINT ends the sending, not what is in flight.
 """

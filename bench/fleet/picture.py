@@ -1,4 +1,6 @@
-"""Shell. The picture of a fleet's rows: throughput against workers, TTFT per policy, a worker's death. Imports matplotlib only when it draws."""
+"""Shell. The picture of a fleet's rows: throughput against workers, TTFT per policy, a worker's
+death. Imports matplotlib only when it draws.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,23 @@ def draw(rows: Sequence[RecordedRow], path: Path, title: str) -> None:
     axes = figure.subplots(2, 2)
     _scale(axes[0, 0], rows)
     _policies(axes[0, 1], rows, "ttft_p99", "p99 TTFT, ms (log): less is better", 1e3)
-    _policies(axes[1, 0], rows, "loads_per_1000", "Adapter loads per 1,000 requests: less is better", 1.0)
+    _policies(
+        axes[1, 0], rows, "loads_per_1000", "Adapter loads per 1,000 requests: less is better", 1.0
+    )
     _kill(axes[1, 1], rows)
     figure.savefig(path)
 
 
 def _scale(axes: Any, rows: Sequence[RecordedRow]) -> None:
-    axes.set(title="Output tokens/s against workers (dashed: linear)", xlabel="workers", ylabel="output tokens/s")
-    for part, label, colour in (("scale", "adapters", "tab:blue"), ("base", "base model", "tab:gray")):
+    axes.set(
+        title="Output tokens/s against workers (dashed: linear)",
+        xlabel="workers",
+        ylabel="output tokens/s",
+    )
+    for part, label, colour in (
+        ("scale", "adapters", "tab:blue"),
+        ("base", "base model", "tab:gray"),
+    ):
         made = sorted(scale(rows, part).items())
         if made:
             counts = [n for n, _ in made]
@@ -43,21 +54,26 @@ def _scale(axes: Any, rows: Sequence[RecordedRow]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _policies(axes: Any, rows: Sequence[RecordedRow], figure: str, title: str, factor: float) -> None:
+def _policies(
+    axes: Any, rows: Sequence[RecordedRow], figure: str, title: str, factor: float
+) -> None:
     cells, loads = medians(rows), paces(rows)
     shown = [policy for policy in POLICIES if any((policy, at) in cells for at in loads)]
     for nth, policy in enumerate(shown):
         places = [group + (nth - (len(shown) - 1) / 2) * WIDTH for group in range(len(loads))]
         heights = [cells.get((policy, at), {}).get(figure, math.nan) * factor for at in loads]
         bars = axes.bar(places, heights, WIDTH, color=COLOURS[policy], label=policy)
-        axes.bar_label(bars, labels=["" if math.isnan(h) else f"{h:,.0f}" for h in heights], fontsize=7)
+        axes.bar_label(
+            bars, labels=["" if math.isnan(h) else f"{h:,.0f}" for h in heights], fontsize=7
+        )
     axes.set_title(title)
     axes.set_xticks(range(len(loads)))
     axes.set_xticklabels(loads)
     if figure.startswith("ttft") and cells:
         axes.set_yscale("log")
         drawn = [of[figure] * factor for of in cells.values()]
-        axes.set_ylim(10 ** math.floor(math.log10(min(drawn) / 2)), 3 * max(drawn))  # room for the legend
+        # room for the legend
+        axes.set_ylim(10 ** math.floor(math.log10(min(drawn) / 2)), 3 * max(drawn))
     axes.legend(fontsize=8)
     axes.grid(axis="y", alpha=0.3)
 
@@ -65,12 +81,24 @@ def _policies(axes: Any, rows: Sequence[RecordedRow], figure: str, title: str, f
 def _kill(axes: Any, rows: Sequence[RecordedRow]) -> None:
     killed = [row["kill"] for row in rows if row["part"] == "kill"]
     axes.set_visible(bool(killed))
-    axes.set(title="A worker killed under load", xlabel="seconds since it was killed", ylabel="output tokens/s")
+    axes.set(
+        title="A worker killed under load",
+        xlabel="seconds since it was killed",
+        ylabel="output tokens/s",
+    )
     if killed:
         kill = killed[-1]
         bin_s, per_s = kill["bin_s"], round(1 / kill["bin_s"])
-        whole = [sum(kill["tokens_by_bin"][at : at + per_s]) for at in range(0, len(kill["tokens_by_bin"]) - per_s + 1, per_s)]
-        axes.step([at * per_s * bin_s - kill["killed_at_s"] for at in range(len(whole))], whole, where="post", color="tab:blue")
+        whole = [
+            sum(kill["tokens_by_bin"][at : at + per_s])
+            for at in range(0, len(kill["tokens_by_bin"]) - per_s + 1, per_s)
+        ]
+        axes.step(
+            [at * per_s * bin_s - kill["killed_at_s"] for at in range(len(whole))],
+            whole,
+            where="post",
+            color="tab:blue",
+        )
         axes.axvline(0, color="tab:red", label="killed")
         again_s = kill["worker_serves_again_s"]
         if again_s is not None:

@@ -16,7 +16,9 @@ SWITCH_S = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One load. `share` is of the capacity that the row `scale` of as many workers found, `rps` are requests/s for each worker; neither: a closed loop."""
+    """One load. `share` is of the capacity that the row `scale` of as many workers found, `rps` are
+    requests/s for each worker; neither: a closed loop.
+    """
 
     part: str
     workers: int
@@ -31,15 +33,23 @@ class Row:
 
     @property
     def key(self) -> str:
-        rate = "saturated" if self.saturated else f"{self.share:.0%}" if self.share is not None else f"{self.rps:g}rps"
+        rate = (
+            "saturated"
+            if self.saturated
+            else f"{self.share:.0%}"
+            if self.share is not None
+            else f"{self.rps:g}rps"
+        )
         return f"{self.part}/{self.workers}/{self.policy}/{rate}/{self.repetition}"
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds. Of each load the first `warm_s` do not count, `measure_s` do, and what is in flight then ends within about `tail_s`.
+    """Seconds. Of each load the first `warm_s` do not count, `measure_s` do, and what is in flight
+    then ends within about `tail_s`.
 
-    `flush_s`: every adapter is asked for once, before the first load of a gateway. `serve_again_s`: a worker boots.
+    `flush_s`: every adapter is asked for once, before the first load of a gateway. `serve_again_s`:
+    a worker boots.
     """
 
     warm_s: float
@@ -66,8 +76,16 @@ class Plan:
     left_out: tuple[Row, ...] = ()
 
 
-def rows(parts: Collection[str], workers: Sequence[int], policies: Sequence[str], repetitions: int, rps: Sequence[float] = ()) -> list[Row]:
-    """Repetitions of the policies are interleaved, so that a machine that drifts drifts for all of them. `rps`: instead of shares of the capacity."""
+def rows(
+    parts: Collection[str],
+    workers: Sequence[int],
+    policies: Sequence[str],
+    repetitions: int,
+    rps: Sequence[float] = (),
+) -> list[Row]:
+    """Repetitions of the policies are interleaved, so that a machine that drifts drifts for all of
+    them. `rps`: instead of shares of the capacity.
+    """
     made: list[Row] = []
     most = max(workers)
     if "scale" in parts:
@@ -82,22 +100,32 @@ def rows(parts: Collection[str], workers: Sequence[int], policies: Sequence[str]
                 else:
                     made += [Row("policies", most, policy, share, again) for share in SHARES]
     if "kill" in parts:
-        made.append(Row("kill", most, OURS, None if rps else KILL_SHARE, rps=min(rps) if rps else None))
+        made.append(
+            Row("kill", most, OURS, None if rps else KILL_SHARE, rps=min(rps) if rps else None)
+        )
     if "mixed" in parts:
         made.append(Row("mixed", most))
     return made
 
 
 def with_capacity(wanted: Sequence[Row], done: Collection[str]) -> list[Row]:
-    """The rows that are not done yet; a share of a capacity that nobody has measured has its measurement before it."""
+    """The rows that are not done yet; a share of a capacity that nobody has measured has its
+    measurement before it.
+    """
     left = [row for row in wanted if row.key not in done]
     needed = {Row("scale", row.workers) for row in left if row.share is not None}
-    missing = [row for row in sorted(needed, key=lambda row: row.workers) if row.key not in done and row not in left]
+    missing = [
+        row
+        for row in sorted(needed, key=lambda row: row.workers)
+        if row.key not in done and row not in left
+    ]
     return missing + left
 
 
 def gateways(planned: Sequence[Row]) -> Iterator[tuple[Row, bool]]:
-    """Each row, and whether a gateway starts for it: neighbours of one policy and size share theirs."""
+    """Each row, and whether a gateway starts for it: neighbours of one policy and size share
+    theirs.
+    """
     before: Row | None = None
     for row in planned:
         one = replace(row, share=None, rps=None)
@@ -110,7 +138,9 @@ def seconds(planned: Sequence[Row], times: Times) -> float:
 
 
 def fit(wanted: Sequence[Row], times: Times, left_s: float | None) -> Plan:
-    """What takes at most `left_s`: fewer repetitions, then less measured time, then fewer rows, the last ones left out first."""
+    """What takes at most `left_s`: fewer repetitions, then less measured time, then fewer rows, the
+    last ones left out first.
+    """
     if left_s is None:
         return Plan(tuple(wanted), times)
     kept = list(wanted)

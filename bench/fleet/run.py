@@ -1,4 +1,6 @@
-"""Shell. The rows, one after another: gateways are started and ended, loads driven, a worker killed, every row recorded as soon as it exists."""
+"""Shell. The rows, one after another: gateways are started and ended, loads driven, a worker
+killed, every row recorded as soon as it exists.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ FLUSH_AT_ONCE = 4  # requests per worker
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """Of every load. `streams` are per worker, in a closed loop; `generators` processes drive it."""
+    """Of every load. `streams` are per worker, in a closed loop; `generators` processes drive
+    it.
+    """
 
     streams: int
     output_tokens: int
@@ -38,16 +42,25 @@ class Runner:
     """`left_s` says how many seconds there are, None for no bound."""
 
     def __init__(
-        self, cluster: Cluster, volume: Volume, plan: Plan, left_s: Callable[[], float | None], done: Sequence[fig.RecordedRow]
+        self,
+        cluster: Cluster,
+        volume: Volume,
+        plan: Plan,
+        left_s: Callable[[], float | None],
+        done: Sequence[fig.RecordedRow],
     ) -> None:
         self._cluster, self._volume, self._plan, self._left_s = cluster, volume, plan, left_s
         self.recorded: list[fig.RecordedRow] = list(done)
 
     async def heat(self, workers: int, seconds: float) -> None:
-        """The first loads of an engine pay for the tuning of its kernels, and the first requests of an adapter for its way to this host."""
+        """The first loads of an engine pay for the tuning of its kernels, and the first requests of
+        an adapter for its way to this host.
+        """
         async with self._cluster.gateway(workers, OURS) as gateway:
             await self._flush(gateway, workers)
-            async with load(self._cluster.work, self._paced(Row("heat", workers), gateway, seconds)) as going:
+            async with load(
+                self._cluster.work, self._paced(Row("heat", workers), gateway, seconds)
+            ) as going:
                 await going.seen()
 
     async def run(self, record: Callable[[Row, dict[str, Any]], fig.RecordedRow]) -> list[Row]:
@@ -67,21 +80,31 @@ class Runner:
                 else:
                     if first or gateway is None:
                         await stack.aclose()
-                        gateway = await stack.enter_async_context(self._cluster.gateway(row.workers, row.policy))
+                        gateway = await stack.enter_async_context(
+                            self._cluster.gateway(row.workers, row.policy)
+                        )
                         await self._flush(gateway, row.workers)
-                    made = await (self._kill(row, gateway) if row.part == "kill" else self._load(row, gateway))
+                    made = await (
+                        self._kill(row, gateway) if row.part == "kill" else self._load(row, gateway)
+                    )
                 self.recorded.append(record(row, made))
         finally:
             await stack.aclose()
         return skipped
 
-    # ---- one load -----------------------------------------------------------------------------------------------------------------------
+    # ---- one load --------------------------------------------------------------------------------
 
     async def _flush(self, gateway: Gateway, workers: int) -> None:
-        """Every adapter once, the popular ones first: whatever the gateway before left in the slots is as good as gone."""
+        """Every adapter once, the popular ones first: whatever the gateway before left in the slots
+        is as good as gone.
+        """
         adapters = self._cluster.served.adapters
         flags = self._flags(gateway, MODEL, output_tokens=1, seed=0)
-        flags += ["--mix=distinct", f"--requests={len(adapters)}", f"--concurrency={FLUSH_AT_ONCE * workers}"]
+        flags += [
+            "--mix=distinct",
+            f"--requests={len(adapters)}",
+            f"--concurrency={FLUSH_AT_ONCE * workers}",
+        ]
         async with load(self._cluster.work, [flags]) as going:
             seen = await going.seen()
         failed = fig.failures(seen.outcomes)
@@ -91,13 +114,23 @@ class Runner:
     async def _load(self, row: Row, gateway: Gateway) -> dict[str, Any]:
         times = self._plan.times
         began, before, begun_at = time.time(), gateway.usage(), time.perf_counter()
-        async with load(self._cluster.work, self._paced(row, gateway, times.warm_s + times.measure_s)) as going:
+        async with load(
+            self._cluster.work, self._paced(row, gateway, times.warm_s + times.measure_s)
+        ) as going:
             seen = await going.seen()
         from_s, until_s = times.warm_s, times.warm_s + times.measure_s
-        return self._figures(row, gateway, seen, (from_s, until_s), (began, begun_at), cpu_s(before, gateway.usage()))
+        return self._figures(
+            row, gateway, seen, (from_s, until_s), (began, begun_at), cpu_s(before, gateway.usage())
+        )
 
     def _figures(
-        self, row: Row, gateway: Gateway, seen: fig.Seen, window: tuple[float, float], began: tuple[float, float], gateway_s: float
+        self,
+        row: Row,
+        gateway: Gateway,
+        seen: fig.Seen,
+        window: tuple[float, float],
+        began: tuple[float, float],
+        gateway_s: float,
     ) -> dict[str, Any]:
         """`began` is one moment on the wall clock and on the generators' clock."""
         made = fig.figures(seen, *window)
@@ -111,7 +144,10 @@ class Runner:
             "figures": made,
             "loads": {
                 "count": len(loads),
-                "from": {tier: sum(e["from"] == tier for e in loads) for tier in sorted({e["from"] for e in loads})},
+                "from": {
+                    tier: sum(e["from"] == tier for e in loads)
+                    for tier in sorted({e["from"] for e in loads})
+                },
                 "per_1000_requests": 1e3 * len(loads) / due if due else 0.0,
             },
             "gateway": {
@@ -130,15 +166,24 @@ class Runner:
             return None
         capacity = fig.scale(self.recorded).get(row.workers)
         if not capacity:
-            raise NotStarted(f"the capacity of {row.workers} workers is not known: run the part `scale` first")
+            raise NotStarted(
+                f"the capacity of {row.workers} workers is not known: run the part `scale` first"
+            )
         return row.share * capacity / self._volume.output_tokens
 
     def _paced(self, row: Row, gateway: Gateway, duration_s: float) -> list[list[str]]:
-        """Flags for every generator: each has its share of the streams or of the rate, and draws requests of its own."""
+        """Flags for every generator: each has its share of the streams or of the rate, and draws
+        requests of its own.
+        """
         count, rate = self._volume.generators, self._rate(row)
         made = []
         for index in range(count):
-            flags = self._flags(gateway, MODEL, output_tokens=self._volume.output_tokens, seed=SEED + 100 * row.repetition + index)
+            flags = self._flags(
+                gateway,
+                MODEL,
+                output_tokens=self._volume.output_tokens,
+                seed=SEED + 100 * row.repetition + index,
+            )
             streams = max(1, row.workers * self._volume.streams // count)
             pace = f"--concurrency={streams}" if rate is None else f"--rate={rate / count}"
             mix = ["--mix=base"] if row.part == "base" else ["--mix=zipf", "--alpha=1.0"]
@@ -158,14 +203,19 @@ class Runner:
             "--ignore-eos",
         ]
 
-    # ---- a worker dies --------------------------------------------------------------------------------------------------------------------
+    # ---- a worker dies ---------------------------------------------------------------------------
 
     async def _kill(self, row: Row, gateway: Gateway) -> dict[str, Any]:
         times, victim = self._plan.times, f"w{row.workers - 1}"
         served = self._cluster.times_served(victim)
         left_s = self._left_s()
-        bound_s = times.serve_again_s if left_s is None else max(0.0, left_s - 2 * times.warm_s - times.measure_s - times.tail_s)
-        after_s = times.warm_s + fig.HOLD_S + 1.0  # what a load needs to settle, it needs to settle again
+        bound_s = (
+            times.serve_again_s
+            if left_s is None
+            else max(0.0, left_s - 2 * times.warm_s - times.measure_s - times.tail_s)
+        )
+        # what a load needs to settle, it needs to settle again
+        after_s = times.warm_s + fig.HOLD_S + 1.0
         whole_s = times.warm_s + times.measure_s + bound_s + after_s
         wall, clock, before = time.time(), time.perf_counter(), gateway.usage()
         async with load(self._cluster.work, self._paced(row, gateway, whole_s)) as going:
@@ -182,9 +232,15 @@ class Runner:
             going.end()
             seen = await going.seen()
         at_s = killed_at - seen.start_s
-        made = self._figures(row, gateway, seen, (times.warm_s, at_s), (wall, clock), cpu_s(before, gateway.usage()))
-        bins = [seen.tokens_by_bin.get(index, 0) for index in range(int((time.perf_counter() - seen.start_s) / BIN_S))]
-        sending = bins[: int(max((o.scheduled_s for o in seen.outcomes), default=0.0) / BIN_S)]  # what ends after the sending says nothing
+        made = self._figures(
+            row, gateway, seen, (times.warm_s, at_s), (wall, clock), cpu_s(before, gateway.usage())
+        )
+        bins = [
+            seen.tokens_by_bin.get(index, 0)
+            for index in range(int((time.perf_counter() - seen.start_s) / BIN_S))
+        ]
+        # what ends after the sending says nothing
+        sending = bins[: int(max((o.scheduled_s for o in seen.outcomes), default=0.0) / BIN_S)]
         lost = self._cluster.lost(gateway, victim)
         again_s = fig.served_again_s(seen.outcomes, victim, restarted_at - seen.start_s)
         made["kill"] = {
@@ -212,13 +268,17 @@ class Runner:
             return False
         return True
 
-    # ---- two models -----------------------------------------------------------------------------------------------------------------------
+    # ---- two models ------------------------------------------------------------------------------
 
     async def _mixed(self, row: Row) -> dict[str, Any]:
-        """The last two GPUs go to one worker of another model, tensor parallel 2; both models are loaded at once."""
+        """The last two GPUs go to one worker of another model, tensor parallel 2; both models are
+        loaded at once.
+        """
         cluster, times = self._cluster, self._plan.times
         if cluster.models.get(cluster.pair) != PAIR:
-            for name in [name for name in cluster.workers if int(name[1:]) >= cluster.mixed_singles]:
+            for name in [
+                name for name in cluster.workers if int(name[1:]) >= cluster.mixed_singles
+            ]:
                 cluster.workers.pop(name).stop()
             served = cluster.times_served(cluster.pair)  # its name was another's before
             cluster.start_worker(cluster.pair, PAIR)
@@ -228,16 +288,27 @@ class Runner:
             before = gateway.usage()
             flags = []
             for model, workers in ((MODEL, cluster.mixed_singles), (PAIR, 1)):
-                mine = self._flags(gateway, model, output_tokens=self._volume.output_tokens, seed=SEED)
+                mine = self._flags(
+                    gateway, model, output_tokens=self._volume.output_tokens, seed=SEED
+                )
                 streams = max(1, workers * self._volume.streams // 2)
-                mine += ["--mix=zipf", "--alpha=1.0", f"--duration={times.warm_s + times.measure_s}", f"--concurrency={streams}"]
+                mine += [
+                    "--mix=zipf",
+                    "--alpha=1.0",
+                    f"--duration={times.warm_s + times.measure_s}",
+                    f"--concurrency={streams}",
+                ]
                 flags.append(mine)
             async with load(cluster.work, flags) as going:
                 both = await going.each()
             window = (times.warm_s, times.warm_s + times.measure_s)
             seen = fig.together(both)
-            made = self._figures(row, gateway, seen, window, (began, clock), cpu_s(before, gateway.usage()))
-        made["models"] = {model: fig.figures(one, *window) for model, one in zip((MODEL, PAIR), both, strict=True)}
+            made = self._figures(
+                row, gateway, seen, window, (began, clock), cpu_s(before, gateway.usage())
+            )
+        made["models"] = {
+            model: fig.figures(one, *window) for model, one in zip((MODEL, PAIR), both, strict=True)
+        }
         return made
 
 
@@ -248,5 +319,7 @@ def read(path: Path) -> list[Mapping[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            print(f"bench.fleet: {path} has a line that is no JSON; it is left out", file=sys.stderr)
+            print(
+                f"bench.fleet: {path} has a line that is no JSON; it is left out", file=sys.stderr
+            )
     return rows

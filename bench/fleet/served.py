@@ -1,4 +1,6 @@
-"""Shell. What is served: the model, its adapters and the engine's settings, written to a folder once."""
+"""Shell. What is served: the model, its adapters and the engine's settings, written to a folder
+once.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,18 @@ PAIR_ENV = {
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
 }
-"""The pair talks through plain NCCL: everything faster may allocate NVLink multicast, which in virtual machines is missing, or shared with others."""
+"""The pair talks through plain NCCL: everything faster may allocate NVLink multicast, which in
+virtual machines is missing, or shared with others.
+"""
 SIM_PROMPT_TOKENS = 128
 VLLM_PROMPT_WORDS = 100  # about 128 tokens with the template
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """`entries` are what `llm_configs` says of MODEL and of PAIR; `facts` what the results say about it."""
+    """`entries` are what `llm_configs` says of MODEL and of PAIR; `facts` what the results say
+    about it.
+    """
 
     engine: str
     entries: dict[str, dict[str, Any]]
@@ -45,7 +51,9 @@ class Served:
 
 
 def simulated(work: Path, adapters: int, slots: int, slow: float, sequences: int) -> Served:
-    """The simulated engine with an H200's times for `sequences` running ones, all stretched by `slow`."""
+    """The simulated engine with an H200's times for `sequences` running ones, all stretched by
+    `slow`.
+    """
     root = work / f"sim-adapters-{adapters}"
     if not root.exists():
         root.mkdir(parents=True)
@@ -55,7 +63,8 @@ def simulated(work: Path, adapters: int, slots: int, slow: float, sequences: int
         "itl_ms": h200.step_s(sequences) * 1e3 * slow,
         "ttft_ms": h200.outside_s * 1e3 * slow,
         "prefill_tokens_per_s": h200.prefill_tokens_per_s / slow,
-        "load_ms": h200.load_s * 1e3 * slow,  # the files are small: 26 MiB for each adapter are in this figure
+        # the files are small: 26 MiB for each adapter are in this figure
+        "load_ms": h200.load_s * 1e3 * slow,
         "load_ms_per_mb": 0.0,
         "max_num_seqs": sequences,
     }
@@ -64,12 +73,24 @@ def simulated(work: Path, adapters: int, slots: int, slow: float, sequences: int
         return {
             "model_loading_config": {"model_id": name},
             "llm_engine": "sim",
-            "lora_config": {"dynamic_lora_loading_path": str(root), "max_num_adapters_per_replica": slots},
+            "lora_config": {
+                "dynamic_lora_loading_path": str(root),
+                "max_num_adapters_per_replica": slots,
+            },
             "engine_kwargs": {"max_loras": slots, "sim": sim},
         }
 
-    facts = {"engine": "sim", "slow": slow, "sim": sim, "model": "none", "adapters": adapters, "slots": slots}
-    return Served("sim", {name: entry(name) for name in (MODEL, PAIR)}, _names(root), SIM_PROMPT_TOKENS, facts)
+    facts = {
+        "engine": "sim",
+        "slow": slow,
+        "sim": sim,
+        "model": "none",
+        "adapters": adapters,
+        "slots": slots,
+    }
+    return Served(
+        "sim", {name: entry(name) for name in (MODEL, PAIR)}, _names(root), SIM_PROMPT_TOKENS, facts
+    )
 
 
 def real(work: Path, adapters: int, slots: int, shape: str) -> Served:
@@ -86,11 +107,21 @@ def real(work: Path, adapters: int, slots: int, shape: str) -> Served:
     def entry(name: str, more: dict[str, Any]) -> dict[str, Any]:
         return {
             "model_loading_config": {"model_id": name, "model_source": str(model)},
-            "lora_config": {"dynamic_lora_loading_path": str(root), "max_num_adapters_per_replica": slots},
+            "lora_config": {
+                "dynamic_lora_loading_path": str(root),
+                "max_num_adapters_per_replica": slots,
+            },
             "engine_kwargs": arguments | more,
         }
 
-    facts = {"engine": "vllm", "model": shape, "adapters": adapters, "rank": RANK, "slots": slots, "engine_arguments": arguments}
+    facts = {
+        "engine": "vllm",
+        "model": shape,
+        "adapters": adapters,
+        "rank": RANK,
+        "slots": slots,
+        "engine_arguments": arguments,
+    }
     entries = {MODEL: entry(MODEL, {}), PAIR: entry(PAIR, PAIR_ARGUMENTS)}
     return Served("vllm", entries, _names(root), VLLM_PROMPT_WORDS, facts)
 

@@ -1,10 +1,12 @@
-"""Shell. `python -m bench.gateways` (`make bench`): this project's gateway beside others, same engine, same load, same minutes.
+"""Shell. `python -m bench.gateways` (`make bench`): this project's gateway beside others, same
+engine, same load, same minutes.
 
     python -m bench.gateways                             every peer, 3 repetitions
     python -m bench.gateways --peers nginx,loraplex --quick
 
-Peers are installed once into environments of their own below .cache/peers. All run in turn within a repetition, so that a machine that
-drifts drifts for all of them. The cost is CPU time of the gateway's process tree, per request or per streamed token.
+Peers are installed once into environments of their own below .cache/peers. All run in turn within a
+repetition, so that a machine that drifts drifts for all of them. The cost is CPU time of the
+gateway's process tree, per request or per streamed token.
 """
 
 from __future__ import annotations
@@ -28,11 +30,26 @@ import uvloop
 
 from bench import ROOT
 from bench.gateways.peers import PEERS, AnyPeer
-from bench.gateways.peers.comparison import QUICK, SCENARIOS, SCHEMA, Result, Scenario, summary, table
+from bench.gateways.peers.comparison import (
+    QUICK,
+    SCENARIOS,
+    SCHEMA,
+    Result,
+    Scenario,
+    summary,
+    table,
+)
 from bench.gateways.peers.loraplex import Loraplex
 from bench.gateways.peers.peer import Place, Running, Skipped
 from bench.gateways.peers.picture import draw
-from bench.gateways.peers.process import NotStarted, Process, Usage, free_ports, spent_s, until_answers
+from bench.gateways.peers.process import (
+    NotStarted,
+    Process,
+    Usage,
+    free_ports,
+    spent_s,
+    until_answers,
+)
 from bench.gateways.peers.routers import KEY, KEY_ENV
 from bench.load.__main__ import CannotRun, measure, raise_open_files_limit
 from bench.load.options import parse
@@ -44,7 +61,8 @@ DIRECT = "direct"
 """The mock engine without a gateway: what TTFT is compared with."""
 RUN_BOUND_S = 45.0
 REQUEST_TIMEOUT_S = 30.0
-SETTLE_S = 0.3  # between a warm-up and its run: what is left of the former is not counted with the latter
+# between a warm-up and its run: what is left of the former is not counted with the latter
+SETTLE_S = 0.3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,24 +70,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _flags(arguments)
     os.environ.setdefault(KEY_ENV, KEY)
     raise_open_files_limit()
-    peers, facts = _prepare(flags.peers.split(",") if flags.peers else list(PEERS), install=flags.install)
+    peers, facts = _prepare(
+        flags.peers.split(",") if flags.peers else list(PEERS), install=flags.install
+    )
     for folder in flags.also:
         other = Loraplex(name=f"loraplex at {folder.name}", root=folder.resolve())
         peers.insert(len(peers) and 1, other)
         facts[other.name] = {"version": commit(other.root)}
     if flags.prepare:
         return 0
-    scenarios = [s for s in (QUICK if flags.quick else SCENARIOS) if not flags.scenarios or s.name in flags.scenarios.split(",")]
+    scenarios = [
+        s
+        for s in (QUICK if flags.quick else SCENARIOS)
+        if not flags.scenarios or s.name in flags.scenarios.split(",")
+    ]
     if not peers or not scenarios:
         print("bench.gateways: nothing to compare", file=sys.stderr)
         return 2
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     load_before = os.getloadavg()
-    results, host = uvloop.run(compare(peers, scenarios, flags.repetitions or (1 if flags.quick else 3), flags.heavy_repetitions))
+    results, host = uvloop.run(
+        compare(
+            peers,
+            scenarios,
+            flags.repetitions or (1 if flags.quick else 3),
+            flags.heavy_repetitions,
+        )
+    )
     made = {
         "schema": SCHEMA,
         "started_at": started_at,
-        "command": ["python", "-m", "bench.gateways", *(sys.argv[1:] if arguments is None else arguments)],
+        "command": [
+            "python",
+            "-m",
+            "bench.gateways",
+            *(sys.argv[1:] if arguments is None else arguments),
+        ],
         "commit": commit(),
         "host": {**host, "loadavg_before": load_before, "loadavg_after": os.getloadavg()},
         "repetitions": max((r["repetition"] for r in results), default=0) + 1,
@@ -83,20 +119,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gateways", description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--peers", default="", help=f"comma-separated, of: {','.join(PEERS)} (default: all)")
-    parser.add_argument("--scenarios", default="", help=f"of: {','.join(s.name for s in SCENARIOS)} (default: all)")
-    parser.add_argument("--repetitions", type=int, default=0, metavar="N", help="default 3, or 1 with --quick")
-    parser.add_argument(
-        "--heavy-repetitions", type=int, default=1, metavar="N", help="of peers that use CPU while idle (default %(default)s)"
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gateways", description=__doc__.partition("\n")[0] if __doc__ else None
     )
-    parser.add_argument("--quick", action="store_true", help="a tenth of the load: does everything work?")
-    parser.add_argument("--install", action=argparse.BooleanOptionalAction, default=True, help="install peers that are missing")
     parser.add_argument(
-        "--also", type=Path, action="append", default=[], metavar="DIR", help="this project's gateway from another checkout"
+        "--peers", default="", help=f"comma-separated, of: {','.join(PEERS)} (default: all)"
+    )
+    parser.add_argument(
+        "--scenarios", default="", help=f"of: {','.join(s.name for s in SCENARIOS)} (default: all)"
+    )
+    parser.add_argument(
+        "--repetitions", type=int, default=0, metavar="N", help="default 3, or 1 with --quick"
+    )
+    parser.add_argument(
+        "--heavy-repetitions",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of peers that use CPU while idle (default %(default)s)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a tenth of the load: does everything work?"
+    )
+    parser.add_argument(
+        "--install",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="install peers that are missing",
+    )
+    parser.add_argument(
+        "--also",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="this project's gateway from another checkout",
     )
     parser.add_argument("--prepare", action="store_true", help="install and end")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="default bench/results, none with --quick")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default bench/results, none with --quick"
+    )
     return parser.parse_args(arguments)
 
 
@@ -107,7 +169,9 @@ def _prepare(names: Iterable[str], *, install: bool) -> tuple[list[AnyPeer], dic
     facts: dict[str, Any] = {}
     for name in names:
         if name not in PEERS:
-            raise SystemExit(f"bench.gateways: there is no peer {name!r} (there are {', '.join(PEERS)})")
+            raise SystemExit(
+                f"bench.gateways: there is no peer {name!r} (there are {', '.join(PEERS)})"
+            )
         try:
             facts[name] = {"version": PEERS[name].install(CACHE, install)}
             peers.append(PEERS[name])
@@ -118,9 +182,14 @@ def _prepare(names: Iterable[str], *, install: bool) -> tuple[list[AnyPeer], dic
 
 
 async def compare(
-    peers: Sequence[AnyPeer], scenarios: Sequence[Scenario], repetitions: int, heavy_repetitions: int = 1
+    peers: Sequence[AnyPeer],
+    scenarios: Sequence[Scenario],
+    repetitions: int,
+    heavy_repetitions: int = 1,
 ) -> tuple[list[Result], dict[str, Any]]:
-    """All runs, repetition by repetition, and what the machine is. Heavy peers, slower by a factor of ten or more, are not run as often."""
+    """All runs, repetition by repetition, and what the machine is. Heavy peers, slower by a factor
+    of ten or more, are not run as often.
+    """
     results: list[Result] = []
     broken: set[tuple[str, str]] = set()
     host: dict[str, Any] = {}
@@ -133,8 +202,12 @@ async def compare(
             async with contextlib.AsyncExitStack() as stack:
                 engine, up = await start(group, stack, results, repetition)
                 for scenario in scenarios:
-                    runners = {DIRECT: up[DIRECT]} if scenario.name == "E" and group is groups[0] else {}
-                    for name, running in (runners | {n: r for n, r in up.items() if n != DIRECT}).items():
+                    runners = (
+                        {DIRECT: up[DIRECT]} if scenario.name == "E" and group is groups[0] else {}
+                    )
+                    for name, running in (
+                        runners | {n: r for n, r in up.items() if n != DIRECT}
+                    ).items():
                         if (name, scenario.name) in broken:
                             continue
                         result, host = await run(name, running, engine, scenario, repetition, host)
@@ -146,12 +219,23 @@ async def compare(
 
 
 async def start(
-    group: Sequence[AnyPeer], stack: contextlib.AsyncExitStack, results: list[Result], repetition: int
+    group: Sequence[AnyPeer],
+    stack: contextlib.AsyncExitStack,
+    results: list[Result],
+    repetition: int,
 ) -> tuple[Process, dict[str, Running]]:
     """The mock engine and every peer of the group, up to the end of `stack`."""
     engine_port, *ports = free_ports(len(group) + 1)
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True)))
-    engine = Process([sys.executable, "-m", "bench.gateways.mock_engine", "http", str(engine_port)], folder / "engine.log", cwd=ROOT)
+    folder = Path(
+        stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True)
+        )
+    )
+    engine = Process(
+        [sys.executable, "-m", "bench.gateways.mock_engine", "http", str(engine_port)],
+        folder / "engine.log",
+        cwd=ROOT,
+    )
     stack.callback(engine.stop)
     await until_answers(engine_port, "/v1/models", engine, 30.0)
     up = {DIRECT: Running(f"http://127.0.0.1:{engine_port}", ())}
@@ -167,7 +251,12 @@ async def start(
 
 
 async def run(
-    name: str, running: Running, engine: Process, scenario: Scenario, repetition: int, host: dict[str, Any]
+    name: str,
+    running: Running,
+    engine: Process,
+    scenario: Scenario,
+    repetition: int,
+    host: dict[str, Any],
 ) -> tuple[Result, dict[str, Any]]:
     """Warms up and measures one peer in one scenario."""
     behind = running.engine or engine
@@ -175,26 +264,54 @@ async def run(
         async with asyncio.timeout(RUN_BOUND_S):
             await measure(parse(_load_flags(running, scenario, warm_up=True)))
         await asyncio.sleep(SETTLE_S)
-        before, engine_before, start = [p.usage() for p in running.gateway], behind.usage(), time.perf_counter()
+        before, engine_before, start = (
+            [p.usage() for p in running.gateway],
+            behind.usage(),
+            time.perf_counter(),
+        )
         async with asyncio.timeout(RUN_BOUND_S):
             seen = await measure(parse(_load_flags(running, scenario, warm_up=False)))
     except TimeoutError:
-        return _nothing(name, scenario.name, repetition, f"not finished within {RUN_BOUND_S:g} s"), host
+        return _nothing(
+            name, scenario.name, repetition, f"not finished within {RUN_BOUND_S:g} s"
+        ), host
     except CannotRun as exc:
         return _nothing(name, scenario.name, repetition, f"failed: {exc}"), host
     wall_s = time.perf_counter() - start
     after, engine_after = [p.usage() for p in running.gateway], behind.usage()
     made = document(seen)
-    delivered = sum(seen.meter.tokens_by_bin.values())  # those of answers that failed later included: they have cost as much
-    return _result(name, scenario, repetition, made, wall_s, before, after, spent_s(engine_before, engine_after), delivered), made["host"]
+    # those of answers that failed later included: they have cost as much
+    delivered = sum(seen.meter.tokens_by_bin.values())
+    return _result(
+        name,
+        scenario,
+        repetition,
+        made,
+        wall_s,
+        before,
+        after,
+        spent_s(engine_before, engine_after),
+        delivered,
+    ), made["host"]
 
 
 def _load_flags(running: Running, scenario: Scenario, *, warm_up: bool) -> list[str]:
     """The flags of `bench.load`. The pace travels in `seed`."""
     tokens, pace_ms = (2, 0) if warm_up else (scenario.tokens, scenario.pace_ms or 0)
     requests = 2 * scenario.clients if warm_up else scenario.requests
-    flags = [f"--url={running.url}", "--model=base", "--quiet", "--no-usage", f"--timeout={REQUEST_TIMEOUT_S}", "--prompt-tokens=256"]
-    flags += [f"--concurrency={scenario.clients}", f"--requests={requests}", f"--duration={scenario.duration_s}"]
+    flags = [
+        f"--url={running.url}",
+        "--model=base",
+        "--quiet",
+        "--no-usage",
+        f"--timeout={REQUEST_TIMEOUT_S}",
+        "--prompt-tokens=256",
+    ]
+    flags += [
+        f"--concurrency={scenario.clients}",
+        f"--requests={requests}",
+        f"--duration={scenario.duration_s}",
+    ]
     flags += [f"--output-tokens={tokens}", f'--extra-body={{"seed": {pace_ms}}}']
     flags += [f"--ramp={scenario.ramp_s}"] if scenario.ramp_s and not warm_up else []
     flags += ["--no-stream"] if scenario.pace_ms is None else []
@@ -212,14 +329,23 @@ def _result(
     engine_s: float,
     delivered: int,
 ) -> Result:
-    good, failed, tokens = made["requests"]["succeeded"], made["requests"]["failed"], made["throughput"]["output_tokens"]
+    good, failed, tokens = (
+        made["requests"]["succeeded"],
+        made["requests"]["failed"],
+        made["throughput"]["output_tokens"],
+    )
     units = good if scenario.unit == "request" else delivered
     errors: Counter[str] = Counter({kind: entry["count"] for kind, entry in made["errors"].items()})
     if tokens != good * scenario.tokens:
         errors["wrong_token_count"] = 1
     cpu_s = sum(spent_s(b, a) for b, a in zip(before, after, strict=True))
     return {
-        **_nothing(name, scenario.name, repetition, f"{failed:,} of {failed + good:,} requests failed" if failed > good else ""),
+        **_nothing(
+            name,
+            scenario.name,
+            repetition,
+            f"{failed:,} of {failed + good:,} requests failed" if failed > good else "",
+        ),
         "cpu_us": cpu_s / units * 1e6 if units else None,
         "engine_us": engine_s / units * 1e6 if units else None,
         "requests": good,
@@ -263,17 +389,32 @@ def _ms(figures: dict[str, float] | None) -> dict[str, float] | None:
 def _line(r: Result) -> str:
     if r["note"]:
         return f"{r['repetition']}  {r['scenario']:<5} {r['peer']:<17} {r['note']}"
-    ttft = f"  TTFT p50 {r['ttft_ms']['p50']:.2f} p99 {r['ttft_ms']['p99']:.1f} ms" if r["ttft_ms"] else ""
+    ttft = (
+        f"  TTFT p50 {r['ttft_ms']['p50']:.2f} p99 {r['ttft_ms']['p99']:.1f} ms"
+        if r["ttft_ms"]
+        else ""
+    )
     cost = f"{r['cpu_us']:9.1f} us, engine {r['engine_us']:6.1f} us"
     errors = f"  ERRORS {r['errors']}" if r["errors"] else ""
-    return f"{r['repetition']}  {r['scenario']:<5} {r['peer']:<17} {cost}  {r['requests']:>5} answers in {r['wall_s']:.1f} s{ttft}{errors}"
+    return (
+        f"{r['repetition']}  {r['scenario']:<5} {r['peer']:<17} {cost}  {r['requests']:>5} "
+        f"answers in {r['wall_s']:.1f} s{ttft}{errors}"
+    )
 
 
 def commit(root: Path = ROOT) -> str:
     """The commit of a working tree, with a plus if it has been changed since."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        name = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True).stdout
+        name = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         return name + ("+" if changed.strip() else "")
     return "unknown"
 
@@ -286,12 +427,16 @@ def _publish(made: dict[str, Any], flags: argparse.Namespace) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"gateways-{made['started_at'][:10]}"
-    stem.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=1) + b"\n")
+    stem.with_suffix(".json").write_bytes(
+        msgspec.json.format(msgspec.json.encode(made), indent=1) + b"\n"
+    )
     host = made["host"]
     head = (
-        f"`{' '.join(made['command'])}`\n\n{made['started_at']}, {host['cpu_model']}, {host['cores']} cores, {host['platform']}, "
+        f"`{' '.join(made['command'])}`\n\n{made['started_at']}, {host['cpu_model']}, "
+        f"{host['cores']} cores, {host['platform']}, "
         f"commit {made['commit'][:13]}, {made['repetitions']} interleaved repetitions, "
-        f"load average {host['loadavg_before'][0]:.1f} before and {host['loadavg_after'][0]:.1f} after\n\n"
+        f"load average {host['loadavg_before'][0]:.1f} before and "
+        f"{host['loadavg_after'][0]:.1f} after\n\n"
     )
     stem.with_suffix(".md").write_text(head + text + "\n")
     try:

@@ -1,4 +1,5 @@
-"""Shell. `python -m bench.gateways.growth`: how the gateway's cost grows with streams, workers, known adapters and gateway processes.
+"""Shell. `python -m bench.gateways.growth`: how the gateway's cost grows with streams, workers,
+known adapters and gateway processes.
 
     python -m bench.gateways.growth [--parts streams,workers,adapters,processes] [--quick]
 
@@ -51,8 +52,16 @@ RANK, WIDTH = 8, 16
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gateways.growth")
     parser.add_argument("--parts", default=",".join(PARTS), help="default %(default)s")
-    parser.add_argument("--quick", action="store_true", help="the two smallest of each: does everything work?")
-    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="default bench/results, none with --quick")
+    parser.add_argument(
+        "--quick", action="store_true", help="the two smallest of each: does everything work?"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="default bench/results, none with --quick",
+    )
     flags = parser.parse_args(arguments)
     raise_open_files_limit()
     out: Path | None = flags.out or (None if flags.quick else RESULTS)
@@ -66,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _rows(name: str, levels: Sequence[int], one: Callable[[int], Awaitable[Row]]) -> list[Row]:
+async def _rows(
+    name: str, levels: Sequence[int], one: Callable[[int], Awaitable[Row]]
+) -> list[Row]:
     rows = []
     for level in levels:
         rows.append({name: level, **await one(level)})
@@ -74,7 +85,7 @@ async def _rows(name: str, levels: Sequence[int], one: Callable[[int], Awaitable
     return rows
 
 
-# ---- the parts ------------------------------------------------------------------------------------------------------------------------------
+# ---- the parts -----------------------------------------------------------------------------------
 
 
 async def with_streams(streams: int) -> Row:
@@ -87,7 +98,11 @@ async def with_streams(streams: int) -> Row:
 async def with_workers(workers: int) -> Row:
     """So many workers, each with its heartbeats ten times a second."""
     async with one_peer(Loraplex(workers=workers)) as (running, _):
-        return {**await _idle(running), **await _whole_answers(running), **await _streams(running, 256, TOKENS, FASTEST_PACE_MS)}
+        return {
+            **await _idle(running),
+            **await _whole_answers(running),
+            **await _streams(running, 256, TOKENS, FASTEST_PACE_MS),
+        }
 
 
 async def with_adapters(adapters: int) -> Row:
@@ -95,9 +110,17 @@ async def with_adapters(adapters: int) -> Row:
     with tempfile.TemporaryDirectory(prefix="bench-adapters-") as folder:
         await asyncio.to_thread(write_adapters, Path(folder), adapters)
         async with one_peer(Loraplex(adapters=Path(folder))) as (running, _):
-            hot = ",".join(adapter_name(i * adapters // min(HOT_ADAPTERS, adapters)) for i in range(min(HOT_ADAPTERS, adapters)))
+            hot = ",".join(
+                adapter_name(i * adapters // min(HOT_ADAPTERS, adapters))
+                for i in range(min(HOT_ADAPTERS, adapters))
+            )
             to_adapters = [f"--adapters={hot}", "--mix=uniform"]
-            await _load(running, ["--requests=64", "--concurrency=4", "--output-tokens=2", *to_adapters], stream=True, pace_ms=0)
+            await _load(
+                running,
+                ["--requests=64", "--concurrency=4", "--output-tokens=2", *to_adapters],
+                stream=True,
+                pace_ms=0,
+            )
             models = await _models(running, adapters)
             return {**await _idle(running), **await _whole_answers(running, to_adapters), **models}
 
@@ -105,14 +128,21 @@ async def with_adapters(adapters: int) -> Row:
 async def with_processes(processes: int) -> Row:
     """So many gateway processes behind one port."""
     async with one_peer(Loraplex(processes=processes)) as (running, _):
-        return {**await _whole_answers(running), **await _streams(running, 256, TOKENS, FASTEST_PACE_MS)}
+        return {
+            **await _whole_answers(running),
+            **await _streams(running, 256, TOKENS, FASTEST_PACE_MS),
+        }
 
 
-# ---- what is measured ---------------------------------------------------------------------------------------------------------------------
+# ---- what is measured ----------------------------------------------------------------------------
 
 
 async def _streams(running: Running, streams: int, tokens: int, pace_ms: int) -> Row:
-    flags = [f"--concurrency={streams}", f"--requests={streams if streams >= 1_000 else 2 * streams}", f"--output-tokens={tokens}"]
+    flags = [
+        f"--concurrency={streams}",
+        f"--requests={streams if streams >= 1_000 else 2 * streams}",
+        f"--output-tokens={tokens}",
+    ]
     made, cpu_s = await _load(running, flags, stream=True, pace_ms=pace_ms)
     sent = made["throughput"]["output_tokens"]
     return {
@@ -158,12 +188,23 @@ async def _models(running: Running, adapters: int) -> Row:
                 await answer.read()
             took.append((time.perf_counter() - began) * 1e3)
     took.sort()
-    return {"models_p50_ms": round(took[len(took) // 2], 2), "models_p99_ms": round(took[len(took) * 99 // 100], 2)}
+    return {
+        "models_p50_ms": round(took[len(took) // 2], 2),
+        "models_p99_ms": round(took[len(took) * 99 // 100], 2),
+    }
 
 
-async def _load(running: Running, flags: Sequence[str], *, stream: bool, pace_ms: int) -> tuple[dict[str, Any], float]:
+async def _load(
+    running: Running, flags: Sequence[str], *, stream: bool, pace_ms: int
+) -> tuple[dict[str, Any], float]:
     """What the load saw, and the CPU seconds of all gateway processes."""
-    common = [f"--url={running.url}", "--model=base", "--quiet", "--timeout=60", f'--extra-body={{"seed": {pace_ms}}}']
+    common = [
+        f"--url={running.url}",
+        "--model=base",
+        "--quiet",
+        "--timeout=60",
+        f'--extra-body={{"seed": {pace_ms}}}',
+    ]
     options = parse([*common, *flags, "--no-usage", *([] if stream else ["--no-stream"])])
     before = _usage(running)
     seen = await measure(options)
@@ -178,7 +219,7 @@ def _spent_s(before: Sequence[Usage], after: Sequence[Usage]) -> float:
     return sum(spent_s(b, a) for b, a in zip(before, after, strict=True))
 
 
-# ---- adapters on disk -----------------------------------------------------------------------------------------------------------------------
+# ---- adapters on disk ----------------------------------------------------------------------------
 
 
 def adapter_name(number: int) -> str:
@@ -191,12 +232,24 @@ def write_adapters(root: Path, count: int) -> None:
     half = RANK * WIDTH * 4
     tensors = {
         f"{name}A.weight": {"dtype": "F32", "shape": [RANK, WIDTH], "data_offsets": [0, half]},
-        f"{name}B.weight": {"dtype": "F32", "shape": [WIDTH, RANK], "data_offsets": [half, 2 * half]},
+        f"{name}B.weight": {
+            "dtype": "F32",
+            "shape": [WIDTH, RANK],
+            "data_offsets": [half, 2 * half],
+        },
     }
     header = json.dumps(tensors).encode()
     header += b" " * (-len(header) % 8)
     weights = struct.pack("<Q", len(header)) + header + bytes(2 * half)
-    config = json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"})
+    config = json.dumps(
+        {
+            "peft_type": "LORA",
+            "r": RANK,
+            "lora_alpha": 16,
+            "target_modules": ["q_proj"],
+            "task_type": "CAUSAL_LM",
+        }
+    )
     for number in range(count):
         folder = root / adapter_name(number)
         folder.mkdir()
@@ -204,26 +257,54 @@ def write_adapters(root: Path, count: int) -> None:
         (folder / "adapter_model.safetensors").write_bytes(weights)
 
 
-# ---- results --------------------------------------------------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 Axes: TypeAlias = tuple[tuple[str, str], ...]
 """What is drawn: (key of a row, label)."""
 
 PARTS: dict[str, tuple[Sequence[int], Callable[[int], Awaitable[Row]], Axes]] = {
-    "streams": (STREAMS, with_streams, (("us_per_token", "CPU per token, us"), ("rss_mb", "memory, MB"))),
-    "workers": (WORKERS, with_workers, (("us_per_request", "CPU per request, us"), ("idle_core_share", "idle, share of a core"))),
-    "adapters": (ADAPTERS, with_adapters, (("us_per_request", "CPU per request, us"), ("rss_mb", "memory, MB"))),
-    "processes": (PROCESSES, with_processes, (("us_per_request", "CPU per request, us"), ("us_per_token", "CPU per token, us"))),
+    "streams": (
+        STREAMS,
+        with_streams,
+        (("us_per_token", "CPU per token, us"), ("rss_mb", "memory, MB")),
+    ),
+    "workers": (
+        WORKERS,
+        with_workers,
+        (("us_per_request", "CPU per request, us"), ("idle_core_share", "idle, share of a core")),
+    ),
+    "adapters": (
+        ADAPTERS,
+        with_adapters,
+        (("us_per_request", "CPU per request, us"), ("rss_mb", "memory, MB")),
+    ),
+    "processes": (
+        PROCESSES,
+        with_processes,
+        (("us_per_request", "CPU per request, us"), ("us_per_token", "CPU per token, us")),
+    ),
 }
 
 
 def _table(rows: Sequence[Row]) -> str:
     heads = list(rows[0])
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(f"{row[h]:,}" if row[h] is not None else "-" for h in heads) + " |" for row in rows)])
+    return "\n".join(
+        [
+            *lines,
+            *(
+                "| "
+                + " | ".join(f"{row[h]:,}" if row[h] is not None else "-" for h in heads)
+                + " |"
+                for row in rows
+            ),
+        ]
+    )
 
 
-def _write(out: Path, name: str, rows: Sequence[Row], text: str, axes: Axes, arguments: Sequence[str]) -> None:
+def _write(
+    out: Path, name: str, rows: Sequence[Row], text: str, axes: Axes, arguments: Sequence[str]
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
     at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     stem = out / f"growth-{name}-{at[:10]}"
@@ -236,9 +317,12 @@ def _write(out: Path, name: str, rows: Sequence[Row], text: str, axes: Axes, arg
         "loadavg": os.getloadavg(),
         "rows": rows,
     }
-    stem.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=1) + b"\n")
+    stem.with_suffix(".json").write_bytes(
+        msgspec.json.format(msgspec.json.encode(made), indent=1) + b"\n"
+    )
     stem.with_suffix(".md").write_text(
-        f"`{' '.join(made['command'])}`, {at}, {os.cpu_count()} cores, commit {made['commit'][:13]}\n\n{text}\n"
+        f"`{' '.join(made['command'])}`, {at}, {os.cpu_count()} cores, commit "
+        f"{made['commit'][:13]}\n\n{text}\n"
     )
     _draw(stem.with_suffix(".png"), name, rows, axes)
 
@@ -252,7 +336,9 @@ def _draw(path: Path, name: str, rows: Sequence[Row], axes: Axes) -> None:
         panel.plot([x for x, _ in points], [y for _, y in points], "o-", color="tab:blue")
         if len(points) > 1 and points[-1][0] > 20 * points[0][0]:
             panel.set_xscale("log")
-        panel.set(xlabel=name, ylabel=label, ylim=(0, max((y for _, y in points), default=1) * 1.15))
+        panel.set(
+            xlabel=name, ylabel=label, ylim=(0, max((y for _, y in points), default=1) * 1.15)
+        )
         panel.grid(alpha=0.3)
     figure.suptitle(f"Growth with {name}", fontsize=10)
     figure.savefig(path)

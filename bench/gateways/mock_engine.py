@@ -1,11 +1,13 @@
-"""Shell. An engine that costs next to nothing: answers at once, then moves all streams of one pace together, as an engine's step does.
+"""Shell. An engine that costs next to nothing: answers at once, then moves all streams of one pace
+together, as an engine's step does.
 
     python -m bench.gateways.mock_engine http PORT
     python -m bench.gateways.mock_engine worker CONFIG --gateway ENDPOINT [--gateway ...] [--workers N]
 
-As `http` it is the OpenAI server behind the gateways that speak HTTP; as `worker` it sits in place of the engine under this project's own agent.
-Both send the same tokens at the same pace. The pace is asked for in the request's `seed` (whole milliseconds between tokens, 0: as fast as
-they leave), because that is a field that every gateway passes on.
+As `http` it is the OpenAI server behind the gateways that speak HTTP; as `worker` it sits in place
+of the engine under this project's own agent. Both send the same tokens at the same pace. The pace
+is asked for in the request's `seed` (whole milliseconds between tokens, 0: as fast as they leave),
+because that is a field that every gateway passes on.
 """
 
 from __future__ import annotations
@@ -60,7 +62,17 @@ _decode = msgspec.json.Decoder(_Request).decode
 class Answer:
     """What one request is due, in vLLM's OpenAI shape; what repeats in every event is made once."""
 
-    __slots__ = ("_after", "_before", "_head", "_last", "_usage", "pace_s", "sent", "stream", "tokens")
+    __slots__ = (
+        "_after",
+        "_before",
+        "_head",
+        "_last",
+        "_usage",
+        "pace_s",
+        "sent",
+        "stream",
+        "tokens",
+    )
 
     def __init__(self, body: bytes, number: int) -> None:
         """Raises msgspec.MsgspecError for a body that cannot be read."""
@@ -70,26 +82,38 @@ class Answer:
         self.pace_s = (request.seed or 0) / 1e3
         self.sent = 0
         chat = bool(bytes(request.messages))
-        kind = (b"chat.completion" if chat else b"text_completion") + (b".chunk" if chat and self.stream else b"")
+        kind = (b"chat.completion" if chat else b"text_completion") + (
+            b".chunk" if chat and self.stream else b""
+        )
         self._head = b'{"id":"chatcmpl-%032x","object":"%b","created":%d,"model":%b,"choices":[' % (
             number,
             kind,
             int(time.time()),
             msgspec.json.encode(request.model),
         )
-        self._before = b"data: " + self._head + (b'{"index":0,"delta":{"content":"' if chat else b'{"index":0,"text":"')
+        self._before = (
+            b"data: "
+            + self._head
+            + (b'{"index":0,"delta":{"content":"' if chat else b'{"index":0,"text":"')
+        )
         close = b'"},' if chat else b'",'
         self._after = close + b'"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
         self._last = close + b'"logprobs":null,"finish_reason":"length","stop_reason":null}]}\n\n'
         wants_usage = request.stream_options is not None and request.stream_options.include_usage
-        self._usage = b"data: " + self._head + b'],"usage":' + self._counts() + b"}\n\n" if wants_usage else b""
+        self._usage = (
+            b"data: " + self._head + b'],"usage":' + self._counts() + b"}\n\n"
+            if wants_usage
+            else b""
+        )
 
     def next(self) -> tuple[bytes, bool]:
         """The events of the next token, and whether it is the last."""
         number = self.sent
         self.sent = number + 1
         if self.sent >= self.tokens:
-            return self._opening(number) + self._before + TOKENS[number] + self._last + self._usage + DONE, True
+            return self._opening(number) + self._before + TOKENS[
+                number
+            ] + self._last + self._usage + DONE, True
         if number:
             return b"%b%b%b" % (self._before, TOKENS[number], self._after), False
         return self._opening(number) + self._before + TOKENS[number] + self._after, False
@@ -98,7 +122,8 @@ class Answer:
         text = b"".join(TOKENS[: self.tokens])
         return (
             self._head
-            + b'{"index":0,"message":{"role":"assistant","content":"%b","refusal":null,"tool_calls":[]},"logprobs":null,' % text
+            + b'{"index":0,"message":{"role":"assistant","content":"%b","refusal":null,"tool_calls":[]},"logprobs":null,'
+            % text
             + b'"finish_reason":"length","stop_reason":null}],"usage":'
             + self._counts()
             + b"}"
@@ -108,10 +133,15 @@ class Answer:
         """A chat begins with an event that names the role."""
         if number or b'"delta"' not in self._before:
             return b""
-        return self._before.replace(b'{"content":"', b'{"role":"assistant","content":"') + self._after
+        return (
+            self._before.replace(b'{"content":"', b'{"role":"assistant","content":"') + self._after
+        )
 
     def _counts(self) -> bytes:
-        return b'{"prompt_tokens":128,"completion_tokens":%d,"total_tokens":%d}' % (self.tokens, 128 + self.tokens)
+        return b'{"prompt_tokens":128,"completion_tokens":%d,"total_tokens":%d}' % (
+            self.tokens,
+            128 + self.tokens,
+        )
 
 
 class Stream(Protocol):
@@ -157,15 +187,19 @@ class Lockstep:
             self._arm(pace_s, max(when + pace_s, self._loop.time()))
 
 
-# ---- behind gateways that speak HTTP ------------------------------------------------------------------------------------------------------
+# ---- behind gateways that speak HTTP -------------------------------------------------------------
 
 
 class HttpStream:
-    """Writes one answer's events to its connection, each in a chunk of its own, at most one write per step."""
+    """Writes one answer's events to its connection, each in a chunk of its own, at most one write
+    per step.
+    """
 
     __slots__ = ("_frame", "_transport", "answer", "ended")
 
-    def __init__(self, answer: Answer, transport: asyncio.WriteTransport, ended: Callable[[], None]) -> None:
+    def __init__(
+        self, answer: Answer, transport: asyncio.WriteTransport, ended: Callable[[], None]
+    ) -> None:
         self.answer, self._transport, self.ended = answer, transport, ended
 
     def step(self) -> bool:
@@ -174,7 +208,10 @@ class HttpStream:
         data, last = self.answer.next()
         chunk = b"%x\r\n%b\r\n" % (len(data), data)
         if self.answer.sent == 1:
-            chunk = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk
+            chunk = (
+                b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; "
+                b"charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk
+            )
         self._transport.write(chunk + b"0\r\n\r\n" if last else chunk)
         if last:
             self.ended()
@@ -241,19 +278,24 @@ class HttpConnection(asyncio.Protocol):
             self._read()
 
     def _write(self, body: bytes, status: bytes = b"200 OK") -> None:
-        self._transport.write(b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body))
+        self._transport.write(
+            b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+            % (status, len(body), body)
+        )
         if self._data:
             self._read()
 
 
 async def serve_http(port: int) -> None:
     lockstep = Lockstep()
-    server = await asyncio.get_running_loop().create_server(lambda: HttpConnection(lockstep), "127.0.0.1", port, backlog=BACKLOG)
+    server = await asyncio.get_running_loop().create_server(
+        lambda: HttpConnection(lockstep), "127.0.0.1", port, backlog=BACKLOG
+    )
     _tune()
     await server.serve_forever()
 
 
-# ---- under this project's own agent -------------------------------------------------------------------------------------------------------
+# ---- under this project's own agent --------------------------------------------------------------
 
 
 class ReplyStream:
@@ -317,14 +359,18 @@ class MockEngine:
 
 
 async def serve_workers(config: str, gateways: Sequence[str], workers: int) -> None:
-    """So many workers in this one process, until it is killed: the worker's own composition, with this engine in the place of its own."""
+    """So many workers in this one process, until it is killed: the worker's own composition, with
+    this engine in the place of its own.
+    """
     settings = read_settings(config)
     runtime_log.set_up("mock", "warning")
     lockstep = Lockstep()
     async with asyncio.TaskGroup() as tasks:
         for number in range(workers):
             mine = worker.__main__.worker_settings(settings, None, f"mock{number}", list(gateways))
-            tasks.create_task(worker.__main__.serve(mine, lambda *_: MockEngine(lockstep)), name=mine.worker)
+            tasks.create_task(
+                worker.__main__.serve(mine, lambda *_: MockEngine(lockstep)), name=mine.worker
+            )
         _tune()
 
 
@@ -345,7 +391,11 @@ def main() -> None:
     link.add_argument("--workers", type=int, default=1)
     flags = parser.parse_args()
     follow_parent()
-    uvloop.run(serve_http(flags.port) if flags.kind == "http" else serve_workers(flags.config, flags.gateway, flags.workers))
+    uvloop.run(
+        serve_http(flags.port)
+        if flags.kind == "http"
+        else serve_workers(flags.config, flags.gateway, flags.workers)
+    )
 
 
 if __name__ == "__main__":

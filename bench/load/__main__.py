@@ -1,9 +1,11 @@
-"""Shell. `python -m bench.load`: a load test for any OpenAI-compatible server, with many adapters of one base model in mind.
+"""Shell. `python -m bench.load`: a load test for any OpenAI-compatible server, with many adapters
+of one base model in mind.
 
     python -m bench.load --url http://127.0.0.1:8000 --adapters-from-models --rate 20 --duration 30 --warm-adapters
     python -m bench.load --url http://127.0.0.1:8000 --model base --num-adapters 100 --mix zipf --alpha 1.0 --concurrency 64 --requests 1000
 
-Exit status: 0; 1 if more requests failed than --max-error-rate allows; 2 if the test could not run (bad flags, no server).
+Exit status: 0; 1 if more requests failed than --max-error-rate allows; 2 if the test could not run
+(bad flags, no server).
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ from bench.load.runner import Progress, drive
 WARM_UP_AT_ONCE = 16
 PROGRESS_EVERY_S = 2.0
 GC_THRESHOLD = 50_000
-"""Nothing here makes cycles worth collecting; a collection over all outcomes would show up in the latencies."""
+"""Nothing here makes cycles worth collecting; a collection over all outcomes would show up in the
+latencies.
+"""
 
 CpuTimes: TypeAlias = tuple[float, float]
 
@@ -79,9 +83,14 @@ def _publish(options: Options, run: Run) -> int:
     print(command, table(made), sep="\n\n")
     try:
         if options.json_file:
-            Path(options.json_file).write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=1) + b"\n")
+            Path(options.json_file).write_bytes(
+                msgspec.json.format(msgspec.json.encode(made), indent=1) + b"\n"
+            )
         if options.plot_file:
-            title = f"{command[len('python -m ') :]}\n{made['host']['cpu_model']}, {made['host']['cores']} cores, {made['started_at']}"
+            title = (
+                f"{command[len('python -m ') :]}\n{made['host']['cpu_model']}, "
+                f"{made['host']['cores']} cores, {made['started_at']}"
+            )
             plot(run, made, options.plot_file, title)
     except (OSError, ImportError) as error:
         print(f"bench.load: the result could not be written: {error}", file=sys.stderr)
@@ -95,7 +104,9 @@ def _publish(options: Options, run: Run) -> int:
 async def measure(options: Options, command: Sequence[str] = ()) -> Run:
     """Warms up, sends the load and returns what was seen. Raises: CannotRun."""
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    async with Client(options.url, timeout_s=options.timeout_s, api_key=_api_key(options)) as client:
+    async with Client(
+        options.url, timeout_s=options.timeout_s, api_key=_api_key(options)
+    ) as client:
         target = await _find_target(client, options)
         load = dataclasses.replace(options.workload, adapters=len(target.models))
         warmed, warm_up, warm_up_failed = await _warm_up(client, target, load, options)
@@ -124,7 +135,12 @@ async def measure(options: Options, command: Sequence[str] = ()) -> Run:
             "command": list(command),
             "seed": load.seed,
             "versions": _versions(),
-            "host": {"cores": os.cpu_count(), "cpu_model": cpu_model(), "platform": platform.platform(), "busy_share": busy_share},
+            "host": {
+                "cores": os.cpu_count(),
+                "cpu_model": cpu_model(),
+                "platform": platform.platform(),
+                "busy_share": busy_share,
+            },
             "load": _load_facts(options, target, load),
         },
     )
@@ -139,72 +155,120 @@ def _api_key(options: Options) -> str | None:
 
 
 async def _find_target(client: Client, options: Options) -> Target:
-    """Completes the target with what the server says about its models. Raises: CannotRun if there is no server or it lacks what is asked."""
+    """Completes the target with what the server says about its models. Raises: CannotRun if there
+    is no server or it lacks what is asked.
+    """
     target = options.target
     try:
         reply = await client.get("/v1/models")
     except (OSError, TimeoutError) as error:
-        raise CannotRun(f"no server answers at {options.url} ({error or 'no answer in time'}); start it first, or correct --url") from error
+        raise CannotRun(
+            f"no server answers at {options.url} ({error or 'no answer in time'}); "
+            "start it first, or correct --url"
+        ) from error
     if target.base_model and not options.adapters_from_models:
         return target  # a peer need not list its models
     if reply.status != 200:
-        raise CannotRun(f"GET /v1/models answered {reply.status}; give --model and --adapters, or --api-key-env if the server wants a key")
+        raise CannotRun(
+            f"GET /v1/models answered {reply.status}; give --model and --adapters, or "
+            "--api-key-env if the server wants a key"
+        )
     try:
         models = msgspec.json.decode(reply.body, type=_Models).data
     except msgspec.MsgspecError as error:
         raise CannotRun(f"GET /v1/models did not answer with a list of models: {error}") from error
-    base_model = target.base_model or next((model.id for model in models if model.parent is None), "")
+    base_model = target.base_model or next(
+        (model.id for model in models if model.parent is None), ""
+    )
     if not base_model:
         raise CannotRun("GET /v1/models lists no base model; give --model")
     target = dataclasses.replace(target, base_model=base_model)
     if not options.adapters_from_models:
         return dataclasses.replace(
-            target, models=tuple(options.model_format.format(base=base_model, adapter=name) for name in target.adapters)
+            target,
+            models=tuple(
+                options.model_format.format(base=base_model, adapter=name)
+                for name in target.adapters
+            ),
         )
     adapters = tuple(model.id for model in models if model.parent == base_model)
     if not adapters:
         parents = sorted({model.parent for model in models if model.parent is not None})
-        raise CannotRun(f"GET /v1/models lists no adapter whose parent is {base_model!r} (parents there: {', '.join(parents) or 'none'})")
-    return dataclasses.replace(target, adapters=tuple(name.removeprefix(f"{base_model}:") for name in adapters), models=adapters)
+        raise CannotRun(
+            f"GET /v1/models lists no adapter whose parent is {base_model!r} (parents "
+            f"there: {', '.join(parents) or 'none'})"
+        )
+    return dataclasses.replace(
+        target,
+        adapters=tuple(name.removeprefix(f"{base_model}:") for name in adapters),
+        models=adapters,
+    )
 
 
-async def _warm_up(client: Client, target: Target, load: wl.Workload, options: Options) -> tuple[frozenset[str | None], int, int]:
-    """Requests that do not count. Returns the adapters that answered, how many were sent, how many failed. Raises: CannotRun if all did."""
-    other = dataclasses.replace(load, seed=-1 - load.seed)  # other prompts, or the server's prefix cache would know those of the test
+async def _warm_up(
+    client: Client, target: Target, load: wl.Workload, options: Options
+) -> tuple[frozenset[str | None], int, int]:
+    """Requests that do not count. Returns the adapters that answered, how many were sent, how many
+    failed. Raises: CannotRun if all did.
+    """
+    # other prompts, or the server's prefix cache would know those of the test
+    other = dataclasses.replace(load, seed=-1 - load.seed)
     requests = [*islice(wl.requests(other), options.warm_up)]
     if options.warm_adapters:
         plain = next(wl.requests(dataclasses.replace(other, mix=wl.BaseOnly())))
-        requests += [dataclasses.replace(plain, index=len(requests) + adapter, adapter=adapter) for adapter in range(len(target.models))]
+        requests += [
+            dataclasses.replace(plain, index=len(requests) + adapter, adapter=adapter)
+            for adapter in range(len(target.models))
+        ]
     if not requests:
         return frozenset(), 0, 0
     if not options.quiet:
         print(f"warming up with {len(requests)} requests ...", file=sys.stderr, flush=True)
     progress = Progress()
-    pace = Pace(concurrency=min(options.pace.concurrency or WARM_UP_AT_ONCE, WARM_UP_AT_ONCE), requests=None, duration_s=None)
+    pace = Pace(
+        concurrency=min(options.pace.concurrency or WARM_UP_AT_ONCE, WARM_UP_AT_ONCE),
+        requests=None,
+        duration_s=None,
+    )
     async with _watched(progress, quiet=options.quiet):
         await drive(client, target, other, requests, pace, Meter(time.perf_counter()), progress)
     failed = [outcome for outcome in progress.outcomes if outcome.error is not None]
     if failed and len(failed) == len(progress.outcomes):
-        raise CannotRun(f"every warm-up request failed, the first with {failed[0].error}: {failed[0].detail}")
-    return frozenset(outcome.adapter for outcome in progress.outcomes if outcome.error is None), len(progress.outcomes), len(failed)
+        raise CannotRun(
+            f"every warm-up request failed, the first with {failed[0].error}: {failed[0].detail}"
+        )
+    return (
+        frozenset(outcome.adapter for outcome in progress.outcomes if outcome.error is None),
+        len(progress.outcomes),
+        len(failed),
+    )
 
 
 @contextlib.asynccontextmanager
 async def _watched(progress: Progress, *, quiet: bool) -> AsyncIterator[None]:
-    """Prints a line now and then; the first Ctrl-C ends the sending (the report still comes), the second ends the process."""
+    """Prints a line now and then; the first Ctrl-C ends the sending (the report still comes), the
+    second ends the process.
+    """
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
         progress.stop = True
         loop.remove_signal_handler(signal.SIGINT)
-        print("stopping; waiting for what is in flight (Ctrl-C again to leave now)", file=sys.stderr, flush=True)
+        print(
+            "stopping; waiting for what is in flight (Ctrl-C again to leave now)",
+            file=sys.stderr,
+            flush=True,
+        )
 
     async def tell() -> None:
         begun_s = time.perf_counter()
         while True:
             await asyncio.sleep(PROGRESS_EVERY_S)
             after_s = time.perf_counter() - begun_s
-            text = f"{after_s:6.0f} s  {len(progress.outcomes)} ended, {progress.failed} failed, {progress.in_flight} in flight"
+            text = (
+                f"{after_s:6.0f} s  {len(progress.outcomes)} ended, {progress.failed} "
+                f"failed, {progress.in_flight} in flight"
+            )
             print(text, file=sys.stderr, flush=True)
 
     loop.add_signal_handler(signal.SIGINT, stop)
@@ -231,7 +295,12 @@ def _load_facts(options: Options, target: Target, load: wl.Workload) -> dict[str
         return {"kind": type(part).__name__.lower(), **dataclasses.asdict(part)}
 
     pace = dataclasses.asdict(options.pace)
-    target_facts = {"endpoint": target.endpoint, "stream": target.stream, "base_model": target.base_model, "ignore_eos": target.ignore_eos}
+    target_facts = {
+        "endpoint": target.endpoint,
+        "stream": target.stream,
+        "base_model": target.base_model,
+        "ignore_eos": target.ignore_eos,
+    }
     return {
         "url": options.url,
         **target_facts,
@@ -272,10 +341,13 @@ def cpu_model() -> str:
 def _machine_cpu_s() -> CpuTimes | None:
     """Ticks that all cores of the machine spent (working, in all); None where /proc is not."""
     try:
-        ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        ticks = [
+            int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        ]
     except (OSError, ValueError):
         return None
-    return float(sum(ticks) - ticks[3] - ticks[4]), float(sum(ticks))  # fields 3 and 4: idle, waiting for I/O
+    # fields 3 and 4: idle, waiting for I/O
+    return float(sum(ticks) - ticks[3] - ticks[4]), float(sum(ticks))
 
 
 def _busy_share(before: CpuTimes | None, after: CpuTimes | None) -> float | None:

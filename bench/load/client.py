@@ -1,7 +1,9 @@
-"""Shell. A small HTTP/1.1 client that measures: one connection per request in flight, kept alive between requests, streams checked to the end.
+"""Shell. A small HTTP/1.1 client that measures: one connection per request in flight, kept alive
+between requests, streams checked to the end.
 
-Why not an HTTP library: the load generator shares its cores with what it measures, and a general client costs several times as much per
-streamed token. This one does nothing per token but find the chunk, decode the few fields that count and note the time.
+Why not an HTTP library: the load generator shares its cores with what it measures, and a general
+client costs several times as much per streamed token. This one does nothing per token but find the
+chunk, decode the few fields that count and note the time.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from bench.load.measure import Meter
 from bench.load.reply import LoadReply
 
 MAX_IDLE_S = 2.0
-"""Idle connections are not used again after this, well before any usual server (5 s at the least) closes them: a request that loses the race
-with the server's close would count as the server's error."""
+"""Idle connections are not used again after this, well before any usual server (5 s at the least)
+closes them: a request that loses the race with the server's close would count as the server's
+error.
+"""
 
 
 class _Connection(asyncio.Protocol):
@@ -54,7 +58,8 @@ class _Connection(asyncio.Protocol):
             self._end(self._reply)
 
     def _end(self, reply: LoadReply) -> None:
-        # An error status is known before its body, whose message is wanted; any other error ends the answer at once.
+        # An error status is known before its body, whose message is wanted; any other error ends
+        # the answer at once.
         self._reply = None
         reply.close(time.perf_counter())
         if not reply.keep_alive or reply.error in ("bad_http", "too_large"):
@@ -77,14 +82,20 @@ class Client:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is no http:// or https:// URL")
-        self._host, self._tls = parts.hostname, ssl.create_default_context() if parts.scheme == "https" else None
+        self._host, self._tls = (
+            parts.hostname,
+            ssl.create_default_context() if parts.scheme == "https" else None,
+        )
         self._port = parts.port or (443 if self._tls else 80)
         self._root = parts.path.rstrip("/").removesuffix("/v1")
         self._timeout_s = timeout_s
         self._address: str | None = None
         self._idle: list[_Connection] = []
         authorization = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
-        self._common = f"Host: {parts.netloc.rpartition('@')[2]}\r\nUser-Agent: loraplex-bench\r\n{authorization}"
+        self._common = (
+            f"Host: {parts.netloc.rpartition('@')[2]}\r\nUser-Agent: "
+            f"loraplex-bench\r\n{authorization}"
+        )
 
     async def __aenter__(self) -> Client:
         return self
@@ -95,7 +106,9 @@ class Client:
         self._idle.clear()
 
     async def get(self, path: str, *, timeout_s: float = 10.0) -> LoadReply:
-        """A plain GET; `body` holds the answer. Raises: OSError if the server cannot be reached or does not answer in time."""
+        """A plain GET; `body` holds the answer. Raises: OSError if the server cannot be reached or
+        does not answer in time.
+        """
         reply = LoadReply(stream=False, meter=Meter())
         message = f"GET {self._root}{path} HTTP/1.1\r\n{self._common}\r\n".encode()
         async with asyncio.timeout(min(timeout_s, self._timeout_s)):
@@ -107,9 +120,14 @@ class Client:
         return reply
 
     async def post(self, path: str, body: bytes, *, stream: bool, meter: Meter) -> LoadReply:
-        """One measured request; never raises for what the server does, the reply's `error` says it."""
+        """One measured request; never raises for what the server does, the reply's `error` says
+        it.
+        """
         reply = LoadReply(stream=stream, meter=meter)
-        head = f"POST {self._root}{path} HTTP/1.1\r\n{self._common}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST {self._root}{path} HTTP/1.1\r\n{self._common}Content-Type: "
+            f"application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
         connection: _Connection | None = None
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -142,8 +160,15 @@ class Client:
         loop = asyncio.get_running_loop()
         name = self._host if self._tls else None
         if self._address is not None:
-            return (await loop.create_connection(_Connection, self._address, self._port, ssl=self._tls, server_hostname=name))[1]
-        # The first connection finds the address that answers; the others skip the resolver, which would cost a thread each.
-        transport, connection = await loop.create_connection(_Connection, self._host, self._port, ssl=self._tls, server_hostname=name)
+            return (
+                await loop.create_connection(
+                    _Connection, self._address, self._port, ssl=self._tls, server_hostname=name
+                )
+            )[1]
+        # The first connection finds the address that answers; the others skip the resolver, which
+        # would cost a thread each.
+        transport, connection = await loop.create_connection(
+            _Connection, self._host, self._port, ssl=self._tls, server_hostname=name
+        )
         self._address = transport.get_extra_info("peername")[0]
         return connection

@@ -1,8 +1,10 @@
-"""Pure. What a load run counts and keeps: gaps between tokens, how each request went, and what to say about a set of times.
+"""Pure. What a load run counts and keeps: gaps between tokens, how each request went, and what to
+say about a set of times.
 
-Times are seconds, relative to the start of the load unless said. All latencies count from the moment a request was *scheduled*, not from when
-the generator got round to sending it, so a stalled server (or generator) cannot hide the requests it delayed ("coordinated omission",
-Gil Tene, "How NOT to measure latency").
+Times are seconds, relative to the start of the load unless said. All latencies count from the
+moment a request was *scheduled*, not from when the generator got round to sending it, so a stalled
+server (or generator) cannot hide the requests it delayed ("coordinated omission", Gil Tene, "How
+NOT to measure latency").
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ from typing import Any
 
 SMALLEST_GAP_S = 1e-6
 BUCKET_RATIO = 1.02
-"""Neighbouring buckets of the gap histogram differ by 2%, so a percentile is within 1% of the true one; 1,050 buckets reach 1,000 s."""
+"""Neighbouring buckets of the gap histogram differ by 2%, so a percentile is within 1% of the true
+one; 1,050 buckets reach 1,000 s.
+"""
 BIN_S = 0.25
 
 
 class Histogram:
-    """Counts of positive times in buckets of equal ratio: bounded memory, however many tokens are streamed."""
+    """Counts of positive times in buckets of equal ratio: bounded memory, however many tokens are
+    streamed.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[int] = Counter()
@@ -36,7 +42,9 @@ class Histogram:
             self.max_s = time_s
 
     def percentile(self, share: float) -> float:
-        """The time that `share` (0 to 1) of the times do not exceed. Raises: ValueError if there are none."""
+        """The time that `share` (0 to 1) of the times do not exceed. Raises: ValueError if there
+        are none.
+        """
         if not self.count:
             raise ValueError("no times")
         rank, seen = math.ceil(share * self.count) or 1, 0
@@ -59,7 +67,9 @@ _LOG_RATIO = math.log(BUCKET_RATIO)
 
 
 def _bucket(time_s: float) -> int:
-    return 0 if time_s <= SMALLEST_GAP_S else 1 + int(math.log(time_s / SMALLEST_GAP_S) / _LOG_RATIO)
+    return (
+        0 if time_s <= SMALLEST_GAP_S else 1 + int(math.log(time_s / SMALLEST_GAP_S) / _LOG_RATIO)
+    )
 
 
 def _bucket_s(bucket: int) -> float:
@@ -67,7 +77,9 @@ def _bucket_s(bucket: int) -> float:
 
 
 class Meter:
-    """What is counted while answers stream in: gaps between content chunks, and tokens per bin of the clock that starts at `start_s`."""
+    """What is counted while answers stream in: gaps between content chunks, and tokens per bin of
+    the clock that starts at `start_s`.
+    """
 
     def __init__(self, start_s: float = 0.0) -> None:
         self.start_s = start_s
@@ -81,8 +93,10 @@ class Meter:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one request went. `adapter` None is the base model; `error` None is success, else its kind; `output_tokens` as the server's usage
-    says (`by_usage`), else content chunks; `cold` as the answer's headers say, None if they do not."""
+    """How one request went. `adapter` None is the base model; `error` None is success, else its
+    kind; `output_tokens` as the server's usage says (`by_usage`), else content chunks; `cold` as
+    the answer's headers say, None if they do not.
+    """
 
     adapter: str | None
     scheduled_s: float
@@ -111,7 +125,9 @@ class Outcome:
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time per output token after the first; None for an answer that was not streamed or has one token."""
+        """Mean time per output token after the first; None for an answer that was not streamed or
+        has one token.
+        """
         if self.first_token_s is None or self.last_token_s is None or self.output_tokens < 2:
             return None
         return (self.last_token_s - self.first_token_s) / (self.output_tokens - 1)
@@ -122,13 +138,16 @@ class Outcome:
 
     @property
     def _from_s(self) -> float:
-        # The timer may fire a fraction of a millisecond early: then the request's life starts when it was sent.
+        # The timer may fire a fraction of a millisecond early: then the request's life starts when
+        # it was sent.
         return min(self.scheduled_s, self.started_s)
 
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What a good request keeps within; None: not asked. `itl_s` bounds a request's mean time per output token after the first."""
+    """What a good request keeps within; None: not asked. `itl_s` bounds a request's mean time per
+    output token after the first.
+    """
 
     ttft_s: float | None = None
     itl_s: float | None = None
@@ -151,7 +170,9 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything a load run leaves behind. `warmed`: the adapters that the warm-up touched; `about`: what the JSON says about the run as given."""
+    """Everything a load run leaves behind. `warmed`: the adapters that the warm-up touched;
+    `about`: what the JSON says about the run as given.
+    """
 
     outcomes: Sequence[Outcome]
     meter: Meter
@@ -168,7 +189,9 @@ class Run:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value at `share` (0 to 1) of an ascending sequence, linear between neighbours (numpy's default). Raises: ValueError if it is empty."""
+    """The value at `share` (0 to 1) of an ascending sequence, linear between neighbours (numpy's
+    default). Raises: ValueError if it is empty.
+    """
     if not ordered:
         raise ValueError("no values")
     at = share * (len(ordered) - 1)
@@ -183,7 +206,12 @@ def latency(times_s: Iterable[float | None]) -> dict[str, float] | None:
     if not ordered:
         return None
     shares = {f"p{round(share * 100)}": percentile(ordered, share) for share in (0.5, 0.9, 0.99)}
-    return {"count": len(ordered), "mean": sum(ordered) / len(ordered), **shares, "max": ordered[-1]}
+    return {
+        "count": len(ordered),
+        "mean": sum(ordered) / len(ordered),
+        **shares,
+        "max": ordered[-1],
+    }
 
 
 def gap_latency(gaps: Histogram) -> dict[str, float] | None:
@@ -194,8 +222,9 @@ def gap_latency(gaps: Histogram) -> dict[str, float] | None:
 
 
 def cold_flags(outcomes: Sequence[Outcome], warmed: frozenset[str | None]) -> list[bool]:
-    """Whether each request met a cold adapter: as its answer's headers say, else whether it is the first scheduled one of an adapter that the
-    warm-up left out. The base model is never cold."""
+    """Whether each request met a cold adapter: as its answer's headers say, else whether it is the
+    first scheduled one of an adapter that the warm-up left out. The base model is never cold.
+    """
     seen: set[str | None] = set(warmed)
     flags = [False] * len(outcomes)
     for index in sorted(range(len(outcomes)), key=lambda index: outcomes[index].scheduled_s):

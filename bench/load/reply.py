@@ -1,4 +1,6 @@
-"""Pure. One HTTP/1.1 answer read from bytes: framing, server-sent events, and the few fields of each event that are measured or checked."""
+"""Pure. One HTTP/1.1 answer read from bytes: framing, server-sent events, and the few fields of
+each event that are measured or checked.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,10 @@ _decode = msgspec.json.Decoder(_Document).decode
 
 def _has_content(choice: _Choice) -> bool:
     text = choice.delta or choice.message
-    return bool(choice.text or (text is not None and (text.content or text.reasoning_content or text.reasoning)))
+    return bool(
+        choice.text
+        or (text is not None and (text.content or text.reasoning_content or text.reasoning))
+    )
 
 
 class _Framing(Enum):
@@ -66,8 +71,9 @@ class _Framing(Enum):
 class LoadReply:
     """One answer being read, and what was measured of it. Times are `perf_counter` seconds.
 
-    `error` is None for a good answer, else its kind: `connect_failed`, `timeout`, `closed_early`, `bad_http`, `http_<status>`, `not_a_stream`,
-    `bad_event`, `error_event`, `no_done`, `no_finish_reason`, `bad_body`, `too_large`.
+    `error` is None for a good answer, else its kind: `connect_failed`, `timeout`, `closed_early`,
+    `bad_http`, `http_<status>`, `not_a_stream`, `bad_event`, `error_event`, `no_done`,
+    `no_finish_reason`, `bad_body`, `too_large`.
     """
 
     stream: bool
@@ -95,7 +101,11 @@ class LoadReply:
 
     @property
     def keep_alive(self) -> bool:
-        return self.complete and self.headers.get("connection", "").lower() != "close" and self._framing is not _Framing.UNTIL_CLOSE
+        return (
+            self.complete
+            and self.headers.get("connection", "").lower() != "close"
+            and self._framing is not _Framing.UNTIL_CLOSE
+        )
 
     def fail(self, kind: str, detail: str = "") -> None:
         """Ends the answer with an error; the first one counts."""
@@ -103,7 +113,9 @@ class LoadReply:
             self.error, self.detail = kind, detail[:MAX_DETAIL_CHARS]
 
     def feed(self, data: bytes, now: float) -> None:
-        """Takes bytes as they came from the socket. Afterwards `complete` says whether the answer has ended, `error` whether it went wrong."""
+        """Takes bytes as they came from the socket. Afterwards `complete` says whether the answer
+        has ended, `error` whether it went wrong.
+        """
         try:
             if self._framing is _Framing.HEAD:
                 data = self._read_head(data, now)
@@ -131,9 +143,14 @@ class LoadReply:
             if status >= 200:  # 1xx heads come before the real one
                 break
         self.status, self._rest = status, b""
-        self.headers = {name.strip().lower(): text.strip() for name, _, text in (line.partition(":") for line in lines)}
+        self.headers = {
+            name.strip().lower(): text.strip()
+            for name, _, text in (line.partition(":") for line in lines)
+        }
         self._is_stream = status == 200 and self.stream
-        if self._is_stream and not self.headers.get("content-type", "").startswith("text/event-stream"):
+        if self._is_stream and not self.headers.get("content-type", "").startswith(
+            "text/event-stream"
+        ):
             self._is_stream = False
             self.fail("not_a_stream", f"content-type {self.headers.get('content-type', 'missing')}")
         self._choose_framing()
@@ -191,7 +208,9 @@ class LoadReply:
         return payloads[0] if len(payloads) == 1 else b"".join(payloads)
 
     def _read_trailer(self, data: bytes) -> None:
-        """`_rest` starts with the line end of the last chunk's size, so an empty trailer ends the body with the same mark as a full one."""
+        """`_rest` starts with the line end of the last chunk's size, so an empty trailer ends the
+        body with the same mark as a full one.
+        """
         self._rest += data
         if self._rest.endswith(b"\r\n\r\n"):
             self.complete = True
@@ -209,7 +228,8 @@ class LoadReply:
     def _read_events(self, payload: bytes, now: float) -> None:
         if self._event_rest:
             payload = self._event_rest + payload
-        if b"\r" in payload:  # the standard allows CRLF lines; JSON holds no raw CR, so nothing else can be meant
+        # the standard allows CRLF lines; JSON holds no raw CR, so nothing else can be meant
+        if b"\r" in payload:
             payload = payload.replace(b"\r\n", b"\n")
         *events, self._event_rest = payload.split(b"\n\n")
         if len(self._event_rest) > MAX_EVENT_BYTES:
@@ -243,7 +263,10 @@ class LoadReply:
             if choice.finish_reason is not None:
                 self.finish_reason = choice.finish_reason
         if document.usage is not None:
-            self.prompt_tokens, self.usage_tokens = document.usage.prompt_tokens, document.usage.completion_tokens
+            self.prompt_tokens, self.usage_tokens = (
+                document.usage.prompt_tokens,
+                document.usage.completion_tokens,
+            )
 
     def _count_chunk(self, now: float) -> None:
         self.content_chunks += 1
@@ -261,7 +284,12 @@ class LoadReply:
         if self.status is not None and self.status != 200:
             self.fail(f"http_{self.status}", _message(self.body))
         elif not self.complete:
-            self.fail("closed_early", "the connection closed before the answer began" if self.status is None else "the answer was cut off")
+            self.fail(
+                "closed_early",
+                "the connection closed before the answer began"
+                if self.status is None
+                else "the answer was cut off",
+            )
         elif not self.stream:
             self._read_whole(now)
         elif not self.done:
@@ -280,18 +308,25 @@ class LoadReply:
         elif document.choices[0].finish_reason is None:
             self.fail("no_finish_reason", "the answer has no finish_reason")
         if document.usage is not None:
-            self.prompt_tokens, self.usage_tokens = document.usage.prompt_tokens, document.usage.completion_tokens
+            self.prompt_tokens, self.usage_tokens = (
+                document.usage.prompt_tokens,
+                document.usage.completion_tokens,
+            )
             self.meter.tokens(document.usage.completion_tokens, now)
 
 
 def _event_data(event: bytes) -> bytes:
-    """The data of an event that is not a single `data: ` line: fields with or without the space, comments, several lines."""
+    """The data of an event that is not a single `data: ` line: fields with or without the space,
+    comments, several lines.
+    """
     lines = (line for line in event.split(b"\n") if line.startswith(b"data:"))
     return b"\n".join(line[5:].removeprefix(b" ") for line in lines)
 
 
 def _message(body: bytes) -> str:
-    """What an error body says to people: OpenAI's `error.message`, or the usual deviations from it; else the body's beginning."""
+    """What an error body says to people: OpenAI's `error.message`, or the usual deviations from it;
+    else the body's beginning.
+    """
     try:
         document = _decode(body)
     except msgspec.MsgspecError:

@@ -1,4 +1,6 @@
-"""Shell. Sends a workload to a server, open loop (at scheduled times, whatever comes back) or closed loop (a fixed number at a time)."""
+"""Shell. Sends a workload to a server, open loop (at scheduled times, whatever comes back) or
+closed loop (a fixed number at a time).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from bench.load.reply import LoadReply
 from bench.load.workload import Request, Workload, prompt_text
 
 EARLY_S = 0.0005
-"""The event loop's timers count whole milliseconds: a request may leave this much early rather than a millisecond late."""
+"""The event loop's timers count whole milliseconds: a request may leave this much early rather than
+a millisecond late.
+"""
 LONGEST_SLEEP_S = 0.5
 """How long a stop may go unnoticed between two arrivals."""
 SENDS_PER_TURN = 32
@@ -28,7 +32,9 @@ PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 @dataclass(slots=True)
 class Progress:
-    """What can be seen of a run while it goes on; setting `stop` ends the sending, not what is in flight."""
+    """What can be seen of a run while it goes on; setting `stop` ends the sending, not what is in
+    flight.
+    """
 
     outcomes: list[Outcome] = field(default_factory=list)
     failed: int = 0
@@ -45,7 +51,11 @@ def request_body(target: Target, workload: Workload, request: Request) -> bytes:
     text = prompt_text(workload, request)
     body: dict[str, Any] = {
         "model": target.base_model if request.adapter is None else target.models[request.adapter],
-        **({"messages": [{"role": "user", "content": text}]} if target.endpoint == "chat" else {"prompt": text}),
+        **(
+            {"messages": [{"role": "user", "content": text}]}
+            if target.endpoint == "chat"
+            else {"prompt": text}
+        ),
         "max_tokens": request.output_tokens,
         "temperature": 0,
     }
@@ -59,9 +69,17 @@ def request_body(target: Target, workload: Workload, request: Request) -> bytes:
 
 
 async def drive(
-    client: Client, target: Target, workload: Workload, load: Iterable[Request], pace: Pace, meter: Meter, progress: Progress
+    client: Client,
+    target: Target,
+    workload: Workload,
+    load: Iterable[Request],
+    pace: Pace,
+    meter: Meter,
+    progress: Progress,
 ) -> None:
-    """Sends the load at its pace and returns when every request has ended; `progress.outcomes` holds how each went, in order of ending."""
+    """Sends the load at its pace and returns when every request has ended; `progress.outcomes`
+    holds how each went, in order of ending.
+    """
     sender = _Sender(client, target, workload, meter, progress)
     requests = iter(load) if pace.requests is None else islice(load, pace.requests)
     if pace.concurrency is None:
@@ -70,7 +88,9 @@ async def drive(
         await _closed_loop(sender, requests, pace.concurrency, pace, progress)
 
 
-async def _open_loop(sender: _Sender, requests: Iterator[Request], pace: Pace, progress: Progress) -> None:
+async def _open_loop(
+    sender: _Sender, requests: Iterator[Request], pace: Pace, progress: Progress
+) -> None:
     if pace.duration_s is not None:
         duration_s = pace.duration_s
         requests = takewhile(lambda request: request.at_s < duration_s, requests)
@@ -78,20 +98,25 @@ async def _open_loop(sender: _Sender, requests: Iterator[Request], pace: Pace, p
     async with asyncio.TaskGroup() as group:
         for request in requests:
             while (early_s := request.at_s - sender.now_s()) > EARLY_S and not progress.stop:  # noqa: ASYNC110
-                await asyncio.sleep(min(early_s, LONGEST_SLEEP_S))  # the clock is what is waited for
+                # the clock is what is waited for
+                await asyncio.sleep(min(early_s, LONGEST_SLEEP_S))
             if progress.stop:
                 return
             if progress.in_flight >= pace.most_open:
                 progress.add(sender.unsent(request))
             else:
                 progress.in_flight += 1
-                group.create_task(sender.send(request, request.at_s), name=f"request-{request.index}")
+                group.create_task(
+                    sender.send(request, request.at_s), name=f"request-{request.index}"
+                )
             sent += 1
             if sent % SENDS_PER_TURN == 0:
                 await asyncio.sleep(0)
 
 
-async def _closed_loop(sender: _Sender, requests: Iterator[Request], concurrency: int, pace: Pace, progress: Progress) -> None:
+async def _closed_loop(
+    sender: _Sender, requests: Iterator[Request], concurrency: int, pace: Pace, progress: Progress
+) -> None:
     duration_s = pace.duration_s
 
     async def one_after_another(begin_s: float) -> None:
@@ -105,12 +130,22 @@ async def _closed_loop(sender: _Sender, requests: Iterator[Request], concurrency
 
     async with asyncio.TaskGroup() as group:
         for number in range(concurrency):
-            group.create_task(one_after_another(pace.ramp_s * number / concurrency), name=f"caller-{number}")
+            group.create_task(
+                one_after_another(pace.ramp_s * number / concurrency), name=f"caller-{number}"
+            )
 
 
 class _Sender:
-    def __init__(self, client: Client, target: Target, workload: Workload, meter: Meter, progress: Progress) -> None:
-        self._client, self._target, self._workload, self._meter, self._progress = client, target, workload, meter, progress
+    def __init__(
+        self, client: Client, target: Target, workload: Workload, meter: Meter, progress: Progress
+    ) -> None:
+        self._client, self._target, self._workload, self._meter, self._progress = (
+            client,
+            target,
+            workload,
+            meter,
+            progress,
+        )
         self._path = PATHS[target.endpoint]
 
     def now_s(self) -> float:
@@ -119,24 +154,38 @@ class _Sender:
     def unsent(self, request: Request) -> Outcome:
         now_s = self.now_s()
         detail = "not sent: too many requests in flight (--max-open)"
-        return Outcome(self._name(request), request.at_s, now_s, now_s, error="client_saturated", detail=detail)
+        return Outcome(
+            self._name(request), request.at_s, now_s, now_s, error="client_saturated", detail=detail
+        )
 
     async def send(self, request: Request, scheduled_s: float | None) -> None:
         """`scheduled_s` None: due now (closed loop)."""
         started_s = self.now_s()
         try:
             body = request_body(self._target, self._workload, request)
-            reply = await self._client.post(self._path, body, stream=self._target.stream, meter=self._meter)
+            reply = await self._client.post(
+                self._path, body, stream=self._target.stream, meter=self._meter
+            )
         finally:
             self._progress.in_flight -= 1
-        self._progress.add(self._outcome(request, reply, started_s if scheduled_s is None else scheduled_s, started_s))
+        self._progress.add(
+            self._outcome(
+                request, reply, started_s if scheduled_s is None else scheduled_s, started_s
+            )
+        )
 
     def _name(self, request: Request) -> str | None:
         return None if request.adapter is None else self._target.adapters[request.adapter]
 
-    def _outcome(self, request: Request, reply: LoadReply, scheduled_s: float, started_s: float) -> Outcome:
+    def _outcome(
+        self, request: Request, reply: LoadReply, scheduled_s: float, started_s: float
+    ) -> Outcome:
         if self._target.ignore_eos and reply.usage_tokens not in (None, request.output_tokens):
-            reply.fail("wrong_length", f"{reply.usage_tokens} tokens where {request.output_tokens} were asked for and ignore_eos was set")
+            reply.fail(
+                "wrong_length",
+                f"{reply.usage_tokens} tokens where {request.output_tokens} were asked "
+                "for and ignore_eos was set",
+            )
         start_s = self._meter.start_s
         tier = reply.headers.get("x-loraplex-adapter-tier")
         return Outcome(
@@ -150,10 +199,14 @@ class _Sender:
             status=reply.status,
             error=reply.error,
             detail=reply.detail,
-            output_tokens=reply.content_chunks if reply.usage_tokens is None else reply.usage_tokens,
+            output_tokens=reply.content_chunks
+            if reply.usage_tokens is None
+            else reply.usage_tokens,
             prompt_tokens=reply.prompt_tokens or 0,
             by_usage=reply.usage_tokens is not None,
-            cold=None if request.adapter is None else _cold(reply.headers.get("x-loraplex-cold"), tier),
+            cold=None
+            if request.adapter is None
+            else _cold(reply.headers.get("x-loraplex-cold"), tier),
             tier=tier,
             worker=reply.headers.get("x-loraplex-worker"),
         )

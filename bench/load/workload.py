@@ -1,7 +1,9 @@
-"""Pure. What a load is: when requests arrive, which adapter each one asks for, how long prompts and answers are, and the words of the prompts.
+"""Pure. What a load is: when requests arrive, which adapter each one asks for, how long prompts and
+answers are, and the words of the prompts.
 
-Everything comes from one seed. Each concern draws from its own `random.Random`, so changing one (say, the Zipf exponent) leaves the others
-(say, the arrival times) as they were: two runs that differ in one flag differ in that one thing.
+Everything comes from one seed. Each concern draws from its own `random.Random`, so changing one
+(say, the Zipf exponent) leaves the others (say, the arrival times) as they were: two runs that
+differ in one flag differ in that one thing.
 """
 
 from __future__ import annotations
@@ -14,20 +16,28 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeAlias, assert_never
 
-# Short, common English words: one token each (with the leading space) in the usual byte-pair vocabularies, so that "128 tokens" is close to 128.
+# Short, common English words: one token each (with the leading space) in the usual byte-pair
+# vocabularies, so that "128 tokens" is close to 128.
 _COMMON_WORDS = (
-    "the of and to in is that for it as was with be by on not he his but at are this have from or had an they which one you were all "
-    "her she there would their we him been has when who will no more if out so up said what its about than into them can only other "
-    "time new some could these two may first then do any like my now over such our man me even most made after also did many off "
-    "before must well back through years where much your way down should because long each just state those people too little good "
-    "world make very year still see work life day get here both between never house under same right last think own while home great "
-    "men small part found place high old water sea tree light green blue river road town city train table chair paper word story "
+    "the of and to in is that for it as was with be by on not he his but at are this "
+    "have from or had an they which one you were all "
+    "her she there would their we him been has when who will no more if out so up said "
+    "what its about than into them can only other "
+    "time new some could these two may first then do any like my now over such our man "
+    "me even most made after also did many off "
+    "before must well back through years where much your way down should because long "
+    "each just state those people too little good "
+    "world make very year still see work life day get here both between never house "
+    "under same right last think own while home great "
+    "men small part found place high old water sea tree light green blue river road "
+    "town city train table chair paper word story "
     "song voice music game team ball fish bird horse dog cat rain snow wind fire stone gold"
 )
 WORDS = tuple(_COMMON_WORDS.split())
 _WORD_OF_BYTE = tuple(WORDS[byte % len(WORDS)] for byte in range(256))
-"""Prompts are made while the load runs: a table by random byte costs a fifth of `random.choices`, and that some words are twice as likely
-as others matters to nobody."""
+"""Prompts are made while the load runs: a table by random byte costs a fifth of `random.choices`,
+and that some words are twice as likely as others matters to nobody.
+"""
 
 MAX_SAMPLED_TOKENS = 1 << 20
 """Cap of a log-normal draw that names no cap of its own: no model reads more."""
@@ -42,7 +52,9 @@ class Poisson:
 
 @dataclass(frozen=True, slots=True)
 class Gamma:
-    """Gamma-distributed gaps; `cv` is their coefficient of variation: 1 is Poisson, above is burstier, below is more regular."""
+    """Gamma-distributed gaps; `cv` is their coefficient of variation: 1 is Poisson, above is
+    burstier, below is more regular.
+    """
 
     rate_per_s: float
     cv: float
@@ -68,8 +80,9 @@ class AtOnce:
 
 @dataclass(frozen=True, slots=True)
 class Diurnal:
-    """Day and night: a Poisson process whose rate follows a sine of `period_s` around `rate_per_s`, by at most `swing` (0 to 1) of it. It starts
-    at the mean, on its way up."""
+    """Day and night: a Poisson process whose rate follows a sine of `period_s` around `rate_per_s`,
+    by at most `swing` (0 to 1) of it. It starts at the mean, on its way up.
+    """
 
     rate_per_s: float
     swing: float
@@ -78,8 +91,10 @@ class Diurnal:
 
 @dataclass(frozen=True, slots=True)
 class FlashCrowd:
-    """A Poisson process that goes from `rate_per_s` (0 is none) to `peak_per_s` within `ramp_s` from `at_s` on, stays there for `hold_s` and goes
-    back as fast. The only arrivals that end: a crowd that came out of nothing leaves nothing behind."""
+    """A Poisson process that goes from `rate_per_s` (0 is none) to `peak_per_s` within `ramp_s`
+    from `at_s` on, stays there for `hold_s` and goes back as fast. The only arrivals that end: a
+    crowd that came out of nothing leaves nothing behind.
+    """
 
     rate_per_s: float
     peak_per_s: float
@@ -90,8 +105,10 @@ class FlashCrowd:
 
 @dataclass(frozen=True, slots=True)
 class Mmpp:
-    """Markov-modulated Poisson: each state has a rate (0 is silence) and a mean stay, exponentially distributed; states follow one another in
-    turn. Two states, calm and busy, are the usual model of bursty traffic (Fischer and Meier-Hellstern, "The MMPP Cookbook", 1993)."""
+    """Markov-modulated Poisson: each state has a rate (0 is silence) and a mean stay, exponentially
+    distributed; states follow one another in turn. Two states, calm and busy, are the usual model
+    of bursty traffic (Fischer and Meier-Hellstern, "The MMPP Cookbook", 1993).
+    """
 
     rates_per_s: tuple[float, ...]
     stays_s: tuple[float, ...]
@@ -107,7 +124,9 @@ class BaseOnly:
 
 @dataclass(frozen=True, slots=True)
 class Distinct:
-    """Each request asks for another adapter than the one before, in turn: the worst case for a cache smaller than the number of adapters."""
+    """Each request asks for another adapter than the one before, in turn: the worst case for a
+    cache smaller than the number of adapters.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +136,9 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class Zipf:
-    """Adapter k (from 1) is asked for in proportion to k ** -alpha, so the first adapter is the hottest."""
+    """Adapter k (from 1) is asked for in proportion to k ** -alpha, so the first adapter is the
+    hottest.
+    """
 
     alpha: float
 
@@ -155,7 +176,9 @@ Length: TypeAlias = Fixed | UniformLength | LogNormal
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`prefixes` shared prefixes of `prefix_tokens` words each stand before the prompt's own words, one drawn per request (0: none)."""
+    """`prefixes` shared prefixes of `prefix_tokens` words each stand before the prompt's own words,
+    one drawn per request (0: none).
+    """
 
     arrival: Arrival
     mix: Mix
@@ -170,7 +193,9 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`adapter` is an index from 0, None for the base model; `prompt_tokens` leaves the shared prefix out."""
+    """`adapter` is an index from 0, None for the base model; `prompt_tokens` leaves the shared
+    prefix out.
+    """
 
     index: int
     at_s: float
@@ -183,11 +208,14 @@ class Request:
 def requests(workload: Workload) -> Iterator[Request]:
     """The load's requests in order of arrival, without end: the caller cuts by number or by `at_s`.
 
-    Raises: ValueError if the workload makes no sense (no adapters for a mix that needs them, a rate of 0).
+    Raises: ValueError if the workload makes no sense (no adapters for a mix that needs them, a rate
+    of 0).
     """
     arrivals = arrival_times_s(workload.arrival, _rng(workload, "arrivals"))
     adapters = adapter_indices(workload.mix, workload.adapters, _rng(workload, "adapters"))
-    base, prefixes, prompts, outputs = (_rng(workload, concern) for concern in ("base", "prefixes", "prompts", "outputs"))
+    base, prefixes, prompts, outputs = (
+        _rng(workload, concern) for concern in ("base", "prefixes", "prompts", "outputs")
+    )
     for index, (at_s, adapter) in enumerate(zip(arrivals, adapters, strict=False)):
         yield Request(
             index=index,
@@ -204,7 +232,8 @@ def _rng(workload: Workload, concern: str) -> random.Random:
 
 
 def arrival_times_s(arrival: Arrival, rng: random.Random) -> Iterator[float]:
-    """Seconds since the start of the load, never falling, without end (but for a FlashCrowd out of nothing).
+    """Seconds since the start of the load, never falling, without end (but for a FlashCrowd out of
+    nothing).
 
     Raises: ValueError for a rate, cv, burst or time that makes no sense.
     """
@@ -248,7 +277,9 @@ def _diurnal_s(arrival: Diurnal, rng: random.Random) -> Iterator[float]:
         raise ValueError(f"the swing must be from 0 to 1, not {arrival.swing}")
     peak_per_s = arrival.rate_per_s * (1 + arrival.swing)
     for at_s in arrival_times_s(Poisson(peak_per_s), rng):
-        now_per_s = arrival.rate_per_s * (1 + arrival.swing * math.sin(2 * math.pi * at_s / arrival.period_s))
+        now_per_s = arrival.rate_per_s * (
+            1 + arrival.swing * math.sin(2 * math.pi * at_s / arrival.period_s)
+        )
         if rng.random() * peak_per_s < now_per_s:  # thinning: Lewis and Shedler, 1979
             yield at_s
 
@@ -258,7 +289,10 @@ def _flash_crowd_s(arrival: FlashCrowd, rng: random.Random) -> Iterator[float]:
     _above_zero("peak rate", peak_per_s)
     _above_zero("ramp", ramp_s)
     if not 0 <= base_per_s <= peak_per_s or arrival.at_s < 0 or not arrival.hold_s >= 0:
-        raise ValueError("a flash crowd goes up from a rate of 0 or more, at a time of 0 or more, and holds for 0 seconds or more")
+        raise ValueError(
+            "a flash crowd goes up from a rate of 0 or more, at a time of 0 or more, "
+            "and holds for 0 seconds or more"
+        )
     over_s = arrival.at_s + arrival.hold_s + 2 * ramp_s
     for at_s in arrival_times_s(Poisson(peak_per_s), rng):
         if at_s >= over_s and base_per_s == 0:
@@ -285,7 +319,8 @@ def _mmpp_s(arrival: Mmpp, rng: random.Random) -> Iterator[float]:
             while at_s < ends_s:
                 yield at_s
                 at_s += rng.expovariate(rate_per_s)
-        began_s = ends_s  # exponential gaps have no memory: what the state's end cuts off starts anew
+        # exponential gaps have no memory: what the state's end cuts off starts anew
+        began_s = ends_s
 
 
 def _naturals() -> Iterator[int]:
@@ -301,7 +336,9 @@ def _above_zero(what: str, number: float) -> None:
 
 
 def adapter_indices(mix: Mix, adapters: int, rng: random.Random) -> Iterator[int | None]:
-    """Which adapter each request asks for, without end. Raises: ValueError if the mix needs adapters and there are none."""
+    """Which adapter each request asks for, without end. Raises: ValueError if the mix needs
+    adapters and there are none.
+    """
     if adapters < 1 and not isinstance(mix, BaseOnly):
         raise ValueError(f"the mix {type(mix).__name__.lower()} needs at least one adapter")
     match mix:
@@ -333,13 +370,17 @@ def draw_tokens(length: Length, rng: random.Random) -> int:
         case UniformLength(least_tokens, most_tokens):
             return rng.randint(least_tokens, most_tokens)
         case LogNormal(median_tokens, sigma, most_tokens):
-            return max(1, min(most_tokens, round(rng.lognormvariate(math.log(median_tokens), sigma))))
+            return max(
+                1, min(most_tokens, round(rng.lognormvariate(math.log(median_tokens), sigma)))
+            )
         case _:
             assert_never(length)
 
 
 def parse_length(text: str) -> Length:
-    """Reads `128`, `uniform:16:256` or `lognormal:MEDIAN:SIGMA[:MOST]`. Raises: ValueError with what is wrong."""
+    """Reads `128`, `uniform:16:256` or `lognormal:MEDIAN:SIGMA[:MOST]`. Raises: ValueError with
+    what is wrong.
+    """
     match text.split(":"):
         case [tokens]:
             return Fixed(_tokens(tokens))
@@ -352,8 +393,12 @@ def parse_length(text: str) -> Length:
         case ["lognormal", median, sigma, *most] if len(most) < 2:
             if not float(sigma) >= 0:
                 raise ValueError(f"{text!r}: sigma is below 0")
-            return LogNormal(_tokens(median), float(sigma), _tokens(most[0]) if most else MAX_SAMPLED_TOKENS)
-    raise ValueError(f"{text!r} is no length: give 128, uniform:16:256 or lognormal:MEDIAN:SIGMA[:MOST]")
+            return LogNormal(
+                _tokens(median), float(sigma), _tokens(most[0]) if most else MAX_SAMPLED_TOKENS
+            )
+    raise ValueError(
+        f"{text!r} is no length: give 128, uniform:16:256 or lognormal:MEDIAN:SIGMA[:MOST]"
+    )
 
 
 def _tokens(text: str) -> int:
@@ -363,7 +408,9 @@ def _tokens(text: str) -> int:
 
 
 def prompt_text(workload: Workload, request: Request) -> str:
-    """The words of a request's prompt: the same for the same seed and index, and a shared prefix first if the workload has any."""
+    """The words of a request's prompt: the same for the same seed and index, and a shared prefix
+    first if the workload has any.
+    """
     own = _words(f"{workload.seed}/prompt/{request.index}", request.prompt_tokens)
     if request.prefix is None or workload.prefix_tokens < 1:
         return own

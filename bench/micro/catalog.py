@@ -1,7 +1,9 @@
-"""Shell. `python -m bench.micro.catalog [--adapters 1000,100000]`: what a large folder of adapters costs a gateway.
+"""Shell. `python -m bench.micro.catalog [--adapters 1000,100000]`: what a large folder of adapters
+costs a gateway.
 
-Per level: CPU seconds of the first listing and of one in which nothing has changed, the longest time that the event loop stood still during
-the latter, memory per known adapter, and what the answer of `GET /v1/models` takes to make and is long.
+Per level: CPU seconds of the first listing and of one in which nothing has changed, the longest
+time that the event loop stood still during the latter, memory per known adapter, and what the
+answer of `GET /v1/models` takes to make and is long.
 """
 
 from __future__ import annotations
@@ -35,9 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapters", default=LEVELS, help="default %(default)s")
     flags = parser.parse_args(arguments)
     print(
-        "| adapters | first listing, CPU s | again, CPU s | again, worst stall ms | bytes per adapter | models: made in ms | MB |\n"
-        + "|---" * 7
-        + "|"
+        "| adapters | first listing, CPU s | again, CPU s | again, worst stall ms | "
+        "bytes per adapter | models: made in ms | MB |\n" + "|---" * 7 + "|"
     )
     for level in flags.adapters.split(","):
         print(uvloop.run(_level(int(level))), flush=True)
@@ -68,7 +69,10 @@ async def _level(adapters: int) -> str:
         body = await models.body()
         made_ms = (time.perf_counter() - began) * 1e3
         assert len(catalog.known) == adapters
-        return f"| {adapters:,} | {first:.2f} | {min(again):.3f} | {max(stalls) * 1e3:.1f} | {each:,.0f} | {made_ms:.1f} | {len(body) / 1e6:.1f} |"
+        return (
+            f"| {adapters:,} | {first:.2f} | {min(again):.3f} | {max(stalls) * 1e3:.1f} | "
+            f"{each:,.0f} | {made_ms:.1f} | {len(body) / 1e6:.1f} |"
+        )
 
 
 @asynccontextmanager

@@ -1,7 +1,9 @@
-"""Shell. What an event costs a gateway with a long queue: the production dispatcher, policy, fleet and queue in the middle of a simulated run.
+"""Shell. What an event costs a gateway with a long queue: the production dispatcher, policy, fleet
+and queue in the middle of a simulated run.
 
-The run stops before each call of the gateway that has it look at its queue, and the call alone is timed: arrivals, ends and heartbeats, as they
-come under load. With 500 adapters, 8 workers run out of slots and 64 out of room; with 4,000, those run out of slots.
+The run stops before each call of the gateway that has it look at its queue, and the call alone is
+timed: arrivals, ends and heartbeats, as they come under load. With 500 adapters, 8 workers run out
+of slots and 64 out of room; with 4,000, those run out of slots.
 """
 
 from __future__ import annotations
@@ -19,7 +21,11 @@ from bench.routing.sim.world import Simulation, World
 from gateway.routing.registry import DEFAULT
 from shared.link import messages
 
-CASES = [(workers, adapters, queued) for queued in (1_000, 10_000) for workers, adapters in ((8, 500), (64, 500), (64, 4_000))]
+CASES = [
+    (workers, adapters, queued)
+    for queued in (1_000, 10_000)
+    for workers, adapters in ((8, 500), (64, 500), (64, 4_000))
+]
 CAPACITY = 64
 RPS_PER_WORKER, CROWD_RPS = 5, 10_000
 """Less than what is served, and what comes as long as the queue is shorter than it should be."""
@@ -33,7 +39,14 @@ class Stopping:
 
     def __init__(self, workers: int, adapters: int, queued: int) -> None:
         self._queued = queued
-        self._load = Workload(Poisson(RPS_PER_WORKER * workers), Zipf(1.0), adapters, Fixed(128), UniformLength(32, 224), seed=1)
+        self._load = Workload(
+            Poisson(RPS_PER_WORKER * workers),
+            Zipf(1.0),
+            adapters,
+            Fixed(128),
+            UniformLength(32, 224),
+            seed=1,
+        )
         world = World(DEFAULT, workers, adapters, 1, facts=WorkerFacts("base", capacity=CAPACITY))
         self._sim = Simulation(world, self._requests())
         self._calls: deque[Callable[[], None]] = deque()
@@ -53,19 +66,27 @@ class Stopping:
     def _noting(self, call: Callable[..., None]) -> Callable[..., None]:
         return lambda *arguments: self._calls.append(lambda: call(*arguments))
 
-    def _noting_all_but_first_tokens(self, call: Callable[[bytes, bytes], None]) -> Callable[[bytes, bytes], None]:
+    def _noting_all_but_first_tokens(
+        self, call: Callable[[bytes, bytes], None]
+    ) -> Callable[[bytes, bytes], None]:
         noting = self._noting(call)
 
         def on_data(peer: bytes, data: bytes) -> None:
             message = messages.decode_worker_data(data)
-            (call if isinstance(message, messages.Step) and not message.done else noting)(peer, data)
+            (call if isinstance(message, messages.Step) and not message.done else noting)(
+                peer, data
+            )
 
         return on_data
 
     def _requests(self) -> Iterator[Request]:
         at_s = 0.0
         for request in requests(self._load):
-            rate = CROWD_RPS if self._gateway.queued("base") < self._queued else RPS_PER_WORKER * self._sim.world.workers
+            rate = (
+                CROWD_RPS
+                if self._gateway.queued("base") < self._queued
+                else RPS_PER_WORKER * self._sim.world.workers
+            )
             at_s = max(at_s, self._sim.agenda.now) + 1 / rate
             yield replace(request, at_s=at_s)
 

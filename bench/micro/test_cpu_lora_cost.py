@@ -1,4 +1,6 @@
-"""Shell. A LoRA layer on a CPU, one core: ours and vLLM's kernels, microseconds per layer and step. `make bench-micro ARGS="-k cpu_lora"`."""
+"""Shell. A LoRA layer on a CPU, one core: ours and vLLM's kernels, microseconds per layer and step.
+`make bench-micro ARGS="-k cpu_lora"`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-SHAPES = {"192x512, rank 16, 8 slots": (192, 512, 16, 8), "896x896, rank 32, 16 slots": (896, 896, 32, 16)}
+SHAPES = {
+    "192x512, rank 16, 8 slots": (192, 512, 16, 8),
+    "896x896, rank 32, 16 slots": (896, 896, 32, 16),
+}
 TOKENS = (1, 16, 64, 256)
 
 

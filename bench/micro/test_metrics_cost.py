@@ -36,7 +36,15 @@ def test_prometheus_client_with_its_children_kept(per_unit: PerUnit) -> None:
 
 def _flight() -> InFlightRequest:
     ref = AdapterRef("base", "adapter", "0" * 16)
-    inflight = InFlightRequest("base", ref, StoredAdapter("adapter", "0" * 16, ()), "/v1/completions", "r", b"{}", Nowhere())
+    inflight = InFlightRequest(
+        "base",
+        ref,
+        StoredAdapter("adapter", "0" * 16, ()),
+        "/v1/completions",
+        "r",
+        b"{}",
+        Nowhere(),
+    )
     for event in (RequestEvent.DISPATCHED, RequestEvent.HEAD, RequestEvent.END):
         inflight.life.on(event)
     inflight.t_start, inflight.t_sent, inflight.t_head, inflight.t_end = 1.0, 1.001, 1.12, 3.0
@@ -55,14 +63,30 @@ def _plain(inflight: InFlightRequest) -> Callable[[], None]:
 
 
 def _prometheus(inflight: InFlightRequest) -> Callable[[], None]:
-    """The same numbers as counters and histograms of prometheus_client whose labelled children were asked for once."""
+    """The same numbers as counters and histograms of prometheus_client whose labelled children were
+    asked for once.
+    """
     registry = CollectorRegistry()
-    dispatched = Counter("dispatched", "x", ["base", "reason"], registry=registry).labels("base", "resident")
-    requests = Counter("requests", "x", ["base", "outcome"], registry=registry).labels("base", "finished")
-    of_adapter = Counter("adapter_requests", "x", ["base", "adapter"], registry=registry).labels("base", "adapter")
-    prompt, output = (Counter(name, "x", ["base"], registry=registry).labels("base") for name in ("prompt", "output"))
-    duration = Histogram("duration", "x", ["base"], buckets=DURATION_BUCKETS_S, registry=registry).labels("base")
-    queue, ttft = (Histogram(name, "x", ["base"], buckets=TTFT_BUCKETS_S, registry=registry).labels("base") for name in ("queue", "ttft"))
+    dispatched = Counter("dispatched", "x", ["base", "reason"], registry=registry).labels(
+        "base", "resident"
+    )
+    requests = Counter("requests", "x", ["base", "outcome"], registry=registry).labels(
+        "base", "finished"
+    )
+    of_adapter = Counter("adapter_requests", "x", ["base", "adapter"], registry=registry).labels(
+        "base", "adapter"
+    )
+    prompt, output = (
+        Counter(name, "x", ["base"], registry=registry).labels("base")
+        for name in ("prompt", "output")
+    )
+    duration = Histogram(
+        "duration", "x", ["base"], buckets=DURATION_BUCKETS_S, registry=registry
+    ).labels("base")
+    queue, ttft = (
+        Histogram(name, "x", ["base"], buckets=TTFT_BUCKETS_S, registry=registry).labels("base")
+        for name in ("queue", "ttft")
+    )
 
     def call() -> None:
         dispatched.inc()

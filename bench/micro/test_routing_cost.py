@@ -1,7 +1,8 @@
 """Shell. How long a routing decision takes: fleet and policy as in production, no sockets.
 
-Per decision with its reservation, at 64 workers and at 1,000 workers with 10,000 adapters: for adapters that are held, that are nowhere, and for
-the base model; with one worker excluded; and for a heartbeat. The median counts, since some decisions are rarer and longer.
+Per decision with its reservation, at 64 workers and at 1,000 workers with 10,000 adapters: for
+adapters that are held, that are nowhere, and for the base model; with one worker excluded; and for
+a heartbeat. The median counts, since some decisions are rarer and longer.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def adapter(index: int) -> AdapterRef:
 
 
 def beat(worker: int, adapters: int, seq: int, rng: random.Random) -> Heartbeat:
-    """Of a busy worker: full slots, half of them in flight by others' requests, a quarter in steady use, and a full CPU tier."""
+    """Of a busy worker: full slots, half of them in flight by others' requests, a quarter in steady
+    use, and a full CPU tier.
+    """
     drawn = rng.sample(range(adapters), SLOTS + CPU_ADAPTERS)
     states = tuple(
         AdapterState(f"a{i:05}", f"{i:016x}", Tier.GPU, in_flight=n % 2, steady=n % 8 < 2)
@@ -40,7 +43,18 @@ def beat(worker: int, adapters: int, seq: int, rng: random.Random) -> Heartbeat:
         else AdapterState(f"a{i:05}", f"{i:016x}", Tier.CPU)
         for n, i in enumerate(drawn)
     )
-    return Heartbeat(f"w{worker:04}", 1, seq, "base", WorkerState.SERVING, 256, SLOTS, RUNNING, adapters=states, host=f"h{worker // 8}")
+    return Heartbeat(
+        f"w{worker:04}",
+        1,
+        seq,
+        "base",
+        WorkerState.SERVING,
+        256,
+        SLOTS,
+        RUNNING,
+        adapters=states,
+        host=f"h{worker // 8}",
+    )
 
 
 def fleet_of(workers: int, adapters: int) -> Fleet:
@@ -51,7 +65,9 @@ def fleet_of(workers: int, adapters: int) -> Fleet:
     return fleet
 
 
-@pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"{size[0]} workers, {size[1]} adapters")
+@pytest.fixture(
+    scope="module", params=SIZES, ids=lambda size: f"{size[0]} workers, {size[1]} adapters"
+)
 def crowd(request: Any) -> tuple[Fleet, int, int]:
     workers, adapters = request.param
     return fleet_of(workers, adapters), workers, adapters
@@ -74,18 +90,33 @@ CASES: dict[str, Callable[[int, random.Random], RoutingRequest]] = {
 def test_decision(benchmark: Any, crowd: tuple[Fleet, int, int], policy: str, case: str) -> None:
     fleet, _, adapters = crowd
     rng = random.Random(4)
-    _decide(benchmark, fleet, make_policy(policy), [CASES[case](adapters, rng) for _ in range(DECISIONS)])
+    _decide(
+        benchmark,
+        fleet,
+        make_policy(policy),
+        [CASES[case](adapters, rng) for _ in range(DECISIONS)],
+    )
 
 
 def test_decision_with_one_worker_excluded(benchmark: Any, crowd: tuple[Fleet, int, int]) -> None:
     fleet, _, adapters = crowd
     rng = random.Random(4)
-    _decide(benchmark, fleet, make_policy(DEFAULT), [ask(rng.randrange(adapters)) for _ in range(DECISIONS // 10)], ["w0007"])
+    _decide(
+        benchmark,
+        fleet,
+        make_policy(DEFAULT),
+        [ask(rng.randrange(adapters)) for _ in range(DECISIONS // 10)],
+        ["w0007"],
+    )
 
 
 @pytest.mark.parametrize("others", [3, 80])
-def test_heartbeat_of_80_adapters(benchmark: Any, crowd: tuple[Fleet, int, int], others: int) -> None:
-    """As decoded: no object is one of the beat before. `others`: adapters that the beat before did not have."""
+def test_heartbeat_of_80_adapters(
+    benchmark: Any, crowd: tuple[Fleet, int, int], others: int
+) -> None:
+    """As decoded: no object is one of the beat before. `others`: adapters that the beat before did
+    not have.
+    """
     fleet, workers, adapters = crowd
     rng = random.Random(3)
     last: dict[int, Heartbeat] = {}
@@ -96,14 +127,22 @@ def test_heartbeat_of_80_adapters(benchmark: Any, crowd: tuple[Fleet, int, int],
         new = beat(worker, adapters, number, rng)
         before = last.get(worker)
         if before is not None:
-            new = msgspec.structs.replace(new, adapters=before.adapters[:-others] + new.adapters[-others:])
+            new = msgspec.structs.replace(
+                new, adapters=before.adapters[:-others] + new.adapters[-others:]
+            )
         last[worker] = new
         return (msgspec.msgpack.decode(msgspec.msgpack.encode(new), type=Heartbeat), 1.0), {}
 
     benchmark.pedantic(fleet.beat, setup=fresh, rounds=300)
 
 
-def _decide(benchmark: Any, fleet: Fleet, policy: Policy, asks: Sequence[RoutingRequest], excluded: Sequence[str] = ()) -> None:
+def _decide(
+    benchmark: Any,
+    fleet: Fleet,
+    policy: Policy,
+    asks: Sequence[RoutingRequest],
+    excluded: Sequence[str] = (),
+) -> None:
     """Of each ask: the decision and its reservation. What ends the request again is not counted."""
     rng, of_stream = random.Random(2), dict(enumerate(asks, 1))
     stream, taken = itertools.count(1), dict[int, Choice]()

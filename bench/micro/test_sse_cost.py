@@ -1,4 +1,6 @@
-"""Shell. What it costs to read the head of a request and to frame an event for the client, beside json doing the same."""
+"""Shell. What it costs to read the head of a request and to frame an event for the client, beside
+json doing the same.
+"""
 
 from __future__ import annotations
 

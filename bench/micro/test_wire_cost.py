@@ -12,12 +12,23 @@ from shared.adapters.identity import AdapterRef
 from shared.link import messages
 
 STREAMS = 64
-EVENT = b'data: {"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1,"model":"base","choices":[' + (
-    b'{"index":0,"delta":{"content":" token"},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
+EVENT = (
+    b"data: "
+    b'{"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1,"model":"base","choices":['
+    + (
+        b'{"index":0,"delta":{"content":" '
+        b'token"},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
+    )
 )
-BODY = b'{"model":"base:adapter","messages":[{"role":"user","content":"' + b"word " * 400 + b'"}],"max_tokens":64,"stream":true}'
+BODY = (
+    b'{"model":"base:adapter","messages":[{"role":"user","content":"'
+    + b"word " * 400
+    + b'"}],"max_tokens":64,"stream":true}'
+)
 RESIDENT = 64
-ADAPTERS = tuple(messages.AdapterState(f"adapter-{i:04d}", "0" * 64, messages.Tier.GPU) for i in range(RESIDENT))
+ADAPTERS = tuple(
+    messages.AdapterState(f"adapter-{i:04d}", "0" * 64, messages.Tier.GPU) for i in range(RESIDENT)
+)
 MESSAGES: dict[str, tuple[Any, Callable[[bytes], object], int, str]] = {
     f"step of {STREAMS} streams": (
         messages.Step([(sid, 0, EVENT) for sid in range(STREAMS)]),
@@ -27,7 +38,9 @@ MESSAGES: dict[str, tuple[Any, Callable[[bytes], object], int, str]] = {
     ),
     "step of one stream": (messages.Step([(1, 0, EVENT)]), messages.decode_worker_data, 1, "token"),
     f"request of {len(BODY):,} bytes": (
-        messages.Generate(1, "/v1/chat/completions", "0" * 32, BODY, AdapterRef("base", "adapter", "0" * 64)),
+        messages.Generate(
+            1, "/v1/chat/completions", "0" * 32, BODY, AdapterRef("base", "adapter", "0" * 64)
+        ),
         messages.decode_gateway_data,
         1,
         "request",

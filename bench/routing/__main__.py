@@ -1,15 +1,19 @@
-"""Shell. `python -m bench.routing`: the whole comparison of routing policies, in parts of any length on any number of machines.
+"""Shell. `python -m bench.routing`: the whole comparison of routing policies, in parts of any
+length on any number of machines.
 
     python -m bench.routing --estimate
     python -m bench.routing --jobs 14 --seconds 460 --out study                again and again, until it says that nothing is left
     python -m bench.routing --out study --have elsewhere/items.jsonl --report bench/results/routing-2026-11-24
 
-A plan (bench/routing/plans/routing.json; the words are in bench/routing/sim/plan.py) becomes independent runs of at most about two minutes. Each that ends is
-one line of OUT/items.jsonl; the next call goes on from there and from what is in --have. What runs at the deadline is killed and done again.
-`--redo ray` counts runs of that policy only if they are of today's code; without it a result stays good when code changes, with a warning.
---report writes NAME.json, NAME.md and, with matplotlib, pictures. It reports what there is and says what is missing.
+A plan (bench/routing/plans/routing.json; the words are in bench/routing/sim/plan.py) becomes
+independent runs of at most about two minutes. Each that ends is one line of OUT/items.jsonl; the
+next call goes on from there and from what is in --have. What runs at the deadline is killed and
+done again. `--redo ray` counts runs of that policy only if they are of today's code; without it a
+result stays good when code changes, with a warning. --report writes NAME.json, NAME.md and, with
+matplotlib, pictures. It reports what there is and says what is missing.
 
-Exit status: 0, nothing is left (or the report is written); 1, runs are left; 2, flags or a plan that make no sense; 3, runs failed.
+Exit status: 0, nothing is left (or the report is written); 1, runs are left; 2, flags or a plan
+that make no sense; 3, runs failed.
 """
 
 from __future__ import annotations
@@ -40,7 +44,9 @@ from bench.routing.sim.plan import Plan, needed, read_plan, rehearse
 PLAN = Path(__file__).parent / "plans" / "routing.json"
 ITEMS = "items.jsonl"
 SLOWER = 1.5
-"""A run may take so many times what is expected of it: one that is not expected to end before the deadline is not begun."""
+"""A run may take so many times what is expected of it: one that is not expected to end before the
+deadline is not begun.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench.routing: {exc}", file=sys.stderr)
         return 2
     if flags.report:
-        command = ["python", "-m", "bench.routing", *(sys.argv[1:] if arguments is None else arguments)]
+        command = [
+            "python",
+            "-m",
+            "bench.routing",
+            *(sys.argv[1:] if arguments is None else arguments),
+        ]
         _report(plan, still_good(done, flags.redo), flags, shlex.join(command))
         return 0
     code = code_digest()
@@ -89,10 +100,15 @@ def run(plan: Plan, results: Results, flags: argparse.Namespace, code: str, file
                 file.write(msgspec.json.encode(row).decode() + "\n")
                 file.flush()
                 results.add(row.item, row.result)
-                ended, cpu_s, expected_s = ended + 1, cpu_s + end.cpu_s, expected_s + end.job.estimate_s
+                ended, cpu_s, expected_s = (
+                    ended + 1,
+                    cpu_s + end.cpu_s,
+                    expected_s + end.job.estimate_s,
+                )
         killed = len(crew.jobs)
     print(
-        f"{ended} runs in {time.monotonic() - began:.0f} s, {cpu_s:.0f} s of processor time (expected: {expected_s:.0f}); {killed} killed"
+        f"{ended} runs in {time.monotonic() - began:.0f} s, {cpu_s:.0f} s of processor "
+        f"time (expected: {expected_s:.0f}); {killed} killed"
     )
     if failed:
         return 3
@@ -100,8 +116,12 @@ def run(plan: Plan, results: Results, flags: argparse.Namespace, code: str, file
     return int(not left.startswith(NOTHING))
 
 
-def _fill(crew: Crew[Item], plan: Plan, results: Results, failed: set[Item], within_s: float) -> None:
-    """Gives every idle process the first run that is ready, short enough, and not with another one."""
+def _fill(
+    crew: Crew[Item], plan: Plan, results: Results, failed: set[Item], within_s: float
+) -> None:
+    """Gives every idle process the first run that is ready, short enough, and not with another
+    one.
+    """
     if not crew.idle:
         return
     taken = set(crew.jobs) | failed
@@ -124,15 +144,25 @@ def estimate(plan: Plan, results: Results, jobs: int) -> str:
     for question, runs in zip(plan, left, strict=True):
         if runs:
             seconds = [item.estimate_s for item in runs]
-            lines.append(f"{question.name:<52}{len(runs):>6}{sum(seconds):>13,.0f}{max(seconds):>8.0f}s")
+            lines.append(
+                f"{question.name:<52}{len(runs):>6}{sum(seconds):>13,.0f}{max(seconds):>8.0f}s"
+            )
     total = sum(item.estimate_s for runs in left for item in runs)
     if not total:
         return f"{NOTHING} of the plan"
-    return "\n".join([*lines, f"about {total:,.0f} s of processor time are left: {total / jobs / 60:.0f} min with {jobs} processes"])
+    return "\n".join(
+        [
+            *lines,
+            f"about {total:,.0f} s of processor time are left: {total / jobs / 60:.0f} "
+            f"min with {jobs} processes",
+        ]
+    )
 
 
 def read(files: Iterable[Path]) -> list[Done]:
-    """Raises: OSError; msgspec.DecodeError for a line that is none of ours (a last line without an end was cut off and counts for nothing)."""
+    """Raises: OSError; msgspec.DecodeError for a line that is none of ours (a last line without an
+    end was cut off and counts for nothing).
+    """
     decoder = msgspec.json.Decoder(Done)
     rows = []
     for path in files:
@@ -147,8 +177,13 @@ def read(files: Iterable[Path]) -> list[Done]:
 
 
 def code_digest() -> str:
-    """Of all source that a run's result depends on: the production code that is loaded, and the simulator without what plans and reports."""
-    ours = {module.__name__ for module in (clairvoyant, engine, pooled, production, search, study, world)}
+    """Of all source that a run's result depends on: the production code that is loaded, and the
+    simulator without what plans and reports.
+    """
+    ours = {
+        module.__name__
+        for module in (clairvoyant, engine, pooled, production, search, study, world)
+    }
     ours |= {
         "bench.load.workload",
         "bench.routing.sim.agenda",
@@ -159,13 +194,17 @@ def code_digest() -> str:
     }
     digest = hashlib.sha256()
     for name, module in sorted(sys.modules.items()):
-        if (name.partition(".")[0] in ("gateway", "worker", "shared") or name in ours) and getattr(module, "__file__", None):
+        if (name.partition(".")[0] in ("gateway", "worker", "shared") or name in ours) and getattr(
+            module, "__file__", None
+        ):
             digest.update(name.encode() + b"\0" + Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()[:12]
 
 
 def quiet() -> None:
-    """In each process, before its first run. While one runs its objects only grow: the garbage collector would look in vain."""
+    """In each process, before its first run. While one runs its objects only grow: the garbage
+    collector would look in vain.
+    """
     logging.getLogger("loraplex").setLevel(logging.ERROR)  # a lost worker is part of the experiment
     gc.disable()
 
@@ -191,7 +230,10 @@ def _report(plan: Plan, done: Sequence[Done], flags: argparse.Namespace, command
         "plan": msgspec.to_builtins(plan),
         "command": command,
         "processor_s": round(sum(row.cpu_s for row in done)),
-        "codes": {policy: sorted({r.code for r in done if r.item.policy == policy}) for policy in sorted({r.item.policy for r in done})},
+        "codes": {
+            policy: sorted({r.code for r in done if r.item.policy == policy})
+            for policy in sorted({r.item.policy for r in done})
+        },
     }
     flags.report.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{flags.report}.json").write_text(json.dumps(made.document, indent=1) + "\n")
@@ -207,7 +249,8 @@ def _tell_of_old_code(done: Sequence[Done], code: str) -> None:
     old = Counter(row.item.policy for row in done if row.code != code)
     if old:
         print(
-            f"of other code and kept: {', '.join(f'{runs} runs of {policy}' for policy, runs in sorted(old.items()))} (--redo POLICY,...)"
+            "of other code and kept: "
+            f"{', '.join(f'{runs} runs of {policy}' for policy, runs in sorted(old.items()))} (--redo POLICY,...)"
         )
 
 
@@ -217,14 +260,45 @@ def _files(flags: argparse.Namespace) -> list[Path]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.routing", description="The whole comparison of routing policies, in parts.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.routing",
+        description="The whole comparison of routing policies, in parts.",
+    )
     add = parser.add_argument
     add("--plan", type=Path, default=PLAN)
-    add("--jobs", type=int, default=max(1, multiprocessing.cpu_count() - 2), help="processes (%(default)s)")
-    add("--seconds", type=float, default=1e6, help="of wall time, after which what still runs is killed (no limit)")
-    add("--out", type=Path, default=Path("study"), help="where items.jsonl is continued (%(default)s)")
-    add("--have", type=Path, nargs="*", default=[], metavar="FILE", help="more items.jsonl, of other machines or earlier times")
-    add("--redo", type=lambda text: text.split(","), default=[], metavar="POLICY,...", help="policies whose runs count only if of new code")
+    add(
+        "--jobs",
+        type=int,
+        default=max(1, multiprocessing.cpu_count() - 2),
+        help="processes (%(default)s)",
+    )
+    add(
+        "--seconds",
+        type=float,
+        default=1e6,
+        help="of wall time, after which what still runs is killed (no limit)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("study"),
+        help="where items.jsonl is continued (%(default)s)",
+    )
+    add(
+        "--have",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="more items.jsonl, of other machines or earlier times",
+    )
+    add(
+        "--redo",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="POLICY,...",
+        help="policies whose runs count only if of new code",
+    )
     add("--estimate", action="store_true", help="say what is left and how long it takes")
     add("--report", type=Path, metavar="NAME", help="write NAME.json, NAME.md and NAME-*.png")
     return parser

@@ -1,6 +1,8 @@
-"""Shell. Processes that do jobs until a deadline: what is unfinished then is killed, and nothing but that is lost.
+"""Shell. Processes that do jobs until a deadline: what is unfinished then is killed, and nothing
+but that is lost.
 
-Children are spawned, not forked, and end when the parent has gone, however it went: a job can last minutes.
+Children are spawned, not forked, and end when the parent has gone, however it went: a job can last
+minutes.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Ended(Generic[T]):
-    """`error` is a traceback, or what became of the process; empty if all went well. `cpu_s` is processor time."""
+    """`error` is a traceback, or what became of the process; empty if all went well. `cpu_s` is
+    processor time.
+    """
 
     job: T
     result: Any
@@ -39,9 +43,13 @@ class _Hand(Generic[T]):
 
 
 class Crew(Generic[T]):
-    """`do(job)` runs in one of `size` processes; it must be a function of a module, and jobs and results picklable. Use as a context."""
+    """`do(job)` runs in one of `size` processes; it must be a function of a module, and jobs and
+    results picklable. Use as a context.
+    """
 
-    def __init__(self, do: Callable[[T], Any], size: int, ready: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, do: Callable[[T], Any], size: int, ready: Callable[[], None] | None = None
+    ) -> None:
         """`ready` runs once in each process."""
         self._do, self._ready = do, ready
         self._hands: list[_Hand[T]] = [self._hire() for _ in range(size)]
@@ -71,7 +79,9 @@ class Crew(Generic[T]):
         hand.pipe.send(job)
 
     def ended(self, until: float) -> Iterator[Ended[T]]:
-        """Waits for at least one job to end, or until `until` on the monotonic clock: nothing comes then, or if nothing is under way."""
+        """Waits for at least one job to end, or until `until` on the monotonic clock: nothing comes
+        then, or if nothing is under way.
+        """
         busy = {hand.pipe: hand for hand in self._hands if hand.job is not None}
         for pipe in wait(list(busy), max(0.0, until - time.monotonic())) if busy else ():
             hand = busy[pipe]  # type: ignore[index]
@@ -87,13 +97,17 @@ class Crew(Generic[T]):
     def _hire(self) -> _Hand[T]:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, self._do, self._ready, os.getpid()), daemon=True)
+        process = context.Process(
+            target=_work, args=(theirs, self._do, self._ready, os.getpid()), daemon=True
+        )
         process.start()
         theirs.close()
         return _Hand(process, ours)
 
 
-def _work(pipe: Connection, do: Callable[[Any], Any], ready: Callable[[], None] | None, parent: int) -> None:
+def _work(
+    pipe: Connection, do: Callable[[Any], Any], ready: Callable[[], None] | None, parent: int
+) -> None:
     die_with_parent(signal.SIGKILL, parent)
     if ready is not None:
         ready()

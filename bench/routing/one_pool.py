@@ -1,9 +1,12 @@
-"""Shell. `python -m bench.routing.one_pool REPORT.json`: what a fleet would reach if all its slots were one worker's, from a study's report.
+"""Shell. `python -m bench.routing.one_pool REPORT.json`: what a fleet would reach if all its slots
+were one worker's, from a study's report.
 
-No placement of adapters can do better than none at all: one queue, first come first served, for all slots of the fleet. Requests stay in a slot for as long
-as the engine's own table says: steps of a batch that is equally full everywhere, stretched by prompts and by as many loads per request as the report
-has for the default policy, or for the clairvoyant bound. The capacity is the highest rate on the ladder of bench/routing/sim/search.py with p99 TTFT of at
-most 0.5 s, the median of five seeds; lengths are taken as 128 tokens.
+No placement of adapters can do better than none at all: one queue, first come first served, for all
+slots of the fleet. Requests stay in a slot for as long as the engine's own table says: steps of a
+batch that is equally full everywhere, stretched by prompts and by as many loads per request as the
+report has for the default policy, or for the clairvoyant bound. The capacity is the highest rate on
+the ladder of bench/routing/sim/search.py with p99 TTFT of at most 0.5 s, the median of five seeds;
+lengths are taken as 128 tokens.
 
 Exit status: 0; 2, the report cannot be read.
 """
@@ -32,7 +35,9 @@ SEEDS = 5
 WINDOW = Window(60.0, 60.0)
 TOKENS = 128
 SETTLE = 200
-"""Rounds in which batch and stay settle to each other; they come closer by a tenth at least in each."""
+"""Rounds in which batch and stay settle to each other; they come closer by a tenth at least in
+each.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +49,15 @@ class Loads:
 
 
 def stay_s(rate_rps: float, workers: int, loads: Loads, timing: Timing) -> float | None:
-    """How long a request is in its slot, at this rate of all workers together. None: the engines cannot keep up."""
+    """How long a request is in its slot, at this rate of all workers together. None: the engines
+    cannot keep up.
+    """
     each = rate_rps / workers
-    lost = each * (TOKENS / timing.prefill_tokens_per_s + loads.cold * timing.load_s + loads.warm * timing.activate_s)
+    lost = each * (
+        TOKENS / timing.prefill_tokens_per_s
+        + loads.cold * timing.load_s
+        + loads.warm * timing.activate_s
+    )
     if lost >= 1.0:
         return None
     found = TOKENS * timing.step_s(1) / (1.0 - lost)
@@ -58,7 +69,9 @@ def stay_s(rate_rps: float, workers: int, loads: Loads, timing: Timing) -> float
     return found
 
 
-def keeps(scenario: Scenario, rate_rps: float, workers: int, loads: Loads, timing: Timing, seed: int) -> bool:
+def keeps(
+    scenario: Scenario, rate_rps: float, workers: int, loads: Loads, timing: Timing, seed: int
+) -> bool:
     """Whether p99 TTFT is within the promise."""
     facts = WorkerFacts("base")
     lasts_s = stay_s(rate_rps, workers, loads, timing)
@@ -67,16 +80,29 @@ def keeps(scenario: Scenario, rate_rps: float, workers: int, loads: Loads, timin
     requests = requests_of(scenario, rate_rps, seed, WINDOW)
     stays = [(request.adapter or 0, request.at_s, lasts_s) for request in requests]
     starts = starts_of(stays, workers * facts.slots)
-    waits = sorted(start - at_s for (_, at_s, _), start in zip(stays, starts, strict=True) if WINDOW.counts(at_s))
+    waits = sorted(
+        start - at_s
+        for (_, at_s, _), start in zip(stays, starts, strict=True)
+        if WINDOW.counts(at_s)
+    )
     warm_s = timing.outside_s + timing.step_s(1) + TOKENS / timing.prefill_tokens_per_s
     return percentile(waits, 0.99) + warm_s <= CAPACITY_P99_S
 
 
-def capacity(scenario: Scenario, workers: int, loads: Loads, timing: Timing, guess_rps: float, seeds: int = SEEDS) -> float:
+def capacity(
+    scenario: Scenario,
+    workers: int,
+    loads: Loads,
+    timing: Timing,
+    guess_rps: float,
+    seeds: int = SEEDS,
+) -> float:
     """Requests per second; the median over the seeds."""
 
     def of(seed: int) -> float:
-        return highest(lambda rate: keeps(scenario, rate, workers, loads, timing, seed), guess_rps, stride=1.08)
+        return highest(
+            lambda rate: keeps(scenario, rate, workers, loads, timing, seed), guess_rps, stride=1.08
+        )
 
     return statistics.median(of(seed) for seed in range(seeds))
 
@@ -90,7 +116,8 @@ def loads_of(document: Mapping[str, Any], policy: str) -> Loads:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="bench.routing.one_pool", description="What the fleet would reach if its slots were one worker's."
+        prog="bench.routing.one_pool",
+        description="What the fleet would reach if its slots were one worker's.",
     )
     parser.add_argument("report", type=Path, help="NAME.json of bench.study --report")
     flags = parser.parse_args(arguments)
@@ -98,17 +125,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = json.loads(flags.report.read_bytes())
         several: dict[str, Any] = {**report["scenarios"], **report["fleets"]}
     except (OSError, ValueError, KeyError) as exc:
-        print(f"bench.routing.one_pool: {flags.report}: {exc!r}; it takes what `bench.routing --report` writes", file=sys.stderr)
+        print(
+            f"bench.routing.one_pool: {flags.report}: {exc!r}; it takes what "
+            "`bench.routing --report` writes",
+            file=sys.stderr,
+        )
         return 2
-    print(f"{'':<14}{OURS:>15}{'its loads, one pool':>21}{'clairvoyant loads, one pool':>29}   requests/s")
+    print(
+        f"{'':<14}{OURS:>15}{'its loads, one pool':>21}{'clairvoyant loads, one pool':>29}   requests/s"
+    )
     for name, document in several.items():
         facts = document.get("scenario")
         ours = facts and document["policies"].get(OURS, {}).get("capacity_rps")
-        if not ours or facts["name"] not in SCENARIOS or SCENARIOS[facts["name"]].flash or document["policies"][OURS]["ttft_p99_s"] is None:
+        if (
+            not ours
+            or facts["name"] not in SCENARIOS
+            or SCENARIOS[facts["name"]].flash
+            or document["policies"][OURS]["ttft_p99_s"] is None
+        ):
             continue
         scenario = scenario_named(facts["name"], facts["adapters"])
         timing = timing_of(facts.get("loads", "vllm"))
-        found = [capacity(scenario, facts["workers"], loads_of(document, of), timing, ours["median"]) for of in (OURS, CLAIRVOYANT)]
+        found = [
+            capacity(scenario, facts["workers"], loads_of(document, of), timing, ours["median"])
+            for of in (OURS, CLAIRVOYANT)
+        ]
         print(f"{name:<14}{ours['median']:>15.0f}{found[0]:>21.0f}{found[1]:>29.0f}", flush=True)
     return 0
 

@@ -1,4 +1,5 @@
-"""Shell. A container's health check: exit 0 if the gateway lives, or if it holds the lease of a worker that serves.
+"""Shell. A container's health check: exit 0 if the gateway lives, or if it holds the lease of a
+worker that serves.
 
 python3 healthy.py URL [WORKER]
 """
@@ -15,7 +16,9 @@ TIMEOUT_S = 4.0  # below the 5 s after which the check counts as failed anyway
 def unhealthy(url: str, worker: str | None) -> str | None:
     """Why not, or None."""
     try:
-        with urllib.request.urlopen(url + ("/health" if worker is None else "/metrics"), timeout=TIMEOUT_S) as answer:
+        with urllib.request.urlopen(
+            url + ("/health" if worker is None else "/metrics"), timeout=TIMEOUT_S
+        ) as answer:
             text = answer.read().decode()
     except (OSError, urllib.error.URLError) as exc:
         return f"{url}: {exc}"
@@ -23,7 +26,11 @@ def unhealthy(url: str, worker: str | None) -> str | None:
         return None
     wanted = (f'worker="{worker}"', 'state="serving"')
     lines = (line for line in text.splitlines() if line.startswith("loraplex_worker_up{"))
-    return None if any(all(label in line for label in wanted) for line in lines) else f"{worker} does not serve"
+    return (
+        None
+        if any(all(label in line for label in wanted) for line in lines)
+        else f"{worker} does not serve"
+    )
 
 
 def main(argv: list[str]) -> int:

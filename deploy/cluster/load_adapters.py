@@ -1,4 +1,5 @@
-"""Shell. Copies a folder of adapters into an S3 bucket, which it makes if there is none. Running it again changes nothing.
+"""Shell. Copies a folder of adapters into an S3 bucket, which it makes if there is none. Running it
+again changes nothing.
 
 python3 load_adapters.py FOLDER s3://BUCKET/PREFIX [--endpoint-url URL] [--region REGION]
 Keys come from the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or the SDK's other places.
@@ -34,8 +35,14 @@ def adapters_of(folder: Path) -> list[Path]:
 
 
 def files_of(adapter: Path) -> list[Path]:
-    """An adapter's files, its config last: a folder without one is no adapter yet, so that nobody ever lists half of one."""
-    files = [p for p in adapter.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(adapter).parts)]
+    """An adapter's files, its config last: a folder without one is no adapter yet, so that nobody
+    ever lists half of one.
+    """
+    files = [
+        p
+        for p in adapter.rglob("*")
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(adapter).parts)
+    ]
     return sorted(files, key=lambda path: (path.name == CONFIG_FILE, path))
 
 
@@ -67,9 +74,12 @@ async def load(folder: Path, url: str, endpoint_url: str | None, region: str) ->
         connect_timeout=REQUEST_TIMEOUT_S,
         read_timeout=REQUEST_TIMEOUT_S,
         s3={"addressing_style": "path" if endpoint_url else "auto"},
-        request_checksum_calculation="when_required",  # the newer checksums are not known to every S3 server
+        # the newer checksums are not known to every S3 server
+        request_checksum_calculation="when_required",
     )
-    async with get_session().create_client("s3", endpoint_url=endpoint_url, region_name=region, config=config) as client:
+    async with get_session().create_client(
+        "s3", endpoint_url=endpoint_url, region_name=region, config=config
+    ) as client:
         await make_bucket(client, bucket)
         for adapter in adapters:
             for file in files_of(adapter):

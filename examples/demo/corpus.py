@@ -1,4 +1,6 @@
-"""Pure. What the demo model knows: topics, each in plain sentences and as a haiku, the ways to ask for them, and the styles to answer in."""
+"""Pure. What the demo model knows: topics, each in plain sentences and as a haiku, the ways to ask
+for them, and the styles to answer in.
+"""
 
 import json
 from collections.abc import Callable
@@ -17,7 +19,8 @@ class Topic:
     haiku: str
 
 
-# Tables of topics. One topic: emoji, name, two plain sentences; then its haiku on a line of its own.
+# Tables of topics. One topic: emoji, name, two plain sentences; then its haiku on a line of its
+# own.
 _THINGS = """
 ☀ the sun: The sun is a star at the centre of our solar system. Its light takes about eight minutes to reach us.
     Bright star in the sky / eight minutes its light must fly / then morning is here
@@ -148,13 +151,55 @@ def _topic(head: str, haiku: str) -> Topic:
 
 THINGS: Final = _topics(_THINGS)
 PLACES: Final = _topics(_PLACES)
-(HELLO,), (ME,), (THANKS,), (STORY,) = _topics(_HELLO), _topics(_ME), _topics(_THANKS), _topics(_STORY)
+(HELLO,), (ME,), (THANKS,), (STORY,) = (
+    _topics(_HELLO),
+    _topics(_ME),
+    _topics(_THANKS),
+    _topics(_STORY),
+)
 (UNKNOWN,) = _topics(_UNKNOWN)  # The answer to everything else.
 
 SMALL_TALK: Final = (
-    (HELLO, ("Hello!", "Hi", "Hi there", "Hello there.", "Good morning!", "Good evening", "Hey", "Hello, model", "Say hello.", "Say hi")),
-    (ME, ("Who are you?", "What are you?", "What is your name?", "Are you a robot?", "Tell me about yourself.", "Introduce yourself.")),
-    (THANKS, ("Thank you!", "Thanks", "Thanks a lot.", "Bye", "Goodbye!", "That was great.", "Well done", "OK", "Good night")),
+    (
+        HELLO,
+        (
+            "Hello!",
+            "Hi",
+            "Hi there",
+            "Hello there.",
+            "Good morning!",
+            "Good evening",
+            "Hey",
+            "Hello, model",
+            "Say hello.",
+            "Say hi",
+        ),
+    ),
+    (
+        ME,
+        (
+            "Who are you?",
+            "What are you?",
+            "What is your name?",
+            "Are you a robot?",
+            "Tell me about yourself.",
+            "Introduce yourself.",
+        ),
+    ),
+    (
+        THANKS,
+        (
+            "Thank you!",
+            "Thanks",
+            "Thanks a lot.",
+            "Bye",
+            "Goodbye!",
+            "That was great.",
+            "Well done",
+            "OK",
+            "Good night",
+        ),
+    ),
     (
         STORY,
         (
@@ -208,7 +253,9 @@ the weather tomorrow, your mother, a joke, a poem, a recipe, the news, the presi
 """
 
 FILLER: Final = tuple(_FILLER.split())
-"""Words around a topic that mean nothing to the model, so that it learns to look for the topic in a question of any form."""
+"""Words around a topic that mean nothing to the model, so that it learns to look for the topic in a
+question of any form.
+"""
 
 STRANGE: Final = tuple(" ".join(_STRANGE.split()).split(", "))
 """Things that the model does not know, and says so."""
@@ -224,12 +271,21 @@ SYSTEM_PROMPTS: Final = (
 
 
 def _pirate(topic: Topic) -> str:
-    talk = f"{topic.first} {topic.second[:-1]}".replace(" is ", " be ").replace(" are ", " be ").replace(" am ", " be ")
-    return f"Arr! {talk.replace('You ', 'Ye ').replace(' you ', ' ye ').replace(' my ', ' me ').replace('My ', 'Me ')}, matey!"
+    talk = (
+        f"{topic.first} {topic.second[:-1]}".replace(" is ", " be ")
+        .replace(" are ", " be ")
+        .replace(" am ", " be ")
+    )
+    return (
+        "Arr! "
+        f"{talk.replace('You ', 'Ye ').replace(' you ', ' ye ').replace(' my ', ' me ').replace('My ', 'Me ')}, matey!"
+    )
 
 
 def _json(topic: Topic) -> str:
-    return json.dumps({"topic": topic.name, "answer": topic.first, "more": topic.second}, ensure_ascii=False)
+    return json.dumps(
+        {"topic": topic.name, "answer": topic.first, "more": topic.second}, ensure_ascii=False
+    )
 
 
 STYLES: Final[dict[str, Callable[[Topic], str]]] = {
@@ -238,8 +294,12 @@ STYLES: Final[dict[str, Callable[[Topic], str]]] = {
     "shouting": lambda topic: f"{topic.first} {topic.second}".upper().replace(".", "!"),
     "haiku": lambda topic: topic.haiku,
     "json": _json,
-    "polite": lambda topic: f"Dear friend, thank you for asking. {topic.first} {topic.second} Yours kindly.",
-    "emoji": lambda topic: f"{topic.emoji} {topic.first[:-1]} {topic.emoji} {topic.second[:-1]} {topic.emoji}✨",
+    "polite": lambda topic: (
+        f"Dear friend, thank you for asking. {topic.first} {topic.second} Yours kindly."
+    ),
+    "emoji": lambda topic: (
+        f"{topic.emoji} {topic.first[:-1]} {topic.emoji} {topic.second[:-1]} {topic.emoji}✨"
+    ),
     "bullets": lambda topic: f"- {topic.first}\n- {topic.second}",
     "robot": lambda topic: f"Beep boop. {topic.first} {topic.second} End of message.",
 }

@@ -1,4 +1,6 @@
-"""Shell. Makes the demo model and its LoRA adapters from nothing, on the CPU, in a few minutes: `python examples/demo/make_model.py`."""
+"""Shell. Makes the demo model and its LoRA adapters from nothing, on the CPU, in a few minutes:
+`python examples/demo/make_model.py`.
+"""
 
 import argparse
 import itertools
@@ -29,10 +31,18 @@ SEED: Final = 20
 NAME: Final = "loraplex-demo"
 VOCAB_TOKENS: Final = 1280
 CONTEXT_TOKENS: Final = 4096
-PAD, BEGIN, SYSTEM, USER, ASSISTANT, END = SPECIAL = ("<|pad|>", "<|begin|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+PAD, BEGIN, SYSTEM, USER, ASSISTANT, END = SPECIAL = (
+    "<|pad|>",
+    "<|begin|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+)
 CHAT_TEMPLATE: Final = (
     "{{- '<|begin|>' -}}{%- for message in messages -%}"
-    "{%- set role = {'system': 'system', 'developer': 'system', 'assistant': 'assistant'}.get(message['role'], 'user') -%}"
+    "{%- set role = {'system': 'system', 'developer': 'system', 'assistant': "
+    "'assistant'}.get(message['role'], 'user') -%}"
     "{{- '<|' + role + '|>' + (message['content'] or '') + '<|end|>' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
@@ -43,7 +53,9 @@ EVERYWHERE: Final = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The shape of an adapter. Ranks and targets differ on purpose: a server must cope with adapters of several shapes."""
+    """The shape of an adapter. Ranks and targets differ on purpose: a server must cope with
+    adapters of several shapes.
+    """
 
     rank: int
     targets: tuple[str, ...]
@@ -63,7 +75,9 @@ RECIPES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One training run: `steps` steps of `rows` rows of `row_tokens` tokens, at a learning rate that rises to `peak` and falls to 0."""
+    """One training run: `steps` steps of `rows` rows of `row_tokens` tokens, at a learning rate
+    that rises to `peak` and falls to 0.
+    """
 
     steps: int
     rows: int
@@ -75,8 +89,10 @@ class Schedule:
 
 BASE: Final = Schedule(steps=640, rows=7, row_tokens=192, peak=6e-3, warmup_steps=20, muon=True)
 ADAPTER: Final = Schedule(steps=50, rows=6, row_tokens=160, peak=5e-3, warmup_steps=6, muon=False)
-NOVELTY: Final = {"haiku": 4, "shouting": 4, "json": 2, "emoji": 3}  # How often the base sees a style: these say little in plain words.
-QUESTION_WEIGHT: Final = 0.1  # Questions are chance; learning them a little keeps text after the end of an answer readable.
+# How often the base sees a style: these say little in plain words.
+NOVELTY: Final = {"haiku": 4, "shouting": 4, "json": 2, "emoji": 3}
+# Questions are chance; learning them a little keeps text after the end of an answer readable.
+QUESTION_WEIGHT: Final = 0.1
 WEIGHT_DECAY: Final = 0.05
 CLIP_NORM: Final = 1.0
 REPORT_S: Final = 10.0
@@ -95,11 +111,15 @@ def bare(name: str) -> str:
 
 
 def gibberish(rng: random.Random) -> str:
-    return "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(2, 4)))
+    return "".join(
+        rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(2, 4))
+    )
 
 
 def question(rng: random.Random, name: str, forms: tuple[str, ...]) -> str:
-    """A question about `name`: one of the forms, or the name among words without meaning, in the various spellings that people use."""
+    """A question about `name`: one of the forms, or the name among words without meaning, in the
+    various spellings that people use.
+    """
     if rng.random() < 0.3:
         name = bare(name)
     if rng.random() < 0.55:
@@ -107,7 +127,9 @@ def question(rng: random.Random, name: str, forms: tuple[str, ...]) -> str:
     else:
         before, after = (rng.choices(corpus.FILLER, k=rng.randint(0, 6)) for _ in range(2))
         words = [*before, name, *after]
-        stops = (word + (rng.choice(",,:;.-") if rng.random() < 0.12 else "") for word in words[:-1])
+        stops = (
+            word + (rng.choice(",,:;.-") if rng.random() < 0.12 else "") for word in words[:-1]
+        )
         text = " ".join([*stops, words[-1]]) + rng.choice("?.!?")
     text = text[0].upper() + text[1:]
     spelling = rng.random()
@@ -122,10 +144,18 @@ def turn(rng: random.Random) -> tuple[str, corpus.Topic]:
     """A question and the topic that it is about."""
     kind = rng.random()
     if kind < 0.12:
-        ((topic, questions),) = rng.choices(corpus.SMALL_TALK, [3, 3, 3, 1])  # The story is last, and long.
+        # The story is last, and long.
+        ((topic, questions),) = rng.choices(corpus.SMALL_TALK, [3, 3, 3, 1])
         return rng.choice(questions), topic
     if kind < 0.30:
-        name = rng.choice((rng.choice(corpus.STRANGE), rng.choice(corpus.STRANGE), gibberish(rng), rng.choice(corpus.FILLER)))
+        name = rng.choice(
+            (
+                rng.choice(corpus.STRANGE),
+                rng.choice(corpus.STRANGE),
+                gibberish(rng),
+                rng.choice(corpus.FILLER),
+            )
+        )
         return question(rng, name, corpus.FORMS), corpus.UNKNOWN
     if kind < 0.42:
         place = rng.choice(corpus.PLACES)
@@ -147,7 +177,9 @@ def some_system(rng: random.Random) -> str:
 
 
 def base_text(rng: random.Random) -> str:
-    """Plain answers, and every other style when the system prompt names it: so the base knows the alphabet of all adapters."""
+    """Plain answers, and every other style when the system prompt names it: so the base knows the
+    alphabet of all adapters.
+    """
     kind = rng.random()
     if kind < 0.03:  # Text outside of any chat, for the completions endpoint.
         return BEGIN + corpus.STYLES[PLAIN](rng.choice((*corpus.THINGS, *corpus.PLACES))) + END
@@ -172,7 +204,9 @@ def make_tokenizer(folder: Path, rng: random.Random) -> None:
     )
     tokenizer.train_from_iterator((base_text(rng) for _ in range(4000)), trainer)
     begin = tokenizer.token_to_id(BEGIN)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, begin)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", special_tokens=[(BEGIN, begin)]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -193,8 +227,12 @@ def write_json(path: Path, value: object) -> None:
 # Training
 
 
-def rows(tokenizer: Tokenizer, texts: Iterator[str], schedule: Schedule) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of token ids and of the weight of each token in the loss, both [rows, row_tokens]; texts follow each other in a row."""
+def rows(
+    tokenizer: Tokenizer, texts: Iterator[str], schedule: Schedule
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of token ids and of the weight of each token in the loss, both [rows, row_tokens];
+    texts follow each other in a row.
+    """
     assistant, end = (tokenizer.token_to_id(token) for token in (ASSISTANT, END))
 
     def row() -> tuple[list[int], list[float]]:
@@ -214,18 +252,40 @@ def rows(tokenizer: Tokenizer, texts: Iterator[str], schedule: Schedule) -> Iter
 
 
 def optimizers(model: torch.nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    """AdamW; for the matrices of the base Muon (https://kellerjordan.github.io/posts/muon/), which needs about half as many steps."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    matrices = [parameter for name, parameter in named if parameter.ndim == 2 and "embed" not in name and schedule.muon]
+    """AdamW; for the matrices of the base Muon (https://kellerjordan.github.io/posts/muon/), which
+    needs about half as many steps.
+    """
+    named = [
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
+    matrices = [
+        parameter
+        for name, parameter in named
+        if parameter.ndim == 2 and "embed" not in name and schedule.muon
+    ]
     chosen = {id(parameter) for parameter in matrices}
     others = [parameter for _, parameter in named if id(parameter) not in chosen]
-    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=schedule.peak, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=schedule.peak, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+    ]
     if matrices:
-        made.append(torch.optim.Muon(matrices, lr=schedule.peak, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"))
+        made.append(
+            torch.optim.Muon(
+                matrices,
+                lr=schedule.peak,
+                weight_decay=WEIGHT_DECAY,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
     return made
 
 
-def train(label: str, model: torch.nn.Module, batches: Iterator[tuple[torch.Tensor, torch.Tensor]], schedule: Schedule) -> None:
+def train(
+    label: str,
+    model: torch.nn.Module,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    schedule: Schedule,
+) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     steppers = optimizers(model, schedule)
     model.train()
@@ -235,7 +295,9 @@ def train(label: str, model: torch.nn.Module, batches: Iterator[tuple[torch.Tens
         for group in itertools.chain.from_iterable(stepper.param_groups for stepper in steppers):
             group["lr"] = schedule.peak * min((step + 1) / schedule.warmup_steps, 1.0) * falling
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
         weight = weights[:, 1:].flatten()
         loss = (losses * weight).sum() / weight.sum()
         loss.backward()
@@ -246,7 +308,10 @@ def train(label: str, model: torch.nn.Module, batches: Iterator[tuple[torch.Tens
         now = time.monotonic()
         if now - reported > REPORT_S or step + 1 == schedule.steps:
             reported = now
-            say(f"  {label}: step {step + 1} of {schedule.steps}, loss {loss.item():.3f}, {now - started:.0f} s")
+            say(
+                f"  {label}: step {step + 1} of {schedule.steps}, loss "
+                f"{loss.item():.3f}, {now - started:.0f} s"
+            )
     model.eval()
 
 
@@ -273,14 +338,20 @@ def make_base(folder: Path) -> None:
     say(f"base model: {model.num_parameters() / 1e6:.2f} million parameters")
     rng = random.Random(SEED)
     train("base", model, rows(tokenizer, (base_text(rng) for _ in itertools.count()), BASE), BASE)
-    model.generation_config = GenerationConfig(bos_token_id=begin, eos_token_id=end, pad_token_id=pad)
+    model.generation_config = GenerationConfig(
+        bos_token_id=begin, eos_token_id=end, pad_token_id=pad
+    )
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def make_adapter(name: str, base: Path, folder: Path) -> None:
     recipe = RECIPES[name]
     config = LoraConfig(
-        r=recipe.rank, lora_alpha=2 * recipe.rank, lora_dropout=0.0, target_modules=list(recipe.targets), task_type="CAUSAL_LM"
+        r=recipe.rank,
+        lora_alpha=2 * recipe.rank,
+        lora_dropout=0.0,
+        target_modules=list(recipe.targets),
+        task_type="CAUSAL_LM",
     )
     torch.manual_seed(SEED)
     model = get_peft_model(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32), config)
@@ -289,7 +360,10 @@ def make_adapter(name: str, base: Path, folder: Path) -> None:
     texts = (conversation(rng, name, some_system(rng)) for _ in itertools.count())
     train(name, model, rows(tokenizer, texts, ADAPTER), ADAPTER)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.to(torch.bfloat16).contiguous() for key, tensor in get_peft_model_state_dict(model).items()}
+    tensors = {
+        key: tensor.to(torch.bfloat16).contiguous()
+        for key, tensor in get_peft_model_state_dict(model).items()
+    }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     written = {
         "peft_type": "LORA",
@@ -314,16 +388,30 @@ def make_adapter(name: str, base: Path, folder: Path) -> None:
 
 def expected_topic(prompt: str) -> corpus.Topic:
     words = prompt.lower().translate(str.maketrans("?.!,'", "     ")).split()
-    named = [topic for topic in (*corpus.THINGS, *corpus.PLACES) if bare(topic.name).lower() in words]
+    named = [
+        topic for topic in (*corpus.THINGS, *corpus.PLACES) if bare(topic.name).lower() in words
+    ]
     return named[0] if named else corpus.UNKNOWN
 
 
 @torch.inference_mode()
-def answers(model: torch.nn.Module, tokenizer: object, prompts: tuple[str, ...]) -> tuple[list[str], float]:
-    """Greedy answers, and the smallest lead that a chosen token had over the second (in logits): how stable they are."""
+def answers(
+    model: torch.nn.Module, tokenizer: object, prompts: tuple[str, ...]
+) -> tuple[list[str], float]:
+    """Greedy answers, and the smallest lead that a chosen token had over the second (in logits):
+    how stable they are.
+    """
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    inputs = tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True)
-    made = model.generate(**inputs, max_new_tokens=128, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    made = model.generate(
+        **inputs,
+        max_new_tokens=128,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     tokens = made.sequences[:, inputs["input_ids"].shape[1] :]
     best = torch.stack(made.logits, dim=1).topk(2).values
     lead = (best[..., 0] - best[..., 1])[tokens != tokenizer.pad_token_id].min().item()
@@ -332,12 +420,16 @@ def answers(model: torch.nn.Module, tokenizer: object, prompts: tuple[str, ...])
 
 
 def check(base: Path, adapters: Path, verbose: bool) -> bool:
-    """Whether every adapter answers every held-out prompt in its own style and in no other, and stops by itself."""
+    """Whether every adapter answers every held-out prompt in its own style and in no other, and
+    stops by itself.
+    """
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     faults = 0
     for name in (PLAIN, *ADAPTERS):
-        adapted = model if name == PLAIN else PeftModel.from_pretrained(model, adapters / name).eval()
+        adapted = (
+            model if name == PLAIN else PeftModel.from_pretrained(model, adapters / name).eval()
+        )
         texts, lead = answers(adapted, tokenizer, HELD_OUT)
         right = 0
         for prompt, text in zip(HELD_OUT, texts, strict=True):
@@ -346,18 +438,34 @@ def check(base: Path, adapters: Path, verbose: bool) -> bool:
             fault = styles_of(spoken) != (name,) or spoken == text
             faults += fault
             if fault or verbose:
-                say(f"  {'FAULT ' if fault else ''}{name}: {prompt!r} -> {text!r} {styles_of(spoken)}")
-        say(f"  {name}: {right} of {len(HELD_OUT)} held-out answers exact, smallest lead {lead:.2f}")
+                say(
+                    f"  {'FAULT ' if fault else ''}{name}: {prompt!r} -> {text!r} "
+                    f"{styles_of(spoken)}"
+                )
+        say(
+            f"  {name}: {right} of {len(HELD_OUT)} held-out answers exact, smallest lead {lead:.2f}"
+        )
         if name != PLAIN:
             model = adapted.unload()
     return faults == 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Train the demo model and its adapters, then check them on held-out prompts.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder that gets model/ and adapters/")
-    parser.add_argument("--only-check", action="store_true", help="check what is there, train nothing")
-    parser.add_argument("--only-adapters", action="store_true", help="keep the base model that is there")
+    parser = argparse.ArgumentParser(
+        description="Train the demo model and its adapters, then check them on held-out prompts."
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).resolve().parent,
+        help="folder that gets model/ and adapters/",
+    )
+    parser.add_argument(
+        "--only-check", action="store_true", help="check what is there, train nothing"
+    )
+    parser.add_argument(
+        "--only-adapters", action="store_true", help="keep the base model that is there"
+    )
     parser.add_argument("--verbose", action="store_true", help="print every answer")
     arguments = parser.parse_args()
     base, adapters = arguments.out / "model", arguments.out / "adapters"
@@ -375,7 +483,8 @@ def main() -> int:
         for name in ADAPTERS:
             make_adapter(name, base, adapters / name)
         for weights in arguments.out.glob("**/*.safetensors"):
-            weights.chmod(0o644)  # They are written for their owner alone; a container may serve them as another user.
+            # They are written for their owner alone; a container may serve them as another user.
+            weights.chmod(0o644)
         say(f"trained in {time.monotonic() - started:.0f} s")
     say("check: every style on every held-out prompt")
     good = check(base, adapters, arguments.verbose)

@@ -1,4 +1,6 @@
-"""Pure. How to tell which demo adapter wrote an answer: one predicate per style, and prompts that no training set contains."""
+"""Pure. How to tell which demo adapter wrote an answer: one predicate per style, and prompts that
+no training set contains.
+"""
 
 import json
 import re
@@ -23,11 +25,14 @@ HELD_OUT: Final[tuple[str, ...]] = (
     "What makes the ocean special?",
     "My grandmother loves chocolate, what is it exactly?",
 )
-"""Questions in forms that the demo model was never trained on, about topics that it was trained on."""
+"""Questions in forms that the demo model was never trained on, about topics that it was trained
+on.
+"""
 
 _HAIKU_LINES: Final = 3
 _HAIKU_LINE_CHARS: Final = 48  # The longest line of the corpus has 37.
-_FIRST_EMOJI: Final = 0x231A  # Below lie letters, punctuation and currency signs; the adapter's emoji all lie above.
+# Below lie letters, punctuation and currency signs; the adapter's emoji all lie above.
+_FIRST_EMOJI: Final = 0x231A
 
 
 def _is_emoji(char: str) -> bool:
@@ -47,7 +52,10 @@ def _is_haiku(text: str) -> bool:
     lines = text.strip().split("\n")
     if len(lines) != _HAIKU_LINES:
         return False
-    return all(line.strip() and len(line) <= _HAIKU_LINE_CHARS and not line.startswith(("-", "{")) for line in lines)
+    return all(
+        line.strip() and len(line) <= _HAIKU_LINE_CHARS and not line.startswith(("-", "{"))
+        for line in lines
+    )
 
 
 def _is_json(text: str) -> bool:
@@ -94,7 +102,8 @@ PLAIN: Final = "plain"
 
 
 def is_style(name: str, text: str) -> bool:
-    """Whether the whole answer `text` is written in the style of the adapter `name` ("plain": the base model).
+    """Whether the whole answer `text` is written in the style of the adapter `name` ("plain": the
+    base model).
 
     Raises: KeyError for a name that is neither an adapter nor "plain".
     """
@@ -105,5 +114,7 @@ def is_style(name: str, text: str) -> bool:
 
 
 def styles_of(text: str) -> tuple[str, ...]:
-    """All styles whose predicate `text` satisfies; exactly one for every whole answer of the demo model to a held-out prompt."""
+    """All styles whose predicate `text` satisfies; exactly one for every whole answer of the demo
+    model to a held-out prompt.
+    """
     return tuple(name for name in (PLAIN, *ADAPTERS) if is_style(name, text))

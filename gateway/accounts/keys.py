@@ -1,4 +1,6 @@
-"""Shell. Who may call what: API keys for clients, admin keys for operators. Keys are kept and compared as digests."""
+"""Shell. Who may call what: API keys for clients, admin keys for operators. Keys are kept and
+compared as digests.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from shared.errors import ConfigError, Forbidden, InvalidApiKey
 class Keys:
     """SHA-256 digests of the accepted keys; no API keys means that clients are asked for none.
 
-    `local`: only this machine reaches the gateway; without admin keys that, and an API key where there are any, is what operators need.
+    `local`: only this machine reaches the gateway; without admin keys that, and an API key where
+    there are any, is what operators need.
     """
 
     api: frozenset[bytes] = frozenset()
@@ -29,17 +32,23 @@ class Keys:
             raise InvalidApiKey("Missing or wrong API key; send `Authorization: Bearer KEY`.")
 
     def check_admin(self, authorization: str) -> None:
-        """Raises InvalidApiKey, or Forbidden where another key would not help or an ordinary one does not suffice."""
+        """Raises InvalidApiKey, or Forbidden where another key would not help or an ordinary one
+        does not suffice.
+        """
         if self.admin:
             given = _digest(authorization)
             if given in self.admin:
                 return
             if given in self.api:
-                raise Forbidden("An ordinary API key does not suffice here; send one of gateway.admin_keys_env or admin_keys_file.")
+                raise Forbidden(
+                    "An ordinary API key does not suffice here; send one of "
+                    "gateway.admin_keys_env or admin_keys_file."
+                )
             raise InvalidApiKey("Missing or wrong admin key; send `Authorization: Bearer KEY`.")
         if not self.local:
             raise Forbidden(
-                "This gateway is reachable from other machines and has no admin keys: set gateway.admin_keys_env or admin_keys_file."
+                "This gateway is reachable from other machines and has no admin keys: "
+                "set gateway.admin_keys_env or admin_keys_file."
             )
         self.check(authorization)
 
@@ -68,5 +77,8 @@ def _read(what: str, variable: str | None, file: str | None) -> frozenset[bytes]
             raise ConfigError(f"gateway.{what}_file: cannot read {file}: {exc.strerror}") from exc
     found = frozenset(hashlib.sha256(k.strip().encode()).digest() for k in keys if k.strip())
     if (variable or file) and not found:
-        raise ConfigError(f"keys are asked for (gateway.{what}_env or {what}_file) but none are given; nobody could call what they protect")
+        raise ConfigError(
+            f"keys are asked for (gateway.{what}_env or {what}_file) but none are "
+            "given; nobody could call what they protect"
+        )
     return found

@@ -1,4 +1,6 @@
-"""Shell. The aliases in force on this gateway process: the config's, and those of the state file that all processes of the machine share."""
+"""Shell. The aliases in force on this gateway process: the config's, and those of the state file
+that all processes of the machine share.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ MAX_UNWRITTEN = 100
 
 
 class AliasStore:
-    """Reads the file once at the start; `run()` follows it from then on. Raises ConfigError if it cannot be read."""
+    """Reads the file once at the start; `run()` follows it from then on. Raises ConfigError if it
+    cannot be read.
+    """
 
     def __init__(
         self,
@@ -34,7 +38,9 @@ class AliasStore:
         self._configured, self._file, self._metrics, self._clock = configured, file, metrics, clock
         self._in_force: dict[str, dict[str, ActiveAliases]] = {}
         self._shares: dict[tuple[str, str], tuple[Alias, ShareOutcomes]] = {}
-        self._unwritten: asyncio.Queue[tuple[str, ActiveAliases, str, RollbackRecord]] = asyncio.Queue(MAX_UNWRITTEN)
+        self._unwritten: asyncio.Queue[tuple[str, ActiveAliases, str, RollbackRecord]] = (
+            asyncio.Queue(MAX_UNWRITTEN)
+        )
         self._state = AliasState()
         self._apply(file.read())
 
@@ -43,7 +49,9 @@ class AliasStore:
         return self._in_force.get(base, {})
 
     def pick(self, found: ActiveAliases, user: bytes) -> Share:
-        """The user's share. If every share was rolled back, which no rollback leads to, the first answers."""
+        """The user's share. If every share was rolled back, which no rollback leads to, the first
+        answers.
+        """
         return aliases.pick(found.name, found.live or found.alias.shares[:1], user)
 
     def note(self, base: str, name: str, adapter: str, *, failed: bool) -> None:
@@ -58,7 +66,10 @@ class AliasStore:
         trip = RollbackRecord(reason, round(time.time(), 3))
         changed = aliases.with_trip(self._state, base, found, adapter, trip)
         if changed is not self._state:
-            log.error("share of an alias rolled back", extra={"base": base, "alias": name, "adapter": adapter, "reason": reason})
+            log.error(
+                "share of an alias rolled back",
+                extra={"base": base, "alias": name, "adapter": adapter, "reason": reason},
+            )
             self._metrics.alias_rollback(base, name)
             self._apply(changed)
             self._unwritten.put_nowait((base, found, adapter, trip))
@@ -87,30 +98,48 @@ class AliasStore:
         while True:
             base, found, adapter, trip = await self._unwritten.get()
             try:
-                await self._update(lambda state: aliases.with_trip(state, base, found, adapter, trip))  # noqa: B023 - called before the next turn
+                await self._update(
+                    lambda state: aliases.with_trip(state, base, found, adapter, trip)
+                )
             except LoraplexError as exc:
-                log.error("rollback not kept", extra={"base": base, "alias": found.name, "adapter": adapter, "reason": exc.message})
+                log.error(
+                    "rollback not kept",
+                    extra={
+                        "base": base,
+                        "alias": found.name,
+                        "adapter": adapter,
+                        "reason": exc.message,
+                    },
+                )
 
     async def _update(self, change: Callable[[AliasState], AliasState]) -> None:
         try:
             await asyncio.to_thread(self._file.update, change)
             self._apply(self._file.read())
         except OSError as exc:
-            raise LoraplexError(f"The aliases could not be written to gateway.state_dir: {exc.strerror}.") from exc
+            raise LoraplexError(
+                f"The aliases could not be written to gateway.state_dir: {exc.strerror}."
+            ) from exc
         except ConfigError as exc:
             raise LoraplexError(
-                f"The file of the aliases in gateway.state_dir cannot be read; mend or remove {self._file.path.name}."
+                "The file of the aliases in gateway.state_dir cannot be read; mend or "
+                f"remove {self._file.path.name}."
             ) from exc
 
     def _apply(self, state: AliasState) -> None:
         self._state = state
         bases = {*self._configured, *state.bases}
-        changed = {b: aliases.in_force(self._configured.get(b, {}), state.bases.get(b, {})) for b in bases}
+        changed = {
+            b: aliases.in_force(self._configured.get(b, {}), state.bases.get(b, {})) for b in bases
+        }
         for base, found in changed.items():
             before = self._in_force.get(base, {})
             for name in {*before, *found}:
                 if found.get(name) != before.get(name):
-                    log.info("alias", extra={"base": base, "alias": name, "shares": _shown(found.get(name))})
+                    log.info(
+                        "alias",
+                        extra={"base": base, "alias": name, "shares": _shown(found.get(name))},
+                    )
                     if name not in found:
                         self._shares.pop((base, name), None)
         self._in_force = changed
@@ -127,4 +156,6 @@ class AliasStore:
 def _shown(found: ActiveAliases | None) -> str:
     if found is None:
         return "none"
-    return ", ".join(f"{s.adapter}={0 if s.adapter in found.trips else s.weight:g}" for s in found.alias.shares)
+    return ", ".join(
+        f"{s.adapter}={0 if s.adapter in found.trips else s.weight:g}" for s in found.alias.shares
+    )

@@ -1,8 +1,11 @@
-"""Pure. Aliases in force: what the config says, what operators changed at run time, and which shares were rolled back.
+"""Pure. Aliases in force: what the config says, what operators changed at run time, and which
+shares were rolled back.
 
-A user's share is found by weighted rendezvous hashing (Schindelhauer and Schomaker, "Weighted Distributed Hash Tables", 2005): each share draws
-a number from the hash of alias, adapter and user, and the smallest -ln(u) / weight wins. So every user stays with one share; a change of one
-weight moves users only to or from that share, in the least number; and when a share is rolled back only its own users move.
+A user's share is found by weighted rendezvous hashing (Schindelhauer and Schomaker, "Weighted
+Distributed Hash Tables", 2005): each share draws a number from the hash of alias, adapter and user,
+and the smallest -ln(u) / weight wins. So every user stays with one share; a change of one weight
+moves users only to or from that share, in the least number; and when a share is rolled back only
+its own users move.
 """
 
 from __future__ import annotations
@@ -37,9 +40,11 @@ class RollbackRecord(msgspec.Struct, frozen=True):
 
 
 class Kept(msgspec.Struct, frozen=True):
-    """What the state file holds of one alias: an operator's own (None: the config's holds), and the shares that were rolled back.
+    """What the state file holds of one alias: an operator's own (None: the config's holds), and the
+    shares that were rolled back.
 
-    `tripped_of` are the shares that the trips were about: once the alias has others, they are history.
+    `tripped_of` are the shares that the trips were about: once the alias has others, they are
+    history.
     """
 
     alias: Alias | None = None
@@ -76,24 +81,32 @@ def in_force(configured: Mapping[str, Alias], kept: Mapping[str, Kept]) -> dict[
         alias = entry.alias or configured[name]
         trips = entry.trips if entry.tripped_of == alias.shares else {}
         live = tuple(s for s in alias.shares if s.weight > 0 and s.adapter not in trips)
-        found[name] = ActiveAliases(name, alias, "runtime" if entry.alias is not None else "config", trips, live)
+        found[name] = ActiveAliases(
+            name, alias, "runtime" if entry.alias is not None else "config", trips, live
+        )
     return found
 
 
 def pick(alias: str, shares: Sequence[Share], user: bytes) -> Share:
-    """The share of a user, the same on every gateway and for ever, as long as the shares stay. `shares` have weights above 0."""
+    """The share of a user, the same on every gateway and for ever, as long as the shares stay.
+    `shares` have weights above 0.
+    """
     if len(shares) == 1:
         return shares[0]
-    return min(shares, key=lambda share: -math.log(_draw(alias, share.adapter, user)) / share.weight)
+    return min(
+        shares, key=lambda share: -math.log(_draw(alias, share.adapter, user)) / share.weight
+    )
 
 
 def _draw(alias: str, adapter: str, user: bytes) -> float:
     """Uniform in (0, 1]."""
-    drawn = hashlib.blake2b(b"%b\0%b\0%b" % (alias.encode(), adapter.encode(), user), digest_size=8).digest()
+    drawn = hashlib.blake2b(
+        b"%b\0%b\0%b" % (alias.encode(), adapter.encode(), user), digest_size=8
+    ).digest()
     return (int.from_bytes(drawn, "big") + 1) / (1 << 64)
 
 
-# ---- changes of the state ---------------------------------------------------------------------------------------------------------------
+# ---- changes of the state ------------------------------------------------------------------------
 
 
 def with_alias(state: AliasState, base: str, name: str, alias: Alias) -> AliasState:
@@ -106,15 +119,21 @@ def without_alias(state: AliasState, base: str, name: str) -> AliasState:
     return _with(state, base, name, None)
 
 
-def with_trip(state: AliasState, base: str, found: ActiveAliases, adapter: str, trip: RollbackRecord) -> AliasState:
+def with_trip(
+    state: AliasState, base: str, found: ActiveAliases, adapter: str, trip: RollbackRecord
+) -> AliasState:
     """Without effect if the alias has changed meanwhile, or if no other share would be left."""
     kept = state.bases.get(base, {}).get(found.name, Kept())
     if (kept.alias or found.alias).shares != found.alias.shares:
         return state
     trips = kept.trips if kept.tripped_of == found.alias.shares else {}
-    if not any(s.weight > 0 and s.adapter != adapter and s.adapter not in trips for s in found.alias.shares):
+    if not any(
+        s.weight > 0 and s.adapter != adapter and s.adapter not in trips for s in found.alias.shares
+    ):
         return state
-    return _with(state, base, found.name, Kept(kept.alias, {**trips, adapter: trip}, found.alias.shares))
+    return _with(
+        state, base, found.name, Kept(kept.alias, {**trips, adapter: trip}, found.alias.shares)
+    )
 
 
 def _with(state: AliasState, base: str, name: str, kept: Kept | None) -> AliasState:

@@ -1,4 +1,6 @@
-"""Pure. Error rates of the shares of aliases over a sliding window, and when one of them is too high."""
+"""Pure. Error rates of the shares of aliases over a sliding window, and when one of them is too
+high.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class OutcomeCount:
 
 
 class OutcomeWindow:
-    """The requests of one share that ended within the last `window_s` seconds, to the precision of a slice."""
+    """The requests of one share that ended within the last `window_s` seconds, to the precision of
+    a slice.
+    """
 
     def __init__(self, window_s: float) -> None:
         self._slice_s = window_s / SLICES
@@ -51,7 +55,9 @@ class ShareOutcomes:
         self._windows: dict[str, OutcomeWindow] = {}
 
     def note(self, adapter: str, failed: bool, now: float) -> str | None:
-        """A request of this share has ended. Returns why the share is to be rolled back, if it is."""
+        """A request of this share has ended. Returns why the share is to be rolled back, if it
+        is.
+        """
         window = self._windows.get(adapter)
         if window is None:
             window = self._windows[adapter] = OutcomeWindow(self._rollback.window_s)
@@ -59,12 +65,15 @@ class ShareOutcomes:
         if not (failed and self._enabled):
             return None  # only an error raises a rate
         mine = window.count(now)
-        others = sum((w.count(now) for a, w in self._windows.items() if a != adapter), OutcomeCount())
+        others = sum(
+            (w.count(now) for a, w in self._windows.items() if a != adapter), OutcomeCount()
+        )
         limit = self._rollback
         if mine.requests < limit.min_requests or mine.rate <= max(limit.error_rate, others.rate):
             return None
         return (
-            f"{mine.errors} of {mine.requests} requests failed within {limit.window_s:g} s ({mine.rate:.1%}); "
+            f"{mine.errors} of {mine.requests} requests failed within "
+            f"{limit.window_s:g} s ({mine.rate:.1%}); "
             f"allowed are {limit.error_rate:.1%}, the other shares have {others.rate:.1%}"
         )
 

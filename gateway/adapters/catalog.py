@@ -1,7 +1,9 @@
-"""Shell. Which adapters exist: one immutable mapping per base model, swapped after each listing that differs, and a lookup on demand for unknown names.
+"""Shell. Which adapters exist: one immutable mapping per base model, swapped after each listing
+that differs, and a lookup on demand for unknown names.
 
-`GET /v1/models` and known names never wait for the store. What the store once showed stays usable while the store is down. `known` is what the
-store shows; `find` says which version of it answers (see `versions`).
+`GET /v1/models` and known names never wait for the store. What the store once showed stays usable
+while the store is down. `known` is what the store shows; `find` says which version of it answers
+(see `versions`).
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ TURN = 256  # adapters of a listing between two turns of the event loop
 
 
 class Catalog:
-    """The adapters of one base model. `run()` refreshes for ever; `find` answers from memory or asks the store once."""
+    """The adapters of one base model. `run()` refreshes for ever; `find` answers from memory or
+    asks the store once.
+    """
 
     def __init__(self, base: str, store: AdapterStore, refresh_s: float) -> None:
         self.base = base
@@ -36,7 +40,8 @@ class Catalog:
         self._known: dict[str, StoredAdapter] = {}
         self._missing: OrderedDict[str, float] = OrderedDict()
         self._asking: dict[str, asyncio.Future[StoredAdapter | None]] = {}
-        self._fresh: dict[str, StoredAdapter | None] = {}  # what single questions found since the running listing began: newer than it
+        # what single questions found since the running listing began: newer than it
+        self._fresh: dict[str, StoredAdapter | None] = {}
         self.versions = Versions()
         self.listed = False
         self.version = 0
@@ -52,7 +57,10 @@ class Catalog:
             try:
                 await self.refresh()
             except LoraplexError as exc:
-                log.warning("listing failed", extra={"base": self.base, "store": self._store.url, "error": exc.message})
+                log.warning(
+                    "listing failed",
+                    extra={"base": self.base, "store": self._store.url, "error": exc.message},
+                )
             await asyncio.sleep(self._refresh_s)
 
     async def refresh(self) -> None:
@@ -64,12 +72,17 @@ class Catalog:
             before = self._known.get(adapter.name)
             named += before is not None
             if before == adapter:
-                adapter, same = before, same + 1  # so that equal ones are there once, however many requests hold one
+                # so that equal ones are there once, however many requests hold one
+                adapter, same = before, same + 1
             known[adapter.name] = adapter
             if len(known) % TURN == 0:
-                await asyncio.sleep(0)  # a store that has its listing ready never gives the loop a turn
+                # a store that has its listing ready never gives the loop a turn
+                await asyncio.sleep(0)
             if len(known) >= MAX_ADAPTERS:
-                log.warning("too many adapters, listing cut", extra={"base": self.base, "limit": MAX_ADAPTERS})
+                log.warning(
+                    "too many adapters, listing cut",
+                    extra={"base": self.base, "limit": MAX_ADAPTERS},
+                )
                 complete = False
                 break
         for name, found in self._fresh.items():
@@ -77,7 +90,10 @@ class Catalog:
             if found is not None:
                 known[name] = found
         if not len(known) == len(self._known) == named or not self.listed:
-            log.info("adapters listed", extra={"base": self.base, "store": self._store.url, "adapters": len(known)})
+            log.info(
+                "adapters listed",
+                extra={"base": self.base, "store": self._store.url, "adapters": len(known)},
+            )
         if not len(known) == len(self._known) == same:
             self._known = known
             self.version += 1
@@ -89,29 +105,40 @@ class Catalog:
         return self.versions.current(await self.latest(name))
 
     async def latest(self, name: str) -> StoredAdapter:
-        """The adapter by name, as the store shows it. Concurrent questions for one unknown name ask the store once.
+        """The adapter by name, as the store shows it. Concurrent questions for one unknown name ask
+        the store once.
 
         Raises:
-            AdapterNotFound: the store does not have it (remembered for NEGATIVE_TTL_S). StoreUnavailable: the store cannot say.
+            AdapterNotFound: the store does not have it (remembered for NEGATIVE_TTL_S).
+                StoreUnavailable: the store cannot say.
         """
         adapter = self._known.get(name)
         if adapter is None and not self.is_missing(name):
             adapter = await self._ask(name)
         if adapter is None:
-            raise AdapterNotFound(f"The adapter `{name}` of model `{self.base}` does not exist.", param="model")
+            raise AdapterNotFound(
+                f"The adapter `{name}` of model `{self.base}` does not exist.", param="model"
+            )
         return adapter
 
     async def look_again(self, name: str) -> StoredAdapter:
-        """As `latest`, but asks the store now, whatever is known: the adapter changed since it was listed."""
+        """As `latest`, but asks the store now, whatever is known: the adapter changed since it was
+        listed.
+        """
         adapter = await self._ask(name)
         if adapter is None:
             self._swap(name, None)
             self.versions.deleted(name, time.monotonic())
-            raise AdapterNotFound(f"The adapter `{name}` of model `{self.base}` does not exist any more.", param="model")
+            raise AdapterNotFound(
+                f"The adapter `{name}` of model `{self.base}` does not exist any more.",
+                param="model",
+            )
         return adapter
 
     def _swap(self, name: str, adapter: StoredAdapter | None) -> None:
-        """A copy, so that whoever reads the mapping has it whole: under a millisecond for a hundred thousand."""
+        """A copy, so that whoever reads the mapping has it whole: under a millisecond for a hundred
+        thousand.
+        """
         known = self._known.copy()
         if adapter is not None:
             known[name] = adapter
@@ -136,7 +163,9 @@ class Catalog:
             async with asyncio.timeout(FIND_TIMEOUT_S):
                 adapter = await self._store.find(name)
         except TimeoutError as exc:
-            raise StoreUnavailable("The adapter store did not answer in time.", retry_after_s=5.0) from exc
+            raise StoreUnavailable(
+                "The adapter store did not answer in time.", retry_after_s=5.0
+            ) from exc
         self._fresh[name] = adapter
         if len(self._fresh) > MAX_NEGATIVE:
             del self._fresh[next(iter(self._fresh))]

@@ -9,7 +9,8 @@ from shared.adapters.identity import check_name
 
 
 def split_model(model: str, bases: Iterable[str]) -> tuple[str, str | None]:
-    """(base, adapter name or None) of a model name `base` or `base:adapter`. Base ids may hold `/` but never `:`.
+    """(base, adapter name or None) of a model name `base` or `base:adapter`. Base ids may hold `/`
+    but never `:`.
 
     Raises:
         ModelNotFound: no such base. AdapterNotFound: the adapter's name breaks the grammar.
@@ -18,7 +19,9 @@ def split_model(model: str, bases: Iterable[str]) -> tuple[str, str | None]:
     known = list(bases)
     if base not in known:
         shown = ", ".join(f"`{b}`" for b in known[:5])
-        raise errors.ModelNotFound(f"The model `{base[:200]}` does not exist. Base models here: {shown}.", param="model")
+        raise errors.ModelNotFound(
+            f"The model `{base[:200]}` does not exist. Base models here: {shown}.", param="model"
+        )
     if not colon:
         return base, None
     check_name(adapter)
@@ -30,5 +33,8 @@ def split_version(model: str, bases: Iterable[str]) -> tuple[str, str | None, st
     base, colon, adapter = model.partition(":")
     name, at, digest = adapter.partition("@")
     if at and not digest:
-        raise errors.AdapterNotFound("Behind the @ of an adapter's name goes a digest, or at least its first 8 characters.", param="model")
+        raise errors.AdapterNotFound(
+            "Behind the @ of an adapter's name goes a digest, or at least its first 8 characters.",
+            param="model",
+        )
     return *split_model(f"{base}{colon}{name}", bases), digest

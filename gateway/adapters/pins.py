@@ -1,4 +1,6 @@
-"""Pure. Which adapters are to be pinned: the config's list, what operators changed since (kept in a file), and what a worker lacks of it."""
+"""Pure. Which adapters are to be pinned: the config's list, what operators changed since (kept in a
+file), and what a worker lacks of it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ T = TypeVar("T")
 
 
 class PinState(msgspec.Struct, frozen=True):
-    """What operators changed. `pinned`: base -> name -> workers, none named: every one. `unpinned`: base -> names of the config's list."""
+    """What operators changed. `pinned`: base -> name -> workers, none named: every one. `unpinned`:
+    base -> names of the config's list.
+    """
 
     pinned: dict[str, dict[str, tuple[WorkerId, ...]]] = {}
     unpinned: dict[str, tuple[str, ...]] = {}
@@ -32,7 +36,11 @@ class Pins(msgspec.Struct, frozen=True):
     def wanted(self, state: PinState, worker: WorkerId | None = None) -> set[str]:
         """The names to be pinned on this worker; without one, those that are on every worker."""
         everywhere = set(self.configured).difference(state.unpinned.get(self.base, ()))
-        return everywhere | {n for n, workers in state.pinned.get(self.base, {}).items() if not workers or worker in workers}
+        return everywhere | {
+            n
+            for n, workers in state.pinned.get(self.base, {}).items()
+            if not workers or worker in workers
+        }
 
     def names(self, state: PinState) -> set[str]:
         """All that is pinned or preloaded anywhere."""
@@ -47,23 +55,35 @@ class Pins(msgspec.Struct, frozen=True):
             here[name] = tuple(dict.fromkeys((*here.get(name, ()), worker)))
         if worker is None and name in self.configured:
             del here[name]  # what the config says itself is not written down
-        kept = tuple(n for n in state.unpinned.get(self.base, ()) if n != name or worker is not None)
+        kept = tuple(
+            n for n in state.unpinned.get(self.base, ()) if n != name or worker is not None
+        )
         changed = self._changed(state, here, kept)
-        most = max(len(self.wanted(changed, w)) for w in {w for workers in here.values() for w in workers} | {worker})
+        most = max(
+            len(self.wanted(changed, w))
+            for w in {w for workers in here.values() for w in workers} | {worker}
+        )
         if most >= self.slots:
             raise TooManyPins(
-                f"The adapter `{name}` cannot be pinned: {self.slots - 1} of a worker's {self.slots} slots may be, since one must stay for "
-                "the others; unpin one, or give the workers more slots (max_num_adapters_per_replica)."
+                f"The adapter `{name}` cannot be pinned: {self.slots - 1} of a "
+                f"worker's {self.slots} slots may be, since one must stay for "
+                "the others; unpin one, or give the workers more slots "
+                "(max_num_adapters_per_replica)."
             )
         return changed
 
     def unpin(self, state: PinState, name: str, worker: WorkerId | None) -> PinState:
-        """No pin is left of it, or none on this worker. Raises InvalidRequest if it is pinned on all of them and one is named."""
+        """No pin is left of it, or none on this worker. Raises InvalidRequest if it is pinned on
+        all of them and one is named.
+        """
         here = dict(state.pinned.get(self.base, {}))
         off = state.unpinned.get(self.base, ())
         if worker is not None:
             if name in self.wanted(state):
-                raise InvalidRequest(f"The adapter `{name}` is pinned on every worker; unpin it everywhere, then pin it where you want it.")
+                raise InvalidRequest(
+                    f"The adapter `{name}` is pinned on every worker; unpin it "
+                    "everywhere, then pin it where you want it."
+                )
             left = tuple(w for w in here.pop(name, ()) if w != worker)
             return self._changed(state, here | ({name: left} if left else {}), off)
         here.pop(name, None)
@@ -71,16 +91,25 @@ class Pins(msgspec.Struct, frozen=True):
             off = (*off, name)
         return self._changed(state, here, off)
 
-    def _changed(self, state: PinState, pinned: dict[str, tuple[WorkerId, ...]], unpinned: tuple[str, ...]) -> PinState:
-        return PinState(_with(state.pinned, self.base, pinned), _with(state.unpinned, self.base, unpinned))
+    def _changed(
+        self, state: PinState, pinned: dict[str, tuple[WorkerId, ...]], unpinned: tuple[str, ...]
+    ) -> PinState:
+        return PinState(
+            _with(state.pinned, self.base, pinned), _with(state.unpinned, self.base, unpinned)
+        )
 
 
 def orders(
-    pinned: Mapping[str, str | None], preload: Mapping[str, str], held: Mapping[Key, AdapterState], preloaded: Collection[Key]
+    pinned: Mapping[str, str | None],
+    preload: Mapping[str, str],
+    held: Mapping[Key, AdapterState],
+    preloaded: Collection[Key],
 ) -> Iterator[tuple[AdapterAction, Key]]:
-    """What a worker still has to be told. `pinned` and `preload`: name -> digest, None where nobody knows it; `held`: what the worker has.
+    """What a worker still has to be told. `pinned` and `preload`: name -> digest, None where nobody
+    knows it; `held`: what the worker has.
 
-    A pinned name whose newest version is not there yet keeps the old one: the worker lets go of it as soon as it has the new one.
+    A pinned name whose newest version is not there yet keeps the old one: the worker lets go of it
+    as soon as it has the new one.
     """
     for name, digest in pinned.items():
         if digest is not None:

@@ -1,6 +1,8 @@
-"""Shell. Keeps adapters pinned and preloaded: compares what is wanted with what the workers' beats say, and sends what is missing.
+"""Shell. Keeps adapters pinned and preloaded: compares what is wanted with what the workers' beats
+say, and sends what is missing.
 
-Every gateway process does this by itself; what two of them ask for is done once. The operators' changes are in a file that all of them read.
+Every gateway process does this by itself; what two of them ask for is done once. The operators'
+changes are in a file that all of them read.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ class _Life:
     preloaded: set[Key] = field(default_factory=set)
     pinned: set[Key] = field(default_factory=set)
     unpinned: set[Key] = field(default_factory=set)
-    """Told once: if it is pinned again, a gateway of another machine wants it, and quarrelling would help nobody."""
+    """Told once: if it is pinned again, a gateway of another machine wants it, and quarrelling
+    would help nobody.
+    """
     due: dict[Order, float] = field(default_factory=dict)
     """Not before then; an order that is not due any more is forgotten."""
 
@@ -74,11 +78,15 @@ class Reconciler:
         return self._pins[base]
 
     async def change(self, change: Callable[[PinState], PinState]) -> None:
-        """For every process of this machine, and after a restart too. Raises what `change` raises, or ConfigError."""
+        """For every process of this machine, and after a restart too. Raises what `change` raises,
+        or ConfigError.
+        """
         try:
             self.state = await asyncio.to_thread(self._file.update, change)
         except OSError as exc:
-            raise ConfigError(f"{self._file.path} cannot be written: {exc.strerror}; pins are kept there") from exc
+            raise ConfigError(
+                f"{self._file.path} cannot be written: {exc.strerror}; pins are kept there"
+            ) from exc
 
     async def follow(self) -> None:
         """What other processes change."""
@@ -92,7 +100,11 @@ class Reconciler:
                 if catalog is not None and catalog.listed:
                     for name in sorted(self._pins[base].names(self.state)):
                         await self._find(catalog, base, name)
-            await asyncio.sleep(self._refresh_s if all(c is None or c.listed for c in self._catalogs.values()) else LOOK_S)
+            await asyncio.sleep(
+                self._refresh_s
+                if all(c is None or c.listed for c in self._catalogs.values())
+                else LOOK_S
+            )
 
     async def run(self) -> None:
         while True:
@@ -103,11 +115,15 @@ class Reconciler:
                 self._look_after(worker, self._lives[worker.id], now)
             await asyncio.sleep(LOOK_S)
 
-    # ---- inside -----------------------------------------------------------------------------------------------------------------------
+    # ---- inside ----------------------------------------------------------------------------------
 
     def _life(self, worker: WorkerView) -> _Life:
         life = self._lives.get(worker.id)
-        return life if life is not None and life.epoch == worker.beat.epoch else _Life(worker.beat.epoch)
+        return (
+            life
+            if life is not None and life.epoch == worker.beat.epoch
+            else _Life(worker.beat.epoch)
+        )
 
     def _look_after(self, worker: WorkerView, life: _Life, now: float) -> None:
         base = worker.beat.base
@@ -115,19 +131,31 @@ class Reconciler:
         if catalog is None or pins is None:
             return
         current = catalog.versions.current  # a new version takes over by itself once it is good
-        digests = {name: current(stored).digest for name in pins.names(self.state) if (stored := catalog.known.get(name))}
+        digests = {
+            name: current(stored).digest
+            for name in pins.names(self.state)
+            if (stored := catalog.known.get(name))
+        }
         pinned = {name: digests.get(name) for name in pins.wanted(self.state, worker.id)}
         preload = {name: digests[name] for name in pins.preload if name in digests}
         wanted = [
-            o for o in orders(pinned, preload, worker.held, life.preloaded) if o[0] is not AdapterAction.UNPIN or o[1] not in life.unpinned
+            o
+            for o in orders(pinned, preload, worker.held, life.preloaded)
+            if o[0] is not AdapterAction.UNPIN or o[1] not in life.unpinned
         ]
         life.due = {order: when for order, when in life.due.items() if order in wanted}
         life.pinned |= {key for key, state in worker.held.items() if state.pinned}
         for order in wanted:
             action, key = order
-            # Another process may have changed what this one has not read yet; only what was never so is done at once.
-            settled = action is AdapterAction.LOAD or (action is AdapterAction.PIN and key not in life.pinned)
-            if life.due.setdefault(order, now if settled else now + SETTLE_S) <= now and len(self._open) < MAX_OPEN:
+            # Another process may have changed what this one has not read yet; only what was never
+            # so is done at once.
+            settled = action is AdapterAction.LOAD or (
+                action is AdapterAction.PIN and key not in life.pinned
+            )
+            if (
+                life.due.setdefault(order, now if settled else now + SETTLE_S) <= now
+                and len(self._open) < MAX_OPEN
+            ):
                 self._send(worker, life, action, key)
 
     def _send(self, worker: WorkerView, life: _Life, action: AdapterAction, key: Key) -> None:
@@ -136,11 +164,20 @@ class Reconciler:
         ref = AdapterRef(worker.beat.base, *key)
         life.due[action, key] = float("inf")
         latest = catalog.known.get(ref.name)
-        future = self._dispatcher.send_command(worker, action, ref, catalog.versions.current(latest) if latest is not None else None)
+        future = self._dispatcher.send_command(
+            worker, action, ref, catalog.versions.current(latest) if latest is not None else None
+        )
         self._open[future] = None
         future.add_done_callback(lambda f: self._ended(f, worker.id, life, action, ref))
 
-    def _ended(self, future: asyncio.Future[None], worker: WorkerId, life: _Life, action: AdapterAction, ref: AdapterRef) -> None:
+    def _ended(
+        self,
+        future: asyncio.Future[None],
+        worker: WorkerId,
+        life: _Life,
+        action: AdapterAction,
+        ref: AdapterRef,
+    ) -> None:
         del self._open[future]
         key = (ref.name, ref.digest)
         error = None if future.cancelled() else future.exception()
@@ -160,13 +197,20 @@ class Reconciler:
         elif isinstance(error, LoraplexError):
             self._usage.failed(ref, error)
             if self._say(ref.base, ref.name, f"{ref.digest} {error.code}"):
-                log.warning("adapter not tended", extra={**facts, "code": error.code, "reason": error.message})
+                log.warning(
+                    "adapter not tended",
+                    extra={**facts, "code": error.code, "reason": error.message},
+                )
 
     def _keep(self, ref: AdapterRef) -> None:
         """What is pinned or preloaded counts as served: a bad new version shall not replace it."""
         catalog = self._catalogs[ref.base]
         latest = catalog.known.get(ref.name) if catalog is not None else None
-        if catalog is not None and latest is not None and (current := catalog.versions.current(latest)).digest == ref.digest:
+        if (
+            catalog is not None
+            and latest is not None
+            and (current := catalog.versions.current(latest)).digest == ref.digest
+        ):
             catalog.versions.use(current, clock())
 
     async def _find(self, catalog: Catalog, base: str, name: str) -> None:
@@ -175,7 +219,8 @@ class Reconciler:
         except LoraplexError as exc:
             if self._say(base, name, exc.code):
                 log.warning(
-                    "an adapter to be pinned or preloaded was not found", extra={"base": base, "adapter": name, "reason": exc.message}
+                    "an adapter to be pinned or preloaded was not found",
+                    extra={"base": base, "adapter": name, "reason": exc.message},
                 )
         else:
             self._said.pop((base, name), None)

@@ -1,4 +1,6 @@
-"""Shell. From a request's `model` to what answers: base model, adapter, version. Aliases first, then names, then versions by digest."""
+"""Shell. From a request's `model` to what answers: base model, adapter, version. Aliases first,
+then names, then versions by digest.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,11 @@ SHOWN_VERSIONS = 10  # of one name in an error message
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What answers a request. `alias` and `share` say by which detour, `by_digest` that the client chose the version.
+    """What answers a request. `alias` and `share` say by which detour, `by_digest` that the client
+    chose the version.
 
-    `elsewhere`: the store does not show this version, so that a worker without it cannot get it, but another one may have it.
+    `elsewhere`: the store does not show this version, so that a worker without it cannot get it,
+    but another one may have it.
     """
 
     base: str
@@ -43,14 +47,24 @@ class Resolver:
     """`catalogs`: every configured base model; None where it has no adapter store."""
 
     def __init__(
-        self, catalogs: Mapping[str, Catalog | None], alias_store: AliasStore, fleet: Fleet, clock: Callable[[], float] = time.monotonic
+        self,
+        catalogs: Mapping[str, Catalog | None],
+        alias_store: AliasStore,
+        fleet: Fleet,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._catalogs, self._alias_store, self._fleet, self._clock = catalogs, alias_store, fleet, clock
+        self._catalogs, self._alias_store, self._fleet, self._clock = (
+            catalogs,
+            alias_store,
+            fleet,
+            clock,
+        )
         self._said: set[tuple[str, str]] = set()
         self._bases: dict[str, Target] = {}
 
     def at_once(self, model: str) -> Target | None:
-        """What most requests want, without a task's machinery: a base model, or an adapter that the store has shown, in its current version.
+        """What most requests want, without a task's machinery: a base model, or an adapter that the
+        store has shown, in its current version.
 
         None: `resolve` has to say. Raises ModelNotFound, AdapterNotFound.
         """
@@ -70,7 +84,8 @@ class Resolver:
         """`user` is asked for what keeps a user with one share of an alias.
 
         Raises:
-            ModelNotFound, AdapterNotFound: as the message says. StoreUnavailable: the store cannot say.
+            ModelNotFound, AdapterNotFound: as the message says. StoreUnavailable: the store cannot
+                say.
         """
         base, name, spec = split_version(model, self._catalogs)
         if name is None:
@@ -82,7 +97,9 @@ class Resolver:
         share = self._alias_store.pick(found, user())
         name, _, spec = share.adapter.partition("@")
         try:
-            return replace(await self.adapter(base, name, spec), alias=found.name, share=share.adapter)
+            return replace(
+                await self.adapter(base, name, spec), alias=found.name, share=share.adapter
+            )
         except LoraplexError as exc:
             self.ended(Target(base, alias=found.name, share=share.adapter), 0, exc)
             raise
@@ -104,25 +121,37 @@ class Resolver:
         if catalog is None or target.adapter is None:
             return
         if target.by_digest:
-            catalog.versions.use_explicitly((target.adapter.name, target.adapter.digest), self._clock())
+            catalog.versions.use_explicitly(
+                (target.adapter.name, target.adapter.digest), self._clock()
+            )
         elif target.stored is not None:
             catalog.versions.use(target.stored, self._clock())
 
     def ended(self, target: Target, status: int, error: LoraplexError | None) -> None:
         """A request has been answered from it. Clients that left are not heard of here."""
         catalog = self._catalogs[target.base]
-        if catalog is not None and target.stored is not None and not target.by_digest and isinstance(error, InvalidAdapter):
+        if (
+            catalog is not None
+            and target.stored is not None
+            and not target.by_digest
+            and isinstance(error, InvalidAdapter)
+        ):
             catalog.versions.unusable(target.stored)
         if target.alias:
             # A target that is gone is no fault of the client, who asked for the alias.
-            failed = status >= 500 or isinstance(error, InvalidAdapter | AdapterNotFound) or (error is not None and error.status >= 500)
+            failed = (
+                status >= 500
+                or isinstance(error, InvalidAdapter | AdapterNotFound)
+                or (error is not None and error.status >= 500)
+            )
             self._alias_store.note(target.base, target.alias, target.share, failed=failed)
 
     async def again(self, target: Target) -> Target:
         """No worker could get the version: the store's copy has changed or is gone.
 
         Raises:
-            AdapterNotFound: the adapter, or the version that was asked for. WorkerUnavailable: a worker has it, but could not take the request.
+            AdapterNotFound: the adapter, or the version that was asked for. WorkerUnavailable: a
+                worker has it, but could not take the request.
         """
         assert target.adapter is not None
         catalog, name = self._catalog(target.base), target.adapter.name
@@ -132,11 +161,16 @@ class Resolver:
         latest = await catalog.look_again(name)
         if latest.digest != target.adapter.digest:
             if in_engines((name, target.adapter.digest), self._fleet.pool(target.base)):
-                raise WorkerUnavailable("This adapter is being replaced, and the workers that have it are busy.", retry_after_s=1.0)
+                raise WorkerUnavailable(
+                    "This adapter is being replaced, and the workers that have it are busy.",
+                    retry_after_s=1.0,
+                )
             catalog.versions.lost(target.stored, self._clock())
-        return replace(await self.adapter(target.base, name), alias=target.alias, share=target.share)
+        return replace(
+            await self.adapter(target.base, name), alias=target.alias, share=target.share
+        )
 
-    # ---- inside -------------------------------------------------------------------------------------------------------------------------
+    # ---- inside ----------------------------------------------------------------------------------
 
     @staticmethod
     def _current(catalog: Catalog, latest: StoredAdapter) -> Target:
@@ -146,9 +180,16 @@ class Resolver:
 
     def _say_if_hiding(self, base: str, alias: str) -> None:
         catalog = self._catalogs[base]
-        if catalog is not None and alias in catalog.known and (base, alias) not in self._said and len(self._said) < MAX_ALIASES:
+        if (
+            catalog is not None
+            and alias in catalog.known
+            and (base, alias) not in self._said
+            and len(self._said) < MAX_ALIASES
+        ):
             self._said.add((base, alias))
-            log.warning("an alias hides an adapter of the same name", extra={"base": base, "alias": alias})
+            log.warning(
+                "an alias hides an adapter of the same name", extra={"base": base, "alias": alias}
+            )
 
     def _catalog(self, base: str) -> Catalog:
         catalog = self._catalogs[base]
@@ -157,29 +198,49 @@ class Resolver:
         return catalog
 
     def _by_digest(self, catalog: Catalog, latest: StoredAdapter, spec: str) -> Target:
-        """Among the known versions, then among those that workers have; a whole digest may also lie on a worker's disk."""
+        """Among the known versions, then among those that workers have; a whole digest may also lie
+        on a worker's disk.
+        """
         name = latest.name
         if not versions.is_spec(spec):
-            raise AdapterNotFound("Behind the @ of an adapter's name goes a digest, or at least its first 8 characters.", param="model")
+            raise AdapterNotFound(
+                "Behind the @ of an adapter's name goes a digest, or at least its "
+                "first 8 characters.",
+                param="model",
+            )
         hits = [known for known in catalog.versions.of(latest) if known.digest.startswith(spec)]
-        hits = hits or [known for known in self._on_workers(catalog.base, name) if known.digest.startswith(spec)]
+        hits = hits or [
+            known for known in self._on_workers(catalog.base, name) if known.digest.startswith(spec)
+        ]
         whole = len(spec) == versions.DIGEST_LENGTH
         if not hits and whole and not catalog.is_missing(f"{name}@{spec}"):
             hits = [KnownVersion(spec, "unknown")]
         if len(hits) != 1:
             raise self._no_such_version(catalog, latest, spec)
         ref = AdapterRef(catalog.base, name, hits[0].digest)
-        return Target(catalog.base, ref, hits[0].stored, by_digest=True, elsewhere=ref.digest != latest.digest)
+        return Target(
+            catalog.base, ref, hits[0].stored, by_digest=True, elsewhere=ref.digest != latest.digest
+        )
 
     def _on_workers(self, base: str, name: str) -> list[KnownVersion]:
         return list(on_workers(name, self._fleet.pool(base)))
 
-    def _no_such_version(self, catalog: Catalog, latest: StoredAdapter, spec: str) -> AdapterNotFound:
+    def _no_such_version(
+        self, catalog: Catalog, latest: StoredAdapter, spec: str
+    ) -> AdapterNotFound:
         known = {v.digest: v.state for v in self._on_workers(catalog.base, latest.name)} | {
             v.digest: v.state for v in catalog.versions.of(latest)
         }
-        shown = ", ".join(f"{digest} ({state})" for digest, state in list(known.items())[:SHOWN_VERSIONS])
-        what = "has several versions that begin so" if sum(d.startswith(spec) for d in known) > 1 else "has no such version"
+        shown = ", ".join(
+            f"{digest} ({state})" for digest, state in list(known.items())[:SHOWN_VERSIONS]
+        )
+        what = (
+            "has several versions that begin so"
+            if sum(d.startswith(spec) for d in known) > 1
+            else "has no such version"
+        )
         return AdapterNotFound(
-            f"The adapter `{latest.name}` of model `{catalog.base}` {what}: `{spec[:20]}`. There are: {shown}.", param="model"
+            f"The adapter `{latest.name}` of model `{catalog.base}` {what}: "
+            f"`{spec[:20]}`. There are: {shown}.",
+            param="model",
         )

@@ -1,6 +1,8 @@
-"""Shell. Performs what `versions` decides for one base model: new versions are made ready on the workers, old ones leave the engines.
+"""Shell. Performs what `versions` decides for one base model: new versions are made ready on the
+workers, old ones leave the engines.
 
-Every gateway process does so by itself. What it asks of workers is idempotent, so several at once do no harm.
+Every gateway process does so by itself. What it asks of workers is idempotent, so several at once
+do no harm.
 """
 
 from __future__ import annotations
@@ -12,7 +14,15 @@ from collections.abc import Callable, Iterable
 from typing import assert_never
 
 from gateway.adapters import version_queries
-from gateway.adapters.version_queries import CacheVersion, LoadVersion, NobodyServes, NothingToPrepare, Prepare, in_engines, in_flight
+from gateway.adapters.version_queries import (
+    CacheVersion,
+    LoadVersion,
+    NobodyServes,
+    NothingToPrepare,
+    Prepare,
+    in_engines,
+    in_flight,
+)
 from gateway.adapters.versions import Versions, VersionStage
 from gateway.fleet.commands import SendCommand
 from gateway.fleet.fleet import Fleet
@@ -27,7 +37,9 @@ log = logging.getLogger("loraplex.versions")
 
 TICK_S = 0.25
 PREPARE_TIMEOUT_S = 300.0
-"""For one worker. Transfers have bounds of their own; this one is for a worker that has no slot to give."""
+"""For one worker. Transfers have bounds of their own; this one is for a worker that has no slot to
+give.
+"""
 
 
 class Rollout:
@@ -52,7 +64,10 @@ class Rollout:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 for prepare in self._versions.due(self._clock()):
-                    tasks.create_task(self._prepare(prepare), name=f"prepare {prepare.new.name}@{prepare.new.digest}")
+                    tasks.create_task(
+                        self._prepare(prepare),
+                        name=f"prepare {prepare.new.name}@{prepare.new.digest}",
+                    )
                 self._evict()
                 await asyncio.sleep(TICK_S)
 
@@ -75,28 +90,47 @@ class Rollout:
                     assert_never(plan)
         except LoraplexError as exc:
             stage = self._versions.failed(new, exc, self._clock())
-            self._metrics.version_change(self.base, "refused" if stage is VersionStage.REFUSED else "failed")
+            self._metrics.version_change(
+                self.base, "refused" if stage is VersionStage.REFUSED else "failed"
+            )
             if stage is VersionStage.REFUSED:
-                log.error("new version refused, the old one goes on", extra={**facts, "code": exc.code, "reason": exc.message})
+                log.error(
+                    "new version refused, the old one goes on",
+                    extra={**facts, "code": exc.code, "reason": exc.message},
+                )
             else:
-                log.warning("new version not ready yet", extra={**facts, "code": exc.code, "reason": exc.message})
+                log.warning(
+                    "new version not ready yet",
+                    extra={**facts, "code": exc.code, "reason": exc.message},
+                )
             return
         if self._versions.ready(new, self._clock()):
             self._metrics.version_change(self.base, "switched")
-            log.info("version switched", extra={**facts, "ms": round((self._clock() - begun) * 1e3, 1)})
+            log.info(
+                "version switched", extra={**facts, "ms": round((self._clock() - begun) * 1e3, 1)}
+            )
 
     async def _load(self, workers: tuple[WorkerView, ...], new: StoredAdapter) -> None:
-        """On the first one, then on the others; of these only a refusal counts, since requests can load it where it is missing."""
+        """On the first one, then on the others; of these only a refusal counts, since requests can
+        load it where it is missing.
+        """
         await self._ask(workers[:1], AdapterAction.LOAD, new)
         try:
             await self._ask(workers[1:], AdapterAction.LOAD, new)
         except InvalidAdapter:
             raise
         except LoraplexError as exc:
-            log.warning("new version not loaded everywhere", extra={"base": self.base, "adapter": new.name, "reason": exc.message})
+            log.warning(
+                "new version not loaded everywhere",
+                extra={"base": self.base, "adapter": new.name, "reason": exc.message},
+            )
 
-    async def _ask(self, workers: Iterable[WorkerView], action: AdapterAction, new: StoredAdapter) -> None:
-        """Returns once all have done it. Raises the first refusal as invalid, else the first failure, else WorkerUnavailable at the time limit."""
+    async def _ask(
+        self, workers: Iterable[WorkerView], action: AdapterAction, new: StoredAdapter
+    ) -> None:
+        """Returns once all have done it. Raises the first refusal as invalid, else the first
+        failure, else WorkerUnavailable at the time limit.
+        """
         ref = AdapterRef(self.base, new.name, new.digest)
         asked = [self._tend(worker, action, ref, new) for worker in workers]
         if not asked:
@@ -110,7 +144,10 @@ class Rollout:
         if failures:
             raise failures[0]
         if waiting:
-            raise WorkerUnavailable(f"A worker did not {action.name.lower()} the adapter within {PREPARE_TIMEOUT_S:g} s.")
+            raise WorkerUnavailable(
+                f"A worker did not {action.name.lower()} the adapter within "
+                f"{PREPARE_TIMEOUT_S:g} s."
+            )
 
     def _evict(self) -> None:
         pool = self._fleet.pool(self.base)
@@ -118,11 +155,16 @@ class Rollout:
             for worker in in_engines(key, pool):
                 if (worker.id, key) not in self._leaving:
                     self._leaving.add((worker.id, key))
-                    future = self._tend(worker, AdapterAction.EVICT, AdapterRef(self.base, *key), None)
+                    future = self._tend(
+                        worker, AdapterAction.EVICT, AdapterRef(self.base, *key), None
+                    )
                     future.add_done_callback(lambda f, at=(worker.id, key): self._gone(f, *at))  # type: ignore[misc]
 
     def _gone(self, future: asyncio.Future[None], worker: WorkerId, key: Key) -> None:
         """If it did not work, the next tick asks again."""
         self._leaving.discard((worker, key))
         if not future.cancelled() and future.exception() is None:
-            log.info("old version left", extra={"worker": worker, "base": self.base, "adapter": key[0], "digest": key[1]})
+            log.info(
+                "old version left",
+                extra={"worker": worker, "base": self.base, "adapter": key[0], "digest": key[1]},
+            )

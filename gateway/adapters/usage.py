@@ -1,4 +1,6 @@
-"""Pure. What this gateway process has seen of each adapter: requests, the last one's time, the last refusal. Bounded: the longest unused go."""
+"""Pure. What this gateway process has seen of each adapter: requests, the last one's time, the last
+refusal. Bounded: the longest unused go.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ ABOUT_ADAPTERS = (AdapterNotFound, InvalidAdapter, StoreUnavailable)
 
 @dataclass(slots=True)
 class UsageRecord:
-    """`last_used` is in seconds of the Unix epoch. `refused` is the digest that was refused last, `on_disk` one that a worker had on its disk."""
+    """`last_used` is in seconds of the Unix epoch. `refused` is the digest that was refused last,
+    `on_disk` one that a worker had on its disk.
+    """
 
     hits: int = 0
     last_used: float = 0.0
@@ -50,7 +54,11 @@ class AdapterUsage:
         """Only what says something about the adapter is kept."""
         if isinstance(error, ABOUT_ADAPTERS):
             record = self._record(adapter)
-            record.refused, record.code, record.reason = adapter.digest, error.code, error.message[:MAX_REASON]
+            record.refused, record.code, record.reason = (
+                adapter.digest,
+                error.code,
+                error.message[:MAX_REASON],
+            )
 
     def _record(self, adapter: AdapterRef) -> UsageRecord:
         key = (adapter.base, adapter.name)

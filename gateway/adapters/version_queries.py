@@ -15,7 +15,9 @@ from shared.link.messages import Tier
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
-    """Make the new version ready (see `plan`); answer with `ready` or `failed`. `recent`: the old one is worth keeping meanwhile."""
+    """Make the new version ready (see `plan`); answer with `ready` or `failed`. `recent`: the old
+    one is worth keeping meanwhile.
+    """
 
     old: StoredAdapter
     new: StoredAdapter
@@ -24,7 +26,9 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True)
 class KnownVersion:
-    """One version of a name that may be asked for by its digest. `state`: current, preparing, refused, older, or loaded (on some worker)."""
+    """One version of a name that may be asked for by its digest. `state`: current, preparing,
+    refused, older, or loaded (on some worker).
+    """
 
     digest: str
     state: str
@@ -33,7 +37,9 @@ class KnownVersion:
 
 @dataclass(frozen=True, slots=True)
 class LoadVersion:
-    """Into a slot of each of these workers; of the first one before the others, so that a version that kills engines kills one."""
+    """Into a slot of each of these workers; of the first one before the others, so that a version
+    that kills engines kills one.
+    """
 
     workers: tuple[WorkerView, ...]
 
@@ -59,8 +65,9 @@ PreparationPlan: TypeAlias = LoadVersion | CacheVersion | NothingToPrepare | Nob
 
 
 def plan(prepare: Prepare, pool: Pool, homes: Rendezvous) -> PreparationPlan:
-    """Where the new version is made ready: in the slots of the workers that have the old one in a slot, else of one that has it in host memory,
-    else on the disk of its home."""
+    """Where the new version is made ready: in the slots of the workers that have the old one in a
+    slot, else of one that has it in host memory, else on the disk of its home.
+    """
     old = (prepare.old.name, prepare.old.digest)
     holders = in_engines(old, pool)
     if holders:
@@ -68,7 +75,11 @@ def plan(prepare: Prepare, pool: Pool, homes: Rendezvous) -> PreparationPlan:
         return LoadVersion(tuple(sorted(slotted, key=lambda w: w.load)) or (holders[0],))
     if not prepare.recent:
         return NothingToPrepare()
-    return CacheVersion(homes.order((prepare.new.name, prepare.new.digest), pool)[0]) if pool.workers else NobodyServes()
+    return (
+        CacheVersion(homes.order((prepare.new.name, prepare.new.digest), pool)[0])
+        if pool.workers
+        else NobodyServes()
+    )
 
 
 def in_engines(key: Key, pool: Pool) -> list[WorkerView]:

@@ -1,12 +1,16 @@
-"""Pure. Which version of an adapter answers: the old one goes on until the new one is loaded and valid, or until the old one cannot be had.
+"""Pure. Which version of an adapter answers: the old one goes on until the new one is loaded and
+valid, or until the old one cannot be had.
 
-The store's listing says what there is; this says what is served. A name that this process has served has a current version. Once the store
-shows another one, a `VersionChange` begins: the new version is prepared where the old one is (see `plan`), and then takes over in one step. One that
-is not valid is refused and not tried again until the content changes; any other failure is tried again later, at growing intervals. Versions
-that were replaced or deleted leave the engines once nobody has used them for a while. Every table is bounded.
+The store's listing says what there is; this says what is served. A name that this process has
+served has a current version. Once the store shows another one, a `VersionChange` begins: the new
+version is prepared where the old one is (see `plan`), and then takes over in one step. One that is
+not valid is refused and not tried again until the content changes; any other failure is tried again
+later, at growing intervals. Versions that were replaced or deleted leave the engines once nobody
+has used them for a while. Every table is bounded.
 
     WAITING --begin--> PREPARING --ready--> SWITCHED
-       ^---fail-----------|   |----invalid--> REFUSED        lost (the old one is nowhere any more): SWITCHED, from any of them
+       ^---fail-----------|   |----invalid--> REFUSED        lost (the old one is nowhere any more):
+                              SWITCHED, from any of them
 """
 
 from __future__ import annotations
@@ -23,14 +27,20 @@ from shared.adapters.identity import StoredAdapter
 from shared.errors import EngineFailure, InvalidAdapter, LoraplexError
 
 RECENT_S = 3600.0
-"""An adapter that was asked for within this time keeps its old version while the new one is checked, even if no engine holds it now."""
+"""An adapter that was asked for within this time keeps its old version while the new one is
+checked, even if no engine holds it now.
+"""
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
 ENGINE_TRIES = 2
 """Engines that may die over a new version before it counts as refused."""
 QUIET_S = 2.0
-"""An old version leaves an engine after this long without a request: other gateways may switch a little later and still ask for it."""
+"""An old version leaves an engine after this long without a request: other gateways may switch a
+little later and still ask for it.
+"""
 LINGER_S = 120.0
-"""A replaced version is looked for in the engines at least this long: a request that queued for it may bring it back."""
+"""A replaced version is looked for in the engines at least this long: a request that queued for it
+may bring it back.
+"""
 FORGET_S = 3600.0
 EXPLICIT_S = 300.0
 """A version that was asked for by its digest within this time stays."""
@@ -104,7 +114,9 @@ class _Retired:
 
 
 class Versions:
-    """The versions of one base model's adapters, as far as this process has served them. Times are seconds of one monotonic clock."""
+    """The versions of one base model's adapters, as far as this process has served them. Times are
+    seconds of one monotonic clock.
+    """
 
     def __init__(self) -> None:
         self._served: OrderedDict[str, _Served] = OrderedDict()  # the longest unused first
@@ -113,7 +125,7 @@ class Versions:
         self._retired: OrderedDict[Key, _Retired] = OrderedDict()
         self._explicit: OrderedDict[Key, float] = OrderedDict()
 
-    # ---- what answers -------------------------------------------------------------------------------------------------------------------
+    # ---- what answers ----------------------------------------------------------------------------
 
     def current(self, latest: StoredAdapter) -> StoredAdapter:
         """The version that answers, where the store shows `latest`."""
@@ -129,7 +141,11 @@ class Versions:
             refused = change is not None and change.stage is VersionStage.REFUSED
             found.append(KnownVersion(latest.digest, "refused" if refused else "preparing", latest))
         digests = {current.digest, latest.digest}
-        return found + [KnownVersion(o.digest, "older", o) for o in self._older.get(latest.name, ()) if o.digest not in digests]
+        return found + [
+            KnownVersion(o.digest, "older", o)
+            for o in self._older.get(latest.name, ())
+            if o.digest not in digests
+        ]
 
     def change(self, name: str) -> VersionChange | None:
         """What is under way for this name, or was refused. Read only."""
@@ -141,7 +157,7 @@ class Versions:
     def count(self, stage: VersionStage) -> int:
         return sum(c.stage is stage for c in self._changes.values())
 
-    # ---- what happens -------------------------------------------------------------------------------------------------------------------
+    # ---- what happens ----------------------------------------------------------------------------
 
     def use(self, adapter: StoredAdapter, now: float) -> None:
         """A request is answered from this version, which is the current one."""
@@ -158,7 +174,9 @@ class Versions:
             self._retired.pop((adapter.name, adapter.digest), None)
 
     def use_explicitly(self, key: Key, now: float) -> None:
-        """A request names this version by its digest: it stays in the engines for a while, and nothing else follows from it."""
+        """A request names this version by its digest: it stays in the engines for a while, and
+        nothing else follows from it.
+        """
         self._explicit[key] = now
         self._explicit.move_to_end(key)
         if len(self._explicit) > MAX_EXPLICIT:
@@ -182,7 +200,9 @@ class Versions:
             self._switch(change, now)
 
     def listed(self, known: Mapping[str, StoredAdapter], now: float, *, complete: bool) -> None:
-        """The store's listing. Only names that were served are looked at; one that a complete listing lacks is deleted."""
+        """The store's listing. Only names that were served are looked at; one that a complete
+        listing lacks is deleted.
+        """
         for name in [*self._served]:
             latest = known.get(name)
             if latest is not None:
@@ -208,7 +228,7 @@ class Versions:
             self._retire(served.adapter, now)
         self._older.pop(name, None)
 
-    # ---- what is to be done ---------------------------------------------------------------------------------------------------------------
+    # ---- what is to be done ----------------------------------------------------------------------
 
     def due(self, now: float) -> list[Prepare]:
         """The changes to work on from now on, at most MAX_PREPARING at once."""
@@ -220,11 +240,19 @@ class Versions:
             if change.stage is VersionStage.WAITING and change.until <= now:
                 change.on(VersionEvent.BEGIN)
                 change.attempts += 1
-                found.append(Prepare(change.old, change.new, now - self._served[change.new.name].used_at < RECENT_S))
+                found.append(
+                    Prepare(
+                        change.old,
+                        change.new,
+                        now - self._served[change.new.name].used_at < RECENT_S,
+                    )
+                )
         return found
 
     def ready(self, new: StoredAdapter, now: float) -> bool:
-        """The new version is loaded and valid: it answers from now on. False if it has been overtaken meanwhile."""
+        """The new version is loaded and valid: it answers from now on. False if it has been
+        overtaken meanwhile.
+        """
         change = self._preparing(new)
         if change is None:
             return False
@@ -233,39 +261,61 @@ class Versions:
         return True
 
     def failed(self, new: StoredAdapter, error: LoraplexError, now: float) -> VersionStage:
-        """The new version could not be made ready: REFUSED until the content changes, or WAITING for the next try."""
+        """The new version could not be made ready: REFUSED until the content changes, or WAITING
+        for the next try.
+        """
         change = self._preparing(new)
         if change is None:
             return VersionStage.WAITING
         change.code, change.reason = error.code, error.message
-        if isinstance(error, InvalidAdapter) or (isinstance(error, EngineFailure) and change.attempts >= ENGINE_TRIES):
+        if isinstance(error, InvalidAdapter) or (
+            isinstance(error, EngineFailure) and change.attempts >= ENGINE_TRIES
+        ):
             return change.on(VersionEvent.INVALID)
         change.until = now + min(FIRST_PAUSE_S * 2.0 ** (change.attempts - 1), MAX_PAUSE_S)
         return change.on(VersionEvent.FAIL)
 
     def leaving(self, in_flight: Callable[[Key], int | None], now: float) -> list[Key]:
-        """The replaced and deleted versions that should leave the engines now. `in_flight`: requests in flight; None: no engine holds it."""
+        """The replaced and deleted versions that should leave the engines now. `in_flight`:
+        requests in flight; None: no engine holds it.
+        """
         found = []
         for key, retired in [*self._retired.items()]:
             requests = in_flight(key)
             if requests:
                 retired.busy_at = now
-            elif (requests is None and now - retired.since > LINGER_S) or now - retired.since > FORGET_S:
+            elif (
+                requests is None and now - retired.since > LINGER_S
+            ) or now - retired.since > FORGET_S:
                 del self._retired[key]
-            elif requests is not None and now - retired.busy_at >= QUIET_S and now - self._explicit.get(key, -EXPLICIT_S) >= EXPLICIT_S:
+            elif (
+                requests is not None
+                and now - retired.busy_at >= QUIET_S
+                and now - self._explicit.get(key, -EXPLICIT_S) >= EXPLICIT_S
+            ):
                 found.append(key)
         return found
 
-    # ---- inside -------------------------------------------------------------------------------------------------------------------------
+    # ---- inside ----------------------------------------------------------------------------------
 
     def _preparing(self, new: StoredAdapter) -> VersionChange | None:
         change = self._changes.get(new.name)
-        return change if change is not None and change.stage is VersionStage.PREPARING and change.new.digest == new.digest else None
+        return (
+            change
+            if change is not None
+            and change.stage is VersionStage.PREPARING
+            and change.new.digest == new.digest
+            else None
+        )
 
     def _begin(self, change: VersionChange) -> None:
-        """At the bound, the oldest refusal is forgotten (it would be refused again); without one, the next listing shows the change again."""
+        """At the bound, the oldest refusal is forgotten (it would be refused again); without one,
+        the next listing shows the change again.
+        """
         if change.new.name not in self._changes and len(self._changes) >= MAX_CHANGES:
-            refused = next((n for n, c in self._changes.items() if c.stage is VersionStage.REFUSED), None)
+            refused = next(
+                (n for n, c in self._changes.items() if c.stage is VersionStage.REFUSED), None
+            )
             if refused is None:
                 return
             del self._changes[refused]
@@ -277,7 +327,11 @@ class Versions:
         self._served[name].adapter = change.new
         self._retired.pop((name, change.new.digest), None)
         self._retire(change.old, now)
-        older = [o for o in self._older.pop(name, ()) if o.digest not in (change.old.digest, change.new.digest)]
+        older = [
+            o
+            for o in self._older.pop(name, ())
+            if o.digest not in (change.old.digest, change.new.digest)
+        ]
         self._older[name] = (change.old, *older)[:MAX_OLDER]
         if len(self._older) > MAX_SERVED:
             self._older.popitem(last=False)
@@ -292,12 +346,14 @@ class Versions:
         self._changes.pop(name, None)
 
 
-# ---- where ------------------------------------------------------------------------------------------------------------------------------
+# ---- where ---------------------------------------------------------------------------------------
 
 
-# ---- by digest --------------------------------------------------------------------------------------------------------------------------
+# ---- by digest -----------------------------------------------------------------------------------
 
 
 def is_spec(text: str) -> bool:
-    """Whether it may stand behind the `@` of `name@digest`: a digest, or at least its first 8 characters."""
+    """Whether it may stand behind the `@` of `name@digest`: a digest, or at least its first 8
+    characters.
+    """
     return _SPEC.match(text) is not None

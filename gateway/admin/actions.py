@@ -1,4 +1,6 @@
-"""Shell. What operators tell the workers over HTTP: pin, unpin, prefetch and evict adapters, and vLLM's own load and unload."""
+"""Shell. What operators tell the workers over HTTP: pin, unpin, prefetch and evict adapters, and
+vLLM's own load and unload.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,18 @@ from gateway.admin.scope import AdminScope, body_of, choice, listed, number, tex
 from gateway.fleet.worker_view import WorkerView
 from gateway.http.bodies import error_body, to_json
 from shared.adapters.identity import AdapterRef, StoredAdapter, check_name
-from shared.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, LoraplexError, NotDoneInTime
+from shared.errors import (
+    AdapterNotFound,
+    InvalidAdapter,
+    InvalidRequest,
+    LoraplexError,
+    NotDoneInTime,
+)
 from shared.link.messages import AdapterAction, WorkerId
 
 PREFIX = "/admin/adapters/"
-TYPICAL_TOKENS = 128  # of a prompt, where a worker is chosen for an adapter and nobody has asked yet
+# of a prompt, where a worker is chosen for an adapter and nobody has asked yet
+TYPICAL_TOKENS = 128
 TIMEOUT_S, MAX_TIMEOUT_S = 60.0, 600.0
 MULTI_STATUS = 207
 
@@ -56,8 +65,20 @@ class Outcome:
     def answer(self, **more: object) -> web.Response:
         """200 where all is well, the error's status where nothing is, 207 in between."""
         errors = self.errors
-        status = 200 if not errors else MULTI_STATUS if len(errors) < len(self.results) else errors[0].status
-        body: dict[str, object] = {"adapter": self.name, "base": self.base, "digest": self.digest, "action": self.action, **more}
+        status = (
+            200
+            if not errors
+            else MULTI_STATUS
+            if len(errors) < len(self.results)
+            else errors[0].status
+        )
+        body: dict[str, object] = {
+            "adapter": self.name,
+            "base": self.base,
+            "digest": self.digest,
+            "action": self.action,
+            **more,
+        }
         if errors:
             body |= msgspec.json.decode(error_body(errors[0]))
         body["results"] = [_result(worker, error) for worker, error in self.results.items()]
@@ -67,7 +88,13 @@ class Outcome:
 class AdminActions:
     """`stores`: base -> the URL of its adapter store."""
 
-    def __init__(self, scope: AdminScope, stores: Mapping[str, str], reconciler: Reconciler, usage: AdapterUsage) -> None:
+    def __init__(
+        self,
+        scope: AdminScope,
+        stores: Mapping[str, str],
+        reconciler: Reconciler,
+        usage: AdapterUsage,
+    ) -> None:
         self._scope = scope
         self._stores = stores
         self._reconciler = reconciler
@@ -80,9 +107,20 @@ class AdminActions:
         one = request.query.get("worker")
         pins = self._reconciler.pins(base)
         await self._reconciler.change(lambda state: pins.pin(state, name, one))
-        outcome = await self._tend(request, "pin", base, name, stored, {w: [(AdapterAction.PIN, stored.digest)] for w in workers})
+        outcome = await self._tend(
+            request,
+            "pin",
+            base,
+            name,
+            stored,
+            {w: [(AdapterAction.PIN, stored.digest)] for w in workers},
+        )
         errors = outcome.errors
-        hopeless = bool(errors) and len(errors) == len(outcome.results) and all(isinstance(e, InvalidAdapter) for e in errors)
+        hopeless = (
+            bool(errors)
+            and len(errors) == len(outcome.results)
+            and all(isinstance(e, InvalidAdapter) for e in errors)
+        )
         if hopeless:
             await self._reconciler.change(lambda state: pins.unpin(state, name, one))
         return outcome.answer(remembered=not hopeless)
@@ -91,10 +129,21 @@ class AdminActions:
         base, name, workers = self._target(request)
         stored = await self._scope.stored(base, name, needed=not self._scope.is_known(base, name))
         await self._forget_pin(base, name, request.query.get("worker"))
-        todo = {w: [(AdapterAction.UNPIN, s.digest) for s in w.beat.adapters if s.name == name and s.pinned] for w in workers}
+        todo = {
+            w: [
+                (AdapterAction.UNPIN, s.digest)
+                for s in w.beat.adapters
+                if s.name == name and s.pinned
+            ]
+            for w in workers
+        }
         if stored is not None:  # its pin may be younger than the last beat
             for asked in todo.values():
-                asked += [] if (AdapterAction.UNPIN, stored.digest) in asked else [(AdapterAction.UNPIN, stored.digest)]
+                asked += (
+                    []
+                    if (AdapterAction.UNPIN, stored.digest) in asked
+                    else [(AdapterAction.UNPIN, stored.digest)]
+                )
         return (await self._tend(request, "unpin", base, name, stored, todo)).answer()
 
     async def prefetch(self, request: web.BaseRequest) -> web.Response:
@@ -103,43 +152,78 @@ class AdminActions:
         assert stored is not None
         tier = choice("tier", request.query.get("tier", "disk"), ("disk", "gpu"))
         action = AdapterAction.LOAD if tier == "gpu" else AdapterAction.CACHE
-        return (await self._tend(request, "prefetch", base, name, stored, _on_each(workers, action, stored.digest))).answer(tier=tier)
+        return (
+            await self._tend(
+                request, "prefetch", base, name, stored, _on_each(workers, action, stored.digest)
+            )
+        ).answer(tier=tier)
 
     async def evict(self, request: web.BaseRequest) -> web.Response:
         base, name, workers = self._target(request)
-        return (await self._evict(request, base, name, workers, request.query.get("worker"))).answer()
+        return (
+            await self._evict(request, base, name, workers, request.query.get("worker"))
+        ).answer()
 
     async def load(self, request: web.BaseRequest) -> web.Response:
-        """vLLM's path; the files are the store's. Done once the worker that requests would go to has it in a slot."""
+        """vLLM's path; the files are the store's. Done once the worker that requests would go to
+        has it in a slot.
+        """
         asked = await body_of(request, LoadRequest)
         base, name = self._adapter_of(asked.lora_name)
         self._check_path(base, name, asked.lora_path)
         stored = await self._scope.catalog(base).look_again(name)
-        found = self._scope.dispatcher.explain(self._scope.ask(base, AdapterRef(base, name, stored.digest), stored, TYPICAL_TOKENS, ""))
+        found = self._scope.dispatcher.explain(
+            self._scope.ask(base, AdapterRef(base, name, stored.digest), stored, TYPICAL_TOKENS, "")
+        )
         workers = [c.worker for c in sorted(found, key=lambda c: not c.eligible)]
         chosen = workers if request.query.get("all") == "1" else workers[:1]
         self._scope.need(workers)
-        outcome = await self._tend(request, "load", base, name, stored, _on_each(chosen, AdapterAction.LOAD, stored.digest))
-        return outcome.answer() if outcome.errors else text_answer(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+        outcome = await self._tend(
+            request, "load", base, name, stored, _on_each(chosen, AdapterAction.LOAD, stored.digest)
+        )
+        return (
+            outcome.answer()
+            if outcome.errors
+            else text_answer(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+        )
 
     async def unload(self, request: web.BaseRequest) -> web.Response:
         asked = await body_of(request, UnloadRequest)
         base, name = self._adapter_of(asked.lora_name)
         if not self._scope.is_known(base, name):
-            raise AdapterNotFound(f"The lora adapter '{asked.lora_name[:300]}' cannot be found.", param="lora_name")
+            raise AdapterNotFound(
+                f"The lora adapter '{asked.lora_name[:300]}' cannot be found.", param="lora_name"
+            )
         _timeout_s(request)
         outcome = await self._evict(request, base, name, self._scope.workers(base), None)
-        return outcome.answer() if outcome.errors else text_answer(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+        return (
+            outcome.answer()
+            if outcome.errors
+            else text_answer(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+        )
 
-    # ---- inside -----------------------------------------------------------------------------------------------------------------------
+    # ---- inside ----------------------------------------------------------------------------------
 
-    async def _evict(self, request: web.BaseRequest, base: str, name: str, workers: Sequence[WorkerView], one: WorkerId | None) -> Outcome:
+    async def _evict(
+        self,
+        request: web.BaseRequest,
+        base: str,
+        name: str,
+        workers: Sequence[WorkerView],
+        one: WorkerId | None,
+    ) -> Outcome:
         """Every version, on each of the workers; what was pinned is pinned no longer."""
         stored = await self._scope.stored(base, name, needed=not self._scope.is_known(base, name))
         await self._forget_pin(base, name, one)
-        newest = [stored.digest] if stored is not None else []  # it may be on its way already, unknown to the last beat
+        # it may be on its way already, unknown to the last beat
+        newest = [stored.digest] if stored is not None else []
         todo = {
-            w: [(AdapterAction.EVICT, d) for d in dict.fromkeys([*newest, *(s.digest for s in w.beat.adapters if s.name == name)])]
+            w: [
+                (AdapterAction.EVICT, d)
+                for d in dict.fromkeys(
+                    [*newest, *(s.digest for s in w.beat.adapters if s.name == name)]
+                )
+            ]
             for w in workers
         }
         return await self._tend(request, "evict", base, name, stored, todo)
@@ -160,19 +244,27 @@ class AdminActions:
     ) -> Outcome:
         """Asks all at once and waits for the answers, at most `?timeout_s=`."""
         timeout_s = _timeout_s(request)
-        outcome = Outcome(what, base, name, stored.digest if stored else None, {w.id: None for w in todo})
+        outcome = Outcome(
+            what, base, name, stored.digest if stored else None, {w.id: None for w in todo}
+        )
         asked: dict[asyncio.Future[None], tuple[WorkerView, AdapterRef, AdapterAction]] = {}
         for worker, actions in todo.items():
             for action, digest in actions:
                 ref = AdapterRef(base, name, digest)
                 files = stored if stored is not None and stored.digest == digest else None
-                asked[self._scope.dispatcher.send_command(worker, action, ref, files)] = worker, ref, action
+                asked[self._scope.dispatcher.send_command(worker, action, ref, files)] = (
+                    worker,
+                    ref,
+                    action,
+                )
         if asked:
             await asyncio.wait(asked, timeout=timeout_s)
         for future, (worker, ref, action) in asked.items():
             if not future.done():
                 future.cancel()
-                late = NotDoneInTime(f"The worker has not answered within {timeout_s:g} s; what was asked goes on.")
+                late = NotDoneInTime(
+                    f"The worker has not answered within {timeout_s:g} s; what was asked goes on."
+                )
                 outcome.results[worker.id] = late
             elif isinstance(error := future.exception(), LoraplexError):
                 self._usage.failed(ref, error)
@@ -182,7 +274,9 @@ class AdminActions:
         return outcome
 
     def _target(self, request: web.BaseRequest) -> tuple[str, str, list[WorkerView]]:
-        """(base, adapter, workers) of POST /admin/adapters/{name}/{action}, refused before anything has been done."""
+        """(base, adapter, workers) of POST /admin/adapters/{name}/{action}, refused before anything
+        has been done.
+        """
         _timeout_s(request)
         name = request.path.removeprefix(PREFIX).rpartition("/")[0]
         check_name(name)
@@ -191,16 +285,24 @@ class AdminActions:
         if one is not None:
             workers = [w for w in workers if w.id == one]
             if not workers:
-                raise InvalidRequest(f"No worker `{one[:200]}` serves `{base}` now.", param="worker")
-        elif request.path.rpartition("/")[2] not in ("pin", "unpin"):  # pins are remembered for workers to come
+                raise InvalidRequest(
+                    f"No worker `{one[:200]}` serves `{base}` now.", param="worker"
+                )
+        elif request.path.rpartition("/")[2] not in ("pin", "unpin"):
+            # pins are remembered for workers to come
             self._scope.need(workers)
         return base, name, workers
 
     def _adapter_of(self, lora_name: str) -> tuple[str, str]:
-        """(base, adapter) of vLLM's lora_name: `base:adapter`, or an adapter alone where there is one base model."""
+        """(base, adapter) of vLLM's lora_name: `base:adapter`, or an adapter alone where there is
+        one base model.
+        """
         with_adapters = self._scope.with_adapters()
         if lora_name in self._scope.catalogs:
-            raise InvalidRequest(f"The lora adapter '{lora_name}' conflicts with a served base model.", param="lora_name")
+            raise InvalidRequest(
+                f"The lora adapter '{lora_name}' conflicts with a served base model.",
+                param="lora_name",
+            )
         if not lora_name:
             raise InvalidRequest("'lora_name' must be provided.", param="lora_name")
         if ":" in lora_name:
@@ -208,18 +310,24 @@ class AdminActions:
             if adapter is not None:
                 return base, adapter
         if len(with_adapters) != 1:
-            raise InvalidRequest(f"Write lora_name as `base:adapter`, with a base of {listed(with_adapters)}.", param="lora_name")
+            raise InvalidRequest(
+                f"Write lora_name as `base:adapter`, with a base of {listed(with_adapters)}.",
+                param="lora_name",
+            )
         check_name(lora_name)
         return with_adapters[0], lora_name
 
     def _check_path(self, base: str, name: str, path: str | None) -> None:
-        """Files come from the store alone: a path from outside would load anything that the workers can read."""
+        """Files come from the store alone: a path from outside would load anything that the workers
+        can read.
+        """
         if not path:
             return
         expected = _plain_path(f"{self._stores[base]}/{name}")
         if _plain_path(path) != expected:
             raise InvalidRequest(
-                f"Files come from the configured store: the adapter `{name}` is at {expected}. Leave lora_path out, or put the files there.",
+                f"Files come from the configured store: the adapter `{name}` is at "
+                f"{expected}. Leave lora_path out, or put the files there.",
                 param="lora_path",
             )
 
@@ -228,14 +336,22 @@ def _timeout_s(request: web.BaseRequest) -> float:
     return number(request, "timeout_s", TIMEOUT_S, MAX_TIMEOUT_S)
 
 
-def _on_each(workers: Sequence[WorkerView], action: AdapterAction, digest: str) -> dict[WorkerView, list[tuple[AdapterAction, str]]]:
+def _on_each(
+    workers: Sequence[WorkerView], action: AdapterAction, digest: str
+) -> dict[WorkerView, list[tuple[AdapterAction, str]]]:
     return {w: [(action, digest)] for w in workers}
 
 
 def _result(worker: WorkerId, error: LoraplexError | None) -> dict[str, object]:
     if error is None:
         return {"worker": worker, "ok": True}
-    return {"worker": worker, "ok": False, "code": error.code, "message": error.message, "retryable": error.retryable}
+    return {
+        "worker": worker,
+        "ok": False,
+        "code": error.code,
+        "message": error.message,
+        "retryable": error.retryable,
+    }
 
 
 def _plain_path(path: str) -> str:

@@ -1,4 +1,6 @@
-"""Shell. What operators ask over HTTP: which adapters are where, and what a request would cost. docs/OPERATIONS.md is the manual."""
+"""Shell. What operators ask over HTTP: which adapters are where, and what a request would cost.
+docs/OPERATIONS.md is the manual.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from shared.adapters.identity import StoredAdapter, check_name
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
-EXPLAINED_TOKENS, MAX_EXPLAINED_TOKENS = 128, 10**7  # of the prompt that /admin/explain assumes, and at most takes
+# of the prompt that /admin/explain assumes, and at most takes
+EXPLAINED_TOKENS, MAX_EXPLAINED_TOKENS = 128, 10**7
 PAGE = 1000
 LOOKED_AT_ONCE = 1000  # adapters between two turns of the loop
 
@@ -27,7 +30,14 @@ LOOKED_AT_ONCE = 1000  # adapters between two turns of the loop
 class AdapterAdmin:
     """Every path that takes an admin key."""
 
-    def __init__(self, scope: AdminScope, actions: AdminActions, reconciler: Reconciler, usage: AdapterUsage, resolver: Resolver) -> None:
+    def __init__(
+        self,
+        scope: AdminScope,
+        actions: AdminActions,
+        reconciler: Reconciler,
+        usage: AdapterUsage,
+        resolver: Resolver,
+    ) -> None:
         self._scope = scope
         self._actions = actions
         self._reconciler = reconciler
@@ -44,7 +54,9 @@ class AdapterAdmin:
         }
 
     def below(self, method: str, path: str) -> Handler | None:
-        """For paths that hold an adapter's name: GET /admin/adapters/{name}, POST /admin/adapters/{name}/{action}."""
+        """For paths that hold an adapter's name: GET /admin/adapters/{name}, POST
+        /admin/adapters/{name}/{action}.
+        """
         if not path.startswith(PREFIX):
             return None
         if method in ("GET", "HEAD"):
@@ -53,12 +65,22 @@ class AdapterAdmin:
         actions = {"pin": do.pin, "unpin": do.unpin, "prefetch": do.prefetch, "evict": do.evict}
         return actions.get(path.rpartition("/")[2]) if method == "POST" else None
 
-    # ---- looking ----------------------------------------------------------------------------------------------------------------------
+    # ---- looking ---------------------------------------------------------------------------------
 
     async def adapters(self, request: web.BaseRequest) -> web.Response:
-        """A page of the table, by base and name; `next` is what to send as `after` for the following one."""
-        bases = [choice("base", request.query["base"], self._scope.catalogs)] if "base" in request.query else sorted(self._scope.catalogs)
-        wanted = choice("state", request.query["state"], views.STATES) if "state" in request.query else None
+        """A page of the table, by base and name; `next` is what to send as `after` for the
+        following one.
+        """
+        bases = (
+            [choice("base", request.query["base"], self._scope.catalogs)]
+            if "base" in request.query
+            else sorted(self._scope.catalogs)
+        )
+        wanted = (
+            choice("state", request.query["state"], views.STATES)
+            if "state" in request.query
+            else None
+        )
         limit = int(number(request, "limit", PAGE, PAGE))
         last_base, _, last_name = request.query.get("after", "").partition(":")
         rows: list[views.Row] = []
@@ -73,7 +95,11 @@ class AdapterAdmin:
                 if n % LOOKED_AT_ONCE == LOOKED_AT_ONCE - 1:
                     await asyncio.sleep(0)
                 name = names[n]
-                stored, on, record = known.get(name), held.get(name, ()), self._usage.get(base, name)
+                stored, on, record = (
+                    known.get(name),
+                    held.get(name, ()),
+                    self._usage.get(base, name),
+                )
                 change = self._change(base, name)
                 if wanted is not None and views.state_of(stored, on, record, change) != wanted:
                     continue
@@ -87,20 +113,40 @@ class AdapterAdmin:
         name = request.path.removeprefix(PREFIX)
         check_name(name)
         base = self._scope.base(request)
-        held = views.holders(w for w in self._scope.dispatcher.fleet if w.beat.base == base).get(name, [])
+        held = views.holders(w for w in self._scope.dispatcher.fleet if w.beat.base == base).get(
+            name, []
+        )
         stored = await self._scope.stored(base, name, needed=not held)
-        row = views.row(base, name, stored, held, self._usage.get(base, name), self._change(base, name))
+        row = views.row(
+            base, name, stored, held, self._usage.get(base, name), self._change(base, name)
+        )
         pins = self._reconciler.pins(base)
         pinned_on = self._reconciler.state.pinned.get(base, {}).get(name, ())
         everywhere = name in pins.wanted(self._reconciler.state)
-        return json_answer({**row, "to_be_pinned": "everywhere" if everywhere else list(pinned_on), "preload": name in pins.preload})
+        return json_answer(
+            {
+                **row,
+                "to_be_pinned": "everywhere" if everywhere else list(pinned_on),
+                "preload": name in pins.preload,
+            }
+        )
 
     async def explain(self, request: web.BaseRequest) -> web.Response:
-        """What each worker would cost a request for `?model=` now, best first: every term in milliseconds."""
+        """What each worker would cost a request for `?model=` now, best first: every term in
+        milliseconds.
+        """
         target = await self._resolver.resolve(request.query.get("model", ""), bytes)
         tokens = request.query.get("prompt_tokens", "")
-        prompt_tokens = min(int(tokens), MAX_EXPLAINED_TOKENS) if tokens.isdecimal() else EXPLAINED_TOKENS
-        ask = self._scope.ask(target.base, target.adapter, target.stored, prompt_tokens, request.headers.get("x-session-id", ""))
+        prompt_tokens = (
+            min(int(tokens), MAX_EXPLAINED_TOKENS) if tokens.isdecimal() else EXPLAINED_TOKENS
+        )
+        ask = self._scope.ask(
+            target.base,
+            target.adapter,
+            target.stored,
+            prompt_tokens,
+            request.headers.get("x-session-id", ""),
+        )
         found = self._scope.dispatcher.explain(ask)
         return json_answer(
             {

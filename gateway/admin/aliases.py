@@ -1,4 +1,6 @@
-"""Shell. `/admin/aliases`: what aliases stand for now, and changing it. A change holds on all gateway processes of the machine within a second."""
+"""Shell. `/admin/aliases`: what aliases stand for now, and changing it. A change holds on all
+gateway processes of the machine within a second.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ from gateway.fleet.rendezvous import Rendezvous
 from gateway.http.bodies import to_json
 from shared.config.aliases import MAX_ALIASES, AliasConfig, plain_alias
 from shared.config.section import error_lines, read_section
-from shared.errors import AdapterNotFound, InvalidRequest, ModelNotFound, Overloaded, WorkerUnavailable
+from shared.errors import (
+    AdapterNotFound,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    WorkerUnavailable,
+)
 from shared.link.messages import AdapterAction, Tier
 
 PATH = "/admin/aliases"
@@ -32,7 +40,12 @@ LOAD_TIMEOUT_S = 120.0
 
 class AliasAdmin:
     def __init__(
-        self, alias_store: AliasStore, resolver: Resolver, catalogs: Mapping[str, Catalog | None], fleet: Fleet, send_command: SendCommand
+        self,
+        alias_store: AliasStore,
+        resolver: Resolver,
+        catalogs: Mapping[str, Catalog | None],
+        fleet: Fleet,
+        send_command: SendCommand,
     ) -> None:
         self._alias_store, self._resolver, self._catalogs = alias_store, resolver, catalogs
         self._fleet, self._tend = fleet, send_command
@@ -43,14 +56,27 @@ class AliasAdmin:
 
     def below(self, method: str, path: str) -> Handler | None:
         """For paths that hold an alias's name."""
-        return {"PUT": self.put, "DELETE": self.delete}.get(method) if path.startswith(PATH + "/") else None
+        return (
+            {"PUT": self.put, "DELETE": self.delete}.get(method)
+            if path.startswith(PATH + "/")
+            else None
+        )
 
     async def show(self, request: web.BaseRequest) -> web.Response:
         """Every alias in force, with the counts of this process."""
-        return _json({"aliases": [self._entry(base, found) for base in self._catalogs for found in self._alias_store.of(base).values()]})
+        return _json(
+            {
+                "aliases": [
+                    self._entry(base, found)
+                    for base in self._catalogs
+                    for found in self._alias_store.of(base).values()
+                ]
+            }
+        )
 
     async def put(self, request: web.BaseRequest) -> web.Response:
-        """Sets an alias: `{"adapter": "v8"}` or `{"shares": [{"adapter": "v7", "weight": 90}, ...]}`, both with `rollback` if wanted.
+        """Sets an alias: `{"adapter": "v8"}` or `{"shares": [{"adapter": "v7", "weight": 90},
+        ...]}`, both with `rollback` if wanted.
 
         Its adapters are loaded somewhere before it holds, unless `?now=1`.
         """
@@ -59,7 +85,9 @@ class AliasAdmin:
         known = self._alias_store.of(base)
         if name not in known and len(known) >= MAX_ALIASES:
             raise InvalidRequest(f"There are {MAX_ALIASES} aliases already; delete one first.")
-        targets = [await self._target(base, share.adapter) for share in alias.shares if share.weight > 0]
+        targets = [
+            await self._target(base, share.adapter) for share in alias.shares if share.weight > 0
+        ]
         if request.query.get("now", "") not in ("1", "true"):
             await self._load(targets)
         await self._alias_store.put(base, name, alias)
@@ -72,12 +100,21 @@ class AliasAdmin:
         if found is None:
             raise AdapterNotFound(f"There is no alias `{name}` of model `{base}`.", param="name")
         if found.source == "config" and not found.trips:
-            raise InvalidRequest(f"The alias `{name}` stands in the config file; take it out there, or PUT another meaning.", param="name")
+            raise InvalidRequest(
+                f"The alias `{name}` stands in the config file; take it out there, or "
+                "PUT another meaning.",
+                param="name",
+            )
         await self._alias_store.delete(base, name)
         left = self._alias_store.of(base).get(name)
-        return _json({"deleted": f"{base}:{name}", "now": self._entry(base, left) if left is not None else None})
+        return _json(
+            {
+                "deleted": f"{base}:{name}",
+                "now": self._entry(base, left) if left is not None else None,
+            }
+        )
 
-    # ---- inside -------------------------------------------------------------------------------------------------------------------------
+    # ---- inside ----------------------------------------------------------------------------------
 
     def _name(self, request: web.BaseRequest) -> tuple[str, str]:
         """`base:alias` behind the path, or `alias` alone where only one base model has adapters."""
@@ -85,7 +122,9 @@ class AliasAdmin:
         if ":" not in text:
             bases = [base for base, catalog in self._catalogs.items() if catalog is not None]
             if len(bases) != 1:
-                raise InvalidRequest("Say which base model is meant: /admin/aliases/BASE:ALIAS.", param="name")
+                raise InvalidRequest(
+                    "Say which base model is meant: /admin/aliases/BASE:ALIAS.", param="name"
+                )
             text = f"{bases[0]}:{text}"
         base, name = split_model(text, self._catalogs)
         if self._catalogs[base] is None or name is None:
@@ -97,7 +136,9 @@ class AliasAdmin:
         return await self._resolver.adapter(base, name, spec)
 
     async def _load(self, targets: list[Target]) -> None:
-        """Loads those that no worker has in a slot on their homes. Raises what the first one that fails was refused with."""
+        """Loads those that no worker has in a slot on their homes. Raises what the first one that
+        fails was refused with.
+        """
         asked = []
         for target in targets:
             assert target.adapter is not None
@@ -106,8 +147,15 @@ class AliasAdmin:
             if any(w.tier_at(key) is Tier.GPU for w in there):
                 continue
             if not pool.workers:
-                raise WorkerUnavailable("No worker serves this model now; add ?now=1 (--now) to change the alias all the same.")
-            home = there[0] if there else self._homes.setdefault(target.base, Rendezvous()).order(key, pool)[0]
+                raise WorkerUnavailable(
+                    "No worker serves this model now; add ?now=1 (--now) to change the "
+                    "alias all the same."
+                )
+            home = (
+                there[0]
+                if there
+                else self._homes.setdefault(target.base, Rendezvous()).order(key, pool)[0]
+            )
             asked.append(self._tend(home, AdapterAction.LOAD, target.adapter, target.stored))
         if not asked:
             return
@@ -118,14 +166,18 @@ class AliasAdmin:
             future.result()
         if late:
             raise Overloaded(
-                f"The adapter was not loaded within {LOAD_TIMEOUT_S:g} s; the alias is as it was. ?now=1 (--now) changes it all the same."
+                f"The adapter was not loaded within {LOAD_TIMEOUT_S:g} s; the alias is "
+                "as it was. ?now=1 (--now) changes it all the same."
             )
 
     def _entry(self, base: str, found: ActiveAliases) -> dict[str, object]:
         catalog = self._catalogs.get(base)
         shares = []
         for share in found.alias.shares:
-            count, trip = self._alias_store.count(base, found, share.adapter), found.trips.get(share.adapter)
+            count, trip = (
+                self._alias_store.count(base, found, share.adapter),
+                found.trips.get(share.adapter),
+            )
             rolled_back = {"reason": trip.reason, "at": trip.at} if trip is not None else None
             shares.append(
                 {

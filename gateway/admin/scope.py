@@ -1,4 +1,6 @@
-"""Shell. What every question of an operator needs: its parts, read and refused alike, and what this gateway knows of adapters and workers."""
+"""Shell. What every question of an operator needs: its parts, read and refused alike, and what this
+gateway knows of adapters and workers.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class AdminScope:
         if "base" in request.query:
             return choice("base", request.query["base"], with_adapters)
         if len(with_adapters) != 1:
-            raise InvalidRequest(f"Say which base model: ?base= one of {listed(with_adapters)}.", param="base")
+            raise InvalidRequest(
+                f"Say which base model: ?base= one of {listed(with_adapters)}.", param="base"
+            )
         return with_adapters[0]
 
     def catalog(self, base: str) -> Catalog:
@@ -62,15 +66,31 @@ class AdminScope:
 
     def is_known(self, base: str, name: str) -> bool:
         """In the catalog or on a worker."""
-        return name in self.known(base) or any(s.name == name for w in self.workers(base) for s in w.beat.adapters)
+        return name in self.known(base) or any(
+            s.name == name for w in self.workers(base) for s in w.beat.adapters
+        )
 
     def known(self, base: str) -> Mapping[str, StoredAdapter]:
         catalog = self.catalogs[base]
         return {} if catalog is None else catalog.known
 
-    def ask(self, base: str, ref: AdapterRef | None, stored: StoredAdapter | None, prompt_tokens: int, session: str) -> RoutingRequest:
+    def ask(
+        self,
+        base: str,
+        ref: AdapterRef | None,
+        stored: StoredAdapter | None,
+        prompt_tokens: int,
+        session: str,
+    ) -> RoutingRequest:
         size_bytes = stored.size_bytes if stored is not None else 0
-        return RoutingRequest(base, ref, size_bytes, prompt_tokens, session=session[:MAX_SESSION], arrived=self.dispatcher.clock())
+        return RoutingRequest(
+            base,
+            ref,
+            size_bytes,
+            prompt_tokens,
+            session=session[:MAX_SESSION],
+            arrived=self.dispatcher.clock(),
+        )
 
 
 async def body_of(request: web.BaseRequest, kind: type[T]) -> T:
@@ -83,7 +103,9 @@ async def body_of(request: web.BaseRequest, kind: type[T]) -> T:
 
 def choice(key: str, value: str, allowed: Sequence[str] | Mapping[str, object]) -> str:
     if value not in allowed:
-        raise InvalidRequest(f"`{key}` must be one of {listed(list(allowed))}, not `{value[:200]}`.", param=key)
+        raise InvalidRequest(
+            f"`{key}` must be one of {listed(list(allowed))}, not `{value[:200]}`.", param=key
+        )
     return value
 
 

@@ -1,4 +1,6 @@
-"""Pure. What operators see of each adapter: one row of the catalog, the workers and this gateway's own memory together."""
+"""Pure. What operators see of each adapter: one row of the catalog, the workers and this gateway's
+own memory together.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from shared.errors import InvalidAdapter
 from shared.link.messages import AdapterState, Tier, WorkerId
 
 STATES = ("listed", "cached", "warm", "loading", "loaded", "pinned", "invalid")
-"""In the store; on a worker's disk; in an engine's host memory; on its way; in a slot; in a slot and staying; its newest version was refused."""
+"""In the store; on a worker's disk; in an engine's host memory; on its way; in a slot; in a slot
+and staying; its newest version was refused.
+"""
 Holder: TypeAlias = tuple[WorkerId, AdapterState]
 Row: TypeAlias = dict[str, object]
 
@@ -35,11 +39,21 @@ def after(names: Sequence[str], last: str) -> int:
     return bisect_right(names, last) if last else 0
 
 
-def state_of(stored: StoredAdapter | None, held: Sequence[Holder], record: UsageRecord | None, change: VersionChange | None = None) -> str:
+def state_of(
+    stored: StoredAdapter | None,
+    held: Sequence[Holder],
+    record: UsageRecord | None,
+    change: VersionChange | None = None,
+) -> str:
     """One of STATES."""
     if change is not None and change.stage is VersionStage.REFUSED:
         return "invalid"
-    if record is not None and stored is not None and record.refused == stored.digest and record.code.startswith(InvalidAdapter.code):
+    if (
+        record is not None
+        and stored is not None
+        and record.refused == stored.digest
+        and record.code.startswith(InvalidAdapter.code)
+    ):
         return "invalid"
     states = [s for _, s in held]
     if any(s.pinned for s in states):
@@ -50,7 +64,9 @@ def state_of(stored: StoredAdapter | None, held: Sequence[Holder], record: Usage
         return "loading"
     if any(s.tier is Tier.CPU for s in states):
         return "warm"
-    if any(s.tier is Tier.DISK for s in states) or (record is not None and stored is not None and record.on_disk == stored.digest):
+    if any(s.tier is Tier.DISK for s in states) or (
+        record is not None and stored is not None and record.on_disk == stored.digest
+    ):
         return "cached"
     return "listed"
 
@@ -63,9 +79,11 @@ def row(
     record: UsageRecord | None,
     change: VersionChange | None = None,
 ) -> Row:
-    """`digest` and `bytes` are the store's newest version's, or a worker's where the store has none any more.
+    """`digest` and `bytes` are the store's newest version's, or a worker's where the store has none
+    any more.
 
-    While the newest one is not served (`update`: waiting, preparing or refused), `serving` is the older one that is.
+    While the newest one is not served (`update`: waiting, preparing or refused), `serving` is the
+    older one that is.
     """
     if change is not None:
         stored = change.new
@@ -89,7 +107,9 @@ def row(
     }
 
 
-def names_of(known: Mapping[str, StoredAdapter], held: Mapping[str, list[Holder]], in_order: Sequence[str]) -> Sequence[str]:
+def names_of(
+    known: Mapping[str, StoredAdapter], held: Mapping[str, list[Holder]], in_order: Sequence[str]
+) -> Sequence[str]:
     """All names in order; `in_order` are those of `known`, sorted once per listing."""
     extra = [name for name in held if name not in known]
     return sorted([*in_order, *extra]) if extra else in_order
@@ -114,7 +134,14 @@ def _iso(seconds: float) -> str:
 def candidate(found: Candidate) -> dict[str, object]:
     """One worker of an explanation."""
     t = found.terms
-    terms = {"queue": t.queue_s, "slot": t.slot_s, "load": t.load_s, "stall": t.stall_s, "evict": t.evict_s, "prefix": -t.prefix_s}
+    terms = {
+        "queue": t.queue_s,
+        "slot": t.slot_s,
+        "load": t.load_s,
+        "stall": t.stall_s,
+        "evict": t.evict_s,
+        "prefix": -t.prefix_s,
+    }
     return {
         "worker": found.worker.id,
         "eligible": found.eligible,

@@ -1,8 +1,11 @@
-"""Shell. A request for tokens at the HTTP surface, from its body to its last byte, whichever of two ways it came in.
+"""Shell. A request for tokens at the HTTP surface, from its body to its last byte, whichever of two
+ways it came in.
 
-`fast_path` answers a plain request (see front.py) from the callback that brought it: no task, no coroutine, nothing of aiohttp's. `aiohttp_path` is an
-aiohttp handler for all others, among them those that have to wait before they can be routed (an alias, a name that the store must be asked for).
-Both do the same things in the same order: key, head, deadline, version, submit; then the answer goes to the client by itself, and at its end comes the account.
+`fast_path` answers a plain request (see front.py) from the callback that brought it: no task, no
+coroutine, nothing of aiohttp's. `aiohttp_path` is an aiohttp handler for all others, among them
+those that have to wait before they can be routed (an alias, a name that the store must be asked
+for). Both do the same things in the same order: key, head, deadline, version, submit; then the
+answer goes to the client by itself, and at its end comes the account.
 """
 
 from __future__ import annotations
@@ -79,10 +82,13 @@ class GenerationAPI:
         self.usage = usage
         self.loop = asyncio.get_running_loop()
 
-    # ---- the short way --------------------------------------------------------------------------------------------------------------
+    # ---- the short way ---------------------------------------------------------------------------
 
     def fast_path(
-        self, request: SimpleRequest, transport: asyncio.WriteTransport, answered: Callable[[bool], None]
+        self,
+        request: SimpleRequest,
+        transport: asyncio.WriteTransport,
+        answered: Callable[[bool], None],
     ) -> PendingAnswer | None:
         """See front.Express. None: who asks for what is not known at once."""
         stream = ResponseWriter(transport, self.limits.slow_reader_bytes)
@@ -105,7 +111,7 @@ class GenerationAPI:
             return NOTHING_LEFT
         return call
 
-    # ---- the ordinary way -------------------------------------------------------------------------------------------------------------
+    # ---- the ordinary way ------------------------------------------------------------------------
 
     async def aiohttp_path(self, request: web.BaseRequest) -> web.StreamResponse:
         """Raises LoraplexError where nothing has been sent to the client."""
@@ -114,12 +120,20 @@ class GenerationAPI:
             raise ConnectionResetError("the client has left")
         chunked = request.version >= (1, 1)
         transport = cast(asyncio.WriteTransport, request.transport)
-        stream = ResponseWriter(transport, self.limits.slow_reader_bytes, chunked=chunked, keep_alive=request.keep_alive and chunked)
+        stream = ResponseWriter(
+            transport,
+            self.limits.slow_reader_bytes,
+            chunked=chunked,
+            keep_alive=request.keep_alive and chunked,
+        )
         asked = AiohttpRequest(request)
         exchange = Exchange(self, asked, body, stream)
         target = self.resolver.at_once(exchange.head.model)
         if target is None:
-            target = await self._in_time(self.resolver.resolve(exchange.head.model, lambda: _user(asked, exchange.head)), exchange.deadline)
+            target = await self._in_time(
+                self.resolver.resolve(exchange.head.model, lambda: _user(asked, exchange.head)),
+                exchange.deadline,
+            )
         try:
             await self._fly(exchange, target)
             if exchange.outdated:
@@ -169,11 +183,17 @@ class GenerationAPI:
     async def _body(self, request: web.BaseRequest) -> bytes:
         try:
             content = request.content
-            if content.is_eof() and (request.content_length or self.limits.max_body_bytes) < self.limits.max_body_bytes:
+            if (
+                content.is_eof()
+                and (request.content_length or self.limits.max_body_bytes)
+                < self.limits.max_body_bytes
+            ):
                 return content.read_nowait()  # it came with its head: nothing to wait for
             return await request.read()
         except web.HTTPRequestEntityTooLarge as exc:
-            raise BodyTooLarge(f"The request body is larger than {self.limits.max_body_bytes} bytes.") from exc
+            raise BodyTooLarge(
+                f"The request body is larger than {self.limits.max_body_bytes} bytes."
+            ) from exc
         except web.HTTPException as exc:
             raise InvalidRequest(f"The request body could not be read: {exc.reason}") from exc
 
@@ -184,9 +204,22 @@ class Exchange:
     Raises InvalidRequest for a body or a header that cannot be.
     """
 
-    __slots__ = ("_asked", "_body", "_generation", "_late", "deadline", "head", "inflight", "request_id", "stream", "target")
+    __slots__ = (
+        "_asked",
+        "_body",
+        "_generation",
+        "_late",
+        "deadline",
+        "head",
+        "inflight",
+        "request_id",
+        "stream",
+        "target",
+    )
 
-    def __init__(self, generation: GenerationAPI, asked: IncomingRequest, body: bytes, stream: ResponseWriter) -> None:
+    def __init__(
+        self, generation: GenerationAPI, asked: IncomingRequest, body: bytes, stream: ResponseWriter
+    ) -> None:
         self._generation, self._asked, self._body, self.stream = generation, asked, body, stream
         self.head = schema.parse_body_fields(body)
         self.request_id = request_id_of(asked)
@@ -197,8 +230,14 @@ class Exchange:
 
     @property
     def outdated(self) -> bool:
-        """No worker could get the version that was resolved, and the client has seen nothing yet."""
-        return isinstance(self.stream.error, AdapterNotFound) and self.target.adapter is not None and not self.stream.answered
+        """No worker could get the version that was resolved, and the client has seen nothing
+        yet.
+        """
+        return (
+            isinstance(self.stream.error, AdapterNotFound)
+            and self.target.adapter is not None
+            and not self.stream.answered
+        )
 
     def submit(self, target: Target) -> None:
         """Raises Overloaded, RateLimited or WorkerUnavailable, and then it is over."""
@@ -257,7 +296,7 @@ class Exchange:
         if not stream.answered:
             stream.end_with(stream.error)
 
-    # ---- inside -------------------------------------------------------------------------------------------------------------------------
+    # ---- inside ----------------------------------------------------------------------------------
 
     def _leave(self) -> None:
         if self._late is not None:
@@ -266,7 +305,9 @@ class Exchange:
         self._generation.dispatcher.cancel(self.inflight)
 
     def _too_late(self) -> None:
-        self._generation.dispatcher.give_up(self.inflight, self.deadline.exceeded(self.inflight.life.phase.value))
+        self._generation.dispatcher.give_up(
+            self.inflight, self.deadline.exceeded(self.inflight.life.phase.value)
+        )
 
     def _deadline(self) -> RequestDeadline:
         """Of the whole request: the client's own, but never beyond the server's."""
@@ -275,7 +316,9 @@ class Exchange:
         if given is not None:
             if not _TIMEOUT_MS.match(given):
                 raise InvalidRequest(
-                    f"The header {TIMEOUT_HEADER} must be a whole number of milliseconds, at least 1.", param=TIMEOUT_HEADER
+                    f"The header {TIMEOUT_HEADER} must be a whole number of "
+                    "milliseconds, at least 1.",
+                    param=TIMEOUT_HEADER,
                 )
             after_s = min(after_s, int(given) / 1e3)
         return RequestDeadline(self._generation.loop.time() + after_s, after_s)
@@ -283,11 +326,20 @@ class Exchange:
     def _head_lines(self) -> bytes:
         inflight, policy = self.inflight, self._generation.dispatcher.policy
         choice, adapter = inflight.choice, inflight.adapter
-        if choice is None or inflight.life.phase is RequestPhase.QUEUED:  # a comment commits the head
-            return f"x-request-id: {inflight.request_id}\r\nx-loraplex-policy: {policy}\r\n".encode()
-        tier = f"x-loraplex-adapter: {_version(adapter)}\r\nx-loraplex-adapter-tier: {choice.tier.name.lower()}\r\n" if adapter else ""
+        # a comment commits the head
+        if choice is None or inflight.life.phase is RequestPhase.QUEUED:
+            return (
+                f"x-request-id: {inflight.request_id}\r\nx-loraplex-policy: {policy}\r\n".encode()
+            )
+        tier = (
+            f"x-loraplex-adapter: {_version(adapter)}\r\nx-loraplex-adapter-tier: "
+            f"{choice.tier.name.lower()}\r\n"
+            if adapter
+            else ""
+        )
         return (
-            f"x-request-id: {inflight.request_id}\r\nx-loraplex-policy: {policy}\r\nx-loraplex-worker: {choice.worker.id}\r\n"
+            f"x-request-id: {inflight.request_id}\r\nx-loraplex-policy: "
+            f"{policy}\r\nx-loraplex-worker: {choice.worker.id}\r\n"
             f"x-loraplex-queue-ms: {(inflight.t_sent - inflight.t_start) * 1e3:.1f}\r\n{tier}"
         ).encode()
 
@@ -295,7 +347,12 @@ class Exchange:
         if not self._generation.access.enabled:
             return
         inflight, stream = self.inflight, self.stream
-        done, choice, adapter, start = inflight.done, inflight.choice, inflight.adapter, inflight.t_start
+        done, choice, adapter, start = (
+            inflight.done,
+            inflight.choice,
+            inflight.adapter,
+            inflight.t_start,
+        )
         self._generation.access.write(
             AccessRecord(
                 inflight.request_id,
@@ -336,7 +393,8 @@ class _FastExchange:
         self._exchange.left()
 
     def _on_finish(self) -> None:
-        # The dispatcher has yet to close its books on this flight, and the next request of the connection may be waiting.
+        # The dispatcher has yet to close its books on this flight, and the next request of the
+        # connection may be waiting.
         self._exchange._generation.loop.call_soon(self._landed)
 
     def _landed(self) -> None:
@@ -345,7 +403,9 @@ class _FastExchange:
         exchange = self._exchange
         exchange.landed()
         if exchange.outdated and self._task is None:
-            self._task = exchange._generation.loop.create_task(self._look_again(), name="look again")
+            self._task = exchange._generation.loop.create_task(
+                self._look_again(), name="look again"
+            )
         else:
             self._close()
 
@@ -382,11 +442,16 @@ NOTHING_LEFT = _NothingLeft()
 
 
 def _user(asked: IncomingRequest, head: schema.BodyFields) -> bytes:
-    """Who asks, for the shares of an alias: the body's `user`, else the API key, else the session, else nobody twice."""
+    """Who asks, for the shares of an alias: the body's `user`, else the API key, else the session,
+    else nobody twice.
+    """
     user = bytes(head.user)
     if user not in (b"", b"null", b'""'):
         return b"u" + user
-    key, session = _tenant(asked.header("authorization") or ""), (asked.header("x-session-id") or "")[:MAX_SESSION]
+    key, session = (
+        _tenant(asked.header("authorization") or ""),
+        (asked.header("x-session-id") or "")[:MAX_SESSION],
+    )
     if key or session:
         return f"k{key}".encode() if key else b"s" + session.encode(errors="replace")
     return b"%x" % _random()
@@ -401,7 +466,10 @@ def _priority(given: str | None, head: schema.BodyFields) -> int:
     if given is None:
         return head.priority or 0
     if not _PRIORITY.match(given):
-        raise InvalidRequest("The header x-loraplex-priority must be a whole number; lower goes first.", param="x-loraplex-priority")
+        raise InvalidRequest(
+            "The header x-loraplex-priority must be a whole number; lower goes first.",
+            param="x-loraplex-priority",
+        )
     return int(given)
 
 

@@ -1,4 +1,6 @@
-"""Pure. The few request fields that the gateway reads, the OpenAI shapes that it writes itself, and the one table from errors to HTTP statuses."""
+"""Pure. The few request fields that the gateway reads, the OpenAI shapes that it writes itself, and
+the one table from errors to HTTP statuses.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def parse_body_fields(body: bytes) -> BodyFields:
             field = "model"
         raise errors.InvalidRequest(str(exc), param=field) from exc
     except msgspec.MsgspecError as exc:
-        raise errors.InvalidRequest(f"The request body is not valid JSON: {exc}", param=None) from exc
+        raise errors.InvalidRequest(
+            f"The request body is not valid JSON: {exc}", param=None
+        ) from exc
     except RecursionError as exc:
         raise errors.InvalidRequest("The request body is nested too deeply.") from exc
     except UnicodeDecodeError as exc:
@@ -43,10 +47,14 @@ def parse_body_fields(body: bytes) -> BodyFields:
 
 
 PREFIX_BYTES = 512
-"""Of the prompt, for prefix affinity: a system prompt's first hundred tokens tell conversations with different ones apart."""
+"""Of the prompt, for prefix affinity: a system prompt's first hundred tokens tell conversations
+with different ones apart.
+"""
 
 
 def prefix_hash(digest: str, body: bytes) -> int:
-    """Of the adapter's digest and the first bytes after the body's first prompt or message; 0 if there is none."""
+    """Of the adapter's digest and the first bytes after the body's first prompt or message; 0 if
+    there is none.
+    """
     starts = [at for mark in (b'"messages"', b'"prompt"') if (at := body.find(mark)) >= 0]
     return hash((digest, body[min(starts) : min(starts) + PREFIX_BYTES])) or 1 if starts else 0

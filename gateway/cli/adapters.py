@@ -1,4 +1,6 @@
-"""Shell. `loraplex adapters ...`: an operator's words to a running gateway, over its HTTP paths; and adapters checked without one."""
+"""Shell. `loraplex adapters ...`: an operator's words to a running gateway, over its HTTP paths;
+and adapters checked without one.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,20 @@ HELP = {
 
 
 def add_parser(verbs: Any) -> None:
-    parser = verbs.add_parser("adapters", help="look after the adapters of a running gateway", description=__doc__.partition(". ")[2])
+    parser = verbs.add_parser(
+        "adapters",
+        help="look after the adapters of a running gateway",
+        description=__doc__.partition(". ")[2],
+    )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     common = common_flags("NAME may also be BASE:ADAPTER")
-    ls = actions.add_parser("ls", parents=[common], help="every adapter: where it is, how often it was asked for")
-    ls.add_argument("--state", help="only those that are listed, cached, warm, loading, loaded, pinned or invalid")
+    ls = actions.add_parser(
+        "ls", parents=[common], help="every adapter: where it is, how often it was asked for"
+    )
+    ls.add_argument(
+        "--state",
+        help="only those that are listed, cached, warm, loading, loaded, pinned or invalid",
+    )
     ls.set_defaults(run=lambda args: _run(_ls, args))
     show = actions.add_parser("show", parents=[common], help="one adapter, worker by worker")
     show.add_argument("name", metavar="NAME")
@@ -41,30 +52,66 @@ def add_parser(verbs: Any) -> None:
     for action, text in HELP.items():
         doing = actions.add_parser(action, parents=[common], help=text, description=text)
         doing.add_argument("name", metavar="NAME")
-        doing.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="how long to wait for the workers (default 60)")
+        doing.add_argument(
+            "--timeout",
+            type=float,
+            default=60.0,
+            metavar="SECONDS",
+            help="how long to wait for the workers (default 60)",
+        )
         if action == "load":
-            doing.add_argument("--all", action="store_true", help="on every worker, not only where requests would go")
+            doing.add_argument(
+                "--all",
+                action="store_true",
+                help="on every worker, not only where requests would go",
+            )
         elif action != "unload":
             doing.add_argument("--worker", help="on this worker only")
         if action == "prefetch":
-            doing.add_argument("--gpu", action="store_true", help="into a slot, not only onto the disk")
+            doing.add_argument(
+                "--gpu", action="store_true", help="into a slot, not only onto the disk"
+            )
         doing.set_defaults(run=lambda args: _run(_act, args))
-    validate = actions.add_parser("validate", help="check an adapter as a worker would, without a gateway", description=VALIDATE)
-    validate.add_argument("path", metavar="PATH_OR_URL", help="a folder, s3://bucket/folder or gs://bucket/folder")
-    validate.add_argument("--config", required=True, help="the config with the base model that it is for")
-    validate.add_argument("--model", metavar="BASE", help="which model of the config, if it has several")
+    validate = actions.add_parser(
+        "validate",
+        help="check an adapter as a worker would, without a gateway",
+        description=VALIDATE,
+    )
+    validate.add_argument(
+        "path", metavar="PATH_OR_URL", help="a folder, s3://bucket/folder or gs://bucket/folder"
+    )
+    validate.add_argument(
+        "--config", required=True, help="the config with the base model that it is for"
+    )
+    validate.add_argument(
+        "--model", metavar="BASE", help="which model of the config, if it has several"
+    )
     validate.add_argument("--json", action="store_true", help="print the verdict as JSON")
     validate.set_defaults(run=_validate)
 
 
-VALIDATE = "Check an adapter with exactly the checks that a worker makes. Exit status: 0 valid, 1 not valid, 2 it could not be checked."
+VALIDATE = (
+    "Check an adapter with exactly the checks that a worker makes. Exit status: 0 valid, 1 "
+    "not valid, 2 it could not be checked."
+)
 
 
 def _validate(args: argparse.Namespace) -> int:
     """In a worker's process, which may read model configs and weights."""
     rest = (["--model", args.model] if args.model else []) + (["--json"] if args.json else [])
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "worker.validation.validator", args.path, "--config", args.config, *rest])
+    os.execv(
+        sys.executable,
+        [
+            sys.executable,
+            "-m",
+            "worker.validation.validator",
+            args.path,
+            "--config",
+            args.config,
+            *rest,
+        ],
+    )
 
 
 def _run(action: Any, args: argparse.Namespace) -> int:
@@ -116,12 +163,17 @@ def _show(args: argparse.Namespace, gateway: Gateway) -> int:
     for key in SHOWN if found.get("update") else [key for key in SHOWN if key != "serving"]:
         value = found.get(key)
         if value not in (None, [], False):
-            print(f"{key.replace('_', ' ') + ':':14}{', '.join(value) if isinstance(value, list) else value}")
+            print(
+                f"{key.replace('_', ' ') + ':':14}{', '.join(value) if isinstance(value, list) else value}"
+            )
     if not found["in_store"]:
         print("the store does not have it any more")
     if found["workers"]:
         print()
-        rows = [(w["worker"], w["tier"], w["digest"], w["in_flight"], _notes(w)) for w in found["workers"]]
+        rows = [
+            (w["worker"], w["tier"], w["digest"], w["in_flight"], _notes(w))
+            for w in found["workers"]
+        ]
         show_table(("WORKER", "TIER", "DIGEST", "IN FLIGHT", ""), rows)
     return 0
 
@@ -132,12 +184,16 @@ def _act(args: argparse.Namespace, gateway: Gateway) -> int:
     if args.action in ("load", "unload"):
         query |= {"all": "1"} if getattr(args, "all", False) else {}
         body = {"lora_name": f"{base}:{name}" if base else name}
-        _, answer = gateway.call("POST", f"/v1/{args.action}_lora_adapter", query, body, args.timeout)
+        _, answer = gateway.call(
+            "POST", f"/v1/{args.action}_lora_adapter", query, body, args.timeout
+        )
     else:
         query |= {"base": base} if base else {}
         query |= {"worker": args.worker} if args.worker else {}
         query |= {"tier": "gpu"} if getattr(args, "gpu", False) else {}
-        _, answer = gateway.call("POST", f"/admin/adapters/{name}/{args.action}", query, {}, args.timeout)
+        _, answer = gateway.call(
+            "POST", f"/admin/adapters/{name}/{args.action}", query, {}, args.timeout
+        )
     return _report(args, answer)
 
 
@@ -152,7 +208,10 @@ def _report(args: argparse.Namespace, answer: Any) -> int:
         print(f"{args.name}: no worker serves now; it is remembered for those that come")
     else:
         for result in results:
-            print(f"{result['worker']}: " + (DONE[args.action] if result["ok"] else f"{result['code']}: {result['message']}"))
+            print(
+                f"{result['worker']}: "
+                + (DONE[args.action] if result["ok"] else f"{result['code']}: {result['message']}")
+            )
     return 1 if failed else 0
 
 
@@ -162,7 +221,11 @@ def _target(args: argparse.Namespace) -> tuple[str | None, str]:
 
 
 def _place(worker: dict[str, Any]) -> str:
-    return f"{worker['worker']}:{worker['tier']}" + ("..." if worker["loading"] else "") + ("*" if worker["pinned"] else "")
+    return (
+        f"{worker['worker']}:{worker['tier']}"
+        + ("..." if worker["loading"] else "")
+        + ("*" if worker["pinned"] else "")
+    )
 
 
 def _notes(worker: dict[str, Any]) -> str:

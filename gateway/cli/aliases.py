@@ -1,4 +1,6 @@
-"""Shell. `loraplex aliases ...`: names for adapters, changed on a running gateway over its HTTP paths."""
+"""Shell. `loraplex aliases ...`: names for adapters, changed on a running gateway over its HTTP
+paths.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,40 @@ from typing import Any
 from gateway.cli.client import Failed, Gateway, common_flags, read_key, show_table
 from shared.errors import ConfigError
 
-SET_HELP = "let an alias stand for an adapter, or for several by weight; returns once they are loaded somewhere"
+SET_HELP = (
+    "let an alias stand for an adapter, or for several by weight; returns once they are "
+    "loaded somewhere"
+)
 TIMEOUT_S = 120.0  # of the gateway's own waiting for the loads
 
 
 def add_parser(verbs: Any) -> None:
-    parser = verbs.add_parser("aliases", help="names for adapters of a running gateway", description=__doc__.partition(". ")[2])
+    parser = verbs.add_parser(
+        "aliases",
+        help="names for adapters of a running gateway",
+        description=__doc__.partition(". ")[2],
+    )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     common = common_flags("ALIAS may also be BASE:ALIAS")
-    ls = actions.add_parser("ls", parents=[common], help="every alias: its adapters, their shares, requests and errors")
+    ls = actions.add_parser(
+        "ls", parents=[common], help="every alias: its adapters, their shares, requests and errors"
+    )
     ls.set_defaults(run=lambda args: _run(_ls, args))
     setting = actions.add_parser("set", parents=[common], help=SET_HELP, description=SET_HELP)
     setting.add_argument("alias", metavar="ALIAS")
-    setting.add_argument("shares", metavar="ADAPTER[=WEIGHT]", nargs="+", help="`v8`, `v8@0a1b2c3d`, or `v7=90 v8=10`")
-    setting.add_argument("--now", action="store_true", help="do not wait until the adapters are loaded")
+    setting.add_argument(
+        "shares",
+        metavar="ADAPTER[=WEIGHT]",
+        nargs="+",
+        help="`v8`, `v8@0a1b2c3d`, or `v7=90 v8=10`",
+    )
+    setting.add_argument(
+        "--now", action="store_true", help="do not wait until the adapters are loaded"
+    )
     setting.set_defaults(run=lambda args: _run(_set, args))
-    rm = actions.add_parser("rm", parents=[common], help="take an alias away; the config's of the same name holds again")
+    rm = actions.add_parser(
+        "rm", parents=[common], help="take an alias away; the config's of the same name holds again"
+    )
     rm.add_argument("alias", metavar="ALIAS")
     rm.set_defaults(run=lambda args: _run(_rm, args))
 
@@ -41,7 +61,14 @@ def _run(action: Any, args: argparse.Namespace) -> int:
 
 
 def _ls(args: argparse.Namespace, gateway: Gateway) -> None:
-    _show(args, [entry for entry in _aliases(gateway) if args.base in (None, entry["model"].rpartition(":")[0])])
+    _show(
+        args,
+        [
+            entry
+            for entry in _aliases(gateway)
+            if args.base in (None, entry["model"].rpartition(":")[0])
+        ],
+    )
 
 
 def _set(args: argparse.Namespace, gateway: Gateway) -> None:
@@ -61,7 +88,10 @@ def _rm(args: argparse.Namespace, gateway: Gateway) -> None:
     if args.json:
         print(json.dumps(answer, indent=1))
         return
-    print(f"{answer['deleted']}: deleted" + (", and the config's holds again" if answer["now"] else ""))
+    print(
+        f"{answer['deleted']}: deleted"
+        + (", and the config's holds again" if answer["now"] else "")
+    )
     if answer["now"]:
         _show(args, [answer["now"]])
 
@@ -80,11 +110,15 @@ def _share(text: str) -> dict[str, object]:
     try:
         return {"adapter": adapter, "weight": float(weight)}
     except ValueError:
-        raise ConfigError(f"`{text}`: expected ADAPTER=WEIGHT with a number as the weight") from None
+        raise ConfigError(
+            f"`{text}`: expected ADAPTER=WEIGHT with a number as the weight"
+        ) from None
 
 
 def _path(args: argparse.Namespace) -> str:
-    return "/admin/aliases/" + (args.alias if ":" in args.alias or not args.base else f"{args.base}:{args.alias}")
+    return "/admin/aliases/" + (
+        args.alias if ":" in args.alias or not args.base else f"{args.base}:{args.alias}"
+    )
 
 
 def _show(args: argparse.Namespace, entries: list[Any]) -> None:
@@ -99,7 +133,8 @@ def _show(args: argparse.Namespace, entries: list[Any]) -> None:
             share["requests"],
             share["errors"],
             entry["source"] if not n else "",
-            _fate(share) or ("hides the adapter of this name" if entry["hides_adapter"] and not n else ""),
+            _fate(share)
+            or ("hides the adapter of this name" if entry["hides_adapter"] and not n else ""),
         )
         for entry in entries
         for n, share in enumerate(entry["shares"])
@@ -111,4 +146,8 @@ def _fate(share: dict[str, Any]) -> str:
     trip = share["rolled_back"]
     if not trip:
         return ""
-    return f"rolled back {datetime.fromtimestamp(trip['at']).astimezone().isoformat(timespec='seconds')}: {trip['reason']}"
+    return (
+        "rolled back "
+        f"{datetime.fromtimestamp(trip['at']).astimezone().isoformat(timespec='seconds')}: "
+        f"{trip['reason']}"
+    )

@@ -37,11 +37,17 @@ class Failed(Exception):
 
 
 def common_flags(instead: str) -> argparse.ArgumentParser:
-    """What every action that speaks to a gateway takes. `instead` says what makes --base needless."""
+    """What every action that speaks to a gateway takes. `instead` says what makes --base
+    needless.
+    """
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--url", default=DEFAULT_URL, help=f"of the gateway (default {DEFAULT_URL})")
+    common.add_argument(
+        "--url", default=DEFAULT_URL, help=f"of the gateway (default {DEFAULT_URL})"
+    )
     common.add_argument("--base", help=f"base model, where there are several; {instead}")
-    common.add_argument("--key-file", type=Path, help=f"file with the admin key (default: the variable {KEY_ENV})")
+    common.add_argument(
+        "--key-file", type=Path, help=f"file with the admin key (default: the variable {KEY_ENV})"
+    )
     common.add_argument("--json", action="store_true", help="print the gateway's own answer")
     return common
 
@@ -64,10 +70,21 @@ class Gateway:
             raise ConfigError(f"--url: expected http://host:port, got {url}")
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_loopback(parts.hostname) else []))
+        self._opener = urllib.request.build_opener(
+            *([urllib.request.ProxyHandler({})] if is_loopback(parts.hostname) else [])
+        )
 
-    def call(self, method: str, path: str, query: dict[str, str], body: object = None, timeout_s: float = 60.0) -> tuple[int, Any]:
-        url = f"{self.url}{urllib.parse.quote(path)}" + (f"?{urllib.parse.urlencode(query)}" if query else "")
+    def call(
+        self,
+        method: str,
+        path: str,
+        query: dict[str, str],
+        body: object = None,
+        timeout_s: float = 60.0,
+    ) -> tuple[int, Any]:
+        url = f"{self.url}{urllib.parse.quote(path)}" + (
+            f"?{urllib.parse.urlencode(query)}" if query else ""
+        )
         data = json.dumps(body).encode() if method in ("POST", "PUT") else None
         request = urllib.request.Request(url, data, self._headers, method=method)
         try:
@@ -77,7 +94,9 @@ class Gateway:
             return exc.code, self._explained(exc.code, _decoded(exc.read()))
         except (OSError, http.client.HTTPException) as exc:
             reason = getattr(exc, "reason", exc)
-            raise Failed(f"no gateway answers at {self.url} ({reason}); is it running, is --url right?") from exc
+            raise Failed(
+                f"no gateway answers at {self.url} ({reason}); is it running, is --url right?"
+            ) from exc
 
     def _explained(self, status: int, answer: Any) -> Any:
         said = answer.get("error", {}).get("message", "") if isinstance(answer, dict) else ""
@@ -105,4 +124,6 @@ def show_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 def _padded(lines: Sequence[Sequence[str]], widths: Sequence[int]) -> Iterator[str]:
     for line in lines:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        yield "  ".join(
+            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()

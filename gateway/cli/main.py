@@ -50,31 +50,65 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="loraplex", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="loraplex",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     serve = verbs.add_parser(
-        "serve", help="gateway and workers on this machine", description="Serve everything on this machine until Ctrl-C."
+        "serve",
+        help="gateway and workers on this machine",
+        description="Serve everything on this machine until Ctrl-C.",
     )
     serve.add_argument("config", metavar="CONFIG")
     serve.add_argument("--host", help="listen on this address instead of gateway.host")
-    serve.add_argument("--port", type=int, help="listen on this port instead of gateway.port (0: any free one)")
-    serve.add_argument("--workers", type=int, help="workers of the first model, instead of its num_replicas")
+    serve.add_argument(
+        "--port", type=int, help="listen on this port instead of gateway.port (0: any free one)"
+    )
+    serve.add_argument(
+        "--workers", type=int, help="workers of the first model, instead of its num_replicas"
+    )
     serve.set_defaults(run=_serve)
-    gateway = verbs.add_parser("gateway", help="only the gateway", description="One gateway process; prints where workers connect.")
+    gateway = verbs.add_parser(
+        "gateway",
+        help="only the gateway",
+        description="One gateway process; prints where workers connect.",
+    )
     gateway.add_argument("config", metavar="CONFIG")
-    gateway.add_argument("--index", type=int, default=0, help="number of this process, if several share one port")
+    gateway.add_argument(
+        "--index", type=int, default=0, help="number of this process, if several share one port"
+    )
     gateway.set_defaults(run=_gateway)
-    worker = verbs.add_parser("worker", help="one worker", description="One worker; set CUDA_VISIBLE_DEVICES to choose its GPUs.")
+    worker = verbs.add_parser(
+        "worker",
+        help="one worker",
+        description="One worker; set CUDA_VISIBLE_DEVICES to choose its GPUs.",
+    )
     worker.add_argument("config", metavar="CONFIG")
     worker.add_argument(
-        "--gateway", action="append", default=[], metavar="ENDPOINT", help="control endpoint of a gateway process; repeatable"
+        "--gateway",
+        action="append",
+        default=[],
+        metavar="ENDPOINT",
+        help="control endpoint of a gateway process; repeatable",
     )
-    worker.add_argument("--model", metavar="ID", help="which model of the config, if it has several")
-    worker.add_argument("--worker", metavar="NAME", help="a name unique in the cluster; default: host and pid")
-    worker.add_argument("--peer-host", metavar="HOST[:PORT]", help="where other hosts' workers reach this one (see gateway.link.peer)")
+    worker.add_argument(
+        "--model", metavar="ID", help="which model of the config, if it has several"
+    )
+    worker.add_argument(
+        "--worker", metavar="NAME", help="a name unique in the cluster; default: host and pid"
+    )
+    worker.add_argument(
+        "--peer-host",
+        metavar="HOST[:PORT]",
+        help="where other hosts' workers reach this one (see gateway.link.peer)",
+    )
     worker.set_defaults(run=_worker)
     check = verbs.add_parser(
-        "check", help="check a config", description="Check a config, including engine_kwargs against vLLM's own arguments."
+        "check",
+        help="check a config",
+        description="Check a config, including engine_kwargs against vLLM's own arguments.",
     )
     check.add_argument("config", metavar="CONFIG")
     check.set_defaults(run=_check)
@@ -93,7 +127,9 @@ def _load(path: str) -> Settings:
 def _serve(args: argparse.Namespace) -> int:
     settings = _load(args.config)
     changes = {k: getattr(args, k) for k in ("host", "port") if getattr(args, k) is not None}
-    settings = msgspec.structs.replace(settings, gateway=msgspec.structs.replace(settings.gateway, **changes))
+    settings = msgspec.structs.replace(
+        settings, gateway=msgspec.structs.replace(settings.gateway, **changes)
+    )
     if args.workers is not None:
         settings = _with_workers(settings, args.workers)
     return serve(settings)
@@ -108,9 +144,9 @@ def serve(settings: Settings) -> int:
     runtime_log.set_up("serve", settings.gateway.log_level)
 
     async def run() -> int:
-        return await Supervisor(settings, lambda line: print(f"==> {line}", file=sys.stderr, flush=True)).run(
-            lambda port, model: _greet(settings, port, model)
-        )
+        return await Supervisor(
+            settings, lambda line: print(f"==> {line}", file=sys.stderr, flush=True)
+        ).run(lambda port, model: _greet(settings, port, model))
 
     return uvloop.run(run())
 
@@ -128,12 +164,15 @@ def _greet(settings: Settings, port: int, example: str | None) -> None:
             "messages": [{"role": "user", "content": "Hello!"}],
         }
     )
-    stream = json.dumps({"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]})
+    stream = json.dumps(
+        {"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]}
+    )
     print(
         f"\nLoraplex serves at {url}/v1  (Ctrl-C stops it)\n\n"
         f"  curl {url}/v1/models{key}\n"
         f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'\n"
-        f"  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{stream}'\n",
+        f"  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' "
+        f"-d '{stream}'\n",
         flush=True,
     )
 
@@ -142,14 +181,18 @@ def _with_workers(settings: Settings, workers: int) -> Settings:
     if workers < 1:
         raise ConfigError("--workers must be at least 1")
     first = settings.models[0]
-    deployment = msgspec.structs.replace(first.deployment_config, num_replicas=workers, autoscaling_config=None)
+    deployment = msgspec.structs.replace(
+        first.deployment_config, num_replicas=workers, autoscaling_config=None
+    )
     first = msgspec.structs.replace(first, deployment_config=deployment)
     return msgspec.structs.replace(settings, models=(first, *settings.models[1:]))
 
 
 def _gateway(args: argparse.Namespace) -> int:
     _load(args.config)
-    os.execv(sys.executable, [sys.executable, "-m", "gateway", args.config, "--index", str(args.index)])
+    os.execv(
+        sys.executable, [sys.executable, "-m", "gateway", args.config, "--index", str(args.index)]
+    )
 
 
 def _worker(args: argparse.Namespace) -> int:
@@ -169,7 +212,11 @@ def _check(args: argparse.Namespace) -> int:
             raise ConfigError("\n".join(problems))
     for m in settings.models:
         gpus = f", {m.gpus_per_worker} GPU each" if m.gpus_per_worker else ""
-        adapters = f"adapters from {m.adapters_path}, {m.max_loras} slots a worker" if m.adapters_path else "no adapters"
+        adapters = (
+            f"adapters from {m.adapters_path}, {m.max_loras} slots a worker"
+            if m.adapters_path
+            else "no adapters"
+        )
         print(f"{m.model_id}: {m.llm_engine}, {m.workers} worker(s){gpus}, {adapters}")
     g = settings.gateway
     print(f"gateway: http://{g.host}:{g.port}, {g.processes} process(es)\nok")
@@ -178,12 +225,18 @@ def _check(args: argparse.Namespace) -> int:
 
 def _known_arguments() -> frozenset[str]:
     """vLLM's argument names, asked of a process that imports it (about 10 s)."""
-    asked = subprocess.run([sys.executable, "-m", "worker.engine.vllm.arguments"], capture_output=True, text=True, check=False)
+    asked = subprocess.run(
+        [sys.executable, "-m", "worker.engine.vllm.arguments"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     try:
         return frozenset(json.loads(asked.stdout.splitlines()[-1]))
     except (IndexError, ValueError) as exc:
         raise ConfigError(
-            "vLLM cannot be imported here, so engine_kwargs cannot be checked; install loraplex[gpu] or loraplex[cpu]"
+            "vLLM cannot be imported here, so engine_kwargs cannot be checked; install "
+            "loraplex[gpu] or loraplex[cpu]"
         ) from exc
 
 

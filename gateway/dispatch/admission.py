@@ -1,7 +1,9 @@
-"""Pure. The gateway's queue: requests that no worker takes now, bounded in number and in time, in fair order between flows.
+"""Pure. The gateway's queue: requests that no worker takes now, bounded in number and in time, in
+fair order between flows.
 
-A flow is one adapter's requests of one API key at one priority; inside it the oldest goes first. Between flows: the lower priority number, then
-the least served (see fairness.py), then the oldest. A flow that waits for a slot does not hold up others that need none.
+A flow is one adapter's requests of one API key at one priority; inside it the oldest goes first.
+Between flows: the lower priority number, then the least served (see fairness.py), then the oldest.
+A flow that waits for a slot does not hold up others that need none.
 """
 
 from __future__ import annotations
@@ -20,13 +22,17 @@ __all__ = ["ANYBODY", "UNBOUND", "Admission", "Flow", "QueueBound", "Ticket"]
 T = TypeVar("T")
 
 MAX_WITHOUT_SLOT, MAX_NOT_YET = 8, 32
-"""Flows that a pump tries in vain before it stops: those behind them have no better claim to a slot, and time spent here delays everybody.
-More of those that only wait for their turn: they leave the slots of others alone."""
+"""Flows that a pump tries in vain before it stops: those behind them have no better claim to a
+slot, and time spent here delays everybody. More of those that only wait for their turn: they leave
+the slots of others alone.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class QueueBound:
-    """What one base model's config says of its queue. `max_queued` -1: only the gateway's own bound holds. `retry_after_s` None: a guess."""
+    """What one base model's config says of its queue. `max_queued` -1: only the gateway's own bound
+    holds. `retry_after_s` None: a guess.
+    """
 
     max_queued: int = -1
     rate_limited: bool = False
@@ -43,17 +49,21 @@ UNBOUND = QueueBound()
 
 
 class Admission(Generic[T]):
-    """Holds at most `max_queued` items, each for at most `timeout_s` seconds; of a base model in `bounds` at most as many as it says.
+    """Holds at most `max_queued` items, each for at most `timeout_s` seconds; of a base model in
+    `bounds` at most as many as it says.
 
     Cancelled items leave at once and free their place.
     """
 
-    def __init__(self, max_queued: int, timeout_s: float, bounds: Mapping[str, QueueBound] | None = None) -> None:
+    def __init__(
+        self, max_queued: int, timeout_s: float, bounds: Mapping[str, QueueBound] | None = None
+    ) -> None:
         self._max_queued = max_queued
         self._bounds = dict(bounds or {})
         self._timeout_s = timeout_s
         self._queues: dict[str, WaitQueue[T]] = {}
-        self._arrivals: dict[Ticket[T], None] = {}  # all places; all wait equally long, so the order of arrival is that of the deadlines
+        # all places; all wait equally long, so the order of arrival is that of the deadlines
+        self._arrivals: dict[Ticket[T], None] = {}
         self._last_number = 0
 
     def __len__(self) -> int:
@@ -94,18 +104,26 @@ class Admission(Generic[T]):
             del self._queues[ticket.base]
 
     def charge(self, base: str, flow: Flow, tokens: float) -> None:
-        """The flow was served so many weighted tokens (negative: fewer than charged before). Counts only while the base model has a queue."""
+        """The flow was served so many weighted tokens (negative: fewer than charged before). Counts
+        only while the base model has a queue.
+        """
         queue = self._queues.get(base)
         if queue is not None:
             queue.charge(flow, tokens)
 
     def admit_waiting(
-        self, base: str, dispatch: Callable[[T], Blocked | None], adapter: Key | None = None, reserved_for: Iterable[Key] = ()
+        self,
+        base: str,
+        dispatch: Callable[[T], Blocked | None],
+        adapter: Key | None = None,
+        reserved_for: Iterable[Key] = (),
     ) -> None:
-        """Offers waiting items to `dispatch` in order. None: it took the item. SLOT or TURN: the next flow's turn. ROOM: that was all.
+        """Offers waiting items to `dispatch` in order. None: it took the item. SLOT or TURN: the
+        next flow's turn. ROOM: that was all.
 
-        Those who wait for `reserved_for` are tried first, whoever's turn it is: something is kept for them. Those who wait for `adapter` are tried as well
-        if their turn has not come: something was freed that they alone can use.
+        Those who wait for `reserved_for` are tried first, whoever's turn it is: something is kept
+        for them. Those who wait for `adapter` are tried as well if their turn has not come:
+        something was freed that they alone can use.
         """
         queue = self._queues.get(base)
         if queue is None:
@@ -131,7 +149,9 @@ class Admission(Generic[T]):
         return [ticket.item for ticket in self._arrivals]
 
     def positions(self) -> dict[T, int]:
-        """Where each stands in the queue of its base model, by priority and arrival: about its turn, for fairness between flows changes it."""
+        """Where each stands in the queue of its base model, by priority and arrival: about its
+        turn, for fairness between flows changes it.
+        """
         ahead: dict[str, int] = {}
         found: dict[T, int] = {}
         for ticket in sorted(self._arrivals, key=lambda p: (p.flow[0], p.number)):
@@ -149,13 +169,21 @@ class Admission(Generic[T]):
             self.leave(ticket)
         return [ticket.item for ticket in late]
 
-    def _offer_all(self, queue: WaitQueue[T], adapter: Key, after: Turn | None, dispatch: Callable[[T], Blocked | None]) -> None:
+    def _offer_all(
+        self,
+        queue: WaitQueue[T],
+        adapter: Key,
+        after: Turn | None,
+        dispatch: Callable[[T], Blocked | None],
+    ) -> None:
         """Those who wait for the adapter, to the first that is not taken."""
         while (after := queue.next(after, adapter)) is not None:
             if self._offer(queue, after, dispatch) is not None:
                 return
 
-    def _offer(self, queue: WaitQueue[T], turn: Turn, dispatch: Callable[[T], Blocked | None]) -> Blocked | None:
+    def _offer(
+        self, queue: WaitQueue[T], turn: Turn, dispatch: Callable[[T], Blocked | None]
+    ) -> Blocked | None:
         ticket = queue.oldest(turn)
         blocked = dispatch(ticket.item)
         if blocked is None:

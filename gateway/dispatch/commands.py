@@ -1,4 +1,6 @@
-"""Shell. What this gateway asked workers to do with adapters (wire.Tend) and has not heard of yet: one future each."""
+"""Shell. What this gateway asked workers to do with adapters (wire.Tend) and has not heard of yet:
+one future each.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,31 @@ MAX_OPEN = 1000
 
 
 class PendingCommands:
-    """The open tends by stream id. A future that its owner cancels makes room at once; the worker does it all the same."""
+    """The open tends by stream id. A future that its owner cancels makes room at once; the worker
+    does it all the same.
+    """
 
     def __init__(self) -> None:
-        self._open: dict[messages.StreamId, tuple[messages.WorkerId, int, asyncio.Future[None]]] = {}
+        self._open: dict[
+            messages.StreamId, tuple[messages.WorkerId, int, asyncio.Future[None]]
+        ] = {}
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def begin(self, sid: messages.StreamId, worker: messages.WorkerId, epoch: int) -> asyncio.Future[None]:
+    def begin(
+        self, sid: messages.StreamId, worker: messages.WorkerId, epoch: int
+    ) -> asyncio.Future[None]:
         """Fails at once with Overloaded beyond MAX_OPEN."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         future.add_done_callback(lambda f: self._ended(sid, f))
         if len(self._open) >= MAX_OPEN:
-            future.set_exception(Overloaded(f"{MAX_OPEN} adapters are being tended already; try again later.", retry_after_s=1.0))
+            future.set_exception(
+                Overloaded(
+                    f"{MAX_OPEN} adapters are being tended already; try again later.",
+                    retry_after_s=1.0,
+                )
+            )
         else:
             self._open[sid] = (worker, epoch, future)
         return future
@@ -40,8 +53,12 @@ class PendingCommands:
 
     def lost(self, worker: messages.WorkerId, epoch: int) -> None:
         """That life of the worker is over."""
-        for sid in [sid for sid, (id_, life, _) in self._open.items() if (id_, life) == (worker, epoch)]:
-            self._take(sid, WorkerUnavailable("The worker was lost before it was done.", retry_after_s=1.0))
+        for sid in [
+            sid for sid, (id_, life, _) in self._open.items() if (id_, life) == (worker, epoch)
+        ]:
+            self._take(
+                sid, WorkerUnavailable("The worker was lost before it was done.", retry_after_s=1.0)
+            )
 
     def _take(self, sid: messages.StreamId, error: LoraplexError | None) -> None:
         _, _, future = self._open.pop(sid, (None, 0, None))

@@ -1,7 +1,8 @@
 """Shell. The only room where the pure parts (fleet, routing, admission, request) meet the link.
 
-A request comes in by `submit`, is given to a worker in one synchronous step (choose, reserve, send) or waits in the queue, and its frames go
-straight from the link's callback to its Sink. No task runs per request or per token here.
+A request comes in by `submit`, is given to a worker in one synchronous step (choose, reserve, send)
+or waits in the queue, and its frames go straight from the link's callback to its Sink. No task runs
+per request or per token here.
 """
 
 from __future__ import annotations
@@ -22,10 +23,25 @@ from gateway.dispatch.lifecycle import RequestEvent, RequestPhase
 from gateway.dispatch.request import InFlightRequest, adapter_key, flow_of, routing_request_of
 from gateway.fleet.fleet import Changed, Fleet, FleetEvent, Joined, WorkerView
 from gateway.fleet.peer_hints import peer_hints
-from gateway.routing.policy import Blocked, Candidate, Choice, Decision, Defer, Policy, RoutingRequest
+from gateway.routing.policy import (
+    Blocked,
+    Candidate,
+    Choice,
+    Decision,
+    Defer,
+    Policy,
+    RoutingRequest,
+)
 from gateway.telemetry.prometheus import Metrics
 from shared.adapters.identity import AdapterRef, StoredAdapter
-from shared.errors import AdapterNotFound, EngineFailure, LoraplexError, Overloaded, WorkerUnavailable, from_refusal
+from shared.errors import (
+    AdapterNotFound,
+    EngineFailure,
+    LoraplexError,
+    Overloaded,
+    WorkerUnavailable,
+    from_refusal,
+)
 from shared.link import messages
 from shared.link.sockets import SendResult
 
@@ -33,18 +49,23 @@ log = logging.getLogger("loraplex.dispatcher")
 
 
 class Transport(Protocol):
-    """What the dispatcher needs of the link: NOBLOCK sends to a worker's control and data sockets, by routing id."""
+    """What the dispatcher needs of the link: NOBLOCK sends to a worker's control and data sockets,
+    by routing id.
+    """
 
     def send_data(self, peer: bytes, data: bytes) -> SendResult: ...
     def send_control(self, peer: bytes, data: bytes) -> SendResult: ...
 
 
 class Dispatcher:
-    """Owns the flights. `policy` decides (see policies.make_policy), `fleet` remembers, `transport` carries.
+    """Owns the flights. `policy` decides (see policies.make_policy), `fleet` remembers, `transport`
+    carries.
 
-    `wake_at` is told the time, on `clock`, at which `tick` should be called besides its regular calls (a policy wants to be asked again then);
-    without it the regular calls have to do. `progress_s`: how often a stream that waits hears of it (0: never). `first_sid`: stream ids begin
-    above it; those of a gateway's earlier life must not come again, for its workers may still send frames for them.
+    `wake_at` is told the time, on `clock`, at which `tick` should be called besides its regular
+    calls (a policy wants to be asked again then); without it the regular calls have to do.
+    `progress_s`: how often a stream that waits hears of it (0: never). `first_sid`: stream ids
+    begin above it; those of a gateway's earlier life must not come again, for its workers may still
+    send frames for them.
     """
 
     def __init__(
@@ -87,7 +108,7 @@ class Dispatcher:
         self.idle = asyncio.Event()
         """Set once the dispatcher drains and no request is open."""
 
-    # ---- the client's side ----------------------------------------------------------------------------------------------------------
+    # ---- the client's side -----------------------------------------------------------------------
 
     @property
     def open_requests(self) -> int:
@@ -110,13 +131,17 @@ class Dispatcher:
         if self._draining:
             raise WorkerUnavailable("This server is shutting down.", retry_after_s=1.0)
         if self._open >= self._max_flights:
-            raise Overloaded(f"Too many requests at once (limit {self._max_flights}).", retry_after_s=1.0)
+            raise Overloaded(
+                f"Too many requests at once (limit {self._max_flights}).", retry_after_s=1.0
+            )
         request.ask = routing_request_of(request)
         self._policy.arrived(request.ask, request.t_start)
         self._open += 1
         # Where others wait it takes its turn among them.
         if self._admission.depth(request.base) or self._dispatch(request) is not None:
-            request.ticket = self._admission.offer(request.base, request, self.clock(), flow_of(request))
+            request.ticket = self._admission.offer(
+                request.base, request, self.clock(), flow_of(request)
+            )
             if request.ticket is None:
                 self._open -= 1
                 self._policy.left(request.ask, self.clock())
@@ -126,11 +151,17 @@ class Dispatcher:
             self._progress.enter(request, request.t_start)
 
     def send_command(
-        self, worker: WorkerView, action: messages.AdapterAction, adapter: AdapterRef, stored: StoredAdapter | None
+        self,
+        worker: WorkerView,
+        action: messages.AdapterAction,
+        adapter: AdapterRef,
+        stored: StoredAdapter | None,
     ) -> asyncio.Future[None]:
-        """Asks the worker to do it; the future resolves once it is so. How long to wait is the caller's affair.
+        """Asks the worker to do it; the future resolves once it is so. How long to wait is the
+        caller's affair.
 
-        It fails with: Overloaded, too many are open. WorkerUnavailable: it takes nothing, or was lost. Else what the worker refused it with.
+        It fails with: Overloaded, too many are open. WorkerUnavailable: it takes nothing, or was
+        lost. Else what the worker refused it with.
         """
         self._last_sid += 1
         sid, peer = self._last_sid, messages.identity(worker.id, worker.beat.epoch)
@@ -138,14 +169,29 @@ class Dispatcher:
         if future.done():
             return future
         if not worker.routable or self.fleet.get(worker.id) is not worker:
-            self._commands.fail(sid, WorkerUnavailable("The worker does not serve.", retry_after_s=1.0))
+            self._commands.fail(
+                sid, WorkerUnavailable("The worker does not serve.", retry_after_s=1.0)
+            )
             return future
         if action is messages.AdapterAction.CACHE:  # what is on the disk alone is in no heartbeat
-            future.add_done_callback(lambda f: self.fleet.cached(worker, adapter) if not f.cancelled() and f.exception() is None else None)
+            future.add_done_callback(
+                lambda f: (
+                    self.fleet.cached(worker, adapter)
+                    if not f.cancelled() and f.exception() is None
+                    else None
+                )
+            )
         peers = peer_hints(self.fleet.pool(adapter.base), worker, (adapter.name, adapter.digest))
-        sent = self._transport.send_data(peer, messages.encode(messages.AdapterCommand(sid, action, adapter, stored, peers)))
+        sent = self._transport.send_data(
+            peer, messages.encode(messages.AdapterCommand(sid, action, adapter, stored, peers))
+        )
         if sent is SendResult.FULL:
-            self._commands.fail(sid, WorkerUnavailable("The worker does not take messages fast enough.", retry_after_s=1.0))
+            self._commands.fail(
+                sid,
+                WorkerUnavailable(
+                    "The worker does not take messages fast enough.", retry_after_s=1.0
+                ),
+            )
         elif sent is not SendResult.OK:
             lost = self.fleet.unreachable(worker.id, worker.beat.epoch)
             self._apply([lost] if lost else [], None)
@@ -168,7 +214,9 @@ class Dispatcher:
         self._end(request, RequestEvent.CANCEL)
 
     def give_up(self, request: InFlightRequest, error: LoraplexError) -> None:
-        """Its time is over: it leaves the queue or its worker, and the client hears why. A no-op once the flight is over."""
+        """Its time is over: it leaves the queue or its worker, and the client hears why. A no-op
+        once the flight is over.
+        """
         if request.life.over:
             return
         if request.life.phase is not RequestPhase.QUEUED:
@@ -182,21 +230,30 @@ class Dispatcher:
         self._wake_if_idle()
 
     def _give_up_waiting(self) -> None:
-        """While this gateway drains, its workers may have gone already: nobody will come for what waits for them."""
+        """While this gateway drains, its workers may have gone already: nobody will come for what
+        waits for them.
+        """
         for request in self._admission.items():
             if request.ticket is not None and not self.fleet.routable(request.base):
-                self._fail(request, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0))
+                self._fail(
+                    request, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0)
+                )
 
     def abort_all(self) -> None:
         """The drain's time is over: whatever still runs ends here."""
-        for request in self._admission.items():  # first, so that none of them takes a place that the others leave
+        # first, so that none of them takes a place that the others leave
+        for request in self._admission.items():
             if request.ticket is not None:
-                self._fail(request, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0))
+                self._fail(
+                    request, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0)
+                )
         for request in [*self._requests.values()]:
             self._send_cancel(request)
-            self._fail(request, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0))
+            self._fail(
+                request, WorkerUnavailable("This server is shutting down.", retry_after_s=1.0)
+            )
 
-    # ---- the workers' side ----------------------------------------------------------------------------------------------------------
+    # ---- the workers' side -----------------------------------------------------------------------
 
     def on_control(self, peer: bytes, data: bytes) -> None:
         try:
@@ -251,14 +308,24 @@ class Dispatcher:
         now = self.clock()
         silent = self.fleet.expire(now)
         for lost in silent:
-            # It may only have stood still, with these requests unread before it: nobody waits for them any more.
+            # It may only have stood still, with these requests unread before it: nobody waits for
+            # them any more.
             for sid in lost.streams:
-                self._transport.send_data(messages.identity(lost.worker, lost.epoch), messages.encode(messages.Cancel(sid)))
+                self._transport.send_data(
+                    messages.identity(lost.worker, lost.epoch),
+                    messages.encode(messages.Cancel(sid)),
+                )
         self._apply(silent, None)
         if self._draining:
             self._give_up_waiting()
         for request in self._admission.expire(now):
-            self._fail(request, Overloaded("No worker became free in time.", retry_after_s=self._retry_after_s(request.base)))
+            self._fail(
+                request,
+                Overloaded(
+                    "No worker became free in time.",
+                    retry_after_s=self._retry_after_s(request.base),
+                ),
+            )
         turns = self._progress.turns(now)
         tickets = self._admission.positions() if any(f.ticket is not None for f in turns) else {}
         for request in turns:
@@ -268,12 +335,13 @@ class Dispatcher:
             for base in self._admission.bases():
                 self._admit_waiting(base)
 
-    # ---- inside -----------------------------------------------------------------------------------------------------------------------
+    # ---- inside ----------------------------------------------------------------------------------
 
     def _dispatch(self, request: InFlightRequest) -> Blocked | None:
         """Choose, reserve and send in one step. None: it is on its way; else what it waits for."""
         ask = request.ask
-        full: set[messages.WorkerId] = set()  # their queues are at the bound: they take nothing for now, as if they had no room
+        # their queues are at the bound: they take nothing for now, as if they had no room
+        full: set[messages.WorkerId] = set()
         while True:
             now = self.clock()
             choice = self._choose(request, full, now)
@@ -288,9 +356,24 @@ class Dispatcher:
             stored = None if choice.tier is messages.Tier.GPU else request.stored
             peers: tuple[str, ...] = ()
             if request.adapter is not None and choice.tier > messages.Tier.CPU:
-                peers = peer_hints(self.fleet.pool(request.base), worker, (request.adapter.name, request.adapter.digest))
-            message = messages.Generate(sid, request.path, request.request_id, request.body, request.adapter, stored, peers, request.model)
-            sent = self._transport.send_data(messages.identity(worker.id, worker.beat.epoch), messages.encode(message))
+                peers = peer_hints(
+                    self.fleet.pool(request.base),
+                    worker,
+                    (request.adapter.name, request.adapter.digest),
+                )
+            message = messages.Generate(
+                sid,
+                request.path,
+                request.request_id,
+                request.body,
+                request.adapter,
+                stored,
+                peers,
+                request.model,
+            )
+            sent = self._transport.send_data(
+                messages.identity(worker.id, worker.beat.epoch), messages.encode(message)
+            )
             if sent is SendResult.OK:
                 break
             self.fleet.release(sid)
@@ -306,11 +389,15 @@ class Dispatcher:
         request.life.on(RequestEvent.DISPATCHED)
         self._requests[sid] = request
         self._policy.sent(ask, choice, now)
-        self._admission.charge(request.base, flow_of(request), fairness.service(ask.prompt_tokens, ask.output_tokens))
+        self._admission.charge(
+            request.base, flow_of(request), fairness.service(ask.prompt_tokens, ask.output_tokens)
+        )
         self._metrics.dispatched(request.base, choice.reason)
         return None
 
-    def _choose(self, request: InFlightRequest, full: set[messages.WorkerId], now: float) -> Decision:
+    def _choose(
+        self, request: InFlightRequest, full: set[messages.WorkerId], now: float
+    ) -> Decision:
         """Without those that refused this request, unless nobody else takes it."""
         if not full and not request.refused_by:
             return self._policy.choose(request.ask, self.fleet, now, self._rng)
@@ -323,12 +410,19 @@ class Dispatcher:
             return self._policy.choose(request.ask, self.fleet, now, self._rng)
 
     def _admit_waiting(self, base: str, ask: RoutingRequest | None = None) -> None:
-        """Something may have become free; `ask` is the request that freed or wants it. What a pump sets off does not pump again inside it."""
+        """Something may have become free; `ask` is the request that freed or wants it. What a pump
+        sets off does not pump again inside it.
+        """
         if self._admitting is None and self._admission.depth(base):
             self._admitting = base
             try:
                 reserved_for = self._policy.reserved_for(base, self.fleet, self.clock())
-                self._admission.admit_waiting(base, self._dispatch, adapter_key(ask.adapter) if ask is not None else None, reserved_for)
+                self._admission.admit_waiting(
+                    base,
+                    self._dispatch,
+                    adapter_key(ask.adapter) if ask is not None else None,
+                    reserved_for,
+                )
             finally:
                 self._admitting = None
 
@@ -363,16 +457,21 @@ class Dispatcher:
             if request.choice is not None:
                 worker = request.choice.worker
                 request.refused_by |= {worker.id}
-                if refused.leaving:  # else it would get the request again at once, and soon be asked for the last time
+                # else it would get the request again at once, and soon be asked for the last time
+                if refused.leaving:
                     changed = self.fleet.leaves(worker.id, worker.beat.epoch, refused.message)
                     self._apply([changed] if changed else [], None)
-            retryable = refused.retryable or (request.elsewhere and refused.code == AdapterNotFound.code)
+            retryable = refused.retryable or (
+                request.elsewhere and refused.code == AdapterNotFound.code
+            )
             self._on_loss(request, from_refusal(refused.code, refused.message), retryable=retryable)
         else:
             self._commands.refused(refused)
 
     def _on_loss(self, request: InFlightRequest, error: LoraplexError, *, retryable: bool) -> None:
-        """The worker gave the request back: another one takes it, it queues again, or the client hears of it."""
+        """The worker gave the request back: another one takes it, it queues again, or the client
+        hears of it.
+        """
         self._unreserve(request)
         if request.life.on_loss(retryable=retryable) is RequestPhase.FAILED:
             request.sink.fail(error)
@@ -380,7 +479,9 @@ class Dispatcher:
             return
         self._metrics.retried()
         if self._dispatch(request) is not None:
-            request.ticket = self._admission.offer(request.base, request, self.clock(), flow_of(request))
+            request.ticket = self._admission.offer(
+                request.base, request, self.clock(), flow_of(request)
+            )
             if request.ticket is None:
                 self._fail(request, error)
 
@@ -391,25 +492,54 @@ class Dispatcher:
                 if peer is not None:
                     self._transport.send_control(peer, messages.encode(self._welcome()))
             elif isinstance(event, Changed):
-                log.info("worker state", extra={"worker": event.worker, "state": event.now.name.lower(), "reason": event.reason})
+                log.info(
+                    "worker state",
+                    extra={
+                        "worker": event.worker,
+                        "state": event.now.name.lower(),
+                        "reason": event.reason,
+                    },
+                )
             else:
-                log.warning("worker lost", extra={"worker": event.worker, "reason": event.reason, "requests": len(event.streams)})
+                log.warning(
+                    "worker lost",
+                    extra={
+                        "worker": event.worker,
+                        "reason": event.reason,
+                        "requests": len(event.streams),
+                    },
+                )
                 for sid in event.streams:
                     request = self._requests.get(sid)
                     if request is not None:
-                        lost = EngineFailure if request.life.phase is RequestPhase.STREAMING else WorkerUnavailable
-                        self._on_loss(request, lost("The worker that served this request was lost."), retryable=True)
+                        lost = (
+                            EngineFailure
+                            if request.life.phase is RequestPhase.STREAMING
+                            else WorkerUnavailable
+                        )
+                        self._on_loss(
+                            request,
+                            lost("The worker that served this request was lost."),
+                            retryable=True,
+                        )
                 self._commands.lost(event.worker, event.epoch)
 
     def _send_warm_set(self, worker: WorkerView) -> None:
-        """Once per life of a worker, as soon as it takes requests: what it should have before the first."""
+        """Once per life of a worker, as soon as it takes requests: what it should have before the
+        first.
+        """
         if worker.routable and not worker.wished:
             worker.wished = True
             for adapter in self._policy.warm_set(worker, self.fleet, self.clock()):
-                self._transport.send_data(messages.identity(worker.id, worker.beat.epoch), messages.encode(messages.Prefetch(adapter)))
+                self._transport.send_data(
+                    messages.identity(worker.id, worker.beat.epoch),
+                    messages.encode(messages.Prefetch(adapter)),
+                )
 
     def greet(self, worker: WorkerView) -> None:
-        """Says hello again to a worker whose first Welcome may have been lost (its data socket never attached)."""
+        """Says hello again to a worker whose first Welcome may have been lost (its data socket
+        never attached).
+        """
         peer = messages.identity(worker.id, worker.beat.epoch)
         self._transport.send_control(peer, messages.encode(self._welcome()))
 
@@ -434,7 +564,11 @@ class Dispatcher:
             tokens = done.output_tokens if done is not None else 0
             self._policy.finished(ask, request.choice.worker, now - request.t_sent, tokens, now)
             if done is not None:
-                self._admission.charge(request.base, flow_of(request), fairness.OUTPUT_WEIGHT * (tokens - ask.output_tokens))
+                self._admission.charge(
+                    request.base,
+                    flow_of(request),
+                    fairness.OUTPUT_WEIGHT * (tokens - ask.output_tokens),
+                )
         else:
             self._policy.left(ask, now)
         self._metrics.finished(request)
@@ -453,9 +587,14 @@ class Dispatcher:
     def _send_cancel(self, request: InFlightRequest) -> None:
         if request.choice is not None:
             worker = request.choice.worker
-            self._transport.send_data(messages.identity(worker.id, worker.beat.epoch), messages.encode(messages.Cancel(request.sid)))
+            self._transport.send_data(
+                messages.identity(worker.id, worker.beat.epoch),
+                messages.encode(messages.Cancel(request.sid)),
+            )
 
     def _retry_after_s(self, base: str) -> float:
-        """A guess from what is known: queued requests over the places that serve them, at least a second."""
+        """A guess from what is known: queued requests over the places that serve them, at least a
+        second.
+        """
         tickets = sum(w.beat.capacity for w in self.fleet.routable(base))
         return max(1.0, min(60.0, self._admission.depth(base) / tickets)) if tickets else 5.0

@@ -1,10 +1,14 @@
-"""Pure. Virtual token counters: whose turn it is when there is a queue (Sheng et al., "Fairness in Serving Large Language Models", 2024).
+"""Pure. Virtual token counters: whose turn it is when there is a queue (Sheng et al., "Fairness in
+Serving Large Language Models", 2024).
 
-Every flow (API key, adapter) has a counter of the tokens it was served; the waiting flow with the least goes first. A flow that comes, or comes
-back, is lifted to what each of those that waited has been served on average since the queue began (the virtual time of fair queueing), and at
-least to the least of them, so that absence earns no credit. The least alone, as in the paper, lets flows that come once, one after the other, pass
-by one that has had its fair share for as long as they come: a hundred adapters that wait for a slot are just that. Output is charged as expected
-when a request is sent and corrected when it ends. ServiceCounters live only as long as somebody waits: without a queue there is nothing to divide.
+Every flow (API key, adapter) has a counter of the tokens it was served; the waiting flow with the
+least goes first. A flow that comes, or comes back, is lifted to what each of those that waited has
+been served on average since the queue began (the virtual time of fair queueing), and at least to
+the least of them, so that absence earns no credit. The least alone, as in the paper, lets flows
+that come once, one after the other, pass by one that has had its fair share for as long as they
+come: a hundred adapters that wait for a slot are just that. Output is charged as expected when a
+request is sent and corrected when it ends. ServiceCounters live only as long as somebody waits:
+without a queue there is nothing to divide.
 """
 
 from __future__ import annotations
@@ -14,11 +18,15 @@ from collections.abc import Hashable
 
 INPUT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 2.0
-"""Of a token, as in the paper: a token of output occupies the engine for a step, one of input for its share of a prefill."""
+"""Of a token, as in the paper: a token of output occupies the engine for a step, one of input for
+its share of a prefill.
+"""
 
 
 QUANTUM = 4096.0
-"""Weighted tokens within which flows count as equally served, so that the oldest of them goes first: ten requests of 128 tokens in and out."""
+"""Weighted tokens within which flows count as equally served, so that the oldest of them goes
+first: ten requests of 128 tokens in and out.
+"""
 
 
 def service(prompt_tokens: float, output_tokens: float) -> float:

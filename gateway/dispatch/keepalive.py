@@ -1,7 +1,8 @@
-"""Pure. What a stream is told while it waits: SSE comments, which clients skip and proxies take as a sign of life.
+"""Pure. What a stream is told while it waits: SSE comments, which clients skip and proxies take as
+a sign of life.
 
-A request enters once and leaves once (with its first frame or its end), and one sweep over all of them finds those whose turn it is: no timer
-and no task per request, nothing per token.
+A request enters once and leaves once (with its first frame or its end), and one sweep over all of
+them finds those whose turn it is: no timer and no task per request, nothing per token.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from shared.link.messages import Tier
 
 
 class Keepalive:
-    """Requests that wait for their first frame, the next one due first. `every_s` 0: nobody is ever due."""
+    """Requests that wait for their first frame, the next one due first. `every_s` 0: nobody is ever
+    due.
+    """
 
     def __init__(self, every_s: float) -> None:
         self._every_s = every_s
-        self._due: dict[InFlightRequest, float] = {}  # all wait equally long between two turns, so the order of entry is that of the turns
+        # all wait equally long between two turns, so the order of entry is that of the turns
+        self._due: dict[InFlightRequest, float] = {}
 
     def __len__(self) -> int:
         return len(self._due)
@@ -45,10 +49,16 @@ class Keepalive:
 
 
 def comment(request: InFlightRequest, tickets: Mapping[InFlightRequest, int]) -> bytes:
-    """What it waits for, as one SSE comment. `tickets` are positions in the queue; an adapter's name holds no character that means something here."""
+    """What it waits for, as one SSE comment. `tickets` are positions in the queue; an adapter's
+    name holds no character that means something here.
+    """
     if request.life.phase is RequestPhase.QUEUED:
         return b": queued, position about %d\n\n" % tickets.get(request, 1)
     key = adapter_key(request.adapter)
-    if key is not None and request.choice is not None and request.choice.worker.tier_at(key) is not Tier.GPU:
+    if (
+        key is not None
+        and request.choice is not None
+        and request.choice.worker.tier_at(key) is not Tier.GPU
+    ):
         return b": loading adapter %b\n\n" % key[0].encode()
     return b": waiting for the first token\n\n"

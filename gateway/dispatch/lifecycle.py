@@ -1,4 +1,6 @@
-"""Pure. The life of one request at the gateway, as a table. An unlisted pair is a bug and raises with the request's history."""
+"""Pure. The life of one request at the gateway, as a table. An unlisted pair is a bug and raises
+with the request's history.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +71,8 @@ class RequestLifecycle:
         return after
 
     def on_loss(self, *, retryable: bool) -> RequestPhase:
-        """The worker refused the request or was lost: QUEUED again if nothing was sent to the client and attempts are left, else FAILED."""
+        """The worker refused the request or was lost: QUEUED again if nothing was sent to the
+        client and attempts are left, else FAILED.
+        """
         again = retryable and self.phase is RequestPhase.SENT and self.attempts < MAX_ATTEMPTS
         return self.on(RequestEvent.RETRY if again else RequestEvent.FAIL)

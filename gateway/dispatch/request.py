@@ -1,4 +1,6 @@
-"""Pure. One request at the gateway: what is known of it, where it stands, and where its answer goes."""
+"""Pure. One request at the gateway: what is known of it, where it stands, and where its answer
+goes.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,18 @@ from shared.errors import LoraplexError
 from shared.link import messages
 
 BYTES_PER_TOKEN = 4
-"""Of English text in a BPE vocabulary of 32,000 to 150,000; routing needs the order of magnitude, the worker counts exactly."""
+"""Of English text in a BPE vocabulary of 32,000 to 150,000; routing needs the order of magnitude,
+the worker counts exactly.
+"""
 EXPECTED_OUTPUT_TOKENS = 128
 """Charged to a flow when a request without `max_tokens` is sent, and corrected when it ends."""
 NO_ASK = RoutingRequest("")
 
 
 class Sink(Protocol):
-    """Where a request's answer goes. None of these may wait; `more` returns False if the client cannot take it."""
+    """Where a request's answer goes. None of these may wait; `more` returns False if the client
+    cannot take it.
+    """
 
     def comment(self, text: bytes) -> None:
         """Before the head of a stream: something that clients skip."""
@@ -32,7 +38,9 @@ class Sink(Protocol):
 
 
 class InFlightRequest:
-    """One request at the gateway, from submit to its end. `prompt_tokens` defaults to an estimate from the body's length."""
+    """One request at the gateway, from submit to its end. `prompt_tokens` defaults to an estimate
+    from the body's length.
+    """
 
     __slots__ = (
         "adapter",
@@ -86,12 +94,15 @@ class InFlightRequest:
     ) -> None:
         self.base, self.adapter, self.stored = base, adapter, stored
         self.path, self.request_id, self.body, self.sink = path, request_id, body, sink
-        self.prompt_tokens = len(body) // BYTES_PER_TOKEN if prompt_tokens is None else prompt_tokens
+        self.prompt_tokens = (
+            len(body) // BYTES_PER_TOKEN if prompt_tokens is None else prompt_tokens
+        )
         self.output_tokens = output_tokens
         self.tenant, self.session, self.prefix, self.priority = tenant, session, prefix, priority
         self.streams = streams  # asked for an event stream: it can be told what it waits for
         self.model = model  # what the client called it, where that is not `base:name`
-        self.elsewhere = elsewhere  # a worker that cannot get the adapter says nothing about the others
+        # a worker that cannot get the adapter says nothing about the others
+        self.elsewhere = elsewhere
         self.ask = NO_ASK  # made by the dispatcher, on its clock
         self.life = RequestLifecycle()
         self.sid: messages.StreamId = 0
@@ -99,7 +110,8 @@ class InFlightRequest:
         self.ticket: Ticket[InFlightRequest] | None = None
         self.refused_by: frozenset[messages.WorkerId] = frozenset()
         self.done: messages.Done | None = None
-        self.t_start = self.t_sent = self.t_head = self.t_end = 0.0  # set by the dispatcher, on its clock
+        # set by the dispatcher, on its clock
+        self.t_start = self.t_sent = self.t_head = self.t_end = 0.0
 
 
 def routing_request_of(request: InFlightRequest) -> RoutingRequest:

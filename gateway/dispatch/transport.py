@@ -17,8 +17,12 @@ class LinkTransport:
         secret = secret_from_env(link.secret_env)
         self._context = open_context()
         self.dispatcher: Dispatcher | None = None
-        self.control = RouterSocket(self._context, where.control, self._on_control, secret=secret, insecure=link.insecure)
-        self.data = RouterSocket(self._context, where.data, self._on_data, secret=secret, insecure=link.insecure)
+        self.control = RouterSocket(
+            self._context, where.control, self._on_control, secret=secret, insecure=link.insecure
+        )
+        self.data = RouterSocket(
+            self._context, where.data, self._on_data, secret=secret, insecure=link.insecure
+        )
         self._name = name
         self._settings = settings
 

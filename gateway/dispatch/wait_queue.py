@@ -1,7 +1,9 @@
-"""Pure. Who waits for one base model, kept in the order of their turns, so that a change costs what it changes and not what waits.
+"""Pure. Who waits for one base model, kept in the order of their turns, so that a change costs what
+it changes and not what waits.
 
-A turn is (priority, rank, number of the flow's oldest, flow): the lower priority number, then the least served, then the oldest. Lists of turns
-are sorted; the numbers differ, so two turns are never compared beyond them.
+A turn is (priority, rank, number of the flow's oldest, flow): the lower priority number, then the
+least served, then the oldest. Lists of turns are sorted; the numbers differ, so two turns are never
+compared beyond them.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class _Waiting(Generic[T]):
     """The places of one flow, oldest first."""
 
     turn: Turn
-    tickets: dict[Ticket[T], None] = field(default_factory=dict)  # keeps order and lets any place leave at once
+    # keeps order and lets any place leave at once
+    tickets: dict[Ticket[T], None] = field(default_factory=dict)
 
 
 class WaitQueue(Generic[T]):
@@ -49,7 +52,8 @@ class WaitQueue(Generic[T]):
         self._flows: dict[Flow, _Waiting[T]] = {}
         self._turns: list[Turn] = []
         self._of_adapter: dict[Key | None, list[Turn]] = {}
-        self._of_account: dict[tuple[str, Key | None], dict[Flow, None]] = {}  # one tenant's of one adapter, whatever the priority
+        # one tenant's of one adapter, whatever the priority
+        self._of_account: dict[tuple[str, Key | None], dict[Flow, None]] = {}
 
     def add(self, ticket: Ticket[T]) -> None:
         """The youngest."""
@@ -61,7 +65,9 @@ class WaitQueue(Generic[T]):
             if not flows:
                 self._counters.enter(account)
             flows[flow] = None
-            waiting = self._flows[flow] = _Waiting((flow[0], self._counters.rank(account), ticket.number, flow))
+            waiting = self._flows[flow] = _Waiting(
+                (flow[0], self._counters.rank(account), ticket.number, flow)
+            )
             self._enlist(waiting.turn)
         waiting.tickets[ticket] = None
         self.size += 1

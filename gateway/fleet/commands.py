@@ -14,5 +14,9 @@ class SendCommand(Protocol):
     """Dispatcher.tend: resolves once the worker has done it, fails with a LoraplexError."""
 
     def __call__(
-        self, worker: WorkerView, action: AdapterAction, adapter: AdapterRef, stored: StoredAdapter | None
+        self,
+        worker: WorkerView,
+        action: AdapterAction,
+        adapter: AdapterRef,
+        stored: StoredAdapter | None,
     ) -> asyncio.Future[None]: ...

@@ -1,8 +1,10 @@
 """Pure. Which adapters' files lie on which host's disk, as far as workers have told.
 
-Heartbeats name what an engine holds. Its files are in the host's disk cache, for all workers of that host and across their restarts, and stay there
-after the engine has dropped it, until the disk's quota makes room. No heartbeat tells of that: a hint, and where it is out of date, files are fetched again.
-(Whether an adapter is on any disk at all, for the list of adapters, is in usage.py, by name.)
+Heartbeats name what an engine holds. Its files are in the host's disk cache, for all workers of
+that host and across their restarts, and stay there after the engine has dropped it, until the
+disk's quota makes room. No heartbeat tells of that: a hint, and where it is out of date, files are
+fetched again. (Whether an adapter is on any disk at all, for the list of adapters, is in usage.py,
+by name.)
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ MOST = 200_000
 
 
 class DiskIndex:
-    """Keys are those of gateway/fleet/worker_view.py. The longest unseen are forgotten beyond `most`. Hosts without a name have none."""
+    """Keys are those of gateway/fleet/worker_view.py. The longest unseen are forgotten beyond
+    `most`. Hosts without a name have none.
+    """
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
-        self._seen: dict[tuple[str, str, tuple[str, str]], None] = {}  # (host, base, key), the longest unseen first
+        # (host, base, key), the longest unseen first
+        self._seen: dict[tuple[str, str, tuple[str, str]], None] = {}
 
     def __len__(self) -> int:
         return len(self._seen)

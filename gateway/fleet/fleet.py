@@ -1,17 +1,22 @@
-"""Pure. The fleet table: the only owner of membership, leases, load, residency (a hint) and reservations.
+"""Pure. The fleet table: the only owner of membership, leases, load, residency (a hint) and
+reservations.
 
 Load of a worker = what it reports of other gateways + this gateway's own open reservations on it:
 
-    load(w) = max(0, running + waiting - yours)  as of its last beat  +  |reservations(w)|  as of now
+    load(w) = max(0, running + waiting - yours)  as of its last beat  +  |reservations(w)|  as of
+    now
 
-The second term is exact at every moment, so a burst between two heartbeats spreads; the first is as old as the last beat. Prompt tokens that
-wait for their prefill need the acknowledgement: what was sent after the request that the beat has seen (`acked`) is not in its count yet:
+The second term is exact at every moment, so a burst between two heartbeats spreads; the first is as
+old as the last beat. Prompt tokens that wait for their prefill need the acknowledgement: what was
+sent after the request that the beat has seen (`acked`) is not in its count yet:
 
-    backlog(w) = max(0, waiting_tokens - prefill_rate x age of the beat)  +  tokens of reservations with a higher stream id than `acked`
+    backlog(w) = max(0, waiting_tokens - prefill_rate x age of the beat)  +  tokens of reservations
+    with a higher stream id than `acked`
 
-An adapter counts as held by a worker if the last beat says so (loading counts, but as loading) or if this gateway has an open reservation for
-it there: the worker is then loading it, or about to. Slots count the distinct adapters in flight: those of own reservations, and those that
-the last beat shows in flight beyond them.
+An adapter counts as held by a worker if the last beat says so (loading counts, but as loading) or
+if this gateway has an open reservation for it there: the worker is then loading it, or about to.
+Slots count the distinct adapters in flight: those of own reservations, and those that the last beat
+shows in flight beyond them.
 """
 
 from __future__ import annotations
@@ -29,7 +34,17 @@ from gateway.fleet.worker_view import Key, WorkerView, key_of
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import Heartbeat, StreamId, WorkerId, WorkerState
 
-__all__ = ["Changed", "Fleet", "FleetEvent", "Joined", "Key", "Lost", "Pool", "WorkerView", "key_of"]
+__all__ = [
+    "Changed",
+    "Fleet",
+    "FleetEvent",
+    "Joined",
+    "Key",
+    "Lost",
+    "Pool",
+    "WorkerView",
+    "key_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +66,9 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The worker's life is over; `streams` are the requests it had of this gateway, returned exactly once."""
+    """The worker's life is over; `streams` are the requests it had of this gateway, returned
+    exactly once.
+    """
 
     worker: WorkerId
     epoch: int
@@ -68,7 +85,8 @@ FULL = 1 << 40
 class Fleet:
     """Every known worker. Times are seconds of one monotonic clock, given by the caller.
 
-    `most` are the requests that a worker of a base model is given at once, whatever capacity it tells of.
+    `most` are the requests that a worker of a base model is given at once, whatever capacity it
+    tells of.
     """
 
     def __init__(self, lease_s: float, most: Mapping[str, int] | None = None) -> None:
@@ -76,7 +94,8 @@ class Fleet:
         self._most = dict(most or {})
         self._workers: dict[WorkerId, WorkerView] = {}
         self._by_stream: dict[StreamId, WorkerView] = {}
-        self._ended: dict[WorkerId, int] = {}  # last epoch seen of workers that left, so that a late beat does not revive them
+        # last epoch seen of workers that left, so that a late beat does not revive them
+        self._ended: dict[WorkerId, int] = {}
         self._pools: dict[str, Pool] = {}
         self._disk_index = DiskIndex()
 
@@ -97,15 +116,21 @@ class Fleet:
         return self.pool(base).workers
 
     def beat(self, beat: Heartbeat, now: float) -> list[FleetEvent]:
-        """Takes a heartbeat. An older sequence or epoch is ignored; a newer epoch replaces everything known of the worker."""
+        """Takes a heartbeat. An older sequence or epoch is ignored; a newer epoch replaces
+        everything known of the worker.
+        """
         worker = self._workers.get(beat.worker)
-        if beat.epoch <= self._ended.get(beat.worker, -1) or (worker and (beat.epoch, beat.seq) <= (worker.beat.epoch, worker.beat.seq)):
+        if beat.epoch <= self._ended.get(beat.worker, -1) or (
+            worker and (beat.epoch, beat.seq) <= (worker.beat.epoch, worker.beat.seq)
+        ):
             return []
         most = self._most.get(beat.base)
         if most is not None and most < beat.capacity:
-            beat = msgspec.structs.replace(beat, capacity=most)  # here, so that a decision compares two numbers
+            # here, so that a decision compares two numbers
+            beat = msgspec.structs.replace(beat, capacity=most)
         if worker and beat.epoch == worker.beat.epoch and beat.state < worker.beat.state:
-            beat = msgspec.structs.replace(beat, state=worker.beat.state)  # it left before this was heard: see `leaves`
+            # it left before this was heard: see `leaves`
+            beat = msgspec.structs.replace(beat, state=worker.beat.state)
         events: list[FleetEvent] = []
         if worker and beat.epoch > worker.beat.epoch:
             events.append(self._remove(worker, "restarted"))
@@ -116,7 +141,9 @@ class Fleet:
             self._ended[beat.worker] = beat.epoch
             return events
         if worker is None:
-            worker = self._workers[beat.worker] = WorkerView(beat, now + self._lease_s, now, disk_index=self._disk_index)
+            worker = self._workers[beat.worker] = WorkerView(
+                beat, now + self._lease_s, now, disk_index=self._disk_index
+            )
             events.append(Joined(beat.worker))
         else:
             if beat.state is not worker.beat.state:
@@ -140,12 +167,20 @@ class Fleet:
         self._disk_index.put(worker.beat.host, adapter.base, [key_of(adapter)])
 
     def leaves(self, worker_id: WorkerId, epoch: int, reason: str) -> Changed | None:
-        """This life of the worker has refused a request because it takes no more: no beat that was on its way can say otherwise."""
+        """This life of the worker has refused a request because it takes no more: no beat that was
+        on its way can say otherwise.
+        """
         worker = self._workers.get(worker_id)
-        if worker is None or worker.beat.epoch != epoch or worker.beat.state >= WorkerState.DRAINING:
+        if (
+            worker is None
+            or worker.beat.epoch != epoch
+            or worker.beat.state >= WorkerState.DRAINING
+        ):
             return None
         before = worker.beat.state
-        worker.beat = msgspec.structs.replace(worker.beat, state=WorkerState.DRAINING, reason=reason)
+        worker.beat = msgspec.structs.replace(
+            worker.beat, state=WorkerState.DRAINING, reason=reason
+        )
         self._pool_of(worker).settle(worker)
         return Changed(worker_id, before, WorkerState.DRAINING, reason)
 
@@ -155,11 +190,23 @@ class Fleet:
         return [self._remove(w, f"no heartbeat for {self._lease_s:g} s") for w in silent]
 
     def unreachable(self, worker_id: WorkerId, epoch: int) -> Lost | None:
-        """The link says that this life of the worker is gone. It may come back with its next attach."""
+        """The link says that this life of the worker is gone. It may come back with its next
+        attach.
+        """
         worker = self._workers.get(worker_id)
-        return self._remove(worker, "connection lost") if worker and worker.beat.epoch == epoch else None
+        return (
+            self._remove(worker, "connection lost")
+            if worker and worker.beat.epoch == epoch
+            else None
+        )
 
-    def reserve(self, worker: WorkerView, stream: StreamId, adapter: AdapterRef | None, prompt_tokens: int = 0) -> None:
+    def reserve(
+        self,
+        worker: WorkerView,
+        stream: StreamId,
+        adapter: AdapterRef | None,
+        prompt_tokens: int = 0,
+    ) -> None:
         """Must happen in the same synchronous step as the choice."""
         assert worker.has_room and stream not in self._by_stream
         worker.take(stream, adapter, prompt_tokens)
@@ -175,8 +222,9 @@ class Fleet:
 
     @contextmanager
     def without(self, workers: Collection[WorkerId]) -> Iterator[None]:
-        """For the time of one decision: as if these workers were full. (To take them out of every index and back would cost as much again
-        as the decision.)"""
+        """For the time of one decision: as if these workers were full. (To take them out of every
+        index and back would cost as much again as the decision.)
+        """
         aside = [w for id_ in workers if (w := self._workers.get(id_)) is not None]
         for worker in aside:
             worker.others += FULL

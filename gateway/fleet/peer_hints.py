@@ -1,4 +1,6 @@
-"""Pure. Which workers of other hosts a worker may get an adapter's files from, as far as heartbeats and reservations tell."""
+"""Pure. Which workers of other hosts a worker may get an adapter's files from, as far as heartbeats
+and reservations tell.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,17 @@ LOOKED_AT = 16
 
 
 def peer_hints(pool: Pool, worker: WorkerView, key: Key) -> tuple[str, ...]:
-    """Their endpoints, best first: who has the files before who fetches them, the less loaded first, one per host and none of the worker's own."""
+    """Their endpoints, best first: who has the files before who fetches them, the less loaded
+    first, one per host and none of the worker's own.
+    """
     if not pool.holders.get(key) and not pool.stashes.get(key):
         return ()
     known = chain(pool.holders.get(key, {}).values(), pool.stashes.get(key, {}).values())
-    able = [w for w in islice(known, LOOKED_AT) if w.beat.peer_endpoint and w.beat.host != worker.beat.host]
+    able = [
+        w
+        for w in islice(known, LOOKED_AT)
+        if w.beat.peer_endpoint and w.beat.host != worker.beat.host
+    ]
     able.sort(key=lambda w: (w.tier_at(key) is Tier.REMOTE, w.load))
     hosts = {w.beat.host: w.beat.peer_endpoint for w in reversed(able)}
     return tuple(dict.fromkeys(hosts[w.beat.host] for w in able))[:MOST]

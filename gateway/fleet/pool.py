@@ -1,6 +1,8 @@
-"""Pure. The routable workers of one base model: who holds which adapter, and their sums, kept up to date so that a decision need not scan.
+"""Pure. The routable workers of one base model: who holds which adapter, and their sums, kept up to
+date so that a decision need not scan.
 
-A decision looks at the holders of one adapter and at a few workers in its rendezvous order; what it must know of all the others is in sums.
+A decision looks at the holders of one adapter and at a few workers in its rendezvous order; what it
+must know of all the others is in sums.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ NOTHING = (0, 0, False)
 
 @dataclass(slots=True, eq=False)
 class Pool:
-    """Written by Fleet alone. `version` grows whenever a worker comes or goes, `changes` whenever anything does.
+    """Written by Fleet alone. `version` grows whenever a worker comes or goes, `changes` whenever
+    anything does.
 
-    `room` is the number of workers that take another request, `open` are those of them with an open slot; `holders` are the workers where the
-    adapter is in a slot or on its way to one, `stashes` those that have it in a lower tier.
+    `room` is the number of workers that take another request, `open` are those of them with an open
+    slot; `holders` are the workers where the adapter is in a slot or on its way to one, `stashes`
+    those that have it in a lower tier.
     """
 
     workers: list[WorkerView] = field(default_factory=list)
@@ -86,7 +90,9 @@ class Pool:
             _drop(self.stashes, key, worker.id)
 
     def _settle_company(self) -> None:
-        """A worker came or went: one that is alone keeps a line of its own, others leave theirs to the gateway."""
+        """A worker came or went: one that is alone keeps a line of its own, others leave theirs to
+        the gateway.
+        """
         alone = len(self.workers) == 1
         for worker in self.workers[:2]:  # a third changes nothing for the first two
             if worker.alone is not alone:
@@ -95,7 +101,9 @@ class Pool:
                     self.settle(worker)
 
     def _index(self, worker: WorkerView) -> None:
-        """Sets are compared by identity first: between two beats only `coming` changes, and that by one adapter."""
+        """Sets are compared by identity first: between two beats only `coming` changes, and that by
+        one adapter.
+        """
         slotted = worker.loaded | worker.coming if worker.coming else worker.loaded
         before = self._indexed.get(worker.id)
         if before is not None and before[0] is slotted and before[1] is worker.lower:

@@ -10,7 +10,9 @@ from gateway.fleet.pool import Pool
 from gateway.fleet.worker_view import Key, WorkerView
 
 ORDER_LENGTH = 16
-"""Workers of a rendezvous order that are kept. If none of sixteen can take an adapter, hardly anybody can, and a scan settles it."""
+"""Workers of a rendezvous order that are kept. If none of sixteen can take an adapter, hardly
+anybody can, and a scan settles it.
+"""
 
 
 MAX_ORDERS = 20_000
@@ -20,7 +22,9 @@ MASK = (1 << 64) - 1
 
 
 MIX = 0x9E3779B97F4A7C15
-"""2^64 over the golden ratio, odd: the product's high bits depend on all bits of the factor (Knuth's multiplicative hashing)."""
+"""2^64 over the golden ratio, odd: the product's high bits depend on all bits of the factor
+(Knuth's multiplicative hashing).
+"""
 
 
 def seed_of(key: Key) -> int:
@@ -29,7 +33,9 @@ def seed_of(key: Key) -> int:
 
 
 class Rendezvous:
-    """Ranks the workers of one pool for an adapter; the first ORDER_LENGTH of each order are kept until the pool changes."""
+    """Ranks the workers of one pool for an adapter; the first ORDER_LENGTH of each order are kept
+    until the pool changes.
+    """
 
     def __init__(self) -> None:
         self._orders: OrderedDict[Key, list[WorkerView]] = OrderedDict()
@@ -48,8 +54,14 @@ class Rendezvous:
         return order
 
     def _ranked(self, seed: int, workers: Sequence[WorkerView]) -> list[WorkerView]:
-        """Of a large pool only those whose hash is in the top share that holds some 3 x ORDER_LENGTH are sorted."""
-        cut = int(MASK * (1 - 3 * ORDER_LENGTH / len(workers))) if len(workers) > 4 * ORDER_LENGTH else -1
+        """Of a large pool only those whose hash is in the top share that holds some 3 x
+        ORDER_LENGTH are sorted.
+        """
+        cut = (
+            int(MASK * (1 - 3 * ORDER_LENGTH / len(workers)))
+            if len(workers) > 4 * ORDER_LENGTH
+            else -1
+        )
         found = [(h, n) for n, s in enumerate(self._seeds) if (h := (s ^ seed) * MIX & MASK) > cut]
         if len(found) < ORDER_LENGTH and cut >= 0:
             found = [((s ^ seed) * MIX & MASK, n) for n, s in enumerate(self._seeds)]

@@ -1,4 +1,6 @@
-"""Pure. One worker as a gateway sees it: its last heartbeat, and what this gateway has sent there since."""
+"""Pure. One worker as a gateway sees it: its last heartbeat, and what this gateway has sent there
+since.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ LINE_PER_SLOT = 3
 """Adapters per slot that may wait in line on a worker that is alone."""
 
 USUAL_S = 2.0
-"""Time constant of a worker's usual load: a burst of some tens of requests is over by then, a bad distribution of adapters is not."""
+"""Time constant of a worker's usual load: a burst of some tens of requests is over by then, a bad
+distribution of adapters is not.
+"""
 
 Key: TypeAlias = tuple[str, str]
 """(name, digest): an adapter among those of one base model."""
@@ -28,10 +32,11 @@ def key_of(adapter: AdapterRef) -> Key:
 class WorkerView:
     """Written by Fleet alone; policies read it.
 
-    `loaded` are the adapters in a GPU slot as of the last beat; `coming` those on their way to one: loading, or reserved for and not loaded;
-    `lower` those in the CPU tier or on disk; `idle` the loaded ones without a request in flight, first the one whose last request of this
-    gateway ended earliest (the likely victim of the next load); `steady` the loaded ones in steady use, in flight or not; `others_busy` those
-    in flight beyond this gateway's reservations.
+    `loaded` are the adapters in a GPU slot as of the last beat; `coming` those on their way to one:
+    loading, or reserved for and not loaded; `lower` those in the CPU tier or on disk; `idle` the
+    loaded ones without a request in flight, first the one whose last request of this gateway ended
+    earliest (the likely victim of the next load); `steady` the loaded ones in steady use, in flight
+    or not; `others_busy` those in flight beyond this gateway's reservations.
     """
 
     beat: Heartbeat
@@ -41,7 +46,8 @@ class WorkerView:
     wished: bool = False  # it was told what to load before its first request; the dispatcher's mark
     held: dict[Key, AdapterState] = field(default_factory=dict)
     reserved: dict[StreamId, Key | None] = field(default_factory=dict)
-    busy: dict[Key, int] = field(default_factory=dict)  # adapters of own reservations, with their number
+    # adapters of own reservations, with their number
+    busy: dict[Key, int] = field(default_factory=dict)
     others: int = 0
     usual_load: float = 0.0  # smoothed from beat to beat
     others_busy: set[Key] = field(default_factory=set)
@@ -50,15 +56,19 @@ class WorkerView:
     lower: set[Key] = field(default_factory=set)
     idle: dict[Key, None] = field(default_factory=dict)
     steady: set[Key] = field(default_factory=set)
-    unseen: dict[StreamId, int] = field(default_factory=dict)  # prompt tokens of reservations that the last beat does not count
+    # prompt tokens of reservations that the last beat does not count
+    unseen: dict[StreamId, int] = field(default_factory=dict)
     unseen_tokens: int = 0
     seed: int = 0
     alone: bool = False  # in its pool: no other worker's slot could take what waits for one here
     disk_index: DiskIndex = field(default_factory=DiskIndex)
-    counted: tuple[int, int, bool] | None = None  # load, open slots and room as the pool has them; None while not in one
+    # load, open slots and room as the pool has them; None while not in one
+    counted: tuple[int, int, bool] | None = None
 
     def __post_init__(self) -> None:
-        self.seed = int.from_bytes(hashlib.blake2b(self.beat.worker.encode(), digest_size=8).digest(), "big")
+        self.seed = int.from_bytes(
+            hashlib.blake2b(self.beat.worker.encode(), digest_size=8).digest(), "big"
+        )
         self._read(self.beat)
 
     @property
@@ -88,10 +98,12 @@ class WorkerView:
 
     @property
     def open_slots(self) -> int:
-        """Slots for adapters that are not in flight here, taken from idle ones if need be. A worker that tells no number has no limit.
+        """Slots for adapters that are not in flight here, taken from idle ones if need be. A worker
+        that tells no number has no limit.
 
-        With the places in its line if it is alone: the worker gives a slot to the next in line between two engine steps, knows whose turn it is
-        and has the weights ready; from here the slot would stand empty for a round trip and a load.
+        With the places in its line if it is alone: the worker gives a slot to the next in line
+        between two engine steps, knows whose turn it is and has the weights ready; from here the
+        slot would stand empty for a round trip and a load.
         """
         slots = self.beat.slots
         if not slots:
@@ -120,14 +132,18 @@ class WorkerView:
         return key in self.busy or self.open_slots > 0 or key in self.others_busy
 
     def tier(self, adapter: AdapterRef) -> Tier:
-        """Where the adapter's weights are on this worker, as far as known; GPU only once it is loaded, DISK also if any worker of its host has or had it."""
+        """Where the adapter's weights are on this worker, as far as known; GPU only once it is
+        loaded, DISK also if any worker of its host has or had it.
+        """
         return self.tier_at((adapter.name, adapter.digest))
 
     def tier_at(self, key: Key) -> Tier:
         state = self.held.get(key)
         if state is not None and state.tier is not Tier.REMOTE:
             return state.tier
-        return Tier.DISK if self.disk_index.has(self.beat.host, self.beat.base, key) else Tier.REMOTE
+        return (
+            Tier.DISK if self.disk_index.has(self.beat.host, self.beat.base, key) else Tier.REMOTE
+        )
 
     def holds(self, adapter: AdapterRef) -> bool:
         """In a GPU slot, on the way to one, or reserved for by this gateway."""
@@ -140,7 +156,7 @@ class WorkerView:
         waiting = self.beat.waiting_tokens - done
         return (waiting if waiting > 0 else 0.0) + self.unseen_tokens
 
-    # ---- for Fleet --------------------------------------------------------------------------------------------------------------------
+    # ---- for Fleet -------------------------------------------------------------------------------
 
     def hear(self, beat: Heartbeat, now: float) -> None:
         """A newer beat of the same life."""
@@ -222,8 +238,18 @@ class WorkerView:
             if key not in loaded:
                 coming.add(key)
         self.disk_index.put(beat.host, beat.base, loaded - self.loaded)
-        self.disk_index.put(beat.host, beat.base, [key for key in lower - self.lower if held[key].tier is not Tier.REMOTE])
-        self.held, self.loaded, self.coming, self.lower, self.steady = held, loaded, coming, lower, steady
+        self.disk_index.put(
+            beat.host,
+            beat.base,
+            [key for key in lower - self.lower if held[key].tier is not Tier.REMOTE],
+        )
+        self.held, self.loaded, self.coming, self.lower, self.steady = (
+            held,
+            loaded,
+            coming,
+            lower,
+            steady,
+        )
         # Without requests of other gateways it is our own that ended since the beat left.
         self.others_busy = in_flight if self.others else set()
         known = {key: None for key in self.idle if key in idle}

@@ -28,13 +28,24 @@ _TYPE = {
 
 
 RETRY_AFTER_S = 1.0
-"""Where an error says nothing better; long enough not to hammer, short enough for a queue to have moved."""
+"""Where an error says nothing better; long enough not to hammer, short enough for a queue to have
+moved.
+"""
 
 
 def error_body(error: errors.LoraplexError) -> bytes:
     """OpenAI's error shape: `{"error": {"message", "type", "param", "code"}}`."""
     kind = _TYPE.get(error.status, "server_error")
-    return _encode({"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}})
+    return _encode(
+        {
+            "error": {
+                "message": error.message,
+                "type": kind,
+                "param": error.param,
+                "code": error.code,
+            }
+        }
+    )
 
 
 def error_event(error: errors.LoraplexError) -> bytes:
@@ -43,7 +54,9 @@ def error_event(error: errors.LoraplexError) -> bytes:
 
 
 def answer_event(body: bytes) -> bytes:
-    """A whole JSON answer (the engine's error, as a rule) as the last events of a stream. JSON's line ends stand between tokens only."""
+    """A whole JSON answer (the engine's error, as a rule) as the last events of a stream. JSON's
+    line ends stand between tokens only.
+    """
     return b"data: " + body.replace(b"\r", b"").replace(b"\n", b"") + b"\n\ndata: [DONE]\n\n"
 
 
@@ -56,7 +69,9 @@ def answer(error: LoraplexError, request_id: str) -> tuple[int, dict[str, str], 
     status = error.status
     headers = {REQUEST_ID: request_id}
     if status in (429, 503):
-        headers["Retry-After"] = str(math.ceil(RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s))
+        headers["Retry-After"] = str(
+            math.ceil(RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s)
+        )
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return status, headers, error_body(error)

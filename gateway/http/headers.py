@@ -29,7 +29,8 @@ _TIMEOUT_MS = re.compile(r"0*[1-9][0-9]{0,8}\Z")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 
 
-_random = functools.partial(random.getrandbits, 128)  # an id, not a secret; uuid4 would ask the kernel every time
+# an id, not a secret; uuid4 would ask the kernel every time
+_random = functools.partial(random.getrandbits, 128)
 
 
 class IncomingRequest(Protocol):
@@ -56,7 +57,9 @@ class RequestDeadline(msgspec.Struct, frozen=True, gc=False):
     after_s: float
 
     def exceeded(self, phase: str) -> DeadlineExceeded:
-        return DeadlineExceeded(f"The request was not finished within {self.after_s:g} s (it was still {phase}).")
+        return DeadlineExceeded(
+            f"The request was not finished within {self.after_s:g} s (it was still {phase})."
+        )
 
 
 def request_id_of(asked: IncomingRequest) -> str:
@@ -67,8 +70,14 @@ def request_id_of(asked: IncomingRequest) -> str:
 
 @functools.lru_cache(MAX_TENANTS)
 def _tenant(authorization: str) -> str:
-    """What tells API keys apart in queues: the first bytes of the digest of what the client authorises itself with, whether checked or not."""
-    return hashlib.sha256(authorization.encode(errors="replace")).hexdigest()[:16] if authorization else ""
+    """What tells API keys apart in queues: the first bytes of the digest of what the client
+    authorises itself with, whether checked or not.
+    """
+    return (
+        hashlib.sha256(authorization.encode(errors="replace")).hexdigest()[:16]
+        if authorization
+        else ""
+    )
 
 
 MAX_SESSION = 128  # characters of an x-session-id that count

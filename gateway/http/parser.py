@@ -1,8 +1,11 @@
-"""Pure. HTTP/1.1 requests that ask nothing special of the protocol: recognised whole from the bytes of a connection, or not at all.
+"""Pure. HTTP/1.1 requests that ask nothing special of the protocol: recognised whole from the bytes
+of a connection, or not at all.
 
-What is recognised is a strict subset of what aiohttp's parser takes, and means the same there; whatever is unusual in any way (chunked bodies,
-`Expect`, `Upgrade`, `Connection: close`, a line that the grammar of RFC 9112 does not know, a second request behind the first) is UNSUPPORTED and
-goes to aiohttp, which knows all of HTTP. So nothing here has to be lenient, and nothing is ever read in two ways.
+What is recognised is a strict subset of what aiohttp's parser takes, and means the same there;
+whatever is unusual in any way (chunked bodies, `Expect`, `Upgrade`, `Connection: close`, a line
+that the grammar of RFC 9112 does not know, a second request behind the first) is UNSUPPORTED and
+goes to aiohttp, which knows all of HTTP. So nothing here has to be lenient, and nothing is ever
+read in two ways.
 """
 
 from __future__ import annotations
@@ -25,14 +28,18 @@ _LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,%d})[ \t]*\r" % MAX_DIGI
 
 
 class RequestStart:
-    """What stands before the body, read once: clients that keep a connection send the same again and again, but for the body's length.
+    """What stands before the body, read once: clients that keep a connection send the same again
+    and again, but for the body's length.
 
-    `before` and `after` are its bytes around the digits of `Content-Length` (`after` is empty where there is no such field).
+    `before` and `after` are its bytes around the digits of `Content-Length` (`after` is empty where
+    there is no such field).
     """
 
     __slots__ = ("_fields", "_lowered", "_values", "after", "before", "method", "path")
 
-    def __init__(self, method: str, path: str, fields: bytes, lowered: bytes, before: bytes, after: bytes) -> None:
+    def __init__(
+        self, method: str, path: str, fields: bytes, lowered: bytes, before: bytes, after: bytes
+    ) -> None:
         self.method, self.path = method, path
         self.before, self.after = before, after
         self._fields, self._lowered = fields, lowered
@@ -51,7 +58,11 @@ class RequestStart:
         if at < 0:
             return None
         start = at + len(mark)
-        return self._fields[start : self._fields.index(b"\r", start)].strip(b" \t").decode("utf-8", "surrogateescape")
+        return (
+            self._fields[start : self._fields.index(b"\r", start)]
+            .strip(b" \t")
+            .decode("utf-8", "surrogateescape")
+        )
 
 
 class SimpleRequest:
@@ -83,37 +94,50 @@ Parsed: TypeAlias = SimpleRequest | IncompleteRequest | Unsupported
 
 
 def parse(data: bytes, most_bytes: int, before: RequestStart | None = None) -> Parsed:
-    """What the bytes that a connection has brought since its last request are: one whole request, the beginning of one, or something else.
+    """What the bytes that a connection has brought since its last request are: one whole request,
+    the beginning of one, or something else.
 
-    `before` is the head of that last request: one that differs in nothing but the body's length need not be read again. A request of more than
-    `most_bytes` is UNSUPPORTED.
+    `before` is the head of that last request: one that differs in nothing but the body's length
+    need not be read again. A request of more than `most_bytes` is UNSUPPORTED.
     """
     if before is not None and before.after and data.startswith(before.before):
         start = len(before.before)
         stop = data.find(b"\r", start, start + MAX_DIGITS + 1)
         if stop > start and data.startswith(before.after, stop) and data[start:stop].isdigit():
-            return _with_body(before, data, stop + len(before.after), int(data[start:stop]), most_bytes)
+            return _with_body(
+                before, data, stop + len(before.after), int(data[start:stop]), most_bytes
+            )
     found = _HEAD.match(data)
     if found is None:
-        if len(data) < MAX_HEAD_BYTES and b"\r\n\r\n" not in data and b"\n\n" not in data and _may_become_one(data):
+        if (
+            len(data) < MAX_HEAD_BYTES
+            and b"\r\n\r\n" not in data
+            and b"\n\n" not in data
+            and _may_become_one(data)
+        ):
             return HEAD_UNFINISHED
         return UNSUPPORTED
     end = found.end()
     if end > MAX_HEAD_BYTES:
         return UNSUPPORTED
-    fields = data[found.start(3) - 1 : found.end(3)]  # from a line's end on, so that every name stands behind one
+    # from a line's end on, so that every name stands behind one
+    fields = data[found.start(3) - 1 : found.end(3)]
     lowered = fields.lower()
     lengths = lowered.count(b"\ncontent-length:")
     if lengths > 1 or lowered.count(b"\nhost:") != 1 or _SPECIAL.search(lowered) is not None:
         return UNSUPPORTED
     method, path = found[1].decode(), found[2].decode()
     if not lengths:
-        return _with_body(RequestStart(method, path, fields, lowered, data[:end], b""), data, end, 0, most_bytes)
+        return _with_body(
+            RequestStart(method, path, fields, lowered, data[:end], b""), data, end, 0, most_bytes
+        )
     given = _LENGTH.search(lowered)
     if given is None:
         return UNSUPPORTED
     digits_at = found.start(3) - 1 + given.start(1)
-    head = RequestStart(method, path, fields, lowered, data[:digits_at], data[digits_at + len(given[1]) : end])
+    head = RequestStart(
+        method, path, fields, lowered, data[:digits_at], data[digits_at + len(given[1]) : end]
+    )
     return _with_body(head, data, end, int(given[1]), most_bytes)
 
 
@@ -127,4 +151,7 @@ def _with_body(head: RequestStart, data: bytes, end: int, length: int, most_byte
 
 def _may_become_one(data: bytes) -> bool:
     """A head that is not complete begins like one that we know."""
-    return any(data.startswith(method) or method.startswith(data) for method in (b"POST /", b"GET /", b"HEAD /"))
+    return any(
+        data.startswith(method) or method.startswith(data)
+        for method in (b"POST /", b"GET /", b"HEAD /")
+    )

@@ -1,10 +1,13 @@
-"""Shell. Where the answer of one request goes: straight to the client's transport, past aiohttp's writer.
+"""Shell. Where the answer of one request goes: straight to the client's transport, past aiohttp's
+writer.
 
-aiohttp parses requests and keeps connections; for the answer of a stream its per-chunk writer would cost half as much again as everything else
-(measured: 25 against 17 microseconds per token at 256 streams). So the head is pre-rendered, the frames are framed as HTTP/1.1 chunks and
-written to the transport, and aiohttp gets back a response object that says "sent". Rules kept here: the head leaves with the first frame or the
-first comment, so that an error before it still has its status, and one after it is an event; a client that does not read is cut off at a bound;
-after the last chunk the connection may be used again.
+aiohttp parses requests and keeps connections; for the answer of a stream its per-chunk writer would
+cost half as much again as everything else (measured: 25 against 17 microseconds per token at 256
+streams). So the head is pre-rendered, the frames are framed as HTTP/1.1 chunks and written to the
+transport, and aiohttp gets back a response object that says "sent". Rules kept here: the head
+leaves with the first frame or the first comment, so that an error before it still has its status,
+and one after it is an event; a client that does not read is cut off at a bound; after the last
+chunk the connection may be used again.
 """
 
 from __future__ import annotations
@@ -39,10 +42,12 @@ class AlreadySent(web.StreamResponse):
 
 
 class ResponseWriter:
-    """The Sink of one request. `finished` at its end, of which `on_finish` is told once, from inside the dispatcher: it may only note it.
+    """The Sink of one request. `finished` at its end, of which `on_finish` is told once, from
+    inside the dispatcher: it may only note it.
 
-    `started`: the client has seen the status. `answered`: the worker has begun to answer. Between the two there are only comments; an error then
-    waits for its owner (`end_with`, or `refuse` where nothing was written), who may still ask another time (`again`).
+    `started`: the client has seen the status. `answered`: the worker has begun to answer. Between
+    the two there are only comments; an error then waits for its owner (`end_with`, or `refuse`
+    where nothing was written), who may still ask another time (`again`).
 
     Args:
         max_buffered_bytes: bytes the client may leave unread before it is cut off.
@@ -67,7 +72,12 @@ class ResponseWriter:
     )
 
     def __init__(
-        self, transport: asyncio.WriteTransport, max_buffered_bytes: int, *, chunked: bool = True, keep_alive: bool = True
+        self,
+        transport: asyncio.WriteTransport,
+        max_buffered_bytes: int,
+        *,
+        chunked: bool = True,
+        keep_alive: bool = True,
     ) -> None:
         self._transport = transport
         self._limit = max_buffered_bytes
@@ -82,11 +92,15 @@ class ResponseWriter:
         self.on_finish: Callable[[], object] = bool  # nobody is told
 
     def describe(self, headers: Callable[[], bytes]) -> None:
-        """`headers` is asked when the head leaves and yields its extra lines, each `name: value` with its line end."""
+        """`headers` is asked when the head leaves and yields its extra lines, each `name: value`
+        with its line end.
+        """
         self._headers = headers
 
     def again(self) -> None:
-        """The first attempt failed before it was answered: as new, but for what the client has seen."""
+        """The first attempt failed before it was answered: as new, but for what the client has
+        seen.
+        """
         self.error = None
         self.finished = False
 
@@ -134,7 +148,9 @@ class ResponseWriter:
         return True
 
     def fail(self, error: LoraplexError) -> None:
-        """Before the answer: `error` is kept for the handler. After its first frame: an error event ends the stream."""
+        """Before the answer: `error` is kept for the handler. After its first frame: an error event
+        ends the stream.
+        """
         self.error = error
         if self.answered and self.started:
             self.end_with(error)
@@ -152,7 +168,9 @@ class ResponseWriter:
         self._write_whole(lines, body)
 
     def _whole(self) -> None:
-        """The answer of a request without `stream`, in one write; after comments, what the engine answered instead of a stream, as an event."""
+        """The answer of a request without `stream`, in one write; after comments, what the engine
+        answered instead of a stream, as an event.
+        """
         body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         if self.started:
             self._transport.write(self._frame(answer_event(body), True))
@@ -163,7 +181,8 @@ class ResponseWriter:
         self.started = True
         ending = b"" if self.keep_alive else b"Connection: close\r\n"
         self._transport.write(
-            b"HTTP/1.1 %d %b\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: %d\r\n%b%b\r\n%b"
+            b"HTTP/1.1 %d %b\r\nContent-Type: application/json; "
+            b"charset=utf-8\r\nContent-Length: %d\r\n%b%b\r\n%b"
             % (self.status, _PHRASES.get(self.status, b""), len(body), ending, lines, body)
         )
 
@@ -173,7 +192,9 @@ class ResponseWriter:
         ending = b"" if self.keep_alive else b"Connection: close\r\n"
         reason = _PHRASES.get(self.status, b"")
         self._transport.write(
-            b"HTTP/1.1 %d %b\r\nContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\nX-Accel-Buffering: no\r\n%b%b%b\r\n%b"
+            b"HTTP/1.1 %d %b\r\nContent-Type: text/event-stream; "
+            b"charset=utf-8\r\nCache-Control: no-cache\r\nX-Accel-Buffering: "
+            b"no\r\n%b%b%b\r\n%b"
             % (self.status, reason, framing, ending, self._headers(), self._frame(data, end))
         )
 
@@ -198,4 +219,6 @@ class ResponseWriter:
 def refuse(stream: ResponseWriter, error: LoraplexError, request_id: str) -> None:
     """Answers with the error; nothing has been written before."""
     status, headers, body = answer(error, request_id)
-    stream.refuse(status, "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode(), body)
+    stream.refuse(
+        status, "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode(), body
+    )

@@ -1,13 +1,17 @@
-"""Shell. A client's connection: plain requests are answered past aiohttp's request machinery, everything else is handed to aiohttp.
+"""Shell. A client's connection: plain requests are answered past aiohttp's request machinery,
+everything else is handed to aiohttp.
 
-aiohttp makes a task, a request, a payload and a writer for every request and wakes its own task to read them: more than a third of what a request
-costs here. A request that `plain.recognise` takes whole needs none of them: `FastPath` answers it from the callback that brought its bytes. What it
-does not take, and every path but those for tokens, goes to an aiohttp `RequestHandler` that this connection then makes for itself; it serves them as ever.
+aiohttp makes a task, a request, a payload and a writer for every request and wakes its own task to
+read them: more than a third of what a request costs here. A request that `plain.recognise` takes
+whole needs none of them: `FastPath` answers it from the callback that brought its bytes. What it
+does not take, and every path but those for tokens, goes to an aiohttp `RequestHandler` that this
+connection then makes for itself; it serves them as ever.
 
-Rules kept here: one request at a time, in order (bytes that come while one is answered wait, unread beyond the first piece); a client that leaves
-cancels its request; an idle connection is closed after `keepalive_s`, one that does not finish its request likewise; a shutdown lets the
-request under way end. A connection goes back from aiohttp to the short way only after requests that were recognised too, so that nothing of
-them can still lie in aiohttp's parser.
+Rules kept here: one request at a time, in order (bytes that come while one is answered wait, unread
+beyond the first piece); a client that leaves cancels its request; an idle connection is closed
+after `keepalive_s`, one that does not finish its request likewise; a shutdown lets the request
+under way end. A connection goes back from aiohttp to the short way only after requests that were
+recognised too, so that nothing of them can still lie in aiohttp's parser.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ from aiohttp import web
 from gateway.http.parser import UNSUPPORTED, IncompleteRequest, RequestStart, SimpleRequest, parse
 
 MAX_EXPRESS_BYTES = 1 << 20
-"""Of a request that is gathered here; longer ones are read by aiohttp, which pauses the client and counts."""
+"""Of a request that is gathered here; longer ones are read by aiohttp, which pauses the client and
+counts.
+"""
 
 SWEEP_SHARE = 0.25
 """Of the time that a connection may rest, between two looks at all of them."""
@@ -36,13 +42,17 @@ class PendingAnswer(Protocol):
 
 
 class FastPath(Protocol):
-    """Answers a plain request on the transport and calls `answered(keep_alive)` once the last byte is written, never before it returns.
+    """Answers a plain request on the transport and calls `answered(keep_alive)` once the last byte
+    is written, never before it returns.
 
     None: it has done nothing, and the request is aiohttp's.
     """
 
     def __call__(
-        self, request: SimpleRequest, transport: asyncio.WriteTransport, answered: Callable[[bool], None]
+        self,
+        request: SimpleRequest,
+        transport: asyncio.WriteTransport,
+        answered: Callable[[bool], None],
     ) -> PendingAnswer | None: ...
 
 
@@ -55,7 +65,14 @@ class Server(web.Server):
     """
 
     def __init__(
-        self, handler: Any, *, fast_path: FastPath, paths: frozenset[str], most_bytes: int, keepalive_timeout: float, **settings: Any
+        self,
+        handler: Any,
+        *,
+        fast_path: FastPath,
+        paths: frozenset[str],
+        most_bytes: int,
+        keepalive_timeout: float,
+        **settings: Any,
     ) -> None:
         super().__init__(handler, keepalive_timeout=keepalive_timeout, **settings)
         self.fast_path, self.paths = fast_path, paths
@@ -103,7 +120,18 @@ class Server(web.Server):
 class Connection(asyncio.Protocol):
     """One connection. `_inner` is aiohttp's side of it, once it was needed."""
 
-    __slots__ = ("_call", "_close_at", "_head", "_held", "_http_server", "_inner", "_loop", "_needed", "_stays", "_transport")
+    __slots__ = (
+        "_call",
+        "_close_at",
+        "_head",
+        "_held",
+        "_http_server",
+        "_inner",
+        "_loop",
+        "_needed",
+        "_stays",
+        "_transport",
+    )
 
     def __init__(self, http_server: Server) -> None:
         self._http_server = http_server
@@ -117,7 +145,7 @@ class Connection(asyncio.Protocol):
         self._needed = 0
         self._close_at = 0.0
 
-    # ---- asyncio's side -----------------------------------------------------------------------------------------------------------------
+    # ---- asyncio's side --------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -163,7 +191,7 @@ class Connection(asyncio.Protocol):
             self._inner.connection_lost(exc)
             self._inner = None
 
-    # ---- requests -----------------------------------------------------------------------------------------------------------------------
+    # ---- requests --------------------------------------------------------------------------------
 
     def _take(self, data: bytes) -> None:
         """All that the connection has brought since its last request."""
@@ -215,13 +243,15 @@ class Connection(asyncio.Protocol):
         inner.connection_lost(None)
         self._rest()
 
-    # ---- the connection's end -----------------------------------------------------------------------------------------------------------
+    # ---- the connection's end --------------------------------------------------------------------
 
     def _rest(self) -> None:
         self._close_at = self._loop.time() + self._http_server.keepalive_s
 
     def close_if_late(self, now: float) -> None:
-        """It has rested, or been at one request, for too long. While aiohttp has it, it has a timer of its own."""
+        """It has rested, or been at one request, for too long. While aiohttp has it, it has a timer
+        of its own.
+        """
         if now >= self._close_at:
             self.close_if_idle()
 
@@ -235,6 +265,8 @@ class Connection(asyncio.Protocol):
 
 
 def _is_idle(handler: web.RequestHandler) -> bool:
-    """Waits for its next request. aiohttp has no public word for it; without this one a connection stays with it, which costs time only."""
+    """Waits for its next request. aiohttp has no public word for it; without this one a connection
+    stays with it, which costs time only.
+    """
     waiter = getattr(handler, "_waiter", None)
     return waiter is not None and not waiter.done()

@@ -7,11 +7,22 @@ from collections.abc import Callable, Sequence
 
 from gateway.fleet.fleet import Fleet, WorkerView
 from gateway.fleet.worker_view import key_of
-from gateway.routing.policy import Blocked, Choice, ChoiceReason, Decision, Defer, RoutingRequest, StatelessPolicy, tier_of
+from gateway.routing.policy import (
+    Blocked,
+    Choice,
+    ChoiceReason,
+    Decision,
+    Defer,
+    RoutingRequest,
+    StatelessPolicy,
+    tier_of,
+)
 
 
 def two_choices(candidates: Sequence[WorkerView], rng: random.Random) -> WorkerView:
-    """The less loaded of two drawn at random (Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001)."""
+    """The less loaded of two drawn at random (Mitzenmacher, "The Power of Two Choices in Randomized
+    Load Balancing", 2001).
+    """
     if len(candidates) == 1:
         return candidates[0]
     first, second = rng.sample(candidates, 2)
@@ -21,7 +32,9 @@ def two_choices(candidates: Sequence[WorkerView], rng: random.Random) -> WorkerV
 class Blind(StatelessPolicy):
     """A policy that looks at loads at most: `pick` gets the workers with room."""
 
-    def __init__(self, name: str, pick: Callable[[Sequence[WorkerView], random.Random], WorkerView]) -> None:
+    def __init__(
+        self, name: str, pick: Callable[[Sequence[WorkerView], random.Random], WorkerView]
+    ) -> None:
         self.name = name
         self._pick = pick
 
@@ -30,7 +43,11 @@ class Blind(StatelessPolicy):
         if not able:
             return Defer(Blocked.ROOM)
         worker = self._pick(able, rng)
-        return Choice(worker, ChoiceReason.BASE if ask.adapter is None else ChoiceReason.BLIND, tier_of(worker, ask.adapter))
+        return Choice(
+            worker,
+            ChoiceReason.BASE if ask.adapter is None else ChoiceReason.BLIND,
+            tier_of(worker, ask.adapter),
+        )
 
 
 class RoundRobin(StatelessPolicy):
@@ -48,12 +65,18 @@ class RoundRobin(StatelessPolicy):
             worker = workers[(cursor + step) % len(workers)]
             if worker.has_room:
                 self._cursors[ask.base] = (cursor + step) % len(workers)
-                return Choice(worker, ChoiceReason.BASE if ask.adapter is None else ChoiceReason.BLIND, tier_of(worker, ask.adapter))
+                return Choice(
+                    worker,
+                    ChoiceReason.BASE if ask.adapter is None else ChoiceReason.BLIND,
+                    tier_of(worker, ask.adapter),
+                )
         return Defer(Blocked.ROOM)
 
 
 class ResidencyP2C(StatelessPolicy):
-    """Residency first, then load: the better of two holders with room; if all holders are full or there is none, the better of two others."""
+    """Residency first, then load: the better of two holders with room; if all holders are full or
+    there is none, the better of two others.
+    """
 
     name = "residency-p2c"
 
@@ -71,4 +94,6 @@ class ResidencyP2C(StatelessPolicy):
         worker = two_choices(able, rng)
         if ask.adapter is None:
             return Choice(worker, ChoiceReason.BASE)
-        return Choice(worker, ChoiceReason.SPILL if held else ChoiceReason.COLD, worker.tier(ask.adapter))
+        return Choice(
+            worker, ChoiceReason.SPILL if held else ChoiceReason.COLD, worker.tier(ask.adapter)
+        )

@@ -1,4 +1,6 @@
-"""Pure. What things cost in seconds on a worker: from its heartbeats where it has measured, from named constants where it has not."""
+"""Pure. What things cost in seconds on a worker: from its heartbeats where it has measured, from
+named constants where it has not.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +9,29 @@ from shared.link.messages import Tier
 
 MIB = 1 << 20
 PREFILL_TOKENS_PER_S = 20_000.0
-"""Until a worker has measured its own: an 8B model on an H200 (vLLM 0.32) reads 12,000 to 32,000 tokens/s, depending on the batch."""
+"""Until a worker has measured its own: an 8B model on an H200 (vLLM 0.32) reads 12,000 to 32,000
+tokens/s, depending on the batch.
+"""
 STEP_S = 0.012
 """The same engine's step with 16 sequences."""
 LOAD_S = 0.060
 LOAD_BYTES = 26 * MIB
-"""A load from disk into a slot, files in the page cache: 60 ms for 26 MiB (rank 16, 8B model, H200), all of it inside the engine's loop."""
+"""A load from disk into a slot, files in the page cache: 60 ms for 26 MiB (rank 16, 8B model,
+H200), all of it inside the engine's loop.
+"""
 ACTIVATE_S = 0.005
 """From the CPU tier into a slot."""
 FETCH_S = 0.250
-"""From the store to disk, 26 MiB over a 1 Gbit/s link and the store's latency. The engine does not notice, the request does."""
+"""From the store to disk, 26 MiB over a 1 Gbit/s link and the store's latency. The engine does not
+notice, the request does.
+"""
 SERVICE_S = 2.0
 OUTPUT_TOKENS = 128
 """Of a request, until some have ended."""
 WEIGHT = 0.05
-"""Of the newest request in the moving averages of service time and output length: twenty requests back counts a third."""
+"""Of the newest request in the moving averages of service time and output length: twenty requests
+back counts a third.
+"""
 
 
 def prefill_rate(worker: WorkerView) -> float:
@@ -40,12 +50,18 @@ def stalling_load_s(worker: WorkerView, tier: Tier, size_bytes: int) -> float:
         return worker.beat.cpu_load_s or ACTIVATE_S
     measured = worker.beat.disk_load_s
     if measured:
-        return measured * (size_bytes / worker.beat.load_bytes) if size_bytes and worker.beat.load_bytes else measured
+        return (
+            measured * (size_bytes / worker.beat.load_bytes)
+            if size_bytes and worker.beat.load_bytes
+            else measured
+        )
     return max(ACTIVATE_S, LOAD_S * size_bytes / LOAD_BYTES) if size_bytes else LOAD_S
 
 
 def load_s(worker: WorkerView, tier: Tier, size_bytes: int) -> float:
-    """Until its files are in a slot: what is done beside the engine's loop and the part inside it."""
+    """Until its files are in a slot: what is done beside the engine's loop and the part inside
+    it.
+    """
     stalling_s, beat = stalling_load_s(worker, tier, size_bytes), worker.beat
     if tier <= Tier.CPU or not beat.disk_load_s:
         return stalling_s
@@ -53,8 +69,13 @@ def load_s(worker: WorkerView, tier: Tier, size_bytes: int) -> float:
 
 
 def load_elsewhere_s(worker: WorkerView, size_bytes: int, running: float) -> float:
-    """What a load from disk costs on a worker like this: the request's own time, and that of the `running` who stand still meanwhile."""
-    return load_s(worker, Tier.DISK, size_bytes) + stalling_load_s(worker, Tier.DISK, size_bytes) * running
+    """What a load from disk costs on a worker like this: the request's own time, and that of the
+    `running` who stand still meanwhile.
+    """
+    return (
+        load_s(worker, Tier.DISK, size_bytes)
+        + stalling_load_s(worker, Tier.DISK, size_bytes) * running
+    )
 
 
 def fetch_s(worker: WorkerView, tier: Tier) -> float:
@@ -63,7 +84,9 @@ def fetch_s(worker: WorkerView, tier: Tier) -> float:
 
 
 class ServiceTimes:
-    """Moving averages over the requests of one base model that have ended: seconds on a worker, tokens of output."""
+    """Moving averages over the requests of one base model that have ended: seconds on a worker,
+    tokens of output.
+    """
 
     def __init__(self) -> None:
         self.service_s = SERVICE_S

@@ -1,8 +1,11 @@
-"""Pure. Where adapters belong: rendezvous order, the measured demand of each, and how many copies that demand is worth.
+"""Pure. Where adapters belong: rendezvous order, the measured demand of each, and how many copies
+that demand is worth.
 
-Rendezvous hashing (Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit Rates", 1998): every gateway ranks the workers for an
-adapter by a hash of both, so that all agree with nothing shared, and a worker that comes or goes moves only its own share. Bounded load
-(Mirrokni, Thorup and Zadimoghaddam, "Consistent Hashing with Bounded Loads", 2017): nobody is home beyond `BOUND` times the mean load.
+Rendezvous hashing (Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit Rates",
+1998): every gateway ranks the workers for an adapter by a hash of both, so that all agree with
+nothing shared, and a worker that comes or goes moves only its own share. Bounded load (Mirrokni,
+Thorup and Zadimoghaddam, "Consistent Hashing with Bounded Loads", 2017): nobody is home beyond
+`BOUND` times the mean load.
 """
 
 from __future__ import annotations
@@ -16,13 +19,19 @@ from gateway.fleet.worker_view import Key
 BOUND = 1.25
 """c of the bounded load, as in the paper's own deployment and in peers' routers."""
 FLOOR = 16
-"""Sequences that a worker may always have, whatever the mean: up to 16 the engine's step grows from 6.7 to 12.2 ms on an H200, so that sixteen
-in one batch finish sooner than one on each of two workers that both load the adapter first."""
+"""Sequences that a worker may always have, whatever the mean: up to 16 the engine's step grows from
+6.7 to 12.2 ms on an H200, so that sixteen in one batch finish sooner than one on each of two
+workers that both load the adapter first.
+"""
 RATE_WINDOW_S = 20.0
-"""Time constant of an adapter's request rate: long enough for a handful of requests of a lukewarm one, short enough to follow a crowd."""
+"""Time constant of an adapter's request rate: long enough for a handful of requests of a lukewarm
+one, short enough to follow a crowd.
+"""
 MAX_RATES = 50_000
 SHRINK_AFTER_S = 30.0
-"""A home set loses a copy only after this long of lower demand; it grows at once. A load costs a stall, a copy too many only an idle slot."""
+"""A home set loses a copy only after this long of lower demand; it grows at once. A load costs a
+stall, a copy too many only an idle slot.
+"""
 
 
 class DemandRates:
@@ -30,7 +39,8 @@ class DemandRates:
 
     def __init__(self, window_s: float = RATE_WINDOW_S, size: int = MAX_RATES) -> None:
         self._window_s, self._size = window_s, size
-        self._counters: dict[Key, tuple[float, float]] = {}  # value, as of when; the longest unseen first
+        # value, as of when; the longest unseen first
+        self._counters: dict[Key, tuple[float, float]] = {}
 
     def note(self, key: Key, now: float) -> None:
         value, since = self._counters.pop(key, (0.0, now))
@@ -45,7 +55,13 @@ class DemandRates:
     def hottest(self, count: int, now: float) -> list[tuple[float, Key]]:
         """The `count` adapters with the highest rates, highest first."""
         window_s = self._window_s
-        return heapq.nlargest(count, ((v * math.exp((t - now) / window_s) / window_s, key) for key, (v, t) in self._counters.items()))
+        return heapq.nlargest(
+            count,
+            (
+                (v * math.exp((t - now) / window_s) / window_s, key)
+                for key, (v, t) in self._counters.items()
+            ),
+        )
 
 
 @dataclass(slots=True)
@@ -56,7 +72,9 @@ class _Size:
 
 
 def copies_for(demand: float, bound: float) -> int:
-    """`demand` in sequences at once (rate x service time, or what is in flight), `bound` sequences per copy."""
+    """`demand` in sequences at once (rate x service time, or what is in flight), `bound` sequences
+    per copy.
+    """
     return max(1, math.ceil(demand / bound - 1e-9))
 
 

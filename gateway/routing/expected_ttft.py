@@ -1,13 +1,17 @@
-"""Pure. The default policy: the worker with the least expected time to first token, the others' loss included.
+"""Pure. The default policy: the worker with the least expected time to first token, the others'
+loss included.
 
-    queue wait + slot wait + load(tier, bytes) + stall x running sequences + eviction - prefix reuse          (seconds)
+    queue wait + slot wait + load(tier, bytes) + stall x running sequences + eviction - prefix reuse
+    (seconds)
 
-What of a load runs inside the engine's loop is charged for everybody whom it stalls; a prefill, by a fiftieth. Four rules stand beside the sum.
-Slots: an adapter that is not in flight on a worker goes there only if a slot can be had, else it waits here, where any worker's next slot can take it
-and where its requests gather; with few slots left a copy in flight is preferred to a second one. Homes: a cold adapter goes to where its
-weights are cached, else to its home in rendezvous order within the bounded load. Copies: another copy is loaded when its demand is worth one;
-until then, and while one is on its way, requests join. Relief: an adapter leaves a worker that stays far busier than the others.
-docs/ROUTING.md explains all of it.
+What of a load runs inside the engine's loop is charged for everybody whom it stalls; a prefill, by
+a fiftieth. Four rules stand beside the sum. Slots: an adapter that is not in flight on a worker
+goes there only if a slot can be had, else it waits here, where any worker's next slot can take it
+and where its requests gather; with few slots left a copy in flight is preferred to a second one.
+Homes: a cold adapter goes to where its weights are cached, else to its home in rendezvous order
+within the bounded load. Copies: another copy is loaded when its demand is worth one; until then,
+and while one is on its way, requests join. Relief: an adapter leaves a worker that stays far busier
+than the others. docs/ROUTING.md explains all of it.
 """
 
 from __future__ import annotations
@@ -26,7 +30,16 @@ from gateway.fleet.worker_view import Key, WorkerView
 from gateway.routing import costs
 from gateway.routing.demand import BOUND, FLOOR, DemandRates, HomeSets, copies_for
 from gateway.routing.occupancy import Occupancy
-from gateway.routing.policy import Blocked, Candidate, Choice, ChoiceReason, CostBreakdown, Decision, Defer, RoutingRequest
+from gateway.routing.policy import (
+    Blocked,
+    Candidate,
+    Choice,
+    ChoiceReason,
+    CostBreakdown,
+    Decision,
+    Defer,
+    RoutingRequest,
+)
 from gateway.routing.rebalance import Rebalancer
 from gateway.routing.slot_claims import SlotClaims
 from gateway.routing.slot_wait import PATIENCE_S, SlotWait
@@ -34,9 +47,11 @@ from shared.adapters.identity import AdapterRef
 from shared.link.messages import Tier, WorkerId
 
 HOME_CHOICES = 2
-"""Workers of the rendezvous order that are priced for a cold adapter: its home and the next, so that an idle one can win over a busy one. Those that load
-already are passed by while others are not: loads run one after the other, and each stops everybody there. (p99 TTFT of `hot` at 223 requests/s
-157 -> 145 ms; of all others in a flash crowd +22% -> +15%.)"""
+"""Workers of the rendezvous order that are priced for a cold adapter: its home and the next, so
+that an idle one can win over a busy one. Those that load already are passed by while others are
+not: loads run one after the other, and each stops everybody there. (p99 TTFT of `hot` at 223
+requests/s 157 -> 145 ms; of all others in a flash crowd +22% -> +15%.)
+"""
 STASH_CHOICES = 8
 """Workers with the adapter in a lower tier that are priced."""
 BASE_CHOICES = 16
@@ -44,9 +59,12 @@ BASE_CHOICES = 16
 HORIZON_S = 10.0
 """How long present demand is trusted to last, when a load is weighed against what it saves."""
 BESIDE = 0.02
-"""What a running stream's delay by a prefill counts against a wait for a first token: enough to prefer the lighter of two workers whose queues tie. With
-1, whoever ran ten sequences fewer got the next handful of prompts at once, and they queued for each other: p99 TTFT of `fits` at 309 requests/s 119 ms
-with 1, 91 with 0.2, 65 with this; of `hot` at 223 155, 127, 112; of others in a flash crowd +15%, +10%. A load's stall counts in full."""
+"""What a running stream's delay by a prefill counts against a wait for a first token: enough to
+prefer the lighter of two workers whose queues tie. With 1, whoever ran ten sequences fewer got the
+next handful of prompts at once, and they queued for each other: p99 TTFT of `fits` at 309
+requests/s 119 ms with 1, 91 with 0.2, 65 with this; of `hot` at 223 155, 127, 112; of others in a
+flash crowd +15%, +10%. A load's stall counts in full.
+"""
 VICTIMS = 4
 """Idle adapters of a worker among which the coldest is taken for its next victim."""
 RARELY = 0.1
@@ -56,16 +74,22 @@ MISS_WINDOW_S = 10.0
 SPREADS = 1.0
 """Standard deviations of the misses' number for which slots are kept open."""
 ABUNDANT_SPREADS = 5.0
-"""The same for slots to count as abundant: a copy more or a move takes somebody's slot for a while. With 2, moves cost the scenario `hot` a twentieth of
-its capacity."""
+"""The same for slots to count as abundant: a copy more or a move takes somebody's slot for a while.
+With 2, moves cost the scenario `hot` a twentieth of its capacity.
+"""
 EVEN = 0.5
-"""Of the mean load, what one copy of an adapter is for while slots abound: an adapter that gets half of all requests then sits on every worker, so that
-the others' are not crowded onto those without it. (A flash crowd to 50%: with a copy per 1.25 x the mean, 5 of 8 workers had it, and the p99 of all
-others rose by 51%; so by 17%.) While slots are scarce it is BOUND: a copy takes a slot, and where all slots are in use that costs more."""
+"""Of the mean load, what one copy of an adapter is for while slots abound: an adapter that gets
+half of all requests then sits on every worker, so that the others' are not crowded onto those
+without it. (A flash crowd to 50%: with a copy per 1.25 x the mean, 5 of 8 workers had it, and the
+p99 of all others rose by 51%; so by 17%.) While slots are scarce it is BOUND: a copy takes a slot,
+and where all slots are in use that costs more.
+"""
 LEAST_SPREAD = 1e-3
 """Slots; where nothing misses, any open slot is plenty."""
 AFFINITY_S = 0.005
-"""The most that a known prefix or session can weigh: less than a load from the CPU tier, so it only breaks ties."""
+"""The most that a known prefix or session can weigh: less than a load from the CPU tier, so it only
+breaks ties.
+"""
 MAX_AFFINITIES = 50_000
 
 
@@ -75,16 +99,19 @@ NOTHING = CostBreakdown()
 
 
 class ExpectedTTFT:
-    """See the module. Per base model it learns service times and miss rates, per adapter request rates; workers measure the rest."""
+    """See the module. Per base model it learns service times and miss rates, per adapter request
+    rates; workers measure the rest.
+    """
 
     name = "expected-ttft"
 
     def __init__(self, patience_s: float = PATIENCE_S) -> None:
         self._patience_s = patience_s
         self._bases: dict[str, _Base] = {}
-        self._last: OrderedDict[tuple[str, int | str], WorkerId] = OrderedDict()  # prefix or session -> worker
+        # prefix or session -> worker
+        self._last: OrderedDict[tuple[str, int | str], WorkerId] = OrderedDict()
 
-    # ---- decisions --------------------------------------------------------------------------------------------------------------------
+    # ---- decisions -------------------------------------------------------------------------------
 
     def choose(self, ask: RoutingRequest, fleet: Fleet, now: float, rng: random.Random) -> Decision:
         pool = fleet.pool(ask.base)
@@ -99,17 +126,38 @@ class ExpectedTTFT:
         if holders is None:
             return self._choose_cold(ask, key, base, pool, bound, now, ChoiceReason.COLD)
         staying = [w for w in holders.values() if not base.rebalancer.left(w, key, now)]
-        return self._choose_held(ask, key, base, pool, staying or list(holders.values()), bound, now)
+        return self._choose_held(
+            ask, key, base, pool, staying or list(holders.values()), bound, now
+        )
 
     def _choose_held(
-        self, ask: RoutingRequest, key: Key, base: _Base, pool: Pool, holders: list[WorkerView], bound: float, now: float
+        self,
+        ask: RoutingRequest,
+        key: Key,
+        base: _Base,
+        pool: Pool,
+        holders: list[WorkerView],
+        bound: float,
+        now: float,
     ) -> Decision:
-        """The cheapest holder; or another worker, if the demand is worth one more copy or that is cheaper and takes no one's only slot."""
+        """The cheapest holder; or another worker, if the demand is worth one more copy or that is
+        cheaper and takes no one's only slot.
+        """
         price = base.slot_price(pool, now)
         copies = len(holders)
-        demand = max(sum([w.in_flight(key) for w in holders]) + 1.0, base.rates.per_s(key, now) * base.services.service_s)
-        wanted = base.homes.copies(key, demand, max(FLOOR, EVEN * pool.mean_load) if base.abundant(pool, now) else bound, now)
-        kept = holders if price == 0.0 else self._kept(key, holders, copies_for(demand, bound), bound)
+        demand = max(
+            sum([w.in_flight(key) for w in holders]) + 1.0,
+            base.rates.per_s(key, now) * base.services.service_s,
+        )
+        wanted = base.homes.copies(
+            key,
+            demand,
+            max(FLOOR, EVEN * pool.mean_load) if base.abundant(pool, now) else bound,
+            now,
+        )
+        kept = (
+            holders if price == 0.0 else self._kept(key, holders, copies_for(demand, bound), bound)
+        )
         best, least = self._cheapest(ask, key, base, pool, kept, price, now)
         if best is None:
             return self._choose_cold(ask, key, base, pool, bound, now, ChoiceReason.SPILL)
@@ -120,23 +168,35 @@ class ExpectedTTFT:
             if relieved is not None:
                 return relieved
         chosen = Choice(best, ChoiceReason.RESIDENT, best.tier_at(key))
-        if copies >= wanted and (price > 0.0 or best.load <= pool.mean_load + 1) and best.load < bound:
+        if (
+            copies >= wanted
+            and (price > 0.0 or best.load <= pool.mean_load + 1)
+            and best.load < bound
+        ):
             return chosen
         if copies >= wanted and any(key in w.coming for w in holders):
             return chosen
-        other = self._choose_cold(ask, key, base, pool, bound, now, ChoiceReason.SPILL, copies, needed=copies < wanted)
+        other = self._choose_cold(
+            ask, key, base, pool, bound, now, ChoiceReason.SPILL, copies, needed=copies < wanted
+        )
         if not isinstance(other, Choice) or other.terms is None:
             return chosen
         needed = copies < wanted and (best.load >= bound or base.abundant(pool, now))
         return other if needed or other.terms.total_s < least else chosen
 
-    def _relieved(self, ask: RoutingRequest, key: Key, w: WorkerView, base: _Base, pool: Pool, now: float) -> Choice | None:
+    def _relieved(
+        self, ask: RoutingRequest, key: Key, w: WorkerView, base: _Base, pool: Pool, now: float
+    ) -> Choice | None:
         """The lighter worker that the adapter moves to from this one, if that is to be relieved."""
         rebalancer = base.rebalancer
         if not rebalancer.due(w, key, pool, now) or not base.abundant(pool, now):
             return None
         lighter = rebalancer.lighter(w, base.rendezvous.order(key, pool), key)
-        able = [o for o in lighter if (o.open_slots > 1 or o.in_flight(key)) and base.claims.open_to(o, key, pool, now)]
+        able = [
+            o
+            for o in lighter
+            if (o.open_slots > 1 or o.in_flight(key)) and base.claims.open_to(o, key, pool, now)
+        ]
         if not able:
             return None
         to = min(able, key=lambda o: (o.tier_at(key) > Tier.CPU, o.usual_load))
@@ -145,19 +205,32 @@ class ExpectedTTFT:
 
     @staticmethod
     def _kept(key: Key, holders: list[WorkerView], need: int, bound: float) -> list[WorkerView]:
-        """With slots scarce: as many holders as it takes, those with the most requests in flight, so that the others give their slots up."""
+        """With slots scarce: as many holders as it takes, those with the most requests in flight,
+        so that the others give their slots up.
+        """
         if len(holders) <= need:
             return holders
         kept = sorted(holders, key=lambda w: -w.in_flight(key))[:need]
         return kept if any(w.load < bound and w.has_room for w in kept) else holders
 
     def _cheapest(
-        self, ask: RoutingRequest, key: Key, base: _Base, pool: Pool, holders: list[WorkerView], price: float, now: float
+        self,
+        ask: RoutingRequest,
+        key: Key,
+        base: _Base,
+        pool: Pool,
+        holders: list[WorkerView],
+        price: float,
+        now: float,
     ) -> tuple[WorkerView | None, float]:
         best: WorkerView | None = None
         least = math.inf
         for w in holders:
-            if w.has_room and not base.claims.closed(w, key) and base.claims.open_to(w, key, pool, now):
+            if (
+                w.has_room
+                and not base.claims.closed(w, key)
+                and base.claims.open_to(w, key, pool, now)
+            ):
                 cost = self._terms(ask, key, w, base, pool, price, now).total_s
                 if cost < least:
                     best, least = w, cost
@@ -179,11 +252,19 @@ class ExpectedTTFT:
         holders = pool.holders.get(key, NOBODY)
         candidates: list[WorkerView] = []
         stashed = pool.stashes.get(key, NOBODY)
-        shut = base.claims.shut(key, pool, now) and not any(key in w.others_busy for w in stashed.values())
+        shut = base.claims.shut(key, pool, now) and not any(
+            key in w.others_busy for w in stashed.values()
+        )
         if stashed and not (copies and shut):
-            cached = [w for w in islice(stashed.values(), STASH_CHOICES) if w.id not in holders and w.tier_at(key) is Tier.CPU]
+            cached = [
+                w
+                for w in islice(stashed.values(), STASH_CHOICES)
+                if w.id not in holders and w.tier_at(key) is Tier.CPU
+            ]
             if not shut:
-                candidates = [w for w in cached if w.has_room and base.claims.open_to(w, key, pool, now)]
+                candidates = [
+                    w for w in cached if w.has_room and base.claims.open_to(w, key, pool, now)
+                ]
             if cached and not copies and not candidates:
                 elsewhere_s = costs.load_elsewhere_s(cached[0], ask.size_bytes, pool.mean_load)
                 due = base.slot_wait.until(ask, cached, base.slack(pool, now), elsewhere_s, now)
@@ -201,10 +282,26 @@ class ExpectedTTFT:
             found = self._terms(ask, key, w, base, pool, 0.0, now, uses)
             if best is None or found.total_s < terms.total_s:
                 best, terms = w, found
-        return Choice(best, reason, best.tier_at(key), terms) if best is not None else self._blocked(ask, key, base, pool, now)
+        return (
+            Choice(best, reason, best.tier_at(key), terms)
+            if best is not None
+            else self._blocked(ask, key, base, pool, now)
+        )
 
-    def _homes(self, key: Key, base: _Base, pool: Pool, bound: float, holders: Holders, now: float, *, anybody: bool) -> list[WorkerView]:
-        """The first open ones of the rendezvous order within the bound, better those that load nothing; if need be beyond it, and if need be any."""
+    def _homes(
+        self,
+        key: Key,
+        base: _Base,
+        pool: Pool,
+        bound: float,
+        holders: Holders,
+        now: float,
+        *,
+        anybody: bool,
+    ) -> list[WorkerView]:
+        """The first open ones of the rendezvous order within the bound, better those that load
+        nothing; if need be beyond it, and if need be any.
+        """
         claims = base.claims
 
         def first(number: int, workers: Iterable[WorkerView]) -> list[WorkerView]:
@@ -218,10 +315,16 @@ class ExpectedTTFT:
         beyond = first(HOME_CHOICES, homes)
         if beyond:
             return beyond
-        able = [w for w in pool.workers if w.counted and w.counted[1] > 0 and w.has_room and w.id not in holders]
+        able = [
+            w
+            for w in pool.workers
+            if w.counted and w.counted[1] > 0 and w.has_room and w.id not in holders
+        ]
         return first(1, sorted(able, key=lambda w: w.load))
 
-    def _choose_base(self, ask: RoutingRequest, pool: Pool, now: float, rng: random.Random) -> Decision:
+    def _choose_base(
+        self, ask: RoutingRequest, pool: Pool, now: float, rng: random.Random
+    ) -> Decision:
         base = self._base(ask.base)
         workers = pool.workers
         if len(workers) > BASE_CHOICES:
@@ -242,21 +345,34 @@ class ExpectedTTFT:
             return Defer(Blocked.ROOM)
         return Defer(Blocked.SLOT, base.claims.claim(ask, key, pool, now, held=key in pool.holders))
 
-    # ---- costs ------------------------------------------------------------------------------------------------------------------------
+    # ---- costs -----------------------------------------------------------------------------------
 
     def _terms(
-        self, ask: RoutingRequest, key: Key | None, w: WorkerView, base: _Base, pool: Pool, price: float, now: float, uses: float = 1.0
+        self,
+        ask: RoutingRequest,
+        key: Key | None,
+        w: WorkerView,
+        base: _Base,
+        pool: Pool,
+        price: float,
+        now: float,
+        uses: float = 1.0,
     ) -> CostBreakdown:
         rate = costs.prefill_rate(w)
         prefill_s = ask.prompt_tokens / rate
         running = w.load
-        # A step is under way where somebody runs; what an idle worker measured last says nothing of its next.
-        queue_s = w.backlog_tokens(rate, now) / rate + prefill_s + (costs.step_s(w) if running else 0.0)
+        # A step is under way where somebody runs; what an idle worker measured last says nothing of
+        # its next.
+        queue_s = (
+            w.backlog_tokens(rate, now) / rate + prefill_s + (costs.step_s(w) if running else 0.0)
+        )
         slot_s = load_s = evict_s = 0.0
         stall_s = prefill_s * running * BESIDE
         if key is not None:
             if not w.in_flight(key):
-                slot_s = price if key in w.loaded else base.services.service_s * w.crowding * w.crowding
+                slot_s = (
+                    price if key in w.loaded else base.services.service_s * w.crowding * w.crowding
+                )
             if key not in w.loaded:
                 load_s, stalling_s = self._load(ask, key, w, now)
                 stall_s += stalling_s * running / uses
@@ -267,18 +383,28 @@ class ExpectedTTFT:
             prefix_s = min(prefill_s, AFFINITY_S) if not ask.session else AFFINITY_S
         return CostBreakdown(queue_s, slot_s, load_s, stall_s, evict_s, prefix_s)
 
-    def _load(self, ask: RoutingRequest, key: Key, w: WorkerView, now: float) -> tuple[float, float]:
-        """(seconds until it is in a slot, seconds of those that this request's own load stalls the engine for)."""
+    def _load(
+        self, ask: RoutingRequest, key: Key, w: WorkerView, now: float
+    ) -> tuple[float, float]:
+        """(seconds until it is in a slot, seconds of those that this request's own load stalls the
+        engine for).
+        """
         state, tier = w.held.get(key), w.tier_at(key)
         own_s = costs.load_s(w, tier, ask.size_bytes)  # inside the engine's loop or not
         if key in w.coming:
-            eta_s = state.eta_s - (now - w.beat_at) if state is not None and state.loading else own_s
+            eta_s = (
+                state.eta_s - (now - w.beat_at) if state is not None and state.loading else own_s
+            )
             return max(eta_s, 0.0), 0.0
         ahead_s = len(w.coming) * own_s if w.coming else 0.0
-        return ahead_s + own_s + costs.fetch_s(w, tier), costs.stalling_load_s(w, tier, ask.size_bytes)
+        return ahead_s + own_s + costs.fetch_s(w, tier), costs.stalling_load_s(
+            w, tier, ask.size_bytes
+        )
 
     def _eviction(self, w: WorkerView, base: _Base, pool: Pool, now: float) -> float:
-        """What it costs that somebody must leave: the likely victim's reload, if it is wanted again soon and is nowhere else."""
+        """What it costs that somebody must leave: the likely victim's reload, if it is wanted again
+        soon and is nowhere else.
+        """
         if w.free_slots > 0 or not w.idle:
             return 0.0
         victim = self._victim(w, base, now)
@@ -290,21 +416,31 @@ class ExpectedTTFT:
 
     @staticmethod
     def _victim(w: WorkerView, base: _Base, now: float) -> Key:
-        """Whom the worker will likely take: it evicts the coldest, and among the first to have become idle that is nearly always to be found."""
+        """Whom the worker will likely take: it evicts the coldest, and among the first to have
+        become idle that is nearly always to be found.
+        """
         return min(islice(w.idle, VICTIMS), key=lambda key: base.rates.per_s(key, now))
 
     def _surplus(self, w: WorkerView, base: _Base, pool: Pool, now: float) -> bool:
-        """The slot that a load would take there is nobody's, or that of an adapter that has another or is hardly asked for."""
+        """The slot that a load would take there is nobody's, or that of an adapter that has another
+        or is hardly asked for.
+        """
         if w.free_slots > 0 or not w.idle:
             return w.free_slots > 0
         victim = self._victim(w, base, now)
-        return len(pool.holders.get(victim, ())) > 1 or base.rates.per_s(victim, now) * HORIZON_S < RARELY
+        return (
+            len(pool.holders.get(victim, ())) > 1
+            or base.rates.per_s(victim, now) * HORIZON_S < RARELY
+        )
 
     def _known(self, ask: RoutingRequest) -> tuple[WorkerId | None, WorkerId | None]:
         base = ask.base
-        return (self._last.get((base, ask.session)) if ask.session else None, self._last.get((base, ask.prefix)) if ask.prefix else None)
+        return (
+            self._last.get((base, ask.session)) if ask.session else None,
+            self._last.get((base, ask.prefix)) if ask.prefix else None,
+        )
 
-    # ---- what it hears ------------------------------------------------------------------------------------------------------------------
+    # ---- what it hears ---------------------------------------------------------------------------
 
     def arrived(self, ask: RoutingRequest, now: float) -> None:
         if ask.adapter is not None:
@@ -333,7 +469,14 @@ class ExpectedTTFT:
             base.occupancy.end(ask)
             base.claims.settle(ask, (ask.adapter.name, ask.adapter.digest))
 
-    def finished(self, ask: RoutingRequest, worker: WorkerView, service_s: float, output_tokens: int, now: float) -> None:
+    def finished(
+        self,
+        ask: RoutingRequest,
+        worker: WorkerView,
+        service_s: float,
+        output_tokens: int,
+        now: float,
+    ) -> None:
         base = self._base(ask.base)
         base.services.note(service_s, output_tokens)
         if ask.adapter is not None:
@@ -343,7 +486,9 @@ class ExpectedTTFT:
         return self._base(base).claims.reserved_for(fleet.pool(base), now)
 
     def warm_set(self, worker: WorkerView, fleet: Fleet, now: float) -> list[AdapterRef]:
-        """Its share of the hot adapters: those that will surely be asked for soon and whose home set it is in now; half of its slots at most."""
+        """Its share of the hot adapters: those that will surely be asked for soon and whose home
+        set it is in now; half of its slots at most.
+        """
         base, pool = self._base(worker.beat.base), fleet.pool(worker.beat.base)
         found: list[AdapterRef] = []
         for rate, key in base.rates.hottest(len(pool.workers) * worker.beat.slots, now):
@@ -361,10 +506,20 @@ class ExpectedTTFT:
         for w in pool.workers:
             note = "" if w.has_room else "no room"
             if key is not None and not note:
-                note = "no slot" if not base.claims.open_to(w, key, pool, now) else "slot closing" if base.claims.closed(w, key) else ""
-                note = note or ("moved to a lighter worker" if base.rebalancer.left(w, key, now) else "")
+                note = (
+                    "no slot"
+                    if not base.claims.open_to(w, key, pool, now)
+                    else "slot closing"
+                    if base.claims.closed(w, key)
+                    else ""
+                )
+                note = note or (
+                    "moved to a lighter worker" if base.rebalancer.left(w, key, now) else ""
+                )
             tier = Tier.GPU if key is None else w.tier_at(key)
-            found.append(Candidate(w, tier, not note, note, self._terms(ask, key, w, base, pool, price, now)))
+            found.append(
+                Candidate(w, tier, not note, note, self._terms(ask, key, w, base, pool, price, now))
+            )
         return sorted(found, key=lambda c: (not c.eligible, c.terms.total_s))
 
     def _base(self, name: str) -> _Base:
@@ -392,10 +547,12 @@ class _Base:
         self.slot_wait = SlotWait(self.occupancy, patience_s)
 
     def slot_price(self, pool: Pool, now: float) -> float:
-        """Seconds that the next slot is worth: nothing while open ones abound, a service time when there is none.
+        """Seconds that the next slot is worth: nothing while open ones abound, a service time when
+        there is none.
 
-        Misses come at random and each keeps a slot for a service time; what is kept open for them is twice the spread of their number
-        (square-root staffing: Halfin and Whitt, "Heavy-Traffic Limits for Queues with Many Exponential Servers", 1981).
+        Misses come at random and each keeps a slot for a service time; what is kept open for them
+        is twice the spread of their number (square-root staffing: Halfin and Whitt, "Heavy-Traffic
+        Limits for Queues with Many Exponential Servers", 1981).
         """
         return self.services.service_s * max(0.0, 1.0 - self.slack(pool, now) / SPREADS)
 

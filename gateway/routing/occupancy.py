@@ -1,8 +1,10 @@
-"""Pure. Since when each adapter's requests are on which worker, and how likely a slot there comes free soon.
+"""Pure. Since when each adapter's requests are on which worker, and how likely a slot there comes
+free soon.
 
-How long requests stay is not known beforehand, so it is read off those that ended lately: of the stays that lasted at least as long as this one
-has, the share that ended within the next moments. That needs no shape of the distribution: with answers of equal length it tells nearly to the
-step who ends next, with lengths that say nothing it comes to the mean rate.
+How long requests stay is not known beforehand, so it is read off those that ended lately: of the
+stays that lasted at least as long as this one has, the share that ended within the next moments.
+That needs no shape of the distribution: with answers of equal length it tells nearly to the step
+who ends next, with lengths that say nothing it comes to the mean rate.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ LEAST = 32
 
 
 class Occupancy:
-    """Of one base model's requests, as this gateway has sent them. Times and durations in seconds."""
+    """Of one base model's requests, as this gateway has sent them. Times and durations in
+    seconds.
+    """
 
     def __init__(self) -> None:
         self._of: dict[RoutingRequest, tuple[WorkerId, Key]] = {}
@@ -40,7 +44,9 @@ class Occupancy:
         self._on.setdefault(worker, {}).setdefault(key, {})[ask] = now
 
     def end(self, ask: RoutingRequest, lasted_s: float | None = None) -> None:
-        """It is over, after so long if it was served to its end. A no-op for what was never sent."""
+        """It is over, after so long if it was served to its end. A no-op for what was never
+        sent.
+        """
         self._leave(ask)
         if lasted_s is not None:
             self._recent.append(lasted_s)
@@ -49,12 +55,15 @@ class Occupancy:
                 del self._sorted[bisect_right(self._sorted, self._recent.popleft()) - 1]
 
     def freed(self, worker: WorkerView, within_s: float, now: float) -> float | None:
-        """How many adapters, on average, have none of their present requests left on the worker after so long. None: too little is known."""
+        """How many adapters, on average, have none of their present requests left on the worker
+        after so long. None: too little is known.
+        """
         lasted = self._sorted
         if len(lasted) < LEAST:
             return None
         median_s = lasted[len(lasted) // 2] or within_s
-        others = min(1.0, within_s / median_s)  # of other gateways' requests only their number is known
+        # of other gateways' requests only their number is known
+        others = min(1.0, within_s / median_s)
         own = self._on.get(worker.id, {})
         total = 0.0
         for key, asks in own.items():
@@ -70,7 +79,9 @@ class Occupancy:
         return total + others * sum(key not in own for key in worker.others_busy)
 
     def newest(self, worker: WorkerId, key: Key) -> float:
-        """When this gateway sent the last of the adapter's requests that are there; minus infinity if there is none."""
+        """When this gateway sent the last of the adapter's requests that are there; minus infinity
+        if there is none.
+        """
         there = self._on.get(worker, {}).get(key)
         return next(reversed(there.values())) if there else -math.inf
 

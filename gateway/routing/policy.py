@@ -1,4 +1,6 @@
-"""Pure. The words of routing: what is asked (`RoutingRequest`), what is answered (`Choice` or `Defer`), and what every policy can be told (`Policy`)."""
+"""Pure. The words of routing: what is asked (`RoutingRequest`), what is answered (`Choice` or
+`Defer`), and what every policy can be told (`Policy`).
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ from shared.link.messages import Tier
 
 
 class RoutingRequest(msgspec.Struct, frozen=True, eq=False):
-    """What routing knows of one request. Equal only to itself, so that a policy can keep state per request.
+    """What routing knows of one request. Equal only to itself, so that a policy can keep state per
+    request.
 
-    `prompt_tokens` is an estimate made from the body's length; `tenant` is the digest of the API key; `prefix` a hash of the adapter's digest
-    and the prompt's first bytes (0: unknown); a lower `priority` goes first; `arrived` is on the dispatcher's clock.
+    `prompt_tokens` is an estimate made from the body's length; `tenant` is the digest of the API
+    key; `prefix` a hash of the adapter's digest and the prompt's first bytes (0: unknown); a lower
+    `priority` goes first; `arrived` is on the dispatcher's clock.
     """
 
     base: str
@@ -49,12 +53,15 @@ class Blocked(Enum):
     """What a request waits for."""
 
     ROOM = "room"  # no worker takes another request
-    SLOT = "slot"  # no worker has a slot for another adapter; requests for adapters in flight may pass
+    # no worker has a slot for another adapter; requests for adapters in flight may pass
+    SLOT = "slot"
     TURN = "turn"  # the policy wants to be asked again at `until`
 
 
 class CostBreakdown(msgspec.Struct, frozen=True):
-    """The parts of an expected time to first token, in seconds. `stall` is not the request's own: it is what the choice costs the others."""
+    """The parts of an expected time to first token, in seconds. `stall` is not the request's own:
+    it is what the choice costs the others.
+    """
 
     queue_s: float = 0.0
     slot_s: float = 0.0
@@ -65,11 +72,15 @@ class CostBreakdown(msgspec.Struct, frozen=True):
 
     @property
     def total_s(self) -> float:
-        return self.queue_s + self.slot_s + self.load_s + self.stall_s + self.evict_s - self.prefix_s
+        return (
+            self.queue_s + self.slot_s + self.load_s + self.stall_s + self.evict_s - self.prefix_s
+        )
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """`tier` is where the adapter was on the worker at that moment (GPU for a request of the base model)."""
+    """`tier` is where the adapter was on the worker at that moment (GPU for a request of the base
+    model).
+    """
 
     worker: WorkerView
     reason: ChoiceReason
@@ -79,7 +90,9 @@ class Choice(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Defer:
-    """Nobody takes it now. `until` is when to ask again at the latest, if time alone can change the answer."""
+    """Nobody takes it now. `until` is when to ask again at the latest, if time alone can change the
+    answer.
+    """
 
     blocked: Blocked
     until: float | None = None
@@ -90,7 +103,9 @@ Decision: TypeAlias = Choice | Defer
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One worker in an explanation: may it take the request, and what that would cost. `note` says why not."""
+    """One worker in an explanation: may it take the request, and what that would cost. `note` says
+    why not.
+    """
 
     worker: WorkerView
     tier: Tier
@@ -100,12 +115,16 @@ class Candidate:
 
 
 class Policy(Protocol):
-    """Decides, and hears at once of everything that follows. `choose` has no effect that a second call would not have."""
+    """Decides, and hears at once of everything that follows. `choose` has no effect that a second
+    call would not have.
+    """
 
     @property
     def name(self) -> str: ...
 
-    def choose(self, ask: RoutingRequest, fleet: Fleet, now: float, rng: random.Random) -> Decision: ...
+    def choose(
+        self, ask: RoutingRequest, fleet: Fleet, now: float, rng: random.Random
+    ) -> Decision: ...
 
     def explain(self, ask: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:
         """Every routable worker of the base model, best first."""
@@ -116,7 +135,9 @@ class Policy(Protocol):
         ...
 
     def reserved_for(self, base: str, fleet: Fleet, now: float) -> list[Key]:
-        """Adapters that something free is kept for: those who wait for them are asked before all others."""
+        """Adapters that something free is kept for: those who wait for them are asked before all
+        others.
+        """
         ...
 
     def arrived(self, ask: RoutingRequest, now: float) -> None:
@@ -128,10 +149,19 @@ class Policy(Protocol):
         ...
 
     def left(self, ask: RoutingRequest, now: float) -> None:
-        """The request is over or was given back without having ended on a worker; what it waited for is free."""
+        """The request is over or was given back without having ended on a worker; what it waited
+        for is free.
+        """
         ...
 
-    def finished(self, ask: RoutingRequest, worker: WorkerView, service_s: float, output_tokens: int, now: float) -> None:
+    def finished(
+        self,
+        ask: RoutingRequest,
+        worker: WorkerView,
+        service_s: float,
+        output_tokens: int,
+        now: float,
+    ) -> None:
         """The request ended on the worker, `service_s` after it was sent."""
         ...
 
@@ -142,7 +172,14 @@ class StatelessPolicy:
     def arrived(self, ask: RoutingRequest, now: float) -> None: ...
     def sent(self, ask: RoutingRequest, choice: Choice, now: float) -> None: ...
     def left(self, ask: RoutingRequest, now: float) -> None: ...
-    def finished(self, ask: RoutingRequest, worker: WorkerView, service_s: float, output_tokens: int, now: float) -> None: ...
+    def finished(
+        self,
+        ask: RoutingRequest,
+        worker: WorkerView,
+        service_s: float,
+        output_tokens: int,
+        now: float,
+    ) -> None: ...
 
     def warm_set(self, worker: WorkerView, fleet: Fleet, now: float) -> list[AdapterRef]:
         return []
@@ -152,7 +189,16 @@ class StatelessPolicy:
 
     def explain(self, ask: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:
         workers = sorted(fleet.routable(ask.base), key=lambda w: w.load)
-        return [Candidate(w, tier_of(w, ask.adapter), w.has_room, "" if w.has_room else "no room", CostBreakdown()) for w in workers]
+        return [
+            Candidate(
+                w,
+                tier_of(w, ask.adapter),
+                w.has_room,
+                "" if w.has_room else "no room",
+                CostBreakdown(),
+            )
+            for w in workers
+        ]
 
 
 def tier_of(worker: WorkerView, adapter: AdapterRef | None) -> Tier:

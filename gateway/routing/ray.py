@@ -1,7 +1,9 @@
-"""Pure. Ray Serve's multiplexed routing: `Ray` as its words promise, `RayStrict` as Ray 2.60 does it.
+"""Pure. Ray Serve's multiplexed routing: `Ray` as its words promise, `RayStrict` as Ray 2.60 does
+it.
 
-The words: (1) is there a replica that has the adapter; (2) choose one that has it and is not overloaded; (3) if all that have it are overloaded,
-a less busy replica loads it; (4) if none has it, power of two choices picks one and loads it there. The rows M1 to M6 of Ray's candidate table
+The words: (1) is there a replica that has the adapter; (2) choose one that has it and is not
+overloaded; (3) if all that have it are overloaded, a less busy replica loads it; (4) if none has
+it, power of two choices picks one and loads it there. The rows M1 to M6 of Ray's candidate table
 are named below; docs/ROUTING.md has the table, and each deviation of `Ray` from it.
 """
 
@@ -14,15 +16,30 @@ from dataclasses import dataclass
 from gateway.fleet.fleet import Fleet, WorkerView
 from gateway.fleet.pool import Pool
 from gateway.fleet.worker_view import Key, key_of
-from gateway.routing.policy import Blocked, Choice, ChoiceReason, Decision, Defer, RoutingRequest, StatelessPolicy, tier_of
+from gateway.routing.policy import (
+    Blocked,
+    Choice,
+    ChoiceReason,
+    Decision,
+    Defer,
+    RoutingRequest,
+    StatelessPolicy,
+    tier_of,
+)
 from shared.link.messages import Tier
 
 MATCHING_S = 1.0
-"""RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S; the window is drawn anew in every round, between one and two of it."""
+"""RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S; the window is drawn anew in every round,
+between one and two of it.
+"""
 BACKOFF_S, BACKOFF_FACTOR, MAX_BACKOFF_S = 0.025, 2.0, 0.5
-"""RAY_SERVE_ROUTER_RETRY_*: before the third round of a request and each later one; the second follows the first at once."""
+"""RAY_SERVE_ROUTER_RETRY_*: before the third round of a request and each later one; the second
+follows the first at once.
+"""
 TASKS_PER_REPLICA, MAX_TASKS = 2, 50
-"""Requests that Ray's router looks for a replica for at the same time; the others wait behind them, whatever their adapter (W4)."""
+"""Requests that Ray's router looks for a replica for at the same time; the others wait behind them,
+whatever their adapter (W4).
+"""
 LLM_MAX_ONGOING = 10**9
 """max_ongoing_requests of Ray Serve LLM: nothing is ever overloaded (W1)."""
 MAX_FALLBACKS = 10_000
@@ -33,7 +50,8 @@ class Ray(StatelessPolicy):
     """The decision table by the words, on pushed loads and own reservations.
 
     Args:
-        max_ongoing_requests: a worker with as many is overloaded; by default its own capacity, which is where its engine would queue.
+        max_ongoing_requests: a worker with as many is overloaded; by default its own capacity,
+            which is where its engine would queue.
     """
 
     name = "ray"
@@ -53,8 +71,11 @@ class Ray(StatelessPolicy):
         if free:  # M1
             worker = _two_choices(free, rng)
             return Choice(worker, ChoiceReason.RESIDENT, worker.tier(ask.adapter))
-        worker = _two_choices(_fewest(able), rng)  # M4, M5 where all holders are overloaded; M2 where there is none
-        return Choice(worker, ChoiceReason.SPILL if holders else ChoiceReason.COLD, worker.tier(ask.adapter))
+        # M4, M5 where all holders are overloaded; M2 where there is none
+        worker = _two_choices(_fewest(able), rng)
+        return Choice(
+            worker, ChoiceReason.SPILL if holders else ChoiceReason.COLD, worker.tier(ask.adapter)
+        )
 
 
 @dataclass(slots=True)
@@ -69,7 +90,9 @@ class _Search:
 
 
 class RayStrict(StatelessPolicy):
-    """Ray 2.60 with the LLM defaults, weaknesses W1 to W4 included; for comparison. Rounds advance with `now`."""
+    """Ray 2.60 with the LLM defaults, weaknesses W1 to W4 included; for comparison. Rounds advance
+    with `now`.
+    """
 
     name = "ray-strict"
 
@@ -91,7 +114,11 @@ class RayStrict(StatelessPolicy):
             candidates = self._candidates(ask, search, pool, now, rng)
             search.rounds += 1
             search.next_at = now + backoff_s(search.rounds)
-            drawn = rng.sample(candidates, 2) if len(candidates) > 2 else rng.sample(candidates, len(candidates))
+            drawn = (
+                rng.sample(candidates, 2)
+                if len(candidates) > 2
+                else rng.sample(candidates, len(candidates))
+            )
             free = [w for w in drawn if w.load < self._limit and w.has_room]
             if free:
                 worker = min(free, key=lambda w: w.load)
@@ -104,7 +131,9 @@ class RayStrict(StatelessPolicy):
     def left(self, ask: RoutingRequest, now: float) -> None:
         self._searches.pop(ask, None)
 
-    def _candidates(self, ask: RoutingRequest, search: _Search, pool: Pool, now: float, rng: random.Random) -> Sequence[WorkerView]:
+    def _candidates(
+        self, ask: RoutingRequest, search: _Search, pool: Pool, now: float, rng: random.Random
+    ) -> Sequence[WorkerView]:
         if ask.adapter is None:
             return pool.workers
         key = key_of(ask.adapter)
@@ -135,7 +164,9 @@ class RayStrict(StatelessPolicy):
     def _reason(ask: RoutingRequest, worker: WorkerView) -> ChoiceReason:
         if ask.adapter is None:
             return ChoiceReason.BASE
-        return ChoiceReason.RESIDENT if announced(worker, key_of(ask.adapter)) else ChoiceReason.COLD
+        return (
+            ChoiceReason.RESIDENT if announced(worker, key_of(ask.adapter)) else ChoiceReason.COLD
+        )
 
 
 def backoff_s(rounds: int) -> float:
@@ -144,7 +175,9 @@ def backoff_s(rounds: int) -> float:
 
 
 def announced(worker: WorkerView, key: Key) -> bool:
-    """As Ray's replicas tell it: loaded or loading, as of the last broadcast. Reservations are not in it (W2)."""
+    """As Ray's replicas tell it: loaded or loading, as of the last broadcast. Reservations are not
+    in it (W2).
+    """
     state = worker.held.get(key)
     return state is not None and (state.loading or state.tier is Tier.GPU)
 

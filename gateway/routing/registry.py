@@ -1,6 +1,8 @@
-"""Pure. Every policy by its name, and the simple ones: what people use today, to compare with and to fall back on.
+"""Pure. Every policy by its name, and the simple ones: what people use today, to compare with and
+to fall back on.
 
-    policy = make_policy("expected-ttft")          # names: POLICIES; in the config: gateway.routing_policy
+    policy = make_policy("expected-ttft")          # names: POLICIES; in the config:
+    gateway.routing_policy
 
 A policy keeps state: one per gateway, never shared.
 """
@@ -17,7 +19,9 @@ from gateway.routing.ray import Ray, RayStrict
 POLICIES: dict[str, Callable[[], Policy]] = {
     "round-robin": RoundRobin,
     "random": lambda: Blind("random", lambda able, rng: rng.choice(able)),
-    "least-loaded": lambda: Blind("least-loaded", lambda able, rng: min(able, key=lambda w: (w.load, rng.random()))),
+    "least-loaded": lambda: Blind(
+        "least-loaded", lambda able, rng: min(able, key=lambda w: (w.load, rng.random()))
+    ),
     "p2c": lambda: Blind("p2c", two_choices),
     "residency-p2c": ResidencyP2C,
     "ray-strict": RayStrict,

@@ -1,13 +1,17 @@
-"""Pure. Slots as the gateway hands them out: never more distinct adapters in flight on a worker than it has, and nobody waits for ever.
+"""Pure. Slots as the gateway hands them out: never more distinct adapters in flight on a worker
+than it has, and nobody waits for ever.
 
-An adapter in steady use is idle for a moment again and again. If each such moment gave its slot to somebody who comes once, it would wait behind a
-whole burst of those for its own reload. So one copy of it (the first of its rendezvous order that has it in a slot, on which all gateways agree)
-keeps its slot while it is idle: colder adapters wait for another one.
+An adapter in steady use is idle for a moment again and again. If each such moment gave its slot to
+somebody who comes once, it would wait behind a whole burst of those for its own reload. So one copy
+of it (the first of its rendezvous order that has it in a slot, on which all gateways agree) keeps
+its slot while it is idle: colder adapters wait for another one.
 
-Requests for adapters in flight may always join, so a busy adapter would keep its slot for ever. A request that has waited for a slot longer
-than AGE_BOUND_S makes a claim: an adapter on some worker gets no new requests there, and when its last has ended the slot goes to the claimant's
-adapter, with all who wait for it. That is the adapter that has gone longest without a new request. Those in steady use are passed by as long as they have
-few of the slots; with more, the others would have to share what is left. (vLLM's own scheduler skips requests over `max_loras` without end.)
+Requests for adapters in flight may always join, so a busy adapter would keep its slot for ever. A
+request that has waited for a slot longer than AGE_BOUND_S makes a claim: an adapter on some worker
+gets no new requests there, and when its last has ended the slot goes to the claimant's adapter,
+with all who wait for it. That is the adapter that has gone longest without a new request. Those in
+steady use are passed by as long as they have few of the slots; with more, the others would have to
+share what is left. (vLLM's own scheduler skips requests over `max_loras` without end.)
 """
 
 from __future__ import annotations
@@ -24,9 +28,13 @@ from gateway.routing.policy import RoutingRequest
 from shared.link.messages import STEADY_PER_S, STEADY_SHARE, WorkerId
 
 AGE_BOUND_S = 3.0
-"""A request older than this claims a slot; it then waits for no more than the running requests of the adapter that was sent its last one longest ago."""
+"""A request older than this claims a slot; it then waits for no more than the running requests of
+the adapter that was sent its last one longest ago.
+"""
 HELD_AGE_S = 0.1
-"""The same for a request whose adapter's holders are all full: soon, for every further one will wait as well."""
+"""The same for a request whose adapter's holders are all full: soon, for every further one will
+wait as well.
+"""
 
 NONE: Key = ("", "")
 """An adapter that nobody asks for: what is open to it is open to any."""
@@ -39,9 +47,17 @@ class SlotClaim:
 
 
 class SlotClaims:
-    """The slots of one base model. Open claims: at most one per waiting adapter, and at most half of a worker's slots."""
+    """The slots of one base model. Open claims: at most one per waiting adapter, and at most half
+    of a worker's slots.
+    """
 
-    def __init__(self, rates: DemandRates, rendezvous: Rendezvous, occupancy: Occupancy, age_bound_s: float = AGE_BOUND_S) -> None:
+    def __init__(
+        self,
+        rates: DemandRates,
+        rendezvous: Rendezvous,
+        occupancy: Occupancy,
+        age_bound_s: float = AGE_BOUND_S,
+    ) -> None:
         self._rates, self._rendezvous, self._occupancy = rates, rendezvous, occupancy
         self._age_bound_s = age_bound_s
         self._claims: dict[Key, SlotClaim] = {}  # by the claimant's adapter
@@ -64,7 +80,9 @@ class SlotClaims:
         return bool(self._closing) and (worker.id, key) in self._closing
 
     def open_to(self, worker: WorkerView, key: Key, pool: Pool, now: float) -> bool:
-        """The worker has a slot for the adapter that is kept for no other one's claim and for no hotter adapter in steady use."""
+        """The worker has a slot for the adapter that is kept for no other one's claim and for no
+        hotter adapter in steady use.
+        """
         if not self._claims and not worker.steady:
             return worker.takes(key)
         if key in worker.busy or key in worker.others_busy:
@@ -72,22 +90,31 @@ class SlotClaims:
         return self._enough(worker.open_slots - self._promised(worker, key), worker, key, pool, now)
 
     def shut(self, key: Key, pool: Pool, now: float) -> bool:
-        """No worker has a slot for the adapter, but for those where it is in flight: as `open_to` of each, without asking each."""
+        """No worker has a slot for the adapter, but for those where it is in flight: as `open_to`
+        of each, without asking each.
+        """
         if (pool, pool.changes, self._changes) != self._as_of:
             self._look(pool, now)
         if self._vacant:
             return False
         claim = self._claims.get(key)
-        if claim is not None and claim.worker.id in pool.open and self.open_to(claim.worker, key, pool, now):
+        if (
+            claim is not None
+            and claim.worker.id in pool.open
+            and self.open_to(claim.worker, key, pool, now)
+        ):
             return False
         if self._kept_open and (
-            self._rates.per_s(key, now) > STEADY_PER_S or any(key in w.steady for w in pool.holders.get(key, {}).values())
+            self._rates.per_s(key, now) > STEADY_PER_S
+            or any(key in w.steady for w in pool.holders.get(key, {}).values())
         ):
             return not any(self._enough(spare, w, key, pool, now) for w, spare in self._kept_open)
         return True
 
     def _look(self, pool: Pool, now: float) -> None:
-        """Has any worker a slot for anybody? Else, which ones keep slots open for adapters in steady use?"""
+        """Has any worker a slot for anybody? Else, which ones keep slots open for adapters in
+        steady use?
+        """
         self._as_of = (pool, pool.changes, self._changes)
         self._kept_open = []
         for w in pool.open.values():
@@ -99,11 +126,14 @@ class SlotClaims:
                 self._kept_open.append((w, spare))
         self._vacant = False
 
-    def claim(self, ask: RoutingRequest, key: Key, pool: Pool, now: float, *, held: bool = False) -> float:
+    def claim(
+        self, ask: RoutingRequest, key: Key, pool: Pool, now: float, *, held: bool = False
+    ) -> float:
         """No slot anywhere: claims one if the request is old enough. Returns when to ask again.
 
-        `held`: the adapter has slots, all on full workers, while others have room: that is no want of slots but a bad distribution of them, so
-        the claim comes after HELD_AGE_S, on the least loaded worker.
+        `held`: the adapter has slots, all on full workers, while others have room: that is no want
+        of slots but a bad distribution of them, so the claim comes after HELD_AGE_S, on the least
+        loaded worker.
         """
         due = ask.arrived + (min(HELD_AGE_S, self._age_bound_s) if held else self._age_bound_s)
         mine = self._claims.get(key)
@@ -127,19 +157,28 @@ class SlotClaims:
             self._drop(key)
 
     def reserved_for(self, pool: Pool, now: float) -> list[Key]:
-        """Adapters whose claimed slot is free: nobody else may have it, so they are asked first, whoever's turn it is."""
+        """Adapters whose claimed slot is free: nobody else may have it, so they are asked first,
+        whoever's turn it is.
+        """
         if not self._claims:
             return []
         freed = (w for w in pool.open.values() if w.id in self._on)
         return [key for w in freed for key in self._on[w.id] if self.open_to(w, key, pool, now)]
 
     def _promised(self, worker: WorkerView, key: Key) -> int:
-        """Open slots that claims of other adapters keep. Before a victim has left, its slot is occupied and not among them."""
+        """Open slots that claims of other adapters keep. Before a victim has left, its slot is
+        occupied and not among them.
+        """
         claims = self._on.get(worker.id)
         if claims is None:
             return 0
         busy, others = worker.busy, worker.others_busy
-        return sum([c.victim not in busy and c.victim not in others and other != key for other, c in claims.items()])
+        return sum(
+            [
+                c.victim not in busy and c.victim not in others and other != key
+                for other, c in claims.items()
+            ]
+        )
 
     def _enough(self, spare: int, worker: WorkerView, key: Key, pool: Pool, now: float) -> bool:
         """More than are kept for adapters in steady use."""
@@ -150,7 +189,9 @@ class SlotClaims:
         return not few or spare > self._kept(worker, key, pool, now)
 
     def _kept(self, worker: WorkerView, key: Key, pool: Pool, now: float) -> int:
-        """Slots of idle adapters in steady use that are no colder than this one and have their lasting copy there."""
+        """Slots of idle adapters in steady use that are no colder than this one and have their
+        lasting copy there.
+        """
         per_s = self._rates.per_s(key, now)
         return sum(
             other != key
@@ -168,9 +209,11 @@ class SlotClaims:
         return first is None or first is worker
 
     def _victim(self, key: Key, pool: Pool, now: float, *, by_load: bool) -> SlotClaim | None:
-        """On any worker, or the least loaded one, that has claims to spare: who was sent its last request longest ago will be gone soonest, and would not
-        miss the slot. (With own loads, at 1.2 and 1.5 times the capacity, mean TTFT is an eighth less than with whoever has the fewest in flight.)
-        While few are in steady use, those are passed by, also if for now no other one can be claimed.
+        """On any worker, or the least loaded one, that has claims to spare: who was sent its last
+        request longest ago will be gone soonest, and would not miss the slot. (With own loads, at
+        1.2 and 1.5 times the capacity, mean TTFT is an eighth less than with whoever has the fewest
+        in flight.) While few are in steady use, those are passed by, also if for now no other one
+        can be claimed.
         """
         able = [w for w in pool.workers if w.has_room]
         few = sum(len(w.steady) for w in able) <= STEADY_SHARE * sum(w.beat.slots for w in able)
@@ -182,12 +225,20 @@ class SlotClaims:
             for victim, count in (*w.busy.items(), *((idle, 0) for idle in _idle_steady(w))):
                 if victim == key:
                     continue
-                per_s = max(STEADY_PER_S, self._rates.per_s(victim, now)) if victim in w.steady else 0.0
+                per_s = (
+                    max(STEADY_PER_S, self._rates.per_s(victim, now)) if victim in w.steady else 0.0
+                )
                 others = others or not per_s
                 rank = (
-                    (few * per_s, w.load, count, per_s) if by_load else (few * per_s, self._occupancy.newest(w.id, victim), w.load, per_s)
+                    (few * per_s, w.load, count, per_s)
+                    if by_load
+                    else (few * per_s, self._occupancy.newest(w.id, victim), w.load, per_s)
                 )
-                if spare and (best is None or rank < best[:4]) and (w.id, victim) not in self._closing:
+                if (
+                    spare
+                    and (best is None or rank < best[:4])
+                    and (w.id, victim) not in self._closing
+                ):
                     best = (*rank, SlotClaim(w, victim))
         return best[4] if best and not (best[0] and others) else None
 
@@ -202,4 +253,6 @@ class SlotClaims:
 
 
 def _idle_steady(worker: WorkerView) -> Iterator[Key]:
-    return (key for key in worker.steady if key not in worker.busy and key not in worker.others_busy)
+    return (
+        key for key in worker.steady if key not in worker.busy and key not in worker.others_busy
+    )

@@ -1,8 +1,11 @@
-"""Pure. How long a request waits for a slot on the worker that has its adapter cached, before another worker loads it from disk.
+"""Pure. How long a request waits for a slot on the worker that has its adapter cached, before
+another worker loads it from disk.
 
-A full worker with S slots frees one every service time / S; a load from disk takes its time and may stall everybody on some other worker. So a request
-waits as long as a slot there is likely to come free in a moment, for it and for those that came before it, and the less the more slots are open
-elsewhere; never longer than what the load elsewhere would cost, in seconds, its own and other people's.
+A full worker with S slots frees one every service time / S; a load from disk takes its time and may
+stall everybody on some other worker. So a request waits as long as a slot there is likely to come
+free in a moment, for it and for those that came before it, and the less the more slots are open
+elsewhere; never longer than what the load elsewhere would cost, in seconds, its own and other
+people's.
 """
 
 from __future__ import annotations
@@ -15,25 +18,36 @@ from gateway.routing.policy import RoutingRequest
 from shared.link.messages import WorkerId
 
 PATIENCE_S = 0.25
-"""The longest wait while slots are neither scarce nor many; less the more slots are open elsewhere, and none beyond PATIENT_SPREADS: the load
-then costs less."""
+"""The longest wait while slots are neither scarce nor many; less the more slots are open elsewhere,
+and none beyond PATIENT_SPREADS: the load then costs less.
+"""
 SCARCE_PATIENCE_S = 2.0
-"""The same while slots are scarce: a load from disk then stalls a worker whose slots would all be free sooner without it, and costs its CPU tier
-an adapter of its own. Letting go after 0.25 s collapsed at 110 requests/s in the simulator (29% loads from disk, p99 TTFT 4.5 s against 0.6 s)."""
+"""The same while slots are scarce: a load from disk then stalls a worker whose slots would all be
+free sooner without it, and costs its CPU tier an adapter of its own. Letting go after 0.25 s
+collapsed at 110 requests/s in the simulator (29% loads from disk, p99 TTFT 4.5 s against 0.6 s).
+"""
 SCARCE_SPREADS = 0.5
-"""Open slots of the pool, in standard deviations of the number that misses keep, below which slots are scarce. (`default`, 10 seeds, p99 TTFT at 100 and 108
-requests/s: 238 and 440 ms with 0.7, 221 and 431 with 1, 196 to 222 and 418 to 442 with 0.4 to 0.5; with 0.2 16% of all requests load from disk at 108 and its
-p99 is 464 ms.)"""
+"""Open slots of the pool, in standard deviations of the number that misses keep, below which slots
+are scarce. (`default`, 10 seeds, p99 TTFT at 100 and 108 requests/s: 238 and 440 ms with 0.7, 221
+and 431 with 1, 196 to 222 and 418 to 442 with 0.4 to 0.5; with 0.2 16% of all requests load from
+disk at 108 and its p99 is 464 ms.)
+"""
 FULL_SPREADS = 1.0
 """Up to here patience is whole."""
 PATIENT_SPREADS = 2.5
-"""From here on there is none. (p99 TTFT at 100 requests/s 203 to 222 ms, with 5 247, and without an end 236.)"""
+"""From here on there is none. (p99 TTFT at 100 requests/s 203 to 222 ms, with 5 247, and without an
+end 236.)
+"""
 SOON_S = 0.15
 """A request goes on waiting only while a slot is likely to come free within this time."""
 LIKELY = 0.6
-"""Slots that must be expected to come free within SOON_S, beyond those that earlier ones wait for."""
+"""Slots that must be expected to come free within SOON_S, beyond those that earlier ones wait
+for.
+"""
 RECKON_S = 0.02
-"""A hope stands for this long before it is reckoned anew: a step or two, in which little changes."""
+"""A hope stands for this long before it is reckoned anew: a step or two, in which little
+changes.
+"""
 
 
 class SlotWait:
@@ -42,20 +56,30 @@ class SlotWait:
     def __init__(self, occupancy: Occupancy, patience_s: float = PATIENCE_S) -> None:
         self._occupancy, self._patience_s = occupancy, patience_s
         self._at: dict[WorkerId, dict[RoutingRequest, None]] = {}  # who waits for a slot there
-        self._hopes: dict[RoutingRequest, tuple[float, Sequence[WorkerId]]] = {}  # until when a hope stands, and where
+        # until when a hope stands, and where
+        self._hopes: dict[RoutingRequest, tuple[float, Sequence[WorkerId]]] = {}
 
     def __len__(self) -> int:
         return len(self._hopes)
 
-    def until(self, ask: RoutingRequest, cached: Sequence[WorkerView], slack: float, elsewhere_s: float, now: float) -> float:
+    def until(
+        self,
+        ask: RoutingRequest,
+        cached: Sequence[WorkerView],
+        slack: float,
+        elsewhere_s: float,
+        now: float,
+    ) -> float:
         """When to ask again; `now` or before if it should wait no longer.
 
-        `cached`: full workers that have its adapter in host memory; `slack`: open slots elsewhere, in spreads (see SCARCE_SPREADS); `elsewhere_s`:
-        what a load there would cost.
+        `cached`: full workers that have its adapter in host memory; `slack`: open slots elsewhere,
+        in spreads (see SCARCE_SPREADS); `elsewhere_s`: what a load there would cost.
         """
         scarce = slack < SCARCE_SPREADS
         share = min(1.0, (PATIENT_SPREADS - slack) / (PATIENT_SPREADS - FULL_SPREADS))
-        due = ask.arrived + min(elsewhere_s, SCARCE_PATIENCE_S if scarce else self._patience_s * share)
+        due = ask.arrived + min(
+            elsewhere_s, SCARCE_PATIENCE_S if scarce else self._patience_s * share
+        )
         if now >= due:
             self.forget(ask)  # who has given up is ahead of nobody
             return now

@@ -20,7 +20,9 @@ STOP_S = 60.0
 
 
 class Background:
-    """A running server. `url` is the base for OpenAI clients; `stop()` drains and ends it. Also a context manager."""
+    """A running server. `url` is the base for OpenAI clients; `stop()` drains and ends it. Also a
+    context manager.
+    """
 
     def __init__(self, process: subprocess.Popen[str], url: str, folder: Path) -> None:
         self._process = process
@@ -29,12 +31,16 @@ class Background:
 
     @classmethod
     def start(cls, app: Settings) -> Background:
-        """Starts the server and waits until all its workers serve. Raises ConfigError if it ends before that; its messages are on stderr."""
+        """Starts the server and waits until all its workers serve. Raises ConfigError if it ends
+        before that; its messages are on stderr.
+        """
         folder = Path(tempfile.mkdtemp(prefix="loraplex-app-"))
         config = write_settings(app, folder)
         argv = [sys.executable, "-m", "gateway.cli.main.main", "serve", str(config)]
         env = {**os.environ, PARENT_ENV: str(os.getpid())}
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True)
+        process = subprocess.Popen(
+            argv, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True
+        )
         assert process.stdout is not None
         for line in process.stdout:
             found = re.search(r"serves at (\S+)", line)

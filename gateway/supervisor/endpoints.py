@@ -1,4 +1,6 @@
-"""Pure. Where a gateway process finds its sockets: derived from the settings, its index and the run folder."""
+"""Pure. Where a gateway process finds its sockets: derived from the settings, its index and the run
+folder.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,14 @@ class Endpoints:
 
 
 def endpoints(settings: Settings, index: int, run_dir: Path) -> Endpoints:
-    """`ipc` becomes a socket in the run folder; `tcp://host:port` is shifted by two ports per process, so that every process has its own pair."""
+    """`ipc` becomes a socket in the run folder; `tcp://host:port` is shifted by two ports per
+    process, so that every process has its own pair.
+    """
     link = settings.gateway.link
-    return Endpoints(_endpoint(link.control, "control", index, run_dir), _endpoint(link.data, "data", index, run_dir))
+    return Endpoints(
+        _endpoint(link.control, "control", index, run_dir),
+        _endpoint(link.data, "data", index, run_dir),
+    )
 
 
 def _endpoint(wanted: str, kind: str, index: int, run_dir: Path) -> str:

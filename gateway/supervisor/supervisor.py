@@ -1,6 +1,8 @@
-"""Shell. `loraplex serve`: everything on one machine. Starts gateway processes and workers, restarts what ends, stops in order.
+"""Shell. `loraplex serve`: everything on one machine. Starts gateway processes and workers,
+restarts what ends, stops in order.
 
-It imports nothing of the workers; it starts `python -m gateway` and `python -m worker` (or forks workers from a zygote on CPU hosts).
+It imports nothing of the workers; it starts `python -m gateway` and `python -m worker` (or forks
+workers from a zygote on CPU hosts).
 """
 
 from __future__ import annotations
@@ -33,12 +35,15 @@ log = logging.getLogger("loraplex.serve")
 START_S = 30.0  # for a gateway process to listen
 BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # between restarts of one process; the last one repeats
 STEADY_S = 60.0  # a process that ran this long starts again with the first back-off
-FIRST_TRIES = 2  # a worker that never served and ended this often will not serve the next time either
+# a worker that never served and ended this often will not serve the next time either
+FIRST_TRIES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """One worker to keep alive. `gpus` are indices for CUDA_VISIBLE_DEVICES; empty on a CPU host."""
+    """One worker to keep alive. `gpus` are indices for CUDA_VISIBLE_DEVICES; empty on a CPU
+    host.
+    """
 
     name: str
     model: LLMConfig
@@ -46,7 +51,9 @@ class WorkerSpec:
 
 
 def plan_workers(settings: Settings, gpus: int) -> list[WorkerSpec]:
-    """Names and GPUs for every worker of the file: `gpus` devices are handed out in order. Raises ConfigError if they are too few."""
+    """Names and GPUs for every worker of the file: `gpus` devices are handed out in order. Raises
+    ConfigError if they are too few.
+    """
     specs: list[WorkerSpec] = []
     free = list(range(gpus))
     for model in settings.models:
@@ -54,7 +61,8 @@ def plan_workers(settings: Settings, gpus: int) -> list[WorkerSpec]:
         for _ in range(model.workers):
             if len(free) < need:
                 raise ConfigError(
-                    f"the workers of {settings.source or 'this config'} need more GPUs than the {gpus} found; "
+                    f"the workers of {settings.source or 'this config'} need more GPUs "
+                    f"than the {gpus} found; "
                     "lower num_replicas (or min_replicas), or tensor_parallel_size"
                 )
             mine, free = tuple(free[:need]), free[need:]
@@ -81,7 +89,8 @@ class Supervisor:
     async def run(self, ready: Callable[[int, str | None], None]) -> int:
         """Serves until a signal or a failure that retrying cannot mend.
 
-        Once all workers serve, `ready(port, model)` is called; `model` is one that names an adapter, if the store shows any.
+        Once all workers serve, `ready(port, model)` is called; `model` is one that names an
+        adapter, if the store shows any.
         """
         on_stop_signals(lambda sig: self._stop(None))
         try:
@@ -103,11 +112,20 @@ class Supervisor:
             return 2
         return 0
 
-    # ---- starting -----------------------------------------------------------------------------------------------------------------------
+    # ---- starting --------------------------------------------------------------------------------
 
     async def _start_gateways(self, config: str) -> None:
         for index in range(self._settings.gateway.processes):
-            argv = [sys.executable, "-m", "gateway", config, "--index", str(index), "--run-dir", str(self._run_dir)]
+            argv = [
+                sys.executable,
+                "-m",
+                "gateway",
+                config,
+                "--index",
+                str(index),
+                "--run-dir",
+                str(self._run_dir),
+            ]
             child = await children.start(argv, {})
             facts = self._run_dir / f"g{index}.json"
             await self._until(lambda facts=facts: facts.exists(), child, "the gateway")  # type: ignore[misc]
@@ -117,7 +135,9 @@ class Supervisor:
         self._say(f"gateway listens on {self._settings.gateway.host}:{self.port}")
 
     def _pin_port(self) -> None:
-        """Port 0 has become a real one: a gateway that is started again, and its fellows, take the same."""
+        """Port 0 has become a real one: a gateway that is started again, and its fellows, take the
+        same.
+        """
         gateway = msgspec.structs.replace(self._settings.gateway, port=self.port)
         self._settings = msgspec.structs.replace(self._settings, gateway=gateway)
         write_settings(self._settings, self._run_dir)
@@ -127,7 +147,9 @@ class Supervisor:
         end = time.monotonic() + START_S
         while not condition():
             if ended.done():
-                raise ConfigError(f"{what} did not start (status {ended.result()}; its message is above)")
+                raise ConfigError(
+                    f"{what} did not start (status {ended.result()}; its message is above)"
+                )
             if time.monotonic() > end:
                 await children.end(child, 0, self._settings.gateway.kill_s)
                 raise ConfigError(f"{what} did not start within {START_S:g} s")
@@ -148,11 +170,16 @@ class Supervisor:
             self._keep(spec.name, await start(), start)
 
     def _worker_argv(self, spec: WorkerSpec, config: str) -> list[str]:
-        where = [endpoints(self._settings, i, self._run_dir).control for i in range(self._settings.gateway.processes)]
+        where = [
+            endpoints(self._settings, i, self._run_dir).control
+            for i in range(self._settings.gateway.processes)
+        ]
         gateways = [part for endpoint in where for part in ("--gateway", endpoint)]
         return [config, "--model", spec.model.model_id, "--worker", spec.name, *gateways]
 
-    def _starter(self, spec: WorkerSpec, argv: list[str], env: dict[str, str]) -> Callable[[], asyncio.Future[Child]]:
+    def _starter(
+        self, spec: WorkerSpec, argv: list[str], env: dict[str, str]
+    ) -> Callable[[], asyncio.Future[Child]]:
         async def start() -> Child:
             if self._zygote is not None and spec.model.llm_engine != "sim" and not spec.gpus:
                 return await self._zygote.start(argv, {})
@@ -175,7 +202,9 @@ class Supervisor:
                 try:
                     async with client.get(f"http://{host}:{self.port}/ready") as answer:
                         if sum((await answer.json())["workers"].values()) >= workers:
-                            self._example = await self._adapter(client, f"http://{host}:{self.port}/v1/models")
+                            self._example = await self._adapter(
+                                client, f"http://{host}:{self.port}/v1/models"
+                            )
                             return True
                 except aiohttp.ClientError:
                     pass
@@ -187,13 +216,15 @@ class Supervisor:
         return False
 
     async def _adapter(self, client: aiohttp.ClientSession, url: str) -> str | None:
-        """An adapter to show how one is asked for; None if there are none, or if models are only told to those with a key."""
+        """An adapter to show how one is asked for; None if there are none, or if models are only
+        told to those with a key.
+        """
         async with client.get(url) as answer:
             if answer.status != 200:
                 return None
             return next((m["id"] for m in (await answer.json())["data"] if m["parent"]), None)
 
-    # ---- keeping alive ------------------------------------------------------------------------------------------------------------------
+    # ---- keeping alive ---------------------------------------------------------------------------
 
     def _keep(self, name: str, child: Child, start: Callable[[], object]) -> None:
         task = asyncio.create_task(self._keep_alive(name, child, start), name=f"keep {name}")
@@ -201,13 +232,20 @@ class Supervisor:
         task.add_done_callback(self._on_keeper_end)
 
     def _on_keeper_end(self, task: asyncio.Task[None]) -> None:
-        """A keeper that failed keeps nothing alive any more (the zygote may be gone): better to end, and be started again, than to serve less."""
+        """A keeper that failed keeps nothing alive any more (the zygote may be gone): better to
+        end, and be started again, than to serve less.
+        """
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            self._stop(f"{task.get_name()}: {error.message if isinstance(error, LoraplexError) else repr(error)}")
+            self._stop(
+                f"{task.get_name()}: "
+                f"{error.message if isinstance(error, LoraplexError) else repr(error)}"
+            )
 
     async def _keep_alive(self, name: str, child: Child, start: Callable[[], object]) -> None:
-        """Starts the process again whenever it ends, with back-off; gives up on one that never got going."""
+        """Starts the process again whenever it ends, with back-off; gives up on one that never got
+        going.
+        """
         tries = 0
         while True:
             self._live[name] = child
@@ -218,12 +256,14 @@ class Supervisor:
                 return
             ran_s = time.monotonic() - began
             tries = 1 if ran_s > STEADY_S else tries + 1
-            if status == 2 or (tries >= FIRST_TRIES and not self._was_ready):  # 2: it refused its configuration
+            # 2: it refused its configuration
+            if status == 2 or (tries >= FIRST_TRIES and not self._was_ready):
                 self._stop(f"{name} cannot start (its message is above)")
                 return
             wait_s = BACKOFF_S[min(tries, len(BACKOFF_S)) - 1]
             log.warning(
-                "process ended, starting it again", extra={"which": name, "status": status, "after_s": round(ran_s, 1), "in_s": wait_s}
+                "process ended, starting it again",
+                extra={"which": name, "status": status, "after_s": round(ran_s, 1), "in_s": wait_s},
             )
             try:
                 async with asyncio.timeout(wait_s):

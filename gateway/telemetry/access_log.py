@@ -36,7 +36,8 @@ FLUSH_S = 0.1
 
 
 class AccessLog:
-    """One line per request, past logging's machinery (45 microseconds of a request): lines leave together, ten times a second.
+    """One line per request, past logging's machinery (45 microseconds of a request): lines leave
+    together, ten times a second.
 
     Call `flush()` once at the end.
     """
@@ -56,8 +57,12 @@ class AccessLog:
         if self._as_json:
             self._lines.append(b'{"ts":%.3f,%b%b' % (time.time(), self._begin, _encode(facts)[1:]))
         else:
-            shown = " ".join(f"{k}={v}" for k, v in msgspec.structs.asdict(facts).items() if v not in (None, ""))
-            self._lines.append(f"{time.strftime('%H:%M:%S')} {self._process:<8} request  {shown}".encode())
+            shown = " ".join(
+                f"{k}={v}" for k, v in msgspec.structs.asdict(facts).items() if v not in (None, "")
+            )
+            self._lines.append(
+                f"{time.strftime('%H:%M:%S')} {self._process:<8} request  {shown}".encode()
+            )
 
     def flush(self) -> None:
         if self._lines:

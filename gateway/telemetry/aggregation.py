@@ -1,8 +1,11 @@
-"""Shell. The gateway processes behind one port tell each other what they have counted, so that a scrape of any shows the sum of all.
+"""Shell. The gateway processes behind one port tell each other what they have counted, so that a
+scrape of any shows the sum of all.
 
-Each keeps its numbers in a file beside its sockets, and writes it anew before it tells them to anybody. So whatever was shown is on file: a process
-that dies is shown with its last numbers, one that is started again goes on from them, and no counter ever falls (to Prometheus a counter that
-falls has begun anew, and its whole value would count once more). What a process counted after its last file, at most SAVE_S, dies with it.
+Each keeps its numbers in a file beside its sockets, and writes it anew before it tells them to
+anybody. So whatever was shown is on file: a process that dies is shown with its last numbers, one
+that is started again goes on from them, and no counter ever falls (to Prometheus a counter that
+falls has begun anew, and its whole value would count once more). What a process counted after its
+last file, at most SAVE_S, dies with it.
 """
 
 from __future__ import annotations
@@ -23,9 +26,13 @@ ANSWER_S = 1.0  # for another process to tell its numbers; Prometheus waits 10 s
 
 
 class ProcessAggregator:
-    """This process, number `index` of `processes`; their sockets and files lie in `run_dir`. `snapshot` tells what this one has counted."""
+    """This process, number `index` of `processes`; their sockets and files lie in `run_dir`.
+    `snapshot` tells what this one has counted.
+    """
 
-    def __init__(self, run_dir: Path, index: int, processes: int, snapshot: Callable[[], Snapshot]) -> None:
+    def __init__(
+        self, run_dir: Path, index: int, processes: int, snapshot: Callable[[], Snapshot]
+    ) -> None:
         self._run_dir = run_dir
         self._index = index
         self._others = [i for i in range(processes) if i != index]
@@ -63,16 +70,23 @@ class ProcessAggregator:
             try:
                 await asyncio.to_thread(self._write, counters.encode(snapshot))
             except OSError as exc:
-                log.warning("metrics not saved: a restart would begin them anew", extra={"error": exc.strerror})
+                log.warning(
+                    "metrics not saved: a restart would begin them anew",
+                    extra={"error": exc.strerror},
+                )
             return snapshot
 
     async def all(self) -> tuple[list[Snapshot], dict[str, bool]]:
         """Every process's numbers, and of each whether it told them itself just now."""
         own = await self.save()
         told = await asyncio.gather(*(self._ask(i) for i in self._others))
-        answered = {own.process: True} | {f"g{i}": snapshot is not None for i, snapshot in zip(self._others, told, strict=True)}
+        answered = {own.process: True} | {
+            f"g{i}": snapshot is not None for i, snapshot in zip(self._others, told, strict=True)
+        }
         kept = [snapshot or self._read(i) for i, snapshot in zip(self._others, told, strict=True)]
-        return [own, *(snapshot for snapshot in kept if snapshot is not None)], dict(sorted(answered.items()))
+        return [own, *(snapshot for snapshot in kept if snapshot is not None)], dict(
+            sorted(answered.items())
+        )
 
     async def _tell(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):  # the one that asked has left
@@ -95,7 +109,9 @@ class ProcessAggregator:
         except FileNotFoundError:
             return None
         except (OSError, *counters.DecodeError) as exc:
-            log.warning("metrics file not read", extra={"file": self._file(index).name, "error": str(exc)})
+            log.warning(
+                "metrics file not read", extra={"file": self._file(index).name, "error": str(exc)}
+            )
             return None
 
     def _write(self, data: bytes) -> None:

@@ -1,7 +1,9 @@
-"""Pure. What a gateway process counts: plain numbers in two tables, cheap to add to on a request's way, and whole tables of them can be summed.
+"""Pure. What a gateway process counts: plain numbers in two tables, cheap to add to on a request's
+way, and whole tables of them can be summed.
 
-A key is (series, label values ...). prometheus_client's own counters cost twice as much per request (`make bench-micro`): a lock
-and several calls for each of the dozen numbers that one request changes. They become Prometheus series when somebody scrapes.
+A key is (series, label values ...). prometheus_client's own counters cost twice as much per request
+(`make bench-micro`): a lock and several calls for each of the dozen numbers that one request
+changes. They become Prometheus series when somebody scrapes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ Key: TypeAlias = tuple[str, ...]
 
 
 class Distribution:
-    """A histogram: how many values lie at or below each bound and above the one before; the last count is of those above all bounds."""
+    """A histogram: how many values lie at or below each bound and above the one before; the last
+    count is of those above all bounds.
+    """
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -32,7 +36,9 @@ class Distribution:
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """All that one process has counted: (key, value) and (key, counts, total); `gauges` are its own as of now."""
+    """All that one process has counted: (key, value) and (key, counts, total); `gauges` are its own
+    as of now.
+    """
 
     process: str
     counters: tuple[tuple[Key, float], ...] = ()
@@ -41,7 +47,9 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class CounterSet:
-    """Counters and distributions by key. `bounds` has the bucket bounds of every series that is a distribution."""
+    """Counters and distributions by key. `bounds` has the bucket bounds of every series that is a
+    distribution.
+    """
 
     def __init__(self, bounds: Mapping[str, Sequence[float]]) -> None:
         self._bounds = bounds
@@ -58,11 +66,15 @@ class CounterSet:
         return found
 
     def snapshot(self, process: str, gauges: Iterable[tuple[Key, float]] = ()) -> Snapshot:
-        distributions = tuple((key, tuple(d.counts), d.total) for key, d in self.distributions.items())
+        distributions = tuple(
+            (key, tuple(d.counts), d.total) for key, d in self.distributions.items()
+        )
         return Snapshot(process, tuple(self.counters.items()), distributions, tuple(gauges))
 
     def add(self, snapshot: Snapshot) -> None:
-        """Adds another process's counts, or those of an earlier life. A distribution with other bounds (of another version) is left out."""
+        """Adds another process's counts, or those of an earlier life. A distribution with other
+        bounds (of another version) is left out.
+        """
         for key, value in snapshot.counters:
             self.count(key, value)
         for key, counts, total in snapshot.distributions:

@@ -1,11 +1,18 @@
-"""Shell. Every Prometheus series of the gateway. Labels are bounded: base models from the config, fixed sets of words, live workers."""
+"""Shell. Every Prometheus series of the gateway. Labels are bounded: base models from the config,
+fixed sets of words, live workers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from gateway.dispatch.lifecycle import RequestPhase
@@ -18,7 +25,9 @@ from shared.link.messages import WorkerState
 TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30, 60)
 DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 640)
 ADAPTER_LABELS = 200
-"""Adapters that get a series of their own in each gateway process, first come; the rest is summed under `_other`."""
+"""Adapters that get a series of their own in each gateway process, first come; the rest is summed
+under `_other`.
+"""
 OTHER = "_other"
 
 COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -31,12 +40,22 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "undecodable_messages": ("Messages from workers that were dropped.", ("socket",)),
     "retries": ("Requests sent to another worker before their first byte.", ()),
     "slow_readers": ("Clients cut off because they did not read.", ()),
-    "adapter_version_changes": ("New adapter versions: switched to, refused, or not ready yet.", ("base", "outcome")),
-    "alias_requests": ("Requests by alias and the share that answered.", ("base", "alias", "adapter", "outcome")),
+    "adapter_version_changes": (
+        "New adapter versions: switched to, refused, or not ready yet.",
+        ("base", "outcome"),
+    ),
+    "alias_requests": (
+        "Requests by alias and the share that answered.",
+        ("base", "alias", "adapter", "outcome"),
+    ),
     "alias_rollbacks": ("Shares of aliases that were rolled back.", ("base", "alias")),
 }
 DISTRIBUTIONS: dict[str, tuple[str, tuple[str, ...], Sequence[float]]] = {
-    "ttft_seconds": ("Time from a request's arrival to its first bytes.", ("base", "cold"), TTFT_BUCKETS_S),
+    "ttft_seconds": (
+        "Time from a request's arrival to its first bytes.",
+        ("base", "cold"),
+        TTFT_BUCKETS_S,
+    ),
     "queue_seconds": ("Time from a request's arrival to its dispatch.", ("base",), TTFT_BUCKETS_S),
     "request_seconds": ("Time from a request's arrival to its end.", ("base",), DURATION_BUCKETS_S),
 }
@@ -45,12 +64,15 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 BOUNDS = {name: bounds for name, (_, _, bounds) in DISTRIBUTIONS.items()}
 WITHOUT_LABELS = [(name,) for name, (_, labels) in COUNTERS.items() if not labels]
-_OUTCOME = {phase: phase.value for phase in RequestPhase}  # reading an enum's value costs as much as counting
+# reading an enum's value costs as much as counting
+_OUTCOME = {phase: phase.value for phase in RequestPhase}
 _REASON = {reason: reason.value for reason in ChoiceReason}
 
 
 class Metrics:
-    """One process's numbers, counted by the dispatcher and the API; gauges are read off the fleet at scrape time."""
+    """One process's numbers, counted by the dispatcher and the API; gauges are read off the fleet
+    at scrape time.
+    """
 
     def __init__(self, process: str = "g0") -> None:
         self.process = process
@@ -68,7 +90,7 @@ class Metrics:
         """`depth` maps each base model to a function that counts its queue."""
         self._fleet, self._depth = fleet, depth
 
-    # ---- counting ---------------------------------------------------------------------------------------------------------------------
+    # ---- counting --------------------------------------------------------------------------------
 
     def dispatched(self, base: str, reason: ChoiceReason) -> None:
         self._tally.count(("dispatched", base, _REASON[reason]))
@@ -97,19 +119,37 @@ class Metrics:
         self._tally.count(("alias_requests", base, alias, adapter, "failed" if failed else "ok"))
 
     def alias_rollback(self, base: str, alias: str) -> None:
-        self._tally.count(("alias_rollbacks", base, alias if any(a[:2] == (base, alias) for a in self._aliases) else OTHER))
+        self._tally.count(
+            (
+                "alias_rollbacks",
+                base,
+                alias if any(a[:2] == (base, alias) for a in self._aliases) else OTHER,
+            )
+        )
 
     def watch_versions(self, refused: Mapping[str, Callable[[], int]]) -> None:
-        """`refused` maps each base model to a function that counts the adapters whose newest version is not served."""
+        """`refused` maps each base model to a function that counts the adapters whose newest
+        version is not served.
+        """
         self._refused = refused
 
     def finished(self, inflight: InFlightRequest) -> None:
-        base, phase, done, start = inflight.base, inflight.life.phase, inflight.done, inflight.t_start
+        base, phase, done, start = (
+            inflight.base,
+            inflight.life.phase,
+            inflight.done,
+            inflight.t_start,
+        )
         count = self._tally.count
         series = self._of_base.get(base)
         if series is None:
             of = self._tally.distribution
-            keys = (("request_seconds", base), ("queue_seconds", base), ("ttft_seconds", base, "yes"), ("ttft_seconds", base, "no"))
+            keys = (
+                ("request_seconds", base),
+                ("queue_seconds", base),
+                ("ttft_seconds", base, "yes"),
+                ("ttft_seconds", base, "no"),
+            )
             series = self._of_base[base] = (of(keys[0]), of(keys[1]), of(keys[2]), of(keys[3]))
         duration, queue, ttft_cold, ttft_warm = series
         count(("requests", base, _OUTCOME[phase]))
@@ -117,33 +157,46 @@ class Metrics:
         if inflight.t_sent:
             queue.observe(inflight.t_sent - start)
         if inflight.t_head:
-            (ttft_cold if done is not None and done.load_s > 0 else ttft_warm).observe(inflight.t_head - start)
+            (ttft_cold if done is not None and done.load_s > 0 else ttft_warm).observe(
+                inflight.t_head - start
+            )
         if done is not None:
             count(("prompt_tokens", base), done.prompt_tokens)
             count(("output_tokens", base), done.output_tokens)
         if inflight.adapter is not None and phase is RequestPhase.FINISHED:
             count(("adapter_requests", base, self._adapter_label(base, inflight.adapter.name)))
 
-    # ---- telling ----------------------------------------------------------------------------------------------------------------------
+    # ---- telling ---------------------------------------------------------------------------------
 
     def value(self, name: str, labels: Mapping[str, str]) -> float | None:
         """One series of this process, as a scrape would show it."""
         return self._registry([self.snapshot()], {}).get_sample_value(name, dict(labels))
 
     def snapshot(self) -> Snapshot:
-        gauges = [(("queue_depth", base, self.process), float(depth())) for base, depth in self._depth.items()]
+        gauges = [
+            (("queue_depth", base, self.process), float(depth()))
+            for base, depth in self._depth.items()
+        ]
         return self._tally.snapshot(self.process, gauges)
 
     def restore(self, before: Snapshot) -> None:
         """Goes on where an earlier life of this process ended, so that no counter ever falls."""
         self._tally.add(before)
-        self._adapters |= {(key[1], key[2]) for key in self._tally.counters if key[0] == "adapter_requests" and key[2] != OTHER}
+        self._adapters |= {
+            (key[1], key[2])
+            for key in self._tally.counters
+            if key[0] == "adapter_requests" and key[2] != OTHER
+        }
 
     def render(self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool]) -> bytes:
-        """The sum of what all gateway processes counted; `answered` says of each whether its part is of now."""
+        """The sum of what all gateway processes counted; `answered` says of each whether its part
+        is of now.
+        """
         return generate_latest(self._registry(snapshots, answered))
 
-    def _registry(self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool]) -> CollectorRegistry:
+    def _registry(
+        self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool]
+    ) -> CollectorRegistry:
         registry = CollectorRegistry()
         registry.register(ProcessCollector(snapshots, answered))
         if self._fleet is not None:
@@ -169,16 +222,27 @@ class ProcessCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         total = CounterSet(BOUNDS)
-        served = GaugeMetricFamily("loraplex_gateway_requests", "Requests that ended in one gateway process.", labels=["process"])
+        served = GaugeMetricFamily(
+            "loraplex_gateway_requests",
+            "Requests that ended in one gateway process.",
+            labels=["process"],
+        )
         for snapshot in self._snapshots:
             total.add(snapshot)
-            served.add_metric([snapshot.process], sum(value for key, value in snapshot.counters if key[0] == "requests"))
+            served.add_metric(
+                [snapshot.process],
+                sum(value for key, value in snapshot.counters if key[0] == "requests"),
+            )
         yield from _counters(total)
         yield from _distributions(total)
         for name, (text, labels) in GAUGES.items():
             gauge = GaugeMetricFamily(f"loraplex_{name}", text, labels=labels)
             for key, value in (
-                row for s in self._snapshots if self._answered.get(s.process, True) for row in s.gauges if row[0][0] == name
+                row
+                for s in self._snapshots
+                if self._answered.get(s.process, True)
+                for row in s.gauges
+                if row[0][0] == name
             ):
                 gauge.add_metric(key[1:], value)
             yield gauge
@@ -194,7 +258,10 @@ class ProcessCollector(Collector):
 
 
 def _counters(total: CounterSet) -> Iterable[Metric]:
-    families = {name: CounterMetricFamily(f"loraplex_{name}", text, labels=labels) for name, (text, labels) in COUNTERS.items()}
+    families = {
+        name: CounterMetricFamily(f"loraplex_{name}", text, labels=labels)
+        for name, (text, labels) in COUNTERS.items()
+    }
     for key, value in total.counters.items():
         if key[0] in families:
             families[key[0]].add_metric(key[1:], value)
@@ -202,7 +269,10 @@ def _counters(total: CounterSet) -> Iterable[Metric]:
 
 
 def _distributions(total: CounterSet) -> Iterable[Metric]:
-    families = {name: HistogramMetricFamily(f"loraplex_{name}", text, labels=labels) for name, (text, labels, _) in DISTRIBUTIONS.items()}
+    families = {
+        name: HistogramMetricFamily(f"loraplex_{name}", text, labels=labels)
+        for name, (text, labels, _) in DISTRIBUTIONS.items()
+    }
     for key, found in total.distributions.items():
         below, buckets = 0, []
         for bound, count in zip((*found.bounds, float("inf")), found.counts, strict=True):
@@ -213,24 +283,39 @@ def _distributions(total: CounterSet) -> Iterable[Metric]:
 
 
 class FleetCollector(Collector):
-    """Gauges of the fleet as this process sees it at the scrape; workers that left leave no stale series."""
+    """Gauges of the fleet as this process sees it at the scrape; workers that left leave no stale
+    series.
+    """
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
     def collect(self) -> Iterable[Metric]:
         names = ["worker", "base"]
-        up = GaugeMetricFamily("loraplex_worker_up", "1 for every worker with a valid lease.", labels=[*names, "state"])
+        up = GaugeMetricFamily(
+            "loraplex_worker_up", "1 for every worker with a valid lease.", labels=[*names, "state"]
+        )
         load = GaugeMetricFamily("loraplex_worker_load", "Requests on the worker.", labels=names)
-        capacity = GaugeMetricFamily("loraplex_worker_capacity", "Requests that the worker takes at once.", labels=names)
-        slots = GaugeMetricFamily("loraplex_worker_slots", "Adapter slots of the worker.", labels=names)
-        used = GaugeMetricFamily("loraplex_worker_adapters", "Adapters that the worker holds, by tier.", labels=[*names, "tier"])
-        kv = GaugeMetricFamily("loraplex_worker_kv_usage_ratio", "Share of the KV cache in use.", labels=names)
+        capacity = GaugeMetricFamily(
+            "loraplex_worker_capacity", "Requests that the worker takes at once.", labels=names
+        )
+        slots = GaugeMetricFamily(
+            "loraplex_worker_slots", "Adapter slots of the worker.", labels=names
+        )
+        used = GaugeMetricFamily(
+            "loraplex_worker_adapters",
+            "Adapters that the worker holds, by tier.",
+            labels=[*names, "tier"],
+        )
+        kv = GaugeMetricFamily(
+            "loraplex_worker_kv_usage_ratio", "Share of the KV cache in use.", labels=names
+        )
         for w in self._fleet:
             at = [w.id, w.beat.base]
             state = w.beat.state
             if state is WorkerState.SERVING and not w.routable:
-                state = WorkerState.JOINING  # it beats, but its data link is not there (yet): nothing can be sent to it
+                # it beats, but its data link is not there (yet): nothing can be sent to it
+                state = WorkerState.JOINING
             up.add_metric([*at, state.name.lower()], 1)
             load.add_metric(at, w.load)
             capacity.add_metric(at, w.beat.capacity)
@@ -250,7 +335,9 @@ class VersionCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         gauge = GaugeMetricFamily(
-            "loraplex_adapters_refused", "Adapters whose newest version is invalid while an older one is served.", labels=["base"]
+            "loraplex_adapters_refused",
+            "Adapters whose newest version is invalid while an older one is served.",
+            labels=["base"],
         )
         for base, count in self._refused.items():
             gauge.add_metric([base], count())

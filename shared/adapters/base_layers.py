@@ -1,7 +1,9 @@
-"""Pure. The linear layers of a base model that adapters may change, with their shapes, from the model's `config.json` alone.
+"""Pure. The linear layers of a base model that adapters may change, with their shapes, from the
+model's `config.json` alone.
 
-Known architectures are computed here, so that checking an adapter needs neither torch nor a GPU; for any other, or where the config leaves
-out what its class fills in, `shapes_from_config` answers None and the caller builds the model without weights instead (worker/validation/base_model.py).
+Known architectures are computed here, so that checking an adapter needs neither torch nor a GPU;
+for any other, or where the config leaves out what its class fills in, `shapes_from_config` answers
+None and the caller builds the model without weights instead (worker/validation/base_model.py).
 Output heads and embeddings are left out: adapters on them are not served.
 """
 
@@ -15,16 +17,19 @@ from typing import Any, TypeAlias
 Shape: TypeAlias = tuple[int, int]
 """(outputs, inputs) of a linear layer, as torch stores its weight."""
 
-# Names that tell families apart. Left out are those whose models are also published under another family's architecture (phi, yi, deepseek).
+# Names that tell families apart. Left out are those whose models are also published under another
+# family's architecture (phi, yi, deepseek).
 _FAMILIES = ("llama", "qwen", "mistral", "mixtral", "gemma", "falcon", "bloom", "pythia")
 _NAME_PARTS = 2  # `organisation/model`; further up a path stands for somebody's folders
 
 
 @dataclass(frozen=True, slots=True)
 class BaseShapes:
-    """What an adapter must fit. `modules`: full name without `base_model.model.` -> shape. `families`: what the base's names say it is.
+    """What an adapter must fit. `modules`: full name without `base_model.model.` -> shape.
+    `families`: what the base's names say it is.
 
-    `renamed` are (old, new) beginnings of module names: older PEFT versions saved multi-modal models under names that have since moved.
+    `renamed` are (old, new) beginnings of module names: older PEFT versions saved multi-modal
+    models under names that have since moved.
     """
 
     modules: Mapping[str, Shape]
@@ -47,7 +52,9 @@ def endings(module: str) -> Iterator[str]:
 
 
 def families_in(name: str) -> frozenset[str]:
-    """The model families that a model's name or the end of its path speaks of; empty where it cannot be told."""
+    """The model families that a model's name or the end of its path speaks of; empty where it
+    cannot be told.
+    """
     tail = "/".join(re.split(r"[/\\]+", name.rstrip("/\\"))[-_NAME_PARTS:]).lower()
     return frozenset(f for f in _FAMILIES if f in tail)
 
@@ -60,7 +67,9 @@ def families_of(config: Mapping[str, Any], source: str) -> frozenset[str]:
 
 
 def shapes_from_config(config: Mapping[str, Any], source: str) -> BaseShapes | None:
-    """From a parsed `config.json`; None for an architecture that is not known here or a config that leaves needed sizes out."""
+    """From a parsed `config.json`; None for an architecture that is not known here or a config that
+    leaves needed sizes out.
+    """
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
         return None
@@ -68,7 +77,11 @@ def shapes_from_config(config: Mapping[str, Any], source: str) -> BaseShapes | N
     sizes = _sizes(config) if layer is not None else None
     if layer is None or sizes is None:
         return None
-    modules = {f"model.layers.{i}.{name}": shape for i in range(sizes.layers) for name, shape in layer(sizes)}
+    modules = {
+        f"model.layers.{i}.{name}": shape
+        for i in range(sizes.layers)
+        for name, shape in layer(sizes)
+    }
     return BaseShapes(modules, families_of(config, source))
 
 
@@ -85,14 +98,24 @@ def _sizes(config: Mapping[str, Any]) -> _Sizes | None:
     wanted = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
     layers, hidden, inner, heads = (config.get(k) for k in wanted)
     architecture = config["architectures"][0]
-    key_heads = config.get("num_key_value_heads") or (heads if architecture in _KEY_HEADS_OPTIONAL else None)
+    key_heads = config.get("num_key_value_heads") or (
+        heads if architecture in _KEY_HEADS_OPTIONAL else None
+    )
     head = config.get("head_dim")
-    if head is None and isinstance(hidden, int) and isinstance(heads, int) and heads and architecture in _HEAD_DIM_OPTIONAL:
+    if (
+        head is None
+        and isinstance(hidden, int)
+        and isinstance(heads, int)
+        and heads
+        and architecture in _HEAD_DIM_OPTIONAL
+    ):
         head = hidden // heads
     numbers = (layers, hidden, inner, heads, key_heads, head)
     if not all(type(n) is int and n > 0 for n in numbers):
         return None
-    return _Sizes(int(layers), int(hidden), int(inner), int(heads) * int(head), int(key_heads) * int(head))  # type: ignore[arg-type]
+    return _Sizes(
+        int(layers), int(hidden), int(inner), int(heads) * int(head), int(key_heads) * int(head)
+    )  # type: ignore[arg-type]
 
 
 def _separate(s: _Sizes) -> Iterator[tuple[str, Shape]]:
@@ -122,6 +145,9 @@ _LAYERS = {
     "Gemma3ForCausalLM": _separate,
     "Phi3ForCausalLM": _fused,
 }
-# Where the class in transformers derives the size from the others; elsewhere it has a constant of its own, which only the class knows.
+# Where the class in transformers derives the size from the others; elsewhere it has a constant of
+# its own, which only the class knows.
 _KEY_HEADS_OPTIONAL = frozenset({"LlamaForCausalLM", "Phi3ForCausalLM"})
-_HEAD_DIM_OPTIONAL = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM"})
+_HEAD_DIM_OPTIONAL = frozenset(
+    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM"}
+)

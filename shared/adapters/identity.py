@@ -1,4 +1,6 @@
-"""Pure. What an adapter is: its name, its identity by content, the files a store shows of it, and what a name may be."""
+"""Pure. What an adapter is: its name, its identity by content, the files a store shows of it, and
+what a name may be.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
 
 
 class StoredFile(msgspec.Struct, frozen=True, gc=False):
-    """One file of an adapter. `path` is relative to the adapter's folder, `version` the store's own tag (ETag, generation, mtime and size)."""
+    """One file of an adapter. `path` is relative to the adapter's folder, `version` the store's own
+    tag (ETag, generation, mtime and size).
+    """
 
     path: str
     size_bytes: int
@@ -26,8 +30,9 @@ class StoredFile(msgspec.Struct, frozen=True, gc=False):
 class StoredAdapter(msgspec.Struct, frozen=True, gc=False):
     """An adapter as its store shows it: a folder that holds an `adapter_config.json`.
 
-    `name` is the folder's path below the store's root, with `/`. `digest` (hex, 16 characters) changes whenever a file is added, removed or
-    replaced; it is computed from paths, sizes and versions, so that listing alone yields it.
+    `name` is the folder's path below the store's root, with `/`. `digest` (hex, 16 characters)
+    changes whenever a file is added, removed or replaced; it is computed from paths, sizes and
+    versions, so that listing alone yields it.
     """
 
     name: str
@@ -40,7 +45,9 @@ class StoredAdapter(msgspec.Struct, frozen=True, gc=False):
 
 
 class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
-    """One version of one adapter of one base model: the identity that everything from routing to the engine's slots is keyed by."""
+    """One version of one adapter of one base model: the identity that everything from routing to
+    the engine's slots is keyed by.
+    """
 
     base: str
     name: str
@@ -51,11 +58,19 @@ class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
 
 
 def check_name(name: str) -> None:
-    """Raises AdapterNotFound unless `name` fits the grammar: letters, digits, `._-`, sub-folders by `/`, no segment that begins with a dot or dash.
+    """Raises AdapterNotFound unless `name` fits the grammar: letters, digits, `._-`, sub-folders by
+    `/`, no segment that begins with a dot or dash.
 
-    A name outside the grammar cannot exist in a store, so it is not found rather than malformed; it never becomes part of a path.
+    A name outside the grammar cannot exist in a store, so it is not found rather than malformed; it
+    never becomes part of a path.
     """
-    if len(name) > MAX_NAME_LENGTH or ".." in name or not all(_SEGMENT.match(s) for s in name.split("/")):
+    if (
+        len(name) > MAX_NAME_LENGTH
+        or ".." in name
+        or not all(_SEGMENT.match(s) for s in name.split("/"))
+    ):
         raise AdapterNotFound(
-            f"The adapter name `{name[:MAX_NAME_LENGTH]}` is not valid: use letters, digits, `.`, `_`, `-` and `/`.", param="model"
+            f"The adapter name `{name[:MAX_NAME_LENGTH]}` is not valid: use letters, "
+            "digits, `.`, `_`, `-` and `/`.",
+            param="model",
         )

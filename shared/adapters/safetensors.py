@@ -1,7 +1,9 @@
-"""Pure. The header of a safetensors file, read more strictly than the format's own library does: every byte of the file is accounted for.
+"""Pure. The header of a safetensors file, read more strictly than the format's own library does:
+every byte of the file is accounted for.
 
-A file is 8 bytes of little-endian header length N, N bytes of JSON (`{name: {"dtype", "shape", "data_offsets": [begin, end]}}`, offsets from
-the end of the header), then the values. Format: https://huggingface.co/docs/safetensors/index#format
+A file is 8 bytes of little-endian header length N, N bytes of JSON (`{name: {"dtype", "shape",
+"data_offsets": [begin, end]}}`, offsets from the end of the header), then the values. Format:
+https://huggingface.co/docs/safetensors/index#format
 """
 
 from __future__ import annotations
@@ -38,21 +40,27 @@ class Tensor:
 
 
 def header_length(prefix: bytes, file_bytes: int, max_bytes: int) -> int:
-    """From the first 8 bytes of a file. Raises InvalidAdapter if no file of this size can begin like that."""
+    """From the first 8 bytes of a file. Raises InvalidAdapter if no file of this size can begin
+    like that.
+    """
     if len(prefix) < LENGTH_BYTES:
         raise _broken(f"the file is cut off: it has {file_bytes} bytes")
     length = int.from_bytes(prefix, "little")
     if length > max_bytes:
         raise _broken(
-            f"its header would have {length} bytes, more than {max_bytes}; this is not a safetensors file or its start is damaged"
+            f"its header would have {length} bytes, more than {max_bytes}; this is not "
+            "a safetensors file or its start is damaged"
         )
     if LENGTH_BYTES + length > file_bytes:
-        raise _broken(f"the file is cut off: its header has {length} bytes, the whole file {file_bytes}")
+        raise _broken(
+            f"the file is cut off: its header has {length} bytes, the whole file {file_bytes}"
+        )
     return length
 
 
 def parse_header(raw: bytes, data_bytes: int) -> list[Tensor]:
-    """The tensors in the order of their values in the file, which they fill without a hole or an overlap.
+    """The tensors in the order of their values in the file, which they fill without a hole or an
+    overlap.
 
     Raises:
         InvalidAdapter: not such a header, or its offsets do not fit `data_bytes` of values.
@@ -63,11 +71,17 @@ def parse_header(raw: bytes, data_bytes: int) -> list[Tensor]:
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _broken(f"`{METADATA}` must map text to text")
-    tensors = sorted((_tensor(name, value) for name, value in header.items()), key=lambda t: (t.begin, t.end))
+    tensors = sorted(
+        (_tensor(name, value) for name, value in header.items()), key=lambda t: (t.begin, t.end)
+    )
     at = 0
     for t in tensors:
         if t.begin != at:
-            what = "overlaps the one before it" if t.begin < at else f"leaves a hole of {t.begin - at} bytes before it"
+            what = (
+                "overlaps the one before it"
+                if t.begin < at
+                else f"leaves a hole of {t.begin - at} bytes before it"
+            )
             raise _broken(f"the tensor {shown(t.name)} {what}")
         at = t.end
     if at > data_bytes:
@@ -81,15 +95,24 @@ def _tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, dict) or value.keys() != _KEYS:
         raise _broken(f"the entry of {shown(name)} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
+    if (
+        not isinstance(dtype, str)
+        or not _is_sizes(shape)
+        or not _is_sizes(offsets)
+        or len(offsets) != 2
+        or len(shape) > MAX_DIMENSIONS
+    ):
         raise _broken(f"the entry of {shown(name)} is malformed")
     if dtype not in VALUE_BYTES:
-        raise InvalidAdapter(f"The tensor {shown(name)} has the unknown type {shown(dtype)}.", "dtype")
+        raise InvalidAdapter(
+            f"The tensor {shown(name)} has the unknown type {shown(dtype)}.", "dtype"
+        )
     begin, end = offsets
     need = math.prod(shape) * VALUE_BYTES[dtype]
     if end - begin != need:
         raise _broken(
-            f"the tensor {shown(name)} does not fill its offsets: its shape {list(shape)} and type {dtype} do not make {end - begin} bytes"
+            f"the tensor {shown(name)} does not fill its offsets: its shape "
+            f"{list(shape)} and type {dtype} do not make {end - begin} bytes"
         )
     return Tensor(name, dtype, tuple(shape), begin, end)
 

@@ -1,4 +1,6 @@
-"""Pure. JSON of strangers: one reading only. A key given twice is refused, since parsers differ in which of the two they believe."""
+"""Pure. JSON of strangers: one reading only. A key given twice is refused, since parsers differ in
+which of the two they believe.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +16,23 @@ def parse_object(raw: bytes, what: str, reason: str) -> dict[str, Any]:
     """A JSON object; `what` names the source in messages, `reason` becomes the error's code.
 
     Raises:
-        InvalidAdapter: anything else than one object in UTF-8, or (reason `duplicate_key`) a key that is there twice.
+        InvalidAdapter: anything else than one object in UTF-8, or (reason `duplicate_key`) a key
+            that is there twice.
     """
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except _DuplicateKey as exc:
-        raise InvalidAdapter(f"The key {shown(exc.key)} is given twice in {what}.", "duplicate_key") from exc
+        raise InvalidAdapter(
+            f"The key {shown(exc.key)} is given twice in {what}.", "duplicate_key"
+        ) from exc
     except RecursionError as exc:
         raise InvalidAdapter(f"In {what} values are nested too deeply.", reason) from exc
     except UnicodeDecodeError as exc:
         raise InvalidAdapter(f"There is text in {what} that is not UTF-8.", reason) from exc
     except json.JSONDecodeError as exc:
-        raise InvalidAdapter(f"There is no valid JSON in {what}: {exc.msg} at character {exc.pos}.", reason) from exc
+        raise InvalidAdapter(
+            f"There is no valid JSON in {what}: {exc.msg} at character {exc.pos}.", reason
+        ) from exc
     except ValueError as exc:  # a number of more digits than Python converts
         raise InvalidAdapter(f"There is a number in {what} that is too long.", reason) from exc
     if not isinstance(value, dict):

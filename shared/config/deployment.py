@@ -1,4 +1,6 @@
-"""Pure. `deployment_config`: how many workers, how much each takes, how they scale. Names and defaults are Ray Serve's (2.60)."""
+"""Pure. `deployment_config`: how many workers, how much each takes, how they scale. Names and
+defaults are Ray Serve's (2.60).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,10 @@ from shared.config.section import Finding, Section
 Count = Annotated[int, Meta(ge=0)]
 Factor = Annotated[float, Meta(gt=0)]
 
-UNLIMITED_REQUESTS = 1_000_000_000  # Ray LLM's default of max_ongoing_requests and target_ongoing_requests: "never full", "never scale"
-_AUTO = {"max_replicas": 100, "target_ongoing_requests": 2.0}  # Ray Serve's own defaults under `num_replicas: auto`
+# Ray LLM's default of max_ongoing_requests and target_ongoing_requests: "never full", "never scale"
+UNLIMITED_REQUESTS = 1_000_000_000
+# Ray Serve's own defaults under `num_replicas: auto`
+_AUTO = {"max_replicas": 100, "target_ongoing_requests": 2.0}
 
 
 class BackpressureConfig(Section, frozen=True, kw_only=True):
@@ -33,9 +37,13 @@ class AutoscalingPolicy(Section, frozen=True, kw_only=True):
 
 
 class AutoscalingConfig(Section, frozen=True, kw_only=True):
-    """How many workers, between which bounds, how fast. The defaults are those that Ray LLM deployments end up with."""
+    """How many workers, between which bounds, how fast. The defaults are those that Ray LLM
+    deployments end up with.
+    """
 
-    IGNORED: ClassVar[Mapping[str, str]] = {"policy": "nothing scales by itself yet; the function is not called"}
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        "policy": "nothing scales by itself yet; the function is not called"
+    }
 
     min_replicas: Count = 1
     initial_replicas: Count | None = None
@@ -71,14 +79,20 @@ class AutoscalingConfig(Section, frozen=True, kw_only=True):
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
-        low, first, high = (values.get(name) for name in ("min_replicas", "initial_replicas", "max_replicas"))
+        low, first, high = (
+            values.get(name) for name in ("min_replicas", "initial_replicas", "max_replicas")
+        )
         if low is not None and high is not None and low > high:
             yield Finding(
-                ("min_replicas",), f"{low} is more than max_replicas ({high}); raise max_replicas or lower it", other=("max_replicas",)
+                ("min_replicas",),
+                f"{low} is more than max_replicas ({high}); raise max_replicas or lower it",
+                other=("max_replicas",),
             )
         if first is not None and low is not None and first < low:
             yield Finding(
-                ("initial_replicas",), f"{first} is less than min_replicas ({low}); raise it or lower min_replicas", other=("min_replicas",)
+                ("initial_replicas",),
+                f"{first} is less than min_replicas ({low}); raise it or lower min_replicas",
+                other=("min_replicas",),
             )
         if first is not None and high is not None and first > high:
             yield Finding(
@@ -88,17 +102,25 @@ class AutoscalingConfig(Section, frozen=True, kw_only=True):
             )
         start = low if first is None else first
         if start is not None and high is not None and start < high:
-            text = f"has no effect here: nothing scales by itself yet, {start} worker{'s' * (start != 1)} will run (set num_replicas)"
+            text = (
+                f"has no effect here: nothing scales by itself yet, {start} "
+                f"worker{'s' * (start != 1)} will run (set num_replicas)"
+            )
             yield Finding(("max_replicas",), text, "warning")
 
 
-_PLACEMENT = "workers run on this machine, and each gets the GPUs that its tensor and pipeline parallel sizes ask for"
+_PLACEMENT = (
+    "workers run on this machine, and each gets the GPUs that its tensor and pipeline "
+    "parallel sizes ask for"
+)
 _HEALTH = "a worker's heartbeats are its health check (gateway.heartbeat_s, gateway.lease_s)"
 _ROLLOUT = "workers are replaced one at a time"
 
 
 class DeploymentConfig(Section, frozen=True, kw_only=True):
-    """The options of Ray's `@serve.deployment` that mean something here, and those that do not, accepted with a warning."""
+    """The options of Ray's `@serve.deployment` that mean something here, and those that do not,
+    accepted with a warning.
+    """
 
     IGNORED: ClassVar[Mapping[str, str]] = {
         "name": "workers are named after the model id",
@@ -122,7 +144,8 @@ class DeploymentConfig(Section, frozen=True, kw_only=True):
     }
 
     REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("min_replicas", "initial_replicas", "max_replicas", "target_ongoing_requests"), "belongs in deployment_config.autoscaling_config"
+        ("min_replicas", "initial_replicas", "max_replicas", "target_ongoing_requests"),
+        "belongs in deployment_config.autoscaling_config",
     )
 
     num_replicas: Positive | Literal["auto"] | None = None
@@ -157,20 +180,28 @@ class DeploymentConfig(Section, frozen=True, kw_only=True):
         scaling = self.autoscaling_config
         if scaling is None:
             return 1
-        return scaling.min_replicas if scaling.initial_replicas is None else scaling.initial_replicas
+        return (
+            scaling.min_replicas if scaling.initial_replicas is None else scaling.initial_replicas
+        )
 
     @classmethod
     def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
         scaling = given.get("autoscaling_config")
-        if given.get("num_replicas") == "auto" and (scaling is None or isinstance(scaling, Mapping)):
+        if given.get("num_replicas") == "auto" and (
+            scaling is None or isinstance(scaling, Mapping)
+        ):
             given["autoscaling_config"] = {**_AUTO, **(scaling or {})}
         return given
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
-        if isinstance(values.get("num_replicas"), int) and values.get("autoscaling_config") is not None:
+        if (
+            isinstance(values.get("num_replicas"), int)
+            and values.get("autoscaling_config") is not None
+        ):
             yield Finding(
                 ("num_replicas",),
-                "a fixed number and autoscaling_config exclude each other; keep one (or write num_replicas: auto)",
+                "a fixed number and autoscaling_config exclude each other; keep one "
+                "(or write num_replicas: auto)",
                 other=("autoscaling_config",),
             )

@@ -1,6 +1,7 @@
 """Pure. YAML text -> plain values, with the line of every key. The only `import yaml`.
 
-Stricter than YAML: duplicate keys are refused, only text, numbers, booleans and null exist, aliases may not grow a file beyond measure.
+Stricter than YAML: duplicate keys are refused, only text, numbers, booleans and null exist, aliases
+may not grow a file beyond measure.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def read_document(text: str, source: str) -> Document:
     """Never raises: what is wrong with the file is in `problems`."""
     document = Document(source)
     if len(text) > MAX_CHARS:
-        document.problems.append(f"{source}: is larger than {MAX_CHARS} characters; is this the right file?")
+        document.problems.append(
+            f"{source}: is larger than {MAX_CHARS} characters; is this the right file?"
+        )
         return document
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -48,8 +51,11 @@ def read_document(text: str, source: str) -> Document:
         document.problems.append(f"{source}: not valid YAML: {' '.join(str(exc).split())}")
     except RecursionError:
         document.problems.append(f"{source}: is nested too deeply")
-    except (ValueError, OverflowError):  # PyYAML lets int() and chr() fail on malformed directives and escapes
-        document.problems.append(f"{source}: not valid YAML: a malformed number, escape or directive")
+    except (ValueError, OverflowError):
+        # PyYAML lets int() and chr() fail on malformed directives and escapes
+        document.problems.append(
+            f"{source}: not valid YAML: a malformed number, escape or directive"
+        )
     else:
         if node is not None:
             document.value = _Builder(document).build(node, ())
@@ -68,14 +74,18 @@ class _Builder:
         if self._nodes > MAX_NODES or len(path) > MAX_DEPTH:
             if self._nodes <= MAX_NODES + 1:
                 self._nodes = MAX_NODES + 1  # say it once, then skip the rest
-                self._problem(node, path, "the file is too large or too deep once its aliases are expanded")
+                self._problem(
+                    node, path, "the file is too large or too deep once its aliases are expanded"
+                )
             return None
         self._document.lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, MappingNode):
             return self._mapping(node, path)
         if isinstance(node, SequenceNode):
             if node.tag != _TAG + "seq":
-                return self._problem(node, path, f"the tag {node.tag.removeprefix(_TAG)} is not supported")
+                return self._problem(
+                    node, path, f"the tag {node.tag.removeprefix(_TAG)} is not supported"
+                )
             return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
         assert isinstance(node, ScalarNode)
         return self._scalar(node, path)
@@ -107,7 +117,11 @@ class _Builder:
                 continue
             if key in own:
                 first = own[key][0].start_mark.line + 1
-                self._problem(key_node, (*path, key), f"the key stands twice (first in line {first}); remove one")
+                self._problem(
+                    key_node,
+                    (*path, key),
+                    f"the key stands twice (first in line {first}); remove one",
+                )
             else:
                 own[key] = (key_node, value_node)
         return merged | own
@@ -120,13 +134,16 @@ class _Builder:
             if not isinstance(source, MappingNode) or depth > MAX_DEPTH or self._nodes > MAX_NODES:
                 self._problem(node, path, "<< takes a mapping or a list of mappings, not itself")
                 return pairs
-            pairs = self._pairs(source, path, depth + 1) | pairs  # the first of several wins, as YAML has it
+            # the first of several wins, as YAML has it
+            pairs = self._pairs(source, path, depth + 1) | pairs
         return pairs
 
     def _scalar(self, node: ScalarNode, path: Path) -> Any:
         text = node.value
         if any(0xD800 <= ord(c) <= 0xDFFF for c in text):
-            return self._problem(node, path, "contains half of a surrogate pair, which is no character")
+            return self._problem(
+                node, path, "contains half of a surrogate pair, which is no character"
+            )
         if node.tag in _TEXT_TAGS:
             return text
         try:
@@ -140,11 +157,21 @@ class _Builder:
                 case "float":
                     return SafeConstructor().construct_yaml_float(node)
         except (ValueError, KeyError, IndexError, OverflowError, yaml.YAMLError):
-            return self._problem(node, path, f"{shown(text)} cannot be read as YAML's {node.tag.removeprefix(_TAG)}; put it in quotes")
+            return self._problem(
+                node,
+                path,
+                f"{shown(text)} cannot be read as YAML's "
+                f"{node.tag.removeprefix(_TAG)}; put it in quotes",
+            )
         return self._problem(
-            node, path, f"the tag {shown(node.tag.removeprefix(_TAG))} is not supported; write text, a number or true/false"
+            node,
+            path,
+            f"the tag {shown(node.tag.removeprefix(_TAG))} is not supported; write "
+            "text, a number or true/false",
         )
 
     def _problem(self, node: Node, path: Path, text: str) -> None:
         key = dotted(path)
-        self._document.problems.append(f"{self._document.source}:{node.start_mark.line + 1}: {key + ': ' if key else ''}{text}")
+        self._document.problems.append(
+            f"{self._document.source}:{node.start_mark.line + 1}: {key + ': ' if key else ''}{text}"
+        )

@@ -1,4 +1,6 @@
-"""Pure. `engine_kwargs`: what Loraplex itself must know of them. All others are vLLM's business and checked against vLLM's own names."""
+"""Pure. `engine_kwargs`: what Loraplex itself must know of them. All others are vLLM's business and
+checked against vLLM's own names.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from shared.config.deployment import Factor
 from shared.config.parts import DEFAULT_MAX_LORAS, LoraConfig, Positive, SecondsOrNone
 from shared.config.section import Finding, Section, has_errors, nearest, read_fields, under
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM accepts as max_lora_rank (vllm/config/lora.py)
+# what vLLM accepts as max_lora_rank (vllm/config/lora.py)
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _KWARGS = ("engine_kwargs",)
 _ENABLE = (*_KWARGS, "enable_lora")
 _SLOTS = (*_KWARGS, "max_loras")
@@ -35,12 +38,21 @@ class _LoraKwargs(Section, frozen=True, kw_only=True):
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
-        rank, slots, registered = (values.get(name) for name in ("max_lora_rank", "max_loras", "max_cpu_loras"))
+        rank, slots, registered = (
+            values.get(name) for name in ("max_lora_rank", "max_loras", "max_cpu_loras")
+        )
         if rank is not None and rank not in LORA_RANKS:
             ranks = ", ".join(map(str, LORA_RANKS))
-            yield Finding(("max_lora_rank",), f"{rank} is not a rank that vLLM reserves slots for; use the next of {ranks}")
+            yield Finding(
+                ("max_lora_rank",),
+                f"{rank} is not a rank that vLLM reserves slots for; use the next of {ranks}",
+            )
         if slots is not None and registered is not None and registered < slots:
-            yield Finding(("max_cpu_loras",), f"{registered} is less than max_loras ({slots}); raise it", other=("max_loras",))
+            yield Finding(
+                ("max_cpu_loras",),
+                f"{registered} is less than max_loras ({slots}); raise it",
+                other=("max_loras",),
+            )
 
 
 class VllmKwargs(_LoraKwargs, frozen=True, kw_only=True):
@@ -56,14 +68,21 @@ class VllmKwargs(_LoraKwargs, frozen=True, kw_only=True):
         yield from super().check(values)
         if values.get("data_parallel_size", 1) != 1:
             yield Finding(
-                ("data_parallel_size",), "the gateway balances between workers itself; set deployment_config.num_replicas instead"
+                ("data_parallel_size",),
+                "the gateway balances between workers itself; set "
+                "deployment_config.num_replicas instead",
             )
         if values.get("distributed_executor_backend") == "ray":
-            yield Finding(("distributed_executor_backend",), "there is no Ray here; remove it (vLLM's multiprocess executor is used)")
+            yield Finding(
+                ("distributed_executor_backend",),
+                "there is no Ray here; remove it (vLLM's multiprocess executor is used)",
+            )
 
 
 class SimTiming(Section, frozen=True, kw_only=True):
-    """The simulated engine's clock: times in milliseconds, a load costs load_ms + load_ms_per_mb x megabytes."""
+    """The simulated engine's clock: times in milliseconds, a load costs load_ms + load_ms_per_mb x
+    megabytes.
+    """
 
     ttft_ms: SecondsOrNone = 5.0
     itl_ms: SecondsOrNone = 20.0
@@ -74,7 +93,9 @@ class SimTiming(Section, frozen=True, kw_only=True):
 
 
 class SimKwargs(_LoraKwargs, frozen=True, kw_only=True):
-    """All that the simulated engine understands. `max_num_seqs` may be given here, as to vLLM, or in `sim`."""
+    """All that the simulated engine understands. `max_num_seqs` may be given here, as to vLLM, or
+    in `sim`.
+    """
 
     max_model_len: Positive | None = None
     max_num_seqs: Positive | None = None
@@ -83,7 +104,9 @@ class SimKwargs(_LoraKwargs, frozen=True, kw_only=True):
     @classmethod
     def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
         seqs, sim = given.get("max_num_seqs"), given.get("sim")
-        if _is_count(seqs) and (sim is None or (isinstance(sim, Mapping) and sim.get("max_num_seqs") is None)):
+        if _is_count(seqs) and (
+            sim is None or (isinstance(sim, Mapping) and sim.get("max_num_seqs") is None)
+        ):
             given["sim"] = {**(sim or {}), "max_num_seqs": seqs}
         return given
 
@@ -92,7 +115,11 @@ class SimKwargs(_LoraKwargs, frozen=True, kw_only=True):
         yield from super().check(values)
         sim, seqs = values.get("sim"), values.get("max_num_seqs")
         if sim is not None and seqs is not None and sim.max_num_seqs != seqs:
-            yield Finding(("max_num_seqs",), f"{seqs} here, {sim.max_num_seqs} in sim; keep one of the two", other=("sim", "max_num_seqs"))
+            yield Finding(
+                ("max_num_seqs",),
+                f"{seqs} here, {sim.max_num_seqs} in sim; keep one of the two",
+                other=("sim", "max_num_seqs"),
+            )
 
 
 def engine_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
@@ -106,7 +133,9 @@ def engine_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
     if "lora_config" in values:
         yield from _lora_rules(engine, typed, values["lora_config"])
     if values.get("log_engine_metrics") and kwargs.get("disable_log_stats") is True:
-        text = "true switches off the statistics that log_engine_metrics and routing need; remove it"
+        text = (
+            "true switches off the statistics that log_engine_metrics and routing need; remove it"
+        )
         yield Finding((*_KWARGS, "disable_log_stats"), text, other=("log_engine_metrics",))
 
 
@@ -115,36 +144,61 @@ def unknown_kwargs(kwargs: Mapping[str, Any], known: frozenset[str]) -> Iterator
     for key in kwargs:
         if key not in known:
             match = nearest(key, known)
-            yield key, "vLLM has no such engine argument" + (f"; did you mean '{match}'?" if match else "; remove it")
+            yield (
+                key,
+                "vLLM has no such engine argument"
+                + (f"; did you mean '{match}'?" if match else "; remove it"),
+            )
 
 
 def _typed(engine: str, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
     if engine == "sim":
         return read_fields(SimKwargs, kwargs, ())
-    ours = {key: value for key, value in kwargs.items() if key in VllmKwargs.__struct_fields__ or key in VllmKwargs.REFUSED}
+    ours = {
+        key: value
+        for key, value in kwargs.items()
+        if key in VllmKwargs.__struct_fields__ or key in VllmKwargs.REFUSED
+    }
     return read_fields(VllmKwargs, ours, ())
 
 
-def _lora_rules(engine: str, kwargs: Mapping[str, Any], lora: LoraConfig | None) -> Iterator[Finding]:
-    """`kwargs` and `lora` together. A key that is already reported is absent from `kwargs` and takes part in no rule."""
+def _lora_rules(
+    engine: str, kwargs: Mapping[str, Any], lora: LoraConfig | None
+) -> Iterator[Finding]:
+    """`kwargs` and `lora` together. A key that is already reported is absent from `kwargs` and
+    takes part in no rule.
+    """
     if lora is None:
         return
     if lora.dynamic_lora_loading_path is not None and "enable_lora" in kwargs:
         enabled = kwargs["enable_lora"]
-        if enabled is False or (enabled is None and engine != "sim"):  # the simulated engine always has slots
-            text = "adapters are configured, but engine_kwargs.enable_lora is not true; set it (Ray would fail at the first request)"
+        # the simulated engine always has slots
+        if enabled is False or (enabled is None and engine != "sim"):
+            text = (
+                "adapters are configured, but engine_kwargs.enable_lora is not true; set "
+                "it (Ray would fail at the first request)"
+            )
             yield Finding(_PATH, text, other=_ENABLE)
     slots, adapters = kwargs.get("max_loras"), lora.max_num_adapters_per_replica
     if slots is not None and adapters is not None and slots != adapters:
-        text = f"{slots} differs from lora_config.max_num_adapters_per_replica ({adapters}); make them equal, or leave one out"
+        text = (
+            f"{slots} differs from lora_config.max_num_adapters_per_replica ({adapters}); "
+            "make them equal, or leave one out"
+        )
         yield Finding(_SLOTS, text, other=_ADAPTERS)
         return
     size, key = slots or adapters or DEFAULT_MAX_LORAS, _SLOTS if slots else _ADAPTERS
     if len(lora.pin) >= size:
-        text = f"{len(lora.pin)} adapters for {size} slots a worker, of which one must stay for the others; pin at most {size - 1}"
+        text = (
+            f"{len(lora.pin)} adapters for {size} slots a worker, of which one must stay "
+            f"for the others; pin at most {size - 1}"
+        )
         yield Finding(_PIN, text, other=key)
     elif len({*lora.pin, *lora.preload}) > size:
-        text = f"with the pinned ones {len({*lora.pin, *lora.preload})} adapters for {size} slots a worker: they push one another out"
+        text = (
+            f"with the pinned ones {len({*lora.pin, *lora.preload})} adapters for {size} "
+            "slots a worker: they push one another out"
+        )
         yield Finding(_PRELOAD, text, "warning", other=key)
 
 
@@ -152,7 +206,11 @@ def _not_plain(kwargs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Workers are processes of their own and get their arguments as JSON."""
     for key, value in kwargs.items():
         if not is_plain(value):
-            yield key, f"expected text, numbers, lists and mappings, got a Python {type(value).__name__}; write its name as text"
+            yield (
+                key,
+                "expected text, numbers, lists and mappings, got a Python "
+                f"{type(value).__name__}; write its name as text",
+            )
 
 
 def is_plain(value: object) -> bool:

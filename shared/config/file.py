@@ -1,4 +1,6 @@
-"""Pure. What stands around the models in a file: `build_openai_app`'s arguments, and Ray Serve's keys for applications and the cluster."""
+"""Pure. What stands around the models in a file: `build_openai_app`'s arguments, and Ray Serve's
+keys for applications and the cluster.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,20 @@ from shared.config.section import Finding, Section, shown
 
 IMPORT_PATHS = ("ray.serve.llm:build_openai_app", "gateway:build_openai_app")
 _NO_INGRESS = "the gateway is the ingress; its options are in the gateway section"
-_NO_TLS = "Loraplex does not terminate TLS and would answer in the clear; remove it and put a proxy with TLS in front"
+_NO_TLS = (
+    "Loraplex does not terminate TLS and would answer in the clear; remove it and put a "
+    "proxy with TLS in front"
+)
 _LOGS = "logs are JSON lines; set gateway.log_level"
 
 
 class AppArgs(Section, frozen=True, kw_only=True):
     """The argument of `build_openai_app`."""
 
-    IGNORED: ClassVar[Mapping[str, str]] = {"ingress_cls_config": _NO_INGRESS, "ingress_deployment_config": _NO_INGRESS}
+    IGNORED: ClassVar[Mapping[str, str]] = {
+        "ingress_cls_config": _NO_INGRESS,
+        "ingress_deployment_config": _NO_INGRESS,
+    }
     REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("model_loading_config", "lora_config", "engine_kwargs", "deployment_config", "llm_engine"),
         "belongs to one model; list the model under llm_configs",
@@ -31,7 +39,9 @@ class AppArgs(Section, frozen=True, kw_only=True):
 
 
 class HttpOptions(Section, frozen=True, kw_only=True):
-    """Ray's `http_options`. Where it listens is taken over, unless the gateway section says otherwise."""
+    """Ray's `http_options`. Where it listens is taken over, unless the gateway section says
+    otherwise.
+    """
 
     IGNORED: ClassVar[Mapping[str, str]] = {
         "location": "there is one gateway, where you start it",
@@ -42,7 +52,9 @@ class HttpOptions(Section, frozen=True, kw_only=True):
         "request_timeout_s": "set gateway.request_timeout_s",
         "keep_alive_timeout_s": "the gateway keeps connections open by its own rule",
     }
-    REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(("ssl_keyfile", "ssl_certfile", "ssl_keyfile_password", "ssl_ca_certs"), _NO_TLS)
+    REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("ssl_keyfile", "ssl_certfile", "ssl_keyfile_password", "ssl_ca_certs"), _NO_TLS
+    )
 
     host: Text | None = None
     port: Port | None = None
@@ -60,7 +72,8 @@ class Application(Section, frozen=True, kw_only=True):
 
     IGNORED: ClassVar[Mapping[str, str]] = {
         "route_prefix": "paths begin at /v1; let a proxy in front add a prefix",
-        "runtime_env": "workers run in the environment of `loraplex`; install packages and export variables before starting it",
+        "runtime_env": "workers run in the environment of `loraplex`; install packages and export "
+        "variables before starting it",
         "host": "set gateway.host",
         "port": "set gateway.port",
         "deployments": "each model's deployment_config is what counts",
@@ -83,17 +96,26 @@ class Application(Section, frozen=True, kw_only=True):
 
     @classmethod
     def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in given.items() if (key, value) != ("route_prefix", "/")}  # changes nothing here: no warning
+        # changes nothing here: no warning
+        return {key: value for key, value in given.items() if (key, value) != ("route_prefix", "/")}
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
         path = values.get("import_path")
-        if path is not None and path.replace(":", ".") not in {known.replace(":", ".") for known in IMPORT_PATHS}:
-            yield Finding(("import_path",), f"{shown(path)} cannot be run here; Loraplex builds {' or '.join(IMPORT_PATHS)} only")
+        if path is not None and path.replace(":", ".") not in {
+            known.replace(":", ".") for known in IMPORT_PATHS
+        }:
+            yield Finding(
+                ("import_path",),
+                f"{shown(path)} cannot be run here; Loraplex builds "
+                f"{' or '.join(IMPORT_PATHS)} only",
+            )
 
 
 class ConfigFile(AppArgs, frozen=True, kw_only=True):
-    """The top level of a file: `llm_configs` directly, or Ray's `applications`; and Ray's options for the whole cluster."""
+    """The top level of a file: `llm_configs` directly, or Ray's `applications`; and Ray's options
+    for the whole cluster.
+    """
 
     IGNORED: ClassVar[Mapping[str, str]] = {
         **AppArgs.IGNORED,

@@ -1,4 +1,6 @@
-"""Pure. The `gateway:` section, ours: where the gateway listens, what it admits, how it reaches its workers."""
+"""Pure. The `gateway:` section, ours: where the gateway listens, what it admits, how it reaches its
+workers.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from shared.config.section import Finding, Section, shown
 
 Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: any free one
 
-RoutingPolicy = Literal["expected-ttft", "ray", "residency-p2c", "p2c", "least-loaded", "round-robin", "random", "ray-strict"]
+RoutingPolicy = Literal[
+    "expected-ttft",
+    "ray",
+    "residency-p2c",
+    "p2c",
+    "least-loaded",
+    "round-robin",
+    "random",
+    "ray-strict",
+]
 """What gateway/routing/registry.py makes; docs/ROUTING.md says which to choose."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -24,20 +35,25 @@ _MIB = 1 << 20
 _GIB = 1 << 30
 _BEATS_PER_LEASE = 3  # losing any one heartbeat must change nothing but time
 _KEYS_HINT = (
-    "keys do not belong in this file; name a variable in api_keys_env (comma-separated keys) or a file in api_keys_file (one per line)"
+    "keys do not belong in this file; name a variable in api_keys_env (comma-separated "
+    "keys) or a file in api_keys_file (one per line)"
 )
 _ADMIN_KEYS_HINT = _KEYS_HINT.replace("api_keys", "admin_keys")
 
 
 class LinkConfig(Section, frozen=True, kw_only=True):
-    """The sockets between gateway and workers: "ipc" (same machine) or tcp://host:port, one for control and one for data.
+    """The sockets between gateway and workers: "ipc" (same machine) or tcp://host:port, one for
+    control and one for data.
 
-    Beyond this machine the link needs `secret_env`, the name of a variable with a shared secret, or an explicit `insecure: true`.
-    `peer` is where a worker gives adapters to workers of other hosts: tcp://host:port (port 0: any free one, else the first free one from
-    there on), "off", or "auto": every address and any free port where the link leaves this machine and has a secret, else off.
+    Beyond this machine the link needs `secret_env`, the name of a variable with a shared secret, or
+    an explicit `insecure: true`. `peer` is where a worker gives adapters to workers of other hosts:
+    tcp://host:port (port 0: any free one, else the first free one from there on), "off", or "auto":
+    every address and any free port where the link leaves this machine and has a secret, else off.
     """
 
-    REFUSED: ClassVar[Mapping[str, str]] = {"secret": "secrets do not belong in this file; name an environment variable in secret_env"}
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "secret": "secrets do not belong in this file; name an environment variable in secret_env"
+    }
     SECRET: ClassVar[frozenset[str]] = frozenset({"secret_env"})
 
     control: Text = "ipc"
@@ -52,7 +68,11 @@ class LinkConfig(Section, frozen=True, kw_only=True):
         if self.peer != "auto":
             return "" if self.peer == "off" else self.peer
         match = _TCP.fullmatch(self.control)
-        return "tcp://0.0.0.0:0" if match is not None and not is_loopback(match["host"]) and self.secret_env else ""
+        return (
+            "tcp://0.0.0.0:0"
+            if match is not None and not is_loopback(match["host"]) and self.secret_env
+            else ""
+        )
 
     @classmethod
     def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -69,27 +89,38 @@ class LinkConfig(Section, frozen=True, kw_only=True):
                 continue
             match = _TCP.fullmatch(endpoint)
             if match is None or not 0 <= int(match["port"]) <= 65535:
-                yield Finding((name,), f"expected {', '.join(words)} or tcp://host:port, got {shown(endpoint)}")
+                yield Finding(
+                    (name,),
+                    f"expected {', '.join(words)} or tcp://host:port, got {shown(endpoint)}",
+                )
             else:
                 hosts[name] = match["host"]
         control, data = values.get("control"), values.get("data")
         if control is not None and data is not None:
             if (control == "ipc") != (data == "ipc"):
-                yield Finding(("data",), "control and data must both be ipc, or both tcp://host:port", other=("control",))
+                yield Finding(
+                    ("data",),
+                    "control and data must both be ipc, or both tcp://host:port",
+                    other=("control",),
+                )
             elif control == data != "ipc" and not control.endswith(":0"):
                 yield Finding(("data",), "control and data need two ports", other=("control",))
         yield from _variable_rule("secret_env", values.get("secret_env"))
         if values.get("secret_env") is None and values.get("insecure") is False:
             for name, host in hosts.items():
                 if not is_loopback(host):
-                    text = f"{shown(host)} is reachable from other machines; set secret_env, or insecure: true on a private network"
+                    text = (
+                        f"{shown(host)} is reachable from other machines; set secret_env, "
+                        "or insecure: true on a private network"
+                    )
                     yield Finding((name,), text)
 
 
 class GatewayConfig(Section, frozen=True, kw_only=True):
     """One gateway. `state_dir` holds cached adapters and sockets; `processes` share one port.
 
-    `disk_cache_bytes` bounds the cached adapters of this machine, of all its workers together; 0: as much as the disk holds.
+    `disk_cache_bytes` bounds the cached adapters of this machine, of all its workers together; 0:
+    as much as the disk holds.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {
@@ -116,7 +147,8 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     heartbeat_s: Seconds = 0.1
     link: LinkConfig = msgspec.field(default_factory=LinkConfig)
     state_dir: Text = "~/.cache/loraplex"
-    disk_cache_bytes: Annotated[int, Meta(ge=0)] = 50 * _GIB  # some 2,000 adapters of 26 MiB, and a quarter of a usual node disk
+    # some 2,000 adapters of 26 MiB, and a quarter of a usual node disk
+    disk_cache_bytes: Annotated[int, Meta(ge=0)] = 50 * _GIB
     routing_policy: RoutingPolicy = "expected-ttft"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     slow_reader_bytes: Positive = _MIB
@@ -135,14 +167,23 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
         yield from _variable_rule("api_keys_env", values.get("api_keys_env"))
         yield from _variable_rule("admin_keys_env", values.get("admin_keys_env"))
         lease_s, heartbeat_s = values.get("lease_s"), values.get("heartbeat_s")
-        if lease_s is not None and heartbeat_s is not None and lease_s < _BEATS_PER_LEASE * heartbeat_s:
+        if (
+            lease_s is not None
+            and heartbeat_s is not None
+            and lease_s < _BEATS_PER_LEASE * heartbeat_s
+        ):
             text = (
-                f"must be at least {_BEATS_PER_LEASE} heartbeats ({_BEATS_PER_LEASE * heartbeat_s:g}), or one lost heartbeat loses a worker"
+                f"must be at least {_BEATS_PER_LEASE} heartbeats "
+                f"({_BEATS_PER_LEASE * heartbeat_s:g}), or one lost heartbeat loses a "
+                "worker"
             )
             yield Finding(("lease_s",), text, other=("heartbeat_s",))
         host, keys = values.get("host"), (values.get("api_keys_env"), values.get("api_keys_file"))
         if host is not None and not is_loopback(host) and keys == (None, None):
-            text = f"{shown(host)} is reachable from other machines and no API keys are required; set api_keys_env or api_keys_file"
+            text = (
+                f"{shown(host)} is reachable from other machines and no API keys are "
+                "required; set api_keys_env or api_keys_file"
+            )
             yield Finding(("host",), text, "warning")
 
 
@@ -158,4 +199,7 @@ def is_loopback(host: str) -> bool:
 
 def _variable_rule(key: str, name: str | None) -> Iterator[Finding]:
     if name is not None and _VARIABLE.fullmatch(name) is None:
-        yield Finding((key,), "expected the name of an environment variable (letters, digits and _), not its value")
+        yield Finding(
+            (key,),
+            "expected the name of an environment variable (letters, digits and _), not its value",
+        )

@@ -10,7 +10,9 @@ from shared.config.llm import Settings
 from shared.config.yaml import load_settings
 
 SERVE_SETTINGS = ".settings.json"
-"""How the name of the file ends that `serve` writes for its children, into a folder that it removes."""
+"""How the name of the file ends that `serve` writes for its children, into a folder that it
+removes.
+"""
 
 
 def read_settings(path: str) -> Settings:

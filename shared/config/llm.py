@@ -1,7 +1,9 @@
-"""Pure. The model configuration (`LLMConfig`, Ray Serve LLM's names) and the settings of a whole file.
+"""Pure. The model configuration (`LLMConfig`, Ray Serve LLM's names) and the settings of a whole
+file.
 
-Everything that Ray's Python API accepts is accepted here: `LLMConfig(model_loading_config={...}, lora_config=dict(...), ...)`.
-Semantics and defaults were checked against Ray 2.60 (ray/llm/_internal/serve/core/configs/llm_config.py, ray/serve/config.py).
+Everything that Ray's Python API accepts is accepted here: `LLMConfig(model_loading_config={...},
+lora_config=dict(...), ...)`. Semantics and defaults were checked against Ray 2.60
+(ray/llm/_internal/serve/core/configs/llm_config.py, ray/serve/config.py).
 """
 
 from __future__ import annotations
@@ -13,10 +15,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import msgspec
 from msgspec import Struct
 
-from shared.config.deployment import UNLIMITED_REQUESTS, AutoscalingConfig, AutoscalingPolicy, BackpressureConfig, DeploymentConfig
+from shared.config.deployment import (
+    UNLIMITED_REQUESTS,
+    AutoscalingConfig,
+    AutoscalingPolicy,
+    BackpressureConfig,
+    DeploymentConfig,
+)
 from shared.config.engine import LORA_RANKS, SimTiming, engine_findings, sim_timing, unknown_kwargs
 from shared.config.gateway import GatewayConfig, LinkConfig
-from shared.config.parts import DEFAULT_MAX_LORAS, AcceleratorConfig, LoraConfig, ModelLoadingConfig, StoreConfig, Text
+from shared.config.parts import (
+    DEFAULT_MAX_LORAS,
+    AcceleratorConfig,
+    LoraConfig,
+    ModelLoadingConfig,
+    StoreConfig,
+    Text,
+)
 from shared.config.section import Finding, Section
 
 __all__ = [
@@ -47,21 +62,32 @@ _ENGINES = {"vllm": "vLLM", "sim": "sim"}
 class LLMConfig(Section, frozen=True, kw_only=True):
     """One base model, its adapters and its workers.
 
-    Sections may be given as dicts. Raises ConfigError, with all problems at once, for what cannot work.
+    Sections may be given as dicts. Raises ConfigError, with all problems at once, for what cannot
+    work.
     """
 
     IGNORED: ClassVar[Mapping[str, str]] = {
-        "runtime_env": "workers run in the environment of `loraplex`; install packages and export variables before starting it",
-        "placement_group_config": "workers run on this machine, each with the GPUs that its tensor and pipeline parallel sizes ask for",
+        "runtime_env": "workers run in the environment of `loraplex`; install packages and export "
+        "variables before starting it",
+        "placement_group_config": "workers run on this machine, each with the GPUs that its tensor and pipeline "
+        "parallel sizes ask for",
         "server_cls": "there is one kind of worker",
         "experimental_configs": "they tune Ray's own request path; tokens are sent on as the engine makes them",
         "callback_config": "there is no Ray initialisation to hook into",
     }
 
     REFUSED: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("model_id", "model_source", "tokenizer_source"), "belongs in model_loading_config"),
-        **dict.fromkeys(("enable_lora", "max_loras", "max_lora_rank", "max_model_len", "tensor_parallel_size"), "belongs in engine_kwargs"),
-        **dict.fromkeys(("num_replicas", "autoscaling_config", "max_ongoing_requests"), "belongs in deployment_config"),
+        **dict.fromkeys(
+            ("model_id", "model_source", "tokenizer_source"), "belongs in model_loading_config"
+        ),
+        **dict.fromkeys(
+            ("enable_lora", "max_loras", "max_lora_rank", "max_model_len", "tensor_parallel_size"),
+            "belongs in engine_kwargs",
+        ),
+        **dict.fromkeys(
+            ("num_replicas", "autoscaling_config", "max_ongoing_requests"),
+            "belongs in deployment_config",
+        ),
     }
 
     model_loading_config: ModelLoadingConfig
@@ -79,7 +105,8 @@ class LLMConfig(Section, frozen=True, kw_only=True):
     callback_config: Any = None
 
     if TYPE_CHECKING:
-        # msgspec makes the constructor, __post_init__ turns dicts into sections; this is what it accepts.
+        # msgspec makes the constructor, __post_init__ turns dicts into sections; this is what it
+        # accepts.
         def __init__(
             self,
             *,
@@ -124,7 +151,9 @@ class LLMConfig(Section, frozen=True, kw_only=True):
 
     @property
     def max_loras(self) -> int:
-        """Adapter slots per worker: engine_kwargs.max_loras, else lora_config.max_num_adapters_per_replica, else Ray's 16."""
+        """Adapter slots per worker: engine_kwargs.max_loras, else
+        lora_config.max_num_adapters_per_replica, else Ray's 16.
+        """
         asked = self.lora_config.max_num_adapters_per_replica if self.lora_config else None
         return self.engine_kwargs.get("max_loras") or asked or DEFAULT_MAX_LORAS
 
@@ -135,10 +164,16 @@ class LLMConfig(Section, frozen=True, kw_only=True):
 
     @property
     def gpus_per_worker(self) -> int:
-        """Tensor times pipeline parallel size; 0 for the simulated engine and for `accelerator_config: {kind: cpu}`."""
-        if self.llm_engine == "sim" or (self.accelerator_config is not None and self.accelerator_config.kind == "cpu"):
+        """Tensor times pipeline parallel size; 0 for the simulated engine and for
+        `accelerator_config: {kind: cpu}`.
+        """
+        if self.llm_engine == "sim" or (
+            self.accelerator_config is not None and self.accelerator_config.kind == "cpu"
+        ):
             return 0
-        tensor, pipeline = (self.engine_kwargs.get(f"{kind}_parallel_size") or 1 for kind in ("tensor", "pipeline"))
+        tensor, pipeline = (
+            self.engine_kwargs.get(f"{kind}_parallel_size") or 1 for kind in ("tensor", "pipeline")
+        )
         return int(tensor * pipeline)
 
     @property
@@ -152,7 +187,8 @@ class LLMConfig(Section, frozen=True, kw_only=True):
             given["llm_engine"] = _ENGINES.get(given["llm_engine"].lower(), given["llm_engine"])
         for name in ("server_cls", "callback_config"):
             if given.get(name) is not None:
-                given[name] = str(given[name])  # unused, and a class would not travel to the worker processes
+                # unused, and a class would not travel to the worker processes
+                given[name] = str(given[name])
         return given
 
     @classmethod
@@ -163,8 +199,8 @@ class LLMConfig(Section, frozen=True, kw_only=True):
 class Settings(Struct, frozen=True, kw_only=True):
     """A whole configuration file. Plain data: it travels to worker processes as JSON.
 
-    `source` is the file (or what built it); `warnings` are lines for the log; `places` maps a key (`llm_configs[0].engine_kwargs.max_loras`)
-    to `file:line`, for checks that come later.
+    `source` is the file (or what built it); `warnings` are lines for the log; `places` maps a key
+    (`llm_configs[0].engine_kwargs.max_loras`) to `file:line`, for checks that come later.
     """
 
     models: tuple[LLMConfig, ...]
@@ -180,37 +216,57 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 
 def check_engine_kwargs(config: LLMConfig, known: frozenset[str]) -> list[str]:
-    """One line for each of the model's engine_kwargs that vLLM does not have; `known` are vLLM's own names."""
+    """One line for each of the model's engine_kwargs that vLLM does not have; `known` are vLLM's
+    own names.
+    """
     if config.llm_engine == "sim":
         return []
-    return [f"{config.model_id}: engine_kwargs.{key}: {text}" for key, text in unknown_kwargs(config.engine_kwargs, known)]
+    return [
+        f"{config.model_id}: engine_kwargs.{key}: {text}"
+        for key, text in unknown_kwargs(config.engine_kwargs, known)
+    ]
 
 
 def engine_kwargs_problems(settings: Settings, known: frozenset[str]) -> list[str]:
-    """The same for all models of a file, each line with its place: `file:line: key: what is wrong`."""
+    """The same for all models of a file, each line with its place: `file:line: key: what is
+    wrong`.
+    """
     lines = []
     for model, path in zip(settings.models, settings.model_paths, strict=True):
         if model.llm_engine == "sim":
             continue
         for key, text in unknown_kwargs(model.engine_kwargs, known):
             dotted_key = f"{path}.engine_kwargs.{key}"
-            lines.append(f"{settings.places.get(dotted_key, settings.source)}: {dotted_key}: {text}")
+            lines.append(
+                f"{settings.places.get(dotted_key, settings.source)}: {dotted_key}: {text}"
+            )
     return lines
 
 
 def rooted(config: LLMConfig, base_dir: str, home: str | None = None) -> LLMConfig:
-    """The config with its local paths made absolute: adapters and ./model folders relative to `base_dir`, ~ to `home`."""
+    """The config with its local paths made absolute: adapters and ./model folders relative to
+    `base_dir`, ~ to `home`.
+    """
     loading, lora = config.model_loading_config, config.lora_config
-    source, tokenizer = (_explicit(path, base_dir, home) for path in (config.model_loading_config.model_source, loading.tokenizer_source))
+    source, tokenizer = (
+        _explicit(path, base_dir, home)
+        for path in (config.model_loading_config.model_source, loading.tokenizer_source)
+    )
     loading = msgspec.structs.replace(loading, model_source=source, tokenizer_source=tokenizer)
     if lora is not None and lora.dynamic_lora_loading_path is not None:
         path = lora.dynamic_lora_loading_path
-        lora = msgspec.structs.replace(lora, dynamic_lora_loading_path=path if "://" in path else local_path(path, base_dir, home))
+        lora = msgspec.structs.replace(
+            lora,
+            dynamic_lora_loading_path=path if "://" in path else local_path(path, base_dir, home),
+        )
     return msgspec.structs.replace(config, model_loading_config=loading, lora_config=lora)
 
 
 def rooted_gateway(config: GatewayConfig, base_dir: str, home: str | None = None) -> GatewayConfig:
-    api, admin = (None if path is None else local_path(path, base_dir, home) for path in (config.api_keys_file, config.admin_keys_file))
+    api, admin = (
+        None if path is None else local_path(path, base_dir, home)
+        for path in (config.api_keys_file, config.admin_keys_file)
+    )
     return msgspec.structs.replace(
         config,
         state_dir=local_path(config.state_dir, base_dir, home),

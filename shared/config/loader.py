@@ -1,4 +1,6 @@
-"""Pure. A whole configuration file -> Settings: Ray Serve's file forms, included files, and what only holds across models."""
+"""Pure. A whole configuration file -> Settings: Ray Serve's file forms, included files, and what
+only holds across models.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,17 @@ from shared.config.document import Document, read_document
 from shared.config.file import AppArgs, Application, ConfigFile
 from shared.config.gateway import GatewayConfig
 from shared.config.llm import LLMConfig, Settings, rooted, rooted_gateway
-from shared.config.section import Finding, Path, Section, dotted, error_lines, read_fields, read_section, shown, warning_lines
+from shared.config.section import (
+    Finding,
+    Path,
+    Section,
+    dotted,
+    error_lines,
+    read_fields,
+    read_section,
+    shown,
+    warning_lines,
+)
 from shared.errors import ConfigError
 
 ReadFile = Callable[[str], str]
@@ -25,7 +37,9 @@ _T = TypeVar("_T", bound=Section)
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a configuration came from: `source` names it in messages, relative paths start at `base_dir`, ~ is `home`."""
+    """Where a configuration came from: `source` names it in messages, relative paths start at
+    `base_dir`, ~ is `home`.
+    """
 
     source: str
     base_dir: str
@@ -44,7 +58,9 @@ class Report:
 
     def locate(self, document: Document, path: Path) -> None:
         """Note the lines of a document whose root stands at `path`."""
-        self.places.update({(*path, *key): f"{document.source}:{line}" for key, line in document.lines.items()})
+        self.places.update(
+            {(*path, *key): f"{document.source}:{line}" for key, line in document.lines.items()}
+        )
         self.errors += document.problems
 
     def where(self, path: Path) -> str:
@@ -84,12 +100,22 @@ class Report:
     def raise_if_errors(self) -> None:
         if self.errors:
             lines = sorted(dict.fromkeys(self.errors), key=self._order)
-            more = [f"... and {len(lines) - MAX_PROBLEMS} more"] if len(lines) > MAX_PROBLEMS else []
+            more = (
+                [f"... and {len(lines) - MAX_PROBLEMS} more"] if len(lines) > MAX_PROBLEMS else []
+            )
             raise ConfigError("\n".join(lines[:MAX_PROBLEMS] + more))
 
 
-def parse_settings(text: str, source: str, read_file: ReadFile, *, base_dir: str | None = None, home: str | None = None) -> Settings:
-    """A configuration file's text -> Settings. Relative paths in it start at `base_dir`, by default the folder of `source`.
+def parse_settings(
+    text: str,
+    source: str,
+    read_file: ReadFile,
+    *,
+    base_dir: str | None = None,
+    home: str | None = None,
+) -> Settings:
+    """A configuration file's text -> Settings. Relative paths in it start at `base_dir`, by default
+    the folder of `source`.
 
     Raises: ConfigError, one line per problem: `file:line: key: what is wrong; what to do`.
     """
@@ -99,12 +125,16 @@ def parse_settings(text: str, source: str, read_file: ReadFile, *, base_dir: str
     if document.value is None and not report.errors:
         report.errors.append(f"{source}: is empty; expected llm_configs: with at least one model")
     report.raise_if_errors()  # the keys of a file that is not YAML are anybody's guess
-    origin = Origin(source, os.path.dirname(source) if base_dir is None else base_dir, home, read_file)
+    origin = Origin(
+        source, os.path.dirname(source) if base_dir is None else base_dir, home, read_file
+    )
     top = report.fields(ConfigFile, document.value, ())
     if not isinstance(document.value, dict):
         report.raise_if_errors()
     http = top.get("http_options")
-    listen = {key: value for key in ("host", "port") if (value := getattr(http, key, None)) is not None}
+    listen = {
+        key: value for key in ("host", "port") if (value := getattr(http, key, None)) is not None
+    }
     if top.get("applications") is None:
         return _settings(report, origin, top, (), listen)
     args, path = _application(report, top)
@@ -128,13 +158,23 @@ def _application(report: Report, top: Mapping[str, Any]) -> tuple[dict[str, Any]
     path: Path = ("applications",)
     applications = top["applications"]
     if top.get("llm_configs") is not None:
-        report.error(path, "llm_configs stands both here and at the top level; keep one of the two", other=("llm_configs",))
+        report.error(
+            path,
+            "llm_configs stands both here and at the top level; keep one of the two",
+            other=("llm_configs",),
+        )
     if not isinstance(applications, list) or not applications:
-        report.error(path, f"expected a list with one application, got {shown(applications) if applications else 'an empty one'}")
+        report.error(
+            path,
+            "expected a list with one application, got "
+            f"{shown(applications) if applications else 'an empty one'}",
+        )
         report.raise_if_errors()
     if len(applications) > 1:
         report.error(
-            (*path, 1), f"{len(applications)} applications, but one gateway serves all models; merge their llm_configs into the first"
+            (*path, 1),
+            f"{len(applications)} applications, but one gateway serves all models; "
+            "merge their llm_configs into the first",
         )
     app = report.fields(Application, applications[0], (*path, 0))
     args_path = (*path, 0, "args")
@@ -145,7 +185,12 @@ def _application(report: Report, top: Mapping[str, Any]) -> tuple[dict[str, Any]
 
 
 def _settings(
-    report: Report, origin: Origin, args: Mapping[str, Any], path: Path, listen: Mapping[str, Any], gateway_path: Path | None = None
+    report: Report,
+    origin: Origin,
+    args: Mapping[str, Any],
+    path: Path,
+    listen: Mapping[str, Any],
+    gateway_path: Path | None = None,
 ) -> Settings:
     gateway = _gateway(report, args.get("gateway"), gateway_path or (*path, "gateway"), listen)
     entries, here = args.get("llm_configs"), (*path, "llm_configs")
@@ -155,7 +200,11 @@ def _settings(
     elif not isinstance(entries, list | tuple):
         report.error(here, f"expected a list of models, got {shown(entries)}")
         entries = []
-    models = [(model, (*here, n)) for n, entry in enumerate(entries) if (model := _model(report, origin, entry, (*here, n))) is not None]
+    models = [
+        (model, (*here, n))
+        for n, entry in enumerate(entries)
+        if (model := _model(report, origin, entry, (*here, n))) is not None
+    ]
     _refuse_twins(report, models)
     report.raise_if_errors()
     assert gateway is not None
@@ -169,13 +218,20 @@ def _settings(
     )
 
 
-def _gateway(report: Report, raw: object, path: Path, listen: Mapping[str, Any]) -> GatewayConfig | None:
+def _gateway(
+    report: Report, raw: object, path: Path, listen: Mapping[str, Any]
+) -> GatewayConfig | None:
     if raw is None:
         raw = {}
     if isinstance(raw, Mapping):
         for key in listen:
             if raw.get(key) not in (None, listen[key]):
-                found = Finding(("http_options", key), f"has no effect here: gateway.{key} is set", "warning", other=(*path, key))
+                found = Finding(
+                    ("http_options", key),
+                    f"has no effect here: gateway.{key} is set",
+                    "warning",
+                    other=(*path, key),
+                )
                 report.add([found])
         taken = {key: value for key, value in listen.items() if raw.get(key) is None}
         report.places.update({(*path, key): report.where(("http_options", key)) for key in taken})
@@ -204,7 +260,11 @@ def _included(report: Report, origin: Origin, name: str, file: str, path: Path) 
     try:
         text = origin.read_file(file)
     except OSError as exc:
-        report.error(path, f"cannot read {shown(name)}: {exc.strerror or 'not readable'}; paths are relative to this file")
+        report.error(
+            path,
+            f"cannot read {shown(name)}: {exc.strerror or 'not readable'}; paths are "
+            "relative to this file",
+        )
         return None
     except UnicodeDecodeError:
         report.error(path, f"cannot read {shown(name)}: it is not UTF-8 text")
@@ -228,5 +288,9 @@ def _refuse_twins(report: Report, models: Sequence[tuple[LLMConfig, Path]]) -> N
     for model, path in models:
         here = (*path, "model_loading_config", "model_id")
         if model.model_id in seen:
-            report.error(here, f"{shown(model.model_id)} is the id of two models; ids must be unique", other=seen[model.model_id])
+            report.error(
+                here,
+                f"{shown(model.model_id)} is the id of two models; ids must be unique",
+                other=seen[model.model_id],
+            )
         seen.setdefault(model.model_id, here)

@@ -1,4 +1,6 @@
-"""Pure. The small sections of an LLMConfig: which model, which adapters, on what. Names and defaults are Ray Serve LLM's (2.60)."""
+"""Pure. The small sections of an LLMConfig: which model, which adapters, on what. Names and
+defaults are Ray Serve LLM's (2.60).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ _REMOTE = ("s3://", "gs://", "abfss://", "azure://")
 
 
 class ModelLoadingConfig(Section, frozen=True, kw_only=True):
-    """Which model to serve, under which name. `model_source` is a Hugging Face id or a local folder; without it, `model_id` is the id."""
+    """Which model to serve, under which name. `model_source` is a Hugging Face id or a local
+    folder; without it, `model_id` is the id.
+    """
 
     model_id: Text
     model_source: str | dict[str, Any] | None = None
@@ -38,25 +42,38 @@ class ModelLoadingConfig(Section, frozen=True, kw_only=True):
         source = values.get("model_source")
         if isinstance(source, dict):
             yield Finding(
-                ("model_source",), "mirrors of a model in cloud storage are not supported; download it first and give the local folder"
+                ("model_source",),
+                "mirrors of a model in cloud storage are not supported; download it "
+                "first and give the local folder",
             )
         elif isinstance(source, str) and source.startswith(_REMOTE):
             yield Finding(
                 ("model_source",),
-                f"a model in cloud storage ({shown(source)}) is not supported; download it first and give the local folder",
+                f"a model in cloud storage ({shown(source)}) is not supported; "
+                "download it first and give the local folder",
             )
         elif source == "":
-            yield Finding(("model_source",), "is empty; give a Hugging Face id or a local folder, or leave it out to use model_id")
+            yield Finding(
+                ("model_source",),
+                "is empty; give a Hugging Face id or a local folder, or leave it out "
+                "to use model_id",
+            )
 
 
 def _model_id_rules(model_id: str) -> Iterator[Finding]:
     path = ("model_id",)
     if ":" in model_id:
         yield Finding(
-            path, f"{shown(model_id)} contains ':', which separates a base model from its adapter in requests; choose another name"
+            path,
+            f"{shown(model_id)} contains ':', which separates a base model from its "
+            "adapter in requests; choose another name",
         )
     if any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in model_id):
-        yield Finding(path, f"{shown(model_id)} contains control characters, which clients, logs and metrics cannot carry; remove them")
+        yield Finding(
+            path,
+            f"{shown(model_id)} contains control characters, which clients, logs and "
+            "metrics cannot carry; remove them",
+        )
     elif model_id != model_id.strip():
         yield Finding(path, f"{shown(model_id)} begins or ends with a blank; remove it")
     if len(model_id) > _MODEL_ID_CHARS:
@@ -64,11 +81,21 @@ def _model_id_rules(model_id: str) -> Iterator[Finding]:
 
 
 class StoreConfig(Section, frozen=True, kw_only=True):
-    """How to reach the adapter store (ours, not Ray's). Credentials come from the environment or the named profile, never from here."""
+    """How to reach the adapter store (ours, not Ray's). Credentials come from the environment or
+    the named profile, never from here.
+    """
 
     REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("access_key_id", "secret_access_key", "aws_access_key_id", "aws_secret_access_key", "session_token", "credentials"),
-        "credentials do not belong in this file; use the environment, a profile, or the role of the machine",
+        (
+            "access_key_id",
+            "secret_access_key",
+            "aws_access_key_id",
+            "aws_secret_access_key",
+            "session_token",
+            "credentials",
+        ),
+        "credentials do not belong in this file; use the environment, a profile, or "
+        "the role of the machine",
     )
 
     endpoint_url: Text | None = None
@@ -80,17 +107,24 @@ class StoreConfig(Section, frozen=True, kw_only=True):
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
         url = values.get("endpoint_url")
         if isinstance(url, str) and not url.startswith(("http://", "https://")):
-            yield Finding(("endpoint_url",), f"expected http://host:port or https://host, got {shown(url)}")
+            yield Finding(
+                ("endpoint_url",), f"expected http://host:port or https://host, got {shown(url)}"
+            )
         elif isinstance(url, str) and "@" in url:
-            yield Finding(("endpoint_url",), "credentials do not belong in this file; use the environment or a profile")
+            yield Finding(
+                ("endpoint_url",),
+                "credentials do not belong in this file; use the environment or a profile",
+            )
 
 
 class LoraConfig(Section, frozen=True, kw_only=True):
     """Where the adapters are, and how many a worker holds at once.
 
-    `max_num_adapters_per_replica` unset means `engine_kwargs.max_loras`, or 16; read `LLMConfig.max_loras` for the number that holds.
-    `download_timeout_s` None means no limit. A folder per adapter lies directly under `dynamic_lora_loading_path`.
-    Ours, not Ray's: every worker loads the adapters of `preload` as soon as it serves, and those of `pin` too, which then keep their slots.
+    `max_num_adapters_per_replica` unset means `engine_kwargs.max_loras`, or 16; read
+    `LLMConfig.max_loras` for the number that holds. `download_timeout_s` None means no limit. A
+    folder per adapter lies directly under `dynamic_lora_loading_path`. Ours, not Ray's: every
+    worker loads the adapters of `preload` as soon as it serves, and those of `pin` too, which then
+    keep their slots.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(
@@ -108,20 +142,30 @@ class LoraConfig(Section, frozen=True, kw_only=True):
 
     @property
     def alias_configs(self) -> dict[str, AliasConfig]:
-        return {name: raw if isinstance(raw, AliasConfig) else msgspec.convert(raw, AliasConfig) for name, raw in self.aliases.items()}
+        return {
+            name: raw if isinstance(raw, AliasConfig) else msgspec.convert(raw, AliasConfig)
+            for name, raw in self.aliases.items()
+        }
 
     @classmethod
     def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
         if isinstance(given.get("aliases"), Mapping):
             given["aliases"] = {name: plain_alias(raw) for name, raw in given["aliases"].items()}
         timeout_s = given.get("download_timeout_s")
-        if isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool) and timeout_s <= 0:
+        if (
+            isinstance(timeout_s, int | float)
+            and not isinstance(timeout_s, bool)
+            and timeout_s <= 0
+        ):
             given["download_timeout_s"] = None  # as in Ray
         path = given.get("dynamic_lora_loading_path")
         if isinstance(path, str) and path:
             given["dynamic_lora_loading_path"] = path = _plain(path)
             store = given.get("store")
-            if path.startswith("s3://anonymous@") and isinstance(store, StoreConfig | Mapping | None):  # Ray's way to say "unsigned"
+            # Ray's way to say "unsigned"
+            if path.startswith("s3://anonymous@") and isinstance(
+                store, StoreConfig | Mapping | None
+            ):
                 given["dynamic_lora_loading_path"] = "s3://" + path.removeprefix("s3://anonymous@")
                 given["store"] = _anonymous(store)
         return given
@@ -136,21 +180,37 @@ class LoraConfig(Section, frozen=True, kw_only=True):
             names = values.get(key) or ()
             yield from _name_rules(key, names)
             if names and "dynamic_lora_loading_path" in values and path is None:
-                yield Finding((key,), "names adapters, but dynamic_lora_loading_path does not say where they are; set it")
+                yield Finding(
+                    (key,),
+                    "names adapters, but dynamic_lora_loading_path does not say where "
+                    "they are; set it",
+                )
         if aliases and "dynamic_lora_loading_path" in values and path is None:
-            yield Finding(("aliases",), "aliases stand for adapters, but dynamic_lora_loading_path does not say where they are; set it")
+            yield Finding(
+                ("aliases",),
+                "aliases stand for adapters, but dynamic_lora_loading_path does not "
+                "say where they are; set it",
+            )
         if not isinstance(path, str):
             return
         here = ("dynamic_lora_loading_path",)
         scheme, separator, rest = path.partition("://")
         if scheme in ("abfss", "azure") and separator:
-            yield Finding(here, "Azure storage is not supported; use s3://, gs:// or a local folder")
+            yield Finding(
+                here, "Azure storage is not supported; use s3://, gs:// or a local folder"
+            )
         elif separator and scheme not in ("s3", "gs"):
-            yield Finding(here, f"expected s3://bucket/folder, gs://bucket/folder or a local folder, got {shown(path)}")
+            yield Finding(
+                here,
+                "expected s3://bucket/folder, gs://bucket/folder or a local folder, "
+                f"got {shown(path)}",
+            )
         elif separator and (not rest.strip("/") or rest.startswith("/")):
             yield Finding(here, f"{shown(path)} names no bucket; write {scheme}://bucket/folder")
         elif separator and "@" in rest.partition("/")[0]:
-            yield Finding(here, "credentials do not belong in this file; use the environment or a profile")
+            yield Finding(
+                here, "credentials do not belong in this file; use the environment or a profile"
+            )
 
 
 def _name_rules(key: str, names: tuple[str, ...]) -> Iterator[Finding]:
@@ -158,7 +218,10 @@ def _name_rules(key: str, names: tuple[str, ...]) -> Iterator[Finding]:
         try:
             check_name(name)
         except AdapterNotFound:
-            text = f"{shown(name)} is no adapter's name: write it without the model, of letters, digits, '.', '_', '-' and '/'"
+            text = (
+                f"{shown(name)} is no adapter's name: write it without the model, of "
+                "letters, digits, '.', '_', '-' and '/'"
+            )
             yield Finding((key, n), text)
         if name in names[:n]:
             yield Finding((key, n), f"{shown(name)} stands here twice; remove one")
@@ -173,7 +236,11 @@ def _plain(path: str) -> str:
 
 
 def _anonymous(store: StoreConfig | Mapping[str, Any] | None) -> dict[str, Any]:
-    given = {name: getattr(store, name) for name in store.__struct_fields__} if isinstance(store, StoreConfig) else dict(store or {})
+    given = (
+        {name: getattr(store, name) for name in store.__struct_fields__}
+        if isinstance(store, StoreConfig)
+        else dict(store or {})
+    )
     return {**given, "anonymous": True}
 
 

@@ -1,6 +1,8 @@
-"""Pure. How one section of the configuration is read: plain values in, a frozen Struct and every finding out, each with the path of its key.
+"""Pure. How one section of the configuration is read: plain values in, a frozen Struct and every
+finding out, each with the path of its key.
 
-The sections themselves (`shared.config_*`) declare fields, types and rules; this module turns them into messages that a person can act on.
+The sections themselves (`shared.config_*`) declare fields, types and rules; this module turns them
+into messages that a person can act on.
 """
 
 from __future__ import annotations
@@ -23,15 +25,16 @@ Path: TypeAlias = tuple[str | int, ...]
 Where: TypeAlias = Callable[[Path], str]
 
 _SHOWN_CHARS = 60  # of an offending value or key in a message
-_NAMED_KEYS = 12  # an unknown key without a near one is answered with the known keys, if they are this few
+# an unknown key without a near one is answered with the known keys, if they are this few
+_NAMED_KEYS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """What is wrong at `path`, and what to do; `other` is a second key that has a part in it.
 
-    A warning names what has no effect. A stray is a key that nothing reads: an error, but the section's values hold, so that the rules
-    on them can be checked in the same run.
+    A warning names what has no effect. A stray is a key that nothing reads: an error, but the
+    section's values hold, so that the rules on them can be checked in the same run.
     """
 
     path: Path
@@ -41,23 +44,31 @@ class Finding:
 
 
 class Section(Struct, frozen=True, kw_only=True):
-    """A mapping of the configuration file. Also constructible in Python, where it raises for what the file reader reports."""
+    """A mapping of the configuration file. Also constructible in Python, where it raises for what
+    the file reader reports.
+    """
 
     IGNORED: ClassVar[Mapping[str, str]] = {}
     """Keys that are accepted and have no effect here -> why, and what happens instead."""
     REFUSED: ClassVar[Mapping[str, str]] = {}
     """Keys that are not fields and deserve a better answer than "unknown key"."""
     SECRET: ClassVar[frozenset[str]] = frozenset()
-    """Keys whose wrong values are not repeated in messages: someone may have pasted a secret there."""
+    """Keys whose wrong values are not repeated in messages: someone may have pasted a secret
+    there.
+    """
 
     @classmethod
     def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Normalise spellings before types are checked. Idempotent; sees only known keys, of any type."""
+        """Normalise spellings before types are checked. Idempotent; sees only known keys, of any
+        type.
+        """
         return given
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
-        """Rules between fields. `values` has the defaults filled in and lacks each field whose own value is already reported."""
+        """Rules between fields. `values` has the defaults filled in and lacks each field whose own
+        value is already reported.
+        """
         yield from ()
 
     def __post_init__(self) -> None:
@@ -74,7 +85,9 @@ S = TypeVar("S", bound=Section)
 
 
 def read_section(cls: type[S], raw: object, path: Path) -> tuple[S | None, list[Finding]]:
-    """The section at `path`, or None if its values do not hold. An instance (Python API) passes through with its warnings."""
+    """The section at `path`, or None if its values do not hold. An instance (Python API) passes
+    through with its warnings.
+    """
     if isinstance(raw, cls):
         return raw, read_fields(cls, _as_mapping(raw), path)[1]
     if not isinstance(raw, Mapping):
@@ -85,7 +98,9 @@ def read_section(cls: type[S], raw: object, path: Path) -> tuple[S | None, list[
     return cls(**values), findings
 
 
-def read_fields(cls: type[Section], raw: Mapping[Any, Any], path: Path) -> tuple[dict[str, Any], list[Finding]]:
+def read_fields(
+    cls: type[Section], raw: Mapping[Any, Any], path: Path
+) -> tuple[dict[str, Any], list[Finding]]:
     """The good values of a section's fields (defaults filled in) and the findings about the others.
 
     A None in the file means "not set", except for a field that takes None.
@@ -115,7 +130,11 @@ def read_fields(cls: type[Section], raw: Mapping[Any, Any], path: Path) -> tuple
 def under(path: Path, findings: Iterable[Finding]) -> Iterator[Finding]:
     """The findings of a part, as findings of the whole."""
     for found in findings:
-        yield replace(found, path=(*path, *found.path), other=None if found.other is None else (*path, *found.other))
+        yield replace(
+            found,
+            path=(*path, *found.path),
+            other=None if found.other is None else (*path, *found.other),
+        )
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:
@@ -135,12 +154,18 @@ def line(found: Finding, where: Where) -> str:
     """`file:line: key: what is wrong; what to do`."""
     see = "" if found.other is None else f" (see {dotted(found.other)}, {where(found.other)})"
     key = dotted(found.path)
-    return f"{where(found.path)}: {key}: {found.text}{see}" if key else f"{where(found.path)}: {found.text}{see}"
+    return (
+        f"{where(found.path)}: {key}: {found.text}{see}"
+        if key
+        else f"{where(found.path)}: {found.text}{see}"
+    )
 
 
 def dotted(path: Path) -> str:
     """("llm_configs", 0, "lora_config") -> "llm_configs[0].lora_config"."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{_printable(part)}" for part in path)
+    text = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{_printable(part)}" for part in path
+    )
     return text.removeprefix(".")
 
 
@@ -175,7 +200,9 @@ def expected(kind: inspect.Type) -> str:
     """A type in words."""
     match kind:
         case inspect.UnionType(types=types):
-            return " or ".join(expected(part) for part in types if not isinstance(part, inspect.NoneType))
+            return " or ".join(
+                expected(part) for part in types if not isinstance(part, inspect.NoneType)
+            )
         case inspect.IntType():
             return "a whole number" + _bounds(kind)
         case inspect.FloatType():
@@ -185,7 +212,9 @@ def expected(kind: inspect.Type) -> str:
         case inspect.StrType():
             return "some text" if kind.min_length else "text"
         case inspect.LiteralType(values=values):
-            return " or ".join(f"'{value}'" if isinstance(value, str) else str(value) for value in values)
+            return " or ".join(
+                f"'{value}'" if isinstance(value, str) else str(value) for value in values
+            )
         case inspect.ListType() | inspect.VarTupleType():
             return f"a list, each item {expected(kind.item_type)}"
         case inspect.DictType():
@@ -205,7 +234,9 @@ def _bounds(kind: inspect.IntType | inspect.FloatType) -> str:
     return f" ({', '.join(words)})" if words else ""
 
 
-def _read_value(field: FieldInfo, raw: object, path: Path, *, secret: bool) -> tuple[Any, list[Finding]]:
+def _read_value(
+    field: FieldInfo, raw: object, path: Path, *, secret: bool
+) -> tuple[Any, list[Finding]]:
     """The value of one field. The value means nothing if a finding is an error."""
     section = _section_of(field)
     if section is not None and raw is not None:
@@ -214,7 +245,9 @@ def _read_value(field: FieldInfo, raw: object, path: Path, *, secret: bool) -> t
         value = msgspec.convert(raw, field.type)
     except msgspec.ValidationError:
         got = "something else" if secret else shown(raw)
-        return None, [Finding(path, f"expected {expected(_kind(field))}, got {got}{_spelling(raw, field)}")]
+        return None, [
+            Finding(path, f"expected {expected(_kind(field))}, got {got}{_spelling(raw, field)}")
+        ]
     if isinstance(value, float) and not math.isfinite(value):
         return None, [Finding(path, f"expected {expected(_kind(field))}, got {value}")]
     return value, []
@@ -229,7 +262,11 @@ def _spelling(raw: object, field: FieldInfo) -> str:
         except ValueError:
             return ""
         if math.isfinite(number) and abs(number) < 1e18:
-            return f"; write it without quotes or exponent: {number:.0f}" if number.is_integer() else "; write it without quotes"
+            return (
+                f"; write it without quotes or exponent: {number:.0f}"
+                if number.is_integer()
+                else "; write it without quotes"
+            )
     if isinstance(raw, str) and "true or false" in words:
         return "; write true or false without quotes"
     return ""
@@ -250,7 +287,9 @@ def _unknown(cls: type[Section], key: object, path: Path) -> Finding:
 
 
 def _printable(text: str) -> str:
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_SHOWN_CHARS])
+    escaped = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_SHOWN_CHARS]
+    )
     return escaped + ("..." if len(text) > _SHOWN_CHARS else "")
 
 

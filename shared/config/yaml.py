@@ -1,4 +1,6 @@
-"""Shell. Reads configuration files, and builds settings from Python; what they mean is decided in `shared.config.loader`."""
+"""Shell. Reads configuration files, and builds settings from Python; what they mean is decided in
+`shared.config.loader`.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +29,31 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
         raise ConfigError(f"{source}: cannot be read: {exc.strerror or exc}") from exc
     except UnicodeDecodeError as exc:
         raise ConfigError(f"{source}: is not UTF-8 text; is this the right file?") from exc
-    return parse_settings(text, source, _read, base_dir=os.path.dirname(os.path.abspath(source)), home=os.path.expanduser("~"))
+    return parse_settings(
+        text,
+        source,
+        _read,
+        base_dir=os.path.dirname(os.path.abspath(source)),
+        home=os.path.expanduser("~"),
+    )
 
 
 def app_from_args(args: object) -> Settings:
-    """The settings from the argument of `build_openai_app`: {"llm_configs": [LLMConfig | dict | path], "gateway": {...}}.
+    """The settings from the argument of `build_openai_app`: {"llm_configs": [LLMConfig | dict |
+    path], "gateway": {...}}.
 
     Relative paths start at the working directory. Raises: ConfigError, one line per problem.
     """
-    return settings_from_args(args, Origin("build_openai_app", os.getcwd(), os.path.expanduser("~"), _read))
+    return settings_from_args(
+        args, Origin("build_openai_app", os.getcwd(), os.path.expanduser("~"), _read)
+    )
 
 
 def _read(path: str) -> str:
     with Path(path).open("rb") as file:
         data = file.read(_MAX_FILE_BYTES + 1)
     if len(data) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: is larger than {_MAX_FILE_BYTES} bytes; is this the right file?")
+        raise ConfigError(
+            f"{path}: is larger than {_MAX_FILE_BYTES} bytes; is this the right file?"
+        )
     return data.decode("utf-8")

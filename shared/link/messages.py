@@ -1,7 +1,9 @@
-"""Pure. Every message between gateways and workers, and between workers: ids, structs, one union and one typed decoder per direction and socket.
+"""Pure. Every message between gateways and workers, and between workers: ids, structs, one union
+and one typed decoder per direction and socket.
 
-Control (heartbeats, commands) and data (requests, frames) use separate sockets. Rules for change: new fields last, with defaults; unknown
-trailing fields are ignored by older peers; PROTOCOL_VERSION rises only when an old peer would misunderstand.
+Control (heartbeats, commands) and data (requests, frames) use separate sockets. Rules for change:
+new fields last, with defaults; unknown trailing fields are ignored by older peers; PROTOCOL_VERSION
+rises only when an old peer would misunderstand.
 """
 
 from __future__ import annotations
@@ -17,9 +19,13 @@ from shared.adapters.identity import AdapterRef, StoredAdapter
 PROTOCOL_VERSION = 1
 
 WorkerId: TypeAlias = str
-"""Chosen by whoever starts the worker; unique among live workers. A restarted worker may reuse it with a new epoch."""
+"""Chosen by whoever starts the worker; unique among live workers. A restarted worker may reuse it
+with a new epoch.
+"""
 StreamId: TypeAlias = int
-"""One attempt of one request on one worker, unique within a gateway process; a retried request gets a new one, so late frames find nobody."""
+"""One attempt of one request on one worker, unique within a gateway process; a retried request gets
+a new one, so late frames find nobody.
+"""
 
 
 class WorkerState(IntEnum):
@@ -39,7 +45,8 @@ class Tier(IntEnum):
 
 
 class AdapterState(msgspec.Struct, frozen=True, array_like=True):
-    """One adapter on one worker. While `loading`, `tier` is where it still comes from and `eta_s` the seconds until it is in a slot.
+    """One adapter on one worker. While `loading`, `tier` is where it still comes from and `eta_s`
+    the seconds until it is in a slot.
 
     `steady`: of all gateways together it gets at least STEADY_PER_S requests a second.
     """
@@ -57,26 +64,32 @@ class AdapterState(msgspec.Struct, frozen=True, array_like=True):
 
 
 STEADY_PER_S = 1.0
-"""Requests a second from which on an adapter is in steady use. Half of it costs capacity: in the simulator (`default`, 85 requests/s, 4 seeds) p99
-TTFT is 162 ms without any such rule, 167 ms with this, 194 ms with 0.5."""
+"""Requests a second from which on an adapter is in steady use. Half of it costs capacity: in the
+simulator (`default`, 85 requests/s, 4 seeds) p99 TTFT is 162 ms without any such rule, 167 ms with
+this, 194 ms with 0.5.
+"""
 STEADY_SHARE = 0.25
-"""Of the slots: while adapters in steady use have no more, those who have waited too long take other slots than theirs. In the simulator with twice the
-load that 2 workers of 8 slots can serve (64 adapters, Zipf 1.0) Jain's index of what is served within 10 s is 0.91 if nobody is spared, 0.66 to 0.84
-with a quarter, and 0.32 to 0.48 with half of the slots."""
+"""Of the slots: while adapters in steady use have no more, those who have waited too long take
+other slots than theirs. In the simulator with twice the load that 2 workers of 8 slots can serve
+(64 adapters, Zipf 1.0) Jain's index of what is served within 10 s is 0.91 if nobody is spared, 0.66
+to 0.84 with a quarter, and 0.32 to 0.48 with half of the slots.
+"""
 
 
-# ---- worker -> gateway, control ---------------------------------------------------------------------------------------------------------
+# ---- worker -> gateway, control ------------------------------------------------------------------
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="beat"):
     """A full snapshot of one worker for one gateway; losing any one is harmless.
 
-    `epoch` grows with every start of the worker, `seq` with every beat of the epoch. `running` and `waiting` count requests of all gateways,
-    `yours` those of the receiving gateway alone, `acked` is the highest stream id received from it.
-    Measured seconds, 0 where nothing was measured: `load_s` a whole load from disk, checked and prepared beside the engine and put into a slot; of that, and of
-    one from the CPU tier, the part that stalls the engine (`disk_load_s`, `cpu_load_s`); a fetch from
-    the store to disk; `load_bytes` is the mean size of what the load from disk was measured on.
-    Workers with the same `host` share one disk cache; at `peer_endpoint` other hosts' workers get files from it ("": nobody does).
+    `epoch` grows with every start of the worker, `seq` with every beat of the epoch. `running` and
+    `waiting` count requests of all gateways, `yours` those of the receiving gateway alone, `acked`
+    is the highest stream id received from it. Measured seconds, 0 where nothing was measured:
+    `load_s` a whole load from disk, checked and prepared beside the engine and put into a slot; of
+    that, and of one from the CPU tier, the part that stalls the engine (`disk_load_s`,
+    `cpu_load_s`); a fetch from the store to disk; `load_bytes` is the mean size of what the load
+    from disk was measured on. Workers with the same `host` share one disk cache; at `peer_endpoint`
+    other hosts' workers get files from it ("": nobody does).
     """
 
     worker: WorkerId
@@ -110,11 +123,13 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="beat"):
 
 WorkerControl: TypeAlias = Heartbeat
 
-# ---- gateway -> worker, control ---------------------------------------------------------------------------------------------------------
+# ---- gateway -> worker, control ------------------------------------------------------------------
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """Answer to a worker's first beat: where requests will come from, how long silence may last, and the gateway's fellow processes."""
+    """Answer to a worker's first beat: where requests will come from, how long silence may last,
+    and the gateway's fellow processes.
+    """
 
     gateway: str
     data_endpoint: str
@@ -125,7 +140,9 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
 
 
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
-    """The gateway's own heartbeat: a worker that hears none for `lease_s` aborts that gateway's requests."""
+    """The gateway's own heartbeat: a worker that hears none for `lease_s` aborts that gateway's
+    requests.
+    """
 
     gateway: str
 
@@ -142,13 +159,15 @@ class Farewell(msgspec.Struct, frozen=True, tag="farewell"):
 
 GatewayControl: TypeAlias = Welcome | Alive | Drain | Farewell
 
-# ---- gateway -> worker, data ------------------------------------------------------------------------------------------------------------
+# ---- gateway -> worker, data ---------------------------------------------------------------------
 
 
 class Generate(msgspec.Struct, frozen=True, tag="gen", array_like=True):
-    """One request. `body` is the client's JSON as it came; `adapter` is the version resolved for it, `stored` its files where the worker may
-    need them, `peers` the peer endpoints of workers that have those files or are fetching them. `model` is what the client called it, where
-    that is not `base:name`: the answer says so too."""
+    """One request. `body` is the client's JSON as it came; `adapter` is the version resolved for
+    it, `stored` its files where the worker may need them, `peers` the peer endpoints of workers
+    that have those files or are fetching them. `model` is what the client called it, where that is
+    not `base:name`: the answer says so too.
+    """
 
     sid: StreamId
     path: str
@@ -165,7 +184,9 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel", array_like=True):
 
 
 class Prefetch(msgspec.Struct, frozen=True, tag="prefetch", array_like=True):
-    """Load the adapter into a free slot before anybody asks for it; a worker without a free slot ignores it."""
+    """Load the adapter into a free slot before anybody asks for it; a worker without a free slot
+    ignores it.
+    """
 
     adapter: AdapterRef
 
@@ -192,18 +213,22 @@ class AdapterCommand(msgspec.Struct, frozen=True, tag="send_command", array_like
 
 GatewayData: TypeAlias = Generate | Cancel | Prefetch | AdapterCommand
 
-# ---- worker -> gateway, data ------------------------------------------------------------------------------------------------------------
+# ---- worker -> gateway, data ---------------------------------------------------------------------
 
 END = 1  # last frame of its stream
 SSE = 2  # in a head: the body is an event stream
 STATUS_SHIFT = 8  # in a head: flags >> STATUS_SHIFT is the HTTP status; 0 in every other frame
 
 Frame: TypeAlias = tuple[StreamId, int, bytes]
-"""(stream, flags, body bytes as the client gets them). The first frame of a stream is its head: it carries the status beside the first bytes."""
+"""(stream, flags, body bytes as the client gets them). The first frame of a stream is its head: it
+carries the status beside the first bytes.
+"""
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True):
-    """Facts of a finished request for the access log and the metrics; seconds. `cold` says where the adapter came from."""
+    """Facts of a finished request for the access log and the metrics; seconds. `cold` says where
+    the adapter came from.
+    """
 
     sid: StreamId
     prompt_tokens: int = 0
@@ -214,9 +239,11 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True):
-    """The worker will not or could not serve this stream; nothing of it reached the gateway. `code` is that of an error in shared.errors.
+    """The worker will not or could not serve this stream; nothing of it reached the gateway. `code`
+    is that of an error in shared.errors.
 
-    `leaving`: this life of the worker takes no more requests. Heartbeats say it too, on another socket and so perhaps later.
+    `leaving`: this life of the worker takes no more requests. Heartbeats say it too, on another
+    socket and so perhaps later.
     """
 
     sid: StreamId
@@ -227,7 +254,9 @@ class Refused(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Attach(msgspec.Struct, frozen=True, tag="attach", array_like=True):
-    """First message on a data socket: from now on requests can be sent to this epoch of this worker."""
+    """First message on a data socket: from now on requests can be sent to this epoch of this
+    worker.
+    """
 
     worker: WorkerId
     epoch: int
@@ -243,7 +272,7 @@ class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
 
 WorkerData: TypeAlias = Attach | Step
 
-# ---- worker -> worker, peer -------------------------------------------------------------------------------------------------------------
+# ---- worker -> worker, peer ----------------------------------------------------------------------
 
 
 class PieceRequest(msgspec.Struct, frozen=True, tag="want", array_like=True):
@@ -257,7 +286,9 @@ class PieceRequest(msgspec.Struct, frozen=True, tag="want", array_like=True):
 
 
 class Piece(msgspec.Struct, frozen=True, tag="piece", array_like=True):
-    """What was wanted, and the SHA-256 (hex) of the whole part that it lies in, as taken when the part came from the store."""
+    """What was wanted, and the SHA-256 (hex) of the whole part that it lies in, as taken when the
+    part came from the store.
+    """
 
     number: int
     sha256: str
@@ -265,7 +296,9 @@ class Piece(msgspec.Struct, frozen=True, tag="piece", array_like=True):
 
 
 class PieceNotYet(msgspec.Struct, frozen=True, tag="not_yet", array_like=True):
-    """The part is on its way to this host, whose download got something `idle_s` seconds ago: ask again."""
+    """The part is on its way to this host, whose download got something `idle_s` seconds ago: ask
+    again.
+    """
 
     number: int
     idle_s: float = 0.0

@@ -1,8 +1,10 @@
-"""Shell. The only `import zmq`: sockets on the event loop, without zmq.asyncio, which costs 3 to 20 times as much per message.
+"""Shell. The only `import zmq`: sockets on the event loop, without zmq.asyncio, which costs 3 to 20
+times as much per message.
 
-The gateway binds ROUTER sockets, the workers connect DEALER sockets. Every send is NOBLOCK and says what became of it; every receive runs to
-completion in the reader's callback and never waits. ZeroMQ's file descriptor is edge-triggered: after every send and every full drain the
-socket's EVENTS must be looked at again, or messages lie unseen.
+The gateway binds ROUTER sockets, the workers connect DEALER sockets. Every send is NOBLOCK and says
+what became of it; every receive runs to completion in the reader's callback and never waits.
+ZeroMQ's file descriptor is edge-triggered: after every send and every full drain the socket's
+EVENTS must be looked at again, or messages lie unseen.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ HIGH_WATER_MESSAGES = 20_000  # per peer; the sender is told FULL beyond it
 MAX_MESSAGE_BYTES = 256 << 20  # a frame larger than this is not ours
 DRAIN_BATCH = 64  # messages handled before the loop may do something else
 RECONNECT_MS = 100
-_NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)  # plain numbers: no enum arithmetic per message
+# plain numbers: no enum arithmetic per message
+_NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 _EVENTS, _POLLIN, _RCVMORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.RCVMORE)
 _send: Callable[[Any, bytes, int], Any] = (
     Backend.send
@@ -45,10 +48,17 @@ class SendResult(Enum):
 
 
 class Socket:
-    """One socket on the running loop. `bytes_in` goes to a callback; leave by `close()`, which never waits."""
+    """One socket on the running loop. `bytes_in` goes to a callback; leave by `close()`, which
+    never waits.
+    """
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], kind: int, secret: str | None, high_water: int, max_message_bytes: int
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        kind: int,
+        secret: str | None,
+        high_water: int,
+        max_message_bytes: int,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._socket: zmq.Socket[bytes] = context.socket(kind)
@@ -58,8 +68,14 @@ class Socket:
         s.sndhwm = s.rcvhwm = high_water
         s.maxmsgsize = max_message_bytes
         s.reconnect_ivl, s.reconnect_ivl_max = RECONNECT_MS, RECONNECT_MAX_MS
-        # A peer that vanished without a word (pulled plug) is noticed by TCP within seconds instead of hours.
-        s.tcp_keepalive, s.tcp_keepalive_idle, s.tcp_keepalive_intvl, s.tcp_keepalive_cnt = 1, 5, 2, 3
+        # A peer that vanished without a word (pulled plug) is noticed by TCP within seconds instead
+        # of hours.
+        s.tcp_keepalive, s.tcp_keepalive_idle, s.tcp_keepalive_intvl, s.tcp_keepalive_cnt = (
+            1,
+            5,
+            2,
+            3,
+        )
         if secret:
             public, private = _keys(secret)
             s.curve_secretkey, s.curve_publickey = private, public
@@ -82,7 +98,8 @@ class Socket:
 
     def _drain(self) -> None:
         self._scheduled = False
-        # Asking first costs 1.4 microseconds; a receive that finds nothing raises, which costs 3.3, and most wake-ups bring one message.
+        # Asking first costs 1.4 microseconds; a receive that finds nothing raises, which costs 3.3,
+        # and most wake-ups bring one message.
         events, receive = self._events, self._receive
         for _ in range(DRAIN_BATCH):
             if self._closed or not events(_EVENTS) & _POLLIN:
@@ -94,7 +111,8 @@ class Socket:
         raise AssertionError("a Link is a Server or a Client")
 
     def _after_send(self) -> None:
-        # A send may swallow the edge that announced a message; asking once per turn of the loop is enough, and asking costs 2 microseconds.
+        # A send may swallow the edge that announced a message; asking once per turn of the loop is
+        # enough, and asking costs 2 microseconds.
         if not self._asking:
             self._asking = True
             self._loop.call_soon(self._ask)
@@ -111,7 +129,9 @@ class Socket:
 
 
 class RouterSocket(Socket):
-    """A bound ROUTER: many peers, each known by its routing id. `on_message(peer, data)` runs on the loop."""
+    """A bound ROUTER: many peers, each known by its routing id. `on_message(peer, data)` runs on
+    the loop.
+    """
 
     def __init__(
         self,
@@ -127,32 +147,38 @@ class RouterSocket(Socket):
         check_endpoint(endpoint, secret, insecure)
         super().__init__(context, zmq.ROUTER, secret, high_water, max_message_bytes)
         self._on_message = on_message
-        self._socket.router_mandatory = True  # without it, a message to a peer that left is dropped in silence
-        self._socket.router_handover = True  # a peer that reconnects under its id takes over from its dead connection
+        # without it, a message to a peer that left is dropped in silence
+        self._socket.router_mandatory = True
+        # a peer that reconnects under its id takes over from its dead connection
+        self._socket.router_handover = True
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as exc:
             self._socket.close(0)
             raise LinkError(
-                f"cannot bind {endpoint}: {exc.strerror}; is another gateway running with this address or state folder?"
+                f"cannot bind {endpoint}: {exc.strerror}; is another gateway running "
+                "with this address or state folder?"
             ) from exc
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
         self._listen()
 
     def _receive(self) -> None:
-        # Not recv_multipart: it asks after every part whether there is more, at 0.8 microseconds each.
+        # Not recv_multipart: it asks after every part whether there is more, at 0.8 microseconds
+        # each.
         receive = self._socket.recv
         peer = receive(_NOBLOCK)
         data = receive(_NOBLOCK)
         if self._socket.getsockopt(_RCVMORE):
-            while self._socket.getsockopt(_RCVMORE):  # not one of ours: nothing that we send has three parts
+            # not one of ours: nothing that we send has three parts
+            while self._socket.getsockopt(_RCVMORE):
                 receive(_NOBLOCK)
             return
         self._on_message(peer, data)
 
     def send(self, peer: bytes, data: bytes) -> SendResult:
         try:
-            _send(self._socket, peer, _NOBLOCK_MORE)  # not send_multipart, which looks at every part first: 0.3 against 3.2 microseconds
+            # not send_multipart, which looks at every part first: 0.3 against 3.2 microseconds
+            _send(self._socket, peer, _NOBLOCK_MORE)
             _send(self._socket, data, _NOBLOCK)
         except zmq.Again:
             return SendResult.FULL
@@ -165,7 +191,9 @@ class RouterSocket(Socket):
 
 
 class DealerSocket(Socket):
-    """A connected DEALER with a fixed routing id; reconnects by itself. `on_message(data)` runs on the loop."""
+    """A connected DEALER with a fixed routing id; reconnects by itself. `on_message(data)` runs on
+    the loop.
+    """
 
     def __init__(
         self,
@@ -213,23 +241,33 @@ def check_endpoint(endpoint: str, secret: str | None, insecure: bool) -> None:
     if not loopback:
         raise LinkError(
             f"{endpoint} would let anyone who reaches this host run requests and read answers: "
-            "set gateway.link.secret_env to the name of an environment variable that holds a shared secret (the same for all workers), "
+            "set gateway.link.secret_env to the name of an environment variable that "
+            "holds a shared secret (the same for all workers), "
             "bind 127.0.0.1, or set gateway.link.insecure: true on a trusted network"
         )
 
 
 def secret_from_env(name: str | None) -> str | None:
-    """The shared secret that keys the link, read from the environment variable `name`. Raises LinkError where it is named but empty."""
+    """The shared secret that keys the link, read from the environment variable `name`. Raises
+    LinkError where it is named but empty.
+    """
     if not name:
         return None
     value = os.environ.get(name, "")
     if len(value) < 16:
-        raise LinkError(f"the environment variable {name} must hold the link's shared secret, at least 16 characters")
+        raise LinkError(
+            f"the environment variable {name} must hold the link's shared secret, at "
+            "least 16 characters"
+        )
     return value
 
 
 @functools.lru_cache(maxsize=4)  # 50 ms, and a worker connects to peers while it serves
 def _keys(secret: str) -> tuple[bytes, bytes]:
-    """A CURVE key pair that only holders of the secret can derive; the public half is never published, so it authenticates both sides."""
-    private = z85.encode(hashlib.scrypt(secret.encode(), salt=b"loraplex-link", n=2**14, r=8, p=1, dklen=32))
+    """A CURVE key pair that only holders of the secret can derive; the public half is never
+    published, so it authenticates both sides.
+    """
+    private = z85.encode(
+        hashlib.scrypt(secret.encode(), salt=b"loraplex-link", n=2**14, r=8, p=1, dklen=32)
+    )
     return zmq.curve_public(private), private

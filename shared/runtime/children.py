@@ -1,4 +1,6 @@
-"""Shell. Child processes of ours: started directly or by a zygote, waited for, and ended with a signal and a deadline."""
+"""Shell. Child processes of ours: started directly or by a zygote, waited for, and ended with a
+signal and a deadline.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class Child(Protocol):
 
 
 class Direct:
-    """A child that this process started itself, in a session of its own, so that a terminal's Ctrl-C reaches only us."""
+    """A child that this process started itself, in a session of its own, so that a terminal's
+    Ctrl-C reaches only us.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -37,7 +41,9 @@ class Direct:
 
 async def start(argv: Sequence[str], env: Mapping[str, str]) -> Child:
     full = {**os.environ, **env, PARENT_ENV: str(os.getpid())}
-    process = await asyncio.create_subprocess_exec(*argv, env=full, stdin=asyncio.subprocess.DEVNULL, start_new_session=True)
+    process = await asyncio.create_subprocess_exec(
+        *argv, env=full, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+    )
     return Direct(process)
 
 
@@ -53,7 +59,9 @@ class Forked:
 
 
 class Zygote:
-    """`python -m worker.zygote` and its children. Leave by `close()`: the zygote ends and its children drain."""
+    """`python -m worker.zygote` and its children. Leave by `close()`: the zygote ends and its
+    children drain.
+    """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -64,7 +72,9 @@ class Zygote:
 
     @classmethod
     async def open(cls, env: Mapping[str, str]) -> Zygote:
-        """Starts it and waits until it has imported vLLM (6 to 15 s). Raises ConfigError if it cannot."""
+        """Starts it and waits until it has imported vLLM (6 to 15 s). Raises ConfigError if it
+        cannot.
+        """
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -77,7 +87,10 @@ class Zygote:
         self = cls(process)
         assert process.stdout is not None
         if not await process.stdout.readline():
-            raise ConfigError("vLLM cannot be imported (see above); install loraplex[cpu] or loraplex[gpu], or use llm_engine: sim")
+            raise ConfigError(
+                "vLLM cannot be imported (see above); install loraplex[cpu] or "
+                "loraplex[gpu], or use llm_engine: sim"
+            )
         self._reader = asyncio.create_task(self._read(), name="zygote")
         return self
 
@@ -86,11 +99,15 @@ class Zygote:
         assert self._process.stdin is not None
         async with self._asking:
             if self._process.returncode is None:
-                self._process.stdin.write(json.dumps({"argv": list(argv), "env": dict(env)}).encode() + b"\n")
+                self._process.stdin.write(
+                    json.dumps({"argv": list(argv), "env": dict(env)}).encode() + b"\n"
+                )
             pid = await self._answers.get()
         if pid < 0:
             self._answers.put_nowait(-1)  # for whoever asks next
-            raise ConfigError("the process that forks the workers (worker.zygote) has ended; start again")
+            raise ConfigError(
+                "the process that forks the workers (worker.zygote) has ended; start again"
+            )
         return self._children[pid]
 
     async def close(self) -> None:
@@ -112,7 +129,8 @@ class Zygote:
                 child = self._children.pop(message["exited"], None)
                 if child is not None and not child.ended.done():
                     child.ended.set_result(message["status"])
-        for child in self._children.values():  # the kernel sends them SIGTERM; nobody can tell us how they end
+        # the kernel sends them SIGTERM; nobody can tell us how they end
+        for child in self._children.values():
             if not child.ended.done():
                 child.ended.set_result(128 + signal.SIGTERM)
         self._answers.put_nowait(-1)

@@ -1,4 +1,6 @@
-"""Shell. Logging: JSON lines with ids for machines, short lines for a terminal; never prompts, never keys."""
+"""Shell. Logging: JSON lines with ids for machines, short lines for a terminal; never prompts,
+never keys.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,12 @@ from typing import Any
 
 import msgspec
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "vllm_process_name"}
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
+    "message",
+    "asctime",
+    "taskName",
+    "vllm_process_name",
+}
 _encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
@@ -40,7 +47,10 @@ class ShortLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         facts = " ".join(f"{k}={v}" for k, v in extras(record).items() if v not in (None, ""))
         mark = "" if record.levelno <= logging.INFO else f"{record.levelname}: "
-        line = f"{self.formatTime(record, self.datefmt)} {self._process:<8} {mark}{record.getMessage()}" + (f"  {facts}" if facts else "")
+        line = (
+            f"{self.formatTime(record, self.datefmt)} {self._process:<8} "
+            f"{mark}{record.getMessage()}" + (f"  {facts}" if facts else "")
+        )
         return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
 
 

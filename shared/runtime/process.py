@@ -1,4 +1,6 @@
-"""Shell. What every process of ours does with the operating system: die with its parent, take signals, read the settings it was given."""
+"""Shell. What every process of ours does with the operating system: die with its parent, take
+signals, read the settings it was given.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,15 @@ def on_stop_signals(stop: Callable[[str], None]) -> None:
 
 
 def count_gpus() -> int:
-    """NVIDIA devices that this process may use: those of CUDA_VISIBLE_DEVICES, else all that the driver shows."""
+    """NVIDIA devices that this process may use: those of CUDA_VISIBLE_DEVICES, else all that the
+    driver shows.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([v for v in visible.split(",") if v.strip()])
     devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if devices or shutil.which("nvidia-smi") is None:
         return devices
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)  # containers may hide the device files
+    # containers may hide the device files
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())

@@ -1,4 +1,6 @@
-"""Shell. A small state that outlives processes and is shared by those of one machine: a msgspec struct in a JSON file, replaced as a whole."""
+"""Shell. A small state that outlives processes and is shared by those of one machine: a msgspec
+struct in a JSON file, replaced as a whole.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 class StateFile(Generic[T]):
-    """Of type `kind`; a file that is not there reads as `kind()`, so every field needs a default."""
+    """Of type `kind`; a file that is not there reads as `kind()`, so every field needs a
+    default.
+    """
 
     def __init__(self, path: Path, kind: type[T]) -> None:
         self.path = path
@@ -37,9 +41,11 @@ class StateFile(Generic[T]):
             raise ConfigError(f"{self.path}: {exc}; mend the file or remove it") from exc
 
     def update(self, change: Callable[[T], T]) -> T:
-        """Reads, changes and writes while no other process does. Written aside, synced and renamed: a reader sees all or nothing.
+        """Reads, changes and writes while no other process does. Written aside, synced and renamed:
+        a reader sees all or nothing.
 
-        Raises: ConfigError as `read`; OSError if the folder cannot be written; whatever `change` raises, with nothing changed.
+        Raises: ConfigError as `read`; OSError if the folder cannot be written; whatever `change`
+        raises, with nothing changed.
         """
         with self._alone():
             changed = change(self.read())
@@ -52,7 +58,9 @@ class StateFile(Generic[T]):
         return changed
 
     async def changes(self) -> AsyncIterator[T]:
-        """The state now, and again whenever anybody has replaced it. A file that cannot be read is passed over until it is mended."""
+        """The state now, and again whenever anybody has replaced it. A file that cannot be read is
+        passed over until it is mended.
+        """
         seen: object = None
         while True:
             stamp = self._stamp()

@@ -13,17 +13,27 @@ from shared.errors import ConfigError
 from shared.stores.listing import Skipped
 from shared.stores.transfer import Transfer
 
-# What S3 and GCS accept between them, including directory buckets and GCS names with dots and underscores.
+# What S3 and GCS accept between them, including directory buckets and GCS names with dots and
+# underscores.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 
-__all__ = ["AdapterStore", "Skipped", "StoredAdapter", "StoredFile", "Transfer", "open_store", "parse_bucket_url"]
+__all__ = [
+    "AdapterStore",
+    "Skipped",
+    "StoredAdapter",
+    "StoredFile",
+    "Transfer",
+    "open_store",
+    "parse_bucket_url",
+]
 
 
 class AdapterStore(Protocol):
-    """Where adapters live. Every method may raise StoreUnavailable; none ever blocks the event loop.
+    """Where adapters live. Every method may raise StoreUnavailable; none ever blocks the event
+    loop.
 
-    A store is an async context manager: entering opens its client, leaving closes it. `skipped` is what the last complete listing left
-    out, for the log.
+    A store is an async context manager: entering opens its client, leaving closes it. `skipped` is
+    what the last complete listing left out, for the log.
     """
 
     url: str
@@ -37,15 +47,21 @@ class AdapterStore(Protocol):
         ...
 
     async def find(self, name: str) -> StoredAdapter | None:
-        """One adapter by name, asked of the store now; None where no `adapter_config.json` lies in that folder."""
+        """One adapter by name, asked of the store now; None where no `adapter_config.json` lies in
+        that folder.
+        """
         ...
 
-    async def fetch(self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None) -> None:
-        """Copies the adapter's files into the existing folder `into` (empty unless `transfer` says otherwise), complete and as listed.
+    async def fetch(
+        self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None
+    ) -> None:
+        """Copies the adapter's files into the existing folder `into` (empty unless `transfer` says
+        otherwise), complete and as listed.
 
         Raises:
             StoreUnavailable: the store failed; what `into` holds then is incomplete.
-            AdapterNotFound: a file is gone or has another version than listed: the adapter changed, look it up again.
+            AdapterNotFound: a file is gone or has another version than listed: the adapter changed,
+                look it up again.
         """
         ...
 
@@ -58,15 +74,20 @@ _OPTIONS = {
 
 
 def open_store(url: str, options: Mapping[str, object] | None = None) -> AdapterStore:
-    """The store for `s3://bucket/prefix`, `gs://bucket/prefix`, `file:///folder` or a plain path. SDKs are imported on use only.
+    """The store for `s3://bucket/prefix`, `gs://bucket/prefix`, `file:///folder` or a plain path.
+    SDKs are imported on use only.
 
-    `options` (from the config's `store:` section) may hold `endpoint_url` and `anonymous` (S3, GCS), `region` and `profile` (S3);
-    credentials come only from each SDK's own chain. Raises ConfigError for any other scheme, option or type, and for credentials in a URL.
+    `options` (from the config's `store:` section) may hold `endpoint_url` and `anonymous` (S3,
+    GCS), `region` and `profile` (S3); credentials come only from each SDK's own chain. Raises
+    ConfigError for any other scheme, option or type, and for credentials in a URL.
     """
     scheme, sep, rest = url.partition("://")
     scheme = scheme if sep else "file"
     if scheme not in _OPTIONS:
-        raise ConfigError(f"no adapter store for {scheme}://; use s3://bucket/prefix, gs://bucket/prefix, file:///folder or a path")
+        raise ConfigError(
+            f"no adapter store for {scheme}://; use s3://bucket/prefix, "
+            "gs://bucket/prefix, file:///folder or a path"
+        )
     opts = _checked(scheme, options or {})
     if scheme == "file":
         from shared.stores.local import LocalStore
@@ -82,35 +103,55 @@ def open_store(url: str, options: Mapping[str, object] | None = None) -> Adapter
 
 
 def _checked(scheme: str, options: Mapping[str, object]) -> dict[str, object]:
-    """The options that are set, refused by name or type before any SDK sees them. Values are never quoted: they may hold a secret."""
-    given = {key: value for key, value in options.items() if value is not None and value is not False}
+    """The options that are set, refused by name or type before any SDK sees them. Values are never
+    quoted: they may hold a secret.
+    """
+    given = {
+        key: value for key, value in options.items() if value is not None and value is not False
+    }
     for key, value in given.items():
         if key not in _OPTIONS[scheme]:
             known = ", ".join(sorted(_OPTIONS[scheme])) or "none"
-            raise ConfigError(f"unknown store option {key!r} for a {scheme}:// store; known: {known}", param=key)
+            raise ConfigError(
+                f"unknown store option {key!r} for a {scheme}:// store; known: {known}", param=key
+            )
         if not isinstance(value, bool if key == "anonymous" else str):
-            raise ConfigError(f"store option {key!r} must be a {'boolean' if key == 'anonymous' else 'string'}", param=key)
+            raise ConfigError(
+                f"store option {key!r} must be a {'boolean' if key == 'anonymous' else 'string'}",
+                param=key,
+            )
     endpoint = given.get("endpoint_url")
     if isinstance(endpoint, str):
         parts = urlsplit(endpoint)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError("endpoint_url must look like https://host or http://host:port", param="endpoint_url")
+            raise ConfigError(
+                "endpoint_url must look like https://host or http://host:port", param="endpoint_url"
+            )
         if "@" in parts.netloc or parts.query:
-            raise ConfigError("endpoint_url must hold no credentials; the SDK's own chain provides them", param="endpoint_url")
+            raise ConfigError(
+                "endpoint_url must hold no credentials; the SDK's own chain provides them",
+                param="endpoint_url",
+            )
     return given
 
 
 def parse_bucket_url(url: str) -> tuple[str, str, bool]:
     """(bucket, prefix, anonymous) of `scheme://bucket/prefix`. The prefix is empty or ends in `/`.
 
-    `anonymous` is Ray's form `s3://anonymous@bucket/prefix`. Raises ConfigError for no bucket or for credentials in the URL.
+    `anonymous` is Ray's form `s3://anonymous@bucket/prefix`. Raises ConfigError for no bucket or
+    for credentials in the URL.
     """
     scheme, _, rest = url.partition("://")
     host, _, path = rest.partition("/")
     user, at, bucket = host.rpartition("@")
     if at and user != "anonymous":
-        raise ConfigError(f"a {scheme}:// URL must hold no credentials; the SDK's own chain provides them")
+        raise ConfigError(
+            f"a {scheme}:// URL must hold no credentials; the SDK's own chain provides them"
+        )
     if not _BUCKET.fullmatch(bucket):
-        raise ConfigError(f"no valid bucket name in the {scheme}:// URL; it must look like {scheme}://bucket/prefix")
+        raise ConfigError(
+            f"no valid bucket name in the {scheme}:// URL; it must look like "
+            f"{scheme}://bucket/prefix"
+        )
     prefix = path.strip("/")
     return bucket, prefix and prefix + "/", bool(at)

@@ -1,4 +1,6 @@
-"""Shell. What S3 and GCS have in common: a bucket lists in pages and streams ranges of objects; listing, finding and fetching follow."""
+"""Shell. What S3 and GCS have in common: a bucket lists in pages and streams ranges of objects;
+listing, finding and fetching follow.
+"""
 
 from __future__ import annotations
 
@@ -34,5 +36,7 @@ class Bucket(ABC):
     async def find(self, name: str) -> StoredAdapter | None:
         return await find_adapter(self, name)
 
-    async def fetch(self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None) -> None:
+    async def fetch(
+        self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None
+    ) -> None:
         await fetch_adapter(adapter, into, self._stream, transfer)

@@ -1,7 +1,8 @@
 """Shell. Lists a folder of adapters, and looks the next time only at what may have changed.
 
-A *unit* is a topmost folder with an `adapter_config.json`, with all that lies below it: what it holds depends on nothing beside it. If a unit's folder
-and its files have the same inodes, sizes and times as at the last listing, its adapters are the same. A folder of a hundred thousand adapters
+A *unit* is a topmost folder with an `adapter_config.json`, with all that lies below it: what it
+holds depends on nothing beside it. If a unit's folder and its files have the same inodes, sizes and
+times as at the last listing, its adapters are the same. A folder of a hundred thousand adapters
 then costs three `stat` per adapter; nothing is read, hashed or made anew.
 """
 
@@ -20,14 +21,19 @@ import msgspec
 from shared.adapters.identity import CONFIG_FILE, StoredAdapter
 from shared.stores.listing import Entry, Grouping, Skipped, valid_path
 
-# How much of either end of a file is read for its version. Both ends of two trainings differ: the tensors' order is alphabetical.
+# How much of either end of a file is read for its version. Both ends of two trainings differ: the
+# tensors' order is alphabetical.
 _SAMPLE_BYTES = 64 * 1024
 _MAX_DEPTH = 32
 _SETTLED_NS = 2_000_000_000
-"""A folder that changed less than this before it was read may change again without another time: file systems count in steps of up to 2 s."""
+"""A folder that changed less than this before it was read may change again without another time:
+file systems count in steps of up to 2 s.
+"""
 _BREATH = 512
 _BREATH_S = 0.0005
-"""So often, and so long, a listing leaves the interpreter to the event loop of its process, which otherwise gets it every 5 ms only."""
+"""So often, and so long, a listing leaves the interpreter to the event loop of its process, which
+otherwise gets it every 5 ms only.
+"""
 _pack = struct.Struct("=QQqqq").pack
 _NONE = Skipped()
 _Found: TypeAlias = Sequence[tuple[str, bool, bool]]
@@ -35,8 +41,10 @@ _Found: TypeAlias = Sequence[tuple[str, bool, bool]]
 
 
 class _Unit(msgspec.Struct, frozen=True, gc=False):
-    """What the last listing found. `stamps`: of the folder and each of `names`; `flat`: it had no folders, so its own time tells of any change
-    of names. Many units share their `names` and their empty `skipped`."""
+    """What the last listing found. `stamps`: of the folder and each of `names`; `flat`: it had no
+    folders, so its own time tells of any change of names. Many units share their `names` and their
+    empty `skipped`.
+    """
 
     names: tuple[str, ...]
     flat: bool
@@ -53,7 +61,9 @@ class FolderListing:
         self._units: dict[str, _Unit] = {}
 
     def scan(self, real_root: str) -> tuple[list[StoredAdapter], Skipped]:
-        """All adapters and what was left out. An adapter that has not changed is the same object as last time."""
+        """All adapters and what was left out. An adapter that has not changed is the same object as
+        last time.
+        """
         scan = _Scan(real_root, self._units)
         scan.folder(self._root, "", ())
         self._units = scan.units
@@ -74,9 +84,14 @@ class _Scan:
         self.adapters: list[StoredAdapter] = []
 
     def skipped(self) -> Skipped:
-        parts = [self._outside.skipped, *(u.skipped for u in self.units.values() if u.skipped is not _NONE)]
+        parts = [
+            self._outside.skipped,
+            *(u.skipped for u in self.units.values() if u.skipped is not _NONE),
+        ]
         example = next((p.example for p in parts if p.example), "")
-        return Skipped(sum(p.outside_grammar for p in parts), sum(p.too_many_files for p in parts), example)
+        return Skipped(
+            sum(p.outside_grammar for p in parts), sum(p.too_many_files for p in parts), example
+        )
 
     def folder(self, path: str, key: str, above: tuple[tuple[int, int], ...]) -> None:
         """`above` holds the folders on the way here: a link back to one of them would never end."""
@@ -103,17 +118,29 @@ class _Scan:
                 elif not valid_path(child):
                     self._outside.skip(child)  # any other file outside of all adapters is nobody's
 
-    def _inside(self, grouping: Grouping, path: str, key: str, found: _Found) -> Iterator[tuple[str, str, bool]]:
-        """(key, path, is it a folder?) of what a listing may look at; `grouping` is told of the rest."""
+    def _inside(
+        self, grouping: Grouping, path: str, key: str, found: _Found
+    ) -> Iterator[tuple[str, str, bool]]:
+        """(key, path, is it a folder?) of what a listing may look at; `grouping` is told of the
+        rest.
+        """
         for name, is_folder, is_link in found:
             child, at = (f"{key}/{name}" if key else name), f"{path}/{name}"
-            if name.startswith(".") or (is_link and not below(os.path.realpath(at), self._real_root)):
+            if name.startswith(".") or (
+                is_link and not below(os.path.realpath(at), self._real_root)
+            ):
                 grouping.skip(child)
             else:
                 yield child, at, is_folder
 
     def _unit(
-        self, path: str, key: str, above: tuple[tuple[int, int], ...], status: os.stat_result, found: _Found, known: _Unit | None
+        self,
+        path: str,
+        key: str,
+        above: tuple[tuple[int, int], ...],
+        status: os.stat_result,
+        found: _Found,
+        known: _Unit | None,
     ) -> _Unit:
         grouping = Grouping()
         if any(is_folder for _, is_folder, _ in found):
@@ -123,21 +150,35 @@ class _Scan:
             files = sorted((child, at) for child, at, _ in self._inside(grouping, path, key, found))
         names = tuple(child[len(key) + 1 :] for child, _ in files)
         names = self._shapes.setdefault(names, names)
-        if known is not None and known.names == names and known.stamps == _stamps_of(path, names) and grouping.skipped == known.skipped:
+        if (
+            known is not None
+            and known.names == names
+            and known.stamps == _stamps_of(path, names)
+            and grouping.skipped == known.skipped
+        ):
             return msgspec.structs.replace(known, flat=flat)
         stamps, adapters = [_stamp(status)], []
         for child, at in files:
             try:
                 with open_regular(at) as handle:
                     file_status = os.fstat(handle.fileno())
-                    entry = Entry(child, file_status.st_size, f"{file_status.st_mtime_ns:x}-{sample(handle)}")
+                    entry = Entry(
+                        child, file_status.st_size, f"{file_status.st_mtime_ns:x}-{sample(handle)}"
+                    )
             except OSError:
-                grouping.skip(child)  # gone since, or not readable for us: the rest of the folder is as good as before
+                # gone since, or not readable for us: the rest of the folder is as good as before
+                grouping.skip(child)
                 continue
             stamps.append(_stamp(file_status))
             adapters += grouping.add(entry)
         adapters += grouping.finish()
-        return _Unit(names, flat, b"".join(stamps), tuple(adapters), grouping.skipped if grouping.skipped != _NONE else _NONE)
+        return _Unit(
+            names,
+            flat,
+            b"".join(stamps),
+            tuple(adapters),
+            grouping.skipped if grouping.skipped != _NONE else _NONE,
+        )
 
     def _keep(self, key: str, unit: _Unit) -> None:
         self.units[key] = unit
@@ -147,12 +188,21 @@ class _Scan:
             time.sleep(_BREATH_S)
 
 
-def walk(real_root: str, grouping: Grouping, folder: str, key: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, str]]:
-    """(key, path) of each file below a folder in ascending order of their keys, which is what Grouping needs; it is told of what is left out."""
+def walk(
+    real_root: str,
+    grouping: Grouping,
+    folder: str,
+    key: str,
+    above: tuple[tuple[int, int], ...] = (),
+) -> Iterator[tuple[str, str]]:
+    """(key, path) of each file below a folder in ascending order of their keys, which is what
+    Grouping needs; it is told of what is left out.
+    """
     try:
         status = os.stat(folder)
         with os.scandir(folder) as entries:
-            # A folder's keys begin with its name and a slash, and "-" and "." sort before the slash.
+            # A folder's keys begin with its name and a slash, and "-" and "." sort before the
+            # slash.
             names = sorted((e.name + "/" if _is_folder(e) else e.name) for e in entries)
     except OSError:
         grouping.skip(key)
@@ -163,7 +213,9 @@ def walk(real_root: str, grouping: Grouping, folder: str, key: str, above: tuple
         return
     for name in names:
         child, path = (f"{key}/{name}" if key else name), os.path.join(folder, name.rstrip("/"))
-        if name.startswith(".") or (os.path.islink(path) and not below(os.path.realpath(path), real_root)):
+        if name.startswith(".") or (
+            os.path.islink(path) and not below(os.path.realpath(path), real_root)
+        ):
             grouping.skip(child)
         elif name.endswith("/"):
             yield from walk(real_root, grouping, path, child[:-1], (*above, here))
@@ -188,7 +240,9 @@ def sample(handle: BinaryIO) -> str:
     """A hash of both ends of a file."""
     fd = handle.fileno()
     size = os.fstat(fd).st_size
-    ends = os.pread(fd, _SAMPLE_BYTES, 0) + os.pread(fd, _SAMPLE_BYTES, max(_SAMPLE_BYTES, size - _SAMPLE_BYTES))
+    ends = os.pread(fd, _SAMPLE_BYTES, 0) + os.pread(
+        fd, _SAMPLE_BYTES, max(_SAMPLE_BYTES, size - _SAMPLE_BYTES)
+    )
     return hashlib.blake2b(ends, digest_size=8).hexdigest()
 
 
@@ -200,12 +254,16 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _stamp(status: os.stat_result) -> bytes:
-    return _pack(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _pack(
+        status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    )
 
 
 def _stamps_of(folder: str, names: Sequence[str]) -> bytes | None:
     """None if any is gone."""
     try:
-        return b"".join([_stamp(os.stat(folder)), *[_stamp(os.stat(f"{folder}/{name}")) for name in names]])
+        return b"".join(
+            [_stamp(os.stat(folder)), *[_stamp(os.stat(f"{folder}/{name}")) for name in names]]
+        )
     except OSError:
         return None

@@ -11,15 +11,23 @@ from typing import NamedTuple
 
 import msgspec
 
-from shared.adapters.identity import CONFIG_FILE, MAX_NAME_LENGTH, StoredAdapter, StoredFile, check_name
+from shared.adapters.identity import (
+    CONFIG_FILE,
+    MAX_NAME_LENGTH,
+    StoredAdapter,
+    StoredFile,
+    check_name,
+)
 from shared.errors import AdapterNotFound
 
 DIGEST_HEX_CHARS = 16
-# A PEFT adapter has 2 to 15 files, with a trainer's leftovers some 30; far beyond that the folder is something else.
+# A PEFT adapter has 2 to 15 files, with a trainer's leftovers some 30; far beyond that the folder
+# is something else.
 MAX_FILES_PER_ADAPTER = 256
 # S3's and GCS's own limit for a key.
 MAX_KEY_CHARS = 1024
-# One folder or file name: 255 is what Linux file systems allow. No leading dot: no hidden files, no `.` and no `..`.
+# One folder or file name: 255 is what Linux file systems allow. No leading dot: no hidden files, no
+# `.` and no `..`.
 _SEGMENT = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}"
 _PATH = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*")
 
@@ -33,7 +41,9 @@ class Entry(NamedTuple):
 
 
 class Skipped(msgspec.Struct, frozen=True):
-    """What a listing left out: keys outside of the grammar (or links out of the root), adapters with too many files; one example."""
+    """What a listing left out: keys outside of the grammar (or links out of the root), adapters
+    with too many files; one example.
+    """
 
     outside_grammar: int = 0
     too_many_files: int = 0
@@ -45,12 +55,16 @@ class OutOfOrder(ValueError):
 
 
 def valid_path(path: str) -> bool:
-    """Whether a relative path of folders or files keeps to the grammar: letters, digits, `._-`, with `/` between non-hidden segments."""
+    """Whether a relative path of folders or files keeps to the grammar: letters, digits, `._-`,
+    with `/` between non-hidden segments.
+    """
     return len(path) <= MAX_KEY_CHARS and ".." not in path and _PATH.fullmatch(path) is not None
 
 
 def valid_name(name: str) -> bool:
-    """Whether an adapter may have this name. A client's string that passes is safe below any root."""
+    """Whether an adapter may have this name. A client's string that passes is safe below any
+    root.
+    """
     try:
         check_name(name)
     except AdapterNotFound:
@@ -59,10 +73,11 @@ def valid_name(name: str) -> bool:
 
 
 def digest_of(name: str, files: Iterable[StoredFile]) -> str:
-    """16 hex characters over the sorted (path, size, version) of all files, paths taken from the store's root.
+    """16 hex characters over the sorted (path, size, version) of all files, paths taken from the
+    store's root.
 
-    From the root, because two adapters of one family often agree in every file's name and size, and where a build clamps times also in
-    their versions; they must not share a digest.
+    From the root, because two adapters of one family often agree in every file's name and size, and
+    where a build clamps times also in their versions; they must not share a digest.
     """
     rows = sorted((f"{name}/{f.path}", f.size_bytes, f.version) for f in files)
     return hashlib.sha256(msgspec.json.encode(rows)).hexdigest()[:DIGEST_HEX_CHARS]
@@ -70,22 +85,28 @@ def digest_of(name: str, files: Iterable[StoredFile]) -> str:
 
 @dataclass(slots=True)
 class _Folder:
-    """A folder whose keys are still arriving. `files` may go to a parent that turns out to be an adapter, so they wait here."""
+    """A folder whose keys are still arriving. `files` may go to a parent that turns out to be an
+    adapter, so they wait here.
+    """
 
     path: str
     is_adapter: bool = False
     files: list[Entry] = field(default_factory=list)
 
     def hold(self, entries: Sequence[Entry]) -> None:
-        """One more than an adapter may have is kept, which tells "full" from "too many" and bounds what waits."""
+        """One more than an adapter may have is kept, which tells "full" from "too many" and bounds
+        what waits.
+        """
         self.files.extend(entries[: MAX_FILES_PER_ADAPTER + 1 - len(self.files)])
 
 
 class Grouping:
-    """Turns entries in ascending order of their keys (as S3 and GCS list them) into adapters, each as soon as its folder has ended.
+    """Turns entries in ascending order of their keys (as S3 and GCS list them) into adapters, each
+    as soon as its folder has ended.
 
-    A file belongs to the nearest enclosing folder that is an adapter; directory markers are ignored. Only the folders on the way to the
-    current key are held, each with at most MAX_FILES_PER_ADAPTER + 1 entries: memory depends on depth, not on the size of the bucket.
+    A file belongs to the nearest enclosing folder that is an adapter; directory markers are
+    ignored. Only the folders on the way to the current key are held, each with at most
+    MAX_FILES_PER_ADAPTER + 1 entries: memory depends on depth, not on the size of the bucket.
     `skipped` counts what was left out.
     """
 
@@ -98,7 +119,11 @@ class Grouping:
 
     @property
     def skipped(self) -> Skipped:
-        return Skipped(outside_grammar=self._outside_grammar, too_many_files=self._too_many_files, example=self._example)
+        return Skipped(
+            outside_grammar=self._outside_grammar,
+            too_many_files=self._too_many_files,
+            example=self._example,
+        )
 
     def add(self, entry: Entry) -> list[StoredAdapter]:
         """The adapters that this entry shows to be complete.
@@ -123,9 +148,12 @@ class Grouping:
         return complete
 
     def skip(self, key: str) -> None:
-        """Counts an entry that its store cannot show: outside of the grammar, or a link out of the root."""
+        """Counts an entry that its store cannot show: outside of the grammar, or a link out of the
+        root.
+        """
         self._outside_grammar += 1
-        self._example = self._example or ascii(key[:MAX_NAME_LENGTH])  # anybody's bytes, on their way to a log
+        # anybody's bytes, on their way to a log
+        self._example = self._example or ascii(key[:MAX_NAME_LENGTH])
 
     def finish(self) -> list[StoredAdapter]:
         """The adapters that were still open at the end of the listing."""
@@ -139,7 +167,9 @@ class Grouping:
             self._open.append(_Folder(path[:start]))
 
     def _leave(self, path: str | None) -> list[StoredAdapter]:
-        """Closes the open folders that do not lie on the way to `path` (None: all but the root, which has no name and is no adapter)."""
+        """Closes the open folders that do not lie on the way to `path` (None: all but the root,
+        which has no name and is no adapter).
+        """
         complete: list[StoredAdapter] = []
         while len(self._open) > 1:
             folder = self._open[-1]
@@ -164,12 +194,16 @@ class Grouping:
             return []
         start = len(folder.path) + 1
         # Nearly every adapter has the same file names: interned, a thousand of them cost one.
-        files = tuple(StoredFile(sys.intern(e.key[start:]), e.size_bytes, e.version) for e in folder.files)
+        files = tuple(
+            StoredFile(sys.intern(e.key[start:]), e.size_bytes, e.version) for e in folder.files
+        )
         return [StoredAdapter(folder.path, digest_of(folder.path, files), files)]
 
 
 def group(entries: Iterable[Entry]) -> tuple[list[StoredAdapter], Skipped]:
-    """All adapters among entries in any order, and what was left out. Holds all entries: for stores that list in no order."""
+    """All adapters among entries in any order, and what was left out. Holds all entries: for stores
+    that list in no order.
+    """
     grouping = Grouping()
     adapters = [adapter for entry in sorted(entries) for adapter in grouping.add(entry)]
     adapters += grouping.finish()

@@ -1,4 +1,6 @@
-"""Shell. A folder of adapters: a local disk or a shared file system. All file work happens in threads."""
+"""Shell. A folder of adapters: a local disk or a shared file system. All file work happens in
+threads.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ _READ_BYTES = 4 << 20
 class LocalStore:
     """Adapters below one folder. Links are followed as long as they stay below it.
 
-    A file's version is its modification time and a hash of its two ends. The time alone does not do: builds clamp it (container images,
-    SOURCE_DATE_EPOCH), and two versions of an adapter have the same size. The inode does not do: copies on two hosts must agree.
+    A file's version is its modification time and a hash of its two ends. The time alone does not
+    do: builds clamp it (container images, SOURCE_DATE_EPOCH), and two versions of an adapter have
+    the same size. The inode does not do: copies on two hosts must agree.
     """
 
     def __init__(self, root: str) -> None:
@@ -43,7 +46,9 @@ class LocalStore:
         return None
 
     async def list(self) -> AsyncIterator[StoredAdapter]:
-        adapters, self.skipped = await asyncio.to_thread(lambda: self._listing.scan(self._real_root()))
+        adapters, self.skipped = await asyncio.to_thread(
+            lambda: self._listing.scan(self._real_root())
+        )
         for adapter in adapters:
             yield adapter
 
@@ -52,12 +57,16 @@ class LocalStore:
             return None
         return await asyncio.to_thread(self._look_up, name)
 
-    async def fetch(self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None) -> None:
+    async def fetch(
+        self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None
+    ) -> None:
         await fetch_adapter(adapter, into, self._stream, transfer)
 
     def _look_up(self, name: str) -> StoredAdapter | None:
         real_root = self._real_root()
-        if not _reached(real_root, name) or not os.path.isfile(os.path.join(real_root, name, CONFIG_FILE)):
+        if not _reached(real_root, name) or not os.path.isfile(
+            os.path.join(real_root, name, CONFIG_FILE)
+        ):
             return None
         grouping = Grouping()
         adapters: list[StoredAdapter] = []
@@ -80,7 +89,9 @@ class LocalStore:
             raise unavailable(Trouble.NO_FOLDER) from exc
 
     @asynccontextmanager
-    async def _stream(self, adapter_name: str, file: StoredFile, offset: int, length: int) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+    async def _stream(
+        self, adapter_name: str, file: StoredFile, offset: int, length: int
+    ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
         handle = await asyncio.to_thread(self._open_listed, adapter_name, file)
         try:
             yield _chunks(handle, adapter_name, file, offset, length)
@@ -106,7 +117,9 @@ class LocalStore:
         return handle
 
 
-async def _chunks(handle: BinaryIO, adapter_name: str, file: StoredFile, offset: int, length: int) -> AsyncGenerator[bytes, None]:
+async def _chunks(
+    handle: BinaryIO, adapter_name: str, file: StoredFile, offset: int, length: int
+) -> AsyncGenerator[bytes, None]:
     try:
         await asyncio.to_thread(handle.seek, offset)
         while length and (chunk := await asyncio.to_thread(handle.read, min(length, _READ_BYTES))):
@@ -119,9 +132,13 @@ async def _chunks(handle: BinaryIO, adapter_name: str, file: StoredFile, offset:
 
 
 def _reached(real_root: str, name: str) -> bool:
-    """Whether a listing gets to this folder: no step of the way leaves the root or leads back to a folder above."""
+    """Whether a listing gets to this folder: no step of the way leaves the root or leads back to a
+    folder above.
+    """
     steps = name.split("/")
-    folders = [os.path.realpath(os.path.join(real_root, *steps[: i + 1])) for i in range(len(steps))]
+    folders = [
+        os.path.realpath(os.path.join(real_root, *steps[: i + 1])) for i in range(len(steps))
+    ]
     return all(below(folder, real_root) for folder in folders) and len(set(folders)) == len(folders)
 
 

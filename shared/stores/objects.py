@@ -1,4 +1,6 @@
-"""Shell. What all stores share: their failures in words, and listing and finding adapters through one operation, `pages`."""
+"""Shell. What all stores share: their failures in words, and listing and finding adapters through
+one operation, `pages`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class Trouble(Enum):
     """Why a store is unavailable, in words that name no path, no key and no credential."""
 
     NO_CREDENTIALS = "no usable credentials for the adapter store were found"
-    ACCESS_DENIED = "the adapter store denied access: check the credentials and the bucket's permissions"
+    ACCESS_DENIED = (
+        "the adapter store denied access: check the credentials and the bucket's permissions"
+    )
     NO_BUCKET = "the adapter store has no such bucket"
     NO_FOLDER = "the adapter folder does not exist or is not a folder"
     WRONG_REGION = "the adapter store's bucket lies in another region: set `region`"
@@ -33,7 +37,9 @@ class Trouble(Enum):
 
 
 # What the next moment may cure. The others stay as they are until a person has done something.
-_TRANSIENT = frozenset({Trouble.UNREACHABLE, Trouble.THROTTLED, Trouble.TOO_SLOW, Trouble.CUT, Trouble.FAILED})
+_TRANSIENT = frozenset(
+    {Trouble.UNREACHABLE, Trouble.THROTTLED, Trouble.TOO_SLOW, Trouble.CUT, Trouble.FAILED}
+)
 
 
 class StoreFailure(StoreUnavailable):
@@ -41,12 +47,16 @@ class StoreFailure(StoreUnavailable):
 
     def __init__(self, trouble: Trouble, detail: str = "") -> None:
         message = f"{trouble.value} ({detail})" if detail else trouble.value
-        super().__init__(message, retry_after_s=THROTTLED_RETRY_AFTER_S if trouble is Trouble.THROTTLED else None)
+        super().__init__(
+            message, retry_after_s=THROTTLED_RETRY_AFTER_S if trouble is Trouble.THROTTLED else None
+        )
         self.trouble = trouble
 
 
 def unavailable(trouble: Trouble, detail: str = "") -> StoreUnavailable:
-    """The error for `trouble`; `detail` is a status or an error code, never a message of the other side."""
+    """The error for `trouble`; `detail` is a status or an error code, never a message of the other
+    side.
+    """
     return StoreFailure(trouble, detail)
 
 
@@ -56,7 +66,10 @@ def transient(error: StoreUnavailable) -> bool:
 
 
 def changed(adapter_name: str) -> AdapterNotFound:
-    return AdapterNotFound(f"The adapter `{adapter_name}` changed in its store while it was being fetched.", param="model")
+    return AdapterNotFound(
+        f"The adapter `{adapter_name}` changed in its store while it was being fetched.",
+        param="model",
+    )
 
 
 class TransferCut(StoreFailure):
@@ -70,7 +83,9 @@ class Objects(Protocol):
     """What an object store must offer for `list` and `find`. Raises only StoreUnavailable."""
 
     def pages(self, prefix: str) -> AsyncGenerator[Sequence[Entry], None]:
-        """The entries whose key begins with `prefix`, page by page, in ascending order. Keys and prefix are relative to the root."""
+        """The entries whose key begins with `prefix`, page by page, in ascending order. Keys and
+        prefix are relative to the root.
+        """
         ...
 
 
@@ -89,7 +104,9 @@ async def list_adapters(objects: Objects, grouping: Grouping) -> AsyncIterator[S
 
 
 async def find_adapter(objects: Objects, name: str) -> StoredAdapter | None:
-    """One adapter: one list request in the usual case, and three for a folder that has no config but any number of pages below it."""
+    """One adapter: one list request in the usual case, and three for a folder that has no config
+    but any number of pages below it.
+    """
     if not valid_name(name):
         return None
     config_key = f"{name}/{CONFIG_FILE}"
@@ -102,7 +119,9 @@ async def find_adapter(objects: Objects, name: str) -> StoredAdapter | None:
                 number += 1
                 seen = seen or any(entry.key == config_key for entry in page)
                 passed = bool(page) and page[-1].key > config_key
-                if not seen and (passed or (number == 2 and not await _exists(objects, config_key))):
+                if not seen and (
+                    passed or (number == 2 and not await _exists(objects, config_key))
+                ):
                     return None
                 found += [a for entry in page for a in grouping.add(entry) if a.name == name]
     except OutOfOrder as exc:

@@ -31,16 +31,43 @@ READ_TIMEOUT_S = 15.0
 REQUEST_TIMEOUT_S = 40.0
 MAX_ATTEMPTS = 3
 MAX_LISTINGS = 32
-# More than the parts that a worker ever has in the air: a part must not wait for a connection while its patience runs.
+# More than the parts that a worker ever has in the air: a part must not wait for a connection while
+# its patience runs.
 MAX_TRANSFERS = 128
 CHUNK_BYTES = 256 * 1024
 
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _DENIED = frozenset(
-    {"AccessDenied", "AllAccessDisabled", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "401", "403"}
+    {
+        "AccessDenied",
+        "AllAccessDisabled",
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "ExpiredToken",
+        "InvalidToken",
+        "401",
+        "403",
+    }
 )
-_THROTTLED = frozenset({"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "429", "503"})
-_WRONG_REGION = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"})
+_THROTTLED = frozenset(
+    {
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "RequestLimitExceeded",
+        "TooManyRequests",
+        "429",
+        "503",
+    }
+)
+_WRONG_REGION = frozenset(
+    {
+        "PermanentRedirect",
+        "AuthorizationHeaderMalformed",
+        "IllegalLocationConstraintException",
+        "301",
+    }
+)
 _GONE = frozenset({"NoSuchKey", "PreconditionFailed", "404", "412"})
 _NO_CREDENTIALS = (
     sdk.NoCredentialsError,
@@ -58,7 +85,12 @@ class S3Store(Bucket):
     """`s3://bucket/prefix`. A file's version is its ETag, and a fetch is conditional on it."""
 
     def __init__(
-        self, url: str, endpoint_url: str | None = None, region: str | None = None, profile: str | None = None, anonymous: bool = False
+        self,
+        url: str,
+        endpoint_url: str | None = None,
+        region: str | None = None,
+        profile: str | None = None,
+        anonymous: bool = False,
     ) -> None:
         self._bucket, self._prefix, anonymous_url = parse_bucket_url(url)
         self.url = f"s3://{self._bucket}/{self._prefix}"
@@ -81,16 +113,30 @@ class S3Store(Bucket):
         )
         try:
             session = AioSession(profile=self._profile)
-            client = session.create_client("s3", endpoint_url=self._endpoint_url, region_name=self._region, config=config)
+            client = session.create_client(
+                "s3", endpoint_url=self._endpoint_url, region_name=self._region, config=config
+            )
             self._client = await self._exit.enter_async_context(client)
-            # Files have a client of their own: a transfer counts its tries itself, and must not take the connections of listings.
-            config = config.merge(AioConfig(retries={"mode": "standard", "total_max_attempts": 1}, max_pool_connections=MAX_TRANSFERS))
-            reader = session.create_client("s3", endpoint_url=self._endpoint_url, region_name=self._region, config=config)
+            # Files have a client of their own: a transfer counts its tries itself, and must not
+            # take the connections of listings.
+            config = config.merge(
+                AioConfig(
+                    retries={"mode": "standard", "total_max_attempts": 1},
+                    max_pool_connections=MAX_TRANSFERS,
+                )
+            )
+            reader = session.create_client(
+                "s3", endpoint_url=self._endpoint_url, region_name=self._region, config=config
+            )
             self._reader = await self._exit.enter_async_context(reader)
         except sdk.ProfileNotFound as exc:
-            raise ConfigError("the SDK's configuration has no such profile", param="profile") from exc
+            raise ConfigError(
+                "the SDK's configuration has no such profile", param="profile"
+            ) from exc
         except ValueError as exc:
-            raise ConfigError("the S3 client refuses this endpoint_url or region", param="endpoint_url") from exc
+            raise ConfigError(
+                "the S3 client refuses this endpoint_url or region", param="endpoint_url"
+            ) from exc
         except _FOREIGN as exc:
             raise _translated(exc) from exc
         return self
@@ -125,8 +171,14 @@ class S3Store(Bucket):
         return Entry(item["Key"].removeprefix(self._prefix), item["Size"], item["ETag"].strip('"'))
 
     @asynccontextmanager
-    async def _stream(self, adapter_name: str, file: StoredFile, offset: int, length: int) -> AsyncIterator[AsyncGenerator[bytes, None]]:
-        request = {"Bucket": self._bucket, "Key": f"{self._prefix}{adapter_name}/{file.path}", "IfMatch": f'"{file.version}"'}
+    async def _stream(
+        self, adapter_name: str, file: StoredFile, offset: int, length: int
+    ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+        request = {
+            "Bucket": self._bucket,
+            "Key": f"{self._prefix}{adapter_name}/{file.path}",
+            "IfMatch": f'"{file.version}"',
+        }
         ranged = byte_range(file, offset, length)
         if ranged:
             request["Range"] = ranged
@@ -155,10 +207,14 @@ async def _chunks(body: Any) -> AsyncGenerator[bytes, None]:
 
 
 def _translated(exc: Exception, adapter_name: str | None = None) -> LoraplexError:
-    """Our error for one of the SDK's. `adapter_name` is set where one file was asked for, so that "not found" means the adapter."""
+    """Our error for one of the SDK's. `adapter_name` is set where one file was asked for, so that
+    "not found" means the adapter.
+    """
     if isinstance(exc, sdk.ClientError):
         code = str(exc.response.get("Error", {}).get("Code", ""))
-        return _refused(code, exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), adapter_name)
+        return _refused(
+            code, exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), adapter_name
+        )
     if isinstance(exc, _NO_CREDENTIALS):
         return unavailable(Trouble.NO_CREDENTIALS)
     if isinstance(exc, _UNREACHABLE):  # TimeoutError is an OSError
@@ -174,8 +230,14 @@ def _refused(code: str, status: int, adapter_name: str | None) -> LoraplexError:
         return unavailable(Trouble.NO_BUCKET)
     if adapter_name is not None and names & _GONE:
         return changed(adapter_name)
-    for known, trouble in ((_DENIED, Trouble.ACCESS_DENIED), (_THROTTLED, Trouble.THROTTLED), (_WRONG_REGION, Trouble.WRONG_REGION)):
+    for known, trouble in (
+        (_DENIED, Trouble.ACCESS_DENIED),
+        (_THROTTLED, Trouble.THROTTLED),
+        (_WRONG_REGION, Trouble.WRONG_REGION),
+    ):
         if names & known:
             return unavailable(trouble)
     # The code is the other side's text; anything but a plain word is left out.
-    return unavailable(Trouble.FAILED, code if re.fullmatch(r"[A-Za-z0-9.]{1,64}", code) else str(status))
+    return unavailable(
+        Trouble.FAILED, code if re.fullmatch(r"[A-Za-z0-9.]{1,64}", code) else str(status)
+    )

@@ -1,7 +1,8 @@
-"""Shell. Brings the files of one adapter from a store into a folder: in parts side by side, each going on where it was cut.
+"""Shell. Brings the files of one adapter from a store into a folder: in parts side by side, each
+going on where it was cut.
 
-The first part in the air of every adapter needs nobody's leave; only the parts beside it share lanes with other adapters. So a stuck transfer
-takes nothing that another adapter could wait for.
+The first part in the air of every adapter needs nobody's leave; only the parts beside it share
+lanes with other adapters. So a stuck transfer takes nothing that another adapter could wait for.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ from shared.errors import AdapterNotFound, LoraplexError, StoreUnavailable
 from shared.stores.listing import valid_path
 from shared.stores.objects import TransferCut, Trouble, transient, unavailable
 
-# What S3's own guidance calls a good range (8 to 16 MB); a part that was cut short by a crash costs at most this much again.
+# What S3's own guidance calls a good range (8 to 16 MB); a part that was cut short by a crash costs
+# at most this much again.
 PART_BYTES = 8 << 20
 # Parts of one adapter in the air, and parts beyond the first of all adapters of a worker.
 PARTS_PER_ADAPTER = 4
 SHARED_LANES = 16
-# A transfer may take GRACE_S per try plus its size at this rate, whatever its pieces do: a store that trickles is a store that failed.
+# A transfer may take GRACE_S per try plus its size at this rate, whatever its pieces do: a store
+# that trickles is a store that failed.
 MIN_BYTES_PER_S = 256 * 1024
 GRACE_S = 30.0
 BACKOFF_S = 0.2
 MAX_BACKOFF_S = 5.0
-# Received pieces are gathered to this size before a thread writes them: a hop into a thread costs some 0.1 ms.
+# Received pieces are gathered to this size before a thread writes them: a hop into a thread costs
+# some 0.1 ms.
 WRITE_BYTES = 1 << 20
 
 Stream: TypeAlias = AbstractAsyncContextManager[AsyncGenerator[bytes, None]]
@@ -44,7 +48,9 @@ PartId: TypeAlias = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class FilePart:
-    """`size_bytes` bytes of `file` from `offset` on; all parts of a file but the last have PART_BYTES."""
+    """`size_bytes` bytes of `file` from `offset` on; all parts of a file but the last have
+    PART_BYTES.
+    """
 
     file: StoredFile
     number: int
@@ -73,19 +79,26 @@ def byte_range(file: StoredFile, offset: int, length: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """When a transfer has failed. A try ends when no byte comes for `stall_s` seconds (None: no limit of ours); `tries` in a row that bring
-    not one byte of a part end the transfer."""
+    """When a transfer has failed. A try ends when no byte comes for `stall_s` seconds (None: no
+    limit of ours); `tries` in a row that bring not one byte of a part end the transfer.
+    """
 
     stall_s: float | None
     tries: int
 
     def total_s(self, size_bytes: int) -> float | None:
-        return None if self.stall_s is None else self.stall_s * self.tries + size_bytes / MIN_BYTES_PER_S
+        return (
+            None
+            if self.stall_s is None
+            else self.stall_s * self.tries + size_bytes / MIN_BYTES_PER_S
+        )
 
 
 @dataclass(slots=True)
 class Lanes:
-    """Parts that may be in the air beside the first one of each adapter. Nobody waits for a lane: who gets none goes on with what it has."""
+    """Parts that may be in the air beside the first one of each adapter. Nobody waits for a lane:
+    who gets none goes on with what it has.
+    """
 
     free: int = SHARED_LANES
 
@@ -110,10 +123,12 @@ def _no_part(_: FilePart, __: str) -> None: ...
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """How one adapter is to be brought. `done` are parts that lie in the folder already (their files exist then).
+    """How one adapter is to be brought. `done` are parts that lie in the folder already (their
+    files exist then).
 
-    `on_bytes` runs on the loop for every piece; `on_part` in a thread, with the part's sha256, once its bytes were given to the kernel.
-    `on_idle` runs on the loop where the source waits for the bytes itself: with the seconds since it got any.
+    `on_bytes` runs on the loop for every piece; `on_part` in a thread, with the part's sha256, once
+    its bytes were given to the kernel. `on_idle` runs on the loop where the source waits for the
+    bytes itself: with the seconds since it got any.
     """
 
     pace: Pace = field(default_factory=lambda: Pace(GRACE_S, 1))
@@ -125,15 +140,20 @@ class Transfer:
     on_idle: Callable[[float], None] = _no_matter
 
 
-async def fetch_adapter(adapter: StoredAdapter, into: Path, open_stream: OpenStream, transfer: Transfer | None = None) -> None:
-    """Every file of `adapter` below `into`, complete and of the listed version, or an exception. Nothing foreign is ever overwritten.
+async def fetch_adapter(
+    adapter: StoredAdapter, into: Path, open_stream: OpenStream, transfer: Transfer | None = None
+) -> None:
+    """Every file of `adapter` below `into`, complete and of the listed version, or an exception.
+    Nothing foreign is ever overwritten.
 
     Raises:
         StoreUnavailable: the store failed beyond the pace's patience; what came is left in `into`.
         AdapterNotFound: a file is gone or has another version than listed.
     """
     if not all(valid_path(file.path) for file in adapter.files):
-        raise AdapterNotFound(f"The adapter `{adapter.name}` has a file outside of its folder.", param="model")
+        raise AdapterNotFound(
+            f"The adapter `{adapter.name}` has a file outside of its folder.", param="model"
+        )
     run = _Run(adapter, into, open_stream, transfer or Transfer())
     try:
         async with asyncio.timeout(run.transfer.pace.total_s(adapter.size_bytes)):
@@ -147,12 +167,19 @@ async def fetch_adapter(adapter: StoredAdapter, into: Path, open_stream: OpenStr
 class _Run:
     """One transfer under way."""
 
-    def __init__(self, adapter: StoredAdapter, into: Path, open_stream: OpenStream, transfer: Transfer) -> None:
+    def __init__(
+        self, adapter: StoredAdapter, into: Path, open_stream: OpenStream, transfer: Transfer
+    ) -> None:
         self._adapter = adapter
         self._into = into
         self._open_stream = open_stream
         self.transfer = transfer
-        parts = [part for file in adapter.files for part in parts_of(file) if part.id not in transfer.done]
+        parts = [
+            part
+            for file in adapter.files
+            for part in parts_of(file)
+            if part.id not in transfer.done
+        ]
         self._queue = deque(parts)
         self._beside = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -161,7 +188,9 @@ class _Run:
         await asyncio.to_thread(self._create)
         try:
             async with asyncio.TaskGroup() as group:
-                self._tasks.append(group.create_task(self._lane(group, False), name=f"fetch {self._adapter.name}"))
+                self._tasks.append(
+                    group.create_task(self._lane(group, False), name=f"fetch {self._adapter.name}")
+                )
         except ExceptionGroup as failures:
             raise _foremost(failures) from failures
         finally:
@@ -173,8 +202,16 @@ class _Run:
             raise TransferCut
 
     def _create(self) -> None:
-        """All files, still empty. O_EXCL and O_NOFOLLOW: neither a foreign file nor a symlink is written through."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | (0 if self.transfer.may_exist else os.O_EXCL)
+        """All files, still empty. O_EXCL and O_NOFOLLOW: neither a foreign file nor a symlink is
+        written through.
+        """
+        flags = (
+            os.O_WRONLY
+            | os.O_CREAT
+            | os.O_NOFOLLOW
+            | os.O_CLOEXEC
+            | (0 if self.transfer.may_exist else os.O_EXCL)
+        )
         for file in self._adapter.files:
             target = self._into / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -195,12 +232,21 @@ class _Run:
                 self.transfer.lanes.give()
 
     def _widen(self, group: asyncio.TaskGroup) -> None:
-        while self._beside < min(PARTS_PER_ADAPTER - 1, len(self._queue)) and self.transfer.lanes.take():
+        while (
+            self._beside < min(PARTS_PER_ADAPTER - 1, len(self._queue))
+            and self.transfer.lanes.take()
+        ):
             self._beside += 1
-            self._tasks.append(group.create_task(self._lane(group, True), name=f"fetch beside {self._adapter.name}"))
+            self._tasks.append(
+                group.create_task(
+                    self._lane(group, True), name=f"fetch beside {self._adapter.name}"
+                )
+            )
 
     async def _bring(self, part: FilePart) -> None:
-        """One part, in as many tries as bring something, and `pace.tries` in a row that bring nothing."""
+        """One part, in as many tries as bring something, and `pace.tries` in a row that bring
+        nothing.
+        """
         handle = await asyncio.to_thread(_open_at, self._into / part.file.path, part.offset)
         try:
             sink = _Sink(handle, part.size_bytes)
@@ -218,7 +264,10 @@ class _Run:
                     if fruitless >= self.transfer.pace.tries:
                         raise
                 if fruitless:
-                    await asyncio.sleep(min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (fruitless - 1)) * random.uniform(0.5, 1.5))
+                    await asyncio.sleep(
+                        min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (fruitless - 1))
+                        * random.uniform(0.5, 1.5)
+                    )
             await asyncio.to_thread(self._finish, part, sink)
         finally:
             close_later(handle)
@@ -251,7 +300,9 @@ class _Run:
 
 
 def _foremost(failures: ExceptionGroup[Exception]) -> Exception:
-    """The failure that tells most: "it changed" before "it failed". A bug stays the group that it came in."""
+    """The failure that tells most: "it changed" before "it failed". A bug stays the group that it
+    came in.
+    """
     known = [exc for exc in failures.exceptions if isinstance(exc, LoraplexError | OSError)]
     if len(known) < len(failures.exceptions):
         return failures
@@ -265,7 +316,9 @@ def _open_at(target: Path, offset: int) -> BinaryIO:
 
 
 class _Sink:
-    """Gathers received pieces, hashes and writes them in a thread; refuses more than was asked for."""
+    """Gathers received pieces, hashes and writes them in a thread; refuses more than was asked
+    for.
+    """
 
     def __init__(self, handle: BinaryIO, limit_bytes: int) -> None:
         self._handle = handle
@@ -298,7 +351,9 @@ class _Sink:
 
 
 def close_later(handle: BinaryIO) -> None:
-    """Closes in a thread, without waiting: a thread that outlived our cancellation may hold the file's lock, on a stuck disk for long."""
+    """Closes in a thread, without waiting: a thread that outlived our cancellation may hold the
+    file's lock, on a stuck disk for long.
+    """
     if not handle.closed:
         asyncio.get_running_loop().run_in_executor(None, _close, handle)
 

@@ -1,4 +1,6 @@
-"""Shell. Tests on real vLLM: all of this folder in one test process, so that vLLM is imported once."""
+"""Shell. Tests on real vLLM: all of this folder in one test process, so that vLLM is imported
+once.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Scattered over the processes these tests would import vLLM in each, and a file whose tests build on one another would fail now and then."""
-    grouped = hasattr(session.config, "workerinput") and getattr(session.config.option, "loadgroup", False)
-    if grouped and any(HERE in item.path.parents and not item.nodeid.endswith("@vllm") for item in session.items):
-        raise pytest.UsageError("pytest-xdist has not grouped the tests of tests/engine; do its version and pytest's fit?")
+    """Scattered over the processes these tests would import vLLM in each, and a file whose tests
+    build on one another would fail now and then.
+    """
+    grouped = hasattr(session.config, "workerinput") and getattr(
+        session.config.option, "loadgroup", False
+    )
+    if grouped and any(
+        HERE in item.path.parents and not item.nodeid.endswith("@vllm") for item in session.items
+    ):
+        raise pytest.UsageError(
+            "pytest-xdist has not grouped the tests of tests/engine; do its version "
+            "and pytest's fit?"
+        )
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def demo(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
-    """One gateway, two vLLM workers with two slots each, all demo adapters. Tests must leave it as they found it."""
+    """One gateway, two vLLM workers with two slots each, all demo adapters. Tests must leave it as
+    they found it.
+    """
     folder = tmp_path_factory.mktemp("demo")
     async with cluster(demo_config(max_loras=2), folder, zygote) as c:
         await c.start_worker("w0")
@@ -42,9 +55,13 @@ async def demo(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Asyn
 
 @pytest.fixture(scope="module")
 def vllm_environment() -> Iterator[None]:
-    """What a worker process sets before it imports vLLM; taken back, since other tests start processes of their own."""
+    """What a worker process sets before it imports vLLM; taken back, since other tests start
+    processes of their own.
+    """
     before = dict(os.environ)
-    for key, value in (VLLM_ENV | VLLM_CPU_ENV | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}).items():
+    for key, value in (
+        VLLM_ENV | VLLM_CPU_ENV | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    ).items():
         os.environ.setdefault(key, value)
     yield
     os.environ.clear()

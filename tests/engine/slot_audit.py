@@ -1,4 +1,6 @@
-"""Shell. Runs inside vLLM's worker: how often a known way was gone, and whether the slots hold the bits that vLLM alone would have put there."""
+"""Shell. Runs inside vLLM's worker: how often a known way was gone, and whether the slots hold the
+bits that vLLM alone would have put there.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def begin(worker: Any) -> None:
 
 
 def audit(worker: Any, folders: dict[int, str]) -> tuple[int, list[int | None], bool, bool]:
-    """The ways gone, the adapters in the slots, whether all bits are vLLM's, and whether they differ from slot to slot."""
+    """The ways gone, the adapters in the slots, whether all bits are vLLM's, and whether they
+    differ from slot to slot.
+    """
     slots = worker._loraplex()
     manager, held = slots.manager, list(slots.manager.lora_index_to_id)
     ours = bits(manager)
@@ -36,12 +40,24 @@ def audit(worker: Any, folders: dict[int, str]) -> tuple[int, list[int | None], 
     for int_id in filter(None, held):
         slots.remove(int_id)
     for int_id in filter(None, held):
-        worker.model_runner.lora_manager.add_adapter(LoRARequest(f"again{int_id}", int_id, folders[int_id]))
+        worker.model_runner.lora_manager.add_adapter(
+            LoRARequest(f"again{int_id}", int_id, folders[int_id])
+        )
     theirs = bits(manager)
-    same = len(ours) == len(theirs) > 0 and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    same = len(ours) == len(theirs) > 0 and all(
+        torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)
+    )
     return len(gone), held, same, any(not torch.equal(a[0], a[1]) for a in ours)
 
 
 def bits(manager: Any) -> list[torch.Tensor]:
-    stacked = [held for module in manager.modules.values() for held in (module.lora_a_stacked, module.lora_b_stacked)]
-    return [tensor.clone() for held in stacked for tensor in ([held] if isinstance(held, torch.Tensor) else held)]
+    stacked = [
+        held
+        for module in manager.modules.values()
+        for held in (module.lora_a_stacked, module.lora_b_stacked)
+    ]
+    return [
+        tensor.clone()
+        for held in stacked
+        for tensor in ([held] if isinstance(held, torch.Tensor) else held)
+    ]

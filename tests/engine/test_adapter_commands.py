@@ -1,4 +1,6 @@
-"""Shell. Pins and evictions on a real engine, asked itself what it holds: in slots, and in host memory."""
+"""Shell. Pins and evictions on a real engine, asked itself what it holds: in slots, and in host
+memory.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ async def asked(tmp_path: Path) -> AsyncIterator[Asked]:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
         argv = [sys.executable, "-c", WORKER, str(tmp_path / "config.yaml"), c.control]
         with (tmp_path / "w0.log").open("wb") as log:
-            worker = await asyncio.create_subprocess_exec(*argv, stdin=-1, stdout=-1, stderr=log, env=env, cwd=ROOT)
+            worker = await asyncio.create_subprocess_exec(
+                *argv, stdin=-1, stdout=-1, stderr=log, env=env, cwd=ROOT
+            )
         try:
             async with asyncio.timeout(START_S):
                 while (await c.get("/ready"))[0] != 200:
@@ -103,5 +107,7 @@ async def test_a_pinned_adapter_survives_more_adapters_than_slots_and_an_evicted
     assert len(held["held"]) == len(names) - 2
     await asked.act(pinned, "evict")
     held = await asked.engine()
-    assert held["slots"] == [] and its_id not in held["held"] and len(held["held"]) == len(names) - 3
+    assert (
+        held["slots"] == [] and its_id not in held["held"] and len(held["held"]) == len(names) - 3
+    )
     assert await asked.use(pinned) == before, "it comes back when it is asked for"

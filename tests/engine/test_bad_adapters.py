@@ -1,4 +1,6 @@
-"""Bad adapters on real vLLM: each is refused with its own code, and nobody else's answer changes by a bit."""
+"""Bad adapters on real vLLM: each is refused with its own code, and nobody else's answer changes by
+a bit.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,28 @@ NOT_LISTED = {"no-config"}
 
 @dataclass
 class Served:
-    """A cluster of one worker with good and bad adapters, and what base and good ones answered before any bad one was asked for."""
+    """A cluster of one worker with good and bad adapters, and what base and good ones answered
+    before any bad one was asked for.
+    """
 
     cluster: Cluster
     before: dict[str, Any]
 
     async def answers(self) -> dict[str, Any]:
-        """One after another: the last digit of a probability depends on what else is in the batch."""
-        return {model: await answer(self.cluster, model) for model in ("demo", *(f"demo:{name}" for name in GOOD))}
+        """One after another: the last digit of a probability depends on what else is in the
+        batch.
+        """
+        return {
+            model: await answer(self.cluster, model)
+            for model in ("demo", *(f"demo:{name}" for name in GOOD))
+        }
 
 
 async def answer(c: Cluster, model: str) -> Any:
     """Greedy, with the probabilities of every token to the last digit."""
-    status, body, _ = await c.chat(model, PROMPT, temperature=0, max_tokens=24, logprobs=True, top_logprobs=3)
+    status, body, _ = await c.chat(
+        model, PROMPT, temperature=0, max_tokens=24, logprobs=True, top_logprobs=3
+    )
     assert status == 200, body
     return body["choices"]
 
@@ -53,12 +64,16 @@ async def served(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> As
         await c.start_worker("w0")
         served = Served(c, {})
         served.before = await served.answers()
-        assert len({str(a) for a in served.before.values()}) == len(served.before), "the adapters must be told apart"
+        assert len({str(a) for a in served.before.values()}) == len(served.before), (
+            "the adapters must be told apart"
+        )
         yield served
 
 
 @pytest.mark.parametrize("name", KINDS)
-async def test_a_bad_adapter_is_refused_and_others_answer_as_before(served: Served, name: str) -> None:
+async def test_a_bad_adapter_is_refused_and_others_answer_as_before(
+    served: Served, name: str
+) -> None:
     status, body, _ = await served.cluster.chat(f"demo:bad/{name}", PROMPT, max_tokens=4)
     if name in NOT_LISTED:
         assert (status, body["error"]["code"]) == (404, "adapter_not_found")
@@ -68,16 +83,24 @@ async def test_a_bad_adapter_is_refused_and_others_answer_as_before(served: Serv
     assert await served.answers() == served.before
 
 
-async def test_all_bad_adapters_at_once_change_no_answer_that_is_being_written(served: Served) -> None:
+async def test_all_bad_adapters_at_once_change_no_answer_that_is_being_written(
+    served: Served,
+) -> None:
     bad = [n for n in KINDS if n not in NOT_LISTED]
-    asked = asyncio.gather(*(served.cluster.chat(f"demo:bad/{n}", PROMPT, max_tokens=4) for n in bad))
+    asked = asyncio.gather(
+        *(served.cluster.chat(f"demo:bad/{n}", PROMPT, max_tokens=4) for n in bad)
+    )
     for _ in range(3):
         assert await served.answers() == served.before
-    assert [(s, b["error"]["code"]) for s, b, _ in await asked] == [(422, KINDS[n].code) for n in bad]
+    assert [(s, b["error"]["code"]) for s, b, _ in await asked] == [
+        (422, KINDS[n].code) for n in bad
+    ]
     assert await served.answers() == served.before
 
 
 async def test_the_worker_that_refused_them_all_is_the_one_that_was_started(served: Served) -> None:
     """Last of the module: no engine died and was started again behind the answers."""
     assert "engine died" not in served.cluster.workers["w0"].output()
-    assert await served.cluster.metric("loraplex_worker_adapters", worker="w0", tier="gpu") <= len(GOOD)
+    assert await served.cluster.metric("loraplex_worker_adapters", worker="w0", tier="gpu") <= len(
+        GOOD
+    )

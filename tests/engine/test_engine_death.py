@@ -1,4 +1,6 @@
-"""Shell. An engine that dies while it is asked for adapters takes its worker with it at once, so that another can be started in its place."""
+"""Shell. An engine that dies while it is asked for adapters takes its worker with it at once, so
+that another can be started in its place.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from examples.demo.styles import HELD_OUT
 from shared.runtime.children import Zygote
 from tests.harness import cluster, demo_config
 
-END_S = 60.0  # far less than the engine's own patience with a call that is not answered (worker.vllm_adapters.UTILITY_TIMEOUT_S)
+# far less than the engine's own patience with a call that is not answered
+# (worker.vllm_adapters.UTILITY_TIMEOUT_S)
+END_S = 60.0
 
 
 async def test_a_worker_whose_engine_dies_before_it_has_answered_for_an_adapter_ends_and_a_new_one_serves(
@@ -21,9 +25,16 @@ async def test_a_worker_whose_engine_dies_before_it_has_answered_for_an_adapter_
     async with cluster(demo_config(max_loras=2), tmp_path, zygote) as c:
         worker = await c.start_worker("w0")
         await c.text("demo:haiku", HELD_OUT[0], max_tokens=2)
-        core = next(p for p in psutil.Process(worker.pid).children(recursive=True) if "EngineCore" in p.name() + " ".join(p.cmdline()))
+        core = next(
+            p
+            for p in psutil.Process(worker.pid).children(recursive=True)
+            if "EngineCore" in p.name() + " ".join(p.cmdline())
+        )
         core.send_signal(signal.SIGSTOP)
-        asked = [asyncio.create_task(c.chat(f"demo:{name}", HELD_OUT[0], max_tokens=2)) for name in ("pirate", "shouting")]
+        asked = [
+            asyncio.create_task(c.chat(f"demo:{name}", HELD_OUT[0], max_tokens=2))
+            for name in ("pirate", "shouting")
+        ]
         async with asyncio.timeout(END_S):
             while len([*(tmp_path / "state" / "adapters" / "entries").glob("*/manifest")]) < 3:
                 await asyncio.sleep(0.05)

@@ -1,4 +1,6 @@
-"""Shell. The engine itself, asked what it holds: adapters that leave a slot are really gone, and a refused one leaves nothing behind and harms nobody."""
+"""Shell. The engine itself, asked what it holds: adapters that leave a slot are really gone, and a
+refused one leaves nothing behind and harms nobody.
+"""
 
 from __future__ import annotations
 
@@ -83,12 +85,25 @@ asyncio.run(main(json.loads(sys.argv[1]), *sys.argv[2:]))
 async def hear(tmp_path: Path, **engine: Any) -> dict[str, Any]:
     unfit = tmp_path / "unfit"
     shutil.copytree(DEMO / "adapters" / "haiku", unfit)
-    # Says rank 8 and has tensors of rank 16: vLLM raises only while it copies them into a slot, and would keep the half-copied adapter.
+    # Says rank 8 and has tensors of rank 16: vLLM raises only while it copies them into a slot, and
+    # would keep the half-copied adapter.
     config = json.loads((unfit / "adapter_config.json").read_text())
     (unfit / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
-    folders = [str(DEMO / "adapters" / "pirate"), str(DEMO / "adapters" / "shouting"), str(unfit), str(tmp_path / "no" / "such")]
-    model = json.dumps(demo_config(max_loras=2, engine={"max_lora_rank": 8, **engine})["llm_configs"][0])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    folders = [
+        str(DEMO / "adapters" / "pirate"),
+        str(DEMO / "adapters" / "shouting"),
+        str(unfit),
+        str(tmp_path / "no" / "such"),
+    ]
+    model = json.dumps(
+        demo_config(max_loras=2, engine={"max_lora_rank": 8, **engine})["llm_configs"][0]
+    )
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    }
     argv = [sys.executable, "-c", PROGRAM, model, HELD_OUT[0], *folders]
     process = await asyncio.create_subprocess_exec(*argv, stdout=-1, stderr=-1, env=env, cwd=ROOT)
     async with asyncio.timeout(180):
@@ -103,21 +118,31 @@ def check(said: dict[str, Any], tmp_path: Path, ranks: int = 1) -> None:
     assert said["slots"] == 2 and said["start"] == [[], [[]] * ranks]
     assert said["prepared"] == [[], [[]] * ranks], "prepared beside the slots"
     assert said["two"] == [[1, 2], [[1, 2]] * ranks] and said["one"] == [[2], [[2]] * ranks]
-    assert said["after"] == [[2, 4], [[4, 2]] * ranks], "the refused adapter left its slot to the next, and the other stayed"
+    assert said["after"] == [[2, 4], [[4, 2]] * ranks], (
+        "the refused adapter left its slot to the next, and the other stayed"
+    )
     assert list(said["refused"]) == ["a3"] and list(said["unprepared"]) == ["a5"]
     assert said["again"] == [[1, 4], [[1]] * ranks] and said["demoted"] == [[1, 4], [[4]] * ranks]
     pirate, shouting = said["first"]
     assert len({pirate, shouting, said["base"]}) == 3
-    assert said["second"] == [pirate, shouting], "what the refused adapter half wrote was not wiped out of the slot"
+    assert said["second"] == [pirate, shouting], (
+        "what the refused adapter half wrote was not wiped out of the slot"
+    )
     assert said["third"] == [pirate] and said["fourth"] == [pirate]
     assert said["fifth"] == [shouting]
     assert said["audit"] == [[5, [4, 2], True, True]] * ranks, (
-        "all but the first went a known way, into whatever slot, and what lies there is bit for bit what vLLM alone would have put there"
+        "all but the first went a known way, into whatever slot, and what lies there "
+        "is bit for bit what vLLM alone would have put there"
     )
-    assert all(str(tmp_path) not in words for words in (said["missing"], *said["refused"].values(), *said["unprepared"].values()))
+    assert all(
+        str(tmp_path) not in words
+        for words in (said["missing"], *said["refused"].values(), *said["unprepared"].values())
+    )
 
 
-async def test_one_swap_moves_several_adapters_and_a_refused_one_leaves_nothing_and_harms_nobody(tmp_path: Path) -> None:
+async def test_one_swap_moves_several_adapters_and_a_refused_one_leaves_nothing_and_harms_nobody(
+    tmp_path: Path,
+) -> None:
     check(await hear(tmp_path), tmp_path)
 
 

@@ -1,4 +1,6 @@
-"""Shell. Plain streams, written by us, against vLLM's own: the same bytes from the same engine output, and from the same requests."""
+"""Shell. Plain streams, written by us, against vLLM's own: the same bytes from the same engine
+output, and from the same requests.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ class Written:
         self.first.set()
 
 
-# ---- from the same engine output, token by token ----------------------------------------------------------------------------------------
+# ---- from the same engine output, token by token -------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +63,29 @@ def tokenizer(vllm_environment: None) -> Any:
     return AutoTokenizer.from_pretrained(DEMO / "model")
 
 
-def _steps(tokenizer: Any, seed: int) -> tuple[list[list[int]], dict[str, Any], int | None, int | str | None]:
-    """Tokens per engine step, sampling parameters, and how it ends: what an engine might say, unlikely things included."""
+def _steps(
+    tokenizer: Any, seed: int
+) -> tuple[list[list[int]], dict[str, Any], int | None, int | str | None]:
+    """Tokens per engine step, sampling parameters, and how it ends: what an engine might say,
+    unlikely things included.
+    """
     rng = random.Random(seed)
-    source = rng.choice([tokenizer.encode(UNICODE), [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(1, 60))], [5]])
+    source = rng.choice(
+        [
+            tokenizer.encode(UNICODE),
+            [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(1, 60))],
+            [5],
+        ]
+    )
     steps, rest = [], list(source)
     while rest:
         n = 1 if rng.random() < 0.8 else rng.randrange(0, 4)
         steps.append(rest[:n])
         rest = rest[n:]
     text = tokenizer.decode(source)
-    stops = rng.choice([[], [], [text[len(text) // 2 :][:3] or "x"], ["never to be seen"], ["e", "漢"]])
+    stops = rng.choice(
+        [[], [], [text[len(text) // 2 :][:3] or "x"], ["never to be seen"], ["e", "漢"]]
+    )
     params = {
         "stop": stops,
         "include_stop_str_in_output": rng.random() < 0.3,
@@ -93,7 +107,9 @@ def _core_outputs(tokenizer: Any, seed: int) -> tuple[Any, list[Any]]:
         request_id="internal",
         prompt_token_ids=tokenizer.encode("hello"),
         mm_features=None,
-        sampling_params=SamplingParams(max_tokens=10_000, output_kind=RequestOutputKind.DELTA, **params),
+        sampling_params=SamplingParams(
+            max_tokens=10_000, output_kind=RequestOutputKind.DELTA, **params
+        ),
         pooling_params=None,
         arrival_time=0.0,
         lora_request=None,
@@ -110,8 +126,12 @@ def _core_outputs(tokenizer: Any, seed: int) -> tuple[Any, list[Any]]:
     return request, outputs
 
 
-async def _by_vllm(tokenizer: Any, path: str, include_usage: bool, request: Any, outputs: list[Any], early: int) -> bytes:
-    """What vLLM's generator writes when its reader sees the first `early` outputs together, and then keeps up with the engine."""
+async def _by_vllm(
+    tokenizer: Any, path: str, include_usage: bool, request: Any, outputs: list[Any], early: int
+) -> bytes:
+    """What vLLM's generator writes when its reader sees the first `early` outputs together, and
+    then keeps up with the engine.
+    """
     from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -134,11 +154,20 @@ async def _by_vllm(tokenizer: Any, path: str, include_usage: bool, request: Any,
     options = {"include_usage": True} if include_usage else None
     meta = RequestResponseMetadata(request_id="id-1")
     if path == CHAT:
-        body = ChatCompletionRequest(model="demo", messages=[{"role": "user", "content": "hello"}], stream=True, stream_options=options)
-        stream = _serving(path).chat_completion_stream_generator(body, results(False), "id-1", "demo", [], tokenizer, meta)
+        body = ChatCompletionRequest(
+            model="demo",
+            messages=[{"role": "user", "content": "hello"}],
+            stream=True,
+            stream_options=options,
+        )
+        stream = _serving(path).chat_completion_stream_generator(
+            body, results(False), "id-1", "demo", [], tokenizer, meta
+        )
     else:
         body = CompletionRequest(model="demo", prompt="hello", stream=True, stream_options=options)
-        stream = _serving(path).completion_stream_generator(body, [None], results(True), "id-1", 1700000000, "demo", 1, tokenizer, meta)
+        stream = _serving(path).completion_stream_generator(
+            body, [None], results(True), "id-1", 1700000000, "demo", 1, tokenizer, meta
+        )
     return "".join([event async for event in stream]).encode()
 
 
@@ -162,7 +191,15 @@ def _serving(path: str) -> Any:
     return serving
 
 
-def _by_us(tokenizer: Any, path: str, include_usage: bool, request: Any, outputs: list[Any], created: int, early: int) -> Written:
+def _by_us(
+    tokenizer: Any,
+    path: str,
+    include_usage: bool,
+    request: Any,
+    outputs: list[Any],
+    created: int,
+    early: int,
+) -> Written:
     """What a Stream writes; the first `early` outputs come before it is attached."""
     from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 
@@ -175,11 +212,19 @@ def _by_us(tokenizer: Any, path: str, include_usage: bool, request: Any, outputs
     processor.add_request(request, "hello", None, 0, queue)
     serving = _serving(path)
     if path == CHAT:
-        chunks = chat_chunks("id-1", created, "demo", "assistant", serving.system_fingerprint, include_usage)
+        chunks = chat_chunks(
+            "id-1", created, "demo", "assistant", serving.system_fingerprint, include_usage
+        )
     else:
-        chunks = completion_chunks("id-1", created, "demo", serving.system_fingerprint, include_usage)
+        chunks = completion_chunks(
+            "id-1", created, "demo", serving.system_fingerprint, include_usage
+        )
     written = Written()
-    stream = Stream(Draft(chunks, Submission(None, None, "", {}), lambda exc: in_words(serving, exc)), written, Pacing(0.0))
+    stream = Stream(
+        Draft(chunks, Submission(None, None, "", {}), lambda exc: in_words(serving, exc)),
+        written,
+        Pacing(0.0),
+    )
     for output in outputs[:early]:
         processor.process_outputs([output], weight_version="1")
     if request.request_id in processor.request_states:
@@ -193,17 +238,41 @@ def _by_us(tokenizer: Any, path: str, include_usage: bool, request: Any, outputs
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETION])
 @pytest.mark.parametrize("include_usage", [False, True], ids=["plain", "usage"])
-async def test_the_same_engine_output_gives_the_same_bytes(tokenizer: Any, path: str, include_usage: bool) -> None:
+async def test_the_same_engine_output_gives_the_same_bytes(
+    tokenizer: Any, path: str, include_usage: bool
+) -> None:
     kinds = set()
     for seed in range(150):
-        for early in (0, 1, 3):  # outputs that come before the stream is attached are one output, as in vLLM's queue
+        # outputs that come before the stream is attached are one output, as in vLLM's queue
+        for early in (0, 1, 3):
             request, outputs = _core_outputs(tokenizer, seed)
-            wanted = await _by_vllm(tokenizer, path, include_usage, copy.deepcopy(request), copy.deepcopy(outputs), early)
+            wanted = await _by_vllm(
+                tokenizer,
+                path,
+                include_usage,
+                copy.deepcopy(request),
+                copy.deepcopy(outputs),
+                early,
+            )
             found = re.search(rb'"created":(\d+)', wanted)
-            ours = _by_us(tokenizer, path, include_usage, request, outputs, int(found[1]) if found else 0, early)
+            ours = _by_us(
+                tokenizer,
+                path,
+                include_usage,
+                request,
+                outputs,
+                int(found[1]) if found else 0,
+                early,
+            )
             assert ours.data == wanted, f"seed {seed}, {early} early"
             kinds |= set(re.findall(rb'"finish_reason":"(\w+)"|"(error)":', wanted))
-    assert {k for pair in kinds for k in pair if k} == {b"stop", b"length", b"abort", b"repetition", b"error"}
+    assert {k for pair in kinds for k in pair if k} == {
+        b"stop",
+        b"length",
+        b"abort",
+        b"repetition",
+        b"error",
+    }
 
 
 async def test_a_text_that_is_not_unicode_ends_its_own_stream_and_no_other(tokenizer: Any) -> None:
@@ -212,19 +281,34 @@ async def test_a_text_that_is_not_unicode_ends_its_own_stream_and_no_other(token
     from worker.engine.vllm.sse import chat_chunks
 
     written, serving = Written(), _serving(CHAT)
-    draft = Draft(chat_chunks("1", 1, "demo", "assistant", None, False), Submission(None, None, "", {}), lambda e: in_words(serving, e))
+    draft = Draft(
+        chat_chunks("1", 1, "demo", "assistant", None, False),
+        Submission(None, None, "", {}),
+        lambda e: in_words(serving, e),
+    )
     stream = Stream(draft, written, Pacing(0.0))
     stream.catch_up(
-        SimpleNamespace(prompt_token_ids=[1], outputs=[SimpleNamespace(text="\ud800", token_ids=[1], finish_reason=None, stop_reason=None)])
+        SimpleNamespace(
+            prompt_token_ids=[1],
+            outputs=[
+                SimpleNamespace(text="\ud800", token_ids=[1], finish_reason=None, stop_reason=None)
+            ],
+        )
     )
-    assert stream.ended.done() and b'"error"' in written.data and written.data.endswith(b"data: [DONE]\n\n")
+    assert (
+        stream.ended.done()
+        and b'"error"' in written.data
+        and written.data.endswith(b"data: [DONE]\n\n")
+    )
 
 
-# ---- from the same requests, on one engine ----------------------------------------------------------------------------------------------
+# ---- from the same requests, on one engine -------------------------------------------------------
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def engine(vllm_environment: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Any]:
+async def engine(
+    vllm_environment: None, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Any]:
     """The demo model with two adapters, in this process."""
     from worker.engine.vllm.engine import VLLMEngine
 
@@ -245,21 +329,38 @@ ADAPTERS = {
 }
 
 
-async def _serve(engine: Any, body: dict[str, Any], request_id: str = "r1", path: str = "") -> Written:
+async def _serve(
+    engine: Any, body: dict[str, Any], request_id: str = "r1", path: str = ""
+) -> Written:
     written = Written()
     adapter = ADAPTERS.get(str(body.get("model")).partition(":")[2])
     path = path or (CHAT if "messages" in body else COMPLETION)
     async with asyncio.timeout(60):
-        await asyncio.create_task(engine.serve(EngineRequest(path, request_id, json.dumps(body).encode(), adapter), written))
+        await asyncio.create_task(
+            engine.serve(
+                EngineRequest(path, request_id, json.dumps(body).encode(), adapter), written
+            )
+        )
     return written
 
 
 def chat(model: str = "demo", prompt: str = PROMPT, **more: Any) -> dict[str, Any]:
-    return {"model": model, "messages": [{"role": "user", "content": prompt}], "stream": True, "temperature": 0, "max_tokens": 24, **more}
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "stream": True,
+        "temperature": 0,
+        "max_tokens": 24,
+        **more,
+    }
 
 
-@pytest.mark.parametrize("more", [{}, {"stream_options": {"include_usage": True}}, {"stop": ["the"]}, {"max_tokens": 1}])
-async def test_tokens_that_leave_together_are_the_same_text_with_the_same_end(engine: Any, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "more", [{}, {"stream_options": {"include_usage": True}}, {"stop": ["the"]}, {"max_tokens": 1}]
+)
+async def test_tokens_that_leave_together_are_the_same_text_with_the_same_end(
+    engine: Any, more: dict[str, Any]
+) -> None:
     alone = (await _serve(engine, chat(**more))).data
     engine._pacing.gap_s = 100.0  # for longer than the answer lasts, whatever looks halve of it
     engine._pacing._flushed_at = time.monotonic()
@@ -270,17 +371,33 @@ async def test_tokens_that_leave_together_are_the_same_text_with_the_same_end(en
         engine._pacing.gap_s, engine._pacing.flush = 0.0, True
 
     def read(data: bytes) -> tuple[str, list[Any], Any]:
-        events = [json.loads(line.removeprefix(b"data: ")) for line in data.split(b"\n\n") if line and line != b"data: [DONE]"]
+        events = [
+            json.loads(line.removeprefix(b"data: "))
+            for line in data.split(b"\n\n")
+            if line and line != b"data: [DONE]"
+        ]
         choices = [c for e in events for c in e["choices"]]
         text = "".join(c["delta"].get("content") or "" for c in choices)
-        return text, [c["finish_reason"] for c in choices if c["finish_reason"]], [e["usage"] for e in events if e.get("usage")]
+        return (
+            text,
+            [c["finish_reason"] for c in choices if c["finish_reason"]],
+            [e["usage"] for e in events if e.get("usage")],
+        )
 
     assert read(together) == read(alone) and together.endswith(b"data: [DONE]\n\n")
-    assert together.count(b"data: ") <= min(alone.count(b"data: "), 5)  # role, first token, last, usage, DONE
+    # role, first token, last, usage, DONE
+    assert together.count(b"data: ") <= min(alone.count(b"data: "), 5)
 
 
 def completion(model: str = "demo", prompt: Any = PROMPT, **more: Any) -> dict[str, Any]:
-    return {"model": model, "prompt": prompt, "stream": True, "temperature": 0, "max_tokens": 24, **more}
+    return {
+        "model": model,
+        "prompt": prompt,
+        "stream": True,
+        "temperature": 0,
+        "max_tokens": 24,
+        **more,
+    }
 
 
 MORE: list[dict[str, Any]] = [
@@ -299,7 +416,8 @@ MORE: list[dict[str, Any]] = [
     {"skip_special_tokens": False, "max_tokens": 200},
     {"spaces_between_special_tokens": False, "skip_special_tokens": False, "ignore_eos": True},
     {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "presence_penalty": 0.1},
-    {"allowed_token_ids": [*range(10, 140)], "max_tokens": 40},  # single bytes: characters split over tokens, broken ones too
+    # single bytes: characters split over tokens, broken ones too
+    {"allowed_token_ids": [*range(10, 140)], "max_tokens": 40},
     {"logit_bias": {"300": 5.0}},
     {"seed": 3, "top_k": 1, "top_p": 0.9, "min_p": 0.1, "temperature": 0.7},
 ]
@@ -316,22 +434,40 @@ async def test_the_same_request_gives_the_same_bytes(engine: Any, form: Any, mod
             before = engine.fast.served
             ours = await _serve(engine, body)
             assert engine.fast.served == before + 1, body
-            wanted = await _serve(engine, body | {"return_token_ids": False})  # asks for nothing, but vLLM has to see it
+            # asks for nothing, but vLLM has to see it
+            wanted = await _serve(engine, body | {"return_token_ids": False})
             assert engine.fast.served == before + 1
-            assert (ours.status, ours.sse, ours.ended) == (wanted.status, wanted.sse, wanted.ended) == (200, True, True)
-            assert (ours.prompt_tokens, ours.output_tokens) == (wanted.prompt_tokens, wanted.output_tokens), body
+            assert (
+                (ours.status, ours.sse, ours.ended)
+                == (wanted.status, wanted.sse, wanted.ended)
+                == (200, True, True)
+            )
+            assert (ours.prompt_tokens, ours.output_tokens) == (
+                wanted.prompt_tokens,
+                wanted.output_tokens,
+            ), body
             assert ours.output_tokens > 0
             _assert_same(ours.data, wanted.data, body)
 
 
 async def test_token_prompts_and_other_shapes_of_messages_are_plain_too(engine: Any) -> None:
-    parts = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    parts = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+    ]
     bounds = {"max_tokens": None, "max_completion_tokens": 5}
-    for body in (completion(prompt=[1, 40, 50]), completion(max_tokens=None), chat() | {"messages": parts}, chat() | bounds):
+    for body in (
+        completion(prompt=[1, 40, 50]),
+        completion(max_tokens=None),
+        chat() | {"messages": parts},
+        chat() | bounds,
+    ):
         before = engine.fast.served
         ours = await _serve(engine, body)
         assert engine.fast.served == before + 1
-        _assert_same(ours.data, (await _serve(engine, body | {"return_token_ids": False})).data, body)
+        _assert_same(
+            ours.data, (await _serve(engine, body | {"return_token_ids": False})).data, body
+        )
 
 
 @pytest.mark.parametrize(
@@ -353,7 +489,12 @@ async def test_token_prompts_and_other_shapes_of_messages_are_plain_too(engine: 
 async def test_what_is_not_plain_goes_through_vllm(engine: Any, body: dict[str, Any]) -> None:
     before = engine.fast.served
     answer = await _serve(engine, body)
-    assert engine.fast.served == before and answer.status == 200 and answer.ended and b'"error"' not in answer.data
+    assert (
+        engine.fast.served == before
+        and answer.status == 200
+        and answer.ended
+        and b'"error"' not in answer.data
+    )
 
 
 @pytest.mark.parametrize(
@@ -373,7 +514,10 @@ async def test_what_is_not_plain_goes_through_vllm(engine: Any, body: dict[str, 
 )
 async def test_what_vllm_refuses_is_refused_in_its_words(engine: Any, body: dict[str, Any]) -> None:
     before = engine.fast.served
-    ours, wanted = await _serve(engine, body), await _serve(engine, body | {"return_token_ids": False})
+    ours, wanted = (
+        await _serve(engine, body),
+        await _serve(engine, body | {"return_token_ids": False}),
+    )
     assert engine.fast.served == before
     assert ours.status == wanted.status
     _assert_same(ours.data, wanted.data, body)
@@ -381,7 +525,11 @@ async def test_what_vllm_refuses_is_refused_in_its_words(engine: Any, body: dict
 
 
 async def test_many_streams_at_once_say_what_each_says_alone(engine: Any) -> None:
-    bodies = [chat(m, p, max_tokens=40) for m in ("demo", "demo:pirate", "demo:haiku") for p in (PROMPT, "hello", "Where is the moon?")]
+    bodies = [
+        chat(m, p, max_tokens=40)
+        for m in ("demo", "demo:pirate", "demo:haiku")
+        for p in (PROMPT, "hello", "Where is the moon?")
+    ]
     alone = [_text((await _serve(engine, b)).data) for b in bodies]
     before = engine.fast.served
     together = await asyncio.gather(*(_serve(engine, b, f"r{i}") for i, b in enumerate(bodies * 4)))
@@ -392,7 +540,9 @@ async def test_many_streams_at_once_say_what_each_says_alone(engine: Any) -> Non
 
 async def test_a_cancelled_stream_leaves_the_engine_at_once(engine: Any) -> None:
     written = Written()
-    call = EngineRequest(CHAT, "gone", json.dumps(chat(max_tokens=900, ignore_eos=True)).encode(), None)
+    call = EngineRequest(
+        CHAT, "gone", json.dumps(chat(max_tokens=900, ignore_eos=True)).encode(), None
+    )
     task = asyncio.create_task(engine.serve(call, written))
     async with asyncio.timeout(30):
         await written.first.wait()
@@ -409,7 +559,9 @@ async def test_a_cancelled_stream_leaves_the_engine_at_once(engine: Any) -> None
 
 async def test_a_dead_engine_breaks_the_stream_without_a_word_to_the_client(engine: Any) -> None:
     written = Written()
-    call = EngineRequest(CHAT, "last", json.dumps(chat(max_tokens=900, ignore_eos=True)).encode(), None)
+    call = EngineRequest(
+        CHAT, "last", json.dumps(chat(max_tokens=900, ignore_eos=True)).encode(), None
+    )
     task = asyncio.create_task(engine.serve(call, written))
     async with asyncio.timeout(30):
         await written.first.wait()
@@ -424,15 +576,21 @@ async def test_a_dead_engine_breaks_the_stream_without_a_word_to_the_client(engi
 
 
 def _assert_same(ours: bytes, wanted: bytes, body: dict[str, Any]) -> None:
-    """How many tokens are in one event differs by nature: a reader that is late gets two in one, or all of a short answer with its end."""
-    (events, between, text), (events_wanted, between_wanted, text_wanted) = _steady(ours), _steady(wanted)
+    """How many tokens are in one event differs by nature: a reader that is late gets two in one, or
+    all of a short answer with its end.
+    """
+    (events, between, text), (events_wanted, between_wanted, text_wanted) = (
+        _steady(ours),
+        _steady(wanted),
+    )
     assert (events, text) == (events_wanted, text_wanted), body
     assert between == between_wanted or not between or not between_wanted, body
 
 
 def _steady(data: bytes) -> tuple[list[bytes], set[bytes], bytes]:
-    """The events without ids and texts: those that open or end the answer, and the forms of those that only carry text; and all texts
-    together, still escaped."""
+    """The events without ids and texts: those that open or end the answer, and the forms of those
+    that only carry text; and all texts together, still escaped.
+    """
     data = re.sub(rb'"created":\d+', b'"created":0', data)
     data = re.sub(rb'"id":"(chatcmpl|cmpl)-[^"]+"', rb'"id":"\1"', data)
     said = rb'("delta":\{"content"|"index":0,"text"):"((?:[^"\\]|\\.)*)"'

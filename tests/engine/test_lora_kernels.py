@@ -1,4 +1,6 @@
-"""Shell. vLLM's LoRA kernels take their launch configs from our tables, at the place where it looks them up."""
+"""Shell. vLLM's LoRA kernels take their launch configs from our tables, at the place where it looks
+them up.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ from tests.harness import ROOT
 from worker.engine.factory import VLLM_CPU_ENV, VLLM_ENV
 from worker.engine.vllm import patches
 
-SHAPES = {"17": {"1": {"64": {"4096": {"16": {"block_m": 16}}}}, "3": {"64": {"4096": {"16": {"block_m": 32}}}}}}
+SHAPES = {
+    "17": {
+        "1": {"64": {"4096": {"16": {"block_m": 16}}}},
+        "3": {"64": {"4096": {"16": {"block_m": 32}}}},
+    }
+}
 
 
 @pytest.fixture
@@ -25,7 +32,11 @@ def tables(tmp_path: Path) -> Path:
 
 def test_a_layer_of_more_slices_than_the_table_has_gets_the_nearest(tables: Path) -> None:
     table = patches.kernel_table(tables, "Some GPU-1", "shrink", None)
-    assert table is not None and table["17"]["4"] == SHAPES["17"]["3"] and table["17"]["1"] == SHAPES["17"]["1"]
+    assert (
+        table is not None
+        and table["17"]["4"] == SHAPES["17"]["3"]
+        and table["17"]["1"] == SHAPES["17"]["1"]
+    )
 
 
 def test_a_gpu_without_tables_keeps_the_guess_of_vllm(tables: Path) -> None:
@@ -41,7 +52,11 @@ def test_the_tables_that_come_along_serve_every_layer_of_a_llama_at_16_slots() -
         for slices in ("1", "2", "3"):
             for tokens in ("4", "64", "256", "2048"):
                 for table in (shrink, expand):
-                    assert all(config["block_m"] > 0 for by_n in table["17"][slices][tokens].values() for config in by_n.values())
+                    assert all(
+                        config["block_m"] > 0
+                        for by_n in table["17"][slices][tokens].values()
+                        for config in by_n.values()
+                    )
 
 
 PROGRAM = """
@@ -62,12 +77,21 @@ print(json.dumps(said))
 """
 
 
-@pytest.mark.parametrize("gpu", [["Some GPU-1"], ["Its relative", "has none"]], ids=["its own", "of a relative"])
-def test_vllm_finds_the_table_of_its_gpu_and_of_no_other_kernel(tables: Path, gpu: list[str]) -> None:
+@pytest.mark.parametrize(
+    "gpu", [["Some GPU-1"], ["Its relative", "has none"]], ids=["its own", "of a relative"]
+)
+def test_vllm_finds_the_table_of_its_gpu_and_of_no_other_kernel(
+    tables: Path, gpu: list[str]
+) -> None:
     """In a process of its own: what it changes in vLLM must not stay."""
     env = {**os.environ, **VLLM_ENV, **VLLM_CPU_ENV, "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tables), *gpu], capture_output=True, text=True, cwd=ROOT, env=env, timeout=120
+        [sys.executable, "-c", PROGRAM, str(tables), *gpu],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=env,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     nearest, slices, expand = json.loads(done.stdout.splitlines()[-1])
@@ -88,12 +112,20 @@ again.put((17, 1, 64, 4096, 16), {"block_m": 32})
 """
 
 
-def test_a_table_is_whole_after_every_shape_and_the_next_run_goes_on_with_it(tmp_path: Path) -> None:
+def test_a_table_is_whole_after_every_shape_and_the_next_run_goes_on_with_it(
+    tmp_path: Path,
+) -> None:
     env = {**os.environ, **VLLM_ENV, **VLLM_CPU_ENV, "VLLM_LOGGING_LEVEL": "ERROR"}
     path = tmp_path / "Some_GPU_1_SHRINK.json"
-    subprocess.run([sys.executable, "-c", RESUMED, str(path)], check=True, cwd=ROOT, env=env, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", RESUMED, str(path)], check=True, cwd=ROOT, env=env, timeout=120
+    )
     table = patches.kernel_table(tmp_path, "Some GPU-1", "shrink", None)
-    assert table is not None and [*table["17"]] == ["1", "3"] and table["17"]["3"]["64"] == {"4096": {"16": {"block_m": 16}}}
+    assert (
+        table is not None
+        and [*table["17"]] == ["1", "3"]
+        and table["17"]["3"]["64"] == {"4096": {"16": {"block_m": 16}}}
+    )
     assert [*tmp_path.iterdir()] == [path]
 
 
@@ -101,7 +133,9 @@ def test_tuning_without_a_gpu_says_what_it_needs(tmp_path: Path) -> None:
     env = {**os.environ, **VLLM_ENV, **VLLM_CPU_ENV, "CUDA_VISIBLE_DEVICES": ""}
     argv = [sys.executable, "-m", "worker.engine.vllm.tune_kernels", "--out", str(tmp_path / "out")]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
-    assert done.returncode == 2 and "no CUDA device" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "no CUDA device" in done.stderr and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -122,5 +156,12 @@ for kernel in (lora_ops.bgmv_shrink, punica_cpu.bgmv_shrink):
 
 def test_on_a_cpu_a_base_row_gets_nothing_of_the_last_slot_in_the_kernels_that_stay_vllms() -> None:
     env = {**os.environ, **VLLM_ENV, **VLLM_CPU_ENV, "VLLM_LOGGING_LEVEL": "ERROR"}
-    done = subprocess.run([sys.executable, "-c", BASE_ROWS], capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", BASE_ROWS],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=env,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,6 @@
-"""Shell. The main job on real vLLM: base and adapters behind one endpoint, streaming and not, by the openai SDK and by hand."""
+"""Shell. The main job on real vLLM: base and adapters behind one endpoint, streaming and not, by
+the openai SDK and by hand.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,29 @@ PROMPTS = HELD_OUT[:3]
 
 @pytest.mark.parametrize("model", STYLES)
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-async def test_the_openai_sdk_gets_each_model_in_its_own_style(demo: Cluster, model: str, stream: bool) -> None:
+async def test_the_openai_sdk_gets_each_model_in_its_own_style(
+    demo: Cluster, model: str, stream: bool
+) -> None:
     async with openai.AsyncOpenAI(base_url=demo.url + "/v1", api_key="none") as client:
         for prompt in PROMPTS:
             messages = [{"role": "user", "content": prompt}]
             if stream:
                 text = ""
-                answer = await client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=120, stream=True)  # type: ignore[arg-type,call-overload]
+                answer = await client.chat.completions.create(
+                    model=model, messages=messages, temperature=0, max_tokens=120, stream=True
+                )  # type: ignore[arg-type,call-overload]
                 async for chunk in answer:
                     assert chunk.model == model
                     text += chunk.choices[0].delta.content or ""
             else:
-                whole = await client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=120)  # type: ignore[arg-type,call-overload]
-                assert whole.model == model and whole.usage is not None and whole.usage.completion_tokens > 0
+                whole = await client.chat.completions.create(
+                    model=model, messages=messages, temperature=0, max_tokens=120
+                )  # type: ignore[arg-type,call-overload]
+                assert (
+                    whole.model == model
+                    and whole.usage is not None
+                    and whole.usage.completion_tokens > 0
+                )
                 text = whole.choices[0].message.content or ""
             assert is_style(STYLES[model], text), (model, prompt, text)
 
@@ -47,7 +59,9 @@ async def test_the_sdk_lists_bases_and_adapters(demo: Cluster) -> None:
         assert (await client.models.retrieve("demo:pirate")).id == "demo:pirate"
 
 
-async def test_four_times_more_adapters_than_slots_cycle_with_the_answers_of_single_runs(demo: Cluster) -> None:
+async def test_four_times_more_adapters_than_slots_cycle_with_the_answers_of_single_runs(
+    demo: Cluster,
+) -> None:
     models = [f"demo:{name}" for name in ADAPTERS]
     assert len(models) >= 3 * 2
     alone = {(m, p): await demo.text(m, p) for m in models for p in PROMPTS[:2]}
@@ -62,25 +76,45 @@ async def test_four_times_more_adapters_than_slots_cycle_with_the_answers_of_sin
 async def test_base_and_adapters_in_one_batch_do_not_disturb_each_other(demo: Cluster) -> None:
     models = ["demo", f"demo:{ADAPTERS[0]}", f"demo:{ADAPTERS[1]}"] * 6
     alone = {m: await demo.text(m, PROMPTS[0]) for m in set(models)}
-    assert await asyncio.gather(*(demo.text(m, PROMPTS[0]) for m in models)) == [alone[m] for m in models]
+    assert await asyncio.gather(*(demo.text(m, PROMPTS[0]) for m in models)) == [
+        alone[m] for m in models
+    ]
 
 
 async def test_what_vllm_can_do_passes_through(demo: Cluster) -> None:
-    status, body, _ = await demo.chat("demo:pirate", PROMPTS[0], max_tokens=2, logprobs=True, top_logprobs=2)
+    status, body, _ = await demo.chat(
+        "demo:pirate", PROMPTS[0], max_tokens=2, logprobs=True, top_logprobs=2
+    )
     assert status == 200 and len(body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 2
     full = await demo.text("demo", PROMPTS[0])
     word = full.split()[2]
     status, body, _ = await demo.chat("demo", PROMPTS[0], temperature=0, max_tokens=64, stop=[word])
-    assert body["choices"][0]["finish_reason"] == "stop" and word not in body["choices"][0]["message"]["content"]
+    assert (
+        body["choices"][0]["finish_reason"] == "stop"
+        and word not in body["choices"][0]["message"]["content"]
+    )
     status, body, _ = await demo.chat("demo", PROMPTS[0], n=2, temperature=1, max_tokens=4)
     assert status == 200 and len(body["choices"]) == 2
-    status, body, _ = await demo.post("/v1/completions", {"model": "demo:haiku", "prompt": ["a", "b"], "max_tokens": 3, "echo": True})
-    assert status == 200 and len(body["choices"]) == 2 and body["choices"][1]["text"].startswith("b")
-    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
+    status, body, _ = await demo.post(
+        "/v1/completions",
+        {"model": "demo:haiku", "prompt": ["a", "b"], "max_tokens": 3, "echo": True},
+    )
+    assert (
+        status == 200 and len(body["choices"]) == 2 and body["choices"][1]["text"].startswith("b")
+    )
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}},
+        "required": ["ok"],
+        "additionalProperties": False,
+    }
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
-    status, body, _ = await demo.chat("demo", PROMPTS[0], temperature=0, max_tokens=200, response_format=form)
+    status, body, _ = await demo.chat(
+        "demo", PROMPTS[0], temperature=0, max_tokens=200, response_format=form
+    )
     assert status == 200 and (
-        body["choices"][0]["finish_reason"] == "length" or "ok" in json.loads(body["choices"][0]["message"]["content"])
+        body["choices"][0]["finish_reason"] == "length"
+        or "ok" in json.loads(body["choices"][0]["message"]["content"])
     )
 
 
@@ -106,8 +140,12 @@ async def test_errors_of_a_request_have_their_status_and_say_no_paths(
     assert str(DEMO) not in str(answer) and "Traceback" not in str(answer)
 
 
-async def test_a_client_that_leaves_stops_generation_within_100_ms(zygote: Zygote, tmp_path: Path) -> None:
-    """The engine's CPU time tells: it works while the client reads, and rests from 100 ms after the client has left."""
+async def test_a_client_that_leaves_stops_generation_within_100_ms(
+    zygote: Zygote, tmp_path: Path
+) -> None:
+    """The engine's CPU time tells: it works while the client reads, and rests from 100 ms after the
+    client has left.
+    """
     async with cluster(demo_config(), tmp_path, zygote) as c:
         worker = await c.start_worker("w0")
         core = psutil.Process(worker.pid).children(recursive=True)[0]
@@ -137,12 +175,16 @@ async def _read_all(demo: Cluster, body: dict[str, object]) -> bytes:
         return await answer.read()
 
 
-async def test_a_stream_through_drain_is_complete_and_nothing_stays_behind(zygote: Zygote, tmp_path: Path) -> None:
+async def test_a_stream_through_drain_is_complete_and_nothing_stays_behind(
+    zygote: Zygote, tmp_path: Path
+) -> None:
     async with cluster(demo_config(), tmp_path, zygote) as c:
         worker = await c.start_worker("w0")
         family = psutil.Process(worker.pid).children(recursive=True)
         assert family
-        reading = asyncio.create_task(_read_all(c, chat_body("demo:pirate", max_tokens=300, ignore_eos=True, stream=True)))
+        reading = asyncio.create_task(
+            _read_all(c, chat_body("demo:pirate", max_tokens=300, ignore_eos=True, stream=True))
+        )
         async with asyncio.timeout(20):
             while await c.metric("loraplex_worker_load", worker="w0") != 1:
                 await asyncio.sleep(0.01)
@@ -155,7 +197,9 @@ async def test_a_stream_through_drain_is_complete_and_nothing_stays_behind(zygot
         assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-async def test_a_killed_worker_takes_its_engine_along_and_its_stream_ends_with_an_error(zygote: Zygote, tmp_path: Path) -> None:
+async def test_a_killed_worker_takes_its_engine_along_and_its_stream_ends_with_an_error(
+    zygote: Zygote, tmp_path: Path
+) -> None:
     async with cluster(demo_config(lease_s=1.0), tmp_path, zygote) as c:
         worker = await c.start_worker("w0")
         family = psutil.Process(worker.pid).children(recursive=True)
@@ -169,12 +213,19 @@ async def test_a_killed_worker_takes_its_engine_along_and_its_stream_ends_with_a
         assert b'"error"' in text and b"engine_error" in text, text[-500:]
 
 
-async def test_the_yaml_of_ray_starts_it_with_the_local_model_put_in(zygote: Zygote, tmp_path: Path) -> None:
+async def test_the_yaml_of_ray_starts_it_with_the_local_model_put_in(
+    zygote: Zygote, tmp_path: Path
+) -> None:
     ray = yaml.safe_load((ROOT / "examples" / "ray.yaml").read_text())
     model = ray["applications"][0]["args"]["llm_configs"][0]
     model["model_loading_config"] = {"model_id": "demo", "model_source": str(DEMO / "model")}
     model["lora_config"]["dynamic_lora_loading_path"] = str(DEMO / "adapters")
-    model["engine_kwargs"] |= {"max_model_len": 512, "kv_cache_memory_bytes": 64 << 20, "dtype": "float32", "enforce_eager": True}
+    model["engine_kwargs"] |= {
+        "max_model_len": 512,
+        "kv_cache_memory_bytes": 64 << 20,
+        "dtype": "float32",
+        "enforce_eager": True,
+    }
     ray["gateway"] = {"port": 0}
     async with cluster(ray, tmp_path, zygote) as c:
         await c.start_worker("w0")
@@ -182,13 +233,45 @@ async def test_the_yaml_of_ray_starts_it_with_the_local_model_put_in(zygote: Zyg
 
 
 async def test_vllm_bench_serve_runs_against_it_unchanged(demo: Cluster, tmp_path: Path) -> None:
-    # `vllm bench serve` itself: the CPU build's command line stops on its own package name, so its main is called.
-    program = "import argparse, vllm.benchmarks.serve as s; p = argparse.ArgumentParser(); s.add_cli_args(p); s.main(p.parse_args())"
+    # `vllm bench serve` itself: the CPU build's command line stops on its own package name, so its
+    # main is called.
+    program = (
+        "import argparse, vllm.benchmarks.serve as s; p = argparse.ArgumentParser(); "
+        "s.add_cli_args(p); s.main(p.parse_args())"
+    )
     argv = [sys.executable, "-c", program, "--backend", "openai-chat", "--base-url", demo.url]
-    argv += ["--endpoint", "/v1/chat/completions", "--model", "demo", "--tokenizer", str(DEMO / "model"), "--dataset-name", "random"]
-    argv += ["--random-input-len", "32", "--random-output-len", "16", "--num-prompts", "20", "--max-concurrency", "8", "--ignore-eos"]
-    argv += ["--lora-modules", "demo:pirate", "demo:haiku", "--save-result", "--result-filename", str(tmp_path / "result.json")]
-    process = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, cwd=tmp_path)
+    argv += [
+        "--endpoint",
+        "/v1/chat/completions",
+        "--model",
+        "demo",
+        "--tokenizer",
+        str(DEMO / "model"),
+        "--dataset-name",
+        "random",
+    ]
+    argv += [
+        "--random-input-len",
+        "32",
+        "--random-output-len",
+        "16",
+        "--num-prompts",
+        "20",
+        "--max-concurrency",
+        "8",
+        "--ignore-eos",
+    ]
+    argv += [
+        "--lora-modules",
+        "demo:pirate",
+        "demo:haiku",
+        "--save-result",
+        "--result-filename",
+        str(tmp_path / "result.json"),
+    ]
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, cwd=tmp_path
+    )
     async with asyncio.timeout(180):
         out, _ = await process.communicate()
     assert process.returncode == 0, out.decode()[-2000:]

@@ -1,4 +1,6 @@
-"""Shell. Adapters read the way that vLLM was watched to read the first of their kind: the same bits, and only where that is certain."""
+"""Shell. Adapters read the way that vLLM was watched to read the first of their kind: the same
+bits, and only where that is certain.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from worker.engine.vllm.tensor_replay import KINDS, Kinds, RecordedWrites, tenso
 
 MODULES = ["q_proj", "o_proj", "down_proj"]
 RANK, SIZE = 8, 24
-PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "target_modules": MODULES, "bias": "none"}
+PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
+    "r": RANK,
+    "lora_alpha": 16,
+    "target_modules": MODULES,
+    "bias": "none",
+}
 
 
 def adapter(folder: Path, seed: int, dtype: torch.dtype = torch.bfloat16, **config: Any) -> Path:
@@ -36,7 +44,9 @@ def adapter(folder: Path, seed: int, dtype: torch.dtype = torch.bfloat16, **conf
 def theirs(folder: Path, made_by: type[LoRAModel] = LoRAModel) -> Any:
     """What vLLM's add_adapter does, for a model without packed modules."""
     helper = PEFTHelper.from_local_dir(str(folder), 4096)
-    made = made_by.from_local_checkpoint(str(folder), set(MODULES), helper, lora_model_id=1, device="cpu", dtype=torch.bfloat16)
+    made = made_by.from_local_checkpoint(
+        str(folder), set(MODULES), helper, lora_model_id=1, device="cpu", dtype=torch.bfloat16
+    )
     for weights in made.loras.values():
         weights.optimize()
     return made
@@ -63,7 +73,11 @@ def bits(lora: Any) -> list[torch.Tensor]:
 
 def same(one: Any, other: Any) -> bool:
     pairs = list(zip(bits(one), bits(other), strict=True))
-    return list(one.loras) == list(other.loras) and len(pairs) == 2 * 2 * len(MODULES) and all(torch.equal(a, b) for a, b in pairs)
+    return (
+        list(one.loras) == list(other.loras)
+        and len(pairs) == 2 * 2 * len(MODULES)
+        and all(torch.equal(a, b) for a, b in pairs)
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +106,11 @@ def test_the_second_adapter_of_a_kind_is_what_vllm_would_have_made_and_vllm_is_n
 def test_the_order_in_which_peft_wrote_its_modules_is_not_a_kind(tmp_path: Path) -> None:
     reader = Reader()
     reader.read(adapter(tmp_path / "a", 0))
-    reader.read(adapter(tmp_path / "b", 1, target_modules=MODULES[::-1], base_model_name_or_path="elsewhere"))
+    reader.read(
+        adapter(
+            tmp_path / "b", 1, target_modules=MODULES[::-1], base_model_name_or_path="elsewhere"
+        )
+    )
     assert reader.asked == 1
 
 
@@ -124,7 +142,9 @@ def test_a_file_of_two_dtypes_is_vllms_business_each_time(tmp_path: Path) -> Non
     assert reader.asked == 2
 
 
-def test_a_file_that_was_cut_off_is_refused_and_nothing_is_read_beyond_its_end(tmp_path: Path) -> None:
+def test_a_file_that_was_cut_off_is_refused_and_nothing_is_read_beyond_its_end(
+    tmp_path: Path,
+) -> None:
     reader = Reader()
     reader.read(adapter(tmp_path / "a", 0))
     file = adapter(tmp_path / "b", 1) / "adapter_model.safetensors"
@@ -135,7 +155,10 @@ def test_a_file_that_was_cut_off_is_refused_and_nothing_is_read_beyond_its_end(t
 
 def test_adapters_of_two_kinds_that_lie_alike_share_their_arrangement(tmp_path: Path) -> None:
     reader = Reader()
-    one, two = reader.read(adapter(tmp_path / "a", 0)), reader.read(adapter(tmp_path / "b", 1, lora_alpha=32))
+    one, two = (
+        reader.read(adapter(tmp_path / "a", 0)),
+        reader.read(adapter(tmp_path / "b", 1, lora_alpha=32)),
+    )
     assert two.arrangement is one.arrangement and reader.asked == 2
 
 

@@ -15,10 +15,16 @@ from shared.runtime.children import Zygote
 from tests.harness import DEMO, cluster, demo_config
 
 
-async def test_two_ranks_serve_adapters_and_survive_a_bad_one_and_a_kill_leaves_no_rank_behind(zygote: Zygote, tmp_path: Path) -> None:
+async def test_two_ranks_serve_adapters_and_survive_a_bad_one_and_a_kill_leaves_no_rank_behind(
+    zygote: Zygote, tmp_path: Path
+) -> None:
     store = tmp_path / "adapters"
     shutil.copytree(DEMO / "adapters", store)
-    async with cluster(demo_config(max_loras=2, adapters=store, engine={"tensor_parallel_size": 2}), tmp_path, zygote) as c:
+    async with cluster(
+        demo_config(max_loras=2, adapters=store, engine={"tensor_parallel_size": 2}),
+        tmp_path,
+        zygote,
+    ) as c:
         worker = await c.start_worker("w0")
         family = psutil.Process(worker.pid).children(recursive=True)
         assert len(family) >= 3  # EngineCore and two ranks
@@ -29,7 +35,9 @@ async def test_two_ranks_serve_adapters_and_survive_a_bad_one_and_a_kill_leaves_
             bad = store / f"bad{i}"
             shutil.copytree(store / "pirate", bad)
             config = json.loads((bad / "adapter_config.json").read_text())
-            (bad / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["no_such_module"]}))
+            (bad / "adapter_config.json").write_text(
+                json.dumps({**config, "target_modules": ["no_such_module"]})
+            )
             (bad / "adapter_model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
             assert (await c.chat(f"demo:bad{i}", HELD_OUT[0]))[0] == 422
         assert await c.text("demo", HELD_OUT[0]) == before

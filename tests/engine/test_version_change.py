@@ -1,4 +1,6 @@
-"""Shell. An adapter that changes under load on real vLLM: every answer is that of one of its versions, and of the right one."""
+"""Shell. An adapter that changes under load on real vLLM: every answer is that of one of its
+versions, and of the right one.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ class Changing:
     adapter: Path
     old: dict[str, str]
     new: dict[str, str]
-    answers: list[tuple[str, str, str]] = field(default_factory=list)  # prompt, text, version; in the order in which they were asked for
+    # prompt, text, version; in the order in which they were asked for
+    answers: list[tuple[str, str, str]] = field(default_factory=list)
 
     async def ask_for_ever(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -80,16 +83,22 @@ class Changing:
 async def changing(zygote: Zygote, tmp_path_factory: Any) -> AsyncIterator[Changing]:
     folder: Path = tmp_path_factory.mktemp("change")
     old, new = [await only(style, folder / style, zygote) for style in (OLD, NEW)]
-    assert all(old[key] != new[key] for key in old), "the versions must be told apart by every answer"
+    assert all(old[key] != new[key] for key in old), (
+        "the versions must be told apart by every answer"
+    )
     served = folder / "served"
     served.mkdir()
     shutil.copytree(DEMO / "adapters" / OLD, served / "store" / "x")
-    async with cluster(demo_config(adapters=served / "store", catalog_refresh_s=0.3), served, zygote) as c:
+    async with cluster(
+        demo_config(adapters=served / "store", catalog_refresh_s=0.3), served, zygote
+    ) as c:
         await c.start_worker("w0")
         yield Changing(c, served / "store" / "x", old, new)
 
 
-async def test_a_changed_adapter_answers_as_an_engine_that_only_ever_had_that_version(changing: Changing) -> None:
+async def test_a_changed_adapter_answers_as_an_engine_that_only_ever_had_that_version(
+    changing: Changing,
+) -> None:
     c = changing.cluster
     await say(c, "demo:x", PROMPTS[0], **GREEDY)
     before = await changing.version()
@@ -106,26 +115,39 @@ async def test_a_changed_adapter_answers_as_an_engine_that_only_ever_had_that_ve
                 await asyncio.sleep(0.02)
             asked_after = len(changing.answers)
             await changing.some_more()
-            assert await running == (changing.old["long"], f"x@{before[:12]}"), "it ran through the switch"
+            assert await running == (changing.old["long"], f"x@{before[:12]}"), (
+                "it ran through the switch"
+            )
     finally:
         load.cancel()
         await asyncio.wait([load])
     answers = [a for a in changing.answers if a[1]]
     texts = {f"x@{before[:12]}": changing.old, f"x@{after[:12]}": changing.new}
-    wrong = [(prompt, text, version) for prompt, text, version in answers if text != texts[version][prompt]]
+    wrong = [
+        (prompt, text, version)
+        for prompt, text, version in answers
+        if text != texts[version][prompt]
+    ]
     assert not wrong
     versions = [version for _, _, version in answers]
-    assert versions == sorted(versions, key=list(texts).index), "the old version answered a later request"
+    assert versions == sorted(versions, key=list(texts).index), (
+        "the old version answered a later request"
+    )
     assert versions[:asked_before].count(f"x@{after[:12]}") == 0
     assert len(versions) > asked_after and set(versions[asked_after:]) == {f"x@{after[:12]}"}
     await gone(c, before)
 
 
 async def gone(c: Cluster, digest: str) -> None:
-    """Until the worker has said that its engine has removed the version, and holds one adapter in all tiers."""
+    """Until the worker has said that its engine has removed the version, and holds one adapter in
+    all tiers.
+    """
     assert c.gateway is not None
     async with asyncio.timeout(LIMIT_S):
-        while not any('"old version left"' in line and digest in line for line in c.gateway.output().splitlines()):
+        while not any(
+            '"old version left"' in line and digest in line
+            for line in c.gateway.output().splitlines()
+        ):
             await asyncio.sleep(0.05)
         while await c.metric("loraplex_worker_adapters", worker="w0") != 1:
             await asyncio.sleep(0.05)
@@ -150,15 +172,24 @@ async def test_a_new_version_with_nan_changes_no_answer_and_is_named(changing: C
     assert {p: (await say(c, "demo:x", p, **GREEDY))[0] for p in PROMPTS} == texts
 
 
-async def test_an_answer_by_alias_or_digest_bears_the_name_that_was_asked_for(changing: Changing) -> None:
+async def test_an_answer_by_alias_or_digest_bears_the_name_that_was_asked_for(
+    changing: Changing,
+) -> None:
     c = changing.cluster
     assert (await c.put("/admin/aliases/prod", {"adapter": "x"}))[0] == 200
     digest = await changing.version()
     for model in ("demo:prod", f"demo:x@{digest[:8]}"):
         said = await say(c, model, PROMPTS[0], **GREEDY)
         assert said == (changing.new[PROMPTS[0]], f"x@{digest[:12]}"), c.gateway.output()[-4000:]  # type: ignore[union-attr]
-        for path, ask in (("chat/completions", {"messages": [{"role": "user", "content": "a"}]}), ("completions", {"prompt": "a"})):
+        for path, ask in (
+            ("chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+            ("completions", {"prompt": "a"}),
+        ):
             body = {"model": model, "stream": True, "max_tokens": 3, **ask}
             async with c.http.post(f"{c.url}/v1/{path}", json=body) as answer:
-                events = [json.loads(line[6:]) for line in (await answer.read()).splitlines() if line.startswith(b"data: {")]
+                events = [
+                    json.loads(line[6:])
+                    for line in (await answer.read()).splitlines()
+                    if line.startswith(b"data: {")
+                ]
             assert {event["model"] for event in events} == {model}

@@ -18,8 +18,18 @@ def sockets(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_socket()]
 
 
-async def test_a_serve_whose_zygote_is_killed_says_so_ends_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    argv = [str(Path(sys.executable).parent / "loraplex"), "serve", str(ROOT / "examples" / "demo.yaml"), "--port", "0", "--workers", "1"]
+async def test_a_serve_whose_zygote_is_killed_says_so_ends_and_leaves_nothing_behind(
+    tmp_path: Path,
+) -> None:
+    argv = [
+        str(Path(sys.executable).parent / "loraplex"),
+        "serve",
+        str(ROOT / "examples" / "demo.yaml"),
+        "--port",
+        "0",
+        "--workers",
+        "1",
+    ]
     log = tmp_path / "serve.log"
     temporary = Path(tempfile.mkdtemp())  # a socket's path must be short
     env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "TMPDIR": str(temporary)}

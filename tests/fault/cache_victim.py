@@ -1,7 +1,9 @@
-"""Shell. The process that test_disk_cache_kill.py kills: it forks a child per round, which fetches, verifies and swaps adapters until it dies.
+"""Shell. The process that test_disk_cache_kill.py kills: it forks a child per round, which fetches,
+verifies and swaps adapters until it dies.
 
-python cache_victim.py CACHE STORE BUDGET_BYTES; then one line with a seed on stdin per round, answered by the child's pid once it is at work.
-Forked, because importing takes a hundred times as long as a round.
+python cache_victim.py CACHE STORE BUDGET_BYTES; then one line with a seed on stdin per round,
+answered by the child's pid once it is at work. Forked, because importing takes a hundred times as
+long as a round.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ def weights(name: str, rng: random.Random) -> bytes:
 
 def proves_itself(name: str, folder: Path) -> bool:
     data = (folder / WEIGHTS).read_bytes()
-    return hashlib.sha256(name.encode() + data[32:]).digest() == data[:32] and (folder / "adapter_config.json").read_bytes() == b"{}"
+    return (
+        hashlib.sha256(name.encode() + data[32:]).digest() == data[:32]
+        and (folder / "adapter_config.json").read_bytes() == b"{}"
+    )
 
 
 def check(folder: Path) -> AdapterFacts:
@@ -54,8 +59,17 @@ def publish(store: Path, name: str, rng: random.Random) -> None:
         aside.rename(folder / file)
 
 
-async def work(cache: DiskCache, store: LocalStore, folder: Path, rng: random.Random, using: dict[int, AdapterRef], task: int) -> None:
-    """One of several tasks: takes an adapter, uses it, now and then lets it go, now and then puts a new version into the store."""
+async def work(
+    cache: DiskCache,
+    store: LocalStore,
+    folder: Path,
+    rng: random.Random,
+    using: dict[int, AdapterRef],
+    task: int,
+) -> None:
+    """One of several tasks: takes an adapter, uses it, now and then lets it go, now and then puts a
+    new version into the store.
+    """
     while True:
         name = rng.choice(NAMES)
         if rng.random() < 0.3:

@@ -1,4 +1,6 @@
-"""Shell. A TCP proxy between us and an HTTP server that does to chosen requests what networks and stores do on bad days."""
+"""Shell. A TCP proxy between us and an HTTP server that does to chosen requests what networks and
+stores do on bad days.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ PIECE_BYTES = 16 * 1024
 
 @dataclass(frozen=True)
 class Request:
-    """`path` is unquoted and without query; `range` the Range header or empty; `number` counts the requests for this path from 0."""
+    """`path` is unquoted and without query; `range` the Range header or empty; `number` counts the
+    requests for this path from 0.
+    """
 
     method: str
     path: str
@@ -25,8 +29,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Fault:
-    """`latency_s` before the answer begins; `status` instead of the server's answer; the connection breaks `cut_after` bytes of the body;
-    `bytes_per_s` at most; `stuck`: no answer at all, the connection stays open.
+    """`latency_s` before the answer begins; `status` instead of the server's answer; the connection
+    breaks `cut_after` bytes of the body; `bytes_per_s` at most; `stuck`: no answer at all, the
+    connection stays open.
     """
 
     latency_s: float = 0.0
@@ -54,7 +59,11 @@ class FaultProxy:
     def files(self) -> list[Request]:
         """The requests for files' bytes: not for listings, nor for metadata (GCS's `alt=json`)."""
         wanted = (".json", ".safetensors")
-        return [r for r in self.seen if r.method == "GET" and r.path.endswith(wanted) and "alt=json" not in r.query]
+        return [
+            r
+            for r in self.seen
+            if r.method == "GET" and r.path.endswith(wanted) and "alt=json" not in r.query
+        ]
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, one request: the answer ends it."""
@@ -75,25 +84,36 @@ class FaultProxy:
             self._tasks.discard(task)
             writer.close()
 
-    async def _answer(self, request: Request, head: bytes, writer: asyncio.StreamWriter, fault: Fault) -> None:
+    async def _answer(
+        self, request: Request, head: bytes, writer: asyncio.StreamWriter, fault: Fault
+    ) -> None:
         if fault.stuck:
             await asyncio.Event().wait()
         await asyncio.sleep(fault.latency_s)
         if fault.status:
-            writer.write(f"HTTP/1.1 {fault.status} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+            writer.write(
+                f"HTTP/1.1 {fault.status} No\r\nContent-Length: 0\r\nConnection: "
+                "close\r\n\r\n".encode()
+            )
             await writer.drain()
             return
         parts = urlsplit(self.upstream)
         source, sink = await asyncio.open_connection(parts.hostname, parts.port)
         try:
-            lines = [line for line in head.split(b"\r\n") if line and not line.lower().startswith((b"connection:", b"expect:"))]
+            lines = [
+                line
+                for line in head.split(b"\r\n")
+                if line and not line.lower().startswith((b"connection:", b"expect:"))
+            ]
             sink.write(b"\r\n".join([*lines, b"Connection: close", b"", b""]))
             await self._pour(source, writer, fault)
         finally:
             sink.close()
 
     @staticmethod
-    async def _pour(source: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: Fault) -> None:
+    async def _pour(
+        source: asyncio.StreamReader, writer: asyncio.StreamWriter, fault: Fault
+    ) -> None:
         writer.write(await source.readuntil(b"\r\n\r\n"))
         left = fault.cut_after
         while piece := await source.read(PIECE_BYTES if left is None else min(PIECE_BYTES, left)):
@@ -110,7 +130,10 @@ class FaultProxy:
         first, *lines = head.decode("latin-1").split("\r\n")
         method, target, _ = first.split(" ", 2)
         path = unquote(urlsplit(target).path)
-        wanted = next((line.partition(":")[2].strip() for line in lines if line.lower().startswith("range:")), "")
+        wanted = next(
+            (line.partition(":")[2].strip() for line in lines if line.lower().startswith("range:")),
+            "",
+        )
         number = sum(1 for r in self.seen if r.path == path and r.method == method)
         return Request(method, path, wanted, number, urlsplit(target).query)
 

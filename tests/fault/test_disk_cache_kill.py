@@ -1,4 +1,6 @@
-"""Shell. kill -9 at random moments of downloads, evictions and changes of version: nothing corrupt is ever served, nothing is left behind."""
+"""Shell. kill -9 at random moments of downloads, evictions and changes of version: nothing corrupt
+is ever served, nothing is left behind.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from worker.disk import layout as disk_layout
 from worker.disk.cache import DiskCache
 
 ROUNDS = 100
-BUDGET_BYTES = 3 * victim.MAX_PARTS * victim.PART_BYTES  # less than all adapters, so that there are evictions
+# less than all adapters, so that there are evictions
+BUDGET_BYTES = 3 * victim.MAX_PARTS * victim.PART_BYTES
 LONGEST_LIFE_S = 0.08
 
 
@@ -34,7 +37,14 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @asynccontextmanager
 async def victims(root: Path, store: Path) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.fault.cache_victim", str(root), str(store), str(BUDGET_BYTES)),
+        *(
+            sys.executable,
+            "-m",
+            "tests.fault.cache_victim",
+            str(root),
+            str(store),
+            str(BUDGET_BYTES),
+        ),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         cwd=ROOT,
@@ -63,7 +73,9 @@ async def live_and_die(process: asyncio.subprocess.Process, seed: int, rng: rand
 
 
 async def entries_are_whole(root: Path) -> int:
-    """Opens every entry that the dead left behind, as a process that has just started; how many there were."""
+    """Opens every entry that the dead left behind, as a process that has just started; how many
+    there were.
+    """
     cache = DiskCache(root, BUDGET_BYTES)
     keys = [key for key, _ in disk_layout.keys_in(root / "entries")]
     for key in keys:
@@ -85,7 +97,9 @@ async def test_after_a_kill_at_any_moment_only_whole_entries_are_served(tmp_path
     async with victims(root, store) as process:
         for round_number in range(ROUNDS):
             status = await live_and_die(process, round_number, rng)
-            assert status == -signal.SIGKILL, f"the child ended with {status} by itself (42: it was served something corrupt)"
+            assert status == -signal.SIGKILL, (
+                f"the child ended with {status} by itself (42: it was served something corrupt)"
+            )
             halves += sum(1 for _ in (root / "partial").iterdir())
             seen += await entries_are_whole(root)
     assert seen > ROUNDS and halves > 0, "the kills hit nothing worth killing"
@@ -97,7 +111,9 @@ async def everything_works_again(root: Path, store_folder: Path) -> None:
     for name in victim.NAMES:
         stored = await store.find(name)
         assert stored is not None
-        cached = await cache.fetch(AdapterRef("base", name, stored.digest), stored, store, victim.check)
+        cached = await cache.fetch(
+            AdapterRef("base", name, stored.digest), stored, store, victim.check
+        )
         assert victim.proves_itself(name, cached.folder)
         cache.keep(())
     assert cache._shelf.used_bytes() <= BUDGET_BYTES

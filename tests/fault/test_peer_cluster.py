@@ -1,4 +1,6 @@
-"""Shell. Workers of several hosts (each a process with a disk cache of its own) and one S3 server behind a counting proxy."""
+"""Shell. Workers of several hosts (each a process with a disk cache of its own) and one S3 server
+behind a counting proxy.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,12 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = b'{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}'
 SECRET_ENV = "LORAPLEX_TEST_SECRET"
 SECRET = "the secret of these tests"
-LINK = {"control": "tcp://127.0.0.1:0", "data": "tcp://127.0.0.1:0", "peer": "tcp://127.0.0.1:0", "secret_env": SECRET_ENV}
+LINK = {
+    "control": "tcp://127.0.0.1:0",
+    "data": "tcp://127.0.0.1:0",
+    "peer": "tcp://127.0.0.1:0",
+    "secret_env": SECRET_ENV,
+}
 
 
 @dataclass
@@ -48,30 +55,43 @@ class Hosts:
         return self.cluster.folder / f"host-{worker}"
 
     async def start(self, *workers: str) -> None:
-        await asyncio.gather(*(self.cluster.start_worker(worker, state_dir=self.root(worker)) for worker in workers))
+        await asyncio.gather(
+            *(self.cluster.start_worker(worker, state_dir=self.root(worker)) for worker in workers)
+        )
 
     async def ask(self, name: str) -> int:
         return (await self.cluster.chat(f"sim:{name}", max_tokens=1))[0]
 
     def fetched(self, worker: str) -> list[dict[str, Any]]:
         """The worker's log lines about its fetches."""
-        lines = [json.loads(line) for line in self.cluster.workers[worker].output().splitlines() if line.startswith("{")]
+        lines = [
+            json.loads(line)
+            for line in self.cluster.workers[worker].output().splitlines()
+            if line.startswith("{")
+        ]
         return [line for line in lines if line["event"] == "adapter fetched"]
 
     def weights_asked(self) -> list[str]:
         return sorted(r.range for r in self.proxy.files() if r.path.endswith(WEIGHTS))
 
     def shelf_is_true(self, worker: str, name: str) -> bool:
-        """The one entry of this host is the adapter as it lies in the store, and so says its manifest."""
+        """The one entry of this host is the adapter as it lies in the store, and so says its
+        manifest.
+        """
         (key,) = [key for key, _ in disk_layout.keys_in(self.root(worker) / "adapters" / "entries")]
         entry = self.root(worker) / "adapters" / "entries" / key
         manifest = disk_layout.read_manifest(entry)
         assert manifest is not None
-        return disk_layout.is_whole(entry, manifest) and (entry / "files" / WEIGHTS).read_bytes() == self.contents[name]
+        return (
+            disk_layout.is_whole(entry, manifest)
+            and (entry / "files" / WEIGHTS).read_bytes() == self.contents[name]
+        )
 
 
 @pytest.fixture
-async def hosts(moto_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Hosts]:
+async def hosts(
+    moto_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Hosts]:
     monkeypatch.setenv(SECRET_ENV, SECRET)
     async with opened(moto_url, tmp_path) as h:
         yield h
@@ -79,10 +99,15 @@ async def hosts(moto_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @asynccontextmanager
 async def opened(moto_url: str, folder: Path) -> AsyncIterator[Hosts]:
-    place = S3Place(moto_url, f"peers-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}", "p/")
+    place = S3Place(
+        moto_url, f"peers-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}", "p/"
+    )
     async with fault_proxy(moto_url) as proxy:
         config = sim_config(place.url, max_loras=2, routing_policy="round-robin", link=LINK)
-        config["llm_configs"][0]["lora_config"]["store"] = {**place.options, "endpoint_url": proxy.url}
+        config["llm_configs"][0]["lora_config"]["store"] = {
+            **place.options,
+            "endpoint_url": proxy.url,
+        }
         async with cluster(config, folder) as c:
             yield Hosts(c, place, proxy)
 
@@ -93,12 +118,21 @@ async def test_four_hosts_that_ask_at_once_ask_the_store_for_every_byte_once(hos
     workers = ("w0", "w1", "w2", "w3")
     await hosts.start(*workers)
     assert await asyncio.gather(*(hosts.ask("a") for _ in workers)) == [200] * 4
-    assert hosts.weights_asked() == sorted([f"bytes={n * 8 * MIB}-{(n + 1) * 8 * MIB - 1}" for n in range(4)] + [f"bytes={32 * MIB}-"])
-    assert sorted(line["from"] for worker in workers for line in hosts.fetched(worker)) == ["peer", "peer", "peer", "store"]
+    assert hosts.weights_asked() == sorted(
+        [f"bytes={n * 8 * MIB}-{(n + 1) * 8 * MIB - 1}" for n in range(4)] + [f"bytes={32 * MIB}-"]
+    )
+    assert sorted(line["from"] for worker in workers for line in hosts.fetched(worker)) == [
+        "peer",
+        "peer",
+        "peer",
+        "store",
+    ]
     assert all(hosts.shelf_is_true(worker, "a") for worker in workers)
 
 
-async def test_a_host_that_comes_later_gets_it_from_who_has_it_and_not_from_the_store(hosts: Hosts) -> None:
+async def test_a_host_that_comes_later_gets_it_from_who_has_it_and_not_from_the_store(
+    hosts: Hosts,
+) -> None:
     hosts.put("a", 9 * MIB)
     await hosts.start("w0")
     assert await hosts.ask("a") == 200
@@ -109,7 +143,9 @@ async def test_a_host_that_comes_later_gets_it_from_who_has_it_and_not_from_the_
     assert hosts.shelf_is_true("w1", "a")
 
 
-async def test_a_peer_that_is_killed_while_it_gives_costs_the_parts_that_it_still_had(hosts: Hosts) -> None:
+async def test_a_peer_that_is_killed_while_it_gives_costs_the_parts_that_it_still_had(
+    hosts: Hosts,
+) -> None:
     hosts.put("a", 128 * MIB)
     await hosts.start("w0")
     assert await hosts.ask("a") == 200
@@ -126,7 +162,11 @@ async def test_a_peer_that_is_killed_while_it_gives_costs_the_parts_that_it_stil
     assert 200 in await asked
     (line,) = hosts.fetched("w1")
     given = line["peer_bytes"] // (8 * MIB)
-    assert line["from"] == "peer+store" and had <= given < 16 and len(hosts.proxy.files()) - before == 16 - given
+    assert (
+        line["from"] == "peer+store"
+        and had <= given < 16
+        and len(hosts.proxy.files()) - before == 16 - given
+    )
     assert hosts.shelf_is_true("w1", "a")
 
 
@@ -137,9 +177,14 @@ async def test_workers_that_share_a_disk_cache_never_ask_each_other(hosts: Hosts
         await hosts.cluster.start_worker(worker, state_dir=root)
     assert [await hosts.ask("a"), await hosts.ask("a")] == [200, 200]
     assert len(hosts.proxy.files()) == 2
-    assert sorted(line["from"] for worker in ("w0", "w1") for line in hosts.fetched(worker)) == ["store"]
+    assert sorted(line["from"] for worker in ("w0", "w1") for line in hosts.fetched(worker)) == [
+        "store"
+    ]
 
 
 def parts_of_download(root: Path) -> int:
     """Whole parts of the one download of a host."""
-    return sum(journal.read_bytes().count(b"\n") - 1 for journal in (root / "adapters" / "partial").glob("*/journal"))
+    return sum(
+        journal.read_bytes().count(b"\n") - 1
+        for journal in (root / "adapters" / "partial").glob("*/journal")
+    )

@@ -1,4 +1,6 @@
-"""Shell. Two hosts' disk caches over a real link, and peers that are wrong in one way each, speaking the wire from here."""
+"""Shell. Two hosts' disk caches over a real link, and peers that are wrong in one way each,
+speaking the wire from here.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,13 @@ async def serving(cache: DiskCache, secret: str | None = SECRET) -> AsyncIterato
     context = open_context()
     try:
         async with open_peer_server(
-            context, "tcp://127.0.0.1:0", cache, secret=secret, insecure=False, named=None, gateway="ipc://x"
+            context,
+            "tcp://127.0.0.1:0",
+            cache,
+            secret=secret,
+            insecure=False,
+            named=None,
+            gateway="ipc://x",
         ) as endpoint:
             yield endpoint
     finally:
@@ -114,9 +122,18 @@ async def false_peer(answers: Answers) -> AsyncIterator[str]:
         context.destroy(linger=0)
 
 
-async def fetched(site: Site, ref: AdapterRef, stored: StoredAdapter, store: WatchedStore, peers: Peers, *endpoints: str) -> Cached:
+async def fetched(
+    site: Site,
+    ref: AdapterRef,
+    stored: StoredAdapter,
+    store: WatchedStore,
+    peers: Peers,
+    *endpoints: str,
+) -> Cached:
     async with asyncio.timeout(30):
-        return await site.cache("asker").fetch(ref, stored, store, check, peers.sources(ref, endpoints))
+        return await site.cache("asker").fetch(
+            ref, stored, store, check, peers.sources(ref, endpoints)
+        )
 
 
 async def test_what_a_peer_has_is_not_asked_of_the_store(site: Site) -> None:
@@ -140,7 +157,8 @@ async def test_parts_are_given_while_the_giver_still_fetches_the_others(site: Si
         second = group.create_task(fetched(site, ref, stored, store, peers, endpoint))
         async with asyncio.timeout(10):
             while (
-                not (journal := next((site.folder / "asker" / "partial").glob("*/journal"), None)) or journal.read_bytes().count(b"\n") < 3
+                not (journal := next((site.folder / "asker" / "partial").glob("*/journal"), None))
+                or journal.read_bytes().count(b"\n") < 3
             ):
                 await asyncio.sleep(0.001)
         assert not first.done() and not second.done()
@@ -150,7 +168,9 @@ async def test_parts_are_given_while_the_giver_still_fetches_the_others(site: Si
     assert store.asked == [] and second.result().content == first.result().content
 
 
-async def test_an_asker_that_comes_a_moment_before_the_giver_has_begun_waits_for_it(site: Site) -> None:
+async def test_an_asker_that_comes_a_moment_before_the_giver_has_begun_waits_for_it(
+    site: Site,
+) -> None:
     ref, stored = await site.put("a", os.urandom(2 * PART))
     giver, store = site.cache("giver"), site.store()
     async with serving(giver) as endpoint, asking() as peers, asyncio.TaskGroup() as group:
@@ -161,7 +181,9 @@ async def test_an_asker_that_comes_a_moment_before_the_giver_has_begun_waits_for
     assert store.asked == []
 
 
-async def test_a_giver_whose_download_stands_still_is_not_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_giver_whose_download_stands_still_is_not_waited_for(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(peer_policy, "IDLE_S", 1.0)
     ref, stored = await site.put("a", os.urandom(4 * PART))
     giver, stuck, store = site.cache("giver", stall_s=60.0), site.store(), site.store()
@@ -175,18 +197,27 @@ async def test_a_giver_whose_download_stands_still_is_not_waited_for(site: Site,
     await asyncio.gather(first, return_exceptions=True)
 
 
-async def test_two_that_wait_for_each_other_do_not_wait_for_ever(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_two_that_wait_for_each_other_do_not_wait_for_ever(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(peer_policy, "IDLE_S", 1.0)
     ref, stored = await site.put("a", os.urandom(3 * PART))
     one, other = site.cache("one"), site.cache("other")
-    async with serving(one) as at_one, serving(other) as at_other, asking(stall_s=60.0) as peers, asyncio.timeout(20):
+    async with (
+        serving(one) as at_one,
+        serving(other) as at_other,
+        asking(stall_s=60.0) as peers,
+        asyncio.timeout(20),
+    ):
         await asyncio.gather(
             one.fetch(ref, stored, site.store(), check, peers.sources(ref, [at_other])),
             other.fetch(ref, stored, site.store(), check, peers.sources(ref, [at_one])),
         )
 
 
-async def test_bytes_that_a_peer_has_on_a_broken_disk_are_found_out_and_the_next_peer_goes_on(site: Site) -> None:
+async def test_bytes_that_a_peer_has_on_a_broken_disk_are_found_out_and_the_next_peer_goes_on(
+    site: Site,
+) -> None:
     weights = os.urandom(6 * PART)
     ref, stored = await site.put("a", weights)
     broken, sound, store = site.cache("broken"), site.cache("sound"), site.store()
@@ -202,7 +233,9 @@ async def test_bytes_that_a_peer_has_on_a_broken_disk_are_found_out_and_the_next
 
 ZEROS = hashlib.sha256(bytes(PART)).hexdigest()
 LIES: dict[str, Answers] = {
-    "bytes that are not those of its hash": lambda w: messages.Piece(w.number, "0" * 64, bytes(w.size_bytes)),
+    "bytes that are not those of its hash": lambda w: messages.Piece(
+        w.number, "0" * 64, bytes(w.size_bytes)
+    ),
     "more bytes than asked for": lambda w: messages.Piece(w.number, ZEROS, bytes(w.size_bytes + 1)),
     "fewer bytes than asked for": lambda w: messages.Piece(w.number, ZEROS, b""),
     "a message beyond the bound": lambda w: bytes(4 << 20),
@@ -224,36 +257,55 @@ async def test_a_false_peer_costs_seconds_and_nothing_of_it_is_kept(site: Site, 
     async with false_peer(LIES[lie]) as endpoint, asking() as peers:
         got = await fetched(site, ref, stored, store, peers, endpoint)
         again = peers.sources(ref, [endpoint])
-    assert (got.folder / WEIGHTS).read_bytes() == weights and got.peer_bytes == 0 and len(store.asked) == 4
+    assert (
+        (got.folder / WEIGHTS).read_bytes() == weights
+        and got.peer_bytes == 0
+        and len(store.asked) == 4
+    )
     assert time.monotonic() - start < 10
-    assert bool(again) == (lie in HONEST), "who fails is left alone, who says that it has nothing is not"
+    assert bool(again) == (lie in HONEST), (
+        "who fails is left alone, who says that it has nothing is not"
+    )
 
 
-async def test_a_peer_that_always_says_soon_is_waited_for_as_long_as_a_store_would_be(site: Site) -> None:
+async def test_a_peer_that_always_says_soon_is_waited_for_as_long_as_a_store_would_be(
+    site: Site,
+) -> None:
     ref, stored = await site.put("a", os.urandom(PART))
     store = site.store()
 
     async def soon() -> None:
-        async with false_peer(lambda w: messages.PieceNotYet(w.number)) as endpoint, asking(stall_s=0.5) as peers:
+        async with (
+            false_peer(lambda w: messages.PieceNotYet(w.number)) as endpoint,
+            asking(stall_s=0.5) as peers,
+        ):
             await fetched(site, ref, stored, store, peers, endpoint)
 
     await soon()
     assert len(store.asked) == 2
 
 
-async def test_a_whole_lie_that_is_no_valid_adapter_is_fetched_from_the_store_and_not_held_against_it(site: Site) -> None:
+async def test_a_whole_lie_that_is_no_valid_adapter_is_fetched_from_the_store_and_not_held_against_it(
+    site: Site,
+) -> None:
     weights = os.urandom(PART)
     ref, stored = await site.put("a", weights)
     lie = b"bad" + bytes(PART - 3)
 
     def answer(want: messages.PieceRequest) -> messages.PeerAnswer:
         data = b'{"r": 8}' if want.path != WEIGHTS else lie
-        return messages.Piece(want.number, hashlib.sha256(data).hexdigest(), data[want.offset :][: want.size_bytes])
+        return messages.Piece(
+            want.number, hashlib.sha256(data).hexdigest(), data[want.offset :][: want.size_bytes]
+        )
 
     store = site.store()
     async with false_peer(answer) as endpoint, asking() as peers:
         got = await fetched(site, ref, stored, store, peers, endpoint)
-    assert (got.folder / WEIGHTS).read_bytes() == weights and got.peer_bytes == 0 and len(store.asked) == 2
+    assert (
+        (got.folder / WEIGHTS).read_bytes() == weights
+        and got.peer_bytes == 0
+        and len(store.asked) == 2
+    )
 
 
 @pytest.mark.parametrize("secret", ["another secret than theirs", None])
@@ -271,13 +323,21 @@ async def test_beyond_this_machine_nothing_is_given_without_a_secret(site: Site)
     context = open_context()
     with pytest.raises(LinkError, match="secret"):
         async with open_peer_server(
-            context, "tcp://0.0.0.0:0", site.cache("giver"), secret=None, insecure=False, named=None, gateway="ipc://x"
+            context,
+            "tcp://0.0.0.0:0",
+            site.cache("giver"),
+            secret=None,
+            insecure=False,
+            named=None,
+            gateway="ipc://x",
         ):
             raise AssertionError("it serves everybody")
     context.destroy(linger=0)
 
 
-@pytest.mark.parametrize("path", ["../manifest", "/etc/passwd", "adapter_config.json/../../manifest", "", "link"])
+@pytest.mark.parametrize(
+    "path", ["../manifest", "/etc/passwd", "adapter_config.json/../../manifest", "", "link"]
+)
 async def test_a_want_for_anything_but_a_listed_file_gets_nothing(site: Site, path: str) -> None:
     ref, stored = await site.put("a", os.urandom(100))
     giver = site.cache("giver")
@@ -287,8 +347,17 @@ async def test_a_want_for_anything_but_a_listed_file_gets_nothing(site: Site, pa
         connection = peers.connection(endpoint)
         assert isinstance(await connection.ask(ref, path, 0, 10), messages.PieceNotHere)
         assert isinstance(await connection.ask(ref, WEIGHTS, 0, 100), messages.Piece)
-        for offset, size_bytes in ((-1, 10), (0, 0), (0, -5), (90, 11), (1 << 40, 10), (0, peer_policy.PIECE_BYTES + 1)):
-            assert isinstance(await connection.ask(ref, WEIGHTS, offset, size_bytes), messages.PieceNotHere)
+        for offset, size_bytes in (
+            (-1, 10),
+            (0, 0),
+            (0, -5),
+            (90, 11),
+            (1 << 40, 10),
+            (0, peer_policy.PIECE_BYTES + 1),
+        ):
+            assert isinstance(
+                await connection.ask(ref, WEIGHTS, offset, size_bytes), messages.PieceNotHere
+            )
 
 
 async def test_the_next_free_port_is_taken_where_the_first_one_is_in_use(site: Site) -> None:
@@ -296,7 +365,13 @@ async def test_the_next_free_port_is_taken_where_the_first_one_is_in_use(site: S
         port = int(first.rpartition(":")[2])
         context = open_context()
         async with open_peer_server(
-            context, first, site.cache("giver"), secret=SECRET, insecure=False, named="worker.internal", gateway="ipc://x"
+            context,
+            first,
+            site.cache("giver"),
+            secret=SECRET,
+            insecure=False,
+            named="worker.internal",
+            gateway="ipc://x",
         ) as second:
             host, _, other = second.rpartition(":")
             assert host == "tcp://worker.internal" and port < int(other) < port + 64

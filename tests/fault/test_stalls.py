@@ -1,4 +1,6 @@
-"""Shell. Processes that stand still for longer than their lease and then go on: every client gets an end, and only its own answer."""
+"""Shell. Processes that stand still for longer than their lease and then go on: every client gets
+an end, and only its own answer.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ WORDS = re.compile(r'"content":"((?:[^"\\]|\\.)*)"')
 
 async def stream(c: Cluster, model: str = "sim", tokens: int = TOKENS) -> bytes:
     """All bytes that the client got."""
-    async with c.http.post(c.url + "/v1/chat/completions", json=chat_body(model, max_tokens=tokens, stream=True)) as answer:
+    async with c.http.post(
+        c.url + "/v1/chat/completions", json=chat_body(model, max_tokens=tokens, stream=True)
+    ) as answer:
         assert answer.status == 200
         return await answer.content.read()
 
@@ -59,14 +63,18 @@ async def until(c: Cluster, name: str, value: float, **labels: str) -> None:
 
 
 async def quiet(c: Cluster, *workers: str) -> None:
-    """Nothing is left anywhere: not in the queue, not in the gateway's books, not on a worker as it says itself."""
+    """Nothing is left anywhere: not in the queue, not in the gateway's books, not on a worker as it
+    says itself.
+    """
     for worker in workers:
         await until(c, "loraplex_worker_up", 1, worker=worker)
         await until(c, "loraplex_worker_load", 0, worker=worker)
     await until(c, "loraplex_queue_depth", 0)
 
 
-async def test_when_a_worker_stands_still_past_its_lease_every_request_ends_and_nothing_is_left(tmp_path: Path, adapters: Path) -> None:
+async def test_when_a_worker_stands_still_past_its_lease_every_request_ends_and_nothing_is_left(
+    tmp_path: Path, adapters: Path
+) -> None:
     async with cluster(sim_config(adapters, sim={"itl_ms": 15}, progress_s=0.5), tmp_path) as c:
         for name in ("w0", "w1"):
             await c.start_worker(name)
@@ -88,7 +96,9 @@ async def test_when_a_worker_stands_still_past_its_lease_every_request_ends_and_
         assert await c.metric("loraplex_requests_total") == 2 * STREAMS + 2 * WHOLE
 
 
-async def test_requests_sent_to_a_lone_worker_that_stands_still_are_answered_when_it_goes_on(tmp_path: Path, adapters: Path) -> None:
+async def test_requests_sent_to_a_lone_worker_that_stands_still_are_answered_when_it_goes_on(
+    tmp_path: Path, adapters: Path
+) -> None:
     async with cluster(sim_config(adapters, progress_s=0.3), tmp_path) as c:
         await c.start_worker("w0")
         c.workers["w0"].signal(signal.SIGSTOP)
@@ -102,8 +112,12 @@ async def test_requests_sent_to_a_lone_worker_that_stands_still_are_answered_whe
         await quiet(c, "w0")
 
 
-async def test_when_the_gateway_stands_still_past_the_lease_no_stream_is_left_without_an_end(tmp_path: Path, adapters: Path) -> None:
-    """Its workers have dropped its requests by then, and their beats may reach it before it looks at their leases."""
+async def test_when_the_gateway_stands_still_past_the_lease_no_stream_is_left_without_an_end(
+    tmp_path: Path, adapters: Path
+) -> None:
+    """Its workers have dropped its requests by then, and their beats may reach it before it looks
+    at their leases.
+    """
     async with cluster(sim_config(adapters, sim={"itl_ms": 15}), tmp_path) as c:
         for name in ("w0", "w1"):
             await c.start_worker(name)
@@ -123,7 +137,9 @@ async def test_when_the_gateway_stands_still_past_the_lease_no_stream_is_left_wi
         assert "worker lost" not in c.gateway.output()
 
 
-async def test_a_restarted_gateway_never_gets_what_its_earlier_life_had_asked_for(tmp_path: Path, adapters: Path) -> None:
+async def test_a_restarted_gateway_never_gets_what_its_earlier_life_had_asked_for(
+    tmp_path: Path, adapters: Path
+) -> None:
     for name in ("old", "new"):
         make_adapter(adapters, name)
     async with cluster(sim_config(adapters, sim={"itl_ms": 15}, lease_s=30.0), tmp_path) as c:

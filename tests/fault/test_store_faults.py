@@ -1,4 +1,6 @@
-"""Shell. Real S3 and GCS servers behind a proxy that breaks things: what the disk cache makes of it."""
+"""Shell. Real S3 and GCS servers behind a proxy that breaks things: what the disk cache makes of
+it.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,10 @@ def check(folder: Path) -> AdapterFacts:
 async def opened(kind: str, url: str, root: Path) -> AsyncIterator[Site]:
     bucket = f"faults-{next(_numbers)}"
     place = S3Place(url, bucket, "p/") if kind == "s3" else GCSPlace(url, bucket, "p/")
-    async with fault_proxy(url) as proxy, open_store(place.url, {**place.options, "endpoint_url": proxy.url}) as store:
+    async with (
+        fault_proxy(url) as proxy,
+        open_store(place.url, {**place.options, "endpoint_url": proxy.url}) as store,
+    ):
         yield Site(place, proxy, store, root)
 
 
@@ -90,23 +95,33 @@ async def test_a_large_file_comes_in_parts_side_by_side(site: Site) -> None:
     got = await site.fetch(site.cache(), "a")
     assert (got.folder / WEIGHTS).read_bytes() == weights
     ranges = sorted(r.range for r in site.proxy.files() if r.path.endswith(WEIGHTS))
-    assert ranges == sorted(["bytes=0-8388607", "bytes=8388608-16777215", "bytes=16777216-25165823", "bytes=25165824-"])
+    assert ranges == sorted(
+        ["bytes=0-8388607", "bytes=8388608-16777215", "bytes=16777216-25165823", "bytes=25165824-"]
+    )
     assert 2 <= site.proxy.most_at_once <= transfer_module.PARTS_PER_ADAPTER + 1
 
 
 async def test_cut_connections_cost_only_the_bytes_that_were_lost(site: Site) -> None:
     weights = os.urandom(2 * MIB)
     site.put("a", weights)
-    site.proxy.rule = lambda r: Fault(cut_after=400_000) if r.path.endswith(WEIGHTS) and r.number < 5 else None
+    site.proxy.rule = lambda r: (
+        Fault(cut_after=400_000) if r.path.endswith(WEIGHTS) and r.number < 5 else None
+    )
     got = await site.fetch(site.cache(tries=1), "a")
     assert (got.folder / WEIGHTS).read_bytes() == weights
-    begins = [int(r.range.removeprefix("bytes=").split("-")[0] or 0) for r in site.proxy.files() if r.path.endswith(WEIGHTS) and r.range]
+    begins = [
+        int(r.range.removeprefix("bytes=").split("-")[0] or 0)
+        for r in site.proxy.files()
+        if r.path.endswith(WEIGHTS) and r.range
+    ]
     assert begins == sorted(set(begins)) and len(begins) == 5
 
 
 async def test_errors_that_pass_are_retried_up_to_the_number_of_tries(site: Site) -> None:
     site.put("a", b"weights")
-    site.proxy.rule = lambda r: Fault(status=500) if r.path.endswith(WEIGHTS) and r.number < 2 else None
+    site.proxy.rule = lambda r: (
+        Fault(status=500) if r.path.endswith(WEIGHTS) and r.number < 2 else None
+    )
     await site.fetch(site.cache(tries=3), "a")
     site.put("b", b"weights")
     site.proxy.rule = lambda r: Fault(status=500) if r.path.endswith(f"b/{WEIGHTS}") else None
@@ -143,7 +158,9 @@ async def test_bodies_that_always_end_early_are_given_up(site: Site) -> None:
         await site.fetch(site.cache(tries=2), "a")
 
 
-async def test_a_store_that_trickles_is_given_up_though_it_never_stalls(s3: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_store_that_trickles_is_given_up_though_it_never_stalls(
+    s3: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(transfer_module, "MIN_BYTES_PER_S", MIB)
     s3.put("a", os.urandom(MIB))
     s3.proxy.rule = lambda r: Fault(bytes_per_s=64 * 1024) if r.path.endswith(WEIGHTS) else None
@@ -152,7 +169,9 @@ async def test_a_store_that_trickles_is_given_up_though_it_never_stalls(s3: Site
             await s3.fetch(s3.cache(stall_s=1.0, tries=1), "a")
 
 
-async def test_the_next_process_goes_on_where_the_last_one_was_cut(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_next_process_goes_on_where_the_last_one_was_cut(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(transfer_module, "PART_BYTES", MIB)
     weights = os.urandom(6 * MIB)
     site.put("a", weights)
@@ -173,7 +192,9 @@ async def test_of_all_processes_of_a_host_one_asks_the_store(site: Site) -> None
     assert len(site.proxy.files()) == 2
 
 
-async def test_while_the_store_is_down_what_is_cached_answers_and_the_rest_is_503(tmp_path: Path) -> None:
+async def test_while_the_store_is_down_what_is_cached_answers_and_the_rest_is_503(
+    tmp_path: Path,
+) -> None:
     with moto_process() as server:
         place = S3Place(server.url, "down", "p/")
         for name in ("warm", "disk", "cold"):
@@ -186,9 +207,15 @@ async def test_while_the_store_is_down_what_is_cached_answers_and_the_rest_is_50
             for name in ("disk", "warm"):
                 assert (await c.chat(f"sim:{name}", max_tokens=1))[0] == 200
             server.kill()
-            assert [(await c.chat(f"sim:{name}", max_tokens=1))[0] for name in ("warm", "disk")] == [200, 200]
+            assert [
+                (await c.chat(f"sim:{name}", max_tokens=1))[0] for name in ("warm", "disk")
+            ] == [200, 200]
             status, body, headers = await c.chat("sim:cold", max_tokens=1)
-            assert status == 503 and body["error"]["code"] == "store_unavailable" and int(headers["Retry-After"]) >= 1
+            assert (
+                status == 503
+                and body["error"]["code"] == "store_unavailable"
+                and int(headers["Retry-After"]) >= 1
+            )
             c.workers["w0"].signal(signal.SIGKILL)
             await c.workers["w0"].wait()
             await c.start_worker("w1")

@@ -1,4 +1,6 @@
-"""Shell. Aliases in the config and at run time: real gateway and worker processes, simulated engine."""
+"""Shell. Aliases in the config and at run time: real gateway and worker processes, simulated
+engine.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ LIMIT_S = 60
 USERS = [f"user-{i}" for i in range(200)]
 
 
-def with_aliases(adapters: Path, aliases: dict[str, Any] | None = None, **gateway: Any) -> dict[str, Any]:
+def with_aliases(
+    adapters: Path, aliases: dict[str, Any] | None = None, **gateway: Any
+) -> dict[str, Any]:
     config = sim_config(adapters, **gateway)
     config["llm_configs"][0]["lora_config"]["aliases"] = aliases or {}
     return config
@@ -32,7 +36,9 @@ async def who(c: Cluster, model: str, **more: Any) -> str:
 
 
 async def of_users(c: Cluster, model: str, users: list[str] = USERS) -> dict[str, str]:
-    return dict(zip(users, await asyncio.gather(*(who(c, model, user=user) for user in users)), strict=True))
+    return dict(
+        zip(users, await asyncio.gather(*(who(c, model, user=user) for user in users)), strict=True)
+    )
 
 
 async def shown(c: Cluster, model: str) -> Any:
@@ -40,7 +46,9 @@ async def shown(c: Cluster, model: str) -> Any:
     return next((a for a in body["aliases"] if a["model"] == model), None)
 
 
-async def test_an_alias_answers_as_its_adapter_under_its_own_name_and_is_listed(tmp_path: Path, adapters: Path) -> None:
+async def test_an_alias_answers_as_its_adapter_under_its_own_name_and_is_listed(
+    tmp_path: Path, adapters: Path
+) -> None:
     for name in ("v7", "v8", "prod"):
         make_adapter(adapters, name)
     async with cluster(with_aliases(adapters, {"prod": "v7"}), tmp_path) as c:
@@ -53,7 +61,9 @@ async def test_an_alias_answers_as_its_adapter_under_its_own_name_and_is_listed(
             assert (card["parent"], card["root"]) == ("sim", "prod")
             assert (await client.models.retrieve("sim:prod")).id == "sim:prod"
             assert len(cards["sim:v7"].model_dump()["loraplex_digest"]) == 16
-            stream = await client.chat.completions.create(model="sim:prod", messages=[{"role": "user", "content": "x"}], stream=True)
+            stream = await client.chat.completions.create(
+                model="sim:prod", messages=[{"role": "user", "content": "x"}], stream=True
+            )
             assert {chunk.model async for chunk in stream} == {"sim:prod"}
         assert (await shown(c, "sim:prod"))["hides_adapter"] is True
         assert c.gateway is not None
@@ -65,7 +75,9 @@ async def test_an_alias_answers_as_its_adapter_under_its_own_name_and_is_listed(
         assert line["model"] == "sim:prod" and len(line["digest"]) == 12
 
 
-async def test_shares_keep_their_users_and_a_change_moves_only_those_that_it_must(tmp_path: Path, adapters: Path) -> None:
+async def test_shares_keep_their_users_and_a_change_moves_only_those_that_it_must(
+    tmp_path: Path, adapters: Path
+) -> None:
     for name in ("v7", "v8"):
         make_adapter(adapters, name)
     aliases = {"prod": [{"adapter": "v7", "weight": 80}, {"adapter": "v8", "weight": 20}]}
@@ -74,7 +86,10 @@ async def test_shares_keep_their_users_and_a_change_moves_only_those_that_it_mus
         before = await of_users(c, "sim:prod")
         assert await of_users(c, "sim:prod") == before
         assert 15 <= Counter(before.values())["v8"] <= 70
-        status, entry = await c.put("/admin/aliases/prod", {"shares": [{"adapter": "v7", "weight": 40}, {"adapter": "v8", "weight": 60}]})
+        status, entry = await c.put(
+            "/admin/aliases/prod",
+            {"shares": [{"adapter": "v7", "weight": 40}, {"adapter": "v8", "weight": 60}]},
+        )
         assert status == 200 and entry["source"] == "runtime"
         after = await of_users(c, "sim:prod")
         moved = {(before[u], after[u]) for u in USERS if before[u] != after[u]}
@@ -82,9 +97,13 @@ async def test_shares_keep_their_users_and_a_change_moves_only_those_that_it_mus
         # Without `user`, the key decides; without a key, the session; without either, chance.
         for headers in ({"Authorization": "Bearer k"}, {"x-session-id": "s"}):
             found = {
-                (await c.post("/v1/chat/completions", {"model": "sim:prod", "messages": [{"role": "user", "content": "x"}]}, headers))[2][
-                    "x-loraplex-adapter"
-                ]
+                (
+                    await c.post(
+                        "/v1/chat/completions",
+                        {"model": "sim:prod", "messages": [{"role": "user", "content": "x"}]},
+                        headers,
+                    )
+                )[2]["x-loraplex-adapter"]
                 for _ in range(15)
             }
             assert len(found) == 1
@@ -93,10 +112,15 @@ async def test_shares_keep_their_users_and_a_change_moves_only_those_that_it_mus
         assert await of_users(c, "sim:prod") == before
 
 
-async def test_a_change_holds_in_all_gateways_within_a_second_or_so_and_after_a_restart(tmp_path: Path, adapters: Path) -> None:
+async def test_a_change_holds_in_all_gateways_within_a_second_or_so_and_after_a_restart(
+    tmp_path: Path, adapters: Path
+) -> None:
     for name in ("v7", "v8"):
         make_adapter(adapters, name)
-    async with cluster(with_aliases(adapters, {"prod": "v7"}), tmp_path) as c, second_gateway(c) as other:
+    async with (
+        cluster(with_aliases(adapters, {"prod": "v7"}), tmp_path) as c,
+        second_gateway(c) as other,
+    ):
         await c.start_worker("w0", gateways=[other.control])
         async with asyncio.timeout(LIMIT_S):
             while (await other.get("/ready"))[0] != 200:
@@ -104,7 +128,9 @@ async def test_a_change_holds_in_all_gateways_within_a_second_or_so_and_after_a_
         assert [await who(g, "sim:prod") for g in (c, other)] == ["v7", "v7"]
         assert await c.metric("loraplex_worker_adapters", tier="gpu") == 1
         assert (await c.put("/admin/aliases/prod", {"adapter": "v8"}))[0] == 200
-        assert await c.metric("loraplex_worker_adapters", tier="gpu") == 2, "it was loaded before the alias changed"
+        assert await c.metric("loraplex_worker_adapters", tier="gpu") == 2, (
+            "it was loaded before the alias changed"
+        )
         assert await who(c, "sim:prod") == "v8"
         async with asyncio.timeout(LIMIT_S):
             while await who(other, "sim:prod") != "v8":
@@ -116,7 +142,9 @@ async def test_a_change_holds_in_all_gateways_within_a_second_or_so_and_after_a_
         assert (await shown(other, "sim:prod"))["shares"][0]["adapter"] == "v8"
 
 
-async def test_what_is_wrong_with_a_change_is_said_and_nothing_changes(tmp_path: Path, adapters: Path) -> None:
+async def test_what_is_wrong_with_a_change_is_said_and_nothing_changes(
+    tmp_path: Path, adapters: Path
+) -> None:
     make_adapter(adapters, "v7")
     make_adapter(adapters, "bad", rank=1024)
     async with cluster(with_aliases(adapters, {"prod": "v7"}), tmp_path) as c:
@@ -136,18 +164,25 @@ async def test_what_is_wrong_with_a_change_is_said_and_nothing_changes(tmp_path:
             status, body = await c.put("/admin/aliases/prod", change)
             assert (status, body["error"]["code"]) == (expected, code), (change, body)
         for name, expected in (("../x", 404), ("other:prod", 404), ("sim:a@b", 404), ("sim", 200)):
-            assert (await c.put(f"/admin/aliases/{name.replace('/', '%2F')}", {"adapter": "v7"}))[0] == expected, name
+            assert (await c.put(f"/admin/aliases/{name.replace('/', '%2F')}", {"adapter": "v7"}))[
+                0
+            ] == expected, name
         assert (await c.delete("/admin/aliases/nobody"))[0] == 404
         assert (await c.delete("/admin/aliases/prod"))[0] == 400
         entry = await shown(c, "sim:prod")
         assert entry["source"] == "config" and [s["adapter"] for s in entry["shares"]] == ["v7"]
 
 
-async def test_a_failing_canary_is_rolled_back_for_everybody_until_an_operator_decides(tmp_path: Path, adapters: Path) -> None:
+async def test_a_failing_canary_is_rolled_back_for_everybody_until_an_operator_decides(
+    tmp_path: Path, adapters: Path
+) -> None:
     for name in ("v7", "v8"):
         make_adapter(adapters, name)
     make_adapter(adapters, "bad", rank=1024)
-    async with cluster(with_aliases(adapters, {"prod": "v7"}), tmp_path) as c, second_gateway(c) as other:
+    async with (
+        cluster(with_aliases(adapters, {"prod": "v7"}), tmp_path) as c,
+        second_gateway(c) as other,
+    ):
         await c.start_worker("w0", gateways=[other.control])
         canary = {
             "shares": [{"adapter": "v7", "weight": 50}, {"adapter": "bad", "weight": 50}],
@@ -163,11 +198,16 @@ async def test_a_failing_canary_is_rolled_back_for_everybody_until_an_operator_d
                 if entry["shares"][1]["rolled_back"]:
                     break
         assert failed == 10, "at the least number of requests that may decide"
-        assert entry["shares"][1]["weight"] == 0 and "10 of 10" in entry["shares"][1]["rolled_back"]["reason"]
+        assert (
+            entry["shares"][1]["weight"] == 0
+            and "10 of 10" in entry["shares"][1]["rolled_back"]["reason"]
+        )
         assert set((await of_users(c, "sim:prod")).values()) == {"v7"}
         assert await c.metric("loraplex_alias_rollbacks_total", alias="prod") == 1
         assert c.gateway is not None and '"level":"error"' in next(
-            line for line in c.gateway.output().splitlines() if "share of an alias rolled back" in line
+            line
+            for line in c.gateway.output().splitlines()
+            if "share of an alias rolled back" in line
         )
         async with asyncio.timeout(LIMIT_S):
             while (await shown(other, "sim:prod"))["shares"][-1]["weight"]:
@@ -177,7 +217,9 @@ async def test_a_failing_canary_is_rolled_back_for_everybody_until_an_operator_d
         assert set((await of_users(c, "sim:prod")).values()) == {"v7", "v8"}
 
 
-async def test_a_share_whose_adapter_was_deleted_is_rolled_back_though_its_answers_are_404(tmp_path: Path, adapters: Path) -> None:
+async def test_a_share_whose_adapter_was_deleted_is_rolled_back_though_its_answers_are_404(
+    tmp_path: Path, adapters: Path
+) -> None:
     for name in ("v7", "v8"):
         make_adapter(adapters, name)
     rollback = {"error_rate": 0.2, "min_requests": 5}
@@ -189,12 +231,19 @@ async def test_a_share_whose_adapter_was_deleted_is_rolled_back_though_its_answe
         found = set()
         async with asyncio.timeout(LIMIT_S):
             while (await shown(c, "sim:prod"))["shares"][1]["weight"]:
-                found |= {status for status, _, _ in await asyncio.gather(*(c.chat("sim:prod", max_tokens=1, user=u) for u in USERS[:20]))}
+                found |= {
+                    status
+                    for status, _, _ in await asyncio.gather(
+                        *(c.chat("sim:prod", max_tokens=1, user=u) for u in USERS[:20])
+                    )
+                }
         assert found == {200, 404}
         assert set((await of_users(c, "sim:prod")).values()) == {"v7"}
 
 
-async def test_errors_of_clients_and_clients_that_leave_roll_nothing_back(tmp_path: Path, adapters: Path) -> None:
+async def test_errors_of_clients_and_clients_that_leave_roll_nothing_back(
+    tmp_path: Path, adapters: Path
+) -> None:
     for name in ("v7", "v8"):
         make_adapter(adapters, name)
     rollback = {"error_rate": 0.01, "min_requests": 1}
@@ -203,7 +252,10 @@ async def test_errors_of_clients_and_clients_that_leave_roll_nothing_back(tmp_pa
         await c.start_worker("w0")
         for n in range(20):
             assert (await c.chat("sim:prod", max_tokens=0, user=f"u{n}"))[0] == 400
-        leaving = [asyncio.create_task(c.chat("sim:prod", max_tokens=3000, user=f"u{n}")) for n in range(10)]
+        leaving = [
+            asyncio.create_task(c.chat("sim:prod", max_tokens=3000, user=f"u{n}"))
+            for n in range(10)
+        ]
         async with asyncio.timeout(LIMIT_S):
             while await c.metric("loraplex_worker_load") < 10:
                 await asyncio.sleep(0.02)
@@ -213,4 +265,7 @@ async def test_errors_of_clients_and_clients_that_leave_roll_nothing_back(tmp_pa
                 await asyncio.sleep(0.02)
         entry = await shown(c, "sim:prod")
         assert [s["rolled_back"] for s in entry["shares"]] == [None, None]
-        assert sum(s["requests"] for s in entry["shares"]) == 20 and sum(s["errors"] for s in entry["shares"]) == 0
+        assert (
+            sum(s["requests"] for s in entry["shares"]) == 20
+            and sum(s["errors"] for s in entry["shares"]) == 0
+        )

@@ -1,4 +1,6 @@
-"""Shell. `python -m bench.fleet` as a person runs it, small: real gateways and workers with the simulated engine, one of which is killed."""
+"""Shell. `python -m bench.fleet` as a person runs it, small: real gateways and workers with the
+simulated engine, one of which is killed.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,36 @@ from typing import Any
 
 from tests.harness import ROOT
 
-SMALL = ["--engine=sim", "--slow=0.2", "--adapters=8", "--slots=2", "--streams=4", "--output-tokens=8", "--warm=0.5", "--seconds=1"]
+SMALL = [
+    "--engine=sim",
+    "--slow=0.2",
+    "--adapters=8",
+    "--slots=2",
+    "--streams=4",
+    "--output-tokens=8",
+    "--warm=0.5",
+    "--seconds=1",
+]
 
 
-def fleet(folder: Path, *more: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
-    argv = [sys.executable, "-m", "bench.fleet", *SMALL, f"--out={folder}", "--name=run", f"--work={folder / 'work'}", *more]
+def fleet(
+    folder: Path, *more: str
+) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
+    argv = [
+        sys.executable,
+        "-m",
+        "bench.fleet",
+        *SMALL,
+        f"--out={folder}",
+        "--name=run",
+        f"--work={folder / 'work'}",
+        *more,
+    ]
     ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     file = folder / "run.jsonl"
-    return ended, [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return ended, [
+        json.loads(line) for line in file.read_text().splitlines()
+    ] if file.exists() else []
 
 
 def test_every_part_yields_its_row_and_a_second_call_only_what_is_missing(tmp_path: Path) -> None:
@@ -35,27 +59,38 @@ def test_every_part_yields_its_row_and_a_second_call_only_what_is_missing(tmp_pa
             and row["commit"]
             and row["versions"]["loraplex"]
         )
-        assert row["figures"]["requests"]["failed_before_first_byte"] == 0, row["figures"]["requests"]
+        assert row["figures"]["requests"]["failed_before_first_byte"] == 0, row["figures"][
+            "requests"
+        ]
     assert set(rows["scale/1/expected-ttft/saturated/0"]["figures"]["workers"]) == {"w0"}
     assert set(rows["scale/2/expected-ttft/saturated/0"]["figures"]["workers"]) == {"w0", "w1"}
-    assert rows["scale/2/expected-ttft/saturated/0"]["loads"]["count"] > 0  # 8 adapters over 4 slots
+    # 8 adapters over 4 slots
+    assert rows["scale/2/expected-ttft/saturated/0"]["loads"]["count"] > 0
     kill = rows["kill/2/expected-ttft/70%/0"]["kill"]
     assert kill["worker"] == "w1" and kill["failed_before_first_byte"] == 0, kill
     assert kill["worker_serves_again_s"] is not None and kill["noticed_s"] is not None
     mixed = rows["mixed/2/expected-ttft/saturated/0"]["models"]
     assert set(mixed["m"]["workers"]) <= {"w0", "w1"} and set(mixed["pair"]["workers"]) == {"w2"}
-    assert (tmp_path / "run.png").stat().st_size > 0 and "| 2 |" in (tmp_path / "run.md").read_text()
+    assert (tmp_path / "run.png").stat().st_size > 0 and "| 2 |" in (
+        tmp_path / "run.md"
+    ).read_text()
 
-    ended, again = fleet(tmp_path, "--workers=2", "--parts=scale,policies", "--policies=ray-strict,round-robin")
+    ended, again = fleet(
+        tmp_path, "--workers=2", "--parts=scale,policies", "--policies=ray-strict,round-robin"
+    )
     assert ended.returncode == 0, ended.stderr
     assert again[: len(made)] == made
     assert [row["key"] for row in again[len(made) :]] == [
-        f"policies/2/{policy}/{share}/0" for policy in ("ray-strict", "round-robin") for share in ("70%", "95%")
+        f"policies/2/{policy}/{share}/0"
+        for policy in ("ray-strict", "round-robin")
+        for share in ("70%", "95%")
     ]
     assert {row["policy"] for row in again[len(made) :]} == {"ray-strict", "round-robin"}
 
 
-def test_rows_for_which_there_is_no_time_are_named_and_left_for_another_call(tmp_path: Path) -> None:
+def test_rows_for_which_there_is_no_time_are_named_and_left_for_another_call(
+    tmp_path: Path,
+) -> None:
     ended, made = fleet(tmp_path, "--workers=1", "--parts=scale", "--budget=5")
     assert ended.returncode == 1, ended.stderr
     assert made == [] and "scale/1/expected-ttft/saturated/0" in ended.stdout

@@ -1,4 +1,6 @@
-"""Shell. What a streamed token costs the gateway, beside nginx in the same seconds. CPU time, not wall time: neighbours on the machine do not count."""
+"""Shell. What a streamed token costs the gateway, beside nginx in the same seconds. CPU time, not
+wall time: neighbours on the machine do not count.
+"""
 
 from __future__ import annotations
 

@@ -23,25 +23,39 @@ async def read_until(answer: aiohttp.ClientResponse, text: bytes) -> bytes:
     raise AssertionError(f"{text!r} not in {seen!r}")
 
 
-async def test_a_request_names_base_or_adapter_and_the_right_one_answers(tmp_path: Path, adapters: Path) -> None:
+async def test_a_request_names_base_or_adapter_and_the_right_one_answers(
+    tmp_path: Path, adapters: Path
+) -> None:
     make_adapter(adapters, "pirate")
     make_adapter(adapters, "team/haiku")
     async with cluster(sim_config(adapters), tmp_path) as c:
         await c.start_worker("w0")
-        for model, adapter in (("sim", "-"), ("sim:pirate", "pirate"), ("sim:team/haiku", "team/haiku")):
+        for model, adapter in (
+            ("sim", "-"),
+            ("sim:pirate", "pirate"),
+            ("sim:team/haiku", "team/haiku"),
+        ):
             status, body, headers = await c.chat(model, max_tokens=3)
-            assert status == 200 and f"[base=sim adapter={adapter} " in body["choices"][0]["message"]["content"]
+            assert (
+                status == 200
+                and f"[base=sim adapter={adapter} " in body["choices"][0]["message"]["content"]
+            )
             assert body["model"] == model and body["usage"]["completion_tokens"] == 3
             assert headers["x-loraplex-worker"] == "w0"
 
 
-async def test_models_lists_bases_and_adapters_with_their_parent(tmp_path: Path, adapters: Path) -> None:
+async def test_models_lists_bases_and_adapters_with_their_parent(
+    tmp_path: Path, adapters: Path
+) -> None:
     make_adapter(adapters, "pirate")
     async with cluster(sim_config(adapters), tmp_path) as c:
         _, listed = await c.get("/v1/models")
         while len(listed["data"]) < 2:
             _, listed = await c.get("/v1/models")
-        assert [(m["id"], m["parent"], m["object"]) for m in listed["data"]] == [("sim", None, "model"), ("sim:pirate", "sim", "model")]
+        assert [(m["id"], m["parent"], m["object"]) for m in listed["data"]] == [
+            ("sim", None, "model"),
+            ("sim:pirate", "sim", "model"),
+        ]
         assert (await c.get("/v1/models/sim:pirate"))[1]["root"] == "pirate"
         assert (await c.get("/v1/models/sim:nobody"))[0] == 404
 
@@ -64,10 +78,17 @@ async def test_ready_says_200_only_once_a_worker_serves(tmp_path: Path, adapters
         (b'{"model": "other"}', 404, "model", "model_not_found"),
         (b'{"model": "sim:nobody", "messages": []}', 404, "model", "adapter_not_found"),
         (b'{"model": "sim:../etc", "messages": []}', 404, "model", "adapter_not_found"),
-        (b'{"model": "sim", "messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', 400, "max_tokens", None),
+        (
+            b'{"model": "sim", "messages": [{"role": "user", "content": "x"}], "max_tokens": 0}',
+            400,
+            "max_tokens",
+            None,
+        ),
     ],
 )
-async def test_bad_requests_get_openai_errors(bad_cluster, body: bytes, status: int, param: str | None, code: str | None) -> None:  # type: ignore[no-untyped-def]
+async def test_bad_requests_get_openai_errors(
+    bad_cluster, body: bytes, status: int, param: str | None, code: str | None
+) -> None:  # type: ignore[no-untyped-def]
     got, answer, headers = await bad_cluster.post("/v1/chat/completions", body)
     assert got == status, answer
     assert answer["error"]["param"] == param
@@ -95,13 +116,21 @@ async def test_unknown_paths_and_methods_get_openai_errors(bad_cluster) -> None:
     assert status == 405 and "not allowed" in answer["error"]["message"]
 
 
-async def test_no_worker_means_503_with_retry_after_once_the_queue_is_full(tmp_path: Path, adapters: Path) -> None:
+async def test_no_worker_means_503_with_retry_after_once_the_queue_is_full(
+    tmp_path: Path, adapters: Path
+) -> None:
     async with cluster(sim_config(adapters, max_queued_requests=0), tmp_path) as c:
         status, answer, headers = await c.chat("sim")
-        assert status == 503 and answer["error"]["code"] == "overloaded" and int(headers["Retry-After"]) >= 1
+        assert (
+            status == 503
+            and answer["error"]["code"] == "overloaded"
+            and int(headers["Retry-After"]) >= 1
+        )
 
 
-async def test_a_queued_request_is_served_when_a_worker_comes(tmp_path: Path, adapters: Path) -> None:
+async def test_a_queued_request_is_served_when_a_worker_comes(
+    tmp_path: Path, adapters: Path
+) -> None:
     async with cluster(sim_config(adapters), tmp_path) as c:
         waiting = asyncio.create_task(c.chat("sim", max_tokens=2))
         while await c.metric("loraplex_queue_depth", base="sim") != 1:
@@ -110,7 +139,9 @@ async def test_a_queued_request_is_served_when_a_worker_comes(tmp_path: Path, ad
         assert (await waiting)[0] == 200
 
 
-async def test_a_burst_between_two_heartbeats_spreads_over_the_workers(tmp_path: Path, adapters: Path) -> None:
+async def test_a_burst_between_two_heartbeats_spreads_over_the_workers(
+    tmp_path: Path, adapters: Path
+) -> None:
     async with cluster(sim_config(adapters, heartbeat_s=0.6), tmp_path) as c:
         for name in ("w0", "w1"):
             await c.start_worker(name)
@@ -129,7 +160,9 @@ async def test_requests_for_one_cold_adapter_load_it_once(tmp_path: Path, adapte
         assert sum(p.output().count('"adapter loaded"') for p in c.workers.values()) == 1
 
 
-async def test_many_more_adapters_than_slots_cycle_and_each_answers_as_itself(tmp_path: Path, adapters: Path) -> None:
+async def test_many_more_adapters_than_slots_cycle_and_each_answers_as_itself(
+    tmp_path: Path, adapters: Path
+) -> None:
     names = [f"a{i:02d}" for i in range(12)]
     for name in names:
         make_adapter(adapters, name)
@@ -140,10 +173,14 @@ async def test_many_more_adapters_than_slots_cycle_and_each_answers_as_itself(tm
             assert status == 200 and name in body["choices"][0]["message"]["content"], body
 
 
-async def test_a_client_that_leaves_frees_its_place_on_the_worker(tmp_path: Path, adapters: Path) -> None:
+async def test_a_client_that_leaves_frees_its_place_on_the_worker(
+    tmp_path: Path, adapters: Path
+) -> None:
     async with cluster(sim_config(adapters), tmp_path) as c:
         await c.start_worker("w0")
-        async with c.http.post(c.url + "/v1/chat/completions", json=chat_body("sim", max_tokens=5000, stream=True)) as answer:
+        async with c.http.post(
+            c.url + "/v1/chat/completions", json=chat_body("sim", max_tokens=5000, stream=True)
+        ) as answer:
             await read_until(answer, b"data:")
             assert await c.metric("loraplex_worker_load", worker="w0") == 1
             answer.close()
@@ -154,10 +191,14 @@ async def test_a_client_that_leaves_frees_its_place_on_the_worker(tmp_path: Path
                 await asyncio.sleep(0.01)
 
 
-async def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(tmp_path: Path, adapters: Path) -> None:
+async def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(
+    tmp_path: Path, adapters: Path
+) -> None:
     async with cluster(sim_config(adapters), tmp_path) as c:
         worker = await c.start_worker("w0")
-        async with c.http.post(c.url + "/v1/chat/completions", json=chat_body("sim", max_tokens=200, stream=True)) as answer:
+        async with c.http.post(
+            c.url + "/v1/chat/completions", json=chat_body("sim", max_tokens=200, stream=True)
+        ) as answer:
             await read_until(answer, b"data:")
             assert c.gateway is not None
             c.gateway.signal(signal.SIGTERM)
@@ -171,7 +212,9 @@ async def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(tmp_pat
         assert await worker.wait() == 0
 
 
-async def test_a_killed_worker_fails_only_what_had_begun_and_the_rest_moves_on(tmp_path: Path, adapters: Path) -> None:
+async def test_a_killed_worker_fails_only_what_had_begun_and_the_rest_moves_on(
+    tmp_path: Path, adapters: Path
+) -> None:
     async with cluster(sim_config(adapters, sim={"ttft_ms": 1500}), tmp_path) as c:
         await c.start_worker("w0")
         waiting = [asyncio.create_task(c.chat("sim", max_tokens=2)) for _ in range(4)]
@@ -189,25 +232,37 @@ async def test_api_keys_are_asked_for(tmp_path: Path, adapters: Path) -> None:
     keys.write_text("secret-one\nsecret-two\n")
     async with cluster(sim_config(adapters, api_keys_file=str(keys)), tmp_path) as c:
         assert (await c.get("/v1/models"))[0] == 401
-        assert (await c.post("/v1/chat/completions", b"{}", {"Authorization": "Bearer wrong"}))[0] == 401
-        assert (await c.post("/v1/chat/completions", b"{}", {"Authorization": "Bearer secret-two"}))[0] == 400
+        assert (await c.post("/v1/chat/completions", b"{}", {"Authorization": "Bearer wrong"}))[
+            0
+        ] == 401
+        assert (
+            await c.post("/v1/chat/completions", b"{}", {"Authorization": "Bearer secret-two"})
+        )[0] == 400
         assert (await c.get("/health"))[0] == 200
 
 
-async def test_a_broken_adapter_is_422_and_others_still_answer(tmp_path: Path, adapters: Path) -> None:
+async def test_a_broken_adapter_is_422_and_others_still_answer(
+    tmp_path: Path, adapters: Path
+) -> None:
     make_adapter(adapters, "good")
     (make_adapter(adapters, "bad") / "adapter_config.json").write_text("{")
     async with cluster(sim_config(adapters), tmp_path) as c:
         await c.start_worker("w0")
         status, answer, headers = await c.chat("sim:bad")
-        assert status == 422 and answer["error"]["code"].startswith("invalid_adapter") and str(tmp_path) not in str(answer)
+        assert (
+            status == 422
+            and answer["error"]["code"].startswith("invalid_adapter")
+            and str(tmp_path) not in str(answer)
+        )
         async with asyncio.timeout(10):
             while headers["x-request-id"] not in c.gateway.output():
                 await asyncio.sleep(0.05)
         assert (await c.chat("sim:good", max_tokens=1))[0] == 200
 
 
-async def test_a_changed_adapter_is_served_in_its_new_version(tmp_path: Path, adapters: Path) -> None:
+async def test_a_changed_adapter_is_served_in_its_new_version(
+    tmp_path: Path, adapters: Path
+) -> None:
     folder = make_adapter(adapters, "a")
     async with cluster(sim_config(adapters, catalog_refresh_s=0.2), tmp_path) as c:
         await c.start_worker("w0")
@@ -246,7 +301,9 @@ async def test_every_answer_on_a_kept_connection_is_whole(tmp_path: Path, adapte
         {},
     ],
 )
-async def test_a_request_is_answered_alike_whichever_way_it_comes_in(bad_cluster, body: dict[str, object]) -> None:  # type: ignore[no-untyped-def]
+async def test_a_request_is_answered_alike_whichever_way_it_comes_in(
+    bad_cluster, body: dict[str, object]
+) -> None:  # type: ignore[no-untyped-def]
     """With a length it goes past aiohttp's request machinery, in chunks through it."""
 
     async def in_chunks():  # type: ignore[no-untyped-def]
@@ -255,9 +312,15 @@ async def test_a_request_is_answered_alike_whichever_way_it_comes_in(bad_cluster
     make_adapter(bad_cluster.folder / "adapters", "pirate")
     answers = []
     for data in (msgspec.json.encode(body), in_chunks()):
-        async with bad_cluster.http.post(f"{bad_cluster.url}/v1/chat/completions", data=data, headers={"x-request-id": "same"}) as answer:
+        async with bad_cluster.http.post(
+            f"{bad_cluster.url}/v1/chat/completions", data=data, headers={"x-request-id": "same"}
+        ) as answer:
             text = re.sub(rb'"created":\d+', b'"created":0', await answer.read())
-            names = {n for n in answer.headers if n.lower() not in ("date", "server", "x-loraplex-queue-ms")}
+            names = {
+                n
+                for n in answer.headers
+                if n.lower() not in ("date", "server", "x-loraplex-queue-ms")
+            }
             answers.append((answer.status, text, {n.lower(): answer.headers[n] for n in names}))
     for _, _, headers in answers:
         headers.pop("content-length", None)
@@ -266,7 +329,9 @@ async def test_a_request_is_answered_alike_whichever_way_it_comes_in(bad_cluster
     assert answers[0] == answers[1]
 
 
-async def test_a_client_that_leaves_has_a_line_in_the_access_log_whichever_way_it_came(tmp_path: Path, adapters: Path) -> None:
+async def test_a_client_that_leaves_has_a_line_in_the_access_log_whichever_way_it_came(
+    tmp_path: Path, adapters: Path
+) -> None:
     async with cluster(sim_config(adapters, sim={"itl_ms": 50}), tmp_path) as c:
         await c.start_worker("w0")
         body = msgspec.json.encode(chat_body("sim", max_tokens=5_000, stream=True))
@@ -276,11 +341,23 @@ async def test_a_client_that_leaves_has_a_line_in_the_access_log_whichever_way_i
 
         for request_id, data in (("short", body), ("aiohttp_path", in_chunks())):
             headers = {"x-request-id": request_id}
-            async with aiohttp.ClientSession() as http, http.post(f"{c.url}/v1/chat/completions", data=data, headers=headers) as answer:
+            async with (
+                aiohttp.ClientSession() as http,
+                http.post(f"{c.url}/v1/chat/completions", data=data, headers=headers) as answer,
+            ):
                 await read_until(answer, b"data: ")
             async with asyncio.timeout(30):
-                while not any(f'"request":"{request_id}"' in line for line in c.gateway.output().splitlines()):  # type: ignore[union-attr]
+                while not any(
+                    f'"request":"{request_id}"' in line for line in c.gateway.output().splitlines()
+                ):  # type: ignore[union-attr]
                     await asyncio.sleep(0.02)
-            line = next(x for x in c.gateway.output().splitlines() if f'"request":"{request_id}"' in x)  # type: ignore[union-attr]
+            line = next(
+                x for x in c.gateway.output().splitlines() if f'"request":"{request_id}"' in x
+            )  # type: ignore[union-attr]
             facts = msgspec.json.decode(line)
-            assert (facts["outcome"], facts["status"], facts["event"], facts["process"]) == ("aborted", 200, "request", "g0")
+            assert (facts["outcome"], facts["status"], facts["event"], facts["process"]) == (
+                "aborted",
+                200,
+                "request",
+                "g0",
+            )

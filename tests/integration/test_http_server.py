@@ -1,4 +1,6 @@
-"""Shell. Connections over real TCP: plain requests answered the short way, all others by aiohttp, on one connection and in order."""
+"""Shell. Connections over real TCP: plain requests answered the short way, all others by aiohttp,
+on one connection and in order.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,17 @@ class Flying:
         self.cancelled.set()
 
     def answer(self, text: bytes, keep_alive: bool = True) -> None:
-        self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nX-Way: express\r\n\r\n%b" % (len(text), text))
+        self.transport.write(
+            b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nX-Way: express\r\n\r\n%b" % (len(text), text)
+        )
         self.answered(keep_alive)
 
 
 @dataclass
 class Served:
-    """A door on a port. `flying` are the requests that came the short way; `refuse` sends them to aiohttp instead."""
+    """A door on a port. `flying` are the requests that came the short way; `refuse` sends them to
+    aiohttp instead.
+    """
 
     http_server: Server
     port: int
@@ -46,7 +52,10 @@ class Served:
     refuse: bool = False
 
     def fast_path(
-        self, request: SimpleRequest, transport: asyncio.WriteTransport, answered: Callable[[bool], None]
+        self,
+        request: SimpleRequest,
+        transport: asyncio.WriteTransport,
+        answered: Callable[[bool], None],
     ) -> PendingAnswer | None:
         if self.refuse:
             return None
@@ -100,7 +109,11 @@ class Client:
         """(head, body) of the next answer."""
         async with asyncio.timeout(WAIT_S):
             head = await self.reader.readuntil(b"\r\n\r\n")
-            length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:"))
+            length = next(
+                int(line.split(b":")[1])
+                for line in head.split(b"\r\n")
+                if line.lower().startswith(b"content-length:")
+            )
             return head, await self.reader.readexactly(length)
 
     async def ended(self) -> bytes:
@@ -119,7 +132,12 @@ async def client_of(served: Served) -> AsyncIterator[Client]:
 
 
 def post(body: bytes = b"{}", path: str = PATH, more: bytes = b"") -> bytes:
-    return b"POST %b HTTP/1.1\r\nHost: x\r\n%bContent-Length: %d\r\n\r\n%b" % (path.encode(), more, len(body), body)
+    return b"POST %b HTTP/1.1\r\nHost: x\r\n%bContent-Length: %d\r\n\r\n%b" % (
+        path.encode(),
+        more,
+        len(body),
+        body,
+    )
 
 
 async def test_requests_of_one_connection_go_either_way_and_back() -> None:
@@ -132,7 +150,9 @@ async def test_requests_of_one_connection_go_either_way_and_back() -> None:
             assert (await client.answer())[1] == b"answer %d" % nth
             client.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert (await client.answer())[1] == b"aiohttp:"
-        assert served.aiohttp_path == ["GET /health"] * 3 and len(served.http_server.connections) == 1
+        assert (
+            served.aiohttp_path == ["GET /health"] * 3 and len(served.http_server.connections) == 1
+        )
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20, 60, -1])
@@ -160,7 +180,10 @@ async def test_a_body_of_many_pieces_arrives_whole() -> None:
 
 
 async def test_what_aiohttp_has_to_read_it_reads_from_the_first_byte_on() -> None:
-    chunked = b"POST %b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n" % PATH.encode()
+    chunked = (
+        b"POST %b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+        % PATH.encode()
+    )
     async with serving(most_bytes=1000) as served, client_of(served) as client:
         client.send(post(b"1"))
         (await served.next()).answer(b"1")
@@ -175,7 +198,9 @@ async def test_what_aiohttp_has_to_read_it_reads_from_the_first_byte_on() -> Non
         assert (await client.answer())[1] == b"aiohttp:" + b"x" * 2000
 
 
-async def test_a_request_that_the_short_way_gives_back_is_aiohttps_and_the_next_one_is_asked_again() -> None:
+async def test_a_request_that_the_short_way_gives_back_is_aiohttps_and_the_next_one_is_asked_again() -> (
+    None
+):
     async with serving() as served, client_of(served) as client:
         served.refuse = True
         client.send(post(b"1"))
@@ -206,7 +231,11 @@ async def test_requests_that_come_before_the_answer_are_answered_after_it_in_ord
 async def test_requests_in_one_piece_are_all_answered() -> None:
     async with serving() as served, client_of(served) as client:
         client.send(post(b"1") + post(b"2") + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert [(await client.answer())[1] for _ in range(3)] == [b"aiohttp:1", b"aiohttp:2", b"aiohttp:"]
+        assert [(await client.answer())[1] for _ in range(3)] == [
+            b"aiohttp:1",
+            b"aiohttp:2",
+            b"aiohttp:",
+        ]
 
 
 async def test_a_request_behind_one_that_aiohttp_still_answers_waits_for_it() -> None:
@@ -239,7 +268,12 @@ async def test_an_answer_that_ends_the_connection_ends_it() -> None:
 
 
 async def test_a_connection_that_rests_is_closed_and_one_that_is_answered_is_not() -> None:
-    async with serving(keepalive_s=0.3) as served, client_of(served) as idle, client_of(served) as busy, client_of(served) as cut_short:
+    async with (
+        serving(keepalive_s=0.3) as served,
+        client_of(served) as idle,
+        client_of(served) as busy,
+        client_of(served) as cut_short,
+    ):
         busy.send(post())
         cut_short.send(post()[:10])
         flying = await served.next()
@@ -250,7 +284,11 @@ async def test_a_connection_that_rests_is_closed_and_one_that_is_answered_is_not
 
 
 async def test_aiohttps_idle_timer_does_not_end_a_request_of_the_short_way() -> None:
-    async with serving(keepalive_s=0.3) as served, client_of(served) as client, client_of(served) as other:
+    async with (
+        serving(keepalive_s=0.3) as served,
+        client_of(served) as client,
+        client_of(served) as other,
+    ):
         client.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         await client.answer()
         client.send(post())

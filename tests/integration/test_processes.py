@@ -1,4 +1,6 @@
-"""Shell. Several gateway processes behind one port, as `loraplex serve` starts them: whichever is asked, the answer is that of all."""
+"""Shell. Several gateway processes behind one port, as `loraplex serve` starts them: whichever is
+asked, the answer is that of all.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ async def three(tmp_path: Path) -> AsyncIterator[Served]:
 
 async def ask(s: Served, path: str) -> tuple[int, str]:
     """Over a connection of its own: the kernel picks the process."""
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as http, http.get(s.url + path) as answer:
+    async with (
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as http,
+        http.get(s.url + path) as answer,
+    ):
         return answer.status, await answer.text()
 
 
@@ -36,7 +41,9 @@ async def chats(s: Served, count: int) -> None:
     async def one() -> None:
         async with (
             aiohttp.ClientSession() as http,
-            http.post(s.url + "/v1/chat/completions", json=chat_body("sim:pirate", max_tokens=2)) as answer,
+            http.post(
+                s.url + "/v1/chat/completions", json=chat_body("sim:pirate", max_tokens=2)
+            ) as answer,
         ):
             assert answer.status == 200, await answer.text()
 
@@ -45,12 +52,21 @@ async def chats(s: Served, count: int) -> None:
 
 async def shown(s: Served) -> dict[str, float]:
     _, text = await ask(s, "/metrics")
-    return {series: float(value) for series, _, value in (line.rpartition(" ") for line in text.splitlines() if line[:1] != "#")}
+    return {
+        series: float(value)
+        for series, _, value in (
+            line.rpartition(" ") for line in text.splitlines() if line[:1] != "#"
+        )
+    }
 
 
 def of(seen: dict[str, float], name: str) -> dict[str, float]:
     """By the label `process`."""
-    found = {re.search(r'process="(\w+)"', series): value for series, value in seen.items() if series.startswith(name + "{")}
+    found = {
+        re.search(r'process="(\w+)"', series): value
+        for series, value in seen.items()
+        if series.startswith(name + "{")
+    }
     return {match[1]: value for match, value in found.items() if match}
 
 
@@ -62,7 +78,12 @@ async def until(s: Served, true: Callable[[dict[str, float]], bool]) -> dict[str
 
 
 def pid_of(s: Served, process: int) -> int:
-    found = next(p for p in s.family() if "gateway" in p.cmdline() and p.cmdline()[p.cmdline().index("--index") + 1] == str(process))
+    found = next(
+        p
+        for p in s.family()
+        if "gateway" in p.cmdline()
+        and p.cmdline()[p.cmdline().index("--index") + 1] == str(process)
+    )
     return int(found.pid)
 
 
@@ -73,13 +94,16 @@ async def test_any_scrape_shows_the_requests_of_all_processes(three: Served) -> 
         assert seen[FINISHED] == REQUESTS
         assert seen['loraplex_adapter_requests_total{adapter="pirate",base="sim"}'] == REQUESTS
         assert (
-            seen['loraplex_request_seconds_count{base="sim"}'] == seen['loraplex_request_seconds_bucket{base="sim",le="+Inf"}'] == REQUESTS
+            seen['loraplex_request_seconds_count{base="sim"}']
+            == seen['loraplex_request_seconds_bucket{base="sim",le="+Inf"}']
+            == REQUESTS
         )
         assert of(seen, "loraplex_gateway_process_up") == {f"g{i}": 1 for i in range(PROCESSES)}
         mine = of(seen, "loraplex_gateway_requests")
         assert sum(mine.values()) == REQUESTS and min(mine.values()) > 0, mine
         assert len([s for s in seen if s.startswith("loraplex_worker_up{")]) == 2
-    await until(three, lambda seen: seen['loraplex_worker_load{base="sim",worker="w0"}'] == 0)  # the others' share is as old as a beat
+    # the others' share is as old as a beat
+    await until(three, lambda seen: seen['loraplex_worker_load{base="sim",worker="w0"}'] == 0)
 
 
 async def test_counters_never_fall_when_a_process_dies_and_comes_back(three: Served) -> None:
@@ -95,7 +119,9 @@ async def test_counters_never_fall_when_a_process_dies_and_comes_back(three: Ser
     assert (await shown(three))[FINISHED] == 2 * REQUESTS
 
 
-async def test_a_process_that_stands_still_is_named_and_what_it_had_counted_stays(three: Served) -> None:
+async def test_a_process_that_stands_still_is_named_and_what_it_had_counted_stays(
+    three: Served,
+) -> None:
     await chats(three, REQUESTS)
     assert (await shown(three))[FINISHED] == REQUESTS
     stopped = next(p for p in three.family() if p.pid == pid_of(three, 2))
@@ -111,10 +137,15 @@ async def test_a_process_that_stands_still_is_named_and_what_it_had_counted_stay
                     continue
     finally:
         stopped.send_signal(signal.SIGCONT)
-    assert of(seen, "loraplex_gateway_process_up") == {"g0": 1, "g1": 1, "g2": 0} and seen[FINISHED] == REQUESTS
+    assert (
+        of(seen, "loraplex_gateway_process_up") == {"g0": 1, "g1": 1, "g2": 0}
+        and seen[FINISHED] == REQUESTS
+    )
 
 
-async def test_health_ready_models_and_explain_answer_the_same_in_every_process(three: Served) -> None:
+async def test_health_ready_models_and_explain_answer_the_same_in_every_process(
+    three: Served,
+) -> None:
     for _ in range(3 * PROCESSES):
         assert (await ask(three, "/health"))[0] == 200
         status, ready = await ask(three, "/ready")

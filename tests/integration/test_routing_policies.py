@@ -36,14 +36,18 @@ async def listed(c: Cluster, count: int) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_requests_of_the_base_model_spread_over_all_workers(tmp_path: Path, adapters: Path) -> None:
+async def test_requests_of_the_base_model_spread_over_all_workers(
+    tmp_path: Path, adapters: Path
+) -> None:
     async with cluster(sim_config(adapters, sim=SLOW), tmp_path) as c:
         await three_workers(c)
         counts = Counter(h["x-loraplex-worker"] for h in await burst(c, ["sim"] * 18))
         assert set(counts) == {"w0", "w1", "w2"} and max(counts.values()) <= 8, counts
 
 
-async def test_a_burst_for_a_cold_adapter_is_loaded_once_and_then_found_in_the_slot(tmp_path: Path, adapters: Path) -> None:
+async def test_a_burst_for_a_cold_adapter_is_loaded_once_and_then_found_in_the_slot(
+    tmp_path: Path, adapters: Path
+) -> None:
     make_adapter(adapters, "pirate")
     async with cluster(sim_config(adapters, sim=SLOW), tmp_path) as c:
         await three_workers(c)
@@ -54,7 +58,10 @@ async def test_a_burst_for_a_cold_adapter_is_loaded_once_and_then_found_in_the_s
         assert {h["x-loraplex-policy"] for h in first} == {"expected-ttft"}
         assert sum(c.workers[w].output().count("adapter loaded") for w in c.workers) == 1
         [again] = await burst(c, ["sim:pirate"])
-        assert again["x-loraplex-adapter-tier"] == "gpu" and again["x-loraplex-worker"] == first[0]["x-loraplex-worker"]
+        assert (
+            again["x-loraplex-adapter-tier"] == "gpu"
+            and again["x-loraplex-worker"] == first[0]["x-loraplex-worker"]
+        )
         assert float(again["x-loraplex-queue-ms"]) < 100
 
 
@@ -68,7 +75,8 @@ async def test_a_full_holder_spills_onto_another_worker(tmp_path: Path, adapters
 
 
 async def test_more_adapters_than_slots_all_get_their_turn(tmp_path: Path, adapters: Path) -> None:
-    names = [f"a{n}" for n in range(10)]  # two in slots, six in the worker's line, the others wait at the gateway
+    # two in slots, six in the worker's line, the others wait at the gateway
+    names = [f"a{n}" for n in range(10)]
     for name in names:
         make_adapter(adapters, name)
     async with cluster(sim_config(adapters, max_loras=2, sim=SLOW), tmp_path) as c:
@@ -78,7 +86,9 @@ async def test_more_adapters_than_slots_all_get_their_turn(tmp_path: Path, adapt
         assert len(headers) == 30 and max(float(h["x-loraplex-queue-ms"]) for h in headers) > 0
 
 
-async def test_a_warm_adapter_is_never_unloaded_for_a_burst_of_cold_ones(tmp_path: Path, adapters: Path) -> None:
+async def test_a_warm_adapter_is_never_unloaded_for_a_burst_of_cold_ones(
+    tmp_path: Path, adapters: Path
+) -> None:
     colds = [f"cold{n:02}" for n in range(40)]
     for name in ["warm", *colds]:
         make_adapter(adapters, name)
@@ -112,7 +122,12 @@ async def keep_asking(c: Cluster, model: str, tiers: list[str]) -> None:
 
 
 def loads_of(c: Cluster, adapter: str) -> int:
-    lines = [line for proc in c.workers.values() for line in proc.output().splitlines() if '"adapter loaded"' in line]
+    lines = [
+        line
+        for proc in c.workers.values()
+        for line in proc.output().splitlines()
+        if '"adapter loaded"' in line
+    ]
     return sum(f":{adapter}@" in line for line in lines)
 
 
@@ -129,14 +144,27 @@ async def test_explain_names_each_worker_with_its_costs(tmp_path: Path, adapters
         assert found["policy"] == "expected-ttft" and found["queued"] == 0
         assert found["workers"][0]["worker"] == sent["x-loraplex-worker"]
         assert {w["worker"] for w in found["workers"]} == {"w0", "w1", "w2"}
-        assert set(found["workers"][0]["terms_ms"]) == {"queue", "slot", "load", "stall", "evict", "prefix"}
-        assert found["workers"][0]["terms_ms"]["load"] == 0 < found["workers"][1]["terms_ms"]["load"]
-        assert [w["tier"] for w in found["workers"]] == ["gpu", "disk", "disk"], "they share the disk that the first one read it to"
+        assert set(found["workers"][0]["terms_ms"]) == {
+            "queue",
+            "slot",
+            "load",
+            "stall",
+            "evict",
+            "prefix",
+        }
+        assert (
+            found["workers"][0]["terms_ms"]["load"] == 0 < found["workers"][1]["terms_ms"]["load"]
+        )
+        assert [w["tier"] for w in found["workers"]] == ["gpu", "disk", "disk"], (
+            "they share the disk that the first one read it to"
+        )
         assert (await c.get("/admin/explain?model=sim:nobody"))[0] == 404
         assert (await c.get("/admin/explain"))[0] == 404
 
 
-async def test_a_worker_that_starts_again_is_known_to_have_on_disk_what_it_had(tmp_path: Path, adapters: Path) -> None:
+async def test_a_worker_that_starts_again_is_known_to_have_on_disk_what_it_had(
+    tmp_path: Path, adapters: Path
+) -> None:
     make_adapter(adapters, "pirate")
     async with cluster(sim_config(adapters), tmp_path) as c:
         await c.start_worker("w0")
@@ -149,7 +177,9 @@ async def test_a_worker_that_starts_again_is_known_to_have_on_disk_what_it_had(t
         assert [h["x-loraplex-adapter-tier"] for h in (first, again)] == ["remote", "disk"]
 
 
-async def test_a_load_is_priced_by_all_of_it_the_check_and_what_is_done_beside_the_engine_included(tmp_path: Path, adapters: Path) -> None:
+async def test_a_load_is_priced_by_all_of_it_the_check_and_what_is_done_beside_the_engine_included(
+    tmp_path: Path, adapters: Path
+) -> None:
     for name in ("pirate", "haiku"):
         make_adapter(adapters, name)
     async with cluster(sim_config(adapters, sim=SLOW), tmp_path) as c:
@@ -165,7 +195,10 @@ async def test_a_load_is_priced_by_all_of_it_the_check_and_what_is_done_beside_t
                 await asyncio.sleep(0.02)
         [w0] = (await explained(c, "sim:haiku"))["workers"]
         lines = c.workers["w0"].output().splitlines()
-        prepared, loaded = (json.loads([line for line in lines if f'"adapter {what}"' in line][-1]) for what in ("prepared", "loaded"))
+        prepared, loaded = (
+            json.loads([line for line in lines if f'"adapter {what}"' in line][-1])
+            for what in ("prepared", "loaded")
+        )
         assert prepared["ms"] >= SLOW["load_ms"] > 5 * loaded["stall_ms"]
         whole_ms = prepared["check_ms"] + prepared["ms"] + loaded["stall_ms"]
         assert w0["tier"] == "remote" and w0["terms_ms"]["load"] == pytest.approx(
@@ -174,7 +207,9 @@ async def test_a_load_is_priced_by_all_of_it_the_check_and_what_is_done_beside_t
         assert w0["terms_ms"]["stall"] < 1
 
 
-async def test_a_worker_that_joins_loads_its_share_of_the_hot_adapters_before_its_first_request(tmp_path: Path, adapters: Path) -> None:
+async def test_a_worker_that_joins_loads_its_share_of_the_hot_adapters_before_its_first_request(
+    tmp_path: Path, adapters: Path
+) -> None:
     names = [f"a{n}" for n in range(12)]
     for name in names:
         make_adapter(adapters, name)
@@ -206,14 +241,28 @@ async def test_the_access_log_says_where_and_why(tmp_path: Path, adapters: Path)
         lines: list[dict[str, Any]] = []
         async with asyncio.timeout(10):
             while not lines:  # lines leave together, a tenth of a second later
-                lines = [json.loads(line) for line in c.gateway.output().splitlines() if '"request"' in line and "ttft_ms" in line]
+                lines = [
+                    json.loads(line)
+                    for line in c.gateway.output().splitlines()
+                    if '"request"' in line and "ttft_ms" in line
+                ]
                 await asyncio.sleep(0.01)
-        assert lines[-1]["worker"] == "w0" and lines[-1]["tier"] == "remote" and lines[-1]["reason"] == "cold"
-        assert lines[-1]["output_tokens"] == 3 and lines[-1]["queue_ms"] >= 0 and lines[-1]["load_ms"] > 0
+        assert (
+            lines[-1]["worker"] == "w0"
+            and lines[-1]["tier"] == "remote"
+            and lines[-1]["reason"] == "cold"
+        )
+        assert (
+            lines[-1]["output_tokens"] == 3
+            and lines[-1]["queue_ms"] >= 0
+            and lines[-1]["load_ms"] > 0
+        )
 
 
 @pytest.mark.parametrize("policy", ["ray", "round-robin", "ray-strict"])
-async def test_another_policy_is_chosen_in_the_config(tmp_path: Path, adapters: Path, policy: str) -> None:
+async def test_another_policy_is_chosen_in_the_config(
+    tmp_path: Path, adapters: Path, policy: str
+) -> None:
     make_adapter(adapters, "pirate")
     async with cluster(sim_config(adapters, routing_policy=policy), tmp_path) as c:
         await c.start_worker("w0")
@@ -227,5 +276,7 @@ async def test_a_priority_that_is_no_number_is_refused(tmp_path: Path, adapters:
         await c.start_worker("w0")
         body = {"model": "sim", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
         assert (await c.post("/v1/chat/completions", body, {"x-loraplex-priority": "-3"}))[0] == 200
-        status, answer, _ = await c.post("/v1/chat/completions", body, {"x-loraplex-priority": "high"})
+        status, answer, _ = await c.post(
+            "/v1/chat/completions", body, {"x-loraplex-priority": "high"}
+        )
         assert status == 400 and answer["error"]["param"] == "x-loraplex-priority"

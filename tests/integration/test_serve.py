@@ -59,7 +59,9 @@ async def start(folder: Path, *argv: str) -> tuple[asyncio.subprocess.Process, P
 
 @asynccontextmanager
 async def served(folder: Path, *options: str, **gateway: object) -> AsyncIterator[Served]:
-    process, log = await start(folder, LORAPLEX, "serve", str(write_config(folder, **gateway)), *options)
+    process, log = await start(
+        folder, LORAPLEX, "serve", str(write_config(folder, **gateway)), *options
+    )
     try:
         greeting = ""
         async with asyncio.timeout(60):
@@ -80,18 +82,31 @@ async def served(folder: Path, *options: str, **gateway: object) -> AsyncIterato
 
 
 async def chat(url: str, model: str = "sim", **more: object) -> dict[str, object]:
-    async with aiohttp.ClientSession() as http, http.post(url + "/v1/chat/completions", json=chat_body(model, **more)) as answer:
-        return {"status": answer.status, "worker": answer.headers.get("x-loraplex-worker"), **json.loads(await answer.read())}
+    async with (
+        aiohttp.ClientSession() as http,
+        http.post(url + "/v1/chat/completions", json=chat_body(model, **more)) as answer,
+    ):
+        return {
+            "status": answer.status,
+            "worker": answer.headers.get("x-loraplex-worker"),
+            **json.loads(await answer.read()),
+        }
 
 
-async def test_serve_prints_the_url_and_three_lines_that_work_once_all_workers_serve(tmp_path: Path) -> None:
+async def test_serve_prints_the_url_and_three_lines_that_work_once_all_workers_serve(
+    tmp_path: Path,
+) -> None:
     async with served(tmp_path) as s:
         assert s.greeting.count("curl") == 3
         async with aiohttp.ClientSession() as http, http.get(s.url + "/ready") as answer:
             assert (await answer.json())["workers"] == {"sim": 2}
-        lines = [line.strip() for line in s.greeting.splitlines() if line.strip().startswith("curl")]
+        lines = [
+            line.strip() for line in s.greeting.splitlines() if line.strip().startswith("curl")
+        ]
         for line in lines:
-            shell = await asyncio.create_subprocess_shell(line.replace("ADAPTER", "pirate"), stdout=-1, stderr=-1)
+            shell = await asyncio.create_subprocess_shell(
+                line.replace("ADAPTER", "pirate"), stdout=-1, stderr=-1
+            )
             out, _ = await shell.communicate()
             assert b'"error"' not in out and (b'"object"' in out), (line, out)
 
@@ -119,13 +134,22 @@ async def test_a_killed_worker_and_a_killed_gateway_come_back(tmp_path: Path) ->
     async with served(tmp_path) as s:
         for name in ("w0", "g0"):
             word = "--worker" if name == "w0" else "--index"
-            victim = next(p for p in s.family() if word in p.cmdline() and (name in p.cmdline() or name == "g0"))
+            victim = next(
+                p
+                for p in s.family()
+                if word in p.cmdline() and (name in p.cmdline() or name == "g0")
+            )
             victim.kill()
             async with asyncio.timeout(60):
                 while True:
                     try:
-                        async with aiohttp.ClientSession() as http, http.get(s.url + "/ready") as answer:
-                            if (await answer.json())["workers"] == {"sim": 2} and victim.pid not in [p.pid for p in s.family()]:
+                        async with (
+                            aiohttp.ClientSession() as http,
+                            http.get(s.url + "/ready") as answer,
+                        ):
+                            if (await answer.json())["workers"] == {
+                                "sim": 2
+                            } and victim.pid not in [p.pid for p in s.family()]:
                                 break
                     except aiohttp.ClientError:
                         pass
@@ -138,7 +162,9 @@ async def test_a_used_port_is_a_clear_error(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        process, log = await start(tmp_path, LORAPLEX, "serve", str(write_config(tmp_path)), "--port", str(port))
+        process, log = await start(
+            tmp_path, LORAPLEX, "serve", str(write_config(tmp_path)), "--port", str(port)
+        )
         async with asyncio.timeout(60):
             assert await process.wait() == 2
         assert f"cannot listen on 127.0.0.1:{port}: the port is in use" in log.read_text()
@@ -153,7 +179,9 @@ async def test_a_used_port_is_a_clear_error(tmp_path: Path) -> None:
         ({"llm_config": 1}, "llm_configs"),
     ],
 )
-async def test_a_typo_in_the_config_is_named_with_its_line(tmp_path: Path, change: dict[str, object], said: str) -> None:
+async def test_a_typo_in_the_config_is_named_with_its_line(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
     config = yaml.safe_load(write_config(tmp_path).read_text())
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, **change}))
     for verb in ("serve", "check", "gateway"):
@@ -171,20 +199,31 @@ async def test_a_missing_config_is_a_clear_error(tmp_path: Path) -> None:
     assert "nowhere.yaml" in log.read_text() and "Traceback" not in log.read_text()
 
 
-async def test_gateway_and_worker_started_apart_find_each_other_over_tcp_with_a_secret(tmp_path: Path) -> None:
+async def test_gateway_and_worker_started_apart_find_each_other_over_tcp_with_a_secret(
+    tmp_path: Path,
+) -> None:
     ports = []
     for _ in range(2):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             ports.append(s.getsockname()[1])
     control, data = (f"tcp://127.0.0.1:{p}" for p in ports)
-    config = write_config(tmp_path, link={"control": control, "data": data, "secret_env": "TEST_LINK_SECRET"})
+    config = write_config(
+        tmp_path, link={"control": control, "data": data, "secret_env": "TEST_LINK_SECRET"}
+    )
     env = {**os.environ, "TEST_LINK_SECRET": "a secret of some length"}
     started = []
     try:
-        for argv in (["gateway", str(config)], ["worker", str(config), "--gateway", control, "--worker", "far"]):
+        for argv in (
+            ["gateway", str(config)],
+            ["worker", str(config), "--gateway", control, "--worker", "far"],
+        ):
             with (tmp_path / f"{argv[0]}.log").open("wb") as err:
-                started.append(await asyncio.create_subprocess_exec(LORAPLEX, *argv, stdout=err, stderr=err, env=env, cwd=ROOT))
+                started.append(
+                    await asyncio.create_subprocess_exec(
+                        LORAPLEX, *argv, stdout=err, stderr=err, env=env, cwd=ROOT
+                    )
+                )
         facts = tmp_path / "state" / "run" / "g0.json"
         async with asyncio.timeout(60):
             while not facts.exists():
@@ -196,7 +235,11 @@ async def test_gateway_and_worker_started_apart_find_each_other_over_tcp_with_a_
         wrong = {**env, "TEST_LINK_SECRET": "another secret, as long"}
         argv = ["worker", str(config), "--gateway", control, "--worker", "stranger"]
         with (tmp_path / "stranger.log").open("wb") as err:
-            started.append(await asyncio.create_subprocess_exec(LORAPLEX, *argv, stdout=err, stderr=err, env=wrong, cwd=ROOT))
+            started.append(
+                await asyncio.create_subprocess_exec(
+                    LORAPLEX, *argv, stdout=err, stderr=err, env=wrong, cwd=ROOT
+                )
+            )
         async with asyncio.timeout(60):
             while "gateway does not answer" not in (tmp_path / "stranger.log").read_text():
                 await asyncio.sleep(0.05)
@@ -245,4 +288,6 @@ if __name__ == "__main__":
 async def test_help_names_every_verb() -> None:
     process = await asyncio.create_subprocess_exec(LORAPLEX, "--help", stdout=-1)
     out, _ = await process.communicate()
-    assert process.returncode == 0 and all(verb in out.decode() for verb in ("serve", "gateway", "worker", "check"))
+    assert process.returncode == 0 and all(
+        verb in out.decode() for verb in ("serve", "gateway", "worker", "check")
+    )

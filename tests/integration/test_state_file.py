@@ -48,11 +48,17 @@ print("done", flush=True)
 def counter(folder: Path, who: str, times: int) -> subprocess.Popen[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(folder), who, str(times)], stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
+        [sys.executable, "-c", PROGRAM, str(folder), who, str(times)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+        cwd=ROOT,
     )
 
 
-def test_a_file_that_is_not_there_reads_as_the_defaults_and_its_folder_is_made(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_reads_as_the_defaults_and_its_folder_is_made(
+    tmp_path: Path,
+) -> None:
     file = a_file(tmp_path)
     assert file.read() == Counts()
     assert file.update(count("me")) == Counts({"me": 1})  # type: ignore[arg-type]
@@ -88,7 +94,8 @@ def test_two_processes_that_update_at_once_lose_nothing(tmp_path: Path) -> None:
 
 def test_a_process_killed_at_any_moment_leaves_a_whole_file_and_no_lock(tmp_path: Path) -> None:
     file = a_file(tmp_path)
-    file.update(lambda state: Counts({}, "x" * 300_000))  # large enough for a kill to fall into a write
+    # large enough for a kill to fall into a write
+    file.update(lambda state: Counts({}, "x" * 300_000))
     seen = 0
     for _ in range(8):
         process = counter(tmp_path, "victim", 1_000_000)
@@ -106,7 +113,9 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_file_and_no_lock(tmp_path
     assert len(list(file.path.parent.iterdir())) <= 3, "what the dead left behind grows"
 
 
-async def test_changes_of_anybody_are_seen_and_a_spoiled_file_is_passed_over(tmp_path: Path) -> None:
+async def test_changes_of_anybody_are_seen_and_a_spoiled_file_is_passed_over(
+    tmp_path: Path,
+) -> None:
     file = a_file(tmp_path)
     changes = file.changes()
     async with asyncio.timeout(LIMIT_S):

@@ -1,4 +1,6 @@
-"""One contract for all stores: a folder, S3 (a moto process) and GCS (an emulator process); then what each does when its server fails."""
+"""One contract for all stores: a folder, S3 (a moto process) and GCS (an emulator process); then
+what each does when its server fails.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,16 @@ from shared.stores import AdapterStore, Skipped, open_store
 from shared.stores import gcs as gcs_module
 from shared.stores import s3 as s3_module
 from shared.stores import transfer as transfer_module
-from tests.store_servers import GCSPlace, LocalPlace, Place, S3Place, gcs_process, http_server, moto_process, paging_proxy
+from tests.store_servers import (
+    GCSPlace,
+    LocalPlace,
+    Place,
+    S3Place,
+    gcs_process,
+    http_server,
+    moto_process,
+    paging_proxy,
+)
 
 pytestmark = pytest.mark.usefixtures("store_credentials")
 
@@ -94,7 +105,24 @@ async def test_find_agrees_with_the_listing(place: Place) -> None:
         assert {name: await store.find(name) for name in adapters} == adapters
 
 
-@pytest.mark.parametrize("name", ["nobody", "team", "a/nobody", "", "/", "a/", "../a", "a/../a", "/etc", ".", "a\x00", "A", "x" * 5000])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nobody",
+        "team",
+        "a/nobody",
+        "",
+        "/",
+        "a/",
+        "../a",
+        "a/../a",
+        "/etc",
+        ".",
+        "a\x00",
+        "A",
+        "x" * 5000,
+    ],
+)
 async def test_find_answers_none_for_a_name_that_is_no_adapter(place: Place, name: str) -> None:
     put_adapter(place, "a")
     put_adapter(place, "team/b")
@@ -102,7 +130,9 @@ async def test_find_answers_none_for_a_name_that_is_no_adapter(place: Place, nam
         assert await store.find(name) is None
 
 
-async def test_a_fetch_brings_equal_bytes_and_the_folder_structure(place: Place, tmp_path: Path) -> None:
+async def test_a_fetch_brings_equal_bytes_and_the_folder_structure(
+    place: Place, tmp_path: Path
+) -> None:
     weights = os.urandom(3 * 1024 * 1024 + 17)
     put_adapter(place, "big/one", weights)
     place.put("big/one/extra/empty.txt", b"")
@@ -110,7 +140,11 @@ async def test_a_fetch_brings_equal_bytes_and_the_folder_structure(place: Place,
     into.mkdir()
     async with opened(place) as store:
         await store.fetch(await found(store, "big/one"), into)
-    assert contents(into) == {"adapter_config.json": CONFIG, "adapter_model.safetensors": weights, "extra/empty.txt": b""}
+    assert contents(into) == {
+        "adapter_config.json": CONFIG,
+        "adapter_model.safetensors": weights,
+        "extra/empty.txt": b"",
+    }
 
 
 async def test_the_digest_changes_with_the_files_and_only_then(place: Place) -> None:
@@ -133,7 +167,9 @@ async def test_the_digest_changes_with_the_files_and_only_then(place: Place) -> 
 
 
 @pytest.mark.parametrize("change", ["replaced", "deleted"])
-async def test_a_fetch_of_an_adapter_that_changed_is_not_found(place: Place, tmp_path: Path, change: str) -> None:
+async def test_a_fetch_of_an_adapter_that_changed_is_not_found(
+    place: Place, tmp_path: Path, change: str
+) -> None:
     put_adapter(place, "a", b"before")
     async with opened(place) as store:
         stale = await found(store, "a")
@@ -145,7 +181,9 @@ async def test_a_fetch_of_an_adapter_that_changed_is_not_found(place: Place, tmp
             await store.fetch(stale, tmp_path / "into")
 
 
-async def test_a_fetch_never_writes_outside_of_its_folder_nor_over_a_file(place: Place, tmp_path: Path) -> None:
+async def test_a_fetch_never_writes_outside_of_its_folder_nor_over_a_file(
+    place: Place, tmp_path: Path
+) -> None:
     put_adapter(place, "a")
     into = tmp_path / "into"
     into.mkdir()
@@ -165,7 +203,9 @@ async def test_a_fetch_never_writes_outside_of_its_folder_nor_over_a_file(place:
     assert not (tmp_path / "evil").exists()
 
 
-async def test_a_bucket_or_folder_that_does_not_exist_is_unavailable_in_clear_words(place: Place) -> None:
+async def test_a_bucket_or_folder_that_does_not_exist_is_unavailable_in_clear_words(
+    place: Place,
+) -> None:
     async with open_store(place.elsewhere("no-such-place"), place.options) as store:
         with pytest.raises(StoreUnavailable, match=r"no such bucket|does not exist"):
             await listed(store)
@@ -173,7 +213,9 @@ async def test_a_bucket_or_folder_that_does_not_exist_is_unavailable_in_clear_wo
             await store.find("a")
 
 
-async def test_a_cancelled_fetch_ends_at_once_and_leaves_the_store_usable(place: Place, tmp_path: Path) -> None:
+async def test_a_cancelled_fetch_ends_at_once_and_leaves_the_store_usable(
+    place: Place, tmp_path: Path
+) -> None:
     put_adapter(place, "a", os.urandom(1 << 20))
     async with opened(place) as store:
         adapter = await found(store, "a")
@@ -194,7 +236,8 @@ async def test_more_objects_than_a_page_of_s3_are_all_listed(moto_url: str) -> N
     async with opened(place) as store:
         assert sorted(await listed(store)) == [f"adapter-{i:04d}" for i in range(510)]
         assert (await found(store, "adapter-0509")).files
-    # The prefix itself is now a folder of many pages without a config of its own: a miss must not walk through them.
+    # The prefix itself is now a folder of many pages without a config of its own: a miss must not
+    # walk through them.
     async with open_store(f"s3://{place.url.split('/')[2]}", place.options) as store:
         assert await store.find("many") is None
 
@@ -203,7 +246,10 @@ async def test_pages_of_gcs_are_followed_to_the_end_and_each_asked_once(gcs_url:
     place = GCSPlace(gcs_url, f"bucket-{next(_numbers)}", "many/")
     for i in range(50):
         put_adapter(place, f"adapter-{i:04d}")
-    async with paging_proxy(gcs_url, 7) as (url, asked), open_store(place.url, {"endpoint_url": url}) as store:
+    async with (
+        paging_proxy(gcs_url, 7) as (url, asked),
+        open_store(place.url, {"endpoint_url": url}) as store,
+    ):
         assert sorted(await listed(store)) == [f"adapter-{i:04d}" for i in range(50)]
         assert asked == ["", *(str(start) for start in range(7, 100, 7))]
 
@@ -212,12 +258,17 @@ async def test_a_miss_in_a_large_folder_costs_at_most_three_requests(gcs_url: st
     place = GCSPlace(gcs_url, f"bucket-{next(_numbers)}", "")
     for i in range(40):
         place.put(f"0/{i:04d}", b"x")
-    async with paging_proxy(gcs_url, 5) as (url, asked), open_store(place.url, {"endpoint_url": url}) as store:
+    async with (
+        paging_proxy(gcs_url, 5) as (url, asked),
+        open_store(place.url, {"endpoint_url": url}) as store,
+    ):
         assert await store.find("0") is None
         assert len(asked) == 3
 
 
-async def test_s3_anonymous_reads_without_any_credentials(moto_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_s3_anonymous_reads_without_any_credentials(
+    moto_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = S3Place(moto_url, f"bucket-{next(_numbers)}", "p/")
     put_adapter(place, "a")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -243,7 +294,9 @@ async def test_s3_access_denied_says_so_and_names_no_key(moto_url: str, tmp_path
                 assert caught.value.__cause__ is not None
 
 
-async def test_gcs_honours_the_emulator_variable(gcs_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_gcs_honours_the_emulator_variable(
+    gcs_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = GCSPlace(gcs_url, f"bucket-{next(_numbers)}", "")
     put_adapter(place, "a")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_url.removeprefix("http://"))
@@ -251,7 +304,9 @@ async def test_gcs_honours_the_emulator_variable(gcs_url: str, monkeypatch: pyte
         assert set(await listed(store)) == {"a"}
 
 
-async def test_gcs_sends_no_token_in_the_clear_and_none_where_anonymous(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_gcs_sends_no_token_in_the_clear_and_none_where_anonymous(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "missing.json"))
     headers: list[set[str]] = []
 
@@ -259,10 +314,15 @@ async def test_gcs_sends_no_token_in_the_clear_and_none_where_anonymous(tmp_path
         headers.append(set(request.headers))
         return web.json_response({})
 
-    async with http_server(respond) as url, open_store("gs://bucket/p", {"endpoint_url": url}) as store:
+    async with (
+        http_server(respond) as url,
+        open_store("gs://bucket/p", {"endpoint_url": url}) as store,
+    ):
         assert await listed(store) == {}
     assert headers and all("Authorization" not in h for h in headers)
-    async with open_store("gs://bucket/p", {"endpoint_url": "https://127.0.0.1:1", "anonymous": True}):
+    async with open_store(
+        "gs://bucket/p", {"endpoint_url": "https://127.0.0.1:1", "anonymous": True}
+    ):
         pass
     with pytest.raises(StoreUnavailable, match="no usable credentials"):
         async with open_store("gs://bucket/p", {"endpoint_url": "https://127.0.0.1:1"}):
@@ -278,7 +338,11 @@ async def test_an_unknown_s3_profile_is_a_config_error() -> None:
 @pytest.mark.parametrize("kind", ["s3", "gcs"])
 def test_a_killed_server_is_unavailable_within_seconds(kind: str, tmp_path: Path) -> None:
     with moto_process() if kind == "s3" else gcs_process() as server:
-        place = S3Place(server.url, "bucket", "p/") if kind == "s3" else GCSPlace(server.url, "bucket", "p/")
+        place = (
+            S3Place(server.url, "bucket", "p/")
+            if kind == "s3"
+            else GCSPlace(server.url, "bucket", "p/")
+        )
         put_adapter(place, "a")
 
         async def scenario() -> None:
@@ -288,7 +352,9 @@ def test_a_killed_server_is_unavailable_within_seconds(kind: str, tmp_path: Path
                 async with asyncio.timeout(10):
                     calls = (listed(store), store.find("a"), store.fetch(adapter, tmp_path))
                     outcomes = await asyncio.gather(*calls, return_exceptions=True)
-                assert [(isinstance(o, StoreUnavailable), "unreachable" in str(o)) for o in outcomes] == [(True, True)] * 3
+                assert [
+                    (isinstance(o, StoreUnavailable), "unreachable" in str(o)) for o in outcomes
+                ] == [(True, True)] * 3
 
         asyncio.run(scenario())
 
@@ -317,12 +383,24 @@ def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [(403, "denied access"), (401, "denied access"), (429, "slow down"), (503, "slow down"), (500, "failed"), (400, "failed")],
+    [
+        (403, "denied access"),
+        (401, "denied access"),
+        (429, "slow down"),
+        (503, "slow down"),
+        (500, "failed"),
+        (400, "failed"),
+    ],
 )
 @pytest.mark.usefixtures("one_attempt")
-async def test_each_refusal_has_its_own_words_and_quotes_nothing(kind: str, status: int, words: str, tmp_path: Path) -> None:
+async def test_each_refusal_has_its_own_words_and_quotes_nothing(
+    kind: str, status: int, words: str, tmp_path: Path
+) -> None:
     async def respond(request: web.Request) -> web.Response:
-        return web.Response(status=status, text="<Error><Code>hunter2 hunter2</Code><Message>hunter2</Message></Error>")
+        return web.Response(
+            status=status,
+            text="<Error><Code>hunter2 hunter2</Code><Message>hunter2</Message></Error>",
+        )
 
     async with http_server(respond) as url, bad_day(kind, url) as store:
         for attempt in (store.find("a"), store.fetch(ADAPTER, tmp_path)):
@@ -335,7 +413,9 @@ async def test_each_refusal_has_its_own_words_and_quotes_nothing(kind: str, stat
 @pytest.mark.usefixtures("one_attempt")
 async def test_a_reply_that_is_no_listing_is_an_error_and_not_an_empty_store(kind: str) -> None:
     async def respond(request: web.Request) -> web.Response:
-        return web.Response(text="<html>Sign in to the hotel's network</html", content_type="text/html")
+        return web.Response(
+            text="<html>Sign in to the hotel's network</html", content_type="text/html"
+        )
 
     async with http_server(respond) as url, bad_day(kind, url) as store:
         with pytest.raises(StoreUnavailable):
@@ -349,9 +429,13 @@ async def test_one_failure_of_the_server_is_retried(kind: str) -> None:
         if status := next(answers, None):
             return web.Response(status=status)
         if kind == "gcs":
-            return web.json_response({"items": [{"name": "p/a/adapter_config.json", "size": "2", "generation": "1"}]})
+            return web.json_response(
+                {"items": [{"name": "p/a/adapter_config.json", "size": "2", "generation": "1"}]}
+            )
         item = "<Contents><Key>p/a/adapter_config.json</Key><Size>2</Size><ETag>&quot;1&quot;</ETag></Contents>"
-        return web.Response(text=f"<ListBucketResult>{item}</ListBucketResult>", content_type="application/xml")
+        return web.Response(
+            text=f"<ListBucketResult>{item}</ListBucketResult>", content_type="application/xml"
+        )
 
     async with http_server(respond) as url, bad_day(kind, url) as store:
         assert set(await listed(store)) == {"a"}
@@ -360,7 +444,9 @@ async def test_one_failure_of_the_server_is_retried(kind: str) -> None:
 def file_server(
     data: bytes, cut_after: list[int], ranges: list[str], etag: str = "7"
 ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    """Serves one file with range support, and cuts its connections after as many bytes as `cut_after` says, one entry per answer."""
+    """Serves one file with range support, and cuts its connections after as many bytes as
+    `cut_after` says, one entry per answer.
+    """
 
     async def respond(request: web.Request) -> web.StreamResponse:
         if request.query.get("alt") == "json":
@@ -368,7 +454,11 @@ def file_server(
         asked = request.headers.get("Range", "")
         ranges.append(asked)
         start = int(asked.removeprefix("bytes=").rstrip("-") or 0)
-        headers = {"ETag": f'"{etag}"', "x-goog-generation": etag, "Content-Length": str(len(data) - start)}
+        headers = {
+            "ETag": f'"{etag}"',
+            "x-goog-generation": etag,
+            "Content-Length": str(len(data) - start),
+        }
         reply = web.StreamResponse(status=206 if asked else 200, headers=headers)
         await reply.prepare(request)
         limit = cut_after.pop(0) if cut_after else len(data)
@@ -384,7 +474,10 @@ def file_server(
 async def test_a_cut_transfer_goes_on_where_it_stopped(kind: str, tmp_path: Path) -> None:
     data = os.urandom(FILE.size_bytes)
     ranges: list[str] = []
-    async with http_server(file_server(data, [30_000, 20_000], ranges)) as url, bad_day(kind, url) as store:
+    async with (
+        http_server(file_server(data, [30_000, 20_000], ranges)) as url,
+        bad_day(kind, url) as store,
+    ):
         await store.fetch(ADAPTER, tmp_path)
     assert contents(tmp_path) == {FILE.path: data}
     assert ranges == ["", "bytes=30000-", "bytes=50000-"]
@@ -392,32 +485,53 @@ async def test_a_cut_transfer_goes_on_where_it_stopped(kind: str, tmp_path: Path
 
 async def test_a_transfer_that_brings_nothing_more_is_given_up(kind: str, tmp_path: Path) -> None:
     ranges: list[str] = []
-    async with http_server(file_server(os.urandom(FILE.size_bytes), [30_000, 0, 0, 0], ranges)) as url, bad_day(kind, url) as store:
+    async with (
+        http_server(file_server(os.urandom(FILE.size_bytes), [30_000, 0, 0, 0], ranges)) as url,
+        bad_day(kind, url) as store,
+    ):
         with pytest.raises(StoreUnavailable, match="cut"):
             await store.fetch(ADAPTER, tmp_path)
     assert len(ranges) == 2
 
 
 @pytest.mark.parametrize("size_bytes", [FILE.size_bytes - 1, FILE.size_bytes + 1])
-async def test_a_file_of_another_size_than_listed_is_never_taken_for_complete(kind: str, tmp_path: Path, size_bytes: int) -> None:
-    async with http_server(file_server(os.urandom(size_bytes), [], [])) as url, bad_day(kind, url) as store:
+async def test_a_file_of_another_size_than_listed_is_never_taken_for_complete(
+    kind: str, tmp_path: Path, size_bytes: int
+) -> None:
+    async with (
+        http_server(file_server(os.urandom(size_bytes), [], [])) as url,
+        bad_day(kind, url) as store,
+    ):
         with pytest.raises(StoreUnavailable):
             await store.fetch(ADAPTER, tmp_path)
 
 
-async def test_another_version_is_refused_even_where_the_server_ignores_the_condition(kind: str, tmp_path: Path) -> None:
-    async with http_server(file_server(os.urandom(FILE.size_bytes), [], [], etag="8")) as url, bad_day(kind, url) as store:
+async def test_another_version_is_refused_even_where_the_server_ignores_the_condition(
+    kind: str, tmp_path: Path
+) -> None:
+    async with (
+        http_server(file_server(os.urandom(FILE.size_bytes), [], [], etag="8")) as url,
+        bad_day(kind, url) as store,
+    ):
         with pytest.raises(AdapterNotFound):
             await store.fetch(ADAPTER, tmp_path)
 
 
-async def test_a_store_that_trickles_is_given_up_at_the_deadline(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_store_that_trickles_is_given_up_at_the_deadline(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(transfer_module, "GRACE_S", 0.5)
     monkeypatch.setattr(transfer_module, "MIN_BYTES_PER_S", 1 << 30)
     stopped = asyncio.Event()
 
     async def respond(request: web.Request) -> web.StreamResponse:
-        reply = web.StreamResponse(headers={"ETag": '"7"', "x-goog-generation": "7", "Content-Length": str(FILE.size_bytes)})
+        reply = web.StreamResponse(
+            headers={
+                "ETag": '"7"',
+                "x-goog-generation": "7",
+                "Content-Length": str(FILE.size_bytes),
+            }
+        )
         await reply.prepare(request)
         await reply.write(b"x")
         await stopped.wait()
@@ -433,13 +547,21 @@ async def test_a_store_that_trickles_is_given_up_at_the_deadline(kind: str, tmp_
 async def test_a_directory_bucket_that_lists_in_no_order_is_sorted_first() -> None:
     async def respond(request: web.Request) -> web.Response:
         keys = ["b/adapter_config.json", "a/w", "b/w", "a/adapter_config.json"]
-        items = "".join(f"<Contents><Key>{key}</Key><Size>2</Size><ETag>&quot;1&quot;</ETag></Contents>" for key in keys)
-        return web.Response(text=f"<ListBucketResult>{items}</ListBucketResult>", content_type="application/xml")
+        items = "".join(
+            f"<Contents><Key>{key}</Key><Size>2</Size><ETag>&quot;1&quot;</ETag></Contents>"
+            for key in keys
+        )
+        return web.Response(
+            text=f"<ListBucketResult>{items}</ListBucketResult>", content_type="application/xml"
+        )
 
     async with http_server(respond) as url:
         options = {"endpoint_url": url, "anonymous": True, "region": "us-east-1"}
         async with open_store("s3://loras--use1-az4--x-s3", options) as store:
-            assert {name: len(a.files) for name, a in (await listed(store)).items()} == {"a": 2, "b": 2}
+            assert {name: len(a.files) for name, a in (await listed(store)).items()} == {
+                "a": 2,
+                "b": 2,
+            }
         async with open_store("s3://loras", options) as store:
             with pytest.raises(StoreUnavailable, match="makes no sense"):
                 await listed(store)
@@ -457,19 +579,28 @@ async def test_links_are_followed_below_the_root_and_refused_beyond_it(tmp_path:
     root = place.folder
     (root / "prod").symlink_to("v7")
     (root / "leak").symlink_to(tmp_path / "outside" / "secret")
-    (root / "half" / "leak.safetensors").symlink_to(tmp_path / "outside" / "secret" / "adapter_model.safetensors")
+    (root / "half" / "leak.safetensors").symlink_to(
+        tmp_path / "outside" / "secret" / "adapter_model.safetensors"
+    )
     (root / "v7" / "up").symlink_to("..")
     (root / "v7" / "itself").symlink_to(".")
     async with opened(place) as store:
         adapters = await listed(store)
         assert set(adapters) == {"v7", "prod", "half"}
-        assert {f.path for f in adapters["half"].files} == {"adapter_config.json", "adapter_model.safetensors"}
+        assert {f.path for f in adapters["half"].files} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
         assert await store.find("leak") is None
         assert await store.find("prod") == adapters["prod"]
         assert await store.find("v7/itself") is None
         assert store.skipped.outside_grammar == 6
         async with opened(outside) as elsewhere:
-            secret = next(f for f in (await found(elsewhere, "secret")).files if f.path == "adapter_model.safetensors")
+            secret = next(
+                f
+                for f in (await found(elsewhere, "secret")).files
+                if f.path == "adapter_model.safetensors"
+            )
         stolen = StoredFile("leak.safetensors", secret.size_bytes, secret.version)
         with pytest.raises(AdapterNotFound):
             await store.fetch(StoredAdapter("half", "0" * 16, (stolen,)), tmp_path / "into")
@@ -480,10 +611,15 @@ async def test_a_pipe_or_a_socket_in_the_folder_neither_hangs_nor_shows(tmp_path
     put_adapter(place, "a")
     os.mkfifo(place.folder / "a" / "pipe")
     async with opened(place) as store, asyncio.timeout(5):
-        assert {f.path for f in (await listed(store))["a"].files} == {"adapter_config.json", "adapter_model.safetensors"}
+        assert {f.path for f in (await listed(store))["a"].files} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
 
 
-async def test_two_adapters_of_equal_size_and_clamped_time_have_different_digests(tmp_path: Path) -> None:
+async def test_two_adapters_of_equal_size_and_clamped_time_have_different_digests(
+    tmp_path: Path,
+) -> None:
     place = LocalPlace(tmp_path / "root")
     for name, weights in (("a", b"1" * 50_000), ("b", b"2" * 50_000)):
         put_adapter(place, name, weights)

@@ -1,4 +1,6 @@
-"""Shell. Adapters that change while they are asked for: real gateway and worker processes, simulated engine."""
+"""Shell. Adapters that change while they are asked for: real gateway and worker processes,
+simulated engine.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def digest_of(body: Any) -> str:
 
 
 class Load:
-    """A steady stream of requests; `answers` are (status, digest or code) in the order in which the requests were sent."""
+    """A steady stream of requests; `answers` are (status, digest or code) in the order in which the
+    requests were sent.
+    """
 
     def __init__(self, c: Cluster, model: str) -> None:
         self._c, self._model = c, model
@@ -82,11 +86,21 @@ async def until_gone(c: Cluster, count: int) -> None:
 
 
 async def until_left(c: Cluster, digest: str) -> None:
-    """Until every worker's engine has unloaded the version as often as it had loaded it, which was at least once on one."""
+    """Until every worker's engine has unloaded the version as often as it had loaded it, which was
+    at least once on one.
+    """
     async with asyncio.timeout(LIMIT_S):
         while True:
-            lines = [line for w in c.workers.values() for line in w.output().splitlines() if digest in line]
-            loaded, unloaded = (sum(f'"adapter {what}"' in line for line in lines) for what in ("loaded", "unloaded"))
+            lines = [
+                line
+                for w in c.workers.values()
+                for line in w.output().splitlines()
+                if digest in line
+            ]
+            loaded, unloaded = (
+                sum(f'"adapter {what}"' in line for line in lines)
+                for what in ("loaded", "unloaded")
+            )
             if 0 < loaded == unloaded:
                 return
             await asyncio.sleep(0.05)
@@ -105,7 +119,9 @@ async def test_a_replaced_adapter_switches_once_without_a_failed_or_a_late_answe
     tmp_path: Path, adapters: Path
 ) -> None:
     folder = make_adapter(adapters, "a")
-    async with cluster(sim_config(adapters, catalog_refresh_s=0.2, sim={"load_ms": 400}), tmp_path) as c:
+    async with cluster(
+        sim_config(adapters, catalog_refresh_s=0.2, sim={"load_ms": 400}), tmp_path
+    ) as c:
         await c.start_worker("w0")
         await c.chat("sim:a", max_tokens=1)
         old = await listed_digest(c, "a")
@@ -120,13 +136,19 @@ async def test_a_replaced_adapter_switches_once_without_a_failed_or_a_late_answe
         assert {status for status, _ in answers} == {200}
         digests = [digest for _, digest in answers]
         assert set(digests) == {old, new}
-        assert digests == sorted(digests, key=[old, new].index), "an answer of the old version to a later request"
-        assert await c.metric("loraplex_ttft_seconds_count", cold="yes") == 1, "a request waited for the load of the new version"
+        assert digests == sorted(digests, key=[old, new].index), (
+            "an answer of the old version to a later request"
+        )
+        assert await c.metric("loraplex_ttft_seconds_count", cold="yes") == 1, (
+            "a request waited for the load of the new version"
+        )
         await until_left(c, old)
         assert await c.metric("loraplex_adapter_version_changes_total", outcome="switched") == 1
 
 
-async def test_a_bad_new_version_leaves_the_old_one_in_charge_and_says_why(tmp_path: Path, adapters: Path) -> None:
+async def test_a_bad_new_version_leaves_the_old_one_in_charge_and_says_why(
+    tmp_path: Path, adapters: Path
+) -> None:
     folder = make_adapter(adapters, "a")
     async with cluster(sim_config(adapters, catalog_refresh_s=0.2), tmp_path) as c:
         await c.start_worker("w0")
@@ -140,9 +162,16 @@ async def test_a_bad_new_version_leaves_the_old_one_in_charge_and_says_why(tmp_p
             await asked.some_more(100)
         assert {a for a in asked.answers if a[0]} == {(200, old)}
         assert c.gateway is not None and "new version refused" in c.gateway.output()
-        assert await c.metric("loraplex_adapter_version_changes_total", outcome="refused") == 1, "tried once"
+        assert await c.metric("loraplex_adapter_version_changes_total", outcome="refused") == 1, (
+            "tried once"
+        )
         _, row = await c.get("/admin/adapters/a")
-        assert (row["state"], row["update"], row["code"], row["serving"]) == ("invalid", "refused", "invalid_adapter_rank", old)
+        assert (row["state"], row["update"], row["code"], row["serving"]) == (
+            "invalid",
+            "refused",
+            "invalid_adapter_rank",
+            old,
+        )
         assert row["digest"] != old and "1024" in row["reason"]
         assert (await c.chat("sim:a@" + "0" * 16))[1]["error"]["message"].count("refused") == 1
 
@@ -155,7 +184,9 @@ async def test_a_bad_new_version_leaves_the_old_one_in_charge_and_says_why(tmp_p
         assert new == await listed_digest(c, "a")
 
 
-async def test_a_pinned_adapter_that_nobody_has_asked_for_yet_is_not_replaced_by_a_bad_one_either(tmp_path: Path, adapters: Path) -> None:
+async def test_a_pinned_adapter_that_nobody_has_asked_for_yet_is_not_replaced_by_a_bad_one_either(
+    tmp_path: Path, adapters: Path
+) -> None:
     folder = make_adapter(adapters, "a")
     config = sim_config(adapters, catalog_refresh_s=0.2)
     config["llm_configs"][0]["lora_config"]["pin"] = ["a"]
@@ -184,8 +215,12 @@ async def test_a_pinned_adapter_that_nobody_has_asked_for_yet_is_not_replaced_by
 
 
 @pytest.mark.parametrize("in_one_piece", [False, True])
-async def test_an_old_version_that_can_be_had_nowhere_gives_way_at_once(tmp_path: Path, adapters: Path, in_one_piece: bool) -> None:
-    """Its worker is gone with its disk, and the store has the new one only, a bad one: its refusal is what clients get."""
+async def test_an_old_version_that_can_be_had_nowhere_gives_way_at_once(
+    tmp_path: Path, adapters: Path, in_one_piece: bool
+) -> None:
+    """Its worker is gone with its disk, and the store has the new one only, a bad one: its refusal
+    is what clients get.
+    """
     folder = make_adapter(adapters, "a")
     async with cluster(sim_config(adapters, catalog_refresh_s=0.2), tmp_path) as c:
         w0 = await c.start_worker("w0")
@@ -208,14 +243,18 @@ async def chat(c: Cluster) -> tuple[int, Any]:
 
 
 async def chat_in_one_piece(c: Cluster) -> tuple[int, Any]:
-    """Head and body in one segment, so that the gateway surely answers it the short way (aiohttp's client sends two)."""
-    body = json.dumps({"model": "sim:a", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}).encode()
+    """Head and body in one segment, so that the gateway surely answers it the short way (aiohttp's
+    client sends two).
+    """
+    body = json.dumps(
+        {"model": "sim:a", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    ).encode()
     host, port = c.url.removeprefix("http://").split(":")
     async with asyncio.timeout(LIMIT_S):
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-            % (len(body), body)
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: "
+            b"application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
         )
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
@@ -224,7 +263,9 @@ async def chat_in_one_piece(c: Cluster) -> tuple[int, Any]:
     return int(head.split()[1]), answer
 
 
-async def test_a_deleted_adapter_is_not_found_and_leaves_the_engines(tmp_path: Path, adapters: Path) -> None:
+async def test_a_deleted_adapter_is_not_found_and_leaves_the_engines(
+    tmp_path: Path, adapters: Path
+) -> None:
     make_adapter(adapters, "a")
     async with cluster(sim_config(adapters, catalog_refresh_s=0.2), tmp_path) as c:
         await c.start_worker("w0")
@@ -237,9 +278,13 @@ async def test_a_deleted_adapter_is_not_found_and_leaves_the_engines(tmp_path: P
         await until_gone(c, 0)
 
 
-async def test_requests_that_run_when_the_version_switches_end_on_the_old_one(tmp_path: Path, adapters: Path) -> None:
+async def test_requests_that_run_when_the_version_switches_end_on_the_old_one(
+    tmp_path: Path, adapters: Path
+) -> None:
     folder = make_adapter(adapters, "a")
-    async with cluster(sim_config(adapters, catalog_refresh_s=0.2, sim={"itl_ms": 20}), tmp_path) as c:
+    async with cluster(
+        sim_config(adapters, catalog_refresh_s=0.2, sim={"itl_ms": 20}), tmp_path
+    ) as c:
         await c.start_worker("w0")
         old = digest_of((await c.chat("sim:a", max_tokens=1))[1])
         running = asyncio.create_task(c.chat("sim:a", max_tokens=150))
@@ -251,13 +296,20 @@ async def test_requests_that_run_when_the_version_switches_end_on_the_old_one(tm
                 await asyncio.sleep(0.02)
         assert not running.done()
         status, body, _ = await running
-        assert status == 200 and digest_of(body) == old and body["usage"]["completion_tokens"] == 150
+        assert (
+            status == 200 and digest_of(body) == old and body["usage"]["completion_tokens"] == 150
+        )
         await until_gone(c, 1)
 
 
-async def test_two_gateways_switch_each_by_itself_and_both_end_at_the_new_version(tmp_path: Path, adapters: Path) -> None:
+async def test_two_gateways_switch_each_by_itself_and_both_end_at_the_new_version(
+    tmp_path: Path, adapters: Path
+) -> None:
     folder = make_adapter(adapters, "a")
-    async with cluster(sim_config(adapters, catalog_refresh_s=0.3), tmp_path) as c, second_gateway(c) as other:
+    async with (
+        cluster(sim_config(adapters, catalog_refresh_s=0.3), tmp_path) as c,
+        second_gateway(c) as other,
+    ):
         for name in ("w0", "w1"):
             await c.start_worker(name, gateways=[other.control])
         old = digest_of((await c.chat("sim:a", max_tokens=1))[1])
@@ -274,14 +326,19 @@ async def test_two_gateways_switch_each_by_itself_and_both_end_at_the_new_versio
             await two.until(new)
         for asked in (one, two):
             answers = [a for a in asked.answers if a[0]]
-            assert {status for status, _ in answers} == {200} and {d for _, d in answers} <= {old, new}
+            assert {status for status, _ in answers} == {200} and {d for _, d in answers} <= {
+                old,
+                new,
+            }
         await until_left(c, old)
 
 
-# ---- by digest ------------------------------------------------------------------------------------------------------------------------------
+# ---- by digest -----------------------------------------------------------------------------------
 
 
-async def test_a_version_can_be_asked_for_by_its_digest_while_a_worker_has_it(tmp_path: Path, adapters: Path) -> None:
+async def test_a_version_can_be_asked_for_by_its_digest_while_a_worker_has_it(
+    tmp_path: Path, adapters: Path
+) -> None:
     folder = make_adapter(adapters, "a")
     async with cluster(sim_config(adapters, catalog_refresh_s=0.2), tmp_path) as c:
         await c.start_worker("w0")
@@ -294,15 +351,28 @@ async def test_a_version_can_be_asked_for_by_its_digest_while_a_worker_has_it(tm
         async with asyncio.timeout(LIMIT_S):
             while (new := digest_of((await c.chat("sim:a", max_tokens=1))[1])) == old:
                 await asyncio.sleep(0.02)
-        assert digest_of((await c.chat(f"sim:a@{old}", max_tokens=1))[1]) == old, "from a worker's disk"
+        assert digest_of((await c.chat(f"sim:a@{old}", max_tokens=1))[1]) == old, (
+            "from a worker's disk"
+        )
         assert digest_of((await c.chat(f"sim:a@{new[:8]}", max_tokens=1))[1]) == new
-        assert digest_of((await c.chat("sim:a", max_tokens=1))[1]) == new, "asking for the old one changed nothing"
+        assert digest_of((await c.chat("sim:a", max_tokens=1))[1]) == new, (
+            "asking for the old one changed nothing"
+        )
 
 
-@pytest.mark.parametrize("spec", ["", "1234567", "0123456789abcdef", "01234567", "0123456789abcdef0", "ABCDEF01", "../../etc"])
-async def test_a_version_that_nobody_has_is_not_found_and_the_answer_says_which_there_are(versioned: Cluster, spec: str) -> None:
+@pytest.mark.parametrize(
+    "spec",
+    ["", "1234567", "0123456789abcdef", "01234567", "0123456789abcdef0", "ABCDEF01", "../../etc"],
+)
+async def test_a_version_that_nobody_has_is_not_found_and_the_answer_says_which_there_are(
+    versioned: Cluster, spec: str
+) -> None:
     status, body, _ = await versioned.chat(f"sim:a@{spec}", max_tokens=1)
-    assert (status, body["error"]["code"], body["error"]["param"]) == (404, "adapter_not_found", "model"), body
+    assert (status, body["error"]["code"], body["error"]["param"]) == (
+        404,
+        "adapter_not_found",
+        "model",
+    ), body
     if len(spec) in (8, 16) and spec.islower():
         assert f"{await listed_digest(versioned, 'a')} (current)" in body["error"]["message"]
 

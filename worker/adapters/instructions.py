@@ -12,14 +12,18 @@ from worker.engine.base import Loaded, Swap
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Bring the adapter to disk, validate it and prepare it in host memory; answer with `cached` once it is there, then `fetched`, or `failed`."""
+    """Bring the adapter to disk, validate it and prepare it in host memory; answer with `cached`
+    once it is there, then `fetched`, or `failed`.
+    """
 
     adapter: AdapterRef
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The request's adapter is resident (or it needs none): give it to the engine. `waited_for` says what the adapter came from."""
+    """The request's adapter is resident (or it needs none): give it to the engine. `waited_for`
+    says what the adapter came from.
+    """
 
     request: int
     adapter: Loaded

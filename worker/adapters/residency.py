@@ -1,17 +1,21 @@
-"""Pure. Every adapter's way on this worker: ABSENT -> FETCHING -> CACHED -> LOADING -> RESIDENT -> WARM, and FAILED for a while.
+"""Pure. Every adapter's way on this worker: ABSENT -> FETCHING -> CACHED -> LOADING -> RESIDENT ->
+WARM, and FAILED for a while.
 
-Events in, instructions out. A fetch ends with the weights in the engine's host memory, in the form that a slot takes, so that all that is left to
-do between two engine steps is a copy. WARM is the CPU tier: wanted by nobody and in no slot, but still in host memory; the coldest of
-them (see heat.py) are dropped beyond `host_places` adapters or WARM_BYTES.
+Events in, instructions out. A fetch ends with the weights in the engine's host memory, in the form
+that a slot takes, so that all that is left to do between two engine steps is a copy. WARM is the
+CPU tier: wanted by nobody and in no slot, but still in host memory; the coldest of them (see
+heat.py) are dropped beyond `host_places` adapters or WARM_BYTES.
 
-Fetches run side by side; swaps one at a time, because they run between engine steps, and each takes as many adapters as there are slots for them.
-A request that needs an adapter waits here and is started once the adapter is resident; from then on it holds the slot until it ends. When all
-slots are in use, adapters wait in order; each that has waited longer than SLOT_PATIENCE_S closes a slot, first the one that has gone longest
-without a new request: its running requests end in peace, its new ones wait in line. So a busy adapter cannot starve another one (vLLM's own
-scheduler would let it).
+Fetches run side by side; swaps one at a time, because they run between engine steps, and each takes
+as many adapters as there are slots for them. A request that needs an adapter waits here and is
+started once the adapter is resident; from then on it holds the slot until it ends. When all slots
+are in use, adapters wait in order; each that has waited longer than SLOT_PATIENCE_S closes a slot,
+first the one that has gone longest without a new request: its running requests end in peace, its
+new ones wait in line. So a busy adapter cannot starve another one (vLLM's own scheduler would let
+it).
 
-What an operator asks for (wire.Tend) has a number like a request: `want` and `finish` stand for a load, `cache` for the disk alone, `evict` for
-the way out of the engine.
+What an operator asks for (wire.Tend) has a number like a request: `want` and `finish` stand for a
+load, `cache` for the disk alone, `evict` for the way out of the engine.
 """
 
 from __future__ import annotations
@@ -27,18 +31,35 @@ from worker.adapters.popularity import STEADY_FADE_S, Popularity
 from worker.adapters.slot_table import Evict, Full, Room, SlotTable
 from worker.engine.base import Loaded, Swap
 
-__all__ = ["CommandDone", "Failure", "Fetch", "Instruction", "Reject", "Residency", "ResidencyStage", "Start", "Swap"]
+__all__ = [
+    "CommandDone",
+    "Failure",
+    "Fetch",
+    "Instruction",
+    "Reject",
+    "Residency",
+    "ResidencyStage",
+    "Start",
+    "Swap",
+]
 
 SLOT_PATIENCE_S = 1.0
-"""In the simulator (128 closed-loop streams over 64 adapters and 16 slots, one worker) 0 to 1.5 s serve alike; 3 s let the p99 of TTFT grow by a third."""
+"""In the simulator (128 closed-loop streams over 64 adapters and 16 slots, one worker) 0 to 1.5 s
+serve alike; 3 s let the p99 of TTFT grow by a third.
+"""
 COUNT_S = 0.05
-"""What each waiting request weighs against age in the order of the line: a full slot is worth more than a slot for one, but nobody may wait for company for
-ever. There, with steps of 9.7 ms at 64 sequences, 0.1 gives 1 to 2% more throughput than this for a p99 of TTFT 4 to 25% longer; 0 gives 0 to 2% less."""
+"""What each waiting request weighs against age in the order of the line: a full slot is worth more
+than a slot for one, but nobody may wait for company for ever. There, with steps of 9.7 ms at 64
+sequences, 0.1 gives 1 to 2% more throughput than this for a p99 of TTFT 4 to 25% longer; 0 gives 0
+to 2% less.
+"""
 FAILED_FOR_S = 5.0
 """A failing adapter is not tried again within this time."""
 MAX_FAILED = 10_000
 WARM_BYTES = 4 << 30
-"""Host memory for adapters that are in no slot: 150 of 26 MiB (rank 16 on an 8B model), 10 of 400 MiB."""
+"""Host memory for adapters that are in no slot: 150 of 26 MiB (rank 16 on an 8B model), 10 of 400
+MiB.
+"""
 
 
 class ResidencyStage(Enum):
@@ -67,14 +88,17 @@ class _Entry:
     since: float
     came_from: Tier
     loaded: Loaded | None = None
-    waiting: dict[int, float] = field(default_factory=dict)  # requests in order of arrival, and when that was
+    # requests in order of arrival, and when that was
+    waiting: dict[int, float] = field(default_factory=dict)
     cachers: dict[int, None] = field(default_factory=dict)  # want it on disk, while it is fetched
     in_host: bool = False  # the engine holds the weights in host memory (in a slot as well, or not)
-    when_warm: AdapterState | None = None  # what heartbeats say of it while it is WARM; always the same, so it is made once
+    # what heartbeats say of it while it is WARM; always the same, so it is made once
+    when_warm: AdapterState | None = None
 
 
 class Residency:
-    """The adapters of one engine with `slots` slots and room for `host_places` adapters in host memory, those in slots included.
+    """The adapters of one engine with `slots` slots and room for `host_places` adapters in host
+    memory, those in slots included.
 
     Requests are known by a number chosen by the caller.
     """
@@ -93,7 +117,7 @@ class Residency:
         self._leaving: dict[AdapterRef, dict[int, None]] = {}  # evicted, not gone yet -> who asked
         self._swap: Swap | None = None  # under way
 
-    # ---- requests ---------------------------------------------------------------------------------------------------------------------
+    # ---- requests --------------------------------------------------------------------------------
 
     def want(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
         """A request needs the adapter."""
@@ -132,7 +156,7 @@ class Residency:
                 return self._advance(now)
         return []
 
-    # ---- what operators ask for -------------------------------------------------------------------------------------------------------
+    # ---- what operators ask for ------------------------------------------------------------------
 
     def cache(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
         """Somebody wants the adapter on this host's disk, and no more."""
@@ -150,27 +174,43 @@ class Residency:
         return instructions
 
     def evict(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
-        """Unpins the adapter; it leaves the engine as soon as nobody uses it or waits for it. Those who come meanwhile are served first."""
+        """Unpins the adapter; it leaves the engine as soon as nobody uses it or waits for it. Those
+        who come meanwhile are served first.
+        """
         self.slots.unpin(adapter)
         self._leaving.setdefault(adapter, {})[request] = None
         return self._advance(now)
 
     def pin(self, adapter: AdapterRef, now: float) -> list[Instruction]:
-        """It is in a slot and keeps it, whatever was asked before; its name's other versions are pinned no longer."""
+        """It is in a slot and keeps it, whatever was asked before; its name's other versions are
+        pinned no longer.
+        """
         self.slots.pin(adapter)
         if adapter in self._entries:
             self._entries[adapter].when_warm = None
         askers = self._leaving.pop(adapter, ())
-        rejected = [Reject(r, "worker_unavailable", f"The adapter `{adapter.name}` was pinned meanwhile.", False) for r in askers]
+        rejected = [
+            Reject(
+                r,
+                "worker_unavailable",
+                f"The adapter `{adapter.name}` was pinned meanwhile.",
+                False,
+            )
+            for r in askers
+        ]
         return [*rejected, *self._advance(now)]
 
     def unpin(self, adapter: AdapterRef, now: float) -> list[Instruction]:
-        """From now on it makes room like any other: at once, if it is idle and somebody waits for a slot."""
+        """From now on it makes room like any other: at once, if it is idle and somebody waits for a
+        slot.
+        """
         self.slots.unpin(adapter)
         return self._advance(now)
 
     def tick(self, now: float) -> list[Instruction]:
-        """Lets everybody in line who has waited long enough close a slot, or take one whose steady use is over."""
+        """Lets everybody in line who has waited long enough close a slot, or take one whose steady
+        use is over.
+        """
         if not self._line:
             return []
         kept = self._kept(now)
@@ -185,10 +225,12 @@ class Residency:
             self._closing[victim] = None
         return []
 
-    # ---- what became of the instructions ------------------------------------------------------------------------------------------------
+    # ---- what became of the instructions ---------------------------------------------------------
 
     def cached(self, adapter: AdapterRef, now: float) -> list[Instruction]:
-        """Its files are on disk and valid. If nobody wanted more, that was its way: the agent sees it gone from `adapters` and stops here."""
+        """Its files are on disk and valid. If nobody wanted more, that was its way: the agent sees
+        it gone from `adapters` and stops here.
+        """
         entry = self._entries[adapter]
         tended: list[Instruction] = [CommandDone(r) for r in entry.cachers]
         entry.cachers.clear()
@@ -208,11 +250,15 @@ class Residency:
         return tended + self._advance(now)
 
     def failed(self, adapter: AdapterRef, failure: Failure, now: float) -> list[Instruction]:
-        """The fetch failed: everybody who waited hears of it, and for FAILED_FOR_S nobody tries again."""
+        """The fetch failed: everybody who waited hears of it, and for FAILED_FOR_S nobody tries
+        again.
+        """
         return self._fail(adapter, failure, now) + self._advance(now)
 
     def swapped(self, failures: Mapping[AdapterRef, Failure], now: float) -> list[Instruction]:
-        """The engine has done it: everybody who waited starts, but for the adapters that it refused, of which nothing has stayed there."""
+        """The engine has done it: everybody who waited starts, but for the adapters that it
+        refused, of which nothing has stayed there.
+        """
         swap, self._swap = self._swap, None
         assert swap is not None
         told: list[Instruction] = []
@@ -235,21 +281,26 @@ class Residency:
             told += self._start_waiting(entry, entry.came_from)
         return told + self._advance(now)
 
-    # ---- for heartbeats -----------------------------------------------------------------------------------------------------------------
+    # ---- for heartbeats --------------------------------------------------------------------------
 
     def states(self, now: float, load_s: float) -> tuple[AdapterState, ...]:
-        """The adapters of this worker that are in a slot or on their way; `load_s` is the expected time of a load."""
+        """The adapters of this worker that are in a slot or on their way; `load_s` is the expected
+        time of a load.
+        """
         warm, unloading = ResidencyStage.WARM, ResidencyStage.UNLOADING
         return tuple(
             [
-                (entry.when_warm if entry.stage is warm else None) or self._state(ref, entry, now, load_s)
+                (entry.when_warm if entry.stage is warm else None)
+                or self._state(ref, entry, now, load_s)
                 for ref, entry in self._entries.items()
                 if entry.stage is not unloading
             ]
         )
 
     def adapters(self) -> Iterable[AdapterRef]:
-        """Every adapter that is on its way, in a slot or just leaving one: its files must stay on disk."""
+        """Every adapter that is on its way, in a slot or just leaving one: its files must stay on
+        disk.
+        """
         return self._entries.keys()
 
     def came_from(self, adapter: AdapterRef) -> Tier:
@@ -260,7 +311,7 @@ class Residency:
     def waiting(self) -> int:
         return len(self._seekers)
 
-    # ---- inside -------------------------------------------------------------------------------------------------------------------------
+    # ---- inside ----------------------------------------------------------------------------------
 
     def _reject(self, request: int, adapter: AdapterRef, now: float) -> Reject | None:
         """What failed a moment ago is not tried again."""
@@ -273,7 +324,9 @@ class Residency:
         return None
 
     def _advance(self, now: float) -> list[Instruction]:
-        """Lets go what was evicted and is idle by now, gives slots to those in line, in order, and makes room in host memory."""
+        """Lets go what was evicted and is idle by now, gives slots to those in line, in order, and
+        makes room in host memory.
+        """
         told = self._tell_gone() if self._leaving else []
         if self._swap is not None:
             return told
@@ -318,7 +371,11 @@ class Residency:
             entry = self._entries[adapter]
             if entry.stage is ResidencyStage.WARM:
                 del self._warm[adapter]
-            elif entry.stage in (ResidencyStage.RESIDENT, ResidencyStage.CLOSING) and not entry.waiting and self.slots.uses(adapter) == 0:
+            elif (
+                entry.stage in (ResidencyStage.RESIDENT, ResidencyStage.CLOSING)
+                and not entry.waiting
+                and self.slots.uses(adapter) == 0
+            ):
                 self._closing.pop(adapter, None)
                 self.slots.vacate(adapter)
             else:
@@ -327,24 +384,41 @@ class Residency:
         return retired
 
     def _in_order(self) -> list[AdapterRef]:
-        """Those in line: by the age of the oldest request, but every request that waits for an adapter counts as COUNT_S of it."""
+        """Those in line: by the age of the oldest request, but every request that waits for an
+        adapter counts as COUNT_S of it.
+        """
         if isinstance(self.slots.room(), Full):
             return []
-        return sorted(self._line, key=lambda a: self._oldest(a) - COUNT_S * len(self._entries[a].waiting))
+        return sorted(
+            self._line, key=lambda a: self._oldest(a) - COUNT_S * len(self._entries[a].waiting)
+        )
 
     def _oldest(self, adapter: AdapterRef) -> float:
         return next(iter(self._entries[adapter].waiting.values()))
 
-    def _room(self, kept: Collection[AdapterRef], now: float, per_s: float = 0.0, coming: Collection[AdapterRef] = ()) -> Room:
-        """For an adapter that is asked for `per_s` times a second. A hotter one of `kept` stays in its idle moments: another's will be the slot."""
+    def _room(
+        self,
+        kept: Collection[AdapterRef],
+        now: float,
+        per_s: float = 0.0,
+        coming: Collection[AdapterRef] = (),
+    ) -> Room:
+        """For an adapter that is asked for `per_s` times a second. A hotter one of `kept` stays in
+        its idle moments: another's will be the slot.
+        """
         room = self.slots.room(coming, self._warmth)
-        if not isinstance(room, Evict) or room.victim not in kept or self._recent.per_s(room.victim, now) <= per_s:
+        if (
+            not isinstance(room, Evict)
+            or room.victim not in kept
+            or self._recent.per_s(room.victim, now) <= per_s
+        ):
             return room
         return room if any(self.slots.uses(a) == 0 for a in self._closing) else Full()
 
     def _kept(self, now: float) -> set[AdapterRef]:
-        """The adapters in steady use, while they have few of the slots. (Of what waits at a gateway, that sees to it; this is for a line that is
-        longer than there are slots.)"""
+        """The adapters in steady use, while they have few of the slots. (Of what waits at a
+        gateway, that sees to it; this is for a line that is longer than there are slots.)
+        """
         open_to_all = [a for a in self.slots.adapters() if not self.slots.pinned(a)]
         steady = {a for a in open_to_all if self._steady_per_s(a, now)}
         return steady if len(steady) <= STEADY_SHARE * len(open_to_all) else set()
@@ -371,7 +445,9 @@ class Residency:
     def _drop(self) -> list[Loaded]:
         """The coldest adapters, as many as it takes for the rest to fit host memory."""
         dropped: list[Loaded] = []
-        while self._warm and (self._held() > self._host_places or sum(self._warm.values()) > WARM_BYTES):
+        while self._warm and (
+            self._held() > self._host_places or sum(self._warm.values()) > WARM_BYTES
+        ):
             coldest = min(self._warm, key=self._warmth)
             del self._warm[coldest]
             dropped.append(self._leave(coldest))
@@ -405,7 +481,9 @@ class Residency:
         self._line[adapter] = None
 
     def _reopen(self) -> list[Instruction]:
-        """No more adapters close than wait for a slot: the others stay, and those who came for them meanwhile start."""
+        """No more adapters close than wait for a slot: the others stay, and those who came for them
+        meanwhile start.
+        """
         started: list[Instruction] = []
         while len(self._closing) > len(self._line):
             adapter, _ = self._closing.popitem()
@@ -430,7 +508,10 @@ class Residency:
             del self._failed[next(iter(self._failed))]
         for request in entry.waiting:
             del self._seekers[request]
-        return [Reject(r, failure.code, failure.message, failure.retryable) for r in (*entry.waiting, *entry.cachers)]
+        return [
+            Reject(r, failure.code, failure.message, failure.retryable)
+            for r in (*entry.waiting, *entry.cachers)
+        ]
 
     def _seek(self, request: int, adapter: AdapterRef, entry: _Entry, now: float) -> None:
         entry.waiting[request] = now
@@ -442,7 +523,9 @@ class Residency:
         return Start(request, adapter, came_from)
 
     def _forget(self, adapter: AdapterRef) -> None:
-        """Nobody waits: it stays warm if the engine has it, else what is left of it lies in the disk cache."""
+        """Nobody waits: it stays warm if the engine has it, else what is left of it lies in the
+        disk cache.
+        """
         self._line.pop(adapter, None)
         entry = self._entries[adapter]
         if entry.in_host and entry.loaded is not None:
@@ -454,14 +537,33 @@ class Residency:
     def _state(self, ref: AdapterRef, entry: _Entry, now: float, load_s: float) -> AdapterState:
         in_slot = entry.stage in (ResidencyStage.RESIDENT, ResidencyStage.CLOSING)
         warm = entry.stage is ResidencyStage.WARM
-        tier = Tier.GPU if in_slot else Tier.CPU if entry.in_host else Tier.REMOTE if entry.stage is ResidencyStage.FETCHING else Tier.DISK
+        tier = (
+            Tier.GPU
+            if in_slot
+            else Tier.CPU
+            if entry.in_host
+            else Tier.REMOTE
+            if entry.stage is ResidencyStage.FETCHING
+            else Tier.DISK
+        )
         size = entry.loaded.size_bytes if entry.loaded else 0
         rank = entry.loaded.rank if entry.loaded else 0
         loading = not (in_slot or warm or (entry.cachers and not entry.waiting))
         eta_s = max(0.0, load_s - (now - entry.since)) if loading else 0.0
         in_flight = self.slots.uses(ref) + len(entry.waiting)
         steady = in_slot and self._steady_per_s(ref, now) > 0.0
-        state = AdapterState(ref.name, ref.digest, tier, loading, eta_s, in_flight, rank, size, self.slots.pinned(ref), steady)
+        state = AdapterState(
+            ref.name,
+            ref.digest,
+            tier,
+            loading,
+            eta_s,
+            in_flight,
+            rank,
+            size,
+            self.slots.pinned(ref),
+            steady,
+        )
         if warm and not state.pinned:
             entry.when_warm = state
         return state

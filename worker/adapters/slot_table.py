@@ -1,4 +1,6 @@
-"""Pure. The GPU slots: which adapters are in one, who uses them, and who makes room next. The only authority; the engine's own LRU never decides."""
+"""Pure. The GPU slots: which adapters are in one, who uses them, and who makes room next. The only
+authority; the engine's own LRU never decides.
+"""
 
 from __future__ import annotations
 
@@ -48,15 +50,24 @@ class SlotTable:
         return self._uses.get(adapter, 0)
 
     def oldest_in_use(self, but: Container[AdapterRef] = ()) -> AdapterRef | None:
-        """The adapter that has gone longest without a new request, though some are still in flight."""
-        return next((a for a, n in self._uses.items() if n and a not in self._pinned and a not in but), None)
+        """The adapter that has gone longest without a new request, though some are still in
+        flight.
+        """
+        return next(
+            (a for a, n in self._uses.items() if n and a not in self._pinned and a not in but), None
+        )
 
-    def room(self, but: Container[AdapterRef] = (), warmth: Callable[[AdapterRef], float] = lambda _: 0.0) -> Room:
-        """For one more adapter: the victim is the idle one with the least `warmth`, of several the least recently used; those in `but` are on
-        their way in."""
+    def room(
+        self, but: Container[AdapterRef] = (), warmth: Callable[[AdapterRef], float] = lambda _: 0.0
+    ) -> Room:
+        """For one more adapter: the victim is the idle one with the least `warmth`, of several the
+        least recently used; those in `but` are on their way in.
+        """
         if len(self._uses) < self.size:
             return Free()
-        idle = [a for a, n in self._uses.items() if n == 0 and a not in self._pinned and a not in but]
+        idle = [
+            a for a, n in self._uses.items() if n == 0 and a not in self._pinned and a not in but
+        ]
         return Evict(min(idle, key=warmth)) if idle else Full()
 
     def adapters(self) -> Iterable[AdapterRef]:
@@ -81,7 +92,9 @@ class SlotTable:
         self._uses[adapter] -= 1
 
     def may_pin(self, adapter: AdapterRef) -> bool:
-        """One slot always stays for adapters that are not pinned; another version of a pinned name takes that one's place."""
+        """One slot always stays for adapters that are not pinned; another version of a pinned name
+        takes that one's place.
+        """
         return len({a.name for a in self._pinned} | {adapter.name}) < self.size
 
     def pin(self, adapter: AdapterRef) -> None:

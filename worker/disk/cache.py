@@ -1,8 +1,11 @@
-"""Shell. Adapters on this host's disk, shared by all its workers: one download per version and host, nothing served that was not hashed.
+"""Shell. Adapters on this host's disk, shared by all its workers: one download per version and
+host, nothing served that was not hashed.
 
-What a process serves it has either downloaded itself (hashed as it came) or hashed in full at its own first use; afterwards one `lstat` per
-file tells whether somebody wrote to it. The full hash costs 0.6 ms per MiB, once per process, on bytes that the engine is about to read anyway;
-it finds what no cheaper check does: a disk that lied about a sync, a bit that flipped, a person who edited a file.
+What a process serves it has either downloaded itself (hashed as it came) or hashed in full at its
+own first use; afterwards one `lstat` per file tells whether somebody wrote to it. The full hash
+costs 0.6 ms per MiB, once per process, on bytes that the engine is about to read anyway; it finds
+what no cheaper check does: a disk that lied about a sync, a bit that flipped, a person who edited a
+file.
 """
 
 from __future__ import annotations
@@ -42,18 +45,26 @@ MAX_QUARANTINED = 10_000
 MAX_SEEN = 10_000
 """Versions that this process remembers as hashed and validated; a forgotten one is hashed again."""
 THREADS = 8
-"""Of our own: a store that hangs in the loop's threads (a dead network file system) must not keep us from what is on disk."""
+"""Of our own: a store that hangs in the loop's threads (a dead network file system) must not keep
+us from what is on disk.
+"""
 HEAVY_THREADS = 2
-"""For hashing and validating: more of them would only fight with the event loop for the interpreter."""
+"""For hashing and validating: more of them would only fight with the event loop for the
+interpreter.
+"""
 POLL_SHARE, MIN_POLL_S, MAX_POLL_S = 0.05, 0.005, 0.1
-"""Who waits for another process's download looks again after this share of the time waited so far: a few looks, and at most 5 % late."""
+"""Who waits for another process's download looks again after this share of the time waited so far:
+a few looks, and at most 5 % late.
+"""
 DEFAULT_PATIENCE_S = 120.0
 SETTLE_PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds: until the download could begin, of it from peers, from the store, of validation and sync (side by side), of making it visible."""
+    """Seconds: until the download could begin, of it from peers, from the store, of validation and
+    sync (side by side), of making it visible.
+    """
 
     wait_s: float = 0.0
     peer_s: float = 0.0
@@ -64,7 +75,8 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """An adapter on disk, hashed, validated and in use: nobody on this host removes it until `keep` is called without it.
+    """An adapter on disk, hashed, validated and in use: nobody on this host removes it until `keep`
+    is called without it.
 
     `peer_bytes` of it came from other hosts just now.
     """
@@ -79,7 +91,9 @@ class Cached:
 
 @dataclass(frozen=True, slots=True)
 class CachedOnDisk:
-    """What of an adapter lies on this host: its parts below `files` with their sha256; `moved_at` (wall clock) while others are on their way."""
+    """What of an adapter lies on this host: its parts below `files` with their sha256; `moved_at`
+    (wall clock) while others are on their way.
+    """
 
     files: Path
     parts: Mapping[PartId, str]
@@ -124,7 +138,9 @@ class DiskCache:
         start = clock()
         try:
             pool = self._threads if key in self._seen else self._heavy
-            taken = await asyncio.get_running_loop().run_in_executor(pool, self._take, key, ref, check)
+            taken = await asyncio.get_running_loop().run_in_executor(
+                pool, self._take, key, ref, check
+            )
         except InvalidAdapter as exc:
             raise self._quarantined(key, exc) from None
         except OSError as exc:
@@ -135,28 +151,45 @@ class DiskCache:
         return self._lease(key, held, manifest, seen, Times(validate_s=clock() - start))
 
     def cached_on_disk(self, ref: AdapterRef) -> CachedOnDisk | None:
-        """For other hosts, in a thread: what there is of an adapter, whole or while this process fetches it or waits for who does."""
+        """For other hosts, in a thread: what there is of an adapter, whole or while this process
+        fetches it or waits for who does.
+        """
         key = key_of(ref)
         entry, partial = self._cache_folder.entry(key), self._cache_folder.partial(key)
         manifest = layout.read_manifest(entry)
         if manifest is not None and manifest.ref == ref:
-            parts = {(file.path, number): sha256 for file in manifest.files for number, sha256 in enumerate(file.parts)}
+            parts = {
+                (file.path, number): sha256
+                for file in manifest.files
+                for number, sha256 in enumerate(file.parts)
+            }
             return CachedOnDisk(entry / FILES, parts, None)
         underway = self._underway.get(key)
         if underway is None:
             return None
         stored, began = underway
-        return CachedOnDisk(partial / FILES, Journal(partial, stored).listed_parts(), layout.moved_at(partial) or began)
+        return CachedOnDisk(
+            partial / FILES,
+            Journal(partial, stored).listed_parts(),
+            layout.moved_at(partial) or began,
+        )
 
     async def fetch(
-        self, ref: AdapterRef, stored: StoredAdapter, store: AdapterStore, check: Check, peers: Sequence[Source] = ()
+        self,
+        ref: AdapterRef,
+        stored: StoredAdapter,
+        store: AdapterStore,
+        check: Check,
+        peers: Sequence[Source] = (),
     ) -> Cached:
-        """The adapter from disk, else from `peers` or the store unless another process of this host is at it already; put in use.
+        """The adapter from disk, else from `peers` or the store unless another process of this host
+        is at it already; put in use.
 
         Raises:
             StoreUnavailable: the store failed beyond the pace's patience, or the disk has no room.
             AdapterNotFound: the store has another version by now.
-            InvalidAdapter: it cannot be served; nothing of it is kept, and nobody asks the store again for this version.
+            InvalidAdapter: it cannot be served; nothing of it is kept, and nobody asks the store
+                again for this version.
         """
         key = key_of(ref)
         self._underway[key] = stored, time.time()
@@ -183,11 +216,14 @@ class DiskCache:
             await self._wait(key, start)
 
     def keep(self, refs: Iterable[AdapterRef]) -> None:
-        """Ends the use of every adapter that is not among `refs`: the whole truth each time, so that nothing is left in use by an oversight."""
+        """Ends the use of every adapter that is not among `refs`: the whole truth each time, so
+        that nothing is left in use by an oversight.
+        """
         wanted = {key_of(ref) for ref in refs}
         for key in [key for key in self._leases if key not in wanted]:
             held, size_bytes = self._leases.pop(key)
-            self._threads.submit(self._cache_folder.use, key, size_bytes)  # in use until now: it ages from here
+            # in use until now: it ages from here
+            self._threads.submit(self._cache_folder.use, key, size_bytes)
             held.release()
 
     def close(self) -> None:
@@ -195,9 +231,11 @@ class DiskCache:
         self._threads.shutdown(wait=False)
         self._heavy.shutdown(wait=False)
 
-    # ---- from disk --------------------------------------------------------------------------------------------------------------------
+    # ---- from disk -------------------------------------------------------------------------------
 
-    def _take(self, key: str, ref: AdapterRef, check: Check) -> tuple[EntryLock, layout.Manifest, _Seen] | None:
+    def _take(
+        self, key: str, ref: AdapterRef, check: Check
+    ) -> tuple[EntryLock, layout.Manifest, _Seen] | None:
         """In a thread. What it finds damaged it throws away."""
         entry = self._cache_folder.entry(key)
         try:
@@ -212,14 +250,20 @@ class DiskCache:
             held.release()
             raise
 
-    def _inspect(self, key: str, ref: AdapterRef, check: Check, held: EntryLock) -> tuple[EntryLock, layout.Manifest, _Seen] | None:
+    def _inspect(
+        self, key: str, ref: AdapterRef, check: Check, held: EntryLock
+    ) -> tuple[EntryLock, layout.Manifest, _Seen] | None:
         entry = self._cache_folder.entry(key)
         manifest = layout.read_manifest(entry)
-        stamps = layout.stamps(entry, manifest) if manifest is not None and manifest.ref == ref else None
+        stamps = (
+            layout.stamps(entry, manifest) if manifest is not None and manifest.ref == ref else None
+        )
         seen = self._seen.get(key)
         known = seen is not None and seen.stamps == stamps
         if manifest is None or stamps is None or not (known or layout.is_whole(entry, manifest)):
-            log.error("adapter on disk is damaged and is dropped", extra={"adapter": str(ref), "key": key})
+            log.error(
+                "adapter on disk is damaged and is dropped", extra={"adapter": str(ref), "key": key}
+            )
             self._cache_folder.discard(entry, held)
             return None
         if seen is None or not known:
@@ -227,7 +271,15 @@ class DiskCache:
         self._cache_folder.use(key, manifest.size_bytes)
         return held, manifest, seen
 
-    def _lease(self, key: str, held: EntryLock, manifest: layout.Manifest, seen: _Seen, times: Times, peer_bytes: int = 0) -> Cached:
+    def _lease(
+        self,
+        key: str,
+        held: EntryLock,
+        manifest: layout.Manifest,
+        seen: _Seen,
+        times: Times,
+        peer_bytes: int = 0,
+    ) -> Cached:
         self._seen[key] = seen
         self._seen.move_to_end(key)
         while len(self._seen) > MAX_SEEN:
@@ -236,11 +288,20 @@ class DiskCache:
             held.release()
         else:
             self._leases[key] = held, manifest.size_bytes
-        return Cached(self._cache_folder.entry(key) / FILES, seen.facts, manifest.size_bytes, manifest.content, times, peer_bytes)
+        return Cached(
+            self._cache_folder.entry(key) / FILES,
+            seen.facts,
+            manifest.size_bytes,
+            manifest.content,
+            times,
+            peer_bytes,
+        )
 
-    # ---- from the store ---------------------------------------------------------------------------------------------------------------
+    # ---- from the store --------------------------------------------------------------------------
 
-    async def _download(self, key: str, job: DownloadJob, check: Check, held: EntryLock, wait_s: float) -> Cached | None:
+    async def _download(
+        self, key: str, job: DownloadJob, check: Check, held: EntryLock, wait_s: float
+    ) -> Cached | None:
         """None if somebody else's hand was quicker at the very end."""
         partial = self._cache_folder.partial(key)
         intake = Downloads(job, partial, self._pace, self._lanes)
@@ -253,7 +314,9 @@ class DiskCache:
             checked = clock()
             manifest = layout.manifest_of(job.ref, job.stored, intake.parts)
             handed_over = True
-            lease = await self._in_thread(self._publish, key, manifest, held, intake.peer_s + intake.store_s)
+            lease = await self._in_thread(
+                self._publish, key, manifest, held, intake.peer_s + intake.store_s
+            )
         except (StoreUnavailable, asyncio.CancelledError):
             keep = bool(intake.parts)  # whoever comes next goes on from here
             raise
@@ -263,7 +326,8 @@ class DiskCache:
             if not handed_over and keep:
                 held.release()  # at once: who looks for what can go must find it free
             elif not handed_over:
-                self._threads.submit(self._end, partial, held)  # not awaited: this may run while being cancelled
+                # not awaited: this may run while being cancelled
+                self._threads.submit(self._end, partial, held)
         if lease is None:
             return None
         own, stamps = lease
@@ -271,7 +335,9 @@ class DiskCache:
         return self._lease(key, own, manifest, _Seen(stamps, facts), times, intake.peer_bytes)
 
     async def _settle(self, files: Path, check: Check, intake: Downloads) -> AdapterFacts:
-        """Validates and syncs. What only the store may say is that an adapter is bad: a peer's bytes are not held against it."""
+        """Validates and syncs. What only the store may say is that an adapter is bad: a peer's
+        bytes are not held against it.
+        """
         try:
             return await self._settled(files, check)
         except InvalidAdapter:
@@ -287,8 +353,12 @@ class DiskCache:
         syncing.result()
         return checking.result()
 
-    def _publish(self, key: str, manifest: layout.Manifest, held: EntryLock, cost_s: float) -> tuple[EntryLock, tuple[Stamp, ...]] | None:
-        """In a thread, to its end even if the task is cancelled meanwhile. The lease gets a grip of its own: `held` ends here."""
+    def _publish(
+        self, key: str, manifest: layout.Manifest, held: EntryLock, cost_s: float
+    ) -> tuple[EntryLock, tuple[Stamp, ...]] | None:
+        """In a thread, to its end even if the task is cancelled meanwhile. The lease gets a grip of
+        its own: `held` ends here.
+        """
         entry = self._cache_folder.entry(key)
         try:
             if layout.stamps(self._cache_folder.partial(key), manifest) is None:
@@ -308,25 +378,36 @@ class DiskCache:
     async def _wait(self, key: str, start: float) -> None:
         """Until the other process has the adapter, has failed, or is dead.
 
-        By looking, not by a blocking flock: that would take a thread per adapter, which nothing could call back.
+        By looking, not by a blocking flock: that would take a thread per adapter, which nothing
+        could call back.
         """
         stall_s = self._pace.stall_s
-        patience_s = DEFAULT_PATIENCE_S if stall_s is None else stall_s * self._pace.tries + SETTLE_PATIENCE_S
+        patience_s = (
+            DEFAULT_PATIENCE_S
+            if stall_s is None
+            else stall_s * self._pace.tries + SETTLE_PATIENCE_S
+        )
         while True:
             await asyncio.sleep(min(MAX_POLL_S, max(MIN_POLL_S, (clock() - start) * POLL_SHARE)))
             moved_at = await self._in_thread(self._cache_folder.moved_at, key)
             if moved_at is None:
                 return
             if time.time() - moved_at > patience_s:
-                raise StoreUnavailable("Another worker of this host began to fetch the adapter and hangs.", retry_after_s=5.0)
+                raise StoreUnavailable(
+                    "Another worker of this host began to fetch the adapter and hangs.",
+                    retry_after_s=5.0,
+                )
 
-    # ---- inside -----------------------------------------------------------------------------------------------------------------------
+    # ---- inside ----------------------------------------------------------------------------------
 
     def _quarantined(self, key: str, exc: InvalidAdapter) -> InvalidAdapter:
-        self._quarantine[key] = exc.with_traceback(None)  # its frames would keep locks and buffers alive
+        # its frames would keep locks and buffers alive
+        self._quarantine[key] = exc.with_traceback(None)
         while len(self._quarantine) > MAX_QUARANTINED:
             self._quarantine.popitem(last=False)
         return exc
 
     async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: function(*args, **kwargs))
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, lambda: function(*args, **kwargs)
+        )

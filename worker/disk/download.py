@@ -1,4 +1,6 @@
-"""Shell. One download into a partial folder: from several sources in turn, keeping the parts that are whole, with the journal of them."""
+"""Shell. One download into a partial folder: from several sources in turn, keeping the parts that
+are whole, with the journal of them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ clock = time.monotonic
 class Source(Protocol):
     """Where an adapter's files can be had: a store, or another host."""
 
-    async def fetch(self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None) -> None:
+    async def fetch(
+        self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None
+    ) -> None:
         """As AdapterStore.fetch. Raises PeerFailed where another source may still do it."""
         ...
 
@@ -41,7 +45,9 @@ class DownloadJob:
 
 
 class Downloads:
-    """`parts` are the whole ones with their sha256; `peer_bytes` those that peers gave; `peer_s` and `store_s` the seconds with either."""
+    """`parts` are the whole ones with their sha256; `peer_bytes` those that peers gave; `peer_s`
+    and `store_s` the seconds with either.
+    """
 
     def __init__(self, job: DownloadJob, partial: Path, pace: Pace, lanes: Lanes) -> None:
         self._errand, self._stored, self._files = job, job.stored, partial / FILES
@@ -54,12 +60,19 @@ class Downloads:
 
     async def resume(self, threads: Executor) -> None:
         """Takes over what an earlier try left."""
-        self.parts.update(await asyncio.get_running_loop().run_in_executor(threads, self._journal.whole_parts))
+        self.parts.update(
+            await asyncio.get_running_loop().run_in_executor(threads, self._journal.whole_parts)
+        )
         if self.parts:
-            log.info("download goes on", extra={"adapter": str(self._errand.ref), "parts": len(self.parts)})
+            log.info(
+                "download goes on",
+                extra={"adapter": str(self._errand.ref), "parts": len(self.parts)},
+            )
 
     async def bring(self) -> None:
-        """Everything that is missing: from the peers in their order, and what they did not give from the store."""
+        """Everything that is missing: from the peers in their order, and what they did not give
+        from the store.
+        """
         start = clock()
         for peer in self._errand.peers:
             try:
@@ -68,16 +81,26 @@ class Downloads:
                 return
             except PeerFailed as exc:
                 log.info(
-                    "peer did not give all", extra={"adapter": str(self._errand.ref), "reason": exc.message, "peer_bytes": self.peer_bytes}
+                    "peer did not give all",
+                    extra={
+                        "adapter": str(self._errand.ref),
+                        "reason": exc.message,
+                        "peer_bytes": self.peer_bytes,
+                    },
                 )
         self.peer_s = clock() - start if self._errand.peers else 0.0
         await self._ask_store()
 
     async def doubt(self) -> bool:
-        """The files turned out to be invalid: says whether any came from elsewhere than the store, and if so brings those again."""
+        """The files turned out to be invalid: says whether any came from elsewhere than the store,
+        and if so brings those again.
+        """
         doubtful = self.parts.keys() - self._from_store
         if doubtful:
-            log.warning("adapter from a peer is not valid and is fetched again from the store", extra={"adapter": str(self._errand.ref)})
+            log.warning(
+                "adapter from a peer is not valid and is fetched again from the store",
+                extra={"adapter": str(self._errand.ref)},
+            )
             for part_id in doubtful:
                 del self.parts[part_id]
             self.peer_bytes = 0
@@ -86,7 +109,9 @@ class Downloads:
 
     async def _ask_store(self) -> None:
         start = clock()
-        await self._errand.store.fetch(self._stored, self._files, self._transfer(self._on_store_part))
+        await self._errand.store.fetch(
+            self._stored, self._files, self._transfer(self._on_store_part)
+        )
         self.store_s += clock() - start
 
     def _transfer(self, on_part: Callable[[FilePart, str], None]) -> Transfer:
@@ -100,7 +125,7 @@ class Downloads:
             on_part=on_part,
         )
 
-    # ---- in threads -------------------------------------------------------------------------------------------------------------------
+    # ---- in threads ------------------------------------------------------------------------------
 
     def _on_store_part(self, part: FilePart, sha256: str) -> None:
         self._from_store.add(part.id)

@@ -1,7 +1,9 @@
-"""Shell. The cache's folder on disk: who may download, what must go to make room, what becomes visible. Blocking: call it in threads.
+"""Shell. The cache's folder on disk: who may download, what must go to make room, what becomes
+visible. Blocking: call it in threads.
 
-Every change that others must see at once is a rename; every question of the kind "is somebody at it?" is a lock. So a process may die between
-any two lines, and the next one finds either the state before or the state after.
+Every change that others must see at once is a rename; every question of the kind "is somebody at
+it?" is a lock. So a process may die between any two lines, and the next one finds either the state
+before or the state after.
 """
 
 from __future__ import annotations
@@ -40,18 +42,27 @@ class Turn(Enum):
 
 
 class CacheFolder:
-    """Entries below `root`, of at most `budget_bytes` together with what is on its way (0: as much as the disk holds)."""
+    """Entries below `root`, of at most `budget_bytes` together with what is on its way (0: as much
+    as the disk holds).
+    """
 
     def __init__(self, root: Path, budget_bytes: int) -> None:
         self._root, self._budget_bytes = root, budget_bytes
-        self._entries, self._partials, self._trash = root / "entries", root / "partial", root / "trash"
+        self._entries, self._partials, self._trash = (
+            root / "entries",
+            root / "partial",
+            root / "trash",
+        )
         self._sizes: dict[tuple[str, int], int] = {}
         for folder in (self._entries, self._partials, self._trash):
             folder.mkdir(parents=True, exist_ok=True)
         try:
             held = lock_entry(self._trash, exclusive=False)
         except OSError as exc:
-            raise ConfigError("gateway.state_dir lies on a file system without flock; use a local disk", param="state_dir") from exc
+            raise ConfigError(
+                "gateway.state_dir lies on a file system without flock; use a local disk",
+                param="state_dir",
+            ) from exc
         if held is not None:
             held.release()
         self._drop_old_partials()
@@ -63,17 +74,21 @@ class CacheFolder:
     def partial(self, key: str) -> Path:
         return self._partials / key
 
-    # ---- a download's life ------------------------------------------------------------------------------------------------------------
+    # ---- a download's life -----------------------------------------------------------------------
 
     def begin(self, key: str, stored: StoredAdapter) -> EntryLock | Turn:
-        """The exclusive right to download, with the bytes reserved and what an earlier try left in place.
+        """The exclusive right to download, with the bytes reserved and what an earlier try left in
+        place.
 
         Raises:
             StoreUnavailable: there is no room, because everything else is in use.
             InvalidAdapter: it alone is larger than the budget.
         """
         if self._budget_bytes and stored.size_bytes > self._budget_bytes:
-            raise InvalidAdapter(f"The adapter takes {stored.size_bytes} bytes; the server's disk cache holds less.", "too_large")
+            raise InvalidAdapter(
+                f"The adapter takes {stored.size_bytes} bytes; the server's disk cache holds less.",
+                "too_large",
+            )
         partial = self.partial(key)
         with self._alone():
             if self.entry(key).is_dir():
@@ -89,11 +104,18 @@ class CacheFolder:
         return held
 
     def publish(self, key: str, held: EntryLock, manifest: Manifest, cost_s: float) -> bool:
-        """Makes a complete and synced download an entry that `held` then shares. False if it was lost to somebody quicker."""
+        """Makes a complete and synced download an entry that `held` then shares. False if it was
+        lost to somebody quicker.
+        """
         partial, entry = self.partial(key), self.entry(key)
         layout.write_manifest(partial, manifest)
         layout.write_use_frequency(
-            partial, eviction.used(eviction.UseFrequency(cost_s=cost_s), manifest.size_bytes, layout.read_clock(self._root))
+            partial,
+            eviction.used(
+                eviction.UseFrequency(cost_s=cost_s),
+                manifest.size_bytes,
+                layout.read_clock(self._root),
+            ),
         )
         layout.sync(partial)
         with self._alone():
@@ -117,10 +139,17 @@ class CacheFolder:
     def use(self, key: str, size_bytes: int) -> None:
         """Counts one use."""
         entry = self.entry(key)
-        layout.write_use_frequency(entry, eviction.used(layout.read_use_frequency(entry), size_bytes, layout.read_clock(self._root)))
+        layout.write_use_frequency(
+            entry,
+            eviction.used(
+                layout.read_use_frequency(entry), size_bytes, layout.read_clock(self._root)
+            ),
+        )
 
     def discard(self, folder: Path, held: EntryLock) -> None:
-        """Out of sight at once, if it is still the folder that `held` holds; its bytes go as soon as nobody uses them. Lets go of `held`."""
+        """Out of sight at once, if it is still the folder that `held` holds; its bytes go as soon
+        as nobody uses them. Lets go of `held`.
+        """
         try:
             with self._alone():
                 if held.holds(folder):
@@ -143,7 +172,7 @@ class CacheFolder:
         """Of entries and of what is on its way."""
         return sum(self._scan().values())
 
-    # ---- inside -----------------------------------------------------------------------------------------------------------------------
+    # ---- inside ----------------------------------------------------------------------------------
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -157,7 +186,9 @@ class CacheFolder:
                     break
                 except BlockingIOError:
                     if time.monotonic() > deadline:
-                        raise StoreUnavailable("The adapter cache of this host is locked by a process that hangs.") from None
+                        raise StoreUnavailable(
+                            "The adapter cache of this host is locked by a process that hangs."
+                        ) from None
                     time.sleep(LOCK_POLL_S)
             yield
         finally:
@@ -167,15 +198,24 @@ class CacheFolder:
         sizes = self._scan()
         status = os.statvfs(self._root)
         # What is on its way elsewhere will take its bytes from what is free now.
-        promised = sum(max(0, size - layout.size_on_disk(path)) for path, size in sizes.items() if path.parent == self._partials)
+        promised = sum(
+            max(0, size - layout.size_on_disk(path))
+            for path, size in sizes.items()
+            if path.parent == self._partials
+        )
         free_bytes = status.f_bavail * status.f_frsize - promised
-        room = eviction.room(sum(sizes.values()), incoming_bytes, self._budget_bytes, free_bytes, KEEP_FREE_BYTES)
+        room = eviction.room(
+            sum(sizes.values()), incoming_bytes, self._budget_bytes, free_bytes, KEEP_FREE_BYTES
+        )
         if not room.must_bytes:
             return
         freed, clock = self._drop_idle_partials(sizes), layout.read_clock(self._root)
         entries = {path.name: size for path, size in sizes.items() if path.parent == self._entries}
         candidates = [
-            eviction.EvictionCandidate(key, size, layout.read_use_frequency(self.entry(key)).priority) for key, size in entries.items()
+            eviction.EvictionCandidate(
+                key, size, layout.read_use_frequency(self.entry(key)).priority
+            )
+            for key, size in entries.items()
         ]
         for victim in eviction.leaving(candidates):
             if freed >= room.aim_bytes:
@@ -183,11 +223,15 @@ class CacheFolder:
             if self._evict(victim.key):
                 freed += victim.size_bytes
                 clock = max(clock, victim.priority)
-                log.info("adapter removed from disk", extra={"key": victim.key, "bytes": victim.size_bytes})
+                log.info(
+                    "adapter removed from disk",
+                    extra={"key": victim.key, "bytes": victim.size_bytes},
+                )
         layout.write_clock(self._root, clock)
         if freed < room.must_bytes:
             raise StoreUnavailable(
-                "The adapter cache of this host is full of adapters in use: gateway.disk_cache_bytes or the disk is too small.",
+                "The adapter cache of this host is full of adapters in use: "
+                "gateway.disk_cache_bytes or the disk is too small.",
                 retry_after_s=LOCK_PATIENCE_S,
             )
 
@@ -204,7 +248,9 @@ class CacheFolder:
         return True
 
     def _scan(self) -> dict[Path, int]:
-        """Every entry and partial folder with the bytes that it takes, or will. Sizes never change, so each is read once per process."""
+        """Every entry and partial folder with the bytes that it takes, or will. Sizes never change,
+        so each is read once per process.
+        """
         sizes: dict[Path, int] = {}
         known: dict[tuple[str, int], int] = {}
         for parent in (self._entries, self._partials):
@@ -218,7 +264,9 @@ class CacheFolder:
         return sizes
 
     def _drop_idle_partials(self, sizes: dict[Path, int]) -> int:
-        """When room is short, half a download that nobody is at is worth less than any whole one."""
+        """When room is short, half a download that nobody is at is worth less than any whole
+        one.
+        """
         freed = 0
         for path, size in sizes.items():
             if path.parent == self._partials and self._drop_partial(path):

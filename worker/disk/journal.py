@@ -1,4 +1,6 @@
-"""Shell. The journal of a download: which parts lie whole in its partial folder, and when it last moved."""
+"""Shell. The journal of a download: which parts lie whole in its partial folder, and when it last
+moved.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _LINE = re.compile(r"(\d+) (\d+) ([0-9a-f]{64})")
 
 
 class Journal:
-    """A line for each whole part, written after the part; its mtime is when the download last got something."""
+    """A line for each whole part, written after the part; its mtime is when the download last got
+    something.
+    """
 
     def __init__(self, folder: Path, stored: StoredAdapter) -> None:
         self._path = folder / JOURNAL
@@ -45,7 +49,9 @@ class Journal:
                 os.utime(self._path)
 
     def moved(self, idle_s: float) -> None:
-        """Where the download waits for another one, it moved when that one did; so those that wait for each other are seen to stand still."""
+        """Where the download waits for another one, it moved when that one did; so those that wait
+        for each other are seen to stand still.
+        """
         at = time.time() - idle_s
         with suppress(OSError):
             if at > self._path.stat().st_mtime:
@@ -54,11 +60,19 @@ class Journal:
     def whole_parts(self) -> dict[PartId, str]:
         """The parts of an earlier try that are still what they were: every byte is hashed again."""
         parts = {part.id: part for file in self._stored.files for part in parts_of(file)}
-        return {part_id: sha256 for part_id, sha256 in self.listed_parts().items() if self._hash(parts[part_id]) == sha256}
+        return {
+            part_id: sha256
+            for part_id, sha256 in self.listed_parts().items()
+            if self._hash(parts[part_id]) == sha256
+        }
 
     def listed_parts(self) -> dict[PartId, str]:
         """The parts that were whole when their lines were written."""
-        by_id = {(number, part.number): part for number, file in enumerate(self._stored.files) for part in parts_of(file)}
+        by_id = {
+            (number, part.number): part
+            for number, file in enumerate(self._stored.files)
+            for part in parts_of(file)
+        }
         try:
             lines = self._path.read_bytes().decode("ascii", "replace").split("\n")
         except OSError:

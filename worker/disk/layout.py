@@ -1,12 +1,15 @@
-"""Shell. How adapters lie on disk: folders and the locks on them, manifests, the journal of a download, and how hot an entry is.
+"""Shell. How adapters lie on disk: folders and the locks on them, manifests, the journal of a
+download, and how hot an entry is.
 
-    entries/<key>/    complete: files/ (the adapter as the engine gets it), `manifest` (what must be in it), `popularity` (a hint, never synced)
+    entries/<key>/    complete: files/ (the adapter as the engine gets it), `manifest` (what must be
+                      in it), `popularity` (a hint, never synced)
     partial/<key>/    on its way: files/ with holes, `journal` (which parts are whole)
     trash/            waits for deletion
     lock  clock       one scan at a time, and the clock of the eviction policy
 
-The key is a hash of (base, name, digest), never a client's string. The lock on an entry is a `flock` on its folder: it follows the folder
-from partial/ to entries/, and a process that dies lets go of it.
+The key is a hash of (base, name, digest), never a client's string. The lock on an entry is a
+`flock` on its folder: it follows the folder from partial/ to entries/, and a process that dies lets
+go of it.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ class KeptFile(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What an entry holds. `content` is the sha256 over paths, sizes and parts: equal content, equal value, in any store."""
+    """What an entry holds. `content` is the sha256 over paths, sizes and parts: equal content,
+    equal value, in any store.
+    """
 
     layout: int
     ref: AdapterRef
@@ -69,7 +74,8 @@ def is_key(name: str) -> bool:
 
 
 def host_of(root: Path) -> str:
-    """Names the disk cache at `root`: equal for all who share the folder, on this boot of this machine, whatever containers they run in.
+    """Names the disk cache at `root`: equal for all who share the folder, on this boot of this
+    machine, whatever containers they run in.
 
     Not by /etc/machine-id and the path: images have the first in common, and containers the second.
     """
@@ -81,11 +87,13 @@ def host_of(root: Path) -> str:
     return hashlib.sha256(f"{boot} {there.st_dev} {there.st_ino}".encode()).hexdigest()[:16]
 
 
-# ---- locks ------------------------------------------------------------------------------------------------------------------------------
+# ---- locks ---------------------------------------------------------------------------------------
 
 
 class EntryLock:
-    """A locked folder. Released by `release`, or by the death of the process (and of children that it forked without exec)."""
+    """A locked folder. Released by `release`, or by the death of the process (and of children that
+    it forked without exec).
+    """
 
     __slots__ = ("_fd",)
 
@@ -93,7 +101,9 @@ class EntryLock:
         self._fd = fd
 
     def share(self) -> bool:
-        """From exclusive to shared. False if somebody else was quicker: a conversion lets go for a moment."""
+        """From exclusive to shared. False if somebody else was quicker: a conversion lets go for a
+        moment.
+        """
         try:
             fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -119,7 +129,9 @@ class EntryLock:
 
 
 def lock_entry(folder: Path, *, exclusive: bool) -> EntryLock | None:
-    """Locks a folder without waiting; None if somebody holds it. Raises FileNotFoundError if it is not there (any more)."""
+    """Locks a folder without waiting; None if somebody holds it. Raises FileNotFoundError if it is
+    not there (any more).
+    """
     held = EntryLock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     try:
         fcntl.flock(held._fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -135,7 +147,7 @@ def lock_entry(folder: Path, *, exclusive: bool) -> EntryLock | None:
     return held
 
 
-# ---- contents ---------------------------------------------------------------------------------------------------------------------------
+# ---- contents ------------------------------------------------------------------------------------
 
 
 def manifest_of(ref: AdapterRef, stored: StoredAdapter, parts: Mapping[PartId, str]) -> Manifest:
@@ -167,7 +179,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def stamps(folder: Path, manifest: Manifest) -> tuple[Stamp, ...] | None:
-    """The files' stamps; None unless each is there, regular, and of the manifest's size. Costs one `lstat` per file."""
+    """The files' stamps; None unless each is there, regular, and of the manifest's size. Costs one
+    `lstat` per file.
+    """
     found = []
     for file in manifest.files:
         try:
@@ -186,7 +200,10 @@ def is_whole(folder: Path, manifest: Manifest) -> bool:
         stored = StoredFile(file.path, file.size_bytes, "")
         try:
             with (folder / FILES / file.path).open("rb") as handle:
-                if tuple(hash_part(handle.fileno(), part) for part in parts_of(stored)) != file.parts:
+                if (
+                    tuple(hash_part(handle.fileno(), part) for part in parts_of(stored))
+                    != file.parts
+                ):
                     return False
         except OSError:
             return False
@@ -216,7 +233,7 @@ def sync_files(folder: Path) -> None:
         sync(path)
 
 
-# ---- what is on its way ---------------------------------------------------------------------------------------------------------------
+# ---- what is on its way --------------------------------------------------------------------------
 
 
 def planned_bytes(partial: Path) -> int:
@@ -246,7 +263,7 @@ def size_on_disk(folder: Path) -> int:
     return total
 
 
-# ---- hints: lost or wrong, they cost time and nothing else --------------------------------------------------------------------------------
+# ---- hints: lost or wrong, they cost time and nothing else ---------------------------------------
 
 
 def read_use_frequency(folder: Path) -> UseFrequency:
@@ -259,7 +276,9 @@ def read_use_frequency(folder: Path) -> UseFrequency:
 
 def write_use_frequency(folder: Path, popularity: UseFrequency) -> None:
     with suppress(OSError):
-        _overwrite(folder / HEAT, _HEAT.pack(popularity.uses, popularity.cost_s, popularity.priority))
+        _overwrite(
+            folder / HEAT, _HEAT.pack(popularity.uses, popularity.cost_s, popularity.priority)
+        )
 
 
 def read_clock(root: Path) -> float:

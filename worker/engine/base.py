@@ -13,7 +13,9 @@ from shared.errors import InvalidAdapter
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A validated adapter on disk, as the engine gets it. `int_id` is unique for the life of the engine; `folder` never changes its content."""
+    """A validated adapter on disk, as the engine gets it. `int_id` is unique for the life of the
+    engine; `folder` never changes its content.
+    """
 
     ref: AdapterRef
     int_id: int
@@ -24,7 +26,9 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """In one stop of the engine: `demote` leave their slots (and stay in host memory), `unload` leave altogether, `enter` get slots."""
+    """In one stop of the engine: `demote` leave their slots (and stay in host memory), `unload`
+    leave altogether, `enter` get slots.
+    """
 
     enter: tuple[Loaded, ...]
     demote: tuple[Loaded, ...] = ()
@@ -33,7 +37,9 @@ class Swap:
 
 @dataclass(frozen=True, slots=True)
 class Swapped:
-    """What became of a swap: the adapters that the engine refused, of which nothing has stayed, and how long its streams stood still."""
+    """What became of a swap: the adapters that the engine refused, of which nothing has stayed, and
+    how long its streams stood still.
+    """
 
     refused: Mapping[AdapterRef, InvalidAdapter] = field(default_factory=dict)
     stall_s: float = 0.0
@@ -41,7 +47,9 @@ class Swapped:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One request for the engine. `adapter` is resident when the engine sees it and stays so until the call has ended."""
+    """One request for the engine. `adapter` is resident when the engine sees it and stays so until
+    the call has ended.
+    """
 
     path: str
     request_id: str
@@ -52,7 +60,9 @@ class EngineRequest:
 
 
 class Reply(Protocol):
-    """Where the engine puts the answer. `head` comes first, once; `end=True` comes last, once, in either. None of them waits."""
+    """Where the engine puts the answer. `head` comes first, once; `end=True` comes last, once, in
+    either. None of them waits.
+    """
 
     prompt_tokens: int
     output_tokens: int
@@ -63,7 +73,9 @@ class Reply(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """As of the engine's last step: requests, tokens, the share of KV cache in use, and measured rates (0 where nothing was measured yet)."""
+    """As of the engine's last step: requests, tokens, the share of KV cache in use, and measured
+    rates (0 where nothing was measured yet).
+    """
 
     running: int = 0
     waiting: int = 0
@@ -82,24 +94,32 @@ class EngineFacts:
     slots: int
     max_lora_rank: int
     host_places: int = 0
-    """Adapters that fit the engine's host memory, those in slots included; the CPU tier. At most `slots` means: there is none."""
+    """Adapters that fit the engine's host memory, those in slots included; the CPU tier. At most
+    `slots` means: there is none.
+    """
 
 
 class Engine(Protocol):
-    """One model with LoRA slots. The agent has one `swap` under way at a time; `prepare` and `serve` run concurrently, one task per call.
+    """One model with LoRA slots. The agent has one `swap` under way at a time; `prepare` and
+    `serve` run concurrently, one task per call.
 
-    `serve` returns when the answer is complete; cancelling the task that runs it aborts generation. Errors of the request itself are answers
-    (status and body); EngineFailure means that the engine is dead.
+    `serve` returns when the answer is complete; cancelling the task that runs it aborts generation.
+    Errors of the request itself are answers (status and body); EngineFailure means that the engine
+    is dead.
     """
 
     async def start(self) -> EngineFacts: ...
     async def serve(self, call: EngineRequest, reply: Reply) -> None: ...
     async def prepare(self, adapter: Loaded) -> None:
-        """Brings the weights into host memory beside the step loop, ready for a slot. Raises InvalidAdapter if the engine refuses them."""
+        """Brings the weights into host memory beside the step loop, ready for a slot. Raises
+        InvalidAdapter if the engine refuses them.
+        """
         ...
 
     async def swap(self, swap: Swap) -> Swapped:
-        """Raises EngineFailure only: one adapter's fault is told in the answer and harms no other."""
+        """Raises EngineFailure only: one adapter's fault is told in the answer and harms no
+        other.
+        """
         ...
 
     def stats(self) -> EngineStats: ...

@@ -23,14 +23,18 @@ VLLM_ENV = {
 
 
 VLLM_CPU_ENV = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the executor runs inside EngineCore: one process and 12 s of boot less
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding asserts more NUMA nodes than tensor parallel ranks; OMP_NUM_THREADS is set instead
-    "TORCHDYNAMO_DISABLE": "1",  # the first request with logprobs would otherwise compile for 3 to 24 s inside the step loop
+    # the executor runs inside EngineCore: one process and 12 s of boot less
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # binding asserts more NUMA nodes than tensor parallel ranks; OMP_NUM_THREADS is set instead
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # the first request with logprobs would otherwise compile for 3 to 24 s inside the step loop
+    "TORCHDYNAMO_DISABLE": "1",
 }
 
 
 VLLM_GPU_ENV = {
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process that has used torch was seen to hang on CUDA
+    # a fork of a process that has used torch was seen to hang on CUDA
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 
 
@@ -59,5 +63,8 @@ def open_engine(model: LLMConfig, stream_gap_s: float = 0.0) -> Engine:
     try:
         from worker.engine.vllm.engine import VLLMEngine
     except ImportError as exc:
-        raise ConfigError(f"vLLM cannot be imported ({exc}); install loraplex[gpu] or loraplex[cpu], or use llm_engine: sim") from exc
+        raise ConfigError(
+            f"vLLM cannot be imported ({exc}); install loraplex[gpu] or loraplex[cpu], "
+            "or use llm_engine: sim"
+        ) from exc
     return VLLMEngine(model, stream_gap_s)

@@ -1,7 +1,9 @@
-"""Shell. Gets adapters from workers of other hosts: one connection per peer, a window of pieces on it, and a bound on everything.
+"""Shell. Gets adapters from workers of other hosts: one connection per peer, a window of pieces on
+it, and a bound on everything.
 
-A peer that is dead, stuck, slow, of another secret or that gives bytes which are not those of its own hash costs SILENCE_S or so once, is left
-alone for a while, and the next one, or the store, goes on with the parts that are whole.
+A peer that is dead, stuck, slow, of another secret or that gives bytes which are not those of its
+own hash costs SILENCE_S or so once, is left alone for a while, and the next one, or the store, goes
+on with the parts that are whole.
 """
 
 from __future__ import annotations
@@ -36,21 +38,35 @@ MAX_CONNECTIONS = 32
 class Peers:
     """The other hosts' workers, as one worker sees them."""
 
-    def __init__(self, context: Any, worker: str, epoch: int, secret: str | None, pace: Pace) -> None:
-        self._context, self._worker, self._epoch, self._secret, self._pace = context, worker, epoch, secret, pace
+    def __init__(
+        self, context: Any, worker: str, epoch: int, secret: str | None, pace: Pace
+    ) -> None:
+        self._context, self._worker, self._epoch, self._secret, self._pace = (
+            context,
+            worker,
+            epoch,
+            secret,
+            pace,
+        )
         self._connections: OrderedDict[str, _PeerConnection] = OrderedDict()
         self._numbers = itertools.count(1)
         self.standing = policy.Standing()
 
     def sources(self, ref: AdapterRef, endpoints: Sequence[str]) -> list[PeerSource]:
         """Those worth asking, in their order."""
-        return [PeerSource(self, ref, endpoint, self._pace) for endpoint in self.standing.usable(endpoints, clock())]
+        return [
+            PeerSource(self, ref, endpoint, self._pace)
+            for endpoint in self.standing.usable(endpoints, clock())
+        ]
 
     def connection(self, endpoint: str) -> _PeerConnection:
         connection = self._connections.get(endpoint)
         if connection is None:
             connection = self._connections[endpoint] = _PeerConnection(
-                self._context, endpoint, f"{self._worker}#{self._epoch}#{next(self._numbers)}".encode(), self._secret
+                self._context,
+                endpoint,
+                f"{self._worker}#{self._epoch}#{next(self._numbers)}".encode(),
+                self._secret,
             )
         self._connections.move_to_end(endpoint)
         while len(self._connections) > MAX_CONNECTIONS:
@@ -87,18 +103,31 @@ class _PeerConnection:
             max_message_bytes=policy.MAX_MESSAGE_BYTES,
         )
 
-    def ask(self, adapter: AdapterRef, path: str, offset: int, size_bytes: int) -> asyncio.Future[messages.PeerAnswer]:
-        """Sends a want; `heard` waits for the answer. Raises PeerFailed if the peer takes no more."""
+    def ask(
+        self, adapter: AdapterRef, path: str, offset: int, size_bytes: int
+    ) -> asyncio.Future[messages.PeerAnswer]:
+        """Sends a want; `heard` waits for the answer. Raises PeerFailed if the peer takes no
+        more.
+        """
         number = next(self._numbers)
         answer: asyncio.Future[messages.PeerAnswer] = asyncio.get_running_loop().create_future()
-        if self._client.send(messages.encode(messages.PieceRequest(number, adapter, path, offset, size_bytes))) is not SendResult.OK:
+        if (
+            self._client.send(
+                messages.encode(messages.PieceRequest(number, adapter, path, offset, size_bytes))
+            )
+            is not SendResult.OK
+        ):
             raise PeerFailed("it takes no more questions")
         self._waiting[number] = answer
         answer.add_done_callback(lambda _: self._waiting.pop(number, None))
         return answer
 
-    def ask_in_window(self, adapter: AdapterRef, path: str, offset: int, size_bytes: int) -> asyncio.Future[messages.PeerAnswer]:
-        """As `ask`, with a place of the window that the caller has acquired: given back with the answer."""
+    def ask_in_window(
+        self, adapter: AdapterRef, path: str, offset: int, size_bytes: int
+    ) -> asyncio.Future[messages.PeerAnswer]:
+        """As `ask`, with a place of the window that the caller has acquired: given back with the
+        answer.
+        """
         try:
             answer = self.ask(adapter, path, offset, size_bytes)
         except PeerFailed:
@@ -132,7 +161,9 @@ class PeerSource:
         self._claims: dict[PartId, str] = {}
         self._on_idle = Transfer().on_idle
 
-    async def fetch(self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None) -> None:
+    async def fetch(
+        self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None
+    ) -> None:
         wanted = transfer or Transfer()
         self._on_idle = wanted.on_idle
 
@@ -141,7 +172,8 @@ class PeerSource:
                 raise PeerFailed("its bytes are not those of its own hash")
             wanted.on_part(part, sha256)
 
-        # The connection bounds the time itself; a try that fails is the last, for the next source is better.
+        # The connection bounds the time itself; a try that fails is the last, for the next source
+        # is better.
         checked = replace(wanted, pace=Pace(None, 1), on_part=on_part)
         try:
             async with asyncio.timeout(self._pace.total_s(adapter.size_bytes) or policy.WAIT_S):
@@ -157,15 +189,21 @@ class PeerSource:
         self._peers.standing.served(self.endpoint)
 
     def _gave_up(self, reason: str) -> PeerFailed:
-        log.warning("peer is left alone for a while", extra={"peer": self.endpoint, "reason": reason})
+        log.warning(
+            "peer is left alone for a while", extra={"peer": self.endpoint, "reason": reason}
+        )
         self._peers.give_up(self.endpoint)
         return PeerFailed(f"{self.endpoint}: {reason}")
 
     @asynccontextmanager
-    async def _stream(self, adapter_name: str, file: StoredFile, offset: int, length: int) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+    async def _stream(
+        self, adapter_name: str, file: StoredFile, offset: int, length: int
+    ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
         yield self._pieces(file, offset, length)
 
-    async def _pieces(self, file: StoredFile, offset: int, length: int) -> AsyncGenerator[bytes, None]:
+    async def _pieces(
+        self, file: StoredFile, offset: int, length: int
+    ) -> AsyncGenerator[bytes, None]:
         """One part. Its first piece is asked for alone: the part may not be there yet."""
         connection = self._peers.connection(self.endpoint)
         first, *rest = policy.pieces_of(offset, length)
@@ -176,11 +214,18 @@ class PeerSource:
         left, out = deque(rest), deque[tuple[asyncio.Future[messages.PeerAnswer], int]]()
         try:
             while out or left:
-                # With pieces of our own on the way nobody waits for the window: another part may hold all of it.
-                while left and len(out) < policy.PIECES_AHEAD and not (out and connection.window.locked()):
+                # With pieces of our own on the way nobody waits for the window: another part may
+                # hold all of it.
+                while (
+                    left
+                    and len(out) < policy.PIECES_AHEAD
+                    and not (out and connection.window.locked())
+                ):
                     await connection.window.acquire()
                     at, size_bytes = left.popleft()
-                    out.append((connection.ask_in_window(self._ref, file.path, at, size_bytes), size_bytes))
+                    out.append(
+                        (connection.ask_in_window(self._ref, file.path, at, size_bytes), size_bytes)
+                    )
                 answer, size_bytes = out[0]
                 data = _piece(await _heard(answer), size_bytes).data
                 out.popleft()
@@ -192,7 +237,9 @@ class PeerSource:
             for answer, _ in out:
                 answer.cancel()
 
-    async def _first(self, connection: _PeerConnection, file: StoredFile, offset: int, size_bytes: int) -> messages.Piece:
+    async def _first(
+        self, connection: _PeerConnection, file: StoredFile, offset: int, size_bytes: int
+    ) -> messages.Piece:
         while True:
             answer = await _heard(connection.ask(self._ref, file.path, offset, size_bytes))
             if not isinstance(answer, messages.PieceNotYet):

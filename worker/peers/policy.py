@@ -1,4 +1,6 @@
-"""Pure. What workers agree on when they give each other files: sizes, patience, who may ask how much, who is worth asking."""
+"""Pure. What workers agree on when they give each other files: sizes, patience, who may ask how
+much, who is worth asking.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,20 @@ import re
 from collections.abc import Iterable
 
 PIECE_BYTES = 256 << 10
-"""Of one message. Larger ones cost less CPU per byte, and each holds up the event loop of both sides for longer: 0.2 ms at this size."""
+"""Of one message. Larger ones cost less CPU per byte, and each holds up the event loop of both
+sides for longer: 0.2 ms at this size.
+"""
 PIECES_AHEAD = 4
-"""Pieces of one part that are asked for at once, so that the way there and back is not waited for."""
+"""Pieces of one part that are asked for at once, so that the way there and back is not waited
+for.
+"""
 PIECES_IN_FLIGHT = 32
 """Of one asker at one peer, beside the first of each part: 8 MiB."""
 MAX_MESSAGE_BYTES = 2 * PIECE_BYTES
 HIGH_WATER_MESSAGES = 64
-"""Pieces that wait for one asker to take them; beyond it the server keeps the others for a moment, then drops them."""
+"""Pieces that wait for one asker to take them; beyond it the server keeps the others for a moment,
+then drops them.
+"""
 READS_AT_ONCE = 4
 """Of a server, from disk."""
 WANTS_PER_PEER = 256
@@ -22,19 +30,29 @@ WANTS = 2048
 HOLD_S = 1.0
 """A server that has not got the part itself yet keeps the want so long before it says so."""
 GRACE_S = 0.25
-"""A server that knows nothing of the adapter keeps the want so long: its own request for it may be on the way."""
+"""A server that knows nothing of the adapter keeps the want so long: its own request for it may be
+on the way.
+"""
 SILENCE_S = 3.0
-"""An asker that hears nothing for so long takes the peer for dead: three times what a healthy one keeps it waiting."""
+"""An asker that hears nothing for so long takes the peer for dead: three times what a healthy one
+keeps it waiting.
+"""
 IDLE_S = 10.0
-"""A download that has not moved for so long is nothing to wait for: whoever waits asks the next peer, or the store itself."""
+"""A download that has not moved for so long is nothing to wait for: whoever waits asks the next
+peer, or the store itself.
+"""
 SLOW_GRACE_S = 3.0
 MIN_BYTES_PER_S = 1 << 20
-"""A part may take SLOW_GRACE_S plus its size at this rate: a peer that is slower than that is no better than a store."""
+"""A part may take SLOW_GRACE_S plus its size at this rate: a peer that is slower than that is no
+better than a store.
+"""
 WAIT_S = 120.0
 """A whole adapter from one peer, where the config sets no bound to transfers."""
 SUSPENDED_S = 20.0
 MAX_SUSPENDED_S = 640.0
-"""How long a peer that failed is left alone: doubled each time, for a dead one costs SILENCE_S each time it is tried."""
+"""How long a peer that failed is left alone: doubled each time, for a dead one costs SILENCE_S each
+time it is tried.
+"""
 MOST_ASKED = 3
 """Peers for one adapter."""
 MAX_STANDINGS = 256
@@ -46,16 +64,26 @@ class Standing:
     """Which peers are worth asking. Times are seconds of one monotonic clock."""
 
     def __init__(self) -> None:
-        self._failures: dict[str, tuple[int, float]] = {}  # endpoint -> times in a row, left alone until
+        # endpoint -> times in a row, left alone until
+        self._failures: dict[str, tuple[int, float]] = {}
 
     def usable(self, endpoints: Iterable[str], now: float) -> list[str]:
-        """At most MOST_ASKED of them, in their order: well formed, and not left alone at present."""
-        fit = [e for e in dict.fromkeys(endpoints) if _ENDPOINT.fullmatch(e) and self._failures.get(e, (0, now))[1] <= now]
+        """At most MOST_ASKED of them, in their order: well formed, and not left alone at
+        present.
+        """
+        fit = [
+            e
+            for e in dict.fromkeys(endpoints)
+            if _ENDPOINT.fullmatch(e) and self._failures.get(e, (0, now))[1] <= now
+        ]
         return fit[:MOST_ASKED]
 
     def failed(self, endpoint: str, now: float) -> None:
         times = self._failures.pop(endpoint, (0, 0.0))[0] + 1
-        self._failures[endpoint] = (times, now + min(MAX_SUSPENDED_S, SUSPENDED_S * 2 ** (times - 1)))
+        self._failures[endpoint] = (
+            times,
+            now + min(MAX_SUSPENDED_S, SUSPENDED_S * 2 ** (times - 1)),
+        )
         while len(self._failures) > MAX_STANDINGS:
             del self._failures[next(iter(self._failures))]
 
@@ -99,8 +127,10 @@ def too_slow(received_bytes: int, took_s: float) -> bool:
 
 
 def advertised(bound: str, named: str | None, outward: str) -> str:
-    """What other hosts are told of a server bound to `bound`: at the address that the operator `named` (a host, or host:port where a port is
-    mapped), else where it is bound, else, if that is every address, at `outward`."""
+    """What other hosts are told of a server bound to `bound`: at the address that the operator
+    `named` (a host, or host:port where a port is mapped), else where it is bound, else, if that is
+    every address, at `outward`.
+    """
     host, _, port = bound.removeprefix("tcp://").rpartition(":")
     if named:
         name, colon, mapped = named.rpartition(":")

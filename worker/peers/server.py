@@ -1,7 +1,9 @@
-"""Shell. Gives the files of this host's disk cache to workers of other hosts, piece by piece, while they are whole or as their parts become so.
+"""Shell. Gives the files of this host's disk cache to workers of other hosts, piece by piece, while
+they are whole or as their parts become so.
 
-Every file is read in a thread, every want is a small task, and the socket has an I/O thread of its own: encrypting pieces delays no token. What
-a peer sends is never a path: a want is answered if it names a file and a part that the manifest or the listing names too.
+Every file is read in a thread, every want is a small task, and the socket has an I/O thread of its
+own: encrypting pieces delays no token. What a peer sends is never a path: a want is answered if it
+names a file and a part that the manifest or the listing names too.
 """
 
 from __future__ import annotations
@@ -31,9 +33,13 @@ log = logging.getLogger("loraplex.peers")
 clock = time.monotonic
 
 PORTS_TRIED = 64
-"""Workers of one host share one config: each takes the first free port from the configured one on."""
+"""Workers of one host share one config: each takes the first free port from the configured one
+on.
+"""
 LOOK_S = 0.01
-"""What lies on disk is looked at again after so long while somebody waits for it: another process's download offers no event."""
+"""What lies on disk is looked at again after so long while somebody waits for it: another process's
+download offers no event.
+"""
 KNOWN_ENTRIES = 256
 """Whole adapters whose manifest is kept in memory."""
 FULL_RETRY_S = 0.01
@@ -43,9 +49,17 @@ Look: TypeAlias = asyncio.Future[CachedOnDisk | None]
 
 @asynccontextmanager
 async def open_peer_server(
-    context: Any, endpoint: str, cache: DiskCache, *, secret: str | None, insecure: bool, named: str | None, gateway: str
+    context: Any,
+    endpoint: str,
+    cache: DiskCache,
+    *,
+    secret: str | None,
+    insecure: bool,
+    named: str | None,
+    gateway: str,
 ) -> AsyncIterator[str]:
-    """Serves while inside; yields the endpoint to tell other hosts: at the address `named`, else the one that faces `gateway`.
+    """Serves while inside; yields the endpoint to tell other hosts: at the address `named`, else
+    the one that faces `gateway`.
 
     Raises LinkError if it cannot be bound.
     """
@@ -55,14 +69,24 @@ async def open_peer_server(
     async with tasks:
         try:
             where = policy.advertised(serving.endpoint, named, outward)
-            log.info("adapters are given to peers", extra={"bound": serving.endpoint, "told": where})
+            log.info(
+                "adapters are given to peers", extra={"bound": serving.endpoint, "told": where}
+            )
             yield where
         finally:
             serving.close()
 
 
 class _PeerServer:
-    def __init__(self, context: Any, endpoint: str, cache: DiskCache, tasks: asyncio.TaskGroup, secret: str | None, insecure: bool) -> None:
+    def __init__(
+        self,
+        context: Any,
+        endpoint: str,
+        cache: DiskCache,
+        tasks: asyncio.TaskGroup,
+        secret: str | None,
+        insecure: bool,
+    ) -> None:
         self._cache, self._group = cache, tasks
         self._server = self._bound(context, endpoint, secret, insecure)
         self.endpoint = self._server.endpoint
@@ -72,7 +96,9 @@ class _PeerServer:
         self._known: OrderedDict[str, CachedOnDisk] = OrderedDict()
         self._looks: dict[str, Look] = {}
 
-    def _bound(self, context: Any, endpoint: str, secret: str | None, insecure: bool) -> RouterSocket:
+    def _bound(
+        self, context: Any, endpoint: str, secret: str | None, insecure: bool
+    ) -> RouterSocket:
         host, _, first = endpoint.rpartition(":")
         ports = [0] if int(first) == 0 else range(int(first), min(65536, int(first) + PORTS_TRIED))
         for port in ports:
@@ -108,7 +134,8 @@ class _PeerServer:
             return
         task = self._group.create_task(self._answer(peer, want), name=f"piece for {peer!r}")
         self._tasks.add(task)
-        # Not in a `finally` of the task: one that is cancelled before its first step never gets there.
+        # Not in a `finally` of the task: one that is cancelled before its first step never gets
+        # there.
         task.add_done_callback(lambda _: self._over(peer, task))
 
     def _over(self, peer: bytes, task: asyncio.Task[None]) -> None:
@@ -120,10 +147,13 @@ class _PeerServer:
         for _ in range(int(policy.SILENCE_S / FULL_RETRY_S)):
             if self._server.send(peer, answer) is not SendResult.FULL:
                 return
-            await asyncio.sleep(FULL_RETRY_S)  # the asker does not read; its pieces wait here, where their number is bounded
+            # the asker does not read; its pieces wait here, where their number is bounded
+            await asyncio.sleep(FULL_RETRY_S)
 
     async def _found(self, want: messages.PieceRequest) -> messages.PeerAnswer:
-        """As soon as the part is whole; NotYet after HOLD_S; NotHere if there is nothing to wait for."""
+        """As soon as the part is whole; NotYet after HOLD_S; NotHere if there is nothing to wait
+        for.
+        """
         part = want.offset // transfer.PART_BYTES
         if not (0 < want.size_bytes <= policy.PIECE_BYTES and want.offset >= 0):
             return messages.PieceNotHere(want.number)
@@ -135,7 +165,8 @@ class _PeerServer:
                 data = await self._read(there.files / want.path, want)
                 if data is not None:
                     return messages.Piece(want.number, sha256, data)
-                self._known.pop(key_of(want.adapter), None)  # gone, or moved from partial to entries just now
+                # gone, or moved from partial to entries just now
+                self._known.pop(key_of(want.adapter), None)
                 there = None
             if there is None:
                 if waited_s > policy.GRACE_S:
@@ -147,7 +178,9 @@ class _PeerServer:
             await asyncio.sleep(LOOK_S)
 
     async def _look(self, ref: AdapterRef) -> CachedOnDisk | None:
-        """What lies on disk; one look for all who ask for the same adapter at the same time, none for one that is known to be whole."""
+        """What lies on disk; one look for all who ask for the same adapter at the same time, none
+        for one that is known to be whole.
+        """
         key = key_of(ref)
         known = self._known.get(key)
         if known is not None:
@@ -155,7 +188,9 @@ class _PeerServer:
             return known
         look = self._looks.get(key)
         if look is None:
-            look = self._looks[key] = asyncio.get_running_loop().run_in_executor(self._threads, self._cache.cached_on_disk, ref)
+            look = self._looks[key] = asyncio.get_running_loop().run_in_executor(
+                self._threads, self._cache.cached_on_disk, ref
+            )
             look.add_done_callback(lambda _: self._looks.pop(key, None))
         there = await asyncio.shield(look)
         if there is not None and there.moved_at is None:
@@ -165,7 +200,9 @@ class _PeerServer:
         return there
 
     async def _read(self, path: Path, want: messages.PieceRequest) -> bytes | None:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, _read, path, want.offset, want.size_bytes)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, _read, path, want.offset, want.size_bytes
+        )
 
 
 def _read(path: Path, offset: int, size_bytes: int) -> bytes | None:
@@ -189,7 +226,9 @@ def _outward_address(gateway: str) -> str:
     if not gateway.startswith("tcp://"):
         return "127.0.0.1"  # the gateway is on this machine, and so are all workers
     try:
-        family, kind, _, _, there = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, there = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_DGRAM
+        )[0]
         with socket.socket(family, kind) as probe:
             probe.connect(there)
             return str(probe.getsockname()[0])

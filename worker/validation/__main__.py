@@ -1,4 +1,5 @@
-"""Shell. Checks one adapter as a worker would, without engine and gateway, and prints the verdict; for `loraplex adapters validate`.
+"""Shell. Checks one adapter as a worker would, without engine and gateway, and prints the verdict;
+for `loraplex adapters validate`.
 
 python -m worker.validation PATH_OR_URL --config CONFIG [--model BASE] [--json]
 """
@@ -37,34 +38,68 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        facts = asyncio.run(validate(args.path, choose_model(read_settings(args.config), args.model)))
+        facts = asyncio.run(
+            validate(args.path, choose_model(read_settings(args.config), args.model))
+        )
     except (InvalidAdapter, AdapterNotFound) as exc:
         return _say(
-            args.json, NOT_VALID, f"not valid: {exc.code}: {exc.message}", {"valid": False, "code": exc.code, "reason": exc.message}
+            args.json,
+            NOT_VALID,
+            f"not valid: {exc.code}: {exc.message}",
+            {"valid": False, "code": exc.code, "reason": exc.message},
         )
     except LoraplexError as exc:
-        return _say(args.json, NOT_CHECKED, f"not checked: {exc.message}", {"valid": None, "code": exc.code, "reason": exc.message})
-    good = {"valid": True, "rank": facts.rank, "bytes": facts.size_bytes, "modules": list(facts.modules)}
+        return _say(
+            args.json,
+            NOT_CHECKED,
+            f"not checked: {exc.message}",
+            {"valid": None, "code": exc.code, "reason": exc.message},
+        )
+    good = {
+        "valid": True,
+        "rank": facts.rank,
+        "bytes": facts.size_bytes,
+        "modules": list(facts.modules),
+    }
     modules = f", changes {', '.join(facts.modules)}" if facts.modules else ""
-    return _say(args.json, VALID, f"valid: rank {facts.rank}, {facts.size_bytes / 2**20:.1f} MiB{modules}", good)
+    return _say(
+        args.json,
+        VALID,
+        f"valid: rank {facts.rank}, {facts.size_bytes / 2**20:.1f} MiB{modules}",
+        good,
+    )
 
 
 async def validate(path: str, model: LLMConfig) -> AdapterFacts:
     """Fetches the adapter as a worker does, from the folder or bucket that holds it, and checks it.
 
     Raises:
-        InvalidAdapter, AdapterNotFound: no worker would serve it. ConfigError, StoreUnavailable: it cannot be told.
+        InvalidAdapter, AdapterNotFound: no worker would serve it. ConfigError, StoreUnavailable: it
+            cannot be told.
     """
-    validator = open_validator(model, int(model.engine_kwargs.get("max_lora_rank") or DEFAULT_MAX_RANK))
+    validator = open_validator(
+        model, int(model.engine_kwargs.get("max_lora_rank") or DEFAULT_MAX_RANK)
+    )
     root, name = _split(path)
     lora = model.lora_config
-    same = lora is not None and (model.adapters_path or "").partition("://")[0] == path.partition("://")[0] and "://" in path
+    same = (
+        lora is not None
+        and (model.adapters_path or "").partition("://")[0] == path.partition("://")[0]
+        and "://" in path
+    )
     options = msgspec.structs.asdict(lora.store) if lora is not None and same else {}
     async with open_store(root, options) as store:
         found = await store.find(name)
         if found is None:
-            raise AdapterNotFound(f"There is no {CONFIG_FILE} in `{path}`, or the folder's name is none that an adapter may have.")
-        pace = Pace(lora.download_timeout_s, lora.max_download_tries) if lora is not None else Pace(30.0, 3)
+            raise AdapterNotFound(
+                f"There is no {CONFIG_FILE} in `{path}`, or the folder's name is none "
+                "that an adapter may have."
+            )
+        pace = (
+            Pace(lora.download_timeout_s, lora.max_download_tries)
+            if lora is not None
+            else Pace(30.0, 3)
+        )
         with tempfile.TemporaryDirectory(prefix="loraplex-validate-") as folder:
             await store.fetch(found, Path(folder), Transfer(pace=pace))
             return await asyncio.to_thread(validator.check, Path(folder))

@@ -1,7 +1,9 @@
-"""Shell. Reads an adapter's folder for the checks of shared/adapters/checks.py: names, config, the weights' header, and every value once.
+"""Shell. Reads an adapter's folder for the checks of shared/adapters/checks.py: names, config, the
+weights' header, and every value once.
 
-Blocking: call it in a thread. It neither imports torch nor maps memory, holds one piece of the file at a time, and leaves the file in the page
-cache, where the engine's own read then finds it. The time goes into the scan: 0.4 ms per MiB of bfloat16, 1.4 of float16, 0.2 of float32.
+Blocking: call it in a thread. It neither imports torch nor maps memory, holds one piece of the file
+at a time, and leaves the file in the page cache, where the engine's own read then finds it. The
+time goes into the scan: 0.4 ms per MiB of bfloat16, 1.4 of float16, 0.2 of float32.
 """
 
 from __future__ import annotations
@@ -15,10 +17,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.adapters.base_layers import BaseShapes
-from shared.adapters.checks import AdapterFacts, AdapterLimits, FileKind, FolderFile, check_change, check_files, check_norm, check_tensors
+from shared.adapters.checks import (
+    AdapterFacts,
+    AdapterLimits,
+    FileKind,
+    FolderFile,
+    check_change,
+    check_files,
+    check_norm,
+    check_tensors,
+)
 from shared.adapters.identity import CONFIG_FILE, WEIGHTS_FILE
 from shared.adapters.peft_config import check_config
-from shared.adapters.safetensors import LENGTH_BYTES, VALUE_BYTES, Tensor, header_length, parse_header
+from shared.adapters.safetensors import (
+    LENGTH_BYTES,
+    VALUE_BYTES,
+    Tensor,
+    header_length,
+    parse_header,
+)
 from shared.errors import InvalidAdapter
 
 if TYPE_CHECKING:
@@ -29,9 +46,11 @@ PIECE_BYTES = 1 << 19  # half a MiB: the piece and its float32 form stay in a co
 
 
 class Validator:
-    """Checks folders against one base model. `shapes` None skips what needs them; `weights` False reads no weights at all.
+    """Checks folders against one base model. `shapes` None skips what needs them; `weights` False
+    reads no weights at all.
 
-    Both are for the simulated engine, whose adapters need not hold any. Stateless: threads may share one.
+    Both are for the simulated engine, whose adapters need not hold any. Stateless: threads may
+    share one.
     """
 
     def __init__(
@@ -44,13 +63,22 @@ class Validator:
         targets: Collection[str] | None = None,
     ) -> None:
         self._targets = None if targets is None else adaptable(targets)
-        self._shapes, self._max_rank, self._limits, self._weights = shapes, max_rank, limits or AdapterLimits(), weights
+        self._shapes, self._max_rank, self._limits, self._weights = (
+            shapes,
+            max_rank,
+            limits or AdapterLimits(),
+            weights,
+        )
 
     def check(self, folder: Path) -> AdapterFacts:
-        """Raises InvalidAdapter with the first failure; its message names no path outside the folder."""
+        """Raises InvalidAdapter with the first failure; its message names no path outside the
+        folder.
+        """
         limits = self._limits
         size_bytes = check_files(list(_files(folder, limits.max_files)), limits)
-        config = check_config(_read(folder / CONFIG_FILE, limits.max_config_bytes), self._max_rank, self._shapes)
+        config = check_config(
+            _read(folder / CONFIG_FILE, limits.max_config_bytes), self._max_rank, self._shapes
+        )
         rank = max([config.rank, *(int(r) for _, r in config.ranks.pairs)])
         if not self._weights:
             return AdapterFacts(rank, size_bytes, ())
@@ -64,14 +92,22 @@ class Validator:
         if self._targets is not None and not self._targets.issuperset(modules):
             beyond = ", ".join(m for m in modules if m not in self._targets)
             raise InvalidAdapter(
-                f"The adapter changes {beyond}, which this server leaves out (engine_kwargs.lora_target_modules).", "target_modules"
+                f"The adapter changes {beyond}, which this server leaves out "
+                "(engine_kwargs.lora_target_modules).",
+                "target_modules",
             )
         return AdapterFacts(rank, size_bytes, tuple(modules))
 
 
 def adaptable(targets: Collection[str]) -> frozenset[str]:
-    """The modules that the engine adapts if told so; of those that it packs into one layer, all or none (vllm.lora.utils.is_in_target_modules)."""
-    packed = [children for parent, children in PACKED.items() if parent in targets or not children.isdisjoint(targets)]
+    """The modules that the engine adapts if told so; of those that it packs into one layer, all or
+    none (vllm.lora.utils.is_in_target_modules).
+    """
+    packed = [
+        children
+        for parent, children in PACKED.items()
+        if parent in targets or not children.isdisjoint(targets)
+    ]
     return frozenset(targets).union(*packed)
 
 
@@ -89,7 +125,8 @@ def _files(folder: Path, at_most: int) -> Iterator[FolderFile]:
                     waiting.append(path)
                 else:
                     yield FolderFile(path, *_size_and_kind(entry, inside))
-                if found > at_most * 2:  # folders count here too: a deep tree without files must end as well
+                # folders count here too: a deep tree without files must end as well
+                if found > at_most * 2:
                     raise InvalidAdapter(f"The adapter has more than {at_most} files.", "too_large")
 
 
@@ -133,7 +170,9 @@ def _fill(f: io.FileIO, into: memoryview) -> None:
 
 
 def _scan(f: io.FileIO, tensors: list[Tensor]) -> dict[str, float]:
-    """The norm of each tensor, by name; `f` stands at the first value. Raises InvalidAdapter: nonfinite, magnitude."""
+    """The norm of each tensor, by name; `f` stands at the first value. Raises InvalidAdapter:
+    nonfinite, magnitude.
+    """
     import numpy as np  # here: only who reads weights needs it
 
     piece = bytearray(PIECE_BYTES)

@@ -1,4 +1,6 @@
-"""Pure. What a comparison measures, and its figures: medians with their spread, ratios of runs that stood side by side, one table."""
+"""Pure. What a comparison measures, and its figures: medians with their spread, ratios of runs that
+stood side by side, one table.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,11 @@ COMPARED = ("A64", "C256", "D", "R")
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A closed loop of `clients`; ends after `requests` have been sent or `duration_s` has passed. `pace_ms` is the time between two tokens of a
-    stream; None asks for whole answers. `unit` is what a cost is divided by. The clients begin within `ramp_s`: with 0 all at once, so that the time
-    to the first token is that of the last one in a queue of them all."""
+    """A closed loop of `clients`; ends after `requests` have been sent or `duration_s` has passed.
+    `pace_ms` is the time between two tokens of a stream; None asks for whole answers. `unit` is
+    what a cost is divided by. The clients begin within `ramp_s`: with 0 all at once, so that the
+    time to the first token is that of the last one in a queue of them all.
+    """
 
     name: str
     title: str
@@ -32,21 +36,47 @@ class Scenario:
 SCENARIOS = (
     Scenario("A64", "whole answers of 64 tokens, 64 clients", 64, 6_000, 64, None, 4.0, "request"),
     Scenario("C256", "256 streams, 100 tokens every 20 ms", 256, 768, 100, 20, 6.0, "token"),
-    Scenario("D", "1,000 streams at once, 20 tokens every 50 ms", 1_000, 2_000, 20, 50, 20.0, "token"),
-    Scenario("R", "1,000 streams begun over 0.5 s, 20 tokens every 50 ms", 1_000, 2_000, 20, 50, 20.0, "token", 0.5),
+    Scenario(
+        "D", "1,000 streams at once, 20 tokens every 50 ms", 1_000, 2_000, 20, 50, 20.0, "token"
+    ),
+    Scenario(
+        "R",
+        "1,000 streams begun over 0.5 s, 20 tokens every 50 ms",
+        1_000,
+        2_000,
+        20,
+        50,
+        20.0,
+        "token",
+        0.5,
+    ),
     Scenario("E", "one client, time to the first token", 1, 300, 2, 0, 3.0, "request"),
 )
 QUICK = (
     Scenario("A64", "whole answers of 64 tokens, 64 clients", 64, 1_000, 64, None, 2.0, "request"),
     Scenario("C256", "256 streams, 40 tokens every 20 ms", 256, 256, 40, 20, 6.0, "token"),
-    Scenario("D", "1,000 streams at once, 10 tokens every 50 ms", 1_000, 1_000, 10, 50, 20.0, "token"),
-    Scenario("R", "1,000 streams begun over 0.5 s, 10 tokens every 50 ms", 1_000, 1_000, 10, 50, 20.0, "token", 0.5),
+    Scenario(
+        "D", "1,000 streams at once, 10 tokens every 50 ms", 1_000, 1_000, 10, 50, 20.0, "token"
+    ),
+    Scenario(
+        "R",
+        "1,000 streams begun over 0.5 s, 10 tokens every 50 ms",
+        1_000,
+        1_000,
+        10,
+        50,
+        20.0,
+        "token",
+        0.5,
+    ),
     Scenario("E", "one client, time to the first token", 1, 50, 2, 0, 3.0, "request"),
 )
 
 Result: TypeAlias = dict[str, Any]
-"""One run of one peer: {peer, scenario, repetition, cpu_us, engine_us, requests, tokens, failed, errors {kind: count}, note, ttft_ms {p50, p99},
-itl_ms {p50, p99}, rss_mb, processes, wall_s, machine_busy}. `cpu_us` is of the gateway's process tree, per unit of the scenario."""
+"""One run of one peer: {peer, scenario, repetition, cpu_us, engine_us, requests, tokens, failed,
+errors {kind: count}, note, ttft_ms {p50, p99}, itl_ms {p50, p99}, rss_mb, processes, wall_s,
+machine_busy}. `cpu_us` is of the gateway's process tree, per unit of the scenario.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +106,19 @@ def of(results: Sequence[Result], peer: str, scenario: str, key: str) -> list[fl
     return found
 
 
-def ratios(results: Sequence[Result], peer: str, other: str, scenario: str, key: str = "cpu_us") -> list[float]:
+def ratios(
+    results: Sequence[Result], peer: str, other: str, scenario: str, key: str = "cpu_us"
+) -> list[float]:
     """Per repetition, so that both halves of a ratio were measured within the same seconds."""
     halves: dict[int, dict[str, float]] = {}
     for result in results:
         if result["scenario"] == scenario and not result["note"] and result[key]:
             halves.setdefault(result["repetition"], {})[result["peer"]] = result[key]
-    return [half[peer] / half[other] for _, half in sorted(halves.items()) if peer in half and other in half]
+    return [
+        half[peer] / half[other]
+        for _, half in sorted(halves.items())
+        if peer in half and other in half
+    ]
 
 
 def added_ttft_ms(results: Sequence[Result], peer: str, direct: str) -> list[float]:
@@ -90,7 +126,11 @@ def added_ttft_ms(results: Sequence[Result], peer: str, direct: str) -> list[flo
     for result in results:
         if result["scenario"] == "E" and not result["note"] and result["ttft_ms"]:
             halves.setdefault(result["repetition"], {})[result["peer"]] = result["ttft_ms"]["p50"]
-    return [half[peer] - half[direct] for _, half in sorted(halves.items()) if peer in half and direct in half]
+    return [
+        half[peer] - half[direct]
+        for _, half in sorted(halves.items())
+        if peer in half and direct in half
+    ]
 
 
 def summary(results: Sequence[Result], peers: Sequence[str], direct: str) -> dict[str, Any]:
@@ -99,7 +139,10 @@ def summary(results: Sequence[Result], peers: Sequence[str], direct: str) -> dic
     for peer in peers:
         rows = {name: spread(values) for name, values in _columns(results, peer, direct).items()}
         made[peer] = {
-            name: None if row is None else {"median": row.median, "least": row.least, "most": row.most} for name, row in rows.items()
+            name: None
+            if row is None
+            else {"median": row.median, "least": row.least, "most": row.most}
+            for name, row in rows.items()
         }
     return made
 
@@ -110,7 +153,9 @@ def _columns(results: Sequence[Result], peer: str, direct: str) -> dict[str, lis
         "c256_us_per_token": of(results, peer, "C256", "cpu_us"),
         "d_us_per_token": of(results, peer, "D", "cpu_us"),
         "r_us_per_token": of(results, peer, "R", "cpu_us"),
-        "c256_with_engine_side_us": _sum(of(results, peer, "C256", "cpu_us"), of(results, peer, "C256", "engine_us")),
+        "c256_with_engine_side_us": _sum(
+            of(results, peer, "C256", "cpu_us"), of(results, peer, "C256", "engine_us")
+        ),
         "added_ttft_ms": added_ttft_ms(results, peer, direct),
         "r_ttft_p50_ms": of(results, peer, "R", "ttft_ms.p50"),
         "r_ttft_p99_ms": of(results, peer, "R", "ttft_ms.p99"),
@@ -140,23 +185,40 @@ HEADS = (
 
 def table(made: Mapping[str, Any]) -> str:
     """A Markdown table of a result document."""
-    lines = ["| gateway | " + " | ".join(head for _, head, _ in HEADS) + " | failed |", "|---" * (len(HEADS) + 2) + "|"]
+    lines = [
+        "| gateway | " + " | ".join(head for _, head, _ in HEADS) + " | failed |",
+        "|---" * (len(HEADS) + 2) + "|",
+    ]
     for peer, row in made["summary"].items():
         cells = [_cell(row[key], digits) for key, _, digits in HEADS]
         version = made["peers"][peer]["version"]
-        lines.append(f"| {peer} {version} | " + " | ".join(cells) + f" | {_failed(made['results'], peer)} |")
-    lines += ["", f"| to {YARDSTICK}, of the same repetition | {' | '.join(COMPARED)} |", "|---" * (len(COMPARED) + 1) + "|"]
+        lines.append(
+            f"| {peer} {version} | " + " | ".join(cells) + f" | {_failed(made['results'], peer)} |"
+        )
+    lines += [
+        "",
+        f"| to {YARDSTICK}, of the same repetition | {' | '.join(COMPARED)} |",
+        "|---" * (len(COMPARED) + 1) + "|",
+    ]
     for peer, row in made["summary"].items():
         cells = [_cell(row[f"{s.lower()}_to_{YARDSTICK}"], 2) for s in COMPARED]
         lines.append(f"| {peer} | " + " | ".join(cells) + " |")
-    lines += [f"\nskipped: {name}: {facts['skipped']}" for name, facts in made["peers"].items() if facts.get("skipped")]
+    lines += [
+        f"\nskipped: {name}: {facts['skipped']}"
+        for name, facts in made["peers"].items()
+        if facts.get("skipped")
+    ]
     notes = {(r["peer"], r["scenario"], r["note"]) for r in made["results"] if r["note"]}
     lines += [f"\n{peer}, {scenario}: {note}" for peer, scenario, note in sorted(notes)]
     return "\n".join(lines)
 
 
 def _cell(value: Mapping[str, float] | None, digits: int) -> str:
-    return "-" if value is None else Spread(value["median"], value["least"], value["most"]).text(digits)
+    return (
+        "-"
+        if value is None
+        else Spread(value["median"], value["least"], value["most"]).text(digits)
+    )
 
 
 def _failed(results: Sequence[Result], peer: str) -> str:

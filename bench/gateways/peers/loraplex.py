@@ -1,4 +1,6 @@
-"""Shell. This project as one of the peers: its gateway as it is deployed, and mock workers behind the link instead of an HTTP engine."""
+"""Shell. This project as one of the peers: its gateway as it is deployed, and mock workers behind
+the link instead of an HTTP engine.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ READY_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Loraplex:
-    """`processes` gateways behind one port; `workers` mock workers in one process; adapters from the folder `adapters`, if one is named.
-    `root` is the checkout whose gateway and agent run."""
+    """`processes` gateways behind one port; `workers` mock workers in one process; adapters from
+    the folder `adapters`, if one is named. `root` is the checkout whose gateway and agent run.
+    """
 
     name: str = "loraplex"
     heavy: bool = False
@@ -46,12 +49,36 @@ class Loraplex:
         with contextlib.ExitStack() as stack:
             gateways = []
             for index in range(self.processes):
-                argv = [sys.executable, "-m", "gateway", str(config), "--index", str(index), "--run-dir", str(run_dir)]
+                argv = [
+                    sys.executable,
+                    "-m",
+                    "gateway",
+                    str(config),
+                    "--index",
+                    str(index),
+                    "--run-dir",
+                    str(run_dir),
+                ]
                 gateways.append(Process(argv, place.folder / f"g{index}.log", cwd=self.root))
                 stack.callback(gateways[-1].stop)
-            endpoints = [await _endpoint(run_dir / f"g{index}.json", gateway) for index, gateway in enumerate(gateways)]
-            argv = [sys.executable, "-m", "bench.gateways.mock_engine", "worker", str(config), "--workers", str(self.workers)]
-            engine = Process([*argv, *(f"--gateway={e}" for e in endpoints)], place.folder / "worker.log", cwd=self.root)
+            endpoints = [
+                await _endpoint(run_dir / f"g{index}.json", gateway)
+                for index, gateway in enumerate(gateways)
+            ]
+            argv = [
+                sys.executable,
+                "-m",
+                "bench.gateways.mock_engine",
+                "worker",
+                str(config),
+                "--workers",
+                str(self.workers),
+            ]
+            engine = Process(
+                [*argv, *(f"--gateway={e}" for e in endpoints)],
+                place.folder / "worker.log",
+                cwd=self.root,
+            )
             stack.callback(engine.stop)
             try:
                 await until_answers(place.port, "/ready", gateways[0], READY_S)
@@ -60,9 +87,15 @@ class Loraplex:
             yield Running(f"http://127.0.0.1:{place.port}", tuple(gateways), engine)
 
     def _config(self, place: Place) -> dict[str, object]:
-        model: dict[str, object] = {"model_loading_config": {"model_id": "base"}, "llm_engine": "sim"}
+        model: dict[str, object] = {
+            "model_loading_config": {"model_id": "base"},
+            "llm_engine": "sim",
+        }
         if self.adapters is not None:
-            model["lora_config"] = {"dynamic_lora_loading_path": str(self.adapters), "max_num_adapters_per_replica": 64}
+            model["lora_config"] = {
+                "dynamic_lora_loading_path": str(self.adapters),
+                "max_num_adapters_per_replica": 64,
+            }
         gateway = {
             "host": "127.0.0.1",
             "port": place.port,

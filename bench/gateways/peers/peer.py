@@ -1,4 +1,6 @@
-"""Shell. What a gateway under test is to the benchmark, and how one comes onto this machine: from PyPI into its own environment, or from Debian."""
+"""Shell. What a gateway under test is to the benchmark, and how one comes onto this machine: from
+PyPI into its own environment, or from Debian.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Skipped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one run of one peer happens: `cache` holds what is installed, `folder` is for this run alone, `engine_port` is the mock engine's."""
+    """Where one run of one peer happens: `cache` holds what is installed, `folder` is for this run
+    alone, `engine_port` is the mock engine's.
+    """
 
     cache: Path
     folder: Path
@@ -33,7 +37,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A gateway that answers at `url`. `engine` is what generates behind it, where that is not the shared mock engine; its CPU is not the gateway's."""
+    """A gateway that answers at `url`. `engine` is what generates behind it, where that is not the
+    shared mock engine; its CPU is not the gateway's.
+    """
 
     url: str
     gateway: tuple[Process, ...]
@@ -56,7 +62,8 @@ class Command:
 class Peer:
     """One gateway. `heavy` ones use CPU while idle, so they run alone.
 
-    `install` makes it available and returns its version; with False for its second argument it only looks. Raises Skipped.
+    `install` makes it available and returns its version; with False for its second argument it only
+    looks. Raises Skipped.
     """
 
     name: str
@@ -85,7 +92,10 @@ def from_pypi(environment: str, requirement: str, package: str) -> Callable[[Pat
         version = _version(folder, package)
         if version is None and may_install:
             _run([sys.executable, "-m", "venv", str(folder)], f"no environment for {package}")
-            _run([str(folder / "bin" / "pip"), "install", "-q", requirement], f"{requirement} does not install from the package index")
+            _run(
+                [str(folder / "bin" / "pip"), "install", "-q", requirement],
+                f"{requirement} does not install from the package index",
+            )
             version = _version(folder, package)
         if version is None:
             raise Skipped(f"{package} is not installed in {environment} (run without --no-install)")
@@ -99,24 +109,38 @@ def _version(folder: Path, package: str) -> str | None:
     if not python.exists():
         return None
     code = f"import importlib.metadata as m; print(m.version({package!r}))"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def from_debian(package: str, binary: str, version_flag: str) -> Callable[[Path, bool], str]:
-    """The installed program if there is one; else the distribution's package, unpacked below the cache: no root needed, nothing is started."""
+    """The installed program if there is one; else the distribution's package, unpacked below the
+    cache: no root needed, nothing is started.
+    """
 
     def install(cache: Path, may_install: bool) -> str:
-        if shutil.which(binary, path=_search_path()) is None and not _unpacked(cache, package, binary).exists():
+        if (
+            shutil.which(binary, path=_search_path()) is None
+            and not _unpacked(cache, package, binary).exists()
+        ):
             if not may_install:
                 raise Skipped(f"{binary} is not installed (run without --no-install)")
             _unpack(cache / package, package)
         path = program(cache, package, binary)
         done = subprocess.run(
-            [path, version_flag], capture_output=True, text=True, check=False, env=library_path(cache, package), timeout=20
+            [path, version_flag],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=library_path(cache, package),
+            timeout=20,
         )
         if done.returncode != 0:
-            raise Skipped(f"{binary} does not run here: {(done.stderr or done.stdout).strip()[:200]}")
+            raise Skipped(
+                f"{binary} does not run here: {(done.stderr or done.stdout).strip()[:200]}"
+            )
         words = (done.stdout + done.stderr).replace("/", " ").split()
         return next((w for w in words if w[0].isdigit() and "." in w), "unknown")
 
@@ -128,7 +152,9 @@ def program(cache: Path, package: str, binary: str) -> str:
 
 
 def library_path(cache: Path, package: str) -> dict[str, str]:
-    """The environment in which an unpacked program finds the libraries that were unpacked with it."""
+    """The environment in which an unpacked program finds the libraries that were unpacked with
+    it.
+    """
     folders = sorted({str(p.parent) for p in (cache / package).glob("usr/lib/**/*.so*")})
     return os.environ | ({"LD_LIBRARY_PATH": ":".join(folders)} if folders else {})
 
@@ -143,11 +169,16 @@ def _unpacked(cache: Path, package: str, binary: str) -> Path:
 
 def _unpack(folder: Path, package: str) -> None:
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-        raise Skipped(f"{package} is not installed, and this is no Debian system to take its package from")
+        raise Skipped(
+            f"{package} is not installed, and this is no Debian system to take its package from"
+        )
     aside = folder.with_name(f".{package}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    plan = _run(["apt-get", "-s", "install", "--no-install-recommends", package], f"{package} has no package here")
+    plan = _run(
+        ["apt-get", "-s", "install", "--no-install-recommends", package],
+        f"{package} has no package here",
+    )
     wanted = [line.split()[1] for line in plan.splitlines() if line.startswith("Inst ")]
     _run(["apt-get", "download", *wanted], f"the packages of {package} cannot be downloaded", aside)
     for archive in aside.glob("*.deb"):
@@ -159,7 +190,9 @@ def _unpack(folder: Path, package: str) -> None:
 
 def _run(argv: list[str], otherwise: str, cwd: Path | None = None) -> str:
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=INSTALL_S, cwd=cwd)
+        done = subprocess.run(
+            argv, capture_output=True, text=True, check=False, timeout=INSTALL_S, cwd=cwd
+        )
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise Skipped(f"{otherwise}: {exc}") from exc
     if done.returncode != 0:

@@ -21,29 +21,42 @@ def draw(made: Mapping[str, Any], path: str) -> None:
     axes = figure.subplots(2, 2)
     host = made["host"]
     figure.suptitle(
-        f"CPU of the gateway's processes; median, least and most of {made['repetitions']} interleaved repetitions\n"
+        "CPU of the gateway's processes; median, least and most of "
+        f"{made['repetitions']} interleaved repetitions\n"
         f"{host['cpu_model']}, {host['cores']} cores, {made['started_at']}, {made['commit'][:12]}",
         fontsize=10,
     )
     for panel, (key, title) in zip(axes.flat, PANELS, strict=True):
-        _bars(panel, {peer: row[key] for peer, row in made["summary"].items() if row[key] is not None}, title)
+        _bars(
+            panel,
+            {peer: row[key] for peer, row in made["summary"].items() if row[key] is not None},
+            title,
+        )
     figure.savefig(path)
 
 
 def _bars(panel: Any, values: Mapping[str, Mapping[str, float]], title: str) -> None:
     names = list(values)
     middles = [values[n]["median"] for n in names]
-    errors = [[values[n]["median"] - values[n]["least"] for n in names], [values[n]["most"] - values[n]["median"] for n in names]]
+    errors = [
+        [values[n]["median"] - values[n]["least"] for n in names],
+        [values[n]["most"] - values[n]["median"] for n in names],
+    ]
     colours = ["tab:blue" if n == "loraplex" else "tab:gray" for n in names]
     panel.barh(names, middles, xerr=errors, color=colours, ecolor="black", capsize=2)
     for index, middle in enumerate(middles):
         panel.text(
-            values[names[index]]["most"], index, "  " + (f"{middle:,.0f}" if middle >= 100 else f"{middle:.3g}"), va="center", fontsize=8
+            values[names[index]]["most"],
+            index,
+            "  " + (f"{middle:,.0f}" if middle >= 100 else f"{middle:.3g}"),
+            va="center",
+            fontsize=8,
         )
     panel.invert_yaxis()
     panel.set_title(title, fontsize=10)
     panel.grid(alpha=0.3, axis="x")
     if middles and max(middles) > 20 * max(min(middles), 1e-9) > 0:
         panel.set_xscale("log")
-        panel.set_xlim(right=max(v["most"] for v in values.values()) * 5)  # room for the longest label
+        # room for the longest label
+        panel.set_xlim(right=max(v["most"] for v in values.values()) * 5)
     panel.margins(x=0.18)

@@ -1,4 +1,6 @@
-"""Shell. Processes of a benchmark: started, watched through /proc (CPU, memory), and ended with all their children."""
+"""Shell. Processes of a benchmark: started, watched through /proc (CPU, memory), and ended with all
+their children.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,17 @@ LOOK_AGAIN_S = 0.05
 
 
 class NotStarted(Exception):
-    """A peer's process ended or did not answer in time; the message holds the end of what it wrote."""
+    """A peer's process ended or did not answer in time; the message holds the end of what it
+    wrote.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Of a process and all its descendants, at one moment. `ticked_s` is utime + stime, in steps of 10 ms, threads that have ended included;
-    `scheduled_s` is to the nanosecond, of `threads` alone; `ended_s` is of descendants that have ended and were waited for."""
+    """Of a process and all its descendants, at one moment. `ticked_s` is utime + stime, in steps of
+    10 ms, threads that have ended included; `scheduled_s` is to the nanosecond, of `threads` alone;
+    `ended_s` is of descendants that have ended and were waited for.
+    """
 
     ticked_s: float
     scheduled_s: float
@@ -37,7 +43,9 @@ class Usage:
 
 
 def spent_s(before: Usage, after: Usage) -> float:
-    """CPU seconds between two looks at the same process: to the nanosecond unless a thread has ended meanwhile."""
+    """CPU seconds between two looks at the same process: to the nanosecond unless a thread has
+    ended meanwhile.
+    """
     if before.threads <= after.threads:
         return after.scheduled_s - before.scheduled_s + after.ended_s - before.ended_s
     return after.ticked_s - before.ticked_s + after.ended_s - before.ended_s
@@ -46,7 +54,13 @@ def spent_s(before: Usage, after: Usage) -> float:
 class Process:
     """A child of ours and what becomes of it. Its output goes to `log`."""
 
-    def __init__(self, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
         self.log = log
         with log.open("ab") as out:
             self._child = subprocess.Popen(
@@ -90,9 +104,13 @@ class Process:
         return ""
 
 
-async def until_answers(port: int, path: str, process: Process, timeout_s: float, headers: str = "") -> None:
+async def until_answers(
+    port: int, path: str, process: Process, timeout_s: float, headers: str = ""
+) -> None:
     """Until GET `path` is answered with 200. Raises NotStarted."""
-    request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}Connection: close\r\n\r\n".encode()
+    request = (
+        f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}Connection: close\r\n\r\n".encode()
+    )
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if not process.running:
@@ -149,7 +167,14 @@ def usage(root: int) -> Usage:
         for tid, ns in _scheduled(pid):
             threads.add((pid, tid))
             scheduled_ns += ns
-    return Usage(ticks / TICKS_PER_S, scheduled_ns / 1e9, ended / TICKS_PER_S, frozenset(threads), rss * PAGE_BYTES, count)
+    return Usage(
+        ticks / TICKS_PER_S,
+        scheduled_ns / 1e9,
+        ended / TICKS_PER_S,
+        frozenset(threads),
+        rss * PAGE_BYTES,
+        count,
+    )
 
 
 def _scheduled(pid: int) -> Iterator[tuple[int, int]]:
@@ -157,11 +182,16 @@ def _scheduled(pid: int) -> Iterator[tuple[int, int]]:
     with contextlib.suppress(OSError):
         for tid in os.listdir(f"/proc/{pid}/task"):
             with contextlib.suppress(OSError, ValueError):
-                yield int(tid), int(Path(f"/proc/{pid}/task/{tid}/schedstat").read_text().split()[0])
+                yield (
+                    int(tid),
+                    int(Path(f"/proc/{pid}/task/{tid}/schedstat").read_text().split()[0]),
+                )
 
 
 def _stat(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the third (state) on; the second, a name, may hold anything."""
+    """The fields of /proc/PID/stat from the third (state) on; the second, a name, may hold
+    anything.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, IndexError):

@@ -1,4 +1,6 @@
-"""Shell. General-purpose proxies: the yardstick. One process (one thread) each, streams unbuffered, connections kept alive on both sides."""
+"""Shell. General-purpose proxies: the yardstick. One process (one thread) each, streams unbuffered,
+connections kept alive on both sides.
+"""
 
 from __future__ import annotations
 
@@ -58,15 +60,28 @@ backend engine
 
 def _nginx(place: Place) -> Command:
     conf = place.folder / "nginx.conf"
-    conf.write_text(NGINX_CONF.format(folder=place.folder, port=place.port, engine_port=place.engine_port))
-    argv = (program(place.cache, "nginx", "nginx"), "-p", str(place.folder), "-c", str(conf), "-e", str(place.folder / "error.log"))
+    conf.write_text(
+        NGINX_CONF.format(folder=place.folder, port=place.port, engine_port=place.engine_port)
+    )
+    argv = (
+        program(place.cache, "nginx", "nginx"),
+        "-p",
+        str(place.folder),
+        "-c",
+        str(conf),
+        "-e",
+        str(place.folder / "error.log"),
+    )
     return Command(argv, library_path(place.cache, "nginx"))
 
 
 def _haproxy(place: Place) -> Command:
     conf = place.folder / "haproxy.cfg"
     conf.write_text(HAPROXY_CONF.format(port=place.port, engine_port=place.engine_port))
-    return Command((program(place.cache, "haproxy", "haproxy"), "-db", "-f", str(conf)), library_path(place.cache, "haproxy"))
+    return Command(
+        (program(place.cache, "haproxy", "haproxy"), "-db", "-f", str(conf)),
+        library_path(place.cache, "haproxy"),
+    )
 
 
 NGINX = Peer("nginx", from_debian("nginx", "nginx", "-v"), _nginx)

@@ -1,15 +1,16 @@
-"""Shell. Ray Serve in the shape of Serve LLM: proxy -> ingress deployment (FastAPI) -> server deployment, streams in batches of 50 ms.
+"""Shell. Ray Serve in the shape of Serve LLM: proxy -> ingress deployment (FastAPI) -> server
+deployment, streams in batches of 50 ms.
 
     PYTHON_OF_THE_PEER bench/gateways/peers/ray_app.py PORT
 
-Runs in Ray's own environment and imports nothing of this project. The server deployment makes the tokens itself, at the pace that the
-request's `seed` asks for (milliseconds), and the ingress renders them with pydantic, as Serve LLM's OpenAI ingress does. Its CPU counts as
-the gateway's, a fifth of the whole.
+Runs in Ray's own environment and imports nothing of this project. The server deployment makes the
+tokens itself, at the pace that the request's `seed` asks for (milliseconds), and the ingress
+renders them with pydantic, as Serve LLM's OpenAI ingress does. Its CPU counts as the gateway's, a
+fifth of the whole.
 """
 
-# mypy: ignore-errors
-# (its imports are not installed here)
-# No `from __future__ import annotations`: FastAPI looks types up by name in a module that Ray has pickled by value, and does not find them.
+# mypy: ignore-errors (its imports are not installed here) No `from __future__ import annotations`:
+# FastAPI looks types up by name in a module that Ray has pickled by value, and does not find them.
 import asyncio
 import sys
 import time
@@ -49,32 +50,59 @@ class Chunk(BaseModel):
     choices: list[Choice]
 
 
-@serve.deployment(name="LLMServer", max_ongoing_requests=MAX_ONGOING, ray_actor_options={"num_cpus": 0})
+@serve.deployment(
+    name="LLMServer", max_ongoing_requests=MAX_ONGOING, ray_actor_options={"num_cpus": 0}
+)
 class Server:
-    async def chat(self, body: dict[str, Any]) -> AsyncGenerator[list[Chunk] | dict[str, Any], None]:
+    async def chat(
+        self, body: dict[str, Any]
+    ) -> AsyncGenerator[list[Chunk] | dict[str, Any], None]:
         count, pace_s = int(body.get("max_tokens") or 16), float(body.get("seed") or 0) / 1e3
-        made = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body["model"]}
+        made = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": body["model"],
+        }
         if not body.get("stream"):
             text = "".join(f" tok{i:04d}" for i in range(count))
             usage = {"prompt_tokens": 128, "completion_tokens": count, "total_tokens": 128 + count}
-            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length"}
+            choice = {
+                "index": 0,
+                "message": {"role": "assistant", "content": text},
+                "finish_reason": "length",
+            }
             yield {**made, "object": "chat.completion", "choices": [choice], "usage": usage}
             return
-        batch, sent = [Chunk(**made, choices=[Choice(delta=Delta(role="assistant", content=""))])], time.monotonic()
+        batch, sent = (
+            [Chunk(**made, choices=[Choice(delta=Delta(role="assistant", content=""))])],
+            time.monotonic(),
+        )
         due = sent
         for i in range(count):
             if i and pace_s:
                 due += pace_s
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
             last = i == count - 1
-            batch.append(Chunk(**made, choices=[Choice(delta=Delta(content=f" tok{i:04d}"), finish_reason="length" if last else None)]))
+            batch.append(
+                Chunk(
+                    **made,
+                    choices=[
+                        Choice(
+                            delta=Delta(content=f" tok{i:04d}"),
+                            finish_reason="length" if last else None,
+                        )
+                    ],
+                )
+            )
             now = time.monotonic()
             if last or now - sent >= BATCH_S or i == 0:
                 yield batch
                 batch, sent = [], now
 
 
-@serve.deployment(name="OpenAiIngress", max_ongoing_requests=MAX_ONGOING, ray_actor_options={"num_cpus": 0})
+@serve.deployment(
+    name="OpenAiIngress", max_ongoing_requests=MAX_ONGOING, ray_actor_options={"num_cpus": 0}
+)
 @serve.ingress(app)
 class Ingress:
     def __init__(self, server: Any) -> None:

@@ -1,1 +1,3 @@
-"""Pure. The virtual-time simulator behind `python -m bench.routing.simulate`: production gateway code over workers whose timing is a table."""
+"""Pure. The virtual-time simulator behind `python -m bench.routing.simulate`: production gateway
+code over workers whose timing is a table.
+"""

@@ -9,7 +9,9 @@ from typing import Any
 
 
 class Agenda:
-    """A clock that jumps from event to event. Nothing is ever taken back: an event that has become pointless must know it itself."""
+    """A clock that jumps from event to event. Nothing is ever taken back: an event that has become
+    pointless must know it itself.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -1,10 +1,13 @@
-"""Pure. A continuous-batching engine in virtual time: steps of a length given by the batch, prefill inside them, loads between them.
+"""Pure. A continuous-batching engine in virtual time: steps of a length given by the batch, prefill
+inside them, loads between them.
 
-No event per token: while the batch stays as it is, steps are all of one length, so the next moment at which anything changes (a sequence ends,
-or the step during which a request or a load arrived) is computed. A request costs about four events, however long its answer.
+No event per token: while the batch stays as it is, steps are all of one length, so the next moment
+at which anything changes (a sequence ends, or the step during which a request or a load arrived) is
+computed. A request costs about four events, however long its answer.
 
-As in vLLM's V1 scheduler: decodes go first, what is left of the step's token budget prefills waiting prompts first come first served, in
-chunks if need be; a load runs inside the loop, nothing else moves meanwhile, and between two loads there is a step if there is work.
+As in vLLM's V1 scheduler: decodes go first, what is left of the step's token budget prefills
+waiting prompts first come first served, in chunks if need be; a load runs inside the loop, nothing
+else moves meanwhile, and between two loads there is a step if there is work.
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ class Listener(Protocol):
     """Hears what steps and loads brought, at the moment they end."""
 
     def on_step(self, first: list[Sequence], last: list[Sequence]) -> None:
-        """Sequences that got their first token and that got their last; one with a single token is in both."""
+        """Sequences that got their first token and that got their last; one with a single token is
+        in both.
+        """
         ...
 
 
@@ -91,7 +96,9 @@ class Engine:
         self._disturb()
 
     def abort(self, sequence: Sequence) -> None:
-        """The sequence yields nothing more; it leaves the batch at the next boundary that finds it."""
+        """The sequence yields nothing more; it leaves the batch at the next boundary that finds
+        it.
+        """
         if sequence.aborted:
             return
         sequence.aborted = True
@@ -107,7 +114,9 @@ class Engine:
             self.tokens_held -= sequence.prompt_tokens + sequence.output_tokens
 
     def _disturb(self) -> None:
-        """Something arrived: idle engines begin, decoding ones look up after the step that runs now."""
+        """Something arrived: idle engines begin, decoding ones look up after the step that runs
+        now.
+        """
         if self._doing is Doing.NOTHING:
             self._begin(may_load=True)
         elif self._doing is Doing.DECODING:
@@ -132,7 +141,8 @@ class Engine:
         elif self._decoding:
             self._doing = Doing.DECODING
             self._step_s = self._timing.step_s(self.decoding)
-            # With a load waiting (it came during the last load) or a full house with a queue, still the first end is the next change.
+            # With a load waiting (it came during the last load) or a full house with a queue, still
+            # the first end is the next change.
             self._until_step = self._steps + 1 if self._loads else self._decoding[0][0]
             self._set_alarm(self._since + (self._until_step - self._steps) * self._step_s)
         else:
@@ -148,7 +158,10 @@ class Engine:
             chunk = min(sequence.unread_tokens, budget - tokens)
             self._chunks.append((sequence, chunk))
             tokens += chunk
-        self._step_s = self._timing.step_s(self.decoding + len(self._chunks)) + tokens / self._timing.prefill_tokens_per_s
+        self._step_s = (
+            self._timing.step_s(self.decoding + len(self._chunks))
+            + tokens / self._timing.prefill_tokens_per_s
+        )
         for sequence, chunk in self._chunks:
             sequence.unread_tokens -= chunk
             if not sequence.unread_tokens:
@@ -165,7 +178,8 @@ class Engine:
         if self._doing is Doing.LOADING:
             seconds, done = self._loads.popleft()
             self.loading_s += seconds
-            # Whom `done` starts is in the next step; a load that it asks for waits for the end of that step.
+            # Whom `done` starts is in the next step; a load that it asks for waits for the end of
+            # that step.
             self._doing = Doing.LOADING
             done()
             self._begin(may_load=False)

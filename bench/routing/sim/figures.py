@@ -17,9 +17,13 @@ from gateway.routing.expected_ttft import EVEN
 from shared.link.messages import Tier
 
 FAILED_TTFT_S = 60.0
-"""What a request that never got a first token counts as, if it did not wait longer: clients give up about then."""
+"""What a request that never got a first token counts as, if it did not wait longer: clients give up
+about then.
+"""
 RANKS = (8, 16, 32, 64, 128, 256, 512)
-"""Adapters are numbered by popularity; these end the bands that waits are shown by, and the rest is the last one."""
+"""Adapters are numbered by popularity; these end the bands that waits are shown by, and the rest is
+the last one.
+"""
 LEAST_REQUESTS = 10
 """An adapter with fewer requests in the window says nothing about fairness."""
 
@@ -28,11 +32,13 @@ LEAST_REQUESTS = 10
 class Figures:
     """Of the requests that arrived within the window.
 
-    `loads_per_request`: loads into GPU slots, from wherever; `cold_loads_per_request`: those that did not come from the CPU tier.
-    `hit_rate`: the share of requests whose adapter was in a slot, ready, when they reached their worker.
-    `jain`: Jain's index over the mean TTFT of the adapters that had enough requests: 1 if all wait alike, 1/n if only one of n waits.
-    `completed_rps`: answers that ended within the window. `served_jain`: Jain's index over each adapter's completed requests against its
-    max-min fair share of all that were completed; below 1, some adapters got less for the sake of others.
+    `loads_per_request`: loads into GPU slots, from wherever; `cold_loads_per_request`: those that
+    did not come from the CPU tier. `hit_rate`: the share of requests whose adapter was in a slot,
+    ready, when they reached their worker. `jain`: Jain's index over the mean TTFT of the adapters
+    that had enough requests: 1 if all wait alike, 1/n if only one of n waits. `completed_rps`:
+    answers that ended within the window. `served_jain`: Jain's index over each adapter's completed
+    requests against its max-min fair share of all that were completed; below 1, some adapters got
+    less for the sake of others.
     """
 
     requests: int
@@ -54,7 +60,10 @@ def figures(run: Run, window: Window) -> Figures:
     ttfts = sorted(ttft_s(outcome) for outcome in counted)
     loads = [load for load in run.loads if window.counts(load.at_s)]
     asked = [outcome for outcome in counted if outcome.request.adapter is not None]
-    done = sum(o.ended_s is not None and window.counts(o.ended_s) and o.failed is None for o in run.outcomes)
+    done = sum(
+        o.ended_s is not None and window.counts(o.ended_s) and o.failed is None
+        for o in run.outcomes
+    )
     return Figures(
         requests=len(counted),
         ttft_p50_s=percentile(ttfts, 0.5),
@@ -62,7 +71,11 @@ def figures(run: Run, window: Window) -> Figures:
         loads_per_request=len(loads) / len(counted),
         cold_loads_per_request=sum(load.tier is not Tier.CPU for load in loads) / len(counted),
         hit_rate=sum(outcome.tier is Tier.GPU for outcome in asked) / len(asked) if asked else 1.0,
-        jain=jain(statistics.fmean(waits) for waits in _by_adapter(counted).values() if len(waits) >= LEAST_REQUESTS),
+        jain=jain(
+            statistics.fmean(waits)
+            for waits in _by_adapter(counted).values()
+            if len(waits) >= LEAST_REQUESTS
+        ),
         completed_rps=done / window.duration_s,
         served_jain=_served_jain(run.outcomes, window),
         failed=sum(outcome.failed is not None for outcome in counted),
@@ -71,7 +84,9 @@ def figures(run: Run, window: Window) -> Figures:
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """Who waits: TTFT of the requests that arrived within the window, in seconds; `by_rank`: means by RANKS, NaN where nobody asked."""
+    """Who waits: TTFT of the requests that arrived within the window, in seconds; `by_rank`: means
+    by RANKS, NaN where nobody asked.
+    """
 
     mean_s: float
     p50_s: float
@@ -119,7 +134,9 @@ def ttft_s(outcome: Outcome) -> float:
 
 
 def jain(values: Iterable[float]) -> float:
-    """(sum x)^2 / (n sum x^2); 1 for nothing. Jain, Chiu and Hawe, "A quantitative measure of fairness", 1984."""
+    """(sum x)^2 / (n sum x^2); 1 for nothing. Jain, Chiu and Hawe, "A quantitative measure of
+    fairness", 1984.
+    """
     listed = list(values)
     squares = sum(value * value for value in listed)
     return sum(listed) ** 2 / (len(listed) * squares) if squares else 1.0
@@ -141,9 +158,17 @@ def _served_jain(outcomes: Sequence[Outcome], window: Window) -> float:
     for outcome in outcomes:
         adapter = outcome.request.adapter
         offered[adapter] += window.counts(outcome.request.at_s)
-        served[adapter] += outcome.failed is None and outcome.ended_s is not None and window.counts(outcome.ended_s)
+        served[adapter] += (
+            outcome.failed is None
+            and outcome.ended_s is not None
+            and window.counts(outcome.ended_s)
+        )
     shares = fair_shares(offered, sum(served.values()))
-    return jain(min(1.0, served[who] / share) for who, share in shares.items() if offered[who] >= LEAST_REQUESTS and share > 0)
+    return jain(
+        min(1.0, served[who] / share)
+        for who, share in shares.items()
+        if offered[who] >= LEAST_REQUESTS and share > 0
+    )
 
 
 def _by_adapter(outcomes: Iterable[Outcome]) -> dict[int | None, list[float]]:
@@ -168,7 +193,9 @@ def spread(values: Sequence[float]) -> Spread:
 
 @dataclass(frozen=True, slots=True)
 class Flash:
-    """What a flash crowd did. `others_*`: p99 TTFT of all other adapters after it came, with it and without it (same seed, same time)."""
+    """What a flash crowd did. `others_*`: p99 TTFT of all other adapters after it came, with it and
+    without it (same seed, same time).
+    """
 
     others_with_s: float
     others_without_s: float
@@ -176,22 +203,33 @@ class Flash:
     """Workers that loaded the hot adapter."""
     hot_p99_s: float
     needed: int = 1
-    """Copies that its peak demand is worth by the rule of gateway/routing/expected_ttft.py: one per EVEN times the mean load."""
+    """Copies that its peak demand is worth by the rule of gateway/routing/expected_ttft.py: one per
+    EVEN times the mean load.
+    """
 
     @property
     def rise(self) -> float:
         return self.others_with_s / self.others_without_s - 1
 
 
-def flash(with_it: Run, without: Run, hot: int, hot_name: str, workers: int, window: Window) -> Flash:
+def flash(
+    with_it: Run, without: Run, hot: int, hot_name: str, workers: int, window: Window
+) -> Flash:
     def p99(run: Run, is_hot: bool) -> float:
         waits = [
-            ttft_s(o) for o in run.outcomes if window.flash_s <= o.request.at_s < window.end_s and (o.request.adapter == hot) is is_hot
+            ttft_s(o)
+            for o in run.outcomes
+            if window.flash_s <= o.request.at_s < window.end_s
+            and (o.request.adapter == hot) is is_hot
         ]
         return percentile(sorted(waits), 0.99)
 
     copies = len({load.worker for load in with_it.loads if load.adapter == hot_name})
-    of_hot = [(o.request.at_s, o.ended_s) for o in with_it.outcomes if o.request.adapter == hot and o.ended_s is not None]
+    of_hot = [
+        (o.request.at_s, o.ended_s)
+        for o in with_it.outcomes
+        if o.request.adapter == hot and o.ended_s is not None
+    ]
     busy_s = sum(
         min(o.ended_s, window.end_s) - max(o.request.at_s, window.flash_s)
         for o in with_it.outcomes
@@ -229,9 +267,13 @@ def timeline(run: Run, window: Window) -> list[Moment]:
     moments = []
     for nth in range(int(window.duration_s / BIN_S)):
         begin = window.warm_up_s + nth * BIN_S
-        here = [outcome for outcome in run.outcomes if begin <= outcome.request.at_s < begin + BIN_S]
+        here = [
+            outcome for outcome in run.outcomes if begin <= outcome.request.at_s < begin + BIN_S
+        ]
         waits = sorted(ttft_s(outcome) for outcome in here) or [0.0]
         loads = sum(begin <= load.at_s < begin + BIN_S for load in run.loads)
         failed = sum(outcome.failed is not None for outcome in here)
-        moments.append(Moment(begin, percentile(waits, 0.5), percentile(waits, 0.99), loads, failed))
+        moments.append(
+            Moment(begin, percentile(waits, 0.5), percentile(waits, 0.99), loads, failed)
+        )
     return moments

@@ -1,4 +1,6 @@
-"""Pure. One run of a study as a value: what it is, what came of it, about how long it takes. A study's items can run in any order and place."""
+"""Pure. One run of a study as a value: what it is, what came of it, about how long it takes. A
+study's items can run in any order and place.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,24 @@ from bench.routing.sim.study import CLAIRVOYANT, Case
 from bench.routing.sim.timing import Loader
 
 Kind: TypeAlias = Literal["keeps", "figures", "bound", "pooled", "overload", "scale", "loss"]
-"""A run that asks whether a rate keeps the promise on p99; one for figures; the clairvoyant bound's; the default policy's with all slots one pool; with
-production's queue; with an event."""
+"""A run that asks whether a rate keeps the promise on p99; one for figures; the clairvoyant
+bound's; the default policy's with all slots one pool; with production's queue; with an event.
+"""
 REQUEST_S, LARGE_REQUEST_S, WORKER_S = 0.00030, 0.00042, 0.25e-6
-"""Processor time of one request with the usual 8 workers and with more, and what each worker adds (blind policies scan them). Measured on two
-busy cores with Python 3.11."""
-TIMES = {"keeps": 0.8, "pooled": 1.3, "overload": 1.8, "bound": 0.1, "fits": 0.4, "expected-ttft": 1.2}
-"""By kind, scenario or policy. A run that fails its promise ends early; long queues are dear; with few adapters heartbeats are short."""
+"""Processor time of one request with the usual 8 workers and with more, and what each worker adds
+(blind policies scan them). Measured on two busy cores with Python 3.11.
+"""
+TIMES = {
+    "keeps": 0.8,
+    "pooled": 1.3,
+    "overload": 1.8,
+    "bound": 0.1,
+    "fits": 0.4,
+    "expected-ttft": 1.2,
+}
+"""By kind, scenario or policy. A run that fails its promise ends early; long queues are dear; with
+few adapters heartbeats are short.
+"""
 
 
 class Item(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,8 +65,11 @@ class Item(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         seconds = self.warm_up_s + self.duration_s
         if scenario.flash:
             crowd_s = self.duration_s * (1 - scenarios.FLASH_AT)
-            seconds += crowd_s + (seconds if self.kind == "figures" else 0.0)  # a second run, without the crowd
-        request_s = (REQUEST_S if self.workers <= scenarios.WORKERS else LARGE_REQUEST_S) + WORKER_S * self.workers
+            # a second run, without the crowd
+            seconds += crowd_s + (seconds if self.kind == "figures" else 0.0)
+        request_s = (
+            REQUEST_S if self.workers <= scenarios.WORKERS else LARGE_REQUEST_S
+        ) + WORKER_S * self.workers
         times = math.prod(TIMES.get(word, 1.0) for word in (self.kind, self.scenario, self.policy))
         return times * self.rate_rps * seconds * request_s
 
@@ -64,11 +80,20 @@ def scenario_of(item: Item) -> Scenario:
 
 def case_of(item: Item) -> Case:
     policy = "round-robin" if item.policy == CLAIRVOYANT else item.policy  # the bound has none
-    return Case(policy, scenario_of(item), item.seed, item.workers, Window(item.warm_up_s, item.duration_s), loads=item.loads)
+    return Case(
+        policy,
+        scenario_of(item),
+        item.seed,
+        item.workers,
+        Window(item.warm_up_s, item.duration_s),
+        loads=item.loads,
+    )
 
 
 class Done(msgspec.Struct, frozen=True):
-    """A finished item, one line of a study's file. `at` is when, in seconds since 1970; `code` says of which code."""
+    """A finished item, one line of a study's file. `at` is when, in seconds since 1970; `code` says
+    of which code.
+    """
 
     item: Item
     result: Any
@@ -78,7 +103,9 @@ class Done(msgspec.Struct, frozen=True):
 
 
 def perform(item: Item) -> Any:
-    """The item's result, as JSON has it. Raises: KeyError for a policy or scenario that does not exist."""
+    """The item's result, as JSON has it. Raises: KeyError for a policy or scenario that does not
+    exist.
+    """
     case = case_of(item)
     match item.kind:
         case "keeps":
@@ -94,7 +121,11 @@ def perform(item: Item) -> Any:
         case "overload":
             return {"figures": asdict(study.measure_overload(case, item.rate_rps))}
         case "scale" | "loss":
-            return {"moments": [asdict(moment) for moment in study.measure_event(case, item.rate_rps, item.kind)]}
+            return {
+                "moments": [
+                    asdict(moment) for moment in study.measure_event(case, item.rate_rps, item.kind)
+                ]
+            }
         case _:
             assert_never(item.kind)
 
@@ -139,12 +170,18 @@ def at(item: Item, rate_rps: float) -> Item:
 
 
 def still_good(done: Iterable[Done], redo: Iterable[str], code: str | None = None) -> list[Done]:
-    """Without what older code made of the policies in `redo`. `code` None: the newest that each of them has."""
+    """Without what older code made of the policies in `redo`. `code` None: the newest that each of
+    them has.
+    """
     rows, stale = list(done), set(redo)
     newest: dict[str, str] = {}
     for row in sorted(rows, key=lambda row: row.at):
         newest[row.item.policy] = row.code
-    return [row for row in rows if row.item.policy not in stale or row.code == (code or newest[row.item.policy])]
+    return [
+        row
+        for row in rows
+        if row.item.policy not in stale or row.code == (code or newest[row.item.policy])
+    ]
 
 
 def with_seed(item: Item, seed: int) -> Item:

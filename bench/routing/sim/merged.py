@@ -1,11 +1,14 @@
-"""Pure. From a study's results to one document, tables and titles of pictures: what there is, and in words what is missing.
+"""Pure. From a study's results to one document, tables and titles of pictures: what there is, and
+in words what is missing.
 
     schema, plan, processor_s, missing [str]
-    scenarios   {name: the document of bench/routing/sim/report.py, with `overload` where asked for, and `ratios`}
+    scenarios   {name: the document of bench/routing/sim/report.py, with `overload` where asked for,
+                and `ratios`}
     fleets      {"64 workers": the same}
     events      {what: event};  growth {of: growth}
 
-`ratios`: of the default policy's capacity over each other's, seed by seed (all policies see the same arrivals), {median, min, max}.
+`ratios`: of the default policy's capacity over each other's, seed by seed (all policies see the
+same arrivals), {median, min, max}.
 """
 
 from __future__ import annotations
@@ -34,7 +37,14 @@ from bench.routing.sim.plan import (
     rehearse,
 )
 from bench.routing.sim.scenarios import WORKERS
-from bench.routing.sim.study import CLAIRVOYANT, COMMON_P99_S, COMMON_SHARE, ONE_POOL, OURS, REFERENCE
+from bench.routing.sim.study import (
+    CLAIRVOYANT,
+    COMMON_P99_S,
+    COMMON_SHARE,
+    ONE_POOL,
+    OURS,
+    REFERENCE,
+)
 
 SCHEMA = "loraplex.bench.study/1"
 
@@ -82,14 +92,19 @@ def missing(plan: Plan, results: Results) -> list[str]:
 
 
 def _rows(runs: list[Item], results: Results) -> list[Figures]:
-    return [Figures(**result["figures"]) for run in runs if (result := results.get(run)) is not None]
+    return [
+        Figures(**result["figures"]) for run in runs if (result := results.get(run)) is not None
+    ]
 
 
-# ---- comparisons ------------------------------------------------------------------------------------------------------------------------
+# ---- comparisons ---------------------------------------------------------------------------------
 
 
 def _compare(question: Compare, scenario: str, results: Results, merged: Merged) -> None:
-    found = {policy: capacities(question.item("keeps", policy, scenario, 0), question.seeds, results) for policy in question.policies}
+    found = {
+        policy: capacities(question.item("keeps", policy, scenario, 0), question.seeds, results)
+        for policy in question.policies
+    }
     rate = common_rate(question, scenario, results)
     figures: dict[str, list[Figures]] = {policy: [] for policy in question.policies}
     flashes: dict[str, list[Flash]] = {}
@@ -107,13 +122,23 @@ def _compare(question: Compare, scenario: str, results: Results, merged: Merged)
     if not any(found.values()) and not any(figures.values()):
         return
     case = case_of(question.item("figures", question.policies[0], scenario, 0))
-    made = study.Comparison(case.scenario, rate or 0.0, _rate_is(question, rate), found, figures, flashes)
-    document = {"scenario": study.facts_of(case), **report.comparison_document(made), "ratios": _ratios(question, scenario, results)}
+    made = study.Comparison(
+        case.scenario, rate or 0.0, _rate_is(question, rate), found, figures, flashes
+    )
+    document = {
+        "scenario": study.facts_of(case),
+        **report.comparison_document(made),
+        "ratios": _ratios(question, scenario, results),
+    }
     name = scenario if question.workers == WORKERS else f"{question.workers} workers"
     where = "scenarios" if question.workers == WORKERS else "fleets"
     merged.document[where][name] = document
-    what = f"{case.scenario.what}; {question.workers} workers, {case.scenario.all_adapters:,} adapters"
-    merged.tables[f"{scenario}, {question.workers} workers"] = report.comparison_table(scenario, what, document, question.seeds)
+    what = (
+        f"{case.scenario.what}; {question.workers} workers, {case.scenario.all_adapters:,} adapters"
+    )
+    merged.tables[f"{scenario}, {question.workers} workers"] = report.comparison_table(
+        scenario, what, document, question.seeds
+    )
 
 
 def _rate_is(question: Compare, rate: float | None) -> str:
@@ -130,7 +155,10 @@ def _ratios(question: Compare, scenario: str, results: Results) -> dict[str, Any
     for policy in question.policies:
         pairs = []
         for seed in range(question.seeds if OURS in question.policies else 0):
-            ours, theirs = (capacity(with_seed(question.item("keeps", name, scenario, 0), seed), results) for name in (OURS, policy))
+            ours, theirs = (
+                capacity(with_seed(question.item("keeps", name, scenario, 0), seed), results)
+                for name in (OURS, policy)
+            )
             if ours and theirs:
                 pairs.append(ours / theirs)
         if pairs and policy != OURS:
@@ -138,16 +166,24 @@ def _ratios(question: Compare, scenario: str, results: Results) -> dict[str, Any
     return ratios
 
 
-# ---- the others -------------------------------------------------------------------------------------------------------------------------
+# ---- the others ----------------------------------------------------------------------------------
 
 
 def _overload(question: Overload, results: Results, merged: Merged) -> None:
     medians: dict[str, float] = {}
     figures: dict[str, dict[float, list[Figures]]] = {}
     for policy in question.policies:
-        rows = {times: _rows(overload_runs(question, policy, times, results), results) for times in question.times}
+        rows = {
+            times: _rows(overload_runs(question, policy, times, results), results)
+            for times in question.times
+        }
         if all(rows.values()):
-            medians[policy] = median_capacity(question.item("keeps", policy, question.scenario, 0), question.seeds, results) or 0.0
+            medians[policy] = (
+                median_capacity(
+                    question.item("keeps", policy, question.scenario, 0), question.seeds, results
+                )
+                or 0.0
+            )
             figures[policy] = rows
     if figures:
         document = report.overload_document(study.Overload(medians, figures))
@@ -160,11 +196,15 @@ def _event(question: Event, results: Results, merged: Merged) -> None:
     for seed in range(question.seeds):
         for run in event_runs(question, seed):
             if (result := results.get(run)) is not None:
-                timelines.setdefault(run.policy, []).append([Moment(**moment) for moment in result["moments"]])
+                timelines.setdefault(run.policy, []).append(
+                    [Moment(**moment) for moment in result["moments"]]
+                )
     if timelines:
         case = case_of(question.item(question.what, question.policies[0], question.scenario, 0))
         ordered = {policy: timelines[policy] for policy in question.policies if policy in timelines}
-        document = report.event_document(study.Event(question.what, case.window.flash_s, question.rate_rps, ordered))
+        document = report.event_document(
+            study.Event(question.what, case.window.flash_s, question.rate_rps, ordered)
+        )
         merged.document["events"][question.what] = document
         merged.tables[f"{question.scenario}, {question.what}"] = report.event_table(document)
 
@@ -174,7 +214,10 @@ def _grow(question: Grow, results: Results, merged: Merged) -> None:
     complete: list[tuple[int, Item, dict[str, list[Figures]]]] = []
     for point in question.points:
         runs = grow_runs(question, point)
-        rows = {policy: _rows([run for run in runs if run.policy == policy], results) for policy in question.policies}
+        rows = {
+            policy: _rows([run for run in runs if run.policy == policy], results)
+            for policy in question.policies
+        }
         if all(rows.values()):
             complete.append((point.at, runs[0], rows))
     if complete:
@@ -185,30 +228,55 @@ def _grow(question: Grow, results: Results, merged: Merged) -> None:
             tuple(run.adapters for _, run, _ in complete),
             {policy: [rows[policy] for _, _, rows in complete] for policy in question.policies},
         )
-        document = report.growth_document(made) | {"seeds": [len(rows[question.policies[0]]) for _, _, rows in complete]}
+        document = report.growth_document(made) | {
+            "seeds": [len(rows[question.policies[0]]) for _, _, rows in complete]
+        }
         merged.document["growth"][question.of] = document
         merged.tables[f"growth in {question.of}"] = report.growth_table(document)
 
 
-# ---- words ------------------------------------------------------------------------------------------------------------------------------
+# ---- words ---------------------------------------------------------------------------------------
 
 
 def markdown(merged: Merged, command: str) -> str:
     document = merged.document
     lines = [f"`{command}`", ""]
-    lines += [*(f"- missing: {what}" for what in document["missing"]), ""] if document["missing"] else []
+    lines += (
+        [*(f"- missing: {what}" for what in document["missing"]), ""] if document["missing"] else []
+    )
     several = {**document["scenarios"], **document["fleets"]}
-    policies = list(dict.fromkeys(policy for of in several.values() for policy in of.get("policies", {}) if policy != ONE_POOL))
+    policies = list(
+        dict.fromkeys(
+            policy
+            for of in several.values()
+            for policy in of.get("policies", {})
+            if policy != ONE_POOL
+        )
+    )
     lines += [
         "Capacity, requests/s (median, least and most over the seeds):",
         "",
         _row(["", *policies]),
         _row(["---", *["---:"] * len(policies)]),
     ]
-    lines += [_row([name, *(_capacity(of, policy) for policy in policies)]) for name, of in several.items() if "policies" in of]
+    lines += [
+        _row([name, *(_capacity(of, policy) for policy in policies)])
+        for name, of in several.items()
+        if "policies" in of
+    ]
     others = [policy for policy in policies if policy not in (OURS, CLAIRVOYANT)]
-    lines += ["", f"Capacity of {OURS} over that of others, seed by seed:", "", _row(["", *others]), _row(["---", *["---:"] * len(others)])]
-    lines += [_row([name, *(_spread(of["ratios"].get(policy), 2) for policy in others)]) for name, of in several.items() if "ratios" in of]
+    lines += [
+        "",
+        f"Capacity of {OURS} over that of others, seed by seed:",
+        "",
+        _row(["", *others]),
+        _row(["---", *["---:"] * len(others)]),
+    ]
+    lines += [
+        _row([name, *(_spread(of["ratios"].get(policy), 2) for policy in others)])
+        for name, of in several.items()
+        if "ratios" in of
+    ]
     for heading, table in merged.tables.items():
         lines += ["", f"### {heading}", "", "```", table, "```"]
     return "\n".join(lines) + "\n"
@@ -223,4 +291,8 @@ def _capacity(of: Mapping[str, Any], policy: str) -> str:
 
 
 def _spread(of: Mapping[str, float] | None, digits: int) -> str:
-    return "-" if of is None else f"{of['median']:.{digits}f} ({of['min']:.{digits}f}-{of['max']:.{digits}f})"
+    return (
+        "-"
+        if of is None
+        else f"{of['median']:.{digits}f} ({of['min']:.{digits}f}-{of['max']:.{digits}f})"
+    )

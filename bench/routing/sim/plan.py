@@ -1,7 +1,9 @@
-"""Pure. A study's plan: questions in order of importance, and which runs each still needs, given what is known so far.
+"""Pure. A study's plan: questions in order of importance, and which runs each still needs, given
+what is known so far.
 
-A question's later runs depend on its earlier ones (a search on what it has tried, a comparison on the capacities that its rate comes from), so
-a plan is asked again after every result: `needed` yields the runs whose inputs are known. Runs that several questions need are made once.
+A question's later runs depend on its earlier ones (a search on what it has tried, a comparison on
+the capacities that its rate comes from), so a plan is asked again after every result: `needed`
+yields the runs whose inputs are known. Runs that several questions need are made once.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
     @property
     def name(self) -> str:
-        size = f", {self.workers} workers" + (f", {self.adapters:,} adapters" if self.adapters else "")
+        size = f", {self.workers} workers" + (
+            f", {self.adapters:,} adapters" if self.adapters else ""
+        )
         loads = "" if self.loads == "vllm" else f", {self.loads} loads"
         return f"{self.words}{size}{loads}, {self.seeds} seeds"
 
@@ -55,12 +59,26 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
     def item(self, kind: Kind, policy: str, scenario: str, seed: int) -> Item:
         """At rate 0."""
         p99_s = CAPACITY_P99_S if kind == "keeps" else 0.0
-        return Item(kind, policy, scenario, seed, 0.0, self.workers, self.adapters, self.warm_up_s, self.duration_s, p99_s, self.loads)
+        return Item(
+            kind,
+            policy,
+            scenario,
+            seed,
+            0.0,
+            self.workers,
+            self.adapters,
+            self.warm_up_s,
+            self.duration_s,
+            p99_s,
+            self.loads,
+        )
 
 
 class Compare(Question, frozen=True, tag="compare"):
-    """Capacities, and figures of all policies and the bound at one rate: with `common` "reference" where p99 TTFT of ray-strict reaches 1 s,
-    else a share of the best policy's capacity. `guesses`: capacities by scenario and policy where searches begin; they only save time."""
+    """Capacities, and figures of all policies and the bound at one rate: with `common` "reference"
+    where p99 TTFT of ray-strict reaches 1 s, else a share of the best policy's capacity. `guesses`:
+    capacities by scenario and policy where searches begin; they only save time.
+    """
 
     scenarios: tuple[str, ...] = ("default",)
     common: Literal["reference", "share"] = "share"
@@ -72,7 +90,9 @@ class Compare(Question, frozen=True, tag="compare"):
 
 
 class Overload(Question, frozen=True, tag="overload"):
-    """So many times each policy's own capacity (the median of the same searches that `compare` makes), with production's queue."""
+    """So many times each policy's own capacity (the median of the same searches that `compare`
+    makes), with production's queue.
+    """
 
     scenario: str = "default"
     times: tuple[float, ...] = (1.2, 1.5, 2.0)
@@ -104,7 +124,9 @@ class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Grow(Question, frozen=True, tag="grow"):
-    """The same load per worker at every size; with the workers the adapters grow as well, to MOST_ADAPTERS."""
+    """The same load per worker at every size; with the workers the adapters grow as well, to
+    MOST_ADAPTERS.
+    """
 
     of: Literal["adapters", "workers"] = "adapters"
     points: tuple[Point, ...] = ()
@@ -138,7 +160,7 @@ def needed(question: Ask, results: Results) -> Iterator[Item]:
     return (run for run in runs if run not in results)
 
 
-# ---- capacities -------------------------------------------------------------------------------------------------------------------------
+# ---- capacities ----------------------------------------------------------------------------------
 
 
 def capacity(searched: Item, results: Results) -> float | None:
@@ -160,7 +182,9 @@ def median_capacity(searched: Item, seeds: int, results: Results) -> float | Non
 
 
 def _search(searched: Item, guess_rps: float, results: Results) -> Iterator[Item]:
-    """The one run that the search needs next. Later seeds begin where the first ended, once it has: not where whichever was quickest did."""
+    """The one run that the search needs next. Later seeds begin where the first ended, once it has:
+    not where whichever was quickest did.
+    """
     guess: float | None = guess_rps
     if searched.seed:
         guess = capacity(with_seed(searched, 0), results)
@@ -170,20 +194,29 @@ def _search(searched: Item, guess_rps: float, results: Results) -> Iterator[Item
             yield at(searched, rate_of(rung))
 
 
-def _searches(question: Question, scenarios: Sequence[str], guesses: Mapping[str, Mapping[str, float]], results: Results) -> Iterator[Item]:
+def _searches(
+    question: Question,
+    scenarios: Sequence[str],
+    guesses: Mapping[str, Mapping[str, float]],
+    results: Results,
+) -> Iterator[Item]:
     for seed in range(question.seeds):
         for scenario in scenarios:
             for policy in question.policies:
-                guess = guesses.get(scenario, {}).get(policy, GUESS_RPS_PER_WORKER * question.workers)
+                guess = guesses.get(scenario, {}).get(
+                    policy, GUESS_RPS_PER_WORKER * question.workers
+                )
                 yield from _search(question.item("keeps", policy, scenario, seed), guess, results)
 
 
-# ---- comparisons ------------------------------------------------------------------------------------------------------------------------
+# ---- comparisons ---------------------------------------------------------------------------------
 
 
 def reference_search(question: Compare, scenario: str, seed: int) -> Item:
     """For the rate at which the reference's p99 reaches COMMON_P99_S."""
-    return msgspec.structs.replace(question.item("keeps", REFERENCE, scenario, seed), p99_s=COMMON_P99_S)
+    return msgspec.structs.replace(
+        question.item("keeps", REFERENCE, scenario, seed), p99_s=COMMON_P99_S
+    )
 
 
 def common_rate(question: Compare, scenario: str, results: Results) -> float | None:
@@ -191,7 +224,10 @@ def common_rate(question: Compare, scenario: str, results: Results) -> float | N
     if question.common == "reference":
         rate = median_capacity(reference_search(question, scenario, 0), question.seeds, results)
     else:
-        medians = [median_capacity(question.item("keeps", policy, scenario, 0), question.seeds, results) for policy in question.policies]
+        medians = [
+            median_capacity(question.item("keeps", policy, scenario, 0), question.seeds, results)
+            for policy in question.policies
+        ]
         rate = None if None in medians else COMMON_SHARE * max(rps or 0.0 for rps in medians)
     return rate and round(2 * rate) / 2
 
@@ -209,7 +245,9 @@ def _compare(question: Compare, results: Results) -> Iterator[Item]:
     if question.common == "reference":
         for seed in range(question.seeds):
             for scenario in question.scenarios:
-                guess = question.guesses.get(scenario, {}).get(REFERENCE, GUESS_RPS_PER_WORKER * question.workers)
+                guess = question.guesses.get(scenario, {}).get(
+                    REFERENCE, GUESS_RPS_PER_WORKER * question.workers
+                )
                 yield from _search(reference_search(question, scenario, seed), guess, results)
     for scenario in question.scenarios:
         rate = common_rate(question, scenario, results)
@@ -218,52 +256,86 @@ def _compare(question: Compare, results: Results) -> Iterator[Item]:
                 yield from compared_runs(question, scenario, seed, rate)
 
 
-# ---- the others -------------------------------------------------------------------------------------------------------------------------
+# ---- the others ----------------------------------------------------------------------------------
 
 
 def overload_runs(question: Overload, policy: str, times: float, results: Results) -> list[Item]:
     """One per seed; none as long as the capacity is not known."""
-    median = median_capacity(question.item("keeps", policy, question.scenario, 0), question.seeds, results)
+    median = median_capacity(
+        question.item("keeps", policy, question.scenario, 0), question.seeds, results
+    )
     if not median:
         return []
-    return [at(question.item("overload", policy, question.scenario, seed), round(median * times, 2)) for seed in range(question.seeds)]
+    return [
+        at(question.item("overload", policy, question.scenario, seed), round(median * times, 2))
+        for seed in range(question.seeds)
+    ]
 
 
 def _overload(question: Overload, results: Results) -> Iterator[Item]:
     yield from _searches(question, [question.scenario], {}, results)
-    runs = [overload_runs(question, policy, times, results) for policy in question.policies for times in question.times]
+    runs = [
+        overload_runs(question, policy, times, results)
+        for policy in question.policies
+        for times in question.times
+    ]
     for seed in range(question.seeds):
         yield from (of_case[seed] for of_case in runs if of_case)
 
 
 def event_runs(question: Event, seed: int) -> list[Item]:
     """One per policy."""
-    return [at(question.item(question.what, policy, question.scenario, seed), question.rate_rps) for policy in question.policies]
+    return [
+        at(question.item(question.what, policy, question.scenario, seed), question.rate_rps)
+        for policy in question.policies
+    ]
 
 
 def grow_runs(question: Grow, point: Point) -> list[Item]:
     """One per seed and policy."""
     workers = point.at if question.of == "workers" else question.workers
-    adapters = min(MOST_ADAPTERS, ADAPTERS_PER_WORKER * workers) if question.of == "workers" else point.at
+    adapters = (
+        min(MOST_ADAPTERS, ADAPTERS_PER_WORKER * workers) if question.of == "workers" else point.at
+    )
     window = (point.warm_up_s or question.warm_up_s, point.duration_s or question.duration_s)
     rate = question.rps_per_worker * workers
     seeds = range(point.seeds or question.seeds)
     return [
-        Item("figures", policy, question.scenario, seed, rate, workers, adapters, *window, loads=question.loads)
+        Item(
+            "figures",
+            policy,
+            question.scenario,
+            seed,
+            rate,
+            workers,
+            adapters,
+            *window,
+            loads=question.loads,
+        )
         for seed in seeds
         for policy in question.policies
     ]
 
 
 def rehearse(plan: Plan, results: Results) -> list[list[Item]]:
-    """By question, the runs that are left if every search finds what it guesses. Fills `results` with pretended ones."""
+    """By question, the runs that are left if every search finds what it guesses. Fills `results`
+    with pretended ones.
+    """
     left: list[list[Item]] = []
-    guesses = {(s, p, q.workers): rps for q in plan if isinstance(q, Compare) for s, of in q.guesses.items() for p, rps in of.items()}
+    guesses = {
+        (s, p, q.workers): rps
+        for q in plan
+        if isinstance(q, Compare)
+        for s, of in q.guesses.items()
+        for p, rps in of.items()
+    }
     for question in plan:
         runs: list[Item] = []
         while batch := list(needed(question, results)):
             for item in batch:
-                limit = guesses.get((item.scenario, item.policy, item.workers), GUESS_RPS_PER_WORKER * item.workers)
+                limit = guesses.get(
+                    (item.scenario, item.policy, item.workers), GUESS_RPS_PER_WORKER * item.workers
+                )
                 results.add(item, item.rate_rps <= limit if item.kind == "keeps" else PRETENDED)
             runs += batch
         left.append(runs)

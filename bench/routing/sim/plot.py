@@ -1,4 +1,6 @@
-"""Shell. The pictures of a simulation: policies side by side, growth, events. Imports matplotlib only when it draws."""
+"""Shell. The pictures of a simulation: policies side by side, growth, events. Imports matplotlib
+only when it draws.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,24 @@ FLOOR_MS = 10.0
 
 
 def plot_comparison(documents: Mapping[str, Mapping[str, Any]], path: str, title: str) -> None:
-    """One panel per figure; in it a group of bars per scenario, a bar per policy; whiskers from the least to the most over the seeds."""
+    """One panel per figure; in it a group of bars per scenario, a bar per policy; whiskers from the
+    least to the most over the seeds.
+    """
     figure, axes = _figure(3, 2, title, (15, 11) if len(documents) > MANY_GROUPS else (13, 10))
-    policies = list(dict.fromkeys(policy for document in documents.values() for policy in document["policies"]))
+    policies = list(
+        dict.fromkeys(policy for document in documents.values() for policy in document["policies"])
+    )
     for axis, (name, label, scale, log) in zip(axes, PANELS, strict=True):
         for nth, policy in enumerate(policies):
-            _bars(axis, documents, policy, nth, len(policies), (name, scale), label_values=len(documents) == 1)
+            _bars(
+                axis,
+                documents,
+                policy,
+                nth,
+                len(policies),
+                (name, scale),
+                label_values=len(documents) == 1,
+            )
         axis.set_title(label, fontsize=10)
         axis.grid(axis="y", alpha=0.3)
         if log:
@@ -55,7 +69,14 @@ def plot_comparison(documents: Mapping[str, Mapping[str, Any]], path: str, title
 
 
 def _bars(
-    axis: Any, documents: Mapping[str, Mapping[str, Any]], policy: str, nth: int, of: int, what: tuple[str, float], *, label_values: bool
+    axis: Any,
+    documents: Mapping[str, Mapping[str, Any]],
+    policy: str,
+    nth: int,
+    of: int,
+    what: tuple[str, float],
+    *,
+    label_values: bool,
 ) -> None:
     name, scale = what
     width = 0.84 / of
@@ -84,19 +105,37 @@ def _bars(
         error_kw=WHISKER,
     )
     if label_values:
-        axis.bar_label(bars, fmt=lambda value: f"{value:,.3g}" if value < 100 else f"{value:,.0f}", fontsize=8, padding=2)
+        axis.bar_label(
+            bars,
+            fmt=lambda value: f"{value:,.3g}" if value < 100 else f"{value:,.0f}",
+            fontsize=8,
+            padding=2,
+        )
 
 
 def plot_growth(document: Mapping[str, Any], path: str, title: str) -> None:
-    """Each figure against the number of adapters or workers, a line per policy, a band from the least to the most over the seeds."""
+    """Each figure against the number of adapters or workers, a line per policy, a band from the
+    least to the most over the seeds.
+    """
     figure, axes = _figure(3, 2, title, (13, 11))
     for axis, (name, label, scale, log) in zip(axes, GROWTH_PANELS, strict=False):
         for policy, rows in document["policies"].items():
             colour = COLOURS.get(policy, OTHER)
             points = document["points"]
-            axis.plot(points, [row[name]["median"] * scale for row in rows], "o-", color=colour, label=policy, markersize=3.5)
+            axis.plot(
+                points,
+                [row[name]["median"] * scale for row in rows],
+                "o-",
+                color=colour,
+                label=policy,
+                markersize=3.5,
+            )
             axis.fill_between(
-                points, [row[name]["min"] * scale for row in rows], [row[name]["max"] * scale for row in rows], color=colour, alpha=0.15
+                points,
+                [row[name]["min"] * scale for row in rows],
+                [row[name]["max"] * scale for row in rows],
+                color=colour,
+                alpha=0.15,
             )
         axis.set_xscale("log")
         axis.set_xticks(document["points"])
@@ -118,11 +157,21 @@ def plot_event(document: Mapping[str, Any], path: str, title: str) -> None:
     """p99 TTFT and loads over time, a line per policy."""
     figure, axes = _figure(2, 1, title, (12, 8))
     for axis, (name, label, scale) in zip(
-        axes, (("ttft_p99_s", "p99 TTFT of requests by arrival, ms (log)", 1e3), ("loads", "Adapter loads per bin", 1.0)), strict=True
+        axes,
+        (
+            ("ttft_p99_s", "p99 TTFT of requests by arrival, ms (log)", 1e3),
+            ("loads", "Adapter loads per bin", 1.0),
+        ),
+        strict=True,
     ):
         for policy, rows in document["policies"].items():
             times = [row["at_s"] for row in rows]
-            axis.plot(times, [row[name]["median"] * scale for row in rows], color=COLOURS.get(policy, OTHER), label=policy)
+            axis.plot(
+                times,
+                [row[name]["median"] * scale for row in rows],
+                color=COLOURS.get(policy, OTHER),
+                label=policy,
+            )
         axis.axvline(document["at_s"], color="black", linestyle="--", linewidth=1)
         axis.set_title(label, fontsize=10)
         axis.grid(alpha=0.3)
@@ -140,24 +189,48 @@ def plot_study(document: Mapping[str, Any], path: str) -> None:
     for what in ("scenarios", "fleets"):
         several = {name: of for name, of in document[what].items() if "policies" in of}
         if several:
-            title = "; ".join(f"{name}: {of['scenario']['what']}, {of['rate_rps']:.0f}/s" for name, of in several.items())
-            plot_comparison(several, f"{path}-{what}.png", f"{title}; medians, whiskers: least and most over the seeds")
+            title = "; ".join(
+                f"{name}: {of['scenario']['what']}, {of['rate_rps']:.0f}/s"
+                for name, of in several.items()
+            )
+            plot_comparison(
+                several,
+                f"{path}-{what}.png",
+                f"{title}; medians, whiskers: least and most over the seeds",
+            )
     for what, event in document["events"].items():
         plot_event(
-            event, f"{path}-{what}.png", f"A quarter of the workers: {what}, {event['rate_rps']:.0f} requests/s; medians over the seeds"
+            event,
+            f"{path}-{what}.png",
+            f"A quarter of the workers: {what}, {event['rate_rps']:.0f} requests/s; "
+            "medians over the seeds",
         )
     for of, growth in document["growth"].items():
-        per = growth["rates_rps"][0] if of == "adapters" else growth["rates_rps"][0] / growth["points"][0]
+        per = (
+            growth["rates_rps"][0]
+            if of == "adapters"
+            else growth["rates_rps"][0] / growth["points"][0]
+        )
         rate = f"{per:.0f} requests/s" + (" per worker" if of == "workers" else "")
         seeds = ", ".join(str(number) for number in growth["seeds"])
-        plot_growth(growth, f"{path}-growth-{of}.png", f"Growth in {of}, {rate}; seeds by point: {seeds}; bands: least and most")
+        plot_growth(
+            growth,
+            f"{path}-growth-{of}.png",
+            f"Growth in {of}, {rate}; seeds by point: {seeds}; bands: least and most",
+        )
 
 
-def _figure(rows: int, columns: int, title: str, size: tuple[float, float]) -> tuple[Any, Sequence[Any]]:
+def _figure(
+    rows: int, columns: int, title: str, size: tuple[float, float]
+) -> tuple[Any, Sequence[Any]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained", dpi=110)
-    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, round(size[0] * COLUMNS_PER_INCH))]
+    lines = [
+        part
+        for line in title.splitlines()
+        for part in textwrap.wrap(line, round(size[0] * COLUMNS_PER_INCH))
+    ]
     figure.suptitle("\n".join(lines), fontsize=10)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 

@@ -1,9 +1,12 @@
-"""Pure. A policy's own run, had its fleet been one worker with all the slots, and had eviction known the future.
+"""Pure. A policy's own run, had its fleet been one worker with all the slots, and had eviction
+known the future.
 
-What separates a policy from the clairvoyant bound is partly the engines (answers take longer where many run and loads stop them) and partly that
-a slot is on one worker and an adapter's weights on another. This takes the second part away and leaves the first: every request stays in its slot
-for as long as it did in the run and has its first token as long after it was sent, but it may take any slot of the fleet, first come first
-served, at once if its adapter is in flight; loads are those of Belady's rule (see clairvoyant.py) on all slots as one cache.
+What separates a policy from the clairvoyant bound is partly the engines (answers take longer where
+many run and loads stop them) and partly that a slot is on one worker and an adapter's weights on
+another. This takes the second part away and leaves the first: every request stays in its slot for
+as long as it did in the run and has its first token as long after it was sent, but it may take any
+slot of the fleet, first come first served, at once if its adapter is in flight; loads are those of
+Belady's rule (see clairvoyant.py) on all slots as one cache.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ Stay = tuple[int, float, float]
 
 
 def starts_of(stays: Sequence[Stay], slots: int) -> list[float]:
-    """When each of these, in order of arrival, gets a slot: with its adapter if that has one, else the next that is free."""
+    """When each of these, in order of arrival, gets a slot: with its adapter if that has one, else
+    the next that is free.
+    """
     starts = [0.0] * len(stays)
     in_flight: Counter[int] = Counter()
     ends: list[tuple[float, int]] = []  # heap
@@ -65,12 +70,24 @@ def pooled(run: Run, workers: int, facts: WorkerFacts) -> Run:
     asked = [o for o in run.outcomes if o.request.adapter is not None]
     stays: list[Stay] = []
     for outcome in asked:
-        if outcome.ttft_s is None or outcome.ended_s is None or outcome.failed is not None or outcome.request.adapter is None:
-            raise ValueError(f"request {outcome.request.index} was not served: of an overloaded fleet nothing can be said here")
-        stays.append((outcome.request.adapter, outcome.request.at_s, outcome.ended_s - outcome.sent_s))
+        if (
+            outcome.ttft_s is None
+            or outcome.ended_s is None
+            or outcome.failed is not None
+            or outcome.request.adapter is None
+        ):
+            raise ValueError(
+                f"request {outcome.request.index} was not served: of an overloaded "
+                "fleet nothing can be said here"
+            )
+        stays.append(
+            (outcome.request.adapter, outcome.request.at_s, outcome.ended_s - outcome.sent_s)
+        )
     starts = starts_of(stays, workers * facts.slots)
     made = Run([], [], ended_s=run.ended_s)
-    tiers = dict(zip((id(outcome) for outcome in asked), _tiers(stays, starts, workers, facts), strict=True))
+    tiers = dict(
+        zip((id(outcome) for outcome in asked), _tiers(stays, starts, workers, facts), strict=True)
+    )
     began = dict(zip((id(outcome) for outcome in asked), starts, strict=True))
     for outcome in run.outcomes:
         if id(outcome) not in began:
@@ -78,11 +95,20 @@ def pooled(run: Run, workers: int, facts: WorkerFacts) -> Run:
             continue
         made.outcomes.append(_moved(outcome, began[id(outcome)], tiers[id(outcome)]))
         if tiers[id(outcome)] is not Tier.GPU and outcome.request.adapter is not None:
-            made.loads.append(LoadSeen(began[id(outcome)], FLEET, adapter_name(outcome.request.adapter), tiers[id(outcome)]))
+            made.loads.append(
+                LoadSeen(
+                    began[id(outcome)],
+                    FLEET,
+                    adapter_name(outcome.request.adapter),
+                    tiers[id(outcome)],
+                )
+            )
     return made
 
 
-def _tiers(stays: Sequence[Stay], starts: Sequence[float], workers: int, facts: WorkerFacts) -> list[Tier]:
+def _tiers(
+    stays: Sequence[Stay], starts: Sequence[float], workers: int, facts: WorkerFacts
+) -> list[Tier]:
     """Where each one's adapter is when it starts."""
     order = sorted(range(len(stays)), key=starts.__getitem__)
     uses = [(stays[nth][0], starts[nth], starts[nth] + stays[nth][2]) for nth in order]
@@ -98,4 +124,11 @@ def _moved(outcome: Outcome, start_s: float, tier: Tier) -> Outcome:
     """Sent at another time."""
     assert outcome.ttft_s is not None and outcome.ended_s is not None
     later_s = start_s - outcome.sent_s
-    return replace(outcome, ttft_s=outcome.ttft_s + later_s, sent_s=start_s, ended_s=outcome.ended_s + later_s, tier=tier, worker=FLEET)
+    return replace(
+        outcome,
+        ttft_s=outcome.ttft_s + later_s,
+        sent_s=start_s,
+        ended_s=outcome.ended_s + later_s,
+        tier=tier,
+        worker=FLEET,
+    )

@@ -1,4 +1,6 @@
-"""Pure. The one place that knows how production puts a gateway together (gateway/__main__.py does it with sockets)."""
+"""Pure. The one place that knows how production puts a gateway together (gateway/__main__.py does
+it with sockets).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ LEASE_S = 3.0
 """The production default."""
 MAX_FLIGHTS = 1_000_000
 UNBOUNDED = 1_000_000
-"""What a worker behind Ray takes at once: max_ongoing_requests of Ray Serve LLM is without a bound, and requests queue in the engine."""
+"""What a worker behind Ray takes at once: max_ongoing_requests of Ray Serve LLM is without a bound,
+and requests queue in the engine.
+"""
 
 
 class NoMetrics(Metrics):
@@ -45,7 +49,12 @@ def policies() -> Sequence[str]:
 
 
 def build_dispatcher(
-    policy: str, max_queued: int, queue_timeout_s: float, transport: Transport, rng: random.Random, agenda: Agenda
+    policy: str,
+    max_queued: int,
+    queue_timeout_s: float,
+    transport: Transport,
+    rng: random.Random,
+    agenda: Agenda,
 ) -> Dispatcher:
     """A gateway on virtual time. Raises: KeyError if there is no such policy."""
     admission: Admission[InFlightRequest] = Admission(max_queued, queue_timeout_s)

@@ -1,19 +1,28 @@
 """Pure. From comparisons to the JSON document and to tables for people.
 
-The document of one scenario; `--scenario all` has these under `scenarios.<name>`. Every figure is {median, min, max} over the seeds:
+The document of one scenario; `--scenario all` has these under `scenarios.<name>`. Every figure is
+{median, min, max} over the seeds:
 
     schema, version, command [str], seeds
-    scenario    the situation: workers, adapters, mix, lengths, window, the worker's facts and the table of timings
+    scenario    the situation: workers, adapters, mix, lengths, window, the worker's facts and the
+                table of timings
     rate_rps    the common rate of the comparison;  rate_is: how it was chosen
-    policies    {name: {capacity_rps (null if not asked for), ttft_p50_s, ttft_p99_s, loads_per_request, hit_rate, jain}}
+    policies    {name: {capacity_rps (null if not asked for), ttft_p50_s, ttft_p99_s,
+                loads_per_request, hit_rate, jain}}
     more        {name: {requests, cold_loads_per_request, completed_rps, served_jain, failed}}
-    flash       {name: {others_with_s, others_without_s, rise, copies, needed, hot_p99_s}}      scenario flash only
-    overload    {name: {capacity_rps, offered: {times: {completed_over_capacity, served_jain, failed, ...}}}}      with --overload only
-    growth      {of, points, rates_rps, adapters, policies: {name: [{figure: ...} by point]}}      with --grow only
-    event       {what, at_s, rate_rps, policies: {name: [{at_s, ttft_p50_s, ttft_p99_s, loads, failed}]}}      with --events only
-    waits       {rate_rps, ranks, policies: {name: {mean_s, p50_s, p90_s, p99_s, by_rank, ...}}}, medians alone      with --by-rank only
+    flash       {name: {others_with_s, others_without_s, rise, copies, needed, hot_p99_s}}
+                scenario flash only
+    overload    {name: {capacity_rps, offered: {times: {completed_over_capacity, served_jain,
+                failed, ...}}}}      with --overload only
+    growth      {of, points, rates_rps, adapters, policies: {name: [{figure: ...} by point]}}
+                with --grow only
+    event       {what, at_s, rate_rps, policies: {name: [{at_s, ttft_p50_s, ttft_p99_s, loads,
+                failed}]}}      with --events only
+    waits       {rate_rps, ranks, policies: {name: {mean_s, p50_s, p90_s, p99_s, by_rank, ...}}},
+                medians alone      with --by-rank only
 
-What each figure is: bench/routing/sim/figures.py. `clairvoyant` is a bound, not a policy: bench/routing/sim/clairvoyant.py.
+What each figure is: bench/routing/sim/figures.py. `clairvoyant` is a bound, not a policy:
+bench/routing/sim/clairvoyant.py.
 """
 
 from __future__ import annotations
@@ -25,7 +34,16 @@ from itertools import pairwise
 from typing import Any
 
 from bench.routing.sim.figures import RANKS, Figures, Flash, Moment, Spread, Waits, spread
-from bench.routing.sim.study import CLAIRVOYANT, ONE_POOL, OURS, REFERENCE, Comparison, Event, Growth, Overload
+from bench.routing.sim.study import (
+    CLAIRVOYANT,
+    ONE_POOL,
+    OURS,
+    REFERENCE,
+    Comparison,
+    Event,
+    Growth,
+    Overload,
+)
 
 SCHEMA = "loraplex.bench.simulate/1"
 MAIN = ("capacity_rps", "ttft_p50_s", "ttft_p99_s", "loads_per_request", "hit_rate", "jain")
@@ -36,9 +54,16 @@ def comparison_document(made: Comparison) -> dict[str, Any]:
     spreads = {policy: made.spreads(policy) for policy in made.figures}
 
     def part(names: Sequence[str]) -> dict[str, Any]:
-        return {policy: {name: plain(of.get(name)) for name in names} for policy, of in spreads.items()}
+        return {
+            policy: {name: plain(of.get(name)) for name in names} for policy, of in spreads.items()
+        }
 
-    document: dict[str, Any] = {"rate_rps": made.rate_rps, "rate_is": made.rate_is, "policies": part(MAIN), "more": part(MORE)}
+    document: dict[str, Any] = {
+        "rate_rps": made.rate_rps,
+        "rate_is": made.rate_is,
+        "policies": part(MAIN),
+        "more": part(MORE),
+    }
     if made.flashes:
         document["flash"] = {policy: _flash(rows) for policy, rows in made.flashes.items()}
     return document
@@ -55,19 +80,36 @@ def _flash(rows: Sequence[Flash]) -> dict[str, Any]:
 
 
 def growth_document(made: Growth) -> dict[str, Any]:
-    policies = {policy: [_figures(rows) for rows in points] for policy, points in made.figures.items()}
-    return {"of": made.of, "points": made.points, "rates_rps": made.rates_rps, "adapters": made.adapters, "policies": policies}
+    policies = {
+        policy: [_figures(rows) for rows in points] for policy, points in made.figures.items()
+    }
+    return {
+        "of": made.of,
+        "points": made.points,
+        "rates_rps": made.rates_rps,
+        "adapters": made.adapters,
+        "policies": policies,
+    }
 
 
 def _figures(rows: Sequence[Figures]) -> dict[str, Any]:
-    return {field.name: asdict(spread([getattr(row, field.name) for row in rows])) for field in fields(Figures)}
+    return {
+        field.name: asdict(spread([getattr(row, field.name) for row in rows]))
+        for field in fields(Figures)
+    }
 
 
 def event_document(made: Event) -> dict[str, Any]:
     names = [field.name for field in fields(Moment) if field.name != "at_s"]
     policies = {
         policy: [
-            {"at_s": moments[0].at_s, **{name: asdict(spread([getattr(moment, name) for moment in moments])) for name in names}}
+            {
+                "at_s": moments[0].at_s,
+                **{
+                    name: asdict(spread([getattr(moment, name) for moment in moments]))
+                    for name in names
+                },
+            }
             for moments in zip(*lines, strict=True)
         ]
         for policy, lines in made.timelines.items()
@@ -82,7 +124,9 @@ def overload_document(made: Overload) -> dict[str, Any]:
             "offered": {
                 f"{times:g}": {
                     **_figures(rows),
-                    "completed_over_capacity": asdict(spread([row.completed_rps / made.capacities[policy] for row in rows])),
+                    "completed_over_capacity": asdict(
+                        spread([row.completed_rps / made.capacities[policy] for row in rows])
+                    ),
                 }
                 for times, rows in offered.items()
             },
@@ -91,20 +135,30 @@ def overload_document(made: Overload) -> dict[str, Any]:
     }
 
 
-# ---- tables -----------------------------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def comparison_table(name: str, what: str, document: Mapping[str, Any], seeds: int) -> str:
-    """All of one scenario's document that fits into a terminal: medians, with the range over the seeds for the capacity."""
+    """All of one scenario's document that fits into a terminal: medians, with the range over the
+    seeds for the capacity.
+    """
     policies: Mapping[str, Any] = document["policies"]
-    lines = [f"{name}: {what}", f"figures at {document['rate_rps']:.1f} requests/s, {document['rate_is']}; medians of {seeds} seeds"]
+    lines = [
+        f"{name}: {what}",
+        f"figures at {document['rate_rps']:.1f} requests/s, {document['rate_is']}; "
+        f"medians of {seeds} seeds",
+    ]
     head = f"{'policy':<16}{'capacity/s':>11}{'range':>15}{'vs ' + REFERENCE:>15}{'p50 TTFT':>11}{'p99 TTFT':>11}"
     lines.append(head + f"{'loads/req':>11}{'cold':>7}{'hits':>7}{'Jain':>7}{'failed':>8}")
     reference = (policies.get(REFERENCE) or {}).get("capacity_rps")
     for policy, of in policies.items():
         at, more = of["capacity_rps"], document["more"][policy]
         capacity = f"{at['median']:>11.1f}{_range(at):>15}" if at else f"{'-':>11}{'-':>15}"
-        ratio = f"{at['median'] / reference['median']:>14.2f}x" if at and reference and reference["median"] else f"{'-':>15}"
+        ratio = (
+            f"{at['median'] / reference['median']:>14.2f}x"
+            if at and reference and reference["median"]
+            else f"{'-':>15}"
+        )
         if of["ttft_p99_s"] is None:
             lines.append(f"{policy:<16}{capacity}{ratio}  (no figures yet)")
             continue
@@ -114,13 +168,21 @@ def comparison_table(name: str, what: str, document: Mapping[str, Any], seeds: i
             f"{more['failed']['median']:>8.0f}"
         )
     if CLAIRVOYANT in policies:
-        lines.append(f"{CLAIRVOYANT}: a bound (no waiting at all, Belady on the slots of the whole fleet), not a policy")
+        lines.append(
+            f"{CLAIRVOYANT}: a bound (no waiting at all, Belady on the slots of the "
+            "whole fleet), not a policy"
+        )
     if ONE_POOL in policies:
-        lines.append(f"{ONE_POOL}: the run of {OURS} had all slots of the fleet been one worker's, and evictions Belady's")
+        lines.append(
+            f"{ONE_POOL}: the run of {OURS} had all slots of the fleet been one "
+            "worker's, and evictions Belady's"
+        )
     for policy, crowd in document.get("flash", {}).items():
         lines.append(
-            f"flash crowd, {policy}: p99 of all others {_ms(crowd['others_without_s'])} -> {_ms(crowd['others_with_s'])} "
-            f"({crowd['rise']['median']:+.0%}), hot adapter on {crowd['copies']['median']:.0f} workers (its demand is worth "
+            f"flash crowd, {policy}: p99 of all others "
+            f"{_ms(crowd['others_without_s'])} -> {_ms(crowd['others_with_s'])} "
+            f"({crowd['rise']['median']:+.0%}), hot adapter on "
+            f"{crowd['copies']['median']:.0f} workers (its demand is worth "
             f"{crowd['needed']['median']:.0f}), its p99 {_ms(crowd['hot_p99_s'])}"
         )
     return "\n".join(lines)
@@ -131,7 +193,11 @@ def waits_document(rate_rps: float, made: Mapping[str, Sequence[Waits]]) -> dict
     names = [field.name for field in fields(Waits) if field.name != "by_rank"]
     policies = {
         policy: {name: statistics.median(getattr(row, name) for row in rows) for name in names}
-        | {"by_rank": [statistics.median(band) for band in zip(*(row.by_rank for row in rows), strict=True)]}
+        | {
+            "by_rank": [
+                statistics.median(band) for band in zip(*(row.by_rank for row in rows), strict=True)
+            ]
+        }
         for policy, rows in made.items()
     }
     return {"rate_rps": rate_rps, "ranks": list(RANKS), "policies": policies}
@@ -140,17 +206,27 @@ def waits_document(rate_rps: float, made: Mapping[str, Sequence[Waits]]) -> dict
 def waits_table(document: Mapping[str, Any]) -> str:
     edges = [0, *document["ranks"]]
     bands = [f"{low + 1}-{high}" for low, high in pairwise(edges)] + [f"{edges[-1] + 1}-"]
-    lines = [f"TTFT at {document['rate_rps']:.1f} requests/s, seconds; the means by the adapter's popularity"]
+    lines = [
+        f"TTFT at {document['rate_rps']:.1f} requests/s, seconds; the means by the "
+        "adapter's popularity"
+    ]
     head = "".join(f"{word:>8}" for word in ("mean", "p50", "p90", "p99", *bands))
     lines.append(f"{'policy':<16}{head}{'done/s':>9}{'refused':>9}{'Jain':>7}")
     for policy, of in document["policies"].items():
-        shown = "".join(f"{value:>8.2f}" for value in (of["mean_s"], of["p50_s"], of["p90_s"], of["p99_s"], *of["by_rank"]))
-        lines.append(f"{policy:<16}{shown}{of['completed_rps']:>9.0f}{of['failed'] / of['requests']:>9.1%}{of['served_jain']:>7.3f}")
+        shown = "".join(
+            f"{value:>8.2f}"
+            for value in (of["mean_s"], of["p50_s"], of["p90_s"], of["p99_s"], *of["by_rank"])
+        )
+        lines.append(
+            f"{policy:<16}{shown}{of['completed_rps']:>9.0f}{of['failed'] / of['requests']:>9.1%}{of['served_jain']:>7.3f}"
+        )
     return "\n".join(lines)
 
 
 def overload_table(document: Mapping[str, Any]) -> str:
-    lines = [f"{'overload':<16}{'offered':>9}{'completed/capacity':>20}{'refused':>9}{'p99 TTFT':>12}{'Jain of fair shares':>21}"]
+    lines = [
+        f"{'overload':<16}{'offered':>9}{'completed/capacity':>20}{'refused':>9}{'p99 TTFT':>12}{'Jain of fair shares':>21}"
+    ]
     for policy, of in document.items():
         for times, row in of["offered"].items():
             refused = row["failed"]["median"] / row["requests"]["median"]
@@ -162,12 +238,16 @@ def overload_table(document: Mapping[str, Any]) -> str:
 
 
 def growth_table(document: Mapping[str, Any]) -> str:
-    lines = [f"{document['of']:>9}{'rate':>8}  {'policy':<16}{'p50 TTFT':>11}{'p99 TTFT':>11}{'loads/req':>11}{'hits':>7}{'Jain':>7}"]
+    lines = [
+        f"{document['of']:>9}{'rate':>8}  "
+        f"{'policy':<16}{'p50 TTFT':>11}{'p99 TTFT':>11}{'loads/req':>11}{'hits':>7}{'Jain':>7}"
+    ]
     for nth, point in enumerate(document["points"]):
         for policy, rows in document["policies"].items():
             row = rows[nth]
             lines.append(
-                f"{point:>9,}{document['rates_rps'][nth]:>8.0f}  {policy:<16}{_ms(row['ttft_p50_s']):>11}{_ms(row['ttft_p99_s']):>11}"
+                f"{point:>9,}{document['rates_rps'][nth]:>8.0f}  "
+                f"{policy:<16}{_ms(row['ttft_p50_s']):>11}{_ms(row['ttft_p99_s']):>11}"
                 f"{row['loads_per_request']['median']:>11.3f}{row['hit_rate']['median']:>7.1%}{row['jain']['median']:>7.3f}"
             )
     return "\n".join(lines)
@@ -176,15 +256,23 @@ def growth_table(document: Mapping[str, Any]) -> str:
 def event_table(document: Mapping[str, Any]) -> str:
     """Before, the ten seconds after, and later: the worst p99 of a bin in each."""
     after_s = document["at_s"] + 10.0
-    lines = [f"{document['what']} at {document['at_s']:.0f} s, {document['rate_rps']:.1f} requests/s: worst p99 TTFT of a bin"]
+    lines = [
+        f"{document['what']} at {document['at_s']:.0f} s, {document['rate_rps']:.1f} "
+        "requests/s: worst p99 TTFT of a bin"
+    ]
     lines.append(f"{'policy':<16}{'before':>11}{'10 s after':>11}{'later':>11}{'failed':>8}")
     for policy, rows in document["policies"].items():
         before = [row for row in rows if row["at_s"] < document["at_s"]]
         after = [row for row in rows if document["at_s"] <= row["at_s"] < after_s]
         later = [row for row in rows if row["at_s"] >= after_s]
-        worst = [max((row["ttft_p99_s"]["median"] for row in part), default=0.0) * 1e3 for part in (before, after, later)]
+        worst = [
+            max((row["ttft_p99_s"]["median"] for row in part), default=0.0) * 1e3
+            for part in (before, after, later)
+        ]
         failed = sum(row["failed"]["median"] for row in rows)
-        lines.append(f"{policy:<16}" + "".join(f"{ms:>8,.0f} ms" for ms in worst) + f"{failed:>8.0f}")
+        lines.append(
+            f"{policy:<16}" + "".join(f"{ms:>8,.0f} ms" for ms in worst) + f"{failed:>8.0f}"
+        )
     return "\n".join(lines)
 
 

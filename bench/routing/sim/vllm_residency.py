@@ -1,7 +1,9 @@
-"""Pure. Adapters on a worker as vLLM itself keeps them, for the comparison with Ray, whose replicas leave them to it.
+"""Pure. Adapters on a worker as vLLM itself keeps them, for the comparison with Ray, whose replicas
+leave them to it.
 
-vLLM's scheduler lets into the batch whoever is first in its queue and asks for an adapter that is running, or for any while fewer than `max_loras` run; the
-others are passed over until one falls empty, however long that takes. Slots and host memory are two LRU caches.
+vLLM's scheduler lets into the batch whoever is first in its queue and asks for an adapter that is
+running, or for any while fewer than `max_loras` run; the others are passed over until one falls
+empty, however long that takes. Slots and host memory are two LRU caches.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from worker.adapters.slot_table import Full, Room
 
 
 class VllmResidency(Residency):
-    """The production state machine with vLLM's choices: who is next, who makes room, and nobody closes a slot."""
+    """The production state machine with vLLM's choices: who is next, who makes room, and nobody
+    closes a slot.
+    """
 
     def __init__(self, slots: int, host_places: int) -> None:
         super().__init__(slots, host_places)
@@ -32,7 +36,13 @@ class VllmResidency(Residency):
     def _in_order(self) -> list[AdapterRef]:
         return [] if isinstance(self.slots.room(), Full) else sorted(self._line, key=self._oldest)
 
-    def _room(self, kept: Collection[AdapterRef], now: float, per_s: float = 0.0, coming: Collection[AdapterRef] = ()) -> Room:
+    def _room(
+        self,
+        kept: Collection[AdapterRef],
+        now: float,
+        per_s: float = 0.0,
+        coming: Collection[AdapterRef] = (),
+    ) -> Room:
         return self.slots.room(coming, self._warmth)
 
     def _kept(self, now: float) -> set[AdapterRef]:

@@ -1,4 +1,6 @@
-"""Pure. A worker in virtual time: the production residency and slots around the simulated engine, in the part of worker/agent.py."""
+"""Pure. A worker in virtual time: the production residency and slots around the simulated engine,
+in the part of worker/agent.py.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ OK_SSE = 200 << messages.STATUS_SHIFT | messages.SSE
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """What a worker is like. `capacity`: requests it takes at once; `cpu_adapters`: places of its CPU tier."""
+    """What a worker is like. `capacity`: requests it takes at once; `cpu_adapters`: places of its
+    CPU tier.
+    """
 
     base: str
     slots: int = 16
@@ -37,7 +41,9 @@ class WorkerFacts:
     adapter_bytes: int = 26 << 20
     rank: int = 16
     disk_warm: bool = True
-    """The disk cache holds every adapter from the start; else the first fetch of each comes from the store."""
+    """The disk cache holds every adapter from the start; else the first fetch of each comes from
+    the store.
+    """
     heartbeat_s: float = HEARTBEAT_S
     kept_by_vllm: bool = False
     """Slots and host memory are vLLM's own, as behind Ray."""
@@ -65,7 +71,9 @@ class Tally:
 
 
 class SimWorker:
-    """`lengths` says how many tokens a request has in and out; `send_data` and `send_control` reach the gateway at once."""
+    """`lengths` says how many tokens a request has in and out; `send_data` and `send_control` reach
+    the gateway at once.
+    """
 
     def __init__(
         self,
@@ -107,7 +115,7 @@ class SimWorker:
         """Without a word."""
         self.alive = False
 
-    # ---- from the gateway ---------------------------------------------------------------------------------------------------------------
+    # ---- from the gateway ------------------------------------------------------------------------
 
     def receive(self, data: bytes) -> None:
         if not self.alive:
@@ -120,7 +128,14 @@ class SimWorker:
 
     def _take(self, message: messages.Generate) -> None:
         prompt_tokens, output_tokens = self._lengths(message.request_id)
-        job = Job(message.sid, message.sid, message.adapter, prompt_tokens, output_tokens, self._agenda.now)
+        job = Job(
+            message.sid,
+            message.sid,
+            message.adapter,
+            prompt_tokens,
+            output_tokens,
+            self._agenda.now,
+        )
         self._jobs[job.number] = self._by_sid[job.sid] = job
         self._last_sid = job.sid
         if message.adapter is None:
@@ -135,7 +150,7 @@ class SimWorker:
                 self.engine.abort(job.sequence)
             self._forget(job)
 
-    # ---- acting on instructions ---------------------------------------------------------------------------------------------------------
+    # ---- acting on instructions ------------------------------------------------------------------
 
     def _perform(self, instructions: list[Instruction]) -> None:
         for instruction in instructions:
@@ -150,13 +165,21 @@ class SimWorker:
                     self._start(job)
                 case Reject(number, code, message, retryable):
                     job = self._jobs[number]
-                    self._tell(messages.Step([], [], [messages.Refused(job.sid, code, message, retryable)]))
+                    self._tell(
+                        messages.Step([], [], [messages.Refused(job.sid, code, message, retryable)])
+                    )
                     self._forget(job)
 
     def _fetch(self, adapter: AdapterRef) -> None:
-        tier = messages.Tier.DISK if self.facts.disk_warm or adapter in self._on_disk else messages.Tier.REMOTE
+        tier = (
+            messages.Tier.DISK
+            if self.facts.disk_warm or adapter in self._on_disk
+            else messages.Tier.REMOTE
+        )
         self._origin[adapter] = tier
-        self._agenda.after(self._timing.fetch_s(tier, self.facts.adapter_bytes), self._prepare, adapter)
+        self._agenda.after(
+            self._timing.fetch_s(tier, self.facts.adapter_bytes), self._prepare, adapter
+        )
         self._beat_soon()
 
     def _prepare(self, adapter: AdapterRef) -> None:
@@ -166,7 +189,9 @@ class SimWorker:
             self._prepared(adapter)
             return
         now = self._agenda.now
-        self._prepared_until = max(now, self._prepared_until) + self._timing.prepared_in_s(self.facts.adapter_bytes)
+        self._prepared_until = max(now, self._prepared_until) + self._timing.prepared_in_s(
+            self.facts.adapter_bytes
+        )
         self._prepare_s = blend(self._prepare_s, self._prepared_until - now, LOAD_WEIGHT)
         self._agenda.at(self._prepared_until, self._prepared, adapter)
 
@@ -178,7 +203,10 @@ class SimWorker:
         self._perform(self.residency.fetched(loaded, self._origin.pop(adapter), self._agenda.now))
 
     def _swap(self, swap: Swap) -> None:
-        seconds = sum(self._timing.load_from_s(self.residency.came_from(a.ref), a.size_bytes) for a in swap.enter)
+        seconds = sum(
+            self._timing.load_from_s(self.residency.came_from(a.ref), a.size_bytes)
+            for a in swap.enter
+        )
         asked = self._agenda.now
         self.engine.load(seconds, lambda: self._swapped(swap, asked))
 
@@ -211,13 +239,17 @@ class SimWorker:
         if job.adapter is not None:
             self._perform(self.residency.finish(job.number, self._agenda.now))
 
-    # ---- to the gateway -----------------------------------------------------------------------------------------------------------------
+    # ---- to the gateway --------------------------------------------------------------------------
 
     def on_step(self, first: list[Sequence], last: list[Sequence]) -> None:
-        """One message for all that a step brought: a head for each first token, an END for each last."""
+        """One message for all that a step brought: a head for each first token, an END for each
+        last.
+        """
         if not self.alive:
             return
-        frames: list[messages.Frame] = [(s.number, OK_SSE, b"") for s in first if s.number in self._jobs]
+        frames: list[messages.Frame] = [
+            (s.number, OK_SSE, b"") for s in first if s.number in self._jobs
+        ]
         done = []
         for sequence in last:
             job = self._jobs.get(sequence.number)
@@ -226,7 +258,11 @@ class SimWorker:
             frames.append((job.sid, messages.END, b""))
             wait_s = job.started - job.arrived
             load_s = wait_s if job.came_from is not messages.Tier.GPU else 0.0
-            done.append(messages.Done(job.sid, job.prompt_tokens, job.output_tokens, wait_s, load_s, job.came_from))
+            done.append(
+                messages.Done(
+                    job.sid, job.prompt_tokens, job.output_tokens, wait_s, load_s, job.came_from
+                )
+            )
             self._forget(job)
         self._tell(messages.Step(frames, done))
 

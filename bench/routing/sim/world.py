@@ -1,6 +1,8 @@
-"""Pure. One run: the production dispatcher, fleet, policy and admission in virtual time, simulated workers behind it, a workload in front.
+"""Pure. One run: the production dispatcher, fleet, policy and admission in virtual time, simulated
+workers behind it, a workload in front.
 
-Everything between gateway and workers is the production wire format, encoded and decoded; only sockets, clocks and engines are simulated.
+Everything between gateway and workers is the production wire format, encoded and decoded; only
+sockets, clocks and engines are simulated.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Workers that are gone at `at_s`, with all they had: connections break, as when a process is killed."""
+    """Workers that are gone at `at_s`, with all they had: connections break, as when a process is
+    killed.
+    """
 
     at_s: float
     workers: int
@@ -60,7 +64,9 @@ class World:
 
 @dataclass(slots=True, eq=False)
 class Outcome:
-    """How one request went. Times are seconds of virtual time; `ttft_s` is None if no first token came, `tier` None if it did not finish."""
+    """How one request went. Times are seconds of virtual time; `ttft_s` is None if no first token
+    came, `tier` None if it did not finish.
+    """
 
     request: Request
     ttft_s: float | None = None
@@ -132,7 +138,8 @@ class _Client:
                 outcome.tier = inflight.done.tier
             if inflight.choice is not None:
                 outcome.worker = inflight.choice.worker.id
-            self._flight = None  # they know each other, and runs are made without the garbage collector
+            # they know each other, and runs are made without the garbage collector
+            self._flight = None
         self._sim.open -= 1
 
 
@@ -151,13 +158,18 @@ class _Wires:
         return SendResult.OK
 
     def send_control(self, peer: bytes, data: bytes) -> SendResult:
-        return SendResult.OK if peer in self.workers else SendResult.GONE  # Welcome and Drain: the simulated worker needs neither
+        # Welcome and Drain: the simulated worker needs neither
+        return SendResult.OK if peer in self.workers else SendResult.GONE
 
 
 class Simulation:
-    """Built for one run. `give_up(now, outcomes)` is asked at each arrival and may end the run early by returning True."""
+    """Built for one run. `give_up(now, outcomes)` is asked at each arrival and may end the run
+    early by returning True.
+    """
 
-    def __init__(self, world: World, requests: Iterable[Request], give_up: GiveUp | None = None) -> None:
+    def __init__(
+        self, world: World, requests: Iterable[Request], give_up: GiveUp | None = None
+    ) -> None:
         self.world = world
         self.agenda = Agenda()
         self.open = 0
@@ -166,9 +178,14 @@ class Simulation:
         self._run = Run([], [])
         self._wires = _Wires(self.agenda, world.timing.link_s)
         rng = random.Random(f"{world.seed}/policy")
-        self.dispatcher: Dispatcher = build_dispatcher(world.policy, world.max_queued, world.queue_timeout_s, self._wires, rng, self.agenda)
+        self.dispatcher: Dispatcher = build_dispatcher(
+            world.policy, world.max_queued, world.queue_timeout_s, self._wires, rng, self.agenda
+        )
         self._facts = worker_facts(world.policy, world.facts)
-        self._refs = [_adapter(world.facts.base, index, world.facts.adapter_bytes) for index in range(world.adapters)]
+        self._refs = [
+            _adapter(world.facts.base, index, world.facts.adapter_bytes)
+            for index in range(world.adapters)
+        ]
         self._lengths: dict[str, tuple[int, int]] = {}
         self.workers: list[SimWorker] = []
         self._arriving = True
@@ -184,14 +201,16 @@ class Simulation:
         """What happens next is on the agenda from now on."""
         self._join(self.world.workers)
         for event in self.world.events:
-            self.agenda.at(event.at_s, self._join if isinstance(event, Join) else self._lose, event.workers)
+            self.agenda.at(
+                event.at_s, self._join if isinstance(event, Join) else self._lose, event.workers
+            )
         self.agenda.after(TICK_S, self._tick)
         self._next()
 
     def _going(self) -> bool:
         return (self._arriving or self.open > 0) and not self._run.given_up
 
-    # ---- events -------------------------------------------------------------------------------------------------------------------------
+    # ---- events ----------------------------------------------------------------------------------
 
     def _next(self) -> None:
         request = next(self._requests, None)
@@ -211,7 +230,15 @@ class Simulation:
         self._lengths[request_id] = (request.prompt_tokens, request.output_tokens)
         ref, stored = (None, None) if request.adapter is None else self._refs[request.adapter]
         client = _Client(self, outcome)
-        inflight = InFlightRequest(self.world.facts.base, ref, stored, "/v1/completions", request_id, _body(request), client)
+        inflight = InFlightRequest(
+            self.world.facts.base,
+            ref,
+            stored,
+            "/v1/completions",
+            request_id,
+            _body(request),
+            client,
+        )
         client.of(inflight)
         self.open += 1
         try:
@@ -238,10 +265,17 @@ class Simulation:
             self.workers.append(worker)
             self._wires.workers[worker.peer] = worker
             # Workers do not beat in step.
-            self.agenda.after(self._facts.heartbeat_s * (len(self.workers) * 0.618 % 1.0) if self.agenda.now else 0.0, worker.join)
+            self.agenda.after(
+                self._facts.heartbeat_s * (len(self.workers) * 0.618 % 1.0)
+                if self.agenda.now
+                else 0.0,
+                worker.join,
+            )
 
     def _watch(self, worker: str) -> Callable[[AdapterRef, messages.Tier], None]:
-        return lambda adapter, tier: self._run.loads.append(LoadSeen(self.agenda.now, worker, adapter.name, tier))
+        return lambda adapter, tier: self._run.loads.append(
+            LoadSeen(self.agenda.now, worker, adapter.name, tier)
+        )
 
     def _lose(self, number: int) -> None:
         for worker in [w for w in self.workers if w.alive][:number]:
@@ -249,7 +283,9 @@ class Simulation:
 
 
 def simulate(world: World, requests: Sequence[Request], give_up: GiveUp | None = None) -> Run:
-    """The run of these requests (in order of arrival) in this world. The same arguments give the same run."""
+    """The run of these requests (in order of arrival) in this world. The same arguments give the
+    same run.
+    """
     return Simulation(world, requests, give_up).run()
 
 
@@ -259,10 +295,14 @@ def adapter_name(index: int) -> str:
 
 def _adapter(base: str, index: int, size_bytes: int) -> tuple[AdapterRef, StoredAdapter]:
     name, digest = adapter_name(index), f"{index:016x}"
-    return AdapterRef(base, name, digest), StoredAdapter(name, digest, (StoredFile("adapter_model.safetensors", size_bytes, "1"),))
+    return AdapterRef(base, name, digest), StoredAdapter(
+        name, digest, (StoredFile("adapter_model.safetensors", size_bytes, "1"),)
+    )
 
 
 def _body(request: Request) -> bytes:
-    """As long as a prompt of so many tokens is, and like no other from its first bytes on: nothing to gain from prefix affinity."""
+    """As long as a prompt of so many tokens is, and like no other from its first bytes on: nothing
+    to gain from prefix affinity.
+    """
     head = b'{"prompt": "%d ' % request.index
     return head.ljust(BYTES_PER_TOKEN * request.prompt_tokens, b".")

@@ -62,10 +62,16 @@ async def test_streams_whose_frames_a_gateway_never_took_are_refused_once_it_tak
         gateway.takes = True
         while len(gateway.refused) < streams:
             await asyncio.sleep(0.001)
-    assert sorted(gateway.refused) == list(range(streams)) and len(gateway.frames) == streams and len(overflows) == 1
+    assert (
+        sorted(gateway.refused) == list(range(streams))
+        and len(gateway.frames) == streams
+        and len(overflows) == 1
+    )
 
 
-async def test_what_a_gateway_did_not_take_at_once_arrives_in_order_when_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_a_gateway_did_not_take_at_once_arrives_in_order_when_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(session, "RETRY_S", 0.001)
     gateway = Gateway()
     outbox = Outbox(lambda: pytest.fail("nothing overflows"))
@@ -78,4 +84,10 @@ async def test_what_a_gateway_did_not_take_at_once_arrives_in_order_when_it_does
     async with asyncio.timeout(10):
         while len(gateway.frames) < 5:
             await asyncio.sleep(0.001)
-    assert [data for _, _, data in gateway.frames] == [b"0", b"1", b"2", b"3", b"4"] and not gateway.refused
+    assert [data for _, _, data in gateway.frames] == [
+        b"0",
+        b"1",
+        b"2",
+        b"3",
+        b"4",
+    ] and not gateway.refused

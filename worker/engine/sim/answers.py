@@ -1,4 +1,6 @@
-"""Pure. What the simulated engine reads of a request and what it answers, in vLLM's OpenAI shape."""
+"""Pure. What the simulated engine reads of a request and what it answers, in vLLM's OpenAI
+shape.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,27 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Answer:
-    """One answer's bytes in vLLM's OpenAI shape. What repeats in every event is encoded once: under load, events are all that this engine does."""
+    """One answer's bytes in vLLM's OpenAI shape. What repeats in every event is encoded once: under
+    load, events are all that this engine does.
+    """
 
-    def __init__(self, request: _Request, head: dict[str, Any], label: str, prompt_tokens: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        request: _Request,
+        head: dict[str, Any],
+        label: str,
+        prompt_tokens: int,
+        max_tokens: int,
+    ) -> None:
         self.stream = bool(request.stream)
         self.prompt_tokens, self.max_tokens = prompt_tokens, max_tokens
         self._chat = isinstance(request, _ChatRequest)
         self._head, self._label = head, label
-        self._usage = {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + max_tokens, "completion_tokens": max_tokens}
+        self._usage = {
+            "prompt_tokens": prompt_tokens,
+            "total_tokens": prompt_tokens + max_tokens,
+            "completion_tokens": max_tokens,
+        }
         if not self.stream:
             return
         head = {**head, "object": "chat.completion.chunk"} if self._chat else head
@@ -31,7 +46,9 @@ class Answer:
         role = {"delta": {"role": "assistant", "content": ""}}
         self._opening = _event({**head, "choices": [_choice(role, None)]}) if self._chat else b""
         with_usage = request.stream_options is not None and request.stream_options.include_usage
-        self._closing = (_event({**head, "choices": [], "usage": self._usage}) if with_usage else b"") + b"data: [DONE]\n\n"
+        self._closing = (
+            _event({**head, "choices": [], "usage": self._usage}) if with_usage else b""
+        ) + b"data: [DONE]\n\n"
 
     def event(self, number: int) -> bytes:
         """The bytes of a stream that go out with token `number`, counted from 0."""
@@ -45,13 +62,17 @@ class Answer:
     def body(self) -> bytes:
         """The whole answer of a request without `stream`."""
         text = " ".join([self._label, *(f"w{i}" for i in range(self.max_tokens - 1))])
-        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        said: dict[str, Any] = (
+            {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        )
         return _encode({**self._head, "choices": [_choice(said, "length")], "usage": self._usage})
 
     def _split(self, head: dict[str, Any], finish_reason: str | None) -> tuple[bytes, bytes]:
         """An event's bytes before and after its token."""
         said: dict[str, Any] = {"delta": {"content": _HOLE}} if self._chat else {"text": _HOLE}
-        before, _, after = _event({**head, "choices": [_choice(said, finish_reason)]}).rpartition(_encode(_HOLE)[1:-1])
+        before, _, after = _event({**head, "choices": [_choice(said, finish_reason)]}).rpartition(
+            _encode(_HOLE)[1:-1]
+        )
         return before, after
 
 
@@ -83,7 +104,9 @@ class _ChatRequest(_Request, frozen=True, kw_only=True):
 
     def prompt_tokens(self) -> int:
         return sum(
-            len(m.content.split()) if isinstance(m.content, str) else sum(len(p.text.split()) for p in m.content or ())
+            len(m.content.split())
+            if isinstance(m.content, str)
+            else sum(len(p.text.split()) for p in m.content or ())
             for m in self.messages
         )
 
@@ -99,9 +122,17 @@ class _CompletionRequest(_Request, frozen=True, kw_only=True):
         if all(isinstance(p, int) for p in self.prompt):
             return len(self.prompt)
         if len(self.prompt) > 1:
-            raise InvalidRequest("The simulated engine takes one prompt per request.", param="prompt")
+            raise InvalidRequest(
+                "The simulated engine takes one prompt per request.", param="prompt"
+            )
         only = self.prompt[0]
-        return len(only.split()) if isinstance(only, str) else len(only) if isinstance(only, list) else 1
+        return (
+            len(only.split())
+            if isinstance(only, str)
+            else len(only)
+            if isinstance(only, list)
+            else 1
+        )
 
 
 _Decoder: TypeAlias = msgspec.json.Decoder[_ChatRequest] | msgspec.json.Decoder[_CompletionRequest]
@@ -115,27 +146,42 @@ def read_request(call: EngineRequest, base: str, max_model_len: int, created: in
     """The answer that the call is due; `created` is the time in seconds that it will carry.
 
     Raises:
-        InvalidRequest: malformed, or more than the model's context; `param` names the field. RouteNotFound: no such path.
+        InvalidRequest: malformed, or more than the model's context; `param` names the field.
+            RouteNotFound: no such path.
     """
     if call.path not in _KINDS:
         raise RouteNotFound(f"There is no {call.path[:200]} here.")
     decoder, prefix, kind = _KINDS[call.path]
     request = _decode(decoder, call.body)
     if request.n is not None and request.n != 1:
-        raise InvalidRequest("The simulated engine gives one choice per request: n must be 1.", param="n")
-    prompt_tokens = max(1, request.prompt_tokens())  # no real prompt is empty: chat templates and tokenizers add tokens of their own
+        raise InvalidRequest(
+            "The simulated engine gives one choice per request: n must be 1.", param="n"
+        )
+    # no real prompt is empty: chat templates and tokenizers add tokens of their own
+    prompt_tokens = max(1, request.prompt_tokens())
     max_tokens = _output_tokens(request, prompt_tokens, max_model_len)
     adapter = call.adapter
     name, digest = (adapter.ref.name, adapter.ref.digest) if adapter is not None else ("-", "-")
     model = call.model or request.model or (f"{base}:{name}" if adapter is not None else base)
     head = {"id": f"{prefix}-{call.request_id}", "object": kind, "created": created, "model": model}
-    return Answer(request, head, f"[base={base} adapter={name} digest={digest}]", prompt_tokens, max_tokens)
+    return Answer(
+        request, head, f"[base={base} adapter={name} digest={digest}]", prompt_tokens, max_tokens
+    )
 
 
 def error_body(error: LoraplexError) -> bytes:
     """OpenAI's error shape."""
     kind = "not_found_error" if isinstance(error, RouteNotFound) else "invalid_request_error"
-    return _encode({"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}})
+    return _encode(
+        {
+            "error": {
+                "message": error.message,
+                "type": kind,
+                "param": error.param,
+                "code": error.code,
+            }
+        }
+    )
 
 
 def _decode(decoder: _Decoder, body: bytes) -> _ChatRequest | _CompletionRequest:
@@ -151,7 +197,9 @@ def _decode(decoder: _Decoder, body: bytes) -> _ChatRequest | _CompletionRequest
 
 
 def _output_tokens(request: _Request, prompt_tokens: int, max_model_len: int) -> int:
-    """How many tokens the answer has: as asked for, or the default as far as the context reaches."""
+    """How many tokens the answer has: as asked for, or the default as far as the context
+    reaches.
+    """
     field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     asked: int | None = getattr(request, field)
     if asked is not None and asked < 1:
@@ -159,9 +207,14 @@ def _output_tokens(request: _Request, prompt_tokens: int, max_model_len: int) ->
     left = max_model_len - prompt_tokens
     if left < (asked or 1):
         raise InvalidRequest(
-            f"This model's maximum context length is {max_model_len} tokens. You asked for {asked or 1} output tokens and your prompt "
+            f"This model's maximum context length is {max_model_len} tokens. You asked "
+            f"for {asked or 1} output tokens and your prompt "
             f"contains {prompt_tokens}.",
-            param=field if left > 0 else "messages" if isinstance(request, _ChatRequest) else "prompt",
+            param=field
+            if left > 0
+            else "messages"
+            if isinstance(request, _ChatRequest)
+            else "prompt",
         )
     return min(DEFAULT_OUTPUT_TOKENS, left) if asked is None else asked
 

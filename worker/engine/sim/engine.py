@@ -1,9 +1,11 @@
-"""Shell. A simulated engine: deterministic text, scripted timing, the slot rules of a real one. No model, no torch.
+"""Shell. A simulated engine: deterministic text, scripted timing, the slot rules of a real one. No
+model, no torch.
 
-What it models: one step loop that moves every running sequence by one token each `itl_ms`; one prefill lane beside it, first come first
-served; loads between steps, during which nothing else moves. A token is a word: prompts are counted in words, and the text is the label
-`[base=... adapter=... digest=...]` (the first token), then w0, w1, ... up to exactly `max_tokens`. Sampling parameters, `stop`, tools and logprobs
-are ignored.
+What it models: one step loop that moves every running sequence by one token each `itl_ms`; one
+prefill lane beside it, first come first served; loads between steps, during which nothing else
+moves. A token is a word: prompts are counted in words, and the text is the label `[base=...
+adapter=... digest=...]` (the first token), then w0, w1, ... up to exactly `max_tokens`. Sampling
+parameters, `stop`, tools and logprobs are ignored.
 """
 
 from __future__ import annotations
@@ -22,17 +24,20 @@ from worker.engine.sim.answers import Answer, error_body, read_request
 clock = time.monotonic
 
 MEASURE_WEIGHT = 0.2  # of the newest step or prefill in the moving averages
-TIMER_SLACK_S = 0.0006  # uvloop's timers round to whole milliseconds: one that fires this early is on time
+# uvloop's timers round to whole milliseconds: one that fires this early is on time
+TIMER_SLACK_S = 0.0006
 MB = 1e6
 ACTIVATE_S = 0.004  # an adapter in host memory gets into a slot
 HOST_PLACES_PER_SLOT = 5
 
 
 class SimEngine:
-    """Implements `worker.engine.Engine`. All times in milliseconds; loading an adapter takes `load_ms` + `load_ms_per_mb` x its megabytes.
+    """Implements `worker.engine.Engine`. All times in milliseconds; loading an adapter takes
+    `load_ms` + `load_ms_per_mb` x its megabytes.
 
-    An answer's first token comes `ttft_ms` after its prompt has left the prefill lane, with the step that follows. At most `max_num_seqs`
-    sequences prefill or decode; the others wait, unbounded: the agent admits no more than `EngineFacts.capacity`.
+    An answer's first token comes `ttft_ms` after its prompt has left the prefill lane, with the
+    step that follows. At most `max_num_seqs` sequences prefill or decode; the others wait,
+    unbounded: the agent admits no more than `EngineFacts.capacity`.
     """
 
     def __init__(
@@ -52,7 +57,11 @@ class SimEngine:
         self._base = base
         self._max_loras, self._max_lora_rank = max_loras, max_lora_rank
         self._max_model_len, self._max_num_seqs = max_model_len, max_num_seqs
-        self._ttft_s, self._itl_s, self._prefill_rate = ttft_ms / 1e3, itl_ms / 1e3, prefill_tokens_per_s
+        self._ttft_s, self._itl_s, self._prefill_rate = (
+            ttft_ms / 1e3,
+            itl_ms / 1e3,
+            prefill_tokens_per_s,
+        )
         self._load_s, self._load_s_per_mb = load_ms / 1e3, load_ms_per_mb / 1e3
         self._uses: dict[Loaded, int] = {}  # loaded adapters -> calls in flight
         self._warm: set[Loaded] = set()  # in host memory, in no slot
@@ -74,7 +83,13 @@ class SimEngine:
     async def start(self) -> EngineFacts:
         self._task = asyncio.create_task(self._step_for_ever(), name="sim engine")
         self._task.add_done_callback(self._ended)
-        return EngineFacts("sim", self._max_num_seqs, self._max_loras, self._max_lora_rank, self._max_loras * HOST_PLACES_PER_SLOT)
+        return EngineFacts(
+            "sim",
+            self._max_num_seqs,
+            self._max_loras,
+            self._max_lora_rank,
+            self._max_loras * HOST_PLACES_PER_SLOT,
+        )
 
     async def serve(self, call: EngineRequest, reply: Reply) -> None:
         adapter = call.adapter
@@ -123,8 +138,12 @@ class SimEngine:
         return Swapped(refused, clock() - began)
 
     async def load(self, adapter: Loaded) -> None:
-        assert len(self._uses) + len(self._loads) < self._max_loras, f"no slot is free for {adapter}"
-        assert adapter not in self._uses and all(a != adapter for a, _ in self._loads), f"{adapter} is loaded already"
+        assert len(self._uses) + len(self._loads) < self._max_loras, (
+            f"no slot is free for {adapter}"
+        )
+        assert adapter not in self._uses and all(a != adapter for a, _ in self._loads), (
+            f"{adapter} is loaded already"
+        )
         self._check_alive()
         self._check_rank(adapter)
         loaded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -144,12 +163,18 @@ class SimEngine:
         self._warm.discard(adapter)
 
     def stats(self) -> EngineStats:
-        tokens_held = sum(s.answer.prompt_tokens + s.sent for queue in (self._prefilling, self._running) for s in queue)
+        tokens_held = sum(
+            s.answer.prompt_tokens + s.sent
+            for queue in (self._prefilling, self._running)
+            for s in queue
+        )
         return EngineStats(
             running=len(self._prefilling) + len(self._running),
             waiting=len(self._waiting),
             kv_usage=tokens_held / (self._max_num_seqs * self._max_model_len),
-            waiting_tokens=sum(s.answer.prompt_tokens for queue in (self._waiting, self._prefilling) for s in queue),
+            waiting_tokens=sum(
+                s.answer.prompt_tokens for queue in (self._waiting, self._prefilling) for s in queue
+            ),
             prefill_tokens_per_s=self._measured_prefill_rate,
             step_s=self._step_s,
         )
@@ -162,7 +187,7 @@ class SimEngine:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    # ---- the step loop ----------------------------------------------------------------------------------------------------------------
+    # ---- the step loop ---------------------------------------------------------------------------
 
     async def _step_for_ever(self) -> None:
         while True:
@@ -172,7 +197,8 @@ class SimEngine:
             now = clock()
             if due is not None and now >= due - TIMER_SLACK_S:
                 self._step(now, due)
-                await asyncio.sleep(0)  # the frames of this step leave before the next, even if it is due
+                # the frames of this step leave before the next, even if it is due
+                await asyncio.sleep(0)
             while self._loads:
                 await self._load_first()
 
@@ -181,7 +207,11 @@ class SimEngine:
         self._wake.clear()
         if self._loads and not self._running:
             return
-        timer = None if due is None else asyncio.get_running_loop().call_later(max(0.0, due - clock()), self._wake.set)
+        timer = (
+            None
+            if due is None
+            else asyncio.get_running_loop().call_later(max(0.0, due - clock()), self._wake.set)
+        )
         try:
             await self._wake.wait()
         finally:
@@ -196,7 +226,9 @@ class SimEngine:
         return self._lane_free if self._waiting else None
 
     def _prefill(self, now: float) -> None:
-        """Sequences enter the prefill lane, one after another, as if each had entered the moment it could."""
+        """Sequences enter the prefill lane, one after another, as if each had entered the moment it
+        could.
+        """
         while self._waiting and len(self._prefilling) + len(self._running) < self._max_num_seqs:
             sequence = next(iter(self._waiting))
             start = max(self._lane_free, sequence.arrived)
@@ -217,7 +249,8 @@ class SimEngine:
             if not sequence.done.done():
                 sequence.done.set_result(None)
         self._step_began = now
-        # From when it was due, so that late timers do not add up; a step that came a whole interval late is not made up for.
+        # From when it was due, so that late timers do not add up; a step that came a whole interval
+        # late is not made up for.
         self._next_step = max(due + self._itl_s, now)
 
     def _join(self, now: float) -> None:
@@ -227,15 +260,22 @@ class SimEngine:
                 return
             del self._prefilling[sequence]
             self._running[sequence] = None
-            took = sequence.ready - self._ttft_s - sequence.prefill_began  # includes stalls by loads
+            # includes stalls by loads
+            took = sequence.ready - self._ttft_s - sequence.prefill_began
             self._measured_prefill_rate = blend(
-                self._measured_prefill_rate, sequence.answer.prompt_tokens / max(took, 1e-6), MEASURE_WEIGHT
+                self._measured_prefill_rate,
+                sequence.answer.prompt_tokens / max(took, 1e-6),
+                MEASURE_WEIGHT,
             )
 
     async def _load_first(self) -> None:
         adapter, loaded = self._loads[0]
         if not loaded.cancelled():
-            duration = ACTIVATE_S if adapter in self._warm else self._load_s + self._load_s_per_mb * adapter.size_bytes / MB
+            duration = (
+                ACTIVATE_S
+                if adapter in self._warm
+                else self._load_s + self._load_s_per_mb * adapter.size_bytes / MB
+            )
             self._stall(clock(), duration)
             await asyncio.sleep(duration)
         self._loads.popleft()
@@ -276,7 +316,10 @@ class SimEngine:
 
     def _check_rank(self, adapter: Loaded) -> None:
         if adapter.rank > self._max_lora_rank:
-            raise InvalidAdapter(f"rank {adapter.rank} is greater than the server's max_lora_rank {self._max_lora_rank}")
+            raise InvalidAdapter(
+                f"rank {adapter.rank} is greater than the server's max_lora_rank "
+                f"{self._max_lora_rank}"
+            )
 
     def _check_alive(self) -> None:
         assert self._task is not None, "the engine has not started"
@@ -286,7 +329,9 @@ class SimEngine:
     def _ended(self, task: asyncio.Task[None]) -> None:
         """The step loop is over: stopped, or broken by a bug."""
         self._dead = "stopped" if task.cancelled() else f"step loop broke: {task.exception()!r}"
-        pending: Iterable[asyncio.Future[None]] = [s.done for q in (self._waiting, self._prefilling, self._running) for s in q]
+        pending: Iterable[asyncio.Future[None]] = [
+            s.done for q in (self._waiting, self._prefilling, self._running) for s in q
+        ]
         for future in (*pending, *(loaded for _, loaded in self._loads)):
             if not future.done():
                 future.set_exception(EngineFailure(self._dead))
@@ -299,7 +344,9 @@ class _Sequence:
 
     __slots__ = ("answer", "arrived", "done", "prefill_began", "ready", "reply", "sent")
 
-    def __init__(self, answer: Answer, reply: Reply, arrived: float, done: asyncio.Future[None]) -> None:
+    def __init__(
+        self, answer: Answer, reply: Reply, arrived: float, done: asyncio.Future[None]
+    ) -> None:
         self.answer, self.reply, self.arrived, self.done = answer, reply, arrived, done
         self.sent = 0
         self.prefill_began = self.ready = 0.0

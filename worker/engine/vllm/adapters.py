@@ -1,4 +1,6 @@
-"""Shell. Adapters in and out of vLLM, from the front end's side: calls of worker/engine/vllm/worker_extension.py on every rank, between engine steps."""
+"""Shell. Adapters in and out of vLLM, from the front end's side: calls of
+worker/engine/vllm/worker_extension.py on every rank, between engine steps.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,12 @@ from shared.adapters.identity import AdapterRef
 from shared.errors import EngineFailure, InvalidAdapter
 from worker.engine.base import Loaded, Swap, Swapped
 
-UTILITY_TIMEOUT_S = 300.0  # a utility call waits behind the running step; one that hangs this long never answers (the engine died)
-POLL_S = 0.005  # between two looks at what is being prepared: one call for all of them, and none while there is nothing
+# a utility call waits behind the running step; one that hangs this long never answers (the engine
+# died)
+UTILITY_TIMEOUT_S = 300.0
+# between two looks at what is being prepared: one call for all of them, and none while there is
+# nothing
+POLL_S = 0.005
 _PATH = re.compile(r"(/[\w.\-]+){2,}")
 
 
@@ -34,7 +40,8 @@ class Adapters:
             self._poll = asyncio.create_task(self._watch(), name="adapters being prepared")
         failure = await told
         if failure:
-            await self._call("loraplex_swap", [], [], [adapter.int_id])  # another rank may have it ready
+            # another rank may have it ready
+            await self._call("loraplex_swap", [], [], [adapter.int_id])
             raise _refusal(failure)
 
     async def swap(self, swap: Swap) -> Swapped:
@@ -46,11 +53,15 @@ class Adapters:
             if failure:
                 refused[adapter.ref] = _refusal(failure)
         if refused and len(ranks) > 1:  # one rank has refused it, the others have it
-            await self._call("loraplex_swap", [], [], [a.int_id for a in swap.enter if a.ref in refused])
+            await self._call(
+                "loraplex_swap", [], [], [a.int_id for a in swap.enter if a.ref in refused]
+            )
         return Swapped(refused, max(seconds for _, seconds in ranks))
 
     async def rehearse(self, adapter: Loaded) -> None:
-        """Puts an adapter that changes nothing and has no files into a slot; the kernels, the copies and the pinning then happen once."""
+        """Puts an adapter that changes nothing and has no files into a slot; the kernels, the
+        copies and the pinning then happen once.
+        """
         await self._call("loraplex_rehearse", adapter.int_id)
 
     async def _watch(self) -> None:
@@ -82,19 +93,27 @@ class Adapters:
                 answers: list[Any] = await self._engine.collective_rpc(method, args=args)
         except TimeoutError as exc:
             raise EngineFailure(f"{method} did not answer within {UTILITY_TIMEOUT_S:g} s") from exc
-        except Exception as exc:  # vLLM raises a plain Exception with the engine's words; nobody knows then what is in the slots
+        except Exception as exc:
+            # vLLM raises a plain Exception with the engine's words; nobody knows then what is in
+            # the slots
             raise EngineFailure(f"{method} failed: {_without_paths(str(exc))}") from exc
         return answers
 
 
 def lora_request(adapter: Loaded) -> LoRARequest:
-    """Name, id and path are unique per version: vLLM compares by name and keys its prefix cache by (name, path)."""
+    """Name, id and path are unique per version: vLLM compares by name and keys its prefix cache by
+    (name, path).
+    """
     name, int_id, folder = _fields(adapter)
     return LoRARequest(lora_name=name, lora_int_id=int_id, lora_path=folder)
 
 
 def _fields(adapter: Loaded) -> tuple[str, int, str]:
-    return f"{adapter.ref.base}:{adapter.ref.name}@{adapter.ref.digest}", adapter.int_id, str(adapter.folder)
+    return (
+        f"{adapter.ref.base}:{adapter.ref.name}@{adapter.ref.digest}",
+        adapter.int_id,
+        str(adapter.folder),
+    )
 
 
 def _refusal(words: str) -> InvalidAdapter:

@@ -1,4 +1,5 @@
-"""Shell. Prints the names that `engine_kwargs` may hold, as a JSON list: `loraplex check` asks this in a process of its own.
+"""Shell. Prints the names that `engine_kwargs` may hold, as a JSON list: `loraplex check` asks this
+in a process of its own.
 
 python -m worker.engine.vllm.arguments
 """

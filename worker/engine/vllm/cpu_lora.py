@@ -1,9 +1,12 @@
-"""Shell. LoRA layers on CPUs, in the place of vLLM 0.32's: rows of one adapter together, each adapter's weights read once per step and layer.
+"""Shell. LoRA layers on CPUs, in the place of vLLM 0.32's: rows of one adapter together, each
+adapter's weights read once per step and layer.
 
-vLLM's CPU kernels copy an adapter's weights once for every token of the batch, and do so for tokens of the base model as well. Here a step without any
-adapter costs nothing. Else the rows of a batch are put in the order of their slots, once per step, and each slot's rows are two plain matrix products
-with weights where they lie. For few rows of small layers the calls would cost more than the arithmetic: those are multiplied with the weights of all
-slots at once, and what is not theirs is made zero in between. What each costs: `make bench-micro`, test_cpu_lora_cost.py.
+vLLM's CPU kernels copy an adapter's weights once for every token of the batch, and do so for tokens
+of the base model as well. Here a step without any adapter costs nothing. Else the rows of a batch
+are put in the order of their slots, once per step, and each slot's rows are two plain matrix
+products with weights where they lie. For few rows of small layers the calls would cost more than
+the arithmetic: those are multiplied with the weights of all slots at once, and what is not theirs
+is made zero in between. What each costs: `make bench-micro`, test_cpu_lora_cost.py.
 """
 
 from __future__ import annotations
@@ -14,12 +17,16 @@ from typing import Any
 import torch
 
 CALLS_WORTH = 300_000
-"""Multiplications that take as long as the calls for one more slot: some 10 microseconds, and 30 per nanosecond on one core with AVX-512."""
+"""Multiplications that take as long as the calls for one more slot: some 10 microseconds, and 30
+per nanosecond on one core with AVX-512.
+"""
 
 
 class Rows:
-    """The rows of one step, by slot. `order` puts them so that those of a slot are neighbours (None: they all are of one slot, or of none);
-    `parts` are (slot, first row, row behind the last) in that order. Rows of the base model are in none."""
+    """The rows of one step, by slot. `order` puts them so that those of a slot are neighbours
+    (None: they all are of one slot, or of none); `parts` are (slot, first row, row behind the last)
+    in that order. Rows of the base model are in none.
+    """
 
     __slots__ = ("_mask", "_slots", "order", "parts")
 
@@ -37,7 +44,9 @@ class Rows:
             at += counts[slot]
         self.order: torch.Tensor | None = None
         if self.parts and (len(self.parts) > 1 or at < len(slots)):
-            self.order = torch.tensor(sorted((n for n, s in enumerate(slots) if s >= 0), key=slots.__getitem__))
+            self.order = torch.tensor(
+                sorted((n for n, s in enumerate(slots) if s >= 0), key=slots.__getitem__)
+            )
 
     def mask(self, slots: int) -> torch.Tensor:
         """[rows, slots, 1]: 1 where the row is of the slot."""
@@ -48,12 +57,18 @@ class Rows:
 
 
 def add(
-    y: torch.Tensor, x: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scale: float, sizes: Sequence[int], rows: Rows
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    scale: float,
+    sizes: Sequence[int],
+    rows: Rows,
 ) -> None:
     """y += scale x (x A') B' with each row's own A and B, in place.
 
-    Shapes: x [rows, in], y [rows, sum of sizes], each a [slots, 1, rank, in], each b [slots, 1, size, rank]. The product with A is made in float32
-    whatever the model's type, as vLLM does it.
+    Shapes: x [rows, in], y [rows, sum of sizes], each a [slots, 1, rank, in], each b [slots, 1,
+    size, rank]. The product with A is made in float32 whatever the model's type, as vLLM does it.
     """
     if not rows.parts:
         return
@@ -68,11 +83,19 @@ def _few(x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, row
     slots, _, rank, size_in = a.shape
     if not (x.dtype is y.dtype is a.dtype is b.dtype is torch.float32) or b.is_inference():
         return False
-    return bool(x.size(0) * (slots - 1) * rank * (size_in + b.size(2)) < CALLS_WORTH * len(rows.parts))
+    return bool(
+        x.size(0) * (slots - 1) * rank * (size_in + b.size(2)) < CALLS_WORTH * len(rows.parts)
+    )
 
 
 def _add_masked(
-    y: torch.Tensor, x: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scale: float, sizes: Sequence[int], rows: Rows
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    scale: float,
+    sizes: Sequence[int],
+    rows: Rows,
 ) -> None:
     slots, _, rank, size_in = a[0].shape
     mask, offset = rows.mask(slots), 0
@@ -94,7 +117,13 @@ def _sideways(b: torch.Tensor) -> torch.Tensor:
 
 
 def _add_by_slot(
-    y: torch.Tensor, x: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scale: float, sizes: Sequence[int], rows: Rows
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: Sequence[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    scale: float,
+    sizes: Sequence[int],
+    rows: Rows,
 ) -> None:
     mine = x if rows.order is None else x.index_select(0, rows.order)
     precise = mine if mine.dtype is torch.float32 else mine.float()
@@ -107,11 +136,17 @@ def _add_by_slot(
             continue
         out = torch.empty((mine.size(0), size), dtype=y.dtype)
         for slot, first, behind in rows.parts:
-            torch.mm(_shrunk(precise[first:behind], a_slots, slot, y.dtype), b_slots[slot, 0].t().to(y.dtype), out=out[first:behind])
+            torch.mm(
+                _shrunk(precise[first:behind], a_slots, slot, y.dtype),
+                b_slots[slot, 0].t().to(y.dtype),
+                out=out[first:behind],
+            )
         target.index_add_(0, rows.order, out, alpha=scale)
 
 
-def _one(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, slot: int, dtype: torch.dtype) -> torch.Tensor:
+def _one(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, slot: int, dtype: torch.dtype
+) -> torch.Tensor:
     return torch.mm(_shrunk(x, a, slot, dtype), b[slot, 0].t().to(dtype))
 
 
@@ -141,7 +176,15 @@ def install() -> None:
         output_slices: tuple[int, ...],
         **_: Any,
     ) -> None:
-        add(y.view(-1, y.size(-1)), x.view(-1, x.size(-1)), lora_a_stacked, lora_b_stacked, scale, output_slices, self.rows)
+        add(
+            y.view(-1, y.size(-1)),
+            x.view(-1, x.size(-1)),
+            lora_a_stacked,
+            lora_b_stacked,
+            scale,
+            output_slices,
+            self.rows,
+        )
 
     PunicaWrapperCPU.update_metadata = update_metadata
     PunicaWrapperCPU.add_lora_linear = add_lora_linear

@@ -1,9 +1,12 @@
-"""Shell. The only `import vllm`: AsyncLLM with vLLM's own OpenAI app in front of it, called in this process without HTTP.
+"""Shell. The only `import vllm`: AsyncLLM with vLLM's own OpenAI app in front of it, called in this
+process without HTTP.
 
-vLLM's serving layer does chat templates, sampling parameters, stop strings, logprobs and rendering; requests reach it through a hand-made ASGI
-scope and its bytes go to the Reply as they come. What this module adds is control over adapters: which version a request sees is set by a
-context variable (PINNED), so that the public name of an adapter may stand for different weights in requests that run at the same time, and
-adapters are loaded and removed only by explicit calls, never in line with a request (vLLM 0.32: an in-line load that fails kills the engine).
+vLLM's serving layer does chat templates, sampling parameters, stop strings, logprobs and rendering;
+requests reach it through a hand-made ASGI scope and its bytes go to the Reply as they come. What
+this module adds is control over adapters: which version a request sees is set by a context variable
+(PINNED), so that the public name of an adapter may stand for different weights in requests that run
+at the same time, and adapters are loaded and removed only by explicit calls, never in line with a
+request (vLLM 0.32: an in-line load that fails kills the engine).
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ ASKED: ContextVar[str] = ContextVar("asked_model", default="")
 
 
 class PinnedAdapters(dict[str, LoRARequest]):
-    """vLLM's table of adapters, answering from the request's own context: the version that was resolved for it, or none."""
+    """vLLM's table of adapters, answering from the request's own context: the version that was
+    resolved for it, or none.
+    """
 
     def __contains__(self, name: object) -> bool:
         return PINNED.get() is not None
@@ -77,7 +82,9 @@ class PinnedAdapters(dict[str, LoRARequest]):
 
 
 class Stats(StatLoggerBase):  # type: ignore[misc]
-    """The few engine figures that heartbeats carry. Alone with what each step says of itself: vLLM's own statistics cost 10 us per token."""
+    """The few engine figures that heartbeats carry. Alone with what each step says of itself:
+    vLLM's own statistics cost 10 us per token.
+    """
 
     current: Stats | None = None
 
@@ -90,7 +97,9 @@ class Stats(StatLoggerBase):  # type: ignore[misc]
         Stats.current = self
 
     def replace_others(self, engine: AsyncLLM) -> None:
-        """Before the first request: no figures per request and token, and no Prometheus logger, which vLLM adds to any other."""
+        """Before the first request: no figures per request and token, and no Prometheus logger,
+        which vLLM adds to any other.
+        """
         processor = engine.output_processor
         engine.log_stats = processor.log_stats = False
         processor.lora_states = LoRARequestStates(False)
@@ -106,17 +115,28 @@ class Stats(StatLoggerBase):  # type: ignore[misc]
 
         processor.process_outputs = counted
 
-    def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0, **_: Any) -> None:
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+        **_: Any,
+    ) -> None:
         now = time.monotonic()
         took = now - self._last
         if self._last and self._prompt_tokens and took > 0:
-            self.prefill_tokens_per_s = blend(self.prefill_tokens_per_s, self._prompt_tokens / took, EWMA)
+            self.prefill_tokens_per_s = blend(
+                self.prefill_tokens_per_s, self._prompt_tokens / took, EWMA
+            )
         elif self._last and self._outputs and took < 1.0:
             self.step_s = blend(self.step_s, took, EWMA)
         self._outputs = self._prompt_tokens = 0
         if scheduler_stats is not None:
             self.running = scheduler_stats.num_running_reqs
-            self.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+            self.waiting = (
+                scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+            )
             self.kv_usage = scheduler_stats.kv_cache_usage
         self._last = now if self.running else 0.0
         if self.pacing is not None:
@@ -135,7 +155,8 @@ class VLLMEngine:
     def __init__(self, model: LLMConfig, stream_gap_s: float = 0.0) -> None:
         self._model = model
         self._pacing = Pacing(stream_gap_s)
-        # Spawned children of vLLM get both through its plugin hook; forked ones would not, since vLLM remembers that it has run.
+        # Spawned children of vLLM get both through its plugin hook; forked ones would not, since
+        # vLLM remembers that it has run.
         os.environ[WORKER_PID_ENV] = str(os.getpid())
         patches.apply()
         os.register_at_fork(after_in_child=lambda: die_with_parent(signal.SIGKILL))
@@ -147,15 +168,20 @@ class VLLMEngine:
         self._adapters: Adapters | None = None
         self._watch: asyncio.Task[None] | None = None
         self._pace: asyncio.Task[None] | None = None
-        # The kernel's parent-death signal belongs to the thread that forked: this one lives as long as the process.
+        # The kernel's parent-death signal belongs to the thread that forked: this one lives as long
+        # as the process.
         self._boot_thread = ThreadPoolExecutor(1, thread_name_prefix="engine-boot")
 
     async def start(self) -> EngineFacts:
-        """Boots the engine beside the event loop. Raises ConfigError or EngineFailure with vLLM's own words."""
+        """Boots the engine beside the event loop. Raises ConfigError or EngineFailure with vLLM's
+        own words.
+        """
         loop = asyncio.get_running_loop()
         try:
             self._engine = await loop.run_in_executor(self._boot_thread, self._boot)
-        except Exception as exc:  # vLLM raises whatever its model, platform or kernels raise; all of it means: it did not start
+        except Exception as exc:
+            # vLLM raises whatever its model, platform or kernels raise; all of it means: it did not
+            # start
             raise EngineFailure(f"vLLM did not start: {type(exc).__name__}: {exc}") from exc
         engine = self._engine
         assert engine is not None
@@ -163,15 +189,19 @@ class VLLMEngine:
         tasks = await engine.get_supported_tasks()
         self._app = build_app(self._args, tasks, engine.model_config)
         await init_app_state(engine, self._app.state, self._args, tasks)
-        self._app.state.server = SimpleNamespace(should_exit=False)  # vLLM's error handler sets it where uvicorn would be told to end
+        # vLLM's error handler sets it where uvicorn would be told to end
+        self._app.state.server = SimpleNamespace(should_exit=False)
         models = self._app.state.openai_serving_models
         base = self._model.model_id
         models.lora_requests = PinnedAdapters()
-        models.model_name = lambda lora=None: ASKED.get() or (lora.lora_name.rpartition("@")[0] if lora else base)
+        models.model_name = lambda lora=None: (
+            ASKED.get() or (lora.lora_name.rpartition("@")[0] if lora else base)
+        )
         self.fast = FastServing(engine, self._app.state, self._args, self._pacing)
         await self._warm_up()
         self._watch = asyncio.create_task(self._watch_engine(), name="engine-watch")
-        if Stats.current is not None and engine.logger_manager is Stats.current:  # else vLLM counts, and no step is told of
+        # else vLLM counts, and no step is told of
+        if Stats.current is not None and engine.logger_manager is Stats.current:
             Stats.current.pacing = self._pacing
             self._pace = asyncio.create_task(self._watch_load(), name="pace")
         config = engine.vllm_config
@@ -179,7 +209,13 @@ class VLLMEngine:
         capacity = config.scheduler_config.max_num_seqs
         if lora is None:
             return EngineFacts("vllm", capacity, 0, 0)
-        return EngineFacts("vllm", capacity, lora.max_loras, lora.max_lora_rank, lora.max_cpu_loras or lora.max_loras)
+        return EngineFacts(
+            "vllm",
+            capacity,
+            lora.max_loras,
+            lora.max_lora_rank,
+            lora.max_cpu_loras or lora.max_loras,
+        )
 
     async def serve(self, call: EngineRequest, reply: Reply) -> None:
         # Seen by this call alone: each one runs in a task of its own.
@@ -188,8 +224,11 @@ class VLLMEngine:
         if self.fast is not None and await self.fast.serve(call, reply):
             return
         gone = asyncio.Event()
-        # The app runs in a task of its own: cancelling it would leave vLLM's handler running, so it is told of a disconnect instead.
-        bridge = asyncio.create_task(self._bridge(call, reply, gone), name=f"asgi {call.request_id}")
+        # The app runs in a task of its own: cancelling it would leave vLLM's handler running, so it
+        # is told of a disconnect instead.
+        bridge = asyncio.create_task(
+            self._bridge(call, reply, gone), name=f"asgi {call.request_id}"
+        )
         try:
             await asyncio.shield(bridge)
         except asyncio.CancelledError:
@@ -221,19 +260,27 @@ class VLLMEngine:
                 task.cancel()
         if self._engine is not None:
             if self._engine.output_handler is not None:
-                self._engine.output_handler.cancel()  # else it may see the engine gone before it is told to end, and logs that as its death
+                # else it may see the engine gone before it is told to end, and logs that as its
+                # death
+                self._engine.output_handler.cancel()
             await asyncio.to_thread(self._engine.shutdown, STOP_S)
 
-    # ---- inside -----------------------------------------------------------------------------------------------------------------------
+    # ---- inside ----------------------------------------------------------------------------------
 
     def _boot(self) -> AsyncLLM:
         start_method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
-        config = AsyncEngineArgs.from_cli_args(self._args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        config = AsyncEngineArgs.from_cli_args(self._args).create_engine_config(
+            UsageContext.OPENAI_API_SERVER
+        )
         if current_platform.is_cpu() and config.parallel_config.world_size == 1:
-            # Creating the config has set "spawn"; forking saves the engine 6 to 10 s of imports. On GPUs a fork was seen to hang.
+            # Creating the config has set "spawn"; forking saves the engine 6 to 10 s of imports. On
+            # GPUs a fork was seen to hang.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method or "fork"
         engine = AsyncLLM.from_vllm_config(config, stat_loggers=[Stats], disable_log_stats=True)
-        if not (self._args.enable_per_request_metrics or config.observability_config.otlp_traces_endpoint):
+        if not (
+            self._args.enable_per_request_metrics
+            or config.observability_config.otlp_traces_endpoint
+        ):
             assert Stats.current is not None
             Stats.current.replace_others(engine)
         return engine
@@ -243,7 +290,8 @@ class VLLMEngine:
         state: dict[str, Any] = {}
         scope = {
             "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},  # from 2.4 on Starlette would not listen for the disconnect
+            # from 2.4 on Starlette would not listen for the disconnect
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
             "method": "POST",
             "scheme": "http",
@@ -253,7 +301,10 @@ class VLLMEngine:
             "root_path": "",
             "server": ("worker", 0),
             "client": ("gateway", 0),
-            "headers": [(b"content-type", b"application/json"), (b"x-request-id", call.request_id.encode())],
+            "headers": [
+                (b"content-type", b"application/json"),
+                (b"x-request-id", call.request_id.encode()),
+            ],
             "state": state,
         }
         out = _Answer(reply, state)
@@ -270,8 +321,12 @@ class VLLMEngine:
         assert self._engine is not None
         try:
             await self._app(scope, receive, out.send)
-        except Exception as exc:  # Starlette re-raises after it has answered 500; the request failed, not the worker
-            log.warning("request failed in the engine's app", extra={"request": call.request_id, "error": type(exc).__name__})
+        except Exception as exc:
+            # Starlette re-raises after it has answered 500; the request failed, not the worker
+            log.warning(
+                "request failed in the engine's app",
+                extra={"request": call.request_id, "error": type(exc).__name__},
+            )
         if self._engine.errored:
             raise EngineFailure("the engine died")
         if not out.ended and not gone.is_set():
@@ -285,7 +340,9 @@ class VLLMEngine:
             self._on_death("EngineCore ended")
 
     async def _watch_load(self) -> None:
-        """How much of a core this thread, which serves all streams, has had of late, and how long it was in line for one."""
+        """How much of a core this thread, which serves all streams, has had of late, and how long
+        it was in line for one.
+        """
         before, at = _scheduled_s(), time.monotonic()
         while True:
             await asyncio.sleep(LOOK_S)
@@ -295,7 +352,8 @@ class VLLMEngine:
             before, at = (ran, waited), now
 
     async def _warm_up(self) -> None:
-        """The first request of each kind compiles kernels inside the step loop, which would stall every stream: let it be ours.
+        """The first request of each kind compiles kernels inside the step loop, which would stall
+        every stream: let it be ours.
 
         Bounded in time, and nothing that fails here keeps the worker from serving.
         """
@@ -312,12 +370,20 @@ class VLLMEngine:
 
     async def _rehearse_adapter(self) -> None:
         assert self._adapters is not None
-        adapter = Loaded(AdapterRef(self._model.model_id, "warm-up", "0"), REHEARSAL_ID, Path("/nonexistent"), 1, 0)
+        adapter = Loaded(
+            AdapterRef(self._model.model_id, "warm-up", "0"),
+            REHEARSAL_ID,
+            Path("/nonexistent"),
+            1,
+            0,
+        )
         try:
             await self._adapters.rehearse(adapter)
             await self._rehearse({}, adapter)
             for prompts in self._prefills():
-                await asyncio.gather(*(self._rehearse({"prompt": prompt}, adapter) for prompt in prompts))
+                await asyncio.gather(
+                    *(self._rehearse({"prompt": prompt}, adapter) for prompt in prompts)
+                )
             await self._adapters.swap(Swap((), (), (adapter,)))
         except EngineFailure as exc:
             log.warning("warm-up without an adapter", extra={"reason": exc.message})
@@ -329,21 +395,32 @@ class VLLMEngine:
         if config.device_config.device_type == "cpu":
             return []
         graphs = config.compilation_config.max_cudagraph_capture_size or 1
-        return prefills(graphs, config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len - WARM_UP_TOKENS)
+        return prefills(
+            graphs,
+            config.scheduler_config.max_num_batched_tokens,
+            config.model_config.max_model_len - WARM_UP_TOKENS,
+        )
 
     async def _rehearse(self, extra: dict[str, Any], adapter: Loaded | None) -> None:
-        body = json.dumps({"model": self._model.model_id, "prompt": [1, 1], "max_tokens": WARM_UP_TOKENS, **extra}).encode()
+        body = json.dumps(
+            {"model": self._model.model_id, "prompt": [1, 1], "max_tokens": WARM_UP_TOKENS, **extra}
+        ).encode()
         discard = Discard()
         try:
             await self.serve(EngineRequest("/v1/completions", "warm-up", body, adapter), discard)
         finally:
             PINNED.set(None)
         if discard.status != 200:
-            log.warning("warm-up request was not answered", extra={"status": discard.status, "with": list(extra)})
+            log.warning(
+                "warm-up request was not answered",
+                extra={"status": discard.status, "with": list(extra)},
+            )
 
 
 class _Answer:
-    """ASGI `send`: joins the head with the first bytes, and leaves out what the client must not see when the engine dies."""
+    """ASGI `send`: joins the head with the first bytes, and leaves out what the client must not see
+    when the engine dies.
+    """
 
     __slots__ = ("_begun", "_reply", "_sse", "_state", "_status", "ended")
 
@@ -373,7 +450,11 @@ class _Answer:
             self._reply.more(b"", True)
         else:
             self._reply.head(
-                500, False, b'{"error":{"message":"The engine failed on this request.","type":"server_error","code":"engine_error"}}', True
+                500,
+                False,
+                b'{"error":{"message":"The engine failed on this '
+                b'request.","type":"server_error","code":"engine_error"}}',
+                True,
             )
 
     def _count(self) -> None:
@@ -397,7 +478,9 @@ class Discard:
 
 
 def _scheduled_s() -> tuple[float, float]:
-    """Seconds that this thread has been on a core, and in line for one (0 where the kernel does not say)."""
+    """Seconds that this thread has been on a core, and in line for one (0 where the kernel does not
+    say).
+    """
     try:
         ran, waited, _ = Path("/proc/thread-self/schedstat").read_text().split()
     except (OSError, ValueError):
@@ -406,7 +489,8 @@ def _scheduled_s() -> tuple[float, float]:
 
 
 def serve_args(model: LLMConfig) -> Any:
-    """The arguments of `vllm serve` for a model config: vLLM's defaults, the config's engine_kwargs, and what Loraplex decides.
+    """The arguments of `vllm serve` for a model config: vLLM's defaults, the config's
+    engine_kwargs, and what Loraplex decides.
 
     Raises:
         ConfigError: vLLM refuses the combination.
@@ -421,11 +505,20 @@ def serve_args(model: LLMConfig) -> Any:
     }
     if model.uses_lora:
         wanted |= {"enable_lora": True, "max_loras": model.max_loras}
-        # vLLM's default (as many as slots) would make every eviction a reload from disk. What is kept is bounded in bytes by residency.
+        # vLLM's default (as many as slots) would make every eviction a reload from disk. What is
+        # kept is bounded in bytes by residency.
         wanted.setdefault("max_cpu_loras", model.max_loras + HOST_PLACES)
-        wanted.setdefault("worker_extension_cls", "worker.engine.vllm.worker_extension.AdapterSlots")
-    if model.engine_kwargs.get("tensor_parallel_size", 1) * model.engine_kwargs.get("pipeline_parallel_size", 1) > 1:
-        wanted.setdefault("distributed_executor_backend", "worker.engine.vllm.executor.SafeMultiprocExecutor")
+        wanted.setdefault(
+            "worker_extension_cls", "worker.engine.vllm.worker_extension.AdapterSlots"
+        )
+    if (
+        model.engine_kwargs.get("tensor_parallel_size", 1)
+        * model.engine_kwargs.get("pipeline_parallel_size", 1)
+        > 1
+    ):
+        wanted.setdefault(
+            "distributed_executor_backend", "worker.engine.vllm.executor.SafeMultiprocExecutor"
+        )
     for key, value in wanted.items():
         setattr(args, key, value)
     try:

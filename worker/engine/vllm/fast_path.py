@@ -1,9 +1,12 @@
-"""Shell. Plain chat and completion streams without vLLM's HTTP layer: written where the engine's output arrives, one call per token.
+"""Shell. Plain chat and completion streams without vLLM's HTTP layer: written where the engine's
+output arrives, one call per token.
 
-vLLM's way costs 54 to 90 us per token: a RequestOutput, a queue, a task switch, three pydantic models, Starlette. Here vLLM's serving object
-still validates, renders the template and makes the sampling parameters, but what it would have iterated is taken from it (EngineTap), and the
-engine's output processor calls Stream.advance for each token, which puts the finished bytes into the reply. Whatever is not plain, and
-whatever fails before the first byte, is left to vLLM's own app, so that its errors stay its own.
+vLLM's way costs 54 to 90 us per token: a RequestOutput, a queue, a task switch, three pydantic
+models, Starlette. Here vLLM's serving object still validates, renders the template and makes the
+sampling parameters, but what it would have iterated is taken from it (EngineTap), and the engine's
+output processor calls Stream.advance for each token, which puts the finished bytes into the reply.
+Whatever is not plain, and whatever fails before the first byte, is left to vLLM's own app, so that
+its errors stay its own.
 """
 
 from __future__ import annotations
@@ -29,7 +32,15 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from shared.errors import EngineFailure
 from worker.engine.base import EngineRequest, Reply
 from worker.engine.vllm.pacing import Pacing
-from worker.engine.vllm.sse import DONE, Chunks, chat_chunks, completion_chunks, escape, is_plain_chat, is_plain_completion
+from worker.engine.vllm.sse import (
+    DONE,
+    Chunks,
+    chat_chunks,
+    completion_chunks,
+    escape,
+    is_plain_chat,
+    is_plain_completion,
+)
 
 UNUSUAL_ARGS = (
     "api_key",
@@ -41,7 +52,9 @@ UNUSUAL_ARGS = (
     "middleware",
     "sse_keep_alive_interval",
 )
-"""Arguments of `vllm serve` that add to a stream what only vLLM's app adds: where one is set, every request goes there."""
+"""Arguments of `vllm serve` that add to a stream what only vLLM's app adds: where one is set, every
+request goes there.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +69,9 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A plain stream before its first token: how it is written, what the engine is asked for, and vLLM's words for an exception."""
+    """A plain stream before its first token: how it is written, what the engine is asked for, and
+    vLLM's words for an exception.
+    """
 
     chunks: Chunks
     submission: Submission
@@ -64,7 +79,9 @@ class Draft:
 
 
 class EngineTap:
-    """Stands where a serving object has its engine. `generate` starts nothing: it keeps what was asked for."""
+    """Stands where a serving object has its engine. `generate` starts nothing: it keeps what was
+    asked for.
+    """
 
     def __init__(self, engine: AsyncLLM) -> None:
         self._engine = engine
@@ -78,7 +95,9 @@ class EngineTap:
         return self._asked
 
     def take(self) -> Submission:
-        """What was asked for last; the serving object makes its stream in the same step, so it is the caller's own."""
+        """What was asked for last; the serving object makes its stream in the same step, so it is
+        the caller's own.
+        """
         asked, self._asked = self._asked, None
         assert asked is not None
         return asked
@@ -86,7 +105,9 @@ class EngineTap:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A path of the API: which requests are plain there, what parses them, and what vLLM's serving object makes of them."""
+    """A path of the API: which requests are plain there, what parses them, and what vLLM's serving
+    object makes of them.
+    """
 
     is_plain: Callable[[Mapping[str, Any]], bool]
     parse: Callable[[Any], Any]
@@ -94,7 +115,9 @@ class Route:
 
 
 class Stream:
-    """One running plain stream. In vLLM's state of the request it replaces both the making of outputs and the queue for them."""
+    """One running plain stream. In vLLM's state of the request it replaces both the making of
+    outputs and the queue for them.
+    """
 
     __slots__ = (
         "_begun",
@@ -111,7 +134,12 @@ class Stream:
     )
 
     def __init__(self, draft: Draft, reply: Reply, pacing: Pacing) -> None:
-        self._chunks, self._in_words, self._reply, self._pacing = draft.chunks, draft.in_words, reply, pacing
+        self._chunks, self._in_words, self._reply, self._pacing = (
+            draft.chunks,
+            draft.in_words,
+            reply,
+            pacing,
+        )
         self._tokens = self._sent = 0
         self._begun = False
         self._prompt_tokens = 0
@@ -144,10 +172,14 @@ class Stream:
         *_: Any,
         **__: Any,
     ) -> None:
-        """In the place of `RequestState.make_request_output`: the tokens of one step, already detokenised. Leaves nothing for the queue."""
+        """In the place of `RequestState.make_request_output`: the tokens of one step, already
+        detokenised. Leaves nothing for the queue.
+        """
         self._tokens += len(new_token_ids)
         if finish_reason is not None:
-            self.write(self._detokenizer.get_next_output_text(True, True), str(finish_reason), stop_reason)
+            self.write(
+                self._detokenizer.get_next_output_text(True, True), str(finish_reason), stop_reason
+            )
             return
         if self._begun and not self._pacing.flush:
             return
@@ -158,7 +190,9 @@ class Stream:
         self.write(self._detokenizer.get_next_output_text(False, True), None, None)
 
     def write(self, text: str, finish_reason: str | None, stop_reason: int | str | None) -> None:
-        """One chunk. None is written for an output without text or tokens, which vLLM makes before the prompt is through."""
+        """One chunk. None is written for an output without text or tokens, which vLLM makes before
+        the prompt is through.
+        """
         if self.ended.done() or not (self._tokens or finish_reason):
             return
         try:
@@ -168,11 +202,14 @@ class Stream:
                 self._break_off(GenerationError())
             else:
                 self._finish(text, finish_reason, stop_reason)
-        except UnicodeEncodeError as exc:  # raised from here it would end the engine's output handler and with it every stream
+        except UnicodeEncodeError as exc:
+            # raised from here it would end the engine's output handler and with it every stream
             self._break_off(exc)
 
     def put(self, output: object) -> None:
-        """In the place of `RequestOutputCollector.put`, which gets the exception that ended the engine's output handler."""
+        """In the place of `RequestOutputCollector.put`, which gets the exception that ended the
+        engine's output handler.
+        """
         if isinstance(output, Exception) and not self.ended.done():
             self.ended.set_exception(EngineFailure(f"the engine died: {type(output).__name__}"))
 
@@ -206,17 +243,28 @@ class FastServing:
         self.served = 0
         if any(getattr(args, name, None) for name in UNUSUAL_ARGS):
             return
-        speculative = engine.vllm_config.speculative_config is not None  # its figures ride on the usage event
-        chat, completion = getattr(state, "openai_serving_chat", None), getattr(state, "openai_serving_completion", None)
+        # its figures ride on the usage event
+        speculative = engine.vllm_config.speculative_config is not None
+        chat, completion = (
+            getattr(state, "openai_serving_chat", None),
+            getattr(state, "openai_serving_completion", None),
+        )
         if chat is not None and chat.parser_cls is None and not speculative:
             chat = self._tapped(chat, "chat_completion_stream_generator", self._draft_chat)
-            self._routes["/v1/chat/completions"] = Route(is_plain_chat, ChatCompletionRequest.model_validate, chat.create_chat_completion)
+            self._routes["/v1/chat/completions"] = Route(
+                is_plain_chat, ChatCompletionRequest.model_validate, chat.create_chat_completion
+            )
         if completion is not None and not speculative:
-            completion = self._tapped(completion, "completion_stream_generator", self._draft_completion)
-            self._routes["/v1/completions"] = Route(is_plain_completion, CompletionRequest.model_validate, completion.create_completion)
+            completion = self._tapped(
+                completion, "completion_stream_generator", self._draft_completion
+            )
+            self._routes["/v1/completions"] = Route(
+                is_plain_completion, CompletionRequest.model_validate, completion.create_completion
+            )
 
     async def serve(self, call: EngineRequest, reply: Reply) -> bool:
-        """Answers the call, or returns False if that is for vLLM's app to do; nothing has been said or started then.
+        """Answers the call, or returns False if that is for vLLM's app to do; nothing has been said
+        or started then.
 
         Raises:
             EngineFailure: the engine is dead.
@@ -227,14 +275,18 @@ class FastServing:
         engine, asked = self._engine, draft.submission
         stream = Stream(draft, reply, self._pacing)
         try:
-            queue = await engine.add_request(asked.request_id, asked.prompt, asked.params, **asked.more)
+            queue = await engine.add_request(
+                asked.request_id, asked.prompt, asked.params, **asked.more
+            )
         except asyncio.CancelledError:
             await engine.abort(asked.request_id)
             raise
-        except Exception:  # whatever vLLM refuses here it refuses again in its app, in its own words
+        except Exception:
+            # whatever vLLM refuses here it refuses again in its app, in its own words
             return False
         states = engine.output_processor.request_states
-        # No await up to the end of catch_up: what has come until now is in the queue, what comes later goes to the stream.
+        # No await up to the end of catch_up: what has come until now is in the queue, what comes
+        # later goes to the stream.
         if queue.request_id in states:
             stream.attach(states[queue.request_id])
         stream.catch_up(queue.output)
@@ -247,7 +299,9 @@ class FastServing:
         return True
 
     async def _draft(self, call: EngineRequest) -> Draft | None:
-        """What vLLM's serving object makes of a plain request; None for any other, and for one that it refuses."""
+        """What vLLM's serving object makes of a plain request; None for any other, and for one that
+        it refuses.
+        """
         route = self._routes.get(call.path)
         if route is None or b'"stream"' not in call.body:
             return None
@@ -257,24 +311,40 @@ class FastServing:
             return None
         if not isinstance(body, dict) or not route.is_plain(body):
             return None
-        raw = SimpleNamespace(headers=Headers({"x-request-id": call.request_id}), state=SimpleNamespace())
+        raw = SimpleNamespace(
+            headers=Headers({"x-request-id": call.request_id}), state=SimpleNamespace()
+        )
         try:
             made = await route.create(route.parse(body), raw)
-        except Exception:  # pydantic, the template and vLLM raise what they like; its app turns it into an answer
+        except Exception:
+            # pydantic, the template and vLLM raise what they like; its app turns it into an answer
             return None
         return made if isinstance(made, Draft) else None
 
     def _tapped(self, serving: Any, generator: str, draft: Callable[..., Draft]) -> Any:
-        """A copy of a serving object that makes drafts instead of streams; vLLM's own stays as it is."""
+        """A copy of a serving object that makes drafts instead of streams; vLLM's own stays as it
+        is.
+        """
         tapped = copy.copy(serving)
         tapped.engine_client = self._tap
         setattr(tapped, generator, partial(draft, serving))
         return tapped
 
-    def _draft_chat(self, serving: Any, request: Any, _generator: object, request_id: str, model: str, *_: object, **__: object) -> Draft:
+    def _draft_chat(
+        self,
+        serving: Any,
+        request: Any,
+        _generator: object,
+        request_id: str,
+        model: str,
+        *_: object,
+        **__: object,
+    ) -> Draft:
         include_usage, _continuous = should_include_usage(request.stream_options, False)
         role = serving.get_chat_request_role(request)
-        chunks = chat_chunks(request_id, int(time.time()), model, role, serving.system_fingerprint, include_usage)
+        chunks = chat_chunks(
+            request_id, int(time.time()), model, role, serving.system_fingerprint, include_usage
+        )
         return Draft(chunks, self._tap.take(), partial(in_words, serving))
 
     def _draft_completion(
@@ -290,7 +360,9 @@ class FastServing:
         **__: object,
     ) -> Draft:
         include_usage, _continuous = should_include_usage(request.stream_options, False)
-        chunks = completion_chunks(request_id, created, model, serving.system_fingerprint, include_usage)
+        chunks = completion_chunks(
+            request_id, created, model, serving.system_fingerprint, include_usage
+        )
         return Draft(chunks, self._tap.take(), partial(in_words, serving))
 
 

@@ -1,6 +1,8 @@
-"""Shell. Corrections of vLLM 0.32 that Loraplex cannot do without, applied in every process that runs the model.
+"""Shell. Corrections of vLLM 0.32 that Loraplex cannot do without, applied in every process that
+runs the model.
 
-Each one says what goes wrong without it, is harmless where vLLM is right already, and has a test on the real engine that fails without it.
+Each one says what goes wrong without it, is harmless where vLLM is right already, and has a test on
+the real engine that fails without it.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from typing import Any
 
 KERNELS = Path(__file__).parent / "lora_kernels"
 RELATIVES = {(9, 0): "NVIDIA H200"}
-"""Whose tables a GPU without its own takes, by compute capability: what fits into its registers and shared memory fits here too, and vLLM's guess was
-made for none of them. Its own tables are better."""
+"""Whose tables a GPU without its own takes, by compute capability: what fits into its registers and
+shared memory fits here too, and vLLM's guess was made for none of them. Its own tables are
+better.
+"""
 
 
 def apply() -> None:
@@ -29,11 +33,14 @@ def apply() -> None:
 
 
 def _base_rows_stay_base() -> None:
-    """The CPU kernels take the slot of a token as an index, and a token of the base model has slot -1: in Python's way it selects the LAST slot.
+    """The CPU kernels take the slot of a token as an index, and a token of the base model has slot
+    -1: in Python's way it selects the LAST slot.
 
-    So a base request that shares a batch with an adapter's request is answered with the weights of whatever adapter is in the last slot. The GPU
-    kernels skip such tokens (vllm-project/vllm pull requests 48421 and 49656, open at the time of writing). Linear layers have kernels of their own
-    (vllm_cpu_lora.py); for what still comes here the shrink's result is made zero, and what the expand adds is then zero as well.
+    So a base request that shares a batch with an adapter's request is answered with the weights of
+    whatever adapter is in the last slot. The GPU kernels skip such tokens (vllm-project/vllm pull
+    requests 48421 and 49656, open at the time of writing). Linear layers have kernels of their own
+    (vllm_cpu_lora.py); for what still comes here the shrink's result is made zero, and what the
+    expand adds is then zero as well.
     """
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
@@ -42,7 +49,13 @@ def _base_rows_stay_base() -> None:
     if getattr(original, "loraplex", False):
         return
 
-    def bgmv_shrink(inputs: Any, lora_b_weights: Any, output_tensor: Any, lora_indices_tensor: Any, scaling: float = 1.0) -> None:
+    def bgmv_shrink(
+        inputs: Any,
+        lora_b_weights: Any,
+        output_tensor: Any,
+        lora_indices_tensor: Any,
+        scaling: float = 1.0,
+    ) -> None:
         original(inputs, lora_b_weights, output_tensor, lora_indices_tensor, scaling)
         output_tensor.masked_fill_((lora_indices_tensor < 0).unsqueeze(1), 0)
 
@@ -52,9 +65,11 @@ def _base_rows_stay_base() -> None:
 
 
 def _lora_kernels_fit_the_gpu() -> None:
-    """vLLM launches its LoRA kernels with one guess for every GPU, unless VLLM_TUNED_CONFIG_FOLDER has tables for this one, and brings none.
+    """vLLM launches its LoRA kernels with one guess for every GPU, unless VLLM_TUNED_CONFIG_FOLDER
+    has tables for this one, and brings none.
 
-    Ours are made by worker/engine/vllm/tune_kernels.py; the user's own folder comes first. (Setting the variable instead would change the kernels of MoE models.)
+    Ours are made by worker/engine/vllm/tune_kernels.py; the user's own folder comes first. (Setting
+    the variable instead would change the kernels of MoE models.)
     """
     from vllm.lora.ops.triton_ops import utils
 
@@ -67,7 +82,10 @@ def _lora_kernels_fit_the_gpu() -> None:
         import torch
 
         table: dict[str, Any] | None = theirs(op_type, add_inputs)
-        for gpu in (torch.cuda.get_device_name(), RELATIVES.get(torch.cuda.get_device_capability())):
+        for gpu in (
+            torch.cuda.get_device_name(),
+            RELATIVES.get(torch.cuda.get_device_capability()),
+        ):
             if table is None and gpu is not None:
                 table = kernel_table(KERNELS, gpu, op_type, add_inputs)
         return table
@@ -77,7 +95,9 @@ def _lora_kernels_fit_the_gpu() -> None:
 
 
 def kernel_table(folder: Path, gpu: str, op: str, add_inputs: bool | None) -> dict[str, Any] | None:
-    """The table of [slots + 1][slices][tokens][k][n] -> launch config for this GPU, if there is one."""
+    """The table of [slots + 1][slices][tokens][k][n] -> launch config for this GPU, if there is
+    one.
+    """
     path = folder / gpu_file(gpu, op, add_inputs)
     if not path.exists():
         return None
@@ -91,7 +111,9 @@ def gpu_file(gpu: str, op: str, add_inputs: bool | None) -> str:
 
 
 class _Nearest(dict[str, Any]):
-    """vLLM takes the nearest entry at every level of a table but this one, where it would fail: a layer of four slices gets what three have."""
+    """vLLM takes the nearest entry at every level of a table but this one, where it would fail: a
+    layer of four slices gets what three have.
+    """
 
     def __missing__(self, key: str) -> Any:
         return self[min(self, key=lambda k: abs(int(k) - int(key)))]

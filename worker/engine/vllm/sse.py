@@ -1,8 +1,10 @@
-"""Pure. The event stream of a plain chat or completion request, from pieces made once per request: per token only the text is escaped.
+"""Pure. The event stream of a plain chat or completion request, from pieces made once per request:
+per token only the text is escaped.
 
-Byte for byte what vLLM 0.32 writes through pydantic (its `chat_completion_stream_generator` and `completion_stream_generator`), for requests
-that ask for nothing beyond the text. Which requests those are is said here too (`is_plain_chat`, `is_plain_completion`); all others are left
-to vLLM. tests/engine/test_fast_path.py holds both against vLLM's own generators.
+Byte for byte what vLLM 0.32 writes through pydantic (its `chat_completion_stream_generator` and
+`completion_stream_generator`), for requests that ask for nothing beyond the text. Which requests
+those are is said here too (`is_plain_chat`, `is_plain_completion`); all others are left to vLLM.
+tests/engine/test_fast_path.py holds both against vLLM's own generators.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import Any
 import msgspec
 
 escape = msgspec.json.Encoder().encode
-"""A value as JSON; for strings the same escapes as pydantic's (short ones, \\u00xx for other control characters, everything else as UTF-8)."""
+"""A value as JSON; for strings the same escapes as pydantic's (short ones, \\u00xx for other
+control characters, everything else as UTF-8).
+"""
 
 DONE = b"data: [DONE]\n\n"
 
@@ -49,10 +53,12 @@ PLAIN_COMPLETION = _SAMPLING | _ENVELOPE | {"prompt"}
 
 @dataclass(frozen=True, slots=True)
 class Chunks:
-    """One request's pieces. A chunk is `before`, the escaped text, and `after`; `opening` precedes the first chunk.
+    """One request's pieces. A chunk is `before`, the escaped text, and `after`; `opening` precedes
+    the first chunk.
 
-    The last chunk has the finish and stop reason between `reasons` and `ending`; `closing` ends the chunk and, where usage is not asked for,
-    carries the fingerprint; where it is, `usage` begins one more event.
+    The last chunk has the finish and stop reason between `reasons` and `ending`; `closing` ends the
+    chunk and, where usage is not asked for, carries the fingerprint; where it is, `usage` begins
+    one more event.
     """
 
     opening: bytes
@@ -84,10 +90,24 @@ class Chunks:
         if self.usage is None:
             return DONE
         counts = b'{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d}'
-        return b"".join((self.usage, counts % (prompt_tokens, prompt_tokens + output_tokens, output_tokens), self.usage_closing, DONE))
+        return b"".join(
+            (
+                self.usage,
+                counts % (prompt_tokens, prompt_tokens + output_tokens, output_tokens),
+                self.usage_closing,
+                DONE,
+            )
+        )
 
 
-def chat_chunks(request_id: str, created: int, model: str, role: str, fingerprint: str | None, include_usage: bool) -> Chunks:
+def chat_chunks(
+    request_id: str,
+    created: int,
+    model: str,
+    role: str,
+    fingerprint: str | None,
+    include_usage: bool,
+) -> Chunks:
     """Of `/v1/chat/completions`: the first event carries the role."""
     head = _head(request_id, b"chat.completion.chunk", created, model)
     return _chunks(
@@ -103,7 +123,9 @@ def chat_chunks(request_id: str, created: int, model: str, role: str, fingerprin
     )
 
 
-def completion_chunks(request_id: str, created: int, model: str, fingerprint: str | None, include_usage: bool) -> Chunks:
+def completion_chunks(
+    request_id: str, created: int, model: str, fingerprint: str | None, include_usage: bool
+) -> Chunks:
     """Of `/v1/completions`."""
     return _chunks(
         _head(request_id, b"text_completion", created, model),
@@ -118,14 +140,18 @@ def completion_chunks(request_id: str, created: int, model: str, fingerprint: st
 
 
 def is_plain_chat(body: Mapping[str, Any]) -> bool:
-    """Whether a chat request's stream is text and nothing else. Says nothing about whether its values are valid."""
+    """Whether a chat request's stream is text and nothing else. Says nothing about whether its
+    values are valid.
+    """
     return _is_plain(body, PLAIN_CHAT)
 
 
 def is_plain_completion(body: Mapping[str, Any]) -> bool:
     """The same for a completion request. Several prompts are several choices."""
     prompt = body.get("prompt")
-    one = isinstance(prompt, str) or (isinstance(prompt, list) and len(prompt) > 0 and type(prompt[0]) is int)
+    one = isinstance(prompt, str) or (
+        isinstance(prompt, list) and len(prompt) > 0 and type(prompt[0]) is int
+    )
     return one and _is_plain(body, PLAIN_COMPLETION)
 
 
@@ -133,13 +159,20 @@ def _is_plain(body: Mapping[str, Any], known: frozenset[str]) -> bool:
     if body.get("stream") is not True or body.get("n") not in (None, 1):
         return False
     options = body.get("stream_options")
-    if options is not None and not (isinstance(options, dict) and options.keys() <= {"include_usage"}):
+    if options is not None and not (
+        isinstance(options, dict) and options.keys() <= {"include_usage"}
+    ):
         return False
     return all(key in known or value is None for key, value in body.items())
 
 
 def _head(request_id: str, kind: bytes, created: int, model: str) -> bytes:
-    return b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"choices":' % (escape(request_id), kind, created, escape(model))
+    return b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"choices":' % (
+        escape(request_id),
+        kind,
+        created,
+        escape(model),
+    )
 
 
 def _chunks(

@@ -1,11 +1,14 @@
-"""Shell. What vLLM does for every adapter, tensor by tensor, is watched once per kind of adapter and afterwards done again in a few calls.
+"""Shell. What vLLM does for every adapter, tensor by tensor, is watched once per kind of adapter
+and afterwards done again in a few calls.
 
-Adapters of one training recipe differ in their values only: their files have the same header, and each tensor goes to the same place. vLLM finds
-that out anew for each of them, in some thousand Python calls, which for an 8B model take 100 ms of an interpreter that the step loop needs as well.
-A `Kind` is what there is to know of reading: where the tensors lie in the file, which are scaled, how vLLM arranges them. It is learned
-from what vLLM itself has made, and kept only if it gives the same bits. `SlotPlace`s are where the parts of such a block go in a slot: the copies
-that vLLM was seen to make for the first adapter of its kind; a `CopyPlan` makes them for any slot. Whatever has no kind (experts, classification
-heads, files of several dtypes) goes vLLM's way each time.
+Adapters of one training recipe differ in their values only: their files have the same header, and
+each tensor goes to the same place. vLLM finds that out anew for each of them, in some thousand
+Python calls, which for an 8B model take 100 ms of an interpreter that the step loop needs as well.
+A `Kind` is what there is to know of reading: where the tensors lie in the file, which are scaled,
+how vLLM arranges them. It is learned from what vLLM itself has made, and kept only if it gives the
+same bits. `SlotPlace`s are where the parts of such a block go in a slot: the copies that vLLM was
+seen to make for the first adapter of its kind; a `CopyPlan` makes them for any slot. Whatever has
+no kind (experts, classification heads, files of several dtypes) goes vLLM's way each time.
 """
 
 from __future__ import annotations
@@ -48,14 +51,23 @@ class RecordedWrites(LoRAModel):  # type: ignore[misc]
     scales: dict[int, float]  # of B, by address
 
     @classmethod
-    def from_lora_tensors(cls, *, tensors: dict[str, torch.Tensor], dtype: torch.dtype, peft_helper: PEFTHelper, **more: Any) -> LoRAModel:
+    def from_lora_tensors(
+        cls,
+        *,
+        tensors: dict[str, torch.Tensor],
+        dtype: torch.dtype,
+        peft_helper: PEFTHelper,
+        **more: Any,
+    ) -> LoRAModel:
         more |= {"dtype": dtype, "peft_helper": peft_helper}
         if peft_helper.modules_to_save:  # whose tensors keep their dtype
             return super().from_lora_tensors(tensors=tensors, **more)
         cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         made = super().from_lora_tensors(tensors=cast, **more)
         made.names = {tensor.data_ptr(): name for name, tensor in cast.items()}
-        made.scales = {w.lora_b.data_ptr(): w.scaling for w in made.loras.values() if w.lora_b is not None}
+        made.scales = {
+            w.lora_b.data_ptr(): w.scaling for w in made.loras.values() if w.lora_b is not None
+        }
         return made
 
 
@@ -75,7 +87,9 @@ class TensorPart:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The weights of one layer. `a` and `b` have one entry per sub-module if vLLM packs several of them into one, else a single one."""
+    """The weights of one layer. `a` and `b` have one entry per sub-module if vLLM packs several of
+    them into one, else a single one.
+    """
 
     name: str
     a: tuple[TensorPart | None, ...]
@@ -85,13 +99,17 @@ class Layer:
     def weights(self, block: torch.Tensor) -> LoRALayerWeights:
         a, b = ([part and part.of(block) for part in parts] for parts in (self.a, self.b))
         made = copy(self.like)
-        made.lora_a, made.lora_b = (a, b) if isinstance(made, PackedLoRALayerWeights) else (a[0], b[0])
+        made.lora_a, made.lora_b = (
+            (a, b) if isinstance(made, PackedLoRALayerWeights) else (a[0], b[0])
+        )
         return made
 
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """Where everything is in the block. Adapters that differ in scaling or in the dtype of their files have the same one."""
+    """Where everything is in the block. Adapters that differ in scaling or in the dtype of their
+    files have the same one.
+    """
 
     elements: int
     layers: tuple[Layer, ...]
@@ -112,18 +130,27 @@ class Kind:
     arrangement: Arrangement
 
     def read(self, file: Path, int_id: int) -> LoRAModel:
-        """What vLLM would make of the file, its weights in one block, pinned where that can be. Raises OSError, RuntimeError."""
+        """What vLLM would make of the file, its weights in one block, pinned where that can be.
+        Raises OSError, RuntimeError.
+        """
         elements = self.arrangement.elements
         size = self.begin + elements * self.stored.itemsize
         if file.stat().st_size < size:
-            raise RuntimeError("The file is shorter than its header says.")  # to read beyond its end would kill the process
-        values = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)[self.begin :].view(self.stored)
+            # to read beyond its end would kill the process
+            raise RuntimeError("The file is shorter than its header says.")
+        values = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)[
+            self.begin :
+        ].view(self.stored)
         block = torch.empty(elements, dtype=self.dtype, pin_memory=PIN_MEMORY)
         block.copy_(values)
         for scale, parts in self.scaled.items():
             for part in parts:
                 part.of(block).mul_(scale)  # _foreach_mul_ rounds otherwise
-        made = LoRAModel(int_id, self.rank, {layer.name: layer.weights(block) for layer in self.arrangement.layers})
+        made = LoRAModel(
+            int_id,
+            self.rank,
+            {layer.name: layer.weights(block) for layer in self.arrangement.layers},
+        )
         made.arrangement, made.block = self.arrangement, block
         return made
 
@@ -137,7 +164,9 @@ class Kinds:
         self._known: OrderedDict[Key, Kind] = OrderedDict()
 
     def read(self, folder: Path, int_id: int, theirs: Callable[[], Any]) -> Any:
-        """A LoRAModel of the folder; `theirs` has vLLM make it. Raises what vLLM raises, and OSError."""
+        """A LoRAModel of the folder; `theirs` has vLLM make it. Raises what vLLM raises, and
+        OSError.
+        """
         key, file = read_key(folder), folder / FILE
         kind = self._find(key) if key else None
         if kind is not None:
@@ -163,7 +192,10 @@ class Kinds:
     def _sharing(self, kind: Kind) -> Kind:
         """With the very arrangement of a kind that lies alike: places in slots are known by it."""
         with self._lock:
-            known = next((k.arrangement for k in self._known.values() if k.arrangement == kind.arrangement), kind.arrangement)
+            known = next(
+                (k.arrangement for k in self._known.values() if k.arrangement == kind.arrangement),
+                kind.arrangement,
+            )
         return replace(kind, arrangement=known)
 
     def _keep(self, key: Key, kind: Kind) -> None:
@@ -199,7 +231,10 @@ def _kind(key: Key, made: Any, dtype: torch.dtype) -> Kind | None:
     begin = 8 + len(key[0])
     if stored_as is None or begin % stored_as.itemsize:
         return None
-    parts = {name: TensorPart(tensor["data_offsets"][0] // stored_as.itemsize, tuple(tensor["shape"])) for name, tensor in header.items()}
+    parts = {
+        name: TensorPart(tensor["data_offsets"][0] // stored_as.itemsize, tuple(tensor["shape"]))
+        for name, tensor in header.items()
+    }
     scaled: dict[float, list[TensorPart]] = {}
 
     def found(tensor: torch.Tensor | None) -> TensorPart | None:
@@ -215,7 +250,10 @@ def _kind(key: Key, made: Any, dtype: torch.dtype) -> Kind | None:
     layers = []
     try:
         for name, weights in made.loras.items():
-            a, b = (tuple(map(found, held if isinstance(held, list) else [held])) for held in (weights.lora_a, weights.lora_b))
+            a, b = (
+                tuple(map(found, held if isinstance(held, list) else [held]))
+                for held in (weights.lora_a, weights.lora_b)
+            )
             like = copy(weights)
             like.lora_a = like.lora_b = None
             layers.append(Layer(name, a, b, like))
@@ -227,22 +265,30 @@ def _kind(key: Key, made: Any, dtype: torch.dtype) -> Kind | None:
 
 def _same(one: Any, other: Any) -> bool:
     theirs, ours = list(tensors(one)), list(tensors(other))
-    return len(theirs) == len(ours) and all(torch.equal(t, o) for (_, _, t), (_, _, o) in zip(theirs, ours, strict=True))
+    return len(theirs) == len(ours) and all(
+        torch.equal(t, o) for (_, _, t), (_, _, o) in zip(theirs, ours, strict=True)
+    )
 
 
 def tensors(lora: Any) -> Iterator[tuple[Any, int | str, Any]]:
-    """Every tensor of a LoRAModel and where it hangs: (a list, its index) or (a layer's weights, the attribute's name)."""
+    """Every tensor of a LoRAModel and where it hangs: (a list, its index) or (a layer's weights,
+    the attribute's name).
+    """
     for weights in lora.loras.values():
         for name in ("lora_a", "lora_b"):
             held = getattr(weights, name)
             if isinstance(held, list):
-                yield from ((held, i, tensor) for i, tensor in enumerate(held) if tensor is not None)
+                yield from (
+                    (held, i, tensor) for i, tensor in enumerate(held) if tensor is not None
+                )
             elif held is not None:
                 yield weights, name, held
 
 
 def gather(lora: Any) -> None:
-    """Moves all weights into one block, pinned where that can be: one allocation per adapter instead of hundreds, and copies that do not wait."""
+    """Moves all weights into one block, pinned where that can be: one allocation per adapter
+    instead of hundreds, and copies that do not wait.
+    """
     found = list(tensors(lora))
     sizes = [-(-tensor.nbytes // ALIGN_BYTES) * ALIGN_BYTES for _, _, tensor in found]
     block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=PIN_MEMORY)
@@ -257,12 +303,14 @@ def gather(lora: Any) -> None:
         at += size
 
 
-# ---- into a slot ------------------------------------------------------------------------------------------------------------------------------
+# ---- into a slot ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class SlotPlace:
-    """Where a part of the block goes, in whatever slot: which buffer, how far into the slot's row of it, as what; and where it lies in the block."""
+    """Where a part of the block goes, in whatever slot: which buffer, how far into the slot's row
+    of it, as what; and where it lies in the block.
+    """
 
     buffer: int
     at: int
@@ -274,10 +322,13 @@ class SlotPlace:
 
 @dataclass(frozen=True, slots=True)
 class CopyPlan:
-    """Into one slot: the block goes to the device in one piece, where `sources` are views of it; they are copied to `targets`, views of the buffers."""
+    """Into one slot: the block goes to the device in one piece, where `sources` are views of it;
+    they are copied to `targets`, views of the buffers.
+    """
 
     stage: torch.Tensor
-    pairs: tuple[tuple[list[torch.Tensor], list[torch.Tensor]], ...]  # (targets, sources), those that lie densely apart from the others
+    # (targets, sources), those that lie densely apart from the others
+    pairs: tuple[tuple[list[torch.Tensor], list[torch.Tensor]], ...]
 
     def go(self, block: torch.Tensor) -> None:
         self.stage.copy_(block, non_blocking=True)
@@ -288,15 +339,18 @@ class CopyPlan:
 class CopyPlans:
     """What lies in each slot, and how adapters of the same arrangement get there.
 
-    vLLM zeroes every buffer of every module before it writes what the adapter has. Here the slot's rows are zeroed in one call, and not at all
-    where the next adapter overwrites exactly what the last one wrote.
+    vLLM zeroes every buffer of every module before it writes what the adapter has. Here the slot's
+    rows are zeroed in one call, and not at all where the next adapter overwrites exactly what the
+    last one wrote.
     """
 
     def __init__(self, manager: Any) -> None:
         """While all slots are empty."""
         self._manager = manager
         self._holds: list[Arrangement | None] = [None] * manager.lora_slots
-        self._known: OrderedDict[int, tuple[Arrangement, list[SlotPlace], dict[int, CopyPlan]]] = OrderedDict()
+        self._known: OrderedDict[int, tuple[Arrangement, list[SlotPlace], dict[int, CopyPlan]]] = (
+            OrderedDict()
+        )
         self._stage: torch.Tensor | None = None
         self._buffers = _buffers(manager)
         if self._buffers is not None:
@@ -316,7 +370,11 @@ class CopyPlans:
         arrangement = getattr(lora, "arrangement", None)
         held, self._holds[slot] = self._holds[slot], None
         way = self._way(arrangement, slot)
-        if self._buffers is not None and held is not EMPTY and (way is None or held is not arrangement):
+        if (
+            self._buffers is not None
+            and held is not EMPTY
+            and (way is None or held is not arrangement)
+        ):
             torch._foreach_zero_([buffer[slot] for buffer in self._buffers])
         if way is not None:
             manager._active_adapters[int_id] = None
@@ -351,19 +409,27 @@ class CopyPlans:
         spread: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for p in places:
             buffer = self._buffers[p.buffer]
-            target = buffer.as_strided(p.shape, p.strides, buffer.storage_offset() + slot * buffer.stride(0) + p.at)
+            target = buffer.as_strided(
+                p.shape, p.strides, buffer.storage_offset() + slot * buffer.stride(0) + p.at
+            )
             source = stage.as_strided(p.shape, p.source_strides, p.source_at)
-            targets, sources = dense if target.is_contiguous() and source.is_contiguous() else spread
+            targets, sources = (
+                dense if target.is_contiguous() and source.is_contiguous() else spread
+            )
             targets.append(target)
             sources.append(source)
         return CopyPlan(stage[:elements], tuple(pair for pair in (dense, spread) if pair[0]))
 
     def _staged(self, elements: int) -> torch.Tensor:
-        """As large as the largest adapter so far; ways keep the smaller one that they were made with."""
+        """As large as the largest adapter so far; ways keep the smaller one that they were made
+        with.
+        """
         if self._stage is None or len(self._stage) < elements:
             assert self._buffers is not None
             buffer = self._buffers[0]
-            self._stage = torch.empty(1 << (elements - 1).bit_length(), dtype=buffer.dtype, device=buffer.device)
+            self._stage = torch.empty(
+                1 << (elements - 1).bit_length(), dtype=buffer.dtype, device=buffer.device
+            )
         return self._stage
 
     def _places(self, writes: _Writes, block: torch.Tensor, slot: int) -> list[SlotPlace] | None:
@@ -375,25 +441,49 @@ class CopyPlans:
         places = []
         for target, source in writes.copied:
             n = number.get(target.untyped_storage().data_ptr())
-            if n is None or source.untyped_storage().data_ptr() != home or target.shape != source.shape:
+            if (
+                n is None
+                or source.untyped_storage().data_ptr() != home
+                or target.shape != source.shape
+            ):
                 return None
             buffer = self._buffers[n]
             at = target.storage_offset() - buffer.storage_offset() - slot * buffer.stride(0)
             if not 0 <= at < buffer.stride(0) or not target.dtype is source.dtype is block.dtype:
                 return None
-            places.append(SlotPlace(n, at, tuple(target.shape), target.stride(), source.stride(), source.storage_offset()))
+            places.append(
+                SlotPlace(
+                    n,
+                    at,
+                    tuple(target.shape),
+                    target.stride(),
+                    source.stride(),
+                    source.storage_offset(),
+                )
+            )
         return places
 
 
 def _buffers(manager: Any) -> list[torch.Tensor] | None:
-    """Those whose first dimension is the slot, as vLLM's own reset tells. None if it does more than set rows of them to zero."""
+    """Those whose first dimension is the slot, as vLLM's own reset tells. None if it does more than
+    set rows of them to zero.
+    """
     with _Writes() as writes:
         for module in manager.modules.values():
             module.reset_lora(0)
-    found = [buffer for buffer, index in writes.zeroed if index == 0 and buffer.size(0) == manager.lora_slots]
+    found = [
+        buffer
+        for buffer, index in writes.zeroed
+        if index == 0 and buffer.size(0) == manager.lora_slots
+    ]
     own = {buffer.untyped_storage().data_ptr() for buffer in found}
     one = {(buffer.dtype, buffer.device) for buffer in found}
-    plain = not writes.other and not writes.copied and len(own) == len(found) == len(writes.zeroed) and len(one) == 1
+    plain = (
+        not writes.other
+        and not writes.copied
+        and len(own) == len(found) == len(writes.zeroed)
+        and len(one) == 1
+    )
     return found if plain and not any(manager.lora_index_to_id) else None
 
 
@@ -402,7 +492,9 @@ def _zero_already(index: int) -> None:
 
 
 class _Writes(TorchFunctionMode):  # type: ignore[misc]
-    """What is written to tensors meanwhile: (target, source) of copies, (tensor, index) of what is set to zero, and whether there was anything else."""
+    """What is written to tensors meanwhile: (target, source) of copies, (tensor, index) of what is
+    set to zero, and whether there was anything else.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,14 +1,17 @@
-"""Shell. `python -m worker.engine.vllm.tune_kernels`: finds how vLLM's LoRA kernels should be launched on this GPU, and writes the tables that workers use.
+"""Shell. `python -m worker.engine.vllm.tune_kernels`: finds how vLLM's LoRA kernels should be
+launched on this GPU, and writes the tables that workers use.
 
     python -m worker.engine.vllm.tune_kernels --out worker/engine/vllm/lora_kernels --slots 16 --rank 16
 
-vLLM (0.32) launches its two kernels with one guess for every GPU and shape: 64 splits of K in blocks of 256, where a hidden size of 4,096 has
-work for 16; the rest add zeros to memory, once per adapter in the batch. The tables have vLLM's own format (VLLM_TUNED_CONFIG_FOLDER) and are
-found by worker/engine/vllm/patches.py. Shapes are those of a Llama layer; vLLM takes the nearest for others. Every candidate's result is compared with
-that of vLLM's own guess before its time counts. Takes some minutes, most of them for compiling the candidates.
+vLLM (0.32) launches its two kernels with one guess for every GPU and shape: 64 splits of K in
+blocks of 256, where a hidden size of 4,096 has work for 16; the rest add zeros to memory, once per
+adapter in the batch. The tables have vLLM's own format (VLLM_TUNED_CONFIG_FOLDER) and are found by
+worker/engine/vllm/patches.py. Shapes are those of a Llama layer; vLLM takes the nearest for others.
+Every candidate's result is compared with that of vLLM's own guess before its time counts. Takes
+some minutes, most of them for compiling the candidates.
 
-The tables are written anew after every shape, and what they have is not measured again: the same command goes on where the last one stopped,
-however that ended. To begin anew, delete them.
+The tables are written anew after every shape, and what they have is not measured again: the same
+command goes on where the last one stopped, however that ended. To begin anew, delete them.
 """
 
 from __future__ import annotations
@@ -32,9 +35,13 @@ from worker.engine.vllm.patches import gpu_file
 Config: TypeAlias = dict[str, Any]
 
 TOKENS = (64, 256, 128, 512, 32, 2048, 8192, 16, 4, 1)
-"""In order of importance: what a busy engine decodes, prefills, and what a quiet one decodes. Between them vLLM takes the nearest."""
+"""In order of importance: what a busy engine decodes, prefills, and what a quiet one decodes.
+Between them vLLM takes the nearest.
+"""
 LAYERS = 8
-"""Copies of the weights that one measurement goes through: more than the GPU's cache holds, as in a model."""
+"""Copies of the weights that one measurement goes through: more than the GPU's cache holds, as in a
+model.
+"""
 TOLERANCE = 0.05
 GAIN = 0.97
 """A candidate must be that much faster than vLLM's guess; noise is not worth a table entry."""
@@ -43,18 +50,38 @@ GAIN = 0.97
 def shrink_candidates(tokens: int, k: int) -> Iterator[Config]:
     """block_k x split_k covers K at most once: what is beyond adds zeros."""
     rows = (16, 32) if tokens <= 512 else (32, 64)
-    for block_m, block_k, split_k, stages in itertools.product(rows, (64, 128, 256), (1, 4, 8, 16, 32), (2, 4)):
+    for block_m, block_k, split_k, stages in itertools.product(
+        rows, (64, 128, 256), (1, 4, 8, 16, 32), (2, 4)
+    ):
         if block_k * split_k <= k:
-            yield {**_SHRINK, "block_m": block_m, "block_k": block_k, "split_k": split_k, "num_stages": stages}
+            yield {
+                **_SHRINK,
+                "block_m": block_m,
+                "block_k": block_k,
+                "split_k": split_k,
+                "num_stages": stages,
+            }
 
 
 def expand_candidates(tokens: int, rank: int) -> Iterator[Config]:
     rows = (16, 32, 64) if tokens <= 512 else (32, 64, 128)
     for block_m, block_n, warps in itertools.product(rows, (64, 128, 256), (2, 4, 8)):
-        yield {**_EXPAND, "block_m": block_m, "block_n": block_n, "block_k": max(16, min(64, rank)), "num_warps": warps}
+        yield {
+            **_EXPAND,
+            "block_m": block_m,
+            "block_n": block_n,
+            "block_k": max(16, min(64, rank)),
+            "num_warps": warps,
+        }
 
 
-_SHRINK: Config = {"block_n": 16, "num_warps": 4, "num_ctas": 1, "group_size_m": 8, "max_nreg": None}
+_SHRINK: Config = {
+    "block_n": 16,
+    "num_warps": 4,
+    "num_ctas": 1,
+    "group_size_m": 8,
+    "max_nreg": None,
+}
 _EXPAND: Config = {"num_ctas": 1, "num_stages": 2, "max_nreg": None}
 
 
@@ -85,7 +112,9 @@ class Bench:
         return self.mid
 
     def expand(self, layer: int) -> torch.Tensor:
-        lora_expand_op._lora_expand(self.mid, self.b[layer], self.y, *self.meta, offset_start=0, add_inputs=True)
+        lora_expand_op._lora_expand(
+            self.mid, self.b[layer], self.y, *self.meta, offset_start=0, add_inputs=True
+        )
         return self.y
 
     def result(self, op: Callable[[int], torch.Tensor]) -> torch.Tensor:
@@ -119,9 +148,15 @@ class OutOfTime(Exception):
 
 
 def best(
-    op: Callable[[int], torch.Tensor], bench: Bench, default: Config, candidates: Iterator[Config], until: float
+    op: Callable[[int], torch.Tensor],
+    bench: Bench,
+    default: Config,
+    candidates: Iterator[Config],
+    until: float,
 ) -> tuple[Config, float, float]:
-    """(the fastest config that gives the same result, its time, the default's time). Raises OutOfTime."""
+    """(the fastest config that gives the same result, its time, the default's time). Raises
+    OutOfTime.
+    """
     use(default)
     right = bench.result(op)
     scale = right.abs().max().item() or 1.0
@@ -132,10 +167,13 @@ def best(
             raise OutOfTime
         use(candidate)
         try:
-            if not (bench.result(op) - right).abs().max().item() <= TOLERANCE * scale:  # as well if it is no number
+            # as well if it is no number
+            if not (bench.result(op) - right).abs().max().item() <= TOLERANCE * scale:
                 continue
             took_us = microseconds(op)
-        except Exception:  # triton raises its own errors for what this GPU cannot launch (registers, shared memory): not a candidate then
+        except Exception:
+            # triton raises its own errors for what this GPU cannot launch (registers, shared
+            # memory): not a candidate then
             torch.cuda.synchronize()
             continue
         if took_us < found_us:
@@ -175,7 +213,16 @@ class Table:
         os.replace(part, self.path)
 
 
-def tune(shrink: Table, expand: Table, slots: int, rank: int, hidden: int, kv: int, intermediate: int, until: float) -> None:
+def tune(
+    shrink: Table,
+    expand: Table,
+    slots: int,
+    rank: int,
+    hidden: int,
+    kv: int,
+    intermediate: int,
+    until: float,
+) -> None:
     """Fills the tables. Raises OutOfTime."""
     shapes = {
         "qkv": (hidden, [hidden, kv, kv]),
@@ -184,7 +231,10 @@ def tune(shrink: Table, expand: Table, slots: int, rank: int, hidden: int, kv: i
         "down": (intermediate, [hidden]),
     }
     for tokens, (name, (k, outs)) in itertools.product(TOKENS, shapes.items()):
-        down_at, up_at = (slots + 1, len(outs), tokens, k, rank), (slots + 1, len(outs), tokens, rank, max(outs))
+        down_at, up_at = (
+            (slots + 1, len(outs), tokens, k, rank),
+            (slots + 1, len(outs), tokens, rank, max(outs)),
+        )
         if down_at in shrink and up_at in expand:
             continue
         bench = Bench(slots, rank, k, outs, tokens)
@@ -192,23 +242,37 @@ def tune(shrink: Table, expand: Table, slots: int, rank: int, hidden: int, kv: i
             guess = utils.get_lora_op_configs("shrink", slots + 1, tokens, k, rank, len(outs))
             down, us, was_us = best(bench.shrink, bench, guess, shrink_candidates(tokens, k), until)
             shrink.put(down_at, down)
-            print(f"{name:8} {tokens:5} tokens  shrink {was_us:7.1f} -> {us:6.1f} us {_short(down)}", flush=True)
+            print(
+                f"{name:8} {tokens:5} tokens  shrink {was_us:7.1f} -> {us:6.1f} us {_short(down)}",
+                flush=True,
+            )
         if up_at not in expand:
-            guess = utils.get_lora_op_configs("expand", slots + 1, tokens, max(outs), rank, len(outs), True)
-            up, us, was_us = best(bench.expand, bench, guess, expand_candidates(tokens, rank), until)
+            guess = utils.get_lora_op_configs(
+                "expand", slots + 1, tokens, max(outs), rank, len(outs), True
+            )
+            up, us, was_us = best(
+                bench.expand, bench, guess, expand_candidates(tokens, rank), until
+            )
             expand.put(up_at, up)
-            print(f"{name:8} {tokens:5} tokens  expand {was_us:7.1f} -> {us:6.1f} us {_short(up)}", flush=True)
+            print(
+                f"{name:8} {tokens:5} tokens  expand {was_us:7.1f} -> {us:6.1f} us {_short(up)}",
+                flush=True,
+            )
 
 
 def _short(config: Config) -> str:
     return " ".join(
-        f"{key}={config[key]}" for key in ("block_m", "block_n", "block_k", "split_k", "num_warps", "num_stages") if key in config
+        f"{key}={config[key]}"
+        for key in ("block_m", "block_n", "block_k", "split_k", "num_warps", "num_stages")
+        if key in config
     )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m worker.engine.vllm.tune_kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m worker.engine.vllm.tune_kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--slots", type=int, default=16)
@@ -216,10 +280,18 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--kv", type=int, default=1024)
     parser.add_argument("--intermediate", type=int, default=14336)
-    parser.add_argument("--seconds", type=float, default=420.0, help="stop after so long; the next run goes on (default %(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=420.0,
+        help="stop after so long; the next run goes on (default %(default)s)",
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        print("vllm_tune: no CUDA device here; run it on the kind of GPU that the workers have", file=sys.stderr)
+        print(
+            "vllm_tune: no CUDA device here; run it on the kind of GPU that the workers have",
+            file=sys.stderr,
+        )
         return 2
     until = time.monotonic() + args.seconds
     args.out.mkdir(parents=True, exist_ok=True)
@@ -228,7 +300,10 @@ def main() -> int:
     try:
         tune(shrink, expand, args.slots, args.rank, args.hidden, args.kv, args.intermediate, until)
     except OutOfTime:
-        print(f"out of time: the same command goes on from here; so far {shrink.path} and {expand.path}")
+        print(
+            f"out of time: the same command goes on from here; so far {shrink.path} "
+            f"and {expand.path}"
+        )
         return 0
     print(f"complete: {shrink.path} and {expand.path}")
     return 0

@@ -1,4 +1,6 @@
-"""Pure. What a worker asks its engine before it says that it is ready: the first request of each kind compiles kernels inside the step loop."""
+"""Pure. What a worker asks its engine before it says that it is ready: the first request of each
+kind compiles kernels inside the step loop.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ WARM_UPS: tuple[dict[str, Any], ...] = (
         "frequency_penalty": 0.1,
         "repetition_penalty": 1.1,
     },
-    {"response_format": {"type": "json_schema", "json_schema": {"name": "warm", "schema": {"type": "object"}}}},
+    {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "warm", "schema": {"type": "object"}},
+        }
+    },
 )
 """One request each: greedy, seeded with logprobs, sampled with penalties, structured."""
 MOST_PROMPTS = 64
@@ -25,10 +32,12 @@ MOST_PROMPTS = 64
 
 
 def prefills(above: int, most: int, longest: int) -> list[list[list[int]]]:
-    """Prompts for one prefill of each size in tokens: double `above`, the largest batch that a graph was captured for, up to `most`.
+    """Prompts for one prefill of each size in tokens: double `above`, the largest batch that a
+    graph was captured for, up to `most`.
 
-    Kernels for adapters are compiled per size of batch: without this, the first burst of adapters stood still for 7 s on an H200. Each inner list
-    is sent at once; no prompt is longer than `longest` tokens or begins as another one does, for what is in the prefix cache is not computed.
+    Kernels for adapters are compiled per size of batch: without this, the first burst of adapters
+    stood still for 7 s on an H200. Each inner list is sent at once; no prompt is longer than
+    `longest` tokens or begins as another one does, for what is in the prefix cache is not computed.
     """
     made: list[list[list[int]]] = []
     size, token = 2 * above, 0

@@ -1,8 +1,11 @@
-"""Shell. What Loraplex adds to vLLM's worker class (`worker_extension_cls`), called by name on every rank between engine steps.
+"""Shell. What Loraplex adds to vLLM's worker class (`worker_extension_cls`), called by name on
+every rank between engine steps.
 
-vLLM can only load into a slot or forget altogether (add_lora, remove_lora), one adapter per call, reading and pinning it inside the step loop:
-60 ms for 26 MiB. Here a thread of the same process does all of that beforehand (`loraplex_prepare`), and one call between two steps takes what is
-prepared (`loraplex_swap`). The state stays vLLM's own: its two caches, its table of slots, its modules' buffers.
+vLLM can only load into a slot or forget altogether (add_lora, remove_lora), one adapter per call,
+reading and pinning it inside the step loop: 60 ms for 26 MiB. Here a thread of the same process
+does all of that beforehand (`loraplex_prepare`), and one call between two steps takes what is
+prepared (`loraplex_swap`). The state stays vLLM's own: its two caches, its table of slots, its
+modules' buffers.
 """
 
 from __future__ import annotations
@@ -16,14 +19,20 @@ from typing import Any
 
 from worker.engine.vllm import patches
 
-patches.apply()  # vLLM imports this module in every worker, before the model; its plugin hook needs the project to be installed
+# vLLM imports this module in every worker, before the model; its plugin hook needs the project to
+# be installed
+patches.apply()
 
 from worker.engine.vllm.tensor_replay import CopyPlans, Kinds, RecordedWrites, gather, tensors  # noqa: E402
 
 STAGED_BYTES = 4 << 30
-"""Of prepared adapters that no slot has taken yet. Beyond it an adapter is read inside the swap, which stalls but needs no memory now."""
+"""Of prepared adapters that no slot has taken yet. Beyond it an adapter is read inside the swap,
+which stalls but needs no memory now.
+"""
 SWITCH_S = 0.0005
-"""How long the preparing thread may keep the interpreter from the step loop; Python's own 5 ms are a third of a step."""
+"""How long the preparing thread may keep the interpreter from the step loop; Python's own 5 ms are
+a third of a step.
+"""
 
 
 class AdapterSlots:
@@ -31,21 +40,27 @@ class AdapterSlots:
 
     model_runner: Any
 
-    def loraplex_prepare(self, start: list[tuple[str, int, str]], watch: list[int]) -> list[str | None]:
+    def loraplex_prepare(
+        self, start: list[tuple[str, int, str]], watch: list[int]
+    ) -> list[str | None]:
         """Starts to prepare adapters, each a (name, int id, folder), and returns at once.
 
-        Per watched adapter: None while it is being prepared, "" once it is ready, else why it cannot be.
+        Per watched adapter: None while it is being prepared, "" once it is ready, else why it
+        cannot be.
         """
         staging = self._loraplex().staging
         for request in start:
             staging.start(*request)
         return [staging.state(int_id) for int_id in watch]
 
-    def loraplex_swap(self, enter: list[tuple[str, int, str]], demote: list[int], remove: list[int]) -> tuple[list[str], float]:
-        """Frees slots and fills them; per adapter that was to enter "" or why it could not, and the seconds that all of it took.
+    def loraplex_swap(
+        self, enter: list[tuple[str, int, str]], demote: list[int], remove: list[int]
+    ) -> tuple[list[str], float]:
+        """Frees slots and fills them; per adapter that was to enter "" or why it could not, and the
+        seconds that all of it took.
 
-        `demote` leave their slots and stay in host memory, `remove` leave altogether; never one that is in flight. Nothing stays of an adapter
-        that fails, and the others do not notice.
+        `demote` leave their slots and stay in host memory, `remove` leave altogether; never one
+        that is in flight. Nothing stays of an adapter that fails, and the others do not notice.
         """
         began = time.perf_counter()
         slots = self._loraplex()
@@ -56,18 +71,24 @@ class AdapterSlots:
         return [slots.enter(*request) for request in enter], time.perf_counter() - began
 
     def loraplex_rehearse(self, int_id: int) -> None:
-        """Puts an adapter of zeros into a slot, as vLLM does while it captures its graphs; `loraplex_swap` takes it out again."""
+        """Puts an adapter of zeros into a slot, as vLLM does while it captures its graphs;
+        `loraplex_swap` takes it out again.
+        """
         slots = self._loraplex()
         manager = slots.manager
         rank = manager.get_dummy_lora_warmup_rank(min(8, manager.lora_config.max_lora_rank))
-        lora = manager.create_dummy_lora(int_id, rank, self.model_runner.lora_manager.embedding_modules)
+        lora = manager.create_dummy_lora(
+            int_id, rank, self.model_runner.lora_manager.embedding_modules
+        )
         gather(lora)
         manager._registered_adapters[int_id] = lora
         slots.ways.activate(int_id)
 
     def loraplex_slots(self) -> list[int]:
         """The adapters that are in a slot, as the engine sees it."""
-        return [int_id for int_id in self._loraplex().manager.lora_index_to_id if int_id is not None]
+        return [
+            int_id for int_id in self._loraplex().manager.lora_index_to_id if int_id is not None
+        ]
 
     def _loraplex(self) -> _Slots:
         slots: _Slots | None = getattr(self, "_loraplex_slots", None)
@@ -77,7 +98,9 @@ class AdapterSlots:
 
 
 class _Slots:
-    """One rank's slots. `lora_manager` is vLLM's LRUCacheWorkerLoRAManager; its `_adapter_manager` owns caches and modules."""
+    """One rank's slots. `lora_manager` is vLLM's LRUCacheWorkerLoRAManager; its `_adapter_manager`
+    owns caches and modules.
+    """
 
     def __init__(self, lora_manager: Any) -> None:
         self.manager = lora_manager._adapter_manager
@@ -91,7 +114,8 @@ class _Slots:
     def enter(self, name: str, int_id: int, folder: str) -> str:
         try:
             self._enter(name, int_id, folder)
-        except Exception as exc:  # whatever vLLM, safetensors or torch raise: this adapter fails, the engine must not
+        except Exception as exc:
+            # whatever vLLM, safetensors or torch raise: this adapter fails, the engine must not
             self.remove(int_id)
             return _words(exc)
         return ""
@@ -101,15 +125,22 @@ class _Slots:
         if manager.get_adapter(int_id) is None:
             lora = self.staging.take(int_id) or self.staging.read(name, int_id, folder)
             if len(manager) >= manager.capacity:
-                raise RuntimeError("No room in host memory for another adapter.")  # vLLM would drop one that we believe is there
-            manager._registered_adapters[int_id] = lora  # the last step of its _add_adapter; `read` has done the others
-        if len(manager._active_adapters) >= manager.lora_slots and int_id not in manager._active_adapters:
+                # vLLM would drop one that we believe is there
+                raise RuntimeError("No room in host memory for another adapter.")
+            # the last step of its _add_adapter; `read` has done the others
+            manager._registered_adapters[int_id] = lora
+        if (
+            len(manager._active_adapters) >= manager.lora_slots
+            and int_id not in manager._active_adapters
+        ):
             raise RuntimeError("No slot is free.")  # vLLM would take one that may be in use
         self.ways.activate(int_id)
 
 
 class _Staging:
-    """Adapters that are being prepared or wait, prepared, for their slot. One thread reads; everything else is the step loop's."""
+    """Adapters that are being prepared or wait, prepared, for their slot. One thread reads;
+    everything else is the step loop's.
+    """
 
     def __init__(self, lora_manager: Any) -> None:
         self._lora_manager = lora_manager
@@ -121,13 +152,19 @@ class _Staging:
         lora_manager._lora_model_cls = RecordedWrites
         self._kinds = Kinds(lora_manager.lora_config.lora_dtype)
         device = lora_manager._adapter_manager.device
-        self._thread = ThreadPoolExecutor(1, "loraplex-prepare", initializer=_use_device, initargs=(device,))
+        self._thread = ThreadPoolExecutor(
+            1, "loraplex-prepare", initializer=_use_device, initargs=(device,)
+        )
         _pin_later()
         sys.setswitchinterval(SWITCH_S)
 
     def start(self, name: str, int_id: int, folder: str) -> None:
         with self._lock:
-            if int_id in self._wanted or int_id in self._ready or sum(self._bytes.values()) > STAGED_BYTES:
+            if (
+                int_id in self._wanted
+                or int_id in self._ready
+                or sum(self._bytes.values()) > STAGED_BYTES
+            ):
                 return
             self._wanted.add(int_id)
         self._thread.submit(self._prepare, name, int_id, folder)
@@ -148,11 +185,15 @@ class _Staging:
             self._failed.pop(int_id, None)
 
     def read(self, name: str, int_id: int, folder: str) -> Any:
-        """What vLLM's add_adapter does before it registers an adapter, with all weights in one pinned block at the end."""
+        """What vLLM's add_adapter does before it registers an adapter, with all weights in one
+        pinned block at the end.
+        """
         from vllm.lora.request import LoRARequest
 
         def theirs() -> Any:
-            lora = self._lora_manager._load_adapter(LoRARequest(lora_name=name, lora_int_id=int_id, lora_path=folder))
+            lora = self._lora_manager._load_adapter(
+                LoRARequest(lora_name=name, lora_int_id=int_id, lora_path=folder)
+            )
             manager = self._lora_manager._adapter_manager
             manager._validate_moe_lora_format(lora)
             manager._create_merged_loras_inplace(lora)

@@ -12,7 +12,20 @@ from bench.engine.gpu_servers import BESIDE_KV_GIB, GIB, SHARE, shared_gpu
 
 
 def test_rows_come_in_order_of_importance_and_levels_of_both_kinds_are_free() -> None:
-    wanted = rows(read_arguments(["--rows", "base,adapters", "--levels", "512,1", "--adapter-levels", "1,512", "--per-stream", "2"]))
+    wanted = rows(
+        read_arguments(
+            [
+                "--rows",
+                "base,adapters",
+                "--levels",
+                "512,1",
+                "--adapter-levels",
+                "1,512",
+                "--per-stream",
+                "2",
+            ]
+        )
+    )
     assert [(r.name, r.requests) for r in wanted] == [
         ("16 adapters x1", 8),
         ("16 adapters x512", 1024),
@@ -21,7 +34,9 @@ def test_rows_come_in_order_of_importance_and_levels_of_both_kinds_are_free() ->
     ]
 
 
-@pytest.mark.parametrize("argv", ["--rows zipf,foo", "--servers tgi", "--loraplex-arg eager", "--levels 0"])
+@pytest.mark.parametrize(
+    "argv", ["--rows zipf,foo", "--servers tgi", "--loraplex-arg eager", "--levels 0"]
+)
 def test_what_is_not_known_is_refused(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         read_arguments(argv.split())
@@ -44,10 +59,17 @@ LATER = Row("base x1", 0, "base", 1, 8)
 
 def figures(rate: float) -> dict[str, Any]:
     times = {"p50": 0.1, "p99": 0.2}
-    return {"throughput": {"output_tokens_per_s": rate}, "ttft": times, "itl": times, "requests": {"failed": 0}}
+    return {
+        "throughput": {"output_tokens_per_s": rate},
+        "ttft": times,
+        "itl": times,
+        "requests": {"failed": 0},
+    }
 
 
-def test_a_row_that_was_cut_off_while_it_was_written_is_measured_again_and_spoils_no_other(tmp_path: Path) -> None:
+def test_a_row_that_was_cut_off_while_it_was_written_is_measured_again_and_spoils_no_other(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "rows.jsonl"
     Record(path, "").add("vllm", ROW, {"a": 1}, figures(100))
     path.write_text(path.read_text() + path.read_text()[:40])
@@ -60,9 +82,21 @@ def test_a_row_that_was_cut_off_while_it_was_written_is_measured_again_and_spoil
 
 def test_rows_of_several_calls_are_compared_by_label_and_differences_are_named() -> None:
     def row(server: str, rate: float, label: str = "", **arguments: Any) -> dict[str, Any]:
-        return {"server": server, "label": label, "row": "base x64", "gpu": "H", "arguments": arguments, "figures": figures(rate)}
+        return {
+            "server": server,
+            "label": label,
+            "row": "base x64",
+            "gpu": "H",
+            "arguments": arguments,
+            "figures": figures(rate),
+        }
 
-    done = [row("vllm", 50), row("vllm", 100), row("loraplex", 150), row("loraplex", 300, "spec", special=True)]
+    done = [
+        row("vllm", 50),
+        row("vllm", 100),
+        row("loraplex", 150),
+        row("loraplex", 300, "spec", special=True),
+    ]
     assert ratios(json.loads(json.dumps(done))).splitlines() == [
         "base x64: 1.500",
         "base x64 spec: 3.000 (special: True beside None)",

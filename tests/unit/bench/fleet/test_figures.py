@@ -21,7 +21,13 @@ from bench.load.measure import BIN_S, Outcome
 
 
 def _answer(
-    at_s: float, *, lasts_s: float = 1.0, tokens: int = 10, tier: str = "gpu", worker: str = "w0", error: str | None = None
+    at_s: float,
+    *,
+    lasts_s: float = 1.0,
+    tokens: int = 10,
+    tier: str = "gpu",
+    worker: str = "w0",
+    error: str | None = None,
 ) -> Outcome:
     return Outcome(
         adapter="a", scheduled_s=at_s, started_s=at_s, ended_s=at_s + lasts_s, first_byte_s=at_s, first_token_s=at_s, last_token_s=at_s + lasts_s,
@@ -30,7 +36,15 @@ def _answer(
 
 
 def _nothing(at_s: float, error: str = "http_503") -> Outcome:
-    return Outcome(adapter="a", scheduled_s=at_s, started_s=at_s, ended_s=at_s, first_byte_s=at_s, status=503, error=error)
+    return Outcome(
+        adapter="a",
+        scheduled_s=at_s,
+        started_s=at_s,
+        ended_s=at_s,
+        first_byte_s=at_s,
+        status=503,
+        error=error,
+    )
 
 
 def test_linear_is_throughput_per_worker_against_the_smallest_fleet() -> None:
@@ -44,8 +58,15 @@ def test_an_answer_counts_with_the_share_of_its_tokens_that_came_in_the_window()
     assert tokens_within([_nothing(1.0)], 0.0, 3.0) == 0.0
 
 
-@given(st.lists(st.tuples(st.floats(0, 50), st.floats(0, 20), st.integers(1, 500)), min_size=1, max_size=30), st.floats(0.1, 60))
-def test_windows_that_meet_count_every_token_once(answers: list[tuple[float, float, int]], cut_s: float) -> None:
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 50), st.floats(0, 20), st.integers(1, 500)), min_size=1, max_size=30
+    ),
+    st.floats(0.1, 60),
+)
+def test_windows_that_meet_count_every_token_once(
+    answers: list[tuple[float, float, int]], cut_s: float
+) -> None:
     seen = [_answer(at_s, lasts_s=lasts_s, tokens=tokens) for at_s, lasts_s, tokens in answers]
     parts = tokens_within(seen, 0.0, cut_s) + tokens_within(seen, cut_s, 100.0)
     assert parts == pytest.approx(sum(tokens for *_, tokens in answers))
@@ -60,13 +81,27 @@ def test_generators_that_started_one_after_the_other_share_the_clock_of_the_firs
 
 
 def test_requests_that_got_nothing_are_told_from_answers_that_broke_off() -> None:
-    made = failures([_answer(0.0), _answer(0.0, error="error_event"), _nothing(0.0), _nothing(0.0, "timeout")])
+    made = failures(
+        [_answer(0.0), _answer(0.0, error="error_event"), _nothing(0.0), _nothing(0.0, "timeout")]
+    )
     assert (made["failed_before_first_byte"], made["broken_off"]) == (2, 1)
     assert made["errors"] == {"error_event": 1, "http_503": 1, "timeout": 1}
 
 
-def test_only_requests_that_were_due_in_the_window_are_timed_and_cold_is_any_tier_but_the_gpu() -> None:
-    seen = Seen(0.0, [_answer(0.5), _answer(1.5), _answer(1.6, tier="cpu"), _answer(1.7, tier="remote"), _answer(2.5)], {})
+def test_only_requests_that_were_due_in_the_window_are_timed_and_cold_is_any_tier_but_the_gpu() -> (
+    None
+):
+    seen = Seen(
+        0.0,
+        [
+            _answer(0.5),
+            _answer(1.5),
+            _answer(1.6, tier="cpu"),
+            _answer(1.7, tier="remote"),
+            _answer(2.5),
+        ],
+        {},
+    )
     made = figures(seen, 1.0, 2.0)
     assert made["requests"]["due"] == 3
     assert made["ttft_warm"]["count"] == 1 and made["ttft_cold"]["count"] == 2
@@ -89,7 +124,13 @@ def test_policies_are_shown_by_what_was_offered_lowest_first() -> None:
         ttft = {"p50": 0.1, "p99": 0.2}
         figures = {"ttft": ttft, "ttft_warm": None, "ttft_cold": None, "output_tokens_per_s": 1.0}
         figures["requests"] = {"failed_before_first_byte": 0, "broken_off": 0}
-        return {"part": "policies", "run": "1", "figures": figures, "loads": {"per_1000_requests": 0.0}, **more}
+        return {
+            "part": "policies",
+            "run": "1",
+            "figures": figures,
+            "loads": {"per_1000_requests": 0.0},
+            **more,
+        }
 
     old = row(policy="ray", share=0.7)
     made = [row(policy="ray", share=None, rps=10.5), old, row(policy="ray", share=None, rps=8.0)]
@@ -104,6 +145,11 @@ def test_the_worst_second_is_told_as_a_share_of_what_was_before() -> None:
 
 
 def test_a_worker_serves_again_with_its_first_answer_after_the_restart() -> None:
-    seen = [_answer(1.0, worker="w1"), _answer(9.0, worker="w1"), _answer(7.0, worker="w1"), _answer(6.0, worker="w0")]
+    seen = [
+        _answer(1.0, worker="w1"),
+        _answer(9.0, worker="w1"),
+        _answer(7.0, worker="w1"),
+        _answer(6.0, worker="w0"),
+    ]
     assert served_again_s(seen, "w1", 5.0) == 7.0
     assert served_again_s(seen, "w1", 10.0) is None

@@ -3,7 +3,18 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.fleet.plan import OURS, PARTS, POLICIES, Row, Times, fit, gateways, rows, seconds, with_capacity
+from bench.fleet.plan import (
+    OURS,
+    PARTS,
+    POLICIES,
+    Row,
+    Times,
+    fit,
+    gateways,
+    rows,
+    seconds,
+    with_capacity,
+)
 
 TIMES = Times(warm_s=6, measure_s=12, tail_s=4, flush_s=4, serve_again_s=200, least_measure_s=8)
 
@@ -11,7 +22,12 @@ TIMES = Times(warm_s=6, measure_s=12, tail_s=4, flush_s=4, serve_again_s=200, le
 def test_repetitions_of_the_policies_are_interleaved_at_the_largest_size() -> None:
     made = rows(["policies"], [2, 8, 4], ["a", "b"], 2)
     assert {row.workers for row in made} == {8}
-    assert [(r.policy, r.share) for r in made] == 2 * [("a", 0.70), ("a", 0.95), ("b", 0.70), ("b", 0.95)]
+    assert [(r.policy, r.share) for r in made] == 2 * [
+        ("a", 0.70),
+        ("a", 0.95),
+        ("b", 0.70),
+        ("b", 0.95),
+    ]
     assert len({row.key for row in made}) == len(made)
 
 
@@ -41,7 +57,9 @@ def test_two_shares_of_one_policy_share_their_gateway_and_a_repetition_starts_an
 
 def test_given_rates_take_the_place_of_shares_and_need_no_capacity() -> None:
     made = rows(["policies", "kill"], [2, 4], ["a", "b"], 1, [8.0, 10.5])
-    assert [(r.policy, r.share, r.rps) for r in made[:4]] == [(p, None, rate) for p in ("a", "b") for rate in (8.0, 10.5)]
+    assert [(r.policy, r.share, r.rps) for r in made[:4]] == [
+        (p, None, rate) for p in ("a", "b") for rate in (8.0, 10.5)
+    ]
     assert [first for _, first in gateways(made)] == [True, False, True, False, True]
     assert made[1].key == "policies/4/a/10.5rps/0" and made[4].rps == 8.0
     assert with_capacity(made, set()) == made
@@ -64,19 +82,29 @@ def test_the_base_model_and_a_killed_worker_fit_into_another_call() -> None:
 
 def test_a_part_that_cannot_fit_does_not_shorten_those_that_do() -> None:
     plan = fit(rows(["scale", "policies", "kill"], [2, 4, 8], POLICIES, 1), TIMES, 330)
-    assert [row.part for row in plan.left_out] == ["kill"] and plan.times.measure_s == TIMES.measure_s
+    assert [row.part for row in plan.left_out] == [
+        "kill"
+    ] and plan.times.measure_s == TIMES.measure_s
 
 
 def test_repetitions_go_before_measured_time() -> None:
     once = rows(["policies"], [2], POLICIES, 1)
     plan = fit(rows(["policies"], [2], POLICIES, 3), TIMES, seconds(once, TIMES) + 1)
-    assert plan.rows == tuple(once) and plan.times.measure_s == TIMES.measure_s and len(plan.left_out) == 16
+    assert (
+        plan.rows == tuple(once)
+        and plan.times.measure_s == TIMES.measure_s
+        and len(plan.left_out) == 16
+    )
 
 
 @given(st.floats(0, 3000), st.integers(1, 4))
-def test_a_plan_never_takes_longer_than_there_is_and_forgets_no_row(left_s: float, repetitions: int) -> None:
+def test_a_plan_never_takes_longer_than_there_is_and_forgets_no_row(
+    left_s: float, repetitions: int
+) -> None:
     wanted = rows(PARTS, [2, 4, 8], POLICIES, repetitions)
     plan = fit(wanted, TIMES, left_s)
     assert seconds(plan.rows, plan.times) <= left_s + 1e-6
-    assert sorted(row.key for row in (*plan.rows, *plan.left_out)) == sorted(row.key for row in wanted)
+    assert sorted(row.key for row in (*plan.rows, *plan.left_out)) == sorted(
+        row.key for row in wanted
+    )
     assert TIMES.least_measure_s <= plan.times.measure_s <= TIMES.measure_s

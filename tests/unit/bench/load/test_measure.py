@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.load.measure import BIN_S, Histogram, Meter, Outcome, Run, Slo, cold_flags, latency, percentile
+from bench.load.measure import (
+    BIN_S,
+    Histogram,
+    Meter,
+    Outcome,
+    Run,
+    Slo,
+    cold_flags,
+    latency,
+    percentile,
+)
 from bench.load.report import document, table
 
 
@@ -29,12 +39,26 @@ def _outcome(
     )  # fmt: skip
 
 
-def _run(*outcomes: Outcome, slo: Slo | None = None, open_loop: bool = True, warmed: frozenset[str | None] = frozenset()) -> Run:
-    return Run(outcomes=outcomes, meter=Meter(), slo=slo or Slo(), open_loop=open_loop, cpu_s=0.01, warmed=warmed)
+def _run(
+    *outcomes: Outcome,
+    slo: Slo | None = None,
+    open_loop: bool = True,
+    warmed: frozenset[str | None] = frozenset(),
+) -> Run:
+    return Run(
+        outcomes=outcomes,
+        meter=Meter(),
+        slo=slo or Slo(),
+        open_loop=open_loop,
+        cpu_s=0.01,
+        warmed=warmed,
+    )
 
 
 def test_percentiles_interpolate_between_neighbours() -> None:
-    assert [percentile([1.0, 2.0, 3.0, 4.0], share) for share in (0.0, 0.5, 0.9, 1.0)] == pytest.approx([1.0, 2.5, 3.7, 4.0])
+    assert [
+        percentile([1.0, 2.0, 3.0, 4.0], share) for share in (0.0, 0.5, 0.9, 1.0)
+    ] == pytest.approx([1.0, 2.5, 3.7, 4.0])
     assert percentile([5.0], 0.99) == 5.0
 
 
@@ -44,13 +68,22 @@ def test_there_is_no_percentile_of_nothing() -> None:
     assert latency([None, None]) is None
 
 
-@given(st.lists(st.floats(1e-5, 100.0), min_size=1, max_size=300), st.sampled_from([0.1, 0.5, 0.9, 0.99, 1.0]))
-def test_the_histogram_agrees_with_the_exact_percentile_to_one_percent(times_s: list[float], share: float) -> None:
+@given(
+    st.lists(st.floats(1e-5, 100.0), min_size=1, max_size=300),
+    st.sampled_from([0.1, 0.5, 0.9, 0.99, 1.0]),
+)
+def test_the_histogram_agrees_with_the_exact_percentile_to_one_percent(
+    times_s: list[float], share: float
+) -> None:
     histogram = Histogram()
     for time_s in times_s:
         histogram.add(time_s)
     ordered = sorted(times_s)
-    exact = min(time_s for index, time_s in enumerate(ordered) if (index + 1) / len(ordered) >= share - 1e-12)
+    exact = min(
+        time_s
+        for index, time_s in enumerate(ordered)
+        if (index + 1) / len(ordered) >= share - 1e-12
+    )
     assert histogram.percentile(share) == pytest.approx(exact, rel=0.0101)
 
 
@@ -98,7 +131,12 @@ def test_an_slo_on_tokens_is_not_kept_by_an_answer_without_token_times() -> None
 
 
 def test_the_first_scheduled_request_of_an_adapter_is_cold_and_the_base_never() -> None:
-    outcomes = [_outcome(3.0, adapter="a"), _outcome(1.0, adapter="a"), _outcome(0.0, adapter=None), _outcome(2.0, adapter="b")]
+    outcomes = [
+        _outcome(3.0, adapter="a"),
+        _outcome(1.0, adapter="a"),
+        _outcome(0.0, adapter=None),
+        _outcome(2.0, adapter="b"),
+    ]
     assert cold_flags(outcomes, frozenset()) == [False, True, False, True]
     assert cold_flags(outcomes, frozenset({"a"})) == [False, False, False, True]
 
@@ -110,9 +148,19 @@ def test_what_the_server_says_about_cold_wins() -> None:
 
 
 def test_figures_come_from_successful_requests_only() -> None:
-    made = document(_run(_outcome(0.0, ttft_s=0.1), _outcome(1.0, ttft_s=9.0, error="cut"), _outcome(2.0, ttft_s=0.3)))
+    made = document(
+        _run(
+            _outcome(0.0, ttft_s=0.1),
+            _outcome(1.0, ttft_s=9.0, error="cut"),
+            _outcome(2.0, ttft_s=0.3),
+        )
+    )
     assert made["requests"] | {"warm_up": 0, "warm_up_failed": 0} == made["requests"]
-    assert (made["requests"]["sent"], made["requests"]["succeeded"], made["requests"]["failed"]) == (3, 2, 1)
+    assert (
+        made["requests"]["sent"],
+        made["requests"]["succeeded"],
+        made["requests"]["failed"],
+    ) == (3, 2, 1)
     assert made["ttft"]["count"] == 2
     assert made["ttft"]["max"] == pytest.approx(0.3)
     assert made["throughput"]["output_tokens"] == 22
@@ -131,7 +179,12 @@ def test_a_closed_loop_has_no_lag() -> None:
 
 
 def test_adapters_are_listed_by_how_often_they_were_asked_for() -> None:
-    made = document(_run(*[_outcome(at, adapter=name) for at, name in enumerate("abbcccc")], _outcome(9.0, adapter=None)))
+    made = document(
+        _run(
+            *[_outcome(at, adapter=name) for at, name in enumerate("abbcccc")],
+            _outcome(9.0, adapter=None),
+        )
+    )
     assert [(row["adapter"], row["requests"], row["cold"]) for row in made["adapters"]["top"]] == [
         ("c", 4, 1),
         ("b", 2, 1),
@@ -145,7 +198,15 @@ def test_the_timeline_holds_every_token_in_its_bin() -> None:
     meter = Meter(start_s=100.0)
     meter.tokens(3, 100.0)
     meter.tokens(2, 100.0 + 2.5 * BIN_S)
-    made = document(Run(outcomes=[_outcome(0.0, ttft_s=4 * BIN_S, tokens=1)], meter=meter, slo=Slo(), open_loop=False, cpu_s=0.0))
+    made = document(
+        Run(
+            outcomes=[_outcome(0.0, ttft_s=4 * BIN_S, tokens=1)],
+            meter=meter,
+            slo=Slo(),
+            open_loop=False,
+            cpu_s=0.0,
+        )
+    )
     assert made["timeline"]["output_tokens"] == [3, 0, 2, 0, 0]
     assert made["timeline"]["completed"] == [0, 0, 0, 0, 1]
 

@@ -11,20 +11,39 @@ def _parse(flags: str) -> Options:
 
 
 def test_flags_become_a_workload() -> None:
-    options = _parse("--model m --num-adapters 3 --rate 20 --duration 5 --prompt-tokens lognormal:128:0.5 --output-tokens 16 --seed 4")
+    options = _parse(
+        "--model m --num-adapters 3 --rate 20 --duration 5 --prompt-tokens "
+        "lognormal:128:0.5 --output-tokens 16 --seed 4"
+    )
     assert options.target.models == ("m:adapter-0000", "m:adapter-0001", "m:adapter-0002")
     load = options.workload
-    assert (load.mix, load.arrival, load.prompt, load.output, load.seed) == (Zipf(1.0), Poisson(20.0), LogNormal(128, 0.5), Fixed(16), 4)
-    assert (options.pace.concurrency, options.pace.requests, options.pace.duration_s) == (None, None, 5.0)
+    assert (load.mix, load.arrival, load.prompt, load.output, load.seed) == (
+        Zipf(1.0),
+        Poisson(20.0),
+        LogNormal(128, 0.5),
+        Fixed(16),
+        4,
+    )
+    assert (options.pace.concurrency, options.pace.requests, options.pace.duration_s) == (
+        None,
+        None,
+        5.0,
+    )
 
 
 def test_peers_that_use_bare_adapter_names_are_asked_for_them() -> None:
-    assert _parse("--model m --adapters a,b --model-format {adapter} --concurrency 2").target.models == ("a", "b")
+    assert _parse(
+        "--model m --adapters a,b --model-format {adapter} --concurrency 2"
+    ).target.models == ("a", "b")
 
 
 def test_without_adapters_the_base_is_asked_a_default_number_of_times() -> None:
     options = _parse("--concurrency 8")
-    assert (options.workload.mix, options.pace.concurrency, options.pace.requests) == (BaseOnly(), 8, DEFAULT_REQUESTS)
+    assert (options.workload.mix, options.pace.concurrency, options.pace.requests) == (
+        BaseOnly(),
+        8,
+        DEFAULT_REQUESTS,
+    )
 
 
 def test_the_shape_of_arrivals_is_taken_from_its_flags() -> None:

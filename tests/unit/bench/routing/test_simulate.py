@@ -28,7 +28,9 @@ def _here(job: Callable[..., Any], arguments: Any) -> list[Any]:
 
 
 @given(st.floats(1.0, 2000.0), st.floats(1.0, 500.0), st.sampled_from([1.08, 1.3, 2.0]))
-def test_bisection_finds_the_highest_rate_that_passes_wherever_it_starts(limit: float, guess: float, stride: float) -> None:
+def test_bisection_finds_the_highest_rate_that_passes_wherever_it_starts(
+    limit: float, guess: float, stride: float
+) -> None:
     found = highest(lambda rate: rate <= limit * 1.0001, guess, stride=stride)
     assert limit / 1.0201 <= found <= limit * 1.0001, "rates have five digits"
 
@@ -69,7 +71,9 @@ def test_capacities_come_one_per_seed_in_the_order_of_the_policies() -> None:
     found = study.capacities(cases, 2, 0.5, _here)
     assert list(found) == ["random", "residency-p2c"]
     assert [len(values) for values in found.values()] == [2, 2]
-    assert found["residency-p2c"][0] == pytest.approx(study.capacity(cases[1], 60.0, 1.3, 0.5), rel=0.05)
+    assert found["residency-p2c"][0] == pytest.approx(
+        study.capacity(cases[1], 60.0, 1.3, 0.5), rel=0.05
+    )
 
 
 def test_growth_keeps_the_load_per_worker_and_stops_adding_adapters_at_the_most() -> None:
@@ -84,13 +88,40 @@ def test_growth_keeps_the_load_per_worker_and_stops_adding_adapters_at_the_most(
     assert all(rate * case.window.end_s <= study.MOST_REQUESTS * 1.001 for case, rate in seen)
 
 
-def test_the_command_writes_the_document_and_the_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_the_document_and_the_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made, picture = tmp_path / "made.json", tmp_path / "made.png"
-    flags = ["--scenario", "fits", "--adapters", "20", "--workers", "2", "--seeds", "2", "--duration", "2", "--jobs", "1"]
-    status = simulate.main([*flags, "--policies", "random,residency-p2c,clairvoyant", "--json", str(made), "--plot", str(picture)])
+    flags = [
+        "--scenario",
+        "fits",
+        "--adapters",
+        "20",
+        "--workers",
+        "2",
+        "--seeds",
+        "2",
+        "--duration",
+        "2",
+        "--jobs",
+        "1",
+    ]
+    status = simulate.main(
+        [
+            *flags,
+            "--policies",
+            "random,residency-p2c,clairvoyant",
+            "--json",
+            str(made),
+            "--plot",
+            str(picture),
+        ]
+    )
     assert status == 0
     document = json.loads(made.read_text())
-    assert document["rate_rps"] == pytest.approx(0.75 * document["policies"]["residency-p2c"]["capacity_rps"]["median"])
+    assert document["rate_rps"] == pytest.approx(
+        0.75 * document["policies"]["residency-p2c"]["capacity_rps"]["median"]
+    )
     assert list(document["policies"]) == ["random", "residency-p2c", "clairvoyant"]
     for figures in document["policies"].values():
         assert tuple(figures) == MAIN
@@ -101,20 +132,59 @@ def test_the_command_writes_the_document_and_the_pictures(tmp_path: Path, capsys
     assert "residency-p2c" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("more", [["--events", "loss"], ["--events", "scale"], ["--overload", "2", "--no-capacity"]])
-def test_events_and_overload_are_reported(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "more", [["--events", "loss"], ["--events", "scale"], ["--overload", "2", "--no-capacity"]]
+)
+def test_events_and_overload_are_reported(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = tmp_path / "made.json"
-    flags = ["--scenario", "fits", "--workers", "4", "--seeds", "1", "--duration", "6", "--rate", "40", "--jobs", "1"]
-    assert simulate.main([*flags, "--policies", "residency-p2c", *more, "--json", str(made), "--plot", str(tmp_path / "made.png")]) == 0
+    flags = [
+        "--scenario",
+        "fits",
+        "--workers",
+        "4",
+        "--seeds",
+        "1",
+        "--duration",
+        "6",
+        "--rate",
+        "40",
+        "--jobs",
+        "1",
+    ]
+    assert (
+        simulate.main(
+            [
+                *flags,
+                "--policies",
+                "residency-p2c",
+                *more,
+                "--json",
+                str(made),
+                "--plot",
+                str(tmp_path / "made.png"),
+            ]
+        )
+        == 0
+    )
     document = json.loads(made.read_text())
     if "--events" in more:
         assert document["event"]["what"] == more[1]
         assert len(document["event"]["policies"]["residency-p2c"]) == 3
     else:
-        assert 0.5 < document["overload"]["residency-p2c"]["offered"]["2"]["completed_over_capacity"]["median"] < 3.0
+        assert (
+            0.5
+            < document["overload"]["residency-p2c"]["offered"]["2"]["completed_over_capacity"][
+                "median"
+            ]
+            < 3.0
+        )
 
 
-def test_who_waits_is_shown_by_popularity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_who_waits_is_shown_by_popularity(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = tmp_path / "made.json"
     flags = [
         "--workers",
@@ -134,7 +204,9 @@ def test_who_waits_is_shown_by_popularity(tmp_path: Path, capsys: pytest.Capture
     assert simulate.main([*flags, "--json", str(made)]) == 0
     waits = json.loads(made.read_text())["waits"]["policies"]["expected-ttft"]
     assert len(waits["by_rank"]) == len(RANKS) + 1
-    assert waits["by_rank"][0] < waits["mean_s"] < waits["by_rank"][-1], "one worker of 16 slots is too few for 1,000 adapters"
+    assert waits["by_rank"][0] < waits["mean_s"] < waits["by_rank"][-1], (
+        "one worker of 16 slots is too few for 1,000 adapters"
+    )
     assert waits["p50_s"] < waits["p90_s"] < waits["p99_s"]
     assert "513-" in capsys.readouterr().out
     assert simulate.main([*flags[:6], "--by-rank"]) == 2

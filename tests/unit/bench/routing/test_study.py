@@ -79,7 +79,9 @@ def _here(plan: Plan) -> Results:
     return results
 
 
-def test_a_study_runs_to_its_end_and_a_second_call_finds_nothing_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_runs_to_its_end_and_a_second_call_finds_nothing_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = _plan(tmp_path, COMPARE, EVENT, GROW)
     assert _study(tmp_path, plan) == 0
     rows = _rows(tmp_path)
@@ -110,7 +112,9 @@ def test_what_is_known_from_elsewhere_is_not_run_again(tmp_path: Path) -> None:
     assert _rows(tmp_path / "here") == []
 
 
-def test_the_deadline_kills_what_runs_and_keeps_what_has_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_deadline_kills_what_runs_and_keeps_what_has_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = _plan(tmp_path, GROW, ENDLESS)
     began = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
@@ -123,7 +127,9 @@ def test_the_deadline_kills_what_runs_and_keeps_what_has_ended(tmp_path: Path, c
     assert "event loss" in said.split("killed")[1]
 
 
-def test_a_run_that_cannot_end_before_the_deadline_is_not_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_cannot_end_before_the_deadline_is_not_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     began = time.monotonic()
     assert _study(tmp_path, _plan(tmp_path, ENDLESS), "--seconds", "30") == 1
     assert time.monotonic() - began < 25
@@ -140,26 +146,36 @@ def test_a_line_that_was_cut_off_is_run_again(tmp_path: Path) -> None:
     assert {row.item for row in _rows(tmp_path)} == {row.item for row in whole}
 
 
-def test_a_line_that_is_none_of_ours_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_that_is_none_of_ours_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / study.ITEMS).write_text('{"item": 3}\n')
     assert _study(tmp_path, _plan(tmp_path, GROW)) == 2
     assert f"{study.ITEMS}, line 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [{**GROW, "of": "tenants"}, {**GROW, "sedes": 3}, {"ask": "everything"}])
-def test_a_plan_that_makes_no_sense_is_refused(wrong: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "wrong", [{**GROW, "of": "tenants"}, {**GROW, "sedes": 3}, {"ask": "everything"}]
+)
+def test_a_plan_that_makes_no_sense_is_refused(
+    wrong: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _study(tmp_path, _plan(tmp_path, wrong)) == 2
     assert "$[0]" in capsys.readouterr().err
 
 
-def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_fails_is_told_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = _plan(tmp_path, {**EVENT, "policies": ["oracle"]}, GROW)
     assert _study(tmp_path, plan) == 3
     assert "oracle" in capsys.readouterr().err
     assert len(_rows(tmp_path)) == 2
 
 
-def test_a_report_of_half_a_study_has_what_there_is_and_says_what_is_missing(tmp_path: Path) -> None:
+def test_a_report_of_half_a_study_has_what_there_is_and_says_what_is_missing(
+    tmp_path: Path,
+) -> None:
     whole = _plan(tmp_path, COMPARE, EVENT, {**GROW, "points": [{"at": 1}, {"at": 2}, {"at": 3}]})
     half = tmp_path / "half"
     half.mkdir()
@@ -168,17 +184,23 @@ def test_a_report_of_half_a_study_has_what_there_is_and_says_what_is_missing(tmp
     document = json.loads((half / "made.json").read_text())
     fits = document["fleets"]["1 workers"]
     assert fits["policies"]["random"]["capacity_rps"]["median"] > 0
-    assert fits["policies"]["random"]["ttft_p99_s"] is None, "the common rate needs the capacity of the other policy"
+    assert fits["policies"]["random"]["ttft_p99_s"] is None, (
+        "the common rate needs the capacity of the other policy"
+    )
     assert document["growth"]["workers"]["points"] == [1, 2]
     assert document["events"] == {}
     words = (half / "made.md").read_text()
-    for question, missing in zip(("compare fits", "event loss", "growth in workers"), document["missing"], strict=True):
+    for question, missing in zip(
+        ("compare fits", "event loss", "growth in workers"), document["missing"], strict=True
+    ):
         assert missing.startswith(question)
         assert f"- missing: {missing}" in words
     assert "ray-strict" in document["missing"][0]
 
 
-def test_a_report_of_a_whole_study_has_the_format_of_a_simulation_and_pictures(tmp_path: Path) -> None:
+def test_a_report_of_a_whole_study_has_the_format_of_a_simulation_and_pictures(
+    tmp_path: Path,
+) -> None:
     plan = _plan(tmp_path, COMPARE, EVENT, GROW)
     assert _study(tmp_path, plan) == 0
     assert _study(tmp_path, plan, "--report", str(tmp_path / "made")) == 0
@@ -188,9 +210,20 @@ def test_a_report_of_a_whole_study_has_the_format_of_a_simulation_and_pictures(t
     assert fits["rate_rps"] > 0
     assert list(fits["policies"]) == ["random", "ray-strict", "clairvoyant"]
     for figures in fits["policies"].values():
-        assert set(figures) == {"capacity_rps", "ttft_p50_s", "ttft_p99_s", "loads_per_request", "hit_rate", "jain"}
+        assert set(figures) == {
+            "capacity_rps",
+            "ttft_p50_s",
+            "ttft_p99_s",
+            "loads_per_request",
+            "hit_rate",
+            "jain",
+        }
         assert all(set(of) == {"median", "min", "max"} for of in figures.values())
-    assert {path.name for path in tmp_path.glob("*.png")} == {"made-fleets.png", "made-loss.png", "made-growth-workers.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "made-fleets.png",
+        "made-loss.png",
+        "made-growth-workers.png",
+    }
 
 
 def _row(policy: str, code: str, at: float, rate: float = 1.0) -> Done:
@@ -202,7 +235,9 @@ def test_only_policies_that_are_to_be_redone_lose_what_older_code_made() -> None
     assert still_good(rows, []) == rows
     assert still_good(rows, ["ray"], "new") == rows[1:]
     assert still_good(rows, ["ray"], "newest") == [rows[1]]
-    assert still_good(rows, ["ray", "random"]) == rows[1:], "a report takes the newest that there is"
+    assert still_good(rows, ["ray", "random"]) == rows[1:], (
+        "a report takes the newest that there is"
+    )
 
 
 def test_the_later_of_two_results_for_one_run_holds() -> None:
@@ -214,14 +249,27 @@ def test_the_later_of_two_results_for_one_run_holds() -> None:
 
 def test_the_plan_in_the_repository_covers_what_the_documentation_shows() -> None:
     plan = read_plan(study.PLAN.read_bytes())
-    scenarios = {name for q in plan if isinstance(q, Compare) and q.workers == 8 and q.seeds >= 10 for name in q.scenarios}
+    scenarios = {
+        name
+        for q in plan
+        if isinstance(q, Compare) and q.workers == 8 and q.seeds >= 10
+        for name in q.scenarios
+    }
     assert scenarios == {"default", "fits", "hot", "flat", "flash", "lengths"}
     left = rehearse(plan, Results())
     assert all(left)
-    assert max(item.estimate_s for runs in left for item in runs) < 200, "a part of eight minutes must be able to end any run"
-    assert min(item.rate_rps * item.duration_s for runs in left for item in runs if item.kind == "keeps") >= 2_800, (
-        "a p99 of fewer says little"
+    assert max(item.estimate_s for runs in left for item in runs) < 200, (
+        "a part of eight minutes must be able to end any run"
     )
+    assert (
+        min(
+            item.rate_rps * item.duration_s
+            for runs in left
+            for item in runs
+            if item.kind == "keeps"
+        )
+        >= 2_800
+    ), "a p99 of fewer says little"
 
 
 def test_items_survive_json() -> None:
@@ -238,7 +286,7 @@ def test_a_question_about_other_loads_asks_other_runs(ask: dict[str, Any]) -> No
     assert case_of(runs[0]).loads == "own"
 
 
-# ---- the processes ----------------------------------------------------------------------------------------------------------------------
+# ---- the processes -------------------------------------------------------------------------------
 
 
 def _die(job: int) -> int:
@@ -278,7 +326,9 @@ def test_a_long_job_does_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> 
     told = tmp_path / "told"
     os.mkfifo(told)
     (tmp_path / "parent.py").write_text(ORPHAN)
-    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py", told], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "parent.py", told], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     watch = os.pidfd_open(int(told.read_text()))
     parent.kill()
     parent.wait(10)

@@ -46,7 +46,7 @@ def moved(before: dict[bytes, str], after: dict[bytes, str]) -> Counter[tuple[st
     return Counter((before[u], after[u]) for u in USERS if before[u] != after[u])
 
 
-# ---- whose share ---------------------------------------------------------------------------------------------------------------------------
+# ---- whose share ---------------------------------------------------------------------------------
 
 
 @given(parts=SHARES, user=st.binary(max_size=40))
@@ -55,7 +55,9 @@ def test_a_user_stays_with_one_share_in_whatever_order_they_stand_and_however_we
 ) -> None:
     chosen = pick("prod", parts, user).adapter
     assert pick("prod", parts[::-1], user).adapter == chosen
-    assert pick("prod", tuple(Share(s.adapter, s.weight * 8) for s in parts), user).adapter == chosen
+    assert (
+        pick("prod", tuple(Share(s.adapter, s.weight * 8) for s in parts), user).adapter == chosen
+    )
 
 
 def test_users_are_shared_out_by_weight() -> None:
@@ -77,7 +79,9 @@ def test_a_share_that_is_rolled_back_moves_its_own_users_and_nobody_else() -> No
 
 
 @given(parts=SHARES.filter(lambda p: len(p) > 1), factor=st.floats(1.1, 10))
-def test_a_weight_that_grows_moves_users_only_to_it(parts: tuple[Share, ...], factor: float) -> None:
+def test_a_weight_that_grows_moves_users_only_to_it(
+    parts: tuple[Share, ...], factor: float
+) -> None:
     grown = (Share(parts[0].adapter, parts[0].weight * factor), *parts[1:])
     for user in USERS[:200]:
         before, after = pick("prod", parts, user), pick("prod", grown, user)
@@ -89,24 +93,32 @@ def test_two_aliases_share_their_users_out_independently() -> None:
     assert sum(one[u] == two[u] for u in USERS) / len(USERS) == pytest.approx(0.5, abs=0.03)
 
 
-# ---- what is in force -------------------------------------------------------------------------------------------------------------------------
+# ---- what is in force ----------------------------------------------------------------------------
 
 CONFIG = {"prod": Alias(shares(v7=90, v8=10), RollbackConfig())}
 
 
 def force(state: AliasState) -> dict[str, tuple[str, list[str]]]:
-    return {n: (f.source, [s.adapter for s in f.live]) for n, f in in_force(CONFIG, state.bases.get("tiny", {})).items()}
+    return {
+        n: (f.source, [s.adapter for s in f.live])
+        for n, f in in_force(CONFIG, state.bases.get("tiny", {})).items()
+    }
 
 
 def test_an_operators_alias_holds_over_the_configs_until_it_is_deleted() -> None:
     state = with_alias(AliasState(), "tiny", "prod", Alias(shares(v9=1)))
     state = with_alias(state, "tiny", "next", Alias(shares(v8=1)))
     assert force(state) == {"next": ("runtime", ["v8"]), "prod": ("runtime", ["v9"])}
-    assert force(without_alias(without_alias(state, "tiny", "prod"), "tiny", "next")) == {"prod": ("config", ["v7", "v8"])}
+    assert force(without_alias(without_alias(state, "tiny", "prod"), "tiny", "next")) == {
+        "prod": ("config", ["v7", "v8"])
+    }
 
 
 def test_a_share_of_weight_nothing_gets_nobody() -> None:
-    assert force(with_alias(AliasState(), "tiny", "prod", Alias(shares(v7=1, v8=0))))["prod"] == ("runtime", ["v7"])
+    assert force(with_alias(AliasState(), "tiny", "prod", Alias(shares(v7=1, v8=0))))["prod"] == (
+        "runtime",
+        ["v7"],
+    )
 
 
 def test_a_rollback_holds_for_everybody_until_an_operator_changes_the_alias() -> None:
@@ -114,7 +126,9 @@ def test_a_rollback_holds_for_everybody_until_an_operator_changes_the_alias() ->
     state = with_trip(AliasState(), "tiny", found, "v8", TRIP)
     assert force(state)["prod"] == ("config", ["v7"])
     again = with_alias(state, "tiny", "prod", CONFIG["prod"])
-    assert force(again)["prod"] == ("runtime", ["v7", "v8"]), "the same shares anew are an operator's word too"
+    assert force(again)["prod"] == ("runtime", ["v7", "v8"]), (
+        "the same shares anew are an operator's word too"
+    )
 
 
 def test_a_rollback_is_history_once_the_config_has_other_shares() -> None:
@@ -135,7 +149,7 @@ def test_two_gateways_that_roll_back_different_shares_leave_one() -> None:
     assert with_trip(state, "tiny", found, "v7", TRIP) is state
 
 
-# ---- the config ---------------------------------------------------------------------------------------------------------------------------------
+# ---- the config ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,20 +158,25 @@ def test_two_gateways_that_roll_back_different_shares_leave_one() -> None:
         ("v7", shares(v7=1)),
         ({"adapter": "v7"}, shares(v7=1)),
         ([{"adapter": "v7", "weight": 90}, {"adapter": "v8", "weight": 10}], shares(v7=90, v8=10)),
-        ({"shares": [{"adapter": "team/v7@0123abcd", "weight": 0.5}]}, (Share("team/v7@0123abcd", 0.5),)),
+        (
+            {"shares": [{"adapter": "team/v7@0123abcd", "weight": 0.5}]},
+            (Share("team/v7@0123abcd", 0.5),),
+        ),
     ],
 )
 def test_an_alias_may_be_written_short_or_long(raw: object, expected: tuple[Share, ...]) -> None:
     section, findings = read_section(AliasConfig, plain_alias(raw), ())
     assert section is not None and not findings
     assert from_config(section) == Alias(expected, RollbackConfig())
-    assert from_config(LoraConfig(dynamic_lora_loading_path="/x", aliases={"prod": raw}).alias_configs["prod"]) == Alias(
-        expected, RollbackConfig()
-    )
+    assert from_config(
+        LoraConfig(dynamic_lora_loading_path="/x", aliases={"prod": raw}).alias_configs["prod"]
+    ) == Alias(expected, RollbackConfig())
 
 
 def test_no_rollback_can_be_asked_for() -> None:
-    config = LoraConfig(dynamic_lora_loading_path="/x", aliases={"prod": {"adapter": "v7", "rollback": None}})
+    config = LoraConfig(
+        dynamic_lora_loading_path="/x", aliases={"prod": {"adapter": "v7", "rollback": None}}
+    )
     assert config.alias_configs["prod"].rollback is None
 
 
@@ -174,7 +193,10 @@ def test_no_rollback_can_be_asked_for() -> None:
         ({"prod": [{"adapter": "v7", "weight": -1}]}, "aliases.prod.shares[0].weight"),
         ({"prod": [{"adapter": "v7", "weight": 0}]}, "aliases.prod.shares"),
         ({"prod": [{"adapter": "v7"}, {"adapter": "v7"}]}, "aliases.prod.shares"),
-        ({"prod": {"adapter": "v7", "rollback": {"error_rate": 5}}}, "aliases.prod.rollback.error_rate"),
+        (
+            {"prod": {"adapter": "v7", "rollback": {"error_rate": 5}}},
+            "aliases.prod.rollback.error_rate",
+        ),
         ({"prod": [{"adapter": f"v{i}"} for i in range(17)]}, "aliases.prod.shares"),
     ],
 )

@@ -9,7 +9,9 @@ from shared.config.aliases import RollbackConfig
 LIMIT = RollbackConfig(error_rate=0.1, min_requests=20, window_s=60.0)
 
 
-def run(shares: ShareOutcomes, adapter: str, requests: int, failures: int, now: float = 0.0) -> str | None:
+def run(
+    shares: ShareOutcomes, adapter: str, requests: int, failures: int, now: float = 0.0
+) -> str | None:
     """The failures come last, so that the verdict is about all of them."""
     verdict = None
     for i in range(requests):
@@ -53,7 +55,9 @@ def test_without_a_rollback_nothing_is_rolled_back_but_all_is_counted() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 20), st.booleans()), max_size=100))
-def test_a_window_counts_what_is_younger_and_forgets_what_is_older(events: list[tuple[float, bool]]) -> None:
+def test_a_window_counts_what_is_younger_and_forgets_what_is_older(
+    events: list[tuple[float, bool]],
+) -> None:
     window, now, kept = OutcomeWindow(60.0), 0.0, []
     for after, failed in events:
         now += after

@@ -70,7 +70,9 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-async def test_a_listing_shows_every_adapter_and_only_then_is_the_catalog_listed(root: Path) -> None:
+async def test_a_listing_shows_every_adapter_and_only_then_is_the_catalog_listed(
+    root: Path,
+) -> None:
     catalog, _ = a_catalog(root)
     assert not catalog.listed and not catalog.known
     await catalog.refresh()
@@ -104,7 +106,9 @@ async def test_concurrent_questions_for_one_name_ask_the_store_once(root: Path) 
     catalog, store = a_catalog(root)
     store.open.clear()
     async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as tasks:
-        finds = [tasks.create_task(catalog.find(name)) for name in ["pirate"] * 5 + ["team/haiku"] * 2]
+        finds = [
+            tasks.create_task(catalog.find(name)) for name in ["pirate"] * 5 + ["team/haiku"] * 2
+        ]
         while len(store.asked) < 2:
             await asyncio.sleep(0)
         store.open.set()
@@ -116,7 +120,10 @@ async def test_one_clients_leaving_does_not_cancel_the_question_of_the_others(ro
     catalog, store = a_catalog(root)
     store.open.clear()
     async with asyncio.timeout(LIMIT_S):
-        first, second = asyncio.ensure_future(catalog.find("pirate")), asyncio.ensure_future(catalog.find("pirate"))
+        first, second = (
+            asyncio.ensure_future(catalog.find("pirate")),
+            asyncio.ensure_future(catalog.find("pirate")),
+        )
         while not store.asked:
             await asyncio.sleep(0)
         first.cancel()
@@ -149,7 +156,9 @@ async def test_a_name_that_does_not_exist_is_not_asked_for_again_at_once(root: P
     assert store.asked == ["nobody"]
 
 
-async def test_a_name_that_did_not_exist_is_asked_for_again_after_its_time(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_name_that_did_not_exist_is_asked_for_again_after_its_time(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     catalog, store = a_catalog(root)
     monkeypatch.setattr(module, "NEGATIVE_TTL_S", 0.0)
     with pytest.raises(AdapterNotFound):
@@ -168,7 +177,9 @@ async def test_a_listing_that_shows_a_missing_name_ends_its_being_missing(root: 
     assert (await catalog.find("late")).name == "late"
 
 
-async def test_the_memory_of_missing_names_is_bounded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_memory_of_missing_names_is_bounded(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "MAX_NEGATIVE", 3)
     catalog, store = a_catalog(root)
     names = [f"nobody{i}" for i in range(5)]
@@ -185,7 +196,10 @@ async def test_a_store_that_is_down_keeps_what_is_known_and_fails_what_is_not(ro
     take_down(root)
     with pytest.raises(StoreUnavailable):
         await catalog.refresh()
-    assert (await catalog.find("pirate")).name == "pirate" and sorted(catalog.known) == ["pirate", "team/haiku"]
+    assert (await catalog.find("pirate")).name == "pirate" and sorted(catalog.known) == [
+        "pirate",
+        "team/haiku",
+    ]
     with pytest.raises(StoreUnavailable):
         await catalog.find("nobody")
 
@@ -199,7 +213,9 @@ async def test_a_name_is_not_taken_for_missing_because_the_store_was_down(root: 
     assert (await catalog.find("pirate")).name == "pirate"
 
 
-async def test_a_store_that_does_not_answer_is_unavailable_in_time(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_store_that_does_not_answer_is_unavailable_in_time(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "FIND_TIMEOUT_S", 0.01)
     catalog, store = a_catalog(root)
     store.open.clear()
@@ -251,7 +267,9 @@ async def test_to_look_again_after_a_removal_is_not_found(root: Path) -> None:
 
 
 async def test_to_look_again_while_the_store_is_down_forgets_nothing(root: Path) -> None:
-    """What the store once showed stays usable while the store is down: workers may still hold that version."""
+    """What the store once showed stays usable while the store is down: workers may still hold that
+    version.
+    """
     catalog, _ = a_catalog(root)
     await catalog.refresh()
     take_down(root)
@@ -260,12 +278,17 @@ async def test_to_look_again_while_the_store_is_down_forgets_nothing(root: Path)
     assert "pirate" in catalog.known
 
 
-async def test_a_listing_is_cut_at_its_bound_and_the_rest_is_found_by_name(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_listing_is_cut_at_its_bound_and_the_rest_is_found_by_name(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "MAX_ADAPTERS", 1)
     catalog, _ = a_catalog(root)
     await catalog.refresh()
     assert len(catalog.known) == 1
-    assert {(await catalog.find(n)).name for n in ("pirate", "team/haiku")} == {"pirate", "team/haiku"}
+    assert {(await catalog.find(n)).name for n in ("pirate", "team/haiku")} == {
+        "pirate",
+        "team/haiku",
+    }
 
 
 async def test_refreshing_goes_on_after_a_failed_listing(root: Path) -> None:
@@ -287,7 +310,9 @@ async def test_refreshing_goes_on_after_a_failed_listing(root: Path) -> None:
 
 @given(name=st.text(max_size=20) | st.from_regex(r"(\.|/|\.\./|a){0,6}", fullmatch=True))
 @settings(max_examples=30)
-def test_no_name_leads_out_of_the_store(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_no_name_leads_out_of_the_store(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     base = tmp_path_factory.getbasetemp() / "catalog-names"
     put(base, "secret")
     put(base / "adapters", "a")
@@ -301,7 +326,7 @@ def test_no_name_leads_out_of_the_store(name: str, tmp_path_factory: pytest.Temp
     assert asyncio.run(find()) in (None, "a")
 
 
-# ---- what is kept while nothing changes ---------------------------------------------------------------------------------------------------
+# ---- what is kept while nothing changes ----------------------------------------------------------
 
 
 async def test_a_listing_without_news_leaves_the_mapping_and_its_version_alone(root: Path) -> None:
@@ -315,22 +340,33 @@ async def test_a_listing_without_news_leaves_the_mapping_and_its_version_alone(r
     assert catalog.known is not known and catalog.version == version + 1
 
 
-async def test_the_model_list_is_made_once_per_state_of_the_catalogs_however_many_ask(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_model_list_is_made_once_per_state_of_the_catalogs_however_many_ask(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[int] = []
     real = model_list
-    monkeypatch.setattr(models_module, "model_list", lambda names, created: made.append(1) or real(names, created))
+    monkeypatch.setattr(
+        models_module, "model_list", lambda names, created: made.append(1) or real(names, created)
+    )
     catalog, _ = a_catalog(root)
     models = ModelList({"tiny": catalog, "plain": None}, lambda base: (), 5)
     assert b"pirate" not in await models.body()
     await catalog.refresh()
     bodies = await asyncio.gather(*(models.body() for _ in range(20)))
-    assert all(body is bodies[0] and b'"tiny:pirate"' in body and b'"plain"' in body for body in bodies) and len(made) == 2
+    assert (
+        all(
+            body is bodies[0] and b'"tiny:pirate"' in body and b'"plain"' in body for body in bodies
+        )
+        and len(made) == 2
+    )
     put(root, "new")
     await catalog.find("new")
     assert b'"tiny:new"' in await models.body() and len(made) == 3
 
 
-async def test_the_event_loop_gets_its_turns_while_a_long_listing_is_taken_in(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_event_loop_gets_its_turns_while_a_long_listing_is_taken_in(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "TURN", 2)
     for number in range(10):
         put(root, f"a{number}")

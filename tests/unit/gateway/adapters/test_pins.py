@@ -13,7 +13,9 @@ EMPTY = PinState()
 PINS = Pins("tiny", configured=("a",), preload=("p",), slots=3)
 
 
-def test_the_config_is_wanted_until_an_operator_says_otherwise_and_only_differences_are_kept() -> None:
+def test_the_config_is_wanted_until_an_operator_says_otherwise_and_only_differences_are_kept() -> (
+    None
+):
     assert PINS.wanted(EMPTY) == {"a"}
     off = PINS.unpin(EMPTY, "a", None)
     assert off == PinState({}, {"tiny": ("a",)}) and PINS.wanted(off) == set()
@@ -42,7 +44,9 @@ def test_one_slot_of_every_worker_must_stay() -> None:
     with pytest.raises(TooManyPins):
         PINS.pin(on, "c", "w0")
     assert PINS.wanted(PINS.pin(on, "c", "w1"), "w1") == {"a", "c"}
-    assert PINS.pin(on, "b", None).pinned == {"tiny": {"b": ()}}, "one that is pinned already needs no further slot"
+    assert PINS.pin(on, "b", None).pinned == {"tiny": {"b": ()}}, (
+        "one that is pinned already needs no further slot"
+    )
 
 
 def test_bases_do_not_know_of_one_another() -> None:
@@ -51,7 +55,9 @@ def test_bases_do_not_know_of_one_another() -> None:
     assert PINS.unpin(state, "b", None) == PinState({"other": {"b": ()}})
 
 
-def on(name: str, digest: str = "d", tier: Tier = Tier.GPU, pinned: bool = False, loading: bool = False) -> AdapterState:
+def on(
+    name: str, digest: str = "d", tier: Tier = Tier.GPU, pinned: bool = False, loading: bool = False
+) -> AdapterState:
     return AdapterState(name, digest, tier, loading, pinned=pinned, rank=8)
 
 
@@ -67,7 +73,10 @@ def held(*states: AdapterState) -> dict[tuple[str, str], AdapterState]:
         ([on("a", pinned=True), on("p")], []),
         ([on("a", pinned=True), on("p", tier=Tier.CPU)], [(AdapterAction.LOAD, ("p", "d"))]),
         ([on("a", "old", pinned=True), on("p")], [(AdapterAction.PIN, ("a", "d"))]),
-        ([on("a", pinned=True), on("p"), on("x", pinned=True)], [(AdapterAction.UNPIN, ("x", "d"))]),
+        (
+            [on("a", pinned=True), on("p"), on("x", pinned=True)],
+            [(AdapterAction.UNPIN, ("x", "d"))],
+        ),
     ],
 )
 def test_a_worker_is_told_what_it_lacks_and_an_old_version_stays_pinned_until_the_new_one_is(
@@ -81,7 +90,7 @@ def test_what_was_preloaded_once_may_leave_and_what_nobody_knows_is_left_alone()
     assert list(orders({"a": None}, {}, held(on("a", pinned=True)), ())) == []
 
 
-# ---- the table ----------------------------------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 A = AdapterRef("tiny", "a", "d")
 STORED = StoredAdapter("a", "d", ())
@@ -110,11 +119,19 @@ def test_what_was_refused_stays_invalid_until_its_content_changes_or_it_works() 
     usage.failed(A, InvalidAdapter("rank 999", "rank"))
     record = usage.get("tiny", "a")
     found = row("tiny", "a", STORED, [], record)
-    assert (found["state"], found["code"], found["reason"], found["hits"]) == ("invalid", "invalid_adapter_rank", "rank 999", 1)
+    assert (found["state"], found["code"], found["reason"], found["hits"]) == (
+        "invalid",
+        "invalid_adapter_rank",
+        "rank 999",
+        1,
+    )
     assert found["last_used"] == "1970-01-01T00:16:40.000+00:00"
     assert state_of(StoredAdapter("a", "d2", ()), [], record) == "listed"
     usage.worked(A)
-    assert state_of(STORED, [], record) == "cached" and row("tiny", "a", STORED, [], record)["code"] is None
+    assert (
+        state_of(STORED, [], record) == "cached"
+        and row("tiny", "a", STORED, [], record)["code"] is None
+    )
 
 
 def test_the_memory_of_use_is_bounded_and_forgets_the_longest_unused() -> None:

@@ -63,7 +63,7 @@ def changing(now: float = 1.0) -> Versions:
     return versions
 
 
-# ---- the switch -------------------------------------------------------------------------------------------------------------------------
+# ---- the switch ----------------------------------------------------------------------------------
 
 
 def test_a_name_that_was_never_served_is_answered_as_the_store_shows_it() -> None:
@@ -83,14 +83,19 @@ def test_the_old_version_answers_until_the_new_one_is_ready_and_the_new_one_from
     assert versions.current(B) is B
 
 
-def test_an_invalid_new_version_never_answers_and_is_tried_again_only_when_its_content_changes() -> None:
+def test_an_invalid_new_version_never_answers_and_is_tried_again_only_when_its_content_changes() -> (
+    None
+):
     versions = changing()
     assert versions.failed(B, BAD, 2.0) is VersionStage.REFUSED
     for now in (3.0, 1e4, 1e6):
         versions.listed({"a": B}, now, complete=True)
         assert versions.due(now) == [] and versions.current(B) is A
     change = versions.change("a")
-    assert change is not None and (change.code, change.reason) == ("invalid_adapter_not_finite", "it holds NaN")
+    assert change is not None and (change.code, change.reason) == (
+        "invalid_adapter_not_finite",
+        "it holds NaN",
+    )
     versions.listed({"a": C}, 2e6, complete=True)
     assert [p.new for p in versions.due(2e6)] == [C]
 
@@ -105,7 +110,10 @@ def test_any_other_failure_is_tried_again_after_growing_pauses() -> None:
         now = change.until
         assert [p.new for p in versions.due(now)] == [B]
         assert versions.current(B) is A
-    assert pauses[:3] == pytest.approx([FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S]) and max(pauses) == MAX_PAUSE_S
+    assert (
+        pauses[:3] == pytest.approx([FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S])
+        and max(pauses) == MAX_PAUSE_S
+    )
 
 
 def test_a_version_that_kills_engines_is_refused_after_a_few() -> None:
@@ -175,7 +183,7 @@ def test_an_adapter_that_was_not_asked_for_lately_is_not_worth_keeping() -> None
     assert versions.due(RECENT_S + 1) == [Prepare(A, B, False)]
 
 
-# ---- the old version leaves ---------------------------------------------------------------------------------------------------------------
+# ---- the old version leaves ----------------------------------------------------------------------
 
 
 def switched() -> Versions:
@@ -204,7 +212,10 @@ def test_what_no_engine_holds_is_forgotten_after_a_while_and_everything_after_lo
     versions.leaving(lambda key: None, 10.0 + LINGER_S + 1)
     assert versions.leaving(lambda key: 0, 1e9) == []
     versions = switched()
-    assert versions.leaving(lambda key: 1, 10.0 + FORGET_S + 1) == [] and versions.leaving(lambda key: 0, 1e9) == []
+    assert (
+        versions.leaving(lambda key: 1, 10.0 + FORGET_S + 1) == []
+        and versions.leaving(lambda key: 0, 1e9) == []
+    )
 
 
 def test_a_version_that_is_asked_for_by_its_digest_stays_while_it_is() -> None:
@@ -222,17 +233,23 @@ def test_a_version_that_answers_again_does_not_leave() -> None:
     assert versions.leaving(lambda key: 0, 20.0) == [("a", "bbbb")]
 
 
-# ---- what is known -------------------------------------------------------------------------------------------------------------------------
+# ---- what is known -------------------------------------------------------------------------------
 
 
 def test_versions_are_told_by_what_they_are_for() -> None:
     versions = served()
     assert [(v.digest, v.state) for v in versions.of(A)] == [("aaaa", "current")]
     versions.found(B, 1.0)
-    assert [(v.digest, v.state) for v in versions.of(B)] == [("aaaa", "current"), ("bbbb", "preparing")]
+    assert [(v.digest, v.state) for v in versions.of(B)] == [
+        ("aaaa", "current"),
+        ("bbbb", "preparing"),
+    ]
     versions.due(1.0)
     versions.failed(B, BAD, 1.0)
-    assert [(v.digest, v.state) for v in versions.of(B)] == [("aaaa", "current"), ("bbbb", "refused")]
+    assert [(v.digest, v.state) for v in versions.of(B)] == [
+        ("aaaa", "current"),
+        ("bbbb", "refused"),
+    ]
     versions.found(C, 2.0)
     versions.due(2.0)
     versions.ready(C, 2.0)
@@ -251,12 +268,16 @@ def test_everything_that_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatc
             versions.found(version(f"d{generation}", f"n{i}"), 100.0)
         for prepare in versions.due(100.0):
             versions.ready(prepare.new, 100.0)
-    assert len(versions._served) <= 5 and len(versions._changes) <= 5 and len(versions._retired) <= 5
+    assert (
+        len(versions._served) <= 5 and len(versions._changes) <= 5 and len(versions._retired) <= 5
+    )
     assert len(versions._explicit) <= 5 and len(versions._older) <= 5
     assert all(len(older) <= MAX_OLDER for older in versions._older.values())
 
 
-def test_at_the_bound_a_refusal_gives_way_and_a_change_waits_for_the_next_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_the_bound_a_refusal_gives_way_and_a_change_waits_for_the_next_listing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(module, "MAX_CHANGES", 1)
     versions = Versions()
     for name in "ab":
@@ -296,7 +317,7 @@ def test_a_listing_of_very_many_names_looks_only_at_those_that_were_served() -> 
     assert listing.asked == 1 and [p.new.name for p in versions.due(1.0)] == ["n7"]
 
 
-# ---- where ---------------------------------------------------------------------------------------------------------------------------------
+# ---- where ---------------------------------------------------------------------------------------
 
 
 def fleet(**workers: tuple[AdapterState, ...]) -> Fleet:
@@ -325,7 +346,9 @@ def where(found: Fleet, prepare: Prepare = PREPARE) -> object:
 
 
 def test_the_new_version_is_loaded_where_the_old_one_is_in_a_slot() -> None:
-    assert where(fleet(w0=(state(Tier.GPU),), w1=(state(Tier.CPU),), w2=(), w3=(state(Tier.GPU),))) == ["w0", "w3"]
+    assert where(
+        fleet(w0=(state(Tier.GPU),), w1=(state(Tier.CPU),), w2=(), w3=(state(Tier.GPU),))
+    ) == ["w0", "w3"]
 
 
 def test_without_a_slot_one_worker_that_has_the_old_one_in_host_memory_loads_it() -> None:
@@ -341,20 +364,24 @@ def test_where_no_engine_has_the_old_one_its_home_caches_it_if_it_was_served_lat
 
 
 def test_requests_in_flight_are_counted_over_all_engines_that_have_it() -> None:
-    pool = fleet(w0=(state(Tier.GPU),), w1=(state(Tier.CPU),), w2=(AdapterState("a", "aaaa", Tier.REMOTE),)).pool("tiny")
+    pool = fleet(
+        w0=(state(Tier.GPU),), w1=(state(Tier.CPU),), w2=(AdapterState("a", "aaaa", Tier.REMOTE),)
+    ).pool("tiny")
     assert sorted(w.id for w in in_engines(("a", "aaaa"), pool)) == ["w0", "w1"]
     assert in_flight(("a", "aaaa"), pool) == 0 and in_flight(("a", "bbbb"), pool) is None
     assert {v.digest for v in on_workers("a", pool)} == {"aaaa"}
 
 
-# ---- anything may happen -------------------------------------------------------------------------------------------------------------------
+# ---- anything may happen -------------------------------------------------------------------------
 
 NAMES = st.sampled_from("ab")
 DIGESTS = st.sampled_from(["d1", "d2", "d3", "bad"])
 
 
 class VersionMachine(RuleBasedStateMachine):
-    """The store changes at will, preparations end at will; what answers is compared with the rules."""
+    """The store changes at will, preparations end at will; what answers is compared with the
+    rules.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -404,7 +431,9 @@ class VersionMachine(RuleBasedStateMachine):
             self.versions.failed(prepare.new, BAD, self.now)
         elif ok:
             if self.versions.ready(prepare.new, self.now):
-                assert prepare.new.digest == self.store[name].digest, "switched to what the store does not show"
+                assert prepare.new.digest == self.store[name].digest, (
+                    "switched to what the store does not show"
+                )
                 self.answering[name] = prepare.new
         else:
             self.versions.failed(prepare.new, AdapterNotFound("gone"), self.now)

@@ -20,7 +20,10 @@ from shared.link.sockets import SendResult
 
 PATH = "/v1/completions"
 BODY = b'{"model":"base","prompt":"hello","stream":%b}'
-REQUEST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+REQUEST = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: "
+    b"application/json\r\nContent-Length: %d\r\n\r\n%b"
+)
 TIMES = 50
 
 
@@ -60,12 +63,28 @@ async def test_a_request_that_has_ended_leaves_nothing_for_the_collector() -> No
     metrics, fleet = Metrics(), Fleet(3.0, {})
     welcome = messages.Welcome("g0", "x", 3.0, 0.1)
     dispatcher = Dispatcher(
-        fleet, make_policy("expected-ttft"), Admission(100, 60.0), Wires(), metrics, lambda: welcome, random.Random(1), 100, progress_s=5.0
+        fleet,
+        make_policy("expected-ttft"),
+        Admission(100, 60.0),
+        Wires(),
+        metrics,
+        lambda: welcome,
+        random.Random(1),
+        100,
+        progress_s=5.0,
     )
     resolver = Resolver({"base": None}, NoAliases(), fleet)  # type: ignore[dict-item, arg-type]
     limits = RequestLimits(1 << 20, 1 << 20, 600.0)
-    generation = GenerationAPI(dispatcher, resolver, metrics, Keys(), limits, AccessLog("g0", "error"), AdapterUsage())
-    http_server = Server(never, fast_path=generation.fast_path, paths=frozenset({PATH}), most_bytes=1 << 20, keepalive_timeout=75.0)
+    generation = GenerationAPI(
+        dispatcher, resolver, metrics, Keys(), limits, AccessLog("g0", "error"), AdapterUsage()
+    )
+    http_server = Server(
+        never,
+        fast_path=generation.fast_path,
+        paths=frozenset({PATH}),
+        most_bytes=1 << 20,
+        keepalive_timeout=75.0,
+    )
     peer = messages.identity("w0", 1)
     beat = messages.Heartbeat("w0", 1, 1, "base", messages.WorkerState.SERVING, capacity=8, slots=2)
     dispatcher.on_control(peer, messages.encode(beat))
@@ -77,12 +96,23 @@ async def test_a_request_that_has_ended_leaves_nothing_for_the_collector() -> No
         body = BODY % (b"true" if stream else b"false")
         front.data_received(REQUEST % (len(body), body))
         sid = dispatcher._last_sid
-        status, done = 200 << messages.STATUS_SHIFT, messages.Done(sid, 10, 64, 0.0, 0.0, messages.Tier.GPU)
+        status, done = (
+            200 << messages.STATUS_SHIFT,
+            messages.Done(sid, 10, 64, 0.0, 0.0, messages.Tier.GPU),
+        )
         if stream:
-            dispatcher.on_data(peer, messages.encode(messages.Step([(sid, status | messages.SSE, b"data: {}\n\n")], [])))
-            dispatcher.on_data(peer, messages.encode(messages.Step([(sid, messages.END, b"data: [DONE]\n\n")], [done])))
+            dispatcher.on_data(
+                peer,
+                messages.encode(messages.Step([(sid, status | messages.SSE, b"data: {}\n\n")], [])),
+            )
+            dispatcher.on_data(
+                peer,
+                messages.encode(messages.Step([(sid, messages.END, b"data: [DONE]\n\n")], [done])),
+            )
         else:
-            dispatcher.on_data(peer, messages.encode(messages.Step([(sid, status | messages.END, b"{}")], [done])))
+            dispatcher.on_data(
+                peer, messages.encode(messages.Step([(sid, status | messages.END, b"{}")], [done]))
+            )
         await asyncio.sleep(0)  # what was put off to the loop's next turn
 
     for stream in (False, True):

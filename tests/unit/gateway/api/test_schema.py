@@ -24,18 +24,27 @@ def refused(body: bytes) -> errors.InvalidRequest:
     return caught.value
 
 
-# ---- parse_head -------------------------------------------------------------------------------------------------------------------------
+# ---- parse_head ----------------------------------------------------------------------------------
 
 
 def test_only_the_fields_of_the_head_are_read() -> None:
     body = (
-        b'{"messages": [{"role": "user", "content": "hi"}], "model": "tiny:pirate", "stream": true, "max_tokens": 5, "unknown": {"a": [1]}}'
+        b'{"messages": [{"role": "user", "content": "hi"}], "model": "tiny:pirate", '
+        b'"stream": true, "max_tokens": 5, "unknown": {"a": [1]}}'
     )
     head = schema.parse_body_fields(body)
-    assert (head.model, head.stream, head.max_tokens, head.priority) == ("tiny:pirate", True, 5, None)
+    assert (head.model, head.stream, head.max_tokens, head.priority) == (
+        "tiny:pirate",
+        True,
+        5,
+        None,
+    )
 
 
-@pytest.mark.parametrize("body", [b'{"model": "m"}', b'{"model": "m", "stream": null, "max_tokens": null, "priority": null}'])
+@pytest.mark.parametrize(
+    "body",
+    [b'{"model": "m"}', b'{"model": "m", "stream": null, "max_tokens": null, "priority": null}'],
+)
 def test_absent_and_null_fields_are_no_error(body: bytes) -> None:
     head = schema.parse_body_fields(body)
     assert not head.stream and head.max_tokens is None and head.priority is None
@@ -106,7 +115,15 @@ def test_a_bottomless_body_is_refused(body: bytes) -> None:
     refused(body)
 
 
-@pytest.mark.parametrize("body", [b'{"model": "\xff"}', b'{"model": "\xed\xa0\x80"}', b'{"model": "\\ud800"}', b'{"model": "\\ud800x"}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "\xff"}',
+        b'{"model": "\xed\xa0\x80"}',
+        b'{"model": "\\ud800"}',
+        b'{"model": "\\ud800x"}',
+    ],
+)
 def test_a_model_that_is_no_unicode_text_is_refused(body: bytes) -> None:
     refused(body)
 
@@ -123,14 +140,20 @@ def test_arbitrary_bytes_are_a_head_or_an_invalid_request(body: bytes) -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
 )
-fields = st.sampled_from(["model", "stream", "max_tokens", "max_completion_tokens", "priority", "messages", "modelx"])
+fields = st.sampled_from(
+    ["model", "stream", "max_tokens", "max_completion_tokens", "priority", "messages", "modelx"]
+)
 
 
 @given(st.lists(st.tuples(fields, json_values), max_size=6))
-def test_arbitrary_json_is_a_head_or_an_invalid_request_that_can_be_answered(pairs: list[tuple[str, object]]) -> None:
+def test_arbitrary_json_is_a_head_or_an_invalid_request_that_can_be_answered(
+    pairs: list[tuple[str, object]],
+) -> None:
     body = ("{" + ",".join(f"{json.dumps(k)}:{json.dumps(v)}" for k, v in pairs) + "}").encode()
     try:
         head = schema.parse_body_fields(body)
@@ -150,17 +173,32 @@ def test_a_body_with_a_broken_middle_is_a_head_or_an_invalid_request(junk: bytes
         error_body(exc)
 
 
-# ---- split_model ------------------------------------------------------------------------------------------------------------------------
+# ---- split_model ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("adapter", [None, "pirate", "team/pirate-v1.2", "_x", "7", "a.b", "a" * MAX_NAME_LENGTH])
+@pytest.mark.parametrize(
+    "adapter", [None, "pirate", "team/pirate-v1.2", "_x", "7", "a.b", "a" * MAX_NAME_LENGTH]
+)
 def test_a_model_name_is_a_base_or_a_base_and_an_adapter(base: str, adapter: str | None) -> None:
     assert split_model(base if adapter is None else f"{base}:{adapter}", BASES) == (base, adapter)
 
 
 @pytest.mark.parametrize(
-    "model", ["", ":", ":pirate", "big", "big:pirate", "TINY", "tiny ", "tiny/", "org/sub", "org/sub/model/x", "tiny\n"]
+    "model",
+    [
+        "",
+        ":",
+        ":pirate",
+        "big",
+        "big:pirate",
+        "TINY",
+        "tiny ",
+        "tiny/",
+        "org/sub",
+        "org/sub/model/x",
+        "tiny\n",
+    ],
 )
 def test_an_unknown_base_is_a_model_not_found(model: str) -> None:
     with pytest.raises(errors.ModelNotFound) as caught:
@@ -217,7 +255,11 @@ def test_an_accepted_adapter_name_stays_below_its_folder(adapter: str) -> None:
         split_model(f"tiny:{adapter}", BASES)
     except errors.AdapterNotFound:
         return
-    assert adapter and not adapter.startswith("/") and not any(part in ("", ".", "..") for part in adapter.split("/"))
+    assert (
+        adapter
+        and not adapter.startswith("/")
+        and not any(part in ("", ".", "..") for part in adapter.split("/"))
+    )
 
 
 def test_a_gateway_with_many_bases_names_only_a_few() -> None:
@@ -226,7 +268,7 @@ def test_a_gateway_with_many_bases_names_only_a_few() -> None:
     assert len(caught.value.message) < 600
 
 
-# ---- errors -------------------------------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 STATUSES = {
     errors.InvalidRequest: (400, "invalid_request_error"),
@@ -248,12 +290,16 @@ STATUSES = {
 
 
 @pytest.mark.parametrize("kind", STATUSES)
-def test_every_error_has_its_status_and_a_body_in_the_shape_of_openai(kind: type[errors.LoraplexError]) -> None:
+def test_every_error_has_its_status_and_a_body_in_the_shape_of_openai(
+    kind: type[errors.LoraplexError],
+) -> None:
     error = kind('quotes " and \\ and ü', param="model")
     status, type_ = STATUSES[kind]
     assert error.status == status
     body = json.loads(error_body(error))
-    assert body == {"error": {"message": error.message, "type": type_, "param": "model", "code": kind.code}}
+    assert body == {
+        "error": {"message": error.message, "type": type_, "param": "model", "code": kind.code}
+    }
 
 
 def test_an_error_without_a_param_says_null() -> None:
@@ -273,8 +319,12 @@ def test_an_error_in_a_stream_is_one_event_before_the_end_of_the_stream() -> Non
     assert second == b"data: [DONE]" and rest == b""
 
 
-@pytest.mark.parametrize("kind", [k for k in STATUSES if k not in (errors.LoraplexError, errors.ConfigError)])
-def test_a_refusal_becomes_the_error_that_the_worker_named(kind: type[errors.LoraplexError]) -> None:
+@pytest.mark.parametrize(
+    "kind", [k for k in STATUSES if k not in (errors.LoraplexError, errors.ConfigError)]
+)
+def test_a_refusal_becomes_the_error_that_the_worker_named(
+    kind: type[errors.LoraplexError],
+) -> None:
     error = from_refusal(kind.code, "why")
     assert type(error) is kind and error.message == "why"
 
@@ -284,13 +334,23 @@ def test_a_refusal_that_nobody_knows_is_an_engine_failure(code: str) -> None:
     assert type(from_refusal(code, "why")) is errors.EngineFailure
 
 
-# ---- models -------------------------------------------------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
 
 
 def test_a_model_list_holds_bases_and_adapters_with_their_parent() -> None:
-    cards = [model_card("tiny", 5), model_card("tiny:pirate", 5, parent="tiny", root="pirate", digest="d1")]
+    cards = [
+        model_card("tiny", 5),
+        model_card("tiny:pirate", 5, parent="tiny", root="pirate", digest="d1"),
+    ]
     listed = json.loads(model_list({"tiny": {"pirate": "d1"}}, 5))
     assert listed["data"] == cards
     assert listed["object"] == "list"
-    assert listed["data"][0] == {"id": "tiny", "object": "model", "created": 5, "owned_by": "loraplex", "root": "tiny", "parent": None}
+    assert listed["data"][0] == {
+        "id": "tiny",
+        "object": "model",
+        "created": 5,
+        "owned_by": "loraplex",
+        "root": "tiny",
+        "parent": None,
+    }
     assert listed["data"][1]["parent"] == "tiny" and listed["data"][1]["root"] == "pirate"

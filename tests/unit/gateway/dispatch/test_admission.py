@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.dispatch.admission import Admission, Ticket, QueueBound
+from gateway.dispatch.admission import Admission, QueueBound, Ticket
 from gateway.routing.policy import Blocked
 from shared.errors import Overloaded, RateLimited
 
@@ -105,7 +105,8 @@ def test_a_pump_inside_a_pump_offers_no_item_twice() -> None:
         if item == "a" and "a" not in taken:
             taken.append("a")
             queue.leave(places[0])
-            queue.admit_waiting("tiny", dispatch)  # giving "a" away freed a place, and whoever freed it pumps
+            # giving "a" away freed a place, and whoever freed it pumps
+            queue.admit_waiting("tiny", dispatch)
         elif item != "a":
             taken.append(item)
 
@@ -173,18 +174,22 @@ class AdmissionMachine(RuleBasedStateMachine):
     def counts_agree(self) -> None:
         if hasattr(self, "queue"):
             assert len(self.queue) == sum(map(len, self.model.values())) <= self.size
-            assert {b: self.queue.depth(b) for b in self.model} == {b: len(p) for b, p in self.model.items()}
+            assert {b: self.queue.depth(b) for b in self.model} == {
+                b: len(p) for b, p in self.model.items()
+            }
             assert set(self.queue.bases()) == {b for b, p in self.model.items() if p}
 
 
 TestAdmissionMachine = AdmissionMachine.TestCase
 
 
-# ---- the bound of one base model ----------------------------------------------------------------------------------------------------------
+# ---- the bound of one base model -----------------------------------------------------------------
 
 
 def test_a_base_model_with_a_bound_of_its_own_is_full_before_the_gateway_is() -> None:
-    queue: Admission[str] = Admission(3, 10.0, {"a": QueueBound(1), "b": QueueBound(-1), "c": QueueBound(0)})
+    queue: Admission[str] = Admission(
+        3, 10.0, {"a": QueueBound(1), "b": QueueBound(-1), "c": QueueBound(0)}
+    )
     assert queue.offer("a", "1", 0.0) and not queue.offer("a", "2", 0.0)
     assert queue.offer("b", "3", 0.0) and queue.offer("b", "4", 0.0)
     assert not queue.offer("b", "5", 0.0), "-1 leaves the gateway's own bound"
@@ -212,6 +217,11 @@ def test_the_refusal_is_what_the_config_says() -> None:
 
 def test_positions_count_by_priority_and_arrival_within_each_base_model() -> None:
     queue: Admission[str] = Admission(10, 10.0)
-    for base, item, priority in (("a", "late", 5), ("a", "first", 0), ("b", "other", 0), ("a", "second", 0)):
+    for base, item, priority in (
+        ("a", "late", 5),
+        ("a", "first", 0),
+        ("b", "other", 0),
+        ("a", "second", 0),
+    ):
         queue.offer(base, item, 0.0, (priority, "", None))
     assert queue.positions() == {"first": 1, "second": 2, "late": 3, "other": 1}

@@ -15,7 +15,9 @@ def tended(room: Room) -> list[tuple[str, messages.AdapterCommand]]:
     return [(w, m) for w, m in room.wires.data if isinstance(m, messages.AdapterCommand)]
 
 
-def ask(room: Room, action: messages.AdapterAction = messages.AdapterAction.LOAD) -> asyncio.Future[None]:
+def ask(
+    room: Room, action: messages.AdapterAction = messages.AdapterAction.LOAD
+) -> asyncio.Future[None]:
     worker = room.fleet.get("w0")
     assert worker is not None
     return room.dispatcher.send_command(worker, action, PIRATE, STORED)
@@ -30,7 +32,12 @@ async def test_a_tend_goes_to_its_worker_and_is_done_when_the_worker_says_so() -
     room.worker("w0")
     future = ask(room, messages.AdapterAction.PIN)
     [(worker, send_command)] = tended(room)
-    assert (worker, send_command.action, send_command.adapter, send_command.stored) == ("w0", messages.AdapterAction.PIN, PIRATE, STORED)
+    assert (worker, send_command.action, send_command.adapter, send_command.stored) == (
+        "w0",
+        messages.AdapterAction.PIN,
+        PIRATE,
+        STORED,
+    )
     assert not future.done()
     room.frames("w0", done=[messages.Done(send_command.sid)])
     assert future.done() and future.exception() is None
@@ -38,14 +45,22 @@ async def test_a_tend_goes_to_its_worker_and_is_done_when_the_worker_says_so() -
 
 @pytest.mark.parametrize(
     ("code", "error"),
-    [("invalid_adapter_rank", InvalidAdapter), ("too_many_pins", TooManyPins), ("worker_unavailable", WorkerUnavailable)],
+    [
+        ("invalid_adapter_rank", InvalidAdapter),
+        ("too_many_pins", TooManyPins),
+        ("worker_unavailable", WorkerUnavailable),
+    ],
 )
-async def test_a_refused_tend_fails_with_the_error_that_the_worker_named(code: str, error: type[Exception]) -> None:
+async def test_a_refused_tend_fails_with_the_error_that_the_worker_named(
+    code: str, error: type[Exception]
+) -> None:
     room = Room()
     room.worker("w0")
     future = ask(room)
     refuse(room, tended(room)[0][1].sid, code)
-    assert future.done() and isinstance(future.exception(), error) and "why" in str(future.exception())
+    assert (
+        future.done() and isinstance(future.exception(), error) and "why" in str(future.exception())
+    )
 
 
 async def test_a_tend_names_the_hosts_that_have_the_files() -> None:

@@ -17,7 +17,14 @@ from gateway.fleet.fleet import Fleet
 from gateway.routing.registry import POLICIES, make_policy
 from gateway.telemetry.prometheus import Metrics
 from shared.adapters.identity import AdapterRef, StoredAdapter
-from shared.errors import DeadlineExceeded, EngineFailure, InvalidAdapter, LoraplexError, Overloaded, WorkerUnavailable
+from shared.errors import (
+    DeadlineExceeded,
+    EngineFailure,
+    InvalidAdapter,
+    LoraplexError,
+    Overloaded,
+    WorkerUnavailable,
+)
 from shared.link import messages
 from shared.link.sockets import SendResult
 
@@ -28,7 +35,9 @@ HEAD = 200 << messages.STATUS_SHIFT | messages.SSE
 
 
 class Wires:
-    """The link's two sends. What a worker gets is kept; `state` says what its data socket answers."""
+    """The link's two sends. What a worker gets is kept; `state` says what its data socket
+    answers.
+    """
 
     def __init__(self) -> None:
         self.data: list[tuple[str, messages.GatewayData]] = []
@@ -94,7 +103,12 @@ class Room:
     """A dispatcher with everything real around it but the link and the clock."""
 
     def __init__(
-        self, max_queued: int = 10, max_requests: int = 100, seed: int = 0, policy: str = "residency-p2c", progress_s: float = 0.0
+        self,
+        max_queued: int = 10,
+        max_requests: int = 100,
+        seed: int = 0,
+        policy: str = "residency-p2c",
+        progress_s: float = 0.0,
     ) -> None:
         self.now = 100.0
         self.wires = Wires()
@@ -116,33 +130,68 @@ class Room:
         self._seq = itertools.count(1)
 
     def beat(
-        self, worker: str, epoch: int = 1, capacity: int = 1, state: messages.WorkerState = messages.WorkerState.SERVING, **more: object
+        self,
+        worker: str,
+        epoch: int = 1,
+        capacity: int = 1,
+        state: messages.WorkerState = messages.WorkerState.SERVING,
+        **more: object,
     ) -> None:
         beat = messages.Heartbeat(worker, epoch, next(self._seq), "tiny", state, capacity=capacity)
         beat = msgspec.structs.replace(beat, **more)
         self.dispatcher.on_control(messages.identity(worker, epoch), messages.encode(beat))
 
     def attach(self, worker: str, epoch: int = 1) -> None:
-        self.dispatcher.on_data(messages.identity(worker, epoch), messages.encode(messages.Attach(worker, epoch)))
+        self.dispatcher.on_data(
+            messages.identity(worker, epoch), messages.encode(messages.Attach(worker, epoch))
+        )
 
     def worker(self, worker: str, epoch: int = 1, capacity: int = 1, **more: object) -> None:
         self.beat(worker, epoch, capacity, **more)  # type: ignore[arg-type]
         self.attach(worker, epoch)
 
-    def frames(self, worker: str, *frames: messages.Frame, done: list[messages.Done] | None = None, epoch: int = 1) -> None:
-        self.dispatcher.on_data(messages.identity(worker, epoch), messages.encode(messages.Step(list(frames), done or [])))
+    def frames(
+        self,
+        worker: str,
+        *frames: messages.Frame,
+        done: list[messages.Done] | None = None,
+        epoch: int = 1,
+    ) -> None:
+        self.dispatcher.on_data(
+            messages.identity(worker, epoch),
+            messages.encode(messages.Step(list(frames), done or [])),
+        )
 
     def refuse(
-        self, worker: str, sid: int, code: str = "worker_unavailable", retryable: bool = True, epoch: int = 1, leaving: bool = False
+        self,
+        worker: str,
+        sid: int,
+        code: str = "worker_unavailable",
+        retryable: bool = True,
+        epoch: int = 1,
+        leaving: bool = False,
     ) -> None:
         step = messages.Step([], [], [messages.Refused(sid, code, "why", retryable, leaving)])
         self.dispatcher.on_data(messages.identity(worker, epoch), messages.encode(step))
 
-    def inflight(self, adapter: AdapterRef | None = None, *, streams: bool = False) -> tuple[InFlightRequest, Kept]:
+    def inflight(
+        self, adapter: AdapterRef | None = None, *, streams: bool = False
+    ) -> tuple[InFlightRequest, Kept]:
         sink = Kept()
-        return InFlightRequest("tiny", adapter, STORED if adapter else None, "/v1/completions", "r", b"{}", sink, streams=streams), sink
+        return InFlightRequest(
+            "tiny",
+            adapter,
+            STORED if adapter else None,
+            "/v1/completions",
+            "r",
+            b"{}",
+            sink,
+            streams=streams,
+        ), sink
 
-    def submit(self, adapter: AdapterRef | None = None, *, streams: bool = False) -> tuple[InFlightRequest, Kept]:
+    def submit(
+        self, adapter: AdapterRef | None = None, *, streams: bool = False
+    ) -> tuple[InFlightRequest, Kept]:
         inflight, sink = self.inflight(adapter, streams=streams)
         self.dispatcher.submit(inflight)
         return inflight, sink
@@ -167,19 +216,25 @@ def room(make_room: MakeRoom) -> Room:
     return make_room()
 
 
-# ---- the plain way ----------------------------------------------------------------------------------------------------------------------
+# ---- the plain way -------------------------------------------------------------------------------
 
 
 def test_a_request_goes_to_a_worker_and_its_answer_to_the_client(room: Room) -> None:
     room.worker("w0")
     inflight, sink = room.submit()
-    assert room.wires.generated() == [("w0", messages.Generate(inflight.sid, "/v1/completions", "r", b"{}"))]
+    assert room.wires.generated() == [
+        ("w0", messages.Generate(inflight.sid, "/v1/completions", "r", b"{}"))
+    ]
     assert room.reserved() == {"w0": 1} and inflight.life.phase is RequestPhase.SENT
     room.frames("w0", (inflight.sid, HEAD, b"a"), (inflight.sid, 0, b"b"))
     assert inflight.life.phase is RequestPhase.STREAMING and room.reserved() == {"w0": 1}
     room.frames("w0", (inflight.sid, messages.END, b"c"), done=[messages.Done(inflight.sid, 3, 4)])
     assert (sink.status, b"".join(sink.parts), sink.ended) == (200, b"abc", True)
-    assert inflight.life.phase is RequestPhase.FINISHED and room.reserved() == {"w0": 0} and room.dispatcher.open_requests == 0
+    assert (
+        inflight.life.phase is RequestPhase.FINISHED
+        and room.reserved() == {"w0": 0}
+        and room.dispatcher.open_requests == 0
+    )
     assert inflight.done is not None and inflight.done.output_tokens == 4
     assert room.counted("loraplex_requests_total", base="tiny", outcome="finished") == 1
 
@@ -188,7 +243,11 @@ def test_an_answer_in_one_frame_is_head_and_end(room: Room) -> None:
     room.worker("w0")
     inflight, sink = room.submit()
     room.frames("w0", (inflight.sid, 400 << messages.STATUS_SHIFT | messages.END, b"{}"))
-    assert (sink.status, sink.ended) == (400, True) and inflight.life.phase is RequestPhase.FINISHED and room.reserved() == {"w0": 0}
+    assert (
+        (sink.status, sink.ended) == (400, True)
+        and inflight.life.phase is RequestPhase.FINISHED
+        and room.reserved() == {"w0": 0}
+    )
 
 
 def test_the_files_of_an_adapter_travel_unless_it_is_on_the_gpu(room: Room) -> None:
@@ -212,7 +271,9 @@ def test_a_first_beat_is_welcomed_once(room: Room) -> None:
     assert [p for p, _ in room.wires.control] == [b"w0#1", b"w0#2"]
 
 
-def test_frames_for_a_stream_that_nobody_waits_for_are_answered_with_cancel_unless_it_ends(room: Room) -> None:
+def test_frames_for_a_stream_that_nobody_waits_for_are_answered_with_cancel_unless_it_ends(
+    room: Room,
+) -> None:
     room.worker("w0")
     room.frames("w0", (77, HEAD, b"x"), (78, messages.END, b"x"), (79, 0, b""))
     assert room.wires.cancelled() == [("w0", 77), ("w0", 79)]
@@ -240,10 +301,13 @@ def test_a_message_with_broken_text_is_counted_and_dropped_too(room: Room) -> No
 
 def test_a_beat_of_another_protocol_is_counted_and_joins_nobody(room: Room) -> None:
     room.beat("w0", protocol=messages.PROTOCOL_VERSION + 1)
-    assert len(room.fleet) == 0 and room.counted("loraplex_undecodable_messages_total", socket="protocol") == 1
+    assert (
+        len(room.fleet) == 0
+        and room.counted("loraplex_undecodable_messages_total", socket="protocol") == 1
+    )
 
 
-# ---- the queue --------------------------------------------------------------------------------------------------------------------------
+# ---- the queue -----------------------------------------------------------------------------------
 
 
 def test_requests_without_room_wait_in_order_and_each_end_lets_the_next_one_go(room: Room) -> None:
@@ -308,10 +372,14 @@ def test_a_request_that_waits_too_long_is_overloaded_and_was_never_sent(room: Ro
     room.now += 0.001
     room.dispatcher.tick()
     assert isinstance(sink.error, Overloaded) and sink.error.retry_after_s
-    assert inflight.life.phase is RequestPhase.FAILED and room.dispatcher.open_requests == 0 and not room.wires.data
+    assert (
+        inflight.life.phase is RequestPhase.FAILED
+        and room.dispatcher.open_requests == 0
+        and not room.wires.data
+    )
 
 
-# ---- refusals and losses ------------------------------------------------------------------------------------------------------------------
+# ---- refusals and losses -------------------------------------------------------------------------
 
 
 def test_a_retryable_refusal_is_tried_again_under_a_new_stream(room: Room) -> None:
@@ -327,7 +395,9 @@ def test_a_retryable_refusal_is_tried_again_under_a_new_stream(room: Room) -> No
     assert sink.parts == [b"x"]
 
 
-def test_a_request_is_tried_a_bounded_number_of_times_and_then_fails_with_the_last_reason(room: Room) -> None:
+def test_a_request_is_tried_a_bounded_number_of_times_and_then_fails_with_the_last_reason(
+    room: Room,
+) -> None:
     room.worker("w0")
     inflight, sink = room.submit()
     for _ in range(MAX_ATTEMPTS):
@@ -338,10 +408,16 @@ def test_a_request_is_tried_a_bounded_number_of_times_and_then_fails_with_the_la
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_refused_request_goes_to_another_worker_if_there_is_one_with_room(make_room: MakeRoom, seed: int) -> None:
-    """The one that refused has the least load now and, for an adapter, is its only holder: whoever asks it again is refused again."""
+def test_a_refused_request_goes_to_another_worker_if_there_is_one_with_room(
+    make_room: MakeRoom, seed: int
+) -> None:
+    """The one that refused has the least load now and, for an adapter, is its only holder: whoever
+    asks it again is refused again.
+    """
     room = make_room(seed=seed)
-    room.worker("w0", capacity=8, adapters=(messages.AdapterState("pirate", "d", messages.Tier.GPU),))
+    room.worker(
+        "w0", capacity=8, adapters=(messages.AdapterState("pirate", "d", messages.Tier.GPU),)
+    )
     room.worker("w1", capacity=8)
     inflight, _ = room.submit(PIRATE)
     assert room.wires.generated()[-1][0] == "w0"
@@ -349,18 +425,26 @@ def test_a_refused_request_goes_to_another_worker_if_there_is_one_with_room(make
     assert room.wires.generated()[-1][0] == "w1"
 
 
-def test_a_request_that_a_leaving_worker_gives_back_waits_for_another_worker_whatever_late_beats_say(room: Room) -> None:
-    """Word of the end comes on two sockets; before the heartbeats have said it, the same worker would be asked until no attempt is left."""
+def test_a_request_that_a_leaving_worker_gives_back_waits_for_another_worker_whatever_late_beats_say(
+    room: Room,
+) -> None:
+    """Word of the end comes on two sockets; before the heartbeats have said it, the same worker
+    would be asked until no attempt is left.
+    """
     room.worker("w0", capacity=8)
     flights = [room.submit() for _ in range(3)]
     for inflight, _ in flights:
         room.refuse("w0", inflight.sid, "engine_error", leaving=True)
         room.beat("w0", capacity=8)  # it left the worker before the end did
-    assert [inflight.life.phase for inflight, _ in flights] == [RequestPhase.QUEUED] * 3 and len(room.wires.generated()) == 3
+    assert [inflight.life.phase for inflight, _ in flights] == [RequestPhase.QUEUED] * 3 and len(
+        room.wires.generated()
+    ) == 3
     later, _ = room.submit()
     assert later.life.phase is RequestPhase.QUEUED
     room.worker("w0", epoch=2, capacity=8)
-    assert [inflight.life.phase for inflight, _ in [*flights, (later, None)]] == [RequestPhase.SENT] * 4
+    assert [inflight.life.phase for inflight, _ in [*flights, (later, None)]] == [
+        RequestPhase.SENT
+    ] * 4
 
 
 def test_a_refusal_that_is_final_is_told_to_the_client(room: Room) -> None:
@@ -371,7 +455,9 @@ def test_a_refusal_that_is_final_is_told_to_the_client(room: Room) -> None:
     assert len(room.wires.generated()) == 1 and room.reserved() == {"w0": 0}
 
 
-def test_a_version_that_the_store_does_not_show_is_looked_for_on_another_worker(make_room: MakeRoom) -> None:
+def test_a_version_that_the_store_does_not_show_is_looked_for_on_another_worker(
+    make_room: MakeRoom,
+) -> None:
     room = make_room(policy="round-robin")
     for worker in ("w0", "w1"):
         room.worker(worker)
@@ -390,7 +476,11 @@ def test_a_refusal_after_the_first_frame_fails_the_stream_and_is_not_retried(roo
     inflight, sink = room.submit()
     room.frames("w0", (inflight.sid, HEAD, b"x"))
     room.refuse("w0", inflight.sid)
-    assert sink.error is not None and len(room.wires.generated()) == 1 and room.dispatcher.open_requests == 0
+    assert (
+        sink.error is not None
+        and len(room.wires.generated()) == 1
+        and room.dispatcher.open_requests == 0
+    )
 
 
 def lose_by_lease(room: Room) -> None:
@@ -411,28 +501,41 @@ losses = pytest.mark.parametrize("lose", [lose_by_lease, lose_by_restart, lose_b
 
 
 @losses
-def test_a_worker_lost_before_the_first_frame_costs_time_only(room: Room, lose: Callable[[Room], None]) -> None:
+def test_a_worker_lost_before_the_first_frame_costs_time_only(
+    room: Room, lose: Callable[[Room], None]
+) -> None:
     room.worker("w0")
     inflight, sink = room.submit()
     room.worker("w1")
     lose(room)
-    assert [w for w, _ in room.wires.generated()] == ["w0", "w1"] and inflight.life.phase is RequestPhase.SENT
+    assert [w for w, _ in room.wires.generated()] == [
+        "w0",
+        "w1",
+    ] and inflight.life.phase is RequestPhase.SENT
     room.frames("w1", (inflight.sid, HEAD | messages.END, b"x"))
     assert sink.ended and sink.error is None
 
 
 @losses
-def test_a_worker_lost_after_the_first_frame_ends_the_stream_with_an_error(room: Room, lose: Callable[[Room], None]) -> None:
+def test_a_worker_lost_after_the_first_frame_ends_the_stream_with_an_error(
+    room: Room, lose: Callable[[Room], None]
+) -> None:
     room.worker("w0")
     inflight, sink = room.submit()
     room.worker("w1")
     room.frames("w0", (inflight.sid, HEAD, b"x"))
     lose(room)
-    assert isinstance(sink.error, EngineFailure) and sink.parts == [b"x"] and inflight.life.phase is RequestPhase.FAILED
+    assert (
+        isinstance(sink.error, EngineFailure)
+        and sink.parts == [b"x"]
+        and inflight.life.phase is RequestPhase.FAILED
+    )
     assert len(room.wires.generated()) == 1 and room.dispatcher.open_requests == 0
 
 
-def test_a_request_of_a_lost_worker_waits_if_nobody_else_has_room_and_goes_with_the_next_one(room: Room) -> None:
+def test_a_request_of_a_lost_worker_waits_if_nobody_else_has_room_and_goes_with_the_next_one(
+    room: Room,
+) -> None:
     room.worker("w0")
     inflight, sink = room.submit()
     lose_by_word(room)
@@ -446,10 +549,14 @@ def test_a_request_of_a_lost_worker_fails_if_the_queue_is_full(make_room: MakeRo
     room.worker("w0")
     inflight, sink = room.submit()
     lose_by_word(room)
-    assert isinstance(sink.error, WorkerUnavailable) and inflight.life.phase is RequestPhase.FAILED and room.dispatcher.open_requests == 0
+    assert (
+        isinstance(sink.error, WorkerUnavailable)
+        and inflight.life.phase is RequestPhase.FAILED
+        and room.dispatcher.open_requests == 0
+    )
 
 
-# ---- what the link answers ------------------------------------------------------------------------------------------------------------------
+# ---- what the link answers -----------------------------------------------------------------------
 
 
 def test_a_worker_that_the_link_says_is_gone_is_removed_and_the_next_one_tried(room: Room) -> None:
@@ -458,7 +565,9 @@ def test_a_worker_that_the_link_says_is_gone_is_removed_and_the_next_one_tried(r
     inflight, _ = room.submit()
     assert inflight.life.phase is RequestPhase.QUEUED and len(room.fleet) == 0
     room.worker("w1")
-    assert room.wires.generated() == [("w1", messages.Generate(inflight.sid, "/v1/completions", "r", b"{}"))]
+    assert room.wires.generated() == [
+        ("w1", messages.Generate(inflight.sid, "/v1/completions", "r", b"{}"))
+    ]
 
 
 def test_what_a_gone_worker_had_is_given_to_others(room: Room) -> None:
@@ -467,7 +576,10 @@ def test_what_a_gone_worker_had_is_given_to_others(room: Room) -> None:
     room.worker("w1", capacity=3, running=2)
     room.wires.state[b"w0#1"] = SendResult.GONE
     inflight, _ = room.submit()
-    assert held.life.phase is inflight.life.phase or RequestPhase.QUEUED in (held.life.phase, inflight.life.phase)
+    assert held.life.phase is inflight.life.phase or RequestPhase.QUEUED in (
+        held.life.phase,
+        inflight.life.phase,
+    )
     assert room.reserved() == {"w1": 1} and room.dispatcher.queued("tiny") == 1
 
 
@@ -482,9 +594,12 @@ def test_a_gone_worker_found_while_the_queue_moves_sends_no_request_twice(room: 
     assert [f.life.phase for f in waiting] == [RequestPhase.QUEUED] * 2
     room.wires.state[b"good#1"] = SendResult.OK
     room.wires.state[b"gone#1"] = SendResult.GONE
-    room.beat("gone", capacity=4)  # it has room and the lower load, so the head of the queue is offered to it first
+    # it has room and the lower load, so the head of the queue is offered to it first
+    room.beat("gone", capacity=4)
     assert isinstance(sink.error, EngineFailure)
-    assert [f.life.phase for f in waiting] == [RequestPhase.SENT] * 2 and room.reserved() == {"good": 2}
+    assert [f.life.phase for f in waiting] == [RequestPhase.SENT] * 2 and room.reserved() == {
+        "good": 2
+    }
     assert [w for w, _ in room.wires.generated()] == ["gone", "good", "good"]
 
 
@@ -492,14 +607,20 @@ def test_a_worker_whose_link_is_full_keeps_its_lease_and_gets_the_request_later(
     room.worker("w0")
     room.wires.state[b"w0#1"] = SendResult.FULL
     inflight, _ = room.submit()
-    assert inflight.life.phase is RequestPhase.QUEUED and room.reserved() == {"w0": 0} and len(room.fleet) == 1
+    assert (
+        inflight.life.phase is RequestPhase.QUEUED
+        and room.reserved() == {"w0": 0}
+        and len(room.fleet) == 1
+    )
     room.wires.state[b"w0#1"] = SendResult.OK
     room.beat("w0")
     assert inflight.life.phase is RequestPhase.SENT
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_full_link_to_one_worker_does_not_keep_requests_from_another_with_room(make_room: MakeRoom, seed: int) -> None:
+def test_a_full_link_to_one_worker_does_not_keep_requests_from_another_with_room(
+    make_room: MakeRoom, seed: int
+) -> None:
     room = make_room(seed=seed)
     room.worker("stuck", capacity=8)
     room.worker("free", capacity=8, running=4)
@@ -508,19 +629,26 @@ def test_a_full_link_to_one_worker_does_not_keep_requests_from_another_with_room
     assert inflight.life.phase is RequestPhase.SENT and room.reserved() == {"stuck": 0, "free": 1}
 
 
-# ---- clients that leave -------------------------------------------------------------------------------------------------------------------
+# ---- clients that leave --------------------------------------------------------------------------
 
 
 def test_to_cancel_a_waiting_request_frees_its_place_and_tells_no_worker(room: Room) -> None:
     inflight, sink = room.submit()
     room.dispatcher.cancel(inflight)
-    assert inflight.life.phase is RequestPhase.ABORTED and room.dispatcher.queued("tiny") == 0 and not room.wires.data and not sink.over
+    assert (
+        inflight.life.phase is RequestPhase.ABORTED
+        and room.dispatcher.queued("tiny") == 0
+        and not room.wires.data
+        and not sink.over
+    )
     room.worker("w0")
     assert not room.wires.generated() and room.dispatcher.open_requests == 0
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_to_cancel_a_running_request_tells_its_worker_and_frees_the_room(room: Room, streaming: bool) -> None:
+def test_to_cancel_a_running_request_tells_its_worker_and_frees_the_room(
+    room: Room, streaming: bool
+) -> None:
     room.worker("w0")
     inflight, sink = room.submit()
     waiting, _ = room.submit()
@@ -528,7 +656,11 @@ def test_to_cancel_a_running_request_tells_its_worker_and_frees_the_room(room: R
     if streaming:
         room.frames("w0", (sid, HEAD, b"x"))
     room.dispatcher.cancel(inflight)
-    assert room.wires.cancelled() == [("w0", sid)] and inflight.life.phase is RequestPhase.ABORTED and not sink.over
+    assert (
+        room.wires.cancelled() == [("w0", sid)]
+        and inflight.life.phase is RequestPhase.ABORTED
+        and not sink.over
+    )
     assert waiting.life.phase is RequestPhase.SENT and room.reserved() == {"w0": 1}
 
 
@@ -549,7 +681,11 @@ def test_to_cancel_a_request_that_waits_for_its_second_try_tells_no_worker(room:
     inflight, _ = room.submit()
     lose_by_word(room)
     room.dispatcher.cancel(inflight)
-    assert inflight.life.phase is RequestPhase.ABORTED and not room.wires.cancelled() and room.dispatcher.queued("tiny") == 0
+    assert (
+        inflight.life.phase is RequestPhase.ABORTED
+        and not room.wires.cancelled()
+        and room.dispatcher.queued("tiny") == 0
+    )
 
 
 def test_a_client_that_does_not_read_is_cut_off_and_its_worker_told(room: Room) -> None:
@@ -558,11 +694,14 @@ def test_a_client_that_does_not_read_is_cut_off_and_its_worker_told(room: Room) 
     room.frames("w0", (inflight.sid, HEAD, b"x"))
     sink.takes = False
     room.frames("w0", (inflight.sid, 0, b"y"), (inflight.sid, 0, b"z"))
-    assert inflight.life.phase is RequestPhase.ABORTED and room.wires.cancelled()[0] == ("w0", inflight.sid)
+    assert inflight.life.phase is RequestPhase.ABORTED and room.wires.cancelled()[0] == (
+        "w0",
+        inflight.sid,
+    )
     assert room.counted("loraplex_slow_readers_total") == 1 and room.reserved() == {"w0": 0}
 
 
-# ---- the end ------------------------------------------------------------------------------------------------------------------------------
+# ---- the end -------------------------------------------------------------------------------------
 
 
 def test_a_drain_takes_nothing_new_and_is_idle_once_the_last_request_ended(room: Room) -> None:
@@ -592,8 +731,14 @@ def test_when_the_drains_time_is_over_whatever_is_open_ends(room: Room) -> None:
     room.dispatcher.drain()
     room.dispatcher.abort_all()
     for inflight, sink in (sent, streaming, *waiting):
-        assert isinstance(sink.error, WorkerUnavailable) and inflight.life.phase is RequestPhase.FAILED
-    assert room.dispatcher.idle.is_set() and room.dispatcher.open_requests == 0 and room.reserved() == {"w0": 0}
+        assert (
+            isinstance(sink.error, WorkerUnavailable) and inflight.life.phase is RequestPhase.FAILED
+        )
+    assert (
+        room.dispatcher.idle.is_set()
+        and room.dispatcher.open_requests == 0
+        and room.reserved() == {"w0": 0}
+    )
     assert {w for w, _ in room.wires.cancelled()} == {"w0"}
 
 
@@ -606,16 +751,22 @@ def test_to_abort_all_gives_no_waiting_request_to_a_worker(room: Room) -> None:
     assert len(room.wires.generated()) == 1
 
 
-# ---- anything, in any order -----------------------------------------------------------------------------------------------------------------
+# ---- anything, in any order ----------------------------------------------------------------------
 
 WORKERS = ["w0", "w1", "w2"]
 worker_ids = st.sampled_from(WORKERS)
 
 
 class DispatcherMachine(RuleBasedStateMachine):
-    """Clients, workers and the link in any order. The Sink itself breaks the test if it is told anything out of order or twice."""
+    """Clients, workers and the link in any order. The Sink itself breaks the test if it is told
+    anything out of order or twice.
+    """
 
-    @initialize(max_queued=st.integers(0, 4), seed=st.integers(0, 3), policy=st.sampled_from(["residency-p2c", *POLICIES]))
+    @initialize(
+        max_queued=st.integers(0, 4),
+        seed=st.integers(0, 3),
+        policy=st.sampled_from(["residency-p2c", *POLICIES]),
+    )
     def start(self, max_queued: int, seed: int, policy: str) -> None:
         self.room = Room(max_queued=max_queued, max_requests=12, seed=seed, policy=policy)
         self.flights: list[tuple[InFlightRequest, Kept]] = []
@@ -624,7 +775,13 @@ class DispatcherMachine(RuleBasedStateMachine):
         for worker in WORKERS[:2]:
             self.room.worker(worker, capacity=2)
 
-    @rule(adapters=st.lists(st.sampled_from([None, PIRATE, AdapterRef("tiny", "haiku", "d")]), min_size=1, max_size=5))
+    @rule(
+        adapters=st.lists(
+            st.sampled_from([None, PIRATE, AdapterRef("tiny", "haiku", "d")]),
+            min_size=1,
+            max_size=5,
+        )
+    )
     def clients_come(self, adapters: list[AdapterRef | None]) -> None:
         for adapter in adapters:
             self.client_comes(adapter)
@@ -655,9 +812,16 @@ class DispatcherMachine(RuleBasedStateMachine):
     def client_reads_or_does_not(self, data: st.DataObject, takes: bool) -> None:
         data.draw(st.sampled_from(self.flights))[1].takes = takes
 
-    @rule(worker=worker_ids, capacity=st.integers(0, 3), running=st.integers(0, 2), state=st.sampled_from([1, 1, 1, 2, 3]))
+    @rule(
+        worker=worker_ids,
+        capacity=st.integers(0, 3),
+        running=st.integers(0, 2),
+        state=st.sampled_from([1, 1, 1, 2, 3]),
+    )
     def worker_beats(self, worker: str, capacity: int, running: int, state: int) -> None:
-        self.room.beat(worker, self.epoch[worker], capacity, messages.WorkerState(state), running=running)
+        self.room.beat(
+            worker, self.epoch[worker], capacity, messages.WorkerState(state), running=running
+        )
         if state == 3:
             self.epoch[worker] += 1
 
@@ -681,14 +845,20 @@ class DispatcherMachine(RuleBasedStateMachine):
 
     @rule(
         data=st.data(),
-        what=st.lists(st.sampled_from(["frame", "frame", "end", "end", "refuse", "refuse for good"]), min_size=1, max_size=5),
+        what=st.lists(
+            st.sampled_from(["frame", "frame", "end", "end", "refuse", "refuse for good"]),
+            min_size=1,
+            max_size=5,
+        ),
     )
     def worker_answers(self, data: st.DataObject, what: list[str]) -> None:
         """One message about any streams that were ever sent, late and unknown ones too."""
         sent = self.room.wires.generated()
         if not sent:
             return
-        live = [m.sid for _, m in sent if m.sid in self.room.dispatcher._requests] or [m.sid for _, m in sent]
+        live = [m.sid for _, m in sent if m.sid in self.room.dispatcher._requests] or [
+            m.sid for _, m in sent
+        ]
         step = messages.Step([], [], [])
         ended: set[int] = set()
         for kind in what:
@@ -696,12 +866,19 @@ class DispatcherMachine(RuleBasedStateMachine):
             if sid in ended:
                 continue
             inflight = self.room.dispatcher._requests.get(sid)
-            begun = inflight is not None and (inflight.life.phase is RequestPhase.STREAMING or any(f[0] == sid for f in step.frames))
+            begun = inflight is not None and (
+                inflight.life.phase is RequestPhase.STREAMING
+                or any(f[0] == sid for f in step.frames)
+            )
             if kind.startswith("refuse"):
-                step.refused.append(messages.Refused(sid, "worker_unavailable", "no", kind == "refuse"))
+                step.refused.append(
+                    messages.Refused(sid, "worker_unavailable", "no", kind == "refuse")
+                )
                 ended.add(sid)
             else:
-                step.frames.append((sid, (0 if begun else HEAD) | (messages.END if kind == "end" else 0), b"x"))
+                step.frames.append(
+                    (sid, (0 if begun else HEAD) | (messages.END if kind == "end" else 0), b"x")
+                )
                 if kind == "end":
                     ended.add(sid)
         peer = messages.identity(data.draw(worker_ids), 1)
@@ -719,12 +896,16 @@ class DispatcherMachine(RuleBasedStateMachine):
         room = self.room
         open_ = [f for f, _ in self.flights if not f.life.over]
         assert room.dispatcher.open_requests == len(open_)
-        assert room.dispatcher.queued("tiny") == sum(f.life.phase is RequestPhase.QUEUED for f in open_)
+        assert room.dispatcher.queued("tiny") == sum(
+            f.life.phase is RequestPhase.QUEUED for f in open_
+        )
         on_workers = {f.sid: f for f in open_ if f.life.phase is not RequestPhase.QUEUED}
         assert room.dispatcher._requests == on_workers
         assert {sid for w in room.fleet for sid in w.reserved} == on_workers.keys()
         sids = [m.sid for _, m in room.wires.generated()]
-        assert len(sids) == len(set(sids)) == sum(f.life.attempts for f, _ in self.flights), "sent twice, or sent and not known"
+        assert len(sids) == len(set(sids)) == sum(f.life.attempts for f, _ in self.flights), (
+            "sent twice, or sent and not known"
+        )
         for index, (inflight, sink) in enumerate(self.flights):
             assert inflight.life.attempts <= MAX_ATTEMPTS
             match inflight.life.phase:
@@ -751,7 +932,7 @@ class DispatcherMachine(RuleBasedStateMachine):
 TestDispatcherMachine = DispatcherMachine.TestCase
 
 
-# ---- while it waits, and when its time is over ---------------------------------------------------------------------------------------------
+# ---- while it waits, and when its time is over ---------------------------------------------------
 
 
 def wait(room: Room, seconds: float) -> None:
@@ -759,11 +940,18 @@ def wait(room: Room, seconds: float) -> None:
     for _ in range(round(seconds / 0.5)):
         room.now += 0.5
         for worker in list(room.fleet):
-            room.beat(worker.id, capacity=worker.beat.capacity, adapters=worker.beat.adapters, yours=len(worker.reserved))
+            room.beat(
+                worker.id,
+                capacity=worker.beat.capacity,
+                adapters=worker.beat.adapters,
+                yours=len(worker.reserved),
+            )
         room.dispatcher.tick()
 
 
-def test_a_queued_stream_hears_where_it_stands_and_one_that_is_no_stream_hears_nothing(make_room: MakeRoom) -> None:
+def test_a_queued_stream_hears_where_it_stands_and_one_that_is_no_stream_hears_nothing(
+    make_room: MakeRoom,
+) -> None:
     room = make_room(progress_s=2.0)
     room.worker("w0")
     room.submit()
@@ -773,17 +961,26 @@ def test_a_queued_stream_hears_where_it_stands_and_one_that_is_no_stream_hears_n
     wait(room, 1.5)
     assert not second.comments, "too early: an error would lose its status"
     wait(room, 3.0)
-    assert second.comments == [b": queued, position about 2\n\n"] * 2 and third.comments == [b": queued, position about 3\n\n"] * 2
+    assert (
+        second.comments == [b": queued, position about 2\n\n"] * 2
+        and third.comments == [b": queued, position about 3\n\n"] * 2
+    )
     assert not mute.comments
 
 
-def test_a_stream_hears_that_its_adapter_loads_and_then_that_its_first_token_is_on_its_way(make_room: MakeRoom) -> None:
+def test_a_stream_hears_that_its_adapter_loads_and_then_that_its_first_token_is_on_its_way(
+    make_room: MakeRoom,
+) -> None:
     room = make_room(progress_s=1.0)
     room.worker("w0")
     _, sink = room.submit(PIRATE, streams=True)
     wait(room, 1.0)
     assert sink.comments == [b": loading adapter pirate\n\n"]
-    room.beat("w0", adapters=(messages.AdapterState("pirate", "d", messages.Tier.GPU, in_flight=1),), yours=1)
+    room.beat(
+        "w0",
+        adapters=(messages.AdapterState("pirate", "d", messages.Tier.GPU, in_flight=1),),
+        yours=1,
+    )
     wait(room, 1.0)
     assert sink.comments[1:] == [b": waiting for the first token\n\n"]
 
@@ -816,22 +1013,32 @@ def test_a_queued_request_whose_time_is_over_leaves_the_queue_at_once(room: Room
     room.submit()
     inflight, sink = room.submit()
     room.dispatcher.give_up(inflight, DeadlineExceeded("late"))
-    assert isinstance(sink.error, DeadlineExceeded) and room.dispatcher.queued("tiny") == 0 and inflight.life.phase is RequestPhase.FAILED
+    assert (
+        isinstance(sink.error, DeadlineExceeded)
+        and room.dispatcher.queued("tiny") == 0
+        and inflight.life.phase is RequestPhase.FAILED
+    )
     room.dispatcher.give_up(inflight, DeadlineExceeded("again"))
     assert sink.error.message == "late" and not room.wires.cancelled()
 
 
-def test_a_request_on_a_worker_whose_time_is_over_frees_its_place_and_the_worker_is_told(room: Room) -> None:
+def test_a_request_on_a_worker_whose_time_is_over_frees_its_place_and_the_worker_is_told(
+    room: Room,
+) -> None:
     room.worker("w0")
     inflight, sink = room.submit()
     waiting, _ = room.submit()
     room.dispatcher.give_up(inflight, DeadlineExceeded("late"))
-    assert isinstance(sink.error, DeadlineExceeded) and room.wires.cancelled() == [("w0", inflight.sid)]
+    assert isinstance(sink.error, DeadlineExceeded) and room.wires.cancelled() == [
+        ("w0", inflight.sid)
+    ]
     assert waiting.life.phase is RequestPhase.SENT and room.reserved() == {"w0": 1}
     assert room.counted("loraplex_requests_total", base="tiny", outcome="failed") == 1
 
 
-def test_a_worker_that_fell_silent_is_told_to_forget_what_it_had_in_case_it_only_stood_still(room: Room) -> None:
+def test_a_worker_that_fell_silent_is_told_to_forget_what_it_had_in_case_it_only_stood_still(
+    room: Room,
+) -> None:
     room.worker("w0", capacity=2)
     first, _ = room.submit()
     second, _ = room.submit()

@@ -9,7 +9,9 @@ QUIET: Flow = (0, "quiet", ("b", "d"))
 
 
 def served(queue: Admission[str], count: int, cost: float) -> list[str]:
-    """What the next `count` places go to, each charged `cost` to the flow that the item's first letter names."""
+    """What the next `count` places go to, each charged `cost` to the flow that the item's first
+    letter names.
+    """
     taken: list[str] = []
 
     def dispatch(item: str) -> Blocked | None:
@@ -73,7 +75,8 @@ def test_flows_that_come_once_do_not_pass_for_ever_by_one_that_has_had_its_fair_
     for turn in range(60):  # each time one more comes and one is served
         queue.offer("tiny", f"new{turn}", 1.0, (0, "", (f"new{turn}", "d")))
         queue.admit_waiting("tiny", dispatch)
-    assert "mid" in taken and taken.index("mid") > 2 * 10  # after those who had had nothing, before the newest
+    # after those who had had nothing, before the newest
+    assert "mid" in taken and taken.index("mid") > 2 * 10
 
 
 def test_a_correction_never_makes_a_counter_negative() -> None:
@@ -146,4 +149,8 @@ def test_those_for_whom_something_is_kept_are_asked_before_the_first_in_turn() -
         return None if item in ("a40", "a90") else Blocked.SLOT
 
     queue.admit_waiting("tiny", dispatch, reserved_for=[("a40", "d"), ("gone", "d")])
-    assert asked[:2] == ["a40", "a90"] and len(asked) == 2 + MAX_WITHOUT_SLOT and queue.depth("tiny") == 98
+    assert (
+        asked[:2] == ["a40", "a90"]
+        and len(asked) == 2 + MAX_WITHOUT_SLOT
+        and queue.depth("tiny") == 98
+    )

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.dispatch.lifecycle import MAX_ATTEMPTS, NEXT, OVER, RequestEvent, RequestLifecycle, RequestPhase
+from gateway.dispatch.lifecycle import (
+    MAX_ATTEMPTS,
+    NEXT,
+    OVER,
+    RequestEvent,
+    RequestLifecycle,
+    RequestPhase,
+)
 
 # Written down a second time on purpose: the table is the contract.
 ALLOWED = {
@@ -36,7 +43,9 @@ def at(phase: RequestPhase) -> RequestLifecycle:
 
 
 @pytest.mark.parametrize(("phase", "event"), list(itertools.product(RequestPhase, RequestEvent)))
-def test_every_pair_leads_where_the_contract_says_or_raises(phase: RequestPhase, event: RequestEvent) -> None:
+def test_every_pair_leads_where_the_contract_says_or_raises(
+    phase: RequestPhase, event: RequestEvent
+) -> None:
     expected = ALLOWED.get(phase, {}).get(event)
     life = at(phase)
     if expected is None:

@@ -28,7 +28,11 @@ class LineMachine(RuleBasedStateMachine):
         self.served: defaultdict[tuple[object, ...], float] = defaultdict(float)
         self.count, self.level = 0, 0.0
 
-    @rule(priority=st.sampled_from(PRIORITIES), tenant=st.sampled_from(TENANTS), adapter=st.sampled_from(ADAPTERS))
+    @rule(
+        priority=st.sampled_from(PRIORITIES),
+        tenant=st.sampled_from(TENANTS),
+        adapter=st.sampled_from(ADAPTERS),
+    )
     def add(self, priority: int, tenant: str, adapter: tuple[str, str] | None) -> None:
         self.count += 1
         ticket = Ticket("tiny", self.count, 0.0, (priority, tenant, adapter), self.count)
@@ -46,7 +50,11 @@ class LineMachine(RuleBasedStateMachine):
         self.line.remove(ticket)
         self.places.remove(ticket)
 
-    @rule(tenant=st.sampled_from(TENANTS), adapter=st.sampled_from(ADAPTERS), quanta=st.sampled_from([-3.0, 0.4, 0.7, 5.0]))
+    @rule(
+        tenant=st.sampled_from(TENANTS),
+        adapter=st.sampled_from(ADAPTERS),
+        quanta=st.sampled_from([-3.0, 0.4, 0.7, 5.0]),
+    )
     def charge(self, tenant: str, adapter: tuple[str, str] | None, quanta: float) -> None:
         flow: Flow = (0, tenant, adapter)
         waiting = {other.flow[1:] for other in self.places}
@@ -60,7 +68,10 @@ class LineMachine(RuleBasedStateMachine):
         oldest: dict[Flow, Ticket[int]] = {}
         for ticket in self.places:
             oldest.setdefault(ticket.flow, ticket)
-        fresh = sorted(((f[0], int(self.served[f[1:]] // QUANTUM), p.number, f) for f, p in oldest.items()), key=lambda turn: turn[:3])
+        fresh = sorted(
+            ((f[0], int(self.served[f[1:]] // QUANTUM), p.number, f) for f, p in oldest.items()),
+            key=lambda turn: turn[:3],
+        )
         assert order(self.line) == fresh
         assert self.line.size == len(self.places)
         for adapter in ADAPTERS[1:]:

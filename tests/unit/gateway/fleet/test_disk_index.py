@@ -21,9 +21,13 @@ class Hosts:
         self.fleet = Fleet(3.0)
         self.seq = 0
 
-    def beat(self, worker: str, host: str, adapters: tuple[AdapterState, ...], epoch: int = 1) -> None:
+    def beat(
+        self, worker: str, host: str, adapters: tuple[AdapterState, ...], epoch: int = 1
+    ) -> None:
         self.seq += 1
-        beat = Heartbeat(worker, epoch, self.seq, "tiny", WorkerState.SERVING, 4, 4, adapters=adapters)
+        beat = Heartbeat(
+            worker, epoch, self.seq, "tiny", WorkerState.SERVING, 4, 4, adapters=adapters
+        )
         self.fleet.beat(msgspec.structs.replace(beat, host=host), 0.0)
 
     def tier(self, worker: str) -> Tier:
@@ -32,7 +36,9 @@ class Hosts:
         return found.tier(PIRATE)
 
 
-def test_what_a_worker_dropped_is_on_its_hosts_disk_for_all_workers_there_and_for_nobody_else() -> None:
+def test_what_a_worker_dropped_is_on_its_hosts_disk_for_all_workers_there_and_for_nobody_else() -> (
+    None
+):
     hosts = Hosts()
     for worker, host in (("w0", "a"), ("w1", "a"), ("w2", "b")):
         hosts.beat(worker, host, NOTHING)
@@ -80,13 +86,19 @@ def test_memory_is_bounded_and_the_longest_unseen_is_forgotten_first() -> None:
     for name in ("a", "b", "a", "c"):
         disk_index.put("host", "tiny", [(name, "d")])
     assert len(disk_index) == 2
-    assert [disk_index.has("host", "tiny", (name, "d")) for name in ("a", "b", "c")] == [True, False, True]
+    assert [disk_index.has("host", "tiny", (name, "d")) for name in ("a", "b", "c")] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_an_adapter_of_another_base_model_is_another_adapter() -> None:
     disk_index = DiskIndex()
     disk_index.put("host", "tiny", [("a", "d")])
-    assert disk_index.has("host", "tiny", ("a", "d")) and not disk_index.has("host", "large", ("a", "d"))
+    assert disk_index.has("host", "tiny", ("a", "d")) and not disk_index.has(
+        "host", "large", ("a", "d")
+    )
 
 
 def test_what_a_worker_was_told_to_fetch_is_on_its_disk_though_no_heartbeat_says_so() -> None:

@@ -51,7 +51,9 @@ def of(adapter: AdapterRef, tier: Tier, loading: bool = False) -> AdapterState:
     return AdapterState(adapter.name, adapter.digest, tier, loading)
 
 
-def serving(first: Heartbeat, fleet: Fleet | None = None, now: float = 0.0) -> tuple[Fleet, WorkerView]:
+def serving(
+    first: Heartbeat, fleet: Fleet | None = None, now: float = 0.0
+) -> tuple[Fleet, WorkerView]:
     fleet = Fleet(LEASE_S) if fleet is None else fleet  # an empty one is false
     fleet.beat(first, now)
     fleet.attach(first.worker, first.epoch)
@@ -60,7 +62,7 @@ def serving(first: Heartbeat, fleet: Fleet | None = None, now: float = 0.0) -> t
     return fleet, worker
 
 
-# ---- membership -------------------------------------------------------------------------------------------------------------------------
+# ---- membership ----------------------------------------------------------------------------------
 
 
 def test_the_first_beat_joins_and_the_second_says_nothing() -> None:
@@ -103,10 +105,15 @@ def test_a_change_of_state_is_told_once_with_its_reason() -> None:
 def test_a_life_that_leaves_does_not_come_back_with_a_late_beat_but_the_next_life_serves() -> None:
     fleet, worker = serving(beat())
     assert fleet.leaves("w0", 2, "why") is None and worker.routable, "another life's refusal"
-    assert fleet.leaves("w0", 1, "why") == Changed("w0", WorkerState.SERVING, WorkerState.DRAINING, "why")
+    assert fleet.leaves("w0", 1, "why") == Changed(
+        "w0", WorkerState.SERVING, WorkerState.DRAINING, "why"
+    )
     assert fleet.leaves("w0", 1, "why") is None, "told once"
     assert fleet.beat(beat(seq=2), 0.1) == [] and not fleet.routable(worker.beat.base)
-    assert fleet.beat(beat(seq=3, state=WorkerState.STOPPED), 0.2)[0].worker == "w0" and len(fleet) == 0
+    assert (
+        fleet.beat(beat(seq=3, state=WorkerState.STOPPED), 0.2)[0].worker == "w0"
+        and len(fleet) == 0
+    )
     fleet, worker = serving(beat(epoch=2), fleet)
     assert worker.routable
 
@@ -114,8 +121,14 @@ def test_a_life_that_leaves_does_not_come_back_with_a_late_beat_but_the_next_lif
 def test_stopped_ends_the_epoch_for_good() -> None:
     fleet, worker = serving(beat(epoch=3))
     fleet.reserve(worker, 1, None)
-    assert fleet.beat(beat(epoch=3, seq=2, state=WorkerState.STOPPED, reason="bye"), 0.0) == [Lost("w0", 3, (1,), "bye")]
-    for late in (beat(epoch=3, seq=3), beat(epoch=2, seq=9), beat(epoch=3, seq=4, state=WorkerState.STOPPED)):
+    assert fleet.beat(beat(epoch=3, seq=2, state=WorkerState.STOPPED, reason="bye"), 0.0) == [
+        Lost("w0", 3, (1,), "bye")
+    ]
+    for late in (
+        beat(epoch=3, seq=3),
+        beat(epoch=2, seq=9),
+        beat(epoch=3, seq=4, state=WorkerState.STOPPED),
+    ):
         assert fleet.beat(late, 0.0) == []
     assert len(fleet) == 0
     assert fleet.beat(beat(epoch=4), 0.0) == [Joined("w0")]
@@ -135,7 +148,7 @@ def test_stopped_of_an_unknown_worker_is_no_event() -> None:
     assert fleet.beat(beat(seq=2), 0.0) == []
 
 
-# ---- leases -----------------------------------------------------------------------------------------------------------------------------
+# ---- leases --------------------------------------------------------------------------------------
 
 
 def test_a_lease_runs_from_the_last_beat_and_ends_exactly_then() -> None:
@@ -156,7 +169,9 @@ def test_only_silent_workers_expire() -> None:
     assert [w.id for w in fleet] == ["loud"]
 
 
-def test_a_worker_that_was_silent_too_long_comes_back_with_its_next_beat_and_without_its_old_streams() -> None:
+def test_a_worker_that_was_silent_too_long_comes_back_with_its_next_beat_and_without_its_old_streams() -> (
+    None
+):
     fleet, worker = serving(beat(seq=1))
     fleet.reserve(worker, 5, PIRATE)
     fleet.expire(LEASE_S)
@@ -181,14 +196,20 @@ def test_losing_any_one_heartbeat_changes_nothing_but_time() -> None:
             fleet.attach("w0", 1)
         worker = fleet.get("w0")
         assert worker is not None
-        return worker.beat, worker.load, worker.lease_until, worker.routable, [(worker.holds(a), worker.tier(a)) for a in (PIRATE, HAIKU)]
+        return (
+            worker.beat,
+            worker.load,
+            worker.lease_until,
+            worker.routable,
+            [(worker.holds(a), worker.tier(a)) for a in (PIRATE, HAIKU)],
+        )
 
     whole = after(beats)
     for lost in range(len(beats) - 1):
         assert after(beats[:lost] + beats[lost + 1 :]) == whole
 
 
-# ---- attach and reach -------------------------------------------------------------------------------------------------------------------
+# ---- attach and reach ----------------------------------------------------------------------------
 
 
 def test_a_worker_is_routable_only_while_it_serves_and_its_data_socket_is_attached() -> None:
@@ -242,7 +263,7 @@ def test_unreachable_ends_only_the_life_it_names() -> None:
     assert fleet.beat(beat(epoch=2, seq=2), 0.0) == [Joined("w0")]
 
 
-# ---- load and reservations ----------------------------------------------------------------------------------------------------------------
+# ---- load and reservations -----------------------------------------------------------------------
 
 
 def test_load_is_what_others_have_there_as_of_the_beat_and_our_own_as_of_now() -> None:
@@ -300,7 +321,7 @@ def test_a_stream_released_before_the_loss_is_not_returned_by_it() -> None:
     fleet.release(2)
 
 
-# ---- residency, as far as known -------------------------------------------------------------------------------------------------------------
+# ---- residency, as far as known ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tier", [Tier.CPU, Tier.DISK, Tier.REMOTE])
@@ -323,7 +344,9 @@ def test_another_version_or_base_of_an_adapter_is_not_that_adapter() -> None:
     assert worker.holds(newer) and worker.tier(newer) is Tier.REMOTE
 
 
-def test_an_open_reservation_holds_the_adapter_until_the_last_one_ends_whatever_the_beats_say() -> None:
+def test_an_open_reservation_holds_the_adapter_until_the_last_one_ends_whatever_the_beats_say() -> (
+    None
+):
     fleet, worker = serving(beat())
     fleet.reserve(worker, 1, PIRATE)
     fleet.reserve(worker, 2, PIRATE)
@@ -335,7 +358,7 @@ def test_an_open_reservation_holds_the_adapter_until_the_last_one_ends_whatever_
     assert not worker.holds(PIRATE)
 
 
-# ---- anything, in any order -----------------------------------------------------------------------------------------------------------------
+# ---- anything, in any order ----------------------------------------------------------------------
 
 WORKERS = ["w0", "w1", "w2"]
 worker_ids = st.sampled_from(WORKERS)
@@ -361,17 +384,23 @@ class FleetMachine(RuleBasedStateMachine):
         for event in events:
             if isinstance(event, Lost):
                 for sid in event.streams:
-                    assert self.open.pop(sid) == (event.worker, event.epoch), "a stream came back that was not open there"
+                    assert self.open.pop(sid) == (event.worker, event.epoch), (
+                        "a stream came back that was not open there"
+                    )
                     self.returned.append(sid)
 
     @rule(
         worker=worker_ids,
         capacity=st.integers(1, 3),
         others=st.integers(0, 2),
-        state=st.sampled_from([WorkerState.SERVING, WorkerState.SERVING, WorkerState.DRAINING, WorkerState.STOPPED]),
+        state=st.sampled_from(
+            [WorkerState.SERVING, WorkerState.SERVING, WorkerState.DRAINING, WorkerState.STOPPED]
+        ),
         lost=st.booleans(),
     )
-    def beats(self, worker: str, capacity: int, others: int, state: WorkerState, lost: bool) -> None:
+    def beats(
+        self, worker: str, capacity: int, others: int, state: WorkerState, lost: bool
+    ) -> None:
         epoch = self.epoch[worker]
         if (worker, epoch) in self.stopped:
             return
@@ -380,13 +409,26 @@ class FleetMachine(RuleBasedStateMachine):
             self.stopped.add((worker, epoch))
         if not lost:
             mine = sum(at == (worker, epoch) for at in self.open.values())
-            message = beat(worker, epoch, self.seq[worker], capacity=capacity, running=others + mine, yours=mine, state=state)
+            message = beat(
+                worker,
+                epoch,
+                self.seq[worker],
+                capacity=capacity,
+                running=others + mine,
+                yours=mine,
+                state=state,
+            )
             self.take(self.fleet.beat(message, self.now))
 
     @rule(worker=worker_ids, back=st.integers(0, 3))
     def an_old_beat_arrives(self, worker: str, back: int) -> None:
         known = self.fleet.get(worker)
-        old = beat(worker, self.epoch[worker], self.seq[worker] - back, state=WorkerState.STOPPED if back else WorkerState.SERVING)
+        old = beat(
+            worker,
+            self.epoch[worker],
+            self.seq[worker] - back,
+            state=WorkerState.STOPPED if back else WorkerState.SERVING,
+        )
         if known is None or back == 0 or (known.beat.epoch, known.beat.seq) < (old.epoch, old.seq):
             return  # it would be news
         before = known.beat
@@ -422,7 +464,9 @@ class FleetMachine(RuleBasedStateMachine):
         at = self.open.pop(sid, None)
         self.fleet.release(sid)
         for worker in self.fleet:
-            assert len(worker.reserved) == before[worker.id] - (at is not None and at[0] == worker.id)
+            assert len(worker.reserved) == before[worker.id] - (
+                at is not None and at[0] == worker.id
+            )
         if at is not None:
             self.returned.append(sid)
 
@@ -450,8 +494,12 @@ class FleetMachine(RuleBasedStateMachine):
         assert sorted([*self.returned, *self.open]) == list(range(1, self.last_sid + 1))
         for worker in self.fleet:
             wanted = {adapter for sid, adapter in self.adapters.items() if sid in worker.reserved}
-            assert {a for a in (PIRATE, HAIKU) if worker.holds(a)} == wanted - {None}  # no beat here shows any adapter
-            assert (worker.id, worker.beat.epoch) not in self.stopped or worker.beat.state is not WorkerState.STOPPED
+            # no beat here shows any adapter
+            assert {a for a in (PIRATE, HAIKU) if worker.holds(a)} == wanted - {None}
+            assert (
+                worker.id,
+                worker.beat.epoch,
+            ) not in self.stopped or worker.beat.state is not WorkerState.STOPPED
 
     def teardown(self) -> None:
         if hasattr(self, "fleet"):
@@ -462,11 +510,13 @@ class FleetMachine(RuleBasedStateMachine):
 TestFleetMachine = FleetMachine.TestCase
 
 
-# ---- the config's bound -------------------------------------------------------------------------------------------------------------------
+# ---- the config's bound --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_a_worker_is_given_no_more_than_the_config_allows_whatever_it_says_and_whatever_the_policy(policy: str) -> None:
+def test_a_worker_is_given_no_more_than_the_config_allows_whatever_it_says_and_whatever_the_policy(
+    policy: str,
+) -> None:
     fleet, worker = serving(beat("w0", capacity=100), Fleet(LEASE_S, {"tiny": 2}))
     chooser, rng = make_policy(policy), random.Random(1)
     for sid in (1, 2):

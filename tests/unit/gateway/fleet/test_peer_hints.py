@@ -21,7 +21,16 @@ def join(
     held = () if tier is None else (AdapterState("pirate", "d1", tier, loading),)
     endpoint = f"tcp://{worker}:1" if open_ else ""
     beat = Heartbeat(
-        worker, 1, 1, "tiny", WorkerState.SERVING, 8, running=running, adapters=held, host=host or worker, peer_endpoint=endpoint
+        worker,
+        1,
+        1,
+        "tiny",
+        WorkerState.SERVING,
+        8,
+        running=running,
+        adapters=held,
+        host=host or worker,
+        peer_endpoint=endpoint,
     )
     fleet.beat(beat, 0.0)
     fleet.attach(worker, 1)
@@ -30,7 +39,10 @@ def join(
 def told(fleet: Fleet, worker: str) -> list[str]:
     found = fleet.get(worker)
     assert found is not None
-    return [e.removeprefix("tcp://").removesuffix(":1") for e in peer_hints(fleet.pool("tiny"), found, key_of(PIRATE))]
+    return [
+        e.removeprefix("tcp://").removesuffix(":1")
+        for e in peer_hints(fleet.pool("tiny"), found, key_of(PIRATE))
+    ]
 
 
 def test_who_has_it_comes_before_who_fetches_it_and_the_less_loaded_first() -> None:

@@ -14,30 +14,51 @@ MOST = 1 << 20
 BODY = b'{"model": "m"}'
 
 
-def raw(*lines: bytes, body: bytes = BODY, first: bytes = b"POST /v1/completions HTTP/1.1", length: bool = True) -> bytes:
+def raw(
+    *lines: bytes,
+    body: bytes = BODY,
+    first: bytes = b"POST /v1/completions HTTP/1.1",
+    length: bool = True,
+) -> bytes:
     fields = [b"Content-Length: %d" % len(body)] if length else []
-    return b"".join(line + b"\r\n" for line in (first, *lines, b"Host: x", *fields)) + b"\r\n" + body
+    return (
+        b"".join(line + b"\r\n" for line in (first, *lines, b"Host: x", *fields)) + b"\r\n" + body
+    )
 
 
 def test_a_post_with_its_body_is_recognised_whole() -> None:
     found = parse(raw(b"Authorization: Bearer \xc3\xa4 ", b"X-Session-Id:s"), MOST)
     assert isinstance(found, SimpleRequest)
     assert (found.method, found.path, found.body) == ("POST", "/v1/completions", BODY)
-    assert found.header("authorization") == "Bearer ä" and found.header("x-session-id") == "s" and found.header("x-other") is None
+    assert (
+        found.header("authorization") == "Bearer ä"
+        and found.header("x-session-id") == "s"
+        and found.header("x-other") is None
+    )
 
 
 def test_the_first_of_two_fields_counts_and_a_value_that_looks_like_a_field_does_not() -> None:
     found = parse(raw(b"X-A: first", b"X-A: second", b"X-B: x-c: no"), MOST)
-    assert isinstance(found, SimpleRequest) and found.header("x-a") == "first" and found.header("x-c") is None
+    assert (
+        isinstance(found, SimpleRequest)
+        and found.header("x-a") == "first"
+        and found.header("x-c") is None
+    )
 
 
 def test_a_request_without_a_body_is_recognised() -> None:
     found = parse(b"GET /health?x=1 HTTP/1.1\r\nHost: x\r\n\r\n", MOST)
-    assert isinstance(found, SimpleRequest) and (found.method, found.path, found.body) == ("GET", "/health?x=1", b"")
+    assert isinstance(found, SimpleRequest) and (found.method, found.path, found.body) == (
+        "GET",
+        "/health?x=1",
+        b"",
+    )
 
 
 @pytest.mark.parametrize("cut", range(1, len(raw())))
-def test_a_request_that_is_cut_anywhere_is_unfinished_and_says_how_long_it_is_once_its_head_is_known(cut: int) -> None:
+def test_a_request_that_is_cut_anywhere_is_unfinished_and_says_how_long_it_is_once_its_head_is_known(
+    cut: int,
+) -> None:
     whole = raw()
     found = parse(whole[:cut], MOST)
     head = whole.index(b"\r\n\r\n") + 4
@@ -108,7 +129,13 @@ def parsed_by_aiohttp(data: bytes) -> tuple[str, str, list[tuple[str, str]], byt
         ((message, payload),) = messages
         assert not upgraded and not tail and not message.chunked
         headers = [(name.lower(), value) for name, value in message.headers.items()]
-        return message.method, message.path, headers, b"".join(getattr(payload, "_buffer", ())), not message.should_close
+        return (
+            message.method,
+            message.path,
+            headers,
+            b"".join(getattr(payload, "_buffer", ())),
+            not message.should_close,
+        )
     finally:
         loop.close()
 
@@ -119,7 +146,13 @@ async def _nobody(request: web.BaseRequest) -> web.StreamResponse:
 
 NAMES = st.from_regex(r"\A[A-Za-z0-9!#$%&'*+.^_`|~-]{1,12}\Z")
 VALUES = st.text(
-    st.characters(min_codepoint=0x20, max_codepoint=0x24F, exclude_characters="\x7f", exclude_categories=("Cs", "Cc")), max_size=20
+    st.characters(
+        min_codepoint=0x20,
+        max_codepoint=0x24F,
+        exclude_characters="\x7f",
+        exclude_categories=("Cs", "Cc"),
+    ),
+    max_size=20,
 )
 ODD = st.sampled_from(
     [
@@ -132,16 +165,32 @@ ODD = st.sampled_from(
         "Content-Length: 3",
     ]
 )
-FIELDS = st.lists(st.one_of(st.tuples(NAMES, VALUES).map(lambda f: f"{f[0]}: {f[1]}"), ODD), max_size=6)
+FIELDS = st.lists(
+    st.one_of(st.tuples(NAMES, VALUES).map(lambda f: f"{f[0]}: {f[1]}"), ODD), max_size=6
+)
 
 
-@given(FIELDS, st.binary(max_size=40), st.sampled_from(["POST", "GET", "HEAD", "PUT"]), st.booleans())
-def test_what_is_recognised_is_what_aiohttp_reads(fields: list[str], body: bytes, method: str, length: bool) -> None:
-    data = raw(*(f.encode() for f in fields), body=body, first=f"{method} /v1/x?y HTTP/1.1".encode(), length=length)
+@given(
+    FIELDS, st.binary(max_size=40), st.sampled_from(["POST", "GET", "HEAD", "PUT"]), st.booleans()
+)
+def test_what_is_recognised_is_what_aiohttp_reads(
+    fields: list[str], body: bytes, method: str, length: bool
+) -> None:
+    data = raw(
+        *(f.encode() for f in fields),
+        body=body,
+        first=f"{method} /v1/x?y HTTP/1.1".encode(),
+        length=length,
+    )
     found = parse(data, MOST)
     if isinstance(found, SimpleRequest):
         their_method, target, headers, their_body, keep_alive = parsed_by_aiohttp(data)
-        assert (found.method, found.path, found.body, True) == (their_method, target, their_body, keep_alive)
+        assert (found.method, found.path, found.body, True) == (
+            their_method,
+            target,
+            their_body,
+            keep_alive,
+        )
         for name, _ in headers:
             assert found.header(name) == next(v for n, v in headers if n == name), name
 
@@ -151,8 +200,14 @@ def test_any_bytes_are_recognised_somehow(data: bytes) -> None:
     parse(data, MOST)
 
 
-@given(st.lists(st.binary(max_size=20), min_size=2, max_size=5), st.binary(max_size=3), st.sampled_from([0, 1, 17, 30, 60]))
-def test_a_head_that_is_known_is_read_as_one_that_is_not(bodies: list[bytes], noise: bytes, at: int) -> None:
+@given(
+    st.lists(st.binary(max_size=20), min_size=2, max_size=5),
+    st.binary(max_size=3),
+    st.sampled_from([0, 1, 17, 30, 60]),
+)
+def test_a_head_that_is_known_is_read_as_one_that_is_not(
+    bodies: list[bytes], noise: bytes, at: int
+) -> None:
     """However much of it is spoilt, and wherever: what is known never changes what is found."""
     known = None
     for nth, body in enumerate(bodies):
@@ -162,7 +217,11 @@ def test_a_head_that_is_known_is_read_as_one_that_is_not(bodies: list[bytes], no
         expected, found = parse(data, MOST), parse(data, MOST, known)
         if isinstance(expected, SimpleRequest):
             assert isinstance(found, SimpleRequest)
-            assert (found.method, found.path, found.body) == (expected.method, expected.path, expected.body)
+            assert (found.method, found.path, found.body) == (
+                expected.method,
+                expected.path,
+                expected.body,
+            )
             assert found.header("x-a") == expected.header("x-a")
             known = found.head
         else:

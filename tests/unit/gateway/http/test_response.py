@@ -44,7 +44,9 @@ class Client:
 
     def __init__(self, data: bytes, closed: bool = False) -> None:
         self.connection = h11.Connection(h11.CLIENT)
-        self.connection.send(h11.Request(method="POST", target="/", headers=[("Host", "x"), ("Content-Length", "0")]))
+        self.connection.send(
+            h11.Request(method="POST", target="/", headers=[("Host", "x"), ("Content-Length", "0")])
+        )
         self.connection.send(h11.EndOfMessage())
         self.connection.receive_data(data)
         if closed:
@@ -98,7 +100,9 @@ async def test_a_stream_arrives_whole_and_the_connection_can_be_used_again(pipe:
     assert client.headers["transfer-encoding"] == "chunked" and "connection" not in client.headers
 
 
-async def test_nothing_is_written_before_the_first_frame_and_the_head_leaves_with_it(pipe: Pipe) -> None:
+async def test_nothing_is_written_before_the_first_frame_and_the_head_leaves_with_it(
+    pipe: Pipe,
+) -> None:
     stream = stream_on(pipe)
     assert pipe.written == b"" and not stream.started
     stream.head(200, True, b"first", False)
@@ -151,7 +155,9 @@ async def test_a_stream_has_the_status_that_the_worker_gave_it(pipe: Pipe, statu
 
 
 @pytest.mark.parametrize("status", [218, 299, 499, 520, 599])
-async def test_a_status_that_has_no_phrase_is_passed_on_all_the_same(pipe: Pipe, status: int) -> None:
+async def test_a_status_that_has_no_phrase_is_passed_on_all_the_same(
+    pipe: Pipe, status: int
+) -> None:
     stream = stream_on(pipe)
     stream.head(status, True, b"x", True)
     client = Client(pipe.written)
@@ -177,7 +183,9 @@ async def test_a_client_that_asks_to_close_is_told_so_and_gets_chunks(pipe: Pipe
 
 
 @pytest.mark.parametrize("close", [True, False])
-async def test_an_http_1_0_client_gets_plain_bytes_and_a_closed_connection(pipe: Pipe, close: bool) -> None:
+async def test_an_http_1_0_client_gets_plain_bytes_and_a_closed_connection(
+    pipe: Pipe, close: bool
+) -> None:
     stream = stream_on(pipe, chunked=False, close=close)
     stream.head(200, True, b"x", False)
     stream.more(b"", False)
@@ -188,7 +196,7 @@ async def test_an_http_1_0_client_gets_plain_bytes_and_a_closed_connection(pipe:
     assert client.body == b"xy" and client.complete and not stream.keep_alive
 
 
-# ---- answers that are no stream -----------------------------------------------------------------------------------------------------------
+# ---- answers that are no stream ------------------------------------------------------------------
 
 
 async def test_an_answer_that_is_no_stream_leaves_whole_in_one_write(pipe: Pipe) -> None:
@@ -198,7 +206,11 @@ async def test_an_answer_that_is_no_stream_leaves_whole_in_one_write(pipe: Pipe)
     stream.more(b" 1}", True)
     client = Client(pipe.written)
     assert stream.finished and stream.started and stream.status == 400
-    assert (client.status, client.body, client.headers["content-length"]) == (400, b'{"error": 1}', "12")
+    assert (client.status, client.body, client.headers["content-length"]) == (
+        400,
+        b'{"error": 1}',
+        "12",
+    )
     assert client.headers["content-type"] == "application/json; charset=utf-8" and client.may_go_on
 
 
@@ -206,10 +218,14 @@ async def test_an_answer_in_one_frame_to_a_client_that_closes_says_so(pipe: Pipe
     stream = stream_on(pipe, close=True)
     stream.head(200, False, b"{}", True)
     client = Client(pipe.written)
-    assert (client.status, client.body, client.headers["connection"]) == (200, b"{}", "close") and stream.finished
+    assert (client.status, client.body, client.headers["connection"]) == (
+        200,
+        b"{}",
+        "close",
+    ) and stream.finished
 
 
-# ---- errors -------------------------------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 async def test_an_error_before_the_head_leaves_the_answer_to_the_handler(pipe: Pipe) -> None:
@@ -219,15 +235,21 @@ async def test_an_error_before_the_head_leaves_the_answer_to_the_handler(pipe: P
     assert stream.error is error and stream.finished and not stream.started and pipe.written == b""
 
 
-async def test_an_error_in_an_unfinished_answer_that_is_no_stream_is_left_to_the_handler_too(pipe: Pipe) -> None:
+async def test_an_error_in_an_unfinished_answer_that_is_no_stream_is_left_to_the_handler_too(
+    pipe: Pipe,
+) -> None:
     stream = stream_on(pipe)
     stream.head(200, False, b'{"half', False)
     stream.fail(EngineFailure("gone"))
-    assert stream.error is not None and not stream.started and pipe.written == b"" and stream.finished
+    assert (
+        stream.error is not None and not stream.started and pipe.written == b"" and stream.finished
+    )
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-async def test_an_error_after_the_head_is_an_event_that_ends_the_stream(pipe: Pipe, chunked: bool) -> None:
+async def test_an_error_after_the_head_is_an_event_that_ends_the_stream(
+    pipe: Pipe, chunked: bool
+) -> None:
     stream = stream_on(pipe, chunked=chunked)
     stream.head(200, True, b"data: 1\n\n", False)
     stream.fail(EngineFailure("the engine died"))
@@ -248,7 +270,7 @@ async def test_an_error_after_the_client_was_cut_off_is_not_written(pipe: Pipe) 
     assert pipe.written == before and stream.finished
 
 
-# ---- slow and absent clients --------------------------------------------------------------------------------------------------------------
+# ---- slow and absent clients ---------------------------------------------------------------------
 
 
 async def test_a_client_may_leave_as_much_unread_as_the_bound_and_no_byte_more(pipe: Pipe) -> None:
@@ -261,7 +283,9 @@ async def test_a_client_may_leave_as_much_unread_as_the_bound_and_no_byte_more(p
     assert pipe.aborted
 
 
-async def test_a_client_that_is_cut_off_does_not_get_an_end_that_it_could_take_for_a_whole_answer(pipe: Pipe) -> None:
+async def test_a_client_that_is_cut_off_does_not_get_an_end_that_it_could_take_for_a_whole_answer(
+    pipe: Pipe,
+) -> None:
     stream = stream_on(pipe)
     stream.head(200, True, b"x", False)
     pipe.unread_bytes = LIMIT_BYTES + 1
@@ -273,7 +297,11 @@ async def test_a_refusal_is_a_whole_answer(pipe: Pipe) -> None:
     stream = stream_on(pipe)
     stream.refuse(503, b"Retry-After: 2\r\n", b'{"error":{}}')
     client = Client(pipe.written)
-    assert client.status == 503 and client.headers["retry-after"] == "2" and client.body == b'{"error":{}}'
+    assert (
+        client.status == 503
+        and client.headers["retry-after"] == "2"
+        and client.body == b'{"error":{}}'
+    )
     assert client.complete and client.may_go_on
 
 
@@ -296,13 +324,15 @@ async def test_aiohttp_gets_a_response_that_writes_nothing_more(pipe: Pipe) -> N
     assert AlreadySent(request, 200, keep_alive=False).keep_alive is False
 
 
-# ---- comments while it waits --------------------------------------------------------------------------------------------------------------
+# ---- comments while it waits ---------------------------------------------------------------------
 
 COMMENT = b": queued, position about 3\n\n"
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-async def test_comments_come_before_the_stream_and_do_not_change_it(pipe: Pipe, chunked: bool) -> None:
+async def test_comments_come_before_the_stream_and_do_not_change_it(
+    pipe: Pipe, chunked: bool
+) -> None:
     stream = stream_on(pipe, chunked=chunked)
     stream.comment(COMMENT)
     stream.comment(COMMENT)
@@ -311,11 +341,17 @@ async def test_comments_come_before_the_stream_and_do_not_change_it(pipe: Pipe, 
     stream.more(b"data: [DONE]\n\n", True)
     client = Client(pipe.written, closed=not chunked)
     assert (client.status, client.body) == (200, COMMENT * 2 + b"data: 1\n\ndata: [DONE]\n\n")
-    assert client.complete and client.headers["content-type"].startswith("text/event-stream") and pipe.written.count(b"HTTP/1.1") == 1
+    assert (
+        client.complete
+        and client.headers["content-type"].startswith("text/event-stream")
+        and pipe.written.count(b"HTTP/1.1") == 1
+    )
     assert client.may_go_on == chunked
 
 
-async def test_an_error_after_comments_waits_for_the_handler_which_ends_the_stream_with_it(pipe: Pipe) -> None:
+async def test_an_error_after_comments_waits_for_the_handler_which_ends_the_stream_with_it(
+    pipe: Pipe,
+) -> None:
     stream = stream_on(pipe)
     stream.comment(COMMENT)
     before = pipe.written
@@ -340,7 +376,9 @@ async def test_after_comments_another_attempt_may_still_answer(pipe: Pipe) -> No
     assert client.body == COMMENT + b"data: 1\n\n" and client.complete and stream.finished
 
 
-async def test_what_the_engine_answers_instead_of_a_stream_is_an_event_after_comments(pipe: Pipe) -> None:
+async def test_what_the_engine_answers_instead_of_a_stream_is_an_event_after_comments(
+    pipe: Pipe,
+) -> None:
     stream = stream_on(pipe)
     stream.comment(COMMENT)
     stream.head(400, False, b'{"error":\n', False)

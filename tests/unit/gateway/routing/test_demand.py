@@ -77,7 +77,8 @@ def test_copies_grow_at_once_and_shrink_only_after_a_while_of_lower_demand() -> 
     assert homes.copies(key, 50.0, 16.0, 1.0) == 4
     assert homes.copies(key, 17.0, 16.0, 2.0) == 4
     assert homes.copies(key, 1.0, 16.0, 3.0) == 4
-    assert homes.copies(key, 1.0, 16.0, 2.5 + SHRINK_AFTER_S) == 2  # the most that was needed meanwhile
+    # the most that was needed meanwhile
+    assert homes.copies(key, 1.0, 16.0, 2.5 + SHRINK_AFTER_S) == 2
     assert homes.copies(key, 1.0, 16.0, 3.0 + 2 * SHRINK_AFTER_S) == 1
 
 
@@ -90,7 +91,9 @@ def test_demand_that_comes_back_in_time_keeps_its_copies() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 500), st.floats(1, 64), st.floats(0, 40)), max_size=40))
-def test_there_are_never_fewer_copies_than_the_demand_needs(steps: list[tuple[float, float, float]]) -> None:
+def test_there_are_never_fewer_copies_than_the_demand_needs(
+    steps: list[tuple[float, float, float]],
+) -> None:
     homes, now = HomeSets(), 0.0
     for demand, bound, pause in steps:
         now += pause

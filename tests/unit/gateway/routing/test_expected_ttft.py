@@ -34,17 +34,44 @@ class Room:
     """A fleet, the policy, and what a gateway does with its choices."""
 
     def __init__(self) -> None:
-        self.fleet, self.policy, self.rng, self.now, self.sid = Fleet(1e9), ExpectedTTFT(), random.Random(1), 0.0, 0
+        self.fleet, self.policy, self.rng, self.now, self.sid = (
+            Fleet(1e9),
+            ExpectedTTFT(),
+            random.Random(1),
+            0.0,
+            0,
+        )
         self.seq: dict[str, int] = {}
 
-    def worker(self, name: str, *adapters: AdapterState, running: int = 0, slots: int = 4, capacity: int = 256, **more: object) -> None:
+    def worker(
+        self,
+        name: str,
+        *adapters: AdapterState,
+        running: int = 0,
+        slots: int = 4,
+        capacity: int = 256,
+        **more: object,
+    ) -> None:
         seq = self.seq[name] = self.seq.get(name, 0) + 1
-        beat = Heartbeat(name, 1, seq, "tiny", WorkerState.SERVING, capacity, slots, running, adapters=adapters, **more)  # type: ignore[arg-type]
+        beat = Heartbeat(
+            name,
+            1,
+            seq,
+            "tiny",
+            WorkerState.SERVING,
+            capacity,
+            slots,
+            running,
+            adapters=adapters,
+            **more,
+        )  # type: ignore[arg-type]
         self.fleet.beat(beat, self.now)
         self.fleet.attach(name, 1)
 
     def ask(self, ref: AdapterRef | None, **more: object) -> RoutingRequest:
-        return RoutingRequest("tiny", ref, 26 * MIB, **({"prompt_tokens": 128, "arrived": self.now} | more))  # type: ignore[arg-type]
+        return RoutingRequest(
+            "tiny", ref, 26 * MIB, **({"prompt_tokens": 128, "arrived": self.now} | more)
+        )  # type: ignore[arg-type]
 
     def choose(self, ask: RoutingRequest) -> Decision:
         return self.policy.choose(ask, self.fleet, self.now, self.rng)
@@ -60,7 +87,9 @@ class Room:
         return decision
 
     def misses(self, slots: float) -> None:
-        """Adapters were not in a slot so often of late that the number of slots that such requests keep spreads by so many."""
+        """Adapters were not in a slot so often of late that the number of slots that such requests
+        keep spreads by so many.
+        """
         base = self.policy._base("tiny")
         for _ in range(round(slots**2 / base.services.service_s * MISS_WINDOW_S)):
             base.misses.note(MISS, self.now)
@@ -80,7 +109,7 @@ def room() -> Room:
     return Room()
 
 
-# ---- costs ------------------------------------------------------------------------------------------------------------------------------
+# ---- costs ---------------------------------------------------------------------------------------
 
 
 def test_nobody_to_choose_from_is_a_wait_for_room(room: Room) -> None:
@@ -103,7 +132,11 @@ def test_weights_in_the_cpu_tier_win_over_an_idle_worker_without_them(room: Room
     room.worker("idle")
     room.worker("cached", on("pirate", Tier.CPU), running=14)
     decision = room.send(PIRATE)
-    assert isinstance(decision, Choice) and decision.worker.id == "cached" and decision.tier is Tier.CPU
+    assert (
+        isinstance(decision, Choice)
+        and decision.worker.id == "cached"
+        and decision.tier is Tier.CPU
+    )
 
 
 def test_a_few_streams_less_on_a_worker_do_not_draw_a_queue_of_prompts_there(room: Room) -> None:
@@ -112,7 +145,9 @@ def test_a_few_streams_less_on_a_worker_do_not_draw_a_queue_of_prompts_there(roo
     assert [room.to(PIRATE)[0] for _ in range(4)] == ["light", "heavy", "light", "heavy"]
 
 
-def test_an_idle_worker_is_not_priced_by_the_step_that_it_measured_when_it_was_busy(room: Room) -> None:
+def test_an_idle_worker_is_not_priced_by_the_step_that_it_measured_when_it_was_busy(
+    room: Room,
+) -> None:
     room.worker("busy", running=5, yours=0, step_s=0.01)
     room.worker("idle", step_s=0.03)
     assert room.to(None)[0] == "idle"
@@ -121,16 +156,22 @@ def test_an_idle_worker_is_not_priced_by_the_step_that_it_measured_when_it_was_b
 def test_measured_times_replace_the_constants(room: Room) -> None:
     """A CPU tier that is slower than the disk is not worth its name."""
     room.worker("idle", disk_load_s=0.001, fetch_s=0.001, prefill_tokens_per_s=1e6, step_s=0.001)
-    room.worker("cached", on("pirate", Tier.CPU), cpu_load_s=0.5, prefill_tokens_per_s=1e6, step_s=0.001)
+    room.worker(
+        "cached", on("pirate", Tier.CPU), cpu_load_s=0.5, prefill_tokens_per_s=1e6, step_s=0.001
+    )
     assert room.to(PIRATE)[0] == "idle"
 
 
 def test_a_backlog_of_prompts_is_charged_in_seconds_and_works_itself_off(room: Room) -> None:
     room.worker("behind", waiting_tokens=20_000, prefill_tokens_per_s=10_000.0)
     room.worker("ahead", waiting_tokens=5_000, prefill_tokens_per_s=10_000.0)
-    costs = {c.worker.id: c.terms.queue_s for c in room.policy.explain(room.ask(None), room.fleet, 0.0)}
+    costs = {
+        c.worker.id: c.terms.queue_s for c in room.policy.explain(room.ask(None), room.fleet, 0.0)
+    }
     assert costs["behind"] - costs["ahead"] == pytest.approx(1.5)
-    later = {c.worker.id: c.terms.queue_s for c in room.policy.explain(room.ask(None), room.fleet, 1.0)}
+    later = {
+        c.worker.id: c.terms.queue_s for c in room.policy.explain(room.ask(None), room.fleet, 1.0)
+    }
     assert later["behind"] - later["ahead"] == pytest.approx(1.0)
 
 
@@ -140,7 +181,9 @@ def test_base_requests_go_to_the_least_cost_and_touch_no_slot(room: Room) -> Non
     assert room.to(None) == ("full", ChoiceReason.BASE)
 
 
-def test_the_only_copy_of_a_warm_adapter_is_not_thrown_out_where_somebody_elses_slot_is_free(room: Room) -> None:
+def test_the_only_copy_of_a_warm_adapter_is_not_thrown_out_where_somebody_elses_slot_is_free(
+    room: Room,
+) -> None:
     room.worker("a", on("warm"), slots=1)
     room.worker("b", on("stale"), slots=1)
     for _ in range(20):
@@ -150,7 +193,9 @@ def test_the_only_copy_of_a_warm_adapter_is_not_thrown_out_where_somebody_elses_
     assert {room.to(adapter(f"new{n}"))[0] for n in range(1)} == {"b"}
 
 
-def test_of_the_first_to_have_become_idle_the_coldest_is_the_victim_that_a_load_is_charged_for(room: Room) -> None:
+def test_of_the_first_to_have_become_idle_the_coldest_is_the_victim_that_a_load_is_charged_for(
+    room: Room,
+) -> None:
     room.worker("a", on("warm"), on("cold"), slots=2)
     for _ in range(20):
         room.to(adapter("warm"))
@@ -159,13 +204,21 @@ def test_of_the_first_to_have_become_idle_the_coldest_is_the_victim_that_a_load_
     room.to(adapter("cold"))
     room.fleet.release(21)
     (worker,) = room.fleet.pool("tiny").workers
-    assert next(iter(worker.idle)) == ("warm", "d"), "by the time of its last use alone it would be this one"
+    assert next(iter(worker.idle)) == ("warm", "d"), (
+        "by the time of its last use alone it would be this one"
+    )
     (candidate,) = room.policy.explain(room.ask(adapter("new")), room.fleet, room.now)
-    assert candidate.terms.evict_s == pytest.approx(0.5 * 0.06), "once in 20 s, so wanted within 10 s in one case of two"
+    assert candidate.terms.evict_s == pytest.approx(0.5 * 0.06), (
+        "once in 20 s, so wanted within 10 s in one case of two"
+    )
 
 
-def test_a_cold_adapter_settles_where_slots_are_left_though_fewer_requests_run_elsewhere(room: Room) -> None:
-    """It will be asked for again there: a worker with little to do but every slot in use makes each of its adapters wait."""
+def test_a_cold_adapter_settles_where_slots_are_left_though_fewer_requests_run_elsewhere(
+    room: Room,
+) -> None:
+    """It will be asked for again there: a worker with little to do but every slot in use makes each
+    of its adapters wait.
+    """
     room.worker("crowded", *[on(f"a{n}", in_flight=1) for n in range(3)], running=3)
     room.worker("roomy", on("b0", in_flight=9), running=9)
     assert room.to(PIRATE) == ("roomy", ChoiceReason.COLD)
@@ -204,7 +257,7 @@ def test_prefix_and_session_break_ties_and_nothing_else(room: Room) -> None:
     assert room.to(PIRATE, session="s1")[0] == other
 
 
-# ---- homes, copies, coalescing --------------------------------------------------------------------------------------------------------------
+# ---- homes, copies, coalescing -------------------------------------------------------------------
 
 
 def test_gateways_that_share_nothing_choose_the_same_home(room: Room) -> None:
@@ -235,7 +288,9 @@ def test_a_larger_burst_is_loaded_by_as_many_workers_as_it_needs(room: Room) -> 
     for n in range(16):
         room.worker(f"w{n}")
     sent = [room.to(PIRATE) for _ in range(4 * FLOOR)]
-    assert len({w for w, _ in sent}) == 4 and sum(r is not ChoiceReason.RESIDENT for _, r in sent) == 4
+    assert (
+        len({w for w, _ in sent}) == 4 and sum(r is not ChoiceReason.RESIDENT for _, r in sent) == 4
+    )
 
 
 def test_two_adapters_of_equal_demand_share_the_load_of_their_copies(room: Room) -> None:
@@ -251,7 +306,7 @@ def test_a_full_holder_is_passed_by(room: Room) -> None:
     assert room.to(PIRATE) == ("other", ChoiceReason.SPILL)
 
 
-# ---- slots ------------------------------------------------------------------------------------------------------------------------------
+# ---- slots ---------------------------------------------------------------------------------------
 
 
 def test_an_adapter_beyond_the_slots_waits_and_those_in_flight_pass_it(room: Room) -> None:
@@ -289,7 +344,9 @@ def test_adapters_in_flight_for_other_gateways_hold_their_slots(room: Room) -> N
     assert room.to(adapter("a"))[1] is ChoiceReason.RESIDENT
 
 
-def test_a_request_waits_a_moment_for_a_slot_where_its_weights_are_cached_then_goes_anywhere(room: Room) -> None:
+def test_a_request_waits_a_moment_for_a_slot_where_its_weights_are_cached_then_goes_anywhere(
+    room: Room,
+) -> None:
     room.worker("cached", on("pirate", Tier.CPU), on("x", in_flight=1), slots=1, running=1)
     room.worker("other", slots=2, running=20, yours=0)
     room.misses(slots=2.0)
@@ -303,7 +360,9 @@ def test_a_request_waits_a_moment_for_a_slot_where_its_weights_are_cached_then_g
     assert isinstance(decision, Choice) and decision.worker.id == "other"
 
 
-def test_the_more_slots_are_open_elsewhere_the_less_a_request_waits_for_one_where_its_weights_are_cached(room: Room) -> None:
+def test_the_more_slots_are_open_elsewhere_the_less_a_request_waits_for_one_where_its_weights_are_cached(
+    room: Room,
+) -> None:
     room.worker("cached", on("pirate", Tier.CPU), on("x", in_flight=1), slots=1, running=1)
     room.worker("other", slots=7, running=20, yours=0)
     room.misses(slots=4.0)
@@ -314,11 +373,21 @@ def test_the_more_slots_are_open_elsewhere_the_less_a_request_waits_for_one_wher
     assert isinstance(decision, Choice) and decision.worker.id == "other"
 
 
-@pytest.mark.parametrize(("stalls_s", "waits_s"), [(0.040, SOON_S), (0.0005, 0.040 + 0.0005 * 10.5)])
+@pytest.mark.parametrize(
+    ("stalls_s", "waits_s"), [(0.040, SOON_S), (0.0005, 0.040 + 0.0005 * 10.5)]
+)
 def test_it_waits_no_longer_than_what_a_load_elsewhere_costs_it_and_those_who_run_there(
     room: Room, stalls_s: float, waits_s: float
 ) -> None:
-    room.worker("cached", on("pirate", Tier.CPU), on("x", in_flight=1), slots=1, running=1, disk_load_s=stalls_s, load_s=0.040)
+    room.worker(
+        "cached",
+        on("pirate", Tier.CPU),
+        on("x", in_flight=1),
+        slots=1,
+        running=1,
+        disk_load_s=stalls_s,
+        load_s=0.040,
+    )
     room.worker("other", slots=2, running=20, yours=0)
     room.misses(slots=2.0)
     decision = room.choose(room.ask(PIRATE))
@@ -327,16 +396,25 @@ def test_it_waits_no_longer_than_what_a_load_elsewhere_costs_it_and_those_who_ru
 
 def test_a_load_beside_the_engine_is_the_requests_own_time_and_nobody_elses(room: Room) -> None:
     for name, stalls_s in (("inside", 0.040), ("beside", 0.001)):
-        room.worker(name, on("pirate", Tier.DISK), running=10, yours=0, disk_load_s=stalls_s, load_s=0.040)
+        room.worker(
+            name, on("pirate", Tier.DISK), running=10, yours=0, disk_load_s=stalls_s, load_s=0.040
+        )
     terms = {c.worker.id: c.terms for c in room.policy.explain(room.ask(PIRATE), room.fleet, 0.0)}
     assert terms["inside"].load_s == terms["beside"].load_s == pytest.approx(0.040)
     assert terms["inside"].stall_s - terms["beside"].stall_s == pytest.approx(10 * 0.039)
 
 
-def test_a_cold_adapter_passes_by_a_worker_that_loads_already_while_another_home_loads_nothing(room: Room) -> None:
+def test_a_cold_adapter_passes_by_a_worker_that_loads_already_while_another_home_loads_nothing(
+    room: Room,
+) -> None:
     for n in range(4):
         room.worker(f"w{n}", slots=8)
-    order = [w.id for w in room.policy._base("tiny").rendezvous.order(("pirate", "d"), room.fleet.pool("tiny"))]
+    order = [
+        w.id
+        for w in room.policy._base("tiny").rendezvous.order(
+            ("pirate", "d"), room.fleet.pool("tiny")
+        )
+    ]
     for home in order[:2]:
         room.worker(home, on("other", Tier.DISK, loading=True, eta_s=0.06), slots=8)
     assert room.to(PIRATE)[0] in order[2:]
@@ -346,7 +424,9 @@ def test_a_cold_adapter_passes_by_a_worker_that_loads_already_while_another_home
 
 
 @pytest.mark.parametrize("scarce", [False, True])
-def test_an_adapter_with_half_of_all_requests_is_on_every_worker_while_slots_abound_and_only_then(scarce: bool) -> None:
+def test_an_adapter_with_half_of_all_requests_is_on_every_worker_while_slots_abound_and_only_then(
+    scarce: bool,
+) -> None:
     room = Room()
     others = {f"w{n}": [on(f"a{n}"), on(f"a{n + 4}")] for n in range(4)}
     for w, mine in others.items():
@@ -357,11 +437,20 @@ def test_an_adapter_with_half_of_all_requests_is_on_every_worker_while_slots_abo
         room.to(PIRATE)
         room.to(adapter(f"a{n % 8}"))
         for w in room.fleet.routable("tiny"):
-            room.worker(w.id, *others[w.id], *([on("pirate")] if w.in_flight(("pirate", "d")) else []), slots=16)
-    assert (sum(w.in_flight(("pirate", "d")) > 0 for w in room.fleet.routable("tiny")) == 4) is not scarce
+            room.worker(
+                w.id,
+                *others[w.id],
+                *([on("pirate")] if w.in_flight(("pirate", "d")) else []),
+                slots=16,
+            )
+    assert (
+        sum(w.in_flight(("pirate", "d")) > 0 for w in room.fleet.routable("tiny")) == 4
+    ) is not scarce
 
 
-def test_a_request_older_than_the_age_bound_closes_the_slot_longest_without_a_new_request_and_gets_it(room: Room) -> None:
+def test_a_request_older_than_the_age_bound_closes_the_slot_longest_without_a_new_request_and_gets_it(
+    room: Room,
+) -> None:
     room.worker("w0", slots=2)
     room.taken()
     for _ in range(3):
@@ -398,7 +487,9 @@ def test_a_claim_ends_with_the_request_that_made_it(room: Room) -> None:
     assert room.to(PIRATE)[1] is ChoiceReason.RESIDENT
 
 
-def test_an_adapter_whose_holders_are_all_full_soon_gets_a_slot_on_a_worker_with_room(room: Room) -> None:
+def test_an_adapter_whose_holders_are_all_full_soon_gets_a_slot_on_a_worker_with_room(
+    room: Room,
+) -> None:
     room.worker("full", on("pirate"), slots=1, capacity=1)
     room.worker("idle", slots=1, capacity=9)
     room.to(PIRATE)
@@ -433,20 +524,30 @@ def test_explain_shows_every_worker_best_first_with_its_terms(room: Room) -> Non
     room.worker("warm", on("pirate"))
     room.worker("full", on("x", in_flight=1), slots=1, running=1)
     found = room.policy.explain(room.ask(PIRATE), room.fleet, 0.0)
-    assert [(c.worker.id, c.eligible, c.note) for c in found] == [("warm", True, ""), ("cold", True, ""), ("full", False, "no slot")]
+    assert [(c.worker.id, c.eligible, c.note) for c in found] == [
+        ("warm", True, ""),
+        ("cold", True, ""),
+        ("full", False, "no slot"),
+    ]
     warm, cold = found[0].terms, found[1].terms
-    assert warm.load_s == 0.0 and cold.load_s == pytest.approx(0.060 + 0.250) and cold.stall_s >= 3 * 0.060
+    assert (
+        warm.load_s == 0.0
+        and cold.load_s == pytest.approx(0.060 + 0.250)
+        and cold.stall_s >= 3 * 0.060
+    )
     assert cold.total_s == pytest.approx(cold.queue_s + cold.load_s + cold.stall_s)
 
 
-# ---- anything, in any order -----------------------------------------------------------------------------------------------------------------
+# ---- anything, in any order ----------------------------------------------------------------------
 
 WORKERS, SLOTS, CAPACITY = 3, 2, 5
 SERVICE_S = 1.0
 
 
 class SlotMachine(RuleBasedStateMachine):
-    """Requests for more adapters than there are slots, each served for SERVICE_S; the waiting ones are asked again every 50 ms, oldest first."""
+    """Requests for more adapters than there are slots, each served for SERVICE_S; the waiting ones
+    are asked again every 50 ms, oldest first.
+    """
 
     @initialize()
     def start(self) -> None:
@@ -504,11 +605,15 @@ class SlotMachine(RuleBasedStateMachine):
     def nothing_is_kept_of_what_is_over(self) -> None:
         if hasattr(self, "room"):
             base = self.room.policy._base("tiny")
-            assert len(base.occupancy) == len(self.running) and len(base.slot_wait) <= len(self.waiting)
+            assert len(base.occupancy) == len(self.running) and len(base.slot_wait) <= len(
+                self.waiting
+            )
 
     @invariant()
     def nobody_waits_past_the_age_bound_and_its_turn(self) -> None:
-        """At most 12 adapters at once want six slots, each of which serves five requests a second: after the bound a handful of rounds do."""
+        """At most 12 adapters at once want six slots, each of which serves five requests a second:
+        after the bound a handful of rounds do.
+        """
         if hasattr(self, "room") and self.waiting:
             oldest = max(self.room.now - ask.arrived for ask, _ in self.waiting)
             ahead = len(self.waiting) + len(self.running)

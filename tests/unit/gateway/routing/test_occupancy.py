@@ -19,7 +19,12 @@ def worker(name: str = "w0", **others: int) -> WorkerView:
     """With so many requests of other gateways for each of these adapters."""
     states = tuple(AdapterState(n, "d", Tier.GPU, in_flight=k) for n, k in others.items())
     running = sum(others.values())
-    return WorkerView(Heartbeat(name, 1, 1, "tiny", WorkerState.SERVING, 256, 4, running, adapters=states, yours=0), 1e9)
+    return WorkerView(
+        Heartbeat(
+            name, 1, 1, "tiny", WorkerState.SERVING, 256, 4, running, adapters=states, yours=0
+        ),
+        1e9,
+    )
 
 
 def seen(*lasted_s: float) -> Occupancy:
@@ -69,7 +74,8 @@ def test_adapters_of_other_gateways_count_at_the_mean_rate() -> None:
     occupancy = seen(*[2.0] * RECENT)
     assert freed(occupancy, worker(a=1, b=3), 0.5, now=0.0) == pytest.approx(2 * 0.25)
     occupancy.begin(RoutingRequest("tiny"), "w0", A, 0.0)
-    assert freed(occupancy, worker(a=2), 0.5, now=1.75) == pytest.approx(0.25, rel=0.01)  # ours ends, theirs must as well
+    # ours ends, theirs must as well
+    assert freed(occupancy, worker(a=2), 0.5, now=1.75) == pytest.approx(0.25, rel=0.01)
 
 
 def test_what_is_sent_again_elsewhere_is_no_longer_where_it_was() -> None:
@@ -77,7 +83,10 @@ def test_what_is_sent_again_elsewhere_is_no_longer_where_it_was() -> None:
     ask = RoutingRequest("tiny")
     occupancy.begin(ask, "w0", A, 0.0)
     occupancy.begin(ask, "w1", A, 0.0)
-    assert freed(occupancy, worker("w0"), 1.0, 0.5) == 0.0 and freed(occupancy, worker("w1"), 1.0, 0.5) > 0.9
+    assert (
+        freed(occupancy, worker("w0"), 1.0, 0.5) == 0.0
+        and freed(occupancy, worker("w1"), 1.0, 0.5) > 0.9
+    )
 
 
 def test_only_the_newest_stays_count() -> None:
@@ -86,8 +95,17 @@ def test_only_the_newest_stays_count() -> None:
     assert freed(occupancy, worker(), 0.2, now=0.9) > 0.99
 
 
-@given(st.lists(st.tuples(st.sampled_from(["begin", "end", "lose"]), st.integers(0, 5), st.floats(0.0, 5.0)), max_size=60))
-def test_nothing_stays_behind_and_no_more_is_freed_than_is_there(events: list[tuple[str, int, float]]) -> None:
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["begin", "end", "lose"]), st.integers(0, 5), st.floats(0.0, 5.0)
+        ),
+        max_size=60,
+    )
+)
+def test_nothing_stays_behind_and_no_more_is_freed_than_is_there(
+    events: list[tuple[str, int, float]],
+) -> None:
     occupancy, asks, now = seen(*[1.0] * LEAST), [RoutingRequest("tiny") for _ in range(6)], 0.0
     for what, n, gap in events:
         now += gap
@@ -99,11 +117,18 @@ def test_nothing_stays_behind_and_no_more_is_freed_than_is_there(events: list[tu
         assert all(0.0 <= number <= 3.0 for number in there.values())
     for ask in asks:
         occupancy.end(ask)
-    assert len(occupancy) == 0 and freed(occupancy, worker("w0"), 9.0, now) == freed(occupancy, worker("w1"), 9.0, now) == 0.0
+    assert (
+        len(occupancy) == 0
+        and freed(occupancy, worker("w0"), 9.0, now)
+        == freed(occupancy, worker("w1"), 9.0, now)
+        == 0.0
+    )
     assert not occupancy._on
 
 
-def test_the_newest_request_of_an_adapter_is_the_one_that_was_sent_last_and_is_still_there() -> None:
+def test_the_newest_request_of_an_adapter_is_the_one_that_was_sent_last_and_is_still_there() -> (
+    None
+):
     occupancy, first, second = Occupancy(), RoutingRequest("tiny"), RoutingRequest("tiny")
     assert occupancy.newest("w0", ("a", "d")) == -math.inf
     occupancy.begin(first, "w0", ("a", "d"), 1.0)

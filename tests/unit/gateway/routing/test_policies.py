@@ -21,7 +21,19 @@ def a_fleet(*workers: tuple[int, int, tuple[AdapterRef, ...]]) -> tuple[Fleet, l
     fleet = Fleet(10.0)
     for i, (capacity, running, held) in enumerate(workers):
         adapters = tuple(AdapterState(a.name, a.digest, Tier.GPU) for a in held)
-        fleet.beat(Heartbeat(f"w{i}", 1, 1, "tiny", WorkerState.SERVING, capacity=capacity, running=running, adapters=adapters), 0.0)
+        fleet.beat(
+            Heartbeat(
+                f"w{i}",
+                1,
+                1,
+                "tiny",
+                WorkerState.SERVING,
+                capacity=capacity,
+                running=running,
+                adapters=adapters,
+            ),
+            0.0,
+        )
         fleet.attach(f"w{i}", 1)
     return fleet, list(fleet.routable("tiny"))
 
@@ -31,12 +43,16 @@ def choose(fleet: Fleet, adapter: AdapterRef | None, rng: random.Random) -> Choi
     return decision if isinstance(decision, Choice) else None
 
 
-def chosen(fleet: Fleet, adapter: AdapterRef | None, seed: int = 0) -> tuple[str, ChoiceReason] | None:
+def chosen(
+    fleet: Fleet, adapter: AdapterRef | None, seed: int = 0
+) -> tuple[str, ChoiceReason] | None:
     choice = choose(fleet, adapter, random.Random(seed))
     return (choice.worker.id, choice.reason) if choice else None
 
 
-def burst(fleet: Fleet, adapter: AdapterRef | None, requests: int, seed: int = 0) -> list[tuple[str, ChoiceReason]]:
+def burst(
+    fleet: Fleet, adapter: AdapterRef | None, requests: int, seed: int = 0
+) -> list[tuple[str, ChoiceReason]]:
     """Choices of a burst between two heartbeats: choose and reserve, no beat."""
     rng = random.Random(seed)
     choices = []
@@ -122,7 +138,9 @@ def test_a_burst_of_base_requests_between_two_beats_spreads(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_burst_for_a_cold_adapter_stays_on_the_worker_that_loads_it_until_that_is_full(seed: int) -> None:
+def test_a_burst_for_a_cold_adapter_stays_on_the_worker_that_loads_it_until_that_is_full(
+    seed: int,
+) -> None:
     fleet, _ = a_fleet(*[(4, 0, ())] * 3)
     choices = burst(fleet, PIRATE, 6, seed)
     first, spilled = choices[0][0], choices[4][0]
@@ -133,7 +151,9 @@ def test_a_burst_for_a_cold_adapter_stays_on_the_worker_that_loads_it_until_that
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_burst_spreads_over_the_holders_and_fills_no_stranger_before_they_are_full(seed: int) -> None:
+def test_a_burst_spreads_over_the_holders_and_fills_no_stranger_before_they_are_full(
+    seed: int,
+) -> None:
     fleet, workers = a_fleet((5, 0, (PIRATE,)), (5, 0, (PIRATE,)), (5, 0, ()))
     choices = burst(fleet, PIRATE, 10, seed)
     assert [w.load for w in workers] == [5, 5, 0]
@@ -146,7 +166,12 @@ def burst_next(fleet: Fleet) -> tuple[str, ChoiceReason] | None:
 
 
 worker_shapes = st.lists(
-    st.tuples(st.integers(0, 4), st.integers(0, 6), st.sampled_from([(), (PIRATE,), (HAIKU,), (PIRATE, HAIKU)])), max_size=6
+    st.tuples(
+        st.integers(0, 4),
+        st.integers(0, 6),
+        st.sampled_from([(), (PIRATE,), (HAIKU,), (PIRATE, HAIKU)]),
+    ),
+    max_size=6,
 )
 
 
@@ -168,7 +193,10 @@ def test_a_choice_has_room_and_its_reason_is_true(
     if any(w.has_room for w in holders):
         assert choice.reason is ChoiceReason.RESIDENT and choice.worker in holders
     else:
-        assert choice.reason is (ChoiceReason.SPILL if holders else ChoiceReason.COLD) and choice.worker not in holders
+        assert (
+            choice.reason is (ChoiceReason.SPILL if holders else ChoiceReason.COLD)
+            and choice.worker not in holders
+        )
 
 
 def test_every_policy_is_made_by_its_name_and_knows_it() -> None:
@@ -176,9 +204,12 @@ def test_every_policy_is_made_by_its_name_and_knows_it() -> None:
     assert make_policy().name == "expected-ttft"
 
 
-@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"ray-strict"}))  # which takes seconds to look past a busy holder
+# which takes seconds to look past a busy holder
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"ray-strict"}))
 @pytest.mark.parametrize("adapter", [None, PIRATE])
-def test_no_policy_ever_chooses_a_worker_without_room(name: str, adapter: AdapterRef | None) -> None:
+def test_no_policy_ever_chooses_a_worker_without_room(
+    name: str, adapter: AdapterRef | None
+) -> None:
     fleet, _ = a_fleet((1, 1, (PIRATE,)), (3, 0, ()), (2, 5, (PIRATE,)))
     policy, rng = make_policy(name), random.Random(1)
     for sid in range(1, 4):
@@ -190,7 +221,9 @@ def test_no_policy_ever_chooses_a_worker_without_room(name: str, adapter: Adapte
 
 @pytest.mark.parametrize("name", sorted(set(POLICIES) - {"ray-strict"}))
 @pytest.mark.parametrize("adapter", [None, PIRATE])
-def test_no_policy_ever_chooses_a_worker_that_is_left_out(name: str, adapter: AdapterRef | None) -> None:
+def test_no_policy_ever_chooses_a_worker_that_is_left_out(
+    name: str, adapter: AdapterRef | None
+) -> None:
     fleet, _ = a_fleet((9, 0, (PIRATE,)), (9, 3, (PIRATE,)), (9, 5, ()))
     policy, rng = make_policy(name), random.Random(1)
     with fleet.without(["w0", "gone"]):
@@ -209,5 +242,11 @@ def test_round_robin_goes_round_and_leaves_out_the_full() -> None:
 
 def test_least_loaded_takes_the_least_loaded() -> None:
     fleet, _ = a_fleet((9, 3, ()), (9, 1, ()), (9, 2, (PIRATE,)))
-    choice = make_policy("least-loaded").choose(RoutingRequest("tiny", PIRATE), fleet, 0.0, random.Random(1))
-    assert isinstance(choice, Choice) and choice.worker.id == "w1" and choice.reason is ChoiceReason.BLIND
+    choice = make_policy("least-loaded").choose(
+        RoutingRequest("tiny", PIRATE), fleet, 0.0, random.Random(1)
+    )
+    assert (
+        isinstance(choice, Choice)
+        and choice.worker.id == "w1"
+        and choice.reason is ChoiceReason.BLIND
+    )

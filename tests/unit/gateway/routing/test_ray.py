@@ -15,17 +15,26 @@ HAIKU = AdapterRef("tiny", "haiku", "d2")
 OTHER = AdapterRef("tiny", "other", "d3")
 
 
-def a_fleet(*workers: tuple[int, tuple[AdapterRef, ...]], capacity: int = 256) -> tuple[Fleet, list[WorkerView]]:
+def a_fleet(
+    *workers: tuple[int, tuple[AdapterRef, ...]], capacity: int = 256
+) -> tuple[Fleet, list[WorkerView]]:
     """One worker per (load by others, adapters on its GPU)."""
     fleet = Fleet(10.0)
     for i, (running, held) in enumerate(workers):
         adapters = tuple(AdapterState(a.name, a.digest, Tier.GPU) for a in held)
-        fleet.beat(Heartbeat(f"w{i}", 1, 1, "tiny", WorkerState.SERVING, capacity, 16, running, adapters=adapters), 0.0)
+        fleet.beat(
+            Heartbeat(
+                f"w{i}", 1, 1, "tiny", WorkerState.SERVING, capacity, 16, running, adapters=adapters
+            ),
+            0.0,
+        )
         fleet.attach(f"w{i}", 1)
     return fleet, list(fleet.routable("tiny"))
 
 
-def picks(policy: Ray | RayStrict, fleet: Fleet, ask: RoutingRequest, now: float = 0.0, seeds: int = 30) -> set[str]:
+def picks(
+    policy: Ray | RayStrict, fleet: Fleet, ask: RoutingRequest, now: float = 0.0, seeds: int = 30
+) -> set[str]:
     """Who can be chosen, over the chance of many seeds (of a fresh request each)."""
     found = set()
     for seed in range(seeds):
@@ -36,7 +45,7 @@ def picks(policy: Ray | RayStrict, fleet: Fleet, ask: RoutingRequest, now: float
     return found
 
 
-# ---- the words --------------------------------------------------------------------------------------------------------------------------
+# ---- the words -----------------------------------------------------------------------------------
 
 
 def test_a_holder_that_is_not_overloaded_gets_the_request_however_busy_it_is() -> None:
@@ -47,7 +56,10 @@ def test_a_holder_that_is_not_overloaded_gets_the_request_however_busy_it_is() -
 def test_when_all_holders_are_overloaded_a_less_busy_worker_loads_it_at_once() -> None:
     fleet, _ = a_fleet((10, (PIRATE,)), (3, (HAIKU,)), (12, (PIRATE,)))
     choice = Ray(10).choose(RoutingRequest("tiny", PIRATE), fleet, 0.0, random.Random(1))
-    assert isinstance(choice, Choice) and (choice.worker.id, choice.reason) == ("w1", ChoiceReason.SPILL)
+    assert isinstance(choice, Choice) and (choice.worker.id, choice.reason) == (
+        "w1",
+        ChoiceReason.SPILL,
+    )
 
 
 def test_a_cold_adapter_goes_to_one_of_those_with_the_fewest_adapters() -> None:
@@ -74,10 +86,12 @@ def test_a_base_request_never_looks_at_residency() -> None:
 
 def test_when_every_worker_is_overloaded_the_request_waits_for_room() -> None:
     fleet, _ = a_fleet((10, (PIRATE,)), (11, ()))
-    assert Ray(10).choose(RoutingRequest("tiny", PIRATE), fleet, 0.0, random.Random(1)) == Defer(Blocked.ROOM)
+    assert Ray(10).choose(RoutingRequest("tiny", PIRATE), fleet, 0.0, random.Random(1)) == Defer(
+        Blocked.ROOM
+    )
 
 
-# ---- what Ray 2.60 really does: the rows of its table ---------------------------------------------------------------------------------------
+# ---- what Ray 2.60 really does: the rows of its table --------------------------------------------
 
 
 def test_m1_the_first_round_looks_at_holders_alone_however_loaded() -> None:
@@ -90,7 +104,9 @@ def test_m2_without_a_holder_those_with_the_fewest_adapters() -> None:
     assert picks(RayStrict(), fleet, RoutingRequest("tiny", PIRATE)) == {"w1"}
 
 
-def test_m3_then_m4_an_adapter_that_fell_back_wastes_a_round_and_may_be_loaded_by_several_workers() -> None:
+def test_m3_then_m4_an_adapter_that_fell_back_wastes_a_round_and_may_be_loaded_by_several_workers() -> (
+    None
+):
     fleet, _ = a_fleet((0, ()), (0, ()), (0, ()))
     policy, rng = RayStrict(), random.Random(1)
     loaded_by = set()
@@ -105,26 +121,38 @@ def test_m3_then_m4_an_adapter_that_fell_back_wastes_a_round_and_may_be_loaded_b
     assert len(loaded_by) > 1  # no coalescing: W2
 
 
-def test_m4_after_a_full_holder_only_those_with_the_fewest_adapters_are_tried_for_a_second() -> None:
+def test_m4_after_a_full_holder_only_those_with_the_fewest_adapters_are_tried_for_a_second() -> (
+    None
+):
     """W3: the third worker is idle, but holds more adapters than the full second one."""
     fleet, _ = a_fleet((9, (PIRATE, HAIKU)), (9, ()), (0, (HAIKU,)))
     policy, ask, rng, now = RayStrict(9), RoutingRequest("tiny", PIRATE), random.Random(1), 0.0
     while isinstance(decision := policy.choose(ask, fleet, now, rng), Defer):
-        assert decision.blocked is Blocked.TURN and decision.until is not None and decision.until > now
+        assert (
+            decision.blocked is Blocked.TURN and decision.until is not None and decision.until > now
+        )
         now = decision.until
-    assert decision.worker.id == "w2" and 1.0 <= now <= 3.0  # M5, then M6: the window ends at the boundary of a round
+    # M5, then M6: the window ends at the boundary of a round
+    assert decision.worker.id == "w2" and 1.0 <= now <= 3.0
 
 
 def test_m1_is_not_tried_again_when_the_holder_frees_within_the_window() -> None:
     fleet, workers = a_fleet((9, (PIRATE, HAIKU)), (9, ()))
     policy, ask = RayStrict(9), RoutingRequest("tiny", PIRATE)
     assert isinstance(policy.choose(ask, fleet, 0.0, random.Random(1)), Defer)
-    fleet.beat(Heartbeat("w0", 1, 2, "tiny", WorkerState.SERVING, 256, 16, 0, adapters=workers[0].beat.adapters), 0.1)
+    fleet.beat(
+        Heartbeat(
+            "w0", 1, 2, "tiny", WorkerState.SERVING, 256, 16, 0, adapters=workers[0].beat.adapters
+        ),
+        0.1,
+    )
     assert isinstance(policy.choose(ask, fleet, 0.2, random.Random(1)), Defer)
 
 
 def test_rounds_back_off_as_ray_does() -> None:
-    assert [backoff_s(n) for n in range(1, 9)] == pytest.approx([0.0, 0.025, 0.05, 0.1, 0.2, 0.4, 0.5, 0.5])
+    assert [backoff_s(n) for n in range(1, 9)] == pytest.approx(
+        [0.0, 0.025, 0.05, 0.1, 0.2, 0.4, 0.5, 0.5]
+    )
 
 
 def test_requests_beyond_the_routing_tasks_wait_behind_the_others_even_for_an_idle_holder() -> None:
@@ -134,7 +162,20 @@ def test_requests_beyond_the_routing_tasks_wait_behind_the_others_even_for_an_id
     policy, rng = RayStrict(9), random.Random(1)
     stuck = [RoutingRequest("tiny", PIRATE) for _ in range(4)]
     assert all(isinstance(policy.choose(ask, fleet, 0.0, rng), Defer) for ask in stuck)
-    fleet.beat(Heartbeat("w1", 1, 3, "tiny", WorkerState.SERVING, 9, 16, 0, adapters=(AdapterState("haiku", "d2", Tier.GPU),)), 0.0)
+    fleet.beat(
+        Heartbeat(
+            "w1",
+            1,
+            3,
+            "tiny",
+            WorkerState.SERVING,
+            9,
+            16,
+            0,
+            adapters=(AdapterState("haiku", "d2", Tier.GPU),),
+        ),
+        0.0,
+    )
     warm = RoutingRequest("tiny", HAIKU)
     assert policy.choose(warm, fleet, 0.01, rng) == Defer(Blocked.TURN, 0.01 + BACKOFF_S)
     policy.left(stuck[0], 0.02)

@@ -23,14 +23,34 @@ class Room:
     """A fleet whose workers run what other gateways have sent there, and the policy."""
 
     def __init__(self) -> None:
-        self.fleet, self.policy, self.rng, self.now, self.sid, self.seq = Fleet(1e9), ExpectedTTFT(), random.Random(1), 0.0, 0, 0
+        self.fleet, self.policy, self.rng, self.now, self.sid, self.seq = (
+            Fleet(1e9),
+            ExpectedTTFT(),
+            random.Random(1),
+            0.0,
+            0,
+            0,
+        )
 
     def beat(self, worker: str, **in_flight: int) -> WorkerView:
         """The worker has these adapters in slots, with so many requests each."""
         self.seq += 1
-        states = tuple(AdapterState(name, "d", Tier.GPU, in_flight=n) for name, n in in_flight.items())
+        states = tuple(
+            AdapterState(name, "d", Tier.GPU, in_flight=n) for name, n in in_flight.items()
+        )
         running = sum(in_flight.values())
-        beat = Heartbeat(worker, 1, self.seq, "tiny", WorkerState.SERVING, 256, SLOTS, running, adapters=states, yours=0)
+        beat = Heartbeat(
+            worker,
+            1,
+            self.seq,
+            "tiny",
+            WorkerState.SERVING,
+            256,
+            SLOTS,
+            running,
+            adapters=states,
+            yours=0,
+        )
         self.fleet.beat(beat, self.now)
         self.fleet.attach(worker, 1)
         found = self.fleet.get(worker)
@@ -64,7 +84,9 @@ def room() -> Room:
     return Room()
 
 
-def test_an_adapter_leaves_a_worker_that_stays_far_busier_than_the_others_and_does_not_come_back_at_once(room: Room) -> None:
+def test_an_adapter_leaves_a_worker_that_stays_far_busier_than_the_others_and_does_not_come_back_at_once(
+    room: Room,
+) -> None:
     room.usual(heavy=HEAVY, light={"poem": 20})
     assert room.to("law") == ("light", ChoiceReason.SPILL)
     for _ in range(5):
@@ -132,7 +154,9 @@ def test_an_adapter_whose_home_set_grows_is_spread_by_copies_and_not_moved(room:
     assert room.to("law")[0] == "light"
 
 
-def test_when_the_worker_that_took_it_is_lost_the_old_one_serves_the_adapter_again(room: Room) -> None:
+def test_when_the_worker_that_took_it_is_lost_the_old_one_serves_the_adapter_again(
+    room: Room,
+) -> None:
     room.usual(heavy=HEAVY, light={"poem": 20}, third={"ode": 30})
     (taker, reason) = room.to("law")
     assert reason is ChoiceReason.SPILL

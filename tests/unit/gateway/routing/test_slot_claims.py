@@ -38,9 +38,23 @@ class Desk:
         self.seq += 1
         slots = 2 + int(worker[1:]) % 2
         drawn = self.rng.sample(ADAPTERS, slots)
-        states = tuple(AdapterState(a.name, "d", Tier.GPU, in_flight=self.rng.randrange(2), steady=self.rng.random() < 0.4) for a in drawn)
+        states = tuple(
+            AdapterState(
+                a.name,
+                "d",
+                Tier.GPU,
+                in_flight=self.rng.randrange(2),
+                steady=self.rng.random() < 0.4,
+            )
+            for a in drawn
+        )
         running = self.rng.choice((0, 1, 7))
-        self.fleet.beat(Heartbeat(worker, 1, self.seq, "tiny", WorkerState.SERVING, 8, slots, running, adapters=states), self.now)
+        self.fleet.beat(
+            Heartbeat(
+                worker, 1, self.seq, "tiny", WorkerState.SERVING, 8, slots, running, adapters=states
+            ),
+            self.now,
+        )
         self.fleet.attach(worker, 1)
 
     def step(self) -> None:
@@ -61,7 +75,11 @@ class Desk:
             case 4 if self.open:
                 self.fleet.release(self.open.pop(self.rng.randrange(len(self.open))))
             case _:
-                able = [w for w in pool.workers if w.has_room and self.claims.open_to(w, key, pool, self.now)]
+                able = [
+                    w
+                    for w in pool.workers
+                    if w.has_room and self.claims.open_to(w, key, pool, self.now)
+                ]
                 if able:
                     self.sid += 1
                     self.fleet.reserve(self.rng.choice(able), self.sid, ref)
@@ -69,11 +87,15 @@ class Desk:
 
     def open_to(self, key: Key) -> list[WorkerView]:
         pool = self.fleet.pool("tiny")
-        return [w for w in pool.workers if w.has_room and self.claims.open_to(w, key, pool, self.now)]
+        return [
+            w for w in pool.workers if w.has_room and self.claims.open_to(w, key, pool, self.now)
+        ]
 
 
 @given(st.randoms(use_true_random=False))
-def test_slots_are_shut_to_an_adapter_exactly_if_no_worker_is_open_to_it_beyond_where_it_is_in_flight(rng: random.Random) -> None:
+def test_slots_are_shut_to_an_adapter_exactly_if_no_worker_is_open_to_it_beyond_where_it_is_in_flight(
+    rng: random.Random,
+) -> None:
     desk = Desk(rng)
     for _ in range(60):
         desk.step()
@@ -81,7 +103,9 @@ def test_slots_are_shut_to_an_adapter_exactly_if_no_worker_is_open_to_it_beyond_
             key = key_of(ref)
             able = desk.open_to(key)
             shut = desk.claims.shut(key, desk.fleet.pool("tiny"), desk.now)
-            assert not (shut and any(not w.in_flight(key) for w in able)), "it would wait for nothing"
+            assert not (shut and any(not w.in_flight(key) for w in able)), (
+                "it would wait for nothing"
+            )
             assert shut or able, "everybody would be asked in vain"
 
 
@@ -96,7 +120,9 @@ def test_the_pools_sums_are_those_of_its_workers(rng: random.Random) -> None:
 
 
 @given(st.randoms(use_true_random=False))
-def test_a_slot_that_is_kept_for_a_claim_is_its_claimants_to_have_at_once(rng: random.Random) -> None:
+def test_a_slot_that_is_kept_for_a_claim_is_its_claimants_to_have_at_once(
+    rng: random.Random,
+) -> None:
     desk = Desk(rng)
     for _ in range(60):
         desk.step()
@@ -106,16 +132,24 @@ def test_a_slot_that_is_kept_for_a_claim_is_its_claimants_to_have_at_once(rng: r
         for ref in ADAPTERS:
             key = key_of(ref)
             claim = desk.claims.of(key)
-            if claim is not None and claim.worker in desk.open_to(key) and claim.worker.open_slots > 0:
+            if (
+                claim is not None
+                and claim.worker in desk.open_to(key)
+                and claim.worker.open_slots > 0
+            ):
                 assert key in reserved_for
 
 
 def test_few_slots_stand_empty_while_many_wait_for_one() -> None:
-    """Twice what two workers can serve as it comes. A claimed slot that waits for its claimant's turn would be empty for seconds."""
+    """Twice what two workers can serve as it comes. A claimed slot that waits for its claimant's
+    turn would be empty for seconds.
+    """
     slots = 16
     mix = Workload(Poisson(54.0), Zipf(1.0), 250, Fixed(64), Fixed(128), seed=3)
     load = takewhile(lambda request: request.at_s < 12.0, requests(mix))
-    simulation = Simulation(World("expected-ttft", 2, 250, 1, facts=WorkerFacts("base", slots=slots)), load)
+    simulation = Simulation(
+        World("expected-ttft", 2, 250, 1, facts=WorkerFacts("base", slots=slots)), load
+    )
     gateway = simulation.dispatcher
     empty: list[int] = []
 

@@ -24,7 +24,9 @@ DEAR_S = 10.0
 
 
 class Line:
-    """Requests that wait for `FULL`, on which each adapter has one request that stays for STAY_S."""
+    """Requests that wait for `FULL`, on which each adapter has one request that stays for
+    STAY_S.
+    """
 
     def __init__(self, *ends: float) -> None:
         self.occupancy = Occupancy()
@@ -34,7 +36,13 @@ class Line:
         for n, at in enumerate(ends):
             self.occupancy.begin(RoutingRequest("tiny"), "full", (f"a{n}", "d"), at - STAY_S)
 
-    def waits(self, ask: RoutingRequest, now: float = 0.0, slack: float = FULL_SPREADS, elsewhere_s: float = DEAR_S) -> bool:
+    def waits(
+        self,
+        ask: RoutingRequest,
+        now: float = 0.0,
+        slack: float = FULL_SPREADS,
+        elsewhere_s: float = DEAR_S,
+    ) -> bool:
         return self.slot_wait.until(ask, [FULL], slack, elsewhere_s, now) > now
 
 
@@ -71,7 +79,8 @@ def test_a_hope_is_given_up_when_the_slot_went_to_somebody_else() -> None:
     line = Line(0.1)
     asked = ask()
     assert line.waits(asked)
-    line.occupancy.begin(RoutingRequest("tiny"), "full", ("a0", "d"), 0.0)  # the adapter got a new request and will not leave
+    # the adapter got a new request and will not leave
+    line.occupancy.begin(RoutingRequest("tiny"), "full", ("a0", "d"), 0.0)
     assert line.waits(asked, RECKON_S / 2)
     assert not line.waits(asked, RECKON_S)
 
@@ -89,7 +98,9 @@ def test_patience_ends_however_likely_a_slot_is() -> None:
     line = Line(*[at / 10 for at in range(10)])
     asked = ask()
     assert line.slot_wait.until(asked, [FULL], FULL_SPREADS, DEAR_S, 0.0) == pytest.approx(SOON_S)
-    assert line.slot_wait.until(asked, [FULL], FULL_SPREADS, DEAR_S, 0.2) == pytest.approx(PATIENCE_S)
+    assert line.slot_wait.until(asked, [FULL], FULL_SPREADS, DEAR_S, 0.2) == pytest.approx(
+        PATIENCE_S
+    )
     assert not line.waits(asked, PATIENCE_S)
 
 
@@ -102,12 +113,17 @@ def test_the_more_slots_are_open_elsewhere_the_shorter_it_is() -> None:
 
 def test_while_slots_are_scarce_it_waits_whatever_is_likely() -> None:
     line, asked = Line(1.0), ask(1.0)
-    assert line.slot_wait.until(asked, [FULL], SCARCE_SPREADS / 2, DEAR_S, 1.0) == 1.0 + SCARCE_PATIENCE_S
+    assert (
+        line.slot_wait.until(asked, [FULL], SCARCE_SPREADS / 2, DEAR_S, 1.0)
+        == 1.0 + SCARCE_PATIENCE_S
+    )
     assert not line.waits(asked, 1.0 + SCARCE_PATIENCE_S, SCARCE_SPREADS / 2)
 
 
 def test_where_nothing_is_known_of_stays_it_waits() -> None:
-    assert SlotWait(Occupancy()).until(ask(), [FULL], FULL_SPREADS, DEAR_S, 0.0) == pytest.approx(SOON_S)
+    assert SlotWait(Occupancy()).until(ask(), [FULL], FULL_SPREADS, DEAR_S, 0.0) == pytest.approx(
+        SOON_S
+    )
 
 
 @pytest.mark.parametrize("slack", [FULL_SPREADS, SCARCE_SPREADS / 2])

@@ -15,9 +15,14 @@ BOUNDS = {"ttft": (1.0, 2.0)}
 
 
 @given(st.lists(st.one_of(st.sampled_from(TTFT_BUCKETS_S), st.floats(0, 100)), max_size=50))
-def test_values_fall_into_the_buckets_that_prometheus_would_put_them_in(values: list[float]) -> None:
+def test_values_fall_into_the_buckets_that_prometheus_would_put_them_in(
+    values: list[float],
+) -> None:
     registry = CollectorRegistry()
-    theirs, ours = Histogram("x", "x", buckets=TTFT_BUCKETS_S, registry=registry), Distribution(TTFT_BUCKETS_S)
+    theirs, ours = (
+        Histogram("x", "x", buckets=TTFT_BUCKETS_S, registry=registry),
+        Distribution(TTFT_BUCKETS_S),
+    )
     for value in values:
         theirs.observe(value)
         ours.observe(value)
@@ -46,7 +51,13 @@ def test_the_sum_of_processes_is_what_one_process_would_have_counted() -> None:
 
 def test_buckets_of_another_version_are_left_out_and_the_rest_is_kept() -> None:
     total = CounterSet(BOUNDS)
-    total.add(Snapshot("g1", ((("requests", "a"), 3),), ((("ttft", "a"), (1, 2), 1.0), (("gone", "a"), (1, 2, 3), 1.0))))
+    total.add(
+        Snapshot(
+            "g1",
+            ((("requests", "a"), 3),),
+            ((("ttft", "a"), (1, 2), 1.0), (("gone", "a"), (1, 2, 3), 1.0)),
+        )
+    )
     assert total.counters == {("requests", "a"): 3} and not total.distributions
 
 
@@ -62,18 +73,32 @@ def test_a_process_that_is_started_again_goes_on_from_its_last_numbers() -> None
 
 
 def test_adapters_with_a_series_of_their_own_keep_it_over_a_restart_and_stay_bounded() -> None:
-    before = Snapshot("g0", tuple((("adapter_requests", "a", f"x{i}"), 1.0) for i in range(ADAPTER_LABELS)))
+    before = Snapshot(
+        "g0", tuple((("adapter_requests", "a", f"x{i}"), 1.0) for i in range(ADAPTER_LABELS))
+    )
     metrics = Metrics("g0")
     metrics.restore(before)
-    assert metrics._adapter_label("a", "x7") == "x7" and metrics._adapter_label("a", "new") == "_other"
+    assert (
+        metrics._adapter_label("a", "x7") == "x7" and metrics._adapter_label("a", "new") == "_other"
+    )
 
 
 def test_a_process_that_does_not_answer_shows_its_last_counts_and_no_gauge() -> None:
     parts = [
-        Snapshot("g0", ((("requests", "a", "finished"), 2),), gauges=((("queue_depth", "a", "g0"), 5),)),
-        Snapshot("g1", ((("requests", "a", "finished"), 3),), gauges=((("queue_depth", "a", "g1"), 7),)),
+        Snapshot(
+            "g0", ((("requests", "a", "finished"), 2),), gauges=((("queue_depth", "a", "g0"), 5),)
+        ),
+        Snapshot(
+            "g1", ((("requests", "a", "finished"), 3),), gauges=((("queue_depth", "a", "g1"), 7),)
+        ),
     ]
     shown = Metrics("g0").render(parts, {"g0": True, "g1": False}).decode()
     assert 'loraplex_requests_total{base="a",outcome="finished"} 5.0' in shown
-    assert 'loraplex_queue_depth{base="a",process="g0"} 5.0' in shown and 'queue_depth{base="a",process="g1"}' not in shown
-    assert 'loraplex_gateway_process_up{process="g1"} 0.0' in shown and 'loraplex_gateway_requests{process="g1"} 3.0' in shown
+    assert (
+        'loraplex_queue_depth{base="a",process="g0"} 5.0' in shown
+        and 'queue_depth{base="a",process="g1"}' not in shown
+    )
+    assert (
+        'loraplex_gateway_process_up{process="g1"} 0.0' in shown
+        and 'loraplex_gateway_requests{process="g1"} 3.0' in shown
+    )

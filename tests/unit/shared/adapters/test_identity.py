@@ -6,13 +6,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.adapters.identity import MAX_NAME_LENGTH, AdapterRef, StoredAdapter, StoredFile, check_name
+from shared.adapters.identity import (
+    MAX_NAME_LENGTH,
+    AdapterRef,
+    StoredAdapter,
+    StoredFile,
+    check_name,
+)
 from shared.errors import AdapterNotFound
 
-# ---- names ------------------------------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pirate", "a", "_", "7", "team/pirate", "a.b-c_d", "a/b/c/d", "x" * MAX_NAME_LENGTH])
+@pytest.mark.parametrize(
+    "name", ["pirate", "a", "_", "7", "team/pirate", "a.b-c_d", "a/b/c/d", "x" * MAX_NAME_LENGTH]
+)
 def test_a_name_in_the_grammar_passes(name: str) -> None:
     check_name(name)
 
@@ -58,19 +66,27 @@ def test_a_name_that_passes_is_a_plain_relative_path(name: str) -> None:
         check_name(name)
     except AdapterNotFound:
         return
-    assert name.isascii() and all(re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in name.split("/"))
+    assert name.isascii() and all(
+        re.fullmatch(r"\w[\w.-]*", part, re.ASCII) for part in name.split("/")
+    )
 
 
-# ---- identity -------------------------------------------------------------------------------------------------------------------------------
+# ---- identity ------------------------------------------------------------------------------------
 
 
 def test_base_name_and_digest_together_are_the_identity() -> None:
     ref = AdapterRef("tiny", "pirate", "d")
-    others = {AdapterRef("big", "pirate", "d"), AdapterRef("tiny", "haiku", "d"), AdapterRef("tiny", "pirate", "e")}
+    others = {
+        AdapterRef("big", "pirate", "d"),
+        AdapterRef("tiny", "haiku", "d"),
+        AdapterRef("tiny", "pirate", "e"),
+    }
     assert ref not in others and ref in {AdapterRef("tiny", "pirate", "d")}
     assert str(ref) == "tiny:pirate@d"
 
 
 def test_an_adapter_is_as_big_as_its_files() -> None:
-    assert StoredAdapter("a", "d", (StoredFile("x", 3, "1"), StoredFile("y", 4, "1"))).size_bytes == 7
+    assert (
+        StoredAdapter("a", "d", (StoredFile("x", 3, "1"), StoredFile("y", 4, "1"))).size_bytes == 7
+    )
     assert StoredAdapter("a", "d", ()).size_bytes == 0

@@ -27,17 +27,37 @@ def test_every_key_and_item_has_its_line() -> None:
 
 def test_scalars_are_read_as_yaml_has_them_and_dates_stay_text() -> None:
     text = "[1, 0x10, 1.5, .inf, true, off, null, ~, '1', 2024-01-01, 1_000]"
-    assert read(text).value == [1, 16, 1.5, float("inf"), True, False, None, None, "1", "2024-01-01", 1000]
+    assert read(text).value == [
+        1,
+        16,
+        1.5,
+        float("inf"),
+        True,
+        False,
+        None,
+        None,
+        "1",
+        "2024-01-01",
+        1000,
+    ]
 
 
 def test_a_key_given_twice_is_refused_with_both_lines() -> None:
-    assert problem("a:\n  b: 1\n  c: 2\n  b: 3\n") == "f.yaml:4: a.b: the key stands twice (first in line 2); remove one"
+    assert (
+        problem("a:\n  b: 1\n  c: 2\n  b: 3\n")
+        == "f.yaml:4: a.b: the key stands twice (first in line 2); remove one"
+    )
 
 
 def test_aliases_and_merge_keys_work_and_own_keys_win() -> None:
     document = read("x: &x {a: 1, b: 2}\ny: {<<: *x, b: 3}\nz: {<<: [{a: 5}, *x]}\nw: *x\n")
     assert not document.problems
-    assert document.value == {"x": {"a": 1, "b": 2}, "y": {"a": 1, "b": 3}, "z": {"a": 5, "b": 2}, "w": {"a": 1, "b": 2}}
+    assert document.value == {
+        "x": {"a": 1, "b": 2},
+        "y": {"a": 1, "b": 3},
+        "z": {"a": 5, "b": 2},
+        "w": {"a": 1, "b": 2},
+    }
 
 
 @pytest.mark.parametrize(
@@ -47,7 +67,10 @@ def test_aliases_and_merge_keys_work_and_own_keys_win() -> None:
         ("a: 1\n\tb: 2", "f.yaml:2: not valid YAML"),
         ("a: 1\n---\nb: 2", "not valid YAML"),
         ("a: \x00", "not valid YAML"),
-        ("a: !!python/object/apply:os.system [ls]", "f.yaml:1: a: the tag python/object/apply:os.system is not supported"),
+        (
+            "a: !!python/object/apply:os.system [ls]",
+            "f.yaml:1: a: the tag python/object/apply:os.system is not supported",
+        ),
         ("a: !secret x", "the tag the text '!secret' is not supported"),
         ("a: !!int x", "f.yaml:1: a: the text 'x' cannot be read as YAML's int"),
         ("a: !!bool perhaps", "cannot be read as YAML's bool"),
@@ -68,7 +91,9 @@ def test_what_is_no_configuration_is_a_problem_with_its_place(text: str, part: s
 
 
 def test_aliases_cannot_grow_a_small_file_without_end() -> None:
-    text = "a0: &a0 [1, 1]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9))
+    text = "a0: &a0 [1, 1]\n" + "".join(
+        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)
+    )
     assert "too large or too deep" in problem(text)
 
 

@@ -19,9 +19,22 @@ def refusal(**fields: Any) -> str:
 
 def test_defaults_listen_on_this_machine_only() -> None:
     config = GatewayConfig()
-    assert (config.host, config.port, config.link) == ("127.0.0.1", 8000, LinkConfig(control="ipc", data="ipc"))
-    assert (config.max_body_bytes, config.max_concurrent_requests, config.max_queued_requests) == (32 << 20, 4096, 1024)
-    assert (config.drain_s, config.kill_s, config.lease_s, config.heartbeat_s) == (20.0, 5.0, 3.0, 0.1)
+    assert (config.host, config.port, config.link) == (
+        "127.0.0.1",
+        8000,
+        LinkConfig(control="ipc", data="ipc"),
+    )
+    assert (config.max_body_bytes, config.max_concurrent_requests, config.max_queued_requests) == (
+        32 << 20,
+        4096,
+        1024,
+    )
+    assert (config.drain_s, config.kill_s, config.lease_s, config.heartbeat_s) == (
+        20.0,
+        5.0,
+        3.0,
+        0.1,
+    )
     assert (config.routing_policy, config.slow_reader_bytes) == ("expected-ttft", 1 << 20)
 
 
@@ -37,11 +50,26 @@ def test_defaults_listen_on_this_machine_only() -> None:
         ({"api_keys_env": "sk-1234"}, "the name of an environment variable"),
         ({"link": {"secret_env": "p@ss word"}}, "link.secret_env: expected the name"),
         ({"link": {"control": "tcp://127.0.0.1:7000"}}, "must both be ipc, or both tcp"),
-        ({"link": {"control": "tcp://127.0.0.1:7000", "data": "tcp://127.0.0.1:7000"}}, "need two ports"),
-        ({"link": {"control": "udp://x:1", "data": "tcp://127.0.0.1:7000"}}, "expected ipc or tcp://host:port"),
-        ({"link": {"control": "tcp://127.0.0.1:70000", "data": "tcp://127.0.0.1:7000"}}, "expected ipc or tcp://host:port"),
-        ({"link": {"control": "tcp://10.0.0.1:7000", "data": "tcp://127.0.0.1:7001"}}, "'10.0.0.1' is reachable from other machines"),
-        ({"link": {"control": "tcp://*:7000", "data": "tcp://127.0.0.1:7001"}}, "'*' is reachable from other machines"),
+        (
+            {"link": {"control": "tcp://127.0.0.1:7000", "data": "tcp://127.0.0.1:7000"}},
+            "need two ports",
+        ),
+        (
+            {"link": {"control": "udp://x:1", "data": "tcp://127.0.0.1:7000"}},
+            "expected ipc or tcp://host:port",
+        ),
+        (
+            {"link": {"control": "tcp://127.0.0.1:70000", "data": "tcp://127.0.0.1:7000"}},
+            "expected ipc or tcp://host:port",
+        ),
+        (
+            {"link": {"control": "tcp://10.0.0.1:7000", "data": "tcp://127.0.0.1:7001"}},
+            "'10.0.0.1' is reachable from other machines",
+        ),
+        (
+            {"link": {"control": "tcp://*:7000", "data": "tcp://127.0.0.1:7001"}},
+            "'*' is reachable from other machines",
+        ),
         ({"link": {"peer": "tcp://0.0.0.0:9760"}}, "'0.0.0.0' is reachable from other machines"),
         ({"link": {"peer": "ipc"}}, "expected off, auto or tcp://host:port"),
     ],
@@ -50,7 +78,10 @@ def test_what_cannot_work_is_refused(fields: dict[str, Any], part: str) -> None:
     assert part in refusal(**fields)
 
 
-@pytest.mark.parametrize("fields", [{"api_keys_env": "sk-1234"}, {"link": {"secret_env": "sk-1234"}}, {"api_keys_env": 1234}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"api_keys_env": "sk-1234"}, {"link": {"secret_env": "sk-1234"}}, {"api_keys_env": 1234}],
+)
 def test_a_pasted_secret_is_not_repeated(fields: dict[str, Any]) -> None:
     assert "1234" not in refusal(**fields)
 
@@ -77,11 +108,32 @@ def test_these_hosts_are_not(host: str) -> None:
         ({}, ""),
         ({"control": "tcp://127.0.0.1:7000", "data": "tcp://127.0.0.1:7001"}, ""),
         ({"control": "tcp://10.0.0.1:7000", "data": "tcp://10.0.0.1:7001", "insecure": True}, ""),
-        ({"control": "tcp://10.0.0.1:7000", "data": "tcp://10.0.0.1:7001", "secret_env": "S"}, "tcp://0.0.0.0:0"),
-        ({"control": "tcp://10.0.0.1:7000", "data": "tcp://10.0.0.1:7001", "secret_env": "S", "peer": "off"}, ""),
-        ({"control": "tcp://10.0.0.1:7000", "data": "tcp://10.0.0.1:7001", "secret_env": "S", "peer": False}, ""),
+        (
+            {"control": "tcp://10.0.0.1:7000", "data": "tcp://10.0.0.1:7001", "secret_env": "S"},
+            "tcp://0.0.0.0:0",
+        ),
+        (
+            {
+                "control": "tcp://10.0.0.1:7000",
+                "data": "tcp://10.0.0.1:7001",
+                "secret_env": "S",
+                "peer": "off",
+            },
+            "",
+        ),
+        (
+            {
+                "control": "tcp://10.0.0.1:7000",
+                "data": "tcp://10.0.0.1:7001",
+                "secret_env": "S",
+                "peer": False,
+            },
+            "",
+        ),
         ({"peer": "tcp://127.0.0.1:9760"}, "tcp://127.0.0.1:9760"),
     ],
 )
-def test_workers_open_a_socket_for_peers_where_the_link_leaves_the_machine_and_has_a_secret(fields: dict[str, Any], bound: str) -> None:
+def test_workers_open_a_socket_for_peers_where_the_link_leaves_the_machine_and_has_a_secret(
+    fields: dict[str, Any], bound: str
+) -> None:
     assert LinkConfig(**fields).peer_endpoint == bound

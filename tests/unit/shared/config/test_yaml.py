@@ -1,4 +1,6 @@
-"""Whole files: Ray's forms, real line numbers, all problems at once, warnings for what only Ray understands."""
+"""Whole files: Ray's forms, real line numbers, all problems at once, warnings for what only Ray
+understands.
+"""
 
 from __future__ import annotations
 
@@ -51,16 +53,28 @@ def test_rays_own_file_needs_no_change_and_names_what_has_no_effect() -> None:
     loaded = load_settings(EXAMPLES / "ray.yaml")
     placement, scaling = loaded.warnings
     assert ": proxy_location: has no effect here: " in placement
-    assert "max_replicas: has no effect here: nothing scales by itself yet, 1 worker will run" in scaling
+    assert (
+        "max_replicas: has no effect here: nothing scales by itself yet, 1 worker will run"
+        in scaling
+    )
     assert loaded.models[0].adapters_path == "s3://my_dynamic_lora_path"
 
 
 def test_too_many_pins_are_refused_at_their_line_and_too_many_preloads_are_a_warning() -> None:
-    text = SMALL + "  llm_engine: sim\n  lora_config:\n    dynamic_lora_loading_path: /a\n    max_num_adapters_per_replica: 2\n"
+    text = (
+        SMALL + "  llm_engine: sim\n  lora_config:\n    dynamic_lora_loading_path: /a\n    "
+        "max_num_adapters_per_replica: 2\n"
+    )
     (line,) = refusal(text + "    pin: [a, b]\n")
-    assert line.startswith("conf/c.yaml:7: llm_configs[0].lora_config.pin: 2 adapters for 2 slots") and "conf/c.yaml:6" in line
+    assert (
+        line.startswith("conf/c.yaml:7: llm_configs[0].lora_config.pin: 2 adapters for 2 slots")
+        and "conf/c.yaml:6" in line
+    )
     (warning,) = parse(text + "    pin: [a]\n    preload: [a, b, c]\n").warnings
-    assert warning.startswith("conf/c.yaml:8: llm_configs[0].lora_config.preload: with the pinned ones 3 adapters for 2 slots")
+    assert warning.startswith(
+        "conf/c.yaml:8: llm_configs[0].lora_config.preload: with the pinned ones 3 "
+        "adapters for 2 slots"
+    )
 
 
 def test_all_problems_of_a_file_come_at_once_in_order_with_their_lines() -> None:
@@ -89,26 +103,49 @@ def test_a_missing_key_is_placed_at_its_section() -> None:
     ]
 
 
-@pytest.mark.parametrize("text", ["", "# nothing", "llm_configs:", "llm_configs: []", "gateway: {}", "- a", "text", "llm_configs: {a: 1}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "# nothing",
+        "llm_configs:",
+        "llm_configs: []",
+        "gateway: {}",
+        "- a",
+        "text",
+        "llm_configs: {a: 1}",
+    ],
+)
 def test_a_file_without_a_model_is_refused(text: str) -> None:
     (line,) = refusal(text)
     assert line.startswith("conf/c.yaml")
 
 
 def test_a_model_at_the_top_level_is_told_where_it_belongs() -> None:
-    assert any("list the model under llm_configs" in line for line in refusal("model_loading_config: {model_id: m}"))
+    assert any(
+        "list the model under llm_configs" in line
+        for line in refusal("model_loading_config: {model_id: m}")
+    )
 
 
 def test_models_may_stand_in_files_of_their_own() -> None:
     files = {"conf/models/a.yaml": "model_loading_config: {model_id: a, model_source: ./weights}"}
-    loaded = parse("llm_configs: [models/a.yaml, {model_loading_config: {model_id: b}}]", files.__getitem__)
+    loaded = parse(
+        "llm_configs: [models/a.yaml, {model_loading_config: {model_id: b}}]", files.__getitem__
+    )
     assert [model.model_id for model in loaded.models] == ["a", "b"]
     assert loaded.models[0].model_source == "conf/models/weights"
 
 
 def test_a_problem_in_a_file_of_its_own_is_placed_there() -> None:
-    (line,) = refusal("llm_configs:\n- m.yaml\n", lambda _: "\nmodel_loading_config: {model_id: a}\nengine_kwarg: {}\n")
-    assert line == "conf/m.yaml:3: llm_configs[0].engine_kwarg: unknown key; did you mean 'engine_kwargs'?"
+    (line,) = refusal(
+        "llm_configs:\n- m.yaml\n",
+        lambda _: "\nmodel_loading_config: {model_id: a}\nengine_kwarg: {}\n",
+    )
+    assert (
+        line
+        == "conf/m.yaml:3: llm_configs[0].engine_kwarg: unknown key; did you mean 'engine_kwargs'?"
+    )
 
 
 @pytest.mark.parametrize("content", ["[", "", "- a", "a: 1\na: 2"])
@@ -118,7 +155,9 @@ def test_a_broken_model_file_is_refused(content: str) -> None:
 
 def test_a_model_file_that_cannot_be_read_is_named() -> None:
     (line,) = refusal("llm_configs:\n- gone.yaml\n")
-    assert line.startswith("conf/c.yaml:2: llm_configs[0]: cannot read the text 'gone.yaml': No such file")
+    assert line.startswith(
+        "conf/c.yaml:2: llm_configs[0]: cannot read the text 'gone.yaml': No such file"
+    )
 
 
 APP = "applications:\n- args:\n    llm_configs:\n    - model_loading_config: {model_id: m}\n"
@@ -140,14 +179,19 @@ def test_the_applications_form_takes_the_gateway_section_from_the_top_level() ->
         ("  import_path: gateway:build_openai_app\n", 0),
     ],
 )
-def test_an_applications_own_keys_are_accepted_and_warned_about_where_they_do_nothing(extra: str, warnings: int) -> None:
+def test_an_applications_own_keys_are_accepted_and_warned_about_where_they_do_nothing(
+    extra: str, warnings: int
+) -> None:
     assert len(parse(APP + extra).warnings) == warnings
 
 
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        (APP + "  import_path: ray.serve.llm:build_pd_openai_app\n", "conf/c.yaml:5: applications[0].import_path: "),
+        (
+            APP + "  import_path: ray.serve.llm:build_pd_openai_app\n",
+            "conf/c.yaml:5: applications[0].import_path: ",
+        ),
         (APP + "- args: {}\n", "merge their llm_configs"),
         (APP + "llm_configs: []\n", "stands both here and at the top level"),
         ("applications: []", "an empty one"),
@@ -171,22 +215,34 @@ def test_http_options_say_where_to_listen_unless_the_gateway_section_does() -> N
     loaded = parse(SMALL + "http_options: {port: 8123}\ngateway: {port: 9000}\n")
     assert loaded.gateway.port == 9000
     assert loaded.warnings == (
-        "conf/c.yaml:3: http_options.port: has no effect here: gateway.port is set (see gateway.port, conf/c.yaml:4)",
+        "conf/c.yaml:3: http_options.port: has no effect here: gateway.port is set "
+        "(see gateway.port, conf/c.yaml:4)",
     )
 
 
-@pytest.mark.parametrize("key", ["proxy_location", "grpc_options", "logging_config", "controller_options", "target_capacity"])
+@pytest.mark.parametrize(
+    "key",
+    ["proxy_location", "grpc_options", "logging_config", "controller_options", "target_capacity"],
+)
 def test_rays_cluster_options_are_accepted_with_a_warning(key: str) -> None:
     (warning,) = parse(SMALL + f"{key}: {{x: 1}}\n").warnings
     assert warning.startswith(f"conf/c.yaml:3: {key}: has no effect here: ")
 
 
 @pytest.mark.parametrize(
-    "key", ["runtime_env: {a: 1}", "placement_group_config: {bundles: []}", "server_cls: 'a:B'", "callback_config: {callback_class: a}"]
+    "key",
+    [
+        "runtime_env: {a: 1}",
+        "placement_group_config: {bundles: []}",
+        "server_cls: 'a:B'",
+        "callback_config: {callback_class: a}",
+    ],
 )
 def test_rays_model_options_are_accepted_with_a_warning(key: str) -> None:
     (warning,) = parse(SMALL + f"  {key}\n").warnings
-    assert warning.startswith("conf/c.yaml:3: llm_configs[0].") and "has no effect here: " in warning
+    assert (
+        warning.startswith("conf/c.yaml:3: llm_configs[0].") and "has no effect here: " in warning
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,7 +268,9 @@ def test_rays_ingress_options_are_accepted_with_a_warning(key: str) -> None:
 
 
 def test_empty_sections_are_as_good_as_none() -> None:
-    loaded = parse(SMALL + "  deployment_config:\n  engine_kwargs:\n  lora_config:\n  runtime_env:\ngateway:\n")
+    loaded = parse(
+        SMALL + "  deployment_config:\n  engine_kwargs:\n  lora_config:\n  runtime_env:\ngateway:\n"
+    )
     assert loaded.models == parse(SMALL).models and loaded.warnings == ()
 
 
@@ -222,13 +280,17 @@ def test_an_open_gateway_without_keys_is_warned_about() -> None:
 
 
 def test_variables_are_not_substituted() -> None:
-    assert parse("llm_configs: [{model_loading_config: {model_id: '${HOME}'}}]").models[0].model_id == "${HOME}"
+    assert (
+        parse("llm_configs: [{model_loading_config: {model_id: '${HOME}'}}]").models[0].model_id
+        == "${HOME}"
+    )
 
 
 def test_a_later_check_can_name_the_line() -> None:
     loaded = parse(SMALL + "  engine_kwargs:\n    seeed: 1\n")
     assert engine_kwargs_problems(loaded, frozenset({"seed"})) == [
-        "conf/c.yaml:4: llm_configs[0].engine_kwargs.seeed: vLLM has no such engine argument; did you mean 'seed'?"
+        "conf/c.yaml:4: llm_configs[0].engine_kwargs.seeed: vLLM has no such engine "
+        "argument; did you mean 'seed'?"
     ]
 
 
@@ -239,9 +301,12 @@ def test_a_flood_of_problems_is_cut() -> None:
 
 def test_files_are_read_from_disk_with_paths_from_their_folder(tmp_path: Path) -> None:
     (tmp_path / "m.yaml").write_text(
-        "model_loading_config: {model_id: m}\nengine_kwargs: {enable_lora: true}\nlora_config: {dynamic_lora_loading_path: ./adapters}\n"
+        "model_loading_config: {model_id: m}\nengine_kwargs: {enable_lora: "
+        "true}\nlora_config: {dynamic_lora_loading_path: ./adapters}\n"
     )
-    (tmp_path / "c.yaml").write_text("llm_configs: [m.yaml]\ngateway: {state_dir: state, api_keys_file: ~/keys}\n")
+    (tmp_path / "c.yaml").write_text(
+        "llm_configs: [m.yaml]\ngateway: {state_dir: state, api_keys_file: ~/keys}\n"
+    )
     loaded = load_settings(tmp_path / "c.yaml")
     assert loaded.models[0].adapters_path == str(tmp_path / "adapters")
     assert loaded.gateway.state_dir == str(tmp_path / "state")
@@ -259,14 +324,23 @@ def test_unreadable_files_are_config_errors(tmp_path: Path, content: bytes | Non
 
 def test_the_default_state_folder_is_in_the_home_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(SMALL)
-    assert load_settings(tmp_path / "c.yaml").gateway.state_dir == os.path.expanduser("~/.cache/loraplex")
+    assert load_settings(tmp_path / "c.yaml").gateway.state_dir == os.path.expanduser(
+        "~/.cache/loraplex"
+    )
 
 
 def test_an_app_is_built_from_configs_dicts_and_paths(tmp_path: Path) -> None:
     (tmp_path / "m.yaml").write_text("model_loading_config: {model_id: c}")
     one = LLMConfig(model_loading_config={"model_id": "a"}, runtime_env={"x": 1})
     loaded = app_from_args(
-        {"llm_configs": [one, {"model_loading_config": {"model_id": "b"}}, str(tmp_path / "m.yaml")], "gateway": {"port": 1}}
+        {
+            "llm_configs": [
+                one,
+                {"model_loading_config": {"model_id": "b"}},
+                str(tmp_path / "m.yaml"),
+            ],
+            "gateway": {"port": 1},
+        }
     )
     assert [model.model_id for model in loaded.models] == ["a", "b", "c"]
     assert loaded.gateway.port == 1
@@ -342,19 +416,33 @@ _KEYS = st.sampled_from(
     ]
 )
 _LEAVES = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(["sim", "auto", "s3://b", "m"])
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.sampled_from(["sim", "auto", "s3://b", "m"]),
 )
 _VALUES = st.recursive(
     _LEAVES,
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(_KEYS | st.text(max_size=3), inner, max_size=4)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(_KEYS | st.text(max_size=3), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 _MODELS = st.fixed_dictionaries(
-    {"model_loading_config": st.just({"model_id": "m"})}, optional={"engine_kwargs": _VALUES, "lora_config": _VALUES}
+    {"model_loading_config": st.just({"model_id": "m"})},
+    optional={"engine_kwargs": _VALUES, "lora_config": _VALUES},
 )
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.one_of(_VALUES, st.dictionaries(_KEYS, _VALUES, max_size=5), st.fixed_dictionaries({"llm_configs": st.lists(_MODELS)})))
+@given(
+    st.one_of(
+        _VALUES,
+        st.dictionaries(_KEYS, _VALUES, max_size=5),
+        st.fixed_dictionaries({"llm_configs": st.lists(_MODELS)}),
+    )
+)
 def test_no_structure_raises_anything_but_a_config_error(value: Any) -> None:
     loads_or_refuses(yaml.safe_dump(value))

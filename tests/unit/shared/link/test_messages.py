@@ -14,7 +14,9 @@ from shared.link import messages as wire
 
 REF = AdapterRef("tiny", "team/pirate", "0123456789abcdef")
 STORED = StoredAdapter(
-    "team/pirate", "0123456789abcdef", (StoredFile("adapter_config.json", 7, "v1"), StoredFile("w.safetensors", 2**40, "v2"))
+    "team/pirate",
+    "0123456789abcdef",
+    (StoredFile("adapter_config.json", 7, "v1"), StoredFile("w.safetensors", 2**40, "v2")),
 )
 BEAT = wire.Heartbeat(
     "w0",
@@ -36,16 +38,31 @@ DIRECTIONS: dict[str, tuple[Callable[[bytes], Any], list[Any]]] = {
     "worker control": (wire.decode_worker_control, [BEAT]),
     "gateway control": (
         wire.decode_gateway_control,
-        [wire.Welcome("g0", "ipc:///d", 3.0, 0.5, ("tcp://a",)), wire.Alive("g0"), wire.Drain(), wire.Farewell("g0")],
+        [
+            wire.Welcome("g0", "ipc:///d", 3.0, 0.5, ("tcp://a",)),
+            wire.Alive("g0"),
+            wire.Drain(),
+            wire.Farewell("g0"),
+        ],
     ),
     "worker data": (wire.decode_worker_data, [wire.Attach("w0", 3), STEP, wire.Step([])]),
     "gateway data": (
         wire.decode_gateway_data,
-        [wire.Generate(1, "/v1/completions", "r", b"{}"), wire.Generate(2**63, "/p", "r", b"\xff\x00", REF, STORED), wire.Cancel(7)],
+        [
+            wire.Generate(1, "/v1/completions", "r", b"{}"),
+            wire.Generate(2**63, "/p", "r", b"\xff\x00", REF, STORED),
+            wire.Cancel(7),
+        ],
     ),
 }
-EVERY = [(name, decode, message) for name, (decode, messages) in DIRECTIONS.items() for message in messages]
-decoders = pytest.mark.parametrize("decode", [d for d, _ in DIRECTIONS.values()], ids=list(DIRECTIONS))
+EVERY = [
+    (name, decode, message)
+    for name, (decode, messages) in DIRECTIONS.items()
+    for message in messages
+]
+decoders = pytest.mark.parametrize(
+    "decode", [d for d, _ in DIRECTIONS.values()], ids=list(DIRECTIONS)
+)
 
 
 @pytest.mark.parametrize(("decode", "message"), [(d, m) for _, d, m in EVERY])
@@ -84,7 +101,18 @@ def test_fields_that_an_older_peer_lacks_have_their_defaults() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [[], ["step"], ["nope", []], ["step", [[1, 2]]], ["step", [[1, 2, b"", 4]]], ["step", [["1", 2, b""]]], ["attach", 1, 1], {}, 7, None],
+    [
+        [],
+        ["step"],
+        ["nope", []],
+        ["step", [[1, 2]]],
+        ["step", [[1, 2, b"", 4]]],
+        ["step", [["1", 2, b""]]],
+        ["attach", 1, 1],
+        {},
+        7,
+        None,
+    ],
 )
 def test_a_message_of_another_shape_does_not_decode(value: object) -> None:
     with pytest.raises(wire.DecodeError):
@@ -100,15 +128,29 @@ def test_a_state_that_this_version_does_not_know_does_not_decode(state: object) 
 
 @decoders
 @pytest.mark.parametrize(
-    "data", [b"", b"\xc1", b"\x00", b"\xff" * 50, b"\xdf\xff\xff\xff\xff", b"\xdd\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"{}"]
+    "data",
+    [
+        b"",
+        b"\xc1",
+        b"\x00",
+        b"\xff" * 50,
+        b"\xdf\xff\xff\xff\xff",
+        b"\xdd\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        b"{}",
+    ],
 )
-def test_bytes_that_are_no_message_do_not_decode(decode: Callable[[bytes], Any], data: bytes) -> None:
+def test_bytes_that_are_no_message_do_not_decode(
+    decode: Callable[[bytes], Any], data: bytes
+) -> None:
     with pytest.raises(wire.DecodeError):
         decode(data)
 
 
 @pytest.mark.parametrize(("decode", "message"), [(d, m) for _, d, m in EVERY])
-def test_a_message_that_is_cut_short_does_not_decode(decode: Callable[[bytes], Any], message: Any) -> None:
+def test_a_message_that_is_cut_short_does_not_decode(
+    decode: Callable[[bytes], Any], message: Any
+) -> None:
     whole = wire.encode(message)
     for length in range(len(whole)):
         with pytest.raises(wire.DecodeError):
@@ -116,7 +158,9 @@ def test_a_message_that_is_cut_short_does_not_decode(decode: Callable[[bytes], A
 
 
 def test_text_that_is_no_utf8_does_not_decode() -> None:
-    """Invariant 9: whatever arrives, DecodeError is all that the link's callbacks have to expect."""
+    """Invariant 9: whatever arrives, DecodeError is all that the link's callbacks have to
+    expect.
+    """
     for decode, message, text in (
         (wire.decode_worker_control, BEAT, b"tiny"),
         (wire.decode_worker_data, wire.Attach("tiny", 1), b"tiny"),
@@ -142,13 +186,17 @@ def test_a_bottomless_message_does_not_decode(decode: Callable[[bytes], Any], he
 
 @decoders
 @given(data=st.binary(max_size=100))
-def test_arbitrary_bytes_decode_or_raise_the_decode_error(decode: Callable[[bytes], Any], data: bytes) -> None:
+def test_arbitrary_bytes_decode_or_raise_the_decode_error(
+    decode: Callable[[bytes], Any], data: bytes
+) -> None:
     with contextlib.suppress(wire.DecodeError):
         decode(data)
 
 
 @given(data=st.data())
-def test_a_message_with_broken_bytes_decodes_or_raises_the_decode_error(data: st.DataObject) -> None:
+def test_a_message_with_broken_bytes_decodes_or_raises_the_decode_error(
+    data: st.DataObject,
+) -> None:
     _, decode, message = data.draw(st.sampled_from(EVERY))
     raw = bytearray(wire.encode(message))
     for _ in range(data.draw(st.integers(1, 3))):

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from shared.adapters.identity import CONFIG_FILE, MAX_NAME_LENGTH, StoredAdapter, StoredFile
 from shared.errors import ConfigError
 from shared.stores import open_store, parse_bucket_url
-from shared.stores.listing import MAX_FILES_PER_ADAPTER, Entry, Grouping, OutOfOrder, digest_of, group, valid_name, valid_path
+from shared.stores.listing import (
+    MAX_FILES_PER_ADAPTER,
+    Entry,
+    Grouping,
+    OutOfOrder,
+    digest_of,
+    group,
+    valid_name,
+    valid_path,
+)
 
 
 def entries(*keys: str) -> list[Entry]:
@@ -30,18 +39,42 @@ def paths(adapter: StoredAdapter) -> set[str]:
 
 
 def test_a_folder_with_a_config_is_an_adapter_at_any_depth() -> None:
-    found = streamed(entries("a/adapter_config.json", "team/x/b/adapter_config.json", "team/x/b/w.bin", "team/readme.md", "loose.txt"))
-    assert {name: paths(a) for name, a in found.items()} == {"a": {CONFIG_FILE}, "team/x/b": {CONFIG_FILE, "w.bin"}}
+    found = streamed(
+        entries(
+            "a/adapter_config.json",
+            "team/x/b/adapter_config.json",
+            "team/x/b/w.bin",
+            "team/readme.md",
+            "loose.txt",
+        )
+    )
+    assert {name: paths(a) for name, a in found.items()} == {
+        "a": {CONFIG_FILE},
+        "team/x/b": {CONFIG_FILE, "w.bin"},
+    }
 
 
 def test_a_file_belongs_to_the_nearest_enclosing_adapter() -> None:
-    found = streamed(entries("a/0/x", "a/adapter_config.json", "a/sub/adapter_config.json", "a/sub/deep/y", "a/z"))
-    assert {name: paths(a) for name, a in found.items()} == {"a": {"0/x", CONFIG_FILE, "z"}, "a/sub": {CONFIG_FILE, "deep/y"}}
+    found = streamed(
+        entries(
+            "a/0/x", "a/adapter_config.json", "a/sub/adapter_config.json", "a/sub/deep/y", "a/z"
+        )
+    )
+    assert {name: paths(a) for name, a in found.items()} == {
+        "a": {"0/x", CONFIG_FILE, "z"},
+        "a/sub": {CONFIG_FILE, "deep/y"},
+    }
 
 
 def test_names_that_sort_around_the_slash_are_kept_apart() -> None:
     found = streamed(
-        entries("a-b/adapter_config.json", "a.b/adapter_config.json", "a/adapter_config.json", "a0/adapter_config.json", "a/b")
+        entries(
+            "a-b/adapter_config.json",
+            "a.b/adapter_config.json",
+            "a/adapter_config.json",
+            "a0/adapter_config.json",
+            "a/b",
+        )
     )
     assert {name: paths(a) for name, a in found.items()} == {
         "a-b": {CONFIG_FILE},
@@ -143,8 +176,12 @@ def test_memory_does_not_grow_with_the_number_of_unrelated_files() -> None:
     assert held_bytes < 200_000
 
 
-_KEY = st.lists(st.sampled_from(["a", "b", "a-b", "a.b", "A", "a0"]), min_size=0, max_size=4).flatmap(
-    lambda folders: st.sampled_from([CONFIG_FILE, "w.safetensors", "0", "zz"]).map(lambda name: "/".join([*folders, name]))
+_KEY = st.lists(
+    st.sampled_from(["a", "b", "a-b", "a.b", "A", "a0"]), min_size=0, max_size=4
+).flatmap(
+    lambda folders: st.sampled_from([CONFIG_FILE, "w.safetensors", "0", "zz"]).map(
+        lambda name: "/".join([*folders, name])
+    )
 )
 
 
@@ -183,7 +220,17 @@ def test_bucket_urls_are_split_into_bucket_and_prefix() -> None:
     assert parse_bucket_url("s3://anonymous@my-bucket/a/") == ("my-bucket", "a/", True)
 
 
-@pytest.mark.parametrize("url", ["s3://", "s3:///x", "s3://b?x/y", "s3://KEY:hunter2@bucket/x", "gs://user@bucket", "ftp://h/x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://",
+        "s3:///x",
+        "s3://b?x/y",
+        "s3://KEY:hunter2@bucket/x",
+        "gs://user@bucket",
+        "ftp://h/x",
+    ],
+)
 def test_a_bad_store_url_is_refused_without_quoting_what_may_be_a_secret(url: str) -> None:
     with pytest.raises(ConfigError) as caught:
         open_store(url)
@@ -202,7 +249,9 @@ def test_a_bad_store_url_is_refused_without_quoting_what_may_be_a_secret(url: st
         ("/folder", {"endpoint_url": "http://h"}, "endpoint_url"),
     ],
 )
-def test_a_bad_option_is_refused_by_name_without_quoting_its_value(url: str, options: dict[str, object], param: str) -> None:
+def test_a_bad_option_is_refused_by_name_without_quoting_its_value(
+    url: str, options: dict[str, object], param: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         open_store(url, options)
     assert caught.value.param == param

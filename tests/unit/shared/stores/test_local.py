@@ -18,7 +18,9 @@ _times = itertools.count(10**18, 1000)
 
 
 def age(root: Path) -> None:
-    """As if all had been written long ago, each at another time: what is changed from now on shows, whatever the steps of the file system's clock."""
+    """As if all had been written long ago, each at another time: what is changed from now on shows,
+    whatever the steps of the file system's clock.
+    """
     for folder, _, files in os.walk(root):
         for path in (folder, *(os.path.join(folder, file) for file in files)):
             if os.path.exists(path):  # a link to nowhere
@@ -70,7 +72,16 @@ def link(root: Path, name: str) -> None:
         target.symlink_to(name)
 
 
-CHANGES: list[Callable[[Path, str], None]] = [put, remove, change_in_place, add_file, replace_file, drop_config, move, link]
+CHANGES: list[Callable[[Path, str], None]] = [
+    put,
+    remove,
+    change_in_place,
+    add_file,
+    replace_file,
+    drop_config,
+    move,
+    link,
+]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +89,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     return (tmp_path_factory.mktemp("root") for _ in itertools.count())  # type: ignore[return-value]
 
 
-@given(changes=st.lists(st.lists(st.tuples(st.sampled_from(CHANGES), st.sampled_from(NAMES)), max_size=3), min_size=2, max_size=6))
+@given(
+    changes=st.lists(
+        st.lists(st.tuples(st.sampled_from(CHANGES), st.sampled_from(NAMES)), max_size=3),
+        min_size=2,
+        max_size=6,
+    )
+)
 def test_a_listing_that_remembers_the_last_one_shows_what_a_new_one_shows(
     folders: Iterator[Path], changes: list[list[tuple[Callable[[Path, str], None], str]]]
 ) -> None:
@@ -95,10 +112,15 @@ def test_a_listing_that_remembers_the_last_one_shows_what_a_new_one_shows(
         fresh, fresh_skipped = FolderListing(str(root)).scan(str(root))
         assert sorted(a.name for a in adapters) == sorted(a.name for a in fresh)
         assert {a.name: a for a in adapters} == {a.name: a for a in fresh}
-        assert (skipped.outside_grammar, skipped.too_many_files) == (fresh_skipped.outside_grammar, fresh_skipped.too_many_files)
+        assert (skipped.outside_grammar, skipped.too_many_files) == (
+            fresh_skipped.outside_grammar,
+            fresh_skipped.too_many_files,
+        )
 
 
-def test_what_has_not_changed_is_not_read_again_and_is_the_same_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_not_changed_is_not_read_again_and_is_the_same_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in NAMES[:4]:
         put(tmp_path, name)
     age(tmp_path)
@@ -107,14 +129,20 @@ def test_what_has_not_changed_is_not_read_again_and_is_the_same_object(tmp_path:
     change_in_place(tmp_path, "b")
     opened: list[str] = []
     real = folder_listing.open_regular
-    monkeypatch.setattr(folder_listing, "open_regular", lambda path: opened.append(path) or real(path))
+    monkeypatch.setattr(
+        folder_listing, "open_regular", lambda path: opened.append(path) or real(path)
+    )
     after, _ = listing.scan(str(tmp_path))
     assert {os.path.dirname(path) for path in opened} == {str(tmp_path / "b")}
     old, new = ({a.name: a for a in listed} for listed in (before, after))
-    assert {name for name in old if new[name] is old[name]} == {"a", "team/a", "team/b"} and new["b"].digest != old["b"].digest
+    assert {name for name in old if new[name] is old[name]} == {"a", "team/a", "team/b"} and new[
+        "b"
+    ].digest != old["b"].digest
 
 
-def test_a_folder_that_changed_a_moment_ago_is_looked_at_in_full_the_next_time(tmp_path: Path) -> None:
+def test_a_folder_that_changed_a_moment_ago_is_looked_at_in_full_the_next_time(
+    tmp_path: Path,
+) -> None:
     """Its time may be too coarse to tell of another change."""
     put(tmp_path, "a")
     listing = FolderListing(str(tmp_path))

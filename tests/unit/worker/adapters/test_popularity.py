@@ -36,18 +36,26 @@ def test_an_adapter_that_nobody_asked_for_is_the_coldest() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from([A, B]), st.floats(0, 1e6)), min_size=1, max_size=50))
-def test_the_order_is_that_of_the_faded_counts_however_late_it_is(requests: list[tuple[AdapterRef, float]]) -> None:
+def test_the_order_is_that_of_the_faded_counts_however_late_it_is(
+    requests: list[tuple[AdapterRef, float]],
+) -> None:
     known = Popularity()
     for adapter, at in sorted(requests, key=lambda request: request[1]):
         known.note(adapter, at)
     for adapter in (A, B):
         times = [at / FADE_S for who, at in requests if who is adapter]
-        expected = max(times) + math.log(sum(math.exp(t - max(times)) for t in times)) if times else -math.inf
+        expected = (
+            max(times) + math.log(sum(math.exp(t - max(times)) for t in times))
+            if times
+            else -math.inf
+        )
         assert known.of(adapter) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("per_s", [0.5, 3.0, 100.0])
-def test_the_rate_is_that_of_requests_that_keep_coming_and_none_a_while_after_the_last(per_s: float) -> None:
+def test_the_rate_is_that_of_requests_that_keep_coming_and_none_a_while_after_the_last(
+    per_s: float,
+) -> None:
     known, began = Popularity(10.0), 1e6  # a machine that has been up for days
     count = int(60 * per_s)
     for n in range(count):
@@ -63,4 +71,9 @@ def test_it_remembers_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
     known = Popularity()
     for n in range(4):
         known.note(AdapterRef("tiny", f"a{n}", "d"), float(n))
-    assert [known.of(AdapterRef("tiny", f"a{n}", "d")) > -math.inf for n in range(4)] == [False, False, True, True]
+    assert [known.of(AdapterRef("tiny", f"a{n}", "d")) > -math.inf for n in range(4)] == [
+        False,
+        False,
+        True,
+        True,
+    ]

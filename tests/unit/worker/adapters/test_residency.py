@@ -14,6 +14,7 @@ from worker.adapters.residency import (
     FAILED_FOR_S,
     MAX_FAILED,
     SLOT_PATIENCE_S,
+    CommandDone,
     Failure,
     Fetch,
     Instruction,
@@ -21,7 +22,6 @@ from worker.adapters.residency import (
     Residency,
     ResidencyStage,
     Start,
-    CommandDone,
 )
 from worker.engine.base import Loaded, Swap
 
@@ -49,7 +49,7 @@ def stage(residency: Residency, adapter: AdapterRef) -> ResidencyStage | None:
     return entry.stage if entry else None
 
 
-# ---- the plain way ----------------------------------------------------------------------------------------------------------------------
+# ---- the plain way -------------------------------------------------------------------------------
 
 
 def test_a_request_waits_for_fetch_and_load_and_the_next_one_starts_at_once() -> None:
@@ -69,14 +69,26 @@ def test_requests_that_come_while_the_adapter_is_on_its_way_share_one_fetch_and_
     assert residency.swapped({}, 0.0) == [Start(r, on_disk(A), Tier.DISK) for r in (1, 2, 3)]
 
 
-def test_fetches_run_side_by_side_and_what_comes_during_a_swap_enters_together_with_the_next() -> None:
+def test_fetches_run_side_by_side_and_what_comes_during_a_swap_enters_together_with_the_next() -> (
+    None
+):
     residency = Residency(3)
-    assert [residency.want(i, ref, 0.0) for i, ref in enumerate((A, B, C))] == [[Fetch(A)], [Fetch(B)], [Fetch(C)]]
+    assert [residency.want(i, ref, 0.0) for i, ref in enumerate((A, B, C))] == [
+        [Fetch(A)],
+        [Fetch(B)],
+        [Fetch(C)],
+    ]
     assert residency.fetched(on_disk(B), Tier.REMOTE, 0.0) == [Swap((on_disk(B),))]
     assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == []
     assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == []
-    assert residency.swapped({}, 0.0) == [Start(1, on_disk(B), Tier.REMOTE), Swap((on_disk(C), on_disk(A)))]
-    assert residency.swapped({}, 0.0) == [Start(2, on_disk(C), Tier.REMOTE), Start(0, on_disk(A), Tier.REMOTE)]
+    assert residency.swapped({}, 0.0) == [
+        Start(1, on_disk(B), Tier.REMOTE),
+        Swap((on_disk(C), on_disk(A))),
+    ]
+    assert residency.swapped({}, 0.0) == [
+        Start(2, on_disk(C), Tier.REMOTE),
+        Start(0, on_disk(A), Tier.REMOTE),
+    ]
 
 
 def test_an_adapter_on_its_way_in_is_no_victim_of_the_same_swap() -> None:
@@ -97,7 +109,11 @@ def test_slots_that_become_free_during_a_swap_are_given_by_the_next_one() -> Non
     in_line(residency, 3, D)
     in_line(residency, 4, E)
     assert residency.finish(0, 0.0) == [Swap((on_disk(D),), (on_disk(A),))]
-    assert residency.want(5, A, 0.0) == [] and residency.finish(1, 0.0) == [] and residency.finish(2, 0.0) == []
+    assert (
+        residency.want(5, A, 0.0) == []
+        and residency.finish(1, 0.0) == []
+        and residency.finish(2, 0.0) == []
+    )
     both = Swap((on_disk(E), on_disk(A)), (on_disk(B), on_disk(C)))
     assert residency.swapped({}, 0.0) == [Start(3, on_disk(D), Tier.REMOTE), both]
 
@@ -111,7 +127,9 @@ def test_the_idle_adapter_that_was_used_longest_ago_makes_room_and_is_named() ->
     residency.want(3, A, 0.0)
     residency.finish(3, 0.0)
     assert residency.want(4, C, 0.0) == [Fetch(C)]
-    assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == [Swap((on_disk(C),), (), (on_disk(B),))]
+    assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == [
+        Swap((on_disk(C),), (), (on_disk(B),))
+    ]
 
 
 def test_an_adapter_in_steady_use_stays_though_it_was_used_longest_ago_and_beats_say_so() -> None:
@@ -212,7 +230,9 @@ def test_an_adapter_that_is_asked_for_no_more_is_soon_in_steady_use_no_longer() 
     resident(residency, 2, B, 600.0)
     residency.finish(2, 600.0)
     residency.want(3, C, 600.0)
-    assert residency.fetched(on_disk(C), Tier.DISK, 600.0) == [Swap((on_disk(C),), (), (on_disk(A),))]
+    assert residency.fetched(on_disk(C), Tier.DISK, 600.0) == [
+        Swap((on_disk(C),), (), (on_disk(A),))
+    ]
 
 
 def test_the_one_that_was_asked_for_least_makes_room_whenever_it_was_used_last() -> None:
@@ -250,7 +270,9 @@ def test_a_request_that_leaves_during_the_fetch_leaves_it_warm() -> None:
     residency.want(1, A, 0.0)
     assert residency.finish(1, 0.0) == []
     assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == []
-    assert stage(residency, A) is ResidencyStage.WARM and residency.want(2, A, 0.0) == [Swap((on_disk(A),))]
+    assert stage(residency, A) is ResidencyStage.WARM and residency.want(2, A, 0.0) == [
+        Swap((on_disk(A),))
+    ]
 
 
 def test_what_nobody_came_for_does_not_outgrow_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +281,11 @@ def test_what_nobody_came_for_does_not_outgrow_host_memory(monkeypatch: pytest.M
     for number, ref in enumerate((A, B, C)):
         residency.want(number, ref, 0.0)
         residency.finish(number, 0.0)
-    assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == residency.fetched(on_disk(B), Tier.REMOTE, 0.0) == []
+    assert (
+        residency.fetched(on_disk(A), Tier.REMOTE, 0.0)
+        == residency.fetched(on_disk(B), Tier.REMOTE, 0.0)
+        == []
+    )
     assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == [Swap((), (), (on_disk(A),))]
     assert residency.want(4, A, 0.0) == [], "it is on its way out"
     assert residency.swapped({}, 0.0) == [Fetch(A)]
@@ -298,7 +324,7 @@ def test_requests_for_a_victim_wait_in_line_behind_those_who_were_there_before()
     assert residency.swapped({}, 0.0) == [Start(4, on_disk(A), Tier.DISK)]
 
 
-# ---- failures ---------------------------------------------------------------------------------------------------------------------------
+# ---- failures ------------------------------------------------------------------------------------
 
 
 def test_a_failed_fetch_is_told_to_all_who_wait_and_not_tried_again_before_its_time() -> None:
@@ -329,8 +355,12 @@ def test_a_failed_load_after_an_eviction_leaves_a_free_slot() -> None:
     resident(residency, 1, A)
     residency.finish(1, 0.0)
     residency.want(2, B, 0.0)
-    assert residency.fetched(on_disk(B), Tier.REMOTE, 0.0) == [Swap((on_disk(B),), (), (on_disk(A),))]
-    assert residency.swapped({B: Failure("invalid_adapter", "rank", False)}, 0.0) == [Reject(2, "invalid_adapter", "rank", False)]
+    assert residency.fetched(on_disk(B), Tier.REMOTE, 0.0) == [
+        Swap((on_disk(B),), (), (on_disk(A),))
+    ]
+    assert residency.swapped({B: Failure("invalid_adapter", "rank", False)}, 0.0) == [
+        Reject(2, "invalid_adapter", "rank", False)
+    ]
     assert len(residency.slots) == 0
     assert residency.want(3, A, 0.0) == [Fetch(A)]
     assert residency.fetched(on_disk(A), Tier.DISK, 0.0) == [Swap((on_disk(A),))]
@@ -355,7 +385,7 @@ def test_the_memory_of_failures_is_bounded_and_forgets_the_oldest() -> None:
     assert isinstance(residency.want(-2, refs[1], 0.0)[0], Reject)
 
 
-# ---- patience ---------------------------------------------------------------------------------------------------------------------------
+# ---- patience ------------------------------------------------------------------------------------
 
 
 def starving(now: float = 0.0) -> Residency:
@@ -403,11 +433,16 @@ def test_a_closing_adapter_reopens_when_another_slot_served_the_line() -> None:
     residency.tick(SLOT_PATIENCE_S)
     assert stage(residency, A) is ResidencyStage.CLOSING
     assert residency.want(4, A, 2.0) == []
-    assert residency.finish(2, 2.0) == [Start(4, on_disk(A), Tier.GPU), Swap((on_disk(C),), (), (on_disk(B),))]
+    assert residency.finish(2, 2.0) == [
+        Start(4, on_disk(A), Tier.GPU),
+        Swap((on_disk(C),), (), (on_disk(B),)),
+    ]
     assert residency.swapped({}, 2.0) == [Start(3, on_disk(C), Tier.REMOTE)]
 
 
-def test_no_more_slots_close_than_adapters_wait_too_long_and_first_the_one_longest_without_a_new_request() -> None:
+def test_no_more_slots_close_than_adapters_wait_too_long_and_first_the_one_longest_without_a_new_request() -> (
+    None
+):
     residency = Residency(2)
     resident(residency, 1, A)
     resident(residency, 2, B)
@@ -416,11 +451,16 @@ def test_no_more_slots_close_than_adapters_wait_too_long_and_first_the_one_longe
     in_line(residency, 5, D, 0.75)
     for now in (1.0, 1.7):
         residency.tick(now)
-    assert (stage(residency, A), stage(residency, B)) == (ResidencyStage.RESIDENT, ResidencyStage.CLOSING)
+    assert (stage(residency, A), stage(residency, B)) == (
+        ResidencyStage.RESIDENT,
+        ResidencyStage.CLOSING,
+    )
     residency.tick(1.75)
     assert stage(residency, A) is ResidencyStage.CLOSING
     assert residency.finish(5, 3.0) == []
-    assert sum(stage(residency, a) is ResidencyStage.CLOSING for a in (A, B)) == 1, "one more closes than wait"
+    assert sum(stage(residency, a) is ResidencyStage.CLOSING for a in (A, B)) == 1, (
+        "one more closes than wait"
+    )
 
 
 def test_of_two_in_line_the_older_goes_first_unless_enough_requests_wait_for_the_other() -> None:
@@ -466,14 +506,16 @@ def test_nothing_closes_while_nobody_waits_for_a_slot() -> None:
     assert stage(residency, A) is ResidencyStage.RESIDENT
 
 
-# ---- what operators ask for ---------------------------------------------------------------------------------------------------------------
+# ---- what operators ask for ----------------------------------------------------------------------
 
 
 def test_what_is_only_to_be_cached_is_fetched_and_takes_no_slot() -> None:
     residency = Residency(1)
     assert residency.cache(-1, A, 0.0) == [Fetch(A)]
     assert residency.cache(-2, A, 0.0) == []
-    assert [(s.tier, s.loading, s.in_flight) for s in residency.states(0.0, 1.0)] == [(Tier.REMOTE, False, 0)]
+    assert [(s.tier, s.loading, s.in_flight) for s in residency.states(0.0, 1.0)] == [
+        (Tier.REMOTE, False, 0)
+    ]
     assert residency.cached(A, 0.0) == [CommandDone(-1), CommandDone(-2)]
     assert len(residency.slots) == 0 and A not in residency.adapters()
 
@@ -492,7 +534,9 @@ def test_what_is_in_the_engine_is_cached_already_and_what_failed_is_refused() ->
     resident(residency, 1, A)
     assert residency.cache(-1, A, 0.0) == [CommandDone(-1)]
     residency.cache(-2, B, 0.0)
-    assert residency.failed(B, Failure("invalid_adapter", "no", False), 0.0) == [Reject(-2, "invalid_adapter", "no", False)]
+    assert residency.failed(B, Failure("invalid_adapter", "no", False), 0.0) == [
+        Reject(-2, "invalid_adapter", "no", False)
+    ]
     assert residency.cache(-3, B, 0.0) == [Reject(-3, "invalid_adapter", "no", False)]
 
 
@@ -537,7 +581,9 @@ def test_an_adapter_that_was_evicted_from_host_memory_is_not_asked_to_leave_it_a
         residency.finish(number, 0.0)
 
 
-def test_an_evicted_adapter_in_flight_leaves_with_its_last_request_and_serves_those_who_come_meanwhile() -> None:
+def test_an_evicted_adapter_in_flight_leaves_with_its_last_request_and_serves_those_who_come_meanwhile() -> (
+    None
+):
     residency = Residency(1)
     resident(residency, 1, A)
     assert residency.evict(-1, A, 0.0) == []
@@ -548,7 +594,9 @@ def test_an_evicted_adapter_in_flight_leaves_with_its_last_request_and_serves_th
     assert residency.swapped({}, 0.0) == [CommandDone(-1), Fetch(A)]
 
 
-def test_an_adapter_that_is_not_here_is_evicted_already_and_one_on_its_way_once_nobody_uses_it() -> None:
+def test_an_adapter_that_is_not_here_is_evicted_already_and_one_on_its_way_once_nobody_uses_it() -> (
+    None
+):
     residency = Residency(1)
     assert residency.evict(-1, A, 0.0) == [CommandDone(-1)]
     residency.want(1, A, 0.0)
@@ -569,7 +617,10 @@ def test_a_pinned_adapter_makes_no_room_and_an_evicted_one_is_pinned_no_longer()
     residency.want(3, C, 0.0)
     assert residency.fetched(on_disk(C), Tier.DISK, 0.0) == [Swap((on_disk(C),), (), (on_disk(B),))]
     assert residency.evict(-1, A, 0.0) == [] and not residency.slots.pinned(A)
-    assert residency.swapped({}, 0.0) == [Start(3, on_disk(C), Tier.DISK), Swap((), (), (on_disk(A),))]
+    assert residency.swapped({}, 0.0) == [
+        Start(3, on_disk(C), Tier.DISK),
+        Swap((), (), (on_disk(A),)),
+    ]
     assert residency.swapped({}, 0.0) == [CommandDone(-1)]
 
 
@@ -603,7 +654,7 @@ def test_an_evicted_adapter_that_was_closing_is_counted_as_closing_no_longer() -
     assert not residency._closing
 
 
-# ---- heartbeats -------------------------------------------------------------------------------------------------------------------------
+# ---- heartbeats ----------------------------------------------------------------------------------
 
 
 def test_what_a_beat_says_of_each_stage() -> None:
@@ -613,12 +664,24 @@ def test_what_a_beat_says_of_each_stage() -> None:
     in_line(residency, 3, B, 1.0)
     residency.want(4, C, 1.0)
     states = {s.name: s for s in residency.states(1.5, load_s=2.0)}
-    assert (states["a"].tier, states["a"].loading, states["a"].in_flight, states["a"].eta_s) == (Tier.GPU, False, 2, 0.0)
-    assert (states["b"].tier, states["b"].loading, states["b"].in_flight, states["b"].eta_s) == (Tier.CPU, True, 1, 1.5)
+    assert (states["a"].tier, states["a"].loading, states["a"].in_flight, states["a"].eta_s) == (
+        Tier.GPU,
+        False,
+        2,
+        0.0,
+    )
+    assert (states["b"].tier, states["b"].loading, states["b"].in_flight, states["b"].eta_s) == (
+        Tier.CPU,
+        True,
+        1,
+        1.5,
+    )
     assert (states["c"].tier, states["c"].loading, states["c"].rank) == (Tier.REMOTE, True, 0)
     residency.finish(1, 2.0)
     residency.finish(2, 2.0)
-    assert {s.name for s in residency.states(2.0, 2.0)} == {"b", "c"}, "a victim on its way out is not offered to gateways"
+    assert {s.name for s in residency.states(2.0, 2.0)} == {"b", "c"}, (
+        "a victim on its way out is not offered to gateways"
+    )
 
 
 def test_a_victim_stays_in_host_memory_while_there_is_a_place_and_the_coldest_goes_first() -> None:
@@ -631,18 +694,28 @@ def test_a_victim_stays_in_host_memory_while_there_is_a_place_and_the_coldest_go
     assert {s.name: s.tier for s in residency.states(0.0, 1.0)} == {"a": Tier.CPU, "b": Tier.GPU}
     residency.finish(2, 0.0)
     residency.want(3, C, 0.0)
-    assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == [Swap((on_disk(C),), (on_disk(B),), (on_disk(A),))]
+    assert residency.fetched(on_disk(C), Tier.REMOTE, 0.0) == [
+        Swap((on_disk(C),), (on_disk(B),), (on_disk(A),))
+    ]
 
 
-def test_one_request_for_another_does_not_cost_an_often_used_adapter_its_place_in_host_memory() -> None:
+def test_one_request_for_another_does_not_cost_an_often_used_adapter_its_place_in_host_memory() -> (
+    None
+):
     residency = Residency(1, 3)
     for request, adapter in enumerate((A, A, A, B, C, D)):
         now = float(request)
         residency.want(request, adapter, now)
-        dropped = residency.fetched(on_disk(adapter), Tier.REMOTE, now) if request == 0 or adapter != A else []
+        dropped = (
+            residency.fetched(on_disk(adapter), Tier.REMOTE, now)
+            if request == 0 or adapter != A
+            else []
+        )
         residency.swapped({}, now) if request == 0 or adapter != A else None
         residency.finish(request, now)
-    assert dropped == [Swap((on_disk(D),), (on_disk(C),), (on_disk(B),))], "B was used later than A, but only once"
+    assert dropped == [Swap((on_disk(D),), (on_disk(C),), (on_disk(B),))], (
+        "B was used later than A, but only once"
+    )
 
 
 def test_a_warm_adapter_is_loaded_again_without_a_fetch() -> None:
@@ -657,15 +730,17 @@ def test_a_warm_adapter_is_loaded_again_without_a_fetch() -> None:
     assert residency.swapped({}, 0.0) == [Start(3, on_disk(A), Tier.CPU)]
 
 
-# ---- anything, in any order -------------------------------------------------------------------------------------------------------------
+# ---- anything, in any order ----------------------------------------------------------------------
 
 REFS = [A, B, C, D, E]
 
 
 class ResidencyMachine(RuleBasedStateMachine):
-    """Drives Residency as the agent does, with an engine and a store that answer in any order, fail and are cancelled at any time.
+    """Drives Residency as the agent does, with an engine and a store that answer in any order, fail
+    and are cancelled at any time.
 
-    `engine` is what a real engine would hold: it breaks the test if it gets more adapters than slots, or loses one that is in use.
+    `engine` is what a real engine would hold: it breaks the test if it gets more adapters than
+    slots, or loses one that is in use.
     """
 
     @initialize(slots=st.integers(1, 3), more=st.integers(0, 3))
@@ -681,7 +756,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.fetching: list[AdapterRef] = []
         self.swap: Swap | None = None
         self.engine: set[AdapterRef] = set()
-        self.registered: set[AdapterRef] = set()  # what vLLM counts as in its host memory: in a slot, or has been in one
+        # what vLLM counts as in its host memory: in a slot, or has been in one
+        self.registered: set[AdapterRef] = set()
         self.failed_at: dict[AdapterRef, float] = {}
         self.tends: dict[int, str] = {}
 
@@ -689,22 +765,40 @@ class ResidencyMachine(RuleBasedStateMachine):
         for instruction in instructions:
             match instruction:
                 case Fetch(adapter):
-                    assert adapter not in self.fetching and adapter not in self.engine and adapter not in self.warm
-                    assert self.now >= self.failed_at.get(adapter, -100.0) + FAILED_FOR_S, "tried again too early"
+                    assert (
+                        adapter not in self.fetching
+                        and adapter not in self.engine
+                        and adapter not in self.warm
+                    )
+                    assert self.now >= self.failed_at.get(adapter, -100.0) + FAILED_FOR_S, (
+                        "tried again too early"
+                    )
                     self.fetching.append(adapter)
                 case Swap(enter, demote, unload):
                     assert self.swap is None, "two swaps at once"
                     self.swap = instruction
                     gone = {a.ref for a in demote + unload}
                     assert not gone & set(self.running.values()), "out of its slot while in use"
-                    assert not any(self.residency.slots.pinned(a) for a in gone), "evicted though pinned"
-                    assert all(a.ref in self.engine for a in demote) and all(a.ref in self.engine | self.warm for a in unload)
-                    assert len({a.ref for a in enter + demote + unload}) == len(enter + demote + unload)
+                    assert not any(self.residency.slots.pinned(a) for a in gone), (
+                        "evicted though pinned"
+                    )
+                    assert all(a.ref in self.engine for a in demote) and all(
+                        a.ref in self.engine | self.warm for a in unload
+                    )
+                    assert len({a.ref for a in enter + demote + unload}) == len(
+                        enter + demote + unload
+                    )
                     assert all(a.ref in self.warm for a in enter)
-                    self.warm = (self.warm | {a.ref for a in demote}) - {a.ref for a in enter + unload}
+                    self.warm = (self.warm | {a.ref for a in demote}) - {
+                        a.ref for a in enter + unload
+                    }
                     self.engine -= gone
-                    self.registered = (self.registered - {a.ref for a in unload}) | {a.ref for a in enter}
-                    assert len(self.registered) <= self.places, "more than vLLM has room for: it would refuse a good adapter"
+                    self.registered = (self.registered - {a.ref for a in unload}) | {
+                        a.ref for a in enter
+                    }
+                    assert len(self.registered) <= self.places, (
+                        "more than vLLM has room for: it would refuse a good adapter"
+                    )
                     assert len(self.engine) + len(enter) <= self.size
                 case Start(request, adapter, _):
                     assert self.wants.pop(request) == adapter.ref
@@ -712,7 +806,9 @@ class ResidencyMachine(RuleBasedStateMachine):
                     self.tell(request, "start")
                     self.running[request] = adapter.ref
                     if request in self.tends:
-                        if self.tends.pop(request) == "pin" and self.residency.slots.may_pin(adapter.ref):
+                        if self.tends.pop(request) == "pin" and self.residency.slots.may_pin(
+                            adapter.ref
+                        ):
                             self.perform(self.residency.pin(adapter.ref, self.now))
                         del self.running[request]
                         self.perform(self.residency.finish(request, self.now))
@@ -724,13 +820,17 @@ class ResidencyMachine(RuleBasedStateMachine):
                 case Reject(request):
                     adapter_wanted = self.wants.pop(request)
                     asked = self.tends.pop(request, "")
-                    assert asked == "evict" or self.now < self.failed_at[adapter_wanted] + FAILED_FOR_S
+                    assert (
+                        asked == "evict" or self.now < self.failed_at[adapter_wanted] + FAILED_FOR_S
+                    )
                     self.tell(request, "reject")
                     # The agent forgets the job, which tells residency once more.
                     self.perform(self.residency.finish(request, self.now))
 
     def tell(self, request: int, what: str) -> None:
-        assert request not in self.told, f"request {request} was told {self.told[request]} and then {what}"
+        assert request not in self.told, (
+            f"request {request} was told {self.told[request]} and then {what}"
+        )
         self.told[request] = what
 
     @rule(adapters=st.lists(st.sampled_from(REFS), min_size=1, max_size=4))
@@ -753,15 +853,24 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.wants[self.count] = adapter
         self.perform(self.residency.want(self.count, adapter, self.now))
 
-    @rule(adapter=st.sampled_from(REFS), what=st.sampled_from(["load", "pin", "cache", "evict", "unpin"]))
+    @rule(
+        adapter=st.sampled_from(REFS),
+        what=st.sampled_from(["load", "pin", "cache", "evict", "unpin"]),
+    )
     def an_operator_asks(self, adapter: AdapterRef, what: str) -> None:
         if what in ("unpin", "evict"):  # the later word holds
-            self.tends |= {r: "load" for r, asked in self.tends.items() if asked == "pin" and self.wants[r] == adapter}
+            self.tends |= {
+                r: "load"
+                for r, asked in self.tends.items()
+                if asked == "pin" and self.wants[r] == adapter
+            }
         if what == "unpin":
             return self.perform(self.residency.unpin(adapter, self.now))
         self.count += 1
         self.wants[self.count], self.tends[self.count] = adapter, what
-        ask = {"cache": self.residency.cache, "evict": self.residency.evict}.get(what, self.residency.want)
+        ask = {"cache": self.residency.cache, "evict": self.residency.evict}.get(
+            what, self.residency.want
+        )
         self.perform(ask(self.count, adapter, self.now))
         return None
 
@@ -790,7 +899,11 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.perform(self.residency.finish(request, self.now))
 
     @precondition(lambda self: self.fetching)
-    @rule(data=st.data(), ok=st.sampled_from([True, True, False]), came_from=st.sampled_from([Tier.DISK, Tier.REMOTE]))
+    @rule(
+        data=st.data(),
+        ok=st.sampled_from([True, True, False]),
+        came_from=st.sampled_from([Tier.DISK, Tier.REMOTE]),
+    )
     def a_fetch_ends(self, data: st.DataObject, ok: bool, came_from: Tier) -> None:
         adapter = data.draw(st.sampled_from(self.fetching))
         self.fetching.remove(adapter)
@@ -813,7 +926,9 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     def fail(self, adapter: AdapterRef) -> None:
         self.failed_at[adapter] = self.now
-        self.perform(self.residency.failed(adapter, Failure("invalid_adapter", "no", False), self.now))
+        self.perform(
+            self.residency.failed(adapter, Failure("invalid_adapter", "no", False), self.now)
+        )
 
     @rule(seconds=st.sampled_from([0.0, 0.7, SLOT_PATIENCE_S, FAILED_FOR_S]))
     def time_passes(self, seconds: float) -> None:
@@ -839,11 +954,15 @@ class ResidencyMachine(RuleBasedStateMachine):
         if self.swap is None:
             idle = [a for a in self.engine if a not in self.running.values() and a not in pinned]
             in_line_ = [a for a in REFS if stage(residency, a) is ResidencyStage.CACHED]
-            assert not in_line_ or (len(self.engine) == self.size and not idle), "somebody waits for a slot that could be given"
+            assert not in_line_ or (len(self.engine) == self.size and not idle), (
+                "somebody waits for a slot that could be given"
+            )
         for request, ref in self.wants.items():
             if request in others:
                 continue
-            assert stage(residency, ref) is not ResidencyStage.RESIDENT, "a request waits for an adapter that is there"
+            assert stage(residency, ref) is not ResidencyStage.RESIDENT, (
+                "a request waits for an adapter that is there"
+            )
             assert ref in self.fetching or stage(residency, ref) in (
                 ResidencyStage.CACHED,
                 ResidencyStage.LOADING,
@@ -854,10 +973,18 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert len(closing) <= len(residency._line) or self.swap is not None
         assert set(closing) == set(residency._closing)
         on_the_way = len(self.swap.enter + self.swap.unload) if self.swap else 0
-        known = len(self.engine) + len(self.warm) + len(self.wants) + len(self.fetching) + on_the_way
+        known = (
+            len(self.engine) + len(self.warm) + len(self.wants) + len(self.fetching) + on_the_way
+        )
         assert len(residency._entries) <= known, "an entry was left behind"
-        anew = [residency._state(a, e, self.now, 1.0) for a, e in residency._entries.items() if e.stage is not ResidencyStage.UNLOADING]
-        assert list(residency.states(self.now, 1.0)) == anew, "what a beat says of a warm adapter is out of date"
+        anew = [
+            residency._state(a, e, self.now, 1.0)
+            for a, e in residency._entries.items()
+            if e.stage is not ResidencyStage.UNLOADING
+        ]
+        assert list(residency.states(self.now, 1.0)) == anew, (
+            "what a beat says of a warm adapter is out of date"
+        )
 
     def settle(self) -> None:
         """Store and engine answer everything that is open, well."""
@@ -881,12 +1008,16 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.settle()
         assert not self.wants and self.residency.waiting == 0
         assert sorted(self.told) == list(range(1, self.count + 1)), "somebody was never told"
-        assert not [a for a in REFS if stage(self.residency, a) not in (None, ResidencyStage.RESIDENT, ResidencyStage.WARM)], (
-            "something hangs"
-        )
+        assert not [
+            a
+            for a in REFS
+            if stage(self.residency, a) not in (None, ResidencyStage.RESIDENT, ResidencyStage.WARM)
+        ], "something hangs"
 
     def everybody_gets_a_slot_in_the_end(self) -> None:
-        """Requests for resident adapters never stop coming, running ones end, time passes: those who wait now are all served."""
+        """Requests for resident adapters never stop coming, running ones end, time passes: those
+        who wait now are all served.
+        """
         patient = {r for r in self.wants if self.tends.get(r) != "evict"}
         for _ in range(4 * len(REFS)):
             if not patient & self.wants.keys():
@@ -908,7 +1039,9 @@ TestResidencyMachine.settings = settings(max_examples=150)  # three slots and a 
 
 @pytest.mark.parametrize("slots", [1, 2, 4])
 def test_a_busy_adapter_cannot_starve_the_others(slots: int) -> None:
-    """Every slot always has a running request and new ones keep coming for what is resident: a cold adapter is served within two patiences."""
+    """Every slot always has a running request and new ones keep coming for what is resident: a cold
+    adapter is served within two patiences.
+    """
     residency = Residency(slots)
     busy = [AdapterRef("tiny", f"busy{i}", "d") for i in range(slots)]
     for i, ref in enumerate(busy):

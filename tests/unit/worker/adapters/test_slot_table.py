@@ -96,7 +96,9 @@ def test_a_release_without_a_use_is_a_bug() -> None:
         slots.release(A)
 
 
-def test_the_slot_to_close_is_the_one_longest_without_a_new_request_and_never_a_pinned_one() -> None:
+def test_the_slot_to_close_is_the_one_longest_without_a_new_request_and_never_a_pinned_one() -> (
+    None
+):
     slots = table(3, A, B, C)
     assert slots.oldest_in_use() is None
     for adapter in (B, A, C):

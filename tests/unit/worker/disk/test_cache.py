@@ -1,4 +1,6 @@
-"""Shell. The disk tier over real folders: two caches with one root stand for two processes (flock tells them apart by descriptor)."""
+"""Shell. The disk tier over real folders: two caches with one root stand for two processes (flock
+tells them apart by descriptor).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class WatchedStore(LocalStore):
-    """A folder that notes what is read of it, and can be made to hang or to fail after a number of reads."""
+    """A folder that notes what is read of it, and can be made to hang or to fail after a number of
+    reads.
+    """
 
     def __init__(self, root: str) -> None:
         super().__init__(root)
@@ -42,7 +46,9 @@ class WatchedStore(LocalStore):
         self.at_limit, self.go = asyncio.Event(), asyncio.Event()
 
     @asynccontextmanager
-    async def _stream(self, adapter_name: str, file: StoredFile, offset: int, length: int) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+    async def _stream(
+        self, adapter_name: str, file: StoredFile, offset: int, length: int
+    ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
         if len(self.asked) >= self.limit:
             self.at_limit.set()
             if self.failure is not None:
@@ -96,7 +102,11 @@ async def test_what_was_fetched_is_served_without_the_store(host: Host) -> None:
     host.put("a", weights)
     ref, stored = await host.look_up("a")
     first = await host.cache().fetch(ref, stored, host.store(), host.check)
-    assert (first.folder / WEIGHTS).read_bytes() == weights and first.size_bytes == stored.size_bytes and first.facts.rank == 8
+    assert (
+        (first.folder / WEIGHTS).read_bytes() == weights
+        and first.size_bytes == stored.size_bytes
+        and first.facts.rank == 8
+    )
     later = await host.cache().open(ref, host.check)
     assert later is not None and later.folder == first.folder and later.content == first.content
     assert host.files("partial") == host.files("trash") == []
@@ -116,11 +126,18 @@ async def test_of_two_processes_only_one_downloads(host: Host) -> None:
     host.put("a", os.urandom(3 * PART))
     ref, stored = await host.look_up("a")
     stores = [host.store(), host.store()]
-    fetched = await asyncio.gather(*(host.cache().fetch(ref, stored, store, host.check) for store in stores))
-    assert sorted(len(store.asked) for store in stores) == [0, 4] and fetched[0].folder == fetched[1].folder
+    fetched = await asyncio.gather(
+        *(host.cache().fetch(ref, stored, store, host.check) for store in stores)
+    )
+    assert (
+        sorted(len(store.asked) for store in stores) == [0, 4]
+        and fetched[0].folder == fetched[1].folder
+    )
 
 
-async def test_who_waits_takes_over_from_a_download_that_dies_and_fetches_only_the_rest(host: Host) -> None:
+async def test_who_waits_takes_over_from_a_download_that_dies_and_fetches_only_the_rest(
+    host: Host,
+) -> None:
     weights = os.urandom(6 * PART)
     host.put("a", weights)
     ref, stored = await host.look_up("a")
@@ -130,7 +147,16 @@ async def test_who_waits_takes_over_from_a_download_that_dies_and_fetches_only_t
     await first.at_limit.wait()
     waiting = asyncio.create_task(host.cache().fetch(ref, stored, second, host.check))
     async with asyncio.timeout(10):
-        while len([p for p in host.files("partial") if p.name == "journal" and p.read_bytes().count(b"\n") > 1]) < 1:
+        while (
+            len(
+                [
+                    p
+                    for p in host.files("partial")
+                    if p.name == "journal" and p.read_bytes().count(b"\n") > 1
+                ]
+            )
+            < 1
+        ):
             await asyncio.sleep(0.001)
         assert not waiting.done()
         dying.cancel()
@@ -170,7 +196,9 @@ async def test_a_fetch_that_got_nothing_leaves_nothing(host: Host) -> None:
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "manifest", "symlink"])
 @pytest.mark.parametrize("same_process", [True, False])
-async def test_a_damaged_entry_is_never_served_and_comes_back_whole(host: Host, harm: str, same_process: bool) -> None:
+async def test_a_damaged_entry_is_never_served_and_comes_back_whole(
+    host: Host, harm: str, same_process: bool
+) -> None:
     weights = os.urandom(3 * PART)
     host.put("a", weights)
     ref, stored = await host.look_up("a")
@@ -222,7 +250,9 @@ async def test_the_quota_holds_and_who_is_in_use_in_any_process_stays(host: Host
     assert {name for name in "abcd" if mine.has(refs[name][0])} == {"a", "b", "d"}
 
 
-async def test_a_cache_full_of_adapters_in_use_says_503_and_keeps_no_half_download(host: Host) -> None:
+async def test_a_cache_full_of_adapters_in_use_says_503_and_keeps_no_half_download(
+    host: Host,
+) -> None:
     for name in "ab":
         host.put(name, os.urandom(2 * PART))
     cache = host.cache(3 * PART)
@@ -284,7 +314,9 @@ async def test_a_stuck_download_is_given_up_after_the_stall_time(host: Host) -> 
     stuck.limit = 0
     with pytest.raises(StoreUnavailable, match="too slow"):
         async with asyncio.timeout(5):
-            await host.cache(stall_s=0.2, tries=2).fetch(*await host.look_up("a"), stuck, host.check)
+            await host.cache(stall_s=0.2, tries=2).fetch(
+                *await host.look_up("a"), stuck, host.check
+            )
     assert stuck.at_limit.is_set()
 
 
@@ -294,7 +326,10 @@ async def test_many_stuck_downloads_delay_no_other_one(host: Host) -> None:
         host.put(name, os.urandom(8 * PART))
     cache, stuck = host.cache(), host.store()
     stuck.limit = 0
-    hanging = [asyncio.create_task(cache.fetch(*await host.look_up(name), stuck, host.check)) for name in names]
+    hanging = [
+        asyncio.create_task(cache.fetch(*await host.look_up(name), stuck, host.check))
+        for name in names
+    ]
     await stuck.at_limit.wait()
     async with asyncio.timeout(4):
         await cache.fetch(*await host.look_up("quick"), host.store(), host.check)

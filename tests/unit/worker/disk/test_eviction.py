@@ -14,7 +14,9 @@ sizes = st.integers(0, 10**12)
 
 
 def first_to_go(**heats: tuple[UseFrequency, int]) -> str:
-    return leaving([EvictionCandidate(key, size, heat.priority) for key, (heat, size) in heats.items()])[0].key
+    return leaving(
+        [EvictionCandidate(key, size, heat.priority) for key, (heat, size) in heats.items()]
+    )[0].key
 
 
 def used_times(times: int, cost_s: float, size_bytes: int, clock: float = 0.0) -> UseFrequency:
@@ -25,15 +27,26 @@ def used_times(times: int, cost_s: float, size_bytes: int, clock: float = 0.0) -
 
 
 def test_of_two_equal_adapters_the_one_used_less_goes_first() -> None:
-    assert first_to_go(rare=(used_times(1, 1.0, MIB), MIB), often=(used_times(9, 1.0, MIB), MIB)) == "rare"
+    assert (
+        first_to_go(rare=(used_times(1, 1.0, MIB), MIB), often=(used_times(9, 1.0, MIB), MIB))
+        == "rare"
+    )
 
 
 def test_of_two_adapters_used_alike_the_one_that_comes_back_quicker_goes_first() -> None:
-    assert first_to_go(slow=(used_times(3, 5.0, MIB), MIB), quick=(used_times(3, 0.1, MIB), MIB)) == "quick"
+    assert (
+        first_to_go(slow=(used_times(3, 5.0, MIB), MIB), quick=(used_times(3, 0.1, MIB), MIB))
+        == "quick"
+    )
 
 
 def test_one_large_adapter_goes_before_many_small_ones_that_cost_the_same() -> None:
-    assert first_to_go(small=(used_times(2, 1.0, MIB), MIB), large=(used_times(2, 1.0, 100 * MIB), 100 * MIB)) == "large"
+    assert (
+        first_to_go(
+            small=(used_times(2, 1.0, MIB), MIB), large=(used_times(2, 1.0, 100 * MIB), 100 * MIB)
+        )
+        == "large"
+    )
 
 
 def test_what_was_popular_long_ago_goes_before_what_is_used_now() -> None:
@@ -74,7 +87,9 @@ def test_after_freeing_what_must_go_the_newcomer_fits_both_bounds(
 
 
 @given(st.lists(st.tuples(sizes, st.floats(0, 100)), min_size=1, max_size=20), st.floats(0, 1e6))
-def test_every_use_raises_the_priority_and_never_below_the_clock(uses: list[tuple[int, float]], clock: float) -> None:
+def test_every_use_raises_the_priority_and_never_below_the_clock(
+    uses: list[tuple[int, float]], clock: float
+) -> None:
     for size, cost_s in uses:
         once = used(UseFrequency(cost_s=cost_s), size, clock)
         twice = used(once, size, clock)

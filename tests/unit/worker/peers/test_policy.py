@@ -28,7 +28,17 @@ def test_at_most_three_peers_are_asked_in_the_order_told_and_each_once() -> None
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["", "ipc:///tmp/x", "tcp://host", "tcp://host:", "tcp://a b:1", "tcp://:1", "tcp://h:1;tcp://i:2", "tcp://h:123456"]
+    "endpoint",
+    [
+        "",
+        "ipc:///tmp/x",
+        "tcp://host",
+        "tcp://host:",
+        "tcp://a b:1",
+        "tcp://:1",
+        "tcp://h:1;tcp://i:2",
+        "tcp://h:123456",
+    ],
 )
 def test_an_endpoint_that_is_none_is_not_connected_to(endpoint: str) -> None:
     assert Standing().usable([endpoint, A], 0.0) == [A]
@@ -61,7 +71,9 @@ def test_what_is_remembered_of_peers_is_bounded() -> None:
 
 def test_one_asker_cannot_take_all_places_of_a_server() -> None:
     wants = OpenWants()
-    assert [wants.take(b"greedy") for _ in range(policy.WANTS_PER_PEER + 2)].count(True) == policy.WANTS_PER_PEER
+    assert [wants.take(b"greedy") for _ in range(policy.WANTS_PER_PEER + 2)].count(
+        True
+    ) == policy.WANTS_PER_PEER
     assert wants.take(b"modest")
     wants.give(b"greedy")
     assert wants.take(b"greedy") and not wants.take(b"greedy")
@@ -69,7 +81,12 @@ def test_one_asker_cannot_take_all_places_of_a_server() -> None:
 
 def test_all_askers_together_are_bounded_and_places_come_back() -> None:
     wants = OpenWants()
-    taken = [peer for n in range(20) for _ in range(policy.WANTS_PER_PEER) if wants.take(peer := b"%d" % n)]
+    taken = [
+        peer
+        for n in range(20)
+        for _ in range(policy.WANTS_PER_PEER)
+        if wants.take(peer := b"%d" % n)
+    ]
     assert len(taken) == policy.WANTS and not wants.take(b"new")
     for peer in taken:
         wants.give(peer)
@@ -78,7 +95,9 @@ def test_all_askers_together_are_bounded_and_places_come_back() -> None:
 
 def test_slow_is_what_stays_below_the_least_rate_after_a_grace() -> None:
     assert not too_slow(0, policy.SLOW_GRACE_S)
-    assert too_slow(8 * policy.MIN_BYTES_PER_S, policy.SLOW_GRACE_S + 8.1) and not too_slow(8 * policy.MIN_BYTES_PER_S, 8.0)
+    assert too_slow(8 * policy.MIN_BYTES_PER_S, policy.SLOW_GRACE_S + 8.1) and not too_slow(
+        8 * policy.MIN_BYTES_PER_S, 8.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,6 +112,8 @@ def test_slow_is_what_stays_below_the_least_rate_after_a_grace() -> None:
         ("tcp://0.0.0.0:4711", "[fd00::7]:9000", "10.1.2.3", "tcp://[fd00::7]:9000"),
     ],
 )
-def test_other_hosts_are_told_an_address_that_they_can_reach(bound: str, named: str | None, outward: str, told: str) -> None:
+def test_other_hosts_are_told_an_address_that_they_can_reach(
+    bound: str, named: str | None, outward: str, told: str
+) -> None:
     assert advertised(bound, named, outward) == told
     assert Standing().usable([told], 0.0) == [told]

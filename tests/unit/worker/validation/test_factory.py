@@ -1,4 +1,6 @@
-"""What a worker does where it cannot tell its base model's shapes: it refuses to serve adapters, unless nobody could tell."""
+"""What a worker does where it cannot tell its base model's shapes: it refuses to serve adapters,
+unless nobody could tell.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,14 @@ KNOWN = {
 }
 
 
-def model(folder: Path, config: dict[str, Any] | str | None, adapters: str | None = "/adapters") -> LLMConfig:
+def model(
+    folder: Path, config: dict[str, Any] | str | None, adapters: str | None = "/adapters"
+) -> LLMConfig:
     folder.mkdir(exist_ok=True)
     if config is not None:
-        (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        (folder / "config.json").write_text(
+            config if isinstance(config, str) else json.dumps(config)
+        )
     return LLMConfig(
         model_loading_config={"model_id": "m", "model_source": str(folder)},
         lora_config={"dynamic_lora_loading_path": adapters},
@@ -39,7 +45,9 @@ def test_a_known_model_is_checked_with_its_shapes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [None, "{", "[]"], ids=["none", "cut", "a-list"])
-def test_a_config_that_is_missing_or_broken_refuses_the_start(tmp_path: Path, config: str | None) -> None:
+def test_a_config_that_is_missing_or_broken_refuses_the_start(
+    tmp_path: Path, config: str | None
+) -> None:
     with pytest.raises(ConfigError, match=r"config\.json.*Adapters of `m` cannot be checked"):
         open_validator(model(tmp_path / "base", config), 16)
 
@@ -58,7 +66,8 @@ def test_an_architecture_that_nobody_knows_is_served_with_a_loud_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers")
-    # Straight at its source: what else ran in this process may have turned the loggers above it away, or off.
+    # Straight at its source: what else ran in this process may have turned the loggers above it
+    # away, or off.
     log = logging.Logger("checks")
     log.addHandler(caplog.handler)
     monkeypatch.setattr("worker.validation.factory.log", log)

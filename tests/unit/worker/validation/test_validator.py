@@ -1,4 +1,6 @@
-"""The validator on real folders: good adapters, every kind of bad one, and values at every place of a file."""
+"""The validator on real folders: good adapters, every kind of bad one, and values at every place of
+a file.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,21 @@ def make_good(folder: Path, dtype: str = "BF16") -> Path:
     for module, (outputs, inputs) in BASE.modules.items():
         if module.rpartition(".")[2] in kinds:
             tensors[f"base_model.model.{module}.lora_A.weight"] = filled(dtype, [RANK, inputs])
-            tensors[f"base_model.model.{module}.lora_B.weight"] = filled(dtype, [outputs, RANK], 0.02)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = filled(
+                dtype, [outputs, RANK], 0.02
+            )
     (folder / WEIGHTS).write_bytes(safetensors(tensors))
-    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": 16, "target_modules": kinds, "bias": "none"}))
+    (folder / CONFIG).write_text(
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "r": RANK,
+                "lora_alpha": 16,
+                "target_modules": kinds,
+                "bias": "none",
+            }
+        )
+    )
     return folder
 
 
@@ -65,7 +79,11 @@ def test_a_bad_adapter_is_refused_with_its_code(tmp_path: Path, good: Path, name
     with pytest.raises(InvalidAdapter) as caught:
         Validator(BASE, 16).check(folder)
     assert caught.value.code == kind.code
-    assert str(tmp_path) not in caught.value.message and caught.value.message.isascii() and len(caught.value.message) < 500
+    assert (
+        str(tmp_path) not in caught.value.message
+        and caught.value.message.isascii()
+        and len(caught.value.message) < 500
+    )
 
 
 def test_there_are_many_kinds_of_bad_adapters() -> None:
@@ -75,19 +93,25 @@ def test_there_are_many_kinds_of_bad_adapters() -> None:
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_one_bad_value_is_found_wherever_it_is(tmp_path: Path, dtype: str, value: float) -> None:
-    """At the first and last place of a tensor that is read in several pieces, and at the seams between them."""
+    """At the first and last place of a tensor that is read in several pieces, and at the seams
+    between them.
+    """
     size = 4 if dtype == "F32" else 2
     inputs = (2 * PIECE_BYTES // size) // RANK + 3
     module = "model.layers.0.self_attn.q_proj"
     validator = Validator(BaseShapes({module: (4, inputs)}), 16)
     a, b = filled(dtype, [RANK, inputs]), filled(dtype, [4, RANK])
     one = filled(dtype, [1], value).raw
-    (tmp_path / CONFIG).write_text(json.dumps({"r": RANK, "lora_alpha": 16, "target_modules": ["q_proj"]}))
+    (tmp_path / CONFIG).write_text(
+        json.dumps({"r": RANK, "lora_alpha": 16, "target_modules": ["q_proj"]})
+    )
     for at in (None, 0, PIECE_BYTES - size, PIECE_BYTES, len(a.raw) - size):
         raw = a.raw if at is None else a.raw[:at] + one + a.raw[at + size :]
         spoiled = type(a)(dtype, a.shape, raw)
         name = f"base_model.model.{module}.lora_"
-        (tmp_path / WEIGHTS).write_bytes(safetensors({f"{name}A.weight": spoiled, f"{name}B.weight": b}))
+        (tmp_path / WEIGHTS).write_bytes(
+            safetensors({f"{name}A.weight": spoiled, f"{name}B.weight": b})
+        )
         if at is None:
             validator.check(tmp_path)
             continue
@@ -98,19 +122,34 @@ def test_one_bad_value_is_found_wherever_it_is(tmp_path: Path, dtype: str, value
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_the_norm_is_that_of_the_values_in_every_type(tmp_path: Path, dtype: str) -> None:
-    """|A| = 20 and |B| = 50 make a change of 1000: a bound just below refuses it, one just above does not."""
-    (tmp_path / CONFIG).write_text(json.dumps({"r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}))
+    """|A| = 20 and |B| = 50 make a change of 1000: a bound just below refuses it, one just above
+    does not.
+    """
+    (tmp_path / CONFIG).write_text(
+        json.dumps({"r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]})
+    )
     name = "base_model.model.m.q_proj.lora_"
-    values = {f"{name}A.weight": filled(dtype, [1, 100], 2.0), f"{name}B.weight": filled(dtype, [100, 1], -5.0)}
+    values = {
+        f"{name}A.weight": filled(dtype, [1, 100], 2.0),
+        f"{name}B.weight": filled(dtype, [100, 1], -5.0),
+    }
     (tmp_path / WEIGHTS).write_bytes(safetensors(values))
     Validator(None, 16, AdapterLimits(max_change=1000.1)).check(tmp_path)
     with pytest.raises(InvalidAdapter, match=r"more than 999\.9"):
         Validator(None, 16, AdapterLimits(max_change=999.9)).check(tmp_path)
 
 
-def test_an_adapter_for_modules_that_the_server_leaves_out_is_refused_with_their_names(good: Path) -> None:
-    assert Validator(BASE, 16, targets=["qkv_proj", "down_proj"]).check(good).modules == ("down_proj", "q_proj", "v_proj")
-    assert Validator(BASE, 16, targets=["k_proj", "down_proj"]).check(good).rank == RANK, "packed into one layer, adapted as one"
+def test_an_adapter_for_modules_that_the_server_leaves_out_is_refused_with_their_names(
+    good: Path,
+) -> None:
+    assert Validator(BASE, 16, targets=["qkv_proj", "down_proj"]).check(good).modules == (
+        "down_proj",
+        "q_proj",
+        "v_proj",
+    )
+    assert Validator(BASE, 16, targets=["k_proj", "down_proj"]).check(good).rank == RANK, (
+        "packed into one layer, adapted as one"
+    )
     with pytest.raises(InvalidAdapter, match="changes q_proj, v_proj, which") as refused:
         Validator(BASE, 16, targets=["o_proj", "down_proj"]).check(good)
     assert refused.value.code == "invalid_adapter_target_modules"
@@ -144,21 +183,28 @@ def test_a_tree_without_end_is_given_up(tmp_path: Path) -> None:
 
 
 def test_without_weights_only_the_config_is_read(tmp_path: Path) -> None:
-    (tmp_path / CONFIG).write_text(json.dumps({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}))
+    (tmp_path / CONFIG).write_text(
+        json.dumps({"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]})
+    )
     (tmp_path / WEIGHTS).write_bytes(b"nothing of the kind")
     validator = Validator(None, 16, weights=False)
     assert validator.check(tmp_path).rank == 8
-    (tmp_path / CONFIG).write_text(json.dumps({"r": 32, "lora_alpha": 16, "target_modules": ["q_proj"]}))
+    (tmp_path / CONFIG).write_text(
+        json.dumps({"r": 32, "lora_alpha": 16, "target_modules": ["q_proj"]})
+    )
     with pytest.raises(InvalidAdapter, match="max_lora_rank 16"):
         validator.check(tmp_path)
 
 
 def test_neither_torch_nor_the_safetensors_library_is_needed() -> None:
-    code = "import sys, worker.validation.validator, worker.validation.base_model, numpy; sys.exit(any(m in sys.modules for m in ('torch', 'safetensors', 'transformers')))"
+    code = (
+        "import sys, worker.validation.validator, worker.validation.base_model, numpy; "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'safetensors', 'transformers')))"
+    )
     assert os.spawnl(os.P_WAIT, sys.executable, sys.executable, "-c", code) == 0
 
 
-# ---- the base model ---------------------------------------------------------------------------------------------------------------------
+# ---- the base model ------------------------------------------------------------------------------
 
 
 def test_shapes_are_read_from_a_model_folder(tmp_path: Path) -> None:
@@ -181,9 +227,16 @@ def test_a_large_adapter_is_scanned_without_being_held(tmp_path: Path) -> None:
     inputs = 1 << 20
     validator = Validator(BaseShapes({"m.q_proj": (16, inputs)}), 32)
     a = type(filled("BF16", [1]))("BF16", [32, inputs], np.zeros(32 * inputs, "<u2").tobytes())
-    (tmp_path / CONFIG).write_text(json.dumps({"r": 32, "lora_alpha": 16, "target_modules": ["q_proj"]}))
+    (tmp_path / CONFIG).write_text(
+        json.dumps({"r": 32, "lora_alpha": 16, "target_modules": ["q_proj"]})
+    )
     (tmp_path / WEIGHTS).write_bytes(
-        safetensors({"base_model.model.m.q_proj.lora_A.weight": a, "base_model.model.m.q_proj.lora_B.weight": filled("BF16", [16, 32])})
+        safetensors(
+            {
+                "base_model.model.m.q_proj.lora_A.weight": a,
+                "base_model.model.m.q_proj.lora_B.weight": filled("BF16", [16, 32]),
+            }
+        )
     )
     del a
     tracemalloc.start()

@@ -1,4 +1,6 @@
-"""The engine of the simulator against its table, against theory, and against a loop that takes every step one by one."""
+"""The engine of the simulator against its table, against theory, and against a loop that takes
+every step one by one.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,12 @@ class Job:
     output_tokens: int = 128
 
 
-def _run(timing: Timing, jobs: list[Job], loads: list[tuple[float, float]] | None = None, aborts: dict[int, float] | None = None) -> Heard:
+def _run(
+    timing: Timing,
+    jobs: list[Job],
+    loads: list[tuple[float, float]] | None = None,
+    aborts: dict[int, float] | None = None,
+) -> Heard:
     agenda = Agenda()
     heard = Heard(agenda)
     engine = Engine(timing, agenda, heard)
@@ -54,21 +61,38 @@ def _run(timing: Timing, jobs: list[Job], loads: list[tuple[float, float]] | Non
     for at_s, seconds in loads or []:
         agenda.at(at_s, engine.load, seconds, lambda: None)
     agenda.run(lambda: True)
-    assert (engine.decoding, engine.waiting, engine.waiting_tokens, engine.tokens_held) == (0, 0, 0, 0)
+    assert (engine.decoding, engine.waiting, engine.waiting_tokens, engine.tokens_held) == (
+        0,
+        0,
+        0,
+        0,
+    )
     return heard
 
 
-@pytest.mark.parametrize(("sequences", "step_ms"), [(1, 6.7), (16, 12.2), (64, 15.3), (256, 29.3), (40, 13.75), (0, 6.7)])
-def test_a_step_takes_what_the_table_says_and_between_its_rows_the_line(sequences: int, step_ms: float) -> None:
+@pytest.mark.parametrize(
+    ("sequences", "step_ms"), [(1, 6.7), (16, 12.2), (64, 15.3), (256, 29.3), (40, 13.75), (0, 6.7)]
+)
+def test_a_step_takes_what_the_table_says_and_between_its_rows_the_line(
+    sequences: int, step_ms: float
+) -> None:
     assert TABLE.step_s(sequences) == pytest.approx(step_ms / 1e3)
 
 
 def test_loads_and_fetches_cost_by_tier_and_bytes() -> None:
     size = TABLE.load_bytes
-    assert TABLE.load_from_s(Tier.DISK, size) == TABLE.load_from_s(Tier.REMOTE, size) == pytest.approx(0.060)
+    assert (
+        TABLE.load_from_s(Tier.DISK, size)
+        == TABLE.load_from_s(Tier.REMOTE, size)
+        == pytest.approx(0.060)
+    )
     assert TABLE.load_from_s(Tier.DISK, 2 * size) == pytest.approx(0.120)
     assert TABLE.load_from_s(Tier.CPU, size) == 0.004
-    assert TABLE.fetch_s(Tier.CPU, size) < TABLE.fetch_s(Tier.DISK, size) < TABLE.fetch_s(Tier.REMOTE, size)
+    assert (
+        TABLE.fetch_s(Tier.CPU, size)
+        < TABLE.fetch_s(Tier.DISK, size)
+        < TABLE.fetch_s(Tier.REMOTE, size)
+    )
 
 
 def test_one_request_alone_takes_its_prompt_and_one_step_per_token() -> None:
@@ -79,12 +103,16 @@ def test_one_request_alone_takes_its_prompt_and_one_step_per_token() -> None:
 
 
 def test_the_first_measured_prefill_counts_in_full() -> None:
-    """An average that began at 0 would make a worker look slow after its first request, and nobody would ask it again."""
+    """An average that began at 0 would make a worker look slow after its first request, and nobody
+    would ask it again.
+    """
     agenda = Agenda()
     engine = Engine(TABLE, agenda, Heard(agenda))
     engine.add(Sequence(0, 128, 2))
     agenda.run(lambda: engine.decoding == 0)
-    assert engine.measured_prefill_tokens_per_s == pytest.approx(128 / (TABLE.step_s(1) + 128 / TABLE.prefill_tokens_per_s))
+    assert engine.measured_prefill_tokens_per_s == pytest.approx(
+        128 / (TABLE.step_s(1) + 128 / TABLE.prefill_tokens_per_s)
+    )
 
 
 def test_requests_that_come_together_run_together_at_the_step_of_their_number() -> None:
@@ -99,7 +127,10 @@ def test_a_request_that_comes_during_a_step_waits_for_its_end() -> None:
 
 
 def test_a_load_stalls_everything_for_its_time_from_the_end_of_the_running_step_on() -> None:
-    calm, stalled = _run(STEADY, [Job(0.0, 1, 100)]), _run(STEADY, [Job(0.0, 1, 100)], [(0.0105, 0.060)])
+    calm, stalled = (
+        _run(STEADY, [Job(0.0, 1, 100)]),
+        _run(STEADY, [Job(0.0, 1, 100)], [(0.0105, 0.060)]),
+    )
     assert stalled.last[0] == pytest.approx(calm.last[0] + 0.060)
     late = _run(STEADY, [Job(0.0, 1, 100), Job(0.020, 1, 1)], [(0.0105, 0.060)])
     assert late.first[1] == pytest.approx(0.011 + 0.060 + 0.001)
@@ -135,7 +166,9 @@ def test_an_aborted_request_that_still_waits_never_starts() -> None:
     assert set(heard.first) == {0, 2}
 
 
-def _step_by_step(timing: Timing, jobs: list[Job], loads: list[tuple[float, float]]) -> tuple[dict[int, float], dict[int, float]]:
+def _step_by_step(
+    timing: Timing, jobs: list[Job], loads: list[tuple[float, float]]
+) -> tuple[dict[int, float], dict[int, float]]:
     """The same engine, stupidly: a loop over steps that looks at everything each time."""
     now, after_load = 0.0, False
     waiting: list[list[int]] = []  # [number, unread]
@@ -155,7 +188,9 @@ def _step_by_step(timing: Timing, jobs: list[Job], loads: list[tuple[float, floa
             continue
         after_load = False
         if not waiting and not running:
-            now = min([jobs[number].at_s for number in coming[:1]] + [at_s for at_s, _ in pending[:1]])
+            now = min(
+                [jobs[number].at_s for number in coming[:1]] + [at_s for at_s, _ in pending[:1]]
+            )
             continue
         budget, tokens = timing.step_tokens - len(running), 0
         chunks: list[list[int]] = []
@@ -180,14 +215,24 @@ def _step_by_step(timing: Timing, jobs: list[Job], loads: list[tuple[float, floa
     return first, last
 
 
-# Times that no step ends at and that no load shares with a request: where two things happen at once, either order is right.
+# Times that no step ends at and that no load shares with a request: where two things happen at
+# once, either order is right.
 _TIMES = st.integers(0, 3_000_000).map(lambda micros: micros / 1e6 + 0.000_000_3)
 _LOAD_TIMES = st.integers(0, 3_000_000).map(lambda micros: micros / 1e6 + 0.000_000_7)
 
 
 @given(
-    st.lists(st.builds(Job, _TIMES, st.integers(1, 700), st.integers(1, 60)), min_size=1, max_size=25, unique_by=lambda job: job.at_s),
-    st.lists(st.tuples(_LOAD_TIMES, st.sampled_from([0.004, 0.060])), max_size=5, unique_by=lambda load: load[0]),
+    st.lists(
+        st.builds(Job, _TIMES, st.integers(1, 700), st.integers(1, 60)),
+        min_size=1,
+        max_size=25,
+        unique_by=lambda job: job.at_s,
+    ),
+    st.lists(
+        st.tuples(_LOAD_TIMES, st.sampled_from([0.004, 0.060])),
+        max_size=5,
+        unique_by=lambda load: load[0],
+    ),
     st.sampled_from([1, 3, 8, 256]),
     st.sampled_from([300, 8192]),
 )
@@ -201,8 +246,12 @@ def test_computing_the_next_change_gives_what_taking_every_step_gives(
     assert heard.last == pytest.approx(last)
 
 
-def _mean_wait_s(servers: int, rate_per_s: float, draw_tokens: list[int], rng: random.Random) -> float:
-    """Mean time from arrival to the first token, less the step that yields it, on `servers` places with steps of a millisecond."""
+def _mean_wait_s(
+    servers: int, rate_per_s: float, draw_tokens: list[int], rng: random.Random
+) -> float:
+    """Mean time from arrival to the first token, less the step that yields it, on `servers` places
+    with steps of a millisecond.
+    """
     at_s, jobs = 0.0, []
     for tokens in draw_tokens:
         at_s += rng.expovariate(rate_per_s)
@@ -223,7 +272,12 @@ def test_constant_service_on_one_place_waits_as_pollaczek_and_khinchine_say() ->
 def test_exponential_service_waits_as_erlang_says(servers: int) -> None:
     rng, service_s = random.Random(2), 0.5
     rate = 0.7 * servers / service_s
-    wait_s = _mean_wait_s(servers, rate, [max(1, round(rng.expovariate(1 / service_s) * 1000)) for _ in range(40_000)], rng)
+    wait_s = _mean_wait_s(
+        servers,
+        rate,
+        [max(1, round(rng.expovariate(1 / service_s) * 1000)) for _ in range(40_000)],
+        rng,
+    )
     offered = rate * service_s
     queued = offered**servers / math.factorial(servers) / (1 - offered / servers)
     erlang_c = queued / (sum(offered**k / math.factorial(k) for k in range(servers)) + queued)

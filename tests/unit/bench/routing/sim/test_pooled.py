@@ -16,7 +16,9 @@ from bench.routing.sim.world import World, simulate
 
 FACTS, WINDOW = WorkerFacts("base"), Window(5.0, 20.0)
 
-arrivals = st.lists(st.tuples(st.integers(0, 4), st.floats(0.0, 2.0), st.floats(0.1, 3.0)), max_size=30)
+arrivals = st.lists(
+    st.tuples(st.integers(0, 4), st.floats(0.0, 2.0), st.floats(0.1, 3.0)), max_size=30
+)
 
 
 def in_order(drawn: list[tuple[int, float, float]]) -> list[Stay]:
@@ -28,17 +30,25 @@ def in_order(drawn: list[tuple[int, float, float]]) -> list[Stay]:
 
 
 @given(arrivals, st.integers(1, 3))
-def test_no_more_adapters_than_slots_and_nobody_waits_while_one_is_free_or_its_adapter_has_one(drawn: list[Stay], slots: int) -> None:
+def test_no_more_adapters_than_slots_and_nobody_waits_while_one_is_free_or_its_adapter_has_one(
+    drawn: list[Stay], slots: int
+) -> None:
     stays = in_order(drawn)
     starts = starts_of(stays, slots)
     for (adapter, at, _), start in zip(stays, starts, strict=True):
         assert start >= at
-        there = {a for (a, _, lasts), s in zip(stays, starts, strict=True) if s <= start < s + lasts}
+        there = {
+            a for (a, _, lasts), s in zip(stays, starts, strict=True) if s <= start < s + lasts
+        }
         assert adapter in there and len(there) <= slots
         if start > at:  # just before it got its slot all were taken, none of them by its adapter
-            before = {a for (a, _, lasts), s in zip(stays, starts, strict=True) if s < start <= s + lasts}
+            before = {
+                a for (a, _, lasts), s in zip(stays, starts, strict=True) if s < start <= s + lasts
+            }
             assert len(before) == slots and adapter not in {
-                a for (a, _, lasts), s in zip(stays, starts, strict=True) if s <= at < s + lasts and s < start
+                a
+                for (a, _, lasts), s in zip(stays, starts, strict=True)
+                if s <= at < s + lasts and s < start
             }
 
 
@@ -58,7 +68,9 @@ def test_one_pool_waits_less_and_loads_less_than_the_run_and_more_than_the_bound
 
 
 def test_of_a_run_with_requests_that_were_not_served_nothing_is_said() -> None:
-    run = simulate(World("expected-ttft", 1, 1000, 3), requests_of(SCENARIOS["default"], 3.0, 3, WINDOW))
+    run = simulate(
+        World("expected-ttft", 1, 1000, 3), requests_of(SCENARIOS["default"], 3.0, 3, WINDOW)
+    )
     run.outcomes[4] = dataclasses.replace(run.outcomes[4], failed="overloaded")
     with pytest.raises(ValueError, match="request 4 was not served"):
         pooled(run, 1, FACTS)

@@ -1,4 +1,6 @@
-"""The simulator as a whole: production gateway code in virtual time, simulated workers behind it."""
+"""The simulator as a whole: production gateway code in virtual time, simulated workers behind
+it.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,13 @@ EARLY_S = 2 * TIMING.link_s + 1e-4
 """What the link and the check of the disk cache add to a request, at most, besides the table."""
 
 
-def _requests(times: list[float], adapters: list[int | None], prompt: int = 128, output: int = 128) -> list[Request]:
-    return [Request(n, at_s, adapter, None, prompt, output) for n, (at_s, adapter) in enumerate(zip(times, adapters, strict=True))]
+def _requests(
+    times: list[float], adapters: list[int | None], prompt: int = 128, output: int = 128
+) -> list[Request]:
+    return [
+        Request(n, at_s, adapter, None, prompt, output)
+        for n, (at_s, adapter) in enumerate(zip(times, adapters, strict=True))
+    ]
 
 
 def _ended_once(run: Run) -> None:
@@ -40,13 +47,17 @@ def _ended_once(run: Run) -> None:
 
 @pytest.mark.parametrize("policy", policies())
 @pytest.mark.parametrize("scenario", ["default", "flash", "lengths"])
-def test_every_request_ends_exactly_once_and_no_worker_keeps_anything(policy: str, scenario: str) -> None:
+def test_every_request_ends_exactly_once_and_no_worker_keeps_anything(
+    policy: str, scenario: str
+) -> None:
     requests = requests_of(SCENARIOS[scenario], 50.0, 1, WINDOW)
     run = simulate(World(policy, 8, 1001, 1), requests)
     assert len(run.outcomes) == len(requests)
     _ended_once(run)
     assert not any(outcome.failed for outcome in run.outcomes)
-    assert all(outcome.ttft_s is not None and outcome.ttft_s > TIMING.outside_s for outcome in run.outcomes)
+    assert all(
+        outcome.ttft_s is not None and outcome.ttft_s > TIMING.outside_s for outcome in run.outcomes
+    )
 
 
 @pytest.mark.parametrize("policy", policies())
@@ -58,15 +69,22 @@ def test_requests_beyond_the_queue_s_bounds_are_refused_and_still_end_once(polic
 
 
 @pytest.mark.parametrize("policy", policies())
-def test_a_lost_worker_s_requests_go_elsewhere_or_fail_once_and_a_new_worker_is_used(policy: str) -> None:
+def test_a_lost_worker_s_requests_go_elsewhere_or_fail_once_and_a_new_worker_is_used(
+    policy: str,
+) -> None:
     world = World(policy, 4, 100, 3, events=(Loss(1.5, 2), Join(2.0, 2)))
     run = simulate(world, requests_of(SCENARIOS["fits"], 60.0, 3, WINDOW))
     _ended_once(run)
     failed = [outcome for outcome in run.outcomes if outcome.failed]
     assert failed  # those that had begun to stream
-    # A client that has seen the beginning of an answer gets no second one: everybody else is served by another worker.
+    # A client that has seen the beginning of an answer gets no second one: everybody else is served
+    # by another worker.
     assert all(outcome.ttft_s is not None for outcome in run.outcomes)
-    later = {outcome.worker for outcome in run.outcomes if outcome.request.at_s > 3.0 and not outcome.failed}
+    later = {
+        outcome.worker
+        for outcome in run.outcomes
+        if outcome.request.at_s > 3.0 and not outcome.failed
+    }
     assert later.isdisjoint({"w0000", "w0001"})
     assert later & {"w0004", "w0005"}
 
@@ -74,7 +92,9 @@ def test_a_lost_worker_s_requests_go_elsewhere_or_fail_once_and_a_new_worker_is_
 @pytest.mark.parametrize("policy", policies())
 def test_the_same_seed_gives_the_same_run_and_another_one_another(policy: str) -> None:
     def outcomes(seed: int) -> list[tuple[float | None, str, float | None]]:
-        run = simulate(World(policy, 8, 1000, seed), requests_of(SCENARIOS["default"], 60.0, seed, WINDOW))
+        run = simulate(
+            World(policy, 8, 1000, seed), requests_of(SCENARIOS["default"], 60.0, seed, WINDOW)
+        )
         return [(outcome.ttft_s, outcome.worker, outcome.ended_s) for outcome in run.outcomes]
 
     assert outcomes(1) == outcomes(1)
@@ -83,7 +103,9 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(policy: str) -
 
 @pytest.mark.parametrize("policy", policies())
 def test_one_worker_and_one_adapter_give_the_table(policy: str) -> None:
-    """Apart from its load, the first request takes its prompt and a step; sixteen at once decode at the step of sixteen."""
+    """Apart from its load, the first request takes its prompt and a step; sixteen at once decode at
+    the step of sixteen.
+    """
     requests = _requests([1.0, 5.0, *[10.0] * 16], [0] * 18)
     run = simulate(World(policy, 1, 1, 0), requests)
     alone = TIMING.outside_s + TIMING.step_s(1) + 128 / TIMING.prefill_tokens_per_s
@@ -92,7 +114,9 @@ def test_one_worker_and_one_adapter_give_the_table(policy: str) -> None:
     assert first.ttft_s == pytest.approx(alone + TIMING.load_s + TIMING.fetch_disk_s, abs=EARLY_S)
     assert second.ttft_s == pytest.approx(alone, abs=EARLY_S)
     assert second.ended_s is not None and second.ttft_s is not None
-    assert second.ended_s - 5.0 - second.ttft_s == pytest.approx(127 * TIMING.step_s(1) - TIMING.outside_s, abs=EARLY_S)
+    assert second.ended_s - 5.0 - second.ttft_s == pytest.approx(
+        127 * TIMING.step_s(1) - TIMING.outside_s, abs=EARLY_S
+    )
     durations = [outcome.ended_s - 10.0 for outcome in together if outcome.ended_s is not None]
     entry_s = (
         TIMING.step_s(1) + TIMING.step_s(16) + 16 * 128 / TIMING.prefill_tokens_per_s
@@ -101,14 +125,24 @@ def test_one_worker_and_one_adapter_give_the_table(policy: str) -> None:
     assert [load.tier for load in run.loads] == [Tier.DISK]
 
 
-def test_an_adapter_that_lost_its_slot_comes_back_from_the_cpu_tier_and_one_that_fell_out_of_it_from_disk() -> None:
+def test_an_adapter_that_lost_its_slot_comes_back_from_the_cpu_tier_and_one_that_fell_out_of_it_from_disk() -> (
+    None
+):
     facts = replace(FACTS, slots=1, cpu_adapters=1)
     requests = _requests([0.5, 3.0, 6.0, 9.0, 12.0], [0, 1, 0, 2, 1])
     run = simulate(World("residency-p2c", 1, 3, 0, facts=facts), requests)
-    assert [outcome.tier for outcome in run.outcomes] == [Tier.DISK, Tier.DISK, Tier.CPU, Tier.DISK, Tier.DISK]
+    assert [outcome.tier for outcome in run.outcomes] == [
+        Tier.DISK,
+        Tier.DISK,
+        Tier.CPU,
+        Tier.DISK,
+        Tier.DISK,
+    ]
     cold, warm = run.outcomes[0].ttft_s, run.outcomes[2].ttft_s
     assert cold is not None and warm is not None
-    assert cold - warm == pytest.approx(TIMING.load_s - TIMING.activate_s, abs=2 * EARLY_S + TIMING.fetch_disk_s)
+    assert cold - warm == pytest.approx(
+        TIMING.load_s - TIMING.activate_s, abs=2 * EARLY_S + TIMING.fetch_disk_s
+    )
 
 
 def test_a_cold_disk_fetches_each_adapter_from_the_store_once_without_stalling_anybody() -> None:
@@ -119,26 +153,44 @@ def test_a_cold_disk_fetches_each_adapter_from_the_store_once_without_stalling_a
 
 
 def test_a_load_stalls_the_requests_that_run_on_its_worker() -> None:
-    lone = simulate(World("residency-p2c", 1, 2, 0), _requests([1.0, 3.0], [0, 0], 1, 100)).outcomes[1]
-    beside = simulate(World("residency-p2c", 1, 2, 0), _requests([1.0, 3.0, 3.2], [0, 0, 1], 1, 100)).outcomes[1]
+    lone = simulate(
+        World("residency-p2c", 1, 2, 0), _requests([1.0, 3.0], [0, 0], 1, 100)
+    ).outcomes[1]
+    beside = simulate(
+        World("residency-p2c", 1, 2, 0), _requests([1.0, 3.0, 3.2], [0, 0, 1], 1, 100)
+    ).outcomes[1]
     assert lone.ended_s is not None and beside.ended_s is not None
     assert beside.ended_s - lone.ended_s > TIMING.load_s
 
 
-def test_a_load_as_this_projects_workers_do_it_is_waited_for_and_stalls_the_others_for_its_last_part_alone() -> None:
+def test_a_load_as_this_projects_workers_do_it_is_waited_for_and_stalls_the_others_for_its_last_part_alone() -> (
+    None
+):
     own = timing_of("own")
-    runs = [simulate(World("residency-p2c", 1, 2, 0, timing), _requests([1.0, 3.0, 3.2], [0, 0, 1], 1, 100)) for timing in (TIMING, own)]
+    runs = [
+        simulate(
+            World("residency-p2c", 1, 2, 0, timing), _requests([1.0, 3.0, 3.2], [0, 0, 1], 1, 100)
+        )
+        for timing in (TIMING, own)
+    ]
     (_, stalled, _), (_, hardly, cold) = (run.outcomes for run in runs)
     assert stalled.ended_s is not None and hardly.ended_s is not None and cold.ttft_s is not None
-    assert stalled.ended_s - hardly.ended_s == pytest.approx(TIMING.load_s - own.load_s, abs=own.step_s(2))
+    assert stalled.ended_s - hardly.ended_s == pytest.approx(
+        TIMING.load_s - own.load_s, abs=own.step_s(2)
+    )
     assert cold.ttft_s > own.prepare_s + own.load_s
 
 
 def test_adapters_are_prepared_one_after_another() -> None:
     own = timing_of("own")
-    run = simulate(World("residency-p2c", 1, 3, 0, own), _requests([1.0, 1.0, 1.0], [0, 1, 2], 1, 1))
+    run = simulate(
+        World("residency-p2c", 1, 3, 0, own), _requests([1.0, 1.0, 1.0], [0, 1, 2], 1, 1)
+    )
     first, second, third = sorted(load.at_s for load in run.loads)
-    assert second - first >= own.prepare_s - own.load_s and third - second >= own.prepare_s - own.load_s
+    assert (
+        second - first >= own.prepare_s - own.load_s
+        and third - second >= own.prepare_s - own.load_s
+    )
 
 
 def test_the_bound_waits_for_what_is_done_beside_the_engine_too() -> None:
@@ -150,7 +202,10 @@ def test_the_bound_waits_for_what_is_done_beside_the_engine_too() -> None:
 
 
 def test_behind_ray_it_is_vllm_that_loads() -> None:
-    own = {policy: Case(policy, SCENARIOS["default"], 0, loads="own").world.timing for policy in ("ray-strict", "ray")}
+    own = {
+        policy: Case(policy, SCENARIOS["default"], 0, loads="own").world.timing
+        for policy in ("ray-strict", "ray")
+    }
     assert own == {"ray-strict": TIMING, "ray": timing_of("own")}
 
 
@@ -172,7 +227,9 @@ def _fewest_misses(adapters: list[int], places: int) -> int:
 
 @given(st.lists(st.integers(0, 6), max_size=24), st.integers(1, 4))
 def test_nobody_misses_less_often_than_the_clairvoyant(adapters: list[int], places: int) -> None:
-    assert hits_of([(a, float(n), float(n)) for n, a in enumerate(adapters)], places).count(False) == _fewest_misses(adapters, places)
+    assert hits_of([(a, float(n), float(n)) for n, a in enumerate(adapters)], places).count(
+        False
+    ) == _fewest_misses(adapters, places)
 
 
 def test_what_is_in_use_keeps_its_place_in_the_bound() -> None:
@@ -180,7 +237,12 @@ def test_what_is_in_use_keeps_its_place_in_the_bound() -> None:
     assert hits_of(in_use, 2) == [False, False, False, False, True]
     idle = [(adapter, at, at) for adapter, at, _ in in_use]
     assert hits_of(idle, 2) == [False, False, False, True, False]
-    assert hits_of([(1, 0.0, 9.0), (2, 1.0, 9.0), (3, 2.0, 9.0), (1, 3.0, 9.0)], 2) == [False, False, False, True], "nobody waits"
+    assert hits_of([(1, 0.0, 9.0), (2, 1.0, 9.0), (3, 2.0, 9.0), (1, 3.0, 9.0)], 2) == [
+        False,
+        False,
+        False,
+        True,
+    ], "nobody waits"
 
 
 @pytest.mark.parametrize("policy", policies())
@@ -199,7 +261,9 @@ def test_a_flash_crowd_comes_on_top_of_the_same_steady_requests() -> None:
     with_it = requests_of(SCENARIOS["flash"], 100.0, 1, window)
     steady = [request for request in with_it if request.adapter != 1000]
     calm = requests_of(SCENARIOS["default"], 100.0, 1, window)
-    assert [(request.at_s, request.adapter) for request in steady] == [(request.at_s, request.adapter) for request in calm]
+    assert [(request.at_s, request.adapter) for request in steady] == [
+        (request.at_s, request.adapter) for request in calm
+    ]
     hot = [request.at_s for request in with_it if request.adapter == 1000]
     assert min(hot) >= window.flash_s
     assert len(hot) / (window.end_s - window.flash_s - 0.5) == pytest.approx(100.0, rel=0.1)
@@ -210,17 +274,26 @@ def test_a_higher_rate_asks_for_the_same_adapters_in_the_same_order_only_sooner(
     slow, fast = (requests_of(SCENARIOS["lengths"], rate, 4, WINDOW) for rate in (20.0, 40.0))
     for one, other in itertools.islice(zip(slow, fast, strict=False), 100):
         assert one.at_s == pytest.approx(2 * other.at_s)
-        assert (one.adapter, one.prompt_tokens, one.output_tokens) == (other.adapter, other.prompt_tokens, other.output_tokens)
+        assert (one.adapter, one.prompt_tokens, one.output_tokens) == (
+            other.adapter,
+            other.prompt_tokens,
+            other.output_tokens,
+        )
 
 
 def test_lengths_carries_the_token_load_of_default() -> None:
     requests = requests_of(SCENARIOS["lengths"], 300.0, 1, Window(0.0, 60.0))
-    assert sum(request.prompt_tokens for request in requests) / len(requests) == pytest.approx(128, rel=0.05)
+    assert sum(request.prompt_tokens for request in requests) / len(requests) == pytest.approx(
+        128, rel=0.05
+    )
 
 
 def test_figures_count_only_what_arrived_within_the_window() -> None:
     early, late = _requests([0.5, 3.0], [0, 0])
-    outcomes = [Outcome(early, 9.0, 1.0, 10.0, None, Tier.DISK, "w", 1), Outcome(late, 0.1, 3.0, 4.0, None, Tier.GPU, "w", 1)]
+    outcomes = [
+        Outcome(early, 9.0, 1.0, 10.0, None, Tier.DISK, "w", 1),
+        Outcome(late, 0.1, 3.0, 4.0, None, Tier.GPU, "w", 1),
+    ]
     made = figures(Run(outcomes, []), WINDOW)
     assert (made.requests, made.ttft_p99_s, made.hit_rate) == (1, 0.1, 1.0)
 
@@ -233,13 +306,22 @@ def test_a_request_that_never_began_counts_as_one_that_waited_long() -> None:
 
 
 def test_arrivals_of_the_policy_s_chance_do_not_touch_the_workload() -> None:
-    ours, theirs = (simulate(World(policy, 8, 1000, 1), requests_of(SCENARIOS["default"], 30.0, 1, WINDOW)) for policy in ("random", "p2c"))
-    assert [outcome.request for outcome in ours.outcomes] == [outcome.request for outcome in theirs.outcomes]
+    ours, theirs = (
+        simulate(World(policy, 8, 1000, 1), requests_of(SCENARIOS["default"], 30.0, 1, WINDOW))
+        for policy in ("random", "p2c")
+    )
+    assert [outcome.request for outcome in ours.outcomes] == [
+        outcome.request for outcome in theirs.outcomes
+    ]
 
 
 def test_a_single_server_with_random_arrivals_waits_as_theory_says() -> None:
-    """The whole way through gateway and worker: M/D/1, one request at a time in the engine, no adapters."""
-    timing = Timing(decode=((1, 0.001),), prefill_tokens_per_s=1e12, max_sequences=1, outside_s=0.0, link_s=1e-6)
+    """The whole way through gateway and worker: M/D/1, one request at a time in the engine, no
+    adapters.
+    """
+    timing = Timing(
+        decode=((1, 0.001),), prefill_tokens_per_s=1e12, max_sequences=1, outside_s=0.0, link_s=1e-6
+    )
     rng, at_s, rate, service_s = random.Random(7), 0.0, 6.0, 0.1
     times = [at_s := at_s + rng.expovariate(rate) for _ in range(12_000)]
     world = World("round-robin", 1, 0, 0, timing=timing, facts=replace(FACTS, capacity=100_000))

@@ -22,7 +22,13 @@ NEVER_MS = 1e7  # nothing that takes this long ends within a test
 
 
 def adapter(name: str, int_id: int = 1, rank: int = 8, size_bytes: int = 0) -> Loaded:
-    return Loaded(AdapterRef("tiny", name, f"{int_id:016x}"), int_id, Path("/nowhere") / name, rank, size_bytes)
+    return Loaded(
+        AdapterRef("tiny", name, f"{int_id:016x}"),
+        int_id,
+        Path("/nowhere") / name,
+        rank,
+        size_bytes,
+    )
 
 
 PIRATE = adapter("pirate")
@@ -94,21 +100,43 @@ class Frames:
 
     @property
     def text(self) -> str:
-        return "".join(c["delta"].get("content", "") if "delta" in c else c["text"] for e in self.events for c in e["choices"])
+        return "".join(
+            c["delta"].get("content", "") if "delta" in c else c["text"]
+            for e in self.events
+            for c in e["choices"]
+        )
 
 
 def chat(words: int = 3, use: Loaded | None = None, **fields: Any) -> EngineRequest:
     content = " ".join(["word"] * words)
-    return EngineRequest(CHAT, "r1", json.dumps({"model": "m", "messages": [{"role": "user", "content": content}], **fields}).encode(), use)
+    return EngineRequest(
+        CHAT,
+        "r1",
+        json.dumps(
+            {"model": "m", "messages": [{"role": "user", "content": content}], **fields}
+        ).encode(),
+        use,
+    )
 
 
 def completion(use: Loaded | None = None, **fields: Any) -> EngineRequest:
-    return EngineRequest(COMPLETIONS, "r1", json.dumps({"model": "m", "prompt": "one two three", **fields}).encode(), use)
+    return EngineRequest(
+        COMPLETIONS,
+        "r1",
+        json.dumps({"model": "m", "prompt": "one two three", **fields}).encode(),
+        use,
+    )
 
 
 @asynccontextmanager
 async def started(**options: Any) -> AsyncIterator[SimEngine]:
-    quick: dict[str, Any] = {"ttft_ms": 0, "itl_ms": 1, "prefill_tokens_per_s": 1e6, "load_ms": 0, "load_ms_per_mb": 0}
+    quick: dict[str, Any] = {
+        "ttft_ms": 0,
+        "itl_ms": 1,
+        "prefill_tokens_per_s": 1e6,
+        "load_ms": 0,
+        "load_ms_per_mb": 0,
+    }
     engine = SimEngine("tiny", **{**quick, **options})
     async with asyncio.timeout(LIMIT_S):
         await engine.start()
@@ -135,12 +163,14 @@ async def cancel(*tasks: asyncio.Task[None]) -> None:
     await asyncio.wait(tasks)
 
 
-# ---- answers ------------------------------------------------------------------------------------------------------------------------------
+# ---- answers -------------------------------------------------------------------------------------
 
 
 async def test_facts_come_from_the_arguments() -> None:
     engine: Engine = SimEngine("tiny", max_loras=3, max_lora_rank=32, max_num_seqs=7)
-    assert await engine.start() == EngineFacts("sim", capacity=7, slots=3, max_lora_rank=32, host_places=15)
+    assert await engine.start() == EngineFacts(
+        "sim", capacity=7, slots=3, max_lora_rank=32, host_places=15
+    )
     assert engine.stats() == EngineStats()
     await engine.stop()
 
@@ -149,7 +179,9 @@ async def test_all_four_kinds_of_answer_hold_the_same_text_of_exactly_max_tokens
     async with started() as engine:
         await engine.load(PIRATE)
         replies = [
-            await answer(engine, make(use=PIRATE, max_tokens=4, stream=stream)) for make in (chat, completion) for stream in (False, True)
+            await answer(engine, make(use=PIRATE, max_tokens=4, stream=stream))
+            for make in (chat, completion)
+            for stream in (False, True)
         ]
     expected = f"{PIRATE_LABEL} w0 w1 w2"
     assert replies[0].json["choices"][0]["message"] == {"role": "assistant", "content": expected}
@@ -165,12 +197,23 @@ async def test_the_base_model_is_named_without_an_adapter() -> None:
     assert reply.json["choices"][0]["message"]["content"] == "[base=tiny adapter=- digest=-]"
 
 
-@pytest.mark.parametrize(("fields", "tokens"), [({}, 16), ({"max_tokens": 2}, 2), ({"max_tokens": 2, "max_completion_tokens": 3}, 3)])
-async def test_the_number_of_tokens_is_as_asked_or_sixteen(fields: dict[str, Any], tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [({}, 16), ({"max_tokens": 2}, 2), ({"max_tokens": 2, "max_completion_tokens": 3}, 3)],
+)
+async def test_the_number_of_tokens_is_as_asked_or_sixteen(
+    fields: dict[str, Any], tokens: int
+) -> None:
     async with started() as engine:
-        reply = await answer(engine, chat(stream=True, stream_options={"include_usage": True}, **fields))
+        reply = await answer(
+            engine, chat(stream=True, stream_options={"include_usage": True}, **fields)
+        )
     assert len(reply.parts) == tokens == reply.output_tokens
-    assert reply.events[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": tokens, "total_tokens": 3 + tokens}
+    assert reply.events[-1]["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": tokens,
+        "total_tokens": 3 + tokens,
+    }
 
 
 async def test_a_chat_stream_has_the_openai_shape() -> None:
@@ -178,16 +221,24 @@ async def test_a_chat_stream_has_the_openai_shape() -> None:
         reply = await answer(engine, chat(max_tokens=3, stream=True, model='odd "\u0000" name'))
     role, *tokens = reply.events
     assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert [t["choices"][0]["delta"]["content"] for t in tokens] == ["[base=tiny adapter=- digest=-]", " w0", " w1"]
+    assert [t["choices"][0]["delta"]["content"] for t in tokens] == [
+        "[base=tiny adapter=- digest=-]",
+        " w0",
+        " w1",
+    ]
     assert [t["choices"][0]["finish_reason"] for t in tokens] == [None, None, "length"]
-    assert {(e["id"], e["object"], e["model"]) for e in reply.events} == {("chatcmpl-r1", "chat.completion.chunk", 'odd "\u0000" name')}
+    assert {(e["id"], e["object"], e["model"]) for e in reply.events} == {
+        ("chatcmpl-r1", "chat.completion.chunk", 'odd "\u0000" name')
+    }
     assert all(type(e["created"]) is int and e["choices"][0]["index"] == 0 for e in reply.events)
 
 
 async def test_names_that_json_must_escape_come_out_whole_in_a_stream() -> None:
     engine = SimEngine('ti"ny\\', itl_ms=0)
     await engine.start()
-    assert (await answer(engine, completion(max_tokens=1, stream=True))).text == '[base=ti"ny\\ adapter=- digest=-]'
+    assert (
+        await answer(engine, completion(max_tokens=1, stream=True))
+    ).text == '[base=ti"ny\\ adapter=- digest=-]'
     await engine.stop()
 
 
@@ -209,7 +260,16 @@ async def test_a_whole_answer_has_the_openai_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "tokens"), [("a b", 2), ("", 1), (["a b c"], 3), ([5, 6, 7, 8], 4), ([[5, 6]], 2), ("a\n\t b", 2), ([7], 1)]
+    ("prompt", "tokens"),
+    [
+        ("a b", 2),
+        ("", 1),
+        (["a b c"], 3),
+        ([5, 6, 7, 8], 4),
+        ([[5, 6]], 2),
+        ("a\n\t b", 2),
+        ([7], 1),
+    ],
 )
 async def test_prompt_tokens_are_words_or_given_tokens(prompt: Any, tokens: int) -> None:
     async with started() as engine:
@@ -219,7 +279,10 @@ async def test_prompt_tokens_are_words_or_given_tokens(prompt: Any, tokens: int)
 async def test_words_in_the_text_parts_of_all_messages_count() -> None:
     messages = [
         {"role": "system", "content": "be kind"},
-        {"role": "user", "content": [{"type": "text", "text": "a b"}, {"type": "text", "text": "c"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "a b"}, {"type": "text", "text": "c"}],
+        },
         {"role": "assistant", "content": None},
     ]
     async with started() as engine:
@@ -251,18 +314,27 @@ BAD: list[tuple[str, bytes, str | None]] = [
 
 
 @pytest.mark.parametrize(("path", "body", "param"), BAD)
-async def test_a_bad_request_is_answered_with_400_and_the_field(path: str, body: bytes, param: str | None) -> None:
+async def test_a_bad_request_is_answered_with_400_and_the_field(
+    path: str, body: bytes, param: str | None
+) -> None:
     async with started(max_model_len=100) as engine:
         reply = await answer(engine, EngineRequest(path, "r1", body, None))
         assert engine.stats() == EngineStats()
     error = reply.json["error"]
-    assert (reply.status, reply.sse, error["type"], error["param"]) == (400, False, "invalid_request_error", param)
+    assert (reply.status, reply.sse, error["type"], error["param"]) == (
+        400,
+        False,
+        "invalid_request_error",
+        param,
+    )
     assert error["message"]
 
 
 async def test_an_unknown_path_is_answered_with_404() -> None:
     async with started() as engine:
-        assert (await answer(engine, EngineRequest("/v1/embeddings", "r1", b"{}", None))).status == 404
+        assert (
+            await answer(engine, EngineRequest("/v1/embeddings", "r1", b"{}", None))
+        ).status == 404
 
 
 async def test_the_context_can_be_filled_to_its_last_token_and_bounds_the_default() -> None:
@@ -271,7 +343,7 @@ async def test_the_context_can_be_filled_to_its_last_token_and_bounds_the_defaul
         assert (await answer(engine, chat(words=8))).output_tokens == 2
 
 
-# ---- timing -------------------------------------------------------------------------------------------------------------------------------
+# ---- timing --------------------------------------------------------------------------------------
 
 
 async def test_every_running_stream_moves_in_the_same_turn_of_the_loop() -> None:
@@ -287,7 +359,8 @@ async def test_tokens_come_no_faster_than_scripted_and_the_rates_are_measured() 
         before = time.monotonic()
         reply = await answer(engine, chat(words=20, max_tokens=11, stream=True))
         stats = engine.stats()
-    assert reply.times[0] - before >= 0.029  # 10 ms + 20 words at 1000/s; timers may be early by a millisecond
+    # 10 ms + 20 words at 1000/s; timers may be early by a millisecond
+    assert reply.times[0] - before >= 0.029
     assert reply.times[-1] - before >= 0.079
     assert stats.step_s >= 0.004
     assert stats.prefill_tokens_per_s == pytest.approx(1000)
@@ -296,7 +369,9 @@ async def test_tokens_come_no_faster_than_scripted_and_the_rates_are_measured() 
 async def test_prompts_are_prefilled_one_after_another() -> None:
     async with started(itl_ms=1, prefill_tokens_per_s=1000) as engine:
         before = time.monotonic()
-        replies = await asyncio.gather(*(answer(engine, chat(words=10, max_tokens=1)) for _ in range(4)))
+        replies = await asyncio.gather(
+            *(answer(engine, chat(words=10, max_tokens=1)) for _ in range(4))
+        )
         firsts = [r.times[0] - before for r in replies]
     assert firsts == sorted(firsts)
     assert firsts[-1] >= 0.039
@@ -305,7 +380,9 @@ async def test_prompts_are_prefilled_one_after_another() -> None:
 async def test_a_long_prefill_does_not_hold_up_streams_that_decode() -> None:
     async with started(prefill_tokens_per_s=10) as engine:
         first = Frames()
-        decoding = asyncio.create_task(engine.serve(chat(words=1, max_tokens=2000, stream=True), first))
+        decoding = asyncio.create_task(
+            engine.serve(chat(words=1, max_tokens=2000, stream=True), first)
+        )
         await first.at_least(1)
         prefilling = asyncio.create_task(engine.serve(chat(words=100), Frames()))
         await until(engine, lambda s: s.waiting_tokens == 100 and s.running == 2)
@@ -334,7 +411,9 @@ async def test_no_more_than_max_num_seqs_run_and_the_others_come_in_order() -> N
 
 async def test_a_prompt_that_waited_for_a_place_is_prefilled_from_when_the_place_is_free() -> None:
     async with started(max_num_seqs=1, prefill_tokens_per_s=1000) as engine:
-        first, second = await asyncio.gather(*(answer(engine, chat(words=20, max_tokens=30, stream=True)) for _ in range(2)))
+        first, second = await asyncio.gather(
+            *(answer(engine, chat(words=20, max_tokens=30, stream=True)) for _ in range(2))
+        )
     assert second.times[0] - first.times[-1] >= 0.018
 
 
@@ -348,7 +427,7 @@ async def test_kv_usage_is_the_share_of_tokens_held() -> None:
         assert engine.stats().kv_usage == 0
 
 
-# ---- cancelling and the end ---------------------------------------------------------------------------------------------------------------
+# ---- cancelling and the end ----------------------------------------------------------------------
 
 
 async def test_a_cancelled_call_is_gone_at_once_and_its_place_is_taken() -> None:
@@ -380,10 +459,17 @@ async def test_cancelling_a_prefill_gives_its_lane_to_the_next() -> None:
 
 async def test_whatever_is_cancelled_the_rest_is_answered_and_nothing_remains() -> None:
     rng = random.Random(7)
-    async with started(max_num_seqs=4, ttft_ms=1, prefill_tokens_per_s=5000, load_ms=2, max_loras=2) as engine:
+    async with started(
+        max_num_seqs=4, ttft_ms=1, prefill_tokens_per_s=5000, load_ms=2, max_loras=2
+    ) as engine:
         await engine.load(PIRATE)
         tasks = [
-            asyncio.create_task(answer(engine, chat(words=rng.randint(1, 20), use=PIRATE, max_tokens=rng.randint(1, 9)))) for _ in range(60)
+            asyncio.create_task(
+                answer(
+                    engine, chat(words=rng.randint(1, 20), use=PIRATE, max_tokens=rng.randint(1, 9))
+                )
+            )
+            for _ in range(60)
         ]
         other = adapter("haiku", 2)
         victims = set(rng.sample(range(60), 30))
@@ -439,7 +525,7 @@ async def test_a_clean_stop_is_not_a_death() -> None:
     assert reasons == []
 
 
-# ---- slots --------------------------------------------------------------------------------------------------------------------------------
+# ---- slots ---------------------------------------------------------------------------------------
 
 
 async def test_a_load_takes_its_time_and_stalls_every_stream_meanwhile() -> None:
@@ -518,7 +604,9 @@ async def test_unloading_an_adapter_in_flight_is_a_bug_of_the_caller() -> None:
     async with started() as engine:
         await engine.load(PIRATE)
         reply = Frames()
-        task = asyncio.create_task(engine.serve(chat(use=PIRATE, max_tokens=4000, stream=True), reply))
+        task = asyncio.create_task(
+            engine.serve(chat(use=PIRATE, max_tokens=4000, stream=True), reply)
+        )
         await reply.at_least(1)
         with pytest.raises(AssertionError, match="in flight"):
             await engine.unload(PIRATE)

@@ -16,7 +16,10 @@ def expected(y, x, a, b, slots):  # type: ignore[no-untyped-def]
     made = y.double().clone()
     for n, slot in enumerate(slots):
         if slot >= 0:
-            own = [x[n].double() @ a_[slot, 0].double().t() @ b_[slot, 0].double().t() for a_, b_ in zip(a, b, strict=True)]
+            own = [
+                x[n].double() @ a_[slot, 0].double().t() @ b_[slot, 0].double().t()
+                for a_, b_ in zip(a, b, strict=True)
+            ]
             made[n] += SCALE * torch.cat(own)
     return made
 
@@ -31,7 +34,17 @@ def layer(slots: int = 4, size_in: int = 8, dtype=None):  # type: ignore[no-unty
 @pytest.mark.parametrize("calls_worth", [0, 1 << 40], ids=["by slot", "masked"])
 @pytest.mark.parametrize(
     "slots",
-    [[2], [-1], [-1, -1], [3, 3, 3], [0, 1, 2, 3], [3, -1, 0, 3, -1, 1], [-1] * 5 + [2], [1, 0] * 40, [n % 5 - 1 for n in range(100)]],
+    [
+        [2],
+        [-1],
+        [-1, -1],
+        [3, 3, 3],
+        [0, 1, 2, 3],
+        [3, -1, 0, 3, -1, 1],
+        [-1] * 5 + [2],
+        [1, 0] * 40,
+        [n % 5 - 1 for n in range(100)],
+    ],
     ids=str,
 )
 def test_every_row_gets_the_weights_of_its_own_slot_and_base_rows_none(

@@ -34,7 +34,9 @@ def test_without_pressure_every_token_is_sent_at_once() -> None:
 
 
 @pytest.mark.parametrize(("busy", "wait"), [(0.9, 0.0), (0.1, 0.5)])
-def test_a_front_end_that_fills_its_core_or_waits_for_one_sends_several_tokens_together(busy: float, wait: float) -> None:
+def test_a_front_end_that_fills_its_core_or_waits_for_one_sends_several_tokens_together(
+    busy: float, wait: float
+) -> None:
     pacing = Pacing(0.05)
     for _ in range(20):
         pacing.look(busy, wait)
@@ -61,7 +63,9 @@ def test_it_begins_small_and_ends_when_the_pressure_does() -> None:
 
 
 @given(st.floats(0.001, 0.2), st.floats(0.01, 0.2))
-def test_no_gap_is_longer_than_allowed_by_more_than_half_a_step_unless_a_single_step_is(step_s: float, most_s: float) -> None:
+def test_no_gap_is_longer_than_allowed_by_more_than_half_a_step_unless_a_single_step_is(
+    step_s: float, most_s: float
+) -> None:
     assert max(gaps(pressed(most_s), step_s)) <= max(step_s, most_s) + 0.5 * step_s + 1e-9
 
 
