@@ -102,8 +102,8 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
     )
     links.dispatcher = dispatcher
     metrics.watch(
-        fleet, {m.model_id: lambda base=m.model_id: admission.depth(base) for m in settings.models}
-    )  # type: ignore[misc]
+        fleet, {m.model_id: functools.partial(admission.depth, m.model_id) for m in settings.models}
+    )
     stopping = asyncio.Event()
     on_stop_signals(lambda sig: stopping.set())
     async with contextlib.AsyncExitStack() as stack:
@@ -113,7 +113,13 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
         stack.callback(access.flush)
         usage = AdapterUsage()
         reconciler = Reconciler(
-            dispatcher, catalogs, _pins(settings), _pin_file(settings), usage, g.catalog_refresh_s
+            fleet,
+            dispatcher.send_command,
+            catalogs,
+            _pins(settings),
+            _pin_file(settings),
+            usage,
+            g.catalog_refresh_s,
         )
         alias_store = AliasStore(_aliases(settings), _alias_file(settings), metrics)
         resolver = Resolver(catalogs, alias_store, fleet)

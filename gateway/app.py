@@ -19,8 +19,8 @@ from gateway.api import schema
 from gateway.api.generate import GenerationAPI
 from gateway.api.models import ModelList, model_card
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.http.bodies import answer, error_body, to_json
-from gateway.http.headers import REQUEST_ID, AiohttpRequest, request_id_of
+from gateway.http.bodies import REQUEST_ID, answer, error_body, to_json
+from gateway.http.headers import AiohttpRequest, request_id_of
 from gateway.http.server import Server
 from gateway.telemetry.aggregation import ProcessAggregator
 from gateway.telemetry.prometheus import Metrics

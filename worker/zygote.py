@@ -33,6 +33,8 @@ def preload() -> None:
     import vllm.v1.worker.cpu_model_runner
     import vllm.v1.worker.cpu_worker  # noqa: F401
 
+    import worker.engine.vllm.engine  # noqa: F401
+
 
 def spawn(argv: list[str], env: dict[str, str]) -> int:
     parent = os.getpid()

@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. The worker's engine beside `vllm serve`, on a CPU or a GPU."""

@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. Gateways side by side over one mock engine."""

@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. Routing policies in virtual time, with the production code."""

@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. Who may ask: API keys."""

@@ -5,6 +5,7 @@ that all processes of the machine share.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -99,7 +100,9 @@ class AliasStore:
             base, found, adapter, trip = await self._unwritten.get()
             try:
                 await self._update(
-                    lambda state: aliases.with_trip(state, base, found, adapter, trip)
+                    functools.partial(
+                        aliases.with_trip, base=base, found=found, adapter=adapter, trip=trip
+                    )
                 )
             except LoraplexError as exc:
                 log.error(

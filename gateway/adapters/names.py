@@ -1,4 +1,4 @@
-"""Pure. DOC."""
+"""Pure. Model names of requests: `base`, `base:adapter` and `base:adapter@digest`."""
 
 from __future__ import annotations
 

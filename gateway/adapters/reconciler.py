@@ -17,7 +17,8 @@ from typing import TypeAlias
 from gateway.adapters.catalog import Catalog
 from gateway.adapters.pins import Pins, PinState, orders
 from gateway.adapters.usage import AdapterUsage
-from gateway.dispatch.dispatcher import Dispatcher
+from gateway.fleet.commands import SendCommand
+from gateway.fleet.fleet import Fleet
 from gateway.fleet.worker_view import Key, WorkerView
 from shared.adapters.identity import AdapterRef
 from shared.errors import ConfigError, LoraplexError
@@ -55,7 +56,8 @@ class Reconciler:
 
     def __init__(
         self,
-        dispatcher: Dispatcher,
+        fleet: Fleet,
+        send_command: SendCommand,
         catalogs: Mapping[str, Catalog | None],
         pins: Mapping[str, Pins],
         file: StateFile[PinState],
@@ -63,7 +65,7 @@ class Reconciler:
         refresh_s: float,
     ) -> None:
         """Raises ConfigError if the file cannot be read."""
-        self._dispatcher = dispatcher
+        self._fleet, self._send_command = fleet, send_command
         self._catalogs = catalogs
         self._pins = pins
         self._file = file
@@ -109,7 +111,7 @@ class Reconciler:
     async def run(self) -> None:
         while True:
             now = clock()
-            workers = [w for w in self._dispatcher.fleet if w.routable]
+            workers = [w for w in self._fleet if w.routable]
             self._lives = {w.id: self._life(w) for w in workers}
             for worker in workers:
                 self._look_after(worker, self._lives[worker.id], now)
@@ -164,7 +166,7 @@ class Reconciler:
         ref = AdapterRef(worker.beat.base, *key)
         life.due[action, key] = float("inf")
         latest = catalog.known.get(ref.name)
-        future = self._dispatcher.send_command(
+        future = self._send_command(
             worker, action, ref, catalog.versions.current(latest) if latest is not None else None
         )
         self._open[future] = None

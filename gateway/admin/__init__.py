@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. Operators' HTTP API under /admin: adapters, aliases, pins."""

@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. The OpenAI API: chat, completions, models."""

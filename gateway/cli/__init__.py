@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. The `loraplex` command."""

@@ -1,4 +1,4 @@
-"""Shell. DOC."""
+"""Shell. What all commands of the CLI share: how they ask a running gateway, and how they print."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. From an admitted request to a worker and back: queue, fairness, reservations, answers."""

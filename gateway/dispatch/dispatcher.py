@@ -32,6 +32,7 @@ from gateway.routing.policy import (
     Policy,
     RoutingRequest,
 )
+from gateway.telemetry.ended_request import EndedRequest
 from gateway.telemetry.prometheus import Metrics
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import (
@@ -392,7 +393,7 @@ class Dispatcher:
         self._admission.charge(
             request.base, flow_of(request), fairness.service(ask.prompt_tokens, ask.output_tokens)
         )
-        self._metrics.dispatched(request.base, choice.reason)
+        self._metrics.dispatched(request.base, choice.reason._value_)
         return None
 
     def _choose(
@@ -571,7 +572,18 @@ class Dispatcher:
                 )
         else:
             self._policy.left(ask, now)
-        self._metrics.finished(request)
+        self._metrics.finished(
+            EndedRequest(
+                request.base,
+                request.adapter.name if request.adapter is not None else None,
+                request.life.phase._value_,
+                done,
+                request.t_start,
+                request.t_sent,
+                request.t_head,
+                now,
+            )
+        )
         self._admit_waiting(request.base, ask)
         self._wake_if_idle()
 

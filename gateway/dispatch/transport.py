@@ -1,4 +1,4 @@
-"""Shell. DOC."""
+"""Shell. The dispatcher's two sockets: control and data, bound in this gateway process."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. What is known of the workers: membership, load, residency."""

@@ -1,4 +1,4 @@
-"""Shell. DOC."""
+"""Shell. How other rooms have a worker fetch, load, pin or evict an adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shared.link.messages import AdapterAction
 
 
 class SendCommand(Protocol):
-    """Dispatcher.tend: resolves once the worker has done it, fails with a LoraplexError."""
+    """The future resolves once the worker has done it, and fails with a LoraplexError."""
 
     def __call__(
         self,

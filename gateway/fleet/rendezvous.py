@@ -1,4 +1,4 @@
-"""Pure. DOC."""
+"""Pure. Rendezvous hashing: each adapter has its own stable order of the workers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. HTTP on the wire: connections, parsing, headers, response bytes."""

@@ -1,4 +1,4 @@
-"""Pure. DOC."""
+"""Pure. The bodies that the gateway writes itself: errors and events in OpenAI's shapes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import math
 
 import msgspec
 
-from gateway.http.headers import (
-    REQUEST_ID,
-)
 from shared import errors
 from shared.errors import LoraplexError
 
+REQUEST_ID = "x-request-id"
 _encode = msgspec.json.Encoder().encode
 
 

@@ -1,4 +1,4 @@
-"""Shell. DOC."""
+"""Shell. What the gateway reads of a request's headers: its id, its deadline, whose it is."""
 
 from __future__ import annotations
 
@@ -12,23 +12,14 @@ from typing import Protocol
 import msgspec
 from aiohttp import web
 
+from gateway.http.bodies import REQUEST_ID
 from shared.errors import DeadlineExceeded
 
-REQUEST_ID = "x-request-id"
-
-
 TIMEOUT_HEADER = "x-loraplex-timeout-ms"
-
-
+MAX_SESSION = 128  # characters of an x-session-id that count
 MAX_TENANTS = 1024  # keys whose digests are remembered, so that they need not be made again
-
-
 _TIMEOUT_MS = re.compile(r"0*[1-9][0-9]{0,8}\Z")
-
-
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
-
-
 # an id, not a secret; uuid4 would ask the kernel every time
 _random = functools.partial(random.getrandbits, 128)
 
@@ -78,6 +69,3 @@ def _tenant(authorization: str) -> str:
         if authorization
         else ""
     )
-
-
-MAX_SESSION = 128  # characters of an x-session-id that count

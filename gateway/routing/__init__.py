@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. Which worker gets a request: policies and their costs."""

@@ -1,4 +1,4 @@
-"""Pure. DOC."""
+"""Pure. Simple policies to compare with: round robin, random, least loaded, two choices by residency."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. Processes of one machine: `serve` starts gateways and workers and keeps them alive."""

@@ -1,4 +1,4 @@
-"""Shell. DOC."""
+"""Shell. One JSON line per ended request, written past the logging machinery."""
 
 from __future__ import annotations
 

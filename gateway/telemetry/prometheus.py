@@ -15,11 +15,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from gateway.dispatch.lifecycle import RequestPhase
-from gateway.dispatch.request import InFlightRequest
 from gateway.fleet.fleet import Fleet
-from gateway.routing.policy import ChoiceReason
 from gateway.telemetry.counters import CounterSet, Distribution, Snapshot
+from gateway.telemetry.ended_request import EndedRequest
 from shared.link.messages import WorkerState
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30, 60)
@@ -64,9 +62,7 @@ GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 BOUNDS = {name: bounds for name, (_, _, bounds) in DISTRIBUTIONS.items()}
 WITHOUT_LABELS = [(name,) for name, (_, labels) in COUNTERS.items() if not labels]
-# reading an enum's value costs as much as counting
-_OUTCOME = {phase: phase.value for phase in RequestPhase}
-_REASON = {reason: reason.value for reason in ChoiceReason}
+FINISHED = "finished"
 
 
 class Metrics:
@@ -76,7 +72,7 @@ class Metrics:
 
     def __init__(self, process: str = "g0") -> None:
         self.process = process
-        self._tally = CounterSet(BOUNDS)
+        self._counters = CounterSet(BOUNDS)
         self._aliases: set[tuple[str, str, str]] = set()
         self._refused: Mapping[str, Callable[[], int]] = {}
         self._adapters: set[tuple[str, str]] = set()
@@ -84,7 +80,7 @@ class Metrics:
         self._depth: Mapping[str, Callable[[], int]] = {}
         self._of_base: dict[str, tuple[Distribution, Distribution, Distribution, Distribution]] = {}
         for key in WITHOUT_LABELS:
-            self._tally.count(key, 0)
+            self._counters.count(key, 0)
 
     def watch(self, fleet: Fleet, depth: Mapping[str, Callable[[], int]]) -> None:
         """`depth` maps each base model to a function that counts its queue."""
@@ -92,34 +88,34 @@ class Metrics:
 
     # ---- counting --------------------------------------------------------------------------------
 
-    def dispatched(self, base: str, reason: ChoiceReason) -> None:
-        self._tally.count(("dispatched", base, _REASON[reason]))
+    def dispatched(self, base: str, reason: str) -> None:
+        self._counters.count(("dispatched", base, reason))
 
     def undecodable(self, socket: str) -> None:
-        self._tally.count(("undecodable_messages", socket))
+        self._counters.count(("undecodable_messages", socket))
 
     def error(self, code: str) -> None:
-        self._tally.count(("error_responses", code))
+        self._counters.count(("error_responses", code))
 
     def retried(self) -> None:
-        self._tally.count(("retries",))
+        self._counters.count(("retries",))
 
     def slow_reader(self) -> None:
-        self._tally.count(("slow_readers",))
+        self._counters.count(("slow_readers",))
 
     def version_change(self, base: str, outcome: str) -> None:
         """`outcome`: switched, refused or failed."""
-        self._tally.count(("adapter_version_changes", base, outcome))
+        self._counters.count(("adapter_version_changes", base, outcome))
 
     def alias_request(self, base: str, alias: str, adapter: str, failed: bool) -> None:
         if (base, alias, adapter) not in self._aliases:
             if len(self._aliases) >= ADAPTER_LABELS:
                 alias = adapter = OTHER
             self._aliases.add((base, alias, adapter))
-        self._tally.count(("alias_requests", base, alias, adapter, "failed" if failed else "ok"))
+        self._counters.count(("alias_requests", base, alias, adapter, "failed" if failed else "ok"))
 
     def alias_rollback(self, base: str, alias: str) -> None:
-        self._tally.count(
+        self._counters.count(
             (
                 "alias_rollbacks",
                 base,
@@ -133,17 +129,12 @@ class Metrics:
         """
         self._refused = refused
 
-    def finished(self, inflight: InFlightRequest) -> None:
-        base, phase, done, start = (
-            inflight.base,
-            inflight.life.phase,
-            inflight.done,
-            inflight.t_start,
-        )
-        count = self._tally.count
+    def finished(self, ended: EndedRequest) -> None:
+        base, done, start = ended.base, ended.done, ended.t_start
+        count = self._counters.count
         series = self._of_base.get(base)
         if series is None:
-            of = self._tally.distribution
+            of = self._counters.distribution
             keys = (
                 ("request_seconds", base),
                 ("queue_seconds", base),
@@ -152,19 +143,19 @@ class Metrics:
             )
             series = self._of_base[base] = (of(keys[0]), of(keys[1]), of(keys[2]), of(keys[3]))
         duration, queue, ttft_cold, ttft_warm = series
-        count(("requests", base, _OUTCOME[phase]))
-        duration.observe(inflight.t_end - start)
-        if inflight.t_sent:
-            queue.observe(inflight.t_sent - start)
-        if inflight.t_head:
+        count(("requests", base, ended.outcome))
+        duration.observe(ended.t_end - start)
+        if ended.t_sent:
+            queue.observe(ended.t_sent - start)
+        if ended.t_head:
             (ttft_cold if done is not None and done.load_s > 0 else ttft_warm).observe(
-                inflight.t_head - start
+                ended.t_head - start
             )
         if done is not None:
             count(("prompt_tokens", base), done.prompt_tokens)
             count(("output_tokens", base), done.output_tokens)
-        if inflight.adapter is not None and phase is RequestPhase.FINISHED:
-            count(("adapter_requests", base, self._adapter_label(base, inflight.adapter.name)))
+        if ended.adapter is not None and ended.outcome == FINISHED:
+            count(("adapter_requests", base, self._adapter_label(base, ended.adapter)))
 
     # ---- telling ---------------------------------------------------------------------------------
 
@@ -177,14 +168,14 @@ class Metrics:
             (("queue_depth", base, self.process), float(depth()))
             for base, depth in self._depth.items()
         ]
-        return self._tally.snapshot(self.process, gauges)
+        return self._counters.snapshot(self.process, gauges)
 
     def restore(self, before: Snapshot) -> None:
         """Goes on where an earlier life of this process ended, so that no counter ever falls."""
-        self._tally.add(before)
+        self._counters.add(before)
         self._adapters |= {
             (key[1], key[2])
-            for key in self._tally.counters
+            for key in self._counters.counters
             if key[0] == "adapter_requests" and key[2] != OTHER
         }
 

@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. What an adapter is: its identity, its files, its config, its tensors."""

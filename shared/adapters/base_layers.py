@@ -113,9 +113,8 @@ def _sizes(config: Mapping[str, Any]) -> _Sizes | None:
     numbers = (layers, hidden, inner, heads, key_heads, head)
     if not all(type(n) is int and n > 0 for n in numbers):
         return None
-    return _Sizes(
-        int(layers), int(hidden), int(inner), int(heads) * int(head), int(key_heads) * int(head)
-    )  # type: ignore[arg-type]
+    layers, hidden, inner, heads, key_heads, head = map(int, numbers)
+    return _Sizes(layers, hidden, inner, heads * head, key_heads * head)
 
 
 def _separate(s: _Sizes) -> Iterator[tuple[str, Shape]]:

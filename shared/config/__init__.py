@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. Ray Serve LLM's configuration and ours, read into frozen structs."""

@@ -1,4 +1,4 @@
-"""Shell. DOC."""
+"""Shell. Settings handed from `serve` to its child processes through a file, or read from the user's own."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. Messages between gateway and worker, and the ZeroMQ sockets that carry them."""

@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. Processes, signals, logs, small files of state."""

@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. The adapter's state machine in a worker: who is resident, who makes room."""

@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. The disk cache of adapters that a host's workers share."""

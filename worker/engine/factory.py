@@ -1,4 +1,4 @@
-"""Shell. DOC."""
+"""Shell. Opens the engine that the config names, with the environment that vLLM reads at import."""
 
 from __future__ import annotations
 

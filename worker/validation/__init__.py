@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. An adapter is checked here before the engine sees it."""

@@ -9,8 +9,11 @@ renders them with pydantic, as Serve LLM's OpenAI ingress does. Its CPU counts a
 fifth of the whole.
 """
 
-# mypy: ignore-errors (its imports are not installed here) No `from __future__ import annotations`:
-# FastAPI looks types up by name in a module that Ray has pickled by value, and does not find them.
+# mypy: ignore-errors
+# (its imports are not installed here)
+
+# No `from __future__ import annotations`: FastAPI looks types up by name in a module that Ray has
+# pickled by value, and does not find them.
 import asyncio
 import sys
 import time

@@ -15,8 +15,8 @@ from gateway.dispatch.admission import Admission
 from gateway.dispatch.dispatcher import Dispatcher, Transport
 from gateway.dispatch.request import InFlightRequest
 from gateway.fleet.fleet import Fleet
-from gateway.routing.policy import ChoiceReason
 from gateway.routing.registry import POLICIES, make_policy
+from gateway.telemetry.ended_request import EndedRequest
 from gateway.telemetry.prometheus import Metrics
 from shared.link import messages
 
@@ -33,10 +33,10 @@ and requests queue in the engine.
 class NoMetrics(Metrics):
     """Counts nothing; a message that does not decode is a bug here."""
 
-    def dispatched(self, base: str, reason: ChoiceReason) -> None:
+    def dispatched(self, base: str, reason: str) -> None:
         pass
 
-    def finished(self, inflight: InFlightRequest) -> None:
+    def finished(self, ended: EndedRequest) -> None:
         pass
 
     def undecodable(self, socket: str) -> None:

@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. An engine without a model, for load tests."""

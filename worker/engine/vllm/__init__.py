@@ -1,1 +1,1 @@
-"""Pure. What this room is for: say it."""
+"""Pure. vLLM's AsyncLLM with adapter slots that this project manages."""
