@@ -110,10 +110,11 @@ def _sizes(config: Mapping[str, Any]) -> _Sizes | None:
         and architecture in _HEAD_DIM_OPTIONAL
     ):
         head = hidden // heads
-    numbers = (layers, hidden, inner, heads, key_heads, head)
-    if not all(type(n) is int and n > 0 for n in numbers):
+    given = (layers, hidden, inner, heads, key_heads, head)
+    numbers = [n for n in given if type(n) is int and n > 0]
+    if len(numbers) < len(given):
         return None
-    layers, hidden, inner, heads, key_heads, head = map(int, numbers)
+    layers, hidden, inner, heads, key_heads, head = numbers
     return _Sizes(layers, hidden, inner, heads * head, key_heads * head)
 
 
