@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import msgspec
@@ -106,7 +106,7 @@ def test_decision_with_one_worker_excluded(benchmark: Any, crowd: tuple[Fleet, i
         fleet,
         make_policy(DEFAULT),
         [ask(rng.randrange(adapters)) for _ in range(DECISIONS // 10)],
-        ["w0007"],
+        {"w0007"},
     )
 
 
@@ -141,7 +141,7 @@ def _decide(
     fleet: Fleet,
     policy: Policy,
     asks: Sequence[RoutingRequest],
-    excluded: Sequence[str] = (),
+    excluded: Set[str] = frozenset(),
 ) -> None:
     """Of each ask: the decision and its reservation. What ends the request again is not counted."""
     rng, of_stream = random.Random(2), dict(enumerate(asks, 1))
@@ -158,11 +158,7 @@ def _decide(
 
     def choose(sid: int) -> None:
         wanted = of_stream[sid]
-        if excluded:
-            with fleet.without(excluded):
-                choice = policy.choose(wanted, fleet, 0.0, rng)
-        else:
-            choice = policy.choose(wanted, fleet, 0.0, rng)
+        choice = policy.choose(wanted, fleet, 0.0, rng, excluded)
         if isinstance(choice, Choice):
             fleet.reserve(choice.worker, sid, wanted.adapter, wanted.prompt_tokens)
             taken[sid] = choice

@@ -399,16 +399,15 @@ class Dispatcher:
     def _choose(
         self, request: InFlightRequest, full: set[messages.WorkerId], now: float
     ) -> Decision:
-        """Without those that refused this request, unless nobody else takes it."""
-        if not full and not request.refused_by:
-            return self._policy.choose(request.ask, self.fleet, now, self._rng)
-        if request.refused_by:
-            with self.fleet.without(full | request.refused_by):
-                choice = self._policy.choose(request.ask, self.fleet, now, self._rng)
+        """Asks the policy for a worker. One that refused this request gets it again only if no
+        other worker takes it.
+        """
+        choose, refused_by = self._policy.choose, request.refused_by
+        if refused_by:
+            choice = choose(request.ask, self.fleet, now, self._rng, full | refused_by)
             if isinstance(choice, Choice):
                 return choice
-        with self.fleet.without(full):
-            return self._policy.choose(request.ask, self.fleet, now, self._rng)
+        return choose(request.ask, self.fleet, now, self._rng, full)
 
     def _admit_waiting(self, base: str, ask: RoutingRequest | None = None) -> None:
         """Something may have become free; `ask` is the request that freed or wants it. What a pump

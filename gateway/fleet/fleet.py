@@ -21,8 +21,7 @@ shows in flight beyond them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -77,9 +76,6 @@ class Lost:
 
 
 FleetEvent: TypeAlias = Joined | Changed | Lost
-
-FULL = 1 << 40
-"""More requests than any capacity."""
 
 
 class Fleet:
@@ -219,20 +215,6 @@ class Fleet:
         if worker is not None:
             worker.give_back(stream)
             self._pool_of(worker).settle(worker)
-
-    @contextmanager
-    def without(self, workers: Collection[WorkerId]) -> Iterator[None]:
-        """For the time of one decision: as if these workers were full. (To take them out of every
-        index and back would cost as much again as the decision.)
-        """
-        aside = [w for id_ in workers if (w := self._workers.get(id_)) is not None]
-        for worker in aside:
-            worker.others += FULL
-        try:
-            yield
-        finally:
-            for worker in aside:
-                worker.others -= FULL
 
     def _pool_of(self, worker: WorkerView) -> Pool:
         pool = self._pools.get(worker.beat.base)

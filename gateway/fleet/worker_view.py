@@ -5,6 +5,7 @@ since.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -83,6 +84,10 @@ class WorkerView:
     @property
     def has_room(self) -> bool:
         return self.others + len(self.reserved) < self.beat.capacity
+
+    def accepts(self, excluded: Set[WorkerId]) -> bool:
+        """Whether the worker takes another request and is not one of `excluded`."""
+        return self.has_room and not (excluded and self.beat.worker in excluded)
 
     @property
     def routable(self) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 from gateway.fleet.fleet import Fleet, WorkerView
 from gateway.fleet.worker_view import key_of
 from gateway.routing.policy import (
+    NONE_EXCLUDED,
     Blocked,
     Choice,
     ChoiceReason,
@@ -17,6 +18,7 @@ from gateway.routing.policy import (
     StatelessPolicy,
     tier_of,
 )
+from shared.link.messages import WorkerId
 
 
 def two_choices(candidates: Sequence[WorkerView], rng: random.Random) -> WorkerView:
@@ -38,8 +40,15 @@ class Blind(StatelessPolicy):
         self.name = name
         self._pick = pick
 
-    def choose(self, ask: RoutingRequest, fleet: Fleet, now: float, rng: random.Random) -> Decision:
-        able = [w for w in fleet.routable(ask.base) if w.has_room]
+    def choose(
+        self,
+        ask: RoutingRequest,
+        fleet: Fleet,
+        now: float,
+        rng: random.Random,
+        excluded: Set[WorkerId] = NONE_EXCLUDED,
+    ) -> Decision:
+        able = [w for w in fleet.routable(ask.base) if w.accepts(excluded)]
         if not able:
             return Defer(Blocked.ROOM)
         worker = self._pick(able, rng)
@@ -58,12 +67,19 @@ class RoundRobin(StatelessPolicy):
     def __init__(self) -> None:
         self._cursors: dict[str, int] = {}
 
-    def choose(self, ask: RoutingRequest, fleet: Fleet, now: float, rng: random.Random) -> Decision:
+    def choose(
+        self,
+        ask: RoutingRequest,
+        fleet: Fleet,
+        now: float,
+        rng: random.Random,
+        excluded: Set[WorkerId] = NONE_EXCLUDED,
+    ) -> Decision:
         workers = fleet.routable(ask.base)
         cursor = self._cursors.get(ask.base, -1)
         for step in range(1, len(workers) + 1):
             worker = workers[(cursor + step) % len(workers)]
-            if worker.has_room:
+            if worker.accepts(excluded):
                 self._cursors[ask.base] = (cursor + step) % len(workers)
                 return Choice(
                     worker,
@@ -80,15 +96,22 @@ class ResidencyP2C(StatelessPolicy):
 
     name = "residency-p2c"
 
-    def choose(self, ask: RoutingRequest, fleet: Fleet, now: float, rng: random.Random) -> Decision:
+    def choose(
+        self,
+        ask: RoutingRequest,
+        fleet: Fleet,
+        now: float,
+        rng: random.Random,
+        excluded: Set[WorkerId] = NONE_EXCLUDED,
+    ) -> Decision:
         pool = fleet.pool(ask.base)
         if ask.adapter is not None:
             held = pool.holders.get(key_of(ask.adapter), {})
-            holders = [w for w in held.values() if w.has_room]
+            holders = [w for w in held.values() if w.accepts(excluded)]
             if holders:
                 worker = two_choices(holders, rng)
                 return Choice(worker, ChoiceReason.RESIDENT, worker.tier(ask.adapter))
-        able = [w for w in pool.workers if w.has_room]
+        able = [w for w in pool.workers if w.accepts(excluded)]
         if not able:
             return Defer(Blocked.ROOM)
         worker = two_choices(able, rng)

@@ -19,18 +19,19 @@ from __future__ import annotations
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from itertools import islice
 from typing import TypeAlias
 
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.pool import Pool
 from gateway.fleet.rendezvous import Rendezvous
-from gateway.fleet.worker_view import Key, WorkerView
+from gateway.fleet.worker_view import Key, WorkerView, key_of
 from gateway.routing import costs
 from gateway.routing.demand import BOUND, FLOOR, DemandRates, HomeSets, copies_for
 from gateway.routing.occupancy import Occupancy
 from gateway.routing.policy import (
+    NONE_EXCLUDED,
     Blocked,
     Candidate,
     Choice,
@@ -113,21 +114,28 @@ class ExpectedTTFT:
 
     # ---- decisions -------------------------------------------------------------------------------
 
-    def choose(self, ask: RoutingRequest, fleet: Fleet, now: float, rng: random.Random) -> Decision:
+    def choose(
+        self,
+        ask: RoutingRequest,
+        fleet: Fleet,
+        now: float,
+        rng: random.Random,
+        excluded: Set[WorkerId] = NONE_EXCLUDED,
+    ) -> Decision:
         pool = fleet.pool(ask.base)
         if not pool.room:
             return Defer(Blocked.ROOM)
         base = self._base(ask.base)
         if ask.adapter is None:
-            return self._choose_base(ask, pool, now, rng)
-        key = (ask.adapter.name, ask.adapter.digest)
+            return self._choose_base(ask, pool, now, rng, excluded)
+        key = key_of(ask.adapter)
         holders = pool.holders.get(key)
         bound = max(FLOOR, BOUND * pool.mean_load)
         if holders is None:
-            return self._choose_cold(ask, key, base, pool, bound, now, ChoiceReason.COLD)
+            return self._choose_cold(ask, key, base, pool, bound, now, ChoiceReason.COLD, excluded)
         staying = [w for w in holders.values() if not base.rebalancer.left(w, key, now)]
         return self._choose_held(
-            ask, key, base, pool, staying or list(holders.values()), bound, now
+            ask, key, base, pool, staying or list(holders.values()), bound, now, excluded
         )
 
     def _choose_held(
@@ -139,6 +147,7 @@ class ExpectedTTFT:
         holders: list[WorkerView],
         bound: float,
         now: float,
+        excluded: Set[WorkerId],
     ) -> Decision:
         """The cheapest holder; or another worker, if the demand is worth one more copy or that is
         cheaper and takes no one's only slot.
@@ -156,15 +165,17 @@ class ExpectedTTFT:
             now,
         )
         kept = (
-            holders if price == 0.0 else self._kept(key, holders, copies_for(demand, bound), bound)
+            holders
+            if price == 0.0
+            else self._kept(key, holders, copies_for(demand, bound), bound, excluded)
         )
-        best, least = self._cheapest(ask, key, base, pool, kept, price, now)
+        best, least = self._cheapest(ask, key, base, pool, kept, price, now, excluded)
         if best is None:
-            return self._choose_cold(ask, key, base, pool, bound, now, ChoiceReason.SPILL)
+            return self._choose_cold(ask, key, base, pool, bound, now, ChoiceReason.SPILL, excluded)
         if copies < wanted:
             base.rebalancer.settle(key, now)
         else:
-            relieved = self._relieved(ask, key, best, base, pool, now)
+            relieved = self._relieved(key, best, base, pool, now, excluded)
             if relieved is not None:
                 return relieved
         chosen = Choice(best, ChoiceReason.RESIDENT, best.tier_at(key))
@@ -177,7 +188,16 @@ class ExpectedTTFT:
         if copies >= wanted and any(key in w.coming for w in holders):
             return chosen
         other = self._choose_cold(
-            ask, key, base, pool, bound, now, ChoiceReason.SPILL, copies, needed=copies < wanted
+            ask,
+            key,
+            base,
+            pool,
+            bound,
+            now,
+            ChoiceReason.SPILL,
+            excluded,
+            copies,
+            needed=copies < wanted,
         )
         if not isinstance(other, Choice) or other.terms is None:
             return chosen
@@ -185,7 +205,13 @@ class ExpectedTTFT:
         return other if needed or other.terms.total_s < least else chosen
 
     def _relieved(
-        self, ask: RoutingRequest, key: Key, w: WorkerView, base: _Base, pool: Pool, now: float
+        self,
+        key: Key,
+        w: WorkerView,
+        base: _Base,
+        pool: Pool,
+        now: float,
+        excluded: Set[WorkerId],
     ) -> Choice | None:
         """The lighter worker that the adapter moves to from this one, if that is to be relieved."""
         rebalancer = base.rebalancer
@@ -195,7 +221,9 @@ class ExpectedTTFT:
         able = [
             o
             for o in lighter
-            if (o.open_slots > 1 or o.in_flight(key)) and base.claims.open_to(o, key, pool, now)
+            if o.accepts(excluded)
+            and (o.open_slots > 1 or o.in_flight(key))
+            and base.claims.open_to(o, key, pool, now)
         ]
         if not able:
             return None
@@ -204,14 +232,16 @@ class ExpectedTTFT:
         return Choice(to, ChoiceReason.SPILL, to.tier_at(key))
 
     @staticmethod
-    def _kept(key: Key, holders: list[WorkerView], need: int, bound: float) -> list[WorkerView]:
+    def _kept(
+        key: Key, holders: list[WorkerView], need: int, bound: float, excluded: Set[WorkerId]
+    ) -> list[WorkerView]:
         """With slots scarce: as many holders as it takes, those with the most requests in flight,
         so that the others give their slots up.
         """
         if len(holders) <= need:
             return holders
         kept = sorted(holders, key=lambda w: -w.in_flight(key))[:need]
-        return kept if any(w.load < bound and w.has_room for w in kept) else holders
+        return kept if any(w.load < bound and w.accepts(excluded) for w in kept) else holders
 
     def _cheapest(
         self,
@@ -222,12 +252,13 @@ class ExpectedTTFT:
         holders: list[WorkerView],
         price: float,
         now: float,
+        excluded: Set[WorkerId],
     ) -> tuple[WorkerView | None, float]:
         best: WorkerView | None = None
         least = math.inf
         for w in holders:
             if (
-                w.has_room
+                w.accepts(excluded)
                 and not base.claims.closed(w, key)
                 and base.claims.open_to(w, key, pool, now)
             ):
@@ -245,6 +276,7 @@ class ExpectedTTFT:
         bound: float,
         now: float,
         reason: ChoiceReason,
+        excluded: Set[WorkerId],
         copies: int = 0,
         needed: bool = True,
     ) -> Decision:
@@ -263,7 +295,9 @@ class ExpectedTTFT:
             ]
             if not shut:
                 candidates = [
-                    w for w in cached if w.has_room and base.claims.open_to(w, key, pool, now)
+                    w
+                    for w in cached
+                    if w.accepts(excluded) and base.claims.open_to(w, key, pool, now)
                 ]
             if cached and not copies and not candidates:
                 elsewhere_s = costs.load_elsewhere_s(cached[0], ask.size_bytes, pool.mean_load)
@@ -271,8 +305,10 @@ class ExpectedTTFT:
                 if now < due:
                     return Defer(Blocked.TURN, due)
         if shut or not pool.open:
-            return self._blocked(ask, key, base, pool, now)
-        candidates += self._homes(key, base, pool, bound, holders, now, anybody=not candidates)
+            return self._blocked(ask, key, base, pool, now, excluded)
+        candidates += self._homes(
+            key, base, pool, bound, holders, now, excluded, anybody=not candidates
+        )
         if not needed:
             candidates = [w for w in candidates if self._surplus(w, base, pool, now)]
         uses = 1.0 + base.rates.per_s(key, now) * HORIZON_S / (copies + 1) if copies else 1.0
@@ -285,7 +321,7 @@ class ExpectedTTFT:
         return (
             Choice(best, reason, best.tier_at(key), terms)
             if best is not None
-            else self._blocked(ask, key, base, pool, now)
+            else self._blocked(ask, key, base, pool, now, excluded)
         )
 
     def _homes(
@@ -296,6 +332,7 @@ class ExpectedTTFT:
         bound: float,
         holders: Holders,
         now: float,
+        excluded: Set[WorkerId],
         *,
         anybody: bool,
     ) -> list[WorkerView]:
@@ -307,7 +344,11 @@ class ExpectedTTFT:
         def first(number: int, workers: Iterable[WorkerView]) -> list[WorkerView]:
             return list(islice((w for w in workers if claims.open_to(w, key, pool, now)), number))
 
-        homes = [w for w in base.rendezvous.order(key, pool) if w.has_room and w.id not in holders]
+        homes = [
+            w
+            for w in base.rendezvous.order(key, pool)
+            if w.accepts(excluded) and w.id not in holders
+        ]
         within = first(HOME_CHOICES, (w for w in homes if w.load < bound and not w.coming))
         within = within or first(HOME_CHOICES, (w for w in homes if w.load < bound))
         if within or not anybody:
@@ -318,12 +359,17 @@ class ExpectedTTFT:
         able = [
             w
             for w in pool.workers
-            if w.counted and w.counted[1] > 0 and w.has_room and w.id not in holders
+            if w.counted and w.counted[1] > 0 and w.accepts(excluded) and w.id not in holders
         ]
         return first(1, sorted(able, key=lambda w: w.load))
 
     def _choose_base(
-        self, ask: RoutingRequest, pool: Pool, now: float, rng: random.Random
+        self,
+        ask: RoutingRequest,
+        pool: Pool,
+        now: float,
+        rng: random.Random,
+        excluded: Set[WorkerId],
     ) -> Decision:
         base = self._base(ask.base)
         workers = pool.workers
@@ -332,18 +378,29 @@ class ExpectedTTFT:
         best: WorkerView | None = None
         least = math.inf
         for w in workers:
-            if w.has_room:
+            if w.accepts(excluded):
                 cost = self._terms(ask, None, w, base, pool, 0.0, now).total_s
                 if cost < least:
                     best, least = w, cost
         if best is None:
-            best = next((w for w in pool.workers if w.has_room), None)
+            best = next((w for w in pool.workers if w.accepts(excluded)), None)
         return Choice(best, ChoiceReason.BASE) if best is not None else Defer(Blocked.ROOM)
 
-    def _blocked(self, ask: RoutingRequest, key: Key, base: _Base, pool: Pool, now: float) -> Defer:
-        if not any(w.has_room for w in pool.workers):
+    def _blocked(
+        self,
+        ask: RoutingRequest,
+        key: Key,
+        base: _Base,
+        pool: Pool,
+        now: float,
+        excluded: Set[WorkerId],
+    ) -> Defer:
+        if not any(w.accepts(excluded) for w in pool.workers):
             return Defer(Blocked.ROOM)
-        return Defer(Blocked.SLOT, base.claims.claim(ask, key, pool, now, held=key in pool.holders))
+        held = key in pool.holders
+        return Defer(
+            Blocked.SLOT, base.claims.claim(ask, key, pool, now, held=held, excluded=excluded)
+        )
 
     # ---- costs -----------------------------------------------------------------------------------
 
@@ -444,12 +501,12 @@ class ExpectedTTFT:
 
     def arrived(self, ask: RoutingRequest, now: float) -> None:
         if ask.adapter is not None:
-            self._base(ask.base).rates.note((ask.adapter.name, ask.adapter.digest), now)
+            self._base(ask.base).rates.note(key_of(ask.adapter), now)
 
     def sent(self, ask: RoutingRequest, choice: Choice, now: float) -> None:
         base = self._base(ask.base)
         if ask.adapter is not None:
-            key = (ask.adapter.name, ask.adapter.digest)
+            key = key_of(ask.adapter)
             base.slot_wait.forget(ask)
             base.occupancy.begin(ask, choice.worker.id, key, now)
             base.claims.settle(ask, key)
@@ -467,7 +524,7 @@ class ExpectedTTFT:
             base = self._base(ask.base)
             base.slot_wait.forget(ask)
             base.occupancy.end(ask)
-            base.claims.settle(ask, (ask.adapter.name, ask.adapter.digest))
+            base.claims.settle(ask, key_of(ask.adapter))
 
     def finished(
         self,
@@ -500,7 +557,7 @@ class ExpectedTTFT:
 
     def explain(self, ask: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:
         pool, base = fleet.pool(ask.base), self._base(ask.base)
-        key = None if ask.adapter is None else (ask.adapter.name, ask.adapter.digest)
+        key = None if ask.adapter is None else key_of(ask.adapter)
         price = base.slot_price(pool, now)
         found = []
         for w in pool.workers:

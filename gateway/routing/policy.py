@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Set
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, TypeAlias
@@ -13,7 +14,9 @@ import msgspec
 
 from gateway.fleet.fleet import Fleet, Key, WorkerView
 from shared.adapters.identity import AdapterRef
-from shared.link.messages import Tier
+from shared.link.messages import Tier, WorkerId
+
+NONE_EXCLUDED: Set[WorkerId] = frozenset()
 
 
 class RoutingRequest(msgspec.Struct, frozen=True, eq=False):
@@ -123,8 +126,15 @@ class Policy(Protocol):
     def name(self) -> str: ...
 
     def choose(
-        self, ask: RoutingRequest, fleet: Fleet, now: float, rng: random.Random
-    ) -> Decision: ...
+        self,
+        ask: RoutingRequest,
+        fleet: Fleet,
+        now: float,
+        rng: random.Random,
+        excluded: Set[WorkerId] = NONE_EXCLUDED,
+    ) -> Decision:
+        """Never chooses one of `excluded`: workers that do not take this request."""
+        ...
 
     def explain(self, ask: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:
         """Every routable worker of the base model, best first."""

@@ -10,13 +10,14 @@ are named below; docs/ROUTING.md has the table, and each deviation of `Ray` from
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from gateway.fleet.fleet import Fleet, WorkerView
 from gateway.fleet.pool import Pool
 from gateway.fleet.worker_view import Key, key_of
 from gateway.routing.policy import (
+    NONE_EXCLUDED,
     Blocked,
     Choice,
     ChoiceReason,
@@ -26,7 +27,7 @@ from gateway.routing.policy import (
     StatelessPolicy,
     tier_of,
 )
-from shared.link.messages import Tier
+from shared.link.messages import Tier, WorkerId
 
 MATCHING_S = 1.0
 """RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S; the window is drawn anew in every round,
@@ -59,15 +60,22 @@ class Ray(StatelessPolicy):
     def __init__(self, max_ongoing_requests: int | None = None) -> None:
         self._limit = max_ongoing_requests or LLM_MAX_ONGOING
 
-    def choose(self, ask: RoutingRequest, fleet: Fleet, now: float, rng: random.Random) -> Decision:
+    def choose(
+        self,
+        ask: RoutingRequest,
+        fleet: Fleet,
+        now: float,
+        rng: random.Random,
+        excluded: Set[WorkerId] = NONE_EXCLUDED,
+    ) -> Decision:
         pool = fleet.pool(ask.base)
-        able = [w for w in pool.workers if w.has_room and w.load < self._limit]
+        able = [w for w in pool.workers if w.accepts(excluded) and w.load < self._limit]
         if not able:
             return Defer(Blocked.ROOM)
         if ask.adapter is None:
             return Choice(_two_choices(able, rng), ChoiceReason.BASE)
         holders = pool.holders.get(key_of(ask.adapter), {})
-        free = [w for w in holders.values() if w.has_room and w.load < self._limit]
+        free = [w for w in holders.values() if w.accepts(excluded) and w.load < self._limit]
         if free:  # M1
             worker = _two_choices(free, rng)
             return Choice(worker, ChoiceReason.RESIDENT, worker.tier(ask.adapter))
@@ -101,7 +109,14 @@ class RayStrict(StatelessPolicy):
         self._searches: dict[RoutingRequest, _Search] = {}
         self._fallbacks: dict[Key, None] = {}
 
-    def choose(self, ask: RoutingRequest, fleet: Fleet, now: float, rng: random.Random) -> Decision:
+    def choose(
+        self,
+        ask: RoutingRequest,
+        fleet: Fleet,
+        now: float,
+        rng: random.Random,
+        excluded: Set[WorkerId] = NONE_EXCLUDED,
+    ) -> Decision:
         pool = fleet.pool(ask.base)
         if not pool.workers:
             return Defer(Blocked.ROOM)
@@ -119,7 +134,7 @@ class RayStrict(StatelessPolicy):
                 if len(candidates) > 2
                 else rng.sample(candidates, len(candidates))
             )
-            free = [w for w in drawn if w.load < self._limit and w.has_room]
+            free = [w for w in drawn if w.load < self._limit and w.accepts(excluded)]
             if free:
                 worker = min(free, key=lambda w: w.load)
                 return Choice(worker, self._reason(ask, worker), tier_of(worker, ask.adapter))

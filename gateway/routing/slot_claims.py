@@ -16,7 +16,7 @@ share what is left. (vLLM's own scheduler skips requests over `max_loras` withou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from gateway.fleet.pool import Pool
@@ -24,7 +24,7 @@ from gateway.fleet.rendezvous import Rendezvous
 from gateway.fleet.worker_view import Key, WorkerView
 from gateway.routing.demand import DemandRates
 from gateway.routing.occupancy import Occupancy
-from gateway.routing.policy import RoutingRequest
+from gateway.routing.policy import NONE_EXCLUDED, RoutingRequest
 from shared.link.messages import STEADY_PER_S, STEADY_SHARE, WorkerId
 
 AGE_BOUND_S = 3.0
@@ -127,7 +127,14 @@ class SlotClaims:
         self._vacant = False
 
     def claim(
-        self, ask: RoutingRequest, key: Key, pool: Pool, now: float, *, held: bool = False
+        self,
+        ask: RoutingRequest,
+        key: Key,
+        pool: Pool,
+        now: float,
+        *,
+        held: bool = False,
+        excluded: Set[WorkerId] = NONE_EXCLUDED,
     ) -> float:
         """No slot anywhere: claims one if the request is old enough. Returns when to ask again.
 
@@ -142,7 +149,7 @@ class SlotClaims:
             mine = None
         if now < due or mine is not None:
             return due if now < due else now + self._age_bound_s
-        found = self._victim(key, pool, now, by_load=held)
+        found = self._victim(key, pool, now, excluded, by_load=held)
         if found is None:
             return now + self._age_bound_s
         self._claims[key] = found
@@ -208,14 +215,16 @@ class SlotClaims:
         first = next((w for w in self._rendezvous.order(key, pool) if key in w.loaded), None)
         return first is None or first is worker
 
-    def _victim(self, key: Key, pool: Pool, now: float, *, by_load: bool) -> SlotClaim | None:
+    def _victim(
+        self, key: Key, pool: Pool, now: float, excluded: Set[WorkerId], *, by_load: bool
+    ) -> SlotClaim | None:
         """On any worker, or the least loaded one, that has claims to spare: who was sent its last
         request longest ago will be gone soonest, and would not miss the slot. (With own loads, at
         1.2 and 1.5 times the capacity, mean TTFT is an eighth less than with whoever has the fewest
         in flight.) While few are in steady use, those are passed by, also if for now no other one
         can be claimed.
         """
-        able = [w for w in pool.workers if w.has_room]
+        able = [w for w in pool.workers if w.accepts(excluded)]
         few = sum(len(w.steady) for w in able) <= STEADY_SHARE * sum(w.beat.slots for w in able)
         best: tuple[float, float, float, float, SlotClaim] | None = None
         others = False
