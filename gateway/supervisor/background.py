@@ -36,7 +36,7 @@ class Background:
         """
         folder = Path(tempfile.mkdtemp(prefix="loraplex-app-"))
         config = write_settings(app, folder)
-        argv = [sys.executable, "-m", "gateway.cli.main.main", "serve", str(config)]
+        argv = [sys.executable, "-m", "gateway.cli.main", "serve", str(config)]
         env = {**os.environ, PARENT_ENV: str(os.getpid())}
         process = subprocess.Popen(
             argv, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True

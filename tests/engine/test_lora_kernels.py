@@ -68,9 +68,9 @@ from worker.engine.vllm import patches
 
 torch.cuda.get_device_name = lambda: sys.argv[2]
 torch.cuda.get_device_capability = lambda: (9, 9)
-vllm_patches.RELATIVES = {(9, 9): "Some GPU-1"} if len(sys.argv) > 3 else {}
-vllm_patches.KERNELS = Path(sys.argv[1])
-vllm_patches._lora_kernels_fit_the_gpu()
+patches.RELATIVES = {(9, 9): "Some GPU-1"} if len(sys.argv) > 3 else {}
+patches.KERNELS = Path(sys.argv[1])
+patches._lora_kernels_fit_the_gpu()
 ours = utils.get_lora_op_configs
 said = [ours("shrink", 9, 50, 4096, 16, 1), ours("shrink", 17, 64, 4096, 16, 4), ours("expand", 17, 64, 4096, 16, 1, True)]
 print(json.dumps(said))
@@ -145,7 +145,7 @@ from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 from worker.engine.vllm import patches
 
-vllm_patches.apply()
+patches.apply()
 weights, rows, own = torch.ones(2, 1, 4, 8), torch.ones(3, 8), torch.tensor([1, -1, 0])
 for kernel in (lora_ops.bgmv_shrink, punica_cpu.bgmv_shrink):
     made = torch.empty(3, 4)

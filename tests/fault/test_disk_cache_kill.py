@@ -116,6 +116,6 @@ async def everything_works_again(root: Path, store_folder: Path) -> None:
         )
         assert victim.proves_itself(name, cached.folder)
         cache.keep(())
-    assert cache._shelf.used_bytes() <= BUDGET_BYTES
+    assert cache._cache_folder.used_bytes() <= BUDGET_BYTES
     assert list((root / "trash").iterdir()) == []
     cache.close()

@@ -33,7 +33,7 @@ KEY = "boss"
 
 async def loraplex(*argv: str, key: str = KEY, verb: str = "adapters") -> tuple[int, str, str]:
     env = {**os.environ, "LORAPLEX_ADMIN_KEY": key}
-    argv = (sys.executable, "-m", "gateway.cli.main.main", verb, *argv)
+    argv = (sys.executable, "-m", "gateway.cli.main", verb, *argv)
     process = await asyncio.create_subprocess_exec(*argv, stdout=-1, stderr=-1, env=env, cwd=ROOT)
     async with asyncio.timeout(STOP_S):
         out, err = await process.communicate()

@@ -39,7 +39,7 @@ def _base_rows_stay_base() -> None:
     So a base request that shares a batch with an adapter's request is answered with the weights of
     whatever adapter is in the last slot. The GPU kernels skip such tokens (vllm-project/vllm pull
     requests 48421 and 49656, open at the time of writing). Linear layers have kernels of their own
-    (vllm_cpu_lora.py); for what still comes here the shrink's result is made zero, and what the
+    (cpu_lora.py); for what still comes here the shrink's result is made zero, and what the
     expand adds is then zero as well.
     """
     from vllm.lora.ops.torch_ops import lora_ops
