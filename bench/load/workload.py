@@ -79,17 +79,6 @@ class AtOnce:
 
 
 @dataclass(frozen=True, slots=True)
-class Diurnal:
-    """Day and night: a Poisson process whose rate follows a sine of `period_s` around `rate_per_s`,
-    by at most `swing` (0 to 1) of it. It starts at the mean, on its way up.
-    """
-
-    rate_per_s: float
-    swing: float
-    period_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class FlashCrowd:
     """A Poisson process that goes from `rate_per_s` (0 is none) to `peak_per_s` within `ramp_s`
     from `at_s` on, stays there for `hold_s` and goes back as fast. The only arrivals that end: a
@@ -103,18 +92,7 @@ class FlashCrowd:
     hold_s: float = math.inf
 
 
-@dataclass(frozen=True, slots=True)
-class Mmpp:
-    """Markov-modulated Poisson: each state has a rate (0 is silence) and a mean stay, exponentially
-    distributed; states follow one another in turn. Two states, calm and busy, are the usual model
-    of bursty traffic (Fischer and Meier-Hellstern, "The MMPP Cookbook", 1993).
-    """
-
-    rates_per_s: tuple[float, ...]
-    stays_s: tuple[float, ...]
-
-
-Arrival: TypeAlias = Poisson | Gamma | Constant | Bursts | AtOnce | Diurnal | FlashCrowd | Mmpp
+Arrival: TypeAlias = Poisson | Gamma | Constant | Bursts | AtOnce | FlashCrowd
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,28 +238,10 @@ def arrival_times_s(arrival: Arrival, rng: random.Random) -> Iterator[float]:
             while True:
                 at_s += rng.gammavariate(shape, 1.0 / (shape * rate_per_s))
                 yield at_s
-        case Diurnal():
-            yield from _diurnal_s(arrival, rng)
         case FlashCrowd():
             yield from _flash_crowd_s(arrival, rng)
-        case Mmpp():
-            yield from _mmpp_s(arrival, rng)
         case _:
             assert_never(arrival)
-
-
-def _diurnal_s(arrival: Diurnal, rng: random.Random) -> Iterator[float]:
-    _above_zero("rate", arrival.rate_per_s)
-    _above_zero("period", arrival.period_s)
-    if not 0 <= arrival.swing <= 1:
-        raise ValueError(f"the swing must be from 0 to 1, not {arrival.swing}")
-    peak_per_s = arrival.rate_per_s * (1 + arrival.swing)
-    for at_s in arrival_times_s(Poisson(peak_per_s), rng):
-        now_per_s = arrival.rate_per_s * (
-            1 + arrival.swing * math.sin(2 * math.pi * at_s / arrival.period_s)
-        )
-        if rng.random() * peak_per_s < now_per_s:  # thinning: Lewis and Shedler, 1979
-            yield at_s
 
 
 def _flash_crowd_s(arrival: FlashCrowd, rng: random.Random) -> Iterator[float]:
@@ -301,26 +261,6 @@ def _flash_crowd_s(arrival: FlashCrowd, rng: random.Random) -> Iterator[float]:
         crowd = max(0.0, min(1.0, up, down))
         if rng.random() * peak_per_s < base_per_s + crowd * (peak_per_s - base_per_s):
             yield at_s
-
-
-def _mmpp_s(arrival: Mmpp, rng: random.Random) -> Iterator[float]:
-    rates_per_s, stays_s = arrival.rates_per_s, arrival.stays_s
-    if len(rates_per_s) != len(stays_s) or not rates_per_s or min(rates_per_s) < 0:
-        raise ValueError("every state needs a rate of 0 or more and a mean stay")
-    _above_zero("highest rate", max(rates_per_s))
-    for stay_s in stays_s:
-        _above_zero("mean stay", stay_s)
-    began_s = 0.0
-    for state in _naturals():
-        rate_per_s, stay_s = rates_per_s[state % len(rates_per_s)], stays_s[state % len(stays_s)]
-        ends_s = began_s + rng.expovariate(1 / stay_s)
-        if rate_per_s:
-            at_s = began_s + rng.expovariate(rate_per_s)
-            while at_s < ends_s:
-                yield at_s
-                at_s += rng.expovariate(rate_per_s)
-        # exponential gaps have no memory: what the state's end cuts off starts anew
-        began_s = ends_s
 
 
 def _naturals() -> Iterator[int]:

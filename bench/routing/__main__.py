@@ -1,16 +1,24 @@
-"""Shell. `python -m bench.routing`: the whole comparison of routing policies, in parts of any
-length on any number of machines.
+"""Shell. `python -m bench.routing`: routing policies compared in virtual time, with the gateway's
+production code and simulated workers, in parts of any length on any number of machines.
 
+    python -m bench.routing --compare ray,expected-ttft --scenario fits --seeds 3 --report fits
     python -m bench.routing --estimate
-    python -m bench.routing --jobs 14 --seconds 460 --out study                again and again, until it says that nothing is left
-    python -m bench.routing --out study --have elsewhere/items.jsonl --report bench/results/routing-2026-11-24
+    python -m bench.routing --jobs 14 --seconds 460 --out study
+    python -m bench.routing --out study --have elsewhere/items.jsonl --report study/routing
 
-A plan (bench/routing/plans/routing.json; the words are in bench/routing/sim/plan.py) becomes
-independent runs of at most about two minutes. Each that ends is one line of OUT/items.jsonl; the
-next call goes on from there and from what is in --have. What runs at the deadline is killed and
-done again. `--redo ray` counts runs of that policy only if they are of today's code; without it a
-result stays good when code changes, with a warning. --report writes NAME.json, NAME.md and, with
-matplotlib, pictures. It reports what there is and says what is missing.
+No sockets, no sleeping, no model: the gateway's dispatcher, fleet, policies and admission, the
+worker's residency and slots, and the messages between them run as they are. Clocks, sockets and
+engines are simulated, engines by a table measured on an H200 (bench/routing/sim/timing.py). The
+same command gives the same figures.
+
+A plan (default: bench/routing/plans/routing.json; its words are in bench/routing/sim/plan.py)
+becomes independent runs of at most about two minutes. `--compare` is a plan of one comparison. Each
+run that ends is one line of OUT/items.jsonl; the next call goes on from there and from what is in
+--have. What runs at the deadline is killed and done again. `--redo ray` counts runs of that policy
+only if they are of today's code; without it a result stays good when code changes, with a warning.
+
+--report runs nothing, unless --compare is given. It writes NAME.json, NAME.md and, with matplotlib,
+pictures. It reports what there is and says what is missing.
 
 Exit status: 0, nothing is left (or the report is written); 1, runs are left; 2, flags or a plan
 that make no sense; 3, runs failed.
@@ -40,6 +48,8 @@ from bench.routing.sim import clairvoyant, engine, plot, pooled, production, sea
 from bench.routing.sim.item import Done, Item, Results, perform, still_good
 from bench.routing.sim.merged import markdown, merge
 from bench.routing.sim.plan import Plan, needed, read_plan, rehearse
+from bench.routing.sim.production import policies
+from bench.routing.sim.scenarios import SCENARIOS, WORKERS
 
 PLAN = Path(__file__).parent / "plans" / "routing.json"
 ITEMS = "items.jsonl"
@@ -52,19 +62,15 @@ deadline is not begun.
 def main(arguments: Sequence[str] | None = None) -> int:
     flags = _parser().parse_args(arguments)
     try:
-        plan = read_plan(flags.plan.read_bytes())
+        plan = _plan(flags)
         done = read(_files(flags))
     except (OSError, msgspec.DecodeError) as exc:
         print(f"bench.routing: {exc}", file=sys.stderr)
         return 2
-    if flags.report:
-        command = [
-            "python",
-            "-m",
-            "bench.routing",
-            *(sys.argv[1:] if arguments is None else arguments),
-        ]
-        _report(plan, still_good(done, flags.redo), flags, shlex.join(command))
+    given = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "bench.routing", *given])
+    if flags.report and not flags.compare:
+        _report(plan, still_good(done, flags.redo), flags, command)
         return 0
     code = code_digest()
     kept = still_good(done, flags.redo, code)
@@ -76,7 +82,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.out.mkdir(parents=True, exist_ok=True)
     _mend(flags.out / ITEMS)
     with (flags.out / ITEMS).open("a") as file:
-        return run(plan, results, flags, code, file)
+        status = run(plan, results, flags, code, file)
+    if flags.report and status != 3:
+        _report(plan, read(_files(flags)), flags, command)
+    return status
+
+
+def _plan(flags: argparse.Namespace) -> Plan:
+    """Raises: OSError; msgspec.DecodeError."""
+    if not flags.compare:
+        return read_plan(flags.plan.read_bytes())
+    question = {
+        "ask": "compare",
+        "policies": flags.compare,
+        "scenarios": [flags.scenario],
+        "seeds": flags.seeds,
+        "workers": flags.workers,
+        "loads": flags.loads,
+    }
+    return read_plan(msgspec.json.encode([question]))
 
 
 def run(plan: Plan, results: Results, flags: argparse.Namespace, code: str, file: TextIO) -> int:
@@ -265,7 +289,23 @@ def _parser() -> argparse.ArgumentParser:
         description="The whole comparison of routing policies, in parts.",
     )
     add = parser.add_argument
-    add("--plan", type=Path, default=PLAN)
+    add("--plan", type=Path, default=PLAN, help="the questions (%(default)s)")
+    add(
+        "--compare",
+        type=_policies,
+        metavar="POLICY,...",
+        help=f"one comparison instead of a plan; of {', '.join(policies())}",
+    )
+    add("--scenario", choices=SCENARIOS, default="default", help="of --compare (%(default)s)")
+    add("--seeds", type=int, default=3, help="of --compare (%(default)s)")
+    add("--workers", type=int, default=WORKERS, help="of --compare (%(default)s)")
+    add(
+        "--loads",
+        choices=["vllm", "own"],
+        default="vllm",
+        help="of --compare: adapters are loaded as vLLM does it, or as this project's workers do "
+        "(%(default)s; bench/routing/sim/timing.py)",
+    )
     add(
         "--jobs",
         type=int,
@@ -302,6 +342,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--estimate", action="store_true", help="say what is left and how long it takes")
     add("--report", type=Path, metavar="NAME", help="write NAME.json, NAME.md and NAME-*.png")
     return parser
+
+
+def _policies(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in policies()]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: there are {', '.join(policies())}")
+    return names
 
 
 if __name__ == "__main__":

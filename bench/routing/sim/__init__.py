@@ -1,3 +1,3 @@
-"""Pure. The virtual-time simulator behind `python -m bench.routing.simulate`: production gateway
+"""Pure. The virtual-time simulator behind `python -m bench.routing`: production gateway
 code over workers whose timing is a table.
 """

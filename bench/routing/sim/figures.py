@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +17,6 @@ from shared.link.messages import Tier
 FAILED_TTFT_S = 60.0
 """What a request that never got a first token counts as, if it did not wait longer: clients give up
 about then.
-"""
-RANKS = (8, 16, 32, 64, 128, 256, 512)
-"""Adapters are numbered by popularity; these end the bands that waits are shown by, and the rest is
-the last one.
 """
 LEAST_REQUESTS = 10
 """An adapter with fewer requests in the window says nothing about fairness."""
@@ -79,49 +73,6 @@ def figures(run: Run, window: Window) -> Figures:
         completed_rps=done / window.duration_s,
         served_jain=_served_jain(run.outcomes, window),
         failed=sum(outcome.failed is not None for outcome in counted),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Waits:
-    """Who waits: TTFT of the requests that arrived within the window, in seconds; `by_rank`: means
-    by RANKS, NaN where nobody asked.
-    """
-
-    mean_s: float
-    p50_s: float
-    p90_s: float
-    p99_s: float
-    by_rank: tuple[float, ...]
-    completed_rps: float
-    served_jain: float
-    requests: int
-    failed: int
-
-
-def waits(run: Run, window: Window) -> Waits:
-    """Raises: ValueError if no request arrived within the window."""
-    made = figures(run, window)
-    ttfts: list[float] = []
-    bands: list[list[float]] = [[] for _ in (*RANKS, None)]
-    for outcome in run.outcomes:
-        if window.counts(outcome.request.at_s):
-            ttfts.append(ttft_s(outcome))
-            if outcome.request.adapter is not None:
-                bands[bisect_right(RANKS, outcome.request.adapter)].append(ttfts[-1])
-    ttfts.sort()
-    by_rank = tuple(statistics.fmean(band) if band else math.nan for band in bands)
-    p90_s = percentile(ttfts, 0.9)
-    return Waits(
-        statistics.fmean(ttfts),
-        made.ttft_p50_s,
-        p90_s,
-        made.ttft_p99_s,
-        by_rank,
-        made.completed_rps,
-        made.served_jain,
-        made.requests,
-        made.failed,
     )
 
 

@@ -1,25 +1,20 @@
-"""Pure. From comparisons to the JSON document and to tables for people.
+"""Pure. From the answers of a study to the JSON document and to tables for people.
 
-The document of one scenario; `--scenario all` has these under `scenarios.<name>`. Every figure is
-{median, min, max} over the seeds:
+The document of one scenario; every figure is {median, min, max} over the seeds:
 
-    schema, version, command [str], seeds
     scenario    the situation: workers, adapters, mix, lengths, window, the worker's facts and the
                 table of timings
     rate_rps    the common rate of the comparison;  rate_is: how it was chosen
-    policies    {name: {capacity_rps (null if not asked for), ttft_p50_s, ttft_p99_s,
+    policies    {name: {capacity_rps (null while not known), ttft_p50_s, ttft_p99_s,
                 loads_per_request, hit_rate, jain}}
     more        {name: {requests, cold_loads_per_request, completed_rps, served_jain, failed}}
     flash       {name: {others_with_s, others_without_s, rise, copies, needed, hot_p99_s}}
                 scenario flash only
     overload    {name: {capacity_rps, offered: {times: {completed_over_capacity, served_jain,
-                failed, ...}}}}      with --overload only
+                failed, ...}}}}
     growth      {of, points, rates_rps, adapters, policies: {name: [{figure: ...} by point]}}
-                with --grow only
     event       {what, at_s, rate_rps, policies: {name: [{at_s, ttft_p50_s, ttft_p99_s, loads,
-                failed}]}}      with --events only
-    waits       {rate_rps, ranks, policies: {name: {mean_s, p50_s, p90_s, p99_s, by_rank, ...}}},
-                medians alone      with --by-rank only
+                failed}]}}
 
 What each figure is: bench/routing/sim/figures.py. `clairvoyant` is a bound, not a policy:
 bench/routing/sim/clairvoyant.py.
@@ -27,13 +22,11 @@ bench/routing/sim/clairvoyant.py.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from itertools import pairwise
 from typing import Any
 
-from bench.routing.sim.figures import RANKS, Figures, Flash, Moment, Spread, Waits, spread
+from bench.routing.sim.figures import Figures, Flash, Moment, Spread, spread
 from bench.routing.sim.study import (
     CLAIRVOYANT,
     ONE_POOL,
@@ -45,7 +38,6 @@ from bench.routing.sim.study import (
     Overload,
 )
 
-SCHEMA = "loraplex.bench.simulate/1"
 MAIN = ("capacity_rps", "ttft_p50_s", "ttft_p99_s", "loads_per_request", "hit_rate", "jain")
 MORE = ("requests", "cold_loads_per_request", "completed_rps", "served_jain", "failed")
 
@@ -184,41 +176,6 @@ def comparison_table(name: str, what: str, document: Mapping[str, Any], seeds: i
             f"({crowd['rise']['median']:+.0%}), hot adapter on "
             f"{crowd['copies']['median']:.0f} workers (its demand is worth "
             f"{crowd['needed']['median']:.0f}), its p99 {_ms(crowd['hot_p99_s'])}"
-        )
-    return "\n".join(lines)
-
-
-def waits_document(rate_rps: float, made: Mapping[str, Sequence[Waits]]) -> dict[str, Any]:
-    """Medians over the seeds; `by_rank` by the bands of `ranks`."""
-    names = [field.name for field in fields(Waits) if field.name != "by_rank"]
-    policies = {
-        policy: {name: statistics.median(getattr(row, name) for row in rows) for name in names}
-        | {
-            "by_rank": [
-                statistics.median(band) for band in zip(*(row.by_rank for row in rows), strict=True)
-            ]
-        }
-        for policy, rows in made.items()
-    }
-    return {"rate_rps": rate_rps, "ranks": list(RANKS), "policies": policies}
-
-
-def waits_table(document: Mapping[str, Any]) -> str:
-    edges = [0, *document["ranks"]]
-    bands = [f"{low + 1}-{high}" for low, high in pairwise(edges)] + [f"{edges[-1] + 1}-"]
-    lines = [
-        f"TTFT at {document['rate_rps']:.1f} requests/s, seconds; the means by the "
-        "adapter's popularity"
-    ]
-    head = "".join(f"{word:>8}" for word in ("mean", "p50", "p90", "p99", *bands))
-    lines.append(f"{'policy':<16}{head}{'done/s':>9}{'refused':>9}{'Jain':>7}")
-    for policy, of in document["policies"].items():
-        shown = "".join(
-            f"{value:>8.2f}"
-            for value in (of["mean_s"], of["p50_s"], of["p90_s"], of["p99_s"], *of["by_rank"])
-        )
-        lines.append(
-            f"{policy:<16}{shown}{of['completed_rps']:>9.0f}{of['failed'] / of['requests']:>9.1%}{of['served_jain']:>7.3f}"
         )
     return "\n".join(lines)
 

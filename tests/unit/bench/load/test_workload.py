@@ -14,13 +14,11 @@ from bench.load.workload import (
     Bursts,
     Constant,
     Distinct,
-    Diurnal,
     Fixed,
     FlashCrowd,
     Gamma,
     Identical,
     LogNormal,
-    Mmpp,
     Poisson,
     Uniform,
     UniformLength,
@@ -85,26 +83,12 @@ def test_at_once_means_at_time_zero() -> None:
     assert set(islice(arrival_times_s(AtOnce(), random.Random(0)), 50)) == {0.0}
 
 
-def _until(arrival: Diurnal | FlashCrowd | Mmpp, end_s: float) -> list[float]:
+def _until(arrival: FlashCrowd, end_s: float) -> list[float]:
     return list(takewhile(lambda at_s: at_s < end_s, arrival_times_s(arrival, random.Random(2))))
 
 
 def _between(times: list[float], start_s: float, end_s: float) -> int:
     return sum(start_s <= at_s < end_s for at_s in times)
-
-
-def test_diurnal_arrivals_keep_the_mean_over_a_day_and_follow_the_sine_within_it() -> None:
-    times = _until(Diurnal(100.0, swing=0.8, period_s=100.0), 200.0)
-    assert len(times) == pytest.approx(20_000, rel=0.03)
-    day, night = _between(times, 0.0, 50.0), _between(times, 50.0, 100.0)
-    # the mean of half a sine is 2 / pi
-    assert day == pytest.approx(5000 * (1 + 0.8 * 2 / 3.14159), rel=0.05)
-    assert night == pytest.approx(5000 * (1 - 0.8 * 2 / 3.14159), rel=0.08)
-
-
-def test_a_full_swing_falls_silent_in_the_middle_of_the_night() -> None:
-    times = _until(Diurnal(100.0, swing=1.0, period_s=100.0), 100.0)
-    assert _between(times, 74.0, 76.0) < 10 < _between(times, 24.0, 26.0)
 
 
 def test_a_flash_crowd_comes_within_its_ramp_holds_and_leaves() -> None:
@@ -128,40 +112,16 @@ def test_a_flash_crowd_out_of_nothing_begins_on_time_and_ends() -> None:
     assert len(times) == pytest.approx(400, abs=100)
 
 
-def test_mmpp_spends_its_time_in_each_state_by_the_mean_stays() -> None:
-    times = _until(Mmpp((10.0, 200.0), (4.0, 1.0)), 5000.0)
-    assert len(times) / 5000.0 == pytest.approx((4 * 10 + 1 * 200) / 5, rel=0.1)
-    assert _cv([later - earlier for earlier, later in pairwise(times)]) > 1.5  # Poisson would be 1
-
-
-def test_mmpp_with_one_state_is_poisson() -> None:
-    gaps = [later - earlier for earlier, later in pairwise(_until(Mmpp((40.0,), (1.0,)), 300.0))]
-    assert sum(gaps) / len(gaps) == pytest.approx(1 / 40, rel=0.05)
-    assert _cv(gaps) == pytest.approx(1.0, rel=0.05)
-
-
-def test_mmpp_is_silent_in_a_state_of_rate_zero() -> None:
-    times = _until(Mmpp((0.0, 100.0), (10.0, 1.0)), 500.0)
-    assert max(later - earlier for earlier, later in pairwise(times)) > 10.0
-
-
 @pytest.mark.parametrize(
     "arrival",
     [
-        Diurnal(0.0, 0.5, 10.0),
-        Diurnal(1.0, 1.5, 10.0),
-        Diurnal(1.0, 0.5, 0.0),
         FlashCrowd(5.0, 4.0, 1.0),
         FlashCrowd(0.0, 0.0, 1.0),
         FlashCrowd(0.0, 1.0, -1.0),
-        Mmpp((), ()),
-        Mmpp((1.0,), (1.0, 2.0)),
-        Mmpp((0.0, 0.0), (1.0, 1.0)),
-        Mmpp((1.0, 2.0), (1.0, 0.0)),
     ],
 )
 def test_a_varying_rate_that_makes_no_sense_is_refused(
-    arrival: Diurnal | FlashCrowd | Mmpp,
+    arrival: FlashCrowd,
 ) -> None:
     with pytest.raises(ValueError):  # several messages, all for the user
         next(arrival_times_s(arrival, random.Random(0)))

@@ -286,6 +286,29 @@ def test_a_question_about_other_loads_asks_other_runs(ask: dict[str, Any]) -> No
     assert case_of(runs[0]).loads == "own"
 
 
+def test_one_comparison_needs_no_plan_and_reports_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--out", str(tmp_path), "--jobs", "2", "--seeds", "1", "--workers", "1"]
+    flags += ["--compare", "residency-p2c,expected-ttft", "--scenario", "fits"]
+    assert study.main([*flags, "--report", str(tmp_path / "made")]) == 0
+    document = json.loads((tmp_path / "made.json").read_text())
+    made = document["fleets"]["1 workers"]["policies"]
+    assert list(made) == ["residency-p2c", "expected-ttft", "clairvoyant"]
+    assert all(of["ttft_p99_s"]["median"] > 0 for of in made.values())
+    assert "residency-p2c" in capsys.readouterr().out
+
+
+def test_a_comparison_with_a_policy_that_does_not_exist_names_those_that_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        study.main(["--compare", "ray,oracle"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "oracle: there are" in said and "expected-ttft" in said
+
+
 # ---- the processes -------------------------------------------------------------------------------
 
 
