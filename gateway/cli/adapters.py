@@ -105,7 +105,7 @@ def _validate(args: argparse.Namespace) -> int:
         [
             sys.executable,
             "-m",
-            "worker.validation.validator",
+            "worker.validation",
             args.path,
             "--config",
             args.config,
