@@ -16,7 +16,7 @@ import msgspec
 
 from shared.adapters.identity import AdapterRef, StoredAdapter
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 WorkerId: TypeAlias = str
 """Chosen by whoever starts the worker; unique among live workers. A restarted worker may reuse it
@@ -128,7 +128,8 @@ WorkerControl: TypeAlias = Heartbeat
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     """Answer to a worker's first beat: where requests will come from, how long silence may last,
-    and the gateway's fellow processes.
+    and the gateway's fellow processes. All data goes by `channel`; a worker that is on another one
+    drops what it has of it, since nobody waits for that.
     """
 
     gateway: str
@@ -137,6 +138,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     heartbeat_s: float
     aggregator: tuple[str, ...] = ()
     protocol: int = PROTOCOL_VERSION
+    channel: int = 0
 
 
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
@@ -270,7 +272,45 @@ class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
     refused: list[Refused] = []
 
 
-WorkerData: TypeAlias = Attach | Step
+class Stopped(msgspec.Struct, frozen=True, tag="stopped", array_like=True):
+    """Last word of this life of the worker. It goes the way of the frames, so that it cannot
+    overtake them.
+    """
+
+    worker: WorkerId
+    epoch: int
+    reason: str
+
+
+WorkerData: TypeAlias = Attach | Step | Stopped
+
+# ---- both ways: what carries the data ------------------------------------------------------------
+
+
+class Carried(msgspec.Struct, frozen=True, tag=1, array_like=True):
+    """One encoded message of GatewayData or WorkerData, numbered from 1 in its direction of its
+    channel. `acked` is the highest number that the sender has delivered.
+    """
+
+    channel: int
+    number: int
+    acked: int
+    body: bytes
+
+
+class Status(msgspec.Struct, frozen=True, tag=2, array_like=True):
+    """Where an end of a channel stands: the highest numbers that it has `sent` and delivered
+    (`acked`). `missing`: it asks for all after `acked` again. `ping` counts the pings of the sender
+    on this connection, `echo` is the last one that it heard there (0: this is neither).
+    """
+
+    channel: int
+    sent: int
+    acked: int
+    missing: bool = False
+    ping: int = 0
+    echo: int = 0
+
 
 # ---- worker -> worker, peer ----------------------------------------------------------------------
 
@@ -320,11 +360,19 @@ decode_worker_control = msgspec.msgpack.Decoder(WorkerControl).decode
 decode_gateway_control = msgspec.msgpack.Decoder(GatewayControl).decode
 decode_worker_data = msgspec.msgpack.Decoder(WorkerData).decode
 decode_gateway_data = msgspec.msgpack.Decoder(GatewayData).decode
+decode_packet = msgspec.msgpack.Decoder(Carried | Status).decode
 decode_peer_question = msgspec.msgpack.Decoder(PeerQuestion).decode
 decode_peer_answer = msgspec.msgpack.Decoder(PeerAnswer).decode
 
 DecodeError = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What any decoder raises, for `except`: count the message and drop it."""
+
+
+def is_packet(data: bytes) -> bool:
+    """Tells what belongs to a channel from the messages of the control socket: msgpack's arrays of
+    up to 15 items from its maps.
+    """
+    return data[:1] > b"\x8f" and data[:1] < b"\xa0"
 
 
 @functools.lru_cache(maxsize=4096)
