@@ -144,7 +144,7 @@ class Agent:
     async def run(self) -> None:
         """Boots the engine while it beats as JOINING, serves, and returns once stopped."""
         for session in self._sessions:
-            session.open(self._on_request, self._on_command, self._on_silence)
+            session.open(self._on_request, self._on_silence)
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             beating = tasks.create_task(self._beat_for_ever(), name="beat")
@@ -257,23 +257,16 @@ class Agent:
                     prefill_tokens_per_s=stats.prefill_tokens_per_s,
                     step_s=stats.step_s,
                     load_s=load_s,
-                    engine=self._facts.name,
-                    reason=self._reason,
-                    max_lora_rank=self._facts.max_lora_rank,
-                    disk_load_s=self._stall_s,
-                    cpu_load_s=self._stall_s,
-                    fetch_s=self._fetch_s,
+                    stall_s=self._stall_s,
                     load_bytes=round(self._load_bytes),
+                    reason=self._reason,
+                    fetch_s=self._fetch_s,
                     host=self._cache.host,
                     peer_endpoint=self._peer_endpoint,
                 )
             )
 
     # ---- from the gateways -----------------------------------------------------------------------
-
-    def _on_command(self, message: messages.GatewayControl) -> None:
-        if isinstance(message, messages.Drain):
-            self.stop("told to drain")
 
     def _on_silence(self, session: GatewaySession, reason: str) -> None:
         """The gateway is gone, or one of us stood still: its requests end here. It may have noticed

@@ -19,7 +19,7 @@ Answer: TypeAlias = Start | Reject | CommandDone
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenCommand:
     session: GatewaySession
     sid: messages.StreamId
     action: messages.AdapterAction
@@ -27,12 +27,12 @@ class _Open:
 
 
 class CommandRunner:
-    """The open tends of one worker. Their numbers are negative, so that residency's answers to them
+    """The open commands of one worker. Their numbers are negative, so that residency's answers to them
     are told from those to requests.
     """
 
     def __init__(self) -> None:
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, _OpenCommand] = {}
 
     def begin(
         self,
@@ -44,12 +44,12 @@ class CommandRunner:
         now: float,
     ) -> list[Instruction]:
         """Takes it, or refuses it at once."""
-        send_command = _Open(session, message.sid, message.action, message.adapter)
+        command = _OpenCommand(session, message.sid, message.action, message.adapter)
         error = self._objection(message, serving, residency)
         if error is not None:
-            _refuse(send_command, error.code, error.message, error.retryable)
+            _refuse(command, error.code, error.message, error.retryable)
             return []
-        self._open[number] = send_command
+        self._open[number] = command
         match message.action:
             case messages.AdapterAction.CACHE:
                 return residency.cache(number, message.adapter, now)
@@ -68,31 +68,29 @@ class CommandRunner:
         """Passes on what became of a number, whose place is free then. One that is not known is a
         prefetch, or its gateway has gone.
         """
-        send_command = self._open.pop(answer.request, None)
+        command = self._open.pop(answer.request, None)
         instructions: list[Instruction] = []
-        if send_command is None:
+        if command is None:
             pass
         elif isinstance(answer, Reject):
-            _refuse(send_command, answer.code, answer.message, answer.retryable)
-        elif send_command.action is messages.AdapterAction.PIN and not residency.slots.may_pin(
-            send_command.adapter
+            _refuse(command, answer.code, answer.message, answer.retryable)
+        elif command.action is messages.AdapterAction.PIN and not residency.slots.may_pin(
+            command.adapter
         ):
             # others were quicker
-            error = _too_many(send_command.adapter, residency)
-            _refuse(send_command, error.code, error.message, error.retryable)
+            error = _too_many(command.adapter, residency)
+            _refuse(command, error.code, error.message, error.retryable)
         else:
-            if send_command.action is messages.AdapterAction.PIN:
-                instructions += residency.pin(send_command.adapter, now)
-            send_command.session.outbox.done(messages.Done(send_command.sid))
+            if command.action is messages.AdapterAction.PIN:
+                instructions += residency.pin(command.adapter, now)
+            command.session.outbox.done(messages.Done(command.sid))
         return instructions + residency.finish(answer.request, now)
 
     def forget(self, session: GatewaySession) -> list[int]:
         """The gateway is gone. Returns the numbers that nobody waits for any more; what was begun
         for them may end.
         """
-        numbers = [
-            number for number, send_command in self._open.items() if send_command.session is session
-        ]
+        numbers = [number for number, command in self._open.items() if command.session is session]
         for number in numbers:
             del self._open[number]
         return numbers
@@ -103,7 +101,7 @@ class CommandRunner:
         if not serving:
             return WorkerUnavailable("The worker is not serving.")
         if len(self._open) >= MAX_OPEN:
-            return Overloaded(f"The worker tends {MAX_OPEN} adapters already; try again later.")
+            return Overloaded(f"The worker has {MAX_OPEN} open adapter commands already; try again later.")
         if not residency.slots.size:
             return WorkerUnavailable("This worker has no adapter slots.")
         if message.action is messages.AdapterAction.PIN and not residency.slots.may_pin(
@@ -114,12 +112,9 @@ class CommandRunner:
 
     def _unpin(self, adapter: AdapterRef) -> None:
         """The later word holds: a pin that is still on its way becomes a mere load."""
-        for send_command in self._open.values():
-            if (
-                send_command.adapter == adapter
-                and send_command.action is messages.AdapterAction.PIN
-            ):
-                send_command.action = messages.AdapterAction.LOAD
+        for command in self._open.values():
+            if command.adapter == adapter and command.action is messages.AdapterAction.PIN:
+                command.action = messages.AdapterAction.LOAD
 
 
 def _too_many(adapter: AdapterRef, residency: Residency) -> TooManyPins:
@@ -131,5 +126,5 @@ def _too_many(adapter: AdapterRef, residency: Residency) -> TooManyPins:
     )
 
 
-def _refuse(send_command: _Open, code: str, message: str, retryable: bool) -> None:
-    send_command.session.outbox.refuse(messages.Refused(send_command.sid, code, message, retryable))
+def _refuse(command: _OpenCommand, code: str, message: str, retryable: bool) -> None:
+    command.session.outbox.refuse(messages.Refused(command.sid, code, message, retryable))

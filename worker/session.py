@@ -124,10 +124,9 @@ class GatewaySession:
     def open(
         self,
         on_request: Callable[[GatewaySession, messages.GatewayData], None],
-        on_command: Callable[[messages.GatewayControl], None],
         on_silence: Callable[[GatewaySession, str], None],
     ) -> None:
-        self._on_request, self._on_command, self._on_silence = on_request, on_command, on_silence
+        self._on_request, self._on_silence = on_request, on_silence
         self._control = DealerSocket(
             self._context,
             self.endpoint,
@@ -182,8 +181,6 @@ class GatewaySession:
             self._welcomed(message)
         elif isinstance(message, messages.Farewell):
             self._lose("ended")
-        else:
-            self._on_command(message)
 
     def _welcomed(self, welcome: messages.Welcome) -> None:
         """The gateway knows us: connect the data socket where it says, and show ourselves there.

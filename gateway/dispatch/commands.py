@@ -1,5 +1,5 @@
-"""Shell. What this gateway asked workers to do with adapters (wire.Tend) and has not heard of yet:
-one future each.
+"""Shell. What this gateway asked workers to do with adapters (messages.AdapterCommand) and has not heard of
+yet: one future each.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ def stalling_load_s(worker: WorkerView, tier: Tier, size_bytes: int) -> float:
     if tier is Tier.GPU:
         return 0.0
     if tier is Tier.CPU:
-        return worker.beat.cpu_load_s or ACTIVATE_S
-    measured = worker.beat.disk_load_s
+        return worker.beat.stall_s or ACTIVATE_S
+    measured = worker.beat.stall_s
     if measured:
         return (
             measured * (size_bytes / worker.beat.load_bytes)
@@ -63,9 +63,9 @@ def load_s(worker: WorkerView, tier: Tier, size_bytes: int) -> float:
     it.
     """
     stalling_s, beat = stalling_load_s(worker, tier, size_bytes), worker.beat
-    if tier <= Tier.CPU or not beat.disk_load_s:
+    if tier <= Tier.CPU or not beat.stall_s:
         return stalling_s
-    return stalling_s * max(1.0, beat.load_s / beat.disk_load_s)
+    return stalling_s * max(1.0, beat.load_s / beat.stall_s)
 
 
 def load_elsewhere_s(worker: WorkerView, size_bytes: int, running: float) -> float:

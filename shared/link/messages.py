@@ -31,8 +31,8 @@ a new one, so late frames find nobody.
 class WorkerState(IntEnum):
     JOINING = 0  # the engine boots
     SERVING = 1
-    DRAINING = 2  # finishes what it has, takes nothing new
-    STOPPED = 3  # last word of this epoch
+    DRAINING = 2  # the worker finishes the requests it has and takes no new ones
+    STOPPED = 3  # the last state that a worker of this epoch reports
 
 
 class Tier(IntEnum):
@@ -79,17 +79,23 @@ to 0.84 with a quarter, and 0.32 to 0.48 with half of the slots.
 # ---- worker -> gateway, control ------------------------------------------------------------------
 
 
-class Heartbeat(msgspec.Struct, frozen=True, tag="beat"):
-    """A full snapshot of one worker for one gateway; losing any one is harmless.
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
+    """A full snapshot of one worker for one gateway. Losing any one is harmless.
 
-    `epoch` grows with every start of the worker, `seq` with every beat of the epoch. `running` and
-    `waiting` count requests of all gateways, `yours` those of the receiving gateway alone, `acked`
-    is the highest stream id received from it. Measured seconds, 0 where nothing was measured:
-    `load_s` a whole load from disk, checked and prepared beside the engine and put into a slot; of
-    that, and of one from the CPU tier, the part that stalls the engine (`disk_load_s`,
-    `cpu_load_s`); a fetch from the store to disk; `load_bytes` is the mean size of what the load
-    from disk was measured on. Workers with the same `host` share one disk cache; at `peer_endpoint`
-    other hosts' workers get files from it ("": nobody does).
+    Identity: `epoch` grows with every start of the worker, `seq` with every heartbeat of the epoch.
+    `reason` says why the worker is in its `state`, where there is something to say.
+
+    Load: `running` and `waiting` count the requests of all gateways. `yours` counts those of the
+    receiving gateway alone, and `acked` is the highest stream id received from it.
+
+    Measured times, in seconds, 0 where nothing was measured yet: `load_s` is a whole load from
+    disk: the files are checked and prepared beside the engine, then put into a slot. `stall_s` is
+    the part of a load for which the engine stands still; it is measured over loads from disk and
+    from host memory alike. `load_bytes` is the mean size of the adapters that `stall_s` was
+    measured on. `fetch_s` is a fetch from the store to disk.
+
+    Files: workers with the same `host` share one disk cache. Workers of other hosts get files from
+    it at `peer_endpoint`; an empty one means that this worker gives none.
     """
 
     worker: WorkerId
@@ -109,14 +115,11 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="beat"):
     prefill_tokens_per_s: float = 0.0
     step_s: float = 0.0
     load_s: float = 0.0
-    engine: str = ""
-    reason: str = ""
-    max_lora_rank: int = 0
-    protocol: int = PROTOCOL_VERSION
-    disk_load_s: float = 0.0
-    cpu_load_s: float = 0.0
-    fetch_s: float = 0.0
+    stall_s: float = 0.0
     load_bytes: int = 0
+    reason: str = ""
+    protocol: int = PROTOCOL_VERSION
+    fetch_s: float = 0.0
     host: str = ""
     peer_endpoint: str = ""
 
@@ -127,16 +130,16 @@ WorkerControl: TypeAlias = Heartbeat
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """Answer to a worker's first beat: where requests will come from, how long silence may last,
-    and the gateway's fellow processes. All data goes by `channel`; a worker that is on another one
-    drops what it has of it, since nobody waits for that.
+    """The answer to a worker's first heartbeat. Requests will come from `data_endpoint`. The gateway
+    takes a worker for lost that is silent for `lease_s`, and the worker does the same with the
+    gateway. `heartbeat_s` is the gateway's own interval. All data goes by `channel`; a worker that
+    is on another one drops what it has of it, since nobody waits for that.
     """
 
     gateway: str
     data_endpoint: str
     lease_s: float
     heartbeat_s: float
-    aggregator: tuple[str, ...] = ()
     protocol: int = PROTOCOL_VERSION
     channel: int = 0
 
@@ -149,22 +152,18 @@ class Alive(msgspec.Struct, frozen=True, tag="alive"):
     gateway: str
 
 
-class Drain(msgspec.Struct, frozen=True, tag="drain"):
-    """Finish what runs, then stop."""
-
-
 class Farewell(msgspec.Struct, frozen=True, tag="farewell"):
     """The gateway ends; its requests are over."""
 
     gateway: str
 
 
-GatewayControl: TypeAlias = Welcome | Alive | Drain | Farewell
+GatewayControl: TypeAlias = Welcome | Alive | Farewell
 
 # ---- gateway -> worker, data ---------------------------------------------------------------------
 
 
-class Generate(msgspec.Struct, frozen=True, tag="gen", array_like=True):
+class Generate(msgspec.Struct, frozen=True, tag="generate", array_like=True):
     """One request. `body` is the client's JSON as it came; `adapter` is the version resolved for
     it, `stored` its files where the worker may need them, `peers` the peer endpoints of workers
     that have those files or are fetching them. `model` is what the client called it, where that is
@@ -203,7 +202,7 @@ class AdapterAction(IntEnum):
     EVICT = 4  # out of the engine, as soon as its requests have ended
 
 
-class AdapterCommand(msgspec.Struct, frozen=True, tag="send_command", array_like=True):
+class AdapterCommand(msgspec.Struct, frozen=True, tag="command", array_like=True):
     """Answered with a `Done` of the same stream id once it is so, or with a `Refused`."""
 
     sid: StreamId
@@ -228,8 +227,9 @@ carries the status beside the first bytes.
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True):
-    """Facts of a finished request for the access log and the metrics; seconds. `cold` says where
-    the adapter came from.
+    """Facts of a finished request, for the access log and the metrics. `wait_s` is the time from its
+    arrival at the worker to its start in the engine. `load_s` is the part of it that was spent on
+    its adapter, which came from `tier`.
     """
 
     sid: StreamId
@@ -315,7 +315,7 @@ class Status(msgspec.Struct, frozen=True, tag=2, array_like=True):
 # ---- worker -> worker, peer ----------------------------------------------------------------------
 
 
-class PieceRequest(msgspec.Struct, frozen=True, tag="want", array_like=True):
+class PieceRequest(msgspec.Struct, frozen=True, tag="piece_request", array_like=True):
     """Bytes of one part of one file of an adapter. Each gets one answer with its `number`."""
 
     number: int
@@ -335,7 +335,7 @@ class Piece(msgspec.Struct, frozen=True, tag="piece", array_like=True):
     data: bytes
 
 
-class PieceNotYet(msgspec.Struct, frozen=True, tag="not_yet", array_like=True):
+class PieceNotYet(msgspec.Struct, frozen=True, tag="piece_not_yet", array_like=True):
     """The part is on its way to this host, whose download got something `idle_s` seconds ago: ask
     again.
     """
@@ -344,7 +344,7 @@ class PieceNotYet(msgspec.Struct, frozen=True, tag="not_yet", array_like=True):
     idle_s: float = 0.0
 
 
-class PieceNotHere(msgspec.Struct, frozen=True, tag="not_here", array_like=True):
+class PieceNotHere(msgspec.Struct, frozen=True, tag="piece_not_here", array_like=True):
     """This host does not have the part and will not soon, or serves too many others now."""
 
     number: int

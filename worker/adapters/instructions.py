@@ -21,8 +21,8 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The request's adapter is resident (or it needs none): give it to the engine. `waited_for`
-    says what the adapter came from.
+    """The request's adapter is in a slot: give the request to the engine. `came_from` is where the
+    adapter was when the request came for it.
     """
 
     request: int
@@ -42,7 +42,7 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class CommandDone:
-    """What `cache` or `evict` asked for under this number is so."""
+    """The command with this number is done: `Residency.cache` or `Residency.evict` took it."""
 
     request: int
 

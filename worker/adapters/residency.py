@@ -14,7 +14,7 @@ first the one that has gone longest without a new request: its running requests 
 new ones wait in line. So a busy adapter cannot starve another one (vLLM's own scheduler would let
 it).
 
-What an operator asks for (wire.Tend) has a number like a request: `want` and `finish` stand for a
+What an operator asks for (messages.AdapterCommand) has a number like a request: `want` and `finish` stand for a
 load, `cache` for the disk alone, `evict` for the way out of the engine.
 """
 

@@ -151,7 +151,7 @@ class _PeerServer:
             await asyncio.sleep(FULL_RETRY_S)
 
     async def _found(self, want: messages.PieceRequest) -> messages.PeerAnswer:
-        """As soon as the part is whole; NotYet after HOLD_S; NotHere if there is nothing to wait
+        """As soon as the part is whole; PieceNotYet after HOLD_S; PieceNotHere if there is nothing to wait
         for.
         """
         part = want.offset // transfer.PART_BYTES

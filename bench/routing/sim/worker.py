@@ -101,7 +101,7 @@ class SimWorker:
         self._on_disk: set[AdapterRef] = set()
         self._origin: dict[AdapterRef, messages.Tier] = {}  # of adapters that are fetched
         self._int_id = self._last_sid = self._seq = 0
-        self._prepare_s = self._load_s = self._cpu_load_s = 0.0
+        self._prepare_s = self._stall_s = 0.0
         self._prepared_until = 0.0
         self._beat_due = False
 
@@ -220,10 +220,7 @@ class SimWorker:
             self.tally.cold_loads += origin is not messages.Tier.CPU
             if self.on_load is not None:
                 self.on_load(adapter.ref, origin)
-            if origin is messages.Tier.CPU:
-                self._cpu_load_s = blend(self._cpu_load_s, took, LOAD_WEIGHT)
-            else:
-                self._load_s = blend(self._load_s, took, LOAD_WEIGHT)
+            self._stall_s = blend(self._stall_s, took, LOAD_WEIGHT)
         self._perform(self.residency.swapped({}, self._agenda.now))
         self._beat_soon()
 
@@ -288,7 +285,7 @@ class SimWorker:
         self._beat_due = False
         self._seq += 1
         facts, engine = self.facts, self.engine
-        load_s = self._prepare_s + self._load_s
+        load_s = self._prepare_s + self._stall_s
         held = self.residency.states(self._agenda.now, load_s)
         beat = messages.Heartbeat(
             worker=self.id,
@@ -308,9 +305,6 @@ class SimWorker:
             prefill_tokens_per_s=engine.measured_prefill_tokens_per_s,
             step_s=engine.measured_step_s,
             load_s=load_s,
-            engine="virtual",
-            max_lora_rank=facts.rank,
-            disk_load_s=self._load_s,
-            cpu_load_s=self._cpu_load_s,
+            stall_s=self._stall_s,
         )
         self._send_control(self.peer, messages.encode(beat))

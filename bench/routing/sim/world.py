@@ -158,7 +158,7 @@ class _Wires:
         return SendResult.OK
 
     def send_control(self, peer: bytes, data: bytes) -> SendResult:
-        # Welcome and Drain: the simulated worker needs neither
+        # Welcome and Farewell: the simulated worker needs neither
         return SendResult.OK if peer in self.workers else SendResult.GONE
 
 

@@ -1,12 +1,12 @@
-"""Shell. The only `import vllm`: AsyncLLM with vLLM's own OpenAI app in front of it, called in this
+"""Shell. vLLM as an engine: AsyncLLM with vLLM's own OpenAI app in front of it, called in this
 process without HTTP.
 
-vLLM's serving layer does chat templates, sampling parameters, stop strings, logprobs and rendering;
-requests reach it through a hand-made ASGI scope and its bytes go to the Reply as they come. What
-this module adds is control over adapters: which version a request sees is set by a context variable
-(PINNED), so that the public name of an adapter may stand for different weights in requests that run
-at the same time, and adapters are loaded and removed only by explicit calls, never in line with a
-request (vLLM 0.32: an in-line load that fails kills the engine).
+vLLM's serving layer does chat templates, sampling parameters, stop strings, logprobs and rendering.
+Requests reach it through an ASGI scope that this module makes, and its bytes go to the Reply as
+they come. This module adds control over adapters. A context variable (PINNED) says which version a
+request sees, so that the public name of an adapter may stand for different weights in requests that
+run at the same time. Adapters are loaded and removed only by explicit calls, never while a request
+is being read: in vLLM 0.32 such a load kills the engine if it fails.
 """
 
 from __future__ import annotations

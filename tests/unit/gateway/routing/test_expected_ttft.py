@@ -155,9 +155,9 @@ def test_an_idle_worker_is_not_priced_by_the_step_that_it_measured_when_it_was_b
 
 def test_measured_times_replace_the_constants(room: Room) -> None:
     """A CPU tier that is slower than the disk is not worth its name."""
-    room.worker("idle", disk_load_s=0.001, fetch_s=0.001, prefill_tokens_per_s=1e6, step_s=0.001)
+    room.worker("idle", stall_s=0.001, fetch_s=0.001, prefill_tokens_per_s=1e6, step_s=0.001)
     room.worker(
-        "cached", on("pirate", Tier.CPU), cpu_load_s=0.5, prefill_tokens_per_s=1e6, step_s=0.001
+        "cached", on("pirate", Tier.CPU), stall_s=0.5, prefill_tokens_per_s=1e6, step_s=0.001
     )
     assert room.to(PIRATE)[0] == "idle"
 
@@ -385,7 +385,7 @@ def test_it_waits_no_longer_than_what_a_load_elsewhere_costs_it_and_those_who_ru
         on("x", in_flight=1),
         slots=1,
         running=1,
-        disk_load_s=stalls_s,
+        stall_s=stalls_s,
         load_s=0.040,
     )
     room.worker("other", slots=2, running=20, yours=0)
@@ -397,7 +397,7 @@ def test_it_waits_no_longer_than_what_a_load_elsewhere_costs_it_and_those_who_ru
 def test_a_load_beside_the_engine_is_the_requests_own_time_and_nobody_elses(room: Room) -> None:
     for name, stalls_s in (("inside", 0.040), ("beside", 0.001)):
         room.worker(
-            name, on("pirate", Tier.DISK), running=10, yours=0, disk_load_s=stalls_s, load_s=0.040
+            name, on("pirate", Tier.DISK), running=10, yours=0, stall_s=stalls_s, load_s=0.040
         )
     terms = {c.worker.id: c.terms for c in room.policy.explain(room.ask(PIRATE), room.fleet, 0.0)}
     assert terms["inside"].load_s == terms["beside"].load_s == pytest.approx(0.040)

@@ -39,9 +39,8 @@ DIRECTIONS: dict[str, tuple[Callable[[bytes], Any], list[Any]]] = {
     "gateway control": (
         wire.decode_gateway_control,
         [
-            wire.Welcome("g0", "ipc:///d", 3.0, 0.5, ("tcp://a",)),
+            wire.Welcome("g0", "ipc:///d", 3.0, 0.5),
             wire.Alive("g0"),
-            wire.Drain(),
             wire.Farewell("g0"),
         ],
     ),
@@ -95,7 +94,7 @@ def test_fields_that_a_newer_peer_appends_are_ignored() -> None:
 
 
 def test_fields_that_an_older_peer_lacks_have_their_defaults() -> None:
-    old = msgspec.msgpack.encode(["gen", 1, "/p", "r", b"{}"])
+    old = msgspec.msgpack.encode(["generate", 1, "/p", "r", b"{}"])
     assert wire.decode_gateway_data(old) == wire.Generate(1, "/p", "r", b"{}", None, None)
 
 

@@ -759,7 +759,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         # what vLLM counts as in its host memory: in a slot, or has been in one
         self.registered: set[AdapterRef] = set()
         self.failed_at: dict[AdapterRef, float] = {}
-        self.tends: dict[int, str] = {}
+        self.commands: dict[int, str] = {}
 
     def perform(self, instructions: list[Instruction]) -> None:
         for instruction in instructions:
@@ -805,8 +805,8 @@ class ResidencyMachine(RuleBasedStateMachine):
                     assert adapter.ref in self.engine
                     self.tell(request, "start")
                     self.running[request] = adapter.ref
-                    if request in self.tends:
-                        if self.tends.pop(request) == "pin" and self.residency.slots.may_pin(
+                    if request in self.commands:
+                        if self.commands.pop(request) == "pin" and self.residency.slots.may_pin(
                             adapter.ref
                         ):
                             self.perform(self.residency.pin(adapter.ref, self.now))
@@ -814,12 +814,12 @@ class ResidencyMachine(RuleBasedStateMachine):
                         self.perform(self.residency.finish(request, self.now))
                 case CommandDone(request):
                     del self.wants[request]
-                    asked = self.tends.pop(request)
+                    asked = self.commands.pop(request)
                     assert asked in ("cache", "evict")
                     self.tell(request, asked)
                 case Reject(request):
                     adapter_wanted = self.wants.pop(request)
-                    asked = self.tends.pop(request, "")
+                    asked = self.commands.pop(request, "")
                     assert (
                         asked == "evict" or self.now < self.failed_at[adapter_wanted] + FAILED_FOR_S
                     )
@@ -859,15 +859,15 @@ class ResidencyMachine(RuleBasedStateMachine):
     )
     def an_operator_asks(self, adapter: AdapterRef, what: str) -> None:
         if what in ("unpin", "evict"):  # the later word holds
-            self.tends |= {
+            self.commands |= {
                 r: "load"
-                for r, asked in self.tends.items()
+                for r, asked in self.commands.items()
                 if asked == "pin" and self.wants[r] == adapter
             }
         if what == "unpin":
             return self.perform(self.residency.unpin(adapter, self.now))
         self.count += 1
-        self.wants[self.count], self.tends[self.count] = adapter, what
+        self.wants[self.count], self.commands[self.count] = adapter, what
         ask = {"cache": self.residency.cache, "evict": self.residency.evict}.get(
             what, self.residency.want
         )
@@ -887,10 +887,10 @@ class ResidencyMachine(RuleBasedStateMachine):
     def a_running_request_ends(self, data: st.DataObject) -> None:
         self.end(data.draw(st.sampled_from(sorted(self.running))))
 
-    @precondition(lambda self: self.wants.keys() - self.tends.keys())
+    @precondition(lambda self: self.wants.keys() - self.commands.keys())
     @rule(data=st.data())
     def a_waiting_request_is_cancelled(self, data: st.DataObject) -> None:
-        self.end(data.draw(st.sampled_from(sorted(self.wants.keys() - self.tends.keys()))))
+        self.end(data.draw(st.sampled_from(sorted(self.wants.keys() - self.commands.keys()))))
 
     def end(self, request: int) -> None:
         if self.running.pop(request, None) is None:
@@ -945,7 +945,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert len(residency.slots) <= self.size
         pinned = {a for a in REFS if residency.slots.pinned(a)}
         assert pinned <= self.engine and len(pinned) < self.size + (not pinned)
-        others = {r for r, what in self.tends.items() if what in ("cache", "evict")}
+        others = {r for r, what in self.commands.items() if what in ("cache", "evict")}
         assert residency.waiting == len(self.wants) - len(others)
         assert {r: residency._users[r] for r in residency._users} == self.running
         for adapter in REFS:
@@ -1018,7 +1018,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         """Requests for resident adapters never stop coming, running ones end, time passes: those
         who wait now are all served.
         """
-        patient = {r for r in self.wants if self.tends.get(r) != "evict"}
+        patient = {r for r in self.wants if self.commands.get(r) != "evict"}
         for _ in range(4 * len(REFS)):
             if not patient & self.wants.keys():
                 return
