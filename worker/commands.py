@@ -101,7 +101,9 @@ class CommandRunner:
         if not serving:
             return WorkerUnavailable("The worker is not serving.")
         if len(self._open) >= MAX_OPEN:
-            return Overloaded(f"The worker has {MAX_OPEN} open adapter commands already; try again later.")
+            return Overloaded(
+                f"The worker has {MAX_OPEN} open adapter commands already; try again later."
+            )
         if not residency.slots.size:
             return WorkerUnavailable("This worker has no adapter slots.")
         if message.action is messages.AdapterAction.PIN and not residency.slots.may_pin(
