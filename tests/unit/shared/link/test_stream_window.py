@@ -117,7 +117,12 @@ def test_packets_are_told_from_the_messages_of_the_control_socket(message: Packe
     data = messages.encode(message)
     assert messages.is_packet(data) and messages.decode_packet(data) == message
     beat = messages.Heartbeat("w", 1, 1, "b", messages.WorkerState.SERVING)
-    others = (beat, messages.Welcome("g", "x", 1.0, 0.1), messages.Alive("g"), messages.Drain())
+    others = (
+        beat,
+        messages.Welcome("g", "x", 1.0, 0.1),
+        messages.Alive("g"),
+        messages.Farewell("g"),
+    )
     assert not any(messages.is_packet(messages.encode(other)) for other in others)
     assert not messages.is_packet(b"")
 
