@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import errno
 import functools
 import gc
 import logging
@@ -47,6 +46,7 @@ from gateway.dispatch.transport import LinkTransport
 from gateway.fleet.fleet import Fleet
 from gateway.routing.registry import make_policy
 from gateway.supervisor.endpoints import endpoints
+from gateway.supervisor.listening import why_not_listening
 from gateway.telemetry.access_log import AccessLog
 from gateway.telemetry.aggregation import ProcessAggregator
 from gateway.telemetry.prometheus import Metrics
@@ -243,11 +243,7 @@ async def _http(api: GatewayApp, settings: Settings) -> AsyncIterator[int]:
             http_server, g.host, g.port, backlog=4096, reuse_port=g.processes > 1 or None
         )
     except OSError as exc:
-        why = "the port is in use" if exc.errno == errno.EADDRINUSE else exc.strerror
-        raise ConfigError(
-            f"cannot listen on {g.host}:{g.port}: {why}; choose another with "
-            "gateway.port (`serve` also takes --port), or stop what uses it"
-        ) from exc
+        raise ConfigError(why_not_listening(g, exc)) from exc
     try:
         # connections inherit it: a client that vanished without a word is noticed
         for listening in server.sockets:
@@ -327,7 +323,10 @@ def main(argv: list[str] | None = None) -> int:
         settings = read_settings(args.config)
         runtime_log.set_up(f"g{args.index}", settings.gateway.log_level)
         run_dir = args.run_dir or Path(settings.gateway.state_dir).expanduser() / "run"
-        run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as exc:
+            raise ConfigError(f"gateway.state_dir: cannot make {run_dir}: {exc.strerror}") from exc
         return uvloop.run(serve(settings, args.index, run_dir))
     except LoraplexError as exc:
         print(f"loraplex gateway: {exc.message}", file=sys.stderr)  # noqa: T201 - the one message a person must see

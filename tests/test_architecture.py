@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("gateway", "worker", "shared")
+PACKAGES = ("loraplex", "gateway", "worker", "shared")
 
 DOORS = {
     "zmq": {"shared/link/sockets.py"},
@@ -37,6 +37,10 @@ DOORS = {
 """Third parties with one door: globs of the modules that are that door."""
 
 FLOORS = {
+    "loraplex": [
+        {"__main__", "surface"},
+        {"start"},
+    ],
     "gateway": [
         {"__main__"},
         {"app"},
@@ -150,15 +154,27 @@ def test_a_module_says_in_its_first_line_whether_it_is_pure_or_a_shell(module: M
 def test_gateway_and_worker_never_import_each_other_and_shared_imports_neither(
     module: Module,
 ) -> None:
-    foreign = {"gateway": {"worker"}, "worker": {"gateway"}, "shared": {"gateway", "worker"}}[
-        module.package
-    ]
+    foreign = {
+        "gateway": {"worker"},
+        "worker": {"gateway"},
+        "shared": {"gateway", "worker"},
+        "loraplex": {"worker"},
+    }[module.package]
     found = [
         f"{module.path}:{line}: {name}"
         for line, name in module.imports()
         if name.partition(".")[0] in foreign
     ]
     assert not found
+
+
+@every
+def test_what_users_import_from_loraplex_is_imported_by_no_room_and_its_start_by_any(
+    module: Module,
+) -> None:
+    if module.package != "loraplex":
+        names = {name for _, name in module.imports() if name.startswith("loraplex.")}
+        assert all(name.startswith(("loraplex.start", "loraplex.__version__")) for name in names)
 
 
 @every

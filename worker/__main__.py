@@ -22,6 +22,8 @@ from typing import Any
 import msgspec
 import uvloop
 
+from loraplex.start import command
+from shared.config.gateway import is_endpoint
 from shared.config.handover import SERVE_SETTINGS, read_settings
 from shared.config.llm import LLMConfig, Settings
 from shared.errors import ConfigError, LoraplexError
@@ -139,6 +141,12 @@ def worker_settings(
             "name at least one gateway: --gateway tcp://host:port (the address that "
             "the gateway prints as workers_at)"
         )
+    wrong = next((endpoint for endpoint in gateways if not is_endpoint(endpoint)), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"--gateway {wrong}: expected tcp://host:port, the address that the gateway prints as "
+            "workers_at"
+        )
     return WorkerSettings(
         worker=worker or f"{_safe(socket.gethostname())}-{os.getpid()}",
         epoch=time.time_ns() // 1_000_000,
@@ -193,4 +201,5 @@ def run(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # as a script, so that what vLLM spawns finds us and ends with us (loraplex/start.py)
+    os.execv(sys.executable, command("worker", *sys.argv[1:]))

@@ -74,7 +74,14 @@ def reap() -> None:
         )
 
 
-def main() -> int:
+def main() -> None:
+    """Ends the process itself. Nothing is buffered, and an interpreter that has imported torch
+    takes seconds to end in the usual way.
+    """
+    os._exit(_serve())
+
+
+def _serve() -> int:
     follow_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for whoever started us
     wake_read, wake_write = os.pipe()
@@ -106,5 +113,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # nothing is buffered, and an interpreter with torch in it takes seconds to take itself apart
-    os._exit(main())
+    main()

@@ -224,7 +224,7 @@ def loraplex(
     }
     path = work / "loraplex.yaml"
     path.write_text(json.dumps(config))
-    argv = [sys.executable, "-m", "gateway.cli.main", "serve", str(path)]
+    argv = [sys.executable, "-m", "loraplex", "serve", str(path)]
     return Server(
         "loraplex",
         argv,

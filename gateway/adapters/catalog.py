@@ -125,13 +125,14 @@ class Catalog:
         """As `latest`, but asks the store now, whatever is known: the adapter changed since it was
         listed.
         """
+        was_known = name in self._known
         adapter = await self._ask(name)
         if adapter is None:
             self._swap(name, None)
             self.versions.deleted(name, time.monotonic())
+            gone = "does not exist any more" if was_known else "does not exist"
             raise AdapterNotFound(
-                f"The adapter `{name}` of model `{self.base}` does not exist any more.",
-                param="model",
+                f"The adapter `{name}` of model `{self.base}` {gone}.", param="model"
             )
         return adapter
 

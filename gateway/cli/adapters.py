@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from gateway.cli.client import SHOWN, Failed, Gateway, common_flags, read_key, show_table
+from loraplex.start import command
 
 DONE = {
     "load": "loaded",
@@ -100,18 +101,8 @@ def _validate(args: argparse.Namespace) -> int:
     """In a worker's process, which may read model configs and weights."""
     rest = (["--model", args.model] if args.model else []) + (["--json"] if args.json else [])
     sys.stdout.flush()
-    os.execv(
-        sys.executable,
-        [
-            sys.executable,
-            "-m",
-            "worker.validation",
-            args.path,
-            "--config",
-            args.config,
-            *rest,
-        ],
-    )
+    words = command("worker.validation", args.path, "--config", args.config, *rest)
+    os.execv(sys.executable, words)
 
 
 def _run(action: Any, args: argparse.Namespace) -> int:

@@ -65,8 +65,12 @@ class Gateway:
     """Its HTTP paths. Raises Failed with what to do for whatever is not an answer."""
 
     def __init__(self, url: str, key: str) -> None:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            right = parts.scheme in ("http", "https") and parts.port != 0
+        except ValueError:  # brackets or a port that cannot be
+            right = False
+        if not right or not parts.hostname:
             raise ConfigError(f"--url: expected http://host:port, got {url}")
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -92,7 +96,7 @@ class Gateway:
                 return answer.status, _decoded(answer.read())
         except urllib.error.HTTPError as exc:
             return exc.code, self._explained(exc.code, _decoded(exc.read()))
-        except (OSError, http.client.HTTPException) as exc:
+        except (OSError, UnicodeError, http.client.HTTPException) as exc:
             reason = getattr(exc, "reason", exc)
             raise Failed(
                 f"no gateway answers at {self.url} ({reason}); is it running, is --url right?"

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import uvloop
 
 from gateway.cli import adapters as adapter_commands
 from gateway.cli import aliases as alias_commands
+from loraplex import __version__
+from loraplex.start import command
 from shared.config.handover import read_settings
 from shared.config.llm import Settings, engine_kwargs_problems
 from shared.errors import ConfigError, LoraplexError
@@ -28,6 +32,7 @@ Serve many LoRA fine-tunes of one base model behind one OpenAI-compatible endpoi
   loraplex check CONFIG      say what is wrong with a config, and what it would start
   loraplex adapters ls       the adapters of a running gateway; also show, load, unload, pin, unpin, prefetch, evict
   loraplex adapters validate PATH_OR_URL --config CONFIG    check an adapter as a worker would
+  loraplex bench load --url http://HOST:PORT ...    a load test for any OpenAI-compatible server
   loraplex aliases set prod v7=90 v8=10    let a name stand for adapters, by shares; also ls, rm
 
 CONFIG is a Ray Serve LLM file (`llm_configs:` or `applications:`) plus an optional `gateway:` section; see docs/CONFIG.md.
@@ -36,6 +41,9 @@ Ask with {"model": "BASE"} for the base model, or {"model": "BASE:ADAPTER"} for 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if list(argv[:2]) == ["bench", "load"]:  # it reads its options itself
+        os.execv(sys.executable, command("bench.load", *argv[2:]))
     args = _parser().parse_args(argv)
     if args.verb is None:
         _parser().print_help()
@@ -55,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"loraplex {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     serve = verbs.add_parser(
         "serve",
@@ -112,6 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("config", metavar="CONFIG")
     check.set_defaults(run=_check)
+    bench = verbs.add_parser("bench", help="measure a running server")
+    bench.add_argument("what", choices=["load"], help="see `loraplex bench load --help`")
     adapter_commands.add_parser(verbs)
     alias_commands.add_parser(verbs)
     return parser
@@ -126,17 +137,16 @@ def _load(path: str) -> Settings:
 
 def _serve(args: argparse.Namespace) -> int:
     settings = _load(args.config)
-    changes = {k: getattr(args, k) for k in ("host", "port") if getattr(args, k) is not None}
-    settings = msgspec.structs.replace(
-        settings, gateway=msgspec.structs.replace(settings.gateway, **changes)
-    )
+    for option in ("host", "port"):
+        if getattr(args, option) is not None:
+            settings = _with_option(settings, option, getattr(args, option))
     if args.workers is not None:
         settings = _with_workers(settings, args.workers)
     return serve(settings)
 
 
 def serve(settings: Settings) -> int:
-    """Runs everything until Ctrl-C; for the verb and for `gateway.run`."""
+    """Runs everything until Ctrl-C; for the verb and for `loraplex.run`."""
     from gateway.supervisor.supervisor import Supervisor
     from shared.runtime import log as runtime_log
 
@@ -172,9 +182,29 @@ def _greet(settings: Settings, port: int, example: str | None) -> None:
         f"  curl {url}/v1/models{key}\n"
         f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'\n"
         f"  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' "
-        f"-d '{stream}'\n",
+        f"-d '{stream}'\n"
+        f"  {_this_command()} adapters ls --url {url}\n",
         flush=True,
     )
+
+
+def _this_command() -> str:
+    """How to call this command from the person's shell."""
+    ours = Path(sys.executable).with_name("loraplex")
+    found = shutil.which("loraplex")
+    if not ours.exists() or (found and Path(found).resolve() == ours.resolve()):
+        return "loraplex"
+    return f"PATH={ours.parent}:$PATH loraplex"
+
+
+def _with_option(settings: Settings, option: str, value: object) -> Settings:
+    """Raises ConfigError that names the option, as the person wrote it."""
+    try:
+        gateway = msgspec.structs.replace(settings.gateway, **{option: value})
+    except ConfigError as exc:
+        why = exc.message.removeprefix(f"GatewayConfig: {option}: ")
+        raise ConfigError(f"--{option} {value}: {why}") from exc
+    return msgspec.structs.replace(settings, gateway=gateway)
 
 
 def _with_workers(settings: Settings, workers: int) -> Settings:
@@ -190,9 +220,9 @@ def _with_workers(settings: Settings, workers: int) -> Settings:
 
 def _gateway(args: argparse.Namespace) -> int:
     _load(args.config)
-    os.execv(
-        sys.executable, [sys.executable, "-m", "gateway", args.config, "--index", str(args.index)]
-    )
+    if args.index < 0:
+        raise ConfigError(f"--index {args.index}: expected 0 or more")
+    os.execv(sys.executable, command("gateway", args.config, "--index", str(args.index)))
 
 
 def _worker(args: argparse.Namespace) -> int:
@@ -201,7 +231,7 @@ def _worker(args: argparse.Namespace) -> int:
     rest += ["--model", args.model] if args.model else []
     rest += ["--worker", args.worker] if args.worker else []
     rest += ["--peer-host", args.peer_host] if args.peer_host else []
-    os.execv(sys.executable, [sys.executable, "-m", "worker", args.config, *rest])
+    os.execv(sys.executable, command("worker", args.config, *rest))
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -226,10 +256,7 @@ def _check(args: argparse.Namespace) -> int:
 def _known_arguments() -> frozenset[str]:
     """vLLM's argument names, asked of a process that imports it (about 10 s)."""
     asked = subprocess.run(
-        [sys.executable, "-m", "worker.engine.vllm.arguments"],
-        capture_output=True,
-        text=True,
-        check=False,
+        command("worker.engine.vllm.arguments"), capture_output=True, text=True, check=False
     )
     try:
         return frozenset(json.loads(asked.stdout.splitlines()[-1]))

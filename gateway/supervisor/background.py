@@ -7,10 +7,10 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+from loraplex.start import command
 from shared.config.handover import write_settings
 from shared.config.llm import Settings
 from shared.errors import ConfigError
@@ -36,7 +36,7 @@ class Background:
         """
         folder = Path(tempfile.mkdtemp(prefix="loraplex-app-"))
         config = write_settings(app, folder)
-        argv = [sys.executable, "-m", "gateway.cli.main", "serve", str(config)]
+        argv = command("gateway.cli.main", "serve", str(config))
         env = {**os.environ, PARENT_ENV: str(os.getpid())}
         process = subprocess.Popen(
             argv, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True

@@ -1,8 +1,8 @@
 """Shell. `loraplex serve`: everything on one machine. Starts gateway processes and workers,
 restarts what ends, stops in order.
 
-It imports nothing of the workers; it starts `python -m gateway` and `python -m worker` (or forks
-workers from a zygote on CPU hosts).
+It imports nothing of the workers; it starts `gateway` and `worker` processes (on CPU hosts a zygote
+forks the workers).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import aiohttp
 import msgspec
 
 from gateway.supervisor.endpoints import endpoints
+from gateway.supervisor.listening import check_address
+from loraplex.start import command
 from shared.config.handover import write_settings
 from shared.config.llm import LLMConfig, Settings
 from shared.errors import ConfigError, LoraplexError
@@ -94,6 +96,7 @@ class Supervisor:
         """
         on_stop_signals(lambda sig: self._stop(None))
         try:
+            check_address(self._settings.gateway)
             specs = plan_workers(self._settings, count_gpus())
             config = str(write_settings(self._settings, self._run_dir))
             await self._start_gateways(config)
@@ -116,16 +119,8 @@ class Supervisor:
 
     async def _start_gateways(self, config: str) -> None:
         for index in range(self._settings.gateway.processes):
-            argv = [
-                sys.executable,
-                "-m",
-                "gateway",
-                config,
-                "--index",
-                str(index),
-                "--run-dir",
-                str(self._run_dir),
-            ]
+            where = ("--index", str(index), "--run-dir", str(self._run_dir))
+            argv = command("gateway", config, *where)
             child = await children.start(argv, {})
             facts = self._run_dir / f"g{index}.json"
             await self._until(lambda facts=facts: facts.exists(), child, "the gateway")  # type: ignore[misc]
@@ -184,7 +179,7 @@ class Supervisor:
             if self._zygote is not None and spec.model.llm_engine != "sim" and not spec.gpus:
                 return await self._zygote.start(argv, {})
             gpu_env = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, spec.gpus))} if spec.gpus else {}
-            return await children.start([sys.executable, "-m", "worker", *argv], {**env, **gpu_env})
+            return await children.start(command("worker", *argv), {**env, **gpu_env})
 
         return lambda: asyncio.ensure_future(start())
 

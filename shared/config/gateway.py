@@ -187,6 +187,12 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
             yield Finding(("host",), text, "warning")
 
 
+def is_endpoint(text: str) -> bool:
+    """True for what a worker can connect to: `tcp://host:port`, or the `ipc://path` of `serve`."""
+    match = _TCP.fullmatch(text)
+    return text.startswith("ipc:///") or (match is not None and 0 < int(match["port"]) <= 65535)
+
+
 def is_loopback(host: str) -> bool:
     """True if only this machine reaches `host`. A name other than localhost may be anything."""
     if host == "localhost":

@@ -9,10 +9,10 @@ import contextlib
 import json
 import os
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from loraplex.start import command
 from shared.errors import ConfigError
 from shared.runtime.process import PARENT_ENV
 
@@ -59,7 +59,7 @@ class Forked:
 
 
 class Zygote:
-    """`python -m worker.zygote` and its children. Leave by `close()`: the zygote ends and its
+    """`worker.zygote` and its children. Leave by `close()`: the zygote ends and its
     children drain.
     """
 
@@ -76,9 +76,7 @@ class Zygote:
         cannot.
         """
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "worker.zygote",
+            *command("worker.zygote"),
             env={**os.environ, **env, PARENT_ENV: str(os.getpid())},
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -95,7 +93,7 @@ class Zygote:
         return self
 
     async def start(self, argv: Sequence[str], env: Mapping[str, str]) -> Child:
-        """Forks a worker; `argv` are the arguments of `python -m worker`."""
+        """Forks a worker; `argv` are the arguments of `worker`."""
         assert self._process.stdin is not None
         async with self._asking:
             if self._process.returncode is None:

@@ -33,7 +33,7 @@ KEY = "boss"
 
 async def loraplex(*argv: str, key: str = KEY, verb: str = "adapters") -> tuple[int, str, str]:
     env = {**os.environ, "LORAPLEX_ADMIN_KEY": key}
-    argv = (sys.executable, "-m", "gateway.cli.main", verb, *argv)
+    argv = (sys.executable, "-m", "loraplex", verb, *argv)
     process = await asyncio.create_subprocess_exec(*argv, stdout=-1, stderr=-1, env=env, cwd=ROOT)
     async with asyncio.timeout(STOP_S):
         out, err = await process.communicate()
@@ -55,6 +55,11 @@ async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clus
         await c.start_worker("w0")
         await c.start_worker("w1")
         yield c
+
+
+async def test_an_adapter_that_never_was_is_not_said_to_be_gone(served: Cluster) -> None:
+    status, _, err = await loraplex("load", "nope", "--url", served.url)
+    assert status == 1 and "`nope`" in err and "does not exist" in err and "any more" not in err
 
 
 async def test_an_adapter_goes_its_whole_way_by_command(served: Cluster) -> None:

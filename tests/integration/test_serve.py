@@ -258,7 +258,7 @@ async def test_the_python_example_of_ray_runs_with_only_its_imports_changed(tmp_
     script = tmp_path / "example.py"
     script.write_text(
         f"""
-from gateway import LLMConfig, build_openai_app, run
+from loraplex import LLMConfig, build_openai_app, run
 
 llm_config = LLMConfig(
     model_loading_config={{"model_id": "sim", "model_source": "sim/any"}},

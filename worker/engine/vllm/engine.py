@@ -37,6 +37,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import LoRARequestStates
 
+from loraplex.start import WORKER_PID_ENV
 from shared.adapters.identity import AdapterRef
 from shared.averages import blend
 from shared.config.llm import LLMConfig
@@ -47,7 +48,6 @@ from worker.engine.vllm import patches
 from worker.engine.vllm.adapters import Adapters, lora_request
 from worker.engine.vllm.fast_path import FastServing
 from worker.engine.vllm.pacing import LOOK_S, Pacing
-from worker.engine.vllm.plugin import WORKER_PID_ENV
 from worker.engine.vllm.warm_up import WARM_UP_TOKENS, WARM_UPS, prefills
 
 log = logging.getLogger("loraplex.vllm")

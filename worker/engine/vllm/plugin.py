@@ -1,5 +1,6 @@
-"""Shell. Runs in every process that vLLM starts (entry point `vllm.general_plugins`): ties its life
-to its parent's, and corrects the kernels.
+"""Shell. Runs in every process that vLLM starts: ends it when its parent ends, and corrects the
+kernels. Both ways to it lie in loraplex/start.py: vLLM's entry point, and the start of a spawned
+process.
 
 Without this a worker that is killed leaves EngineCore alive, an orphan that holds the GPU (seen for
 more than 20 s with vLLM 0.32).
@@ -10,10 +11,9 @@ from __future__ import annotations
 import os
 import signal
 
+from loraplex.start import WORKER_PID_ENV
 from shared.runtime.parent_death import die_with_parent
 from worker.engine.vllm import patches
-
-WORKER_PID_ENV = "LORAPLEX_WORKER_PID"
 
 
 def register() -> None:
@@ -23,7 +23,6 @@ def register() -> None:
     worker = os.environ.get(WORKER_PID_ENV)
     if worker is None:
         return
+    if int(worker) != os.getpid():
+        die_with_parent(signal.SIGKILL)
     patches.apply()
-    if int(worker) == os.getpid():
-        return
-    die_with_parent(signal.SIGKILL)
