@@ -4,6 +4,7 @@ defaults are Ray Serve's (2.60).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,13 +12,17 @@ import msgspec
 from msgspec import Meta
 
 from shared.config.parts import Positive, Seconds, SecondsOrNone
-from shared.config.section import Finding, Section
+from shared.config.section import Finding, Section, shown
 
 Count = Annotated[int, Meta(ge=0)]
 Factor = Annotated[float, Meta(gt=0)]
 
 # Ray LLM's default of max_ongoing_requests and target_ongoing_requests: "never full", "never scale"
 UNLIMITED_REQUESTS = 1_000_000_000
+TARGET_SHARE = 0.7
+"""Of the requests that a worker runs at once: the default target. The rest is room for what comes
+while another worker starts (Knative's container-concurrency-target-percentage, 70 too).
+"""
 # Ray Serve's own defaults under `num_replicas: auto`
 _AUTO = {"max_replicas": 100, "target_ongoing_requests": 2.0}
 
@@ -29,26 +34,65 @@ class BackpressureConfig(Section, frozen=True, kw_only=True):
     retry_after_s: SecondsOrNone | None = None
 
 
-class AutoscalingPolicy(Section, frozen=True, kw_only=True):
-    """Ray's hook for a scaling function of one's own. Accepted, unused."""
+_RAYS_POLICIES = {
+    f"ray.serve.autoscaling_policy.{name}"
+    for name in ("default_autoscaling_policy", "replica_queue_length_autoscaling_policy")
+}
+_IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*[.:][A-Za-z_]\w*")
 
-    policy_function: Any = None
+
+class AutoscalingPolicy(Section, frozen=True, kw_only=True):
+    """A scaling function of one's own, as `module:function` or `module:Class`; a class is made once
+    with `policy_kwargs`. It is imported by `loraplex serve` alone.
+    """
+
+    policy_function: str | None = None
     policy_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    @classmethod
+    def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
+        function = given.get("policy_function")
+        if callable(function):  # settings travel as text
+            given["policy_function"] = f"{function.__module__}:{function.__qualname__}"
+        elif isinstance(function, str) and function.replace(":", ".") in _RAYS_POLICIES:
+            given["policy_function"] = None  # Ray's own, which is ours
+        return given
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
+        function = values.get("policy_function")
+        if function is not None and _IMPORT_PATH.fullmatch(function) is None:
+            yield Finding(
+                ("policy_function",),
+                f"expected module:function or module:Class, got {shown(function)}",
+            )
+
+
+class BottleneckConfig(Section, frozen=True, kw_only=True):
+    """What else asks for workers, besides the number of requests (ours, not Ray's). Each may be
+    null: off.
+
+    `slots`: share of all adapter slots that the adapters in flight or waiting may fill. `kv_usage`:
+    mean KV cache usage of the workers. `ttft_s`: seconds of prompt tokens that may wait for their
+    prefill.
+    """
+
+    slots: Annotated[float, Meta(gt=0, le=4)] | None = 1.0
+    kv_usage: Annotated[float, Meta(gt=0, le=1)] | None = 0.9
+    ttft_s: Seconds | None = None
 
 
 class AutoscalingConfig(Section, frozen=True, kw_only=True):
     """How many workers, between which bounds, how fast. The defaults are those that Ray LLM
-    deployments end up with.
+    deployments end up with, but for `target_ongoing_requests`: Ray LLM's 1e9 never scales; without
+    one, `LLMConfig.target_ongoing_requests` is derived from what a worker runs at once.
+    `bottlenecks` is ours; null scales as Ray does.
     """
-
-    IGNORED: ClassVar[Mapping[str, str]] = {
-        "policy": "nothing scales by itself yet; the function is not called"
-    }
 
     min_replicas: Count = 1
     initial_replicas: Count | None = None
     max_replicas: Positive = 1
-    target_ongoing_requests: Factor = float(UNLIMITED_REQUESTS)
+    target_ongoing_requests: Factor | None = None
     metrics_interval_s: Seconds = 10.0
     look_back_period_s: Seconds = 30.0
     smoothing_factor: Factor = 1.0
@@ -61,6 +105,12 @@ class AutoscalingConfig(Section, frozen=True, kw_only=True):
     upscale_delay_s: SecondsOrNone = 30.0
     aggregation_function: Literal["mean", "max", "min"] = "mean"
     policy: AutoscalingPolicy | None = None
+    bottlenecks: BottleneckConfig | None = msgspec.field(default_factory=BottleneckConfig)
+
+    @property
+    def scales(self) -> bool:
+        """There is room between the bounds."""
+        return self.min_replicas < self.max_replicas
 
     @property
     def upscale_gain(self) -> float:
@@ -100,13 +150,26 @@ class AutoscalingConfig(Section, frozen=True, kw_only=True):
                 f"{first} is more than max_replicas ({high}); lower it or raise max_replicas",
                 other=("max_replicas",),
             )
-        start = low if first is None else first
-        if start is not None and high is not None and start < high:
-            text = (
-                f"has no effect here: nothing scales by itself yet, {start} "
-                f"worker{'s' * (start != 1)} will run (set num_replicas)"
+        target = values.get("target_ongoing_requests")
+        room = low is not None and high is not None and low < high
+        if room and target is not None and target >= UNLIMITED_REQUESTS:
+            yield Finding(
+                ("target_ongoing_requests",),
+                f"{target:.0f} per worker never asks for another worker; leave it out to derive "
+                "it from what a worker runs at once",
+                "warning",
             )
-            yield Finding(("max_replicas",), text, "warning")
+        look_back_s, interval_s = (
+            values.get(name) for name in ("look_back_period_s", "metrics_interval_s")
+        )
+        if look_back_s is not None and interval_s is not None and look_back_s <= interval_s:
+            yield Finding(
+                ("look_back_period_s",),
+                f"{look_back_s:g} is not longer than metrics_interval_s ({interval_s:g}): the "
+                "average may be of one moment; raise it",
+                "warning",
+                other=("metrics_interval_s",),
+            )
 
 
 _PLACEMENT = (

@@ -16,10 +16,12 @@ import msgspec
 from msgspec import Struct
 
 from shared.config.deployment import (
+    TARGET_SHARE,
     UNLIMITED_REQUESTS,
     AutoscalingConfig,
     AutoscalingPolicy,
     BackpressureConfig,
+    BottleneckConfig,
     DeploymentConfig,
 )
 from shared.config.engine import LORA_RANKS, SimTiming, engine_findings, sim_timing, unknown_kwargs
@@ -37,11 +39,13 @@ from shared.config.section import Finding, Section
 __all__ = [
     "DEFAULT_MAX_LORAS",
     "LORA_RANKS",
+    "TARGET_SHARE",
     "UNLIMITED_REQUESTS",
     "AcceleratorConfig",
     "AutoscalingConfig",
     "AutoscalingPolicy",
     "BackpressureConfig",
+    "BottleneckConfig",
     "DeploymentConfig",
     "GatewayConfig",
     "LLMConfig",
@@ -54,6 +58,9 @@ __all__ = [
     "check_engine_kwargs",
     "engine_kwargs_problems",
 ]
+
+USUAL_MAX_NUM_SEQS = 256
+"""vLLM's own default of max_num_seqs for a server, on all but the largest GPUs."""
 
 Engine = Literal["vLLM", "sim"]
 _ENGINES = {"vllm": "vLLM", "sim": "sim"}
@@ -163,6 +170,30 @@ class LLMConfig(Section, frozen=True, kw_only=True):
         return self.deployment_config.workers
 
     @property
+    def runs_at_once(self) -> int:
+        """Requests that one worker runs at once, as far as this file tells; the worker's own number
+        holds once it serves.
+        """
+        engine = (
+            self.sim.max_num_seqs
+            if self.llm_engine == "sim"
+            else int(self.engine_kwargs.get("max_num_seqs") or USUAL_MAX_NUM_SEQS)
+        )
+        return min(engine, self.deployment_config.max_ongoing_requests)
+
+    @property
+    def target_ongoing_requests(self) -> float | None:
+        """Requests per worker from which on another one is wanted: the given number, else
+        TARGET_SHARE of `runs_at_once`. None where the number of workers is fixed.
+        """
+        scaling = self.deployment_config.autoscaling_config
+        if scaling is None:
+            return None
+        if scaling.target_ongoing_requests is not None:
+            return scaling.target_ongoing_requests
+        return max(1.0, TARGET_SHARE * self.runs_at_once)
+
+    @property
     def gpus_per_worker(self) -> int:
         """Tensor times pipeline parallel size; 0 for the simulated engine and for
         `accelerator_config: {kind: cpu}`.
@@ -194,6 +225,16 @@ class LLMConfig(Section, frozen=True, kw_only=True):
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
         yield from engine_findings(values)
+        deployment = values.get("deployment_config")
+        scaling = deployment.autoscaling_config if deployment is not None else None
+        if scaling is not None and scaling.scales and scaling.target_ongoing_requests is None:
+            yield Finding(
+                ("deployment_config", "autoscaling_config", "target_ongoing_requests"),
+                "is not given, and Ray LLM's default (1e9) never scales; "
+                f"{TARGET_SHARE:.0%} of what a worker runs at once holds (`loraplex check` says "
+                "how many)",
+                "warning",
+            )
 
 
 class Settings(Struct, frozen=True, kw_only=True):

@@ -53,10 +53,7 @@ def test_rays_own_file_needs_no_change_and_names_what_has_no_effect() -> None:
     loaded = load_settings(EXAMPLES / "ray.yaml")
     placement, scaling = loaded.warnings
     assert ": proxy_location: has no effect here: " in placement
-    assert (
-        "max_replicas: has no effect here: nothing scales by itself yet, 1 worker will run"
-        in scaling
-    )
+    assert "target_ongoing_requests: is not given, and Ray LLM's default (1e9)" in scaling
     assert loaded.models[0].adapters_path == "s3://my_dynamic_lora_path"
 
 
@@ -249,8 +246,6 @@ def test_rays_model_options_are_accepted_with_a_warning(key: str) -> None:
     "key",
     [
         "graceful_shutdown_timeout_s: 60",
-        "autoscaling_config: {max_replicas: 2}",
-        "num_replicas: auto",
         "health_check_period_s: 10",
         "request_router_config: {x: 1}",
         "ray_actor_options: {num_cpus: 1}",
