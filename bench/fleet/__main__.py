@@ -317,7 +317,7 @@ def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--mixed", dest="parts", action=_Also, const="mixed", nargs=0, help="the part `mixed` too"
     )
     parser.add_argument(
-        "--policies", type=_words(POLICIES), default=list(POLICIES), help="default: all four"
+        "--policies", type=_words(POLICIES), default=list(POLICIES), help="default: all three"
     )
     parser.add_argument(
         "--rps",

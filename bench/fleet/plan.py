@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 PARTS = ("scale", "base", "policies", "kill", "mixed")
-POLICIES = ("expected-ttft", "ray", "ray-strict", "round-robin")
+POLICIES = ("expected-ttft", "ray", "residency-p2c")
 OURS = POLICIES[0]
 SHARES = (0.70, 0.95)
 KILL_SHARE = 0.70

@@ -73,14 +73,14 @@ def crowd(request: Any) -> tuple[Fleet, int, int]:
     return fleet_of(workers, adapters), workers, adapters
 
 
-def ask(index: int) -> RoutingRequest:
+def request(index: int) -> RoutingRequest:
     return RoutingRequest("base", adapter(index), ADAPTER_BYTES, 128, 128)
 
 
 CASES: dict[str, Callable[[int, random.Random], RoutingRequest]] = {
-    "Zipf-like adapter": lambda adapters, rng: ask(int(adapters ** rng.random()) - 1),
-    "uniform adapter": lambda adapters, rng: ask(rng.randrange(adapters)),
-    "adapter that is nowhere": lambda adapters, rng: ask(adapters + rng.randrange(adapters)),
+    "Zipf-like adapter": lambda adapters, rng: request(int(adapters ** rng.random()) - 1),
+    "uniform adapter": lambda adapters, rng: request(rng.randrange(adapters)),
+    "adapter that is nowhere": lambda adapters, rng: request(adapters + rng.randrange(adapters)),
     "base model": lambda adapters, rng: RoutingRequest("base", None, 0, 128),
 }
 
@@ -105,7 +105,7 @@ def test_decision_with_one_worker_excluded(benchmark: Any, crowd: tuple[Fleet, i
         benchmark,
         fleet,
         make_policy(DEFAULT),
-        [ask(rng.randrange(adapters)) for _ in range(DECISIONS // 10)],
+        [request(rng.randrange(adapters)) for _ in range(DECISIONS // 10)],
         {"w0007"},
     )
 
@@ -140,11 +140,11 @@ def _decide(
     benchmark: Any,
     fleet: Fleet,
     policy: Policy,
-    asks: Sequence[RoutingRequest],
+    requests: Sequence[RoutingRequest],
     excluded: Set[str] = frozenset(),
 ) -> None:
     """Of each ask: the decision and its reservation. What ends the request again is not counted."""
-    rng, of_stream = random.Random(2), dict(enumerate(asks, 1))
+    rng, of_stream = random.Random(2), dict(enumerate(requests, 1))
     stream, taken = itertools.count(1), dict[int, Choice]()
 
     def arrive() -> tuple[tuple[int], dict[str, Any]]:
@@ -163,6 +163,6 @@ def _decide(
             fleet.reserve(choice.worker, sid, wanted.adapter, wanted.prompt_tokens)
             taken[sid] = choice
 
-    benchmark.pedantic(choose, setup=arrive, rounds=len(asks))
+    benchmark.pedantic(choose, setup=arrive, rounds=len(requests))
     for sid in taken:
         fleet.release(sid)

@@ -78,11 +78,11 @@ def keeps(
     if lasts_s is None:
         return False
     requests = requests_of(scenario, rate_rps, seed, WINDOW)
-    stays = [(request.adapter or 0, request.at_s, lasts_s) for request in requests]
-    starts = starts_of(stays, workers * facts.slots)
+    slot_uses = [(request.adapter or 0, request.at_s, lasts_s) for request in requests]
+    starts = starts_of(slot_uses, workers * facts.slots)
     waits = sorted(
         start - at_s
-        for (_, at_s, _), start in zip(stays, starts, strict=True)
+        for (_, at_s, _), start in zip(slot_uses, starts, strict=True)
         if WINDOW.counts(at_s)
     )
     warm_s = timing.outside_s + timing.step_s(1) + TOKENS / timing.prefill_tokens_per_s

@@ -133,7 +133,7 @@ def _iso(seconds: float) -> str:
 
 def candidate(found: Candidate) -> dict[str, object]:
     """One worker of an explanation."""
-    t = found.terms
+    t = found.cost
     terms = {
         "queue": t.queue_s,
         "slot": t.slot_s,

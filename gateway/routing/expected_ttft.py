@@ -10,7 +10,7 @@ goes there only if a slot can be had, else it waits here, where any worker's nex
 and where its requests gather; with few slots left a copy in flight is preferred to a second one.
 Homes: a cold adapter goes to where its weights are cached, else to its home in rendezvous order
 within the bounded load. Copies: another copy is loaded when its demand is worth one; until then,
-and while one is on its way, requests join. Relief: an adapter leaves a worker that stays far busier
+and while one is on its way, requests join. Rebalancing: an adapter leaves a worker that stays far busier
 than the others. docs/ROUTING.md explains all of it.
 """
 
@@ -43,7 +43,7 @@ from gateway.routing.policy import (
 )
 from gateway.routing.rebalance import Rebalancer
 from gateway.routing.slot_claims import SlotClaims
-from gateway.routing.slot_wait import PATIENCE_S, SlotWait
+from gateway.routing.slot_wait import LONGEST_WAIT_S, SlotWait
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import Tier, WorkerId
 
@@ -106,8 +106,8 @@ class ExpectedTTFT:
 
     name = "expected-ttft"
 
-    def __init__(self, patience_s: float = PATIENCE_S) -> None:
-        self._patience_s = patience_s
+    def __init__(self, longest_wait_s: float = LONGEST_WAIT_S) -> None:
+        self._longest_wait_s = longest_wait_s
         self._bases: dict[str, _Base] = {}
         # prefix or session -> worker
         self._last: OrderedDict[tuple[str, int | str], WorkerId] = OrderedDict()
@@ -116,31 +116,33 @@ class ExpectedTTFT:
 
     def choose(
         self,
-        ask: RoutingRequest,
+        request: RoutingRequest,
         fleet: Fleet,
         now: float,
         rng: random.Random,
         excluded: Set[WorkerId] = NONE_EXCLUDED,
     ) -> Decision:
-        pool = fleet.pool(ask.base)
+        pool = fleet.pool(request.base)
         if not pool.room:
             return Defer(Blocked.ROOM)
-        base = self._base(ask.base)
-        if ask.adapter is None:
-            return self._choose_base(ask, pool, now, rng, excluded)
-        key = key_of(ask.adapter)
+        base = self._base(request.base)
+        if request.adapter is None:
+            return self._choose_base(request, pool, now, rng, excluded)
+        key = key_of(request.adapter)
         holders = pool.holders.get(key)
         bound = max(FLOOR, BOUND * pool.mean_load)
         if holders is None:
-            return self._choose_cold(ask, key, base, pool, bound, now, ChoiceReason.COLD, excluded)
+            return self._choose_cold(
+                request, key, base, pool, bound, now, ChoiceReason.COLD, excluded
+            )
         staying = [w for w in holders.values() if not base.rebalancer.left(w, key, now)]
         return self._choose_held(
-            ask, key, base, pool, staying or list(holders.values()), bound, now, excluded
+            request, key, base, pool, staying or list(holders.values()), bound, now, excluded
         )
 
     def _choose_held(
         self,
-        ask: RoutingRequest,
+        request: RoutingRequest,
         key: Key,
         base: _Base,
         pool: Pool,
@@ -169,9 +171,11 @@ class ExpectedTTFT:
             if price == 0.0
             else self._kept(key, holders, copies_for(demand, bound), bound, excluded)
         )
-        best, least = self._cheapest(ask, key, base, pool, kept, price, now, excluded)
+        best, least = self._cheapest(request, key, base, pool, kept, price, now, excluded)
         if best is None:
-            return self._choose_cold(ask, key, base, pool, bound, now, ChoiceReason.SPILL, excluded)
+            return self._choose_cold(
+                request, key, base, pool, bound, now, ChoiceReason.SPILL, excluded
+            )
         if copies < wanted:
             base.rebalancer.settle(key, now)
         else:
@@ -188,7 +192,7 @@ class ExpectedTTFT:
         if copies >= wanted and any(key in w.coming for w in holders):
             return chosen
         other = self._choose_cold(
-            ask,
+            request,
             key,
             base,
             pool,
@@ -199,10 +203,10 @@ class ExpectedTTFT:
             copies,
             needed=copies < wanted,
         )
-        if not isinstance(other, Choice) or other.terms is None:
+        if not isinstance(other, Choice) or other.cost is None:
             return chosen
         needed = copies < wanted and (best.load >= bound or base.abundant(pool, now))
-        return other if needed or other.terms.total_s < least else chosen
+        return other if needed or other.cost.total_s < least else chosen
 
     def _relieved(
         self,
@@ -245,7 +249,7 @@ class ExpectedTTFT:
 
     def _cheapest(
         self,
-        ask: RoutingRequest,
+        request: RoutingRequest,
         key: Key,
         base: _Base,
         pool: Pool,
@@ -262,14 +266,14 @@ class ExpectedTTFT:
                 and not base.claims.closed(w, key)
                 and base.claims.open_to(w, key, pool, now)
             ):
-                cost = self._terms(ask, key, w, base, pool, price, now).total_s
+                cost = self._cost_on(request, key, w, base, pool, price, now).total_s
                 if cost < least:
                     best, least = w, cost
         return best, least
 
     def _choose_cold(
         self,
-        ask: RoutingRequest,
+        request: RoutingRequest,
         key: Key,
         base: _Base,
         pool: Pool,
@@ -300,12 +304,12 @@ class ExpectedTTFT:
                     if w.accepts(excluded) and base.claims.open_to(w, key, pool, now)
                 ]
             if cached and not copies and not candidates:
-                elsewhere_s = costs.load_elsewhere_s(cached[0], ask.size_bytes, pool.mean_load)
-                due = base.slot_wait.until(ask, cached, base.slack(pool, now), elsewhere_s, now)
+                elsewhere_s = costs.load_elsewhere_s(cached[0], request.size_bytes, pool.mean_load)
+                due = base.slot_wait.until(request, cached, base.slack(pool, now), elsewhere_s, now)
                 if now < due:
                     return Defer(Blocked.TURN, due)
         if shut or not pool.open:
-            return self._blocked(ask, key, base, pool, now, excluded)
+            return self._blocked(request, key, base, pool, now, excluded)
         candidates += self._homes(
             key, base, pool, bound, holders, now, excluded, anybody=not candidates
         )
@@ -313,15 +317,15 @@ class ExpectedTTFT:
             candidates = [w for w in candidates if self._surplus(w, base, pool, now)]
         uses = 1.0 + base.rates.per_s(key, now) * HORIZON_S / (copies + 1) if copies else 1.0
         best: WorkerView | None = None
-        terms = NOTHING
+        cost = NOTHING
         for w in candidates:
-            found = self._terms(ask, key, w, base, pool, 0.0, now, uses)
-            if best is None or found.total_s < terms.total_s:
-                best, terms = w, found
+            found = self._cost_on(request, key, w, base, pool, 0.0, now, uses)
+            if best is None or found.total_s < cost.total_s:
+                best, cost = w, found
         return (
-            Choice(best, reason, best.tier_at(key), terms)
+            Choice(best, reason, best.tier_at(key), cost)
             if best is not None
-            else self._blocked(ask, key, base, pool, now, excluded)
+            else self._blocked(request, key, base, pool, now, excluded)
         )
 
     def _homes(
@@ -365,13 +369,13 @@ class ExpectedTTFT:
 
     def _choose_base(
         self,
-        ask: RoutingRequest,
+        request: RoutingRequest,
         pool: Pool,
         now: float,
         rng: random.Random,
         excluded: Set[WorkerId],
     ) -> Decision:
-        base = self._base(ask.base)
+        base = self._base(request.base)
         workers = pool.workers
         if len(workers) > BASE_CHOICES:
             workers = rng.sample(workers, BASE_CHOICES)
@@ -379,7 +383,7 @@ class ExpectedTTFT:
         least = math.inf
         for w in workers:
             if w.accepts(excluded):
-                cost = self._terms(ask, None, w, base, pool, 0.0, now).total_s
+                cost = self._cost_on(request, None, w, base, pool, 0.0, now).total_s
                 if cost < least:
                     best, least = w, cost
         if best is None:
@@ -388,7 +392,7 @@ class ExpectedTTFT:
 
     def _blocked(
         self,
-        ask: RoutingRequest,
+        request: RoutingRequest,
         key: Key,
         base: _Base,
         pool: Pool,
@@ -399,14 +403,14 @@ class ExpectedTTFT:
             return Defer(Blocked.ROOM)
         held = key in pool.holders
         return Defer(
-            Blocked.SLOT, base.claims.claim(ask, key, pool, now, held=held, excluded=excluded)
+            Blocked.SLOT, base.claims.claim(request, key, pool, now, held=held, excluded=excluded)
         )
 
     # ---- costs -----------------------------------------------------------------------------------
 
-    def _terms(
+    def _cost_on(
         self,
-        ask: RoutingRequest,
+        request: RoutingRequest,
         key: Key | None,
         w: WorkerView,
         base: _Base,
@@ -416,7 +420,7 @@ class ExpectedTTFT:
         uses: float = 1.0,
     ) -> CostBreakdown:
         rate = costs.prefill_rate(w)
-        prefill_s = ask.prompt_tokens / rate
+        prefill_s = request.prompt_tokens / rate
         running = w.load
         # A step is under way where somebody runs; what an idle worker measured last says nothing of
         # its next.
@@ -431,23 +435,23 @@ class ExpectedTTFT:
                     price if key in w.loaded else base.services.service_s * w.crowding * w.crowding
                 )
             if key not in w.loaded:
-                load_s, stalling_s = self._load(ask, key, w, now)
+                load_s, stalling_s = self._load(request, key, w, now)
                 stall_s += stalling_s * running / uses
                 if stalling_s:
                     evict_s = self._eviction(w, base, pool, now) / uses
         prefix_s = 0.0
-        if self._last and (ask.session or ask.prefix) and w.id in self._known(ask):
-            prefix_s = min(prefill_s, AFFINITY_S) if not ask.session else AFFINITY_S
+        if self._last and (request.session or request.prefix) and w.id in self._known(request):
+            prefix_s = min(prefill_s, AFFINITY_S) if not request.session else AFFINITY_S
         return CostBreakdown(queue_s, slot_s, load_s, stall_s, evict_s, prefix_s)
 
     def _load(
-        self, ask: RoutingRequest, key: Key, w: WorkerView, now: float
+        self, request: RoutingRequest, key: Key, w: WorkerView, now: float
     ) -> tuple[float, float]:
         """(seconds until it is in a slot, seconds of those that this request's own load stalls the
         engine for).
         """
         state, tier = w.held.get(key), w.tier_at(key)
-        own_s = costs.load_s(w, tier, ask.size_bytes)  # inside the engine's loop or not
+        own_s = costs.load_s(w, tier, request.size_bytes)  # inside the engine's loop or not
         if key in w.coming:
             eta_s = (
                 state.eta_s - (now - w.beat_at) if state is not None and state.loading else own_s
@@ -455,7 +459,7 @@ class ExpectedTTFT:
             return max(eta_s, 0.0), 0.0
         ahead_s = len(w.coming) * own_s if w.coming else 0.0
         return ahead_s + own_s + costs.fetch_s(w, tier), costs.stalling_load_s(
-            w, tier, ask.size_bytes
+            w, tier, request.size_bytes
         )
 
     def _eviction(self, w: WorkerView, base: _Base, pool: Pool, now: float) -> float:
@@ -490,54 +494,54 @@ class ExpectedTTFT:
             or base.rates.per_s(victim, now) * HORIZON_S < RARELY
         )
 
-    def _known(self, ask: RoutingRequest) -> tuple[WorkerId | None, WorkerId | None]:
-        base = ask.base
+    def _known(self, request: RoutingRequest) -> tuple[WorkerId | None, WorkerId | None]:
+        base = request.base
         return (
-            self._last.get((base, ask.session)) if ask.session else None,
-            self._last.get((base, ask.prefix)) if ask.prefix else None,
+            self._last.get((base, request.session)) if request.session else None,
+            self._last.get((base, request.prefix)) if request.prefix else None,
         )
 
     # ---- what it hears ---------------------------------------------------------------------------
 
-    def arrived(self, ask: RoutingRequest, now: float) -> None:
-        if ask.adapter is not None:
-            self._base(ask.base).rates.note(key_of(ask.adapter), now)
+    def arrived(self, request: RoutingRequest, now: float) -> None:
+        if request.adapter is not None:
+            self._base(request.base).rates.note(key_of(request.adapter), now)
 
-    def sent(self, ask: RoutingRequest, choice: Choice, now: float) -> None:
-        base = self._base(ask.base)
-        if ask.adapter is not None:
-            key = key_of(ask.adapter)
-            base.slot_wait.forget(ask)
-            base.occupancy.begin(ask, choice.worker.id, key, now)
-            base.claims.settle(ask, key)
+    def sent(self, request: RoutingRequest, choice: Choice, now: float) -> None:
+        base = self._base(request.base)
+        if request.adapter is not None:
+            key = key_of(request.adapter)
+            base.slot_wait.forget(request)
+            base.occupancy.begin(request, choice.worker.id, key, now)
+            base.claims.settle(request, key)
             if choice.reason is not ChoiceReason.RESIDENT:
                 base.misses.note(MISS, now)
-        for mark in (ask.session, ask.prefix):
+        for mark in (request.session, request.prefix):
             if mark:
-                self._last[ask.base, mark] = choice.worker.id
-                self._last.move_to_end((ask.base, mark))
+                self._last[request.base, mark] = choice.worker.id
+                self._last.move_to_end((request.base, mark))
         while len(self._last) > MAX_AFFINITIES:
             self._last.popitem(last=False)
 
-    def left(self, ask: RoutingRequest, now: float) -> None:
-        if ask.adapter is not None:
-            base = self._base(ask.base)
-            base.slot_wait.forget(ask)
-            base.occupancy.end(ask)
-            base.claims.settle(ask, key_of(ask.adapter))
+    def left(self, request: RoutingRequest, now: float) -> None:
+        if request.adapter is not None:
+            base = self._base(request.base)
+            base.slot_wait.forget(request)
+            base.occupancy.end(request)
+            base.claims.settle(request, key_of(request.adapter))
 
     def finished(
         self,
-        ask: RoutingRequest,
+        request: RoutingRequest,
         worker: WorkerView,
         service_s: float,
         output_tokens: int,
         now: float,
     ) -> None:
-        base = self._base(ask.base)
+        base = self._base(request.base)
         base.services.note(service_s, output_tokens)
-        if ask.adapter is not None:
-            base.occupancy.end(ask, service_s)
+        if request.adapter is not None:
+            base.occupancy.end(request, service_s)
 
     def reserved_for(self, base: str, fleet: Fleet, now: float) -> list[Key]:
         return self._base(base).claims.reserved_for(fleet.pool(base), now)
@@ -555,9 +559,9 @@ class ExpectedTTFT:
                 found.append(AdapterRef(worker.beat.base, *key))
         return found
 
-    def explain(self, ask: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:
-        pool, base = fleet.pool(ask.base), self._base(ask.base)
-        key = None if ask.adapter is None else key_of(ask.adapter)
+    def explain(self, request: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:
+        pool, base = fleet.pool(request.base), self._base(request.base)
+        key = None if request.adapter is None else key_of(request.adapter)
         price = base.slot_price(pool, now)
         found = []
         for w in pool.workers:
@@ -575,14 +579,16 @@ class ExpectedTTFT:
                 )
             tier = Tier.GPU if key is None else w.tier_at(key)
             found.append(
-                Candidate(w, tier, not note, note, self._terms(ask, key, w, base, pool, price, now))
+                Candidate(
+                    w, tier, not note, note, self._cost_on(request, key, w, base, pool, price, now)
+                )
             )
-        return sorted(found, key=lambda c: (not c.eligible, c.terms.total_s))
+        return sorted(found, key=lambda c: (not c.eligible, c.cost.total_s))
 
     def _base(self, name: str) -> _Base:
         base = self._bases.get(name)
         if base is None:
-            base = self._bases[name] = _Base(self._patience_s)
+            base = self._bases[name] = _Base(self._longest_wait_s)
         return base
 
 
@@ -592,7 +598,7 @@ MISS: Key = ("", "")
 class _Base:
     """What the policy has learned of one base model."""
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, longest_wait_s: float) -> None:
         self.rates = DemandRates()
         self.rendezvous = Rendezvous()
         self.misses = DemandRates(MISS_WINDOW_S, 1)
@@ -601,7 +607,7 @@ class _Base:
         self.rebalancer = Rebalancer()
         self.occupancy = Occupancy()
         self.claims = SlotClaims(self.rates, self.rendezvous, self.occupancy)
-        self.slot_wait = SlotWait(self.occupancy, patience_s)
+        self.slot_wait = SlotWait(self.occupancy, longest_wait_s)
 
     def slot_price(self, pool: Pool, now: float) -> float:
         """Seconds that the next slot is worth: nothing while open ones abound, a service time when

@@ -37,17 +37,17 @@ class Occupancy:
     def __len__(self) -> int:
         return len(self._of)
 
-    def begin(self, ask: RoutingRequest, worker: WorkerId, key: Key, now: float) -> None:
+    def begin(self, request: RoutingRequest, worker: WorkerId, key: Key, now: float) -> None:
         """It was sent there; if it was sent before, it is no longer where it was."""
-        self._leave(ask)
-        self._of[ask] = (worker, key)
-        self._on.setdefault(worker, {}).setdefault(key, {})[ask] = now
+        self._leave(request)
+        self._of[request] = (worker, key)
+        self._on.setdefault(worker, {}).setdefault(key, {})[request] = now
 
-    def end(self, ask: RoutingRequest, lasted_s: float | None = None) -> None:
+    def end(self, request: RoutingRequest, lasted_s: float | None = None) -> None:
         """It is over, after so long if it was served to its end. A no-op for what was never
         sent.
         """
-        self._leave(ask)
+        self._leave(request)
         if lasted_s is not None:
             self._recent.append(lasted_s)
             insort(self._sorted, lasted_s)
@@ -66,9 +66,9 @@ class Occupancy:
         others = min(1.0, within_s / median_s)
         own = self._on.get(worker.id, {})
         total = 0.0
-        for key, asks in own.items():
+        for key, requests in own.items():
             chance = 1.0
-            for sent in asks.values():
+            for sent in requests.values():
                 age_s = now - sent
                 longer = len(lasted) - bisect_right(lasted, age_s)
                 ended = bisect_right(lasted, age_s + within_s) - len(lasted) + longer
@@ -85,15 +85,15 @@ class Occupancy:
         there = self._on.get(worker, {}).get(key)
         return next(reversed(there.values())) if there else -math.inf
 
-    def _leave(self, ask: RoutingRequest) -> None:
-        there = self._of.pop(ask, None)
+    def _leave(self, request: RoutingRequest) -> None:
+        there = self._of.pop(request, None)
         if there is None:
             return
         worker, key = there
         keys = self._on[worker]
-        asks = keys[key]
-        del asks[ask]
-        if not asks:
+        requests = keys[key]
+        del requests[request]
+        if not requests:
             del keys[key]
             if not keys:
                 del self._on[worker]

@@ -88,7 +88,7 @@ class Choice(msgspec.Struct, frozen=True):
     worker: WorkerView
     reason: ChoiceReason
     tier: Tier = Tier.GPU
-    terms: CostBreakdown | None = None
+    cost: CostBreakdown | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Candidate:
     tier: Tier
     eligible: bool
     note: str
-    terms: CostBreakdown
+    cost: CostBreakdown
 
 
 class Policy(Protocol):
@@ -127,7 +127,7 @@ class Policy(Protocol):
 
     def choose(
         self,
-        ask: RoutingRequest,
+        request: RoutingRequest,
         fleet: Fleet,
         now: float,
         rng: random.Random,
@@ -136,7 +136,7 @@ class Policy(Protocol):
         """Never chooses one of `excluded`: workers that do not take this request."""
         ...
 
-    def explain(self, ask: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:
+    def explain(self, request: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:
         """Every routable worker of the base model, best first."""
         ...
 
@@ -150,15 +150,15 @@ class Policy(Protocol):
         """
         ...
 
-    def arrived(self, ask: RoutingRequest, now: float) -> None:
+    def arrived(self, request: RoutingRequest, now: float) -> None:
         """Once per request, before its first `choose`."""
         ...
 
-    def sent(self, ask: RoutingRequest, choice: Choice, now: float) -> None:
+    def sent(self, request: RoutingRequest, choice: Choice, now: float) -> None:
         """The choice was reserved and sent."""
         ...
 
-    def left(self, ask: RoutingRequest, now: float) -> None:
+    def left(self, request: RoutingRequest, now: float) -> None:
         """The request is over or was given back without having ended on a worker; what it waited
         for is free.
         """
@@ -166,7 +166,7 @@ class Policy(Protocol):
 
     def finished(
         self,
-        ask: RoutingRequest,
+        request: RoutingRequest,
         worker: WorkerView,
         service_s: float,
         output_tokens: int,
@@ -179,12 +179,12 @@ class Policy(Protocol):
 class StatelessPolicy:
     """The ears of a policy that learns nothing, and its explanation: the loads."""
 
-    def arrived(self, ask: RoutingRequest, now: float) -> None: ...
-    def sent(self, ask: RoutingRequest, choice: Choice, now: float) -> None: ...
-    def left(self, ask: RoutingRequest, now: float) -> None: ...
+    def arrived(self, request: RoutingRequest, now: float) -> None: ...
+    def sent(self, request: RoutingRequest, choice: Choice, now: float) -> None: ...
+    def left(self, request: RoutingRequest, now: float) -> None: ...
     def finished(
         self,
-        ask: RoutingRequest,
+        request: RoutingRequest,
         worker: WorkerView,
         service_s: float,
         output_tokens: int,
@@ -197,12 +197,12 @@ class StatelessPolicy:
     def reserved_for(self, base: str, fleet: Fleet, now: float) -> list[Key]:
         return []
 
-    def explain(self, ask: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:
-        workers = sorted(fleet.routable(ask.base), key=lambda w: w.load)
+    def explain(self, request: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:
+        workers = sorted(fleet.routable(request.base), key=lambda w: w.load)
         return [
             Candidate(
                 w,
-                tier_of(w, ask.adapter),
+                tier_of(w, request.adapter),
                 w.has_room,
                 "" if w.has_room else "no room",
                 CostBreakdown(),

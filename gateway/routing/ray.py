@@ -1,21 +1,19 @@
-"""Pure. Ray Serve's multiplexed routing: `Ray` as its words promise, `RayStrict` as Ray 2.60 does
-it.
+"""Pure. Ray Serve's multiplexed routing as its words promise it.
 
 The words: (1) is there a replica that has the adapter; (2) choose one that has it and is not
 overloaded; (3) if all that have it are overloaded, a less busy replica loads it; (4) if none has
-it, power of two choices picks one and loads it there. The rows M1 to M6 of Ray's candidate table
-are named below; docs/ROUTING.md has the table, and each deviation of `Ray` from it.
+it, power of two choices picks one and loads it there. The rows M1 to M5 of Ray's candidate table
+are named below; docs/ROUTING.md has the table, and each deviation of `Ray` from it. What Ray 2.60
+really does is in bench/routing/ray_strict.py, to compare with.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
 
 from gateway.fleet.fleet import Fleet, WorkerView
-from gateway.fleet.pool import Pool
-from gateway.fleet.worker_view import Key, key_of
+from gateway.fleet.worker_view import key_of
 from gateway.routing.policy import (
     NONE_EXCLUDED,
     Blocked,
@@ -25,26 +23,12 @@ from gateway.routing.policy import (
     Defer,
     RoutingRequest,
     StatelessPolicy,
-    tier_of,
 )
-from shared.link.messages import Tier, WorkerId
+from gateway.routing.residency_p2c import two_choices
+from shared.link.messages import WorkerId
 
-MATCHING_S = 1.0
-"""RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S; the window is drawn anew in every round,
-between one and two of it.
-"""
-BACKOFF_S, BACKOFF_FACTOR, MAX_BACKOFF_S = 0.025, 2.0, 0.5
-"""RAY_SERVE_ROUTER_RETRY_*: before the third round of a request and each later one; the second
-follows the first at once.
-"""
-TASKS_PER_REPLICA, MAX_TASKS = 2, 50
-"""Requests that Ray's router looks for a replica for at the same time; the others wait behind them,
-whatever their adapter (W4).
-"""
 LLM_MAX_ONGOING = 10**9
 """max_ongoing_requests of Ray Serve LLM: nothing is ever overloaded (W1)."""
-MAX_FALLBACKS = 10_000
-"""Ray never prunes its set of adapters that have fallen back (W12); ours forgets the oldest."""
 
 
 class Ray(StatelessPolicy):
@@ -62,151 +46,34 @@ class Ray(StatelessPolicy):
 
     def choose(
         self,
-        ask: RoutingRequest,
+        request: RoutingRequest,
         fleet: Fleet,
         now: float,
         rng: random.Random,
         excluded: Set[WorkerId] = NONE_EXCLUDED,
     ) -> Decision:
-        pool = fleet.pool(ask.base)
+        pool = fleet.pool(request.base)
         able = [w for w in pool.workers if w.accepts(excluded) and w.load < self._limit]
         if not able:
             return Defer(Blocked.ROOM)
-        if ask.adapter is None:
-            return Choice(_two_choices(able, rng), ChoiceReason.BASE)
-        holders = pool.holders.get(key_of(ask.adapter), {})
+        if request.adapter is None:
+            return Choice(two_choices(able, rng), ChoiceReason.BASE)
+        holders = pool.holders.get(key_of(request.adapter), {})
         free = [w for w in holders.values() if w.accepts(excluded) and w.load < self._limit]
         if free:  # M1
-            worker = _two_choices(free, rng)
-            return Choice(worker, ChoiceReason.RESIDENT, worker.tier(ask.adapter))
+            worker = two_choices(free, rng)
+            return Choice(worker, ChoiceReason.RESIDENT, worker.tier(request.adapter))
         # M4, M5 where all holders are overloaded; M2 where there is none
-        worker = _two_choices(_fewest(able), rng)
+        worker = two_choices(with_fewest_adapters(able), rng)
         return Choice(
-            worker, ChoiceReason.SPILL if holders else ChoiceReason.COLD, worker.tier(ask.adapter)
+            worker,
+            ChoiceReason.SPILL if holders else ChoiceReason.COLD,
+            worker.tier(request.adapter),
         )
 
 
-@dataclass(slots=True)
-class _Search:
-    """One request's way through Ray's rounds."""
-
-    began: float
-    rounds: int = 0
-    next_at: float = 0.0
-    tried_first: bool = False
-    tried_fewest: bool = False
-
-
-class RayStrict(StatelessPolicy):
-    """Ray 2.60 with the LLM defaults, weaknesses W1 to W4 included; for comparison. Rounds advance
-    with `now`.
-    """
-
-    name = "ray-strict"
-
-    def __init__(self, max_ongoing_requests: int = LLM_MAX_ONGOING) -> None:
-        self._limit = max_ongoing_requests
-        self._searches: dict[RoutingRequest, _Search] = {}
-        self._fallbacks: dict[Key, None] = {}
-
-    def choose(
-        self,
-        ask: RoutingRequest,
-        fleet: Fleet,
-        now: float,
-        rng: random.Random,
-        excluded: Set[WorkerId] = NONE_EXCLUDED,
-    ) -> Decision:
-        pool = fleet.pool(ask.base)
-        if not pool.workers:
-            return Defer(Blocked.ROOM)
-        search = self._searches.get(ask)
-        if search is None:
-            if len(self._searches) >= min(MAX_TASKS, TASKS_PER_REPLICA * len(pool.workers)):
-                return Defer(Blocked.TURN, now + BACKOFF_S)
-            search = self._searches[ask] = _Search(now, next_at=now)
-        while search.next_at <= now:
-            candidates = self._candidates(ask, search, pool, now, rng)
-            search.rounds += 1
-            search.next_at = now + backoff_s(search.rounds)
-            drawn = (
-                rng.sample(candidates, 2)
-                if len(candidates) > 2
-                else rng.sample(candidates, len(candidates))
-            )
-            free = [w for w in drawn if w.load < self._limit and w.accepts(excluded)]
-            if free:
-                worker = min(free, key=lambda w: w.load)
-                return Choice(worker, self._reason(ask, worker), tier_of(worker, ask.adapter))
-        return Defer(Blocked.TURN, search.next_at)
-
-    def sent(self, ask: RoutingRequest, choice: Choice, now: float) -> None:
-        self._searches.pop(ask, None)
-
-    def left(self, ask: RoutingRequest, now: float) -> None:
-        self._searches.pop(ask, None)
-
-    def _candidates(
-        self, ask: RoutingRequest, search: _Search, pool: Pool, now: float, rng: random.Random
-    ) -> Sequence[WorkerView]:
-        if ask.adapter is None:
-            return pool.workers
-        key = key_of(ask.adapter)
-        if now - search.began >= rng.uniform(MATCHING_S, 2 * MATCHING_S):
-            if search.tried_fewest:
-                return pool.workers  # M6
-            search.tried_fewest = True
-            return _fewest(pool.workers)  # M5
-        if search.tried_first:
-            self._fall_back(key)
-            return _fewest(pool.workers)  # M4
-        search.tried_first = True
-        holders = [w for w in pool.workers if announced(w, key)]
-        if holders:
-            self._fallbacks.pop(key, None)
-            return holders  # M1
-        if key in self._fallbacks:
-            return ()  # M3
-        self._fall_back(key)
-        return _fewest(pool.workers)  # M2
-
-    def _fall_back(self, key: Key) -> None:
-        self._fallbacks[key] = None
-        if len(self._fallbacks) > MAX_FALLBACKS:
-            del self._fallbacks[next(iter(self._fallbacks))]
-
-    @staticmethod
-    def _reason(ask: RoutingRequest, worker: WorkerView) -> ChoiceReason:
-        if ask.adapter is None:
-            return ChoiceReason.BASE
-        return (
-            ChoiceReason.RESIDENT if announced(worker, key_of(ask.adapter)) else ChoiceReason.COLD
-        )
-
-
-def backoff_s(rounds: int) -> float:
-    """Between round number `rounds` and the next: 0, 25, 50, 100, 200, 400, 500, 500, ... ms."""
-    return 0.0 if rounds < 2 else min(BACKOFF_S * BACKOFF_FACTOR ** (rounds - 2), MAX_BACKOFF_S)
-
-
-def announced(worker: WorkerView, key: Key) -> bool:
-    """As Ray's replicas tell it: loaded or loading, as of the last broadcast. Reservations are not
-    in it (W2).
-    """
-    state = worker.held.get(key)
-    return state is not None and (state.loading or state.tier is Tier.GPU)
-
-
-def _fewest(workers: Sequence[WorkerView]) -> list[WorkerView]:
+def with_fewest_adapters(workers: Sequence[WorkerView]) -> list[WorkerView]:
     """F: those that hold the fewest adapters."""
     counts = [len(w.loaded) + len(w.coming) for w in workers]
     least = min(counts)
     return [w for w, n in zip(workers, counts, strict=True) if n == least]
-
-
-def _two_choices(candidates: Sequence[WorkerView], rng: random.Random) -> WorkerView:
-    """Uniform among the ordered pairs; the less loaded, the first of equals."""
-    if len(candidates) == 1:
-        return candidates[0]
-    first, second = rng.sample(candidates, 2)
-    return first if first.load <= second.load else second

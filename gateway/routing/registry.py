@@ -1,32 +1,24 @@
-"""Pure. Every policy by its name, and the simple ones: what people use today, to compare with and
-to fall back on.
+"""Pure. The policies that users choose between, by name.
 
-    policy = make_policy("expected-ttft")          # names: POLICIES; in the config:
-    gateway.routing_policy
+    policy = make_policy("expected-ttft")    # one of POLICIES; in the config: gateway.routing_policy
 
-A policy keeps state: one per gateway, never shared.
+A policy keeps state: one per gateway, never shared. Policies that are there to compare with are in
+bench/routing/policies.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from gateway.routing.baselines import Blind, ResidencyP2C, RoundRobin, two_choices
 from gateway.routing.expected_ttft import ExpectedTTFT
 from gateway.routing.policy import Policy
-from gateway.routing.ray import Ray, RayStrict
+from gateway.routing.ray import Ray
+from gateway.routing.residency_p2c import ResidencyP2C
 
 POLICIES: dict[str, Callable[[], Policy]] = {
-    "round-robin": RoundRobin,
-    "random": lambda: Blind("random", lambda able, rng: rng.choice(able)),
-    "least-loaded": lambda: Blind(
-        "least-loaded", lambda able, rng: min(able, key=lambda w: (w.load, rng.random()))
-    ),
-    "p2c": lambda: Blind("p2c", two_choices),
-    "residency-p2c": ResidencyP2C,
-    "ray-strict": RayStrict,
-    "ray": Ray,
     "expected-ttft": ExpectedTTFT,
+    "ray": Ray,
+    "residency-p2c": ResidencyP2C,
 }
 DEFAULT = "expected-ttft"
 

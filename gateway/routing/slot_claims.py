@@ -128,7 +128,7 @@ class SlotClaims:
 
     def claim(
         self,
-        ask: RoutingRequest,
+        request: RoutingRequest,
         key: Key,
         pool: Pool,
         now: float,
@@ -142,7 +142,7 @@ class SlotClaims:
         of slots but a bad distribution of them, so the claim comes after HELD_AGE_S, on the least
         loaded worker.
         """
-        due = ask.arrived + (min(HELD_AGE_S, self._age_bound_s) if held else self._age_bound_s)
+        due = request.arrived + (min(HELD_AGE_S, self._age_bound_s) if held else self._age_bound_s)
         mine = self._claims.get(key)
         if mine is not None and mine.worker.counted is None:
             self._drop(key)
@@ -158,7 +158,7 @@ class SlotClaims:
         self._changes += 1
         return now + self._age_bound_s if found.worker.in_flight(found.victim) else now
 
-    def settle(self, ask: RoutingRequest, key: Key) -> None:
+    def settle(self, request: RoutingRequest, key: Key) -> None:
         """The adapter has a slot, or nobody waits for it any more."""
         if key in self._claims:
             self._drop(key)

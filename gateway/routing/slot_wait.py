@@ -17,11 +17,11 @@ from gateway.routing.occupancy import Occupancy
 from gateway.routing.policy import RoutingRequest
 from shared.link.messages import WorkerId
 
-PATIENCE_S = 0.25
+LONGEST_WAIT_S = 0.25
 """The longest wait while slots are neither scarce nor many; less the more slots are open elsewhere,
-and none beyond PATIENT_SPREADS: the load then costs less.
+and none beyond NO_WAIT_SPREADS: the load then costs less.
 """
-SCARCE_PATIENCE_S = 2.0
+SCARCE_WAIT_S = 2.0
 """The same while slots are scarce: a load from disk then stalls a worker whose slots would all be
 free sooner without it, and costs its CPU tier an adapter of its own. Letting go after 0.25 s
 collapsed at 110 requests/s in the simulator (29% loads from disk, p99 TTFT 4.5 s against 0.6 s).
@@ -33,9 +33,9 @@ and 431 with 1, 196 to 222 and 418 to 442 with 0.4 to 0.5; with 0.2 16% of all r
 disk at 108 and its p99 is 464 ms.)
 """
 FULL_SPREADS = 1.0
-"""Up to here patience is whole."""
-PATIENT_SPREADS = 2.5
-"""From here on there is none. (p99 TTFT at 100 requests/s 203 to 222 ms, with 5 247, and without an
+"""Up to here a request waits LONGEST_WAIT_S."""
+NO_WAIT_SPREADS = 2.5
+"""From here on it does not wait at all. (p99 TTFT at 100 requests/s 203 to 222 ms, with 5 247, and without an
 end 236.)
 """
 SOON_S = 0.15
@@ -44,27 +44,25 @@ LIKELY = 0.6
 """Slots that must be expected to come free within SOON_S, beyond those that earlier ones wait
 for.
 """
-RECKON_S = 0.02
-"""A hope stands for this long before it is reckoned anew: a step or two, in which little
-changes.
-"""
+JUDGE_AGAIN_S = 0.02
+"""How long the judgement that a slot will come free holds: a step or two, in which little changes."""
 
 
 class SlotWait:
     """Of one base model's requests."""
 
-    def __init__(self, occupancy: Occupancy, patience_s: float = PATIENCE_S) -> None:
-        self._occupancy, self._patience_s = occupancy, patience_s
+    def __init__(self, occupancy: Occupancy, longest_wait_s: float = LONGEST_WAIT_S) -> None:
+        self._occupancy, self._longest_wait_s = occupancy, longest_wait_s
         self._at: dict[WorkerId, dict[RoutingRequest, None]] = {}  # who waits for a slot there
-        # until when a hope stands, and where
-        self._hopes: dict[RoutingRequest, tuple[float, Sequence[WorkerId]]] = {}
+        # until when the judgement holds, and the workers that it counts on
+        self._judged: dict[RoutingRequest, tuple[float, Sequence[WorkerId]]] = {}
 
     def __len__(self) -> int:
-        return len(self._hopes)
+        return len(self._judged)
 
     def until(
         self,
-        ask: RoutingRequest,
+        request: RoutingRequest,
         cached: Sequence[WorkerView],
         slack: float,
         elsewhere_s: float,
@@ -76,42 +74,44 @@ class SlotWait:
         in spreads (see SCARCE_SPREADS); `elsewhere_s`: what a load there would cost.
         """
         scarce = slack < SCARCE_SPREADS
-        share = min(1.0, (PATIENT_SPREADS - slack) / (PATIENT_SPREADS - FULL_SPREADS))
-        due = ask.arrived + min(
-            elsewhere_s, SCARCE_PATIENCE_S if scarce else self._patience_s * share
+        share = min(1.0, (NO_WAIT_SPREADS - slack) / (NO_WAIT_SPREADS - FULL_SPREADS))
+        due = request.arrived + min(
+            elsewhere_s, SCARCE_WAIT_S if scarce else self._longest_wait_s * share
         )
         if now >= due:
-            self.forget(ask)  # who has given up is ahead of nobody
+            self.forget(request)  # who has given up is ahead of nobody
             return now
         if scarce:
             return due
         soon_s = min(SOON_S, elsewhere_s)
-        hope = self._hopes.get(ask)
-        if hope is None or hope[0] <= now:
-            if not any(self._likely(ask, w, soon_s, now) for w in cached):
-                self.forget(ask)
+        judged = self._judged.get(request)
+        if judged is None or judged[0] <= now:
+            if not any(self._likely(request, w, soon_s, now) for w in cached):
+                self.forget(request)
                 return now
-            self._hope(ask, [w.id for w in cached], now + RECKON_S)
+            self._judge(request, [w.id for w in cached], now + JUDGE_AGAIN_S)
         return min(due, now + soon_s)
 
-    def forget(self, ask: RoutingRequest) -> None:
+    def forget(self, request: RoutingRequest) -> None:
         """It was sent or has left. Idempotent."""
-        hope = self._hopes.pop(ask, None)
-        for worker in hope[1] if hope is not None else ():
+        judged = self._judged.pop(request, None)
+        for worker in judged[1] if judged is not None else ():
             there = self._at[worker]
-            del there[ask]
+            del there[request]
             if not there:
                 del self._at[worker]
 
-    def _likely(self, ask: RoutingRequest, worker: WorkerView, soon_s: float, now: float) -> bool:
+    def _likely(
+        self, request: RoutingRequest, worker: WorkerView, soon_s: float, now: float
+    ) -> bool:
         freed = self._occupancy.freed(worker, soon_s, now)
         if freed is None:
             return True
-        ahead = sum(1 for other in self._at.get(worker.id, ()) if other.arrived < ask.arrived)
+        ahead = sum(1 for other in self._at.get(worker.id, ()) if other.arrived < request.arrived)
         return freed - ahead >= LIKELY
 
-    def _hope(self, ask: RoutingRequest, workers: Sequence[WorkerId], until: float) -> None:
-        self.forget(ask)
-        self._hopes[ask] = (until, workers)
+    def _judge(self, request: RoutingRequest, workers: Sequence[WorkerId], until: float) -> None:
+        self.forget(request)
+        self._judged[request] = (until, workers)
         for worker in workers:
-            self._at.setdefault(worker, {})[ask] = None
+            self._at.setdefault(worker, {})[request] = None

@@ -17,16 +17,7 @@ from shared.config.section import Finding, Section, shown
 
 Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: any free one
 
-RoutingPolicy = Literal[
-    "expected-ttft",
-    "ray",
-    "residency-p2c",
-    "p2c",
-    "least-loaded",
-    "round-robin",
-    "random",
-    "ray-strict",
-]
+RoutingPolicy = Literal["expected-ttft", "ray", "residency-p2c"]
 """What gateway/routing/registry.py makes; docs/ROUTING.md says which to choose."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

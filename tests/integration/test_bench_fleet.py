@@ -76,16 +76,16 @@ def test_every_part_yields_its_row_and_a_second_call_only_what_is_missing(tmp_pa
     ).read_text()
 
     ended, again = fleet(
-        tmp_path, "--workers=2", "--parts=scale,policies", "--policies=ray-strict,round-robin"
+        tmp_path, "--workers=2", "--parts=scale,policies", "--policies=ray,residency-p2c"
     )
     assert ended.returncode == 0, ended.stderr
     assert again[: len(made)] == made
     assert [row["key"] for row in again[len(made) :]] == [
         f"policies/2/{policy}/{share}/0"
-        for policy in ("ray-strict", "round-robin")
+        for policy in ("ray", "residency-p2c")
         for share in ("70%", "95%")
     ]
-    assert {row["policy"] for row in again[len(made) :]} == {"ray-strict", "round-robin"}
+    assert {row["policy"] for row in again[len(made) :]} == {"ray", "residency-p2c"}
 
 
 def test_rows_for_which_there_is_no_time_are_named_and_left_for_another_call(

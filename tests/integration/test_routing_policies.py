@@ -259,7 +259,7 @@ async def test_the_access_log_says_where_and_why(tmp_path: Path, adapters: Path)
         )
 
 
-@pytest.mark.parametrize("policy", ["ray", "round-robin", "ray-strict"])
+@pytest.mark.parametrize("policy", ["ray", "residency-p2c"])
 async def test_another_policy_is_chosen_in_the_config(
     tmp_path: Path, adapters: Path, policy: str
 ) -> None:

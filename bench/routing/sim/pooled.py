@@ -21,21 +21,21 @@ from bench.routing.sim.worker import WorkerFacts
 from bench.routing.sim.world import LoadSeen, Outcome, Run, adapter_name
 from shared.link.messages import Tier
 
-Stay = tuple[int, float, float]
+SlotUse = tuple[int, float, float]
 """(adapter, from when, for how long), in seconds."""
 
 
-def starts_of(stays: Sequence[Stay], slots: int) -> list[float]:
+def starts_of(slot_uses: Sequence[SlotUse], slots: int) -> list[float]:
     """When each of these, in order of arrival, gets a slot: with its adapter if that has one, else
     the next that is free.
     """
-    starts = [0.0] * len(stays)
+    starts = [0.0] * len(slot_uses)
     in_flight: Counter[int] = Counter()
     ends: list[tuple[float, int]] = []  # heap
     line: dict[int, list[int]] = {}  # adapters that wait, in order, with their requests
 
     def start(nth: int, now: float) -> None:
-        adapter, _, lasts_s = stays[nth]
+        adapter, _, lasts_s = slot_uses[nth]
         starts[nth] = now
         in_flight[adapter] += 1
         heapq.heappush(ends, (now + lasts_s, adapter))
@@ -50,7 +50,7 @@ def starts_of(stays: Sequence[Stay], slots: int) -> list[float]:
             for nth in line.pop(next(iter(line))):
                 start(nth, now)
 
-    for nth, (adapter, now, _) in enumerate(stays):
+    for nth, (adapter, now, _) in enumerate(slot_uses):
         while ends and ends[0][0] <= now:
             end()
         if adapter in in_flight or (adapter not in line and len(in_flight) < slots):
@@ -68,7 +68,7 @@ def pooled(run: Run, workers: int, facts: WorkerFacts) -> Run:
     Raises: ValueError if one was not.
     """
     asked = [o for o in run.outcomes if o.request.adapter is not None]
-    stays: list[Stay] = []
+    slot_uses: list[SlotUse] = []
     for outcome in asked:
         if (
             outcome.ttft_s is None
@@ -80,13 +80,17 @@ def pooled(run: Run, workers: int, facts: WorkerFacts) -> Run:
                 f"request {outcome.request.index} was not served: of an overloaded "
                 "fleet nothing can be said here"
             )
-        stays.append(
+        slot_uses.append(
             (outcome.request.adapter, outcome.request.at_s, outcome.ended_s - outcome.sent_s)
         )
-    starts = starts_of(stays, workers * facts.slots)
+    starts = starts_of(slot_uses, workers * facts.slots)
     made = Run([], [], ended_s=run.ended_s)
     tiers = dict(
-        zip((id(outcome) for outcome in asked), _tiers(stays, starts, workers, facts), strict=True)
+        zip(
+            (id(outcome) for outcome in asked),
+            _tiers(slot_uses, starts, workers, facts),
+            strict=True,
+        )
     )
     began = dict(zip((id(outcome) for outcome in asked), starts, strict=True))
     for outcome in run.outcomes:
@@ -107,14 +111,14 @@ def pooled(run: Run, workers: int, facts: WorkerFacts) -> Run:
 
 
 def _tiers(
-    stays: Sequence[Stay], starts: Sequence[float], workers: int, facts: WorkerFacts
+    slot_uses: Sequence[SlotUse], starts: Sequence[float], workers: int, facts: WorkerFacts
 ) -> list[Tier]:
     """Where each one's adapter is when it starts."""
-    order = sorted(range(len(stays)), key=starts.__getitem__)
-    uses = [(stays[nth][0], starts[nth], starts[nth] + stays[nth][2]) for nth in order]
+    order = sorted(range(len(slot_uses)), key=starts.__getitem__)
+    uses = [(slot_uses[nth][0], starts[nth], starts[nth] + slot_uses[nth][2]) for nth in order]
     in_slot = hits_of(uses, workers * facts.slots)
     in_memory = hits_of(uses, workers * (facts.slots + facts.cpu_adapters))
-    tiers = [Tier.GPU] * len(stays)
+    tiers = [Tier.GPU] * len(slot_uses)
     for nth, hit, near in zip(order, in_slot, in_memory, strict=True):
         tiers[nth] = Tier.GPU if hit else Tier.CPU if near else Tier.DISK
     return tiers

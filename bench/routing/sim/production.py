@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+from bench.routing.policies import COMPARED
 from bench.routing.sim.agenda import Agenda
 from bench.routing.sim.timing import Loader
 from bench.routing.sim.worker import HEARTBEAT_S, WorkerFacts
@@ -15,7 +16,6 @@ from gateway.dispatch.admission import Admission
 from gateway.dispatch.dispatcher import Dispatcher, Transport
 from gateway.dispatch.request import InFlightRequest
 from gateway.fleet.fleet import Fleet
-from gateway.routing.registry import POLICIES, make_policy
 from gateway.telemetry.ended_request import EndedRequest
 from gateway.telemetry.prometheus import Metrics
 from shared.link import messages
@@ -44,8 +44,8 @@ class NoMetrics(Metrics):
 
 
 def policies() -> Sequence[str]:
-    """The names of the production policies."""
-    return tuple(POLICIES)
+    """Their names, those to compare with first."""
+    return tuple(COMPARED)
 
 
 def build_dispatcher(
@@ -65,7 +65,7 @@ def build_dispatcher(
 
     dispatcher = Dispatcher(
         Fleet(LEASE_S),
-        make_policy(policy),
+        COMPARED[policy](),
         admission,
         transport,
         NoMetrics(),

@@ -458,7 +458,7 @@ def test_a_refusal_that_is_final_is_told_to_the_client(room: Room) -> None:
 def test_a_version_that_the_store_does_not_show_is_looked_for_on_another_worker(
     make_room: MakeRoom,
 ) -> None:
-    room = make_room(policy="round-robin")
+    room = make_room()
     for worker in ("w0", "w1"):
         room.worker(worker)
     for elsewhere, phase in ((False, RequestPhase.FAILED), (True, RequestPhase.SENT)):

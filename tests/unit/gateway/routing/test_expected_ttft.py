@@ -12,7 +12,7 @@ from gateway.routing.demand import BOUND, FLOOR
 from gateway.routing.expected_ttft import MISS, MISS_WINDOW_S, ExpectedTTFT
 from gateway.routing.policy import Blocked, Choice, ChoiceReason, Decision, Defer, RoutingRequest
 from gateway.routing.slot_claims import AGE_BOUND_S, HELD_AGE_S
-from gateway.routing.slot_wait import PATIENCE_S, SOON_S
+from gateway.routing.slot_wait import LONGEST_WAIT_S, SOON_S
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
@@ -68,22 +68,22 @@ class Room:
         self.fleet.beat(beat, self.now)
         self.fleet.attach(name, 1)
 
-    def ask(self, ref: AdapterRef | None, **more: object) -> RoutingRequest:
+    def request(self, ref: AdapterRef | None, **more: object) -> RoutingRequest:
         return RoutingRequest(
             "tiny", ref, 26 * MIB, **({"prompt_tokens": 128, "arrived": self.now} | more)
         )  # type: ignore[arg-type]
 
-    def choose(self, ask: RoutingRequest) -> Decision:
-        return self.policy.choose(ask, self.fleet, self.now, self.rng)
+    def choose(self, request: RoutingRequest) -> Decision:
+        return self.policy.choose(request, self.fleet, self.now, self.rng)
 
     def send(self, ref: AdapterRef | None, **more: object) -> Choice | Defer:
-        ask = self.ask(ref, **more)
-        self.policy.arrived(ask, self.now)
-        decision = self.choose(ask)
+        request = self.request(ref, **more)
+        self.policy.arrived(request, self.now)
+        decision = self.choose(request)
         if isinstance(decision, Choice):
             self.sid += 1
-            self.fleet.reserve(decision.worker, self.sid, ref, ask.prompt_tokens)
-            self.policy.sent(ask, decision, self.now)
+            self.fleet.reserve(decision.worker, self.sid, ref, request.prompt_tokens)
+            self.policy.sent(request, decision, self.now)
         return decision
 
     def misses(self, slots: float) -> None:
@@ -166,11 +166,13 @@ def test_a_backlog_of_prompts_is_charged_in_seconds_and_works_itself_off(room: R
     room.worker("behind", waiting_tokens=20_000, prefill_tokens_per_s=10_000.0)
     room.worker("ahead", waiting_tokens=5_000, prefill_tokens_per_s=10_000.0)
     costs = {
-        c.worker.id: c.terms.queue_s for c in room.policy.explain(room.ask(None), room.fleet, 0.0)
+        c.worker.id: c.cost.queue_s
+        for c in room.policy.explain(room.request(None), room.fleet, 0.0)
     }
     assert costs["behind"] - costs["ahead"] == pytest.approx(1.5)
     later = {
-        c.worker.id: c.terms.queue_s for c in room.policy.explain(room.ask(None), room.fleet, 1.0)
+        c.worker.id: c.cost.queue_s
+        for c in room.policy.explain(room.request(None), room.fleet, 1.0)
     }
     assert later["behind"] - later["ahead"] == pytest.approx(1.0)
 
@@ -207,8 +209,8 @@ def test_of_the_first_to_have_become_idle_the_coldest_is_the_victim_that_a_load_
     assert next(iter(worker.idle)) == ("warm", "d"), (
         "by the time of its last use alone it would be this one"
     )
-    (candidate,) = room.policy.explain(room.ask(adapter("new")), room.fleet, room.now)
-    assert candidate.terms.evict_s == pytest.approx(0.5 * 0.06), (
+    (candidate,) = room.policy.explain(room.request(adapter("new")), room.fleet, room.now)
+    assert candidate.cost.evict_s == pytest.approx(0.5 * 0.06), (
         "once in 20 s, so wanted within 10 s in one case of two"
     )
 
@@ -350,13 +352,13 @@ def test_a_request_waits_a_moment_for_a_slot_where_its_weights_are_cached_then_g
     room.worker("cached", on("pirate", Tier.CPU), on("x", in_flight=1), slots=1, running=1)
     room.worker("other", slots=2, running=20, yours=0)
     room.misses(slots=2.0)
-    ask = room.ask(PIRATE)
-    assert room.choose(ask) == Defer(Blocked.TURN, SOON_S)
+    request = room.request(PIRATE)
+    assert room.choose(request) == Defer(Blocked.TURN, SOON_S)
     room.now = SOON_S
-    again = room.choose(ask)
-    assert isinstance(again, Defer) and again.until == pytest.approx(PATIENCE_S, rel=0.01)
-    room.now = PATIENCE_S
-    decision = room.choose(ask)
+    again = room.choose(request)
+    assert isinstance(again, Defer) and again.until == pytest.approx(LONGEST_WAIT_S, rel=0.01)
+    room.now = LONGEST_WAIT_S
+    decision = room.choose(request)
     assert isinstance(decision, Choice) and decision.worker.id == "other"
 
 
@@ -366,10 +368,12 @@ def test_the_more_slots_are_open_elsewhere_the_less_a_request_waits_for_one_wher
     room.worker("cached", on("pirate", Tier.CPU), on("x", in_flight=1), slots=1, running=1)
     room.worker("other", slots=7, running=20, yours=0)
     room.misses(slots=4.0)
-    decision = room.choose(room.ask(PIRATE))
-    assert isinstance(decision, Defer) and decision.until == pytest.approx(PATIENCE_S / 2, rel=0.05)
+    decision = room.choose(room.request(PIRATE))
+    assert isinstance(decision, Defer) and decision.until == pytest.approx(
+        LONGEST_WAIT_S / 2, rel=0.05
+    )
     room.worker("other", slots=11, running=20, yours=0)
-    decision = room.choose(room.ask(PIRATE))
+    decision = room.choose(room.request(PIRATE))
     assert isinstance(decision, Choice) and decision.worker.id == "other"
 
 
@@ -390,7 +394,7 @@ def test_it_waits_no_longer_than_what_a_load_elsewhere_costs_it_and_those_who_ru
     )
     room.worker("other", slots=2, running=20, yours=0)
     room.misses(slots=2.0)
-    decision = room.choose(room.ask(PIRATE))
+    decision = room.choose(room.request(PIRATE))
     assert isinstance(decision, Defer) and decision.until == pytest.approx(waits_s)
 
 
@@ -399,9 +403,9 @@ def test_a_load_beside_the_engine_is_the_requests_own_time_and_nobody_elses(room
         room.worker(
             name, on("pirate", Tier.DISK), running=10, yours=0, stall_s=stalls_s, load_s=0.040
         )
-    terms = {c.worker.id: c.terms for c in room.policy.explain(room.ask(PIRATE), room.fleet, 0.0)}
-    assert terms["inside"].load_s == terms["beside"].load_s == pytest.approx(0.040)
-    assert terms["inside"].stall_s - terms["beside"].stall_s == pytest.approx(10 * 0.039)
+    cost = {c.worker.id: c.cost for c in room.policy.explain(room.request(PIRATE), room.fleet, 0.0)}
+    assert cost["inside"].load_s == cost["beside"].load_s == pytest.approx(0.040)
+    assert cost["inside"].stall_s - cost["beside"].stall_s == pytest.approx(10 * 0.039)
 
 
 def test_a_cold_adapter_passes_by_a_worker_that_loads_already_while_another_home_loads_nothing(
@@ -458,7 +462,7 @@ def test_a_request_older_than_the_age_bound_closes_the_slot_longest_without_a_ne
     room.to(HAIKU)  # sid 4
     room.now = 1.0
     room.to(PIRATE)
-    old = room.ask(adapter("old"), arrived=0.0)
+    old = room.request(adapter("old"), arrived=0.0)
     assert room.choose(old) == Defer(Blocked.SLOT, AGE_BOUND_S)
     room.now = AGE_BOUND_S
     assert isinstance(room.choose(old), Defer)
@@ -479,7 +483,7 @@ def test_a_claim_ends_with_the_request_that_made_it(room: Room) -> None:
     room.worker("w0", slots=1)
     room.taken()
     room.to(PIRATE)
-    old = room.ask(HAIKU)
+    old = room.request(HAIKU)
     room.now = AGE_BOUND_S
     room.choose(old)
     assert isinstance(room.send(PIRATE), Defer)
@@ -494,12 +498,12 @@ def test_an_adapter_whose_holders_are_all_full_soon_gets_a_slot_on_a_worker_with
     room.worker("idle", slots=1, capacity=9)
     room.to(PIRATE)
     assert room.to(HAIKU)[0] == "idle"
-    ask = room.ask(PIRATE)
+    request = room.request(PIRATE)
     room.now = HELD_AGE_S
-    assert isinstance(room.choose(ask), Defer)
+    assert isinstance(room.choose(request), Defer)
     assert isinstance(room.send(HAIKU), Defer)
     room.fleet.release(2)
-    decision = room.choose(ask)
+    decision = room.choose(request)
     assert isinstance(decision, Choice) and decision.worker.id == "idle"
 
 
@@ -523,13 +527,13 @@ def test_explain_shows_every_worker_best_first_with_its_terms(room: Room) -> Non
     room.worker("cold", running=3)
     room.worker("warm", on("pirate"))
     room.worker("full", on("x", in_flight=1), slots=1, running=1)
-    found = room.policy.explain(room.ask(PIRATE), room.fleet, 0.0)
+    found = room.policy.explain(room.request(PIRATE), room.fleet, 0.0)
     assert [(c.worker.id, c.eligible, c.note) for c in found] == [
         ("warm", True, ""),
         ("cold", True, ""),
         ("full", False, "no slot"),
     ]
-    warm, cold = found[0].terms, found[1].terms
+    warm, cold = found[0].cost, found[1].cost
     assert (
         warm.load_s == 0.0
         and cold.load_s == pytest.approx(0.060 + 0.250)
@@ -561,39 +565,39 @@ class SlotMachine(RuleBasedStateMachine):
     def arrive(self, names: list[int]) -> None:
         for n in names:
             ref = adapter(f"a{n}")
-            ask = self.room.ask(ref)
-            self.room.policy.arrived(ask, self.room.now)
-            self.waiting.append((ask, ref))
+            request = self.room.request(ref)
+            self.room.policy.arrived(request, self.room.now)
+            self.waiting.append((request, ref))
         self.dispatch()
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        ask, _ = self.waiting.pop(data.draw(st.integers(0, len(self.waiting) - 1)))
-        self.room.policy.left(ask, self.room.now)
+        request, _ = self.waiting.pop(data.draw(st.integers(0, len(self.waiting) - 1)))
+        self.room.policy.left(request, self.room.now)
 
     @rule(steps=st.integers(1, 30))
     def pass_time(self, steps: int) -> None:
         for _ in range(steps):
             self.room.now += 0.05
-            for sid, (ends, ask, _) in list(self.running.items()):
+            for sid, (ends, request, _) in list(self.running.items()):
                 if ends <= self.room.now:
                     worker = self.room.fleet._by_stream[sid]
                     del self.running[sid]
                     self.room.fleet.release(sid)
-                    self.room.policy.finished(ask, worker, SERVICE_S, 10, self.room.now)
+                    self.room.policy.finished(request, worker, SERVICE_S, 10, self.room.now)
             self.dispatch()
 
     def dispatch(self) -> None:
         room = self.room
-        for ask, ref in list(self.waiting):
-            decision = room.choose(ask)
+        for request, ref in list(self.waiting):
+            decision = room.choose(request)
             if isinstance(decision, Choice):
                 room.sid += 1
                 room.fleet.reserve(decision.worker, room.sid, ref, 128)
-                room.policy.sent(ask, decision, room.now)
-                self.waiting.remove((ask, ref))
-                self.running[room.sid] = (room.now + SERVICE_S, ask, ref)
+                room.policy.sent(request, decision, room.now)
+                self.waiting.remove((request, ref))
+                self.running[room.sid] = (room.now + SERVICE_S, request, ref)
 
     @invariant()
     def slots_and_room_are_kept(self) -> None:
@@ -615,7 +619,7 @@ class SlotMachine(RuleBasedStateMachine):
         after the bound a handful of rounds do.
         """
         if hasattr(self, "room") and self.waiting:
-            oldest = max(self.room.now - ask.arrived for ask, _ in self.waiting)
+            oldest = max(self.room.now - request.arrived for request, _ in self.waiting)
             ahead = len(self.waiting) + len(self.running)
             assert oldest <= AGE_BOUND_S + SERVICE_S * (4 + ahead)
 

@@ -80,9 +80,9 @@ def test_adapters_of_other_gateways_count_at_the_mean_rate() -> None:
 
 def test_what_is_sent_again_elsewhere_is_no_longer_where_it_was() -> None:
     occupancy = seen(*[1.0] * RECENT)
-    ask = RoutingRequest("tiny")
-    occupancy.begin(ask, "w0", A, 0.0)
-    occupancy.begin(ask, "w1", A, 0.0)
+    request = RoutingRequest("tiny")
+    occupancy.begin(request, "w0", A, 0.0)
+    occupancy.begin(request, "w1", A, 0.0)
     assert (
         freed(occupancy, worker("w0"), 1.0, 0.5) == 0.0
         and freed(occupancy, worker("w1"), 1.0, 0.5) > 0.9
@@ -106,17 +106,17 @@ def test_only_the_newest_stays_count() -> None:
 def test_nothing_stays_behind_and_no_more_is_freed_than_is_there(
     events: list[tuple[str, int, float]],
 ) -> None:
-    occupancy, asks, now = seen(*[1.0] * LEAST), [RoutingRequest("tiny") for _ in range(6)], 0.0
+    occupancy, requests, now = seen(*[1.0] * LEAST), [RoutingRequest("tiny") for _ in range(6)], 0.0
     for what, n, gap in events:
         now += gap
         if what == "begin":
-            occupancy.begin(asks[n], f"w{n % 2}", (f"a{n % 3}", "d"), now)
+            occupancy.begin(requests[n], f"w{n % 2}", (f"a{n % 3}", "d"), now)
         else:
-            occupancy.end(asks[n], gap if what == "end" else None)
+            occupancy.end(requests[n], gap if what == "end" else None)
         there = {w: freed(occupancy, worker(w), 0.3, now) for w in ("w0", "w1")}
         assert all(0.0 <= number <= 3.0 for number in there.values())
-    for ask in asks:
-        occupancy.end(ask)
+    for request in requests:
+        occupancy.end(request)
     assert (
         len(occupancy) == 0
         and freed(occupancy, worker("w0"), 9.0, now)

@@ -65,13 +65,13 @@ class Room:
             self.now += 2 * USUAL_S
 
     def to(self, name: str) -> tuple[str, ChoiceReason]:
-        ask = RoutingRequest("tiny", ref(name), 26 << 20, prompt_tokens=128, arrived=self.now)
-        self.policy.arrived(ask, self.now)
-        choice = self.policy.choose(ask, self.fleet, self.now, self.rng)
+        request = RoutingRequest("tiny", ref(name), 26 << 20, prompt_tokens=128, arrived=self.now)
+        self.policy.arrived(request, self.now)
+        choice = self.policy.choose(request, self.fleet, self.now, self.rng)
         assert isinstance(choice, Choice), choice
         self.sid += 1
         self.fleet.reserve(choice.worker, self.sid, ref(name), 128)
-        self.policy.sent(ask, choice, self.now)
+        self.policy.sent(request, choice, self.now)
         return choice.worker.id, choice.reason
 
 
@@ -167,8 +167,8 @@ def test_when_the_worker_that_took_it_is_lost_the_old_one_serves_the_adapter_aga
 def test_explain_says_that_the_adapter_has_moved(room: Room) -> None:
     room.usual(heavy=HEAVY, light={"poem": 20})
     room.to("law")
-    ask = RoutingRequest("tiny", ref("law"), 26 << 20, prompt_tokens=128, arrived=room.now)
-    assert {c.worker.id: c.note for c in room.policy.explain(ask, room.fleet, room.now)} == {
+    request = RoutingRequest("tiny", ref("law"), 26 << 20, prompt_tokens=128, arrived=room.now)
+    assert {c.worker.id: c.note for c in room.policy.explain(request, room.fleet, room.now)} == {
         "heavy": "moved to a lighter worker",
         "light": "",
     }

@@ -60,23 +60,23 @@ class Gateway:
         self.fleet.beat(beat, self.now)
         self.fleet.attach(name, 1)
 
-    def choose(self, ask: RoutingRequest) -> Decision:
-        return self.policy.choose(ask, self.fleet, self.now, random.Random(1))
+    def choose(self, request: RoutingRequest) -> Decision:
+        return self.policy.choose(request, self.fleet, self.now, random.Random(1))
 
-    def ask(self, ref: AdapterRef) -> RoutingRequest:
-        ask = RoutingRequest("tiny", ref, 1000, 10, arrived=self.now)
-        self.policy.arrived(ask, self.now)
-        return ask
+    def request(self, ref: AdapterRef) -> RoutingRequest:
+        request = RoutingRequest("tiny", ref, 1000, 10, arrived=self.now)
+        self.policy.arrived(request, self.now)
+        return request
 
     def send(self, ref: AdapterRef) -> str | None:
         """The worker it went to."""
-        ask = self.ask(ref)
-        decision = self.choose(ask)
+        request = self.request(ref)
+        decision = self.choose(request)
         if isinstance(decision, Defer):
             return None
         self.sid += 1
         self.fleet.reserve(decision.worker, self.sid, ref)
-        self.policy.sent(ask, decision, self.now)
+        self.policy.sent(request, decision, self.now)
         return decision.worker.id
 
 
@@ -104,18 +104,18 @@ def test_an_adapter_that_is_idle_and_not_in_steady_use_makes_room(gateway: Gatew
 def test_an_adapter_in_steady_use_makes_room_for_a_hotter_one_alone(gateway: Gateway) -> None:
     gateway.worker("w0", held("warm", steady=True), slots=1)
     for _ in range(30):
-        gateway.ask(WARM)
+        gateway.request(WARM)
     for _ in range(30):
-        gateway.ask(COLD)
+        gateway.request(COLD)
     assert gateway.send(COLD) == "w0", "31 requests are more than 30"
 
 
 def test_equally_hot_adapters_do_not_take_each_others_slots(gateway: Gateway) -> None:
     gateway.worker("w0", held("warm", steady=True), slots=1)
     for _ in range(30):
-        gateway.ask(WARM)
+        gateway.request(WARM)
     for _ in range(29):
-        gateway.ask(COLD)
+        gateway.request(COLD)
     assert gateway.send(COLD) is None
 
 
@@ -140,7 +140,7 @@ def test_a_claim_passes_by_an_adapter_in_steady_use_though_it_has_fewer_requests
     gateway.worker("w0", held("warm", steady=True), held("b1"), held("b2"), held("b3"), slots=4)
     for name in ("warm", *["b1", "b2", "b3"] * 3, "b2", "b3"):
         gateway.send(adapter(name))
-    old = gateway.ask(COLD)
+    old = gateway.request(COLD)
     gateway.now = AGE_BOUND_S
     assert isinstance(gateway.choose(old), Defer)
     assert gateway.send(WARM) == "w0" and gateway.send(adapter("b1")) is None
@@ -155,7 +155,7 @@ def test_of_many_in_steady_use_a_claim_takes_the_one_longest_without_a_new_reque
     for name in ("warm", *["hot", "b1", "b2"] * 3):
         gateway.send(adapter(name))
         gateway.now += 0.01
-    old = gateway.ask(COLD)
+    old = gateway.request(COLD)
     gateway.now += AGE_BOUND_S
     assert isinstance(gateway.choose(old), Defer)
     assert gateway.send(WARM) is None
@@ -169,7 +169,7 @@ def test_it_passes_by_even_where_the_others_slots_are_promised_already(gateway: 
     gateway.worker("w1", held("b1"), held("b2"), held("b3"), slots=3)
     for name in ("warm", "b1", "b2", "b3"):
         gateway.send(adapter(name))
-    first, second = gateway.ask(adapter("c1")), gateway.ask(adapter("c2"))
+    first, second = gateway.request(adapter("c1")), gateway.request(adapter("c2"))
     gateway.now = AGE_BOUND_S
     assert isinstance(gateway.choose(first), Defer) and isinstance(gateway.choose(second), Defer)
     assert gateway.send(WARM) == "w0"
@@ -184,8 +184,8 @@ def test_where_most_slots_are_in_steady_use_a_colder_adapter_does_not_wait_for_a
     gateway.worker("w0", *(held(f"a{n}", steady=True) for n in range(3)), slots=3)
     for n in range(3):
         for _ in range(40 - 10 * n):
-            gateway.ask(adapter(f"a{n}"))
-    assert isinstance(gateway.choose(gateway.ask(COLD)), Choice)
+            gateway.request(adapter(f"a{n}"))
+    assert isinstance(gateway.choose(gateway.request(COLD)), Choice)
 
 
 def test_a_slot_is_claimed_on_the_least_loaded_worker_but_not_from_an_adapter_in_steady_use(
@@ -196,9 +196,9 @@ def test_a_slot_is_claimed_on_the_least_loaded_worker_but_not_from_an_adapter_in
     gateway.worker("busy", held("other"), held("b2"), held("b3"), slots=3)
     for name in ("warm", "other", "b2", "b2", "b3", "b3"):
         gateway.send(adapter(name))
-    ask = gateway.ask(adapter("pirate"))
+    request = gateway.request(adapter("pirate"))
     gateway.now = HELD_AGE_S
-    assert isinstance(gateway.choose(ask), Defer)
+    assert isinstance(gateway.choose(request), Defer)
     assert gateway.send(WARM) == "calm" and gateway.send(adapter("other")) is None
 
 
@@ -206,7 +206,7 @@ def test_explain_says_so(gateway: Gateway) -> None:
     gateway.worker("w0", held("warm", steady=True), slots=1)
     found = {
         c.worker.id: (c.eligible, c.note)
-        for c in gateway.policy.explain(gateway.ask(COLD), gateway.fleet, 0.0)
+        for c in gateway.policy.explain(gateway.request(COLD), gateway.fleet, 0.0)
     }
     assert found == {"w0": (False, "no slot"), "crowded": (False, "no room")}
 

@@ -41,6 +41,10 @@ def test_defaults_listen_on_this_machine_only() -> None:
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
+        (
+            {"routing_policy": "round-robin"},
+            "expected 'expected-ttft' or 'ray' or 'residency-p2c', got the text 'round-robin'",
+        ),
         ({"port": 65536}, "(at least 0, at most 65535), got 65536"),
         ({"port": "8000"}, "write it without quotes or exponent: 8000"),
         ({"processes": 0}, "(at least 1)"),

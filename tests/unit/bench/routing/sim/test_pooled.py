@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bench.routing.sim.clairvoyant import bound
 from bench.routing.sim.figures import figures
-from bench.routing.sim.pooled import Stay, pooled, starts_of
+from bench.routing.sim.pooled import SlotUse, pooled, starts_of
 from bench.routing.sim.scenarios import SCENARIOS, Window, requests_of
 from bench.routing.sim.timing import Timing
 from bench.routing.sim.worker import WorkerFacts
@@ -21,40 +21,42 @@ arrivals = st.lists(
 )
 
 
-def in_order(drawn: list[tuple[int, float, float]]) -> list[Stay]:
-    now, stays = 0.0, []
+def in_order(drawn: list[tuple[int, float, float]]) -> list[SlotUse]:
+    now, slot_uses = 0.0, []
     for adapter, gap, lasts in drawn:
         now += gap
-        stays.append((adapter, now, lasts))
-    return stays
+        slot_uses.append((adapter, now, lasts))
+    return slot_uses
 
 
 @given(arrivals, st.integers(1, 3))
 def test_no_more_adapters_than_slots_and_nobody_waits_while_one_is_free_or_its_adapter_has_one(
-    drawn: list[Stay], slots: int
+    drawn: list[SlotUse], slots: int
 ) -> None:
-    stays = in_order(drawn)
-    starts = starts_of(stays, slots)
-    for (adapter, at, _), start in zip(stays, starts, strict=True):
+    slot_uses = in_order(drawn)
+    starts = starts_of(slot_uses, slots)
+    for (adapter, at, _), start in zip(slot_uses, starts, strict=True):
         assert start >= at
         there = {
-            a for (a, _, lasts), s in zip(stays, starts, strict=True) if s <= start < s + lasts
+            a for (a, _, lasts), s in zip(slot_uses, starts, strict=True) if s <= start < s + lasts
         }
         assert adapter in there and len(there) <= slots
         if start > at:  # just before it got its slot all were taken, none of them by its adapter
             before = {
-                a for (a, _, lasts), s in zip(stays, starts, strict=True) if s < start <= s + lasts
+                a
+                for (a, _, lasts), s in zip(slot_uses, starts, strict=True)
+                if s < start <= s + lasts
             }
             assert len(before) == slots and adapter not in {
                 a
-                for (a, _, lasts), s in zip(stays, starts, strict=True)
+                for (a, _, lasts), s in zip(slot_uses, starts, strict=True)
                 if s <= at < s + lasts and s < start
             }
 
 
 def test_requests_of_one_adapter_share_a_slot_and_others_wait_in_order_of_arrival() -> None:
-    stays = [(1, 0.0, 2.0), (1, 1.0, 2.0), (2, 1.5, 1.0), (3, 1.6, 1.0), (2, 1.7, 3.0)]
-    assert starts_of(stays, 1) == [0.0, 1.0, 3.0, 6.0, 3.0]
+    slot_uses = [(1, 0.0, 2.0), (1, 1.0, 2.0), (2, 1.5, 1.0), (3, 1.6, 1.0), (2, 1.7, 3.0)]
+    assert starts_of(slot_uses, 1) == [0.0, 1.0, 3.0, 6.0, 3.0]
 
 
 def test_one_pool_waits_less_and_loads_less_than_the_run_and_more_than_the_bound() -> None:

@@ -1,0 +1,63 @@
+"""Pure. The simple policy: holders of the adapter with room first, then the less loaded of two."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence, Set
+
+from gateway.fleet.fleet import Fleet, WorkerView
+from gateway.fleet.worker_view import key_of
+from gateway.routing.policy import (
+    NONE_EXCLUDED,
+    Blocked,
+    Choice,
+    ChoiceReason,
+    Decision,
+    Defer,
+    RoutingRequest,
+    StatelessPolicy,
+)
+from shared.link.messages import WorkerId
+
+
+def two_choices(candidates: Sequence[WorkerView], rng: random.Random) -> WorkerView:
+    """The less loaded of two drawn at random (Mitzenmacher, "The Power of Two Choices in Randomized
+    Load Balancing", 2001).
+    """
+    if len(candidates) == 1:
+        return candidates[0]
+    first, second = rng.sample(candidates, 2)
+    return first if first.load <= second.load else second
+
+
+class ResidencyP2C(StatelessPolicy):
+    """Residency first, then load: the better of two holders with room; if all holders are full or
+    there is none, the better of two others.
+    """
+
+    name = "residency-p2c"
+
+    def choose(
+        self,
+        request: RoutingRequest,
+        fleet: Fleet,
+        now: float,
+        rng: random.Random,
+        excluded: Set[WorkerId] = NONE_EXCLUDED,
+    ) -> Decision:
+        pool = fleet.pool(request.base)
+        if request.adapter is not None:
+            held = pool.holders.get(key_of(request.adapter), {})
+            holders = [w for w in held.values() if w.accepts(excluded)]
+            if holders:
+                worker = two_choices(holders, rng)
+                return Choice(worker, ChoiceReason.RESIDENT, worker.tier(request.adapter))
+        able = [w for w in pool.workers if w.accepts(excluded)]
+        if not able:
+            return Defer(Blocked.ROOM)
+        worker = two_choices(able, rng)
+        if request.adapter is None:
+            return Choice(worker, ChoiceReason.BASE)
+        return Choice(
+            worker, ChoiceReason.SPILL if held else ChoiceReason.COLD, worker.tier(request.adapter)
+        )
