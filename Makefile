@@ -1,4 +1,4 @@
-# make demo | make test | make check | make bench | make bench-engine | make bench-cold | make bench-micro | make bench-fleet | make bench-load | make demo-model | make clean
+# make demo | make test | make check | make bench | make bench-engine | make bench-cold | make bench-micro | make bench-fleet | make bench-load | make docs | make demo-model | make clean
 VENV   ?= .venv
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
@@ -6,7 +6,7 @@ WORKERS ?= 2
 JOBS   ?= 2
 PY      = $(VENV)/bin/python
 
-.PHONY: setup demo test check format bench bench-growth bench-engine bench-cold bench-micro bench-fleet bench-load demo-model clean
+.PHONY: setup demo test check format bench bench-growth bench-engine bench-cold bench-micro bench-fleet bench-load docs demo-model clean
 
 setup:
 	@deploy/setup.sh $(VENV) dev
@@ -52,6 +52,10 @@ bench-cold: setup
 # One gateway and a worker per GPU: throughput on 2, 4, 8 of them, policies, a worker's death. ARGS="--engine sim" rehearses it without a GPU.
 bench-fleet: setup
 	@$(PY) -m bench.fleet $(ARGS)
+
+# The documentation site, into build/site; a broken link or anchor fails.
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "build/site/index.html"
 
 # Trains the demo model and its adapters again (they are shipped in examples/demo).
 demo-model: setup
