@@ -54,8 +54,8 @@ FLOORS = {
         {"zygote"},
         {"__main__"},
         {"agent"},
-        {"commands", "validation"},
-        {"adapters", "peers"},
+        {"boot", "commands", "heartbeat", "requests"},
+        {"adapters", "peers", "validation"},
         {"engine", "disk", "session", "settings"},
     ],
     "shared": [

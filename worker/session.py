@@ -144,12 +144,12 @@ class GatewaySession:
         self._seq += 1
         return self._seq
 
-    def beat(self, beat: messages.Heartbeat) -> None:
+    def send_heartbeat(self, heartbeat: messages.Heartbeat) -> None:
         """Sends a heartbeat; one that the link does not take is lost, the next one is a full
         snapshot again.
         """
         if self._control is not None:
-            self._control.send(messages.encode(beat))
+            self._control.send(messages.encode(heartbeat))
         if (
             self._lease_s == 0.0
             and not self._complained

@@ -15,11 +15,10 @@ from bench.routing.sim.vllm_residency import VllmResidency
 from shared.adapters.identity import AdapterRef
 from shared.averages import blend
 from shared.link import messages
+from worker.adapters.load_times import LOAD_WEIGHT
 from worker.adapters.residency import Fetch, Instruction, Reject, Residency, Start
 from worker.engine.base import Loaded, Swap
 
-LOAD_WEIGHT = 0.3
-"""Of the newest load in the moving average, as in worker/agent.py."""
 NOWHERE = Path("/nonexistent")
 HEARTBEAT_S = 0.1
 """The production default."""

@@ -1,0 +1,128 @@
+"""Shell. Brings an adapter to this worker: from disk, from peers or from the store, then into the
+engine's host memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from shared.adapters.identity import AdapterRef, StoredAdapter
+from shared.errors import AdapterNotFound
+from shared.link.messages import Tier
+from shared.stores import AdapterStore
+from worker.adapters.load_times import LoadTimes
+from worker.disk.cache import Cached, Check, DiskCache
+from worker.disk.download import Source
+from worker.engine.base import Engine, Loaded
+
+log = logging.getLogger("loraplex.agent")
+clock = time.monotonic
+
+
+@dataclass(frozen=True, slots=True)
+class FetchHint:
+    """What a gateway said of an adapter's files: the files in the store, if it sent them, and the
+    peer endpoints of workers that have them.
+    """
+
+    stored: StoredAdapter | None = None
+    peers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """An adapter on this host's disk. `came_from` is DISK if it was there already, else REMOTE;
+    `check_s` is what it cost to check what was there.
+    """
+
+    cached: Cached
+    came_from: Tier
+    check_s: float
+
+
+class AdapterFetcher:
+    """`sources` turns peer endpoints into places to download an adapter from."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: AdapterStore | None,
+        cache: DiskCache,
+        sources: Callable[[AdapterRef, tuple[str, ...]], Sequence[Source]],
+        times: LoadTimes,
+    ) -> None:
+        self._engine, self._store, self._cache = engine, store, cache
+        self._sources, self._times = sources, times
+        self._int_ids = itertools.count(1)
+
+    async def fetch(self, ref: AdapterRef, hint: FetchHint, check: Check) -> Fetched:
+        """The adapter on disk, validated and in use. An adapter that is on disk is served whatever
+        the store does.
+
+        Raises: AdapterNotFound, InvalidAdapter, StoreUnavailable.
+        """
+        start = clock()
+        cached = await self._cache.open(ref, check)
+        if cached is not None:
+            return Fetched(cached, Tier.DISK, clock() - start)
+        start = clock()
+        stored = hint.stored or await self._look_up(ref)
+        assert self._store is not None
+        find_s = clock() - start
+        peers = self._sources(ref, hint.peers)
+        cached = await self._cache.fetch(ref, stored, self._store, check, peers)
+        self._note_fetch(ref, cached, find_s)
+        return Fetched(cached, Tier.REMOTE, 0.0)  # it was checked as it came
+
+    async def prepare(self, ref: AdapterRef, fetched: Fetched) -> Loaded:
+        """The adapter in the engine's host memory, ready for a slot. Raises InvalidAdapter,
+        EngineFailure.
+        """
+        cached = fetched.cached
+        loaded = Loaded(
+            ref, next(self._int_ids), cached.folder, cached.facts.rank, cached.size_bytes
+        )
+        start = clock()
+        await self._engine.prepare(loaded)
+        prepare_s = clock() - start
+        self._times.prepared(fetched.came_from, fetched.check_s, prepare_s)
+        in_ms = {"ms": round(prepare_s * 1e3, 1), "check_ms": round(fetched.check_s * 1e3, 1)}
+        log.info(
+            "adapter prepared", extra={"adapter": str(ref), "bytes": cached.size_bytes, **in_ms}
+        )
+        return loaded
+
+    async def _look_up(self, ref: AdapterRef) -> StoredAdapter:
+        """The gateway believed that the adapter was here and sent no files: ask the store."""
+        stored = await self._store.find(ref.name) if self._store is not None else None
+        if stored is None or stored.digest != ref.digest:
+            raise AdapterNotFound(
+                f"The adapter `{ref.name}` of model `{ref.base}` is gone or has changed.",
+                param="model",
+            )
+        return stored
+
+    def _note_fetch(self, ref: AdapterRef, cached: Cached, find_s: float) -> None:
+        took = {"find_s": find_s, **asdict(cached.times)}
+        in_ms = {
+            key.removesuffix("_s") + "_ms": round(seconds * 1e3, 1) for key, seconds in took.items()
+        }
+        sources = {"peer": cached.peer_bytes > 0, "store": cached.times.download_s > 0}
+        # if neither, another worker of this host brought it
+        origin = "+".join(name for name, had_part in sources.items() if had_part) or "host"
+        log.info(
+            "adapter fetched",
+            extra={
+                "adapter": str(ref),
+                "from": origin,
+                "bytes": cached.size_bytes,
+                "peer_bytes": cached.peer_bytes,
+                **in_ms,
+            },
+        )
+        if origin == "store":
+            self._times.fetched(sum(took.values()) - cached.times.wait_s)

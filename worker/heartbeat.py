@@ -1,0 +1,86 @@
+"""Shell. Heartbeats: a full snapshot of this worker to every gateway, at an interval and at once
+when the agent has news.
+
+The snapshot is read by one synchronous call and nothing here waits for a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from shared.link import messages
+from worker.adapters.load_times import LoadTimes
+from worker.engine.base import EngineFacts, EngineStats
+from worker.session import GatewaySession
+from worker.settings import WorkerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """What one heartbeat says of the worker, the same for every gateway. `running` and `waiting`
+    count requests.
+    """
+
+    state: messages.WorkerState
+    reason: str
+    facts: EngineFacts
+    stats: EngineStats
+    running: int
+    waiting: int
+    adapters: tuple[messages.AdapterState, ...]
+    times: LoadTimes
+
+
+class HeartbeatSender:
+    """`host` names the disk cache of this host; `peer_endpoint` is where other hosts get files."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        sessions: Iterable[GatewaySession],
+        status: Callable[[], WorkerStatus],
+        host: str,
+        peer_endpoint: str,
+    ) -> None:
+        self._settings, self._sessions, self._status = settings, tuple(sessions), status
+        self._host, self._peer_endpoint = host, peer_endpoint
+
+    async def run(self) -> None:
+        while True:
+            self.send()
+            await asyncio.sleep(self._settings.heartbeat_s)
+
+    def send(self) -> None:
+        status = self._status()
+        for session in self._sessions:
+            session.send_heartbeat(self._heartbeat(session, status))
+
+    def _heartbeat(self, session: GatewaySession, status: WorkerStatus) -> messages.Heartbeat:
+        settings, facts, stats, times = self._settings, status.facts, status.stats, status.times
+        return messages.Heartbeat(
+            worker=settings.worker,
+            epoch=settings.epoch,
+            seq=session.next_seq(),
+            base=settings.base,
+            state=status.state,
+            capacity=min(settings.model.deployment_config.max_ongoing_requests, facts.capacity),
+            slots=facts.slots,
+            running=status.running,
+            waiting=status.waiting,
+            yours=session.open_requests,
+            acked=session.last_sid,
+            waiting_tokens=stats.waiting_tokens,
+            kv_usage=stats.kv_usage,
+            adapters=status.adapters,
+            prefill_tokens_per_s=stats.prefill_tokens_per_s,
+            step_s=stats.step_s,
+            load_s=times.load_s,
+            stall_s=times.stall_s,
+            load_bytes=round(times.load_bytes),
+            reason=status.reason,
+            fetch_s=times.fetch_s,
+            host=self._host,
+            peer_endpoint=self._peer_endpoint,
+        )
