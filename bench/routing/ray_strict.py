@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gateway.fleet.fleet import Fleet, WorkerView
 from gateway.fleet.pool import Pool
-from gateway.fleet.worker_view import Key, key_of
+from gateway.fleet.worker_view import Key
 from gateway.routing.policy import (
     NONE_EXCLUDED,
     Blocked,
@@ -24,6 +24,7 @@ from gateway.routing.policy import (
     tier_of,
 )
 from gateway.routing.ray import LLM_MAX_ONGOING, with_fewest_adapters
+from shared.adapters.identity import key_of
 from shared.link.messages import Tier, WorkerId
 
 MATCHING_S = 1.0

@@ -20,7 +20,7 @@ from gateway.adapters.usage import AdapterUsage
 from gateway.fleet.commands import SendCommand
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.worker_view import Key, WorkerView
-from shared.adapters.identity import AdapterRef
+from shared.adapters.identity import AdapterRef, key_of
 from shared.errors import ConfigError, LoraplexError
 from shared.link.messages import AdapterAction, WorkerId
 from shared.runtime.state_file import POLL_S, StateFile
@@ -181,7 +181,7 @@ class Reconciler:
         ref: AdapterRef,
     ) -> None:
         del self._open[future]
-        key = (ref.name, ref.digest)
+        key = key_of(ref)
         error = None if future.cancelled() else future.exception()
         life.due[action, key] = clock() + (SETTLE_S if error is None else RETRY_S)
         facts = {"adapter": str(ref), "worker": worker, "action": action.name.lower()}

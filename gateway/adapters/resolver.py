@@ -16,7 +16,7 @@ from gateway.adapters.catalog import Catalog
 from gateway.adapters.names import split_version
 from gateway.adapters.version_queries import KnownVersion, in_engines, on_workers
 from gateway.fleet.fleet import Fleet
-from shared.adapters.identity import AdapterRef, StoredAdapter
+from shared.adapters.identity import AdapterRef, StoredAdapter, key_of
 from shared.config.aliases import MAX_ALIASES
 from shared.errors import AdapterNotFound, InvalidAdapter, LoraplexError, WorkerUnavailable
 
@@ -121,9 +121,7 @@ class Resolver:
         if catalog is None or target.adapter is None:
             return
         if target.by_digest:
-            catalog.versions.use_explicitly(
-                (target.adapter.name, target.adapter.digest), self._clock()
-            )
+            catalog.versions.use_explicitly(key_of(target.adapter), self._clock())
         elif target.stored is not None:
             catalog.versions.use(target.stored, self._clock())
 

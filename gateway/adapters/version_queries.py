@@ -9,7 +9,7 @@ from typing import TypeAlias
 from gateway.fleet.pool import Pool
 from gateway.fleet.rendezvous import Rendezvous
 from gateway.fleet.worker_view import Key, WorkerView
-from shared.adapters.identity import StoredAdapter
+from shared.adapters.identity import StoredAdapter, key_of
 from shared.link.messages import Tier
 
 
@@ -68,7 +68,7 @@ def plan(prepare: Prepare, pool: Pool, homes: Rendezvous) -> PreparationPlan:
     """Where the new version is made ready: in the slots of the workers that have the old one in a
     slot, else of one that has it in host memory, else on the disk of its home.
     """
-    old = (prepare.old.name, prepare.old.digest)
+    old = key_of(prepare.old)
     holders = in_engines(old, pool)
     if holders:
         slotted = [w for w in holders if w.tier_at(old) is Tier.GPU]
@@ -76,9 +76,7 @@ def plan(prepare: Prepare, pool: Pool, homes: Rendezvous) -> PreparationPlan:
     if not prepare.recent:
         return NothingToPrepare()
     return (
-        CacheVersion(homes.order((prepare.new.name, prepare.new.digest), pool)[0])
-        if pool.workers
-        else NobodyServes()
+        CacheVersion(homes.order(key_of(prepare.new), pool)[0]) if pool.workers else NobodyServes()
     )
 
 

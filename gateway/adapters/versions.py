@@ -23,7 +23,7 @@ from enum import Enum
 
 from gateway.adapters.version_queries import KnownVersion, Prepare
 from gateway.fleet.worker_view import Key
-from shared.adapters.identity import StoredAdapter
+from shared.adapters.identity import StoredAdapter, key_of
 from shared.errors import EngineFailure, InvalidAdapter, LoraplexError
 
 RECENT_S = 3600.0
@@ -171,7 +171,7 @@ class Versions:
         served.used_at = now
         self._served.move_to_end(adapter.name)
         if self._retired:
-            self._retired.pop((adapter.name, adapter.digest), None)
+            self._retired.pop(key_of(adapter), None)
 
     def use_explicitly(self, key: Key, now: float) -> None:
         """A request names this version by its digest: it stays in the engines for a while, and

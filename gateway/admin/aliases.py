@@ -22,6 +22,7 @@ from gateway.fleet.commands import SendCommand
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.rendezvous import Rendezvous
 from gateway.http.bodies import to_json
+from shared.adapters.identity import key_of
 from shared.config.aliases import MAX_ALIASES, AliasConfig, plain_alias
 from shared.config.section import error_lines, read_section
 from shared.errors import (
@@ -142,7 +143,7 @@ class AliasAdmin:
         asked = []
         for target in targets:
             assert target.adapter is not None
-            key, pool = (target.adapter.name, target.adapter.digest), self._fleet.pool(target.base)
+            key, pool = key_of(target.adapter), self._fleet.pool(target.base)
             there = in_engines(key, pool)
             if any(w.tier_at(key) is Tier.GPU for w in there):
                 continue

@@ -34,7 +34,7 @@ from gateway.routing.policy import (
 )
 from gateway.telemetry.ended_request import EndedRequest
 from gateway.telemetry.prometheus import Metrics
-from shared.adapters.identity import AdapterRef, StoredAdapter
+from shared.adapters.identity import AdapterRef, StoredAdapter, key_of
 from shared.errors import (
     AdapterNotFound,
     EngineFailure,
@@ -182,7 +182,7 @@ class Dispatcher:
                     else None
                 )
             )
-        peers = peer_hints(self.fleet.pool(adapter.base), worker, (adapter.name, adapter.digest))
+        peers = peer_hints(self.fleet.pool(adapter.base), worker, key_of(adapter))
         sent = self._transport.send_data(
             peer, messages.encode(messages.AdapterCommand(sid, action, adapter, stored, peers))
         )
@@ -360,7 +360,7 @@ class Dispatcher:
                 peers = peer_hints(
                     self.fleet.pool(request.base),
                     worker,
-                    (request.adapter.name, request.adapter.digest),
+                    key_of(request.adapter),
                 )
             message = messages.Generate(
                 sid,

@@ -8,9 +8,9 @@ from typing import Protocol
 
 from gateway.dispatch.admission import Flow, Ticket
 from gateway.dispatch.lifecycle import RequestLifecycle
-from gateway.fleet.worker_view import Key, key_of
+from gateway.fleet.worker_view import Key
 from gateway.routing.policy import Choice, RoutingRequest
-from shared.adapters.identity import AdapterRef, StoredAdapter
+from shared.adapters.identity import AdapterRef, StoredAdapter, key_of
 from shared.errors import LoraplexError
 from shared.link import messages
 

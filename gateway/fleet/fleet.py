@@ -29,8 +29,8 @@ import msgspec
 
 from gateway.fleet.disk_index import DiskIndex
 from gateway.fleet.pool import NOWHERE, Pool
-from gateway.fleet.worker_view import Key, WorkerView, key_of
-from shared.adapters.identity import AdapterRef
+from gateway.fleet.worker_view import Key, WorkerView
+from shared.adapters.identity import AdapterRef, key_of
 from shared.link.messages import Heartbeat, StreamId, WorkerId, WorkerState
 
 __all__ = [

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from gateway.fleet.disk_index import DiskIndex
-from shared.adapters.identity import AdapterRef
+from shared.adapters.identity import AdapterKey, AdapterRef, key_of
 from shared.link.messages import AdapterState, Heartbeat, StreamId, Tier, WorkerId, WorkerState
 
 LINE_PER_SLOT = 3
@@ -21,12 +21,7 @@ USUAL_S = 2.0
 distribution of adapters is not.
 """
 
-Key: TypeAlias = tuple[str, str]
-"""(name, digest): an adapter among those of one base model."""
-
-
-def key_of(adapter: AdapterRef) -> Key:
-    return (adapter.name, adapter.digest)
+Key: TypeAlias = AdapterKey
 
 
 @dataclass(slots=True, eq=False)
@@ -140,7 +135,7 @@ class WorkerView:
         """Where the adapter's weights are on this worker, as far as known; GPU only once it is
         loaded, DISK also if any worker of its host has or had it.
         """
-        return self.tier_at((adapter.name, adapter.digest))
+        return self.tier_at(key_of(adapter))
 
     def tier_at(self, key: Key) -> Tier:
         state = self.held.get(key)
@@ -152,7 +147,7 @@ class WorkerView:
 
     def holds(self, adapter: AdapterRef) -> bool:
         """In a GPU slot, on the way to one, or reserved for by this gateway."""
-        key = (adapter.name, adapter.digest)
+        key = key_of(adapter)
         return key in self.loaded or key in self.coming or key in self.busy
 
     def backlog_tokens(self, prefill_tokens_per_s: float, now: float) -> float:
@@ -178,7 +173,7 @@ class WorkerView:
             self._read(beat)
 
     def take(self, stream: StreamId, adapter: AdapterRef | None, prompt_tokens: int) -> None:
-        key = None if adapter is None else (adapter.name, adapter.digest)
+        key = None if adapter is None else key_of(adapter)
         self.reserved[stream] = key
         if prompt_tokens:
             self.unseen[stream] = prompt_tokens
@@ -225,7 +220,7 @@ class WorkerView:
         idle: dict[Key, None] = {}
         steady: set[Key] = set()
         for state in beat.adapters:
-            key = (state.name, state.digest)
+            key = key_of(state)
             held[key] = state
             if state.loading:
                 coming.add(key)

@@ -26,7 +26,7 @@ from typing import TypeAlias
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.pool import Pool
 from gateway.fleet.rendezvous import Rendezvous
-from gateway.fleet.worker_view import Key, WorkerView, key_of
+from gateway.fleet.worker_view import Key, WorkerView
 from gateway.routing import costs
 from gateway.routing.demand import BOUND, FLOOR, DemandRates, HomeSets, copies_for
 from gateway.routing.occupancy import Occupancy
@@ -44,7 +44,7 @@ from gateway.routing.policy import (
 from gateway.routing.rebalance import Rebalancer
 from gateway.routing.slot_claims import SlotClaims
 from gateway.routing.slot_wait import LONGEST_WAIT_S, SlotWait
-from shared.adapters.identity import AdapterRef
+from shared.adapters.identity import AdapterRef, key_of
 from shared.link.messages import Tier, WorkerId
 
 HOME_CHOICES = 2

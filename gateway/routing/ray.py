@@ -13,7 +13,6 @@ import random
 from collections.abc import Sequence, Set
 
 from gateway.fleet.fleet import Fleet, WorkerView
-from gateway.fleet.worker_view import key_of
 from gateway.routing.policy import (
     NONE_EXCLUDED,
     Blocked,
@@ -25,6 +24,7 @@ from gateway.routing.policy import (
     StatelessPolicy,
 )
 from gateway.routing.residency_p2c import two_choices
+from shared.adapters.identity import key_of
 from shared.link.messages import WorkerId
 
 LLM_MAX_ONGOING = 10**9

@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence, Set
 
 from gateway.fleet.fleet import Fleet, WorkerView
-from gateway.fleet.worker_view import key_of
 from gateway.routing.policy import (
     NONE_EXCLUDED,
     Blocked,
@@ -17,6 +16,7 @@ from gateway.routing.policy import (
     RoutingRequest,
     StatelessPolicy,
 )
+from shared.adapters.identity import key_of
 from shared.link.messages import WorkerId
 
 

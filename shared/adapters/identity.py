@@ -5,6 +5,7 @@ what a name may be.
 from __future__ import annotations
 
 import re
+from typing import Protocol, TypeAlias
 
 import msgspec
 
@@ -55,6 +56,23 @@ class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
 
     def __str__(self) -> str:
         return f"{self.base}:{self.name}@{self.digest}"
+
+
+AdapterKey: TypeAlias = tuple[str, str]
+"""(name, digest): one version among the adapters of one base model."""
+
+
+class Versioned(Protocol):
+    """Whatever has an adapter's name and digest: a reference, stored files, a worker's report."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+
+
+def key_of(adapter: Versioned) -> AdapterKey:
+    return (adapter.name, adapter.digest)
 
 
 def check_name(name: str) -> None:

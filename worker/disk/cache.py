@@ -30,7 +30,7 @@ from worker.disk import layout
 from worker.disk.download import DownloadJob, Downloads, Source
 from worker.disk.folder import CacheFolder
 from worker.disk.journal import Journal
-from worker.disk.layout import FILES, EntryLock, Stamp, key_of, lock_entry
+from worker.disk.layout import FILES, EntryLock, Stamp, entry_key, lock_entry
 
 log = logging.getLogger("loraplex.disk_cache")
 clock = time.monotonic
@@ -124,7 +124,7 @@ class DiskCache:
 
     def has(self, ref: AdapterRef) -> bool:
         """Whether it seems to be here; `open` knows."""
-        return self._cache_folder.entry(key_of(ref)).is_dir()
+        return self._cache_folder.entry(entry_key(ref)).is_dir()
 
     async def open(self, ref: AdapterRef, check: Check) -> Cached | None:
         """The adapter from disk, put in use; None if it is not here. Asks no store.
@@ -132,7 +132,7 @@ class DiskCache:
         Raises:
             InvalidAdapter: it was found invalid before, or is now.
         """
-        key = key_of(ref)
+        key = entry_key(ref)
         if bad := self._quarantine.get(key):
             raise bad.with_traceback(None)
         start = clock()
@@ -154,7 +154,7 @@ class DiskCache:
         """For other hosts, in a thread: what there is of an adapter, whole or while this process
         fetches it or waits for who does.
         """
-        key = key_of(ref)
+        key = entry_key(ref)
         entry, partial = self._cache_folder.entry(key), self._cache_folder.partial(key)
         manifest = layout.read_manifest(entry)
         if manifest is not None and manifest.ref == ref:
@@ -191,7 +191,7 @@ class DiskCache:
             InvalidAdapter: it cannot be served; nothing of it is kept, and nobody asks the store
                 again for this version.
         """
-        key = key_of(ref)
+        key = entry_key(ref)
         self._underway[key] = stored, time.time()
         try:
             return await self._fetch(key, DownloadJob(ref, stored, store, peers), check)
@@ -219,7 +219,7 @@ class DiskCache:
         """Ends the use of every adapter that is not among `refs`: the whole truth each time, so
         that nothing is left in use by an oversight.
         """
-        wanted = {key_of(ref) for ref in refs}
+        wanted = {entry_key(ref) for ref in refs}
         for key in [key for key in self._leases if key not in wanted]:
             held, size_bytes = self._leases.pop(key)
             # in use until now: it ages from here

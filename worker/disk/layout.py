@@ -65,7 +65,8 @@ Stamp = tuple[int, int, int, int]
 """(inode, size, mtime, ctime) of a file: equal as long as nobody wrote to it."""
 
 
-def key_of(ref: AdapterRef) -> str:
+def entry_key(ref: AdapterRef) -> str:
+    """The name of an adapter's folders. It is a hash, so no client's string becomes a path."""
     return hashlib.sha256("\0".join((ref.base, ref.name, ref.digest)).encode()).hexdigest()[:32]
 
 

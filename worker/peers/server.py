@@ -26,7 +26,7 @@ from shared.link import messages
 from shared.link.sockets import RouterSocket, SendResult
 from shared.stores import transfer
 from worker.disk.cache import CachedOnDisk, DiskCache
-from worker.disk.layout import key_of
+from worker.disk.layout import entry_key
 from worker.peers import policy
 
 log = logging.getLogger("loraplex.peers")
@@ -166,7 +166,7 @@ class _PeerServer:
                 if data is not None:
                     return messages.Piece(want.number, sha256, data)
                 # gone, or moved from partial to entries just now
-                self._known.pop(key_of(want.adapter), None)
+                self._known.pop(entry_key(want.adapter), None)
                 there = None
             if there is None:
                 if waited_s > policy.GRACE_S:
@@ -181,7 +181,7 @@ class _PeerServer:
         """What lies on disk; one look for all who ask for the same adapter at the same time, none
         for one that is known to be whole.
         """
-        key = key_of(ref)
+        key = entry_key(ref)
         known = self._known.get(key)
         if known is not None:
             self._known.move_to_end(key)

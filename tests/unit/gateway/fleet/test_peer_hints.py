@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from gateway.fleet.fleet import Fleet, key_of
+from gateway.fleet.fleet import Fleet
 from gateway.fleet.peer_hints import MOST, peer_hints
-from shared.adapters.identity import AdapterRef
+from shared.adapters.identity import AdapterRef, key_of
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 PIRATE = AdapterRef("tiny", "pirate", "d1")

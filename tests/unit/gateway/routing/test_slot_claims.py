@@ -11,12 +11,12 @@ from bench.routing.sim.worker import WorkerFacts
 from bench.routing.sim.world import Simulation, World
 from gateway.fleet.fleet import Fleet, WorkerView
 from gateway.fleet.rendezvous import Rendezvous
-from gateway.fleet.worker_view import Key, key_of
+from gateway.fleet.worker_view import Key
 from gateway.routing.demand import DemandRates
 from gateway.routing.occupancy import Occupancy
 from gateway.routing.policy import RoutingRequest
 from gateway.routing.slot_claims import SlotClaims
-from shared.adapters.identity import AdapterRef
+from shared.adapters.identity import AdapterRef, key_of
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 ADAPTERS = [AdapterRef("tiny", f"a{n}", "d") for n in range(7)]
