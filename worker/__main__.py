@@ -1,7 +1,8 @@
 """Shell. Composition root of a worker process: settings -> engine, store, sessions -> Agent;
 SIGTERM drains.
 
-python -m worker CONFIG --gateway ENDPOINT [--gateway ...] [--model ID] [--worker NAME] [--peer-host HOST[:PORT]]
+python -m worker CONFIG --gateway ENDPOINT [--gateway ...]
+    [--model ID] [--worker NAME] [--peer-host HOST[:PORT]]
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Shell. What operators asked of this worker and have not been answered yet: numbers beside those
-of requests, and whom to answer.
+"""Shell. The commands of operators that this worker has not answered yet: the number of each, and
+the gateway that waits for the answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from worker.adapters.residency import CommandDone, Instruction, Reject, Residenc
 from worker.session import GatewaySession
 
 MAX_OPEN = 4096
-"""Of all gateways together; each has at most 1,000 on the way to one worker."""
+"""Open commands of all gateways together; each gateway sends at most 1,000 to one worker."""
 Answer: TypeAlias = Start | Reject | CommandDone
 
 
@@ -27,8 +27,8 @@ class _OpenCommand:
 
 
 class CommandRunner:
-    """The open commands of one worker. Their numbers are negative, so that residency's answers to them
-    are told from those to requests.
+    """The open commands of one worker. Their numbers are negative, so that residency's answers to
+    them are told from those to requests.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class CommandRunner:
         residency: Residency,
         now: float,
     ) -> list[Instruction]:
-        """Takes it, or refuses it at once."""
+        """Takes the command, or refuses it at once."""
         command = _OpenCommand(session, message.sid, message.action, message.adapter)
         error = self._objection(message, serving, residency)
         if error is not None:
@@ -65,8 +65,8 @@ class CommandRunner:
                 assert_never(message.action)
 
     def settle(self, answer: Answer, residency: Residency, now: float) -> list[Instruction]:
-        """Passes on what became of a number, whose place is free then. One that is not known is a
-        prefetch, or its gateway has gone.
+        """Answers the command with this number and forgets it. A number that is not known belongs
+        to a prefetch, or its gateway has gone.
         """
         command = self._open.pop(answer.request, None)
         instructions: list[Instruction] = []
@@ -77,7 +77,7 @@ class CommandRunner:
         elif command.action is messages.AdapterAction.PIN and not residency.slots.may_pin(
             command.adapter
         ):
-            # others were quicker
+            # other pins were completed first
             error = _too_many(command.adapter, residency)
             _refuse(command, error.code, error.message, error.retryable)
         else:
@@ -87,8 +87,8 @@ class CommandRunner:
         return instructions + residency.finish(answer.request, now)
 
     def forget(self, session: GatewaySession) -> list[int]:
-        """The gateway is gone. Returns the numbers that nobody waits for any more; what was begun
-        for them may end.
+        """The gateway is gone. Returns the numbers of its commands, for which no gateway waits any
+        more.
         """
         numbers = [number for number, command in self._open.items() if command.session is session]
         for number in numbers:
@@ -113,7 +113,7 @@ class CommandRunner:
         return None
 
     def _unpin(self, adapter: AdapterRef) -> None:
-        """The later word holds: a pin that is still on its way becomes a mere load."""
+        """The later command holds: a pin that is still being loaded becomes a plain load."""
         for command in self._open.values():
             if command.adapter == adapter and command.action is messages.AdapterAction.PIN:
                 command.action = messages.AdapterAction.LOAD

@@ -1,4 +1,6 @@
-"""Shell. Settings handed from `serve` to its child processes through a file, or read from the user's own."""
+"""Shell. Settings that `serve` hands to its child processes through a file, or that are read from
+the user's own file.
+"""
 
 from __future__ import annotations
 

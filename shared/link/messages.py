@@ -130,10 +130,10 @@ WorkerControl: TypeAlias = Heartbeat
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """The answer to a worker's first heartbeat. Requests will come from `data_endpoint`. The gateway
-    takes a worker for lost that is silent for `lease_s`, and the worker does the same with the
-    gateway. `heartbeat_s` is the gateway's own interval. All data goes by `channel`; a worker that
-    is on another one drops what it has of it, since nobody waits for that.
+    """The answer to a worker's first heartbeat. Requests will come from `data_endpoint`. The
+    gateway takes a worker for lost that is silent for `lease_s`, and the worker does the same with
+    the gateway. `heartbeat_s` is the gateway's own interval. All data goes by `channel`; a worker
+    that is on another one drops what it has of it, since no gateway waits for that.
     """
 
     gateway: str
@@ -227,9 +227,9 @@ carries the status beside the first bytes.
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True):
-    """Facts of a finished request, for the access log and the metrics. `wait_s` is the time from its
-    arrival at the worker to its start in the engine. `load_s` is the part of it that was spent on
-    its adapter, which came from `tier`.
+    """Facts of a finished request, for the access log and the metrics. `wait_s` is the time from
+    its arrival at the worker to its start in the engine. `load_s` is the part of it that was spent
+    on its adapter, which came from `tier`.
     """
 
     sid: StreamId

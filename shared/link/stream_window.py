@@ -20,7 +20,9 @@ from shared.link.messages import Carried, Status
 Packet: TypeAlias = Carried | Status
 
 MAX_WINDOW_BYTES = 64 << 20
-"""Sent and not confirmed, per channel and direction: a minute of 64 streams at 60 tokens a second."""
+"""Sent and not confirmed, per channel and direction: a minute of 64 streams at 60 tokens a
+second.
+"""
 MAX_WINDOW_MESSAGES = 20_000
 CONFIRM_EVERY = 64
 """Deliveries after which the receiver confirms without waiting for the next status."""

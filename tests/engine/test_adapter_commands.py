@@ -26,11 +26,14 @@ opened = []
 make = lambda model, gap_s: opened.append(program.open_engine(model, gap_s)) or opened[-1]
 
 async def main(config, control):
-    running = asyncio.create_task(program.serve(program.worker_settings(read_settings(config), None, "w0", [control]), make))
-    while await asyncio.to_thread(os.read, 0, 1):  # not sys.stdin: the engine, a fork, would wait for its lock
+    settings = program.worker_settings(read_settings(config), None, "w0", [control])
+    running = asyncio.create_task(program.serve(settings, make))
+    # not sys.stdin: the engine, a fork, would wait for its lock
+    while await asyncio.to_thread(os.read, 0, 1):
         engine = opened[0]._engine
         [slots] = await engine.collective_rpc("loraplex_slots")
-        print("ENGINE", json.dumps({"slots": sorted(slots), "held": sorted(await engine.list_loras())}), flush=True)
+        said = {"slots": sorted(slots), "held": sorted(await engine.list_loras())}
+        print("ENGINE", json.dumps(said), flush=True)
     running.cancel()
 
 asyncio.run(main(*sys.argv[1:]))
@@ -83,7 +86,7 @@ async def asked(tmp_path: Path) -> AsyncIterator[Asked]:
             await worker.wait()
 
 
-async def test_a_pinned_adapter_survives_more_adapters_than_slots_and_an_evicted_one_is_gone_from_slot_and_host_memory(
+async def test_a_pinned_adapter_survives_and_an_evicted_one_is_gone_from_slot_and_memory(
     asked: Asked,
 ) -> None:
     names = sorted(p.name for p in (DEMO / "adapters").iterdir() if p.is_dir())

@@ -19,7 +19,7 @@ from tests.harness import cluster, demo_config
 END_S = 60.0
 
 
-async def test_a_worker_whose_engine_dies_before_it_has_answered_for_an_adapter_ends_and_a_new_one_serves(
+async def test_a_worker_whose_engine_dies_while_an_adapter_loads_ends_and_a_new_one_serves(
     zygote: Zygote, tmp_path: Path
 ) -> None:
     async with cluster(demo_config(max_loras=2), tmp_path, zygote) as c:

@@ -27,23 +27,30 @@ from tests.engine import slot_audit
 
 class Reply:
     prompt_tokens = output_tokens = 0
-    def head(self, status, sse, data, end): self.text = json.loads(data)["choices"][0]["message"]["content"] if status == 200 else data.decode()
+    def head(self, status, sse, data, end):
+        ok = status == 200
+        self.text = json.loads(data)["choices"][0]["message"]["content"] if ok else data.decode()
     def more(self, data, end): pass
 
 async def main(config, question, pirate, shouting, unfit, gone):
     engine = open_engine(LLMConfig(**config))
     facts = await engine.start()
     folders = [pirate, shouting, unfit, pirate, gone]
-    a, b, bad, c, missing = [Loaded(AdapterRef("demo", f"a{i}", "d"), i, Path(f), 8, 0) for i, f in enumerate(folders, 1)]
+    a, b, bad, c, missing = [
+        Loaded(AdapterRef("demo", f"a{i}", "d"), i, Path(f), 8, 0)
+        for i, f in enumerate(folders, 1)
+    ]
     said = {"slots": facts.slots}
     await engine._engine.collective_rpc(slot_audit.begin)
     async def note(what):
-        said[what] = [sorted(await engine._engine.list_loras()), await engine._engine.collective_rpc("loraplex_slots")]
+        slots = await engine._engine.collective_rpc("loraplex_slots")
+        said[what] = [sorted(await engine._engine.list_loras()), slots]
     async def text(adapter):
         messages = [{"role": "user", "content": question}]
         body = {"model": "demo", "messages": messages, "max_tokens": 40, "temperature": 0}
         reply = Reply()
-        await engine.serve(EngineRequest("/v1/chat/completions", "r", json.dumps(body).encode(), adapter), reply)
+        data = json.dumps(body).encode()
+        await engine.serve(EngineRequest("/v1/chat/completions", "r", data, adapter), reply)
         return reply.text
     async def swap(*parts):
         done = await engine.swap(Swap(*parts))
@@ -74,7 +81,8 @@ async def main(config, question, pirate, shouting, unfit, gone):
     await engine.prepare(b)
     assert not await swap((b,))
     said["fifth"] = [await text(b)]
-    said["audit"] = await engine._engine.collective_rpc(slot_audit.audit, args=({c.int_id: pirate, b.int_id: shouting},))
+    folders = {c.int_id: pirate, b.int_id: shouting}
+    said["audit"] = await engine._engine.collective_rpc(slot_audit.audit, args=(folders,))
     await engine.stop()
     print(json.dumps(said))
 

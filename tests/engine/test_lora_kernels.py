@@ -72,7 +72,11 @@ patches.RELATIVES = {(9, 9): "Some GPU-1"} if len(sys.argv) > 3 else {}
 patches.KERNELS = Path(sys.argv[1])
 patches._lora_kernels_fit_the_gpu()
 ours = utils.get_lora_op_configs
-said = [ours("shrink", 9, 50, 4096, 16, 1), ours("shrink", 17, 64, 4096, 16, 4), ours("expand", 17, 64, 4096, 16, 1, True)]
+said = [
+    ours("shrink", 9, 50, 4096, 16, 1),
+    ours("shrink", 17, 64, 4096, 16, 4),
+    ours("expand", 17, 64, 4096, 16, 1, True),
+]
 print(json.dumps(said))
 """
 

@@ -1,8 +1,8 @@
-"""Pure. How warm each adapter is: requests counted with a weight that fades, so that what is asked
-for often stays and what was asked for once goes.
+"""Pure. How popular each adapter is: requests are counted with a weight that fades. What is asked
+for often stays, and what was asked for once goes.
 
-LRU forgets an adapter that is asked for every ten seconds as soon as enough others came once; with
-Zipf-like demand that is most of the reloads.
+LRU forgets an adapter that is asked for every ten seconds as soon as enough others were asked for
+once. With Zipf-like demand that causes most of the reloads.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from shared.adapters.identity import AdapterRef
 FADE_S = 60.0
 """A request counts e times less after this time."""
 STEADY_FADE_S = 10.0
-"""The same where the question is whether an adapter is in use at present: known after some seconds,
-forgotten within half a minute.
+"""The same for the question whether an adapter is in use at present. Steady use is known after some
+seconds, and forgotten within half a minute.
 """
 MAX_KNOWN = 10_000
-"""Adapters whose warmth is remembered, also of those that have left; the one that was asked for
+"""Adapters whose popularity is remembered, also after they have left. The one that was asked for
 longest ago is forgotten first.
 """
 
 
 class Popularity:
-    """`of` yields numbers that only compare with each other: the logarithm of the faded count, as
-    if faded to time 0.
+    """`of` gives numbers that only compare with each other: the logarithm of the faded count, as if
+    it had faded to time 0.
     """
 
     def __init__(self, fade_s: float | None = None) -> None:
@@ -47,5 +47,5 @@ class Popularity:
         return self._levels.get(adapter, -math.inf)
 
     def per_s(self, adapter: AdapterRef, now: float) -> float:
-        """Requests a second of late."""
+        """Recent requests a second."""
         return math.exp(self._levels.get(adapter, -math.inf) - now / self._fade_s) / self._fade_s

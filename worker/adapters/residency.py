@@ -1,21 +1,22 @@
-"""Pure. Every adapter's way on this worker: ABSENT -> FETCHING -> CACHED -> LOADING -> RESIDENT ->
-WARM, and FAILED for a while.
+"""Pure. The state of every adapter on this worker: ABSENT -> FETCHING -> CACHED -> LOADING ->
+RESIDENT -> WARM, and FAILED for a while.
 
-Events in, instructions out. A fetch ends with the weights in the engine's host memory, in the form
-that a slot takes, so that all that is left to do between two engine steps is a copy. WARM is the
-CPU tier: wanted by nobody and in no slot, but still in host memory; the coldest of them (see
-heat.py) are dropped beyond `host_places` adapters or WARM_BYTES.
+Events come in, instructions go out. A fetch ends with the weights in the engine's host memory, in
+the form that a slot takes, so that only a copy is left to do between two engine steps. WARM is the
+CPU tier: the adapter is wanted by no request and in no slot, but still in host memory. Beyond
+`host_places` adapters or WARM_BYTES the least popular of them (see popularity.py) are dropped.
 
-Fetches run side by side; swaps one at a time, because they run between engine steps, and each takes
-as many adapters as there are slots for them. A request that needs an adapter waits here and is
-started once the adapter is resident; from then on it holds the slot until it ends. When all slots
-are in use, adapters wait in order; each that has waited longer than SLOT_PATIENCE_S closes a slot,
-first the one that has gone longest without a new request: its running requests end in peace, its
-new ones wait in line. So a busy adapter cannot starve another one (vLLM's own scheduler would let
-it).
+Fetches run side by side. Swaps run one at a time, because they run between engine steps, and each
+takes as many adapters as there are slots for them. A request that needs an adapter waits here and
+is started once the adapter is resident; from then on it holds the slot until it ends.
 
-What an operator asks for (messages.AdapterCommand) has a number like a request: `want` and `finish` stand for a
-load, `cache` for the disk alone, `evict` for the way out of the engine.
+When all slots are in use, adapters wait in order. An adapter that has waited longer than
+SLOT_PATIENCE_S closes a slot, and first the one that has gone longest without a new request. The
+running requests of a closed slot go on to their end, and new ones for its adapter wait in line. So
+a busy adapter cannot starve another one; vLLM's own scheduler would let it.
+
+An operator's command (messages.AdapterCommand) has a number like a request. `want` and `finish`
+stand for a load, `cache` for the disk alone, and `evict` for leaving the engine.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from shared.adapters.identity import AdapterRef
 from shared.link.messages import STEADY_PER_S, STEADY_SHARE, AdapterState, Tier
 from worker.adapters.instructions import CommandDone, Fetch, Instruction, Reject, Start
 from worker.adapters.popularity import STEADY_FADE_S, Popularity
-from worker.adapters.slot_table import Evict, Full, Room, SlotTable
+from worker.adapters.slot_table import Evict, Full, SlotOffer, SlotTable
 from worker.engine.base import Loaded, Swap
 
 __all__ = [
@@ -48,17 +49,17 @@ SLOT_PATIENCE_S = 1.0
 serve alike; 3 s let the p99 of TTFT grow by a third.
 """
 COUNT_S = 0.05
-"""What each waiting request weighs against age in the order of the line: a full slot is worth more
-than a slot for one, but nobody may wait for company for ever. There, with steps of 9.7 ms at 64
-sequences, 0.1 gives 1 to 2% more throughput than this for a p99 of TTFT 4 to 25% longer; 0 gives 0
-to 2% less.
+"""What each waiting request weighs against age in the order of the line. A slot that serves many
+requests is worth more than a slot for one, but no request may wait for others for ever. In the same
+simulation, with steps of 9.7 ms at 64 sequences, 0.1 gives 1 to 2% more throughput than this for a
+p99 of TTFT 4 to 25% longer; 0 gives 0 to 2% less.
 """
 FAILED_FOR_S = 5.0
 """A failing adapter is not tried again within this time."""
 MAX_FAILED = 10_000
 WARM_BYTES = 4 << 30
-"""Host memory for adapters that are in no slot: 150 of 26 MiB (rank 16 on an 8B model), 10 of 400
-MiB.
+"""Host memory for adapters that are in no slot: 150 adapters of 26 MiB (rank 16 on an 8B model), or
+10 of 400 MiB.
 """
 
 
@@ -69,12 +70,12 @@ class ResidencyStage(Enum):
     RESIDENT = "resident"
     CLOSING = "closing"  # resident, gives up its slot when its last request ends
     UNLOADING = "unloading"
-    WARM = "warm"  # in the engine's host memory, in no slot, wanted by nobody
+    WARM = "warm"  # in the engine's host memory, in no slot, wanted by no request
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an adapter cannot be served; not tried again before `until`."""
+    """Why an adapter cannot be served. It is not tried again before `until`."""
 
     code: str
     message: str
@@ -159,7 +160,7 @@ class Residency:
     # ---- what operators ask for ------------------------------------------------------------------
 
     def cache(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
-        """Somebody wants the adapter on this host's disk, and no more."""
+        """A command wants the adapter on this host's disk, and no more."""
         rejected = self._reject(request, adapter, now)
         if rejected:
             return [rejected]
@@ -174,16 +175,16 @@ class Residency:
         return instructions
 
     def evict(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
-        """Unpins the adapter; it leaves the engine as soon as nobody uses it or waits for it. Those
-        who come meanwhile are served first.
+        """Unpins the adapter. It leaves the engine as soon as no request uses it or waits for it;
+        requests that come meanwhile are served first.
         """
         self.slots.unpin(adapter)
         self._leaving.setdefault(adapter, {})[request] = None
         return self._advance(now)
 
     def pin(self, adapter: AdapterRef, now: float) -> list[Instruction]:
-        """It is in a slot and keeps it, whatever was asked before; its name's other versions are
-        pinned no longer.
+        """The adapter is in a slot and keeps it, whatever was asked before. Other versions of the
+        same name are no longer pinned.
         """
         self.slots.pin(adapter)
         if adapter in self._entries:
@@ -201,15 +202,15 @@ class Residency:
         return [*rejected, *self._advance(now)]
 
     def unpin(self, adapter: AdapterRef, now: float) -> list[Instruction]:
-        """From now on it makes room like any other: at once, if it is idle and somebody waits for a
-        slot.
+        """From now on the adapter makes room like any other: at once, if it is idle and another
+        one waits for a slot.
         """
         self.slots.unpin(adapter)
         return self._advance(now)
 
     def tick(self, now: float) -> list[Instruction]:
-        """Lets everybody in line who has waited long enough close a slot, or take one whose steady
-        use is over.
+        """Each adapter in line that has waited long enough closes a slot, or takes one from an
+        adapter whose steady use is over.
         """
         if not self._line:
             return []
@@ -228,36 +229,36 @@ class Residency:
     # ---- what became of the instructions ---------------------------------------------------------
 
     def cached(self, adapter: AdapterRef, now: float) -> list[Instruction]:
-        """Its files are on disk and valid. If nobody wanted more, that was its way: the agent sees
-        it gone from `adapters` and stops here.
+        """The adapter's files are on disk and valid. If only the disk was asked for, it is done:
+        the agent sees that `adapters` no longer has it, and stops here.
         """
         entry = self._entries[adapter]
-        tended: list[Instruction] = [CommandDone(r) for r in entry.cachers]
+        done: list[Instruction] = [CommandDone(r) for r in entry.cachers]
         entry.cachers.clear()
-        if tended and not entry.waiting:
+        if done and not entry.waiting:
             del self._entries[adapter]
-        return tended + self._advance(now)
+        return done + self._advance(now)
 
     def fetched(self, loaded: Loaded, came_from: Tier, now: float) -> list[Instruction]:
         """The adapter is valid and at hand."""
         entry = self._entries[loaded.ref]
         entry.loaded, entry.in_host = loaded, True
-        tended: list[Instruction] = [CommandDone(r) for r in entry.cachers]
+        done: list[Instruction] = [CommandDone(r) for r in entry.cachers]
         entry.cachers.clear()
         self._line_up(loaded.ref, entry, came_from, now)
         if not entry.waiting:
             self._forget(loaded.ref)
-        return tended + self._advance(now)
+        return done + self._advance(now)
 
     def failed(self, adapter: AdapterRef, failure: Failure, now: float) -> list[Instruction]:
-        """The fetch failed: everybody who waited hears of it, and for FAILED_FOR_S nobody tries
-        again.
+        """The fetch failed. Every request and command that waited is rejected, and for FAILED_FOR_S
+        the adapter is not tried again.
         """
         return self._fail(adapter, failure, now) + self._advance(now)
 
     def swapped(self, failures: Mapping[AdapterRef, Failure], now: float) -> list[Instruction]:
-        """The engine has done it: everybody who waited starts, but for the adapters that it
-        refused, of which nothing has stayed there.
+        """The engine has performed the swap. Every request that waited starts, but for those of
+        adapters that the engine refused; nothing of these has stayed there.
         """
         swap, self._swap = self._swap, None
         assert swap is not None
@@ -265,7 +266,7 @@ class Residency:
         for gone in swap.unload:
             told += [CommandDone(r) for r in self._leaving.pop(gone.ref, ())]
             entry = self._entries[gone.ref]
-            if entry.waiting:  # they came meanwhile
+            if entry.waiting:  # requests came meanwhile
                 entry.stage, entry.loaded = ResidencyStage.FETCHING, None
                 told.append(Fetch(gone.ref))
             else:
@@ -314,7 +315,7 @@ class Residency:
     # ---- inside ----------------------------------------------------------------------------------
 
     def _reject(self, request: int, adapter: AdapterRef, now: float) -> Reject | None:
-        """What failed a moment ago is not tried again."""
+        """A rejection, if the adapter failed less than FAILED_FOR_S ago."""
         failure = self._failed.get(adapter)
         if failure is None:
             return None
@@ -324,8 +325,8 @@ class Residency:
         return None
 
     def _advance(self, now: float) -> list[Instruction]:
-        """Lets go what was evicted and is idle by now, gives slots to those in line, in order, and
-        makes room in host memory.
+        """Removes evicted adapters that are idle by now, gives slots to the adapters in line in
+        their order, and makes room in host memory.
         """
         told = self._tell_gone() if self._leaving else []
         if self._swap is not None:
@@ -360,12 +361,12 @@ class Residency:
         return [*told, self._swap]
 
     def _tell_gone(self) -> list[Instruction]:
-        """To evict what is not here is done at once."""
+        """The eviction of an adapter that is not here is done at once."""
         gone = [a for a in self._leaving if a not in self._entries]
         return [CommandDone(r) for a in gone for r in self._leaving.pop(a)]
 
     def _retire(self) -> list[Loaded]:
-        """What was evicted, and nobody uses or waits for."""
+        """The evicted adapters that no request uses or waits for."""
         retired: list[Loaded] = []
         for adapter in self._leaving:
             entry = self._entries[adapter]
@@ -384,8 +385,8 @@ class Residency:
         return retired
 
     def _in_order(self) -> list[AdapterRef]:
-        """Those in line: by the age of the oldest request, but every request that waits for an
-        adapter counts as COUNT_S of it.
+        """The adapters in line, by the age of their oldest request; every request that waits for an
+        adapter counts as COUNT_S of age.
         """
         if isinstance(self.slots.room(), Full):
             return []
@@ -402,9 +403,9 @@ class Residency:
         now: float,
         per_s: float = 0.0,
         coming: Collection[AdapterRef] = (),
-    ) -> Room:
-        """For an adapter that is asked for `per_s` times a second. A hotter one of `kept` stays in
-        its idle moments: another's will be the slot.
+    ) -> SlotOffer:
+        """The slot for an adapter that is asked for `per_s` times a second. An adapter of `kept`
+        that is asked for more often keeps its slot even while it is idle.
         """
         room = self.slots.room(coming, self._warmth)
         if (
@@ -416,8 +417,8 @@ class Residency:
         return room if any(self.slots.uses(a) == 0 for a in self._closing) else Full()
 
     def _kept(self, now: float) -> set[AdapterRef]:
-        """The adapters in steady use, while they have few of the slots. (Of what waits at a
-        gateway, that sees to it; this is for a line that is longer than there are slots.)
+        """The adapters in steady use, while they have few of the slots. The gateway spares them as
+        well for the requests that wait there; this rule is for a line at the worker.
         """
         open_to_all = [a for a in self.slots.adapters() if not self.slots.pinned(a)]
         steady = {a for a in open_to_all if self._steady_per_s(a, now)}
@@ -429,7 +430,7 @@ class Residency:
         return per_s if per_s >= STEADY_PER_S else 0.0
 
     def _vacate(self, idle: AdapterRef) -> AdapterRef:
-        """Frees the slot of a closed adapter, else of the one given."""
+        """Frees the slot of a closed adapter that is idle, else of the one given."""
         victim = next((a for a in self._closing if self.slots.uses(a) == 0), idle)
         self._closing.pop(victim, None)
         self.slots.vacate(victim)
@@ -443,7 +444,7 @@ class Residency:
         return entry.loaded
 
     def _drop(self) -> list[Loaded]:
-        """The coldest adapters, as many as it takes for the rest to fit host memory."""
+        """Drops the least popular adapters, as many as it takes for the rest to fit host memory."""
         dropped: list[Loaded] = []
         while self._warm and (
             self._held() > self._host_places or sum(self._warm.values()) > WARM_BYTES
@@ -454,7 +455,7 @@ class Residency:
         return dropped
 
     def _warmth(self, adapter: AdapterRef) -> float:
-        """Who has least makes room, in the slots and in host memory."""
+        """The adapter with the least value makes room, in the slots and in host memory."""
         return self._popularity.of(adapter)
 
     def _held(self) -> int:
@@ -481,8 +482,8 @@ class Residency:
         self._line[adapter] = None
 
     def _reopen(self) -> list[Instruction]:
-        """No more adapters close than wait for a slot: the others stay, and those who came for them
-        meanwhile start.
+        """No more slots stay closed than adapters wait for one. The other adapters stay, and the
+        requests that came for them meanwhile start.
         """
         started: list[Instruction] = []
         while len(self._closing) > len(self._line):
@@ -523,8 +524,8 @@ class Residency:
         return Start(request, adapter, came_from)
 
     def _forget(self, adapter: AdapterRef) -> None:
-        """Nobody waits: it stays warm if the engine has it, else what is left of it lies in the
-        disk cache.
+        """No request waits for the adapter any more. It stays WARM if the engine has it in host
+        memory; else only the disk cache keeps it.
         """
         self._line.pop(adapter, None)
         entry = self._entries[adapter]

@@ -1,5 +1,5 @@
-"""Pure. The GPU slots: which adapters are in one, who uses them, and who makes room next. The only
-authority; the engine's own LRU never decides.
+"""Pure. The GPU slots: which adapters are in one, how many requests use each, and which makes room
+next. This table alone decides; the engine's own LRU never does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Full:
     """Every slot is in use."""
 
 
-Room: TypeAlias = Free | Evict | Full
+SlotOffer: TypeAlias = Free | Evict | Full
 
 
 class SlotTable:
@@ -59,9 +59,9 @@ class SlotTable:
 
     def room(
         self, but: Container[AdapterRef] = (), warmth: Callable[[AdapterRef], float] = lambda _: 0.0
-    ) -> Room:
-        """For one more adapter: the victim is the idle one with the least `warmth`, of several the
-        least recently used; those in `but` are on their way in.
+    ) -> SlotOffer:
+        """A slot for one more adapter. The victim is the idle adapter with the least `warmth`, and
+        among several the least recently used. Those in `but` are being loaded and stay.
         """
         if len(self._uses) < self.size:
             return Free()
@@ -92,13 +92,13 @@ class SlotTable:
         self._uses[adapter] -= 1
 
     def may_pin(self, adapter: AdapterRef) -> bool:
-        """One slot always stays for adapters that are not pinned; another version of a pinned name
-        takes that one's place.
+        """One slot always stays for adapters that are not pinned. Another version of a pinned name
+        takes that version's place.
         """
         return len({a.name for a in self._pinned} | {adapter.name}) < self.size
 
     def pin(self, adapter: AdapterRef) -> None:
-        """Other versions of the same name are pinned no longer."""
+        """Other versions of the same name are no longer pinned."""
         self._pinned = {a for a in self._pinned if a.name != adapter.name} | {adapter}
 
     def unpin(self, adapter: AdapterRef) -> None:

@@ -1,11 +1,10 @@
-"""Shell. Adapters on this host's disk, shared by all its workers: one download per version and
-host, nothing served that was not hashed.
+"""Shell. Adapters on this host's disk, shared by all its workers. There is one download per version
+and host, and nothing is served that was not hashed.
 
-What a process serves it has either downloaded itself (hashed as it came) or hashed in full at its
-own first use; afterwards one `lstat` per file tells whether somebody wrote to it. The full hash
-costs 0.6 ms per MiB, once per process, on bytes that the engine is about to read anyway; it finds
-what no cheaper check does: a disk that lied about a sync, a bit that flipped, a person who edited a
-file.
+A process has either downloaded an adapter itself, and hashed it as it came, or it hashes all of it
+at its own first use. Afterwards one `lstat` per file tells whether anything wrote to it. The full
+hash costs 0.6 ms per MiB, once per process, on bytes that the engine is about to read anyway. It
+finds what no cheaper check does: a disk that lied about a sync, a flipped bit, an edited file.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from shared.stores import AdapterStore
 from shared.stores.objects import Trouble, unavailable
 from shared.stores.transfer import GRACE_S, Lanes, Pace, PartId
 from worker.disk import layout
-from worker.disk.download import DownloadJob, Downloads, Source
+from worker.disk.download import Download, DownloadJob, Source
 from worker.disk.folder import CacheFolder
 from worker.disk.journal import Journal
 from worker.disk.layout import FILES, EntryLock, Stamp, entry_key, lock_entry
@@ -40,30 +39,32 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_DOWNLOADS = 64
-"""At once, per worker; the others wait in line. Each has at least one connection of its own."""
+"""Downloads at once per worker; the others wait in line. Each has at least one connection of its
+own.
+"""
 MAX_QUARANTINED = 10_000
 MAX_SEEN = 10_000
-"""Versions that this process remembers as hashed and validated; a forgotten one is hashed again."""
+"""Versions that this process remembers as hashed and validated. A forgotten one is hashed again."""
 THREADS = 8
-"""Of our own: a store that hangs in the loop's threads (a dead network file system) must not keep
-us from what is on disk.
+"""Threads of the cache's own. A store may hang in the event loop's threads (a dead network file
+system), and that must not block the adapters that are on disk.
 """
 HEAVY_THREADS = 2
-"""For hashing and validating: more of them would only fight with the event loop for the
+"""Threads for hashing and validating. More of them would only compete with the event loop for the
 interpreter.
 """
 POLL_SHARE, MIN_POLL_S, MAX_POLL_S = 0.05, 0.005, 0.1
-"""Who waits for another process's download looks again after this share of the time waited so far:
-a few looks, and at most 5 % late.
+"""A process that waits for another one's download looks again after this share of the time that it
+has waited. It takes a few looks, and is at most 5 % late.
 """
 DEFAULT_PATIENCE_S = 120.0
 SETTLE_PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
-    """Seconds: until the download could begin, of it from peers, from the store, of validation and
-    sync (side by side), of making it visible.
+class FetchTimes:
+    """Seconds of one fetch: the wait until the download could begin, the download from peers, the
+    download from the store, validation and sync (side by side), and making it visible.
     """
 
     wait_s: float = 0.0
@@ -75,8 +76,8 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """An adapter on disk, hashed, validated and in use: nobody on this host removes it until `keep`
-    is called without it.
+    """An adapter on disk that was hashed and validated and is in use. No process of this host
+    removes it until `keep` is called without it.
 
     `peer_bytes` of it came from other hosts just now.
     """
@@ -85,14 +86,14 @@ class Cached:
     facts: AdapterFacts
     size_bytes: int
     content: str
-    times: Times
+    times: FetchTimes
     peer_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class CachedOnDisk:
-    """What of an adapter lies on this host: its parts below `files` with their sha256; `moved_at`
-    (wall clock) while others are on their way.
+    """The parts of an adapter that lie below `files` on this host, with their sha256. While other
+    parts are still downloaded, `moved_at` says when bytes last came (wall clock).
     """
 
     files: Path
@@ -101,13 +102,13 @@ class CachedOnDisk:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class _Verified:
     stamps: tuple[Stamp, ...]
     facts: AdapterFacts
 
 
 class DiskCache:
-    """Of one worker process; others work on the same `root` at the same time."""
+    """The cache of one worker process. Other processes use the same `root` at the same time."""
 
     def __init__(self, root: Path, budget_bytes: int, pace: Pace | None = None) -> None:
         self._pace = pace or Pace(GRACE_S, 3)
@@ -117,20 +118,20 @@ class DiskCache:
         self._lanes = Lanes()
         self._gate = asyncio.Semaphore(MAX_DOWNLOADS)
         self._leases: dict[str, tuple[EntryLock, int]] = {}
-        self._seen: OrderedDict[str, _Seen] = OrderedDict()
+        self._seen: OrderedDict[str, _Verified] = OrderedDict()
         self._quarantine: OrderedDict[str, InvalidAdapter] = OrderedDict()
         self._underway: dict[str, tuple[StoredAdapter, float]] = {}
         self.host = layout.host_of(root)
 
     def has(self, ref: AdapterRef) -> bool:
-        """Whether it seems to be here; `open` knows."""
+        """Whether the adapter seems to be here. Only `open` knows."""
         return self._cache_folder.entry(entry_key(ref)).is_dir()
 
     async def open(self, ref: AdapterRef, check: Check) -> Cached | None:
-        """The adapter from disk, put in use; None if it is not here. Asks no store.
+        """Puts the adapter in use if it is on disk; None if it is not. Asks no store.
 
         Raises:
-            InvalidAdapter: it was found invalid before, or is now.
+            InvalidAdapter: the adapter was found invalid before, or is found so now.
         """
         key = entry_key(ref)
         if bad := self._quarantine.get(key):
@@ -148,11 +149,11 @@ class DiskCache:
         if taken is None:
             return None
         held, manifest, seen = taken
-        return self._lease(key, held, manifest, seen, Times(validate_s=clock() - start))
+        return self._lease(key, held, manifest, seen, FetchTimes(validate_s=clock() - start))
 
     def cached_on_disk(self, ref: AdapterRef) -> CachedOnDisk | None:
-        """For other hosts, in a thread: what there is of an adapter, whole or while this process
-        fetches it or waits for who does.
+        """For other hosts, called in a thread. What there is of an adapter that is complete, or
+        that this process is fetching or waits for while another process fetches it.
         """
         key = entry_key(ref)
         entry, partial = self._cache_folder.entry(key), self._cache_folder.partial(key)
@@ -182,14 +183,14 @@ class DiskCache:
         check: Check,
         peers: Sequence[Source] = (),
     ) -> Cached:
-        """The adapter from disk, else from `peers` or the store unless another process of this host
-        is at it already; put in use.
+        """Puts the adapter in use: from disk, else from `peers`, else from the store. If another
+        process of this host is downloading it already, waits for that one.
 
         Raises:
-            StoreUnavailable: the store failed beyond the pace's patience, or the disk has no room.
+            StoreUnavailable: the store failed more often than the pace allows, or the disk is full.
             AdapterNotFound: the store has another version by now.
-            InvalidAdapter: it cannot be served; nothing of it is kept, and nobody asks the store
-                again for this version.
+            InvalidAdapter: the adapter cannot be served. Nothing of it is kept, and this process
+                does not ask the store again for this version.
         """
         key = entry_key(ref)
         self._underway[key] = stored, time.time()
@@ -216,13 +217,13 @@ class DiskCache:
             await self._wait(key, start)
 
     def keep(self, refs: Iterable[AdapterRef]) -> None:
-        """Ends the use of every adapter that is not among `refs`: the whole truth each time, so
-        that nothing is left in use by an oversight.
+        """Ends the use of every adapter that is not among `refs`. The caller names all that are in
+        use each time, so that no adapter stays in use by an oversight.
         """
         wanted = {entry_key(ref) for ref in refs}
         for key in [key for key in self._leases if key not in wanted]:
             held, size_bytes = self._leases.pop(key)
-            # in use until now: it ages from here
+            # it was in use until now, and ages from here on
             self._threads.submit(self._cache_folder.use, key, size_bytes)
             held.release()
 
@@ -235,14 +236,14 @@ class DiskCache:
 
     def _take(
         self, key: str, ref: AdapterRef, check: Check
-    ) -> tuple[EntryLock, layout.Manifest, _Seen] | None:
-        """In a thread. What it finds damaged it throws away."""
+    ) -> tuple[EntryLock, layout.Manifest, _Verified] | None:
+        """Called in a thread. An adapter that is damaged on disk is thrown away."""
         entry = self._cache_folder.entry(key)
         try:
             held = lock_entry(entry, exclusive=False)
         except FileNotFoundError:
             return None
-        if held is None:  # is just being removed, or just becoming visible
+        if held is None:  # it is being removed or becomes visible at this moment
             return None
         try:
             return self._inspect(key, ref, check, held)
@@ -252,7 +253,7 @@ class DiskCache:
 
     def _inspect(
         self, key: str, ref: AdapterRef, check: Check, held: EntryLock
-    ) -> tuple[EntryLock, layout.Manifest, _Seen] | None:
+    ) -> tuple[EntryLock, layout.Manifest, _Verified] | None:
         entry = self._cache_folder.entry(key)
         manifest = layout.read_manifest(entry)
         stamps = (
@@ -267,7 +268,7 @@ class DiskCache:
             self._cache_folder.discard(entry, held)
             return None
         if seen is None or not known:
-            seen = _Seen(stamps, check(entry / FILES))
+            seen = _Verified(stamps, check(entry / FILES))
         self._cache_folder.use(key, manifest.size_bytes)
         return held, manifest, seen
 
@@ -276,8 +277,8 @@ class DiskCache:
         key: str,
         held: EntryLock,
         manifest: layout.Manifest,
-        seen: _Seen,
-        times: Times,
+        seen: _Verified,
+        times: FetchTimes,
         peer_bytes: int = 0,
     ) -> Cached:
         self._seen[key] = seen
@@ -302,51 +303,53 @@ class DiskCache:
     async def _download(
         self, key: str, job: DownloadJob, check: Check, held: EntryLock, wait_s: float
     ) -> Cached | None:
-        """None if somebody else's hand was quicker at the very end."""
+        """None if another process removed the adapter right after it became visible."""
         partial = self._cache_folder.partial(key)
-        intake = Downloads(job, partial, self._pace, self._lanes)
+        download = Download(job, partial, self._pace, self._lanes)
         keep = handed_over = False
         try:
-            await intake.resume(self._threads)
-            await intake.bring()
+            await download.resume(self._threads)
+            await download.bring()
             brought = clock()
-            facts = await self._settle(partial / FILES, check, intake)
+            facts = await self._settle(partial / FILES, check, download)
             checked = clock()
-            manifest = layout.manifest_of(job.ref, job.stored, intake.parts)
+            manifest = layout.manifest_of(job.ref, job.stored, download.parts)
             handed_over = True
             lease = await self._in_thread(
-                self._publish, key, manifest, held, intake.peer_s + intake.store_s
+                self._publish, key, manifest, held, download.peer_s + download.store_s
             )
         except (StoreUnavailable, asyncio.CancelledError):
-            keep = bool(intake.parts)  # whoever comes next goes on from here
+            keep = bool(download.parts)  # the next try goes on from here
             raise
         except InvalidAdapter as exc:
             raise self._quarantined(key, exc) from None
         finally:
             if not handed_over and keep:
-                held.release()  # at once: who looks for what can go must find it free
+                held.release()  # at once: a process that makes room must find it unlocked
             elif not handed_over:
                 # not awaited: this may run while being cancelled
                 self._threads.submit(self._end, partial, held)
         if lease is None:
             return None
         own, stamps = lease
-        times = Times(wait_s, intake.peer_s, intake.store_s, checked - brought, clock() - checked)
-        return self._lease(key, own, manifest, _Seen(stamps, facts), times, intake.peer_bytes)
+        times = FetchTimes(
+            wait_s, download.peer_s, download.store_s, checked - brought, clock() - checked
+        )
+        return self._lease(key, own, manifest, _Verified(stamps, facts), times, download.peer_bytes)
 
-    async def _settle(self, files: Path, check: Check, intake: Downloads) -> AdapterFacts:
-        """Validates and syncs. What only the store may say is that an adapter is bad: a peer's
-        bytes are not held against it.
+    async def _settle(self, files: Path, check: Check, download: Download) -> AdapterFacts:
+        """Validates and syncs. An adapter counts as invalid only by the store's own bytes, never by
+        those of a peer.
         """
         try:
             return await self._settled(files, check)
         except InvalidAdapter:
-            if not await intake.doubt():
+            if not await download.doubt():
                 raise
             return await self._settled(files, check)
 
     async def _settled(self, files: Path, check: Check) -> AdapterFacts:
-        """Side by side."""
+        """Validates and syncs side by side."""
         checking = asyncio.get_running_loop().run_in_executor(self._heavy, check, files)
         syncing = asyncio.ensure_future(self._in_thread(layout.sync_files, files))
         await asyncio.wait((checking, syncing))
@@ -356,8 +359,8 @@ class DiskCache:
     def _publish(
         self, key: str, manifest: layout.Manifest, held: EntryLock, cost_s: float
     ) -> tuple[EntryLock, tuple[Stamp, ...]] | None:
-        """In a thread, to its end even if the task is cancelled meanwhile. The lease gets a grip of
-        its own: `held` ends here.
+        """Called in a thread; runs to its end even if the task is cancelled meanwhile. The lease
+        gets a lock of its own, and `held` is released here.
         """
         entry = self._cache_folder.entry(key)
         try:
@@ -372,14 +375,14 @@ class DiskCache:
             self._end(self._cache_folder.partial(key), held)
 
     def _end(self, partial: Path, held: EntryLock) -> None:
-        """Of a download of which nothing is left to go on from."""
+        """Removes a partial folder that no later try can go on from."""
         self._cache_folder.discard(partial, held)
 
     async def _wait(self, key: str, start: float) -> None:
-        """Until the other process has the adapter, has failed, or is dead.
+        """Waits until the other process has the adapter, has failed, or is dead.
 
-        By looking, not by a blocking flock: that would take a thread per adapter, which nothing
-        could call back.
+        It looks again and again instead of blocking in flock: that would take a thread per adapter,
+        and nothing could cancel it.
         """
         stall_s = self._pace.stall_s
         patience_s = (
@@ -401,7 +404,7 @@ class DiskCache:
     # ---- inside ----------------------------------------------------------------------------------
 
     def _quarantined(self, key: str, exc: InvalidAdapter) -> InvalidAdapter:
-        # its frames would keep locks and buffers alive
+        # the frames of its traceback would keep locks and buffers alive
         self._quarantine[key] = exc.with_traceback(None)
         while len(self._quarantine) > MAX_QUARANTINED:
             self._quarantine.popitem(last=False)

@@ -1,5 +1,5 @@
-"""Shell. One download into a partial folder: from several sources in turn, keeping the parts that
-are whole, with the journal of them.
+"""Shell. One download into a partial folder. It asks several sources in turn, keeps the parts that
+are complete, and notes them in the journal.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ clock = time.monotonic
 
 
 class Source(Protocol):
-    """Where an adapter's files can be had: a store, or another host."""
+    """A place to download an adapter's files from: a store, or another host."""
 
     async def fetch(
         self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None
     ) -> None:
-        """As AdapterStore.fetch. Raises PeerFailed where another source may still do it."""
+        """As AdapterStore.fetch. Raises PeerFailed if another source may still have the files."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class DownloadJob:
-    """What is to be brought, and from where: `peers` are asked first, in their order."""
+    """What to download, and from where: `peers` are asked first, in their order."""
 
     ref: AdapterRef
     stored: StoredAdapter
@@ -44,13 +44,13 @@ class DownloadJob:
     peers: Sequence[Source] = ()
 
 
-class Downloads:
-    """`parts` are the whole ones with their sha256; `peer_bytes` those that peers gave; `peer_s`
-    and `store_s` the seconds with either.
+class Download:
+    """`parts` are the complete parts with their sha256. `peer_bytes` counts the bytes that came
+    from peers; `peer_s` and `store_s` are the seconds spent with either.
     """
 
     def __init__(self, job: DownloadJob, partial: Path, pace: Pace, lanes: Lanes) -> None:
-        self._errand, self._stored, self._files = job, job.stored, partial / FILES
+        self._job, self._stored, self._files = job, job.stored, partial / FILES
         self._pace, self._lanes = pace, lanes
         self._journal = Journal(partial, job.stored)
         self.parts: dict[PartId, str] = {}
@@ -59,22 +59,22 @@ class Downloads:
         self.peer_s = self.store_s = 0.0
 
     async def resume(self, threads: Executor) -> None:
-        """Takes over what an earlier try left."""
+        """Takes over the parts that an earlier try left."""
         self.parts.update(
             await asyncio.get_running_loop().run_in_executor(threads, self._journal.whole_parts)
         )
         if self.parts:
             log.info(
                 "download goes on",
-                extra={"adapter": str(self._errand.ref), "parts": len(self.parts)},
+                extra={"adapter": str(self._job.ref), "parts": len(self.parts)},
             )
 
     async def bring(self) -> None:
-        """Everything that is missing: from the peers in their order, and what they did not give
-        from the store.
+        """Downloads every missing part: from the peers in their order, and from the store what they
+        did not give.
         """
         start = clock()
-        for peer in self._errand.peers:
+        for peer in self._job.peers:
             try:
                 await peer.fetch(self._stored, self._files, self._transfer(self._on_peer_part))
                 self.peer_s = clock() - start
@@ -83,23 +83,23 @@ class Downloads:
                 log.info(
                     "peer did not give all",
                     extra={
-                        "adapter": str(self._errand.ref),
+                        "adapter": str(self._job.ref),
                         "reason": exc.message,
                         "peer_bytes": self.peer_bytes,
                     },
                 )
-        self.peer_s = clock() - start if self._errand.peers else 0.0
+        self.peer_s = clock() - start if self._job.peers else 0.0
         await self._ask_store()
 
     async def doubt(self) -> bool:
-        """The files turned out to be invalid: says whether any came from elsewhere than the store,
-        and if so brings those again.
+        """The files turned out to be invalid. If any part did not come from the store, downloads
+        those parts again from there and returns True.
         """
         doubtful = self.parts.keys() - self._from_store
         if doubtful:
             log.warning(
                 "adapter from a peer is not valid and is fetched again from the store",
-                extra={"adapter": str(self._errand.ref)},
+                extra={"adapter": str(self._job.ref)},
             )
             for part_id in doubtful:
                 del self.parts[part_id]
@@ -109,9 +109,7 @@ class Downloads:
 
     async def _ask_store(self) -> None:
         start = clock()
-        await self._errand.store.fetch(
-            self._stored, self._files, self._transfer(self._on_store_part)
-        )
+        await self._job.store.fetch(self._stored, self._files, self._transfer(self._on_store_part))
         self.store_s += clock() - start
 
     def _transfer(self, on_part: Callable[[FilePart, str], None]) -> Transfer:
@@ -141,4 +139,4 @@ class Downloads:
 
 
 class PeerFailed(StoreUnavailable):
-    """A peer did not give what it was asked for; somebody else may."""
+    """A peer did not give what it was asked for. Another source may."""

@@ -5,10 +5,10 @@ byte that it takes:
 
     priority = clock + frequency x reload cost in seconds / bytes
 
-and whoever has the lowest priority goes first. The clock is the priority of the last one that went,
-so that what was popular long ago ages: it stays where it was while the newly used are put above the
-clock. (L. Cherkasova, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching
-Policy", HP Labs HPL-98-69R1, 1998.)
+The adapter with the lowest priority is removed first. The clock is the priority of the last adapter
+that was removed. What was popular long ago ages by it: its priority stays where it was, while newly
+used adapters get priorities above the clock. (L. Cherkasova, "Improving WWW Proxies Performance
+with Greedy-Dual-Size-Frequency Caching Policy", HP Labs HPL-98-69R1, 1998.)
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MIN_COST_S = 1e-3
-"""A clock may say that a small file took no time at all; nothing is free."""
+"""The least cost of a download: a coarse clock may say that a small file took no time at all."""
 MIN_BYTES = 4096
-"""What the smallest adapter takes on a disk."""
+"""The least size of an adapter: one block of the file system."""
 SLACK = 0.01
-"""When somebody must go, this share of the budget is freed beyond the need, so that not every
-download has to look for victims.
+"""When adapters have to be removed, this share of the budget is freed beyond the need. Not every
+download has to look for victims then.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class UseFrequency:
-    """How an adapter has been used: times, the seconds that it took to bring it, and its priority
-    as of its last use.
+    """How often an adapter was used, how many seconds its download took, and its priority as of its
+    last use.
     """
 
     uses: int = 0
@@ -40,8 +40,8 @@ class UseFrequency:
 
 @dataclass(frozen=True, slots=True)
 class EvictionCandidate:
-    """One adapter on disk. Who is in use is found out when its turn to go has come: a lock says so,
-    not a list.
+    """One adapter on disk. Whether it is in use is asked only when it is about to be removed: a
+    lock says so, not a list.
     """
 
     key: str
@@ -50,25 +50,25 @@ class EvictionCandidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """Bytes to free: `must` for the newcomer to fit, `aim` to have some peace afterwards. Both 0 if
-    it fits as it is.
+class BytesToFree:
+    """`must_bytes` have to go for the new adapter to fit. `aim_bytes` is somewhat more, so that the
+    next download need not look again. Both are 0 if it fits as it is.
     """
 
     must_bytes: int
     aim_bytes: int
 
 
-def used(popularity: UseFrequency, size_bytes: int, clock: float) -> UseFrequency:
-    """The heat after one more use."""
-    uses = popularity.uses + 1
-    value = uses * max(MIN_COST_S, popularity.cost_s) / max(MIN_BYTES, size_bytes)
-    return UseFrequency(uses, popularity.cost_s, clock + value)
+def used(before: UseFrequency, size_bytes: int, clock: float) -> UseFrequency:
+    """The record of an adapter after one more use."""
+    uses = before.uses + 1
+    value = uses * max(MIN_COST_S, before.cost_s) / max(MIN_BYTES, size_bytes)
+    return UseFrequency(uses, before.cost_s, clock + value)
 
 
 def leaving(candidates: Iterable[EvictionCandidate]) -> list[EvictionCandidate]:
-    """In the order in which they should go; the larger first among equals. A priority that is no
-    number counts as none.
+    """The adapters in the order in which they should be removed; among equals the larger one first.
+    A priority that is not finite counts as 0.
     """
     return sorted(
         candidates,
@@ -76,13 +76,13 @@ def leaving(candidates: Iterable[EvictionCandidate]) -> list[EvictionCandidate]:
     )
 
 
-def room(
+def bytes_to_free(
     used_bytes: int, incoming_bytes: int, budget_bytes: int, free_bytes: int, keep_free_bytes: int
-) -> Room:
-    """What must go before `incoming_bytes` may come: for the budget (0: none), and for the disk,
-    where `keep_free_bytes` belong to others.
+) -> BytesToFree:
+    """What has to be removed before `incoming_bytes` may come. Two limits hold: the budget (0:
+    there is none), and the disk, of which `keep_free_bytes` are left to others.
     """
     over_budget = used_bytes + incoming_bytes - budget_bytes if budget_bytes else 0
     over_disk = incoming_bytes + keep_free_bytes - free_bytes
     must = max(0, over_budget, over_disk)
-    return Room(must, must + int(budget_bytes * SLACK) if must else 0)
+    return BytesToFree(must, must + int(budget_bytes * SLACK) if must else 0)

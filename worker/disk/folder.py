@@ -1,9 +1,9 @@
-"""Shell. The cache's folder on disk: who may download, what must go to make room, what becomes
-visible. Blocking: call it in threads.
+"""Shell. The cache's folder on disk: which process may download, which adapters are removed to make
+room, and when an adapter becomes visible. Every call blocks: call it in threads.
 
-Every change that others must see at once is a rename; every question of the kind "is somebody at
-it?" is a lock. So a process may die between any two lines, and the next one finds either the state
-before or the state after.
+Every change that other processes must see as a whole is a rename. Every question whether another
+process is working on a folder is a lock. So a process may die between any two lines, and the next
+one finds either the state before or the state after.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ from worker.disk.layout import FILES, JOURNAL, EntryLock, Manifest, lock_entry
 log = logging.getLogger("loraplex.disk_cache")
 
 PARTIAL_KEEP_S = 24 * 3600.0
-"""A download that nobody has gone on with for so long is dropped."""
+"""A partial download that no process has continued for this long is removed."""
 KEEP_FREE_BYTES = 256 << 20
-"""Of the file system: what runs beside us needs room for its logs."""
+"""Space of the file system that the cache leaves to other programs, for example for their logs."""
 LOCK_PATIENCE_S = 5.0
-"""The folder's own lock is held for milliseconds; whoever holds it for longer hangs."""
+"""The folder's own lock is held for milliseconds. A process that holds it for longer hangs."""
 LOCK_POLL_S = 0.002
 
 
-class Turn(Enum):
-    HERE = "here"  # the entry is complete
-    BUSY = "busy"  # somebody else is downloading it
+class NoDownload(Enum):
+    """Why a download cannot begin."""
+
+    CACHED = "cached"  # the entry is complete
+    IN_PROGRESS = "in progress"  # another process is downloading it
 
 
 class CacheFolder:
-    """Entries below `root`, of at most `budget_bytes` together with what is on its way (0: as much
-    as the disk holds).
+    """The adapters below `root`. They and the downloads in progress take at most `budget_bytes`
+    together (0: as much as the disk holds).
     """
 
     def __init__(self, root: Path, budget_bytes: int) -> None:
@@ -76,13 +78,13 @@ class CacheFolder:
 
     # ---- a download's life -----------------------------------------------------------------------
 
-    def begin(self, key: str, stored: StoredAdapter) -> EntryLock | Turn:
-        """The exclusive right to download, with the bytes reserved and what an earlier try left in
-        place.
+    def begin(self, key: str, stored: StoredAdapter) -> EntryLock | NoDownload:
+        """Returns the exclusive right to download. The bytes are reserved then, and what an earlier
+        try left is still in place.
 
         Raises:
-            StoreUnavailable: there is no room, because everything else is in use.
-            InvalidAdapter: it alone is larger than the budget.
+            StoreUnavailable: there is no room, because every other adapter is in use.
+            InvalidAdapter: the adapter alone is larger than the budget.
         """
         if self._budget_bytes and stored.size_bytes > self._budget_bytes:
             raise InvalidAdapter(
@@ -92,20 +94,20 @@ class CacheFolder:
         partial = self.partial(key)
         with self._alone():
             if self.entry(key).is_dir():
-                return Turn.HERE
+                return NoDownload.CACHED
             if not partial.is_dir():
                 self._make_room(stored.size_bytes)
             (partial / FILES).mkdir(parents=True, exist_ok=True)
             held = lock_entry(partial, exclusive=True)
             if held is None:
-                return Turn.BUSY
+                return NoDownload.IN_PROGRESS
             Journal(partial, stored).start()
         self.empty_trash()
         return held
 
     def publish(self, key: str, held: EntryLock, manifest: Manifest, cost_s: float) -> bool:
-        """Makes a complete and synced download an entry that `held` then shares. False if it was
-        lost to somebody quicker.
+        """Makes a complete and synced download an entry, on which `held` then is a shared lock.
+        False if another process removed it in that moment.
         """
         partial, entry = self.partial(key), self.entry(key)
         layout.write_manifest(partial, manifest)
@@ -125,7 +127,9 @@ class CacheFolder:
         return held.share() and held.holds(entry)
 
     def moved_at(self, key: str) -> float | None:
-        """When somebody's download last got something (wall clock); None if nobody is at it."""
+        """When another process's download last got bytes (wall clock). None if no process is
+        downloading.
+        """
         partial = self.partial(key)
         try:
             held = lock_entry(partial, exclusive=True)
@@ -147,8 +151,8 @@ class CacheFolder:
         )
 
     def discard(self, folder: Path, held: EntryLock) -> None:
-        """Out of sight at once, if it is still the folder that `held` holds; its bytes go as soon
-        as nobody uses them. Lets go of `held`.
+        """Takes the folder out of sight at once, if it is still the one that `held` locks. Its
+        bytes are freed as soon as no process uses them. Releases `held`.
         """
         try:
             with self._alone():
@@ -169,14 +173,14 @@ class CacheFolder:
                 held.release()
 
     def used_bytes(self) -> int:
-        """Of entries and of what is on its way."""
+        """The bytes of all entries and of all downloads in progress."""
         return sum(self._scan().values())
 
     # ---- inside ----------------------------------------------------------------------------------
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One process at a time scans, evicts and reserves."""
+        """A lock under which one process at a time scans, evicts and reserves."""
         fd = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             deadline = time.monotonic() + LOCK_PATIENCE_S
@@ -197,14 +201,14 @@ class CacheFolder:
     def _make_room(self, incoming_bytes: int) -> None:
         sizes = self._scan()
         status = os.statvfs(self._root)
-        # What is on its way elsewhere will take its bytes from what is free now.
+        # Other downloads in progress will take their remaining bytes from what is free now.
         promised = sum(
             max(0, size - layout.size_on_disk(path))
             for path, size in sizes.items()
             if path.parent == self._partials
         )
         free_bytes = status.f_bavail * status.f_frsize - promised
-        room = eviction.room(
+        room = eviction.bytes_to_free(
             sum(sizes.values()), incoming_bytes, self._budget_bytes, free_bytes, KEEP_FREE_BYTES
         )
         if not room.must_bytes:
@@ -236,7 +240,7 @@ class CacheFolder:
             )
 
     def _evict(self, key: str) -> bool:
-        """False if somebody uses it."""
+        """False if a process uses the adapter."""
         try:
             held = lock_entry(self.entry(key), exclusive=True)
         except FileNotFoundError:
@@ -248,8 +252,8 @@ class CacheFolder:
         return True
 
     def _scan(self) -> dict[Path, int]:
-        """Every entry and partial folder with the bytes that it takes, or will. Sizes never change,
-        so each is read once per process.
+        """Every entry and partial folder, with the bytes that it takes or will take. Sizes never
+        change, so each is read once per process.
         """
         sizes: dict[Path, int] = {}
         known: dict[tuple[str, int], int] = {}
@@ -264,8 +268,8 @@ class CacheFolder:
         return sizes
 
     def _drop_idle_partials(self, sizes: dict[Path, int]) -> int:
-        """When room is short, half a download that nobody is at is worth less than any whole
-        one.
+        """Returns the bytes that were freed. When room is short, half a download that no process
+        continues is worth less than any complete adapter.
         """
         freed = 0
         for path, size in sizes.items():

@@ -1,5 +1,5 @@
-"""Shell. The journal of a download: which parts lie whole in its partial folder, and when it last
-moved.
+"""Shell. The journal of a download: which parts are complete in its partial folder, and when the
+download last got bytes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _LINE = re.compile(r"(\d+) (\d+) ([0-9a-f]{64})")
 
 
 class Journal:
-    """A line for each whole part, written after the part; its mtime is when the download last got
-    something.
+    """A file with a line for each complete part, written after the part. Its mtime is the time at
+    which the download last got bytes.
     """
 
     def __init__(self, folder: Path, stored: StoredAdapter) -> None:
@@ -30,18 +30,18 @@ class Journal:
         self._touched = 0.0
 
     def start(self) -> None:
-        """The first line reserves the bytes: see `planned_bytes`."""
+        """The first line reserves the adapter's bytes in the budget: see `layout.planned_bytes`."""
         if not self._path.exists():
             self._path.write_text(f"bytes {self._stored.size_bytes}\n")
         self.touch()
 
     def add(self, part: FilePart, sha256: str) -> None:
-        """One write of one line, so that lines of several threads never mix."""
+        """Writes the line in one call, so that lines of several threads never mix."""
         with self._path.open("ab", buffering=0) as handle:
             handle.write(f"{self._number[part.file.path]} {part.number} {sha256}\n".encode())
 
     def touch(self) -> None:
-        """At most once a second."""
+        """The download got bytes. The file is touched at most once a second."""
         now = time.monotonic()
         if now - self._touched >= 1.0:
             self._touched = now
@@ -49,8 +49,8 @@ class Journal:
                 os.utime(self._path)
 
     def moved(self, idle_s: float) -> None:
-        """Where the download waits for another one, it moved when that one did; so those that wait
-        for each other are seen to stand still.
+        """This download waits for another host's download, which last got bytes `idle_s` ago. It
+        counts as alive as of then. Two downloads that wait for each other are so seen to be stuck.
         """
         at = time.time() - idle_s
         with suppress(OSError):
@@ -58,7 +58,7 @@ class Journal:
                 os.utime(self._path, (at, at))
 
     def whole_parts(self) -> dict[PartId, str]:
-        """The parts of an earlier try that are still what they were: every byte is hashed again."""
+        """The parts of an earlier try that are unchanged: every byte of them is hashed again."""
         parts = {part.id: part for file in self._stored.files for part in parts_of(file)}
         return {
             part_id: sha256
@@ -67,7 +67,7 @@ class Journal:
         }
 
     def listed_parts(self) -> dict[PartId, str]:
-        """The parts that were whole when their lines were written."""
+        """The parts that were complete when their lines were written."""
         by_id = {
             (number, part.number): part
             for number, file in enumerate(self._stored.files)

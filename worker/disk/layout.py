@@ -1,9 +1,9 @@
-"""Shell. How adapters lie on disk: folders and the locks on them, manifests, the journal of a
-download, and how hot an entry is.
+"""Shell. How adapters lie on disk: folders and the locks on them, manifests, and how often an entry
+is used.
 
     entries/<key>/    complete: files/ (the adapter as the engine gets it), `manifest` (what must be
-                      in it), `popularity` (a hint, never synced)
-    partial/<key>/    on its way: files/ with holes, `journal` (which parts are whole)
+                      in it), `uses` (how often it was used: a hint, never synced)
+    partial/<key>/    being downloaded: files/ with holes, `journal` (which parts are complete)
     trash/            waits for deletion
     lock  clock       one scan at a time, and the clock of the eviction policy
 
@@ -31,9 +31,9 @@ from shared.stores.transfer import FilePart, PartId, parts_of
 from worker.disk.eviction import UseFrequency
 
 LAYOUT = 1
-FILES, MANIFEST, JOURNAL, HEAT = "files", "manifest", "journal", "popularity"
+FILES, MANIFEST, JOURNAL, USES = "files", "manifest", "journal", "uses"
 _KEY = re.compile(r"[0-9a-f]{32}")
-_HEAT = struct.Struct("<Qdd")
+_USES = struct.Struct("<Qdd")
 _CLOCK = struct.Struct("<d")
 _READ_BYTES = 1 << 20
 
@@ -62,7 +62,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 Stamp = tuple[int, int, int, int]
-"""(inode, size, mtime, ctime) of a file: equal as long as nobody wrote to it."""
+"""(inode, size, mtime, ctime) of a file: equal as long as nothing wrote to it."""
 
 
 def entry_key(ref: AdapterRef) -> str:
@@ -75,10 +75,11 @@ def is_key(name: str) -> bool:
 
 
 def host_of(root: Path) -> str:
-    """Names the disk cache at `root`: equal for all who share the folder, on this boot of this
-    machine, whatever containers they run in.
+    """Names the disk cache at `root`. The name is equal for all processes that share the folder, on
+    this boot of this machine, whatever containers they run in.
 
-    Not by /etc/machine-id and the path: images have the first in common, and containers the second.
+    It is not made of /etc/machine-id and the path: different machines started from one image have
+    the first in common, and containers the second.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -102,8 +103,8 @@ class EntryLock:
         self._fd = fd
 
     def share(self) -> bool:
-        """From exclusive to shared. False if somebody else was quicker: a conversion lets go for a
-        moment.
+        """From exclusive to shared. False if another process took the lock: a conversion releases
+        it for a moment.
         """
         try:
             fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -130,8 +131,8 @@ class EntryLock:
 
 
 def lock_entry(folder: Path, *, exclusive: bool) -> EntryLock | None:
-    """Locks a folder without waiting; None if somebody holds it. Raises FileNotFoundError if it is
-    not there (any more).
+    """Locks a folder without waiting; None if another lock on it excludes this one. Raises
+    FileNotFoundError if the folder is not there (any more).
     """
     held = EntryLock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     try:
@@ -161,7 +162,7 @@ def manifest_of(ref: AdapterRef, stored: StoredAdapter, parts: Mapping[PartId, s
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """None if there is none, or none that makes sense."""
+    """None if there is no manifest, or it cannot be read."""
     try:
         manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -170,7 +171,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Aside, synced, renamed."""
+    """Writes it under another name, syncs it, and renames it."""
     aside = folder / (MANIFEST + ".new")
     with aside.open("wb") as handle:
         handle.write(msgspec.json.encode(manifest))
@@ -234,7 +235,7 @@ def sync_files(folder: Path) -> None:
         sync(path)
 
 
-# ---- what is on its way --------------------------------------------------------------------------
+# ---- downloads in progress -----------------------------------------------------------------------
 
 
 def planned_bytes(partial: Path) -> int:
@@ -248,7 +249,7 @@ def planned_bytes(partial: Path) -> int:
 
 
 def moved_at(partial: Path) -> float | None:
-    """When the download of a partial folder last got something; None if there is no such folder."""
+    """When the download of a partial folder last got bytes; None if there is no such folder."""
     try:
         return (partial / JOURNAL).stat().st_mtime
     except OSError:
@@ -256,7 +257,7 @@ def moved_at(partial: Path) -> float | None:
 
 
 def size_on_disk(folder: Path) -> int:
-    """Without holes."""
+    """The bytes that are allocated; holes in files do not count."""
     total = 0
     for path in folder.rglob("*"):
         with suppress(OSError):
@@ -269,17 +270,15 @@ def size_on_disk(folder: Path) -> int:
 
 def read_use_frequency(folder: Path) -> UseFrequency:
     try:
-        uses, cost_s, priority = _HEAT.unpack((folder / HEAT).read_bytes())
+        uses, cost_s, priority = _USES.unpack((folder / USES).read_bytes())
     except (OSError, struct.error):
         return UseFrequency()
     return UseFrequency(uses, cost_s, priority)
 
 
-def write_use_frequency(folder: Path, popularity: UseFrequency) -> None:
+def write_use_frequency(folder: Path, uses: UseFrequency) -> None:
     with suppress(OSError):
-        _overwrite(
-            folder / HEAT, _HEAT.pack(popularity.uses, popularity.cost_s, popularity.priority)
-        )
+        _overwrite(folder / USES, _USES.pack(uses.uses, uses.cost_s, uses.priority))
 
 
 def read_clock(root: Path) -> float:
@@ -296,7 +295,7 @@ def write_clock(root: Path, clock: float) -> None:
 
 
 def _overwrite(path: Path, record: bytes) -> None:
-    """In place and in one write: a reader sees the old or the new record."""
+    """Writes in place and in one call: a reader sees the old or the new record."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         os.pwrite(fd, record, 0)

@@ -151,8 +151,8 @@ class _PeerServer:
             await asyncio.sleep(FULL_RETRY_S)
 
     async def _found(self, want: messages.PieceRequest) -> messages.PeerAnswer:
-        """As soon as the part is whole; PieceNotYet after HOLD_S; PieceNotHere if there is nothing to wait
-        for.
+        """Answers as soon as the part is complete. Answers PieceNotYet after HOLD_S, and
+        PieceNotHere if there is nothing to wait for.
         """
         part = want.offset // transfer.PART_BYTES
         if not (0 < want.size_bytes <= policy.PIECE_BYTES and want.offset >= 0):

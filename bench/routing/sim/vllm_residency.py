@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 from shared.adapters.identity import AdapterRef
 from worker.adapters.residency import Instruction, Residency
-from worker.adapters.slot_table import Full, Room
+from worker.adapters.slot_table import Full, SlotOffer
 
 
 class VllmResidency(Residency):
@@ -42,7 +42,7 @@ class VllmResidency(Residency):
         now: float,
         per_s: float = 0.0,
         coming: Collection[AdapterRef] = (),
-    ) -> Room:
+    ) -> SlotOffer:
         return self.slots.room(coming, self._warmth)
 
     def _kept(self, now: float) -> set[AdapterRef]:

@@ -1,7 +1,8 @@
 """Shell. `python -m worker.engine.vllm.tune_kernels`: finds how vLLM's LoRA kernels should be
 launched on this GPU, and writes the tables that workers use.
 
-    python -m worker.engine.vllm.tune_kernels --out worker/engine/vllm/lora_kernels --slots 16 --rank 16
+    python -m worker.engine.vllm.tune_kernels --out worker/engine/vllm/lora_kernels \\
+        --slots 16 --rank 16
 
 vLLM (0.32) launches its two kernels with one guess for every GPU and shape: 64 splits of K in
 blocks of 256, where a hidden size of 4,096 has work for 16; the rest add zeros to memory, once per

@@ -440,9 +440,7 @@ def test_a_closing_adapter_reopens_when_another_slot_served_the_line() -> None:
     assert residency.swapped({}, 2.0) == [Start(3, on_disk(C), Tier.REMOTE)]
 
 
-def test_no_more_slots_close_than_adapters_wait_too_long_and_first_the_one_longest_without_a_new_request() -> (
-    None
-):
+def test_no_more_slots_close_than_adapters_wait_too_long_the_longest_unasked_first() -> None:
     residency = Residency(2)
     resident(residency, 1, A)
     resident(residency, 2, B)
@@ -581,9 +579,7 @@ def test_an_adapter_that_was_evicted_from_host_memory_is_not_asked_to_leave_it_a
         residency.finish(number, 0.0)
 
 
-def test_an_evicted_adapter_in_flight_leaves_with_its_last_request_and_serves_those_who_come_meanwhile() -> (
-    None
-):
+def test_an_evicted_adapter_serves_who_comes_and_leaves_with_its_last_request() -> None:
     residency = Residency(1)
     resident(residency, 1, A)
     assert residency.evict(-1, A, 0.0) == []
@@ -594,9 +590,7 @@ def test_an_evicted_adapter_in_flight_leaves_with_its_last_request_and_serves_th
     assert residency.swapped({}, 0.0) == [CommandDone(-1), Fetch(A)]
 
 
-def test_an_adapter_that_is_not_here_is_evicted_already_and_one_on_its_way_once_nobody_uses_it() -> (
-    None
-):
+def test_an_absent_adapter_is_evicted_already_and_a_coming_one_once_nobody_uses_it() -> None:
     residency = Residency(1)
     assert residency.evict(-1, A, 0.0) == [CommandDone(-1)]
     residency.want(1, A, 0.0)

@@ -33,8 +33,8 @@ def test_a_chat_stream_is_what_vllm_writes() -> None:
     )
     delta = b'[{"index":0,"delta":{"content":"a\\"b"},"logprobs":null,"finish_reason":'
     assert c.opening == (
-        head
-        + b'[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],'
+        head + b'[{"index":0,"delta":{"role":"assistant","content":""},'
+        b'"logprobs":null,"finish_reason":null}],'
         b'"prompt_token_ids":null,"prompt_text":null}\n\n'
     )
     assert c.before + escape('a"b') + c.after == head + delta + b'null,"token_ids":null}]}\n\n'
@@ -50,7 +50,10 @@ def test_a_completion_stream_is_what_vllm_writes() -> None:
         b'{"id":"cmpl-1","object":"text_completion","created":1700000000,"model":"demo","choices":'
     )
     assert c.opening == b""
-    after = b',"logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,"token_ids":null}]}\n\n'
+    after = (
+        b',"logprobs":null,"finish_reason":null,"stop_reason":null,'
+        b'"prompt_token_ids":null,"token_ids":null}]}\n\n'
+    )
     assert c.before + escape("x") + c.after == head + b'[{"index":0,"text":"x"' + after
     assert (
         b'"finish_reason":"length","stop_reason":null,"prompt_token_ids":null,"token_ids":null}]}\n\n'
