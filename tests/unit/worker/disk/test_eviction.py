@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.disk.eviction import EvictionCandidate, UseFrequency, leaving, room, used
+from worker.disk.eviction import EvictionCandidate, UseFrequency, bytes_to_free, leaving, used
 
 MIB = 1 << 20
 sizes = st.integers(0, 10**12)
@@ -68,20 +68,29 @@ def test_a_priority_that_is_no_number_ranks_lowest_instead_of_confusing_the_orde
 
 
 def test_without_a_budget_only_the_disk_counts() -> None:
-    assert room(10**12, 10, budget_bytes=0, free_bytes=100, keep_free_bytes=50).must_bytes == 0
-    assert room(0, 60, budget_bytes=0, free_bytes=100, keep_free_bytes=50).must_bytes == 10
+    assert (
+        bytes_to_free(10**12, 10, budget_bytes=0, free_bytes=100, keep_free_bytes=50).must_bytes
+        == 0
+    )
+    assert bytes_to_free(0, 60, budget_bytes=0, free_bytes=100, keep_free_bytes=50).must_bytes == 10
 
 
 def test_a_newcomer_that_just_fits_evicts_nobody() -> None:
-    assert room(900, 100, budget_bytes=1000, free_bytes=10**6, keep_free_bytes=0).aim_bytes == 0
-    assert room(901, 100, budget_bytes=1000, free_bytes=10**6, keep_free_bytes=0).must_bytes == 1
+    assert (
+        bytes_to_free(900, 100, budget_bytes=1000, free_bytes=10**6, keep_free_bytes=0).aim_bytes
+        == 0
+    )
+    assert (
+        bytes_to_free(901, 100, budget_bytes=1000, free_bytes=10**6, keep_free_bytes=0).must_bytes
+        == 1
+    )
 
 
 @given(sizes, sizes, sizes, sizes, sizes)
 def test_after_freeing_what_must_go_the_newcomer_fits_both_bounds(
     used_bytes: int, incoming: int, budget: int, free: int, keep: int
 ) -> None:
-    must = room(used_bytes, incoming, budget, free, keep).must_bytes
+    must = bytes_to_free(used_bytes, incoming, budget, free, keep).must_bytes
     assert not budget or used_bytes + incoming - must <= budget
     assert free + must - incoming >= keep
 
