@@ -6,7 +6,7 @@ WORKERS ?= 2
 JOBS   ?= 2
 PY      = $(VENV)/bin/python
 
-.PHONY: setup demo test check format bench bench-growth bench-engine bench-cold bench-micro bench-fleet bench-load docs demo-model clean
+.PHONY: setup demo test check format bench bench-growth bench-engine bench-cold bench-micro bench-fleet bench-load docs demo-model lock sbom clean
 
 setup:
 	@deploy/setup.sh $(VENV) dev
@@ -61,5 +61,20 @@ docs: setup
 demo-model: setup
 	@$(PY) examples/demo/make_model.py
 
+# Tools for the two below, in an environment of their own.
+TOOLS   = .cache/tools
+$(TOOLS)/.done:
+	@python3 -m venv $(TOOLS) && $(TOOLS)/bin/python -m pip --disable-pip-version-check install -q uv cyclonedx-bom && touch $@
+
+# What the images install, with hashes: every dependency but the engine's.
+lock: $(TOOLS)/.done
+	@$(TOOLS)/bin/uv pip compile -q --upgrade --generate-hashes --python-version 3.12 --no-emit-index-url \
+	  --custom-compile-command "make lock" pyproject.toml -o deploy/requirements.lock
+
+# The software bill of materials of the gateway's image (CycloneDX).
+sbom: $(TOOLS)/.done
+	@mkdir -p build && $(TOOLS)/bin/cyclonedx-py requirements deploy/requirements.lock --pyproject pyproject.toml \
+	  --output-reproducible -o build/sbom.json && echo build/sbom.json
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf $(VENV) .cache/tools .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build

@@ -25,4 +25,14 @@ def register() -> None:
         return
     if int(worker) != os.getpid():
         die_with_parent(signal.SIGKILL)
+        if not _lives(int(worker)):  # it ended before the kernel was asked
+            os.kill(os.getpid(), signal.SIGKILL)
     patches.apply()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
