@@ -68,7 +68,7 @@ Figures: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class RunningServer:
     """A server that runs: where it is, how it names adapters, fields for each request, and its
     processes by part.
     """
@@ -148,7 +148,7 @@ async def compare(flags: argparse.Namespace) -> list[Figures]:
                 tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True)
             )
         )
-        servers: list[Server] = []
+        servers: list[RunningServer] = []
         if any(name.startswith("loraplex") for name in flags.servers):
             servers += await stack.enter_async_context(loraplex(folder))
         if "vllm" in flags.servers:
@@ -179,7 +179,9 @@ async def compare(flags: argparse.Namespace) -> list[Figures]:
     return made
 
 
-async def one(server: Server, kind: str, streams: int, requests: int, tokens: int) -> Figures:
+async def one(
+    server: RunningServer, kind: str, streams: int, requests: int, tokens: int
+) -> Figures:
     """One load on one server."""
     flags = [
         "--url",
@@ -224,7 +226,7 @@ async def one(server: Server, kind: str, streams: int, requests: int, tokens: in
 
 
 @contextlib.asynccontextmanager
-async def loraplex(folder: Path) -> AsyncIterator[list[Server]]:
+async def loraplex(folder: Path) -> AsyncIterator[list[RunningServer]]:
     """A gateway and a worker; twice, since the fields of a request choose the way through the
     worker.
     """
@@ -267,8 +269,8 @@ async def loraplex(folder: Path) -> AsyncIterator[list[Server]]:
             raise NotStarted(f"{exc}\nworker: {worker.last_words()}") from exc
         url, naming = f"http://127.0.0.1:{port}", "{base}:{adapter}"
         yield [
-            Server("loraplex", url, naming, "{}", gateway, worker),
-            Server(
+            RunningServer("loraplex", url, naming, "{}", gateway, worker),
+            RunningServer(
                 "loraplex, vLLM's layer",
                 url,
                 naming,
@@ -280,7 +282,7 @@ async def loraplex(folder: Path) -> AsyncIterator[list[Server]]:
 
 
 @contextlib.asynccontextmanager
-async def vllm(folder: Path) -> AsyncIterator[Server]:
+async def vllm(folder: Path) -> AsyncIterator[RunningServer]:
     """vLLM's API server module: the CPU build's `vllm` command stops at the name of its own
     package.
     """
@@ -302,7 +304,7 @@ async def vllm(folder: Path) -> AsyncIterator[Server]:
     server = Process(argv, folder / "vllm.log", ENV, cwd=ROOT)
     try:
         await until_answers(port, "/health", server, BOOT_S)
-        yield Server("vllm", f"http://127.0.0.1:{port}", "{adapter}", "{}", None, server)
+        yield RunningServer("vllm", f"http://127.0.0.1:{port}", "{adapter}", "{}", None, server)
     finally:
         server.stop()
 

@@ -40,7 +40,7 @@ CREDENTIALS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Bucket:
+class LocalBucket:
     """`url` for workers and gateways, `endpoint` the HTTP server."""
 
     name: str
@@ -71,7 +71,7 @@ class Bucket:
 
 
 @contextlib.asynccontextmanager
-async def open_bucket(folder: Path, name: str = "bench") -> AsyncIterator[Bucket]:
+async def open_bucket(folder: Path, name: str = "bench") -> AsyncIterator[LocalBucket]:
     """An empty bucket on a server that keeps everything in memory. Raises NotStarted."""
     (port,) = free_ports(1)
     server = Process(
@@ -80,15 +80,15 @@ async def open_bucket(folder: Path, name: str = "bench") -> AsyncIterator[Bucket
     )
     try:
         await until_answers(port, "/moto-api/data.json", server, READY_S)
-        yield Bucket(name, f"http://127.0.0.1:{port}")
+        yield LocalBucket(name, f"http://127.0.0.1:{port}")
     finally:
         server.stop()
 
 
 @contextlib.asynccontextmanager
 async def behind_line(
-    bucket: Bucket, folder: Path, bytes_per_s: float, latency_s: float
-) -> AsyncIterator[Bucket]:
+    bucket: LocalBucket, folder: Path, bytes_per_s: float, latency_s: float
+) -> AsyncIterator[LocalBucket]:
     """The same bucket over a line that all connections share."""
     parts, (port,) = urlsplit(bucket.endpoint), free_ports(1)
     argv = [
@@ -104,7 +104,7 @@ async def behind_line(
     line = Process(argv, folder / "line.log", cwd=ROOT)
     try:
         await until_answers(port, "/moto-api/data.json", line, READY_S)
-        yield Bucket(bucket.name, f"http://127.0.0.1:{port}")
+        yield LocalBucket(bucket.name, f"http://127.0.0.1:{port}")
     finally:
         line.stop()
 

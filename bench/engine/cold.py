@@ -31,11 +31,11 @@ from typing import Any, TypeAlias
 import msgspec
 import uvloop
 
-from bench.engine.bucket import CREDENTIALS, Bucket, behind_line, open_bucket
+from bench.engine.bucket import CREDENTIALS, LocalBucket, behind_line, open_bucket
 from bench.engine.cold_cluster import (
     PROBE,
     PROBE_BYTES,
-    Cluster,
+    ColdCluster,
     adapter_files,
     ask,
     cluster,
@@ -46,7 +46,7 @@ from bench.gateways.__main__ import commit
 from bench.gateways.growth import write_adapters
 from bench.gateways.peers.process import NotStarted
 from bench.load.__main__ import cpu_model
-from bench.load.client import Client
+from bench.load.client import LoadClient
 from bench.load.measure import percentile
 from shared.stores import open_store
 
@@ -145,7 +145,7 @@ async def first(folder: Path, flags: argparse.Namespace) -> Figures:
         listed_s, found_s = await _store_times(line, names[0])
         async with (
             cluster(folder, line, WORKERS[:1], FIRST_SLOTS) as c,
-            Client(c.url, timeout_s=TIMEOUT_S) as client,
+            LoadClient(c.url, timeout_s=TIMEOUT_S) as client,
         ):
             for _ in range(3):
                 await ask(client, names[0], TOKENS)
@@ -173,7 +173,7 @@ async def first(folder: Path, flags: argparse.Namespace) -> Figures:
 
 
 def _taken_apart(
-    c: Cluster, name: str, cold_s: float, warm_s: float, bytes_per_s: float
+    c: ColdCluster, name: str, cold_s: float, warm_s: float, bytes_per_s: float
 ) -> Figures:
     fetched = next(e for e in c.events("w0", "adapter fetched") if f":{name}@" in e["adapter"])
     load_s = (
@@ -201,7 +201,7 @@ def _taken_apart(
     }
 
 
-async def _store_times(line: Bucket, name: str) -> tuple[float, float]:
+async def _store_times(line: LocalBucket, name: str) -> tuple[float, float]:
     """Seconds of a complete listing, and of a look-up by name, over the line."""
     async with open_store(line.url, line.options) as store:
         await store.find(name)
@@ -227,7 +227,7 @@ async def many(folder: Path, flags: argparse.Namespace) -> Figures:
         rate = await line_bytes_per_s(line)
         async with (
             cluster(folder, line, WORKERS, MANY_SLOTS) as c,
-            Client(c.url, timeout_s=TIMEOUT_S) as client,
+            LoadClient(c.url, timeout_s=TIMEOUT_S) as client,
         ):
             warm: list[Warm] = []
             for _ in range(3):
@@ -272,7 +272,7 @@ async def many(folder: Path, flags: argparse.Namespace) -> Figures:
 
 
 def _bounds(
-    c: Cluster, ended: dict[str, float], bytes_per_s: float, began_wall: float
+    c: ColdCluster, ended: dict[str, float], bytes_per_s: float, began_wall: float
 ) -> tuple[dict[str, float], list[float]]:
     """Nobody is faster than the line, than a worker that loads one adapter at a time, or than slots
     that are taken until their requests end.
@@ -299,20 +299,20 @@ def _bounds(
     }, sorted(loads) or [0.0]
 
 
-async def _timed(client: Client, name: str) -> float:
+async def _timed(client: LoadClient, name: str) -> float:
     """Wall clock at the end of the answer."""
     await ask(client, name, TOKENS)
     return time.time()
 
 
-async def _keep_asking(client: Client, seen: list[Warm]) -> None:
+async def _keep_asking(client: LoadClient, seen: list[Warm]) -> None:
     while True:
         began = time.perf_counter()
         ttft_s, reply = await ask(client, "warm", TOKENS)
         seen.append(Warm(began, ttft_s, float(reply.headers.get("x-loraplex-queue-ms", 0)) / 1e3))
 
 
-def _fill(bucket: Bucket, names: Sequence[str]) -> None:
+def _fill(bucket: LocalBucket, names: Sequence[str]) -> None:
     files = {PROBE: os.urandom(PROBE_BYTES)}
     for seed, name in enumerate(names):
         files |= adapter_files(name, seed)
@@ -327,7 +327,7 @@ async def catalog(folder: Path, flags: argparse.Namespace) -> Figures:
     rows: list[Figures] = []
     async with open_bucket(folder) as bucket:
         for count in (0, *flags.adapters):
-            own = Bucket(f"of-{count}", bucket.endpoint)
+            own = LocalBucket(f"of-{count}", bucket.endpoint)
             source = folder / f"adapters-{count}"
             source.mkdir()
             await asyncio.to_thread(write_adapters, source, count)
@@ -344,7 +344,7 @@ async def catalog(folder: Path, flags: argparse.Namespace) -> Figures:
     return {"rows": rows, "target": "models p99 < 20 ms; < 2,048 bytes per known adapter"}
 
 
-async def _catalog_of(folder: Path, bucket: Bucket, count: int) -> Figures:
+async def _catalog_of(folder: Path, bucket: LocalBucket, count: int) -> Figures:
     async with cluster(folder, bucket) as c:
         await until(lambda: c.events("gateway", "adapters listed"), c.gateway)
         await asyncio.sleep(1.0)  # what the listing left behind is freed
@@ -353,7 +353,7 @@ async def _catalog_of(folder: Path, bucket: Bucket, count: int) -> Figures:
         if known != count:
             raise NotStarted(f"{known} adapters are listed, not {count}")
         times = []
-        async with Client(c.url, timeout_s=TIMEOUT_S) as client:
+        async with LoadClient(c.url, timeout_s=TIMEOUT_S) as client:
             for _ in range(ASKS_FOR_MODELS):
                 began = time.perf_counter()
                 await client.get("/v1/models")

@@ -21,9 +21,9 @@ import numpy as np
 import yaml
 
 from bench import ROOT
-from bench.engine.bucket import CREDENTIALS, SIGNED, Bucket
+from bench.engine.bucket import CREDENTIALS, SIGNED, LocalBucket
 from bench.gateways.peers.process import LOOK_AGAIN_S, NotStarted, Process, free_ports
-from bench.load.client import Client
+from bench.load.client import LoadClient
 from bench.load.measure import Meter
 from bench.load.reply import LoadReply
 from shared.stores.transfer import PARTS_PER_ADAPTER
@@ -45,7 +45,7 @@ PROBE, PROBE_BYTES = "probe", 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Cluster:
+class ColdCluster:
     """Processes that serve at `url`; each worker's log is `NAME.log` in `folder`."""
 
     url: str
@@ -71,8 +71,8 @@ class Cluster:
 
 @contextlib.asynccontextmanager
 async def cluster(
-    folder: Path, bucket: Bucket, workers: Sequence[str] = (), slots: int = 4
-) -> AsyncIterator[Cluster]:
+    folder: Path, bucket: LocalBucket, workers: Sequence[str] = (), slots: int = 4
+) -> AsyncIterator[ColdCluster]:
     """In a folder that is there. Raises NotStarted."""
     (port,) = free_ports(1)
     lora = {
@@ -125,7 +125,7 @@ async def cluster(
             ]
             started.append(Process(argv, folder / f"{name}.log", env, ROOT))
             stack.callback(started[-1].stop)
-        made = Cluster(f"http://127.0.0.1:{port}", folder, gateway, tuple(workers))
+        made = ColdCluster(f"http://127.0.0.1:{port}", folder, gateway, tuple(workers))
         for name, process in zip(workers, started, strict=True):
             await until(functools.partial(made.events, name, "serving"), process)
         yield made
@@ -139,7 +139,7 @@ async def until(true: Callable[[], object], process: Process) -> None:
         await asyncio.sleep(LOOK_AGAIN_S)
 
 
-async def ask(client: Client, adapter: str, tokens: int) -> tuple[float, LoadReply]:
+async def ask(client: LoadClient, adapter: str, tokens: int) -> tuple[float, LoadReply]:
     """One stream: seconds to its first token, and the answer. Raises ValueError if it failed."""
     body = {
         "model": f"demo:{adapter}",
@@ -158,7 +158,7 @@ async def ask(client: Client, adapter: str, tokens: int) -> tuple[float, LoadRep
     return reply.first_token_s - began, reply
 
 
-async def line_bytes_per_s(bucket: Bucket, connections: int = PARTS_PER_ADAPTER) -> float:
+async def line_bytes_per_s(bucket: LocalBucket, connections: int = PARTS_PER_ADAPTER) -> float:
     """What the line gives to so many plain GETs side by side."""
     async with aiohttp.ClientSession() as client:
         began = time.perf_counter()

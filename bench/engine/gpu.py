@@ -43,7 +43,7 @@ from bench.engine.gpu_servers import (
     COLD_ADAPTERS,
     SERVERS,
     SHAPES,
-    Server,
+    GpuServer,
     engine_arguments,
     gpu,
     make_adapters,
@@ -67,7 +67,7 @@ KERNELS = ROOT / "worker" / "engine" / "vllm" / "lora_kernels"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class GpuRow:
     """One load. `adapters` 0 is the base model; `mix` is that of bench.load."""
 
     name: str
@@ -83,12 +83,12 @@ class Row:
         return rounds * output_tokens * self.requests / self.streams * SLOW_STEP_S[self.mix]
 
 
-def rows(args: argparse.Namespace) -> list[Row]:
+def rows(args: argparse.Namespace) -> list[GpuRow]:
     """What `--rows` asks for, the most important first."""
     slots, adapters, per_stream = args.slots, args.adapters, args.per_stream
-    made: dict[str, list[Row]] = {kind: [] for kind in KINDS}
+    made: dict[str, list[GpuRow]] = {kind: [] for kind in KINDS}
     made["zipf"] = [
-        Row(
+        GpuRow(
             f"{adapters} adapters over {slots} slots, zipf x128",
             adapters,
             "zipf",
@@ -96,16 +96,16 @@ def rows(args: argparse.Namespace) -> list[Row]:
             128 * per_stream,
         )
     ]
-    made["stall"] = [Row("stall per cold load", 0, "stall", 32, 0)]
+    made["stall"] = [GpuRow("stall per cold load", 0, "stall", 32, 0)]
     made["adapters"] = [
-        Row(f"{slots} adapters x{n}", slots, "uniform", n, max(8, n * per_stream))
+        GpuRow(f"{slots} adapters x{n}", slots, "uniform", n, max(8, n * per_stream))
         for n in args.adapter_levels
     ]
-    made["base"] = [Row(f"base x{n}", 0, "base", n, max(8, n * per_stream)) for n in args.levels]
+    made["base"] = [GpuRow(f"base x{n}", 0, "base", n, max(8, n * per_stream)) for n in args.levels]
     return [row for kind in KINDS if kind in args.rows for row in made[kind]]
 
 
-def load(server: Server, row: Row, output_tokens: int, rounds: int) -> dict[str, Any]:
+def load(server: GpuServer, row: GpuRow, output_tokens: int, rounds: int) -> dict[str, Any]:
     """Figures of one row: the last of `rounds` passes (the first pays kernel tuning)."""
     flags = [
         "--url",
@@ -135,7 +135,7 @@ def load(server: Server, row: Row, output_tokens: int, rounds: int) -> dict[str,
     return made
 
 
-def figures_of(server: Server, row: Row, args: argparse.Namespace) -> dict[str, Any]:
+def figures_of(server: GpuServer, row: GpuRow, args: argparse.Namespace) -> dict[str, Any]:
     if row.mix != "stall":
         return load(server, row, args.output_tokens, args.rounds)
     names = [
@@ -145,7 +145,7 @@ def figures_of(server: Server, row: Row, args: argparse.Namespace) -> dict[str, 
     return {"stall": uvloop.run(stall(server.url, names[0], names[1:]))}
 
 
-class Record:
+class GpuRecord:
     """The rows of one results file, and where new ones go."""
 
     def __init__(self, path: Path, label: str) -> None:
@@ -160,7 +160,7 @@ class Record:
             except ValueError:
                 print(f"{path}: a line that is not whole is left out", flush=True)
 
-    def has(self, server: str, row: Row, arguments: dict[str, Any]) -> bool:
+    def has(self, server: str, row: GpuRow, arguments: dict[str, Any]) -> bool:
         """Measured already, with these arguments."""
         return any(
             d["server"] == server and d["row"] == row.name and d.get("arguments") == arguments
@@ -168,7 +168,7 @@ class Record:
         )
 
     def add(
-        self, server: str, row: Row, arguments: dict[str, Any], figures: dict[str, Any]
+        self, server: str, row: GpuRow, arguments: dict[str, Any], figures: dict[str, Any]
     ) -> None:
         facts = {
             "server": server,
@@ -190,7 +190,7 @@ class Record:
         print(line(self.rows[-1]), flush=True)
 
 
-def run(args: argparse.Namespace, record: Record) -> None:
+def run(args: argparse.Namespace, record: GpuRecord) -> None:
     until = time.monotonic() + args.budget_s
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
@@ -370,7 +370,7 @@ def main() -> int:
         print(f"bench.engine.gpu: --report: no such file: {', '.join(missing)}", file=sys.stderr)
         return 2
     if args.report:
-        done = [d for path in args.report for d in Record(path, "").rows]
+        done = [d for path in args.report for d in GpuRecord(path, "").rows]
         print(f"{table(done)}\n\nLoraplex over vLLM, output tokens/s:\n{ratios(done)}")
         return 0
     if args.shape != "tiny" and not count_gpus():
@@ -387,7 +387,7 @@ def main() -> int:
     raise_open_files_limit()
     label = args.label or ("defaults" if args.defaults else "")
     args.out.mkdir(parents=True, exist_ok=True)
-    record = Record(args.out / f"gpu-{args.shape}{label and '-'}{label}.jsonl", label)
+    record = GpuRecord(args.out / f"gpu-{args.shape}{label and '-'}{label}.jsonl", label)
     try:
         run(args, record)
     except CannotRun as exc:

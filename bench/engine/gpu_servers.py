@@ -186,7 +186,7 @@ def gpu() -> tuple[str, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class GpuServer:
     """How one is started. `health` answers 200 once it serves; `naming` says how an adapter is
     asked for.
     """
@@ -201,7 +201,7 @@ class Server:
 
 def loraplex(
     model: Path, adapters: Path, arguments: dict[str, Any], work: Path, gpus: int
-) -> Server:
+) -> GpuServer:
     """One gateway and one worker per GPU."""
     config = {
         "llm_configs": [
@@ -225,7 +225,7 @@ def loraplex(
     path = work / "loraplex.yaml"
     path.write_text(json.dumps(config))
     argv = [sys.executable, "-m", "loraplex", "serve", str(path)]
-    return Server(
+    return GpuServer(
         "loraplex",
         argv,
         "http://127.0.0.1:8700",
@@ -235,7 +235,9 @@ def loraplex(
     )
 
 
-def vllm(model: Path, adapters: Path, arguments: dict[str, Any], work: Path, gpus: int) -> Server:
+def vllm(
+    model: Path, adapters: Path, arguments: dict[str, Any], work: Path, gpus: int
+) -> GpuServer:
     """vLLM's own OpenAI server on one GPU, all adapters registered at its start."""
     argv = [
         sys.executable,
@@ -260,17 +262,19 @@ def vllm(model: Path, adapters: Path, arguments: dict[str, Any], work: Path, gpu
     argv += ["--max-cpu-loras", str(max(64, arguments["max_loras"])), "--lora-modules"]
     # It loads them all at its start and keeps the last ones: those that must be cold come first.
     argv += [f"{p.name}={p}" for p in sorted(adapters.iterdir(), reverse=True)]
-    return Server("vllm", argv, "http://127.0.0.1:8701", "/health", "{adapter}", work / "vllm.log")
+    return GpuServer(
+        "vllm", argv, "http://127.0.0.1:8701", "/health", "{adapter}", work / "vllm.log"
+    )
 
 
-SERVERS: dict[str, Callable[[Path, Path, dict[str, Any], Path, int], Server]] = {
+SERVERS: dict[str, Callable[[Path, Path, dict[str, Any], Path, int], GpuServer]] = {
     "loraplex": loraplex,
     "vllm": vllm,
 }
 
 
 @contextlib.contextmanager
-def up(servers: Sequence[Server], work: Path, *, apart: bool = False) -> Iterator[None]:
+def up(servers: Sequence[GpuServer], work: Path, *, apart: bool = False) -> Iterator[None]:
     """Boots them all at once, `apart` each on a GPU of its own, and waits until each serves. They
     end with this process, however that ends.
 
@@ -308,7 +312,7 @@ def up(servers: Sequence[Server], work: Path, *, apart: bool = False) -> Iterato
 
 
 @contextlib.contextmanager
-def _process(server: Server, more: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def _process(server: GpuServer, more: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     env = {
         **os.environ,
         "VLLM_WORKER_MULTIPROC_METHOD": os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),
@@ -336,5 +340,5 @@ def _process(server: Server, more: dict[str, str]) -> Iterator[subprocess.Popen[
         process.wait()
 
 
-def _said(server: Server, count: int) -> str:
+def _said(server: GpuServer, count: int) -> str:
     return server.log.read_text(errors="replace")[-count:]

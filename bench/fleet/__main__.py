@@ -34,9 +34,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.fleet.cluster import Cluster
+from bench.fleet.cluster import FleetCluster
 from bench.fleet.figures import RecordedRow, line, table
-from bench.fleet.plan import PARTS, POLICIES, Plan, Row, Times, fit, rows, with_capacity
+from bench.fleet.plan import PARTS, POLICIES, FleetRow, FleetTimes, Plan, fit, rows, with_capacity
 from bench.fleet.run import Runner, Volume, read
 from bench.fleet.served import PAIR, Served, real, simulated
 from bench.gateways.__main__ import RESULTS, commit
@@ -89,10 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def _measure(
     flags: argparse.Namespace,
     gpus: int,
-    wanted: Sequence[Row],
+    wanted: Sequence[FleetRow],
     done: Sequence[RecordedRow],
     out: Path,
-) -> list[Row]:
+) -> list[FleetRow]:
     most = max(row.workers for row in wanted)
     singles = max(0, gpus - 2) if gpus else most
     if (gpus and gpus < most) or ("mixed" in flags.parts and not singles):
@@ -101,7 +101,7 @@ async def _measure(
             f"more GPUs than the {gpus} found"
         )
     served = _served(flags)
-    cluster = Cluster(
+    cluster = FleetCluster(
         served=served,
         work=flags.work / "logs",
         sizes=flags.workers,
@@ -132,13 +132,13 @@ async def _measure(
         runner = Runner(cluster, _volume(flags, most), plan, lambda: _left_s(flags), done)
         common = _common(flags, served, plan)
 
-        def record(row: Row, made: dict[str, Any]) -> RecordedRow:
+        def record(row: FleetRow, made: dict[str, Any]) -> RecordedRow:
             now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             whole = {
                 **common,
                 "at": now,
                 "key": row.key,
-                **{name: getattr(row, name) for name in Row.__slots__},
+                **{name: getattr(row, name) for name in FleetRow.__slots__},
                 **made,
             }
             whole["load_average"] = os.getloadavg()[0]
@@ -178,10 +178,10 @@ def _volume(flags: argparse.Namespace, most: int) -> Volume:
     )
 
 
-def _times(flags: argparse.Namespace) -> Times:
+def _times(flags: argparse.Namespace) -> FleetTimes:
     slow = flags.slow if flags.engine == "sim" else 1.0
     tail_s = 4.0 * slow
-    return Times(
+    return FleetTimes(
         flags.warm,
         flags.seconds,
         tail_s,

@@ -31,7 +31,7 @@ from bench.gateways.peers.process import (
     LOOK_AGAIN_S,
     NotStarted,
     Process,
-    Usage,
+    ProcessUsage,
     free_ports,
     spent_s,
     tree,
@@ -48,23 +48,23 @@ WORKER_LOG, GATEWAY_LOG = "worker-{}.log", "gateway-{}.log"
 
 
 @dataclass
-class Gateway:
+class FleetGateway:
     """A running gateway of `processes` processes at `url`."""
 
     url: str
     processes: Sequence[Process]
     log: Path
 
-    def usage(self) -> list[Usage]:
+    def usage(self) -> list[ProcessUsage]:
         return [process.usage() for process in self.processes]
 
 
-def cpu_s(before: Sequence[Usage], after: Sequence[Usage]) -> float:
+def cpu_s(before: Sequence[ProcessUsage], after: Sequence[ProcessUsage]) -> float:
     return sum(spent_s(b, a) for b, a in zip(before, after, strict=True))
 
 
 @dataclass
-class Cluster:
+class FleetCluster:
     """`sizes` are those of the fleets; `boot_s` bounds a worker's start."""
 
     served: Served
@@ -176,7 +176,7 @@ class Cluster:
     # ---- gateways --------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def gateway(self, size: int, policy: str) -> AsyncIterator[Gateway]:
+    async def gateway(self, size: int, policy: str) -> AsyncIterator[FleetGateway]:
         """With the first `size` workers (MIXED: those of the mixed fleet), all of which have
         joined. Raises NotStarted.
         """
@@ -203,7 +203,7 @@ class Cluster:
                 await _until(facts.exists, processes[-1], GATEWAY_START_S, "the gateway")
             wanted = size or self.mixed_singles + 1
             await self._until_joined(processes, wanted)
-            yield Gateway(f"http://127.0.0.1:{self.port}", processes, log)
+            yield FleetGateway(f"http://127.0.0.1:{self.port}", processes, log)
 
     async def _until_joined(self, processes: Sequence[Process], wanted: int) -> None:
         """All processes share the port: each new connection may meet another one, so it takes
@@ -251,7 +251,7 @@ class Cluster:
             if since <= e["ts"] < until
         ]
 
-    def lost(self, gateway: Gateway, worker: str) -> Mapping[str, Any] | None:
+    def lost(self, gateway: FleetGateway, worker: str) -> Mapping[str, Any] | None:
         """What the gateway said as it lost the worker: `ts`, `requests`."""
         lines = [e for e in _lines(gateway.log, "worker lost") if e["worker"] == worker]
         return lines[-1] if lines else None
@@ -306,7 +306,7 @@ async def _serving(port: int) -> int:
 
 
 @dataclass
-class Load:
+class FleetLoad:
     """Generators that run. `seen()` and `each()` wait for them; `end()` tells them to send no
     more.
     """
@@ -335,7 +335,7 @@ class Load:
 
 
 @contextlib.asynccontextmanager
-async def load(work: Path, flags: Sequence[Sequence[str]]) -> AsyncIterator[Load]:
+async def load(work: Path, flags: Sequence[Sequence[str]]) -> AsyncIterator[FleetLoad]:
     """One generator for each list of flags of bench.load."""
     files = [work / f"seen-{index}" for index in range(len(flags))]
     children = []
@@ -353,7 +353,7 @@ async def load(work: Path, flags: Sequence[Sequence[str]]) -> AsyncIterator[Load
                 start_new_session=True,
             )
             children.append(child)
-        yield Load(children, files)
+        yield FleetLoad(children, files)
     finally:
         for child in children:
             if child.returncode is None:

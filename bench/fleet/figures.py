@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from bench.fleet.plan import OURS
-from bench.load.measure import BIN_S, Outcome, latency
+from bench.load.measure import BIN_S, LoadOutcome, latency
 
 RecordedRow: TypeAlias = Mapping[str, Any]
 
@@ -33,7 +33,7 @@ class Seen(msgspec.Struct):
     """
 
     start_s: float
-    outcomes: list[Outcome]
+    outcomes: list[LoadOutcome]
     tokens_by_bin: dict[int, int]
     cpu_share: float = 0.0
     machine_busy: float | None = None
@@ -44,7 +44,7 @@ def together(parts: Sequence[Seen]) -> Seen:
     none.
     """
     start_s = min(part.start_s for part in parts)
-    outcomes: list[Outcome] = []
+    outcomes: list[LoadOutcome] = []
     bins: Counter[int] = Counter()
     for part in parts:
         late_s = part.start_s - start_s
@@ -61,7 +61,7 @@ def together(parts: Sequence[Seen]) -> Seen:
     )
 
 
-def _later(outcome: Outcome, by_s: float) -> Outcome:
+def _later(outcome: LoadOutcome, by_s: float) -> LoadOutcome:
     def moved(time_s: float | None) -> float | None:
         return None if time_s is None else time_s + by_s
 
@@ -76,7 +76,7 @@ def _later(outcome: Outcome, by_s: float) -> Outcome:
     )
 
 
-def tokens_within(outcomes: Sequence[Outcome], from_s: float, until_s: float) -> float:
+def tokens_within(outcomes: Sequence[LoadOutcome], from_s: float, until_s: float) -> float:
     """Output tokens between two moments; an answer's tokens are taken as evenly spread from its
     first to its last.
     """
@@ -119,7 +119,7 @@ def figures(seen: Seen, from_s: float, until_s: float) -> dict[str, Any]:
     }
 
 
-def failures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def failures(outcomes: Sequence[LoadOutcome]) -> dict[str, Any]:
     """Requests that got nothing, and answers that broke off after their first token: the latter
     cannot be sent again, the former must not fail.
     """
@@ -164,7 +164,9 @@ def lowest_share(
     )
 
 
-def served_again_s(outcomes: Sequence[Outcome], worker: str, restarted_s: float) -> float | None:
+def served_again_s(
+    outcomes: Sequence[LoadOutcome], worker: str, restarted_s: float
+) -> float | None:
     """When the first answer of a worker that was started at `restarted_s` began; None if there is
     none.
     """

@@ -15,7 +15,7 @@ SWITCH_S = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class FleetRow:
     """One load. `share` is of the capacity that the row `scale` of as many workers found, `rps` are
     requests/s for each worker; neither: a closed loop.
     """
@@ -44,7 +44,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
+class FleetTimes:
     """Seconds. Of each load the first `warm_s` do not count, `measure_s` do, and what is in flight
     then ends within about `tail_s`.
 
@@ -59,7 +59,7 @@ class Times:
     serve_again_s: float
     least_measure_s: float
 
-    def of(self, row: Row, *, first_of_gateway: bool) -> float:
+    def of(self, row: FleetRow, *, first_of_gateway: bool) -> float:
         """What a row takes."""
         start_s = SWITCH_S + self.flush_s if first_of_gateway else 0.0
         more_s = self.serve_again_s if row.part in ("kill", "mixed") else 0.0
@@ -71,9 +71,9 @@ class Times:
 class Plan:
     """`rows` in the order in which they run; `left_out` do not fit and wait for another call."""
 
-    rows: tuple[Row, ...]
-    times: Times
-    left_out: tuple[Row, ...] = ()
+    rows: tuple[FleetRow, ...]
+    times: FleetTimes
+    left_out: tuple[FleetRow, ...] = ()
 
 
 def rows(
@@ -82,38 +82,38 @@ def rows(
     policies: Sequence[str],
     repetitions: int,
     rps: Sequence[float] = (),
-) -> list[Row]:
+) -> list[FleetRow]:
     """Repetitions of the policies are interleaved, so that a machine that drifts drifts for all of
     them. `rps`: instead of shares of the capacity.
     """
-    made: list[Row] = []
+    made: list[FleetRow] = []
     most = max(workers)
     if "scale" in parts:
-        made += [Row("scale", n) for n in sorted(workers)]
+        made += [FleetRow("scale", n) for n in sorted(workers)]
     if "base" in parts:
-        made += [Row("base", n) for n in sorted(workers)]
+        made += [FleetRow("base", n) for n in sorted(workers)]
     if "policies" in parts:
         for again in range(repetitions):
             for policy in policies:
                 if rps:
-                    made += [Row("policies", most, policy, None, again, rate) for rate in rps]
+                    made += [FleetRow("policies", most, policy, None, again, rate) for rate in rps]
                 else:
-                    made += [Row("policies", most, policy, share, again) for share in SHARES]
+                    made += [FleetRow("policies", most, policy, share, again) for share in SHARES]
     if "kill" in parts:
         made.append(
-            Row("kill", most, OURS, None if rps else KILL_SHARE, rps=min(rps) if rps else None)
+            FleetRow("kill", most, OURS, None if rps else KILL_SHARE, rps=min(rps) if rps else None)
         )
     if "mixed" in parts:
-        made.append(Row("mixed", most))
+        made.append(FleetRow("mixed", most))
     return made
 
 
-def with_capacity(wanted: Sequence[Row], done: Collection[str]) -> list[Row]:
+def with_capacity(wanted: Sequence[FleetRow], done: Collection[str]) -> list[FleetRow]:
     """The rows that are not done yet; a share of a capacity that nobody has measured has its
     measurement before it.
     """
     left = [row for row in wanted if row.key not in done]
-    needed = {Row("scale", row.workers) for row in left if row.share is not None}
+    needed = {FleetRow("scale", row.workers) for row in left if row.share is not None}
     missing = [
         row
         for row in sorted(needed, key=lambda row: row.workers)
@@ -122,22 +122,22 @@ def with_capacity(wanted: Sequence[Row], done: Collection[str]) -> list[Row]:
     return missing + left
 
 
-def gateways(planned: Sequence[Row]) -> Iterator[tuple[Row, bool]]:
+def gateways(planned: Sequence[FleetRow]) -> Iterator[tuple[FleetRow, bool]]:
     """Each row, and whether a gateway starts for it: neighbours of one policy and size share
     theirs.
     """
-    before: Row | None = None
+    before: FleetRow | None = None
     for row in planned:
         one = replace(row, share=None, rps=None)
         yield row, before is None or row.saturated or one != replace(before, share=None, rps=None)
         before = row
 
 
-def seconds(planned: Sequence[Row], times: Times) -> float:
+def seconds(planned: Sequence[FleetRow], times: FleetTimes) -> float:
     return sum(times.of(row, first_of_gateway=first) for row, first in gateways(planned))
 
 
-def fit(wanted: Sequence[Row], times: Times, left_s: float | None) -> Plan:
+def fit(wanted: Sequence[FleetRow], times: FleetTimes, left_s: float | None) -> Plan:
     """What takes at most `left_s`: fewer repetitions, then less measured time, then fewer rows, the
     last ones left out first.
     """

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.fleet import figures as fig
-from bench.fleet.cluster import MIXED, Cluster, Gateway, cpu_s, load
-from bench.fleet.plan import OURS, Plan, Row, gateways
+from bench.fleet.cluster import MIXED, FleetCluster, FleetGateway, cpu_s, load
+from bench.fleet.plan import OURS, FleetRow, Plan, gateways
 from bench.fleet.served import MODEL, PAIR
 from bench.gateways.peers.process import NotStarted
 from bench.load.measure import BIN_S
@@ -43,7 +43,7 @@ class Runner:
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: FleetCluster,
         volume: Volume,
         plan: Plan,
         left_s: Callable[[], float | None],
@@ -59,15 +59,17 @@ class Runner:
         async with self._cluster.gateway(workers, OURS) as gateway:
             await self._flush(gateway, workers)
             async with load(
-                self._cluster.work, self._paced(Row("heat", workers), gateway, seconds)
+                self._cluster.work, self._paced(FleetRow("heat", workers), gateway, seconds)
             ) as going:
                 await going.seen()
 
-    async def run(self, record: Callable[[Row, dict[str, Any]], fig.RecordedRow]) -> list[Row]:
+    async def run(
+        self, record: Callable[[FleetRow, dict[str, Any]], fig.RecordedRow]
+    ) -> list[FleetRow]:
         """All rows of the plan. Returns those for which no time was left."""
-        skipped: list[Row] = []
+        skipped: list[FleetRow] = []
         stack = contextlib.AsyncExitStack()
-        gateway: Gateway | None = None
+        gateway: FleetGateway | None = None
         try:
             for row, first in gateways(self._plan.rows):
                 left_s = self._left_s()
@@ -94,7 +96,7 @@ class Runner:
 
     # ---- one load --------------------------------------------------------------------------------
 
-    async def _flush(self, gateway: Gateway, workers: int) -> None:
+    async def _flush(self, gateway: FleetGateway, workers: int) -> None:
         """Every adapter once, the popular ones first: whatever the gateway before left in the slots
         is as good as gone.
         """
@@ -111,7 +113,7 @@ class Runner:
         if len(seen.outcomes) and failed["failed_before_first_byte"] == len(seen.outcomes):
             raise NotStarted(f"no request is answered: {failed['samples']}")
 
-    async def _load(self, row: Row, gateway: Gateway) -> dict[str, Any]:
+    async def _load(self, row: FleetRow, gateway: FleetGateway) -> dict[str, Any]:
         times = self._plan.times
         began, before, begun_at = time.time(), gateway.usage(), time.perf_counter()
         async with load(
@@ -125,8 +127,8 @@ class Runner:
 
     def _figures(
         self,
-        row: Row,
-        gateway: Gateway,
+        row: FleetRow,
+        gateway: FleetGateway,
         seen: fig.Seen,
         window: tuple[float, float],
         began: tuple[float, float],
@@ -158,7 +160,7 @@ class Runner:
             },
         }
 
-    def _rate(self, row: Row) -> float | None:
+    def _rate(self, row: FleetRow) -> float | None:
         """Requests/s of an open loop. Raises NotStarted if the capacity is not known."""
         if row.rps is not None:
             return row.rps * row.workers
@@ -171,7 +173,7 @@ class Runner:
             )
         return row.share * capacity / self._volume.output_tokens
 
-    def _paced(self, row: Row, gateway: Gateway, duration_s: float) -> list[list[str]]:
+    def _paced(self, row: FleetRow, gateway: FleetGateway, duration_s: float) -> list[list[str]]:
         """Flags for every generator: each has its share of the streams or of the rate, and draws
         requests of its own.
         """
@@ -190,7 +192,9 @@ class Runner:
             made.append([*flags, *mix, f"--duration={duration_s}", pace])
         return made
 
-    def _flags(self, gateway: Gateway, model: str, *, output_tokens: int, seed: int) -> list[str]:
+    def _flags(
+        self, gateway: FleetGateway, model: str, *, output_tokens: int, seed: int
+    ) -> list[str]:
         served = self._cluster.served
         return [
             f"--url={gateway.url}",
@@ -205,7 +209,7 @@ class Runner:
 
     # ---- a worker dies ---------------------------------------------------------------------------
 
-    async def _kill(self, row: Row, gateway: Gateway) -> dict[str, Any]:
+    async def _kill(self, row: FleetRow, gateway: FleetGateway) -> dict[str, Any]:
         times, victim = self._plan.times, f"w{row.workers - 1}"
         served = self._cluster.times_served(victim)
         left_s = self._left_s()
@@ -270,7 +274,7 @@ class Runner:
 
     # ---- two models ------------------------------------------------------------------------------
 
-    async def _mixed(self, row: Row) -> dict[str, Any]:
+    async def _mixed(self, row: FleetRow) -> dict[str, Any]:
         """The last two GPUs go to one worker of another model, tensor parallel 2; both models are
         loaded at once.
         """

@@ -34,18 +34,18 @@ from bench.gateways.peers.comparison import (
     QUICK,
     SCENARIOS,
     SCHEMA,
+    GatewayScenario,
     Result,
-    Scenario,
     summary,
     table,
 )
 from bench.gateways.peers.loraplex import Loraplex
-from bench.gateways.peers.peer import Place, Running, Skipped
+from bench.gateways.peers.peer import PeerPlace, PeerSkipped, Running
 from bench.gateways.peers.picture import draw
 from bench.gateways.peers.process import (
     NotStarted,
     Process,
-    Usage,
+    ProcessUsage,
     free_ports,
     spent_s,
     until_answers,
@@ -175,7 +175,7 @@ def _prepare(names: Iterable[str], *, install: bool) -> tuple[list[AnyPeer], dic
         try:
             facts[name] = {"version": PEERS[name].install(CACHE, install)}
             peers.append(PEERS[name])
-        except Skipped as exc:
+        except PeerSkipped as exc:
             facts[name] = {"skipped": str(exc)}
             _say(f"{name} is skipped: {exc}")
     return peers, facts
@@ -183,7 +183,7 @@ def _prepare(names: Iterable[str], *, install: bool) -> tuple[list[AnyPeer], dic
 
 async def compare(
     peers: Sequence[AnyPeer],
-    scenarios: Sequence[Scenario],
+    scenarios: Sequence[GatewayScenario],
     repetitions: int,
     heavy_repetitions: int = 1,
 ) -> tuple[list[Result], dict[str, Any]]:
@@ -240,7 +240,7 @@ async def start(
     await until_answers(engine_port, "/v1/models", engine, 30.0)
     up = {DIRECT: Running(f"http://127.0.0.1:{engine_port}", ())}
     for peer, port in zip(group, ports, strict=True):
-        place = Place(CACHE, folder / peer.name, port, engine_port)
+        place = PeerPlace(CACHE, folder / peer.name, port, engine_port)
         place.folder.mkdir()
         try:
             up[peer.name] = await stack.enter_async_context(peer.running(place))
@@ -254,7 +254,7 @@ async def run(
     name: str,
     running: Running,
     engine: Process,
-    scenario: Scenario,
+    scenario: GatewayScenario,
     repetition: int,
     host: dict[str, Any],
 ) -> tuple[Result, dict[str, Any]]:
@@ -295,7 +295,7 @@ async def run(
     ), made["host"]
 
 
-def _load_flags(running: Running, scenario: Scenario, *, warm_up: bool) -> list[str]:
+def _load_flags(running: Running, scenario: GatewayScenario, *, warm_up: bool) -> list[str]:
     """The flags of `bench.load`. The pace travels in `seed`."""
     tokens, pace_ms = (2, 0) if warm_up else (scenario.tokens, scenario.pace_ms or 0)
     requests = 2 * scenario.clients if warm_up else scenario.requests
@@ -320,12 +320,12 @@ def _load_flags(running: Running, scenario: Scenario, *, warm_up: bool) -> list[
 
 def _result(
     name: str,
-    scenario: Scenario,
+    scenario: GatewayScenario,
     repetition: int,
     made: dict[str, Any],
     wall_s: float,
-    before: Sequence[Usage],
-    after: Sequence[Usage],
+    before: Sequence[ProcessUsage],
+    after: Sequence[ProcessUsage],
     engine_s: float,
     delivered: int,
 ) -> Result:

@@ -28,7 +28,7 @@ import uvloop
 from bench.gateways.__main__ import RESULTS, commit, one_peer
 from bench.gateways.peers.loraplex import Loraplex
 from bench.gateways.peers.peer import Running
-from bench.gateways.peers.process import Usage, spent_s
+from bench.gateways.peers.process import ProcessUsage, spent_s
 from bench.load.__main__ import measure, raise_open_files_limit
 from bench.load.options import parse
 from bench.load.report import document
@@ -211,11 +211,11 @@ async def _load(
     return document(seen), _spent_s(before, _usage(running))
 
 
-def _usage(running: Running) -> list[Usage]:
+def _usage(running: Running) -> list[ProcessUsage]:
     return [gateway.usage() for gateway in running.gateway]
 
 
-def _spent_s(before: Sequence[Usage], after: Sequence[Usage]) -> float:
+def _spent_s(before: Sequence[ProcessUsage], after: Sequence[ProcessUsage]) -> float:
     return sum(spent_s(b, a) for b, a in zip(before, after, strict=True))
 
 

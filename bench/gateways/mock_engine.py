@@ -27,6 +27,7 @@ from shared.config.handover import read_settings
 from shared.runtime import log as runtime_log
 from shared.runtime.process import follow_parent
 from worker.engine.base import EngineFacts, EngineRequest, EngineStats, Loaded, Reply, Swap, Swapped
+from worker.engine.sim.answers import StreamOptions
 
 CAPACITY = 100_000
 SLOTS = 4_096
@@ -42,24 +43,20 @@ MODELS = b'{"object":"list","data":[{"id":"base","object":"model","created":1,"o
 _ABSENT = msgspec.Raw()
 
 
-class _StreamOptions(msgspec.Struct):
-    include_usage: bool = False
-
-
-class _Request(msgspec.Struct):
+class MockRequest(msgspec.Struct):
     model: str = "base"
     stream: bool | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     seed: int | None = None
     messages: msgspec.Raw = _ABSENT
-    stream_options: _StreamOptions | None = None
+    stream_options: StreamOptions | None = None
 
 
-_decode = msgspec.json.Decoder(_Request).decode
+_decode = msgspec.json.Decoder(MockRequest).decode
 
 
-class Answer:
+class MockAnswer:
     """What one request is due, in vLLM's OpenAI shape; what repeats in every event is made once."""
 
     __slots__ = (
@@ -144,10 +141,10 @@ class Answer:
         )
 
 
-class Stream(Protocol):
+class MockStream(Protocol):
     """One answer on its way; `step` sends the next token and says whether it was the last."""
 
-    answer: Answer
+    answer: MockAnswer
 
     def step(self) -> bool: ...
 
@@ -157,9 +154,9 @@ class Lockstep:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._groups: dict[float, dict[Stream, None]] = {}
+        self._groups: dict[float, dict[MockStream, None]] = {}
 
-    def begin(self, stream: Stream) -> bool:
+    def begin(self, stream: MockStream) -> bool:
         """Sends the first token at once. True if it was the last."""
         if stream.step():
             return True
@@ -170,7 +167,7 @@ class Lockstep:
         group[stream] = None
         return False
 
-    def leave(self, stream: Stream) -> None:
+    def leave(self, stream: MockStream) -> None:
         self._groups.get(stream.answer.pace_s, {}).pop(stream, None)
 
     def _arm(self, pace_s: float, when: float) -> None:
@@ -198,7 +195,7 @@ class HttpStream:
     __slots__ = ("_frame", "_transport", "answer", "ended")
 
     def __init__(
-        self, answer: Answer, transport: asyncio.WriteTransport, ended: Callable[[], None]
+        self, answer: MockAnswer, transport: asyncio.WriteTransport, ended: Callable[[], None]
     ) -> None:
         self.answer, self._transport, self.ended = answer, transport, ended
 
@@ -262,7 +259,7 @@ class HttpConnection(asyncio.Protocol):
             return
         self._number += 1
         try:
-            answer = Answer(body, self._number)
+            answer = MockAnswer(body, self._number)
         except msgspec.MsgspecError as error:
             self._write(b'{"error":{"message":"%b"}}' % str(error).encode(), b"400 Bad Request")
             return
@@ -303,7 +300,7 @@ class ReplyStream:
 
     __slots__ = ("_reply", "answer", "ended")
 
-    def __init__(self, answer: Answer, reply: Reply, ended: asyncio.Future[None]) -> None:
+    def __init__(self, answer: MockAnswer, reply: Reply, ended: asyncio.Future[None]) -> None:
         self.answer, self._reply, self.ended = answer, reply, ended
 
     def step(self) -> bool:
@@ -331,7 +328,7 @@ class MockEngine:
     async def serve(self, call: EngineRequest, reply: Reply) -> None:
         self._number += 1
         try:
-            answer = Answer(call.body, self._number)
+            answer = MockAnswer(call.body, self._number)
         except msgspec.MsgspecError as error:
             reply.head(400, False, b'{"error":{"message":"%b"}}' % str(error).encode(), True)
             return

@@ -32,12 +32,12 @@ import msgspec
 import uvloop
 
 from bench.load import workload as wl
-from bench.load.client import Client
-from bench.load.measure import Meter, Run
-from bench.load.options import Options, Pace, Target, UsageError, parse
+from bench.load.client import LoadClient
+from bench.load.measure import LoadRun, Meter
+from bench.load.options import LoadPace, LoadTarget, Options, UsageError, parse
 from bench.load.plot import plot
 from bench.load.report import document, table
-from bench.load.runner import Progress, drive
+from bench.load.runner import LoadProgress, drive
 
 WARM_UP_AT_ONCE = 16
 PROGRESS_EVERY_S = 2.0
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _publish(options, run)
 
 
-def _publish(options: Options, run: Run) -> int:
+def _publish(options: Options, run: LoadRun) -> int:
     made = document(run)
     command = shlex.join(made["command"])
     print(command, table(made), sep="\n\n")
@@ -101,16 +101,16 @@ def _publish(options: Options, run: Run) -> int:
     return 1 if made["requests"]["error_rate"] > options.max_error_rate else 0
 
 
-async def measure(options: Options, command: Sequence[str] = ()) -> Run:
+async def measure(options: Options, command: Sequence[str] = ()) -> LoadRun:
     """Warms up, sends the load and returns what was seen. Raises: CannotRun."""
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    async with Client(
+    async with LoadClient(
         options.url, timeout_s=options.timeout_s, api_key=_api_key(options)
     ) as client:
         target = await _find_target(client, options)
         load = dataclasses.replace(options.workload, adapters=len(target.models))
         warmed, warm_up, warm_up_failed = await _warm_up(client, target, load, options)
-        progress = Progress()
+        progress = LoadProgress()
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_THRESHOLD)
@@ -118,7 +118,7 @@ async def measure(options: Options, command: Sequence[str] = ()) -> Run:
         async with _watched(progress, quiet=options.quiet):
             await drive(client, target, load, wl.requests(load), options.pace, meter, progress)
         cpu_s, busy_share = time.process_time() - cpu_s, _busy_share(machine, _machine_cpu_s())
-    return Run(
+    return LoadRun(
         outcomes=progress.outcomes,
         meter=meter,
         slo=options.slo,
@@ -154,7 +154,7 @@ def _api_key(options: Options) -> str | None:
     return key
 
 
-async def _find_target(client: Client, options: Options) -> Target:
+async def _find_target(client: LoadClient, options: Options) -> LoadTarget:
     """Completes the target with what the server says about its models. Raises: CannotRun if there
     is no server or it lacks what is asked.
     """
@@ -206,7 +206,7 @@ async def _find_target(client: Client, options: Options) -> Target:
 
 
 async def _warm_up(
-    client: Client, target: Target, load: wl.Workload, options: Options
+    client: LoadClient, target: LoadTarget, load: wl.Workload, options: Options
 ) -> tuple[frozenset[str | None], int, int]:
     """Requests that do not count. Returns the adapters that answered, how many were sent, how many
     failed. Raises: CannotRun if all did.
@@ -224,8 +224,8 @@ async def _warm_up(
         return frozenset(), 0, 0
     if not options.quiet:
         print(f"warming up with {len(requests)} requests ...", file=sys.stderr, flush=True)
-    progress = Progress()
-    pace = Pace(
+    progress = LoadProgress()
+    pace = LoadPace(
         concurrency=min(options.pace.concurrency or WARM_UP_AT_ONCE, WARM_UP_AT_ONCE),
         requests=None,
         duration_s=None,
@@ -245,7 +245,7 @@ async def _warm_up(
 
 
 @contextlib.asynccontextmanager
-async def _watched(progress: Progress, *, quiet: bool) -> AsyncIterator[None]:
+async def _watched(progress: LoadProgress, *, quiet: bool) -> AsyncIterator[None]:
     """Prints a line now and then; the first Ctrl-C ends the sending (the report still comes), the
     second ends the process.
     """
@@ -290,7 +290,7 @@ def raise_open_files_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _load_facts(options: Options, target: Target, load: wl.Workload) -> dict[str, Any]:
+def _load_facts(options: Options, target: LoadTarget, load: wl.Workload) -> dict[str, Any]:
     def tagged(part: wl.Arrival | wl.Mix | wl.Length) -> dict[str, Any]:
         return {"kind": type(part).__name__.lower(), **dataclasses.asdict(part)}
 

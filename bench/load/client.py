@@ -23,7 +23,7 @@ error.
 """
 
 
-class _Connection(asyncio.Protocol):
+class _LoadConnection(asyncio.Protocol):
     """One connection; at most one request on it at a time."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
 
-class Client:
+class LoadClient:
     """Requests to one server. An async context manager: leaving it drops all connections."""
 
     def __init__(self, url: str, *, timeout_s: float, api_key: str | None = None) -> None:
@@ -90,14 +90,14 @@ class Client:
         self._root = parts.path.rstrip("/").removesuffix("/v1")
         self._timeout_s = timeout_s
         self._address: str | None = None
-        self._idle: list[_Connection] = []
+        self._idle: list[_LoadConnection] = []
         authorization = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
         self._common = (
             f"Host: {parts.netloc.rpartition('@')[2]}\r\nUser-Agent: "
             f"loraplex-bench\r\n{authorization}"
         )
 
-    async def __aenter__(self) -> Client:
+    async def __aenter__(self) -> LoadClient:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -128,7 +128,7 @@ class Client:
             f"POST {self._root}{path} HTTP/1.1\r\n{self._common}Content-Type: "
             f"application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
-        connection: _Connection | None = None
+        connection: _LoadConnection | None = None
         try:
             async with asyncio.timeout(self._timeout_s):
                 connection = self._reuse() or await self._connect()
@@ -147,7 +147,7 @@ class Client:
             self._idle.append(connection)
         return reply
 
-    def _reuse(self) -> _Connection | None:
+    def _reuse(self) -> _LoadConnection | None:
         oldest_s = time.perf_counter() - MAX_IDLE_S
         while self._idle:
             connection = self._idle.pop()
@@ -156,19 +156,19 @@ class Client:
             connection.abort()
         return None
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self) -> _LoadConnection:
         loop = asyncio.get_running_loop()
         name = self._host if self._tls else None
         if self._address is not None:
             return (
                 await loop.create_connection(
-                    _Connection, self._address, self._port, ssl=self._tls, server_hostname=name
+                    _LoadConnection, self._address, self._port, ssl=self._tls, server_hostname=name
                 )
             )[1]
         # The first connection finds the address that answers; the others skip the resolver, which
         # would cost a thread each.
         transport, connection = await loop.create_connection(
-            _Connection, self._host, self._port, ssl=self._tls, server_hostname=name
+            _LoadConnection, self._host, self._port, ssl=self._tls, server_hostname=name
         )
         self._address = transport.get_extra_info("peername")[0]
         return connection

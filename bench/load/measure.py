@@ -92,7 +92,7 @@ class Meter:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class LoadOutcome:
     """How one request went. `adapter` None is the base model; `error` None is success, else its
     kind; `output_tokens` as the server's usage says (`by_usage`), else content chunks; `cold` as
     the answer's headers say, None if they do not.
@@ -156,7 +156,7 @@ class Slo:
     def asked(self) -> bool:
         return (self.ttft_s, self.itl_s, self.e2e_s) != (None, None, None)
 
-    def kept_by(self, outcome: Outcome) -> bool:
+    def kept_by(self, outcome: LoadOutcome) -> bool:
         return outcome.error is None and all(
             bound is None or (seen is not None and seen <= bound)
             for bound, seen in (
@@ -169,12 +169,12 @@ class Slo:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class LoadRun:
     """Everything a load run leaves behind. `warmed`: the adapters that the warm-up touched;
     `about`: what the JSON says about the run as given.
     """
 
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[LoadOutcome]
     meter: Meter
     slo: Slo
     open_loop: bool
@@ -221,7 +221,7 @@ def gap_latency(gaps: Histogram) -> dict[str, float] | None:
     return {"count": gaps.count, "mean": gaps.sum_s / gaps.count, **shares, "max": gaps.max_s}
 
 
-def cold_flags(outcomes: Sequence[Outcome], warmed: frozenset[str | None]) -> list[bool]:
+def cold_flags(outcomes: Sequence[LoadOutcome], warmed: frozenset[str | None]) -> list[bool]:
     """Whether each request met a cold adapter: as its answer's headers say, else whether it is the
     first scheduled one of an adapter that the warm-up left out. The base model is never cold.
     """

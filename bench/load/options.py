@@ -32,7 +32,7 @@ DEFAULT_REQUESTS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class LoadTarget:
     """How requests are put: `adapters` are names for the report, `models` what the request's
     `model` says, both by adapter index.
     """
@@ -48,7 +48,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class LoadPace:
     """`concurrency` requests at a time, or None for the arrival times of the workload; ends after
     `requests` or `duration_s`, whichever is first.
 
@@ -75,9 +75,9 @@ class Options:
     """
 
     url: str
-    target: Target
+    target: LoadTarget
     workload: Workload
-    pace: Pace
+    pace: LoadPace
     slo: Slo
     model_format: str
     adapters_from_models: bool
@@ -347,7 +347,7 @@ def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1e3
 
 
-def _target(flags: argparse.Namespace) -> Target:
+def _target(flags: argparse.Namespace) -> LoadTarget:
     adapters = _adapter_names(flags)
     try:
         models = tuple(
@@ -358,7 +358,7 @@ def _target(flags: argparse.Namespace) -> Target:
         raise UsageError(f"--model-format or --extra-body cannot be read: {error}") from error
     if not isinstance(extra_body, dict):
         raise UsageError("--extra-body is no JSON object")
-    return Target(
+    return LoadTarget(
         endpoint=flags.endpoint,
         stream=flags.stream,
         base_model=flags.model,
@@ -444,9 +444,9 @@ def _arrival(flags: argparse.Namespace) -> Arrival:
             return Poisson(flags.rate)
 
 
-def _pace(flags: argparse.Namespace) -> Pace:
+def _pace(flags: argparse.Namespace) -> LoadPace:
     requests = flags.requests if flags.requests or flags.duration else DEFAULT_REQUESTS
-    return Pace(
+    return LoadPace(
         concurrency=flags.concurrency,
         requests=requests,
         duration_s=flags.duration,

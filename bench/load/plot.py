@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from bench.load.measure import SMALLEST_GAP_S, Histogram, Run, cold_flags, percentile
+from bench.load.measure import SMALLEST_GAP_S, Histogram, LoadRun, cold_flags, percentile
 
 TITLE_COLUMNS = 150
 LEAST_BIN_SHARE = 0.2
@@ -18,7 +18,7 @@ noise.
 """
 
 
-def plot(run: Run, made: Mapping[str, Any], path: str, title: str) -> None:
+def plot(run: LoadRun, made: Mapping[str, Any], path: str, title: str) -> None:
     """Draws four panels into a PNG: TTFT by cold and warm, gaps between tokens, throughput over
     time, the hottest adapters.
 
@@ -41,7 +41,7 @@ def plot(run: Run, made: Mapping[str, Any], path: str, title: str) -> None:
     figure.savefig(path)
 
 
-def _plot_first_tokens(axes: Any, run: Run) -> None:
+def _plot_first_tokens(axes: Any, run: LoadRun) -> None:
     flags = cold_flags(run.outcomes, run.warmed)
     streamed = any(outcome.ttft_s is not None for outcome in run.outcomes)
     for label, wanted, colour in (("warm", False, "tab:blue"), ("cold adapter", True, "tab:red")):

@@ -26,14 +26,14 @@ class _Text(msgspec.Struct, gc=False):
     reasoning: str | None = None
 
 
-class _Choice(msgspec.Struct, gc=False):
+class _ReplyChoice(msgspec.Struct, gc=False):
     delta: _Text | None = None
     message: _Text | None = None
     text: str | None = None
     finish_reason: str | None = None
 
 
-class _Usage(msgspec.Struct, gc=False):
+class _ReplyUsage(msgspec.Struct, gc=False):
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -41,8 +41,8 @@ class _Usage(msgspec.Struct, gc=False):
 class _Document(msgspec.Struct, gc=False):
     """A streamed event, a whole answer or an error body, as far as they are read."""
 
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
+    choices: list[_ReplyChoice] = []
+    usage: _ReplyUsage | None = None
     error: Any = None  # an object in OpenAI's shape, a string elsewhere
     object: str = ""
     message: str | None = None
@@ -51,7 +51,7 @@ class _Document(msgspec.Struct, gc=False):
 _decode = msgspec.json.Decoder(_Document).decode
 
 
-def _has_content(choice: _Choice) -> bool:
+def _has_content(choice: _ReplyChoice) -> bool:
     text = choice.delta or choice.message
     return bool(
         choice.text

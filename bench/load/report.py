@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bench.load.measure import BIN_S, Outcome, Run, cold_flags, gap_latency, latency
+from bench.load.measure import BIN_S, LoadOutcome, LoadRun, cold_flags, gap_latency, latency
 
 SCHEMA = "loraplex.bench.load/1"
 LAG_WARNING_S = 0.010
@@ -39,13 +39,13 @@ BUSY_WARNING = 0.97
 MAX_WORKERS_LISTED = 256
 
 
-def _cold_source(outcomes: Sequence[Outcome]) -> str:
+def _cold_source(outcomes: Sequence[LoadOutcome]) -> str:
     told = sum(outcome.cold is not None for outcome in outcomes)
     asked = sum(outcome.adapter is not None or outcome.cold is not None for outcome in outcomes)
     return "first_seen" if not told else "header" if told == asked else "mixed"
 
 
-def document(run: Run) -> dict[str, Any]:
+def document(run: LoadRun) -> dict[str, Any]:
     """The JSON document described at the top of this module."""
     outcomes, good = run.outcomes, [outcome for outcome in run.outcomes if outcome.error is None]
     duration_s = _duration_s(outcomes)
@@ -97,7 +97,7 @@ def document(run: Run) -> dict[str, Any]:
     return made
 
 
-def _duration_s(outcomes: Sequence[Outcome]) -> float:
+def _duration_s(outcomes: Sequence[LoadOutcome]) -> float:
     if not outcomes:
         return 0.0
     return max(outcome.ended_s for outcome in outcomes) - min(
@@ -109,7 +109,7 @@ def _per_s(count: float, duration_s: float) -> float:
     return count / duration_s if duration_s > 0 else 0.0
 
 
-def _throughput(good: Sequence[Outcome], duration_s: float) -> dict[str, Any]:
+def _throughput(good: Sequence[LoadOutcome], duration_s: float) -> dict[str, Any]:
     output_tokens = sum(outcome.output_tokens for outcome in good)
     by_usage = sum(outcome.by_usage for outcome in good)
     return {
@@ -125,7 +125,7 @@ def _throughput(good: Sequence[Outcome], duration_s: float) -> dict[str, Any]:
     }
 
 
-def _goodput(run: Run, duration_s: float) -> dict[str, Any] | None:
+def _goodput(run: LoadRun, duration_s: float) -> dict[str, Any] | None:
     if not run.slo.asked():
         return None
     kept = sum(map(run.slo.kept_by, run.outcomes))
@@ -136,7 +136,7 @@ def _goodput(run: Run, duration_s: float) -> dict[str, Any] | None:
     }
 
 
-def _errors(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _errors(outcomes: Sequence[LoadOutcome]) -> dict[str, Any]:
     errors: dict[str, Any] = {}
     for outcome in outcomes:
         if outcome.error is not None:
@@ -145,8 +145,8 @@ def _errors(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return dict(sorted(errors.items(), key=lambda item: -item[1]["count"]))
 
 
-def _adapters(run: Run, flags: Sequence[bool]) -> dict[str, Any]:
-    groups: dict[str | None, list[tuple[Outcome, bool]]] = {}
+def _adapters(run: LoadRun, flags: Sequence[bool]) -> dict[str, Any]:
+    groups: dict[str | None, list[tuple[LoadOutcome, bool]]] = {}
     for outcome, flag in zip(run.outcomes, flags, strict=True):
         groups.setdefault(outcome.adapter, []).append((outcome, flag))
     top = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0] or ""))[: run.top]
@@ -160,7 +160,7 @@ def _adapters(run: Run, flags: Sequence[bool]) -> dict[str, Any]:
     }
 
 
-def _adapter_row(adapter: str | None, outcomes: Sequence[Outcome], cold: int) -> dict[str, Any]:
+def _adapter_row(adapter: str | None, outcomes: Sequence[LoadOutcome], cold: int) -> dict[str, Any]:
     good = [outcome for outcome in outcomes if outcome.error is None]
     return {
         "adapter": adapter,
@@ -173,7 +173,7 @@ def _adapter_row(adapter: str | None, outcomes: Sequence[Outcome], cold: int) ->
     }
 
 
-def _generator(run: Run, duration_s: float) -> dict[str, Any]:
+def _generator(run: LoadRun, duration_s: float) -> dict[str, Any]:
     tokens = sum(run.meter.tokens_by_bin.values())
     lag = latency(outcome.lag_s for outcome in run.outcomes) if run.open_loop else None
     share = _per_s(run.cpu_s, duration_s)
@@ -186,7 +186,7 @@ def _generator(run: Run, duration_s: float) -> dict[str, Any]:
     }
 
 
-def _timeline(run: Run, duration_s: float) -> dict[str, Any]:
+def _timeline(run: LoadRun, duration_s: float) -> dict[str, Any]:
     bins = int(duration_s / BIN_S) + 1
     completed = Counter(
         int(outcome.ended_s / BIN_S) for outcome in run.outcomes if outcome.error is None
@@ -201,7 +201,7 @@ def _timeline(run: Run, duration_s: float) -> dict[str, Any]:
     }
 
 
-def _warnings(run: Run, made: Mapping[str, Any]) -> list[str]:
+def _warnings(run: LoadRun, made: Mapping[str, Any]) -> list[str]:
     generator, warnings = made["generator"], []
     if generator["lag"] and generator["lag"]["p99"] > LAG_WARNING_S:
         warnings.append(

@@ -13,11 +13,11 @@ from typing import Any
 
 import msgspec
 
-from bench.load.client import Client
-from bench.load.measure import Meter, Outcome
-from bench.load.options import Pace, Target
+from bench.load.client import LoadClient
+from bench.load.measure import LoadOutcome, Meter
+from bench.load.options import LoadPace, LoadTarget
 from bench.load.reply import LoadReply
-from bench.load.workload import Request, Workload, prompt_text
+from bench.load.workload import PlannedRequest, Workload, prompt_text
 
 EARLY_S = 0.0005
 """The event loop's timers count whole milliseconds: a request may leave this much early rather than
@@ -31,22 +31,22 @@ PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
 
 @dataclass(slots=True)
-class Progress:
+class LoadProgress:
     """What can be seen of a run while it goes on; setting `stop` ends the sending, not what is in
     flight.
     """
 
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: list[LoadOutcome] = field(default_factory=list)
     failed: int = 0
     in_flight: int = 0
     stop: bool = False
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: LoadOutcome) -> None:
         self.outcomes.append(outcome)
         self.failed += outcome.error is not None
 
 
-def request_body(target: Target, workload: Workload, request: Request) -> bytes:
+def request_body(target: LoadTarget, workload: Workload, request: PlannedRequest) -> bytes:
     """The JSON of one request."""
     text = prompt_text(workload, request)
     body: dict[str, Any] = {
@@ -69,13 +69,13 @@ def request_body(target: Target, workload: Workload, request: Request) -> bytes:
 
 
 async def drive(
-    client: Client,
-    target: Target,
+    client: LoadClient,
+    target: LoadTarget,
     workload: Workload,
-    load: Iterable[Request],
-    pace: Pace,
+    load: Iterable[PlannedRequest],
+    pace: LoadPace,
     meter: Meter,
-    progress: Progress,
+    progress: LoadProgress,
 ) -> None:
     """Sends the load at its pace and returns when every request has ended; `progress.outcomes`
     holds how each went, in order of ending.
@@ -89,7 +89,7 @@ async def drive(
 
 
 async def _open_loop(
-    sender: _Sender, requests: Iterator[Request], pace: Pace, progress: Progress
+    sender: _Sender, requests: Iterator[PlannedRequest], pace: LoadPace, progress: LoadProgress
 ) -> None:
     if pace.duration_s is not None:
         duration_s = pace.duration_s
@@ -115,7 +115,11 @@ async def _open_loop(
 
 
 async def _closed_loop(
-    sender: _Sender, requests: Iterator[Request], concurrency: int, pace: Pace, progress: Progress
+    sender: _Sender,
+    requests: Iterator[PlannedRequest],
+    concurrency: int,
+    pace: LoadPace,
+    progress: LoadProgress,
 ) -> None:
     duration_s = pace.duration_s
 
@@ -137,7 +141,12 @@ async def _closed_loop(
 
 class _Sender:
     def __init__(
-        self, client: Client, target: Target, workload: Workload, meter: Meter, progress: Progress
+        self,
+        client: LoadClient,
+        target: LoadTarget,
+        workload: Workload,
+        meter: Meter,
+        progress: LoadProgress,
     ) -> None:
         self._client, self._target, self._workload, self._meter, self._progress = (
             client,
@@ -151,14 +160,14 @@ class _Sender:
     def now_s(self) -> float:
         return time.perf_counter() - self._meter.start_s
 
-    def unsent(self, request: Request) -> Outcome:
+    def unsent(self, request: PlannedRequest) -> LoadOutcome:
         now_s = self.now_s()
         detail = "not sent: too many requests in flight (--max-open)"
-        return Outcome(
+        return LoadOutcome(
             self._name(request), request.at_s, now_s, now_s, error="client_saturated", detail=detail
         )
 
-    async def send(self, request: Request, scheduled_s: float | None) -> None:
+    async def send(self, request: PlannedRequest, scheduled_s: float | None) -> None:
         """`scheduled_s` None: due now (closed loop)."""
         started_s = self.now_s()
         try:
@@ -174,12 +183,12 @@ class _Sender:
             )
         )
 
-    def _name(self, request: Request) -> str | None:
+    def _name(self, request: PlannedRequest) -> str | None:
         return None if request.adapter is None else self._target.adapters[request.adapter]
 
     def _outcome(
-        self, request: Request, reply: LoadReply, scheduled_s: float, started_s: float
-    ) -> Outcome:
+        self, request: PlannedRequest, reply: LoadReply, scheduled_s: float, started_s: float
+    ) -> LoadOutcome:
         if self._target.ignore_eos and reply.usage_tokens not in (None, request.output_tokens):
             reply.fail(
                 "wrong_length",
@@ -188,7 +197,7 @@ class _Sender:
             )
         start_s = self._meter.start_s
         tier = reply.headers.get("x-loraplex-adapter-tier")
-        return Outcome(
+        return LoadOutcome(
             adapter=self._name(request),
             scheduled_s=scheduled_s,
             started_s=started_s,

@@ -170,7 +170,7 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class PlannedRequest:
     """`adapter` is an index from 0, None for the base model; `prompt_tokens` leaves the shared
     prefix out.
     """
@@ -183,7 +183,7 @@ class Request:
     output_tokens: int
 
 
-def requests(workload: Workload) -> Iterator[Request]:
+def requests(workload: Workload) -> Iterator[PlannedRequest]:
     """The load's requests in order of arrival, without end: the caller cuts by number or by `at_s`.
 
     Raises: ValueError if the workload makes no sense (no adapters for a mix that needs them, a rate
@@ -195,7 +195,7 @@ def requests(workload: Workload) -> Iterator[Request]:
         _rng(workload, concern) for concern in ("base", "prefixes", "prompts", "outputs")
     )
     for index, (at_s, adapter) in enumerate(zip(arrivals, adapters, strict=False)):
-        yield Request(
+        yield PlannedRequest(
             index=index,
             at_s=at_s,
             adapter=None if base.random() < workload.base_share else adapter,
@@ -347,7 +347,7 @@ def _tokens(text: str) -> int:
     return int(text)
 
 
-def prompt_text(workload: Workload, request: Request) -> str:
+def prompt_text(workload: Workload, request: PlannedRequest) -> str:
     """The words of a request's prompt: the same for the same seed and index, and a shared prefix
     first if the workload has any.
     """

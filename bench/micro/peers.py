@@ -22,7 +22,7 @@ from pathlib import Path
 
 import uvloop
 
-from bench.engine.bucket import CREDENTIALS, Bucket, open_bucket
+from bench.engine.bucket import CREDENTIALS, LocalBucket, open_bucket
 from bench.gateways.peers.process import usage
 from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import AdapterRef, StoredAdapter
@@ -44,7 +44,7 @@ def check(folder: Path) -> AdapterFacts:
     return AdapterFacts(8, 0, ())
 
 
-async def give(root: Path, bucket: Bucket) -> None:
+async def give(root: Path, bucket: LocalBucket) -> None:
     """The giver: fetches the adapter from the store, serves it, and answers each line on stdin with
     the lateness of its loop since the last.
     """
@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(arguments)
     os.environ.update(CREDENTIALS)
     if flags.give:
-        uvloop.run(give(Path(flags.give[0]), Bucket("bench", flags.give[1])))
+        uvloop.run(give(Path(flags.give[0]), LocalBucket("bench", flags.give[1])))
     else:
         uvloop.run(measure(flags.mib * MIB, flags.rounds))
     return 0

@@ -15,7 +15,15 @@ from typing import Any
 
 import pytest
 
-from bench.load.workload import Fixed, Poisson, Request, UniformLength, Workload, Zipf, requests
+from bench.load.workload import (
+    Fixed,
+    PlannedRequest,
+    Poisson,
+    UniformLength,
+    Workload,
+    Zipf,
+    requests,
+)
 from bench.routing.sim.worker import WorkerFacts
 from bench.routing.sim.world import Simulation, World
 from gateway.routing.registry import DEFAULT
@@ -79,7 +87,7 @@ class Stopping:
 
         return on_data
 
-    def _requests(self) -> Iterator[Request]:
+    def _requests(self) -> Iterator[PlannedRequest]:
         at_s = 0.0
         for request in requests(self._load):
             rate = (

@@ -45,7 +45,7 @@ import msgspec
 
 from bench.routing.crew import Crew
 from bench.routing.sim import clairvoyant, engine, plot, pooled, production, search, study, world
-from bench.routing.sim.item import Done, Item, Results, perform, still_good
+from bench.routing.sim.item import DoneItem, Item, Results, perform, still_good
 from bench.routing.sim.merged import markdown, merge
 from bench.routing.sim.plan import Plan, needed, read_plan, rehearse
 from bench.routing.sim.production import policies
@@ -120,7 +120,7 @@ def run(plan: Plan, results: Results, flags: argparse.Namespace, code: str, file
                     failed.add(end.job)
                     print(f"failed: {end.job.name}\n{end.error}", file=sys.stderr, flush=True)
                     continue
-                row = Done(end.job, end.result, round(end.cpu_s, 3), time.time(), code)
+                row = DoneItem(end.job, end.result, round(end.cpu_s, 3), time.time(), code)
                 file.write(msgspec.json.encode(row).decode() + "\n")
                 file.flush()
                 results.add(row.item, row.result)
@@ -183,11 +183,11 @@ def estimate(plan: Plan, results: Results, jobs: int) -> str:
     )
 
 
-def read(files: Iterable[Path]) -> list[Done]:
+def read(files: Iterable[Path]) -> list[DoneItem]:
     """Raises: OSError; msgspec.DecodeError for a line that is none of ours (a last line without an
     end was cut off and counts for nothing).
     """
-    decoder = msgspec.json.Decoder(Done)
+    decoder = msgspec.json.Decoder(DoneItem)
     rows = []
     for path in files:
         lines = path.read_bytes().split(b"\n")
@@ -248,7 +248,7 @@ def _mend(path: Path) -> None:
             file.truncate(whole.rfind(b"\n") + 1)
 
 
-def _report(plan: Plan, done: Sequence[Done], flags: argparse.Namespace, command: str) -> None:
+def _report(plan: Plan, done: Sequence[DoneItem], flags: argparse.Namespace, command: str) -> None:
     made = merge(plan, Results(done))
     made.document |= {
         "plan": msgspec.to_builtins(plan),
@@ -269,7 +269,7 @@ def _report(plan: Plan, done: Sequence[Done], flags: argparse.Namespace, command
     plot.plot_study(made.document, str(flags.report))
 
 
-def _tell_of_old_code(done: Sequence[Done], code: str) -> None:
+def _tell_of_old_code(done: Sequence[DoneItem], code: str) -> None:
     old = Counter(row.item.policy for row in done if row.code != code)
     if old:
         print(

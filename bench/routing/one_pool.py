@@ -25,14 +25,14 @@ from typing import Any
 
 from bench.load.measure import percentile
 from bench.routing.sim.pooled import starts_of
-from bench.routing.sim.scenarios import SCENARIOS, Scenario, Window, requests_of
+from bench.routing.sim.scenarios import SCENARIOS, CountedWindow, TrafficScenario, requests_of
 from bench.routing.sim.search import highest
 from bench.routing.sim.study import CAPACITY_P99_S, CLAIRVOYANT, OURS, scenario_named
 from bench.routing.sim.timing import Timing, timing_of
 from bench.routing.sim.worker import WorkerFacts
 
 SEEDS = 5
-WINDOW = Window(60.0, 60.0)
+WINDOW = CountedWindow(60.0, 60.0)
 TOKENS = 128
 SETTLE = 200
 """Rounds in which batch and stay settle to each other; they come closer by a tenth at least in
@@ -70,7 +70,12 @@ def stay_s(rate_rps: float, workers: int, loads: Loads, timing: Timing) -> float
 
 
 def keeps(
-    scenario: Scenario, rate_rps: float, workers: int, loads: Loads, timing: Timing, seed: int
+    scenario: TrafficScenario,
+    rate_rps: float,
+    workers: int,
+    loads: Loads,
+    timing: Timing,
+    seed: int,
 ) -> bool:
     """Whether p99 TTFT is within the promise."""
     facts = WorkerFacts("base")
@@ -90,7 +95,7 @@ def keeps(
 
 
 def capacity(
-    scenario: Scenario,
+    scenario: TrafficScenario,
     workers: int,
     loads: Loads,
     timing: Timing,

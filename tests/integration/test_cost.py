@@ -13,14 +13,16 @@ import pytest
 
 from bench.gateways.__main__ import CACHE, DIRECT, run, start
 from bench.gateways.peers import PEERS
-from bench.gateways.peers.comparison import Result, Scenario
-from bench.gateways.peers.peer import Running, Skipped
+from bench.gateways.peers.comparison import GatewayScenario, Result
+from bench.gateways.peers.peer import PeerSkipped, Running
 from bench.gateways.peers.process import Process
 from bench.load.__main__ import raise_open_files_limit
 
 MOST_TO_NGINX = 1.5  # what is reached is below 1; the rest is room for noise, not for regressions
 REPETITIONS = 4
-STREAMS = Scenario("C128", "128 streams, 30 tokens every 20 ms", 128, 256, 30, 20, 8.0, "token")
+STREAMS = GatewayScenario(
+    "C128", "128 streams, 30 tokens every 20 ms", 128, 256, 30, 20, 8.0, "token"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ async def _pair() -> AsyncIterator[Pair]:
     """nginx and this project's gateway, both up."""
     try:
         PEERS["nginx"].install(CACHE, False)
-    except Skipped as exc:
+    except PeerSkipped as exc:
         if os.environ.get("CI"):
             pytest.fail(f"CI must have nginx: {exc}")
         pytest.skip(str(exc))

@@ -15,7 +15,7 @@ COMPARED = ("A64", "C256", "D", "R")
 
 
 @dataclass(frozen=True, slots=True)
-class Scenario:
+class GatewayScenario:
     """A closed loop of `clients`; ends after `requests` have been sent or `duration_s` has passed.
     `pace_ms` is the time between two tokens of a stream; None asks for whole answers. `unit` is
     what a cost is divided by. The clients begin within `ramp_s`: with 0 all at once, so that the
@@ -34,12 +34,14 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario("A64", "whole answers of 64 tokens, 64 clients", 64, 6_000, 64, None, 4.0, "request"),
-    Scenario("C256", "256 streams, 100 tokens every 20 ms", 256, 768, 100, 20, 6.0, "token"),
-    Scenario(
+    GatewayScenario(
+        "A64", "whole answers of 64 tokens, 64 clients", 64, 6_000, 64, None, 4.0, "request"
+    ),
+    GatewayScenario("C256", "256 streams, 100 tokens every 20 ms", 256, 768, 100, 20, 6.0, "token"),
+    GatewayScenario(
         "D", "1,000 streams at once, 20 tokens every 50 ms", 1_000, 2_000, 20, 50, 20.0, "token"
     ),
-    Scenario(
+    GatewayScenario(
         "R",
         "1,000 streams begun over 0.5 s, 20 tokens every 50 ms",
         1_000,
@@ -50,15 +52,17 @@ SCENARIOS = (
         "token",
         0.5,
     ),
-    Scenario("E", "one client, time to the first token", 1, 300, 2, 0, 3.0, "request"),
+    GatewayScenario("E", "one client, time to the first token", 1, 300, 2, 0, 3.0, "request"),
 )
 QUICK = (
-    Scenario("A64", "whole answers of 64 tokens, 64 clients", 64, 1_000, 64, None, 2.0, "request"),
-    Scenario("C256", "256 streams, 40 tokens every 20 ms", 256, 256, 40, 20, 6.0, "token"),
-    Scenario(
+    GatewayScenario(
+        "A64", "whole answers of 64 tokens, 64 clients", 64, 1_000, 64, None, 2.0, "request"
+    ),
+    GatewayScenario("C256", "256 streams, 40 tokens every 20 ms", 256, 256, 40, 20, 6.0, "token"),
+    GatewayScenario(
         "D", "1,000 streams at once, 10 tokens every 50 ms", 1_000, 1_000, 10, 50, 20.0, "token"
     ),
-    Scenario(
+    GatewayScenario(
         "R",
         "1,000 streams begun over 0.5 s, 10 tokens every 50 ms",
         1_000,
@@ -69,7 +73,7 @@ QUICK = (
         "token",
         0.5,
     ),
-    Scenario("E", "one client, time to the first token", 1, 50, 2, 0, 3.0, "request"),
+    GatewayScenario("E", "one client, time to the first token", 1, 50, 2, 0, 3.0, "request"),
 )
 
 Result: TypeAlias = dict[str, Any]
@@ -80,7 +84,7 @@ machine_busy}. `cpu_us` is of the gateway's process tree, per unit of the scenar
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class RunSpread:
     median: float
     least: float
     most: float
@@ -89,8 +93,8 @@ class Spread:
         return f"{self.median:,.{digits}f} ({self.least:,.{digits}f}-{self.most:,.{digits}f})"
 
 
-def spread(values: Sequence[float]) -> Spread | None:
-    return Spread(median(values), min(values), max(values)) if values else None
+def spread(values: Sequence[float]) -> RunSpread | None:
+    return RunSpread(median(values), min(values), max(values)) if values else None
 
 
 def of(results: Sequence[Result], peer: str, scenario: str, key: str) -> list[float]:
@@ -217,7 +221,7 @@ def _cell(value: Mapping[str, float] | None, digits: int) -> str:
     return (
         "-"
         if value is None
-        else Spread(value["median"], value["least"], value["most"]).text(digits)
+        else RunSpread(value["median"], value["least"], value["most"]).text(digits)
     )
 
 

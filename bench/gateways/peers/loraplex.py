@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from bench import ROOT
-from bench.gateways.peers.peer import Place, Running
+from bench.gateways.peers.peer import PeerPlace, Running
 from bench.gateways.peers.process import LOOK_AGAIN_S, NotStarted, Process, until_answers
 
 READY_S = 60.0
@@ -41,7 +41,7 @@ class Loraplex:
         return version("loraplex")
 
     @contextlib.asynccontextmanager
-    async def running(self, place: Place) -> AsyncIterator[Running]:
+    async def running(self, place: PeerPlace) -> AsyncIterator[Running]:
         """Raises NotStarted."""
         config = place.folder / "loraplex.yaml"
         config.write_text(yaml.safe_dump(self._config(place)))
@@ -86,7 +86,7 @@ class Loraplex:
                 raise NotStarted(f"{exc}\nworker: {engine.last_words()}") from exc
             yield Running(f"http://127.0.0.1:{place.port}", tuple(gateways), engine)
 
-    def _config(self, place: Place) -> dict[str, object]:
+    def _config(self, place: PeerPlace) -> dict[str, object]:
         model: dict[str, object] = {
             "model_loading_config": {"model_id": "base"},
             "llm_engine": "sim",

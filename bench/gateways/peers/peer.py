@@ -19,12 +19,12 @@ INSTALL_S = 900
 READY_S = 60.0
 
 
-class Skipped(Exception):
+class PeerSkipped(Exception):
     """The peer cannot take part; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class PeerPlace:
     """Where one run of one peer happens: `cache` holds what is installed, `folder` is for this run
     alone, `engine_port` is the mock engine's.
     """
@@ -68,11 +68,11 @@ class Peer:
 
     name: str
     install: Callable[[Path, bool], str]
-    command: Callable[[Place], Command]
+    command: Callable[[PeerPlace], Command]
     heavy: bool = False
 
     @contextlib.asynccontextmanager
-    async def running(self, place: Place) -> AsyncIterator[Running]:
+    async def running(self, place: PeerPlace) -> AsyncIterator[Running]:
         """Raises NotStarted."""
         how = self.command(place)
         process = Process(how.argv, place.folder / "log", how.env, place.folder)
@@ -98,7 +98,9 @@ def from_pypi(environment: str, requirement: str, package: str) -> Callable[[Pat
             )
             version = _version(folder, package)
         if version is None:
-            raise Skipped(f"{package} is not installed in {environment} (run without --no-install)")
+            raise PeerSkipped(
+                f"{package} is not installed in {environment} (run without --no-install)"
+            )
         return version
 
     return install
@@ -126,7 +128,7 @@ def from_debian(package: str, binary: str, version_flag: str) -> Callable[[Path,
             and not _unpacked(cache, package, binary).exists()
         ):
             if not may_install:
-                raise Skipped(f"{binary} is not installed (run without --no-install)")
+                raise PeerSkipped(f"{binary} is not installed (run without --no-install)")
             _unpack(cache / package, package)
         path = program(cache, package, binary)
         done = subprocess.run(
@@ -138,7 +140,7 @@ def from_debian(package: str, binary: str, version_flag: str) -> Callable[[Path,
             timeout=20,
         )
         if done.returncode != 0:
-            raise Skipped(
+            raise PeerSkipped(
                 f"{binary} does not run here: {(done.stderr or done.stdout).strip()[:200]}"
             )
         words = (done.stdout + done.stderr).replace("/", " ").split()
@@ -169,7 +171,7 @@ def _unpacked(cache: Path, package: str, binary: str) -> Path:
 
 def _unpack(folder: Path, package: str) -> None:
     if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-        raise Skipped(
+        raise PeerSkipped(
             f"{package} is not installed, and this is no Debian system to take its package from"
         )
     aside = folder.with_name(f".{package}")
@@ -194,8 +196,8 @@ def _run(argv: list[str], otherwise: str, cwd: Path | None = None) -> str:
             argv, capture_output=True, text=True, check=False, timeout=INSTALL_S, cwd=cwd
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
-        raise Skipped(f"{otherwise}: {exc}") from exc
+        raise PeerSkipped(f"{otherwise}: {exc}") from exc
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise Skipped(f"{otherwise}: {lines[-1] if lines else done.returncode}")
+        raise PeerSkipped(f"{otherwise}: {lines[-1] if lines else done.returncode}")
     return done.stdout

@@ -28,7 +28,7 @@ class NotStarted(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class ProcessUsage:
     """Of a process and all its descendants, at one moment. `ticked_s` is utime + stime, in steps of
     10 ms, threads that have ended included; `scheduled_s` is to the nanosecond, of `threads` alone;
     `ended_s` is of descendants that have ended and were waited for.
@@ -42,7 +42,7 @@ class Usage:
     processes: int
 
 
-def spent_s(before: Usage, after: Usage) -> float:
+def spent_s(before: ProcessUsage, after: ProcessUsage) -> float:
     """CPU seconds between two looks at the same process: to the nanosecond unless a thread has
     ended meanwhile.
     """
@@ -81,7 +81,7 @@ class Process:
     def running(self) -> bool:
         return self._child.poll() is None
 
-    def usage(self) -> Usage:
+    def usage(self) -> ProcessUsage:
         return usage(self._child.pid)
 
     def stop(self) -> None:
@@ -152,7 +152,7 @@ def tree(root: int) -> list[int]:
     return found
 
 
-def usage(root: int) -> Usage:
+def usage(root: int) -> ProcessUsage:
     """Of the whole family, from /proc/PID/stat and /proc/PID/task/TID/schedstat."""
     ticks = ended = rss = count = scheduled_ns = 0
     threads: set[tuple[int, int]] = set()
@@ -167,7 +167,7 @@ def usage(root: int) -> Usage:
         for tid, ns in _scheduled(pid):
             threads.add((pid, tid))
             scheduled_ns += ns
-    return Usage(
+    return ProcessUsage(
         ticks / TICKS_PER_S,
         scheduled_ns / 1e9,
         ended / TICKS_PER_S,

@@ -4,7 +4,7 @@ connections kept alive on both sides.
 
 from __future__ import annotations
 
-from bench.gateways.peers.peer import Command, Peer, Place, from_debian, library_path, program
+from bench.gateways.peers.peer import Command, Peer, PeerPlace, from_debian, library_path, program
 
 NGINX_CONF = """
 daemon off;
@@ -58,7 +58,7 @@ backend engine
 """
 
 
-def _nginx(place: Place) -> Command:
+def _nginx(place: PeerPlace) -> Command:
     conf = place.folder / "nginx.conf"
     conf.write_text(
         NGINX_CONF.format(folder=place.folder, port=place.port, engine_port=place.engine_port)
@@ -75,7 +75,7 @@ def _nginx(place: Place) -> Command:
     return Command(argv, library_path(place.cache, "nginx"))
 
 
-def _haproxy(place: Place) -> Command:
+def _haproxy(place: PeerPlace) -> Command:
     conf = place.folder / "haproxy.cfg"
     conf.write_text(HAPROXY_CONF.format(port=place.port, engine_port=place.engine_port))
     return Command(

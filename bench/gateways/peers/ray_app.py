@@ -38,7 +38,7 @@ class Delta(BaseModel):
     content: str | None = None
 
 
-class Choice(BaseModel):
+class ChunkChoice(BaseModel):
     index: int = 0
     delta: Delta
     logprobs: Any = None
@@ -50,13 +50,13 @@ class Chunk(BaseModel):
     object: str = "chat.completion.chunk"
     created: int
     model: str
-    choices: list[Choice]
+    choices: list[ChunkChoice]
 
 
 @serve.deployment(
     name="LLMServer", max_ongoing_requests=MAX_ONGOING, ray_actor_options={"num_cpus": 0}
 )
-class Server:
+class RayServer:
     async def chat(
         self, body: dict[str, Any]
     ) -> AsyncGenerator[list[Chunk] | dict[str, Any], None]:
@@ -77,7 +77,7 @@ class Server:
             yield {**made, "object": "chat.completion", "choices": [choice], "usage": usage}
             return
         batch, sent = (
-            [Chunk(**made, choices=[Choice(delta=Delta(role="assistant", content=""))])],
+            [Chunk(**made, choices=[ChunkChoice(delta=Delta(role="assistant", content=""))])],
             time.monotonic(),
         )
         due = sent
@@ -90,7 +90,7 @@ class Server:
                 Chunk(
                     **made,
                     choices=[
-                        Choice(
+                        ChunkChoice(
                             delta=Delta(content=f" tok{i:04d}"),
                             finish_reason="length" if last else None,
                         )
@@ -134,7 +134,7 @@ class Ingress:
 def main() -> None:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
-    serve.run(Ingress.bind(Server.bind()), name="llm", route_prefix="/")
+    serve.run(Ingress.bind(RayServer.bind()), name="llm", route_prefix="/")
     while True:  # until it is killed
         time.sleep(3600)
 

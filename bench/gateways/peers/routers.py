@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from bench.gateways.peers.peer import Command, Peer, Place, Skipped, from_pypi
+from bench.gateways.peers.peer import Command, Peer, PeerPlace, PeerSkipped, from_pypi
 from bench.gateways.peers.process import free_ports
 
 OFFLINE = {
@@ -25,11 +25,11 @@ RAY_READY_S = 120.0
 LITELLM_READY_S = 90.0
 
 
-def _bin(place: Place, environment: str, name: str) -> str:
+def _bin(place: PeerPlace, environment: str, name: str) -> str:
     return str(place.cache / environment / "bin" / name)
 
 
-def _listening(place: Place) -> tuple[str, ...]:
+def _listening(place: PeerPlace) -> tuple[str, ...]:
     return (
         "--host",
         "127.0.0.1",
@@ -40,7 +40,7 @@ def _listening(place: Place) -> tuple[str, ...]:
     )
 
 
-def _vllm_router(place: Place) -> Command:
+def _vllm_router(place: PeerPlace) -> Command:
     options = (
         "--policy",
         "round_robin",
@@ -56,7 +56,7 @@ def _vllm_router(place: Place) -> Command:
     )
 
 
-def _smg(place: Place) -> Command:
+def _smg(place: PeerPlace) -> Command:
     options = (
         "--policy",
         "round_robin",
@@ -74,7 +74,7 @@ def _smg(place: Place) -> Command:
     )
 
 
-def _sglang_router(place: Place) -> Command:
+def _sglang_router(place: PeerPlace) -> Command:
     options = (
         "--policy",
         "round_robin",
@@ -104,7 +104,7 @@ general_settings:
 """
 
 
-def _litellm(place: Place) -> Command:
+def _litellm(place: PeerPlace) -> Command:
     conf = place.folder / "litellm.yaml"
     conf.write_text(LITELLM_CONF.format(engine_port=place.engine_port, key=KEY))
     env = OFFLINE | {
@@ -126,7 +126,7 @@ def _litellm(place: Place) -> Command:
     return Command(argv, env, "/health/liveliness", LITELLM_READY_S, KEY_ENV)
 
 
-def _ray(place: Place) -> Command:
+def _ray(place: PeerPlace) -> Command:
     app = str(Path(__file__).with_name("ray_app.py"))
     env = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "PYTHONPATH": ""}
     return Command(
@@ -135,7 +135,9 @@ def _ray(place: Place) -> Command:
 
 
 def _nowhere(cache: Path, may_install: bool) -> str:
-    raise Skipped("vLLM production-stack's router is not on PyPI; it installs from its repository")
+    raise PeerSkipped(
+        "vLLM production-stack's router is not on PyPI; it installs from its repository"
+    )
 
 
 VLLM_ROUTER = Peer(

@@ -21,10 +21,10 @@ import heapq
 from collections import defaultdict
 from collections.abc import Sequence
 
-from bench.load.workload import Request
+from bench.load.workload import PlannedRequest
 from bench.routing.sim.timing import Timing
 from bench.routing.sim.worker import WorkerFacts
-from bench.routing.sim.world import LoadSeen, Outcome, Run, adapter_name
+from bench.routing.sim.world import LoadSeen, SimOutcome, SimRun, adapter_name
 from shared.link.messages import Tier
 
 FLEET = "fleet"
@@ -63,7 +63,9 @@ def hits_of(requests: Sequence[tuple[int, float, float]], places: int) -> list[b
     return hits
 
 
-def bound(requests: Sequence[Request], workers: int, facts: WorkerFacts, timing: Timing) -> Run:
+def bound(
+    requests: Sequence[PlannedRequest], workers: int, facts: WorkerFacts, timing: Timing
+) -> SimRun:
     """The bound as a run, so that it is counted like any other."""
     uses = [
         (r.adapter, r.at_s, r.at_s + _least_s(r, timing)) for r in requests if r.adapter is not None
@@ -71,7 +73,7 @@ def bound(requests: Sequence[Request], workers: int, facts: WorkerFacts, timing:
     in_slot = iter(hits_of(uses, workers * facts.slots))
     in_memory = iter(hits_of(uses, workers * (facts.slots + facts.cpu_adapters)))
     seen: set[int] = set()
-    run = Run([], [])
+    run = SimRun([], [])
     for request in requests:
         tier = Tier.GPU
         if request.adapter is not None:
@@ -95,12 +97,14 @@ def bound(requests: Sequence[Request], workers: int, facts: WorkerFacts, timing:
             + request.prompt_tokens / timing.prefill_tokens_per_s
         )
         ended_s = request.at_s + ttft_s + (request.output_tokens - 1) * timing.step_s(1)
-        run.outcomes.append(Outcome(request, ttft_s, request.at_s, ended_s, None, tier, FLEET, 1))
+        run.outcomes.append(
+            SimOutcome(request, ttft_s, request.at_s, ended_s, None, tier, FLEET, 1)
+        )
     run.ended_s = max((outcome.ended_s or 0.0 for outcome in run.outcomes), default=0.0)
     return run
 
 
-def _least_s(request: Request, timing: Timing) -> float:
+def _least_s(request: PlannedRequest, timing: Timing) -> float:
     """What an engine needs for an answer that is alone there."""
     return (
         request.prompt_tokens / timing.prefill_tokens_per_s
@@ -108,7 +112,7 @@ def _least_s(request: Request, timing: Timing) -> float:
     )
 
 
-def capacity_bound(run: Run, workers: int, facts: WorkerFacts, timing: Timing) -> float:
+def capacity_bound(run: SimRun, workers: int, facts: WorkerFacts, timing: Timing) -> float:
     """Requests per second that no policy exceeds for long."""
     requests = len(run.outcomes)
     load_s = (

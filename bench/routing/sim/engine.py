@@ -58,7 +58,7 @@ class Doing(Enum):
     LOADING = "loading"
 
 
-class Engine:
+class TimedEngine:
     """Call `add`, `abort` and `load`; hear `listener.on_step` and each load's own callback."""
 
     def __init__(self, timing: Timing, agenda: Agenda, listener: Listener) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.load.measure import percentile
-from bench.routing.sim.scenarios import Window
-from bench.routing.sim.world import Outcome, Run
+from bench.routing.sim.scenarios import CountedWindow
+from bench.routing.sim.world import SimOutcome, SimRun
 from gateway.routing.demand import FLOOR, copies_for
 from gateway.routing.expected_ttft import EVEN
 from shared.link.messages import Tier
@@ -47,7 +47,7 @@ class Figures:
     failed: int
 
 
-def figures(run: Run, window: Window) -> Figures:
+def figures(run: SimRun, window: CountedWindow) -> Figures:
     counted = [outcome for outcome in run.outcomes if window.counts(outcome.request.at_s)]
     if not counted:
         raise ValueError("no request arrived within the window; more rate or more time is needed")
@@ -76,7 +76,7 @@ def figures(run: Run, window: Window) -> Figures:
     )
 
 
-def ttft_s(outcome: Outcome) -> float:
+def ttft_s(outcome: SimOutcome) -> float:
     """Of an outcome as users feel it: whoever never got an answer waited long."""
     if outcome.ttft_s is not None:
         return outcome.ttft_s
@@ -103,7 +103,7 @@ def fair_shares(wanted: Mapping[int | None, float], total: float) -> dict[int | 
     return shares
 
 
-def _served_jain(outcomes: Sequence[Outcome], window: Window) -> float:
+def _served_jain(outcomes: Sequence[SimOutcome], window: CountedWindow) -> float:
     offered: defaultdict[int | None, float] = defaultdict(float)
     served: defaultdict[int | None, float] = defaultdict(float)
     for outcome in outcomes:
@@ -122,7 +122,7 @@ def _served_jain(outcomes: Sequence[Outcome], window: Window) -> float:
     )
 
 
-def _by_adapter(outcomes: Iterable[Outcome]) -> dict[int | None, list[float]]:
+def _by_adapter(outcomes: Iterable[SimOutcome]) -> dict[int | None, list[float]]:
     waits: defaultdict[int | None, list[float]] = defaultdict(list)
     for outcome in outcomes:
         waits[outcome.request.adapter].append(ttft_s(outcome))
@@ -130,7 +130,7 @@ def _by_adapter(outcomes: Iterable[Outcome]) -> dict[int | None, list[float]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class SeedSpread:
     """Of one figure over seeds."""
 
     median: float
@@ -138,8 +138,8 @@ class Spread:
     max: float
 
 
-def spread(values: Sequence[float]) -> Spread:
-    return Spread(statistics.median(values), min(values), max(values))
+def spread(values: Sequence[float]) -> SeedSpread:
+    return SeedSpread(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +164,9 @@ class Flash:
 
 
 def flash(
-    with_it: Run, without: Run, hot: int, hot_name: str, workers: int, window: Window
+    with_it: SimRun, without: SimRun, hot: int, hot_name: str, workers: int, window: CountedWindow
 ) -> Flash:
-    def p99(run: Run, is_hot: bool) -> float:
+    def p99(run: SimRun, is_hot: bool) -> float:
         waits = [
             ttft_s(o)
             for o in run.outcomes
@@ -213,7 +213,7 @@ class Moment:
     failed: int
 
 
-def timeline(run: Run, window: Window) -> list[Moment]:
+def timeline(run: SimRun, window: CountedWindow) -> list[Moment]:
     """For scale events and losses: how a run went, from the end of the warm-up on."""
     moments = []
     for nth in range(int(window.duration_s / BIN_S)):

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, assert_never
 import msgspec
 
 from bench.routing.sim import scenarios, search, study
-from bench.routing.sim.scenarios import SCENARIOS, Scenario, Window
+from bench.routing.sim.scenarios import SCENARIOS, CountedWindow, TrafficScenario
 from bench.routing.sim.study import CLAIRVOYANT, Case
 from bench.routing.sim.timing import Loader
 
@@ -74,7 +74,7 @@ class Item(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return times * self.rate_rps * seconds * request_s
 
 
-def scenario_of(item: Item) -> Scenario:
+def scenario_of(item: Item) -> TrafficScenario:
     return study.scenario_named(item.scenario, item.adapters or None)
 
 
@@ -85,12 +85,12 @@ def case_of(item: Item) -> Case:
         scenario_of(item),
         item.seed,
         item.workers,
-        Window(item.warm_up_s, item.duration_s),
+        CountedWindow(item.warm_up_s, item.duration_s),
         loads=item.loads,
     )
 
 
-class Done(msgspec.Struct, frozen=True):
+class DoneItem(msgspec.Struct, frozen=True):
     """A finished item, one line of a study's file. `at` is when, in seconds since 1970; `code` says
     of which code.
     """
@@ -133,7 +133,7 @@ def perform(item: Item) -> Any:
 class Results:
     """What is known so far. The later of two results for one item holds."""
 
-    def __init__(self, done: Iterable[Done] = ()) -> None:
+    def __init__(self, done: Iterable[DoneItem] = ()) -> None:
         self._results: dict[Item, Any] = {}
         self._tried: dict[Item, dict[int, bool]] = {}
         for each in sorted(done, key=lambda each: each.at):
@@ -169,7 +169,9 @@ def at(item: Item, rate_rps: float) -> Item:
     return msgspec.structs.replace(item, rate_rps=rate_rps)
 
 
-def still_good(done: Iterable[Done], redo: Iterable[str], code: str | None = None) -> list[Done]:
+def still_good(
+    done: Iterable[DoneItem], redo: Iterable[str], code: str | None = None
+) -> list[DoneItem]:
     """Without what older code made of the policies in `redo`. `code` None: the newest that each of
     them has.
     """

@@ -21,10 +21,10 @@ from bench.routing.sim import report, study
 from bench.routing.sim.figures import Figures, Flash, Moment, spread
 from bench.routing.sim.item import Item, Results, case_of, with_seed
 from bench.routing.sim.plan import (
-    Compare,
-    Event,
-    Grow,
-    Overload,
+    CompareQuestion,
+    EventQuestion,
+    GrowQuestion,
+    OverloadQuestion,
     Plan,
     capacities,
     capacity,
@@ -69,14 +69,14 @@ def merge(plan: Plan, results: Results) -> Merged:
     merged = Merged(document)
     for question in plan:
         match question:
-            case Compare():
+            case CompareQuestion():
                 for scenario in question.scenarios:
                     _compare(question, scenario, results, merged)
-            case Overload():
+            case OverloadQuestion():
                 _overload(question, results, merged)
-            case Event():
+            case EventQuestion():
                 _event(question, results, merged)
-            case Grow():
+            case GrowQuestion():
                 _grow(question, results, merged)
     return merged
 
@@ -100,7 +100,7 @@ def _rows(runs: list[Item], results: Results) -> list[Figures]:
 # ---- comparisons ---------------------------------------------------------------------------------
 
 
-def _compare(question: Compare, scenario: str, results: Results, merged: Merged) -> None:
+def _compare(question: CompareQuestion, scenario: str, results: Results, merged: Merged) -> None:
     found = {
         policy: capacities(question.item("keeps", policy, scenario, 0), question.seeds, results)
         for policy in question.policies
@@ -122,7 +122,7 @@ def _compare(question: Compare, scenario: str, results: Results, merged: Merged)
     if not any(found.values()) and not any(figures.values()):
         return
     case = case_of(question.item("figures", question.policies[0], scenario, 0))
-    made = study.Comparison(
+    made = study.CompareAnswer(
         case.scenario, rate or 0.0, _rate_is(question, rate), found, figures, flashes
     )
     document = {
@@ -141,7 +141,7 @@ def _compare(question: Compare, scenario: str, results: Results, merged: Merged)
     )
 
 
-def _rate_is(question: Compare, rate: float | None) -> str:
+def _rate_is(question: CompareQuestion, rate: float | None) -> str:
     if rate is None:
         return "not known yet"
     if question.common == "reference":
@@ -149,7 +149,7 @@ def _rate_is(question: Compare, rate: float | None) -> str:
     return f"{COMMON_SHARE:g} x the best policy's median capacity"
 
 
-def _ratios(question: Compare, scenario: str, results: Results) -> dict[str, Any]:
+def _ratios(question: CompareQuestion, scenario: str, results: Results) -> dict[str, Any]:
     """Seed by seed, where both are known."""
     ratios: dict[str, Any] = {}
     for policy in question.policies:
@@ -169,7 +169,7 @@ def _ratios(question: Compare, scenario: str, results: Results) -> dict[str, Any
 # ---- the others ----------------------------------------------------------------------------------
 
 
-def _overload(question: Overload, results: Results, merged: Merged) -> None:
+def _overload(question: OverloadQuestion, results: Results, merged: Merged) -> None:
     medians: dict[str, float] = {}
     figures: dict[str, dict[float, list[Figures]]] = {}
     for policy in question.policies:
@@ -186,12 +186,12 @@ def _overload(question: Overload, results: Results, merged: Merged) -> None:
             )
             figures[policy] = rows
     if figures:
-        document = report.overload_document(study.Overload(medians, figures))
+        document = report.overload_document(study.OverloadAnswer(medians, figures))
         merged.document["scenarios"].setdefault(question.scenario, {})["overload"] = document
         merged.tables[f"{question.scenario}, overload"] = report.overload_table(document)
 
 
-def _event(question: Event, results: Results, merged: Merged) -> None:
+def _event(question: EventQuestion, results: Results, merged: Merged) -> None:
     timelines: dict[str, list[list[Moment]]] = {}
     for seed in range(question.seeds):
         for run in event_runs(question, seed):
@@ -203,13 +203,13 @@ def _event(question: Event, results: Results, merged: Merged) -> None:
         case = case_of(question.item(question.what, question.policies[0], question.scenario, 0))
         ordered = {policy: timelines[policy] for policy in question.policies if policy in timelines}
         document = report.event_document(
-            study.Event(question.what, case.window.flash_s, question.rate_rps, ordered)
+            study.EventAnswer(question.what, case.window.flash_s, question.rate_rps, ordered)
         )
         merged.document["events"][question.what] = document
         merged.tables[f"{question.scenario}, {question.what}"] = report.event_table(document)
 
 
-def _grow(question: Grow, results: Results, merged: Merged) -> None:
+def _grow(question: GrowQuestion, results: Results, merged: Merged) -> None:
     """Only the points that every policy has something of."""
     complete: list[tuple[int, Item, dict[str, list[Figures]]]] = []
     for point in question.points:
@@ -221,7 +221,7 @@ def _grow(question: Grow, results: Results, merged: Merged) -> None:
         if all(rows.values()):
             complete.append((point.at, runs[0], rows))
     if complete:
-        made = study.Growth(
+        made = study.GrowAnswer(
             question.of,
             tuple(point for point, _, _ in complete),
             tuple(run.rate_rps for _, run, _ in complete),

@@ -54,7 +54,7 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
     @property
     def words(self) -> str:
-        return type(self).__name__.lower()
+        return str(self.__struct_config__.tag)
 
     def item(self, kind: Kind, policy: str, scenario: str, seed: int) -> Item:
         """At rate 0."""
@@ -74,7 +74,7 @@ class Question(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
         )
 
 
-class Compare(Question, frozen=True, tag="compare"):
+class CompareQuestion(Question, frozen=True, tag="compare"):
     """Capacities, and figures of all policies and the bound at one rate: with `common` "reference"
     where p99 TTFT of ray-strict reaches 1 s, else a share of the best policy's capacity. `guesses`:
     capacities by scenario and policy where searches begin; they only save time.
@@ -89,7 +89,7 @@ class Compare(Question, frozen=True, tag="compare"):
         return f"compare {', '.join(self.scenarios)}"
 
 
-class Overload(Question, frozen=True, tag="overload"):
+class OverloadQuestion(Question, frozen=True, tag="overload"):
     """So many times each policy's own capacity (the median of the same searches that `compare`
     makes), with production's queue.
     """
@@ -102,7 +102,7 @@ class Overload(Question, frozen=True, tag="overload"):
         return f"overload of {self.scenario}"
 
 
-class Event(Question, frozen=True, tag="event"):
+class EventQuestion(Question, frozen=True, tag="event"):
     """A quarter of the workers is lost, or joins."""
 
     what: Literal["loss", "scale"] = "loss"
@@ -123,7 +123,7 @@ class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     duration_s: float = 0.0
 
 
-class Grow(Question, frozen=True, tag="grow"):
+class GrowQuestion(Question, frozen=True, tag="grow"):
     """The same load per worker at every size; with the workers the adapters grow as well, to
     MOST_ADAPTERS.
     """
@@ -138,24 +138,24 @@ class Grow(Question, frozen=True, tag="grow"):
         return f"growth in {self.of}"
 
 
-Ask: TypeAlias = Compare | Overload | Event | Grow
-Plan: TypeAlias = tuple[Ask, ...]
+AnyQuestion: TypeAlias = CompareQuestion | OverloadQuestion | EventQuestion | GrowQuestion
+Plan: TypeAlias = tuple[AnyQuestion, ...]
 
 read_plan: Callable[[bytes], Plan] = msgspec.json.Decoder(Plan).decode
 """Raises: msgspec.DecodeError that says where."""
 
 
-def needed(question: Ask, results: Results) -> Iterator[Item]:
+def needed(question: AnyQuestion, results: Results) -> Iterator[Item]:
     """What it still lacks and what can be run now, first what comes first."""
     runs: Iterator[Item]
     match question:
-        case Compare():
+        case CompareQuestion():
             runs = _compare(question, results)
-        case Overload():
+        case OverloadQuestion():
             runs = _overload(question, results)
-        case Event():
+        case EventQuestion():
             runs = (run for seed in range(question.seeds) for run in event_runs(question, seed))
-        case Grow():
+        case GrowQuestion():
             runs = (run for point in question.points for run in grow_runs(question, point))
     return (run for run in runs if run not in results)
 
@@ -212,14 +212,14 @@ def _searches(
 # ---- comparisons ---------------------------------------------------------------------------------
 
 
-def reference_search(question: Compare, scenario: str, seed: int) -> Item:
+def reference_search(question: CompareQuestion, scenario: str, seed: int) -> Item:
     """For the rate at which the reference's p99 reaches COMMON_P99_S."""
     return msgspec.structs.replace(
         question.item("keeps", REFERENCE, scenario, seed), p99_s=COMMON_P99_S
     )
 
 
-def common_rate(question: Compare, scenario: str, results: Results) -> float | None:
+def common_rate(question: CompareQuestion, scenario: str, results: Results) -> float | None:
     """Of the comparison, rounded to halves; None as long as capacities are missing."""
     if question.common == "reference":
         rate = median_capacity(reference_search(question, scenario, 0), question.seeds, results)
@@ -232,7 +232,9 @@ def common_rate(question: Compare, scenario: str, results: Results) -> float | N
     return rate and round(2 * rate) / 2
 
 
-def compared_runs(question: Compare, scenario: str, seed: int, rate_rps: float) -> list[Item]:
+def compared_runs(
+    question: CompareQuestion, scenario: str, seed: int, rate_rps: float
+) -> list[Item]:
     runs = [question.item("figures", policy, scenario, seed) for policy in question.policies]
     runs.append(question.item("bound", CLAIRVOYANT, scenario, seed))
     if question.common == "reference" and OURS in question.policies:
@@ -240,7 +242,7 @@ def compared_runs(question: Compare, scenario: str, seed: int, rate_rps: float) 
     return [at(run, rate_rps) for run in runs]
 
 
-def _compare(question: Compare, results: Results) -> Iterator[Item]:
+def _compare(question: CompareQuestion, results: Results) -> Iterator[Item]:
     yield from _searches(question, question.scenarios, question.guesses, results)
     if question.common == "reference":
         for seed in range(question.seeds):
@@ -259,7 +261,9 @@ def _compare(question: Compare, results: Results) -> Iterator[Item]:
 # ---- the others ----------------------------------------------------------------------------------
 
 
-def overload_runs(question: Overload, policy: str, times: float, results: Results) -> list[Item]:
+def overload_runs(
+    question: OverloadQuestion, policy: str, times: float, results: Results
+) -> list[Item]:
     """One per seed; none as long as the capacity is not known."""
     median = median_capacity(
         question.item("keeps", policy, question.scenario, 0), question.seeds, results
@@ -272,7 +276,7 @@ def overload_runs(question: Overload, policy: str, times: float, results: Result
     ]
 
 
-def _overload(question: Overload, results: Results) -> Iterator[Item]:
+def _overload(question: OverloadQuestion, results: Results) -> Iterator[Item]:
     yield from _searches(question, [question.scenario], {}, results)
     runs = [
         overload_runs(question, policy, times, results)
@@ -283,7 +287,7 @@ def _overload(question: Overload, results: Results) -> Iterator[Item]:
         yield from (of_case[seed] for of_case in runs if of_case)
 
 
-def event_runs(question: Event, seed: int) -> list[Item]:
+def event_runs(question: EventQuestion, seed: int) -> list[Item]:
     """One per policy."""
     return [
         at(question.item(question.what, policy, question.scenario, seed), question.rate_rps)
@@ -291,7 +295,7 @@ def event_runs(question: Event, seed: int) -> list[Item]:
     ]
 
 
-def grow_runs(question: Grow, point: Point) -> list[Item]:
+def grow_runs(question: GrowQuestion, point: Point) -> list[Item]:
     """One per seed and policy."""
     workers = point.at if question.of == "workers" else question.workers
     adapters = (
@@ -325,7 +329,7 @@ def rehearse(plan: Plan, results: Results) -> list[list[Item]]:
     guesses = {
         (s, p, q.workers): rps
         for q in plan
-        if isinstance(q, Compare)
+        if isinstance(q, CompareQuestion)
         for s, of in q.guesses.items()
         for p, rps in of.items()
     }

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from bench.routing.sim.clairvoyant import FLEET, hits_of
 from bench.routing.sim.worker import WorkerFacts
-from bench.routing.sim.world import LoadSeen, Outcome, Run, adapter_name
+from bench.routing.sim.world import LoadSeen, SimOutcome, SimRun, adapter_name
 from shared.link.messages import Tier
 
 SlotUse = tuple[int, float, float]
@@ -62,7 +62,7 @@ def starts_of(slot_uses: Sequence[SlotUse], slots: int) -> list[float]:
     return starts
 
 
-def pooled(run: Run, workers: int, facts: WorkerFacts) -> Run:
+def pooled(run: SimRun, workers: int, facts: WorkerFacts) -> SimRun:
     """The run as it would have been. Every request of it must have been served.
 
     Raises: ValueError if one was not.
@@ -84,7 +84,7 @@ def pooled(run: Run, workers: int, facts: WorkerFacts) -> Run:
             (outcome.request.adapter, outcome.request.at_s, outcome.ended_s - outcome.sent_s)
         )
     starts = starts_of(slot_uses, workers * facts.slots)
-    made = Run([], [], ended_s=run.ended_s)
+    made = SimRun([], [], ended_s=run.ended_s)
     tiers = dict(
         zip(
             (id(outcome) for outcome in asked),
@@ -124,7 +124,7 @@ def _tiers(
     return tiers
 
 
-def _moved(outcome: Outcome, start_s: float, tier: Tier) -> Outcome:
+def _moved(outcome: SimOutcome, start_s: float, tier: Tier) -> SimOutcome:
     """Sent at another time."""
     assert outcome.ttft_s is not None and outcome.ended_s is not None
     later_s = start_s - outcome.sent_s

@@ -26,23 +26,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from bench.routing.sim.figures import Figures, Flash, Moment, Spread, spread
+from bench.routing.sim.figures import Figures, Flash, Moment, SeedSpread, spread
 from bench.routing.sim.study import (
     CLAIRVOYANT,
     ONE_POOL,
     OURS,
     REFERENCE,
-    Comparison,
-    Event,
-    Growth,
-    Overload,
+    CompareAnswer,
+    EventAnswer,
+    GrowAnswer,
+    OverloadAnswer,
 )
 
 MAIN = ("capacity_rps", "ttft_p50_s", "ttft_p99_s", "loads_per_request", "hit_rate", "jain")
 MORE = ("requests", "cold_loads_per_request", "completed_rps", "served_jain", "failed")
 
 
-def comparison_document(made: Comparison) -> dict[str, Any]:
+def comparison_document(made: CompareAnswer) -> dict[str, Any]:
     spreads = {policy: made.spreads(policy) for policy in made.figures}
 
     def part(names: Sequence[str]) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def comparison_document(made: Comparison) -> dict[str, Any]:
     return document
 
 
-def plain(of: Spread | None) -> dict[str, float] | None:
+def plain(of: SeedSpread | None) -> dict[str, float] | None:
     """As the document has it."""
     return None if of is None else asdict(of)
 
@@ -71,7 +71,7 @@ def _flash(rows: Sequence[Flash]) -> dict[str, Any]:
     return {name: asdict(spread([getattr(row, name) for row in rows])) for name in names}
 
 
-def growth_document(made: Growth) -> dict[str, Any]:
+def growth_document(made: GrowAnswer) -> dict[str, Any]:
     policies = {
         policy: [_figures(rows) for rows in points] for policy, points in made.figures.items()
     }
@@ -91,7 +91,7 @@ def _figures(rows: Sequence[Figures]) -> dict[str, Any]:
     }
 
 
-def event_document(made: Event) -> dict[str, Any]:
+def event_document(made: EventAnswer) -> dict[str, Any]:
     names = [field.name for field in fields(Moment) if field.name != "at_s"]
     policies = {
         policy: [
@@ -109,7 +109,7 @@ def event_document(made: Event) -> dict[str, Any]:
     return {"what": made.what, "at_s": made.at_s, "rate_rps": made.rate_rps, "policies": policies}
 
 
-def overload_document(made: Overload) -> dict[str, Any]:
+def overload_document(made: OverloadAnswer) -> dict[str, Any]:
     return {
         policy: {
             "capacity_rps": made.capacities[policy],

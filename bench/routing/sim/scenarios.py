@@ -15,8 +15,8 @@ from bench.load.workload import (
     Length,
     LogNormal,
     Mix,
+    PlannedRequest,
     Poisson,
-    Request,
     Uniform,
     Workload,
     Zipf,
@@ -31,7 +31,7 @@ FLASH_AT = 1 / 3
 
 
 @dataclass(frozen=True, slots=True)
-class Scenario:
+class TrafficScenario:
     """`flash`: beside the rest, one more adapter, cold until then, comes to as many requests per
     second as all others together.
     """
@@ -57,20 +57,20 @@ _SKEWED = LogNormal(96, 0.76, 2048)
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario("default", "1,000 adapters, Zipf 1.0", 1000, Zipf(1.0)),
-        Scenario(
+        TrafficScenario("default", "1,000 adapters, Zipf 1.0", 1000, Zipf(1.0)),
+        TrafficScenario(
             "fits", "100 adapters, Zipf 1.0: all fit into the slots of the fleet", 100, Zipf(1.0)
         ),
-        Scenario("hot", "1,000 adapters, Zipf 1.5", 1000, Zipf(1.5)),
-        Scenario("flat", "500 adapters, all alike", 500, Uniform()),
-        Scenario(
+        TrafficScenario("hot", "1,000 adapters, Zipf 1.5", 1000, Zipf(1.5)),
+        TrafficScenario("flat", "500 adapters, all alike", 500, Uniform()),
+        TrafficScenario(
             "flash",
             "default, and one cold adapter goes from 0 to 50% of all requests in 1 s",
             1000,
             Zipf(1.0),
             flash=True,
         ),
-        Scenario(
+        TrafficScenario(
             "lengths",
             "default with log-normal lengths of prompts and answers",
             1000,
@@ -83,7 +83,7 @@ SCENARIOS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class CountedWindow:
     """Requests arrive from 0 to `warm_up_s` + `duration_s`; those of the first `warm_up_s` are
     served but not counted.
     """
@@ -103,7 +103,9 @@ class Window:
         return self.warm_up_s <= at_s < self.end_s
 
 
-def requests_of(scenario: Scenario, rate_per_s: float, seed: int, window: Window) -> list[Request]:
+def requests_of(
+    scenario: TrafficScenario, rate_per_s: float, seed: int, window: CountedWindow
+) -> list[PlannedRequest]:
     """All requests of a run. The same seed draws the same adapters and lengths in the same order at
     any rate, and gaps that only scale.
 

@@ -7,8 +7,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 
 from bench.routing.sim.figures import ttft_s
-from bench.routing.sim.scenarios import Scenario, Window, requests_of
-from bench.routing.sim.world import Outcome, World, simulate
+from bench.routing.sim.scenarios import CountedWindow, TrafficScenario, requests_of
+from bench.routing.sim.world import SimOutcome, World, simulate
 
 RATIO = 1.02
 """Rates are tried on rungs this far apart, so that a capacity is the same wherever its search
@@ -81,7 +81,7 @@ def highest(passes: Callable[[float], bool], guess_rps: float, *, stride: float)
 
 
 def keeps(
-    world: World, scenario: Scenario, rate_per_s: float, window: Window, p99_s: float
+    world: World, scenario: TrafficScenario, rate_per_s: float, window: CountedWindow, p99_s: float
 ) -> bool:
     """Whether p99 TTFT of the counted requests stays at or under `p99_s` and every request of the
     run completes.
@@ -94,7 +94,7 @@ def keeps(
     late = seen = 0
     next_look_s = window.warm_up_s / 2
 
-    def give_up(now: float, outcomes: Sequence[Outcome]) -> bool:
+    def give_up(now: float, outcomes: Sequence[SimOutcome]) -> bool:
         """More are late already than may be. Each is looked at once, when its time is over, whether
         it has begun by then or not.
         """
@@ -122,7 +122,7 @@ def keeps(
     )
 
 
-def hopeless(now: float, outcomes: Sequence[Outcome]) -> bool:
+def hopeless(now: float, outcomes: Sequence[SimOutcome]) -> bool:
     """See HOPELESS_S. `outcomes` are in order of arrival."""
     first, last = (
         bisect_left(outcomes, now - ago_s, key=lambda outcome: outcome.request.at_s)

@@ -12,7 +12,7 @@ from bench.routing.sim.figures import (
     Figures,
     Flash,
     Moment,
-    Spread,
+    SeedSpread,
     figures,
     flash,
     spread,
@@ -20,10 +20,16 @@ from bench.routing.sim.figures import (
 )
 from bench.routing.sim.pooled import pooled
 from bench.routing.sim.production import STRICT, loader_of
-from bench.routing.sim.scenarios import SCENARIOS, WORKERS, Scenario, Window, requests_of
+from bench.routing.sim.scenarios import (
+    SCENARIOS,
+    WORKERS,
+    CountedWindow,
+    TrafficScenario,
+    requests_of,
+)
 from bench.routing.sim.timing import Loader, timing_of
 from bench.routing.sim.worker import WorkerFacts
-from bench.routing.sim.world import Join, Loss, Run, World, adapter_name, simulate
+from bench.routing.sim.world import Join, Loss, SimRun, World, adapter_name, simulate
 
 CLAIRVOYANT = "clairvoyant"
 ONE_POOL = "one-pool"
@@ -48,10 +54,10 @@ class Case:
     """One policy in one situation with one seed."""
 
     policy: str
-    scenario: Scenario
+    scenario: TrafficScenario
     seed: int
     workers: int = WORKERS
-    window: Window = field(default_factory=Window)
+    window: CountedWindow = field(default_factory=CountedWindow)
     loads: Loader = "vllm"
 
     @property
@@ -105,7 +111,7 @@ def measure_overload(case: Case, rate_per_s: float) -> Figures:
     return figures(_overloaded(case, rate_per_s), case.window)
 
 
-def _overloaded(case: Case, rate_per_s: float) -> Run:
+def _overloaded(case: Case, rate_per_s: float) -> SimRun:
     world = replace(case.world, max_queued=PRODUCTION_QUEUE, queue_timeout_s=PRODUCTION_QUEUE_S)
     return simulate(world, requests_of(case.scenario, rate_per_s, case.seed, case.window))
 
@@ -128,17 +134,17 @@ def measure_event(case: Case, rate_per_s: float, event: str) -> list[Moment]:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class CompareAnswer:
     """Of several policies in one scenario; `capacities` and `figures` by policy, one per seed."""
 
-    scenario: Scenario
+    scenario: TrafficScenario
     rate_rps: float
     rate_is: str
     capacities: dict[str, list[float]]
     figures: dict[str, list[Figures]]
     flashes: dict[str, list[Flash]]
 
-    def spreads(self, policy: str) -> dict[str, Spread]:
+    def spreads(self, policy: str) -> dict[str, SeedSpread]:
         """Of every figure of a policy, by name."""
         rows = [asdict(row) for row in self.figures[policy]]
         made = (
@@ -152,7 +158,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class Growth:
+class GrowAnswer:
     """Figures by policy and point, one per seed, as `of` (adapters or workers) grows."""
 
     of: str
@@ -163,7 +169,7 @@ class Growth:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class EventAnswer:
     """How each policy went through a scale event or a loss: timelines by policy, one per seed."""
 
     what: str
@@ -173,14 +179,14 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Overload:
+class OverloadAnswer:
     """By policy and by how many times its own capacity was offered: figures, one per seed."""
 
     capacities: dict[str, float]
     figures: dict[str, dict[float, list[Figures]]]
 
 
-def scenario_named(name: str, adapters: int | None) -> Scenario:
+def scenario_named(name: str, adapters: int | None) -> TrafficScenario:
     """Raises: KeyError if there is none of that name."""
     scenario = SCENARIOS[name]
     return replace(scenario, adapters=adapters) if adapters else scenario

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.routing.sim.agenda import Agenda
-from bench.routing.sim.engine import Engine, Sequence
+from bench.routing.sim.engine import Sequence, TimedEngine
 from bench.routing.sim.timing import Timing
 from bench.routing.sim.vllm_residency import VllmResidency
 from shared.adapters.identity import AdapterRef
@@ -49,7 +49,7 @@ class WorkerFacts:
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class TimedRequest:
     number: int
     sid: messages.StreamId
     adapter: AdapterRef | None
@@ -62,7 +62,7 @@ class Job:
 
 
 @dataclass(slots=True)
-class Tally:
+class WorkerTotals:
     """What a worker has done so far."""
 
     loads: int = 0
@@ -90,12 +90,12 @@ class SimWorker:
         self._send_control, self._send_data = send_control, send_data
         keeps = VllmResidency if facts.kept_by_vllm else Residency
         self.residency = keeps(facts.slots, facts.slots + facts.cpu_adapters)
-        self.engine = Engine(timing, agenda, self)
-        self.tally = Tally()
+        self.engine = TimedEngine(timing, agenda, self)
+        self.tally = WorkerTotals()
         self.alive = True
         self.on_load: Callable[[AdapterRef, messages.Tier], None] | None = None
-        self._jobs: dict[int, Job] = {}
-        self._by_sid: dict[messages.StreamId, Job] = {}
+        self._jobs: dict[int, TimedRequest] = {}
+        self._by_sid: dict[messages.StreamId, TimedRequest] = {}
         self._started = 0
         self._on_disk: set[AdapterRef] = set()
         self._origin: dict[AdapterRef, messages.Tier] = {}  # of adapters that are fetched
@@ -127,7 +127,7 @@ class SimWorker:
 
     def _take(self, message: messages.Generate) -> None:
         prompt_tokens, output_tokens = self._lengths(message.request_id)
-        job = Job(
+        job = TimedRequest(
             message.sid,
             message.sid,
             message.adapter,
@@ -223,13 +223,13 @@ class SimWorker:
         self._perform(self.residency.swapped({}, self._agenda.now))
         self._beat_soon()
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: TimedRequest) -> None:
         job.started = self._agenda.now
         job.sequence = Sequence(job.number, job.prompt_tokens, job.output_tokens)
         self._started += 1
         self.engine.add(job.sequence)
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: TimedRequest) -> None:
         del self._jobs[job.number], self._by_sid[job.sid]
         self._started -= job.sequence is not None
         if job.adapter is not None:

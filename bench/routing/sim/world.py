@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from bench.load.workload import Request
+from bench.load.workload import PlannedRequest
 from bench.routing.sim.agenda import Agenda
 from bench.routing.sim.production import build_dispatcher, worker_facts
 from bench.routing.sim.timing import Timing
@@ -63,12 +63,12 @@ class World:
 
 
 @dataclass(slots=True, eq=False)
-class Outcome:
+class SimOutcome:
     """How one request went. Times are seconds of virtual time; `ttft_s` is None if no first token
     came, `tier` None if it did not finish.
     """
 
-    request: Request
+    request: PlannedRequest
     ttft_s: float | None = None
     sent_s: float = 0.0
     ended_s: float | None = None
@@ -89,22 +89,22 @@ class LoadSeen:
 
 
 @dataclass(slots=True)
-class Run:
-    outcomes: list[Outcome]
+class SimRun:
+    outcomes: list[SimOutcome]
     loads: list[LoadSeen]
     ended_s: float = 0.0
     given_up: bool = False
 
 
-GiveUp: TypeAlias = Callable[[float, Sequence[Outcome]], bool]
+GiveUp: TypeAlias = Callable[[float, Sequence[SimOutcome]], bool]
 
 
-class _Client:
+class _SimClient:
     """The Sink of one request."""
 
     __slots__ = ("_flight", "_outcome", "_sim")
 
-    def __init__(self, sim: Simulation, outcome: Outcome) -> None:
+    def __init__(self, sim: Simulation, outcome: SimOutcome) -> None:
         self._sim, self._outcome = sim, outcome
         self._flight: InFlightRequest | None = None
 
@@ -168,14 +168,14 @@ class Simulation:
     """
 
     def __init__(
-        self, world: World, requests: Iterable[Request], give_up: GiveUp | None = None
+        self, world: World, requests: Iterable[PlannedRequest], give_up: GiveUp | None = None
     ) -> None:
         self.world = world
         self.agenda = Agenda()
         self.open = 0
         self._requests = iter(requests)
         self._give_up = give_up
-        self._run = Run([], [])
+        self._run = SimRun([], [])
         self._wires = _Wires(self.agenda, world.timing.link_s)
         rng = random.Random(f"{world.seed}/policy")
         self.dispatcher: Dispatcher = build_dispatcher(
@@ -190,7 +190,7 @@ class Simulation:
         self.workers: list[SimWorker] = []
         self._arriving = True
 
-    def run(self) -> Run:
+    def run(self) -> SimRun:
         """To the end of the last request (or until somebody gave up)."""
         self.begin()
         self.agenda.run(self._going)
@@ -219,9 +219,9 @@ class Simulation:
         else:
             self.agenda.at(max(request.at_s, self.agenda.now), self._arrive, request)
 
-    def _arrive(self, request: Request) -> None:
+    def _arrive(self, request: PlannedRequest) -> None:
         self._next()
-        outcome = Outcome(request)
+        outcome = SimOutcome(request)
         self._run.outcomes.append(outcome)
         if self._give_up is not None and self._give_up(self.agenda.now, self._run.outcomes):
             self._run.given_up = True
@@ -229,7 +229,7 @@ class Simulation:
         request_id = str(request.index)
         self._lengths[request_id] = (request.prompt_tokens, request.output_tokens)
         ref, stored = (None, None) if request.adapter is None else self._refs[request.adapter]
-        client = _Client(self, outcome)
+        client = _SimClient(self, outcome)
         inflight = InFlightRequest(
             self.world.facts.base,
             ref,
@@ -282,7 +282,9 @@ class Simulation:
             worker.die()
 
 
-def simulate(world: World, requests: Sequence[Request], give_up: GiveUp | None = None) -> Run:
+def simulate(
+    world: World, requests: Sequence[PlannedRequest], give_up: GiveUp | None = None
+) -> SimRun:
     """The run of these requests (in order of arrival) in this world. The same arguments give the
     same run.
     """
@@ -300,7 +302,7 @@ def _adapter(base: str, index: int, size_bytes: int) -> tuple[AdapterRef, Stored
     )
 
 
-def _body(request: Request) -> bytes:
+def _body(request: PlannedRequest) -> bytes:
     """As long as a prompt of so many tokens is, and like no other from its first bytes on: nothing
     to gain from prefix affinity.
     """

@@ -76,14 +76,14 @@ class Answer:
         return before, after
 
 
-class _StreamOptions(msgspec.Struct, frozen=True):
+class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
 
 
 class _Request(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     stream: bool | None = None
-    stream_options: _StreamOptions | None = None
+    stream_options: StreamOptions | None = None
     n: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None

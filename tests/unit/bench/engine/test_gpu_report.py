@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.engine.gpu import Record, Row, read_arguments, rows
+from bench.engine.gpu import GpuRecord, GpuRow, read_arguments, rows
 from bench.engine.gpu_report import ratios
 from bench.engine.gpu_servers import BESIDE_KV_GIB, GIB, SHARE, shared_gpu
 
@@ -53,8 +53,8 @@ def test_two_servers_on_one_gpu_get_the_same_cache_and_fit_with_what_they_need_b
             shared_gpu(memory * GIB, kv)
 
 
-ROW = Row("base x64", 0, "base", 64, 256)
-LATER = Row("base x1", 0, "base", 1, 8)
+ROW = GpuRow("base x64", 0, "base", 64, 256)
+LATER = GpuRow("base x1", 0, "base", 1, 8)
 
 
 def figures(rate: float) -> dict[str, Any]:
@@ -71,13 +71,13 @@ def test_a_row_that_was_cut_off_while_it_was_written_is_measured_again_and_spoil
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "rows.jsonl"
-    Record(path, "").add("vllm", ROW, {"a": 1}, figures(100))
+    GpuRecord(path, "").add("vllm", ROW, {"a": 1}, figures(100))
     path.write_text(path.read_text() + path.read_text()[:40])
-    again = Record(path, "")
+    again = GpuRecord(path, "")
     assert again.has("vllm", ROW, {"a": 1})
     assert not again.has("vllm", ROW, {"a": 2}), "measured with other arguments"
     again.add("vllm", LATER, {"a": 1}, figures(10))
-    assert len(Record(path, "").rows) == 2 and Record(path, "").has("vllm", LATER, {"a": 1})
+    assert len(GpuRecord(path, "").rows) == 2 and GpuRecord(path, "").has("vllm", LATER, {"a": 1})
 
 
 def test_rows_of_several_calls_are_compared_by_label_and_differences_are_named() -> None:

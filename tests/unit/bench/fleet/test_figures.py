@@ -17,7 +17,7 @@ from bench.fleet.figures import (
     together,
     tokens_within,
 )
-from bench.load.measure import BIN_S, Outcome
+from bench.load.measure import BIN_S, LoadOutcome
 
 
 def _answer(
@@ -28,15 +28,15 @@ def _answer(
     tier: str = "gpu",
     worker: str = "w0",
     error: str | None = None,
-) -> Outcome:
-    return Outcome(
+) -> LoadOutcome:
+    return LoadOutcome(
         adapter="a", scheduled_s=at_s, started_s=at_s, ended_s=at_s + lasts_s, first_byte_s=at_s, first_token_s=at_s, last_token_s=at_s + lasts_s,
         status=200, error=error, output_tokens=tokens, by_usage=True, tier=tier, worker=worker,
     )  # fmt: skip
 
 
-def _nothing(at_s: float, error: str = "http_503") -> Outcome:
-    return Outcome(
+def _nothing(at_s: float, error: str = "http_503") -> LoadOutcome:
+    return LoadOutcome(
         adapter="a",
         scheduled_s=at_s,
         started_s=at_s,

@@ -7,8 +7,8 @@ from bench.fleet.plan import (
     OURS,
     PARTS,
     POLICIES,
-    Row,
-    Times,
+    FleetRow,
+    FleetTimes,
     fit,
     gateways,
     rows,
@@ -16,7 +16,9 @@ from bench.fleet.plan import (
     with_capacity,
 )
 
-TIMES = Times(warm_s=6, measure_s=12, tail_s=4, flush_s=4, serve_again_s=200, least_measure_s=8)
+TIMES = FleetTimes(
+    warm_s=6, measure_s=12, tail_s=4, flush_s=4, serve_again_s=200, least_measure_s=8
+)
 
 
 def test_repetitions_of_the_policies_are_interleaved_at_the_largest_size() -> None:
@@ -41,8 +43,8 @@ def test_scaling_goes_from_the_smallest_fleet_to_the_largest() -> None:
 
 def test_a_share_of_an_unknown_capacity_has_its_measurement_before_it() -> None:
     wanted = rows(["kill"], [2, 4], POLICIES, 1)
-    assert with_capacity(wanted, set()) == [Row("scale", 4), *wanted]
-    assert with_capacity(wanted, {Row("scale", 4).key}) == wanted
+    assert with_capacity(wanted, set()) == [FleetRow("scale", 4), *wanted]
+    assert with_capacity(wanted, {FleetRow("scale", 4).key}) == wanted
 
 
 def test_what_is_done_is_not_done_again() -> None:

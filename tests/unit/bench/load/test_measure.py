@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from bench.load.measure import (
     BIN_S,
     Histogram,
+    LoadOutcome,
+    LoadRun,
     Meter,
-    Outcome,
-    Run,
     Slo,
     cold_flags,
     latency,
@@ -30,22 +30,22 @@ def _outcome(
     error: str | None = None,
     late_s: float = 0.0,
     cold: bool | None = None,
-) -> Outcome:
+) -> LoadOutcome:
     first_s = at_s + ttft_s
     last_s = first_s + gap_s * (tokens - 1)
-    return Outcome(
+    return LoadOutcome(
         adapter=adapter, scheduled_s=at_s, started_s=at_s + late_s, ended_s=last_s, first_byte_s=first_s, first_token_s=first_s, last_token_s=last_s,
         status=200, error=error, detail="why" if error else "", output_tokens=tokens, prompt_tokens=5, by_usage=True, cold=cold,
     )  # fmt: skip
 
 
 def _run(
-    *outcomes: Outcome,
+    *outcomes: LoadOutcome,
     slo: Slo | None = None,
     open_loop: bool = True,
     warmed: frozenset[str | None] = frozenset(),
-) -> Run:
-    return Run(
+) -> LoadRun:
+    return LoadRun(
         outcomes=outcomes,
         meter=Meter(),
         slo=slo or Slo(),
@@ -126,8 +126,8 @@ def test_without_an_slo_there_is_no_goodput() -> None:
 
 
 def test_an_slo_on_tokens_is_not_kept_by_an_answer_without_token_times() -> None:
-    assert not Slo(ttft_s=1.0).kept_by(Outcome("a", 0.0, 0.0, 0.1, status=200, output_tokens=3))
-    assert Slo(e2e_s=1.0).kept_by(Outcome("a", 0.0, 0.0, 0.1, status=200, output_tokens=3))
+    assert not Slo(ttft_s=1.0).kept_by(LoadOutcome("a", 0.0, 0.0, 0.1, status=200, output_tokens=3))
+    assert Slo(e2e_s=1.0).kept_by(LoadOutcome("a", 0.0, 0.0, 0.1, status=200, output_tokens=3))
 
 
 def test_the_first_scheduled_request_of_an_adapter_is_cold_and_the_base_never() -> None:
@@ -199,7 +199,7 @@ def test_the_timeline_holds_every_token_in_its_bin() -> None:
     meter.tokens(3, 100.0)
     meter.tokens(2, 100.0 + 2.5 * BIN_S)
     made = document(
-        Run(
+        LoadRun(
             outcomes=[_outcome(0.0, ttft_s=4 * BIN_S, tokens=1)],
             meter=meter,
             slo=Slo(),

@@ -17,8 +17,8 @@ import pytest
 
 from bench.routing import __main__ as study
 from bench.routing.crew import Crew
-from bench.routing.sim.item import Done, Item, Results, case_of, perform, still_good
-from bench.routing.sim.plan import Compare, Plan, capacities, needed, read_plan, rehearse
+from bench.routing.sim.item import DoneItem, Item, Results, case_of, perform, still_good
+from bench.routing.sim.plan import CompareQuestion, Plan, capacities, needed, read_plan, rehearse
 from bench.routing.sim.search import rate_of
 from tests.harness import ROOT
 
@@ -65,7 +65,7 @@ def _study(folder: Path, plan: Path, *flags: str) -> int:
     return study.main(["--plan", str(plan), "--out", str(folder), "--jobs", "2", *flags])
 
 
-def _rows(folder: Path) -> list[Done]:
+def _rows(folder: Path) -> list[DoneItem]:
     return study.read([folder / study.ITEMS])
 
 
@@ -226,8 +226,8 @@ def test_a_report_of_a_whole_study_has_the_format_of_a_simulation_and_pictures(
     }
 
 
-def _row(policy: str, code: str, at: float, rate: float = 1.0) -> Done:
-    return Done(Item("keeps", policy, "fits", 0, rate), True, 1.0, at, code)
+def _row(policy: str, code: str, at: float, rate: float = 1.0) -> DoneItem:
+    return DoneItem(Item("keeps", policy, "fits", 0, rate), True, 1.0, at, code)
 
 
 def test_only_policies_that_are_to_be_redone_lose_what_older_code_made() -> None:
@@ -242,7 +242,7 @@ def test_only_policies_that_are_to_be_redone_lose_what_older_code_made() -> None
 
 def test_the_later_of_two_results_for_one_run_holds() -> None:
     item = Item("keeps", "ray", "fits", 0, rate_of(100))
-    results = Results([Done(item, False, 1.0, 2.0, ""), Done(item, True, 1.0, 1.0, "")])
+    results = Results([DoneItem(item, False, 1.0, 2.0, ""), DoneItem(item, True, 1.0, 1.0, "")])
     assert results.get(item) is False
     assert dict(results.tried(Item("keeps", "ray", "fits", 0))) == {100: False}
 
@@ -252,7 +252,7 @@ def test_the_plan_in_the_repository_covers_what_the_documentation_shows() -> Non
     scenarios = {
         name
         for q in plan
-        if isinstance(q, Compare) and q.workers == 8 and q.seeds >= 10
+        if isinstance(q, CompareQuestion) and q.workers == 8 and q.seeds >= 10
         for name in q.scenarios
     }
     assert scenarios == {"default", "fits", "hot", "flat", "flash", "lengths"}
@@ -274,7 +274,7 @@ def test_the_plan_in_the_repository_covers_what_the_documentation_shows() -> Non
 
 def test_items_survive_json() -> None:
     row = _row("ray", "x", 1.25, rate_of(233))
-    assert msgspec.json.decode(msgspec.json.encode(row), type=Done) == row
+    assert msgspec.json.decode(msgspec.json.encode(row), type=DoneItem) == row
 
 
 @pytest.mark.parametrize("ask", [COMPARE, EVENT, GROW])

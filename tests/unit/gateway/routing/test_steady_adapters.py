@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.load.workload import Request
+from bench.load.workload import PlannedRequest
 from bench.routing.sim.worker import WorkerFacts
-from bench.routing.sim.world import Outcome, Simulation, World, adapter_name
+from bench.routing.sim.world import SimOutcome, Simulation, World, adapter_name
 from gateway.fleet.fleet import Fleet
 from gateway.routing.expected_ttft import ExpectedTTFT
 from gateway.routing.policy import Choice, Decision, Defer, RoutingRequest
@@ -226,7 +226,7 @@ class Watch:
         self._steady = steady
         self.gone: set[str] = set()
 
-    def __call__(self, now: float, outcomes: Sequence[Outcome]) -> bool:
+    def __call__(self, now: float, outcomes: Sequence[SimOutcome]) -> bool:
         assert self.simulation is not None
         if now >= WARM_UP_S:
             slots = [worker.residency.slots for worker in self.simulation.workers]
@@ -245,7 +245,7 @@ def played(
     slots: int,
     every_s: float = EVERY_S,
     workers: int = 2,
-) -> tuple[Watch, list[Outcome]]:
+) -> tuple[Watch, list[SimOutcome]]:
     """The first `steady` adapters are asked for all the time, each further one once: at (second,
     output tokens).
     """
@@ -254,7 +254,7 @@ def played(
     ]
     times += [(at_s, steady + n, tokens) for n, (at_s, tokens) in enumerate(colds)]
     requests = [
-        Request(n, at_s, index, None, 128, tokens)
+        PlannedRequest(n, at_s, index, None, 128, tokens)
         for n, (at_s, index, tokens) in enumerate(sorted(times))
     ]
     world = World(

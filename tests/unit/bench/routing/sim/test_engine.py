@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.routing.sim.agenda import Agenda
-from bench.routing.sim.engine import Engine, Sequence
+from bench.routing.sim.engine import Sequence, TimedEngine
 from bench.routing.sim.timing import Timing
 from shared.link.messages import Tier
 
@@ -52,7 +52,7 @@ def _run(
 ) -> Heard:
     agenda = Agenda()
     heard = Heard(agenda)
-    engine = Engine(timing, agenda, heard)
+    engine = TimedEngine(timing, agenda, heard)
     for number, job in enumerate(jobs):
         sequence = Sequence(number, job.prompt_tokens, job.output_tokens)
         agenda.at(job.at_s, engine.add, sequence)
@@ -107,7 +107,7 @@ def test_the_first_measured_prefill_counts_in_full() -> None:
     would ask it again.
     """
     agenda = Agenda()
-    engine = Engine(TABLE, agenda, Heard(agenda))
+    engine = TimedEngine(TABLE, agenda, Heard(agenda))
     engine.add(Sequence(0, 128, 2))
     agenda.run(lambda: engine.decoding == 0)
     assert engine.measured_prefill_tokens_per_s == pytest.approx(

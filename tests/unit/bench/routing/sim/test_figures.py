@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.routing.sim.figures import fair_shares, jain, spread
-from bench.routing.sim.scenarios import SCENARIOS, Window
+from bench.routing.sim.scenarios import SCENARIOS, CountedWindow
 from bench.routing.sim.search import highest, keeps
 from bench.routing.sim.world import World
 
-SHORT = Window(1.0, 3.0)
+SHORT = CountedWindow(1.0, 3.0)
 
 
 def _here(job: Callable[..., Any], arguments: Any) -> list[Any]:

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from bench.routing.sim.clairvoyant import bound
 from bench.routing.sim.figures import figures
 from bench.routing.sim.pooled import SlotUse, pooled, starts_of
-from bench.routing.sim.scenarios import SCENARIOS, Window, requests_of
+from bench.routing.sim.scenarios import SCENARIOS, CountedWindow, requests_of
 from bench.routing.sim.timing import Timing
 from bench.routing.sim.worker import WorkerFacts
 from bench.routing.sim.world import World, simulate
 
-FACTS, WINDOW = WorkerFacts("base"), Window(5.0, 20.0)
+FACTS, WINDOW = WorkerFacts("base"), CountedWindow(5.0, 20.0)
 
 arrivals = st.lists(
     st.tuples(st.integers(0, 4), st.floats(0.0, 2.0), st.floats(0.1, 3.0)), max_size=30

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.load.workload import Request
+from bench.load.workload import PlannedRequest
 from bench.routing.sim.clairvoyant import bound, capacity_bound, hits_of
 from bench.routing.sim.figures import figures
 from bench.routing.sim.production import policies
-from bench.routing.sim.scenarios import SCENARIOS, Window, requests_of
+from bench.routing.sim.scenarios import SCENARIOS, CountedWindow, requests_of
 from bench.routing.sim.study import Case
 from bench.routing.sim.timing import Timing, timing_of
 from bench.routing.sim.worker import WorkerFacts
-from bench.routing.sim.world import Join, Loss, Outcome, Run, World, simulate
+from bench.routing.sim.world import Join, Loss, SimOutcome, SimRun, World, simulate
 from shared.link.messages import Tier
 
-WINDOW = Window(1.0, 3.0)
+WINDOW = CountedWindow(1.0, 3.0)
 TIMING = Timing()
 FACTS = WorkerFacts("base")
 EARLY_S = 2 * TIMING.link_s + 1e-4
@@ -32,14 +32,14 @@ EARLY_S = 2 * TIMING.link_s + 1e-4
 
 def _requests(
     times: list[float], adapters: list[int | None], prompt: int = 128, output: int = 128
-) -> list[Request]:
+) -> list[PlannedRequest]:
     return [
-        Request(n, at_s, adapter, None, prompt, output)
+        PlannedRequest(n, at_s, adapter, None, prompt, output)
         for n, (at_s, adapter) in enumerate(zip(times, adapters, strict=True))
     ]
 
 
-def _ended_once(run: Run) -> None:
+def _ended_once(run: SimRun) -> None:
     for outcome in run.outcomes:
         assert outcome.ends == 1, outcome
         assert (outcome.failed is None) == (outcome.tier is not None), outcome
@@ -257,7 +257,7 @@ def test_no_policy_beats_the_clairvoyant_bound_of_the_same_requests(policy: str)
 
 
 def test_a_flash_crowd_comes_on_top_of_the_same_steady_requests() -> None:
-    window = Window(5.0, 60.0)
+    window = CountedWindow(5.0, 60.0)
     with_it = requests_of(SCENARIOS["flash"], 100.0, 1, window)
     steady = [request for request in with_it if request.adapter != 1000]
     calm = requests_of(SCENARIOS["default"], 100.0, 1, window)
@@ -282,7 +282,7 @@ def test_a_higher_rate_asks_for_the_same_adapters_in_the_same_order_only_sooner(
 
 
 def test_lengths_carries_the_token_load_of_default() -> None:
-    requests = requests_of(SCENARIOS["lengths"], 300.0, 1, Window(0.0, 60.0))
+    requests = requests_of(SCENARIOS["lengths"], 300.0, 1, CountedWindow(0.0, 60.0))
     assert sum(request.prompt_tokens for request in requests) / len(requests) == pytest.approx(
         128, rel=0.05
     )
@@ -291,16 +291,18 @@ def test_lengths_carries_the_token_load_of_default() -> None:
 def test_figures_count_only_what_arrived_within_the_window() -> None:
     early, late = _requests([0.5, 3.0], [0, 0])
     outcomes = [
-        Outcome(early, 9.0, 1.0, 10.0, None, Tier.DISK, "w", 1),
-        Outcome(late, 0.1, 3.0, 4.0, None, Tier.GPU, "w", 1),
+        SimOutcome(early, 9.0, 1.0, 10.0, None, Tier.DISK, "w", 1),
+        SimOutcome(late, 0.1, 3.0, 4.0, None, Tier.GPU, "w", 1),
     ]
-    made = figures(Run(outcomes, []), WINDOW)
+    made = figures(SimRun(outcomes, []), WINDOW)
     assert (made.requests, made.ttft_p99_s, made.hit_rate) == (1, 0.1, 1.0)
 
 
 def test_a_request_that_never_began_counts_as_one_that_waited_long() -> None:
     (request,) = _requests([3.0], [0])
-    made = figures(Run([Outcome(request, None, 0.0, 3.0, "overloaded", None, "", 1)], []), WINDOW)
+    made = figures(
+        SimRun([SimOutcome(request, None, 0.0, 3.0, "overloaded", None, "", 1)], []), WINDOW
+    )
     assert made.failed == 1
     assert made.ttft_p99_s >= 60.0
 
