@@ -190,7 +190,10 @@ class Ended:
 
 def _start_peer(*flags: str) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(
-        [sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, *flags],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     return process, f"http://127.0.0.1:{int(process.stdout.readline())}"
