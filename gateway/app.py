@@ -1,185 +1,265 @@
-"""Shell. The HTTP surface: which path is answered by whom, who may ask, and how errors become
-answers.
+"""Shell. The factory of a gateway process: settings -> objects -> routes. What the process does
+with them (its signals, its loops, its end) is in __main__.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
+import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
-from aiohttp import web
+import msgspec
 
+from gateway.accounts.keys import read_keys
+from gateway.adapters import alias_store
+from gateway.adapters.alias_store import AliasStore
+from gateway.adapters.aliases import Alias, AliasState, from_config
 from gateway.adapters.catalog import Catalog
+from gateway.adapters.pins import Pins, PinState
+from gateway.adapters.reconciler import Reconciler
 from gateway.adapters.resolver import Resolver
+from gateway.adapters.rollout import Rollout
+from gateway.adapters.usage import AdapterUsage
+from gateway.adapters.versions import VersionStage
+from gateway.admin.actions import AdminActions
 from gateway.admin.adapters import AdapterAdmin
 from gateway.admin.aliases import AliasAdmin
-from gateway.api import schema
-from gateway.api.generate import GenerationAPI
-from gateway.api.models import ModelList, model_card
+from gateway.admin.scope import AdminScope
+from gateway.api.exchange import GenerationServices, RequestLimits
+from gateway.dispatch.admission import Admission, QueueBound
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.http.bodies import REQUEST_ID, answer, error_body, to_json
-from gateway.http.headers import AiohttpRequest, request_id_of
-from gateway.http.server import Server
+from gateway.dispatch.request import InFlightRequest
+from gateway.dispatch.settings import DispatchSettings, TimeAndChance
+from gateway.dispatch.transport import LinkTransport
+from gateway.fleet.fleet import Fleet
+from gateway.routes import Routes
+from gateway.routing.registry import make_policy
+from gateway.supervisor.endpoints import endpoints
+from gateway.telemetry.access_log import AccessLog
 from gateway.telemetry.aggregation import ProcessAggregator
-from gateway.telemetry.prometheus import Metrics
-from shared.errors import InvalidRequest, LoraplexError, RouteNotFound
+from gateway.telemetry.prometheus import Metrics, Watched
+from shared.config.llm import LLMConfig, LoraConfig, Settings
+from shared.runtime.state_file import StateFile
+from shared.stores import open_store
 
-Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+Catalogs = Mapping[str, Catalog | None]
+"""By base model; None where it has no adapter store."""
 
 
-class GatewayApp:
-    """The routes of one gateway process.
+@dataclass(frozen=True, slots=True)
+class GatewayProcess:
+    """The objects of one gateway process. `loops` run, by name, for as long as it serves."""
 
-    Args:
-        catalogs: every configured base model; None where it has no adapter store.
-        admin: what operators may ask, with keys of their own.
+    name: str
+    fleet: Fleet
+    link: LinkTransport
+    dispatcher: Dispatcher
+    routes: Routes
+    aggregator: ProcessAggregator
+    loops: Mapping[str, Callable[[], Coroutine[object, object, None]]]
+
+
+@contextlib.asynccontextmanager
+async def open_gateway(
+    settings: Settings, index: int, run_dir: Path
+) -> AsyncIterator[GatewayProcess]:
+    """Bound to its workers' sockets and connected to its stores; it listens to no client yet.
+
+    Raises ConfigError, LinkError or StoreUnavailable where that cannot be.
     """
-
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        catalogs: Mapping[str, Catalog | None],
-        resolver: Resolver,
-        metrics: Metrics,
-        generation: GenerationAPI,
-        admin: AdapterAdmin,
-        aliases: AliasAdmin,
-        aggregator: ProcessAggregator,
-    ) -> None:
-        self._dispatcher = dispatcher
-        self._catalogs = catalogs
-        self._resolver = resolver
-        self._metrics = metrics
-        self._generation = generation
-        self._keys = generation.keys
-        self._admin = admin
-        self._aliases = aliases
-        self._aggregator = aggregator
-        self._created = int(time.time())
-        self._models = ModelList(catalogs, resolver.aliases, self._created)
-        self._routes: dict[tuple[str, str], Handler] = {}
-
-    def http_server(self, **settings: Any) -> Server:
-        """aiohttp without its Application (a dozen fixed paths need no router), behind the short
-        way for plain requests.
-        """
-        self._routes = {
-            ("POST", path): self._guarded(self._generation.aiohttp_path)
-            for path in schema.GENERATE_PATHS
-        }
-        self._routes |= {
-            ("GET", "/v1/models"): self._guarded(self.models),
-            ("GET", "/health"): self.health,
-            ("GET", "/ready"): self.ready,
-            ("GET", "/metrics"): self.metrics,
-        }
-        operators = self._admin.routes() | self._aliases.routes()
-        self._routes |= {
-            route: self._guarded(handler, admin=True) for route, handler in operators.items()
-        }
-        self._routes |= {
-            ("HEAD", path): handler
-            for (method, path), handler in self._routes.items()
-            if method == "GET"
-        }
-        most = self._generation.limits.max_body_bytes
-        loop = asyncio.get_running_loop()
-        return Server(
-            self._handle,
-            fast_path=self._generation.fast_path,
-            paths=frozenset(schema.GENERATE_PATHS),
-            most_bytes=most,
-            request_factory=lambda message, payload, protocol, writer, task: web.BaseRequest(
-                message, payload, protocol, writer, task, loop, client_max_size=most
-            ),
-            **settings,
+    name = f"g{index}"
+    async with contextlib.AsyncExitStack() as stack:
+        catalogs = await stack.enter_async_context(_catalogs(settings))
+        fleet, admission = _fleet(settings), _admission(settings)
+        metrics = Metrics(name, _watched(settings, fleet, admission, catalogs))
+        aggregator = _aggregator(settings, index, run_dir, metrics)
+        link = LinkTransport(endpoints(settings, index, run_dir), settings, name)
+        dispatcher = Dispatcher(
+            fleet,
+            make_policy(settings.gateway.routing_policy),
+            admission,
+            link,
+            metrics,
+            _dispatch_settings(settings),
+            TimeAndChance(time.monotonic, random.Random(), _call_at),
+        )
+        stack.enter_context(link.open(dispatcher.on_control, dispatcher.on_data))
+        aliases = AliasStore(_aliases(settings), _alias_file(settings), metrics)
+        services = _services(settings, name, dispatcher, catalogs, aliases, metrics)
+        stack.callback(services.access.flush)
+        reconciler = _reconciler(settings, dispatcher, catalogs, services.usage)
+        rollouts = [
+            Rollout(c.base, c.versions, fleet, dispatcher.send_command, metrics)
+            for c in _listed(catalogs)
+        ]
+        await stack.enter_async_context(aggregator.open())
+        yield GatewayProcess(
+            name,
+            fleet,
+            link,
+            dispatcher,
+            _routes(settings, services, catalogs, aliases, reconciler, aggregator),
+            aggregator,
+            {
+                "count": aggregator.run,
+                "pins": reconciler.follow,
+                "look up pins": reconciler.look_up,
+                "reconciler": reconciler.run,
+                "aliases": aliases.run,
+                **{f"catalog {c.base}": c.run for c in _listed(catalogs)},
+                **{f"rollout {r.base}": r.run for r in rollouts},
+            },
         )
 
-    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        path = request.path
-        handler = self._routes.get((request.method, path))
-        if handler is None and request.method in ("GET", "HEAD") and path.startswith("/v1/models/"):
-            handler = self._guarded(self.model)
-        if handler is None:
-            found = self._admin.below(request.method, path) or self._aliases.below(
-                request.method, path
-            )
-            handler = self._guarded(found, admin=True) if found is not None else None
-        return await (handler or self.nowhere)(request)
 
-    # ---- models ----------------------------------------------------------------------------------
+@contextlib.asynccontextmanager
+async def _catalogs(settings: Settings) -> AsyncIterator[Catalogs]:
+    async with contextlib.AsyncExitStack() as stack:
+        catalogs: dict[str, Catalog | None] = {}
+        for model in settings.models:
+            catalogs[model.model_id] = None
+            if model.adapters_path is not None and model.lora_config is not None:
+                store = await stack.enter_async_context(
+                    open_store(model.adapters_path, msgspec.structs.asdict(model.lora_config.store))
+                )
+                catalogs[model.model_id] = Catalog(
+                    model.model_id, store, settings.gateway.catalog_refresh_s
+                )
+        yield catalogs
 
-    async def models(self, request: web.BaseRequest) -> web.Response:
-        return web.Response(body=await self._models.body(), content_type="application/json")
 
-    async def model(self, request: web.BaseRequest) -> web.Response:
-        model = request.path.removeprefix("/v1/models/")
-        target = await self._resolver.resolve(model, bytes)
-        if target.adapter is None:
-            card = model_card(model, self._created)
-        elif target.alias:
-            card = model_card(model, self._created, parent=target.base, root=target.alias)
-        else:
-            ref = target.adapter
-            card = model_card(
-                model, self._created, parent=ref.base, root=ref.name, digest=ref.digest
-            )
-        return web.Response(body=to_json(card), content_type="application/json")
+def _listed(catalogs: Catalogs) -> list[Catalog]:
+    return [c for c in catalogs.values() if c is not None]
 
-    # ---- operations ------------------------------------------------------------------------------
 
-    async def health(self, request: web.BaseRequest) -> web.Response:
-        return web.json_response({"status": "ok"})
+def _fleet(settings: Settings) -> Fleet:
+    most = {m.model_id: m.deployment_config.max_ongoing_requests for m in settings.models}
+    return Fleet(settings.gateway.lease_s, most)
 
-    async def ready(self, request: web.BaseRequest) -> web.Response:
-        """200 once every configured base model has a worker that serves."""
-        serving = {base: len(self._dispatcher.fleet.routable(base)) for base in self._catalogs}
-        ready = all(serving.values()) and not self._dispatcher.draining
-        return web.json_response({"ready": ready, "workers": serving}, status=200 if ready else 503)
 
-    async def metrics(self, request: web.BaseRequest) -> web.Response:
-        """Of all gateway processes, whichever is asked."""
-        body = self._metrics.render(*await self._aggregator.all())
-        return web.Response(
-            body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        )
+def _admission(settings: Settings) -> Admission[InFlightRequest]:
+    g = settings.gateway
+    bounds = {m.model_id: _bound(m) for m in settings.models}
+    return Admission(g.max_queued_requests, g.queue_timeout_s, bounds)
 
-    async def nowhere(self, request: web.BaseRequest) -> web.StreamResponse:
-        if request.path in {path for _, path in self._routes}:
-            error: LoraplexError = InvalidRequest(
-                f"{request.method} is not allowed for {request.path}."
-            )
-            headers = {REQUEST_ID: request_id_of(AiohttpRequest(request))}
-            return web.Response(
-                status=405, body=error_body(error), content_type="application/json", headers=headers
-            )
-        error = RouteNotFound(
-            f"There is no {request.path[:200]} here; see "
-            f"{', '.join(schema.GENERATE_PATHS)} and /v1/models."
-        )
-        return self._answer(error, request_id_of(AiohttpRequest(request)))
 
-    # ---- around every handler --------------------------------------------------------------------
+def _bound(model: LLMConfig) -> QueueBound:
+    config = model.deployment_config
+    pressure = config.backpressure_config
+    return QueueBound(
+        config.max_queued_requests, pressure.status_code == 429, pressure.retry_after_s
+    )
 
-    def _guarded(self, handler: Handler, *, admin: bool = False) -> Handler:
-        """Checks the key and turns errors into answers."""
-        check = self._keys.check_admin if admin else self._keys.check
 
-        async def guarded(request: web.BaseRequest) -> web.StreamResponse:
-            try:
-                check(request.headers.get("Authorization", ""))
-                return await handler(request)
-            except LoraplexError as exc:
-                self._metrics.error(exc.code)
-                return self._answer(exc, exc.request_id or request_id_of(AiohttpRequest(request)))
+def _watched(
+    settings: Settings, fleet: Fleet, admission: Admission[InFlightRequest], catalogs: Catalogs
+) -> Watched:
+    queued = {m.model_id: functools.partial(admission.depth, m.model_id) for m in settings.models}
+    refused = {
+        c.base: functools.partial(c.versions.count, VersionStage.REFUSED) for c in _listed(catalogs)
+    }
+    return Watched(fleet, queued, refused)
 
-        return guarded
 
-    @staticmethod
-    def _answer(error: LoraplexError, request_id: str) -> web.Response:
-        status, headers, body = answer(error, request_id)
-        return web.Response(
-            status=status, body=body, content_type="application/json", headers=headers
-        )
+def _aggregator(
+    settings: Settings, index: int, run_dir: Path, metrics: Metrics
+) -> ProcessAggregator:
+    """`metrics` go on from where an earlier life of this process has stopped."""
+    aggregator = ProcessAggregator(run_dir, index, settings.gateway.processes, metrics.snapshot)
+    earlier = aggregator.earlier()
+    if earlier is not None:
+        metrics.restore(earlier)
+    return aggregator
+
+
+def _dispatch_settings(settings: Settings) -> DispatchSettings:
+    g = settings.gateway
+    # above those of this gateway's earlier life, unless it sent a million requests a second
+    first_sid = time.time_ns() // 1000
+    return DispatchSettings(g.max_concurrent_requests, g.progress_s or 0.0, first_sid)
+
+
+def _call_at(when: float, call: Callable[[], None]) -> None:
+    """`when` is on time.monotonic; the loop's own clock may be another one."""
+    asyncio.get_running_loop().call_later(max(0.0, when - time.monotonic()), call)
+
+
+def _services(
+    settings: Settings,
+    name: str,
+    dispatcher: Dispatcher,
+    catalogs: Catalogs,
+    aliases: AliasStore,
+    metrics: Metrics,
+) -> GenerationServices:
+    g = settings.gateway
+    return GenerationServices(
+        dispatcher,
+        Resolver(catalogs, aliases, dispatcher.fleet),
+        metrics,
+        read_keys(g),
+        RequestLimits(g.max_body_bytes, g.slow_reader_bytes, g.request_timeout_s),
+        AccessLog(name, g.log_level),
+        AdapterUsage(),
+        asyncio.get_running_loop(),
+    )
+
+
+def _reconciler(
+    settings: Settings, dispatcher: Dispatcher, catalogs: Catalogs, usage: AdapterUsage
+) -> Reconciler:
+    pins = {}
+    for model in settings.models:
+        lora = model.lora_config or LoraConfig()
+        pins[model.model_id] = Pins(model.model_id, lora.pin, lora.preload, model.max_loras)
+    return Reconciler(
+        dispatcher.fleet,
+        dispatcher.send_command,
+        catalogs,
+        pins,
+        StateFile(_state_dir(settings) / "pins.json", PinState),
+        usage,
+        settings.gateway.catalog_refresh_s,
+    )
+
+
+def _routes(
+    settings: Settings,
+    services: GenerationServices,
+    catalogs: Catalogs,
+    aliases: AliasStore,
+    reconciler: Reconciler,
+    aggregator: ProcessAggregator,
+) -> Routes:
+    dispatcher, resolver, usage = services.dispatcher, services.resolver, services.usage
+    scope = AdminScope(dispatcher, catalogs)
+    stores = {m.model_id: m.adapters_path or "" for m in settings.models}
+    actions = AdminActions(scope, stores, reconciler, usage)
+    return Routes(
+        services,
+        catalogs,
+        AdapterAdmin(scope, actions, reconciler, usage, resolver),
+        AliasAdmin(aliases, resolver, catalogs, dispatcher.fleet, dispatcher.send_command),
+        aggregator,
+    )
+
+
+def _state_dir(settings: Settings) -> Path:
+    return Path(settings.gateway.state_dir).expanduser()
+
+
+def _alias_file(settings: Settings) -> StateFile[AliasState]:
+    return StateFile(_state_dir(settings) / alias_store.FILE, AliasState)
+
+
+def _aliases(settings: Settings) -> dict[str, dict[str, Alias]]:
+    return {
+        m.model_id: {name: from_config(c) for name, c in m.lora_config.alias_configs.items()}
+        for m in settings.models
+        if m.lora_config is not None
+    }

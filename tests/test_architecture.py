@@ -26,7 +26,7 @@ DOORS = {
         "gateway/http/*.py",
         "gateway/api/*.py",
         "gateway/admin/*.py",
-        "gateway/app.py",
+        "gateway/routes.py",
         "gateway/supervisor/*.py",
         "shared/stores/s3.py",
         "shared/stores/gcs.py",
@@ -44,6 +44,7 @@ FLOORS = {
     "gateway": [
         {"__main__"},
         {"app"},
+        {"routes"},
         {"admin", "api"},
         {"adapters", "dispatch"},
         {"routing", "telemetry"},

@@ -1,20 +1,26 @@
-"""Shell. What this gateway asked workers to do with adapters (messages.AdapterCommand) and has not heard of
-yet: one future each.
+"""Shell. Commands to workers about adapters (load, pin, evict ...): each is a future that resolves
+once the worker has said that it is done.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterator
 
+from gateway.dispatch.outbox import WorkerOutbox
+from gateway.fleet.fleet import Fleet, WorkerView
+from gateway.fleet.peer_hints import peer_hints
+from shared.adapters.identity import AdapterRef, StoredAdapter, key_of
 from shared.errors import LoraplexError, Overloaded, WorkerUnavailable, from_refusal
 from shared.link import messages
+from shared.link.sockets import SendResult
 
 MAX_OPEN = 1000
 
 
 class PendingCommands:
-    """The open tends by stream id. A future that its owner cancels makes room at once; the worker
-    does it all the same.
+    """The open commands by stream id. A future that its owner cancels makes room at once; the
+    worker carries the command out all the same.
     """
 
     def __init__(self) -> None:
@@ -34,7 +40,7 @@ class PendingCommands:
         if len(self._open) >= MAX_OPEN:
             future.set_exception(
                 Overloaded(
-                    f"{MAX_OPEN} adapters are being tended already; try again later.",
+                    f"{MAX_OPEN} commands to workers are open already; try again later.",
                     retry_after_s=1.0,
                 )
             )
@@ -73,3 +79,64 @@ class PendingCommands:
         self._open.pop(sid, None)
         if not future.cancelled():
             future.exception()  # heard of, even where nobody awaits it
+
+
+class WorkerCommands:
+    """Sends commands, and keeps them in `pending` until they are answered.
+
+    Args:
+        sids: yields stream ids that no message has carried yet.
+        on_unreachable: is told of a worker whose link is gone, and fails its open commands.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        outbox: WorkerOutbox,
+        sids: Iterator[messages.StreamId],
+        on_unreachable: Callable[[WorkerView], None],
+    ) -> None:
+        self._fleet = fleet
+        self._outbox = outbox
+        self._sids = sids
+        self._on_unreachable = on_unreachable
+        self.pending = PendingCommands()
+
+    def send(
+        self,
+        worker: WorkerView,
+        action: messages.AdapterAction,
+        adapter: AdapterRef,
+        stored: StoredAdapter | None,
+    ) -> asyncio.Future[None]:
+        """The future resolves once the worker has done it. The caller decides how long to wait.
+
+        It fails with: Overloaded, too many are open. WorkerUnavailable: the worker takes nothing,
+        or was lost. Else what the worker refused it with.
+        """
+        sid = next(self._sids)
+        future = self.pending.begin(sid, worker.id, worker.beat.epoch)
+        if future.done():
+            return future
+        if not worker.routable or self._fleet.get(worker.id) is not worker:
+            self._fail(sid, "The worker does not serve.")
+            return future
+        if action is messages.AdapterAction.CACHE:  # what is on the disk alone is in no heartbeat
+            future.add_done_callback(lambda f: self._note_cached(f, worker, adapter))
+        peers = peer_hints(self._fleet.pool(adapter.base), worker, key_of(adapter))
+        command = messages.AdapterCommand(sid, action, adapter, stored, peers)
+        sent = self._outbox.send(worker, command)
+        if sent is SendResult.FULL:
+            self._fail(sid, "The worker does not take messages fast enough.")
+        elif sent is not SendResult.OK:
+            self._on_unreachable(worker)
+        return future
+
+    def _fail(self, sid: messages.StreamId, why: str) -> None:
+        self.pending.fail(sid, WorkerUnavailable(why, retry_after_s=1.0))
+
+    def _note_cached(
+        self, future: asyncio.Future[None], worker: WorkerView, adapter: AdapterRef
+    ) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self._fleet.cached(worker, adapter)

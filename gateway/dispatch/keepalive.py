@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gateway.dispatch.lifecycle import RequestPhase
-from gateway.dispatch.request import InFlightRequest, adapter_key
+from gateway.dispatch.request import InFlightRequest
 from shared.link.messages import Tier
 
 
@@ -54,7 +54,7 @@ def comment(request: InFlightRequest, tickets: Mapping[InFlightRequest, int]) ->
     """
     if request.life.phase is RequestPhase.QUEUED:
         return b": queued, position about %d\n\n" % tickets.get(request, 1)
-    key = adapter_key(request.adapter)
+    key = request.key
     if (
         key is not None
         and request.choice is not None

@@ -1,26 +1,66 @@
-"""Pure. One request at the gateway: what is known of it, where it stands, and where its answer
-goes.
+"""Pure. One request at the gateway: what was asked, what answers it, whose it is, where it stands
+and where its answer goes.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+import msgspec
+
 from gateway.dispatch.admission import Flow, Ticket
 from gateway.dispatch.lifecycle import RequestLifecycle
-from gateway.fleet.worker_view import Key
+
 from gateway.routing.policy import Choice, RoutingRequest
 from shared.adapters.identity import AdapterRef, StoredAdapter, key_of
 from shared.errors import LoraplexError
 from shared.link import messages
 
 BYTES_PER_TOKEN = 4
-"""Of English text in a BPE vocabulary of 32,000 to 150,000; routing needs the order of magnitude,
+"""Of English text in a BPE vocabulary of 32,000 to 150,000. Routing needs the order of magnitude;
 the worker counts exactly.
 """
 EXPECTED_OUTPUT_TOKENS = 128
 """Charged to a flow when a request without `max_tokens` is sent, and corrected when it ends."""
-NO_ASK = RoutingRequest("")
+
+
+class ClientRequest(msgspec.Struct, frozen=True):
+    """What the client asked for, as far as the gateway reads it.
+
+    `prompt_tokens` is an estimate (see `estimated_tokens`); `output_tokens` is the client's limit,
+    0 if it set none; `prefix` is a hash of the prompt's first bytes, 0 if unknown; `streams` says
+    that the client wants an event stream, so that it can be told what it waits for.
+    """
+
+    path: str
+    request_id: str
+    body: bytes
+    prompt_tokens: int
+    output_tokens: int = 0
+    prefix: int = 0
+    streams: bool = False
+
+
+class RequestedModel(msgspec.Struct, frozen=True):
+    """What answers the request. `stored` are the adapter's files.
+
+    `shown_as` is the client's name for the model where that is not `base:name`. `elsewhere`: a
+    worker that cannot get the adapter says nothing about the others.
+    """
+
+    base: str
+    adapter: AdapterRef | None = None
+    stored: StoredAdapter | None = None
+    shown_as: str = ""
+    elsewhere: bool = False
+
+
+class Requester(msgspec.Struct, frozen=True):
+    """Whose request it is. A lower `priority` goes first."""
+
+    tenant: str = ""
+    session: str = ""
+    priority: int = 0
 
 
 class Sink(Protocol):
@@ -37,104 +77,72 @@ class Sink(Protocol):
     def fail(self, error: LoraplexError) -> None: ...
 
 
+UNKNOWN_REQUESTER = Requester()
+NOT_SUBMITTED = RoutingRequest("")
+
+
 class InFlightRequest:
-    """One request at the gateway, from submit to its end. `prompt_tokens` defaults to an estimate
-    from the body's length.
+    """One request at the gateway, from submit to its end. `flow` says whose turn it uses in the
+    queue. Times are on the dispatcher's clock, which sets them.
     """
 
     __slots__ = (
-        "adapter",
-        "ask",
-        "base",
-        "body",
+        "asked",
         "choice",
         "done",
-        "elsewhere",
+        "flow",
+        "key",
         "life",
         "model",
-        "output_tokens",
-        "path",
-        "prefix",
-        "priority",
-        "prompt_tokens",
         "refused_by",
-        "request_id",
-        "session",
+        "requester",
+        "routing_request",
         "sid",
         "sink",
-        "stored",
-        "streams",
         "t_end",
         "t_head",
         "t_sent",
         "t_start",
-        "tenant",
         "ticket",
     )
 
     def __init__(
         self,
-        base: str,
-        adapter: AdapterRef | None,
-        stored: StoredAdapter | None,
-        path: str,
-        request_id: str,
-        body: bytes,
+        asked: ClientRequest,
+        model: RequestedModel,
         sink: Sink,
-        *,
-        prompt_tokens: int | None = None,
-        output_tokens: int = 0,
-        tenant: str = "",
-        session: str = "",
-        prefix: int = 0,
-        priority: int = 0,
-        streams: bool = False,
-        model: str = "",
-        elsewhere: bool = False,
+        requester: Requester = UNKNOWN_REQUESTER,
     ) -> None:
-        self.base, self.adapter, self.stored = base, adapter, stored
-        self.path, self.request_id, self.body, self.sink = path, request_id, body, sink
-        self.prompt_tokens = (
-            len(body) // BYTES_PER_TOKEN if prompt_tokens is None else prompt_tokens
-        )
-        self.output_tokens = output_tokens
-        self.tenant, self.session, self.prefix, self.priority = tenant, session, prefix, priority
-        self.streams = streams  # asked for an event stream: it can be told what it waits for
-        self.model = model  # what the client called it, where that is not `base:name`
-        # a worker that cannot get the adapter says nothing about the others
-        self.elsewhere = elsewhere
-        self.ask = NO_ASK  # made by the dispatcher, on its clock
+        self.asked, self.model, self.sink, self.requester = asked, model, sink, requester
+        self.key = None if model.adapter is None else key_of(model.adapter)
+        self.flow: Flow = (requester.priority, requester.tenant, self.key)
+        self.routing_request = NOT_SUBMITTED
         self.life = RequestLifecycle()
         self.sid: messages.StreamId = 0
         self.choice: Choice | None = None
         self.ticket: Ticket[InFlightRequest] | None = None
         self.refused_by: frozenset[messages.WorkerId] = frozenset()
         self.done: messages.Done | None = None
-        # set by the dispatcher, on its clock
         self.t_start = self.t_sent = self.t_head = self.t_end = 0.0
 
 
+def estimated_tokens(body: bytes) -> int:
+    """Of the prompt, by the length of the whole body."""
+    return len(body) // BYTES_PER_TOKEN
+
+
 def routing_request_of(request: InFlightRequest) -> RoutingRequest:
-    """What routing is told of it, as of its start."""
-    size_bytes = request.stored.size_bytes if request.stored is not None else 0
+    """What routing is told of the request, as of its start."""
+    asked, model, requester = request.asked, request.model, request.requester
     return RoutingRequest(
-        request.base,
-        request.adapter,
-        size_bytes,
-        request.prompt_tokens,
-        request.output_tokens or EXPECTED_OUTPUT_TOKENS,
-        request.tenant,
-        request.session,
-        request.prefix,
-        request.priority,
+        model.base,
+        model.adapter,
+        model.stored.size_bytes if model.stored is not None else 0,
+        asked.prompt_tokens,
+        asked.output_tokens or EXPECTED_OUTPUT_TOKENS,
+        requester.tenant,
+        requester.session,
+        asked.prefix,
+        requester.priority,
         request.t_start,
     )
-
-
-def flow_of(request: InFlightRequest) -> Flow:
-    """Whose turn it uses in the queue."""
-    return (request.priority, request.tenant, adapter_key(request.adapter))
-
-
-def adapter_key(adapter: AdapterRef | None) -> Key | None:
-    return None if adapter is None else key_of(adapter)

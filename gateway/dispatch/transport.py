@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
-from gateway.dispatch.dispatcher import Dispatcher
+import contextlib
+from collections.abc import Callable, Iterator
+
 from gateway.supervisor.endpoints import Endpoints
 from shared.config.llm import Settings
 from shared.link import messages
 from shared.link.sockets import RouterSocket, SendResult, open_context, secret_from_env
 
+OnMessage = Callable[[bytes, bytes], None]
+
 
 class LinkTransport:
-    """The dispatcher's Transport: one control and one data socket, bound."""
+    """The dispatcher's Transport. `control` and `data` are there from `open` on."""
+
+    control: RouterSocket
+    data: RouterSocket
 
     def __init__(self, where: Endpoints, settings: Settings, name: str) -> None:
-        link = settings.gateway.link
-        secret = secret_from_env(link.secret_env)
-        self._context = open_context()
-        self.dispatcher: Dispatcher | None = None
-        self.control = RouterSocket(
-            self._context, where.control, self._on_control, secret=secret, insecure=link.insecure
-        )
-        self.data = RouterSocket(
-            self._context, where.data, self._on_data, secret=secret, insecure=link.insecure
-        )
-        self._name = name
+        self._where = where
         self._settings = settings
+        self._name = name
+
+    @contextlib.contextmanager
+    def open(self, on_control: OnMessage, on_data: OnMessage) -> Iterator[None]:
+        """Binds both sockets; each callback gets a worker's routing id and its message.
+
+        Raises ConfigError or LinkError where an address cannot be bound.
+        """
+        link = self._settings.gateway.link
+        secret = secret_from_env(link.secret_env)
+        context = open_context()
+
+        def bind(endpoint: str, on_message: OnMessage) -> RouterSocket:
+            return RouterSocket(
+                context, endpoint, on_message, secret=secret, insecure=link.insecure
+            )
+
+        self.control = bind(self._where.control, on_control)
+        self.data = bind(self._where.data, on_data)
+        try:
+            yield
+        finally:
+            self.control.close()
+            self.data.close()
+            context.term()
 
     def welcome(self) -> messages.Welcome:
         g = self._settings.gateway
@@ -35,16 +57,3 @@ class LinkTransport:
 
     def send_control(self, peer: bytes, data: bytes) -> SendResult:
         return self.control.send(peer, data)
-
-    def close(self) -> None:
-        self.control.close()
-        self.data.close()
-        self._context.term()
-
-    def _on_control(self, peer: bytes, data: bytes) -> None:
-        if self.dispatcher is not None:
-            self.dispatcher.on_control(peer, data)
-
-    def _on_data(self, peer: bytes, data: bytes) -> None:
-        if self.dispatcher is not None:
-            self.dispatcher.on_data(peer, data)

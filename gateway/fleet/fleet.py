@@ -158,6 +158,13 @@ class Fleet:
             worker.attached_epoch = epoch
             self._pool_of(worker).settle(worker)
 
+    def first_time_routable(self, worker: WorkerView) -> bool:
+        """True at the first call at which this life of the worker takes requests."""
+        if worker.was_routable or not worker.routable:
+            return False
+        worker.was_routable = True
+        return True
+
     def cached(self, worker: WorkerView, adapter: AdapterRef) -> None:
         """The worker says that its host's disk has the adapter's files."""
         self._disk_index.put(worker.beat.host, adapter.base, [key_of(adapter)])

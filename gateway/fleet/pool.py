@@ -17,7 +17,7 @@ NOTHING = (0, 0, False)
 
 @dataclass(slots=True, eq=False)
 class Pool:
-    """Written by Fleet alone. `version` grows whenever a worker comes or goes, `changes` whenever
+    """Fleet alone changes a pool, by `settle` and `remove`. `version` grows whenever a worker comes or goes, `changes` whenever
     anything does.
 
     `room` is the number of workers that take another request, `open` are those of them with an open
@@ -90,8 +90,8 @@ class Pool:
             _drop(self.stashes, key, worker.id)
 
     def _settle_company(self) -> None:
-        """A worker came or went: one that is alone keeps a line of its own, others leave theirs to
-        the gateway.
+        """A worker came or went. One that is alone queues requests itself; several leave their
+        queue to the gateway.
         """
         alone = len(self.workers) == 1
         for worker in self.workers[:2]:  # a third changes nothing for the first two

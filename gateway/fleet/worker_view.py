@@ -26,7 +26,8 @@ Key: TypeAlias = AdapterKey
 
 @dataclass(slots=True, eq=False)
 class WorkerView:
-    """Written by Fleet alone; policies read it.
+    """Only gateway/fleet writes here: Fleet, and the Pool that the worker is in (`alone` and
+    `counted`). Everybody else reads.
 
     `loaded` are the adapters in a GPU slot as of the last beat; `coming` those on their way to one:
     loading, or reserved for and not loaded; `lower` those in the CPU tier or on disk; `idle` the
@@ -39,7 +40,7 @@ class WorkerView:
     lease_until: float
     beat_at: float = 0.0
     attached_epoch: int = -1
-    wished: bool = False  # it was told what to load before its first request; the dispatcher's mark
+    was_routable: bool = False  # see Fleet.first_time_routable
     held: dict[Key, AdapterState] = field(default_factory=dict)
     reserved: dict[StreamId, Key | None] = field(default_factory=dict)
     # adapters of own reservations, with their number

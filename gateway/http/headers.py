@@ -18,10 +18,10 @@ from shared.errors import DeadlineExceeded
 TIMEOUT_HEADER = "x-loraplex-timeout-ms"
 MAX_SESSION = 128  # characters of an x-session-id that count
 MAX_TENANTS = 1024  # keys whose digests are remembered, so that they need not be made again
-_TIMEOUT_MS = re.compile(r"0*[1-9][0-9]{0,8}\Z")
+TIMEOUT_MS = re.compile(r"0*[1-9][0-9]{0,8}\Z")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 # an id, not a secret; uuid4 would ask the kernel every time
-_random = functools.partial(random.getrandbits, 128)
+random_id = functools.partial(random.getrandbits, 128)
 
 
 class IncomingRequest(Protocol):
@@ -56,11 +56,11 @@ class RequestDeadline(msgspec.Struct, frozen=True, gc=False):
 def request_id_of(asked: IncomingRequest) -> str:
     """The client's own id if it is harmless in headers and logs, else a new one."""
     given = asked.header(REQUEST_ID)
-    return given if given is not None and _REQUEST_ID.match(given) else f"{_random():032x}"
+    return given if given is not None and _REQUEST_ID.match(given) else f"{random_id():032x}"
 
 
 @functools.lru_cache(MAX_TENANTS)
-def _tenant(authorization: str) -> str:
+def tenant_of(authorization: str) -> str:
     """What tells API keys apart in queues: the first bytes of the digest of what the client
     authorises itself with, whether checked or not.
     """

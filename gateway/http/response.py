@@ -97,6 +97,12 @@ class ResponseWriter:
         """
         self._headers = headers
 
+    def let_go(self) -> None:
+        """Forgets its owner, who is then no longer part of a cycle with it: such a cycle would stay
+        in memory until the garbage collector comes.
+        """
+        self.on_finish, self._headers = bool, bytes
+
     def again(self) -> None:
         """The first attempt failed before it was answered: as new, but for what the client has
         seen.
@@ -208,11 +214,8 @@ class ResponseWriter:
     def _finish(self) -> None:
         if not self.finished:
             self.finished = True
-            told, self.on_finish, self._headers = (
-                self.on_finish,
-                bool,
-                bytes,
-            )  # whoever owns this stream is no longer part of a cycle with it
+            told = self.on_finish
+            self.let_go()
             told()
 
 

@@ -10,28 +10,6 @@ import msgspec
 
 from shared.runtime.log import _encode
 
-
-class AccessRecord(msgspec.Struct, frozen=True, gc=False):
-    """One request in the access log."""
-
-    request: str
-    model: str
-    adapter: str | None
-    digest: str | None
-    status: int
-    outcome: str
-    worker: str | None
-    reason: str | None
-    tier: str | None
-    queue_ms: float | None
-    ttft_ms: float | None
-    load_ms: float | None
-    total_ms: float | None
-    prompt_tokens: int | None
-    output_tokens: int | None
-    error: str | None
-
-
 FLUSH_S = 0.1
 
 

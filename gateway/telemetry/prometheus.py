@@ -5,6 +5,7 @@ fixed sets of words, live workers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -65,26 +66,36 @@ WITHOUT_LABELS = [(name,) for name, (_, labels) in COUNTERS.items() if not label
 FINISHED = "finished"
 
 
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What is counted only when somebody asks for the metrics.
+
+    By base model: `queued` counts the requests in the queue, `refused` the adapters whose newest
+    version is not served.
+    """
+
+    fleet: Fleet | None = None
+    queued: Mapping[str, Callable[[], int]] = field(default_factory=dict)
+    refused: Mapping[str, Callable[[], int]] = field(default_factory=dict)
+
+
+NOTHING_WATCHED = Watched()
+
+
 class Metrics:
     """One process's numbers, counted by the dispatcher and the API; gauges are read off the fleet
     at scrape time.
     """
 
-    def __init__(self, process: str = "g0") -> None:
+    def __init__(self, process: str = "g0", watched: Watched = NOTHING_WATCHED) -> None:
         self.process = process
+        self._watched = watched
         self._counters = CounterSet(BOUNDS)
         self._aliases: set[tuple[str, str, str]] = set()
-        self._refused: Mapping[str, Callable[[], int]] = {}
         self._adapters: set[tuple[str, str]] = set()
-        self._fleet: Fleet | None = None
-        self._depth: Mapping[str, Callable[[], int]] = {}
         self._of_base: dict[str, tuple[Distribution, Distribution, Distribution, Distribution]] = {}
         for key in WITHOUT_LABELS:
             self._counters.count(key, 0)
-
-    def watch(self, fleet: Fleet, depth: Mapping[str, Callable[[], int]]) -> None:
-        """`depth` maps each base model to a function that counts its queue."""
-        self._fleet, self._depth = fleet, depth
 
     # ---- counting --------------------------------------------------------------------------------
 
@@ -123,12 +134,6 @@ class Metrics:
             )
         )
 
-    def watch_versions(self, refused: Mapping[str, Callable[[], int]]) -> None:
-        """`refused` maps each base model to a function that counts the adapters whose newest
-        version is not served.
-        """
-        self._refused = refused
-
     def finished(self, ended: EndedRequest) -> None:
         base, done, start = ended.base, ended.done, ended.t_start
         count = self._counters.count
@@ -166,7 +171,7 @@ class Metrics:
     def snapshot(self) -> Snapshot:
         gauges = [
             (("queue_depth", base, self.process), float(depth()))
-            for base, depth in self._depth.items()
+            for base, depth in self._watched.queued.items()
         ]
         return self._counters.snapshot(self.process, gauges)
 
@@ -190,9 +195,9 @@ class Metrics:
     ) -> CollectorRegistry:
         registry = CollectorRegistry()
         registry.register(ProcessCollector(snapshots, answered))
-        if self._fleet is not None:
-            registry.register(FleetCollector(self._fleet))
-        registry.register(VersionCollector(self._refused))
+        if self._watched.fleet is not None:
+            registry.register(FleetCollector(self._watched.fleet))
+        registry.register(VersionCollector(self._watched.refused))
         return registry
 
     def _adapter_label(self, base: str, adapter: str) -> str:

@@ -1,29 +1,30 @@
-"""Pure. The one place that knows how production puts a gateway together (gateway/__main__.py does
+"""Pure. The one place that knows how production puts a gateway together (gateway/app.py does
 it with sockets).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from bench.routing.policies import COMPARED
 from bench.routing.sim.agenda import Agenda
 from bench.routing.sim.timing import Loader
-from bench.routing.sim.worker import HEARTBEAT_S, WorkerFacts
+from bench.routing.sim.worker import WorkerFacts
 from gateway.dispatch.admission import Admission
-from gateway.dispatch.dispatcher import Dispatcher, Transport
+from gateway.dispatch.dispatcher import Dispatcher
+from gateway.dispatch.outbox import Transport
 from gateway.dispatch.request import InFlightRequest
+from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.fleet.fleet import Fleet
 from gateway.telemetry.ended_request import EndedRequest
 from gateway.telemetry.prometheus import Metrics
-from shared.link import messages
 
 STRICT = "ray-strict"
 LEASE_S = 3.0
 """The production default."""
-MAX_FLIGHTS = 1_000_000
+MAX_REQUESTS = 1_000_000
 UNBOUNDED = 1_000_000
 """What a worker behind Ray takes at once: max_ongoing_requests of Ray Serve LLM is without a bound,
 and requests queue in the engine.
@@ -58,24 +59,19 @@ def build_dispatcher(
 ) -> Dispatcher:
     """A gateway on virtual time. Raises: KeyError if there is no such policy."""
     admission: Admission[InFlightRequest] = Admission(max_queued, queue_timeout_s)
-    welcome = messages.Welcome("g0", "virtual", LEASE_S, HEARTBEAT_S)
 
-    def wake_at(when: float) -> None:
-        agenda.at(max(when, agenda.now), dispatcher.tick)
+    def call_at(when: float, call: Callable[[], None]) -> None:
+        agenda.at(max(when, agenda.now), call)
 
-    dispatcher = Dispatcher(
+    return Dispatcher(
         Fleet(LEASE_S),
         COMPARED[policy](),
         admission,
         transport,
         NoMetrics(),
-        lambda: welcome,
-        rng,
-        MAX_FLIGHTS,
-        clock=agenda.clock,
-        wake_at=wake_at,
+        DispatchSettings(MAX_REQUESTS),
+        TimeAndChance(agenda.clock, rng, call_at),
     )
-    return dispatcher
 
 
 def worker_facts(policy: str, facts: WorkerFacts) -> WorkerFacts:

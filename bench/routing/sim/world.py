@@ -14,11 +14,16 @@ from typing import TypeAlias
 
 from bench.load.workload import PlannedRequest
 from bench.routing.sim.agenda import Agenda
-from bench.routing.sim.production import build_dispatcher, worker_facts
+from bench.routing.sim.production import LEASE_S, build_dispatcher, worker_facts
 from bench.routing.sim.timing import Timing
-from bench.routing.sim.worker import SimWorker, WorkerFacts
+from bench.routing.sim.worker import HEARTBEAT_S, SimWorker, WorkerFacts
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.dispatch.request import InFlightRequest
+from gateway.dispatch.request import (
+    ClientRequest,
+    InFlightRequest,
+    RequestedModel,
+    estimated_tokens,
+)
 from shared.adapters.identity import AdapterRef, StoredAdapter, StoredFile
 from shared.errors import LoraplexError
 from shared.link import messages
@@ -102,14 +107,14 @@ GiveUp: TypeAlias = Callable[[float, Sequence[SimOutcome]], bool]
 class _SimClient:
     """The Sink of one request."""
 
-    __slots__ = ("_flight", "_outcome", "_sim")
+    __slots__ = ("_inflight", "_outcome", "_sim")
 
     def __init__(self, sim: Simulation, outcome: SimOutcome) -> None:
         self._sim, self._outcome = sim, outcome
-        self._flight: InFlightRequest | None = None
+        self._inflight: InFlightRequest | None = None
 
     def of(self, inflight: InFlightRequest) -> None:
-        self._flight = inflight
+        self._inflight = inflight
 
     def comment(self, text: bytes) -> None: ...
 
@@ -129,7 +134,7 @@ class _SimClient:
         self._end()
 
     def _end(self) -> None:
-        outcome, inflight = self._outcome, self._flight
+        outcome, inflight = self._outcome, self._inflight
         outcome.ends += 1
         outcome.ended_s = self._sim.agenda.now
         if inflight is not None:
@@ -139,7 +144,7 @@ class _SimClient:
             if inflight.choice is not None:
                 outcome.worker = inflight.choice.worker.id
             # they know each other, and runs are made without the garbage collector
-            self._flight = None
+            self._inflight = None
         self._sim.open -= 1
 
 
@@ -156,6 +161,9 @@ class _Wires:
             return SendResult.GONE
         self._agenda.after(self._link_s, worker.receive, data)
         return SendResult.OK
+
+    def welcome(self) -> messages.Welcome:
+        return messages.Welcome("g0", "virtual", LEASE_S, HEARTBEAT_S)
 
     def send_control(self, peer: bytes, data: bytes) -> SendResult:
         # Welcome and Farewell: the simulated worker needs neither
@@ -230,13 +238,10 @@ class Simulation:
         self._lengths[request_id] = (request.prompt_tokens, request.output_tokens)
         ref, stored = (None, None) if request.adapter is None else self._refs[request.adapter]
         client = _SimClient(self, outcome)
+        body = _body(request)
         inflight = InFlightRequest(
-            self.world.facts.base,
-            ref,
-            stored,
-            "/v1/completions",
-            request_id,
-            _body(request),
+            ClientRequest("/v1/completions", request_id, body, estimated_tokens(body)),
+            RequestedModel(self.world.facts.base, ref, stored),
             client,
         )
         client.of(inflight)

@@ -3,13 +3,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import time
 
 from gateway.accounts.keys import Keys
 from gateway.adapters.resolver import Resolver
 from gateway.adapters.usage import AdapterUsage
-from gateway.api.generate import GenerationAPI, RequestLimits
+from gateway.api.exchange import GenerationServices, RequestLimits
+from gateway.api.generate import GenerationAPI
 from gateway.dispatch.admission import Admission
 from gateway.dispatch.dispatcher import Dispatcher
+from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.fleet.fleet import Fleet
 from gateway.http.server import Connection, Server
 from gateway.routing.registry import make_policy
@@ -30,6 +33,9 @@ TIMES = 50
 class Wires:
     def send_data(self, peer: bytes, data: bytes) -> SendResult:
         return SendResult.OK
+
+    def welcome(self) -> messages.Welcome:
+        return messages.Welcome("g0", "x", 3.0, 0.1)
 
     def send_control(self, peer: bytes, data: bytes) -> SendResult:
         return SendResult.OK
@@ -61,22 +67,28 @@ async def never(request: object) -> object:
 
 async def test_a_request_that_has_ended_leaves_nothing_for_the_collector() -> None:
     metrics, fleet = Metrics(), Fleet(3.0, {})
-    welcome = messages.Welcome("g0", "x", 3.0, 0.1)
     dispatcher = Dispatcher(
         fleet,
         make_policy("expected-ttft"),
         Admission(100, 60.0),
         Wires(),
         metrics,
-        lambda: welcome,
-        random.Random(1),
-        100,
-        progress_s=5.0,
+        DispatchSettings(100, keepalive_s=5.0),
+        TimeAndChance(time.monotonic, random.Random(1)),
     )
     resolver = Resolver({"base": None}, NoAliases(), fleet)  # type: ignore[dict-item, arg-type]
     limits = RequestLimits(1 << 20, 1 << 20, 600.0)
     generation = GenerationAPI(
-        dispatcher, resolver, metrics, Keys(), limits, AccessLog("g0", "error"), AdapterUsage()
+        GenerationServices(
+            dispatcher,
+            resolver,
+            metrics,
+            Keys(),
+            limits,
+            AccessLog("g0", "error"),
+            AdapterUsage(),
+            asyncio.get_running_loop(),
+        )
     )
     http_server = Server(
         never,
@@ -89,13 +101,13 @@ async def test_a_request_that_has_ended_leaves_nothing_for_the_collector() -> No
     beat = messages.Heartbeat("w0", 1, 1, "base", messages.WorkerState.SERVING, capacity=8, slots=2)
     dispatcher.on_control(peer, messages.encode(beat))
     dispatcher.on_data(peer, messages.encode(messages.Attach("w0", 1)))
-    front, written = Connection(http_server), Written()
-    front.connection_made(written)
+    connection, written = Connection(http_server), Written()
+    connection.connection_made(written)
 
     async def ask(stream: bool) -> None:
         body = BODY % (b"true" if stream else b"false")
-        front.data_received(REQUEST % (len(body), body))
-        sid = dispatcher._last_sid
+        connection.data_received(REQUEST % (len(body), body))
+        [sid] = (request.sid for request in dispatcher._streams)
         status, done = (
             200 << messages.STATUS_SHIFT,
             messages.Done(sid, 10, 64, 0.0, 0.0, messages.Tier.GPU),
@@ -127,4 +139,4 @@ async def test_a_request_that_has_ended_leaves_nothing_for_the_collector() -> No
         finally:
             gc.enable()
     assert written.text.count(b"HTTP/1.1 200 OK") == 4 * TIMES
-    front.connection_lost(None)
+    connection.connection_lost(None)

@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from gateway.dispatch.admission import Admission
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.lifecycle import MAX_ATTEMPTS, RequestPhase
-from gateway.dispatch.request import InFlightRequest
+from gateway.dispatch.request import ClientRequest, InFlightRequest, RequestedModel
+from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.fleet.fleet import Fleet
 from gateway.routing.registry import POLICIES, make_policy
 from gateway.telemetry.prometheus import Metrics
@@ -35,7 +36,7 @@ HEAD = 200 << messages.STATUS_SHIFT | messages.SSE
 
 
 class Wires:
-    """The link's two sends. What a worker gets is kept; `state` says what its data socket
+    """A Transport. What a worker gets is kept; `state` says what its data socket
     answers.
     """
 
@@ -49,6 +50,9 @@ class Wires:
         if sent is SendResult.OK:
             self.data.append((peer.decode().partition("#")[0], messages.decode_gateway_data(data)))
         return sent
+
+    def welcome(self) -> messages.Welcome:
+        return messages.Welcome("g0", "ipc:///data", LEASE_S, 0.5)
 
     def send_control(self, peer: bytes, data: bytes) -> SendResult:
         self.control.append((peer, messages.decode_gateway_control(data)))
@@ -108,7 +112,7 @@ class Room:
         max_requests: int = 100,
         seed: int = 0,
         policy: str = "residency-p2c",
-        progress_s: float = 0.0,
+        keepalive_s: float = 0.0,
     ) -> None:
         self.now = 100.0
         self.wires = Wires()
@@ -121,11 +125,8 @@ class Room:
             self.queue,
             self.wires,
             self.metrics,
-            lambda: messages.Welcome("g0", "ipc:///data", LEASE_S, 0.5),
-            random.Random(seed),
-            max_requests,
-            lambda: self.now,
-            progress_s=progress_s,
+            DispatchSettings(max_requests, keepalive_s),
+            TimeAndChance(lambda: self.now, random.Random(seed)),
         )
         self._seq = itertools.count(1)
 
@@ -175,24 +176,27 @@ class Room:
         self.dispatcher.on_data(messages.identity(worker, epoch), messages.encode(step))
 
     def inflight(
-        self, adapter: AdapterRef | None = None, *, streams: bool = False
+        self,
+        adapter: AdapterRef | None = None,
+        *,
+        streams: bool = False,
+        elsewhere: bool = False,
     ) -> tuple[InFlightRequest, Kept]:
         sink = Kept()
         return InFlightRequest(
-            "tiny",
-            adapter,
-            STORED if adapter else None,
-            "/v1/completions",
-            "r",
-            b"{}",
+            ClientRequest("/v1/completions", "r", b"{}", prompt_tokens=0, streams=streams),
+            RequestedModel("tiny", adapter, STORED if adapter else None, elsewhere=elsewhere),
             sink,
-            streams=streams,
         ), sink
 
     def submit(
-        self, adapter: AdapterRef | None = None, *, streams: bool = False
+        self,
+        adapter: AdapterRef | None = None,
+        *,
+        streams: bool = False,
+        elsewhere: bool = False,
     ) -> tuple[InFlightRequest, Kept]:
-        inflight, sink = self.inflight(adapter, streams=streams)
+        inflight, sink = self.inflight(adapter, streams=streams, elsewhere=elsewhere)
         self.dispatcher.submit(inflight)
         return inflight, sink
 
@@ -312,9 +316,9 @@ def test_a_beat_of_another_protocol_is_counted_and_joins_nobody(room: Room) -> N
 
 def test_requests_without_room_wait_in_order_and_each_end_lets_the_next_one_go(room: Room) -> None:
     room.worker("w0")
-    flights = [room.submit()[0] for _ in range(3)]
+    requests = [room.submit()[0] for _ in range(3)]
     assert room.dispatcher.queued("tiny") == 2 and len(room.wires.generated()) == 1
-    for i, inflight in enumerate(flights):
+    for i, inflight in enumerate(requests):
         assert len(room.wires.generated()) == i + 1 and inflight.life.phase is RequestPhase.SENT
         room.frames("w0", (inflight.sid, HEAD | messages.END, b"x"))
     assert room.dispatcher.open_requests == 0 and room.dispatcher.queued("tiny") == 0
@@ -432,17 +436,17 @@ def test_a_request_that_a_leaving_worker_gives_back_waits_for_another_worker_wha
     would be asked until no attempt is left.
     """
     room.worker("w0", capacity=8)
-    flights = [room.submit() for _ in range(3)]
-    for inflight, _ in flights:
+    requests = [room.submit() for _ in range(3)]
+    for inflight, _ in requests:
         room.refuse("w0", inflight.sid, "engine_error", leaving=True)
         room.beat("w0", capacity=8)  # it left the worker before the end did
-    assert [inflight.life.phase for inflight, _ in flights] == [RequestPhase.QUEUED] * 3 and len(
+    assert [inflight.life.phase for inflight, _ in requests] == [RequestPhase.QUEUED] * 3 and len(
         room.wires.generated()
     ) == 3
     later, _ = room.submit()
     assert later.life.phase is RequestPhase.QUEUED
     room.worker("w0", epoch=2, capacity=8)
-    assert [inflight.life.phase for inflight, _ in [*flights, (later, None)]] == [
+    assert [inflight.life.phase for inflight, _ in [*requests, (later, None)]] == [
         RequestPhase.SENT
     ] * 4
 
@@ -462,9 +466,7 @@ def test_a_version_that_the_store_does_not_show_is_looked_for_on_another_worker(
     for worker in ("w0", "w1"):
         room.worker(worker)
     for elsewhere, phase in ((False, RequestPhase.FAILED), (True, RequestPhase.SENT)):
-        inflight, _ = room.inflight(PIRATE)
-        inflight.elsewhere = elsewhere
-        room.dispatcher.submit(inflight)
+        inflight, _ = room.submit(PIRATE, elsewhere=elsewhere)
         first = inflight.choice.worker.id  # type: ignore[union-attr]
         room.refuse(first, inflight.sid, "adapter_not_found", retryable=False)
         assert inflight.life.phase is phase
@@ -769,7 +771,7 @@ class DispatcherMachine(RuleBasedStateMachine):
     )
     def start(self, max_queued: int, seed: int, policy: str) -> None:
         self.room = Room(max_queued=max_queued, max_requests=12, seed=seed, policy=policy)
-        self.flights: list[tuple[InFlightRequest, Kept]] = []
+        self.requests: list[tuple[InFlightRequest, Kept]] = []
         self.cancelled: set[int] = set()
         self.epoch = dict.fromkeys(WORKERS, 1)
         for worker in WORKERS[:2]:
@@ -794,23 +796,23 @@ class DispatcherMachine(RuleBasedStateMachine):
         except Overloaded as exc:
             assert exc.retry_after_s and not sink.over
         else:
-            self.flights.append((inflight, sink))
+            self.requests.append((inflight, sink))
             assert self.room.dispatcher.open_requests <= before + 1
 
-    @precondition(lambda self: self.flights)
+    @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def client_leaves(self, data: st.DataObject) -> None:
-        index = data.draw(st.integers(0, len(self.flights) - 1))
-        inflight, _ = self.flights[index]
+        index = data.draw(st.integers(0, len(self.requests) - 1))
+        inflight, _ = self.requests[index]
         if not inflight.life.over:
             self.cancelled.add(index)
         self.room.dispatcher.cancel(inflight)
         assert inflight.life.over
 
-    @precondition(lambda self: self.flights)
+    @precondition(lambda self: self.requests)
     @rule(data=st.data(), takes=st.booleans())
     def client_reads_or_does_not(self, data: st.DataObject, takes: bool) -> None:
-        data.draw(st.sampled_from(self.flights))[1].takes = takes
+        data.draw(st.sampled_from(self.requests))[1].takes = takes
 
     @rule(
         worker=worker_ids,
@@ -856,7 +858,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         sent = self.room.wires.generated()
         if not sent:
             return
-        live = [m.sid for _, m in sent if m.sid in self.room.dispatcher._requests] or [
+        live = [m.sid for _, m in sent if self.room.dispatcher._streams.get(m.sid)] or [
             m.sid for _, m in sent
         ]
         step = messages.Step([], [], [])
@@ -865,7 +867,7 @@ class DispatcherMachine(RuleBasedStateMachine):
             sid = data.draw(st.sampled_from(live) | st.sampled_from([m.sid for _, m in sent]))
             if sid in ended:
                 continue
-            inflight = self.room.dispatcher._requests.get(sid)
+            inflight = self.room.dispatcher._streams.get(sid)
             begun = inflight is not None and (
                 inflight.life.phase is RequestPhase.STREAMING
                 or any(f[0] == sid for f in step.frames)
@@ -894,19 +896,19 @@ class DispatcherMachine(RuleBasedStateMachine):
         if not hasattr(self, "room"):
             return
         room = self.room
-        open_ = [f for f, _ in self.flights if not f.life.over]
+        open_ = [f for f, _ in self.requests if not f.life.over]
         assert room.dispatcher.open_requests == len(open_)
         assert room.dispatcher.queued("tiny") == sum(
             f.life.phase is RequestPhase.QUEUED for f in open_
         )
         on_workers = {f.sid: f for f in open_ if f.life.phase is not RequestPhase.QUEUED}
-        assert room.dispatcher._requests == on_workers
+        assert room.dispatcher._streams._requests == on_workers
         assert {sid for w in room.fleet for sid in w.reserved} == on_workers.keys()
         sids = [m.sid for _, m in room.wires.generated()]
-        assert len(sids) == len(set(sids)) == sum(f.life.attempts for f, _ in self.flights), (
+        assert len(sids) == len(set(sids)) == sum(f.life.attempts for f, _ in self.requests), (
             "sent twice, or sent and not known"
         )
-        for index, (inflight, sink) in enumerate(self.flights):
+        for index, (inflight, sink) in enumerate(self.requests):
             assert inflight.life.attempts <= MAX_ATTEMPTS
             match inflight.life.phase:
                 case RequestPhase.FINISHED:
@@ -924,7 +926,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         self.room.dispatcher.drain()
         self.room.dispatcher.abort_all()
         self.the_books_balance()
-        assert all(f.life.over for f, _ in self.flights)
+        assert all(f.life.over for f, _ in self.requests)
         assert self.room.dispatcher.open_requests == 0 and self.room.dispatcher.idle.is_set()
         assert all(not w.reserved for w in self.room.fleet) and len(self.room.queue) == 0
 
@@ -952,7 +954,7 @@ def wait(room: Room, seconds: float) -> None:
 def test_a_queued_stream_hears_where_it_stands_and_one_that_is_no_stream_hears_nothing(
     make_room: MakeRoom,
 ) -> None:
-    room = make_room(progress_s=2.0)
+    room = make_room(keepalive_s=2.0)
     room.worker("w0")
     room.submit()
     _, mute = room.submit()
@@ -971,7 +973,7 @@ def test_a_queued_stream_hears_where_it_stands_and_one_that_is_no_stream_hears_n
 def test_a_stream_hears_that_its_adapter_loads_and_then_that_its_first_token_is_on_its_way(
     make_room: MakeRoom,
 ) -> None:
-    room = make_room(progress_s=1.0)
+    room = make_room(keepalive_s=1.0)
     room.worker("w0")
     _, sink = room.submit(PIRATE, streams=True)
     wait(room, 1.0)
@@ -986,7 +988,7 @@ def test_a_stream_hears_that_its_adapter_loads_and_then_that_its_first_token_is_
 
 
 def test_nobody_hears_anything_after_the_first_frame_or_the_end(make_room: MakeRoom) -> None:
-    room = make_room(progress_s=1.0)
+    room = make_room(keepalive_s=1.0)
     room.worker("w0", capacity=3)
     streaming, first = room.submit(streams=True)
     ended, second = room.submit(streams=True)
@@ -995,11 +997,11 @@ def test_nobody_hears_anything_after_the_first_frame_or_the_end(make_room: MakeR
     room.dispatcher.cancel(left)
     wait(room, 5.0)
     assert not first.comments and not second.comments and not third.comments
-    assert len(room.dispatcher._progress) == 0
+    assert len(room.dispatcher._keepalive) == 0
 
 
 def test_a_stream_that_is_given_back_hears_that_it_is_queued_again(make_room: MakeRoom) -> None:
-    room = make_room(progress_s=1.0)
+    room = make_room(keepalive_s=1.0)
     room.worker("w0")
     inflight, sink = room.submit(streams=True)
     room.refuse("w0", inflight.sid)  # and w0 is asked again, as nobody else is there

@@ -1,0 +1,83 @@
+"""Pure. What is told of a request for tokens: to its client in response headers, and to the
+operator in the access log.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from gateway.dispatch.lifecycle import RequestPhase
+from gateway.dispatch.request import InFlightRequest
+from shared.errors import LoraplexError
+
+SHOWN_DIGEST = 12
+"""Characters of a version in headers and logs."""
+CLIENT_LEFT_STATUS = 499
+"""In the access log, where no status was sent (nginx's number for it)."""
+
+
+class AccessRecord(msgspec.Struct, frozen=True, gc=False):
+    """One request in the access log."""
+
+    request: str
+    model: str
+    adapter: str | None
+    digest: str | None
+    status: int
+    outcome: str
+    worker: str | None
+    reason: str | None
+    tier: str | None
+    queue_ms: float | None
+    ttft_ms: float | None
+    load_ms: float | None
+    total_ms: float | None
+    prompt_tokens: int | None
+    output_tokens: int | None
+    error: str | None
+
+
+def head_lines(inflight: InFlightRequest, policy: str) -> bytes:
+    """The gateway's own response headers, each `name: value` with its line end."""
+    choice, adapter = inflight.choice, inflight.model.adapter
+    lines = f"x-request-id: {inflight.asked.request_id}\r\nx-loraplex-policy: {policy}\r\n"
+    # A comment to a stream that waits commits the head before a worker is known.
+    if choice is None or inflight.life.phase is RequestPhase.QUEUED:
+        return lines.encode()
+    queue_ms = (inflight.t_sent - inflight.t_start) * 1e3
+    lines += f"x-loraplex-worker: {choice.worker.id}\r\nx-loraplex-queue-ms: {queue_ms:.1f}\r\n"
+    if adapter is not None:
+        version = f"{adapter.name}@{adapter.digest[:SHOWN_DIGEST]}"
+        tier = choice.tier.name.lower()
+        lines += f"x-loraplex-adapter: {version}\r\nx-loraplex-adapter-tier: {tier}\r\n"
+    return lines.encode()
+
+
+def access_record(
+    inflight: InFlightRequest, model: str, status: int, error: LoraplexError | None
+) -> AccessRecord:
+    """`model` is what the client called it; `status` 0: none was sent."""
+    done, choice, adapter = inflight.done, inflight.choice, inflight.model.adapter
+    start = inflight.t_start
+    return AccessRecord(
+        inflight.asked.request_id,
+        model,
+        adapter.name if adapter else None,
+        adapter.digest[:SHOWN_DIGEST] if adapter else None,
+        status or (error.status if error else CLIENT_LEFT_STATUS),
+        inflight.life.phase._value_,
+        choice.worker.id if choice else None,
+        choice.reason._value_ if choice else None,
+        choice.tier.name.lower() if choice and adapter else None,
+        _ms(start, inflight.t_sent),
+        _ms(start, inflight.t_head),
+        round(done.load_s * 1e3, 1) if done else None,
+        _ms(start, inflight.t_end),
+        done.prompt_tokens if done else None,
+        done.output_tokens if done else None,
+        error.code if error else None,
+    )
+
+
+def _ms(start: float, end: float) -> float | None:
+    return round((end - start) * 1e3, 1) if end else None

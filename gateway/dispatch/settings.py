@@ -1,0 +1,33 @@
+"""Pure. What a dispatcher is told once, when it is made."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shared.link.messages import StreamId
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchSettings:
+    """`keepalive_s`: how often a stream that waits is told so (0: never).
+
+    `first_sid`: stream ids begin above it. Those of a gateway's earlier life must not come again,
+    for its workers may still send frames for them.
+    """
+
+    max_requests: int
+    keepalive_s: float = 0.0
+    first_sid: StreamId = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TimeAndChance:
+    """`clock` yields seconds that never go back. `call_at` calls at a time on that clock; without
+    it, whoever wants to be called waits for the next regular tick.
+    """
+
+    clock: Callable[[], float]
+    rng: random.Random
+    call_at: Callable[[float, Callable[[], None]], object] | None = None

@@ -1,0 +1,182 @@
+"""Shell. The HTTP surface: which path is answered by whom, who may ask, and how errors become
+answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from aiohttp import web
+
+from gateway.adapters.catalog import Catalog
+from gateway.admin.adapters import AdapterAdmin
+from gateway.admin.aliases import AliasAdmin
+from gateway.api import schema
+from gateway.api.exchange import GenerationServices
+from gateway.api.generate import GenerationAPI
+from gateway.api.models import ModelList, model_card
+from gateway.http.bodies import REQUEST_ID, answer, error_body, to_json
+from gateway.http.headers import AiohttpRequest, request_id_of
+from gateway.http.server import Server
+from gateway.telemetry.aggregation import ProcessAggregator
+from shared.errors import InvalidRequest, LoraplexError, RouteNotFound
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
+class Routes:
+    """The routes of one gateway process.
+
+    Args:
+        services: those of requests for tokens; the other routes share some of them.
+        catalogs: every configured base model; None where it has no adapter store.
+        admin: what operators may ask, with keys of their own.
+    """
+
+    def __init__(
+        self,
+        services: GenerationServices,
+        catalogs: Mapping[str, Catalog | None],
+        admin: AdapterAdmin,
+        aliases: AliasAdmin,
+        aggregator: ProcessAggregator,
+    ) -> None:
+        self._dispatcher = services.dispatcher
+        self._catalogs = catalogs
+        self._resolver = services.resolver
+        self._metrics = services.metrics
+        self._keys = services.keys
+        self._max_body_bytes = services.limits.max_body_bytes
+        self._generation = GenerationAPI(services)
+        self._admin = admin
+        self._aliases = aliases
+        self._aggregator = aggregator
+        self._created = int(time.time())
+        self._models = ModelList(catalogs, services.resolver.aliases, self._created)
+        self._routes: dict[tuple[str, str], Handler] = {}
+
+    def http_server(self, **settings: Any) -> Server:
+        """aiohttp without its Application (a dozen fixed paths need no router), behind the fast
+        path for simple requests.
+        """
+        self._routes = {
+            ("POST", path): self._guarded(self._generation.aiohttp_path)
+            for path in schema.GENERATE_PATHS
+        }
+        self._routes |= {
+            ("GET", "/v1/models"): self._guarded(self.models),
+            ("GET", "/health"): self.health,
+            ("GET", "/ready"): self.ready,
+            ("GET", "/metrics"): self.metrics,
+        }
+        operators = self._admin.routes() | self._aliases.routes()
+        self._routes |= {
+            route: self._guarded(handler, admin=True) for route, handler in operators.items()
+        }
+        self._routes |= {
+            ("HEAD", path): handler
+            for (method, path), handler in self._routes.items()
+            if method == "GET"
+        }
+        most = self._max_body_bytes
+        loop = asyncio.get_running_loop()
+        return Server(
+            self._handle,
+            fast_path=self._generation.fast_path,
+            paths=frozenset(schema.GENERATE_PATHS),
+            most_bytes=most,
+            request_factory=lambda message, payload, protocol, writer, task: web.BaseRequest(
+                message, payload, protocol, writer, task, loop, client_max_size=most
+            ),
+            **settings,
+        )
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        path = request.path
+        handler = self._routes.get((request.method, path))
+        if handler is None and request.method in ("GET", "HEAD") and path.startswith("/v1/models/"):
+            handler = self._guarded(self.model)
+        if handler is None:
+            found = self._admin.below(request.method, path) or self._aliases.below(
+                request.method, path
+            )
+            handler = self._guarded(found, admin=True) if found is not None else None
+        return await (handler or self.nowhere)(request)
+
+    # ---- models ----------------------------------------------------------------------------------
+
+    async def models(self, request: web.BaseRequest) -> web.Response:
+        return web.Response(body=await self._models.body(), content_type="application/json")
+
+    async def model(self, request: web.BaseRequest) -> web.Response:
+        model = request.path.removeprefix("/v1/models/")
+        target = await self._resolver.resolve(model, bytes)
+        if target.adapter is None:
+            card = model_card(model, self._created)
+        elif target.alias:
+            card = model_card(model, self._created, parent=target.base, root=target.alias)
+        else:
+            ref = target.adapter
+            card = model_card(
+                model, self._created, parent=ref.base, root=ref.name, digest=ref.digest
+            )
+        return web.Response(body=to_json(card), content_type="application/json")
+
+    # ---- operations ------------------------------------------------------------------------------
+
+    async def health(self, request: web.BaseRequest) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def ready(self, request: web.BaseRequest) -> web.Response:
+        """200 once every configured base model has a worker that serves."""
+        serving = {base: len(self._dispatcher.fleet.routable(base)) for base in self._catalogs}
+        ready = all(serving.values()) and not self._dispatcher.draining
+        return web.json_response({"ready": ready, "workers": serving}, status=200 if ready else 503)
+
+    async def metrics(self, request: web.BaseRequest) -> web.Response:
+        """Of all gateway processes, whichever is asked."""
+        body = self._metrics.render(*await self._aggregator.all())
+        return web.Response(
+            body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        )
+
+    async def nowhere(self, request: web.BaseRequest) -> web.StreamResponse:
+        if request.path in {path for _, path in self._routes}:
+            error: LoraplexError = InvalidRequest(
+                f"{request.method} is not allowed for {request.path}."
+            )
+            headers = {REQUEST_ID: request_id_of(AiohttpRequest(request))}
+            return web.Response(
+                status=405, body=error_body(error), content_type="application/json", headers=headers
+            )
+        error = RouteNotFound(
+            f"There is no {request.path[:200]} here; see "
+            f"{', '.join(schema.GENERATE_PATHS)} and /v1/models."
+        )
+        return self._answer(error, request_id_of(AiohttpRequest(request)))
+
+    # ---- around every handler --------------------------------------------------------------------
+
+    def _guarded(self, handler: Handler, *, admin: bool = False) -> Handler:
+        """Checks the key and turns errors into answers."""
+        check = self._keys.check_admin if admin else self._keys.check
+
+        async def guarded(request: web.BaseRequest) -> web.StreamResponse:
+            try:
+                check(request.headers.get("Authorization", ""))
+                return await handler(request)
+            except LoraplexError as exc:
+                self._metrics.error(exc.code)
+                return self._answer(exc, exc.request_id or request_id_of(AiohttpRequest(request)))
+
+        return guarded
+
+    @staticmethod
+    def _answer(error: LoraplexError, request_id: str) -> web.Response:
+        status, headers, body = answer(error, request_id)
+        return web.Response(
+            status=status, body=body, content_type="application/json", headers=headers
+        )
