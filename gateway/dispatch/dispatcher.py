@@ -17,7 +17,7 @@ from gateway.dispatch.commands import WorkerCommands
 from gateway.dispatch.keepalive import Keepalive, comment
 from gateway.dispatch.lifecycle import RequestEvent, RequestPhase
 from gateway.dispatch.membership import Membership
-from gateway.dispatch.outbox import WorkerOutbox, Transport
+from gateway.dispatch.outbox import Transport, WorkerOutbox
 from gateway.dispatch.placement import Placement
 from gateway.dispatch.request import InFlightRequest, routing_request_of
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
