@@ -10,7 +10,6 @@ import msgspec
 
 from gateway.dispatch.admission import Flow, Ticket
 from gateway.dispatch.lifecycle import RequestLifecycle
-
 from gateway.routing.policy import Choice, RoutingRequest
 from shared.adapters.identity import AdapterRef, StoredAdapter, key_of
 from shared.errors import LoraplexError
