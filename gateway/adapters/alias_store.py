@@ -62,10 +62,10 @@ class AliasStore:
             return  # it has changed since
         self._metrics.alias_request(base, name, adapter, failed)
         reason = self._counts(base, found).note(adapter, failed, self._clock())
-        if reason is None or adapter in found.trips or self._unwritten.full():
+        if reason is None or adapter in found.rollbacks or self._unwritten.full():
             return
-        trip = RollbackRecord(reason, round(time.time(), 3))
-        changed = aliases.with_trip(self._state, base, found, adapter, trip)
+        rollback = RollbackRecord(reason, round(time.time(), 3))
+        changed = aliases.with_rollback(self._state, base, found, adapter, rollback)
         if changed is not self._state:
             log.error(
                 "share of an alias rolled back",
@@ -73,7 +73,7 @@ class AliasStore:
             )
             self._metrics.alias_rollback(base, name)
             self._apply(changed)
-            self._unwritten.put_nowait((base, found, adapter, trip))
+            self._unwritten.put_nowait((base, found, adapter, rollback))
 
     def count(self, base: str, found: ActiveAliases, adapter: str) -> OutcomeCount:
         """Requests of a share within its window, of this process."""
@@ -91,17 +91,21 @@ class AliasStore:
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._write_trips(), name="alias rollbacks")
+            tasks.create_task(self._write_rollbacks(), name="alias rollbacks")
             async for state in self._file.changes():
                 self._apply(state)
 
-    async def _write_trips(self) -> None:
+    async def _write_rollbacks(self) -> None:
         while True:
-            base, found, adapter, trip = await self._unwritten.get()
+            base, found, adapter, rollback = await self._unwritten.get()
             try:
                 await self._update(
                     functools.partial(
-                        aliases.with_trip, base=base, found=found, adapter=adapter, trip=trip
+                        aliases.with_rollback,
+                        base=base,
+                        found=found,
+                        adapter=adapter,
+                        rollback=rollback,
                     )
                 )
             except LoraplexError as exc:
@@ -160,5 +164,6 @@ def _shown(found: ActiveAliases | None) -> str:
     if found is None:
         return "none"
     return ", ".join(
-        f"{s.adapter}={0 if s.adapter in found.trips else s.weight:g}" for s in found.alias.shares
+        f"{s.adapter}={0 if s.adapter in found.rollbacks else s.weight:g}"
+        for s in found.alias.shares
     )

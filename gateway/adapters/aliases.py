@@ -43,13 +43,13 @@ class Kept(msgspec.Struct, frozen=True):
     """What the state file holds of one alias: an operator's own (None: the config's holds), and the
     shares that were rolled back.
 
-    `tripped_of` are the shares that the trips were about: once the alias has others, they are
-    history.
+    `rolled_back_of` are the shares that the rollbacks were about: once the alias has others, they
+    are history.
     """
 
     alias: Alias | None = None
-    trips: dict[str, RollbackRecord] = {}
-    tripped_of: tuple[Share, ...] = ()
+    rollbacks: dict[str, RollbackRecord] = {}
+    rolled_back_of: tuple[Share, ...] = ()
 
 
 class AliasState(msgspec.Struct, frozen=True):
@@ -65,7 +65,7 @@ class ActiveAliases:
     name: str
     alias: Alias
     source: str  # "config" or "runtime"
-    trips: Mapping[str, RollbackRecord]
+    rollbacks: Mapping[str, RollbackRecord]
     live: tuple[Share, ...]
 
 
@@ -79,10 +79,10 @@ def in_force(configured: Mapping[str, Alias], kept: Mapping[str, Kept]) -> dict[
     for name in sorted({*configured, *(n for n, k in kept.items() if k.alias is not None)}):
         entry = kept.get(name, Kept())
         alias = entry.alias or configured[name]
-        trips = entry.trips if entry.tripped_of == alias.shares else {}
-        live = tuple(s for s in alias.shares if s.weight > 0 and s.adapter not in trips)
+        rollbacks = entry.rollbacks if entry.rolled_back_of == alias.shares else {}
+        live = tuple(s for s in alias.shares if s.weight > 0 and s.adapter not in rollbacks)
         found[name] = ActiveAliases(
-            name, alias, "runtime" if entry.alias is not None else "config", trips, live
+            name, alias, "runtime" if entry.alias is not None else "config", rollbacks, live
         )
     return found
 
@@ -119,20 +119,24 @@ def without_alias(state: AliasState, base: str, name: str) -> AliasState:
     return _with(state, base, name, None)
 
 
-def with_trip(
-    state: AliasState, base: str, found: ActiveAliases, adapter: str, trip: RollbackRecord
+def with_rollback(
+    state: AliasState, base: str, found: ActiveAliases, adapter: str, rollback: RollbackRecord
 ) -> AliasState:
     """Without effect if the alias has changed meanwhile, or if no other share would be left."""
     kept = state.bases.get(base, {}).get(found.name, Kept())
     if (kept.alias or found.alias).shares != found.alias.shares:
         return state
-    trips = kept.trips if kept.tripped_of == found.alias.shares else {}
+    rollbacks = kept.rollbacks if kept.rolled_back_of == found.alias.shares else {}
     if not any(
-        s.weight > 0 and s.adapter != adapter and s.adapter not in trips for s in found.alias.shares
+        s.weight > 0 and s.adapter != adapter and s.adapter not in rollbacks
+        for s in found.alias.shares
     ):
         return state
     return _with(
-        state, base, found.name, Kept(kept.alias, {**trips, adapter: trip}, found.alias.shares)
+        state,
+        base,
+        found.name,
+        Kept(kept.alias, {**rollbacks, adapter: rollback}, found.alias.shares),
     )
 
 

@@ -25,7 +25,7 @@ from shared.errors import ConfigError, LoraplexError
 from shared.link.messages import AdapterAction, WorkerId
 from shared.runtime.state_file import POLL_S, StateFile
 
-log = logging.getLogger("loraplex.keeper")
+log = logging.getLogger("loraplex.reconciler")
 clock = time.monotonic
 
 LOOK_S = 0.5
@@ -195,12 +195,12 @@ class Reconciler:
             if action is not AdapterAction.UNPIN:
                 self._usage.worked(ref)
                 self._keep(ref)
-            log.info("adapter tended", extra=facts)
+            log.info("adapter command done", extra=facts)
         elif isinstance(error, LoraplexError):
             self._usage.failed(ref, error)
             if self._say(ref.base, ref.name, f"{ref.digest} {error.code}"):
                 log.warning(
-                    "adapter not tended",
+                    "adapter command failed",
                     extra={**facts, "code": error.code, "reason": error.message},
                 )
 

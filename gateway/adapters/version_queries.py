@@ -1,4 +1,4 @@
-"""Pure. Where a version is needed and where it is: what has to be fetched or loaded before it answers."""
+"""Pure. Where a version is needed and where it is: what must be loaded before it answers."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class AliasAdmin:
         found = self._alias_store.of(base).get(name)
         if found is None:
             raise AdapterNotFound(f"There is no alias `{name}` of model `{base}`.", param="name")
-        if found.source == "config" and not found.trips:
+        if found.source == "config" and not found.rollbacks:
             raise InvalidRequest(
                 f"The alias `{name}` stands in the config file; take it out there, or "
                 "PUT another meaning.",
@@ -175,15 +175,17 @@ class AliasAdmin:
         catalog = self._catalogs.get(base)
         shares = []
         for share in found.alias.shares:
-            count, trip = (
+            count, rollback = (
                 self._alias_store.count(base, found, share.adapter),
-                found.trips.get(share.adapter),
+                found.rollbacks.get(share.adapter),
             )
-            rolled_back = {"reason": trip.reason, "at": trip.at} if trip is not None else None
+            rolled_back = (
+                {"reason": rollback.reason, "at": rollback.at} if rollback is not None else None
+            )
             shares.append(
                 {
                     "adapter": share.adapter,
-                    "weight": 0 if trip is not None else share.weight,
+                    "weight": 0 if rollback is not None else share.weight,
                     "given_weight": share.weight,
                     "rolled_back": rolled_back,
                     "requests": count.requests,

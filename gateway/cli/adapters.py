@@ -155,7 +155,8 @@ def _show(args: argparse.Namespace, gateway: Gateway) -> int:
         value = found.get(key)
         if value not in (None, [], False):
             print(
-                f"{key.replace('_', ' ') + ':':14}{', '.join(value) if isinstance(value, list) else value}"
+                f"{key.replace('_', ' ') + ':':14}"
+                f"{', '.join(value) if isinstance(value, list) else value}"
             )
     if not found["in_store"]:
         print("the store does not have it any more")

@@ -143,11 +143,11 @@ def _show(args: argparse.Namespace, entries: list[Any]) -> None:
 
 
 def _fate(share: dict[str, Any]) -> str:
-    trip = share["rolled_back"]
-    if not trip:
+    rollback = share["rolled_back"]
+    if not rollback:
         return ""
     return (
         "rolled back "
-        f"{datetime.fromtimestamp(trip['at']).astimezone().isoformat(timespec='seconds')}: "
-        f"{trip['reason']}"
+        f"{datetime.fromtimestamp(rollback['at']).astimezone().isoformat(timespec='seconds')}: "
+        f"{rollback['reason']}"
     )

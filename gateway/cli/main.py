@@ -28,15 +28,18 @@ Serve many LoRA fine-tunes of one base model behind one OpenAI-compatible endpoi
 
   loraplex serve CONFIG      gateway and workers, all on this machine
   loraplex gateway CONFIG    only the gateway; workers connect to it from anywhere
-  loraplex worker CONFIG --gateway tcp://HOST:PORT    one worker (one GPU, or one tensor-parallel group)
+  loraplex worker CONFIG --gateway tcp://HOST:PORT    one worker (a GPU or a tensor-parallel group)
   loraplex check CONFIG      say what is wrong with a config, and what it would start
-  loraplex adapters ls       the adapters of a running gateway; also show, load, unload, pin, unpin, prefetch, evict
+  loraplex adapters ls       the adapters of a running gateway; also show, load, unload, pin, unpin,
+                             prefetch, evict
   loraplex adapters validate PATH_OR_URL --config CONFIG    check an adapter as a worker would
   loraplex bench load --url http://HOST:PORT ...    a load test for any OpenAI-compatible server
   loraplex aliases set prod v7=90 v8=10    let a name stand for adapters, by shares; also ls, rm
 
-CONFIG is a Ray Serve LLM file (`llm_configs:` or `applications:`) plus an optional `gateway:` section; see docs/CONFIG.md.
-Ask with {"model": "BASE"} for the base model, or {"model": "BASE:ADAPTER"} for a folder of the adapter store.
+CONFIG is a Ray Serve LLM file (`llm_configs:` or `applications:`) plus an optional `gateway:`
+section; see docs/CONFIG.md.
+Ask with {"model": "BASE"} for the base model, or {"model": "BASE:ADAPTER"} for a
+folder of the adapter store.
 """
 
 

@@ -130,8 +130,8 @@ class Supervisor:
         self._say(f"gateway listens on {self._settings.gateway.host}:{self.port}")
 
     def _pin_port(self) -> None:
-        """Port 0 has become a real one: a gateway that is started again, and its fellows, take the
-        same.
+        """Port 0 has become a real one: a gateway that is started again, and the other
+        processes, take the same.
         """
         gateway = msgspec.structs.replace(self._settings.gateway, port=self.port)
         self._settings = msgspec.structs.replace(self._settings, gateway=gateway)
@@ -224,10 +224,10 @@ class Supervisor:
     def _keep(self, name: str, child: Child, start: Callable[[], object]) -> None:
         task = asyncio.create_task(self._keep_alive(name, child, start), name=f"keep {name}")
         self._tasks.add(task)
-        task.add_done_callback(self._on_keeper_end)
+        task.add_done_callback(self._on_keep_alive_end)
 
-    def _on_keeper_end(self, task: asyncio.Task[None]) -> None:
-        """A keeper that failed keeps nothing alive any more (the zygote may be gone): better to
+    def _on_keep_alive_end(self, task: asyncio.Task[None]) -> None:
+        """A task that failed keeps nothing alive any more (the zygote may be gone): better to
         end, and be started again, than to serve less.
         """
         error = None if task.cancelled() else task.exception()

@@ -19,7 +19,7 @@ from pathlib import Path
 from gateway.telemetry import counters
 from gateway.telemetry.counters import Snapshot
 
-log = logging.getLogger("loraplex.fellows")
+log = logging.getLogger("loraplex.aggregation")
 
 SAVE_S = 1.0
 ANSWER_S = 1.0  # for another process to tell its numbers; Prometheus waits 10 s for all of it

@@ -196,10 +196,14 @@ class DeploymentConfig(Section, frozen=True, kw_only=True):
         "gang_scheduling_config": _PLACEMENT,
         "deployment_actors": "there are no actors",
         "graceful_shutdown_timeout_s": "running requests may finish for gateway.drain_s",
-        "graceful_shutdown_wait_loop_s": "a worker stops when its last request ends, without polling",
+        "graceful_shutdown_wait_loop_s": (
+            "a worker stops when its last request ends, without polling"
+        ),
         "health_check_period_s": _HEALTH,
         "health_check_timeout_s": _HEALTH,
-        "max_constructor_retry_count": "a worker that fails to start is retried with growing pauses",
+        "max_constructor_retry_count": (
+            "a worker that fails to start is retried with growing pauses"
+        ),
         "rolling_update_percentage": _ROLLOUT,
         "max_surge_percent": _ROLLOUT,
         "request_router_config": "requests are routed by gateway.routing_policy",

@@ -78,7 +78,9 @@ class Application(Section, frozen=True, kw_only=True):
         "port": "set gateway.port",
         "deployments": "each model's deployment_config is what counts",
         "autoscaling_policy": "each model's deployment_config.autoscaling_config is what counts",
-        "external_scaler_enabled": "each model's deployment_config.autoscaling_config is what counts",
+        "external_scaler_enabled": (
+            "each model's deployment_config.autoscaling_config is what counts"
+        ),
         "logging_config": _LOGS,
     }
 

@@ -76,10 +76,14 @@ class LLMConfig(Section, frozen=True, kw_only=True):
     IGNORED: ClassVar[Mapping[str, str]] = {
         "runtime_env": "workers run in the environment of `loraplex`; install packages and export "
         "variables before starting it",
-        "placement_group_config": "workers run on this machine, each with the GPUs that its tensor and pipeline "
-        "parallel sizes ask for",
+        "placement_group_config": (
+            "workers run on this machine, each with the GPUs that its tensor and pipeline "
+            "parallel sizes ask for"
+        ),
         "server_cls": "there is one kind of worker",
-        "experimental_configs": "they tune Ray's own request path; tokens are sent on as the engine makes them",
+        "experimental_configs": (
+            "they tune Ray's own request path; tokens are sent on as the engine makes them"
+        ),
         "callback_config": "there is no Ray initialisation to hook into",
     }
 

@@ -285,7 +285,7 @@ async def test_a_peer_that_always_says_soon_is_waited_for_as_long_as_a_store_wou
     assert len(store.asked) == 2
 
 
-async def test_a_whole_lie_that_is_no_valid_adapter_is_fetched_from_the_store_and_not_held_against_it(
+async def test_a_whole_lie_that_is_no_valid_adapter_is_fetched_from_the_store_instead(
     site: Site,
 ) -> None:
     weights = os.urandom(PART)

@@ -263,7 +263,7 @@ def _pinned(found: dict[str, Any]) -> list[str]:
     return [w["digest"] for w in found["workers"] if w["pinned"]]
 
 
-async def test_configured_adapters_are_there_before_anybody_asks_and_an_unknown_one_is_only_complained_of(
+async def test_configured_adapters_are_there_before_anybody_asks_and_an_unknown_one_is_logged(
     tmp_path: Path, adapters: Path
 ) -> None:
     for name in ("a", "b"):

@@ -131,9 +131,7 @@ def test_compose_says_how_to_make_the_link_secret_when_there_is_none() -> None:
     assert done.returncode != 0 and "openssl rand -hex 32" in done.stderr
 
 
-def test_the_documented_commands_start_gpu_workers_by_default_and_only_cpu_workers_with_the_profile() -> (
-    None
-):
+def test_the_documented_commands_start_gpu_workers_and_with_the_profile_cpu_workers() -> None:
     default = {name for name, service in SERVICES.items() if "profiles" not in service}
     assert started_by(*default) == default == set(SERVICES) - {"worker-cpu-0", "worker-cpu-1"}
     for file in ("docker-compose.yml", "docs/DEPLOY.md"):
@@ -239,9 +237,7 @@ def test_the_dockerfile_copies_only_what_the_repository_has_and_the_builder_gets
             )
 
 
-def test_every_target_that_compose_builds_runs_as_a_user_of_its_own_and_has_the_commands_files() -> (
-    None
-):
+def test_every_target_that_compose_builds_runs_as_its_own_user_and_has_its_files() -> None:
     for name, service in SERVICES.items():
         if "build" not in service:
             continue

@@ -198,7 +198,7 @@ async def test_what_aiohttp_has_to_read_it_reads_from_the_first_byte_on() -> Non
         assert (await client.answer())[1] == b"aiohttp:" + b"x" * 2000
 
 
-async def test_a_request_that_the_short_way_gives_back_is_aiohttps_and_the_next_one_is_asked_again() -> (
+async def test_a_request_that_the_fast_path_gives_back_is_aiohttps_and_the_next_one_is_not() -> (
     None
 ):
     async with serving() as served, client_of(served) as client:

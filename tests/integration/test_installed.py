@@ -1,4 +1,4 @@
-"""Shell. The built wheel, used from a folder in which the user has files named like our packages."""
+"""Shell. The built wheel, used from a folder with files named like our packages."""
 
 from __future__ import annotations
 

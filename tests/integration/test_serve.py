@@ -263,18 +263,23 @@ from loraplex import LLMConfig, build_openai_app, run
 llm_config = LLMConfig(
     model_loading_config={{"model_id": "sim", "model_source": "sim/any"}},
     llm_engine="sim",
-    lora_config={{"dynamic_lora_loading_path": "{tmp_path}/adapters", "max_num_adapters_per_replica": 4}},
+    lora_config={{
+        "dynamic_lora_loading_path": "{tmp_path}/adapters", "max_num_adapters_per_replica": 4
+    }},
     engine_kwargs={{"enable_lora": True, "max_loras": 4, "sim": {{"itl_ms": 1}}}},
     deployment_config={{"autoscaling_config": {{"min_replicas": 1, "max_replicas": 2}}}},
     accelerator_type="A10G",
 )
-app = build_openai_app({{"llm_configs": [llm_config], "gateway": {{"port": 0, "state_dir": "{tmp_path}/state"}}}})
+gateway = {{"port": 0, "state_dir": "{tmp_path}/state"}}
+app = build_openai_app({{"llm_configs": [llm_config], "gateway": gateway}})
 
 if __name__ == "__main__":
     import json, urllib.request
     server = run(app, blocking=False)
-    body = json.dumps({{"model": "sim:pirate", "max_tokens": 1, "messages": [{{"role": "user", "content": "hi"}}]}}).encode()
-    request = urllib.request.Request(server.url + "/chat/completions", body, {{"Content-Type": "application/json"}})
+    messages = [{{"role": "user", "content": "hi"}}]
+    body = json.dumps({{"model": "sim:pirate", "max_tokens": 1, "messages": messages}}).encode()
+    headers = {{"Content-Type": "application/json"}}
+    request = urllib.request.Request(server.url + "/chat/completions", body, headers)
     print(json.load(urllib.request.urlopen(request))["choices"][0]["message"]["content"])
     print("stopped", server.stop())
 """

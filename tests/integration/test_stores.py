@@ -432,7 +432,10 @@ async def test_one_failure_of_the_server_is_retried(kind: str) -> None:
             return web.json_response(
                 {"items": [{"name": "p/a/adapter_config.json", "size": "2", "generation": "1"}]}
             )
-        item = "<Contents><Key>p/a/adapter_config.json</Key><Size>2</Size><ETag>&quot;1&quot;</ETag></Contents>"
+        item = (
+            "<Contents><Key>p/a/adapter_config.json</Key><Size>2</Size>"
+            "<ETag>&quot;1&quot;</ETag></Contents>"
+        )
         return web.Response(
             text=f"<ListBucketResult>{item}</ListBucketResult>", content_type="application/xml"
         )

@@ -16,7 +16,7 @@ from gateway.adapters.aliases import (
     in_force,
     pick,
     with_alias,
-    with_trip,
+    with_rollback,
     without_alias,
 )
 from shared.config.aliases import AliasConfig, RollbackConfig, plain_alias
@@ -123,7 +123,7 @@ def test_a_share_of_weight_nothing_gets_nobody() -> None:
 
 def test_a_rollback_holds_for_everybody_until_an_operator_changes_the_alias() -> None:
     found = in_force(CONFIG, {})["prod"]
-    state = with_trip(AliasState(), "tiny", found, "v8", TRIP)
+    state = with_rollback(AliasState(), "tiny", found, "v8", TRIP)
     assert force(state)["prod"] == ("config", ["v7"])
     again = with_alias(state, "tiny", "prod", CONFIG["prod"])
     assert force(again)["prod"] == ("runtime", ["v7", "v8"]), (
@@ -132,21 +132,21 @@ def test_a_rollback_holds_for_everybody_until_an_operator_changes_the_alias() ->
 
 
 def test_a_rollback_is_history_once_the_config_has_other_shares() -> None:
-    state = with_trip(AliasState(), "tiny", in_force(CONFIG, {})["prod"], "v8", TRIP)
+    state = with_rollback(AliasState(), "tiny", in_force(CONFIG, {})["prod"], "v8", TRIP)
     after = in_force({"prod": Alias(shares(v7=50, v8=50))}, state.bases["tiny"])["prod"]
-    assert [s.adapter for s in after.live] == ["v7", "v8"] and not after.trips
+    assert [s.adapter for s in after.live] == ["v7", "v8"] and not after.rollbacks
 
 
 def test_a_rollback_that_comes_after_the_operators_change_has_no_effect() -> None:
     found = in_force(CONFIG, {})["prod"]
     state = with_alias(AliasState(), "tiny", "prod", Alias(shares(v8=1, v9=1)))
-    assert with_trip(state, "tiny", found, "v8", TRIP) is state
+    assert with_rollback(state, "tiny", found, "v8", TRIP) is state
 
 
 def test_two_gateways_that_roll_back_different_shares_leave_one() -> None:
     found = in_force(CONFIG, {})["prod"]
-    state = with_trip(AliasState(), "tiny", found, "v8", TRIP)
-    assert with_trip(state, "tiny", found, "v7", TRIP) is state
+    state = with_rollback(AliasState(), "tiny", found, "v8", TRIP)
+    assert with_rollback(state, "tiny", found, "v7", TRIP) is state
 
 
 # ---- the config ----------------------------------------------------------------------------------

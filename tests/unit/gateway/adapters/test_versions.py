@@ -83,9 +83,7 @@ def test_the_old_version_answers_until_the_new_one_is_ready_and_the_new_one_from
     assert versions.current(B) is B
 
 
-def test_an_invalid_new_version_never_answers_and_is_tried_again_only_when_its_content_changes() -> (
-    None
-):
+def test_an_invalid_new_version_never_answers_and_is_tried_again_when_its_content_changes() -> None:
     versions = changing()
     assert versions.failed(B, BAD, 2.0) is VersionStage.REFUSED
     for now in (3.0, 1e4, 1e6):
