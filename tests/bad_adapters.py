@@ -345,15 +345,15 @@ def link_out(folder: Path) -> None:
     (folder / WEIGHTS).symlink_to(outside)
 
 
+def instead(folder: Path, make: Callable[[Path], None]) -> None:
+    (folder / WEIGHTS).unlink()
+    make(folder / WEIGHTS)
+
+
 def zip_bomb(folder: Path) -> None:
     with zipfile.ZipFile(folder / "packed.zip", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr(WEIGHTS, bytes(8 << 20))
     shutil.move(folder / "packed.zip", folder / WEIGHTS)
-
-
-def many_files(folder: Path) -> None:
-    for i in range(150):
-        (folder / f"note-{i}.txt").touch()
 
 
 KINDS: dict[str, Kind] = {
@@ -361,10 +361,6 @@ KINDS: dict[str, Kind] = {
     "no-config": Kind("missing_file", after=lambda f: (f / CONFIG).unlink()),
     "no-weights": Kind("missing_file", after=lambda f: (f / WEIGHTS).unlink()),
     "pickle-only": Kind("pickle", after=pickle_only),
-    "pickle-beside": Kind(
-        "pickle", after=lambda f: void((f / "optimizer.pt").write_bytes(pickle.dumps({"a": 1})))
-    ),
-    "many-files": Kind("too_large", after=many_files),
     "config-huge": Kind("too_large", config(notes="x" * (2 << 20))),
     # config
     "config-empty": Kind("config", config_text("")),
@@ -397,17 +393,9 @@ KINDS: dict[str, Kind] = {
     "activated-lora": Kind("unsupported", config(alora_invocation_tokens=[1, 2])),
     "layer-replication": Kind("unsupported", config(layer_replication=[[0, 2], [1, 2]])),
     "pissa": Kind("unsupported", config(init_lora_weights="pissa")),
-    "expert-parameters": Kind(
-        "unsupported", config(target_parameters=["mlp.experts.gate_up_proj"])
-    ),
     "pattern-expression": Kind("pattern", config(rank_pattern={"(x+x+)+y": 8})),
-    "target-unknown": Kind(
-        "target", lambda d: d.config["target_modules"].append("query_key_value")
-    ),
-    "target-head": Kind("target", lambda d: d.config["target_modules"].append("lm_head")),
     "target-empty": Kind("target", config(target_modules=[])),
     "target-missing": Kind("target", without("target_modules")),
-    "other-base": Kind("base", config(base_model_name_or_path="Qwen/Qwen2.5-0.5B-Instruct")),
     # the weights file
     "weights-empty": Kind("header", weights(lambda raw: b"")),
     "weights-few-bytes": Kind("header", weights(lambda raw: raw[:5])),
@@ -439,7 +427,6 @@ KINDS: dict[str, Kind] = {
     # tensors
     "no-tensors": Kind("empty", no_tensors),
     "int8": Kind("dtype", retype("I8")),
-    "float64": Kind("dtype", retype("F64")),
     "rank-below-config": Kind("shape", lambda d: other_rank(d, 4)),
     "rank-above-config": Kind("shape", lambda d: other_rank(d, 16)),
     "rank-pattern-mismatch": Kind("shape", config(rank_pattern={"q_proj": 4})),
@@ -454,9 +441,10 @@ KINDS: dict[str, Kind] = {
     "no-lora-a": Kind("pair", drop("A")),
     "no-lora-b": Kind("pair", drop("B")),
     "unpaired": Kind("pair", unpaired),
-    "layer-missing": Kind("incomplete", drop(None)),
     "layer-beyond": Kind("module", copy_layer("model.layers.99.self_attn.q_proj")),
     "module-unknown": Kind("module", copy_layer("model.layers.0.self_attn.z_proj")),
+    "embedding-as-linear": Kind("pair", copy_layer("model.embed_tokens")),
+    "experts-of-none": Kind("module", copy_layer("model.layers.0.mlp.experts")),
     "module-head": Kind("module", copy_layer("lm_head")),
     "wrong-inner-prefix": Kind(
         "module", rename(lambda n: n.replace("model.model.layers", "model.transformer.layers"))
@@ -472,7 +460,6 @@ KINDS: dict[str, Kind] = {
     "path-as-name": Kind(
         "tensor", rename(lambda n: n.replace("base_model", "../../etc/passwd"), only_first=True)
     ),
-    "embedding": Kind("tensor", embedding),
     "full-weight": Kind(
         "tensor",
         lambda d: d.tensors.update({"base_model.model.lm_head.weight": filled("F32", [64, 64])}),
@@ -496,7 +483,7 @@ KINDS: dict[str, Kind] = {
 # anything is fetched.
 ON_DISK_ONLY: dict[str, Kind] = {
     "link-out": Kind("link", after=link_out),
-    "link-to-folder": Kind("link", after=lambda f: (f / "more").symlink_to(f)),
-    "link-dangling": Kind("link", after=lambda f: (f / "README.md").symlink_to(f / "gone")),
-    "pipe": Kind("link", after=lambda f: os.mkfifo(f / "README.md")),
+    "link-to-folder": Kind("link", after=lambda f: instead(f, lambda w: w.symlink_to(f))),
+    "link-dangling": Kind("link", after=lambda f: instead(f, lambda w: w.symlink_to(f / "gone"))),
+    "pipe": Kind("link", after=lambda f: instead(f, os.mkfifo)),
 }

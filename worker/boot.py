@@ -24,5 +24,7 @@ class Booted:
 async def boot(engine: Engine, settings: WorkerSettings) -> Booted:
     """Raises LoraplexError with the reason if the worker cannot serve."""
     facts = await engine.start()
-    validator = await asyncio.to_thread(open_validator, settings.model, facts.max_lora_rank)
+    validator = await asyncio.to_thread(
+        open_validator, settings.model, facts.max_lora_rank, facts.layers
+    )
     return Booted(facts, validator.check)

@@ -1,46 +1,44 @@
-"""Pure. The linear layers of a base model that adapters may change, with their shapes, from the
-model's `config.json` alone.
+"""Pure. What adapters may change in a base model: the names, shapes and kinds of its layers.
 
-Known architectures are computed here, so that checking an adapter needs neither torch nor a GPU;
-for any other, or where the config leaves out what its class fills in, `shapes_from_config` answers
-None and the caller builds the model without weights instead (worker/validation/base_model.py).
-Output heads and embeddings are left out: adapters on them are not served.
+A worker reads them from its running engine (worker/engine/vllm/lora/layers.py). Checks outside of
+a worker build the engine's own class without weights, which takes seconds. For the usual
+architectures `shapes_from_config` computes the same from `config.json` alone; a test compares the
+two. It answers None for any other, or where the config leaves out what its class fills in.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 Shape: TypeAlias = tuple[int, int]
 """(outputs, inputs) of a linear layer, as torch stores its weight."""
 
-# Names that tell families apart. Left out are those whose models are also published under another
-# family's architecture (phi, yi, deepseek).
-_FAMILIES = ("llama", "qwen", "mistral", "mixtral", "gemma", "falcon", "bloom", "pythia")
-_NAME_PARTS = 2  # `organisation/model`; further up a path stands for somebody's folders
+
+def _same(module: str) -> str:
+    return module
 
 
 @dataclass(frozen=True, slots=True)
 class BaseShapes:
-    """What an adapter must fit. `modules`: full name without `base_model.model.` -> shape.
-    `families`: what the base's names say it is.
+    """What an adapter must fit. All names are the engine's; `rename` makes them of an adapter's.
 
-    `renamed` are (old, new) beginnings of module names: older PEFT versions saved multi-modal
-    models under names that have since moved.
+    `modules`: layer -> shape; of experts whose weights are one tensor, the shape of one of them.
+    `refused`: layer -> why no adapter may change it. `experts`: layer -> how many experts its
+    tensors hold. `embeddings`: layers that look tokens up. `ignored`: beginnings of names that the
+    model leaves out itself, such as heads for speculation.
     """
 
     modules: Mapping[str, Shape]
-    families: frozenset[str] = frozenset()
-    renamed: tuple[tuple[str, str], ...] = ()
+    rename: Callable[[str], str] = _same
+    refused: Mapping[str, str] = field(default_factory=dict)
+    experts: Mapping[str, int] = field(default_factory=dict)
+    embeddings: frozenset[str] = frozenset()
+    ignored: tuple[str, ...] = ()
 
-    def canonical(self, module: str) -> str:
-        for old, new in self.renamed:
-            if module.startswith(old):
-                return new + module[len(old) :]
-        return module
+    def ignores(self, module: str) -> bool:
+        return any(module.startswith(i) or f".{i}" in module for i in self.ignored)
 
 
 def endings(module: str) -> Iterator[str]:
@@ -51,22 +49,7 @@ def endings(module: str) -> Iterator[str]:
         yield module
 
 
-def families_in(name: str) -> frozenset[str]:
-    """The model families that a model's name or the end of its path speaks of; empty where it
-    cannot be told.
-    """
-    tail = "/".join(re.split(r"[/\\]+", name.rstrip("/\\"))[-_NAME_PARTS:]).lower()
-    return frozenset(f for f in _FAMILIES if f in tail)
-
-
-def families_of(config: Mapping[str, Any], source: str) -> frozenset[str]:
-    """Of a base model: what its config and its own name say."""
-    architectures = config.get("architectures") or ()
-    names = [str(config.get("model_type", "")), *(str(a) for a in architectures), source]
-    return frozenset().union(*(families_in(n) for n in names))
-
-
-def shapes_from_config(config: Mapping[str, Any], source: str) -> BaseShapes | None:
+def shapes_from_config(config: Mapping[str, Any]) -> BaseShapes | None:
     """From a parsed `config.json`; None for an architecture that is not known here or a config that
     leaves needed sizes out.
     """
@@ -82,7 +65,18 @@ def shapes_from_config(config: Mapping[str, Any], source: str) -> BaseShapes | N
         for i in range(sizes.layers)
         for name, shape in layer(sizes)
     }
-    return BaseShapes(modules, families_of(config, source))
+    if architectures[0] not in _EMBEDDINGS_ADAPTED:
+        return BaseShapes(modules)
+    words = config.get("vocab_size")
+    if type(words) is not int or words < 1:
+        return None
+    modules |= {_EMBEDDING: (sizes.hidden, words), "lm_head": (words, sizes.hidden)}
+    return BaseShapes(modules, embeddings=frozenset({_EMBEDDING}))
+
+
+_EMBEDDING = "model.embed_tokens"
+# Where vLLM has LoRA layers for the embedding of tokens and the head.
+_EMBEDDINGS_ADAPTED = frozenset({"LlamaForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +95,7 @@ def _sizes(config: Mapping[str, Any]) -> _Sizes | None:
     key_heads = config.get("num_key_value_heads") or (
         heads if architecture in _KEY_HEADS_OPTIONAL else None
     )
-    head = config.get("head_dim")
+    head = None if architecture in _HEAD_DIM_IGNORED else config.get("head_dim")
     if (
         head is None
         and isinstance(hidden, int)
@@ -148,6 +142,7 @@ _LAYERS = {
 # Where the class in transformers derives the size from the others; elsewhere it has a constant of
 # its own, which only the class knows.
 _KEY_HEADS_OPTIONAL = frozenset({"LlamaForCausalLM", "Phi3ForCausalLM"})
+_HEAD_DIM_IGNORED = frozenset({"Qwen2ForCausalLM"})  # by vLLM's class
 _HEAD_DIM_OPTIONAL = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM"}
 )

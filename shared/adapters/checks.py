@@ -11,15 +11,21 @@ prefixes, layers that do not exist; NaN and infinite values even spoil the answe
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from shared.adapters.base_layers import BaseShapes, endings
-from shared.adapters.identity import CONFIG_FILE, WEIGHTS_FILE
+from shared.adapters.base_layers import BaseShapes
+from shared.adapters.identity import (
+    CONFIG_FILE,
+    PICKLED_WEIGHTS,
+    SHARD,
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX_FILE,
+)
 from shared.adapters.peft_config import PeftLoraConfig
 from shared.adapters.safetensors import Tensor
-from shared.adapters.strict_json import shown
+from shared.adapters.strict_json import parse_object, shown
 from shared.errors import InvalidAdapter
 
 
@@ -29,11 +35,10 @@ class AdapterLimits:
     is below 100.
     """
 
-    max_files: int = 100
     # rank 512 on all layers of a model of 70 billion parameters is below it
     max_bytes: int = 8 << 30
     max_config_bytes: int = 1 << 20
-    max_header_bytes: int = 2 << 20  # about 130 bytes a tensor: room for 16,000
+    max_header_bytes: int = 16 << 20  # about 130 bytes a tensor: room for every expert of 256
     max_change: float = 1e4
 
 
@@ -66,16 +71,31 @@ class AdapterFacts:
 
 # ---- files ---------------------------------------------------------------------------------------
 
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+
+def choose_weights(names: Collection[str]) -> tuple[str, ...]:
+    """Of the files in an adapter's folder those with its weights: one file, or an index and its
+    shards. Empty: none that is served.
+    """
+    if WEIGHTS_FILE in names:
+        return (WEIGHTS_FILE,)
+    if WEIGHTS_INDEX_FILE in names:
+        return (WEIGHTS_INDEX_FILE, *sorted(n for n in names if SHARD.fullmatch(n)))
+    return ()
 
 
 def check_files(files: Sequence[FolderFile], limits: AdapterLimits) -> int:
-    """The size of all files together. Raises InvalidAdapter: missing_file, pickle, link,
-    too_large.
+    """The size of the config and the weights together; other files are nobody's. Raises
+    InvalidAdapter: missing_file, pickle, link, too_large.
     """
-    if len(files) > limits.max_files:
-        raise InvalidAdapter(f"The adapter has more than {limits.max_files} files.", "too_large")
-    for f in sorted(files, key=lambda f: f.path):
+    by_name = {f.path: f for f in files}
+    if CONFIG_FILE not in by_name:
+        raise InvalidAdapter(f"{CONFIG_FILE} is missing.", "missing_file")
+    weights = choose_weights(by_name)
+    if not weights:
+        _refuse_pickles(by_name)
+        raise InvalidAdapter(f"{WEIGHTS_FILE} is missing.", "missing_file")
+    read = [by_name[name] for name in (CONFIG_FILE, *weights)]
+    for f in read:
         if f.kind is FileKind.LINK_OUTSIDE:
             raise InvalidAdapter(
                 f"{shown(f.path)} is a link that leads out of the adapter's folder.", "link"
@@ -84,41 +104,81 @@ def check_files(files: Sequence[FolderFile], limits: AdapterLimits) -> int:
             raise InvalidAdapter(
                 f"{shown(f.path)} is neither a plain file nor a link to one.", "link"
             )
-        if f.path.lower().endswith(_PICKLES):
+    for f in read:
+        limit = (
+            limits.max_config_bytes
+            if f.path == CONFIG_FILE
+            else limits.max_header_bytes
+            if f.path == WEIGHTS_INDEX_FILE
+            else limits.max_bytes
+        )
+        if f.size_bytes > limit:
             raise InvalidAdapter(
-                f"{shown(f.path)} is a pickle file, which can run code when it is "
-                "read. Save the weights as safetensors and remove it.",
-                "pickle",
+                f"{shown(f.path)} has {f.size_bytes} bytes, more than {limit}.", "too_large"
             )
-    total = sum(f.size_bytes for f in files)
+    total = sum(f.size_bytes for f in read)
     if total > limits.max_bytes:
         raise InvalidAdapter(
             f"The adapter has {total} bytes, more than {limits.max_bytes}.", "too_large"
         )
-    sizes = {f.path: f.size_bytes for f in files}
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if name not in sizes:
-            raise InvalidAdapter(f"{name} is missing.", "missing_file")
-    if sizes[CONFIG_FILE] > limits.max_config_bytes:
-        raise InvalidAdapter(
-            f"{CONFIG_FILE} has {sizes[CONFIG_FILE]} bytes, more than {limits.max_config_bytes}.",
-            "too_large",
-        )
     return total
+
+
+def check_index(raw: bytes, found: Mapping[str, Sequence[str]]) -> None:
+    """`found`: file -> the names of its tensors. Raises InvalidAdapter: config, incomplete: every
+    tensor that the index names must be in its file, and in no other.
+    """
+    index = parse_object(raw, WEIGHTS_INDEX_FILE, "config")
+    where = index.get("weight_map")
+    if not isinstance(where, dict):
+        raise InvalidAdapter(f"{WEIGHTS_INDEX_FILE} has no `weight_map`.", "config")
+    held = {(name, file) for file, names in found.items() for name in names}
+    for name, file in where.items():
+        if not isinstance(file, str) or (name, file) not in held:
+            raise InvalidAdapter(
+                f"{shown(name)} should be in {shown(file)} and is not there: the upload is not "
+                "complete, or the index is of another one.",
+                "incomplete",
+            )
+    if len(held) != len(where):
+        raise InvalidAdapter(
+            f"The files hold {len(held)} tensors, {WEIGHTS_INDEX_FILE} names {len(where)}.",
+            "incomplete",
+        )
+
+
+def _refuse_pickles(names: Collection[str]) -> None:
+    for name in PICKLED_WEIGHTS:
+        if name in names:
+            raise InvalidAdapter(
+                f"The weights are a pickle ({name}), which can run code when it is read. "
+                "`loraplex adapters convert FOLDER` makes safetensors of them without running any.",
+                "pickle",
+            )
 
 
 # ---- tensors -------------------------------------------------------------------------------------
 
-_NAME = re.compile(r"base_model\.model\.([A-Za-z0-9_.]{1,300})\.lora_([AB])\.weight\Z")
-FLOATS = frozenset({"F32", "F16", "BF16"})
+_NAME = re.compile(
+    r"base_model\.model\.([A-Za-z0-9_.]{1,300})\.lora_(?:([AB])\.weight|embedding_([AB]))\Z"
+)
+# PEFT saves the base's own embedding beside an adapter on it; the engine leaves it out.
+_BASE_COPY = re.compile(
+    r"base_model\.model\.((?:[A-Za-z0-9_]+\.){0,8}(?:embed_tokens|lm_head))\.base_layer\.weight\Z"
+)
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 LARGEST_F16 = 65504.0
+MAX_NAMED = 3  # layers in a message
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The two tensors of one layer: its weight changes by `scaling` x B x A."""
+    """The two tensors of one layer: its weight changes by `scaling` x B x A. `layer` is the
+    engine's name of `module`.
+    """
 
     module: str
+    layer: str
     a: Tensor
     b: Tensor
     scaling: float
@@ -127,15 +187,23 @@ class Pair:
 def check_tensors(
     tensors: Sequence[Tensor], config: PeftLoraConfig, shapes: BaseShapes | None
 ) -> list[Pair]:
-    """The pairs, in the order of their modules' names.
+    """The pairs, in the order of their modules' names: all that the engine will apply.
 
     Raises:
-        InvalidAdapter: empty, tensor, dtype, pair, module, shape, incomplete.
+        InvalidAdapter: empty, tensor, dtype, pair, module, shape, experts.
     """
-    if not tensors:
-        raise InvalidAdapter(f"{WEIGHTS_FILE} holds no tensors.", "empty")
     halves: dict[str, dict[str, Tensor]] = {}
     for t in sorted(tensors, key=lambda t: t.name):
+        if t.dtype not in FLOATS:
+            raise InvalidAdapter(
+                f"The tensor {shown(t.name)} is of type {t.dtype}; "
+                f"{', '.join(sorted(FLOATS))} are served.",
+                "dtype",
+            )
+        copy = _BASE_COPY.match(t.name)
+        if copy is not None:
+            _check_copy(t, copy[1], shapes)
+            continue
         match = _NAME.match(t.name)
         if match is None:
             raise InvalidAdapter(
@@ -144,73 +212,104 @@ def check_tensors(
                 "expected.",
                 "tensor",
             )
-        if t.dtype not in FLOATS:
+        if shapes is None or not shapes.ignores(match[1]):
+            embedding = "" if match[2] else "embedding_"
+            halves.setdefault(match[1], {})[embedding + (match[2] or match[3])] = t
+    if not halves:
+        raise InvalidAdapter(f"{WEIGHTS_FILE} holds no tensors.", "empty")
+    if shapes is not None:
+        _check_layers(halves, shapes)
+    return [_pair(module, found, config, shapes) for module, found in halves.items()]
+
+
+def _check_copy(tensor: Tensor, module: str, shapes: BaseShapes | None) -> None:
+    shape = None if shapes is None else shapes.modules.get(shapes.rename(module))
+    if shape is not None and sorted(tensor.shape) != sorted(shape):
+        raise InvalidAdapter(
+            f"The adapter brings {shown(module)} of the shape {list(tensor.shape)}: its base had "
+            f"another vocabulary than the one served, which has {list(shape)}.",
+            "shape",
+        )
+
+
+def _check_layers(modules: Collection[str], shapes: BaseShapes) -> None:
+    """Every layer must be one that the engine adapts: it leaves others out without a word."""
+    missing = []
+    at: dict[str, str] = {}
+    for module in modules:
+        layer = shapes.rename(module)
+        if layer in shapes.refused:
             raise InvalidAdapter(
-                f"The tensor {shown(t.name)} is of type {t.dtype}; "
-                f"{', '.join(sorted(FLOATS))} are served.",
-                "dtype",
+                f"The adapter changes {shown(module)}. {shapes.refused[layer]}", "module"
             )
-        halves.setdefault(match[1], {})[match[2]] = t
-    pairs = [_pair(module, found, config, shapes) for module, found in halves.items()]
-    _check_complete(halves, config, shapes)
-    return pairs
+        if layer not in shapes.modules:
+            missing.append(module)
+        elif layer in at:
+            raise InvalidAdapter(
+                f"{shown(at[layer])} and {shown(module)} are two names of one layer.", "module"
+            )
+        at[layer] = module
+    if missing:
+        more = f" and {len(missing) - MAX_NAMED} more" if len(missing) > MAX_NAMED else ""
+        raise InvalidAdapter(
+            f"The adapter changes {', '.join(map(shown, missing[:MAX_NAMED]))}{more} "
+            f"({len(missing)} of its {len(modules)} layers), for which the engine has no LoRA "
+            "layer in this base model; it would leave them out.",
+            "module",
+        )
+    for layer in at:
+        other = layer.removesuffix(".base_layer")
+        pair = layer + ".base_layer" if other == layer else other
+        if layer in shapes.experts and pair in shapes.modules and pair not in at:
+            raise InvalidAdapter(
+                f"The adapter changes only one of the two weights of the experts in "
+                f"{shown(at[layer])}; the engine serves gate_up_proj and down_proj together.",
+                "experts",
+            )
 
 
 def _pair(
     module: str, found: Mapping[str, Tensor], config: PeftLoraConfig, shapes: BaseShapes | None
 ) -> Pair:
-    a, b = found.get("A"), found.get("B")
-    if a is None or b is None:
+    layer = module if shapes is None else shapes.rename(module)
+    embedding = (
+        any(half.startswith("embedding") for half in found)
+        if shapes is None
+        else layer in shapes.embeddings
+    )
+    begin = "embedding_" if embedding else ""
+    a, b = found.get(begin + "A"), found.get(begin + "B")
+    if a is None or b is None or len(found) != 2:
+        missing = "B" if b is None else "A" if a is None else ""
         raise InvalidAdapter(
-            f"The layer {shown(module)} has no lora_{'A' if a is None else 'B'}; both are needed.",
+            f"The layer {shown(module)} has no lora_{begin}{missing}; both are needed."
+            if missing
+            else f"The layer {shown(module)} has tensors of two kinds.",
             "pair",
         )
-    shape = None
-    if shapes is not None:
-        shape = shapes.modules.get(shapes.canonical(module))
-        if shape is None:
-            raise InvalidAdapter(
-                f"The adapter changes {shown(module)}, which is no linear layer of the base model.",
-                "module",
-            )
-    if config.targets is not None and not any(e in config.targets for e in endings(module)):
+    if not config.covers(module):
         raise InvalidAdapter(
             f"The adapter changes {shown(module)}, which its own `target_modules` does not name.",
             "module",
         )
+    shape = None if shapes is None else shapes.modules[layer]
+    experts = 1 if shapes is None else shapes.experts.get(layer, 1)
     rank = config.rank_of(module)
     for tensor, at in ((a, 0), (b, 1)):
         if (
             len(tensor.shape) != 2
-            or tensor.shape[at] != rank
+            or tensor.shape[at] != rank * experts
             or (shape is not None and tensor.shape[1 - at] != shape[1 - at])
         ):
-            size = "?" if shape is None else shape[1 - at]
-            wanted = f"[{rank}, {size}]" if at == 0 else f"[{size}, {rank}]"
+            size: object = "?" if shape is None else shape[1 - at]
+            lows = rank if experts == 1 else f"{rank} x {experts} experts"
+            wanted = f"[{lows}, {size}]" if at == 0 else f"[{size}, {lows}]"
             raise InvalidAdapter(
                 f"The tensor {shown(tensor.name)} has the shape {list(tensor.shape)}; "
                 f"rank {rank} on this layer of the base model needs {wanted}.",
                 "shape",
             )
-    return Pair(module, a, b, config.scaling_of(module))
-
-
-def _check_complete(
-    found: Mapping[str, object], config: PeftLoraConfig, shapes: BaseShapes | None
-) -> None:
-    """A layer that `target_modules` names but whose tensors are not there: half an adapter, which
-    would answer in half a style.
-    """
-    if shapes is None or config.targets is None or not config.whole:
-        return
-    present = {shapes.canonical(m) for m in found}
-    targets = {shapes.canonical(t) for t in config.targets}
-    for module in shapes.modules:
-        if module not in present and any(e in targets for e in endings(module)):
-            raise InvalidAdapter(
-                f"The adapter lacks the layer {shown(module)}, which its `target_modules` names.",
-                "incomplete",
-            )
+    return Pair(module, layer, a, b, config.scaling_of(module))
 
 
 # ---- values --------------------------------------------------------------------------------------

@@ -14,6 +14,17 @@ from shared.errors import AdapterNotFound
 MAX_NAME_LENGTH = 200
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+WEIGHTS_INDEX_FILE = "adapter_model.safetensors.index.json"
+SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors")
+PICKLED_WEIGHTS = ("adapter_model.bin", "adapter_model.pt")
+
+
+def is_adapter_file(name: str) -> bool:
+    """Whether a file of this name, in an adapter's folder itself, may be a part of the adapter.
+    Trainers leave any number of others beside these, which nobody reads.
+    """
+    return name in (CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_INDEX_FILE) or bool(SHARD.fullmatch(name))
+
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
 

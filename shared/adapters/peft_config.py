@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import re
+import re._parser as re_parser  # type: ignore[import-not-found]
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shared.adapters.base_layers import BaseShapes, endings, families_in
+from shared.adapters.base_layers import endings
 from shared.adapters.identity import CONFIG_FILE
 from shared.adapters.strict_json import parse_object, shown
 from shared.errors import InvalidAdapter
@@ -28,7 +30,6 @@ _UNSUPPORTED = (
     "use_qalora",
     "use_bdlora",
     "trainable_token_indices",
-    "target_parameters",
     "arrow_config",
     "kasa_config",
     "monteclora_config",
@@ -36,10 +37,14 @@ _UNSUPPORTED = (
 # Other values (PiSSA, OLoRA, CorDA, LoftQ) change the base's own weights when PEFT loads the
 # adapter, which vLLM does not.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-_PATTERN = re.compile(r"\^?(?:[A-Za-z0-9_.]|\\\.|\\d\+?){1,200}\Z")
-_DIGITS = r"\d+"
-MAX_DIGITS = 2  # each more multiplies the time of a failing match by the length of the name
 MAX_PATTERNS = 1000
+MAX_PATTERN_CHARACTERS = 300
+MAX_REPEATS = 2
+"""Without an upper bound (`.*`) in one expression: each multiplies the time of a failing match by
+the length of the name, some 60 characters.
+"""
+MAX_REPEATS_IN_ALL = 16
+MAX_SHORT_REPEATS = 4  # in one expression, such as `?` and `{2}`; of digits, a name has few
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,33 +62,49 @@ class Patterns:
 @dataclass(frozen=True, slots=True)
 class PeftLoraConfig:
     """`targets`: module names or their endings, None where the config has an expression instead.
-    `whole`: no layer that they name may lack.
+    `parameters`: what `target_parameters` names, such as `mlp.experts.down_proj`.
     """
 
     rank: int
     alpha: float
     rank_stabilised: bool
     targets: frozenset[str] | None
-    whole: bool
+    parameters: tuple[str, ...]
     ranks: Patterns
     alphas: Patterns
 
     def rank_of(self, module: str) -> int:
-        return int(self.ranks.value(module) or self.rank)
+        return int(self.ranks.value(_parameter(module)) or self.rank)
 
     def scaling_of(self, module: str) -> float:
         rank = self.rank_of(module)
-        return (self.alphas.value(module) or self.alpha) / (
+        return (self.alphas.value(_parameter(module)) or self.alpha) / (
             math.sqrt(rank) if self.rank_stabilised else rank
         )
 
+    def covers(self, module: str) -> bool:
+        """Whether the config names the module; PEFT leaves tensors of any other out."""
+        if self.targets is None or any(e in self.targets for e in endings(module)):
+            return True
+        owner = module.removesuffix(".base_layer")
+        owners = {p.rpartition(".")[0] for p in self.parameters}
+        return any(e in owners for e in endings(owner))
 
-def check_config(raw: bytes, max_rank: int, shapes: BaseShapes | None) -> PeftLoraConfig:
+
+def _parameter(module: str) -> str:
+    """The name that PEFT's patterns are matched with: of the two tensors of fused experts the inner
+    one (`base_layer`) is of `gate_up_proj`, the outer one of `down_proj`.
+    """
+    if module.endswith(".experts.base_layer"):
+        return module.removesuffix("base_layer") + "gate_up_proj"
+    return module + ".down_proj" if module.endswith(".experts") else module
+
+
+def check_config(raw: bytes, max_rank: int) -> PeftLoraConfig:
     """From the bytes of `adapter_config.json`.
 
     Raises:
-        InvalidAdapter: config, duplicate_key, type, rank, alpha, unsupported, pattern, target,
-            base.
+        InvalidAdapter: config, duplicate_key, type, rank, alpha, unsupported, pattern, target.
     """
     config = parse_object(raw, CONFIG_FILE, "config")
     kind = config.get("peft_type", "LORA")
@@ -94,18 +115,16 @@ def check_config(raw: bytes, max_rank: int, shapes: BaseShapes | None) -> PeftLo
     _check_features(config)
     ranks = _patterns(config, "rank_pattern", lambda value, key: _rank(value, key, max_rank))
     alphas = _patterns(config, "alpha_pattern", _alpha)
-    targets = _targets(config.get("target_modules"), shapes)
-    _check_base(config.get("base_model_name_or_path"), shapes)
-    whole = not any(
-        config.get(k) not in (None, [], "")
-        for k in ("layers_to_transform", "layers_pattern", "exclude_modules")
-    )
+    parameters = _names(config.get("target_parameters"), "target_parameters")
+    targets = _targets(config.get("target_modules"), bool(parameters))
     return PeftLoraConfig(
-        rank, alpha, bool(config.get("use_rslora")), targets, whole, ranks, alphas
+        rank, alpha, bool(config.get("use_rslora")), targets, parameters, ranks, alphas
     )
 
 
 def _rank(value: Any, key: str, max_rank: int) -> int:
+    if type(value) is float and value.is_integer():
+        value = int(value)
     if type(value) is not int or value < 1:
         raise InvalidAdapter(
             f"{shown(key)} must be a whole number of at least 1, not {shown(value)}.", "rank"
@@ -157,8 +176,8 @@ def _check_features(config: Mapping[str, Any]) -> None:
 def _patterns(
     config: Mapping[str, Any], name: str, number: Callable[[Any, str], float]
 ) -> Patterns:
-    """vLLM evaluates these expressions inside its step loop, so only names with `.`, `^` and `\\d+`
-    pass: nothing whose time could explode.
+    """vLLM evaluates these expressions beside its step loop, so only those pass whose time cannot
+    explode.
     """
     found = config.get(name)
     if found is None:
@@ -167,49 +186,85 @@ def _patterns(
         raise InvalidAdapter(
             f"{shown(name)} must be an object of at most {MAX_PATTERNS} entries.", "pattern"
         )
-    pairs = []
+    pairs, repeats = [], 0.0
     for key, value in found.items():
-        if not _PATTERN.match(key) or key.count(_DIGITS) > MAX_DIGITS:
+        repeats += (cost := _cost(key))
+        if cost > MAX_REPEATS or repeats > MAX_REPEATS_IN_ALL:
             raise InvalidAdapter(
-                f"The pattern {shown(key)} in {shown(name)} is not a module name; "
-                "other expressions are not evaluated.",
+                f"The pattern {shown(key)} in {shown(name)} is no expression that is evaluated: "
+                "it is too long, or repeats too much.",
                 "pattern",
             )
-        pairs.append((re.compile(rf"(?:.*\.)?(?:{key})$"), number(value, key)))
+        pairs.append((re.compile(_whole(key)), number(value, key)))
     return Patterns(tuple(pairs))
 
 
-def _targets(found: Any, shapes: BaseShapes | None) -> frozenset[str] | None:
+def _cost(pattern: str) -> float:
+    """How many repetitions without a bound there are in an expression; infinite for one that is
+    none, or has anything whose time could explode.
+    """
+    if not pattern or len(pattern) > MAX_PATTERN_CHARACTERS:
+        return math.inf
+    try:
+        with warnings.catch_warnings(action="error"):
+            parsed = re_parser.parse(pattern)
+            re.compile(_whole(pattern))
+    except (re.error, RecursionError, OverflowError, Warning):
+        return math.inf
+    long, short = _repeats(parsed, inside=False)
+    return long if short <= MAX_SHORT_REPEATS else math.inf
+
+
+def _whole(pattern: str) -> str:
+    """PEFT matches it with the end of a module's name, from a dot on."""
+    return rf"(?:.*\.)?(?:{pattern})$"
+
+
+def _repeats(parsed: Any, inside: bool) -> tuple[float, float]:
+    """(without a bound, short ones). Nothing that repeats may hold a choice or a repetition."""
+    long = short = 0.0
+    for op, value in parsed:
+        name = str(op)
+        parts: list[tuple[Any, bool]] = []
+        if name in ("MAX_REPEAT", "MIN_REPEAT") and not inside:
+            _, most, repeated = value
+            digits = [(str(o), str(v)) for o, v in repeated] == _DIGITS
+            short += most <= MAX_SHORT_REPEATS or digits
+            long += most > MAX_SHORT_REPEATS and not digits
+            parts = [(repeated, True)]
+        elif name == "SUBPATTERN":
+            parts = [(value[-1], inside)]
+        elif name == "BRANCH" and not inside:
+            parts = [(branch, inside) for branch in value[1]]
+        elif name not in ("LITERAL", "NOT_LITERAL", "ANY", "IN", "AT"):
+            return math.inf, math.inf
+        for part, within in parts:
+            more = _repeats(part, within)
+            long, short = long + more[0], short + more[1]
+    return long, short
+
+
+_DIGITS = [(str(op), str(value)) for op, value in re_parser.parse(r"\d")]
+
+
+def _names(found: Any, key: str) -> tuple[str, ...]:
+    if found is None or found == "":
+        return ()
+    if not isinstance(found, list) or not all(isinstance(t, str) and t for t in found):
+        raise InvalidAdapter(f"{shown(key)} must be a list of names.", "target")
+    return tuple(found)
+
+
+def _targets(found: Any, optional: bool) -> frozenset[str] | None:
+    """Names of modules that the base lacks are no fault: the tensors say what was trained."""
     if isinstance(found, str) and found:
         return None  # an expression or `all-linear`: the tensors say what it stood for
-    if not isinstance(found, list) or not found or not all(isinstance(t, str) and t for t in found):
+    if optional and not found:
+        return frozenset()
+    names = _names(found, "target_modules")
+    if not names:
         raise InvalidAdapter(
             "`target_modules` must be a list of module names (at least one) or an expression.",
             "target",
         )
-    if shapes is not None:
-        known = {ending for module in shapes.modules for ending in endings(module)}
-        for target in sorted(found):
-            if shapes.canonical(target) not in known:
-                raise InvalidAdapter(
-                    f"`target_modules` names {shown(target)}, which is no linear layer "
-                    "of the base model.",
-                    "target",
-                )
-    return frozenset(found)
-
-
-def _check_base(found: Any, shapes: BaseShapes | None) -> None:
-    """By family only: the same model is called by many names and paths; what else matters of a
-    base, the shapes tell.
-    """
-    if shapes is None or not isinstance(found, str):
-        return
-    theirs = families_in(found)
-    if theirs and shapes.families and not theirs & shapes.families:
-        raise InvalidAdapter(
-            "The adapter was trained on a model of the family "
-            f"{'/'.join(sorted(theirs))}, the base model here is "
-            f"{'/'.join(sorted(shapes.families))}.",
-            "base",
-        )
+    return frozenset(names)

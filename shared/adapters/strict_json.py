@@ -20,7 +20,8 @@ def parse_object(raw: bytes, what: str, reason: str) -> dict[str, Any]:
             that is there twice.
     """
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+        # editors on Windows put a byte order mark first, which says nothing
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_once)
     except _DuplicateKey as exc:
         raise InvalidAdapter(
             f"The key {shown(exc.key)} is given twice in {what}.", "duplicate_key"

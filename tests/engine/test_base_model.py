@@ -1,9 +1,12 @@
-"""The shapes computed from a config are those of the model that transformers builds, and what is
-not computed is built.
+"""What is computed from a config is what vLLM's own class has layers for, and what is not computed
+is asked of that class.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,6 @@ import pytest
 import transformers
 
 from shared.adapters.base_layers import shapes_from_config
-from worker.validation import base_model as base_shapes
-from worker.validation.base_model import read_base_shapes
 
 SIZES = {
     "vocab_size": 128,
@@ -25,84 +26,81 @@ SIZES = {
     "eos_token_id": 1,
 }
 HEAD = {"head_dim": 32}
+COMPUTED = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi3"]
+BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (f"{name}ForCausalLM", HEAD) for name in COMPUTED if name != "Phi3"},
+    **{f"{name} plain": (f"{name}ForCausalLM", {}) for name in ("Llama", "Mistral", "Qwen2")},
+    "Phi3": ("Phi3ForCausalLM", {}),
+    "tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "Gemma3": ("Gemma3ForCausalLM", HEAD),
+    "Olmo2": ("Olmo2ForCausalLM", {}),
+    "Mixtral": ("MixtralForCausalLM", {"num_local_experts": 4}),
+}
+# One process for all: importing vLLM takes the time.
+ASK = """
+import json, sys
+from shared.config.llm import LLMConfig
+from worker.engine.vllm.lora.offline import offline_layers
+for folder in sys.argv[1:]:
+    model = LLMConfig(
+        model_loading_config={"model_id": "m", "model_source": folder},
+        lora_config={"dynamic_lora_loading_path": "/nowhere"},
+        engine_kwargs={"enable_lora": True, "max_loras": 1},
+    )
+    table = offline_layers(model)
+    print(json.dumps([folder, table.modules, sorted(table.embeddings), table.experts]))
+    newer = "model.layers.0.mlp.experts.base_layer"
+    print(json.dumps(["", table.shapes().rename(newer)]), file=sys.stderr)
+"""
 
 
-def saved(architecture: str, folder: Path, **sizes: Any) -> dict[str, Any]:
-    model = getattr(transformers, architecture)
-    config = model.config_class(**(SIZES | sizes))
-    config.architectures = [architecture]
-    config.save_pretrained(folder)
-    return dict(config.to_dict())
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
+    """name -> (config, what vLLM's class says)."""
+    configs, folders = {}, []
+    for name, (architecture, sizes) in BASES.items():
+        folder = tmp_path_factory.mktemp("bases") / name
+        config = getattr(transformers, architecture).config_class(**(SIZES | sizes))
+        config.architectures = [architecture]
+        config.save_pretrained(folder)
+        configs[name] = json.loads((folder / "config.json").read_bytes())
+        folders.append(str(folder))
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, *folders], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["/')]
+    return {Path(folder).name: (configs[Path(folder).name], rest) for folder, *rest in said}
 
 
-@pytest.mark.parametrize("more", [{}, HEAD], ids=["plain", "head-size"])
-@pytest.mark.parametrize(
-    "architecture", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Phi3"]
-)
-def test_computed_shapes_are_those_of_the_built_model(
-    tmp_path: Path, architecture: str, more: dict[str, int]
+def as_shapes(modules: dict[str, list[int]]) -> dict[str, tuple[int, int]]:
+    return {name: (outputs, inputs) for name, (outputs, inputs) in modules.items()}
+
+
+@pytest.mark.parametrize("name", [n for n in BASES if n not in ("Olmo2", "Mixtral")])
+def test_what_is_computed_is_what_the_engine_has_layers_for(
+    asked: dict[str, tuple[Any, Any]], name: str
 ) -> None:
-    name = f"{architecture}ForCausalLM"
-    computed = shapes_from_config(saved(name, tmp_path, **more), "x")
-    assert computed is not None and len(computed.modules) in (3 * 7, 3 * 4)
-    assert computed.modules == base_shapes._from_meta_device(str(tmp_path), None, False)
+    config, (modules, embeddings, experts) = asked[name]
+    computed = shapes_from_config(config)
+    assert computed is not None
+    assert computed.modules == as_shapes(modules)
+    assert sorted(computed.embeddings) == embeddings and not experts
 
 
-def test_the_text_model_of_gemma_3_is_computed(tmp_path: Path) -> None:
-    computed = shapes_from_config(saved("Gemma3ForCausalLM", tmp_path, **HEAD), "x")
-    assert computed is not None and computed.modules == base_shapes._from_meta_device(
-        str(tmp_path), None, False
-    )
+def test_a_class_that_is_not_computed_is_asked(asked: dict[str, tuple[Any, Any]]) -> None:
+    config, (modules, _, _) = asked["Olmo2"]
+    assert shapes_from_config(config) is None
+    assert as_shapes(modules)["model.layers.2.self_attn.k_proj"] == (32, 64)
 
 
-def test_a_tied_head_changes_nothing(tmp_path: Path) -> None:
-    tied = shapes_from_config(saved("LlamaForCausalLM", tmp_path, tie_word_embeddings=True), "x")
-    assert tied is not None and tied.modules == base_shapes._from_meta_device(
-        str(tmp_path), None, False
-    )
-
-
-@pytest.mark.parametrize("architecture", ["Olmo2ForCausalLM", "GraniteForCausalLM"])
-def test_an_architecture_that_is_not_computed_is_built(tmp_path: Path, architecture: str) -> None:
-    assert shapes_from_config(saved(architecture, tmp_path), "x") is None
-    shapes = read_base_shapes(str(tmp_path))
-    assert (
-        shapes.modules["model.layers.2.self_attn.k_proj"] == (32, 64)
-        and len(shapes.modules) == 3 * 7
-    )
-
-
-def test_of_a_multi_modal_model_only_the_text_part_takes_adapters(tmp_path: Path) -> None:
-    text = transformers.Gemma3TextConfig(**SIZES | HEAD)
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    config = transformers.Gemma3Config(text_config=text.to_dict(), vision_config=vision.to_dict())
-    config.architectures = ["Gemma3ForConditionalGeneration"]
-    config.save_pretrained(tmp_path)
-    shapes = read_base_shapes(str(tmp_path))
-    assert len(shapes.modules) == 3 * 7 and not any(
-        "vision" in m or "projector" in m for m in shapes.modules
-    )
-    old = "language_model.model.layers.0.self_attn.q_proj"
-    assert shapes.modules[shapes.canonical(old)] == (128, 64)
-
-
-def test_a_multi_modal_model_that_transformers_does_not_file_under_text_is_built_by_its_own_name(
-    tmp_path: Path,
+def test_experts_are_adapted_one_by_one_and_all_in_one_tensor(
+    asked: dict[str, tuple[Any, Any]],
 ) -> None:
-    config = transformers.Qwen2VLConfig(
-        text_config=SIZES
-        | {
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [2, 3, 3],
-                "rope_theta": 1e4,
-            }
-        },
-        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
-    )
-    config.architectures = ["Qwen2VLForConditionalGeneration"]
-    config.save_pretrained(tmp_path)
-    shapes = read_base_shapes(str(tmp_path))
-    assert len(shapes.modules) == 3 * 7 and not any("visual" in m for m in shapes.modules)
+    _, (modules, _, experts) = asked["Mixtral"]
+    at = "model.layers.1.block_sparse_moe.experts"
+    shapes = as_shapes(modules)
+    assert shapes[f"{at}.3.w1"] == (96, 64) and shapes[f"{at}.3.w2"] == (64, 96)
+    assert f"{at}.4.w1" not in shapes
+    assert shapes[at] == (64, 96) and shapes[f"{at}.base_layer"] == (192, 64)
+    assert experts[at] == experts[f"{at}.base_layer"] == 4

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from shared.adapters.base_layers import BaseShapes
 from shared.adapters.identity import AdapterRef
 from shared.errors import InvalidAdapter
 
@@ -96,6 +97,10 @@ class EngineFacts:
     host_places: int = 0
     """Adapters that fit the engine's host memory, those in slots included; the CPU tier. At most
     `slots` means: there is none.
+    """
+    layers: BaseShapes | None = None
+    """What adapters may change in the model; None where the engine does not apply them (simulated)
+    or takes none.
     """
 
 

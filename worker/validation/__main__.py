@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
+    for name, level in (("VLLM_LOGGING_LEVEL", "ERROR"), ("TRANSFORMERS_VERBOSITY", "error")):
+        os.environ.setdefault(name, level)  # where vLLM has to be asked: the verdict alone matters
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         facts = asyncio.run(

@@ -12,7 +12,8 @@ import io
 import math
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,17 @@ from shared.adapters.checks import (
     FolderFile,
     check_change,
     check_files,
+    check_index,
     check_norm,
     check_tensors,
+    choose_weights,
 )
-from shared.adapters.identity import CONFIG_FILE, WEIGHTS_FILE
+from shared.adapters.identity import (
+    CONFIG_FILE,
+    PICKLED_WEIGHTS,
+    WEIGHTS_INDEX_FILE,
+    is_adapter_file,
+)
 from shared.adapters.peft_config import check_config
 from shared.adapters.safetensors import (
     LENGTH_BYTES,
@@ -75,20 +83,25 @@ class Validator:
         folder.
         """
         limits = self._limits
-        size_bytes = check_files(list(_files(folder, limits.max_files)), limits)
-        config = check_config(
-            _read(folder / CONFIG_FILE, limits.max_config_bytes), self._max_rank, self._shapes
-        )
+        files = _files(folder)
+        size_bytes = check_files(files, limits)
+        config = check_config(_read(folder / CONFIG_FILE, limits.max_config_bytes), self._max_rank)
         rank = max([config.rank, *(int(r) for _, r in config.ranks.pairs)])
         if not self._weights:
             return AdapterFacts(rank, size_bytes, ())
-        with (folder / WEIGHTS_FILE).open("rb", buffering=0) as f:
-            tensors = _header(f, limits)
-            pairs = check_tensors(tensors, config, self._shapes)
-            norms = _scan(f, tensors)
+        names = choose_weights([f.path for f in files])
+        headers = {n: _header(folder / n, limits) for n in names if n != WEIGHTS_INDEX_FILE}
+        tensors = [t for header in headers.values() for t in header.tensors]
+        if WEIGHTS_INDEX_FILE in names:
+            index = _read(folder / WEIGHTS_INDEX_FILE, limits.max_header_bytes)
+            check_index(index, {n: [t.name for t in h.tensors] for n, h in headers.items()})
+        pairs = check_tensors(tensors, config, self._shapes)
+        norms: dict[str, float] = {}
+        for name, header in headers.items():
+            norms |= _scan(folder / name, header)
         for pair in pairs:
             check_change(pair, norms[pair.a.name], norms[pair.b.name], limits)
-        modules = sorted({p.module.rpartition(".")[2] for p in pairs})
+        modules = sorted({p.layer.removesuffix(".base_layer").rpartition(".")[2] for p in pairs})
         if self._targets is not None and not self._targets.issuperset(modules):
             beyond = ", ".join(m for m in modules if m not in self._targets)
             raise InvalidAdapter(
@@ -111,23 +124,15 @@ def adaptable(targets: Collection[str]) -> frozenset[str]:
     return frozenset(targets).union(*packed)
 
 
-def _files(folder: Path, at_most: int) -> Iterator[FolderFile]:
-    """All files below the folder, links not followed; stops once there are more than `at_most`."""
+def _files(folder: Path) -> list[FolderFile]:
+    """Those of the folder that say anything of an adapter; links are not followed."""
     inside = os.path.realpath(folder) + os.sep
-    waiting, found = [""], 0
-    while waiting:
-        below = waiting.pop()
-        with os.scandir(folder / below) as entries:
-            for entry in entries:
-                found += 1
-                path = os.path.join(below, entry.name)
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append(path)
-                else:
-                    yield FolderFile(path, *_size_and_kind(entry, inside))
-                # folders count here too: a deep tree without files must end as well
-                if found > at_most * 2:
-                    raise InvalidAdapter(f"The adapter has more than {at_most} files.", "too_large")
+    with os.scandir(folder) as entries:
+        return [
+            FolderFile(entry.name, *_size_and_kind(entry, inside))
+            for entry in entries
+            if is_adapter_file(entry.name) or entry.name in PICKLED_WEIGHTS
+        ]
 
 
 def _size_and_kind(entry: os.DirEntry[str], inside: str) -> tuple[int, FileKind]:
@@ -149,10 +154,20 @@ def _read(path: Path, at_most: int) -> bytes:
         return f.read(at_most)
 
 
-def _header(f: io.FileIO, limits: AdapterLimits) -> list[Tensor]:
-    size = os.fstat(f.fileno()).st_size
-    length = header_length(_exactly(f, min(size, LENGTH_BYTES)), size, limits.max_header_bytes)
-    return parse_header(_exactly(f, length), size - LENGTH_BYTES - length)
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """Of one weights file; the values begin at byte `begin`."""
+
+    begin: int
+    tensors: list[Tensor]
+
+
+def _header(path: Path, limits: AdapterLimits) -> _Header:
+    with path.open("rb", buffering=0) as f:
+        size = os.fstat(f.fileno()).st_size
+        length = header_length(_exactly(f, min(size, LENGTH_BYTES)), size, limits.max_header_bytes)
+        begin = LENGTH_BYTES + length
+        return _Header(begin, parse_header(_exactly(f, length), size - begin))
 
 
 def _exactly(f: io.FileIO, count: int) -> bytes:
@@ -165,21 +180,20 @@ def _fill(f: io.FileIO, into: memoryview) -> None:
     while into:
         count = f.readinto(into)
         if not count:
-            raise InvalidAdapter(f"{WEIGHTS_FILE} became shorter while it was read.", "header")
+            raise InvalidAdapter("The weights became shorter while they were read.", "header")
         into = into[count:]
 
 
-def _scan(f: io.FileIO, tensors: list[Tensor]) -> dict[str, float]:
-    """The norm of each tensor, by name; `f` stands at the first value. Raises InvalidAdapter:
-    nonfinite, magnitude.
-    """
+def _scan(path: Path, header: _Header) -> dict[str, float]:
+    """The norm of each tensor, by name. Raises InvalidAdapter: nonfinite, magnitude."""
     import numpy as np  # here: only who reads weights needs it
 
     piece = bytearray(PIECE_BYTES)
     wide = np.empty(PIECE_BYTES // 2, np.float32)
     norms = {}
-    with np.errstate(all="ignore"):
-        for t in tensors:
+    with path.open("rb", buffering=0) as f, np.errstate(all="ignore"):
+        f.seek(header.begin)
+        for t in header.tensors:
             squares, finite = 0.0, True
             for begin in range(t.begin, t.end, PIECE_BYTES):
                 count = min(PIECE_BYTES, t.end - begin)
@@ -196,13 +210,15 @@ def _scan(f: io.FileIO, tensors: list[Tensor]) -> dict[str, float]:
 
 
 def _floats(raw: memoryview, dtype: str, wide: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The values as float32; of 16-bit ones in the buffer `wide`."""
+    """The values as float32; of other types in the buffer `wide`."""
     import numpy as np
 
     if dtype == "F32":
         return np.frombuffer(raw, "<f4")
     out = wide[: len(raw) // VALUE_BYTES[dtype]]
-    if dtype == "F16":
+    if dtype == "F64":
+        np.copyto(out, np.frombuffer(raw, "<f8"), casting="same_kind")
+    elif dtype == "F16":
         np.copyto(out, np.frombuffer(raw, "<f2"))
     else:  # bfloat16 is the upper half of a float32
         bits = out.view(np.uint32)

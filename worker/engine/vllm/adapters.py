@@ -11,9 +11,11 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from shared.adapters.base_layers import BaseShapes
 from shared.adapters.identity import AdapterRef
 from shared.errors import EngineFailure, InvalidAdapter
 from worker.engine.base import Loaded, Swap, Swapped
+from worker.engine.vllm.lora.layers import join
 
 # a utility call waits behind the running step; one that hangs this long never answers (the engine
 # died)
@@ -63,6 +65,10 @@ class Adapters:
         copies and the pinning then happen once.
         """
         await self._call("loraplex_rehearse", adapter.int_id)
+
+    async def layers(self) -> BaseShapes:
+        """What adapters may change in the model, from the engine itself."""
+        return join(await self._call("loraplex_layers")).shapes()
 
     async def _watch(self) -> None:
         """Until nothing is being prepared. Answers every caller, whatever happens."""

@@ -215,6 +215,7 @@ class VLLMEngine:
             lora.max_loras,
             lora.max_lora_rank,
             lora.max_cpu_loras or lora.max_loras,
+            await self._adapters.layers(),
         )
 
     async def serve(self, call: EngineRequest, reply: Reply) -> None:
@@ -508,6 +509,8 @@ def serve_args(model: LLMConfig) -> Any:
         # vLLM's default (as many as slots) would make every eviction a reload from disk. What is
         # kept is bounded in bytes by residency.
         wanted.setdefault("max_cpu_loras", model.max_loras + HOST_PLACES)
+        # of a mixture of experts both forms that PEFT writes
+        wanted.setdefault("enable_mixed_moe_lora_format", not wanted.get("enable_moe_shared_loras"))
         wanted.setdefault(
             "worker_extension_cls", "worker.engine.vllm.worker_extension.AdapterSlots"
         )

@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from worker.engine.vllm.lora import files as adapter_files
+
 KERNELS = Path(__file__).parent / "lora_kernels"
 RELATIVES = {(9, 0): "NVIDIA H200"}
 """Whose tables a GPU without its own takes, by compute capability: what fits into its registers and
@@ -23,6 +25,7 @@ better.
 def apply() -> None:
     from vllm.platforms import current_platform
 
+    adapter_files.install()
     if current_platform.is_cpu():
         from worker.engine.vllm import cpu_lora
 

@@ -30,6 +30,8 @@ from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.utils.torch_utils import PIN_MEMORY
 
+from worker.engine.vllm.lora.files import read_tensors
+
 KINDS = 16
 """That are remembered; each costs its header and some hundred bytes per tensor."""
 ARRANGEMENTS = 8
@@ -69,6 +71,17 @@ class RecordedWrites(LoRAModel):  # type: ignore[misc]
             w.lora_b.data_ptr(): w.scaling for w in made.loras.values() if w.lora_b is not None
         }
         return made
+
+    @classmethod
+    def from_local_checkpoint(
+        cls, lora_dir: str, expected_lora_modules: set[str], *, moe_ep_spec: Any = None, **more: Any
+    ) -> LoRAModel:
+        if (Path(lora_dir) / FILE).is_file():
+            return super().from_local_checkpoint(
+                lora_dir, expected_lora_modules, moe_ep_spec=moe_ep_spec, **more
+            )
+        # several files, of which vLLM knows nothing; what it expects is checked already
+        return cls.from_lora_tensors(tensors=read_tensors(Path(lora_dir)), **more)
 
 
 @dataclass(frozen=True, slots=True)

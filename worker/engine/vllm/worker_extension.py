@@ -23,7 +23,15 @@ from worker.engine.vllm import patches
 # be installed
 patches.apply()
 
-from worker.engine.vllm.tensor_replay import CopyPlans, Kinds, RecordedWrites, gather, tensors  # noqa: E402
+from worker.engine.vllm.lora import layers as lora_layers  # noqa: E402
+from worker.engine.vllm.lora.files import has_fused_experts  # noqa: E402
+from worker.engine.vllm.tensor_replay import (  # noqa: E402
+    CopyPlans,
+    Kinds,
+    RecordedWrites,
+    gather,
+    tensors,
+)
 
 STAGED_BYTES = 4 << 30
 """Of prepared adapters that no slot has taken yet. Beyond it an adapter is read inside the swap,
@@ -83,6 +91,10 @@ class AdapterSlots:
         gather(lora)
         manager._registered_adapters[int_id] = lora
         slots.ways.activate(int_id)
+
+    def loraplex_layers(self) -> bytes:
+        """What adapters may change in this model, for worker/engine/vllm/lora/layers.py: `join`."""
+        return lora_layers.pack(lora_layers.of_manager(self._loraplex().manager))
 
     def loraplex_slots(self) -> list[int]:
         """The adapters that are in a slot, as the engine sees it."""
@@ -144,6 +156,9 @@ class _Staging:
 
     def __init__(self, lora_manager: Any) -> None:
         self._lora_manager = lora_manager
+        manager = lora_manager._adapter_manager
+        manager.model.hf_to_vllm_mapper = lora_layers.names_mapper(manager.model, manager.modules)
+        self._row_order = lora_layers.RowOrder(manager.model)
         self._lock = threading.Lock()
         self._ready: dict[int, Any] = {}  # int id -> LoRAModel
         self._bytes: dict[int, int] = {}  # of those
@@ -151,7 +166,7 @@ class _Staging:
         self._wanted: set[int] = set()  # being prepared, and not dropped meanwhile
         lora_manager._lora_model_cls = RecordedWrites
         self._kinds = Kinds(lora_manager.lora_config.lora_dtype)
-        device = lora_manager._adapter_manager.device
+        device = manager.device
         self._thread = ThreadPoolExecutor(
             1, "loraplex-prepare", initializer=_use_device, initargs=(device,)
         )
@@ -188,18 +203,32 @@ class _Staging:
         """What vLLM's add_adapter does before it registers an adapter, with all weights in one
         pinned block at the end.
         """
+        return self._kinds.read(
+            Path(folder), int_id, lambda: self._vllm_reads(name, int_id, folder)
+        )
+
+    def _vllm_reads(self, name: str, int_id: int, folder: str) -> Any:
+        """Once per kind of adapter, and then seen to it that all of it will be applied."""
         from vllm.lora.request import LoRARequest
 
-        def theirs() -> Any:
-            lora = self._lora_manager._load_adapter(
-                LoRARequest(lora_name=name, lora_int_id=int_id, lora_path=folder)
+        manager = self._lora_manager._adapter_manager
+        lora = self._lora_manager._load_adapter(
+            LoRARequest(
+                lora_name=name,
+                lora_int_id=int_id,
+                lora_path=folder,
+                is_3d_lora_weight=has_fused_experts(Path(folder)),
             )
-            manager = self._lora_manager._adapter_manager
-            manager._validate_moe_lora_format(lora)
-            manager._create_merged_loras_inplace(lora)
-            return lora
-
-        return self._kinds.read(Path(folder), int_id, theirs)
+        )
+        if left_out := lora_layers.unapplied(manager, lora):
+            raise RuntimeError(
+                f"{len(left_out)} of its {len(lora.loras)} layers would not be applied: "
+                f"{', '.join(left_out[:3])}."
+            )
+        self._row_order.apply(lora)
+        manager._validate_moe_lora_format(lora)
+        manager._create_merged_loras_inplace(lora)
+        return lora
 
     def _prepare(self, name: str, int_id: int, folder: str) -> None:
         made, failure = None, ""

@@ -14,6 +14,8 @@ import pytest
 
 from shared.adapters.base_layers import BaseShapes, shapes_from_config
 from shared.adapters.checks import AdapterLimits
+from shared.adapters.safetensors import VALUE_BYTES
+from shared.config.llm import LLMConfig
 from shared.errors import ConfigError, InvalidAdapter
 from tests.bad_adapters import CONFIG, KINDS, ON_DISK_ONLY, WEIGHTS, filled, safetensors
 from worker.validation.base_model import read_base_shapes
@@ -22,13 +24,14 @@ from worker.validation.validator import PIECE_BYTES, Validator
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
+    "vocab_size": 100,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-found = shapes_from_config(MODEL, "base")
+found = shapes_from_config(MODEL)
 assert found is not None
 BASE: BaseShapes = found
 RANK = 8
@@ -64,7 +67,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_good(tmp_path_factory.mktemp("adapters") / "good")
 
 
-@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 def test_a_good_adapter_passes_and_its_facts_are_told(tmp_path: Path, dtype: str) -> None:
     folder = make_good(tmp_path / "a", dtype)
     facts = Validator(BASE, 16).check(folder)
@@ -90,13 +93,13 @@ def test_there_are_many_kinds_of_bad_adapters() -> None:
     assert len(KINDS) >= 30 and len({k.code for k in KINDS.values()}) >= 15
 
 
-@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_one_bad_value_is_found_wherever_it_is(tmp_path: Path, dtype: str, value: float) -> None:
     """At the first and last place of a tensor that is read in several pieces, and at the seams
     between them.
     """
-    size = 4 if dtype == "F32" else 2
+    size = VALUE_BYTES[dtype]
     inputs = (2 * PIECE_BYTES // size) // RANK + 3
     module = "model.layers.0.self_attn.q_proj"
     validator = Validator(BaseShapes({module: (4, inputs)}), 16)
@@ -120,7 +123,7 @@ def test_one_bad_value_is_found_wherever_it_is(tmp_path: Path, dtype: str, value
         assert caught.value.reason == "nonfinite", at
 
 
-@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 def test_the_norm_is_that_of_the_values_in_every_type(tmp_path: Path, dtype: str) -> None:
     """|A| = 20 and |B| = 50 make a change of 1000: a bound just below refuses it, one just above
     does not.
@@ -175,11 +178,39 @@ def test_a_folder_that_is_itself_reached_by_a_link_passes(tmp_path: Path) -> Non
     assert Validator(BASE, 16).check(tmp_path / "b").rank == RANK
 
 
-def test_a_tree_without_end_is_given_up(tmp_path: Path) -> None:
+def test_what_trainers_leave_beside_an_adapter_is_not_looked_at(tmp_path: Path) -> None:
     folder = make_good(tmp_path / "a")
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    for i in range(300):
+        (folder / f"sample-{i}.json").touch()
+    for name in ("training_args.bin", "optimizer.pt", "adapter_model.bin"):
+        (folder / name).write_bytes(b"PK")
     (folder / os.path.join(*["d"] * 300)).mkdir(parents=True)
-    with pytest.raises(InvalidAdapter, match="more than 100 files"):
+    os.mkfifo(folder / "pipe")
+    assert Validator(BASE, 16).check(folder).size_bytes == size
+
+
+def test_weights_in_several_files_are_read_as_one(tmp_path: Path) -> None:
+    folder = make_good(tmp_path / "a")
+    where = {}
+    for i, half in enumerate(("lora_A", "lora_B"), 1):
+        part = {
+            f"base_model.model.{module}.{half}.weight": filled(
+                "F32", [RANK, inputs] if half == "lora_A" else [outputs, RANK], 0.02
+            )
+            for module, (outputs, inputs) in BASE.modules.items()
+            if module.endswith("q_proj")
+        }
+        name = f"adapter_model-0000{i}-of-00002.safetensors"
+        (folder / name).write_bytes(safetensors(part))
+        where |= dict.fromkeys(part, name)
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": where}))
+    (folder / WEIGHTS).unlink()
+    assert Validator(BASE, 16).check(folder).modules == ("q_proj",)
+    (folder / "adapter_model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InvalidAdapter, match="not complete") as refused:
         Validator(BASE, 16).check(folder)
+    assert refused.value.code == "invalid_adapter_incomplete"
 
 
 def test_without_weights_only_the_config_is_read(tmp_path: Path) -> None:
@@ -207,9 +238,13 @@ def test_neither_torch_nor_the_safetensors_library_is_needed() -> None:
 # ---- the base model ------------------------------------------------------------------------------
 
 
+def model_in(folder: Path) -> LLMConfig:
+    return LLMConfig(model_loading_config={"model_id": "m", "model_source": str(folder)})
+
+
 def test_shapes_are_read_from_a_model_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
-    assert read_base_shapes(str(tmp_path)).modules == BASE.modules
+    assert read_base_shapes(model_in(tmp_path)).modules == BASE.modules
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]"])
@@ -217,7 +252,7 @@ def test_a_folder_without_a_model_is_a_config_error(tmp_path: Path, text: str | 
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError):
-        read_base_shapes(str(tmp_path))
+        read_base_shapes(model_in(tmp_path))
 
 
 def test_a_large_adapter_is_scanned_without_being_held(tmp_path: Path) -> None:

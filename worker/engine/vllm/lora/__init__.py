@@ -1,0 +1,1 @@
+"""Shell. What adapters are to vLLM: their files, and the layers that take them."""

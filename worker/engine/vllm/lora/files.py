@@ -1,0 +1,71 @@
+"""Shell. Reads of an adapter's folder what vLLM's own reader does not: configs as editors and older
+trainers write them, weights in several files.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.adapters.checks import choose_weights
+from shared.adapters.identity import CONFIG_FILE, WEIGHTS_INDEX_FILE
+
+_FUSED = b".experts.base_layer.lora_A"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    names = choose_weights([path.name for path in folder.iterdir()])
+    return [folder / name for name in names if name != WEIGHTS_INDEX_FILE]
+
+
+def has_fused_experts(folder: Path) -> bool:
+    """Whether the adapter holds all experts of a layer in one tensor (PEFT's
+    `target_parameters`).
+    """
+    return any(_FUSED in header for header in _headers(folder))
+
+
+def _headers(folder: Path) -> Iterator[bytes]:
+    for path in weight_files(folder):
+        with path.open("rb") as f:
+            (size,) = struct.unpack("<Q", f.read(8))
+            yield f.read(size)
+
+
+def read_tensors(folder: Path) -> dict[str, Any]:
+    """All tensors of all files."""
+    import safetensors
+
+    found: dict[str, Any] = {}
+    for path in weight_files(folder):
+        with safetensors.safe_open(path, framework="pt") as f:
+            found |= {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """With ranks as whole numbers, and without a byte order mark."""
+    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_bytes())
+    if isinstance(config.get("r"), float):
+        config["r"] = int(config["r"])
+    ranks = config.get("rank_pattern")
+    if isinstance(ranks, dict):
+        config["rank_pattern"] = {key: int(rank) for key, rank in ranks.items()}
+    return config
+
+
+def install() -> None:
+    """vLLM reads configs with `read_config`. Idempotent."""
+    from vllm.lora.peft_helper import PEFTHelper
+
+    def from_local_dir(
+        cls: type[PEFTHelper], lora_path: str, max_position_embeddings: int | None
+    ) -> PEFTHelper:
+        config = read_config(Path(lora_path))
+        config["vllm_max_position_embeddings"] = max_position_embeddings
+        return cls.from_dict(config)
+
+    PEFTHelper.from_local_dir = classmethod(from_local_dir)
