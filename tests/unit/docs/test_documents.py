@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from shared.config.aliases import AliasConfig
 from shared.config.gateway import GatewayConfig, LinkConfig, RoutingPolicy
 from shared.config.parts import LoraConfig, StoreConfig
 from shared.errors import LoraplexError
+from tests.test_architecture import FLOORS
 from tests.unit.docs.prose import anchors, links, prose
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -154,12 +156,22 @@ def test_a_make_target_that_a_page_names_exists(page: str) -> None:
 def test_the_map_of_rooms_names_every_room() -> None:
     text = read("docs/ARCHITECTURE.md")
     rooms = {
-        f"{folder.relative_to(ROOT).as_posix()}/"
+        f"{package}/{room}/" if (ROOT / package / room).is_dir() else f"{package}/{room}.py"
         for package in ("gateway", "worker", "shared")
-        for folder in (ROOT / package).iterdir()
-        if (folder / "__init__.py").exists()
+        for floor in FLOORS[package]
+        for room in floor
     }
     assert sorted(room for room in rooms if f"`{room}`" not in text) == []
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_the_table_of_floors_is_the_one_that_is_enforced(package: str) -> None:
+    rows = [line.split("|") for line in read("docs/ARCHITECTURE.md").splitlines()]
+    start = next(n for n, row in enumerate(rows) if row[1:2] == [" floor "])
+    column = rows[start].index(f" {package} ")
+    table = itertools.takewhile(lambda row: len(row) > column, rows[start + 2 :])
+    floors = [rooms for row in table if (rooms := set(_CODE.findall(row[column])))]
+    assert floors == FLOORS[package]
 
 
 # ---- what the code knows, the pages say ----------------------------------------------------------
