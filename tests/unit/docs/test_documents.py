@@ -23,7 +23,7 @@ from tests.test_architecture import FLOORS
 from tests.unit.docs.prose import anchors, links, prose
 
 ROOT = Path(__file__).resolve().parents[3]
-ROOT_PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+ROOT_PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 MANUALS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").glob("*.md"))
 NOTES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs/notes").glob("*.md"))
 EVERY_PAGE = [p for p in ROOT_PAGES if (ROOT / p).exists()] + MANUALS + NOTES
