@@ -20,6 +20,7 @@ from gateway.adapters import alias_store
 from gateway.adapters.alias_store import AliasStore
 from gateway.adapters.aliases import Alias, AliasState, from_config
 from gateway.adapters.catalog import Catalog
+from gateway.adapters.moves import AdapterMoves
 from gateway.adapters.pins import Pins, PinState
 from gateway.adapters.reconciler import Reconciler
 from gateway.adapters.resolver import Resolver
@@ -29,6 +30,7 @@ from gateway.adapters.versions import VersionStage
 from gateway.admin.actions import AdminActions
 from gateway.admin.adapters import AdapterAdmin
 from gateway.admin.aliases import AliasAdmin
+from gateway.admin.autoscale import ScalingAdmin
 from gateway.admin.scope import AdminScope
 from gateway.api.exchange import GenerationServices, RequestLimits
 from gateway.dispatch.admission import Admission, QueueBound
@@ -39,7 +41,9 @@ from gateway.dispatch.transport import LinkTransport
 from gateway.fleet.fleet import Fleet
 from gateway.routes import Routes
 from gateway.routing.registry import make_policy
+from gateway.supervisor.autoscaling.reports import ModelStatus
 from gateway.supervisor.endpoints import endpoints
+from gateway.supervisor.load_link import LoadLink
 from gateway.telemetry.access_log import AccessLog
 from gateway.telemetry.aggregation import ProcessAggregator
 from gateway.telemetry.prometheus import Metrics, Watched
@@ -89,6 +93,8 @@ async def open_gateway(
             TimeAndChance(time.monotonic, random.Random(), _call_at),
         )
         stack.enter_context(link.open(dispatcher.on_control, dispatcher.on_data))
+        load_link = _load_link(settings, run_dir, index, dispatcher)
+        metrics.watch_scaling(lambda: dispatcher.scaling)
         aliases = AliasStore(_aliases(settings), _alias_file(settings), metrics)
         services = _services(settings, name, dispatcher, catalogs, aliases, metrics)
         stack.callback(services.access.flush)
@@ -103,10 +109,11 @@ async def open_gateway(
             fleet,
             link,
             dispatcher,
-            _routes(settings, services, catalogs, aliases, reconciler, aggregator),
+            _routes(settings, services, catalogs, aliases, reconciler, aggregator, load_link),
             aggregator,
             {
                 "count": aggregator.run,
+                "supervisor": load_link.run,
                 "pins": reconciler.follow,
                 "look up pins": reconciler.look_up,
                 "reconciler": reconciler.run,
@@ -189,6 +196,21 @@ def _call_at(when: float, call: Callable[[], None]) -> None:
     asyncio.get_running_loop().call_later(max(0.0, when - time.monotonic()), call)
 
 
+def _load_link(settings: Settings, run_dir: Path, index: int, dispatcher: Dispatcher) -> LoadLink:
+    """To the supervisor. Moves of adapters are asked for by the first process alone."""
+    moves = AdapterMoves(dispatcher.fleet, dispatcher.send_command) if index == 0 else None
+    bases = [m.model_id for m in settings.models]
+
+    def on_status(models: Mapping[str, ModelStatus]) -> None:
+        dispatcher.on_scaling(models)
+        if moves is not None:
+            moves.on_scaling(models)
+
+    link = LoadLink(run_dir, f"g{index}", lambda: dispatcher.loads(bases), on_status)
+    dispatcher.on_nobody_serves = link.nudge
+    return link
+
+
 def _services(
     settings: Settings,
     name: str,
@@ -235,6 +257,7 @@ def _routes(
     aliases: AliasStore,
     reconciler: Reconciler,
     aggregator: ProcessAggregator,
+    load_link: LoadLink,
 ) -> Routes:
     dispatcher, resolver, usage = services.dispatcher, services.resolver, services.usage
     scope = AdminScope(dispatcher, catalogs)
@@ -246,6 +269,7 @@ def _routes(
         AdapterAdmin(scope, actions, reconciler, usage, resolver),
         AliasAdmin(aliases, resolver, catalogs, dispatcher.fleet, dispatcher.send_command),
         aggregator,
+        ScalingAdmin(dispatcher, load_link, [m.model_id for m in settings.models]),
     )
 
 

@@ -14,6 +14,7 @@ from aiohttp import web
 from gateway.adapters.catalog import Catalog
 from gateway.admin.adapters import AdapterAdmin
 from gateway.admin.aliases import AliasAdmin
+from gateway.admin.autoscale import ScalingAdmin
 from gateway.api import schema
 from gateway.api.exchange import GenerationServices
 from gateway.api.generate import GenerationAPI
@@ -43,6 +44,7 @@ class Routes:
         admin: AdapterAdmin,
         aliases: AliasAdmin,
         aggregator: ProcessAggregator,
+        scaling: ScalingAdmin,
     ) -> None:
         self._dispatcher = services.dispatcher
         self._catalogs = catalogs
@@ -54,6 +56,7 @@ class Routes:
         self._admin = admin
         self._aliases = aliases
         self._aggregator = aggregator
+        self._scaling = scaling
         self._created = int(time.time())
         self._models = ModelList(catalogs, services.resolver.aliases, self._created)
         self._routes: dict[tuple[str, str], Handler] = {}
@@ -72,7 +75,11 @@ class Routes:
             ("GET", "/ready"): self.ready,
             ("GET", "/metrics"): self.metrics,
         }
-        operators = self._admin.routes() | self._aliases.routes()
+        operators = {
+            **self._admin.routes(),
+            **self._aliases.routes(),
+            **self._scaling.routes(),
+        }
         self._routes |= {
             route: self._guarded(handler, admin=True) for route, handler in operators.items()
         }
@@ -131,9 +138,17 @@ class Routes:
         return web.json_response({"status": "ok"})
 
     async def ready(self, request: web.BaseRequest) -> web.Response:
-        """200 once every configured base model has a worker that serves."""
+        """200 once every configured base model has a worker that serves, or may have none: a
+        request will start one.
+        """
         serving = {base: len(self._dispatcher.fleet.routable(base)) for base in self._catalogs}
-        ready = all(serving.values()) and not self._dispatcher.draining
+        asleep = {
+            base
+            for base, status in self._dispatcher.scaling.items()
+            if status.scales and not status.min_replicas
+        }
+        ready = all(n or base in asleep for base, n in serving.items())
+        ready = ready and not self._dispatcher.draining
         return web.json_response({"ready": ready, "workers": serving}, status=200 if ready else 503)
 
     async def metrics(self, request: web.BaseRequest) -> web.Response:

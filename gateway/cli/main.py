@@ -16,10 +16,11 @@ import uvloop
 
 from gateway.cli import adapters as adapter_commands
 from gateway.cli import aliases as alias_commands
+from gateway.cli import status as status_command
 from loraplex import __version__
 from loraplex.start import command
 from shared.config.handover import read_settings
-from shared.config.llm import Settings, engine_kwargs_problems
+from shared.config.llm import TARGET_SHARE, LLMConfig, Settings, engine_kwargs_problems
 from shared.errors import ConfigError, LoraplexError
 from shared.runtime.process import follow_parent
 
@@ -29,6 +30,7 @@ Serve many LoRA fine-tunes of one base model behind one OpenAI-compatible endpoi
   loraplex serve CONFIG      gateway and workers, all on this machine
   loraplex gateway CONFIG    only the gateway; workers connect to it from anywhere
   loraplex worker CONFIG --gateway tcp://HOST:PORT    one worker (a GPU or a tensor-parallel group)
+  loraplex status            workers of a running gateway: wanted, present, and why
   loraplex check CONFIG      say what is wrong with a config, and what it would start
   loraplex adapters ls       the adapters of a running gateway; also show, load, unload, pin, unpin,
                              prefetch, evict
@@ -126,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
     bench = verbs.add_parser("bench", help="measure a running server")
     bench.add_argument("what", choices=["load"], help="see `loraplex bench load --help`")
+    status_command.add_parser(verbs)
     adapter_commands.add_parser(verbs)
     alias_commands.add_parser(verbs)
     return parser
@@ -251,9 +254,28 @@ def _check(args: argparse.Namespace) -> int:
             else "no adapters"
         )
         print(f"{m.model_id}: {m.llm_engine}, {m.workers} worker(s){gpus}, {adapters}")
+        if (line := _scaling_line(m)) is not None:
+            print(f"  {line}")
     g = settings.gateway
     print(f"gateway: http://{g.host}:{g.port}, {g.processes} process(es)\nok")
     return 0
+
+
+def _scaling_line(model: LLMConfig) -> str | None:
+    """Between which bounds the model scales, and at which load."""
+    scaling = model.deployment_config.autoscaling_config
+    if scaling is None or not scaling.scales:
+        return None
+    how = (
+        "as given"
+        if scaling.target_ongoing_requests is not None
+        else f"{TARGET_SHARE:.0%} of the {model.runs_at_once} that a worker runs at once; its own "
+        "number holds once it serves"
+    )
+    return (
+        f"scales from {scaling.min_replicas} to {scaling.max_replicas}: one worker for each "
+        f"{model.target_ongoing_requests:g} requests ({how})"
+    )
 
 
 def _known_arguments() -> frozenset[str]:

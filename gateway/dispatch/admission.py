@@ -8,7 +8,7 @@ A flow that waits for a slot does not hold up others that need none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -158,13 +158,16 @@ class Admission(Generic[T]):
             ahead[ticket.base] = found[ticket.item] = ahead.get(ticket.base, 0) + 1
         return found
 
-    def expire(self, now: float) -> list[T]:
-        """Removes and returns the items whose time is over."""
+    def expire(self, now: float, held: Container[str] = ()) -> list[T]:
+        """Removes and returns the items whose time is over, but for those of base models in `held`:
+        for them a worker is on its way.
+        """
         late: list[Ticket[T]] = []
         for ticket in self._arrivals:
             if ticket.deadline > now:
                 break
-            late.append(ticket)
+            if ticket.base not in held:
+                late.append(ticket)
         for ticket in late:
             self.leave(ticket)
         return [ticket.item for ticket in late]

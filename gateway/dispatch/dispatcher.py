@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+from collections.abc import Callable, Iterable, Mapping
 
 from gateway.dispatch import fairness
 from gateway.dispatch.admission import Admission
@@ -20,10 +21,12 @@ from gateway.dispatch.membership import Membership
 from gateway.dispatch.outbox import Transport, WorkerOutbox
 from gateway.dispatch.placement import Placement
 from gateway.dispatch.request import InFlightRequest, routing_request_of
+from gateway.dispatch.scaling import ScalingState, model_loads
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.dispatch.streams import StreamTable
 from gateway.fleet.fleet import Fleet, Key, Lost, WorkerView
 from gateway.routing.policy import Blocked, Candidate, Defer, Policy, RoutingRequest
+from gateway.supervisor.autoscaling.reports import ModelLoad, ModelStatus
 from gateway.telemetry.ended_request import EndedRequest
 from gateway.telemetry.prometheus import Metrics
 from shared.adapters.identity import AdapterRef, StoredAdapter
@@ -72,6 +75,9 @@ class Dispatcher:
         self._commands = WorkerCommands(fleet, self._outbox, sids, unreachable)
         self._streams = StreamTable(self)
         self._keepalive = Keepalive(settings.keepalive_s)
+        self._scaling = ScalingState()
+        self.on_nobody_serves: Callable[[], None] = lambda: None
+        """Called when a request waits for a model that has no worker: one should be started."""
         self._open = 0
         self._draining = False
         self._alarm = math.inf  # when the policy wants to be asked again, whatever happens
@@ -125,6 +131,8 @@ class Dispatcher:
                 self._policy.left(request.routing_request, self.clock())
                 raise self._admission.bound(base).refusal(self._retry_after_s(base))
             self._admit_waiting(base, request.key)
+            if not self.fleet.routable(base):
+                self.on_nobody_serves()
         if request.asked.streams:
             self._keepalive.enter(request, request.t_start)
 
@@ -213,7 +221,7 @@ class Dispatcher:
         self._membership.expire(now)
         if self._draining:
             self._give_up_waiting()
-        for request in self._admission.expire(now):
+        for request in self._admission.expire(now, self._scaling.awaited(self.fleet)):
             after_s = self._retry_after_s(request.model.base)
             self._fail(request, Overloaded("No worker became free in time.", retry_after_s=after_s))
         self._send_comments(now)
@@ -221,6 +229,26 @@ class Dispatcher:
             self._alarm = math.inf
             for base in self._admission.bases():
                 self._admit_waiting(base)
+
+    # ---- the supervisor's side -------------------------------------------------------------------
+
+    @property
+    def scaling(self) -> Mapping[str, ModelStatus]:
+        """What the supervisor has said of each base model; empty without one."""
+        return self._scaling.models
+
+    def loads(self, bases: Iterable[str]) -> dict[str, ModelLoad]:
+        """What this process tells the supervisor."""
+        return model_loads(self.fleet, self._admission.items(), bases)
+
+    def on_scaling(self, models: Mapping[str, ModelStatus]) -> None:
+        """The supervisor's word: workers that retire get no new requests."""
+        self._scaling.models = models
+        for status in models.values():
+            for name in status.retiring:
+                worker = self.fleet.get(name)
+                if worker is not None and worker.routable:
+                    self._membership.leaves(worker, "scaled down")
 
     # ---- what follows from a frame (StreamOwner) -------------------------------------------------
 
@@ -303,14 +331,18 @@ class Dispatcher:
         turns = self._keepalive.turns(now)
         waiting = any(request.ticket is not None for request in turns)
         positions = self._admission.positions() if waiting else {}
+        awaited = self._scaling.awaited(self.fleet) if waiting else {}
         for request in turns:
-            request.sink.comment(comment(request, positions))
+            request.sink.comment(comment(request, positions, awaited))
 
     def _retry_after_s(self, base: str) -> float:
-        """A guess from what is known: queued requests over the places that serve them."""
+        """A guess from what is known: queued requests over the places that serve them. Where no
+        worker serves, the time that the next one takes to start.
+        """
         places = sum(w.beat.capacity for w in self.fleet.routable(base))
         if not places:
-            return NO_WORKER_RETRY_AFTER_S
+            start_s = self._scaling.start_s(base)
+            return max(MIN_RETRY_AFTER_S, start_s) if start_s else NO_WORKER_RETRY_AFTER_S
         guess_s = self._admission.depth(base) / places
         return max(MIN_RETRY_AFTER_S, min(MAX_RETRY_AFTER_S, guess_s))
 

@@ -7,11 +7,14 @@ them finds those whose turn it is: no timer and no task per request, nothing per
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from gateway.dispatch.lifecycle import RequestPhase
 from gateway.dispatch.request import InFlightRequest
 from shared.link.messages import Tier
+
+NOBODY_AWAITED: Mapping[str, float] = {}
 
 
 class Keepalive:
@@ -48,11 +51,19 @@ class Keepalive:
         return found
 
 
-def comment(request: InFlightRequest, tickets: Mapping[InFlightRequest, int]) -> bytes:
-    """What it waits for, as one SSE comment. `tickets` are positions in the queue; an adapter's
-    name holds no character that means something here.
+def comment(
+    request: InFlightRequest,
+    tickets: Mapping[InFlightRequest, int],
+    awaited: Mapping[str, float] = NOBODY_AWAITED,
+) -> bytes:
+    """What it waits for, as one SSE comment. `tickets` are positions in the queue, `awaited` the
+    base models whose first worker starts, with the seconds until it serves (0: unknown). An
+    adapter's name holds no character that means something here.
     """
     if request.life.phase is RequestPhase.QUEUED:
+        if (seconds := awaited.get(request.model.base)) is not None:
+            about = b", about %d s" % math.ceil(seconds) if seconds else b""
+            return b": starting a worker%b\n\n" % about
         return b": queued, position about %d\n\n" % tickets.get(request, 1)
     key = request.key
     if (

@@ -111,6 +111,13 @@ class Fleet:
     def routable(self, base: str) -> Sequence[WorkerView]:
         return self.pool(base).workers
 
+    def own_requests(self) -> dict[str, int]:
+        """This gateway's requests on the workers of each base model."""
+        counts: dict[str, int] = {}
+        for worker in self._workers.values():
+            counts[worker.beat.base] = counts.get(worker.beat.base, 0) + len(worker.reserved)
+        return counts
+
     def beat(self, beat: Heartbeat, now: float) -> list[FleetEvent]:
         """Takes a heartbeat. An older sequence or epoch is ignored; a newer epoch replaces
         everything known of the worker.

@@ -8,6 +8,7 @@ forks the workers).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -15,22 +16,23 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
 import msgspec
 
+from gateway.supervisor.autoscaling.workforce import StartWorker, Workforce
 from gateway.supervisor.endpoints import endpoints
 from gateway.supervisor.listening import check_address
+from gateway.supervisor.scaling import Scaling, make_workforce
 from loraplex.start import command
 from shared.config.handover import write_settings
 from shared.config.llm import LLMConfig, Settings
 from shared.errors import ConfigError, LoraplexError
 from shared.runtime import children
 from shared.runtime.children import Child, Zygote
-from shared.runtime.process import count_gpus, on_stop_signals
+from shared.runtime.process import on_stop_signals, visible_gpus
 
 log = logging.getLogger("loraplex.serve")
 
@@ -39,37 +41,6 @@ BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # between restarts of one process; the 
 STEADY_S = 60.0  # a process that ran this long starts again with the first back-off
 # a worker that never served and ended this often will not serve the next time either
 FIRST_TRIES = 2
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSpec:
-    """One worker to keep alive. `gpus` are indices for CUDA_VISIBLE_DEVICES; empty on a CPU
-    host.
-    """
-
-    name: str
-    model: LLMConfig
-    gpus: tuple[int, ...]
-
-
-def plan_workers(settings: Settings, gpus: int) -> list[WorkerSpec]:
-    """Names and GPUs for every worker of the file: `gpus` devices are handed out in order. Raises
-    ConfigError if they are too few.
-    """
-    specs: list[WorkerSpec] = []
-    free = list(range(gpus))
-    for model in settings.models:
-        need = model.gpus_per_worker if gpus and model.llm_engine != "sim" else 0
-        for _ in range(model.workers):
-            if len(free) < need:
-                raise ConfigError(
-                    f"the workers of {settings.source or 'this config'} need more GPUs "
-                    f"than the {gpus} found; "
-                    "lower num_replicas (or min_replicas), or tensor_parallel_size"
-                )
-            mine, free = tuple(free[:need]), free[need:]
-            specs.append(WorkerSpec(f"w{len(specs)}", model, mine))
-    return specs
 
 
 class Supervisor:
@@ -81,11 +52,14 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._live: dict[str, Child] = {}
+        self._ending: dict[str, asyncio.Event] = {}  # set once a worker is to end for good
+        self._config = ""
         self._zygote: Zygote | None = None
         self._failure: str | None = None
         self._run_dir = Path(tempfile.mkdtemp(prefix="loraplex-"))
         self._was_ready = False
         self._example: str | None = None
+        self._workforce: Workforce
         self.port = 0
 
     async def run(self, ready: Callable[[int, str | None], None]) -> int:
@@ -97,14 +71,17 @@ class Supervisor:
         on_stop_signals(lambda sig: self._stop(None))
         try:
             check_address(self._settings.gateway)
-            specs = plan_workers(self._settings, count_gpus())
-            config = str(write_settings(self._settings, self._run_dir))
-            await self._start_gateways(config)
-            await self._start_workers(specs, config)
-            if not self._stopping.is_set() and await self._until_ready(len(specs)):
-                self._was_ready = True
-                ready(self.port, self._example)
-            await self._stopping.wait()
+            self._workforce = make_workforce(self._settings, visible_gpus())
+            self._config = str(write_settings(self._settings, self._run_dir))
+            scaling = Scaling(self._workforce, self._run_dir, self._start_worker, self._end_worker)
+            async with scaling.open():
+                await self._start_gateways(self._config)
+                await self._open_zygote()
+                self._watch(asyncio.create_task(scaling.run(), name="scaling"))
+                if await self._until_ready():
+                    self._was_ready = True
+                    ready(self.port, self._example)
+                await self._stopping.wait()
         except LoraplexError as exc:
             self._failure = exc.message
         finally:
@@ -151,78 +128,107 @@ class Supervisor:
             await asyncio.wait([ended], timeout=0.05)
         ended.cancel()
 
-    async def _start_workers(self, specs: list[WorkerSpec], config: str) -> None:
-        env = self._thread_env(len(specs))
-        forked = any(s.model.llm_engine != "sim" and not s.gpus for s in specs)
-        if forked:
+    async def _open_zygote(self) -> None:
+        if any(m.llm_engine != "sim" and not self._takes_gpus(m) for m in self._settings.models):
             self._say("importing vLLM (about 10 s) ...")
-            self._zygote = await Zygote.open(env)
-        if specs:
-            self._say(f"starting {len(specs)} worker{'s' if len(specs) > 1 else ''} ...")
-        for spec in specs:
-            argv = self._worker_argv(spec, config)
-            start = self._starter(spec, argv, env)
-            self._keep(spec.name, await start(), start)
+            self._zygote = await Zygote.open(self._thread_env())
+        first = sum(m.workers for m in self._settings.models)
+        if first:
+            self._say(f"starting {first} worker{'s' if first > 1 else ''} ...")
 
-    def _worker_argv(self, spec: WorkerSpec, config: str) -> list[str]:
+    async def _start_worker(self, action: StartWorker) -> None:
+        """Starts it and keeps it alive until it is told to end."""
+        if self._stopping.is_set():
+            return
+        model = self._settings.model(action.model)
+        assert model is not None
+        start = self._starter(action, model)
+        self._ending[action.worker] = asyncio.Event()
+        self._keep(action.worker, await start(), start)
+
+    def _end_worker(self, name: str) -> None:
+        """It has nothing to do any more."""
+        self._ending[name].set()
+        child = self._live.get(name)
+        if child is not None:
+            g = self._settings.gateway
+            ended = children.end(child, g.drain_s + g.kill_s, g.kill_s)
+            self._watch(asyncio.create_task(_result(ended), name=f"end {name}"))
+
+    @staticmethod
+    def _takes_gpus(model: LLMConfig) -> bool:
+        return bool(model.gpus_per_worker and visible_gpus())
+
+    def _worker_argv(self, worker: str, model: LLMConfig) -> list[str]:
         where = [
             endpoints(self._settings, i, self._run_dir).control
             for i in range(self._settings.gateway.processes)
         ]
         gateways = [part for endpoint in where for part in ("--gateway", endpoint)]
-        return [config, "--model", spec.model.model_id, "--worker", spec.name, *gateways]
+        return [self._config, "--model", model.model_id, "--worker", worker, *gateways]
 
     def _starter(
-        self, spec: WorkerSpec, argv: list[str], env: dict[str, str]
+        self, action: StartWorker, model: LLMConfig
     ) -> Callable[[], asyncio.Future[Child]]:
+        argv = self._worker_argv(action.worker, model)
+
         async def start() -> Child:
-            if self._zygote is not None and spec.model.llm_engine != "sim" and not spec.gpus:
+            if self._zygote is not None and model.llm_engine != "sim" and not action.devices:
                 return await self._zygote.start(argv, {})
-            gpu_env = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, spec.gpus))} if spec.gpus else {}
-            return await children.start(command("worker", *argv), {**env, **gpu_env})
+            devices = ",".join(action.devices)
+            gpu_env = {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
+            env = {**self._thread_env(), **gpu_env}
+            return await children.start(command("worker", *argv), env)
 
         return lambda: asyncio.ensure_future(start())
 
-    def _thread_env(self, workers: int) -> dict[str, str]:
-        """CPU workers share the cores: more threads than cores would only wait for each other."""
+    def _thread_env(self) -> dict[str, str]:
+        """CPU workers share the cores: more threads than cores would only wait for each other. The
+        workers that may come later count too, but at most one per core.
+        """
         if "OMP_NUM_THREADS" in os.environ:
             return {}
-        return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // max(1, workers)))}
+        cores = os.cpu_count() or 1
+        most = 0
+        for model in self._settings.models:
+            scaling = model.deployment_config.autoscaling_config
+            most += model.workers if scaling is None else scaling.max_replicas
+        first = sum(model.workers for model in self._settings.models)
+        workers = max(1, first, min(most, cores))
+        return {"OMP_NUM_THREADS": str(max(1, cores // workers))}
 
-    async def _until_ready(self, workers: int) -> bool:
-        """True once /ready says so for all workers; False if we stop before that."""
-        host = self._settings.gateway.host.replace("0.0.0.0", "127.0.0.1").replace("::", "[::1]")
-        async with aiohttp.ClientSession() as client:
-            while not self._stopping.is_set():
-                try:
-                    async with client.get(f"http://{host}:{self.port}/ready") as answer:
-                        if sum((await answer.json())["workers"].values()) >= workers:
-                            self._example = await self._adapter(
-                                client, f"http://{host}:{self.port}/v1/models"
-                            )
-                            return True
-                except aiohttp.ClientError:
-                    pass
-                try:
-                    async with asyncio.timeout(0.2):
-                        await self._stopping.wait()
-                except TimeoutError:
-                    continue
+    async def _until_ready(self) -> bool:
+        """True once all workers that are wanted serve; False if we stop before that."""
+        while not self._stopping.is_set():
+            if self._workforce.complete:
+                self._example = await self._adapter()
+                return True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await self._stopping.wait()
         return False
 
-    async def _adapter(self, client: aiohttp.ClientSession, url: str) -> str | None:
+    async def _adapter(self) -> str | None:
         """An adapter to show how one is asked for; None if there are none, or if models are only
         told to those with a key.
         """
-        async with client.get(url) as answer:
-            if answer.status != 200:
-                return None
-            return next((m["id"] for m in (await answer.json())["data"] if m["parent"]), None)
+        host = self._settings.gateway.host.replace("0.0.0.0", "127.0.0.1").replace("::", "[::1]")
+        url = f"http://{host}:{self.port}/v1/models"
+        try:
+            async with aiohttp.ClientSession() as client, client.get(url) as answer:
+                if answer.status != 200:
+                    return None
+                models = (await answer.json())["data"]
+                return next((m["id"] for m in models if m["parent"]), None)
+        except aiohttp.ClientError:
+            return None
 
     # ---- keeping alive ---------------------------------------------------------------------------
 
     def _keep(self, name: str, child: Child, start: Callable[[], object]) -> None:
-        task = asyncio.create_task(self._keep_alive(name, child, start), name=f"keep {name}")
+        self._watch(asyncio.create_task(self._keep_alive(name, child, start), name=f"keep {name}"))
+
+    def _watch(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._on_keep_alive_end)
 
@@ -230,6 +236,7 @@ class Supervisor:
         """A task that failed keeps nothing alive any more (the zygote may be gone): better to
         end, and be started again, than to serve less.
         """
+        self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:
             self._stop(
@@ -242,17 +249,21 @@ class Supervisor:
         going.
         """
         tries = 0
+        ending = self._ending.get(name, asyncio.Event())
         while True:
             self._live[name] = child
             began = time.monotonic()
             status = await child.wait()
             del self._live[name]
+            if ending.is_set():
+                self._workforce.gone(name)
+                return
             if self._stopping.is_set():
                 return
             ran_s = time.monotonic() - began
             tries = 1 if ran_s > STEADY_S else tries + 1
             # 2: it refused its configuration
-            if status == 2 or (tries >= FIRST_TRIES and not self._was_ready):
+            if not self._was_ready and (status == 2 or tries >= FIRST_TRIES):
                 self._stop(f"{name} cannot start (its message is above)")
                 return
             wait_s = BACKOFF_S[min(tries, len(BACKOFF_S)) - 1]
@@ -260,12 +271,19 @@ class Supervisor:
                 "process ended, starting it again",
                 extra={"which": name, "status": status, "after_s": round(ran_s, 1), "in_s": wait_s},
             )
-            try:
-                async with asyncio.timeout(wait_s):
-                    await self._stopping.wait()
+            if await self._pause(wait_s, ending):
+                self._workforce.gone(name)
                 return
-            except TimeoutError:
-                child = await start()  # type: ignore[misc]
+            self._workforce.restarted(name, time.monotonic())
+            child = await start()  # type: ignore[misc]
+
+    async def _pause(self, seconds: float, ending: asyncio.Event) -> bool:
+        """True if we, or this one process, are told to end within it."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._stopping, ending)]
+        done, _ = await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        return bool(done)
 
     def _stop(self, failure: str | None) -> None:
         if self._stopping.is_set() and failure is None:
@@ -277,6 +295,9 @@ class Supervisor:
     async def _shut_down(self) -> None:
         """Gateways drain first, while their workers still answer; then the workers."""
         self._stopping.set()
+        for task in self._tasks:
+            if task.get_name() == "scaling":
+                task.cancel()
         g = self._settings.gateway
         if self._live:
             self._say("stopping (running requests may finish; Ctrl-C again to end at once) ...")
@@ -286,3 +307,7 @@ class Supervisor:
         if self._zygote is not None:
             await self._zygote.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def _result(ended: Awaitable[object]) -> None:
+    await ended

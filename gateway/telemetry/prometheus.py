@@ -17,6 +17,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from gateway.fleet.fleet import Fleet
+from gateway.supervisor.autoscaling.reports import ModelStatus
 from gateway.telemetry.counters import CounterSet, Distribution, Snapshot
 from gateway.telemetry.ended_request import EndedRequest
 from shared.link.messages import WorkerState
@@ -60,6 +61,10 @@ DISTRIBUTIONS: dict[str, tuple[str, tuple[str, ...], Sequence[float]]] = {
 }
 GAUGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "queue_depth": ("Requests that wait for a worker in one gateway process.", ("base", "process")),
+    "ongoing_requests": (
+        "Requests of one gateway process that wait or run: the load that scaling looks at.",
+        ("base", "process"),
+    ),
 }
 BOUNDS = {name: bounds for name, (_, _, bounds) in DISTRIBUTIONS.items()}
 WITHOUT_LABELS = [(name,) for name, (_, labels) in COUNTERS.items() if not labels]
@@ -93,9 +98,14 @@ class Metrics:
         self._counters = CounterSet(BOUNDS)
         self._aliases: set[tuple[str, str, str]] = set()
         self._adapters: set[tuple[str, str]] = set()
+        self._scaling: Callable[[], Mapping[str, ModelStatus]] = dict
         self._of_base: dict[str, tuple[Distribution, Distribution, Distribution, Distribution]] = {}
         for key in WITHOUT_LABELS:
             self._counters.count(key, 0)
+
+    def watch_scaling(self, scaling: Callable[[], Mapping[str, ModelStatus]]) -> None:
+        """`scaling` is what the supervisor has said last of each base model."""
+        self._scaling = scaling
 
     # ---- counting --------------------------------------------------------------------------------
 
@@ -173,6 +183,12 @@ class Metrics:
             (("queue_depth", base, self.process), float(depth()))
             for base, depth in self._watched.queued.items()
         ]
+        if self._watched.fleet is not None:
+            own = self._watched.fleet.own_requests()
+            gauges += [
+                (("ongoing_requests", base, self.process), float(depth() + own.get(base, 0)))
+                for base, depth in self._watched.queued.items()
+            ]
         return self._counters.snapshot(self.process, gauges)
 
     def restore(self, before: Snapshot) -> None:
@@ -198,6 +214,7 @@ class Metrics:
         if self._watched.fleet is not None:
             registry.register(FleetCollector(self._watched.fleet))
         registry.register(VersionCollector(self._watched.refused))
+        registry.register(ScalingCollector(self._scaling()))
         return registry
 
     def _adapter_label(self, base: str, adapter: str) -> str:
@@ -338,3 +355,21 @@ class VersionCollector(Collector):
         for base, count in self._refused.items():
             gauge.add_metric([base], count())
         return [gauge]
+
+
+class ScalingCollector(Collector):
+    """The supervisor's numbers; nothing where nobody scales."""
+
+    def __init__(self, models: Mapping[str, ModelStatus]) -> None:
+        self._models = models
+
+    def collect(self) -> Iterable[Metric]:
+        workers = GaugeMetricFamily(
+            "loraplex_workers",
+            "Workers of this machine: wanted, serving, starting and draining.",
+            labels=["base", "state"],
+        )
+        for base, status in self._models.items():
+            for state in ("wanted", "serving", "starting", "draining"):
+                workers.add_metric([base, state], getattr(status, state))
+        return [workers]

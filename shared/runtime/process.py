@@ -32,16 +32,23 @@ def on_stop_signals(stop: Callable[[str], None]) -> None:
         loop.add_signal_handler(sig, stop, sig.name)
 
 
-def count_gpus() -> int:
-    """NVIDIA devices that this process may use: those of CUDA_VISIBLE_DEVICES, else all that the
-    driver shows.
+def visible_gpus() -> list[str]:
+    """NVIDIA devices that this process may use, as CUDA_VISIBLE_DEVICES names them: those of that
+    variable, else all that the driver shows.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([v for v in visible.split(",") if v.strip()])
-    devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if devices or shutil.which("nvidia-smi") is None:
-        return devices
-    # containers may hide the device files
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+        names = [name.strip() for name in visible.split(",")]
+        # CUDA ignores all from the first that is none on
+        end = next((n for n, name in enumerate(names) if name in ("", "-1")), len(names))
+        return names[:end]
+    count = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if not count and shutil.which("nvidia-smi") is not None:
+        # containers may hide the device files
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+        count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return [str(n) for n in range(count)]
+
+
+def count_gpus() -> int:
+    return len(visible_gpus())

@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from gateway.supervisor.autoscaling import bottlenecks
-from gateway.supervisor.autoscaling.decision import Decision, Wish, decide, rules_of
+from gateway.supervisor.autoscaling.decision import (
+    ELAPSED_TOLERANCE_S,
+    Decision,
+    Wish,
+    decide,
+    rules_of,
+)
 from gateway.supervisor.autoscaling.load import LoadWindow
 from gateway.supervisor.autoscaling.reports import ModelLoad, WorkerLoad
 from shared.config.deployment import TARGET_SHARE, AutoscalingConfig
@@ -102,8 +108,9 @@ class Autoscaler:
 
     def decide(self, now: float, running: list[str]) -> Decision:
         """`running`: the workers that serve and stay."""
-        for process in [p for p, at in self._heard.items() if now - at >= self.silence_s]:
-            self.forget(process)
+        for process, at in list(self._heard.items()):
+            if now - at + ELAPSED_TOLERANCE_S >= self.silence_s:
+                self.forget(process)
         ongoing = self._requests.value(now, {QUEUE, *running})
         serving = [load for name, load in self.serving().items() if name in running]
         amounts = {

@@ -16,6 +16,7 @@ import pytest
 from gateway.cli.main import _parser
 from gateway.telemetry import prometheus
 from shared.config.aliases import AliasConfig
+from shared.config.deployment import AutoscalingConfig, AutoscalingPolicy, BottleneckConfig
 from shared.config.gateway import GatewayConfig, LinkConfig, RoutingPolicy
 from shared.config.parts import LoraConfig, StoreConfig
 from shared.errors import LoraplexError
@@ -31,7 +32,7 @@ TODAY = ["README.md", "CONTRIBUTING.md", *MANUALS]
 """Pages that speak of the tree as it is; notes and the changelog speak of their own day."""
 OPERATOR_PAGES = [
     "README.md",
-    *(f"docs/{n}.md" for n in ("CONFIG", "ADAPTERS", "OPERATIONS", "DEPLOY")),
+    *(f"docs/{n}.md" for n in ("CONFIG", "ADAPTERS", "OPERATIONS", "SCALING", "DEPLOY")),
 ]
 ENGINEER_PAGES = [
     f"docs/{n}.md" for n in ("ARCHITECTURE", "FIRST-DAY", "PERFORMANCE", "PROTOCOL", "ROUTING")
@@ -198,6 +199,12 @@ def test_the_defaults_on_the_config_page_are_those_of_the_code() -> None:
         if key in rows and rows[key] != (shown := _shown(getattr(given, key)))
     }
     assert wrong == {}
+
+
+@pytest.mark.parametrize("section", [AutoscalingConfig, BottleneckConfig, AutoscalingPolicy])
+def test_the_scaling_page_has_every_key(section: Any) -> None:
+    text = read("docs/SCALING.md")
+    assert sorted(key for key in section.__struct_fields__ if key not in text) == []
 
 
 def test_the_routing_page_has_every_policy() -> None:
