@@ -104,8 +104,8 @@ async def _http(routes: Routes, settings: Settings) -> AsyncIterator[int]:
 
 
 async def _tick(dispatcher: Dispatcher) -> None:
-    """Regular ticks. After this process (or its machine) stood still, the workers' beats lie unread:
-    one tick is left out, so that they are read first.
+    """Regular ticks. After this process (or its machine) stood still, the workers' heartbeats lie
+    unread: one tick is left out, so that they are read first.
     """
     waited = False
     while True:

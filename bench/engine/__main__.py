@@ -1,7 +1,8 @@
 """Shell. `python -m bench.engine` (`make bench-engine`): Loraplex beside vLLM's own server, same
 engine arguments, on the demo model.
 
-    python -m bench.engine                                    1, 16 and 64 streams, base and 8 adapters, 3 interleaved rounds
+    python -m bench.engine
+        # 1, 16 and 64 streams, base and 8 adapters, 3 interleaved rounds
     python -m bench.engine --levels 1,16,64,256,512 --rounds 5 --servers loraplex,vllm
     python -m bench.engine --levels 64 --rounds 5 --servers loraplex,vllm
 
@@ -14,15 +15,12 @@ end (the worker, or vLLM's API server) and the engine below it.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import datetime
-import json
 import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,18 +31,18 @@ import uvloop
 import yaml
 
 from bench import ROOT
+from bench.cluster import start_gateway, start_worker, until_listening
 from bench.gateways.__main__ import commit
-from bench.gateways.peers.process import (
-    LOOK_AGAIN_S,
+from bench.load.__main__ import measure, raise_open_files_limit
+from bench.load.options import parse
+from bench.load.report import document
+from bench.process import (
     NotStarted,
     Process,
     free_ports,
     tree,
     until_answers,
 )
-from bench.load.__main__ import measure, raise_open_files_limit
-from bench.load.options import parse
-from bench.load.report import document
 from worker.engine.factory import VLLM_CPU_ENV, VLLM_ENV
 
 DEMO = ROOT / "examples" / "demo"
@@ -244,24 +242,10 @@ async def loraplex(folder: Path) -> AsyncIterator[list[RunningServer]]:
     path = folder / "loraplex.yaml"
     path.write_text(yaml.safe_dump(config))
     with contextlib.ExitStack() as stack:
-        argv = [sys.executable, "-m", "gateway", str(path), "--run-dir", str(folder / "run")]
-        gateway = Process(argv, folder / "gateway.log", cwd=ROOT)
+        gateway = start_gateway(path, folder / "run", folder / "gateway.log")
         stack.callback(gateway.stop)
-        facts = folder / "run" / "g0.json"
-        deadline = time.monotonic() + BOOT_S
-        while not facts.exists():
-            if not gateway.running or time.monotonic() > deadline:
-                raise NotStarted(f"the gateway did not start: {gateway.last_words()}")
-            await asyncio.sleep(LOOK_AGAIN_S)
-        argv = [
-            sys.executable,
-            "-m",
-            "worker",
-            str(path),
-            "--gateway",
-            json.loads(facts.read_text())["control"],
-        ]
-        worker = Process(argv, folder / "worker.log", ENV, cwd=ROOT)
+        control = await until_listening(gateway, folder / "run")
+        worker = start_worker(path, "w0", [control], folder / "worker.log", env=ENV)
         stack.callback(worker.stop)
         try:
             await until_answers(port, "/ready", gateway, BOOT_S)

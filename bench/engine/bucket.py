@@ -1,7 +1,8 @@
 """Shell. An S3 server of the benchmark's own: moto's, in a process of its own, behind a line of a
 known bandwidth where that is wanted.
 
-python -m bench.engine.bucket HOST PORT BYTES_PER_S LATENCY_S    the line: prints its URL, ends with its parent
+    python -m bench.engine.bucket HOST PORT BYTES_PER_S LATENCY_S
+        # the line: prints its URL, ends with its parent
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from urllib.parse import quote, urlsplit
 import uvloop
 
 from bench import ROOT
-from bench.gateways.peers.process import Process, free_ports, until_answers
+from bench.process import Process, free_ports, until_answers
 from shared.runtime.parent_death import die_with_parent
 
 READY_S = 60.0

@@ -2,9 +2,12 @@
 model) with adapters in S3 behind a line of known bandwidth.
 
     python -m bench.engine.cold                          all three parts
-    python -m bench.engine.cold --parts first --json F   first: one cold adapter after another, taken apart; beside it the same adapter warm
-    python -m bench.engine.cold --parts many             many: so many cold adapters at once on two workers, and what a warm one notices
-    python -m bench.engine.cold --parts catalog          catalog: a bucket of 1,000 and of 10,000 adapters and no worker
+    python -m bench.engine.cold --parts first --json F
+        # first: one cold adapter after another, taken apart; beside it the same adapter warm
+    python -m bench.engine.cold --parts many
+        # many: so many cold adapters at once on two workers, and what a warm one notices
+    python -m bench.engine.cold --parts catalog
+        # catalog: a bucket of 1,000 and of 10,000 adapters and no worker
 
 Each part prints its bound and the ratio to it. Bandwidth is what plain GETs get of the line: just
 before each cold adapter on one connection (they are a single part), before the many on four.
@@ -31,8 +34,10 @@ from typing import Any, TypeAlias
 import msgspec
 import uvloop
 
+from bench.cluster import until
 from bench.engine.bucket import CREDENTIALS, LocalBucket, behind_line, open_bucket
 from bench.engine.cold_cluster import (
+    BOOT_S,
     PROBE,
     PROBE_BYTES,
     ColdCluster,
@@ -40,14 +45,13 @@ from bench.engine.cold_cluster import (
     ask,
     cluster,
     line_bytes_per_s,
-    until,
 )
 from bench.gateways.__main__ import commit
 from bench.gateways.growth import write_adapters
-from bench.gateways.peers.process import NotStarted
 from bench.load.__main__ import cpu_model
 from bench.load.client import LoadClient
 from bench.load.measure import percentile
+from bench.process import NotStarted
 from shared.stores import open_store
 
 SLACK_S, FACTOR = 0.020, 1.2  # of the target for a cold first token
@@ -346,7 +350,8 @@ async def catalog(folder: Path, flags: argparse.Namespace) -> Figures:
 
 async def _catalog_of(folder: Path, bucket: LocalBucket, count: int) -> Figures:
     async with cluster(folder, bucket) as c:
-        await until(lambda: c.events("gateway", "adapters listed"), c.gateway)
+        listed = functools.partial(c.events, "gateway", "adapters listed")
+        await until(listed, c.gateway, BOOT_S, "the gateway's listing")
         await asyncio.sleep(1.0)  # what the listing left behind is freed
         rss = c.gateway.usage().rss_bytes
         known = await c.models() - 1

@@ -9,9 +9,8 @@ import contextlib
 import functools
 import json
 import struct
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ import numpy as np
 import yaml
 
 from bench import ROOT
+from bench.cluster import start_gateway, start_worker, until, until_listening
 from bench.engine.bucket import CREDENTIALS, SIGNED, LocalBucket
-from bench.gateways.peers.process import LOOK_AGAIN_S, NotStarted, Process, free_ports
 from bench.load.client import LoadClient
 from bench.load.measure import Meter
 from bench.load.reply import LoadReply
+from bench.process import Process, free_ports
 from shared.stores.transfer import PARTS_PER_ADAPTER
 from worker.engine.factory import VLLM_CPU_ENV, VLLM_ENV
 
@@ -101,42 +101,20 @@ async def cluster(
         | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     )
     with contextlib.ExitStack() as stack:
-        gateway = Process(
-            [sys.executable, "-m", "gateway", str(path), "--run-dir", str(folder / "run")],
-            folder / "gateway.log",
-            CREDENTIALS,
-            ROOT,
-        )
+        run_dir = folder / "run"
+        gateway = start_gateway(path, run_dir, folder / "gateway.log", env=CREDENTIALS)
         stack.callback(gateway.stop)
-        facts = folder / "run" / "g0.json"
-        await until(facts.exists, gateway)
-        control = json.loads(facts.read_text())["control"]
+        control = await until_listening(gateway, run_dir)
         started = []
         for name in workers:
-            argv = [
-                sys.executable,
-                "-m",
-                "worker",
-                str(path),
-                "--worker",
-                name,
-                "--gateway",
-                control,
-            ]
-            started.append(Process(argv, folder / f"{name}.log", env, ROOT))
+            log = folder / f"{name}.log"
+            started.append(start_worker(path, name, [control], log, env=env))
             stack.callback(started[-1].stop)
         made = ColdCluster(f"http://127.0.0.1:{port}", folder, gateway, tuple(workers))
         for name, process in zip(workers, started, strict=True):
-            await until(functools.partial(made.events, name, "serving"), process)
+            serving = functools.partial(made.events, name, "serving")
+            await until(serving, process, BOOT_S, f"worker {name}")
         yield made
-
-
-async def until(true: Callable[[], object], process: Process) -> None:
-    deadline = time.monotonic() + BOOT_S
-    while not true():
-        if not process.running or time.monotonic() > deadline:
-            raise NotStarted(process.last_words())
-        await asyncio.sleep(LOOK_AGAIN_S)
 
 
 async def ask(client: LoadClient, adapter: str, tokens: int) -> tuple[float, LoadReply]:

@@ -9,12 +9,17 @@ of importance; none begins that would not end within `--budget-s`. A boot takes 
 under a limit of 9 minutes a call has time for one server and all rows of a kind, for both one after
 the other and few rows, or for both at once:
 
-    python -m bench.engine.gpu --out results --together --rows zipf,stall,adapters    both servers up, measured in turns
-    python -m bench.engine.gpu --out results --servers loraplex --rows base           one server with the GPU to itself, and in another call
+    python -m bench.engine.gpu --out results --together --rows zipf,stall,adapters
+        # both servers up, measured in turns
+    python -m bench.engine.gpu --out results --servers loraplex --rows base
+        # one server with the GPU to itself, and in another call
     python -m bench.engine.gpu --out results --servers vllm --rows base               the other
-    python -m bench.engine.gpu --out results --defaults --rows adapters               each server's own defaults, but for slots, rank and context
-    python -m bench.engine.gpu --out results --servers loraplex --loraplex-arg specialize_active_lora=true --label spec
-    python -m bench.engine.gpu --report results/*.jsonl                               one table and the ratios of what several calls have measured
+    python -m bench.engine.gpu --out results --defaults --rows adapters
+        # each server's own defaults, but for slots, rank and context
+    python -m bench.engine.gpu --out results --servers loraplex --loraplex-arg \\
+        specialize_active_lora=true --label spec
+    python -m bench.engine.gpu --report results/*.jsonl
+        # one table and the ratios of what several calls have measured
 
 `--together` gives each server a GPU of its own where the host has two. Else it halves the GPU: each
 has 45% of its memory and, said in bytes, the same KV cache; on 80 GB that leaves 10 GiB of KV cache

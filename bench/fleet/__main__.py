@@ -4,8 +4,10 @@ and 8 of them, or with the simulated engine.
     python -m bench.fleet --engine vllm --workers 2,4,8 --budget 560 --parts scale,policies
     python -m bench.fleet --engine vllm --workers 2,4,8 --budget 560 --parts base,kill
     python -m bench.fleet --engine vllm --workers 8 --budget 560 --parts mixed
-    python -m bench.fleet --engine vllm --workers 4 --budget 560 --parts policies --rps 8,10    a load that the slots hold
-    python -m bench.fleet --engine sim --workers 2,4,8                                the rehearsal, no GPU
+    python -m bench.fleet --engine vllm --workers 4 --budget 560 --parts policies --rps 8,10
+        # a load that the slots hold
+    python -m bench.fleet --engine sim --workers 2,4,8
+        # the rehearsal, no GPU
 
 Parts: `scale` saturates every size of fleet in a closed loop over all adapters, `base` with the
 base model alone; `policies` sends Poisson arrivals at 70% and 95% of the largest one's capacity (or
@@ -40,8 +42,8 @@ from bench.fleet.plan import PARTS, POLICIES, FleetRow, FleetTimes, Plan, fit, r
 from bench.fleet.run import Runner, Volume, read
 from bench.fleet.served import PAIR, Served, real, simulated
 from bench.gateways.__main__ import RESULTS, commit
-from bench.gateways.peers.process import NotStarted
 from bench.load.__main__ import raise_open_files_limit
+from bench.process import NotStarted
 from shared.runtime.process import count_gpus
 
 SCHEMA = "loraplex.bench.fleet/1"

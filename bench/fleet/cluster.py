@@ -25,9 +25,10 @@ from typing import Any
 import msgspec
 
 from bench import ROOT
+from bench.cluster import start_gateway, start_worker, until, until_listening
 from bench.fleet.figures import Seen, together
 from bench.fleet.served import MODEL, PAIR_ENV, Served
-from bench.gateways.peers.process import (
+from bench.process import (
     LOOK_AGAIN_S,
     NotStarted,
     Process,
@@ -38,7 +39,6 @@ from bench.gateways.peers.process import (
 )
 from shared.runtime.process import PARENT_ENV
 
-GATEWAY_START_S = 60.0
 REJOIN_S = 30.0
 STOP_GENERATORS_S = 150.0
 ORPHANS_S = 10.0  # children of a killed worker may take so long to notice
@@ -103,31 +103,22 @@ class FleetCluster:
             for size in known
             for i in range(self.gateway_processes)
         ]
-        argv = [
-            sys.executable,
-            "-m",
-            "worker",
-            str(self._config("worker", 0)),
-            "--model",
-            model,
-            "--worker",
-            name,
-        ]
-        argv += [part for endpoint in endpoints for part in ("--gateway", endpoint)]
         self.models[name] = model
-        self.workers[name] = Process(
-            argv, self.work / WORKER_LOG.format(name), env=self._worker_env(number, model), cwd=ROOT
+        self.workers[name] = start_worker(
+            self._config("worker", 0),
+            name,
+            endpoints,
+            self.work / WORKER_LOG.format(name),
+            model=model,
+            env=self._worker_env(number, model),
         )
         return self.workers[name]
 
     async def until_serving(self, name: str, times: int = 1) -> None:
         """Until the worker has said so the `times`-th time in its log. Raises NotStarted."""
-        deadline = time.monotonic() + self.boot_s
-        while self.times_served(name) < times:
-            process = self.workers[name]
-            if not process.running or time.monotonic() > deadline:
-                raise NotStarted(f"worker {name} does not serve: {process.last_words()}")
-            await asyncio.sleep(LOOK_AGAIN_S)
+        process = self.workers[name]
+        served = lambda: self.times_served(name) >= times  # noqa: E731
+        await until(served, process, self.boot_s, f"worker {name}")
 
     def times_served(self, name: str) -> int:
         return sum(1 for _ in self._events("worker", name, "serving"))
@@ -186,21 +177,10 @@ class FleetCluster:
         processes: list[Process] = []
         with contextlib.ExitStack() as stack:
             for index in range(self.gateway_processes):
-                facts = run_dir / f"g{index}.json"
-                facts.unlink(missing_ok=True)
-                argv = [
-                    sys.executable,
-                    "-m",
-                    "gateway",
-                    str(config),
-                    "--index",
-                    str(index),
-                    "--run-dir",
-                    str(run_dir),
-                ]
-                processes.append(Process(argv, log, env={PARENT_ENV: str(os.getpid())}, cwd=ROOT))
+                env = {PARENT_ENV: str(os.getpid())}
+                processes.append(start_gateway(config, run_dir, log, index=index, env=env))
                 stack.callback(processes[-1].stop)
-                await _until(facts.exists, processes[-1], GATEWAY_START_S, "the gateway")
+                await until_listening(processes[-1], run_dir, index)
             wanted = size or self.mixed_singles + 1
             await self._until_joined(processes, wanted)
             yield FleetGateway(f"http://127.0.0.1:{self.port}", processes, log)
@@ -278,14 +258,6 @@ def _alive(pid: int) -> bool:
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
-
-
-async def _until(condition: Any, process: Process, timeout_s: float, what: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if not process.running or time.monotonic() > deadline:
-            raise NotStarted(f"{what} did not start: {process.last_words()}")
-        await asyncio.sleep(LOOK_AGAIN_S)
 
 
 async def _serving(port: int) -> int:

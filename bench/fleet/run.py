@@ -18,8 +18,8 @@ from bench.fleet import figures as fig
 from bench.fleet.cluster import MIXED, FleetCluster, FleetGateway, cpu_s, load
 from bench.fleet.plan import OURS, FleetRow, Plan, gateways
 from bench.fleet.served import MODEL, PAIR
-from bench.gateways.peers.process import NotStarted
 from bench.load.measure import BIN_S
+from bench.process import NotStarted
 
 RESTART_AFTER_S = 1.0  # as `loraplex serve` does
 REQUEST_TIMEOUT_S = 130.0

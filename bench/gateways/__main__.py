@@ -42,7 +42,11 @@ from bench.gateways.peers.comparison import (
 from bench.gateways.peers.loraplex import Loraplex
 from bench.gateways.peers.peer import PeerPlace, PeerSkipped, Running
 from bench.gateways.peers.picture import draw
-from bench.gateways.peers.process import (
+from bench.gateways.peers.routers import KEY, KEY_ENV
+from bench.load.__main__ import CannotRun, measure, raise_open_files_limit
+from bench.load.options import parse
+from bench.load.report import document
+from bench.process import (
     NotStarted,
     Process,
     ProcessUsage,
@@ -50,10 +54,6 @@ from bench.gateways.peers.process import (
     spent_s,
     until_answers,
 )
-from bench.gateways.peers.routers import KEY, KEY_ENV
-from bench.load.__main__ import CannotRun, measure, raise_open_files_limit
-from bench.load.options import parse
-from bench.load.report import document
 
 CACHE = ROOT / ".cache" / "peers"
 RESULTS = ROOT / "bench" / "results"

@@ -28,10 +28,10 @@ import uvloop
 from bench.gateways.__main__ import RESULTS, commit, one_peer
 from bench.gateways.peers.loraplex import Loraplex
 from bench.gateways.peers.peer import Running
-from bench.gateways.peers.process import ProcessUsage, spent_s
 from bench.load.__main__ import measure, raise_open_files_limit
 from bench.load.options import parse
 from bench.load.report import document
+from bench.process import ProcessUsage, spent_s
 
 Row: TypeAlias = dict[str, Any]
 

@@ -2,7 +2,8 @@
 together, as an engine's step does.
 
     python -m bench.gateways.mock_engine http PORT
-    python -m bench.gateways.mock_engine worker CONFIG --gateway ENDPOINT [--gateway ...] [--workers N]
+    python -m bench.gateways.mock_engine worker CONFIG --gateway ENDPOINT [--gateway ...] \\
+        [--workers N]
 
 As `http` it is the OpenAI server behind the gateways that speak HTTP; as `worker` it sits in place
 of the engine under this project's own agent. Both send the same tokens at the same pace. The pace
@@ -37,7 +38,10 @@ TOKEN_BYTES = len(TOKENS[0])
 DONE = b"data: [DONE]\n\n"
 BACKLOG = 4_096
 GC_THRESHOLD = (50_000, 50, 50)
-MODELS = b'{"object":"list","data":[{"id":"base","object":"model","created":1,"owned_by":"bench","max_model_len":8192}]}'
+MODELS = (
+    b'{"object":"list","data":[{"id":"base","object":"model","created":1,'
+    b'"owned_by":"bench","max_model_len":8192}]}'
+)
 
 
 _ABSENT = msgspec.Raw()
@@ -118,8 +122,8 @@ class MockAnswer:
     def whole(self) -> bytes:
         text = b"".join(TOKENS[: self.tokens])
         return (
-            self._head
-            + b'{"index":0,"message":{"role":"assistant","content":"%b","refusal":null,"tool_calls":[]},"logprobs":null,'
+            self._head + b'{"index":0,"message":{"role":"assistant","content":"%b","refusal":null,'
+            b'"tool_calls":[]},"logprobs":null,'
             % text
             + b'"finish_reason":"length","stop_reason":null}],"usage":'
             + self._counts()

@@ -1,8 +1,10 @@
 """Shell. `python -m bench.load`: a load test for any OpenAI-compatible server, with many adapters
 of one base model in mind.
 
-    python -m bench.load --url http://127.0.0.1:8000 --adapters-from-models --rate 20 --duration 30 --warm-adapters
-    python -m bench.load --url http://127.0.0.1:8000 --model base --num-adapters 100 --mix zipf --alpha 1.0 --concurrency 64 --requests 1000
+    python -m bench.load --url http://127.0.0.1:8000 --adapters-from-models --rate 20 \\
+        --duration 30 --warm-adapters
+    python -m bench.load --url http://127.0.0.1:8000 --model base --num-adapters 100 --mix \\
+        zipf --alpha 1.0 --concurrency 64 --requests 1000
 
 Exit status: 0; 1 if more requests failed than --max-error-rate allows; 2 if the test could not run
 (bad flags, no server).

@@ -300,7 +300,8 @@ def _adapter_lines(adapters: Mapping[str, Any], most: int = 10) -> list[str]:
         return []
     lines = [
         "",
-        f"{'adapter':<28}{'requests':>9}{'failed':>8}{'cold':>6}{'TTFT p50':>10}{'p99':>10}{'E2E p50':>10}{'p99':>10}",
+        f"{'adapter':<28}{'requests':>9}{'failed':>8}{'cold':>6}"
+        f"{'TTFT p50':>10}{'p99':>10}{'E2E p50':>10}{'p99':>10}",
     ]
     for row in adapters["top"][:most]:
         cells = [
@@ -308,8 +309,8 @@ def _adapter_lines(adapters: Mapping[str, Any], most: int = 10) -> list[str]:
             for key, name in (("ttft", "p50"), ("ttft", "p99"), ("e2e", "p50"), ("e2e", "p99"))
         ]
         lines.append(
-            f"{(row['adapter'] or '(base model)')[:27]:<28}{row['requests']:>9}{row['failed']:>8}{row['cold']:>6}"
-            + "".join(cells)
+            f"{(row['adapter'] or '(base model)')[:27]:<28}{row['requests']:>9}"
+            f"{row['failed']:>8}{row['cold']:>6}" + "".join(cells)
         )
     hidden = (
         adapters["seen"]

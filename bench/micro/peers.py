@@ -23,7 +23,7 @@ from pathlib import Path
 import uvloop
 
 from bench.engine.bucket import CREDENTIALS, LocalBucket, open_bucket
-from bench.gateways.peers.process import usage
+from bench.process import usage
 from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.link.sockets import open_context

@@ -274,7 +274,8 @@ def _tell_of_old_code(done: Sequence[DoneItem], code: str) -> None:
     if old:
         print(
             "of other code and kept: "
-            f"{', '.join(f'{runs} runs of {policy}' for policy, runs in sorted(old.items()))} (--redo POLICY,...)"
+            + ", ".join(f"{runs} runs of {policy}" for policy, runs in sorted(old.items()))
+            + " (--redo POLICY,...)"
         )
 
 

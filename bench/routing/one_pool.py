@@ -137,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     print(
-        f"{'':<14}{OURS:>15}{'its loads, one pool':>21}{'clairvoyant loads, one pool':>29}   requests/s"
+        f"{'':<14}{OURS:>15}{'its loads, one pool':>21}"
+        f"{'clairvoyant loads, one pool':>29}   requests/s"
     )
     for name, document in several.items():
         facts = document.get("scenario")

@@ -17,8 +17,8 @@ NOTHING = (0, 0, False)
 
 @dataclass(slots=True, eq=False)
 class Pool:
-    """Fleet alone changes a pool, by `settle` and `remove`. `version` grows whenever a worker comes or goes, `changes` whenever
-    anything does.
+    """Fleet alone changes a pool, by `settle` and `remove`. `version` grows whenever a worker comes
+    or goes, `changes` whenever anything does.
 
     `room` is the number of workers that take another request, `open` are those of them with an open
     slot; `holders` are the workers where the adapter is in a slot or on its way to one, `stashes`

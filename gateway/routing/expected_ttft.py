@@ -10,8 +10,8 @@ goes there only if a slot can be had, else it waits here, where any worker's nex
 and where its requests gather; with few slots left a copy in flight is preferred to a second one.
 Homes: a cold adapter goes to where its weights are cached, else to its home in rendezvous order
 within the bounded load. Copies: another copy is loaded when its demand is worth one; until then,
-and while one is on its way, requests join. Rebalancing: an adapter leaves a worker that stays far busier
-than the others. docs/ROUTING.md explains all of it.
+and while one is on its way, requests join. Rebalancing: an adapter leaves a worker that stays far
+busier than the others. docs/ROUTING.md explains all of it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Pure. The policies that users choose between, by name.
 
-    policy = make_policy("expected-ttft")    # one of POLICIES; in the config: gateway.routing_policy
+    policy = make_policy("expected-ttft")
+
+The name is one of POLICIES, in the config `gateway.routing_policy`.
 
 A policy keeps state: one per gateway, never shared. Policies that are there to compare with are in
 bench/routing/policies.py.

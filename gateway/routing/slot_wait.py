@@ -35,8 +35,8 @@ disk at 108 and its p99 is 464 ms.)
 FULL_SPREADS = 1.0
 """Up to here a request waits LONGEST_WAIT_S."""
 NO_WAIT_SPREADS = 2.5
-"""From here on it does not wait at all. (p99 TTFT at 100 requests/s 203 to 222 ms, with 5 247, and without an
-end 236.)
+"""From here on it does not wait at all. (p99 TTFT at 100 requests/s 203 to 222 ms, with 5 247, and
+without an end 236.)
 """
 SOON_S = 0.15
 """A request goes on waiting only while a slot is likely to come free within this time."""
@@ -45,7 +45,7 @@ LIKELY = 0.6
 for.
 """
 JUDGE_AGAIN_S = 0.02
-"""How long the judgement that a slot will come free holds: a step or two, in which little changes."""
+"""How long the judgement that a slot will come free holds: a step or two."""
 
 
 class SlotWait:

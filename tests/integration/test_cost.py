@@ -15,8 +15,8 @@ from bench.gateways.__main__ import CACHE, DIRECT, run, start
 from bench.gateways.peers import PEERS
 from bench.gateways.peers.comparison import GatewayScenario, Result
 from bench.gateways.peers.peer import PeerSkipped, Running
-from bench.gateways.peers.process import Process
 from bench.load.__main__ import raise_open_files_limit
+from bench.process import Process
 
 MOST_TO_NGINX = 1.5  # what is reached is below 1; the rest is room for noise, not for regressions
 REPETITIONS = 4

@@ -4,11 +4,8 @@ the link instead of an HTTP engine.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
 import sys
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,8 +14,9 @@ from pathlib import Path
 import yaml
 
 from bench import ROOT
+from bench.cluster import start_gateway, until_listening
 from bench.gateways.peers.peer import PeerPlace, Running
-from bench.gateways.peers.process import LOOK_AGAIN_S, NotStarted, Process, until_answers
+from bench.process import NotStarted, Process, until_answers
 
 READY_S = 60.0
 
@@ -49,20 +47,11 @@ class Loraplex:
         with contextlib.ExitStack() as stack:
             gateways = []
             for index in range(self.processes):
-                argv = [
-                    sys.executable,
-                    "-m",
-                    "gateway",
-                    str(config),
-                    "--index",
-                    str(index),
-                    "--run-dir",
-                    str(run_dir),
-                ]
-                gateways.append(Process(argv, place.folder / f"g{index}.log", cwd=self.root))
+                log = place.folder / f"g{index}.log"
+                gateways.append(start_gateway(config, run_dir, log, index=index, root=self.root))
                 stack.callback(gateways[-1].stop)
             endpoints = [
-                await _endpoint(run_dir / f"g{index}.json", gateway)
+                await until_listening(gateway, run_dir, index)
                 for index, gateway in enumerate(gateways)
             ]
             argv = [
@@ -104,17 +93,3 @@ class Loraplex:
             "max_concurrent_requests": self.max_concurrent_requests,
         }
         return {"llm_configs": [model], "gateway": gateway}
-
-
-async def _endpoint(facts: Path, gateway: Process) -> str:
-    """Where the gateway process waits for its workers, once it has said so."""
-    deadline = time.monotonic() + READY_S
-    while (control := _control(facts)) is None:
-        if not gateway.running or time.monotonic() > deadline:
-            raise NotStarted(f"the gateway did not start: {gateway.last_words()}")
-        await asyncio.sleep(LOOK_AGAIN_S)
-    return control
-
-
-def _control(facts: Path) -> str | None:
-    return str(json.loads(facts.read_text())["control"]) if facts.exists() else None

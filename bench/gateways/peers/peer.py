@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.gateways.peers.process import Process, until_answers
+from bench.process import Process, until_answers
 
 INSTALL_S = 900
 READY_S = 60.0

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from bench.gateways.peers.peer import Command, Peer, PeerPlace, PeerSkipped, from_pypi
-from bench.gateways.peers.process import free_ports
+from bench.process import free_ports
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",

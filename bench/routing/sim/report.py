@@ -140,7 +140,8 @@ def comparison_table(name: str, what: str, document: Mapping[str, Any], seeds: i
         f"figures at {document['rate_rps']:.1f} requests/s, {document['rate_is']}; "
         f"medians of {seeds} seeds",
     ]
-    head = f"{'policy':<16}{'capacity/s':>11}{'range':>15}{'vs ' + REFERENCE:>15}{'p50 TTFT':>11}{'p99 TTFT':>11}"
+    head = f"{'policy':<16}{'capacity/s':>11}{'range':>15}{'vs ' + REFERENCE:>15}"
+    head += f"{'p50 TTFT':>11}{'p99 TTFT':>11}"
     lines.append(head + f"{'loads/req':>11}{'cold':>7}{'hits':>7}{'Jain':>7}{'failed':>8}")
     reference = (policies.get(REFERENCE) or {}).get("capacity_rps")
     for policy, of in policies.items():
@@ -182,13 +183,16 @@ def comparison_table(name: str, what: str, document: Mapping[str, Any], seeds: i
 
 def overload_table(document: Mapping[str, Any]) -> str:
     lines = [
-        f"{'overload':<16}{'offered':>9}{'completed/capacity':>20}{'refused':>9}{'p99 TTFT':>12}{'Jain of fair shares':>21}"
+        f"{'overload':<16}{'offered':>9}{'completed/capacity':>20}{'refused':>9}"
+        f"{'p99 TTFT':>12}{'Jain of fair shares':>21}"
     ]
     for policy, of in document.items():
         for times, row in of["offered"].items():
             refused = row["failed"]["median"] / row["requests"]["median"]
             lines.append(
-                f"{policy:<16}{times + 'x':>9}{row['completed_over_capacity']['median']:>20.2f}{refused:>9.1%}{_ms(row['ttft_p99_s']):>12}"
+                f"{policy:<16}{times + 'x':>9}"
+                f"{row['completed_over_capacity']['median']:>20.2f}{refused:>9.1%}"
+                f"{_ms(row['ttft_p99_s']):>12}"
                 f"{row['served_jain']['median']:>21.3f}"
             )
     return "\n".join(lines)

@@ -30,7 +30,8 @@ def _answer(
     error: str | None = None,
 ) -> LoadOutcome:
     return LoadOutcome(
-        adapter="a", scheduled_s=at_s, started_s=at_s, ended_s=at_s + lasts_s, first_byte_s=at_s, first_token_s=at_s, last_token_s=at_s + lasts_s,
+        adapter="a", scheduled_s=at_s, started_s=at_s, ended_s=at_s + lasts_s,
+        first_byte_s=at_s, first_token_s=at_s, last_token_s=at_s + lasts_s,
         status=200, error=error, output_tokens=tokens, by_usage=True, tier=tier, worker=worker,
     )  # fmt: skip
 

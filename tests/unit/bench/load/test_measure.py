@@ -34,8 +34,10 @@ def _outcome(
     first_s = at_s + ttft_s
     last_s = first_s + gap_s * (tokens - 1)
     return LoadOutcome(
-        adapter=adapter, scheduled_s=at_s, started_s=at_s + late_s, ended_s=last_s, first_byte_s=first_s, first_token_s=first_s, last_token_s=last_s,
-        status=200, error=error, detail="why" if error else "", output_tokens=tokens, prompt_tokens=5, by_usage=True, cold=cold,
+        adapter=adapter, scheduled_s=at_s, started_s=at_s + late_s, ended_s=last_s,
+        first_byte_s=first_s, first_token_s=first_s, last_token_s=last_s,
+        status=200, error=error, detail="why" if error else "", output_tokens=tokens,
+        prompt_tokens=5, by_usage=True, cold=cold,
     )  # fmt: skip
 
 

@@ -429,7 +429,7 @@ def test_a_refused_request_goes_to_another_worker_if_there_is_one_with_room(
     assert room.wires.generated()[-1][0] == "w1"
 
 
-def test_a_request_that_a_leaving_worker_gives_back_waits_for_another_worker_whatever_late_beats_say(
+def test_a_request_that_a_leaving_worker_gives_back_waits_for_another_one(
     room: Room,
 ) -> None:
     """Word of the end comes on two sockets; before the heartbeats have said it, the same worker

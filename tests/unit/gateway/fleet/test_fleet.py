@@ -169,9 +169,7 @@ def test_only_silent_workers_expire() -> None:
     assert [w.id for w in fleet] == ["loud"]
 
 
-def test_a_worker_that_was_silent_too_long_comes_back_with_its_next_beat_and_without_its_old_streams() -> (
-    None
-):
+def test_a_worker_that_was_silent_too_long_comes_back_without_its_old_streams() -> None:
     fleet, worker = serving(beat(seq=1))
     fleet.reserve(worker, 5, PIRATE)
     fleet.expire(LEASE_S)

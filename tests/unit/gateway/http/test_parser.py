@@ -56,7 +56,7 @@ def test_a_request_without_a_body_is_recognised() -> None:
 
 
 @pytest.mark.parametrize("cut", range(1, len(raw())))
-def test_a_request_that_is_cut_anywhere_is_unfinished_and_says_how_long_it_is_once_its_head_is_known(
+def test_a_request_that_is_cut_anywhere_is_unfinished_and_its_head_tells_its_length(
     cut: int,
 ) -> None:
     whole = raw()

@@ -362,7 +362,7 @@ def test_a_request_waits_a_moment_for_a_slot_where_its_weights_are_cached_then_g
     assert isinstance(decision, Choice) and decision.worker.id == "other"
 
 
-def test_the_more_slots_are_open_elsewhere_the_less_a_request_waits_for_one_where_its_weights_are_cached(
+def test_the_more_slots_are_open_elsewhere_the_less_a_request_waits_where_it_is_cached(
     room: Room,
 ) -> None:
     room.worker("cached", on("pirate", Tier.CPU), on("x", in_flight=1), slots=1, running=1)
@@ -452,7 +452,7 @@ def test_an_adapter_with_half_of_all_requests_is_on_every_worker_while_slots_abo
     ) is not scarce
 
 
-def test_a_request_older_than_the_age_bound_closes_the_slot_longest_without_a_new_request_and_gets_it(
+def test_a_request_older_than_the_age_bound_gets_the_slot_longest_without_a_request(
     room: Room,
 ) -> None:
     room.worker("w0", slots=2)

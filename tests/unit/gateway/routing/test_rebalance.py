@@ -84,7 +84,7 @@ def room() -> Room:
     return Room()
 
 
-def test_an_adapter_leaves_a_worker_that_stays_far_busier_than_the_others_and_does_not_come_back_at_once(
+def test_an_adapter_leaves_a_worker_that_stays_far_busier_and_does_not_come_back_at_once(
     room: Room,
 ) -> None:
     room.usual(heavy=HEAVY, light={"poem": 20})

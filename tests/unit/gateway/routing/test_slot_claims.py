@@ -93,7 +93,7 @@ class Desk:
 
 
 @given(st.randoms(use_true_random=False))
-def test_slots_are_shut_to_an_adapter_exactly_if_no_worker_is_open_to_it_beyond_where_it_is_in_flight(
+def test_slots_are_shut_to_an_adapter_exactly_if_no_other_worker_is_open_to_it(
     rng: random.Random,
 ) -> None:
     desk = Desk(rng)

@@ -277,7 +277,7 @@ COLDS = st.lists(
 
 
 @given(colds=COLDS, slots=st.integers(2, 6), data=st.data())
-def test_the_last_copy_of_an_adapter_in_steady_use_is_never_evicted_for_colder_ones_and_all_of_them_are_served(
+def test_the_last_copy_of_an_adapter_in_steady_use_is_never_evicted_for_colder_ones(
     colds: list[tuple[float, int]], slots: int, data: st.DataObject
 ) -> None:
     steady = data.draw(st.integers(1, int(STEADY_SHARE * 2 * slots)))

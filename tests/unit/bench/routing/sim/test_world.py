@@ -125,9 +125,7 @@ def test_one_worker_and_one_adapter_give_the_table(policy: str) -> None:
     assert [load.tier for load in run.loads] == [Tier.DISK]
 
 
-def test_an_adapter_that_lost_its_slot_comes_back_from_the_cpu_tier_and_one_that_fell_out_of_it_from_disk() -> (
-    None
-):
+def test_an_adapter_that_lost_its_slot_comes_from_the_cpu_tier_and_then_from_disk() -> None:
     facts = replace(FACTS, slots=1, cpu_adapters=1)
     requests = _requests([0.5, 3.0, 6.0, 9.0, 12.0], [0, 1, 0, 2, 1])
     run = simulate(World("residency-p2c", 1, 3, 0, facts=facts), requests)
@@ -163,9 +161,7 @@ def test_a_load_stalls_the_requests_that_run_on_its_worker() -> None:
     assert beside.ended_s - lone.ended_s > TIMING.load_s
 
 
-def test_a_load_as_this_projects_workers_do_it_is_waited_for_and_stalls_the_others_for_its_last_part_alone() -> (
-    None
-):
+def test_a_load_beside_the_engine_is_waited_for_and_stalls_others_for_its_last_part() -> None:
     own = timing_of("own")
     runs = [
         simulate(
