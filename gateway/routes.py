@@ -23,6 +23,7 @@ from gateway.http.bodies import REQUEST_ID, answer, error_body, to_json
 from gateway.http.headers import AiohttpRequest, request_id_of
 from gateway.http.server import Server
 from gateway.telemetry.aggregation import ProcessAggregator
+from gateway.telemetry.failures import Failures
 from shared.errors import InvalidRequest, LoraplexError, RouteNotFound
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -50,6 +51,7 @@ class Routes:
         self._catalogs = catalogs
         self._resolver = services.resolver
         self._metrics = services.metrics
+        self._failures = Failures(services.metrics)
         self._keys = services.keys
         self._max_body_bytes = services.limits.max_body_bytes
         self._generation = GenerationAPI(services)
@@ -186,6 +188,14 @@ class Routes:
             except LoraplexError as exc:
                 self._metrics.error(exc.code)
                 return self._answer(exc, exc.request_id or request_id_of(AiohttpRequest(request)))
+            except (ConnectionError, web.HTTPException):
+                raise
+            except (
+                Exception
+            ) as exc:  # aiohttp's answer would be a bare 500, and its log the request
+                return self._answer(
+                    self._failures.note(exc), request_id_of(AiohttpRequest(request))
+                )
 
         return guarded
 

@@ -31,6 +31,10 @@ class LoraplexError(Exception):
         self.request_id = ""
 
 
+class InternalError(LoraplexError):
+    """Code of ours raised what it should not have; this request ends with it, and no other one."""
+
+
 class ConfigError(LoraplexError):
     """The configuration cannot work. The message says what, where (file, line) and what to do."""
 
@@ -181,7 +185,7 @@ def _descendants(cls: type[LoraplexError]) -> list[type[LoraplexError]]:
     return [c for child in cls.__subclasses__() for c in (child, *_descendants(child))]
 
 
-_OWN_PROCESS = (ConfigError, LinkError)  # end a process at its start, no request
+_OWN_PROCESS = (ConfigError, LinkError, InternalError)  # no worker sends their codes
 _BY_CODE = {c.code: c for c in _descendants(LoraplexError) if c not in _OWN_PROCESS}
 
 

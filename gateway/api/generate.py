@@ -28,6 +28,7 @@ from gateway.http.headers import (
 from gateway.http.parser import SimpleRequest
 from gateway.http.response import AlreadySent, ResponseWriter, refuse
 from gateway.http.server import PendingAnswer
+from gateway.telemetry.failures import Failures
 from shared.errors import BodyTooLarge, InvalidRequest, LoraplexError
 
 
@@ -36,6 +37,7 @@ class GenerationAPI:
 
     def __init__(self, services: GenerationServices) -> None:
         self._services = services
+        self._failures = Failures(services.metrics)
 
     # ---- the fast path ---------------------------------------------------------------------------
 
@@ -60,6 +62,10 @@ class GenerationAPI:
         except LoraplexError as exc:
             services.metrics.error(exc.code)
             refuse(stream, exc, exc.request_id or request_id_of(request))
+            services.loop.call_soon(answered, True)
+            return REFUSED
+        except Exception as exc:  # raised here, it would close the connection without a word
+            refuse(stream, self._failures.note(exc), request_id_of(request))
             services.loop.call_soon(answered, True)
             return REFUSED
         return exchange

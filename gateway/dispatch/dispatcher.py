@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import ParamSpec
 
 from gateway.dispatch import fairness
 from gateway.dispatch.admission import Admission
@@ -28,6 +29,7 @@ from gateway.fleet.fleet import Fleet, Key, Lost, WorkerView
 from gateway.routing.policy import Blocked, Candidate, Defer, Policy, RoutingRequest
 from gateway.supervisor.autoscaling.reports import ModelLoad, ModelStatus
 from gateway.telemetry.ended_request import EndedRequest
+from gateway.telemetry.failures import Failures
 from gateway.telemetry.prometheus import Metrics
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import (
@@ -43,6 +45,7 @@ from shared.link import messages
 MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1.0, 60.0
 NO_WORKER_RETRY_AFTER_S = 5.0
 """What a client is told to wait while no worker serves: about as long as one takes to come back."""
+P = ParamSpec("P")
 
 
 class Dispatcher:
@@ -78,7 +81,8 @@ class Dispatcher:
         self._scaling = ScalingState()
         self.on_nobody_serves: Callable[[], None] = lambda: None
         """Called when a request waits for a model that has no worker: one should be started."""
-        self._open = 0
+        self._open: set[InFlightRequest] = set()
+        self._failures = Failures(metrics)
         self._draining = False
         self._alarm = math.inf  # when the policy wants to be asked again, whatever happens
         self._admitting: str | None = None
@@ -89,7 +93,7 @@ class Dispatcher:
 
     @property
     def open_requests(self) -> int:
-        return self._open
+        return len(self._open)
 
     @property
     def draining(self) -> bool:
@@ -116,24 +120,32 @@ class Dispatcher:
         request.t_start = self.clock()
         if self._draining:
             raise _shutting_down()
-        if self._open >= self._max_requests:
+        if len(self._open) >= self._max_requests:
             raise Overloaded(
                 f"Too many requests at once (limit {self._max_requests}).", retry_after_s=1.0
             )
+        try:
+            self._enter(request)
+        except LoraplexError:
+            raise
+        except Exception as exc:
+            self._break(request, exc)
+
+    def _enter(self, request: InFlightRequest) -> None:
         base = request.model.base
         request.routing_request = routing_request_of(request)
         self._policy.arrived(request.routing_request, request.t_start)
-        self._open += 1
+        self._open.add(request)
         # Where others wait it takes its turn among them.
         if self._admission.depth(base) or self._dispatch(request) is not None:
             if not self._queue(request):
-                self._open -= 1
+                self._open.discard(request)
                 self._policy.left(request.routing_request, self.clock())
                 raise self._admission.bound(base).refusal(self._retry_after_s(base))
             self._admit_waiting(base, request.key)
             if not self.fleet.routable(base):
                 self.on_nobody_serves()
-        if request.asked.streams:
+        if request.asked.streams and not request.life.over:
             self._keepalive.enter(request, request.t_start)
 
     def cancel(self, request: InFlightRequest) -> None:
@@ -211,19 +223,25 @@ class Dispatcher:
                 self._commands.pending.done(done.sid)
         self._streams.deliver(peer, message.frames)
         for refused in message.refused:
-            self._on_refused(refused)
+            request = self._streams.get(refused.sid)
+            if request is None:
+                self._commands.pending.refused(refused)
+            else:
+                self._isolated(request, self._on_refused, request, refused)
 
     def tick(self) -> None:
         """Leases, queue deadlines, and a comment to streams that wait. Call it a few times per
         second.
         """
         now = self.clock()
+        self.audit()
         self._membership.expire(now)
         if self._draining:
             self._give_up_waiting()
         for request in self._admission.expire(now, self._scaling.awaited(self.fleet)):
             after_s = self._retry_after_s(request.model.base)
-            self._fail(request, Overloaded("No worker became free in time.", retry_after_s=after_s))
+            late = Overloaded("No worker became free in time.", retry_after_s=after_s)
+            self._isolated(request, self._fail, request, late)
         self._send_comments(now)
         if now >= self._alarm:
             self._alarm = math.inf
@@ -264,13 +282,29 @@ class Dispatcher:
         self._metrics.slow_reader()
         self.cancel(request)
 
+    def stream_broke(self, request: InFlightRequest, exc: Exception) -> None:
+        """A client that has left is no failure, but its stream is over; anything else is ours."""
+        if isinstance(exc, ConnectionError) and not request.life.over:
+            self._isolated(request, self.cancel, request)
+        else:
+            self._break(request, exc)
+
     def stream_unknown(self, peer: bytes, sid: messages.StreamId) -> None:
         self._outbox.cancel(peer, sid)  # the worker has not heard yet
 
     # ---- dispatch and queue ----------------------------------------------------------------------
 
     def _dispatch(self, request: InFlightRequest) -> Blocked | None:
-        """None: the request is on its way to a worker; else what it waits for."""
+        """None: the request no longer waits: it is on its way to a worker, or has failed here.
+        Else what it waits for.
+        """
+        try:
+            return self._place(request)
+        except Exception as exc:  # it is often called at the end of somebody else's request
+            self._break(request, exc)
+            return None
+
+    def _place(self, request: InFlightRequest) -> Blocked | None:
         decision = self._placement.place(request)
         if isinstance(decision, Defer):
             if decision.until is not None:
@@ -333,7 +367,8 @@ class Dispatcher:
         positions = self._admission.positions() if waiting else {}
         awaited = self._scaling.awaited(self.fleet) if waiting else {}
         for request in turns:
-            request.sink.comment(comment(request, positions, awaited))
+            text = comment(request, positions, awaited)
+            self._isolated(request, request.sink.comment, text)
 
     def _retry_after_s(self, base: str) -> float:
         """A guess from what is known: queued requests over the places that serve them. Where no
@@ -348,11 +383,7 @@ class Dispatcher:
 
     # ---- a worker gives a request back -----------------------------------------------------------
 
-    def _on_refused(self, refused: messages.Refused) -> None:
-        request = self._streams.get(refused.sid)
-        if request is None:
-            self._commands.pending.refused(refused)
-            return
+    def _on_refused(self, request: InFlightRequest, refused: messages.Refused) -> None:
         if request.choice is not None:
             worker = request.choice.worker
             request.refused_by |= {worker.id}
@@ -361,7 +392,7 @@ class Dispatcher:
                 self._membership.leaves(worker, refused.message)
         others_may_have_it = request.model.elsewhere and refused.code == AdapterNotFound.code
         error = from_refusal(refused.code, refused.message)
-        self._on_loss(request, error, retryable=refused.retryable or others_may_have_it)
+        self._on_loss(request, error, refused.retryable or others_may_have_it)
 
     def _on_lost(self, lost: Lost) -> None:
         for sid in lost.streams:
@@ -370,10 +401,10 @@ class Dispatcher:
                 streaming = request.life.phase is RequestPhase.STREAMING
                 error = EngineFailure if streaming else WorkerUnavailable
                 why = "The worker that served this request was lost."
-                self._on_loss(request, error(why), retryable=True)
+                self._isolated(request, self._on_loss, request, error(why), True)
         self._commands.pending.lost(lost.worker, lost.epoch)
 
-    def _on_loss(self, request: InFlightRequest, error: LoraplexError, *, retryable: bool) -> None:
+    def _on_loss(self, request: InFlightRequest, error: LoraplexError, retryable: bool) -> None:
         """Another worker takes the request, it queues again, or the client hears of `error`."""
         self._unreserve(request)
         if request.life.on_loss(retryable=retryable) is RequestPhase.FAILED:
@@ -399,9 +430,7 @@ class Dispatcher:
         """The only place where a request leaves the dispatcher: its phase is final, and its
         reservation has been released.
         """
-        self._leave_queue(request)
-        self._keepalive.leave(request)
-        self._open -= 1
+        self._forget(request)
         request.t_end = self.clock()
         self._settle_account(request)
         self._admit_waiting(request.model.base, request.key)
@@ -436,6 +465,67 @@ class Dispatcher:
     def _unreserve(self, request: InFlightRequest) -> None:
         if self._streams.remove(request):
             self.fleet.release(request.sid)
+
+    def _forget(self, request: InFlightRequest) -> None:
+        """Idempotent."""
+        self._leave_queue(request)
+        self._keepalive.leave(request)
+        self._open.discard(request)
+
+    # ---- when code of ours raises ----------------------------------------------------------------
+
+    def _isolated(
+        self, request: InFlightRequest, step: Callable[P, object], *args: P.args, **kw: P.kwargs
+    ) -> None:
+        """Takes a step in the life of one request among others."""
+        try:
+            step(*args, **kw)
+        except Exception as exc:
+            self._break(request, exc)
+
+    def _break(self, request: InFlightRequest, exc: Exception) -> None:
+        """Ends the request with an error, wherever it stands, and gives back what it holds. Each
+        step stands alone, for any of them may be the one that raised.
+        """
+        error = self._failures.note(exc, request.asked.request_id)
+
+        def fail() -> None:
+            request.life.on(RequestEvent.FAIL)
+            request.t_end = self.clock()
+            self._settle_account(request)
+
+        # the client of one that was over has heard, or its Sink is at it
+        told = [] if request.life.over else [lambda: request.sink.fail(error), fail]
+        for undo in (
+            lambda: self._send_cancel(request),
+            lambda: self._unreserve(request),
+            lambda: self.fleet.release(request.sid),
+            lambda: self._forget(request),
+            *told,
+            lambda: self._admit_waiting(request.model.base, request.key),
+            self._wake_if_idle,
+        ):
+            try:
+                undo()
+            except Exception as again:
+                self._failures.note(again, request.asked.request_id)
+
+    def audit(self) -> bool:
+        """True if the books agree: each open request waits or has one reservation. What does not
+        agree is logged, counted and put right. Call it between two messages.
+        """
+        streams, reserved = len(self._streams), len(self.fleet.reserved)
+        if streams == reserved and len(self._open) == streams + len(self._admission):
+            return True
+        found = self._streams.compare(self._open, self.fleet.reserved)
+        if not found:
+            return True
+        self._metrics.repaired(len(found))
+        for sid in found.unowned:
+            self.fleet.release(sid)
+        for request in (*found.unreserved, *found.nowhere):
+            self._break(request, LookupError("its reservation is gone"))
+        return False
 
     def _send_cancel(self, request: InFlightRequest) -> None:
         if request.life.phase is not RequestPhase.QUEUED and request.choice is not None:

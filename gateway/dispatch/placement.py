@@ -53,8 +53,12 @@ class Placement:
                 return choice
             sid, worker = next(self._sids), choice.worker
             prompt_tokens = request.asked.prompt_tokens
-            self._fleet.reserve(worker, sid, request.model.adapter, prompt_tokens)
-            sent = self._outbox.send(worker, self._message(request, sid, choice))
+            try:
+                self._fleet.reserve(worker, sid, request.model.adapter, prompt_tokens)
+                sent = self._outbox.send(worker, self._message(request, sid, choice))
+            except BaseException:
+                self._fleet.release(sid)
+                raise
             if sent is SendResult.OK:
                 request.sid, request.choice, request.t_sent = sid, choice, now
                 return choice

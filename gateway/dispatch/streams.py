@@ -6,11 +6,25 @@ the common case is one look-up and one call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
+from dataclasses import dataclass
 from typing import Protocol
 
 from gateway.dispatch.request import InFlightRequest
 from shared.link import messages
+
+
+@dataclass(frozen=True, slots=True)
+class Discrepancies:
+    """What the books say that is not so."""
+
+    unowned: tuple[messages.StreamId, ...]  # reservations of no stream
+    unreserved: tuple[InFlightRequest, ...]  # streams without a reservation
+    nowhere: tuple[InFlightRequest, ...]  # open, and neither on a worker nor in the queue
+
+    def __len__(self) -> int:
+        return len(self.unowned) + len(self.unreserved) + len(self.nowhere)
+
 
 WriteFrame = Callable[[bytes, bool], bool]
 
@@ -30,6 +44,12 @@ class StreamOwner(Protocol):
         """The client does not read: its frame was not taken."""
         ...
 
+    def stream_broke(self, request: InFlightRequest, exc: Exception) -> None:
+        """Taking its frame has raised: its client's transport is closed, or code of ours failed.
+        Must not raise.
+        """
+        ...
+
     def stream_unknown(self, peer: bytes, sid: messages.StreamId) -> None:
         """A worker sends what nobody waits for."""
         ...
@@ -43,6 +63,9 @@ class StreamTable:
         self._requests: dict[messages.StreamId, InFlightRequest] = {}
         # where the next frame goes of each stream that has had its first
         self._writers: dict[messages.StreamId, WriteFrame] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
 
     def __iter__(self) -> Iterator[InFlightRequest]:
         return iter([*self._requests.values()])
@@ -60,30 +83,46 @@ class StreamTable:
         self._writers.pop(request.sid, None)
         return True
 
-    def deliver(self, peer: bytes, frames: Iterable[messages.Frame]) -> None:
-        """The frames of one engine step, each to its client."""
-        writers = self._writers
-        for sid, flags, payload in frames:
-            write = writers.get(sid)
-            if write is None:
-                self._deliver_first(peer, sid, flags, payload)
-            elif not write(payload, flags == messages.END):
-                self._owner.stream_stuck(self._requests[sid])
-            elif flags:
-                self._owner.stream_ended(self._requests[sid])
+    def compare(
+        self, open_requests: Iterable[InFlightRequest], reserved: Set[messages.StreamId]
+    ) -> Discrepancies:
+        """Every open request waits in the queue or is here, and who is here has a reservation.
+        Between two messages that is so: nothing is half done then.
+        """
+        requests = self._requests
+        return Discrepancies(
+            tuple(sid for sid in reserved if sid not in requests),
+            tuple(request for sid, request in requests.items() if sid not in reserved),
+            tuple(r for r in open_requests if r.sid not in requests and r.ticket is None),
+        )
 
-    def _deliver_first(
-        self, peer: bytes, sid: messages.StreamId, flags: int, payload: bytes
-    ) -> None:
-        request = self._requests.get(sid)
+    def deliver(self, peer: bytes, frames: Iterable[messages.Frame]) -> None:
+        """The frames of one engine step, each to its client. Whatever one of them raises ends its
+        own stream: the others of the message are those of other clients.
+        """
+        writers, requests = self._writers, self._requests
+        for sid, flags, payload in frames:
+            request = requests.get(sid)
+            if request is None:
+                if not flags & messages.END:
+                    self._owner.stream_unknown(peer, sid)
+                continue
+            try:
+                write = writers.get(sid)
+                if write is None:
+                    self._deliver_first(request, flags, payload)
+                elif not write(payload, flags == messages.END):
+                    self._owner.stream_stuck(request)
+                elif flags:
+                    self._owner.stream_ended(request)
+            except Exception as exc:
+                self._owner.stream_broke(request, exc)
+
+    def _deliver_first(self, request: InFlightRequest, flags: int, payload: bytes) -> None:
         end = bool(flags & messages.END)
-        if request is None:
-            if not end:
-                self._owner.stream_unknown(peer, sid)
-            return
         self._owner.stream_began(request)
         request.sink.head(flags >> messages.STATUS_SHIFT, bool(flags & messages.SSE), payload, end)
         if end:
             self._owner.stream_ended(request)
         else:
-            self._writers[sid] = request.sink.more
+            self._writers[request.sid] = request.sink.more

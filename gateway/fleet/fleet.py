@@ -21,7 +21,7 @@ shows in flight beyond them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -219,8 +219,8 @@ class Fleet:
     ) -> None:
         """Must happen in the same synchronous step as the choice."""
         assert worker.has_room and stream not in self._by_stream
-        worker.take(stream, adapter, prompt_tokens)
         self._by_stream[stream] = worker
+        worker.take(stream, adapter, prompt_tokens)
         self._pool_of(worker).settle(worker)
 
     def release(self, stream: StreamId) -> None:
@@ -229,6 +229,11 @@ class Fleet:
         if worker is not None:
             worker.give_back(stream)
             self._pool_of(worker).settle(worker)
+
+    @property
+    def reserved(self) -> KeysView[StreamId]:
+        """The streams that have a reservation."""
+        return self._by_stream.keys()
 
     def _pool_of(self, worker: WorkerView) -> Pool:
         pool = self._pools.get(worker.beat.base)

@@ -186,6 +186,8 @@ class WorkerView:
                 self.coming.add(key)
 
     def give_back(self, stream: StreamId) -> None:
+        if stream not in self.reserved:
+            return  # taking it failed half-way
         key = self.reserved.pop(stream)
         self.unseen_tokens -= self.unseen.pop(stream, 0)
         if key is None:

@@ -22,6 +22,7 @@ from aiohttp.abc import AbstractStreamWriter
 from gateway.http.bodies import answer, answer_event, error_event
 from shared.errors import LoraplexError
 
+CLIENT_LEFT = "the client has left"
 LAST_CHUNK = b"0\r\n\r\n"
 _PHRASES = {int(status): status.phrase.encode() for status in HTTPStatus}
 
@@ -115,13 +116,13 @@ class ResponseWriter:
             self.status = 200
             self._start(text, False)
         elif not self._transport.is_closing():
-            self._transport.write(self._frame(text, False))
+            self._write(self._frame(text, False))
 
     def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
         self.answered, self.sse = True, sse
         self._in_chunks = sse and self._chunked
         if sse and self.started:
-            self._transport.write(self._frame(data, end))
+            self._write(self._frame(data, end))
         elif sse:
             self.status = status
             self._start(data, end)
@@ -135,7 +136,10 @@ class ResponseWriter:
 
     def more(self, data: bytes, end: bool) -> bool:
         if self._in_chunks and data and not end:  # as nearly always
-            self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            try:
+                self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            except RuntimeError as exc:
+                raise ConnectionResetError(CLIENT_LEFT) from exc
             if self._transport.get_write_buffer_size() <= self._limit:
                 return True
             self._transport.abort()
@@ -145,7 +149,7 @@ class ResponseWriter:
             if end:
                 self._whole()
         else:
-            self._transport.write(self._frame(data, end))
+            self._write(self._frame(data, end))
             if self._transport.get_write_buffer_size() > self._limit:
                 self._transport.abort()
                 return False
@@ -157,16 +161,20 @@ class ResponseWriter:
         """Before the answer: `error` is kept for the handler. After its first frame: an error event
         ends the stream.
         """
+        if self.finished:
+            return
         self.error = error
-        if self.answered and self.started:
-            self.end_with(error)
-        self._finish()
+        try:
+            if self.answered and self.started:
+                self.end_with(error)
+        finally:
+            self._finish()
 
     def end_with(self, error: LoraplexError) -> None:
         """An error event, for a client that has seen the status already."""
         self.error = error
         if not self._transport.is_closing():
-            self._transport.write(self._frame(error_event(error), True))
+            self._write(self._frame(error_event(error), True))
 
     def refuse(self, status: int, lines: bytes, body: bytes) -> None:
         """A whole answer of the gateway's own, for a client that has seen nothing yet."""
@@ -179,14 +187,14 @@ class ResponseWriter:
         """
         body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         if self.started:
-            self._transport.write(self._frame(answer_event(body), True))
+            self._write(self._frame(answer_event(body), True))
         else:
             self._write_whole(self._headers(), body)
 
     def _write_whole(self, lines: bytes, body: bytes) -> None:
         self.started = True
         ending = b"" if self.keep_alive else b"Connection: close\r\n"
-        self._transport.write(
+        self._write(
             b"HTTP/1.1 %d %b\r\nContent-Type: application/json; "
             b"charset=utf-8\r\nContent-Length: %d\r\n%b%b\r\n%b"
             % (self.status, _PHRASES.get(self.status, b""), len(body), ending, lines, body)
@@ -197,12 +205,21 @@ class ResponseWriter:
         framing = b"Transfer-Encoding: chunked\r\n" if self._chunked else b""
         ending = b"" if self.keep_alive else b"Connection: close\r\n"
         reason = _PHRASES.get(self.status, b"")
-        self._transport.write(
+        self._write(
             b"HTTP/1.1 %d %b\r\nContent-Type: text/event-stream; "
             b"charset=utf-8\r\nCache-Control: no-cache\r\nX-Accel-Buffering: "
             b"no\r\n%b%b%b\r\n%b"
             % (self.status, reason, framing, ending, self._headers(), self._frame(data, end))
         )
+
+    def _write(self, data: bytes) -> None:
+        """Raises ConnectionResetError for a client that has left: uvloop calls it a RuntimeError if
+        nobody has been told yet.
+        """
+        try:
+            self._transport.write(data)
+        except RuntimeError as exc:
+            raise ConnectionResetError(CLIENT_LEFT) from exc
 
     def _frame(self, data: bytes, end: bool) -> bytes:
         """`data` as one HTTP chunk; an empty one would end the body, so it is left out."""

@@ -39,6 +39,8 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "output_tokens": ("Output tokens of ended requests.", ("base",)),
     "undecodable_messages": ("Messages from workers that were dropped.", ("socket",)),
     "retries": ("Requests sent to another worker before their first byte.", ()),
+    "internal_errors": ("Requests that failed because code of the gateway raised.", ()),
+    "reservation_repairs": ("Reservations and requests that had lost each other.", ()),
     "slow_readers": ("Clients cut off because they did not read.", ()),
     "adapter_version_changes": (
         "New adapter versions: switched to, refused, or not ready yet.",
@@ -120,6 +122,12 @@ class Metrics:
 
     def retried(self) -> None:
         self._counters.count(("retries",))
+
+    def internal_error(self) -> None:
+        self._counters.count(("internal_errors",))
+
+    def repaired(self, count: int) -> None:
+        self._counters.count(("reservation_repairs",), count)
 
     def slow_reader(self) -> None:
         self._counters.count(("slow_readers",))

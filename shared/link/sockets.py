@@ -24,6 +24,7 @@ from zmq.backend import Socket as Backend
 from zmq.utils import z85
 
 from shared.errors import LinkError
+from shared.runtime.log import place_of
 
 log = logging.getLogger("loraplex.link")
 
@@ -104,7 +105,11 @@ class Socket:
         for _ in range(DRAIN_BATCH):
             if self._closed or not events(_EVENTS) & _POLLIN:
                 return
-            receive()
+            try:
+                receive()
+            except Exception as exc:
+                # the messages behind it lie unseen if this turn ends here
+                log.error("a message could not be handled", extra={"at": place_of(exc)})
         self._again()
 
     def _receive(self) -> None:

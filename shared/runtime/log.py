@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,6 +19,8 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
     "vllm_process_name",
 }
 _encode = msgspec.json.Encoder(enc_hook=str).encode
+MAX_CALLS = 6
+"""Of a traceback, in one line."""
 
 
 class JSONLines(logging.Formatter):
@@ -52,6 +56,15 @@ class ShortLines(logging.Formatter):
             f"{mark}{record.getMessage()}" + (f"  {facts}" if facts else "")
         )
         return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+
+
+def place_of(exc: BaseException) -> str:
+    """The kind of an error and where it was raised, innermost call first. Its message is left out:
+    it may quote what a client sent.
+    """
+    calls = traceback.extract_tb(exc.__traceback__)[-MAX_CALLS:]
+    places = [f"{Path(call.filename).name}:{call.lineno}" for call in reversed(calls)]
+    return " < ".join([type(exc).__name__, *places])
 
 
 def extras(record: logging.LogRecord) -> dict[str, Any]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
@@ -211,8 +211,18 @@ MakeRoom = Callable[..., Room]
 
 
 @pytest.fixture
-def make_room() -> MakeRoom:
-    return Room
+def make_room() -> Iterator[MakeRoom]:
+    """Whatever a test does, nothing of ours may raise on the way, and the books agree at its end."""
+    rooms: list[Room] = []
+
+    def make(*args: object, **settings: object) -> Room:
+        rooms.append(Room(*args, **settings))  # type: ignore[arg-type]
+        return rooms[-1]
+
+    yield make
+    for room in rooms:
+        assert not room.counted("loraplex_internal_errors_total")
+        assert room.dispatcher.audit()
 
 
 @pytest.fixture
@@ -896,6 +906,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         if not hasattr(self, "room"):
             return
         room = self.room
+        assert not room.counted("loraplex_internal_errors_total") and room.dispatcher.audit()
         open_ = [f for f, _ in self.requests if not f.life.over]
         assert room.dispatcher.open_requests == len(open_)
         assert room.dispatcher.queued("tiny") == sum(
