@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from gateway.accounts.keys import read_keys
+from gateway.accounts.keys import Keys
 from gateway.adapters import alias_store
 from gateway.adapters.alias_store import AliasStore
 from gateway.adapters.aliases import Alias, AliasState, from_config
@@ -118,6 +118,7 @@ async def open_gateway(
                 "look up pins": reconciler.look_up,
                 "reconciler": reconciler.run,
                 "aliases": aliases.run,
+                "keys": services.keys.run,
                 **{f"catalog {c.base}": c.run for c in _listed(catalogs)},
                 **{f"rollout {r.base}": r.run for r in rollouts},
             },
@@ -224,7 +225,7 @@ def _services(
         dispatcher,
         Resolver(catalogs, aliases, dispatcher.fleet),
         metrics,
-        read_keys(g),
+        Keys(g),
         RequestLimits(g.max_body_bytes, g.slow_reader_bytes, g.request_timeout_s),
         AccessLog(name, g.log_level),
         AdapterUsage(),

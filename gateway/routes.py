@@ -179,7 +179,7 @@ class Routes:
 
     def _guarded(self, handler: Handler, *, admin: bool = False) -> Handler:
         """Checks the key and turns errors into answers."""
-        check = self._keys.check_admin if admin else self._keys.check
+        check = self._keys.check_admin if admin else self._keys.account_of
 
         async def guarded(request: web.BaseRequest) -> web.StreamResponse:
             try:

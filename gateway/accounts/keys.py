@@ -1,84 +1,114 @@
-"""Shell. Who may call what: API keys for clients, admin keys for operators. Keys are kept and
-compared as digests.
+"""Shell. The keys of one gateway process: read at the start, read again when a file changes, and
+asked for every request.
 """
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
+import logging
 import os
-from dataclasses import dataclass
+import time
 from pathlib import Path
 
-from shared.config.gateway import is_loopback
-from shared.config.llm import GatewayConfig
-from shared.errors import ConfigError, Forbidden, InvalidApiKey
+from gateway.accounts import key_file
+from gateway.accounts.account import Account
+from gateway.accounts.key_ring import KeyRing, digest_of, plain_accounts
+from shared.config.gateway import GatewayConfig, is_loopback
+from shared.errors import ConfigError
+
+log = logging.getLogger("loraplex.keys")
+
+POLL_S = 0.5
+"""How late a change of a file is seen at most, besides the read itself."""
+OPEN_RING = KeyRing()
 
 
-@dataclass(frozen=True, slots=True)
 class Keys:
-    """SHA-256 digests of the accepted keys; no API keys means that clients are asked for none.
-
-    `local`: only this machine reaches the gateway; without admin keys that, and an API key where
-    there are any, is what operators need.
+    """Who may call what. `ring` is replaced as a whole, so a request sees one state of the
+    files.
     """
 
-    api: frozenset[bytes] = frozenset()
-    admin: frozenset[bytes] = frozenset()
-    local: bool = True
+    def __init__(self, gateway: GatewayConfig | None = None, ring: KeyRing = OPEN_RING) -> None:
+        self._gateway = gateway
+        self.ring = ring if gateway is None else read_ring(gateway)
+        self._seen = self._stamps()
 
-    def check(self, authorization: str) -> None:
-        """Raises InvalidApiKey. `authorization` is the header's value."""
-        if self.api and _digest(authorization) not in self.api:
-            raise InvalidApiKey("Missing or wrong API key; send `Authorization: Bearer KEY`.")
+    def account_of(self, authorization: str) -> Account:
+        """Of the header's value. Raises InvalidApiKey."""
+        return self.ring.account_of(authorization, time.time())
 
     def check_admin(self, authorization: str) -> None:
-        """Raises InvalidApiKey, or Forbidden where another key would not help or an ordinary one
-        does not suffice.
-        """
-        if self.admin:
-            given = _digest(authorization)
-            if given in self.admin:
-                return
-            if given in self.api:
-                raise Forbidden(
-                    "An ordinary API key does not suffice here; send one of "
-                    "gateway.admin_keys_env or admin_keys_file."
-                )
-            raise InvalidApiKey("Missing or wrong admin key; send `Authorization: Bearer KEY`.")
-        if not self.local:
-            raise Forbidden(
-                "This gateway is reachable from other machines and has no admin keys: "
-                "set gateway.admin_keys_env or admin_keys_file."
-            )
-        self.check(authorization)
+        """Raises InvalidApiKey or Forbidden."""
+        self.ring.check_admin(authorization, time.time())
+
+    async def run(self) -> None:
+        """Follows the files. One that cannot be read changes nothing until it is mended."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            self.look()
+
+    def look(self) -> None:
+        stamps = self._stamps()
+        if stamps == self._seen or self._gateway is None:
+            return
+        self._seen = stamps
+        try:
+            self.ring = read_ring(self._gateway)
+        except ConfigError as exc:
+            log.error("keys not read again", extra={"why": exc.message})
+        else:
+            log.info("keys read again", extra={"keys": len(self.ring.accounts)})
+
+    def _stamps(self) -> list[tuple[int, int, int]]:
+        if self._gateway is None:
+            return []
+        g = self._gateway
+        return [_stamp(f) for f in (g.keys_file, g.api_keys_file, g.admin_keys_file) if f]
 
 
-def read_keys(gateway: GatewayConfig) -> Keys:
+def read_ring(gateway: GatewayConfig) -> KeyRing:
     """Raises ConfigError where keys are asked for and none are given."""
-    api = _read("api_keys", gateway.api_keys_env, gateway.api_keys_file)
-    admin = _read("admin_keys", gateway.admin_keys_env, gateway.admin_keys_file)
-    return Keys(api, admin, is_loopback(gateway.host))
+    g = gateway
+    clients = plain_accounts(_plain("api_keys", g.api_keys_env, g.api_keys_file))
+    admins = _plain("admin_keys", g.admin_keys_env, g.admin_keys_file)
+    if g.keys_file:
+        # an empty file is no mistake: its last key has been revoked
+        clients |= key_file.accounts(read_key_file(Path(g.keys_file).expanduser()))
+    return KeyRing(clients, admins, local=is_loopback(g.host), asks=g.asks_for_keys)
 
 
-def _digest(authorization: str) -> bytes | None:
-    """Digests are compared, so the time taken says nothing about a key's characters."""
-    kind, _, key = authorization.partition(" ")
-    return hashlib.sha256(key.strip().encode()).digest() if kind.lower() == "bearer" else None
+def read_key_file(path: Path) -> list[key_file.KeyEntry]:
+    """Raises ConfigError."""
+    return key_file.read_entries(_text("keys_file", str(path)), str(path))
 
 
-def _read(what: str, variable: str | None, file: str | None) -> frozenset[bytes]:
+def _plain(what: str, variable: str | None, file: str | None) -> frozenset[bytes]:
     keys: list[str] = []
     if variable:
         keys += os.environ.get(variable, "").split(",")
     if file:
-        try:
-            keys += Path(file).expanduser().read_text().splitlines()
-        except OSError as exc:
-            raise ConfigError(f"gateway.{what}_file: cannot read {file}: {exc.strerror}") from exc
-    found = frozenset(hashlib.sha256(k.strip().encode()).digest() for k in keys if k.strip())
+        keys += _text(f"{what}_file", file).splitlines()
+    found = frozenset(digest_of(k) for k in keys if k.strip())
     if (variable or file) and not found:
         raise ConfigError(
             f"keys are asked for (gateway.{what}_env or {what}_file) but none are "
             "given; nobody could call what they protect"
         )
     return found
+
+
+def _text(key: str, file: str) -> str:
+    try:
+        return Path(file).expanduser().read_text("utf-8")
+    except OSError as exc:
+        raise ConfigError(f"gateway.{key}: cannot read {file}: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"gateway.{key}: {file} is not UTF-8 text") from exc
+
+
+def _stamp(file: str) -> tuple[int, int, int]:
+    try:
+        s = Path(file).expanduser().stat()
+    except OSError:
+        return (0, 0, 0)
+    return (s.st_ino, s.st_mtime_ns, s.st_size)

@@ -116,9 +116,7 @@ class Catalog:
         if adapter is None and not self.is_missing(name):
             adapter = await self._ask(name)
         if adapter is None:
-            raise AdapterNotFound(
-                f"The adapter `{name}` of model `{self.base}` does not exist.", param="model"
-            )
+            raise no_such_adapter(self.base, name)
         return adapter
 
     async def look_again(self, name: str) -> StoredAdapter:
@@ -182,3 +180,7 @@ class Catalog:
         self._missing[name] = time.monotonic() + NEGATIVE_TTL_S
         while len(self._missing) > MAX_NEGATIVE:
             self._missing.popitem(last=False)
+
+
+def no_such_adapter(base: str, name: str) -> AdapterNotFound:
+    return AdapterNotFound(f"The adapter `{name}` of model `{base}` does not exist.", param="model")

@@ -9,20 +9,32 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from gateway.accounts.account import Account
 from gateway.adapters import versions
 from gateway.adapters.alias_store import AliasStore
 from gateway.adapters.aliases import ActiveAliases
-from gateway.adapters.catalog import Catalog
+from gateway.adapters.catalog import Catalog, no_such_adapter
 from gateway.adapters.names import split_version
 from gateway.adapters.version_queries import KnownVersion, in_engines, on_workers
 from gateway.fleet.fleet import Fleet
 from shared.adapters.identity import AdapterRef, StoredAdapter, key_of
 from shared.config.aliases import MAX_ALIASES
-from shared.errors import AdapterNotFound, InvalidAdapter, LoraplexError, WorkerUnavailable
+from shared.errors import (
+    AdapterNotFound,
+    DeadlineExceeded,
+    InvalidAdapter,
+    LoraplexError,
+    Overloaded,
+    WorkerUnavailable,
+)
 
 log = logging.getLogger("loraplex.aliases")
 
 SHOWN_VERSIONS = 10  # of one name in an error message
+NOT_THE_ADAPTERS = (DeadlineExceeded, Overloaded)
+"""A client chose its deadline, or how long an answer it wanted, and others made the queue: a share
+that is judged by them could be rolled back by any tenant.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +73,18 @@ class Resolver:
         )
         self._said: set[tuple[str, str]] = set()
         self._bases: dict[str, Target] = {}
+
+    def check_scope(self, account: Account, model: str) -> None:
+        """What the account may not use does not exist for it.
+
+        Raises ModelNotFound, AdapterNotFound.
+        """
+        if not account.scoped:
+            return
+        allowed = [base for base in self._catalogs if account.may_use(base)]
+        base, name, _ = split_version(model, allowed)
+        if name is not None and not account.may_use(base, name):
+            raise no_such_adapter(base, name)
 
     def at_once(self, model: str) -> Target | None:
         """What most requests want, without a task's machinery: a base model, or an adapter that the
@@ -135,7 +159,7 @@ class Resolver:
             and isinstance(error, InvalidAdapter)
         ):
             catalog.versions.unusable(target.stored)
-        if target.alias:
+        if target.alias and not isinstance(error, NOT_THE_ADAPTERS):
             # A target that is gone is no fault of the client, who asked for the alias.
             failed = (
                 status >= 500

@@ -10,10 +10,12 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from gateway.accounts.account import Account
 from gateway.accounts.keys import Keys
 from gateway.adapters.resolver import Resolver, Target
 from gateway.adapters.usage import AdapterUsage
 from gateway.api import schema
+from gateway.api.allowance import allowed_body
 from gateway.api.report import access_record, head_lines
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.request import (
@@ -30,7 +32,6 @@ from gateway.http.headers import (
     IncomingRequest,
     RequestDeadline,
     request_id_of,
-    tenant_of,
 )
 from gateway.http.response import ResponseWriter
 from gateway.telemetry.access_log import AccessLog
@@ -75,6 +76,7 @@ class Exchange:
         "_late",
         "_retry",
         "_services",
+        "account",
         "deadline",
         "head",
         "inflight",
@@ -86,12 +88,16 @@ class Exchange:
     def __init__(
         self,
         services: GenerationServices,
+        account: Account,
         asked: IncomingRequest,
         body: bytes,
         stream: ResponseWriter,
     ) -> None:
-        self._services, self._asked, self._body, self.stream = services, asked, body, stream
+        self._services, self._asked, self.stream = services, asked, stream
+        self.account = account
         self.head = schema.parse_body_fields(body)
+        services.resolver.check_scope(account, self.head.model)
+        self._body = allowed_body(account, self.head, body)
         self.request_id = request_id_of(asked)
         self.deadline = self._deadline()
         self.target: Target
@@ -179,9 +185,9 @@ class Exchange:
             ),
             self.stream,
             Requester(
-                tenant_of(header("authorization") or ""),
+                self.account.name,
                 (header("x-session-id") or "")[:MAX_SESSION],
-                _priority(header("x-loraplex-priority"), head),
+                self.account.clamped(_priority(header("x-loraplex-priority"), head)),
             ),
         )
 

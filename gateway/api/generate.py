@@ -21,9 +21,9 @@ from gateway.http.headers import (
     MAX_SESSION,
     AiohttpRequest,
     IncomingRequest,
+    caller_of,
     random_id,
     request_id_of,
-    tenant_of,
 )
 from gateway.http.parser import SimpleRequest
 from gateway.http.response import AlreadySent, ResponseWriter, refuse
@@ -53,8 +53,8 @@ class GenerationAPI:
         services = self._services
         stream = ResponseWriter(transport, services.limits.slow_reader_bytes)
         try:
-            services.keys.check(request.header("authorization") or "")
-            exchange = Exchange(services, request, request.body, stream)
+            account = services.keys.account_of(request.header("authorization") or "")
+            exchange = Exchange(services, account, request, request.body, stream)
             target = services.resolver.at_once(exchange.head.model)
             if target is None:
                 return None
@@ -96,7 +96,8 @@ class GenerationAPI:
             keep_alive=request.keep_alive and chunked,
         )
         asked = AiohttpRequest(request)
-        exchange = Exchange(services, asked, body, stream)
+        account = services.keys.account_of(asked.header("authorization") or "")
+        exchange = Exchange(services, account, asked, body, stream)
         target = services.resolver.at_once(exchange.head.model)
         if target is None:
             target = await exchange.in_time(
@@ -146,7 +147,7 @@ def _user(asked: IncomingRequest, head: schema.BodyFields) -> bytes:
     user = bytes(head.user)
     if user not in (b"", b"null", b'""'):
         return b"u" + user
-    key = tenant_of(asked.header("authorization") or "")
+    key = caller_of(asked.header("authorization") or "")
     session = (asked.header("x-session-id") or "")[:MAX_SESSION]
     if key or session:
         return f"k{key}".encode() if key else b"s" + session.encode(errors="replace")

@@ -20,6 +20,7 @@ class BodyFields(msgspec.Struct, frozen=True):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     priority: int | None = None
+    n: int | None = None
     user: msgspec.Raw = msgspec.Raw(b"")
     """As it came, unread: only its being the same counts."""
 

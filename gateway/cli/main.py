@@ -173,7 +173,7 @@ def _greet(settings: Settings, port: int, example: str | None) -> None:
     host = "127.0.0.1" if g.host in ("0.0.0.0", "::") else g.host
     url = f"http://{host}:{port}"
     model = settings.models[0].model_id
-    key = ' -H "Authorization: Bearer $KEY"' if g.api_keys_env or g.api_keys_file else ""
+    key = ' -H "Authorization: Bearer $KEY"' if g.asks_for_keys else ""
     body = json.dumps(
         {
             "model": example or (f"{model}:ADAPTER" if settings.models[0].adapters_path else model),

@@ -17,7 +17,7 @@ from shared.errors import DeadlineExceeded
 
 TIMEOUT_HEADER = "x-loraplex-timeout-ms"
 MAX_SESSION = 128  # characters of an x-session-id that count
-MAX_TENANTS = 1024  # keys whose digests are remembered, so that they need not be made again
+MAX_CALLERS = 1024  # keys whose digests are remembered, so that they need not be made again
 TIMEOUT_MS = re.compile(r"0*[1-9][0-9]{0,8}\Z")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 # an id, not a secret; uuid4 would ask the kernel every time
@@ -59,10 +59,10 @@ def request_id_of(asked: IncomingRequest) -> str:
     return given if given is not None and _REQUEST_ID.match(given) else f"{random_id():032x}"
 
 
-@functools.lru_cache(MAX_TENANTS)
-def tenant_of(authorization: str) -> str:
-    """What tells API keys apart in queues: the first bytes of the digest of what the client
-    authorises itself with, whether checked or not.
+@functools.lru_cache(MAX_CALLERS)
+def caller_of(authorization: str) -> str:
+    """What keeps a caller with its share of an alias: the first bytes of the digest of what it
+    authorises itself with, whether checked or not. It decides nothing else.
     """
     return (
         hashlib.sha256(authorization.encode(errors="replace")).hexdigest()[:16]

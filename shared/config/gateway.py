@@ -125,6 +125,7 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     processes: Positive = 1
     api_keys_env: Text | None = None
     api_keys_file: Text | None = None
+    keys_file: Text | None = None
     max_body_bytes: Positive = 32 * _MIB
     max_concurrent_requests: Positive = 4096
     max_queued_requests: Annotated[int, Meta(ge=0)] = 1024
@@ -146,6 +147,11 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     admin_keys_env: Text | None = None
     admin_keys_file: Text | None = None
     stream_gap_s: SecondsOrNone | None = 0.04
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether clients need a key."""
+        return any((self.api_keys_env, self.api_keys_file, self.keys_file))
 
     @classmethod
     def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -169,11 +175,12 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
                 "worker"
             )
             yield Finding(("lease_s",), text, other=("heartbeat_s",))
-        host, keys = values.get("host"), (values.get("api_keys_env"), values.get("api_keys_file"))
-        if host is not None and not is_loopback(host) and keys == (None, None):
+        host = values.get("host")
+        keys = [values.get(key) for key in ("api_keys_env", "api_keys_file", "keys_file")]
+        if host is not None and not is_loopback(host) and keys == [None] * 3:
             text = (
                 f"{shown(host)} is reachable from other machines and no API keys are "
-                "required; set api_keys_env or api_keys_file"
+                "required; set keys_file, api_keys_env or api_keys_file"
             )
             yield Finding(("host",), text, "warning")
 

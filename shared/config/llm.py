@@ -308,13 +308,14 @@ def rooted(config: LLMConfig, base_dir: str, home: str | None = None) -> LLMConf
 
 
 def rooted_gateway(config: GatewayConfig, base_dir: str, home: str | None = None) -> GatewayConfig:
-    api, admin = (
+    keys, api, admin = (
         None if path is None else local_path(path, base_dir, home)
-        for path in (config.api_keys_file, config.admin_keys_file)
+        for path in (config.keys_file, config.api_keys_file, config.admin_keys_file)
     )
     return msgspec.structs.replace(
         config,
         state_dir=local_path(config.state_dir, base_dir, home),
+        keys_file=keys,
         api_keys_file=api,
         admin_keys_file=admin,
     )
