@@ -136,7 +136,10 @@ async def _catalogs(settings: Settings) -> AsyncIterator[Catalogs]:
                     open_store(model.adapters_path, msgspec.structs.asdict(model.lora_config.store))
                 )
                 catalogs[model.model_id] = Catalog(
-                    model.model_id, store, settings.gateway.catalog_refresh_s
+                    model.model_id,
+                    store,
+                    settings.gateway.catalog_refresh_s,
+                    settings.gateway.adapter_settle_s,
                 )
         yield catalogs
 

@@ -258,7 +258,7 @@ def sim_config(
                 },
             }
         ],
-        "gateway": {"port": 0, "lease_s": 2.0, **gateway},
+        "gateway": {"port": 0, "lease_s": 2.0, "adapter_settle_s": 0, **gateway},
     }
 
 
@@ -291,7 +291,7 @@ def demo_config(
                 },
             }
         ],
-        "gateway": {"port": 0, "lease_s": 3.0, **gateway},
+        "gateway": {"port": 0, "lease_s": 3.0, "adapter_settle_s": 0, **gateway},
     }
 
 

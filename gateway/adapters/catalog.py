@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 
+from gateway.adapters.settling import Settling
 from gateway.adapters.versions import Versions
 from shared.adapters.identity import StoredAdapter
 from shared.errors import AdapterNotFound, LoraplexError, StoreUnavailable
@@ -33,10 +34,13 @@ class Catalog:
     asks the store once.
     """
 
-    def __init__(self, base: str, store: AdapterStore, refresh_s: float) -> None:
+    def __init__(
+        self, base: str, store: AdapterStore, refresh_s: float, settle_s: float = 0.0
+    ) -> None:
         self.base = base
         self._store = store
         self._refresh_s = refresh_s
+        self._settling = Settling(settle_s)
         self._known: dict[str, StoredAdapter] = {}
         self._missing: OrderedDict[str, float] = OrderedDict()
         self._asking: dict[str, asyncio.Future[StoredAdapter | None]] = {}
@@ -68,8 +72,9 @@ class Catalog:
         same = named = 0
         complete = True
         self._fresh.clear()
-        async for adapter in self._store.list():
-            before = self._known.get(adapter.name)
+        async for seen in self._store.list():
+            before = self._known.get(seen.name)
+            adapter = self._settling.look(before, seen, time.monotonic())
             named += before is not None
             if before == adapter:
                 # so that equal ones are there once, however many requests hold one
@@ -89,6 +94,8 @@ class Catalog:
             known.pop(name, None)
             if found is not None:
                 known[name] = found
+        if complete:
+            self._settling.keep(known)
         if not len(known) == len(self._known) == named or not self.listed:
             log.info(
                 "adapters listed",
@@ -116,8 +123,19 @@ class Catalog:
         if adapter is None and not self.is_missing(name):
             adapter = await self._ask(name)
         if adapter is None:
-            raise no_such_adapter(self.base, name)
+            raise no_such_adapter(self.base, name, self._below(name))
         return adapter
+
+    def _below(self, name: str) -> str:
+        """Trainers leave an adapter in a folder of its own below the one that people name."""
+        begin = f"{name}/checkpoint-"
+        found = [known for known in self._known if known.startswith(begin)]
+        if not found:
+            return ""
+        example = max(found, key=lambda known: (len(known), known))
+        return (
+            f" Its trainer's checkpoints lie one folder below: ask for `{example}`, or move it up."
+        )
 
     async def look_again(self, name: str) -> StoredAdapter:
         """As `latest`, but asks the store now, whatever is known: the adapter changed since it was
@@ -182,5 +200,7 @@ class Catalog:
             self._missing.popitem(last=False)
 
 
-def no_such_adapter(base: str, name: str) -> AdapterNotFound:
-    return AdapterNotFound(f"The adapter `{name}` of model `{base}` does not exist.", param="model")
+def no_such_adapter(base: str, name: str, hint: str = "") -> AdapterNotFound:
+    return AdapterNotFound(
+        f"The adapter `{name}` of model `{base}` does not exist.{hint}", param="model"
+    )

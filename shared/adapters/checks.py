@@ -19,9 +19,9 @@ from shared.adapters.base_layers import BaseShapes
 from shared.adapters.identity import (
     CONFIG_FILE,
     PICKLED_WEIGHTS,
-    SHARD,
     WEIGHTS_FILE,
     WEIGHTS_INDEX_FILE,
+    choose_weights,
 )
 from shared.adapters.peft_config import PeftLoraConfig
 from shared.adapters.safetensors import Tensor
@@ -70,17 +70,6 @@ class AdapterFacts:
 
 
 # ---- files ---------------------------------------------------------------------------------------
-
-
-def choose_weights(names: Collection[str]) -> tuple[str, ...]:
-    """Of the files in an adapter's folder those with its weights: one file, or an index and its
-    shards. Empty: none that is served.
-    """
-    if WEIGHTS_FILE in names:
-        return (WEIGHTS_FILE,)
-    if WEIGHTS_INDEX_FILE in names:
-        return (WEIGHTS_INDEX_FILE, *sorted(n for n in names if SHARD.fullmatch(n)))
-    return ()
 
 
 def check_files(files: Sequence[FolderFile], limits: AdapterLimits) -> int:

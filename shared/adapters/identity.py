@@ -5,6 +5,7 @@ what a name may be.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Protocol, TypeAlias
 
 import msgspec
@@ -19,11 +20,34 @@ SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors")
 PICKLED_WEIGHTS = ("adapter_model.bin", "adapter_model.pt")
 
 
-def is_adapter_file(name: str) -> bool:
+def may_be_part(name: str) -> bool:
     """Whether a file of this name, in an adapter's folder itself, may be a part of the adapter.
     Trainers leave any number of others beside these, which nobody reads.
     """
-    return name in (CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_INDEX_FILE) or bool(SHARD.fullmatch(name))
+    return (
+        name in (CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_INDEX_FILE)
+        or name in PICKLED_WEIGHTS
+        or SHARD.fullmatch(name) is not None
+    )
+
+
+def choose_weights(names: Collection[str]) -> tuple[str, ...]:
+    """Of the files in an adapter's folder those with its weights: one file, or an index and its
+    shards. Empty: none that is served.
+    """
+    if WEIGHTS_FILE in names:
+        return (WEIGHTS_FILE,)
+    if WEIGHTS_INDEX_FILE in names:
+        return (WEIGHTS_INDEX_FILE, *sorted(n for n in names if SHARD.fullmatch(n)))
+    return ()
+
+
+def adapter_parts(names: Collection[str]) -> frozenset[str]:
+    """Of the files in an adapter's folder those that it consists of. Pickles only where there is
+    nothing else: they are refused, by name.
+    """
+    weights = choose_weights(names) or [n for n in PICKLED_WEIGHTS if n in names]
+    return frozenset(n for n in (CONFIG_FILE, *weights) if n in names)
 
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")

@@ -132,6 +132,7 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     queue_timeout_s: Seconds = 60.0
     request_timeout_s: Seconds = 600.0
     progress_s: SecondsOrNone | None = 5.0
+    adapter_settle_s: SecondsOrNone = 12.0
     catalog_refresh_s: Seconds = 30.0
     drain_s: SecondsOrNone = 20.0
     kill_s: SecondsOrNone = 5.0

@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeAlias
 
 import msgspec
 
-from shared.adapters.identity import CONFIG_FILE, StoredAdapter
+from shared.adapters.identity import CONFIG_FILE, StoredAdapter, may_be_part
 from shared.stores.listing import Entry, Grouping, Skipped, valid_path
 
 # How much of either end of a file is read for its version. Both ends of two trainings differ: the
@@ -115,7 +115,7 @@ class _Scan:
             for child, at, is_folder in self._inside(self._outside, path, key, found):
                 if is_folder:
                     self.folder(at, child, (*above, here))
-                elif not valid_path(child):
+                elif may_be_part(child.rpartition("/")[2]) and not valid_path(child):
                     self._outside.skip(child)  # any other file outside of all adapters is nobody's
 
     def _inside(
@@ -147,7 +147,8 @@ class _Scan:
             flat, files = False, list(walk(self._real_root, grouping, path, key, above))
         else:
             flat = status.st_mtime_ns < self._began_ns - _SETTLED_NS
-            files = sorted((child, at) for child, at, _ in self._inside(grouping, path, key, found))
+            parts = [one for one in found if may_be_part(one[0])]
+            files = sorted((child, at) for child, at, _ in self._inside(grouping, path, key, parts))
         names = tuple(child[len(key) + 1 :] for child, _ in files)
         names = self._shapes.setdefault(names, names)
         if (
@@ -213,6 +214,8 @@ def walk(
         return
     for name in names:
         child, path = (f"{key}/{name}" if key else name), os.path.join(folder, name.rstrip("/"))
+        if not name.endswith("/") and not may_be_part(name):
+            continue
         if name.startswith(".") or (
             os.path.islink(path) and not below(os.path.realpath(path), real_root)
         ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,13 +16,14 @@ from shared.adapters.identity import (
     MAX_NAME_LENGTH,
     StoredAdapter,
     StoredFile,
+    adapter_parts,
     check_name,
+    may_be_part,
 )
 from shared.errors import AdapterNotFound
 
 DIGEST_HEX_CHARS = 16
-# A PEFT adapter has 2 to 15 files, with a trainer's leftovers some 30; far beyond that the folder
-# is something else.
+# The config, an index and the shards of the weights.
 MAX_FILES_PER_ADAPTER = 256
 # S3's and GCS's own limit for a key.
 MAX_KEY_CHARS = 1024
@@ -85,29 +86,28 @@ def digest_of(name: str, files: Iterable[StoredFile]) -> str:
 
 @dataclass(slots=True)
 class _Folder:
-    """A folder whose keys are still arriving. `files` may go to a parent that turns out to be an
-    adapter, so they wait here.
-    """
+    """A folder whose keys are still arriving. `files`: those that may be of an adapter."""
 
     path: str
     is_adapter: bool = False
     files: list[Entry] = field(default_factory=list)
 
-    def hold(self, entries: Sequence[Entry]) -> None:
+    def hold(self, entry: Entry) -> None:
         """One more than an adapter may have is kept, which tells "full" from "too many" and bounds
         what waits.
         """
-        self.files.extend(entries[: MAX_FILES_PER_ADAPTER + 1 - len(self.files)])
+        if len(self.files) <= MAX_FILES_PER_ADAPTER:
+            self.files.append(entry)
 
 
 class Grouping:
     """Turns entries in ascending order of their keys (as S3 and GCS list them) into adapters, each
     as soon as its folder has ended.
 
-    A file belongs to the nearest enclosing folder that is an adapter; directory markers are
-    ignored. Only the folders on the way to the current key are held, each with at most
-    MAX_FILES_PER_ADAPTER + 1 entries: memory depends on depth, not on the size of the bucket.
-    `skipped` counts what was left out.
+    Only the files that an adapter consists of count, in its folder itself; whatever else lies
+    there or below is nobody's. Only the folders on the way to the current key are held, each with
+    at most MAX_FILES_PER_ADAPTER + 1 entries: memory depends on depth, not on the size of the
+    bucket. `skipped` counts what was left out.
     """
 
     def __init__(self) -> None:
@@ -134,15 +134,15 @@ class Grouping:
         if entry.key < self._last_key:
             raise OutOfOrder("the store's keys are not in ascending order")
         self._last_key = entry.key
-        if entry.key.endswith("/"):
+        path, _, file_name = entry.key.rpartition("/")
+        if not may_be_part(file_name):
             return []
         if not valid_path(entry.key):
             self.skip(entry.key)
             return []
-        path, _, file_name = entry.key.rpartition("/")
         complete = self._leave(path)
         self._enter(path)
-        self._open[-1].hold([entry])
+        self._open[-1].hold(entry)
         if file_name == CONFIG_FILE:
             self._open[-1].is_adapter = True
         return complete
@@ -178,8 +178,6 @@ class Grouping:
             self._open.pop()
             if folder.is_adapter:
                 complete.extend(self._adapter(folder))
-            elif len(self._open) > 1:
-                self._open[-1].hold(folder.files)
         if len(self._open) == 1:
             self._open[0] = _Folder("")
         return complete
@@ -193,9 +191,12 @@ class Grouping:
             self._example = self._example or ascii(folder.path)
             return []
         start = len(folder.path) + 1
+        parts = adapter_parts([e.key[start:] for e in folder.files])
         # Nearly every adapter has the same file names: interned, a thousand of them cost one.
         files = tuple(
-            StoredFile(sys.intern(e.key[start:]), e.size_bytes, e.version) for e in folder.files
+            StoredFile(sys.intern(name), e.size_bytes, e.version)
+            for e in folder.files
+            if (name := e.key[start:]) in parts
         )
         return [StoredAdapter(folder.path, digest_of(folder.path, files), files)]
 

@@ -28,13 +28,12 @@ from shared.adapters.checks import (
     check_index,
     check_norm,
     check_tensors,
-    choose_weights,
 )
 from shared.adapters.identity import (
     CONFIG_FILE,
-    PICKLED_WEIGHTS,
     WEIGHTS_INDEX_FILE,
-    is_adapter_file,
+    choose_weights,
+    may_be_part,
 )
 from shared.adapters.peft_config import check_config
 from shared.adapters.safetensors import (
@@ -131,7 +130,7 @@ def _files(folder: Path) -> list[FolderFile]:
         return [
             FolderFile(entry.name, *_size_and_kind(entry, inside))
             for entry in entries
-            if is_adapter_file(entry.name) or entry.name in PICKLED_WEIGHTS
+            if may_be_part(entry.name)
         ]
 
 

@@ -102,6 +102,29 @@ async def test_an_adapter_that_appears_after_the_listing_is_found_by_name(root: 
     assert (await catalog.find("new")).name == "new"
 
 
+async def test_who_asks_for_a_trainer_s_folder_is_told_of_the_checkpoint_below(root: Path) -> None:
+    catalog, _ = a_catalog(root)
+    for step in (500, 1000):
+        put(root, f"run/checkpoint-{step}")
+    await catalog.refresh()
+    with pytest.raises(AdapterNotFound, match="`run/checkpoint-1000`"):
+        await catalog.find("run")
+
+
+async def test_half_of_an_upload_is_listed_under_its_old_version(root: Path) -> None:
+    catalog = Catalog("tiny", Watched(str(root)), refresh_s=3600.0, settle_s=3600.0)
+    await catalog.refresh()
+    old = catalog.known["pirate"]
+    put(root, "pirate", b"others")
+    (root / "pirate" / "adapter_config.json").write_text("{}")
+    await catalog.refresh()
+    new = catalog.known["pirate"]
+    assert new.digest != old.digest, "all of it is new"
+    (root / "pirate" / "adapter_config.json").write_text('{"r": 4}')
+    await catalog.refresh()
+    assert catalog.known["pirate"] == new
+
+
 async def test_concurrent_questions_for_one_name_ask_the_store_once(root: Path) -> None:
     catalog, store = a_catalog(root)
     store.open.clear()

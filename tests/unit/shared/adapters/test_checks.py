@@ -27,8 +27,8 @@ from shared.adapters.checks import (
     check_index,
     check_norm,
     check_tensors,
-    choose_weights,
 )
+from shared.adapters.identity import choose_weights
 from shared.adapters.peft_config import check_config
 from shared.adapters.safetensors import Tensor, header_length, parse_header
 from shared.adapters.strict_json import parse_object, shown

@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.adapters.identity import CONFIG_FILE, MAX_NAME_LENGTH, StoredAdapter, StoredFile
+from shared.adapters.identity import (
+    CONFIG_FILE,
+    MAX_NAME_LENGTH,
+    WEIGHTS_FILE,
+    StoredAdapter,
+    StoredFile,
+)
 from shared.errors import ConfigError
 from shared.stores import open_store, parse_bucket_url
 from shared.stores.listing import (
@@ -43,27 +49,42 @@ def test_a_folder_with_a_config_is_an_adapter_at_any_depth() -> None:
         entries(
             "a/adapter_config.json",
             "team/x/b/adapter_config.json",
-            "team/x/b/w.bin",
+            "team/x/b/adapter_model.safetensors",
+            "team/x/b/optimizer.pt",
             "team/readme.md",
             "loose.txt",
         )
     )
     assert {name: paths(a) for name, a in found.items()} == {
         "a": {CONFIG_FILE},
-        "team/x/b": {CONFIG_FILE, "w.bin"},
+        "team/x/b": {CONFIG_FILE, WEIGHTS_FILE},
     }
 
 
-def test_a_file_belongs_to_the_nearest_enclosing_adapter() -> None:
+def test_an_adapter_is_its_config_and_its_weights_whatever_lies_beside_or_below() -> None:
+    shards = [f"adapter_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = f"{WEIGHTS_FILE}.index.json"
     found = streamed(
         entries(
-            "a/0/x", "a/adapter_config.json", "a/sub/adapter_config.json", "a/sub/deep/y", "a/z"
+            *(f"a/{n}" for n in (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", *shards)),
+            "a/optimizer.pt",
+            "a/global_step5/adapter_model.safetensors",
+            *(f"a/samples/{i}.json" for i in range(2 * MAX_FILES_PER_ADAPTER)),
+            *(f"a/checkpoint-5/{n}" for n in (CONFIG_FILE, index, *shards, "rng_state.pth")),
+            *(f"pickled/{n}" for n in (CONFIG_FILE, "adapter_model.bin", "training_args.bin")),
         )
     )
     assert {name: paths(a) for name, a in found.items()} == {
-        "a": {"0/x", CONFIG_FILE, "z"},
-        "a/sub": {CONFIG_FILE, "deep/y"},
+        "a": {CONFIG_FILE, WEIGHTS_FILE},
+        "a/checkpoint-5": {CONFIG_FILE, index, *shards},
+        "pickled": {CONFIG_FILE, "adapter_model.bin"},  # to be refused by name
     }
+
+
+def test_what_lies_beside_an_adapter_does_not_change_its_version() -> None:
+    own = [f"a/{n}" for n in (CONFIG_FILE, WEIGHTS_FILE)]
+    one, other = streamed(entries(*own)), streamed(entries(*own, "a/README.md", "a/b c.txt"))
+    assert one == other
 
 
 def test_names_that_sort_around_the_slash_are_kept_apart() -> None:
@@ -73,13 +94,13 @@ def test_names_that_sort_around_the_slash_are_kept_apart() -> None:
             "a.b/adapter_config.json",
             "a/adapter_config.json",
             "a0/adapter_config.json",
-            "a/b",
+            f"a/{WEIGHTS_FILE}",
         )
     )
     assert {name: paths(a) for name, a in found.items()} == {
         "a-b": {CONFIG_FILE},
         "a.b": {CONFIG_FILE},
-        "a": {CONFIG_FILE, "b"},
+        "a": {CONFIG_FILE, WEIGHTS_FILE},
         "a0": {CONFIG_FILE},
     }
 
@@ -91,25 +112,26 @@ def test_directory_markers_are_neither_files_nor_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    "key",
+    "folder",
     [
-        "../a/x",
-        "a/../x",
-        "/a/x",
-        ".hidden/x",
+        "../a",
+        "a/..",
+        "/a",
+        ".hidden",
         "a/.git",
-        "a//x",
+        "a/",
         "a/b c",
         "a/ü",
         "a/x\n",
         "a/x\0",
         "a/b..c",
         "a\\x",
-        "a:b/x",
+        "a:b",
         "a/" + "n" * 256,
     ],
 )
-def test_a_key_outside_of_the_grammar_is_counted_and_hurts_nobody_else(key: str) -> None:
+def test_a_key_outside_of_the_grammar_is_counted_and_hurts_nobody_else(folder: str) -> None:
+    key = f"{folder}/{CONFIG_FILE}"
     adapters, skipped = group([*entries("ok/adapter_config.json"), Entry(key, 1, "v")])
     assert [(a.name, paths(a)) for a in adapters] == [("ok", {CONFIG_FILE})]
     assert skipped.outside_grammar == 1
@@ -128,10 +150,15 @@ def test_a_name_over_the_cap_is_left_out_and_counted() -> None:
     assert not valid_name(long)
 
 
+def shard(number: int) -> str:
+    return f"a/adapter_model-{number:05d}-of-01000.safetensors"
+
+
 def test_an_adapter_may_have_as_many_files_as_the_cap_and_not_one_more() -> None:
-    full = [f"a/{i:04d}" for i in range(MAX_FILES_PER_ADAPTER - 1)] + [f"a/{CONFIG_FILE}"]
+    full = [shard(i) for i in range(MAX_FILES_PER_ADAPTER - 2)]
+    full += [f"a/{CONFIG_FILE}", f"a/{WEIGHTS_FILE}.index.json"]
     assert len(streamed(entries(*full))["a"].files) == MAX_FILES_PER_ADAPTER
-    adapters, skipped = group(entries(*full, "a/zz", "b/adapter_config.json"))
+    adapters, skipped = group(entries(*full, shard(999), "b/adapter_config.json"))
     assert [a.name for a in adapters] == ["b"]
     assert (skipped.too_many_files, skipped.example) == (1, "'a'")
 
@@ -153,15 +180,15 @@ def test_the_digest_is_the_same_in_any_order_and_differs_by_path_size_version_an
 
 def test_keys_out_of_order_are_refused_rather_than_split_an_adapter() -> None:
     grouping = Grouping()
-    grouping.add(Entry("b/x", 1, "v"))
+    grouping.add(Entry(f"b/{CONFIG_FILE}", 1, "v"))
     with pytest.raises(OutOfOrder):
-        grouping.add(Entry("a/x", 1, "v"))
+        grouping.add(Entry(f"a/{CONFIG_FILE}", 1, "v"))
 
 
 def test_an_adapter_comes_as_soon_as_its_folder_has_ended() -> None:
     grouping = Grouping()
     assert grouping.add(Entry(f"a/{CONFIG_FILE}", 1, "v")) == []
-    assert [a.name for a in grouping.add(Entry("b/x", 1, "v"))] == ["a"]
+    assert [a.name for a in grouping.add(Entry(f"b/{CONFIG_FILE}", 1, "v"))] == ["a"]
 
 
 def test_memory_does_not_grow_with_the_number_of_unrelated_files() -> None:
@@ -179,21 +206,19 @@ def test_memory_does_not_grow_with_the_number_of_unrelated_files() -> None:
 _KEY = st.lists(
     st.sampled_from(["a", "b", "a-b", "a.b", "A", "a0"]), min_size=0, max_size=4
 ).flatmap(
-    lambda folders: st.sampled_from([CONFIG_FILE, "w.safetensors", "0", "zz"]).map(
+    lambda folders: st.sampled_from([CONFIG_FILE, WEIGHTS_FILE, "0", "zz"]).map(
         lambda name: "/".join([*folders, name])
     )
 )
 
 
 def _model(keys: set[str]) -> dict[str, set[str]]:
-    """The rule itself: each file goes to its longest enclosing folder that holds a config."""
+    """The rule itself: a folder with a config, and its weights if it has any."""
     folders = {k.removesuffix("/" + CONFIG_FILE) for k in keys if k.endswith("/" + CONFIG_FILE)}
-    result: dict[str, set[str]] = {folder: set() for folder in folders}
-    for key in keys:
-        owner = max((f for f in folders if key.startswith(f + "/")), key=len, default=None)
-        if owner is not None:
-            result[owner].add(key.removeprefix(owner + "/"))
-    return result
+    return {
+        folder: {n for n in (CONFIG_FILE, WEIGHTS_FILE) if f"{folder}/{n}" in keys}
+        for folder in folders
+    }
 
 
 @given(st.sets(_KEY, max_size=60))

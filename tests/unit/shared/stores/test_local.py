@@ -148,7 +148,9 @@ def test_a_folder_that_changed_a_moment_ago_is_looked_at_in_full_the_next_time(
     listing = FolderListing(str(tmp_path))
     listing.scan(str(tmp_path))
     status = (tmp_path / "a").stat()
-    (tmp_path / "a" / "more.txt").write_text("x")
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    (tmp_path / "a" / "adapter_model.safetensors.index.json").write_text("x")
+    (tmp_path / "a" / "adapter_model-00001-of-00002.safetensors").write_text("x")
     os.utime(tmp_path / "a", ns=(status.st_atime_ns, status.st_mtime_ns))
     adapters, _ = listing.scan(str(tmp_path))
-    assert "more.txt" in {f.path for f in adapters[0].files}
+    assert "adapter_model-00001-of-00002.safetensors" in {f.path for f in adapters[0].files}

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.adapters.checks import choose_weights
-from shared.adapters.identity import CONFIG_FILE, WEIGHTS_INDEX_FILE
+from shared.adapters.identity import CONFIG_FILE, WEIGHTS_INDEX_FILE, choose_weights
 
 _FUSED = b".experts.base_layer.lora_A"
 
