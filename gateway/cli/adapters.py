@@ -89,6 +89,12 @@ def add_parser(verbs: Any) -> None:
     )
     validate.add_argument("--json", action="store_true", help="print the verdict as JSON")
     validate.set_defaults(run=_validate)
+    convert = actions.add_parser(
+        "convert",
+        help="make safetensors of pickled weights (adapter_model.bin), without running any code",
+    )
+    convert.add_argument("folder", metavar="FOLDER", help="the adapter's folder")
+    convert.set_defaults(run=_convert)
 
 
 VALIDATE = (
@@ -103,6 +109,11 @@ def _validate(args: argparse.Namespace) -> int:
     sys.stdout.flush()
     words = command("worker.validation", args.path, "--config", args.config, *rest)
     os.execv(sys.executable, words)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    sys.stdout.flush()
+    os.execv(sys.executable, command("worker.validation.convert", args.folder))
 
 
 def _run(action: Any, args: argparse.Namespace) -> int:
