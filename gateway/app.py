@@ -35,6 +35,7 @@ from gateway.admin.scope import AdminScope
 from gateway.api.exchange import GenerationServices, RequestLimits
 from gateway.dispatch.admission import Admission, QueueBound
 from gateway.dispatch.dispatcher import Dispatcher
+from gateway.dispatch.journal import JournalBounds
 from gateway.dispatch.request import InFlightRequest
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.dispatch.transport import LinkTransport
@@ -192,7 +193,8 @@ def _dispatch_settings(settings: Settings) -> DispatchSettings:
     g = settings.gateway
     # above those of this gateway's earlier life, unless it sent a million requests a second
     first_sid = time.time_ns() // 1000
-    return DispatchSettings(g.max_concurrent_requests, g.progress_s or 0.0, first_sid)
+    journals = JournalBounds(g.resume_max_tokens, g.resume_max_bytes)
+    return DispatchSettings(g.max_concurrent_requests, g.progress_s or 0.0, first_sid, journals)
 
 
 def _call_at(when: float, call: Callable[[], None]) -> None:
@@ -229,7 +231,7 @@ def _services(
         Resolver(catalogs, aliases, dispatcher.fleet),
         metrics,
         Keys(g),
-        RequestLimits(g.max_body_bytes, g.slow_reader_bytes, g.request_timeout_s),
+        RequestLimits(g.max_body_bytes, g.slow_reader_bytes, g.request_timeout_s, g.resume),
         AccessLog(name, g.log_level),
         AdapterUsage(),
         asyncio.get_running_loop(),

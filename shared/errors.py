@@ -175,6 +175,12 @@ class EngineFailure(LoraplexError):
     code = "engine_error"
 
 
+class CannotContinue(LoraplexError):
+    """An answer that has begun cannot go on at this worker as it went on at the one before."""
+
+    code = "cannot_continue"
+
+
 class LinkError(LoraplexError):
     """The ZeroMQ link cannot be opened as configured."""
 

@@ -9,12 +9,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shared.errors import EngineFailure
+from shared.errors import CannotContinue, EngineFailure
 from shared.link import messages
+from shared.link.token_ids import BYTES_PER_TOKEN
 from worker.engine.base import Engine, EngineRequest, Loaded
 from worker.session import GatewaySession
 
 clock = time.monotonic
+
+PROGRESS_TOKENS = 16
+"""Of an answer that is sent whole, between two words on how far it is: what a lost worker costs."""
 
 
 @dataclass(slots=True)
@@ -37,32 +41,53 @@ class StreamReply:
     last frame.
     """
 
-    __slots__ = ("_outbox", "_request", "_sid", "begun", "output_tokens", "prompt_tokens")
+    __slots__ = (
+        "_movable",
+        "_outbox",
+        "_request",
+        "_sid",
+        "_unsent",
+        "ended",
+        "output_tokens",
+        "prompt_tokens",
+    )
 
     def __init__(self, request: OpenRequest) -> None:
         self._request = request
         self._outbox, self._sid = request.session.outbox, request.message.sid
+        self._movable = request.message.movable
+        self._unsent = b""
         self.prompt_tokens = self.output_tokens = 0
-        self.begun = False
+        self.ended = False
 
-    def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
-        self.begun = True
+    def head(self, status: int, sse: bool, data: bytes, end: bool, tokens: bytes = b"") -> None:
         self._outbox.frame(
             self._sid,
             status << messages.STATUS_SHIFT
             | (messages.SSE if sse else 0)
             | (messages.END if end else 0),
             data,
+            tokens if self._movable else b"",
         )
         if end:
             self._end()
 
-    def more(self, data: bytes, end: bool) -> None:
-        self._outbox.frame(self._sid, messages.END if end else 0, data)
+    def more(self, data: bytes, end: bool, tokens: bytes = b"") -> None:
+        flags = messages.END if end else 0
+        self._outbox.frame(self._sid, flags, data, tokens if self._movable else b"")
         if end:
             self._end()
 
+    def progress(self, tokens: bytes) -> None:
+        if not self._movable:
+            return
+        self._unsent += tokens
+        if len(self._unsent) >= PROGRESS_TOKENS * BYTES_PER_TOKEN:
+            self._outbox.frame(self._sid, messages.TOKENS, b"", self._unsent)
+            self._unsent = b""
+
     def _end(self) -> None:
+        self.ended = True
         request = self._request
         wait_s = request.started - request.arrived
         load_s = wait_s if request.came_from is not messages.Tier.GPU else 0.0
@@ -155,14 +180,13 @@ class RequestTable:
         message = request.message
         reply = StreamReply(request)
         try:
-            await self._engine.serve(
-                EngineRequest(
-                    message.path, message.request_id, message.body, adapter, message.model
-                ),
-                reply,
+            await self._engine.serve(_engine_request(message, adapter), reply)
+        except CannotContinue as exc:
+            request.session.outbox.refuse(
+                messages.Refused(message.sid, exc.code, exc.message, retryable=False)
             )
         except EngineFailure as exc:
-            if not reply.begun:
+            if not reply.ended:
                 request.session.outbox.refuse(
                     messages.Refused(message.sid, exc.code, exc.message, True, leaving=True)
                 )
@@ -187,3 +211,16 @@ class RequestTable:
         del self._by_stream[request.session, request.message.sid]
         request.session.open_requests -= 1
         self._on_end(request.number)
+
+
+def _engine_request(message: messages.Generate, adapter: Loaded | None) -> EngineRequest:
+    return EngineRequest(
+        message.path,
+        message.request_id,
+        message.body,
+        adapter,
+        message.model,
+        message.created,
+        message.resume.tokens if message.resume is not None else b"",
+        message.movable,
+    )

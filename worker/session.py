@@ -50,8 +50,8 @@ class Outbox:
     def connect(self, send: Callable[[bytes], SendResult]) -> None:
         self._send = send
 
-    def frame(self, sid: messages.StreamId, flags: int, data: bytes) -> None:
-        self._frames.append((sid, flags, data))
+    def frame(self, sid: messages.StreamId, flags: int, data: bytes, tokens: bytes = b"") -> None:
+        self._frames.append((sid, flags, data, tokens))
         if not self._scheduled:
             self._schedule()
 
@@ -77,7 +77,7 @@ class Outbox:
         self._scheduled = True
         self._loop.call_later(RETRY_S, self.flush)
         # Counted here, where it is rare, and not at every frame.
-        self._stuck_bytes += sum(len(data) for _, _, data in self._frames[self._stuck :])
+        self._stuck_bytes += sum(len(data) for _, _, data, _ in self._frames[self._stuck :])
         self._stuck = len(self._frames)
         if self._stuck_bytes > MAX_PENDING_BYTES:
             self._overflow()
@@ -86,7 +86,7 @@ class Outbox:
         """What has not left will not: each of its streams ends with a refusal, which leaves as soon
         as the gateway takes something again.
         """
-        for sid in {sid for sid, _, _ in self._frames}:
+        for sid in {frame[0] for frame in self._frames}:
             self.refuse(messages.Refused(sid, WorkerUnavailable.code, reason, True))
         self._frames, self._done = [], []
         self._stuck = self._stuck_bytes = 0

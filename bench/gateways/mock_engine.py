@@ -25,6 +25,7 @@ import uvloop
 
 import worker.__main__
 from shared.config.handover import read_settings
+from shared.link.token_ids import pack
 from shared.runtime import log as runtime_log
 from shared.runtime.process import follow_parent
 from worker.engine.base import EngineFacts, EngineRequest, EngineStats, Loaded, Reply, Swap, Swapped
@@ -311,9 +312,9 @@ class ReplyStream:
         data, last = self.answer.next()
         sent = self._reply.output_tokens = self.answer.sent
         if sent == 1:
-            self._reply.head(200, True, data, last)
+            self._reply.head(200, True, data, last, pack((sent,)))
         else:
-            self._reply.more(data, last)
+            self._reply.more(data, last, pack((sent,)))
         if last and not self.ended.done():
             self.ended.set_result(None)
         return last

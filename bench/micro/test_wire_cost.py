@@ -10,6 +10,7 @@ import pytest
 from bench.micro.conftest import PerUnit
 from shared.adapters.identity import AdapterRef
 from shared.link import messages
+from shared.link.token_ids import pack
 
 STREAMS = 64
 EVENT = (
@@ -25,18 +26,24 @@ BODY = (
     + b"word " * 400
     + b'"}],"max_tokens":64,"stream":true}'
 )
+TOKEN = pack((12345,))
 RESIDENT = 64
 ADAPTERS = tuple(
     messages.AdapterState(f"adapter-{i:04d}", "0" * 64, messages.Tier.GPU) for i in range(RESIDENT)
 )
 MESSAGES: dict[str, tuple[Any, Callable[[bytes], object], int, str]] = {
     f"step of {STREAMS} streams": (
-        messages.Step([(sid, 0, EVENT) for sid in range(STREAMS)]),
+        messages.Step([(sid, 0, EVENT, TOKEN) for sid in range(STREAMS)]),
         messages.decode_worker_data,
         STREAMS,
         "token",
     ),
-    "step of one stream": (messages.Step([(1, 0, EVENT)]), messages.decode_worker_data, 1, "token"),
+    "step of one stream": (
+        messages.Step([(1, 0, EVENT, TOKEN)]),
+        messages.decode_worker_data,
+        1,
+        "token",
+    ),
     f"request of {len(BODY):,} bytes": (
         messages.Generate(
             1, "/v1/chat/completions", "0" * 32, BODY, AdapterRef("base", "adapter", "0" * 64)

@@ -27,6 +27,7 @@ from gateway.dispatch.request import (
 )
 from gateway.http.headers import (
     MAX_SESSION,
+    RESUME_HEADER,
     TIMEOUT_HEADER,
     TIMEOUT_MS,
     IncomingRequest,
@@ -46,6 +47,7 @@ class RequestLimits:
     max_body_bytes: int
     slow_reader_bytes: int
     request_timeout_s: float
+    resume: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,8 @@ class Exchange:
                 head.max_completion_tokens or head.max_tokens or 0,
                 schema.prefix_hash(ref.digest if ref is not None else "", body),
                 bool(head.stream),
+                int(time.time()),
+                self._services.limits.resume and header(RESUME_HEADER) != "off",
             ),
             RequestedModel(
                 target.base,

@@ -35,6 +35,8 @@ class AccessRecord(msgspec.Struct, frozen=True, gc=False):
     prompt_tokens: int | None
     output_tokens: int | None
     error: str | None
+    moves: int | None
+    """How often another worker continued the answer."""
 
 
 def head_lines(inflight: InFlightRequest, policy: str) -> bytes:
@@ -76,6 +78,7 @@ def access_record(
         done.prompt_tokens if done else None,
         done.output_tokens if done else None,
         error.code if error else None,
+        inflight.moves or None,
     )
 
 

@@ -79,11 +79,16 @@ class Admission(Generic[T]):
     def bases(self) -> list[str]:
         return list(self._queues)
 
-    def offer(self, base: str, item: T, now: float, flow: Flow = ANYBODY) -> Ticket[T] | None:
-        """The item's place in the queue, or None if the queue is full."""
+    def offer(
+        self, base: str, item: T, now: float, flow: Flow = ANYBODY, *, admitted: bool = False
+    ) -> Ticket[T] | None:
+        """The item's place in the queue, or None if the queue is full. `admitted`: it was let in
+        before, and a queue that is full does not turn it away.
+        """
         queue = self._queues.get(base)
         most = self.bound(base).max_queued
-        if len(self._arrivals) >= self._max_queued or 0 <= most <= (queue.size if queue else 0):
+        full = len(self._arrivals) >= self._max_queued or 0 <= most <= (queue.size if queue else 0)
+        if full and not admitted:
             return None
         if queue is None:
             queue = self._queues[base] = WaitQueue()

@@ -16,8 +16,9 @@ from typing import ParamSpec
 from gateway.dispatch import fairness
 from gateway.dispatch.admission import Admission
 from gateway.dispatch.commands import WorkerCommands
+from gateway.dispatch.journal import keep_within
 from gateway.dispatch.keepalive import Keepalive, comment
-from gateway.dispatch.lifecycle import RequestEvent, RequestPhase
+from gateway.dispatch.lifecycle import RequestEvent, RequestPhase, RetryBudget
 from gateway.dispatch.membership import Membership
 from gateway.dispatch.outbox import Transport, WorkerOutbox
 from gateway.dispatch.placement import Placement
@@ -34,6 +35,7 @@ from gateway.telemetry.prometheus import Metrics
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import (
     AdapterNotFound,
+    CannotContinue,
     EngineFailure,
     LoraplexError,
     Overloaded,
@@ -45,6 +47,8 @@ from shared.link import messages
 MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1.0, 60.0
 NO_WORKER_RETRY_AFTER_S = 5.0
 """What a client is told to wait while no worker serves: about as long as one takes to come back."""
+FIRST_IN_LINE = -(1 << 40)
+"""The priority of a request that has lost its worker: clients can name none as low."""
 P = ParamSpec("P")
 
 
@@ -68,6 +72,8 @@ class Dispatcher:
         self._admission = admission
         self._metrics = metrics
         self._max_requests = settings.max_requests
+        self._journals = settings.journals
+        self._retries = RetryBudget()
         self.clock = time_and_chance.clock
         self._call_at = time_and_chance.call_at
         sids = itertools.count(settings.first_sid + 1)
@@ -243,6 +249,7 @@ class Dispatcher:
             late = Overloaded("No worker became free in time.", retry_after_s=after_s)
             self._isolated(request, self._fail, request, late)
         self._send_comments(now)
+        keep_within((request.journal for request in self._streams), self._journals)
         if now >= self._alarm:
             self._alarm = math.inf
             for base in self._admission.bases():
@@ -271,9 +278,16 @@ class Dispatcher:
     # ---- what follows from a frame (StreamOwner) -------------------------------------------------
 
     def stream_began(self, request: InFlightRequest) -> None:
-        request.t_head = self.clock()
+        request.t_head = request.t_head or self.clock()
         self._keepalive.leave(request)
         request.life.on(RequestEvent.HEAD)
+
+    def stream_diverged(self, request: InFlightRequest) -> None:
+        self._send_cancel(request)
+        self._unreserve(request)
+        why = "The worker that was to continue this answer began another one."
+        request.life.on(RequestEvent.FAIL)
+        self._lost(request, CannotContinue(why), "answered_otherwise")
 
     def stream_ended(self, request: InFlightRequest) -> None:
         self._end(request, RequestEvent.END)
@@ -323,10 +337,10 @@ class Dispatcher:
         self._metrics.dispatched(base, decision.reason._value_)
         return None
 
-    def _queue(self, request: InFlightRequest) -> bool:
+    def _queue(self, request: InFlightRequest, *, admitted: bool = False) -> bool:
         """False: the queue is full."""
         request.ticket = self._admission.offer(
-            request.model.base, request, self.clock(), request.flow
+            request.model.base, request, self.clock(), request.flow, admitted=admitted
         )
         return request.ticket is not None
 
@@ -392,7 +406,11 @@ class Dispatcher:
                 self._membership.leaves(worker, refused.message)
         others_may_have_it = request.model.elsewhere and refused.code == AdapterNotFound.code
         error = from_refusal(refused.code, refused.message)
-        self._on_loss(request, error, refused.retryable or others_may_have_it)
+        if isinstance(error, CannotContinue) and not request.journal.begun:
+            request.journal.give_up("contradicted")  # the client has seen nothing: from the start
+            others_may_have_it = True
+        died = refused.leaving and isinstance(error, EngineFailure)
+        self._on_loss(request, error, refused.retryable or others_may_have_it, died)
 
     def _on_lost(self, lost: Lost) -> None:
         for sid in lost.streams:
@@ -401,19 +419,50 @@ class Dispatcher:
                 streaming = request.life.phase is RequestPhase.STREAMING
                 error = EngineFailure if streaming else WorkerUnavailable
                 why = "The worker that served this request was lost."
-                self._isolated(request, self._on_loss, request, error(why), True)
+                self._isolated(request, self._on_loss, request, error(why), True, True)
         self._commands.pending.lost(lost.worker, lost.epoch)
 
-    def _on_loss(self, request: InFlightRequest, error: LoraplexError, retryable: bool) -> None:
-        """Another worker takes the request, it queues again, or the client hears of `error`."""
+    def _on_loss(
+        self, request: InFlightRequest, error: LoraplexError, retryable: bool, died: bool = False
+    ) -> None:
+        """Another worker takes the request, or goes on with the answer that the client has seen the
+        begin of; or it queues again, first in line; or the client hears of `error`.
+        """
         self._unreserve(request)
-        if request.life.on_loss(retryable=retryable) is RequestPhase.FAILED:
-            request.sink.fail(error)
-            self._close(request)
+        obstacle = self._obstacle(request, retryable)
+        if request.life.on_loss(retryable=not obstacle, died=died) is RequestPhase.FAILED:
+            self._lost(request, error, obstacle or "attempts")
             return
-        self._metrics.retried()
-        if self._dispatch(request) is not None and not self._queue(request):
-            self._fail(request, error)
+        self._note_retry(request, error)
+        if self._dispatch(request) is not None:
+            self._queue(request, admitted=True)
+            if request.asked.streams:
+                self._keepalive.enter(request, self.clock())
+
+    def _obstacle(self, request: InFlightRequest, retryable: bool) -> str:
+        """Why no other worker can have the request; empty: one can."""
+        if not retryable:
+            return "refused"
+        if request.journal.begun and request.journal.obstacle:
+            return request.journal.obstacle
+        return "" if self._retries.take(len(self._open), self.clock()) else "retry_budget"
+
+    def _note_retry(self, request: InFlightRequest, error: LoraplexError) -> None:
+        request.done = None
+        request.flow = (FIRST_IN_LINE, *request.flow[1:])
+        if request.journal.begun:
+            request.moves += 1
+            self._metrics.moved(type(error).code)
+        else:
+            self._metrics.retried()
+
+    def _lost(self, request: InFlightRequest, error: LoraplexError, reason: str) -> None:
+        """For good; its phase says so already."""
+        if request.journal.begun:
+            self._metrics.lost(reason)
+            error = type(error)(f"{error.message} It cannot be continued elsewhere: {reason}.")
+        request.sink.fail(error)
+        self._close(request)
 
     # ---- a request's end -------------------------------------------------------------------------
 

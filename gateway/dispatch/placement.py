@@ -15,6 +15,8 @@ from gateway.routing.policy import NONE_EXCLUDED, Choice, Decision, Defer, Polic
 from shared.link import messages
 from shared.link.sockets import SendResult
 
+NO_PEERS: tuple[str, ...] = ()
+
 
 class Placement:
     """Asks `policy` and does what it says.
@@ -87,7 +89,7 @@ class Placement:
         where they are not even in its memory.
         """
         asked, model, key = request.asked, request.model, request.key
-        peers: tuple[str, ...] = ()
+        seen, peers = request.journal.seen, NO_PEERS
         if key is not None and choice.tier > messages.Tier.CPU:
             peers = peer_hints(self._fleet.pool(model.base), choice.worker, key)
         return messages.Generate(
@@ -99,4 +101,7 @@ class Placement:
             None if choice.tier is messages.Tier.GPU else model.stored,
             peers,
             model.shown_as,
+            asked.created,
+            not request.journal.obstacle,
+            messages.Resume(seen) if seen else None,
         )

@@ -9,6 +9,7 @@ from typing import Protocol
 import msgspec
 
 from gateway.dispatch.admission import Flow, Ticket
+from gateway.dispatch.journal import StreamJournal
 from gateway.dispatch.lifecycle import RequestLifecycle
 from gateway.routing.policy import Choice, RoutingRequest
 from shared.adapters.identity import AdapterRef, StoredAdapter, key_of
@@ -28,7 +29,9 @@ class ClientRequest(msgspec.Struct, frozen=True):
 
     `prompt_tokens` is an estimate (see `estimated_tokens`); `output_tokens` is the client's limit,
     0 if it set none; `prefix` is a hash of the prompt's first bytes, 0 if unknown; `streams` says
-    that the client wants an event stream, so that it can be told what it waits for.
+    that the client wants an event stream, so that it can be told what it waits for. `created` is
+    the time that the answer carries, in seconds since 1970 (0: the worker's). `movable`: if its
+    worker is lost, another one may continue the answer.
     """
 
     path: str
@@ -38,6 +41,8 @@ class ClientRequest(msgspec.Struct, frozen=True):
     output_tokens: int = 0
     prefix: int = 0
     streams: bool = False
+    created: int = 0
+    movable: bool = False
 
 
 class RequestedModel(msgspec.Struct, frozen=True):
@@ -82,7 +87,8 @@ NOT_SUBMITTED = RoutingRequest("")
 
 class InFlightRequest:
     """One request at the gateway, from submit to its end. `flow` says whose turn it uses in the
-    queue. Times are on the dispatcher's clock, which sets them.
+    queue; `moves` counts the workers that were lost with a part of its answer sent. Times are on
+    the dispatcher's clock, which sets them.
     """
 
     __slots__ = (
@@ -90,9 +96,11 @@ class InFlightRequest:
         "choice",
         "done",
         "flow",
+        "journal",
         "key",
         "life",
         "model",
+        "moves",
         "refused_by",
         "requester",
         "routing_request",
@@ -117,6 +125,8 @@ class InFlightRequest:
         self.flow: Flow = (requester.priority, requester.tenant, self.key)
         self.routing_request = NOT_SUBMITTED
         self.life = RequestLifecycle()
+        self.journal = StreamJournal(asked.movable)
+        self.moves = 0
         self.sid: messages.StreamId = 0
         self.choice: Choice | None = None
         self.ticket: Ticket[InFlightRequest] | None = None

@@ -1,7 +1,8 @@
-"""Pure. The requests that workers have, by stream id, and the way of each frame to its client.
+"""Pure. The requests that workers have, by stream id, and the way of each frame to its client
+and into its journal.
 
 `StreamTable.deliver` is the only place where a frame reaches a client. It runs for every token, so
-the common case is one look-up and one call.
+the common case is one look-up, one call and a few bytes more in an array.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Protocol
 
+from gateway.dispatch.journal import NOT_A_STREAM, NOT_JOURNALED
 from gateway.dispatch.request import InFlightRequest
 from shared.link import messages
 
@@ -27,13 +29,20 @@ class Discrepancies:
 
 
 WriteFrame = Callable[[bytes, bool], bool]
+CONTINUED = b": continued by another worker\n\n"
+"""Told to the client of a stream that was moved; clients skip comments."""
+OK = 200
 
 
 class StreamOwner(Protocol):
     """Who decides what follows from a frame."""
 
     def stream_began(self, request: InFlightRequest) -> None:
-        """The first frame is here; the client gets it next."""
+        """The first frame of this attempt is here; the client gets it next."""
+        ...
+
+    def stream_diverged(self, request: InFlightRequest) -> None:
+        """A stream was to be continued, and its new worker answers something else."""
         ...
 
     def stream_ended(self, request: InFlightRequest) -> None:
@@ -61,8 +70,8 @@ class StreamTable:
     def __init__(self, owner: StreamOwner) -> None:
         self._owner = owner
         self._requests: dict[messages.StreamId, InFlightRequest] = {}
-        # where the next frame goes of each stream that has had its first
-        self._writers: dict[messages.StreamId, WriteFrame] = {}
+        # where the next frame and its tokens go of each stream that has had its first
+        self._writers: dict[messages.StreamId, tuple[WriteFrame, bytearray]] = {}
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -101,28 +110,66 @@ class StreamTable:
         own stream: the others of the message are those of other clients.
         """
         writers, requests = self._writers, self._requests
-        for sid, flags, payload in frames:
+        for sid, flags, payload, tokens in frames:
             request = requests.get(sid)
             if request is None:
                 if not flags & messages.END:
                     self._owner.stream_unknown(peer, sid)
                 continue
             try:
-                write = writers.get(sid)
-                if write is None:
-                    self._deliver_first(request, flags, payload)
-                elif not write(payload, flags == messages.END):
+                writer = writers.get(sid)
+                if writer is None:
+                    self._deliver_first(request, flags, payload, tokens)
+                    continue
+                write, words = writer
+                if tokens:
+                    words += tokens
+                elif not flags:
+                    request.journal.give_up(NOT_JOURNALED)
+                if not write(payload, flags == messages.END):
                     self._owner.stream_stuck(request)
                 elif flags:
                     self._owner.stream_ended(request)
             except Exception as exc:
                 self._owner.stream_broke(request, exc)
 
-    def _deliver_first(self, request: InFlightRequest, flags: int, payload: bytes) -> None:
-        end = bool(flags & messages.END)
+    def _deliver_first(
+        self, request: InFlightRequest, flags: int, payload: bytes, tokens: bytes
+    ) -> None:
+        request.journal.words += tokens
+        if flags == messages.TOKENS:
+            return
         self._owner.stream_began(request)
-        request.sink.head(flags >> messages.STATUS_SHIFT, bool(flags & messages.SSE), payload, end)
+        if request.journal.begun:
+            self._deliver_rest(request, flags, payload)
+        else:
+            self._deliver_head(request, flags, payload, tokens)
+
+    def _deliver_head(
+        self, request: InFlightRequest, flags: int, payload: bytes, tokens: bytes
+    ) -> None:
+        sse, end, journal = bool(flags & messages.SSE), bool(flags & messages.END), request.journal
+        request.sink.head(flags >> messages.STATUS_SHIFT, sse, payload, end)
         if end:
             self._owner.stream_ended(request)
+            return
+        journal.begun = True
+        if not tokens:
+            journal.give_up(NOT_JOURNALED if sse else NOT_A_STREAM)
+        self._writers[request.sid] = request.sink.more, journal.words
+
+    def _deliver_rest(self, request: InFlightRequest, flags: int, payload: bytes) -> None:
+        """The stream goes on at another worker, which sends what follows behind a head of its
+        own.
+        """
+        if flags >> messages.STATUS_SHIFT != OK or not flags & messages.SSE:
+            self._owner.stream_diverged(request)
+            return
+        request.sink.comment(CONTINUED)
+        end = bool(flags & messages.END)
+        if not request.sink.more(payload, end):
+            self._owner.stream_stuck(request)
+        elif end:
+            self._owner.stream_ended(request)
         else:
-            self._writers[request.sid] = request.sink.more
+            self._writers[request.sid] = request.sink.more, request.journal.words

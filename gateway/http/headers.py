@@ -16,6 +16,7 @@ from gateway.http.bodies import REQUEST_ID
 from shared.errors import DeadlineExceeded
 
 TIMEOUT_HEADER = "x-loraplex-timeout-ms"
+RESUME_HEADER = "x-loraplex-resume"  # `off`: this answer ends with its worker
 MAX_SESSION = 128  # characters of an x-session-id that count
 MAX_CALLERS = 1024  # keys whose digests are remembered, so that they need not be made again
 TIMEOUT_MS = re.compile(r"0*[1-9][0-9]{0,8}\Z")

@@ -41,6 +41,14 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "retries": ("Requests sent to another worker before their first byte.", ()),
     "internal_errors": ("Requests that failed because code of the gateway raised.", ()),
     "reservation_repairs": ("Reservations and requests that had lost each other.", ()),
+    "streams_moved": (
+        "Answers that another worker continued, by what ended the one before.",
+        ("reason",),
+    ),
+    "streams_lost": (
+        "Answers that broke off, by why no other worker could continue them.",
+        ("reason",),
+    ),
     "slow_readers": ("Clients cut off because they did not read.", ()),
     "adapter_version_changes": (
         "New adapter versions: switched to, refused, or not ready yet.",
@@ -128,6 +136,12 @@ class Metrics:
 
     def repaired(self, count: int) -> None:
         self._counters.count(("reservation_repairs",), count)
+
+    def moved(self, reason: str) -> None:
+        self._counters.count(("streams_moved", reason))
+
+    def lost(self, reason: str) -> None:
+        self._counters.count(("streams_lost", reason))
 
     def slow_reader(self) -> None:
         self._counters.count(("slow_readers",))

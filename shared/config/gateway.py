@@ -111,7 +111,8 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     """One gateway. `state_dir` holds cached adapters and sockets; `processes` share one port.
 
     `disk_cache_bytes` bounds the cached adapters of this machine, of all its workers together; 0:
-    as much as the disk holds.
+    as much as the disk holds. `resume`: an answer goes on at another worker when its own is lost;
+    for that at most `resume_max_tokens` of each stream are kept, and `resume_max_bytes` of all.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {
@@ -148,6 +149,9 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     admin_keys_env: Text | None = None
     admin_keys_file: Text | None = None
     stream_gap_s: SecondsOrNone | None = 0.04
+    resume: bool = True
+    resume_max_tokens: Positive = 131_072  # 512 KiB of one stream
+    resume_max_bytes: Positive = 256 * _MIB
 
     @property
     def asks_for_keys(self) -> bool:

@@ -16,7 +16,7 @@ import msgspec
 
 from shared.adapters.identity import AdapterRef, StoredAdapter
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 WorkerId: TypeAlias = str
 """Chosen by whoever starts the worker; unique among live workers. A restarted worker may reuse it
@@ -163,11 +163,23 @@ GatewayControl: TypeAlias = Welcome | Alive | Farewell
 # ---- gateway -> worker, data ---------------------------------------------------------------------
 
 
+class Resume(msgspec.Struct, frozen=True, array_like=True):
+    """Where an answer goes on. `tokens` are those that the client has seen (see token_ids.py): they
+    are rendered again, and nothing of that is sent.
+    """
+
+    tokens: bytes
+
+
 class Generate(msgspec.Struct, frozen=True, tag="generate", array_like=True):
     """One request. `body` is the client's JSON as it came; `adapter` is the version resolved for
     it, `stored` its files where the worker may need them, `peers` the peer endpoints of workers
     that have those files or are fetching them. `model` is what the client called it, where that is
     not `base:name`: the answer says so too.
+
+    `created` is the time, in seconds since 1970, that the answer carries, the same at every
+    attempt; 0: the worker's. `movable`: the gateway wants the answer's tokens beside its bytes, so
+    that it can have it continued elsewhere. `resume`: it has begun on another worker.
     """
 
     sid: StreamId
@@ -178,6 +190,9 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", array_like=True):
     stored: StoredAdapter | None = None
     peers: tuple[str, ...] = ()
     model: str = ""
+    created: int = 0
+    movable: bool = False
+    resume: Resume | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", array_like=True):
@@ -218,11 +233,16 @@ GatewayData: TypeAlias = Generate | Cancel | Prefetch | AdapterCommand
 
 END = 1  # last frame of its stream
 SSE = 2  # in a head: the body is an event stream
+TOKENS = 4  # no bytes for the client: tokens of an answer that will be sent whole
 STATUS_SHIFT = 8  # in a head: flags >> STATUS_SHIFT is the HTTP status; 0 in every other frame
 
-Frame: TypeAlias = tuple[StreamId, int, bytes]
-"""(stream, flags, body bytes as the client gets them). The first frame of a stream is its head: it
-carries the status beside the first bytes.
+Frame: TypeAlias = tuple[StreamId, int, bytes, bytes]
+"""(stream, flags, body bytes as the client gets them, tokens that they were rendered from). The
+first frame of a stream is its head: it carries the status beside the first bytes.
+
+The tokens (see token_ids.py) are all that the engine was asked to render since the frame before. A
+frame with bytes but no tokens, other than the last, means that the stream cannot be continued
+elsewhere.
 """
 
 
@@ -241,8 +261,8 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True):
-    """The worker will not or could not serve this stream; nothing of it reached the gateway. `code`
-    is that of an error in shared.errors.
+    """The worker will not serve this stream, or not to its end; what it has sent of it stays valid.
+    `code` is that of an error in shared.errors.
 
     `leaving`: this life of the worker takes no more requests. Heartbeats say it too, on another
     socket and so perhaps later.

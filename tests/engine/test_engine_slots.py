@@ -27,10 +27,11 @@ from tests.engine import slot_audit
 
 class Reply:
     prompt_tokens = output_tokens = 0
-    def head(self, status, sse, data, end):
+    def head(self, status, sse, data, end, tokens=b""):
         ok = status == 200
         self.text = json.loads(data)["choices"][0]["message"]["content"] if ok else data.decode()
-    def more(self, data, end): pass
+    def more(self, data, end, tokens=b""): pass
+    def progress(self, tokens): pass
 
 async def main(config, question, pirate, shouting, unfit, gone):
     engine = open_engine(LLMConfig(**config))

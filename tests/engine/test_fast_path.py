@@ -40,12 +40,15 @@ class Written:
         self.ended = False
         self.first = asyncio.Event()
 
-    def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
+    def head(self, status: int, sse: bool, data: bytes, end: bool, tokens: bytes = b"") -> None:
         assert not self.frames
         self.status, self.sse = status, sse
         self.more(data, end)
 
-    def more(self, data: bytes, end: bool) -> None:
+    def progress(self, tokens: bytes) -> None:
+        assert not tokens, "no answer is sent whole here"
+
+    def more(self, data: bytes, end: bool, tokens: bytes = b"") -> None:
         assert not self.ended
         self.frames += 1
         self.data += data

@@ -58,18 +58,30 @@ class EngineRequest:
     adapter: Loaded | None
     model: str = ""
     """What the answer calls the model; "": `base:name`, or the base."""
+    created: int = 0
+    """The time that the answer carries, in seconds since 1970; 0: now."""
+    seen: bytes = b""
+    """Tokens that the client has seen already (see shared/link/token_ids.py): the answer is
+    rendered from the start, and only what follows them is sent.
+    """
+    movable: bool = False
+    """Whether the answer's tokens are wanted beside its bytes."""
 
 
 class Reply(Protocol):
     """Where the engine puts the answer. `head` comes first, once; `end=True` comes last, once, in
-    either. None of them waits.
+    either. `tokens` are those that the engine was asked to render since the call before; bytes that
+    depend on a token come no later than in the call with it. None of them waits.
     """
 
     prompt_tokens: int
     output_tokens: int
 
-    def head(self, status: int, sse: bool, data: bytes, end: bool) -> None: ...
-    def more(self, data: bytes, end: bool) -> None: ...
+    def head(self, status: int, sse: bool, data: bytes, end: bool, tokens: bytes = b"") -> None: ...
+    def more(self, data: bytes, end: bool, tokens: bytes = b"") -> None: ...
+    def progress(self, tokens: bytes) -> None:
+        """Tokens of an answer that is sent whole at its end."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +122,7 @@ class Engine(Protocol):
 
     `serve` returns when the answer is complete; cancelling the task that runs it aborts generation.
     Errors of the request itself are answers (status and body); EngineFailure means that the engine
-    is dead.
+    is dead; CannotContinue, that what the client has seen is not what this engine would go on from.
     """
 
     async def start(self) -> EngineFacts: ...

@@ -244,14 +244,14 @@ class SimWorker:
         if not self.alive:
             return
         frames: list[messages.Frame] = [
-            (s.number, OK_SSE, b"") for s in first if s.number in self._jobs
+            (s.number, OK_SSE, b"", b"") for s in first if s.number in self._jobs
         ]
         done = []
         for sequence in last:
             job = self._jobs.get(sequence.number)
             if job is None:
                 continue
-            frames.append((job.sid, messages.END, b""))
+            frames.append((job.sid, messages.END, b"", b""))
             wait_s = job.started - job.arrived
             load_s = wait_s if job.came_from is not messages.Tier.GPU else 0.0
             done.append(

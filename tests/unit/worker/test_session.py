@@ -84,7 +84,7 @@ async def test_what_a_gateway_did_not_take_at_once_arrives_in_order_when_it_does
     async with asyncio.timeout(10):
         while len(gateway.frames) < 5:
             await asyncio.sleep(0.001)
-    assert [data for _, _, data in gateway.frames] == [
+    assert [data for _, _, data, _ in gateway.frames] == [
         b"0",
         b"1",
         b"2",

@@ -8,7 +8,8 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
-from shared.errors import InvalidRequest, LoraplexError, RouteNotFound
+from shared.errors import CannotContinue, InvalidRequest, LoraplexError, RouteNotFound
+from shared.link.token_ids import unpack
 from worker.engine.base import EngineRequest
 
 DEFAULT_OUTPUT_TOKENS = 16  # OpenAI's for completions
@@ -167,6 +168,20 @@ def read_request(call: EngineRequest, base: str, max_model_len: int, created: in
     return Answer(
         request, head, f"[base={base} adapter={name} digest={digest}]", prompt_tokens, max_tokens
     )
+
+
+def seen_tokens(call: EngineRequest, answer: Answer) -> int:
+    """How many tokens of the answer the client has seen.
+
+    Raises CannotContinue if they are not the first ones of this answer, or there is none after
+    them.
+    """
+    if not call.seen:
+        return 0
+    seen = unpack(call.seen).get(0, [])
+    if seen != list(range(len(seen))) or len(seen) >= answer.max_tokens:
+        raise CannotContinue("The tokens that the client has seen do not begin this answer.")
+    return len(seen)
 
 
 def error_body(error: LoraplexError) -> bytes:

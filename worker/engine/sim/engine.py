@@ -4,8 +4,8 @@ model, no torch.
 What it models: one step loop that moves every running sequence by one token each `itl_ms`; one
 prefill lane beside it, first come first served; loads between steps, during which nothing else
 moves. A token is a word: prompts are counted in words, and the text is the label `[base=...
-adapter=... digest=...]` (the first token), then w0, w1, ... up to exactly `max_tokens`. Sampling
-parameters, `stop`, tools and logprobs are ignored.
+adapter=... digest=...]` (the first token), then w0, w1, ... up to exactly `max_tokens`. A token's
+id is its place in the answer. Sampling parameters, `stop`, tools and logprobs are ignored.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable
 from shared.adapters.identity import AdapterRef
 from shared.averages import blend
 from shared.errors import EngineFailure, InvalidAdapter, InvalidRequest, RouteNotFound
+from shared.link.token_ids import pack
 from worker.engine.base import EngineFacts, EngineRequest, EngineStats, Loaded, Reply, Swap, Swapped
-from worker.engine.sim.answers import Answer, error_body, read_request
+from worker.engine.sim.answers import Answer, error_body, read_request, seen_tokens
 
 clock = time.monotonic
 
@@ -96,12 +97,15 @@ class SimEngine:
         assert adapter is None or adapter in self._uses, f"{adapter} is not loaded"
         self._check_alive()
         try:
-            answer = read_request(call, self._base, self._max_model_len, int(time.time()))
+            created = call.created or int(time.time())
+            answer = read_request(call, self._base, self._max_model_len, created)
+            seen = seen_tokens(call, answer)
         except (InvalidRequest, RouteNotFound) as exc:
             reply.head(404 if isinstance(exc, RouteNotFound) else 400, False, error_body(exc), True)
             return
         reply.prompt_tokens = answer.prompt_tokens
-        sequence = _Sequence(answer, reply, clock(), asyncio.get_running_loop().create_future())
+        done = asyncio.get_running_loop().create_future()
+        sequence = _Sequence(answer, reply, clock(), done, seen)
         if adapter is not None:
             self._uses[adapter] += 1
         self._waiting[sequence] = None
@@ -173,7 +177,7 @@ class SimEngine:
             waiting=len(self._waiting),
             kv_usage=tokens_held / (self._max_num_seqs * self._max_model_len),
             waiting_tokens=sum(
-                s.answer.prompt_tokens for queue in (self._waiting, self._prefilling) for s in queue
+                s.prefill_tokens for queue in (self._waiting, self._prefilling) for s in queue
             ),
             prefill_tokens_per_s=self._measured_prefill_rate,
             step_s=self._step_s,
@@ -235,7 +239,7 @@ class SimEngine:
             if start > now:
                 return
             del self._waiting[sequence]
-            self._lane_free = start + sequence.answer.prompt_tokens / self._prefill_rate
+            self._lane_free = start + sequence.prefill_tokens / self._prefill_rate
             sequence.prefill_began, sequence.ready = start, self._lane_free + self._ttft_s
             self._prefilling[sequence] = None
 
@@ -264,7 +268,7 @@ class SimEngine:
             took = sequence.ready - self._ttft_s - sequence.prefill_began
             self._measured_prefill_rate = blend(
                 self._measured_prefill_rate,
-                sequence.answer.prompt_tokens / max(took, 1e-6),
+                sequence.prefill_tokens / max(took, 1e-6),
                 MEASURE_WEIGHT,
             )
 
@@ -340,15 +344,34 @@ class SimEngine:
 
 
 class _Sequence:
-    """One answer on its way through the engine. `done` resolves with its last token."""
+    """One answer on its way through the engine, from the token after those that were `seen`.
+    `done` resolves with its last token.
+    """
 
-    __slots__ = ("answer", "arrived", "done", "prefill_began", "ready", "reply", "sent")
+    __slots__ = (
+        "answer",
+        "arrived",
+        "begun",
+        "done",
+        "prefill_began",
+        "prefill_tokens",
+        "ready",
+        "reply",
+        "sent",
+    )
 
     def __init__(
-        self, answer: Answer, reply: Reply, arrived: float, done: asyncio.Future[None]
+        self,
+        answer: Answer,
+        reply: Reply,
+        arrived: float,
+        done: asyncio.Future[None],
+        seen: int,
     ) -> None:
         self.answer, self.reply, self.arrived, self.done = answer, reply, arrived, done
-        self.sent = 0
+        self.sent = seen
+        self.begun = False
+        self.prefill_tokens = answer.prompt_tokens + seen
         self.prefill_began = self.ready = 0.0
 
     def advance(self) -> bool:
@@ -359,8 +382,11 @@ class _Sequence:
         if not answer.stream:
             if last:
                 reply.head(200, False, answer.body(), True)
-        elif number == 0:
-            reply.head(200, True, answer.event(number), last)
+            else:
+                reply.progress(pack((number,)))
+        elif self.begun:
+            reply.more(answer.event(number), last, pack((number,)))
         else:
-            reply.more(answer.event(number), last)
+            self.begun = True
+            reply.head(200, True, answer.event(number), last, pack((number,)))
         return last

@@ -471,10 +471,13 @@ class Discard:
     def __init__(self) -> None:
         self.prompt_tokens = self.output_tokens = self.status = 0
 
-    def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
+    def head(self, status: int, sse: bool, data: bytes, end: bool, tokens: bytes = b"") -> None:
         self.status = status
 
-    def more(self, data: bytes, end: bool) -> None:
+    def more(self, data: bytes, end: bool, tokens: bytes = b"") -> None:
+        return None
+
+    def progress(self, tokens: bytes) -> None:
         return None
 
 

@@ -115,15 +115,20 @@ async def test_a_request_that_has_ended_leaves_nothing_for_the_collector() -> No
         if stream:
             dispatcher.on_data(
                 peer,
-                messages.encode(messages.Step([(sid, status | messages.SSE, b"data: {}\n\n")], [])),
+                messages.encode(
+                    messages.Step([(sid, status | messages.SSE, b"data: {}\n\n", b"")], [])
+                ),
             )
             dispatcher.on_data(
                 peer,
-                messages.encode(messages.Step([(sid, messages.END, b"data: [DONE]\n\n")], [done])),
+                messages.encode(
+                    messages.Step([(sid, messages.END, b"data: [DONE]\n\n", b"")], [done])
+                ),
             )
         else:
             dispatcher.on_data(
-                peer, messages.encode(messages.Step([(sid, status | messages.END, b"{}")], [done]))
+                peer,
+                messages.encode(messages.Step([(sid, status | messages.END, b"{}", b"")], [done])),
             )
         await asyncio.sleep(0)  # what was put off to the loop's next turn
 

@@ -10,9 +10,11 @@ from gateway.dispatch.lifecycle import (
     MAX_ATTEMPTS,
     NEXT,
     OVER,
+    RETRIES_PER_S,
     RequestEvent,
     RequestLifecycle,
     RequestPhase,
+    RetryBudget,
 )
 
 # Written down a second time on purpose: the table is the contract.
@@ -30,6 +32,7 @@ ALLOWED = {
     },
     RequestPhase.STREAMING: {
         RequestEvent.END: RequestPhase.FINISHED,
+        RequestEvent.RETRY: RequestPhase.QUEUED,
         RequestEvent.FAIL: RequestPhase.FAILED,
         RequestEvent.CANCEL: RequestPhase.ABORTED,
     },
@@ -102,9 +105,37 @@ def test_a_loss_that_cannot_be_retried_fails_at_once() -> None:
     assert life.on_loss(retryable=False) is RequestPhase.FAILED
 
 
-@pytest.mark.parametrize("retryable", [True, False])
-def test_a_loss_after_the_first_frame_is_never_retried(retryable: bool) -> None:
+def test_a_worker_that_begins_to_answer_gives_the_request_all_its_attempts_again() -> None:
+    life = RequestLifecycle()
+    for _ in range(5):
+        for _ in range(MAX_ATTEMPTS - 1):
+            life.on(RequestEvent.DISPATCHED)
+            assert life.on_loss(retryable=True) is RequestPhase.QUEUED
+        life.on(RequestEvent.DISPATCHED)
+        life.on(RequestEvent.HEAD)
+        assert life.on_loss(retryable=True) is RequestPhase.QUEUED
+    assert life.attempts == 5 * MAX_ATTEMPTS
+
+
+def test_the_second_worker_that_dies_before_it_answers_is_the_last_one() -> None:
     life = RequestLifecycle()
     life.on(RequestEvent.DISPATCHED)
-    life.on(RequestEvent.HEAD)
-    assert life.on_loss(retryable=retryable) is RequestPhase.FAILED
+    assert life.on_loss(retryable=True, died=True) is RequestPhase.QUEUED
+    life.on(RequestEvent.DISPATCHED)
+    assert life.on_loss(retryable=True, died=True) is RequestPhase.FAILED
+
+
+def test_workers_that_die_while_they_answer_are_not_the_requests_doing() -> None:
+    life = RequestLifecycle()
+    for _ in range(10):
+        life.on(RequestEvent.DISPATCHED)
+        life.on(RequestEvent.HEAD)
+        assert life.on_loss(retryable=True, died=True) is RequestPhase.QUEUED
+
+
+def test_all_streams_of_a_worker_may_be_retried_at_once_but_not_over_and_over() -> None:
+    budget = RetryBudget()
+    assert all(budget.take(1000, 50.0) for _ in range(1000))
+    assert not budget.take(1000, 50.0)
+    taken = sum(budget.take(1000, 50.0 + tick / 100) for tick in range(2000) for _ in range(10))
+    assert taken == pytest.approx(20 * RETRIES_PER_S * 1000, rel=0.01)

@@ -13,6 +13,7 @@ import pytest
 
 from shared.adapters.identity import AdapterRef
 from shared.errors import EngineFailure, InvalidAdapter
+from shared.link.token_ids import unpack
 from worker.engine.base import Engine, EngineFacts, EngineRequest, EngineStats, Loaded
 from worker.engine.sim.engine import SimEngine
 
@@ -61,17 +62,23 @@ class Frames:
         self.name, self._turns = name, turns
         self.status, self.sse, self.ended = 0, False, False
         self.parts: list[bytes] = []
+        self.tokens: list[int] = []
         self.times: list[float] = []
         self._news = asyncio.Event()
 
-    def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
+    def head(self, status: int, sse: bool, data: bytes, end: bool, tokens: bytes = b"") -> None:
         assert not self.parts
         self.status, self.sse = status, sse
+        self.progress(tokens)
         self._put(data, end)
 
-    def more(self, data: bytes, end: bool) -> None:
+    def more(self, data: bytes, end: bool, tokens: bytes = b"") -> None:
         assert self.parts and self.sse
+        self.progress(tokens)
         self._put(data, end)
+
+    def progress(self, tokens: bytes) -> None:
+        self.tokens += unpack(tokens).get(0, [])
 
     def _put(self, data: bytes, end: bool) -> None:
         assert not self.ended
