@@ -33,9 +33,9 @@ from gateway.admin.aliases import AliasAdmin
 from gateway.admin.autoscale import ScalingAdmin
 from gateway.admin.scope import AdminScope
 from gateway.api.exchange import GenerationServices, RequestLimits
-from gateway.dispatch.admission import Admission, QueueBound
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.journal import JournalBounds
+from gateway.dispatch.queue.admission import Admission, QueueBound
 from gateway.dispatch.request import InFlightRequest
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.dispatch.transport import LinkTransport

@@ -13,8 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import ParamSpec
 
-from gateway.dispatch import fairness
-from gateway.dispatch.admission import Admission
 from gateway.dispatch.commands import WorkerCommands
 from gateway.dispatch.journal import keep_within
 from gateway.dispatch.keepalive import Keepalive, comment
@@ -22,6 +20,8 @@ from gateway.dispatch.lifecycle import RequestEvent, RequestPhase, RetryBudget
 from gateway.dispatch.membership import Membership
 from gateway.dispatch.outbox import Transport, WorkerOutbox
 from gateway.dispatch.placement import Placement
+from gateway.dispatch.queue import fairness
+from gateway.dispatch.queue.admission import Admission
 from gateway.dispatch.request import InFlightRequest, routing_request_of
 from gateway.dispatch.scaling import ScalingState, model_loads
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance

@@ -8,9 +8,9 @@ from typing import Protocol
 
 import msgspec
 
-from gateway.dispatch.admission import Flow, Ticket
 from gateway.dispatch.journal import StreamJournal
 from gateway.dispatch.lifecycle import RequestLifecycle
+from gateway.dispatch.queue.admission import Flow, Ticket
 from gateway.routing.policy import Choice, RoutingRequest
 from shared.adapters.identity import AdapterRef, StoredAdapter, key_of
 from shared.errors import LoraplexError

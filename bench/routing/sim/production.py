@@ -12,9 +12,9 @@ from bench.routing.policies import COMPARED
 from bench.routing.sim.agenda import Agenda
 from bench.routing.sim.timing import Loader
 from bench.routing.sim.worker import WorkerFacts
-from gateway.dispatch.admission import Admission
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.outbox import Transport
+from gateway.dispatch.queue.admission import Admission
 from gateway.dispatch.request import InFlightRequest
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.fleet.fleet import Fleet

@@ -10,8 +10,8 @@ from gateway.adapters.resolver import Resolver
 from gateway.adapters.usage import AdapterUsage
 from gateway.api.exchange import GenerationServices, RequestLimits
 from gateway.api.generate import GenerationAPI
-from gateway.dispatch.admission import Admission
 from gateway.dispatch.dispatcher import Dispatcher
+from gateway.dispatch.queue.admission import Admission
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.fleet.fleet import Fleet
 from gateway.http.server import Connection, Server

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.dispatch.admission import Admission
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.journal import JournalBounds
 from gateway.dispatch.lifecycle import MAX_ATTEMPTS, RequestPhase
+from gateway.dispatch.queue.admission import Admission
 from gateway.dispatch.request import ClientRequest, InFlightRequest, RequestedModel
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.fleet.fleet import Fleet
@@ -222,7 +222,7 @@ MakeRoom = Callable[..., Room]
 
 @pytest.fixture
 def make_room() -> Iterator[MakeRoom]:
-    """Whatever a test does, nothing of ours may raise on the way, and the books agree at its end."""
+    """Whatever a test does, nothing of ours may raise, and the books agree at its end."""
     rooms: list[Room] = []
 
     def make(*args: object, **settings: object) -> Room:

@@ -16,7 +16,7 @@ END = messages.END
 
 
 class Broken(Kept):
-    """A Sink that raises when it is told one thing, as a bug of ours or a closed transport would."""
+    """A Sink that raises at one point, as a bug of ours or a closed transport would."""
 
     def __init__(self, at: str, error: Exception) -> None:
         super().__init__()

@@ -5,8 +5,8 @@ from collections import defaultdict
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.dispatch.fairness import QUANTUM
-from gateway.dispatch.wait_queue import Flow, Ticket, Turn, WaitQueue
+from gateway.dispatch.queue.fairness import QUANTUM
+from gateway.dispatch.queue.wait_queue import Flow, Ticket, Turn, WaitQueue
 
 PRIORITIES, TENANTS, ADAPTERS = (0, 1), ("x", "y"), (None, ("a", "d"), ("b", "d"), ("c", "d"))
 

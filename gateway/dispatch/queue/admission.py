@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from gateway.dispatch.wait_queue import ANYBODY, Flow, Ticket, Turn, WaitQueue
+from gateway.dispatch.queue.wait_queue import ANYBODY, Flow, Ticket, Turn, WaitQueue
 from gateway.fleet.worker_view import Key
 from gateway.routing.policy import Blocked
 from shared.errors import Overloaded, RateLimited

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from gateway.dispatch.admission import MAX_NOT_YET, MAX_WITHOUT_SLOT, Admission, Flow
-from gateway.dispatch.fairness import QUANTUM, ServiceCounters
+from gateway.dispatch.queue.admission import MAX_NOT_YET, MAX_WITHOUT_SLOT, Admission, Flow
+from gateway.dispatch.queue.fairness import QUANTUM, ServiceCounters
 from gateway.routing.policy import Blocked
 
 NOISY: Flow = (0, "noisy", ("a", "d"))

@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
-from gateway.dispatch.fairness import ServiceCounters
+from gateway.dispatch.queue.fairness import ServiceCounters
 from gateway.fleet.worker_view import Key
 
 T = TypeVar("T")

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.dispatch.admission import Admission, QueueBound, Ticket
+from gateway.dispatch.queue.admission import Admission, QueueBound, Ticket
 from gateway.routing.policy import Blocked
 from shared.errors import Overloaded, RateLimited
 
