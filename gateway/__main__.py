@@ -29,7 +29,10 @@ from shared.config.llm import Settings
 from shared.errors import ConfigError, LoraplexError
 from shared.link import messages
 from shared.runtime import log as runtime_log
+from shared.runtime.owned_folder import exclusive
 from shared.runtime.process import follow_parent, on_stop_signals
+from shared.supervision.client import report_to_supervisor, say_last_words
+from shared.supervision.messages import FromSupervisor, Pulse, Verdicts, WorkerEnded
 
 log = logging.getLogger("loraplex.gateway")
 
@@ -65,6 +68,7 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
             loops = [
                 tasks.create_task(_tick(gateway.dispatcher), name="tick"),
                 tasks.create_task(_alive(gateway), name="alive"),
+                tasks.create_task(_supervised(gateway), name="supervised"),
                 *(tasks.create_task(run(), name=name) for name, run in gateway.loops.items()),
             ]
             await stopping.wait()
@@ -127,6 +131,19 @@ async def _alive(gateway: GatewayProcess) -> None:
                 gateway.dispatcher.greet(worker)
 
 
+async def _supervised(gateway: GatewayProcess) -> None:
+    """Shows `serve` that this loop turns, and hears from it what became of workers and models."""
+
+    def heard(message: FromSupervisor) -> None:
+        match message:
+            case WorkerEnded(worker, epoch, reason):
+                gateway.dispatcher.worker_ended(worker, epoch, reason)
+            case Verdicts(models):
+                gateway.dispatcher.cannot_start(models)
+
+    await report_to_supervisor(lambda: Pulse(True), heard)
+
+
 def _say_farewell(gateway: GatewayProcess) -> None:
     message = messages.encode(messages.Farewell(gateway.name))
     for worker in gateway.fleet:
@@ -170,15 +187,28 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = read_settings(args.config)
         runtime_log.set_up(f"g{args.index}", settings.gateway.log_level)
-        run_dir = args.run_dir or Path(settings.gateway.state_dir).expanduser() / "run"
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as exc:
-            raise ConfigError(f"gateway.state_dir: cannot make {run_dir}: {exc.strerror}") from exc
-        return uvloop.run(serve(settings, args.index, run_dir))
+        state_dir = Path(settings.gateway.state_dir).expanduser()
+        run_dir = args.run_dir or state_dir / "run"
+        for folder in (state_dir, run_dir):
+            _make(folder)
+        with exclusive(state_dir / f"gateway-{args.index}.lock") as owner:
+            if owner is not None:
+                raise ConfigError(
+                    f"gateway.state_dir: {state_dir} is in use by another gateway (pid {owner}); "
+                    "stop that one, or choose another state_dir"
+                )
+            return uvloop.run(serve(settings, args.index, run_dir))
     except LoraplexError as exc:
+        say_last_words(exc.message)
         print(f"loraplex gateway: {exc.message}", file=sys.stderr)  # noqa: T201 - the one message a person must see
         return 2
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as exc:
+        raise ConfigError(f"gateway.state_dir: cannot make {folder}: {exc.strerror}") from exc
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from gateway.http.headers import AiohttpRequest, request_id_of
 from gateway.http.server import Server
 from gateway.telemetry.aggregation import ProcessAggregator
 from gateway.telemetry.failures import Failures
-from shared.errors import InvalidRequest, LoraplexError, RouteNotFound
+from shared.errors import InvalidRequest, LoraplexError, ModelNotFound, RouteNotFound
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -140,18 +140,37 @@ class Routes:
         return web.json_response({"status": "ok"})
 
     async def ready(self, request: web.BaseRequest) -> web.Response:
-        """200 once every configured base model has a worker that serves, or may have none: a
-        request will start one.
+        """200 once every model that can start has a worker that serves, or may have none because a
+        request will start one; and at least one model is so. With `?model=`: whether this one is.
         """
-        serving = {base: len(self._dispatcher.fleet.routable(base)) for base in self._catalogs}
+        dispatcher = self._dispatcher
+        serving = {base: len(dispatcher.fleet.routable(base)) for base in self._catalogs}
         asleep = {
             base
-            for base, status in self._dispatcher.scaling.items()
+            for base, status in dispatcher.scaling.items()
             if status.scales and not status.min_replicas
         }
-        ready = all(n or base in asleep for base, n in serving.items())
-        ready = ready and not self._dispatcher.draining
-        return web.json_response({"ready": ready, "workers": serving}, status=200 if ready else 503)
+        why = {base: dispatcher.why_unavailable(base) for base in serving}
+        models = {
+            base: {
+                "ready": bool(n) or (base in asleep and why[base] is None),
+                "workers": n,
+                "reason": why[base],
+            }
+            for base, n in serving.items()
+        }
+        if (model := request.query.get("model")) is not None:
+            if model not in models:
+                error = ModelNotFound(f"There is no base model `{model[:200]}` here.")
+                return self._answer(error, request_id_of(AiohttpRequest(request)))
+            ready = bool(models[model]["ready"])
+        else:
+            able = [m for m in models.values() if m["reason"] is None]
+            ready = bool(able) and all(m["ready"] for m in able)
+        ready = ready and not dispatcher.draining
+        return web.json_response(
+            {"ready": ready, "workers": serving, "models": models}, status=200 if ready else 503
+        )
 
     async def metrics(self, request: web.BaseRequest) -> web.Response:
         """Of all gateway processes, whichever is asked."""

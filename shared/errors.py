@@ -169,6 +169,15 @@ class WorkerUnavailable(LoraplexError):
     retryable = True
 
 
+class ModelUnavailable(LoraplexError):
+    """No worker of the model serves, and each one that tried to start has failed: waiting would not
+    help soon.
+    """
+
+    code = "model_unavailable"
+    status = 503
+
+
 class EngineFailure(LoraplexError):
     """The engine died or failed on this request."""
 

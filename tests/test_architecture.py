@@ -60,7 +60,7 @@ FLOORS = {
         {"engine", "disk", "session", "settings"},
     ],
     "shared": [
-        {"config", "link", "stores"},
+        {"config", "link", "stores", "supervision"},
         {"adapters", "runtime"},
         {"errors", "averages"},
     ],

@@ -13,8 +13,8 @@ import os
 import re
 import socket
 import sys
-import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -30,9 +30,11 @@ from shared.config.llm import LLMConfig, Settings
 from shared.errors import ConfigError, LoraplexError
 from shared.link.sockets import open_context, secret_from_env
 from shared.runtime import log as runtime_log
+from shared.runtime.owned_folder import temporary_folder
 from shared.runtime.process import follow_parent, on_stop_signals
 from shared.stores import open_store
 from shared.stores.transfer import Pace
+from shared.supervision.client import say_last_words
 from worker.agent import Agent
 from worker.disk.cache import DiskCache
 from worker.engine.base import Engine
@@ -42,6 +44,8 @@ from worker.peers.server import open_peer_server
 from worker.session import GatewaySession
 from worker.settings import WorkerSettings
 
+CRASHED = 70
+"""Exit status of a worker that an exception ended (EX_SOFTWARE of sysexits.h)."""
 MAX_SOCKET_FOLDER = 107 - 37
 """What Linux allows for a socket's path, less a slash and vLLM's 36 characters; a longer folder
 would keep the engine from starting.
@@ -80,6 +84,8 @@ async def serve(
         agent = Agent(settings, engine, store, cache, sessions, peers, told)
         on_stop_signals(agent.stop)
         await agent.run()
+        if agent.exit_code:
+            say_last_words(agent.reason)
     context.term()
     files.term()
     return agent.exit_code
@@ -109,9 +115,7 @@ def engine_sockets(config: str) -> Iterator[None]:
         if config.endswith(SERVE_SETTINGS):
             folder = str(Path(config).parent)
         else:
-            folder = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="loraplex-", ignore_cleanup_errors=True)
-            )
+            folder = str(stack.enter_context(temporary_folder()))
         if len(folder) <= MAX_SOCKET_FOLDER:
             os.environ.setdefault("VLLM_RPC_BASE_PATH", folder)
         yield
@@ -183,8 +187,14 @@ def main(argv: list[str] | None = None) -> int:
         with engine_sockets(args.config):
             return uvloop.run(serve(mine))
     except LoraplexError as exc:
+        say_last_words(exc.message)
         print(f"loraplex worker: {exc.message}", file=sys.stderr)  # noqa: T201 - the one message a person must see
         return 2
+    except Exception as exc:
+        # a bug of ours or of a library: said in one line to `serve`, in full here
+        say_last_words(f"{type(exc).__name__}: {exc}")
+        traceback.print_exc()
+        return CRASHED
 
 
 def _safe(name: str) -> str:
@@ -193,12 +203,17 @@ def _safe(name: str) -> str:
 
 def run(argv: list[str]) -> None:
     """For the zygote: main() in a forked child, which must never return into its parent's code."""
-    status = 70
+    status = CRASHED
     try:
         status = main(argv)
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+    except BaseException as exc:
+        if isinstance(exc, SystemExit) and isinstance(exc.code, int):
+            status = exc.code
+        else:
+            say_last_words(f"{type(exc).__name__}: {exc}")
+            traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

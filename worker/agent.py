@@ -19,6 +19,8 @@ from shared.errors import EngineFailure, LoraplexError, WorkerUnavailable
 from shared.link import messages
 from shared.link.messages import WorkerState
 from shared.stores import AdapterStore
+from shared.supervision.client import report_to_supervisor
+from shared.supervision.messages import Pulse
 from worker.adapters.fetching import AdapterFetcher, FetchHint
 from worker.adapters.load_times import LoadTimes
 from worker.adapters.residency import (
@@ -86,6 +88,9 @@ class Agent:
             self._tasks = self._requests.tasks = tasks
             heartbeats = tasks.create_task(self._heartbeats.run(), name="heartbeat")
             ticks = tasks.create_task(self._tick_for_ever(), name="residency ticks")
+            pulses = tasks.create_task(
+                report_to_supervisor(self._pulse, epoch=self._settings.epoch), name="pulses"
+            )
             booting = tasks.create_task(self._boot(), name="boot")
             await self._stopping.wait()
             await self._drain()
@@ -93,12 +98,18 @@ class Agent:
             self._become(WorkerState.STOPPED, self._reason or "stopped")
             heartbeats.cancel()
             ticks.cancel()
+            pulses.cancel()
             # nobody waits for them, and an engine that died never answers them
             for load in self._loads:
                 load.cancel()
         await self._engine.stop()
         for session in self._sessions:
             session.close()
+
+    @property
+    def reason(self) -> str:
+        """Why it is in its state; after the end, why it ended."""
+        return self._reason
 
     def stop(self, reason: str) -> None:
         """Drains, then ends. The second call ends at once."""
@@ -155,6 +166,9 @@ class Agent:
     def _become(self, state: WorkerState, reason: str) -> None:
         self._state, self._reason = state, reason
         self._heartbeats.send()
+
+    def _pulse(self) -> Pulse:
+        return Pulse(self._state is WorkerState.SERVING, self._reason)
 
     def _status(self) -> WorkerStatus:
         running = self._requests.running

@@ -153,18 +153,19 @@ def _serve(args: argparse.Namespace) -> int:
 
 def serve(settings: Settings) -> int:
     """Runs everything until Ctrl-C; for the verb and for `loraplex.run`."""
-    from gateway.supervisor.supervisor import Supervisor
+    from gateway.supervisor.supervisor import supervise
     from shared.runtime import log as runtime_log
 
     follow_parent()
     runtime_log.set_up("serve", settings.gateway.log_level)
 
-    async def run() -> int:
-        return await Supervisor(
-            settings, lambda line: print(f"==> {line}", file=sys.stderr, flush=True)
-        ).run(lambda port, model: _greet(settings, port, model))
-
-    return uvloop.run(run())
+    return uvloop.run(
+        supervise(
+            settings,
+            lambda line: print(f"==> {line}", file=sys.stderr, flush=True),
+            lambda port, model: _greet(settings, port, model),
+        )
+    )
 
 
 def _greet(settings: Settings, port: int, example: str | None) -> None:

@@ -38,6 +38,7 @@ from shared.errors import (
     CannotContinue,
     EngineFailure,
     LoraplexError,
+    ModelUnavailable,
     Overloaded,
     WorkerUnavailable,
     from_refusal,
@@ -90,6 +91,7 @@ class Dispatcher:
         self._open: set[InFlightRequest] = set()
         self._failures = Failures(metrics)
         self._draining = False
+        self._cannot_start: dict[str, str] = {}
         self._alarm = math.inf  # when the policy wants to be asked again, whatever happens
         self._admitting: str | None = None
         self.idle = asyncio.Event()
@@ -122,6 +124,7 @@ class Dispatcher:
         Raises:
             Overloaded: too many requests are open, or the queue is full.
             WorkerUnavailable: this gateway shuts down.
+            ModelUnavailable: no worker of the model can start.
         """
         request.t_start = self.clock()
         if self._draining:
@@ -139,6 +142,8 @@ class Dispatcher:
 
     def _enter(self, request: InFlightRequest) -> None:
         base = request.model.base
+        if (why := self.why_unavailable(base)) is not None:
+            raise _cannot_start(base, why)
         request.routing_request = routing_request_of(request)
         self._policy.arrived(request.routing_request, request.t_start)
         self._open.add(request)
@@ -195,6 +200,22 @@ class Dispatcher:
     def greet(self, worker: WorkerView) -> None:
         """See Membership.greet."""
         self._membership.greet(worker)
+
+    def worker_ended(self, worker: messages.WorkerId, epoch: int, reason: str) -> None:
+        """See Membership.ended."""
+        self._membership.ended(worker, epoch, reason)
+
+    def cannot_start(self, models: Mapping[str, str]) -> None:
+        """`serve` says which models cannot start, and why. What waits for one is answered now."""
+        self._cannot_start = dict(models)
+        for request in self._admission.items():
+            why = self.why_unavailable(request.model.base)
+            if request.ticket is not None and why is not None:
+                self._fail(request, _cannot_start(request.model.base, why))
+
+    def why_unavailable(self, base: str) -> str | None:
+        """The reason, if no worker of the model serves and none can start."""
+        return None if self.fleet.routable(base) else self._cannot_start.get(base)
 
     def on_control(self, peer: bytes, data: bytes) -> None:
         try:
@@ -583,6 +604,12 @@ class Dispatcher:
     def _wake_if_idle(self) -> None:
         if self._draining and not self._open:
             self.idle.set()
+
+
+def _cannot_start(base: str, why: str) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"The model `{base}` cannot start: {why}", retry_after_s=MAX_RETRY_AFTER_S
+    )
 
 
 def _shutting_down() -> WorkerUnavailable:

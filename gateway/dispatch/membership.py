@@ -60,6 +60,12 @@ class Membership:
         if lost is not None:
             self._apply([lost])
 
+    def ended(self, worker_id: messages.WorkerId, epoch: int, reason: str) -> None:
+        """The worker's process is gone."""
+        lost = self._fleet.ended(worker_id, epoch, reason)
+        if lost is not None:
+            self._apply([lost])
+
     def leaves(self, worker: WorkerView, reason: str) -> None:
         """The worker says that it takes no more requests."""
         changed = self._fleet.leaves(worker.id, worker.beat.epoch, reason)

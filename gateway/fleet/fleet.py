@@ -210,6 +210,16 @@ class Fleet:
             else None
         )
 
+    def ended(self, worker_id: WorkerId, epoch: int, reason: str) -> Lost | None:
+        """The process of this life of the worker is gone, as its host knows: what may still arrive
+        of it says nothing any more.
+        """
+        worker = self._workers.get(worker_id)
+        if worker is None or worker.beat.epoch != epoch:
+            return None
+        self._ended[worker_id] = epoch
+        return self._remove(worker, reason)
+
     def reserve(
         self,
         worker: WorkerView,

@@ -1,8 +1,9 @@
 """Shell. `loraplex serve`: everything on one machine. Starts gateway processes and workers,
-restarts what ends, stops in order.
+replaces what ends or hangs, stops in order.
 
 It imports nothing of the workers; it starts `gateway` and `worker` processes (on CPU hosts a zygote
-forks the workers).
+forks the workers). Each process has a keeper of its own: what becomes of one model's workers
+touches no other model.
 """
 
 from __future__ import annotations
@@ -10,83 +11,86 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import shutil
-import signal
 import sys
-import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from random import Random
 
 import aiohttp
 import msgspec
 
-from gateway.supervisor.autoscaling.workforce import StartWorker, Workforce
-from gateway.supervisor.endpoints import endpoints
+from gateway.supervisor.autoscaling.workforce import StartWorker
+from gateway.supervisor.health import ProcessHealth, Trial, verdicts
+from gateway.supervisor.keeper import Keeper
 from gateway.supervisor.listening import check_address
+from gateway.supervisor.liveness import Liveness
 from gateway.supervisor.scaling import Scaling, make_workforce
+from gateway.supervisor.workers import WorkerStarter
 from loraplex.start import command
 from shared.config.handover import write_settings
-from shared.config.llm import LLMConfig, Settings
+from shared.config.llm import Settings
 from shared.errors import ConfigError, LoraplexError
 from shared.runtime import children
-from shared.runtime.children import Child, Zygote
+from shared.runtime.children import Child
+from shared.runtime.owned_folder import temporary_folder
 from shared.runtime.process import on_stop_signals, visible_gpus
+from shared.supervision.client import environment
+from shared.supervision.messages import Verdicts, WorkerEnded
 
 log = logging.getLogger("loraplex.serve")
 
 START_S = 30.0  # for a gateway process to listen
-BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # between restarts of one process; the last one repeats
-STEADY_S = 60.0  # a process that ran this long starts again with the first back-off
-# a worker that never served and ended this often will not serve the next time either
-FIRST_TRIES = 2
+LOOK_S = 0.1  # between two looks whether all workers serve
 
 
 class Supervisor:
     """One run of `serve`. `say` prints a line for the person at the terminal."""
 
-    def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
+    def __init__(self, settings: Settings, run_dir: Path, say: Callable[[str], None]) -> None:
         self._settings = settings
+        self._run_dir = run_dir
+        self._config = write_settings(settings, run_dir)
         self._say = say
         self._stopping = asyncio.Event()
+        self._liveness = Liveness(run_dir / "serve.sock", self._judge)
+        self._starter = WorkerStarter(settings, self._config, self._liveness.socket, say)
+        self._workforce = make_workforce(settings, visible_gpus())
+        self._keepers: dict[str, Keeper] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._live: dict[str, Child] = {}
-        self._ending: dict[str, asyncio.Event] = {}  # set once a worker is to end for good
-        self._config = ""
-        self._zygote: Zygote | None = None
+        self._verdicts: dict[str, str] = {}
         self._failure: str | None = None
-        self._run_dir = Path(tempfile.mkdtemp(prefix="loraplex-"))
         self._was_ready = False
-        self._example: str | None = None
-        self._workforce: Workforce
+        self._rng = Random()
         self.port = 0
 
     async def run(self, ready: Callable[[int, str | None], None]) -> int:
         """Serves until a signal or a failure that retrying cannot mend.
 
-        Once all workers serve, `ready(port, model)` is called; `model` is one that names an
-        adapter, if the store shows any.
+        Once all workers serve, but for those of models that cannot start, `ready(port, model)` is
+        called; `model` is one that names an adapter, if the store shows any.
         """
         on_stop_signals(lambda sig: self._stop(None))
-        try:
-            check_address(self._settings.gateway)
-            self._workforce = make_workforce(self._settings, visible_gpus())
-            self._config = str(write_settings(self._settings, self._run_dir))
-            scaling = Scaling(self._workforce, self._run_dir, self._start_worker, self._end_worker)
-            async with scaling.open():
-                await self._start_gateways(self._config)
-                await self._open_zygote()
-                self._watch(asyncio.create_task(scaling.run(), name="scaling"))
+        scaling = Scaling(self._workforce, self._run_dir, self._start_worker, self._end_worker)
+        loops: list[asyncio.Task[None]] = []
+        async with self._liveness.open(), scaling.open():
+            try:
+                check_address(self._settings.gateway)
+                loops += [self._run(self._watch(), "watch")]
+                await self._start_gateways()
+                await self._starter.prepare()
+                self._say_what_starts()
+                loops += [self._run(scaling.run(), "scaling")]
                 if await self._until_ready():
                     self._was_ready = True
-                    ready(self.port, self._example)
+                    ready(self.port, await self._adapter())
                 await self._stopping.wait()
-        except LoraplexError as exc:
-            self._failure = exc.message
-        finally:
-            await self._shut_down()
-            shutil.rmtree(self._run_dir, ignore_errors=True)
+            except LoraplexError as exc:
+                self._failure = exc.message
+            finally:
+                for loop in loops:
+                    loop.cancel()
+                await self._shut_down()
         if self._failure:
             print(f"loraplex serve: {self._failure}", file=sys.stderr)  # noqa: T201 - the one message a person must see
             return 2
@@ -94,16 +98,18 @@ class Supervisor:
 
     # ---- starting --------------------------------------------------------------------------------
 
-    async def _start_gateways(self, config: str) -> None:
+    async def _start_gateways(self) -> None:
         for index in range(self._settings.gateway.processes):
+            name = f"g{index}"
             where = ("--index", str(index), "--run-dir", str(self._run_dir))
-            argv = command("gateway", config, *where)
-            child = await children.start(argv, {})
-            facts = self._run_dir / f"g{index}.json"
-            await self._until(lambda facts=facts: facts.exists(), child, "the gateway")  # type: ignore[misc]
+            argv = command("gateway", str(self._config), *where)
+            env = environment(self._liveness.socket, name)
+            child = await children.start(argv, env)
+            facts = self._run_dir / f"{name}.json"
+            await self._until(facts.exists, child, "the gateway")
             self.port = msgspec.json.decode(facts.read_bytes())["port"]
             self._pin_port()
-            self._keep(f"g{index}", child, lambda argv=argv: children.start(argv, {}))  # type: ignore[misc]
+            self._keep(name, lambda argv=argv, env=env: children.start(argv, env), child)  # type: ignore[misc]
         self._say(f"gateway listens on {self._settings.gateway.host}:{self.port}")
 
     def _pin_port(self) -> None:
@@ -128,83 +134,34 @@ class Supervisor:
             await asyncio.wait([ended], timeout=0.05)
         ended.cancel()
 
-    async def _open_zygote(self) -> None:
-        if any(m.llm_engine != "sim" and not self._takes_gpus(m) for m in self._settings.models):
-            self._say("importing vLLM (about 10 s) ...")
-            self._zygote = await Zygote.open(self._thread_env())
+    def _say_what_starts(self) -> None:
         first = sum(m.workers for m in self._settings.models)
         if first:
             self._say(f"starting {first} worker{'s' if first > 1 else ''} ...")
 
     async def _start_worker(self, action: StartWorker) -> None:
         """Starts it and keeps it alive until it is told to end."""
-        if self._stopping.is_set():
-            return
-        model = self._settings.model(action.model)
-        assert model is not None
-        start = self._starter(action, model)
-        self._ending[action.worker] = asyncio.Event()
-        self._keep(action.worker, await start(), start)
+        if not self._stopping.is_set():
+            start = self._starter.start
+            self._keep(action.worker, lambda: start(action), model=action.model)
 
     def _end_worker(self, name: str) -> None:
         """It has nothing to do any more."""
-        self._ending[name].set()
-        child = self._live.get(name)
-        if child is not None:
-            g = self._settings.gateway
-            ended = children.end(child, g.drain_s + g.kill_s, g.kill_s)
-            self._watch(asyncio.create_task(_result(ended), name=f"end {name}"))
+        self._run(self._end_for_good(name), f"end {name}")
 
-    @staticmethod
-    def _takes_gpus(model: LLMConfig) -> bool:
-        return bool(model.gpus_per_worker and visible_gpus())
-
-    def _worker_argv(self, worker: str, model: LLMConfig) -> list[str]:
-        where = [
-            endpoints(self._settings, i, self._run_dir).control
-            for i in range(self._settings.gateway.processes)
-        ]
-        gateways = [part for endpoint in where for part in ("--gateway", endpoint)]
-        return [self._config, "--model", model.model_id, "--worker", worker, *gateways]
-
-    def _starter(
-        self, action: StartWorker, model: LLMConfig
-    ) -> Callable[[], asyncio.Future[Child]]:
-        argv = self._worker_argv(action.worker, model)
-
-        async def start() -> Child:
-            if self._zygote is not None and model.llm_engine != "sim" and not action.devices:
-                return await self._zygote.start(argv, {})
-            devices = ",".join(action.devices)
-            gpu_env = {"CUDA_VISIBLE_DEVICES": devices} if devices else {}
-            env = {**self._thread_env(), **gpu_env}
-            return await children.start(command("worker", *argv), env)
-
-        return lambda: asyncio.ensure_future(start())
-
-    def _thread_env(self) -> dict[str, str]:
-        """CPU workers share the cores: more threads than cores would only wait for each other. The
-        workers that may come later count too, but at most one per core.
-        """
-        if "OMP_NUM_THREADS" in os.environ:
-            return {}
-        cores = os.cpu_count() or 1
-        most = 0
-        for model in self._settings.models:
-            scaling = model.deployment_config.autoscaling_config
-            most += model.workers if scaling is None else scaling.max_replicas
-        first = sum(model.workers for model in self._settings.models)
-        workers = max(1, first, min(most, cores))
-        return {"OMP_NUM_THREADS": str(max(1, cores // workers))}
+    async def _end_for_good(self, name: str) -> None:
+        g = self._settings.gateway
+        await self._keepers[name].stop(g.drain_s + g.kill_s, g.kill_s)
+        del self._keepers[name]
+        self._workforce.gone(name)
 
     async def _until_ready(self) -> bool:
-        """True once all workers that are wanted serve; False if we stop before that."""
+        """True once all workers serve that are wanted and can; False if we stop before that."""
         while not self._stopping.is_set():
-            if self._workforce.complete:
-                self._example = await self._adapter()
+            if self._workforce.complete(but=self._verdicts):
                 return True
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.1):
+                async with asyncio.timeout(LOOK_S):
                     await self._stopping.wait()
         return False
 
@@ -225,16 +182,26 @@ class Supervisor:
 
     # ---- keeping alive ---------------------------------------------------------------------------
 
-    def _keep(self, name: str, child: Child, start: Callable[[], object]) -> None:
-        self._watch(asyncio.create_task(self._keep_alive(name, child, start), name=f"keep {name}"))
+    def _keep(
+        self,
+        name: str,
+        start: Callable[[], Awaitable[Child]],
+        child: Child | None = None,
+        model: str | None = None,
+    ) -> None:
+        keeper = Keeper(name, start, self._liveness, self._on_end, self._rng, model)
+        self._keepers[name] = keeper
+        self._run(keeper.run(child), f"keep {name}")
 
-    def _watch(self, task: asyncio.Task[None]) -> None:
+    def _run(self, work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._on_keep_alive_end)
+        task.add_done_callback(self._on_task_end)
+        return task
 
-    def _on_keep_alive_end(self, task: asyncio.Task[None]) -> None:
-        """A task that failed keeps nothing alive any more (the zygote may be gone): better to
-        end, and be started again, than to serve less.
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        """A task that failed keeps nothing alive any more: better to end, and be started again,
+        than to serve less.
         """
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
@@ -244,70 +211,60 @@ class Supervisor:
                 f"{error.message if isinstance(error, LoraplexError) else repr(error)}"
             )
 
-    async def _keep_alive(self, name: str, child: Child, start: Callable[[], object]) -> None:
-        """Starts the process again whenever it ends, with back-off; gives up on one that never got
-        going.
-        """
-        tries = 0
-        ending = self._ending.get(name, asyncio.Event())
-        while True:
-            self._live[name] = child
-            began = time.monotonic()
-            status = await child.wait()
-            del self._live[name]
-            if ending.is_set():
-                self._workforce.gone(name)
-                return
-            if self._stopping.is_set():
-                return
-            ran_s = time.monotonic() - began
-            tries = 1 if ran_s > STEADY_S else tries + 1
-            # 2: it refused its configuration
-            if not self._was_ready and (status == 2 or tries >= FIRST_TRIES):
-                self._stop(f"{name} cannot start (its message is above)")
-                return
-            wait_s = BACKOFF_S[min(tries, len(BACKOFF_S)) - 1]
-            log.warning(
-                "process ended, starting it again",
-                extra={"which": name, "status": status, "after_s": round(ran_s, 1), "in_s": wait_s},
-            )
-            if await self._pause(wait_s, ending):
-                self._workforce.gone(name)
-                return
-            self._workforce.restarted(name, time.monotonic())
-            child = await start()  # type: ignore[misc]
+    def _on_end(self, keeper: Keeper, health: ProcessHealth | None) -> None:
+        """A process has ended that nobody told to. Gateways hear of a worker's end at once."""
+        if keeper.model is not None:
+            self._workforce.restarted(keeper.name, time.monotonic())
+            if health is not None and health.epoch:
+                self._liveness.tell(WorkerEnded(keeper.name, health.epoch, keeper.reason))
+        self._judge()
 
-    async def _pause(self, seconds: float, ending: asyncio.Event) -> bool:
-        """True if we, or this one process, are told to end within it."""
-        waits = [asyncio.ensure_future(event.wait()) for event in (self._stopping, ending)]
-        done, _ = await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        return bool(done)
+    async def _watch(self) -> None:
+        await self._liveness.watch(self._settings.gateway.hang_s, self._on_hang)
+
+    def _on_hang(self, health: ProcessHealth) -> None:
+        log.warning("process hangs, killing it", extra={"which": health.process})
+        self._keepers[health.process].kill("it hung and was killed")
+
+    def _judge(self) -> None:
+        """A process has begun to serve, or ended: what does it mean for its model?"""
+        found = verdicts(
+            Trial(k.model, k.healthy, k.history.failures, k.reason)
+            for k in self._keepers.values()
+            if k.model is not None
+        )
+        for model in found.keys() - self._verdicts.keys():
+            self._say(f"model {model} cannot start: {found[model]} (it is tried again)")
+        self._verdicts = found
+        self._liveness.tell(Verdicts(found))
+        if not self._was_ready and found.keys() >= {m.model_id for m in self._settings.models}:
+            self._stop("; ".join(f"{model} cannot start: {why}" for model, why in found.items()))
+
+    # ---- stopping --------------------------------------------------------------------------------
 
     def _stop(self, failure: str | None) -> None:
         if self._stopping.is_set() and failure is None:
-            for child in self._live.values():  # the second Ctrl-C: at once
-                children.send_signal(child, signal.SIGKILL)
+            for keeper in self._keepers.values():
+                keeper.kill("Ctrl-C, again")  # the second one: at once
         self._failure = self._failure or failure
         self._stopping.set()
 
     async def _shut_down(self) -> None:
         """Gateways drain first, while their workers still answer; then the workers."""
         self._stopping.set()
-        for task in self._tasks:
-            if task.get_name() == "scaling":
-                task.cancel()
         g = self._settings.gateway
-        if self._live:
+        if any(keeper.child for keeper in self._keepers.values()):
             self._say("stopping (running requests may finish; Ctrl-C again to end at once) ...")
-        for prefix in ("g", "w"):
-            live = [c for name, c in self._live.items() if name.startswith(prefix)]
-            await asyncio.gather(*(children.end(c, g.drain_s + g.kill_s, g.kill_s) for c in live))
-        if self._zygote is not None:
-            await self._zygote.close()
+        for workers in (False, True):
+            keepers = [k for k in self._keepers.values() if (k.model is not None) == workers]
+            await asyncio.gather(*(k.stop(g.drain_s + g.kill_s, g.kill_s) for k in keepers))
+        await self._starter.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def _result(ended: Awaitable[object]) -> None:
-    await ended
+async def supervise(
+    settings: Settings, say: Callable[[str], None], ready: Callable[[int, str | None], None]
+) -> int:
+    """`loraplex serve`, from its start to its end. Returns the exit status."""
+    with temporary_folder() as run_dir:
+        return await Supervisor(settings, run_dir, say).run(ready)

@@ -108,6 +108,15 @@ class Zygote:
             )
         return self._children[pid]
 
+    @property
+    def ended(self) -> bool:
+        return self._process.returncode is not None
+
+    def kill(self) -> None:
+        """At once; its children get SIGTERM from the kernel."""
+        if not self.ended:
+            self._process.kill()
+
     async def close(self) -> None:
         if self._process.returncode is None:
             assert self._process.stdin is not None
@@ -139,6 +148,12 @@ def send_signal(child: Child, sig: signal.Signals) -> None:
         os.kill(child.pid, sig)
 
 
+def kill_group(child: Child) -> None:
+    """SIGKILL to the child and all that it has started: each child of ours leads a group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
 async def end(child: Child, grace_s: float, kill_s: float) -> int:
     """SIGTERM, and after `grace_s` SIGKILL to its whole process group."""
     send_signal(child, signal.SIGTERM)
@@ -146,7 +161,6 @@ async def end(child: Child, grace_s: float, kill_s: float) -> int:
         async with asyncio.timeout(grace_s):
             return await child.wait()
     except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+        kill_group(child)
     async with asyncio.timeout(kill_s):
         return await child.wait()

@@ -8,7 +8,7 @@ and once none is left its process is told to end. So no request is ever cut by s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -150,11 +150,10 @@ class Workforce:
     def status(self, now: float) -> ScalingStatus:
         return ScalingStatus({name: self._status(name, now) for name in self._models})
 
-    @property
-    def complete(self) -> bool:
-        """Every model has as many workers that serve as it may have."""
+    def complete(self, but: Container[str] = ()) -> bool:
+        """Every model has as many workers that serve as it may have, save for those in `but`."""
         return all(
-            sum(m.stays and m.served for m in self._of(name)) >= model.granted
+            name in but or sum(m.stays and m.served for m in self._of(name)) >= model.granted
             for name, model in self._models.items()
         )
 

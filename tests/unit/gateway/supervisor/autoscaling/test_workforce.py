@@ -61,7 +61,7 @@ def test_the_first_workers_start_at_once_and_are_told_once() -> None:
     assert m.force.step(m.now) == [StartWorker("w0", "m", ()), StartWorker("w1", "m", ())]
     assert m.step() == []
     assert (m.status().starting, m.status().serving) == (1, 1)
-    assert not m.force.complete
+    assert not m.force.complete()
 
 
 def test_the_time_of_a_start_is_measured_and_promised() -> None:
@@ -70,7 +70,7 @@ def test_the_time_of_a_start_is_measured_and_promised() -> None:
     assert (m.status().start_s, m.status().eta_s) == (None, None)
     m.serve("w0", 6)
     m.step(8.0)
-    assert (m.status().start_s, m.force.complete) == (8.0, False)
+    assert (m.status().start_s, m.force.complete()) == (8.0, False)
     assert (m.status().starting, m.status().eta_s) == (2, 8.0)
     m.step(3.0)
     assert m.status().eta_s == 5.0
@@ -78,7 +78,7 @@ def test_the_time_of_a_start_is_measured_and_promised() -> None:
 
 def test_a_request_for_a_model_at_zero_starts_a_worker() -> None:
     m = Machine({"m": model(0)})
-    assert m.step() == [] and m.force.complete
+    assert m.step() == [] and m.force.complete()
     m.queued = 1
     assert m.step() == [StartWorker("w0", "m", ())]
 
@@ -88,7 +88,7 @@ def two_workers() -> Machine:
     m.force.step(m.now)
     m.serve("w0", 2)
     m.serve("w1", 2)
-    assert m.step() == [] and m.force.complete
+    assert m.step() == [] and m.force.complete()
     return m
 
 
