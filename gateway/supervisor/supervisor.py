@@ -78,7 +78,6 @@ class Supervisor:
                 check_address(self._settings.gateway)
                 loops += [self._run(self._watch(), "watch")]
                 await self._start_gateways()
-                await self._starter.prepare()
                 self._say_what_starts()
                 loops += [self._run(scaling.run(), "scaling")]
                 if await self._until_ready():

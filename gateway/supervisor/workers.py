@@ -10,18 +10,18 @@ from pathlib import Path
 from gateway.supervisor.autoscaling.workforce import StartWorker
 from gateway.supervisor.endpoints import endpoints
 from loraplex.start import command
-from shared.config.llm import LLMConfig, Settings
+from shared.config.llm import Settings
 from shared.errors import ConfigError
 from shared.runtime import children
 from shared.runtime.children import Child, Zygote
-from shared.runtime.process import visible_gpus
 from shared.supervision.client import environment
 
 FORK_S = 20.0  # for the zygote to fork; one that takes longer hangs
 
 
 class WorkerStarter:
-    """`config` is the settings file of the children, `socket` where they report to."""
+    """The zygote is opened for the first worker that needs it: others need not wait for that.
+    `config` is the settings file of the children, `socket` where they report to."""
 
     def __init__(
         self, settings: Settings, config: Path, socket: Path, say: Callable[[str], None]
@@ -30,13 +30,6 @@ class WorkerStarter:
         self._threads = _thread_env(settings)
         self._zygote: Zygote | None = None
         self._opening = asyncio.Lock()
-
-    async def prepare(self) -> None:
-        """Opens the zygote, if any worker will be forked. Raises ConfigError if it cannot import
-        vLLM.
-        """
-        if any(m.llm_engine != "sim" and not _takes_gpus(m) for m in self._settings.models):
-            await self._living_zygote()
 
     async def start(self, action: StartWorker) -> Child:
         """Raises ConfigError if the zygote has ended and cannot be opened again, or hangs."""
@@ -77,10 +70,6 @@ class WorkerStarter:
         ]
         gateways = [part for endpoint in where for part in ("--gateway", endpoint)]
         return [str(self._config), "--model", action.model, "--worker", action.worker, *gateways]
-
-
-def _takes_gpus(model: LLMConfig) -> bool:
-    return bool(model.gpus_per_worker and visible_gpus())
 
 
 def _thread_env(settings: Settings) -> dict[str, str]:
