@@ -5,6 +5,8 @@ by it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import aiohttp
 import psutil
+import pytest
 import yaml
 
 from tests.harness import chat_body, make_adapter, sim_config
@@ -32,8 +35,10 @@ QUICK = {
 class Scaled:
     """A running `serve` and its clients."""
 
-    def __init__(self, process: asyncio.subprocess.Process, url: str, log: Path) -> None:
-        self.process, self.url, self.log = process, url, log
+    def __init__(
+        self, process: asyncio.subprocess.Process, url: str, log: Path, model: str
+    ) -> None:
+        self.process, self.url, self.log, self.model = process, url, log, model
         self.http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True))
         self.streams: list[str] = []
         self.workers_seen: set[str] = set()
@@ -41,7 +46,7 @@ class Scaled:
     async def status(self) -> dict[str, Any]:
         async with self.http.get(self.url + "/admin/autoscale") as answer:
             assert answer.status == 200
-            found: dict[str, Any] = (await answer.json())["models"]["sim"]
+            found: dict[str, Any] = (await answer.json())["models"][self.model]
             return found
 
     async def until(self, **wanted: int) -> dict[str, Any]:
@@ -53,15 +58,16 @@ class Scaled:
                     return status
                 await asyncio.sleep(0.05)
 
-    async def stream(self, tokens: int, model: str = "sim") -> str:
+    async def stream(self, tokens: int, adapter: str = "") -> str:
         """One whole stream, comments included. Fails if it is cut or refused."""
-        body = chat_body(model, max_tokens=tokens, stream=True)
+        name = f"{self.model}:{adapter}" if adapter else self.model
+        body = chat_body(name, max_tokens=tokens, stream=True, ignore_eos=True)
         async with self.http.post(self.url + "/v1/chat/completions", json=body) as answer:
             text = await answer.text()
             assert answer.status == 200, text
             self.workers_seen.add(answer.headers.get("x-loraplex-worker", ""))
-        pieces = [line for line in text.splitlines() if line.startswith("data: {")]
-        assert text.rstrip().endswith("data: [DONE]") and len(pieces) >= tokens, text[-300:]
+        whole = text.rstrip().endswith("data: [DONE]") and '"finish_reason":"length"' in text
+        assert whole, text[-300:]
         self.streams.append(text)
         return text
 
@@ -85,7 +91,8 @@ class Scaled:
 async def scaled(
     folder: Path, scaling: dict[str, Any], *, deployment: Any = None, **gateway: Any
 ) -> AsyncIterator[Scaled]:
-    make_adapter(folder / "adapters", "pirate")
+    for name in ("pirate", "haiku"):
+        make_adapter(folder / "adapters", name)
     config = sim_config(
         folder / "adapters", sim={"itl_ms": 25}, state_dir=str(folder / "state"), **gateway
     )
@@ -93,6 +100,15 @@ async def scaled(
         "autoscaling_config": {**QUICK, **scaling},
         **(deployment or {}),
     }
+    async with serving(folder, config) as s:
+        yield s
+
+
+@asynccontextmanager
+async def serving(
+    folder: Path, config: dict[str, Any], model: str = "sim"
+) -> AsyncIterator[Scaled]:
+    """`loraplex serve` with this config, until the block ends."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     process, log = await start(folder, LORAPLEX, "serve", str(path))
@@ -103,13 +119,14 @@ async def scaled(
             while "serves at" not in line:
                 line = (await process.stdout.readline()).decode()
                 assert line, log.read_text()
-        s = Scaled(process, line.split("serves at ")[1].split("/v1")[0], log)
+        s = Scaled(process, line.split("serves at ")[1].split("/v1")[0], log, model)
         async with s.http:
             yield s
     finally:
-        if process.returncode is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
+        with contextlib.suppress(ProcessLookupError):
             process.kill()
         await process.wait()
 
@@ -137,7 +154,7 @@ async def test_load_steps_up_and_down_to_zero_and_back_fail_no_request_and_cut_n
                 await asyncio.sleep(0.05)
         async with s.http.get(s.url + "/ready") as answer:
             assert answer.status == 200
-        text = await s.stream(5, "sim:pirate")
+        text = await s.stream(5, "pirate")
         assert ": starting a worker, about " in text
         assert (await s.until(serving=1))["start_s"] > 0
         assert len(s.workers_seen) >= 4 and len(s.streams) > 20
@@ -207,3 +224,42 @@ async def test_the_command_and_the_path_say_what_is_wanted_and_why(tmp_path: Pat
             )
             out, _ = await command.communicate()
             assert command.returncode == 0 and said in out.decode(), out.decode()
+
+
+async def test_the_adapters_of_a_worker_that_leaves_are_loaded_elsewhere_before_it_retires(
+    tmp_path: Path,
+) -> None:
+    """Two workers, each the only holder of an adapter in use; then the load fits on one."""
+    async with scaled(
+        tmp_path, {"min_replicas": 1, "initial_replicas": 2, "downscale_delay_s": 3.0}
+    ) as s:
+        await s.until(serving=2)
+        both = [asyncio.create_task(s.stream(240, name)) for name in ("pirate", "haiku")]
+        await s.until(draining=1)
+        await asyncio.gather(*both)
+        status = await s.until(serving=1, draining=0)
+        assert status["wanted"] == 1
+        async with s.http.get(s.url + "/admin/adapters") as answer:
+            rows = {row["name"]: row for row in (await answer.json())["adapters"]}
+        holders = {name: [w["tier"] for w in row["workers"]] for name, row in rows.items()}
+        assert holders == {"pirate": ["gpu"], "haiku": ["gpu"]}
+
+
+async def test_a_policy_of_ones_own_is_imported_made_once_and_asked(tmp_path: Path) -> None:
+    (tmp_path / "my_rules.py").write_text(
+        "class Fixed:\n"
+        "    def __init__(self, workers): self.workers = workers\n"
+        "    def __call__(self, ctx): return self.workers, {}\n"
+    )
+    path = os.environ.get("PYTHONPATH", "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{path}")
+        policy = {"policy_function": "my_rules:Fixed", "policy_kwargs": {"workers": 2}}
+        async with scaled(tmp_path, {"min_replicas": 1, "policy": policy}) as s:
+            assert (await s.until(serving=2))["cause"] == "policy"
+
+
+async def test_a_policy_that_cannot_be_imported_ends_serve_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="no_such_rules:f cannot be loaded"):
+        async with scaled(tmp_path, {"policy": {"policy_function": "no_such_rules:f"}}):
+            pass

@@ -34,7 +34,7 @@ def workers_of(loads: Iterable[ModelLoad]) -> dict[str, WorkerLoad]:
             if known is None:
                 found[name] = worker
                 continue
-            newer = worker if worker.seq > known.seq else known
+            newer = max(known, worker, key=lambda w: (w.epoch, w.seq))
             found[name] = newer.with_requests(known.requests + worker.requests)
     return found
 

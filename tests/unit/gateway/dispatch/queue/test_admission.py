@@ -225,3 +225,11 @@ def test_positions_count_by_priority_and_arrival_within_each_base_model() -> Non
     ):
         queue.offer(base, item, 0.0, (priority, "", None))
     assert queue.positions() == {"first": 1, "second": 2, "late": 3, "other": 1}
+
+
+def test_who_waits_for_a_worker_that_starts_is_not_given_up() -> None:
+    admission: Admission[str] = Admission(8, 1.0)
+    admission.offer("asleep", "a", 0.0)
+    admission.offer("busy", "b", 0.0)
+    assert admission.expire(5.0, {"asleep"}) == ["b"]
+    assert admission.expire(5.0) == ["a"]

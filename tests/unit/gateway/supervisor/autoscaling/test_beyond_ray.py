@@ -17,6 +17,7 @@ from gateway.supervisor.autoscaling.reports import (
 )
 from shared.config.deployment import AutoscalingConfig
 from shared.config.llm import LLMConfig
+from shared.config.loader import parse_settings
 from shared.errors import ConfigError
 
 
@@ -153,3 +154,22 @@ def test_a_function_is_taken_by_its_import_path() -> None:
     found = scaling.deployment_config.autoscaling_config
     assert found is not None and found.policy is not None
     assert found.policy.policy_function == f"{__name__}:policy_of_two"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "said"),
+    [
+        ("{max_replicas: 4}", "is not given, and Ray LLM's default (1e9) never scales"),
+        ("{max_replicas: 4, target_ongoing_requests: 1000000000}", "never asks for another worker"),
+        ("{look_back_period_s: 5}", "is not longer than metrics_interval_s (10)"),
+    ],
+)
+def test_what_will_not_scale_as_expected_is_warned_about_with_its_line(
+    scaling: str, said: str
+) -> None:
+    text = (
+        "llm_configs:\n- model_loading_config: {model_id: m}\n"
+        f"  deployment_config: {{autoscaling_config: {scaling}}}\n"
+    )
+    (warning,) = parse_settings(text, "c.yaml", lambda path: "").warnings
+    assert warning.startswith("c.yaml:3: ") and said in warning
