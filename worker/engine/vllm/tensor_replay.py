@@ -74,8 +74,15 @@ class RecordedWrites(LoRAModel):  # type: ignore[misc]
 
     @classmethod
     def from_local_checkpoint(
-        cls, lora_dir: str, expected_lora_modules: set[str], *, moe_ep_spec: Any = None, **more: Any
+        cls,
+        lora_dir: str,
+        expected_lora_modules: set[str],
+        peft_helper: PEFTHelper,
+        *,
+        moe_ep_spec: Any = None,
+        **more: Any,
     ) -> LoRAModel:
+        more["peft_helper"] = peft_helper
         if (Path(lora_dir) / FILE).is_file():
             return super().from_local_checkpoint(
                 lora_dir, expected_lora_modules, moe_ep_spec=moe_ep_spec, **more
