@@ -28,6 +28,7 @@ from shared.config.handover import read_settings
 from shared.config.llm import Settings
 from shared.errors import ConfigError, LoraplexError
 from shared.link import messages
+from shared.link.endpoint import PING_S
 from shared.runtime import log as runtime_log
 from shared.runtime.owned_folder import exclusive
 from shared.runtime.process import follow_parent, on_stop_signals
@@ -36,8 +37,8 @@ from shared.supervision.messages import FromSupervisor, Pulse, Verdicts, WorkerE
 
 log = logging.getLogger("loraplex.gateway")
 
-TICK_S = 0.2
-STALL_S = 1.0
+TICK_S = PING_S
+STALL_S = 2 * TICK_S
 ALIVE_S = 0.5
 KEEPALIVE_S = 75.0
 SHUTDOWN_S = 1.0  # after the drain, for handlers that are still writing
@@ -66,7 +67,7 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
         gc.set_threshold(*GC_THRESHOLD)
         async with asyncio.TaskGroup() as tasks:
             loops = [
-                tasks.create_task(_tick(gateway.dispatcher), name="tick"),
+                tasks.create_task(_tick(gateway), name="tick"),
                 tasks.create_task(_alive(gateway), name="alive"),
                 tasks.create_task(_supervised(gateway), name="supervised"),
                 *(tasks.create_task(run(), name=name) for name, run in gateway.loops.items()),
@@ -107,14 +108,16 @@ async def _http(routes: Routes, settings: Settings) -> AsyncIterator[int]:
         await http_server.shutdown(SHUTDOWN_S)
 
 
-async def _tick(dispatcher: Dispatcher) -> None:
+async def _tick(gateway: GatewayProcess) -> None:
     """Regular ticks. After this process (or its machine) stood still, the workers' heartbeats lie
     unread: one tick is left out, so that they are read first.
     """
     waited = False
+    dispatcher = gateway.dispatcher
     while True:
         before = dispatcher.clock()
         await asyncio.sleep(TICK_S)
+        gateway.link.tick()
         waited = not waited and dispatcher.clock() - before > STALL_S
         if not waited:
             dispatcher.tick()

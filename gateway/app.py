@@ -49,9 +49,12 @@ from gateway.telemetry.access_log import AccessLog
 from gateway.telemetry.aggregation import ProcessAggregator
 from gateway.telemetry.prometheus import Metrics, Watched
 from shared.config.llm import LLMConfig, LoraConfig, Settings
+from shared.link.endpoint import SUSPECT_S
 from shared.runtime.state_file import StateFile
 from shared.stores import open_store
 
+LATE_BEATS = 3
+"""A worker whose heartbeats are this many intervals late gets no new requests."""
 Catalogs = Mapping[str, Catalog | None]
 """By base model; None where it has no adapter store."""
 
@@ -83,7 +86,7 @@ async def open_gateway(
         fleet, admission = _fleet(settings), _admission(settings)
         metrics = Metrics(name, _watched(settings, fleet, admission, catalogs))
         aggregator = _aggregator(settings, index, run_dir, metrics)
-        link = LinkTransport(endpoints(settings, index, run_dir), settings, name)
+        link = LinkTransport(endpoints(settings, index, run_dir), settings, name, metrics)
         dispatcher = Dispatcher(
             fleet,
             make_policy(settings.gateway.routing_policy),
@@ -93,7 +96,7 @@ async def open_gateway(
             _dispatch_settings(settings),
             TimeAndChance(time.monotonic, random.Random(), _call_at),
         )
-        stack.enter_context(link.open(dispatcher.on_control, dispatcher.on_data))
+        stack.enter_context(link.open(dispatcher))
         load_link = _load_link(settings, run_dir, index, dispatcher)
         metrics.watch_scaling(lambda: dispatcher.scaling)
         aliases = AliasStore(_aliases(settings), _alias_file(settings), metrics)
@@ -151,7 +154,8 @@ def _listed(catalogs: Catalogs) -> list[Catalog]:
 
 def _fleet(settings: Settings) -> Fleet:
     most = {m.model_id: m.deployment_config.max_ongoing_requests for m in settings.models}
-    return Fleet(settings.gateway.lease_s, most)
+    g = settings.gateway
+    return Fleet(g.lease_s, most, silent_s=max(SUSPECT_S, LATE_BEATS * g.heartbeat_s))
 
 
 def _admission(settings: Settings) -> Admission[InFlightRequest]:
@@ -191,10 +195,8 @@ def _aggregator(
 
 def _dispatch_settings(settings: Settings) -> DispatchSettings:
     g = settings.gateway
-    # above those of this gateway's earlier life, unless it sent a million requests a second
-    first_sid = time.time_ns() // 1000
     journals = JournalBounds(g.resume_max_tokens, g.resume_max_bytes)
-    return DispatchSettings(g.max_concurrent_requests, g.progress_s or 0.0, first_sid, journals)
+    return DispatchSettings(g.max_concurrent_requests, g.progress_s or 0.0, journals)
 
 
 def _call_at(when: float, call: Callable[[], None]) -> None:

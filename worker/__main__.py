@@ -11,9 +11,9 @@ import argparse
 import contextlib
 import os
 import re
+import secrets
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
@@ -46,6 +46,10 @@ from worker.settings import WorkerSettings
 
 CRASHED = 70
 """Exit status of a worker that an exception ended (EX_SOFTWARE of sysexits.h)."""
+EPOCH_BITS = 53
+"""Random: no clock, which may go back, says which of two lives is the newer one. A gateway takes one
+that it has not seen before for newer.
+"""
 MAX_SOCKET_FOLDER = 107 - 37
 """What Linux allows for a socket's path, less a slash and vLLM's 36 characters; a longer folder
 would keep the engine from starting.
@@ -154,7 +158,7 @@ def worker_settings(
         )
     return WorkerSettings(
         worker=worker or f"{_safe(socket.gethostname())}-{os.getpid()}",
-        epoch=time.time_ns() // 1_000_000,
+        epoch=secrets.randbits(EPOCH_BITS),
         model=model,
         gateways=tuple(gateways),
         state_dir=Path(g.state_dir).expanduser(),

@@ -46,6 +46,9 @@ from worker.settings import WorkerSettings
 log = logging.getLogger("loraplex.agent")
 clock = time.monotonic
 
+LAST_WORDS_S = 1.0
+"""How long a worker that has drained waits for its gateways to have heard its last frames."""
+
 
 class Agent:
     """Runs until it is told to stop and has drained, or until its engine dies."""
@@ -95,6 +98,7 @@ class Agent:
             await self._stopping.wait()
             await self._drain()
             booting.cancel()
+            await self._say_last_words()
             self._become(WorkerState.STOPPED, self._reason or "stopped")
             heartbeats.cancel()
             ticks.cancel()
@@ -162,6 +166,16 @@ class Agent:
         self._requests.refuse_all(WorkerUnavailable.code, "The worker shut down.")
         for session in self._sessions:
             session.outbox.flush()
+
+    async def _say_last_words(self) -> None:
+        """Every gateway hears of the end after the frames before it, if its link carries at all."""
+        reason = self._reason or "stopped"
+        try:
+            async with asyncio.timeout(LAST_WORDS_S), asyncio.TaskGroup() as tasks:
+                for session in self._sessions:
+                    tasks.create_task(session.last_word(reason), name="last word")
+        except TimeoutError:
+            log.warning("a gateway did not confirm the last frames")
 
     def _become(self, state: WorkerState, reason: str) -> None:
         self._state, self._reason = state, reason

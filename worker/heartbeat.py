@@ -61,7 +61,7 @@ class HeartbeatSender:
         settings, facts, stats, times = self._settings, status.facts, status.stats, status.times
         return messages.Heartbeat(
             worker=settings.worker,
-            epoch=settings.epoch,
+            epoch=session.epoch,
             seq=session.next_seq(),
             base=settings.base,
             state=status.state,

@@ -13,7 +13,7 @@ from shared.errors import CannotContinue, EngineFailure
 from shared.link import messages
 from shared.link.token_ids import BYTES_PER_TOKEN
 from worker.engine.base import Engine, EngineRequest, Loaded
-from worker.session import GatewaySession
+from worker.session import GatewaySession, Outbox
 
 clock = time.monotonic
 
@@ -24,11 +24,12 @@ PROGRESS_TOKENS = 16
 @dataclass(slots=True)
 class OpenRequest:
     """One request on this worker. `task` runs it in the engine; until then it waits for its
-    adapter.
+    adapter. `outbox` is that of the channel by which it came: answers go by no other.
     """
 
     number: int
     session: GatewaySession
+    outbox: Outbox
     message: messages.Generate
     arrived: float
     task: asyncio.Task[None] | None = None
@@ -54,7 +55,7 @@ class StreamReply:
 
     def __init__(self, request: OpenRequest) -> None:
         self._request = request
-        self._outbox, self._sid = request.session.outbox, request.message.sid
+        self._outbox, self._sid = request.outbox, request.message.sid
         self._movable = request.message.movable
         self._unsent = b""
         self.prompt_tokens = self.output_tokens = 0
@@ -135,7 +136,7 @@ class RequestTable:
     def accept(
         self, number: int, session: GatewaySession, message: messages.Generate
     ) -> OpenRequest:
-        request = OpenRequest(number, session, message, clock())
+        request = OpenRequest(number, session, session.outbox, message, clock())
         self._open[number] = request
         self._by_stream[session, message.sid] = request
         session.open_requests += 1
@@ -182,18 +183,18 @@ class RequestTable:
         try:
             await self._engine.serve(_engine_request(message, adapter), reply)
         except CannotContinue as exc:
-            request.session.outbox.refuse(
+            request.outbox.refuse(
                 messages.Refused(message.sid, exc.code, exc.message, retryable=False)
             )
         except EngineFailure as exc:
             if not reply.ended:
-                request.session.outbox.refuse(
+                request.outbox.refuse(
                     messages.Refused(message.sid, exc.code, exc.message, True, leaving=True)
                 )
             self._on_engine_death(exc.message)
 
     def _refuse(self, request: OpenRequest, code: str, message: str, retryable: bool) -> None:
-        request.session.outbox.refuse(
+        request.outbox.refuse(
             messages.Refused(request.message.sid, code, message, retryable, self.leaving)
         )
         self._end(request)
@@ -208,7 +209,9 @@ class RequestTable:
         """Idempotent."""
         if self._open.pop(request.number, None) is None:
             return
-        del self._by_stream[request.session, request.message.sid]
+        key = request.session, request.message.sid
+        if self._by_stream.get(key) is request:  # stream ids begin again with each channel
+            del self._by_stream[key]
         request.session.open_requests -= 1
         self._on_end(request.number)
 

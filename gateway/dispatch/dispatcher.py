@@ -77,7 +77,7 @@ class Dispatcher:
         self._retries = RetryBudget()
         self.clock = time_and_chance.clock
         self._call_at = time_and_chance.call_at
-        sids = itertools.count(settings.first_sid + 1)
+        sids = itertools.count(1)
         self._outbox = WorkerOutbox(transport)
         self._membership = Membership(fleet, policy, self._outbox, self.clock, self._on_lost)
         unreachable = self._membership.unreachable
@@ -241,6 +241,9 @@ class Dispatcher:
             if worker is not None:
                 self._admit_waiting(worker.beat.base)
             return
+        if type(message) is messages.Stopped:
+            self._membership.stopped(message)
+            return
         assert type(message) is messages.Step
         for done in message.done:
             request = self._streams.get(done.sid)
@@ -255,6 +258,12 @@ class Dispatcher:
                 self._commands.pending.refused(refused)
             else:
                 self._isolated(request, self._on_refused, request, refused)
+
+    def on_link(self, peer: bytes, carries: bool, heard: bool) -> None:
+        """See LinkEvents."""
+        base = self._membership.link(peer, carries, heard)
+        if base is not None:
+            self._admit_waiting(base)
 
     def tick(self) -> None:
         """Leases, queue deadlines, and a comment to streams that wait. Call it a few times per

@@ -46,13 +46,24 @@ class Membership:
 
     def expire(self, now: float) -> None:
         """Gives up workers that were silent for too long."""
-        silent = self._fleet.expire(now)
-        for lost in silent:
-            # The worker may only have stood still, with these requests unread before it.
-            peer = messages.identity(lost.worker, lost.epoch)
-            for sid in lost.streams:
-                self._outbox.cancel(peer, sid)
-        self._apply(silent)
+        self._apply(self._fleet.expire(now))
+
+    def link(self, peer: bytes, carries: bool, heard: bool) -> str | None:
+        """See LinkEvents. Returns the worker's base model if it can be sent requests again."""
+        worker_id, epoch = messages.life_of(peer)
+        if heard:
+            self._fleet.heard(worker_id, epoch, self._clock())
+        worker = self._fleet.link(worker_id, epoch, carries)
+        if worker is None:
+            return None
+        said = "carries again" if carries else "does not carry"
+        log.warning("data connection %s", said, extra={"worker": worker.id})
+        return worker.beat.base if carries else None
+
+    def stopped(self, last: messages.Stopped) -> None:
+        """The worker's last word, after all its frames."""
+        lost = self._fleet.ended(last.worker, last.epoch, last.reason)
+        self._apply([lost] if lost is not None else [])
 
     def unreachable(self, worker: WorkerView) -> None:
         """A send to this life of the worker has failed."""
@@ -84,6 +95,7 @@ class Membership:
             if isinstance(event, Joined) and peer is not None:
                 self._outbox.welcome(peer)
             elif isinstance(event, Lost):
+                self._outbox.forget(messages.identity(event.worker, event.epoch))
                 self._on_lost(event)
 
     def _send_warm_set(self, worker_id: messages.WorkerId) -> None:

@@ -16,8 +16,14 @@ class Transport(Protocol):
     the message.
     """
 
-    def welcome(self) -> messages.Welcome:
-        """How a worker reaches this gateway's data socket."""
+    def welcome(self, peer: bytes) -> messages.Welcome:
+        """How a worker reaches this gateway's data socket, and the channel that is open to it from
+        now on.
+        """
+        ...
+
+    def forget(self, peer: bytes) -> None:
+        """Closes the channel: nothing that comes by it is heard any more."""
         ...
 
     def send_data(self, peer: bytes, data: bytes) -> SendResult: ...
@@ -42,4 +48,8 @@ class WorkerOutbox:
 
     def welcome(self, peer: bytes) -> None:
         """To the control socket of a worker that this gateway has just heard of."""
-        self._transport.send_control(peer, messages.encode(self._transport.welcome()))
+        self._transport.send_control(peer, messages.encode(self._transport.welcome(peer)))
+
+    def forget(self, peer: bytes) -> None:
+        """This life of the worker is over."""
+        self._transport.forget(peer)

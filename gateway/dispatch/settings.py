@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gateway.dispatch.journal import NO_JOURNALS, JournalBounds
-from shared.link.messages import StreamId
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,14 +14,10 @@ class DispatchSettings:
     """`keepalive_s`: how often a stream that waits is told so (0: never).
 
     `journals`: how much is kept of what clients have seen.
-
-    `first_sid`: stream ids begin above it. Those of a gateway's earlier life must not come again,
-    for its workers may still send frames for them.
     """
 
     max_requests: int
     keepalive_s: float = 0.0
-    first_sid: StreamId = 0
     journals: JournalBounds = NO_JOURNALS
 
 

@@ -21,6 +21,7 @@ shows in flight beyond them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -78,6 +79,10 @@ class Lost:
 FleetEvent: TypeAlias = Joined | Changed | Lost
 
 
+MOST_ENDED = 10_000
+"""Lives that are remembered after their end; beats are late by seconds, not by so many restarts."""
+
+
 class Fleet:
     """Every known worker. Times are seconds of one monotonic clock, given by the caller.
 
@@ -85,13 +90,19 @@ class Fleet:
     tells of.
     """
 
-    def __init__(self, lease_s: float, most: Mapping[str, int] | None = None) -> None:
-        self._lease_s = lease_s
+    def __init__(
+        self,
+        lease_s: float,
+        most: Mapping[str, int] | None = None,
+        *,
+        silent_s: float = math.inf,
+    ) -> None:
+        self._lease_s, self._silent_s = lease_s, silent_s
         self._most = dict(most or {})
         self._workers: dict[WorkerId, WorkerView] = {}
         self._by_stream: dict[StreamId, WorkerView] = {}
-        # last epoch seen of workers that left, so that a late beat does not revive them
-        self._ended: dict[WorkerId, int] = {}
+        # lives that are over, so that a late beat does not revive them; true: it has said so itself
+        self._ended: dict[tuple[WorkerId, int], bool] = {}
         self._pools: dict[str, Pool] = {}
         self._disk_index = DiskIndex()
 
@@ -119,13 +130,14 @@ class Fleet:
         return counts
 
     def beat(self, beat: Heartbeat, now: float) -> list[FleetEvent]:
-        """Takes a heartbeat. An older sequence or epoch is ignored; a newer epoch replaces
-        everything known of the worker.
+        """Takes a heartbeat. An older one of the same life is ignored, and one of a life that is
+        over; a life not seen before replaces everything known of the worker.
         """
         worker = self._workers.get(beat.worker)
-        if beat.epoch <= self._ended.get(beat.worker, -1) or (
-            worker and (beat.epoch, beat.seq) <= (worker.beat.epoch, worker.beat.seq)
-        ):
+        if worker is not None and beat.epoch == worker.beat.epoch:
+            if beat.seq <= worker.beat.seq:
+                return []
+        elif self._is_over(beat.worker, beat.epoch):
             return []
         most = self._most.get(beat.base)
         if most is not None and most < beat.capacity:
@@ -135,14 +147,13 @@ class Fleet:
             # it left before this was heard: see `leaves`
             beat = msgspec.structs.replace(beat, state=worker.beat.state)
         events: list[FleetEvent] = []
-        if worker and beat.epoch > worker.beat.epoch:
+        if beat.state is WorkerState.STOPPED:
+            lost = self.ended(beat.worker, beat.epoch, beat.reason)
+            return [lost] if lost is not None else []
+        if worker and beat.epoch != worker.beat.epoch:
+            self._over(worker.id, worker.beat.epoch, said=False)
             events.append(self._remove(worker, "restarted"))
             worker = None
-        if beat.state is WorkerState.STOPPED:
-            if worker:
-                events.append(self._remove(worker, beat.reason or "stopped"))
-            self._ended[beat.worker] = beat.epoch
-            return events
         if worker is None:
             worker = self._workers[beat.worker] = WorkerView(
                 beat, now + self._lease_s, now, disk_index=self._disk_index
@@ -154,6 +165,7 @@ class Fleet:
             if beat.base != worker.beat.base:
                 self._pools[worker.beat.base].remove(worker)
             worker.lease_until = now + self._lease_s
+            worker.silent = False
             worker.hear(beat, now)
         self._pool_of(worker).settle(worker)
         return events
@@ -171,6 +183,31 @@ class Fleet:
             return False
         worker.was_routable = True
         return True
+
+    def heard(self, worker_id: WorkerId, epoch: int, now: float) -> None:
+        """Something came from this life of the worker by its data connection: it keeps its lease."""
+        worker = self._workers.get(worker_id)
+        if worker is not None and worker.beat.epoch == epoch:
+            worker.lease_until = now + self._lease_s
+
+    def link(self, worker_id: WorkerId, epoch: int, carries: bool) -> WorkerView | None:
+        """Whether the worker's data connection carries. Returns the worker if that has changed."""
+        worker = self._workers.get(worker_id)
+        if worker is None or worker.beat.epoch != epoch or worker.carries is carries:
+            return None
+        worker.carries = carries
+        self._pool_of(worker).settle(worker)
+        return worker
+
+    def ended(self, worker_id: WorkerId, epoch: int, reason: str) -> Lost | None:
+        """This life of the worker is over: it has said its last word, or its host knows that its
+        process is gone. What may still arrive of it says nothing any more.
+        """
+        self._over(worker_id, epoch, said=True)
+        worker = self._workers.get(worker_id)
+        if worker is None or worker.beat.epoch != epoch:
+            return None
+        return self._remove(worker, reason or "stopped")
 
     def cached(self, worker: WorkerView, adapter: AdapterRef) -> None:
         """The worker says that its host's disk has the adapter's files."""
@@ -195,7 +232,13 @@ class Fleet:
         return Changed(worker_id, before, WorkerState.DRAINING, reason)
 
     def expire(self, now: float) -> list[Lost]:
-        """Removes workers whose lease has run out."""
+        """Removes workers whose lease has run out; the others get no new requests while their
+        beats are overdue.
+        """
+        for worker in self._workers.values():
+            if not worker.silent and now - worker.beat_at > self._silent_s:
+                worker.silent = True
+                self._pool_of(worker).settle(worker)
         silent = [w for w in self._workers.values() if w.lease_until <= now]
         return [self._remove(w, f"no heartbeat for {self._lease_s:g} s") for w in silent]
 
@@ -209,16 +252,6 @@ class Fleet:
             if worker and worker.beat.epoch == epoch
             else None
         )
-
-    def ended(self, worker_id: WorkerId, epoch: int, reason: str) -> Lost | None:
-        """The process of this life of the worker is gone, as its host knows: what may still arrive
-        of it says nothing any more.
-        """
-        worker = self._workers.get(worker_id)
-        if worker is None or worker.beat.epoch != epoch:
-            return None
-        self._ended[worker_id] = epoch
-        return self._remove(worker, reason)
 
     def reserve(
         self,
@@ -244,6 +277,18 @@ class Fleet:
     def reserved(self) -> KeysView[StreamId]:
         """The streams that have a reservation."""
         return self._by_stream.keys()
+
+    def _is_over(self, worker_id: WorkerId, epoch: int) -> bool:
+        """A life that was replaced may come back once its successor has gone: then two processes
+        had the same name.
+        """
+        said = self._ended.get((worker_id, epoch))
+        return said is not None and (said or worker_id in self._workers)
+
+    def _over(self, worker_id: WorkerId, epoch: int, *, said: bool) -> None:
+        self._ended[worker_id, epoch] = said
+        if len(self._ended) > MOST_ENDED:
+            del self._ended[next(iter(self._ended))]
 
     def _pool_of(self, worker: WorkerView) -> Pool:
         pool = self._pools.get(worker.beat.base)

@@ -40,6 +40,8 @@ class WorkerView:
     lease_until: float
     beat_at: float = 0.0
     attached_epoch: int = -1
+    carries: bool = True  # its data connection does, both ways
+    silent: bool = False  # its heartbeats are overdue
     was_routable: bool = False  # see Fleet.first_time_routable
     held: dict[Key, AdapterState] = field(default_factory=dict)
     reserved: dict[StreamId, Key | None] = field(default_factory=dict)
@@ -87,7 +89,13 @@ class WorkerView:
 
     @property
     def routable(self) -> bool:
-        return self.beat.state is WorkerState.SERVING and self.attached_epoch == self.beat.epoch
+        """It is sent requests: it takes them, and nothing is known against its being reached."""
+        return (
+            self.beat.state is WorkerState.SERVING
+            and self.attached_epoch == self.beat.epoch
+            and self.carries
+            and not self.silent
+        )
 
     @property
     def occupied(self) -> int:

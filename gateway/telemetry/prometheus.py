@@ -49,6 +49,8 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
         "Answers that broke off, by why no other worker could continue them.",
         ("reason",),
     ),
+    "link_gaps": ("Times that a message from a worker was missing and asked for again.", ()),
+    "link_resent": ("Messages that were sent to a worker again.", ()),
     "slow_readers": ("Clients cut off because they did not read.", ()),
     "adapter_version_changes": (
         "New adapter versions: switched to, refused, or not ready yet.",
@@ -142,6 +144,12 @@ class Metrics:
 
     def lost(self, reason: str) -> None:
         self._counters.count(("streams_lost", reason))
+
+    def link_gap(self) -> None:
+        self._counters.count(("link_gaps",))
+
+    def link_resent(self, messages: int) -> None:
+        self._counters.count(("link_resent",), messages)
 
     def slow_reader(self) -> None:
         self._counters.count(("slow_readers",))

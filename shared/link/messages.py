@@ -398,4 +398,13 @@ def is_packet(data: bytes) -> bool:
 @functools.lru_cache(maxsize=4096)
 def identity(worker: WorkerId, epoch: int) -> bytes:
     """The ZeroMQ routing id of one life of one worker."""
-    return f"{worker}#{epoch}".encode()
+    return f"{worker}#{epoch:x}".encode()
+
+
+@functools.lru_cache(maxsize=4096)
+def life_of(peer: bytes) -> tuple[WorkerId, int]:
+    """The worker and epoch of a routing id. Raises ValueError (UnicodeDecodeError is one) where it
+    is none of ours.
+    """
+    worker, _, epoch = peer.decode().rpartition("#")
+    return worker, int(epoch, 16)

@@ -126,11 +126,11 @@ class Socket:
         self._asking = False
         self._drain()
 
-    def close(self) -> None:
+    def close(self, linger_ms: int = LINGER_MS) -> None:
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._fd)
-            self._socket.close(LINGER_MS)
+            self._socket.close(linger_ms)
 
 
 class RouterSocket(Socket):

@@ -162,8 +162,11 @@ class _Wires:
         self._agenda.after(self._link_s, worker.receive, data)
         return SendResult.OK
 
-    def welcome(self) -> messages.Welcome:
+    def welcome(self, peer: bytes) -> messages.Welcome:
         return messages.Welcome("g0", "virtual", LEASE_S, HEARTBEAT_S)
+
+    def forget(self, peer: bytes) -> None:
+        """What the simulated link has lost is lost: it has no channels."""
 
     def send_control(self, peer: bytes, data: bytes) -> SendResult:
         # Welcome and Farewell: the simulated worker needs neither

@@ -35,7 +35,8 @@ OPERATOR_PAGES = [
     *(f"docs/{n}.md" for n in ("CONFIG", "ADAPTERS", "OPERATIONS", "SCALING", "DEPLOY")),
 ]
 ENGINEER_PAGES = [
-    f"docs/{n}.md" for n in ("ARCHITECTURE", "FIRST-DAY", "PERFORMANCE", "PROTOCOL", "ROUTING")
+    f"docs/{n}.md"
+    for n in ("ARCHITECTURE", "FIRST-DAY", "PERFORMANCE", "PROTOCOL", "RELIABILITY", "ROUTING")
 ]
 MAX_LINES = {"README.md": 150, "docs/ROUTING.md": 150, "docs/PERFORMANCE.md": 150}
 LONG_WORDS = 25

@@ -2,30 +2,23 @@ from __future__ import annotations
 
 import asyncio
 
-import pytest
-
 from shared.link import messages
-from shared.link.sockets import SendResult
-from worker import session
 from worker.session import Outbox
 
 
-class Gateway:
-    """The other end of a link: takes what it is sent, or nothing."""
+class Taker:
+    """The channel of an outbox: takes what it is sent, or nothing."""
 
     def __init__(self) -> None:
         self.takes = True
-        self.frames: list[messages.Frame] = []
-        self.refused: list[int] = []
+        self.steps: list[messages.Step] = []
 
-    def send(self, data: bytes) -> SendResult:
-        if not self.takes:
-            return SendResult.FULL
-        step = messages.decode_worker_data(data)
-        assert isinstance(step, messages.Step)
-        self.frames += step.frames
-        self.refused += [r.sid for r in step.refused]
-        return SendResult.OK
+    def send(self, data: bytes) -> bool:
+        if self.takes:
+            step = messages.decode_worker_data(data)
+            assert isinstance(step, messages.Step)
+            self.steps.append(step)
+        return self.takes
 
 
 async def turns(n: int = 3) -> None:
@@ -33,61 +26,35 @@ async def turns(n: int = 3) -> None:
         await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize("streams", [1, 10, 500])
-async def test_streams_whose_frames_a_gateway_never_took_are_refused_once_it_takes_something_again(
-    streams: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session, "MAX_PENDING_BYTES", 1000)
-    monkeypatch.setattr(session, "RETRY_S", 0.001)
-    gateway = Gateway()
-    overflows: list[bool] = []
+async def test_what_the_streams_of_one_turn_yield_leaves_as_one_message() -> None:
+    taker = Taker()
+    outbox = Outbox(taker.send, lambda: None)
+    for sid in range(3):
+        outbox.frame(sid, messages.END, b"x")
+        outbox.done(messages.Done(sid))
+    outbox.refuse(messages.Refused(9, "worker_unavailable", "why", True))
+    await turns()
+    (step,) = taker.steps
+    assert [frame[0] for frame in step.frames] == [d.sid for d in step.done] == [0, 1, 2]
+    assert [r.sid for r in step.refused] == [9]
+    outbox.frame(1, 0, b"y")
+    await turns()
+    assert len(taker.steps) == 2
+
+
+async def test_a_channel_that_takes_no_more_is_over_and_its_owner_is_told_once() -> None:
+    taker = Taker()
+    told: list[bool] = []
 
     def overflow() -> None:
-        overflows.append(True)
-        outbox.give_up("does not take what it is sent")
+        told.append(True)
+        outbox.close()
 
-    outbox = Outbox(overflow)
-    outbox.connect(gateway.send)
-    for sid in range(streams):
-        outbox.frame(sid, 200 << messages.STATUS_SHIFT, b"head")
+    outbox = Outbox(taker.send, overflow)
+    taker.takes = False
+    outbox.frame(1, 0, b"x")
     await turns()
-    assert len(gateway.frames) == streams
-    gateway.takes = False
-    for sid in range(streams):
-        outbox.frame(sid, messages.END, b"x" * 1001)
-        outbox.done(messages.Done(sid))
-    async with asyncio.timeout(10):
-        while not overflows:
-            await asyncio.sleep(0.001)
-        gateway.takes = True
-        while len(gateway.refused) < streams:
-            await asyncio.sleep(0.001)
-    assert (
-        sorted(gateway.refused) == list(range(streams))
-        and len(gateway.frames) == streams
-        and len(overflows) == 1
-    )
-
-
-async def test_what_a_gateway_did_not_take_at_once_arrives_in_order_when_it_does(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(session, "RETRY_S", 0.001)
-    gateway = Gateway()
-    outbox = Outbox(lambda: pytest.fail("nothing overflows"))
-    outbox.connect(gateway.send)
-    gateway.takes = False
-    for number in range(5):
-        outbox.frame(1, 0, b"%d" % number)
-        await turns()
-    gateway.takes = True
-    async with asyncio.timeout(10):
-        while len(gateway.frames) < 5:
-            await asyncio.sleep(0.001)
-    assert [data for _, _, data, _ in gateway.frames] == [
-        b"0",
-        b"1",
-        b"2",
-        b"3",
-        b"4",
-    ] and not gateway.refused
+    taker.takes = True
+    outbox.frame(1, messages.END, b"y")  # without what came before, it must not arrive
+    await turns()
+    assert told == [True] and not taker.steps

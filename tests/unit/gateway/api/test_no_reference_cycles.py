@@ -34,8 +34,11 @@ class Wires:
     def send_data(self, peer: bytes, data: bytes) -> SendResult:
         return SendResult.OK
 
-    def welcome(self) -> messages.Welcome:
+    def welcome(self, peer: bytes) -> messages.Welcome:
         return messages.Welcome("g0", "x", 3.0, 0.1)
+
+    def forget(self, peer: bytes) -> None:
+        pass
 
     def send_control(self, peer: bytes, data: bytes) -> SendResult:
         return SendResult.OK

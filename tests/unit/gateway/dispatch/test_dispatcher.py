@@ -45,6 +45,7 @@ class Wires:
         self.data: list[tuple[str, messages.GatewayData]] = []
         self.control: list[tuple[bytes, messages.GatewayControl]] = []
         self.state: dict[bytes, SendResult] = {}
+        self.forgotten: list[bytes] = []
 
     def send_data(self, peer: bytes, data: bytes) -> SendResult:
         sent = self.state.get(peer, SendResult.OK)
@@ -52,8 +53,11 @@ class Wires:
             self.data.append((peer.decode().partition("#")[0], messages.decode_gateway_data(data)))
         return sent
 
-    def welcome(self) -> messages.Welcome:
+    def welcome(self, peer: bytes) -> messages.Welcome:
         return messages.Welcome("g0", "ipc:///data", LEASE_S, 0.5)
+
+    def forget(self, peer: bytes) -> None:
+        self.forgotten.append(peer)
 
     def send_control(self, peer: bytes, data: bytes) -> SendResult:
         self.control.append((peer, messages.decode_gateway_control(data)))
@@ -1058,13 +1062,34 @@ def test_a_request_on_a_worker_whose_time_is_over_frees_its_place_and_the_worker
     assert room.counted("loraplex_requests_total", base="tiny", outcome="failed") == 1
 
 
-def test_a_worker_that_fell_silent_is_told_to_forget_what_it_had_in_case_it_only_stood_still(
-    room: Room,
-) -> None:
+def test_nothing_is_heard_any_more_of_a_worker_that_fell_silent(room: Room) -> None:
     room.worker("w0", capacity=2)
-    first, _ = room.submit()
-    second, _ = room.submit()
-    sids = [first.sid, second.sid]
+    room.submit()
     room.now += LEASE_S
     room.dispatcher.tick()
-    assert room.wires.cancelled() == [("w0", sid) for sid in sids]
+    assert room.wires.forgotten == [messages.identity("w0", 1)]
+
+
+def test_a_worker_that_stops_is_forgotten_after_the_frames_that_came_before(room: Room) -> None:
+    room.worker("w0", capacity=2)
+    request, sink = room.submit()
+    room.frames("w0", (request.sid, HEAD, b"a"), (request.sid, messages.END, b"b"))
+    peer = messages.identity("w0", 1)
+    room.dispatcher.on_data(peer, messages.encode(messages.Stopped("w0", 1, "told to")))
+    assert sink.ended and sink.error is None and room.wires.forgotten == [peer]
+    assert len(room.fleet) == 0
+
+
+def test_while_a_workers_data_connection_does_not_carry_its_requests_go_elsewhere_and_then_come_back(
+    room: Room,
+) -> None:
+    peer = messages.identity("w0", 1)
+    room.worker("w0", capacity=9)
+    room.dispatcher.on_link(peer, carries=False, heard=True)
+    room.submit()
+    assert not room.wires.generated() and room.dispatcher.queued("tiny") == 1
+    room.worker("w1", capacity=1)
+    assert [worker for worker, _ in room.wires.generated()] == ["w1"]
+    room.submit()
+    room.dispatcher.on_link(peer, carries=True, heard=True)
+    assert [worker for worker, _ in room.wires.generated()] == ["w1", "w0"]

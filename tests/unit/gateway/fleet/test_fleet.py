@@ -79,10 +79,69 @@ def test_a_beat_that_is_not_newer_changes_nothing_and_does_not_extend_the_lease(
     assert worker.beat.running == 1 and worker.lease_until == LEASE_S
 
 
-def test_a_beat_of_an_older_epoch_is_ignored_even_if_its_sequence_is_higher() -> None:
-    fleet, worker = serving(beat(epoch=2, seq=1))
-    assert fleet.beat(beat(epoch=1, seq=99, state=WorkerState.STOPPED), 1.0) == []
+@pytest.mark.parametrize("epochs", [(1, 2), (2, 1)])
+def test_late_beats_of_a_life_that_was_replaced_are_ignored_whichever_number_is_higher(
+    epochs: tuple[int, int],
+) -> None:
+    fleet, _ = serving(beat(epoch=epochs[0], seq=1))
+    fleet.beat(beat(epoch=epochs[1], seq=1), 0.5)
+    worker = fleet.get("w0")
+    assert worker is not None and worker.beat.epoch == epochs[1]
+    for state in (WorkerState.SERVING, WorkerState.STOPPED):
+        assert fleet.beat(beat(epoch=epochs[0], seq=99, state=state), 1.0) == []
     assert fleet.get("w0") is worker
+
+
+def test_a_life_that_was_replaced_may_come_back_once_its_successor_is_gone() -> None:
+    fleet, _ = serving(beat(epoch=1, seq=1))
+    fleet.beat(beat(epoch=2, seq=1), 0.0)
+    assert [lost.epoch for lost in fleet.expire(LEASE_S)] == [2]
+    assert fleet.beat(beat(epoch=1, seq=2), LEASE_S) == [Joined("w0")]
+
+
+def test_no_more_ended_lives_are_remembered_than_the_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gateway.fleet.fleet.MOST_ENDED", 3)
+    fleet = Fleet(LEASE_S)
+    for epoch in range(1, 9):
+        fleet.beat(beat(epoch=epoch), 0.0)
+        fleet.ended("w0", epoch, "why")
+    assert len(fleet._ended) == 3
+
+
+# ---- what carries --------------------------------------------------------------------------------
+
+
+def test_a_worker_whose_data_connection_does_not_carry_keeps_its_streams_and_gets_no_new_ones() -> (
+    None
+):
+    fleet, worker = serving(beat())
+    fleet.reserve(worker, 7, None)
+    assert fleet.link("w0", 1, False) is worker and fleet.link("w0", 1, False) is None
+    assert not fleet.routable("tiny") and worker.reserved == {7: None}
+    fleet.beat(beat(seq=2), 1.0)
+    assert not fleet.routable("tiny"), "beats come by another connection"
+    assert fleet.link("w0", 1, True) is worker and [w.id for w in fleet.routable("tiny")] == ["w0"]
+    assert fleet.link("w0", 2, False) is None and fleet.link("nobody", 1, False) is None
+
+
+def test_a_worker_whose_beats_are_overdue_gets_no_new_requests_until_the_next_one() -> None:
+    fleet, worker = serving(beat(), Fleet(LEASE_S, silent_s=0.6))
+    assert fleet.expire(0.6) == [] and worker.routable
+    assert fleet.expire(0.7) == [] and not fleet.routable("tiny")
+    fleet.beat(beat(seq=2), 0.8)
+    assert [w.id for w in fleet.routable("tiny")] == ["w0"]
+
+
+def test_a_worker_that_is_heard_by_its_data_connection_keeps_its_lease() -> None:
+    fleet, _ = serving(beat())
+    fleet.heard("w0", 1, 2.0)
+    fleet.heard("w0", 9, 99.0)
+    assert fleet.expire(LEASE_S) == [] and len(fleet.expire(2.0 + LEASE_S)) == 1
+
+
+# ---- lives ---------------------------------------------------------------------------------------
 
 
 def test_a_new_epoch_returns_the_streams_of_the_old_one_and_starts_from_nothing() -> None:
@@ -126,20 +185,18 @@ def test_stopped_ends_the_epoch_for_good() -> None:
     ]
     for late in (
         beat(epoch=3, seq=3),
-        beat(epoch=2, seq=9),
         beat(epoch=3, seq=4, state=WorkerState.STOPPED),
     ):
         assert fleet.beat(late, 0.0) == []
     assert len(fleet) == 0
-    assert fleet.beat(beat(epoch=4), 0.0) == [Joined("w0")]
+    assert fleet.beat(beat(epoch=2), 0.0) == [Joined("w0")], "no number is too low"
 
 
-def test_stopped_as_the_first_word_of_a_new_epoch_ends_the_old_one_and_joins_nobody() -> None:
+def test_stopped_as_the_first_word_of_another_life_changes_nothing_and_joins_nobody() -> None:
     fleet, worker = serving(beat(epoch=1))
     fleet.reserve(worker, 1, None)
-    events = fleet.beat(beat(epoch=2, state=WorkerState.STOPPED), 0.0)
-    assert events == [Lost("w0", 1, (1,), "restarted")]
-    assert len(fleet) == 0 and fleet.beat(beat(epoch=2, seq=2), 0.0) == []
+    assert fleet.beat(beat(epoch=2, state=WorkerState.STOPPED), 0.0) == []
+    assert fleet.beat(beat(epoch=2, seq=2), 0.0) == [] and fleet.get("w0") is worker
 
 
 def test_stopped_of_an_unknown_worker_is_no_event() -> None:
@@ -371,6 +428,7 @@ class FleetMachine(RuleBasedStateMachine):
         self.fleet = Fleet(LEASE_S)
         self.now = 0.0
         self.epoch = dict.fromkeys(WORKERS, 1)
+        self.epochs = {worker: [1] for worker in WORKERS}
         self.seq = dict.fromkeys(WORKERS, 0)
         self.stopped: set[tuple[str, int]] = set()
         self.open: dict[int, tuple[str, int]] = {}
@@ -427,20 +485,23 @@ class FleetMachine(RuleBasedStateMachine):
             self.seq[worker] - back,
             state=WorkerState.STOPPED if back else WorkerState.SERVING,
         )
-        if known is None or back == 0 or (known.beat.epoch, known.beat.seq) < (old.epoch, old.seq):
+        if known is None or known.beat.epoch != old.epoch or known.beat.seq < old.seq:
             return  # it would be news
         before = known.beat
         assert self.fleet.beat(old, self.now) == []
         assert self.fleet.get(worker) is known and known.beat is before
 
-    @rule(worker=worker_ids)
-    def restarts(self, worker: str) -> None:
-        self.epoch[worker] += 1
-        self.seq[worker] = 0
+    @rule(worker=worker_ids, epoch=st.integers(0, 1 << 53))
+    def restarts(self, worker: str, epoch: int) -> None:
+        """With any number that it has not had."""
+        if epoch not in self.epochs[worker]:
+            self.epochs[worker].append(epoch)
+            self.epoch[worker] = epoch
+            self.seq[worker] = 0
 
-    @rule(worker=worker_ids, epochs_ago=st.integers(0, 1))
-    def attaches(self, worker: str, epochs_ago: int) -> None:
-        self.fleet.attach(worker, self.epoch[worker] - epochs_ago)
+    @rule(worker=worker_ids, lives_ago=st.integers(1, 2))
+    def attaches(self, worker: str, lives_ago: int) -> None:
+        self.fleet.attach(worker, self.epochs[worker][-lives_ago:][0])
 
     @rule(adapter=refs, pick=st.randoms(use_true_random=False))
     def reserves(self, adapter: AdapterRef | None, pick: object) -> None:
