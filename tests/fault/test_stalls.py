@@ -89,7 +89,7 @@ async def test_when_a_worker_stands_still_past_its_lease_every_request_ends_and_
         c.workers["w0"].signal(signal.SIGCONT)
         after = [asyncio.create_task(stream(c)) for _ in range(STREAMS)]
         async with asyncio.timeout(END_S):
-            assert 0 < check_whole_or_failed(await asyncio.gather(*streams)) < STREAMS
+            assert check_whole_or_failed(await asyncio.gather(*streams)) == 0, "they move"
             assert check_whole_or_failed(await asyncio.gather(*after)) == 0
         await quiet(c, "w0", "w1")
         assert await c.metric("loraplex_retries_total") > 0
