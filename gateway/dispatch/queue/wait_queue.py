@@ -1,14 +1,15 @@
 """Pure. Who waits for one base model, kept in the order of their turns, so that a change costs what
 it changes and not what waits.
 
-A turn is (priority, rank, number of the flow's oldest, flow): the lower priority number, then the
-least served, then the oldest. Lists of turns are sorted; the numbers differ, so two turns are never
-compared beyond them.
+Between tenants: the lower priority number, then the least served (weighted tokens), then who began
+to wait first. Within one tenant's requests of one priority: the adapter that was served least, then
+the oldest. So neither many adapters nor many requests get a tenant more than its share.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
@@ -19,7 +20,11 @@ T = TypeVar("T")
 
 Flow: TypeAlias = tuple[int, str, Key | None]
 """(priority, tenant, adapter)."""
-Turn: TypeAlias = tuple[int, int, int, Flow]
+GroupTurn: TypeAlias = tuple[int, float, int]
+"""(priority, served, number of the group): the turn of one tenant's requests of one priority."""
+FlowTurn: TypeAlias = tuple[int, int, Flow]
+"""(rank, number of the flow's oldest, flow); numbers differ, so flows are never compared."""
+Turn: TypeAlias = tuple[GroupTurn, FlowTurn]
 ANYBODY: Flow = (0, "", None)
 
 
@@ -38,89 +43,196 @@ class Ticket(Generic[T]):
 class _Waiting(Generic[T]):
     """The places of one flow, oldest first."""
 
-    turn: Turn
+    turn: FlowTurn
     # keeps order and lets any place leave at once
     tickets: dict[Ticket[T], None] = field(default_factory=dict)
 
 
+@dataclass(slots=True, eq=False)
+class _Group:
+    """One tenant's flows of one priority."""
+
+    priority: int
+    tenant: str
+    turn: GroupTurn
+    turns: list[FlowTurn] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Tenant:
+    """`waiting` counts its places; `adapters` is what each of its adapters was served."""
+
+    waiting: int = 0
+    adapters: ServiceCounters = field(default_factory=ServiceCounters)
+    groups: dict[int, _Group] = field(default_factory=dict)  # by priority
+
+
 class WaitQueue(Generic[T]):
-    """The places of one base model, by flow, and the flows' turns."""
+    """The places of one base model, by flow, and the turns of tenants and of their flows."""
 
     def __init__(self) -> None:
         self.size = 0
-        self._counters = ServiceCounters()
+        self._served = ServiceCounters()
+        self._tenants: dict[str, _Tenant] = {}
         self._flows: dict[Flow, _Waiting[T]] = {}
-        self._turns: list[Turn] = []
-        self._of_adapter: dict[Key | None, list[Turn]] = {}
+        self._groups: list[tuple[GroupTurn, _Group]] = []
+        self._groups_made = 0
+        self._of_adapter: dict[Key | None, dict[Flow, None]] = {}
         # one tenant's of one adapter, whatever the priority
         self._of_account: dict[tuple[str, Key | None], dict[Flow, None]] = {}
+
+    def waiting(self, tenant: str) -> int:
+        """Its places."""
+        found = self._tenants.get(tenant)
+        return found.waiting if found is not None else 0
+
+    def tenants(self) -> Iterator[tuple[str, int]]:
+        """Those that wait, with their places."""
+        return ((name, t.waiting) for name, t in self._tenants.items() if t.waiting)
 
     def add(self, ticket: Ticket[T]) -> None:
         """The youngest."""
         flow = ticket.flow
+        tenant = self._tenants.setdefault(flow[1], _Tenant())
+        if not tenant.waiting:
+            self._served.enter(flow[1])
+        tenant.waiting += 1
         waiting = self._flows.get(flow)
         if waiting is None:
-            account = flow[1:]
-            flows = self._of_account.setdefault(account, {})
+            flows = self._of_account.setdefault(flow[1:], {})
             if not flows:
-                self._counters.enter(account)
+                tenant.adapters.enter(flow[2])
             flows[flow] = None
             waiting = self._flows[flow] = _Waiting(
-                (flow[0], self._counters.rank(account), ticket.number, flow)
+                (tenant.adapters.rank(flow[2]), ticket.number, flow)
             )
-            self._enlist(waiting.turn)
+            self._of_adapter.setdefault(flow[2], {})[flow] = None
+            insort(self._group(tenant, flow).turns, waiting.turn)
         waiting.tickets[ticket] = None
         self.size += 1
 
     def remove(self, ticket: Ticket[T]) -> None:
         flow = ticket.flow
-        waiting = self._flows[flow]
+        tenant, waiting = self._tenants[flow[1]], self._flows[flow]
         del waiting.tickets[ticket]
         self.size -= 1
+        tenant.waiting -= 1
         if waiting.tickets:
-            if ticket.number == waiting.turn[2]:
-                self._settle(waiting)
+            if ticket.number == waiting.turn[1]:
+                self._settle(tenant, waiting)
             return
-        self._strike(waiting.turn)
+        self._drop_flow(tenant, flow, waiting)
+        if not tenant.waiting:
+            self._served.leave(flow[1])
+
+    def charge(self, flow: Flow, tokens: float, weight: float = 1.0) -> None:
+        """Its tenant, of this weight, was served so many weighted tokens of its adapter."""
+        tenant = self._tenants.setdefault(flow[1], _Tenant())
+        self._served.charge(flow[1], tokens / weight)
+        self._settle_groups(tenant)
+        tenant.adapters.charge(flow[2], tokens)
+        for other in self._of_account.get(flow[1:], ()):
+            self._settle(tenant, self._flows[other])
+
+    def next(self, after: Turn | None, adapter: Key | None = None) -> Turn | None:
+        """The first turn after that one; with `adapter` the first of those who wait for it."""
+        if adapter is not None:
+            return self._next_of_adapter(after, adapter)
+        groups, at = self._groups, 0
+        if after is not None:
+            at = bisect_left(groups, after[0], key=_turn_of)
+            if at < len(groups) and groups[at][0] == after[0]:
+                turns = groups[at][1].turns
+                within = bisect_right(turns, after[1])
+                if within < len(turns):
+                    return after[0], turns[within]
+                at += 1
+        return (groups[at][0], groups[at][1].turns[0]) if at < len(groups) else None
+
+    def next_tenant(self, after: Turn) -> Turn | None:
+        """The first turn of the next group: another tenant, or the same at another priority."""
+        at = bisect_right(self._groups, after[0], key=_turn_of)
+        if at == len(self._groups):
+            return None
+        turn, group = self._groups[at]
+        return turn, group.turns[0]
+
+    def oldest(self, turn: Turn) -> Ticket[T]:
+        return next(iter(self._flows[turn[1][2]].tickets))
+
+    def newest(self, turn: Turn) -> Ticket[T]:
+        return next(reversed(self._flows[turn[1][2]].tickets))
+
+    def last_of(self, tenant: str, *, newest_first: bool) -> Ticket[T]:
+        """The place of a waiting tenant that it will miss least: of the largest priority number,
+        the one whose turn is last.
+        """
+        groups = self._tenants[tenant].groups
+        flows = [turn[2] for turn in groups[max(groups)].turns]
+        places = [self._flows[flow].tickets for flow in flows]
+        if newest_first:
+            return min((next(iter(p)) for p in places), key=_number)
+        return max((next(reversed(p)) for p in places), key=_number)
+
+    # ---- inside ----------------------------------------------------------------------------------
+
+    def _next_of_adapter(self, after: Turn | None, adapter: Key) -> Turn | None:
+        turns = [
+            (self._tenants[flow[1]].groups[flow[0]].turn, self._flows[flow].turn)
+            for flow in self._of_adapter.get(adapter, ())
+        ]
+        return min((t for t in turns if after is None or t > after), default=None)
+
+    def _group(self, tenant: _Tenant, flow: Flow) -> _Group:
+        group = tenant.groups.get(flow[0])
+        if group is None:
+            self._groups_made += 1
+            turn = (flow[0], self._served[flow[1]], self._groups_made)
+            group = tenant.groups[flow[0]] = _Group(flow[0], flow[1], turn)
+            insort(self._groups, (turn, group), key=_turn_of)
+        return group
+
+    def _drop_flow(self, tenant: _Tenant, flow: Flow, waiting: _Waiting[T]) -> None:
+        group = tenant.groups[flow[0]]
+        del group.turns[bisect_left(group.turns, waiting.turn)]
+        if not group.turns:
+            del tenant.groups[flow[0]]
+            self._strike(group)
         del self._flows[flow]
+        of_adapter = self._of_adapter[flow[2]]
+        del of_adapter[flow]
+        if not of_adapter:
+            del self._of_adapter[flow[2]]
         flows = self._of_account[flow[1:]]
         del flows[flow]
         if not flows:
             del self._of_account[flow[1:]]
-            self._counters.leave(flow[1:])
+            tenant.adapters.leave(flow[2])
 
-    def charge(self, flow: Flow, tokens: float) -> None:
-        """Its tenant was served so many weighted tokens of its adapter."""
-        self._counters.charge(flow[1:], tokens)
-        for other in self._of_account.get(flow[1:], ()):
-            self._settle(self._flows[other])
-
-    def next(self, after: Turn | None, adapter: Key | None = None) -> Turn | None:
-        """The first turn after that one; with `adapter` the first of those who wait for it."""
-        turns = self._turns if adapter is None else self._of_adapter.get(adapter, [])
-        at = 0 if after is None else bisect_right(turns, after)
-        return turns[at] if at < len(turns) else None
-
-    def oldest(self, turn: Turn) -> Ticket[T]:
-        return next(iter(self._flows[turn[-1]].tickets))
-
-    def _settle(self, waiting: _Waiting[T]) -> None:
+    def _settle(self, tenant: _Tenant, waiting: _Waiting[T]) -> None:
         """Its oldest or its rank is another one."""
-        flow = waiting.turn[-1]
-        turn = (flow[0], self._counters.rank(flow[1:]), next(iter(waiting.tickets)).number, flow)
+        flow = waiting.turn[2]
+        turn = (tenant.adapters.rank(flow[2]), next(iter(waiting.tickets)).number, flow)
         if turn != waiting.turn:
-            self._strike(waiting.turn)
+            turns = tenant.groups[flow[0]].turns
+            del turns[bisect_left(turns, waiting.turn)]
             waiting.turn = turn
-            self._enlist(turn)
+            insort(turns, turn)
 
-    def _enlist(self, turn: Turn) -> None:
-        insort(self._turns, turn)
-        insort(self._of_adapter.setdefault(turn[-1][2], []), turn)
+    def _settle_groups(self, tenant: _Tenant) -> None:
+        """What it was served is another number."""
+        for group in tenant.groups.values():
+            self._strike(group)
+            group.turn = (group.priority, self._served[group.tenant], group.turn[2])
+            insort(self._groups, (group.turn, group), key=_turn_of)
 
-    def _strike(self, turn: Turn) -> None:
-        adapter = turn[-1][2]
-        of_adapter = self._of_adapter[adapter]
-        for turns in (self._turns, of_adapter):
-            del turns[bisect_left(turns, turn)]
-        if not of_adapter:
-            del self._of_adapter[adapter]
+    def _strike(self, group: _Group) -> None:
+        del self._groups[bisect_left(self._groups, group.turn, key=_turn_of)]
+
+
+def _turn_of(entry: tuple[GroupTurn, _Group]) -> GroupTurn:
+    return entry[0]
+
+
+def _number(ticket: Ticket[T]) -> int:
+    return ticket.number
