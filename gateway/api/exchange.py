@@ -179,6 +179,8 @@ class Exchange:
                 bool(head.stream),
                 int(time.time()),
                 self._services.limits.resume and header(RESUME_HEADER) != "off",
+                max(1, head.n or 1),
+                self.deadline.after_s,
             ),
             RequestedModel(
                 target.base,
@@ -192,6 +194,7 @@ class Exchange:
                 self.account.name,
                 (header("x-session-id") or "")[:MAX_SESSION],
                 self.account.clamped(_priority(header("x-loraplex-priority"), head)),
+                self.account.weight,
             ),
         )
 

@@ -22,12 +22,13 @@ from gateway.dispatch.outbox import Transport, WorkerOutbox
 from gateway.dispatch.placement import Placement
 from gateway.dispatch.queue import fairness
 from gateway.dispatch.queue.admission import Admission
-from gateway.dispatch.request import InFlightRequest, routing_request_of
+from gateway.dispatch.queue.overload import Drain
+from gateway.dispatch.request import NOTHING_USED, InFlightRequest, UsedTokens, routing_request_of
 from gateway.dispatch.scaling import ScalingState, model_loads
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.dispatch.streams import StreamTable
 from gateway.fleet.fleet import Fleet, Key, Lost, WorkerView
-from gateway.routing.policy import Blocked, Candidate, Defer, Policy, RoutingRequest
+from gateway.routing.policy import Blocked, Candidate, Choice, Defer, Policy, RoutingRequest
 from gateway.supervisor.autoscaling.reports import ModelLoad, ModelStatus
 from gateway.telemetry.ended_request import EndedRequest
 from gateway.telemetry.failures import Failures
@@ -36,6 +37,7 @@ from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import (
     AdapterNotFound,
     CannotContinue,
+    DeadlineExceeded,
     EngineFailure,
     LoraplexError,
     ModelUnavailable,
@@ -89,6 +91,7 @@ class Dispatcher:
         self.on_nobody_serves: Callable[[], None] = lambda: None
         """Called when a request waits for a model that has no worker: one should be started."""
         self._open: set[InFlightRequest] = set()
+        self._drains: dict[str, Drain] = {}  # by base model
         self._failures = Failures(metrics)
         self._draining = False
         self._cannot_start: dict[str, str] = {}
@@ -122,14 +125,15 @@ class Dispatcher:
         """Sends the request to a worker or queues it.
 
         Raises:
-            Overloaded: too many requests are open, or the queue is full.
+            Overloaded: too many requests are open, or the queue is full or too long.
+            DeadlineExceeded: its turn would come too late for it.
             WorkerUnavailable: this gateway shuts down.
             ModelUnavailable: no worker of the model can start.
         """
         request.t_start = self.clock()
         if self._draining:
             raise _shutting_down()
-        if len(self._open) >= self._max_requests:
+        if len(self._open) >= self._max_requests and not self._make_way(request):
             raise Overloaded(
                 f"Too many requests at once (limit {self._max_requests}).", retry_after_s=1.0
             )
@@ -149,10 +153,13 @@ class Dispatcher:
         self._open.add(request)
         # Where others wait it takes its turn among them.
         if self._admission.depth(base) or self._dispatch(request) is not None:
-            if not self._queue(request):
+            refusal = self._hopeless(request)
+            if refusal is None and not self._queue(request):
+                refusal = self._admission.bound(base).refusal(self._retry_after_s(base))
+            if refusal is not None:
                 self._open.discard(request)
                 self._policy.left(request.routing_request, self.clock())
-                raise self._admission.bound(base).refusal(self._retry_after_s(base))
+                raise refusal
             self._admit_waiting(base, request.key)
             if not self.fleet.routable(base):
                 self.on_nobody_serves()
@@ -162,6 +169,8 @@ class Dispatcher:
     def cancel(self, request: InFlightRequest) -> None:
         """The client left. Idempotent; a no-op once the request is over."""
         if not request.life.over:
+            if not request.t_head:
+                self._admission.impatience.ended(request.requester.tenant, in_vain=True)
             self._send_cancel(request)
             self._end(request, RequestEvent.CANCEL)
 
@@ -277,6 +286,7 @@ class Dispatcher:
         for request in self._admission.expire(now, self._scaling.awaited(self.fleet)):
             after_s = self._retry_after_s(request.model.base)
             late = Overloaded("No worker became free in time.", retry_after_s=after_s)
+            self._admission.impatience.ended(request.requester.tenant, in_vain=True)
             self._isolated(request, self._fail, request, late)
         self._send_comments(now)
         keep_within((request.journal for request in self._streams), self._journals)
@@ -338,6 +348,57 @@ class Dispatcher:
 
     # ---- dispatch and queue ----------------------------------------------------------------------
 
+    def _drain(self, base: str) -> Drain:
+        return self._drains.setdefault(base, Drain())
+
+    def _places(self, base: str) -> int:
+        return sum(w.beat.capacity for w in self.fleet.routable(base))
+
+    def _hopeless(self, request: InFlightRequest) -> LoraplexError | None:
+        """By the measured rate its turn does not come in its time."""
+        base, asked, requester = request.model.base, request.asked, request.requester
+        drain, places = self._drain(base), self._places(base)
+        ahead = self._admission.ahead(base, requester.tenant, requester.weight)
+        wait_s = drain.wait_s(ahead, places)
+        if places and wait_s > self._admission.timeout_s:
+            return Overloaded(
+                f"All workers are busy; about {wait_s:.0f} s of requests wait already.",
+                retry_after_s=self._retry_after_s(base),
+            )
+        if asked.timeout_s and wait_s + drain.service_s(asked.output_tokens) > asked.timeout_s:
+            return DeadlineExceeded(
+                f"The request cannot be finished within {asked.timeout_s:g} s: others wait.",
+                retry_after_s=self._retry_after_s(base),
+            )
+        return None
+
+    def _make_way(self, request: InFlightRequest) -> bool:
+        """One request of a tenant with more places leaves the queue for this one."""
+        base, requester = request.model.base, request.requester
+        gone = self._admission.give_way(base, requester.tenant, requester.weight)
+        if gone is None:
+            return False
+        late = Overloaded(
+            "The queue is full; this request has given its place to another one.",
+            retry_after_s=self._retry_after_s(base),
+        )
+        self._isolated(gone, self._fail, gone, late)
+        return True
+
+    def _dispatch_waiting(self, request: InFlightRequest) -> Blocked | None:
+        """As `_dispatch`, but what can no longer be finished in its time is not begun."""
+        asked = request.asked
+        if asked.timeout_s and not request.t_head:
+            service_s = self._drain(request.model.base).service_s(asked.output_tokens)
+            if self.clock() + service_s > request.t_start + asked.timeout_s:
+                late = DeadlineExceeded(
+                    f"The request could not be begun in time to finish within "
+                    f"{asked.timeout_s:g} s."
+                )
+                self._isolated(request, self._fail, request, late)
+                return None
+        return self._dispatch(request)
+
     def _dispatch(self, request: InFlightRequest) -> Blocked | None:
         """None: the request no longer waits: it is on its way to a worker, or has failed here.
         Else what it waits for.
@@ -359,19 +420,32 @@ class Dispatcher:
         self._streams.add(request)
         routing_request, base = request.routing_request, request.model.base
         self._policy.sent(routing_request, decision, request.t_sent)
-        self._admission.charge(
-            base,
-            request.flow,
-            fairness.service(routing_request.prompt_tokens, routing_request.output_tokens),
-        )
+        self._admission.charge(base, request.flow, self._cost(request, decision))
         self._metrics.dispatched(base, decision.reason._value_)
         return None
 
+    def _cost(self, request: InFlightRequest, choice: Choice) -> float:
+        """What its tenant is charged: the tokens that it will likely take, and for an adapter that
+        is loaded for it those that the engine could have made meanwhile.
+        """
+        asked, cost = request.routing_request, choice.cost
+        load_s = 0.0 if cost is None else cost.load_s + cost.stall_s + cost.evict_s
+        lost_tokens = load_s * self._drain(request.model.base).stream_tokens_per_s()
+        return fairness.service(asked.prompt_tokens, asked.output_tokens + lost_tokens)
+
     def _queue(self, request: InFlightRequest, *, admitted: bool = False) -> bool:
         """False: the queue is full."""
-        request.ticket = self._admission.offer(
-            request.model.base, request, self.clock(), request.flow, admitted=admitted
-        )
+        for _ in range(2):
+            request.ticket = self._admission.offer(
+                request.model.base,
+                request,
+                self.clock(),
+                request.flow,
+                request.requester.weight,
+                admitted=admitted,
+            )
+            if request.ticket is not None or not self._make_way(request):
+                break
         return request.ticket is not None
 
     def _leave_queue(self, request: InFlightRequest) -> None:
@@ -387,7 +461,7 @@ class Dispatcher:
             self._admitting = base
             try:
                 reserved_for = self._policy.reserved_for(base, self.fleet, self.clock())
-                self._admission.admit_waiting(base, self._dispatch, key, reserved_for)
+                self._admission.admit_waiting(base, self._dispatch_waiting, key, reserved_for)
             finally:
                 self._admitting = None
 
@@ -415,14 +489,15 @@ class Dispatcher:
             self._isolated(request, request.sink.comment, text)
 
     def _retry_after_s(self, base: str) -> float:
-        """A guess from what is known: queued requests over the places that serve them. Where no
-        worker serves, the time that the next one takes to start.
+        """Until the queue of now has been served, by the measured rate; a guess where that is not
+        known. Where no worker serves, the time that the next one takes to start.
         """
-        places = sum(w.beat.capacity for w in self.fleet.routable(base))
+        places = self._places(base)
         if not places:
             start_s = self._scaling.start_s(base)
             return max(MIN_RETRY_AFTER_S, start_s) if start_s else NO_WORKER_RETRY_AFTER_S
-        guess_s = self._admission.depth(base) / places
+        depth = self._admission.depth(base)
+        guess_s = self._drain(base).wait_s(depth, places) or depth / places
         return max(MIN_RETRY_AFTER_S, min(MAX_RETRY_AFTER_S, guess_s))
 
     # ---- a worker gives a request back -----------------------------------------------------------
@@ -497,6 +572,8 @@ class Dispatcher:
     # ---- a request's end -------------------------------------------------------------------------
 
     def _fail(self, request: InFlightRequest, error: LoraplexError) -> None:
+        if isinstance(error, DeadlineExceeded):
+            self._admission.impatience.ended(request.requester.tenant, in_vain=True)
         request.sink.fail(error)
         self._end(request, RequestEvent.FAIL)
 
@@ -523,11 +600,18 @@ class Dispatcher:
             tokens = done.output_tokens if done is not None else 0
             served_s = now - request.t_sent
             self._policy.finished(routing_request, request.choice.worker, served_s, tokens, now)
-            if done is not None:
-                beyond_expected = tokens - routing_request.output_tokens
-                self._admission.charge(base, request.flow, fairness.OUTPUT_WEIGHT * beyond_expected)
+            if tokens:
+                self._drain(base).served(served_s, tokens // request.asked.choices)
+            self._admission.impatience.ended(request.requester.tenant, in_vain=False)
         else:
             self._policy.left(routing_request, now)
+        used = request.used = self._used(request)
+        if request.t_sent:
+            beyond_expected = fairness.service(
+                used.prompt_tokens - routing_request.prompt_tokens,
+                used.output_tokens - routing_request.output_tokens,
+            )
+            self._admission.charge(base, request.flow, beyond_expected)
         self._metrics.finished(
             EndedRequest(
                 base,
@@ -540,6 +624,18 @@ class Dispatcher:
                 now,
             )
         )
+
+    def _used(self, request: InFlightRequest) -> UsedTokens:
+        """As the worker counted; else, where the client left, by the time that it was worked on."""
+        done, asked = request.done, request.asked
+        if done is not None:
+            return UsedTokens(done.prompt_tokens, done.output_tokens)
+        if not request.t_sent or request.life.phase is not RequestPhase.ABORTED:
+            return NOTHING_USED
+        rate = self._drain(request.model.base).stream_tokens_per_s()
+        tokens = int((request.t_end - request.t_sent) * rate)
+        most = asked.output_tokens or tokens
+        return UsedTokens(asked.prompt_tokens, min(tokens, most) * asked.choices)
 
     def _unreserve(self, request: InFlightRequest) -> None:
         if self._streams.remove(request):

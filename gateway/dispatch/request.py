@@ -28,10 +28,11 @@ class ClientRequest(msgspec.Struct, frozen=True):
     """What the client asked for, as far as the gateway reads it.
 
     `prompt_tokens` is an estimate (see `estimated_tokens`); `output_tokens` is the client's limit,
-    0 if it set none; `prefix` is a hash of the prompt's first bytes, 0 if unknown; `streams` says
-    that the client wants an event stream, so that it can be told what it waits for. `created` is
-    the time that the answer carries, in seconds since 1970 (0: the worker's). `movable`: if its
-    worker is lost, another one may continue the answer.
+    for each of its `choices`, 0 if it set none; `prefix` is a hash of the prompt's first bytes, 0
+    if unknown; `streams` says that the client wants an event stream, so that it can be told what
+    it waits for. `created` is the time that the answer carries, in seconds since 1970 (0: the
+    worker's). `movable`: if its worker is lost, another one may continue the answer. `timeout_s` is
+    the time that the client gives it, 0.0: as long as it takes.
     """
 
     path: str
@@ -43,6 +44,8 @@ class ClientRequest(msgspec.Struct, frozen=True):
     streams: bool = False
     created: int = 0
     movable: bool = False
+    choices: int = 1
+    timeout_s: float = 0.0
 
 
 class RequestedModel(msgspec.Struct, frozen=True):
@@ -60,11 +63,14 @@ class RequestedModel(msgspec.Struct, frozen=True):
 
 
 class Requester(msgspec.Struct, frozen=True):
-    """Whose request it is. A lower `priority` goes first."""
+    """Whose request it is. A lower `priority` goes first. `weight` is the tenant's share beside
+    others that wait.
+    """
 
     tenant: str = ""
     session: str = ""
     priority: int = 0
+    weight: float = 1.0
 
 
 class Sink(Protocol):
@@ -81,6 +87,14 @@ class Sink(Protocol):
     def fail(self, error: LoraplexError) -> None: ...
 
 
+class UsedTokens(msgspec.Struct, frozen=True):
+    """What was worked on, whether the client saw its end or not."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+NOTHING_USED = UsedTokens()
 UNKNOWN_REQUESTER = Requester()
 NOT_SUBMITTED = RoutingRequest("")
 
@@ -111,6 +125,7 @@ class InFlightRequest:
         "t_sent",
         "t_start",
         "ticket",
+        "used",
     )
 
     def __init__(
@@ -132,6 +147,7 @@ class InFlightRequest:
         self.ticket: Ticket[InFlightRequest] | None = None
         self.refused_by: frozenset[messages.WorkerId] = frozenset()
         self.done: messages.Done | None = None
+        self.used = NOTHING_USED
         self.t_start = self.t_sent = self.t_head = self.t_end = 0.0
 
 
@@ -148,7 +164,7 @@ def routing_request_of(request: InFlightRequest) -> RoutingRequest:
         model.adapter,
         model.stored.size_bytes if model.stored is not None else 0,
         asked.prompt_tokens,
-        asked.output_tokens or EXPECTED_OUTPUT_TOKENS,
+        (asked.output_tokens or EXPECTED_OUTPUT_TOKENS) * asked.choices,
         requester.tenant,
         requester.session,
         asked.prefix,

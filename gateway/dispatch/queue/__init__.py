@@ -1,1 +1,1 @@
-"""Pure. The queue of requests that no worker takes now, in fair order."""
+"""Pure. Requests that wait: who is admitted next, who is refused, and who is not worth beginning."""

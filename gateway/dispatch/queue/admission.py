@@ -1,9 +1,9 @@
 """Pure. The gateway's queue: requests that no worker takes now, bounded in number and in time, in
-fair order between flows.
+fair order between tenants and between one tenant's adapters (see wait_queue.py).
 
-A flow is one adapter's requests of one API key at one priority; inside it the oldest goes first.
-Between flows: the lower priority number, then the least served (see fairness.py), then the oldest.
-A flow that waits for a slot does not hold up others that need none.
+A tenant's oldest go first while its clients wait for their answers, else its newest (see
+overload.py). Whoever waits for a slot does not hold up others that need none. In a full queue the
+tenant with the most places gives way to one with fewer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from gateway.dispatch.queue.overload import Impatience
 from gateway.dispatch.queue.wait_queue import ANYBODY, Flow, Ticket, Turn, WaitQueue
 from gateway.fleet.worker_view import Key
 from gateway.routing.policy import Blocked
@@ -22,10 +23,12 @@ __all__ = ["ANYBODY", "UNBOUND", "Admission", "Flow", "QueueBound", "Ticket"]
 T = TypeVar("T")
 
 MAX_WITHOUT_SLOT, MAX_NOT_YET = 8, 32
-"""Flows that a pump tries in vain before it stops: those behind them have no better claim to a
-slot, and time spent here delays everybody. More of those that only wait for their turn: they leave
-the slots of others alone.
+"""One tenant's flows that are tried in vain before it is the next one's turn: those behind them have
+no better claim to a slot, and time spent here delays everybody. More of those that only wait for
+their turn: they leave the slots of others alone.
 """
+MAX_TENANTS_TRIED = 4
+"""Tenants that were tried so, before all of this ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,12 @@ class Admission(Generic[T]):
     ) -> None:
         self._max_queued = max_queued
         self._bounds = dict(bounds or {})
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._queues: dict[str, WaitQueue[T]] = {}
         # all places; all wait equally long, so the order of arrival is that of the deadlines
         self._arrivals: dict[Ticket[T], None] = {}
         self._last_number = 0
+        self.impatience = Impatience()
 
     def __len__(self) -> int:
         return len(self._arrivals)
@@ -80,7 +84,14 @@ class Admission(Generic[T]):
         return list(self._queues)
 
     def offer(
-        self, base: str, item: T, now: float, flow: Flow = ANYBODY, *, admitted: bool = False
+        self,
+        base: str,
+        item: T,
+        now: float,
+        flow: Flow = ANYBODY,
+        weight: float = 1.0,
+        *,
+        admitted: bool = False,
     ) -> Ticket[T] | None:
         """The item's place in the queue, or None if the queue is full. `admitted`: it was let in
         before, and a queue that is full does not turn it away.
@@ -93,10 +104,35 @@ class Admission(Generic[T]):
         if queue is None:
             queue = self._queues[base] = WaitQueue()
         self._last_number += 1
-        ticket = Ticket(base, item, now + self._timeout_s, flow, self._last_number)
+        ticket = Ticket(base, item, now + self.timeout_s, flow, self._last_number, admitted)
         self._arrivals[ticket] = None
-        queue.add(ticket)
+        queue.add(ticket, weight)
         return ticket
+
+    def ahead(self, base: str, tenant: str, weight: float) -> float:
+        """Items that are served before the tenant's next one, if all of them are alike."""
+        queue = self._queues.get(base)
+        return queue.ahead(tenant, weight) if queue is not None else 0.0
+
+    def give_way(self, base: str, tenant: str, weight: float) -> T | None:
+        """Where the queue is full: the item that leaves it for the tenant's next one.
+
+        None: nobody has more places than the tenant, and its own are worth as much.
+        """
+        queue = self._queues.get(base)
+        if queue is None:
+            return None
+        most, crowd = max(queue.crowds())
+        newest_first = self.impatience.newest_first(crowd)
+        if crowd != tenant and most <= (queue.waiting(tenant) + 1) / weight:
+            return None
+        if crowd == tenant and not newest_first:
+            return None
+        ticket = queue.last_of(crowd, newest_first=newest_first)
+        if ticket is None:
+            return None
+        self.leave(ticket)
+        return ticket.item
 
     def leave(self, ticket: Ticket[T]) -> None:
         """Idempotent."""
@@ -134,20 +170,10 @@ class Admission(Generic[T]):
         if queue is None:
             return
         for heir in reserved_for:
-            self._offer_all(queue, heir, None, dispatch)
-        without_slot = not_yet = 0
-        tried: Turn | None = None
-        while (turn := queue.next(tried)) is not None:
-            tried = turn  # whom dispatch takes comes again further behind
-            blocked = self._offer(queue, turn, dispatch)
-            if blocked is Blocked.ROOM:
-                return
-            without_slot += blocked is Blocked.SLOT
-            not_yet += blocked is Blocked.TURN
-            if without_slot == MAX_WITHOUT_SLOT or not_yet == MAX_NOT_YET:
-                break
-        if adapter is not None:
-            self._offer_all(queue, adapter, tried, dispatch)
+            self._offer_all(queue, heir, dispatch)
+        last = self._offer_in_turn(queue, dispatch)
+        if adapter is not None and last is not Blocked.ROOM:
+            self._offer_all(queue, adapter, dispatch)
 
     def items(self) -> list[T]:
         """All that wait, oldest first."""
@@ -177,22 +203,41 @@ class Admission(Generic[T]):
             self.leave(ticket)
         return [ticket.item for ticket in late]
 
+    def _offer_in_turn(
+        self, queue: WaitQueue[T], dispatch: Callable[[T], Blocked | None]
+    ) -> Blocked | None:
+        """ROOM: there is none left for anybody."""
+        in_vain: dict[tuple[str, Blocked], int] = {}
+        exhausted = 0
+        tried: Turn | None = None  # what was tried in vain, up to here, is not tried again
+        skip = False  # all else of its tenant neither
+        while exhausted < MAX_TENANTS_TRIED:
+            turn = queue.next_tenant(tried) if skip and tried is not None else queue.next(tried)
+            if turn is None:
+                break
+            blocked = self._offer(queue, turn, dispatch)
+            if blocked is Blocked.ROOM:
+                return blocked
+            if blocked is not None:
+                tried, of = turn, (turn[1][2][1], blocked)
+                count = in_vain[of] = in_vain.get(of, 0) + 1
+                skip = count >= (MAX_WITHOUT_SLOT if blocked is Blocked.SLOT else MAX_NOT_YET)
+                exhausted += skip
+        return None
+
     def _offer_all(
-        self,
-        queue: WaitQueue[T],
-        adapter: Key,
-        after: Turn | None,
-        dispatch: Callable[[T], Blocked | None],
+        self, queue: WaitQueue[T], adapter: Key, dispatch: Callable[[T], Blocked | None]
     ) -> None:
         """Those who wait for the adapter, to the first that is not taken."""
-        while (after := queue.next(after, adapter)) is not None:
-            if self._offer(queue, after, dispatch) is not None:
+        while (turn := queue.next(None, adapter)) is not None:
+            if self._offer(queue, turn, dispatch) is not None:
                 return
 
     def _offer(
         self, queue: WaitQueue[T], turn: Turn, dispatch: Callable[[T], Blocked | None]
     ) -> Blocked | None:
-        ticket = queue.oldest(turn)
+        newest = self.impatience.newest_first(turn[1][2][1])
+        ticket = queue.newest(turn) if newest else queue.oldest(turn)
         blocked = dispatch(ticket.item)
         if blocked is None:
             self.leave(ticket)

@@ -30,13 +30,14 @@ ANYBODY: Flow = (0, "", None)
 
 @dataclass(slots=True, eq=False)
 class Ticket(Generic[T]):
-    """An item's place in the queue."""
+    """An item's place in the queue. `kept`: it gives way to nobody."""
 
     base: str
     item: T
     deadline: float
     flow: Flow = ANYBODY
     number: int = 0
+    kept: bool = False
 
 
 @dataclass(slots=True)
@@ -60,9 +61,12 @@ class _Group:
 
 @dataclass(slots=True, eq=False)
 class _Tenant:
-    """`waiting` counts its places; `adapters` is what each of its adapters was served."""
+    """`waiting` counts its places; `adapters` is what each of its adapters was served. `weight` is
+    its share beside others.
+    """
 
     waiting: int = 0
+    weight: float = 1.0
     adapters: ServiceCounters = field(default_factory=ServiceCounters)
     groups: dict[int, _Group] = field(default_factory=dict)  # by priority
 
@@ -86,17 +90,23 @@ class WaitQueue(Generic[T]):
         found = self._tenants.get(tenant)
         return found.waiting if found is not None else 0
 
-    def tenants(self) -> Iterator[tuple[str, int]]:
-        """Those that wait, with their places."""
-        return ((name, t.waiting) for name, t in self._tenants.items() if t.waiting)
+    def crowds(self) -> Iterator[tuple[float, str]]:
+        """(places per weight, tenant) of those that wait."""
+        return ((t.waiting / t.weight, name) for name, t in self._tenants.items() if t.waiting)
 
-    def add(self, ticket: Ticket[T]) -> None:
-        """The youngest."""
+    def ahead(self, tenant: str, weight: float) -> float:
+        """Places that are served before the tenant's next one, if all of them are alike."""
+        others = sum(t.weight for n, t in self._tenants.items() if t.waiting and n != tenant)
+        return min(float(self.size), (self.waiting(tenant)) * (others + weight) / weight)
+
+    def add(self, ticket: Ticket[T], weight: float = 1.0) -> None:
+        """The youngest, of a tenant with this weight."""
         flow = ticket.flow
         tenant = self._tenants.setdefault(flow[1], _Tenant())
         if not tenant.waiting:
             self._served.enter(flow[1])
         tenant.waiting += 1
+        tenant.weight = weight
         waiting = self._flows.get(flow)
         if waiting is None:
             flows = self._of_account.setdefault(flow[1:], {})
@@ -125,10 +135,10 @@ class WaitQueue(Generic[T]):
         if not tenant.waiting:
             self._served.leave(flow[1])
 
-    def charge(self, flow: Flow, tokens: float, weight: float = 1.0) -> None:
-        """Its tenant, of this weight, was served so many weighted tokens of its adapter."""
+    def charge(self, flow: Flow, tokens: float) -> None:
+        """Its tenant was served so many weighted tokens of its adapter."""
         tenant = self._tenants.setdefault(flow[1], _Tenant())
-        self._served.charge(flow[1], tokens / weight)
+        self._served.charge(flow[1], tokens / tenant.weight)
         self._settle_groups(tenant)
         tenant.adapters.charge(flow[2], tokens)
         for other in self._of_account.get(flow[1:], ()):
@@ -163,16 +173,15 @@ class WaitQueue(Generic[T]):
     def newest(self, turn: Turn) -> Ticket[T]:
         return next(reversed(self._flows[turn[1][2]].tickets))
 
-    def last_of(self, tenant: str, *, newest_first: bool) -> Ticket[T]:
+    def last_of(self, tenant: str, *, newest_first: bool) -> Ticket[T] | None:
         """The place of a waiting tenant that it will miss least: of the largest priority number,
         the one whose turn is last.
         """
         groups = self._tenants[tenant].groups
-        flows = [turn[2] for turn in groups[max(groups)].turns]
-        places = [self._flows[flow].tickets for flow in flows]
-        if newest_first:
-            return min((next(iter(p)) for p in places), key=_number)
-        return max((next(reversed(p)) for p in places), key=_number)
+        flows = [self._flows[turn[2]].tickets for turn in groups[max(groups)].turns]
+        ends = [next(iter(f)) if newest_first else next(reversed(f)) for f in flows]
+        found = [ticket for ticket in ends if not ticket.kept]
+        return (min if newest_first else max)(found, key=_number, default=None)
 
     # ---- inside ----------------------------------------------------------------------------------
 

@@ -25,15 +25,49 @@ def served(queue: Admission[str], count: int, cost: float) -> list[str]:
     return taken
 
 
-def test_a_noisy_flow_that_came_first_does_not_keep_a_quiet_one_waiting_beyond_a_quantum() -> None:
+def test_a_noisy_tenant_that_came_first_does_not_keep_a_quiet_one_waiting() -> None:
     queue: Admission[str] = Admission(1000, 60.0)
     for n in range(200):
         queue.offer("tiny", f"n{n}", 0.0, NOISY)
     for n in range(5):
         queue.offer("tiny", f"q{n}", 1.0, QUIET)
-    taken = served(queue, 20, QUANTUM / 4)
-    assert taken[:4] == ["n0", "n1", "n2", "n3"] and taken[4:8] == ["q0", "q1", "q2", "q3"]
+    taken = served(queue, 20, 1.0)
+    assert taken[:4] == ["n0", "q0", "n1", "q1"]
     assert [t for t in taken if t[0] == "q"] == [f"q{n}" for n in range(5)]
+
+
+def test_neither_requests_nor_adapters_nor_priorities_of_its_own_get_a_tenant_more() -> None:
+    queue: Admission[str] = Admission(1000, 60.0)
+    for n in range(300):
+        queue.offer("tiny", "n", 0.0, (0, "noisy", (f"a{n % 50}", "d")))
+    for n in range(100):
+        queue.offer("tiny", "q", 1.0, QUIET)
+    taken = served(queue, 100, 1.0)
+    assert taken.count("q") == 50
+
+
+def test_service_is_divided_by_weight() -> None:
+    queue: Admission[str] = Admission(1000, 60.0)
+    for _ in range(200):
+        queue.offer("tiny", "n", 0.0, NOISY)
+        queue.offer("tiny", "q", 0.0, QUIET, 3.0)
+    taken = served(queue, 100, 1.0)
+    assert abs(taken.count("q") - 75) <= 1
+
+
+def test_a_tenant_whose_flows_wait_for_slots_does_not_hold_up_the_next_one() -> None:
+    queue: Admission[str] = Admission(1000, 60.0)
+    for n in range(100):
+        queue.offer("tiny", "n", 0.0, (0, "noisy", (f"a{n}", "d")))
+    queue.offer("tiny", "q", 1.0, QUIET)
+    asked: list[str] = []
+
+    def dispatch(item: str) -> Blocked | None:
+        asked.append(item)
+        return Blocked.SLOT if item == "n" else None
+
+    queue.admit_waiting("tiny", dispatch)
+    assert asked.count("n") <= 2 * MAX_WITHOUT_SLOT and asked.count("q") == 1
 
 
 def test_backlogged_flows_get_equal_service_within_a_quantum() -> None:
@@ -59,17 +93,18 @@ def test_a_flow_that_comes_back_has_no_credit_from_its_absence() -> None:
 
 def test_flows_that_come_once_do_not_pass_for_ever_by_one_that_has_had_its_fair_share() -> None:
     queue: Admission[str] = Admission(1000, 60.0)
-    queue.offer("tiny", "mid", 0.0, QUIET)
+    mid: Flow = (0, "", ("mid", "d"))
+    queue.offer("tiny", "mid", 0.0, mid)
     for n in range(10):
         queue.offer("tiny", f"old{n}", 0.0, (0, "", (f"old{n}", "d")))
-    queue.charge("tiny", QUIET, 3 * QUANTUM)
+    queue.charge("tiny", mid, 3 * QUANTUM)
     taken: list[str] = []
 
     def dispatch(item: str) -> Blocked | None:
         if taken and taken[-1] == f"round {turn}":
             return Blocked.ROOM
         taken.extend((item, f"round {turn}"))
-        queue.charge("tiny", QUIET if item == "mid" else (0, "", (item, "d")), QUANTUM)
+        queue.charge("tiny", (0, "", (item, "d")), QUANTUM)
         return None
 
     for turn in range(60):  # each time one more comes and one is served

@@ -25,8 +25,24 @@ class LineMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.line: WaitQueue[int] = WaitQueue()
         self.places: list[Ticket[int]] = []
+        # of tenants (one number), and of a tenant's adapters (two): what they were served
         self.served: defaultdict[tuple[object, ...], float] = defaultdict(float)
-        self.count, self.level = 0, 0.0
+        self.level: defaultdict[tuple[object, ...], float] = defaultdict(float)
+        self.groups: dict[tuple[int, str], int] = {}
+        self.count = self.groups_made = 0
+
+    def waiting(self, level: tuple[object, ...]) -> set[tuple[object, ...]]:
+        """Who waits at one level: tenants, or the adapters of one."""
+        flows = [other.flow for other in self.places]
+        if not level:
+            return {(flow[1],) for flow in flows}
+        return {flow[1:] for flow in flows if flow[1:2] == level}
+
+    def enter(self, who: tuple[object, ...]) -> None:
+        waiting = self.waiting(who[:-1])
+        if who not in waiting:
+            least = min((self.served[w] for w in waiting), default=0.0)
+            self.served[who] = max(self.served[who], self.level[who[:-1]], least)
 
     @rule(
         priority=st.sampled_from(PRIORITIES),
@@ -36,10 +52,11 @@ class LineMachine(RuleBasedStateMachine):
     def add(self, priority: int, tenant: str, adapter: tuple[str, str] | None) -> None:
         self.count += 1
         ticket = Ticket("tiny", self.count, 0.0, (priority, tenant, adapter), self.count)
-        waiting = {other.flow[1:] for other in self.places}
-        if ticket.flow[1:] not in waiting:
-            least = min((self.served[w] for w in waiting), default=0.0)
-            self.served[ticket.flow[1:]] = max(self.served[ticket.flow[1:]], self.level, least)
+        self.enter((tenant,))
+        self.enter((tenant, adapter))
+        if (priority, tenant) not in self.groups:
+            self.groups_made += 1
+            self.groups[priority, tenant] = self.groups_made
         self.line.add(ticket)
         self.places.append(ticket)
 
@@ -49,6 +66,8 @@ class LineMachine(RuleBasedStateMachine):
         ticket = data.draw(st.sampled_from(self.places))
         self.line.remove(ticket)
         self.places.remove(ticket)
+        if all(other.flow[:2] != ticket.flow[:2] for other in self.places):
+            del self.groups[ticket.flow[:2]]
 
     @rule(
         tenant=st.sampled_from(TENANTS),
@@ -56,12 +75,12 @@ class LineMachine(RuleBasedStateMachine):
         quanta=st.sampled_from([-3.0, 0.4, 0.7, 5.0]),
     )
     def charge(self, tenant: str, adapter: tuple[str, str] | None, quanta: float) -> None:
-        flow: Flow = (0, tenant, adapter)
-        waiting = {other.flow[1:] for other in self.places}
-        if flow[1:] in waiting:
-            self.level += max(0.0, quanta * QUANTUM) / len(waiting)
-        self.line.charge(flow, quanta * QUANTUM)
-        self.served[flow[1:]] = max(0.0, self.served[flow[1:]] + quanta * QUANTUM)
+        for who in ((tenant,), (tenant, adapter)):
+            waiting = self.waiting(who[:-1])
+            if who in waiting:
+                self.level[who[:-1]] += max(0.0, quanta * QUANTUM) / len(waiting)
+            self.served[who] = max(0.0, self.served[who] + quanta * QUANTUM)
+        self.line.charge((0, tenant, adapter), quanta * QUANTUM)
 
     @invariant()
     def turns_are_those_of_a_fresh_sort(self) -> None:
@@ -69,14 +88,23 @@ class LineMachine(RuleBasedStateMachine):
         for ticket in self.places:
             oldest.setdefault(ticket.flow, ticket)
         fresh = sorted(
-            ((f[0], int(self.served[f[1:]] // QUANTUM), p.number, f) for f, p in oldest.items()),
-            key=lambda turn: turn[:3],
+            (
+                (f[0], self.served[f[1:2]], self.groups[f[:2]]),
+                (int(self.served[f[1:]] // QUANTUM), p.number, f),
+            )
+            for f, p in oldest.items()
         )
         assert order(self.line) == fresh
         assert self.line.size == len(self.places)
         for adapter in ADAPTERS[1:]:
-            assert order(self.line, adapter) == [turn for turn in fresh if turn[-1][2] == adapter]
-        assert [self.line.oldest(turn) for turn in fresh] == [oldest[turn[-1]] for turn in fresh]
+            assert order(self.line, adapter) == [turn for turn in fresh if turn[1][2][2] == adapter]
+        assert [self.line.oldest(turn) for turn in fresh] == [oldest[turn[1][2]] for turn in fresh]
+        for turn in fresh:
+            after = self.line.next_tenant(turn)
+            assert after == next((t for t in fresh if t[0] > turn[0]), None)
+        for tenant in TENANTS:
+            of_tenant = [p for p in self.places if p.flow[1] == tenant]
+            assert self.line.waiting(tenant) == len(of_tenant)
 
 
 TestLineMachine = LineMachine.TestCase

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import pytest
+
+from gateway.dispatch.queue.admission import Admission
+from gateway.dispatch.queue.overload import LEAST_SERVED, Drain, Impatience
+from gateway.routing.policy import Blocked
+
+
+def taken(queue: Admission[str], count: int) -> list[str]:
+    found: list[str] = []
+
+    def dispatch(item: str) -> Blocked | None:
+        if len(found) == count:
+            return Blocked.ROOM
+        found.append(item)
+        return None
+
+    queue.admit_waiting("tiny", dispatch)
+    return found
+
+
+def test_nothing_is_said_of_a_rate_that_has_not_been_measured() -> None:
+    drain = Drain()
+    for _ in range(LEAST_SERVED - 1):
+        drain.served(100.0, 10)
+    assert drain.wait_s(1000, 1) == 0.0 and drain.service_s(0) == 0.0
+    drain.served(100.0, 10)
+    assert drain.service_s(0) == pytest.approx(100.0)
+
+
+def test_the_wait_is_that_of_those_before_over_the_places_that_serve_them() -> None:
+    drain = Drain()
+    for _ in range(LEAST_SERVED):
+        drain.served(2.0, 100)
+    assert drain.wait_s(64, 32) == pytest.approx(4.0)
+    assert drain.wait_s(64, 0) == 0.0
+
+
+def test_a_request_for_few_tokens_takes_less_time_and_one_without_a_limit_the_usual() -> None:
+    drain = Drain()
+    for _ in range(LEAST_SERVED):
+        drain.served(2.0, 100)
+    assert drain.service_s(10) == pytest.approx(0.2)
+    assert drain.service_s(0) == drain.service_s(4000) == pytest.approx(2.0)
+
+
+def test_a_tenant_is_impatient_once_a_tenth_of_its_requests_end_in_vain_and_only_it() -> None:
+    impatience = Impatience()
+    for n in range(200):
+        impatience.ended("rare", in_vain=n % 40 == 0)
+        impatience.ended("often", in_vain=n % 4 == 0)
+    assert impatience.newest_first("often") and not impatience.newest_first("rare")
+    for _ in range(200):
+        impatience.ended("often", in_vain=False)
+    assert not impatience.newest_first("often")
+
+
+def test_the_newest_go_first_where_clients_leave_and_the_oldest_where_they_wait() -> None:
+    queue: Admission[str] = Admission(10, 60.0)
+    for _ in range(30):
+        queue.impatience.ended("leaving", in_vain=True)
+    for tenant in ("leaving", "patient"):
+        for n in range(3):
+            queue.offer("tiny", f"{tenant}{n}", 0.0, (0, tenant, None))
+    found = taken(queue, 6)
+    assert [t for t in found if t[0] == "l"] == ["leaving2", "leaving1", "leaving0"]
+    assert [t for t in found if t[0] == "p"] == ["patient0", "patient1", "patient2"]
+
+
+def test_in_a_full_queue_whoever_has_most_places_gives_way_to_whoever_has_fewer() -> None:
+    queue: Admission[str] = Admission(4, 60.0)
+    for n in range(4):
+        queue.offer("tiny", f"a{n}", 0.0, (0, "a", None))
+    assert queue.offer("tiny", "b0", 1.0, (0, "b", None)) is None
+    assert queue.give_way("tiny", "b", 1.0) == "a3"  # its turn would have been the last
+    assert queue.offer("tiny", "b0", 1.0, (0, "b", None)) is not None
+    assert queue.give_way("tiny", "b", 1.0) == "a2"
+    queue.offer("tiny", "b1", 1.0, (0, "b", None))
+    assert queue.give_way("tiny", "b", 1.0) is None and queue.give_way("tiny", "a", 1.0) is None
+
+
+def test_where_clients_leave_a_full_queue_takes_the_newest_in_place_of_the_oldest() -> None:
+    queue: Admission[str] = Admission(2, 60.0)
+    for _ in range(30):
+        queue.impatience.ended("a", in_vain=True)
+    queue.offer("tiny", "old", 0.0, (0, "a", None))
+    queue.offer("tiny", "new", 1.0, (0, "a", None))
+    assert queue.give_way("tiny", "a", 1.0) == "old"
+
+
+def test_a_tenant_waits_for_its_own_queue_and_for_the_shares_of_others() -> None:
+    queue: Admission[str] = Admission(1000, 60.0)
+    for _ in range(100):
+        queue.offer("tiny", "a", 0.0, (0, "a", None))
+    for _ in range(5):
+        queue.offer("tiny", "b", 0.0, (0, "b", None))
+    assert queue.ahead("tiny", "new", 1.0) == 0.0
+    assert queue.ahead("tiny", "b", 1.0) == 10.0
+    assert queue.ahead("tiny", "a", 1.0) == 105.0
