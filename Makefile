@@ -6,7 +6,7 @@ WORKERS ?= 2
 JOBS   ?= 2
 PY      = $(VENV)/bin/python
 
-.PHONY: setup demo test check format bench bench-growth bench-engine bench-cold bench-micro bench-fleet bench-load docs demo-model lock sbom clean
+.PHONY: setup demo test check format bench bench-growth bench-engine bench-cold bench-micro bench-fleet bench-load oracle docs demo-model lock sbom clean
 
 setup:
 	@deploy/setup.sh $(VENV) dev
@@ -44,6 +44,10 @@ bench-growth: setup
 # The worker's front end beside vLLM's own server, on the demo model.
 bench-engine: setup
 	@$(PY) -m bench.engine --out bench/results $(ARGS)
+
+# Every module of every architecture, served and compared with PEFT: the table of docs/ADAPTERS.md.
+oracle: setup
+	@$(PY) -m tests.engine.oracle.matrix $(ARGS)
 
 # What a cold adapter costs: one taken apart, 64 at once, a bucket of 10,000.
 bench-cold: setup

@@ -204,9 +204,15 @@ _OWN_PROCESS = (ConfigError, LinkError, InternalError)  # no worker sends their 
 _BY_CODE = {c.code: c for c in _descendants(LoraplexError) if c not in _OWN_PROCESS}
 
 
+UNFINISHED = frozenset({"missing_file", "header", "incomplete"})
+"""Reasons of InvalidAdapter that an upload in progress has, and that its end cures."""
+UNFINISHED_RETRY_AFTER_S = 2.0
+
+
 def from_refusal(code: str, message: str) -> LoraplexError:
     """The error that a worker named by its code."""
     general, _, reason = code.partition(f"{InvalidAdapter.code}_")
     if reason and not general:
-        return InvalidAdapter(message, reason)
+        wait_s = UNFINISHED_RETRY_AFTER_S if reason in UNFINISHED else None
+        return InvalidAdapter(message, reason, retry_after_s=wait_s)
     return _BY_CODE.get(code, EngineFailure)(message)

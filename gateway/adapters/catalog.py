@@ -25,6 +25,7 @@ log = logging.getLogger("loraplex.catalog")
 MAX_ADAPTERS = 100_000  # per base model; more are not listed, but still found by name
 NEGATIVE_TTL_S = 5.0  # a name that was not found is not asked for again within this time
 MAX_NEGATIVE = 10_000
+LOOK_AGAIN_S = 1.0
 FIND_TIMEOUT_S = 10.0
 TURN = 256  # adapters of a listing between two turns of the event loop
 
@@ -44,6 +45,8 @@ class Catalog:
         self._known: dict[str, StoredAdapter] = {}
         self._missing: OrderedDict[str, float] = OrderedDict()
         self._asking: dict[str, asyncio.Future[StoredAdapter | None]] = {}
+        # what workers found invalid: name -> (digest, when the store was asked again)
+        self._refused: OrderedDict[str, tuple[str, float]] = OrderedDict()
         # what single questions found since the running listing began: newer than it
         self._fresh: dict[str, StoredAdapter | None] = {}
         self.versions = Versions()
@@ -74,7 +77,7 @@ class Catalog:
         self._fresh.clear()
         async for seen in self._store.list():
             before = self._known.get(seen.name)
-            adapter = self._settling.look(before, seen, time.monotonic())
+            adapter = self._settling.look(self._worth_keeping(before), seen, time.monotonic())
             named += before is not None
             if before == adapter:
                 # so that equal ones are there once, however many requests hold one
@@ -152,6 +155,25 @@ class Catalog:
             )
         return adapter
 
+    def refused(self, adapter: StoredAdapter) -> None:
+        """A worker found the version invalid. It may be half of an upload, so the store is asked
+        again, at most once in LOOK_AGAIN_S for as long as somebody wants it.
+        """
+        self.versions.unusable(adapter)
+        name, now = adapter.name, time.monotonic()
+        digest, asked_at = self._refused.pop(name, ("", 0.0))
+        look = now - asked_at >= LOOK_AGAIN_S and name not in self._asking
+        self._refused[name] = (adapter.digest, now if look else asked_at)
+        if len(self._refused) > MAX_NEGATIVE:
+            self._refused.popitem(last=False)
+        if look:
+            self._question(name).add_done_callback(_heard)
+
+    def _worth_keeping(self, version: StoredAdapter | None) -> StoredAdapter | None:
+        if version is None or self._refused.get(version.name, ("",))[0] == version.digest:
+            return None
+        return version
+
     def _swap(self, name: str, adapter: StoredAdapter | None) -> None:
         """A copy, so that whoever reads the mapping has it whole: under a millisecond for a hundred
         thousand.
@@ -168,12 +190,15 @@ class Catalog:
         return self._missing.get(name, 0.0) > time.monotonic()
 
     async def _ask(self, name: str) -> StoredAdapter | None:
+        # One client's leaving must not cancel the question of the others.
+        return await asyncio.shield(self._question(name))
+
+    def _question(self, name: str) -> asyncio.Future[StoredAdapter | None]:
         asking = self._asking.get(name)
         if asking is None:
             asking = self._asking[name] = asyncio.ensure_future(self._ask_store(name))
             asking.add_done_callback(lambda _: self._asking.pop(name, None))
-        # One client's leaving must not cancel the question of the others.
-        return await asyncio.shield(asking)
+        return asking
 
     async def _ask_store(self, name: str) -> StoredAdapter | None:
         try:
@@ -187,7 +212,8 @@ class Catalog:
         if len(self._fresh) > MAX_NEGATIVE:
             del self._fresh[next(iter(self._fresh))]
         if adapter is not None:
-            self._swap(name, adapter)
+            if adapter != self._known.get(name):
+                self._swap(name, adapter)
             self.versions.found(adapter, time.monotonic())
             return adapter
         self.miss(name)
@@ -198,6 +224,12 @@ class Catalog:
         self._missing[name] = time.monotonic() + NEGATIVE_TTL_S
         while len(self._missing) > MAX_NEGATIVE:
             self._missing.popitem(last=False)
+
+
+def _heard(asked: asyncio.Future[StoredAdapter | None]) -> None:
+    """Nobody waits for the answer; a store that is down is heard of from the next listing."""
+    if not asked.cancelled():
+        asked.exception()
 
 
 def no_such_adapter(base: str, name: str, hint: str = "") -> AdapterNotFound:

@@ -158,7 +158,7 @@ class Resolver:
             and not target.by_digest
             and isinstance(error, InvalidAdapter)
         ):
-            catalog.versions.unusable(target.stored)
+            catalog.refused(target.stored)
         if target.alias and not isinstance(error, NOT_THE_ADAPTERS):
             # A target that is gone is no fault of the client, who asked for the alias.
             failed = (

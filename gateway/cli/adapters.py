@@ -89,6 +89,17 @@ def add_parser(verbs: Any) -> None:
     )
     validate.add_argument("--json", action="store_true", help="print the verdict as JSON")
     validate.set_defaults(run=_validate)
+    verify = actions.add_parser(
+        "verify",
+        help="compare a served adapter with PEFT on this host, token by token",
+        description=VERIFY,
+    )
+    verify.add_argument("name", metavar="NAME")
+    verify.add_argument("--config", required=True, help="the config that the gateway serves")
+    verify.add_argument("--model", metavar="BASE", help="which of its models, if it has several")
+    verify.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway")
+    verify.add_argument("--close", default="0.02", help="difference of logprobs that is no fault")
+    verify.set_defaults(run=_verify)
     convert = actions.add_parser(
         "convert",
         help="make safetensors of pickled weights (adapter_model.bin), without running any code",
@@ -109,6 +120,20 @@ def _validate(args: argparse.Namespace) -> int:
     sys.stdout.flush()
     words = command("worker.validation", args.path, "--config", args.config, *rest)
     os.execv(sys.executable, words)
+
+
+VERIFY = (
+    "Ask the gateway for a few greedy answers and compare each token with PEFT and transformers in "
+    "float32 on this host. Exit status: 0 the same, 1 different, 2 it could not be compared. Of an "
+    "engine in bfloat16 take --close 0.2. A key comes from LORAPLEX_API_KEY."
+)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    rest = ["--config", args.config, "--url", args.url, "--close", args.close]
+    rest += ["--model", args.model] if args.model else []
+    sys.stdout.flush()
+    os.execv(sys.executable, command("worker.validation.oracle", args.name, *rest))
 
 
 def _convert(args: argparse.Namespace) -> int:

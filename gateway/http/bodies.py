@@ -66,7 +66,7 @@ def answer(error: LoraplexError, request_id: str) -> tuple[int, dict[str, str], 
     """(status, headers, body) of an error's answer."""
     status = error.status
     headers = {REQUEST_ID: request_id}
-    if status in (429, 503):
+    if status in (429, 503) or error.retry_after_s is not None:
         headers["Retry-After"] = str(
             math.ceil(RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s)
         )

@@ -125,6 +125,31 @@ async def test_half_of_an_upload_is_listed_under_its_old_version(root: Path) -> 
     assert catalog.known["pirate"] == new
 
 
+async def test_what_was_refused_is_not_kept_while_its_upload_goes_on(root: Path) -> None:
+    catalog = Catalog("tiny", Watched(str(root)), refresh_s=3600.0, settle_s=3600.0)
+    await catalog.refresh()
+    cut = catalog.known["pirate"]
+    catalog.refused(cut)
+    put(root, "pirate", b"more of the weights")
+    (root / "pirate" / "adapter_config.json").touch()
+    await catalog.refresh()
+    assert catalog.known["pirate"].digest != cut.digest
+
+
+async def test_the_store_is_asked_again_for_what_was_refused_but_not_each_time(root: Path) -> None:
+    catalog, store = a_catalog(root)
+    await catalog.refresh()
+    cut = catalog.known["pirate"]
+    put(root, "pirate", b"the whole weights")
+    for _ in range(5):
+        catalog.refused(cut)
+    async with asyncio.timeout(LIMIT_S):
+        while catalog.known["pirate"] == cut:
+            await asyncio.sleep(0)
+    catalog.refused(cut)
+    assert store.asked == ["pirate"]
+
+
 async def test_concurrent_questions_for_one_name_ask_the_store_once(root: Path) -> None:
     catalog, store = a_catalog(root)
     store.open.clear()
