@@ -29,7 +29,10 @@ BEAT = wire.Heartbeat(
     kv_usage=0.25,
 )
 STEP = wire.Step(
-    [(1, 200 << wire.STATUS_SHIFT | wire.SSE, b"data: 1\n\n"), (2**60, wire.END, b"")],
+    [
+        (1, 200 << wire.STATUS_SHIFT | wire.SSE, b"data: 1\n\n", b"\x01"),
+        (2**60, wire.END, b"", b""),
+    ],
     [wire.Done(1, 5, 6)],
     [wire.Refused(9, "c", "m", True)],
 )
