@@ -172,6 +172,8 @@ def worker_settings(
         peer_host=peer_host,
         insecure=g.link.insecure,
         stream_gap_s=g.stream_gap_s or 0.0,
+        engine_suspect_s=g.engine_suspect_s,
+        engine_kill_s=g.engine_kill_s,
     )
 
 

@@ -37,6 +37,7 @@ from worker.boot import Booted, boot
 from worker.commands import CommandRunner
 from worker.disk.cache import DiskCache
 from worker.engine.base import Engine, EngineFacts, Swap
+from worker.engine.watchdog import watch_engine
 from worker.heartbeat import HeartbeatSender, WorkerStatus
 from worker.peers.client import Peers
 from worker.requests import RequestTable
@@ -66,6 +67,7 @@ class Agent:
         self._settings, self._engine, self._cache = settings, engine, cache
         self._sessions = sessions
         self._state, self._reason = WorkerState.JOINING, ""
+        self._suspect = ""  # why the engine is not trusted for now
         # until the engine has started: it has no slots, and nothing is fetched
         self._booted = Booted(EngineFacts("", 0, 0, 0, 0), lambda _: AdapterFacts(0, 0, ()))
         self._residency = Residency(0)
@@ -94,7 +96,7 @@ class Agent:
             pulses = tasks.create_task(
                 report_to_supervisor(self._pulse, epoch=self._settings.epoch), name="pulses"
             )
-            booting = tasks.create_task(self._boot(), name="boot")
+            booting = tasks.create_task(self._boot(), name="boot and watch")
             await self._stopping.wait()
             await self._drain()
             booting.cancel()
@@ -126,6 +128,7 @@ class Agent:
     # ---- life ------------------------------------------------------------------------------------
 
     async def _boot(self) -> None:
+        """Boots the engine, then watches it."""
         try:
             self._booted = await boot(self._engine, self._settings)
         except LoraplexError as exc:
@@ -146,6 +149,36 @@ class Agent:
             },
         )
         self._become(WorkerState.SERVING, "")
+        await self._watch()
+
+    async def _watch(self) -> None:
+        settings = self._settings
+        await watch_engine(
+            self._engine,
+            settings.engine_suspect_s,
+            settings.engine_kill_s,
+            self._on_suspect,
+            self._on_hung,
+        )
+
+    def _on_suspect(self, reason: str) -> None:
+        """The engine makes no progress (or does again, with no reason): gateways send nothing new,
+        and what is here goes on elsewhere. If it was wrong, that has cost a move.
+        """
+        if self._stopping.is_set():
+            return
+        if not reason:
+            log.info("engine makes progress again")
+        else:
+            log.warning("engine is suspect", extra={"reason": reason})
+        self._suspect, self._requests.suspect = reason, bool(reason)
+        self._heartbeats.send()
+        if reason:
+            self._requests.refuse_all(EngineFailure.code, reason)
+
+    def _on_hung(self, reason: str) -> None:
+        self._engine.broken()
+        self._on_engine_death(f"it hangs: {reason}")
 
     def _on_engine_death(self, reason: str) -> None:
         """The one place where a dead engine is acted on, whoever noticed."""
@@ -195,6 +228,7 @@ class Agent:
             waiting=len(self._requests) - running,
             adapters=self._residency.states(clock(), self._times.load_s),
             times=self._times,
+            suspect=self._suspect,
         )
 
     async def _tick_for_ever(self) -> None:
@@ -232,14 +266,15 @@ class Agent:
                 self._command(session, message)
 
     def _generate(self, session: GatewaySession, message: messages.Generate) -> None:
-        if self._state is not WorkerState.SERVING:
+        if self._state is not WorkerState.SERVING or self._suspect:
             session.outbox.refuse(
                 messages.Refused(
                     message.sid,
                     WorkerUnavailable.code,
-                    "The worker is not serving.",
+                    self._suspect or "The worker is not serving.",
                     True,
                     self._stopping.is_set(),
+                    bool(self._suspect),
                 )
             )
             return

@@ -31,6 +31,7 @@ class WorkerStatus:
     waiting: int
     adapters: tuple[messages.AdapterState, ...]
     times: LoadTimes
+    suspect: str = ""
 
 
 class HeartbeatSender:
@@ -83,4 +84,5 @@ class HeartbeatSender:
             fetch_s=times.fetch_s,
             host=self._host,
             peer_endpoint=self._peer_endpoint,
+            suspect=status.suspect,
         )

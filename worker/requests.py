@@ -125,6 +125,8 @@ class RequestTable:
         self.tasks: asyncio.TaskGroup | None = None
         self.leaving = False
         """Whether refusals say that this life of the worker takes no more requests."""
+        self.suspect = False
+        """Whether refusals say that the worker takes none for now."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -195,7 +197,9 @@ class RequestTable:
 
     def _refuse(self, request: OpenRequest, code: str, message: str, retryable: bool) -> None:
         request.outbox.refuse(
-            messages.Refused(request.message.sid, code, message, retryable, self.leaving)
+            messages.Refused(
+                request.message.sid, code, message, retryable, self.leaving, self.suspect
+            )
         )
         self._end(request)
 

@@ -33,6 +33,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peer_host: str | None = None
     insecure: bool = False
     stream_gap_s: float = 0.0
+    engine_suspect_s: float = 5.0
+    engine_kill_s: float = 20.0
 
     @property
     def base(self) -> str:

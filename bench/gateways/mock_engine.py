@@ -29,6 +29,7 @@ from shared.link.token_ids import pack
 from shared.runtime import log as runtime_log
 from shared.runtime.process import follow_parent
 from worker.engine.base import EngineFacts, EngineRequest, EngineStats, Loaded, Reply, Swap, Swapped
+from worker.engine.progress import EngineSigns
 from worker.engine.sim.answers import StreamOptions
 
 CAPACITY = 100_000
@@ -356,7 +357,12 @@ class MockEngine:
     def stats(self) -> EngineStats:
         return EngineStats()
 
+    def signs(self) -> EngineSigns:
+        return EngineSigns()
+
+    async def ping(self) -> None: ...
     def died(self, callback: Callable[[str], None]) -> None: ...
+    def broken(self) -> None: ...
     async def stop(self) -> None: ...
 
 

@@ -509,6 +509,8 @@ class Dispatcher:
             # else it would get the request again at once, and soon be asked for the last time
             if refused.leaving:
                 self._membership.leaves(worker, refused.message)
+            elif refused.suspect:
+                self._membership.suspects(worker, refused.message)
         others_may_have_it = request.model.elsewhere and refused.code == AdapterNotFound.code
         error = from_refusal(refused.code, refused.message)
         if isinstance(error, CannotContinue) and not request.journal.begun:

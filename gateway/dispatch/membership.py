@@ -77,6 +77,12 @@ class Membership:
         if lost is not None:
             self._apply([lost])
 
+    def suspects(self, worker: WorkerView, reason: str) -> None:
+        """The worker says that its engine makes no progress."""
+        changed = self._fleet.suspects(worker.id, worker.beat.epoch, reason)
+        if changed is not None:
+            self._apply([changed])
+
     def leaves(self, worker: WorkerView, reason: str) -> None:
         """The worker says that it takes no more requests."""
         changed = self._fleet.leaves(worker.id, worker.beat.epoch, reason)

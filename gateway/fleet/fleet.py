@@ -162,6 +162,9 @@ class Fleet:
         else:
             if beat.state is not worker.beat.state:
                 events.append(Changed(beat.worker, worker.beat.state, beat.state, beat.reason))
+            elif bool(beat.suspect) != bool(worker.beat.suspect):
+                why = beat.suspect or "no longer suspect"
+                events.append(Changed(beat.worker, beat.state, beat.state, why))
             if beat.base != worker.beat.base:
                 self._pools[worker.beat.base].remove(worker)
             worker.lease_until = now + self._lease_s
@@ -230,6 +233,17 @@ class Fleet:
         )
         self._pool_of(worker).settle(worker)
         return Changed(worker_id, before, WorkerState.DRAINING, reason)
+
+    def suspects(self, worker_id: WorkerId, epoch: int, reason: str) -> Changed | None:
+        """This life of the worker has refused a request because its engine makes no progress. A
+        later beat may say that it does again.
+        """
+        worker = self._workers.get(worker_id)
+        if worker is None or worker.beat.epoch != epoch or worker.beat.suspect:
+            return None
+        worker.beat = msgspec.structs.replace(worker.beat, suspect=reason)
+        self._pool_of(worker).settle(worker)
+        return Changed(worker_id, worker.beat.state, worker.beat.state, reason)
 
     def expire(self, now: float) -> list[Lost]:
         """Removes workers whose lease has run out; the others get no new requests while their

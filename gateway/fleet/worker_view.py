@@ -95,6 +95,7 @@ class WorkerView:
             and self.attached_epoch == self.beat.epoch
             and self.carries
             and not self.silent
+            and not self.beat.suspect
         )
 
     @property

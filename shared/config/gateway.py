@@ -140,6 +140,8 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     lease_s: Seconds = 3.0
     heartbeat_s: Seconds = 0.1
     hang_s: Seconds = 5.0
+    engine_suspect_s: Seconds = 5.0
+    engine_kill_s: Seconds = 20.0
     link: LinkConfig = msgspec.field(default_factory=LinkConfig)
     state_dir: Text = "~/.cache/loraplex"
     # some 2,000 adapters of 26 MiB, and a quarter of a usual node disk

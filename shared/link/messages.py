@@ -96,6 +96,9 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
 
     Files: workers with the same `host` share one disk cache. Workers of other hosts get files from
     it at `peer_endpoint`; an empty one means that this worker gives none.
+
+    `suspect`: why the worker should get nothing new for now (its engine makes no progress); empty
+    while all is well.
     """
 
     worker: WorkerId
@@ -122,6 +125,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     fetch_s: float = 0.0
     host: str = ""
     peer_endpoint: str = ""
+    suspect: str = ""
 
 
 WorkerControl: TypeAlias = Heartbeat
@@ -265,7 +269,7 @@ class Refused(msgspec.Struct, frozen=True, array_like=True):
     `code` is that of an error in shared.errors.
 
     `leaving`: this life of the worker takes no more requests. Heartbeats say it too, on another
-    socket and so perhaps later.
+    socket and so perhaps later. `suspect`: as in heartbeats, nothing new for now.
     """
 
     sid: StreamId
@@ -273,6 +277,7 @@ class Refused(msgspec.Struct, frozen=True, array_like=True):
     message: str
     retryable: bool
     leaving: bool = False
+    suspect: bool = False
 
 
 class Attach(msgspec.Struct, frozen=True, tag="attach", array_like=True):

@@ -10,6 +10,7 @@ from typing import Protocol
 from shared.adapters.base_layers import BaseShapes
 from shared.adapters.identity import AdapterRef
 from shared.errors import InvalidAdapter
+from worker.engine.progress import EngineSigns
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +141,20 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> EngineStats: ...
+    def signs(self) -> EngineSigns:
+        """Whether it makes progress."""
+        ...
+
+    async def ping(self) -> None:
+        """Returns once the engine's own loop has answered: between two steps."""
+        ...
+
     def died(self, callback: Callable[[str], None]) -> None:
         """Calls back once with a reason if the engine dies by itself."""
+        ...
+
+    def broken(self) -> None:
+        """It hangs: `stop` need not wait for it."""
         ...
 
     async def stop(self) -> None: ...

@@ -11,6 +11,8 @@ id is its place in the answer. Sampling parameters, `stop`, tools and logprobs a
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
@@ -20,6 +22,7 @@ from shared.averages import blend
 from shared.errors import EngineFailure, InvalidAdapter, InvalidRequest, RouteNotFound
 from shared.link.token_ids import pack
 from worker.engine.base import EngineFacts, EngineRequest, EngineStats, Loaded, Reply, Swap, Swapped
+from worker.engine.progress import EngineSigns
 from worker.engine.sim.answers import Answer, error_body, read_request, seen_tokens
 
 clock = time.monotonic
@@ -28,6 +31,8 @@ MEASURE_WEIGHT = 0.2  # of the newest step or prefill in the moving averages
 # uvloop's timers round to whole milliseconds: one that fires this early is on time
 TIMER_SLACK_S = 0.0006
 MB = 1e6
+FREEZE = signal.SIGUSR1
+"""Lets the engine hang while its process lives on; sent again, lets it go on."""
 ACTIVATE_S = 0.004  # an adapter in host memory gets into a slot
 HOST_PLACES_PER_SLOT = 5
 
@@ -80,10 +85,15 @@ class SimEngine:
         self._task: asyncio.Task[None] | None = None
         self._on_death: Callable[[str], None] | None = None
         self._dead = ""
+        self._steps = 0
+        self._thawed = asyncio.Event()
+        self._thawed.set()
 
     async def start(self) -> EngineFacts:
         self._task = asyncio.create_task(self._step_for_ever(), name="sim engine")
         self._task.add_done_callback(self._ended)
+        with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread
+            asyncio.get_running_loop().add_signal_handler(FREEZE, self.freeze)
         return EngineFacts(
             "sim",
             self._max_num_seqs,
@@ -183,6 +193,31 @@ class SimEngine:
             step_s=self._step_s,
         )
 
+    def signs(self) -> EngineSigns:
+        waiting = [s for q in (self._waiting, self._prefilling) for s in q]
+        return EngineSigns(
+            self._steps,
+            len(self._prefilling) + len(self._running),
+            sum(s.answer.prompt_tokens for s in waiting),
+            self._prefill_rate,
+        )
+
+    async def ping(self) -> None:
+        await self._thawed.wait()
+        self._check_alive()
+
+    def broken(self) -> None:
+        return None
+
+    def freeze(self) -> None:
+        """The engine hangs while its process lives on, as with a stuck kernel; the second call lets
+        it go on.
+        """
+        if self._thawed.is_set():
+            self._thawed.clear()
+        else:
+            self._thawed.set()
+
     def died(self, callback: Callable[[str], None]) -> None:
         self._on_death = callback
 
@@ -198,6 +233,7 @@ class SimEngine:
             self._prefill(clock())
             due = self._due()
             await self._sleep_until(due)
+            await self._thawed.wait()
             now = clock()
             if due is not None and now >= due - TIMER_SLACK_S:
                 self._step(now, due)
@@ -245,6 +281,7 @@ class SimEngine:
 
     def _step(self, now: float, due: float) -> None:
         """What has left prefill joins, and every running sequence moves by one token."""
+        self._steps += 1
         if self._running:
             self._step_s = blend(self._step_s, now - self._step_began, MEASURE_WEIGHT)
         self._join(max(now, due))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -34,6 +35,7 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import LoRARequestStates
 
@@ -42,8 +44,16 @@ from shared.adapters.identity import AdapterRef
 from shared.averages import blend
 from shared.config.llm import LLMConfig
 from shared.errors import ConfigError, EngineFailure
+from shared.runtime.descendants import (
+    command_line,
+    descendants,
+    kill_all,
+    on_exit,
+    out_of_memory_kills,
+)
 from shared.runtime.parent_death import die_with_parent
 from worker.engine.base import EngineFacts, EngineRequest, EngineStats, Loaded, Reply, Swap, Swapped
+from worker.engine.progress import EngineSigns
 from worker.engine.vllm import patches
 from worker.engine.vllm.adapters import Adapters, lora_request
 from worker.engine.vllm.fast_path import FastServing
@@ -89,7 +99,7 @@ class Stats(StatLoggerBase):  # type: ignore[misc]
     current: Stats | None = None
 
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-        self.running = self.waiting = 0
+        self.running = self.waiting = self.steps = 0
         self.kv_usage = self.step_s = self.prefill_tokens_per_s = 0.0
         self._last = 0.0
         self._outputs = self._prompt_tokens = 0
@@ -125,6 +135,7 @@ class Stats(StatLoggerBase):  # type: ignore[misc]
     ) -> None:
         now = time.monotonic()
         took = now - self._last
+        self.steps += 1
         if self._last and self._prompt_tokens and took > 0:
             self.prefill_tokens_per_s = blend(
                 self.prefill_tokens_per_s, self._prompt_tokens / took, EWMA
@@ -168,6 +179,9 @@ class VLLMEngine:
         self._adapters: Adapters | None = None
         self._watch: asyncio.Task[None] | None = None
         self._pace: asyncio.Task[None] | None = None
+        self._processes: list[int] = []  # EngineCore and its ranks
+        self._forget_exits: list[Callable[[], None]] = []
+        self._broken = False
         # The kernel's parent-death signal belongs to the thread that forked: this one lives as long
         # as the process.
         self._boot_thread = ThreadPoolExecutor(1, thread_name_prefix="engine-boot")
@@ -200,6 +214,7 @@ class VLLMEngine:
         self.fast = FastServing(engine, self._app.state, self._args, self._pacing)
         await self._warm_up()
         self._watch = asyncio.create_task(self._watch_engine(), name="engine-watch")
+        self._watch_processes()
         # else vLLM counts, and no step is told of
         if Stats.current is not None and engine.logger_manager is Stats.current:
             Stats.current.pacing = self._pacing
@@ -252,6 +267,23 @@ class VLLMEngine:
             return EngineStats()
         return EngineStats(s.running, s.waiting, s.kv_usage, 0, s.prefill_tokens_per_s, s.step_s)
 
+    def signs(self) -> EngineSigns:
+        s = Stats.current
+        if s is None or self._engine is None:
+            return EngineSigns()
+        # those that the front end still waits for: after they were given back, no step tells
+        open_requests = list(self._engine.output_processor.request_states.values())
+        prefill_tokens = sum(r.prompt_len for r in open_requests if r.is_prefilling)
+        running = min(s.running, len(open_requests))
+        return EngineSigns(s.steps, running, prefill_tokens, s.prefill_tokens_per_s)
+
+    async def ping(self) -> None:
+        assert self._engine is not None
+        try:
+            await self._engine.engine_core.call_utility_async("is_sleeping")
+        except EngineDeadError as exc:
+            raise EngineFailure("the engine died") from exc
+
     def died(self, callback: Callable[[str], None]) -> None:
         self._on_death = callback
 
@@ -259,6 +291,11 @@ class VLLMEngine:
         for task in (self._watch, self._pace):
             if task is not None:
                 task.cancel()
+        for forget in self._forget_exits:
+            forget()
+        if self._broken:
+            # what is stopped or stuck would only be waited for
+            kill_all([*descendants(), *self._processes])
         if self._engine is not None:
             if self._engine.output_handler is not None:
                 # else it may see the engine gone before it is told to end, and logs that as its
@@ -337,8 +374,29 @@ class VLLMEngine:
         assert self._engine is not None
         while not self._engine.errored:  # noqa: ASYNC110 - vLLM has no event for it
             await asyncio.sleep(DEATH_POLL_S)
+        self._die("EngineCore failed; its own words are in the log above")
+
+    def _watch_processes(self) -> None:
+        """EngineCore and its ranks, one by one: vLLM takes 9 s to notice that a rank was killed."""
+        self._processes = [p for p in descendants() if "resource_tracker" not in command_line(p)]
+        kills = out_of_memory_kills()
+
+        def ended(pid: int) -> None:
+            short = out_of_memory_kills() > kills
+            why = ": the machine or container is out of memory" if short else ""
+            self._die(f"process {pid} of the engine has ended{why}")
+
+        self._forget_exits = [on_exit(p, functools.partial(ended, p)) for p in self._processes]
+
+    def broken(self) -> None:
+        """Whoever stops the engine need not be gentle: it hangs."""
+        self._broken = True
+
+    def _die(self, reason: str) -> None:
+        self._broken = True
         if self._on_death is not None:
-            self._on_death("EngineCore ended")
+            self._on_death(reason)
+            self._on_death = None
 
     async def _watch_load(self) -> None:
         """How much of a core this thread, which serves all streams, has had of late, and how long
