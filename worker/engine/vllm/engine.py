@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -43,7 +44,7 @@ from loraplex.start import WORKER_PID_ENV
 from shared.adapters.identity import AdapterRef
 from shared.averages import blend
 from shared.config.llm import LLMConfig
-from shared.errors import ConfigError, EngineFailure
+from shared.errors import CannotContinue, ConfigError, EngineFailure
 from shared.runtime.descendants import (
     command_line,
     descendants,
@@ -58,6 +59,8 @@ from worker.engine.vllm import patches
 from worker.engine.vllm.adapters import Adapters, lora_request
 from worker.engine.vllm.fast_path import FastServing
 from worker.engine.vllm.pacing import LOOK_S, Pacing
+from worker.engine.vllm.resume.movable import CREATED, PROGRESS, MovableLLM, install
+from worker.engine.vllm.resume.progress import Progress
 from worker.engine.vllm.warm_up import WARM_UP_TOKENS, WARM_UPS, prefills
 
 log = logging.getLogger("loraplex.vllm")
@@ -67,6 +70,10 @@ STOP_S = 5.0
 WARM_UP_S = 60.0
 REHEARSAL_ID = (1 << 31) - 1  # of the adapter that is loaded once before the first real one
 EWMA = 0.2
+CHAT = "/v1/chat/completions"
+MOVABLE = frozenset({CHAT, "/v1/completions"})
+"""Paths whose answers can be continued on another worker: nothing in them but the text is random.
+"""
 HOST_PLACES = 240  # adapters in host memory beside those in slots; a count is all that vLLM bounds
 
 PINNED: ContextVar[LoRARequest | None] = ContextVar("pinned_adapter", default=None)
@@ -172,7 +179,7 @@ class VLLMEngine:
         patches.apply()
         os.register_at_fork(after_in_child=lambda: die_with_parent(signal.SIGKILL))
         self._args = serve_args(model)
-        self._engine: AsyncLLM | None = None
+        self._engine: MovableLLM | None = None
         self._app: Any = None
         self.fast: FastServing | None = None
         self._on_death: Callable[[str], None] | None = None
@@ -237,19 +244,23 @@ class VLLMEngine:
         # Seen by this call alone: each one runs in a task of its own.
         PINNED.set(lora_request(call.adapter) if call.adapter else None)
         ASKED.set(call.model)
+        CREATED.set(call.created)
+        PROGRESS.set(None)
         if self.fast is not None and await self.fast.serve(call, reply):
             return
+        progress = self._progress(call, reply)
+        PROGRESS.set(progress)
         gone = asyncio.Event()
         # The app runs in a task of its own: cancelling it would leave vLLM's handler running, so it
         # is told of a disconnect instead.
         bridge = asyncio.create_task(
-            self._bridge(call, reply, gone), name=f"asgi {call.request_id}"
+            self._bridge(call, reply, progress, gone), name=f"asgi {call.request_id}"
         )
         try:
             await asyncio.shield(bridge)
         except asyncio.CancelledError:
             gone.set()
-            with contextlib.suppress(EngineFailure):
+            with contextlib.suppress(EngineFailure, CannotContinue):
                 await bridge
             raise
 
@@ -305,7 +316,8 @@ class VLLMEngine:
 
     # ---- inside ----------------------------------------------------------------------------------
 
-    def _boot(self) -> AsyncLLM:
+    def _boot(self) -> MovableLLM:
+        install()
         start_method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD")
         config = AsyncEngineArgs.from_cli_args(self._args).create_engine_config(
             UsageContext.OPENAI_API_SERVER
@@ -314,7 +326,9 @@ class VLLMEngine:
             # Creating the config has set "spawn"; forking saves the engine 6 to 10 s of imports. On
             # GPUs a fork was seen to hang.
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method or "fork"
-        engine = AsyncLLM.from_vllm_config(config, stat_loggers=[Stats], disable_log_stats=True)
+        engine: MovableLLM = MovableLLM.from_vllm_config(
+            config, stat_loggers=[Stats], disable_log_stats=True
+        )
         if not (
             self._args.enable_per_request_metrics
             or config.observability_config.otlp_traces_endpoint
@@ -323,7 +337,24 @@ class VLLMEngine:
             Stats.current.replace_others(engine)
         return engine
 
-    async def _bridge(self, call: EngineRequest, reply: Reply, gone: asyncio.Event) -> None:
+    def _progress(self, call: EngineRequest, reply: Reply) -> Progress | None:
+        """None: the answer ends with this worker. A user's middleware may take an answer's parts
+        apart, and beam search does not say its tokens in the order of the text.
+        """
+        movable = call.path in MOVABLE and not self._args.middleware
+        if not movable or b'"use_beam_search"' in call.body:
+            if call.seen:
+                raise CannotContinue("Such an answer cannot be continued.")
+            return None
+        if not (call.movable or call.seen):
+            return None
+        chat = getattr(self._app.state, "openai_serving_chat", None)
+        parses = call.path == CHAT and chat is not None and chat.parser_cls is not None
+        return Progress(call.seen, parses, reply.progress)
+
+    async def _bridge(
+        self, call: EngineRequest, reply: Reply, progress: Progress | None, gone: asyncio.Event
+    ) -> None:
         """One request through vLLM's app: body in, `http.response.*` events out to the reply."""
         state: dict[str, Any] = {}
         scope = {
@@ -345,7 +376,7 @@ class VLLMEngine:
             ],
             "state": state,
         }
-        out = _Answer(reply, state)
+        out = _Answer(reply, state, progress)
         unread = True
 
         async def receive() -> dict[str, Any]:
@@ -365,6 +396,8 @@ class VLLMEngine:
                 "request failed in the engine's app",
                 extra={"request": call.request_id, "error": type(exc).__name__},
             )
+        if progress is not None and progress.failure is not None:
+            raise progress.failure
         if self._engine.errored:
             raise EngineFailure("the engine died")
         if not out.ended and not gone.is_set():
@@ -477,15 +510,27 @@ class VLLMEngine:
 
 
 class _Answer:
-    """ASGI `send`: joins the head with the first bytes, and leaves out what the client must not see
-    when the engine dies.
+    """ASGI `send`: joins the head with the first bytes, leaves out what the client has seen or must
+    not see when the engine dies, and sends the bytes of one output and its tokens together.
     """
 
-    __slots__ = ("_begun", "_reply", "_sse", "_state", "_status", "ended")
+    __slots__ = (
+        "_begun",
+        "_held",
+        "_progress",
+        "_reply",
+        "_sse",
+        "_state",
+        "_status",
+        "ended",
+    )
 
-    def __init__(self, reply: Reply, state: dict[str, Any]) -> None:
-        self._reply, self._state = reply, state
+    def __init__(self, reply: Reply, state: dict[str, Any], progress: Progress | None) -> None:
+        self._reply, self._state, self._progress = reply, state, progress
         self._status, self._sse, self._begun, self.ended = 0, False, False, False
+        self._held = b""
+        if progress is not None:
+            progress.on_complete = self._complete
 
     async def send(self, event: dict[str, Any]) -> None:
         if event["type"] == "http.response.start":
@@ -493,15 +538,32 @@ class _Answer:
             kind = next((v for k, v in event["headers"] if k.lower() == b"content-type"), b"")
             self._sse = kind.startswith(b"text/event-stream")
             return
+        progress = self._progress
+        if progress is not None and progress.failure is not None:
+            return
         data, end = event.get("body", b""), not event.get("more_body", False)
+        if progress is None or not progress.old:
+            self._held += data
         if end:
             self._count()
             self.ended = True
+        if end or progress is None or not progress.prompts:
+            self._put(end)
+
+    def _complete(self) -> None:
+        """All that was rendered of one output is here. Without a token it waits for the next."""
+        if self._held and self._progress is not None and self._progress.words:
+            self._put(False)
+
+    def _put(self, end: bool) -> None:
+        data, tokens, self._held = self._held, b"", b""
+        if self._progress is not None:
+            tokens, self._progress.words = self._progress.words, b""
         if self._begun:
-            self._reply.more(data, end)
+            self._reply.more(data, end, tokens)
         elif data or end:
             self._begun = True
-            self._reply.head(self._status, self._sse, data, end)
+            self._reply.head(self._status, self._sse, data, end, tokens)
 
     def break_off(self) -> None:
         """The app gave up without an end."""
@@ -583,9 +645,12 @@ def serve_args(model: LLMConfig) -> Any:
         wanted.setdefault(
             "distributed_executor_backend", "worker.engine.vllm.executor.SafeMultiprocExecutor"
         )
-    for key, value in wanted.items():
-        setattr(args, key, value)
     try:
+        for key, value in wanted.items():
+            default: Any = getattr(args, key, None)
+            if isinstance(value, dict) and dataclasses.is_dataclass(default):
+                value = dataclasses.replace(default, **value)  # vLLM's app reads its fields
+            setattr(args, key, value)
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as exc:
         raise ConfigError(f"vLLM refuses the engine_kwargs of `{model.model_id}`: {exc}") from exc

@@ -15,7 +15,7 @@ import asyncio
 import copy
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +30,12 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from shared.errors import EngineFailure
+from shared.link.token_ids import pack, unpack
 from worker.engine.base import EngineRequest, Reply
 from worker.engine.vllm.pacing import Pacing
+from worker.engine.vllm.resume.modes import ResumeMode
+from worker.engine.vllm.resume.movable import CREATED, PROGRESS, MovableLLM, Past, repeatable
+from worker.engine.vllm.resume.progress import Progress
 from worker.engine.vllm.sse import (
     DONE,
     Chunks,
@@ -120,28 +124,36 @@ class Stream:
     """
 
     __slots__ = (
+        "_before",
         "_begun",
         "_chunks",
         "_detokenizer",
         "_in_words",
         "_interval",
+        "_opening",
         "_pacing",
         "_prompt_tokens",
         "_reply",
         "_sent",
         "_tokens",
+        "_unsent",
         "ended",
     )
 
-    def __init__(self, draft: Draft, reply: Reply, pacing: Pacing) -> None:
+    def __init__(
+        self, draft: Draft, reply: Reply, pacing: Pacing, past: Past | None = None
+    ) -> None:
         self._chunks, self._in_words, self._reply, self._pacing = (
             draft.chunks,
             draft.in_words,
             reply,
             pacing,
         )
-        self._tokens = self._sent = 0
+        self._before = len(past.seen) if past is not None else 0  # tokens that were made elsewhere
+        self._tokens = self._sent = self._before
+        self._opening = b"" if past is not None else draft.chunks.opening
         self._begun = False
+        self._unsent: list[int] = []  # tokens of which no bytes have left
         self._prompt_tokens = 0
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -160,7 +172,8 @@ class Stream:
         elif early is not None:
             self._prompt_tokens = len(early.prompt_token_ids)
             for output in early.outputs:
-                self._tokens = max(self._tokens, len(output.token_ids))
+                self._tokens = max(self._tokens, self._before + len(output.token_ids))
+                self._unsent += output.token_ids
                 self.write(output.text, output.finish_reason, output.stop_reason)
 
     def advance(
@@ -176,6 +189,7 @@ class Stream:
         detokenised. Leaves nothing for the queue.
         """
         self._tokens += len(new_token_ids)
+        self._unsent += new_token_ids
         if finish_reason is not None:
             self.write(
                 self._detokenizer.get_next_output_text(True, True), str(finish_reason), stop_reason
@@ -193,7 +207,7 @@ class Stream:
         """One chunk. None is written for an output without text or tokens, which vLLM makes before
         the prompt is through.
         """
-        if self.ended.done() or not (self._tokens or finish_reason):
+        if self.ended.done() or not (self._unsent or finish_reason):
             return
         try:
             if finish_reason is None:
@@ -226,17 +240,19 @@ class Stream:
         self.ended.set_result(None)
 
     def _send(self, data: bytes, end: bool) -> None:
+        tokens = pack(self._unsent)
+        self._unsent.clear()
         if self._begun:
-            self._reply.more(data, end)
+            self._reply.more(data, end, tokens)
         else:
             self._begun = True
-            self._reply.head(200, True, self._chunks.opening + data, end)
+            self._reply.head(200, True, self._opening + data, end, tokens)
 
 
 class FastServing:
     """Serves plain streams of one engine. Made once vLLM's app is ready."""
 
-    def __init__(self, engine: AsyncLLM, state: Any, args: Any, pacing: Pacing) -> None:
+    def __init__(self, engine: MovableLLM, state: Any, args: Any, pacing: Pacing) -> None:
         self._engine, self._pacing = engine, pacing
         self._tap = EngineTap(engine)
         self._routes: dict[str, Route] = {}
@@ -272,9 +288,21 @@ class FastServing:
         draft = await self._draft(call)
         if draft is None:
             return False
-        engine, asked = self._engine, draft.submission
-        stream = Stream(draft, reply, self._pacing)
+        engine, asked, past = self._engine, draft.submission, None
+        if engine.mode(asked.params, asked.prompt) is ResumeMode.REGENERATE:
+            if call.seen:
+                return False
+            asked = replace(asked, params=repeatable(asked.params, asked.request_id))
+        elif call.seen:
+            past = self._past(asked, call.seen)
+            if past.ended is not None:
+                return False
+            prompt, params = past.rest()
+            asked = replace(asked, prompt=prompt, params=params)
+        stream = Stream(draft, reply, self._pacing, past)
         try:
+            # The engine's front end looks for what is `primed` while it adds the request.
+            PROGRESS.set(Progress(primed=past) if past is not None else None)
             queue = await engine.add_request(
                 asked.request_id, asked.prompt, asked.params, **asked.more
             )
@@ -297,6 +325,12 @@ class FastServing:
             if queue.request_id in states and not engine.errored:
                 await engine.abort(queue.request_id, internal=True)
         return True
+
+    def _past(self, asked: Submission, seen: bytes) -> Past:
+        tokenizer, tokens = self._engine.output_processor.tokenizer, unpack(seen)[0]
+        past = Past(tokenizer, asked.params, asked.request_id, asked.prompt, tokens)
+        past.outputs()
+        return past
 
     async def _draft(self, call: EngineRequest) -> Draft | None:
         """What vLLM's serving object makes of a plain request; None for any other, and for one that
@@ -343,7 +377,12 @@ class FastServing:
         include_usage, _continuous = should_include_usage(request.stream_options, False)
         role = serving.get_chat_request_role(request)
         chunks = chat_chunks(
-            request_id, int(time.time()), model, role, serving.system_fingerprint, include_usage
+            request_id,
+            CREATED.get() or int(time.time()),
+            model,
+            role,
+            serving.system_fingerprint,
+            include_usage,
         )
         return Draft(chunks, self._tap.take(), partial(in_words, serving))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from worker.engine.vllm.lora import files as adapter_files
+from worker.engine.vllm.resume import engine_core
 
 KERNELS = Path(__file__).parent / "lora_kernels"
 RELATIVES = {(9, 0): "NVIDIA H200"}
@@ -26,6 +27,7 @@ def apply() -> None:
     from vllm.platforms import current_platform
 
     adapter_files.install()
+    engine_core.install()
     if current_platform.is_cpu():
         from worker.engine.vllm import cpu_lora
 
