@@ -15,6 +15,7 @@ import yaml
 
 from shared.adapters.identity import AdapterRef
 from shared.config.handover import read_settings
+from shared.errors import CannotContinue
 from shared.link.token_ids import pack, unpack
 from tests.harness import DEMO, demo_config
 from worker.engine.base import EngineRequest, Loaded, Swap
@@ -256,7 +257,9 @@ async def test_an_answer_that_is_sent_whole_goes_on_too(
         assert unpack(rest.told).get(0, []) == told[cut:]
 
 
-@pytest.mark.parametrize("more", [{"n": 2}, {"logprobs": True}, {"frequency_penalty": 1.0}])
+@pytest.mark.parametrize(
+    "more", [{"n": 2, "temperature": 1.0}, {"logprobs": True}, {"frequency_penalty": 1.0}]
+)
 async def test_a_whole_answer_that_cannot_be_continued_tells_no_tokens(
     engine: Any, more: dict[str, Any]
 ) -> None:

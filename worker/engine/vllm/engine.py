@@ -648,7 +648,7 @@ def serve_args(model: LLMConfig) -> Any:
     try:
         for key, value in wanted.items():
             default: Any = getattr(args, key, None)
-            if isinstance(value, dict) and dataclasses.is_dataclass(default):
+            if isinstance(value, dict) and hasattr(default, "__dataclass_fields__"):
                 value = dataclasses.replace(default, **value)  # vLLM's app reads its fields
             setattr(args, key, value)
         validate_parsed_serve_args(args)
