@@ -140,12 +140,15 @@ class Catalog:
             f" Its trainer's checkpoints lie one folder below: ask for `{example}`, or move it up."
         )
 
-    async def look_again(self, name: str) -> StoredAdapter:
+    async def look_again(self, name: str, *, whole: bool = False) -> StoredAdapter:
         """As `latest`, but asks the store now, whatever is known: the adapter changed since it was
-        listed.
+        listed. `whole`: somebody says that no upload is under way, so that nothing has to settle.
         """
         was_known = name in self._known
-        adapter = await self._ask(name)
+        if whole:
+            adapter = await asyncio.shield(self._ask_store(name, whole=True))
+        else:
+            adapter = await self._ask(name)
         if adapter is None:
             self._swap(name, None)
             self.versions.deleted(name, time.monotonic())
@@ -161,13 +164,17 @@ class Catalog:
         """
         self.versions.unusable(adapter)
         name, now = adapter.name, time.monotonic()
-        digest, asked_at = self._refused.pop(name, ("", 0.0))
+        _, asked_at = self._refused.pop(name, ("", 0.0))
         look = now - asked_at >= LOOK_AGAIN_S and name not in self._asking
         self._refused[name] = (adapter.digest, now if look else asked_at)
         if len(self._refused) > MAX_NEGATIVE:
             self._refused.popitem(last=False)
         if look:
             self._question(name).add_done_callback(_heard)
+
+    def is_settling(self, name: str) -> bool:
+        """The store shows what may be half of an upload, and the version before it goes on."""
+        return self._settling.is_pending(name)
 
     def _worth_keeping(self, version: StoredAdapter | None) -> StoredAdapter | None:
         if version is None or self._refused.get(version.name, ("",))[0] == version.digest:
@@ -200,7 +207,7 @@ class Catalog:
             asking.add_done_callback(lambda _: self._asking.pop(name, None))
         return asking
 
-    async def _ask_store(self, name: str) -> StoredAdapter | None:
+    async def _ask_store(self, name: str, *, whole: bool = False) -> StoredAdapter | None:
         try:
             async with asyncio.timeout(FIND_TIMEOUT_S):
                 adapter = await self._store.find(name)
@@ -208,6 +215,9 @@ class Catalog:
             raise StoreUnavailable(
                 "The adapter store did not answer in time.", retry_after_s=5.0
             ) from exc
+        if adapter is not None:
+            before = None if whole else self._worth_keeping(self._known.get(name))
+            adapter = self._settling.look(before, adapter, time.monotonic())
         self._fresh[name] = adapter
         if len(self._fresh) > MAX_NEGATIVE:
             del self._fresh[next(iter(self._fresh))]

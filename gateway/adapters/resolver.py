@@ -31,6 +31,7 @@ from shared.errors import (
 log = logging.getLogger("loraplex.aliases")
 
 SHOWN_VERSIONS = 10  # of one name in an error message
+SETTLING_RETRY_S = 2.0
 NOT_THE_ADAPTERS = (DeadlineExceeded, Overloaded)
 """A client chose its deadline, or how long an answer it wanted, and others made the queue: a share
 that is judged by them could be rolled back by any tenant.
@@ -181,6 +182,8 @@ class Resolver:
             catalog.miss(f"{name}@{target.adapter.digest}")
             raise self._no_such_version(catalog, await catalog.latest(name), target.adapter.digest)
         latest = await catalog.look_again(name)
+        if latest.digest == target.adapter.digest and catalog.is_settling(name):
+            return self._while_settling(target)
         if latest.digest != target.adapter.digest:
             if in_engines((name, target.adapter.digest), self._fleet.pool(target.base)):
                 raise WorkerUnavailable(
@@ -191,6 +194,21 @@ class Resolver:
         return replace(
             await self.adapter(target.base, name), alias=target.alias, share=target.share
         )
+
+    def _while_settling(self, target: Target) -> Target:
+        """The version before an upload that is under way: whoever still has it answers.
+
+        Raises WorkerUnavailable: nobody has.
+        """
+        assert target.adapter is not None
+        if target.elsewhere or not in_engines(
+            key_of(target.adapter), self._fleet.pool(target.base)
+        ):
+            raise WorkerUnavailable(
+                "This adapter is being uploaded anew, and no worker has its old version any more.",
+                retry_after_s=SETTLING_RETRY_S,
+            )
+        return replace(target, elsewhere=True)
 
     # ---- inside ----------------------------------------------------------------------------------
 

@@ -44,6 +44,9 @@ class Settling:
         del self._pending[seen.name]
         return seen
 
+    def is_pending(self, name: str) -> bool:
+        return name in self._pending
+
     def keep(self, names: Collection[str]) -> None:
         """Forgets the others: they are not in the store any more."""
         for name in [n for n in self._pending if n not in names]:

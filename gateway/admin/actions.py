@@ -171,7 +171,7 @@ class AdminActions:
         asked = await body_of(request, LoadRequest)
         base, name = self._adapter_of(asked.lora_name)
         self._check_path(base, name, asked.lora_path)
-        stored = await self._scope.catalog(base).look_again(name)
+        stored = await self._scope.catalog(base).look_again(name, whole=True)
         found = self._scope.dispatcher.explain(
             self._scope.ask(base, AdapterRef(base, name, stored.digest), stored, TYPICAL_TOKENS, "")
         )

@@ -50,7 +50,9 @@ def adapter_parts(names: Collection[str]) -> frozenset[str]:
     return frozenset(n for n in (CONFIG_FILE, *weights) if n in names)
 
 
-_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\Z")
+MAX_SEGMENT_BYTES = 255  # what Linux file systems allow
+# What nearly every name is: no further look is needed.
+_PLAIN = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*\Z", re.ASCII)
 
 
 class StoredFile(msgspec.Struct, frozen=True, gc=False):
@@ -110,20 +112,45 @@ def key_of(adapter: Versioned) -> AdapterKey:
     return (adapter.name, adapter.digest)
 
 
-def check_name(name: str) -> None:
-    """Raises AdapterNotFound unless `name` fits the grammar: letters, digits, `._-`, sub-folders by
-    `/`, no segment that begins with a dot or dash.
-
-    A name outside the grammar cannot exist in a store, so it is not found rather than malformed; it
-    never becomes part of a path.
+def name_problem(name: str) -> str:
+    """Why no adapter can have this name; "" if one can. A name is folders with `/` between them,
+    and it is safe below any root, in a log and in a URL once that is encoded.
     """
-    if (
-        len(name) > MAX_NAME_LENGTH
-        or ".." in name
-        or not all(_SEGMENT.match(s) for s in name.split("/"))
-    ):
+    if _PLAIN.match(name) and len(name) <= MAX_NAME_LENGTH and ".." not in name:
+        return ""
+    if len(name) > MAX_NAME_LENGTH:
+        return f"it is longer than {MAX_NAME_LENGTH} characters"
+    if ".." in name:
+        return "it holds `..`"
+    return next(filter(None, map(_segment_problem, name.split("/"))), "")
+
+
+def _segment_problem(segment: str) -> str:
+    if not segment:
+        return "it has an empty part"
+    if segment[0] in ".-":
+        return f"a part of it begins with `{segment[0]}`"
+    if segment != segment.strip():
+        return "a part of it begins or ends with a space"
+    if not segment.isprintable():
+        return "it holds characters that cannot be printed"
+    if "\\" in segment:
+        return "it holds `\\`"
+    if "@" in segment:
+        return "it holds `@`, behind which a digest goes"
+    if len(segment.encode()) > MAX_SEGMENT_BYTES:
+        return f"a part of it is longer than {MAX_SEGMENT_BYTES} bytes"
+    return ""
+
+
+def check_name(name: str) -> None:
+    """Raises AdapterNotFound for a name that no adapter can have (`name_problem`).
+
+    Such a name cannot exist in a store, so it is not found rather than malformed; it never becomes
+    part of a path.
+    """
+    if problem := name_problem(name):
         raise AdapterNotFound(
-            f"The adapter name `{name[:MAX_NAME_LENGTH]}` is not valid: use letters, "
-            "digits, `.`, `_`, `-` and `/`.",
+            f"The adapter name {name[:MAX_NAME_LENGTH]!r} is not valid: {problem}.",
             param="model",
         )

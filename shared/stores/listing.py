@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import NamedTuple
 
 import msgspec
 
 from shared.adapters.identity import (
     CONFIG_FILE,
-    MAX_NAME_LENGTH,
     StoredAdapter,
     StoredFile,
     adapter_parts,
-    check_name,
     may_be_part,
+    name_problem,
 )
-from shared.errors import AdapterNotFound
 
 DIGEST_HEX_CHARS = 16
 # The config, an index and the shards of the weights.
 MAX_FILES_PER_ADAPTER = 256
 # S3's and GCS's own limit for a key.
 MAX_KEY_CHARS = 1024
-# One folder or file name: 255 is what Linux file systems allow. No leading dot: no hidden files, no
-# `.` and no `..`.
-_SEGMENT = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}"
-_PATH = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})*")
-
-
+MAX_SHOWN = 100  # skipped folders that are told one by one
 class Entry(NamedTuple):
     """One object of a store. `key` is relative to the store's root, with `/` and no leading `/`."""
 
@@ -41,14 +35,60 @@ class Entry(NamedTuple):
     version: str
 
 
-class Skipped(msgspec.Struct, frozen=True):
-    """What a listing left out: keys outside of the grammar (or links out of the root), adapters
-    with too many files; one example.
-    """
+class SkipReason(Enum):
+    """Why a listing leaves out what lies where an adapter could."""
 
-    outside_grammar: int = 0
-    too_many_files: int = 0
-    example: str = ""
+    NAME = "name"
+    LINK = "link_out"
+    LOOP = "loop"
+    UNREADABLE = "unreadable"
+    TOO_MANY_FILES = "too_many_files"
+
+
+_WORDS = {
+    SkipReason.LINK: "a symbolic link leads out of the store",
+    SkipReason.LOOP: "its folders lead back to themselves, or are too deep",
+    SkipReason.UNREADABLE: "it cannot be read: check its permissions",
+    SkipReason.TOO_MANY_FILES: f"it has more than {MAX_FILES_PER_ADAPTER} files",
+}
+
+
+class SkippedFolder(msgspec.Struct, frozen=True):
+    """`key`: where it lies below the store's root, printable. `why`: for people."""
+
+    key: str
+    reason: SkipReason
+    why: str
+
+
+class Skipped(msgspec.Struct, frozen=True):
+    """What a listing left out: how many for which reason, and the first MAX_SHOWN of them."""
+
+    counts: tuple[tuple[SkipReason, int], ...] = ()
+    shown: tuple[SkippedFolder, ...] = ()
+
+    @property
+    def total(self) -> int:
+        return sum(count for _, count in self.counts)
+
+    def why(self, key: str) -> str:
+        """Of one folder; "" if it was not skipped, or is not among those shown."""
+        return next((s.why for s in self.shown if s.key == printable(key)), "")
+
+
+def join_skipped(parts: Iterable[Skipped]) -> Skipped:
+    counts: Counter[SkipReason] = Counter()
+    shown: list[SkippedFolder] = []
+    for part in parts:
+        counts.update(dict(part.counts))
+        shown += part.shown[: MAX_SHOWN - len(shown)]
+    return Skipped(tuple(counts.items()), tuple(shown))
+
+
+def printable(key: str) -> str:
+    """Anybody's bytes, on their way to a log."""
+    short = key[:MAX_KEY_CHARS]
+    return short if short.isprintable() else ascii(short)[1:-1]
 
 
 class OutOfOrder(ValueError):
@@ -56,21 +96,16 @@ class OutOfOrder(ValueError):
 
 
 def valid_path(path: str) -> bool:
-    """Whether a relative path of folders or files keeps to the grammar: letters, digits, `._-`,
-    with `/` between non-hidden segments.
-    """
-    return len(path) <= MAX_KEY_CHARS and ".." not in path and _PATH.fullmatch(path) is not None
+    """Whether each part of a relative path may be a part of an adapter's name."""
+    folder, _, file = path.rpartition("/")
+    return not (name_problem(file) or (folder and name_problem(folder)))
 
 
 def valid_name(name: str) -> bool:
     """Whether an adapter may have this name. A client's string that passes is safe below any
     root.
     """
-    try:
-        check_name(name)
-    except AdapterNotFound:
-        return False
-    return valid_path(name)
+    return not name_problem(name)
 
 
 def digest_of(name: str, files: Iterable[StoredFile]) -> str:
@@ -113,17 +148,12 @@ class Grouping:
     def __init__(self) -> None:
         self._open = [_Folder("")]
         self._last_key = ""
-        self._outside_grammar = 0
-        self._too_many_files = 0
-        self._example = ""
+        self._counts: Counter[SkipReason] = Counter()
+        self._shown: list[SkippedFolder] = []
 
     @property
     def skipped(self) -> Skipped:
-        return Skipped(
-            outside_grammar=self._outside_grammar,
-            too_many_files=self._too_many_files,
-            example=self._example,
-        )
+        return Skipped(tuple(self._counts.items()), tuple(self._shown))
 
     def add(self, entry: Entry) -> list[StoredAdapter]:
         """The adapters that this entry shows to be complete.
@@ -137,8 +167,9 @@ class Grouping:
         path, _, file_name = entry.key.rpartition("/")
         if not may_be_part(file_name):
             return []
-        if not valid_path(entry.key):
-            self.skip(entry.key)
+        if problem := path and name_problem(path):
+            if file_name == CONFIG_FILE:
+                self.skip(path, SkipReason.NAME, problem)
             return []
         complete = self._leave(path)
         self._enter(path)
@@ -147,13 +178,12 @@ class Grouping:
             self._open[-1].is_adapter = True
         return complete
 
-    def skip(self, key: str) -> None:
-        """Counts an entry that its store cannot show: outside of the grammar, or a link out of the
-        root.
-        """
-        self._outside_grammar += 1
-        # anybody's bytes, on their way to a log
-        self._example = self._example or ascii(key[:MAX_NAME_LENGTH])
+    def skip(self, key: str, reason: SkipReason, why: str = "") -> None:
+        """Counts a folder that its store cannot show."""
+        self._counts[reason] += 1
+        if len(self._shown) < MAX_SHOWN:
+            why = f"of its name: {why}" if why else _WORDS[reason]
+            self._shown.append(SkippedFolder(printable(key), reason, why))
 
     def finish(self) -> list[StoredAdapter]:
         """The adapters that were still open at the end of the listing."""
@@ -183,12 +213,8 @@ class Grouping:
         return complete
 
     def _adapter(self, folder: _Folder) -> list[StoredAdapter]:
-        if not valid_name(folder.path):
-            self.skip(folder.path)
-            return []
         if len(folder.files) > MAX_FILES_PER_ADAPTER:
-            self._too_many_files += 1
-            self._example = self._example or ascii(folder.path)
+            self.skip(folder.path, SkipReason.TOO_MANY_FILES)
             return []
         start = len(folder.path) + 1
         parts = adapter_parts([e.key[start:] for e in folder.files])

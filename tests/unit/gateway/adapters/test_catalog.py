@@ -49,6 +49,10 @@ def put(root: Path, name: str, weights: bytes = b"weights") -> None:
     (folder / "adapter_model.safetensors").write_bytes(weights)
 
 
+def put_config(root: Path, name: str, text: str) -> None:
+    (root / name / "adapter_config.json").write_text(text)
+
+
 def a_catalog(root: Path) -> tuple[Catalog, Watched]:
     store = Watched(str(root))
     return Catalog("tiny", store, refresh_s=3600.0), store
@@ -123,6 +127,27 @@ async def test_half_of_an_upload_is_listed_under_its_old_version(root: Path) -> 
     (root / "pirate" / "adapter_config.json").write_text('{"r": 4}')
     await catalog.refresh()
     assert catalog.known["pirate"] == new
+
+
+async def test_to_look_again_does_not_take_half_of_an_upload(root: Path) -> None:
+    catalog = Catalog("tiny", Watched(str(root)), refresh_s=3600.0, settle_s=3600.0)
+    await catalog.refresh()
+    old = catalog.known["pirate"]
+    put_config(root, "pirate", '{"r": 4}')
+    assert await catalog.look_again("pirate") == old == catalog.known["pirate"]
+    assert catalog.is_settling("pirate")
+    put(root, "pirate", b"others")
+    assert await catalog.look_again("pirate") != old, "all of it is new"
+    assert not catalog.is_settling("pirate")
+
+
+async def test_who_says_that_an_upload_is_whole_is_believed(root: Path) -> None:
+    catalog = Catalog("tiny", Watched(str(root)), refresh_s=3600.0, settle_s=3600.0)
+    await catalog.refresh()
+    old = catalog.known["pirate"]
+    put_config(root, "pirate", '{"r": 4}')
+    new = await catalog.look_again("pirate", whole=True)
+    assert new != old and catalog.known["pirate"] == new and not catalog.is_settling("pirate")
 
 
 async def test_what_was_refused_is_not_kept_while_its_upload_goes_on(root: Path) -> None:
