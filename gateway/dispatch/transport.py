@@ -24,6 +24,11 @@ workers have sent meanwhile is read before their paths are judged.
 """
 CHANNEL_BITS = 32
 
+PATIENCE_S = 3.0
+"""A worker keeps the requests of a gateway that it does not hear for at least so long: to give them
+up early would cost their prefills, and to keep them costs a few slots.
+"""
+
 
 class LinkEvents(Protocol):
     """Who hears of what the workers send. `peer` is the routing id of one life of one worker."""
@@ -89,13 +94,14 @@ class LinkTransport:
                 time.monotonic(),
             )
         g = self._settings.gateway
+        patience_s = max(g.lease_s, PATIENCE_S)
         return messages.Welcome(
-            self._name, self.data.endpoint, g.lease_s, g.heartbeat_s, channel=end.channel.id
+            self._name, self.data.endpoint, patience_s, g.heartbeat_s, channel=end.channel.id
         )
 
     def forget(self, peer: bytes) -> None:
-        """This life of the worker is over: what still comes by its channel is dropped. A worker that
-        says its last word hears that it has arrived.
+        """This life of the worker is over: what still comes by its channel is dropped. A worker
+        that says its last word hears that it has arrived.
         """
         end = self._ends.pop(peer, None)
         if end is not None:

@@ -79,6 +79,8 @@ class Lost:
 FleetEvent: TypeAlias = Joined | Changed | Lost
 
 
+JOINING_LEASE_S = 30.0
+"""While its engine boots, imports may hold a worker's interpreter for seconds; it has no requests."""
 MOST_ENDED = 10_000
 """Lives that are remembered after their end; beats are late by seconds, not by so many restarts."""
 
@@ -156,7 +158,7 @@ class Fleet:
             worker = None
         if worker is None:
             worker = self._workers[beat.worker] = WorkerView(
-                beat, now + self._lease_s, now, disk_index=self._disk_index
+                beat, now + self._lease_of(beat), now, disk_index=self._disk_index
             )
             events.append(Joined(beat.worker))
         else:
@@ -167,7 +169,7 @@ class Fleet:
                 events.append(Changed(beat.worker, beat.state, beat.state, why))
             if beat.base != worker.beat.base:
                 self._pools[worker.beat.base].remove(worker)
-            worker.lease_until = now + self._lease_s
+            worker.lease_until = now + self._lease_of(beat)
             worker.silent = False
             worker.hear(beat, now)
         self._pool_of(worker).settle(worker)
@@ -188,10 +190,12 @@ class Fleet:
         return True
 
     def heard(self, worker_id: WorkerId, epoch: int, now: float) -> None:
-        """Something came from this life of the worker by its data connection: it keeps its lease."""
+        """Something came from this life of the worker by its data connection: it keeps its
+        lease.
+        """
         worker = self._workers.get(worker_id)
         if worker is not None and worker.beat.epoch == epoch:
-            worker.lease_until = now + self._lease_s
+            worker.lease_until = now + self._lease_of(worker.beat)
 
     def link(self, worker_id: WorkerId, epoch: int, carries: bool) -> WorkerView | None:
         """Whether the worker's data connection carries. Returns the worker if that has changed."""
@@ -254,7 +258,7 @@ class Fleet:
                 worker.silent = True
                 self._pool_of(worker).settle(worker)
         silent = [w for w in self._workers.values() if w.lease_until <= now]
-        return [self._remove(w, f"no heartbeat for {self._lease_s:g} s") for w in silent]
+        return [self._remove(w, f"no heartbeat for {self._lease_of(w.beat):g} s") for w in silent]
 
     def unreachable(self, worker_id: WorkerId, epoch: int) -> Lost | None:
         """The link says that this life of the worker is gone. It may come back with its next
@@ -291,6 +295,10 @@ class Fleet:
     def reserved(self) -> KeysView[StreamId]:
         """The streams that have a reservation."""
         return self._by_stream.keys()
+
+    def _lease_of(self, beat: Heartbeat) -> float:
+        joining = beat.state is WorkerState.JOINING
+        return max(self._lease_s, JOINING_LEASE_S) if joining else self._lease_s
 
     def _is_over(self, worker_id: WorkerId, epoch: int) -> bool:
         """A life that was replaced may come back once its successor has gone: then two processes

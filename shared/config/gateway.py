@@ -137,7 +137,7 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     catalog_refresh_s: Seconds = 30.0
     drain_s: SecondsOrNone = 20.0
     kill_s: SecondsOrNone = 5.0
-    lease_s: Seconds = 3.0
+    lease_s: Seconds = 0.9
     heartbeat_s: Seconds = 0.1
     hang_s: Seconds = 5.0
     engine_suspect_s: Seconds = 5.0

@@ -135,8 +135,7 @@ WorkerControl: TypeAlias = Heartbeat
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     """The answer to a worker's first heartbeat. Requests will come from `data_endpoint`. The
-    gateway takes a worker for lost that is silent for `lease_s`, and the worker does the same with
-    the gateway. `heartbeat_s` is the gateway's own interval. All data goes by `channel`; a worker
+    worker takes a gateway for lost that is silent for `lease_s`. `heartbeat_s` is the gateway's own interval. All data goes by `channel`; a worker
     that is on another one drops what it has of it, since no gateway waits for that.
     """
 
