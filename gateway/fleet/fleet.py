@@ -80,7 +80,9 @@ FleetEvent: TypeAlias = Joined | Changed | Lost
 
 
 JOINING_LEASE_S = 30.0
-"""While its engine boots, imports may hold a worker's interpreter for seconds; it has no requests."""
+"""While its engine boots, imports may hold a worker's interpreter for seconds. It has no requests
+then.
+"""
 MOST_ENDED = 10_000
 """Lives that are remembered after their end; beats are late by seconds, not by so many restarts."""
 

@@ -134,9 +134,10 @@ WorkerControl: TypeAlias = Heartbeat
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """The answer to a worker's first heartbeat. Requests will come from `data_endpoint`. The
-    worker takes a gateway for lost that is silent for `lease_s`. `heartbeat_s` is the gateway's own interval. All data goes by `channel`; a worker
-    that is on another one drops what it has of it, since no gateway waits for that.
+    """The answer to a worker's first heartbeat. Requests will come from `data_endpoint`. The worker
+    takes a gateway for lost that is silent for `lease_s`. `heartbeat_s` is the gateway's own
+    interval. All data goes by `channel`; a worker that is on another one drops what it has of it,
+    since no gateway waits for that.
     """
 
     gateway: str

@@ -90,7 +90,7 @@ class ProgressWatch:
         longest_s = max(silent_s, stuck_s)
         if longest_s <= bound_s:
             return Healthy()
-        if silent_s > ANSWER_S:
+        if stuck_s <= bound_s or silent_s > ANSWER_S:
             reason = f"the engine has not answered for {silent_s:.1f} s"
         else:
             self._idle_in_doubt = True

@@ -32,7 +32,7 @@ def test_defaults_listen_on_this_machine_only() -> None:
     assert (config.drain_s, config.kill_s, config.lease_s, config.heartbeat_s) == (
         20.0,
         5.0,
-        3.0,
+        0.9,
         0.1,
     )
     assert (config.routing_policy, config.slow_reader_bytes) == ("expected-ttft", 1 << 20)
