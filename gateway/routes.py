@@ -15,16 +15,18 @@ from gateway.adapters.catalog import Catalog
 from gateway.admin.adapters import AdapterAdmin
 from gateway.admin.aliases import AliasAdmin
 from gateway.admin.autoscale import ScalingAdmin
-from gateway.api import schema
 from gateway.api.exchange import GenerationServices
 from gateway.api.generate import GenerationAPI
-from gateway.api.models import ModelList, model_card
-from gateway.http.bodies import REQUEST_ID, answer, error_body, to_json
-from gateway.http.headers import AiohttpRequest, request_id_of
+from gateway.api.models import ModelList, model_card, where
+from gateway.api.openapi import docs_page, openapi
+from gateway.http.bodies import answer, to_json
+from gateway.http.headers import AiohttpRequest, authorization_of, request_id_of
 from gateway.http.server import Server
 from gateway.telemetry.aggregation import ProcessAggregator
 from gateway.telemetry.failures import Failures
-from shared.errors import InvalidRequest, LoraplexError, ModelNotFound, RouteNotFound
+from loraplex import __version__
+from shared.endpoints import ENDPOINTS, RESPONSES_PATH, errors_of
+from shared.errors import LoraplexError, MethodNotAllowed, ModelNotFound, RouteNotFound
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
@@ -60,7 +62,8 @@ class Routes:
         self._aggregator = aggregator
         self._scaling = scaling
         self._created = int(time.time())
-        self._models = ModelList(catalogs, services.resolver.aliases, self._created)
+        self._contexts: dict[str, int] = {}
+        self._models = ModelList(catalogs, services.resolver.aliases, self._created, self._context)
         self._routes: dict[tuple[str, str], Handler] = {}
 
     def http_server(self, **settings: Any) -> Server:
@@ -68,14 +71,16 @@ class Routes:
         path for simple requests.
         """
         self._routes = {
-            ("POST", path): self._guarded(self._generation.aiohttp_path)
-            for path in schema.GENERATE_PATHS
+            ("POST", path): self._guarded(self._generation.aiohttp_path) for path in ENDPOINTS
         }
         self._routes |= {
             ("GET", "/v1/models"): self._guarded(self.models),
             ("GET", "/health"): self.health,
             ("GET", "/ready"): self.ready,
             ("GET", "/metrics"): self.metrics,
+            ("GET", "/version"): self.version,
+            ("GET", "/openapi.json"): self.openapi,
+            ("GET", "/docs"): self.docs,
         }
         operators = {
             **self._admin.routes(),
@@ -95,7 +100,7 @@ class Routes:
         return Server(
             self._handle,
             fast_path=self._generation.fast_path,
-            paths=frozenset(schema.GENERATE_PATHS),
+            paths=frozenset(ENDPOINTS),
             most_bytes=most,
             request_factory=lambda message, payload, protocol, writer, task: web.BaseRequest(
                 message, payload, protocol, writer, task, loop, client_max_size=most
@@ -104,10 +109,8 @@ class Routes:
         )
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        path = request.path
-        handler = self._routes.get((request.method, path))
-        if handler is None and request.method in ("GET", "HEAD") and path.startswith("/v1/models/"):
-            handler = self._guarded(self.model)
+        path = _canonical(request.path)
+        handler = self._routes.get((request.method, path)) or self._below(request.method, path)
         if handler is None:
             found = self._admin.below(request.method, path) or self._aliases.below(
                 request.method, path
@@ -115,24 +118,50 @@ class Routes:
             handler = self._guarded(found, admin=True) if found is not None else None
         return await (handler or self.nowhere)(request)
 
+    def _below(self, method: str, path: str) -> Handler | None:
+        """What has an id in its path."""
+        if path.startswith("/v1/models/") and method in ("GET", "HEAD"):
+            return self._guarded(self.model)
+        if path.startswith(RESPONSES_PATH + "/"):
+            _, _, rest = path.removeprefix(RESPONSES_PATH + "/").partition("/")
+            if (method, rest) in (("GET", ""), ("POST", "cancel")):
+                return self._guarded(self._generation.kept)
+        return None
+
+    def _allowed(self, path: str) -> list[str]:
+        """The methods that the path has."""
+        tried = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+        return [
+            method
+            for method in tried
+            if (method, path) in self._routes
+            or self._below(method, path) is not None
+            or self._admin.below(method, path) is not None
+            or self._aliases.below(method, path) is not None
+        ]
+
     # ---- models ----------------------------------------------------------------------------------
 
     async def models(self, request: web.BaseRequest) -> web.Response:
         return web.Response(body=await self._models.body(), content_type="application/json")
 
     async def model(self, request: web.BaseRequest) -> web.Response:
-        model = request.path.removeprefix("/v1/models/")
+        model = _canonical(request.path).removeprefix("/v1/models/")
         target = await self._resolver.resolve(model, bytes)
-        if target.adapter is None:
-            card = model_card(model, self._created)
-        elif target.alias:
-            card = model_card(model, self._created, parent=target.base, root=target.alias)
-        else:
-            ref = target.adapter
-            card = model_card(
-                model, self._created, parent=ref.base, root=ref.name, digest=ref.digest
-            )
+        base, ref = target.base, target.adapter
+        parent = base if ref is not None else None
+        root = target.alias or (ref.name if ref is not None else None)
+        digest = ref.digest if ref is not None and not target.alias else ""
+        card = model_card(model, self._created, parent, root, digest, self._context(base))
+        card |= where(self._dispatcher.fleet.routable(base), ref)
         return web.Response(body=to_json(card), content_type="application/json")
+
+    def _context(self, base: str) -> int:
+        """The model's context in tokens, as its workers have told; 0: none has yet."""
+        for worker in self._dispatcher.fleet.routable(base)[:1]:
+            if worker.beat.max_model_len:
+                self._contexts[base] = worker.beat.max_model_len
+        return self._contexts.get(base, 0)
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -179,20 +208,26 @@ class Routes:
             body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         )
 
+    async def version(self, request: web.BaseRequest) -> web.Response:
+        return web.json_response({"version": __version__})
+
+    async def openapi(self, request: web.BaseRequest) -> web.Response:
+        return web.Response(body=to_json(openapi(__version__)), content_type="application/json")
+
+    async def docs(self, request: web.BaseRequest) -> web.Response:
+        return web.Response(text=docs_page(openapi(__version__)), content_type="text/html")
+
     async def nowhere(self, request: web.BaseRequest) -> web.StreamResponse:
-        if request.path in {path for _, path in self._routes}:
-            error: LoraplexError = InvalidRequest(
-                f"{request.method} is not allowed for {request.path}."
-            )
-            headers = {REQUEST_ID: request_id_of(AiohttpRequest(request))}
-            return web.Response(
-                status=405, body=error_body(error), content_type="application/json", headers=headers
-            )
-        error = RouteNotFound(
-            f"There is no {request.path[:200]} here; see "
-            f"{', '.join(schema.GENERATE_PATHS)} and /v1/models."
-        )
-        return self._answer(error, request_id_of(AiohttpRequest(request)))
+        path = _canonical(request.path)
+        allowed = self._allowed(path)
+        if not allowed:
+            found = RouteNotFound(f"There is no {path[:200]} here; /docs lists what there is.")
+            return self._answer(found, request)
+        names = ", ".join(allowed)
+        error = MethodNotAllowed(f"{request.method} is not allowed for {path[:200]}, but {names}.")
+        refused = self._answer(error, request)
+        refused.headers["Allow"] = names
+        return refused
 
     # ---- around every handler --------------------------------------------------------------------
 
@@ -202,25 +237,29 @@ class Routes:
 
         async def guarded(request: web.BaseRequest) -> web.StreamResponse:
             try:
-                check(request.headers.get("Authorization", ""))
+                check(authorization_of(AiohttpRequest(request)))
                 return await handler(request)
             except LoraplexError as exc:
                 self._metrics.error(exc.code)
-                return self._answer(exc, exc.request_id or request_id_of(AiohttpRequest(request)))
+                return self._answer(exc, request)
             except (ConnectionError, web.HTTPException):
                 raise
             except (
                 Exception
             ) as exc:  # aiohttp's answer would be a bare 500, and its log the request
-                return self._answer(
-                    self._failures.note(exc), request_id_of(AiohttpRequest(request))
-                )
+                return self._answer(self._failures.note(exc), request)
 
         return guarded
 
     @staticmethod
-    def _answer(error: LoraplexError, request_id: str) -> web.Response:
-        status, headers, body = answer(error, request_id)
+    def _answer(error: LoraplexError, request: web.BaseRequest) -> web.Response:
+        request_id = error.request_id or request_id_of(AiohttpRequest(request))
+        status, headers, body = answer(error, request_id, errors_of(request.path))
         return web.Response(
             status=status, body=body, content_type="application/json", headers=headers
         )
+
+
+def _canonical(path: str) -> str:
+    """A slash at its end says nothing."""
+    return path.rstrip("/") or "/"

@@ -70,6 +70,18 @@ class RouteNotFound(LoraplexError):
     status = 404
 
 
+class MethodNotAllowed(LoraplexError):
+    code = "method_not_allowed"
+    status = 405
+
+
+class ResponseNotFound(LoraplexError):
+    """No answer is kept under this id, or it is another account's."""
+
+    code = "response_not_found"
+    status = 404
+
+
 class ModelNotFound(LoraplexError):
     """No base model has this id."""
 
@@ -188,6 +200,12 @@ class CannotContinue(LoraplexError):
     """An answer that has begun cannot go on at this worker as it went on at the one before."""
 
     code = "cannot_continue"
+
+
+class AnswerIncomplete(LoraplexError):
+    """The engine ended an answer in its middle; the engine itself goes on."""
+
+    code = "answer_incomplete"
 
 
 class LinkError(LoraplexError):

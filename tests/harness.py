@@ -137,7 +137,8 @@ class Cluster:
         self, path: str, body: Mapping[str, Any] | bytes, headers: Mapping[str, str] | None = None
     ) -> tuple[int, Any, Mapping[str, str]]:
         data = body if isinstance(body, bytes) else msgspec.json.encode(body)
-        async with self.http.post(self.url + path, data=data, headers=headers) as answer:
+        given = {"Content-Type": "application/json", **(headers or {})}
+        async with self.http.post(self.url + path, data=data, headers=given) as answer:
             raw = await answer.read()
             return (
                 answer.status,

@@ -61,8 +61,8 @@ FLOORS = {
     ],
     "shared": [
         {"config", "link", "stores", "supervision"},
-        {"adapters", "runtime"},
-        {"errors", "averages"},
+        {"adapters", "runtime", "error_bodies"},
+        {"errors", "averages", "endpoints"},
     ],
 }
 """Rooms of each package, top floor first. A room imports rooms of the floors below it alone."""

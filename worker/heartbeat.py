@@ -85,4 +85,6 @@ class HeartbeatSender:
             host=self._host,
             peer_endpoint=self._peer_endpoint,
             suspect=status.suspect,
+            tasks=facts.tasks,
+            max_model_len=facts.max_model_len,
         )

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shared.errors import CannotContinue, EngineFailure
+from shared.endpoints import RESPONSES_PATH
+from shared.errors import AnswerIncomplete, CannotContinue, EngineFailure
 from shared.link import messages
 from shared.link.token_ids import BYTES_PER_TOKEN
 from worker.engine.base import Engine, EngineRequest, Loaded
@@ -43,6 +44,7 @@ class StreamReply:
     """
 
     __slots__ = (
+        "_lines",
         "_movable",
         "_outbox",
         "_request",
@@ -60,14 +62,19 @@ class StreamReply:
         self._unsent = b""
         self.prompt_tokens = self.output_tokens = 0
         self.ended = False
+        self._lines = b""
+
+    def lines(self, lines: bytes) -> None:
+        self._lines = lines + b"\r\n"
 
     def head(self, status: int, sse: bool, data: bytes, end: bool, tokens: bytes = b"") -> None:
         self._outbox.frame(
             self._sid,
             status << messages.STATUS_SHIFT
             | (messages.SSE if sse else 0)
+            | (messages.LINES if self._lines else 0)
             | (messages.END if end else 0),
-            data,
+            self._lines + data,
             tokens if self._movable else b"",
         )
         if end:
@@ -183,8 +190,11 @@ class RequestTable:
         message = request.message
         reply = StreamReply(request)
         try:
-            await self._engine.serve(_engine_request(message, adapter), reply)
-        except CannotContinue as exc:
+            kept_id = (
+                request.session.kept_id(message.owner) if message.path == RESPONSES_PATH else ""
+            )
+            await self._engine.serve(_engine_request(message, adapter, kept_id), reply)
+        except (CannotContinue, AnswerIncomplete) as exc:
             request.outbox.refuse(
                 messages.Refused(message.sid, exc.code, exc.message, retryable=False)
             )
@@ -220,7 +230,9 @@ class RequestTable:
         self._on_end(request.number)
 
 
-def _engine_request(message: messages.Generate, adapter: Loaded | None) -> EngineRequest:
+def _engine_request(
+    message: messages.Generate, adapter: Loaded | None, kept_id: str
+) -> EngineRequest:
     return EngineRequest(
         message.path,
         message.request_id,
@@ -230,4 +242,7 @@ def _engine_request(message: messages.Generate, adapter: Loaded | None) -> Engin
         message.created,
         message.resume.tokens if message.resume is not None else b"",
         message.movable,
+        message.method,
+        message.content_type,
+        kept_id,
     )

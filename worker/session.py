@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from typing import Any
@@ -138,6 +139,10 @@ class GatewaySession:
         for link in (self._control, self._data):
             if link is not None:
                 link.close()
+
+    def kept_id(self, owner: str) -> str:
+        """For an answer that this life of the worker keeps."""
+        return messages.kept_id(self._worker, self._epoch, owner, secrets.token_hex(12))
 
     def next_seq(self) -> int:
         self._seq += 1

@@ -23,6 +23,7 @@ from shared.errors import (
     AdapterNotFound,
     DeadlineExceeded,
     InvalidAdapter,
+    InvalidRequest,
     LoraplexError,
     Overloaded,
     WorkerUnavailable,
@@ -30,6 +31,7 @@ from shared.errors import (
 
 log = logging.getLogger("loraplex.aliases")
 
+SHOWN_BASES = 20
 SHOWN_VERSIONS = 10  # of one name in an error message
 SETTLING_RETRY_S = 2.0
 NOT_THE_ADAPTERS = (DeadlineExceeded, Overloaded)
@@ -86,6 +88,16 @@ class Resolver:
         base, name, _ = split_version(model, allowed)
         if name is not None and not account.may_use(base, name):
             raise no_such_adapter(base, name)
+
+    def default(self) -> str:
+        """The model of a request that names none. Raises InvalidRequest where there is a choice."""
+        if len(self._catalogs) != 1:
+            raise InvalidRequest(
+                "The request must name its `model`; there are: "
+                f"{', '.join([*self._catalogs][:SHOWN_BASES])}.",
+                param="model",
+            )
+        return next(iter(self._catalogs))
 
     def at_once(self, model: str) -> Target | None:
         """What most requests want, without a task's machinery: a base model, or an adapter that the

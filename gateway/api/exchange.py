@@ -16,6 +16,7 @@ from gateway.adapters.resolver import Resolver, Target
 from gateway.adapters.usage import AdapterUsage
 from gateway.api import schema
 from gateway.api.allowance import allowed_body
+from gateway.api.kept import KeptAnswer, find_kept
 from gateway.api.report import access_record, head_lines
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.request import (
@@ -23,6 +24,7 @@ from gateway.dispatch.request import (
     InFlightRequest,
     RequestedModel,
     Requester,
+    audio_tokens,
     estimated_tokens,
 )
 from gateway.http.headers import (
@@ -37,7 +39,9 @@ from gateway.http.headers import (
 from gateway.http.response import ResponseWriter
 from gateway.telemetry.access_log import AccessLog
 from gateway.telemetry.prometheus import Metrics
-from shared.errors import AdapterNotFound, InvalidRequest, LoraplexError
+from shared.endpoints import Endpoint, ErrorFamily, ModelIn, can_do, cannot_do, endpoint_of
+from shared.errors import AdapterNotFound, InvalidRequest, LoraplexError, RouteNotFound
+from shared.link.messages import owner_tag
 
 _PRIORITY = re.compile(r"-?[0-9]{1,9}\Z")
 
@@ -73,15 +77,20 @@ class Exchange:
     __slots__ = (
         "_asked",
         "_body",
+        "_content_type",
         "_done",
         "_gone",
+        "_kept",
         "_late",
+        "_path",
         "_retry",
         "_services",
         "account",
         "deadline",
+        "endpoint",
         "head",
         "inflight",
+        "model",
         "request_id",
         "stream",
         "target",
@@ -94,12 +103,23 @@ class Exchange:
         asked: IncomingRequest,
         body: bytes,
         stream: ResponseWriter,
+        kept: KeptAnswer | None = None,
     ) -> None:
         self._services, self._asked, self.stream = services, asked, stream
-        self.account = account
-        self.head = schema.parse_body_fields(body)
-        services.resolver.check_scope(account, self.head.model)
-        self._body = allowed_body(account, self.head, body)
+        self.account, self.endpoint = account, _endpoint(asked.path)
+        self._content_type = asked.header("content-type") or schema.JSON_TYPE
+        if kept is None:
+            self.head = schema.read_fields(self.endpoint, self._content_type, body)
+            self.model = self.head.model or services.resolver.default()
+            previous = self.head.previous_response_id
+            if previous and self.endpoint.errors is ErrorFamily.RESPONSES:
+                kept = find_kept(services.dispatcher.fleet, account, previous)
+        else:
+            self.head, self.model = schema.BodyFields(stream=kept.streams), kept.base
+        self._kept = kept
+        self._path = asked.path if kept is None or not kept.path else kept.path
+        services.resolver.check_scope(account, self.model)
+        self._body = allowed_body(account, self.head, body, self.endpoint.limit_field)
         self.request_id = request_id_of(asked)
         self.deadline = self._deadline()
         self.target: Target
@@ -156,6 +176,7 @@ class Exchange:
     def _submit(self, target: Target) -> None:
         services, ref = self._services, target.adapter
         self.target = target
+        self._check_task(target)
         inflight = self.inflight = self._inflight(target)
         services.resolver.use(target)
         self.stream.on_finish = self._on_finish
@@ -165,29 +186,42 @@ class Exchange:
         services.dispatcher.submit(inflight)
         self._late = services.loop.call_at(self.deadline.at, self._too_late)
 
+    def _check_task(self, target: Target) -> None:
+        """Raises InvalidRequest if the model is known not to do what is asked."""
+        for worker in self._services.dispatcher.fleet.routable(target.base)[:1]:
+            tasks = worker.beat.tasks
+            if tasks and not can_do(self.endpoint, tasks):
+                raise InvalidRequest(cannot_do(self.model, self.endpoint, tasks), param="model")
+
     def _inflight(self, target: Target) -> InFlightRequest:
         asked, head, body, ref = self._asked, self.head, self._body, target.adapter
         header = asked.header
         return InFlightRequest(
             ClientRequest(
-                asked.path,
+                self._path,
                 self.request_id,
                 body,
-                estimated_tokens(body),
-                head.max_completion_tokens or head.max_tokens or 0,
+                audio_tokens(body)
+                if self.endpoint.model_in is ModelIn.FORM
+                else estimated_tokens(body),
+                head.limit or 0,
                 schema.prefix_hash(ref.digest if ref is not None else "", body),
-                bool(head.stream),
+                bool(head.stream) and self.endpoint.streams,
                 int(time.time()),
                 self._services.limits.resume and header(RESUME_HEADER) != "off",
                 max(1, head.n or 1),
                 self.deadline.after_s,
+                asked.method,
+                self._content_type,
+                self._owner(),
             ),
             RequestedModel(
                 target.base,
                 ref,
                 target.stored,
-                head.model if target.alias or target.by_digest else "",
+                self.model if target.alias or target.by_digest else "",
                 target.elsewhere,
+                self._kept.worker if self._kept is not None else "",
             ),
             self.stream,
             Requester(
@@ -197,6 +231,11 @@ class Exchange:
                 self.account.weight,
             ),
         )
+
+    def _owner(self) -> str:
+        """For the ids of answers that are kept; "" where none is."""
+        kept = self.endpoint.errors is ErrorFamily.RESPONSES
+        return owner_tag(self.account.name) if kept else ""
 
     def _on_finish(self) -> None:
         # The dispatcher is still closing its books on this request, and the next request of the
@@ -288,7 +327,14 @@ class Exchange:
         access = self._services.access
         if access.enabled:
             stream = self.stream
-            access.write(access_record(self.inflight, self.head.model, stream.status, stream.error))
+            access.write(access_record(self.inflight, self.model, stream.status, stream.error))
+
+
+def _endpoint(path: str) -> Endpoint:
+    found = endpoint_of(path)
+    if found is None:
+        raise RouteNotFound(f"There is no {path[:200]} here.")
+    return found
 
 
 def _priority(given: str | None, head: schema.BodyFields) -> int:

@@ -15,12 +15,15 @@ from typing import cast
 
 from aiohttp import web
 
+from gateway.adapters.resolver import Target
 from gateway.api import schema
 from gateway.api.exchange import Exchange, GenerationServices
+from gateway.api.kept import find_kept
 from gateway.http.headers import (
     MAX_SESSION,
     AiohttpRequest,
     IncomingRequest,
+    authorization_of,
     caller_of,
     random_id,
     request_id_of,
@@ -29,6 +32,7 @@ from gateway.http.parser import SimpleRequest
 from gateway.http.response import AlreadySent, ResponseWriter, refuse
 from gateway.http.server import PendingAnswer
 from gateway.telemetry.failures import Failures
+from shared.endpoints import RESPONSES_PATH, errors_of
 from shared.errors import BodyTooLarge, InvalidRequest, LoraplexError
 
 
@@ -51,11 +55,13 @@ class GenerationAPI:
         once.
         """
         services = self._services
-        stream = ResponseWriter(transport, services.limits.slow_reader_bytes)
+        stream = ResponseWriter(
+            transport, services.limits.slow_reader_bytes, errors=errors_of(request.path)
+        )
         try:
-            account = services.keys.account_of(request.header("authorization") or "")
+            account = services.keys.account_of(authorization_of(request))
             exchange = Exchange(services, account, request, request.body, stream)
-            target = services.resolver.at_once(exchange.head.model)
+            target = services.resolver.at_once(exchange.model)
             if target is None:
                 return None
             exchange.attempt(target, functools.partial(self._finish, exchange, answered))
@@ -86,24 +92,48 @@ class GenerationAPI:
         """Raises LoraplexError where nothing has been sent to the client."""
         services = self._services
         body = await self._body(request)
+        asked, stream = AiohttpRequest(request), self._writer(request)
+        account = services.keys.account_of(authorization_of(asked))
+        exchange = Exchange(services, account, asked, body, stream)
+        target = services.resolver.at_once(exchange.model)
+        if target is None:
+            target = await exchange.in_time(
+                services.resolver.resolve(exchange.model, lambda: _user(asked, exchange.head))
+            )
+        return await self._answer(request, exchange, target)
+
+    async def kept(self, request: web.BaseRequest) -> web.StreamResponse:
+        """An answer that a worker keeps: `GET /v1/responses/ID`, `POST /v1/responses/ID/cancel`.
+        Its worker is asked, as for any other request.
+
+        Raises LoraplexError where nothing has been sent to the client.
+        """
+        services, asked = self._services, AiohttpRequest(request)
+        await self._body(request)  # nothing in it is of use; what is unread would be the next head
+        account = services.keys.account_of(authorization_of(asked))
+        answer_id = asked.path.removeprefix(RESPONSES_PATH + "/").partition("/")[0]
+        path = asked.path + (f"?{request.query_string}" if request.query_string else "")
+        streams = request.query.get("stream", "").lower() in ("true", "1")
+        kept = find_kept(services.dispatcher.fleet, account, answer_id, path, streams)
+        exchange = Exchange(services, account, asked, b"", self._writer(request), kept)
+        return await self._answer(request, exchange, Target(kept.base))
+
+    def _writer(self, request: web.BaseRequest) -> ResponseWriter:
         if request.transport is None:
             raise ConnectionResetError("the client has left")
         chunked = request.version >= (1, 1)
-        stream = ResponseWriter(
+        return ResponseWriter(
             cast(asyncio.WriteTransport, request.transport),
-            services.limits.slow_reader_bytes,
+            self._services.limits.slow_reader_bytes,
             chunked=chunked,
             keep_alive=request.keep_alive and chunked,
+            errors=errors_of(request.path),
         )
-        asked = AiohttpRequest(request)
-        account = services.keys.account_of(asked.header("authorization") or "")
-        exchange = Exchange(services, account, asked, body, stream)
-        target = services.resolver.at_once(exchange.head.model)
-        if target is None:
-            target = await exchange.in_time(
-                services.resolver.resolve(exchange.head.model, lambda: _user(asked, exchange.head))
-            )
-        finished = asyncio.Event()
+
+    async def _answer(
+        self, request: web.BaseRequest, exchange: Exchange, target: Target
+    ) -> web.StreamResponse:
+        finished, stream = asyncio.Event(), exchange.stream
         exchange.attempt(target, finished.set)
         try:
             await finished.wait()
@@ -147,7 +177,7 @@ def _user(asked: IncomingRequest, head: schema.BodyFields) -> bytes:
     user = bytes(head.user)
     if user not in (b"", b"null", b'""'):
         return b"u" + user
-    key = caller_of(asked.header("authorization") or "")
+    key = caller_of(authorization_of(asked))
     session = (asked.header("x-session-id") or "")[:MAX_SESSION]
     if key or session:
         return f"k{key}".encode() if key else b"s" + session.encode(errors="replace")

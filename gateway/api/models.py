@@ -9,12 +9,15 @@ import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from gateway.adapters.catalog import Catalog
+from gateway.fleet.fleet import WorkerView
 from gateway.http.bodies import _encode
+from shared.adapters.identity import AdapterRef
+from shared.link.messages import Tier
 
 
 class ModelList:
     """`catalogs`: every base model; None where it has no adapter store. `aliases`: those of a base
-    model, listed beside its adapters.
+    model, listed beside its adapters. `context`: of a base model, in tokens; 0: not known yet.
     """
 
     def __init__(
@@ -22,8 +25,9 @@ class ModelList:
         catalogs: Mapping[str, Catalog | None],
         aliases: Callable[[str], Iterable[str]],
         created: int,
+        context: Callable[[str], int] = lambda _: 0,
     ) -> None:
-        self._catalogs, self._aliases = catalogs, aliases
+        self._catalogs, self._aliases, self._context = catalogs, aliases, context
         self._created = created
         self._making = asyncio.Lock()
         self._state: tuple[object, ...] | None = None
@@ -39,7 +43,10 @@ class ModelList:
                         base: self._digests(base, catalog)
                         for base, catalog in self._catalogs.items()
                     }
-                    self._body = await asyncio.to_thread(model_list, digests, self._created)
+                    contexts = {base: self._context(base) for base in digests}
+                    self._body = await asyncio.to_thread(
+                        model_list, digests, self._created, contexts
+                    )
                     self._state = state
         return self._body
 
@@ -59,6 +66,7 @@ class ModelList:
     def _versions(self) -> tuple[object, ...]:
         return tuple(
             (
+                self._context(base),
                 tuple(self._aliases(base)),
                 *(
                     (c.version, *((x.new.name, x.old.digest) for x in c.versions.changes()))
@@ -76,6 +84,9 @@ OWNER = "loraplex"
 SORTED_AT_ONCE = 4096
 
 
+NO_CONTEXTS: Mapping[str, int] = {}
+
+
 _HOLE = "*name*"  # neither a base id after its colon nor an adapter's name may hold it
 
 
@@ -85,9 +96,10 @@ def model_card(
     parent: str | None = None,
     root: str | None = None,
     digest: str = "",
+    context: int = 0,
 ) -> dict[str, object]:
-    """OpenAI's model object, with vLLM's `root` and `parent`; `loraplex_digest` is the version that
-    answers.
+    """OpenAI's model object, with vLLM's `root`, `parent` and `max_model_len`; `loraplex_digest` is
+    the version that answers. `context` in tokens; 0: not known yet.
     """
     card: dict[str, object] = {
         "id": model_id,
@@ -96,11 +108,49 @@ def model_card(
         "owned_by": OWNER,
         "root": root or model_id,
         "parent": parent,
+        "max_model_len": context or None,
     }
+    if parent is None:
+        card["permission"] = [_permission(created)]
     return card | {"loraplex_digest": digest} if digest else card
 
 
-def model_list(adapters: Mapping[str, Mapping[str, str]], created: int) -> bytes:
+def _permission(created: int) -> dict[str, object]:
+    """vLLM's. The list has it for base models alone: it says the same of every adapter."""
+    return {
+        "id": f"modelperm-{created:x}",
+        "object": "model_permission",
+        "created": created,
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
+
+
+def where(workers: Sequence[WorkerView], adapter: AdapterRef | None) -> dict[str, object]:
+    """How far a model is from an answer: `ready` if a worker could begin at once, else `cold`, or
+    `no_worker`; for an adapter also the nearest place that its weights are in.
+    """
+    if not workers:
+        return {"loraplex_state": "no_worker"}
+    if adapter is None:
+        return {"loraplex_state": "ready"}
+    tier = min(worker.tier(adapter) for worker in workers)
+    state = "ready" if tier is Tier.GPU else "cold"
+    return {"loraplex_state": state, "loraplex_tier": tier.name.lower()}
+
+
+def model_list(
+    adapters: Mapping[str, Mapping[str, str]],
+    created: int,
+    contexts: Mapping[str, int] = NO_CONTEXTS,
+) -> bytes:
     """Every base model and its adapters, name -> digest of the version that answers ("" for an
     alias).
 
@@ -109,8 +159,16 @@ def model_list(adapters: Mapping[str, Mapping[str, str]], created: int) -> bytes
     """
     cards = []
     for base, digests in adapters.items():
-        cards.append(_encode(model_card(base, created)).decode())
-        hole = _encode(model_card(f"{base}:{_HOLE}", created, parent=base, root=_HOLE)).decode()
+        cards.append(_encode(model_card(base, created, context=contexts.get(base, 0))).decode())
+        hole = _encode(
+            model_card(
+                f"{base}:{_HOLE}",
+                created,
+                parent=base,
+                root=_HOLE,
+                context=contexts.get(base, 0),
+            )
+        ).decode()
         before, between, after = hole.split(_HOLE)
         for name in _sorted([*digests]):
             digest = digests[name]

@@ -40,7 +40,13 @@ class AccessRecord(msgspec.Struct, frozen=True, gc=False):
 
 
 def head_lines(inflight: InFlightRequest, policy: str) -> bytes:
-    """The gateway's own response headers, each `name: value` with its line end."""
+    """Response headers, each `name: value` with its line end: the worker's, then the gateway's."""
+    if inflight.answer_lines:
+        return inflight.answer_lines + _own_lines(inflight, policy)
+    return _own_lines(inflight, policy)
+
+
+def _own_lines(inflight: InFlightRequest, policy: str) -> bytes:
     choice, adapter = inflight.choice, inflight.model.adapter
     lines = f"x-request-id: {inflight.asked.request_id}\r\nx-loraplex-policy: {policy}\r\n"
     # A comment to a stream that waits commits the head before a worker is known.

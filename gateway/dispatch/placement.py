@@ -11,7 +11,16 @@ from gateway.dispatch.request import InFlightRequest
 from gateway.dispatch.settings import TimeAndChance
 from gateway.fleet.fleet import Fleet, WorkerView
 from gateway.fleet.peer_hints import peer_hints
-from gateway.routing.policy import NONE_EXCLUDED, Choice, Decision, Defer, Policy
+from gateway.routing.policy import (
+    NONE_EXCLUDED,
+    Blocked,
+    Choice,
+    ChoiceReason,
+    Decision,
+    Defer,
+    Policy,
+    tier_of,
+)
 from shared.link import messages
 from shared.link.sockets import SendResult
 
@@ -75,12 +84,23 @@ class Placement:
     ) -> Decision:
         """A worker that refused this request gets it again only if no other worker takes it."""
         routing_request, choose = request.routing_request, self._policy.choose
+        if request.model.only_on:
+            return self._only_choice(request, full)
         if request.refused_by:
             excluded = full | request.refused_by
             choice = choose(routing_request, self._fleet, now, self._rng, excluded)
             if isinstance(choice, Choice):
                 return choice
         return choose(routing_request, self._fleet, now, self._rng, full)
+
+    def _only_choice(self, request: InFlightRequest, full: Set[messages.WorkerId]) -> Decision:
+        """No policy is asked where one worker alone has what is asked for."""
+        worker, key = self._fleet.get(request.model.only_on), request.key
+        if worker is None or not worker.routable or not worker.accepts(full):
+            return Defer(Blocked.SLOT)  # not ROOM: the others in the queue may go elsewhere
+        if key is not None and not worker.takes(key):
+            return Defer(Blocked.SLOT)
+        return Choice(worker, ChoiceReason.KEPT, tier_of(worker, request.model.adapter))
 
     def _message(
         self, request: InFlightRequest, sid: messages.StreamId, choice: Choice
@@ -104,4 +124,7 @@ class Placement:
             asked.created,
             not request.journal.obstacle,
             messages.Resume(seen) if seen else None,
+            asked.method,
+            asked.content_type,
+            asked.owner,
         )

@@ -32,7 +32,8 @@ class ClientRequest(msgspec.Struct, frozen=True):
     if unknown; `streams` says that the client wants an event stream, so that it can be told what
     it waits for. `created` is the time that the answer carries, in seconds since 1970 (0: the
     worker's). `movable`: if its worker is lost, another one may continue the answer. `timeout_s` is
-    the time that the client gives it, 0.0: as long as it takes.
+    the time that the client gives it, 0.0: as long as it takes. `owner` goes into the ids of
+    answers that a worker keeps.
     """
 
     path: str
@@ -46,6 +47,9 @@ class ClientRequest(msgspec.Struct, frozen=True):
     movable: bool = False
     choices: int = 1
     timeout_s: float = 0.0
+    method: str = "POST"
+    content_type: str = "application/json"
+    owner: str = ""
 
 
 class RequestedModel(msgspec.Struct, frozen=True):
@@ -60,6 +64,8 @@ class RequestedModel(msgspec.Struct, frozen=True):
     stored: StoredAdapter | None = None
     shown_as: str = ""
     elsewhere: bool = False
+    only_on: messages.WorkerId = ""
+    """The one worker that keeps what the request refers to; "": any worker."""
 
 
 class Requester(msgspec.Struct, frozen=True):
@@ -102,10 +108,12 @@ NOT_SUBMITTED = RoutingRequest("")
 class InFlightRequest:
     """One request at the gateway, from submit to its end. `flow` says whose turn it uses in the
     queue; `moves` counts the workers that were lost with a part of its answer sent. Times are on
-    the dispatcher's clock, which sets them.
+    the dispatcher's clock, which sets them. `answer_lines` are header lines of the worker's, which
+    stand before the gateway's own.
     """
 
     __slots__ = (
+        "answer_lines",
         "asked",
         "choice",
         "done",
@@ -143,6 +151,7 @@ class InFlightRequest:
         self.journal = StreamJournal(asked.movable)
         self.moves = 0
         self.sid: messages.StreamId = 0
+        self.answer_lines = b""
         self.choice: Choice | None = None
         self.ticket: Ticket[InFlightRequest] | None = None
         self.refused_by: frozenset[messages.WorkerId] = frozenset()
@@ -154,6 +163,17 @@ class InFlightRequest:
 def estimated_tokens(body: bytes) -> int:
     """Of the prompt, by the length of the whole body."""
     return len(body) // BYTES_PER_TOKEN
+
+
+BYTES_PER_AUDIO_TOKEN = 640
+"""Of 16 kHz 16-bit sound, of which Whisper makes 50 positions a second; compressed files have more
+in as many bytes.
+"""
+
+
+def audio_tokens(body: bytes) -> int:
+    """The same of an audio file."""
+    return len(body) // BYTES_PER_AUDIO_TOKEN
 
 
 def routing_request_of(request: InFlightRequest) -> RoutingRequest:

@@ -149,6 +149,9 @@ class StreamTable:
         self, request: InFlightRequest, flags: int, payload: bytes, tokens: bytes
     ) -> None:
         sse, end, journal = bool(flags & messages.SSE), bool(flags & messages.END), request.journal
+        if flags & messages.LINES:
+            lines, _, payload = payload.partition(b"\r\n\r\n")
+            request.answer_lines = lines + b"\r\n"
         request.sink.head(flags >> messages.STATUS_SHIFT, sse, payload, end)
         if end:
             self._owner.stream_ended(request)

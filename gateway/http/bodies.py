@@ -1,4 +1,4 @@
-"""Pure. The bodies that the gateway writes itself: errors and events in OpenAI's shapes."""
+"""Pure. The bodies that the gateway writes itself, and the headers of its errors."""
 
 from __future__ import annotations
 
@@ -6,23 +6,14 @@ import math
 
 import msgspec
 
-from shared import errors
+from shared.endpoints import ErrorFamily
+from shared.error_bodies import answer_event, error_body, error_event
 from shared.errors import LoraplexError
+
+__all__ = ["REQUEST_ID", "answer", "answer_event", "error_body", "error_event", "to_json"]
 
 REQUEST_ID = "x-request-id"
 _encode = msgspec.json.Encoder().encode
-
-
-_TYPE = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    409: "invalid_request_error",
-    413: "invalid_request_error",
-    422: "invalid_request_error",
-    429: "rate_limit_error",
-}
 
 
 RETRY_AFTER_S = 1.0
@@ -31,38 +22,13 @@ moved.
 """
 
 
-def error_body(error: errors.LoraplexError) -> bytes:
-    """OpenAI's error shape: `{"error": {"message", "type", "param", "code"}}`."""
-    kind = _TYPE.get(error.status, "server_error")
-    return _encode(
-        {
-            "error": {
-                "message": error.message,
-                "type": kind,
-                "param": error.param,
-                "code": error.code,
-            }
-        }
-    )
-
-
-def error_event(error: errors.LoraplexError) -> bytes:
-    """The same as the last events of a stream whose status has been sent; clients raise on it."""
-    return b"data: " + error_body(error) + b"\n\ndata: [DONE]\n\n"
-
-
-def answer_event(body: bytes) -> bytes:
-    """A whole JSON answer (the engine's error, as a rule) as the last events of a stream. JSON's
-    line ends stand between tokens only.
-    """
-    return b"data: " + body.replace(b"\r", b"").replace(b"\n", b"") + b"\n\ndata: [DONE]\n\n"
-
-
 def to_json(value: object) -> bytes:
     return _encode(value)
 
 
-def answer(error: LoraplexError, request_id: str) -> tuple[int, dict[str, str], bytes]:
+def answer(
+    error: LoraplexError, request_id: str, family: ErrorFamily = ErrorFamily.OPENAI
+) -> tuple[int, dict[str, str], bytes]:
     """(status, headers, body) of an error's answer."""
     status = error.status
     headers = {REQUEST_ID: request_id}
@@ -72,4 +38,4 @@ def answer(error: LoraplexError, request_id: str) -> tuple[int, dict[str, str], 
         )
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return status, headers, error_body(error)
+    return status, headers, error_body(error, family)

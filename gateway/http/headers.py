@@ -31,15 +31,26 @@ class IncomingRequest(Protocol):
     @property
     def path(self) -> str: ...
     @property
+    def method(self) -> str: ...
+    @property
     def header(self) -> Callable[[str], str | None]: ...
 
 
 class AiohttpRequest:
-    """As aiohttp has read it."""
+    """As aiohttp has read it. A slash at the end of the path says nothing."""
 
     def __init__(self, request: web.BaseRequest) -> None:
-        self.path = request.path
+        self.path, self.method = request.path.rstrip("/") or "/", request.method
         self.header: Callable[[str], str | None] = request.headers.get
+
+
+def authorization_of(asked: IncomingRequest) -> str:
+    """What the client authorises itself with; Anthropic's clients have a header of their own."""
+    given = asked.header("authorization")
+    if given:
+        return given
+    key = asked.header("x-api-key")
+    return f"Bearer {key}" if key else ""
 
 
 class RequestDeadline(msgspec.Struct, frozen=True, gc=False):

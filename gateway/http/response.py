@@ -18,12 +18,17 @@ from http import HTTPStatus
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.helpers import rfc822_formatted_time
 
 from gateway.http.bodies import answer, answer_event, error_event
+from shared.endpoints import ErrorFamily
 from shared.errors import LoraplexError
 
 CLIENT_LEFT = "the client has left"
 LAST_CHUNK = b"0\r\n\r\n"
+CONTENT_TYPE = b"content-type: "
+"""An answer that is not JSON says so in the first of its lines."""
+JSON_TYPE = b"Content-Type: application/json; charset=utf-8\r\n"
 _PHRASES = {int(status): status.phrase.encode() for status in HTTPStatus}
 
 
@@ -53,6 +58,7 @@ class ResponseWriter:
     Args:
         max_buffered_bytes: bytes the client may leave unread before it is cut off.
         chunked: the client speaks HTTP/1.1.
+        errors: the shape of errors that its client knows.
     """
 
     __slots__ = (
@@ -64,6 +70,7 @@ class ResponseWriter:
         "_transport",
         "answered",
         "error",
+        "errors",
         "finished",
         "keep_alive",
         "on_finish",
@@ -79,12 +86,14 @@ class ResponseWriter:
         *,
         chunked: bool = True,
         keep_alive: bool = True,
+        errors: ErrorFamily = ErrorFamily.OPENAI,
     ) -> None:
         self._transport = transport
         self._limit = max_buffered_bytes
         self._chunked = chunked
         self._in_chunks = False
         self.keep_alive = keep_alive
+        self.errors = errors
         self._headers: Callable[[], bytes] = bytes
         self._parts: list[bytes] = []
         self.status = 0
@@ -174,7 +183,7 @@ class ResponseWriter:
         """An error event, for a client that has seen the status already."""
         self.error = error
         if not self._transport.is_closing():
-            self._write(self._frame(error_event(error), True))
+            self._write(self._frame(error_event(error, self.errors), True))
 
     def refuse(self, status: int, lines: bytes, body: bytes) -> None:
         """A whole answer of the gateway's own, for a client that has seen nothing yet."""
@@ -187,17 +196,26 @@ class ResponseWriter:
         """
         body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         if self.started:
-            self._write(self._frame(answer_event(body), True))
+            self._write(self._frame(answer_event(body, self.errors), True))
         else:
             self._write_whole(self._headers(), body)
 
     def _write_whole(self, lines: bytes, body: bytes) -> None:
         self.started = True
         ending = b"" if self.keep_alive else b"Connection: close\r\n"
+        kind = b"" if lines.startswith(CONTENT_TYPE) else JSON_TYPE
         self._write(
-            b"HTTP/1.1 %d %b\r\nContent-Type: application/json; "
-            b"charset=utf-8\r\nContent-Length: %d\r\n%b%b\r\n%b"
-            % (self.status, _PHRASES.get(self.status, b""), len(body), ending, lines, body)
+            b"HTTP/1.1 %d %b\r\n%bContent-Length: %d\r\nDate: %b\r\n%b%b\r\n%b"
+            % (
+                self.status,
+                _PHRASES.get(self.status, b""),
+                kind,
+                len(body),
+                rfc822_formatted_time().encode(),
+                ending,
+                lines,
+                body,
+            )
         )
 
     def _start(self, data: bytes, end: bool) -> None:
@@ -208,8 +226,16 @@ class ResponseWriter:
         self._write(
             b"HTTP/1.1 %d %b\r\nContent-Type: text/event-stream; "
             b"charset=utf-8\r\nCache-Control: no-cache\r\nX-Accel-Buffering: "
-            b"no\r\n%b%b%b\r\n%b"
-            % (self.status, reason, framing, ending, self._headers(), self._frame(data, end))
+            b"no\r\nDate: %b\r\n%b%b%b\r\n%b"
+            % (
+                self.status,
+                reason,
+                rfc822_formatted_time().encode(),
+                framing,
+                ending,
+                self._headers(),
+                self._frame(data, end),
+            )
         )
 
     def _write(self, data: bytes) -> None:
@@ -238,7 +264,7 @@ class ResponseWriter:
 
 def refuse(stream: ResponseWriter, error: LoraplexError, request_id: str) -> None:
     """Answers with the error; nothing has been written before."""
-    status, headers, body = answer(error, request_id)
+    status, headers, body = answer(error, request_id, stream.errors)
     stream.refuse(
         status, "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode(), body
     )

@@ -50,6 +50,7 @@ class ChoiceReason(Enum):
     SPILL = "spill"  # all holders are overloaded or full: another one loads it
     COLD = "cold"  # nobody holds the adapter
     BLIND = "blind"  # the policy does not look at adapters
+    KEPT = "kept"  # it alone keeps what the request refers to: an earlier answer
 
 
 class Blocked(Enum):

@@ -9,6 +9,7 @@ rises only when an old peer would misunderstand.
 from __future__ import annotations
 
 import functools
+import hashlib
 from enum import IntEnum
 from typing import TypeAlias
 
@@ -99,6 +100,9 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
 
     `suspect`: why the worker should get nothing new for now (its engine makes no progress); empty
     while all is well.
+
+    Model: `tasks` are what it can do, in vLLM's words (empty: not known yet), and `max_model_len`
+    its context in tokens.
     """
 
     worker: WorkerId
@@ -126,6 +130,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     host: str = ""
     peer_endpoint: str = ""
     suspect: str = ""
+    tasks: tuple[str, ...] = ()
+    max_model_len: int = 0
 
 
 WorkerControl: TypeAlias = Heartbeat
@@ -179,7 +185,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", array_like=True):
     """One request. `body` is the client's JSON as it came; `adapter` is the version resolved for
     it, `stored` its files where the worker may need them, `peers` the peer endpoints of workers
     that have those files or are fetching them. `model` is what the client called it, where that is
-    not `base:name`: the answer says so too.
+    not `base:name`: the answer says so too. `owner` stands for the account in the ids of answers
+    that are kept (see `kept_id`).
 
     `created` is the time, in seconds since 1970, that the answer carries, the same at every
     attempt; 0: the worker's. `movable`: the gateway wants the answer's tokens beside its bytes, so
@@ -197,6 +204,9 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", array_like=True):
     created: int = 0
     movable: bool = False
     resume: Resume | None = None
+    method: str = "POST"
+    content_type: str = "application/json"
+    owner: str = ""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", array_like=True):
@@ -238,6 +248,7 @@ GatewayData: TypeAlias = Generate | Cancel | Prefetch | AdapterCommand
 END = 1  # last frame of its stream
 SSE = 2  # in a head: the body is an event stream
 TOKENS = 4  # no bytes for the client: tokens of an answer that will be sent whole
+LINES = 8  # in a head: header lines of the answer and an empty line stand before its first bytes
 STATUS_SHIFT = 8  # in a head: flags >> STATUS_SHIFT is the HTTP status; 0 in every other frame
 
 Frame: TypeAlias = tuple[StreamId, int, bytes, bytes]
@@ -413,3 +424,36 @@ def life_of(peer: bytes) -> tuple[WorkerId, int]:
     """
     worker, _, epoch = peer.decode().rpartition("#")
     return worker, int(epoch, 16)
+
+
+KEPT_PREFIX = "resp_"
+_TAG_DIGITS = 8
+
+
+def kept_id(worker: WorkerId, epoch: int, owner: str, secret: str) -> str:
+    """The id of an answer that one life of a worker keeps for later requests. `owner` is of
+    `owner_tag`.
+    """
+    return f"{KEPT_PREFIX}{worker_tag(worker, epoch)}{owner}{secret}"
+
+
+def read_kept_id(given: str) -> tuple[str, str] | None:
+    """(tag of the worker, tag of the owner), or None for what is no such id."""
+    tags = given.removeprefix(KEPT_PREFIX)
+    if tags == given or len(tags) <= 2 * _TAG_DIGITS:
+        return None
+    return tags[:_TAG_DIGITS], tags[_TAG_DIGITS : 2 * _TAG_DIGITS]
+
+
+@functools.lru_cache(maxsize=4096)
+def worker_tag(worker: WorkerId, epoch: int) -> str:
+    return _tag(f"worker {worker}#{epoch}")
+
+
+@functools.lru_cache(maxsize=4096)
+def owner_tag(account: str) -> str:
+    return _tag(f"owner {account}")
+
+
+def _tag(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=_TAG_DIGITS // 2).hexdigest()

@@ -67,6 +67,10 @@ class EngineRequest:
     """
     movable: bool = False
     """Whether the answer's tokens are wanted beside its bytes."""
+    method: str = "POST"
+    content_type: str = "application/json"
+    kept_id: str = ""
+    """The id of the answer, where the engine is to keep it for later requests."""
 
 
 class Reply(Protocol):
@@ -82,6 +86,10 @@ class Reply(Protocol):
     def more(self, data: bytes, end: bool, tokens: bytes = b"") -> None: ...
     def progress(self, tokens: bytes) -> None:
         """Tokens of an answer that is sent whole at its end."""
+        ...
+
+    def lines(self, lines: bytes) -> None:
+        """Before `head`: header lines of an answer that is neither JSON nor an event stream."""
         ...
 
 
@@ -115,6 +123,10 @@ class EngineFacts:
     """What adapters may change in the model; None where the engine does not apply them (simulated)
     or takes none.
     """
+    tasks: tuple[str, ...] = ()
+    """What the model can do, in vLLM's words."""
+    max_model_len: int = 0
+    """Its context in tokens."""
 
 
 class Engine(Protocol):
@@ -123,7 +135,8 @@ class Engine(Protocol):
 
     `serve` returns when the answer is complete; cancelling the task that runs it aborts generation.
     Errors of the request itself are answers (status and body); EngineFailure means that the engine
-    is dead; CannotContinue, that what the client has seen is not what this engine would go on from.
+    is dead; CannotContinue, that what the client has seen is not what this engine would go on from;
+    AnswerIncomplete, that an answer ended in its middle, without an `end`.
     """
 
     async def start(self) -> EngineFacts: ...

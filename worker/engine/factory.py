@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import msgspec
@@ -10,6 +11,9 @@ from shared.config.llm import LLMConfig
 from shared.errors import ConfigError
 from shared.runtime.process import count_gpus
 from worker.engine.base import Engine
+from worker.engine.vllm.app.front_end import remove_variables
+
+log = logging.getLogger("loraplex.engine")
 
 # What vLLM reads from the environment at import; the user's own values win.
 VLLM_ENV = {
@@ -58,6 +62,8 @@ def open_engine(model: LLMConfig, stream_gap_s: float = 0.0) -> Engine:
             **timing,
         )
     gpu = model.gpus_per_worker > 0 and count_gpus() > 0
+    for name in remove_variables(os.environ):
+        log.warning("the environment's %s is for vLLM's own server: it has no effect here", name)
     for key, value in (VLLM_ENV | (VLLM_GPU_ENV if gpu else VLLM_CPU_ENV)).items():
         os.environ.setdefault(key, value)
     try:

@@ -8,10 +8,11 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
-from shared.errors import CannotContinue, InvalidRequest, LoraplexError, RouteNotFound
+from shared.errors import CannotContinue, InvalidRequest
 from shared.link.token_ids import unpack
 from worker.engine.base import EngineRequest
 
+TASKS = ("generate",)
 DEFAULT_OUTPUT_TOKENS = 16  # OpenAI's for completions
 _HOLE = "\0"  # where a token goes in an event; JSON never holds it unescaped
 _encode = msgspec.json.Encoder().encode
@@ -147,11 +148,13 @@ def read_request(call: EngineRequest, base: str, max_model_len: int, created: in
     """The answer that the call is due; `created` is the time in seconds that it will carry.
 
     Raises:
-        InvalidRequest: malformed, or more than the model's context; `param` names the field.
-            RouteNotFound: no such path.
+        InvalidRequest: malformed, more than the model's context, or nothing that this engine does;
+            `param` names the field.
     """
     if call.path not in _KINDS:
-        raise RouteNotFound(f"There is no {call.path[:200]} here.")
+        raise InvalidRequest(
+            f"The simulated engine does not do {call.path[:200]}; it can do: {', '.join(_KINDS)}."
+        )
     decoder, prefix, kind = _KINDS[call.path]
     request = _decode(decoder, call.body)
     if request.n is not None and request.n != 1:
@@ -182,21 +185,6 @@ def seen_tokens(call: EngineRequest, answer: Answer) -> int:
     if seen != list(range(len(seen))) or len(seen) >= answer.max_tokens:
         raise CannotContinue("The tokens that the client has seen do not begin this answer.")
     return len(seen)
-
-
-def error_body(error: LoraplexError) -> bytes:
-    """OpenAI's error shape."""
-    kind = "not_found_error" if isinstance(error, RouteNotFound) else "invalid_request_error"
-    return _encode(
-        {
-            "error": {
-                "message": error.message,
-                "type": kind,
-                "param": error.param,
-                "code": error.code,
-            }
-        }
-    )
 
 
 def _decode(decoder: _Decoder, body: bytes) -> _ChatRequest | _CompletionRequest:

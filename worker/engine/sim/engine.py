@@ -19,11 +19,13 @@ from collections.abc import Callable, Iterable
 
 from shared.adapters.identity import AdapterRef
 from shared.averages import blend
-from shared.errors import EngineFailure, InvalidAdapter, InvalidRequest, RouteNotFound
+from shared.endpoints import errors_of
+from shared.error_bodies import error_body
+from shared.errors import EngineFailure, InvalidAdapter, InvalidRequest
 from shared.link.token_ids import pack
 from worker.engine.base import EngineFacts, EngineRequest, EngineStats, Loaded, Reply, Swap, Swapped
 from worker.engine.progress import EngineSigns
-from worker.engine.sim.answers import Answer, error_body, read_request, seen_tokens
+from worker.engine.sim.answers import TASKS, Answer, read_request, seen_tokens
 
 clock = time.monotonic
 
@@ -100,6 +102,8 @@ class SimEngine:
             self._max_loras,
             self._max_lora_rank,
             self._max_loras * HOST_PLACES_PER_SLOT,
+            tasks=TASKS,
+            max_model_len=self._max_model_len,
         )
 
     async def serve(self, call: EngineRequest, reply: Reply) -> None:
@@ -110,8 +114,8 @@ class SimEngine:
             created = call.created or int(time.time())
             answer = read_request(call, self._base, self._max_model_len, created)
             seen = seen_tokens(call, answer)
-        except (InvalidRequest, RouteNotFound) as exc:
-            reply.head(404 if isinstance(exc, RouteNotFound) else 400, False, error_body(exc), True)
+        except InvalidRequest as exc:
+            reply.head(exc.status, False, error_body(exc, errors_of(call.path)), True)
             return
         reply.prompt_tokens = answer.prompt_tokens
         done = asyncio.get_running_loop().create_future()

@@ -12,7 +12,6 @@ is being read: in vLLM 0.32 such a load kills the engine if it fails.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import json
@@ -23,6 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,11 +57,13 @@ from worker.engine.base import EngineFacts, EngineRequest, EngineStats, Loaded, 
 from worker.engine.progress import EngineSigns
 from worker.engine.vllm import patches
 from worker.engine.vllm.adapters import Adapters, lora_request
+from worker.engine.vllm.app import front_end
+from worker.engine.vllm.app.bridge import AppBridge
 from worker.engine.vllm.fast_path import FastServing
 from worker.engine.vllm.pacing import LOOK_S, Pacing
 from worker.engine.vllm.resume.movable import CREATED, PROGRESS, MovableLLM, install
 from worker.engine.vllm.resume.progress import Progress
-from worker.engine.vllm.warm_up import WARM_UP_TOKENS, WARM_UPS, prefills
+from worker.engine.vllm.warm_up import WARM_UP_TOKENS, WARM_UPS, prefills, warm_up
 
 log = logging.getLogger("loraplex.vllm")
 
@@ -181,6 +183,8 @@ class VLLMEngine:
         self._args = serve_args(model)
         self._engine: MovableLLM | None = None
         self._app: Any = None
+        self._tasks: tuple[str, ...] = ()
+        self._bridge: AppBridge | None = None
         self.fast: FastServing | None = None
         self._on_death: Callable[[str], None] | None = None
         self._adapters: Adapters | None = None
@@ -207,7 +211,7 @@ class VLLMEngine:
         engine = self._engine
         assert engine is not None
         self._adapters = Adapters(engine)
-        tasks = await engine.get_supported_tasks()
+        tasks = self._tasks = tuple(await engine.get_supported_tasks())
         self._app = build_app(self._args, tasks, engine.model_config)
         await init_app_state(engine, self._app.state, self._args, tasks)
         # vLLM's error handler sets it where uvicorn would be told to end
@@ -219,6 +223,9 @@ class VLLMEngine:
             ASKED.get() or (lora.lora_name.rpartition("@")[0] if lora else base)
         )
         self.fast = FastServing(engine, self._app.state, self._args, self._pacing)
+        self._bridge = AppBridge(
+            self._app, base, tasks, frozenset(vars(self._args)), lambda: bool(engine.errored)
+        )
         await self._warm_up()
         self._watch = asyncio.create_task(self._watch_engine(), name="engine-watch")
         self._watch_processes()
@@ -229,15 +236,17 @@ class VLLMEngine:
         config = engine.vllm_config
         lora = config.lora_config
         capacity = config.scheduler_config.max_num_seqs
+        facts = EngineFacts(
+            "vllm", capacity, 0, 0, tasks=tasks, max_model_len=config.model_config.max_model_len
+        )
         if lora is None:
-            return EngineFacts("vllm", capacity, 0, 0)
-        return EngineFacts(
-            "vllm",
-            capacity,
-            lora.max_loras,
-            lora.max_lora_rank,
-            lora.max_cpu_loras or lora.max_loras,
-            await self._adapters.layers(),
+            return facts
+        return replace(
+            facts,
+            slots=lora.max_loras,
+            max_lora_rank=lora.max_lora_rank,
+            host_places=lora.max_cpu_loras or lora.max_loras,
+            layers=await self._adapters.layers(),
         )
 
     async def serve(self, call: EngineRequest, reply: Reply) -> None:
@@ -250,19 +259,8 @@ class VLLMEngine:
             return
         progress = self._progress(call, reply)
         PROGRESS.set(progress)
-        gone = asyncio.Event()
-        # The app runs in a task of its own: cancelling it would leave vLLM's handler running, so it
-        # is told of a disconnect instead.
-        bridge = asyncio.create_task(
-            self._bridge(call, reply, progress, gone), name=f"asgi {call.request_id}"
-        )
-        try:
-            await asyncio.shield(bridge)
-        except asyncio.CancelledError:
-            gone.set()
-            with contextlib.suppress(EngineFailure, CannotContinue):
-                await bridge
-            raise
+        assert self._bridge is not None
+        await self._bridge.serve(call, reply, progress)
 
     async def prepare(self, adapter: Loaded) -> None:
         assert self._adapters is not None
@@ -338,10 +336,10 @@ class VLLMEngine:
         return engine
 
     def _progress(self, call: EngineRequest, reply: Reply) -> Progress | None:
-        """None: the answer ends with this worker. A user's middleware may take an answer's parts
-        apart, and beam search does not say its tokens in the order of the text.
+        """None: the answer ends with this worker. Beam search does not say its tokens in the order
+        of the text.
         """
-        movable = call.path in MOVABLE and not self._args.middleware
+        movable = call.path in MOVABLE
         if not movable or b'"use_beam_search"' in call.body:
             if call.seen:
                 raise CannotContinue("Such an answer cannot be continued.")
@@ -351,57 +349,6 @@ class VLLMEngine:
         chat = getattr(self._app.state, "openai_serving_chat", None)
         parses = call.path == CHAT and chat is not None and chat.parser_cls is not None
         return Progress(call.seen, parses, reply.progress)
-
-    async def _bridge(
-        self, call: EngineRequest, reply: Reply, progress: Progress | None, gone: asyncio.Event
-    ) -> None:
-        """One request through vLLM's app: body in, `http.response.*` events out to the reply."""
-        state: dict[str, Any] = {}
-        scope = {
-            "type": "http",
-            # from 2.4 on Starlette would not listen for the disconnect
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": "1.1",
-            "method": "POST",
-            "scheme": "http",
-            "path": call.path,
-            "raw_path": call.path.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "server": ("worker", 0),
-            "client": ("gateway", 0),
-            "headers": [
-                (b"content-type", b"application/json"),
-                (b"x-request-id", call.request_id.encode()),
-            ],
-            "state": state,
-        }
-        out = _Answer(reply, state, progress)
-        unread = True
-
-        async def receive() -> dict[str, Any]:
-            nonlocal unread
-            if unread:
-                unread = False
-                return {"type": "http.request", "body": call.body, "more_body": False}
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        assert self._engine is not None
-        try:
-            await self._app(scope, receive, out.send)
-        except Exception as exc:
-            # Starlette re-raises after it has answered 500; the request failed, not the worker
-            log.warning(
-                "request failed in the engine's app",
-                extra={"request": call.request_id, "error": type(exc).__name__},
-            )
-        if progress is not None and progress.failure is not None:
-            raise progress.failure
-        if self._engine.errored:
-            raise EngineFailure("the engine died")
-        if not out.ended and not gone.is_set():
-            out.break_off()
 
     async def _watch_engine(self) -> None:
         assert self._engine is not None
@@ -452,7 +399,7 @@ class VLLMEngine:
         started = time.monotonic()
         try:
             async with asyncio.timeout(WARM_UP_S):
-                for extra in WARM_UPS:
+                for extra in WARM_UPS if "generate" in self._tasks else ({},):
                     await self._rehearse(extra, None)
                 if self._args.enable_lora:
                     await self._rehearse_adapter()
@@ -486,6 +433,8 @@ class VLLMEngine:
         config = self._engine.vllm_config
         if config.device_config.device_type == "cpu":
             return []
+        if "generate" not in self._tasks:
+            return []
         graphs = config.compilation_config.max_cudagraph_capture_size or 1
         return prefills(
             graphs,
@@ -494,12 +443,11 @@ class VLLMEngine:
         )
 
     async def _rehearse(self, extra: dict[str, Any], adapter: Loaded | None) -> None:
-        body = json.dumps(
-            {"model": self._model.model_id, "prompt": [1, 1], "max_tokens": WARM_UP_TOKENS, **extra}
-        ).encode()
+        path, fields = warm_up(self._tasks)
+        body = json.dumps({"model": self._model.model_id, **fields, **extra}).encode()
         discard = Discard()
         try:
-            await self.serve(EngineRequest("/v1/completions", "warm-up", body, adapter), discard)
+            await self.serve(EngineRequest(path, "warm-up", body, adapter), discard)
         finally:
             PINNED.set(None)
         if discard.status != 200:
@@ -507,82 +455,6 @@ class VLLMEngine:
                 "warm-up request was not answered",
                 extra={"status": discard.status, "with": list(extra)},
             )
-
-
-class _Answer:
-    """ASGI `send`: joins the head with the first bytes, leaves out what the client has seen or must
-    not see when the engine dies, and sends the bytes of one output and its tokens together.
-    """
-
-    __slots__ = (
-        "_begun",
-        "_held",
-        "_progress",
-        "_reply",
-        "_sse",
-        "_state",
-        "_status",
-        "ended",
-    )
-
-    def __init__(self, reply: Reply, state: dict[str, Any], progress: Progress | None) -> None:
-        self._reply, self._state, self._progress = reply, state, progress
-        self._status, self._sse, self._begun, self.ended = 0, False, False, False
-        self._held = b""
-        if progress is not None:
-            progress.on_complete = self._complete
-
-    async def send(self, event: dict[str, Any]) -> None:
-        if event["type"] == "http.response.start":
-            self._status = event["status"]
-            kind = next((v for k, v in event["headers"] if k.lower() == b"content-type"), b"")
-            self._sse = kind.startswith(b"text/event-stream")
-            return
-        progress = self._progress
-        if progress is not None and progress.failure is not None:
-            return
-        data, end = event.get("body", b""), not event.get("more_body", False)
-        if progress is None or not progress.old:
-            self._held += data
-        if end:
-            self._count()
-            self.ended = True
-        if end or progress is None or not progress.prompts:
-            self._put(end)
-
-    def _complete(self) -> None:
-        """All that was rendered of one output is here. Without a token it waits for the next."""
-        if self._held and self._progress is not None and self._progress.words:
-            self._put(False)
-
-    def _put(self, end: bool) -> None:
-        data, tokens, self._held = self._held, b"", b""
-        if self._progress is not None:
-            tokens, self._progress.words = self._progress.words, b""
-        if self._begun:
-            self._reply.more(data, end, tokens)
-        elif data or end:
-            self._begun = True
-            self._reply.head(self._status, self._sse, data, end, tokens)
-
-    def break_off(self) -> None:
-        """The app gave up without an end."""
-        if self._begun:
-            self._reply.more(b"", True)
-        else:
-            self._reply.head(
-                500,
-                False,
-                b'{"error":{"message":"The engine failed on this '
-                b'request.","type":"server_error","code":"engine_error"}}',
-                True,
-            )
-
-    def _count(self) -> None:
-        usage = getattr(self._state.get("request_metadata"), "final_usage_info", None)
-        if usage is not None:
-            self._reply.prompt_tokens = usage.prompt_tokens or 0
-            self._reply.output_tokens = usage.completion_tokens or 0
 
 
 class Discard:
@@ -598,6 +470,9 @@ class Discard:
         return None
 
     def progress(self, tokens: bytes) -> None:
+        return None
+
+    def lines(self, lines: bytes) -> None:
         return None
 
 
@@ -647,6 +522,8 @@ def serve_args(model: LLMConfig) -> Any:
         )
     try:
         for key, value in wanted.items():
+            if key in front_end.ARGUMENTS:
+                continue
             default: Any = getattr(args, key, None)
             if isinstance(value, dict) and hasattr(default, "__dataclass_fields__"):
                 value = dataclasses.replace(default, **value)  # vLLM's app reads its fields

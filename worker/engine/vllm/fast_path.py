@@ -29,9 +29,11 @@ from vllm.exceptions import GenerationError
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from shared.endpoints import ErrorFamily
 from shared.errors import EngineFailure
 from shared.link.token_ids import pack, unpack
 from worker.engine.base import EngineRequest, Reply
+from worker.engine.vllm.app.errors import event_in_our_shape
 from worker.engine.vllm.pacing import Pacing
 from worker.engine.vllm.resume.modes import ResumeMode
 from worker.engine.vllm.resume.movable import CREATED, PROGRESS, MovableLLM, Past, repeatable
@@ -236,7 +238,8 @@ class Stream:
 
     def _break_off(self, exc: Exception) -> None:
         """An error after the status has gone is an event, as in vLLM."""
-        self._send(b"data: %b\n\n" % self._in_words(exc).encode() + DONE, True)
+        event = b"data: %b\n\n" % self._in_words(exc).encode()
+        self._send((event_in_our_shape(event, ErrorFamily.OPENAI, ()) or event) + DONE, True)
         self.ended.set_result(None)
 
     def _send(self, data: bytes, end: bool) -> None:

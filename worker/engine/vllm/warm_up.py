@@ -4,6 +4,7 @@ kind compiles kernels inside the step loop.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 WARM_UP_TOKENS = 2
@@ -27,6 +28,19 @@ WARM_UPS: tuple[dict[str, Any], ...] = (
     },
 )
 """One request each: greedy, seeded with logprobs, sampled with penalties, structured."""
+
+
+def warm_up(tasks: Collection[str]) -> tuple[str, dict[str, Any]]:
+    """(path, body without its model) of a small request that a model with these tasks answers."""
+    if "generate" in tasks:
+        return "/v1/completions", {"prompt": [1, 1], "max_tokens": WARM_UP_TOKENS}
+    if "embed" in tasks:
+        return "/v1/embeddings", {"input": [1, 1]}
+    if "classify" in tasks:
+        return "/classify", {"input": "warm"}
+    return "/pooling", {"input": [1, 1]}
+
+
 MOST_PROMPTS = 64
 """Of one prefill: where prompts must be short, large ones are left out."""
 

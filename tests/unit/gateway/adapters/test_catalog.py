@@ -419,7 +419,7 @@ async def test_the_model_list_is_made_once_per_state_of_the_catalogs_however_man
     made: list[int] = []
     real = model_list
     monkeypatch.setattr(
-        models_module, "model_list", lambda names, created: made.append(1) or real(names, created)
+        models_module, "model_list", lambda names, *more: made.append(1) or real(names, *more)
     )
     catalog, _ = a_catalog(root)
     models = ModelList({"tiny": catalog, "plain": None}, lambda base: (), 5)

@@ -80,6 +80,9 @@ class Frames:
     def progress(self, tokens: bytes) -> None:
         self.tokens += unpack(tokens).get(0, [])
 
+    def lines(self, lines: bytes) -> None:
+        raise AssertionError("the simulated engine answers in JSON")
+
     def _put(self, data: bytes, end: bool) -> None:
         assert not self.ended
         self.parts.append(data)
@@ -176,7 +179,13 @@ async def cancel(*tasks: asyncio.Task[None]) -> None:
 async def test_facts_come_from_the_arguments() -> None:
     engine: Engine = SimEngine("tiny", max_loras=3, max_lora_rank=32, max_num_seqs=7)
     assert await engine.start() == EngineFacts(
-        "sim", capacity=7, slots=3, max_lora_rank=32, host_places=15
+        "sim",
+        capacity=7,
+        slots=3,
+        max_lora_rank=32,
+        host_places=15,
+        tasks=("generate",),
+        max_model_len=4096,
     )
     assert engine.stats() == EngineStats()
     await engine.stop()
@@ -337,11 +346,10 @@ async def test_a_bad_request_is_answered_with_400_and_the_field(
     assert error["message"]
 
 
-async def test_an_unknown_path_is_answered_with_404() -> None:
+async def test_what_it_cannot_do_is_answered_with_400_and_names_what_it_can() -> None:
     async with started() as engine:
-        assert (
-            await answer(engine, EngineRequest("/v1/embeddings", "r1", b"{}", None))
-        ).status == 404
+        frames = await answer(engine, EngineRequest("/v1/embeddings", "r1", b"{}", None))
+    assert frames.status == 400 and b"/v1/chat/completions" in frames.parts[0]
 
 
 async def test_the_context_can_be_filled_to_its_last_token_and_bounds_the_default() -> None:

@@ -1,0 +1,1 @@
+"""Pure. vLLM's own app as a part of the engine: requests in, answers out, errors in our shape."""
