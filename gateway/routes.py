@@ -191,7 +191,7 @@ class Routes:
         if (model := request.query.get("model")) is not None:
             if model not in models:
                 error = ModelNotFound(f"There is no base model `{model[:200]}` here.")
-                return self._answer(error, request_id_of(AiohttpRequest(request)))
+                return self._answer(error, request)
             ready = bool(models[model]["ready"])
         else:
             able = [m for m in models.values() if m["reason"] is None]

@@ -142,7 +142,7 @@ class GatewaySession:
 
     def kept_id(self, owner: str) -> str:
         """For an answer that this life of the worker keeps."""
-        return messages.kept_id(self._worker, self._epoch, owner, secrets.token_hex(12))
+        return messages.kept_id(self._worker, self.epoch, owner, secrets.token_hex(12))
 
     def next_seq(self) -> int:
         self._seq += 1
