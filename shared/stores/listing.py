@@ -27,8 +27,6 @@ MAX_FILES_PER_ADAPTER = 256
 # S3's and GCS's own limit for a key.
 MAX_KEY_CHARS = 1024
 MAX_SHOWN = 100  # skipped folders that are told one by one
-
-
 class Entry(NamedTuple):
     """One object of a store. `key` is relative to the store's root, with `/` and no leading `/`."""
 
