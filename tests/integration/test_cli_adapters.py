@@ -195,7 +195,7 @@ async def test_a_good_adapter_is_valid_and_its_facts_are_printed(config: str) ->
 
 @pytest.mark.parametrize(
     "name",
-    ["rank-over-max", "pickle-only", "target-unknown", "weights-cut-in-values", "other-base"],
+    ["rank-over-max", "pickle-only", "weights-cut-in-values", "dora", "int8"],
 )
 async def test_a_bad_adapter_is_not_valid_for_the_reason_that_a_worker_would_give(
     tmp_path: Path, config: str, name: str

@@ -417,12 +417,15 @@ class Residency:
         return room if any(self.slots.uses(a) == 0 for a in self._closing) else Full()
 
     def _kept(self, now: float) -> set[AdapterRef]:
-        """The adapters in steady use, while they have few of the slots. The gateway spares them as
-        well for the requests that wait there; this rule is for a line at the worker.
+        """The adapters in steady use, while they have few of the slots, empty ones counted. The
+        gateway spares them as well for the requests that wait there; this rule is for a line at the
+        worker.
         """
-        open_to_all = [a for a in self.slots.adapters() if not self.slots.pinned(a)]
-        steady = {a for a in open_to_all if self._steady_per_s(a, now)}
-        return steady if len(steady) <= STEADY_SHARE * len(open_to_all) else set()
+        held = self.slots.adapters()
+        pinned = {a for a in held if self.slots.pinned(a)}
+        steady = {a for a in held if a not in pinned and self._steady_per_s(a, now)}
+        few = STEADY_SHARE * (self.slots.size - len(pinned))
+        return steady if len(steady) <= few else set()
 
     def _steady_per_s(self, adapter: AdapterRef, now: float) -> float:
         """Requests a second of an adapter in steady use, and 0 for all others."""
