@@ -48,6 +48,7 @@ bench-engine: setup
 # Every module of every architecture, served and compared with PEFT: the table of docs/ADAPTERS.md.
 oracle: setup
 	@$(PY) -m tests.engine.oracle.matrix $(ARGS)
+	@$(PY) -m tests.engine.oracle.merged
 
 # What a cold adapter costs: one taken apart, 64 at once, a bucket of 10,000.
 bench-cold: setup

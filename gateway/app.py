@@ -179,7 +179,12 @@ def _watched(
     refused = {
         c.base: functools.partial(c.versions.count, VersionStage.REFUSED) for c in _listed(catalogs)
     }
-    return Watched(fleet, queued, refused)
+    skipped = {c.base: functools.partial(_skipped, c) for c in _listed(catalogs)}
+    return Watched(fleet, queued, refused, skipped)
+
+
+def _skipped(catalog: Catalog) -> dict[str, int]:
+    return {reason.value: count for reason, count in catalog.skipped.counts}
 
 
 def _aggregator(

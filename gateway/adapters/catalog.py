@@ -18,7 +18,7 @@ from gateway.adapters.settling import Settling
 from gateway.adapters.versions import Versions
 from shared.adapters.identity import StoredAdapter
 from shared.errors import AdapterNotFound, LoraplexError, StoreUnavailable
-from shared.stores import AdapterStore
+from shared.stores import AdapterStore, Skipped
 
 log = logging.getLogger("loraplex.catalog")
 
@@ -49,6 +49,7 @@ class Catalog:
         self._refused: OrderedDict[str, tuple[str, float]] = OrderedDict()
         # what single questions found since the running listing began: newer than it
         self._fresh: dict[str, StoredAdapter | None] = {}
+        self._told: set[str] = set()  # keys of skipped folders, and "" of an empty store
         self.versions = Versions()
         self.listed = False
         self.version = 0
@@ -99,6 +100,7 @@ class Catalog:
                 known[name] = found
         if complete:
             self._settling.keep(known)
+            self._tell(self._store.skipped, empty=not known)
         if not len(known) == len(self._known) == named or not self.listed:
             log.info(
                 "adapters listed",
@@ -109,6 +111,27 @@ class Catalog:
             self.version += 1
         self.listed = True
         self.versions.listed(known, time.monotonic(), complete=complete)
+
+    @property
+    def skipped(self) -> Skipped:
+        """What the last complete listing left out."""
+        return self._store.skipped
+
+    def _tell(self, skipped: Skipped, *, empty: bool) -> None:
+        """A warning for each folder that is left out, once; and for a store without adapters, which
+        a wrong prefix has.
+        """
+        where = {"base": self.base, "store": self._store.url}
+        for one in skipped.shown:
+            if one.key not in self._told:
+                log.warning("folder skipped", extra={**where, "folder": one.key, "reason": one.why})
+        if empty and "" not in self._told:
+            log.warning(
+                "no adapters in the store: nothing there has an adapter_config.json; "
+                "is the path right?",
+                extra=where,
+            )
+        self._told = {one.key for one in skipped.shown} | ({""} if empty else set())
 
     async def find(self, name: str) -> StoredAdapter:
         """The version of the adapter that answers now. See `latest`, also for what it raises."""
@@ -126,11 +149,15 @@ class Catalog:
         if adapter is None and not self.is_missing(name):
             adapter = await self._ask(name)
         if adapter is None:
-            raise no_such_adapter(self.base, name, self._below(name))
+            raise no_such_adapter(self.base, name, self._hint(name))
         return adapter
 
-    def _below(self, name: str) -> str:
-        """Trainers leave an adapter in a folder of its own below the one that people name."""
+    def _hint(self, name: str) -> str:
+        """Why a name that people see in the store is none; trainers leave an adapter in a folder of
+        its own below the one that people name.
+        """
+        if why := self.skipped.why(name):
+            return f" Its folder in the store is skipped because {why}."
         begin = f"{name}/checkpoint-"
         found = [known for known in self._known if known.startswith(begin)]
         if not found:

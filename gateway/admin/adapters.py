@@ -49,6 +49,7 @@ class AdapterAdmin:
         return {
             ("GET", "/admin/explain"): self.explain,
             ("GET", "/admin/adapters"): self.adapters,
+            ("GET", "/admin/skipped"): self.skipped,
             ("POST", "/v1/load_lora_adapter"): self._actions.load,
             ("POST", "/v1/unload_lora_adapter"): self._actions.unload,
         }
@@ -107,7 +108,22 @@ class AdapterAdmin:
                     follows = f"{rows[-1]['base']}:{rows[-1]['name']}"
                     break
                 rows.append(views.row(base, name, stored, on, record, change))
-        return json_answer({"adapters": rows, "next": follows})
+        skipped = sum(c.skipped.total for b in bases if (c := self._scope.catalogs[b]) is not None)
+        return json_answer({"adapters": rows, "next": follows, "skipped": skipped})
+
+    async def skipped(self, request: web.BaseRequest) -> web.Response:
+        """Folders of the stores that are no adapters, with the reason: all counted, the first ones
+        shown.
+        """
+        rows, total = [], 0
+        for base, catalog in sorted(self._scope.catalogs.items()):
+            if catalog is not None and request.query.get("base", base) == base:
+                total += catalog.skipped.total
+                rows += [
+                    {"base": base, "folder": s.key, "code": s.reason.value, "reason": s.why}
+                    for s in catalog.skipped.shown
+                ]
+        return json_answer({"skipped": rows, "total": total})
 
     async def adapter(self, request: web.BaseRequest) -> web.Response:
         name = request.path.removeprefix(PREFIX)

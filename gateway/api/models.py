@@ -154,8 +154,8 @@ def model_list(
     """Every base model and its adapters, name -> digest of the version that answers ("" for an
     alias).
 
-    What repeats in each adapter's card is encoded once: names and digests have no character that
-    JSON escapes.
+    What repeats in each adapter's card is encoded once: of names JSON escapes quotes only, of
+    digests nothing.
     """
     cards = []
     for base, digests in adapters.items():
@@ -173,7 +173,8 @@ def model_list(
         for name in _sorted([*digests]):
             digest = digests[name]
             ending = f'{after[:-1]},"loraplex_digest":"{digest}"}}' if digest else after
-            cards.append(f"{before}{name}{between}{name}{ending}")
+            shown = name if '"' not in name else name.replace('"', '\\"')
+            cards.append(f"{before}{shown}{between}{shown}{ending}")
     return ('{"object":"list","data":[' + ",".join(cards) + "]}").encode()
 
 

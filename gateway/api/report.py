@@ -4,6 +4,8 @@ operator in the access log.
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 import msgspec
 
 from gateway.dispatch.lifecycle import RequestPhase
@@ -55,10 +57,15 @@ def _own_lines(inflight: InFlightRequest, policy: str) -> bytes:
     queue_ms = (inflight.t_sent - inflight.t_start) * 1e3
     lines += f"x-loraplex-worker: {choice.worker.id}\r\nx-loraplex-queue-ms: {queue_ms:.1f}\r\n"
     if adapter is not None:
-        version = f"{adapter.name}@{adapter.digest[:SHOWN_DIGEST]}"
+        version = f"{in_header(adapter.name)}@{adapter.digest[:SHOWN_DIGEST]}"
         tier = choice.tier.name.lower()
         lines += f"x-loraplex-adapter: {version}\r\nx-loraplex-adapter-tier: {tier}\r\n"
     return lines.encode()
+
+
+def in_header(name: str) -> str:
+    """An adapter's name as a URL would have it: header fields are ASCII."""
+    return name if name.isascii() and not (" " in name or "%" in name) else quote(name)
 
 
 def access_record(

@@ -46,6 +46,11 @@ def add_parser(verbs: Any) -> None:
         "--state",
         help="only those that are listed, cached, warm, loading, loaded, pinned or invalid",
     )
+    ls.add_argument(
+        "--skipped",
+        action="store_true",
+        help="instead, the folders of the store that are no adapters, and why",
+    )
     ls.set_defaults(run=lambda args: _run(_ls, args))
     show = actions.add_parser("show", parents=[common], help="one adapter, worker by worker")
     show.add_argument("name", metavar="NAME")
@@ -150,6 +155,8 @@ def _run(action: Any, args: argparse.Namespace) -> int:
 
 
 def _ls(args: argparse.Namespace, gateway: Gateway) -> int:
+    if args.skipped:
+        return _ls_skipped(args, gateway)
     query = {k: v for k, v in (("base", args.base), ("state", args.state)) if v}
     rows: list[dict[str, Any]] = []
     while True:
@@ -178,6 +185,22 @@ def _ls(args: argparse.Namespace, gateway: Gateway) -> int:
             for r in rows
         ],
     )
+    if page["skipped"]:
+        print(f"{page['skipped']} folders of the store are skipped; --skipped says why")
+    return 0
+
+
+def _ls_skipped(args: argparse.Namespace, gateway: Gateway) -> int:
+    _, found = gateway.call("GET", "/admin/skipped", {"base": args.base} if args.base else {})
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    show_table(
+        ("BASE", "FOLDER", "REASON"),
+        [(s["base"], s["folder"], s["reason"]) for s in found["skipped"]],
+    )
+    if (more := found["total"] - len(found["skipped"])) > 0:
+        print(f"and {more} more")
     return 0
 
 
@@ -244,8 +267,11 @@ def _report(args: argparse.Namespace, answer: Any) -> int:
 
 
 def _target(args: argparse.Namespace) -> tuple[str | None, str]:
-    base, colon, name = args.name.rpartition(":")
-    return (base, name) if colon else (args.base, args.name)
+    """A base's id has no colon, an adapter's name may."""
+    if args.base:
+        return args.base, args.name.removeprefix(f"{args.base}:")
+    base, colon, name = args.name.partition(":")
+    return (base, name) if colon else (None, args.name)
 
 
 def _place(worker: dict[str, Any]) -> str:

@@ -66,7 +66,7 @@ def _ls(args: argparse.Namespace, gateway: Gateway) -> None:
         [
             entry
             for entry in _aliases(gateway)
-            if args.base in (None, entry["model"].rpartition(":")[0])
+            if args.base in (None, entry["model"].partition(":")[0])
         ],
     )
 
@@ -74,9 +74,11 @@ def _ls(args: argparse.Namespace, gateway: Gateway) -> None:
 def _set(args: argparse.Namespace, gateway: Gateway) -> None:
     """The bounds of its rollback stay what they are: only the shares are said here."""
     body: dict[str, object] = {"shares": [_share(text) for text in args.shares]}
-    base, _, alias = args.alias.rpartition(":")
+    base, colon, alias = args.alias.partition(":")
+    if not colon:
+        base, alias = "", args.alias
     for entry in _aliases(gateway):
-        of, _, name = entry["model"].rpartition(":")
+        of, _, name = entry["model"].partition(":")
         if name == alias and (base or args.base or of) == of:
             body["rollback"] = entry["rollback"]
     _, entry = gateway.call("PUT", _path(args), {"now": "1"} if args.now else {}, body, TIMEOUT_S)

@@ -17,6 +17,7 @@ import uvloop
 from gateway.cli import adapters as adapter_commands
 from gateway.cli import aliases as alias_commands
 from gateway.cli import status as status_command
+from gateway.cli.stores import look_at_stores
 from loraplex import __version__
 from loraplex.start import command
 from shared.config.handover import read_settings
@@ -247,6 +248,9 @@ def _check(args: argparse.Namespace) -> int:
         problems = engine_kwargs_problems(settings, _known_arguments())
         if problems:
             raise ConfigError("\n".join(problems))
+    errors, notes = look_at_stores(settings)
+    if errors:
+        raise ConfigError("\n".join(errors))
     for m in settings.models:
         gpus = f", {m.gpus_per_worker} GPU each" if m.gpus_per_worker else ""
         adapters = (
@@ -258,6 +262,8 @@ def _check(args: argparse.Namespace) -> int:
         if (line := _scaling_line(m)) is not None:
             print(f"  {line}")
     g = settings.gateway
+    for note in notes:
+        print(note)
     print(f"gateway: http://{g.host}:{g.port}, {g.processes} process(es)\nok")
     return 0
 

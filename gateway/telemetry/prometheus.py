@@ -88,12 +88,13 @@ class Watched:
     """What is counted only when somebody asks for the metrics.
 
     By base model: `queued` counts the requests in the queue, `refused` the adapters whose newest
-    version is not served.
+    version is not served, `skipped` the folders of the store that are none, by reason.
     """
 
     fleet: Fleet | None = None
     queued: Mapping[str, Callable[[], int]] = field(default_factory=dict)
     refused: Mapping[str, Callable[[], int]] = field(default_factory=dict)
+    skipped: Mapping[str, Callable[[], Mapping[str, int]]] = field(default_factory=dict)
 
 
 NOTHING_WATCHED = Watched()
@@ -243,7 +244,7 @@ class Metrics:
         registry.register(ProcessCollector(snapshots, answered))
         if self._watched.fleet is not None:
             registry.register(FleetCollector(self._watched.fleet))
-        registry.register(VersionCollector(self._watched.refused))
+        registry.register(VersionCollector(self._watched.refused, self._watched.skipped))
         registry.register(ScalingCollector(self._scaling()))
         return registry
 
@@ -373,8 +374,12 @@ class FleetCollector(Collector):
 class VersionCollector(Collector):
     """As this process sees it: each switches on its own."""
 
-    def __init__(self, refused: Mapping[str, Callable[[], int]]) -> None:
-        self._refused = refused
+    def __init__(
+        self,
+        refused: Mapping[str, Callable[[], int]],
+        skipped: Mapping[str, Callable[[], Mapping[str, int]]],
+    ) -> None:
+        self._refused, self._skipped = refused, skipped
 
     def collect(self) -> Iterable[Metric]:
         gauge = GaugeMetricFamily(
@@ -384,7 +389,15 @@ class VersionCollector(Collector):
         )
         for base, count in self._refused.items():
             gauge.add_metric([base], count())
-        return [gauge]
+        skipped = GaugeMetricFamily(
+            "loraplex_adapters_skipped",
+            "Folders of the store that are left out, by reason.",
+            labels=["base", "reason"],
+        )
+        for base, counts in self._skipped.items():
+            for reason, number in counts().items():
+                skipped.add_metric([base, reason], number)
+        return [gauge, skipped]
 
 
 class ScalingCollector(Collector):

@@ -11,10 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
-from shared.adapters.identity import check_name
+from shared.adapters.identity import name_problem
 from shared.config.aliases import AliasConfig, alias_findings, plain_alias
 from shared.config.section import Finding, Section, shown, under
-from shared.errors import AdapterNotFound
 
 Positive = Annotated[int, Meta(ge=1)]
 Text = Annotated[str, Meta(min_length=1)]
@@ -215,13 +214,8 @@ class LoraConfig(Section, frozen=True, kw_only=True):
 
 def _name_rules(key: str, names: tuple[str, ...]) -> Iterator[Finding]:
     for n, name in enumerate(names):
-        try:
-            check_name(name)
-        except AdapterNotFound:
-            text = (
-                f"{shown(name)} is no adapter's name: write it without the model, of "
-                "letters, digits, '.', '_', '-' and '/'"
-            )
+        if problem := name_problem(name):
+            text = f"{shown(name)} is no adapter's name (write it without the model): {problem}"
             yield Finding((key, n), text)
         if name in names[:n]:
             yield Finding((key, n), f"{shown(name)} stands here twice; remove one")

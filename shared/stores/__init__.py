@@ -33,7 +33,7 @@ class AdapterStore(Protocol):
     loop.
 
     A store is an async context manager: entering opens its client, leaving closes it. `skipped` is
-    what the last complete listing left out, for the log.
+    what the last complete listing left out.
     """
 
     url: str
@@ -41,6 +41,10 @@ class AdapterStore(Protocol):
 
     async def __aenter__(self) -> AdapterStore: ...
     async def __aexit__(self, *exc: object) -> None: ...
+
+    async def exists(self) -> bool:
+        """Whether anything at all lies below the root."""
+        ...
 
     def list(self) -> AsyncIterator[StoredAdapter]:
         """Every adapter below the root, paginated underneath, in no particular order."""

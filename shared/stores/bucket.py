@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 
 from shared.adapters.identity import StoredAdapter, StoredFile
@@ -26,6 +27,12 @@ class Bucket(ABC):
     @abstractmethod
     def _stream(self, adapter_name: str, file: StoredFile, offset: int, length: int) -> Stream:
         """These bytes of the listed version, or an error."""
+
+    async def exists(self) -> bool:
+        async with aclosing(self.pages("")) as pages:
+            async for page in pages:
+                return bool(page)
+        return False
 
     async def list(self) -> AsyncIterator[StoredAdapter]:
         grouping = Grouping()

@@ -18,8 +18,8 @@ from typing import BinaryIO, TypeAlias
 
 import msgspec
 
-from shared.adapters.identity import CONFIG_FILE, StoredAdapter, may_be_part
-from shared.stores.listing import Entry, Grouping, Skipped, valid_path
+from shared.adapters.identity import CONFIG_FILE, StoredAdapter, may_be_part, name_problem
+from shared.stores.listing import Entry, Grouping, Skipped, SkipReason, join_skipped
 
 # How much of either end of a file is read for its version. Both ends of two trainings differ: the
 # tensors' order is alphabetical.
@@ -84,14 +84,8 @@ class _Scan:
         self.adapters: list[StoredAdapter] = []
 
     def skipped(self) -> Skipped:
-        parts = [
-            self._outside.skipped,
-            *(u.skipped for u in self.units.values() if u.skipped is not _NONE),
-        ]
-        example = next((p.example for p in parts if p.example), "")
-        return Skipped(
-            sum(p.outside_grammar for p in parts), sum(p.too_many_files for p in parts), example
-        )
+        kept = (u.skipped for u in self.units.values() if u.skipped is not _NONE)
+        return join_skipped([self._outside.skipped, *kept])
 
     def folder(self, path: str, key: str, above: tuple[tuple[int, int], ...]) -> None:
         """`above` holds the folders on the way here: a link back to one of them would never end."""
@@ -104,19 +98,17 @@ class _Scan:
             with os.scandir(path) as entries:
                 found = [(e.name, _is_folder(e), e.is_symlink()) for e in entries]
         except OSError:
-            self._outside.skip(key)
+            self._outside.skip(key, SkipReason.UNREADABLE)
             return
         here = (status.st_dev, status.st_ino)
         if here in above or len(above) >= _MAX_DEPTH:
-            self._outside.skip(key)
+            self._outside.skip(key, SkipReason.LOOP)
         elif key and any(name == CONFIG_FILE and not is_folder for name, is_folder, _ in found):
             self._keep(key, self._unit(path, key, above, status, found, known))
         else:
             for child, at, is_folder in self._inside(self._outside, path, key, found):
-                if is_folder:
+                if is_folder:  # a file outside of all adapters is nobody's
                     self.folder(at, child, (*above, here))
-                elif may_be_part(child.rpartition("/")[2]) and not valid_path(child):
-                    self._outside.skip(child)  # any other file outside of all adapters is nobody's
 
     def _inside(
         self, grouping: Grouping, path: str, key: str, found: _Found
@@ -126,10 +118,10 @@ class _Scan:
         """
         for name, is_folder, is_link in found:
             child, at = (f"{key}/{name}" if key else name), f"{path}/{name}"
-            if name.startswith(".") or (
-                is_link and not below(os.path.realpath(at), self._real_root)
-            ):
-                grouping.skip(child)
+            if name.startswith("."):
+                _skip_hidden(grouping, child, at)
+            elif is_link and (out := _link_out(at, self._real_root)):
+                grouping.skip(child, out)
             else:
                 yield child, at, is_folder
 
@@ -168,7 +160,7 @@ class _Scan:
                     )
             except OSError:
                 # gone since, or not readable for us: the rest of the folder is as good as before
-                grouping.skip(child)
+                grouping.skip(child, SkipReason.UNREADABLE)
                 continue
             stamps.append(_stamp(file_status))
             adapters += grouping.add(entry)
@@ -206,24 +198,38 @@ def walk(
             # slash.
             names = sorted((e.name + "/" if _is_folder(e) else e.name) for e in entries)
     except OSError:
-        grouping.skip(key)
+        grouping.skip(key, SkipReason.UNREADABLE)
         return
     here = (status.st_dev, status.st_ino)
     if here in above or len(above) >= _MAX_DEPTH:
-        grouping.skip(key)
+        grouping.skip(key, SkipReason.LOOP)
         return
     for name in names:
         child, path = (f"{key}/{name}" if key else name), os.path.join(folder, name.rstrip("/"))
         if not name.endswith("/") and not may_be_part(name):
             continue
-        if name.startswith(".") or (
-            os.path.islink(path) and not below(os.path.realpath(path), real_root)
-        ):
-            grouping.skip(child)
+        if name.startswith("."):
+            _skip_hidden(grouping, child.rstrip("/"), path)
+        elif os.path.islink(path) and (out := _link_out(path, real_root)):
+            grouping.skip(child.rstrip("/"), out)
         elif name.endswith("/"):
             yield from walk(real_root, grouping, path, child[:-1], (*above, here))
         else:
             yield child, path
+
+
+def _skip_hidden(grouping: Grouping, key: str, path: str) -> None:
+    """Hidden files and folders are left out silently, as long as they are no adapters."""
+    if os.path.isfile(f"{path}/{CONFIG_FILE}"):
+        grouping.skip(key, SkipReason.NAME, name_problem(key))
+
+
+def _link_out(path: str, real_root: str) -> SkipReason | None:
+    """Why a link is not followed; None if it is."""
+    to = os.path.realpath(path)
+    if to == real_root:
+        return SkipReason.LOOP
+    return None if below(to, real_root) else SkipReason.LINK
 
 
 def below(path: str, real_root: str) -> bool:

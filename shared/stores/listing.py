@@ -27,6 +27,8 @@ MAX_FILES_PER_ADAPTER = 256
 # S3's and GCS's own limit for a key.
 MAX_KEY_CHARS = 1024
 MAX_SHOWN = 100  # skipped folders that are told one by one
+
+
 class Entry(NamedTuple):
     """One object of a store. `key` is relative to the store's root, with `/` and no leading `/`."""
 
@@ -46,7 +48,7 @@ class SkipReason(Enum):
 
 
 _WORDS = {
-    SkipReason.LINK: "a symbolic link leads out of the store",
+    SkipReason.LINK: "its symbolic link leads out of the store",
     SkipReason.LOOP: "its folders lead back to themselves, or are too deep",
     SkipReason.UNREADABLE: "it cannot be read: check its permissions",
     SkipReason.TOO_MANY_FILES: f"it has more than {MAX_FILES_PER_ADAPTER} files",
@@ -182,7 +184,7 @@ class Grouping:
         """Counts a folder that its store cannot show."""
         self._counts[reason] += 1
         if len(self._shown) < MAX_SHOWN:
-            why = f"of its name: {why}" if why else _WORDS[reason]
+            why = f"of its name: {why}" if reason is SkipReason.NAME else _WORDS[reason]
             self._shown.append(SkippedFolder(printable(key), reason, why))
 
     def finish(self) -> list[StoredAdapter]:

@@ -45,6 +45,11 @@ class LocalStore:
     async def __aexit__(self, *exc: object) -> None:
         return None
 
+    async def exists(self) -> bool:
+        """A folder that is empty is there; raises StoreUnavailable without one."""
+        await asyncio.to_thread(self._real_root)
+        return True
+
     async def list(self) -> AsyncIterator[StoredAdapter]:
         adapters, self.skipped = await asyncio.to_thread(
             lambda: self._listing.scan(self._real_root())

@@ -25,6 +25,7 @@ class Trouble(Enum):
         "the adapter store denied access: check the credentials and the bucket's permissions"
     )
     NO_BUCKET = "the adapter store has no such bucket"
+    NO_PREFIX = "nothing lies below the adapter store's prefix"
     NO_FOLDER = "the adapter folder does not exist or is not a folder"
     WRONG_REGION = "the adapter store's bucket lies in another region: set `region`"
     UNREACHABLE = "the adapter store is unreachable"

@@ -20,6 +20,7 @@ from shared.stores import AdapterStore, Skipped, open_store
 from shared.stores import gcs as gcs_module
 from shared.stores import s3 as s3_module
 from shared.stores import transfer as transfer_module
+from shared.stores.listing import SkipReason
 from tests.store_servers import (
     GCSPlace,
     LocalPlace,
@@ -598,7 +599,9 @@ async def test_links_are_followed_below_the_root_and_refused_beyond_it(tmp_path:
         assert await store.find("leak") is None
         assert await store.find("prod") == adapters["prod"]
         assert await store.find("v7/itself") is None
-        assert store.skipped.outside_grammar == 5
+        reasons = {SkipReason.LINK: 1, SkipReason.LOOP: 4}
+        assert dict(store.skipped.counts) == reasons, store.skipped
+        assert "leads out of the store" in store.skipped.why("leak")
         async with opened(outside) as elsewhere:
             secret = next(
                 f

@@ -96,6 +96,34 @@ BASES: dict[str, Base] = {
     ),
 }
 
+MLA_SIZES = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 2,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "norm_topk_prob": False,
+}
+MLA = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "kv_b_proj")
+MLA_BASES = {
+    "DeepSeek-V2": Base("DeepseekV2Config", MLA, {**MLA_SIZES, "topk_method": "greedy"}),
+    "DeepSeek-V2 Lite": Base(
+        "DeepseekV2Config",
+        ("q_proj", *MLA[2:]),
+        {**MLA_SIZES, "topk_method": "greedy", "q_lora_rank": None},
+    ),
+    "DeepSeek-V3": Base("DeepseekV3Config", MLA, MLA_SIZES),
+}
+
 
 def make_base(base: Base, folder: Path) -> Path:
     """Norms that are not one and biases that are not zero, so that mistakes show."""

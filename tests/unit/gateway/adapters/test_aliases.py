@@ -183,7 +183,7 @@ def test_no_rollback_can_be_asked_for() -> None:
 @pytest.mark.parametrize(
     ("aliases", "place"),
     [
-        ({"a b": "v7"}, "aliases.a b"),
+        ({"a@b": "v7"}, "aliases.a@b"),
         ({"a@b": "v7"}, "aliases.a@b"),
         ({"prod": 5}, "aliases.prod"),
         ({"prod": []}, "aliases.prod.shares"),

@@ -217,7 +217,7 @@ def test_one_slot_must_stay_for_what_is_not_pinned() -> None:
 @pytest.mark.parametrize(
     ("lora", "part"),
     [
-        ({"pin": ["m:a"]}, "lora_config.pin[0]: the text 'm:a' is no adapter's name"),
+        ({"pin": ["a@1"]}, "lora_config.pin[0]: the text 'a@1' is no adapter's name"),
         ({"preload": ["../a"]}, "lora_config.preload[0]: "),
         ({"preload": ["a", "b", "a"]}, "lora_config.preload[2]: the text 'a' stands here twice"),
         ({"pin": "a"}, "lora_config.pin: expected a list"),

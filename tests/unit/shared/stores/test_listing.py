@@ -19,9 +19,12 @@ from shared.errors import ConfigError
 from shared.stores import open_store, parse_bucket_url
 from shared.stores.listing import (
     MAX_FILES_PER_ADAPTER,
+    MAX_SHOWN,
     Entry,
     Grouping,
     OutOfOrder,
+    Skipped,
+    SkipReason,
     digest_of,
     group,
     valid_name,
@@ -108,7 +111,7 @@ def test_names_that_sort_around_the_slash_are_kept_apart() -> None:
 def test_directory_markers_are_neither_files_nor_counted() -> None:
     adapters, skipped = group(entries("/", "a/", "a/adapter_config.json", "a/sub/", "empty/"))
     assert [paths(a) for a in adapters] == [{CONFIG_FILE}]
-    assert skipped.outside_grammar == 0
+    assert skipped == Skipped()
 
 
 @pytest.mark.parametrize(
@@ -120,22 +123,21 @@ def test_directory_markers_are_neither_files_nor_counted() -> None:
         ".hidden",
         "a/.git",
         "a/",
-        "a/b c",
-        "a/ü",
+        "a/b@c",
+        "a/ b",
         "a/x\n",
         "a/x\0",
         "a/b..c",
         "a\\x",
-        "a:b",
-        "a/" + "n" * 256,
+        "a/" + "é" * 130,
     ],
 )
 def test_a_key_outside_of_the_grammar_is_counted_and_hurts_nobody_else(folder: str) -> None:
     key = f"{folder}/{CONFIG_FILE}"
     adapters, skipped = group([*entries("ok/adapter_config.json"), Entry(key, 1, "v")])
     assert [(a.name, paths(a)) for a in adapters] == [("ok", {CONFIG_FILE})]
-    assert skipped.outside_grammar == 1
-    assert skipped.example.isprintable() and skipped.example.isascii()
+    assert skipped.counts == ((SkipReason.NAME, 1),)
+    assert skipped.shown[0].key.isprintable() and skipped.why(folder)
     assert not valid_path(key)
 
 
@@ -146,7 +148,7 @@ def test_a_config_in_the_root_makes_no_nameless_adapter() -> None:
 def test_a_name_over_the_cap_is_left_out_and_counted() -> None:
     long = "n" * 120 + "/" + "n" * MAX_NAME_LENGTH
     adapters, skipped = group(entries(f"{long}/{CONFIG_FILE}"))
-    assert (adapters, skipped.outside_grammar) == ([], 1)
+    assert (adapters, skipped.counts) == ([], ((SkipReason.NAME, 1),))
     assert not valid_name(long)
 
 
@@ -160,7 +162,13 @@ def test_an_adapter_may_have_as_many_files_as_the_cap_and_not_one_more() -> None
     assert len(streamed(entries(*full))["a"].files) == MAX_FILES_PER_ADAPTER
     adapters, skipped = group(entries(*full, shard(999), "b/adapter_config.json"))
     assert [a.name for a in adapters] == ["b"]
-    assert (skipped.too_many_files, skipped.example) == (1, "'a'")
+    assert (skipped.total, skipped.why("a")) == (1, "it has more than 256 files")
+
+
+def test_of_many_skipped_folders_all_are_counted_and_the_first_are_shown() -> None:
+    keys = [f"a@{i:04d}/{name}" for i in range(300) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    _, skipped = group(entries(*keys))
+    assert skipped.total == 300 and len(skipped.shown) == MAX_SHOWN
 
 
 def test_the_digest_is_the_same_in_any_order_and_differs_by_path_size_version_and_name() -> None:

@@ -24,12 +24,26 @@ ROWS_MOVED = (
     "vLLM keeps the rows of this layer in another order than the checkpoint, and adapters in the "
     "checkpoint's."
 )
+MLA_UNPROVEN = (
+    "It is not shown that vLLM's attention (MLA) serves adapters of this layer right; those of "
+    "q_proj, q_a_proj, q_b_proj, kv_a_proj_with_mqa and o_proj are."
+)
+OWN_SHARDS = (
+    "vLLM divides this layer's rows between the GPUs in its own way, and adapters in order; it is "
+    "served with `tensor_parallel_size: 1`."
+)
 NO_FUSED_EXPERTS = (
     "Its experts are one tensor (target_parameters), which this engine serves only with "
     "`enable_mixed_moe_lora_format: true` in engine_kwargs."
 )
 # Model classes of vLLM whose loader changes the order of rows (vllm/model_executor/models).
-_ROWS_MOVED = {"K2HorizonForCausalLM": ("q_proj", "k_proj")}
+ROWS_MOVED_BY = {"K2HorizonForCausalLM": ("q_proj", "k_proj")}
+# Layers of MLA attention of which vLLM's answers with an adapter are, to the digit, its answers
+# with the adapter merged into the weights (DeepSeek-V2 and V3; tests/engine/oracle).
+MLA_PROVEN = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
+
+
+MAMBA_LOADER = "mamba_v2_sharded_weight_loader"  # of vllm/.../mamba/mamba_mixer2.py
 
 
 @dataclass
@@ -152,7 +166,8 @@ def table(
         elif isinstance(layer, LogitsProcessor):
             hidden = _hidden_size(model, name)
             found.modules[name] = (layer.org_vocab_size, hidden)
-    found.refused = {name: why for name, why in _not_served(model) if name in found.modules}
+    found.refused |= dict(_not_served(model, found.modules))
+    found.refused |= dict(_own_shards(layers, packed, found.modules))
     return found
 
 
@@ -212,7 +227,7 @@ def _hidden_size(model: Any, name: str) -> int:
     return size
 
 
-def _not_served(model: Any) -> Iterator[tuple[str, str]]:
+def _not_served(model: Any, names: Collection[str]) -> Iterator[tuple[str, str]]:
     from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 
     copied = {
@@ -222,12 +237,44 @@ def _not_served(model: Any) -> Iterator[tuple[str, str]]:
     }
     for name, module in model.named_modules(remove_duplicate=False):
         if id(getattr(module, "base_layer", module)) in copied:
+            yield from refused_by_mla(name, names)
+        yield from refused_by_order(name, type(module).__name__, names)
+
+
+def refused_by_mla(copied: str, names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """`copied`: the layer that the attention has copies of; those beside it are of the same
+    attention.
+    """
+    attention = copied.rpartition(".")[0] + "."
+    for name in names:
+        if name == copied:
             yield name, MLA_COPY
-        for suffix in _ROWS_MOVED.get(type(module).__name__, ()):
-            for inner, _ in module.named_modules():
-                if inner.endswith(".qkv_proj"):
-                    parent = inner.rpartition(".")[0]
-                    yield ".".join(filter(None, (name, parent, suffix))), ROWS_MOVED
+        elif name.startswith(attention) and name.removeprefix(attention) not in MLA_PROVEN:
+            yield name, MLA_UNPROVEN
+
+
+def refused_by_order(
+    module: str, class_name: str, names: Collection[str]
+) -> Iterator[tuple[str, str]]:
+    begin = f"{module}." if module else ""
+    moved = ROWS_MOVED_BY.get(class_name, ())
+    for name in names if moved else ():
+        if name.startswith(begin) and name.rpartition(".")[2] in moved:
+            yield name, ROWS_MOVED
+
+
+def _own_shards(
+    layers: Mapping[str, Any], packed: Mapping[str, Sequence[str]], names: Collection[str]
+) -> Iterator[tuple[str, str]]:
+    """Mamba's `in_proj`: each GPU has rows of all its parts."""
+    for name, layer in layers.items():
+        loader = getattr(getattr(layer, "weight", None), "weight_loader", None)
+        own = getattr(loader, "__qualname__", "").startswith(MAMBA_LOADER)
+        if own and layer.tp_size > 1:
+            parent, _, last = name.rpartition(".")
+            for part in packed.get(last) or (last,):
+                if (whole := f"{parent}.{part}" if parent else part) in names:
+                    yield whole, OWN_SHARDS
 
 
 class RowOrder:
