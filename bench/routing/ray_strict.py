@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from gateway.fleet.fleet import Fleet, WorkerView
 from gateway.fleet.pool import Pool
-from gateway.fleet.worker_view import Key
 from gateway.routing.policy import (
     NONE_EXCLUDED,
     Blocked,
@@ -25,7 +24,7 @@ from gateway.routing.policy import (
     tier_of,
 )
 from gateway.routing.ray import LLM_MAX_ONGOING, with_fewest_adapters
-from shared.adapters.identity import key_of
+from shared.adapters.identity import AdapterKey, key_of
 from shared.link.messages import Tier, WorkerId
 
 MATCHING_S = 1.0
@@ -65,7 +64,7 @@ class RayStrict(StatelessPolicy):
     def __init__(self, max_ongoing_requests: int = LLM_MAX_ONGOING) -> None:
         self._limit = max_ongoing_requests
         self._searches: dict[RoutingRequest, _Search] = {}
-        self._fallbacks: dict[Key, None] = {}
+        self._fallbacks: dict[AdapterKey, None] = {}
 
     def choose(
         self,
@@ -130,7 +129,7 @@ class RayStrict(StatelessPolicy):
         self._fall_back(key)
         return with_fewest_adapters(pool.workers)  # M2
 
-    def _fall_back(self, key: Key) -> None:
+    def _fall_back(self, key: AdapterKey) -> None:
         self._fallbacks[key] = None
         if len(self._fallbacks) > MAX_FALLBACKS:
             del self._fallbacks[next(iter(self._fallbacks))]
@@ -151,7 +150,7 @@ def backoff_s(rounds: int) -> float:
     return 0.0 if rounds < 2 else min(BACKOFF_S * BACKOFF_FACTOR ** (rounds - 2), MAX_BACKOFF_S)
 
 
-def announced(worker: WorkerView, key: Key) -> bool:
+def announced(worker: WorkerView, key: AdapterKey) -> bool:
     """As Ray's replicas tell it: loaded or loading, as of the last broadcast. Reservations are not
     in it (W2).
     """

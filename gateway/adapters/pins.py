@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import msgspec
 
-from gateway.fleet.worker_view import Key
+from shared.adapters.identity import AdapterKey
 from shared.errors import InvalidRequest, TooManyPins
 from shared.link.messages import AdapterAction, AdapterState, Tier, WorkerId
 
@@ -102,9 +102,9 @@ class Pins(msgspec.Struct, frozen=True):
 def orders(
     pinned: Mapping[str, str | None],
     preload: Mapping[str, str],
-    held: Mapping[Key, AdapterState],
-    preloaded: Collection[Key],
-) -> Iterator[tuple[AdapterAction, Key]]:
+    held: Mapping[AdapterKey, AdapterState],
+    preloaded: Collection[AdapterKey],
+) -> Iterator[tuple[AdapterAction, AdapterKey]]:
     """What a worker still has to be told. `pinned` and `preload`: name -> digest, None where nobody
     knows it; `held`: what the worker has.
 

@@ -19,8 +19,8 @@ from gateway.adapters.pins import Pins, PinState, orders
 from gateway.adapters.usage import AdapterUsage
 from gateway.fleet.commands import SendCommand
 from gateway.fleet.fleet import Fleet
-from gateway.fleet.worker_view import Key, WorkerView
-from shared.adapters.identity import AdapterRef, key_of
+from gateway.fleet.worker_view import WorkerView
+from shared.adapters.identity import AdapterKey, AdapterRef, key_of
 from shared.errors import ConfigError, LoraplexError
 from shared.link.messages import AdapterAction, WorkerId
 from shared.runtime.state_file import POLL_S, StateFile
@@ -33,7 +33,7 @@ SETTLE_S = 4 * POLL_S
 """What was just changed is left alone for so long: another process may know better already."""
 RETRY_S = 10.0
 MAX_OPEN = 64  # orders on their way, of this process; the others follow
-Order: TypeAlias = tuple[AdapterAction, Key]
+Order: TypeAlias = tuple[AdapterAction, AdapterKey]
 
 
 @dataclass(slots=True)
@@ -41,9 +41,9 @@ class _Life:
     """One epoch of one worker: what it was told and what came of it."""
 
     epoch: int
-    preloaded: set[Key] = field(default_factory=set)
-    pinned: set[Key] = field(default_factory=set)
-    unpinned: set[Key] = field(default_factory=set)
+    preloaded: set[AdapterKey] = field(default_factory=set)
+    pinned: set[AdapterKey] = field(default_factory=set)
+    unpinned: set[AdapterKey] = field(default_factory=set)
     """Told once: if it is pinned again, a gateway of another machine wants it, and quarrelling
     would help nobody.
     """
@@ -160,7 +160,9 @@ class Reconciler:
             ):
                 self._send(worker, life, action, key)
 
-    def _send(self, worker: WorkerView, life: _Life, action: AdapterAction, key: Key) -> None:
+    def _send(
+        self, worker: WorkerView, life: _Life, action: AdapterAction, key: AdapterKey
+    ) -> None:
         catalog = self._catalogs[worker.beat.base]
         assert catalog is not None
         ref = AdapterRef(worker.beat.base, *key)

@@ -27,9 +27,9 @@ from gateway.adapters.versions import Versions, VersionStage
 from gateway.fleet.commands import SendCommand
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.rendezvous import Rendezvous
-from gateway.fleet.worker_view import Key, WorkerView
+from gateway.fleet.worker_view import WorkerView
 from gateway.telemetry.prometheus import Metrics
-from shared.adapters.identity import AdapterRef, StoredAdapter
+from shared.adapters.identity import AdapterKey, AdapterRef, StoredAdapter
 from shared.errors import InvalidAdapter, LoraplexError, WorkerUnavailable
 from shared.link.messages import AdapterAction, WorkerId
 
@@ -58,7 +58,7 @@ class Rollout:
         self._metrics = metrics
         self._clock = clock
         self._homes = Rendezvous()
-        self._leaving: set[tuple[WorkerId, Key]] = set()
+        self._leaving: set[tuple[WorkerId, AdapterKey]] = set()
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -160,7 +160,7 @@ class Rollout:
                     )
                     future.add_done_callback(lambda f, at=(worker.id, key): self._gone(f, *at))  # type: ignore[misc]
 
-    def _gone(self, future: asyncio.Future[None], worker: WorkerId, key: Key) -> None:
+    def _gone(self, future: asyncio.Future[None], worker: WorkerId, key: AdapterKey) -> None:
         """If it did not work, the next tick asks again."""
         self._leaving.discard((worker, key))
         if not future.cancelled() and future.exception() is None:

@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 from gateway.fleet.pool import Pool
 from gateway.fleet.rendezvous import Rendezvous
-from gateway.fleet.worker_view import Key, WorkerView
-from shared.adapters.identity import StoredAdapter, key_of
+from gateway.fleet.worker_view import WorkerView
+from shared.adapters.identity import AdapterKey, StoredAdapter, key_of
 from shared.link.messages import Tier
 
 
@@ -80,13 +80,13 @@ def plan(prepare: Prepare, pool: Pool, homes: Rendezvous) -> PreparationPlan:
     )
 
 
-def in_engines(key: Key, pool: Pool) -> list[WorkerView]:
+def in_engines(key: AdapterKey, pool: Pool) -> list[WorkerView]:
     """The workers whose engine has the version, in a slot or in host memory."""
     there = {**pool.holders.get(key, {}), **pool.stashes.get(key, {})}
     return [w for w in there.values() if w.tier_at(key) in (Tier.GPU, Tier.CPU)]
 
 
-def in_flight(key: Key, pool: Pool) -> int | None:
+def in_flight(key: AdapterKey, pool: Pool) -> int | None:
     """Requests for the version on all workers; None if no engine has it."""
     workers = in_engines(key, pool)
     return sum(w.in_flight(key) for w in workers) if workers else None

@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from gateway.adapters.version_queries import KnownVersion, Prepare
-from gateway.fleet.worker_view import Key
-from shared.adapters.identity import StoredAdapter, key_of
+from shared.adapters.identity import AdapterKey, StoredAdapter, key_of
 from shared.errors import EngineFailure, InvalidAdapter, LoraplexError
 
 RECENT_S = 3600.0
@@ -122,8 +121,8 @@ class Versions:
         self._served: OrderedDict[str, _Served] = OrderedDict()  # the longest unused first
         self._changes: OrderedDict[str, VersionChange] = OrderedDict()
         self._older: OrderedDict[str, tuple[StoredAdapter, ...]] = OrderedDict()
-        self._retired: OrderedDict[Key, _Retired] = OrderedDict()
-        self._explicit: OrderedDict[Key, float] = OrderedDict()
+        self._retired: OrderedDict[AdapterKey, _Retired] = OrderedDict()
+        self._explicit: OrderedDict[AdapterKey, float] = OrderedDict()
 
     # ---- what answers ----------------------------------------------------------------------------
 
@@ -173,7 +172,7 @@ class Versions:
         if self._retired:
             self._retired.pop(key_of(adapter), None)
 
-    def use_explicitly(self, key: Key, now: float) -> None:
+    def use_explicitly(self, key: AdapterKey, now: float) -> None:
         """A request names this version by its digest: it stays in the engines for a while, and
         nothing else follows from it.
         """
@@ -275,7 +274,9 @@ class Versions:
         change.until = now + min(FIRST_PAUSE_S * 2.0 ** (change.attempts - 1), MAX_PAUSE_S)
         return change.on(VersionEvent.FAIL)
 
-    def leaving(self, in_flight: Callable[[Key], int | None], now: float) -> list[Key]:
+    def leaving(
+        self, in_flight: Callable[[AdapterKey], int | None], now: float
+    ) -> list[AdapterKey]:
         """The replaced and deleted versions that should leave the engines now. `in_flight`:
         requests in flight; None: no engine holds it.
         """

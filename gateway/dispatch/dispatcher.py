@@ -27,13 +27,13 @@ from gateway.dispatch.request import NOTHING_USED, InFlightRequest, UsedTokens, 
 from gateway.dispatch.scaling import ScalingState, model_loads
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.dispatch.streams import StreamTable
-from gateway.fleet.fleet import Fleet, Key, Lost, WorkerView
+from gateway.fleet.fleet import Fleet, Lost, WorkerView
 from gateway.routing.policy import Blocked, Candidate, Choice, Defer, Policy, RoutingRequest
 from gateway.supervisor.autoscaling.reports import ModelLoad, ModelStatus
 from gateway.telemetry.ended_request import EndedRequest
 from gateway.telemetry.failures import Failures
 from gateway.telemetry.prometheus import Metrics
-from shared.adapters.identity import AdapterRef, StoredAdapter
+from shared.adapters.identity import AdapterKey, AdapterRef, StoredAdapter
 from shared.errors import (
     AdapterNotFound,
     CannotContinue,
@@ -453,7 +453,7 @@ class Dispatcher:
             self._admission.leave(request.ticket)
             request.ticket = None
 
-    def _admit_waiting(self, base: str, key: Key | None = None) -> None:
+    def _admit_waiting(self, base: str, key: AdapterKey | None = None) -> None:
         """Something may have become free, for requests for the adapter `key` in particular. What
         is set off from here does not start over inside it.
         """

@@ -100,16 +100,16 @@ class LinkTransport:
         )
 
     def forget(self, peer: bytes) -> None:
-        """This life of the worker is over: what still comes by its channel is dropped. A worker
-        that says its last word hears that it has arrived.
+        """This life of the worker is over: what still arrives on its channel is dropped. A worker
+        that says its last word is told that it has arrived.
         """
         end = self._ends.pop(peer, None)
         if end is not None:
             end.flush()
 
     def send_data(self, peer: bytes, data: bytes) -> SendResult:
-        """OK: it arrives, unless the worker is lost first. FULL: the worker takes nothing now. GONE:
-        nobody has welcomed it.
+        """OK: the message arrives, unless the worker is lost first. FULL: the worker takes nothing
+        now. GONE: no such worker was welcomed.
         """
         end = self._ends.get(peer)
         if end is None:

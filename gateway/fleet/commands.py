@@ -1,4 +1,4 @@
-"""Shell. How other rooms have a worker fetch, load, pin or evict an adapter."""
+"""Shell. How other packages make a worker fetch, load, pin or evict an adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from shared.link.messages import AdapterAction
 
 
 class SendCommand(Protocol):
-    """The future resolves once the worker has done it, and fails with a LoraplexError."""
+    """Sends a command to a worker. The future resolves when the worker has carried it out, and
+    fails with a LoraplexError.
+    """
 
     def __call__(
         self,

@@ -1,22 +1,24 @@
-"""Pure. The fleet table: the only owner of membership, leases, load, residency (a hint) and
+"""Pure. The fleet table. It alone owns membership, leases, load, residency (a hint) and
 reservations.
 
-Load of a worker = what it reports of other gateways + this gateway's own open reservations on it:
+The load of a worker is what it reports of other gateways, plus this gateway's own reservations on
+it:
 
-    load(w) = max(0, running + waiting - yours)  as of its last beat  +  |reservations(w)|  as of
-    now
+    load(w) = max(0, running + waiting - yours) of its last heartbeat + |reservations(w)| of now
 
-The second term is exact at every moment, so a burst between two heartbeats spreads; the first is as
-old as the last beat. Prompt tokens that wait for their prefill need the acknowledgement: what was
-sent after the request that the beat has seen (`acked`) is not in its count yet:
+The second term is exact at every moment, so a burst between two heartbeats spreads over workers.
+The first term is as old as the last heartbeat.
 
-    backlog(w) = max(0, waiting_tokens - prefill_rate x age of the beat)  +  tokens of reservations
-    with a higher stream id than `acked`
+The count of prompt tokens that wait for prefill needs an acknowledgement. A heartbeat names the
+last request that it counts (`acked`). Requests sent after that one are added:
 
-An adapter counts as held by a worker if the last beat says so (loading counts, but as loading) or
-if this gateway has an open reservation for it there: the worker is then loading it, or about to.
-Slots count the distinct adapters in flight: those of own reservations, and those that the last beat
-shows in flight beyond them.
+    backlog(w) = max(0, waiting_tokens - prefill_rate x age of the heartbeat)
+                 + prompt tokens of reservations with a stream id above `acked`
+
+A worker holds an adapter if its last heartbeat says so (an adapter that loads counts as loading).
+It also holds an adapter for which this gateway has a reservation there: the worker loads it, or
+soon will. Slots count the distinct adapters in flight. These are the adapters of this gateway's
+reservations, and those that the last heartbeat shows in flight beyond them.
 """
 
 from __future__ import annotations
@@ -30,16 +32,16 @@ import msgspec
 
 from gateway.fleet.disk_index import DiskIndex
 from gateway.fleet.pool import NOWHERE, Pool
-from gateway.fleet.worker_view import Key, WorkerView
-from shared.adapters.identity import AdapterRef, key_of
+from gateway.fleet.worker_view import WorkerView
+from shared.adapters.identity import AdapterKey, AdapterRef, key_of
 from shared.link.messages import Heartbeat, StreamId, WorkerId, WorkerState
 
 __all__ = [
+    "AdapterKey",
     "Changed",
     "Fleet",
     "FleetEvent",
     "Joined",
-    "Key",
     "Lost",
     "Pool",
     "WorkerView",
@@ -49,14 +51,14 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """First beat of a worker's life."""
+    """The first heartbeat of a life of a worker. A life is one process; its epoch names it."""
 
     worker: WorkerId
 
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """The worker's state is another one than before."""
+    """The worker's state has changed."""
 
     worker: WorkerId
     before: WorkerState
@@ -66,8 +68,8 @@ class Changed:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The worker's life is over; `streams` are the requests it had of this gateway, returned
-    exactly once.
+    """The life of the worker is over. `streams` are this gateway's requests that it had; each is
+    returned exactly once.
     """
 
     worker: WorkerId
@@ -84,14 +86,16 @@ JOINING_LEASE_S = 30.0
 then.
 """
 MOST_ENDED = 10_000
-"""Lives that are remembered after their end; beats are late by seconds, not by so many restarts."""
+"""Lives that are remembered after their end. A late heartbeat is seconds old, and a worker does not
+restart that often in seconds.
+"""
 
 
 class Fleet:
     """Every known worker. Times are seconds of one monotonic clock, given by the caller.
 
-    `most` are the requests that a worker of a base model is given at once, whatever capacity it
-    tells of.
+    `most` bounds, per base model, the requests that a worker is given at once, whatever capacity it
+    reports.
     """
 
     def __init__(
@@ -105,7 +109,8 @@ class Fleet:
         self._most = dict(most or {})
         self._workers: dict[WorkerId, WorkerView] = {}
         self._by_stream: dict[StreamId, WorkerView] = {}
-        # lives that are over, so that a late beat does not revive them; true: it has said so itself
+        # Lives that are over, so that a late heartbeat does not revive them. True: the worker has
+        # said so itself.
         self._ended: dict[tuple[WorkerId, int], bool] = {}
         self._pools: dict[str, Pool] = {}
         self._disk_index = DiskIndex()
@@ -134,8 +139,8 @@ class Fleet:
         return counts
 
     def beat(self, beat: Heartbeat, now: float) -> list[FleetEvent]:
-        """Takes a heartbeat. An older one of the same life is ignored, and one of a life that is
-        over; a life not seen before replaces everything known of the worker.
+        """Takes a heartbeat. It is ignored if it is older than the last one of the same life, or if
+        its life is over. A new life replaces everything known of the worker.
         """
         worker = self._workers.get(beat.worker)
         if worker is not None and beat.epoch == worker.beat.epoch:
@@ -145,10 +150,10 @@ class Fleet:
             return []
         most = self._most.get(beat.base)
         if most is not None and most < beat.capacity:
-            # here, so that a decision compares two numbers
+            # Applied here once, so that a decision compares two numbers only.
             beat = msgspec.structs.replace(beat, capacity=most)
         if worker and beat.epoch == worker.beat.epoch and beat.state < worker.beat.state:
-            # it left before this was heard: see `leaves`
+            # The heartbeat was sent before the worker refused a request: see `leaves`.
             beat = msgspec.structs.replace(beat, state=worker.beat.state)
         events: list[FleetEvent] = []
         if beat.state is WorkerState.STOPPED:
@@ -178,21 +183,21 @@ class Fleet:
         return events
 
     def attach(self, worker_id: WorkerId, epoch: int) -> None:
-        """The worker's data socket is connected: requests can be sent to it."""
+        """The worker's data socket is connected, so requests can be sent to it."""
         worker = self._workers.get(worker_id)
         if worker and worker.beat.epoch == epoch:
             worker.attached_epoch = epoch
             self._pool_of(worker).settle(worker)
 
     def first_time_routable(self, worker: WorkerView) -> bool:
-        """True at the first call at which this life of the worker takes requests."""
+        """True at the first call after this life of the worker began to take requests."""
         if worker.was_routable or not worker.routable:
             return False
         worker.was_routable = True
         return True
 
     def heard(self, worker_id: WorkerId, epoch: int, now: float) -> None:
-        """Something came from this life of the worker by its data connection: it keeps its
+        """This life of the worker has sent something over its data connection; that renews its
         lease.
         """
         worker = self._workers.get(worker_id)
@@ -200,7 +205,9 @@ class Fleet:
             worker.lease_until = now + self._lease_of(worker.beat)
 
     def link(self, worker_id: WorkerId, epoch: int, carries: bool) -> WorkerView | None:
-        """Whether the worker's data connection carries. Returns the worker if that has changed."""
+        """Says whether the worker's data connection carries messages. Returns the worker if that
+        has changed.
+        """
         worker = self._workers.get(worker_id)
         if worker is None or worker.beat.epoch != epoch or worker.carries is carries:
             return None
@@ -209,8 +216,8 @@ class Fleet:
         return worker
 
     def ended(self, worker_id: WorkerId, epoch: int, reason: str) -> Lost | None:
-        """This life of the worker is over: it has said its last word, or its host knows that its
-        process is gone. What may still arrive of it says nothing any more.
+        """This life of the worker is over: it has said its last word, or its host knows that the
+        process is gone. Whatever still arrives from it is ignored.
         """
         self._over(worker_id, epoch, said=True)
         worker = self._workers.get(worker_id)
@@ -219,12 +226,12 @@ class Fleet:
         return self._remove(worker, reason or "stopped")
 
     def cached(self, worker: WorkerView, adapter: AdapterRef) -> None:
-        """The worker says that its host's disk has the adapter's files."""
+        """The worker says that the adapter's files are on its host's disk."""
         self._disk_index.put(worker.beat.host, adapter.base, [key_of(adapter)])
 
     def leaves(self, worker_id: WorkerId, epoch: int, reason: str) -> Changed | None:
-        """This life of the worker has refused a request because it takes no more: no beat that was
-        on its way can say otherwise.
+        """This life of the worker has refused a request because it takes no more. A heartbeat that
+        was on its way cannot change that.
         """
         worker = self._workers.get(worker_id)
         if (
@@ -252,8 +259,8 @@ class Fleet:
         return Changed(worker_id, worker.beat.state, worker.beat.state, reason)
 
     def expire(self, now: float) -> list[Lost]:
-        """Removes workers whose lease has run out; the others get no new requests while their
-        beats are overdue.
+        """Removes workers whose lease has run out. Other workers whose heartbeats are overdue get
+        no new requests until one comes.
         """
         for worker in self._workers.values():
             if not worker.silent and now - worker.beat_at > self._silent_s:
@@ -263,8 +270,8 @@ class Fleet:
         return [self._remove(w, f"no heartbeat for {self._lease_of(w.beat):g} s") for w in silent]
 
     def unreachable(self, worker_id: WorkerId, epoch: int) -> Lost | None:
-        """The link says that this life of the worker is gone. It may come back with its next
-        attach.
+        """The link says that this life of the worker is gone. The worker may come back with its
+        next attach.
         """
         worker = self._workers.get(worker_id)
         return (
@@ -280,14 +287,18 @@ class Fleet:
         adapter: AdapterRef | None,
         prompt_tokens: int = 0,
     ) -> None:
-        """Must happen in the same synchronous step as the choice."""
+        """Reserves a place for a request. This must happen in the same synchronous step as the
+        choice.
+        """
         assert worker.has_room and stream not in self._by_stream
         self._by_stream[stream] = worker
         worker.take(stream, adapter, prompt_tokens)
         self._pool_of(worker).settle(worker)
 
     def release(self, stream: StreamId) -> None:
-        """Idempotent: the stream of a lost worker was released with it."""
+        """Ends the reservation. Idempotent: the streams of a lost worker are released with the
+        worker.
+        """
         worker = self._by_stream.pop(stream, None)
         if worker is not None:
             worker.give_back(stream)
@@ -303,8 +314,8 @@ class Fleet:
         return max(self._lease_s, JOINING_LEASE_S) if joining else self._lease_s
 
     def _is_over(self, worker_id: WorkerId, epoch: int) -> bool:
-        """A life that was replaced may come back once its successor has gone: then two processes
-        had the same name.
+        """Whether this life has ended. A life that another one replaced may come back after its
+        successor has gone: then two processes had the same name.
         """
         said = self._ended.get((worker_id, epoch))
         return said is not None and (said or worker_id in self._workers)

@@ -1,5 +1,5 @@
-"""Pure. Which workers of other hosts a worker may get an adapter's files from, as far as heartbeats
-and reservations tell.
+"""Pure. Which workers of other hosts can give a worker an adapter's files, as far as heartbeats and
+reservations tell.
 """
 
 from __future__ import annotations
@@ -7,7 +7,8 @@ from __future__ import annotations
 from itertools import chain, islice
 
 from gateway.fleet.pool import Pool
-from gateway.fleet.worker_view import Key, WorkerView
+from gateway.fleet.worker_view import WorkerView
+from shared.adapters.identity import AdapterKey
 from shared.link.messages import Tier
 
 MOST = 3
@@ -16,9 +17,10 @@ LOOKED_AT = 16
 """An adapter that is everywhere has a thousand holders; any few will do."""
 
 
-def peer_hints(pool: Pool, worker: WorkerView, key: Key) -> tuple[str, ...]:
-    """Their endpoints, best first: who has the files before who fetches them, the less loaded
-    first, one per host and none of the worker's own.
+def peer_hints(pool: Pool, worker: WorkerView, key: AdapterKey) -> tuple[str, ...]:
+    """Endpoints of such workers, best first. Workers that have the files come before those that
+    fetch them, and less loaded ones before others. There is one per host, and none of the worker's
+    own host.
     """
     if not pool.holders.get(key) and not pool.stashes.get(key):
         return ()

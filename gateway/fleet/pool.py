@@ -1,15 +1,16 @@
-"""Pure. The routable workers of one base model: who holds which adapter, and their sums, kept up to
-date so that a decision need not scan.
+"""Pure. The routable workers of one base model, with indexes and sums that are kept up to date, so
+that a routing decision need not scan all workers.
 
-A decision looks at the holders of one adapter and at a few workers in its rendezvous order; what it
-must know of all the others is in sums.
+A decision looks at the holders of one adapter and at a few workers of its rendezvous order. The
+sums tell what it must know of all others.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gateway.fleet.worker_view import Key, WorkerView
+from gateway.fleet.worker_view import WorkerView
+from shared.adapters.identity import AdapterKey
 from shared.link.messages import WorkerId
 
 NOTHING = (0, 0, False)
@@ -17,31 +18,31 @@ NOTHING = (0, 0, False)
 
 @dataclass(slots=True, eq=False)
 class Pool:
-    """Fleet alone changes a pool, by `settle` and `remove`. `version` grows whenever a worker comes
-    or goes, `changes` whenever anything does.
+    """Only Fleet changes a pool, by `settle` and `remove`. `version` grows when a worker comes or
+    goes; `changes` grows with any change.
 
-    `room` is the number of workers that take another request, `open` are those of them with an open
-    slot; `holders` are the workers where the adapter is in a slot or on its way to one, `stashes`
-    those that have it in a lower tier.
+    `room` is the number of workers that take another request. `open` holds those of them that have
+    an open slot. `holders` are, per adapter, the workers where it is in a slot or on its way to
+    one. `stashes` are the workers that have it in a lower tier (CPU memory or disk).
     """
 
     workers: list[WorkerView] = field(default_factory=list)
-    holders: dict[Key, dict[WorkerId, WorkerView]] = field(default_factory=dict)
-    stashes: dict[Key, dict[WorkerId, WorkerView]] = field(default_factory=dict)
+    holders: dict[AdapterKey, dict[WorkerId, WorkerView]] = field(default_factory=dict)
+    stashes: dict[AdapterKey, dict[WorkerId, WorkerView]] = field(default_factory=dict)
     version: int = 0
     load: int = 0
     open_slots: int = 0
     room: int = 0
     open: dict[WorkerId, WorkerView] = field(default_factory=dict)
     changes: int = 0
-    _indexed: dict[WorkerId, tuple[set[Key], set[Key]]] = field(default_factory=dict)
+    _indexed: dict[WorkerId, tuple[set[AdapterKey], set[AdapterKey]]] = field(default_factory=dict)
 
     @property
     def mean_load(self) -> float:
         return self.load / len(self.workers) if self.workers else 0.0
 
     def settle(self, worker: WorkerView) -> None:
-        """After any change of the worker: brings sums and indexes up to date."""
+        """Brings sums and indexes up to date after any change of the worker."""
         self.changes += 1
         if not worker.routable:
             self.remove(worker)
@@ -69,7 +70,7 @@ class Pool:
         self._index(worker)
 
     def remove(self, worker: WorkerView) -> None:
-        """Idempotent."""
+        """Takes the worker out of sums and indexes. Idempotent."""
         if worker.counted is None:
             return
         self.changes += 1
@@ -90,8 +91,8 @@ class Pool:
             _drop(self.stashes, key, worker.id)
 
     def _settle_company(self) -> None:
-        """A worker came or went. One that is alone queues requests itself; several leave their
-        queue to the gateway.
+        """A worker came or went. A worker that is alone queues requests itself; where there are
+        several, the gateway queues them.
         """
         alone = len(self.workers) == 1
         for worker in self.workers[:2]:  # a third changes nothing for the first two
@@ -101,8 +102,8 @@ class Pool:
                     self.settle(worker)
 
     def _index(self, worker: WorkerView) -> None:
-        """Sets are compared by identity first: between two beats only `coming` changes, and that by
-        one adapter.
+        """Brings the indexes up to date. Sets are compared by identity first: between two
+        heartbeats only `coming` changes, by one adapter.
         """
         slotted = worker.loaded | worker.coming if worker.coming else worker.loaded
         before = self._indexed.get(worker.id)
@@ -122,7 +123,9 @@ class Pool:
         self._indexed[worker.id] = (slotted, worker.lower)
 
 
-def _drop(index: dict[Key, dict[WorkerId, WorkerView]], key: Key, worker: WorkerId) -> None:
+def _drop(
+    index: dict[AdapterKey, dict[WorkerId, WorkerView]], key: AdapterKey, worker: WorkerId
+) -> None:
     there = index[key]
     del there[worker]
     if not there:
@@ -130,4 +133,4 @@ def _drop(index: dict[Key, dict[WorkerId, WorkerView]], key: Key, worker: Worker
 
 
 NOWHERE = Pool()
-"""Of a base model that no worker serves. Nobody writes to it."""
+"""The pool of a base model that no worker serves. It is never changed."""

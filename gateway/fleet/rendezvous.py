@@ -7,11 +7,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from gateway.fleet.pool import Pool
-from gateway.fleet.worker_view import Key, WorkerView
+from gateway.fleet.worker_view import WorkerView
+from shared.adapters.identity import AdapterKey
 
 ORDER_LENGTH = 16
-"""Workers of a rendezvous order that are kept. If none of sixteen can take an adapter, hardly
-anybody can, and a scan settles it.
+"""Workers of each rendezvous order that are remembered. If none of sixteen can take an adapter,
+hardly any other can, and a scan of all workers decides.
 """
 
 
@@ -27,22 +28,22 @@ MIX = 0x9E3779B97F4A7C15
 """
 
 
-def seed_of(key: Key) -> int:
+def seed_of(key: AdapterKey) -> int:
     """The same number on every gateway, whatever its hash seed."""
     return int.from_bytes(hashlib.blake2b("\0".join(key).encode(), digest_size=8).digest(), "big")
 
 
 class Rendezvous:
-    """Ranks the workers of one pool for an adapter; the first ORDER_LENGTH of each order are kept
-    until the pool changes.
+    """Ranks the workers of one pool for an adapter. The first ORDER_LENGTH workers of each order
+    are remembered until the pool changes.
     """
 
     def __init__(self) -> None:
-        self._orders: OrderedDict[Key, list[WorkerView]] = OrderedDict()
+        self._orders: OrderedDict[AdapterKey, list[WorkerView]] = OrderedDict()
         self._seeds: list[int] = []
         self._version = -1
 
-    def order(self, key: Key, pool: Pool) -> list[WorkerView]:
+    def order(self, key: AdapterKey, pool: Pool) -> list[WorkerView]:
         if pool.version != self._version:
             self._version, self._seeds = pool.version, [w.seed for w in pool.workers]
             self._orders.clear()
@@ -54,8 +55,8 @@ class Rendezvous:
         return order
 
     def _ranked(self, seed: int, workers: Sequence[WorkerView]) -> list[WorkerView]:
-        """Of a large pool only those whose hash is in the top share that holds some 3 x
-        ORDER_LENGTH are sorted.
+        """The first workers of the order. Of a large pool only those are sorted whose hash is in a
+        top share that holds about 3 x ORDER_LENGTH workers.
         """
         cut = (
             int(MASK * (1 - 3 * ORDER_LENGTH / len(workers)))

@@ -1,5 +1,5 @@
-"""Pure. One worker as a gateway sees it: its last heartbeat, and what this gateway has sent there
-since.
+"""Pure. One worker as this gateway sees it: its last heartbeat and the requests sent
+there since.
 """
 
 from __future__ import annotations
@@ -7,61 +7,59 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from gateway.fleet.disk_index import DiskIndex
 from shared.adapters.identity import AdapterKey, AdapterRef, key_of
 from shared.link.messages import AdapterState, Heartbeat, StreamId, Tier, WorkerId, WorkerState
 
 LINE_PER_SLOT = 3
-"""Adapters per slot that may wait in line on a worker that is alone."""
+"""Adapters per slot that may wait for a slot on a worker that is alone."""
 
 USUAL_S = 2.0
-"""Time constant of a worker's usual load: a burst of some tens of requests is over by then, a bad
-distribution of adapters is not.
+"""Time constant of the smoothed load. A burst of some tens of requests is over after this time; a
+bad distribution of adapters is not.
 """
-
-Key: TypeAlias = AdapterKey
 
 
 @dataclass(slots=True, eq=False)
 class WorkerView:
-    """Only gateway/fleet writes here: Fleet, and the Pool that the worker is in (`alone` and
-    `counted`). Everybody else reads.
+    """Only gateway/fleet writes to it: Fleet, and the Pool that the worker is in (`alone`,
+    `counted`). All other code reads.
 
-    `loaded` are the adapters in a GPU slot as of the last beat; `coming` those on their way to one:
-    loading, or reserved for and not loaded; `lower` those in the CPU tier or on disk; `idle` the
-    loaded ones without a request in flight, first the one whose last request of this gateway ended
-    earliest (the likely victim of the next load); `steady` the loaded ones in steady use, in flight
-    or not; `others_busy` those in flight beyond this gateway's reservations.
+    `loaded` are the adapters in a GPU slot as of the last heartbeat. `coming` are those on their
+    way to one: they load, or this gateway has a reservation for them. `lower` are those in the CPU
+    tier or on disk. `idle` are the loaded ones without a request in flight. The first of them is
+    the one whose last request of this gateway ended earliest, so it is the likely victim of the
+    next load. `steady` are the loaded ones in steady use, in flight or not. `others_busy` are those
+    in flight beyond this gateway's reservations.
     """
 
     beat: Heartbeat
     lease_until: float
     beat_at: float = 0.0
     attached_epoch: int = -1
-    carries: bool = True  # its data connection does, both ways
+    carries: bool = True  # whether its data connection carries messages in both directions
     silent: bool = False  # its heartbeats are overdue
     was_routable: bool = False  # see Fleet.first_time_routable
-    held: dict[Key, AdapterState] = field(default_factory=dict)
-    reserved: dict[StreamId, Key | None] = field(default_factory=dict)
-    # adapters of own reservations, with their number
-    busy: dict[Key, int] = field(default_factory=dict)
+    held: dict[AdapterKey, AdapterState] = field(default_factory=dict)
+    reserved: dict[StreamId, AdapterKey | None] = field(default_factory=dict)
+    # adapters of this gateway's reservations -> number of reservations
+    busy: dict[AdapterKey, int] = field(default_factory=dict)
     others: int = 0
-    usual_load: float = 0.0  # smoothed from beat to beat
-    others_busy: set[Key] = field(default_factory=set)
-    loaded: set[Key] = field(default_factory=set)
-    coming: set[Key] = field(default_factory=set)
-    lower: set[Key] = field(default_factory=set)
-    idle: dict[Key, None] = field(default_factory=dict)
-    steady: set[Key] = field(default_factory=set)
-    # prompt tokens of reservations that the last beat does not count
+    usual_load: float = 0.0  # the load, smoothed over heartbeats
+    others_busy: set[AdapterKey] = field(default_factory=set)
+    loaded: set[AdapterKey] = field(default_factory=set)
+    coming: set[AdapterKey] = field(default_factory=set)
+    lower: set[AdapterKey] = field(default_factory=set)
+    idle: dict[AdapterKey, None] = field(default_factory=dict)
+    steady: set[AdapterKey] = field(default_factory=set)
+    # prompt tokens of reservations that the last heartbeat does not count yet
     unseen: dict[StreamId, int] = field(default_factory=dict)
     unseen_tokens: int = 0
     seed: int = 0
-    alone: bool = False  # in its pool: no other worker's slot could take what waits for one here
+    alone: bool = False  # the only worker of its pool
     disk_index: DiskIndex = field(default_factory=DiskIndex)
-    # load, open slots and room as the pool has them; None while not in one
+    # (load, open slots, has room) as the pool has counted them; None outside a pool
     counted: tuple[int, int, bool] | None = None
 
     def __post_init__(self) -> None:
@@ -76,7 +74,7 @@ class WorkerView:
 
     @property
     def load(self) -> int:
-        """Requests on this worker, waiting ones included, from all gateways."""
+        """Requests on this worker from all gateways; waiting ones count too."""
         return self.others + len(self.reserved)
 
     @property
@@ -89,7 +87,9 @@ class WorkerView:
 
     @property
     def routable(self) -> bool:
-        """It is sent requests: it takes them, and nothing is known against its being reached."""
+        """Whether requests are sent to the worker: it takes them, and no sign says that it cannot
+        be reached.
+        """
         return (
             self.beat.state is WorkerState.SERVING
             and self.attached_epoch == self.beat.epoch
@@ -100,7 +100,7 @@ class WorkerView:
 
     @property
     def occupied(self) -> int:
-        """Slots that cannot be given to another adapter: distinct adapters in flight."""
+        """Slots that cannot be given to another adapter: the distinct adapters in flight."""
         busy = self.busy
         if not self.others_busy:
             return len(busy)
@@ -108,12 +108,12 @@ class WorkerView:
 
     @property
     def open_slots(self) -> int:
-        """Slots for adapters that are not in flight here, taken from idle ones if need be. A worker
-        that tells no number has no limit.
+        """Slots for adapters that are not in flight here; idle adapters may have to leave them. A
+        worker that reports no number of slots has no limit.
 
-        With the places in its line if it is alone: the worker gives a slot to the next in line
-        between two engine steps, knows whose turn it is and has the weights ready; from here the
-        slot would stand empty for a round trip and a load.
+        On a worker that is alone, waiting places count as well. There the worker itself gives a
+        freed slot to the next adapter between two engine steps, with the weights ready. If the
+        gateway did it, the slot would stand empty for a round trip and a load.
         """
         slots = self.beat.slots
         if not slots:
@@ -128,26 +128,26 @@ class WorkerView:
 
     @property
     def free_slots(self) -> int:
-        """Slots that nobody has to leave first."""
+        """Slots that no adapter has to leave first."""
         return self.beat.slots - len(self.loaded) - len(self.coming)
 
-    def in_flight(self, key: Key) -> int:
+    def in_flight(self, key: AdapterKey) -> int:
         own = self.busy.get(key, 0)
         if key in self.others_busy:
             return max(own + 1, self.held[key].in_flight)
         return own
 
-    def takes(self, key: Key) -> bool:
-        """Has a slot for the adapter: it is in flight here already, or a slot can be had."""
+    def takes(self, key: AdapterKey) -> bool:
+        """Whether the adapter can have a slot: it is in flight here already, or a slot is open."""
         return key in self.busy or self.open_slots > 0 or key in self.others_busy
 
     def tier(self, adapter: AdapterRef) -> Tier:
-        """Where the adapter's weights are on this worker, as far as known; GPU only once it is
-        loaded, DISK also if any worker of its host has or had it.
+        """Where the adapter's weights are on this worker, as far as known. GPU only once they are
+        loaded; DISK also if any worker of its host has them or had them.
         """
         return self.tier_at(key_of(adapter))
 
-    def tier_at(self, key: Key) -> Tier:
+    def tier_at(self, key: AdapterKey) -> Tier:
         state = self.held.get(key)
         if state is not None and state.tier is not Tier.REMOTE:
             return state.tier
@@ -156,12 +156,12 @@ class WorkerView:
         )
 
     def holds(self, adapter: AdapterRef) -> bool:
-        """In a GPU slot, on the way to one, or reserved for by this gateway."""
+        """Whether the adapter is in a GPU slot, on its way to one, or reserved for here."""
         key = key_of(adapter)
         return key in self.loaded or key in self.coming or key in self.busy
 
     def backlog_tokens(self, prefill_tokens_per_s: float, now: float) -> float:
-        """Prompt tokens that wait for their prefill, as far as known."""
+        """Prompt tokens that wait for prefill, as far as known."""
         done = prefill_tokens_per_s * (now - self.beat_at)
         waiting = self.beat.waiting_tokens - done
         return (waiting if waiting > 0 else 0.0) + self.unseen_tokens
@@ -169,7 +169,7 @@ class WorkerView:
     # ---- for Fleet -------------------------------------------------------------------------------
 
     def hear(self, beat: Heartbeat, now: float) -> None:
-        """A newer beat of the same life."""
+        """Takes a newer heartbeat of the same life."""
         same = beat.adapters == self.beat.adapters
         self.usual_load += (self.load - self.usual_load) * min(1.0, (now - self.beat_at) / USUAL_S)
         self.beat, self.beat_at = beat, now
@@ -196,7 +196,7 @@ class WorkerView:
 
     def give_back(self, stream: StreamId) -> None:
         if stream not in self.reserved:
-            return  # taking it failed half-way
+            return  # `take` failed half-way
         key = self.reserved.pop(stream)
         self.unseen_tokens -= self.unseen.pop(stream, 0)
         if key is None:
@@ -221,16 +221,16 @@ class WorkerView:
         self.coming.clear()
 
     def _read(self, beat: Heartbeat) -> None:
-        """Residency as of `beat`."""
+        """Reads which adapters the worker holds from the heartbeat."""
         self.others = max(0, beat.running + beat.waiting - beat.yours)
         busy = self.busy
-        held: dict[Key, AdapterState] = {}
-        loaded: set[Key] = set()
-        coming: set[Key] = set()
-        lower: set[Key] = set()
-        in_flight: set[Key] = set()
-        idle: dict[Key, None] = {}
-        steady: set[Key] = set()
+        held: dict[AdapterKey, AdapterState] = {}
+        loaded: set[AdapterKey] = set()
+        coming: set[AdapterKey] = set()
+        lower: set[AdapterKey] = set()
+        in_flight: set[AdapterKey] = set()
+        idle: dict[AdapterKey, None] = {}
+        steady: set[AdapterKey] = set()
         for state in beat.adapters:
             key = key_of(state)
             held[key] = state
@@ -262,7 +262,8 @@ class WorkerView:
             lower,
             steady,
         )
-        # Without requests of other gateways it is our own that ended since the beat left.
+        # Without requests of other gateways, those beyond the reservations are this gateway's own,
+        # which ended after the heartbeat had left.
         self.others_busy = in_flight if self.others else set()
         known = {key: None for key in self.idle if key in idle}
         self.idle = known | idle

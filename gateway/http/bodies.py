@@ -17,8 +17,8 @@ _encode = msgspec.json.Encoder().encode
 
 
 RETRY_AFTER_S = 1.0
-"""Where an error says nothing better; long enough not to hammer, short enough for a queue to have
-moved.
+"""Used where an error names no better time. Clients that wait so long do not hammer the gateway,
+and its queue has moved meanwhile.
 """
 
 
@@ -29,7 +29,7 @@ def to_json(value: object) -> bytes:
 def answer(
     error: LoraplexError, request_id: str, family: ErrorFamily = ErrorFamily.OPENAI
 ) -> tuple[int, dict[str, str], bytes]:
-    """(status, headers, body) of an error's answer."""
+    """(status, headers, body) of the answer to a request that ended with an error."""
     status = error.status
     headers = {REQUEST_ID: request_id}
     if status in (429, 503) or error.retry_after_s is not None:

@@ -1,4 +1,4 @@
-"""Shell. What the gateway reads of a request's headers: its id, its deadline, whose it is."""
+"""Shell. What the gateway reads from a request's headers: its id, its deadline and its caller."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ random_id = functools.partial(random.getrandbits, 128)
 
 
 class IncomingRequest(Protocol):
-    """A request's path and header fields (by names in lower case), whoever has read them."""
+    """The path and header fields (names in lower case) of a request, whichever parser has read
+    them.
+    """
 
     @property
     def path(self) -> str: ...
@@ -37,7 +39,7 @@ class IncomingRequest(Protocol):
 
 
 class AiohttpRequest:
-    """As aiohttp has read it. A slash at the end of the path says nothing."""
+    """A request that aiohttp has read. A slash at the end of the path has no meaning."""
 
     def __init__(self, request: web.BaseRequest) -> None:
         self.path, self.method = request.path.rstrip("/") or "/", request.method
@@ -45,7 +47,9 @@ class AiohttpRequest:
 
 
 def authorization_of(asked: IncomingRequest) -> str:
-    """What the client authorises itself with; Anthropic's clients have a header of their own."""
+    """The client's `Authorization` value. Anthropic's clients send their key in a header of their
+    own.
+    """
     given = asked.header("authorization")
     if given:
         return given
@@ -54,7 +58,7 @@ def authorization_of(asked: IncomingRequest) -> str:
 
 
 class RequestDeadline(msgspec.Struct, frozen=True, gc=False):
-    """`at` is on the loop's clock, `after_s` how long that was from the request's arrival."""
+    """`at` is a time on the loop's clock; `after_s` is its distance from the request's arrival."""
 
     at: float
     after_s: float
@@ -73,8 +77,9 @@ def request_id_of(asked: IncomingRequest) -> str:
 
 @functools.lru_cache(MAX_CALLERS)
 def caller_of(authorization: str) -> str:
-    """What keeps a caller with its share of an alias: the first bytes of the digest of what it
-    authorises itself with, whether checked or not. It decides nothing else.
+    """Identifies a caller by the first bytes of the digest of its `Authorization` header, whether
+    the key was checked or not. It keeps a caller with the same version of an alias and decides
+    nothing else.
     """
     return (
         hashlib.sha256(authorization.encode(errors="replace")).hexdigest()[:16]

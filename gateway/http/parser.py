@@ -1,11 +1,10 @@
-"""Pure. HTTP/1.1 requests that ask nothing special of the protocol: recognised whole from the bytes
-of a connection, or not at all.
+"""Pure. Recognises simple HTTP/1.1 requests, as a whole, from the bytes of a connection.
 
-What is recognised is a strict subset of what aiohttp's parser takes, and means the same there;
-whatever is unusual in any way (chunked bodies, `Expect`, `Upgrade`, `Connection: close`, a line
-that the grammar of RFC 9112 does not know, a second request behind the first) is UNSUPPORTED and
-goes to aiohttp, which knows all of HTTP. So nothing here has to be lenient, and nothing is ever
-read in two ways.
+A simple request asks nothing special of the protocol. All simple requests are valid for aiohttp's
+parser as well, and mean the same there. Anything unusual is UNSUPPORTED and goes to aiohttp, which
+knows all of HTTP: chunked bodies, `Expect`, `Upgrade`, `Connection: close`, a line outside the
+grammar of RFC 9112, or a second request behind the first. So this parser need not be lenient, and
+no bytes can be read in two ways.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from enum import Enum
 from typing import Final, TypeAlias
 
 MAX_HEAD_BYTES: Final = 8190
-"""Of a head that is looked at here; aiohttp's own bound for a single line."""
+"""The longest head that is read here; it is aiohttp's own bound for a single line."""
 _FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n"
 _HEAD = re.compile(rb"(GET|HEAD|POST) (/[!-~]*) HTTP/1\.1\r\n((?:" + _FIELD + rb")*)\r\n")
-_SPECIAL = re.compile(
+_UNSUPPORTED_FIELDS = re.compile(
     rb"\n(?:(?:transfer-encoding|content-encoding|expect|upgrade|te|trailer|http2-settings|sec-websocket-[a-z0-9-]+):"
     rb"|connection:(?![ \t]*keep-alive[ \t]*\r))"
 )
@@ -27,12 +26,12 @@ MAX_DIGITS: Final = 12
 _LENGTH = re.compile(rb"\ncontent-length:[ \t]*([0-9]{1,%d})[ \t]*\r" % MAX_DIGITS)
 
 
-class RequestStart:
-    """What stands before the body, read once: clients that keep a connection send the same again
-    and again, but for the body's length.
+class RequestHead:
+    """The bytes of a request before its body, read once. A client that keeps its connection sends
+    the same head again and again; only the length of the body differs.
 
-    `before` and `after` are its bytes around the digits of `Content-Length` (`after` is empty where
-    there is no such field).
+    `before` and `after` are the bytes around the digits of `Content-Length`. `after` is empty if
+    the request has no such field.
     """
 
     __slots__ = ("_fields", "_lowered", "_values", "after", "before", "method", "path")
@@ -46,7 +45,7 @@ class RequestStart:
         self._values: dict[str, str | None] = {}
 
     def value(self, name: str) -> str | None:
-        """Of the first field of this name (in lower case), decoded as aiohttp does."""
+        """The value of the first field of this name (in lower case), decoded as aiohttp does it."""
         try:
             return self._values[name]
         except KeyError:
@@ -66,26 +65,28 @@ class RequestStart:
 
 
 class SimpleRequest:
-    """One request. `path` is its target as it came, with its query if it has one."""
+    """One simple request. `path` is the request target as it came, with its query."""
 
     __slots__ = ("body", "head", "header", "method", "path")
 
-    def __init__(self, head: RequestStart, body: bytes) -> None:
+    def __init__(self, head: RequestHead, body: bytes) -> None:
         self.head, self.body = head, body
         self.method, self.path, self.header = head.method, head.path, head.value
 
 
 @dataclass(frozen=True, slots=True)
 class IncompleteRequest:
-    """Plain so far. `needed` bytes make it whole; 0: the head is not complete, so nobody knows."""
+    """The beginning of a simple request. `needed` bytes make it whole; 0 means unknown, because the
+    head is not complete.
+    """
 
     needed: int = 0
 
 
 class Unsupported(Enum):
-    """Not for us."""
+    """The request is not a simple one; aiohttp reads it."""
 
-    UNSUPPORTED = "special"
+    UNSUPPORTED = "unsupported"
 
 
 UNSUPPORTED: Final = Unsupported.UNSUPPORTED
@@ -93,12 +94,12 @@ HEAD_UNFINISHED: Final = IncompleteRequest()
 Parsed: TypeAlias = SimpleRequest | IncompleteRequest | Unsupported
 
 
-def parse(data: bytes, most_bytes: int, before: RequestStart | None = None) -> Parsed:
-    """What the bytes that a connection has brought since its last request are: one whole request,
-    the beginning of one, or something else.
+def parse(data: bytes, most_bytes: int, before: RequestHead | None = None) -> Parsed:
+    """Reads the bytes that a connection has brought since its last request. They are one whole
+    request, the beginning of one, or unsupported.
 
-    `before` is the head of that last request: one that differs in nothing but the body's length
-    need not be read again. A request of more than `most_bytes` is UNSUPPORTED.
+    `before` is the head of the last request. A head that differs from it in nothing but the body's
+    length is not read again. A request of more than `most_bytes` is UNSUPPORTED.
     """
     if before is not None and before.after and data.startswith(before.before):
         start = len(before.before)
@@ -120,29 +121,33 @@ def parse(data: bytes, most_bytes: int, before: RequestStart | None = None) -> P
     end = found.end()
     if end > MAX_HEAD_BYTES:
         return UNSUPPORTED
-    # from a line's end on, so that every name stands behind one
+    # This begins with a line's end, so that every field name has one before it.
     fields = data[found.start(3) - 1 : found.end(3)]
     lowered = fields.lower()
     lengths = lowered.count(b"\ncontent-length:")
-    if lengths > 1 or lowered.count(b"\nhost:") != 1 or _SPECIAL.search(lowered) is not None:
+    if (
+        lengths > 1
+        or lowered.count(b"\nhost:") != 1
+        or _UNSUPPORTED_FIELDS.search(lowered) is not None
+    ):
         return UNSUPPORTED
     method, path = found[1].decode(), found[2].decode()
     if not lengths:
         return _with_body(
-            RequestStart(method, path, fields, lowered, data[:end], b""), data, end, 0, most_bytes
+            RequestHead(method, path, fields, lowered, data[:end], b""), data, end, 0, most_bytes
         )
     given = _LENGTH.search(lowered)
     if given is None:
         return UNSUPPORTED
     digits_at = found.start(3) - 1 + given.start(1)
-    head = RequestStart(
+    head = RequestHead(
         method, path, fields, lowered, data[:digits_at], data[digits_at + len(given[1]) : end]
     )
     return _with_body(head, data, end, int(given[1]), most_bytes)
 
 
-def _with_body(head: RequestStart, data: bytes, end: int, length: int, most_bytes: int) -> Parsed:
-    """`end` is where the head ends."""
+def _with_body(head: RequestHead, data: bytes, end: int, length: int, most_bytes: int) -> Parsed:
+    """Adds the body to a head that ends at `end`."""
     needed = end + length
     if needed > most_bytes or len(data) > needed:
         return UNSUPPORTED
@@ -150,7 +155,7 @@ def _with_body(head: RequestStart, data: bytes, end: int, length: int, most_byte
 
 
 def _may_become_one(data: bytes) -> bool:
-    """A head that is not complete begins like one that we know."""
+    """Whether an incomplete head begins like the head of a simple request."""
     return any(
         data.startswith(method) or method.startswith(data)
         for method in (b"POST /", b"GET /", b"HEAD /")

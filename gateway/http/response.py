@@ -1,13 +1,17 @@
-"""Shell. Where the answer of one request goes: straight to the client's transport, past aiohttp's
+"""Shell. Writes the answer of one request straight to the client's transport, past aiohttp's
 writer.
 
-aiohttp parses requests and keeps connections; for the answer of a stream its per-chunk writer would
-cost half as much again as everything else (measured: 25 against 17 microseconds per token at 256
-streams). So the head is pre-rendered, the frames are framed as HTTP/1.1 chunks and written to the
-transport, and aiohttp gets back a response object that says "sent". Rules kept here: the head
-leaves with the first frame or the first comment, so that an error before it still has its status,
-and one after it is an event; a client that does not read is cut off at a bound; after the last
-chunk the connection may be used again.
+aiohttp parses requests and keeps connections. Its writer would cost half as much again per chunk as
+all other work for a stream (measured: 25 against 17 microseconds per token with 256 streams). So
+this module renders the head, frames the data as HTTP/1.1 chunks and writes them to the transport.
+aiohttp gets a response object that says "sent".
+
+Rules of this module:
+
+- The head leaves with the first frame or the first comment. An error before it still has its own
+  status; an error after it is an event of the stream.
+- A client that does not read is cut off at a bound.
+- After the last chunk the connection can serve the next request.
 """
 
 from __future__ import annotations
@@ -48,12 +52,13 @@ class AlreadySent(web.StreamResponse):
 
 
 class ResponseWriter:
-    """The Sink of one request. `finished` at its end, of which `on_finish` is told once, from
-    inside the dispatcher: it may only note it.
+    """The Sink of one request. At the end `finished` is true and `on_finish` is called once. The
+    call comes from inside the dispatcher, so `on_finish` may only take a note.
 
-    `started`: the client has seen the status. `answered`: the worker has begun to answer. Between
-    the two there are only comments; an error then waits for its owner (`end_with`, or `refuse`
-    where nothing was written), who may still ask another time (`again`).
+    `started` means that the client has seen the status. `answered` means that the worker has begun
+    to answer. Between the two the client gets comments only. An error in that time waits for the
+    owner, which may try again (`again`), or ends the answer with `end_with`, or with `refuse` if
+    nothing was written.
 
     Args:
         max_buffered_bytes: bytes the client may leave unread before it is cut off.
@@ -99,23 +104,23 @@ class ResponseWriter:
         self.status = 0
         self.sse = self.started = self.answered = self.finished = False
         self.error: LoraplexError | None = None
-        self.on_finish: Callable[[], object] = bool  # nobody is told
+        self.on_finish: Callable[[], object] = bool  # a call that does nothing
 
     def describe(self, headers: Callable[[], bytes]) -> None:
-        """`headers` is asked when the head leaves and yields its extra lines, each `name: value`
-        with its line end.
+        """Sets the function that yields the head's extra lines, each `name: value` with its line
+        end. It is called when the head leaves.
         """
         self._headers = headers
 
     def let_go(self) -> None:
-        """Forgets its owner, who is then no longer part of a cycle with it: such a cycle would stay
-        in memory until the garbage collector comes.
+        """Forgets the owner, so that owner and writer are no longer in a reference cycle. Such a
+        cycle would stay in memory until the garbage collector runs.
         """
         self.on_finish, self._headers = bool, bytes
 
     def again(self) -> None:
-        """The first attempt failed before it was answered: as new, but for what the client has
-        seen.
+        """Resets the writer after a first attempt that failed before it was answered. What the
+        client has seen stays as it is.
         """
         self.error = None
         self.finished = False
@@ -167,7 +172,7 @@ class ResponseWriter:
         return True
 
     def fail(self, error: LoraplexError) -> None:
-        """Before the answer: `error` is kept for the handler. After its first frame: an error event
+        """Before the answer, `error` is kept for the handler. After the first frame, an error event
         ends the stream.
         """
         if self.finished:
@@ -180,19 +185,19 @@ class ResponseWriter:
             self._finish()
 
     def end_with(self, error: LoraplexError) -> None:
-        """An error event, for a client that has seen the status already."""
+        """Writes an error event, for a client that has seen the status already."""
         self.error = error
         if not self._transport.is_closing():
             self._write(self._frame(error_event(error, self.errors), True))
 
     def refuse(self, status: int, lines: bytes, body: bytes) -> None:
-        """A whole answer of the gateway's own, for a client that has seen nothing yet."""
+        """Writes a whole answer of the gateway's own, for a client that has seen nothing yet."""
         self.status = status
         self._write_whole(lines, body)
 
     def _whole(self) -> None:
-        """The answer of a request without `stream`, in one write; after comments, what the engine
-        answered instead of a stream, as an event.
+        """Writes the answer to a request without `stream` at once. If comments were written, the
+        engine has answered a stream with a whole body; that body becomes an event.
         """
         body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         if self.started:
@@ -239,8 +244,8 @@ class ResponseWriter:
         )
 
     def _write(self, data: bytes) -> None:
-        """Raises ConnectionResetError for a client that has left: uvloop calls it a RuntimeError if
-        nobody has been told yet.
+        """Raises ConnectionResetError if the client has left. uvloop raises a RuntimeError in that
+        case, as long as nobody was told.
         """
         try:
             self._transport.write(data)
@@ -248,7 +253,7 @@ class ResponseWriter:
             raise ConnectionResetError(CLIENT_LEFT) from exc
 
     def _frame(self, data: bytes, end: bool) -> bytes:
-        """`data` as one HTTP chunk; an empty one would end the body, so it is left out."""
+        """`data` as one HTTP chunk. An empty chunk would end the body, so it is left out."""
         if not self._chunked:
             return data
         chunk = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
@@ -263,7 +268,7 @@ class ResponseWriter:
 
 
 def refuse(stream: ResponseWriter, error: LoraplexError, request_id: str) -> None:
-    """Answers with the error; nothing has been written before."""
+    """Answers with the error. Nothing may have been written before."""
     status, headers, body = answer(error, request_id, stream.errors)
     stream.refuse(
         status, "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode(), body

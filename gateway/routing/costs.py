@@ -1,5 +1,5 @@
-"""Pure. What things cost in seconds on a worker: from its heartbeats where it has measured, from
-named constants where it has not.
+"""Pure. What an operation on a worker costs, in seconds. Figures come from the worker's heartbeats
+where it has measured, and from named constants where it has not.
 """
 
 from __future__ import annotations
@@ -9,28 +9,28 @@ from shared.link.messages import Tier
 
 MIB = 1 << 20
 PREFILL_TOKENS_PER_S = 20_000.0
-"""Until a worker has measured its own: an 8B model on an H200 (vLLM 0.32) reads 12,000 to 32,000
-tokens/s, depending on the batch.
+"""Assumed until a worker has measured its own rate. An 8B model on an H200 (vLLM 0.32) reads 12,000
+to 32,000 tokens/s, depending on the batch.
 """
 STEP_S = 0.012
 """The same engine's step with 16 sequences."""
 LOAD_S = 0.060
 LOAD_BYTES = 26 * MIB
-"""A load from disk into a slot, files in the page cache: 60 ms for 26 MiB (rank 16, 8B model,
-H200), all of it inside the engine's loop.
+"""A load from disk into a slot, with the files in the page cache, takes 60 ms for 26 MiB (rank 16,
+8B model, H200). All of it runs inside the engine's loop.
 """
 ACTIVATE_S = 0.005
-"""From the CPU tier into a slot."""
+"""A move from the CPU tier into a slot."""
 FETCH_S = 0.250
-"""From the store to disk, 26 MiB over a 1 Gbit/s link and the store's latency. The engine does not
-notice, the request does.
+"""A download from the store to disk: 26 MiB over a 1 Gbit/s link, and the store's latency. It
+delays the request but not the engine.
 """
 SERVICE_S = 2.0
 OUTPUT_TOKENS = 128
-"""Of a request, until some have ended."""
+"""Service time and output length of a request, assumed until some requests have ended."""
 WEIGHT = 0.05
-"""Of the newest request in the moving averages of service time and output length: twenty requests
-back counts a third.
+"""Weight of the newest request in the moving averages of service time and output length. A request
+twenty back counts a third of it.
 """
 
 
@@ -43,7 +43,7 @@ def step_s(worker: WorkerView) -> float:
 
 
 def stalling_load_s(worker: WorkerView, tier: Tier, size_bytes: int) -> float:
-    """The part of a load that runs inside the engine's loop, where nothing else runs meanwhile."""
+    """The part of a load that runs inside the engine's loop; nothing else runs there meanwhile."""
     if tier is Tier.GPU:
         return 0.0
     if tier is Tier.CPU:
@@ -59,8 +59,8 @@ def stalling_load_s(worker: WorkerView, tier: Tier, size_bytes: int) -> float:
 
 
 def load_s(worker: WorkerView, tier: Tier, size_bytes: int) -> float:
-    """Until its files are in a slot: what is done beside the engine's loop and the part inside
-    it.
+    """Time until the adapter's files are in a slot: the work beside the engine's loop and the part
+    inside it.
     """
     stalling_s, beat = stalling_load_s(worker, tier, size_bytes), worker.beat
     if tier <= Tier.CPU or not beat.stall_s:
@@ -69,8 +69,8 @@ def load_s(worker: WorkerView, tier: Tier, size_bytes: int) -> float:
 
 
 def load_elsewhere_s(worker: WorkerView, size_bytes: int, running: float) -> float:
-    """What a load from disk costs on a worker like this: the request's own time, and that of the
-    `running` who stand still meanwhile.
+    """What a load from disk costs on a worker like this: the request's own time, and the time that
+    the `running` requests stand still.
     """
     return (
         load_s(worker, Tier.DISK, size_bytes)
@@ -79,13 +79,13 @@ def load_elsewhere_s(worker: WorkerView, size_bytes: int, running: float) -> flo
 
 
 def fetch_s(worker: WorkerView, tier: Tier) -> float:
-    """The part of a load that only its own requests wait for."""
+    """The part of a load that delays only the requests that wait for this adapter."""
     return (worker.beat.fetch_s or FETCH_S) if tier is Tier.REMOTE else 0.0
 
 
 class ServiceTimes:
-    """Moving averages over the requests of one base model that have ended: seconds on a worker,
-    tokens of output.
+    """Moving averages over the ended requests of one base model: seconds on a worker, tokens of
+    output.
     """
 
     def __init__(self) -> None:

@@ -1,11 +1,11 @@
-"""Pure. Where adapters belong: rendezvous order, the measured demand of each, and how many copies
+"""Pure. Where adapters belong: their rendezvous order, their measured demand, and how many copies
 that demand is worth.
 
 Rendezvous hashing (Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit Rates",
-1998): every gateway ranks the workers for an adapter by a hash of both, so that all agree with
-nothing shared, and a worker that comes or goes moves only its own share. Bounded load (Mirrokni,
-Thorup and Zadimoghaddam, "Consistent Hashing with Bounded Loads", 2017): nobody is home beyond
-`BOUND` times the mean load.
+1998): every gateway ranks the workers for an adapter by a hash of both. So all gateways agree
+without shared state, and a worker that comes or goes moves only its own share of adapters. Bounded
+load (Mirrokni, Thorup and Zadimoghaddam, "Consistent Hashing with Bounded Loads", 2017): no worker
+counts as a home beyond `BOUND` times the mean load.
 """
 
 from __future__ import annotations
@@ -14,45 +14,45 @@ import heapq
 import math
 from dataclasses import dataclass
 
-from gateway.fleet.worker_view import Key
+from shared.adapters.identity import AdapterKey
 
 BOUND = 1.25
-"""c of the bounded load, as in the paper's own deployment and in peers' routers."""
+"""The factor c of the bounded load, as in the paper's own deployment and in other routers."""
 FLOOR = 16
-"""Sequences that a worker may always have, whatever the mean: up to 16 the engine's step grows from
-6.7 to 12.2 ms on an H200, so that sixteen in one batch finish sooner than one on each of two
-workers that both load the adapter first.
+"""Sequences that a worker may always have, whatever the mean. Up to 16 sequences the engine's step
+grows only from 6.7 to 12.2 ms on an H200. So sixteen in one batch finish sooner than spread over
+two workers that both load the adapter first.
 """
 RATE_WINDOW_S = 20.0
-"""Time constant of an adapter's request rate: long enough for a handful of requests of a lukewarm
-one, short enough to follow a crowd.
+"""Time constant of an adapter's request rate. It is long enough for a handful of requests of a
+lukewarm adapter, and short enough to follow a flash crowd.
 """
 MAX_RATES = 50_000
 SHRINK_AFTER_S = 30.0
-"""A home set loses a copy only after this long of lower demand; it grows at once. A load costs a
-stall, a copy too many only an idle slot.
+"""A home set loses a copy only after the demand was lower for this long; it grows at once. A load
+costs a stall, a superfluous copy only an idle slot.
 """
 
 
 class DemandRates:
-    """Requests per second of each adapter: a counter that decays with RATE_WINDOW_S."""
+    """Requests per second of each adapter: counters that decay with RATE_WINDOW_S."""
 
     def __init__(self, window_s: float = RATE_WINDOW_S, size: int = MAX_RATES) -> None:
         self._window_s, self._size = window_s, size
         # value, as of when; the longest unseen first
-        self._counters: dict[Key, tuple[float, float]] = {}
+        self._counters: dict[AdapterKey, tuple[float, float]] = {}
 
-    def note(self, key: Key, now: float) -> None:
+    def note(self, key: AdapterKey, now: float) -> None:
         value, since = self._counters.pop(key, (0.0, now))
         self._counters[key] = (value * math.exp((since - now) / self._window_s) + 1.0, now)
         if len(self._counters) > self._size:
             del self._counters[next(iter(self._counters))]
 
-    def per_s(self, key: Key, now: float) -> float:
+    def per_s(self, key: AdapterKey, now: float) -> float:
         value, since = self._counters.get(key, (0.0, now))
         return value * math.exp((since - now) / self._window_s) / self._window_s
 
-    def hottest(self, count: int, now: float) -> list[tuple[float, Key]]:
+    def hottest(self, count: int, now: float) -> list[tuple[float, AdapterKey]]:
         """The `count` adapters with the highest rates, highest first."""
         window_s = self._window_s
         return heapq.nlargest(
@@ -72,8 +72,8 @@ class _Size:
 
 
 def copies_for(demand: float, bound: float) -> int:
-    """`demand` in sequences at once (rate x service time, or what is in flight), `bound` sequences
-    per copy.
+    """How many copies the demand is worth. `demand` is in concurrent sequences (rate x service
+    time, or those in flight); `bound` is sequences per copy.
     """
     return max(1, math.ceil(demand / bound - 1e-9))
 
@@ -82,10 +82,10 @@ class HomeSets:
     """How many copies each adapter's demand is worth; grows at once, shrinks slowly."""
 
     def __init__(self) -> None:
-        self._sizes: dict[Key, _Size] = {}  # of adapters with more than one
+        self._sizes: dict[AdapterKey, _Size] = {}  # of adapters with more than one
 
-    def copies(self, key: Key, demand: float, bound: float, now: float) -> int:
-        """See `copies_for`; remembers."""
+    def copies(self, key: AdapterKey, demand: float, bound: float, now: float) -> int:
+        """See `copies_for`. Remembers the result."""
         need = copies_for(demand, bound)
         size = self._sizes.get(key)
         if size is None:
@@ -105,7 +105,7 @@ class HomeSets:
                 return 1
         return size.copies
 
-    def of(self, key: Key) -> int:
-        """As of the last call of `copies`."""
+    def of(self, key: AdapterKey) -> int:
+        """The result of the last call of `copies`."""
         size = self._sizes.get(key)
         return size.copies if size else 1

@@ -1,17 +1,23 @@
-"""Pure. The default policy: the worker with the least expected time to first token, the others'
-loss included.
+"""Pure. The default policy. It chooses the worker with the least expected time to first token
+(TTFT), the loss of other requests included.
 
     queue wait + slot wait + load(tier, bytes) + stall x running sequences + eviction - prefix reuse
     (seconds)
 
-What of a load runs inside the engine's loop is charged for everybody whom it stalls; a prefill, by
-a fiftieth. Four rules stand beside the sum. Slots: an adapter that is not in flight on a worker
-goes there only if a slot can be had, else it waits here, where any worker's next slot can take it
-and where its requests gather; with few slots left a copy in flight is preferred to a second one.
-Homes: a cold adapter goes to where its weights are cached, else to its home in rendezvous order
-within the bounded load. Copies: another copy is loaded when its demand is worth one; until then,
-and while one is on its way, requests join. Rebalancing: an adapter leaves a worker that stays far
-busier than the others. docs/ROUTING.md explains all of it.
+The part of a load that runs inside the engine's loop stalls all running sequences, so it is charged
+for each of them. A prefill delays them less: it is charged at a fiftieth. Four rules stand beside
+the sum:
+
+- Slots: an adapter that is not in flight on a worker goes there only if a slot can be had.
+  Otherwise the request waits in the gateway, where the next free slot of any worker can take it.
+  With few open slots, a copy in flight is preferred to a second copy.
+- Homes: a cold adapter goes where its weights are cached, else to its home in rendezvous order,
+  within the bounded load.
+- Copies: another copy is loaded when the demand is worth one. Until then, and while a copy is on
+  its way, requests join the copies that exist.
+- Rebalancing: an adapter leaves a worker that stays far busier than the others.
+
+docs/ROUTING.md explains all of it.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from typing import TypeAlias
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.pool import Pool
 from gateway.fleet.rendezvous import Rendezvous
-from gateway.fleet.worker_view import Key, WorkerView
+from gateway.fleet.worker_view import WorkerView
 from gateway.routing import costs
 from gateway.routing.demand import BOUND, FLOOR, DemandRates, HomeSets, copies_for
 from gateway.routing.occupancy import Occupancy
@@ -44,52 +50,57 @@ from gateway.routing.policy import (
 from gateway.routing.rebalance import Rebalancer
 from gateway.routing.slot_claims import SlotClaims
 from gateway.routing.slot_wait import LONGEST_WAIT_S, SlotWait
-from shared.adapters.identity import AdapterRef, key_of
+from shared.adapters.identity import AdapterKey, AdapterRef, key_of
 from shared.link.messages import Tier, WorkerId
 
 HOME_CHOICES = 2
-"""Workers of the rendezvous order that are priced for a cold adapter: its home and the next, so
-that an idle one can win over a busy one. Those that load already are passed by while others are
-not: loads run one after the other, and each stops everybody there. (p99 TTFT of `hot` at 223
+"""Workers of the rendezvous order that are priced for a cold adapter: its home and the next one, so
+that an idle one can win over a busy one. Workers that are loading are passed over while others are
+not: loads run one after the other, and each stops all sequences there. (p99 TTFT of `hot` at 223
 requests/s 157 -> 145 ms; of all others in a flash crowd +22% -> +15%.)
 """
-STASH_CHOICES = 8
-"""Workers with the adapter in a lower tier that are priced."""
+LOWER_TIER_CHOICES = 8
+"""At most this many of the workers that have the adapter in a lower tier are priced."""
 BASE_CHOICES = 16
-"""Workers that are priced for a request of the base model; drawn at random where there are more."""
+"""At most this many workers are priced for a request of the base model. If there are more, they are
+drawn at random.
+"""
 HORIZON_S = 10.0
-"""How long present demand is trusted to last, when a load is weighed against what it saves."""
-BESIDE = 0.02
-"""What a running stream's delay by a prefill counts against a wait for a first token: enough to
-prefer the lighter of two workers whose queues tie. With 1, whoever ran ten sequences fewer got the
-next handful of prompts at once, and they queued for each other: p99 TTFT of `fits` at 309
-requests/s 119 ms with 1, 91 with 0.2, 65 with this; of `hot` at 223 155, 127, 112; of others in a
-flash crowd +15%, +10%. A load's stall counts in full.
+"""How long the present demand is assumed to last, when a load is weighed against what it saves."""
+PREFILL_DELAY_WEIGHT = 0.02
+"""Weight of a running stream's delay by a prefill, against a wait for a first token. It is enough
+to prefer the lighter of two workers whose queues tie. With 1, the worker that ran ten sequences
+fewer got the next handful of prompts at once, and they queued for each other. p99 TTFT of `fits` at
+309 requests/s was 119 ms with 1, 91 with 0.2 and 65 with this; of `hot` at 223 it was 155, 127 and
+112; of others in a flash crowd +15%, +10%. A load's stall counts in full.
 """
 VICTIMS = 4
-"""Idle adapters of a worker among which the coldest is taken for its next victim."""
-RARELY = 0.1
-"""Requests expected within HORIZON_S below which an idle adapter's slot is nobody's loss."""
+"""The next victim of a worker is taken to be the coldest of its first idle adapters, this many."""
+RARE_REQUESTS = 0.1
+"""If fewer requests than this are expected within HORIZON_S, an idle adapter's slot is nobody's
+loss.
+"""
 MISS_WINDOW_S = 10.0
 """Time constant of the rate at which adapters are not in a slot."""
 SPREADS = 1.0
-"""Standard deviations of the misses' number for which slots are kept open."""
+"""Slots are kept open for the misses: this many standard deviations of their number."""
 ABUNDANT_SPREADS = 5.0
-"""The same for slots to count as abundant: a copy more or a move takes somebody's slot for a while.
-With 2, moves cost the scenario `hot` a twentieth of its capacity.
+"""Slots are abundant from this many standard deviations on. It is more, because another copy or a
+move takes somebody's slot for a while. With 2, moves cost the scenario `hot` a twentieth of its
+capacity.
 """
-EVEN = 0.5
-"""Of the mean load, what one copy of an adapter is for while slots abound: an adapter that gets
-half of all requests then sits on every worker, so that the others' are not crowded onto those
-without it. (A flash crowd to 50%: with a copy per 1.25 x the mean, 5 of 8 workers had it, and the
-p99 of all others rose by 51%; so by 17%.) While slots are scarce it is BOUND: a copy takes a slot,
-and where all slots are in use that costs more.
+EVEN_LOAD_SHARE = 0.5
+"""Load of one copy of an adapter while slots abound, as a share of the mean load. An adapter that
+gets half of all requests then sits on every worker. So other adapters' requests are not crowded
+onto the workers without it. (A flash crowd to 50%: with a copy per 1.25 x the mean, 5 of 8 workers
+had it, and the p99 of all others rose by 51%; with this, by 17%.) While slots are scarce the share
+is BOUND: a copy takes a slot, and where all slots are in use that costs more.
 """
 LEAST_SPREAD = 1e-3
-"""Slots; where nothing misses, any open slot is plenty."""
+"""Least spread, in slots: where nothing misses, any open slot is plenty."""
 AFFINITY_S = 0.005
-"""The most that a known prefix or session can weigh: less than a load from the CPU tier, so it only
-breaks ties.
+"""The most that a known prefix or session can save. It is less than a load from the CPU tier, so it
+only breaks ties.
 """
 MAX_AFFINITIES = 50_000
 
@@ -100,8 +111,8 @@ NOTHING = CostBreakdown()
 
 
 class ExpectedTTFT:
-    """See the module. Per base model it learns service times and miss rates, per adapter request
-    rates; workers measure the rest.
+    """See the module. Per base model the policy learns service times and miss rates, and per
+    adapter request rates. Workers measure the rest.
     """
 
     name = "expected-ttft"
@@ -143,7 +154,7 @@ class ExpectedTTFT:
     def _choose_held(
         self,
         request: RoutingRequest,
-        key: Key,
+        key: AdapterKey,
         base: _Base,
         pool: Pool,
         holders: list[WorkerView],
@@ -151,8 +162,8 @@ class ExpectedTTFT:
         now: float,
         excluded: Set[WorkerId],
     ) -> Decision:
-        """The cheapest holder; or another worker, if the demand is worth one more copy or that is
-        cheaper and takes no one's only slot.
+        """The cheapest holder. Or another worker, if the demand is worth one more copy, or if that
+        worker is cheaper and the load there takes no adapter's only slot.
         """
         price = base.slot_price(pool, now)
         copies = len(holders)
@@ -163,7 +174,7 @@ class ExpectedTTFT:
         wanted = base.homes.copies(
             key,
             demand,
-            max(FLOOR, EVEN * pool.mean_load) if base.abundant(pool, now) else bound,
+            max(FLOOR, EVEN_LOAD_SHARE * pool.mean_load) if base.abundant(pool, now) else bound,
             now,
         )
         kept = (
@@ -210,14 +221,16 @@ class ExpectedTTFT:
 
     def _relieved(
         self,
-        key: Key,
+        key: AdapterKey,
         w: WorkerView,
         base: _Base,
         pool: Pool,
         now: float,
         excluded: Set[WorkerId],
     ) -> Choice | None:
-        """The lighter worker that the adapter moves to from this one, if that is to be relieved."""
+        """The lighter worker that the adapter moves to, if this worker is far busier than the
+        others.
+        """
         rebalancer = base.rebalancer
         if not rebalancer.due(w, key, pool, now) or not base.abundant(pool, now):
             return None
@@ -237,10 +250,10 @@ class ExpectedTTFT:
 
     @staticmethod
     def _kept(
-        key: Key, holders: list[WorkerView], need: int, bound: float, excluded: Set[WorkerId]
+        key: AdapterKey, holders: list[WorkerView], need: int, bound: float, excluded: Set[WorkerId]
     ) -> list[WorkerView]:
-        """With slots scarce: as many holders as it takes, those with the most requests in flight,
-        so that the others give their slots up.
+        """While slots are scarce: as many holders as the demand needs, those with the most requests
+        in flight. The other holders give their slots up.
         """
         if len(holders) <= need:
             return holders
@@ -250,7 +263,7 @@ class ExpectedTTFT:
     def _cheapest(
         self,
         request: RoutingRequest,
-        key: Key,
+        key: AdapterKey,
         base: _Base,
         pool: Pool,
         holders: list[WorkerView],
@@ -274,7 +287,7 @@ class ExpectedTTFT:
     def _choose_cold(
         self,
         request: RoutingRequest,
-        key: Key,
+        key: AdapterKey,
         base: _Base,
         pool: Pool,
         bound: float,
@@ -284,7 +297,9 @@ class ExpectedTTFT:
         copies: int = 0,
         needed: bool = True,
     ) -> Decision:
-        """Where to load it: the least cost among those that have it cached and its home set."""
+        """Where to load the adapter: the least cost among the workers that have it cached and its
+        home set.
+        """
         holders = pool.holders.get(key, NOBODY)
         candidates: list[WorkerView] = []
         stashed = pool.stashes.get(key, NOBODY)
@@ -294,7 +309,7 @@ class ExpectedTTFT:
         if stashed and not (copies and shut):
             cached = [
                 w
-                for w in islice(stashed.values(), STASH_CHOICES)
+                for w in islice(stashed.values(), LOWER_TIER_CHOICES)
                 if w.id not in holders and w.tier_at(key) is Tier.CPU
             ]
             if not shut:
@@ -330,7 +345,7 @@ class ExpectedTTFT:
 
     def _homes(
         self,
-        key: Key,
+        key: AdapterKey,
         base: _Base,
         pool: Pool,
         bound: float,
@@ -340,8 +355,9 @@ class ExpectedTTFT:
         *,
         anybody: bool,
     ) -> list[WorkerView]:
-        """The first open ones of the rendezvous order within the bound, better those that load
-        nothing; if need be beyond it, and if need be any.
+        """The first workers of the rendezvous order that are open and within the bound. Workers
+        that load nothing come first. If there are none within the bound, it takes those beyond it,
+        and at last any.
         """
         claims = base.claims
 
@@ -393,7 +409,7 @@ class ExpectedTTFT:
     def _blocked(
         self,
         request: RoutingRequest,
-        key: Key,
+        key: AdapterKey,
         base: _Base,
         pool: Pool,
         now: float,
@@ -411,7 +427,7 @@ class ExpectedTTFT:
     def _cost_on(
         self,
         request: RoutingRequest,
-        key: Key | None,
+        key: AdapterKey | None,
         w: WorkerView,
         base: _Base,
         pool: Pool,
@@ -422,13 +438,13 @@ class ExpectedTTFT:
         rate = costs.prefill_rate(w)
         prefill_s = request.prompt_tokens / rate
         running = w.load
-        # A step is under way where somebody runs; what an idle worker measured last says nothing of
-        # its next.
+        # A step runs only where sequences run. What an idle worker measured last says nothing about
+        # its next step.
         queue_s = (
             w.backlog_tokens(rate, now) / rate + prefill_s + (costs.step_s(w) if running else 0.0)
         )
         slot_s = load_s = evict_s = 0.0
-        stall_s = prefill_s * running * BESIDE
+        stall_s = prefill_s * running * PREFILL_DELAY_WEIGHT
         if key is not None:
             if not w.in_flight(key):
                 slot_s = (
@@ -445,13 +461,13 @@ class ExpectedTTFT:
         return CostBreakdown(queue_s, slot_s, load_s, stall_s, evict_s, prefix_s)
 
     def _load(
-        self, request: RoutingRequest, key: Key, w: WorkerView, now: float
+        self, request: RoutingRequest, key: AdapterKey, w: WorkerView, now: float
     ) -> tuple[float, float]:
-        """(seconds until it is in a slot, seconds of those that this request's own load stalls the
-        engine for).
+        """(seconds until the adapter is in a slot, seconds of those that this load stalls the
+        engine)
         """
         state, tier = w.held.get(key), w.tier_at(key)
-        own_s = costs.load_s(w, tier, request.size_bytes)  # inside the engine's loop or not
+        own_s = costs.load_s(w, tier, request.size_bytes)  # inside and beside the engine's loop
         if key in w.coming:
             eta_s = (
                 state.eta_s - (now - w.beat_at) if state is not None and state.loading else own_s
@@ -463,8 +479,8 @@ class ExpectedTTFT:
         )
 
     def _eviction(self, w: WorkerView, base: _Base, pool: Pool, now: float) -> float:
-        """What it costs that somebody must leave: the likely victim's reload, if it is wanted again
-        soon and is nowhere else.
+        """What it costs that an adapter must leave: the reload of the likely victim, if it is
+        wanted again soon and is nowhere else.
         """
         if w.free_slots > 0 or not w.idle:
             return 0.0
@@ -476,22 +492,22 @@ class ExpectedTTFT:
         return again * (costs.load_s(w, tier, 0) + costs.stalling_load_s(w, tier, 0) * w.load)
 
     @staticmethod
-    def _victim(w: WorkerView, base: _Base, now: float) -> Key:
-        """Whom the worker will likely take: it evicts the coldest, and among the first to have
-        become idle that is nearly always to be found.
+    def _victim(w: WorkerView, base: _Base, now: float) -> AdapterKey:
+        """The adapter that the worker will likely evict. The worker evicts the coldest, and that is
+        nearly always among the adapters that became idle first.
         """
         return min(islice(w.idle, VICTIMS), key=lambda key: base.rates.per_s(key, now))
 
     def _surplus(self, w: WorkerView, base: _Base, pool: Pool, now: float) -> bool:
-        """The slot that a load would take there is nobody's, or that of an adapter that has another
-        or is hardly asked for.
+        """Whether the slot that a load would take is nobody's loss: it is empty, or its adapter has
+        another copy or is hardly requested.
         """
         if w.free_slots > 0 or not w.idle:
             return w.free_slots > 0
         victim = self._victim(w, base, now)
         return (
             len(pool.holders.get(victim, ())) > 1
-            or base.rates.per_s(victim, now) * HORIZON_S < RARELY
+            or base.rates.per_s(victim, now) * HORIZON_S < RARE_REQUESTS
         )
 
     def _known(self, request: RoutingRequest) -> tuple[WorkerId | None, WorkerId | None]:
@@ -543,12 +559,12 @@ class ExpectedTTFT:
         if request.adapter is not None:
             base.occupancy.end(request, service_s)
 
-    def reserved_for(self, base: str, fleet: Fleet, now: float) -> list[Key]:
+    def reserved_for(self, base: str, fleet: Fleet, now: float) -> list[AdapterKey]:
         return self._base(base).claims.reserved_for(fleet.pool(base), now)
 
     def warm_set(self, worker: WorkerView, fleet: Fleet, now: float) -> list[AdapterRef]:
-        """Its share of the hot adapters: those that will surely be asked for soon and whose home
-        set it is in now; half of its slots at most.
+        """The worker's share of the hot adapters: those that will surely be requested soon and
+        whose home set now includes it. They fill at most half of its slots.
         """
         base, pool = self._base(worker.beat.base), fleet.pool(worker.beat.base)
         found: list[AdapterRef] = []
@@ -592,7 +608,7 @@ class ExpectedTTFT:
         return base
 
 
-MISS: Key = ("", "")
+MISS: AdapterKey = ("", "")
 
 
 class _Base:
@@ -610,23 +626,23 @@ class _Base:
         self.slot_wait = SlotWait(self.occupancy, longest_wait_s)
 
     def slot_price(self, pool: Pool, now: float) -> float:
-        """Seconds that the next slot is worth: nothing while open ones abound, a service time when
-        there is none.
+        """What the next slot is worth, in seconds: nothing while open slots abound, a service time
+        when there is none.
 
-        Misses come at random and each keeps a slot for a service time; what is kept open for them
-        is twice the spread of their number (square-root staffing: Halfin and Whitt, "Heavy-Traffic
+        Misses come at random, and each occupies a slot for a service time. Twice the spread of
+        their number is kept open for them (square-root staffing: Halfin and Whitt, "Heavy-Traffic
         Limits for Queues with Many Exponential Servers", 1981).
         """
         return self.services.service_s * max(0.0, 1.0 - self.slack(pool, now) / SPREADS)
 
     def abundant(self, pool: Pool, now: float) -> bool:
-        """A slot more or less is nobody's loss."""
+        """Whether one slot more or less is nobody's loss."""
         return self.slack(pool, now) >= ABUNDANT_SPREADS
 
     def slack(self, pool: Pool, now: float) -> float:
-        """Open slots, in standard deviations of the number that misses keep."""
+        """Open slots, in standard deviations of the number of slots that misses occupy."""
         return pool.open_slots / max(self._spread(now), LEAST_SPREAD)
 
     def _spread(self, now: float) -> float:
-        """Of the number of slots that misses keep, in slots."""
+        """The standard deviation of the number of slots that misses occupy, in slots."""
         return math.sqrt(self.misses.per_s(MISS, now) * self.services.service_s)

@@ -1,5 +1,5 @@
-"""Pure. The words of routing: what is asked (`RoutingRequest`), what is answered (`Choice` or
-`Defer`), and what every policy can be told (`Policy`).
+"""Pure. The terms of routing: what a policy is given (`RoutingRequest`), what it answers (`Choice`
+or `Defer`), and what every policy can be told (`Policy`).
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
-from gateway.fleet.fleet import Fleet, Key, WorkerView
-from shared.adapters.identity import AdapterRef
+from gateway.fleet.fleet import Fleet, WorkerView
+from shared.adapters.identity import AdapterKey, AdapterRef
 from shared.link.messages import Tier, WorkerId
 
 NONE_EXCLUDED: Set[WorkerId] = frozenset()
 
 
 class RoutingRequest(msgspec.Struct, frozen=True, eq=False):
-    """What routing knows of one request. Equal only to itself, so that a policy can keep state per
+    """What routing knows of one request. It equals only itself, so that a policy can keep state per
     request.
 
-    `prompt_tokens` is an estimate made from the body's length; `tenant` is the digest of the API
-    key; `prefix` a hash of the adapter's digest and the prompt's first bytes (0: unknown); a lower
-    `priority` goes first; `arrived` is on the dispatcher's clock.
+    `prompt_tokens` is an estimate made from the body's length. `tenant` is the digest of the API
+    key. `prefix` is a hash of the adapter's digest and the prompt's first bytes (0: unknown). A
+    lower `priority` goes first. `arrived` is on the dispatcher's clock.
     """
 
     base: str
@@ -41,7 +41,7 @@ class RoutingRequest(msgspec.Struct, frozen=True, eq=False):
 
 
 class ChoiceReason(Enum):
-    """Why a worker was chosen; goes to the access log and the metrics."""
+    """Why a worker was chosen. It goes to the access log and the metrics."""
 
     __hash__ = object.__hash__  # as in request.Phase
 
@@ -57,14 +57,14 @@ class Blocked(Enum):
     """What a request waits for."""
 
     ROOM = "room"  # no worker takes another request
-    # no worker has a slot for another adapter; requests for adapters in flight may pass
+    # No worker has a slot for another adapter. Requests for adapters in flight may go first.
     SLOT = "slot"
     TURN = "turn"  # the policy wants to be asked again at `until`
 
 
 class CostBreakdown(msgspec.Struct, frozen=True):
-    """The parts of an expected time to first token, in seconds. `stall` is not the request's own:
-    it is what the choice costs the others.
+    """The parts of an expected time to first token, in seconds. `stall` is not the request's own
+    time: it is what the choice costs other requests.
     """
 
     queue_s: float = 0.0
@@ -82,8 +82,8 @@ class CostBreakdown(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """`tier` is where the adapter was on the worker at that moment (GPU for a request of the base
-    model).
+    """The chosen worker. `tier` is where the adapter was on that worker at that moment (GPU for a
+    request of the base model).
     """
 
     worker: WorkerView
@@ -94,8 +94,8 @@ class Choice(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Defer:
-    """Nobody takes it now. `until` is when to ask again at the latest, if time alone can change the
-    answer.
+    """No worker takes the request now. `until` is when to ask again at the latest, if time alone
+    can change the answer.
     """
 
     blocked: Blocked
@@ -107,8 +107,8 @@ Decision: TypeAlias = Choice | Defer
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One worker in an explanation: may it take the request, and what that would cost. `note` says
-    why not.
+    """One worker in an explanation: whether it may take the request, and what that would cost.
+    `note` says why it may not.
     """
 
     worker: WorkerView
@@ -119,8 +119,8 @@ class Candidate:
 
 
 class Policy(Protocol):
-    """Decides, and hears at once of everything that follows. `choose` has no effect that a second
-    call would not have.
+    """Decides, and is told at once of everything that follows. `choose` may be called twice: a
+    second call has no further effect.
     """
 
     @property
@@ -134,7 +134,7 @@ class Policy(Protocol):
         rng: random.Random,
         excluded: Set[WorkerId] = NONE_EXCLUDED,
     ) -> Decision:
-        """Never chooses one of `excluded`: workers that do not take this request."""
+        """Never chooses a worker of `excluded`: those do not take this request."""
         ...
 
     def explain(self, request: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:
@@ -145,9 +145,9 @@ class Policy(Protocol):
         """What a worker that has just become routable should load before its first request."""
         ...
 
-    def reserved_for(self, base: str, fleet: Fleet, now: float) -> list[Key]:
-        """Adapters that something free is kept for: those who wait for them are asked before all
-        others.
+    def reserved_for(self, base: str, fleet: Fleet, now: float) -> list[AdapterKey]:
+        """Adapters that a free slot or place is reserved for. Requests that wait for them are tried
+        before all others.
         """
         ...
 
@@ -160,8 +160,8 @@ class Policy(Protocol):
         ...
 
     def left(self, request: RoutingRequest, now: float) -> None:
-        """The request is over or was given back without having ended on a worker; what it waited
-        for is free.
+        """The request is over, or it was given back without having ended on a worker. What was
+        reserved for it is free.
         """
         ...
 
@@ -178,7 +178,7 @@ class Policy(Protocol):
 
 
 class StatelessPolicy:
-    """The ears of a policy that learns nothing, and its explanation: the loads."""
+    """A policy that learns nothing. It ignores all events and explains itself by the loads."""
 
     def arrived(self, request: RoutingRequest, now: float) -> None: ...
     def sent(self, request: RoutingRequest, choice: Choice, now: float) -> None: ...
@@ -195,7 +195,7 @@ class StatelessPolicy:
     def warm_set(self, worker: WorkerView, fleet: Fleet, now: float) -> list[AdapterRef]:
         return []
 
-    def reserved_for(self, base: str, fleet: Fleet, now: float) -> list[Key]:
+    def reserved_for(self, base: str, fleet: Fleet, now: float) -> list[AdapterKey]:
         return []
 
     def explain(self, request: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:

@@ -1,10 +1,14 @@
-"""Pure. Ray Serve's multiplexed routing as its words promise it.
+"""Pure. Ray Serve's multiplexed routing, as its documentation promises it.
 
-The words: (1) is there a replica that has the adapter; (2) choose one that has it and is not
-overloaded; (3) if all that have it are overloaded, a less busy replica loads it; (4) if none has
-it, power of two choices picks one and loads it there. The rows M1 to M5 of Ray's candidate table
-are named below; docs/ROUTING.md has the table, and each deviation of `Ray` from it. What Ray 2.60
-really does is in bench/routing/ray_strict.py, to compare with.
+The documentation says:
+
+- (1) Is there a replica that has the adapter?
+- (2) If so, choose one that has it and is not overloaded.
+- (3) If all that have it are overloaded, a less busy replica loads it.
+- (4) If none has it, power of two choices picks a replica, which loads it.
+
+M1 to M5 below are rows of Ray's candidate table. docs/ROUTING.md has that table, and each deviation
+of `Ray` from it. What Ray 2.60 really does is in bench/routing/ray_strict.py, to compare with.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ LLM_MAX_ONGOING = 10**9
 
 
 class Ray(StatelessPolicy):
-    """The decision table by the words, on pushed loads and own reservations.
+    """The decision table as documented, on reported loads and own reservations.
 
     Args:
         max_ongoing_requests: a worker with as many is overloaded; by default its own capacity,
@@ -73,7 +77,7 @@ class Ray(StatelessPolicy):
 
 
 def with_fewest_adapters(workers: Sequence[WorkerView]) -> list[WorkerView]:
-    """F: those that hold the fewest adapters."""
+    """Filter F of Ray's table: the workers that hold the fewest adapters."""
     counts = [len(w.loaded) + len(w.coming) for w in workers]
     least = min(counts)
     return [w for w, n in zip(workers, counts, strict=True) if n == least]

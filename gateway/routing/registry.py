@@ -1,10 +1,10 @@
-"""Pure. The policies that users choose between, by name.
+"""Pure. The policies that users can choose, by name.
 
     policy = make_policy("expected-ttft")
 
-The name is one of POLICIES, in the config `gateway.routing_policy`.
+The name is the value of `gateway.routing_policy` and one of POLICIES.
 
-A policy keeps state: one per gateway, never shared. Policies that are there to compare with are in
+A policy keeps state, so each gateway has its own. Policies that exist only for comparison are in
 bench/routing/policies.py.
 """
 

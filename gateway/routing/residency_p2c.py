@@ -1,4 +1,6 @@
-"""Pure. The simple policy: holders of the adapter with room first, then the less loaded of two."""
+"""Pure. The simple policy: workers that hold the adapter and have room come first, then the less
+loaded of two others.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,8 @@ def two_choices(candidates: Sequence[WorkerView], rng: random.Random) -> WorkerV
 
 
 class ResidencyP2C(StatelessPolicy):
-    """Residency first, then load: the better of two holders with room; if all holders are full or
-    there is none, the better of two others.
+    """Residency first, then load. It takes the less loaded of two holders with room. If all holders
+    are full, or there is none, it takes the less loaded of two other workers.
     """
 
     name = "residency-p2c"

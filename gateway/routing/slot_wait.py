@@ -1,11 +1,11 @@
-"""Pure. How long a request waits for a slot on the worker that has its adapter cached, before
-another worker loads it from disk.
+"""Pure. How long a request waits for a slot on a worker that has its adapter in host memory, before
+another worker loads the adapter from disk.
 
-A full worker with S slots frees one every service time / S; a load from disk takes its time and may
-stall everybody on some other worker. So a request waits as long as a slot there is likely to come
-free in a moment, for it and for those that came before it, and the less the more slots are open
-elsewhere; never longer than what the load elsewhere would cost, in seconds, its own and other
-people's.
+A full worker with S slots frees one every service time / S. A load from disk takes its own time and
+may stall all running requests on some other worker. So a request waits as long as a slot will
+likely become free in a moment, for it and for the requests that came before it. The more slots are
+open elsewhere, the less it waits. It never waits longer than the load elsewhere would cost, in
+seconds of its own and of other requests.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from gateway.routing.policy import RoutingRequest
 from shared.link.messages import WorkerId
 
 LONGEST_WAIT_S = 0.25
-"""The longest wait while slots are neither scarce nor many; less the more slots are open elsewhere,
-and none beyond NO_WAIT_SPREADS: the load then costs less.
+"""The longest wait while slots are neither scarce nor many. It shrinks as more slots are open
+elsewhere, and is zero beyond NO_WAIT_SPREADS, where the load costs less.
 """
 SCARCE_WAIT_S = 2.0
-"""The same while slots are scarce: a load from disk then stalls a worker whose slots would all be
-free sooner without it, and costs its CPU tier an adapter of its own. Letting go after 0.25 s
+"""The longest wait while slots are scarce. A load from disk then stalls a worker whose slots would
+all be free sooner without it, and takes a place in its CPU tier. Ending the wait after 0.25 s
 collapsed at 110 requests/s in the simulator (29% loads from disk, p99 TTFT 4.5 s against 0.6 s).
 """
 SCARCE_SPREADS = 0.5
-"""Open slots of the pool, in standard deviations of the number that misses keep, below which slots
-are scarce. (`default`, 10 seeds, p99 TTFT at 100 and 108 requests/s: 238 and 440 ms with 0.7, 221
-and 431 with 1, 196 to 222 and 418 to 442 with 0.4 to 0.5; with 0.2 16% of all requests load from
-disk at 108 and its p99 is 464 ms.)
+"""Slots are scarce below this number of open slots of the pool, in standard deviations of the
+number of slots that misses occupy. (`default`, 10 seeds, p99 TTFT at 100 and 108 requests/s: 238
+and 440 ms with 0.7, 221 and 431 with 1, 196 to 222 and 418 to 442 with 0.4 to 0.5. With 0.2, 16% of
+all requests load from disk at 108 and its p99 is 464 ms.)
 """
 FULL_SPREADS = 1.0
-"""Up to here a request waits LONGEST_WAIT_S."""
+"""Up to this slack a request waits LONGEST_WAIT_S."""
 NO_WAIT_SPREADS = 2.5
-"""From here on it does not wait at all. (p99 TTFT at 100 requests/s 203 to 222 ms, with 5 247, and
-without an end 236.)
+"""From this slack on a request does not wait. (p99 TTFT at 100 requests/s: 203 to 222 ms; with 5 it
+is 247, and without an end 236.)
 """
 SOON_S = 0.15
 """A request goes on waiting only while a slot is likely to come free within this time."""
 LIKELY = 0.6
-"""Slots that must be expected to come free within SOON_S, beyond those that earlier ones wait
+"""Slots that must be expected to become free within SOON_S, beyond those that earlier requests wait
 for.
 """
 JUDGE_AGAIN_S = 0.02
-"""How long the judgement that a slot will come free holds: a step or two."""
+"""How long a prediction that a slot will become free is used: a step or two."""
 
 
 class SlotWait:
-    """Of one base model's requests."""
+    """The waiting requests of one base model."""
 
     def __init__(self, occupancy: Occupancy, longest_wait_s: float = LONGEST_WAIT_S) -> None:
         self._occupancy, self._longest_wait_s = occupancy, longest_wait_s
-        self._at: dict[WorkerId, dict[RoutingRequest, None]] = {}  # who waits for a slot there
-        # until when the judgement holds, and the workers that it counts on
+        self._at: dict[WorkerId, dict[RoutingRequest, None]] = {}  # requests that wait there
+        # until when the prediction holds, and the workers that it relies on
         self._judged: dict[RoutingRequest, tuple[float, Sequence[WorkerId]]] = {}
 
     def __len__(self) -> int:
@@ -68,10 +68,11 @@ class SlotWait:
         elsewhere_s: float,
         now: float,
     ) -> float:
-        """When to ask again; `now` or before if it should wait no longer.
+        """When to ask again; `now` or earlier if the request should wait no longer.
 
-        `cached`: full workers that have its adapter in host memory; `slack`: open slots elsewhere,
-        in spreads (see SCARCE_SPREADS); `elsewhere_s`: what a load there would cost.
+        `cached` are full workers that have the adapter in host memory. `slack` is the number of
+        open slots elsewhere, in spreads (see SCARCE_SPREADS). `elsewhere_s` is what a load there
+        would cost.
         """
         scarce = slack < SCARCE_SPREADS
         share = min(1.0, (NO_WAIT_SPREADS - slack) / (NO_WAIT_SPREADS - FULL_SPREADS))
@@ -79,7 +80,7 @@ class SlotWait:
             elsewhere_s, SCARCE_WAIT_S if scarce else self._longest_wait_s * share
         )
         if now >= due:
-            self.forget(request)  # who has given up is ahead of nobody
+            self.forget(request)  # a request that has given up delays no other
             return now
         if scarce:
             return due
@@ -93,7 +94,7 @@ class SlotWait:
         return min(due, now + soon_s)
 
     def forget(self, request: RoutingRequest) -> None:
-        """It was sent or has left. Idempotent."""
+        """The request was sent or has left. Idempotent."""
         judged = self._judged.pop(request, None)
         for worker in judged[1] if judged is not None else ():
             there = self._at[worker]

@@ -1,5 +1,5 @@
-"""Shell. Connections over real TCP: plain requests answered the short way, all others by aiohttp,
-on one connection and in order.
+"""Shell. Client connections over real TCP. Simple requests are answered on the fast path and all
+others by aiohttp, on one connection and in order.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ WAIT_S = 10.0
 
 
 @dataclass
-class Flying:
-    """A request on the short way, until the test answers it."""
+class FastPathRequest:
+    """A request on the fast path, until the test answers it."""
 
     request: SimpleRequest
     transport: asyncio.WriteTransport
@@ -33,20 +33,20 @@ class Flying:
 
     def answer(self, text: bytes, keep_alive: bool = True) -> None:
         self.transport.write(
-            b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nX-Way: express\r\n\r\n%b" % (len(text), text)
+            b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nX-Path: fast\r\n\r\n%b" % (len(text), text)
         )
         self.answered(keep_alive)
 
 
 @dataclass
 class Served:
-    """A door on a port. `flying` are the requests that came the short way; `refuse` sends them to
-    aiohttp instead.
+    """A server on a port. `on_fast_path` holds the requests that came by the fast path. With
+    `refuse` they go to aiohttp instead.
     """
 
     http_server: Server
     port: int
-    flying: asyncio.Queue[Flying] = field(default_factory=asyncio.Queue)
+    on_fast_path: asyncio.Queue[FastPathRequest] = field(default_factory=asyncio.Queue)
     aiohttp_path: list[str] = field(default_factory=list)
     hold: asyncio.Event | None = None
     refuse: bool = False
@@ -59,9 +59,9 @@ class Served:
     ) -> PendingAnswer | None:
         if self.refuse:
             return None
-        flying = Flying(request, transport, answered)
-        self.flying.put_nowait(flying)
-        return flying
+        pending = FastPathRequest(request, transport, answered)
+        self.on_fast_path.put_nowait(pending)
+        return pending
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         body = await request.read()
@@ -70,8 +70,8 @@ class Served:
         self.aiohttp_path.append(f"{request.method} {request.path}")
         return web.Response(body=b"aiohttp:" + body)
 
-    async def next(self) -> Flying:
-        return await asyncio.wait_for(self.flying.get(), WAIT_S)
+    async def next(self) -> FastPathRequest:
+        return await asyncio.wait_for(self.on_fast_path.get(), WAIT_S)
 
 
 @contextlib.asynccontextmanager
@@ -144,9 +144,9 @@ async def test_requests_of_one_connection_go_either_way_and_back() -> None:
     async with serving() as served, client_of(served) as client:
         for nth in range(3):
             client.send(post(b"%d" % nth))
-            flying = await served.next()
-            assert flying.request.body == b"%d" % nth
-            flying.answer(b"answer %d" % nth)
+            pending = await served.next()
+            assert pending.request.body == b"%d" % nth
+            pending.answer(b"answer %d" % nth)
             assert (await client.answer())[1] == b"answer %d" % nth
             client.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert (await client.answer())[1] == b"aiohttp:"
@@ -161,11 +161,11 @@ async def test_a_request_that_comes_in_pieces_is_answered_once_it_is_whole(cut: 
         data = post(b'{"model": "m"}')
         client.send(data[:cut])
         await client.writer.drain()
-        assert served.flying.empty()
+        assert served.on_fast_path.empty()
         client.send(data[cut:])
-        flying = await served.next()
-        assert flying.request.body == b'{"model": "m"}'
-        flying.answer(b"ok")
+        pending = await served.next()
+        assert pending.request.body == b'{"model": "m"}'
+        pending.answer(b"ok")
         assert (await client.answer())[1] == b"ok"
 
 
@@ -173,9 +173,9 @@ async def test_a_body_of_many_pieces_arrives_whole() -> None:
     async with serving() as served, client_of(served) as client:
         body = bytes(range(256)) * 4000
         client.send(post(body))
-        flying = await served.next()
-        assert flying.request.body == body and not served.aiohttp_path
-        flying.answer(b"ok")
+        pending = await served.next()
+        assert pending.request.body == body and not served.aiohttp_path
+        pending.answer(b"ok")
         await client.answer()
 
 
@@ -220,7 +220,7 @@ async def test_requests_that_come_before_the_answer_are_answered_after_it_in_ord
         await client.writer.drain()
         first.answer(b"one")
         assert (await client.answer())[1] == b"one"
-        if served.flying.empty():  # both came in one piece: aiohttp's
+        if served.on_fast_path.empty():  # both came in one piece: aiohttp's
             assert (await client.answer())[1] == b"aiohttp:2"
         else:
             (await served.next()).answer(b"two")
@@ -255,8 +255,8 @@ async def test_a_client_that_leaves_cancels_its_request() -> None:
     async with serving() as served:
         async with client_of(served) as client:
             client.send(post())
-            flying = await served.next()
-        await asyncio.wait_for(flying.cancelled.wait(), WAIT_S)
+            pending = await served.next()
+        await asyncio.wait_for(pending.cancelled.wait(), WAIT_S)
         assert not served.http_server.connections
 
 
@@ -276,9 +276,9 @@ async def test_a_connection_that_rests_is_closed_and_one_that_is_answered_is_not
     ):
         busy.send(post())
         cut_short.send(post()[:10])
-        flying = await served.next()
+        pending = await served.next()
         assert await idle.ended() == b"" and await cut_short.ended() == b""
-        flying.answer(b"late")
+        pending.answer(b"late")
         assert (await busy.answer())[1] == b"late"
         assert await busy.ended() == b""
 
@@ -292,30 +292,30 @@ async def test_aiohttps_idle_timer_does_not_end_a_request_of_the_short_way() -> 
         client.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         await client.answer()
         client.send(post())
-        flying = await served.next()
+        pending = await served.next()
         assert await other.ended() == b""  # as long as an idle connection lasts
         await asyncio.sleep(0.3)  # the clock itself is what is tested
-        assert not flying.cancelled.is_set()
-        flying.answer(b"still here")
+        assert not pending.cancelled.is_set()
+        pending.answer(b"still here")
         assert (await client.answer())[1] == b"still here"
 
 
 async def test_a_shutdown_closes_idle_connections_at_once_and_lets_a_request_end() -> None:
     async with serving() as served, client_of(served) as idle, client_of(served) as busy:
         busy.send(post())
-        flying = await served.next()
+        pending = await served.next()
         served.http_server.pre_shutdown()
-        assert await idle.ended() == b"" and not flying.cancelled.is_set()
-        flying.answer(b"last")
+        assert await idle.ended() == b"" and not pending.cancelled.is_set()
+        pending.answer(b"last")
         assert (await busy.answer())[1] == b"last" and await busy.ended() == b""
 
 
 async def test_after_a_shutdown_nobody_is_connected() -> None:
     async with serving() as served, client_of(served) as client:
         client.send(post())
-        flying = await served.next()
+        pending = await served.next()
         await served.http_server.shutdown(0.1)
-        await asyncio.wait_for(flying.cancelled.wait(), WAIT_S)
+        await asyncio.wait_for(pending.cancelled.wait(), WAIT_S)
         with contextlib.suppress(ConnectionError):
             assert await client.ended() == b""
         assert not served.http_server.connections

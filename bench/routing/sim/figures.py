@@ -11,7 +11,7 @@ from bench.load.measure import percentile
 from bench.routing.sim.scenarios import CountedWindow
 from bench.routing.sim.world import SimOutcome, SimRun
 from gateway.routing.demand import FLOOR, copies_for
-from gateway.routing.expected_ttft import EVEN
+from gateway.routing.expected_ttft import EVEN_LOAD_SHARE
 from shared.link.messages import Tier
 
 FAILED_TTFT_S = 60.0
@@ -155,7 +155,7 @@ class Flash:
     hot_p99_s: float
     needed: int = 1
     """Copies that its peak demand is worth by the rule of gateway/routing/expected_ttft.py: one per
-    EVEN times the mean load.
+    EVEN_LOAD_SHARE times the mean load.
     """
 
     @property
@@ -187,7 +187,9 @@ def flash(
         if o.ended_s is not None and o.ended_s > window.flash_s and o.request.at_s < window.end_s
     )
     mean_load = busy_s / (window.end_s - window.flash_s) / workers
-    needed = min(workers, copies_for(_most_at_once(of_hot), max(FLOOR, EVEN * mean_load)))
+    needed = min(
+        workers, copies_for(_most_at_once(of_hot), max(FLOOR, EVEN_LOAD_SHARE * mean_load))
+    )
     return Flash(p99(with_it, False), p99(without, False), copies, p99(with_it, True), needed)
 
 

@@ -1,1 +1,1 @@
-"""Pure. Requests that wait: who is admitted next, who is refused, and who is not worth beginning."""
+"""Pure. Waiting requests: who is admitted next, who is refused, and who is not worth beginning."""

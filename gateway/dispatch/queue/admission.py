@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 
 from gateway.dispatch.queue.overload import Impatience
 from gateway.dispatch.queue.wait_queue import ANYBODY, Flow, Ticket, Turn, WaitQueue
-from gateway.fleet.worker_view import Key
 from gateway.routing.policy import Blocked
+from shared.adapters.identity import AdapterKey
 from shared.errors import Overloaded, RateLimited
 
 __all__ = ["ANYBODY", "UNBOUND", "Admission", "Flow", "QueueBound", "Ticket"]
@@ -23,9 +23,9 @@ __all__ = ["ANYBODY", "UNBOUND", "Admission", "Flow", "QueueBound", "Ticket"]
 T = TypeVar("T")
 
 MAX_WITHOUT_SLOT, MAX_NOT_YET = 8, 32
-"""One tenant's flows that are tried in vain before it is the next one's turn: those behind them have
-no better claim to a slot, and time spent here delays everybody. More of those that only wait for
-their turn: they leave the slots of others alone.
+"""How many of one tenant's flows are tried in vain before it is the next tenant's turn. Flows
+behind them have no better claim to a slot, and time spent here delays every request. MAX_NOT_YET is
+larger: flows that only wait for their turn leave the slots of others alone.
 """
 MAX_TENANTS_TRIED = 4
 """Tenants that were tried so, before all of this ends."""
@@ -156,8 +156,8 @@ class Admission(Generic[T]):
         self,
         base: str,
         dispatch: Callable[[T], Blocked | None],
-        adapter: Key | None = None,
-        reserved_for: Iterable[Key] = (),
+        adapter: AdapterKey | None = None,
+        reserved_for: Iterable[AdapterKey] = (),
     ) -> None:
         """Offers waiting items to `dispatch` in order. None: it took the item. SLOT or TURN: the
         next flow's turn. ROOM: that was all.
@@ -226,7 +226,7 @@ class Admission(Generic[T]):
         return None
 
     def _offer_all(
-        self, queue: WaitQueue[T], adapter: Key, dispatch: Callable[[T], Blocked | None]
+        self, queue: WaitQueue[T], adapter: AdapterKey, dispatch: Callable[[T], Blocked | None]
     ) -> None:
         """Those who wait for the adapter, to the first that is not taken."""
         while (turn := queue.next(None, adapter)) is not None:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeAlias, TypeVar
 
 from gateway.dispatch.queue.fairness import ServiceCounters
-from gateway.fleet.worker_view import Key
+from shared.adapters.identity import AdapterKey
 
 T = TypeVar("T")
 
-Flow: TypeAlias = tuple[int, str, Key | None]
+Flow: TypeAlias = tuple[int, str, AdapterKey | None]
 """(priority, tenant, adapter)."""
 GroupTurn: TypeAlias = tuple[int, float, int]
 """(priority, served, number of the group): the turn of one tenant's requests of one priority."""
@@ -81,9 +81,9 @@ class WaitQueue(Generic[T]):
         self._flows: dict[Flow, _Waiting[T]] = {}
         self._groups: list[tuple[GroupTurn, _Group]] = []
         self._groups_made = 0
-        self._of_adapter: dict[Key | None, dict[Flow, None]] = {}
+        self._of_adapter: dict[AdapterKey | None, dict[Flow, None]] = {}
         # one tenant's of one adapter, whatever the priority
-        self._of_account: dict[tuple[str, Key | None], dict[Flow, None]] = {}
+        self._of_account: dict[tuple[str, AdapterKey | None], dict[Flow, None]] = {}
 
     def waiting(self, tenant: str) -> int:
         """Its places."""
@@ -144,7 +144,7 @@ class WaitQueue(Generic[T]):
         for other in self._of_account.get(flow[1:], ()):
             self._settle(tenant, self._flows[other])
 
-    def next(self, after: Turn | None, adapter: Key | None = None) -> Turn | None:
+    def next(self, after: Turn | None, adapter: AdapterKey | None = None) -> Turn | None:
         """The first turn after that one; with `adapter` the first of those who wait for it."""
         if adapter is not None:
             return self._next_of_adapter(after, adapter)
@@ -185,7 +185,7 @@ class WaitQueue(Generic[T]):
 
     # ---- inside ----------------------------------------------------------------------------------
 
-    def _next_of_adapter(self, after: Turn | None, adapter: Key) -> Turn | None:
+    def _next_of_adapter(self, after: Turn | None, adapter: AdapterKey) -> Turn | None:
         turns = [
             (self._tenants[flow[1]].groups[flow[0]].turn, self._flows[flow].turn)
             for flow in self._of_adapter.get(adapter, ())

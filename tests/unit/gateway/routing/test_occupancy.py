@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.fleet.worker_view import Key, WorkerView
+from gateway.fleet.worker_view import WorkerView
 from gateway.routing.occupancy import LEAST, RECENT, Occupancy
 from gateway.routing.policy import RoutingRequest
+from shared.adapters.identity import AdapterKey
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
-A: Key = ("a", "d")
-B: Key = ("b", "d")
+A: AdapterKey = ("a", "d")
+B: AdapterKey = ("b", "d")
 
 
 def worker(name: str = "w0", **others: int) -> WorkerView:

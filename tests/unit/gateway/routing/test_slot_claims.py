@@ -11,12 +11,11 @@ from bench.routing.sim.worker import WorkerFacts
 from bench.routing.sim.world import Simulation, World
 from gateway.fleet.fleet import Fleet, WorkerView
 from gateway.fleet.rendezvous import Rendezvous
-from gateway.fleet.worker_view import Key
 from gateway.routing.demand import DemandRates
 from gateway.routing.occupancy import Occupancy
 from gateway.routing.policy import RoutingRequest
 from gateway.routing.slot_claims import SlotClaims
-from shared.adapters.identity import AdapterRef, key_of
+from shared.adapters.identity import AdapterKey, AdapterRef, key_of
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 ADAPTERS = [AdapterRef("tiny", f"a{n}", "d") for n in range(7)]
@@ -85,7 +84,7 @@ class Desk:
                     self.fleet.reserve(self.rng.choice(able), self.sid, ref)
                     self.open.append(self.sid)
 
-    def open_to(self, key: Key) -> list[WorkerView]:
+    def open_to(self, key: AdapterKey) -> list[WorkerView]:
         pool = self.fleet.pool("tiny")
         return [
             w for w in pool.workers if w.has_room and self.claims.open_to(w, key, pool, self.now)
