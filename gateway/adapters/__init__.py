@@ -1,1 +1,1 @@
-"""Pure. The catalog: which adapters exist, which version answers, aliases, pins."""
+"""Pure. The adapters: which exist, which version answers, aliases, pins."""

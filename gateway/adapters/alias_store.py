@@ -1,5 +1,5 @@
-"""Shell. The aliases in force on this gateway process: the config's, and those of the state file
-that all processes of the machine share.
+"""Shell. The aliases in force on this gateway process. They come from the config and from the state
+file that all processes of the machine share.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ MAX_UNWRITTEN = 100
 
 
 class AliasStore:
-    """Reads the file once at the start; `run()` follows it from then on. Raises ConfigError if it
-    cannot be read.
+    """Reads the file once at the start; `run()` then follows its changes. Raises ConfigError if the
+    file cannot be read.
     """
 
     def __init__(
@@ -50,16 +50,18 @@ class AliasStore:
         return self._in_force.get(base, {})
 
     def pick(self, found: ActiveAliases, user: bytes) -> Share:
-        """The user's share. If every share was rolled back, which no rollback leads to, the first
-        answers.
+        """The user's share. If every share were rolled back, the first one would answer; no
+        rollback leads to that.
         """
         return aliases.pick(found.name, found.live or found.alias.shares[:1], user)
 
     def note(self, base: str, name: str, adapter: str, *, failed: bool) -> None:
-        """A request by alias has ended; rolls its share back if that was one error too many."""
+        """A request by alias has ended. Rolls its share back if the share now has
+        too many errors.
+        """
         found = self.of(base).get(name)
         if found is None or all(share.adapter != adapter for share in found.alias.shares):
-            return  # it has changed since
+            return  # the alias has changed since the request came
         self._metrics.alias_request(base, name, adapter, failed)
         reason = self._counts(base, found).note(adapter, failed, self._clock())
         if reason is None or adapter in found.rollbacks or self._unwritten.full():
@@ -76,16 +78,18 @@ class AliasStore:
             self._unwritten.put_nowait((base, found, adapter, rollback))
 
     def count(self, base: str, found: ActiveAliases, adapter: str) -> OutcomeCount:
-        """Requests of a share within its window, of this process."""
+        """This process's requests of a share within its window."""
         return self._counts(base, found).count(adapter, self._clock())
 
     async def put(self, base: str, name: str, alias: Alias) -> None:
-        """Raises LoraplexError if the file cannot be written; nothing has changed then."""
+        """Sets an alias. Raises LoraplexError if the file cannot be written; then nothing has
+        changed.
+        """
         await self._update(lambda state: aliases.with_alias(state, base, name, alias))
         self._shares.pop((base, name), None)
 
     async def delete(self, base: str, name: str) -> None:
-        """As `put`."""
+        """Removes an alias. Raises as `put`."""
         await self._update(lambda state: aliases.without_alias(state, base, name))
         self._shares.pop((base, name), None)
 
@@ -152,7 +156,7 @@ class AliasStore:
         self._in_force = changed
 
     def _counts(self, base: str, found: ActiveAliases) -> ShareOutcomes:
-        """Anew for every change of the alias."""
+        """The outcomes of an alias's shares; they start anew whenever the alias changes."""
         alias, shares = self._shares.get((base, found.name), (None, None))
         if shares is None or alias != found.alias:
             shares = ShareOutcomes(found.alias.rollback)

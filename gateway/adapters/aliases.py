@@ -1,10 +1,10 @@
-"""Pure. Aliases in force: what the config says, what operators changed at run time, and which
-shares were rolled back.
+"""Pure. The aliases in force: those of the config, those that operators changed at run time, and
+the shares that were rolled back.
 
 A user's share is found by weighted rendezvous hashing (Schindelhauer and Schomaker, "Weighted
-Distributed Hash Tables", 2005): each share draws a number from the hash of alias, adapter and user,
-and the smallest -ln(u) / weight wins. So every user stays with one share; a change of one weight
-moves users only to or from that share, in the least number; and when a share is rolled back only
+Distributed Hash Tables", 2005). Each share draws a number from the hash of alias, adapter and user,
+and the smallest -ln(u) / weight wins. So every user stays with one share. A change of one weight
+moves users only to or from that share, and as few as possible. When a share is rolled back, only
 its own users move.
 """
 
@@ -21,7 +21,9 @@ from shared.config.aliases import AliasConfig, RollbackConfig
 
 
 class Share(msgspec.Struct, frozen=True):
-    """`adapter` is a name or `name@digest`; `weight` counts in relation to the other shares."""
+    """`adapter` is a name or `name@digest`. `weight` is relative to the weights of the other
+    shares.
+    """
 
     adapter: str
     weight: float = 1.0
@@ -39,12 +41,12 @@ class RollbackRecord(msgspec.Struct, frozen=True):
     at: float
 
 
-class Kept(msgspec.Struct, frozen=True):
-    """What the state file holds of one alias: an operator's own (None: the config's holds), and the
-    shares that were rolled back.
+class StoredAlias(msgspec.Struct, frozen=True):
+    """What the state file holds of one alias: the alias that an operator has set (None: the
+    config's is in force), and the shares that were rolled back.
 
-    `rolled_back_of` are the shares that the rollbacks were about: once the alias has others, they
-    are history.
+    `rolled_back_of` are the shares of the alias at the time of the rollbacks. Once the alias has
+    other shares, the rollbacks no longer apply.
     """
 
     alias: Alias | None = None
@@ -53,14 +55,14 @@ class Kept(msgspec.Struct, frozen=True):
 
 
 class AliasState(msgspec.Struct, frozen=True):
-    """The state file: base model -> alias -> what is kept of it."""
+    """The state file: base model -> alias -> what the file holds of it."""
 
-    bases: dict[str, dict[str, Kept]] = {}
+    bases: dict[str, dict[str, StoredAlias]] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class ActiveAliases:
-    """An alias as it holds now. `live` are the shares that get requests."""
+    """An alias that is in force now. `live` are the shares that get requests."""
 
     name: str
     alias: Alias
@@ -73,11 +75,15 @@ def from_config(config: AliasConfig) -> Alias:
     return Alias(tuple(Share(s.adapter, s.weight) for s in config.parts), config.rollback)
 
 
-def in_force(configured: Mapping[str, Alias], kept: Mapping[str, Kept]) -> dict[str, ActiveAliases]:
-    """The aliases of one base model: an operator's own before the config's."""
+def in_force(
+    configured: Mapping[str, Alias], kept: Mapping[str, StoredAlias]
+) -> dict[str, ActiveAliases]:
+    """The aliases of one base model. An operator's alias comes before the config's of the same
+    name.
+    """
     found = {}
     for name in sorted({*configured, *(n for n, k in kept.items() if k.alias is not None)}):
-        entry = kept.get(name, Kept())
+        entry = kept.get(name, StoredAlias())
         alias = entry.alias or configured[name]
         rollbacks = entry.rollbacks if entry.rolled_back_of == alias.shares else {}
         live = tuple(s for s in alias.shares if s.weight > 0 and s.adapter not in rollbacks)
@@ -88,8 +94,8 @@ def in_force(configured: Mapping[str, Alias], kept: Mapping[str, Kept]) -> dict[
 
 
 def pick(alias: str, shares: Sequence[Share], user: bytes) -> Share:
-    """The share of a user, the same on every gateway and for ever, as long as the shares stay.
-    `shares` have weights above 0.
+    """The share of a user. It is the same on every gateway and at any time, as long as the shares
+    stay. `shares` have weights above 0.
     """
     if len(shares) == 1:
         return shares[0]
@@ -99,7 +105,7 @@ def pick(alias: str, shares: Sequence[Share], user: bytes) -> Share:
 
 
 def _draw(alias: str, adapter: str, user: bytes) -> float:
-    """Uniform in (0, 1]."""
+    """A number uniform in (0, 1]."""
     drawn = hashlib.blake2b(
         b"%b\0%b\0%b" % (alias.encode(), adapter.encode(), user), digest_size=8
     ).digest()
@@ -110,20 +116,24 @@ def _draw(alias: str, adapter: str, user: bytes) -> float:
 
 
 def with_alias(state: AliasState, base: str, name: str, alias: Alias) -> AliasState:
-    """An operator's word; what was rolled back before is forgotten."""
-    return _with(state, base, name, Kept(alias))
+    """Sets an operator's alias. Earlier rollbacks are forgotten."""
+    return _with(state, base, name, StoredAlias(alias))
 
 
 def without_alias(state: AliasState, base: str, name: str) -> AliasState:
-    """The config's alias of this name holds again, if there is one."""
+    """Removes an operator's alias. The config's alias of this name is in force again, if there is
+    one.
+    """
     return _with(state, base, name, None)
 
 
 def with_rollback(
     state: AliasState, base: str, found: ActiveAliases, adapter: str, rollback: RollbackRecord
 ) -> AliasState:
-    """Without effect if the alias has changed meanwhile, or if no other share would be left."""
-    kept = state.bases.get(base, {}).get(found.name, Kept())
+    """Rolls a share back. Nothing changes if the alias was changed meanwhile, or if no other share
+    would be left.
+    """
+    kept = state.bases.get(base, {}).get(found.name, StoredAlias())
     if (kept.alias or found.alias).shares != found.alias.shares:
         return state
     rollbacks = kept.rollbacks if kept.rolled_back_of == found.alias.shares else {}
@@ -136,11 +146,11 @@ def with_rollback(
         state,
         base,
         found.name,
-        Kept(kept.alias, {**rollbacks, adapter: rollback}, found.alias.shares),
+        StoredAlias(kept.alias, {**rollbacks, adapter: rollback}, found.alias.shares),
     )
 
 
-def _with(state: AliasState, base: str, name: str, kept: Kept | None) -> AliasState:
+def _with(state: AliasState, base: str, name: str, kept: StoredAlias | None) -> AliasState:
     entries = {n: k for n, k in state.bases.get(base, {}).items() if n != name}
     if kept is not None:
         entries[name] = kept

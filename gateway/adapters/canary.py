@@ -1,4 +1,4 @@
-"""Pure. Error rates of the shares of aliases over a sliding window, and when one of them is too
+"""Pure. The error rates of the shares of aliases over a sliding window, and whether one is too
 high.
 """
 
@@ -27,8 +27,8 @@ class OutcomeCount:
 
 
 class OutcomeWindow:
-    """The requests of one share that ended within the last `window_s` seconds, to the precision of
-    a slice.
+    """The requests of one share that ended within the last `window_s` seconds, exact to one slice
+    of the window.
     """
 
     def __init__(self, window_s: float) -> None:
@@ -55,15 +55,15 @@ class ShareOutcomes:
         self._windows: dict[str, OutcomeWindow] = {}
 
     def note(self, adapter: str, failed: bool, now: float) -> str | None:
-        """A request of this share has ended. Returns why the share is to be rolled back, if it
-        is.
+        """A request of this share has ended. Returns the reason if the share must be rolled back
+        now.
         """
         window = self._windows.get(adapter)
         if window is None:
             window = self._windows[adapter] = OutcomeWindow(self._rollback.window_s)
         window.note(failed, now)
         if not (failed and self._enabled):
-            return None  # only an error raises a rate
+            return None  # only an error can raise the error rate
         mine = window.count(now)
         others = sum(
             (w.count(now) for a, w in self._windows.items() if a != adapter), OutcomeCount()

@@ -1,4 +1,4 @@
-"""Shell. Loads adapters on the workers that stay, before the only worker that has them retires."""
+"""Shell. Loads adapters on workers that stay, before the only worker that has them retires."""
 
 from __future__ import annotations
 

@@ -9,11 +9,12 @@ from shared.adapters.identity import check_name
 
 
 def split_model(model: str, bases: Iterable[str]) -> tuple[str, str | None]:
-    """(base, adapter name or None) of a model name `base` or `base:adapter`. Base ids may hold `/`
+    """(base, adapter name or None) of a model name `base` or `base:adapter`. A base id may hold `/`
     but never `:`.
 
     Raises:
-        ModelNotFound: no such base. AdapterNotFound: the adapter's name breaks the grammar.
+        ModelNotFound: there is no such base model.
+        AdapterNotFound: the adapter's name breaks the grammar.
     """
     base, colon, adapter = model.partition(":")
     known = list(bases)
@@ -29,7 +30,9 @@ def split_model(model: str, bases: Iterable[str]) -> tuple[str, str | None]:
 
 
 def split_version(model: str, bases: Iterable[str]) -> tuple[str, str | None, str]:
-    """As `split_model`, and what stands behind the `@` of `base:adapter@digest` ("": nothing)."""
+    """As `split_model`, with the text after the `@` of `base:adapter@digest` as third part ("":
+    none).
+    """
     base, colon, adapter = model.partition(":")
     name, at, digest = adapter.partition("@")
     if at and not digest:

@@ -1,5 +1,5 @@
-"""Pure. Which adapters are to be pinned: the config's list, what operators changed since (kept in a
-file), and what a worker lacks of it.
+"""Pure. Which adapters are to be pinned: the config's list, what operators changed since then
+(stored in a file), and what a worker still lacks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 
 class PinState(msgspec.Struct, frozen=True):
-    """What operators changed. `pinned`: base -> name -> workers, none named: every one. `unpinned`:
-    base -> names of the config's list.
+    """What operators changed. `pinned`: base -> name -> workers (none named: all). `unpinned`: base
+    -> names of the config's list that are not pinned any more.
     """
 
     pinned: dict[str, dict[str, tuple[WorkerId, ...]]] = {}
@@ -26,7 +26,7 @@ class PinState(msgspec.Struct, frozen=True):
 
 
 class Pins(msgspec.Struct, frozen=True):
-    """Of one base model: the config's, and how many slots its workers have."""
+    """The pins of one base model: the config's list, and how many slots its workers have."""
 
     base: str
     configured: tuple[str, ...] = ()
@@ -34,7 +34,9 @@ class Pins(msgspec.Struct, frozen=True):
     slots: int = 0
 
     def wanted(self, state: PinState, worker: WorkerId | None = None) -> set[str]:
-        """The names to be pinned on this worker; without one, those that are on every worker."""
+        """The names to be pinned on this worker. Without a worker: the names to be
+        pinned on all.
+        """
         everywhere = set(self.configured).difference(state.unpinned.get(self.base, ()))
         return everywhere | {
             n
@@ -43,18 +45,18 @@ class Pins(msgspec.Struct, frozen=True):
         }
 
     def names(self, state: PinState) -> set[str]:
-        """All that is pinned or preloaded anywhere."""
+        """All names that are pinned or preloaded anywhere."""
         return self.wanted(state) | set(state.pinned.get(self.base, ())) | set(self.preload)
 
     def pin(self, state: PinState, name: str, worker: WorkerId | None) -> PinState:
-        """Raises TooManyPins if no slot were left for others."""
+        """Adds a pin. Raises TooManyPins if no slot would be left for other adapters."""
         here = dict(state.pinned.get(self.base, {}))
         if worker is None:
             here[name] = ()
         elif name not in self.wanted(state):
             here[name] = tuple(dict.fromkeys((*here.get(name, ()), worker)))
         if worker is None and name in self.configured:
-            del here[name]  # what the config says itself is not written down
+            del here[name]  # the config's own pins are not stored in the file
         kept = tuple(
             n for n in state.unpinned.get(self.base, ()) if n != name or worker is not None
         )
@@ -73,8 +75,8 @@ class Pins(msgspec.Struct, frozen=True):
         return changed
 
     def unpin(self, state: PinState, name: str, worker: WorkerId | None) -> PinState:
-        """No pin is left of it, or none on this worker. Raises InvalidRequest if it is pinned on
-        all of them and one is named.
+        """Removes all pins of the name, or the one on this worker. Raises InvalidRequest if a
+        worker is named but the name is pinned on all of them.
         """
         here = dict(state.pinned.get(self.base, {}))
         off = state.unpinned.get(self.base, ())
@@ -105,11 +107,11 @@ def orders(
     held: Mapping[AdapterKey, AdapterState],
     preloaded: Collection[AdapterKey],
 ) -> Iterator[tuple[AdapterAction, AdapterKey]]:
-    """What a worker still has to be told. `pinned` and `preload`: name -> digest, None where nobody
-    knows it; `held`: what the worker has.
+    """The commands that a worker still has to get. `pinned` and `preload` map name -> digest (None:
+    nobody knows it); `held` is what the worker has.
 
-    A pinned name whose newest version is not there yet keeps the old one: the worker lets go of it
-    as soon as it has the new one.
+    A pinned name whose newest version is not there yet keeps the old one. The worker drops the old
+    one as soon as it has the new one.
     """
     for name, digest in pinned.items():
         if digest is not None:

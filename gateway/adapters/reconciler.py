@@ -1,8 +1,8 @@
-"""Shell. Keeps adapters pinned and preloaded: compares what is wanted with what the workers' beats
-say, and sends what is missing.
+"""Shell. Keeps adapters pinned and preloaded. It compares what is wanted with what the workers'
+heartbeats show, and sends the missing commands.
 
-Every gateway process does this by itself; what two of them ask for is done once. The operators'
-changes are in a file that all of them read.
+Every gateway process does this on its own. If two of them send the same command, the worker carries
+it out once. Operators' changes are in a file that all processes read.
 """
 
 from __future__ import annotations
@@ -30,29 +30,31 @@ clock = time.monotonic
 
 LOOK_S = 0.5
 SETTLE_S = 4 * POLL_S
-"""What was just changed is left alone for so long: another process may know better already."""
+"""What was changed just now is left alone for this long: another process may already
+know better.
+"""
 RETRY_S = 10.0
-MAX_OPEN = 64  # orders on their way, of this process; the others follow
+MAX_OPEN = 64  # commands of this process without an answer yet; further ones wait
 Order: TypeAlias = tuple[AdapterAction, AdapterKey]
 
 
 @dataclass(slots=True)
 class _Life:
-    """One epoch of one worker: what it was told and what came of it."""
+    """One life (epoch) of one worker: the commands it got and their results."""
 
     epoch: int
     preloaded: set[AdapterKey] = field(default_factory=set)
     pinned: set[AdapterKey] = field(default_factory=set)
     unpinned: set[AdapterKey] = field(default_factory=set)
-    """Told once: if it is pinned again, a gateway of another machine wants it, and quarrelling
-    would help nobody.
+    """Each adapter is unpinned once. If it is pinned again, a gateway of another machine wants it;
+    the two would otherwise undo each other for ever.
     """
     due: dict[Order, float] = field(default_factory=dict)
-    """Not before then; an order that is not due any more is forgotten."""
+    """Command -> earliest time to send it. A command that is no longer due is forgotten."""
 
 
 class Reconciler:
-    """`state` is what operators changed, as this process knows it."""
+    """`state` is what operators changed, as far as this process knows."""
 
     def __init__(
         self,
@@ -80,8 +82,8 @@ class Reconciler:
         return self._pins[base]
 
     async def change(self, change: Callable[[PinState], PinState]) -> None:
-        """For every process of this machine, and after a restart too. Raises what `change` raises,
-        or ConfigError.
+        """Changes the pins for every process of this machine; the change survives a restart. Raises
+        what `change` raises, or ConfigError.
         """
         try:
             self.state = await asyncio.to_thread(self._file.update, change)
@@ -91,12 +93,14 @@ class Reconciler:
             ) from exc
 
     async def follow(self) -> None:
-        """What other processes change."""
+        """Takes over what other processes change."""
         async for state in self._file.changes():
             self.state = state
 
     async def look_up(self) -> None:
-        """Names that no listing shows: asked for at each refresh, and complained of once."""
+        """Asks the stores at each refresh for wanted names that no listing shows. Logs each missing
+        name once.
+        """
         while True:
             for base, catalog in self._catalogs.items():
                 if catalog is not None and catalog.listed:
@@ -132,7 +136,7 @@ class Reconciler:
         catalog, pins = self._catalogs.get(base), self._pins.get(base)
         if catalog is None or pins is None:
             return
-        current = catalog.versions.current  # a new version takes over by itself once it is good
+        current = catalog.versions.current  # a good new version takes over without a command
         digests = {
             name: current(stored).digest
             for name in pins.names(self.state)
@@ -149,8 +153,8 @@ class Reconciler:
         life.pinned |= {key for key, state in worker.held.items() if state.pinned}
         for order in wanted:
             action, key = order
-            # Another process may have changed what this one has not read yet; only what was never
-            # so is done at once.
+            # Another process may have changed what this one has not read yet. So only what is new
+            # is done at once.
             settled = action is AdapterAction.LOAD or (
                 action is AdapterAction.PIN and key not in life.pinned
             )
@@ -207,7 +211,9 @@ class Reconciler:
                 )
 
     def _keep(self, ref: AdapterRef) -> None:
-        """What is pinned or preloaded counts as served: a bad new version shall not replace it."""
+        """What is pinned or preloaded counts as served, so that a bad new version does not replace
+        it.
+        """
         catalog = self._catalogs[ref.base]
         latest = catalog.known.get(ref.name) if catalog is not None else None
         if (
@@ -230,7 +236,7 @@ class Reconciler:
             self._said.pop((base, name), None)
 
     def _say(self, base: str, name: str, what: str) -> bool:
-        """False if it was said last time too."""
+        """Logs a fact about a name. False if it is the same as last time."""
         new = self._said.get((base, name)) != what
         self._said[base, name] = what
         return new

@@ -1,8 +1,8 @@
-"""Shell. Performs what `versions` decides for one base model: new versions are made ready on the
-workers, old ones leave the engines.
+"""Shell. Performs what `versions` decides for one base model: new versions are loaded on the
+workers, and old ones leave the engines.
 
-Every gateway process does so by itself. What it asks of workers is idempotent, so several at once
-do no harm.
+Every gateway process does this on its own. Its commands are idempotent, so several processes at
+once do no harm.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ log = logging.getLogger("loraplex.versions")
 
 TICK_S = 0.25
 PREPARE_TIMEOUT_S = 300.0
-"""For one worker. Transfers have bounds of their own; this one is for a worker that has no slot to
-give.
+"""Time limit for one worker. Transfers have their own limits; this one is for a worker that has no
+slot to give.
 """
 
 
 class Rollout:
-    """`run()` works for ever on the changes of one base model's adapters."""
+    """`run()` works for ever on version changes of one base model's adapters."""
 
     def __init__(
         self,
@@ -54,7 +54,12 @@ class Rollout:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.base, self._versions, self._fleet, self._tend = base, found, fleet, send_command
+        self.base, self._versions, self._fleet, self._send_command = (
+            base,
+            found,
+            fleet,
+            send_command,
+        )
         self._metrics = metrics
         self._clock = clock
         self._homes = Rendezvous()
@@ -111,8 +116,8 @@ class Rollout:
             )
 
     async def _load(self, workers: tuple[WorkerView, ...], new: StoredAdapter) -> None:
-        """On the first one, then on the others; of these only a refusal counts, since requests can
-        load it where it is missing.
+        """Loads on the first worker, then on the others. For the others only a refusal of the
+        adapter counts, since requests can load it where it is missing.
         """
         await self._ask(workers[:1], AdapterAction.LOAD, new)
         try:
@@ -128,14 +133,16 @@ class Rollout:
     async def _ask(
         self, workers: Iterable[WorkerView], action: AdapterAction, new: StoredAdapter
     ) -> None:
-        """Returns once all have done it. Raises the first refusal as invalid, else the first
-        failure, else WorkerUnavailable at the time limit.
+        """Returns when all workers have carried the command out. Otherwise raises the first error
+        that calls the adapter invalid, else the first error, else WorkerUnavailable at the time
+        limit.
         """
         ref = AdapterRef(self.base, new.name, new.digest)
-        asked = [self._tend(worker, action, ref, new) for worker in workers]
+        asked = [self._send_command(worker, action, ref, new) for worker in workers]
         if not asked:
             return
-        # Waited for, never cancelled: the worker goes on anyway, and its answer has a place to go.
+        # The futures are waited for but never cancelled: the worker goes on anyway, and its answer
+        # must have a place to go.
         done, waiting = await asyncio.wait(asked, timeout=PREPARE_TIMEOUT_S)
         for late in waiting:
             late.add_done_callback(lambda f: f.exception())
@@ -155,13 +162,13 @@ class Rollout:
             for worker in in_engines(key, pool):
                 if (worker.id, key) not in self._leaving:
                     self._leaving.add((worker.id, key))
-                    future = self._tend(
+                    future = self._send_command(
                         worker, AdapterAction.EVICT, AdapterRef(self.base, *key), None
                     )
                     future.add_done_callback(lambda f, at=(worker.id, key): self._gone(f, *at))  # type: ignore[misc]
 
     def _gone(self, future: asyncio.Future[None], worker: WorkerId, key: AdapterKey) -> None:
-        """If it did not work, the next tick asks again."""
+        """The eviction has ended. If it failed, the next tick asks again."""
         self._leaving.discard((worker, key))
         if not future.cancelled() and future.exception() is None:
             log.info(

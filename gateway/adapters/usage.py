@@ -1,5 +1,5 @@
-"""Pure. What this gateway process has seen of each adapter: requests, the last one's time, the last
-refusal. Bounded: the longest unused go.
+"""Pure. What this gateway process has seen of each adapter: its requests, the time of the last one,
+and the last refusal. Bounded: those unused for the longest time are forgotten.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ ABOUT_ADAPTERS = (AdapterNotFound, InvalidAdapter, StoreUnavailable)
 
 @dataclass(slots=True)
 class UsageRecord:
-    """`last_used` is in seconds of the Unix epoch. `refused` is the digest that was refused last,
-    `on_disk` one that a worker had on its disk.
+    """`last_used` is in seconds of the Unix epoch. `refused` is the digest that was refused last;
+    `on_disk` is one that a worker had on its disk.
     """
 
     hits: int = 0
@@ -30,7 +30,7 @@ class UsageRecord:
 
 
 class AdapterUsage:
-    """By (base, name)."""
+    """The usage records, by (base, name)."""
 
     def __init__(self) -> None:
         self._records: OrderedDict[tuple[str, str], UsageRecord] = OrderedDict()
@@ -39,19 +39,21 @@ class AdapterUsage:
         return self._records.get((base, name))
 
     def used(self, adapter: AdapterRef, now: float) -> None:
-        """A request came for it."""
+        """A request came for the adapter."""
         record = self._record(adapter)
         record.hits += 1
         record.last_used = now
 
     def worked(self, adapter: AdapterRef) -> None:
-        """A worker has it on its disk, and it is valid."""
+        """A worker has the adapter on its disk, and it is valid."""
         record = self._record(adapter)
         record.on_disk = adapter.digest
         record.refused = record.code = record.reason = ""
 
     def failed(self, adapter: AdapterRef, error: LoraplexError) -> None:
-        """Only what says something about the adapter is kept."""
+        """A request or command failed. Only errors that say something about the adapter are
+        recorded.
+        """
         if isinstance(error, ABOUT_ADAPTERS):
             record = self._record(adapter)
             record.refused, record.code, record.reason = (

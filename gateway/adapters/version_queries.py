@@ -15,8 +15,8 @@ from shared.link.messages import Tier
 
 @dataclass(frozen=True, slots=True)
 class Prepare:
-    """Make the new version ready (see `plan`); answer with `ready` or `failed`. `recent`: the old
-    one is worth keeping meanwhile.
+    """Make the new version ready (see `plan`), then call `ready` or `failed`. `recent`: the old
+    version is worth keeping meanwhile.
     """
 
     old: StoredAdapter
@@ -26,7 +26,7 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True)
 class KnownVersion:
-    """One version of a name that may be asked for by its digest. `state`: current, preparing,
+    """A version of a name that clients may request by its digest. `state` is current, preparing,
     refused, older, or loaded (on some worker).
     """
 
@@ -37,8 +37,8 @@ class KnownVersion:
 
 @dataclass(frozen=True, slots=True)
 class LoadVersion:
-    """Into a slot of each of these workers; of the first one before the others, so that a version
-    that kills engines kills one.
+    """Load the version into a slot of each of these workers. The first worker loads it alone, so
+    that a version that kills engines kills only one.
     """
 
     workers: tuple[WorkerView, ...]
@@ -46,14 +46,14 @@ class LoadVersion:
 
 @dataclass(frozen=True, slots=True)
 class CacheVersion:
-    """Onto the worker's disk, validated."""
+    """Fetch the version onto the worker's disk and validate it."""
 
     worker: WorkerView
 
 
 @dataclass(frozen=True, slots=True)
 class NothingToPrepare:
-    """There is no old version that would be worth keeping."""
+    """There is no old version that is worth keeping."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ PreparationPlan: TypeAlias = LoadVersion | CacheVersion | NothingToPrepare | Nob
 
 def plan(prepare: Prepare, pool: Pool, homes: Rendezvous) -> PreparationPlan:
     """Where the new version is made ready: in the slots of the workers that have the old one in a
-    slot, else of one that has it in host memory, else on the disk of its home.
+    slot; else on one that has it in host memory; else on the disk of its home.
     """
     old = key_of(prepare.old)
     holders = in_engines(old, pool)
@@ -81,18 +81,18 @@ def plan(prepare: Prepare, pool: Pool, homes: Rendezvous) -> PreparationPlan:
 
 
 def in_engines(key: AdapterKey, pool: Pool) -> list[WorkerView]:
-    """The workers whose engine has the version, in a slot or in host memory."""
+    """The workers whose engine has the version in a slot or in host memory."""
     there = {**pool.holders.get(key, {}), **pool.stashes.get(key, {})}
     return [w for w in there.values() if w.tier_at(key) in (Tier.GPU, Tier.CPU)]
 
 
 def in_flight(key: AdapterKey, pool: Pool) -> int | None:
-    """Requests for the version on all workers; None if no engine has it."""
+    """Requests for the version on all workers. None: no engine has it."""
     workers = in_engines(key, pool)
     return sum(w.in_flight(key) for w in workers) if workers else None
 
 
 def on_workers(name: str, pool: Pool) -> Iterator[KnownVersion]:
-    """The versions of a name that any worker has; looks at every adapter of the pool."""
+    """The versions of a name that any worker has. This looks at every adapter of the pool."""
     for digest in {d for index in (pool.holders, pool.stashes) for n, d in index if n == name}:
         yield KnownVersion(digest, "loaded")

@@ -1,12 +1,12 @@
-"""Pure. Which version of an adapter answers: the old one goes on until the new one is loaded and
-valid, or until the old one cannot be had.
+"""Pure. Which version of an adapter answers. The old one answers until the new one is loaded and
+valid, or until the old one cannot be had any more.
 
-The store's listing says what there is; this says what is served. A name that this process has
-served has a current version. Once the store shows another one, a `VersionChange` begins: the new
-version is prepared where the old one is (see `plan`), and then takes over in one step. One that is
-not valid is refused and not tried again until the content changes; any other failure is tried again
-later, at growing intervals. Versions that were replaced or deleted leave the engines once nobody
-has used them for a while. Every table is bounded.
+The store's listing says which versions exist; this module says which is served. A name that this
+process has served has a current version. When the store shows another one, a `VersionChange`
+begins. The new version is prepared where the old one is (see `plan`), and then takes over in one
+step. A version that is not valid is refused, and not tried again until its content changes. After
+any other failure it is tried again later, at growing intervals. Versions that were replaced or
+deleted leave the engines when nobody has used them for a while. Every table is bounded.
 
     WAITING --begin--> PREPARING --ready--> SWITCHED
        ^---fail-----------|   |----invalid--> REFUSED        lost (the old one is nowhere any more):
@@ -82,7 +82,7 @@ NEXT = {
 
 @dataclass(slots=True)
 class VersionChange:
-    """One name on its way from `old` to `new`. `code` and `reason` are of the last failure."""
+    """The change of one name from `old` to `new`. `code` and `reason` are of the last failure."""
 
     old: StoredAdapter
     new: StoredAdapter
@@ -113,8 +113,8 @@ class _Retired:
 
 
 class Versions:
-    """The versions of one base model's adapters, as far as this process has served them. Times are
-    seconds of one monotonic clock.
+    """The versions of one base model's adapters that this process has served. Times are seconds of
+    one monotonic clock.
     """
 
     def __init__(self) -> None:
@@ -127,12 +127,12 @@ class Versions:
     # ---- what answers ----------------------------------------------------------------------------
 
     def current(self, latest: StoredAdapter) -> StoredAdapter:
-        """The version that answers, where the store shows `latest`."""
+        """The version that answers while the store shows `latest`."""
         served = self._served.get(latest.name)
         return served.adapter if served is not None else latest
 
     def of(self, latest: StoredAdapter) -> list[KnownVersion]:
-        """The versions of a name that are known here, the current one first."""
+        """The versions of a name that this process knows, the current one first."""
         current = self.current(latest)
         found = [KnownVersion(current.digest, "current", current)]
         if latest.digest != current.digest:
@@ -147,7 +147,7 @@ class Versions:
         ]
 
     def change(self, name: str) -> VersionChange | None:
-        """What is under way for this name, or was refused. Read only."""
+        """The change of this name that is in progress or was refused. Read only."""
         return self._changes.get(name)
 
     def changes(self) -> Iterable[VersionChange]:
@@ -173,8 +173,8 @@ class Versions:
             self._retired.pop(key_of(adapter), None)
 
     def use_explicitly(self, key: AdapterKey, now: float) -> None:
-        """A request names this version by its digest: it stays in the engines for a while, and
-        nothing else follows from it.
+        """A request names this version by its digest. The version stays in the engines for a while;
+        the current version does not change.
         """
         self._explicit[key] = now
         self._explicit.move_to_end(key)
@@ -182,13 +182,13 @@ class Versions:
             self._explicit.popitem(last=False)
 
     def unusable(self, adapter: StoredAdapter) -> None:
-        """The version turned out to be invalid: nothing good that would be worth keeping."""
+        """The version is invalid, so it is not worth keeping."""
         served = self._served.get(adapter.name)
         if served is not None and served.adapter.digest == adapter.digest:
             self._forget(adapter.name)
 
     def lost(self, adapter: StoredAdapter, now: float) -> None:
-        """This version is nowhere any more: what the store shows takes over at once."""
+        """This version cannot be had anywhere any more. What the store shows takes over at once."""
         served, change = self._served.get(adapter.name), self._changes.get(adapter.name)
         if served is None or served.adapter.digest != adapter.digest:
             return
@@ -199,8 +199,8 @@ class Versions:
             self._switch(change, now)
 
     def listed(self, known: Mapping[str, StoredAdapter], now: float, *, complete: bool) -> None:
-        """The store's listing. Only names that were served are looked at; one that a complete
-        listing lacks is deleted.
+        """Takes the store's listing. Only names that were served are examined. A name that a
+        complete listing lacks counts as deleted.
         """
         for name in [*self._served]:
             latest = known.get(name)
@@ -210,13 +210,13 @@ class Versions:
                 self.deleted(name, now)
 
     def found(self, latest: StoredAdapter, now: float) -> None:
-        """The store shows this version of a name now."""
+        """The store now shows this version of a name."""
         served = self._served.get(latest.name)
         if served is None:
             return
         change = self._changes.get(latest.name)
         if latest.digest == served.adapter.digest:
-            self._changes.pop(latest.name, None)  # its content came back
+            self._changes.pop(latest.name, None)  # the store shows the old content again
         elif change is None or change.new.digest != latest.digest:
             self._begin(VersionChange(served.adapter, latest))
 
@@ -230,7 +230,7 @@ class Versions:
     # ---- what is to be done ----------------------------------------------------------------------
 
     def due(self, now: float) -> list[Prepare]:
-        """The changes to work on from now on, at most MAX_PREPARING at once."""
+        """The changes to begin now; at most MAX_PREPARING run at once."""
         room = MAX_PREPARING - self.count(VersionStage.PREPARING)
         found: list[Prepare] = []
         for change in self._changes.values():
@@ -249,8 +249,8 @@ class Versions:
         return found
 
     def ready(self, new: StoredAdapter, now: float) -> bool:
-        """The new version is loaded and valid: it answers from now on. False if it has been
-        overtaken meanwhile.
+        """The new version is loaded and valid: it answers from now on. False if the store has shown
+        another one meanwhile.
         """
         change = self._preparing(new)
         if change is None:
@@ -260,8 +260,8 @@ class Versions:
         return True
 
     def failed(self, new: StoredAdapter, error: LoraplexError, now: float) -> VersionStage:
-        """The new version could not be made ready: REFUSED until the content changes, or WAITING
-        for the next try.
+        """The new version could not be made ready. It is REFUSED until the content changes, or
+        WAITING for the next try.
         """
         change = self._preparing(new)
         if change is None:
@@ -277,8 +277,8 @@ class Versions:
     def leaving(
         self, in_flight: Callable[[AdapterKey], int | None], now: float
     ) -> list[AdapterKey]:
-        """The replaced and deleted versions that should leave the engines now. `in_flight`:
-        requests in flight; None: no engine holds it.
+        """The replaced and deleted versions that should leave the engines now. `in_flight` gives
+        the requests in flight, or None if no engine holds the version.
         """
         found = []
         for key, retired in [*self._retired.items()]:
@@ -310,8 +310,8 @@ class Versions:
         )
 
     def _begin(self, change: VersionChange) -> None:
-        """At the bound, the oldest refusal is forgotten (it would be refused again); without one,
-        the next listing shows the change again.
+        """Starts a change. At the bound the oldest refusal is forgotten; it would be refused again.
+        Without a refusal to forget, the next listing shows the change again.
         """
         if change.new.name not in self._changes and len(self._changes) >= MAX_CHANGES:
             refused = next(
@@ -354,7 +354,7 @@ class Versions:
 
 
 def is_spec(text: str) -> bool:
-    """Whether it may stand behind the `@` of `name@digest`: a digest, or at least its first 8
+    """Whether the text may stand after the `@` of `name@digest`: a digest, or at least its first 8
     characters.
     """
     return _SPEC.match(text) is not None

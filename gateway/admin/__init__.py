@@ -1,1 +1,1 @@
-"""Pure. Operators' HTTP API under /admin: adapters, aliases, pins."""
+"""Pure. The operators' HTTP API under /admin: adapters, aliases, pins, scaling."""

@@ -1,4 +1,4 @@
-"""Shell. What operators tell the workers over HTTP: pin, unpin, prefetch and evict adapters, and
+"""Shell. What operators make workers do over HTTP: pin, unpin, prefetch and evict adapters, and
 vLLM's own load and unload.
 """
 
@@ -29,14 +29,14 @@ from shared.errors import (
 from shared.link.messages import AdapterAction, WorkerId
 
 PREFIX = "/admin/adapters/"
-# of a prompt, where a worker is chosen for an adapter and nobody has asked yet
+# Prompt length that is assumed when a worker is chosen for an adapter without a request.
 TYPICAL_TOKENS = 128
 TIMEOUT_S, MAX_TIMEOUT_S = 60.0, 600.0
 MULTI_STATUS = 207
 
 
 class LoadRequest(msgspec.Struct, frozen=True):
-    """vLLM's (vllm/entrypoints/serve/lora/protocol.py, 0.32)."""
+    """vLLM's request body (vllm/entrypoints/serve/lora/protocol.py, 0.32)."""
 
     lora_name: str
     lora_path: str | None = None
@@ -50,7 +50,7 @@ class UnloadRequest(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one action: per worker, None or the error."""
+    """The result of one action: per worker None or the error."""
 
     action: str
     base: str
@@ -63,7 +63,7 @@ class Outcome:
         return [e for e in self.results.values() if e is not None]
 
     def answer(self, **more: object) -> web.Response:
-        """200 where all is well, the error's status where nothing is, 207 in between."""
+        """Status 200 if all workers succeeded, the error's status if none did, 207 in between."""
         errors = self.errors
         status = (
             200
@@ -86,7 +86,7 @@ class Outcome:
 
 
 class AdminActions:
-    """`stores`: base -> the URL of its adapter store."""
+    """`stores` maps each base model to the URL of its adapter store."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class AdminActions:
         one = request.query.get("worker")
         pins = self._reconciler.pins(base)
         await self._reconciler.change(lambda state: pins.pin(state, name, one))
-        outcome = await self._tend(
+        outcome = await self._send_all(
             request,
             "pin",
             base,
@@ -137,14 +137,14 @@ class AdminActions:
             ]
             for w in workers
         }
-        if stored is not None:  # its pin may be younger than the last beat
+        if stored is not None:  # it may have been pinned after the last heartbeat
             for asked in todo.values():
                 asked += (
                     []
                     if (AdapterAction.UNPIN, stored.digest) in asked
                     else [(AdapterAction.UNPIN, stored.digest)]
                 )
-        return (await self._tend(request, "unpin", base, name, stored, todo)).answer()
+        return (await self._send_all(request, "unpin", base, name, stored, todo)).answer()
 
     async def prefetch(self, request: web.BaseRequest) -> web.Response:
         base, name, workers = self._target(request)
@@ -153,7 +153,7 @@ class AdminActions:
         tier = choice("tier", request.query.get("tier", "disk"), ("disk", "gpu"))
         action = AdapterAction.LOAD if tier == "gpu" else AdapterAction.CACHE
         return (
-            await self._tend(
+            await self._send_all(
                 request, "prefetch", base, name, stored, _on_each(workers, action, stored.digest)
             )
         ).answer(tier=tier)
@@ -165,20 +165,22 @@ class AdminActions:
         ).answer()
 
     async def load(self, request: web.BaseRequest) -> web.Response:
-        """vLLM's path; the files are the store's. Done once the worker that requests would go to
-        has it in a slot.
+        """vLLM's path for loading; the files come from the store. It answers when the worker that
+        requests would go to has the adapter in a slot.
         """
         asked = await body_of(request, LoadRequest)
         base, name = self._adapter_of(asked.lora_name)
         self._check_path(base, name, asked.lora_path)
         stored = await self._scope.catalog(base).look_again(name, whole=True)
         found = self._scope.dispatcher.explain(
-            self._scope.ask(base, AdapterRef(base, name, stored.digest), stored, TYPICAL_TOKENS, "")
+            self._scope.routing_request(
+                base, AdapterRef(base, name, stored.digest), stored, TYPICAL_TOKENS, ""
+            )
         )
         workers = [c.worker for c in sorted(found, key=lambda c: not c.eligible)]
         chosen = workers if request.query.get("all") == "1" else workers[:1]
         self._scope.need(workers)
-        outcome = await self._tend(
+        outcome = await self._send_all(
             request, "load", base, name, stored, _on_each(chosen, AdapterAction.LOAD, stored.digest)
         )
         return (
@@ -212,10 +214,10 @@ class AdminActions:
         workers: Sequence[WorkerView],
         one: WorkerId | None,
     ) -> Outcome:
-        """Every version, on each of the workers; what was pinned is pinned no longer."""
+        """Evicts every version on each of the workers. The pins of the name end."""
         stored = await self._scope.stored(base, name, needed=not self._scope.is_known(base, name))
         await self._forget_pin(base, name, one)
-        # it may be on its way already, unknown to the last beat
+        # The version may be on its way to a worker, unknown to the last heartbeat.
         newest = [stored.digest] if stored is not None else []
         todo = {
             w: [
@@ -226,14 +228,14 @@ class AdminActions:
             ]
             for w in workers
         }
-        return await self._tend(request, "evict", base, name, stored, todo)
+        return await self._send_all(request, "evict", base, name, stored, todo)
 
     async def _forget_pin(self, base: str, name: str, one: WorkerId | None) -> None:
         pins, state = self._reconciler.pins(base), self._reconciler.state
         if name in pins.names(state) or name in state.unpinned.get(base, ()):
             await self._reconciler.change(lambda state: pins.unpin(state, name, one))
 
-    async def _tend(
+    async def _send_all(
         self,
         request: web.BaseRequest,
         what: str,
@@ -242,7 +244,7 @@ class AdminActions:
         stored: StoredAdapter | None,
         todo: Mapping[WorkerView, Sequence[tuple[AdapterAction, str]]],
     ) -> Outcome:
-        """Asks all at once and waits for the answers, at most `?timeout_s=`."""
+        """Sends all commands at once and waits for the answers, at most `?timeout_s=` seconds."""
         timeout_s = _timeout_s(request)
         outcome = Outcome(
             what, base, name, stored.digest if stored else None, {w.id: None for w in todo}
@@ -274,8 +276,8 @@ class AdminActions:
         return outcome
 
     def _target(self, request: web.BaseRequest) -> tuple[str, str, list[WorkerView]]:
-        """(base, adapter, workers) of POST /admin/adapters/{name}/{action}, refused before anything
-        has been done.
+        """(base, adapter, workers) of POST /admin/adapters/{name}/{action}. A bad request is
+        refused before anything is done.
         """
         _timeout_s(request)
         name = request.path.removeprefix(PREFIX).rpartition("/")[0]
@@ -289,13 +291,13 @@ class AdminActions:
                     f"No worker `{one[:200]}` serves `{base}` now.", param="worker"
                 )
         elif request.path.rpartition("/")[2] not in ("pin", "unpin"):
-            # pins are remembered for workers to come
+            # Pins are stored for workers that come later.
             self._scope.need(workers)
         return base, name, workers
 
     def _adapter_of(self, lora_name: str) -> tuple[str, str]:
-        """(base, adapter) of vLLM's lora_name: `base:adapter`, or an adapter alone where there is
-        one base model.
+        """(base, adapter) of vLLM's lora_name: `base:adapter`, or the adapter's name alone if there
+        is one base model.
         """
         with_adapters = self._scope.with_adapters()
         if lora_name in self._scope.catalogs:
@@ -318,7 +320,7 @@ class AdminActions:
         return with_adapters[0], lora_name
 
     def _check_path(self, base: str, name: str, path: str | None) -> None:
-        """Files come from the store alone: a path from outside would load anything that the workers
+        """Files come only from the store. A path from outside would load any file that the workers
         can read.
         """
         if not path:
@@ -355,7 +357,7 @@ def _result(worker: WorkerId, error: LoraplexError | None) -> dict[str, object]:
 
 
 def _plain_path(path: str) -> str:
-    """file:///a/b/ and /a//b alike; a bucket's URL without Ray's `anonymous@`."""
+    """One spelling of file:///a/b/ and /a//b, and a bucket's URL without Ray's `anonymous@`."""
     scheme, separator, rest = path.removeprefix("file://").partition("://")
     if not separator:
         return posixpath.normpath(scheme)

@@ -1,4 +1,4 @@
-"""Shell. What operators ask over HTTP: which adapters are where, and what a request would cost.
+"""Shell. What operators can ask over HTTP: which adapters are where, and what a request would cost.
 docs/OPERATIONS.md is the manual.
 """
 
@@ -21,14 +21,14 @@ from shared.adapters.identity import StoredAdapter, check_name
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
-# of the prompt that /admin/explain assumes, and at most takes
+# Prompt length that /admin/explain assumes, and the longest that it takes.
 EXPLAINED_TOKENS, MAX_EXPLAINED_TOKENS = 128, 10**7
 PAGE = 1000
 LOOKED_AT_ONCE = 1000  # adapters between two turns of the loop
 
 
 class AdapterAdmin:
-    """Every path that takes an admin key."""
+    """Every path about adapters that needs an admin key."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class AdapterAdmin:
         }
 
     def below(self, method: str, path: str) -> Handler | None:
-        """For paths that hold an adapter's name: GET /admin/adapters/{name}, POST
+        """The handler for paths that hold an adapter's name: GET /admin/adapters/{name}, POST
         /admin/adapters/{name}/{action}.
         """
         if not path.startswith(PREFIX):
@@ -69,8 +69,8 @@ class AdapterAdmin:
     # ---- looking ---------------------------------------------------------------------------------
 
     async def adapters(self, request: web.BaseRequest) -> web.Response:
-        """A page of the table, by base and name; `next` is what to send as `after` for the
-        following one.
+        """One page of the table, sorted by base and name. The client sends `next` as `after` to get
+        the following page.
         """
         bases = (
             [choice("base", request.query["base"], self._scope.catalogs)]
@@ -148,7 +148,7 @@ class AdapterAdmin:
         )
 
     async def explain(self, request: web.BaseRequest) -> web.Response:
-        """What each worker would cost a request for `?model=` now, best first: every term in
+        """What each worker would cost a request for `?model=` now, best first, every term in
         milliseconds.
         """
         target = await self._resolver.resolve(request.query.get("model", ""), bytes)
@@ -156,14 +156,14 @@ class AdapterAdmin:
         prompt_tokens = (
             min(int(tokens), MAX_EXPLAINED_TOKENS) if tokens.isdecimal() else EXPLAINED_TOKENS
         )
-        ask = self._scope.ask(
+        routing_request = self._scope.routing_request(
             target.base,
             target.adapter,
             target.stored,
             prompt_tokens,
             request.headers.get("x-session-id", ""),
         )
-        found = self._scope.dispatcher.explain(ask)
+        found = self._scope.dispatcher.explain(routing_request)
         return json_answer(
             {
                 "model": request.query["model"],

@@ -1,5 +1,5 @@
-"""Shell. `/admin/aliases`: what aliases stand for now, and changing it. A change holds on all
-gateway processes of the machine within a second.
+"""Shell. `/admin/aliases`: shows what aliases stand for now, and changes them. A change takes
+effect on all gateway processes of the machine within a second.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from shared.link.messages import AdapterAction, Tier
 
 PATH = "/admin/aliases"
 LOAD_TIMEOUT_S = 120.0
-"""For a PUT that brings its target to a worker first."""
+"""Time limit of a PUT that first loads its target on a worker."""
 
 
 class AliasAdmin:
@@ -49,14 +49,14 @@ class AliasAdmin:
         send_command: SendCommand,
     ) -> None:
         self._alias_store, self._resolver, self._catalogs = alias_store, resolver, catalogs
-        self._fleet, self._tend = fleet, send_command
+        self._fleet, self._send_command = fleet, send_command
         self._homes: dict[str, Rendezvous] = {}
 
     def routes(self) -> dict[tuple[str, str], Handler]:
         return {("GET", PATH): self.show}
 
     def below(self, method: str, path: str) -> Handler | None:
-        """For paths that hold an alias's name."""
+        """The handler for paths that hold an alias's name."""
         return (
             {"PUT": self.put, "DELETE": self.delete}.get(method)
             if path.startswith(PATH + "/")
@@ -77,9 +77,10 @@ class AliasAdmin:
 
     async def put(self, request: web.BaseRequest) -> web.Response:
         """Sets an alias: `{"adapter": "v8"}` or `{"shares": [{"adapter": "v7", "weight": 90},
-        ...]}`, both with `rollback` if wanted.
+        ...]}`. Both may hold `rollback`.
 
-        Its adapters are loaded somewhere before it holds, unless `?now=1`.
+        Unless `?now=1` is given, its adapters are loaded on some worker before the alias takes
+        effect.
         """
         base, name = self._name(request)
         alias = _read(await request.read())
@@ -95,7 +96,7 @@ class AliasAdmin:
         return _json(self._entry(base, self._alias_store.of(base)[name]))
 
     async def delete(self, request: web.BaseRequest) -> web.Response:
-        """Takes an operator's alias away; the config's of the same name holds again."""
+        """Removes an operator's alias. The config's alias of the same name is in force again."""
         base, name = self._name(request)
         found = self._alias_store.of(base).get(name)
         if found is None:
@@ -118,7 +119,9 @@ class AliasAdmin:
     # ---- inside ----------------------------------------------------------------------------------
 
     def _name(self, request: web.BaseRequest) -> tuple[str, str]:
-        """`base:alias` behind the path, or `alias` alone where only one base model has adapters."""
+        """(base, alias) from `base:alias` in the path, or from `alias` alone if only one base model
+        has adapters.
+        """
         text = request.path.removeprefix(PATH + "/")
         if ":" not in text:
             bases = [base for base, catalog in self._catalogs.items() if catalog is not None]
@@ -137,8 +140,8 @@ class AliasAdmin:
         return await self._resolver.adapter(base, name, spec)
 
     async def _load(self, targets: list[Target]) -> None:
-        """Loads those that no worker has in a slot on their homes. Raises what the first one that
-        fails was refused with.
+        """Loads the targets that no worker has in a slot, each on its home. Raises the error of the
+        first one that fails.
         """
         asked = []
         for target in targets:
@@ -157,7 +160,9 @@ class AliasAdmin:
                 if there
                 else self._homes.setdefault(target.base, Rendezvous()).order(key, pool)[0]
             )
-            asked.append(self._tend(home, AdapterAction.LOAD, target.adapter, target.stored))
+            asked.append(
+                self._send_command(home, AdapterAction.LOAD, target.adapter, target.stored)
+            )
         if not asked:
             return
         done, late = await asyncio.wait(asked, timeout=LOAD_TIMEOUT_S)
@@ -202,7 +207,7 @@ class AliasAdmin:
 
 
 def _read(body: bytes) -> Alias:
-    """Raises InvalidRequest that names every fault."""
+    """Reads a PUT body. Raises InvalidRequest that names every fault."""
     try:
         raw: Any = msgspec.json.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:

@@ -25,8 +25,8 @@ class ScalingAdmin:
         return {("GET", "/admin/autoscale"): self.autoscale}
 
     async def autoscale(self, request: web.BaseRequest) -> web.Response:
-        """`supervisor` is false where the workers are started by somebody else (`loraplex worker`,
-        Kubernetes): then nobody here wants a number of them. `age_s` is that of what is told.
+        """`supervisor` is false where something else starts the workers (`loraplex worker`,
+        Kubernetes); then Loraplex wants no number of them. `age_s` is the age of the figures.
         """
         heard_at = self._link.heard_at
         models = {

@@ -1,4 +1,4 @@
-"""Shell. What every question of an operator needs: its parts, read and refused alike, and what this
+"""Shell. What every operator's request needs: its parts, read and checked in one way, and what this
 gateway knows of adapters and workers.
 """
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class AdminScope:
-    """The catalogs and the fleet, as operators' questions see them."""
+    """The catalogs and the fleet, for operators' requests."""
 
     def __init__(self, dispatcher: Dispatcher, catalogs: Mapping[str, Catalog | None]) -> None:
         self.dispatcher = dispatcher
@@ -56,7 +56,7 @@ class AdminScope:
         return catalog
 
     async def stored(self, base: str, name: str, *, needed: bool) -> StoredAdapter | None:
-        """The store's newest version; None where it has none and none is needed."""
+        """The store's newest version. None if the store has none and `needed` is false."""
         try:
             return await self.catalog(base).find(name)
         except LoraplexError:
@@ -65,7 +65,7 @@ class AdminScope:
             return None
 
     def is_known(self, base: str, name: str) -> bool:
-        """In the catalog or on a worker."""
+        """Whether the name is in the catalog or on a worker."""
         return name in self.known(base) or any(
             s.name == name for w in self.workers(base) for s in w.beat.adapters
         )
@@ -74,7 +74,7 @@ class AdminScope:
         catalog = self.catalogs[base]
         return {} if catalog is None else catalog.known
 
-    def ask(
+    def routing_request(
         self,
         base: str,
         ref: AdapterRef | None,

@@ -1,5 +1,5 @@
-"""Pure. What operators see of each adapter: one row of the catalog, the workers and this gateway's
-own memory together.
+"""Pure. What operators see of each adapter: one row that joins the catalog, the workers and this
+gateway's own records.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from shared.errors import InvalidAdapter
 from shared.link.messages import AdapterState, Tier, WorkerId
 
 STATES = ("listed", "cached", "warm", "loading", "loaded", "pinned", "invalid")
-"""In the store; on a worker's disk; in an engine's host memory; on its way; in a slot; in a slot
-and staying; its newest version was refused.
+"""In order: in the store; on a worker's disk; in an engine's host memory; on its way to a slot; in
+a slot; pinned in a slot; the newest version was refused.
 """
 Holder: TypeAlias = tuple[WorkerId, AdapterState]
 Row: TypeAlias = dict[str, object]
 
 
 def holders(workers: Iterable[WorkerView]) -> dict[str, list[Holder]]:
-    """Name -> who has or loads a version of it, as of the last beats."""
+    """Name -> the workers that have or load a version of it, as of their last heartbeats."""
     found: dict[str, list[Holder]] = {}
     for worker in sorted(workers, key=lambda w: w.id):
         for state in worker.beat.adapters:
@@ -35,7 +35,7 @@ def holders(workers: Iterable[WorkerView]) -> dict[str, list[Holder]]:
 
 
 def after(names: Sequence[str], last: str) -> int:
-    """Where a page begins that follows `last`, in names in order."""
+    """Where the page begins that follows the name `last`; `names` are sorted."""
     return bisect_right(names, last) if last else 0
 
 
@@ -79,11 +79,11 @@ def row(
     record: UsageRecord | None,
     change: VersionChange | None = None,
 ) -> Row:
-    """`digest` and `bytes` are the store's newest version's, or a worker's where the store has none
-    any more.
+    """`digest` and `bytes` are of the store's newest version, or of a worker's if the store has
+    none any more.
 
-    While the newest one is not served (`update`: waiting, preparing or refused), `serving` is the
-    older one that is.
+    While the newest version is not served (`update`: waiting, preparing or refused), `serving` is
+    the older version that is.
     """
     if change is not None:
         stored = change.new
@@ -110,7 +110,7 @@ def row(
 def names_of(
     known: Mapping[str, StoredAdapter], held: Mapping[str, list[Holder]], in_order: Sequence[str]
 ) -> Sequence[str]:
-    """All names in order; `in_order` are those of `known`, sorted once per listing."""
+    """All names in order. `in_order` are the names of `known`, sorted once per listing."""
     extra = [name for name in held if name not in known]
     return sorted([*in_order, *extra]) if extra else in_order
 
