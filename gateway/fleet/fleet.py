@@ -82,8 +82,8 @@ FleetEvent: TypeAlias = Joined | Changed | Lost
 
 
 JOINING_LEASE_S = 30.0
-"""While its engine boots, imports may hold a worker's interpreter for seconds. It has no requests
-then.
+"""The least lease of a worker whose engine still boots: imports may hold its interpreter for
+seconds. It has no requests yet.
 """
 MOST_ENDED = 10_000
 """Lives that are remembered after their end. A late heartbeat is seconds old, and a worker does not
