@@ -16,6 +16,9 @@ from pathlib import Path
 import msgspec
 
 from gateway.accounts.keys import Keys
+from gateway.accounts.ledger import Ledger
+from gateway.accounts.limiter import Limiter
+from gateway.accounts.shared_table import SharedTable
 from gateway.adapters import alias_store
 from gateway.adapters.alias_store import AliasStore
 from gateway.adapters.aliases import Alias, AliasState, from_config
@@ -32,6 +35,8 @@ from gateway.admin.adapters import AdapterAdmin
 from gateway.admin.aliases import AliasAdmin
 from gateway.admin.autoscale import ScalingAdmin
 from gateway.admin.scope import AdminScope
+from gateway.admin.usage import UsageAdmin
+from gateway.api.accounting import Accounting
 from gateway.api.exchange import GenerationServices, RequestLimits
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.journal import JournalBounds
@@ -55,6 +60,9 @@ from shared.stores import open_store
 
 LATE_BEATS = 3
 """A worker whose heartbeats are this many intervals late gets no new requests."""
+LIMITS_FILE = "limits"
+"""In the run folder: what all gateway processes of the machine count together."""
+
 Catalogs = Mapping[str, Catalog | None]
 """By base model; None where it has no adapter store."""
 
@@ -100,7 +108,11 @@ async def open_gateway(
         load_link = _load_link(settings, run_dir, index, dispatcher)
         metrics.watch_scaling(lambda: dispatcher.scaling)
         aliases = AliasStore(_aliases(settings), _alias_file(settings), metrics)
-        services = _services(settings, name, dispatcher, catalogs, aliases, metrics)
+        table = stack.enter_context(contextlib.closing(SharedTable(run_dir / LIMITS_FILE, index)))
+        ledger = _ledger(settings)
+        stack.push_async_callback(ledger.close)
+        accounting = Accounting(Limiter(table), ledger, metrics)
+        services = _services(settings, name, dispatcher, catalogs, aliases, accounting)
         stack.callback(services.access.flush)
         reconciler = _reconciler(settings, dispatcher, catalogs, services.usage)
         rollouts = [
@@ -123,6 +135,7 @@ async def open_gateway(
                 "reconciler": reconciler.run,
                 "aliases": aliases.run,
                 "keys": services.keys.run,
+                "usage": ledger.run,
                 **{f"catalog {c.base}": c.run for c in _listed(catalogs)},
                 **{f"rollout {r.base}": r.run for r in rollouts},
             },
@@ -230,14 +243,15 @@ def _services(
     dispatcher: Dispatcher,
     catalogs: Catalogs,
     aliases: AliasStore,
-    metrics: Metrics,
+    accounting: Accounting,
 ) -> GenerationServices:
     g = settings.gateway
     return GenerationServices(
         dispatcher,
         Resolver(catalogs, aliases, dispatcher.fleet),
-        metrics,
+        accounting.metrics,
         Keys(g),
+        accounting,
         RequestLimits(g.max_body_bytes, g.slow_reader_bytes, g.request_timeout_s, g.resume),
         AccessLog(name, g.log_level),
         AdapterUsage(),
@@ -283,7 +297,13 @@ def _routes(
         AliasAdmin(aliases, resolver, catalogs, dispatcher.fleet, dispatcher.send_command),
         aggregator,
         ScalingAdmin(dispatcher, load_link, [m.model_id for m in settings.models]),
+        UsageAdmin(services.accounting.ledger),
     )
+
+
+def _ledger(settings: Settings) -> Ledger:
+    months = settings.gateway.usage_months
+    return Ledger(_state_dir(settings) / "usage" if months else None, months)
 
 
 def _state_dir(settings: Settings) -> Path:

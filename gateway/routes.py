@@ -11,10 +11,12 @@ from typing import Any
 
 from aiohttp import web
 
+from gateway.accounts.account import Account
 from gateway.adapters.catalog import Catalog
 from gateway.admin.adapters import AdapterAdmin
 from gateway.admin.aliases import AliasAdmin
 from gateway.admin.autoscale import ScalingAdmin
+from gateway.admin.usage import UsageAdmin
 from gateway.api.exchange import GenerationServices
 from gateway.api.generate import GenerationAPI
 from gateway.api.models import ModelList, model_card, where
@@ -48,6 +50,7 @@ class Routes:
         aliases: AliasAdmin,
         aggregator: ProcessAggregator,
         scaling: ScalingAdmin,
+        usage: UsageAdmin,
     ) -> None:
         self._dispatcher = services.dispatcher
         self._catalogs = catalogs
@@ -61,6 +64,7 @@ class Routes:
         self._aliases = aliases
         self._aggregator = aggregator
         self._scaling = scaling
+        self._usage = usage
         self._created = int(time.time())
         self._contexts: dict[str, int] = {}
         self._models = ModelList(catalogs, services.resolver.aliases, self._created, self._context)
@@ -86,6 +90,7 @@ class Routes:
             **self._admin.routes(),
             **self._aliases.routes(),
             **self._scaling.routes(),
+            **self._usage.routes(),
         }
         self._routes |= {
             route: self._guarded(handler, admin=True) for route, handler in operators.items()
@@ -143,10 +148,12 @@ class Routes:
     # ---- models ----------------------------------------------------------------------------------
 
     async def models(self, request: web.BaseRequest) -> web.Response:
-        return web.Response(body=await self._models.body(), content_type="application/json")
+        account = self._account_of(request)
+        return web.Response(body=await self._models.body(account), content_type="application/json")
 
     async def model(self, request: web.BaseRequest) -> web.Response:
         model = _canonical(request.path).removeprefix("/v1/models/")
+        self._resolver.check_scope(self._account_of(request), model)
         target = await self._resolver.resolve(model, bytes)
         base, ref = target.base, target.adapter
         parent = base if ref is not None else None
@@ -162,6 +169,9 @@ class Routes:
             if worker.beat.max_model_len:
                 self._contexts[base] = worker.beat.max_model_len
         return self._contexts.get(base, 0)
+
+    def _account_of(self, request: web.BaseRequest) -> Account:
+        return self._keys.account_of(authorization_of(AiohttpRequest(request)))
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -203,7 +213,9 @@ class Routes:
 
     async def metrics(self, request: web.BaseRequest) -> web.Response:
         """Of all gateway processes, whichever is asked."""
-        body = self._metrics.render(*await self._aggregator.all())
+        ring = self._keys.ring
+        tenants = not ring.apart or ring.is_admin(request.headers.get("Authorization", ""))
+        body = self._metrics.render(*await self._aggregator.all(), tenants=tenants)
         return web.Response(
             body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
         )

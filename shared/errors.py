@@ -6,6 +6,7 @@ another worker or a later moment may succeed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -14,7 +15,7 @@ class LoraplexError(Exception):
 
     `message` is written for the person who gets it (no paths, no credentials); `param` names the
     request field or the config key at fault; `retry_after_s` is set where waiting helps;
-    `request_id` once the request that failed has one.
+    `request_id` once the request that failed has one. `headers` go into the answer.
     """
 
     code: str = "internal_error"
@@ -29,6 +30,7 @@ class LoraplexError(Exception):
         self.param = param
         self.retry_after_s = retry_after_s
         self.request_id = ""
+        self.headers: Mapping[str, str] = {}
 
 
 class InternalError(LoraplexError):

@@ -36,6 +36,7 @@ class OpenRequest:
     task: asyncio.Task[None] | None = None
     started: float = 0.0
     came_from: messages.Tier = messages.Tier.GPU
+    reply: StreamReply | None = None
 
 
 class StreamReply:
@@ -96,6 +97,10 @@ class StreamReply:
 
     def _end(self) -> None:
         self.ended = True
+        self.account()
+
+    def account(self) -> None:
+        """What the request has used, up to now."""
         request = self._request
         wait_s = request.started - request.arrived
         load_s = wait_s if request.came_from is not messages.Tier.GPU else 0.0
@@ -172,6 +177,8 @@ class RequestTable:
         """The gateway wants no more of this stream. It may have ended already."""
         request = self._by_stream.get((session, sid))
         if request is not None:
+            if request.reply is not None and request.reply.prompt_tokens:
+                request.reply.account()
             self._end(request)
 
     def refuse(self, number: int, code: str, message: str, retryable: bool) -> None:
@@ -188,7 +195,7 @@ class RequestTable:
 
     async def _run(self, request: OpenRequest, adapter: Loaded | None) -> None:
         message = request.message
-        reply = StreamReply(request)
+        reply = request.reply = StreamReply(request)
         try:
             kept_id = (
                 request.session.kept_id(message.owner) if message.path == RESPONSES_PATH else ""

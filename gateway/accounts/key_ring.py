@@ -42,6 +42,7 @@ class KeyRing:
         local: only this machine reaches the gateway. Without admin keys that, and a client's key
             where there are any, is what operators need.
         asks: clients need a key, even if none is valid now.
+        apart: tenants learn nothing of each other, so metrics by tenant are for operators.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class KeyRing:
         *,
         local: bool = True,
         asks: bool = False,
+        apart: bool = False,
     ) -> None:
         clients = clients or {}
         self.asks = asks or bool(clients)
+        self.apart = apart
         self.accounts = {account.name: account for account in clients.values()}
         self._clients = {d[:LOOKED_UP_BYTES]: (d, account) for d, account in clients.items()}
         self._admins = {d[:LOOKED_UP_BYTES]: (d, ANONYMOUS) for d in admins}

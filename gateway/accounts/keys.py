@@ -74,7 +74,13 @@ def read_ring(gateway: GatewayConfig) -> KeyRing:
     if g.keys_file:
         # an empty file is no mistake: its last key has been revoked
         clients |= key_file.accounts(read_key_file(Path(g.keys_file).expanduser()))
-    return KeyRing(clients, admins, local=is_loopback(g.host), asks=g.asks_for_keys)
+    return KeyRing(
+        clients,
+        admins,
+        local=is_loopback(g.host),
+        asks=g.asks_for_keys,
+        apart=g.keys_file is not None,
+    )
 
 
 def read_key_file(path: Path) -> list[key_file.KeyEntry]:

@@ -15,6 +15,7 @@ from gateway.accounts.keys import Keys
 from gateway.adapters.resolver import Resolver, Target
 from gateway.adapters.usage import AdapterUsage
 from gateway.api import schema
+from gateway.api.accounting import Accounting
 from gateway.api.allowance import allowed_body
 from gateway.api.kept import KeptAnswer, find_kept
 from gateway.api.report import access_record, head_lines
@@ -62,6 +63,7 @@ class GenerationServices:
     resolver: Resolver
     metrics: Metrics
     keys: Keys
+    accounting: Accounting
     limits: RequestLimits
     access: AccessLog
     usage: AdapterUsage
@@ -82,6 +84,7 @@ class Exchange:
         "_gone",
         "_kept",
         "_late",
+        "_limit_lines",
         "_path",
         "_retry",
         "_services",
@@ -128,6 +131,7 @@ class Exchange:
         self._late: asyncio.TimerHandle | None = None
         self._retry: asyncio.Task[None] | None = None
         self._gone = False
+        self._limit_lines = b""
 
     def attempt(self, target: Target, done: Callable[[], object]) -> None:
         """Has `target` answer the request. `done` is called once the answer has ended, in a later
@@ -177,13 +181,20 @@ class Exchange:
         services, ref = self._services, target.adapter
         self.target = target
         self._check_task(target)
-        inflight = self.inflight = self._inflight(target)
+        inflight = self._inflight(target)
+        bill = services.accounting.admit(self.account, inflight)
+        self.inflight = inflight
+        self._limit_lines = bill.header_lines
         services.resolver.use(target)
         self.stream.on_finish = self._on_finish
         self.stream.describe(self._head_lines)
         if ref is not None:
             services.usage.used(ref, time.time())
-        services.dispatcher.submit(inflight)
+        try:
+            services.dispatcher.submit(inflight)
+        except LoraplexError:
+            bill.refuse()
+            raise
         self._late = services.loop.call_at(self.deadline.at, self._too_late)
 
     def _check_task(self, target: Target) -> None:
@@ -321,7 +332,8 @@ class Exchange:
         return RequestDeadline(self._services.loop.time() + after_s, after_s)
 
     def _head_lines(self) -> bytes:
-        return head_lines(self.inflight, self._services.dispatcher.policy)
+        lines = head_lines(self.inflight, self._services.dispatcher.policy)
+        return lines + self._limit_lines
 
     def _log(self) -> None:
         access = self._services.access

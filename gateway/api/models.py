@@ -6,13 +6,20 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeAlias
 
+from gateway.accounts.account import ANONYMOUS, Account
 from gateway.adapters.catalog import Catalog
 from gateway.fleet.fleet import WorkerView
 from gateway.http.bodies import _encode
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import Tier
+
+MAX_BODIES = 64
+"""Accounts with different scopes whose lists are kept."""
+Scope: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 class ModelList:
@@ -31,24 +38,30 @@ class ModelList:
         self._created = created
         self._making = asyncio.Lock()
         self._state: tuple[object, ...] | None = None
-        self._body = b""
+        self._bodies: OrderedDict[Scope, bytes] = OrderedDict()  # of that state
 
-    async def body(self) -> bytes:
-        """As of now, or of a moment in this call."""
-        if self._state != self._versions():
-            async with self._making:  # many who ask at once wait for one
-                state = self._versions()
-                if self._state != state:
-                    digests = {
-                        base: self._digests(base, catalog)
-                        for base, catalog in self._catalogs.items()
-                    }
-                    contexts = {base: self._context(base) for base in digests}
-                    self._body = await asyncio.to_thread(
-                        model_list, digests, self._created, contexts
-                    )
-                    self._state = state
-        return self._body
+    async def body(self, account: Account = ANONYMOUS) -> bytes:
+        """What the account may use, as of now, or of a moment in this call."""
+        scope = (account.models, account.adapters)
+        if self._state == self._versions() and scope in self._bodies:
+            return self._bodies[scope]
+        async with self._making:  # many who ask at once wait for one
+            state = self._versions()
+            if self._state != state:
+                self._bodies.clear()
+                self._state = state
+            if scope not in self._bodies:
+                digests = {
+                    base: self._digests(base, catalog) for base, catalog in self._catalogs.items()
+                }
+                contexts = {base: self._context(base) for base in digests}
+                made = await asyncio.to_thread(
+                    scoped_list, digests, self._created, contexts, account
+                )
+                self._bodies[scope] = made
+                if len(self._bodies) > MAX_BODIES:
+                    self._bodies.popitem(last=False)
+            return self._bodies[scope]
 
     def _digests(self, base: str, catalog: Catalog | None) -> dict[str, str]:
         found = {}
@@ -76,6 +89,17 @@ class ModelList:
             )
             for base, c in self._catalogs.items()
         )
+
+
+def scoped_list(adapters: Mapping[str, Mapping[str, str]], created: int, account: Account) -> bytes:
+    """As `model_list`, of what the account may use."""
+    if account.scoped:
+        adapters = {
+            base: {name: digest for name, digest in names.items() if account.may_use(base, name)}
+            for base, names in adapters.items()
+            if account.may_use(base)
+        }
+    return model_list(adapters, created, contexts)
 
 
 OWNER = "loraplex"

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import msgspec
 
 from gateway.dispatch.lifecycle import RequestPhase
-from gateway.dispatch.request import InFlightRequest
+from gateway.dispatch.request import NOTHING_USED, InFlightRequest
 from shared.errors import LoraplexError
 
 SHOWN_DIGEST = 12
@@ -39,6 +39,8 @@ class AccessRecord(msgspec.Struct, frozen=True, gc=False):
     error: str | None
     moves: int | None
     """How often another worker continued the answer."""
+    key: str | None
+    """The name of its account."""
 
 
 def head_lines(inflight: InFlightRequest, policy: str) -> bytes:
@@ -74,6 +76,8 @@ def access_record(
     """`model` is what the client called it; `status` 0: none was sent."""
     done, choice, adapter = inflight.done, inflight.choice, inflight.model.adapter
     start = inflight.t_start
+    # where the client left: as far as it is known by now
+    used = done or (inflight.used if inflight.used != NOTHING_USED else None)
     return AccessRecord(
         inflight.asked.request_id,
         model,
@@ -88,10 +92,11 @@ def access_record(
         _ms(start, inflight.t_head),
         round(done.load_s * 1e3, 1) if done else None,
         _ms(start, inflight.t_end),
-        done.prompt_tokens if done else None,
-        done.output_tokens if done else None,
+        used.prompt_tokens if used is not None else None,
+        used.output_tokens if used is not None else None,
         error.code if error else None,
         inflight.moves or None,
+        inflight.requester.tenant or None,
     )
 
 

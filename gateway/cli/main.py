@@ -16,6 +16,7 @@ import uvloop
 
 from gateway.cli import adapters as adapter_commands
 from gateway.cli import aliases as alias_commands
+from gateway.cli import keys as key_commands
 from gateway.cli import status as status_command
 from gateway.cli.stores import look_at_stores
 from loraplex import __version__
@@ -38,6 +39,7 @@ Serve many LoRA fine-tunes of one base model behind one OpenAI-compatible endpoi
   loraplex adapters validate PATH_OR_URL --config CONFIG    check an adapter as a worker would
   loraplex bench load --url http://HOST:PORT ...    a load test for any OpenAI-compatible server
   loraplex aliases set prod v7=90 v8=10    let a name stand for adapters, by shares; also ls, rm
+  loraplex keys new NAME --file KEYS.yaml    make an API key; also ls, revoke
 
 CONFIG is a Ray Serve LLM file (`llm_configs:` or `applications:`) plus an optional `gateway:`
 section; see docs/CONFIG.md.
@@ -132,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     status_command.add_parser(verbs)
     adapter_commands.add_parser(verbs)
     alias_commands.add_parser(verbs)
+    key_commands.add_parser(verbs)
     return parser
 
 

@@ -47,6 +47,9 @@ from shared.errors import (
 )
 from shared.link import messages
 
+MAX_UNSETTLED = 10_000
+LAST_WORD_S = 2.0
+"""How long a worker may take to say what a cancelled request has used; then it is estimated."""
 MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1.0, 60.0
 NO_WORKER_RETRY_AFTER_S = 5.0
 """What a client is told to wait while no worker serves: about as long as one takes to come back."""
@@ -92,6 +95,8 @@ class Dispatcher:
         """Called when a request waits for a model that has no worker: one should be started."""
         self._open: set[InFlightRequest] = set()
         self._drains: dict[str, Drain] = {}  # by base model
+        # cancelled, until their workers say how far they had come
+        self._unsettled: dict[messages.StreamId, InFlightRequest] = {}
         self._failures = Failures(metrics)
         self._draining = False
         self._cannot_start: dict[str, str] = {}
@@ -258,6 +263,9 @@ class Dispatcher:
             request = self._streams.get(done.sid)
             if request is not None:
                 request.done = done
+            elif (left := self._unsettled.pop(done.sid, None)) is not None:
+                left.done = done  # its client left before
+                self._settle_bill(left)
             else:
                 self._commands.pending.done(done.sid)
         self._streams.deliver(peer, message.frames)
@@ -288,6 +296,9 @@ class Dispatcher:
             late = Overloaded("No worker became free in time.", retry_after_s=after_s)
             self._admission.impatience.ended(request.requester.tenant, in_vain=True)
             self._isolated(request, self._fail, request, late)
+        for left in [r for r in self._unsettled.values() if now > r.t_end + LAST_WORD_S]:
+            del self._unsettled[left.sid]
+            self._settle_bill(left)
         self._send_comments(now)
         keep_within((request.journal for request in self._streams), self._journals)
         if now >= self._alarm:
@@ -614,6 +625,11 @@ class Dispatcher:
                 used.output_tokens - routing_request.output_tokens,
             )
             self._admission.charge(base, request.flow, beyond_expected)
+        cancelled = request.life.phase is RequestPhase.ABORTED and request.t_sent
+        if cancelled and done is None and len(self._unsettled) < MAX_UNSETTLED:
+            self._unsettled[request.sid] = request
+        else:
+            self._settle_bill(request)
         self._metrics.finished(
             EndedRequest(
                 base,
@@ -626,6 +642,11 @@ class Dispatcher:
                 now,
             )
         )
+
+    def _settle_bill(self, request: InFlightRequest) -> None:
+        request.used = self._used(request)
+        if request.bill is not None:
+            request.bill.settle(request)
 
     def _used(self, request: InFlightRequest) -> UsedTokens:
         """As the worker counted; else, where the client left, by the time that it was worked on."""

@@ -105,6 +105,12 @@ UNKNOWN_REQUESTER = Requester()
 NOT_SUBMITTED = RoutingRequest("")
 
 
+class Bill(Protocol):
+    """Who is told, once, what a request has used: when its `used` is final."""
+
+    def settle(self, request: InFlightRequest) -> None: ...
+
+
 class InFlightRequest:
     """One request at the gateway, from submit to its end. `flow` says whose turn it uses in the
     queue; `moves` counts the workers that were lost with a part of its answer sent. Times are on
@@ -115,6 +121,7 @@ class InFlightRequest:
     __slots__ = (
         "answer_lines",
         "asked",
+        "bill",
         "choice",
         "done",
         "flow",
@@ -157,6 +164,7 @@ class InFlightRequest:
         self.refused_by: frozenset[messages.WorkerId] = frozenset()
         self.done: messages.Done | None = None
         self.used = NOTHING_USED
+        self.bill: Bill | None = None
         self.t_start = self.t_sent = self.t_head = self.t_end = 0.0
 
 

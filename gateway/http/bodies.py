@@ -31,7 +31,7 @@ def answer(
 ) -> tuple[int, dict[str, str], bytes]:
     """(status, headers, body) of the answer to a request that ended with an error."""
     status = error.status
-    headers = {REQUEST_ID: request_id}
+    headers = {REQUEST_ID: request_id, **error.headers}
     if status in (429, 503) or error.retry_after_s is not None:
         headers["Retry-After"] = str(
             math.ceil(RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s)

@@ -28,7 +28,11 @@ ADAPTER_LABELS = 200
 """Adapters that get a series of their own in each gateway process, first come; the rest is summed
 under `_other`.
 """
+USAGE_LABELS = 500
+"""The same for what a key used of an adapter."""
 OTHER = "_other"
+TENANT_LABELS = {"key", "adapter", "alias"}
+"""Labels whose values tell one tenant of others."""
 
 COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "requests": ("Requests ended, by how they ended.", ("base", "outcome")),
@@ -59,6 +63,12 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "alias_requests": (
         "Requests by alias and the share that answered.",
         ("base", "alias", "adapter", "outcome"),
+    ),
+    "usage_requests": ("Requests that used tokens, by key.", ("key", "base", "adapter")),
+    "usage_prompt_tokens": ("Prompt tokens, by key.", ("key", "base", "adapter")),
+    "usage_output_tokens": (
+        "Output tokens by key, also of answers whose client left.",
+        ("key", "base", "adapter"),
     ),
     "alias_rollbacks": ("Shares of aliases that were rolled back.", ("base", "alias")),
 }
@@ -111,6 +121,7 @@ class Metrics:
         self._counters = CounterSet(BOUNDS)
         self._aliases: set[tuple[str, str, str]] = set()
         self._adapters: set[tuple[str, str]] = set()
+        self._usage: set[tuple[str, str, str]] = set()
         self._scaling: Callable[[], Mapping[str, ModelStatus]] = dict
         self._of_base: dict[str, tuple[Distribution, Distribution, Distribution, Distribution]] = {}
         for key in WITHOUT_LABELS:
@@ -175,6 +186,20 @@ class Metrics:
             )
         )
 
+    def used(
+        self, key: str, base: str, adapter: str, prompt_tokens: int, output_tokens: int
+    ) -> None:
+        of = (key, base, adapter)
+        if of not in self._usage:
+            if len(self._usage) < USAGE_LABELS:
+                self._usage.add(of)
+            else:
+                of = (OTHER, base, OTHER)
+        count = self._counters.count
+        count(("usage_requests", *of))
+        count(("usage_prompt_tokens", *of), prompt_tokens)
+        count(("usage_output_tokens", *of), output_tokens)
+
     def finished(self, ended: EndedRequest) -> None:
         base, done, start = ended.base, ended.done, ended.t_start
         count = self._counters.count
@@ -230,18 +255,25 @@ class Metrics:
             for key in self._counters.counters
             if key[0] == "adapter_requests" and key[2] != OTHER
         }
+        self._usage |= {
+            (key[1], key[2], key[3])
+            for key in self._counters.counters
+            if key[0] == "usage_requests" and key[1] != OTHER
+        }
 
-    def render(self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool]) -> bytes:
+    def render(
+        self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool], *, tenants: bool = True
+    ) -> bytes:
         """The sum of what all gateway processes counted; `answered` says of each whether its part
-        is of now.
+        is of now. Without `tenants` it has no series that tells one tenant of others.
         """
-        return generate_latest(self._registry(snapshots, answered))
+        return generate_latest(self._registry(snapshots, answered, tenants=tenants))
 
     def _registry(
-        self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool]
+        self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool], *, tenants: bool = True
     ) -> CollectorRegistry:
         registry = CollectorRegistry()
-        registry.register(ProcessCollector(snapshots, answered))
+        registry.register(ProcessCollector(snapshots, answered, tenants=tenants))
         if self._watched.fleet is not None:
             registry.register(FleetCollector(self._watched.fleet))
         registry.register(VersionCollector(self._watched.refused, self._watched.skipped))
@@ -260,9 +292,12 @@ class Metrics:
 class ProcessCollector(Collector):
     """What the gateway processes counted: counters and histograms summed, gauges one by one."""
 
-    def __init__(self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool]) -> None:
+    def __init__(
+        self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool], *, tenants: bool
+    ) -> None:
         self._snapshots = snapshots
         self._answered = answered
+        self._tenants = tenants
 
     def collect(self) -> Iterable[Metric]:
         total = CounterSet(BOUNDS)
@@ -277,7 +312,7 @@ class ProcessCollector(Collector):
                 [snapshot.process],
                 sum(value for key, value in snapshot.counters if key[0] == "requests"),
             )
-        yield from _counters(total)
+        yield from _counters(total, tenants=self._tenants)
         yield from _distributions(total)
         for name, (text, labels) in GAUGES.items():
             gauge = GaugeMetricFamily(f"loraplex_{name}", text, labels=labels)
@@ -301,10 +336,11 @@ class ProcessCollector(Collector):
         yield up
 
 
-def _counters(total: CounterSet) -> Iterable[Metric]:
+def _counters(total: CounterSet, *, tenants: bool) -> Iterable[Metric]:
     families = {
         name: CounterMetricFamily(f"loraplex_{name}", text, labels=labels)
         for name, (text, labels) in COUNTERS.items()
+        if tenants or TENANT_LABELS.isdisjoint(labels)
     }
     for key, value in total.counters.items():
         if key[0] in families:

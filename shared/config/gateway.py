@@ -149,6 +149,7 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     routing_policy: RoutingPolicy = "expected-ttft"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     slow_reader_bytes: Positive = _MIB
+    usage_months: Annotated[int, Meta(ge=0)] = 13
     admin_keys_env: Text | None = None
     admin_keys_file: Text | None = None
     stream_gap_s: SecondsOrNone | None = 0.04

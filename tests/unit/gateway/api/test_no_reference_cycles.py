@@ -6,8 +6,11 @@ import random
 import time
 
 from gateway.accounts.keys import Keys
+from gateway.accounts.ledger import Ledger
+from gateway.accounts.limiter import Limiter
 from gateway.adapters.resolver import Resolver
 from gateway.adapters.usage import AdapterUsage
+from gateway.api.accounting import Accounting
 from gateway.api.exchange import GenerationServices, RequestLimits
 from gateway.api.generate import GenerationAPI
 from gateway.dispatch.dispatcher import Dispatcher
@@ -87,6 +90,7 @@ async def test_a_request_that_has_ended_leaves_nothing_for_the_collector() -> No
             resolver,
             metrics,
             Keys(),
+            Accounting(Limiter(), Ledger(), metrics),
             limits,
             AccessLog("g0", "error"),
             AdapterUsage(),
