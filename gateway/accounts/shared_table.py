@@ -2,8 +2,8 @@
 each account's limits, exact whichever process a request comes to.
 
 A change is made under a lock that the kernel gives back when its holder dies. A holder that stands
-still is waited for LOCK_TRIES times and then passed by: one lost count is better than a gateway
-that stands still as well.
+still is waited for LOCK_S and then passed by: one lost count is better than a gateway that stands
+still as well.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import fcntl
 import math
 import mmap
 import os
+import time
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -27,8 +28,8 @@ HASH, AT, FIRST_LEVEL, FIRST_OPEN = 0, 1, 2, 2 + LEVELS
 MAX_ROWS = 8192
 PAIRS, PAIR = 65_536, 2  # (account, adapter): its hash, and when it was used last
 PROBES = 16
-LOCK_TRIES = 2000
-"""Some milliseconds; a holder needs some microseconds."""
+LOCK_S = 0.02
+"""A holder needs some microseconds, but may have to wait for a core."""
 _HASH_BITS = 52  # a float holds such numbers exactly
 
 
@@ -57,14 +58,17 @@ class SharedTable:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """No other process changes anything meanwhile."""
-        locked = False
-        for _ in range(LOCK_TRIES):
+        locked, until = False, 0.0
+        while not locked:
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
             except OSError:
-                continue
-            locked = True
-            break
+                now = time.monotonic()
+                until = until or now + LOCK_S
+                if now >= until:
+                    break
+                os.sched_yield()
         try:
             yield
         finally:

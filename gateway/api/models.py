@@ -91,7 +91,12 @@ class ModelList:
         )
 
 
-def scoped_list(adapters: Mapping[str, Mapping[str, str]], created: int, account: Account) -> bytes:
+def scoped_list(
+    adapters: Mapping[str, Mapping[str, str]],
+    created: int,
+    contexts: Mapping[str, int],
+    account: Account,
+) -> bytes:
     """As `model_list`, of what the account may use."""
     if account.scoped:
         adapters = {
