@@ -37,6 +37,7 @@ from gateway.admin.autoscale import ScalingAdmin
 from gateway.admin.scope import AdminScope
 from gateway.admin.usage import UsageAdmin
 from gateway.api.accounting import Accounting
+from gateway.admin.workers import WorkerAdmin
 from gateway.api.exchange import GenerationServices, RequestLimits
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.journal import JournalBounds
@@ -298,6 +299,7 @@ def _routes(
         aggregator,
         ScalingAdmin(dispatcher, load_link, [m.model_id for m in settings.models]),
         UsageAdmin(services.accounting.ledger),
+        WorkerAdmin(dispatcher, [m.model_id for m in settings.models]),
     )
 
 

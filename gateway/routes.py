@@ -17,6 +17,7 @@ from gateway.admin.adapters import AdapterAdmin
 from gateway.admin.aliases import AliasAdmin
 from gateway.admin.autoscale import ScalingAdmin
 from gateway.admin.usage import UsageAdmin
+from gateway.admin.workers import WorkerAdmin
 from gateway.api.exchange import GenerationServices
 from gateway.api.generate import GenerationAPI
 from gateway.api.models import ModelList, model_card, where
@@ -51,6 +52,7 @@ class Routes:
         aggregator: ProcessAggregator,
         scaling: ScalingAdmin,
         usage: UsageAdmin,
+        workers: WorkerAdmin,
     ) -> None:
         self._dispatcher = services.dispatcher
         self._catalogs = catalogs
@@ -65,6 +67,7 @@ class Routes:
         self._aggregator = aggregator
         self._scaling = scaling
         self._usage = usage
+        self._workers = workers
         self._created = int(time.time())
         self._contexts: dict[str, int] = {}
         self._models = ModelList(catalogs, services.resolver.aliases, self._created, self._context)
@@ -91,6 +94,7 @@ class Routes:
             **self._aliases.routes(),
             **self._scaling.routes(),
             **self._usage.routes(),
+            **self._workers.routes(),
         }
         self._routes |= {
             route: self._guarded(handler, admin=True) for route, handler in operators.items()
@@ -117,9 +121,8 @@ class Routes:
         path = _canonical(request.path)
         handler = self._routes.get((request.method, path)) or self._below(request.method, path)
         if handler is None:
-            found = self._admin.below(request.method, path) or self._aliases.below(
-                request.method, path
-            )
+            rooms = (self._admin, self._aliases, self._workers)
+            found = next((f for room in rooms if (f := room.below(request.method, path))), None)
             handler = self._guarded(found, admin=True) if found is not None else None
         return await (handler or self.nowhere)(request)
 

@@ -67,6 +67,7 @@ class Agent:
         self._settings, self._engine, self._cache = settings, engine, cache
         self._sessions = sessions
         self._state, self._reason = WorkerState.JOINING, ""
+        self._drain_s = settings.drain_s
         self._suspect = ""  # why the engine is not trusted for now
         # until the engine has started: it has no slots, and nothing is fetched
         self._booted = Booted(EngineFacts("", 0, 0, 0, 0), lambda _: AdapterFacts(0, 0, ()))
@@ -192,7 +193,7 @@ class Agent:
         self._become(WorkerState.DRAINING, self._reason)
         self._wake_if_idle()
         try:
-            async with asyncio.timeout(self._settings.drain_s):
+            async with asyncio.timeout(self._drain_s):
                 await self._idle.wait()
         except TimeoutError:
             log.warning("drain timed out", extra={"requests": len(self._requests)})
@@ -264,6 +265,11 @@ class Agent:
                 self._prefetch(adapter)
             case messages.AdapterCommand():
                 self._command(session, message)
+            case messages.DrainWorker(wait_s, reason):
+                if not self._stopping.is_set():
+                    log.info("told to drain", extra={"by": session.endpoint, "reason": reason})
+                    self._drain_s = wait_s
+                    self.stop(reason)
 
     def _generate(self, session: GatewaySession, message: messages.Generate) -> None:
         if self._state is not WorkerState.SERVING or self._suspect:

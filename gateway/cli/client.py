@@ -102,6 +102,21 @@ class Gateway:
                 f"no gateway answers at {self.url} ({reason}); is it running, is --url right?"
             ) from exc
 
+    def lines(
+        self, method: str, path: str, query: dict[str, str], silence_s: float
+    ) -> Iterator[Any]:
+        """An answer of JSON lines, each as it comes; `silence_s` may lie between two."""
+        url = f"{self.url}{path}?{urllib.parse.urlencode(query)}"
+        request = urllib.request.Request(url, b"", self._headers, method=method)
+        try:
+            with self._opener.open(request, timeout=silence_s + SLACK_S) as answer:
+                for line in answer:
+                    yield json.loads(line)
+        except urllib.error.HTTPError as exc:
+            self._explained(exc.code, _decoded(exc.read()))
+        except (OSError, ValueError, http.client.HTTPException) as exc:
+            raise Failed(f"{self.url} broke off ({getattr(exc, 'reason', exc)})") from exc
+
     def _explained(self, status: int, answer: Any) -> Any:
         said = answer.get("error", {}).get("message", "") if isinstance(answer, dict) else ""
         if status == 401:

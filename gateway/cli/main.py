@@ -17,6 +17,7 @@ import uvloop
 from gateway.cli import adapters as adapter_commands
 from gateway.cli import aliases as alias_commands
 from gateway.cli import keys as key_commands
+from gateway.cli import rollout as rollout_command
 from gateway.cli import status as status_command
 from gateway.cli.stores import look_at_stores
 from loraplex import __version__
@@ -38,6 +39,7 @@ Serve many LoRA fine-tunes of one base model behind one OpenAI-compatible endpoi
                              prefetch, evict
   loraplex adapters validate PATH_OR_URL --config CONFIG    check an adapter as a worker would
   loraplex bench load --url http://HOST:PORT ...    a load test for any OpenAI-compatible server
+  loraplex rollout           replace all workers, one after the other, without a failed request
   loraplex aliases set prod v7=90 v8=10    let a name stand for adapters, by shares; also ls, rm
   loraplex keys new NAME --file KEYS.yaml    make an API key; also ls, revoke
 
@@ -132,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = verbs.add_parser("bench", help="measure a running server")
     bench.add_argument("what", choices=["load"], help="see `loraplex bench load --help`")
     status_command.add_parser(verbs)
+    rollout_command.add_parser(verbs)
     adapter_commands.add_parser(verbs)
     alias_commands.add_parser(verbs)
     key_commands.add_parser(verbs)

@@ -187,6 +187,11 @@ class Dispatcher:
             self._send_cancel(request)
             self._fail(request, error)
 
+    def drain_worker(self, worker: WorkerView, wait_s: float, reason: str) -> None:
+        """It gets nothing new from now on; what has not ended within `wait_s` moves."""
+        self._outbox.send(worker, messages.DrainWorker(wait_s, reason))
+        self._membership.leaves(worker, reason)
+
     def drain(self) -> None:
         """No new requests from now on."""
         self._draining = True

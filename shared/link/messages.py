@@ -241,7 +241,16 @@ class AdapterCommand(msgspec.Struct, frozen=True, tag="command", array_like=True
     peers: tuple[str, ...] = ()
 
 
-GatewayData: TypeAlias = Generate | Cancel | Prefetch | AdapterCommand
+class DrainWorker(msgspec.Struct, frozen=True, tag="drain", array_like=True):
+    """Take no more requests, give back those that have not ended within `wait_s`, and end. Whoever
+    started the worker starts the next one.
+    """
+
+    wait_s: float
+    reason: str
+
+
+GatewayData: TypeAlias = Generate | Cancel | Prefetch | AdapterCommand | DrainWorker
 
 # ---- worker -> gateway, data ---------------------------------------------------------------------
 

@@ -1,0 +1,94 @@
+"""Shell. Workers that operators have drained or replaced, under load: no request fails, and no
+token is lost or repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from pathlib import Path
+
+import aiohttp
+
+from tests.fault.test_stalls import check_whole_or_failed, stream
+from tests.harness import chat_body, cluster, make_adapter, sim_config
+from tests.integration.test_serve import served
+
+END_S = 60.0
+STREAMS = 16
+SLOW = {"itl_ms": 15}
+
+
+async def test_a_rollout_replaces_every_worker_of_serve_and_fails_no_request(
+    tmp_path: Path,
+) -> None:
+    async with served(tmp_path) as s, aiohttp.ClientSession() as http:
+        before = {p.pid for p in s.family() if "--worker" in p.cmdline()}
+        going = True
+
+        async def ask_on_and_on(model: str) -> list[str]:
+            wrong = []
+            while going:
+                body = chat_body(model, max_tokens=100, stream=True)
+                async with http.post(f"{s.url}/v1/chat/completions", json=body) as answer:
+                    raw = await answer.read()
+                    tokens = raw.count(b'"content":')
+                    if answer.status != 200 or b'"error"' in raw or tokens != 100:
+                        wrong.append(f"{answer.status} {tokens} {raw[-300:]!r}")
+            return wrong
+
+        lanes = [
+            asyncio.create_task(ask_on_and_on("sim:pirate" if n % 2 else "sim"))
+            for n in range(STREAMS)
+        ]
+        async with http.post(f"{s.url}/admin/rollout") as answer:
+            assert answer.status == 200
+            steps = [json.loads(line) async for line in answer.content]
+        going = False
+        assert [wrong for lane in await asyncio.gather(*lanes) for wrong in lane] == []
+        assert steps[-1] == {"done": 2}, steps
+        after = {p.pid for p in s.family() if "--worker" in p.cmdline()}
+        assert len(after) == 2 and not after & before
+
+
+async def test_a_drained_worker_gives_its_streams_to_others_without_waiting_for_them(
+    adapters: Path, tmp_path: Path
+) -> None:
+    async with cluster(sim_config(adapters, sim=SLOW), tmp_path) as c:
+        for name in ("w0", "w1"):
+            await c.start_worker(name)
+        streams = [asyncio.create_task(stream(c)) for _ in range(STREAMS)]
+        async with asyncio.timeout(END_S):
+            while not await c.metric("loraplex_worker_load", worker="w0"):
+                await asyncio.sleep(0.02)
+        status, answer, _ = await c.post("/admin/workers/w0/drain", {})
+        assert status == 200 and answer["requests"] > 0, answer
+        assert await c.workers["w0"].wait(END_S) == 0
+        assert not all(task.done() for task in streams)
+        assert check_whole_or_failed(await asyncio.gather(*streams)) == 0
+
+
+async def test_adapters_in_use_are_loaded_elsewhere_before_their_only_holder_leaves(
+    adapters: Path, tmp_path: Path
+) -> None:
+    make_adapter(adapters, "pirate")
+    async with cluster(sim_config(adapters, sim=SLOW), tmp_path) as c:
+        await c.start_worker("w0")
+        going = asyncio.create_task(stream(c, "sim:pirate"))
+        async with asyncio.timeout(END_S):
+            while not await c.metric("loraplex_worker_adapters", worker="w0", tier="gpu"):
+                await asyncio.sleep(0.02)
+        await c.start_worker("w1")
+        _, answer, _ = await c.post("/admin/workers/w0/drain", {})
+        assert answer["warmed"] == 1
+        assert check_whole_or_failed([await going]) == 0
+
+
+async def test_nobody_can_drain_a_worker_that_is_not_there(adapters: Path, tmp_path: Path) -> None:
+    async with cluster(sim_config(adapters), tmp_path) as c:
+        await c.start_worker("w0")
+        status, answer, _ = await c.post("/admin/workers/w7/drain", {})
+        assert status == 400 and "w0" in answer["error"]["message"]
+        c.workers["w0"].signal(signal.SIGTERM)
+        await c.workers["w0"].wait()
