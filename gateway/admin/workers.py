@@ -125,8 +125,8 @@ class WorkerAdmin:
         fleet, base = self._dispatcher.fleet, worker.beat.base
         try:
             async with asyncio.timeout(back_s):
-                while fleet.get(worker.id) is worker or len(fleet.routable(base)) < serving:
-                    await asyncio.sleep(LOOK_S)  # noqa: ASYNC110 - rare, and minutes at most
+                while fleet.get(worker.id) is worker or len(fleet.routable(base)) < serving:  # noqa: ASYNC110 - rare
+                    await asyncio.sleep(LOOK_S)
         except TimeoutError as exc:
             raise NotDoneInTime(
                 f"{worker.id} was drained, but {serving} workers of `{base}` do not serve again "
