@@ -36,8 +36,8 @@ from gateway.admin.aliases import AliasAdmin
 from gateway.admin.autoscale import ScalingAdmin
 from gateway.admin.scope import AdminScope
 from gateway.admin.usage import UsageAdmin
-from gateway.api.accounting import Accounting
 from gateway.admin.workers import WorkerAdmin
+from gateway.api.accounting import Accounting
 from gateway.api.exchange import GenerationServices, RequestLimits
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.journal import JournalBounds
