@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import uvloop
 
 from gateway.cli import adapters as adapter_commands
 from gateway.cli import aliases as alias_commands
+from gateway.cli import check
 from gateway.cli import keys as key_commands
 from gateway.cli import rollout as rollout_command
 from gateway.cli import status as status_command
@@ -23,7 +23,7 @@ from gateway.cli.stores import look_at_stores
 from loraplex import __version__
 from loraplex.start import command
 from shared.config.handover import read_settings
-from shared.config.llm import TARGET_SHARE, LLMConfig, Settings, engine_kwargs_problems
+from shared.config.llm import TARGET_SHARE, LLMConfig, Settings
 from shared.errors import ConfigError, LoraplexError
 from shared.runtime.process import follow_parent
 
@@ -251,9 +251,9 @@ def _worker(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     settings = _load(args.config)
     if any(m.llm_engine == "vLLM" and m.engine_kwargs for m in settings.models):
-        problems = engine_kwargs_problems(settings, _known_arguments())
-        if problems:
-            raise ConfigError("\n".join(problems))
+        found = check.problems(settings)
+        if found:
+            raise ConfigError("\n".join(found))
     errors, notes = look_at_stores(settings)
     if errors:
         raise ConfigError("\n".join(errors))
@@ -286,23 +286,9 @@ def _scaling_line(model: LLMConfig) -> str | None:
         "number holds once it serves"
     )
     return (
-        f"scales from {scaling.min_replicas} to {scaling.max_replicas}: one worker for each "
+        f"scales from {scaling.min_replicas or 'zero'} to {scaling.max_replicas}: one worker for each "
         f"{model.target_ongoing_requests:g} requests ({how})"
     )
-
-
-def _known_arguments() -> frozenset[str]:
-    """vLLM's argument names, asked of a process that imports it (about 10 s)."""
-    asked = subprocess.run(
-        command("worker.engine.vllm.arguments"), capture_output=True, text=True, check=False
-    )
-    try:
-        return frozenset(json.loads(asked.stdout.splitlines()[-1]))
-    except (IndexError, ValueError) as exc:
-        raise ConfigError(
-            "vLLM cannot be imported here, so engine_kwargs cannot be checked; install "
-            "loraplex[gpu] or loraplex[cpu]"
-        ) from exc
 
 
 if __name__ == "__main__":

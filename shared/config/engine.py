@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 import msgspec
 
+from shared.config import front_end
+from shared.config.arguments import NO_LONGER
 from shared.config.deployment import Factor
 from shared.config.parts import DEFAULT_MAX_LORAS, LoraConfig, Positive, SecondsOrNone
-from shared.config.section import Finding, Section, has_errors, nearest, read_fields, under
+from shared.config.section import Finding, Section, has_errors, read_fields, under
 
 # what vLLM accepts as max_lora_rank (vllm/config/lora.py)
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -29,6 +31,7 @@ class _LoraKwargs(Section, frozen=True, kw_only=True):
     REFUSED: ClassVar[Mapping[str, str]] = {
         "model": "is set from model_loading_config.model_source; remove it",
         "served_model_name": "is set from model_loading_config.model_id; remove it",
+        **front_end.REFUSED,
     }
 
     enable_lora: bool | None = None
@@ -75,7 +78,8 @@ class VllmKwargs(_LoraKwargs, frozen=True, kw_only=True):
         if values.get("distributed_executor_backend") == "ray":
             yield Finding(
                 ("distributed_executor_backend",),
-                "there is no Ray here; remove it (vLLM's multiprocess executor is used)",
+                "there is no Ray here: vLLM's multiprocess executor is used",
+                "warning",
             )
 
 
@@ -132,23 +136,15 @@ def engine_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
     yield from under(_KWARGS, findings)
     if "lora_config" in values:
         yield from _lora_rules(engine, typed, values["lora_config"])
+    for key in (*front_end.IGNORED, *NO_LONGER):
+        if kwargs.get(key) is not None:
+            why = front_end.IGNORED.get(key) or NO_LONGER[key]
+            yield Finding((*_KWARGS, key), f"has no effect here: {why}", "warning")
     if values.get("log_engine_metrics") and kwargs.get("disable_log_stats") is True:
         text = (
             "true switches off the statistics that log_engine_metrics and routing need; remove it"
         )
         yield Finding((*_KWARGS, "disable_log_stats"), text, other=("log_engine_metrics",))
-
-
-def unknown_kwargs(kwargs: Mapping[str, Any], known: frozenset[str]) -> Iterator[tuple[str, str]]:
-    """(key, what is wrong) for each key that the engine does not have."""
-    for key in kwargs:
-        if key not in known:
-            match = nearest(key, known)
-            yield (
-                key,
-                "vLLM has no such engine argument"
-                + (f"; did you mean '{match}'?" if match else "; remove it"),
-            )
 
 
 def _typed(engine: str, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]]:

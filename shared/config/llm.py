@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import msgspec
 from msgspec import Struct
 
+from shared.config.arguments import Argument, wrong_arguments
 from shared.config.deployment import (
     TARGET_SHARE,
     UNLIMITED_REQUESTS,
@@ -24,7 +25,7 @@ from shared.config.deployment import (
     BottleneckConfig,
     DeploymentConfig,
 )
-from shared.config.engine import LORA_RANKS, SimTiming, engine_findings, sim_timing, unknown_kwargs
+from shared.config.engine import LORA_RANKS, SimTiming, engine_findings, sim_timing
 from shared.config.gateway import GatewayConfig, LinkConfig
 from shared.config.parts import (
     DEFAULT_MAX_LORAS,
@@ -260,7 +261,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         return next((model for model in self.models if model.model_id == model_id), None)
 
 
-def check_engine_kwargs(config: LLMConfig, known: frozenset[str]) -> list[str]:
+def check_engine_kwargs(config: LLMConfig, known: Mapping[str, Argument]) -> list[str]:
     """One line for each of the model's engine_kwargs that vLLM does not have; `known` are vLLM's
     own names.
     """
@@ -268,11 +269,11 @@ def check_engine_kwargs(config: LLMConfig, known: frozenset[str]) -> list[str]:
         return []
     return [
         f"{config.model_id}: engine_kwargs.{key}: {text}"
-        for key, text in unknown_kwargs(config.engine_kwargs, known)
+        for key, text in wrong_arguments(config.engine_kwargs, known)
     ]
 
 
-def engine_kwargs_problems(settings: Settings, known: frozenset[str]) -> list[str]:
+def engine_kwargs_problems(settings: Settings, known: Mapping[str, Argument]) -> list[str]:
     """The same for all models of a file, each line with its place: `file:line: key: what is
     wrong`.
     """
@@ -280,7 +281,7 @@ def engine_kwargs_problems(settings: Settings, known: frozenset[str]) -> list[st
     for model, path in zip(settings.models, settings.model_paths, strict=True):
         if model.llm_engine == "sim":
             continue
-        for key, text in unknown_kwargs(model.engine_kwargs, known):
+        for key, text in wrong_arguments(model.engine_kwargs, known):
             dotted_key = f"{path}.engine_kwargs.{key}"
             lines.append(
                 f"{settings.places.get(dotted_key, settings.source)}: {dotted_key}: {text}"

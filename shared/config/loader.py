@@ -14,6 +14,7 @@ from shared.config.document import Document, read_document
 from shared.config.file import AppArgs, Application, ConfigFile
 from shared.config.gateway import GatewayConfig
 from shared.config.llm import LLMConfig, Settings, rooted, rooted_gateway
+from shared.config.placeholders import filled_in, out_of_manifest
 from shared.config.section import (
     Finding,
     Path,
@@ -45,6 +46,7 @@ class Origin:
     base_dir: str
     home: str | None
     read_file: ReadFile
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -113,20 +115,27 @@ def parse_settings(
     *,
     base_dir: str | None = None,
     home: str | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Settings:
     """A configuration file's text -> Settings. Relative paths in it start at `base_dir`, by default
-    the folder of `source`.
+    the folder of `source`. `env` fills in `${NAME}`.
 
     Raises: ConfigError, one line per problem: `file:line: key: what is wrong; what to do`.
     """
     report = Report(source)
-    document = read_document(text, source)
+    document = out_of_manifest(read_document(text, source))
     report.locate(document, ())
+    document.value, missing = filled_in(document.value, env or {})
+    report.add(missing)
     if document.value is None and not report.errors:
         report.errors.append(f"{source}: is empty; expected llm_configs: with at least one model")
     report.raise_if_errors()  # the keys of a file that is not YAML are anybody's guess
     origin = Origin(
-        source, os.path.dirname(source) if base_dir is None else base_dir, home, read_file
+        source,
+        os.path.dirname(source) if base_dir is None else base_dir,
+        home,
+        read_file,
+        env or {},
     )
     top = report.fields(ConfigFile, document.value, ())
     if not isinstance(document.value, dict):
@@ -280,6 +289,8 @@ def _included(report: Report, origin: Origin, name: str, file: str, path: Path) 
     if document.value is None:
         report.error(path, f"{shown(name)} is empty; expected one model")
         return None
+    document.value, missing = filled_in(document.value, origin.env, path)
+    report.add(missing)
     return document
 
 

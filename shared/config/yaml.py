@@ -35,6 +35,7 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
         _read,
         base_dir=os.path.dirname(os.path.abspath(source)),
         home=os.path.expanduser("~"),
+        env=os.environ,
     )
 
 

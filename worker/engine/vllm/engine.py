@@ -43,6 +43,8 @@ from vllm.v1.metrics.stats import LoRARequestStates
 from loraplex.start import WORKER_PID_ENV
 from shared.adapters.identity import AdapterRef
 from shared.averages import blend
+from shared.config import front_end
+from shared.config.arguments import NO_LONGER
 from shared.config.llm import LLMConfig
 from shared.errors import CannotContinue, ConfigError, EngineFailure
 from shared.runtime.descendants import (
@@ -57,7 +59,6 @@ from worker.engine.base import EngineFacts, EngineRequest, EngineStats, Loaded, 
 from worker.engine.progress import EngineSigns
 from worker.engine.vllm import patches
 from worker.engine.vllm.adapters import Adapters, lora_request
-from worker.engine.vllm.app import front_end
 from worker.engine.vllm.app.bridge import AppBridge
 from worker.engine.vllm.fast_path import FastServing
 from worker.engine.vllm.pacing import LOOK_S, Pacing
@@ -512,6 +513,8 @@ def serve_args(model: LLMConfig) -> Any:
         wanted.setdefault(
             "worker_extension_cls", "worker.engine.vllm.worker_extension.AdapterSlots"
         )
+    if wanted.get("distributed_executor_backend") == "ray":
+        del wanted["distributed_executor_backend"]  # `loraplex check` says so
     if (
         model.engine_kwargs.get("tensor_parallel_size", 1)
         * model.engine_kwargs.get("pipeline_parallel_size", 1)
@@ -522,7 +525,7 @@ def serve_args(model: LLMConfig) -> Any:
         )
     try:
         for key, value in wanted.items():
-            if key in front_end.ARGUMENTS:
+            if key in front_end.EVERY or key in NO_LONGER:
                 continue
             default: Any = getattr(args, key, None)
             if isinstance(value, dict) and hasattr(default, "__dataclass_fields__"):
@@ -532,8 +535,3 @@ def serve_args(model: LLMConfig) -> Any:
     except (TypeError, ValueError) as exc:
         raise ConfigError(f"vLLM refuses the engine_kwargs of `{model.model_id}`: {exc}") from exc
     return args
-
-
-def known_arguments() -> frozenset[str]:
-    """The names that `engine_kwargs` may hold: every argument of `vllm serve`."""
-    return frozenset(vars(make_arg_parser(FlexibleArgumentParser()).parse_args([])))

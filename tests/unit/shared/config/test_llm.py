@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from shared.config.arguments import Argument
 from shared.config.llm import (
     LORA_RANKS,
     UNLIMITED_REQUESTS,
@@ -274,7 +275,6 @@ def test_other_ranks_are_refused_with_the_list(rank: int) -> None:
         ),
         ({"engine_kwargs": {"served_model_name": "x"}}, "model_loading_config.model_id"),
         ({"engine_kwargs": {"data_parallel_size": 2}}, "num_replicas"),
-        ({"engine_kwargs": {"distributed_executor_backend": "ray"}}, "no Ray"),
         ({"engine_kwargs": {"max_loras": 0}}, "expected a whole number (at least 1), got 0"),
         ({"engine_kwargs": {"max_loras": 4, "max_cpu_loras": 2}}, "less than max_loras (4)"),
         ({"engine_kwargs": {"enable_lora": "yes"}}, "expected true or false, got the text 'yes'"),
@@ -450,10 +450,10 @@ def test_the_simulated_engine_refuses_what_it_does_not_simulate(kwargs: dict[str
 
 def test_engine_kwargs_are_checked_against_vllms_own_names() -> None:
     config = made(engine_kwargs={"max_model_length": 9, "dtype": "auto", "zzz": 1})
-    near, far = check_engine_kwargs(config, frozenset({"max_model_len", "dtype", "seed"}))
+    near, far = check_engine_kwargs(config, dict.fromkeys(("max_model_len", "dtype", "seed"), Argument()))
     assert "engine_kwargs.max_model_length" in near and "did you mean 'max_model_len'?" in near
     assert "engine_kwargs.zzz" in far and "did you mean" not in far
-    assert check_engine_kwargs(made(llm_engine="sim", engine_kwargs={"sim": {}}), frozenset()) == []
+    assert check_engine_kwargs(made(llm_engine="sim", engine_kwargs={"sim": {}}), {}) == []
 
 
 def test_settings_survive_the_way_to_a_worker_process() -> None:

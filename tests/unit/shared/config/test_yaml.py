@@ -14,6 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.config.arguments import Argument, wrong_arguments
 from shared.config.llm import LLMConfig, Settings, engine_kwargs_problems
 from shared.config.yaml import app_from_args, load_settings, parse_settings
 from shared.errors import ConfigError
@@ -274,16 +275,49 @@ def test_an_open_gateway_without_keys_is_warned_about() -> None:
     assert not parse(SMALL + "gateway: {host: 0.0.0.0, api_keys_env: KEYS}").warnings
 
 
-def test_variables_are_not_substituted() -> None:
-    assert (
-        parse("llm_configs: [{model_loading_config: {model_id: '${HOME}'}}]").models[0].model_id
-        == "${HOME}"
-    )
+def test_variables_are_filled_in_and_one_that_is_not_set_is_named() -> None:
+    text = "llm_configs: [{model_loading_config: {model_id: '${NAME}', model_source: '${X:-m}'}}]"
+    filled = parse_settings(text, "c.yaml", no_files, env={"NAME": "given"})
+    assert (filled.models[0].model_id, filled.models[0].model_source) == ("given", "m")
+    with pytest.raises(ConfigError, match=r"c.yaml:1: .*model_id: .*variable NAME is not set"):
+        parse_settings(text, "c.yaml", no_files)
+
+
+def no_files(path: str) -> str:
+    raise OSError(path)
+
+
+def test_a_manifest_of_kuberay_is_read_by_what_is_inside_and_lines_are_those_of_the_file() -> None:
+    inside = "".join(f"    {line}\n" for line in SMALL.splitlines())
+    text = f"kind: RayService\nspec:\n  serveConfigV2: |\n{inside}"
+    read = parse_settings(text, "k.yaml", no_files)
+    assert read.models[0].model_id == parse(SMALL).models[0].model_id
+    with pytest.raises(ConfigError, match=r"k.yaml:[5-9]: "):
+        parse_settings(text + "      nonsense: 1\n", "k.yaml", no_files)
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", "x"), ("seed", True), ("dtype", "banana")])
+def test_a_value_that_vllm_would_not_take_is_named(key: str, value: object) -> None:
+    known = {"seed": Argument("int"), "dtype": Argument("any", ("auto", "half"))}
+    assert [k for k, _ in wrong_arguments({key: value}, known)] == [key]
+    assert not [*wrong_arguments({"seed": 1, "dtype": "half"}, known)]
+
+
+@pytest.mark.parametrize("key", ["api_key", "lora_modules", "ssl_keyfile", "allowed_origins"])
+def test_what_belongs_to_vllms_own_server_is_refused_by_its_name(key: str) -> None:
+    lines = refusal(SMALL + f"  engine_kwargs: {{{key}: x}}\n")
+    assert len(lines) == 1 and f"engine_kwargs.{key}" in lines[0]
+
+
+@pytest.mark.parametrize("given", ["host: h", "device: auto", "distributed_executor_backend: ray"])
+def test_what_has_no_effect_is_a_warning(given: str) -> None:
+    warnings = parse(SMALL + f"  engine_kwargs: {{{given}}}\n").warnings
+    assert [given.partition(":")[0] in line for line in warnings] == [True]
 
 
 def test_a_later_check_can_name_the_line() -> None:
     loaded = parse(SMALL + "  engine_kwargs:\n    seeed: 1\n")
-    assert engine_kwargs_problems(loaded, frozenset({"seed"})) == [
+    assert engine_kwargs_problems(loaded, {"seed": Argument("int")}) == [
         "conf/c.yaml:4: llm_configs[0].engine_kwargs.seeed: vLLM has no such engine "
         "argument; did you mean 'seed'?"
     ]
