@@ -286,7 +286,8 @@ def _scaling_line(model: LLMConfig) -> str | None:
         "number holds once it serves"
     )
     return (
-        f"scales from {scaling.min_replicas or 'zero'} to {scaling.max_replicas}: one worker for each "
+        f"scales from {scaling.min_replicas or 'zero'} to {scaling.max_replicas}: "
+        "one worker for each "
         f"{model.target_ongoing_requests:g} requests ({how})"
     )
 

@@ -450,7 +450,9 @@ def test_the_simulated_engine_refuses_what_it_does_not_simulate(kwargs: dict[str
 
 def test_engine_kwargs_are_checked_against_vllms_own_names() -> None:
     config = made(engine_kwargs={"max_model_length": 9, "dtype": "auto", "zzz": 1})
-    near, far = check_engine_kwargs(config, dict.fromkeys(("max_model_len", "dtype", "seed"), Argument()))
+    near, far = check_engine_kwargs(
+        config, dict.fromkeys(("max_model_len", "dtype", "seed"), Argument())
+    )
     assert "engine_kwargs.max_model_length" in near and "did you mean 'max_model_len'?" in near
     assert "engine_kwargs.zzz" in far and "did you mean" not in far
     assert check_engine_kwargs(made(llm_engine="sim", engine_kwargs={"sim": {}}), {}) == []
