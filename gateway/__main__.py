@@ -11,6 +11,7 @@ import contextlib
 import gc
 import logging
 import os
+import resource
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -22,8 +23,11 @@ import uvloop
 from gateway.app import GatewayProcess, open_gateway
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.transport import LinkTransport
+from gateway.http.server import ConnectionLimits
+from gateway.http.tls import Certificate, open_certificate
 from gateway.routes import Routes
 from gateway.supervisor.listening import why_not_listening
+from shared.config.gateway import GatewayConfig
 from shared.config.handover import read_settings
 from shared.config.llm import Settings
 from shared.errors import ConfigError, LoraplexError
@@ -39,8 +43,8 @@ log = logging.getLogger("loraplex.gateway")
 
 TICK_S = PING_S
 STALL_S = 2 * TICK_S
+MIN_OWN_FILES = 96  # sockets to workers and stores, files of state; beside those of connections
 ALIVE_S = 0.5
-KEEPALIVE_S = 75.0
 SHUTDOWN_S = 1.0  # after the drain, for handlers that are still writing
 LAST_WORDS_S = 0.05  # for handlers whose requests have just ended
 GC_THRESHOLD = (50_000, 50, 50)  # with 4,000 streams the default (700) would collect all the time
@@ -53,12 +57,13 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
     async with contextlib.AsyncExitStack() as stack:
         gateway = await stack.enter_async_context(open_gateway(settings, index, run_dir))
         stack.callback(_say_farewell, gateway)
-        port = await stack.enter_async_context(_http(gateway.routes, settings))
+        certificate = open_certificate(settings.gateway.tls)
+        port = await stack.enter_async_context(_http(gateway.routes, settings, certificate))
         _announce(run_dir, index, port, gateway.link)
         log.info(
             "listening",
             extra={
-                "url": f"http://{settings.gateway.host}:{port}",
+                "url": f"{'https' if certificate else 'http'}://{settings.gateway.host}:{port}",
                 "workers_at": gateway.link.control.endpoint,
             },
         )
@@ -71,6 +76,7 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
                 tasks.create_task(_alive(gateway), name="alive"),
                 tasks.create_task(_supervised(gateway), name="supervised"),
                 *(tasks.create_task(run(), name=name) for name, run in gateway.loops.items()),
+                *([tasks.create_task(certificate.run(), name="tls")] if certificate else []),
             ]
             await stopping.wait()
             await _drain(gateway.dispatcher, settings.gateway.drain_s)
@@ -81,18 +87,22 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _http(routes: Routes, settings: Settings) -> AsyncIterator[int]:
+async def _http(
+    routes: Routes, settings: Settings, certificate: Certificate | None
+) -> AsyncIterator[int]:
     """Listens; yields the port. Raises ConfigError if it is taken."""
     g = settings.gateway
-    # Without handler_cancellation aiohttp lets a handler run on after its client has left, and the
-    # engine would go on generating.
-    http_server = routes.http_server(
-        access_log=None, handler_cancellation=True, keepalive_timeout=KEEPALIVE_S
-    )
+    http_server = routes.http_server(_connection_limits(g))
     loop = asyncio.get_running_loop()
     try:
         server = await loop.create_server(
-            http_server, g.host, g.port, backlog=4096, reuse_port=g.processes > 1 or None
+            http_server,
+            g.host,
+            g.port,
+            backlog=4096,
+            reuse_port=g.processes > 1 or None,
+            ssl=certificate.context if certificate else None,
+            ssl_handshake_timeout=g.http.header_timeout_s if certificate else None,
         )
     except OSError as exc:
         raise ConfigError(why_not_listening(g, exc)) from exc
@@ -106,6 +116,24 @@ async def _http(routes: Routes, settings: Settings) -> AsyncIterator[int]:
         await asyncio.sleep(0)  # what came before is handled
         http_server.pre_shutdown()
         await http_server.shutdown(SHUTDOWN_S)
+
+
+def _connection_limits(g: GatewayConfig) -> ConnectionLimits:
+    """As many connections as are configured and this process has file descriptors for, less those
+    that it needs itself: beyond that nobody could connect any more.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        wanted = g.http.max_connections + MIN_OWN_FILES
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, hard)), hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = max(1, min(g.http.max_connections, soft - max(MIN_OWN_FILES, soft // 4)))
+    return ConnectionLimits(
+        g.http.idle_timeout_s,
+        g.http.header_timeout_s,
+        most,
+        g.http.max_connections_per_client or max(1, most * 3 // 4),
+    )
 
 
 async def _tick(gateway: GatewayProcess) -> None:

@@ -39,6 +39,7 @@ from gateway.admin.usage import UsageAdmin
 from gateway.admin.workers import WorkerAdmin
 from gateway.api.accounting import Accounting
 from gateway.api.exchange import GenerationServices, RequestLimits
+from gateway.api.schema import Bounds
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.journal import JournalBounds
 from gateway.dispatch.queue.admission import Admission, QueueBound
@@ -46,6 +47,7 @@ from gateway.dispatch.request import InFlightRequest
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.dispatch.transport import LinkTransport
 from gateway.fleet.fleet import Fleet
+from gateway.http.browsers import BrowserPolicy
 from gateway.routes import Routes
 from gateway.routing.registry import make_policy
 from gateway.supervisor.autoscaling.reports import ModelStatus
@@ -253,7 +255,14 @@ def _services(
         accounting.metrics,
         Keys(g),
         accounting,
-        RequestLimits(g.max_body_bytes, g.slow_reader_bytes, g.request_timeout_s, g.resume),
+        RequestLimits(
+            g.max_body_bytes,
+            g.slow_reader_bytes,
+            g.request_timeout_s,
+            g.resume,
+            Bounds(**msgspec.structs.asdict(g.bounds)),
+            g.http.max_unfinished_body_bytes,
+        ),
         AccessLog(name, g.log_level),
         AdapterUsage(),
         asyncio.get_running_loop(),
@@ -300,6 +309,7 @@ def _routes(
         ScalingAdmin(dispatcher, load_link, [m.model_id for m in settings.models]),
         UsageAdmin(services.accounting.ledger),
         WorkerAdmin(dispatcher, [m.model_id for m in settings.models]),
+        BrowserPolicy(settings.gateway),
     )
 
 

@@ -4,10 +4,8 @@ answers.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
 
 from aiohttp import web
 
@@ -23,8 +21,10 @@ from gateway.api.generate import GenerationAPI
 from gateway.api.models import ModelList, model_card, where
 from gateway.api.openapi import docs_page, openapi
 from gateway.http.bodies import answer, to_json
+from gateway.http.browsers import BrowserPolicy
 from gateway.http.headers import AiohttpRequest, authorization_of, request_id_of
-from gateway.http.server import Server
+from gateway.http.intake import BodyIntake, BodyLimits
+from gateway.http.server import ConnectionLimits, Server
 from gateway.telemetry.aggregation import ProcessAggregator
 from gateway.telemetry.failures import Failures
 from loraplex import __version__
@@ -53,6 +53,7 @@ class Routes:
         scaling: ScalingAdmin,
         usage: UsageAdmin,
         workers: WorkerAdmin,
+        browsers: BrowserPolicy,
     ) -> None:
         self._dispatcher = services.dispatcher
         self._catalogs = catalogs
@@ -60,8 +61,9 @@ class Routes:
         self._metrics = services.metrics
         self._failures = Failures(services.metrics)
         self._keys = services.keys
-        self._max_body_bytes = services.limits.max_body_bytes
-        self._generation = GenerationAPI(services)
+        self._limits = services.limits
+        self._browsers = browsers
+        self._generation = GenerationAPI(services, browsers)
         self._admin = admin
         self._aliases = aliases
         self._aggregator = aggregator
@@ -73,7 +75,7 @@ class Routes:
         self._models = ModelList(catalogs, services.resolver.aliases, self._created, self._context)
         self._routes: dict[tuple[str, str], Handler] = {}
 
-    def http_server(self, **settings: Any) -> Server:
+    def http_server(self, limits: ConnectionLimits) -> Server:
         """aiohttp without its Application (a dozen fixed paths need no router), behind the fast
         path for simple requests.
         """
@@ -104,20 +106,27 @@ class Routes:
             for (method, path), handler in self._routes.items()
             if method == "GET"
         }
-        most = self._max_body_bytes
-        loop = asyncio.get_running_loop()
+        bodies = BodyLimits(self._limits.max_body_bytes, self._limits.max_unfinished_body_bytes)
         return Server(
             self._handle,
             fast_path=self._generation.fast_path,
             paths=frozenset(ENDPOINTS),
-            most_bytes=most,
-            request_factory=lambda message, payload, protocol, writer, task: web.BaseRequest(
-                message, payload, protocol, writer, task, loop, client_max_size=most
-            ),
-            **settings,
+            intake=BodyIntake(bodies),
+            limits=limits,
         )
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        origin = request.headers.get("Origin")
+        if origin is None or not self._browsers.allows_pages or not request.path.startswith("/v1/"):
+            return await self._find(request)
+        if request.method == "OPTIONS":
+            return web.Response(status=204, headers=self._browsers.preflight(request.headers.get))
+        response = await self._find(request)
+        if isinstance(response, web.Response):  # a stream has written them itself
+            response.headers.update(self._browsers.cors_headers(origin))
+        return response
+
+    async def _find(self, request: web.BaseRequest) -> web.StreamResponse:
         path = _canonical(request.path)
         handler = self._routes.get((request.method, path)) or self._below(request.method, path)
         if handler is None:
@@ -252,6 +261,7 @@ class Routes:
 
         async def guarded(request: web.BaseRequest) -> web.StreamResponse:
             try:
+                self._browsers.check(request.method, request.headers.get, admin=admin)
                 check(authorization_of(AiohttpRequest(request)))
                 return await handler(request)
             except LoraplexError as exc:
@@ -259,9 +269,8 @@ class Routes:
                 return self._answer(exc, request)
             except (ConnectionError, web.HTTPException):
                 raise
-            except (
-                Exception
-            ) as exc:  # aiohttp's answer would be a bare 500, and its log the request
+            except Exception as exc:
+                # aiohttp's answer would be a bare 500, and its log would quote the request
                 return self._answer(self._failures.note(exc), request)
 
         return guarded

@@ -55,6 +55,20 @@ class BodyTooLarge(LoraplexError):
     status = 413
 
 
+class BodyTimeout(LoraplexError):
+    """The client was too slow to send its request."""
+
+    code = "body_timeout"
+    status = 408
+
+
+class UnsupportedEncoding(LoraplexError):
+    """A body that is compressed, or of a type, as nothing here reads it."""
+
+    code = "unsupported_encoding"
+    status = 415
+
+
 class InvalidApiKey(LoraplexError):
     code = "invalid_api_key"
     status = 401

@@ -53,6 +53,8 @@ class RequestLimits:
     slow_reader_bytes: int
     request_timeout_s: float
     resume: bool = False
+    bounds: schema.Bounds = schema.DEFAULT_BOUNDS
+    max_unfinished_body_bytes: int = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,8 @@ class GenerationServices:
 
 
 class Exchange:
-    """What was asked, what answers, and where the answer goes.
+    """What was asked, what answers, and where the answer goes. `fields` are those of a body that
+    has been parsed already.
 
     Raises InvalidRequest for a body or a header that cannot be.
     """
@@ -107,12 +110,15 @@ class Exchange:
         body: bytes,
         stream: ResponseWriter,
         kept: KeptAnswer | None = None,
+        fields: schema.BodyFields | None = None,
     ) -> None:
         self._services, self._asked, self.stream = services, asked, stream
         self.account, self.endpoint = account, _endpoint(asked.path)
         self._content_type = asked.header("content-type") or schema.JSON_TYPE
         if kept is None:
-            self.head = schema.read_fields(self.endpoint, self._content_type, body)
+            self.head = fields or schema.read_fields(
+                self.endpoint, self._content_type, body, services.limits.bounds
+            )
             self.model = self.head.model or services.resolver.default()
             previous = self.head.previous_response_id
             if previous and self.endpoint.errors is ErrorFamily.RESPONSES:
@@ -220,7 +226,7 @@ class Exchange:
                 bool(head.stream) and self.endpoint.streams,
                 int(time.time()),
                 self._services.limits.resume and header(RESUME_HEADER) != "off",
-                max(1, head.n or 1),
+                schema.sequences(head),
                 self.deadline.after_s,
                 asked.method,
                 self._content_type,

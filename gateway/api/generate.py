@@ -17,8 +17,10 @@ from aiohttp import web
 
 from gateway.adapters.resolver import Target
 from gateway.api import schema
+from gateway.api.body_scan import check_large_body
 from gateway.api.exchange import Exchange, GenerationServices
 from gateway.api.kept import find_kept
+from gateway.http.browsers import BrowserPolicy
 from gateway.http.headers import (
     MAX_SESSION,
     AiohttpRequest,
@@ -28,19 +30,20 @@ from gateway.http.headers import (
     random_id,
     request_id_of,
 )
-from gateway.http.parser import SimpleRequest
+from gateway.http.parser import MAX_ON_LOOP_BYTES, SimpleRequest
 from gateway.http.response import AlreadySent, ResponseWriter, refuse
 from gateway.http.server import PendingAnswer
 from gateway.telemetry.failures import Failures
-from shared.endpoints import RESPONSES_PATH, errors_of
-from shared.errors import BodyTooLarge, InvalidRequest, LoraplexError
+from shared.endpoints import RESPONSES_PATH, Endpoint, ModelIn, endpoint_of, errors_of
+from shared.errors import LoraplexError
 
 
 class GenerationAPI:
     """Requests for tokens of one gateway process."""
 
-    def __init__(self, services: GenerationServices) -> None:
+    def __init__(self, services: GenerationServices, browsers: BrowserPolicy) -> None:
         self._services = services
+        self._browsers = browsers
         self._failures = Failures(services.metrics)
 
     # ---- the fast path ---------------------------------------------------------------------------
@@ -51,15 +54,21 @@ class GenerationAPI:
         transport: asyncio.WriteTransport,
         answered: Callable[[bool], None],
     ) -> PendingAnswer | None:
-        """See FastPath in http/server.py. None: the model that is asked for is not known at
-        once.
+        """See FastPath in http/server.py. None: the model that is asked for is not known at once,
+        or a browser asks.
         """
-        services = self._services
+        services, browsers, header = self._services, self._browsers, request.header
+        if header("origin") is not None or header("sec-fetch-site") is not None:
+            return None
+        if browsers.checks_host and not browsers.knows_host(header("host") or ""):
+            return None
         stream = ResponseWriter(
             transport, services.limits.slow_reader_bytes, errors=errors_of(request.path)
         )
         try:
             account = services.keys.account_of(authorization_of(request))
+            if len(request.body) > services.limits.bounds.max_prompt_bytes:
+                return None  # looked at beside the loop
             exchange = Exchange(services, account, request, request.body, stream)
             target = services.resolver.at_once(exchange.model)
             if target is None:
@@ -91,10 +100,11 @@ class GenerationAPI:
     async def aiohttp_path(self, request: web.BaseRequest) -> web.StreamResponse:
         """Raises LoraplexError where nothing has been sent to the client."""
         services = self._services
-        body = await self._body(request)
+        body = await request.read()
         asked, stream = AiohttpRequest(request), self._writer(request)
+        fields = await self._read_aside(asked, body)
         account = services.keys.account_of(authorization_of(asked))
-        exchange = Exchange(services, account, asked, body, stream)
+        exchange = Exchange(services, account, asked, body, stream, fields=fields)
         target = services.resolver.at_once(exchange.model)
         if target is None:
             target = await exchange.in_time(
@@ -109,7 +119,7 @@ class GenerationAPI:
         Raises LoraplexError where nothing has been sent to the client.
         """
         services, asked = self._services, AiohttpRequest(request)
-        await self._body(request)  # nothing in it is of use; what is unread would be the next head
+        await request.read()  # nothing in it is of use; what is unread would be the next head
         account = services.keys.account_of(authorization_of(asked))
         answer_id = asked.path.removeprefix(RESPONSES_PATH + "/").partition("/")[0]
         path = asked.path + (f"?{request.query_string}" if request.query_string else "")
@@ -128,6 +138,7 @@ class GenerationAPI:
             chunked=chunked,
             keep_alive=request.keep_alive and chunked,
             errors=errors_of(request.path),
+            extra_lines=self._cors_lines(request.headers.get("Origin")),
         )
 
     async def _answer(
@@ -147,17 +158,25 @@ class GenerationAPI:
             exchange.end_with_error()
         return AlreadySent(request, stream.status, stream.keep_alive)
 
-    async def _body(self, request: web.BaseRequest) -> bytes:
-        most = self._services.limits.max_body_bytes
-        try:
-            content = request.content
-            if content.is_eof() and (request.content_length or most) < most:
-                return content.read_nowait()  # it came with its head: nothing to wait for
-            return await request.read()
-        except web.HTTPRequestEntityTooLarge as exc:
-            raise BodyTooLarge(f"The request body is larger than {most} bytes.") from exc
-        except web.HTTPException as exc:
-            raise InvalidRequest(f"The request body could not be read: {exc.reason}") from exc
+    def _cors_lines(self, origin: str | None) -> bytes:
+        headers = self._browsers.cors_headers(origin)
+        return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
+
+    async def _read_aside(self, asked: AiohttpRequest, body: bytes) -> schema.BodyFields | None:
+        """A large body's fields, read beside the loop; None for a small one."""
+        endpoint, bounds = endpoint_of(asked.path), self._services.limits.bounds
+        if endpoint is None or len(body) <= min(MAX_ON_LOOP_BYTES, bounds.max_prompt_bytes):
+            return None
+        kind = asked.header("content-type") or schema.JSON_TYPE
+        return await asyncio.to_thread(_read_large, endpoint, kind, body, bounds)
+
+
+def _read_large(
+    endpoint: Endpoint, content_type: str, body: bytes, bounds: schema.Bounds
+) -> schema.BodyFields:
+    if endpoint.model_in is not ModelIn.FORM:
+        check_large_body(body, bounds.max_prompt_bytes)
+    return schema.read_fields(endpoint, content_type, body, bounds)
 
 
 class _Refused:

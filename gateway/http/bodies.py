@@ -36,6 +36,8 @@ def answer(
         headers["Retry-After"] = str(
             math.ceil(RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s)
         )
+    if status == 415:
+        headers["Accept-Encoding"] = "gzip, deflate"
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return status, headers, error_body(error, family)

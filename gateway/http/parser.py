@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, TypeAlias
 
+MAX_ON_LOOP_BYTES: Final = 256 << 10
+"""Of a request that is handled in the callback that brought its last byte."""
 MAX_HEAD_BYTES: Final = 8190
 """The longest head that is read here; it is aiohttp's own bound for a single line."""
 _FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n"

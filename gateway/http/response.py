@@ -28,6 +28,7 @@ from gateway.http.bodies import answer, answer_event, error_event
 from shared.endpoints import ErrorFamily
 from shared.errors import LoraplexError
 
+CLOSE = b"Connection: close\r\n"
 CLIENT_LEFT = "the client has left"
 LAST_CHUNK = b"0\r\n\r\n"
 CONTENT_TYPE = b"content-type: "
@@ -64,10 +65,12 @@ class ResponseWriter:
         max_buffered_bytes: bytes the client may leave unread before it is cut off.
         chunked: the client speaks HTTP/1.1.
         errors: the shape of errors that its client knows.
+        extra_lines: of the head of any answer, each with its line end.
     """
 
     __slots__ = (
         "_chunked",
+        "_extra_lines",
         "_headers",
         "_in_chunks",
         "_limit",
@@ -92,8 +95,10 @@ class ResponseWriter:
         chunked: bool = True,
         keep_alive: bool = True,
         errors: ErrorFamily = ErrorFamily.OPENAI,
+        extra_lines: bytes = b"",
     ) -> None:
         self._transport = transport
+        self._extra_lines = extra_lines
         self._limit = max_buffered_bytes
         self._chunked = chunked
         self._in_chunks = False
@@ -207,7 +212,7 @@ class ResponseWriter:
 
     def _write_whole(self, lines: bytes, body: bytes) -> None:
         self.started = True
-        ending = b"" if self.keep_alive else b"Connection: close\r\n"
+        ending = self._extra_lines if self.keep_alive else self._extra_lines + CLOSE
         kind = b"" if lines.startswith(CONTENT_TYPE) else JSON_TYPE
         self._write(
             b"HTTP/1.1 %d %b\r\n%bContent-Length: %d\r\nDate: %b\r\n%b%b\r\n%b"
@@ -226,7 +231,7 @@ class ResponseWriter:
     def _start(self, data: bytes, end: bool) -> None:
         self.started = True
         framing = b"Transfer-Encoding: chunked\r\n" if self._chunked else b""
-        ending = b"" if self.keep_alive else b"Connection: close\r\n"
+        ending = self._extra_lines if self.keep_alive else self._extra_lines + CLOSE
         reason = _PHRASES.get(self.status, b"")
         self._write(
             b"HTTP/1.1 %d %b\r\nContent-Type: text/event-stream; "

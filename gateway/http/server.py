@@ -1,56 +1,83 @@
-"""Shell. A client's connection. Simple requests are answered without aiohttp's request machinery;
-all other requests go to aiohttp.
+"""Shell. A client's connection: plain requests are answered past aiohttp's request machinery,
+everything else is handed to aiohttp.
 
-For each request aiohttp makes a task, a request, a payload and a writer, and wakes its own task to
-read them. This is more than a third of what a request costs at the gateway. A request that
-`parser.parse` takes as a whole needs none of them: `FastPath` answers it from the callback that
-brought its bytes. For all other bytes and for other paths the connection makes an aiohttp
-`RequestHandler`, which serves them as in any aiohttp server.
+aiohttp makes a task, a request, a payload and a writer for every request and wakes its own task to
+read them: more than a third of what a request costs here. A request that `plain.recognise` takes
+whole needs none of them: `FastPath` answers it from the callback that brought its bytes. What it
+does not take, and every path but those for tokens, goes to an aiohttp `RequestHandler` that this
+connection then makes for itself; it serves them as ever.
 
-Rules of this module:
-
-- Requests of one connection are answered one at a time and in order. While one is answered, later
-  bytes wait; after the first piece the connection is not read.
-- A client that leaves cancels its request.
-- A connection that is idle, or does not finish its request, is closed after `keepalive_s`.
-- A shutdown lets the running request end.
-- A connection goes back from aiohttp to the fast path only if `parser.parse` took all requests
-  since then as wholes. Otherwise some of their bytes could still lie in aiohttp's parser.
+Rules kept here: one request at a time, in order (bytes that come while one is answered wait, unread
+beyond the first piece); a client that leaves cancels its request; an idle connection is closed
+after `keepalive_s`, one that does not finish its request likewise; a shutdown lets the request
+under way end. A connection goes back from aiohttp to the short way only after requests that were
+recognised too, so that nothing of them can still lie in aiohttp's parser.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
-from gateway.http.parser import UNSUPPORTED, IncompleteRequest, RequestHead, SimpleRequest, parse
+from gateway.http.intake import MIN_BYTES_PER_S, BodyIntake
+from gateway.http.parser import (
+    MAX_ON_LOOP_BYTES,
+    UNSUPPORTED,
+    IncompleteRequest,
+    RequestHead,
+    SimpleRequest,
+    parse,
+)
+from shared.runtime.log import place_of
 
-MAX_FAST_PATH_BYTES = 1 << 20
-"""The largest request that is gathered here. Longer ones are read by aiohttp, which counts their
-bytes and pauses the client.
+log = logging.getLogger("loraplex.http")
+
+MAX_GATHERED_BYTES = 64 << 10
+"""Of a request that is gathered here before anybody has looked at its key. Longer ones, unless they
+come in one piece, are read by aiohttp, which pauses the client until somebody asks for the body.
 """
+MAX_HEADERS_BYTES = 64 << 10
+"""Of a request's head that aiohttp reads: eight times what it takes in a line."""
+SWEEP_S = 1.0
+"""Between two looks at all connections."""
+LINGER_S = 5.0
+"""For the rest of a body that was refused: a client that still sends would not read the answer."""
+TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
-SWEEP_SHARE = 0.25
-"""Time between two looks at all connections, as a share of the time that a connection may be idle.
-"""
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """`header_timeout_s`: from a request's first byte to the end of its head, and between two
+    pieces of a small body; `idle_timeout_s`: between two requests.
+    """
+
+    idle_timeout_s: float
+    header_timeout_s: float = 10.0
+    max_connections: int = 8192
+    max_per_client: int = 8192
 
 
 class PendingAnswer(Protocol):
-    """The answer to a request, while it is being written."""
+    """A request that is being answered."""
 
     def cancel(self) -> None:
-        """The client has left. From now on nothing is written, and `answered` is not called."""
+        """The client has left. Nothing is written from now on, and `answered` is not called."""
         ...
 
 
 class FastPath(Protocol):
-    """Answers a simple request on the transport. It calls `answered(keep_alive)` after the last
-    byte was written, and never before it returns.
+    """Answers a plain request on the transport and calls `answered(keep_alive)` once the last byte
+    is written, never before it returns.
 
-    It returns None if it has done nothing; aiohttp then answers the request.
+    None: it has done nothing, and the request is aiohttp's.
     """
 
     def __call__(
@@ -62,11 +89,11 @@ class FastPath(Protocol):
 
 
 class Server(web.Server):
-    """aiohttp's server with a `Connection` in front of each of aiohttp's handlers.
+    """aiohttp's server with a Connection before each of its own.
 
     Args:
-        fast_path: answers POST requests to `paths`.
-        most_bytes: longer requests go to aiohttp, which knows how to refuse them.
+        fast_path: for POST requests to `paths`.
+        most_bytes: longer requests are aiohttp's, which knows how to refuse them.
     """
 
     def __init__(
@@ -75,42 +102,77 @@ class Server(web.Server):
         *,
         fast_path: FastPath,
         paths: frozenset[str],
-        most_bytes: int,
-        keepalive_timeout: float,
+        intake: BodyIntake,
+        limits: ConnectionLimits,
         **settings: Any,
     ) -> None:
-        super().__init__(handler, keepalive_timeout=keepalive_timeout, **settings)
+        super().__init__(
+            handler,
+            request_factory=intake.request_factory(asyncio.get_running_loop()),
+            keepalive_timeout=limits.idle_timeout_s,
+            # inflated by whoever asks for the body, not by whoever sends it
+            auto_decompress=False,
+            lingering_time=LINGER_S,
+            logger=_ParserLog(),
+            access_log=None,
+            # Without it aiohttp lets a handler run on after its client has left, and the engine
+            # would go on generating.
+            handler_cancellation=True,
+            **settings,
+        )
         self.fast_path, self.paths = fast_path, paths
-        self.most_bytes = min(most_bytes, MAX_FAST_PATH_BYTES)
-        self.keepalive_s = keepalive_timeout
+        self.most_bytes = min(intake.limits.max_bytes, MAX_ON_LOOP_BYTES)
+        self.limits = limits
         self.closing = False
-        self.open_connections: set[Connection] = set()
+        # oldest first
+        self.open_connections: dict[Connection, None] = {}
+        self._of_client: Counter[str] = Counter()
         self._sweeping = False
 
     def __call__(self) -> Connection:  # type: ignore[override]  # aiohttp's sites and loops ask for a protocol, no more
         return Connection(self)
 
     def aiohttp_path(self) -> web.RequestHandler:
-        """A new handler of aiohttp, for one connection."""
+        """aiohttp's own protocol for a connection."""
         return super().__call__()
 
-    def enter(self, connection: Connection) -> None:
-        """A client has connected."""
-        self.open_connections.add(connection)
+    def enter(self, connection: Connection) -> bool:
+        """A connection has come. False: there is no room for it. Where all places are taken, one
+        that waits makes room: of the client with the most connections the oldest.
+        """
+        limits = self.limits
+        if self._of_client[connection.client] >= limits.max_per_client:
+            return False
+        if len(self.open_connections) >= limits.max_connections:
+            waiting = [c for c in self.open_connections if c.waits]
+            if not waiting:
+                return False
+            max(waiting, key=lambda c: self._of_client[c.client]).abort()
+        self.open_connections[connection] = None
+        self._of_client[connection.client] += 1
         if not self._sweeping:
             self._sweep()
+        return True
+
+    def leave(self, connection: Connection) -> None:
+        """Idempotent."""
+        if connection not in self.open_connections:
+            return
+        del self.open_connections[connection]
+        self._of_client[connection.client] -= 1
+        if not self._of_client[connection.client]:
+            del self._of_client[connection.client]
 
     def _sweep(self) -> None:
-        """Closes connections that are late. One timer serves all of them, so a connection may last
-        a quarter longer than `keepalive_s`.
-        """
+        """One timer for all connections; each lasts up to a second longer than it may."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         for connection in [*self.open_connections]:
             connection.close_if_late(now)
         self._sweeping = bool(self.open_connections)
         if self._sweeping:
-            loop.call_at(now + self.keepalive_s * SWEEP_SHARE, self._sweep)
+            every_s = min(SWEEP_S, self.limits.header_timeout_s / 4, self.limits.idle_timeout_s / 4)
+            loop.call_at(now + every_s, self._sweep)
 
     def pre_shutdown(self) -> None:
         self.closing = True
@@ -124,13 +186,35 @@ class Server(web.Server):
             connection.abort()
 
 
+class _ParserLog(logging.LoggerAdapter[logging.Logger]):
+    """aiohttp's log. What a malformed request makes its parser say quotes the request, which may
+    hold a key or a prompt, and anybody can send one: such a line names the kind of error alone, and
+    is there when debugging. Anything else is a fault of ours.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(log, {})
+
+    def debug(self, msg: object, *args: object, **kwargs: Any) -> None:
+        return None
+
+    def exception(self, msg: object, *args: object, **kwargs: Any) -> None:
+        exc = kwargs.get("exc_info")
+        if isinstance(exc, HttpProcessingError):
+            log.debug("malformed request", extra={"kind": type(exc).__name__})
+        elif isinstance(exc, BaseException):
+            log.error("a connection failed", extra={"at": place_of(exc)})
+
+
 class Connection(asyncio.Protocol):
-    """One client connection. `_aiohttp` is aiohttp's handler for it, once one was needed."""
+    """One connection. `_aiohttp` is aiohttp's side of it, once it was needed."""
 
     __slots__ = (
         "_aiohttp",
         "_aiohttp_for_good",
         "_close_at",
+        "_give_up_at",
+        "_head_bytes",
         "_http_server",
         "_last_head",
         "_loop",
@@ -138,6 +222,7 @@ class Connection(asyncio.Protocol):
         "_pending",
         "_transport",
         "_unread",
+        "client",
     )
 
     def __init__(self, http_server: Server) -> None:
@@ -146,27 +231,33 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._pending: PendingAnswer | None = None
         self._aiohttp: web.RequestHandler | None = None
-        # True: aiohttp keeps the connection, because the state of its parser is unknown
-        self._aiohttp_for_good = False
-        self._last_head: RequestHead | None = None
-        # the beginning of a request, or bytes that came while a request was answered
-        self._unread = bytearray()
+        self._aiohttp_for_good = False  # aiohttp's for good: nobody knows where its parser stands
+        self._last_head: RequestHead | None = None  # of the last request
+        self._unread = (
+            bytearray()
+        )  # the beginning of a request, or what came while one was answered
         self._needed = 0
-        self._close_at = 0.0
+        self._head_bytes = 0  # of a head that aiohttp has not seen the end of
+        self._close_at = self._give_up_at = math.inf
+        self.client = ""
 
     # ---- asyncio's side --------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._restart_timer()
-        self._http_server.enter(self)
+        peer = transport.get_extra_info("peername")
+        self.client = peer[0] if isinstance(peer, tuple) else ""
+        if not self._http_server.enter(self):
+            self._transport.abort()
+            return
+        self._close_at = self._loop.time() + self._http_server.limits.header_timeout_s
 
     def data_received(self, data: bytes) -> None:
         inner = self._aiohttp
         if inner is not None:
             if self._aiohttp_for_good or not _is_idle(inner):
                 self._aiohttp_for_good = True
-                inner.data_received(data)
+                self._feed(inner, data)
                 return
             self._retire(inner)
         if self._pending is not None:
@@ -177,6 +268,7 @@ class Connection(asyncio.Protocol):
         if self._unread:
             self._unread += data
             if len(self._unread) < self._needed:
+                self._expect_more()
                 return
             data = bytes(self._unread)
             self._unread.clear()
@@ -191,7 +283,7 @@ class Connection(asyncio.Protocol):
             self._aiohttp.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._http_server.open_connections.discard(self)
+        self._http_server.leave(self)
         self._transport = None
         if self._pending is not None:
             self._pending.cancel()
@@ -203,7 +295,7 @@ class Connection(asyncio.Protocol):
     # ---- requests --------------------------------------------------------------------------------
 
     def _parse(self, data: bytes) -> None:
-        """Handles all bytes that the connection has brought since its last request."""
+        """All that the connection has brought since its last request."""
         http_server, first, self._needed = self._http_server, not self._needed, 0
         found = parse(data, http_server.most_bytes, self._last_head)
         if type(found) is SimpleRequest:
@@ -216,22 +308,27 @@ class Connection(asyncio.Protocol):
             self._hand_over(data, for_good=False)
         elif found is UNSUPPORTED:
             self._hand_over(data, for_good=True)
+        elif type(found) is IncompleteRequest and found.needed > MAX_GATHERED_BYTES:
+            self._hand_over(data, for_good=False)
         else:
             assert type(found) is IncompleteRequest
-            if first:
-                self._restart_timer()  # the time for a request counts from its first byte
+            if first:  # it has so long from its first byte on
+                longest_s = MAX_GATHERED_BYTES / MIN_BYTES_PER_S if found.needed else 0.0
+                header_s = http_server.limits.header_timeout_s
+                self._give_up_at = self._loop.time() + header_s + longest_s
             self._unread += data
             self._needed = found.needed or len(data) + 1
+            self._expect_more()
 
     def _answered(self, keep_alive: bool) -> None:
         self._pending = None
         transport = self._transport
         if transport is None:
             return
+        self._restart_timer()
         if not keep_alive or self._http_server.closing:
             transport.close()
             return
-        self._restart_timer()
         if self._unread:
             data = bytes(self._unread)
             self._unread.clear()
@@ -243,12 +340,28 @@ class Connection(asyncio.Protocol):
         inner = self._aiohttp = self._http_server.aiohttp_path()
         assert self._transport is not None
         inner.connection_made(self._transport)
+        self._head_bytes = 0
+        self._feed(inner, data, waits=True)
+
+    def _feed(self, inner: web.RequestHandler, data: bytes, waits: bool = False) -> None:
+        """`waits`: it has no request yet. It has no bound for a head in time or in all, so that
+        bound is here.
+        """
+        waits = waits or bool(self._head_bytes) or _is_idle(inner)
         inner.data_received(data)
+        if not waits:
+            return
+        if getattr(inner, "_messages", True):
+            self._head_bytes, self._close_at = 0, math.inf
+            return
+        if not self._head_bytes:
+            self._close_at = self._loop.time() + self._http_server.limits.header_timeout_s
+        self._head_bytes += len(data)
+        if self._head_bytes > MAX_HEADERS_BYTES:
+            self.abort()
 
     def _retire(self, inner: web.RequestHandler) -> None:
-        """aiohttp's handler has answered all its requests. For the handler, the connection ends
-        here.
-        """
+        """It has answered all that it was given; to it the connection is over."""
         self._aiohttp = None
         inner.transport = None  # it would close it
         inner.connection_lost(None)
@@ -256,15 +369,36 @@ class Connection(asyncio.Protocol):
 
     # ---- the connection's end --------------------------------------------------------------------
 
+    @property
+    def waits(self) -> bool:
+        """For a request, or for the rest of one."""
+        return self._pending is None and (self._aiohttp is None or _is_idle(self._aiohttp))
+
     def _restart_timer(self) -> None:
-        self._close_at = self._loop.time() + self._http_server.keepalive_s
+        self._close_at = self._loop.time() + self._http_server.limits.idle_timeout_s
+
+    def _expect_more(self) -> None:
+        """The next piece of a request must come soon, and the whole of it in time."""
+        soon = self._loop.time() + self._http_server.limits.header_timeout_s
+        self._close_at = min(soon, self._give_up_at)
 
     def close_if_late(self, now: float) -> None:
-        """Closes the connection if it was idle, or busy with reading one request, for too long.
-        aiohttp has its own timer for the connections that it serves.
+        """It has rested, or been at one request, for too long. While aiohttp has a request of it,
+        there are other bounds.
         """
-        if now >= self._close_at:
-            self.close_if_idle()
+        transport = self._transport
+        if transport is None or self._pending is not None:
+            return
+        if self._close_at == math.inf and transport.is_closing():
+            self._restart_timer()  # closed by aiohttp; what it has written may still be on its way
+        if now < self._close_at:
+            return
+        if transport.get_write_buffer_size():
+            transport.abort()  # it does not read, so it would never close
+            return
+        if self._unread or self._head_bytes:
+            transport.write(TOO_SLOW)
+        transport.close()
 
     def close_if_idle(self) -> None:
         if self._pending is None and self._aiohttp is None and self._transport is not None:
@@ -276,8 +410,8 @@ class Connection(asyncio.Protocol):
 
 
 def _is_idle(handler: web.RequestHandler) -> bool:
-    """Whether aiohttp's handler waits for its next request. aiohttp has no public attribute for
-    this. If the private one disappears, connections stay with aiohttp, which costs time only.
+    """Waits for its next request. aiohttp has no public word for it; without this one a connection
+    stays with it, which costs time only.
     """
     waiter = getattr(handler, "_waiter", None)
     return waiter is not None and not waiter.done()

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
+from shared.config.http import HTTPConfig, RequestBoundsConfig, TLSConfig
 from shared.config.parts import Positive, Seconds, SecondsOrNone, Text
 from shared.config.section import Finding, Section, shown
 
@@ -36,7 +37,7 @@ class LinkConfig(Section, frozen=True, kw_only=True):
     """The sockets between gateway and workers: "ipc" (same machine) or tcp://host:port, one for
     control and one for data.
 
-    Beyond this machine the link needs `secret_env`, the name of a variable with a shared secret, or
+    On TCP the link needs `secret_env`, the name of a variable with a shared secret, or
     an explicit `insecure: true`. `peer` is where a worker gives adapters to workers of other hosts:
     tcp://host:port (port 0: any free one, else the first free one from there on), "off", or "auto":
     every address and any free port where the link leaves this machine and has a secret, else off.
@@ -99,12 +100,12 @@ class LinkConfig(Section, frozen=True, kw_only=True):
         yield from _variable_rule("secret_env", values.get("secret_env"))
         if values.get("secret_env") is None and values.get("insecure") is False:
             for name, host in hosts.items():
-                if not is_loopback(host):
-                    text = (
-                        f"{shown(host)} is reachable from other machines; set secret_env, "
-                        "or insecure: true on a private network"
-                    )
-                    yield Finding((name,), text)
+                whom = "other users" if is_loopback(host) else "other machines"
+                text = (
+                    f"{shown(host)} is reachable from {whom}; set secret_env to the name of a "
+                    "variable with a shared secret, or insecure: true on a private network"
+                )
+                yield Finding((name,), text)
 
 
 class GatewayConfig(Section, frozen=True, kw_only=True):
@@ -113,6 +114,9 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     `disk_cache_bytes` bounds the cached adapters of this machine, of all its workers together; 0:
     as much as the disk holds. `resume`: an answer goes on at another worker when its own is lost;
     for that at most `resume_max_tokens` of each stream are kept, and `resume_max_bytes` of all.
+
+    `allowed_origins` are web pages that may call `/v1` from a browser ("*": all). `allowed_hosts`
+    are names besides its own under which a gateway without keys on loopback may be called.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {
@@ -153,6 +157,11 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     admin_keys_env: Text | None = None
     admin_keys_file: Text | None = None
     stream_gap_s: SecondsOrNone | None = 0.04
+    http: HTTPConfig = msgspec.field(default_factory=HTTPConfig)
+    bounds: RequestBoundsConfig = msgspec.field(default_factory=RequestBoundsConfig)
+    tls: TLSConfig = msgspec.field(default_factory=TLSConfig)
+    allowed_origins: tuple[Text, ...] = ()
+    allowed_hosts: tuple[Text, ...] = ()
     resume: bool = True
     resume_max_tokens: Positive = 131_072  # 512 KiB of one stream
     resume_max_bytes: Positive = 256 * _MIB

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
-import ipaddress
 import logging
 import os
 from collections.abc import Callable
@@ -235,21 +234,15 @@ def open_context() -> zmq.Context[zmq.Socket[bytes]]:
 
 
 def check_endpoint(endpoint: str, secret: str | None, insecure: bool) -> None:
-    """Raises LinkError for a bind address that strangers could reach without the shared secret."""
+    """Raises LinkError for a TCP address without the shared secret."""
     if endpoint.startswith("ipc://") or secret or insecure:
         return
-    host = endpoint.removeprefix("tcp://").rsplit(":", 1)[0].strip("[]")
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise LinkError(
-            f"{endpoint} would let anyone who reaches this host run requests and read answers: "
-            "set gateway.link.secret_env to the name of an environment variable that "
-            "holds a shared secret (the same for all workers), "
-            "bind 127.0.0.1, or set gateway.link.insecure: true on a trusted network"
-        )
+    raise LinkError(
+        f"{endpoint} would let anyone who reaches it (on loopback: every user and container of "
+        "this host) run requests and read answers: set gateway.link.secret_env to the name of an "
+        "environment variable that holds a shared secret (the same for all workers), use ipc on "
+        "one machine, or set gateway.link.insecure: true on a trusted network"
+    )
 
 
 def secret_from_env(name: str | None) -> str | None:

@@ -18,6 +18,7 @@ from gateway.telemetry import prometheus
 from shared.config.aliases import AliasConfig
 from shared.config.deployment import AutoscalingConfig, AutoscalingPolicy, BottleneckConfig
 from shared.config.gateway import GatewayConfig, LinkConfig, RoutingPolicy
+from shared.config.http import HTTPConfig, RequestBoundsConfig, TLSConfig
 from shared.config.parts import LoraConfig, StoreConfig
 from shared.errors import LoraplexError
 from tests.test_architecture import FLOORS
@@ -181,12 +182,20 @@ def test_the_table_of_floors_is_the_one_that_is_enforced(package: str) -> None:
 
 @pytest.mark.parametrize(
     ("section", "prefix"),
-    [(GatewayConfig, ""), (LinkConfig, "link."), (LoraConfig, ""), (StoreConfig, "store.")],
+    [
+        (GatewayConfig, ""),
+        (LinkConfig, "link."),
+        (HTTPConfig, "http."),
+        (RequestBoundsConfig, "bounds."),
+        (TLSConfig, "tls."),
+        (LoraConfig, ""),
+        (StoreConfig, "store."),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_the_config_page_has_every_key(section: Any, prefix: str) -> None:
     codes = set(_CODE.findall(read("docs/CONFIG.md")))
-    keys = set(section.__struct_fields__) - {"link", "store", "aliases"}
+    keys = set(section.__struct_fields__) - {*("link", "store", "aliases", "http", "bounds", "tls")}
     assert sorted(key for key in keys if f"{prefix}{key}" not in codes) == []
 
 
@@ -285,7 +294,7 @@ def _descendants(cls: type[LoraplexError]) -> list[type[LoraplexError]]:
 
 
 def _shown(value: object) -> str:
-    if value is None:
+    if value is None or value == ():
         return "none"
     if isinstance(value, bool):
         return str(value).lower()

@@ -17,10 +17,13 @@ from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.queue.admission import Admission
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.fleet.fleet import Fleet
-from gateway.http.server import Connection, Server
+from gateway.http.browsers import BrowserPolicy
+from gateway.http.intake import BodyIntake, BodyLimits
+from gateway.http.server import Connection, ConnectionLimits, Server
 from gateway.routing.registry import make_policy
 from gateway.telemetry.access_log import AccessLog
 from gateway.telemetry.prometheus import Metrics
+from shared.config.gateway import GatewayConfig
 from shared.link import messages
 from shared.link.sockets import SendResult
 
@@ -95,14 +98,15 @@ async def test_a_request_that_has_ended_leaves_nothing_for_the_collector() -> No
             AccessLog("g0", "error"),
             AdapterUsage(),
             asyncio.get_running_loop(),
-        )
+        ),
+        BrowserPolicy(GatewayConfig(host="0.0.0.0")),
     )
     http_server = Server(
         never,
         fast_path=generation.fast_path,
         paths=frozenset({PATH}),
-        most_bytes=1 << 20,
-        keepalive_timeout=75.0,
+        intake=BodyIntake(BodyLimits(1 << 20, 1 << 20)),
+        limits=ConnectionLimits(75.0),
     )
     peer = messages.identity("w0", 1)
     beat = messages.Heartbeat("w0", 1, 1, "base", messages.WorkerState.SERVING, capacity=8, slots=2)

@@ -110,7 +110,14 @@ def test_these_hosts_are_not(host: str) -> None:
     ("fields", "bound"),
     [
         ({}, ""),
-        ({"control": "tcp://127.0.0.1:7000", "data": "tcp://127.0.0.1:7001"}, ""),
+        (
+            {
+                "control": "tcp://127.0.0.1:7000",
+                "data": "tcp://127.0.0.1:7001",
+                "secret_env": "S",
+            },
+            "",
+        ),
         ({"control": "tcp://10.0.0.1:7000", "data": "tcp://10.0.0.1:7001", "insecure": True}, ""),
         (
             {"control": "tcp://10.0.0.1:7000", "data": "tcp://10.0.0.1:7001", "secret_env": "S"},
@@ -134,7 +141,7 @@ def test_these_hosts_are_not(host: str) -> None:
             },
             "",
         ),
-        ({"peer": "tcp://127.0.0.1:9760"}, "tcp://127.0.0.1:9760"),
+        ({"peer": "tcp://127.0.0.1:9760", "secret_env": "S"}, "tcp://127.0.0.1:9760"),
     ],
 )
 def test_workers_open_a_socket_for_peers_where_the_link_leaves_the_machine_and_has_a_secret(
