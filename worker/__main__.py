@@ -47,8 +47,8 @@ from worker.settings import WorkerSettings
 CRASHED = 70
 """Exit status of a worker that an exception ended (EX_SOFTWARE of sysexits.h)."""
 EPOCH_BITS = 53
-"""Random: no clock, which may go back, says which of two lives is the newer one. A gateway takes one
-that it has not seen before for newer.
+"""Random: no clock, which may go back, says which of two lives is the newer one. A gateway takes
+one that it has not seen before for newer.
 """
 MAX_SOCKET_FOLDER = 107 - 37
 """What Linux allows for a socket's path, less a slash and vLLM's 36 characters; a longer folder
@@ -172,6 +172,7 @@ def worker_settings(
         peer_host=peer_host,
         insecure=g.link.insecure,
         stream_gap_s=g.stream_gap_s or 0.0,
+        lru=g.routing_policy == "ray",
         engine_suspect_s=g.engine_suspect_s,
         engine_kill_s=g.engine_kill_s,
     )

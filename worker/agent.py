@@ -138,7 +138,7 @@ class Agent:
             self.stop(exc.message)
             return
         facts = self._booted.facts
-        self._residency = Residency(facts.slots, facts.host_places)
+        self._residency = Residency(facts.slots, facts.host_places, lru=self._settings.lru)
         self._engine.died(self._on_engine_death)
         log.info(
             "serving",
@@ -229,6 +229,8 @@ class Agent:
             waiting=len(self._requests) - running,
             adapters=self._residency.states(clock(), self._times.load_s),
             times=self._times,
+            loads=dict(self._residency.loads),
+            evictions=dict(self._residency.evictions),
             suspect=self._suspect,
         )
 

@@ -31,6 +31,8 @@ class WorkerStatus:
     waiting: int
     adapters: tuple[messages.AdapterState, ...]
     times: LoadTimes
+    loads: dict[str, int]
+    evictions: dict[str, int]
     suspect: str = ""
 
 
@@ -87,4 +89,6 @@ class HeartbeatSender:
             suspect=status.suspect,
             tasks=facts.tasks,
             max_model_len=facts.max_model_len,
+            adapter_loads=status.loads,
+            adapter_evictions=status.evictions,
         )

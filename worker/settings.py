@@ -15,7 +15,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `stream_gap_s`: how far apart two events of a stream may be to save work while the CPU is short.
     `disk_cache_bytes` 0 means as much as the disk holds; `download_timeout_s` bounds the time
     without a byte (None: no bound). `peer` is bound for workers of other hosts (empty: nothing is),
-    who are told of it at `peer_host`, a host or host:port, if it is named.
+    who are told of it at `peer_host`, a host or host:port, if it is named. `lru`: see Residency.
     """
 
     worker: str
@@ -33,6 +33,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peer_host: str | None = None
     insecure: bool = False
     stream_gap_s: float = 0.0
+    lru: bool = False
     engine_suspect_s: float = 5.0
     engine_kill_s: float = 20.0
 

@@ -131,6 +131,11 @@ class WorkerView:
         """Slots that no adapter has to leave first."""
         return self.beat.slots - len(self.loaded) - len(self.coming)
 
+    @property
+    def has_empty_slot(self) -> bool:
+        """Another adapter fits beside those that are there; always, where slots have no number."""
+        return not self.beat.slots or self.free_slots > 0
+
     def in_flight(self, key: AdapterKey) -> int:
         own = self.busy.get(key, 0)
         if key in self.others_busy:

@@ -328,6 +328,8 @@ class ExpectedTTFT:
         candidates += self._homes(
             key, base, pool, bound, holders, now, excluded, anybody=not candidates
         )
+        if not copies:
+            candidates = self._emptiest(key, candidates, base, pool, bound, now, excluded)
         if not needed:
             candidates = [w for w in candidates if self._surplus(w, base, pool, now)]
         uses = 1.0 + base.rates.per_s(key, now) * HORIZON_S / (copies + 1) if copies else 1.0
@@ -342,6 +344,33 @@ class ExpectedTTFT:
             if best is not None
             else self._blocked(request, key, base, pool, now, excluded)
         )
+
+    @staticmethod
+    def _emptiest(
+        key: AdapterKey,
+        candidates: list[WorkerView],
+        base: _Base,
+        pool: Pool,
+        bound: float,
+        now: float,
+        excluded: Set[WorkerId],
+    ) -> list[WorkerView]:
+        """No adapter leaves its slot for a cold one while another worker has an empty slot. Of
+        those workers it takes the first in rendezvous order, within the bound.
+        """
+        if any(w.has_empty_slot for w in candidates):
+            return [w for w in candidates if w.has_empty_slot]
+        if not any(w.has_empty_slot for w in pool.workers):
+            return candidates
+        empty = (
+            w
+            for w in base.rendezvous.order(key, pool)
+            if w.has_empty_slot
+            and w.load < bound
+            and w.accepts(excluded)
+            and base.claims.open_to(w, key, pool, now)
+        )
+        return list(islice(empty, HOME_CHOICES)) or candidates
 
     def _homes(
         self,

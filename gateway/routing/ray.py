@@ -27,7 +27,7 @@ from gateway.routing.policy import (
     RoutingRequest,
     StatelessPolicy,
 )
-from gateway.routing.residency_p2c import two_choices
+from gateway.routing.residency_p2c import two_choices, with_empty_slot
 from shared.adapters.identity import key_of
 from shared.link.messages import WorkerId
 
@@ -68,7 +68,7 @@ class Ray(StatelessPolicy):
             worker = two_choices(free, rng)
             return Choice(worker, ChoiceReason.RESIDENT, worker.tier(request.adapter))
         # M4, M5 where all holders are overloaded; M2 where there is none
-        worker = two_choices(with_fewest_adapters(able), rng)
+        worker = two_choices(with_fewest_adapters(with_empty_slot(able)), rng)
         return Choice(
             worker,
             ChoiceReason.SPILL if holders else ChoiceReason.COLD,

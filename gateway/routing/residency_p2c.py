@@ -32,9 +32,15 @@ def two_choices(candidates: Sequence[WorkerView], rng: random.Random) -> WorkerV
     return first if first.load <= second.load else second
 
 
+def with_empty_slot(workers: Sequence[WorkerView]) -> Sequence[WorkerView]:
+    """Those where nobody must leave for one more adapter, if there are any."""
+    return [w for w in workers if w.has_empty_slot] or workers
+
+
 class ResidencyP2C(StatelessPolicy):
     """Residency first, then load. It takes the less loaded of two holders with room. If all holders
-    are full, or there is none, it takes the less loaded of two other workers.
+    are full, or there is none, it takes the less loaded of two other workers,
+    of those with an empty slot if there are any.
     """
 
     name = "residency-p2c"
@@ -57,9 +63,9 @@ class ResidencyP2C(StatelessPolicy):
         able = [w for w in pool.workers if w.accepts(excluded)]
         if not able:
             return Defer(Blocked.ROOM)
-        worker = two_choices(able, rng)
         if request.adapter is None:
-            return Choice(worker, ChoiceReason.BASE)
+            return Choice(two_choices(able, rng), ChoiceReason.BASE)
+        worker = two_choices(with_empty_slot(able), rng)
         return Choice(
             worker, ChoiceReason.SPILL if held else ChoiceReason.COLD, worker.tier(request.adapter)
         )

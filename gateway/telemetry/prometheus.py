@@ -20,7 +20,7 @@ from gateway.fleet.fleet import Fleet
 from gateway.supervisor.autoscaling.reports import ModelStatus
 from gateway.telemetry.counters import CounterSet, Distribution, Snapshot
 from gateway.telemetry.ended_request import EndedRequest
-from shared.link.messages import WorkerState
+from shared.link.messages import EVICTIONS, Tier, WorkerState
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30, 60)
 DURATION_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -362,6 +362,9 @@ def _distributions(total: CounterSet) -> Iterable[Metric]:
     return families.values()
 
 
+LEVELS = {Tier.GPU: "gpu", Tier.CPU: "cpu"}
+
+
 class FleetCollector(Collector):
     """Gauges of the fleet as this process sees it at the scrape; workers that left leave no stale
     series.
@@ -390,8 +393,23 @@ class FleetCollector(Collector):
         kv = GaugeMetricFamily(
             "loraplex_worker_kv_usage_ratio", "Share of the KV cache in use.", labels=names
         )
+        loads = CounterMetricFamily(
+            "loraplex_adapter_loads_total",
+            "Adapters that a worker has brought into a slot, by the tier that they came from.",
+            labels=[*names, "tier"],
+        )
+        evictions = CounterMetricFamily(
+            "loraplex_adapter_evictions_total",
+            "Adapters that have left a tier of a worker, by the reason.",
+            labels=[*names, "tier", "reason"],
+        )
         for w in self._fleet:
             at = [w.id, w.beat.base]
+            for tier in ("cpu", "disk", "remote"):
+                loads.add_metric([*at, tier], w.beat.adapter_loads.get(tier, 0))
+            for what in EVICTIONS:
+                number = w.beat.adapter_evictions.get(what, 0)
+                evictions.add_metric([*at, *what.split(":")], number)
             state = w.beat.state
             if state is WorkerState.SERVING and not w.routable:
                 # it beats, but its data link is not there (yet): nothing can be sent to it
@@ -404,7 +422,34 @@ class FleetCollector(Collector):
             tiers = [a.tier.name.lower() for a in w.beat.adapters]
             for tier in ("gpu", "cpu", "disk"):
                 used.add_metric([*at, tier], tiers.count(tier))
-        return [up, load, capacity, slots, used, kv]
+        return [up, load, capacity, slots, used, kv, loads, evictions, *self._residency()]
+
+    def _residency(self) -> Iterable[Metric]:
+        """In the names that vLLM is about to give them (vllm-project/vllm issue 51433), so that
+        other schedulers can read them; with the worker besides.
+        """
+        names = ["worker", "model_name"]
+        loaded = GaugeMetricFamily(
+            "vllm:lora_adapter_loaded",
+            "1 for each adapter in a slot (gpu) or in host memory (cpu) of a worker.",
+            labels=[*names, "adapter_name", "level", "pinned", "rank"],
+        )
+        count = GaugeMetricFamily(
+            "vllm:num_gpu_loaded_lora_adapters", "Adapters in a worker's slots.", labels=names
+        )
+        most = GaugeMetricFamily(
+            "vllm:max_gpu_lora_adapters", "Adapter slots of a worker.", labels=names
+        )
+        for w in self._fleet:
+            at = [w.id, w.beat.base]
+            count.add_metric(at, len(w.loaded))
+            most.add_metric(at, w.beat.slots)
+            there = [a for a in w.beat.adapters if a.tier in LEVELS and not a.loading]
+            versions = {(a.name, a.tier): a for a in sorted(there, key=lambda a: a.pinned)}
+            for a in sorted(versions.values(), key=lambda a: a.tier)[:ADAPTER_LABELS]:
+                pinned = "true" if a.pinned else "false"
+                loaded.add_metric([*at, a.name, LEVELS[a.tier], pinned, str(a.rank)], 1)
+        return [loaded, count, most]
 
 
 class VersionCollector(Collector):

@@ -64,6 +64,11 @@ class AdapterState(msgspec.Struct, frozen=True, array_like=True):
     steady: bool = False
 
 
+SLOT_NEEDED, MEMORY_NEEDED = "gpu:slot_needed", "cpu:memory_needed"
+ASKED_OF_GPU, ASKED_OF_CPU = "gpu:asked", "cpu:asked"
+EVICTIONS = (SLOT_NEEDED, MEMORY_NEEDED, ASKED_OF_GPU, ASKED_OF_CPU)
+"""Why an adapter left a tier: others needed the room, or an operator or a new version asked."""
+
 STEADY_PER_S = 1.0
 """Requests a second from which on an adapter is in steady use. Half of it costs capacity: in the
 simulator (`default`, 85 requests/s, 4 seeds) p99 TTFT is 162 ms without any such rule, 167 ms with
@@ -103,6 +108,9 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
 
     Model: `tasks` are what it can do, in vLLM's words (empty: not known yet), and `max_model_len`
     its context in tokens.
+
+    Since the worker's start: `adapter_loads` into a slot, by the tier that the adapter came from;
+    `adapter_evictions` by `tier:reason`.
     """
 
     worker: WorkerId
@@ -132,6 +140,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     suspect: str = ""
     tasks: tuple[str, ...] = ()
     max_model_len: int = 0
+    adapter_loads: dict[str, int] = {}
+    adapter_evictions: dict[str, int] = {}
 
 
 WorkerControl: TypeAlias = Heartbeat

@@ -21,12 +21,22 @@ stand for a load, `cache` for the disk alone, and `evict` for leaving the engine
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from shared.adapters.identity import AdapterRef
-from shared.link.messages import STEADY_PER_S, STEADY_SHARE, AdapterState, Tier
+from shared.link.messages import (
+    ASKED_OF_CPU,
+    ASKED_OF_GPU,
+    MEMORY_NEEDED,
+    SLOT_NEEDED,
+    STEADY_PER_S,
+    STEADY_SHARE,
+    AdapterState,
+    Tier,
+)
 from worker.adapters.instructions import CommandDone, Fetch, Instruction, Reject, Start
 from worker.adapters.popularity import STEADY_FADE_S, Popularity
 from worker.adapters.slot_table import Evict, Full, SlotOffer, SlotTable
@@ -101,10 +111,14 @@ class Residency:
     """The adapters of one engine with `slots` slots and room for `host_places` adapters in host
     memory, those in slots included.
 
-    Requests are known by a number chosen by the caller.
+    Requests are known by a number chosen by the caller. `lru`: the least recently used adapter
+    makes room, however popular it is. `loads` and `evictions` only grow.
     """
 
-    def __init__(self, slots: int, host_places: int = 0) -> None:
+    def __init__(self, slots: int, host_places: int = 0, *, lru: bool = False) -> None:
+        self._lru = lru
+        self.loads: Counter[str] = Counter()  # by the tier that the adapter came from
+        self.evictions: Counter[str] = Counter()  # by `tier:reason`
         self._popularity, self._recent = Popularity(), Popularity(STEADY_FADE_S)
         self.slots = SlotTable(slots)
         self._host_places = max(slots, host_places)
@@ -279,6 +293,7 @@ class Residency:
                 continue
             entry = self._entries[entered.ref]
             entry.stage, entry.since = ResidencyStage.RESIDENT, now
+            self.loads[entry.came_from.name.lower()] += 1
             told += self._start_waiting(entry, entry.came_from)
         return told + self._advance(now)
 
@@ -342,6 +357,7 @@ class Residency:
                 break
             if isinstance(room, Evict):
                 victims.append(self._vacate(room.victim))
+                self.evictions[SLOT_NEEDED] += 1
             self.slots.occupy(head)
             coming.add(head)
             enter.append(self._enter(head))
@@ -372,6 +388,7 @@ class Residency:
             entry = self._entries[adapter]
             if entry.stage is ResidencyStage.WARM:
                 del self._warm[adapter]
+                self.evictions[ASKED_OF_CPU] += 1
             elif (
                 entry.stage in (ResidencyStage.RESIDENT, ResidencyStage.CLOSING)
                 and not entry.waiting
@@ -379,6 +396,7 @@ class Residency:
             ):
                 self._closing.pop(adapter, None)
                 self.slots.vacate(adapter)
+                self.evictions[ASKED_OF_GPU] += 1
             else:
                 continue
             retired.append(self._leave(adapter))
@@ -421,6 +439,8 @@ class Residency:
         gateway spares them as well for the requests that wait there; this rule is for a line at the
         worker.
         """
+        if self._lru:
+            return set()
         held = self.slots.adapters()
         pinned = {a for a in held if self.slots.pinned(a)}
         steady = {a for a in held if a not in pinned and self._steady_per_s(a, now)}
@@ -454,12 +474,15 @@ class Residency:
         ):
             coldest = min(self._warm, key=self._warmth)
             del self._warm[coldest]
+            self.evictions[MEMORY_NEEDED] += 1
             dropped.append(self._leave(coldest))
         return dropped
 
     def _warmth(self, adapter: AdapterRef) -> float:
-        """The adapter with the least value makes room, in the slots and in host memory."""
-        return self._popularity.of(adapter)
+        """The adapter with the least value makes room, in the slots and in host memory; among equal
+        ones the least recently used.
+        """
+        return 0.0 if self._lru else self._popularity.of(adapter)
 
     def _held(self) -> int:
         return sum(e.in_host for e in self._entries.values())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -230,3 +231,21 @@ def test_no_policy_ever_chooses_a_worker_that_is_left_out(
         choice = policy.choose(RoutingRequest("tiny", adapter), fleet, 10.0 * n, rng, excluded)
         assert isinstance(choice, Choice) and choice.worker.id != "w0"
     assert fleet.pool("tiny").workers == list(fleet) and [w.load for w in fleet] == [0, 3, 5]
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_a_cold_adapter_goes_where_a_slot_is_empty_before_anybody_must_leave_one(name: str) -> None:
+    """Even if a worker without one has it in host memory, and less to do."""
+    fleet = Fleet(10.0)
+    beat = Heartbeat("w0", 1, 1, "tiny", WorkerState.SERVING, capacity=9, slots=1)
+    there = AdapterState(HAIKU.name, HAIKU.digest, Tier.GPU)
+    stash = AdapterState(PIRATE.name, PIRATE.digest, Tier.CPU)
+    fleet.beat(msgspec.structs.replace(beat, adapters=(there, stash)), 0.0)
+    other = msgspec.structs.replace(beat, worker="w1", slots=2, adapters=(there,), running=1)
+    fleet.beat(other, 0.0)
+    for worker in ("w0", "w1"):
+        fleet.attach(worker, 1)
+    policy = make_policy(name)
+    for seed in range(10):
+        choice = policy.choose(RoutingRequest("tiny", PIRATE), fleet, 0.0, random.Random(seed))
+        assert isinstance(choice, Choice) and choice.worker.id == "w1"

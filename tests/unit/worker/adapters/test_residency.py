@@ -132,6 +132,41 @@ def test_the_idle_adapter_that_was_used_longest_ago_makes_room_and_is_named() ->
     ]
 
 
+def test_with_lru_the_least_recently_used_makes_room_however_often_it_was_used() -> None:
+    for lru, victim in ((False, B), (True, A)):
+        residency = Residency(2, 4, lru=lru)
+        for number, ref in enumerate((A, B)):
+            resident(residency, number, ref)
+            residency.finish(number, 0.0)
+        for number in range(2, 30):
+            residency.want(number, A, 1.0)
+            residency.finish(number, 1.0)
+        residency.want(30, B, 2.0)
+        residency.finish(30, 2.0)
+        residency.want(31, C, 3.0)
+        assert residency.fetched(on_disk(C), Tier.REMOTE, 3.0) == [
+            Swap((on_disk(C),), (on_disk(victim),))
+        ]
+
+
+def test_loads_and_evictions_are_counted_by_tier_and_reason() -> None:
+    residency = Residency(1, 2)
+    resident(residency, 1, A)
+    residency.finish(1, 0.0)
+    residency.want(2, B, 0.0)
+    residency.fetched(on_disk(B), Tier.DISK, 0.0)
+    residency.swapped({}, 0.0)
+    residency.finish(2, 0.0)
+    residency.want(3, A, 0.0)
+    residency.swapped({}, 0.0)
+    residency.finish(3, 0.0)
+    assert residency.loads == {"remote": 1, "disk": 1, "cpu": 1}
+    residency.evict(4, A, 0.0)
+    residency.swapped({}, 0.0)
+    residency.evict(5, B, 0.0)
+    assert residency.evictions == {"gpu:slot_needed": 2, "gpu:asked": 1, "cpu:asked": 1}
+
+
 def test_an_adapter_in_steady_use_stays_though_it_was_used_longest_ago_and_beats_say_so() -> None:
     residency = Residency(2)
     resident(residency, 1, A)
