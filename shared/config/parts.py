@@ -101,6 +101,7 @@ class StoreConfig(Section, frozen=True, kw_only=True):
     region: Text | None = None
     profile: Text | None = None
     anonymous: bool = False
+    addressing_style: Literal["auto", "virtual", "path"] | None = None
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
@@ -225,6 +226,8 @@ def _plain(path: str) -> str:
     """file:///folder -> /folder; no slash at the end."""
     if path.startswith("file:///"):
         path = path.removeprefix("file://")
+    if path.startswith("s3a://"):  # Hadoop's name for S3
+        path = "s3://" + path.removeprefix("s3a://")
     short = path.rstrip("/") or "/"
     return path if short.endswith(":") else short  # s3:// alone stays recognisable, to be refused
 

@@ -16,6 +16,10 @@ from shared.stores.transfer import Transfer
 # What S3 and GCS accept between them, including directory buckets and GCS names with dots and
 # underscores.
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
+_ACCESS_POINT = re.compile(
+    r"arn:aws[a-z-]*:s3[a-z-]*:[a-z0-9-]*:\d{12}:(?:accesspoint|outpost)[/:][A-Za-z0-9._-]+"
+    r"(?:[/:]accesspoint[/:][A-Za-z0-9._-]+)?(?=/|\Z)"
+)
 
 __all__ = [
     "AdapterStore",
@@ -72,7 +76,7 @@ class AdapterStore(Protocol):
 
 _OPTIONS = {
     "file": frozenset[str](),
-    "s3": frozenset({"endpoint_url", "region", "profile", "anonymous"}),
+    "s3": frozenset({"endpoint_url", "region", "profile", "anonymous", "addressing_style"}),
     "gs": frozenset({"endpoint_url", "anonymous"}),
 }
 
@@ -82,11 +86,13 @@ def open_store(url: str, options: Mapping[str, object] | None = None) -> Adapter
     SDKs are imported on use only.
 
     `options` (from the config's `store:` section) may hold `endpoint_url` and `anonymous` (S3,
-    GCS), `region` and `profile` (S3); credentials come only from each SDK's own chain. Raises
-    ConfigError for any other scheme, option or type, and for credentials in a URL.
+    GCS), `region`, `profile` and `addressing_style` (S3); credentials come only from each SDK's own
+    chain. Raises ConfigError for any other scheme, option or type, and for credentials in a URL.
     """
     scheme, sep, rest = url.partition("://")
     scheme = scheme if sep else "file"
+    if scheme == "s3a":  # Hadoop's name for S3
+        scheme, url = "s3", f"s3://{rest}"
     if scheme not in _OPTIONS:
         raise ConfigError(
             f"no adapter store for {scheme}://; use s3://bucket/prefix, "
@@ -142,10 +148,14 @@ def _checked(scheme: str, options: Mapping[str, object]) -> dict[str, object]:
 def parse_bucket_url(url: str) -> tuple[str, str, bool]:
     """(bucket, prefix, anonymous) of `scheme://bucket/prefix`. The prefix is empty or ends in `/`.
 
-    `anonymous` is Ray's form `s3://anonymous@bucket/prefix`. Raises ConfigError for no bucket or
-    for credentials in the URL.
+    The bucket may also be the ARN of an access point: `s3://arn:aws:s3:REGION:ACCOUNT:accesspoint/
+    NAME/prefix`. `anonymous` is Ray's form `s3://anonymous@bucket/prefix`. Raises ConfigError for
+    no bucket or for credentials in the URL.
     """
     scheme, _, rest = url.partition("://")
+    if (point := _ACCESS_POINT.match(rest)) is not None:
+        prefix = rest[point.end() :].strip("/")
+        return point.group(), prefix and prefix + "/", False
     host, _, path = rest.partition("/")
     user, at, bucket = host.rpartition("@")
     if at and user != "anonymous":

@@ -91,28 +91,29 @@ class S3Store(Bucket):
         region: str | None = None,
         profile: str | None = None,
         anonymous: bool = False,
+        addressing_style: str | None = None,
     ) -> None:
         self._bucket, self._prefix, anonymous_url = parse_bucket_url(url)
         self.url = f"s3://{self._bucket}/{self._prefix}"
         self._endpoint_url, self._region, self._profile = endpoint_url, region, profile
         self._anonymous = anonymous or anonymous_url
+        self._addressing_style = addressing_style
         self._exit = AsyncExitStack()
         self._client: Any = None
         self._reader: Any = None
 
     async def __aenter__(self) -> S3Store:
-        custom = self._endpoint_url or any(os.environ.get(name) for name in _ENDPOINT_VARIABLES)
         config = AioConfig(
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=READ_TIMEOUT_S,
             retries={"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
             max_pool_connections=MAX_LISTINGS,
-            # Servers of one's own seldom have a DNS name per bucket.
-            s3={"addressing_style": "path" if custom else "auto"},
             **({"signature_version": botocore.UNSIGNED} if self._anonymous else {}),
         )
         try:
             session = AioSession(profile=self._profile)
+            if style := self._style(session):
+                config = config.merge(AioConfig(s3={"addressing_style": style}))
             client = session.create_client(
                 "s3", endpoint_url=self._endpoint_url, region_name=self._region, config=config
             )
@@ -140,6 +141,19 @@ class S3Store(Bucket):
         except _FOREIGN as exc:
             raise _translated(exc) from exc
         return self
+
+    def _style(self, session: AioSession) -> str | None:
+        """Whether the bucket is named in the host or in the path. None: as the AWS configuration
+        says.
+        """
+        if self._addressing_style or self._bucket.startswith("arn:"):
+            return self._addressing_style or "auto"
+        theirs = session.get_scoped_config().get("s3")
+        if isinstance(theirs, dict) and theirs.get("addressing_style"):
+            return None
+        custom = self._endpoint_url or any(os.environ.get(name) for name in _ENDPOINT_VARIABLES)
+        # Servers of one's own seldom have a DNS name per bucket.
+        return "path" if custom else "auto"
 
     async def __aexit__(self, *exc: object) -> None:
         await self._exit.aclose()

@@ -251,6 +251,13 @@ def test_bucket_urls_are_split_into_bucket_and_prefix() -> None:
     assert parse_bucket_url("s3://my-bucket") == ("my-bucket", "", False)
     assert parse_bucket_url("s3://my-bucket/a/b") == ("my-bucket", "a/b/", False)
     assert parse_bucket_url("s3://anonymous@my-bucket/a/") == ("my-bucket", "a/", True)
+    for point in (
+        "arn:aws:s3:us-west-2:123456789012:accesspoint/ours",
+        "arn:aws-cn:s3:cn-north-1:123456789012:accesspoint:ours",
+        "arn:aws:s3-outposts:us-west-2:123456789012:outpost/op-1/accesspoint/ours",
+    ):
+        assert parse_bucket_url(f"s3://{point}") == (point, "", False)
+        assert parse_bucket_url(f"s3://{point}/a/b") == (point, "a/b/", False)
 
 
 @pytest.mark.parametrize(
