@@ -27,12 +27,14 @@ from loraplex.start import command
 from shared.config.gateway import is_endpoint
 from shared.config.handover import SERVE_SETTINGS, read_settings
 from shared.config.llm import LLMConfig, Settings
+from shared.config.parts import BUCKETS
 from shared.errors import ConfigError, LoraplexError
 from shared.link.sockets import open_context, secret_from_env
 from shared.runtime import log as runtime_log
 from shared.runtime.owned_folder import temporary_folder
 from shared.runtime.process import follow_parent, on_stop_signals
 from shared.stores import open_store
+from shared.stores.mirror import local_model
 from shared.stores.transfer import Pace
 from shared.supervision.client import say_last_words
 from worker.agent import Agent
@@ -60,6 +62,7 @@ async def serve(
     settings: WorkerSettings, make_engine: Callable[[LLMConfig, float], Engine] = open_engine
 ) -> int:
     """One worker, until it is stopped. Returns the exit status."""
+    settings = await _with_local_model(settings)
     model = settings.model
     engine = make_engine(model, settings.stream_gap_s)
     context = open_context()
@@ -93,6 +96,23 @@ async def serve(
     context.term()
     files.term()
     return agent.exit_code
+
+
+async def _with_local_model(settings: WorkerSettings) -> WorkerSettings:
+    """A base model in a bucket comes to this host's disk first, unless vLLM streams it from
+    there. Raises ConfigError.
+    """
+    model = settings.model
+    streamed = str(model.engine_kwargs.get("load_format", "")).startswith("runai_streamer")
+    if model.llm_engine == "sim" or streamed or not model.model_source.startswith(BUCKETS):
+        return settings
+    options, adapters = None, model.adapters_path or ""
+    if model.lora_config is not None and adapters[:5] == model.model_source[:5]:
+        options = msgspec.structs.asdict(model.lora_config.store)  # the same cloud
+    folder = await local_model(model.model_source, settings.state_dir / "models", options)
+    loading = msgspec.structs.replace(model.model_loading_config, model_source=str(folder))
+    local = msgspec.structs.replace(model, model_loading_config=loading)
+    return msgspec.structs.replace(settings, model=local)
 
 
 def _peer_server(

@@ -22,17 +22,30 @@ SecondsOrNone = Annotated[float, Meta(ge=0)]
 
 DEFAULT_MAX_LORAS = 16  # Ray's default of max_num_adapters_per_replica
 _MODEL_ID_CHARS = 200  # ids travel in every request, log line and metric label
-_REMOTE = ("s3://", "gs://", "abfss://", "azure://")
+BUCKETS = ("s3://", "gs://")
+_NO_STORE = ("abfss://", "azure://", "az://", "hdfs://")
 
 
 class ModelLoadingConfig(Section, frozen=True, kw_only=True):
-    """Which model to serve, under which name. `model_source` is a Hugging Face id or a local
-    folder; without it, `model_id` is the id.
+    """Which model to serve, under which name. `model_source` is a Hugging Face id, a local
+    folder, or a bucket; without it, `model_id` is the id.
     """
 
     model_id: Text
     model_source: str | dict[str, Any] | None = None
     tokenizer_source: Text | None = None
+
+    @classmethod
+    def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
+        source = given.get("model_source")
+        if (
+            isinstance(source, Mapping)
+            and {*source} - {"extra_files"} == {"bucket_uri"}
+            and not source.get("extra_files")  # Ray's default
+            and isinstance(source["bucket_uri"], str)
+        ):
+            given["model_source"] = source["bucket_uri"]
+        return given
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
@@ -42,13 +55,13 @@ class ModelLoadingConfig(Section, frozen=True, kw_only=True):
         if isinstance(source, dict):
             yield Finding(
                 ("model_source",),
-                "mirrors of a model in cloud storage are not supported; download it "
-                "first and give the local folder",
+                "expected a Hugging Face id, a local folder, s3://..., gs://... or bucket_uri: "
+                f"with one of these, got the keys {', '.join(sorted(map(str, source)))[:200]}",
             )
-        elif isinstance(source, str) and source.startswith(_REMOTE):
+        elif isinstance(source, str) and source.startswith(_NO_STORE):
             yield Finding(
                 ("model_source",),
-                f"a model in cloud storage ({shown(source)}) is not supported; "
+                f"{shown(source)} is in a cloud that is not supported; s3:// and gs:// are, or "
                 "download it first and give the local folder",
             )
         elif source == "":

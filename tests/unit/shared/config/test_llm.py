@@ -344,11 +344,11 @@ def test_other_ranks_are_refused_with_the_list(rank: int) -> None:
         ),
         ({"model_loading_config": None}, "model_loading_config: is missing"),
         (
-            {"model_loading_config": {"model_id": "m", "model_source": {"bucket_uri": "s3://b/m"}}},
-            "download it first",
+            {"model_loading_config": {"model_id": "m", "model_source": {"uri": "s3://b/m"}}},
+            "bucket_uri",
         ),
         (
-            {"model_loading_config": {"model_id": "m", "model_source": "gs://b/m"}},
+            {"model_loading_config": {"model_id": "m", "model_source": "abfss://b/m"}},
             "download it first",
         ),
         ({"model_loading_config": {"model_id": ""}}, "expected some text"),
