@@ -130,6 +130,7 @@ class Stream:
         "_begun",
         "_chunks",
         "_detokenizer",
+        "_held",
         "_in_words",
         "_interval",
         "_opening",
@@ -155,6 +156,7 @@ class Stream:
         self._tokens = self._sent = self._before
         self._opening = b"" if past is not None else draft.chunks.opening
         self._begun = False
+        self._held = b""
         self._unsent: list[int] = []  # tokens of which no bytes have left
         self._prompt_tokens = 0
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -209,7 +211,7 @@ class Stream:
         """One chunk. None is written for an output without text or tokens, which vLLM makes before
         the prompt is through.
         """
-        if self.ended.done() or not (self._unsent or finish_reason):
+        if self.ended.done() or not (self._tokens > self._before or finish_reason):
             return
         try:
             if finish_reason is None:
@@ -243,6 +245,11 @@ class Stream:
         self.ended.set_result(None)
 
     def _send(self, data: bytes, end: bool) -> None:
+        if self._held:
+            data, self._held = self._held + data, b""
+        if not (self._unsent or end):  # what leaves without a token could not be continued
+            self._held = data
+            return
         tokens = pack(self._unsent)
         self._unsent.clear()
         if self._begun:
