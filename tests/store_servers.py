@@ -28,6 +28,9 @@ READY_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 10.0
 
 
+NPM_TIMEOUT_S = 300
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -48,16 +51,18 @@ class StoreProcess:
 
 
 @contextmanager
-def _server(command: list[str], port: int, ready_path: str) -> Iterator[StoreProcess]:
-    """Starts a console script of this virtual environment, waits until it answers, ends it by its
-    own process id.
+def _server(
+    command: list[str], port: int, ready_path: str, ready_status: int = 200
+) -> Iterator[StoreProcess]:
+    """Starts a console script of this virtual environment, or a program by its path, waits until
+    it answers, ends it by its own process id.
     """
-    script = Path(sys.executable).with_name(command[0])
+    script = Path(sys.executable).parent / command[0]
     process = subprocess.Popen(
         [str(script), *command[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        _wait_ready(process, port, ready_path)
+        _wait_ready(process, port, ready_path, ready_status)
         yield StoreProcess(f"http://127.0.0.1:{port}", process)
     finally:
         process.terminate()
@@ -68,7 +73,9 @@ def _server(command: list[str], port: int, ready_path: str) -> Iterator[StorePro
             process.wait(STOP_TIMEOUT_S)
 
 
-def _wait_ready(process: subprocess.Popen[bytes], port: int, ready_path: str) -> None:
+def _wait_ready(
+    process: subprocess.Popen[bytes], port: int, ready_path: str, ready_status: int
+) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -76,13 +83,28 @@ def _wait_ready(process: subprocess.Popen[bytes], port: int, ready_path: str) ->
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         try:
             connection.request("GET", ready_path)
-            if connection.getresponse().status == 200:
+            if connection.getresponse().status == ready_status:
                 return
         except OSError:
             time.sleep(0.05)  # nobody listens yet; the process itself offers no event to wait for
         finally:
             connection.close()
     raise TimeoutError(f"{process.args!r} did not serve within {READY_TIMEOUT_S} s")
+
+
+@contextmanager
+def azurite_process(folder: Path) -> Iterator[StoreProcess]:
+    """Microsoft's own emulator of Azure Blob Storage, from npm; put beside this environment."""
+    home = Path(sys.prefix) / "azurite"
+    program = home / "node_modules" / ".bin" / "azurite-blob"
+    if not program.exists():
+        argv = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(home)]
+        subprocess.run([*argv, "azurite@3"], check=True, timeout=NPM_TIMEOUT_S)
+    port = free_port()
+    argv = ["--blobPort", str(port), "--location", str(folder), "--silent"]
+    command = [str(program), *argv, "--skipApiVersionCheck"]
+    with _server(command, port, "/", ready_status=400) as server:  # no account is named
+        yield server
 
 
 @contextmanager

@@ -22,6 +22,7 @@ DOORS = {
     "aiobotocore": {"shared/stores/s3.py"},
     "botocore": {"shared/stores/s3.py"},
     "gcloud": {"shared/stores/gcs.py"},
+    "azure": {"shared/stores/azure.py"},
     "aiohttp": {
         "gateway/http/*.py",
         "gateway/api/*.py",

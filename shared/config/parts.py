@@ -4,6 +4,7 @@ defaults are Ray Serve LLM's (2.60).
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -23,6 +24,10 @@ SecondsOrNone = Annotated[float, Meta(ge=0)]
 DEFAULT_MAX_LORAS = 16  # Ray's default of max_num_adapters_per_replica
 _MODEL_ID_CHARS = 200  # ids travel in every request, log line and metric label
 BUCKETS = ("s3://", "gs://")
+_AZURE = re.compile(
+    r"(?:abfss|azure)://[a-z0-9$-]+@[a-z0-9]+\.(?:dfs|blob)\.core\.[a-z.]+(?:/|\Z)"
+    r"|https://[a-z0-9]+\.(?:dfs|blob)\.core\.[a-z.]+/[a-z0-9$-]+(?:/|\Z)"
+)
 _NO_STORE = ("abfss://", "azure://", "az://", "hdfs://")
 
 
@@ -208,10 +213,10 @@ class LoraConfig(Section, frozen=True, kw_only=True):
             return
         here = ("dynamic_lora_loading_path",)
         scheme, separator, rest = path.partition("://")
-        if scheme in ("abfss", "azure") and separator:
-            yield Finding(
-                here, "Azure storage is not supported; use s3://, gs:// or a local folder"
-            )
+        if scheme in ("abfss", "azure", "https") and separator:
+            if not _AZURE.match(path):
+                form = "abfss://container@account.dfs.core.windows.net/folder"
+                yield Finding(here, f"expected {form}, got {shown(path)}")
         elif separator and scheme not in ("s3", "gs"):
             yield Finding(
                 here,

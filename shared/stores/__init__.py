@@ -1,4 +1,4 @@
-"""Shell. Adapter stores: one small contract over a folder, an S3 bucket or a GCS bucket."""
+"""Shell. Adapter stores: one small contract over a folder, or a bucket of S3, GCS or Azure."""
 
 from __future__ import annotations
 
@@ -78,6 +78,7 @@ _OPTIONS = {
     "file": frozenset[str](),
     "s3": frozenset({"endpoint_url", "region", "profile", "anonymous", "addressing_style"}),
     "gs": frozenset({"endpoint_url", "anonymous"}),
+    "azure": frozenset({"endpoint_url", "anonymous"}),
 }
 
 
@@ -93,10 +94,13 @@ def open_store(url: str, options: Mapping[str, object] | None = None) -> Adapter
     scheme = scheme if sep else "file"
     if scheme == "s3a":  # Hadoop's name for S3
         scheme, url = "s3", f"s3://{rest}"
+    if scheme == "abfss" or (scheme == "https" and ".core." in rest.partition("/")[0]):
+        scheme = "azure"
     if scheme not in _OPTIONS:
         raise ConfigError(
             f"no adapter store for {scheme}://; use s3://bucket/prefix, "
-            "gs://bucket/prefix, file:///folder or a path"
+            "gs://bucket/prefix, abfss://container@account.dfs.core.windows.net/prefix, "
+            "file:///folder or a path"
         )
     opts = _checked(scheme, options or {})
     if scheme == "file":
@@ -107,6 +111,15 @@ def open_store(url: str, options: Mapping[str, object] | None = None) -> Adapter
         from shared.stores.s3 import S3Store
 
         return S3Store(url, **opts)  # type: ignore[arg-type]
+    if scheme == "azure":
+        try:
+            from shared.stores.azure import AzureStore
+        except ImportError as exc:
+            raise ConfigError(
+                "an Azure store needs the Azure SDK here: install loraplex[azure]"
+            ) from exc
+
+        return AzureStore(url, **opts)  # type: ignore[arg-type]
     from shared.stores.gcs import GCSStore
 
     return GCSStore(url, **opts)  # type: ignore[arg-type]

@@ -319,11 +319,11 @@ def test_other_ranks_are_refused_with_the_list(rank: int) -> None:
         ({"lora_config": {"dynamic_lora_path": "/a"}}, "did you mean 'dynamic_lora_loading_path'"),
         (
             {"lora_config": {"dynamic_lora_loading_path": "abfss://x"}},
-            "Azure storage is not supported",
+            "expected abfss://container@account",
         ),
         (
             {"lora_config": {"dynamic_lora_loading_path": "azure://x"}},
-            "Azure storage is not supported",
+            "expected abfss://container@account",
         ),
         (
             {"lora_config": {"dynamic_lora_loading_path": "http://x/y"}},
