@@ -16,7 +16,7 @@ from typing import ParamSpec
 from gateway.dispatch.commands import WorkerCommands
 from gateway.dispatch.journal import keep_within
 from gateway.dispatch.keepalive import Keepalive, comment
-from gateway.dispatch.lifecycle import RequestEvent, RequestPhase, RetryBudget
+from gateway.dispatch.lifecycle import MAX_DEATHS, RequestEvent, RequestPhase, RetryBudget
 from gateway.dispatch.membership import Membership
 from gateway.dispatch.outbox import Transport, WorkerOutbox
 from gateway.dispatch.placement import Placement
@@ -554,6 +554,9 @@ class Dispatcher:
         self._unreserve(request)
         obstacle = self._obstacle(request, retryable)
         if request.life.on_loss(retryable=not obstacle, died=died) is RequestPhase.FAILED:
+            if request.life.deaths >= MAX_DEATHS:
+                why = f"{MAX_DEATHS} workers died before they answered this request."
+                error = EngineFailure(f"{why} It is given to no other one.")
             self._lost(request, error, obstacle or "attempts")
             return
         self._note_retry(request, error)

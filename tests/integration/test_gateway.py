@@ -212,7 +212,7 @@ async def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(
         assert await worker.wait() == 0
 
 
-async def test_a_killed_worker_fails_only_what_had_begun_and_the_rest_moves_on(
+async def test_what_a_killed_worker_had_not_begun_to_answer_is_answered_by_another(
     tmp_path: Path, adapters: Path
 ) -> None:
     async with cluster(sim_config(adapters, sim={"ttft_ms": 1500}), tmp_path) as c:
