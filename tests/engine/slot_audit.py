@@ -1,5 +1,5 @@
-"""Shell. Runs inside vLLM's worker: how often a known way was gone, and whether the slots hold the
-bits that vLLM alone would have put there.
+"""Shell. Runs inside vLLM's worker: how often recorded copies were repeated, and whether the slots
+hold the bits that vLLM alone would have put there.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 
-from worker.engine.vllm.tensor_replay import CopyPlan
+from worker.engine.vllm.tensor_replay.slot_writer import SlotCopies
 
-gone: list[int] = []
+repeated: list[int] = []
 
 
 def begin(worker: Any) -> None:
-    go = CopyPlan.go
+    run = SlotCopies.run
 
-    def counted(way: CopyPlan, block: torch.Tensor) -> None:
-        gone.append(len(block))
-        go(way, block)
+    def counted(copies: SlotCopies, block: torch.Tensor) -> None:
+        repeated.append(len(block))
+        run(copies, block)
 
-    CopyPlan.go = counted  # type: ignore[method-assign]
+    SlotCopies.run = counted  # type: ignore[method-assign]
 
 
 def audit(worker: Any, folders: dict[int, str]) -> tuple[int, list[int | None], bool, bool]:
-    """The ways gone, the adapters in the slots, whether all bits are vLLM's, and whether they
+    """The copies repeated, the adapters in the slots, whether all bits are vLLM's, and whether they
     differ from slot to slot.
     """
     slots = worker._loraplex()
@@ -47,7 +47,7 @@ def audit(worker: Any, folders: dict[int, str]) -> tuple[int, list[int | None], 
     same = len(ours) == len(theirs) > 0 and all(
         torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)
     )
-    return len(gone), held, same, any(not torch.equal(a[0], a[1]) for a in ours)
+    return len(repeated), held, same, any(not torch.equal(a[0], a[1]) for a in ours)
 
 
 def bits(manager: Any) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Shell. Adapters read the way that vLLM was watched to read the first of their kind: the same
+"""Shell. Adapters read the way that vLLM was watched to read the first of their template: the same
 bits, and only where that is certain.
 """
 
@@ -14,7 +14,12 @@ from safetensors.torch import load_file, save_file
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
-from worker.engine.vllm.tensor_replay import KINDS, Kinds, RecordedWrites, tensors
+from worker.engine.vllm.tensor_replay.file_templates import (
+    MAX_TEMPLATES,
+    FileTemplates,
+    TracedLoRAModel,
+    tensors,
+)
 
 MODULES = ["q_proj", "o_proj", "down_proj"]
 RANK, SIZE = 8, 24
@@ -53,18 +58,18 @@ def theirs(folder: Path, made_by: type[LoRAModel] = LoRAModel) -> Any:
 
 
 class Reader:
-    """Kinds, and how often vLLM was asked."""
+    """FileTemplates, and how often vLLM was asked."""
 
     def __init__(self) -> None:
-        self.kinds = Kinds(torch.bfloat16)
+        self.templates = FileTemplates(torch.bfloat16)
         self.asked = 0
 
     def read(self, folder: Path) -> Any:
         def ask() -> Any:
             self.asked += 1
-            return theirs(folder, RecordedWrites)
+            return theirs(folder, TracedLoRAModel)
 
-        return self.kinds.read(folder, 7, ask)
+        return self.templates.read(folder, 7, ask)
 
 
 def bits(lora: Any) -> list[torch.Tensor]:
@@ -92,7 +97,7 @@ def same(one: Any, other: Any) -> bool:
     ],
     ids=repr,
 )
-def test_the_second_adapter_of_a_kind_is_what_vllm_would_have_made_and_vllm_is_not_asked(
+def test_the_second_adapter_of_a_template_is_what_vllm_would_have_made_and_vllm_is_not_asked(
     tmp_path: Path, dtype: torch.dtype, config: dict[str, Any]
 ) -> None:
     reader = Reader()
@@ -103,7 +108,7 @@ def test_the_second_adapter_of_a_kind_is_what_vllm_would_have_made_and_vllm_is_n
     assert reader.asked == 1
 
 
-def test_the_order_in_which_peft_wrote_its_modules_is_not_a_kind(tmp_path: Path) -> None:
+def test_the_order_in_which_peft_wrote_its_modules_makes_no_new_template(tmp_path: Path) -> None:
     reader = Reader()
     reader.read(adapter(tmp_path / "a", 0))
     reader.read(
@@ -124,7 +129,7 @@ def test_the_order_in_which_peft_wrote_its_modules_is_not_a_kind(tmp_path: Path)
     ],
     ids=repr,
 )
-def test_another_scaling_is_another_kind(tmp_path: Path, other: dict[str, Any]) -> None:
+def test_another_scaling_is_another_template(tmp_path: Path, other: dict[str, Any]) -> None:
     reader = Reader()
     reader.read(adapter(tmp_path / "a", 0, alpha_pattern={"o_proj": 5, "self_attn.o_proj": 7}))
     folder = adapter(tmp_path / "b", 1, **other)
@@ -153,20 +158,20 @@ def test_a_file_that_was_cut_off_is_refused_and_nothing_is_read_beyond_its_end(
         reader.read(file.parent)
 
 
-def test_adapters_of_two_kinds_that_lie_alike_share_their_arrangement(tmp_path: Path) -> None:
+def test_adapters_of_two_templates_with_equal_places_share_their_layout(tmp_path: Path) -> None:
     reader = Reader()
     one, two = (
         reader.read(adapter(tmp_path / "a", 0)),
         reader.read(adapter(tmp_path / "b", 1, lora_alpha=32)),
     )
-    assert two.arrangement is one.arrangement and reader.asked == 2
+    assert two.layout is one.layout and reader.asked == 2
 
 
-def test_a_kind_in_use_outlives_any_number_of_others(tmp_path: Path) -> None:
+def test_a_template_in_use_outlives_any_number_of_others(tmp_path: Path) -> None:
     reader = Reader()
     usual = adapter(tmp_path / "usual", 0)
     reader.read(usual)
-    for n in range(KINDS + 2):
+    for n in range(MAX_TEMPLATES + 2):
         reader.read(adapter(tmp_path / str(n), n, lora_alpha=100 + n))
         reader.read(usual)
-    assert reader.asked == 1 + KINDS + 2
+    assert reader.asked == 1 + MAX_TEMPLATES + 2

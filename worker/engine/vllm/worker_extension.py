@@ -1,5 +1,5 @@
-"""Shell. What Loraplex adds to vLLM's worker class (`worker_extension_cls`), called by name on
-every rank between engine steps.
+"""Shell. What Loraplex adds to vLLM's worker class (`worker_extension_cls`). The front end calls it
+by name on every rank, between engine steps.
 
 vLLM can only load into a slot or forget altogether (add_lora, remove_lora), one adapter per call,
 reading and pinning it inside the step loop: 60 ms for 26 MiB. Here a thread of the same process
@@ -25,17 +25,17 @@ patches.apply()
 
 from worker.engine.vllm.lora import layers as lora_layers  # noqa: E402
 from worker.engine.vllm.lora.files import has_fused_experts  # noqa: E402
-from worker.engine.vllm.tensor_replay import (  # noqa: E402
-    CopyPlans,
-    Kinds,
-    RecordedWrites,
-    gather,
+from worker.engine.vllm.tensor_replay.file_templates import (  # noqa: E402
+    FileTemplates,
+    TracedLoRAModel,
+    gather_into_block,
     tensors,
 )
+from worker.engine.vllm.tensor_replay.slot_writer import SlotWriter  # noqa: E402
 
 STAGED_BYTES = 4 << 30
-"""Of prepared adapters that no slot has taken yet. Beyond it an adapter is read inside the swap,
-which stalls but needs no memory now.
+"""Size of the prepared adapters that no slot has taken yet. Beyond it an adapter is read inside the
+swap, which stalls the engine but needs no memory before.
 """
 SWITCH_S = 0.0005
 """How long the preparing thread may keep the interpreter from the step loop; Python's own 5 ms are
@@ -88,9 +88,9 @@ class AdapterSlots:
         lora = manager.create_dummy_lora(
             int_id, rank, self.model_runner.lora_manager.embedding_modules
         )
-        gather(lora)
+        gather_into_block(lora)
         manager._registered_adapters[int_id] = lora
-        slots.ways.activate(int_id)
+        slots.writer.activate(int_id)
 
     def loraplex_layers(self) -> bytes:
         """What adapters may change in this model, for worker/engine/vllm/lora/layers.py: `join`."""
@@ -102,22 +102,22 @@ class AdapterSlots:
             int_id for int_id in self._loraplex().manager.lora_index_to_id if int_id is not None
         ]
 
-    def _loraplex(self) -> _Slots:
-        slots: _Slots | None = getattr(self, "_loraplex_slots", None)
+    def _loraplex(self) -> _RankSlots:
+        slots: _RankSlots | None = getattr(self, "_loraplex_slots", None)
         if slots is None:
-            slots = self._loraplex_slots = _Slots(self.model_runner.lora_manager)
+            slots = self._loraplex_slots = _RankSlots(self.model_runner.lora_manager)
         return slots
 
 
-class _Slots:
+class _RankSlots:
     """One rank's slots. `lora_manager` is vLLM's LRUCacheWorkerLoRAManager; its `_adapter_manager`
     owns caches and modules.
     """
 
     def __init__(self, lora_manager: Any) -> None:
         self.manager = lora_manager._adapter_manager
-        self.staging = _Staging(lora_manager)
-        self.ways = CopyPlans(self.manager)
+        self.staging = _StagingArea(lora_manager)
+        self.writer = SlotWriter(self.manager)
 
     def remove(self, int_id: int) -> None:
         self.staging.drop(int_id)
@@ -146,12 +146,12 @@ class _Slots:
             and int_id not in manager._active_adapters
         ):
             raise RuntimeError("No slot is free.")  # vLLM would take one that may be in use
-        self.ways.activate(int_id)
+        self.writer.activate(int_id)
 
 
-class _Staging:
-    """Adapters that are being prepared or wait, prepared, for their slot. One thread reads;
-    everything else is the step loop's.
+class _StagingArea:
+    """Adapters that are being prepared, or are prepared and wait for their slot. One thread reads
+    files; every other call comes from the step loop.
     """
 
     def __init__(self, lora_manager: Any) -> None:
@@ -164,8 +164,8 @@ class _Staging:
         self._bytes: dict[int, int] = {}  # of those
         self._failed: dict[int, str] = {}
         self._wanted: set[int] = set()  # being prepared, and not dropped meanwhile
-        lora_manager._lora_model_cls = RecordedWrites
-        self._kinds = Kinds(lora_manager.lora_config.lora_dtype)
+        lora_manager._lora_model_cls = TracedLoRAModel
+        self._templates = FileTemplates(lora_manager.lora_config.lora_dtype)
         device = manager.device
         self._thread = ThreadPoolExecutor(
             1, "loraplex-prepare", initializer=_use_device, initargs=(device,)
@@ -203,12 +203,12 @@ class _Staging:
         """What vLLM's add_adapter does before it registers an adapter, with all weights in one
         pinned block at the end.
         """
-        return self._kinds.read(
-            Path(folder), int_id, lambda: self._vllm_reads(name, int_id, folder)
+        return self._templates.read(
+            Path(folder), int_id, lambda: self._load_by_vllm(name, int_id, folder)
         )
 
-    def _vllm_reads(self, name: str, int_id: int, folder: str) -> Any:
-        """Once per kind of adapter, and then seen to it that all of it will be applied."""
+    def _load_by_vllm(self, name: str, int_id: int, folder: str) -> Any:
+        """Has vLLM read the adapter and checks that all of it will be applied."""
         from vllm.lora.request import LoRARequest
 
         manager = self._lora_manager._adapter_manager
@@ -234,7 +234,7 @@ class _Staging:
         made, failure = None, ""
         try:
             made = self.read(name, int_id, folder)
-        except Exception as exc:  # as in _Slots.enter
+        except Exception as exc:  # as in _RankSlots.enter
             failure = _words(exc)
         with self._lock:
             if int_id not in self._wanted:
@@ -256,7 +256,7 @@ def _use_device(device: Any) -> None:
 
 
 def _pin_later() -> None:
-    """vLLM pins each tensor as it reads it; `_gather` pins them all at once."""
+    """vLLM pins each tensor as it reads it; `gather_into_block` pins them all at once."""
     from vllm.lora import lora_model, model_manager
 
     lora_model.PIN_MEMORY = model_manager.PIN_MEMORY = False
