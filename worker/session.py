@@ -169,8 +169,8 @@ class GatewaySession:
             self._lose(f"silent for {self._lease_s:g} s")
 
     async def last_word(self, reason: str) -> None:
-        """Tells the gateway, after all frames, that this life of the worker is over, and waits until
-        it has heard that. Without a channel there is nothing to wait for.
+        """Tells the gateway, after all frames, that this life of the worker is over. Waits until
+        the gateway has received that. Without a channel there is nothing to wait for.
         """
         self.outbox.flush()
         if self._end is None or self._silent:

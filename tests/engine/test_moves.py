@@ -1,5 +1,5 @@
-"""Shell. Workers with real vLLM that are killed, or whose engine is, in the middle of answers: those
-that are greedy are what an undisturbed worker says.
+"""Shell. Workers with real vLLM that are killed, or whose engine is, in the middle of answers:
+greedy answers are those of an undisturbed worker.
 """
 
 from __future__ import annotations

@@ -34,7 +34,9 @@ SAME, DIFFERENT, NOT_COMPARED = 0, 1, 2
 PROMPT_TOKENS = (5, 11, 30)
 ANSWER_TOKENS = 16
 CLOSE = 0.02
-"""Difference of logprobs that float32 on other kernels makes at most; bfloat16 makes ten times it."""
+"""The largest difference of logprobs that float32 on other kernels makes; bfloat16 makes ten times
+it.
+"""
 
 
 @dataclass(frozen=True, slots=True)

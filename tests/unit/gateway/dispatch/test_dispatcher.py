@@ -1080,7 +1080,7 @@ def test_a_worker_that_stops_is_forgotten_after_the_frames_that_came_before(room
     assert len(room.fleet) == 0
 
 
-def test_while_a_workers_data_connection_does_not_carry_its_requests_go_elsewhere_and_then_come_back(
+def test_requests_go_elsewhere_while_a_workers_data_connection_does_not_carry_and_then_come_back(
     room: Room,
 ) -> None:
     peer = messages.identity("w0", 1)

@@ -40,7 +40,7 @@ def test_neither_requests_nor_adapters_nor_priorities_of_its_own_get_a_tenant_mo
     queue: Admission[str] = Admission(1000, 60.0)
     for n in range(300):
         queue.offer("tiny", "n", 0.0, (0, "noisy", (f"a{n % 50}", "d")))
-    for n in range(100):
+    for _ in range(100):
         queue.offer("tiny", "q", 1.0, QUIET)
     taken = served(queue, 100, 1.0)
     assert taken.count("q") == 50
