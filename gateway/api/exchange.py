@@ -221,7 +221,7 @@ class Exchange:
                 audio_tokens(body)
                 if self.endpoint.model_in is ModelIn.FORM
                 else estimated_tokens(body),
-                head.limit or 0,
+                max(0, head.limit or 0),
                 schema.prefix_hash(ref.digest if ref is not None else "", body),
                 bool(head.stream) and self.endpoint.streams,
                 int(time.time()),

@@ -355,3 +355,11 @@ def test_a_model_list_holds_bases_and_adapters_with_their_parent() -> None:
         "permission": cards[0]["permission"],
     }
     assert listed["data"][1]["parent"] == "tiny" and listed["data"][1]["root"] == "pirate"
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "n", "priority"])
+@pytest.mark.parametrize("value", [b"1" + b"0" * 400, b"1" + b"0" * 308, b"-2147483648", b"9" * 19])
+def test_numbers_that_arithmetic_cannot_bear_are_refused(field: str, value: bytes) -> None:
+    with pytest.raises(errors.InvalidRequest) as caught:
+        schema.parse_body_fields(b'{"model": "m", "%b": %b}' % (field.encode(), value))
+    assert caught.value.param in (field, None)
