@@ -6,7 +6,7 @@ WORKERS ?= 2
 JOBS   ?= 2
 PY      = $(VENV)/bin/python
 
-.PHONY: setup demo test check format bench bench-growth bench-engine bench-cold bench-micro bench-fleet bench-load oracle docs demo-model lock sbom clean
+.PHONY: setup demo test check format bench bench-growth bench-engine bench-cold bench-micro bench-fleet bench-load oracle screenshots docs demo-model lock sbom clean
 
 setup:
 	@deploy/setup.sh $(VENV) dev
@@ -57,6 +57,10 @@ bench-cold: setup
 # One gateway and a worker per GPU: throughput on 2, 4, 8 of them, policies, a worker's death. ARGS="--engine sim" rehearses it without a GPU.
 bench-fleet: setup
 	@$(PY) -m bench.fleet $(ARGS)
+
+# The pictures of docs/UI.md; needs Chromium.
+screenshots: setup
+	@$(PY) -m tests.screenshots
 
 # The documentation site, into build/site; a broken link or anchor fails.
 docs: setup

@@ -34,6 +34,8 @@ from gateway.admin.actions import AdminActions
 from gateway.admin.adapters import AdapterAdmin
 from gateway.admin.aliases import AliasAdmin
 from gateway.admin.autoscale import ScalingAdmin
+from gateway.admin.live import LiveAdmin
+from gateway.admin.requests import RequestAdmin
 from gateway.admin.scope import AdminScope
 from gateway.admin.usage import UsageAdmin
 from gateway.admin.workers import WorkerAdmin
@@ -56,6 +58,7 @@ from gateway.supervisor.load_link import LoadLink
 from gateway.telemetry.access_log import AccessLog
 from gateway.telemetry.aggregation import ProcessAggregator
 from gateway.telemetry.prometheus import Metrics, Watched
+from gateway.telemetry.sampling import FleetSampler
 from shared.config.llm import LLMConfig, LoraConfig, Settings
 from shared.link.endpoint import SUSPECT_S
 from shared.runtime.state_file import StateFile
@@ -95,7 +98,8 @@ async def open_gateway(
     async with contextlib.AsyncExitStack() as stack:
         catalogs = await stack.enter_async_context(_catalogs(settings))
         fleet, admission = _fleet(settings), _admission(settings)
-        metrics = Metrics(name, _watched(settings, fleet, admission, catalogs))
+        watched = _watched(settings, fleet, admission, catalogs)
+        metrics = Metrics(name, watched, clock=time.monotonic)
         aggregator = _aggregator(settings, index, run_dir, metrics)
         link = LinkTransport(endpoints(settings, index, run_dir), settings, name, metrics)
         dispatcher = Dispatcher(
@@ -139,6 +143,7 @@ async def open_gateway(
                 "aliases": aliases.run,
                 "keys": services.keys.run,
                 "usage": ledger.run,
+                "recorder": FleetSampler(metrics.recorder, watched, time.monotonic).run,
                 **{f"catalog {c.base}": c.run for c in _listed(catalogs)},
                 **{f"rollout {r.base}": r.run for r in rollouts},
             },
@@ -300,16 +305,20 @@ def _routes(
     scope = AdminScope(dispatcher, catalogs)
     stores = {m.model_id: m.adapters_path or "" for m in settings.models}
     actions = AdminActions(scope, stores, reconciler, usage)
+    recorder = services.metrics.recorder
+    scaling = ScalingAdmin(dispatcher, load_link, [m.model_id for m in settings.models])
     return Routes(
         services,
         catalogs,
         AdapterAdmin(scope, actions, reconciler, usage, resolver),
         AliasAdmin(aliases, resolver, catalogs, dispatcher.fleet, dispatcher.send_command),
         aggregator,
-        ScalingAdmin(dispatcher, load_link, [m.model_id for m in settings.models]),
+        scaling,
         UsageAdmin(services.accounting.ledger),
         WorkerAdmin(dispatcher, [m.model_id for m in settings.models]),
         BrowserPolicy(settings.gateway),
+        RequestAdmin(recorder, services.access.process),
+        LiveAdmin(dispatcher, recorder, scaling, services.keys),
     )
 
 

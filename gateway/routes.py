@@ -14,12 +14,15 @@ from gateway.adapters.catalog import Catalog
 from gateway.admin.adapters import AdapterAdmin
 from gateway.admin.aliases import AliasAdmin
 from gateway.admin.autoscale import ScalingAdmin
+from gateway.admin.live import LiveAdmin
+from gateway.admin.requests import RequestAdmin
 from gateway.admin.usage import UsageAdmin
 from gateway.admin.workers import WorkerAdmin
 from gateway.api.exchange import GenerationServices
 from gateway.api.generate import GenerationAPI
 from gateway.api.models import ModelList, model_card, where
 from gateway.api.openapi import docs_page, openapi
+from gateway.dashboard.pages import Pages
 from gateway.http.bodies import answer, to_json
 from gateway.http.browsers import BrowserPolicy
 from gateway.http.headers import AiohttpRequest, authorization_of, request_id_of
@@ -54,6 +57,8 @@ class Routes:
         usage: UsageAdmin,
         workers: WorkerAdmin,
         browsers: BrowserPolicy,
+        requests: RequestAdmin,
+        live: LiveAdmin,
     ) -> None:
         self._dispatcher = services.dispatcher
         self._catalogs = catalogs
@@ -70,6 +75,9 @@ class Routes:
         self._scaling = scaling
         self._usage = usage
         self._workers = workers
+        self._requests = requests
+        self._live = live
+        self._pages = Pages(services.keys)
         self._created = int(time.time())
         self._contexts: dict[str, int] = {}
         self._models = ModelList(catalogs, services.resolver.aliases, self._created, self._context)
@@ -97,9 +105,14 @@ class Routes:
             **self._scaling.routes(),
             **self._usage.routes(),
             **self._workers.routes(),
+            **self._requests.routes(),
+            **self._live.routes(),
         }
         self._routes |= {
             route: self._guarded(handler, admin=True) for route, handler in operators.items()
+        }
+        self._routes |= {
+            route: self._answered(handler) for route, handler in self._pages.routes().items()
         }
         self._routes |= {
             ("HEAD", path): handler
@@ -130,7 +143,7 @@ class Routes:
         path = _canonical(request.path)
         handler = self._routes.get((request.method, path)) or self._below(request.method, path)
         if handler is None:
-            rooms = (self._admin, self._aliases, self._workers)
+            rooms = (self._admin, self._aliases, self._workers, self._requests)
             found = next((f for room in rooms if (f := room.below(request.method, path))), None)
             handler = self._guarded(found, admin=True) if found is not None else None
         return await (handler or self.nowhere)(request)
@@ -259,10 +272,18 @@ class Routes:
         """Checks the key and turns errors into answers."""
         check = self._keys.check_admin if admin else self._keys.account_of
 
-        async def guarded(request: web.BaseRequest) -> web.StreamResponse:
+        async def checked(request: web.BaseRequest) -> web.StreamResponse:
+            self._browsers.check(request.method, request.headers.get, admin=admin)
+            check(authorization_of(AiohttpRequest(request)))
+            return await handler(request)
+
+        return self._answered(checked)
+
+    def _answered(self, handler: Handler) -> Handler:
+        """Turns errors into answers."""
+
+        async def answered(request: web.BaseRequest) -> web.StreamResponse:
             try:
-                self._browsers.check(request.method, request.headers.get, admin=admin)
-                check(authorization_of(AiohttpRequest(request)))
                 return await handler(request)
             except LoraplexError as exc:
                 self._metrics.error(exc.code)
@@ -273,7 +294,7 @@ class Routes:
                 # aiohttp's answer would be a bare 500, and its log would quote the request
                 return self._answer(self._failures.note(exc), request)
 
-        return guarded
+        return answered
 
     @staticmethod
     def _answer(error: LoraplexError, request: web.BaseRequest) -> web.Response:

@@ -98,6 +98,13 @@ class ResponseNotFound(LoraplexError):
     status = 404
 
 
+class RequestNotFound(LoraplexError):
+    """No request of this id is remembered."""
+
+    code = "request_not_found"
+    status = 404
+
+
 class ModelNotFound(LoraplexError):
     """No base model has this id."""
 

@@ -16,7 +16,7 @@ from gateway.adapters.versions import VersionChange
 from gateway.admin import views
 from gateway.admin.actions import PREFIX, AdminActions
 from gateway.admin.scope import AdminScope, choice, json_answer, number
-from gateway.admin.views import candidate
+from gateway.routing.explanation import candidate_row
 from shared.adapters.identity import StoredAdapter, check_name
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -169,7 +169,7 @@ class AdapterAdmin:
                 "model": request.query["model"],
                 "policy": self._scope.dispatcher.policy,
                 "queued": self._scope.dispatcher.queued(target.base),
-                "workers": [candidate(c) for c in found],
+                "workers": [candidate_row(c) for c in found],
             }
         )
 

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping
 import msgspec
 from aiohttp import web
 
+from gateway.admin.scope import json_answer
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.http.bodies import to_json
 from gateway.supervisor.load_link import LoadLink
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -25,6 +25,9 @@ class ScalingAdmin:
         return {("GET", "/admin/autoscale"): self.autoscale}
 
     async def autoscale(self, request: web.BaseRequest) -> web.Response:
+        return json_answer(self.facts())
+
+    def facts(self) -> dict[str, object]:
         """`supervisor` is false where something else starts the workers (`loraplex worker`,
         Kubernetes); then Loraplex wants no number of them. `age_s` is the age of the figures.
         """
@@ -38,9 +41,8 @@ class ScalingAdmin:
             for base in self._bases
             for status in [self._dispatcher.scaling.get(base)]
         }
-        body = {
+        return {
             "supervisor": heard_at is not None,
             "age_s": None if heard_at is None else round(time.monotonic() - heard_at, 2),
             "models": models,
         }
-        return web.Response(body=to_json(body), content_type="application/json")

@@ -12,7 +12,6 @@ from typing import TypeAlias
 from gateway.adapters.usage import UsageRecord
 from gateway.adapters.versions import VersionChange, VersionStage
 from gateway.fleet.worker_view import WorkerView
-from gateway.routing.policy import Candidate
 from shared.adapters.identity import StoredAdapter
 from shared.errors import InvalidAdapter
 from shared.link.messages import AdapterState, Tier, WorkerId
@@ -129,26 +128,3 @@ def _holder(worker: WorkerId, state: AdapterState) -> Row:
 
 def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
-
-
-def candidate(found: Candidate) -> dict[str, object]:
-    """One worker of an explanation."""
-    t = found.cost
-    terms = {
-        "queue": t.queue_s,
-        "slot": t.slot_s,
-        "load": t.load_s,
-        "stall": t.stall_s,
-        "evict": t.evict_s,
-        "prefix": -t.prefix_s,
-    }
-    return {
-        "worker": found.worker.id,
-        "eligible": found.eligible,
-        "note": found.note,
-        "tier": found.tier.name.lower(),
-        "load": found.worker.load,
-        "open_slots": found.worker.open_slots,
-        "cost_ms": round(t.total_s * 1e3, 2),
-        "terms_ms": {name: round(s * 1e3, 2) for name, s in terms.items()},
-    }

@@ -117,6 +117,20 @@ class Gateway:
         except (OSError, ValueError, http.client.HTTPException) as exc:
             raise Failed(f"{self.url} broke off ({getattr(exc, 'reason', exc)})") from exc
 
+    def events(self, path: str, timeout_s: float = 30.0) -> Iterator[Any]:
+        """The JSON events of a stream, until it ends."""
+        request = urllib.request.Request(self.url + path, None, self._headers)
+        try:
+            with self._opener.open(request, timeout=timeout_s) as answer:
+                for line in answer:
+                    if line.startswith(b"data: "):
+                        yield _decoded(line[6:])
+        except urllib.error.HTTPError as exc:
+            self._explained(exc.code, _decoded(exc.read()))
+        except (OSError, http.client.HTTPException) as exc:
+            reason = getattr(exc, "reason", exc)
+            raise Failed(f"no gateway answers at {self.url} any more ({reason})") from exc
+
     def _explained(self, status: int, answer: Any) -> Any:
         said = answer.get("error", {}).get("message", "") if isinstance(answer, dict) else ""
         if status == 401:

@@ -19,6 +19,8 @@ from gateway.cli import check
 from gateway.cli import keys as key_commands
 from gateway.cli import rollout as rollout_command
 from gateway.cli import status as status_command
+from gateway.cli import top as top_command
+from gateway.cli import why as why_command
 from gateway.cli.stores import look_at_stores
 from loraplex import __version__
 from loraplex.start import command
@@ -34,6 +36,8 @@ Serve many LoRA fine-tunes of one base model behind one OpenAI-compatible endpoi
   loraplex gateway CONFIG    only the gateway; workers connect to it from anywhere
   loraplex worker CONFIG --gateway tcp://HOST:PORT    one worker (a GPU or a tensor-parallel group)
   loraplex status            workers of a running gateway: wanted, present, and why
+  loraplex top               the fleet of a running gateway, live
+  loraplex why REQUEST_ID    what a request waited for, and what would have made it faster
   loraplex check CONFIG      say what is wrong with a config, and what it would start
   loraplex adapters ls       the adapters of a running gateway; also show, load, unload, pin, unpin,
                              prefetch, evict
@@ -135,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("what", choices=["load"], help="see `loraplex bench load --help`")
     status_command.add_parser(verbs)
     rollout_command.add_parser(verbs)
+    why_command.add_parser(verbs)
+    top_command.add_parser(verbs)
     adapter_commands.add_parser(verbs)
     alias_commands.add_parser(verbs)
     key_commands.add_parser(verbs)

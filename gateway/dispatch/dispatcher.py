@@ -23,14 +23,15 @@ from gateway.dispatch.placement import Placement
 from gateway.dispatch.queue import fairness
 from gateway.dispatch.queue.admission import Admission
 from gateway.dispatch.queue.overload import Drain
+from gateway.dispatch.report import REFUSED, ended_request
 from gateway.dispatch.request import NOTHING_USED, InFlightRequest, UsedTokens, routing_request_of
 from gateway.dispatch.scaling import ScalingState, model_loads
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.dispatch.streams import StreamTable
 from gateway.fleet.fleet import Fleet, Lost, WorkerView
+from gateway.routing.explanation import candidate_row
 from gateway.routing.policy import Blocked, Candidate, Choice, Defer, Policy, RoutingRequest
 from gateway.supervisor.autoscaling.reports import ModelLoad, ModelStatus
-from gateway.telemetry.ended_request import EndedRequest
 from gateway.telemetry.failures import Failures
 from gateway.telemetry.prometheus import Metrics
 from shared.adapters.identity import AdapterKey, AdapterRef, StoredAdapter
@@ -55,6 +56,8 @@ NO_WORKER_RETRY_AFTER_S = 5.0
 """What a client is told to wait while no worker serves: about as long as one takes to come back."""
 FIRST_IN_LINE = -(1 << 40)
 """The priority of a request that has lost its worker: clients can name none as low."""
+MAX_CANDIDATES = 64
+"""Workers of one decision that are kept, best first."""
 P = ParamSpec("P")
 
 
@@ -136,6 +139,14 @@ class Dispatcher:
             ModelUnavailable: no worker of the model can start.
         """
         request.t_start = self.clock()
+        try:
+            self._let_in(request)
+        except LoraplexError as refusal:
+            request.code, request.t_end = refusal.code, self.clock()
+            self._metrics.refused(ended_request(request, REFUSED))
+            raise
+
+    def _let_in(self, request: InFlightRequest) -> None:
         if self._draining:
             raise _shutting_down()
         if len(self._open) >= self._max_requests and not self._make_way(request):
@@ -426,19 +437,32 @@ class Dispatcher:
             return None
 
     def _place(self, request: InFlightRequest) -> Blocked | None:
+        now = self.clock()
+        explained = self._explained(request) if self._metrics.recorder.explains(now) else ()
         decision = self._placement.place(request)
         if isinstance(decision, Defer):
+            request.blocked = decision.blocked._value_
             if decision.until is not None:
                 self._ask_again(max(decision.until, self.clock()))
             return decision.blocked
         self._leave_queue(request)
         request.life.on(RequestEvent.DISPATCHED)
         self._streams.add(request)
+        request.candidates = explained
+        request.t_first_sent = request.t_first_sent or request.t_sent
+        if request.t_lost:
+            request.moved_s += request.t_sent - request.t_lost
+            request.t_lost = 0.0
         routing_request, base = request.routing_request, request.model.base
         self._policy.sent(routing_request, decision, request.t_sent)
         self._admission.charge(base, request.flow, self._cost(request, decision))
         self._metrics.dispatched(base, decision.reason._value_)
         return None
+
+    def _explained(self, request: InFlightRequest) -> tuple[dict[str, object], ...]:
+        """The candidates as they are before the choice, which changes them."""
+        found = self.explain(request.routing_request)
+        return tuple(candidate_row(c) for c in found[:MAX_CANDIDATES])
 
     def _cost(self, request: InFlightRequest, choice: Choice) -> float:
         """What its tenant is charged: the tokens that it will likely take, and for an adapter that
@@ -575,6 +599,7 @@ class Dispatcher:
 
     def _note_retry(self, request: InFlightRequest, error: LoraplexError) -> None:
         request.done = None
+        request.t_lost = self.clock()
         request.flow = (FIRST_IN_LINE, *request.flow[1:])
         if request.journal.begun:
             request.moves += 1
@@ -587,6 +612,7 @@ class Dispatcher:
         if request.journal.begun:
             self._metrics.lost(reason)
             error = type(error)(f"{error.message} It cannot be continued elsewhere: {reason}.")
+        request.code = error.code
         request.sink.fail(error)
         self._close(request)
 
@@ -595,6 +621,7 @@ class Dispatcher:
     def _fail(self, request: InFlightRequest, error: LoraplexError) -> None:
         if isinstance(error, DeadlineExceeded):
             self._admission.impatience.ended(request.requester.tenant, in_vain=True)
+        request.code = error.code
         request.sink.fail(error)
         self._end(request, RequestEvent.FAIL)
 
@@ -615,7 +642,7 @@ class Dispatcher:
 
     def _settle_account(self, request: InFlightRequest) -> None:
         """Tells the policy, the fair shares and the metrics how the request ended."""
-        base, adapter = request.model.base, request.model.adapter
+        base = request.model.base
         routing_request, done, now = request.routing_request, request.done, request.t_end
         if request.life.phase is RequestPhase.FINISHED and request.choice is not None:
             tokens = done.output_tokens if done is not None else 0
@@ -638,18 +665,7 @@ class Dispatcher:
             self._unsettled[request.sid] = request
         else:
             self._settle_bill(request)
-        self._metrics.finished(
-            EndedRequest(
-                base,
-                adapter.name if adapter is not None else None,
-                request.life.phase._value_,
-                done,
-                request.t_start,
-                request.t_sent,
-                request.t_head,
-                now,
-            )
-        )
+        self._metrics.finished(ended_request(request, request.life.phase._value_))
 
     def _settle_bill(self, request: InFlightRequest) -> None:
         request.used = self._used(request)
@@ -696,6 +712,7 @@ class Dispatcher:
         error = self._failures.note(exc, request.asked.request_id)
 
         def fail() -> None:
+            request.code = error.code
             request.life.on(RequestEvent.FAIL)
             request.t_end = self.clock()
             self._settle_account(request)

@@ -4,6 +4,7 @@ and where its answer goes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import msgspec
@@ -113,22 +114,27 @@ class Bill(Protocol):
 
 class InFlightRequest:
     """One request at the gateway, from submit to its end. `flow` says whose turn it uses in the
-    queue; `moves` counts the workers that were lost with a part of its answer sent. Times are on
-    the dispatcher's clock, which sets them. `answer_lines` are header lines of the worker's, which
-    stand before the gateway's own.
+    queue; `moves` counts the workers that were lost with a part of its answer sent. `code` is that
+    of the error that its client got. What follows from its choice is as in EndedRequest. Times are
+    on the dispatcher's clock, which sets them; `t_lost` is since when no worker has it any more.
+    `answer_lines` are header lines of the worker's, which stand before the gateway's own.
     """
 
     __slots__ = (
         "answer_lines",
         "asked",
         "bill",
+        "blocked",
+        "candidates",
         "choice",
+        "code",
         "done",
         "flow",
         "journal",
         "key",
         "life",
         "model",
+        "moved_s",
         "moves",
         "refused_by",
         "requester",
@@ -136,7 +142,9 @@ class InFlightRequest:
         "sid",
         "sink",
         "t_end",
+        "t_first_sent",
         "t_head",
+        "t_lost",
         "t_sent",
         "t_start",
         "ticket",
@@ -165,7 +173,10 @@ class InFlightRequest:
         self.done: messages.Done | None = None
         self.used = NOTHING_USED
         self.bill: Bill | None = None
+        self.code = self.blocked = ""
+        self.candidates: tuple[Mapping[str, object], ...] = ()
         self.t_start = self.t_sent = self.t_head = self.t_end = 0.0
+        self.t_first_sent = self.t_lost = self.moved_s = 0.0
 
 
 def estimated_tokens(body: bytes) -> int:

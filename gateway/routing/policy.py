@@ -80,6 +80,18 @@ class CostBreakdown(msgspec.Struct, frozen=True):
             self.queue_s + self.slot_s + self.load_s + self.stall_s + self.evict_s - self.prefix_s
         )
 
+    def terms_ms(self) -> dict[str, float]:
+        """As people read them; they add up to the total."""
+        terms = {
+            "queue": self.queue_s,
+            "slot": self.slot_s,
+            "load": self.load_s,
+            "stall": self.stall_s,
+            "evict": self.evict_s,
+            "prefix": -self.prefix_s,
+        }
+        return {name: round(seconds * 1e3, 2) for name, seconds in terms.items()}
+
 
 class Choice(msgspec.Struct, frozen=True):
     """The chosen worker. `tier` is where the adapter was on that worker at that moment (GPU for a

@@ -21,7 +21,7 @@ class AccessLog:
     """
 
     def __init__(self, process: str, level: str = "info", json_lines: bool | None = None) -> None:
-        self._process = process
+        self.process = process
         self.enabled = level in ("debug", "info")
         self._as_json = not sys.stderr.isatty() if json_lines is None else json_lines
         self._begin = b'"level":"info","process":%b,"event":"request",' % _encode(process)
@@ -39,7 +39,7 @@ class AccessLog:
                 f"{k}={v}" for k, v in msgspec.structs.asdict(facts).items() if v not in (None, "")
             )
             self._lines.append(
-                f"{time.strftime('%H:%M:%S')} {self._process:<8} request  {shown}".encode()
+                f"{time.strftime('%H:%M:%S')} {self.process:<8} request  {shown}".encode()
             )
 
     def flush(self) -> None:

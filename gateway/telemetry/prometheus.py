@@ -20,6 +20,7 @@ from gateway.fleet.fleet import Fleet
 from gateway.supervisor.autoscaling.reports import ModelStatus
 from gateway.telemetry.counters import CounterSet, Distribution, Snapshot
 from gateway.telemetry.ended_request import EndedRequest
+from gateway.telemetry.recorder import Recorder
 from shared.link.messages import EVICTIONS, Tier, WorkerState
 
 TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30, 60)
@@ -112,11 +113,19 @@ NOTHING_WATCHED = Watched()
 
 class Metrics:
     """One process's numbers, counted by the dispatcher and the API; gauges are read off the fleet
-    at scrape time.
+    at scrape time. `recorder` remembers the last hour of it; `clock` is the dispatcher's.
     """
 
-    def __init__(self, process: str = "g0", watched: Watched = NOTHING_WATCHED) -> None:
+    def __init__(
+        self,
+        process: str = "g0",
+        watched: Watched = NOTHING_WATCHED,
+        recorder: Recorder | None = None,
+        clock: Callable[[], float] = float,
+    ) -> None:
         self.process = process
+        self.recorder = Recorder() if recorder is None else recorder
+        self._clock = clock
         self._watched = watched
         self._counters = CounterSet(BOUNDS)
         self._aliases: set[tuple[str, str, str]] = set()
@@ -141,6 +150,7 @@ class Metrics:
 
     def error(self, code: str) -> None:
         self._counters.count(("error_responses", code))
+        self.recorder.error(code, self._clock())
 
     def retried(self) -> None:
         self._counters.count(("retries",))
@@ -200,7 +210,12 @@ class Metrics:
         count(("usage_prompt_tokens", *of), prompt_tokens)
         count(("usage_output_tokens", *of), output_tokens)
 
+    def refused(self, ended: EndedRequest) -> None:
+        """A request that the dispatcher did not let in; its answer counts as an error."""
+        self.recorder.refused(ended)
+
     def finished(self, ended: EndedRequest) -> None:
+        self.recorder.ended(ended)
         base, done, start = ended.base, ended.done, ended.t_start
         count = self._counters.count
         series = self._of_base.get(base)

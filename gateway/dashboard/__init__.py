@@ -1,0 +1,1 @@
+"""Pure. The page at /ui, from the gateway's own files."""

@@ -1,0 +1,37 @@
+"""Pure. A request's account at its end."""
+
+from __future__ import annotations
+
+from gateway.dispatch.request import InFlightRequest
+from gateway.telemetry.ended_request import EndedRequest
+
+REFUSED = "refused"
+
+
+def ended_request(request: InFlightRequest, outcome: str) -> EndedRequest:
+    adapter, choice = request.model.adapter, request.choice
+    return EndedRequest(
+        request.model.base,
+        None if adapter is None else adapter.name,
+        outcome,
+        request.done,
+        request.t_start,
+        request.t_sent,
+        request.t_head,
+        request.t_end,
+        request.asked.request_id,
+        request.requester.tenant,
+        "" if adapter is None else adapter.digest,
+        request.code,
+        "" if choice is None else choice.worker.id,
+        "" if choice is None else choice.reason._value_,
+        "" if choice is None else choice.tier._name_.lower(),
+        None if choice is None else choice.cost,
+        request.candidates,
+        request.blocked,
+        request.t_first_sent,
+        request.moved_s,
+        request.moves,
+        request.life.attempts,
+        request.asked.streams,
+    )

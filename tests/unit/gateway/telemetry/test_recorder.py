@@ -1,0 +1,109 @@
+"""Shell. What is remembered of the last hour, and how much of it at most."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from gateway.telemetry.ended_request import EndedRequest
+from gateway.telemetry.recorder import COLUMNS, MAX_CODES, STEP_S, STEPS, Recorder, Spread
+from shared.link.messages import Done, Tier
+
+
+def ended(at: float = 100.0, **more: Any) -> EndedRequest:
+    """One that arrived 1 s before its end, was sent at once, and its first token after 0.2 s."""
+    found = EndedRequest(
+        "base", "a", "finished", Done(1, 10, 5), at - 1, at - 1, at - 0.8, at, "r1", "key1"
+    )
+    return msgspec.structs.replace(found, **more)
+
+
+def last(recorder: Recorder, now: float, column: str) -> float | None:
+    return recorder.series(now)[column][-1]
+
+
+def test_a_step_has_the_figures_of_the_requests_that_ended_in_it() -> None:
+    recorder = Recorder()
+    recorder.ended(ended())
+    recorder.ended(ended(done=Done(2, 30, 5, 0.1, 0.1, Tier.DISK), moves=1))
+    now = 101.0
+    assert last(recorder, now, "requests_per_s") == 2 / STEP_S
+    assert last(recorder, now, "output_tokens_per_s") == 10 / STEP_S
+    assert last(recorder, now, "prompt_tokens_per_s") == 40 / STEP_S
+    assert last(recorder, now, "moved") == 1
+    # four gaps in 0.8 s; a moved answer stood still, which is no gap between tokens
+    assert last(recorder, now, "itl_ms") == pytest.approx(200)
+    assert last(recorder, now, "ttft_warm_p50_ms") == pytest.approx(200, rel=0.1)
+    assert last(recorder, now, "ttft_cold_p50_ms") == pytest.approx(200, rel=0.1)
+
+
+def test_an_answer_that_came_whole_has_no_first_token_and_no_gaps() -> None:
+    recorder = Recorder()
+    recorder.ended(ended(streamed=False))
+    assert last(recorder, 101.0, "requests_per_s") == 1 / STEP_S
+    assert last(recorder, 101.0, "itl_ms") is last(recorder, 101.0, "ttft_warm_p50_ms") is None
+
+
+def test_time_without_requests_is_empty_and_older_than_an_hour_is_forgotten() -> None:
+    recorder = Recorder()
+    recorder.ended(ended(100.0))
+    assert recorder.series(100.0)["requests_per_s"].count(None) == STEPS - 1
+    assert recorder.series(100.0 + STEP_S)["requests_per_s"][-2:] == [0.1, None]
+    assert recorder.series(100.0 + STEP_S * STEPS)["requests_per_s"] == [None] * STEPS
+    assert set(recorder.series(0.0)) == set(COLUMNS)
+
+
+def test_its_memory_does_not_grow() -> None:
+    recorder = Recorder(most_requests=3)
+    for n in range(5 * STEPS):
+        recorder.ended(ended(n * STEP_S, request_id=f"r{n}"))
+    for n in range(5 * MAX_CODES):
+        recorder.error(f"code{n}", 5 * STEPS * STEP_S)
+    assert len(recorder._steps) == STEPS
+    assert len(recorder.errors(5 * STEPS * STEP_S)) == MAX_CODES
+    assert [e.request_id for e in recorder.requests()] == ["r1799", "r1798", "r1797"]
+
+
+def test_requests_are_found_by_key_adapter_worker_status_and_id_the_newest_first() -> None:
+    recorder = Recorder()
+    recorder.ended(ended(request_id="one", worker="w0"))
+    recorder.ended(ended(request_id="two", tenant="key2", outcome="failed", code="overloaded"))
+    recorder.refused(ended(request_id="one", adapter=None, outcome="refused"))
+
+    def ids(**asked: str) -> list[str]:
+        return [e.request_id for e in recorder.requests(**asked)]
+
+    assert ids() == ["one", "two", "one"]
+    assert ids(tenant="key2") == ids(status="failed") == ids(status="overloaded") == ["two"]
+    assert ids(worker="w0") == ["one"]
+    assert ids(adapter="a") == ids(adapter="base:a") == ["two", "one"]
+    newest = recorder.find("one")
+    assert newest is not None and newest.outcome == "refused"
+    assert recorder.find("three") is None
+
+
+def test_loads_and_evictions_are_what_changed_in_the_slots() -> None:
+    recorder, before = Recorder(), {("b", "x"), ("b", "y")}
+    recorder.sample(1.0, 3, 5, {("w0", 1): before})
+    recorder.sample(2.0, 1, 2, {("w0", 1): before})
+    recorder.sample(3.0, 0, 0, {("w0", 1): {("b", "y"), ("b", "z")}})
+    assert (last(recorder, 3.0, "loads"), last(recorder, 3.0, "evictions")) == (3, 1)
+    assert (last(recorder, 3.0, "queued"), last(recorder, 3.0, "ongoing")) == (3, 5)
+    recorder.sample(4.0, 0, 0, {("w0", 2): set()})  # a new life has lost all, and evicted nothing
+    assert last(recorder, 4.0, "evictions") == 1
+
+
+def test_candidates_are_kept_of_no_more_than_ten_decisions_a_second() -> None:
+    recorder = Recorder()
+    assert sum(recorder.explains(n / 1000) for n in range(1000)) == 10
+
+
+@pytest.mark.parametrize("value_s", [0.0005, 0.002, 0.05, 1.0, 30.0])
+def test_a_quantile_is_wrong_by_a_tenth_at_most(value_s: float) -> None:
+    spread = Spread()
+    spread.observe(value_s)
+    found = spread.quantile(0.5)
+    assert found is not None and found == pytest.approx(max(value_s, 0.001), rel=0.1)
+    assert Spread().quantile(0.5) is None
