@@ -90,7 +90,8 @@ class Gateway:
             f"?{urllib.parse.urlencode(query)}" if query else ""
         )
         data = json.dumps(body).encode() if method in ("POST", "PUT") else None
-        request = urllib.request.Request(url, data, self._headers, method=method)
+        kind = {"Content-Type": "application/json"} if data is not None else {}
+        request = urllib.request.Request(url, data, {**self._headers, **kind}, method=method)
         try:
             with self._opener.open(request, timeout=timeout_s + SLACK_S) as answer:
                 return answer.status, _decoded(answer.read())
