@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest_asyncio
 
-from tests.harness import ROOT, STOP_S, Cluster, cluster, make_adapter, sim_config
+from tests.harness import ROOT, STOP_S, Cluster, chat_body, cluster, make_adapter, sim_config
 
 
 @pytest_asyncio.fixture
@@ -28,7 +28,7 @@ async def one(tmp_path: Path, adapters: Path) -> AsyncIterator[Cluster]:
 
 
 async def ask(c: Cluster, model: str, request_id: str) -> None:
-    body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+    body = chat_body(model, max_tokens=4, stream=True)
     status, _, _ = await c.post("/v1/chat/completions", body, {"x-request-id": request_id})
     assert status == 200
 
