@@ -6,14 +6,15 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shared.adapters.identity import AdapterRef
-from shared.errors import EngineFailure, InvalidAdapter
-from shared.link.token_ids import unpack
+from shared.errors import CannotContinue, EngineFailure, InvalidAdapter
+from shared.link.token_ids import pack, unpack
 from worker.engine.base import Engine, EngineFacts, EngineRequest, EngineStats, Loaded
 from worker.engine.sim.engine import SimEngine
 
@@ -647,3 +648,38 @@ async def test_nothing_stays_of_a_load_that_was_cancelled() -> None:
         with pytest.raises(AssertionError, match="not loaded"):
             await engine.serve(chat(use=PIRATE), Frames())
         await engine.load(adapter("haiku", 2))
+
+
+# ---- answers that began elsewhere ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5])
+@pytest.mark.parametrize("ask", [chat, completion])
+async def test_a_stream_that_began_elsewhere_goes_on_with_the_next_token(
+    ask: Callable[..., EngineRequest], cut: int
+) -> None:
+    call = replace(ask(stream=True, max_tokens=6), created=1, movable=True)
+    async with started() as engine:
+        whole = await answer(engine, call)
+        rest = await answer(engine, replace(call, seen=pack(range(cut))))
+    assert whole.tokens == [0, 1, 2, 3, 4, 5] and rest.tokens == whole.tokens[cut:]
+    assert b"".join(whole.parts[:cut] + rest.parts) == b"".join(whole.parts)
+    assert rest.output_tokens == whole.output_tokens == 6
+
+
+async def test_a_whole_answer_that_began_elsewhere_is_the_same_and_takes_the_rest_of_the_time() -> (
+    None
+):
+    call = replace(chat(max_tokens=6), created=1, movable=True)
+    async with started() as engine:
+        whole = await answer(engine, call)
+        rest = await answer(engine, replace(call, seen=pack(range(4))))
+    assert rest.json == whole.json
+    assert whole.tokens == [0, 1, 2, 3, 4] and rest.tokens == [4]
+
+
+@pytest.mark.parametrize("seen", [[1], [0, 2], [0, 1, 2]])
+async def test_tokens_that_do_not_begin_the_answer_are_refused(seen: list[int]) -> None:
+    async with started() as engine:
+        with pytest.raises(CannotContinue):
+            await answer(engine, replace(chat(stream=True, max_tokens=3), seen=pack(seen)))
