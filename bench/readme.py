@@ -22,7 +22,7 @@ from bench.load.__main__ import measure
 from bench.load.options import parse
 from bench.load.report import document
 from gateway.supervisor.background import Background
-from shared.config.yaml import load_settings
+from shared.config.settings_file import load_settings
 
 COMMON = [
     "--model",

@@ -28,8 +28,8 @@ from gateway.http.tls import Certificate, open_certificate
 from gateway.routes import Routes
 from gateway.supervisor.listening import why_not_listening
 from shared.config.gateway import GatewayConfig
-from shared.config.handover import read_settings
 from shared.config.llm import Settings
+from shared.config.settings_file import read_settings
 from shared.errors import ConfigError, LoraplexError
 from shared.link import messages
 from shared.link.endpoint import PING_S

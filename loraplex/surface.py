@@ -9,7 +9,7 @@ from typing import Any
 
 from gateway.supervisor.background import Background
 from shared.config.llm import LLMConfig, LoraConfig, ModelLoadingConfig, Settings
-from shared.config.yaml import app_from_args
+from shared.config.settings_file import app_from_args
 
 __all__ = ["LLMConfig", "LoraConfig", "ModelLoadingConfig", "Settings", "build_openai_app", "run"]
 

@@ -25,9 +25,9 @@ import uvloop
 
 from loraplex.start import command
 from shared.config.gateway import is_endpoint
-from shared.config.handover import SERVE_SETTINGS, read_settings
 from shared.config.llm import LLMConfig, Settings
 from shared.config.parts import BUCKETS
+from shared.config.settings_file import SERVE_SETTINGS, read_settings
 from shared.errors import ConfigError, LoraplexError
 from shared.link.sockets import open_context, secret_from_env
 from shared.runtime import log as runtime_log

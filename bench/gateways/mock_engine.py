@@ -24,7 +24,7 @@ import msgspec
 import uvloop
 
 import worker.__main__
-from shared.config.handover import read_settings
+from shared.config.settings_file import read_settings
 from shared.link.token_ids import pack
 from shared.runtime import log as runtime_log
 from shared.runtime.process import follow_parent

@@ -19,7 +19,7 @@ from gateway.accounts import key_file
 from gateway.accounts.key_file import KeyEntry, LimitsEntry
 from gateway.accounts.keys import read_key_file
 from gateway.cli.client import show_table
-from shared.config.handover import read_settings
+from shared.config.settings_file import read_settings
 from shared.errors import ConfigError
 
 KEY_BYTES = 32

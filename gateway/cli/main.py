@@ -24,8 +24,8 @@ from gateway.cli import why as why_command
 from gateway.cli.stores import look_at_stores
 from loraplex import __version__
 from loraplex.start import command
-from shared.config.handover import read_settings
 from shared.config.llm import TARGET_SHARE, LLMConfig, Settings
+from shared.config.settings_file import read_settings
 from shared.errors import ConfigError, LoraplexError
 from shared.runtime.process import follow_parent
 

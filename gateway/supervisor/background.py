@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 from loraplex.start import command
-from shared.config.handover import write_settings
 from shared.config.llm import Settings
+from shared.config.settings_file import write_settings
 from shared.errors import ConfigError
 from shared.runtime.process import PARENT_ENV
 

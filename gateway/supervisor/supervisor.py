@@ -28,8 +28,8 @@ from gateway.supervisor.liveness import Liveness
 from gateway.supervisor.scaling import Scaling, make_workforce
 from gateway.supervisor.workers import WorkerStarter
 from loraplex.start import command
-from shared.config.handover import write_settings
 from shared.config.llm import Settings
+from shared.config.settings_file import write_settings
 from shared.errors import ConfigError, LoraplexError
 from shared.runtime import children
 from shared.runtime.children import Child

@@ -20,7 +20,7 @@ from tests.harness import DEMO, ROOT, START_S, Cluster, cluster, demo_config
 WORKER = """
 import asyncio, json, os, sys
 import worker.__main__ as program
-from shared.config.handover import read_settings
+from shared.config.settings_file import read_settings
 
 opened = []
 make = lambda model, gap_s: opened.append(program.open_engine(model, gap_s)) or opened[-1]

@@ -21,7 +21,7 @@ import pytest_asyncio
 import yaml
 
 from shared.adapters.identity import AdapterRef
-from shared.config.handover import read_settings
+from shared.config.settings_file import read_settings
 from shared.errors import EngineFailure
 from tests.harness import DEMO, demo_config
 from worker.engine.base import EngineRequest, Loaded, Swap

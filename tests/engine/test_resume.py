@@ -14,7 +14,7 @@ import pytest_asyncio
 import yaml
 
 from shared.adapters.identity import AdapterRef
-from shared.config.handover import read_settings
+from shared.config.settings_file import read_settings
 from shared.errors import CannotContinue
 from shared.link.token_ids import pack, unpack
 from tests.harness import DEMO, demo_config

@@ -30,7 +30,7 @@ import psutil
 import pytest
 import yaml
 
-from shared.config.yaml import load_settings
+from shared.config.settings_file import load_settings
 from tests.harness import ROOT, make_adapter
 from tests.store_servers import free_port
 

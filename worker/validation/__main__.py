@@ -19,8 +19,8 @@ import msgspec
 
 from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import CONFIG_FILE
-from shared.config.handover import read_settings
 from shared.config.llm import LLMConfig, Settings
+from shared.config.settings_file import read_settings
 from shared.errors import AdapterNotFound, ConfigError, InvalidAdapter, LoraplexError
 from shared.stores import open_store
 from shared.stores.transfer import Pace, Transfer

@@ -24,8 +24,8 @@ from typing import Any
 
 import msgspec
 
-from shared.config.handover import read_settings
 from shared.config.llm import LLMConfig
+from shared.config.settings_file import read_settings
 from shared.errors import AdapterNotFound, ConfigError, LoraplexError
 from shared.stores import open_store
 from worker.validation.__main__ import choose_model

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from shared.config.arguments import Argument, wrong_arguments
 from shared.config.llm import LLMConfig, Settings, engine_kwargs_problems
-from shared.config.yaml import app_from_args, load_settings, parse_settings
+from shared.config.settings_file import app_from_args, load_settings, parse_settings
 from shared.errors import ConfigError
 from tests.harness import ROOT
 

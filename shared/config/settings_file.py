@@ -1,5 +1,6 @@
-"""Shell. Reads configuration files, and builds settings from Python; what they mean is decided in
-`shared.config.loader`.
+"""Shell. Reads configuration files, and builds settings from Python. It also writes the file by
+which `serve` hands its settings to its child processes. `shared.config.loader` decides what a file
+means.
 """
 
 from __future__ import annotations
@@ -7,13 +8,26 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
+
 from shared.config.document import MAX_CHARS
 from shared.config.llm import Settings
 from shared.config.loader import Origin, parse_settings, settings_from_args
 from shared.errors import ConfigError
 
-__all__ = ["app_from_args", "load_settings", "parse_settings"]
+__all__ = [
+    "SERVE_SETTINGS",
+    "app_from_args",
+    "load_settings",
+    "parse_settings",
+    "read_settings",
+    "write_settings",
+]
 
+SERVE_SETTINGS = ".settings.json"
+"""Ending of the name of the file that `serve` writes for its child processes. The file lies in a
+folder that `serve` removes.
+"""
 _MAX_FILE_BYTES = 4 * MAX_CHARS  # UTF-8 takes at most four bytes for a character
 
 
@@ -48,6 +62,24 @@ def app_from_args(args: object) -> Settings:
     return settings_from_args(
         args, Origin("build_openai_app", os.getcwd(), os.path.expanduser("~"), _read)
     )
+
+
+def read_settings(path: str) -> Settings:
+    """Settings from a config file (YAML), or from the `.json` that `serve` wrote for its children.
+
+    Raises:
+        ConfigError: with every problem of the file.
+    """
+    if path.endswith(SERVE_SETTINGS):
+        return msgspec.json.decode(Path(path).read_bytes(), type=Settings)
+    return load_settings(path)
+
+
+def write_settings(settings: Settings, run_dir: Path) -> Path:
+    path = run_dir / f"loraplex{SERVE_SETTINGS}"
+    path.write_bytes(msgspec.json.encode(settings))
+    path.chmod(0o600)
+    return path
 
 
 def _read(path: str) -> str:
