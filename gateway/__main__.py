@@ -15,6 +15,7 @@ import resource
 import socket
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -23,7 +24,7 @@ import uvloop
 from gateway.app import GatewayProcess, open_gateway
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.transport import LinkTransport
-from gateway.http.server import ConnectionLimits
+from gateway.http.server import ConnectionLimits, Server
 from gateway.http.tls import Certificate, open_certificate
 from gateway.routes import Routes
 from gateway.supervisor.listening import why_not_listening
@@ -46,6 +47,8 @@ STALL_S = 2 * TICK_S
 MIN_OWN_FILES = 96  # sockets to workers and stores, files of state; beside those of connections
 ALIVE_S = 0.5
 SHUTDOWN_S = 1.0  # after the drain, for handlers that are still writing
+QUIET_S = 1.0  # a connection that was silent so long is closed without harm, while draining
+LOOK_S = 0.05
 LAST_WORDS_S = 0.05  # for handlers whose requests have just ended
 GC_THRESHOLD = (50_000, 50, 50)  # with 4,000 streams the default (700) would collect all the time
 
@@ -58,7 +61,8 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
         gateway = await stack.enter_async_context(open_gateway(settings, index, run_dir))
         stack.callback(_say_farewell, gateway)
         certificate = open_certificate(settings.gateway.tls)
-        port = await stack.enter_async_context(_http(gateway.routes, settings, certificate))
+        http = await stack.enter_async_context(_http(gateway.routes, settings, certificate))
+        port = http.port
         _announce(run_dir, index, port, gateway.link)
         log.info(
             "listening",
@@ -79,18 +83,32 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
                 *([tasks.create_task(certificate.run(), name="tls")] if certificate else []),
             ]
             await stopping.wait()
-            await _drain(gateway.dispatcher, settings.gateway.drain_s)
+            await _drain(gateway.dispatcher, http, settings.gateway.drain_s)
             await gateway.aggregator.save()
             for loop in loops:
                 loop.cancel()
     return 0
 
 
+@dataclass(frozen=True, slots=True)
+class HTTPServer:
+    """Where clients connect, and the connections that they have."""
+
+    listening: asyncio.Server
+    connections: Server
+    port: int
+
+    async def stop_listening(self) -> None:
+        await asyncio.sleep(0)  # whoever has connected already gets in
+        self.listening.close()
+        self.connections.leave()
+
+
 @contextlib.asynccontextmanager
 async def _http(
     routes: Routes, settings: Settings, certificate: Certificate | None
-) -> AsyncIterator[int]:
-    """Listens; yields the port. Raises ConfigError if it is taken."""
+) -> AsyncIterator[HTTPServer]:
+    """Listens. Raises ConfigError if the port is taken."""
     g = settings.gateway
     http_server = routes.http_server(_connection_limits(g))
     loop = asyncio.get_running_loop()
@@ -110,7 +128,7 @@ async def _http(
         # connections inherit it: a client that vanished without a word is noticed
         for listening in server.sockets:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        yield server.sockets[0].getsockname()[1]
+        yield HTTPServer(server, http_server, server.sockets[0].getsockname()[1])
     finally:
         server.close()
         await asyncio.sleep(0)  # what came before is handled
@@ -181,15 +199,21 @@ def _say_farewell(gateway: GatewayProcess) -> None:
         gateway.link.send_control(messages.identity(worker.id, worker.beat.epoch), message)
 
 
-async def _drain(dispatcher: Dispatcher, drain_s: float) -> None:
+async def _drain(dispatcher: Dispatcher, http: HTTPServer, drain_s: float) -> None:
+    """Nobody new gets in. Clients that have a connection are served on, and each answer tells them
+    to take their next request elsewhere; one that is cut off between two requests may have sent the
+    second, so those that are quiet are closed last.
+    """
     log.info("draining", extra={"requests": dispatcher.open_requests})
     dispatcher.drain()
+    await http.stop_listening()
     try:
         async with asyncio.timeout(drain_s):
-            await dispatcher.idle.wait()
+            while dispatcher.open_requests or not http.connections.quiet(QUIET_S):  # noqa: ASYNC110
+                await asyncio.sleep(LOOK_S)
     except TimeoutError:
         log.warning("drain timed out", extra={"requests": dispatcher.open_requests})
-        dispatcher.abort_all()
+    dispatcher.abort_all()
     await asyncio.sleep(LAST_WORDS_S)
 
 

@@ -101,12 +101,10 @@ class Dispatcher:
         # cancelled, until their workers say how far they had come
         self._unsettled: dict[messages.StreamId, InFlightRequest] = {}
         self._failures = Failures(metrics)
-        self._draining = False
+        self._draining = self._closed = False
         self._cannot_start: dict[str, str] = {}
         self._alarm = math.inf  # when the policy wants to be asked again, whatever happens
         self._admitting: str | None = None
-        self.idle = asyncio.Event()
-        """Set once the dispatcher drains and no request is open."""
 
     # ---- the client's side -----------------------------------------------------------------------
 
@@ -147,7 +145,7 @@ class Dispatcher:
             raise
 
     def _let_in(self, request: InFlightRequest) -> None:
-        if self._draining:
+        if self._closed:
             raise _shutting_down()
         if len(self._open) >= self._max_requests and not self._make_way(request):
             raise Overloaded(
@@ -204,13 +202,13 @@ class Dispatcher:
         self._membership.leaves(worker, reason)
 
     def drain(self) -> None:
-        """No new requests from now on."""
+        """This process is not ready any more. What its open connections still ask is served."""
         self._draining = True
         self._give_up_waiting()
-        self._wake_if_idle()
 
     def abort_all(self) -> None:
-        """The drain's time is over: whatever still runs ends here."""
+        """The drain's time is over: whatever still runs ends here, and nothing new begins."""
+        self._closed = True
         # those that wait first, so that none of them takes a place that the others leave
         for request in [*self._admission.items(), *self._streams]:
             self.give_up(request, _shutting_down())
@@ -638,7 +636,6 @@ class Dispatcher:
         request.t_end = self.clock()
         self._settle_account(request)
         self._admit_waiting(request.model.base, request.key)
-        self._wake_if_idle()
 
     def _settle_account(self, request: InFlightRequest) -> None:
         """Tells the policy, the fair shares and the metrics how the request ended."""
@@ -719,15 +716,15 @@ class Dispatcher:
 
         # the client of one that was over has heard, or its Sink is at it
         told = [] if request.life.over else [lambda: request.sink.fail(error), fail]
-        for undo in (
+        steps: list[Callable[[], object]] = [
             lambda: self._send_cancel(request),
             lambda: self._unreserve(request),
             lambda: self.fleet.release(request.sid),
             lambda: self._forget(request),
             *told,
             lambda: self._admit_waiting(request.model.base, request.key),
-            self._wake_if_idle,
-        ):
+        ]
+        for undo in steps:
             try:
                 undo()
             except Exception as again:
@@ -753,10 +750,6 @@ class Dispatcher:
     def _send_cancel(self, request: InFlightRequest) -> None:
         if request.life.phase is not RequestPhase.QUEUED and request.choice is not None:
             self._outbox.send(request.choice.worker, messages.Cancel(request.sid))
-
-    def _wake_if_idle(self) -> None:
-        if self._draining and not self._open:
-            self.idle.set()
 
 
 def _cannot_start(base: str, why: str) -> ModelUnavailable:

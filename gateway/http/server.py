@@ -108,7 +108,7 @@ class Server(web.Server):
     ) -> None:
         super().__init__(
             handler,
-            request_factory=intake.request_factory(asyncio.get_running_loop()),
+            request_factory=self._to_request,
             keepalive_timeout=limits.idle_timeout_s,
             # inflated by whoever asks for the body, not by whoever sends it
             auto_decompress=False,
@@ -123,7 +123,12 @@ class Server(web.Server):
         self.fast_path, self.paths = fast_path, paths
         self.most_bytes = min(intake.limits.max_bytes, MAX_ON_LOOP_BYTES)
         self.limits = limits
+        self._make_request = intake.request_factory(asyncio.get_running_loop())
         self.closing = False
+        self.leaving = False
+        """The process drains: what is asked on an open connection is still answered, with
+        `Connection: close`.
+        """
         # oldest first
         self.open_connections: dict[Connection, None] = {}
         self._of_client: Counter[str] = Counter()
@@ -135,6 +140,11 @@ class Server(web.Server):
     def aiohttp_path(self) -> web.RequestHandler:
         """aiohttp's own protocol for a connection."""
         return super().__call__()
+
+    def _to_request(self, message: Any, *more: Any) -> web.BaseRequest:
+        if self.leaving:  # the answer then says `Connection: close`
+            message = message._replace(should_close=True)
+        return cast(web.BaseRequest, self._make_request(message, *more))
 
     def enter(self, connection: Connection) -> bool:
         """A connection has come. False: there is no room for it. Where all places are taken, one
@@ -173,6 +183,17 @@ class Server(web.Server):
         if self._sweeping:
             every_s = min(SWEEP_S, self.limits.header_timeout_s / 4, self.limits.idle_timeout_s / 4)
             loop.call_at(now + every_s, self._sweep)
+
+    def leave(self) -> None:
+        """From now on each answer is the last one of its connection."""
+        self.leaving = True
+
+    def quiet(self, for_s: float) -> bool:
+        """No connection is at a request, or has been within the last `for_s`. Its client, if it is
+        about to send the next one, will have sent it by then.
+        """
+        since = asyncio.get_running_loop().time() - for_s
+        return all(connection.quiet_since(since) for connection in self.open_connections)
 
     def pre_shutdown(self) -> None:
         self.closing = True
@@ -213,6 +234,7 @@ class Connection(asyncio.Protocol):
         "_aiohttp",
         "_aiohttp_for_good",
         "_close_at",
+        "_rested_at",
         "_give_up_at",
         "_head_bytes",
         "_http_server",
@@ -239,6 +261,7 @@ class Connection(asyncio.Protocol):
         self._needed = 0
         self._head_bytes = 0  # of a head that aiohttp has not seen the end of
         self._close_at = self._give_up_at = math.inf
+        self._rested_at = self._loop.time()
         self.client = ""
 
     # ---- asyncio's side --------------------------------------------------------------------------
@@ -300,7 +323,8 @@ class Connection(asyncio.Protocol):
         found = parse(data, http_server.most_bytes, self._last_head)
         if type(found) is SimpleRequest:
             self._last_head = found.head
-            if found.method == "POST" and found.path in http_server.paths:
+            short = found.method == "POST" and not http_server.leaving
+            if short and found.path in http_server.paths:
                 assert self._transport is not None
                 self._pending = http_server.fast_path(found, self._transport, self._answered)
                 if self._pending is not None:
@@ -375,6 +399,7 @@ class Connection(asyncio.Protocol):
         return self._pending is None and (self._aiohttp is None or _is_idle(self._aiohttp))
 
     def _restart_timer(self) -> None:
+        self._rested_at = self._loop.time()
         self._close_at = self._loop.time() + self._http_server.limits.idle_timeout_s
 
     def _expect_more(self) -> None:
@@ -403,6 +428,12 @@ class Connection(asyncio.Protocol):
     def close_if_idle(self) -> None:
         if self._pending is None and self._aiohttp is None and self._transport is not None:
             self._transport.close()
+
+    def quiet_since(self, when: float) -> bool:
+        idle = self._pending is None and not self._unread
+        if self._aiohttp is not None:
+            idle = idle and _is_idle(self._aiohttp)
+        return idle and self._rested_at <= when
 
     def abort(self) -> None:
         if self._transport is not None:

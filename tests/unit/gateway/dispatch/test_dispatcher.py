@@ -729,23 +729,18 @@ def test_a_client_that_does_not_read_is_cut_off_and_its_worker_told(room: Room) 
 # ---- the end -------------------------------------------------------------------------------------
 
 
-def test_a_drain_takes_nothing_new_and_is_idle_once_the_last_request_ended(room: Room) -> None:
+def test_a_drain_serves_what_is_still_asked_until_its_time_is_over(room: Room) -> None:
     room.worker("w0")
     running, _ = room.submit()
-    waiting, _ = room.submit()
     room.dispatcher.drain()
-    assert room.dispatcher.draining and not room.dispatcher.idle.is_set()
+    assert room.dispatcher.draining
+    waiting, _ = room.submit()
+    room.frames("w0", (running.sid, HEAD | messages.END, b"x"))
+    assert waiting.life.phase is RequestPhase.SENT and room.dispatcher.open_requests == 1
+    room.dispatcher.abort_all()
+    assert room.dispatcher.open_requests == 0
     with pytest.raises(WorkerUnavailable):
         room.submit()
-    room.frames("w0", (running.sid, HEAD | messages.END, b"x"))
-    assert waiting.life.phase is RequestPhase.SENT and not room.dispatcher.idle.is_set()
-    room.frames("w0", (waiting.sid, HEAD | messages.END, b"x"))
-    assert room.dispatcher.idle.is_set()
-
-
-def test_a_drain_with_nothing_open_is_idle_at_once(room: Room) -> None:
-    room.dispatcher.drain()
-    assert room.dispatcher.idle.is_set()
 
 
 def test_when_the_drains_time_is_over_whatever_is_open_ends(room: Room) -> None:
@@ -759,11 +754,7 @@ def test_when_the_drains_time_is_over_whatever_is_open_ends(room: Room) -> None:
         assert (
             isinstance(sink.error, WorkerUnavailable) and inflight.life.phase is RequestPhase.FAILED
         )
-    assert (
-        room.dispatcher.idle.is_set()
-        and room.dispatcher.open_requests == 0
-        and room.reserved() == {"w0": 0}
-    )
+    assert room.dispatcher.open_requests == 0 and room.reserved() == {"w0": 0}
     assert {w for w, _ in room.wires.cancelled()} == {"w0"}
 
 
@@ -951,7 +942,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         self.room.dispatcher.abort_all()
         self.the_books_balance()
         assert all(f.life.over for f, _ in self.requests)
-        assert self.room.dispatcher.open_requests == 0 and self.room.dispatcher.idle.is_set()
+        assert self.room.dispatcher.open_requests == 0
         assert all(not w.reserved for w in self.room.fleet) and len(self.room.queue) == 0
 
 
