@@ -101,7 +101,7 @@ class HTTPServer:
     async def stop_listening(self) -> None:
         await asyncio.sleep(0)  # whoever has connected already gets in
         self.listening.close()
-        self.connections.leave()
+        self.connections.drain()
 
 
 @contextlib.asynccontextmanager

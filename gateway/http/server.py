@@ -123,7 +123,7 @@ class Server(web.Server):
         self.fast_path, self.paths = fast_path, paths
         self.most_bytes = min(intake.limits.max_bytes, MAX_ON_LOOP_BYTES)
         self.limits = limits
-        self._make_request = intake.request_factory(asyncio.get_running_loop())
+        self._read_request = intake.request_factory(asyncio.get_running_loop())
         self.closing = False
         self.leaving = False
         """The process drains: what is asked on an open connection is still answered, with
@@ -144,7 +144,8 @@ class Server(web.Server):
     def _to_request(self, message: Any, *more: Any) -> web.BaseRequest:
         if self.leaving:  # the answer then says `Connection: close`
             message = message._replace(should_close=True)
-        return cast(web.BaseRequest, self._make_request(message, *more))
+        request: web.BaseRequest = self._read_request(message, *more)
+        return request
 
     def enter(self, connection: Connection) -> bool:
         """A connection has come. False: there is no room for it. Where all places are taken, one
@@ -184,7 +185,7 @@ class Server(web.Server):
             every_s = min(SWEEP_S, self.limits.header_timeout_s / 4, self.limits.idle_timeout_s / 4)
             loop.call_at(now + every_s, self._sweep)
 
-    def leave(self) -> None:
+    def drain(self) -> None:
         """From now on each answer is the last one of its connection."""
         self.leaving = True
 
@@ -234,7 +235,6 @@ class Connection(asyncio.Protocol):
         "_aiohttp",
         "_aiohttp_for_good",
         "_close_at",
-        "_rested_at",
         "_give_up_at",
         "_head_bytes",
         "_http_server",
@@ -242,6 +242,7 @@ class Connection(asyncio.Protocol):
         "_loop",
         "_needed",
         "_pending",
+        "_rested_at",
         "_transport",
         "_unread",
         "client",

@@ -32,8 +32,8 @@ class KeptAlive:
         """(head, body) of one answer."""
         body = json.dumps(chat_body("sim", max_tokens=tokens, stream=stream)).encode()
         self._writer.write(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
         )
         head = await self._reader.readuntil(b"\r\n\r\n")
         if stream:
