@@ -36,7 +36,7 @@ from shared.link import messages
 from shared.link.endpoint import PING_S
 from shared.runtime import log as runtime_log
 from shared.runtime.owned_folder import exclusive
-from shared.runtime.process import follow_parent, on_stop_signals
+from shared.runtime.process import follow_parent, make_private, on_stop_signals
 from shared.supervision.client import report_to_supervisor, say_last_words
 from shared.supervision.messages import FromSupervisor, Pulse, Verdicts, WorkerEnded
 
@@ -57,6 +57,7 @@ async def serve(settings: Settings, index: int, run_dir: Path) -> int:
     """One gateway process, until a signal. Returns the exit status."""
     stopping = asyncio.Event()
     on_stop_signals(lambda sig: stopping.set())
+    asyncio.get_running_loop().set_exception_handler(runtime_log.on_loop_failure)
     async with contextlib.AsyncExitStack() as stack:
         gateway = await stack.enter_async_context(open_gateway(settings, index, run_dir))
         stack.callback(_say_farewell, gateway)
@@ -261,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _make(folder: Path) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private(folder)
     except OSError as exc:
         raise ConfigError(f"gateway.state_dir: cannot make {folder}: {exc.strerror}") from exc
 

@@ -100,8 +100,9 @@ class BrowserPolicy:
         if len(host) > MAX_HOST_CHARACTERS:
             return False
         name = host.lower()
-        if not name.startswith("["):
-            name = name.partition(":")[0]
-        elif "]" in name:
-            name = name[1 : name.index("]")]
+        if name.startswith("["):
+            return is_loopback(name.partition("]")[0][1:])
+        name = name.partition(":")[0]
+        if name and "." not in name:
+            return True  # of this machine or its network: nobody can own such a name in public
         return name in self._hosts or name.endswith(".localhost") or is_loopback(name)

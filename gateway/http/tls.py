@@ -7,7 +7,7 @@ import logging
 import ssl
 from pathlib import Path
 
-from shared.config.http import TLSConfig
+from shared.config.gateway import TLSConfig
 from shared.errors import ConfigError
 
 log = logging.getLogger("loraplex.http")

@@ -8,7 +8,7 @@ import time
 
 import msgspec
 
-from shared.runtime.log import _encode
+from shared.runtime.log import _encode, one_line
 
 FLUSH_S = 0.1
 
@@ -38,9 +38,8 @@ class AccessLog:
             shown = " ".join(
                 f"{k}={v}" for k, v in msgspec.structs.asdict(facts).items() if v not in (None, "")
             )
-            self._lines.append(
-                f"{time.strftime('%H:%M:%S')} {self.process:<8} request  {shown}".encode()
-            )
+            line = f"{time.strftime('%H:%M:%S')} {self.process:<8} request  {shown}"
+            self._lines.append(one_line(line).encode(errors="replace"))
 
     def flush(self) -> None:
         if self._lines:

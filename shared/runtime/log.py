@@ -18,9 +18,14 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
     "taskName",
     "vllm_process_name",
 }
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127, 0x85)}
 _encode = msgspec.json.Encoder(enc_hook=str).encode
 MAX_CALLS = 6
 """Of a traceback, in one line."""
+MAX_VALUE_CHARACTERS = 2000
+"""Of one field in a line; a client may have had a part in it."""
+MAX_LINE_CHARACTERS = 16_000
+"""Of a whole line, tracebacks included."""
 
 
 class JSONLines(logging.Formatter):
@@ -33,11 +38,11 @@ class JSONLines(logging.Formatter):
             "ts": round(record.created, 3),
             "level": record.levelname.lower(),
             "process": self._process,
-            "event": record.getMessage(),
+            "event": _short(record.getMessage()),
             **extras(record),
         }
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = bounded(self.formatException(record.exc_info))
         return _encode(line).decode()
 
 
@@ -55,7 +60,10 @@ class ShortLines(logging.Formatter):
             f"{self.formatTime(record, self.datefmt)} {self._process:<8} "
             f"{mark}{record.getMessage()}" + (f"  {facts}" if facts else "")
         )
-        return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+        line = bounded(one_line(line))
+        if record.exc_info:
+            line += "\n" + bounded(self.formatException(record.exc_info))
+        return line
 
 
 def place_of(exc: BaseException) -> str:
@@ -67,8 +75,31 @@ def place_of(exc: BaseException) -> str:
     return " < ".join([type(exc).__name__, *places])
 
 
+def on_loop_failure(loop: object, context: dict[str, Any]) -> None:
+    """A loop's exception handler. asyncio's own prints the error with what it quotes."""
+    exc = context.get("exception")
+    at = place_of(exc) if isinstance(exc, BaseException) else ""
+    logging.getLogger("loraplex.loop").error("a callback failed", extra={"at": at})
+
+
+def one_line(text: str) -> str:
+    """Without control characters: a name that holds line ends would write lines of its own."""
+    return text.translate(_CONTROL)
+
+
+def bounded(line: str) -> str:
+    """No line is longer than MAX_LINE_CHARACTERS, whatever it quotes."""
+    return line if len(line) <= MAX_LINE_CHARACTERS else line[:MAX_LINE_CHARACTERS] + " ..."
+
+
 def extras(record: logging.LogRecord) -> dict[str, Any]:
-    return {k: v for k, v in vars(record).items() if k not in _STANDARD}
+    return {k: _short(v) for k, v in vars(record).items() if k not in _STANDARD}
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, str) and len(value) > MAX_VALUE_CHARACTERS:
+        return value[:MAX_VALUE_CHARACTERS] + " ..."
+    return value
 
 
 def set_up(process: str, level: str = "info", json_lines: bool | None = None) -> None:

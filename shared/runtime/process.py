@@ -25,6 +25,16 @@ def follow_parent(sig: signal.Signals = signal.SIGTERM) -> None:
         die_with_parent(sig, int(wanted))
 
 
+def make_private(folder: Path) -> None:
+    """The folder is there, and neither it nor what this process makes from now on is readable by
+    other users of the machine: adapters may hold what they were trained on. Raises OSError.
+    """
+    os.umask(0o077)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid == os.getuid():
+        folder.chmod(0o700)
+
+
 def on_stop_signals(stop: Callable[[str], None]) -> None:
     """SIGTERM and SIGINT call `stop` on the running loop, with the signal's name."""
     loop = asyncio.get_running_loop()

@@ -47,6 +47,7 @@ class Served:
 
     http_server: Server
     port: int
+    intake: BodyIntake
     on_fast_path: asyncio.Queue[FastPathRequest] = field(default_factory=asyncio.Queue)
     aiohttp_path: list[str] = field(default_factory=list)
     hold: asyncio.Event | None = None
@@ -85,18 +86,19 @@ async def serving(
     limits: ConnectionLimits | None = None,
 ) -> AsyncIterator[Served]:
     served: Served
+    intake = BodyIntake(BodyLimits(most_bytes, unfinished_bytes, window_s=window_s))
     http_server = Server(
         lambda request: served.handle(request),
         fast_path=lambda *a: served.fast_path(*a),
         paths=frozenset({PATH}),
-        intake=BodyIntake(BodyLimits(most_bytes, unfinished_bytes, window_s=window_s)),
+        intake=intake,
         limits=limits or ConnectionLimits(keepalive_s, keepalive_s),
     )
     runner = web.ServerRunner(http_server, shutdown_timeout=1.0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    served = Served(http_server, runner.addresses[0][1])
+    served = Served(http_server, runner.addresses[0][1], intake)
     try:
         yield served
     finally:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from shared.adapters.identity import StoredAdapter
 from shared.errors import ConfigError, InvalidAdapter, StoreUnavailable
+from shared.runtime.process import make_private
 from worker.disk import eviction, layout
 from worker.disk.journal import Journal
 from worker.disk.layout import FILES, JOURNAL, EntryLock, Manifest, lock_entry
@@ -56,8 +57,8 @@ class CacheFolder:
             root / "trash",
         )
         self._sizes: dict[tuple[str, int], int] = {}
-        for folder in (self._entries, self._partials, self._trash):
-            folder.mkdir(parents=True, exist_ok=True)
+        for folder in (root, self._entries, self._partials, self._trash):
+            make_private(folder)
         try:
             held = lock_entry(self._trash, exclusive=False)
         except OSError as exc:

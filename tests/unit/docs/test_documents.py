@@ -17,8 +17,14 @@ from gateway.cli.main import _parser
 from gateway.telemetry import prometheus
 from shared.config.aliases import AliasConfig
 from shared.config.deployment import AutoscalingConfig, AutoscalingPolicy, BottleneckConfig
-from shared.config.gateway import GatewayConfig, LinkConfig, RoutingPolicy
-from shared.config.http import HTTPConfig, RequestBoundsConfig, TLSConfig
+from shared.config.gateway import (
+    GatewayConfig,
+    HTTPConfig,
+    LinkConfig,
+    RequestBoundsConfig,
+    RoutingPolicy,
+    TLSConfig,
+)
 from shared.config.parts import LoraConfig, StoreConfig
 from shared.errors import LoraplexError
 from tests.test_architecture import FLOORS

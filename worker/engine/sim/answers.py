@@ -139,8 +139,16 @@ class _CompletionRequest(_Request, frozen=True, kw_only=True):
 
 _Decoder: TypeAlias = msgspec.json.Decoder[_ChatRequest] | msgspec.json.Decoder[_CompletionRequest]
 _KINDS: dict[str, tuple[_Decoder, str, str]] = {
-    "/v1/chat/completions": (msgspec.json.Decoder(_ChatRequest), "chatcmpl", "chat.completion"),
-    "/v1/completions": (msgspec.json.Decoder(_CompletionRequest), "cmpl", "text_completion"),
+    "/v1/chat/completions": (
+        msgspec.json.Decoder(_ChatRequest, strict=False),
+        "chatcmpl",
+        "chat.completion",
+    ),
+    "/v1/completions": (
+        msgspec.json.Decoder(_CompletionRequest, strict=False),
+        "cmpl",
+        "text_completion",
+    ),
 }
 
 

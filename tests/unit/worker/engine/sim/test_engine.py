@@ -316,7 +316,7 @@ BAD: list[tuple[str, bytes, str | None]] = [
     (CHAT, b'{"messages": "hi"}', "messages"),
     (CHAT, b'{"messages": [{"content": "hi"}]}', "messages[0].role"),
     (CHAT, chat(stream="yes").body, "stream"),
-    (CHAT, chat(max_tokens="5").body, "max_tokens"),
+    (CHAT, chat(max_tokens="five").body, "max_tokens"),
     (CHAT, chat(max_tokens=0).body, "max_tokens"),
     (CHAT, chat(max_tokens=-(10**30)).body, "max_tokens"),
     (CHAT, chat(max_tokens=5, max_completion_tokens=0).body, "max_completion_tokens"),
