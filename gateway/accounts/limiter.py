@@ -46,7 +46,7 @@ class Limiter:
         per_minute = _per_minute(account)
         needed = [1.0, float(tokens), 0.0]
         now = self._clock()
-        with table.alone():
+        with table.alone:
             row, levels = self._levels(table, account, per_minute, now)
             busy = limits.concurrent_requests
             if busy is not None and table.open_requests(row) >= busy:
@@ -73,7 +73,7 @@ class Limiter:
             return
         per_minute = _per_minute(account)
         back = (float(refused), float(reserved.tokens - used_tokens))
-        with table.alone():
+        with table.alone:
             row, levels = self._levels(table, account, per_minute, self._clock())
             for what, tokens in enumerate(back):
                 limit = per_minute[what]

@@ -8,13 +8,11 @@ still as well.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import math
 import mmap
 import os
 import time
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -33,6 +31,35 @@ LOCK_S = 0.02
 _HASH_BITS = 52  # a float holds such numbers exactly
 
 
+class TableLock:
+    """See the module. Written out, for a context manager made of a generator costs as much again as
+    the lock.
+    """
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._locked = False
+
+    def __enter__(self) -> None:
+        until = 0.0
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._locked = True
+                return
+            except OSError:
+                now = time.monotonic()
+                until = until or now + LOCK_S
+                if now >= until:
+                    return
+                os.sched_yield()
+
+    def __exit__(self, *_: object) -> None:
+        if self._locked:
+            self._locked = False
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+
 class SharedTable:
     """Of process `index`. Its open requests of an earlier life are forgotten."""
 
@@ -45,7 +72,9 @@ class SharedTable:
         self._map = mmap.mmap(self._file, size)
         self.cells = memoryview(self._map).cast("d")
         self._rows: dict[str, int] = {}
-        with self.alone():
+        self.alone = TableLock(self._file)
+        """A context in which no other process changes anything."""
+        with self.alone:
             for row in range(0, ROW * MAX_ROWS, ROW):
                 if self.cells[row]:
                     self.cells[row + self.own] = 0.0
@@ -54,26 +83,6 @@ class SharedTable:
         self.cells.release()
         self._map.close()
         os.close(self._file)
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """No other process changes anything meanwhile."""
-        locked, until = False, 0.0
-        while not locked:
-            try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = True
-            except OSError:
-                now = time.monotonic()
-                until = until or now + LOCK_S
-                if now >= until:
-                    break
-                os.sched_yield()
-        try:
-            yield
-        finally:
-            if locked:
-                fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     def row(self, account: str) -> tuple[int, bool]:
         """(where its numbers begin, whether they are new). While alone. With too many accounts some

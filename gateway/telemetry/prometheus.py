@@ -32,7 +32,7 @@ under `_other`.
 USAGE_LABELS = 500
 """The same for what a key used of an adapter."""
 OTHER = "_other"
-TENANT_LABELS = {"key", "adapter", "alias"}
+TENANT_LABELS = {"key", "adapter", "adapter_name", "alias"}
 """Labels whose values tell one tenant of others."""
 
 COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -282,13 +282,14 @@ class Metrics:
         """The sum of what all gateway processes counted; `answered` says of each whether its part
         is of now. Without `tenants` it has no series that tells one tenant of others.
         """
-        return generate_latest(self._registry(snapshots, answered, tenants=tenants))
+        registry = self._registry(snapshots, answered)
+        return generate_latest(registry if tenants else WithoutTenants(registry))
 
     def _registry(
-        self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool], *, tenants: bool = True
+        self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool]
     ) -> CollectorRegistry:
         registry = CollectorRegistry()
-        registry.register(ProcessCollector(snapshots, answered, tenants=tenants))
+        registry.register(ProcessCollector(snapshots, answered))
         if self._watched.fleet is not None:
             registry.register(FleetCollector(self._watched.fleet))
         registry.register(VersionCollector(self._watched.refused, self._watched.skipped))
@@ -304,15 +305,25 @@ class Metrics:
         return OTHER
 
 
+class WithoutTenants(CollectorRegistry):
+    """A registry without the series that tell one tenant of others."""
+
+    def __init__(self, whole: CollectorRegistry) -> None:
+        super().__init__()
+        self._whole = whole
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self._whole.collect():
+            if all(TENANT_LABELS.isdisjoint(sample.labels) for sample in family.samples):
+                yield family
+
+
 class ProcessCollector(Collector):
     """What the gateway processes counted: counters and histograms summed, gauges one by one."""
 
-    def __init__(
-        self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool], *, tenants: bool
-    ) -> None:
+    def __init__(self, snapshots: Sequence[Snapshot], answered: Mapping[str, bool]) -> None:
         self._snapshots = snapshots
         self._answered = answered
-        self._tenants = tenants
 
     def collect(self) -> Iterable[Metric]:
         total = CounterSet(BOUNDS)
@@ -327,7 +338,7 @@ class ProcessCollector(Collector):
                 [snapshot.process],
                 sum(value for key, value in snapshot.counters if key[0] == "requests"),
             )
-        yield from _counters(total, tenants=self._tenants)
+        yield from _counters(total)
         yield from _distributions(total)
         for name, (text, labels) in GAUGES.items():
             gauge = GaugeMetricFamily(f"loraplex_{name}", text, labels=labels)
@@ -351,11 +362,10 @@ class ProcessCollector(Collector):
         yield up
 
 
-def _counters(total: CounterSet, *, tenants: bool) -> Iterable[Metric]:
+def _counters(total: CounterSet) -> Iterable[Metric]:
     families = {
         name: CounterMetricFamily(f"loraplex_{name}", text, labels=labels)
         for name, (text, labels) in COUNTERS.items()
-        if tenants or TENANT_LABELS.isdisjoint(labels)
     }
     for key, value in total.counters.items():
         if key[0] in families:
