@@ -6,10 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_TLS = (
-    "belongs to vLLM's own HTTP server, and Loraplex does not terminate TLS: remove it and put a "
-    "proxy with TLS in front"
-)
+_TLS = "belongs to vLLM's own HTTP server; set gateway.tls"
 _ORIGINS = "belongs to vLLM's own HTTP server; set gateway.allowed_origins"
 REFUSED: Mapping[str, str] = {
     "api_key": "belongs to vLLM's own HTTP server: no key would be asked for; set "
@@ -38,7 +35,7 @@ IGNORED: Mapping[str, str] = {
     "disable_access_log_for_endpoints": "set gateway.log_level",
     "disable_fastapi_docs": "the gateway's /docs is made from its own table",
     "enable_offline_docs": "the gateway's /docs loads nothing from elsewhere",
-    "enable_ssl_refresh": "there is no TLS here",
+    "enable_ssl_refresh": "gateway.tls reads a certificate again when it changes",
     "enable_request_id_headers": "every answer has an x-request-id",
     "enable_server_load_tracking": "see the gateway's /metrics",
     "enable_tokenizer_info_endpoint": "that path is not served",
