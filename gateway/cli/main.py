@@ -15,6 +15,7 @@ import uvloop
 
 from gateway.cli import adapters as adapter_commands
 from gateway.cli import aliases as alias_commands
+from gateway.cli import chat as chat_command
 from gateway.cli import check
 from gateway.cli import keys as key_commands
 from gateway.cli import rollout as rollout_command
@@ -137,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
     bench = verbs.add_parser("bench", help="measure a running server")
     bench.add_argument("what", choices=["load"], help="see `loraplex bench load --help`")
+    chat_command.add_parser(verbs)
     status_command.add_parser(verbs)
     rollout_command.add_parser(verbs)
     why_command.add_parser(verbs)
