@@ -6,7 +6,7 @@ WORKERS ?= 2
 JOBS   ?= 2
 PY      = $(VENV)/bin/python
 
-.PHONY: setup demo test check format bench bench-growth bench-engine bench-cold bench-micro bench-fleet bench-load oracle screenshots docs demo-model lock sbom clean
+.PHONY: setup demo test hostile check format bench bench-growth bench-engine bench-cold bench-micro bench-fleet bench-load oracle screenshots docs demo-model lock sbom clean
 
 setup:
 	@deploy/setup.sh $(VENV) dev
@@ -18,6 +18,10 @@ demo: setup
 # All tests, the ones on real vLLM included; JOBS processes side by side.
 test: setup
 	@$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+# Attacks beside honest streams, and mutated requests and messages, twenty times as many as in `make test`.
+hostile: setup
+	@LORAPLEX_FUZZ=$${LORAPLEX_FUZZ:-20} $(PY) -m pytest tests/hostile $(ARGS)
 
 check: setup
 	@$(VENV)/bin/ruff format --check . && $(VENV)/bin/ruff check . && $(VENV)/bin/mypy
