@@ -108,7 +108,8 @@ class Gateway:
     ) -> Iterator[Any]:
         """An answer of JSON lines, each as it comes; `silence_s` may lie between two."""
         url = f"{self.url}{path}?{urllib.parse.urlencode(query)}"
-        request = urllib.request.Request(url, b"", self._headers, method=method)
+        request = urllib.request.Request(url, b"{}", self._headers, method=method)
+        request.add_header("Content-Type", "application/json")
         try:
             with self._opener.open(request, timeout=silence_s + SLACK_S) as answer:
                 for line in answer:

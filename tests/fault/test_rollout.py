@@ -43,7 +43,7 @@ async def test_a_rollout_replaces_every_worker_of_serve_and_fails_no_request(
             asyncio.create_task(ask_on_and_on("sim:pirate" if n % 2 else "sim"))
             for n in range(STREAMS)
         ]
-        async with http.post(f"{s.url}/admin/rollout") as answer:
+        async with http.post(f"{s.url}/admin/rollout", json={}) as answer:
             assert answer.status == 200
             steps = [json.loads(line) async for line in answer.content]
         going = False
