@@ -152,11 +152,13 @@ class Cluster:
         return await self.post("/v1/chat/completions", chat_body(model, prompt, **more))
 
     async def put(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
-        async with self.http.put(self.url + path, data=msgspec.json.encode(body)) as answer:
+        data, json = msgspec.json.encode(body), {"Content-Type": "application/json"}
+        async with self.http.put(self.url + path, data=data, headers=json) as answer:
             return answer.status, msgspec.json.decode(await answer.read())
 
     async def delete(self, path: str) -> tuple[int, Any]:
-        async with self.http.delete(self.url + path) as answer:
+        json = {"Content-Type": "application/json"}
+        async with self.http.delete(self.url + path, headers=json) as answer:
             return answer.status, msgspec.json.decode(await answer.read())
 
     async def text(self, model: str, prompt: str = "hello", **more: Any) -> str:

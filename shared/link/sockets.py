@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import ipaddress
 import logging
 import os
 from collections.abc import Callable
@@ -234,15 +235,28 @@ def open_context() -> zmq.Context[zmq.Socket[bytes]]:
 
 
 def check_endpoint(endpoint: str, secret: str | None, insecure: bool) -> None:
-    """Raises LinkError for a TCP address without the shared secret."""
+    """Raises LinkError for a TCP address that other machines reach without the shared secret. On
+    loopback other users and containers of this host reach it: that is logged.
+    """
     if endpoint.startswith("ipc://") or secret or insecure:
         return
-    raise LinkError(
-        f"{endpoint} would let anyone who reaches it (on loopback: every user and container of "
-        "this host) run requests and read answers: set gateway.link.secret_env to the name of an "
-        "environment variable that holds a shared secret (the same for all workers), use ipc on "
-        "one machine, or set gateway.link.insecure: true on a trusted network"
+    why = (
+        f"{endpoint} lets anyone who reaches it run requests and read answers: set "
+        "gateway.link.secret_env to the name of an environment variable that holds a shared secret "
+        "(the same for all workers), use ipc on one machine, or set gateway.link.insecure: true on "
+        "a trusted network"
     )
+    if not _is_loopback(endpoint):
+        raise LinkError(why)
+    log.warning("link without a secret", extra={"why": why})
+
+
+def _is_loopback(endpoint: str) -> bool:
+    host = endpoint.removeprefix("tcp://").rsplit(":", 1)[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def secret_from_env(name: str | None) -> str | None:

@@ -384,7 +384,8 @@ ADMIN_PATHS = [
 
 
 async def ask(c: Cluster, method: str, path: str, key: str | None) -> int:
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    headers = {"Content-Type": "application/json"}
+    headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
     data = b'{"lora_name": "a"}' if method == "POST" else None
     async with c.http.request(method, c.url + path, data=data, headers=headers) as answer:
         await answer.read()

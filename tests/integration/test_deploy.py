@@ -388,7 +388,10 @@ class Local:
             {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 2}
         ).encode()
         with urllib.request.urlopen(
-            urllib.request.Request(self.url + "/v1/chat/completions", body), timeout=WAIT_S
+            urllib.request.Request(
+                self.url + "/v1/chat/completions", body, {"Content-Type": "application/json"}
+            ),
+            timeout=WAIT_S,
         ) as answer:
             return str(json.load(answer)["choices"][0]["message"]["content"])
 

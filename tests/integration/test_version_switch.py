@@ -253,7 +253,7 @@ async def chat_in_one_piece(c: Cluster) -> tuple[int, Any]:
     async with asyncio.timeout(LIMIT_S):
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: "
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
             b"application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
         )
         head = await reader.readuntil(b"\r\n\r\n")

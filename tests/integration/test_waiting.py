@@ -41,7 +41,7 @@ async def connect(c: Cluster) -> tuple[asyncio.StreamReader, asyncio.StreamWrite
 def raw_request(body: dict[str, object], version: str = "1.1") -> bytes:
     data = json.dumps(body).encode()
     head = (
-        f"POST /v1/chat/completions HTTP/{version}\r\nHost: x\r\nContent-Type: "
+        f"POST /v1/chat/completions HTTP/{version}\r\nHost: localhost\r\nContent-Type: "
         f"application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     )
     return head.encode() + data

@@ -10,7 +10,10 @@ from pathlib import Path
 
 from gateway.accounts.ledger import Ledger
 
-NOW = time.time()
+
+def around() -> tuple[float, float]:
+    """From well before this test to well after it, in seconds of the Unix epoch."""
+    return time.time() - 300, time.time() + 300
 
 
 async def test_what_was_used_is_summed_by_key_base_and_adapter(tmp_path: Path) -> None:
@@ -20,17 +23,17 @@ async def test_what_was_used_is_summed_by_key_base_and_adapter(tmp_path: Path) -
     await ledger.flush()
     ledger.note("a", "llama", "x", 10, 100)
     ledger.note("b", "llama", "x", 5, 7)
-    found = await ledger.query(NOW - 5, NOW + 60, ["key"])
+    found = await ledger.query(*around(), ["key"])
     assert found == [
         {"key": "a", "requests": 3, "prompt_tokens": 21, "output_tokens": 202},
         {"key": "b", "requests": 1, "prompt_tokens": 5, "output_tokens": 7},
     ]
-    by_day = await ledger.query(NOW - 5, NOW + 60, ["base", "adapter", "day"])
+    by_day = await ledger.query(*around(), ["base", "adapter", "day"])
     assert [(row["adapter"], row["output_tokens"]) for row in by_day] == [("x", 207), ("", 2)]
-    assert int(by_day[0]["day"]) % 86_400 == 0 and NOW - int(by_day[0]["day"]) < 86_400 + 60
-    assert (await ledger.query(NOW - 5, NOW + 60, []))[0]["requests"] == 4
-    assert await ledger.query(NOW + 60, NOW + 120, ["key"]) == []
-    assert await ledger.query(NOW + 60, NOW + 120, []) == []
+    assert int(by_day[0]["day"]) % 86_400 == 0 and time.time() - int(by_day[0]["day"]) < 86_400 + 60
+    assert (await ledger.query(*around(), []))[0]["requests"] == 4
+    assert await ledger.query(time.time() + 60, time.time() + 120, ["key"]) == []
+    assert await ledger.query(time.time() + 60, time.time() + 120, []) == []
     await ledger.close()
 
 
@@ -41,7 +44,7 @@ async def test_two_processes_write_to_the_same_files_and_either_tells_of_both(
     one.note("a", "llama", "", 1, 1)
     two.note("a", "llama", "", 1, 1)
     await asyncio.gather(one.flush(), two.flush())
-    assert (await two.query(0, NOW + 60, ["key"]))[0]["requests"] == 2
+    assert (await two.query(*around(), ["key"]))[0]["requests"] == 2
     await one.close()
     await two.close()
 
@@ -71,7 +74,7 @@ async def test_what_was_flushed_outlives_kill_9(tmp_path: Path) -> None:
         process.kill()
         await process.wait()
     ledger = Ledger(tmp_path)
-    assert (await ledger.query(0, NOW + 60, ["key"]))[0]["requests"] == 1
+    assert (await ledger.query(*around(), ["key"]))[0]["requests"] == 1
     await ledger.close()
 
 
@@ -84,7 +87,7 @@ async def test_what_cannot_be_written_is_kept_until_it_can(tmp_path: Path) -> No
     ledger.note("a", "llama", "", 1, 1)
     await ledger.flush()
     folder.unlink()
-    assert (await ledger.query(0, NOW + 60, ["key"]))[0]["requests"] == 2
+    assert (await ledger.query(*around(), ["key"]))[0]["requests"] == 2
     await ledger.close()
 
 
