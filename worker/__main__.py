@@ -29,7 +29,8 @@ from shared.config.llm import LLMConfig, Settings
 from shared.config.parts import BUCKETS
 from shared.config.settings_file import SERVE_SETTINGS, read_settings
 from shared.errors import ConfigError, LoraplexError
-from shared.link.sockets import open_context, secret_from_env
+from shared.link.secret import link_secret
+from shared.link.sockets import open_context
 from shared.runtime import log as runtime_log
 from shared.runtime.owned_folder import temporary_folder
 from shared.runtime.process import follow_parent, on_stop_signals
@@ -66,7 +67,9 @@ async def serve(
     model = settings.model
     engine = make_engine(model, settings.stream_gap_s)
     context = open_context()
-    secret = secret_from_env(settings.secret_env)
+    secret = link_secret(
+        settings.secret_env, settings.insecure, settings.gateways, settings.state_dir
+    )
     sessions = [
         GatewaySession(context, endpoint, settings.worker, settings.epoch, secret)
         for endpoint in settings.gateways

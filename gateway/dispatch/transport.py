@@ -9,6 +9,7 @@ import functools
 import secrets
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 from gateway.supervisor.endpoints import Endpoints
@@ -16,7 +17,8 @@ from gateway.telemetry.prometheus import Metrics
 from shared.config.llm import Settings
 from shared.link import messages
 from shared.link.endpoint import PING_S, LinkEnd
-from shared.link.sockets import RouterSocket, SendResult, open_context, secret_from_env
+from shared.link.secret import link_secret
+from shared.link.sockets import RouterSocket, SendResult, open_context
 
 STOOD_STILL_S = 2 * PING_S
 """A tick that comes this much later than it should says that this process stood still: what the
@@ -66,7 +68,12 @@ class LinkTransport:
         Raises ConfigError or LinkError where an address cannot be bound.
         """
         link = self._settings.gateway.link
-        secret = secret_from_env(link.secret_env)
+        secret = link_secret(
+            link.secret_env,
+            link.insecure,
+            (self._where.control, self._where.data),
+            Path(self._settings.gateway.state_dir).expanduser(),
+        )
         context = open_context()
         self._events = events
         bind = functools.partial(RouterSocket, context, secret=secret, insecure=link.insecure)

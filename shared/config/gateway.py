@@ -38,7 +38,7 @@ class LinkConfig(Section, frozen=True, kw_only=True):
     control and one for data.
 
     On TCP the link needs `secret_env`, the name of a variable with a shared secret, or an explicit
-    `insecure: true`. On loopback its absence is a warning: other users of the host can join.
+    `insecure: true`. On loopback gateway and workers with the same state_dir make one themselves.
     `peer` is where a worker gives adapters to workers of other hosts: tcp://host:port (port 0: any
     free one, else the first free one from there on), "off", or "auto": every address and any free
     port where the link leaves this machine and has a secret, else off.
@@ -101,13 +101,13 @@ class LinkConfig(Section, frozen=True, kw_only=True):
         yield from _variable_rule("secret_env", values.get("secret_env"))
         if values.get("secret_env") is None and values.get("insecure") is False:
             for name, host in hosts.items():
-                here = is_loopback(host)
-                whom = "every user and container of this host" if here else "other machines"
-                text = (
-                    f"{shown(host)} is reachable from {whom}; set secret_env to the name of a "
-                    "variable with a shared secret, or insecure: true on a private network"
-                )
-                yield Finding((name,), text, "warning" if here else "error")
+                if not is_loopback(host):  # there the processes of one state_dir make a secret
+                    yield Finding(
+                        (name,),
+                        f"{shown(host)} is reachable from other machines; set secret_env to the "
+                        "name of a variable with a shared secret, or insecure: true on a private "
+                        "network",
+                    )
 
 
 class HTTPConfig(Section, frozen=True, kw_only=True):

@@ -12,9 +12,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
-import ipaddress
 import logging
-import os
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -235,43 +233,15 @@ def open_context() -> zmq.Context[zmq.Socket[bytes]]:
 
 
 def check_endpoint(endpoint: str, secret: str | None, insecure: bool) -> None:
-    """Raises LinkError for a TCP address that other machines reach without the shared secret. On
-    loopback other users and containers of this host reach it: that is logged.
-    """
+    """Raises LinkError for a TCP address without the shared secret."""
     if endpoint.startswith("ipc://") or secret or insecure:
         return
-    why = (
-        f"{endpoint} lets anyone who reaches it run requests and read answers: set "
+    raise LinkError(
+        f"{endpoint} would let anyone who reaches it run requests and read answers: set "
         "gateway.link.secret_env to the name of an environment variable that holds a shared secret "
         "(the same for all workers), use ipc on one machine, or set gateway.link.insecure: true on "
         "a trusted network"
     )
-    if not _is_loopback(endpoint):
-        raise LinkError(why)
-    log.warning("link without a secret", extra={"why": why})
-
-
-def _is_loopback(endpoint: str) -> bool:
-    host = endpoint.removeprefix("tcp://").rsplit(":", 1)[0].strip("[]")
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def secret_from_env(name: str | None) -> str | None:
-    """The shared secret that keys the link, read from the environment variable `name`. Raises
-    LinkError where it is named but empty.
-    """
-    if not name:
-        return None
-    value = os.environ.get(name, "")
-    if len(value) < 16:
-        raise LinkError(
-            f"the environment variable {name} must hold the link's shared secret, at "
-            "least 16 characters"
-        )
-    return value
 
 
 @functools.lru_cache(maxsize=4)  # 50 ms, and a worker connects to peers while it serves
