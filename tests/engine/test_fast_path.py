@@ -22,6 +22,7 @@ import yaml
 
 from shared.adapters.identity import AdapterRef
 from shared.config.settings_file import read_settings
+from shared.endpoints import ErrorFamily
 from shared.errors import EngineFailure
 from tests.harness import DEMO, demo_config
 from worker.engine.base import EngineRequest, Loaded, Swap
@@ -171,7 +172,14 @@ async def _by_vllm(
         stream = _serving(path).completion_stream_generator(
             body, [None], results(True), "id-1", 1700000000, "demo", 1, tokenizer, meta
         )
-    return "".join([event async for event in stream]).encode()
+    # what tells of an error is in our own shape in either way
+    return b"".join([_in_our_shape(event.encode()) async for event in stream])
+
+
+def _in_our_shape(event: bytes) -> bytes:
+    from worker.engine.vllm.app.errors import event_in_our_shape
+
+    return event_in_our_shape(event, ErrorFamily.OPENAI, ()) or event
 
 
 def _serving(path: str) -> Any:

@@ -136,7 +136,12 @@ async def behind_proxies(
 
 
 def tcp_config(adapters: Path, lease_s: float = 3.0) -> dict[str, object]:
-    link = {"control": "tcp://127.0.0.1:0", "data": "tcp://127.0.0.1:0", "peer": "off"}
+    link = {
+        "control": "tcp://127.0.0.1:0",
+        "data": "tcp://127.0.0.1:0",
+        "peer": "off",
+        "insecure": True,  # the proxy reads which port is the data socket's
+    }
     return sim_config(adapters, sim={"itl_ms": ITL_MS}, lease_s=lease_s, link=link)
 
 

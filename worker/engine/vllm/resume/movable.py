@@ -301,12 +301,13 @@ def _tell_tokens(progress: Progress, state: Any) -> None:
     """Of an answer that is sent whole; not those of its last step, which it comes with."""
     make = state.make_request_output
 
+    # vLLM passes these by position where an answer goes on, and by name where it is aborted.
     def make_request_output(
-        new_token_ids: list[int], pooling: Any, finish_reason: Any, *more: Any, **named: Any
+        new_token_ids: list[int], pooling_output: Any, finish_reason: Any, *more: Any, **named: Any
     ) -> Any:
         if finish_reason is None and new_token_ids:
             progress.tell(pack(new_token_ids))
-        return make(new_token_ids, pooling, finish_reason, *more, **named)
+        return make(new_token_ids, pooling_output, finish_reason, *more, **named)
 
     state.make_request_output = make_request_output
 
