@@ -191,6 +191,7 @@ class VLLMEngine:
         self._adapters: Adapters | None = None
         self._watch: asyncio.Task[None] | None = None
         self._pace: asyncio.Task[None] | None = None
+        self._earlier: set[int] = set()  # processes below this one that are not the engine's
         self._processes: list[int] = []  # EngineCore and its ranks
         self._forget_exits: list[Callable[[], None]] = []
         self._broken = False
@@ -202,6 +203,7 @@ class VLLMEngine:
         """Boots the engine beside the event loop. Raises ConfigError or EngineFailure with vLLM's
         own words.
         """
+        self._earlier = set(descendants())
         loop = asyncio.get_running_loop()
         try:
             self._engine = await loop.run_in_executor(self._boot_thread, self._boot)
@@ -305,7 +307,7 @@ class VLLMEngine:
             forget()
         if self._broken:
             # what is stopped or stuck would only be waited for
-            kill_all([*descendants(), *self._processes])
+            kill_all([below for p in self._processes for below in (*descendants(p), p)])
         if self._engine is not None:
             if self._engine.output_handler is not None:
                 # else it may see the engine gone before it is told to end, and logs that as its
@@ -359,7 +361,11 @@ class VLLMEngine:
 
     def _watch_processes(self) -> None:
         """EngineCore and its ranks, one by one: vLLM takes 9 s to notice that a rank was killed."""
-        self._processes = [p for p in descendants() if "resource_tracker" not in command_line(p)]
+        self._processes = [
+            p
+            for p in descendants()
+            if p not in self._earlier and "resource_tracker" not in command_line(p)
+        ]
         kills = out_of_memory_kills()
 
         def ended(pid: int) -> None:
