@@ -57,7 +57,12 @@ async def test_a_zygote_that_is_killed_is_replaced_and_serve_leaves_nothing_behi
     ]
     log = tmp_path / "serve.log"
     temporary = Path(tempfile.mkdtemp())  # a socket's path must be short
-    env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "TMPDIR": str(temporary)}
+    env = {
+        **os.environ,
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TMPDIR": str(temporary),
+        "HOME": str(tmp_path),
+    }
     with log.open("wb") as stderr:
         process = await asyncio.create_subprocess_exec(
             *argv, stdout=asyncio.subprocess.PIPE, stderr=stderr, env=env, start_new_session=True
