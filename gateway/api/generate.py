@@ -69,7 +69,8 @@ class GenerationAPI:
             account = services.keys.account_of(authorization_of(request))
             if len(request.body) > services.limits.bounds.max_prompt_bytes:
                 return None  # looked at beside the loop
-            exchange = Exchange(services, account, request, request.body, stream)
+            body = request.body.removeprefix(schema.BYTE_ORDER_MARK)
+            exchange = Exchange(services, account, request, body, stream)
             target = services.resolver.at_once(exchange.model)
             if target is None:
                 return None
@@ -100,7 +101,7 @@ class GenerationAPI:
     async def aiohttp_path(self, request: web.BaseRequest) -> web.StreamResponse:
         """Raises LoraplexError where nothing has been sent to the client."""
         services = self._services
-        body = await request.read()
+        body = (await request.read()).removeprefix(schema.BYTE_ORDER_MARK)
         asked, stream = AiohttpRequest(request), self._writer(request)
         fields = await self._read_aside(asked, body)
         account = services.keys.account_of(authorization_of(asked))

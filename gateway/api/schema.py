@@ -115,6 +115,10 @@ def read_fields(
     return parse_body_fields(body, bounds)
 
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Some clients put it before their JSON. vLLM ignores it; a body is sent on without it."""
+
+
 def parse_body_fields(body: bytes, bounds: Bounds = DEFAULT_BOUNDS) -> BodyFields:
     """Raises InvalidRequest, with `param` where a field is at fault."""
     try:

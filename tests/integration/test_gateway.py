@@ -44,6 +44,21 @@ async def test_a_request_names_base_or_adapter_and_the_right_one_answers(
             assert headers["x-loraplex-worker"] == "w0"
 
 
+@pytest.mark.parametrize("prompt_bytes", [5, 300_000], ids=["small", "read aside"])
+async def test_a_byte_order_mark_before_a_body_is_ignored(
+    tmp_path: Path, adapters: Path, prompt_bytes: int
+) -> None:
+    config = sim_config(adapters)
+    config["llm_configs"][0]["engine_kwargs"]["max_model_len"] = 1_000_000
+    async with cluster(config, tmp_path) as c:
+        await c.start_worker("w0")
+        body = b"\xef\xbb\xbf" + msgspec.json.encode(
+            chat_body("sim", "x" * prompt_bytes, max_tokens=1)
+        )
+        status, answer, _ = await c.post("/v1/chat/completions", body)
+        assert status == 200, answer
+
+
 async def test_models_lists_bases_and_adapters_with_their_parent(
     tmp_path: Path, adapters: Path
 ) -> None:
