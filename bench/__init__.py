@@ -1,5 +1,5 @@
-"""Pure. Load generation and measurement: `python -m bench.load` speaks HTTP to any
-OpenAI-compatible server.
+"""Pure. The benchmarks. `bench.load` is a load test for any OpenAI-compatible server. The others
+start what they measure.
 """
 
 from pathlib import Path

@@ -21,7 +21,7 @@ from bench import ROOT
 from bench.load.__main__ import measure
 from bench.load.options import parse
 from bench.load.report import document
-from gateway.supervisor.background import Background
+from gateway.supervisor.background_server import BackgroundServer
 from shared.config.settings_file import load_settings
 
 COMMON = [
@@ -72,7 +72,7 @@ def run(repeat: int) -> list[dict[str, Any]]:
         gateway = msgspec.structs.replace(
             settings.gateway, port=0, state_dir=folder, log_level="error"
         )
-        with Background.start(msgspec.structs.replace(settings, gateway=gateway)) as server:
+        with BackgroundServer.start(msgspec.structs.replace(settings, gateway=gateway)) as server:
             url = server.url.removesuffix("/v1")
             made = []
             for round_ in range(repeat):

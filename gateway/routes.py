@@ -1,40 +1,35 @@
-"""Shell. The HTTP surface: which path is answered by whom, who may ask, and how errors become
+"""Shell. The HTTP surface: which handler answers which path, who may ask, and how errors become
 answers.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 
 from aiohttp import web
 
 from gateway.accounts.account import Account
 from gateway.adapters.catalog import Catalog
-from gateway.admin.adapters import AdapterAdmin
-from gateway.admin.aliases import AliasAdmin
-from gateway.admin.autoscale import ScalingAdmin
-from gateway.admin.live import LiveAdmin
-from gateway.admin.requests import RequestAdmin
-from gateway.admin.usage import UsageAdmin
-from gateway.admin.workers import WorkerAdmin
-from gateway.api.exchange import GenerationServices
+from gateway.admin.operator_api import OperatorAPI
+from gateway.admin.parameters import Handler
+from gateway.api.exchange import GenerationServices, RequestLimits
 from gateway.api.generate import GenerationAPI
 from gateway.api.models import ModelList, model_card, where
 from gateway.api.openapi import docs_page, openapi
+from gateway.batches.batch_api import BatchAPI
 from gateway.dashboard.pages import Pages
-from gateway.http.bodies import answer, to_json
-from gateway.http.browsers import BrowserPolicy
+from gateway.http.body_reader import BodyLimits, BodyReader
+from gateway.http.browser_policy import BrowserPolicy
 from gateway.http.headers import AiohttpRequest, authorization_of, request_id_of
-from gateway.http.intake import BodyIntake, BodyLimits
+from gateway.http.json_responses import answer, to_json
 from gateway.http.server import ConnectionLimits, Server
 from gateway.telemetry.aggregation import ProcessAggregator
-from gateway.telemetry.failures import Failures
+from gateway.telemetry.prometheus import OPEN_METRICS, OPEN_METRICS_TYPE, PLAIN_TYPE
+from gateway.telemetry.unexpected_errors import UnexpectedErrors
 from loraplex import __version__
-from shared.endpoints import ENDPOINTS, RESPONSES_PATH, errors_of
+from shared.api_endpoints import ENDPOINTS, RESPONSES_PATH, errors_of
 from shared.errors import LoraplexError, MethodNotAllowed, ModelNotFound, RouteNotFound
-
-Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class Routes:
@@ -43,54 +38,63 @@ class Routes:
     Args:
         services: those of requests for tokens; the other routes share some of them.
         catalogs: every configured base model; None where it has no adapter store.
-        admin: what operators may ask, with keys of their own.
+        operators: what operators may ask under /admin. They have keys of their own.
+        aggregator: the numbers of the other gateway processes, for /metrics.
+        browsers: what pages in web browsers may do here.
+        batches: files of requests.
     """
 
     def __init__(
         self,
         services: GenerationServices,
         catalogs: Mapping[str, Catalog | None],
-        admin: AdapterAdmin,
-        aliases: AliasAdmin,
+        operators: OperatorAPI,
         aggregator: ProcessAggregator,
-        scaling: ScalingAdmin,
-        usage: UsageAdmin,
-        workers: WorkerAdmin,
         browsers: BrowserPolicy,
-        requests: RequestAdmin,
-        live: LiveAdmin,
+        batches: BatchAPI,
     ) -> None:
         self._dispatcher = services.dispatcher
         self._catalogs = catalogs
         self._resolver = services.resolver
         self._metrics = services.metrics
-        self._failures = Failures(services.metrics)
+        self._unexpected_errors = UnexpectedErrors(services.metrics)
         self._keys = services.keys
         self._limits = services.limits
         self._browsers = browsers
         self._generation = GenerationAPI(services, browsers)
-        self._admin = admin
-        self._aliases = aliases
+        self._operators = operators
         self._aggregator = aggregator
-        self._scaling = scaling
-        self._usage = usage
-        self._workers = workers
-        self._requests = requests
-        self._live = live
+        self._batches = batches
         self._pages = Pages(services.keys)
         self._created = int(time.time())
         self._contexts: dict[str, int] = {}
         self._models = ModelList(catalogs, services.resolver.aliases, self._created, self._context)
         self._routes: dict[tuple[str, str], Handler] = {}
+        self._server: Server | None = None
+
+    def configure(self, limits: RequestLimits) -> None:
+        """How much a request may be, from now on."""
+        self._limits = limits
+        if self._server is not None:
+            self._server.configure(_body_limits(limits))
 
     def http_server(self, limits: ConnectionLimits) -> Server:
-        """aiohttp without its Application (a dozen fixed paths need no router), behind the fast
-        path for simple requests.
+        """The HTTP server for these routes. A dozen fixed paths need no router, so aiohttp's
+        Application is not used. Simple requests take the fast path in front of it.
         """
-        self._routes = {
-            ("POST", path): self._guarded(self._generation.aiohttp_path) for path in ENDPOINTS
-        }
-        self._routes |= {
+        self._routes = self._table()
+        self._server = Server(
+            self._handle,
+            fast_path=self._generation.fast_path,
+            paths=frozenset(ENDPOINTS),
+            intake=BodyReader(_body_limits(self._limits)),
+            limits=limits,
+        )
+        return self._server
+
+    def _table(self) -> dict[tuple[str, str], Handler]:
+        """(method, path) -> handler, for every path without an id in it."""
+        table: dict[tuple[str, str], Handler] = {
             ("GET", "/v1/models"): self._guarded(self.models),
             ("GET", "/health"): self.health,
             ("GET", "/ready"): self.ready,
@@ -99,38 +103,20 @@ class Routes:
             ("GET", "/openapi.json"): self.openapi,
             ("GET", "/docs"): self.docs,
         }
-        operators = {
-            **self._admin.routes(),
-            **self._aliases.routes(),
-            **self._scaling.routes(),
-            **self._usage.routes(),
-            **self._workers.routes(),
-            **self._requests.routes(),
-            **self._live.routes(),
-        }
-        self._routes |= {
-            route: self._guarded(handler, admin=True) for route, handler in operators.items()
-        }
-        self._routes |= {
-            route: self._answered(handler) for route, handler in self._pages.routes().items()
-        }
-        self._routes |= {
-            ("HEAD", path): handler
-            for (method, path), handler in self._routes.items()
-            if method == "GET"
-        }
-        bodies = BodyLimits(self._limits.max_body_bytes, self._limits.max_unfinished_body_bytes)
-        return Server(
-            self._handle,
-            fast_path=self._generation.fast_path,
-            paths=frozenset(ENDPOINTS),
-            intake=BodyIntake(bodies),
-            limits=limits,
-        )
+        for path in ENDPOINTS:
+            table["POST", path] = self._guarded(self._generation.aiohttp_path)
+        for route, handler in self._batches.routes().items():
+            table[route] = self._guarded(handler)
+        for route, handler in self._operators.routes().items():
+            table[route] = self._guarded(handler, admin=True)
+        for route, handler in self._pages.routes().items():
+            table[route] = self._answered(handler)
+        heads = {("HEAD", path): table["GET", path] for method, path in table if method == "GET"}
+        return table | heads
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         origin = request.headers.get("Origin")
-        if origin is None or not self._browsers.allows_pages or not request.path.startswith("/v1/"):
+        if origin is None or not self._browsers.allows_pages or not _is_api(request.path):
             return await self._find(request)
         if request.method == "OPTIONS":
             return web.Response(status=204, headers=self._browsers.preflight(request.headers.get))
@@ -143,31 +129,30 @@ class Routes:
         path = _canonical(request.path)
         handler = self._routes.get((request.method, path)) or self._below(request.method, path)
         if handler is None:
-            rooms = (self._admin, self._aliases, self._workers, self._requests)
-            found = next((f for room in rooms if (f := room.below(request.method, path))), None)
+            found = self._operators.below(request.method, path)
             handler = self._guarded(found, admin=True) if found is not None else None
         return await (handler or self.nowhere)(request)
 
     def _below(self, method: str, path: str) -> Handler | None:
-        """What has an id in its path."""
+        """The handler for a path of the API with an id in it. None: there is no such path."""
         if path.startswith("/v1/models/") and method in ("GET", "HEAD"):
             return self._guarded(self.model)
         if path.startswith(RESPONSES_PATH + "/"):
             _, _, rest = path.removeprefix(RESPONSES_PATH + "/").partition("/")
             if (method, rest) in (("GET", ""), ("POST", "cancel")):
                 return self._guarded(self._generation.kept)
-        return None
+        found = self._batches.below(method, path)
+        return self._guarded(found) if found is not None else None
 
     def _allowed(self, path: str) -> list[str]:
-        """The methods that the path has."""
+        """The methods that this path answers."""
         tried = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
         return [
             method
             for method in tried
             if (method, path) in self._routes
             or self._below(method, path) is not None
-            or self._admin.below(method, path) is not None
-            or self._aliases.below(method, path) is not None
+            or self._operators.below(method, path) is not None
         ]
 
     # ---- models ----------------------------------------------------------------------------------
@@ -189,10 +174,12 @@ class Routes:
         return web.Response(body=to_json(card), content_type="application/json")
 
     def _context(self, base: str) -> int:
-        """The model's context in tokens, as its workers have told; 0: none has yet."""
+        """The context length of the model in tokens, as its workers report it. 0: no worker has
+        reported yet.
+        """
         for worker in self._dispatcher.fleet.routable(base)[:1]:
-            if worker.beat.max_model_len:
-                self._contexts[base] = worker.beat.max_model_len
+            if worker.heartbeat.max_model_len:
+                self._contexts[base] = worker.heartbeat.max_model_len
         return self._contexts.get(base, 0)
 
     def _account_of(self, request: web.BaseRequest) -> Account:
@@ -204,20 +191,16 @@ class Routes:
         return web.json_response({"status": "ok"})
 
     async def ready(self, request: web.BaseRequest) -> web.Response:
-        """200 once every model that can start has a worker that serves, or may have none because a
-        request will start one; and at least one model is so. With `?model=`: whether this one is.
+        """200 if this gateway can serve: every model that can start has a worker, or may have none
+        because a request will start one. At least one model must be so. With `?model=` only that
+        one counts.
         """
         dispatcher = self._dispatcher
         serving = {base: len(dispatcher.fleet.routable(base)) for base in self._catalogs}
-        asleep = {
-            base
-            for base, status in dispatcher.scaling.items()
-            if status.scales and not status.min_replicas
-        }
         why = {base: dispatcher.why_unavailable(base) for base in serving}
         models = {
             base: {
-                "ready": bool(n) or (base in asleep and why[base] is None),
+                "ready": bool(n) or (base in dispatcher.from_zero and why[base] is None),
                 "workers": n,
                 "reason": why[base],
             }
@@ -237,13 +220,16 @@ class Routes:
         )
 
     async def metrics(self, request: web.BaseRequest) -> web.Response:
-        """Of all gateway processes, whichever is asked."""
-        ring = self._keys.ring
-        tenants = not ring.apart or ring.is_admin(request.headers.get("Authorization", ""))
-        body = self._metrics.render(*await self._aggregator.all(), tenants=tenants)
-        return web.Response(
-            body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        """The counts of all gateway processes, whichever of them is asked."""
+        authorization = authorization_of(AiohttpRequest(request))
+        tenants = self._keys.ring.sees_tenants(authorization, time.time())
+        accepted = request.headers.get("Accept", "").split(",")
+        exemplars = any(one.partition(";")[0].strip() == OPEN_METRICS for one in accepted)
+        body = self._metrics.render(
+            *await self._aggregator.all(), tenants=tenants, exemplars=exemplars
         )
+        kind = OPEN_METRICS_TYPE if exemplars else PLAIN_TYPE
+        return web.Response(body=body, headers={"Content-Type": kind})
 
     async def version(self, request: web.BaseRequest) -> web.Response:
         return web.json_response({"version": __version__})
@@ -255,6 +241,7 @@ class Routes:
         return web.Response(text=docs_page(openapi(__version__)), content_type="text/html")
 
     async def nowhere(self, request: web.BaseRequest) -> web.StreamResponse:
+        """The answer for a path without a handler: 405 if other methods have one, else 404."""
         path = _canonical(request.path)
         allowed = self._allowed(path)
         if not allowed:
@@ -269,7 +256,7 @@ class Routes:
     # ---- around every handler --------------------------------------------------------------------
 
     def _guarded(self, handler: Handler, *, admin: bool = False) -> Handler:
-        """Checks the key and turns errors into answers."""
+        """The handler behind a check of the key. Errors become answers."""
         check = self._keys.check_admin if admin else self._keys.account_of
 
         async def checked(request: web.BaseRequest) -> web.StreamResponse:
@@ -280,7 +267,7 @@ class Routes:
         return self._answered(checked)
 
     def _answered(self, handler: Handler) -> Handler:
-        """Turns errors into answers."""
+        """The handler with its errors turned into answers."""
 
         async def answered(request: web.BaseRequest) -> web.StreamResponse:
             try:
@@ -292,7 +279,7 @@ class Routes:
                 raise
             except Exception as exc:
                 # aiohttp's answer would be a bare 500, and its log would quote the request
-                return self._answer(self._failures.note(exc), request)
+                return self._answer(self._unexpected_errors.note(exc), request)
 
         return answered
 
@@ -305,6 +292,15 @@ class Routes:
         )
 
 
+def _body_limits(limits: RequestLimits) -> BodyLimits:
+    return BodyLimits(limits.max_body_bytes, limits.max_unfinished_body_bytes)
+
+
+def _is_api(path: str) -> bool:
+    """Whether pages that may call the API may call this path."""
+    return path.startswith("/v1/") or _canonical(path) in ENDPOINTS
+
+
 def _canonical(path: str) -> str:
-    """A slash at its end says nothing."""
+    """The path without a slash at its end: with one, it means the same."""
     return path.rstrip("/") or "/"

@@ -13,15 +13,19 @@ This module imports nothing of ours before the names are claimed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 
 PACKAGES = ("loraplex", "gateway", "worker", "shared", "bench")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 """The folder that holds our packages: `site-packages`, or a checkout."""
+STOPPED = 130
+"""The exit status of a command that Ctrl-C has ended, as shells have it."""
 WORKER_PID_ENV = "LORAPLEX_WORKER_PID"
 """Set by a worker for the processes that vLLM starts for it: the worker's own process id."""
 
@@ -66,10 +70,35 @@ def command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", os.path.join(ROOT, "loraplex", "start.py"), module, *arguments]
 
 
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Inside, Ctrl-C ends this process at once, without a traceback: there is nothing to tidy up.
+    A process that was told to ignore it, as a shell does for its background jobs, goes on to.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _stop)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def _stop(signum: int, frame: object) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, b"stopped\n")
+    os._exit(STOPPED)
+
+
 def cli() -> int:
     """The `loraplex` command."""
-    claim(*PACKAGES)
-    return int(importlib.import_module("gateway.cli.main").main())
+    with _ended_by_ctrl_c():
+        claim(*PACKAGES)
+        main = importlib.import_module("gateway.cli.main").main
+    status = int(main())
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)  # the interpreter's own end would print a traceback
+    return status
 
 
 def register() -> None:
@@ -83,12 +112,13 @@ def register() -> None:
 
 def _main() -> int:
     module = sys.argv.pop(1)
-    claim(*PACKAGES)
-    # for what this process starts in turn with `python -m`, as vLLM does
-    os.environ["PYTHONSAFEPATH"] = "1"
-    loaded = importlib.import_module(module)
-    if hasattr(loaded, "__path__"):
-        loaded = importlib.import_module(f"{module}.__main__")
+    with _ended_by_ctrl_c():
+        claim(*PACKAGES)
+        # for what this process starts in turn with `python -m`, as vLLM does
+        os.environ["PYTHONSAFEPATH"] = "1"
+        loaded = importlib.import_module(module)
+        if hasattr(loaded, "__path__"):
+            loaded = importlib.import_module(f"{module}.__main__")
     return int(loaded.main())
 
 

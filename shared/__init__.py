@@ -1,3 +1,3 @@
-"""Pure. What the gateway and the workers share: messages, config, names, errors, and the two doors
-to the outside (link, stores).
+"""Pure. What the gateway and the workers share: messages, config, names, errors, and the two places
+where data leaves the process (link and stores).
 """

@@ -1,5 +1,5 @@
-"""Pure. Errors as clients get them: one object in OpenAI's shape everywhere, Anthropic's on its
-paths, and the event that ends a stream that failed.
+"""Pure. Errors as clients get them. They are one object in OpenAI's shape; Anthropic's paths have
+Anthropic's shape. A stream that failed ends with the error as an event.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from shared.endpoints import ErrorFamily
+from shared.api_endpoints import ErrorFamily
 from shared.errors import LoraplexError
 
 _encode = msgspec.json.Encoder().encode
@@ -29,7 +29,8 @@ _ANTHROPIC_TYPE = {413: "request_too_large", 503: "overloaded_error", 504: "time
 
 def error_type(status: int, family: ErrorFamily = ErrorFamily.OPENAI) -> str:
     if family is ErrorFamily.ANTHROPIC:
-        return _ANTHROPIC_TYPE.get(status) or _TYPE.get(status, "api_error")
+        found = _ANTHROPIC_TYPE.get(status) or _TYPE.get(status)
+        return found or ("invalid_request_error" if status < 500 else "api_error")
     return _TYPE.get(status) or ("invalid_request_error" if status < 500 else "server_error")
 
 
@@ -40,8 +41,8 @@ def error_object(
     param: str | None,
     family: ErrorFamily = ErrorFamily.OPENAI,
 ) -> dict[str, Any]:
-    """`message`, `type`, `param` and `code`, all but `param` never empty; Anthropic's has a `type`
-    around it as well.
+    """The error object. `message`, `type` and `code` are never empty; `param` may be. Anthropic's
+    shape has one more `type` around it.
     """
     error = {
         "message": message,
@@ -55,17 +56,18 @@ def error_object(
 
 
 def error_body(error: LoraplexError, family: ErrorFamily = ErrorFamily.OPENAI) -> bytes:
+    """The error as the body of an answer."""
     return _encode(error_object(error.status, error.code, error.message, error.param, family))
 
 
 def error_event(error: LoraplexError, family: ErrorFamily = ErrorFamily.OPENAI) -> bytes:
-    """The same as the last events of a stream whose status has been sent; clients raise on it."""
+    """The error as the last events of a stream whose status has been sent. Clients raise on it."""
     return answer_event(error_body(error, family), family)
 
 
 def answer_event(body: bytes, family: ErrorFamily = ErrorFamily.OPENAI) -> bytes:
-    """A whole JSON answer (the engine's error, as a rule) as the last events of a stream. JSON's
-    line ends stand between tokens only.
+    """A whole JSON answer, usually an engine's error, as the last events of a stream. Line ends in
+    it stand between JSON's tokens only, so they can be removed.
     """
     line = b"data: " + body.replace(b"\r", b"").replace(b"\n", b"") + b"\n\n"
     if family is ErrorFamily.OPENAI:

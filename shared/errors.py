@@ -1,7 +1,7 @@
 """Pure. One tree of errors.
 
-`code` goes to clients and logs, `status` is the HTTP status of the answer, `retryable` says whether
-another worker or a later moment may succeed.
+`code` goes to clients and logs, and `status` is the HTTP status of the answer. `retryable` says
+whether another worker or a later moment may succeed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import ClassVar
 class LoraplexError(Exception):
     """Root of every error that Loraplex raises on purpose.
 
-    `message` is written for the person who gets it (no paths, no credentials); `param` names the
-    request field or the config key at fault; `retry_after_s` is set where waiting helps;
-    `request_id` once the request that failed has one. `headers` go into the answer.
+    `message` is written for the person who gets it, without paths and credentials. `param` names
+    the request field or the config key at fault. `retry_after_s` is set if waiting helps.
+    `request_id` is set once the failed request has one. `headers` go into the answer. `limit` names
+    the limit of its account that a request has hit.
     """
 
     code: str = "internal_error"
@@ -31,14 +32,17 @@ class LoraplexError(Exception):
         self.retry_after_s = retry_after_s
         self.request_id = ""
         self.headers: Mapping[str, str] = {}
+        self.limit = ""
 
 
 class InternalError(LoraplexError):
-    """Code of ours raised what it should not have; this request ends with it, and no other one."""
+    """A bug: our code raised an unexpected exception. Only this request ends with it."""
 
 
 class ConfigError(LoraplexError):
-    """The configuration cannot work. The message says what, where (file, line) and what to do."""
+    """The configuration cannot work. The message says what is wrong, where (file, line) and what to
+    do.
+    """
 
     code = "invalid_config"
 
@@ -55,6 +59,13 @@ class BodyTooLarge(LoraplexError):
     status = 413
 
 
+class HeadersTooLarge(LoraplexError):
+    """The line and the headers of a request are longer than anybody needs."""
+
+    code = "headers_too_large"
+    status = 431
+
+
 class BodyTimeout(LoraplexError):
     """The client was too slow to send its request."""
 
@@ -63,7 +74,7 @@ class BodyTimeout(LoraplexError):
 
 
 class UnsupportedEncoding(LoraplexError):
-    """A body that is compressed, or of a type, as nothing here reads it."""
+    """The body is compressed, or is of a type that nothing here reads."""
 
     code = "unsupported_encoding"
     status = 415
@@ -75,7 +86,7 @@ class InvalidApiKey(LoraplexError):
 
 
 class Forbidden(LoraplexError):
-    """Whoever it is may not do this, or nobody may as the gateway is configured."""
+    """This client may not do it, or nobody may with the gateway's configuration."""
 
     code = "forbidden"
     status = 403
@@ -92,14 +103,28 @@ class MethodNotAllowed(LoraplexError):
 
 
 class ResponseNotFound(LoraplexError):
-    """No answer is kept under this id, or it is another account's."""
+    """No answer is kept under this id, or it belongs to another account."""
 
     code = "response_not_found"
     status = 404
 
 
+class FileNotFound(LoraplexError):
+    """There is no such file of requests, or it belongs to another key. Both have the same words."""
+
+    code = "file_not_found"
+    status = 404
+
+
+class BatchNotFound(LoraplexError):
+    """There is no such batch, or it belongs to another key. Both have the same words."""
+
+    code = "batch_not_found"
+    status = 404
+
+
 class RequestNotFound(LoraplexError):
-    """No request of this id is remembered."""
+    """No request with this id is remembered."""
 
     code = "request_not_found"
     status = 404
@@ -113,7 +138,7 @@ class ModelNotFound(LoraplexError):
 
 
 class AdapterNotFound(LoraplexError):
-    """The base model exists, the adapter does not (in any store known to it)."""
+    """The base model exists, but the adapter does not (in no store of the model)."""
 
     code = "adapter_not_found"
     status = 404
@@ -142,15 +167,15 @@ class InvalidAdapter(LoraplexError):
 
 
 class TooManyPins(LoraplexError):
-    """Every slot but the one that must stay for other adapters is pinned."""
+    """Every slot is pinned, except the one that must stay for other adapters."""
 
     code = "too_many_pins"
     status = 409
 
 
 class StoreUnavailable(LoraplexError):
-    """The adapter store did not answer, refused us, or cut the transfer; what is cached keeps
-    working.
+    """The adapter store did not answer, refused us, or cut the transfer. What is cached can still
+    be served.
     """
 
     code = "store_unavailable"
@@ -159,7 +184,7 @@ class StoreUnavailable(LoraplexError):
 
 
 class Overloaded(LoraplexError):
-    """A queue is full, or no worker may take this request within its deadline."""
+    """A queue is full, or no worker may take this request before its deadline."""
 
     code = "overloaded"
     status = 503
@@ -167,8 +192,8 @@ class Overloaded(LoraplexError):
 
 
 class RateLimited(Overloaded):
-    """The same, where the config wants a full queue to be the client's limit (429), not the
-    server's trouble (503).
+    """Like Overloaded, if the config wants a full queue to count as the client's limit (429) and
+    not as the server's trouble (503).
     """
 
     code = "rate_limit_exceeded"
@@ -176,11 +201,11 @@ class RateLimited(Overloaded):
 
 
 class DeadlineExceeded(LoraplexError):
-    """The request's own time is over: what the client asked for (`x-loraplex-timeout-ms`), or the
-    server's bound for any request.
+    """The request took longer than the client allowed (`x-loraplex-timeout-ms`), or than the server
+    allows any request.
 
-    504, as proxies answer for what is behind them; 408, which Ray Serve gives, means a client that
-    was slow to send.
+    The status is 504, which proxies use for what is behind them. Ray Serve answers 408, which means
+    that the client was slow to send.
     """
 
     code = "deadline_exceeded"
@@ -189,7 +214,7 @@ class DeadlineExceeded(LoraplexError):
 
 
 class NotDoneInTime(LoraplexError):
-    """The worker has not answered yet; what it was asked for goes on."""
+    """The worker has not answered yet. It goes on with what it was asked for."""
 
     code = "not_done_in_time"
     status = 504
@@ -204,8 +229,29 @@ class WorkerUnavailable(LoraplexError):
     retryable = True
 
 
+REUSED_KEY = "This Idempotency-Key was used for another request; send a new key with a new request."
+
+
+class IdempotencyKeyReused(LoraplexError):
+    """The client has used its `Idempotency-Key` for another request. 422 is what
+    draft-ietf-httpapi-idempotency-key-header says.
+    """
+
+    code = "idempotency_key_reused"
+    status = 422
+
+
+class IdempotencyKeyInUse(LoraplexError):
+    """The first request with this `Idempotency-Key` still waits for a worker: there is no answer to
+    join yet.
+    """
+
+    code = "idempotency_key_in_use"
+    status = 409
+
+
 class ModelUnavailable(LoraplexError):
-    """No worker of the model serves, and each one that tried to start has failed: waiting would not
+    """No worker of the model serves, and each one that tried to start has failed. Waiting would not
     help soon.
     """
 
@@ -220,13 +266,15 @@ class EngineFailure(LoraplexError):
 
 
 class CannotContinue(LoraplexError):
-    """An answer that has begun cannot go on at this worker as it went on at the one before."""
+    """An answer that began on another worker cannot go on on this one as it would have gone on
+    there.
+    """
 
     code = "cannot_continue"
 
 
 class AnswerIncomplete(LoraplexError):
-    """The engine ended an answer in its middle; the engine itself goes on."""
+    """The engine ended an answer in its middle. The engine itself goes on."""
 
     code = "answer_incomplete"
 
@@ -241,12 +289,14 @@ def _descendants(cls: type[LoraplexError]) -> list[type[LoraplexError]]:
     return [c for child in cls.__subclasses__() for c in (child, *_descendants(child))]
 
 
-_OWN_PROCESS = (ConfigError, LinkError, InternalError)  # no worker sends their codes
+_OWN_PROCESS = (ConfigError, LinkError, InternalError)  # workers never send these codes
 _BY_CODE = {c.code: c for c in _descendants(LoraplexError) if c not in _OWN_PROCESS}
 
 
 UNFINISHED = frozenset({"missing_file", "header", "incomplete"})
-"""Reasons of InvalidAdapter that an upload in progress has, and that its end cures."""
+"""Reasons of InvalidAdapter that an unfinished upload has. They disappear when the upload is
+complete.
+"""
 UNFINISHED_RETRY_AFTER_S = 2.0
 
 

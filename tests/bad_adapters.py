@@ -1,8 +1,8 @@
-"""Shell. Every way to spoil a good adapter that the tests know, each with the code that its owner
-must get.
+"""Shell. Every way to spoil a good adapter that the tests know. Each has the error code that the
+adapter's owner must get.
 
-`KINDS[name].make(good, folder)` copies a good adapter and spoils the copy. Files are written byte
-by byte here, without the safetensors library, which would refuse to write most of them.
+`KINDS[name].make(good, folder)` copies a good adapter and spoils the copy. The files are written
+byte by byte here, because the safetensors library refuses to write most of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _VALUE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I8": 1}
 
 @dataclass
 class Values:
-    """One tensor. `raw` is little-endian."""
+    """One tensor. `raw` are its little-endian bytes."""
 
     dtype: str
     shape: list[int]
@@ -36,8 +36,8 @@ class Values:
 
 @dataclass
 class Draft:
-    """An adapter while it is being spoiled. `config_text` and `weights` replace the files that
-    would be written from the rest.
+    """An adapter that is being spoiled. If `config_text` or `weights` is set, it replaces the file
+    that would be written from the rest.
     """
 
     folder: Path
@@ -61,8 +61,8 @@ class Draft:
 
 @dataclass(frozen=True)
 class Kind:
-    """`spoil` changes the draft, `after` the folder once it is written. The expected code is
-    `invalid_adapter_` + `reason`.
+    """One way to spoil an adapter. `spoil` changes the draft, and `after` changes the folder once
+    it is written. The expected code is `invalid_adapter_` + `reason`.
     """
 
     reason: str
@@ -112,7 +112,12 @@ def read_tensors(path: Path) -> dict[str, Values]:
 
 
 def filled(dtype: str, shape: list[int], value: float = 0.01) -> Values:
-    numbers = np.full(shape, value, {"F64": "<f8", "F16": "<f2", "I8": "i1"}.get(dtype, "<f4"))
+    return stored(np.full(shape, value), dtype)
+
+
+def stored(values: np.ndarray[Any, Any], dtype: str) -> Values:
+    numbers = values.astype({"F64": "<f8", "F16": "<f2", "I8": "i1"}.get(dtype, "<f4"))
+    shape = list(values.shape)
     if dtype == "BF16":
         return Values(dtype, shape, (numbers.view("<u4") >> 16).astype("<u2").tobytes())
     return Values(dtype, shape, numbers.tobytes())
@@ -134,7 +139,7 @@ def config_text(text: str) -> Callable[[Draft], None]:
 
 
 def void(value: object) -> None:
-    """Lambdas must not answer with what they removed."""
+    """Calls the function and drops its result, because the type of `spoil` allows none."""
 
 
 def double_key(draft: Draft) -> None:
@@ -147,8 +152,8 @@ def double_key(draft: Draft) -> None:
 def poke(
     value: float, dtype: str | None = None, half: str = "B", everywhere: bool = False
 ) -> Callable[[Draft], None]:
-    """One value (or all) of the first tensor becomes `value`, after a change of its dtype where one
-    is named.
+    """Sets one value (or all) of the first tensor to `value`, after a change of its dtype if one is
+    named.
     """
 
     def spoil(draft: Draft) -> None:
@@ -195,7 +200,7 @@ def rename(change: Callable[[str], str], only_first: bool = False) -> Callable[[
 
 
 def other_rank(draft: Draft, rank: int) -> None:
-    """All tensors of this rank, the config unchanged."""
+    """Gives all tensors this rank and leaves the config as it is."""
     for name, t in draft.tensors.items():
         shape = [rank, t.shape[1]] if ".lora_A." in name else [t.shape[0], rank]
         draft.tensors[name] = filled(t.dtype, shape)
@@ -210,7 +215,7 @@ def rank_above(rank: int) -> Callable[[Draft], None]:
 
 
 def copy_layer(to: str) -> Callable[[Draft], None]:
-    """The first layer's tensors once more, under another module name."""
+    """Adds the first layer's tensors once more, under another module name."""
 
     def spoil(draft: Draft) -> None:
         module = draft.first().removesuffix(".lora_A.weight")
@@ -223,7 +228,7 @@ def copy_layer(to: str) -> Callable[[Draft], None]:
 
 
 def drop(half: str | None) -> Callable[[Draft], None]:
-    """The first layer's lora_A, its lora_B, or (None) both."""
+    """Removes the first layer's lora_A, its lora_B, or (None) both."""
 
     def spoil(draft: Draft) -> None:
         module = draft.first().removesuffix("lora_A.weight")
@@ -238,8 +243,8 @@ def drop(half: str | None) -> Callable[[Draft], None]:
 
 
 def unpaired(draft: Draft) -> None:
-    """The last layer's lora_B under a layer of its own kind that has no lora_A: both are left
-    alone.
+    """Renames the last layer's lora_B to a layer that has no lora_A. So both are left without a
+    partner.
     """
     name = sorted(n for n in draft.tensors if "lora_B" in n)[-1]
     draft.tensors[name.replace("lora_B", "lora_A")] = draft.tensors.pop(name)
@@ -255,7 +260,7 @@ def embedding(draft: Draft) -> None:
 
 
 def huge(draft: Draft) -> None:
-    """Finite weights whose products are not: NaN then arises inside the engine."""
+    """Finite weights whose products are infinite, so NaN arises inside the engine."""
     draft.tensors = {n: filled(t.dtype, t.shape, 1e4) for n, t in draft.tensors.items()}
 
 
@@ -274,9 +279,7 @@ def weights(change: Callable[[bytes], bytes]) -> Callable[[Draft], None]:
 
 
 def header(change: Callable[[dict[str, Any], str, str], None]) -> Callable[[Draft], None]:
-    """The header is changed as an object (with the names of its first two tensors), the values
-    stay.
-    """
+    """Changes the header as an object, with the names of its first two tensors. The values stay."""
 
     def spoil(draft: Draft) -> None:
         raw = safetensors(draft.tensors)
@@ -290,7 +293,7 @@ def header(change: Callable[[dict[str, Any], str, str], None]) -> Callable[[Draf
 
 
 def overlap(parsed: dict[str, Any], first: str, second: str) -> None:
-    """The second tensor gets values of the first one, at its own length."""
+    """The second tensor gets values of the first one, with its own length."""
     begin, end = parsed[second]["data_offsets"]
     parsed[second]["data_offsets"] = [begin - 4, end - 4]
 

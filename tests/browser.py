@@ -1,5 +1,5 @@
-"""Shell. A real Chromium for tests, spoken to by its own protocol (CDP) over a WebSocket: no driver
-and no further package.
+"""Shell. A real Chromium for tests. It is driven by its own protocol (CDP) over a WebSocket,
+without a driver and without a further package.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ FLAGS = (
 
 
 class Page:
-    """One tab. `asked` are the URLs that it has requested, `complaints` what its console said of
-    errors and of the content security policy.
+    """One tab. `asked` are the URLs that it has requested. `complaints` are the errors and the
+    violations of the content security policy on its console.
     """
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
@@ -95,6 +95,14 @@ class Page:
         await self.run(f"{script}.focus(), {script}.select()")
         await self.send("Input.insertText", text=text)
 
+    async def press(self, key: str) -> None:
+        """One key, as a person presses it: Tab moves the focus, Enter activates."""
+        known = {"Tab": 9, "Enter": 13, "Escape": 27}
+        named = {"key": key, "code": key, "windowsVirtualKeyCode": known[key]}
+        text = {"text": "\r"} if key == "Enter" else {}
+        await self.send("Input.dispatchKeyEvent", type="keyDown", **named, **text)
+        await self.send("Input.dispatchKeyEvent", type="keyUp", **named)
+
     async def open(self, url: str) -> None:
         await self.send("Page.navigate", url=url)
 
@@ -106,13 +114,19 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         await self.send("Emulation.setEmulatedMedia", features=[scheme])
 
+    async def cpu_s(self) -> float:
+        """The processor's time that the page's main thread has used for its tasks."""
+        await self.send("Performance.enable", timeDomain="threadTicks")
+        found = (await self.send("Performance.getMetrics"))["metrics"]
+        return float(next(m["value"] for m in found if m["name"] == "TaskDuration"))
+
     async def picture(self) -> bytes:
         return base64.b64decode((await self.send("Page.captureScreenshot", format="png"))["data"])
 
 
 @contextlib.asynccontextmanager
 async def browser() -> AsyncIterator[Page]:
-    """Raises AssertionError where no Chromium is installed."""
+    """A running browser. Raises AssertionError if no Chromium is installed."""
     program = shutil.which("chromium") or shutil.which("chromium-browser")
     assert program is not None, "these tests need Chromium: apt-get install chromium"
     async with contextlib.AsyncExitStack() as stack:
@@ -137,7 +151,7 @@ async def browser() -> AsyncIterator[Page]:
 
 
 async def _endpoint(http: aiohttp.ClientSession, profile: Path) -> str:
-    """Of the one tab."""
+    """The WebSocket of the browser's one tab."""
     async with asyncio.timeout(START_S):
         while True:
             facts = profile / "DevToolsActivePort"

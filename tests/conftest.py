@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,24 @@ import pytest_asyncio
 from shared.runtime.children import Zygote
 from tests.store_servers import gcs_url, moto_url, store_credentials
 
+ENGINE = Path(__file__).parent / "engine"
 __all__ = ["adapters", "gcs_url", "moto_url", "store_credentials", "zygote"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a fixture of their module run in one test process, so that it is set up
+    once. A booted server or an installed package is what costs time here. Tests with a group of
+    their own stay in it, and all of tests/engine are one group.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") or ENGINE in item.path.parents:
+            continue
+        module = item.nodeid.partition("::")[0]
+        known = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
+        used = [known[name][-1] for name in known if known[name]]
+        if any(f.scope == "module" and f.baseid == module for f in used):
+            item.add_marker(pytest.mark.xdist_group(module), append=False)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -19,6 +37,19 @@ async def zygote() -> AsyncIterator[Zygote]:
     z = await Zygote.open({"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"})
     yield z
     await z.close()
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """A command that runs in a test's own process sets up logging for that process. The next test
+    finds it as it was before.
+    """
+    ours, disabled = logging.getLogger("loraplex"), logging.root.manager.disable
+    handlers, level, propagate = ours.handlers[:], ours.level, ours.propagate
+    yield
+    ours.handlers[:], ours.propagate = handlers, propagate
+    ours.setLevel(level)
+    logging.disable(disabled)
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Shell. Real clusters for tests: a gateway process and worker processes, over real sockets, killed
 with real signals.
 
-vLLM workers are forked from one zygote per test process, which imports vLLM once. Everything runs
-on one event loop per test process.
+vLLM workers are forked from one zygote per test process, which imports vLLM once. All tests of a
+process run on one event loop.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ import msgspec
 import yaml
 
 from shared.runtime.children import Zygote
+from tests.forks import fork
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "demo"
-START_S = 90.0  # generous: two engines booting on two busy cores
-STOP_S = 30.0
+START_S = 240.0  # generous, because two engines may boot on two busy cores
+STOP_S = 90.0
 
 
 @dataclass
 class Proc:
-    """A process that a test started: its pid, its way to be waited for, and what it has written to
+    """A process that a test started: its pid, how to wait for it, and what it has written to
     stderr.
     """
 
@@ -66,20 +67,22 @@ class Cluster:
     gateway: Proc | None = None
     workers: dict[str, Proc] = field(default_factory=dict)
     index: int = 0
+    measured: bool = False
+    """Whether the loops of its processes are measured, and can be held: see tests/loop_meter.py."""
+
+    def longest_turn_ms(self, process: str) -> float:
+        return float(self._turns_of(process).read_text())
 
     async def start_gateway(self) -> None:
         name = f"g{self.index}"
         facts = self.folder / "run" / f"{name}.json"
         facts.unlink(missing_ok=True)
-        argv = [
-            sys.executable,
-            "-m",
-            "gateway",
-            str(self._config_file()),
-            "--run-dir",
-            str(self.folder / "run"),
-        ]
-        self.gateway = await self._start(name, [*argv, "--index", str(self.index)])
+        argv = [str(self._config_file()), "--run-dir", str(self.folder / "run")]
+        argv += ["--index", str(self.index)]
+        if self.measured:
+            self.gateway = await self._start(name, [*self._command("gateway", name), *argv])
+        else:
+            self.gateway = self._fork("gateway", name, argv)
         async with asyncio.timeout(START_S):
             while not facts.exists():
                 if self.gateway.waiter.returncode is not None:
@@ -105,10 +108,12 @@ class Cluster:
         argv = [str(config), "--worker", name, *(["--model", model] if model else [])]
         argv += [part for endpoint in (self.control, *gateways) for part in ("--gateway", endpoint)]
         if self.zygote is not None:
-            child = await self.zygote.start(argv, {})
+            child = await self.zygote.start(argv, env or {})
             proc = Proc(name, child.pid, self.folder / f"{name}.log", child)
+        elif not self.measured and not env and self._is_simulated():
+            proc = self._fork("worker", name, argv)
         else:
-            proc = await self._start(name, [sys.executable, "-m", "worker", *argv], env)
+            proc = await self._start(name, [*self._command("worker", name), *argv], env)
         self.workers[name] = proc
         if serving:
             await self.until_serving(name)
@@ -162,7 +167,7 @@ class Cluster:
             return answer.status, msgspec.json.decode(await answer.read())
 
     async def text(self, model: str, prompt: str = "hello", **more: Any) -> str:
-        """The content of a successful greedy answer."""
+        """The text of an answer that succeeded."""
         status, body, _ = await self.chat(
             model, prompt, **({"temperature": 0, "max_tokens": 64} | more)
         )
@@ -173,7 +178,7 @@ class Cluster:
         return str((await self.get("/metrics"))[1])
 
     async def metric(self, name: str, **labels: str) -> float:
-        """The sum of the series of this name that carry these labels."""
+        """The sum of the series with this name and these labels."""
         total = 0.0
         for line in (await self.metrics()).splitlines():
             series, _, value = line.rpartition(" ")
@@ -187,6 +192,23 @@ class Cluster:
         for proc in [*([self.gateway] if self.gateway else []), *self.workers.values()]:
             proc.signal(signal.SIGKILL)
             await proc.wait()
+
+    def _command(self, package: str, process: str) -> list[str]:
+        meter = ["tests.loop_meter", str(self._turns_of(process))] if self.measured else []
+        return [sys.executable, "-m", *meter, package]
+
+    def _is_simulated(self) -> bool:
+        return all(model.get("llm_engine") == "sim" for model in self.config["llm_configs"])
+
+    def _fork(self, package: str, name: str, argv: Sequence[str]) -> Proc:
+        log = self.folder / f"{name}.log"
+        with log.open("ab") as output:
+            log_fd = output.fileno()
+            process = fork(f"{package}.__main__", argv, os.environ, log_fd, log_fd)
+        return Proc(name, process.pid, log, process)
+
+    def _turns_of(self, process: str) -> Path:
+        return self.folder / f"{process}.longest-turn"
 
     def _config_file(self) -> Path:
         path = self.folder / "config.yaml"
@@ -240,7 +262,7 @@ def sim_config(
     sim: Mapping[str, float] | None = None,
     **gateway: Any,
 ) -> dict[str, Any]:
-    """One simulated model `sim`; quick unless told otherwise."""
+    """One simulated model `sim`. It is fast unless the arguments say otherwise."""
     timing = {
         "ttft_ms": 1,
         "itl_ms": 2,
@@ -299,7 +321,7 @@ def demo_config(
 
 
 def make_adapter(root: Path, name: str, rank: int = 8, size_bytes: int = 1000) -> Path:
-    """A folder that looks like an adapter, for the simulated engine, which reads only its
+    """A folder that looks like an adapter. It serves the simulated engine, which reads only the
     config.
     """
     folder = root / name
@@ -312,7 +334,7 @@ def make_adapter(root: Path, name: str, rank: int = 8, size_bytes: int = 1000) -
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """As a careful uploader does it: written aside, then renamed."""
+    """Replaces a file as a careful uploader does: written aside, then renamed."""
     aside = path.with_name(f".{path.name}.new")
     aside.write_bytes(data)
     aside.rename(path)
@@ -320,8 +342,8 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextlib.asynccontextmanager
 async def second_gateway(c: Cluster) -> AsyncIterator[Cluster]:
-    """Another gateway process with the same config and state; workers join it too if they are told
-    of its `control`.
+    """Another gateway process with the same config and state. Workers join it too if they are told
+    its `control` endpoint.
     """
     other = Cluster(c.config, c.folder, None, c.http, index=1)
     try:
@@ -333,14 +355,18 @@ async def second_gateway(c: Cluster) -> AsyncIterator[Cluster]:
 
 @contextlib.asynccontextmanager
 async def cluster(
-    config: dict[str, Any], folder: Path, zygote: Zygote | None = None
+    config: dict[str, Any],
+    folder: Path,
+    zygote: Zygote | None = None,
+    *,
+    measured: bool = False,
 ) -> AsyncIterator[Cluster]:
-    """A running gateway in `folder`; start workers with `start_worker`. Everything is killed at the
+    """A running gateway in `folder`. `start_worker` starts workers. Everything is killed at the
     end.
     """
     config["gateway"].setdefault("state_dir", str(folder / "state"))
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as http:
-        c = Cluster(config, folder, zygote, http)
+        c = Cluster(config, folder, zygote, http, measured=measured)
         try:
             await c.start_gateway()
             yield c

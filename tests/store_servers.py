@@ -1,12 +1,13 @@
 """Real S3 and GCS servers for tests, as processes on loopback, and one way to put files into any
 store.
 
-Context managers for everything, pytest fixtures (`moto_url`, `gcs_url`, one process each per
-session; `store_credentials`) on top.
+Everything is a context manager. Pytest fixtures are built on them: `moto_url` and `gcs_url` (one
+process each per session) and `store_credentials`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import json
 import os
@@ -40,7 +41,7 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class StoreProcess:
-    """A running server: its base URL and its process, so that a test may kill it."""
+    """A running server: its base URL, and its process, so that a test may kill it."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -54,8 +55,8 @@ class StoreProcess:
 def _server(
     command: list[str], port: int, ready_path: str, ready_status: int = 200
 ) -> Iterator[StoreProcess]:
-    """Starts a console script of this virtual environment, or a program by its path, waits until
-    it answers, ends it by its own process id.
+    """Starts a console script of this virtual environment, or a program by its path. Waits until it
+    answers, and ends it by its process id.
     """
     script = Path(sys.executable).parent / command[0]
     process = subprocess.Popen(
@@ -86,20 +87,32 @@ def _wait_ready(
             if connection.getresponse().status == ready_status:
                 return
         except OSError:
-            time.sleep(0.05)  # nobody listens yet; the process itself offers no event to wait for
+            time.sleep(0.05)  # Nobody listens yet, and the process offers no event to wait for.
         finally:
             connection.close()
     raise TimeoutError(f"{process.args!r} did not serve within {READY_TIMEOUT_S} s")
 
 
+def _azurite_program(home: Path) -> Path:
+    """Installs Azurite into `home` once. Test processes that run side by side wait for each other:
+    npm fails when two of it write into one folder.
+    """
+    home.mkdir(exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        program = home / "node_modules" / ".bin" / "azurite-blob"
+        if not program.exists():
+            argv = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(home)]
+            subprocess.run([*argv, "azurite@3"], check=True, timeout=NPM_TIMEOUT_S)
+    return program
+
+
 @contextmanager
 def azurite_process(folder: Path) -> Iterator[StoreProcess]:
-    """Microsoft's own emulator of Azure Blob Storage, from npm; put beside this environment."""
-    home = Path(sys.prefix) / "azurite"
-    program = home / "node_modules" / ".bin" / "azurite-blob"
-    if not program.exists():
-        argv = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(home)]
-        subprocess.run([*argv, "azurite@3"], check=True, timeout=NPM_TIMEOUT_S)
+    """Microsoft's own emulator of Azure Blob Storage, from npm. It is installed beside this
+    environment.
+    """
+    program = _azurite_program(Path(sys.prefix) / "azurite")
     port = free_port()
     argv = ["--blobPort", str(port), "--location", str(folder), "--silent"]
     command = [str(program), *argv, "--skipApiVersionCheck"]
@@ -119,8 +132,8 @@ def moto_process() -> Iterator[StoreProcess]:
 
 @contextmanager
 def gcs_process() -> Iterator[StoreProcess]:
-    """A GCS server that keeps everything in memory. It never paginates and ignores preconditions;
-    see `paging_proxy`.
+    """A GCS server that keeps everything in memory. It never paginates and it ignores
+    preconditions; see `paging_proxy`.
     """
     port = free_port()
     with _server(
@@ -145,8 +158,8 @@ def gcs_url() -> Iterator[str]:
 
 @pytest.fixture
 def store_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Credentials for moto, and nothing from this host: no profile, no instance role, no emulator
-    that somebody exported.
+    """Credentials for moto, and nothing from this host: no profile, no instance role, no exported
+    emulator.
     """
     for name in [
         n for n in os.environ if n.startswith(("AWS_", "GOOGLE_")) or n == "STORAGE_EMULATOR_HOST"
@@ -161,7 +174,7 @@ def store_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class HTTP:
-    """One kept-alive connection for seeding: an SDK would need ten times as long for a thousand
+    """One kept-alive connection for seeding. An SDK would take ten times as long for a thousand
     small files.
     """
 
@@ -206,7 +219,7 @@ class LocalPlace:
         return f"file://{self.folder.parent / name}"
 
 
-# moto takes any signature, but lets nobody without one replace or delete an object.
+# moto accepts any signature, but an unsigned client may not replace or delete an object.
 _SIGNED = {
     "Authorization": "AWS4-HMAC-SHA256 Credential=test/20200101/us-east-1/s3/aws4_request, "
     "SignedHeaders=host, Signature=0"
@@ -233,7 +246,7 @@ class S3Place:
 
     @contextmanager
     def access_denied(self) -> Iterator[None]:
-        """While inside, the server checks signatures, and knows nobody's key."""
+        """While inside, the server checks signatures and accepts no key."""
         plain = {"Content-Type": "text/plain"}
         self._http("POST", "/moto-api/reset-auth", b"0", plain)
         try:
@@ -292,8 +305,8 @@ Respond = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @asynccontextmanager
 async def http_server(respond: Respond) -> AsyncIterator[str]:
-    """An HTTP server of the test's own whose every answer is `respond`'s: for the replies that no
-    emulator gives.
+    """An HTTP server of the test's own. `respond` makes every answer, for replies that no emulator
+    gives.
     """
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", respond)
@@ -310,8 +323,8 @@ async def http_server(respond: Respond) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def paging_proxy(gcs_base_url: str, page_size: int) -> AsyncIterator[tuple[str, list[str]]]:
-    """Stands before a GCS server and cuts its listings into pages, as GCS does. Yields its URL and
-    the page tokens it was asked for.
+    """A proxy in front of a GCS server that cuts its listings into pages, as GCS does. Yields its
+    URL and the page tokens that it was asked for.
     """
     asked: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Shell. The commands of operators that this worker has not answered yet: the number of each, and
+"""Shell. The operators' commands that this worker has not answered yet, each with its number and
 the gateway that waits for the answer.
 """
 
@@ -27,8 +27,8 @@ class _OpenCommand:
 
 
 class CommandRunner:
-    """The open commands of one worker. Their numbers are negative, so that residency's answers to
-    them are told from those to requests.
+    """The open commands of one worker. Commands have negative numbers and requests positive ones,
+    so residency's answers to them can be told apart.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class CommandRunner:
         residency: Residency,
         now: float,
     ) -> list[Instruction]:
-        """Takes the command, or refuses it at once."""
+        """Accepts the command, or refuses it at once. Returns what residency wants done for it."""
         command = _OpenCommand(session, message.sid, message.action, message.adapter)
         error = self._objection(message, serving, residency)
         if error is not None:
@@ -65,8 +65,8 @@ class CommandRunner:
                 assert_never(message.action)
 
     def settle(self, answer: Answer, residency: Residency, now: float) -> list[Instruction]:
-        """Answers the command with this number and forgets it. A number that is not known belongs
-        to a prefetch, or its gateway has gone.
+        """Answers the command with this number and forgets it. If no command has the number, it was
+        a prefetch, or its gateway has gone.
         """
         command = self._open.pop(answer.request, None)
         instructions: list[Instruction] = []
@@ -77,7 +77,7 @@ class CommandRunner:
         elif command.action is messages.AdapterAction.PIN and not residency.slots.may_pin(
             command.adapter
         ):
-            # other pins were completed first
+            # other pins were completed while this adapter was loaded
             error = _too_many(command.adapter, residency)
             _refuse(command, error.code, error.message, error.retryable)
         else:
@@ -87,9 +87,7 @@ class CommandRunner:
         return instructions + residency.finish(answer.request, now)
 
     def forget(self, session: GatewaySession) -> list[int]:
-        """The gateway is gone. Returns the numbers of its commands, for which no gateway waits any
-        more.
-        """
+        """The gateway is gone. Returns the numbers of its commands, which residency then ends."""
         numbers = [number for number, command in self._open.items() if command.session is session]
         for number in numbers:
             del self._open[number]
@@ -113,7 +111,7 @@ class CommandRunner:
         return None
 
     def _unpin(self, adapter: AdapterRef) -> None:
-        """The later command holds: a pin that is still being loaded becomes a plain load."""
+        """A later command overrides a pin that is still being loaded: it becomes a plain load."""
         for command in self._open.values():
             if command.adapter == adapter and command.action is messages.AdapterAction.PIN:
                 command.action = messages.AdapterAction.LOAD

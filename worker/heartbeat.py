@@ -1,7 +1,7 @@
-"""Shell. Heartbeats: a full snapshot of this worker to every gateway, at an interval and at once
-when the agent has news.
+"""Shell. Heartbeats. Each one is a full snapshot of this worker, sent to every gateway. They are
+sent at an interval, and at once when the agent has news.
 
-The snapshot is read by one synchronous call and nothing here waits for a request.
+One synchronous call reads the snapshot, and sending it never waits for a request.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from worker.settings import WorkerSettings
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """What one heartbeat says of the worker, the same for every gateway. `running` and `waiting`
-    count requests.
+    """What a heartbeat says of the worker; it is the same for every gateway. `running` and
+    `waiting` count requests. `suspect` is the reason why the engine is not trusted ("": it is
+    trusted).
     """
 
     state: messages.WorkerState
@@ -34,10 +35,15 @@ class WorkerStatus:
     loads: dict[str, int]
     evictions: dict[str, int]
     suspect: str = ""
+    warming: bool = False
+    engine_requests: int = 0
+    failed: bool = False
 
 
 class HeartbeatSender:
-    """`host` names the disk cache of this host; `peer_endpoint` is where other hosts get files."""
+    """Sends the heartbeats of one worker. `status` takes the snapshot. `host` names the disk cache
+    of this host. Workers of other hosts get files from `peer_endpoint` ("": from nowhere).
+    """
 
     def __init__(
         self,
@@ -47,15 +53,17 @@ class HeartbeatSender:
         host: str,
         peer_endpoint: str,
     ) -> None:
-        self._settings, self._sessions, self._status = settings, tuple(sessions), status
+        self._settings, self._sessions, self._status = settings, sessions, status
         self._host, self._peer_endpoint = host, peer_endpoint
 
     async def run(self) -> None:
+        """Sends a heartbeat every `heartbeat_s`, until cancelled."""
         while True:
             self.send()
             await asyncio.sleep(self._settings.heartbeat_s)
 
     def send(self) -> None:
+        """Sends one heartbeat to every gateway now. Never waits."""
         status = self._status()
         for session in self._sessions:
             session.send_heartbeat(self._heartbeat(session, status))
@@ -74,7 +82,6 @@ class HeartbeatSender:
             waiting=status.waiting,
             yours=session.open_requests,
             acked=session.last_sid,
-            waiting_tokens=stats.waiting_tokens,
             kv_usage=stats.kv_usage,
             adapters=status.adapters,
             prefill_tokens_per_s=stats.prefill_tokens_per_s,
@@ -91,4 +98,8 @@ class HeartbeatSender:
             max_model_len=facts.max_model_len,
             adapter_loads=status.loads,
             adapter_evictions=status.evictions,
+            warming=status.warming,
+            engine_requests=status.engine_requests,
+            failed=status.failed,
+            stalled_s=times.stalled_s,
         )

@@ -1,5 +1,5 @@
-"""Shell. The requests of every gateway on this worker, from their arrival to their end. One task
-per request runs the engine.
+"""Shell. The open requests of every gateway on this worker, from arrival to end. Each request runs
+the engine in a task of its own.
 """
 
 from __future__ import annotations
@@ -9,67 +9,105 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shared.endpoints import RESPONSES_PATH
-from shared.errors import AnswerIncomplete, CannotContinue, EngineFailure
+from shared.errors import (
+    REUSED_KEY,
+    AnswerIncomplete,
+    CannotContinue,
+    EngineFailure,
+    IdempotencyKeyReused,
+)
 from shared.link import messages
 from shared.link.token_ids import BYTES_PER_TOKEN
-from worker.engine.base import Engine, EngineRequest, Loaded
-from worker.session import GatewaySession, Outbox
+from worker.engine.base import Engine, EngineRequest, Loaded, Storing
+from worker.kept_answers import AnswerListener, FrameSink, KeptAnswer, KeptAnswers
+from worker.session import GatewaySession
+from worker.settings import KeepBounds
 
 clock = time.monotonic
 
 PROGRESS_TOKENS = 16
-"""Of an answer that is sent whole, between two words on how far it is: what a lost worker costs."""
+"""An answer that is sent whole reports its tokens after so many new ones. If the worker is lost, no
+more than these have to be generated again.
+"""
+
+MAX_ALONE = 1024
+"""As many answers as vLLM's app stores (see app/responses.py)."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class OpenRequest:
     """One request on this worker. `task` runs it in the engine; until then it waits for its
-    adapter. `outbox` is that of the channel by which it came: answers go by no other.
+    adapter. Its answer goes to `outbox`, the outbox of the channel by which it came, and to no
+    other. If the answer is `kept`, it goes to everybody who has joined.
     """
 
     number: int
     session: GatewaySession
-    outbox: Outbox
+    outbox: FrameSink
     message: messages.Generate
     arrived: float
+    kept: KeptAnswer | None = None
     task: asyncio.Task[None] | None = None
     started: float = 0.0
     came_from: messages.Tier = messages.Tier.GPU
+    adapter: Loaded | None = None
     reply: StreamReply | None = None
+    alone: bool = False
+    """Whether it goes on in the background without its gateway."""
+
+
+class _Nobody:
+    """The FrameSink of an answer that goes on alone."""
+
+    def frame(self, sid: messages.StreamId, flags: int, data: bytes, tokens: bytes = b"") -> None:
+        return None
+
+    def done(self, done: messages.Done) -> None:
+        return None
+
+    def refuse(self, refused: messages.Refused) -> None:
+        return None
+
+
+NOBODY = _Nobody()
 
 
 class StreamReply:
-    """Puts one stream's frames into its gateway's outbox. The facts of the request travel with the
-    last frame.
+    """Puts the frames of one stream into the outbox of its gateway. The facts of the request
+    (tokens, times) travel with the last frame.
     """
 
     __slots__ = (
         "_lines",
         "_movable",
-        "_outbox",
         "_request",
         "_sid",
         "_unsent",
         "ended",
+        "finish_reasons",
         "output_tokens",
         "prompt_tokens",
     )
 
     def __init__(self, request: OpenRequest) -> None:
         self._request = request
-        self._outbox, self._sid = request.outbox, request.message.sid
+        self._sid = request.message.sid
         self._movable = request.message.movable
         self._unsent = b""
         self.prompt_tokens = self.output_tokens = 0
+        self.finish_reasons = ""
         self.ended = False
         self._lines = b""
 
     def lines(self, lines: bytes) -> None:
+        """Header lines, each but the last with its line end; sent before the head."""
         self._lines = lines + b"\r\n"
 
     def head(self, status: int, sse: bool, data: bytes, end: bool, tokens: bytes = b"") -> None:
-        self._outbox.frame(
+        """The first frame: the HTTP status, and whether the answer is an event stream. `end`: it is
+        also the last.
+        """
+        self._request.outbox.frame(
             self._sid,
             status << messages.STATUS_SHIFT
             | (messages.SSE if sse else 0)
@@ -81,30 +119,53 @@ class StreamReply:
         if end:
             self._end()
 
+    def answered(self, status: int, data: bytes) -> None:
+        """The whole answer for the client. The rest is made in the background."""
+        flags = status << messages.STATUS_SHIFT | messages.ANSWERED
+        self._request.outbox.frame(self._sid, flags, data)
+
     def more(self, data: bytes, end: bool, tokens: bytes = b"") -> None:
+        """A later frame."""
         flags = messages.END if end else 0
-        self._outbox.frame(self._sid, flags, data, tokens if self._movable else b"")
+        self._request.outbox.frame(self._sid, flags, data, tokens if self._movable else b"")
         if end:
             self._end()
 
+    async def room(self) -> None:
+        await self._request.session.room()
+
     def progress(self, tokens: bytes) -> None:
-        if not self._movable:
+        """Tokens of an answer that is sent whole at its end. They are reported every
+        PROGRESS_TOKENS.
+        """
+        if not self._movable or self.ended:
             return
         self._unsent += tokens
         if len(self._unsent) >= PROGRESS_TOKENS * BYTES_PER_TOKEN:
-            self._outbox.frame(self._sid, messages.TOKENS, b"", self._unsent)
+            self._request.outbox.frame(self._sid, messages.TOKENS, b"", self._unsent)
             self._unsent = b""
+
+    def stored(self, copy: bytes) -> None:
+        """The engine stores the answer, which ends now. `copy` is for another worker."""
+        request = self._request
+        if not request.alone:
+            request.session.outbox.copy(messages.StoredCopy(request.message.answer_id, copy))
 
     def _end(self) -> None:
         self.ended = True
         self.account()
 
     def account(self) -> None:
-        """What the request has used, up to now."""
+        """Reports what the request has used up to now."""
         request = self._request
         wait_s = request.started - request.arrived
         load_s = wait_s if request.came_from is not messages.Tier.GPU else 0.0
-        self._outbox.done(
+        fetch_s = check_s = 0.0
+        if request.adapter is not None and request.came_from >= messages.Tier.DISK:
+            # who came while it was under way has waited for a part of them
+            check_s = min(request.adapter.check_s, load_s)
+            fetch_s = min(request.adapter.fetch_s, load_s - check_s)
+        request.outbox.done(
             messages.Done(
                 self._sid,
                 self.prompt_tokens,
@@ -112,16 +173,19 @@ class StreamReply:
                 wait_s,
                 load_s,
                 request.came_from,
+                fetch_s,
+                check_s,
+                self.finish_reasons,
             )
         )
 
 
 class RequestTable:
-    """Every open request by its number and by its stream.
+    """Every open request, by its number and by its stream.
 
-    `on_end` is called once for each request that has ended, with its number, whatever ended it.
-    `on_engine_death` is called if the engine turns out to be dead while it runs a request. Requests
-    run in `tasks`, which is set while the worker runs.
+    `on_end` is called once for each request, with its number, whatever ended it. `on_engine_death`
+    is called if a request finds the engine dead. Requests run in `tasks`, which the agent sets
+    while it runs.
     """
 
     def __init__(
@@ -129,12 +193,18 @@ class RequestTable:
         engine: Engine,
         on_end: Callable[[int], None],
         on_engine_death: Callable[[str], None],
+        bounds: KeepBounds,
     ) -> None:
         self._engine = engine
+        self._kept = KeptAnswers(bounds)
+        self._alone: dict[str, int] = {}
+        """The answers that have gone on alone, by their ids, the oldest first: their numbers."""
         self._on_end, self._on_engine_death = on_end, on_engine_death
         self._open: dict[int, OpenRequest] = {}
         self._by_stream: dict[tuple[GatewaySession, messages.StreamId], OpenRequest] = {}
         self.tasks: asyncio.TaskGroup | None = None
+        self.started = 0
+        """Requests that were given to the engine so far."""
         self.leaving = False
         """Whether refusals say that this life of the worker takes no more requests."""
         self.suspect = False
@@ -145,16 +215,67 @@ class RequestTable:
 
     @property
     def running(self) -> int:
+        """How many requests the engine has; the others wait for their adapters."""
         return sum(request.task is not None for request in self._open.values())
 
     def accept(
         self, number: int, session: GatewaySession, message: messages.Generate
     ) -> OpenRequest:
+        """Adds a request that has come from a gateway. If its answer goes on here alone, that ends:
+        the gateway has it made anew.
+        """
+        alone = self._open.get(self._alone.pop(message.answer_id, -1))
+        if alone is not None:
+            self._end(alone)
         request = OpenRequest(number, session, session.outbox, message, clock())
+        first = AnswerListener(session, session.outbox, message.sid)
+        kept = self._kept.begin(number, message, first)
+        if kept is not None:
+            request.kept = request.outbox = kept
         self._open[number] = request
         self._by_stream[session, message.sid] = request
         session.open_requests += 1
         return request
+
+    def find(self, session: GatewaySession, message: messages.FindAnswer) -> None:
+        """Tells the gateway whether the answer is kept or stored here."""
+        kept = self._kept.get(message.tag)
+        stored = self._engine.stores(message.answer_id) if message.answer_id else Storing.NOT
+        found = messages.FoundAnswer(
+            message.sid,
+            stored=stored is not Storing.NOT,
+            copied=stored is Storing.COPY,
+            alone=message.answer_id in self._alone,
+        )
+        if kept is not None:
+            found = messages.FoundAnswer(
+                message.sid, kept.key.digest, kept.request_id, kept.created
+            )
+        session.outbox.found(found)
+
+    def join(self, session: GatewaySession, message: messages.Generate) -> bool:
+        """True: the answer is kept here, and the stream gets it."""
+        kept = self._kept.get(message.key.tag) if message.key is not None else None
+        if kept is None or message.key is None or message.resume is not None:
+            return False
+        if kept.key != message.key:
+            error = IdempotencyKeyReused(REUSED_KEY)
+            session.outbox.refuse(
+                messages.Refused(message.sid, error.code, error.message, retryable=False)
+            )
+            return True
+        if not kept.ended:
+            self._by_stream[session, message.sid] = self._open[kept.number]
+            session.open_requests += 1
+        kept.join(AnswerListener(session, session.outbox, message.sid))
+        return True
+
+    def expire(self, now: float) -> None:
+        """Ends requests whose kept answers nobody has asked for in time."""
+        for kept in self._kept.expire(now):
+            request = self._open.get(kept.number)
+            if request is not None and not request.message.background:
+                self._end(request)
 
     def start(
         self,
@@ -162,45 +283,72 @@ class RequestTable:
         adapter: Loaded | None,
         came_from: messages.Tier = messages.Tier.GPU,
     ) -> None:
-        """Gives the request to the engine; its adapter is in a slot by now."""
+        """Gives the request to the engine. Its adapter is in a slot by now."""
         assert self.tasks is not None
         request = self._open[number]
-        request.started, request.came_from = clock(), came_from
+        self.started += 1
+        request.started, request.came_from, request.adapter = clock(), came_from, adapter
         request.task = self.tasks.create_task(
             self._run(request, adapter), name=f"request {request.message.sid}"
         )
-        # Not in a `finally` of the task: a task that is cancelled before its first step never gets
-        # there.
+        # Not in a `finally` of the task: a task that is cancelled before its first step never
+        # enters it.
         request.task.add_done_callback(lambda _: self._forget(request))
 
-    def cancel(self, session: GatewaySession, sid: messages.StreamId) -> None:
-        """The gateway wants no more of this stream. It may have ended already."""
+    def cancel(
+        self, session: GatewaySession, sid: messages.StreamId, *, over: bool = False
+    ) -> None:
+        """The gateway wants no more of this stream. The stream may have ended already. `over`: its
+        client will not ask again, so an answer that is kept ends too, unless others listen.
+        """
         request = self._by_stream.get((session, sid))
         if request is not None:
-            if request.reply is not None and request.reply.prompt_tokens:
+            # of several who listen, one of those that stay is charged at the end
+            alone = request.kept is None or len(request.kept.listeners) == 1
+            if alone and request.reply is not None and request.reply.prompt_tokens:
                 request.reply.account()
-            self._end(request)
+            if request.kept is not None:
+                self._leave(request, request.kept, session, sid)
+                if over and not request.kept.listeners:
+                    self._end(request)
+            elif request.message.background and not over:
+                self._go_on_alone(request)
+            else:
+                self._end(request)
 
     def refuse(self, number: int, code: str, message: str, retryable: bool) -> None:
+        """Refuses one request; the gateway learns why."""
         self._refuse(self._open[number], code, message, retryable)
 
     def refuse_all(self, code: str, message: str, session: GatewaySession | None = None) -> None:
-        """Gives back every request, or those of one gateway; another worker may serve them."""
+        """Gives back every request, or those of one gateway. Another worker may serve them."""
         for request in self.of(session):
-            self._refuse(request, code, message, True)
+            if session is not None and (kept := request.kept) is not None:
+                for listener in kept.listeners:
+                    if listener.session is session:
+                        refused = messages.Refused(listener.sid, code, message, True)
+                        session.outbox.refuse(refused)
+                        self._leave(request, kept, session, listener.sid)
+            elif session is not None and request.message.background:
+                session.outbox.refuse(messages.Refused(request.message.sid, code, message, True))
+                self._go_on_alone(request)
+            elif request.alone and not self.leaving:
+                continue  # no other worker would take it
+            else:
+                self._refuse(request, code, message, True)
 
     def of(self, session: GatewaySession | None) -> list[OpenRequest]:
-        """The open requests of one gateway; None: of all."""
-        return [r for r in self._open.values() if session is None or r.session is session]
+        """The open requests of one gateway; with None those of all gateways."""
+        if session is None:
+            return list(self._open.values())
+        found = (r for (of, _), r in self._by_stream.items() if of is session)
+        return list(dict.fromkeys(found))
 
     async def _run(self, request: OpenRequest, adapter: Loaded | None) -> None:
         message = request.message
         reply = request.reply = StreamReply(request)
         try:
-            kept_id = (
-                request.session.kept_id(message.owner) if message.path == RESPONSES_PATH else ""
-            )
-            await self._engine.serve(_engine_request(message, adapter, kept_id), reply)
+            await self._engine.serve(_engine_request(message, adapter), reply)
         except (CannotContinue, AnswerIncomplete) as exc:
             request.outbox.refuse(
                 messages.Refused(message.sid, exc.code, exc.message, retryable=False)
@@ -220,6 +368,38 @@ class RequestTable:
         )
         self._end(request)
 
+    def _go_on_alone(self, request: OpenRequest) -> None:
+        """The answer in the background has lost its gateway, or its gateway ends. It is made to its
+        end, because its client may ask for it by its id.
+        """
+        if request.alone:
+            return
+        self._forget_stream(request)
+        request.alone, request.outbox = True, NOBODY
+        self._alone[request.message.answer_id] = request.number
+        while len(self._alone) > MAX_ALONE:
+            del self._alone[next(iter(self._alone))]
+
+    def _forget_stream(self, request: OpenRequest) -> None:
+        # stream ids begin again with each channel, so the entry may be another request's
+        key = request.session, request.message.sid
+        if self._by_stream.get(key) is request:
+            del self._by_stream[key]
+        request.session.open_requests -= 1
+
+    def _leave(
+        self,
+        request: OpenRequest,
+        kept: KeptAnswer,
+        session: GatewaySession,
+        sid: messages.StreamId,
+    ) -> None:
+        """One stream less gets the answer; it goes on without any, for a while."""
+        kept.leave(session, sid, clock())
+        if self._by_stream.get((session, sid)) is request:
+            del self._by_stream[session, sid]
+            session.open_requests -= 1
+
     def _end(self, request: OpenRequest) -> None:
         if request.task is not None:
             request.task.cancel()
@@ -227,19 +407,20 @@ class RequestTable:
             self._forget(request)
 
     def _forget(self, request: OpenRequest) -> None:
-        """Idempotent."""
+        """Removes the request. A second call does nothing."""
         if self._open.pop(request.number, None) is None:
             return
-        key = request.session, request.message.sid
-        if self._by_stream.get(key) is request:  # stream ids begin again with each channel
-            del self._by_stream[key]
-        request.session.open_requests -= 1
+        if (kept := request.kept) is not None:
+            for listener in list(kept.listeners):
+                assert isinstance(listener.session, GatewaySession)
+                self._leave(request, kept, listener.session, listener.sid)
+            self._kept.over(kept, clock())
+        elif not request.alone:
+            self._forget_stream(request)
         self._on_end(request.number)
 
 
-def _engine_request(
-    message: messages.Generate, adapter: Loaded | None, kept_id: str
-) -> EngineRequest:
+def _engine_request(message: messages.Generate, adapter: Loaded | None) -> EngineRequest:
     return EngineRequest(
         message.path,
         message.request_id,
@@ -251,5 +432,8 @@ def _engine_request(
         message.movable,
         message.method,
         message.content_type,
-        kept_id,
+        message.answer_id,
+        message.traceparent,
+        message.tracestate,
+        message.background,
     )

@@ -1,4 +1,4 @@
-"""Shell. One worker's conversation with one gateway process: control and data sockets, the
+"""Shell. One worker's conversation with one gateway process: the control and data sockets, the
 gateway's lease, and the worker's end of the channel between them.
 """
 
@@ -6,36 +6,41 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Callable
 from typing import Any
 
 from shared.link import messages
-from shared.link.endpoint import PING_S, LinkEnd
+from shared.link.link_end import PING_S, LinkEnd
 from shared.link.sockets import DealerSocket, SendResult
 
 log = logging.getLogger("loraplex.session")
 
-UNHEARD_S = 10.0  # a gateway that has not answered by then is worth a line in the log
+UNHEARD_S = 10.0  # after so long without an answer, one warning is logged
 REOPEN_S = 1.5
-"""A connection that has carried nothing for so long is opened anew: whatever is between may have
-forgotten it, and drop its packets without a word.
+"""A connection that has carried nothing for this long is opened anew. A router or firewall on the
+way may have forgotten it and may drop its packets silently.
 """
+ROOM_BYTES = 4 << 20
+"""What may be on its way to the gateway before a large answer goes on."""
 LATE_S = 3 * PING_S
-"""A turn of the timer that comes so late says that this process stood still, not the gateway."""
+"""If the timer's turn comes this late, this process stood still. The silence is then not the
+gateway's.
+"""
 
 
 class Outbox:
-    """Frames of one turn of the event loop, sent as one message of one channel.
+    """Collects the frames of one turn of the event loop and sends them as one message of one
+    channel.
 
-    `send` takes a message, and keeps it until the gateway has it. It returns False where it cannot:
-    then `overflow` is told, and the channel is over.
+    `send` takes a message and keeps it until the gateway has received it. It returns False if it
+    cannot take more. Then `overflow` is called, and the channel is over.
     """
 
     __slots__ = (
         "_closed",
         "_done",
+        "_found",
         "_frames",
         "_loop",
         "_overflow",
@@ -51,53 +56,72 @@ class Outbox:
         self._frames: list[messages.Frame] = []
         self._done: list[messages.Done] = []
         self._refused: list[messages.Refused] = []
+        self._found: list[messages.FoundAnswer] = []
         self._scheduled = self._closed = False
 
     def frame(self, sid: messages.StreamId, flags: int, data: bytes, tokens: bytes = b"") -> None:
+        """Adds bytes of an answer. `tokens` are the tokens they were rendered from (see
+        shared/link/token_ids.py).
+        """
         self._frames.append((sid, flags, data, tokens))
         if not self._scheduled:
             self._schedule()
 
     def done(self, done: messages.Done) -> None:
+        """Adds the end of a request or command that succeeded."""
         self._done.append(done)
         self._schedule()
 
     def refuse(self, refused: messages.Refused) -> None:
+        """Adds the end of a request or command that failed."""
         self._refused.append(refused)
         self._schedule()
 
+    def found(self, found: messages.FoundAnswer) -> None:
+        """Adds whether an answer is kept here."""
+        self._found.append(found)
+        self._schedule()
+
+    def copy(self, copy: messages.StoredCopy) -> None:
+        """Sends a copy of an answer that is stored here, before what is added from now on."""
+        self.flush()
+        if not self._closed and not self._send(messages.encode(copy)):
+            self._overflow()
+
     def flush(self) -> None:
+        """Sends what has been collected, now."""
         self._scheduled = False
-        if not (self._frames or self._done or self._refused):
+        if not (self._frames or self._done or self._refused or self._found):
             return
-        step = messages.Step(self._frames, self._done, self._refused)
-        self._frames, self._done, self._refused = [], [], []
+        step = messages.Step(self._frames, self._done, self._refused, self._found)
+        self._frames, self._done, self._refused, self._found = [], [], [], []
         if not self._closed and not self._send(messages.encode(step)):
             self._overflow()
 
     def close(self) -> None:
-        """What its streams still yield goes nowhere."""
+        """From now on frames are dropped: streams of a closed channel may still yield some."""
         self._closed = True
 
     def _schedule(self) -> None:
-        # Not at once: every stream that the engine moved in this step gets into the same message.
+        # Not sent at once, so that all streams that moved in this engine step share one message.
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self.flush)
 
 
 def _nowhere(_: bytes) -> bool:
-    """Before the first channel there is nothing to send."""
+    """The `send` of an outbox before the first channel. It drops everything."""
     return True
 
 
 class GatewaySession:
-    """Opens the control socket to `endpoint`; the data socket and a channel once the gateway has
-    said which. Reconnects by itself.
+    """One worker's session with the gateway process at `endpoint`. It opens the control socket. The
+    gateway's welcome names the data socket and the channel, which are opened then. It reconnects by
+    itself.
 
-    `epoch` is this life of the worker as this gateway knows it: the worker's random number, plus
-    how often it has begun anew because its channel could not be kept. `outbox` is that of the
-    channel; each new channel has a new one, so that late frames find nobody.
+    `epoch` numbers this life of the worker as this gateway knows it. It starts as the worker's
+    random epoch and grows by one whenever the channel has to be given up. Each channel has an
+    `outbox` of its own, so late frames of an old channel are dropped.
     """
 
     def __init__(
@@ -116,18 +140,29 @@ class GatewaySession:
         self._control_opened = self._data_opened = self._heard
         self._timer: asyncio.TimerHandle | None = None
         self._settled = asyncio.Event()
+        self._has_room = asyncio.Event()
         self._lease_s = 0.0
         self._silent = True
         self._complained = False
+        self.heartbeat_at = self._heard
+        """When the loop has sent its last heartbeat. A thread reads it: see loop_watch.py."""
         self.last_sid = 0
         self.open_requests = 0
         self.outbox = Outbox(_nowhere, self._overflow)
+
+    @property
+    def silent(self) -> bool:
+        """Its gateway has not been heard for the length of its lease, or never."""
+        return self._silent
 
     def open(
         self,
         on_request: Callable[[GatewaySession, messages.GatewayData], None],
         on_silence: Callable[[GatewaySession, str], None],
     ) -> None:
+        """Connects. `on_request` gets each message of the data channel. `on_silence` is called with
+        a reason when the gateway is lost.
+        """
         self._on_request, self._on_silence = on_request, on_silence
         self._open_control()
         self._tick()
@@ -140,18 +175,16 @@ class GatewaySession:
             if link is not None:
                 link.close()
 
-    def kept_id(self, owner: str) -> str:
-        """For an answer that this life of the worker keeps."""
-        return messages.kept_id(self._worker, self.epoch, owner, secrets.token_hex(12))
-
     def next_seq(self) -> int:
+        """The number of the next heartbeat."""
         self._seq += 1
         return self._seq
 
     def send_heartbeat(self, heartbeat: messages.Heartbeat) -> None:
-        """Sends a heartbeat; one that the link does not take is lost, the next one is a full
-        snapshot again.
+        """Sends a heartbeat, and looks whether the gateway's lease has run out. A heartbeat that
+        the link does not take is lost; the next one is a full snapshot again.
         """
+        self.heartbeat_at = time.monotonic()
         if self._control is not None:
             self._control.send(messages.encode(heartbeat))
         if (
@@ -168,9 +201,19 @@ class GatewaySession:
         if not self._silent and self._lease_s and time.monotonic() - self._heard > self._lease_s:
             self._lose(f"silent for {self._lease_s:g} s")
 
+    async def room(self) -> None:
+        """Waits until the gateway has received nearly all that it was sent. Large answers of many
+        requests would otherwise fill the window together, which ends the channel.
+        """
+        self.outbox.flush()
+        await asyncio.sleep(0)
+        while not self._silent and self._end and self._end.channel.window_bytes > ROOM_BYTES:
+            self._has_room.clear()
+            await self._has_room.wait()
+
     async def last_word(self, reason: str) -> None:
         """Tells the gateway, after all frames, that this life of the worker is over. Waits until
-        the gateway has received that. Without a channel there is nothing to wait for.
+        the gateway has received it. Without a channel it returns at once.
         """
         self.outbox.flush()
         if self._end is None or self._silent:
@@ -181,11 +224,12 @@ class GatewaySession:
 
     def _lose(self, reason: str) -> None:
         self._silent = True
+        self._has_room.set()
         self._on_silence(self, reason)
 
     def _overflow(self) -> None:
-        """The gateway does not take what it is sent. Frames are missing from now on, so the channel
-        must not go on: the worker begins a new life, and the gateway gives up the one before.
+        """The gateway does not take what it is sent, so frames are missing from now on. The channel
+        must not go on. The worker begins a new life, and the gateway gives up the old one.
         """
         self.outbox.close()
         self._end = None
@@ -221,11 +265,12 @@ class GatewaySession:
             self._lose("ended")
 
     def _welcomed(self, welcome: messages.Welcome) -> None:
-        """The gateway knows us. With a new channel it begins from nothing: what we have of it is of
-        an earlier life, its own or ours, and nobody waits for that.
+        """The gateway accepts this worker. If it names a new channel, it knows nothing of our open
+        requests: they belong to an earlier life of the gateway or of this worker. They are given
+        up.
         """
         if self._end is not None and welcome.channel == self._end.channel.id:
-            self._end.channel.resend()  # it has not heard that we are attached
+            self._end.channel.resend()  # the gateway has not received our Attach yet
             if self._end.channel.owes:
                 self._end.flush()
             return
@@ -236,6 +281,7 @@ class GatewaySession:
         self._data_endpoint = _reachable(welcome.data_endpoint, self.endpoint)
         self._open_data()
         self.outbox.close()
+        self._has_room.set()
         self._end = LinkEnd(
             welcome.channel, self._send_data, self._send_control, self._deliver, time.monotonic()
         )
@@ -247,7 +293,7 @@ class GatewaySession:
 
     def _open_data(self) -> None:
         if self._data is not None:
-            self._data.close(0)  # what lies in it is in the window too
+            self._data.close(0)  # nothing is lost: the window still holds what this socket holds
         self._data_opened = time.monotonic()
         self._data = self._connected(self._data_endpoint, self._data_in)
 
@@ -278,12 +324,15 @@ class GatewaySession:
             return
         self._heard = now
         self._silent = False
-        if type(packet) is messages.Status and packet.ping:
+        if type(packet) is messages.ChannelStatus and packet.ping:
             end.ping(now)
         if end.channel.settled:
             self._settled.set()
+        if end.channel.window_bytes <= ROOM_BYTES:
+            self._has_room.set()
 
     def _deliver(self, body: bytes) -> None:
+        """Hands over one message that the channel has delivered in order."""
         try:
             message = messages.decode_gateway_data(body)
         except messages.DecodeError:
@@ -296,6 +345,7 @@ class GatewaySession:
     # ---- what carries ----------------------------------------------------------------------------
 
     def _tick(self) -> None:
+        """Judges whether the data connection carries. Opens dead connections again."""
         now = time.monotonic()
         self._timer = asyncio.get_running_loop().call_later(PING_S, self._tick)
         stood_still = now - self._ticked > LATE_S
@@ -304,8 +354,8 @@ class GatewaySession:
         if stood_still or end is None:
             return
         if end.path.heard and end.judge(now):
-            said = "carries again" if end.carries else "does not carry"
-            log.warning("data connection %s", said, extra={"gateway": self.endpoint})
+            message = "carries again" if end.carries else "does not carry"
+            log.warning("data connection %s", message, extra={"gateway": self.endpoint})
         if not end.carries and now - self._data_opened > REOPEN_S:
             self._open_data()
         if self._lease_s and now - max(self._control_heard, self._control_opened) > REOPEN_S:
@@ -313,8 +363,8 @@ class GatewaySession:
 
 
 def _reachable(data: str, control: str) -> str:
-    """The data endpoint as this host reaches it: a gateway bound to every address (0.0.0.0, [::])
-    is where its control endpoint was found.
+    """The data endpoint as this host reaches it. A gateway that is bound to every address (0.0.0.0,
+    [::]) is reached at the host of its control endpoint.
     """
     host, _, port = data.removeprefix("tcp://").rpartition(":")
     return (

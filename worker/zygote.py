@@ -1,10 +1,10 @@
-"""Shell. A parent that imports vLLM once and forks workers on request: on CPU hosts a worker then
-boots in seconds instead of half a minute.
+"""Shell. The zygote: a parent process that imports vLLM once and forks workers on request. A worker
+then starts without half a minute of imports.
 
-Reads one JSON line per request on stdin, `{"argv": [...], "env": {...}}`, answers `{"pid": n}`, and
-reports `{"exited": pid, "status": code}` for every child (128 + signal for a killed one). It has
-one thread and no event loop, so that a fork is safe; it ends when its stdin does. Never used on GPU
-hosts: a fork of a process that has touched torch was seen to hang there.
+It reads one JSON line per request from stdin, `{"argv": [...], "env": {...}}`, and answers `{"pid":
+n}`. When a child ends it reports `{"exited": pid, "status": code}`; for a child that was killed the
+code is 128 + the signal. It has no event loop and never uses a GPU, so a fork is safe. It ends when
+its stdin is closed. A worker with several GPUs is not forked.
 """
 
 from __future__ import annotations
@@ -16,27 +16,38 @@ import signal
 import sys
 import warnings
 
-from shared.runtime.process import PARENT_ENV, follow_parent
+from shared.runtime.process import PARENT_ENV, count_gpus, follow_parent
+from shared.vllm_versions import cannot_import
 from worker.__main__ import run
-from worker.engine.factory import VLLM_CPU_ENV, VLLM_ENV
+from worker.engine.factory import VLLM_CPU_ENV, VLLM_ENV, VLLM_GPU_ENV
+from worker.engine.vllm.boot.installed import vllm_version
 
 
 def preload() -> None:
-    """Imports what every worker will need; nothing here may start a thread."""
-    for key, value in (VLLM_ENV | VLLM_CPU_ENV).items():
+    """Imports what every worker will need. Nothing here may start a thread."""
+    gpu = count_gpus() > 0
+    for key, value in (VLLM_ENV | (VLLM_GPU_ENV if gpu else VLLM_CPU_ENV)).items():
         os.environ.setdefault(key, value)
     warnings.simplefilter("ignore")
     import vllm.lora.model_manager
     import vllm.lora.worker_manager
     import vllm.model_executor.models.llama
     import vllm.v1.engine.core
-    import vllm.v1.worker.cpu_model_runner
-    import vllm.v1.worker.cpu_worker  # noqa: F401
 
-    import worker.engine.vllm.engine  # noqa: F401
+    if gpu:
+        import vllm.v1.worker.gpu_model_runner
+        import vllm.v1.worker.gpu_worker
+    else:
+        import vllm.v1.worker.cpu_model_runner
+        import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    from worker.engine.vllm.arguments import server_arguments
+
+    server_arguments()
 
 
 def spawn(argv: list[str], env: dict[str, str]) -> int:
+    """Forks a worker with these arguments and this environment. Returns its process id."""
     parent = os.getpid()
     pid = os.fork()
     if pid:
@@ -53,10 +64,12 @@ def spawn(argv: list[str], env: dict[str, str]) -> int:
 
 
 def say(message: dict[str, object]) -> None:
+    """Writes one JSON line to stdout, in one call."""
     os.write(1, json.dumps(message).encode() + b"\n")
 
 
 def reap() -> None:
+    """Reports every child that has ended."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -75,20 +88,26 @@ def reap() -> None:
 
 
 def main() -> None:
-    """Ends the process itself. Nothing is buffered, and an interpreter that has imported torch
-    takes seconds to end in the usual way.
+    """Serves until stdin ends, then ends the process at once. Nothing is buffered, and an
+    interpreter that has imported torch takes seconds to end in the usual way.
     """
     os._exit(_serve())
 
 
 def _serve() -> int:
     follow_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for whoever started us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only our parent acts on a terminal's Ctrl-C
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it would take every worker along
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wake_write)
-    preload()
+    try:
+        preload()
+    except (ImportError, AttributeError) as exc:
+        # the one message that a person must see
+        print(f"loraplex: {cannot_import(vllm_version(), exc)}", file=sys.stderr)  # noqa: T201
+        return 2
     say(
         {
             "ready": os.getpid(),

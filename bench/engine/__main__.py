@@ -32,7 +32,6 @@ import yaml
 
 from bench import ROOT
 from bench.cluster import start_gateway, start_worker, until_listening
-from bench.gateways.__main__ import commit
 from bench.load.__main__ import measure, raise_open_files_limit
 from bench.load.options import parse
 from bench.load.report import document
@@ -43,6 +42,7 @@ from bench.process import (
     tree,
     until_answers,
 )
+from bench.provenance import commit
 from worker.engine.factory import VLLM_CPU_ENV, VLLM_ENV
 
 DEMO = ROOT / "examples" / "demo"
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def compare(flags: argparse.Namespace) -> list[Figures]:
-    """One entry per server, load and round; within a round the servers take turns."""
+    """One entry for each server, load and round. Within a round the servers take turns."""
     made: list[Figures] = []
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(

@@ -56,7 +56,7 @@ class LocalBucket:
         return {"endpoint_url": self.endpoint, "region": "us-east-1"}
 
     def put(self, files: Mapping[str, bytes]) -> None:
-        """Blocking; keys are relative to `url`."""
+        """Blocks. Keys are relative to `url`."""
         parts = urlsplit(self.endpoint)
         connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
         for path, data in [

@@ -1,30 +1,36 @@
-"""Shell. `python -m bench.engine.gpu`: Loraplex beside vLLM's own server on GPUs, with a model in
-the shape of Llama-3.1-8B and dummy weights.
+"""Shell. `python -m bench.engine.gpu`: Loraplex beside vLLM's own server on GPUs. The model has the
+shape of Llama-3.1-8B and random weights.
 
-Self-contained: it writes the model's config, a tokenizer and random rank-16 adapters, boots the
-servers with the same engine arguments, loads each with `bench.load`, and prints a table last. A row
-is printed and appended to a file in `--out` as soon as it is measured; the same command goes on
-where the last one stopped (SIGTERM, say by `timeout`, ends it and its servers). Rows come in order
-of importance; none begins that would not end within `--budget-s`. A boot takes 2 to 3.5 minutes;
-under a limit of 9 minutes a call has time for one server and all rows of a kind, for both one after
-the other and few rows, or for both at once:
+The program needs nothing from outside. It writes the model's config, a tokenizer and random
+adapters of rank 16. It starts the servers with the same engine arguments, sends each the load of
+`bench.load`, and prints a table at the end.
+
+Each row is printed and appended to a file in `--out` as soon as it is measured. The same command
+goes on where the last one stopped. SIGTERM, for example from `timeout`, ends the program and its
+servers. The most important rows come first. A row that would not end within `--budget-s` is not
+begun.
+
+A server takes 2 to 3.5 minutes to start. Within 9 minutes, one call has time for all rows of one
+kind on one server. For both servers it has time for few rows one server after the other, or for
+more with both servers up at once:
 
     python -m bench.engine.gpu --out results --together --rows zipf,stall,adapters
-        # both servers up, measured in turns
+        # both servers are up and measured in turns
     python -m bench.engine.gpu --out results --servers loraplex --rows base
-        # one server with the GPU to itself, and in another call
-    python -m bench.engine.gpu --out results --servers vllm --rows base               the other
+    python -m bench.engine.gpu --out results --servers vllm --rows base
+        # each server has the GPU to itself
     python -m bench.engine.gpu --out results --defaults --rows adapters
-        # each server's own defaults, but for slots, rank and context
+        # each server has its own defaults, except for slots, rank and context
     python -m bench.engine.gpu --out results --servers loraplex --loraplex-arg \\
         specialize_active_lora=true --label spec
+        # Loraplex has one engine argument more
     python -m bench.engine.gpu --report results/*.jsonl
-        # one table and the ratios of what several calls have measured
+        # prints one table, and the ratios, of what several calls have measured
 
-`--together` gives each server a GPU of its own where the host has two. Else it halves the GPU: each
-has 45% of its memory and, said in bytes, the same KV cache; on 80 GB that leaves 10 GiB of KV cache
-each, enough for 256 streams but not for 512. Only one is asked at a time, the other one stands
-still.
+With `--together`, each server has a GPU of its own if the host has two. Otherwise they share one:
+each has 45% of its memory, and a KV cache of the same number of bytes. On a GPU of 80 GB that is
+10 GiB of KV cache for each, which is enough for 256 streams but not for 512. Only one server at a
+time gets requests.
 """
 
 from __future__ import annotations
@@ -34,7 +40,6 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +47,11 @@ from typing import Any
 import uvloop
 
 from bench import ROOT
+from bench.engine.gpu_flags import KINDS, read_arguments
 from bench.engine.gpu_report import Recorded, line, ratios, table
 from bench.engine.gpu_servers import (
-    BESIDE_KV_GIB,
     COLD_ADAPTERS,
     SERVERS,
-    SHAPES,
     GpuServer,
     engine_arguments,
     gpu,
@@ -62,18 +66,17 @@ from bench.load.options import parse
 from bench.load.report import document
 from shared.runtime.process import count_gpus
 
-KINDS = ("zipf", "stall", "adapters", "base")
 STALL_S = 30.0
 SLOW_STEP_S = {"zipf": 0.05, "uniform": 0.03, "base": 0.025}
-"""Per output token of a stream, wait and prefill included, on a slow day; what a row takes at most
-is guessed from it.
+"""How long one output token of a stream takes on a slow machine, its share of the wait and the
+prefill included. The longest time of a row is estimated from it.
 """
 KERNELS = ROOT / "worker" / "engine" / "vllm" / "lora_kernels"
 
 
 @dataclass(frozen=True, slots=True)
 class GpuRow:
-    """One load. `adapters` 0 is the base model; `mix` is that of bench.load."""
+    """One load. `adapters` 0 means the base model. `mix` is the `--mix` of bench.load."""
 
     name: str
     adapters: int
@@ -82,14 +85,14 @@ class GpuRow:
     requests: int
 
     def seconds(self, output_tokens: int, rounds: int) -> float:
-        """At most, as a rule."""
+        """An estimate of the longest time that the row takes."""
         if self.mix == "stall":
             return STALL_S
         return rounds * output_tokens * self.requests / self.streams * SLOW_STEP_S[self.mix]
 
 
 def rows(args: argparse.Namespace) -> list[GpuRow]:
-    """What `--rows` asks for, the most important first."""
+    """The rows that `--rows` asks for, the most important first."""
     slots, adapters, per_stream = args.slots, args.adapters, args.per_stream
     made: dict[str, list[GpuRow]] = {kind: [] for kind in KINDS}
     made["zipf"] = [
@@ -111,7 +114,9 @@ def rows(args: argparse.Namespace) -> list[GpuRow]:
 
 
 def load(server: GpuServer, row: GpuRow, output_tokens: int, rounds: int) -> dict[str, Any]:
-    """Figures of one row: the last of `rounds` passes (the first pays kernel tuning)."""
+    """The figures of one row. The last of `rounds` passes counts, because kernels are tuned during
+    the first.
+    """
     flags = [
         "--url",
         server.url,
@@ -151,22 +156,22 @@ def figures_of(server: GpuServer, row: GpuRow, args: argparse.Namespace) -> dict
 
 
 class GpuRecord:
-    """The rows of one results file, and where new ones go."""
+    """The rows of one results file. New ones are appended to it."""
 
     def __init__(self, path: Path, label: str) -> None:
         self.path, self._label, self.rows = path, label, list[Recorded]()
         self._gpu, self._kernels = gpu()[0], sorted(p.name for p in KERNELS.glob("*.json"))
         kept = path.read_text() if path.exists() else ""
-        # a run that was killed while it wrote
+        # the last run was killed while it wrote a line
         self._cut_off = bool(kept) and not kept.endswith("\n")
         for text in kept.splitlines():
             try:
                 self.rows.append(json.loads(text))
             except ValueError:
-                print(f"{path}: a line that is not whole is left out", flush=True)
+                print(f"{path}: a line that is cut off is left out", flush=True)
 
     def has(self, server: str, row: GpuRow, arguments: dict[str, Any]) -> bool:
-        """Measured already, with these arguments."""
+        """Whether the row was measured with these arguments."""
         return any(
             d["server"] == server and d["row"] == row.name and d.get("arguments") == arguments
             for d in self.rows
@@ -221,6 +226,9 @@ def run(args: argparse.Namespace, record: GpuRecord) -> None:
         servers = [
             SERVERS[name](model, adapters, arguments[name], work, args.gpus) for name in group
         ]
+        for server in servers:
+            if server.name == "vllm":
+                server.env.update({name: str(value) for name, value in args.vllm_env})
         with up(servers, work, apart=apart):
             for row in rows(args):
                 for server in servers:
@@ -241,7 +249,7 @@ def run(args: argparse.Namespace, record: GpuRecord) -> None:
 
 
 def print_stalls(path: Path) -> None:
-    """What the worker itself says of its loads: how long the engine stood still for each."""
+    """Prints, from the worker's log, how long the engine stood still for each load."""
     said = [
         json.loads(text)
         for text in path.read_text(errors="replace").splitlines()
@@ -257,120 +265,8 @@ def print_stalls(path: Path) -> None:
         )
 
 
-# ---- arguments -----------------------------------------------------------------------------------
-
-
-def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise ValueError
-    return numbers
-
-
-def _some_of(known: Collection[str]) -> Callable[[str], list[str]]:
-    def parse_names(text: str) -> list[str]:
-        names = text.split(",")
-        if unknown := [n for n in names if n not in known]:
-            raise argparse.ArgumentTypeError(
-                f"{', '.join(map(repr, unknown))}: there are {', '.join(known)}"
-            )
-        return names
-
-    return parse_names
-
-
-def _argument(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
-
-
-def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.engine.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument(
-        "--work",
-        default="/tmp/loraplex-gpu",
-        help="model, adapters, logs and caches (default %(default)s)",
-    )
-    parser.add_argument(
-        "--report",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="print what these files hold, and measure nothing",
-    )
-    parser.add_argument(
-        "--shape",
-        choices=SHAPES,
-        default="8b",
-        help="tiny: to try this program out where there is no GPU",
-    )
-    parser.add_argument("--servers", type=_some_of(SERVERS), default=[*SERVERS])
-    parser.add_argument(
-        "--together",
-        action="store_true",
-        help="the servers are up at once, each on a GPU of its own or sharing one, and "
-        "measured in turns",
-    )
-    parser.add_argument(
-        "--kv-gib",
-        type=float,
-        help=f"KV cache of each with --together (default: its share less {BESIDE_KV_GIB} GiB)",
-    )
-    parser.add_argument(
-        "--gpus", type=int, default=1, help="workers of Loraplex; vLLM's server has one"
-    )
-    parser.add_argument("--adapters", type=int, default=64)
-    parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument(
-        "--levels",
-        type=_numbers,
-        default=[256, 64, 1, 512],
-        help="concurrent streams of the base rows, in order of importance",
-    )
-    parser.add_argument(
-        "--adapter-levels", type=_numbers, default=[256, 64], help="the same of the adapters rows"
-    )
-    parser.add_argument(
-        "--rows", type=_some_of(KINDS), default=list(KINDS), help=f"of {', '.join(KINDS)} (all)"
-    )
-    parser.add_argument(
-        "--defaults",
-        action="store_true",
-        help="each server's own defaults, but for slots, rank and context",
-    )
-    parser.add_argument(
-        "--loraplex-arg",
-        type=_argument,
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="an engine argument for Loraplex alone",
-    )
-    parser.add_argument("--label", default="", help="part of the results file's name")
-    parser.add_argument(
-        "--budget-s",
-        type=float,
-        default=515.0,
-        help="no row begins that would not end by then (default %(default)s)",
-    )
-    parser.add_argument("--per-stream", type=int, default=4, help="requests per concurrent stream")
-    parser.add_argument("--output-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=2, help="passes per row; the last one counts")
-    return parser.parse_args(argv)
-
-
 def main() -> int:
-    args = read_arguments()
+    args = read_arguments(None, __doc__ or "")
     if missing := [str(path) for path in args.report or () if not path.exists()]:
         print(f"bench.engine.gpu: --report: no such file: {', '.join(missing)}", file=sys.stderr)
         return 2
@@ -385,7 +281,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    # servers end on the way out
+    # the exit runs the clean-up, which ends the servers
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit("bench.engine.gpu: stopped; what was measured is kept")
     )

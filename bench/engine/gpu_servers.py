@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,8 +187,8 @@ def gpu() -> tuple[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class GpuServer:
-    """How one is started. `health` answers 200 once it serves; `naming` says how an adapter is
-    asked for.
+    """How one is started. `health` answers 200 once it serves. `naming` is the model name of an
+    adapter.
     """
 
     name: str
@@ -197,6 +197,7 @@ class GpuServer:
     health: str
     naming: str
     log: Path
+    env: dict[str, str] = field(default_factory=dict)
 
 
 def loraplex(
@@ -289,6 +290,7 @@ def up(servers: Sequence[GpuServer], work: Path, *, apart: bool = False) -> Iter
                 {"VLLM_CACHE_ROOT": str(work / f"cache-{server.name}")} if len(servers) > 1 else {}
             )
             env |= {"CUDA_VISIBLE_DEVICES": str(n)} if apart else {}
+            env |= server.env
             waiting[server.name] = server, stack.enter_context(_process(server, env))
         say_at = SAY_EVERY_S
         while waiting:
@@ -315,7 +317,6 @@ def up(servers: Sequence[GpuServer], work: Path, *, apart: bool = False) -> Iter
 def _process(server: GpuServer, more: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     env = {
         **os.environ,
-        "VLLM_WORKER_MULTIPROC_METHOD": os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "spawn"),
         **more,
     }
     last_wish = partial(die_with_parent, signal.SIGTERM, os.getpid())

@@ -1,9 +1,9 @@
 """Shell. How long running streams stand still while a cold adapter is loaded: the longest gap
-between tokens, over that of a warm request.
+between tokens, minus that of a warm request.
 
-`streams` long answers run; then requests for one token come, one after another, for adapters that
-the server has never loaded and, in between, for one that it has. Both read a prompt of the same
-length; what the cold ones add to the gap of everybody else is the load.
+`streams` long answers run. Meanwhile requests for one token come, one after another. They ask for
+adapters that the server has never loaded and, in between, for one that it has. Both read a prompt
+of the same length, so what the cold ones add to the gap of all streams is the load.
 """
 
 from __future__ import annotations
@@ -93,5 +93,5 @@ async def stall(
 
 
 def _longest(times: list[float], began: float, ended: float) -> float | None:
-    """The longest gap that overlaps the window; None if the stream had ended."""
+    """The longest gap that overlaps the window. None: the stream had ended."""
     return max((b - a for a, b in pairwise(times) if b >= began and a <= ended), default=None)

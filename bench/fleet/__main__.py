@@ -1,21 +1,25 @@
-"""Shell. `python -m bench.fleet` (`make bench-fleet`): one gateway and a worker per GPU, on 2, 4
-and 8 of them, or with the simulated engine.
+"""Shell. `python -m bench.fleet` (`make bench-fleet`): one gateway with a worker for each GPU, for
+example on 2, 4 and 8 GPUs. With the simulated engine it needs none.
 
     python -m bench.fleet --engine vllm --workers 2,4,8 --budget 560 --parts scale,policies
     python -m bench.fleet --engine vllm --workers 2,4,8 --budget 560 --parts base,kill
     python -m bench.fleet --engine vllm --workers 8 --budget 560 --parts mixed
     python -m bench.fleet --engine vllm --workers 4 --budget 560 --parts policies --rps 8,10
-        # a load that the slots hold
+        # a load whose adapters all fit into the slots
     python -m bench.fleet --engine sim --workers 2,4,8
-        # the rehearsal, no GPU
+        # a rehearsal without a GPU
 
-Parts: `scale` saturates every size of fleet in a closed loop over all adapters, `base` with the
-base model alone; `policies` sends Poisson arrivals at 70% and 95% of the largest one's capacity (or
---rps requests/s a worker) to each policy, only the gateway being started again between them; `kill`
-kills a worker at 70% (or the lowest of --rps); `mixed` puts a worker with tensor parallel 2 and a
-model of its own beside the single ones. Every row is appended to a JSONL file in --out as soon as
-it exists and not measured again, so a run that was cut off, or did not fit into --budget, goes on
-where it stopped.
+The parts are:
+
+    scale     a closed loop over all adapters saturates a fleet of every size
+    base      the same with the base model alone
+    policies  each policy gets Poisson arrivals at 70% and 95% of the largest fleet's capacity, or
+              at --rps requests per second and worker. Only the gateway is restarted in between
+    kill      one worker is killed at 70% of the capacity, or at the lowest of --rps
+    mixed     a worker with tensor parallel 2 and a model of its own joins the single workers
+
+Each row is appended to a JSONL file in --out as soon as it exists, and is not measured again. So
+the same command goes on after a run that was cut off, or that did not fit into --budget.
 """
 
 from __future__ import annotations
@@ -23,13 +27,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -38,35 +39,33 @@ from typing import Any
 
 from bench.fleet.cluster import FleetCluster
 from bench.fleet.figures import RecordedRow, line, table
-from bench.fleet.plan import PARTS, POLICIES, FleetRow, FleetTimes, Plan, fit, rows, with_capacity
+from bench.fleet.flags import SIM_SEQUENCES, VLLM_STREAMS, read_flags
+from bench.fleet.plan import FleetRow, FleetTimes, Plan, fit, rows, with_capacity
 from bench.fleet.run import Runner, Volume, read
 from bench.fleet.served import PAIR, Served, real, simulated
-from bench.gateways.__main__ import RESULTS, commit
 from bench.load.__main__ import raise_open_files_limit
 from bench.process import NotStarted
+from bench.provenance import commit, cpu_model, gpu_names, versions
 from shared.runtime.process import count_gpus
 
 SCHEMA = "loraplex.bench.fleet/1"
 STARTED = time.monotonic()
 WORKERS_PER_GATEWAY_PROCESS = 4
-"""A process takes some 60,000 tokens/s at the least; 4 H200 make 35,000. The rest is room."""
+"""One gateway process forwards at least 60,000 tokens/s. Four H200 make 35,000."""
 WORKERS_PER_GENERATOR = 2
 BOOT_S = {"sim": 60.0, "vllm": 420.0}
 SERVE_AGAIN_S = {"sim": 10.0, "vllm": 200.0}
-HEAT_S = {"sim": 0.0, "vllm": 20.0}
-SIM_SEQUENCES = 32
 SIM_CROWD = 1.5
-"""Streams per sequence of the simulated engine: a fleet that has just as many streams as places
-leaves some places empty.
+"""So many streams are open for each sequence of the simulated engine. If there were only as many
+streams as places, some places would be empty.
 """
-VLLM_STREAMS = 256
 RESERVE_S = 10.0  # to end everything and draw
 LEAST_MEASURE_S = 8.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 if rows are left for another call, 2 if it could not run."""
-    flags = _flags(arguments)
+    flags = read_flags(arguments, __doc__ or "")
     raise_open_files_limit()
     gpus = count_gpus() if flags.engine == "vllm" else 0
     out: Path = flags.out / f"{flags.name or _name(flags)}.jsonl"
@@ -208,14 +207,11 @@ def _common(flags: argparse.Namespace, served: Served, plan: Plan) -> dict[str, 
         "run": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": ["python", "-m", "bench.fleet", *sys.argv[1:]],
         "commit": commit(),
-        "versions": {
-            name: _version(name) for name in ("loraplex", "vllm", "torch", "uvloop", "pyzmq")
-        }
-        | {"python": platform.python_version()},
+        "versions": versions(("loraplex", "vllm", "torch", "uvloop", "pyzmq")),
         "hardware": {
-            "gpus": _gpu_names(),
+            "gpus": gpu_names(),
             "cores": os.cpu_count(),
-            "cpu_model": _cpu_model(),
+            "cpu_model": cpu_model(),
             "platform": platform.platform(),
         },
         "served": served.facts,
@@ -225,39 +221,11 @@ def _common(flags: argparse.Namespace, served: Served, plan: Plan) -> dict[str, 
     }
 
 
-def _version(package: str) -> str | None:
-    for name in (package, f"{package}-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def _gpu_names() -> list[str]:
-    if shutil.which("nvidia-smi") is None:
-        return []
-    asked = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return [name.strip() for name in asked.stdout.splitlines() if name.strip()]
-
-
-def _cpu_model() -> str:
-    found = (
-        re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        if Path("/proc/cpuinfo").exists()
-        else None
-    )
-    return found[1] if found else platform.machine()
-
-
 def _name(flags: argparse.Namespace) -> str:
-    """Engine, hardware and day: a call on another day begins anew, unless --name says otherwise."""
-    gpus = _gpu_names() if flags.engine == "vllm" else []
+    """The name holds the engine, the hardware and the day. So a call on another day begins a new
+    file, unless --name names the old one.
+    """
+    gpus = gpu_names() if flags.engine == "vllm" else []
     kind = (
         re.sub(r"[^a-z0-9]+", "-", gpus[0].lower().replace("nvidia", "")).strip("-") if gpus else ""
     )
@@ -293,158 +261,6 @@ def _publish(out: Path) -> None:
     except ImportError as exc:
         print(f"no picture: {exc}", file=sys.stderr)
     print(f"\nwritten: {out}, .md, .png")
-
-
-def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.fleet",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--engine", choices=("sim", "vllm"), default="vllm")
-    parser.add_argument(
-        "--workers",
-        type=_numbers,
-        default=[2, 4, 8],
-        metavar="N,N",
-        help="sizes of the fleet (default 2,4,8)",
-    )
-    parser.add_argument(
-        "--parts",
-        type=_words(PARTS),
-        default=list(PARTS[:-1]),
-        help=f"of {','.join(PARTS)} (default: all but mixed)",
-    )
-    parser.add_argument(
-        "--mixed", dest="parts", action=_Also, const="mixed", nargs=0, help="the part `mixed` too"
-    )
-    parser.add_argument(
-        "--policies", type=_words(POLICIES), default=list(POLICIES), help="default: all three"
-    )
-    parser.add_argument(
-        "--rps",
-        type=_rates,
-        default=[],
-        metavar="R,R",
-        help="policies and kill at so many requests/s a worker, instead of shares of the capacity",
-    )
-    parser.add_argument(
-        "--repetitions", type=int, default=1, help="of the policies (default %(default)s)"
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        metavar="S",
-        help="the whole call, boot included; what does not fit is trimmed, then left out",
-    )
-    parser.add_argument(
-        "--warm",
-        type=float,
-        default=6.0,
-        metavar="S",
-        help="of each load, not counted (default %(default)s)",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=12.0,
-        metavar="S",
-        help="of each load, counted (default %(default)s)",
-    )
-    parser.add_argument(
-        "--heat",
-        type=float,
-        metavar="S",
-        help="of load before everything else (default 20 for vllm, 0 for sim)",
-    )
-    parser.add_argument(
-        "--streams",
-        type=int,
-        metavar="N",
-        help=f"per worker in a closed loop (default {VLLM_STREAMS}); sim: places ({SIM_SEQUENCES})",
-    )
-    parser.add_argument("--adapters", type=int, default=256)
-    parser.add_argument("--slots", type=int, default=16, help="per worker (default %(default)s)")
-    parser.add_argument("--output-tokens", type=int, default=128)
-    parser.add_argument(
-        "--shape",
-        choices=("8b", "tiny"),
-        default="8b",
-        help="of the model for vllm; tiny is for CPUs",
-    )
-    parser.add_argument(
-        "--slow",
-        type=float,
-        default=4.0,
-        metavar="F",
-        help="sim: an H200's times, stretched so often (default %(default)s)",
-    )
-    parser.add_argument(
-        "--gateway-processes",
-        type=int,
-        metavar="N",
-        help="default one for every 4 workers where there are cores, else 1",
-    )
-    parser.add_argument(
-        "--generators",
-        type=int,
-        metavar="N",
-        help="default one for every 2 workers where there are cores, else 1",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, metavar="DIR", help="default bench/results"
-    )
-    parser.add_argument(
-        "--name", help="of the files in --out (default: fleet-ENGINE-HARDWARE-DATE)"
-    )
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("/tmp/loraplex-fleet"),
-        metavar="DIR",
-        help="model, adapters, logs (default %(default)s)",
-    )
-    flags = parser.parse_args(arguments)
-    flags.heat = HEAT_S[flags.engine] if flags.heat is None else flags.heat
-    return flags
-
-
-class _Also(argparse.Action):
-    """Adds `const` to a list."""
-
-    def __call__(
-        self,
-        parser: Any,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, [*getattr(namespace, self.dest), self.const])
-
-
-def _numbers(text: str) -> list[int]:
-    made = sorted({int(part) for part in text.split(",")})
-    if made[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a fleet has at least one worker")
-    return made
-
-
-def _rates(text: str) -> list[float]:
-    made = sorted({float(part) for part in text.split(",")})
-    if not 0 < made[0] <= made[-1] < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: a rate is above 0")
-    return made
-
-
-def _words(known: Sequence[str]) -> Any:
-    def words(text: str) -> list[str]:
-        made = text.split(",")
-        unknown = [word for word in made if word not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: there are {', '.join(known)}")
-        return made
-
-    return words
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Shell. The processes of a run: workers that live through it, gateways that come and go, load
+"""Shell. The processes of a run: workers that live through it, gateways that come and go, and load
 generators.
 
-A worker is told all gateways that it will ever know as it starts, one set for every size of fleet:
-a gateway of size 2 has the first two workers, whatever else runs. To change the policy only the
-gateway is started again; its workers find it at the same sockets.
+A worker is told at its start of all gateways that it will ever know, one set per size of fleet. A
+gateway of size 2 has the first two workers, whatever else runs. To change the policy, only the
+gateway is started again. Its workers find it at the same sockets.
 """
 
 from __future__ import annotations
@@ -128,12 +128,13 @@ class FleetCluster:
         os.kill(self.workers[name].pid, signal.SIGKILL)
 
     async def bury(self, name: str, family: Sequence[int]) -> int:
-        """Waits until the killed worker's children are gone; the number of those that had to be
+        """Waits until the killed worker's children are gone. Returns how many of them had to be
         killed.
         """
         deadline = time.monotonic() + ORPHANS_S
         self.workers[name].stop()
-        while time.monotonic() < deadline and any(_alive(pid) for pid in family):  # noqa: ASYNC110 - not children of ours: nothing tells
+        # they are no children of ours: nothing tells of their end
+        while time.monotonic() < deadline and any(map(_alive, family)):  # noqa: ASYNC110
             await asyncio.sleep(LOOK_AGAIN_S)
         left = [pid for pid in family if _alive(pid)]
         for pid in left:
@@ -279,9 +280,7 @@ async def _serving(port: int) -> int:
 
 @dataclass
 class FleetLoad:
-    """Generators that run. `seen()` and `each()` wait for them; `end()` tells them to send no
-    more.
-    """
+    """Generators that run. `seen()` and `each()` wait for them. After `end()` they send no more."""
 
     children: Sequence[asyncio.subprocess.Process]
     files: Sequence[Path]

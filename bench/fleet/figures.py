@@ -77,7 +77,7 @@ def _later(outcome: LoadOutcome, by_s: float) -> LoadOutcome:
 
 
 def tokens_within(outcomes: Sequence[LoadOutcome], from_s: float, until_s: float) -> float:
-    """Output tokens between two moments; an answer's tokens are taken as evenly spread from its
+    """Output tokens between two moments. The tokens of an answer count as evenly spread from its
     first to its last.
     """
     total = 0.0
@@ -136,12 +136,12 @@ def failures(outcomes: Sequence[LoadOutcome]) -> dict[str, Any]:
 def recovery_s(
     tokens: Sequence[float], bin_s: float, at_s: float, settled_s: float
 ) -> float | None:
-    """Seconds after `at_s` until throughput is back, None if it never is: the mean of the HOLD_S
-    that follow is at least BACK of that before.
+    """Seconds after `at_s` until throughput is back. It is back when its mean over HOLD_S is at
+    least BACK of the mean before. None: it never is.
 
     `tokens` are counts of bins; before means from `settled_s` to `at_s`.
     """
-    at, settled, hold = int(at_s / bin_s), int(settled_s / bin_s), round(HOLD_S / bin_s)
+    at, settled, hold = _bin(at_s, bin_s), _bin(settled_s, bin_s), round(HOLD_S / bin_s)
     before = tokens[settled:at]
     if not before:
         return None
@@ -156,7 +156,7 @@ def lowest_share(
     tokens: Sequence[float], bin_s: float, at_s: float, settled_s: float
 ) -> float | None:
     """The worst second after `at_s`, against the mean before it."""
-    at, settled, second = int(at_s / bin_s), int(settled_s / bin_s), round(1 / bin_s)
+    at, settled, second = _bin(at_s, bin_s), _bin(settled_s, bin_s), round(1 / bin_s)
     before = tokens[settled:at]
     sums = [sum(tokens[start : start + second]) for start in range(at, len(tokens) - second + 1)]
     return (
@@ -164,10 +164,15 @@ def lowest_share(
     )
 
 
+def _bin(at_s: float, bin_s: float) -> int:
+    """The first one for a moment before the load began: on a busy machine it may begin late."""
+    return max(0, int(at_s / bin_s))
+
+
 def served_again_s(
     outcomes: Sequence[LoadOutcome], worker: str, restarted_s: float
 ) -> float | None:
-    """When the first answer of a worker that was started at `restarted_s` began; None if there is
+    """When the first answer of a worker that was started at `restarted_s` began. None: it gave
     none.
     """
     times = [

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.fleet.figures import RecordedRow, medians, paces, scale
 from bench.fleet.plan import POLICIES
-from bench.routing.sim.plot import COLOURS
+from bench.routing.report.plot import COLOURS
 
 WIDTH = 0.2
 

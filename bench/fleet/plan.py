@@ -69,7 +69,7 @@ class FleetTimes:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`rows` in the order in which they run; `left_out` do not fit and wait for another call."""
+    """`rows` run in this order. `left_out` do not fit and wait for another call."""
 
     rows: tuple[FleetRow, ...]
     times: FleetTimes

@@ -275,8 +275,8 @@ class Runner:
     # ---- two models ------------------------------------------------------------------------------
 
     async def _mixed(self, row: FleetRow) -> dict[str, Any]:
-        """The last two GPUs go to one worker of another model, tensor parallel 2; both models are
-        loaded at once.
+        """The last two GPUs go to one worker of another model with tensor parallel 2. Both models
+        get load at once.
         """
         cluster, times = self._cluster, self._plan.times
         if cluster.models.get(cluster.pair) != PAIR:
@@ -317,7 +317,7 @@ class Runner:
 
 
 def read(path: Path) -> list[Mapping[str, Any]]:
-    """Rows of an earlier call; a line that was cut off is left out."""
+    """Rows of an earlier call. A line that was cut off is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -1,12 +1,15 @@
-"""Shell. `python -m bench.gateways` (`make bench`): this project's gateway beside others, same
-engine, same load, same minutes.
+"""Shell. `python -m bench.gateways` (`make bench`): what this gateway and others cost.
 
-    python -m bench.gateways                             every peer, 3 repetitions
+All have the same engine and the same load, and are measured in turns.
+
+    python -m bench.gateways
+        # all gateways, 3 repetitions
     python -m bench.gateways --peers nginx,loraplex --quick
 
-Peers are installed once into environments of their own below .cache/peers. All run in turn within a
-repetition, so that a machine that drifts drifts for all of them. The cost is CPU time of the
-gateway's process tree, per request or per streamed token.
+The other gateways are the peers. Each is installed once, into an environment of its own below
+.cache/peers. All are measured within each repetition, so a machine that becomes slower does so for
+all of them. The cost of a gateway is the CPU time of its processes, per request or per streamed
+token.
 """
 
 from __future__ import annotations
@@ -16,11 +19,9 @@ import asyncio
 import contextlib
 import datetime
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import msgspec
 import uvloop
 
 from bench import ROOT
+from bench.gateways.measured import GatewayCost, line, measured, nothing
 from bench.gateways.peers import PEERS, AnyPeer
 from bench.gateways.peers.comparison import (
     QUICK,
@@ -49,20 +51,19 @@ from bench.load.report import document
 from bench.process import (
     NotStarted,
     Process,
-    ProcessUsage,
     free_ports,
     spent_s,
     until_answers,
 )
+from bench.provenance import RESULTS, commit
 
 CACHE = ROOT / ".cache" / "peers"
-RESULTS = ROOT / "bench" / "results"
 DIRECT = "direct"
-"""The mock engine without a gateway: what TTFT is compared with."""
+"""The mock engine without a gateway. The others are compared with its TTFT."""
 RUN_BOUND_S = 45.0
 REQUEST_TIMEOUT_S = 30.0
-# between a warm-up and its run: what is left of the former is not counted with the latter
 SETTLE_S = 0.3
+"""The wait between a warm-up and its run, so that the rest of the warm-up is not counted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.gateways", description=__doc__.partition("\n")[0] if __doc__ else None
+        prog="python -m bench.gateways", description="What this gateway and others cost."
     )
     parser.add_argument(
         "--peers", default="", help=f"comma-separated, of: {','.join(PEERS)} (default: all)"
@@ -163,7 +164,7 @@ def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _prepare(names: Iterable[str], *, install: bool) -> tuple[list[AnyPeer], dict[str, Any]]:
-    """The peers that can take part, and of every one its version or why it is skipped."""
+    """Returns the peers that can take part, and for each its version or why it is skipped."""
     CACHE.mkdir(parents=True, exist_ok=True)
     peers: list[AnyPeer] = []
     facts: dict[str, Any] = {}
@@ -187,8 +188,8 @@ async def compare(
     repetitions: int,
     heavy_repetitions: int = 1,
 ) -> tuple[list[Result], dict[str, Any]]:
-    """All runs, repetition by repetition, and what the machine is. Heavy peers, slower by a factor
-    of ten or more, are not run as often.
+    """Returns the rows of all runs, and the facts of the machine. Heavy peers, which are slower
+    by a factor of ten or more, are run less often.
     """
     results: list[Result] = []
     broken: set[tuple[str, str]] = set()
@@ -214,7 +215,7 @@ async def compare(
                         results.append(result)
                         if result["note"]:
                             broken.add((name, scenario.name))
-                        _say(_line(result))
+                        _say(line(result))
     return results, host
 
 
@@ -245,7 +246,7 @@ async def start(
         try:
             up[peer.name] = await stack.enter_async_context(peer.running(place))
         except NotStarted as exc:
-            results.append(_nothing(peer.name, "start", repetition, f"did not start: {exc}"))
+            results.append(nothing(peer.name, "start", repetition, f"did not start: {exc}"))
             _say(f"{peer.name} did not start: {exc}")
     return engine, up
 
@@ -272,27 +273,24 @@ async def run(
         async with asyncio.timeout(RUN_BOUND_S):
             seen = await measure(parse(_load_flags(running, scenario, warm_up=False)))
     except TimeoutError:
-        return _nothing(
+        return nothing(
             name, scenario.name, repetition, f"not finished within {RUN_BOUND_S:g} s"
         ), host
     except CannotRun as exc:
-        return _nothing(name, scenario.name, repetition, f"failed: {exc}"), host
+        return nothing(name, scenario.name, repetition, f"failed: {exc}"), host
     wall_s = time.perf_counter() - start
     after, engine_after = [p.usage() for p in running.gateway], behind.usage()
     made = document(seen)
     # those of answers that failed later included: they have cost as much
     delivered = sum(seen.meter.tokens_by_bin.values())
-    return _result(
-        name,
-        scenario,
-        repetition,
-        made,
+    cost = GatewayCost(
         wall_s,
-        before,
-        after,
+        sum(spent_s(b, a) for b, a in zip(before, after, strict=True)),
         spent_s(engine_before, engine_after),
-        delivered,
-    ), made["host"]
+        sum(u.rss_bytes for u in after),
+        sum(u.processes for u in after),
+    )
+    return measured(name, scenario, repetition, made, cost, delivered), made["host"]
 
 
 def _load_flags(running: Running, scenario: GatewayScenario, *, warm_up: bool) -> list[str]:
@@ -316,107 +314,6 @@ def _load_flags(running: Running, scenario: GatewayScenario, *, warm_up: bool) -
     flags += [f"--ramp={scenario.ramp_s}"] if scenario.ramp_s and not warm_up else []
     flags += ["--no-stream"] if scenario.pace_ms is None else []
     return flags + ([f"--api-key-env={running.key_env}"] if running.key_env else [])
-
-
-def _result(
-    name: str,
-    scenario: GatewayScenario,
-    repetition: int,
-    made: dict[str, Any],
-    wall_s: float,
-    before: Sequence[ProcessUsage],
-    after: Sequence[ProcessUsage],
-    engine_s: float,
-    delivered: int,
-) -> Result:
-    good, failed, tokens = (
-        made["requests"]["succeeded"],
-        made["requests"]["failed"],
-        made["throughput"]["output_tokens"],
-    )
-    units = good if scenario.unit == "request" else delivered
-    errors: Counter[str] = Counter({kind: entry["count"] for kind, entry in made["errors"].items()})
-    if tokens != good * scenario.tokens:
-        errors["wrong_token_count"] = 1
-    cpu_s = sum(spent_s(b, a) for b, a in zip(before, after, strict=True))
-    return {
-        **_nothing(
-            name,
-            scenario.name,
-            repetition,
-            f"{failed:,} of {failed + good:,} requests failed" if failed > good else "",
-        ),
-        "cpu_us": cpu_s / units * 1e6 if units else None,
-        "engine_us": engine_s / units * 1e6 if units else None,
-        "requests": good,
-        "tokens": tokens,
-        "failed": failed,
-        "errors": dict(errors),
-        "ttft_ms": _ms(made["ttft"]),
-        "itl_ms": _ms(made["itl"]),
-        "rss_mb": sum(u.rss_bytes for u in after) / 1e6,
-        "processes": sum(u.processes for u in after),
-        "wall_s": wall_s,
-        "machine_busy": made["host"]["busy_share"],
-    }
-
-
-def _nothing(name: str, scenario: str, repetition: int, note: str) -> Result:
-    return {
-        "peer": name,
-        "scenario": scenario,
-        "repetition": repetition,
-        "cpu_us": None,
-        "engine_us": None,
-        "requests": 0,
-        "tokens": 0,
-        "failed": 0,
-        "errors": {},
-        "note": note,
-        "ttft_ms": None,
-        "itl_ms": None,
-        "rss_mb": None,
-        "processes": 0,
-        "wall_s": None,
-        "machine_busy": None,
-    }
-
-
-def _ms(figures: dict[str, float] | None) -> dict[str, float] | None:
-    return None if figures is None else {key: figures[key] * 1e3 for key in ("p50", "p99")}
-
-
-def _line(r: Result) -> str:
-    if r["note"]:
-        return f"{r['repetition']}  {r['scenario']:<5} {r['peer']:<17} {r['note']}"
-    ttft = (
-        f"  TTFT p50 {r['ttft_ms']['p50']:.2f} p99 {r['ttft_ms']['p99']:.1f} ms"
-        if r["ttft_ms"]
-        else ""
-    )
-    cost = f"{r['cpu_us']:9.1f} us, engine {r['engine_us']:6.1f} us"
-    errors = f"  ERRORS {r['errors']}" if r["errors"] else ""
-    return (
-        f"{r['repetition']}  {r['scenario']:<5} {r['peer']:<17} {cost}  {r['requests']:>5} "
-        f"answers in {r['wall_s']:.1f} s{ttft}{errors}"
-    )
-
-
-def commit(root: Path = ROOT) -> str:
-    """The commit of a working tree, with a plus if it has been changed since."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        name = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        return name + ("+" if changed.strip() else "")
-    return "unknown"
 
 
 def _publish(made: dict[str, Any], flags: argparse.Namespace) -> None:

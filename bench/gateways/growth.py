@@ -25,13 +25,14 @@ import aiohttp
 import msgspec
 import uvloop
 
-from bench.gateways.__main__ import RESULTS, commit, one_peer
+from bench.gateways.__main__ import one_peer
 from bench.gateways.peers.loraplex import Loraplex
 from bench.gateways.peers.peer import Running
 from bench.load.__main__ import measure, raise_open_files_limit
 from bench.load.options import parse
 from bench.load.report import document
 from bench.process import ProcessUsage, spent_s
+from bench.provenance import RESULTS, commit
 
 Row: TypeAlias = dict[str, Any]
 
@@ -106,7 +107,7 @@ async def with_workers(workers: int) -> Row:
 
 
 async def with_adapters(adapters: int) -> Row:
-    """So many adapters in the store; requests go to a few of them."""
+    """The store has so many adapters. Requests go to a few of them."""
     with tempfile.TemporaryDirectory(prefix="bench-adapters-") as folder:
         await asyncio.to_thread(write_adapters, Path(folder), adapters)
         async with one_peer(Loraplex(adapters=Path(folder))) as (running, _):
@@ -228,6 +229,12 @@ def adapter_name(number: int) -> str:
 
 def write_adapters(root: Path, count: int) -> None:
     """The smallest adapters that pass validation."""
+    for number in range(count):
+        write_adapter(root / adapter_name(number))
+
+
+def write_adapter(folder: Path, weight: float = 0.0) -> None:
+    """All its weights are `weight`: another number makes another version of it."""
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     half = RANK * WIDTH * 4
     tensors = {
@@ -240,21 +247,19 @@ def write_adapters(root: Path, count: int) -> None:
     }
     header = json.dumps(tensors).encode()
     header += b" " * (-len(header) % 8)
-    weights = struct.pack("<Q", len(header)) + header + bytes(2 * half)
-    config = json.dumps(
-        {
-            "peft_type": "LORA",
-            "r": RANK,
-            "lora_alpha": 16,
-            "target_modules": ["q_proj"],
-            "task_type": "CAUSAL_LM",
-        }
+    weights = struct.pack(f"<{2 * RANK * WIDTH}f", *[weight] * (2 * RANK * WIDTH))
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(
+        struct.pack("<Q", len(header)) + header + weights
     )
-    for number in range(count):
-        folder = root / adapter_name(number)
-        folder.mkdir()
-        (folder / "adapter_config.json").write_text(config)
-        (folder / "adapter_model.safetensors").write_bytes(weights)
 
 
 # ---- results -------------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
-"""Shell. An engine that costs next to nothing: answers at once, then moves all streams of one pace
-together, as an engine's step does.
+"""Shell. An engine that costs almost nothing. It answers at once, and then moves all streams of one
+pace together, as an engine's step does.
 
     python -m bench.gateways.mock_engine http PORT
-    python -m bench.gateways.mock_engine worker CONFIG --gateway ENDPOINT [--gateway ...] \\
+    python -m bench.gateways.mock_engine worker CONFIG --gateway ENDPOINT [--gateway ...]
         [--workers N]
 
-As `http` it is the OpenAI server behind the gateways that speak HTTP; as `worker` it sits in place
-of the engine under this project's own agent. Both send the same tokens at the same pace. The pace
-is asked for in the request's `seed` (whole milliseconds between tokens, 0: as fast as they leave),
-because that is a field that every gateway passes on.
+As `http` it is the OpenAI server behind the gateways that speak HTTP. As `worker` it takes the
+place of the engine under this project's own agent. Both send the same tokens at the same pace. The
+request's `seed` sets the pace in whole milliseconds between tokens (0: as fast as possible),
+because every gateway passes that field on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import argparse
 import asyncio
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -28,8 +28,17 @@ from shared.config.settings_file import read_settings
 from shared.link.token_ids import pack
 from shared.runtime import log as runtime_log
 from shared.runtime.process import follow_parent
-from worker.engine.base import EngineFacts, EngineRequest, EngineStats, Loaded, Reply, Swap, Swapped
-from worker.engine.progress import EngineSigns
+from worker.engine.base import (
+    EngineFacts,
+    EngineRequest,
+    EngineStats,
+    Loaded,
+    Reply,
+    Storing,
+    Swap,
+    Swapped,
+)
+from worker.engine.hang_detection import EngineSigns
 from worker.engine.sim.answers import StreamOptions
 
 CAPACITY = 100_000
@@ -63,7 +72,7 @@ _decode = msgspec.json.Decoder(MockRequest).decode
 
 
 class MockAnswer:
-    """What one request is due, in vLLM's OpenAI shape; what repeats in every event is made once."""
+    """The answer to one request, in vLLM's OpenAI shape. Whatever repeats is made once."""
 
     __slots__ = (
         "_after",
@@ -148,7 +157,7 @@ class MockAnswer:
 
 
 class MockStream(Protocol):
-    """One answer on its way; `step` sends the next token and says whether it was the last."""
+    """One answer on its way. `step` sends the next token and says whether it was the last."""
 
     answer: MockAnswer
 
@@ -156,7 +165,7 @@ class MockStream(Protocol):
 
 
 class Lockstep:
-    """Moves all streams of one pace together; its clock does not drift."""
+    """Moves all streams of one pace together. Its clock does not drift."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -222,7 +231,7 @@ class HttpStream:
 
 
 class HttpConnection(asyncio.Protocol):
-    """One request at a time; the next one is read when its predecessor has been answered."""
+    """Reads one request at a time: the next one once the one before has been answered."""
 
     def __init__(self, lockstep: Lockstep) -> None:
         self._lockstep = lockstep
@@ -322,7 +331,9 @@ class ReplyStream:
 
 
 class MockEngine:
-    """Implements `worker.engine.Engine`; loads take no time."""
+    """Implements `worker.engine.base.Engine`. Loads take no time."""
+
+    stage = "starting"
 
     def __init__(self, lockstep: Lockstep) -> None:
         self._lockstep = lockstep
@@ -353,6 +364,15 @@ class MockEngine:
     async def prepare(self, adapter: Loaded) -> None: ...
     async def swap(self, swap: Swap) -> Swapped:
         return Swapped()
+
+    def stores(self, answer_id: str) -> Storing:
+        return Storing.NOT
+
+    def copies(self) -> Iterator[tuple[str, bytes]]:
+        return iter(())
+
+    def keep_copy(self, answer_id: str, copy: bytes) -> None:
+        return None
 
     def stats(self) -> EngineStats:
         return EngineStats()

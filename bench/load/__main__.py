@@ -1,13 +1,13 @@
-"""Shell. `python -m bench.load`: a load test for any OpenAI-compatible server, with many adapters
-of one base model in mind.
+"""Shell. `loraplex bench load`: a load test for any OpenAI-compatible server that serves adapters
+of a base model.
 
-    python -m bench.load --url http://127.0.0.1:8000 --adapters-from-models --rate 20 \\
+    loraplex bench load --url http://127.0.0.1:8000 --adapters-from-models --rate 20 \\
         --duration 30 --warm-adapters
-    python -m bench.load --url http://127.0.0.1:8000 --model base --num-adapters 100 --mix \\
-        zipf --alpha 1.0 --concurrency 64 --requests 1000
+    loraplex bench load --url http://127.0.0.1:8000 --model base --num-adapters 100 \\
+        --mix zipf --alpha 1.0 --concurrency 64 --requests 1000
 
-Exit status: 0; 1 if more requests failed than --max-error-rate allows; 2 if the test could not run
-(bad flags, no server).
+The exit status is 0. It is 1 if more requests failed than --max-error-rate allows, and 2 if the
+test could not run, for example because the flags are wrong or no server answers.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ import uvloop
 
 from bench.load import workload as wl
 from bench.load.client import LoadClient
+from bench.load.flags import UsageError
 from bench.load.measure import LoadRun, Meter
-from bench.load.options import LoadPace, LoadTarget, Options, UsageError, parse
+from bench.load.options import LoadPace, LoadTarget, Options, parse
 from bench.load.plot import plot
 from bench.load.report import document, table
 from bench.load.runner import LoadProgress, drive
+from bench.provenance import cpu_model
 
 WARM_UP_AT_ONCE = 16
 PROGRESS_EVERY_S = 2.0
@@ -70,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(arguments)
         raise_open_files_limit()
-        run = uvloop.run(measure(options, ["python", "-m", "bench.load", *arguments]))
+        run = uvloop.run(measure(options, ["loraplex", "bench", "load", *arguments]))
     except (UsageError, CannotRun) as error:
-        print(f"bench.load: {error}", file=sys.stderr)
+        print(f"loraplex bench load: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -90,15 +92,15 @@ def _publish(options: Options, run: LoadRun) -> int:
             )
         if options.plot_file:
             title = (
-                f"{command[len('python -m ') :]}\n{made['host']['cpu_model']}, "
+                f"{command}\n{made['host']['cpu_model']}, "
                 f"{made['host']['cores']} cores, {made['started_at']}"
             )
             plot(run, made, options.plot_file, title)
     except (OSError, ImportError) as error:
-        print(f"bench.load: the result could not be written: {error}", file=sys.stderr)
+        print(f"loraplex bench load: the result could not be written: {error}", file=sys.stderr)
         return 2
     if not run.outcomes:
-        print("bench.load: nothing was sent", file=sys.stderr)
+        print("loraplex bench load: nothing was sent", file=sys.stderr)
         return 1
     return 1 if made["requests"]["error_rate"] > options.max_error_rate else 0
 
@@ -330,14 +332,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return versions
-
-
-def cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _machine_cpu_s() -> CpuTimes | None:

@@ -1,9 +1,9 @@
-"""Shell. A small HTTP/1.1 client that measures: one connection per request in flight, kept alive
-between requests, streams checked to the end.
+"""Shell. A small HTTP/1.1 client that measures. Each request in flight has a connection, which is
+kept alive between requests, and every stream is checked to its end.
 
-Why not an HTTP library: the load generator shares its cores with what it measures, and a general
-client costs several times as much per streamed token. This one does nothing per token but find the
-chunk, decode the few fields that count and note the time.
+It is no HTTP library for a reason. The load generator shares its cores with what it measures, and a
+general client costs several times as much per streamed token. Per token this one only finds the
+chunk, decodes the few fields that count, and notes the time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class _LoadConnection(asyncio.Protocol):
         self._ended: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]  # a stream connection's transport is a Transport
+        # a stream connection's transport is a Transport
+        self._transport = transport  # type: ignore[assignment]
 
     def send(self, message: bytes, reply: LoadReply) -> asyncio.Future[None]:
         """Writes the request; the future is set when the answer has ended, however it did."""

@@ -1,10 +1,10 @@
-"""Pure. What a load run counts and keeps: gaps between tokens, how each request went, and what to
-say about a set of times.
+"""Pure. What a load run counts and keeps: gaps between tokens, the outcome of each request, and
+figures of a set of times.
 
-Times are seconds, relative to the start of the load unless said. All latencies count from the
-moment a request was *scheduled*, not from when the generator got round to sending it, so a stalled
-server (or generator) cannot hide the requests it delayed ("coordinated omission", Gil Tene, "How
-NOT to measure latency").
+Times are seconds from the start of the load, unless another origin is named. All latencies count
+from the moment at which a request was *scheduled*, not from when it was sent. So a stalled server,
+or a stalled generator, cannot hide the requests that it delayed ("coordinated omission", Gil Tene,
+"How NOT to measure latency").
 """
 
 from __future__ import annotations

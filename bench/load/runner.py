@@ -97,7 +97,9 @@ async def _open_loop(
     sent = 0
     async with asyncio.TaskGroup() as group:
         for request in requests:
-            while (early_s := request.at_s - sender.now_s()) > EARLY_S and not progress.stop:  # noqa: ASYNC110
+            while (  # noqa: ASYNC110
+                early_s := request.at_s - sender.now_s()
+            ) > EARLY_S and not progress.stop:
                 # the clock is what is waited for
                 await asyncio.sleep(min(early_s, LONGEST_SLEEP_S))
             if progress.stop:

@@ -1,9 +1,9 @@
 """Pure. What a load is: when requests arrive, which adapter each one asks for, how long prompts and
 answers are, and the words of the prompts.
 
-Everything comes from one seed. Each concern draws from its own `random.Random`, so changing one
-(say, the Zipf exponent) leaves the others (say, the arrival times) as they were: two runs that
-differ in one flag differ in that one thing.
+Everything comes from one seed. Each concern draws from a `random.Random` of its own. So a change of
+one (the Zipf exponent, for example) leaves the others (the arrival times) as they were. Two runs
+that differ in one flag differ in that one thing.
 """
 
 from __future__ import annotations

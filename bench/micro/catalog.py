@@ -1,9 +1,9 @@
 """Shell. `python -m bench.micro.catalog [--adapters 1000,100000]`: what a large folder of adapters
 costs a gateway.
 
-Per level: CPU seconds of the first listing and of one in which nothing has changed, the longest
-time that the event loop stood still during the latter, memory per known adapter, and what the
-answer of `GET /v1/models` takes to make and is long.
+It measures, per number of adapters: CPU seconds of the first listing, and of one in which nothing
+has changed; the longest time that the event loop stood still during the latter; memory per known
+adapter; time and size of the answer to `GET /v1/models`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.link.sockets import open_context
 from shared.stores import AdapterStore, open_store
-from shared.stores.transfer import Pace
+from shared.stores.transfer import TransferRetries
 from worker.disk.cache import DiskCache
 from worker.peers.client import Peers
 from worker.peers.server import open_peer_server
@@ -36,7 +36,7 @@ from worker.peers.server import open_peer_server
 SECRET = "the secret of this benchmark"
 TICK_S = 0.001
 MIB, GIB = 1 << 20, 1 << 30
-PACE = Pace(30.0, 1)
+PACE = TransferRetries(30.0, 1)
 
 
 def check(folder: Path) -> AdapterFacts:

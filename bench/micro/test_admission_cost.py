@@ -1,9 +1,9 @@
 """Shell. What an event costs a gateway with a long queue: the production dispatcher, policy, fleet
 and queue in the middle of a simulated run.
 
-The run stops before each call of the gateway that has it look at its queue, and the call alone is
-timed: arrivals, ends and heartbeats, as they come under load. With 500 adapters, 8 workers run out
-of slots and 64 out of room; with 4,000, those run out of slots.
+The run stops before each call in which the gateway looks at its queue, and only that call is timed.
+The calls are arrivals, ends and heartbeats, as they come under load. With 500 adapters, 8 workers
+run out of slots and 64 out of room. With 4,000 adapters, the 64 run out of slots.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ class Stopping:
         self._calls: deque[Callable[[], None]] = deque()
         self._gateway = self._sim.dispatcher
         self._gateway.submit = self._noting(self._gateway.submit)  # type: ignore[method-assign]
-        self._gateway.on_control = self._noting(self._gateway.on_control)  # type: ignore[method-assign]
-        self._gateway.on_data = self._noting_all_but_first_tokens(self._gateway.on_data)  # type: ignore[method-assign, assignment]
+        inbox: Any = self._gateway.inbox
+        inbox.on_control = self._noting(inbox.on_control)
+        inbox.on_data = self._noting_all_but_first_tokens(inbox.on_data)
         self._sim.begin()
         while self._gateway.queued("base") < queued or self._sim.agenda.now < SETTLE_S:
             self.next()()

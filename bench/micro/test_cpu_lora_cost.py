@@ -30,7 +30,7 @@ def test_a_layer(benchmark: Any, kernels: str, shape: str, tokens: int) -> None:
     own = torch.randint(0, slots, (tokens,))
     try:
         if kernels == "loraplex":
-            from worker.engine.vllm.cpu_lora import Rows, add
+            from worker.engine.vllm.lora.cpu_lora import Rows, add
 
             rows = Rows(own.tolist())
             benchmark(lambda: add(y, x, [a], [b], 1.0, [size_out], rows))

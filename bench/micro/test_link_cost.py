@@ -7,7 +7,7 @@ import pytest
 from bench.micro.conftest import PerUnit
 from bench.micro.test_wire_cost import EVENT
 from shared.link import messages
-from shared.link.endpoint import LinkEnd
+from shared.link.link_end import LinkEnd
 from shared.link.sockets import SendResult
 
 STEPS = 2_000
@@ -20,7 +20,7 @@ def test_taking_steps_off_a_channel(per_unit: PerUnit, streams: int) -> None:
     frames: list[messages.Frame] = [(1000 + n, 0, EVENT, b"") for n in range(streams)]
     step = messages.encode(messages.Step(frames))
     packets = [
-        messages.encode(messages.Carried(1 << 31, number + 1, 1 << 20, step))
+        messages.encode(messages.DataPacket(1 << 31, number + 1, 1 << 20, step))
         for number in range(STEPS)
     ]
     assert len(packets[-1]) / len(step) < MAX_RATIO[streams]

@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from bench.micro.conftest import PerUnit
 from gateway.telemetry.ended_request import EndedRequest
-from gateway.telemetry.prometheus import DURATION_BUCKETS_S, TTFT_BUCKETS_S, Metrics
+from gateway.telemetry.metric_definitions import DURATION_BUCKETS_S, TTFT_BUCKETS_S
+from gateway.telemetry.prometheus import Metrics
 from shared.link import messages
 
 

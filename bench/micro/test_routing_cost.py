@@ -1,8 +1,9 @@
-"""Shell. How long a routing decision takes: fleet and policy as in production, no sockets.
+"""Shell. How long a routing decision takes: fleet and policy as in production, without sockets.
 
-Per decision with its reservation, at 64 workers and at 1,000 workers with 10,000 adapters: for
-adapters that are held, that are nowhere, and for the base model; with one worker excluded; and for
-a heartbeat. The median counts, since some decisions are rarer and longer.
+Each decision is timed with its reservation, at 64 workers, and at 1,000 workers with 10,000
+adapters. Adapters are held somewhere or nowhere, or the base model is asked for. One variant
+excludes a worker, and one times a heartbeat. The median counts, because some decisions are rarer
+and longer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 SIZES = ((64, 1000), (1000, 10_000))
 SLOTS, CPU_ADAPTERS, RUNNING = 16, 64, 40
 DECISIONS = 3000
-ADAPTER_BYTES = 26 << 20
 SEQ = itertools.count(10_000)
 
 
@@ -32,7 +32,7 @@ def adapter(index: int) -> AdapterRef:
     return AdapterRef("base", f"a{index:05}", f"{index:016x}")
 
 
-def beat(worker: int, adapters: int, seq: int, rng: random.Random) -> Heartbeat:
+def heartbeat(worker: int, adapters: int, seq: int, rng: random.Random) -> Heartbeat:
     """Of a busy worker: full slots, half of them in flight by others' requests, a quarter in steady
     use, and a full CPU tier.
     """
@@ -60,7 +60,7 @@ def beat(worker: int, adapters: int, seq: int, rng: random.Random) -> Heartbeat:
 def fleet_of(workers: int, adapters: int) -> Fleet:
     fleet, rng = Fleet(3600.0), random.Random(1)
     for worker in range(workers):
-        fleet.beat(beat(worker, adapters, 1, rng), 0.0)
+        fleet.heartbeat(heartbeat(worker, adapters, 1, rng), 0.0)
         fleet.attach(f"w{worker:04}", 1)
     return fleet
 
@@ -74,14 +74,14 @@ def crowd(request: Any) -> tuple[Fleet, int, int]:
 
 
 def request(index: int) -> RoutingRequest:
-    return RoutingRequest("base", adapter(index), ADAPTER_BYTES, 128, 128)
+    return RoutingRequest("base", adapter(index), 128, 128)
 
 
 CASES: dict[str, Callable[[int, random.Random], RoutingRequest]] = {
     "Zipf-like adapter": lambda adapters, rng: request(int(adapters ** rng.random()) - 1),
     "uniform adapter": lambda adapters, rng: request(rng.randrange(adapters)),
     "adapter that is nowhere": lambda adapters, rng: request(adapters + rng.randrange(adapters)),
-    "base model": lambda adapters, rng: RoutingRequest("base", None, 0, 128),
+    "base model": lambda adapters, rng: RoutingRequest("base", None, 128),
 }
 
 
@@ -114,8 +114,8 @@ def test_decision_with_one_worker_excluded(benchmark: Any, crowd: tuple[Fleet, i
 def test_heartbeat_of_80_adapters(
     benchmark: Any, crowd: tuple[Fleet, int, int], others: int
 ) -> None:
-    """As decoded: no object is one of the beat before. `others`: adapters that the beat before did
-    not have.
+    """As decoded: it shares no object with the heartbeat before. `others`: adapters that the one
+    before did not have.
     """
     fleet, workers, adapters = crowd
     rng = random.Random(3)
@@ -124,7 +124,7 @@ def test_heartbeat_of_80_adapters(
     def fresh() -> tuple[tuple[Heartbeat, float], dict[str, Any]]:
         number = next(SEQ)
         worker = number % min(workers, 50)
-        new = beat(worker, adapters, number, rng)
+        new = heartbeat(worker, adapters, number, rng)
         before = last.get(worker)
         if before is not None:
             new = msgspec.structs.replace(
@@ -133,7 +133,7 @@ def test_heartbeat_of_80_adapters(
         last[worker] = new
         return (msgspec.msgpack.decode(msgspec.msgpack.encode(new), type=Heartbeat), 1.0), {}
 
-    benchmark.pedantic(fleet.beat, setup=fresh, rounds=300)
+    benchmark.pedantic(fleet.heartbeat, setup=fresh, rounds=300)
 
 
 def _decide(
@@ -153,7 +153,6 @@ def _decide(
             fleet.release(sid)
         taken.clear()
         sid = next(stream)
-        policy.arrived(of_stream[sid], 0.0)
         return (sid,), {}
 
     def choose(sid: int) -> None:

@@ -8,7 +8,7 @@ import json
 
 from bench.micro.conftest import PerUnit
 from bench.micro.test_wire_cost import BODY, EVENT
-from gateway.api.schema import parse_body_fields
+from gateway.api.body.schema import parse_body_fields
 
 JOINED = 8
 

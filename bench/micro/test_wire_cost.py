@@ -15,7 +15,8 @@ from shared.link.token_ids import pack
 STREAMS = 64
 EVENT = (
     b"data: "
-    b'{"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1,"model":"base","choices":['
+    b'{"id":"chatcmpl-0123456789abcdef","object":"chat.completion.chunk","created":1,'
+    b'"model":"base","choices":['
     + (
         b'{"index":0,"delta":{"content":" '
         b'token"},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'

@@ -11,7 +11,7 @@ worker's residency and slots, and the messages between them run as they are. Clo
 engines are simulated, engines by a table measured on an H200 (bench/routing/sim/timing.py). The
 same command gives the same figures.
 
-A plan (default: bench/routing/plans/routing.json; its words are in bench/routing/sim/plan.py)
+A plan (default: bench/routing/plans/routing.json; its words are in bench/routing/study/plan.py)
 becomes independent runs of at most about two minutes. `--compare` is a plan of one comparison. Each
 run that ends is one line of OUT/items.jsonl; the next call goes on from there and from what is in
 --have. What runs at the deadline is killed and done again. `--redo ray` counts runs of that policy
@@ -43,13 +43,15 @@ from typing import Any, TextIO
 
 import msgspec
 
-from bench.routing.crew import Crew
-from bench.routing.sim import clairvoyant, engine, plot, pooled, production, search, study, world
-from bench.routing.sim.item import DoneItem, Item, Results, perform, still_good
-from bench.routing.sim.merged import markdown, merge
-from bench.routing.sim.plan import Plan, needed, read_plan, rehearse
+from bench.routing.process_pool import ProcessPool
+from bench.routing.report import plot
+from bench.routing.sim import clairvoyant, engine, pooled, production, world
 from bench.routing.sim.production import policies
 from bench.routing.sim.scenarios import SCENARIOS, WORKERS
+from bench.routing.study import runs, search
+from bench.routing.study.item import DoneItem, Item, Results, perform, still_good
+from bench.routing.study.merged import markdown, merge
+from bench.routing.study.plan import Plan, needed, read_plan, rehearse
 
 PLAN = Path(__file__).parent / "plans" / "routing.json"
 ITEMS = "items.jsonl"
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     code = code_digest()
     kept = still_good(done, flags.redo, code)
-    _tell_of_old_code(kept, code)
+    _warn_of_old_code(kept, code)
     results = Results(kept)
     if flags.estimate:
         print(estimate(plan, results, flags.jobs))
@@ -109,13 +111,13 @@ def run(plan: Plan, results: Results, flags: argparse.Namespace, code: str, file
     deadline = began + flags.seconds
     failed: set[Item] = set()
     ended, cpu_s, expected_s = 0, 0.0, 0.0
-    with Crew(do, flags.jobs, quiet) as crew:
+    with ProcessPool(do, flags.jobs, quiet) as pool:
         while time.monotonic() < deadline:
             pace = cpu_s / expected_s if expected_s else 1.0
-            _fill(crew, plan, results, failed, (deadline - time.monotonic()) / pace / SLOWER)
-            if not crew.jobs:
+            _fill(pool, plan, results, failed, (deadline - time.monotonic()) / pace / SLOWER)
+            if not pool.jobs:
                 break
-            for end in crew.ended(deadline):
+            for end in pool.ended(deadline):
                 if end.error:
                     failed.add(end.job)
                     print(f"failed: {end.job.name}\n{end.error}", file=sys.stderr, flush=True)
@@ -129,7 +131,7 @@ def run(plan: Plan, results: Results, flags: argparse.Namespace, code: str, file
                     cpu_s + end.cpu_s,
                     expected_s + end.job.estimate_s,
                 )
-        killed = len(crew.jobs)
+        killed = len(pool.jobs)
     print(
         f"{ended} runs in {time.monotonic() - began:.0f} s, {cpu_s:.0f} s of processor "
         f"time (expected: {expected_s:.0f}); {killed} killed"
@@ -141,20 +143,20 @@ def run(plan: Plan, results: Results, flags: argparse.Namespace, code: str, file
 
 
 def _fill(
-    crew: Crew[Item], plan: Plan, results: Results, failed: set[Item], within_s: float
+    pool: ProcessPool[Item], plan: Plan, results: Results, failed: set[Item], within_s: float
 ) -> None:
     """Gives every idle process the first run that is ready, short enough, and not with another
     one.
     """
-    if not crew.idle:
+    if not pool.idle:
         return
-    taken = set(crew.jobs) | failed
+    taken = set(pool.jobs) | failed
     for question in plan:
         for item in needed(question, results):
             if item not in taken and item.estimate_s < within_s:
                 taken.add(item)
-                crew.start(item)
-                if not crew.idle:
+                pool.start(item)
+                if not pool.idle:
                     return
 
 
@@ -165,13 +167,13 @@ def estimate(plan: Plan, results: Results, jobs: int) -> str:
     """What is left, by question. `results` are as before afterwards."""
     left = rehearse(plan, results.copy())
     lines = [f"{'question':<52}{'runs':>6}{'processor s':>13}{'longest':>9}"]
-    for question, runs in zip(plan, left, strict=True):
-        if runs:
-            seconds = [item.estimate_s for item in runs]
+    for question, items in zip(plan, left, strict=True):
+        if items:
+            seconds = [item.estimate_s for item in items]
             lines.append(
-                f"{question.name:<52}{len(runs):>6}{sum(seconds):>13,.0f}{max(seconds):>8.0f}s"
+                f"{question.name:<52}{len(items):>6}{sum(seconds):>13,.0f}{max(seconds):>8.0f}s"
             )
-    total = sum(item.estimate_s for runs in left for item in runs)
+    total = sum(item.estimate_s for items in left for item in items)
     if not total:
         return f"{NOTHING} of the plan"
     return "\n".join(
@@ -205,13 +207,12 @@ def code_digest() -> str:
     simulator without what plans and reports.
     """
     ours = {
-        module.__name__
-        for module in (clairvoyant, engine, pooled, production, search, study, world)
+        module.__name__ for module in (clairvoyant, engine, pooled, production, runs, search, world)
     }
     ours |= {
         "bench.load.workload",
         "bench.routing.sim.agenda",
-        "bench.routing.sim.figures",
+        "bench.routing.report.figures",
         "bench.routing.sim.scenarios",
         "bench.routing.sim.timing",
         "bench.routing.sim.worker",
@@ -269,7 +270,7 @@ def _report(plan: Plan, done: Sequence[DoneItem], flags: argparse.Namespace, com
     plot.plot_study(made.document, str(flags.report))
 
 
-def _tell_of_old_code(done: Sequence[DoneItem], code: str) -> None:
+def _warn_of_old_code(done: Sequence[DoneItem], code: str) -> None:
     old = Counter(row.item.policy for row in done if row.code != code)
     if old:
         print(

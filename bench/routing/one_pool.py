@@ -1,14 +1,14 @@
 """Shell. `python -m bench.routing.one_pool REPORT.json`: what a fleet would reach if all its slots
-were one worker's, from a study's report.
+were one worker's, computed from a study's report.
 
-No placement of adapters can do better than none at all: one queue, first come first served, for all
-slots of the fleet. Requests stay in a slot for as long as the engine's own table says: steps of a
-batch that is equally full everywhere, stretched by prompts and by as many loads per request as the
-report has for the default policy, or for the clairvoyant bound. The capacity is the highest rate on
-the ladder of bench/routing/sim/search.py with p99 TTFT of at most 0.5 s, the median of five seeds;
-lengths are taken as 128 tokens.
+No placement of adapters can beat a fleet that needs none: one queue, first come first served, for
+all slots. A request stays in its slot as long as the engine's own table says. Its steps are those
+of a batch that is equally full everywhere. Prompts stretch them, and so do loads: as many per
+request as the report has for the default policy, or for the clairvoyant bound. The capacity is the
+highest rate on the ladder of bench/routing/study/search.py whose p99 TTFT is at most 0.5 s, the
+median of five seeds. Answers are taken as 128 tokens long.
 
-Exit status: 0; 2, the report cannot be read.
+Exit status: 0; 2 if the report cannot be read.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from typing import Any
 from bench.load.measure import percentile
 from bench.routing.sim.pooled import starts_of
 from bench.routing.sim.scenarios import SCENARIOS, CountedWindow, TrafficScenario, requests_of
-from bench.routing.sim.search import highest
-from bench.routing.sim.study import CAPACITY_P99_S, CLAIRVOYANT, OURS, scenario_named
 from bench.routing.sim.timing import Timing, timing_of
 from bench.routing.sim.worker import WorkerFacts
+from bench.routing.study.runs import CAPACITY_P99_S, CLAIRVOYANT, OURS, scenario_named
+from bench.routing.study.search import highest
 
 SEEDS = 5
 WINDOW = CountedWindow(60.0, 60.0)
@@ -90,7 +90,7 @@ def keeps(
         for (_, at_s, _), start in zip(slot_uses, starts, strict=True)
         if WINDOW.counts(at_s)
     )
-    warm_s = timing.outside_s + timing.step_s(1) + TOKENS / timing.prefill_tokens_per_s
+    warm_s = timing.outside_s + timing.prefill_step_s(1, TOKENS)
     return percentile(waits, 0.99) + warm_s <= CAPACITY_P99_S
 
 

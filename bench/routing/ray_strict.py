@@ -1,7 +1,7 @@
 """Pure. Ray Serve's multiplexed routing as Ray 2.60 does it.
 
-`Ray` in gateway/routing/ray.py is what its words promise; the rows M1 to M6 of Ray's candidate
-table and the weaknesses W1 to W12 are in docs/ROUTING.md.
+`Ray` in gateway/routing/ray.py does what Ray's documentation promises. docs/ROUTING.md has the rows
+M1 to M6 of Ray's candidate table, and the weaknesses W1 to W12.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ NOT_YET = frozenset({"503", "XMinioServerNotInitialized", "SlowDown"})
 
 
 def say(line: str) -> None:
-    print(f"load-adapters: {line}", flush=True)  # noqa: T201 - for the person who reads the container's log
+    # for the person who reads the container's log
+    print(f"load-adapters: {line}", flush=True)  # noqa: T201
 
 
 def adapters_of(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Pure. What a key may do: an account with its scope, its priorities, its weight and its limits."""
+"""Pure. An account: what the owner of a key may use, how much, and with which priority."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import msgspec
 
 ANYTHING = ("*",)
 LOWEST_PRIORITY = 999_999_999
-"""The largest number that a client can give; lower numbers go first."""
+"""The largest number that a client can give. Lower numbers go first."""
 
 
 class AccountLimits(msgspec.Struct, frozen=True):
-    """None: no limit. Tokens are those of the prompt and of all answers together."""
+    """None means no limit. Tokens are those of the prompt plus all answers to it."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -28,12 +28,12 @@ UNLIMITED = AccountLimits()
 
 
 class Account(msgspec.Struct, frozen=True):
-    """One tenant. `name` stands for it in queues, metrics, logs and the usage ledger.
+    """One tenant. Its `name` stands for it in queues, metrics, logs and the usage ledger.
 
-    `models` and `adapters` are globs: of base models, and of what stands behind the colon (an
-    adapter, an alias), or of `base:adapter`. `priority` is the range (first, last) that its
-    requests are kept in. `weight` is its share of the service beside others that wait. `expires` is
-    in seconds of the Unix epoch.
+    `models` are globs of base models. `adapters` are globs of the part after the colon (an adapter
+    or an alias), or of `base:adapter`. `priority` is the range (first, last) that its requests may
+    use. `weight` is its share of the service when several tenants wait. `expires` is in seconds of
+    the Unix epoch.
     """
 
     name: str = ""
@@ -46,11 +46,11 @@ class Account(msgspec.Struct, frozen=True):
 
     @property
     def scoped(self) -> bool:
-        """Whether there is anything that it may not use."""
+        """Whether there is any model or adapter that it may not use."""
         return self.models != ANYTHING or self.adapters != ANYTHING
 
     def may_use(self, base: str, adapter: str | None = None) -> bool:
-        """`adapter` None: the base model itself."""
+        """`adapter` None stands for the base model itself."""
         if not any(fnmatchcase(base, glob) for glob in self.models):
             return False
         return adapter is None or any(
@@ -59,9 +59,9 @@ class Account(msgspec.Struct, frozen=True):
         )
 
     def clamped(self, priority: int) -> int:
-        """The nearest priority that it may use."""
+        """The allowed priority that is nearest to this one."""
         return min(max(priority, self.priority[0]), self.priority[1])
 
 
 ANONYMOUS = Account()
-"""Whoever asks a gateway that asks for no keys: one tenant, whatever it calls itself."""
+"""The account of every request on a gateway that asks for no keys. All of them are one tenant."""

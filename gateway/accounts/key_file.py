@@ -1,10 +1,11 @@
-"""Pure. The keys file: YAML text -> accounts by digest, and back. A key itself is never in it.
+"""Pure. The keys file: reads YAML text into accounts by key digest, and writes it. Keys themselves
+are never in it.
 
-keys:
-  - name: team-a
-    sha256: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
-    adapters: ["team-a-*"]
-    limits: {requests_per_minute: 600}
+  keys:
+    - name: team-a
+      sha256: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
+      adapters: ["team-a-*"]
+      limits: {requests_per_minute: 600}
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import msgspec
 from msgspec import Meta
 
 from gateway.accounts.account import ANYTHING, LOWEST_PRIORITY, Account, AccountLimits
-from shared.config.document import Document, read_document
+from shared.config.document.yaml_document import Document, read_document
 from shared.config.section import (
     Finding,
     Path,
@@ -34,9 +35,9 @@ from shared.config.section import (
 from shared.errors import ConfigError
 
 MAX_KEYS = 5000
-"""As many as fit into a file that `shared.config.document` reads."""
+"""As many as fit into the largest file that shared/config/document/yaml_document.py reads."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
-"""Names go into metrics, logs and URLs."""
+"""Names become labels of metrics and parts of URLs and logs, so their characters are restricted."""
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _HEADER = "# API keys as SHA-256 digests; see docs/CONFIG.md. Written by `loraplex keys`.\n"
 _Positive = Annotated[int, Meta(ge=1, le=1 << 53)]
@@ -45,7 +46,7 @@ _Globs = tuple[Annotated[str, Meta(min_length=1, max_length=200)], ...]
 
 
 class LimitsEntry(Section, frozen=True, kw_only=True):
-    """`limits:` of a key; what is left out is not limited."""
+    """`limits:` of a key. A limit that is left out is not enforced."""
 
     requests_per_minute: _Positive | None = None
     tokens_per_minute: _Positive | None = None
@@ -57,7 +58,7 @@ class LimitsEntry(Section, frozen=True, kw_only=True):
 
 
 class KeyEntry(Section, frozen=True, kw_only=True):
-    """One key. `starts` are the key's first characters, for a person to recognise it by."""
+    """One key. `starts` holds its first characters, so that a person can recognise it."""
 
     name: str
     sha256: str
@@ -111,7 +112,10 @@ class KeyEntry(Section, frozen=True, kw_only=True):
 
 
 def read_entries(text: str, source: str) -> list[KeyEntry]:
-    """Raises ConfigError, one line per problem; none repeats a value of `sha256`."""
+    """The entries of a keys file.
+
+    Raises ConfigError with one line per problem. No line repeats a value of `sha256`.
+    """
     document = read_document(text, source)
     lines = list(document.problems)
     entries: list[KeyEntry] = []
@@ -131,11 +135,12 @@ def read_entries(text: str, source: str) -> list[KeyEntry]:
 
 
 def accounts(entries: list[KeyEntry]) -> dict[bytes, Account]:
+    """Key digest -> account."""
     return {bytes.fromhex(entry.sha256): entry.account() for entry in entries}
 
 
 def to_text(entries: list[KeyEntry]) -> str:
-    """YAML whose values are JSON, which YAML contains; defaults are left out."""
+    """The file's text: YAML with values in JSON, which YAML contains. Defaults are left out."""
     defaults = {f.name: f.default for f in msgspec.structs.fields(KeyEntry)}
     lines = [_HEADER, "keys:\n" if entries else "keys: []\n"]
     for entry in entries:
@@ -177,6 +182,6 @@ def _line(document: Document, path: Path) -> str:
 
 
 def _epoch(text: str) -> float:
-    """Raises ValueError. Without an offset it is UTC."""
+    """Seconds of the Unix epoch. A time without an offset is UTC. Raises ValueError."""
     when = datetime.fromisoformat(text)
     return (when if when.tzinfo is not None else when.replace(tzinfo=UTC)).timestamp()

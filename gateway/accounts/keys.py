@@ -1,5 +1,5 @@
-"""Shell. The keys of one gateway process: read at the start, read again when a file changes, and
-asked for every request.
+"""Shell. The keys of one gateway process. They are read at the start, and again when a file
+changes. Every request is checked against them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from gateway.accounts.account import Account
 from gateway.accounts.key_ring import KeyRing, digest_of, plain_accounts
 from shared.config.gateway import GatewayConfig, is_loopback
 from shared.errors import ConfigError
+from shared.runtime.state_file import Stamp, stamp_of
 
 log = logging.getLogger("loraplex.keys")
 
 POLL_S = 0.5
-"""How late a change of a file is seen at most, besides the read itself."""
+"""A changed file is noticed within this time."""
 OPEN_RING = KeyRing()
 
 
 class Keys:
-    """Who may call what. `ring` is replaced as a whole, so a request sees one state of the
-    files.
+    """Says who may call what. `ring` is replaced as a whole, so each request sees one consistent
+    state.
     """
 
     def __init__(self, gateway: GatewayConfig | None = None, ring: KeyRing = OPEN_RING) -> None:
@@ -34,7 +35,7 @@ class Keys:
         self._seen = self._stamps()
 
     def account_of(self, authorization: str) -> Account:
-        """Of the header's value. Raises InvalidApiKey."""
+        """The account behind the value of an Authorization header. Raises InvalidApiKey."""
         return self.ring.account_of(authorization, time.time())
 
     def check_admin(self, authorization: str) -> None:
@@ -42,12 +43,13 @@ class Keys:
         self.ring.check_admin(authorization, time.time())
 
     async def run(self) -> None:
-        """Follows the files. One that cannot be read changes nothing until it is mended."""
+        """Follows the files. While one cannot be read, the keys stay as they were."""
         while True:
             await asyncio.sleep(POLL_S)
             self.look()
 
     def look(self) -> None:
+        """Reads the files again if one of them has changed."""
         stamps = self._stamps()
         if stamps == self._seen or self._gateway is None:
             return
@@ -59,15 +61,19 @@ class Keys:
         else:
             log.info("keys read again", extra={"keys": len(self.ring.accounts)})
 
-    def _stamps(self) -> list[tuple[int, int, int]]:
+    def _stamps(self) -> list[Stamp]:
         if self._gateway is None:
             return []
         g = self._gateway
-        return [_stamp(f) for f in (g.keys_file, g.api_keys_file, g.admin_keys_file) if f]
+        files = (g.keys_file, g.api_keys_file, g.admin_keys_file)
+        return [stamp_of(Path(f).expanduser()) for f in files if f]
 
 
 def read_ring(gateway: GatewayConfig) -> KeyRing:
-    """Raises ConfigError where keys are asked for and none are given."""
+    """The key ring that the settings describe.
+
+    Raises ConfigError if keys are required but none are given.
+    """
     g = gateway
     clients = plain_accounts(_plain("api_keys", g.api_keys_env, g.api_keys_file))
     admins = _plain("admin_keys", g.admin_keys_env, g.admin_keys_file)
@@ -110,11 +116,3 @@ def _text(key: str, file: str) -> str:
         raise ConfigError(f"gateway.{key}: cannot read {file}: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
         raise ConfigError(f"gateway.{key}: {file} is not UTF-8 text") from exc
-
-
-def _stamp(file: str) -> tuple[int, int, int]:
-    try:
-        s = Path(file).expanduser().stat()
-    except OSError:
-        return (0, 0, 0)
-    return (s.st_ino, s.st_mtime_ns, s.st_size)

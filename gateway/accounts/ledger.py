@@ -1,9 +1,9 @@
-"""Shell. The usage ledger: what each key used of each model, appended twice a second to SQLite
-files in state_dir, one a month. All gateway processes of a machine write to the same files, each
-by one thread of its own, and any of them can be asked.
+"""Shell. The usage ledger: how much each key used of each model. Twice a second it is appended to
+SQLite files in state_dir, one file per month. All gateway processes of a machine write to the same
+files. Each uses a thread of its own, and any of them can answer queries.
 
-A killed process loses what the last FLUSH_S brought. A file that cannot be written is tried again;
-meanwhile the counts are kept, summed.
+A process that is killed loses at most the last FLUSH_S. While a file cannot be written, the counts
+are kept in memory and the write is tried again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +21,15 @@ from pathlib import Path
 log = logging.getLogger("loraplex.usage")
 
 FLUSH_S = 0.5
+CACHE_KIB = 128
 BUSY_S = 5.0
-"""How long one process waits for another one's commit, which takes milliseconds."""
+"""The longest wait for another process's commit. A commit takes milliseconds."""
 MAX_PENDING = 100_000
-"""Sums that wait for a disk; beyond, they lose their adapter's name."""
+"""The most sums that may wait for the disk. Beyond that, new ones are kept without the adapter's
+name.
+"""
 MAX_ROWS = 10_000
-"""Of an answer."""
+"""The most rows of one answer."""
 COLUMNS = ("key", "base", "adapter")
 PERIODS = {"hour": 3600, "day": 86_400}
 OTHER = "_other"
@@ -40,6 +43,8 @@ CREATE INDEX IF NOT EXISTS usage_at ON usage (at);
 
 @dataclass(slots=True)
 class UsageSum:
+    """The sums of one key, base model and adapter."""
+
     requests: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -47,7 +52,7 @@ class UsageSum:
 
 @dataclass(slots=True)
 class _File:
-    """The one that is written now."""
+    """The file of the current month."""
 
     month: str = ""
     connection: sqlite3.Connection | None = None
@@ -55,7 +60,7 @@ class _File:
 
 @dataclass(slots=True)
 class Ledger:
-    """`folder` None: nothing is kept. Files older than `months` are removed."""
+    """`folder` None: nothing is recorded. Files older than `months` are deleted."""
 
     folder: Path | None = None
     months: int = 13
@@ -67,24 +72,35 @@ class Ledger:
     _failing: bool = False
 
     def note(
-        self, key: str, base: str, adapter: str, prompt_tokens: int, output_tokens: int
+        self,
+        of: tuple[str, str, str],
+        prompt_tokens: int,
+        output_tokens: int,
+        *,
+        requests: int = 1,
     ) -> None:
-        """A request has ended."""
+        """`of` are the key, the base model and the adapter (empty: none).
+
+        Counts one request that has ended, or, with `requests` 0, a part of one that has not. The
+        last part of a request is negative where the parts before were too much.
+        """
         if self.folder is None:
             return
-        of = (key, base, adapter)
         found = self._pending.get(of)
         if found is None:
             if len(self._pending) >= MAX_PENDING:
-                of = (key, base, OTHER)
+                of = (*of[:2], OTHER)
             found = self._pending.setdefault(of, UsageSum())
-        found.requests += 1
+        found.requests += requests
         found.prompt_tokens += prompt_tokens
         found.output_tokens += output_tokens
 
-    async def run(self) -> None:
+    async def run(self, gather: Callable[[], None]) -> None:
+        """`gather` is called before each flush, to note what open requests have used."""
         while True:
             await asyncio.sleep(FLUSH_S)
+            if self.folder is not None:
+                gather()
             await self.flush()
 
     async def flush(self) -> None:
@@ -111,8 +127,8 @@ class Ledger:
     async def query(
         self, since: float, until: float, by: Sequence[str]
     ) -> list[dict[str, str | int]]:
-        """Sums from `since` on, before `until` (seconds of the Unix epoch), by any of COLUMNS and
-        one of PERIODS; the largest output first.
+        """Sums from `since` up to, but without, `until` (seconds of the Unix epoch). `by` may hold
+        any of COLUMNS and one of PERIODS. The rows with the most output tokens come first.
         """
         await self.flush()
         return await asyncio.get_running_loop().run_in_executor(
@@ -149,6 +165,8 @@ class Ledger:
         connection.execute("PRAGMA journal_mode=WAL")
         # A commit outlives this process at once; only a machine that fails loses some of them.
         connection.execute("PRAGMA synchronous=NORMAL")
+        # Rows are appended. SQLite would keep 2 MB of pages that nobody reads again.
+        connection.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
         connection.executescript(_TABLE)
         self._file = _File(month, connection)
         return connection
@@ -181,7 +199,7 @@ class Ledger:
         ]
 
     def _files(self) -> list[Path]:
-        """Oldest first."""
+        """The files of all months, the oldest first."""
         return sorted(self.folder.glob("usage-????-??.sqlite")) if self.folder is not None else []
 
     def _put_back(self, taken: dict[tuple[str, str, str], UsageSum]) -> None:
@@ -198,5 +216,5 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _period(name: str) -> str:
-    """When the hour or the day began."""
+    """The SQL expression for the beginning of the hour or day."""
     return f"CAST(at / {PERIODS[name]} AS INTEGER) * {PERIODS[name]} AS {name}"

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from gateway.adapters import aliases
-from gateway.adapters.aliases import ActiveAliases, Alias, AliasState, RollbackRecord, Share
-from gateway.adapters.canary import OutcomeCount, ShareOutcomes
+from gateway.adapters.alias_rollback import OutcomeCount, ShareOutcomes
+from gateway.adapters.aliases import ActiveAliases, Alias, AliasShare, AliasState, RollbackRecord
 from gateway.telemetry.prometheus import Metrics
 from shared.errors import ConfigError, LoraplexError
 from shared.runtime.state_file import StateFile
@@ -45,11 +45,16 @@ class AliasStore:
         self._state = AliasState()
         self._apply(file.read())
 
+    def configure(self, configured: Mapping[str, Mapping[str, Alias]]) -> None:
+        """The config's aliases are these from now on."""
+        self._configured = configured
+        self._apply(self._state)
+
     def of(self, base: str) -> Mapping[str, ActiveAliases]:
         """The aliases of a base model, by name."""
         return self._in_force.get(base, {})
 
-    def pick(self, found: ActiveAliases, user: bytes) -> Share:
+    def pick(self, found: ActiveAliases, user: bytes) -> AliasShare:
         """The user's share. If every share were rolled back, the first one would answer; no
         rollback leads to that.
         """
@@ -114,7 +119,7 @@ class AliasStore:
                 )
             except LoraplexError as exc:
                 log.error(
-                    "rollback not kept",
+                    "rollback not saved",
                     extra={
                         "base": base,
                         "alias": found.name,

@@ -20,7 +20,7 @@ import msgspec
 from shared.config.aliases import AliasConfig, RollbackConfig
 
 
-class Share(msgspec.Struct, frozen=True):
+class AliasShare(msgspec.Struct, frozen=True):
     """`adapter` is a name or `name@digest`. `weight` is relative to the weights of the other
     shares.
     """
@@ -30,7 +30,9 @@ class Share(msgspec.Struct, frozen=True):
 
 
 class Alias(msgspec.Struct, frozen=True):
-    shares: tuple[Share, ...]
+    """What an alias stands for. `rollback` None: its shares are never rolled back automatically."""
+
+    shares: tuple[AliasShare, ...]
     rollback: RollbackConfig | None = None
 
 
@@ -51,7 +53,7 @@ class StoredAlias(msgspec.Struct, frozen=True):
 
     alias: Alias | None = None
     rollbacks: dict[str, RollbackRecord] = {}
-    rolled_back_of: tuple[Share, ...] = ()
+    rolled_back_of: tuple[AliasShare, ...] = ()
 
 
 class AliasState(msgspec.Struct, frozen=True):
@@ -68,11 +70,11 @@ class ActiveAliases:
     alias: Alias
     source: str  # "config" or "runtime"
     rollbacks: Mapping[str, RollbackRecord]
-    live: tuple[Share, ...]
+    live: tuple[AliasShare, ...]
 
 
 def from_config(config: AliasConfig) -> Alias:
-    return Alias(tuple(Share(s.adapter, s.weight) for s in config.parts), config.rollback)
+    return Alias(tuple(AliasShare(s.adapter, s.weight) for s in config.parts), config.rollback)
 
 
 def in_force(
@@ -93,7 +95,7 @@ def in_force(
     return found
 
 
-def pick(alias: str, shares: Sequence[Share], user: bytes) -> Share:
+def pick(alias: str, shares: Sequence[AliasShare], user: bytes) -> AliasShare:
     """The share of a user. It is the same on every gateway and at any time, as long as the shares
     stay. `shares` have weights above 0.
     """
@@ -105,7 +107,7 @@ def pick(alias: str, shares: Sequence[Share], user: bytes) -> Share:
 
 
 def _draw(alias: str, adapter: str, user: bytes) -> float:
-    """A number uniform in (0, 1]."""
+    """A number that is uniform in (0, 1]."""
     drawn = hashlib.blake2b(
         b"%b\0%b\0%b" % (alias.encode(), adapter.encode(), user), digest_size=8
     ).digest()

@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from gateway.adapters.settling import Settling
+from gateway.adapters.upload_watch import UploadWatch
 from gateway.adapters.versions import Versions
 from shared.adapters.identity import StoredAdapter
 from shared.errors import AdapterNotFound, LoraplexError, StoreUnavailable
@@ -24,6 +24,7 @@ log = logging.getLogger("loraplex.catalog")
 
 MAX_ADAPTERS = 100_000  # per base model; more are not listed, but still found by name
 NEGATIVE_TTL_S = 5.0  # a name that was not found is not asked for again within this time
+KEPT_TTL_S = 30.0  # a tag of a hub may point elsewhere after this time
 MAX_NEGATIVE = 10_000
 LOOK_AGAIN_S = 1.0
 FIND_TIMEOUT_S = 10.0
@@ -41,15 +42,17 @@ class Catalog:
         self.base = base
         self._store = store
         self._refresh_s = refresh_s
-        self._settling = Settling(settle_s)
+        self._settling = UploadWatch(settle_s)
         self._known: dict[str, StoredAdapter] = {}
         self._missing: OrderedDict[str, float] = OrderedDict()
         self._asking: dict[str, asyncio.Future[StoredAdapter | None]] = {}
-        # what workers found invalid: name -> (digest, when the store was asked again)
+        # what workers found invalid: name -> (digest, when the store is asked again)
         self._refused: OrderedDict[str, tuple[str, float]] = OrderedDict()
         # what single questions found since the running listing began: newer than it
         self._fresh: dict[str, StoredAdapter | None] = {}
-        self._told: set[str] = set()  # keys of skipped folders, and "" of an empty store
+        self._logged: set[str] = set()  # keys of skipped folders, and "" of an empty store
+        # (name, version) -> what the store said of it, and how long that holds
+        self._kept: OrderedDict[tuple[str, str], tuple[StoredAdapter | None, float]] = OrderedDict()
         self.versions = Versions()
         self.listed = False
         self.version = 0
@@ -118,20 +121,20 @@ class Catalog:
         return self._store.skipped
 
     def _tell(self, skipped: Skipped, *, empty: bool) -> None:
-        """A warning for each folder that is left out, once; and for a store without adapters, which
-        a wrong prefix has.
+        """Logs each folder that is left out, once. Also warns of a store without adapters, since a
+        wrong prefix looks like that.
         """
         where = {"base": self.base, "store": self._store.url}
         for one in skipped.shown:
-            if one.key not in self._told:
+            if one.key not in self._logged:
                 log.warning("folder skipped", extra={**where, "folder": one.key, "reason": one.why})
-        if empty and "" not in self._told:
+        if empty and "" not in self._logged:
             log.warning(
                 "no adapters in the store: nothing there has an adapter_config.json; "
                 "is the path right?",
                 extra=where,
             )
-        self._told = {one.key for one in skipped.shown} | ({""} if empty else set())
+        self._logged = {one.key for one in skipped.shown} | ({""} if empty else set())
 
     async def find(self, name: str) -> StoredAdapter:
         """The version of the adapter that answers now. See `latest`, also for what it raises."""
@@ -153,8 +156,8 @@ class Catalog:
         return adapter
 
     def _hint(self, name: str) -> str:
-        """Why a name that people see in the store is none; trainers leave an adapter in a folder of
-        its own below the one that people name.
+        """Why a name that people see in the store is no adapter. Trainers put the adapter into a
+        folder of its own below the one that people name.
         """
         if why := self.skipped.why(name):
             return f" Its folder in the store is skipped because {why}."
@@ -168,8 +171,9 @@ class Catalog:
         )
 
     async def look_again(self, name: str, *, whole: bool = False) -> StoredAdapter:
-        """As `latest`, but asks the store now, whatever is known: the adapter changed since it was
-        listed. `whole`: somebody says that no upload is under way, so that nothing has to settle.
+        """Like `latest`, but asks the store even if the name is known, because the adapter may have
+        changed. With `whole`, the caller asserts that no upload is in progress, so the new version
+        is taken at once.
         """
         was_known = name in self._known
         if whole:
@@ -185,22 +189,50 @@ class Catalog:
             )
         return adapter
 
+    async def kept(self, name: str, version: str) -> StoredAdapter | None:
+        """An older version of an adapter, if the store keeps it. `version` is a digest, the
+        beginning of one, or the store's own name of a version. Asked once in KEPT_TTL_S.
+        """
+        key, now = (name, version), time.monotonic()
+        found, until = self._kept.get(key, (None, 0.0))
+        if until > now:
+            return found
+        try:
+            async with asyncio.timeout(FIND_TIMEOUT_S):
+                found = await self._store.find_version(name, version)
+        except TimeoutError as exc:
+            raise StoreUnavailable(
+                "The adapter store did not answer in time.", retry_after_s=5.0
+            ) from exc
+        self._kept.pop(key, None)
+        self._kept[key] = found, now + (NEGATIVE_TTL_S if found is None else KEPT_TTL_S)
+        if len(self._kept) > MAX_NEGATIVE:
+            self._kept.popitem(last=False)
+        return found
+
     def refused(self, adapter: StoredAdapter) -> None:
         """A worker found the version invalid. It may be half of an upload, so the store is asked
-        again, at most once in LOOK_AGAIN_S for as long as somebody wants it.
+        again, at most once in LOOK_AGAIN_S for as long as somebody wants it. A refusal within that
+        time after a look is followed by one at its end, so that the next request finds the rest.
         """
         self.versions.unusable(adapter)
         name, now = adapter.name, time.monotonic()
-        _, asked_at = self._refused.pop(name, ("", 0.0))
-        look = now - asked_at >= LOOK_AGAIN_S and name not in self._asking
-        self._refused[name] = (adapter.digest, now if look else asked_at)
+        _, look_at = self._refused.pop(name, ("", 0.0))
+        if look_at <= now:
+            look_at = max(now, look_at + LOOK_AGAIN_S)
+            asyncio.get_running_loop().call_later(look_at - now, self._look_again_at_last, name)
+        self._refused[name] = (adapter.digest, look_at)
         if len(self._refused) > MAX_NEGATIVE:
             self._refused.popitem(last=False)
-        if look:
-            self._question(name).add_done_callback(_heard)
+
+    def _look_again_at_last(self, name: str) -> None:
+        if name not in self._asking:
+            self._question(name).add_done_callback(_take_exception)
 
     def is_settling(self, name: str) -> bool:
-        """The store shows what may be half of an upload, and the version before it goes on."""
+        """Whether an upload of this adapter seems to be in progress, so that the old version still
+        answers.
+        """
         return self._settling.is_pending(name)
 
     def _worth_keeping(self, version: StoredAdapter | None) -> StoredAdapter | None:
@@ -209,8 +241,8 @@ class Catalog:
         return version
 
     def _swap(self, name: str, adapter: StoredAdapter | None) -> None:
-        """A copy, so that whoever reads the mapping has it whole: under a millisecond for a hundred
-        thousand.
+        """Replaces the mapping by a changed copy, so a reader always sees a consistent one. With a
+        hundred thousand names, the copy takes less than a millisecond.
         """
         known = self._known.copy()
         if adapter is not None:
@@ -263,10 +295,10 @@ class Catalog:
             self._missing.popitem(last=False)
 
 
-def _heard(asked: asyncio.Future[StoredAdapter | None]) -> None:
+def _take_exception(lookup: asyncio.Future[StoredAdapter | None]) -> None:
     """Nobody waits for the answer; a store that is down is heard of from the next listing."""
-    if not asked.cancelled():
-        asked.exception()
+    if not lookup.cancelled():
+        lookup.exception()
 
 
 def no_such_adapter(base: str, name: str, hint: str = "") -> AdapterNotFound:

@@ -101,7 +101,7 @@ class Pins(msgspec.Struct, frozen=True):
         )
 
 
-def orders(
+def missing_commands(
     pinned: Mapping[str, str | None],
     preload: Mapping[str, str],
     held: Mapping[AdapterKey, AdapterState],

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from gateway.adapters.catalog import Catalog
-from gateway.adapters.pins import Pins, PinState, orders
+from gateway.adapters.pins import Pins, PinState, missing_commands
 from gateway.adapters.usage import AdapterUsage
 from gateway.fleet.commands import SendCommand
 from gateway.fleet.fleet import Fleet
@@ -35,11 +35,11 @@ know better.
 """
 RETRY_S = 10.0
 MAX_OPEN = 64  # commands of this process without an answer yet; further ones wait
-Order: TypeAlias = tuple[AdapterAction, AdapterKey]
+Command: TypeAlias = tuple[AdapterAction, AdapterKey]
 
 
 @dataclass(slots=True)
-class _Life:
+class _SentCommands:
     """One life (epoch) of one worker: the commands it got and their results."""
 
     epoch: int
@@ -49,7 +49,7 @@ class _Life:
     """Each adapter is unpinned once. If it is pinned again, a gateway of another machine wants it;
     the two would otherwise undo each other for ever.
     """
-    due: dict[Order, float] = field(default_factory=dict)
+    due: dict[Command, float] = field(default_factory=dict)
     """Command -> earliest time to send it. A command that is no longer due is forgotten."""
 
 
@@ -74,12 +74,26 @@ class Reconciler:
         self._usage = usage
         self._refresh_s = refresh_s
         self.state = file.read()
-        self._lives: dict[WorkerId, _Life] = {}
+        self._sent: dict[WorkerId, _SentCommands] = {}
         self._open: dict[asyncio.Future[None], None] = {}
-        self._said: dict[tuple[str, str], str] = {}
+        self._logged: dict[tuple[str, str], str] = {}
 
     def pins(self, base: str) -> Pins:
         return self._pins[base]
+
+    def configure(self, pins: Mapping[str, Pins]) -> None:
+        """The config's pins are these from now on."""
+        self._pins = pins
+
+    def wanted_on(self, worker: WorkerView) -> list[AdapterRef]:
+        """What is pinned there or preloaded, as far as the store's listing knows it."""
+        base = worker.heartbeat.base
+        catalog, pins = self._catalogs.get(base), self._pins.get(base)
+        if catalog is None or pins is None:
+            return []
+        names = dict.fromkeys((*sorted(pins.wanted(self.state, worker.id)), *pins.preload))
+        found = [stored for name in names if (stored := catalog.known.get(name)) is not None]
+        return [AdapterRef(base, s.name, catalog.versions.current(s).digest) for s in found]
 
     async def change(self, change: Callable[[PinState], PinState]) -> None:
         """Changes the pins for every process of this machine; the change survives a restart. Raises
@@ -116,23 +130,23 @@ class Reconciler:
         while True:
             now = clock()
             workers = [w for w in self._fleet if w.routable]
-            self._lives = {w.id: self._life(w) for w in workers}
+            self._sent = {w.id: self._sent_to(w) for w in workers}
             for worker in workers:
-                self._look_after(worker, self._lives[worker.id], now)
+                self._reconcile(worker, self._sent[worker.id], now)
             await asyncio.sleep(LOOK_S)
 
     # ---- inside ----------------------------------------------------------------------------------
 
-    def _life(self, worker: WorkerView) -> _Life:
-        life = self._lives.get(worker.id)
+    def _sent_to(self, worker: WorkerView) -> _SentCommands:
+        sent = self._sent.get(worker.id)
         return (
-            life
-            if life is not None and life.epoch == worker.beat.epoch
-            else _Life(worker.beat.epoch)
+            sent
+            if sent is not None and sent.epoch == worker.heartbeat.epoch
+            else _SentCommands(worker.heartbeat.epoch)
         )
 
-    def _look_after(self, worker: WorkerView, life: _Life, now: float) -> None:
-        base = worker.beat.base
+    def _reconcile(self, worker: WorkerView, sent: _SentCommands, now: float) -> None:
+        base = worker.heartbeat.base
         catalog, pins = self._catalogs.get(base), self._pins.get(base)
         if catalog is None or pins is None:
             return
@@ -146,58 +160,58 @@ class Reconciler:
         preload = {name: digests[name] for name in pins.preload if name in digests}
         wanted = [
             o
-            for o in orders(pinned, preload, worker.held, life.preloaded)
-            if o[0] is not AdapterAction.UNPIN or o[1] not in life.unpinned
+            for o in missing_commands(pinned, preload, worker.held, sent.preloaded)
+            if o[0] is not AdapterAction.UNPIN or o[1] not in sent.unpinned
         ]
-        life.due = {order: when for order, when in life.due.items() if order in wanted}
-        life.pinned |= {key for key, state in worker.held.items() if state.pinned}
-        for order in wanted:
-            action, key = order
+        sent.due = {command: when for command, when in sent.due.items() if command in wanted}
+        sent.pinned |= {key for key, state in worker.held.items() if state.pinned}
+        for command in wanted:
+            action, key = command
             # Another process may have changed what this one has not read yet. So only what is new
             # is done at once.
             settled = action is AdapterAction.LOAD or (
-                action is AdapterAction.PIN and key not in life.pinned
+                action is AdapterAction.PIN and key not in sent.pinned
             )
             if (
-                life.due.setdefault(order, now if settled else now + SETTLE_S) <= now
+                sent.due.setdefault(command, now if settled else now + SETTLE_S) <= now
                 and len(self._open) < MAX_OPEN
             ):
-                self._send(worker, life, action, key)
+                self._send(worker, sent, action, key)
 
     def _send(
-        self, worker: WorkerView, life: _Life, action: AdapterAction, key: AdapterKey
+        self, worker: WorkerView, sent: _SentCommands, action: AdapterAction, key: AdapterKey
     ) -> None:
-        catalog = self._catalogs[worker.beat.base]
+        catalog = self._catalogs[worker.heartbeat.base]
         assert catalog is not None
-        ref = AdapterRef(worker.beat.base, *key)
-        life.due[action, key] = float("inf")
+        ref = AdapterRef(worker.heartbeat.base, *key)
+        sent.due[action, key] = float("inf")
         latest = catalog.known.get(ref.name)
         future = self._send_command(
             worker, action, ref, catalog.versions.current(latest) if latest is not None else None
         )
         self._open[future] = None
-        future.add_done_callback(lambda f: self._ended(f, worker.id, life, action, ref))
+        future.add_done_callback(lambda f: self._ended(f, worker.id, sent, action, ref))
 
     def _ended(
         self,
         future: asyncio.Future[None],
         worker: WorkerId,
-        life: _Life,
+        sent: _SentCommands,
         action: AdapterAction,
         ref: AdapterRef,
     ) -> None:
         del self._open[future]
         key = key_of(ref)
         error = None if future.cancelled() else future.exception()
-        life.due[action, key] = clock() + (SETTLE_S if error is None else RETRY_S)
+        sent.due[action, key] = clock() + (SETTLE_S if error is None else RETRY_S)
         facts = {"adapter": str(ref), "worker": worker, "action": action.name.lower()}
         if error is None:
             if action is AdapterAction.LOAD:
-                life.preloaded.add(key)
+                sent.preloaded.add(key)
             elif action is AdapterAction.UNPIN:
-                life.unpinned.add(key)
+                sent.unpinned.add(key)
             else:
-                life.unpinned.discard(key)
+                sent.unpinned.discard(key)
             if action is not AdapterAction.UNPIN:
                 self._usage.worked(ref)
                 self._keep(ref)
@@ -233,10 +247,10 @@ class Reconciler:
                     extra={"base": base, "adapter": name, "reason": exc.message},
                 )
         else:
-            self._said.pop((base, name), None)
+            self._logged.pop((base, name), None)
 
     def _say(self, base: str, name: str, what: str) -> bool:
         """Logs a fact about a name. False if it is the same as last time."""
-        new = self._said.get((base, name)) != what
-        self._said[base, name] = what
+        new = self._logged.get((base, name)) != what
+        self._logged[base, name] = what
         return new

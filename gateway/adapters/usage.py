@@ -1,11 +1,13 @@
-"""Pure. What this gateway process has seen of each adapter: its requests, the time of the last one,
+"""Pure. What a gateway process has seen of each adapter: its requests, the time of the last one,
 and the last refusal. Bounded: those unused for the longest time are forgotten.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+
+import msgspec
 
 from shared.adapters.identity import AdapterRef
 from shared.errors import AdapterNotFound, InvalidAdapter, LoraplexError, StoreUnavailable
@@ -15,8 +17,7 @@ MAX_REASON = 500  # characters
 ABOUT_ADAPTERS = (AdapterNotFound, InvalidAdapter, StoreUnavailable)
 
 
-@dataclass(slots=True)
-class UsageRecord:
+class UsageRecord(msgspec.Struct, array_like=True):
     """`last_used` is in seconds of the Unix epoch. `refused` is the digest that was refused last;
     `on_disk` is one that a worker had on its disk.
     """
@@ -28,15 +29,41 @@ class UsageRecord:
     reason: str = ""
     on_disk: str = ""
 
+    def plus(self, other: UsageRecord) -> UsageRecord:
+        """The records of two processes. The later one knows what was said last."""
+        last = max(self, other, key=lambda record: record.last_used)
+        return msgspec.structs.replace(last, hits=self.hits + other.hits)
+
+
+AdapterName = tuple[str, str]
+"""(base model, name of the adapter)."""
+
 
 class AdapterUsage:
     """The usage records, by (base, name)."""
 
     def __init__(self) -> None:
-        self._records: OrderedDict[tuple[str, str], UsageRecord] = OrderedDict()
+        self._records: OrderedDict[AdapterName, UsageRecord] = OrderedDict()
 
     def get(self, base: str, name: str) -> UsageRecord | None:
         return self._records.get((base, name))
+
+    def rows(self, base: str, name: str) -> list[tuple[str, str, UsageRecord]]:
+        """The records of one adapter, or of all of them where `name` is empty."""
+        if name:
+            record = self._records.get((base, name))
+            return [(base, name, record)] if record is not None else []
+        return [(*key, record) for key, record in self._records.items()]
+
+    def with_others(
+        self, rows: Iterable[tuple[str, str, UsageRecord]]
+    ) -> Mapping[AdapterName, UsageRecord]:
+        """The records of this process and those of others."""
+        total = dict(self._records)
+        for base, name, record in rows:
+            known = total.get((base, name))
+            total[base, name] = record if known is None else known.plus(record)
+        return total
 
     def used(self, adapter: AdapterRef, now: float) -> None:
         """A request came for the adapter."""

@@ -3,10 +3,10 @@ valid, or until the old one cannot be had any more.
 
 The store's listing says which versions exist; this module says which is served. A name that this
 process has served has a current version. When the store shows another one, a `VersionChange`
-begins. The new version is prepared where the old one is (see `plan`), and then takes over in one
-step. A version that is not valid is refused, and not tried again until its content changes. After
-any other failure it is tried again later, at growing intervals. Versions that were replaced or
-deleted leave the engines when nobody has used them for a while. Every table is bounded.
+begins. The new version is prepared where the old one is (see version_placement.py), and then takes
+over in one step. A version that is not valid is refused, and not tried again until its content
+changes. After any other failure it is tried again later, at growing intervals. Versions that were
+replaced or deleted leave the engines when nobody has used them for a while. Every table is bounded.
 
     WAITING --begin--> PREPARING --ready--> SWITCHED
        ^---fail-----------|   |----invalid--> REFUSED        lost (the old one is nowhere any more):
@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from gateway.adapters.version_queries import KnownVersion, Prepare
+from gateway.adapters.version_placement import KnownVersion, Prepare
 from shared.adapters.identity import AdapterKey, StoredAdapter, key_of
 from shared.errors import EngineFailure, InvalidAdapter, LoraplexError
 
 RECENT_S = 3600.0
-"""An adapter that was asked for within this time keeps its old version while the new one is
-checked, even if no engine holds it now.
+"""An adapter with a request within this time keeps its old version until the new one is checked.
+That holds even if no engine has it now.
 """
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
 ENGINE_TRIES = 2

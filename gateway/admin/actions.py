@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 import msgspec
 from aiohttp import web
 
-from gateway.adapters.names import split_model
+from gateway.adapters.model_names import split_model
 from gateway.adapters.reconciler import Reconciler
 from gateway.adapters.usage import AdapterUsage
-from gateway.admin.scope import AdminScope, body_of, choice, listed, number, text_answer
+from gateway.admin.context import AdminContext
+from gateway.admin.parameters import body_of, choice, listed, number, text_answer
 from gateway.fleet.worker_view import WorkerView
-from gateway.http.bodies import error_body, to_json
+from gateway.http.json_responses import error_body, to_json
 from shared.adapters.identity import AdapterRef, StoredAdapter, check_name
 from shared.errors import (
     AdapterNotFound,
@@ -49,7 +50,7 @@ class UnloadRequest(msgspec.Struct, frozen=True):
 
 
 @dataclass(slots=True)
-class Outcome:
+class ActionOutcome:
     """The result of one action: per worker None or the error."""
 
     action: str
@@ -90,19 +91,19 @@ class AdminActions:
 
     def __init__(
         self,
-        scope: AdminScope,
+        context: AdminContext,
         stores: Mapping[str, str],
         reconciler: Reconciler,
         usage: AdapterUsage,
     ) -> None:
-        self._scope = scope
+        self._context = context
         self._stores = stores
         self._reconciler = reconciler
         self._usage = usage
 
     async def pin(self, request: web.BaseRequest) -> web.Response:
         base, name, workers = self._target(request)
-        stored = await self._scope.stored(base, name, needed=True)
+        stored = await self._context.stored(base, name, needed=True)
         assert stored is not None
         one = request.query.get("worker")
         pins = self._reconciler.pins(base)
@@ -127,28 +128,30 @@ class AdminActions:
 
     async def unpin(self, request: web.BaseRequest) -> web.Response:
         base, name, workers = self._target(request)
-        stored = await self._scope.stored(base, name, needed=not self._scope.is_known(base, name))
+        stored = await self._context.stored(
+            base, name, needed=not self._context.is_known(base, name)
+        )
         await self._forget_pin(base, name, request.query.get("worker"))
         todo = {
             w: [
                 (AdapterAction.UNPIN, s.digest)
-                for s in w.beat.adapters
+                for s in w.heartbeat.adapters
                 if s.name == name and s.pinned
             ]
             for w in workers
         }
         if stored is not None:  # it may have been pinned after the last heartbeat
-            for asked in todo.values():
-                asked += (
+            for actions in todo.values():
+                actions += (
                     []
-                    if (AdapterAction.UNPIN, stored.digest) in asked
+                    if (AdapterAction.UNPIN, stored.digest) in actions
                     else [(AdapterAction.UNPIN, stored.digest)]
                 )
         return (await self._send_all(request, "unpin", base, name, stored, todo)).answer()
 
     async def prefetch(self, request: web.BaseRequest) -> web.Response:
         base, name, workers = self._target(request)
-        stored = await self._scope.stored(base, name, needed=True)
+        stored = await self._context.stored(base, name, needed=True)
         assert stored is not None
         tier = choice("tier", request.query.get("tier", "disk"), ("disk", "gpu"))
         action = AdapterAction.LOAD if tier == "gpu" else AdapterAction.CACHE
@@ -168,40 +171,40 @@ class AdminActions:
         """vLLM's path for loading; the files come from the store. It answers when the worker that
         requests would go to has the adapter in a slot.
         """
-        asked = await body_of(request, LoadRequest)
-        base, name = self._adapter_of(asked.lora_name)
-        self._check_path(base, name, asked.lora_path)
-        stored = await self._scope.catalog(base).look_again(name, whole=True)
-        found = self._scope.dispatcher.explain(
-            self._scope.routing_request(
+        load = await body_of(request, LoadRequest)
+        base, name = self._adapter_of(load.lora_name)
+        self._check_path(base, name, load.lora_path)
+        stored = await self._context.catalog(base).look_again(name, whole=True)
+        found = self._context.dispatcher.explain(
+            self._context.routing_request(
                 base, AdapterRef(base, name, stored.digest), stored, TYPICAL_TOKENS, ""
             )
         )
         workers = [c.worker for c in sorted(found, key=lambda c: not c.eligible)]
         chosen = workers if request.query.get("all") == "1" else workers[:1]
-        self._scope.need(workers)
+        self._context.need(workers)
         outcome = await self._send_all(
             request, "load", base, name, stored, _on_each(chosen, AdapterAction.LOAD, stored.digest)
         )
         return (
             outcome.answer()
             if outcome.errors
-            else text_answer(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+            else text_answer(f"Success: LoRA adapter '{load.lora_name}' added successfully.")
         )
 
     async def unload(self, request: web.BaseRequest) -> web.Response:
-        asked = await body_of(request, UnloadRequest)
-        base, name = self._adapter_of(asked.lora_name)
-        if not self._scope.is_known(base, name):
+        unload = await body_of(request, UnloadRequest)
+        base, name = self._adapter_of(unload.lora_name)
+        if not self._context.is_known(base, name):
             raise AdapterNotFound(
-                f"The lora adapter '{asked.lora_name[:300]}' cannot be found.", param="lora_name"
+                f"The lora adapter '{unload.lora_name[:300]}' cannot be found.", param="lora_name"
             )
         _timeout_s(request)
-        outcome = await self._evict(request, base, name, self._scope.workers(base), None)
+        outcome = await self._evict(request, base, name, self._context.workers(base), None)
         return (
             outcome.answer()
             if outcome.errors
-            else text_answer(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+            else text_answer(f"Success: LoRA adapter '{unload.lora_name}' removed successfully.")
         )
 
     # ---- inside ----------------------------------------------------------------------------------
@@ -213,9 +216,11 @@ class AdminActions:
         name: str,
         workers: Sequence[WorkerView],
         one: WorkerId | None,
-    ) -> Outcome:
+    ) -> ActionOutcome:
         """Evicts every version on each of the workers. The pins of the name end."""
-        stored = await self._scope.stored(base, name, needed=not self._scope.is_known(base, name))
+        stored = await self._context.stored(
+            base, name, needed=not self._context.is_known(base, name)
+        )
         await self._forget_pin(base, name, one)
         # The version may be on its way to a worker, unknown to the last heartbeat.
         newest = [stored.digest] if stored is not None else []
@@ -223,7 +228,7 @@ class AdminActions:
             w: [
                 (AdapterAction.EVICT, d)
                 for d in dict.fromkeys(
-                    [*newest, *(s.digest for s in w.beat.adapters if s.name == name)]
+                    [*newest, *(s.digest for s in w.heartbeat.adapters if s.name == name)]
                 )
             ]
             for w in workers
@@ -243,25 +248,25 @@ class AdminActions:
         name: str,
         stored: StoredAdapter | None,
         todo: Mapping[WorkerView, Sequence[tuple[AdapterAction, str]]],
-    ) -> Outcome:
+    ) -> ActionOutcome:
         """Sends all commands at once and waits for the answers, at most `?timeout_s=` seconds."""
         timeout_s = _timeout_s(request)
-        outcome = Outcome(
+        outcome = ActionOutcome(
             what, base, name, stored.digest if stored else None, {w.id: None for w in todo}
         )
-        asked: dict[asyncio.Future[None], tuple[WorkerView, AdapterRef, AdapterAction]] = {}
+        sent: dict[asyncio.Future[None], tuple[WorkerView, AdapterRef, AdapterAction]] = {}
         for worker, actions in todo.items():
             for action, digest in actions:
                 ref = AdapterRef(base, name, digest)
                 files = stored if stored is not None and stored.digest == digest else None
-                asked[self._scope.dispatcher.send_command(worker, action, ref, files)] = (
+                sent[self._context.dispatcher.send_command(worker, action, ref, files)] = (
                     worker,
                     ref,
                     action,
                 )
-        if asked:
-            await asyncio.wait(asked, timeout=timeout_s)
-        for future, (worker, ref, action) in asked.items():
+        if sent:
+            await asyncio.wait(sent, timeout=timeout_s)
+        for future, (worker, ref, action) in sent.items():
             if not future.done():
                 future.cancel()
                 late = NotDoneInTime(
@@ -282,8 +287,8 @@ class AdminActions:
         _timeout_s(request)
         name = request.path.removeprefix(PREFIX).rpartition("/")[0]
         check_name(name)
-        base = self._scope.base(request)
-        workers, one = self._scope.workers(base), request.query.get("worker")
+        base = self._context.base(request)
+        workers, one = self._context.workers(base), request.query.get("worker")
         if one is not None:
             workers = [w for w in workers if w.id == one]
             if not workers:
@@ -292,15 +297,15 @@ class AdminActions:
                 )
         elif request.path.rpartition("/")[2] not in ("pin", "unpin"):
             # Pins are stored for workers that come later.
-            self._scope.need(workers)
+            self._context.need(workers)
         return base, name, workers
 
     def _adapter_of(self, lora_name: str) -> tuple[str, str]:
         """(base, adapter) of vLLM's lora_name: `base:adapter`, or the adapter's name alone if there
         is one base model.
         """
-        with_adapters = self._scope.with_adapters()
-        if lora_name in self._scope.catalogs:
+        with_adapters = self._context.with_adapters()
+        if lora_name in self._context.catalogs:
             raise InvalidRequest(
                 f"The lora adapter '{lora_name}' conflicts with a served base model.",
                 param="lora_name",

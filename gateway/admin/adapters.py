@@ -5,21 +5,23 @@ docs/OPERATIONS.md is the manual.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
 from aiohttp import web
 
 from gateway.adapters.reconciler import Reconciler
 from gateway.adapters.resolver import Resolver
-from gateway.adapters.usage import AdapterUsage
+from gateway.adapters.usage import AdapterName, AdapterUsage, UsageRecord
 from gateway.adapters.versions import VersionChange
-from gateway.admin import views
+from gateway.admin import adapter_views
 from gateway.admin.actions import PREFIX, AdminActions
-from gateway.admin.scope import AdminScope, choice, json_answer, number
+from gateway.admin.context import AdminContext
+from gateway.admin.history import UsageElsewhere
+from gateway.admin.parameters import Handler, choice, json_answer, number
+from gateway.advisor.traffic import TrafficCounter
 from gateway.routing.explanation import candidate_row
 from shared.adapters.identity import StoredAdapter, check_name
-
-Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 # Prompt length that /admin/explain assumes, and the longest that it takes.
 EXPLAINED_TOKENS, MAX_EXPLAINED_TOKENS = 128, 10**7
@@ -32,13 +34,16 @@ class AdapterAdmin:
 
     def __init__(
         self,
-        scope: AdminScope,
+        context: AdminContext,
         actions: AdminActions,
         reconciler: Reconciler,
         usage: AdapterUsage,
         resolver: Resolver,
+        traffic: TrafficCounter,
+        usage_elsewhere: Callable[[str, str], Awaitable[UsageElsewhere]],
     ) -> None:
-        self._scope = scope
+        self._traffic, self._usage_elsewhere = traffic, usage_elsewhere
+        self._context = context
         self._actions = actions
         self._reconciler = reconciler
         self._usage = usage
@@ -70,53 +75,70 @@ class AdapterAdmin:
 
     async def adapters(self, request: web.BaseRequest) -> web.Response:
         """One page of the table, sorted by base and name. The client sends `next` as `after` to get
-        the following page.
+        the following page. With `?workers=0` the rows do not say which workers have the adapter.
         """
         bases = (
-            [choice("base", request.query["base"], self._scope.catalogs)]
+            [choice("base", request.query["base"], self._context.catalogs)]
             if "base" in request.query
-            else sorted(self._scope.catalogs)
+            else sorted(self._context.catalogs)
         )
         wanted = (
-            choice("state", request.query["state"], views.STATES)
+            choice("state", request.query["state"], adapter_views.STATES)
             if "state" in request.query
             else None
         )
         limit = int(number(request, "limit", PAGE, PAGE))
         last_base, _, last_name = request.query.get("after", "").partition(":")
-        rows: list[views.Row] = []
+        brief = request.query.get("workers") == "0"
+        records = self._usage.with_others((await self._usage_elsewhere("", "")).records)
+        rows: list[adapter_views.Row] = []
         follows = None
         for base in bases:
-            if base < last_base or follows is not None:
+            if base < last_base:
                 continue
-            held = views.holders(w for w in self._scope.dispatcher.fleet if w.beat.base == base)
-            known = self._scope.known(base)
-            names = views.names_of(known, held, self._in_order(base))
-            for n in range(views.after(names, last_name if base == last_base else ""), len(names)):
-                if n % LOOKED_AT_ONCE == LOOKED_AT_ONCE - 1:
-                    await asyncio.sleep(0)
-                name = names[n]
-                stored, on, record = (
-                    known.get(name),
-                    held.get(name, ()),
-                    self._usage.get(base, name),
-                )
-                change = self._change(base, name)
-                if wanted is not None and views.state_of(stored, on, record, change) != wanted:
-                    continue
-                if len(rows) == limit:
-                    follows = f"{rows[-1]['base']}:{rows[-1]['name']}"
-                    break
-                rows.append(views.row(base, name, stored, on, record, change))
-        skipped = sum(c.skipped.total for b in bases if (c := self._scope.catalogs[b]) is not None)
+            begin_after = last_name if base == last_base else ""
+            async with contextlib.aclosing(self._rows(base, begin_after, wanted, records)) as found:
+                async for row in found:
+                    if len(rows) == limit:
+                        follows = f"{rows[-1]['base']}:{rows[-1]['name']}"
+                        break
+                    if brief:
+                        del row["workers"]
+                    rows.append(row)
+            if follows is not None:
+                break
+        skipped = sum(
+            c.skipped.total for b in bases if (c := self._context.catalogs[b]) is not None
+        )
         return json_answer({"adapters": rows, "next": follows, "skipped": skipped})
+
+    async def _rows(
+        self,
+        base: str,
+        begin_after: str,
+        wanted: str | None,
+        records: Mapping[AdapterName, UsageRecord],
+    ) -> AsyncGenerator[adapter_views.Row, None]:
+        """The rows of one base model in the state `wanted` (None: any), beginning after a name."""
+        fleet = self._context.dispatcher.fleet
+        held = adapter_views.holders(w for w in fleet if w.heartbeat.base == base)
+        known = self._context.known(base)
+        names = adapter_views.names_of(known, held, self._in_order(base))
+        for n in range(adapter_views.after(names, begin_after), len(names)):
+            if n % LOOKED_AT_ONCE == LOOKED_AT_ONCE - 1:
+                await asyncio.sleep(0)  # other requests get a turn
+            name = names[n]
+            stored, on = known.get(name), held.get(name, ())
+            record, change = records.get((base, name)), self._change(base, name)
+            if wanted is None or wanted == adapter_views.state_of(stored, on, record, change):
+                yield adapter_views.row(base, name, stored, on, record, change)
 
     async def skipped(self, request: web.BaseRequest) -> web.Response:
         """Folders of the stores that are no adapters, with the reason: all counted, the first ones
         shown.
         """
         rows, total = [], 0
-        for base, catalog in sorted(self._scope.catalogs.items()):
+        for base, catalog in sorted(self._context.catalogs.items()):
             if catalog is not None and request.query.get("base", base) == base:
                 total += catalog.skipped.total
                 rows += [
@@ -128,22 +150,27 @@ class AdapterAdmin:
     async def adapter(self, request: web.BaseRequest) -> web.Response:
         name = request.path.removeprefix(PREFIX)
         check_name(name)
-        base = self._scope.base(request)
-        held = views.holders(w for w in self._scope.dispatcher.fleet if w.beat.base == base).get(
-            name, []
-        )
-        stored = await self._scope.stored(base, name, needed=not held)
-        row = views.row(
-            base, name, stored, held, self._usage.get(base, name), self._change(base, name)
-        )
+        base = self._context.base(request)
+        held = adapter_views.holders(
+            w for w in self._context.dispatcher.fleet if w.heartbeat.base == base
+        ).get(name, [])
+        stored = await self._context.stored(base, name, needed=not held)
+        elsewhere = await self._usage_elsewhere(base, name)
+        record = self._usage.with_others(elsewhere.records).get((base, name))
+        row = adapter_views.row(base, name, stored, held, record, self._change(base, name))
         pins = self._reconciler.pins(base)
         pinned_on = self._reconciler.state.pinned.get(base, {}).get(name, ())
+        traffic = self._traffic.traffic(base, self._context.dispatcher.clock())
         everywhere = name in pins.wanted(self._reconciler.state)
         return json_answer(
             {
                 **row,
                 "to_be_pinned": "everywhere" if everywhere else list(pinned_on),
                 "preload": name in pins.preload,
+                "traffic": {
+                    "requests": traffic.counts.get(name, 0) + elsewhere.recent,
+                    "span_s": round(traffic.span_s, 1),
+                },
             }
         )
 
@@ -156,29 +183,29 @@ class AdapterAdmin:
         prompt_tokens = (
             min(int(tokens), MAX_EXPLAINED_TOKENS) if tokens.isdecimal() else EXPLAINED_TOKENS
         )
-        routing_request = self._scope.routing_request(
+        routing_request = self._context.routing_request(
             target.base,
             target.adapter,
             target.stored,
             prompt_tokens,
             request.headers.get("x-session-id", ""),
         )
-        found = self._scope.dispatcher.explain(routing_request)
+        found = self._context.dispatcher.explain(routing_request)
         return json_answer(
             {
                 "model": request.query["model"],
-                "policy": self._scope.dispatcher.policy,
-                "queued": self._scope.dispatcher.queued(target.base),
+                "policy": self._context.dispatcher.policy,
+                "queued": self._context.dispatcher.queued(target.base),
                 "workers": [candidate_row(c) for c in found],
             }
         )
 
     def _change(self, base: str, name: str) -> VersionChange | None:
-        catalog = self._scope.catalogs[base]
+        catalog = self._context.catalogs[base]
         return catalog.versions.change(name) if catalog is not None else None
 
     def _in_order(self, base: str) -> list[str]:
-        known = self._scope.known(base)
+        known = self._context.known(base)
         kept = self._sorted.get(base)
         if kept is None or kept[0] is not known:
             kept = self._sorted[base] = known, sorted(known)

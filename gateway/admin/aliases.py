@@ -14,14 +14,14 @@ from aiohttp import web
 from gateway.adapters.alias_store import AliasStore
 from gateway.adapters.aliases import ActiveAliases, Alias, from_config
 from gateway.adapters.catalog import Catalog
-from gateway.adapters.names import split_model
-from gateway.adapters.resolver import Resolver, Target
-from gateway.adapters.version_queries import in_engines
-from gateway.admin.adapters import Handler
+from gateway.adapters.model_names import split_model
+from gateway.adapters.resolver import ResolvedModel, Resolver
+from gateway.adapters.version_placement import in_engines
+from gateway.admin.parameters import Handler
 from gateway.fleet.commands import SendCommand
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.rendezvous import Rendezvous
-from gateway.http.bodies import to_json
+from gateway.http.json_responses import to_json
 from shared.adapters.identity import key_of
 from shared.config.aliases import MAX_ALIASES, AliasConfig, plain_alias
 from shared.config.section import error_lines, read_section
@@ -135,15 +135,15 @@ class AliasAdmin:
             raise ModelNotFound(f"The model `{base}` is served without adapters.", param="name")
         return base, name
 
-    async def _target(self, base: str, adapter: str) -> Target:
+    async def _target(self, base: str, adapter: str) -> ResolvedModel:
         name, _, spec = adapter.partition("@")
         return await self._resolver.adapter(base, name, spec)
 
-    async def _load(self, targets: list[Target]) -> None:
+    async def _load(self, targets: list[ResolvedModel]) -> None:
         """Loads the targets that no worker has in a slot, each on its home. Raises the error of the
         first one that fails.
         """
-        asked = []
+        loads = []
         for target in targets:
             assert target.adapter is not None
             key, pool = key_of(target.adapter), self._fleet.pool(target.base)
@@ -160,12 +160,12 @@ class AliasAdmin:
                 if there
                 else self._homes.setdefault(target.base, Rendezvous()).order(key, pool)[0]
             )
-            asked.append(
+            loads.append(
                 self._send_command(home, AdapterAction.LOAD, target.adapter, target.stored)
             )
-        if not asked:
+        if not loads:
             return
-        done, late = await asyncio.wait(asked, timeout=LOAD_TIMEOUT_S)
+        done, late = await asyncio.wait(loads, timeout=LOAD_TIMEOUT_S)
         for future in late:
             future.add_done_callback(lambda f: f.exception())
         for future in done:

@@ -1,4 +1,4 @@
-"""Shell. `GET /admin/usage?since=&until=&by=`: what each key used, out of the usage ledger."""
+"""Shell. `GET /admin/usage?since=&until=&by=`: what each key used, from the usage ledger."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 from aiohttp import web
 
 from gateway.accounts.ledger import COLUMNS, PERIODS, Ledger
-from gateway.admin.adapters import Handler
-from gateway.http.bodies import to_json
+from gateway.admin.parameters import Handler
+from gateway.http.json_responses import to_json
 from shared.errors import InvalidRequest
 
 PATH = "/admin/usage"
 DAY_S = 86_400.0
 FAR = 1e11
-"""Seconds of the Unix epoch, in the year 5138."""
+"""The latest time that is accepted, in seconds of the Unix epoch (the year 5138)."""
 
 
 class UsageAdmin:
@@ -26,7 +26,7 @@ class UsageAdmin:
         return {("GET", PATH): self.show}
 
     async def show(self, request: web.BaseRequest) -> web.Response:
-        """Raises InvalidRequest."""
+        """The sums between two times. Raises InvalidRequest for a query that it cannot read."""
         now = time.time()
         since = _moment("since", request.query.get("since"), now - DAY_S)
         until = _moment("until", request.query.get("until"), now + 1.0)
@@ -41,7 +41,9 @@ class UsageAdmin:
 
 
 def _moment(name: str, given: str | None, default: float) -> float:
-    """Seconds of the Unix epoch, or a date, or a time (UTC where it has no offset)."""
+    """Seconds of the Unix epoch, from such a number, a date, or a time (UTC unless it has an
+    offset).
+    """
     if given is None:
         return default
     try:

@@ -1,9 +1,10 @@
-"""Shell. Workers that operators have drained, one or all in turn: `POST /admin/workers/{id}/drain`
-and `POST /admin/rollout`.
+"""Shell. Replaces workers on an operator's request: `POST /admin/workers/{id}/drain` for one, `POST
+/admin/rollout` for all in turn.
 
-A worker is replaced in three steps. Others load the adapters in use that only it has. It drains:
-its streams move. Whoever started it (`serve`, Kubernetes) starts the next one, which is waited for
-before the next worker's turn. So a rollout never takes more than one worker of a model away.
+A worker is replaced in three steps. First, other workers load the adapters in use that only this
+one has. Then it drains, and its streams move to others. Whoever started it (`serve`, Kubernetes)
+then starts a new one. A rollout waits for that before it goes on to the next worker. So it never
+takes away more than one worker of a model.
 """
 
 from __future__ import annotations
@@ -11,32 +12,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 
 from aiohttp import web
 
-from gateway.admin.scope import choice, json_answer, listed, number
+from gateway.admin.parameters import Handler, choice, json_answer, listed, number
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.fleet.handover import handovers
+from gateway.fleet.handover_plan import handovers
 from gateway.fleet.worker_view import WorkerView
-from gateway.http.bodies import to_json
+from gateway.http.json_responses import to_json
 from shared.errors import InvalidRequest, LoraplexError, NotDoneInTime
 from shared.link.messages import AdapterAction
 
 log = logging.getLogger("loraplex.rollout")
 
-Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 PREFIX, DRAIN = "/admin/workers/", "/drain"
 WARM_S = 10.0
-"""For adapters to be loaded on others. What is not there by then is loaded by its next request."""
+"""How long others may take to load the adapters. An adapter that is not loaded by then is loaded by
+its next request.
+"""
 BACK_S, MAX_BACK_S = 600.0, 3600.0  # for a replaced worker to serve again
 MAX_WAIT_S = 3600.0
 LOOK_S = 0.1
 
 
 class WorkerAdmin:
-    """One rollout at a time in this process."""
+    """Only one rollout can run at a time in this process."""
 
     def __init__(self, dispatcher: Dispatcher, bases: list[str]) -> None:
         self._dispatcher, self._bases = dispatcher, bases
@@ -46,12 +48,13 @@ class WorkerAdmin:
         return {("POST", "/admin/rollout"): self.rollout}
 
     def below(self, method: str, path: str) -> Handler | None:
+        """The handler for paths that hold a worker's id."""
         found = method == "POST" and path.startswith(PREFIX) and path.endswith(DRAIN)
         return self.drain if found else None
 
     async def drain(self, request: web.BaseRequest) -> web.Response:
-        """Answers once the worker takes nothing new. `?wait_s=`: how long its requests may end by
-        themselves before they move (none).
+        """Answers once the worker takes no new requests. `?wait_s=` is how long its requests may
+        take to end by themselves before they are moved (default 0).
         """
         wait_s = _wait_s(request)
         worker = self._worker(request.path.removeprefix(PREFIX).removesuffix(DRAIN))
@@ -62,8 +65,9 @@ class WorkerAdmin:
         )
 
     async def rollout(self, request: web.BaseRequest) -> web.StreamResponse:
-        """One JSON line for each step, as it happens; the last one says `done` or `error`. A client
-        that leaves ends the rollout after the step under way. `?model=`: of this model alone.
+        """Answers one JSON line per step as it happens. The last line says `done` or `error`. If
+        the client leaves, the rollout ends after the current step. `?model=` restricts it to one
+        base model.
         """
         wait_s, back_s = _wait_s(request), number(request, "timeout_s", BACK_S, MAX_BACK_S)
         model = request.query.get("model")
@@ -90,7 +94,7 @@ class WorkerAdmin:
         for worker in todo:
             if fleet.get(worker.id) is not worker or not worker.routable:
                 continue  # it has been replaced meanwhile, or has left
-            serving = len(fleet.routable(worker.beat.base))
+            serving = len(fleet.routable(worker.heartbeat.base))
             began, requests = time.monotonic(), worker.load
             warmed = await self._replace(worker, wait_s)
             yield {
@@ -106,26 +110,32 @@ class WorkerAdmin:
         yield {"done": done}
 
     async def _replace(self, worker: WorkerView, wait_s: float) -> int:
-        """Returns how many adapters were loaded elsewhere first."""
-        others = [w for w in self._dispatcher.fleet.routable(worker.beat.base) if w is not worker]
-        asked = [
+        """Drains the worker. Returns how many of its adapters were loaded elsewhere first."""
+        others = [
+            w for w in self._dispatcher.fleet.routable(worker.heartbeat.base) if w is not worker
+        ]
+        loads = [
             self._dispatcher.send_command(h.worker, AdapterAction.LOAD, h.adapter, None)
             for h in handovers(worker, others)
         ]
-        if asked:
-            await asyncio.wait(asked, timeout=WARM_S)
-        warmed = sum(f.done() and not f.cancelled() and f.exception() is None for f in asked)
-        for future in asked:
+        if loads:
+            await asyncio.wait(loads, timeout=WARM_S)
+        warmed = sum(f.done() and not f.cancelled() and f.exception() is None for f in loads)
+        for future in loads:
             future.cancel()
         self._dispatcher.drain_worker(worker, wait_s, "drained by an operator")
         return warmed
 
     async def _until_replaced(self, worker: WorkerView, serving: int, back_s: float) -> None:
-        """Raises NotDoneInTime if this life does not end, or no other serves in its place."""
-        fleet, base = self._dispatcher.fleet, worker.beat.base
+        """Raises NotDoneInTime if the worker does not end, or if no other one serves in its
+        place.
+        """
+        fleet, base = self._dispatcher.fleet, worker.heartbeat.base
         try:
             async with asyncio.timeout(back_s):
-                while fleet.get(worker.id) is worker or len(fleet.routable(base)) < serving:  # noqa: ASYNC110 - rare
+                while (  # noqa: ASYNC110 - rare
+                    fleet.get(worker.id) is worker or len(fleet.routable(base)) < serving
+                ):
                     await asyncio.sleep(LOOK_S)
         except TimeoutError as exc:
             raise NotDoneInTime(
@@ -144,7 +154,7 @@ class WorkerAdmin:
 
 
 def _wait_s(request: web.BaseRequest) -> float:
-    """0 unless told otherwise."""
+    """The query's `wait_s`; 0 if it has none."""
     if request.query.get("wait_s", "0") == "0":
         return 0.0
     return number(request, "wait_s", 0.0, MAX_WAIT_S)

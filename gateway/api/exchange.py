@@ -1,24 +1,28 @@
-"""Shell. One request for tokens under way, from its head to its last byte: submit, wait, try once
-more if the version has changed meanwhile, and write the account of it.
+"""Shell. One request for tokens, from its head to its last byte. It is submitted, waits, is tried
+again if the adapter's version has changed meanwhile, and is logged at its end.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from gateway.accounts.account import Account
 from gateway.accounts.keys import Keys
-from gateway.adapters.resolver import Resolver, Target
+from gateway.accounts.owned_ids import stored_id
+from gateway.adapters.resolver import ResolvedModel, Resolver
 from gateway.adapters.usage import AdapterUsage
-from gateway.api import schema
-from gateway.api.accounting import Accounting
-from gateway.api.allowance import allowed_body
-from gateway.api.kept import KeptAnswer, find_kept
-from gateway.api.report import access_record, head_lines
+from gateway.api.access_record import access_record, head_lines
+from gateway.api.account_limits import allowed_body
+from gateway.api.accounting import Accounting, RequestCharge
+from gateway.api.body import schema
+from gateway.api.body.bounds import DEFAULT_BOUNDS, Bounds, sequences
+from gateway.api.deadlines import Deadlines
+from gateway.api.head_facts import HeadFacts
+from gateway.api.stored_responses import StoredResponse
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.request import (
     ClientRequest,
@@ -28,38 +32,62 @@ from gateway.dispatch.request import (
     audio_tokens,
     estimated_tokens,
 )
+from gateway.dispatch.workers.commands import KeptOn
 from gateway.http.headers import (
-    MAX_SESSION,
-    RESUME_HEADER,
-    TIMEOUT_HEADER,
-    TIMEOUT_MS,
     IncomingRequest,
     RequestDeadline,
-    request_id_of,
+    new_request_id,
 )
 from gateway.http.response import ResponseWriter
 from gateway.telemetry.access_log import AccessLog
 from gateway.telemetry.prometheus import Metrics
-from shared.endpoints import Endpoint, ErrorFamily, ModelIn, can_do, cannot_do, endpoint_of
-from shared.errors import AdapterNotFound, InvalidRequest, LoraplexError, RouteNotFound
-from shared.link.messages import owner_tag
+from gateway.telemetry.traces import RequestTrace, Traces
+from shared.adapters.identity import AdapterRef
+from shared.api_endpoints import (
+    ENDPOINTS,
+    RESPONSES_PATH,
+    Endpoint,
+    ErrorFamily,
+    ModelIn,
+    can_do,
+    cannot_do,
+    endpoint_of,
+)
+from shared.errors import (
+    AdapterNotFound,
+    InvalidRequest,
+    LoraplexError,
+    RouteNotFound,
+    WorkerUnavailable,
+)
+from shared.link.messages import AnswerKey, WorkerId
 
-_PRIORITY = re.compile(r"-?[0-9]{1,9}\Z")
+T = TypeVar("T")
+SECRET_BYTES = 12
+MAX_LOOKS = 3
+"""How often the version of one request is looked up again. A second time is needed where the worker
+that had it was lost meanwhile.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
+    """The limits that hold for every request, whatever its account."""
+
     max_body_bytes: int
     slow_reader_bytes: int
     request_timeout_s: float
     resume: bool = False
-    bounds: schema.Bounds = schema.DEFAULT_BOUNDS
+    bounds: Bounds = DEFAULT_BOUNDS
     max_unfinished_body_bytes: int = 256 << 20
+    keep_answers_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GenerationServices:
-    """What requests for tokens need of the rest of this gateway process."""
+    """The parts of this gateway process that requests for tokens need. `limits` is replaced when
+    the config changes.
+    """
 
     dispatcher: Dispatcher
     resolver: Resolver
@@ -70,24 +98,31 @@ class GenerationServices:
     access: AccessLog
     usage: AdapterUsage
     loop: asyncio.AbstractEventLoop
+    deadlines: Deadlines
+    traces: Traces | None = None
 
 
 class Exchange:
-    """What was asked, what answers, and where the answer goes. `fields` are those of a body that
-    has been parsed already.
+    """What was asked, what answers it, and where the answer goes. `fields` are those of a body that
+    was parsed already.
 
-    Raises InvalidRequest for a body or a header that cannot be.
+    Raises InvalidRequest for a body or a header that cannot be served.
     """
 
     __slots__ = (
-        "_asked",
         "_body",
-        "_content_type",
+        "_charge",
+        "_created",
         "_done",
+        "_facts",
         "_gone",
-        "_kept",
-        "_late",
+        "_incoming",
+        "_keeper",
+        "_kept_by",
+        "_key",
         "_limit_lines",
+        "_looks",
+        "_most_tokens",
         "_path",
         "_retry",
         "_services",
@@ -105,55 +140,92 @@ class Exchange:
     def __init__(
         self,
         services: GenerationServices,
-        account: Account,
-        asked: IncomingRequest,
+        facts: HeadFacts,
+        incoming: IncomingRequest,
         body: bytes,
         stream: ResponseWriter,
-        kept: KeptAnswer | None = None,
+        kept: StoredResponse | None = None,
         fields: schema.BodyFields | None = None,
     ) -> None:
-        self._services, self._asked, self.stream = services, asked, stream
-        self.account, self.endpoint = account, _endpoint(asked.path)
-        self._content_type = asked.header("content-type") or schema.JSON_TYPE
+        self._services, self._incoming, self.stream = services, incoming, stream
+        self._facts = facts
+        self.account = account = facts.account
+        self.endpoint = ENDPOINTS.get(incoming.path) or _endpoint(incoming.path)
         if kept is None:
             self.head = fields or schema.read_fields(
-                self.endpoint, self._content_type, body, services.limits.bounds
+                self.endpoint, facts.content_type, body, services.limits.bounds
             )
-            self.model = self.head.model or services.resolver.default()
-            previous = self.head.previous_response_id
-            if previous and self.endpoint.errors is ErrorFamily.RESPONSES:
-                kept = find_kept(services.dispatcher.fleet, account, previous)
+            self.model = self.head.model or services.resolver.default(account)
         else:
             self.head, self.model = schema.BodyFields(stream=kept.streams), kept.base
-        self._kept = kept
-        self._path = asked.path if kept is None or not kept.path else kept.path
+        self._kept_by = kept.workers if kept is not None else ()
+        self._key: AnswerKey | None = None
+        self._keeper: WorkerId = ""
+        self._created = 0
+        self._path = incoming.path if kept is None or not kept.path else kept.path
         services.resolver.check_scope(account, self.model)
-        self._body = allowed_body(account, self.head, body, self.endpoint.limit_field)
-        self.request_id = request_id_of(asked)
+        self._most_tokens = asked = self.head.limit(self.endpoint)
+        self._body = allowed_body(account, self.head, body, self.endpoint, asked)
+        self.request_id = facts.given_id or new_request_id()
         self.deadline = self._deadline()
-        self.target: Target
+        self.target: ResolvedModel
         self.inflight: InFlightRequest
+        self._charge: RequestCharge
         self._done: Callable[[], object] = bool  # nobody is told
-        self._late: asyncio.TimerHandle | None = None
         self._retry: asyncio.Task[None] | None = None
+        self._looks = 0
         self._gone = False
         self._limit_lines = b""
 
-    def attempt(self, target: Target, done: Callable[[], object]) -> None:
+    @property
+    def previous(self) -> str:
+        """The id of the stored answer that this request goes on from. Empty: of none."""
+        previous = self.head.previous_response_id
+        return previous if previous and self.endpoint.errors is ErrorFamily.RESPONSES else ""
+
+    def goes_on_from(self, previous: StoredResponse) -> None:
+        """Before `attempt`: only these workers know what the request refers to."""
+        self._kept_by = previous.workers
+
+    def repeat(self, key: AnswerKey, found: KeptOn | None) -> None:
+        """Before `attempt`: the client may ask for the same answer again, or does so."""
+        self._key = key
+        if found is not None:
+            self._keeper, self._created = found.worker, found.created
+            self.request_id = found.request_id
+
+    @property
+    def submitted(self) -> bool:
+        """Whether the dispatcher has seen it."""
+        inflight = getattr(self, "inflight", None)
+        return inflight is not None and bool(inflight.t_start)
+
+    @property
+    def age_s(self) -> float:
+        """How long ago its head was read."""
+        return self._services.loop.time() - (self.deadline.at - self.deadline.after_s)
+
+    @property
+    def on_worker(self) -> bool:
+        """See Repeatable."""
+        inflight = getattr(self, "inflight", None)
+        return inflight is not None and bool(inflight.t_sent)
+
+    def attempt(self, target: ResolvedModel, done: Callable[[], object]) -> None:
         """Has `target` answer the request. `done` is called once the answer has ended, in a later
-        turn of the loop; it is not called after `cancel`.
+        turn of the event loop. It is not called after `cancel`.
 
-        The version may have become outdated between the listing and the worker's fetch. Then the
-        one that answers now is tried, once, before `done`.
+        The version may have become outdated after it was listed. Then the current version is tried
+        before `done` is called, MAX_LOOKS times at most.
 
-        Raises Overloaded, RateLimited or WorkerUnavailable, and then it is over.
+        Raises Overloaded, RateLimited or WorkerUnavailable. The exchange is then over.
         """
         self._done = done
         try:
             self._submit(target)
         except LoraplexError as exc:
             self._services.resolver.ended(target, 0, exc)
-            self._let_go()
+            self._done = bool
             raise
 
     def cancel(self) -> None:
@@ -162,58 +234,70 @@ class Exchange:
         if self._retry is not None:
             self._retry.cancel()
         self._leave()
+        client_request = self.inflight.client_request
+        # its answer goes on, for who asks for it again
+        if not self.inflight.lifecycle.over and not client_request.background:
+            until = self._services.loop.time() + client_request.keep_s
+            self._services.deadlines.enter(self, min(until, self.deadline.at))
         self._log()
-        self._let_go()
+        self._done = bool
+        self.stream.let_go()
 
     def end_with_error(self) -> None:
-        """For a client that has seen the status already; one that has not can still get another."""
+        """Ends the answer with its error if the client has seen the status already. Otherwise the
+        client can still get another answer.
+        """
         stream = self.stream
         assert stream.error is not None
         self._services.metrics.error(stream.error.code)
         if not stream.answered:
             stream.end_with(stream.error)
 
-    async def in_time(self, asked: Awaitable[Target]) -> Target:
-        """Raises DeadlineExceeded."""
+    async def in_time(self, awaited: Awaitable[T]) -> T:
+        """Waits for `awaited`, but not beyond the request's deadline. Raises DeadlineExceeded."""
         try:
             async with asyncio.timeout_at(self.deadline.at):
-                return await asked
+                return await awaited
         except TimeoutError as exc:
             raise self.deadline.exceeded("looked up") from exc
 
     # ---- inside ----------------------------------------------------------------------------------
 
-    def _submit(self, target: Target) -> None:
+    def _submit(self, target: ResolvedModel) -> None:
         services, ref = self._services, target.adapter
         self.target = target
         self._check_task(target)
         inflight = self._inflight(target)
-        bill = services.accounting.admit(self.account, inflight)
+        charge = self._charge = services.accounting.admit(self.account, inflight)
         self.inflight = inflight
-        self._limit_lines = bill.header_lines
-        services.resolver.use(target)
+        self._limit_lines = charge.header_lines or b""
         self.stream.on_finish = self._on_finish
         self.stream.describe(self._head_lines)
         if ref is not None:
+            services.resolver.use(target)
             services.usage.used(ref, time.time())
         try:
             services.dispatcher.submit(inflight)
         except LoraplexError:
-            bill.refuse()
+            charge.refuse()
+            self.stream.let_go()
             raise
-        self._late = services.loop.call_at(self.deadline.at, self._too_late)
+        services.deadlines.enter(self, self.deadline.at)
 
-    def _check_task(self, target: Target) -> None:
-        """Raises InvalidRequest if the model is known not to do what is asked."""
-        for worker in self._services.dispatcher.fleet.routable(target.base)[:1]:
-            tasks = worker.beat.tasks
+    def _check_task(self, target: ResolvedModel) -> None:
+        """Raises InvalidRequest if the model is known not to support the endpoint."""
+        workers = self._services.dispatcher.fleet.pool(target.base).workers
+        if workers:
+            tasks = workers[0].heartbeat.tasks
             if tasks and not can_do(self.endpoint, tasks):
                 raise InvalidRequest(cannot_do(self.model, self.endpoint, tasks), param="model")
 
-    def _inflight(self, target: Target) -> InFlightRequest:
-        asked, head, body, ref = self._asked, self.head, self._body, target.adapter
-        header = asked.header
-        return InFlightRequest(
+    def _inflight(self, target: ResolvedModel) -> InFlightRequest:
+        facts, head, body, ref = self._facts, self.head, self._body, target.adapter
+        services, account = self._services, facts.account
+        trace = None if services.traces is None else self._trace(services.traces)
+        background = self._path == RESPONSES_PATH and bool(head.background)
+        inflight = InFlightRequest(
             ClientRequest(
                 self._path,
                 self.request_id,
@@ -221,16 +305,21 @@ class Exchange:
                 audio_tokens(body)
                 if self.endpoint.model_in is ModelIn.FORM
                 else estimated_tokens(body),
-                max(0, head.limit or 0),
+                self._most_tokens or 0,
                 schema.prefix_hash(ref.digest if ref is not None else "", body),
                 bool(head.stream) and self.endpoint.streams,
-                int(time.time()),
-                self._services.limits.resume and header(RESUME_HEADER) != "off",
-                schema.sequences(head),
+                self._created or int(time.time()),
+                services.limits.resume and facts.may_move,
+                sequences(head),
                 self.deadline.after_s,
-                asked.method,
-                self._content_type,
-                self._owner(),
+                self._incoming.method,
+                facts.content_type,
+                self._answer_id() if self._path == RESPONSES_PATH else "",
+                trace.traceparent if trace is not None else "",
+                self._key,
+                services.limits.keep_answers_s if self._key is not None else 0.0,
+                trace.tracestate if trace is not None else "",
+                background,
             ),
             RequestedModel(
                 target.base,
@@ -238,21 +327,27 @@ class Exchange:
                 target.stored,
                 self.model if target.alias or target.by_digest else "",
                 target.elsewhere,
-                self._kept.worker if self._kept is not None else "",
+                self._kept_by,
+                self._keeper or target.first_on,
             ),
             self.stream,
             Requester(
-                self.account.name,
-                (header("x-session-id") or "")[:MAX_SESSION],
-                self.account.clamped(_priority(header("x-loraplex-priority"), head)),
-                self.account.weight,
+                account.name,
+                facts.session,
+                account.clamped(head.priority or 0 if facts.priority is None else facts.priority),
+                account.weight,
             ),
         )
+        inflight.trace = trace
+        return inflight
 
-    def _owner(self) -> str:
-        """For the ids of answers that are kept; "" where none is."""
-        kept = self.endpoint.errors is ErrorFamily.RESPONSES
-        return owner_tag(self.account.name) if kept else ""
+    def _trace(self, traces: Traces) -> RequestTrace | None:
+        arrived = self.deadline.at - self.deadline.after_s
+        return traces.begin(self._incoming.header, arrived, self._body)
+
+    def _answer_id(self) -> str:
+        """Made here, so that it stays when another worker goes on."""
+        return stored_id(self.account.name, secrets.token_hex(SECRET_BYTES))
 
     def _on_finish(self) -> None:
         # The dispatcher is still closing its books on this request, and the next request of the
@@ -263,17 +358,23 @@ class Exchange:
         if self._gone:
             return
         self._leave()
-        self._note_usage()
-        if self._retry is None and self._outdated:
+        adapter = self.inflight.model.adapter
+        if adapter is not None:
+            self._note_usage(adapter)
+        if self.stream.error is None or not self._outdated:
+            self._close()
+        elif self._looks < MAX_LOOKS:
+            self._looks += 1
             self._retry = self._services.loop.create_task(self._attempt_again(), name="look again")
-        else:
+        else:  # the adapter exists, but each time the worker that had it was lost
+            self.stream.error = WorkerUnavailable(
+                "The workers that have this adapter could not take the request.", retry_after_s=1.0
+            )
             self._close()
 
     @property
     def _outdated(self) -> bool:
-        """No worker could get the version that was resolved, and the client has seen nothing
-        yet.
-        """
+        """Whether no worker could get the resolved version, and the client has seen nothing yet."""
         return (
             isinstance(self.stream.error, AdapterNotFound)
             and self.target.adapter is not None
@@ -294,54 +395,50 @@ class Exchange:
                 self._close()
 
     def _close(self) -> None:
-        """All that there was to try has been tried."""
+        """The end: nothing is tried any more."""
         self._services.resolver.ended(self.target, self.stream.status, self.stream.error)
         self._log()
-        done = self._done
-        self._let_go()
+        done, self._done = self._done, bool
         done()
 
-    def _let_go(self) -> None:
-        """See ResponseWriter.let_go."""
-        self._done = bool
-        self.stream.let_go()
-
     def _leave(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
-        self._services.dispatcher.cancel(self.inflight)
+        self._services.deadlines.leave(self)
+        if not self.inflight.lifecycle.over:  # the client has left, or its end was broken off
+            self._services.dispatcher.cancel(self.inflight)
 
-    def _note_usage(self) -> None:
-        usage, ref, error = self._services.usage, self.inflight.model.adapter, self.stream.error
-        if ref is not None and error is not None:
-            usage.failed(ref, error)
-        elif ref is not None:
-            usage.worked(ref)
+    def _note_usage(self, adapter: AdapterRef) -> None:
+        error = self.stream.error
+        if error is None:
+            self._services.usage.worked(adapter)
+        else:
+            self._services.usage.failed(adapter, error)
 
-    def _too_late(self) -> None:
-        phase = self.inflight.life.phase.value
+    def too_late(self) -> None:
+        """See Expiring."""
+        phase = self.inflight.lifecycle.phase.value
         self._services.dispatcher.give_up(self.inflight, self.deadline.exceeded(phase))
 
     def _deadline(self) -> RequestDeadline:
-        """Of the whole request: the client's own, but never beyond the server's."""
+        """The deadline of the whole request: the client's own, but never later than the
+        server's.
+        """
         after_s = self._services.limits.request_timeout_s
-        given = self._asked.header(TIMEOUT_HEADER)
-        if given is not None:
-            if not TIMEOUT_MS.match(given):
-                raise InvalidRequest(
-                    f"The header {TIMEOUT_HEADER} must be a whole number of "
-                    "milliseconds, at least 1.",
-                    param=TIMEOUT_HEADER,
-                )
-            after_s = min(after_s, int(given) / 1e3)
+        if self._facts.timeout_s is not None:
+            after_s = min(after_s, self._facts.timeout_s)
         return RequestDeadline(self._services.loop.time() + after_s, after_s)
 
     def _head_lines(self) -> bytes:
         lines = head_lines(self.inflight, self._services.dispatcher.policy)
+        if self._keeper:
+            lines += b"idempotent-replayed: true\r\n"
         return lines + self._limit_lines
 
     def _log(self) -> None:
+        self._body = b""  # it may be large, and the line may wait for the worker's count
+        self._charge.once_settled(self._write_line)
+
+    def _write_line(self) -> None:
+        self._services.deadlines.leave(self)
         access = self._services.access
         if access.enabled:
             stream = self.stream
@@ -353,15 +450,3 @@ def _endpoint(path: str) -> Endpoint:
     if found is None:
         raise RouteNotFound(f"There is no {path[:200]} here.")
     return found
-
-
-def _priority(given: str | None, head: schema.BodyFields) -> int:
-    """The header's, else the body's; lower goes first. Raises InvalidRequest."""
-    if given is None:
-        return head.priority or 0
-    if not _PRIORITY.match(given):
-        raise InvalidRequest(
-            "The header x-loraplex-priority must be a whole number; lower goes first.",
-            param="x-loraplex-priority",
-        )
-    return int(given)

@@ -1,26 +1,32 @@
-"""Shell. Requests for tokens at the HTTP surface: two ways in, one way on.
+"""Shell. The two ways in which requests for tokens come in.
 
-`fast_path` answers a simple request (see http/parser.py) from the callback that brought its bytes:
-no task, no coroutine, nothing of aiohttp's. `aiohttp_path` is an aiohttp handler for all others,
-among them those that have to wait before they can be routed: for an alias, or a name that the store
-must be asked for. Both make an Exchange and call its `attempt`.
+`fast_path` answers a simple request (see http/parser.py) from the callback that brought its bytes.
+It makes no task, no coroutine and no object of aiohttp. `aiohttp_path` is an aiohttp handler for
+all others. Among them are requests that must wait before they can be routed: for an alias, or for a
+name that the store must be asked for. Both make an Exchange and call its `attempt`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import Callable
 from typing import cast
 
 from aiohttp import web
 
-from gateway.adapters.resolver import Target
-from gateway.api import schema
-from gateway.api.body_scan import check_large_body
+from gateway.adapters.resolver import ResolvedModel
+from gateway.api.body import schema
+from gateway.api.body.bounds import Bounds
+from gateway.api.body.scan import check_large_body
 from gateway.api.exchange import Exchange, GenerationServices
-from gateway.api.kept import find_kept
-from gateway.http.browsers import BrowserPolicy
+from gateway.api.head_facts import HeadFacts, facts_of
+from gateway.api.idempotency import OpenKeys, answer_key
+from gateway.api.refusals import note_refusal
+from gateway.api.stored_responses import LONGEST_WAIT_S, LOOK_S, ResponseFinder
+from gateway.http.browser_policy import BrowserPolicy
+from gateway.http.connection import PendingAnswer
 from gateway.http.headers import (
     MAX_SESSION,
     AiohttpRequest,
@@ -32,19 +38,28 @@ from gateway.http.headers import (
 )
 from gateway.http.parser import MAX_ON_LOOP_BYTES, SimpleRequest
 from gateway.http.response import AlreadySent, ResponseWriter, refuse
-from gateway.http.server import PendingAnswer
-from gateway.telemetry.failures import Failures
-from shared.endpoints import RESPONSES_PATH, Endpoint, ModelIn, endpoint_of, errors_of
-from shared.errors import LoraplexError
+from gateway.telemetry.unexpected_errors import UnexpectedErrors
+from shared.api_endpoints import (
+    ENDPOINTS,
+    RESPONSES_PATH,
+    Endpoint,
+    ModelIn,
+    endpoint_of,
+    errors_of,
+)
+from shared.errors import EngineFailure, LoraplexError, WorkerUnavailable
 
 
 class GenerationAPI:
-    """Requests for tokens of one gateway process."""
+    """The requests for tokens of one gateway process."""
 
     def __init__(self, services: GenerationServices, browsers: BrowserPolicy) -> None:
         self._services = services
+        self._open_keys = OpenKeys(services.dispatcher.answers, services.loop.time)
+        dispatcher = services.dispatcher
+        self._stored = ResponseFinder(dispatcher.answers, dispatcher.may_move)
         self._browsers = browsers
-        self._failures = Failures(services.metrics)
+        self._unexpected_errors = UnexpectedErrors(services.metrics)
 
     # ---- the fast path ---------------------------------------------------------------------------
 
@@ -54,34 +69,39 @@ class GenerationAPI:
         transport: asyncio.WriteTransport,
         answered: Callable[[bool], None],
     ) -> PendingAnswer | None:
-        """See FastPath in http/server.py. None: the model that is asked for is not known at once,
-        or a browser asks.
+        """See FastPath in http/connection.py. It returns None if the model is not known at once, or
+        if a browser asks.
         """
-        services, browsers, header = self._services, self._browsers, request.header
-        if header("origin") is not None or header("sec-fetch-site") is not None:
-            return None
-        if browsers.checks_host and not browsers.knows_host(header("host") or ""):
+        services, browsers = self._services, self._browsers
+        if browsers.checks_host and not browsers.knows_host(request.header("host") or ""):
             return None
         stream = ResponseWriter(
-            transport, services.limits.slow_reader_bytes, errors=errors_of(request.path)
+            transport, services.limits.slow_reader_bytes, errors=ENDPOINTS[request.path].errors
         )
+        account = exchange = None
         try:
-            account = services.keys.account_of(authorization_of(request))
+            facts = facts_of(request, services.keys.ring, time.time())
+            if facts is None:
+                return None
+            account = facts.account
             if len(request.body) > services.limits.bounds.max_prompt_bytes:
                 return None  # looked at beside the loop
             body = request.body.removeprefix(schema.BYTE_ORDER_MARK)
-            exchange = Exchange(services, account, request, body, stream)
+            exchange = Exchange(services, facts, request, body, stream)
+            if exchange.head.previous_response_id and exchange.previous:
+                return None  # its worker must be asked for
             target = services.resolver.at_once(exchange.model)
             if target is None:
                 return None
             exchange.attempt(target, functools.partial(self._finish, exchange, answered))
         except LoraplexError as exc:
             services.metrics.error(exc.code)
-            refuse(stream, exc, exc.request_id or request_id_of(request))
+            note_refusal(services, request, account, exchange, exc)
+            refuse(stream, exc, exc.request_id)
             services.loop.call_soon(answered, True)
             return REFUSED
         except Exception as exc:  # raised here, it would close the connection without a word
-            refuse(stream, self._failures.note(exc), request_id_of(request))
+            refuse(stream, self._unexpected_errors.note(exc), request_id_of(request))
             services.loop.call_soon(answered, True)
             return REFUSED
         return exchange
@@ -99,35 +119,65 @@ class GenerationAPI:
     # ---- aiohttp's path --------------------------------------------------------------------------
 
     async def aiohttp_path(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Raises LoraplexError where nothing has been sent to the client."""
+        """Raises LoraplexError if nothing has been sent to the client yet."""
         services = self._services
         body = (await request.read()).removeprefix(schema.BYTE_ORDER_MARK)
-        asked, stream = AiohttpRequest(request), self._writer(request)
-        fields = await self._read_aside(asked, body)
-        account = services.keys.account_of(authorization_of(asked))
-        exchange = Exchange(services, account, asked, body, stream, fields=fields)
-        target = services.resolver.at_once(exchange.model)
+        incoming, stream = AiohttpRequest(request), self._writer(request)
+        account = exchange = None
+        try:
+            fields = await read_aside(services, incoming, body)
+            account = services.keys.account_of(authorization_of(incoming))
+            facts = HeadFacts(account, incoming)
+            exchange = Exchange(services, facts, incoming, body, stream, fields=fields)
+            return await self._resolved(request, exchange, incoming, body)
+        except LoraplexError as exc:
+            note_refusal(services, incoming, account, exchange, exc)
+            raise
+
+    async def _resolved(
+        self, request: web.BaseRequest, exchange: Exchange, incoming: AiohttpRequest, body: bytes
+    ) -> web.StreamResponse:
+        if exchange.previous:
+            stored = self._stored.find(exchange.account, exchange.previous)
+            exchange.goes_on_from(await exchange.in_time(stored))
+        resolver = self._services.resolver
+        target = resolver.at_once(exchange.model)
         if target is None:
             target = await exchange.in_time(
-                services.resolver.resolve(exchange.model, lambda: _user(asked, exchange.head))
+                resolver.resolve(exchange.model, lambda: _user(incoming, exchange.head))
             )
-        return await self._answer(request, exchange, target)
+        key = answer_key(exchange.account, incoming, body)
+        if key is None:
+            return await self._answer(request, exchange, target)
+        with self._open_keys.hold(key, exchange):
+            found = await exchange.in_time(self._open_keys.find(target.base, key))
+            exchange.repeat(key, found)
+            return await self._answer(request, exchange, target)
 
     async def kept(self, request: web.BaseRequest) -> web.StreamResponse:
-        """An answer that a worker keeps: `GET /v1/responses/ID`, `POST /v1/responses/ID/cancel`.
-        Its worker is asked, as for any other request.
+        """Answers that a worker stores: `GET /v1/responses/ID`, `POST /v1/responses/ID/cancel`.
+        Their worker is asked as for any other request.
 
-        Raises LoraplexError where nothing has been sent to the client.
+        Raises LoraplexError if nothing has been sent to the client yet.
         """
-        services, asked = self._services, AiohttpRequest(request)
+        services, incoming = self._services, AiohttpRequest(request)
         await request.read()  # nothing in it is of use; what is unread would be the next head
-        account = services.keys.account_of(authorization_of(asked))
-        answer_id = asked.path.removeprefix(RESPONSES_PATH + "/").partition("/")[0]
-        path = asked.path + (f"?{request.query_string}" if request.query_string else "")
-        streams = request.query.get("stream", "").lower() in ("true", "1")
-        kept = find_kept(services.dispatcher.fleet, account, answer_id, path, streams)
-        exchange = Exchange(services, account, asked, b"", self._writer(request), kept)
-        return await self._answer(request, exchange, Target(kept.base))
+        account = services.keys.account_of(authorization_of(incoming))
+        answer_id = incoming.path.removeprefix(RESPONSES_PATH + "/").partition("/")[0]
+        path = incoming.path + (f"?{request.query_string}" if request.query_string else "")
+        streams = schema.is_true(request.query.get("stream", ""))
+        facts = HeadFacts(account, incoming)
+        until = services.loop.time() + LONGEST_WAIT_S
+        while True:
+            kept = await self._stored.find(account, answer_id, path, streams)
+            exchange = Exchange(services, facts, incoming, b"", self._writer(request), kept)
+            try:
+                return await self._answer(request, exchange, ResolvedModel(kept.base))
+            except (WorkerUnavailable, EngineFailure):
+                # its worker was lost meanwhile; the answer may move, or another one have a copy
+                if services.loop.time() > until:
+                    raise
+            await asyncio.sleep(LOOK_S)
 
     def _writer(self, request: web.BaseRequest) -> ResponseWriter:
         if request.transport is None:
@@ -143,7 +193,7 @@ class GenerationAPI:
         )
 
     async def _answer(
-        self, request: web.BaseRequest, exchange: Exchange, target: Target
+        self, request: web.BaseRequest, exchange: Exchange, target: ResolvedModel
     ) -> web.StreamResponse:
         finished, stream = asyncio.Event(), exchange.stream
         exchange.attempt(target, finished.set)
@@ -163,17 +213,22 @@ class GenerationAPI:
         headers = self._browsers.cors_headers(origin)
         return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
 
-    async def _read_aside(self, asked: AiohttpRequest, body: bytes) -> schema.BodyFields | None:
-        """A large body's fields, read beside the loop; None for a small one."""
-        endpoint, bounds = endpoint_of(asked.path), self._services.limits.bounds
-        if endpoint is None or len(body) <= min(MAX_ON_LOOP_BYTES, bounds.max_prompt_bytes):
-            return None
-        kind = asked.header("content-type") or schema.JSON_TYPE
-        return await asyncio.to_thread(_read_large, endpoint, kind, body, bounds)
+
+async def read_aside(
+    services: GenerationServices, incoming: IncomingRequest, body: bytes
+) -> schema.BodyFields | None:
+    """The fields of a large body, read in a thread beside the event loop. None: the body is
+    small.
+    """
+    endpoint, bounds = endpoint_of(incoming.path), services.limits.bounds
+    if endpoint is None or len(body) <= min(MAX_ON_LOOP_BYTES, bounds.max_prompt_bytes):
+        return None
+    kind = incoming.header("content-type") or schema.JSON_TYPE
+    return await asyncio.to_thread(_read_large, endpoint, kind, body, bounds)
 
 
 def _read_large(
-    endpoint: Endpoint, content_type: str, body: bytes, bounds: schema.Bounds
+    endpoint: Endpoint, content_type: str, body: bytes, bounds: Bounds
 ) -> schema.BodyFields:
     if endpoint.model_in is not ModelIn.FORM:
         check_large_body(body, bounds.max_prompt_bytes)
@@ -181,7 +236,7 @@ def _read_large(
 
 
 class _Refused:
-    """The pending answer of a request that has been refused already."""
+    """The PendingAnswer of a request that was refused at once."""
 
     def cancel(self) -> None:
         return None
@@ -190,15 +245,15 @@ class _Refused:
 REFUSED = _Refused()
 
 
-def _user(asked: IncomingRequest, head: schema.BodyFields) -> bytes:
-    """Who asks, for the shares of an alias: the body's `user`, else the API key, else the session,
-    else somebody new every time.
+def _user(incoming: IncomingRequest, head: schema.BodyFields) -> bytes:
+    """The user, by whom the share of an alias is chosen: the body's `user`, else the API key, else
+    the session, else a new one for every request.
     """
     user = bytes(head.user)
     if user not in (b"", b"null", b'""'):
         return b"u" + user
-    key = caller_of(authorization_of(asked))
-    session = (asked.header("x-session-id") or "")[:MAX_SESSION]
+    key = caller_of(authorization_of(incoming))
+    session = (incoming.header("x-session-id") or "")[:MAX_SESSION]
     if key or session:
         return f"k{key}".encode() if key else b"s" + session.encode(errors="replace")
     return b"%x" % random_id()

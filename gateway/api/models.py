@@ -1,5 +1,5 @@
-"""Shell. The bytes of `GET /v1/models`: made once per state of the catalogs, in a thread, because a
-hundred thousand names take a tenth of a second.
+"""Shell. The body of `GET /v1/models`. It is made once per state of the catalogs, in a thread,
+because a hundred thousand names take a tenth of a second.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from typing import TypeAlias
 from gateway.accounts.account import ANONYMOUS, Account
 from gateway.adapters.catalog import Catalog
 from gateway.fleet.fleet import WorkerView
-from gateway.http.bodies import _encode
+from gateway.http.json_responses import _encode
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import Tier
 
 MAX_BODIES = 64
-"""Accounts with different scopes whose lists are kept."""
+"""The most bodies that are kept. Accounts with the same scope share one."""
 Scope: TypeAlias = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 class ModelList:
-    """`catalogs`: every base model; None where it has no adapter store. `aliases`: those of a base
-    model, listed beside its adapters. `context`: of a base model, in tokens; 0: not known yet.
+    """`catalogs` maps every base model to its catalog (None: it has no adapter store). `aliases`
+    returns a base model's aliases, which are listed beside its adapters. `context` returns its
+    context length in tokens (0: not known yet).
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class ModelList:
         self._bodies: OrderedDict[Scope, bytes] = OrderedDict()  # of that state
 
     async def body(self, account: Account = ANONYMOUS) -> bytes:
-        """What the account may use, as of now, or of a moment in this call."""
+        """The list of what this account may use, as it is now or was at a moment during this
+        call.
+        """
         scope = (account.models, account.adapters)
         if self._state == self._versions() and scope in self._bodies:
             return self._bodies[scope]
@@ -97,7 +100,7 @@ def scoped_list(
     contexts: Mapping[str, int],
     account: Account,
 ) -> bytes:
-    """As `model_list`, of what the account may use."""
+    """Like `model_list`, but only with what the account may use."""
     if account.scoped:
         adapters = {
             base: {name: digest for name, digest in names.items() if account.may_use(base, name)}
@@ -127,8 +130,8 @@ def model_card(
     digest: str = "",
     context: int = 0,
 ) -> dict[str, object]:
-    """OpenAI's model object, with vLLM's `root`, `parent` and `max_model_len`; `loraplex_digest` is
-    the version that answers. `context` in tokens; 0: not known yet.
+    """OpenAI's model object, with vLLM's `root`, `parent` and `max_model_len`. `loraplex_digest` is
+    the version that answers. `context` is in tokens (0: not known yet).
     """
     card: dict[str, object] = {
         "id": model_id,
@@ -145,7 +148,9 @@ def model_card(
 
 
 def _permission(created: int) -> dict[str, object]:
-    """vLLM's. The list has it for base models alone: it says the same of every adapter."""
+    """vLLM's permission object. Only base models have it in the list, since it is the same for
+    every adapter.
+    """
     return {
         "id": f"modelperm-{created:x}",
         "object": "model_permission",
@@ -163,8 +168,8 @@ def _permission(created: int) -> dict[str, object]:
 
 
 def where(workers: Sequence[WorkerView], adapter: AdapterRef | None) -> dict[str, object]:
-    """How far a model is from an answer: `ready` if a worker could begin at once, else `cold`, or
-    `no_worker`; for an adapter also the nearest place that its weights are in.
+    """How fast a model can answer: `ready` if a worker could begin at once, else `cold` or
+    `no_worker`. For an adapter it also names the nearest place of its weights.
     """
     if not workers:
         return {"loraplex_state": "no_worker"}
@@ -180,11 +185,11 @@ def model_list(
     created: int,
     contexts: Mapping[str, int] = NO_CONTEXTS,
 ) -> bytes:
-    """Every base model and its adapters, name -> digest of the version that answers ("" for an
-    alias).
+    """Every base model and its adapters. `adapters` maps names to the digest that answers ("" for
+    an alias).
 
-    What repeats in each adapter's card is encoded once: of names JSON escapes quotes only, of
-    digests nothing.
+    The parts that repeat in each adapter's card are encoded once. JSON escapes only quotes in
+    names, and nothing in digests.
     """
     cards = []
     for base, digests in adapters.items():
@@ -208,9 +213,7 @@ def model_list(
 
 
 def _sorted(names: Sequence[str]) -> Iterable[str]:
-    """In runs: one call that sorts a hundred thousand names would keep the interpreter from every
-    other thread for 50 ms.
-    """
+    """Sorts in runs. One call for a hundred thousand names would hold the interpreter for 50 ms."""
     return heapq.merge(
         *(sorted(names[at : at + SORTED_AT_ONCE]) for at in range(0, len(names), SORTED_AT_ONCE))
     )

@@ -1,4 +1,4 @@
-"""Pure. `/openapi.json` and `/docs`, made from the table of endpoints: nothing is loaded from
+"""Pure. `/openapi.json` and `/docs`, made from the table of endpoints. The page loads nothing from
 elsewhere.
 """
 
@@ -7,7 +7,14 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from shared.endpoints import ENDPOINTS, RESPONSES_PATH, Endpoint, ErrorFamily, ModelIn
+from shared.api_endpoints import ENDPOINTS, RESPONSES_PATH, Endpoint, ErrorFamily, ModelIn
+
+
+def _body(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """A request body of which all fields are required."""
+    schema = {"type": "object", "properties": fields, "required": [*fields]}
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}}
+
 
 _MESSAGES = {"type": "array", "minItems": 1, "items": {"type": "object"}}
 _TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {}}]}
@@ -26,7 +33,7 @@ _REQUIRED: dict[str, dict[str, Any]] = {
     "/v1/audio/transcriptions": {"file": {"type": "string", "format": "binary"}},
     "/v1/audio/translations": {"file": {"type": "string", "format": "binary"}},
 }
-"""Fields that vLLM asks for; it documents the others itself."""
+"""The fields that vLLM requires. vLLM documents the others itself."""
 _READS = {
     "/v1/models": "The models, adapters and aliases that a request may name.",
     "/v1/models/{model}": "One of them.",
@@ -34,28 +41,72 @@ _READS = {
     "/health": "Whether this process answers.",
     "/ready": "Whether every model can be answered from.",
 }
+_FILES = {
+    "/v1/files": {"get": "The files of this key.", "post": "Keeps a file of requests."},
+    "/v1/files/{file_id}": {"get": "One of them.", "delete": "Deletes it."},
+    "/v1/files/{file_id}/content": {"get": "Its bytes, in JSON lines."},
+    "/v1/batches": {"get": "The batches of this key.", "post": "Answers a file of requests."},
+    "/v1/batches/{batch_id}": {"get": "One of them, and how far it is."},
+    "/v1/batches/{batch_id}/cancel": {"post": "Ends it; what is answered stays."},
+}
+_BODIES: dict[tuple[str, str], dict[str, Any]] = {
+    ("/v1/files", "post"): _body(
+        "multipart/form-data",
+        {"file": {"type": "string", "format": "binary"}, "purpose": {"const": "batch"}},
+    ),
+    ("/v1/batches", "post"): _body(
+        "application/json",
+        {
+            "input_file_id": {"type": "string"},
+            "endpoint": {"enum": [p for p, e in ENDPOINTS.items() if e.model_in is ModelIn.JSON]},
+            "completion_window": {"const": "24h"},
+        },
+    ),
+}
 _ANSWERS = {
     "400": "The request cannot be.",
     "401": "The key is missing or wrong.",
+    "403": "A page of this origin, or under this name of the host, may not ask.",
     "404": "There is no such model, adapter or response.",
+    "405": "The path has other methods.",
+    "408": "The request came too slowly.",
+    "409": "The first request with this Idempotency-Key still waits.",
     "413": "The body is too large.",
     "415": "The body is in an encoding that is not read.",
     "422": "The adapter cannot be served.",
     "429": "Too many requests.",
+    "431": "The headers are too long.",
     "500": "The engine failed.",
     "503": "No worker can take the request now.",
     "504": "The request was not finished in time.",
 }
 
 
+_ANY_JSON: dict[str, Any] = {"application/json": {}}
+_BYTES_TOO = frozenset(("/v1/embeddings", "/pooling"))
+"""Paths that answer with bytes if `encoding_format` asks for them."""
+
+
+def _kind(path: str) -> str:
+    return "jsonl" if path.endswith("/content") else "json"
+
+
 def openapi(version: str) -> dict[str, Any]:
     paths: dict[str, Any] = {path: {"post": _post(path, e)} for path, e in ENDPOINTS.items()}
     for path, what in _READS.items():
         paths[path] = {"get": _operation(what, "json", _parameters(path))}
+    unready = {"description": "It says which models lack workers.", "content": _ANY_JSON}
+    paths["/ready"]["get"]["responses"]["503"] = unready
     kept = f"{RESPONSES_PATH}/{{response_id}}"
     paths[kept] = {"get": _operation("A kept response.", "json", _parameters(kept))}
     cancel = f"{kept}/cancel"
     paths[cancel] = {"post": _operation("Ends it.", "json", _parameters(cancel))}
+    for path, methods in _FILES.items():
+        paths[path] = {
+            method: _operation(what, _kind(path), _parameters(path))
+            | _BODIES.get((path, method), {})
+            for method, what in methods.items()
+        }
     return {
         "openapi": "3.1.0",
         "info": {"title": "Loraplex", "version": version},
@@ -78,6 +129,8 @@ def _post(path: str, endpoint: Endpoint) -> dict[str, Any]:
     operation = _operation(endpoint.what.capitalize() + ".", "json", [], endpoint.errors)
     if endpoint.streams:
         operation["responses"]["200"]["content"]["text/event-stream"] = {}
+    if path in _BYTES_TOO:
+        operation["responses"]["200"]["content"]["application/octet-stream"] = {}
     return operation | {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}}
 
 
@@ -123,7 +176,7 @@ def _error(anthropic: bool) -> dict[str, Any]:
 
 
 def docs_page(document: dict[str, Any]) -> str:
-    """The same for readers."""
+    """The same document as a page for readers."""
     rows = [
         f"<tr><td>{method.upper()}</td><td><code>{html.escape(path)}</code></td>"
         f"<td>{html.escape(operation['summary'])}</td></tr>"

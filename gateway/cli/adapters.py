@@ -1,5 +1,5 @@
-"""Shell. `loraplex adapters ...`: an operator's words to a running gateway, over its HTTP paths;
-and adapters checked without one.
+"""Shell. `loraplex adapters ...`: shows and changes the adapters of a running gateway over its HTTP
+paths, and checks adapters without a gateway.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ import os
 import sys
 from typing import Any
 
-from gateway.cli.client import SHOWN, Failed, Gateway, common_flags, read_key, show_table
+from gateway.cli.client import (
+    SHOWN,
+    CommandFailed,
+    GatewayClient,
+    common_flags,
+    read_key,
+    show_table,
+)
 from loraplex.start import command
 
 DONE = {
@@ -39,6 +46,15 @@ def add_parser(verbs: Any) -> None:
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     common = common_flags("NAME may also be BASE:ADAPTER")
+    _add_views(actions, common)
+    for action, text in HELP.items():
+        _add_action(actions, common, action, text)
+    _add_validate(actions)
+    _add_verify(actions)
+    _add_convert(actions)
+
+
+def _add_views(actions: Any, common: argparse.ArgumentParser) -> None:
     ls = actions.add_parser(
         "ls", parents=[common], help="every adapter: where it is, how often it was asked for"
     )
@@ -55,36 +71,41 @@ def add_parser(verbs: Any) -> None:
     show = actions.add_parser("show", parents=[common], help="one adapter, worker by worker")
     show.add_argument("name", metavar="NAME")
     show.set_defaults(run=lambda args: _run(_show, args))
-    for action, text in HELP.items():
-        doing = actions.add_parser(action, parents=[common], help=text, description=text)
-        doing.add_argument("name", metavar="NAME")
+
+
+def _add_action(actions: Any, common: argparse.ArgumentParser, action: str, text: str) -> None:
+    doing = actions.add_parser(action, parents=[common], help=text, description=text)
+    doing.add_argument("name", metavar="NAME")
+    doing.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to wait for the workers (default 60)",
+    )
+    if action == "load":
         doing.add_argument(
-            "--timeout",
-            type=float,
-            default=60.0,
-            metavar="SECONDS",
-            help="how long to wait for the workers (default 60)",
+            "--all",
+            action="store_true",
+            help="on every worker, not only where requests would go",
         )
-        if action == "load":
-            doing.add_argument(
-                "--all",
-                action="store_true",
-                help="on every worker, not only where requests would go",
-            )
-        elif action != "unload":
-            doing.add_argument("--worker", help="on this worker only")
-        if action == "prefetch":
-            doing.add_argument(
-                "--gpu", action="store_true", help="into a slot, not only onto the disk"
-            )
-        doing.set_defaults(run=lambda args: _run(_act, args))
+    elif action != "unload":
+        doing.add_argument("--worker", help="on this worker only")
+    if action == "prefetch":
+        doing.add_argument("--gpu", action="store_true", help="into a slot, not only onto the disk")
+    doing.set_defaults(run=lambda args: _run(_act, args))
+
+
+def _add_validate(actions: Any) -> None:
     validate = actions.add_parser(
         "validate",
         help="check an adapter as a worker would, without a gateway",
         description=VALIDATE,
     )
     validate.add_argument(
-        "path", metavar="PATH_OR_URL", help="a folder, s3://bucket/folder or gs://bucket/folder"
+        "path",
+        metavar="PATH_OR_URL",
+        help="a folder, s3://bucket/folder, gs://bucket/folder or hf://org/repo@revision",
     )
     validate.add_argument(
         "--config", required=True, help="the config with the base model that it is for"
@@ -94,6 +115,9 @@ def add_parser(verbs: Any) -> None:
     )
     validate.add_argument("--json", action="store_true", help="print the verdict as JSON")
     validate.set_defaults(run=_validate)
+
+
+def _add_verify(actions: Any) -> None:
     verify = actions.add_parser(
         "verify",
         help="compare a served adapter with PEFT on this host, token by token",
@@ -105,11 +129,19 @@ def add_parser(verbs: Any) -> None:
     verify.add_argument("--url", default="http://127.0.0.1:8000", help="the gateway")
     verify.add_argument("--close", default="0.02", help="difference of logprobs that is no fault")
     verify.set_defaults(run=_verify)
+
+
+def _add_convert(actions: Any) -> None:
     convert = actions.add_parser(
         "convert",
-        help="make safetensors of pickled weights (adapter_model.bin), without running any code",
+        help="make safetensors of pickled weights, or a plain LoRA of other kinds",
+        description=CONVERT,
     )
     convert.add_argument("folder", metavar="FOLDER", help="the adapter's folder")
+    convert.add_argument("--out", help="folder of the plain LoRA (default FOLDER-lora)")
+    convert.add_argument("--max-rank", help="bound of its rank (default 64)")
+    convert.add_argument("--base", help="folder of the base model, for PiSSA and OLoRA")
+    convert.add_argument("--initial", help="or: the adapter as its training began")
     convert.set_defaults(run=_convert)
 
 
@@ -120,7 +152,9 @@ VALIDATE = (
 
 
 def _validate(args: argparse.Namespace) -> int:
-    """In a worker's process, which may read model configs and weights."""
+    """Replaces this process by a worker's validation, which may import model code and read
+    weights.
+    """
     rest = (["--model", args.model] if args.model else []) + (["--json"] if args.json else [])
     sys.stdout.flush()
     words = command("worker.validation", args.path, "--config", args.config, *rest)
@@ -141,20 +175,30 @@ def _verify(args: argparse.Namespace) -> int:
     os.execv(sys.executable, command("worker.validation.oracle", args.name, *rest))
 
 
+CONVERT = (
+    "Pickled weights (adapter_model.bin) become safetensors beside them, without running any code. "
+    "LoHa, LoKr, AdaLoRA, PiSSA and OLoRA become a plain LoRA in a folder of its own, and the "
+    "error of the conversion is printed."
+)
+
+
 def _convert(args: argparse.Namespace) -> int:
+    flags = {"--out": args.out, "--max-rank": args.max_rank}
+    flags |= {"--base": args.base, "--initial": args.initial}
+    rest = [word for flag, value in flags.items() if value is not None for word in (flag, value)]
     sys.stdout.flush()
-    os.execv(sys.executable, command("worker.validation.convert", args.folder))
+    os.execv(sys.executable, command("worker.validation.convert", args.folder, *rest))
 
 
 def _run(action: Any, args: argparse.Namespace) -> int:
     try:
-        return int(action(args, Gateway(args.url, read_key(args.key_file))))
-    except Failed as exc:
+        return int(action(args, GatewayClient(args.url, read_key(args.key_file))))
+    except CommandFailed as exc:
         print(f"loraplex adapters {args.action}: {exc}", file=sys.stderr)
         return 1
 
 
-def _ls(args: argparse.Namespace, gateway: Gateway) -> int:
+def _ls(args: argparse.Namespace, gateway: GatewayClient) -> int:
     if args.skipped:
         return _ls_skipped(args, gateway)
     query = {k: v for k, v in (("base", args.base), ("state", args.state)) if v}
@@ -162,7 +206,9 @@ def _ls(args: argparse.Namespace, gateway: Gateway) -> int:
     while True:
         _, page = gateway.call("GET", "/admin/adapters", query)
         if not isinstance(page, dict) or "adapters" not in page:
-            raise Failed(f"{gateway.url} does not answer like a Loraplex gateway; is --url right?")
+            raise CommandFailed(
+                f"{gateway.url} does not answer like a Loraplex gateway; is --url right?"
+            )
         rows += page["adapters"]
         if not page["next"]:
             break
@@ -190,7 +236,7 @@ def _ls(args: argparse.Namespace, gateway: Gateway) -> int:
     return 0
 
 
-def _ls_skipped(args: argparse.Namespace, gateway: Gateway) -> int:
+def _ls_skipped(args: argparse.Namespace, gateway: GatewayClient) -> int:
     _, found = gateway.call("GET", "/admin/skipped", {"base": args.base} if args.base else {})
     if args.json:
         print(json.dumps(found, indent=1))
@@ -204,7 +250,7 @@ def _ls_skipped(args: argparse.Namespace, gateway: Gateway) -> int:
     return 0
 
 
-def _show(args: argparse.Namespace, gateway: Gateway) -> int:
+def _show(args: argparse.Namespace, gateway: GatewayClient) -> int:
     base, name = _target(args)
     _, found = gateway.call("GET", f"/admin/adapters/{name}", {"base": base} if base else {})
     if args.json:
@@ -229,7 +275,7 @@ def _show(args: argparse.Namespace, gateway: Gateway) -> int:
     return 0
 
 
-def _act(args: argparse.Namespace, gateway: Gateway) -> int:
+def _act(args: argparse.Namespace, gateway: GatewayClient) -> int:
     base, name = _target(args)
     query = {"timeout_s": f"{args.timeout:g}"}
     if args.action in ("load", "unload"):
@@ -267,7 +313,9 @@ def _report(args: argparse.Namespace, answer: Any) -> int:
 
 
 def _target(args: argparse.Namespace) -> tuple[str | None, str]:
-    """A base's id has no colon, an adapter's name may."""
+    """(base model or None, adapter name). A base model's id has no colon, but an adapter's name
+    may.
+    """
     if args.base:
         return args.base, args.name.removeprefix(f"{args.base}:")
     base, colon, name = args.name.partition(":")

@@ -1,4 +1,4 @@
-"""Shell. `loraplex aliases ...`: names for adapters, changed on a running gateway over its HTTP
+"""Shell. `loraplex aliases ...`: shows and changes the aliases of a running gateway over its HTTP
 paths.
 """
 
@@ -10,7 +10,7 @@ import sys
 from datetime import datetime
 from typing import Any
 
-from gateway.cli.client import Failed, Gateway, common_flags, read_key, show_table
+from gateway.cli.client import CommandFailed, GatewayClient, common_flags, read_key, show_table
 from shared.errors import ConfigError
 
 SET_HELP = (
@@ -53,14 +53,14 @@ def add_parser(verbs: Any) -> None:
 
 def _run(action: Any, args: argparse.Namespace) -> int:
     try:
-        action(args, Gateway(args.url, read_key(args.key_file)))
-    except Failed as exc:
+        action(args, GatewayClient(args.url, read_key(args.key_file)))
+    except CommandFailed as exc:
         print(f"loraplex aliases {args.action}: {exc}", file=sys.stderr)
         return 1
     return 0
 
 
-def _ls(args: argparse.Namespace, gateway: Gateway) -> None:
+def _ls(args: argparse.Namespace, gateway: GatewayClient) -> None:
     _show(
         args,
         [
@@ -71,8 +71,8 @@ def _ls(args: argparse.Namespace, gateway: Gateway) -> None:
     )
 
 
-def _set(args: argparse.Namespace, gateway: Gateway) -> None:
-    """The bounds of its rollback stay what they are: only the shares are said here."""
+def _set(args: argparse.Namespace, gateway: GatewayClient) -> None:
+    """Sets only the shares. The bounds of the automatic rollback stay as they are."""
     body: dict[str, object] = {"shares": [_share(text) for text in args.shares]}
     base, colon, alias = args.alias.partition(":")
     if not colon:
@@ -85,7 +85,7 @@ def _set(args: argparse.Namespace, gateway: Gateway) -> None:
     _show(args, [entry])
 
 
-def _rm(args: argparse.Namespace, gateway: Gateway) -> None:
+def _rm(args: argparse.Namespace, gateway: GatewayClient) -> None:
     _, answer = gateway.call("DELETE", _path(args), {})
     if args.json:
         print(json.dumps(answer, indent=1))
@@ -98,10 +98,12 @@ def _rm(args: argparse.Namespace, gateway: Gateway) -> None:
         _show(args, [answer["now"]])
 
 
-def _aliases(gateway: Gateway) -> list[Any]:
+def _aliases(gateway: GatewayClient) -> list[Any]:
     _, answer = gateway.call("GET", "/admin/aliases", {})
     if not isinstance(answer, dict) or "aliases" not in answer:
-        raise Failed(f"{gateway.url} does not answer like a Loraplex gateway; is --url right?")
+        raise CommandFailed(
+            f"{gateway.url} does not answer like a Loraplex gateway; is --url right?"
+        )
     return list(answer["aliases"])
 
 

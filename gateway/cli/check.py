@@ -1,44 +1,76 @@
-"""Shell. `loraplex check`: a configuration against vLLM's own arguments, without waiting for vLLM
-where its version is known.
+"""Shell. `loraplex check`: checks a configuration against vLLM's own arguments and against its
+adapter stores. vLLM is not imported if a list of its arguments is kept for the installed version.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from gateway.supervisor.autoscaling.custom_policy import load_policy
 from loraplex.start import command
-from shared.config.arguments import Argument, KnownArguments, read_known_arguments
-from shared.config.llm import Settings, engine_kwargs_problems
-from shared.errors import ConfigError
+from shared.config.llm import LLMConfig, Settings, engine_kwargs_problems
+from shared.config.vllm_engine_arguments import Argument, KnownArguments, read_known_arguments
+from shared.errors import ConfigError, LoraplexError
+from shared.stores import open_store
+from shared.stores.listing import SkippedFolder
+from shared.stores.object_store import StoreFailure, StoreProblem
+from shared.vllm_versions import cannot_import, is_tried, warning
 
 KEPT = Path(__file__).parents[2] / "shared" / "config" / "vllm_arguments.json"
 _VERSION = re.compile(r"""^__version__ = .*?['"]([^'"+]+)""", re.MULTILINE)
+LOOK_S = 10.0
+ABSENT = (
+    StoreProblem.NO_BUCKET,
+    StoreProblem.NO_FOLDER,
+    StoreProblem.NO_PREFIX,
+    StoreProblem.NO_REPOSITORY,
+)
 FILES = ("chat_template", "tool_parser_plugin", "reasoning_parser_plugin")
 
 
+def warnings() -> list[str]:
+    """What is to be said of the installed vLLM."""
+    version = installed_version()
+    return [warning(version)] if version and not is_tried(version) else []
+
+
 def problems(settings: Settings) -> list[str]:
-    """One line for each value that vLLM would not take, with its place in the file."""
+    """One line for each value that vLLM would refuse, with its place in the file."""
     known = known_arguments()
     return [
         *engine_kwargs_problems(settings, known),
         *(
-            f"{settings.source}: engine_kwargs.{key}: {text}"
-            for model in settings.models
+            f"{settings.places.get(place, settings.source)}: {place}: {text}"
+            for model, path in zip(settings.models, settings.model_paths, strict=True)
             for key, text in missing_files(model.engine_kwargs)
+            for place in (f"{path}.engine_kwargs.{key}",)
         ),
     ]
 
 
+def missing_policy(model: LLMConfig) -> str | None:
+    """Why the scaling policy of the model cannot be loaded here. None: it can, or there is none."""
+    scaling = model.deployment_config.autoscaling_config
+    try:
+        load_policy(scaling.policy if scaling is not None else None)
+    except ConfigError as exc:
+        return exc.message
+    return None
+
+
 def missing_files(kwargs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """A template may also be given as its text."""
+    """(key, problem) for each file that is named and does not exist. A template may also be given
+    as text.
+    """
     for key in FILES:
         value = kwargs.get(key)
         if not isinstance(value, str) or "{" in value or "\n" in value:
@@ -48,35 +80,77 @@ def missing_files(kwargs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def known_arguments() -> Mapping[str, Argument]:
-    """From the copy that is kept, where it is of the installed version."""
+    """vLLM's arguments: the copy in the source tree if it is of the installed version, else vLLM's
+    answer.
+    """
     kept = read_known_arguments(KEPT.read_bytes())
     installed = installed_version()
     if installed is None or installed == kept.version:
         return kept.arguments
-    return _asked().arguments
+    return _ask_vllm().arguments
 
 
 def installed_version() -> str | None:
-    """Of vLLM, without importing it (that takes 10 s); None: there is none."""
+    """The version of vLLM, read without importing it (an import takes 10 s). None: vLLM is not
+    installed.
+    """
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:
         return None
     try:
-        said = _VERSION.search(Path(found.origin).with_name("_version.py").read_text("utf-8"))
+        match = _VERSION.search(Path(found.origin).with_name("_version.py").read_text("utf-8"))
     except OSError:
         return ""
-    return said[1] if said is not None else ""
+    return match[1] if match is not None else ""
 
 
-def _asked() -> KnownArguments:
+def _ask_vllm() -> KnownArguments:
     print("asking vLLM for its arguments (about 10 s) ...", file=sys.stderr, flush=True)
-    asked = subprocess.run(
+    answer = subprocess.run(
         command("worker.engine.vllm.arguments"), capture_output=True, check=False
     )
     try:
-        return read_known_arguments(asked.stdout.splitlines()[-1])
+        return read_known_arguments(answer.stdout.splitlines()[-1])
     except (IndexError, msgspec.MsgspecError) as exc:
-        raise ConfigError(
-            "vLLM cannot be imported here, so engine_kwargs cannot be checked; install "
-            "loraplex[gpu] or loraplex[cpu]"
-        ) from exc
+        last = answer.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise ConfigError(cannot_import(installed_version(), last or "without a word")) from exc
+
+
+def look_at_stores(settings: Settings) -> tuple[list[str], list[str]]:
+    """(errors, notes). A store that cannot be reached from this host is only a note, because
+    `check` often runs where there are no credentials.
+    """
+    errors: list[str] = []
+    notes: list[str] = []
+    for model in settings.models:
+        for problem, text in asyncio.run(_look_at(model)):
+            (errors if problem in ABSENT else notes).append(f"{model.model_id}: {text}")
+    return errors, notes
+
+
+async def _look_at(model: LLMConfig) -> list[tuple[StoreProblem | None, str]]:
+    if model.adapters_path is None or model.lora_config is None:
+        return []
+    options = msgspec.structs.asdict(model.lora_config.store)
+    try:
+        async with asyncio.timeout(LOOK_S), open_store(model.adapters_path, options) as store:
+            if not await store.exists():
+                return [
+                    (StoreProblem.NO_PREFIX, f"nothing lies below {store.url}; is the path right?")
+                ]
+            count = 0
+            async for _ in store.list():
+                count += 1
+            return [(None, text) for text in _notes_of(store.url, count, store.skipped.shown)]
+    except TimeoutError:
+        return [(None, f"{model.adapters_path} was not looked through within {LOOK_S:g} s")]
+    except LoraplexError as exc:
+        problem = exc.trouble if isinstance(exc, StoreFailure) else None
+        return [(problem, f"{model.adapters_path}: {exc.message}")]
+
+
+def _notes_of(url: str, count: int, skipped: Sequence[SkippedFolder]) -> Iterator[str]:
+    if not count:
+        yield f"no adapters in {url} yet"
+    for one in skipped:
+        yield f"the folder {one.key} of the store is skipped: {one.why}"

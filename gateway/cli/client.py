@@ -1,4 +1,4 @@
-"""Shell. What all commands of the CLI share: how they ask a running gateway, and how they print."""
+"""Shell. What the commands of the CLI share: requests to a running gateway, and printed tables."""
 
 from __future__ import annotations
 
@@ -26,33 +26,49 @@ SHOWN = (
     *("base", "name", "digest", "state", "update", "serving", "bytes", "rank", "hits", "last_used"),
     *("to_be_pinned", "preload", "code", "reason"),
 )
-"""Of an adapter, in this order; `serving` only while it is not `digest`."""
+"""The fields of an adapter that are printed, in this order. `serving` is left out if it equals
+`digest`.
+"""
 
 
 SLACK_S = 10.0  # beyond what the gateway itself waits for its workers
 
 
-class Failed(Exception):
-    """What the person at the terminal must know; exit status 1."""
+class CommandFailed(Exception):
+    """The message for the person at the terminal. The exit status is 1."""
+
+
+class Unreachable(CommandFailed):
+    """No gateway answers, or it does not answer any more. It may come back."""
+
+
+def gateway_flags(parser: argparse.ArgumentParser) -> None:
+    """Which gateway is asked, and with which key: `--url` and `--key-file`."""
+    parser.add_argument(
+        "--url", default=DEFAULT_URL, help=f"of the gateway (default {DEFAULT_URL})"
+    )
+    parser.add_argument(
+        "--key-file", type=Path, help=f"file with the admin key (default: the variable {KEY_ENV})"
+    )
 
 
 def common_flags(instead: str) -> argparse.ArgumentParser:
-    """What every action that speaks to a gateway takes. `instead` says what makes --base
-    needless.
+    """The options of every command that asks a gateway. `instead` is the hint for a command that
+    does not need --base.
     """
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--url", default=DEFAULT_URL, help=f"of the gateway (default {DEFAULT_URL})"
-    )
+    gateway_flags(common)
     common.add_argument("--base", help=f"base model, where there are several; {instead}")
-    common.add_argument(
-        "--key-file", type=Path, help=f"file with the admin key (default: the variable {KEY_ENV})"
-    )
     common.add_argument("--json", action="store_true", help="print the gateway's own answer")
     return common
 
 
 def read_key(file: Path | None) -> str:
+    """The admin key: the first line of the file, or else the variable LORAPLEX_ADMIN_KEY. It may be
+    empty.
+
+    Raises ConfigError if the file cannot be read.
+    """
     if file is None:
         return os.environ.get(KEY_ENV, "").strip()
     try:
@@ -61,22 +77,34 @@ def read_key(file: Path | None) -> str:
         raise ConfigError(f"--key-file: cannot read {file}: {exc}") from exc
 
 
-class Gateway:
-    """Its HTTP paths. Raises Failed with what to do for whatever is not an answer."""
+def opener_for(url: str) -> urllib.request.OpenerDirector:
+    """What opens the paths below the address that `--url` names. It asks no proxy for loopback.
+
+    Raises ConfigError if that is no address.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        right = parts.scheme in ("http", "https") and parts.port != 0
+    except ValueError:  # brackets or a port that cannot be
+        right = False
+    if not right or not parts.hostname:
+        raise ConfigError(f"--url: expected http://host:port, got {url}")
+    return urllib.request.build_opener(
+        *([urllib.request.ProxyHandler({})] if is_loopback(parts.hostname) else [])
+    )
+
+
+class GatewayClient:
+    """Asks the HTTP paths of a gateway.
+
+    Every method raises CommandFailed with a message that says what to do, if the gateway cannot be
+    reached or refuses.
+    """
 
     def __init__(self, url: str, key: str) -> None:
-        try:
-            parts = urllib.parse.urlsplit(url)
-            right = parts.scheme in ("http", "https") and parts.port != 0
-        except ValueError:  # brackets or a port that cannot be
-            right = False
-        if not right or not parts.hostname:
-            raise ConfigError(f"--url: expected http://host:port, got {url}")
-        self.url = url.rstrip("/")
+        self._opener = opener_for(url)
+        self.url, self.key = url.rstrip("/"), key
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._opener = urllib.request.build_opener(
-            *([urllib.request.ProxyHandler({})] if is_loopback(parts.hostname) else [])
-        )
 
     def call(
         self,
@@ -86,6 +114,7 @@ class Gateway:
         body: object = None,
         timeout_s: float = 60.0,
     ) -> tuple[int, Any]:
+        """(status, answer) of one request. The answer is decoded JSON, or text if it is no JSON."""
         url = f"{self.url}{urllib.parse.quote(path)}" + (
             f"?{urllib.parse.urlencode(query)}" if query else ""
         )
@@ -98,15 +127,14 @@ class Gateway:
         except urllib.error.HTTPError as exc:
             return exc.code, self._explained(exc.code, _decoded(exc.read()))
         except (OSError, UnicodeError, http.client.HTTPException) as exc:
-            reason = getattr(exc, "reason", exc)
-            raise Failed(
-                f"no gateway answers at {self.url} ({reason}); is it running, is --url right?"
-            ) from exc
+            raise self._unanswered(exc) from exc
 
     def lines(
         self, method: str, path: str, query: dict[str, str], silence_s: float
     ) -> Iterator[Any]:
-        """An answer of JSON lines, each as it comes; `silence_s` may lie between two."""
+        """Yields the JSON lines of an answer as they come. At most `silence_s` may pass between
+        two.
+        """
         url = f"{self.url}{path}?{urllib.parse.urlencode(query)}"
         request = urllib.request.Request(url, b"{}", self._headers, method=method)
         request.add_header("Content-Type", "application/json")
@@ -116,11 +144,13 @@ class Gateway:
                     yield json.loads(line)
         except urllib.error.HTTPError as exc:
             self._explained(exc.code, _decoded(exc.read()))
+        except urllib.error.URLError as exc:
+            raise self._unanswered(exc) from exc
         except (OSError, ValueError, http.client.HTTPException) as exc:
-            raise Failed(f"{self.url} broke off ({getattr(exc, 'reason', exc)})") from exc
+            raise CommandFailed(f"{self.url} broke off ({getattr(exc, 'reason', exc)})") from exc
 
     def events(self, path: str, timeout_s: float = 30.0) -> Iterator[Any]:
-        """The JSON events of a stream, until it ends."""
+        """Yields the JSON events of a server-sent stream until it ends."""
         request = urllib.request.Request(self.url + path, None, self._headers)
         try:
             with self._opener.open(request, timeout=timeout_s) as answer:
@@ -131,15 +161,26 @@ class Gateway:
             self._explained(exc.code, _decoded(exc.read()))
         except (OSError, http.client.HTTPException) as exc:
             reason = getattr(exc, "reason", exc)
-            raise Failed(f"no gateway answers at {self.url} any more ({reason})") from exc
+            raise Unreachable(f"no gateway answers at {self.url} ({reason})") from exc
+
+    def _unanswered(self, exc: Exception) -> Unreachable:
+        reason = getattr(exc, "reason", exc)
+        return Unreachable(
+            f"no gateway answers at {self.url} ({reason}); is it running, is --url right?"
+        )
 
     def _explained(self, status: int, answer: Any) -> Any:
-        said = answer.get("error", {}).get("message", "") if isinstance(answer, dict) else ""
+        error = answer.get("error") if isinstance(answer, dict) else None
+        message = error.get("message", "") if isinstance(error, dict) else ""
         if status == 401:
             how = "is wrong" if self._headers else "is needed"
-            raise Failed(f"an admin key {how}: set {KEY_ENV}, or give --key-file FILE ({said})")
+            raise CommandFailed(
+                f"an admin key {how}: set {KEY_ENV}, or give --key-file FILE ({message})"
+            )
         if status == 403 or not isinstance(answer, dict) or "results" not in answer:
-            raise Failed(said or f"{self.url} answered {status}; is this a Loraplex gateway?")
+            raise CommandFailed(
+                message or f"{self.url} answered {status}; is this a Loraplex gateway?"
+            )
         return answer
 
 
@@ -151,10 +192,16 @@ def _decoded(raw: bytes) -> Any:
 
 
 def show_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints the rows below the head, in columns that are wide enough for all cells."""
+    for line in table(head, rows):
+        print(line)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> Iterator[str]:
+    """The lines that `show_table` prints."""
     lines = [head, *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
-    for line in _padded(lines, widths):
-        print(line)
+    yield from _padded(lines, widths)
 
 
 def _padded(lines: Sequence[Sequence[str]], widths: Sequence[int]) -> Iterator[str]:

@@ -1,16 +1,17 @@
 """Shell. `loraplex keys ...`: makes, lists and revokes API keys in a keys file. A running gateway
-reads the file again by itself; the file holds digests, and a key is shown once.
+reads the file again by itself. The file holds only digests, so a key is shown once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from shared.errors import ConfigError
 
 KEY_BYTES = 32
 SHOWN = 8
-"""Characters of a key by which a person recognises it."""
+"""How many characters of a key are kept, so that a person can recognise it."""
 LIMITS = tuple(LimitsEntry.__struct_fields__)
 
 
@@ -63,13 +64,14 @@ def _new(args: argparse.Namespace) -> int:
         "priority": args.priority and tuple(args.priority),
         "weight": args.weight,
     }
-    entry = KeyEntry(
-        name=args.name,
-        sha256=hashlib.sha256(key.encode()).hexdigest(),
-        starts=key[:SHOWN],
-        limits=LimitsEntry(**{limit: getattr(args, limit) for limit in LIMITS}),
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    with _in_words_of_the_command(("KeyEntry: ", ""), ("LimitsEntry: ", "")):
+        entry = KeyEntry(
+            name=args.name,
+            sha256=hashlib.sha256(key.encode()).hexdigest(),
+            starts=key[:SHOWN],
+            limits=LimitsEntry(**{limit: getattr(args, limit) for limit in LIMITS}),
+            **{name: value for name, value in given.items() if value is not None},
+        )
 
     def add(entries: list[KeyEntry]) -> list[KeyEntry]:
         if any(other.name == entry.name for other in entries):
@@ -84,7 +86,9 @@ def _new(args: argparse.Namespace) -> int:
 
 def _ls(args: argparse.Namespace) -> int:
     rows = []
-    for entry in read_key_file(_path(args)):
+    with _in_words_of_the_command(*[("gateway.keys_file: ", "--file: ")] * bool(args.file)):
+        entries = read_key_file(_path(args))
+    for entry in entries:
         limits = {limit: getattr(entry.limits, limit) for limit in LIMITS}
         rows.append(
             [
@@ -112,6 +116,18 @@ def _revoke(args: argparse.Namespace) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _in_words_of_the_command(*names: tuple[str, str]) -> Iterator[None]:
+    """An error inside names what the person wrote, not our class or another way to say it."""
+    try:
+        yield
+    except ConfigError as exc:
+        message = exc.message
+        for ours, theirs in names:
+            message = message.replace(ours, theirs)
+        raise ConfigError(message) from exc
+
+
 def _path(args: argparse.Namespace) -> Path:
     if args.file is not None:
         return Path(args.file)
@@ -122,7 +138,9 @@ def _path(args: argparse.Namespace) -> Path:
 
 
 def _change(path: Path, change: Callable[[list[KeyEntry]], list[KeyEntry]]) -> None:
-    """While no other `keys` does. Written aside and renamed: a gateway reads all or nothing."""
+    """Changes the file under a lock that every `loraplex keys` takes. The new file replaces the old
+    one in one step, so a gateway never reads half of it.
+    """
     try:
         with path.with_name(f".{path.name}.lock").open("a") as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX)
@@ -139,7 +157,7 @@ def _change(path: Path, change: Callable[[list[KeyEntry]], list[KeyEntry]]) -> N
 
 
 def _expiry(given: str) -> str:
-    """`30d` and `12h` count from now; anything else is the file's own form."""
+    """`30d` and `12h` count from now. Any other text is written into the file as it is."""
     number, unit = given[:-1], given[-1:]
     if number.isdigit() and unit in ("d", "h"):
         ahead = timedelta(**{{"d": "days", "h": "hours"}[unit]: int(number)})

@@ -1,14 +1,13 @@
-"""Shell. `loraplex rollout`: replaces the workers of a running gateway, one after the other."""
+"""Shell. `loraplex rollout`: replaces the workers of a running gateway one after the other."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from gateway.cli.client import DEFAULT_URL, KEY_ENV, Failed, Gateway, read_key
+from gateway.cli.client import CommandFailed, GatewayClient, gateway_flags, read_key
 
 
 def add_parser(verbs: Any) -> None:
@@ -18,10 +17,7 @@ def add_parser(verbs: Any) -> None:
         description="Each worker's adapters are loaded elsewhere, its streams move, it ends and is "
         "started again by whoever started it; then comes the next one. Ctrl-C ends it in between.",
     )
-    parser.add_argument("--url", default=DEFAULT_URL, help=f"gateway (default {DEFAULT_URL})")
-    parser.add_argument(
-        "--key-file", type=Path, help=f"file with the admin key (default: {KEY_ENV})"
-    )
+    gateway_flags(parser)
     parser.add_argument("--model", help="workers of this base model alone")
     parser.add_argument("--worker", help="this worker alone; does not wait for its successor")
     parser.add_argument(
@@ -36,7 +32,7 @@ def add_parser(verbs: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     query = {"wait_s": f"{args.wait:g}"} if args.wait else {}
     try:
-        gateway = Gateway(args.url, read_key(args.key_file))
+        gateway = GatewayClient(args.url, read_key(args.key_file))
         if args.worker:
             path = f"/admin/workers/{args.worker}/drain"
             _, answer = gateway.call("POST", path, query, timeout_s=args.wait + args.timeout)
@@ -45,14 +41,14 @@ def run(args: argparse.Namespace) -> int:
         query |= {"timeout_s": f"{args.timeout:g}"} | ({"model": args.model} if args.model else {})
         last: dict[str, Any] = {}
         for last in gateway.lines("POST", "/admin/rollout", query, args.timeout):
-            print(_told(last), flush=True)
-    except Failed as exc:
+            print(_progress_line(last), flush=True)
+    except CommandFailed as exc:
         print(f"loraplex rollout: {exc}", file=sys.stderr)
         return 1
     return 0 if "done" in last else 1
 
 
-def _told(step: dict[str, Any]) -> str:
+def _progress_line(step: dict[str, Any]) -> str:
     if "error" in step:
         return f"failed: {step['error']}"
     if "done" in step:

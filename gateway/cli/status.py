@@ -1,14 +1,21 @@
-"""Shell. `loraplex status`: the workers of a running gateway, wanted and present, and why."""
+"""Shell. `loraplex status`: the workers of a running gateway, wanted and present, and the
+reason.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from gateway.cli.client import DEFAULT_URL, KEY_ENV, Failed, Gateway, read_key, show_table
+from gateway.cli.client import (
+    CommandFailed,
+    GatewayClient,
+    gateway_flags,
+    read_key,
+    show_table,
+)
 
 COLUMNS = ("model", "wanted", "serving", "starting", "draining", "queued", "bounds")
 
@@ -19,19 +26,16 @@ def add_parser(verbs: Any) -> None:
         help="workers of a running gateway: wanted, present, and why",
         description="How many workers each model has and should have, and why.",
     )
-    parser.add_argument("--url", default=DEFAULT_URL, help=f"gateway (default {DEFAULT_URL})")
-    parser.add_argument(
-        "--key-file", type=Path, help=f"file with the admin key (default: {KEY_ENV})"
-    )
+    gateway_flags(parser)
     parser.add_argument("--json", action="store_true", help="print the gateway's own answer")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     try:
-        gateway = Gateway(args.url, read_key(args.key_file))
+        gateway = GatewayClient(args.url, read_key(args.key_file))
         status, answer = gateway.call("GET", "/admin/autoscale", {})
-    except Failed as exc:
+    except CommandFailed as exc:
         print(f"loraplex status: {exc}", file=sys.stderr)
         return 1
     if status != 200:
@@ -42,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     show_table(COLUMNS, [_row(name, model) for name, model in answer["models"].items()])
     for name, model in answer["models"].items():
-        if model.get("reason"):
+        if model.get("scales") and model.get("reason"):
             print(f"{name}: {model['reason']}")
     if not answer["supervisor"]:
         print("The workers are started by somebody else: nothing here scales them.")

@@ -1,14 +1,19 @@
-"""Shell. `loraplex why REQUEST_ID`: the story of one request in words."""
+"""Shell. `loraplex why REQUEST_ID`: says in words how the time of one request was spent."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from gateway.cli.client import DEFAULT_URL, KEY_ENV, Failed, Gateway, read_key, show_table
+from gateway.cli.client import (
+    CommandFailed,
+    GatewayClient,
+    gateway_flags,
+    read_key,
+    show_table,
+)
 
 BAR = 40  # characters of the longest phase
 
@@ -20,19 +25,19 @@ def add_parser(verbs: Any) -> None:
         description="The id is in the answer's header x-request-id and in the access log.",
     )
     parser.add_argument("request_id", metavar="REQUEST_ID")
-    parser.add_argument("--url", default=DEFAULT_URL, help=f"gateway (default {DEFAULT_URL})")
-    parser.add_argument(
-        "--key-file", type=Path, help=f"file with the admin key (default: {KEY_ENV})"
-    )
+    gateway_flags(parser)
     parser.add_argument("--json", action="store_true", help="print the gateway's own answer")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if not args.request_id.strip():
+        print("loraplex why: the request's id is empty", file=sys.stderr)
+        return 2
     path = f"/admin/requests/{args.request_id}"
     try:
-        status, answer = Gateway(args.url, read_key(args.key_file)).call("GET", path, {})
-    except Failed as exc:
+        status, answer = GatewayClient(args.url, read_key(args.key_file)).call("GET", path, {})
+    except CommandFailed as exc:
         print(f"loraplex why: {exc}", file=sys.stderr)
         return 1
     if status != 200:

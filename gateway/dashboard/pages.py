@@ -1,5 +1,5 @@
-"""Shell. `GET /ui`: a page of plain files. It knows nothing by itself: all that it shows it asks of
-/admin, with the key that its reader types.
+"""Shell. `GET /ui`: the dashboard's static files. The page holds no data; it asks /admin for
+everything, with the key that its user types.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HEADERS = {
 
 
 class Pages:
-    """The files are read once, at the start."""
+    """Serves the files, which are read once at the start."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
@@ -49,7 +49,7 @@ class Pages:
         return {("GET", path): self.page for path in self._files}
 
     async def page(self, request: web.BaseRequest) -> web.Response:
-        """Where /admin takes no key at all the page is off too. Raises Forbidden."""
+        """Raises Forbidden if /admin is closed to everybody: then the page is off, too."""
         with contextlib.suppress(InvalidApiKey):  # the page asks for one
             self._keys.check_admin("")
         body, kind = self._files[request.path]

@@ -1,4 +1,4 @@
-"""Pure. What a dispatcher is told once, when it is made."""
+"""Pure. The settings of a dispatcher."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gateway.dispatch.journal import NO_JOURNALS, JournalBounds
+from gateway.dispatch.streams.journal import NO_JOURNALS, JournalBounds
 
 
 @dataclass(frozen=True, slots=True)
 class DispatchSettings:
-    """`keepalive_s`: how often a stream that waits is told so (0: never).
-
-    `journals`: how much is kept of what clients have seen.
+    """`keepalive_s` is the time between two comments to a stream that waits (0: no comments).
+    `journals` bounds what is kept of what clients have seen.
     """
 
     max_requests: int
@@ -23,8 +22,8 @@ class DispatchSettings:
 
 @dataclass(frozen=True, slots=True)
 class TimeAndChance:
-    """`clock` yields seconds that never go back. `call_at` calls at a time on that clock; without
-    it, whoever wants to be called waits for the next regular tick.
+    """`clock` returns seconds that never go back. `call_at` calls a function at a time on that
+    clock. Without it, such calls wait for the next regular tick.
     """
 
     clock: Callable[[], float]

@@ -28,8 +28,8 @@ def peer_hints(pool: Pool, worker: WorkerView, key: AdapterKey) -> tuple[str, ..
     able = [
         w
         for w in islice(known, LOOKED_AT)
-        if w.beat.peer_endpoint and w.beat.host != worker.beat.host
+        if w.heartbeat.peer_endpoint and w.heartbeat.host != worker.heartbeat.host
     ]
     able.sort(key=lambda w: (w.tier_at(key) is Tier.REMOTE, w.load))
-    hosts = {w.beat.host: w.beat.peer_endpoint for w in reversed(able)}
-    return tuple(dict.fromkeys(hosts[w.beat.host] for w in able))[:MOST]
+    hosts = {w.heartbeat.host: w.heartbeat.peer_endpoint for w in reversed(able)}
+    return tuple(dict.fromkeys(hosts[w.heartbeat.host] for w in able))[:MOST]

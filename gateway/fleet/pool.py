@@ -1,5 +1,5 @@
-"""Pure. The routable workers of one base model, with indexes and sums that are kept up to date, so
-that a routing decision need not scan all workers.
+"""Pure. The routable workers of one base model, with indexes and sums that are always up to date.
+So a routing decision need not scan all workers.
 
 A decision looks at the holders of one adapter and at a few workers of its rendezvous order. The
 sums tell what it must know of all others.
@@ -19,10 +19,11 @@ NOTHING = (0, 0, False)
 @dataclass(slots=True, eq=False)
 class Pool:
     """Only Fleet changes a pool, by `settle` and `remove`. `version` grows when a worker comes or
-    goes; `changes` grows with any change.
+    goes.
 
     `room` is the number of workers that take another request. `open` holds those of them that have
-    an open slot. `holders` are, per adapter, the workers where it is in a slot or on its way to
+    an open slot, or a place in their line. `empty` holds the workers with a slot that nobody has to
+    leave first. `holders` are, per adapter, the workers where it is in a slot or on its way to
     one. `stashes` are the workers that have it in a lower tier (CPU memory or disk).
     """
 
@@ -31,75 +32,73 @@ class Pool:
     stashes: dict[AdapterKey, dict[WorkerId, WorkerView]] = field(default_factory=dict)
     version: int = 0
     load: int = 0
-    open_slots: int = 0
     room: int = 0
     open: dict[WorkerId, WorkerView] = field(default_factory=dict)
-    changes: int = 0
+    empty: dict[WorkerId, WorkerView] = field(default_factory=dict)
     _indexed: dict[WorkerId, tuple[set[AdapterKey], set[AdapterKey]]] = field(default_factory=dict)
-
-    @property
-    def mean_load(self) -> float:
-        return self.load / len(self.workers) if self.workers else 0.0
 
     def settle(self, worker: WorkerView) -> None:
         """Brings sums and indexes up to date after any change of the worker."""
-        self.changes += 1
         if not worker.routable:
             self.remove(worker)
             return
-        before = worker.counted
-        if before is None:
+        if worker.counted is None:
             self.workers.append(worker)
             self.version += 1
-            self._settle_company()
-            before = NOTHING
+        self._count(worker, worker.counted or NOTHING)
+        self._index(worker)
+
+    def recount(self, worker: WorkerView, *, adapter: bool) -> None:
+        """Like `settle`, after a reservation on the worker has begun or ended. `adapter`: it is one
+        for an adapter.
+        """
+        before = worker.counted
+        if before is None:
+            return
         load = worker.load
-        room = load < worker.beat.capacity
+        if adapter or (load < worker.heartbeat.capacity) is not before[2]:
+            self._count(worker, before)
+            self._index(worker)
+        else:  # it takes no slot
+            self.load += load - before[0]
+            worker.counted = (load, before[1], before[2])
+
+    def _count(self, worker: WorkerView, before: tuple[int, int, bool]) -> None:
+        load = worker.load
+        room = load < worker.heartbeat.capacity
         slots = worker.open_slots if room else 0
         if slots < 0:
             slots = 0
         self.load += load - before[0]
-        self.open_slots += slots - before[1]
         self.room += room - before[2]
         if slots != before[1] or worker.counted is None:
             if slots:
                 self.open[worker.id] = worker
             else:
                 self.open.pop(worker.id, None)
+        if not worker.has_empty_slot:
+            self.empty.pop(worker.id, None)
+        elif worker.id not in self.empty:
+            self.empty[worker.id] = worker
         worker.counted = (load, slots, room)
-        self._index(worker)
 
     def remove(self, worker: WorkerView) -> None:
         """Takes the worker out of sums and indexes. Idempotent."""
         if worker.counted is None:
             return
-        self.changes += 1
-        load, slots, room = worker.counted
+        load, _, room = worker.counted
         worker.counted = None
         self.load -= load
-        self.open_slots -= slots
         self.room -= room
         self.open.pop(worker.id, None)
+        self.empty.pop(worker.id, None)
         self.workers.remove(worker)
         self.version += 1
-        worker.alone = False
-        self._settle_company()
         slotted, lower = self._indexed.pop(worker.id)
         for key in slotted:
             _drop(self.holders, key, worker.id)
         for key in lower:
             _drop(self.stashes, key, worker.id)
-
-    def _settle_company(self) -> None:
-        """A worker came or went. A worker that is alone queues requests itself; where there are
-        several, the gateway queues them.
-        """
-        alone = len(self.workers) == 1
-        for worker in self.workers[:2]:  # a third changes nothing for the first two
-            if worker.alone is not alone:
-                worker.alone = alone
-                if worker.counted is not None:
-                    self.settle(worker)
 
     def _index(self, worker: WorkerView) -> None:
         """Brings the indexes up to date. Sets are compared by identity first: between two

@@ -54,6 +54,15 @@ class Rendezvous:
                 self._orders.popitem(last=False)
         return order
 
+    def is_home(self, worker: WorkerView, key: AdapterKey, pool: Pool, homes: int) -> bool:
+        """Whether the worker is one of the first `homes` of the order, or would be if it were in
+        the pool.
+        """
+        seed = seed_of(key)
+        mine = _rank(worker.seed, seed)
+        order = self.order(key, pool)[:homes]
+        return sum(w is not worker and _rank(w.seed, seed) > mine for w in order) < homes
+
     def _ranked(self, seed: int, workers: Sequence[WorkerView]) -> list[WorkerView]:
         """The first workers of the order. Of a large pool only those are sorted whose hash is in a
         top share that holds about 3 x ORDER_LENGTH workers.
@@ -63,8 +72,13 @@ class Rendezvous:
             if len(workers) > 4 * ORDER_LENGTH
             else -1
         )
-        found = [(h, n) for n, s in enumerate(self._seeds) if (h := (s ^ seed) * MIX & MASK) > cut]
+        found = [(h, n) for n, s in enumerate(self._seeds) if (h := _rank(s, seed)) > cut]
         if len(found) < ORDER_LENGTH and cut >= 0:
-            found = [((s ^ seed) * MIX & MASK, n) for n, s in enumerate(self._seeds)]
+            found = [(_rank(s, seed), n) for n, s in enumerate(self._seeds)]
         found.sort(reverse=True)
         return [workers[n] for _, n in found[:ORDER_LENGTH]]
+
+
+def _rank(worker_seed: int, seed: int) -> int:
+    """The highest comes first."""
+    return (worker_seed ^ seed) * MIX & MASK

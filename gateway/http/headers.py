@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import random
 import re
+import secrets
 from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 from aiohttp import web
 
-from gateway.http.bodies import REQUEST_ID
+from gateway.http.json_responses import REQUEST_ID
 from shared.errors import DeadlineExceeded
 
 TIMEOUT_HEADER = "x-loraplex-timeout-ms"
@@ -20,6 +22,9 @@ RESUME_HEADER = "x-loraplex-resume"  # `off`: this answer ends with its worker
 MAX_SESSION = 128  # characters of an x-session-id that count
 MAX_CALLERS = 1024  # keys whose digests are remembered, so that they need not be made again
 TIMEOUT_MS = re.compile(r"0*[1-9][0-9]{0,8}\Z")
+# Ids of requests are unique, and no secret: a number of this process and one of the request.
+_OF_THIS_PROCESS = secrets.token_hex(8)
+_request_numbers = itertools.count(1)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 # an id, not a secret; uuid4 would ask the kernel every time
 random_id = functools.partial(random.getrandbits, 128)
@@ -46,14 +51,14 @@ class AiohttpRequest:
         self.header: Callable[[str], str | None] = request.headers.get
 
 
-def authorization_of(asked: IncomingRequest) -> str:
+def authorization_of(incoming: IncomingRequest) -> str:
     """The client's `Authorization` value. Anthropic's clients send their key in a header of their
     own.
     """
-    given = asked.header("authorization")
+    given = incoming.header("authorization")
     if given:
         return given
-    key = asked.header("x-api-key")
+    key = incoming.header("x-api-key")
     return f"Bearer {key}" if key else ""
 
 
@@ -69,10 +74,24 @@ class RequestDeadline(msgspec.Struct, frozen=True, gc=False):
         )
 
 
-def request_id_of(asked: IncomingRequest) -> str:
-    """The client's own id if it is harmless in headers and logs, else a new one."""
-    given = asked.header(REQUEST_ID)
-    return given if given is not None and _REQUEST_ID.match(given) else f"{random_id():032x}"
+def is_request_id(text: str) -> bool:
+    """Whether it can be the id of a request: harmless in headers and logs."""
+    return _REQUEST_ID.match(text) is not None
+
+
+def request_id_of(incoming: IncomingRequest) -> str:
+    """The client's own id if it gives one, else a new one."""
+    return given_id(incoming) or new_request_id()
+
+
+def given_id(incoming: IncomingRequest) -> str:
+    """The client's own id if it is harmless in headers and logs, else empty."""
+    given = incoming.header(REQUEST_ID)
+    return given if given is not None and _REQUEST_ID.match(given) else ""
+
+
+def new_request_id() -> str:
+    return f"{_OF_THIS_PROCESS}{next(_request_numbers):016x}"
 
 
 @functools.lru_cache(MAX_CALLERS)

@@ -18,10 +18,13 @@ MAX_ON_LOOP_BYTES: Final = 256 << 10
 """Of a request that is handled in the callback that brought its last byte."""
 MAX_HEAD_BYTES: Final = 8190
 """The longest head that is read here; it is aiohttp's own bound for a single line."""
+MAX_FIELDS: Final = 100
+"""Of a head that is read here. Each takes many times its length while the connection lasts."""
 _FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n"
 _HEAD = re.compile(rb"(GET|HEAD|POST) (/[!-~]*) HTTP/1\.1\r\n((?:" + _FIELD + rb")*)\r\n")
 _UNSUPPORTED_FIELDS = re.compile(
-    rb"\n(?:(?:transfer-encoding|content-encoding|expect|upgrade|te|trailer|http2-settings|sec-websocket-[a-z0-9-]+):"
+    rb"\n(?:(?:transfer-encoding|content-encoding|expect|upgrade|te|trailer|http2-settings"
+    rb"|sec-websocket-[a-z0-9-]+|idempotency-key):"
     rb"|connection:(?![ \t]*keep-alive[ \t]*\r))"
 )
 MAX_DIGITS: Final = 12
@@ -32,38 +35,23 @@ class RequestHead:
     """The bytes of a request before its body, read once. A client that keeps its connection sends
     the same head again and again; only the length of the body differs.
 
-    `before` and `after` are the bytes around the digits of `Content-Length`. `after` is empty if
-    the request has no such field.
+    `fields` are the values by name in lower case, of several fields of one name the first, decoded
+    as aiohttp does it. `before` and `after` are the bytes around the digits of `Content-Length`.
+    `after` is empty if the request has no such field.
+
+    `facts` is for whoever answers its requests: what was found out about them already.
     """
 
-    __slots__ = ("_fields", "_lowered", "_values", "after", "before", "method", "path")
+    __slots__ = ("after", "before", "facts", "fields", "method", "path")
 
-    def __init__(
-        self, method: str, path: str, fields: bytes, lowered: bytes, before: bytes, after: bytes
-    ) -> None:
+    def __init__(self, method: str, path: str, fields: bytes, before: bytes, after: bytes) -> None:
         self.method, self.path = method, path
         self.before, self.after = before, after
-        self._fields, self._lowered = fields, lowered
-        self._values: dict[str, str | None] = {}
-
-    def value(self, name: str) -> str | None:
-        """The value of the first field of this name (in lower case), decoded as aiohttp does it."""
-        try:
-            return self._values[name]
-        except KeyError:
-            found = self._values[name] = self._find(b"\n" + name.encode() + b":")
-            return found
-
-    def _find(self, mark: bytes) -> str | None:
-        at = self._lowered.find(mark)
-        if at < 0:
-            return None
-        start = at + len(mark)
-        return (
-            self._fields[start : self._fields.index(b"\r", start)]
-            .strip(b" \t")
-            .decode("utf-8", "surrogateescape")
-        )
+        self.facts: object = None
+        self.fields: dict[str, str] = {}
+        for line in fields.decode("utf-8", "surrogateescape").split("\r\n")[:-1]:
+            name, _, value = line.partition(":")
+            self.fields.setdefault(name.lower(), value.strip(" \t"))
 
 
 class SimpleRequest:
@@ -73,7 +61,7 @@ class SimpleRequest:
 
     def __init__(self, head: RequestHead, body: bytes) -> None:
         self.head, self.body = head, body
-        self.method, self.path, self.header = head.method, head.path, head.value
+        self.method, self.path, self.header = head.method, head.path, head.fields.get
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,20 +118,21 @@ def parse(data: bytes, most_bytes: int, before: RequestHead | None = None) -> Pa
     if (
         lengths > 1
         or lowered.count(b"\nhost:") != 1
+        or lowered.count(b"\n") > MAX_FIELDS
         or _UNSUPPORTED_FIELDS.search(lowered) is not None
     ):
         return UNSUPPORTED
     method, path = found[1].decode(), found[2].decode()
     if not lengths:
         return _with_body(
-            RequestHead(method, path, fields, lowered, data[:end], b""), data, end, 0, most_bytes
+            RequestHead(method, path, found[3], data[:end], b""), data, end, 0, most_bytes
         )
     given = _LENGTH.search(lowered)
     if given is None:
         return UNSUPPORTED
     digits_at = found.start(3) - 1 + given.start(1)
     head = RequestHead(
-        method, path, fields, lowered, data[:digits_at], data[digits_at + len(given[1]) : end]
+        method, path, found[3], data[:digits_at], data[digits_at + len(given[1]) : end]
     )
     return _with_body(head, data, end, int(given[1]), most_bytes)
 

@@ -17,15 +17,15 @@ Rules of this module:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.helpers import rfc822_formatted_time
 
-from gateway.http.bodies import answer, answer_event, error_event
-from shared.endpoints import ErrorFamily
+from gateway.http.json_responses import answer, answer_event, error_event
+from shared.api_endpoints import ErrorFamily
 from shared.errors import LoraplexError
 
 CLOSE = b"Connection: close\r\n"
@@ -49,23 +49,26 @@ class AlreadySent(web.StreamResponse):
         return None
 
     async def write_eof(self, data: bytes = b"") -> None:
-        return None
+        """The next request of the connection waits until the client has taken the answer."""
+        if isinstance(self._req, web.BaseRequest):
+            await self._req.writer.drain()
 
 
 class ResponseWriter:
-    """The Sink of one request. At the end `finished` is true and `on_finish` is called once. The
-    call comes from inside the dispatcher, so `on_finish` may only take a note.
+    """Writes the answer to one request; it is the dispatcher's Sink. At the end `finished` is true,
+    and `on_finish` is called once. That call comes from inside the dispatcher, so it may only take
+    a note.
 
     `started` means that the client has seen the status. `answered` means that the worker has begun
-    to answer. Between the two the client gets comments only. An error in that time waits for the
-    owner, which may try again (`again`), or ends the answer with `end_with`, or with `refuse` if
-    nothing was written.
+    to answer. Between the two the client gets only comments. An error in that time does not end the
+    answer by itself. The owner may try again (`again`), or end it with `end_with`. If nothing was
+    written yet, it may also `refuse`.
 
     Args:
-        max_buffered_bytes: bytes the client may leave unread before it is cut off.
+        max_buffered_bytes: bytes that the client may leave unread before it is cut off.
         chunked: the client speaks HTTP/1.1.
         errors: the shape of errors that its client knows.
-        extra_lines: of the head of any answer, each with its line end.
+        extra_lines: lines for the head of any answer, each with its line end.
     """
 
     __slots__ = (
@@ -146,8 +149,9 @@ class ResponseWriter:
             self.status = status
             self._start(data, end)
         else:
-            self.status = self.status or status
-            self._parts.append(data)
+            # another worker may have sent the begin of its own answer, of which nothing was written
+            self.status = self.status if self.started else status
+            self._parts = [data]
             if end:
                 self._whole()
         if end:
@@ -204,13 +208,14 @@ class ResponseWriter:
         """Writes the answer to a request without `stream` at once. If comments were written, the
         engine has answered a stream with a whole body; that body becomes an event.
         """
-        body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        parts, self._parts = self._parts, []
         if self.started:
-            self._write(self._frame(answer_event(body, self.errors), True))
+            self._write(self._frame(answer_event(b"".join(parts), self.errors), True))
         else:
-            self._write_whole(self._headers(), body)
+            self._write_whole(self._headers(), parts[0], parts[1:])
 
-    def _write_whole(self, lines: bytes, body: bytes) -> None:
+    def _write_whole(self, lines: bytes, body: bytes, more: Sequence[bytes] = ()) -> None:
+        """`more`: further pieces of a large body. Joining them would hold the loop."""
         self.started = True
         ending = self._extra_lines if self.keep_alive else self._extra_lines + CLOSE
         kind = b"" if lines.startswith(CONTENT_TYPE) else JSON_TYPE
@@ -220,13 +225,15 @@ class ResponseWriter:
                 self.status,
                 _PHRASES.get(self.status, b""),
                 kind,
-                len(body),
+                len(body) + sum(map(len, more)) if more else len(body),
                 rfc822_formatted_time().encode(),
                 ending,
                 lines,
                 body,
             )
         )
+        for piece in more:
+            self._write(piece)
 
     def _start(self, data: bytes, end: bool) -> None:
         self.started = True
@@ -267,9 +274,9 @@ class ResponseWriter:
     def _finish(self) -> None:
         if not self.finished:
             self.finished = True
-            told = self.on_finish
+            callback = self.on_finish
             self.let_go()
-            told()
+            callback()
 
 
 def refuse(stream: ResponseWriter, error: LoraplexError, request_id: str) -> None:

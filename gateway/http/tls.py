@@ -1,4 +1,6 @@
-"""Shell. The listener's certificate: loaded at the start, and again when its files change."""
+"""Shell. The TLS certificate of the listener. It is loaded at the start, and again when its files
+change.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ POLL_S = 1.0
 
 
 class Certificate:
-    """`context` is that of the listener; connections that are open keep what they began with."""
+    """`context` is the listener's TLS context. Open connections keep the certificate with which
+    they began.
+    """
 
     def __init__(self, certificate: Path, key: Path) -> None:
         self._files = (certificate, key)
@@ -24,12 +28,13 @@ class Certificate:
         self.context = self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
 
     async def run(self) -> None:
-        """Follows the files. A pair that does not fit changes nothing until it is mended."""
+        """Follows the files. While they are not a matching pair, the loaded certificate stays."""
         while True:
             await asyncio.sleep(POLL_S)
             self.look()
 
     def look(self) -> None:
+        """Loads the files again if one of them has changed."""
         stamps = self._stamps()
         if stamps == self._seen:
             return
@@ -66,7 +71,10 @@ class Certificate:
 
 
 def open_certificate(tls: TLSConfig) -> Certificate | None:
-    """Raises ConfigError for files that cannot be used; None where no certificate is configured."""
+    """The configured certificate, or None if none is configured.
+
+    Raises ConfigError if the files cannot be used.
+    """
     if tls.certificate is None or tls.key is None:
         return None
     return Certificate(Path(tls.certificate).expanduser(), Path(tls.key).expanduser())

@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias
 import msgspec
 
 from gateway.fleet.fleet import Fleet, WorkerView
-from shared.adapters.identity import AdapterKey, AdapterRef
+from shared.adapters.identity import AdapterRef
 from shared.link.messages import Tier, WorkerId
 
 NONE_EXCLUDED: Set[WorkerId] = frozenset()
@@ -23,21 +23,16 @@ class RoutingRequest(msgspec.Struct, frozen=True, eq=False):
     """What routing knows of one request. It equals only itself, so that a policy can keep state per
     request.
 
-    `prompt_tokens` is an estimate made from the body's length. `tenant` is the digest of the API
-    key. `prefix` is a hash of the adapter's digest and the prompt's first bytes (0: unknown). A
-    lower `priority` goes first. `arrived` is on the dispatcher's clock.
+    `prompt_tokens` is an estimate made from the body's length. `prefix` is a hash of the adapter's
+    digest and the prompt's first bytes (0: unknown).
     """
 
     base: str
     adapter: AdapterRef | None = None
-    size_bytes: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
-    tenant: str = ""
     session: str = ""
     prefix: int = 0
-    priority: int = 0
-    arrived: float = 0.0
 
 
 class ChoiceReason(Enum):
@@ -63,31 +58,36 @@ class Blocked(Enum):
 
 
 class CostBreakdown(msgspec.Struct, frozen=True):
-    """The parts of an expected time to first token, in seconds. `stall` is not the request's own
-    time: it is what the choice costs other requests.
+    """The parts of an expected time to first token, in seconds. `slot` and `stall` are not the
+    request's own time: they are what the choice costs other requests.
     """
 
     queue_s: float = 0.0
+    line_s: float = 0.0
     slot_s: float = 0.0
     load_s: float = 0.0
     stall_s: float = 0.0
-    evict_s: float = 0.0
+    outside_s: float = 0.0
     prefix_s: float = 0.0
 
     @property
     def total_s(self) -> float:
-        return (
-            self.queue_s + self.slot_s + self.load_s + self.stall_s + self.evict_s - self.prefix_s
-        )
+        return self.ttft_s + self.slot_s + self.stall_s - self.prefix_s
+
+    @property
+    def ttft_s(self) -> float:
+        """What the request itself waits for."""
+        return self.queue_s + self.line_s + self.load_s + self.outside_s
 
     def terms_ms(self) -> dict[str, float]:
         """As people read them; they add up to the total."""
         terms = {
             "queue": self.queue_s,
+            "line": self.line_s,
             "slot": self.slot_s,
             "load": self.load_s,
             "stall": self.stall_s,
-            "evict": self.evict_s,
+            "outside": self.outside_s,
             "prefix": -self.prefix_s,
         }
         return {name: round(seconds * 1e3, 2) for name, seconds in terms.items()}
@@ -154,17 +154,7 @@ class Policy(Protocol):
         ...
 
     def warm_set(self, worker: WorkerView, fleet: Fleet, now: float) -> list[AdapterRef]:
-        """What a worker that has just become routable should load before its first request."""
-        ...
-
-    def reserved_for(self, base: str, fleet: Fleet, now: float) -> list[AdapterKey]:
-        """Adapters that a free slot or place is reserved for. Requests that wait for them are tried
-        before all others.
-        """
-        ...
-
-    def arrived(self, request: RoutingRequest, now: float) -> None:
-        """Once per request, before its first `choose`."""
+        """What a new worker, which may not serve yet, should load before its first request."""
         ...
 
     def sent(self, request: RoutingRequest, choice: Choice, now: float) -> None:
@@ -180,34 +170,32 @@ class Policy(Protocol):
     def finished(
         self,
         request: RoutingRequest,
-        worker: WorkerView,
+        choice: Choice,
         service_s: float,
-        output_tokens: int,
+        first_token_s: float,
         now: float,
     ) -> None:
-        """The request ended on the worker, `service_s` after it was sent."""
+        """The request ended on the worker, `service_s` after it was sent. Its first token left
+        `first_token_s` after that (0.0: that is not known).
+        """
         ...
 
 
 class StatelessPolicy:
     """A policy that learns nothing. It ignores all events and explains itself by the loads."""
 
-    def arrived(self, request: RoutingRequest, now: float) -> None: ...
     def sent(self, request: RoutingRequest, choice: Choice, now: float) -> None: ...
     def left(self, request: RoutingRequest, now: float) -> None: ...
     def finished(
         self,
         request: RoutingRequest,
-        worker: WorkerView,
+        choice: Choice,
         service_s: float,
-        output_tokens: int,
+        first_token_s: float,
         now: float,
     ) -> None: ...
 
     def warm_set(self, worker: WorkerView, fleet: Fleet, now: float) -> list[AdapterRef]:
-        return []
-
-    def reserved_for(self, base: str, fleet: Fleet, now: float) -> list[AdapterKey]:
         return []
 
     def explain(self, request: RoutingRequest, fleet: Fleet, now: float) -> list[Candidate]:

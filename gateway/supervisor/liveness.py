@@ -1,5 +1,5 @@
-"""Shell. `serve`'s side of the line to its children: takes their pulses, says who hangs, and tells
-the gateways what they must know of workers and models.
+"""Shell. The supervisor's socket for its child processes. It takes their pulses, finds the ones
+that hang, and tells the gateway processes what they must know about workers and models.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 from gateway.supervisor.health import ProcessHealth
 from shared.supervision.messages import (
     DecodeError,
+    ExitReason,
     FromSupervisor,
     Hello,
-    LastWords,
     Pulse,
     decode_to_supervisor,
     line,
@@ -25,13 +25,13 @@ from shared.supervision.messages import (
 log = logging.getLogger("loraplex.serve")
 clock = time.monotonic
 
-LOOK_S = 0.25  # between two looks for processes that hang
-STOOD_STILL_S = 2.0  # if a look came this late, it was us or the machine: nobody is blamed
+LOOK_S = 0.25  # between two checks for processes that hang
+STOOD_STILL_S = 2.0  # a check this late means that the supervisor or the machine was stopped
 
 
 class Liveness:
-    """The processes that are alive, by name. `on_change` is called when one begins to serve, or a
-    gateway to listen here.
+    """The health of every running process, by name. `on_change` is called when a process begins to
+    serve, and when a gateway process connects.
     """
 
     def __init__(self, socket: Path, on_change: Callable[[], None]) -> None:
@@ -51,7 +51,7 @@ class Liveness:
                 writer.close()
 
     def started(self, process: str, pid: int) -> ProcessHealth:
-        """A new life of the process."""
+        """Notes that the process has been started. Returns its health."""
         health = self._health[process] = ProcessHealth(process, pid, clock())
         return health
 
@@ -59,26 +59,26 @@ class Liveness:
         self._health.pop(process, None)
 
     def tell(self, message: FromSupervisor) -> None:
-        """To every gateway process that is connected."""
+        """Sends the message to every gateway process that is connected."""
         for writer in self._listeners.values():
             if not writer.is_closing():
                 writer.write(line(message))
 
     async def watch(self, hang_s: float, on_hang: Callable[[ProcessHealth], None]) -> None:
-        """Calls `on_hang` once for each life of a process that is silent for too long."""
-        looked_at, told = clock(), set[int]()
+        """Looks for processes that hang. Calls `on_hang` once for each of them."""
+        looked_at, reported = clock(), set[int]()
         while True:
             await asyncio.sleep(LOOK_S)
             now = clock()
             if now - looked_at > STOOD_STILL_S:
                 for health in self._health.values():
-                    health.heard_at = now
+                    health.last_sign_at = now
             looked_at = now
             for health in self._health.values():
-                if health.hangs(hang_s, now) and health.pid not in told:
-                    told.add(health.pid)
+                if health.hangs(hang_s, now) and health.pid not in reported:
+                    reported.add(health.pid)
                     on_hang(health)
-            told &= {health.pid for health in self._health.values()}
+            reported &= {health.pid for health in self._health.values()}
 
     async def _on_connection(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -96,24 +96,24 @@ class Liveness:
                 elif hello is not None:
                     self._on_news(hello, message, writer)
         except (OSError, ValueError):
-            pass  # it has ended, which its keeper hears too
+            pass  # it has ended; its SupervisedProcess hears of that as well
         finally:
             if hello is not None and self._listeners.get(hello.process) is writer:
                 del self._listeners[hello.process]
             writer.close()
 
     def _on_news(
-        self, hello: Hello, message: Pulse | LastWords, writer: asyncio.StreamWriter
+        self, hello: Hello, message: Pulse | ExitReason, writer: asyncio.StreamWriter
     ) -> None:
         health = self._health.get(hello.process)
         if health is None or health.pid != hello.pid:
-            return  # a forked child may be quicker than the word of its start
-        if isinstance(message, LastWords):
+            return  # a forked child may connect before the zygote has reported its pid
+        if isinstance(message, ExitReason):
             health.reason = message.reason
             return
         news = message.healthy and health.healthy_since is None
         health.epoch = hello.epoch
-        health.pulse(message.healthy, message.reason, clock())
+        health.pulse(message.healthy, message.reason, clock(), message.stage)
         if is_gateway(hello.process) and self._listeners.get(hello.process) is not writer:
             self._listeners[hello.process] = writer
             news = True
@@ -122,5 +122,7 @@ class Liveness:
 
 
 def is_gateway(process: str) -> bool:
-    """`serve` names its gateway processes g0, g1 and its workers w0, w1."""
+    """Whether the name is that of a gateway process (g0, g1 ...) and not of a worker (w0, w1
+    ...).
+    """
     return process.startswith("g")

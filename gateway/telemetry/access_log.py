@@ -1,4 +1,4 @@
-"""Shell. One JSON line per ended request, written past the logging machinery."""
+"""Shell. The access log: one line for each request that has ended."""
 
 from __future__ import annotations
 
@@ -11,23 +11,28 @@ import msgspec
 from shared.runtime.log import _encode, one_line
 
 FLUSH_S = 0.1
+"""Lines are collected for this long and then written in one call."""
 
 
 class AccessLog:
-    """One line per request, past logging's machinery (45 microseconds of a request): lines leave
-    together, ten times a second.
+    """Writes lines to stderr: JSON for machines, short text for a terminal.
 
-    Call `flush()` once at the end.
+    It does not use Python's logging, which takes 45 microseconds per line. Call `flush()` once at
+    the end, or the last lines are lost.
     """
 
     def __init__(self, process: str, level: str = "info", json_lines: bool | None = None) -> None:
         self.process = process
-        self.enabled = level in ("debug", "info")
+        self.set_level(level)
         self._as_json = not sys.stderr.isatty() if json_lines is None else json_lines
         self._begin = b'"level":"info","process":%b,"event":"request",' % _encode(process)
         self._lines: list[bytes] = []
 
+    def set_level(self, level: str) -> None:
+        self.enabled = level in ("debug", "info")
+
     def write(self, facts: msgspec.Struct) -> None:
+        """`facts` are the fields of the line. Only level info and debug write access lines."""
         if not self.enabled:
             return
         if not self._lines:

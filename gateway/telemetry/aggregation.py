@@ -1,19 +1,21 @@
-"""Shell. The gateway processes behind one port tell each other what they have counted, so that a
-scrape of any shows the sum of all.
+"""Shell. Several gateway processes share one port, so a scrape reaches any one of them. They tell
+each other their counts, and each of them shows the sum of all. They also ask each other for what
+operators want to see (see gateway/admin/history.py).
 
-Each keeps its numbers in a file beside its sockets, and writes it anew before it tells them to
-anybody. So whatever was shown is on file: a process that dies is shown with its last numbers, one
-that is started again goes on from them, and no counter ever falls (to Prometheus a counter that
-falls has begun anew, and its whole value would count once more). What a process counted after its
-last file, at most SAVE_S, dies with it.
+Each process saves its counts to a file beside its sockets before it tells them to anybody. So every
+count that was ever shown is on disk. After a process has died, the others show its last saved
+counts; after its restart, it goes on from them. No counter ever falls: Prometheus would take that
+for a restart and count the whole value again. Counts newer than the last save, at most SAVE_S old,
+are lost with the process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 from gateway.telemetry import counters
@@ -21,13 +23,13 @@ from gateway.telemetry.counters import Snapshot
 
 log = logging.getLogger("loraplex.aggregation")
 
-SAVE_S = 1.0
-ANSWER_S = 1.0  # for another process to tell its numbers; Prometheus waits 10 s for all of it
+SAVE_S = 1.0  # between two saves
+ANSWER_S = 1.0  # another process has this long to answer; Prometheus itself waits 10 s
 
 
 class ProcessAggregator:
-    """This process, number `index` of `processes`; their sockets and files lie in `run_dir`.
-    `snapshot` tells what this one has counted.
+    """One per process: number `index` of `processes`. The sockets and files of all of them lie in
+    `run_dir`. `snapshot` returns the current counts of this process.
     """
 
     def __init__(
@@ -40,22 +42,25 @@ class ProcessAggregator:
         self._saving = asyncio.Lock()
 
     def earlier(self) -> Snapshot | None:
-        """What an earlier life of this process had counted."""
+        """The counts that this process had saved before it was restarted. None: there are none."""
         return self._read(self._index)
 
     @contextlib.asynccontextmanager
-    async def open(self) -> AsyncIterator[None]:
-        """Answers the others until it is left."""
+    async def open(self, answer_of: Callable[[bytes], bytes]) -> AsyncIterator[None]:
+        """While it is open, the other processes can ask this one for its counts and requests.
+        `answer_of` returns what this process answers to a question of one line. Empty: nothing.
+        """
         if not self._others:
             yield
             return
         path = self._socket(self._index)
         path.unlink(missing_ok=True)
-        async with await asyncio.start_unix_server(self._tell, path):
+        answer = functools.partial(self._answer, answer_of)
+        async with await asyncio.start_unix_server(answer, path):
             yield
 
     async def run(self) -> None:
-        """Keeps the file at most SAVE_S old."""
+        """Saves the counts once a second if they have changed."""
         before: Snapshot | None = None
         while True:
             now = self._snapshot()
@@ -64,8 +69,8 @@ class ProcessAggregator:
             await asyncio.sleep(SAVE_S)
 
     async def save(self) -> Snapshot:
-        """What is on file now."""
-        async with self._saving:  # a later file must never be replaced by an earlier one
+        """Saves the current counts and returns them."""
+        async with self._saving:  # a newer file must never be replaced by an older one
             snapshot = self._snapshot()
             try:
                 await asyncio.to_thread(self._write, counters.encode(snapshot))
@@ -77,31 +82,56 @@ class ProcessAggregator:
             return snapshot
 
     async def all(self) -> tuple[list[Snapshot], dict[str, bool]]:
-        """Every process's numbers, and of each whether it told them itself just now."""
+        """(the counts of every process, process -> whether its counts are current)."""
         own = await self.save()
-        told = await asyncio.gather(*(self._ask(i) for i in self._others))
+        counts = await asyncio.gather(*(self._counts_of(i) for i in self._others))
         answered = {own.process: True} | {
-            f"g{i}": snapshot is not None for i, snapshot in zip(self._others, told, strict=True)
+            f"g{i}": snapshot is not None for i, snapshot in zip(self._others, counts, strict=True)
         }
-        kept = [snapshot or self._read(i) for i, snapshot in zip(self._others, told, strict=True)]
+        kept = [snapshot or self._read(i) for i, snapshot in zip(self._others, counts, strict=True)]
         return [own, *(snapshot for snapshot in kept if snapshot is not None)], dict(
             sorted(answered.items())
         )
 
-    async def _tell(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):  # the one that asked has left
-            writer.write(counters.encode(await self.save()))
-            await writer.drain()
+    async def ask_others(self, question: bytes) -> Mapping[str, bytes]:
+        """Process -> its answer to a question of one line. Empty: it does not answer."""
+        told = await asyncio.gather(*(self._ask(i, question) for i in self._others))
+        return {f"g{i}": answer for i, answer in zip(self._others, told, strict=True)}
+
+    async def _answer(
+        self,
+        answer_of: Callable[[bytes], bytes],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        # the asking process has ended, or stands still
+        with contextlib.suppress(OSError, TimeoutError, ValueError):
+            async with asyncio.timeout(ANSWER_S):
+                question = (await reader.readline()).rstrip(b"\n")
+                writer.write(
+                    answer_of(question) if question else counters.encode(await self.save())
+                )
+                await writer.drain()
         writer.close()
 
-    async def _ask(self, index: int) -> Snapshot | None:
+    async def _counts_of(self, index: int) -> Snapshot | None:
+        try:
+            return counters.decode(await self._ask(index))
+        except counters.DecodeError:
+            return None
+
+    async def _ask(self, index: int, question: bytes = b"") -> bytes:
+        """The answer of another process. Empty: there is none. Without a question it is asked for
+        its counts.
+        """
         try:
             async with asyncio.timeout(ANSWER_S):
                 reader, writer = await asyncio.open_unix_connection(self._socket(index))
                 with contextlib.closing(writer):
-                    return counters.decode(await reader.read())
-        except (OSError, TimeoutError, *counters.DecodeError):
-            return None
+                    writer.write(question + b"\n")
+                    return await reader.read()
+        except (OSError, TimeoutError):
+            return b""
 
     def _read(self, index: int) -> Snapshot | None:
         try:

@@ -1,9 +1,8 @@
-"""Pure. What a gateway process counts: plain numbers in two tables, cheap to add to on a request's
-way, and whole tables of them can be summed.
+"""Pure. The counts of one gateway process, in two plain tables that can be added up.
 
-A key is (series, label values ...). prometheus_client's own counters cost twice as much per request
-(`make bench-micro`): a lock and several calls for each of the dozen numbers that one request
-changes. They become Prometheus series when somebody scrapes.
+A request changes about a dozen counts. prometheus_client's own counters take a lock and several
+calls for each, which costs twice as much (`make bench-micro`). So counts become Prometheus series
+only at a scrape.
 """
 
 from __future__ import annotations
@@ -15,12 +14,23 @@ from typing import TypeAlias
 import msgspec
 
 Key: TypeAlias = tuple[str, ...]
-"""(series, label values ...)."""
+"""(series, label values ...). The series is a key of COUNTERS or DISTRIBUTIONS in
+metric_definitions.py.
+"""
+
+
+class Count:
+    """One counter. Whoever counts often keeps it."""
+
+    __slots__ = ("total",)
+
+    def __init__(self) -> None:
+        self.total = 0.0
 
 
 class Distribution:
-    """A histogram: how many values lie at or below each bound and above the one before; the last
-    count is of those above all bounds.
+    """A histogram. `counts[i]` is the number of values up to `bounds[i]` and above the bound
+    before. The last count is of the values above all bounds. `total` is the sum of the values.
     """
 
     __slots__ = ("bounds", "counts", "total")
@@ -35,45 +45,72 @@ class Distribution:
         self.total += value
 
 
+class Exemplar(msgspec.Struct, frozen=True):
+    """A traced request of one bucket of a distribution. `at` is in seconds since 1970."""
+
+    trace_id: str
+    value: float
+    at: float
+
+
 class Snapshot(msgspec.Struct, frozen=True):
-    """All that one process has counted: (key, value) and (key, counts, total); `gauges` are its own
-    as of now.
+    """All counts of one process at one moment. `counters` are (key, value). `distributions` are
+    (key, counts per bucket, sum of the values). `gauges` are (key, value) of this process alone.
+    `exemplars` are of buckets: (key, number of the bucket, exemplar).
     """
 
     process: str
     counters: tuple[tuple[Key, float], ...] = ()
     distributions: tuple[tuple[Key, tuple[int, ...], float], ...] = ()
     gauges: tuple[tuple[Key, float], ...] = ()
+    exemplars: tuple[tuple[Key, int, Exemplar], ...] = ()
 
 
 class CounterSet:
-    """Counters and distributions by key. `bounds` has the bucket bounds of every series that is a
-    distribution.
+    """Counters and distributions by key. `bounds` maps each distribution's series to its bucket
+    bounds.
     """
 
     def __init__(self, bounds: Mapping[str, Sequence[float]]) -> None:
         self._bounds = bounds
-        self.counters: dict[Key, float] = {}
+        self.counters: dict[Key, Count] = {}
         self.distributions: dict[Key, Distribution] = {}
+        self.exemplars: dict[tuple[Key, int], Exemplar] = {}
+        """The newest of each bucket, so there are never more than buckets."""
+
+    def counter(self, key: Key) -> Count:
+        """The counter with this key, made at its first use."""
+        found = self.counters.get(key)
+        if found is None:
+            found = self.counters[key] = Count()
+        return found
 
     def count(self, key: Key, by: float = 1) -> None:
-        self.counters[key] = self.counters.get(key, 0) + by
+        found = self.counters.get(key) or self.counter(key)
+        found.total += by
 
     def distribution(self, key: Key) -> Distribution:
+        """The distribution with this key, made at its first use."""
         found = self.distributions.get(key)
         if found is None:
             found = self.distributions[key] = Distribution(self._bounds[key[0]])
         return found
 
+    def exemplify(self, key: Key, exemplar: Exemplar) -> None:
+        """Notes a traced request whose value was observed in the distribution with this key."""
+        self.exemplars[key, bisect_left(self._bounds[key[0]], exemplar.value)] = exemplar
+
     def snapshot(self, process: str, gauges: Iterable[tuple[Key, float]] = ()) -> Snapshot:
         distributions = tuple(
             (key, tuple(d.counts), d.total) for key, d in self.distributions.items()
         )
-        return Snapshot(process, tuple(self.counters.items()), distributions, tuple(gauges))
+        exemplars = tuple((*of, exemplar) for of, exemplar in self.exemplars.items())
+        counters = tuple((key, count.total) for key, count in self.counters.items())
+        return Snapshot(process, counters, distributions, tuple(gauges), exemplars)
 
     def add(self, snapshot: Snapshot) -> None:
-        """Adds another process's counts, or those of an earlier life. A distribution with other
-        bounds (of another version) is left out.
+        """Adds the counts of another process, or of this one before a restart. A distribution with
+        other bounds comes from another version of Loraplex and is left out.
         """
         for key, value in snapshot.counters:
             self.count(key, value)
@@ -83,6 +120,10 @@ class CounterSet:
                 mine = self.distribution(key)
                 mine.counts[:] = [a + b for a, b in zip(mine.counts, counts, strict=True)]
                 mine.total += total
+        for key, bucket, exemplar in snapshot.exemplars:
+            known = self.exemplars.get((key, bucket))
+            if key in self.distributions and (known is None or known.at < exemplar.at):
+                self.exemplars[key, bucket] = exemplar
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,4 +1,4 @@
-"""Pure. What metrics, logs and traces are told of a request once it has ended."""
+"""Pure. The record of a request that has ended, as metrics, logs and /admin/requests get it."""
 
 from __future__ import annotations
 
@@ -11,31 +11,40 @@ from shared.link.messages import Done
 
 
 class CostTerms(Protocol):
-    """What routing expected of the worker that it chose; see CostBreakdown."""
+    """The time that routing expected the chosen worker to take, term by term (see
+    CostBreakdown).
+    """
 
     @property
     def total_s(self) -> float: ...
+    @property
+    def ttft_s(self) -> float: ...
     def terms_ms(self) -> Mapping[str, float]: ...
 
 
 class EndedRequest(msgspec.Struct, frozen=True, gc=False):
-    """Times are seconds on the dispatcher's clock; 0.0 where that moment never came.
+    """Times are seconds on the dispatcher's clock. A time is 0.0 if that moment never came.
 
-    `t_sent` is when the last worker got it, `t_first_sent` when the first one did, and `moved_s`
-    the time in between that no worker had it. `moves` counts the workers that went on with an
-    answer that had begun, `attempts` the workers that got it at all.
+    `t_start` is when the request came in, `t_head` when the first bytes of the answer left.
+    `t_sent` is when its last worker got it, `t_first_sent` when its first worker did. `moved_s` is
+    the time in between during which no worker had it.
 
-    `reason`, `tier`, `cost` and `candidates` are the last choice of a worker: why, where the
-    adapter was, what that was expected to cost, and what the others would have. The candidates are
-    kept of a bounded number of requests a second.
+    `moves` counts the workers that continued an answer that had begun. `attempts` counts the
+    workers that got the request at all.
+
+    `reason`, `tier` and `cost` describe the last choice of a worker: why it was chosen, where the
+    adapter was, and the expected cost. `candidates` are the costs that other workers would have
+    had. They are kept for a bounded number of requests a second.
     """
 
     base: str
     adapter: str | None
     outcome: str
-    """finished, failed, aborted, or refused: it was never let in."""
+    """finished, failed or aborted. Not let in: refused, limited (by a limit of its key), or invalid
+    (nobody could serve it).
+    """
     done: Done | None
-    """What the worker measured; None if it never said."""
+    """What the worker measured. None: the worker never reported the end."""
     t_start: float
     t_sent: float
     t_head: float
@@ -44,17 +53,26 @@ class EndedRequest(msgspec.Struct, frozen=True, gc=False):
     tenant: str = ""
     digest: str = ""
     code: str = ""
-    """Of the error that its client got; empty: none."""
+    """The code of the error that the client got. Empty: there was none."""
     worker: str = ""
     reason: str = ""
     tier: str = ""
     cost: CostTerms | None = None
     candidates: tuple[Mapping[str, object], ...] = ()
     blocked: str = ""
-    """What it waited for last in the queue: room, or slot."""
+    """What the request last waited for in the queue: `room`, `slot`, or a `worker` that serves."""
     t_first_sent: float = 0.0
     moved_s: float = 0.0
     moves: int = 0
     attempts: int = 0
     streamed: bool = True
-    """False: its answer came whole, and nobody saw its first token."""
+    """False: the answer was sent whole, so the time of its first token is unknown."""
+    path: str = ""
+    message: str = ""
+    """What the client was told with `code`. Empty for a request that was invalid: such a message
+    may quote it.
+    """
+    earlier: tuple[str, ...] = ()
+    """Of each worker that had it before the last one: the worker, and why it did not finish."""
+    trace_id: str = ""
+    """The trace of a request that is traced, else empty."""

@@ -1,7 +1,8 @@
-"""Pure. What one gateway process remembers of the last hour, in a memory that does not grow: its
-numbers in steps of ten seconds, and its last requests one by one.
+"""Pure. Remembers the last hour of one gateway process in bounded memory: numbers in steps of ten
+seconds, and the last requests one by one.
 
-It is told of a request once, at its end, and of the fleet once a second. A token costs nothing.
+It is called once per ended request, and once a second for the state of the fleet. It costs nothing
+per token.
 """
 
 from __future__ import annotations
@@ -9,45 +10,58 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from itertools import islice
+from heapq import merge
+from itertools import islice, takewhile
 from typing import TypeAlias
 
+import msgspec
+
+from gateway.advisor.traffic import TrafficCounter
 from gateway.telemetry.ended_request import EndedRequest
 
 STEP_S = 10.0
 STEPS = 360
-"""An hour."""
+"""One hour."""
 MAX_REQUESTS = 500
-"""Kept one by one; each is about 1 KB, with the candidates of its decision up to 10."""
+"""Requests that are kept one by one. Each takes about 1 KB, or up to 10 KB with its candidates."""
+MAX_REFUSED = 200
+"""Requests that were turned away, kept apart: a flood of them shall not push out all others."""
+MAX_WORKERS = 1000
+"""Workers whose restarts and moved streams are counted by name."""
+MAX_NEWS = 50
+"""Requests that have ended since the last look at `news`. In a busier second only the newest stay.
+"""
 MAX_CODES = 64
-"""Codes of errors that are counted by name in one step; shared.errors has fewer."""
+"""Error codes that are counted by name in one step. shared/errors.py has fewer."""
 EXPLAINED_PER_S = 10.0
-"""Decisions whose candidates are kept. To price every worker of 64 takes about 0.3 ms, which is
-then below a hundredth of a core; a client that looks for its request in a busy second still finds
-what its own worker was expected to cost.
+"""Decisions per second that are kept with all their candidates. To price every one of 64 workers
+takes about 0.3 ms, so this costs less than a hundredth of a core.
 """
 BOUNDS_S = tuple(0.001 * 2 ** (n / 4) for n in range(68))
-"""Of the times to the first token: 1 ms to 110 s, each a fifth above the one before, so that a
-quantile is wrong by a tenth at most.
+"""Histogram bounds for times to the first token, from 1 ms to 110 s. Each is a fifth above the one
+before, so a quantile is off by a tenth at most.
 """
 Series: TypeAlias = dict[str, list[float | None]]
 
 
-class Spread:
-    """How often values fell between two bounds."""
+class LatencyHistogram(msgspec.Struct, array_like=True):
+    """Counts values by the two bounds of BOUNDS_S between which they lie."""
 
-    __slots__ = ("counts", "total")
+    counts: list[int] = msgspec.field(default_factory=lambda: [0] * (len(BOUNDS_S) + 1))
+    total: int = 0
 
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BOUNDS_S) + 1)
-        self.total = 0
+    def plus(self, other: LatencyHistogram) -> LatencyHistogram:
+        counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        return LatencyHistogram(counts, self.total + other.total)
 
     def observe(self, value: float) -> None:
         self.counts[bisect_left(BOUNDS_S, value)] += 1
         self.total += 1
 
     def quantile(self, share: float) -> float | None:
-        """The middle (of the logarithm) of the bounds that it lies between; None without values."""
+        """An estimate: the geometric mean of the two bounds around the quantile. None: there are no
+        values.
+        """
         left = share * self.total
         for at, count in enumerate(self.counts):
             left -= count
@@ -57,80 +71,128 @@ class Spread:
         return None
 
 
-class Interval:
-    """Ten seconds. `queued` and `ongoing` are the highest that were seen; `code` counts errors by
-    their code.
+class Interval(msgspec.Struct, array_like=True):
+    """One step of ten seconds. `queued` and `ongoing` are the highest values seen in it. `errors`
+    counts by error code. `itl_s` is the sum of `itl_n` times between tokens.
     """
 
-    __slots__ = (
-        "cold",
-        "errors",
-        "evictions",
-        "itl_n",
-        "itl_s",
-        "loads",
-        "moved",
-        "number",
-        "ongoing",
-        "output_tokens",
-        "prompt_tokens",
-        "queued",
-        "requests",
-        "warm",
-    )
+    number: int
+    warm: LatencyHistogram = msgspec.field(default_factory=LatencyHistogram)
+    cold: LatencyHistogram = msgspec.field(default_factory=LatencyHistogram)
+    errors: dict[str, int] = msgspec.field(default_factory=dict)
+    requests: int = 0
+    output_tokens: int = 0
+    prompt_tokens: int = 0
+    loads: int = 0
+    evictions: int = 0
+    moved: int = 0
+    queued: int = 0
+    ongoing: int = 0
+    itl_n: int = 0
+    itl_s: float = 0.0
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.warm, self.cold = Spread(), Spread()
-        self.errors: dict[str, int] = {}
-        self.requests = self.output_tokens = self.prompt_tokens = 0
-        self.loads = self.evictions = self.moved = self.queued = self.ongoing = self.itl_n = 0
-        self.itl_s = 0.0
+    def plus(self, other: Interval) -> Interval:
+        """The same step of two processes. Both see all loads and evictions of the fleet; of all
+        else, each sees its own.
+        """
+        sums = {name: getattr(self, name) + getattr(other, name) for name in SUMMED}
+        codes = dict.fromkeys((*self.errors, *other.errors))
+        return Interval(
+            self.number,
+            self.warm.plus(other.warm),
+            self.cold.plus(other.cold),
+            {code: self.errors.get(code, 0) + other.errors.get(code, 0) for code in codes},
+            loads=max(self.loads, other.loads),
+            evictions=max(self.evictions, other.evictions),
+            **sums,
+        )
+
+
+SUMMED = (
+    *("requests", "output_tokens", "prompt_tokens", "moved", "queued", "ongoing"),
+    *("itl_n", "itl_s"),
+)
+encode_steps = msgspec.json.Encoder().encode
+decode_steps = msgspec.json.Decoder(list[Interval]).decode
+
+
+def merged(steps: Iterable[Interval]) -> dict[int, Interval]:
+    """Number -> the step of all processes."""
+    found: dict[int, Interval] = {}
+    for step in steps:
+        known = found.get(step.number)
+        found[step.number] = step if known is None else known.plus(step)
+    return found
 
 
 class Recorder:
-    """Times are seconds on the dispatcher's clock, as in EndedRequest."""
+    """All times are seconds on the dispatcher's clock, as in EndedRequest."""
 
     def __init__(self, most_requests: int = MAX_REQUESTS) -> None:
         self._requests: deque[EndedRequest] = deque(maxlen=most_requests)
         self._steps: deque[Interval] = deque(maxlen=STEPS)
+        self._refused: deque[EndedRequest] = deque(maxlen=MAX_REFUSED)
+        self._news: deque[EndedRequest] | None = None
+        self._lives: dict[str, int] = {}
+        self.restarts: dict[str, int] = {}
+        """Worker -> how often a new life of it has come since this process began to look."""
+        self.moved_from: dict[str, int] = {}
+        """Worker -> streams that it had begun and another one went on with."""
         self._loaded: dict[tuple[str, int], Set[object]] = {}
         self._explained_at = -1.0 / EXPLAINED_PER_S
+        self.traffic = TrafficCounter()
 
-    # ---- being told ------------------------------------------------------------------------------
+    # ---- recording -------------------------------------------------------------------------------
 
     def explains(self, now: float) -> bool:
-        """Whether the candidates of a decision that is made now are to be kept."""
+        """Whether the candidates of a decision made at `now` should be kept."""
         if now - self._explained_at < 1.0 / EXPLAINED_PER_S:
             return False
         self._explained_at = now
         return True
 
     def ended(self, ended: EndedRequest) -> None:
-        """A request that the dispatcher had let in."""
+        """Records a request that the dispatcher had let in."""
         self._requests.append(ended)
+        if self._news is not None:
+            self._news.append(ended)
         step = self._step(ended.t_end)
         step.requests += 1
         step.moved += ended.moves
-        done = ended.done
-        if ended.t_head and ended.streamed:
-            ttft_s = ended.t_head - ended.t_start
+        done, t_head = ended.done, ended.t_head if ended.streamed else 0.0
+        if ended.t_sent and done is not None:
+            self.traffic.current(ended.base, ended.t_end).add(
+                ended.adapter,
+                ended.t_end - ended.t_sent,
+                t_head - ended.t_sent if t_head else None,
+                done.load_s or None,
+                done.prompt_tokens,
+                done.output_tokens,
+            )
+        if t_head:
+            ttft_s = t_head - ended.t_start
             (step.cold if done is not None and done.load_s > 0 else step.warm).observe(ttft_s)
         if done is None:
             return
         step.prompt_tokens += done.prompt_tokens
         step.output_tokens += done.output_tokens
-        told = ended.t_head and ended.streamed and not ended.moves
-        if told and done.output_tokens > 1:
-            step.itl_s += ended.t_end - ended.t_head
+        if t_head and not ended.moves and done.output_tokens > 1:
+            step.itl_s += ended.t_end - t_head
             step.itl_n += done.output_tokens - 1
 
     def refused(self, ended: EndedRequest) -> None:
-        """A request that was not let in."""
-        self._requests.append(ended)
+        """Records a request that was not let in."""
+        self._refused.append(ended)
+        if self._news is not None:
+            self._news.append(ended)
+
+    def moved(self, worker: str) -> None:
+        """Counts a stream that has lost this worker and goes on elsewhere."""
+        if worker in self.moved_from or len(self.moved_from) < MAX_WORKERS:
+            self.moved_from[worker] = self.moved_from.get(worker, 0) + 1
 
     def error(self, code: str, now: float) -> None:
-        """An error that the gateway answered, to whatever request."""
+        """Counts an error that the gateway answered, whichever path was asked."""
         errors = self._step(now).errors
         if code in errors or len(errors) < MAX_CODES:
             errors[code] = errors.get(code, 0) + 1
@@ -142,13 +204,14 @@ class Recorder:
         ongoing: int,
         loaded: Mapping[tuple[str, int], Set[object]],
     ) -> None:
-        """The fleet as of now. `loaded`: by worker and its epoch, what is in its slots; a set
-        that was given is never changed afterwards.
+        """Records the state of the fleet at `now`. `loaded` maps (worker, epoch) to what is in the
+        slots. The caller never changes a set after it was passed here.
         """
         step = self._step(now)
         step.queued = max(step.queued, queued)
         step.ongoing = max(step.ongoing, ongoing)
         for life, keys in loaded.items():
+            self._note_life(*life)
             before = self._loaded.get(life)
             if before is not None and before is not keys:
                 step.loads += len(keys - before)
@@ -157,13 +220,40 @@ class Recorder:
                 step.loads += len(keys)
         self._loaded = dict(loaded)
 
-    # ---- telling ---------------------------------------------------------------------------------
+    def _note_life(self, worker: str, epoch: int) -> None:
+        known = self._lives.get(worker)
+        if known is None and len(self._lives) >= MAX_WORKERS:
+            oldest = next(iter(self._lives))
+            del self._lives[oldest]
+            self.restarts.pop(oldest, None)
+        elif known is not None and known != epoch:
+            self.restarts[worker] = self.restarts.get(worker, 0) + 1
+        self._lives[worker] = epoch
+
+    # ---- reading ---------------------------------------------------------------------------------
+
+    def follow(self, wanted: bool) -> None:
+        """Whether `news` are kept. While nobody looks they are not."""
+        self._news = deque(maxlen=MAX_NEWS) if wanted else None
+
+    def news(self) -> list[EndedRequest]:
+        """The requests that have ended since the last call, the newest first."""
+        found = list(reversed(self._news or ()))
+        if self._news is not None:
+            self._news.clear()
+        return found
+
+    def since(self, time: float) -> list[EndedRequest]:
+        """The requests that have ended after `time`, the newest first; MAX_NEWS at most."""
+        return newest(takewhile(lambda e: e.t_end > time, self._newest()), MAX_NEWS)
 
     def requests(
         self, *, tenant: str = "", adapter: str = "", worker: str = "", status: str = ""
     ) -> Iterator[EndedRequest]:
-        """Newest first. `status` is an outcome or an error's code; what is empty is not asked."""
-        for ended in reversed(self._requests):
+        """The requests that match all filters, the newest first. `status` is an outcome or an error
+        code. An empty filter matches every request.
+        """
+        for ended in self._newest():
             if (
                 (not tenant or ended.tenant == tenant)
                 and (not adapter or adapter in (ended.adapter, f"{ended.base}:{ended.adapter}"))
@@ -173,20 +263,34 @@ class Recorder:
                 yield ended
 
     def find(self, request_id: str) -> EndedRequest | None:
-        """The newest one of that id: clients may choose theirs."""
-        return next((e for e in reversed(self._requests) if e.request_id == request_id), None)
+        """The newest request with this id, or None. Clients choose ids, so two requests may have
+        the same.
+        """
+        return next((e for e in self._newest() if e.request_id == request_id), None)
 
-    def series(self, now: float, steps: int = STEPS) -> Series:
-        """The last `steps`, the one of now at the end; None where nothing was recorded."""
+    def _newest(self) -> Iterator[EndedRequest]:
+        """All that are kept, the newest first."""
+        refused, let_in = reversed(self._refused), reversed(self._requests)
+        return merge(refused, let_in, key=lambda e: e.t_end, reverse=True)
+
+    @property
+    def steps(self) -> Sequence[Interval]:
+        """The last hour, oldest first, without the steps in which nothing happened."""
+        return list(self._steps)
+
+    def series(self, now: float, steps: int = STEPS, others: Iterable[Interval] = ()) -> Series:
+        """Column -> one value per step, for the last `steps` steps up to the current one. None:
+        nothing was recorded in that step. `others` are the steps of other processes.
+        """
         last = int(now // STEP_S)
-        by_number = {step.number: step for step in self._steps}
+        by_number = merged((*self._steps, *others))
         rows = [_row(by_number.get(n)) for n in range(last - steps + 1, last + 1)]
         return {name: [row[at] for row in rows] for at, name in enumerate(COLUMNS)}
 
-    def errors(self, now: float) -> dict[str, int]:
-        """Of the last hour, by code."""
+    def errors(self, now: float, others: Iterable[Interval] = ()) -> dict[str, int]:
+        """Error code -> number of errors in the last hour, the most frequent first."""
         total: dict[str, int] = {}
-        for step in self._steps:
+        for step in (*self._steps, *others):
             if step.number > now // STEP_S - STEPS:
                 for code, count in step.errors.items():
                     total[code] = total.get(code, 0) + count

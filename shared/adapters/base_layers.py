@@ -1,9 +1,9 @@
 """Pure. What adapters may change in a base model: the names, shapes and kinds of its layers.
 
-A worker reads them from its running engine (worker/engine/vllm/lora/layers.py). Checks outside of
-a worker build the engine's own class without weights, which takes seconds. For the usual
-architectures `shapes_from_config` computes the same from `config.json` alone; a test compares the
-two. It answers None for any other, or where the config leaves out what its class fills in.
+A worker reads them from its running engine (worker/engine/vllm/lora/layers.py). A check outside of
+a worker builds the engine's own model class without weights, which takes seconds. For the usual
+architectures `shapes_from_config` computes the same from `config.json` alone, and a test compares
+the two.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ def _same(module: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class BaseShapes:
-    """What an adapter must fit. All names are the engine's; `rename` makes them of an adapter's.
+    """What an adapter must fit. All names are the engine's; `rename` turns an adapter's name of a
+    module into the engine's.
 
-    `modules`: layer -> shape; of experts whose weights are one tensor, the shape of one of them.
-    `refused`: layer -> why no adapter may change it. `experts`: layer -> how many experts its
-    tensors hold. `embeddings`: layers that look tokens up. `ignored`: beginnings of names that the
-    model leaves out itself, such as heads for speculation.
+    `modules`: layer -> shape. Of experts whose weights are one tensor, it is the shape of one
+    expert. `refused`: layer -> why no adapter may change it. `experts`: layer -> how many experts
+    its tensors hold. `embeddings`: the layers that look tokens up. `ignored`: prefixes of names
+    that the model itself leaves out, such as heads for speculation.
     """
 
     modules: Mapping[str, Shape]
@@ -38,6 +39,7 @@ class BaseShapes:
     ignored: tuple[str, ...] = ()
 
     def ignores(self, module: str) -> bool:
+        """Whether the model leaves this module out."""
         return any(module.startswith(i) or f".{i}" in module for i in self.ignored)
 
 
@@ -50,8 +52,8 @@ def endings(module: str) -> Iterator[str]:
 
 
 def shapes_from_config(config: Mapping[str, Any]) -> BaseShapes | None:
-    """From a parsed `config.json`; None for an architecture that is not known here or a config that
-    leaves needed sizes out.
+    """The shapes from a parsed `config.json`. None for an architecture that is not known here, or a
+    config that leaves out a size whose default only the model's class knows.
     """
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
@@ -75,7 +77,7 @@ def shapes_from_config(config: Mapping[str, Any]) -> BaseShapes | None:
 
 
 _EMBEDDING = "model.embed_tokens"
-# Where vLLM has LoRA layers for the embedding of tokens and the head.
+# Architectures in which vLLM has LoRA layers for the token embedding and the head.
 _EMBEDDINGS_ADAPTED = frozenset({"LlamaForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM"})
 
 
@@ -84,7 +86,7 @@ class _Sizes:
     layers: int
     hidden: int
     inner: int
-    queries: int  # heads x head size
+    queries: int  # number of heads x size of a head
     keys: int
 
 
@@ -139,10 +141,10 @@ _LAYERS = {
     "Gemma3ForCausalLM": _separate,
     "Phi3ForCausalLM": _fused,
 }
-# Where the class in transformers derives the size from the others; elsewhere it has a constant of
-# its own, which only the class knows.
+# Architectures whose class in transformers derives the number of key heads from other sizes. In the
+# others it is a constant that only the class knows.
 _KEY_HEADS_OPTIONAL = frozenset({"LlamaForCausalLM", "Phi3ForCausalLM"})
-_HEAD_DIM_IGNORED = frozenset({"Qwen2ForCausalLM"})  # by vLLM's class
+_HEAD_DIM_IGNORED = frozenset({"Qwen2ForCausalLM"})  # vLLM's class ignores it
 _HEAD_DIM_OPTIONAL = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM"}
 )

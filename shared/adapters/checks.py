@@ -1,11 +1,13 @@
-"""Pure. What an adapter must be before the engine sees a byte of it: its files, its tensors, the
-size of the change it makes.
+"""Pure. What an adapter must be before the engine reads it: its files, its tensors, and the size of
+the change that it makes.
 
-Each check raises InvalidAdapter with the first failure, worded for the adapter's owner, and a
-reason that makes the code (`invalid_adapter_shape`). Its config is checked in
-shared/adapters/peft_config.py. vLLM 0.32 by itself loads without a word, and then serves wrong
-answers from: tensors too small for their layer, a rank below the config's, other dtypes, unknown
-prefixes, layers that do not exist; NaN and infinite values even spoil the answers of other tenants.
+Each check raises InvalidAdapter with the first failure. The message is written for the adapter's
+owner, and the reason becomes the error's code (`invalid_adapter_shape`). The config is checked in
+shared/adapters/peft_config.py.
+
+vLLM 0.32 by itself loads bad adapters silently and then serves wrong answers. It accepts tensors
+that are too small for their layer, a rank below the config's, other dtypes, unknown prefixes, and
+layers that do not exist. NaN and infinite values even spoil the answers of other tenants.
 """
 
 from __future__ import annotations
@@ -31,14 +33,15 @@ from shared.errors import InvalidAdapter
 
 @dataclass(frozen=True, slots=True)
 class AdapterLimits:
-    """`max_change`: bound of the norm of one layer's update, see check_change. A trained adapter's
-    is below 100.
+    """Bounds for one adapter. `max_change` bounds the norm of one layer's update (see
+    check_change); a trained adapter's is below 100.
     """
 
-    # rank 512 on all layers of a model of 70 billion parameters is below it
+    # an adapter of rank 512 on all layers of a 70-billion-parameter model fits
     max_bytes: int = 8 << 30
     max_config_bytes: int = 1 << 20
-    max_header_bytes: int = 16 << 20  # about 130 bytes a tensor: room for every expert of 256
+    # about 130 bytes per tensor: enough for every one of 256 experts
+    max_header_bytes: int = 16 << 20
     max_change: float = 1e4
 
 
@@ -51,7 +54,7 @@ class FileKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class FolderFile:
-    """`path` is relative to the adapter's folder."""
+    """One file of an adapter's folder. `path` is relative to that folder."""
 
     path: str
     size_bytes: int
@@ -60,8 +63,8 @@ class FolderFile:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """What a valid adapter turned out to be. `modules`: the kinds of layer that it changes
-    (`q_proj`); empty where only the config was read.
+    """What a check has found out of a valid adapter. `modules`: the kinds of layers that it changes
+    (`q_proj`); empty if only the config was read.
     """
 
     rank: int
@@ -73,8 +76,8 @@ class AdapterFacts:
 
 
 def check_files(files: Sequence[FolderFile], limits: AdapterLimits) -> int:
-    """The size of the config and the weights together; other files are nobody's. Raises
-    InvalidAdapter: missing_file, pickle, link, too_large.
+    """Returns the size in bytes of the config and the weights together. Other files are ignored.
+    Raises InvalidAdapter (missing_file, pickle, link, too_large).
     """
     by_name = {f.path: f for f in files}
     if CONFIG_FILE not in by_name:
@@ -114,8 +117,8 @@ def check_files(files: Sequence[FolderFile], limits: AdapterLimits) -> int:
 
 
 def check_index(raw: bytes, found: Mapping[str, Sequence[str]]) -> None:
-    """`found`: file -> the names of its tensors. Raises InvalidAdapter: config, incomplete: every
-    tensor that the index names must be in its file, and in no other.
+    """Every tensor that the index names must be in the file that it names, and in no other.
+    `found`: file -> the names of its tensors. Raises InvalidAdapter (config, incomplete).
     """
     index = parse_object(raw, WEIGHTS_INDEX_FILE, "config")
     where = index.get("weight_map")
@@ -151,19 +154,19 @@ def _refuse_pickles(names: Collection[str]) -> None:
 _NAME = re.compile(
     r"base_model\.model\.([A-Za-z0-9_.]{1,300})\.lora_(?:([AB])\.weight|embedding_([AB]))\Z"
 )
-# PEFT saves the base's own embedding beside an adapter on it; the engine leaves it out.
+# PEFT saves the base's own embedding beside an adapter of it. The engine leaves that copy out.
 _BASE_COPY = re.compile(
     r"base_model\.model\.((?:[A-Za-z0-9_]+\.){0,8}(?:embed_tokens|lm_head))\.base_layer\.weight\Z"
 )
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 LARGEST_F16 = 65504.0
-MAX_NAMED = 3  # layers in a message
+MAX_NAMED = 3  # layers that one message names
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """The two tensors of one layer: its weight changes by `scaling` x B x A. `layer` is the
-    engine's name of `module`.
+class LoraPair:
+    """The two tensors of one layer, whose weight changes by `scaling` x B x A. `layer` is the
+    engine's name for `module`.
     """
 
     module: str
@@ -175,8 +178,8 @@ class Pair:
 
 def check_tensors(
     tensors: Sequence[Tensor], config: PeftLoraConfig, shapes: BaseShapes | None
-) -> list[Pair]:
-    """The pairs, in the order of their modules' names: all that the engine will apply.
+) -> list[LoraPair]:
+    """The pairs of A and B in the order of their modules' names. The engine applies exactly these.
 
     Raises:
         InvalidAdapter: empty, tensor, dtype, pair, module, shape, experts.
@@ -189,9 +192,9 @@ def check_tensors(
                 f"{', '.join(sorted(FLOATS))} are served.",
                 "dtype",
             )
-        copy = _BASE_COPY.match(t.name)
-        if copy is not None:
-            _check_copy(t, copy[1], shapes)
+        copied = base_copy_of(t)
+        if copied is not None:
+            _check_copy(t, copied, shapes)
             continue
         match = _NAME.match(t.name)
         if match is None:
@@ -211,6 +214,12 @@ def check_tensors(
     return [_pair(module, found, config, shapes) for module, found in halves.items()]
 
 
+def base_copy_of(tensor: Tensor) -> str | None:
+    """The module of which the adapter brings the base's own weight. None: the tensor is no copy."""
+    found = _BASE_COPY.match(tensor.name)
+    return None if found is None else found[1]
+
+
 def _check_copy(tensor: Tensor, module: str, shapes: BaseShapes | None) -> None:
     shape = None if shapes is None else shapes.modules.get(shapes.rename(module))
     if shape is not None and sorted(tensor.shape) != sorted(shape):
@@ -222,7 +231,7 @@ def _check_copy(tensor: Tensor, module: str, shapes: BaseShapes | None) -> None:
 
 
 def _check_layers(modules: Collection[str], shapes: BaseShapes) -> None:
-    """Every layer must be one that the engine adapts: it leaves others out without a word."""
+    """Every layer must be one that the engine adapts, because it silently leaves out the others."""
     missing = []
     at: dict[str, str] = {}
     for module in modules:
@@ -259,7 +268,7 @@ def _check_layers(modules: Collection[str], shapes: BaseShapes) -> None:
 
 def _pair(
     module: str, found: Mapping[str, Tensor], config: PeftLoraConfig, shapes: BaseShapes | None
-) -> Pair:
+) -> LoraPair:
     layer = module if shapes is None else shapes.rename(module)
     embedding = (
         any(half.startswith("embedding") for half in found)
@@ -278,7 +287,8 @@ def _pair(
         )
     if not config.covers(module):
         raise InvalidAdapter(
-            f"The adapter changes {shown(module)}, which its own `target_modules` does not name.",
+            f"The adapter changes {shown(module)}, which its own config leaves out "
+            "(`target_modules`, `exclude_modules`, `layers_to_transform`), as PEFT would.",
             "module",
         )
     shape = None if shapes is None else shapes.modules[layer]
@@ -298,15 +308,15 @@ def _pair(
                 f"rank {rank} on this layer of the base model needs {wanted}.",
                 "shape",
             )
-    return Pair(module, layer, a, b, config.scaling_of(module))
+    return LoraPair(module, layer, a, b, config.scaling_of(module))
 
 
 # ---- values --------------------------------------------------------------------------------------
 
 
 def check_norm(tensor: Tensor, norm: float, finite: bool) -> None:
-    """`norm`: root of the sum of squares of all values. Raises InvalidAdapter: nonfinite,
-    magnitude.
+    """`norm` is the root of the sum of squares of all values. Raises InvalidAdapter (nonfinite,
+    magnitude).
     """
     if not finite:
         raise InvalidAdapter(
@@ -320,14 +330,14 @@ def check_norm(tensor: Tensor, norm: float, finite: bool) -> None:
         )
 
 
-def check_change(pair: Pair, norm_a: float, norm_b: float, limits: AdapterLimits) -> None:
-    """Refuses finite weights that make infinite activations, which would spoil the KV cache as
+def check_change(pair: LoraPair, norm_a: float, norm_b: float, limits: AdapterLimits) -> None:
+    """Refuses finite weights that lead to infinite activations. These would spoil the KV cache, as
     infinite weights do.
 
-    `scaling` x |A| x |B| (Frobenius) bounds what the change can do to a vector. Through the three
-    layers of an MLP, and squared by the norm after it, 1e4 stays below the largest float32 and
-    bfloat16 for the usual sizes; float16 engines overflow sooner, as they do without adapters.
-    Raises InvalidAdapter: magnitude.
+    `scaling` x |A| x |B| (Frobenius) bounds what the change can do to a vector. The vector goes
+    through the three layers of an MLP, and the norm after them squares it. With 1e4 it stays below
+    the largest float32 and bfloat16 for the usual sizes. Engines in float16 overflow sooner, as
+    they do without adapters. Raises InvalidAdapter (magnitude).
     """
     change = pair.scaling * norm_a * norm_b
     if not (change <= limits.max_change and pair.scaling * norm_b <= LARGEST_F16):

@@ -1,5 +1,5 @@
-"""Pure. What an adapter is: its name, its identity by content, the files a store shows of it, and
-what a name may be.
+"""Pure. What an adapter is: its name, its identity by content, the files that a store shows of it,
+and which names are allowed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ MAX_NAME_LENGTH = 200
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 WEIGHTS_INDEX_FILE = "adapter_model.safetensors.index.json"
-SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors")
+SHARD = re.compile(r"adapter_model-\d{5}-of-(\d{5})\.safetensors")
 PICKLED_WEIGHTS = ("adapter_model.bin", "adapter_model.pt")
 
 
 def may_be_part(name: str) -> bool:
-    """Whether a file of this name, in an adapter's folder itself, may be a part of the adapter.
-    Trainers leave any number of others beside these, which nobody reads.
+    """Whether a file of this name, directly in an adapter's folder, may belong to the adapter.
+    Trainers leave other files beside these, which nothing reads.
     """
     return (
         name in (CONFIG_FILE, WEIGHTS_FILE, WEIGHTS_INDEX_FILE)
@@ -32,8 +32,8 @@ def may_be_part(name: str) -> bool:
 
 
 def choose_weights(names: Collection[str]) -> tuple[str, ...]:
-    """Of the files in an adapter's folder those with its weights: one file, or an index and its
-    shards. Empty: none that is served.
+    """Of the files in an adapter's folder, those with its weights: one file, or an index and its
+    shards. Empty if the folder has no weights that can be served.
     """
     if WEIGHTS_FILE in names:
         return (WEIGHTS_FILE,)
@@ -42,22 +42,31 @@ def choose_weights(names: Collection[str]) -> tuple[str, ...]:
     return ()
 
 
+def has_all_weights(names: Collection[str]) -> bool:
+    """Whether the weights in an adapter's folder are all there. The name of a shard says how many
+    there are.
+    """
+    _, *shards = choose_weights(names) or ("",)
+    counts = [int(found[1]) for name in shards if (found := SHARD.fullmatch(name))]
+    return WEIGHTS_FILE in names or (bool(counts) and len(counts) == max(counts))
+
+
 def adapter_parts(names: Collection[str]) -> frozenset[str]:
-    """Of the files in an adapter's folder those that it consists of. Pickles only where there is
-    nothing else: they are refused, by name.
+    """Of the files in an adapter's folder, those that belong to the adapter. Pickles are included
+    only if there are no other weights, so that they can be refused by name.
     """
     weights = choose_weights(names) or [n for n in PICKLED_WEIGHTS if n in names]
     return frozenset(n for n in (CONFIG_FILE, *weights) if n in names)
 
 
-MAX_SEGMENT_BYTES = 255  # what Linux file systems allow
-# What nearly every name is: no further look is needed.
+MAX_SEGMENT_BYTES = 255  # the limit of Linux file systems
+# Nearly every name matches this, and then needs no further check.
 _PLAIN = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)*\Z", re.ASCII)
 
 
 class StoredFile(msgspec.Struct, frozen=True, gc=False):
-    """One file of an adapter. `path` is relative to the adapter's folder, `version` the store's own
-    tag (ETag, generation, mtime and size).
+    """One file of an adapter. `path` is relative to the adapter's folder. `version` is the store's
+    own tag (an ETag, a generation, or time and hash).
     """
 
     path: str
@@ -68,9 +77,9 @@ class StoredFile(msgspec.Struct, frozen=True, gc=False):
 class StoredAdapter(msgspec.Struct, frozen=True, gc=False):
     """An adapter as its store shows it: a folder that holds an `adapter_config.json`.
 
-    `name` is the folder's path below the store's root, with `/`. `digest` (hex, 16 characters)
-    changes whenever a file is added, removed or replaced; it is computed from paths, sizes and
-    versions, so that listing alone yields it.
+    `name` is the folder's path below the store's root, with `/`. `digest` (16 hex characters)
+    changes whenever a file is added, removed or replaced. It is computed from paths, sizes and
+    versions, so a listing alone yields it.
     """
 
     name: str
@@ -83,8 +92,8 @@ class StoredAdapter(msgspec.Struct, frozen=True, gc=False):
 
 
 class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
-    """One version of one adapter of one base model: the identity that everything from routing to
-    the engine's slots is keyed by.
+    """One version of one adapter of one base model. Everything from routing to the engine's slots
+    uses it as the key.
     """
 
     base: str
@@ -100,7 +109,9 @@ AdapterKey: TypeAlias = tuple[str, str]
 
 
 class Versioned(Protocol):
-    """Whatever has an adapter's name and digest: a reference, stored files, a worker's report."""
+    """Anything that has an adapter's name and digest: a reference, stored files, a
+    worker's report.
+    """
 
     @property
     def name(self) -> str: ...
@@ -113,8 +124,8 @@ def key_of(adapter: Versioned) -> AdapterKey:
 
 
 def name_problem(name: str) -> str:
-    """Why no adapter can have this name; "" if one can. A name is folders with `/` between them,
-    and it is safe below any root, in a log and in a URL once that is encoded.
+    """Why no adapter can have this name; "" if one can. A name is a path of folders with `/`
+    between them. It is safe below any root, in a log, and in a URL after encoding.
     """
     if _PLAIN.match(name) and len(name) <= MAX_NAME_LENGTH and ".." not in name:
         return ""
@@ -144,10 +155,10 @@ def _segment_problem(segment: str) -> str:
 
 
 def check_name(name: str) -> None:
-    """Raises AdapterNotFound for a name that no adapter can have (`name_problem`).
+    """Raises AdapterNotFound for a name that no adapter can have (see `name_problem`).
 
-    Such a name cannot exist in a store, so it is not found rather than malformed; it never becomes
-    part of a path.
+    Such a name cannot exist in a store, so the answer is "not found" and not "malformed". It never
+    becomes part of a path.
     """
     if problem := name_problem(name):
         raise AdapterNotFound(

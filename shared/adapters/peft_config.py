@@ -1,7 +1,7 @@
-"""Pure. What an adapter's `adapter_config.json` may say, and what of it the other checks need.
+"""Pure. Checks an adapter's `adapter_config.json`, and reads from it what the other checks need.
 
-Raises InvalidAdapter with the first failure, as shared/adapters/checks.py does. Stricter than PEFT
-and vLLM where either would guess.
+Raises InvalidAdapter with the first failure, as shared/adapters/checks.py does. It is stricter than
+PEFT and vLLM where those would guess.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from shared.adapters.identity import CONFIG_FILE
 from shared.adapters.strict_json import parse_object, shown
 from shared.errors import InvalidAdapter
 
-# Parts of PEFT's PeftLoraConfig that change what the weights mean and that vLLM 0.32 refuses or
-# ignores (vllm/lora/peft_helper.py).
+# Fields of PEFT's LoraConfig that change what the weights mean. vLLM 0.32 refuses or ignores them
+# (vllm/lora/peft_helper.py).
 _UNSUPPORTED = (
     "use_dora",
     "modules_to_save",
@@ -34,44 +34,81 @@ _UNSUPPORTED = (
     "kasa_config",
     "monteclora_config",
 )
-# Other values (PiSSA, OLoRA, CorDA, LoftQ) change the base's own weights when PEFT loads the
-# adapter, which vLLM does not.
+# With other values (PiSSA, OLoRA, CorDA, LoftQ), PEFT changes the base's own weights when it loads
+# the adapter. vLLM does not.
+CONVERTIBLE = ("LOHA", "LOKR", "ADALORA")
+CONVERT_IT = "`loraplex adapters convert FOLDER` makes a plain LoRA of it."
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 MAX_PATTERNS = 1000
 MAX_PATTERN_CHARACTERS = 300
 MAX_REPEATS = 2
-"""Without an upper bound (`.*`) in one expression: each multiplies the time of a failing match by
-the length of the name, some 60 characters.
+"""Unbounded repetitions (`.*`) in one expression. Each multiplies the time of a failing match by
+the length of the name, about 60 characters.
 """
 MAX_REPEATS_IN_ALL = 16
-MAX_SHORT_REPEATS = 4  # in one expression, such as `?` and `{2}`; of digits, a name has few
+# bounded repetitions in one expression, such as `?` and `{2}`: a name has few digits
+MAX_SHORT_REPEATS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Patterns:
-    """PEFT's `rank_pattern` or `alpha_pattern`: the first that matches the end of a module's name,
-    from a dot on, gives the value.
+class ModulePatterns:
+    """PEFT's `rank_pattern` or `alpha_pattern`. The first expression that matches the end of a
+    module's name, beginning after a dot, gives the value.
     """
 
     pairs: tuple[tuple[re.Pattern[str], float], ...] = ()
 
     def value(self, module: str) -> float | None:
+        """The module's value; None if no expression matches."""
         return next((value for pattern, value in self.pairs if pattern.match(module)), None)
 
 
 @dataclass(frozen=True, slots=True)
+class CoveredModules:
+    """Which modules PEFT adapts by this config. It leaves out the tensors of all others.
+
+    `targets` and `excluded`: module names or their endings, or an expression for a whole name.
+    None: an expression that is not evaluated here (`all-linear`, or too costly). `layers`: the
+    numbers of the layers, None for all. `begin` finds a layer's number.
+    """
+
+    targets: frozenset[str] | re.Pattern[str] | None
+    excluded: frozenset[str] | re.Pattern[str] | None = frozenset()
+    layers: frozenset[int] | None = None
+    begin: tuple[re.Pattern[str], ...] = ()
+
+    def __contains__(self, module: str) -> bool:
+        if self.excluded is not None and _matches(self.excluded, module):
+            return False
+        if self.targets is None:
+            return True
+        if not _matches(self.targets, module):
+            return False
+        if self.layers is None or isinstance(self.targets, re.Pattern) or module in self.targets:
+            return True
+        found = next(filter(None, (b.match(module) for b in self.begin)), None)
+        return found is not None and int(found[1]) in self.layers
+
+
+def _matches(names: frozenset[str] | re.Pattern[str], module: str) -> bool:
+    if isinstance(names, re.Pattern):
+        return names.fullmatch(module) is not None
+    return any(end in names for end in endings(module))
+
+
+@dataclass(frozen=True, slots=True)
 class PeftLoraConfig:
-    """`targets`: module names or their endings, None where the config has an expression instead.
-    `parameters`: what `target_parameters` names, such as `mlp.experts.down_proj`.
+    """What the checks need of the config. `parameters`: what `target_parameters` names, for example
+    `mlp.experts.down_proj`.
     """
 
     rank: int
     alpha: float
     rank_stabilised: bool
-    targets: frozenset[str] | None
+    covered: CoveredModules
     parameters: tuple[str, ...]
-    ranks: Patterns
-    alphas: Patterns
+    ranks: ModulePatterns
+    alphas: ModulePatterns
 
     def rank_of(self, module: str) -> int:
         return int(self.ranks.value(_parameter(module)) or self.rank)
@@ -83,8 +120,8 @@ class PeftLoraConfig:
         )
 
     def covers(self, module: str) -> bool:
-        """Whether the config names the module; PEFT leaves tensors of any other out."""
-        if self.targets is None or any(e in self.targets for e in endings(module)):
+        """Whether the config names the module. PEFT leaves out the tensors of any other."""
+        if module in self.covered:
             return True
         owner = module.removesuffix(".base_layer")
         owners = {p.rpartition(".")[0] for p in self.parameters}
@@ -92,8 +129,8 @@ class PeftLoraConfig:
 
 
 def _parameter(module: str) -> str:
-    """The name that PEFT's patterns are matched with: of the two tensors of fused experts the inner
-    one (`base_layer`) is of `gate_up_proj`, the outer one of `down_proj`.
+    """The name that PEFT's patterns are matched with. Fused experts have two tensors: the inner one
+    (`base_layer`) belongs to `gate_up_proj`, the outer one to `down_proj`.
     """
     if module.endswith(".experts.base_layer"):
         return module.removesuffix("base_layer") + "gate_up_proj"
@@ -101,7 +138,7 @@ def _parameter(module: str) -> str:
 
 
 def check_config(raw: bytes, max_rank: int) -> PeftLoraConfig:
-    """From the bytes of `adapter_config.json`.
+    """Checks the bytes of an `adapter_config.json`.
 
     Raises:
         InvalidAdapter: config, duplicate_key, type, rank, alpha, unsupported, pattern, target.
@@ -109,16 +146,19 @@ def check_config(raw: bytes, max_rank: int) -> PeftLoraConfig:
     config = parse_object(raw, CONFIG_FILE, "config")
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
-        raise InvalidAdapter(f"The adapter is of type {shown(kind)}; only LORA is served.", "type")
+        hint = f" {CONVERT_IT}" if kind in CONVERTIBLE else ""
+        raise InvalidAdapter(
+            f"The adapter is of type {shown(kind)}; only LORA is served.{hint}", "type"
+        )
     rank = _rank(config.get("r"), "r", max_rank)
     alpha = _alpha(config.get("lora_alpha"), "lora_alpha")
     _check_features(config)
     ranks = _patterns(config, "rank_pattern", lambda value, key: _rank(value, key, max_rank))
     alphas = _patterns(config, "alpha_pattern", _alpha)
     parameters = _names(config.get("target_parameters"), "target_parameters")
-    targets = _targets(config.get("target_modules"), bool(parameters))
+    covered = _covered(config, bool(parameters))
     return PeftLoraConfig(
-        rank, alpha, bool(config.get("use_rslora")), targets, parameters, ranks, alphas
+        rank, alpha, bool(config.get("use_rslora")), covered, parameters, ranks, alphas
     )
 
 
@@ -163,8 +203,8 @@ def _check_features(config: Mapping[str, Any]) -> None:
     if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
         raise InvalidAdapter(
             f"`init_lora_weights` {shown(init)} changes the base model's own weights. "
-            "Convert the adapter with PEFT's "
-            "path_initial_model_for_weight_conversion.",
+            "Convert the adapter with PEFT's path_initial_model_for_weight_conversion, or: "
+            f"{CONVERT_IT}",
             "unsupported",
         )
     if config.get("use_rslora") not in (None, True, False):
@@ -175,13 +215,13 @@ def _check_features(config: Mapping[str, Any]) -> None:
 
 def _patterns(
     config: Mapping[str, Any], name: str, number: Callable[[Any, str], float]
-) -> Patterns:
-    """vLLM evaluates these expressions beside its step loop, so only those pass whose time cannot
-    explode.
+) -> ModulePatterns:
+    """vLLM evaluates these expressions on the way to its step loop. So only those pass whose time
+    cannot explode.
     """
     found = config.get(name)
     if found is None:
-        return Patterns()
+        return ModulePatterns()
     if not isinstance(found, dict) or len(found) > MAX_PATTERNS:
         raise InvalidAdapter(
             f"{shown(name)} must be an object of at most {MAX_PATTERNS} entries.", "pattern"
@@ -195,33 +235,37 @@ def _patterns(
                 "it is too long, or repeats too much.",
                 "pattern",
             )
-        pairs.append((re.compile(_whole(key)), number(value, key)))
-    return Patterns(tuple(pairs))
+        pairs.append((re.compile(whole_pattern(key)), number(value, key)))
+    return ModulePatterns(tuple(pairs))
 
 
 def _cost(pattern: str) -> float:
-    """How many repetitions without a bound there are in an expression; infinite for one that is
-    none, or has anything whose time could explode.
+    """How many unbounded repetitions an expression has. Infinite if it is not a valid expression,
+    or has something whose time could explode.
     """
     if not pattern or len(pattern) > MAX_PATTERN_CHARACTERS:
         return math.inf
     try:
         with warnings.catch_warnings(action="error"):
             parsed = re_parser.parse(pattern)
-            re.compile(_whole(pattern))
+            re.compile(whole_pattern(pattern))
     except (re.error, RecursionError, OverflowError, Warning):
         return math.inf
     long, short = _repeats(parsed, inside=False)
     return long if short <= MAX_SHORT_REPEATS else math.inf
 
 
-def _whole(pattern: str) -> str:
-    """PEFT matches it with the end of a module's name, from a dot on."""
+def whole_pattern(pattern: str) -> str:
+    """The expression as PEFT uses it: it must match the end of a module's name, beginning after a
+    dot.
+    """
     return rf"(?:.*\.)?(?:{pattern})$"
 
 
 def _repeats(parsed: Any, inside: bool) -> tuple[float, float]:
-    """(without a bound, short ones). Nothing that repeats may hold a choice or a repetition."""
+    """(unbounded repetitions, bounded ones). Nothing that repeats may hold a choice or a
+    repetition.
+    """
     long = short = 0.0
     for op, value in parsed:
         name = str(op)
@@ -255,10 +299,38 @@ def _names(found: Any, key: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _targets(found: Any, optional: bool) -> frozenset[str] | None:
-    """Names of modules that the base lacks are no fault: the tensors say what was trained."""
+def _covered(config: Mapping[str, Any], optional: bool) -> CoveredModules:
+    targets = _targets(config.get("target_modules"), optional)
+    excluded = config.get("exclude_modules")
+    without: frozenset[str] | re.Pattern[str] | None
+    if isinstance(excluded, str) and excluded:
+        without = _expression(excluded)
+    else:
+        without = frozenset(_names(excluded, "exclude_modules"))
+    layers = config.get("layers_to_transform")
+    numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    if not all(type(n) is int for n in numbers):
+        raise InvalidAdapter(
+            f"`layers_to_transform` must be numbers of layers, not {shown(layers)}.", "target"
+        )
+    if not numbers:
+        return CoveredModules(targets, without)
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    begin = []
+    for pattern in _names(patterns, "layers_pattern"):
+        if _cost(pattern) > MAX_REPEATS:
+            raise InvalidAdapter(f"`layers_pattern` {shown(pattern)} repeats too much.", "pattern")
+        begin.append(re.compile(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\."))
+    return CoveredModules(targets, without, frozenset(numbers), tuple(begin))
+
+
+def _targets(found: Any, optional: bool) -> frozenset[str] | re.Pattern[str] | None:
+    """The module names, or an expression. A name that the base lacks is no fault, because the
+    tensors show what was trained.
+    """
     if isinstance(found, str) and found:
-        return None  # an expression or `all-linear`: the tensors say what it stood for
+        return _expression(found)
     if optional and not found:
         return frozenset()
     names = _names(found, "target_modules")
@@ -268,3 +340,10 @@ def _targets(found: Any, optional: bool) -> frozenset[str] | None:
             "target",
         )
     return frozenset(names)
+
+
+def _expression(text: str) -> re.Pattern[str] | None:
+    """None if it is not evaluated: the tensors show what it stands for."""
+    if text == "all-linear" or _cost(text) > MAX_REPEATS:
+        return None
+    return re.compile(text)

@@ -1,9 +1,9 @@
-"""Pure. The header of a safetensors file, read more strictly than the format's own library does:
-every byte of the file is accounted for.
+"""Pure. Reads the header of a safetensors file. It is stricter than the format's own library: every
+byte of the file must be accounted for.
 
-A file is 8 bytes of little-endian header length N, N bytes of JSON (`{name: {"dtype", "shape",
-"data_offsets": [begin, end]}}`, offsets from the end of the header), then the values. Format:
-https://huggingface.co/docs/safetensors/index#format
+A file begins with 8 bytes, the length N of the header (little-endian). N bytes of JSON follow:
+`{name: {"dtype", "shape", "data_offsets": [begin, end]}}`, with offsets from the end of the header.
+The values come last. Format: https://huggingface.co/docs/safetensors/index#format
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KEYS = {"dtype", "shape", "data_offsets"}
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a file; `begin` and `end` count bytes from the first value."""
+    """One tensor of a file. `begin` and `end` are bytes from the first value."""
 
     name: str
     dtype: str
@@ -40,8 +40,8 @@ class Tensor:
 
 
 def header_length(prefix: bytes, file_bytes: int, max_bytes: int) -> int:
-    """From the first 8 bytes of a file. Raises InvalidAdapter if no file of this size can begin
-    like that.
+    """The length of the header, from the first 8 bytes of a file. Raises InvalidAdapter if no file
+    of this size can begin like that.
     """
     if len(prefix) < LENGTH_BYTES:
         raise _broken(f"the file is cut off: it has {file_bytes} bytes")
@@ -59,11 +59,11 @@ def header_length(prefix: bytes, file_bytes: int, max_bytes: int) -> int:
 
 
 def parse_header(raw: bytes, data_bytes: int) -> list[Tensor]:
-    """The tensors in the order of their values in the file, which they fill without a hole or an
-    overlap.
+    """The tensors, in the order of their values in the file. The values must fill the file without
+    a hole or an overlap.
 
     Raises:
-        InvalidAdapter: not such a header, or its offsets do not fit `data_bytes` of values.
+        InvalidAdapter: it is no such header, or its offsets do not fit `data_bytes` of values.
     """
     if not raw.startswith(b"{"):
         raise _broken("its header does not begin with `{`")

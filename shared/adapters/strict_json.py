@@ -1,5 +1,5 @@
-"""Pure. JSON of strangers: one reading only. A key given twice is refused, since parsers differ in
-which of the two they believe.
+"""Pure. JSON that strangers wrote, read in one way only. A duplicate key is refused, because
+parsers differ in which of the two values they use.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ SHOWN_CHARACTERS = 120
 
 
 def parse_object(raw: bytes, what: str, reason: str) -> dict[str, Any]:
-    """A JSON object; `what` names the source in messages, `reason` becomes the error's code.
+    """A JSON object. `what` names the source in messages, and `reason` becomes the error's code.
 
     Raises:
-        InvalidAdapter: anything else than one object in UTF-8, or (reason `duplicate_key`) a key
-            that is there twice.
+        InvalidAdapter: it is not one object in UTF-8, or a key is there twice (reason
+            `duplicate_key`).
     """
     try:
-        # editors on Windows put a byte order mark first, which says nothing
+        # Editors on Windows write a byte order mark first. It carries no meaning.
         value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_once)
     except _DuplicateKey as exc:
         raise InvalidAdapter(
@@ -34,7 +34,7 @@ def parse_object(raw: bytes, what: str, reason: str) -> dict[str, Any]:
         raise InvalidAdapter(
             f"There is no valid JSON in {what}: {exc.msg} at character {exc.pos}.", reason
         ) from exc
-    except ValueError as exc:  # a number of more digits than Python converts
+    except ValueError as exc:  # also raised for a number with more digits than Python converts
         raise InvalidAdapter(f"There is a number in {what} that is too long.", reason) from exc
     if not isinstance(value, dict):
         raise InvalidAdapter(f"A JSON object is expected in {what}, not {shown(value)}.", reason)
@@ -42,7 +42,7 @@ def parse_object(raw: bytes, what: str, reason: str) -> dict[str, Any]:
 
 
 def shown(value: object) -> str:
-    """For messages: short, printable, without the inside of lists and objects."""
+    """The value for a message: short and printable, without the contents of lists and objects."""
     if isinstance(value, str):
         text = ascii(value)[1:-1]
         return f"`{text[:SHOWN_CHARACTERS]}`" + ("..." if len(text) > SHOWN_CHARACTERS else "")

@@ -1,1 +1,1 @@
-"""Pure. Ray Serve LLM's configuration and ours, read into frozen structs."""
+"""Pure. The configuration, Ray Serve LLM's and our own, read into frozen structs."""

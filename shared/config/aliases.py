@@ -1,5 +1,5 @@
-"""Pure. Aliases of adapters: a name that stands for one adapter or, by shares, for several. The
-same shape in the config and in `PUT /admin/aliases`.
+"""Pure. Aliases of adapters. An alias is a name that stands for one adapter, or for several by
+shares. It has the same shape in the config and in `PUT /admin/aliases`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from shared.errors import AdapterNotFound
 
 MAX_SHARES = 16
 MAX_ALIASES = 1000
-"""Of one base model."""
-_DIGEST = re.compile(r"[0-9a-f]{8,16}\Z")
+"""Aliases per base model."""
+# a digest, not too short a beginning of one, or what the store itself calls a version
+_VERSION = re.compile(r"(?![0-9a-f]{1,7}\Z)[\w.+/=-]{1,1024}\Z", re.ASCII)
 
 
 class ShareConfig(Section, frozen=True, kw_only=True):
-    """A part of an alias's users: `weight` in relation to the other shares. `adapter` is a name, or
-    `name@digest` for one version of it.
+    """One share of an alias's users. `weight` is relative to the other shares. `adapter` is a name,
+    or `name@version` for one version of it: a digest, or the store's own name of a version.
     """
 
     adapter: Annotated[str, Meta(min_length=1)]
@@ -37,19 +38,19 @@ class ShareConfig(Section, frozen=True, kw_only=True):
         if isinstance(adapter, str):
             name, at, digest = adapter.partition("@")
             yield from _name_rule(name, ("adapter",))
-            if at and not _DIGEST.match(digest):
+            if at and not _VERSION.match(digest):
                 yield Finding(
                     ("adapter",),
-                    f"{shown(adapter)}: behind the @ goes a digest, or at least its "
-                    "first 8 characters",
+                    f"{shown(adapter)}: behind the @ goes a digest, at least its first 8 "
+                    "characters, or what the store calls a version",
                 )
         if isinstance(weight, float) and not math.isfinite(weight):
             yield Finding(("weight",), "expected a number")
 
 
 class RollbackConfig(Section, frozen=True, kw_only=True):
-    """A share whose errors exceed `error_rate`, and the others' rate, over at least `min_requests`
-    in `window_s` gets no more requests.
+    """When a share loses its requests. Its error rate must exceed `error_rate` and the rate of the
+    other shares, over at least `min_requests` within `window_s`.
     """
 
     error_rate: Annotated[float, Meta(gt=0, le=1)] = 0.05
@@ -74,7 +75,7 @@ class AliasConfig(Section, frozen=True, kw_only=True):
         read = []
         for n, raw in enumerate(shares):
             share, findings = read_section(ShareConfig, raw, ("shares", n))
-            # an unknown key in a share leaves nothing that could hold
+            # with an unknown key in a share, the alias cannot be used at all
             yield from (replace(found, severity="error") for found in findings)
             read.append(share)
         good = [share for share in read if share is not None]
@@ -95,8 +96,8 @@ class AliasConfig(Section, frozen=True, kw_only=True):
 
 
 def plain_alias(raw: object) -> object:
-    """`v7`, a list of shares or `{adapter: v7}` -> the long form; whatever else stays as it is, to
-    be refused with its place.
+    """Turns `v7`, a list of shares, or `{adapter: v7}` into the long form. Anything else is
+    returned as it is, so that it is refused with its place in the file.
     """
     match raw:
         case str():

@@ -1,5 +1,5 @@
-"""Pure. `deployment_config`: how many workers, how much each takes, how they scale. Names and
-defaults are Ray Serve's (2.60).
+"""Pure. `deployment_config`: how many workers there are, how many requests each takes, and how they
+scale. Names and defaults are Ray Serve's (2.60).
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
-from shared.config.parts import Positive, Seconds, SecondsOrNone
+from shared.config.llm_sections import Positive, Seconds, SecondsOrNone
 from shared.config.section import Finding, Section, shown
 
 Count = Annotated[int, Meta(ge=0)]
 Factor = Annotated[float, Meta(gt=0)]
 
-# Ray LLM's default of max_ongoing_requests and target_ongoing_requests: "never full", "never scale"
+# Ray LLM's default of max_ongoing_requests and target_ongoing_requests. It means "never full" and
+# "never scale".
 UNLIMITED_REQUESTS = 1_000_000_000
 TARGET_SHARE = 0.7
-"""Of the requests that a worker runs at once: the default target. The rest is room for what comes
-while another worker starts (Knative's container-concurrency-target-percentage, 70 too).
+"""The default target, as a share of the requests that a worker runs at once. The rest is room for
+requests that come while another worker starts. Knative's container-concurrency-target-percentage is
+70, too.
 """
 # Ray Serve's own defaults under `num_replicas: auto`
 _AUTO = {"max_replicas": 100, "target_ongoing_requests": 2.0}
 
 
 class BackpressureConfig(Section, frozen=True, kw_only=True):
-    """The answer when a queue is full."""
+    """How the gateway answers when a queue is full."""
 
     status_code: Literal[503, 429] = 503
     retry_after_s: SecondsOrNone | None = None
@@ -42,8 +44,8 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*[.:][A-Za-z_]\w*")
 
 
 class AutoscalingPolicy(Section, frozen=True, kw_only=True):
-    """A scaling function of one's own, as `module:function` or `module:Class`; a class is made once
-    with `policy_kwargs`. It is imported by `loraplex serve` alone.
+    """A user's own scaling function, as `module:function` or `module:Class`. A class is
+    instantiated once with `policy_kwargs`. Only `loraplex serve` imports it.
     """
 
     policy_function: str | None = None
@@ -52,10 +54,10 @@ class AutoscalingPolicy(Section, frozen=True, kw_only=True):
     @classmethod
     def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
         function = given.get("policy_function")
-        if callable(function):  # settings travel as text
+        if callable(function):  # settings are sent to child processes as text
             given["policy_function"] = f"{function.__module__}:{function.__qualname__}"
         elif isinstance(function, str) and function.replace(":", ".") in _RAYS_POLICIES:
-            given["policy_function"] = None  # Ray's own, which is ours
+            given["policy_function"] = None  # Ray's own default, which is also ours
         return given
 
     @classmethod
@@ -69,12 +71,12 @@ class AutoscalingPolicy(Section, frozen=True, kw_only=True):
 
 
 class BottleneckConfig(Section, frozen=True, kw_only=True):
-    """What else asks for workers, besides the number of requests (ours, not Ray's). Each may be
-    null: off.
+    """Other reasons to want more workers, besides the number of requests. This is ours, not Ray's.
+    Each may be null, which switches it off.
 
-    `slots`: share of all adapter slots that the adapters in flight or waiting may fill. `kv_usage`:
-    mean KV cache usage of the workers. `ttft_s`: seconds of prompt tokens that may wait for their
-    prefill.
+    `slots`: the share of all adapter slots that adapters in flight or waiting may fill. `kv_usage`:
+    the mean KV cache usage of the workers (0 to 1). `ttft_s`: how many seconds of prompt tokens may
+    wait for their prefill.
     """
 
     slots: Annotated[float, Meta(gt=0, le=4)] | None = 1.0
@@ -83,10 +85,10 @@ class BottleneckConfig(Section, frozen=True, kw_only=True):
 
 
 class AutoscalingConfig(Section, frozen=True, kw_only=True):
-    """How many workers, between which bounds, how fast. The defaults are those that Ray LLM
-    deployments end up with, but for `target_ongoing_requests`: Ray LLM's 1e9 never scales; without
-    one, `LLMConfig.target_ongoing_requests` is derived from what a worker runs at once.
-    `bottlenecks` is ours; null scales as Ray does.
+    """Between which bounds the number of workers moves, and how fast. The defaults are those of Ray
+    LLM deployments, with one exception. Ray LLM's `target_ongoing_requests` of 1e9 never scales; if
+    it is not set here, `LLMConfig.target_ongoing_requests` derives it from what a worker runs at
+    once. `bottlenecks` is ours; null makes it scale as Ray does.
     """
 
     min_replicas: Count = 1
@@ -109,16 +111,17 @@ class AutoscalingConfig(Section, frozen=True, kw_only=True):
 
     @property
     def scales(self) -> bool:
-        """There is room between the bounds."""
+        """Whether the bounds leave a choice."""
         return self.min_replicas < self.max_replicas
 
     @property
     def upscale_gain(self) -> float:
-        """The factor on each step up, with Ray's precedence among the old and new names."""
+        """The factor on each step up. Ray's precedence among the old and new names holds."""
         return self.upscaling_factor or self.upscale_smoothing_factor or self.smoothing_factor
 
     @property
     def downscale_gain(self) -> float:
+        """The factor on each step down, with the same precedence."""
         return self.downscaling_factor or self.downscale_smoothing_factor or self.smoothing_factor
 
     @classmethod
@@ -181,8 +184,8 @@ _ROLLOUT = "workers are replaced one at a time"
 
 
 class DeploymentConfig(Section, frozen=True, kw_only=True):
-    """The options of Ray's `@serve.deployment` that mean something here, and those that do not,
-    accepted with a warning.
+    """The options of Ray's `@serve.deployment`. Those that mean nothing here are accepted with a
+    warning.
     """
 
     IGNORED: ClassVar[Mapping[str, str]] = {
@@ -210,10 +213,13 @@ class DeploymentConfig(Section, frozen=True, kw_only=True):
         "logging_config": "logs are JSON lines; set gateway.log_level",
     }
 
-    REFUSED: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("min_replicas", "initial_replicas", "max_replicas", "target_ongoing_requests"),
-        "belongs in deployment_config.autoscaling_config",
-    )
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("min_replicas", "initial_replicas", "max_replicas", "target_ongoing_requests"),
+            "belongs in deployment_config.autoscaling_config",
+        ),
+        "max_concurrent_queries": "is called max_ongoing_requests by now",
+    }
 
     num_replicas: Positive | Literal["auto"] | None = None
     autoscaling_config: AutoscalingConfig | None = None
@@ -257,7 +263,8 @@ class DeploymentConfig(Section, frozen=True, kw_only=True):
         if given.get("num_replicas") == "auto" and (
             scaling is None or isinstance(scaling, Mapping)
         ):
-            given["autoscaling_config"] = {**_AUTO, **(scaling or {})}
+            chosen = {key: value for key, value in (scaling or {}).items() if value is not None}
+            given["autoscaling_config"] = {**(scaling or {}), **_AUTO, **chosen}
         return given
 
     @classmethod

@@ -1,5 +1,5 @@
-"""Pure. `engine_kwargs`: what Loraplex itself must know of them. All others are vLLM's business and
-checked against vLLM's own names.
+"""Pure. `engine_kwargs`: the keys that Loraplex itself must understand. All others are checked
+against vLLM's own list of arguments.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from shared.config import front_end
-from shared.config.arguments import NO_LONGER
+from shared.config import vllm_server_arguments
 from shared.config.deployment import Factor
-from shared.config.parts import DEFAULT_MAX_LORAS, LoraConfig, Positive, SecondsOrNone
+from shared.config.llm_sections import DEFAULT_MAX_LORAS, LoraConfig, Positive, SecondsOrNone
 from shared.config.section import Finding, Section, has_errors, read_fields, under
+from shared.config.vllm_engine_arguments import NO_LONGER
 
-# what vLLM accepts as max_lora_rank (vllm/config/lora.py)
+# the values that vLLM accepts for max_lora_rank (vllm/config/lora.py)
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _KWARGS = ("engine_kwargs",)
 _ENABLE = (*_KWARGS, "enable_lora")
@@ -26,12 +26,12 @@ _ADAPTERS = ("lora_config", "max_num_adapters_per_replica")
 
 
 class _LoraKwargs(Section, frozen=True, kw_only=True):
-    """What both engines understand."""
+    """The keys that both engines understand."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
         "model": "is set from model_loading_config.model_source; remove it",
         "served_model_name": "is set from model_loading_config.model_id; remove it",
-        **front_end.REFUSED,
+        **vllm_server_arguments.REFUSED,
     }
 
     enable_lora: bool | None = None
@@ -59,7 +59,7 @@ class _LoraKwargs(Section, frozen=True, kw_only=True):
 
 
 class VllmKwargs(_LoraKwargs, frozen=True, kw_only=True):
-    """The keys of vLLM's that decide something outside vLLM."""
+    """vLLM's keys that also decide something outside of vLLM."""
 
     tensor_parallel_size: Positive = 1
     pipeline_parallel_size: Positive = 1
@@ -84,7 +84,7 @@ class VllmKwargs(_LoraKwargs, frozen=True, kw_only=True):
 
 
 class SimTiming(Section, frozen=True, kw_only=True):
-    """The simulated engine's clock: times in milliseconds, a load costs load_ms + load_ms_per_mb x
+    """The timing of the simulated engine, in milliseconds. A load costs load_ms + load_ms_per_mb x
     megabytes.
     """
 
@@ -97,7 +97,7 @@ class SimTiming(Section, frozen=True, kw_only=True):
 
 
 class SimKwargs(_LoraKwargs, frozen=True, kw_only=True):
-    """All that the simulated engine understands. `max_num_seqs` may be given here, as to vLLM, or
+    """All keys of the simulated engine. `max_num_seqs` may be given here, as for vLLM, or
     in `sim`.
     """
 
@@ -127,7 +127,7 @@ class SimKwargs(_LoraKwargs, frozen=True, kw_only=True):
 
 
 def engine_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
-    """The rules on the engine and its adapters, from the good fields of an LLMConfig."""
+    """Checks the rules between engine and adapters, on the good fields of an LLMConfig."""
     engine, kwargs = values.get("llm_engine"), values.get("engine_kwargs")
     if engine is None or kwargs is None:
         return
@@ -136,15 +136,13 @@ def engine_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
     yield from under(_KWARGS, findings)
     if "lora_config" in values:
         yield from _lora_rules(engine, typed, values["lora_config"])
-    for key in (*front_end.IGNORED, *NO_LONGER):
+    for key in (*vllm_server_arguments.IGNORED, *NO_LONGER):
         if kwargs.get(key) is not None:
-            why = front_end.IGNORED.get(key) or NO_LONGER[key]
+            why = vllm_server_arguments.IGNORED.get(key) or NO_LONGER[key]
             yield Finding((*_KWARGS, key), f"has no effect here: {why}", "warning")
-    if values.get("log_engine_metrics") and kwargs.get("disable_log_stats") is True:
-        text = (
-            "true switches off the statistics that log_engine_metrics and routing need; remove it"
-        )
-        yield Finding((*_KWARGS, "disable_log_stats"), text, other=("log_engine_metrics",))
+    if kwargs.get("disable_log_stats") is True:
+        text = "true switches off the statistics that routing needs; remove it"
+        yield Finding((*_KWARGS, "disable_log_stats"), text)
 
 
 def _typed(engine: str, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
@@ -161,8 +159,8 @@ def _typed(engine: str, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list
 def _lora_rules(
     engine: str, kwargs: Mapping[str, Any], lora: LoraConfig | None
 ) -> Iterator[Finding]:
-    """`kwargs` and `lora` together. A key that is already reported is absent from `kwargs` and
-    takes part in no rule.
+    """The rules that need `kwargs` and `lora` together. A key that is already reported is absent
+    from `kwargs`, so no rule uses it.
     """
     if lora is None:
         return
@@ -199,7 +197,9 @@ def _lora_rules(
 
 
 def _not_plain(kwargs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Workers are processes of their own and get their arguments as JSON."""
+    """The values that cannot be sent as JSON. Workers are separate processes and get their
+    arguments as JSON.
+    """
     for key, value in kwargs.items():
         if not is_plain(value):
             yield (
@@ -210,7 +210,7 @@ def _not_plain(kwargs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def is_plain(value: object) -> bool:
-    """True for what JSON can carry."""
+    """Whether JSON can carry the value."""
     match value:
         case None | bool() | int() | float() | str():
             return True
@@ -223,7 +223,7 @@ def is_plain(value: object) -> bool:
 
 
 def sim_timing(kwargs: Mapping[str, Any]) -> SimTiming:
-    """The timing that a valid simulated engine's `engine_kwargs` describe."""
+    """The timing in a simulated engine's valid `engine_kwargs`."""
     values, findings = read_fields(SimKwargs, kwargs, ())
     assert not has_errors(findings), findings
     timing: SimTiming = values["sim"]

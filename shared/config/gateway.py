@@ -1,5 +1,5 @@
-"""Pure. The `gateway:` section, ours: where the gateway listens, what it admits, how it reaches its
-workers.
+"""Pure. The `gateway:` section, which is ours: where the gateway listens, what it admits, and how
+it reaches its workers.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
-from shared.config.parts import Positive, Seconds, SecondsOrNone, Text
+from shared.config.llm_sections import Positive, Seconds, SecondsOrNone, Text
 from shared.config.section import Finding, Section, shown
 
-Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: any free one
+Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: any free port
 
 RoutingPolicy = Literal["expected-ttft", "ray", "residency-p2c"]
-"""What gateway/routing/registry.py makes; docs/ROUTING.md says which to choose."""
+"""The policies that gateway/routing/registry.py makes. docs/ROUTING.md says which to choose."""
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _TCP = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\s/:@\[\]]+):(?P<port>[0-9]{1,5})")
+DNS_SCHEME = "dns://"
+"""`dns://name:port` stands for a gateway at each of the name's addresses (gRPC's scheme)."""
 _KIB = 1 << 10
 _MIB = 1 << 20
 _GIB = 1 << 30
-_BEATS_PER_LEASE = 3  # losing any one heartbeat must change nothing but time
+_HEARTBEATS_PER_LEASE = 3  # so the loss of one heartbeat changes nothing
 _KEYS_HINT = (
     "keys do not belong in this file; name a variable in api_keys_env (comma-separated "
     "keys) or a file in api_keys_file (one per line)"
@@ -34,14 +36,17 @@ _ADMIN_KEYS_HINT = _KEYS_HINT.replace("api_keys", "admin_keys")
 
 
 class LinkConfig(Section, frozen=True, kw_only=True):
-    """The sockets between gateway and workers: "ipc" (same machine) or tcp://host:port, one for
-    control and one for data.
+    """The sockets between gateway and workers, one for control and one for data. Each is "ipc"
+    (same machine) or tcp://host:port.
 
     On TCP the link needs `secret_env`, the name of a variable with a shared secret, or an explicit
-    `insecure: true`. On loopback gateway and workers with the same state_dir make one themselves.
-    `peer` is where a worker gives adapters to workers of other hosts: tcp://host:port (port 0: any
-    free one, else the first free one from there on), "off", or "auto": every address and any free
-    port where the link leaves this machine and has a secret, else off.
+    `insecure: true`. On loopback, gateway and workers with the same state_dir make a secret
+    themselves.
+
+    `peer` is where a worker gives adapters to workers of other hosts. It is tcp://host:port, "off"
+    or "auto". With port 0 it takes any free port, else the first free port from that one on. "auto"
+    means every address and any free port if the link leaves this machine and has a secret, else
+    "off".
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {
@@ -57,7 +62,7 @@ class LinkConfig(Section, frozen=True, kw_only=True):
 
     @property
     def peer_endpoint(self) -> str:
-        """What a worker binds for its peers; empty: nothing."""
+        """What a worker binds for its peers; "": nothing."""
         if self.peer != "auto":
             return "" if self.peer == "off" else self.peer
         match = _TCP.fullmatch(self.control)
@@ -101,7 +106,8 @@ class LinkConfig(Section, frozen=True, kw_only=True):
         yield from _variable_rule("secret_env", values.get("secret_env"))
         if values.get("secret_env") is None and values.get("insecure") is False:
             for name, host in hosts.items():
-                if not is_loopback(host):  # there the processes of one state_dir make a secret
+                # on loopback the processes of one state_dir make a secret
+                if not is_loopback(host):
                     yield Finding(
                         (name,),
                         f"{shown(host)} is reachable from other machines; set secret_env to the "
@@ -111,10 +117,12 @@ class LinkConfig(Section, frozen=True, kw_only=True):
 
 
 class HTTPConfig(Section, frozen=True, kw_only=True):
-    """Of each gateway process. `header_timeout_s` runs from a request's first byte to the end of
-    its head, and from a new connection to its first byte; `idle_timeout_s` between two requests.
+    """The HTTP server of each gateway process. `header_timeout_s` bounds two times: from a
+    request's first byte to the end of its head, and from a new connection to its first byte.
+    `idle_timeout_s` bounds the time between two requests.
 
-    `max_connections_per_client` 0: three quarters of all, since a proxy is one client too.
+    `max_connections_per_client` 0 means three quarters of `max_connections`, because a proxy counts
+    as one client.
     """
 
     header_timeout_s: Seconds = 10.0
@@ -125,7 +133,9 @@ class HTTPConfig(Section, frozen=True, kw_only=True):
 
 
 class RequestBoundsConfig(Section, frozen=True, kw_only=True):
-    """How much one request may ask of a worker. `max_sequences`: its prompts times `n`."""
+    """How much one request may ask of a worker. `max_sequences` bounds its number of prompts times
+    `n`.
+    """
 
     max_messages: Positive = 2048
     max_sequences: Positive = 64
@@ -135,7 +145,7 @@ class RequestBoundsConfig(Section, frozen=True, kw_only=True):
 
 
 class TLSConfig(Section, frozen=True, kw_only=True):
-    """PEM files; both are read again when one of them changes."""
+    """PEM files. Both are read again when one of them changes."""
 
     certificate: Text | None = None
     key: Text | None = None
@@ -147,15 +157,34 @@ class TLSConfig(Section, frozen=True, kw_only=True):
                 yield Finding((name,), f"is missing; {other} is given", other=(other,))
 
 
+class TracesConfig(Section, frozen=True, kw_only=True):
+    """OpenTelemetry traces. `endpoint` is where they go by OTLP over HTTP; none: there are none.
+    `sample` is the share of requests that are traced where the client's `traceparent` does not say
+    it. With `prompts`, a trace has the request's body.
+    """
+
+    endpoint: Text | None = None
+    sample: Annotated[float, Meta(ge=0, le=1)] = 0.01
+    prompts: bool = False
+
+    @classmethod
+    def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
+        endpoint = values.get("endpoint")
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            yield Finding(("endpoint",), f"expected http://... or https://..., not {endpoint!r}")
+
+
 class GatewayConfig(Section, frozen=True, kw_only=True):
-    """One gateway. `state_dir` holds cached adapters and sockets; `processes` share one port.
+    """One gateway. `state_dir` holds cached adapters and sockets. `processes` gateway processes
+    share one port.
 
-    `disk_cache_bytes` bounds the cached adapters of this machine, of all its workers together; 0:
-    as much as the disk holds. `resume`: an answer goes on at another worker when its own is lost;
-    for that at most `resume_max_tokens` of each stream are kept, and `resume_max_bytes` of all.
+    `disk_cache_bytes` bounds the cached adapters of this machine, of all its workers together; 0
+    means as much as the disk holds. With `resume`, an answer goes on at another worker when its own
+    worker is lost. For that, at most `resume_max_tokens` tokens of each stream are kept, and
+    `resume_max_bytes` of all streams.
 
-    `allowed_origins` are web pages that may call `/v1` from a browser ("*": all). `allowed_hosts`
-    are names besides its own under which a gateway without keys on loopback may be called.
+    `allowed_origins` are web pages that may call `/v1` from a browser ("*": all). A gateway on
+    loopback without keys answers only to its own names; `allowed_hosts` adds more.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {
@@ -185,9 +214,13 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     hang_s: Seconds = 5.0
     engine_suspect_s: Seconds = 5.0
     engine_kill_s: Seconds = 20.0
+    warm_up_s: SecondsOrNone = 10.0
+    keep_answers_s: SecondsOrNone = 60.0
+    max_kept_answers: Positive = 1000
+    max_kept_answer_bytes: Positive = 64 * _MIB
     link: LinkConfig = msgspec.field(default_factory=LinkConfig)
     state_dir: Text = "~/.cache/loraplex"
-    # some 2,000 adapters of 26 MiB, and a quarter of a usual node disk
+    # about 2,000 adapters of 26 MiB, and a quarter of a usual node's disk
     disk_cache_bytes: Annotated[int, Meta(ge=0)] = 50 * _GIB
     routing_policy: RoutingPolicy = "expected-ttft"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -199,10 +232,11 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     http: HTTPConfig = msgspec.field(default_factory=HTTPConfig)
     bounds: RequestBoundsConfig = msgspec.field(default_factory=RequestBoundsConfig)
     tls: TLSConfig = msgspec.field(default_factory=TLSConfig)
+    traces: TracesConfig = msgspec.field(default_factory=TracesConfig)
     allowed_origins: tuple[Text, ...] = ()
     allowed_hosts: tuple[Text, ...] = ()
     resume: bool = True
-    resume_max_tokens: Positive = 131_072  # 512 KiB of one stream
+    resume_max_tokens: Positive = 131_072  # 512 KiB per stream
     resume_max_bytes: Positive = 256 * _MIB
 
     @property
@@ -224,11 +258,11 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
         if (
             lease_s is not None
             and heartbeat_s is not None
-            and lease_s < _BEATS_PER_LEASE * heartbeat_s
+            and lease_s < _HEARTBEATS_PER_LEASE * heartbeat_s
         ):
             text = (
-                f"must be at least {_BEATS_PER_LEASE} heartbeats "
-                f"({_BEATS_PER_LEASE * heartbeat_s:g}), or one lost heartbeat loses a "
+                f"must be at least {_HEARTBEATS_PER_LEASE} heartbeats "
+                f"({_HEARTBEATS_PER_LEASE * heartbeat_s:g}), or one lost heartbeat loses a "
                 "worker"
             )
             yield Finding(("lease_s",), text, other=("heartbeat_s",))
@@ -243,13 +277,16 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
 
 
 def is_endpoint(text: str) -> bool:
-    """True for what a worker can connect to: `tcp://host:port`, or the `ipc://path` of `serve`."""
-    match = _TCP.fullmatch(text)
+    """Whether a worker can connect to it: `tcp://host:port`, `dns://host:port`, or the
+    `ipc://path` of `serve`.
+    """
+    tcp = "tcp://" + text.removeprefix(DNS_SCHEME) if text.startswith(DNS_SCHEME) else text
+    match = _TCP.fullmatch(tcp)
     return text.startswith("ipc:///") or (match is not None and 0 < int(match["port"]) <= 65535)
 
 
 def is_loopback(host: str) -> bool:
-    """True if only this machine reaches `host`. A name other than localhost may be anything."""
+    """Whether only this machine reaches `host`. A name other than localhost may be any machine."""
     if host == "localhost":
         return True
     try:

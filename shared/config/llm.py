@@ -1,13 +1,14 @@
-"""Pure. The model configuration (`LLMConfig`, Ray Serve LLM's names) and the settings of a whole
-file.
+"""Pure. The model configuration (`LLMConfig`, with Ray Serve LLM's names) and the settings of a
+whole file.
 
-Everything that Ray's Python API accepts is accepted here: `LLMConfig(model_loading_config={...},
+It accepts everything that Ray's Python API accepts: `LLMConfig(model_loading_config={...},
 lora_config=dict(...), ...)`. Semantics and defaults were checked against Ray 2.60
 (ray/llm/_internal/serve/core/configs/llm_config.py, ray/serve/config.py).
 """
 
 from __future__ import annotations
 
+import os
 import os.path
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import msgspec
 from msgspec import Struct
 
-from shared.config.arguments import Argument, wrong_arguments
 from shared.config.deployment import (
     TARGET_SHARE,
     UNLIMITED_REQUESTS,
@@ -27,7 +27,7 @@ from shared.config.deployment import (
 )
 from shared.config.engine import LORA_RANKS, SimTiming, engine_findings, sim_timing
 from shared.config.gateway import GatewayConfig, LinkConfig
-from shared.config.parts import (
+from shared.config.llm_sections import (
     DEFAULT_MAX_LORAS,
     AcceleratorConfig,
     LoraConfig,
@@ -36,6 +36,7 @@ from shared.config.parts import (
     Text,
 )
 from shared.config.section import Finding, Section
+from shared.config.vllm_engine_arguments import Argument, wrong_arguments
 
 __all__ = [
     "DEFAULT_MAX_LORAS",
@@ -61,7 +62,12 @@ __all__ = [
 ]
 
 USUAL_MAX_NUM_SEQS = 256
-"""vLLM's own default of max_num_seqs for a server, on all but the largest GPUs."""
+"""vLLM's default of max_num_seqs for a server, on all but the largest GPUs."""
+
+_PLACEMENT = (
+    "workers run on this machine, each with the GPUs that its tensor and pipeline "
+    "parallel sizes ask for"
+)
 
 Engine = Literal["vLLM", "sim"]
 _ENGINES = {"vllm": "vLLM", "sim": "sim"}
@@ -70,17 +76,15 @@ _ENGINES = {"vllm": "vLLM", "sim": "sim"}
 class LLMConfig(Section, frozen=True, kw_only=True):
     """One base model, its adapters and its workers.
 
-    Sections may be given as dicts. Raises ConfigError, with all problems at once, for what cannot
+    Sections may be given as dicts. Raises ConfigError, with all problems at once, if it cannot
     work.
     """
 
     IGNORED: ClassVar[Mapping[str, str]] = {
         "runtime_env": "workers run in the environment of `loraplex`; install packages and export "
         "variables before starting it",
-        "placement_group_config": (
-            "workers run on this machine, each with the GPUs that its tensor and pipeline "
-            "parallel sizes ask for"
-        ),
+        "placement_group_config": _PLACEMENT,
+        "resources_per_bundle": _PLACEMENT,
         "server_cls": "there is one kind of worker",
         "experimental_configs": (
             "they tune Ray's own request path; tokens are sent on as the engine makes them"
@@ -109,6 +113,7 @@ class LLMConfig(Section, frozen=True, kw_only=True):
     accelerator_type: Text | None = None
     accelerator_config: AcceleratorConfig | None = None
     placement_group_config: dict[str, Any] | None = None
+    resources_per_bundle: dict[str, Any] | None = None
     lora_config: LoraConfig | None = None
     deployment_config: DeploymentConfig = msgspec.field(default_factory=DeploymentConfig)
     server_cls: Any = None
@@ -117,8 +122,8 @@ class LLMConfig(Section, frozen=True, kw_only=True):
     callback_config: Any = None
 
     if TYPE_CHECKING:
-        # msgspec makes the constructor, __post_init__ turns dicts into sections; this is what it
-        # accepts.
+        # msgspec makes the constructor, and __post_init__ turns dicts into sections. This is what
+        # it accepts.
         def __init__(
             self,
             *,
@@ -129,6 +134,7 @@ class LLMConfig(Section, frozen=True, kw_only=True):
             accelerator_type: str | None = None,
             accelerator_config: AcceleratorConfig | Mapping[str, Any] | None = None,
             placement_group_config: Mapping[str, Any] | None = None,
+            resources_per_bundle: Mapping[str, Any] | None = None,
             lora_config: LoraConfig | Mapping[str, Any] | None = None,
             deployment_config: DeploymentConfig | Mapping[str, Any] = ...,
             server_cls: object = None,
@@ -137,13 +143,23 @@ class LLMConfig(Section, frozen=True, kw_only=True):
             callback_config: object = None,
         ) -> None: ...
 
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> LLMConfig:
+        """The one model in a YAML file, as Ray reads it. Relative paths in it start at its folder.
+
+        Raises ConfigError, one line per problem.
+        """
+        from shared.config.settings_file import app_from_args
+
+        return app_from_args({"llm_configs": [os.fspath(path)]}).models[0]
+
     @property
     def model_id(self) -> str:
         return self.model_loading_config.model_id
 
     @property
     def model_source(self) -> str:
-        """A Hugging Face id or a local folder."""
+        """A Hugging Face id, a local folder, or a bucket."""
         source = self.model_loading_config.model_source
         return source if isinstance(source, str) else self.model_id
 
@@ -153,21 +169,30 @@ class LLMConfig(Section, frozen=True, kw_only=True):
 
     @property
     def uses_lora(self) -> bool:
-        """True if the engine has adapter slots."""
+        """Whether the engine has adapter slots."""
         return bool(self.engine_kwargs.get("enable_lora", self.llm_engine == "sim"))
 
     @property
     def adapters_path(self) -> str | None:
-        """The folder of the adapters: s3://, gs:// or local; None if there are none."""
+        """The folder of the adapters: a bucket URL or a local path. None if the model takes no
+        adapters.
+        """
         return None if self.lora_config is None else self.lora_config.dynamic_lora_loading_path
 
     @property
-    def max_loras(self) -> int:
-        """Adapter slots per worker: engine_kwargs.max_loras, else
-        lora_config.max_num_adapters_per_replica, else Ray's 16.
+    def given_max_loras(self) -> int | None:
+        """Adapter slots per worker, if the config names their number: engine_kwargs.max_loras, else
+        lora_config.max_num_adapters_per_replica.
         """
-        asked = self.lora_config.max_num_adapters_per_replica if self.lora_config else None
-        return self.engine_kwargs.get("max_loras") or asked or DEFAULT_MAX_LORAS
+        slots = self.lora_config.max_num_adapters_per_replica if self.lora_config else None
+        return self.engine_kwargs.get("max_loras") or slots
+
+    @property
+    def max_loras(self) -> int:
+        """Adapter slots per worker: the given number, else Ray's 16. A worker with a GPU and no
+        given number takes as many as its memory has room for.
+        """
+        return self.given_max_loras or DEFAULT_MAX_LORAS
 
     @property
     def workers(self) -> int:
@@ -175,9 +200,15 @@ class LLMConfig(Section, frozen=True, kw_only=True):
         return self.deployment_config.workers
 
     @property
+    def least_workers(self) -> int:
+        """0 where a request may have to start the first one."""
+        scaling = self.deployment_config.autoscaling_config
+        return self.workers if scaling is None else scaling.min_replicas
+
+    @property
     def runs_at_once(self) -> int:
-        """Requests that one worker runs at once, as far as this file tells; the worker's own number
-        holds once it serves.
+        """How many requests one worker runs at once, as far as this file tells. Once it serves, the
+        worker tells its own number.
         """
         engine = (
             self.sim.max_num_seqs
@@ -188,8 +219,8 @@ class LLMConfig(Section, frozen=True, kw_only=True):
 
     @property
     def target_ongoing_requests(self) -> float | None:
-        """Requests per worker from which on another one is wanted: the given number, else
-        TARGET_SHARE of `runs_at_once`. None where the number of workers is fixed.
+        """Above this number of requests per worker, another worker is wanted. It is the given
+        number, else TARGET_SHARE of `runs_at_once`. None if the number of workers is fixed.
         """
         scaling = self.deployment_config.autoscaling_config
         if scaling is None:
@@ -200,12 +231,12 @@ class LLMConfig(Section, frozen=True, kw_only=True):
 
     @property
     def gpus_per_worker(self) -> int:
-        """Tensor times pipeline parallel size; 0 for the simulated engine and for
-        `accelerator_config: {kind: cpu}`.
+        """Tensor parallel size times pipeline parallel size. 0 for `accelerator_config: {kind:
+        cpu}`. The simulated engine takes GPUs only with `{kind: gpu}`, to rehearse a machine.
         """
-        if self.llm_engine == "sim" or (
-            self.accelerator_config is not None and self.accelerator_config.kind == "cpu"
-        ):
+        usual = "cpu" if self.llm_engine == "sim" else "gpu"
+        kind = usual if self.accelerator_config is None else self.accelerator_config.kind
+        if kind == "cpu":
             return 0
         tensor, pipeline = (
             self.engine_kwargs.get(f"{kind}_parallel_size") or 1 for kind in ("tensor", "pipeline")
@@ -214,7 +245,7 @@ class LLMConfig(Section, frozen=True, kw_only=True):
 
     @property
     def sim(self) -> SimTiming:
-        """The simulated engine's timing. Only for llm_engine "sim"."""
+        """The timing of the simulated engine. Valid only for llm_engine "sim"."""
         return sim_timing(self.engine_kwargs)
 
     @classmethod
@@ -223,13 +254,16 @@ class LLMConfig(Section, frozen=True, kw_only=True):
             given["llm_engine"] = _ENGINES.get(given["llm_engine"].lower(), given["llm_engine"])
         for name in ("server_cls", "callback_config"):
             if given.get(name) is not None:
-                # unused, and a class would not travel to the worker processes
+                # not used, and a class cannot be sent to the worker processes
                 given[name] = str(given[name])
         return given
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
         yield from engine_findings(values)
+        if values.get("log_engine_metrics") is False:
+            text = "has no effect here: routing needs these figures"
+            yield Finding(("log_engine_metrics",), text, "warning")
         deployment = values.get("deployment_config")
         scaling = deployment.autoscaling_config if deployment is not None else None
         if scaling is not None and scaling.scales and scaling.target_ongoing_requests is None:
@@ -243,9 +277,9 @@ class LLMConfig(Section, frozen=True, kw_only=True):
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """A whole configuration file. Plain data: it travels to worker processes as JSON.
+    """A whole configuration file. It is plain data that is sent to worker processes as JSON.
 
-    `source` is the file (or what built it); `warnings` are lines for the log; `places` maps a key
+    `source` is the file, or what built it. `warnings` are lines for the log. `places` maps a key
     (`llm_configs[0].engine_kwargs.max_loras`) to `file:line`, for checks that come later.
     """
 
@@ -255,15 +289,15 @@ class Settings(Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
     places: dict[str, str] = msgspec.field(default_factory=dict)
     model_paths: tuple[str, ...] = ()
-    """Where in the file each of `models` stands, e.g. `llm_configs[0]`."""
+    """Where each of `models` stands in the file, for example `llm_configs[0]`."""
 
     def model(self, model_id: str) -> LLMConfig | None:
         return next((model for model in self.models if model.model_id == model_id), None)
 
 
 def check_engine_kwargs(config: LLMConfig, known: Mapping[str, Argument]) -> list[str]:
-    """One line for each of the model's engine_kwargs that vLLM does not have; `known` are vLLM's
-    own names.
+    """One line for each of the model's engine_kwargs that vLLM does not have. `known` are vLLM's
+    own arguments.
     """
     if config.llm_engine == "sim":
         return []
@@ -274,7 +308,7 @@ def check_engine_kwargs(config: LLMConfig, known: Mapping[str, Argument]) -> lis
 
 
 def engine_kwargs_problems(settings: Settings, known: Mapping[str, Argument]) -> list[str]:
-    """The same for all models of a file, each line with its place: `file:line: key: what is
+    """The same for all models of a file. Each line has its place: `file:line: key: what is
     wrong`.
     """
     lines = []
@@ -290,8 +324,8 @@ def engine_kwargs_problems(settings: Settings, known: Mapping[str, Argument]) ->
 
 
 def rooted(config: LLMConfig, base_dir: str, home: str | None = None) -> LLMConfig:
-    """The config with its local paths made absolute: adapters and ./model folders relative to
-    `base_dir`, ~ to `home`.
+    """The config with absolute local paths. Adapters and ./model folders are relative to
+    `base_dir`, and ~ stands for `home`.
     """
     loading, lora = config.model_loading_config, config.lora_config
     source, tokenizer = (
@@ -309,6 +343,7 @@ def rooted(config: LLMConfig, base_dir: str, home: str | None = None) -> LLMConf
 
 
 def rooted_gateway(config: GatewayConfig, base_dir: str, home: str | None = None) -> GatewayConfig:
+    """The gateway section with absolute local paths."""
     keys, api, admin = (
         None if path is None else local_path(path, base_dir, home)
         for path in (config.keys_file, config.api_keys_file, config.admin_keys_file)

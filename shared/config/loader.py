@@ -1,5 +1,5 @@
-"""Pure. A whole configuration file -> Settings: Ray Serve's file forms, included files, and what
-only holds across models.
+"""Pure. Turns a whole configuration file into Settings. It knows Ray Serve's file forms, included
+files, and the rules between models.
 """
 
 from __future__ import annotations
@@ -7,14 +7,17 @@ from __future__ import annotations
 import os.path
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from shared.config.document import Document, read_document
-from shared.config.file import AppArgs, Application, ConfigFile
+import msgspec
+
+from shared.config.document.kuberay_manifest import out_of_manifest
+from shared.config.document.placeholders import filled_in
+from shared.config.document.yaml_document import Document, read_document
 from shared.config.gateway import GatewayConfig
 from shared.config.llm import LLMConfig, Settings, rooted, rooted_gateway
-from shared.config.placeholders import filled_in, out_of_manifest
+from shared.config.ray_serve import Application, ConfigFile, LLMServingArgs
 from shared.config.section import (
     Finding,
     Path,
@@ -29,17 +32,19 @@ from shared.config.section import (
 from shared.errors import ConfigError
 
 ReadFile = Callable[[str], str]
-"""path -> text; raises OSError, UnicodeDecodeError or ConfigError."""
+"""path -> text. Raises OSError, UnicodeDecodeError or ConfigError."""
 
 _PLACE = re.compile(r"(?P<file>.*?):(?P<line>[0-9]+): ")
-MAX_PROBLEMS = 50  # lines in one ConfigError
+HOLDER = "x-"
+"""Keys at the top that begin so hold what other keys refer to (`&name`, `*name`)."""
+MAX_PROBLEMS = 50  # most lines in one ConfigError
 _T = TypeVar("_T", bound=Section)
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a configuration came from: `source` names it in messages, relative paths start at
-    `base_dir`, ~ is `home`.
+    """Where a configuration came from. `source` names it in messages, relative paths start at
+    `base_dir`, and ~ is `home`.
     """
 
     source: str
@@ -50,8 +55,8 @@ class Origin:
 
 
 @dataclass(slots=True)
-class Report:
-    """Everything found so far, and where each key stands."""
+class ConfigReport:
+    """Everything that was found so far, and the line of each key."""
 
     source: str
     places: dict[Path, str] = field(default_factory=dict)
@@ -59,7 +64,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     def locate(self, document: Document, path: Path) -> None:
-        """Note the lines of a document whose root stands at `path`."""
+        """Notes the lines of a document whose root stands at `path`."""
         self.places.update(
             {(*path, *key): f"{document.source}:{line}" for key, line in document.lines.items()}
         )
@@ -80,7 +85,7 @@ class Report:
         self.add([Finding(path, text, other=other)])
 
     def fields(self, cls: type[Section], raw: object, path: Path) -> dict[str, Any]:
-        """The good fields of a section that is only a step on the way."""
+        """The good fields of a section that only encloses others."""
         if not isinstance(raw, Mapping):
             self.error(path, f"expected a mapping of keys, got {shown(raw)}")
             return {}
@@ -94,7 +99,7 @@ class Report:
         return section
 
     def _order(self, line: str) -> tuple[bool, str, int]:
-        """By place, this file before the included ones."""
+        """Sorts by place: this file before the included ones."""
         place = _PLACE.match(line)
         file, number = (place["file"], int(place["line"])) if place else (self.source, 0)
         return file != self.source, file, number
@@ -117,19 +122,23 @@ def parse_settings(
     home: str | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Settings:
-    """A configuration file's text -> Settings. Relative paths in it start at `base_dir`, by default
-    the folder of `source`. `env` fills in `${NAME}`.
+    """The settings in a configuration file's text. Relative paths in it start at `base_dir`, by
+    default the folder of `source`. `env` fills in `${NAME}`.
 
-    Raises: ConfigError, one line per problem: `file:line: key: what is wrong; what to do`.
+    Raises ConfigError with one line per problem: `file:line: key: what is wrong; what to do`.
     """
-    report = Report(source)
+    report = ConfigReport(source)
     document = out_of_manifest(read_document(text, source))
     report.locate(document, ())
-    document.value, missing = filled_in(document.value, env or {})
+    if isinstance(document.value, dict):
+        document.value = {k: v for k, v in document.value.items() if not k.startswith(HOLDER)}
+    elif document.value is not None and not document.problems:
+        report.error((), f"expected keys such as llm_configs:, got {shown(document.value)}")
+    document.value, missing = filled_in(document, env or {})
     report.add(missing)
     if document.value is None and not report.errors:
         report.errors.append(f"{source}: is empty; expected llm_configs: with at least one model")
-    report.raise_if_errors()  # the keys of a file that is not YAML are anybody's guess
+    report.raise_if_errors()  # if the file is not valid YAML, its keys say nothing
     origin = Origin(
         source,
         os.path.dirname(source) if base_dir is None else base_dir,
@@ -138,8 +147,6 @@ def parse_settings(
         env or {},
     )
     top = report.fields(ConfigFile, document.value, ())
-    if not isinstance(document.value, dict):
-        report.raise_if_errors()
     http = top.get("http_options")
     listen = {
         key: value for key in ("host", "port") if (value := getattr(http, key, None)) is not None
@@ -154,16 +161,18 @@ def parse_settings(
 
 
 def settings_from_args(args: object, origin: Origin) -> Settings:
-    """The argument of `build_openai_app` -> Settings.
+    """The settings from the argument of `build_openai_app`.
 
-    Raises: ConfigError, one line per problem.
+    Raises ConfigError with one line per problem.
     """
-    report = Report(origin.source)
-    return _settings(report, origin, report.fields(AppArgs, args, ()), (), {})
+    report = ConfigReport(origin.source)
+    if isinstance(args, LLMServingArgs):
+        args = msgspec.structs.asdict(args)
+    return _settings(report, origin, report.fields(LLMServingArgs, args, ()), (), {})
 
 
-def _application(report: Report, top: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
-    """The arguments of the one application, and where they stand."""
+def _application(report: ConfigReport, top: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
+    """The arguments of the one application, and where they stand in the file."""
     path: Path = ("applications",)
     applications = top["applications"]
     if top.get("llm_configs") is not None:
@@ -190,11 +199,11 @@ def _application(report: Report, top: Mapping[str, Any]) -> tuple[dict[str, Any]
     if app.get("args") is None:
         report.error(args_path, "is missing; expected args: llm_configs: with at least one model")
         report.raise_if_errors()
-    return report.fields(AppArgs, app["args"], args_path), args_path
+    return report.fields(LLMServingArgs, app["args"], args_path), args_path
 
 
 def _settings(
-    report: Report,
+    report: ConfigReport,
     origin: Origin,
     args: Mapping[str, Any],
     path: Path,
@@ -228,8 +237,9 @@ def _settings(
 
 
 def _gateway(
-    report: Report, raw: object, path: Path, listen: Mapping[str, Any]
+    report: ConfigReport, raw: object, path: Path, listen: Mapping[str, Any]
 ) -> GatewayConfig | None:
+    taken: Mapping[str, Any] = {}
     if raw is None:
         raw = {}
     if isinstance(raw, Mapping):
@@ -245,10 +255,13 @@ def _gateway(
         taken = {key: value for key, value in listen.items() if raw.get(key) is None}
         report.places.update({(*path, key): report.where(("http_options", key)) for key in taken})
         raw = {**raw, **taken}
-    return report.section(GatewayConfig, raw, path)
+    gateway, findings = read_section(GatewayConfig, raw, path)
+    of_ray: dict[Path, Path] = {(*path, key): ("http_options", key) for key in taken}
+    report.add([replace(found, path=of_ray.get(found.path, found.path)) for found in findings])
+    return gateway
 
 
-def _model(report: Report, origin: Origin, entry: object, path: Path) -> LLMConfig | None:
+def _model(report: ConfigReport, origin: Origin, entry: object, path: Path) -> LLMConfig | None:
     base_dir = origin.base_dir
     if isinstance(entry, str):
         if not entry.strip() or "\0" in entry:
@@ -264,8 +277,10 @@ def _model(report: Report, origin: Origin, entry: object, path: Path) -> LLMConf
     return None if model is None else rooted(model, base_dir, origin.home)
 
 
-def _included(report: Report, origin: Origin, name: str, file: str, path: Path) -> Document | None:
-    """The document of a model in a file of its own; None if it cannot be read."""
+def _included(
+    report: ConfigReport, origin: Origin, name: str, file: str, path: Path
+) -> Document | None:
+    """The document of a model that has a file of its own. None if that cannot be read."""
     try:
         text = origin.read_file(file)
     except OSError as exc:
@@ -289,12 +304,12 @@ def _included(report: Report, origin: Origin, name: str, file: str, path: Path) 
     if document.value is None:
         report.error(path, f"{shown(name)} is empty; expected one model")
         return None
-    document.value, missing = filled_in(document.value, origin.env, path)
+    document.value, missing = filled_in(document, origin.env, path)
     report.add(missing)
     return document
 
 
-def _refuse_twins(report: Report, models: Sequence[tuple[LLMConfig, Path]]) -> None:
+def _refuse_twins(report: ConfigReport, models: Sequence[tuple[LLMConfig, Path]]) -> None:
     seen: dict[str, Path] = {}
     for model, path in models:
         here = (*path, "model_loading_config", "model_id")

@@ -1,7 +1,7 @@
-"""Pure. How one section of the configuration is read: plain values in, a frozen Struct and every
-finding out, each with the path of its key.
+"""Pure. Reads one section of the configuration. Plain values go in. A frozen Struct and every
+finding come out, each finding with the path of its key.
 
-The sections themselves (`shared.config_*`) declare fields, types and rules; this module turns them
+The section classes (shared/config/*) declare fields, types and rules. This module turns violations
 into messages that a person can act on.
 """
 
@@ -13,7 +13,7 @@ import math
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Struct, inspect
@@ -24,17 +24,17 @@ from shared.errors import ConfigError
 Path: TypeAlias = tuple[str | int, ...]
 Where: TypeAlias = Callable[[Path], str]
 
-_SHOWN_CHARS = 60  # of an offending value or key in a message
-# an unknown key without a near one is answered with the known keys, if they are this few
+_SHOWN_CHARS = 60  # characters of a wrong value or key that a message shows
+# If no known key resembles an unknown one, and there are at most this many, the message lists them.
 _NAMED_KEYS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong at `path`, and what to do; `other` is a second key that has a part in it.
+    """What is wrong at `path`, and what to do. `other` is a second key that is involved.
 
-    A warning names what has no effect. A stray is a key that nothing reads: an error, but the
-    section's values hold, so that the rules on them can be checked in the same run.
+    A warning names a key that has no effect. A stray is a key that nothing reads. It is an error,
+    but the section's other values are usable, so the rules on them can be checked in the same run.
     """
 
     path: Path
@@ -44,32 +44,73 @@ class Finding:
 
 
 class Section(Struct, frozen=True, kw_only=True):
-    """A mapping of the configuration file. Also constructible in Python, where it raises for what
-    the file reader reports.
+    """A mapping of the configuration file. It can also be constructed in Python. There it raises
+    ConfigError for what the file reader would report.
     """
 
     IGNORED: ClassVar[Mapping[str, str]] = {}
-    """Keys that are accepted and have no effect here -> why, and what happens instead."""
+    """Keys that are accepted but have no effect here -> why, and what happens instead."""
     REFUSED: ClassVar[Mapping[str, str]] = {}
-    """Keys that are not fields and deserve a better answer than "unknown key"."""
+    """Keys that are not fields and deserve a better message than "unknown key"."""
     SECRET: ClassVar[frozenset[str]] = frozenset()
-    """Keys whose wrong values are not repeated in messages: someone may have pasted a secret
-    there.
+    """Keys whose wrong values are not repeated in messages, because someone may have pasted a
+    secret.
     """
 
     @classmethod
     def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Normalise spellings before types are checked. Idempotent; sees only known keys, of any
-        type.
+        """Normalises spellings before types are checked. It is idempotent, and it sees only known
+        keys, whose values may have any type.
         """
         return given
 
     @classmethod
     def check(cls, values: Mapping[str, Any]) -> Iterator[Finding]:
-        """Rules between fields. `values` has the defaults filled in and lacks each field whose own
-        value is already reported.
+        """Rules between fields. `values` has the defaults filled in. A field that is already
+        reported is absent.
         """
         yield from ()
+
+    @classmethod
+    def model_validate(cls, obj: object) -> Self:
+        """Pydantic's name for it, as Ray's configurations have it. Raises ConfigError."""
+        if isinstance(obj, cls):
+            return obj
+        if not isinstance(obj, Mapping):
+            raise ConfigError(f"{cls.__name__}: expected a mapping of keys, got {shown(obj)}")
+        return cls(**obj)
+
+    def model_dump(
+        self, *, mode: str = "python", exclude_none: bool = False, exclude_defaults: bool = False
+    ) -> dict[str, Any]:
+        """Plain values, from which the same section can be made again."""
+        del mode  # all values are JSON's
+        found: dict[str, Any] = {}
+        for name, field in _fields(type(self)).items():
+            value = getattr(self, name)
+            if (exclude_none and value is None) or (
+                exclude_defaults and not field.required and value == _default(field)
+            ):
+                continue
+            if isinstance(value, Section):
+                value = value.model_dump(
+                    exclude_none=exclude_none, exclude_defaults=exclude_defaults
+                )
+            found[name] = _plain(value)
+        return found
+
+    def model_dump_json(self, *, indent: int | None = None, exclude_none: bool = False) -> str:
+        text = msgspec.json.encode(self.model_dump(exclude_none=exclude_none))
+        return (text if indent is None else msgspec.json.format(text, indent=indent)).decode()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Another one with some values changed. It shares nothing with this one if `deep`.
+
+        Raises ConfigError.
+        """
+        return type(self)(
+            **{**(self.model_dump() if deep else _as_mapping(self)), **(update or {})}
+        )
 
     def __post_init__(self) -> None:
         values, findings = read_fields(type(self), _as_mapping(self), ())
@@ -85,8 +126,8 @@ S = TypeVar("S", bound=Section)
 
 
 def read_section(cls: type[S], raw: object, path: Path) -> tuple[S | None, list[Finding]]:
-    """The section at `path`, or None if its values do not hold. An instance (Python API) passes
-    through with its warnings.
+    """The section at `path` and its findings; None if its values cannot be used. An instance from
+    the Python API passes through with its warnings.
     """
     if isinstance(raw, cls):
         return raw, read_fields(cls, _as_mapping(raw), path)[1]
@@ -101,9 +142,10 @@ def read_section(cls: type[S], raw: object, path: Path) -> tuple[S | None, list[
 def read_fields(
     cls: type[Section], raw: Mapping[Any, Any], path: Path
 ) -> tuple[dict[str, Any], list[Finding]]:
-    """The good values of a section's fields (defaults filled in) and the findings about the others.
+    """The good values of a section's fields, with defaults filled in, and the findings on the
+    others.
 
-    A None in the file means "not set", except for a field that takes None.
+    None in the file means "not set", except for a field that takes None.
     """
     fields = _fields(cls)
     findings = [_unknown(cls, key, path) for key in raw if key not in fields]
@@ -138,7 +180,7 @@ def under(path: Path, findings: Iterable[Finding]) -> Iterator[Finding]:
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:
-    """True if the values that the findings are about cannot be used."""
+    """Whether any finding makes the values unusable."""
     return any(found.severity == "error" for found in findings)
 
 
@@ -151,7 +193,7 @@ def warning_lines(findings: Iterable[Finding], where: Where) -> list[str]:
 
 
 def line(found: Finding, where: Where) -> str:
-    """`file:line: key: what is wrong; what to do`."""
+    """One finding as `file:line: key: what is wrong; what to do`."""
     see = "" if found.other is None else f" (see {dotted(found.other)}, {where(found.other)})"
     key = dotted(found.path)
     return (
@@ -176,7 +218,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def shown(value: object) -> str:
-    """A value as a message may repeat it: short, on one line, in words rather than Python's."""
+    """A value for a message: short, on one line, in YAML's words."""
     match value:
         case None:
             return "nothing (null)"
@@ -197,7 +239,7 @@ def shown(value: object) -> str:
 
 
 def expected(kind: inspect.Type) -> str:
-    """A type in words."""
+    """A type in words, for a message."""
     match kind:
         case inspect.UnionType(types=types):
             return " or ".join(
@@ -237,7 +279,7 @@ def _bounds(kind: inspect.IntType | inspect.FloatType) -> str:
 def _read_value(
     field: FieldInfo, raw: object, path: Path, *, secret: bool
 ) -> tuple[Any, list[Finding]]:
-    """The value of one field. The value means nothing if a finding is an error."""
+    """The value of one field. If a finding is an error, the value means nothing."""
     section = _section_of(field)
     if section is not None and raw is not None:
         return read_section(section, raw, path)
@@ -254,7 +296,7 @@ def _read_value(
 
 
 def _spelling(raw: object, field: FieldInfo) -> str:
-    """What to write instead, where YAML's own rules are the trap."""
+    """What to write instead, if YAML's own rules caused the mistake."""
     words = expected(_kind(field))
     if isinstance(raw, str) and "number" in words:
         try:
@@ -293,11 +335,20 @@ def _printable(text: str) -> str:
     return escaped + ("..." if len(text) > _SHOWN_CHARS else "")
 
 
+def _plain(value: Any) -> Any:
+    """As JSON would give it back: it has no tuples."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value
+
+
 def _as_mapping(section: Section) -> dict[str, Any]:
     return {name: getattr(section, name) for name in section.__struct_fields__}
 
 
-@functools.cache  # a pure function of the class; msgspec resolves the annotations anew at each call
+@functools.cache  # pure function of the class; msgspec resolves the annotations at each call
 def _fields(cls: type[Section]) -> dict[str, FieldInfo]:
     return {field.name: field for field in msgspec.structs.fields(cls)}
 

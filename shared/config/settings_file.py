@@ -1,22 +1,28 @@
 """Shell. Reads configuration files, and builds settings from Python. It also writes the file by
-which `serve` hands its settings to its child processes. `shared.config.loader` decides what a file
-means.
+which `serve` hands its settings to its child processes, and follows a file that changes.
+`shared.config.loader` decides what a file means.
 """
 
 from __future__ import annotations
 
+import asyncio
+import codecs
+import contextlib
 import os
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
 
-from shared.config.document import MAX_CHARS
+from shared.config.document.yaml_document import MAX_CHARS
 from shared.config.llm import Settings
 from shared.config.loader import Origin, parse_settings, settings_from_args
 from shared.errors import ConfigError
+from shared.runtime.state_file import Stamp, stamp_of
 
 __all__ = [
     "SERVE_SETTINGS",
+    "FollowedConfig",
     "app_from_args",
     "load_settings",
     "parse_settings",
@@ -25,16 +31,20 @@ __all__ = [
 ]
 
 SERVE_SETTINGS = ".settings.json"
-"""Ending of the name of the file that `serve` writes for its child processes. The file lies in a
-folder that `serve` removes.
+"""Ending of the file that `serve` writes for its child processes. The file lies in a folder that
+`serve` removes.
 """
+POLL_S = 0.5
+"""Between two looks at a file. A change is read once two looks have found the same."""
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""How files of PowerShell begin; YAML allows it."""
 _MAX_FILE_BYTES = 4 * MAX_CHARS  # UTF-8 takes at most four bytes for a character
 
 
 def load_settings(path: str | os.PathLike[str]) -> Settings:
     """The settings in a YAML file. Relative paths in it start at its folder.
 
-    Raises: ConfigError, one line per problem.
+    Raises ConfigError with one line per problem.
     """
     source = os.fspath(path)
     try:
@@ -57,18 +67,18 @@ def app_from_args(args: object) -> Settings:
     """The settings from the argument of `build_openai_app`: {"llm_configs": [LLMConfig | dict |
     path], "gateway": {...}}.
 
-    Relative paths start at the working directory. Raises: ConfigError, one line per problem.
+    Relative paths start at the working directory. Raises ConfigError with one line per problem.
     """
     return settings_from_args(
-        args, Origin("build_openai_app", os.getcwd(), os.path.expanduser("~"), _read)
+        args, Origin("build_openai_app", os.getcwd(), os.path.expanduser("~"), _read, os.environ)
     )
 
 
 def read_settings(path: str) -> Settings:
-    """Settings from a config file (YAML), or from the `.json` that `serve` wrote for its children.
+    """The settings in a config file (YAML), or in the JSON file that `serve` wrote for its
+    children.
 
-    Raises:
-        ConfigError: with every problem of the file.
+    Raises ConfigError with every problem of the file.
     """
     if path.endswith(SERVE_SETTINGS):
         return msgspec.json.decode(Path(path).read_bytes(), type=Settings)
@@ -76,10 +86,65 @@ def read_settings(path: str) -> Settings:
 
 
 def write_settings(settings: Settings, run_dir: Path) -> Path:
+    """Writes the settings for child processes, aside and renamed: a reader sees all or nothing.
+    Returns the file.
+    """
     path = run_dir / f"loraplex{SERVE_SETTINGS}"
-    path.write_bytes(msgspec.json.encode(settings))
-    path.chmod(0o600)
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_bytes(msgspec.json.encode(settings))
+    aside.chmod(0o600)
+    aside.rename(path)
     return path
+
+
+class FollowedConfig:
+    """A configuration that may change while it is used. `read` reads it anew; `settings` are those
+    of the last time.
+    """
+
+    def __init__(self, path: str, settings: Settings, read: Callable[[], Settings]) -> None:
+        self._path, self._read = path, read
+        self._files = _files_of(path, settings)
+        self._seen = self._stamps()
+        self._read_now = asyncio.Event()
+
+    def ask(self) -> None:
+        """Read it now, whether it looks changed or not."""
+        self._read_now.set()
+
+    async def changes(self) -> AsyncIterator[Settings | ConfigError]:
+        """Each new state of the files, or what is wrong with it."""
+        before = self._seen
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await self._read_now.wait()
+            stamps = self._stamps()
+            settled, before = stamps == before != self._seen, stamps
+            if not settled and not self._read_now.is_set():
+                continue
+            self._read_now.clear()
+            self._seen = stamps
+            try:
+                settings = await asyncio.to_thread(self._read)
+            except ConfigError as exc:
+                yield exc
+                continue
+            included = _files_of(self._path, settings) - self._files
+            self._files |= included
+            self._seen = before = {**stamps, **{file: stamp_of(file) for file in included}}
+            yield settings
+
+    def _stamps(self) -> dict[str, Stamp]:
+        return {file: stamp_of(file) for file in self._files}
+
+
+def _files_of(path: str, settings: Settings) -> set[str]:
+    """The file itself, and those that it includes. What `serve` writes includes none."""
+    if path.endswith(SERVE_SETTINGS):
+        return {os.path.abspath(path)}
+    files = {place.rpartition(":")[0] for place in settings.places.values()}
+    return {os.path.abspath(file) for file in (path, *files) if file and os.path.exists(file)}
 
 
 def _read(path: str) -> str:
@@ -89,4 +154,4 @@ def _read(path: str) -> str:
         raise ConfigError(
             f"{path}: is larger than {_MAX_FILE_BYTES} bytes; is this the right file?"
         )
-    return data.decode("utf-8")
+    return data.decode("utf-16" if data.startswith(_UTF_16) else "utf-8")

@@ -1,15 +1,14 @@
-"""Pure. Every message between gateways and workers, and between workers: ids, structs, one union
-and one typed decoder per direction and socket.
+"""Pure. Every message between gateways and workers: ids, structs, and one union with one typed
+decoder per direction and socket. Those between workers are in peer_messages.py.
 
-Control (heartbeats, commands) and data (requests, frames) use separate sockets. Rules for change:
-new fields last, with defaults; unknown trailing fields are ignored by older peers; PROTOCOL_VERSION
-rises only when an old peer would misunderstand.
+Control (heartbeats, commands) and data (requests, frames) use separate sockets. Rules for a change:
+new fields come last and have defaults. Older peers ignore unknown trailing fields. PROTOCOL_VERSION
+rises only if an old peer would misunderstand a message.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 from enum import IntEnum
 from typing import TypeAlias
 
@@ -17,15 +16,15 @@ import msgspec
 
 from shared.adapters.identity import AdapterRef, StoredAdapter
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 5
 
 WorkerId: TypeAlias = str
-"""Chosen by whoever starts the worker; unique among live workers. A restarted worker may reuse it
-with a new epoch.
+"""Chosen by whoever starts the worker, and unique among live workers. A restarted worker may use it
+again with a new epoch.
 """
 StreamId: TypeAlias = int
-"""One attempt of one request on one worker, unique within a gateway process; a retried request gets
-a new one, so late frames find nobody.
+"""One attempt of one request on one worker, unique within a gateway process. A retried request gets
+a new id, so late frames of the old attempt match nothing.
 """
 
 
@@ -33,11 +32,11 @@ class WorkerState(IntEnum):
     JOINING = 0  # the engine boots
     SERVING = 1
     DRAINING = 2  # the worker finishes the requests it has and takes no new ones
-    STOPPED = 3  # the last state that a worker of this epoch reports
+    STOPPED = 3  # the last state that a worker reports in this epoch
 
 
 class Tier(IntEnum):
-    """Where an adapter's weights are, nearest first."""
+    """Where an adapter's weights are, the fastest place first."""
 
     GPU = 0
     CPU = 1
@@ -46,10 +45,10 @@ class Tier(IntEnum):
 
 
 class AdapterState(msgspec.Struct, frozen=True, array_like=True):
-    """One adapter on one worker. While `loading`, `tier` is where it still comes from and `eta_s`
-    the seconds until it is in a slot.
+    """One adapter on one worker. While `loading`, `tier` is the place that it still comes from, and
+    `eta_s` the seconds until it is in a slot.
 
-    `steady`: of all gateways together it gets at least STEADY_PER_S requests a second.
+    `steady`: all gateways together send it at least STEADY_PER_S requests a second.
     """
 
     name: str
@@ -67,18 +66,20 @@ class AdapterState(msgspec.Struct, frozen=True, array_like=True):
 SLOT_NEEDED, MEMORY_NEEDED = "gpu:slot_needed", "cpu:memory_needed"
 ASKED_OF_GPU, ASKED_OF_CPU = "gpu:asked", "cpu:asked"
 EVICTIONS = (SLOT_NEEDED, MEMORY_NEEDED, ASKED_OF_GPU, ASKED_OF_CPU)
-"""Why an adapter left a tier: others needed the room, or an operator or a new version asked."""
+"""Why an adapter left a tier: others needed the room, or an operator or a new version
+asked for it.
+"""
 
 STEADY_PER_S = 1.0
-"""Requests a second from which on an adapter is in steady use. Half of it costs capacity: in the
-simulator (`default`, 85 requests/s, 4 seeds) p99 TTFT is 162 ms without any such rule, 167 ms with
-this, 194 ms with 0.5.
+"""From this many requests a second on, an adapter is in steady use. A lower bound costs capacity.
+In the simulator (`default`, 85 requests/s, 4 seeds) p99 TTFT is 162 ms without any such rule, 167
+ms with this one, and 194 ms with 0.5.
 """
 STEADY_SHARE = 0.25
-"""Of the slots: while adapters in steady use have no more, those who have waited too long take
-other slots than theirs. In the simulator with twice the load that 2 workers of 8 slots can serve
-(64 adapters, Zipf 1.0) Jain's index of what is served within 10 s is 0.91 if nobody is spared, 0.66
-to 0.84 with a quarter, and 0.32 to 0.48 with half of the slots.
+"""The largest share of the slots that adapters in steady use may keep. While they hold no more, an
+adapter that has waited too long takes another slot. In the simulator, 2 workers of 8 slots got
+twice the load they can serve (64 adapters, Zipf 1.0). Jain's index of what is served within 10 s is
+0.91 without this rule. It is 0.66 to 0.84 with a quarter of the slots, and 0.32 to 0.48 with half.
 """
 
 
@@ -88,29 +89,34 @@ to 0.84 with a quarter, and 0.32 to 0.48 with half of the slots.
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     """A full snapshot of one worker for one gateway. Losing any one is harmless.
 
-    Identity: `epoch` grows with every start of the worker, `seq` with every heartbeat of the epoch.
-    `reason` says why the worker is in its `state`, where there is something to say.
+    Identity: `epoch` is new with every start of the worker, and `seq` grows with every heartbeat of
+    the epoch. `reason` says why the worker is in its `state`, if there is something to say.
 
     Load: `running` and `waiting` count the requests of all gateways. `yours` counts those of the
-    receiving gateway alone, and `acked` is the highest stream id received from it.
+    receiving gateway alone. `acked` is the highest stream id received from it.
 
-    Measured times, in seconds, 0 where nothing was measured yet: `load_s` is a whole load from
-    disk: the files are checked and prepared beside the engine, then put into a slot. `stall_s` is
-    the part of a load for which the engine stands still; it is measured over loads from disk and
-    from host memory alike. `load_bytes` is the mean size of the adapters that `stall_s` was
-    measured on. `fetch_s` is a fetch from the store to disk.
+    Measured times, in seconds, 0 until something was measured. `load_s`: a whole load from disk, in
+    which the files are checked and prepared beside the engine and then put into a slot. `stall_s`:
+    the part of a load for which the engine stands still, measured over loads from disk and from
+    host memory. `load_bytes`: the mean size of the adapters that `stall_s` was measured on.
+    `fetch_s`: a fetch from the store to disk.
 
     Files: workers with the same `host` share one disk cache. Workers of other hosts get files from
-    it at `peer_endpoint`; an empty one means that this worker gives none.
+    it at `peer_endpoint`; "" means that this worker gives none.
 
-    `suspect`: why the worker should get nothing new for now (its engine makes no progress); empty
-    while all is well.
+    `suspect`: why the worker should get no new requests for now, because its engine makes no
+    progress. "" while all is well.
 
-    Model: `tasks` are what it can do, in vLLM's words (empty: not known yet), and `max_model_len`
+    `failed`: the worker ends because its engine did not start, or has died.
+
+    `warming`: the engine is there, and the worker loads adapters before it serves (see WarmUp).
+
+    Model: `tasks` are what it can do, in vLLM's words (empty: not known yet). `max_model_len` is
     its context in tokens.
 
-    Since the worker's start: `adapter_loads` into a slot, by the tier that the adapter came from;
-    `adapter_evictions` by `tier:reason`.
+    Counts since the worker's start: `adapter_loads` into a slot, by the tier that the adapter came
+    from, `adapter_evictions` by `tier:reason`, `engine_requests` given to the engine, and the
+    seconds for which loads have held the engine up (`stalled_s`).
     """
 
     worker: WorkerId
@@ -124,7 +130,6 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     waiting: int = 0
     yours: int = 0
     acked: StreamId = 0
-    waiting_tokens: int = 0
     kv_usage: float = 0.0
     adapters: tuple[AdapterState, ...] = ()
     prefill_tokens_per_s: float = 0.0
@@ -142,18 +147,34 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
     max_model_len: int = 0
     adapter_loads: dict[str, int] = {}
     adapter_evictions: dict[str, int] = {}
+    warming: bool = False
+    engine_requests: int = 0
+    failed: bool = False
+    stalled_s: float = 0.0
 
 
-WorkerControl: TypeAlias = Heartbeat
+class LoopHeld(msgspec.Struct, frozen=True, tag="loop_held"):
+    """The worker's process lives, but its event loop has not turned for `held_s`: a request holds
+    it. A thread says so, beside the loop, in place of heartbeats that are late.
+    """
+
+    worker: WorkerId
+    epoch: int
+    held_s: float
+
+
+WorkerControl: TypeAlias = Heartbeat | LoopHeld
 
 # ---- gateway -> worker, control ------------------------------------------------------------------
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """The answer to a worker's first heartbeat. Requests will come from `data_endpoint`. The worker
-    takes a gateway for lost that is silent for `lease_s`. `heartbeat_s` is the gateway's own
-    interval. All data goes by `channel`; a worker that is on another one drops what it has of it,
-    since no gateway waits for that.
+    """The answer to a worker's first heartbeat. Requests will come from `data_endpoint`, and all
+    data goes by `channel`. A worker takes the gateway for lost if it is silent for `lease_s`.
+    `heartbeat_s` is the gateway's own interval.
+
+    A worker that is still on another channel gives up its requests of that one: no gateway waits
+    for them.
     """
 
     gateway: str
@@ -165,7 +186,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
 
 
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
-    """The gateway's own heartbeat: a worker that hears none for `lease_s` aborts that gateway's
+    """The gateway's own heartbeat. A worker that hears none for `lease_s` aborts that gateway's
     requests.
     """
 
@@ -173,7 +194,7 @@ class Alive(msgspec.Struct, frozen=True, tag="alive"):
 
 
 class Farewell(msgspec.Struct, frozen=True, tag="farewell"):
-    """The gateway ends; its requests are over."""
+    """The gateway ends, and its requests with it."""
 
     gateway: str
 
@@ -184,23 +205,40 @@ GatewayControl: TypeAlias = Welcome | Alive | Farewell
 
 
 class Resume(msgspec.Struct, frozen=True, array_like=True):
-    """Where an answer goes on. `tokens` are those that the client has seen (see token_ids.py): they
-    are rendered again, and nothing of that is sent.
+    """Where an answer goes on. `tokens` are those that the client has seen (see token_ids.py). They
+    are rendered again, and their bytes are not sent.
     """
 
     tokens: bytes
 
 
-class Generate(msgspec.Struct, frozen=True, tag="generate", array_like=True):
-    """One request. `body` is the client's JSON as it came; `adapter` is the version resolved for
-    it, `stored` its files where the worker may need them, `peers` the peer endpoints of workers
-    that have those files or are fetching them. `model` is what the client called it, where that is
-    not `base:name`: the answer says so too. `owner` stands for the account in the ids of answers
-    that are kept (see `kept_id`).
+class AnswerKey(msgspec.Struct, frozen=True, array_like=True):
+    """By what a client may ask for the same answer again. `tag` stands for its account and its
+    `Idempotency-Key`, `digest` for all else that it asked: a key belongs to one request.
+    """
 
-    `created` is the time, in seconds since 1970, that the answer carries, the same at every
-    attempt; 0: the worker's. `movable`: the gateway wants the answer's tokens beside its bytes, so
-    that it can have it continued elsewhere. `resume`: it has begun on another worker.
+    tag: bytes
+    digest: bytes
+
+
+class Generate(msgspec.Struct, frozen=True, tag="generate", array_like=True):
+    """One request. `body` is the client's JSON as it came. `adapter` is the version that was
+    resolved for it. `stored` are that version's files, if the worker may need them. `peers` are the
+    peer endpoints of workers that have those files or fetch them.
+
+    `model` is what the client called the model, if that is not `base:name`; the answer repeats it.
+    `answer_id` is the id of an answer that the worker stores; empty: it stores none. `created` is
+    the time that the answer carries, in seconds since 1970; 0: the worker's own. Both are the same
+    at every attempt.
+
+    `movable`: the gateway wants the answer's tokens beside its bytes, so that another worker can
+    continue it. `resume`: the answer has begun on another worker.
+
+    `traceparent` names the span that the engine's own spans belong to (W3C Trace Context); empty:
+    the request is not traced. `tracestate` is what came with it from other tracing systems.
+
+    `key`: the worker keeps the answer for who asks again. `background`: the answer is made to its
+    end whether or not somebody listens, because its client may ask for it by its id.
     """
 
     sid: StreamId
@@ -216,19 +254,47 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", array_like=True):
     resume: Resume | None = None
     method: str = "POST"
     content_type: str = "application/json"
-    owner: str = ""
+    answer_id: str = ""
+    traceparent: str = ""
+    key: AnswerKey | None = None
+    tracestate: str = ""
+    background: bool = False
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", array_like=True):
-    sid: StreamId
-
-
-class Prefetch(msgspec.Struct, frozen=True, tag="prefetch", array_like=True):
-    """Load the adapter into a free slot before anybody asks for it; a worker without a free slot
-    ignores it.
+    """The gateway wants no more of this stream. `over`: nor will its client ask for it again. An
+    answer in the background goes on unless it is `over`.
     """
 
-    adapter: AdapterRef
+    sid: StreamId
+    over: bool = False
+
+
+class FindAnswer(msgspec.Struct, frozen=True, tag="find_answer", array_like=True):
+    """Whether the worker keeps the answer of this tag, or stores the one with this id. Answered
+    with a FoundAnswer.
+    """
+
+    sid: StreamId
+    tag: bytes = b""
+    answer_id: str = ""
+
+
+class KeepCopy(msgspec.Struct, frozen=True, tag="keep_copy", array_like=True):
+    """Another worker stores this answer. This one keeps a copy, in case that one is lost. `data` is
+    what its engine has made of it (see StoredCopy).
+    """
+
+    answer_id: str
+    data: bytes
+
+
+class WarmUp(msgspec.Struct, frozen=True, tag="warm_up", array_like=True):
+    """What a new worker should load before its first request, the most wanted first. Each life of a
+    worker gets one. A worker that serves already loads only what finds an empty slot.
+    """
+
+    adapters: tuple[AdapterRef, ...]
 
 
 class AdapterAction(IntEnum):
@@ -236,13 +302,15 @@ class AdapterAction(IntEnum):
 
     CACHE = 0  # onto the disk, validated
     LOAD = 1  # into a slot, where the least recently used idle adapter makes room
-    PIN = 2  # as LOAD, and it never makes room for another one
+    PIN = 2  # like LOAD, and it never makes room for another one
     UNPIN = 3
     EVICT = 4  # out of the engine, as soon as its requests have ended
 
 
 class AdapterCommand(msgspec.Struct, frozen=True, tag="command", array_like=True):
-    """Answered with a `Done` of the same stream id once it is so, or with a `Refused`."""
+    """One command. The answer is a `Done` with the same stream id once it is done, or a
+    `Refused`.
+    """
 
     sid: StreamId
     action: AdapterAction
@@ -253,14 +321,16 @@ class AdapterCommand(msgspec.Struct, frozen=True, tag="command", array_like=True
 
 class DrainWorker(msgspec.Struct, frozen=True, tag="drain", array_like=True):
     """Take no more requests, give back those that have not ended within `wait_s`, and end. Whoever
-    started the worker starts the next one.
+    started the worker then starts the next one.
     """
 
     wait_s: float
     reason: str
 
 
-GatewayData: TypeAlias = Generate | Cancel | Prefetch | AdapterCommand | DrainWorker
+GatewayData: TypeAlias = (
+    Generate | Cancel | WarmUp | FindAnswer | AdapterCommand | DrainWorker | KeepCopy
+)
 
 # ---- worker -> gateway, data ---------------------------------------------------------------------
 
@@ -268,22 +338,25 @@ END = 1  # last frame of its stream
 SSE = 2  # in a head: the body is an event stream
 TOKENS = 4  # no bytes for the client: tokens of an answer that will be sent whole
 LINES = 8  # in a head: header lines of the answer and an empty line stand before its first bytes
+ANSWERED = 16  # in a head: its client's answer is whole; the rest is made in the background
 STATUS_SHIFT = 8  # in a head: flags >> STATUS_SHIFT is the HTTP status; 0 in every other frame
 
 Frame: TypeAlias = tuple[StreamId, int, bytes, bytes]
 """(stream, flags, body bytes as the client gets them, tokens that they were rendered from). The
-first frame of a stream is its head: it carries the status beside the first bytes.
+first frame of a stream is its head, which carries the status beside the first bytes.
 
 The tokens (see token_ids.py) are all that the engine was asked to render since the frame before. A
-frame with bytes but no tokens, other than the last, means that the stream cannot be continued
-elsewhere.
+frame that has bytes but no tokens, and is not the last one, means that the stream cannot be
+continued elsewhere.
 """
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True):
     """Facts of a finished request, for the access log and the metrics. `wait_s` is the time from
     its arrival at the worker to its start in the engine. `load_s` is the part of it that was spent
-    on its adapter, which came from `tier`.
+    on its adapter, which came from `tier`; `fetch_s` and `check_s` are the parts of that in which
+    the adapter's files were brought to the worker, and checked. `finish_reasons` says why each of
+    its choices ended, with commas between them ("": the answer does not say).
     """
 
     sid: StreamId
@@ -292,14 +365,17 @@ class Done(msgspec.Struct, frozen=True, array_like=True):
     wait_s: float = 0.0
     load_s: float = 0.0
     tier: Tier = Tier.GPU
+    fetch_s: float = 0.0
+    check_s: float = 0.0
+    finish_reasons: str = ""
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True):
-    """The worker will not serve this stream, or not to its end; what it has sent of it stays valid.
+    """The worker will not serve this stream, or not to its end. What it has sent of it stays valid.
     `code` is that of an error in shared.errors.
 
-    `leaving`: this life of the worker takes no more requests. Heartbeats say it too, on another
-    socket and so perhaps later. `suspect`: as in heartbeats, nothing new for now.
+    `leaving`: this life of the worker takes no more requests. Heartbeats say so too, but on another
+    socket and perhaps later. `suspect`: the worker takes nothing new for now, as in heartbeats.
     """
 
     sid: StreamId
@@ -310,8 +386,24 @@ class Refused(msgspec.Struct, frozen=True, array_like=True):
     suspect: bool = False
 
 
+class FoundAnswer(msgspec.Struct, frozen=True, array_like=True):
+    """The answer to FindAnswer. `digest` is empty where the answer is not kept. Else a Generate
+    with the same key gets that answer, with the id and time of its first request. `stored`: the
+    worker stores the answer that was asked for by its id. `copied`: it has only a copy of it.
+    `alone`: it made the answer without its gateway, which may have had it made elsewhere, too.
+    """
+
+    sid: StreamId
+    digest: bytes = b""
+    request_id: str = ""
+    created: int = 0
+    stored: bool = False
+    copied: bool = False
+    alone: bool = False
+
+
 class Attach(msgspec.Struct, frozen=True, tag="attach", array_like=True):
-    """First message on a data socket: from now on requests can be sent to this epoch of this
+    """The first message on a data socket. From now on requests can be sent to this epoch of this
     worker.
     """
 
@@ -325,11 +417,21 @@ class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
     frames: list[Frame]
     done: list[Done] = []
     refused: list[Refused] = []
+    found: list[FoundAnswer] = []
+
+
+class StoredCopy(msgspec.Struct, frozen=True, tag="stored_copy", array_like=True):
+    """A copy of an answer that the worker stores, for another worker. It comes before the end of
+    the answer, so whoever has seen the end can rely on it.
+    """
+
+    answer_id: str
+    data: bytes
 
 
 class Stopped(msgspec.Struct, frozen=True, tag="stopped", array_like=True):
-    """Last word of this life of the worker. It goes the way of the frames, so that it cannot
-    overtake them.
+    """The last message of this life of the worker. It takes the same way as the frames, so it
+    cannot overtake them.
     """
 
     worker: WorkerId
@@ -337,14 +439,14 @@ class Stopped(msgspec.Struct, frozen=True, tag="stopped", array_like=True):
     reason: str
 
 
-WorkerData: TypeAlias = Attach | Step | Stopped
+WorkerData: TypeAlias = Attach | Step | Stopped | StoredCopy
 
 # ---- both ways: what carries the data ------------------------------------------------------------
 
 
-class Carried(msgspec.Struct, frozen=True, tag=1, array_like=True):
-    """One encoded message of GatewayData or WorkerData, numbered from 1 in its direction of its
-    channel. `acked` is the highest number that the sender has delivered.
+class DataPacket(msgspec.Struct, frozen=True, tag=1, array_like=True):
+    """One encoded message of GatewayData or WorkerData. Each direction of a channel numbers them
+    from 1. `acked` is the highest number that the sender has delivered.
     """
 
     channel: int
@@ -353,10 +455,11 @@ class Carried(msgspec.Struct, frozen=True, tag=1, array_like=True):
     body: bytes
 
 
-class Status(msgspec.Struct, frozen=True, tag=2, array_like=True):
-    """Where an end of a channel stands: the highest numbers that it has `sent` and delivered
-    (`acked`). `missing`: it asks for all after `acked` again. `ping` counts the pings of the sender
-    on this connection, `echo` is the last one that it heard there (0: this is neither).
+class ChannelStatus(msgspec.Struct, frozen=True, tag=2, array_like=True):
+    """Where one end of a channel stands: the highest numbers that it has `sent` and delivered
+    (`acked`). With `missing` it asks for everything after `acked` again. `ping` counts the sender's
+    pings on this connection. `echo` is the last ping that it received there. Each is 0 if the
+    packet is no ping or no echo.
     """
 
     channel: int
@@ -367,47 +470,6 @@ class Status(msgspec.Struct, frozen=True, tag=2, array_like=True):
     echo: int = 0
 
 
-# ---- worker -> worker, peer ----------------------------------------------------------------------
-
-
-class PieceRequest(msgspec.Struct, frozen=True, tag="piece_request", array_like=True):
-    """Bytes of one part of one file of an adapter. Each gets one answer with its `number`."""
-
-    number: int
-    adapter: AdapterRef
-    path: str
-    offset: int
-    size_bytes: int
-
-
-class Piece(msgspec.Struct, frozen=True, tag="piece", array_like=True):
-    """What was wanted, and the SHA-256 (hex) of the whole part that it lies in, as taken when the
-    part came from the store.
-    """
-
-    number: int
-    sha256: str
-    data: bytes
-
-
-class PieceNotYet(msgspec.Struct, frozen=True, tag="piece_not_yet", array_like=True):
-    """The part is on its way to this host, whose download got something `idle_s` seconds ago: ask
-    again.
-    """
-
-    number: int
-    idle_s: float = 0.0
-
-
-class PieceNotHere(msgspec.Struct, frozen=True, tag="piece_not_here", array_like=True):
-    """This host does not have the part and will not soon, or serves too many others now."""
-
-    number: int
-
-
-PeerQuestion: TypeAlias = PieceRequest
-PeerAnswer: TypeAlias = Piece | PieceNotYet | PieceNotHere
-
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
 
@@ -415,17 +477,15 @@ decode_worker_control = msgspec.msgpack.Decoder(WorkerControl).decode
 decode_gateway_control = msgspec.msgpack.Decoder(GatewayControl).decode
 decode_worker_data = msgspec.msgpack.Decoder(WorkerData).decode
 decode_gateway_data = msgspec.msgpack.Decoder(GatewayData).decode
-decode_packet = msgspec.msgpack.Decoder(Carried | Status).decode
-decode_peer_question = msgspec.msgpack.Decoder(PeerQuestion).decode
-decode_peer_answer = msgspec.msgpack.Decoder(PeerAnswer).decode
+decode_packet = msgspec.msgpack.Decoder(DataPacket | ChannelStatus).decode
 
 DecodeError = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What any decoder raises, for `except`: count the message and drop it."""
+"""What any decoder raises, for use in `except`. Count the message and drop it."""
 
 
 def is_packet(data: bytes) -> bool:
-    """Tells what belongs to a channel from the messages of the control socket: msgpack's arrays of
-    up to 15 items from its maps.
+    """Whether the bytes belong to a channel and are not a control message. Packets are msgpack
+    arrays of up to 15 items; control messages are maps.
     """
     return data[:1] > b"\x8f" and data[:1] < b"\xa0"
 
@@ -437,42 +497,7 @@ def identity(worker: WorkerId, epoch: int) -> bytes:
 
 
 @functools.lru_cache(maxsize=4096)
-def life_of(peer: bytes) -> tuple[WorkerId, int]:
-    """The worker and epoch of a routing id. Raises ValueError (UnicodeDecodeError is one) where it
-    is none of ours.
-    """
+def worker_and_epoch_of(peer: bytes) -> tuple[WorkerId, int]:
+    """The worker and epoch of a routing id. Raises ValueError if it is not one of ours."""
     worker, _, epoch = peer.decode().rpartition("#")
     return worker, int(epoch, 16)
-
-
-KEPT_PREFIX = "resp_"
-_TAG_DIGITS = 8
-
-
-def kept_id(worker: WorkerId, epoch: int, owner: str, secret: str) -> str:
-    """The id of an answer that one life of a worker keeps for later requests. `owner` is of
-    `owner_tag`.
-    """
-    return f"{KEPT_PREFIX}{worker_tag(worker, epoch)}{owner}{secret}"
-
-
-def read_kept_id(given: str) -> tuple[str, str] | None:
-    """(tag of the worker, tag of the owner), or None for what is no such id."""
-    tags = given.removeprefix(KEPT_PREFIX)
-    if tags == given or len(tags) <= 2 * _TAG_DIGITS:
-        return None
-    return tags[:_TAG_DIGITS], tags[_TAG_DIGITS : 2 * _TAG_DIGITS]
-
-
-@functools.lru_cache(maxsize=4096)
-def worker_tag(worker: WorkerId, epoch: int) -> str:
-    return _tag(f"worker {worker}#{epoch}")
-
-
-@functools.lru_cache(maxsize=4096)
-def owner_tag(account: str) -> str:
-    return _tag(f"owner {account}")
-
-
-def _tag(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=_TAG_DIGITS // 2).hexdigest()

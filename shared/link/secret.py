@@ -1,8 +1,8 @@
 """Shell. The secret that keys the link: the user's own, or one for the processes of this machine.
 
-A TCP port on loopback is open to every user and container of the host. Without a secret of the
-user's own, gateway and workers that share a `state_dir` take one from a file in it that nobody else
-can read; whichever comes first makes it.
+A TCP port on loopback is open to every user and container of the host. If the user gives no secret,
+gateway and workers that share a `state_dir` use one from a file in it. No other user can read that
+file. Whichever process comes first makes it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ MIN_CHARACTERS = 16
 def link_secret(
     secret_env: str | None, insecure: bool, endpoints: Sequence[str], state_dir: Path
 ) -> str | None:
-    """The link's secret; None where the link is ipc, or is meant to have none.
+    """The link's secret. None if the link is ipc, or is meant to have none.
 
-    Raises LinkError if the variable is named but empty, or the file cannot be made or read.
+    Raises LinkError if the variable is named but empty, or if the file cannot be made or read.
     """
     if secret_env:
         return _from_env(secret_env)
@@ -52,7 +52,7 @@ def is_loopback_tcp(endpoint: str) -> bool:
 
 
 def _make(path: Path) -> None:
-    """All or nothing, so that nobody reads half a secret: written aside, and linked to its name."""
+    """Writes the file aside and links it to its name, so that nobody reads half a secret."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

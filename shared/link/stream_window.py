@@ -1,11 +1,11 @@
-"""Pure. What makes a link unable to lose in silence: numbers, acknowledgements, a window of what
-may have to be sent again, and whether a path carries anything.
+"""Pure. What keeps the link from losing messages silently: numbers, acknowledgements, a window of
+bodies that may have to be sent again, and a judgement of each connection.
 
 One `Channel` is one end of a data link between one life of a worker and one life of a gateway. Each
-direction numbers its bodies from 1. The receiver delivers them in order, each once; what comes out
-of order is not kept: it asks once, and the sender sends all again from the first missing one (go
-back N, as links lose seldom and then all at once). A channel whose window is full is over; a new
-one, with another id, begins from nothing.
+direction numbers its bodies from 1. The receiver delivers them in order, each once. It does not
+keep bodies that come out of order. It asks once, and the sender sends everything again from the
+first missing body (go back N). That suits links, which lose seldom and then lose everything. A
+channel whose window is full is over. A new channel, with another id, begins from nothing.
 """
 
 from __future__ import annotations
@@ -15,21 +15,25 @@ from collections import deque
 from enum import Enum
 from typing import TypeAlias
 
-from shared.link.messages import Carried, Status
+from shared.link.messages import ChannelStatus, DataPacket
 
-Packet: TypeAlias = Carried | Status
+Packet: TypeAlias = DataPacket | ChannelStatus
 
 MAX_WINDOW_BYTES = 64 << 20
-"""Sent and not confirmed, per channel and direction: a minute of 64 streams at 60 tokens a
-second.
+"""Bytes that were sent and not confirmed, per channel and direction. 64 streams at 60 tokens a
+second fill it in a minute.
 """
 MAX_WINDOW_MESSAGES = 20_000
-CONFIRM_EVERY = 64
-"""Deliveries after which the receiver confirms without waiting for the next status."""
+CONFIRM_EVERY = 1024
+"""After this many deliveries the receiver confirms without waiting for the next ping. That is often
+enough for MAX_WINDOW_MESSAGES if no ping arrives, and seldom enough to cost nothing.
+"""
+CONFIRM_BYTES = 1 << 20
+"""The same in bytes, for who waits for room to send more."""
 ASK_AGAIN_S = 0.1
-"""A gap that is still there is asked for again after this; a round trip should be shorter."""
+"""A gap that is still there after this time is asked for again. A round trip should be shorter."""
 MAX_PINGS = 64
-"""Unanswered pings of one path that are remembered; older ones need no answer."""
+"""Unanswered pings per connection that are remembered. Older ones need no answer."""
 
 
 class Arrival(Enum):
@@ -39,13 +43,13 @@ class Arrival(Enum):
 
     DELIVER = "deliver"
     DUPLICATE = "duplicate"
-    GAP = "gap"  # something before it is missing
+    GAP = "gap"  # an earlier body is missing
     STALE = "stale"  # of another channel
 
 
 class Channel:
-    """`send` numbers a body; `receive` and `hear` take what arrived; whenever `owes` is true,
-    `replies` gives the packets to send now.
+    """One end of a channel. `send` numbers a body. `receive` and `hear` take what arrived. Whenever
+    `owes` is true, `replies` returns the packets to send now.
     """
 
     __slots__ = (
@@ -54,6 +58,7 @@ class Channel:
         "_confirmed",
         "_resends",
         "_unconfirmed",
+        "_unconfirmed_bytes",
         "acknowledged",
         "delivered",
         "id",
@@ -65,23 +70,25 @@ class Channel:
 
     def __init__(self, channel: int) -> None:
         self.id = channel
-        self.sent = self.acknowledged = 0  # numbers given out, and confirmed by the other end
+        # highest number that was given out, and highest that the other end has confirmed
+        self.sent = self.acknowledged = 0
         self.delivered = 0  # the other end's highest number that was delivered
         self.window_bytes = 0
         self.owes = False
-        self.resent = 0  # bodies that were sent again, since the channel began
+        self.resent = 0  # bodies that were sent again
         self._unconfirmed: deque[bytes] = deque()
-        self._confirmed = 0  # the highest `delivered` that the other end was told
+        self._confirmed = 0  # the highest `delivered` that the other end has been told
+        self._unconfirmed_bytes = 0  # of what was delivered since then
         self._asks = self._resends = False
         self._asked_at = -math.inf
 
     @property
     def settled(self) -> bool:
-        """The other end has confirmed all that was sent."""
+        """Whether the other end has confirmed everything that was sent."""
         return not self._unconfirmed
 
-    def send(self, body: bytes) -> Carried | None:
-        """Takes a body into the window and returns its packet; None if the window is full."""
+    def send(self, body: bytes) -> DataPacket | None:
+        """Takes a body into the window and returns its packet. None if the window is full."""
         window = self._unconfirmed
         if window and (
             self.window_bytes + len(body) > MAX_WINDOW_BYTES or len(window) >= MAX_WINDOW_MESSAGES
@@ -90,23 +97,27 @@ class Channel:
         window.append(body)
         self.window_bytes += len(body)
         self.sent += 1
-        self._confirmed = self.delivered
-        return Carried(self.id, self.sent, self.delivered, body)
+        self._confirm()
+        return DataPacket(self.id, self.sent, self.delivered, body)
 
     def take_back(self) -> None:
-        """The packet that `send` gave last did not leave: as if it had never been numbered."""
+        """Undoes the last `send`, whose packet did not leave."""
         self.window_bytes -= len(self._unconfirmed.pop())
         self.sent -= 1
 
-    def receive(self, packet: Carried, now: float) -> Arrival:
-        """Only what is to be delivered moves the channel on."""
+    def receive(self, packet: DataPacket, now: float) -> Arrival:
+        """Takes one body. Only DELIVER moves the channel on."""
         if packet.channel != self.id:
             return Arrival.STALE
         if packet.acked > self.acknowledged:
             self._acknowledge(packet.acked)
         if packet.number == self.delivered + 1:
             self.delivered += 1
-            if self.delivered - self._confirmed >= CONFIRM_EVERY:
+            self._unconfirmed_bytes += len(packet.body)
+            if (
+                self.delivered - self._confirmed >= CONFIRM_EVERY
+                or self._unconfirmed_bytes >= CONFIRM_BYTES
+            ):
                 self.owes = True
             return Arrival.DELIVER
         if packet.number <= self.delivered:
@@ -114,9 +125,9 @@ class Channel:
         self._ask(now)
         return Arrival.GAP
 
-    def hear(self, status: Status, now: float) -> Arrival:
-        """GAP if the other end has sent what did not arrive; STALE if it speaks of another
-        channel.
+    def receive_status(self, status: ChannelStatus, now: float) -> Arrival:
+        """Takes a status. GAP if the other end has sent bodies that did not arrive. STALE if the
+        status is of another channel.
         """
         if status.channel != self.id:
             return Arrival.STALE
@@ -130,34 +141,40 @@ class Channel:
         return Arrival.DELIVER
 
     def resend(self) -> None:
-        """All that is not confirmed goes again, because it went a way that may not carry it."""
+        """Sends every unconfirmed body again, because they went by a connection that may
+        not carry.
+        """
         if self._unconfirmed:
             self._resends = self.owes = True
 
-    def status(self, ping: int = 0, echo: int = 0) -> Status:
-        self._confirmed = self.delivered
-        return Status(self.id, self.sent, self.delivered, False, ping, echo)
+    def status(self, ping: int = 0, echo: int = 0) -> ChannelStatus:
+        self._confirm()
+        return ChannelStatus(self.id, self.sent, self.delivered, False, ping, echo)
 
     def replies(self) -> list[Packet]:
-        """What has become due: bodies that go again, a question for missing ones, or a mere
+        """The packets that are due: bodies to send again, a request for missing ones, or only a
         confirmation.
         """
         packets: list[Packet] = []
         if self._resends:
             first = self.acknowledged + 1
             packets += [
-                Carried(self.id, number, self.delivered, body)
+                DataPacket(self.id, number, self.delivered, body)
                 for number, body in enumerate(self._unconfirmed, first)
             ]
             self.resent += len(packets)
         if self._asks or not packets:
-            packets.append(Status(self.id, self.sent, self.delivered, self._asks))
-        self._confirmed = self.delivered
+            packets.append(ChannelStatus(self.id, self.sent, self.delivered, self._asks))
+        self._confirm()
         self.owes = self._asks = self._resends = False
         return packets
 
+    def _confirm(self) -> None:
+        """The packet that leaves now tells the other end what was delivered."""
+        self._confirmed, self._unconfirmed_bytes = self.delivered, 0
+
     def _acknowledge(self, number: int) -> None:
-        """An end that confirms what was never sent is not believed."""
+        """Confirms bodies up to `number`. A confirmation of what was never sent is ignored."""
         window = self._unconfirmed
         for _ in range(min(number, self.sent) - self.acknowledged):
             self.window_bytes -= len(window.popleft())
@@ -169,9 +186,9 @@ class Channel:
             self._asks = self.owes = True
 
 
-class Path:
-    """Whether one connection carries, both ways: each end numbers its pings and echoes the last one
-    that it heard, so an echo proves that both ways carried.
+class LinkPath:
+    """Whether one connection carries both ways. Each end numbers its pings and echoes the last ping
+    that it received. So an echo proves that both ways carried.
 
     `since` is when the newest ping left whose echo has come back.
     """
@@ -185,12 +202,12 @@ class Path:
         self._pings: deque[tuple[int, float]] = deque(maxlen=MAX_PINGS)
 
     def ping(self, now: float) -> int:
-        """The number for the next ping."""
+        """The number of the next ping."""
         self._sent += 1
         self._pings.append((self._sent, now))
         return self._sent
 
-    def hear(self, ping: int, echo: int) -> None:
+    def receive_ping(self, ping: int, echo: int) -> None:
         self.heard = max(self.heard, ping)
         while self._pings and self._pings[0][0] <= echo:
             _, sent_at = self._pings.popleft()

@@ -1,8 +1,8 @@
-"""Pure. Token ids as they travel beside the bytes of an answer: 32-bit words, little-endian.
+"""Pure. Token ids as they are sent beside the bytes of an answer: 32-bit words, little-endian.
 
-A word below CHOICE is the id of a token. A word from CHOICE on says whose tokens follow: its low
-bits are the number of a choice. Words without such a mark belong to choice 0, so an answer with one
-choice needs none, and the words of several frames can be joined as they are.
+A word below CHOICE is a token id. A word from CHOICE on says whose tokens follow: its low bits are
+the number of a choice. Words without such a mark belong to choice 0. So an answer with one choice
+needs no marks, and the words of several frames can simply be joined.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _one = struct.Struct("<I").pack
 
 
 def pack(ids: Sequence[int]) -> bytes:
-    """Of the only choice of an answer."""
+    """The words of an answer with one choice."""
     return _one(ids[0]) if len(ids) == 1 else struct.pack(f"<{len(ids)}I", *ids)
 
 
 def pack_choice(choice: int, ids: Iterable[int]) -> bytes:
-    """Of one choice of several."""
+    """The words of one choice of several."""
     return pack([CHOICE | choice, *ids])
 
 
@@ -40,3 +40,9 @@ def unpack(words: bytes) -> dict[int, list[int]]:
         else:
             found.setdefault(choice, []).append(word)
     return found
+
+
+def count(words: bytes) -> int:
+    """How many tokens there are, of all choices."""
+    whole = len(words) // BYTES_PER_TOKEN
+    return sum(word < CHOICE for word in struct.unpack_from(f"<{whole}I", words))

@@ -1,5 +1,5 @@
-"""Shell. Child processes of ours: started directly or by a zygote, waited for, and ended with a
-signal and a deadline.
+"""Shell. Child processes of ours. They are started directly or by a zygote, waited for, and ended
+with a signal and a deadline.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Child(Protocol):
     pid: int
 
     async def wait(self) -> int:
-        """The exit status; 128 + n for a child that signal n ended."""
+        """The exit status. 128 + n for a child that signal n ended."""
         ...
 
 
-class Direct:
-    """A child that this process started itself, in a session of its own, so that a terminal's
-    Ctrl-C reaches only us.
+class DirectChild:
+    """A child that this process started itself. It has a session of its own, so a terminal's Ctrl-C
+    reaches only this process.
     """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
@@ -40,14 +40,15 @@ class Direct:
 
 
 async def start(argv: Sequence[str], env: Mapping[str, str]) -> Child:
+    """Starts a child directly."""
     full = {**os.environ, **env, PARENT_ENV: str(os.getpid())}
     process = await asyncio.create_subprocess_exec(
         *argv, env=full, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
     )
-    return Direct(process)
+    return DirectChild(process)
 
 
-class Forked:
+class ForkedChild:
     """A child that the zygote forked."""
 
     def __init__(self, pid: int) -> None:
@@ -59,21 +60,21 @@ class Forked:
 
 
 class Zygote:
-    """`worker.zygote` and its children. Leave by `close()`: the zygote ends and its
-    children drain.
+    """`worker.zygote` and its children. End it with `close()`: the zygote ends and its children
+    drain.
     """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
-        self._children: dict[int, Forked] = {}
+        self._children: dict[int, ForkedChild] = {}
         self._answers: asyncio.Queue[int] = asyncio.Queue()
         self._asking = asyncio.Lock()
         self._reader: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, env: Mapping[str, str]) -> Zygote:
-        """Starts it and waits until it has imported vLLM (6 to 15 s). Raises ConfigError if it
-        cannot.
+        """Starts the zygote and waits until it has imported vLLM (6 to 15 s). The zygote ends if
+        that is cancelled. Raises ConfigError if it cannot import vLLM.
         """
         process = await asyncio.create_subprocess_exec(
             *command("worker.zygote"),
@@ -84,16 +85,18 @@ class Zygote:
         )
         self = cls(process)
         assert process.stdout is not None
-        if not await process.stdout.readline():
-            raise ConfigError(
-                "vLLM cannot be imported (see above); install loraplex[cpu] or "
-                "loraplex[gpu], or use llm_engine: sim"
-            )
+        try:
+            ready = await process.stdout.readline()
+        except asyncio.CancelledError:
+            process.kill()
+            raise
+        if not ready:
+            raise ConfigError("vLLM cannot be imported; the reason is above")
         self._reader = asyncio.create_task(self._read(), name="zygote")
         return self
 
     async def start(self, argv: Sequence[str], env: Mapping[str, str]) -> Child:
-        """Forks a worker; `argv` are the arguments of `worker`."""
+        """Forks a worker. `argv` are the arguments of `worker`."""
         assert self._process.stdin is not None
         async with self._asking:
             if self._process.returncode is None:
@@ -102,7 +105,7 @@ class Zygote:
                 )
             pid = await self._answers.get()
         if pid < 0:
-            self._answers.put_nowait(-1)  # for whoever asks next
+            self._answers.put_nowait(-1)  # for the next caller
             raise ConfigError(
                 "the process that forks the workers (worker.zygote) has ended; start again"
             )
@@ -113,7 +116,7 @@ class Zygote:
         return self._process.returncode is not None
 
     def kill(self) -> None:
-        """At once; its children get SIGTERM from the kernel."""
+        """Kills the zygote at once. The kernel then sends SIGTERM to its children."""
         if not self.ended:
             self._process.kill()
 
@@ -130,13 +133,13 @@ class Zygote:
         while line := await self._process.stdout.readline():
             message = json.loads(line)
             if "pid" in message:
-                self._children[message["pid"]] = Forked(message["pid"])
+                self._children[message["pid"]] = ForkedChild(message["pid"])
                 self._answers.put_nowait(message["pid"])
             elif "exited" in message:
                 child = self._children.pop(message["exited"], None)
                 if child is not None and not child.ended.done():
                     child.ended.set_result(message["status"])
-        # the kernel sends them SIGTERM; nobody can tell us how they end
+        # The kernel sends them SIGTERM. How they end can no longer be known.
         for child in self._children.values():
             if not child.ended.done():
                 child.ended.set_result(128 + signal.SIGTERM)
@@ -149,13 +152,17 @@ def send_signal(child: Child, sig: signal.Signals) -> None:
 
 
 def kill_group(child: Child) -> None:
-    """SIGKILL to the child and all that it has started: each child of ours leads a group."""
+    """Sends SIGKILL to the child and to all that it has started. Each child of ours leads a process
+    group.
+    """
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
 
 
 async def end(child: Child, grace_s: float, kill_s: float) -> int:
-    """SIGTERM, and after `grace_s` SIGKILL to its whole process group."""
+    """Sends SIGTERM, and after `grace_s` SIGKILL to the whole process group. Returns the exit
+    status.
+    """
     send_signal(child, signal.SIGTERM)
     try:
         async with asyncio.timeout(grace_s):

@@ -1,5 +1,5 @@
-"""Shell. The processes below this one: which they are, when one ends, and their end. Linux only;
-elsewhere there are none.
+"""Shell. The processes below this one: which they are, when one ends, and how to end them. It works
+on Linux only; elsewhere it finds none.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 
 
 def descendants(pid: int | None = None) -> list[int]:
-    """All processes below `pid` (default: this one), parents first. Threads are none."""
+    """All processes below `pid` (default: this one), parents first. Threads do not count."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
-            # after the name, which may hold anything: state, parent
+            # the state and the parent come after the name, which may contain anything
             parent = int(entry.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(entry.parent.name))
     found, below = [], children.get(os.getpid() if pid is None else pid, [])
@@ -37,8 +37,8 @@ def command_line(pid: int) -> str:
 
 
 def on_exit(pid: int, callback: Callable[[], None]) -> Callable[[], None]:
-    """Calls back on the running loop as soon as the process has ended, whoever its parent is.
-    Returns what takes the request back.
+    """Calls `callback` on the running loop as soon as the process has ended, whoever its parent is.
+    Returns a function that cancels it.
     """
     loop = asyncio.get_running_loop()
     try:
@@ -46,7 +46,7 @@ def on_exit(pid: int, callback: Callable[[], None]) -> Callable[[], None]:
     except ProcessLookupError:
         loop.call_soon(callback)
         return lambda: None
-    except (OSError, AttributeError):  # a kernel or a system without them
+    except (OSError, AttributeError):  # this kernel or system has no such descriptors
         return lambda: None
 
     def close() -> None:
@@ -65,19 +65,24 @@ def on_exit(pid: int, callback: Callable[[], None]) -> Callable[[], None]:
 
 
 def kill_all(pids: Iterable[int]) -> None:
-    """SIGKILL, which a stopped process obeys too."""
+    """Sends SIGKILL, which ends even a stopped process."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
 
 
 def out_of_memory_kills() -> int:
-    """How many processes of our control group the kernel has killed for want of memory; 0 where it
-    does not say.
+    """How many processes of our control group the kernel has killed because memory ran out. Where
+    the group does not say, those of the whole machine; 0 if the kernel does not say either.
     """
-    try:
+    with contextlib.suppress(OSError, ValueError, IndexError):
         group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
-        lines = Path(f"/sys/fs/cgroup{group}/memory.events").read_text().split()
-        return int(lines[lines.index("oom_kill") + 1])
-    except (OSError, ValueError, IndexError):
-        return 0
+        return _oom_kills(Path(f"/sys/fs/cgroup{group}/memory.events"))
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return _oom_kills(Path("/proc/vmstat"))
+    return 0
+
+
+def _oom_kills(counters: Path) -> int:
+    words = counters.read_text().split()
+    return int(words[words.index("oom_kill") + 1])

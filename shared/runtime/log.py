@@ -1,5 +1,5 @@
-"""Shell. Logging: JSON lines with ids for machines, short lines for a terminal; never prompts,
-never keys.
+"""Shell. Logging: JSON lines with ids for machines, short lines for a terminal. Prompts and keys
+are never logged.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,28 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127, 0x85)}
 _encode = msgspec.json.Encoder(enc_hook=str).encode
 MAX_CALLS = 6
-"""Of a traceback, in one line."""
+"""Calls of a traceback that one line shows."""
 MAX_VALUE_CHARACTERS = 2000
-"""Of one field in a line; a client may have had a part in it."""
+"""Length of one field in a line. A client may have written a part of it."""
 MAX_LINE_CHARACTERS = 16_000
-"""Of a whole line, tracebacks included."""
+"""Length of a whole line, with its traceback."""
+
+
+RECENT_LINES = 1000
+"""Kept by each process, so that a running one can be asked for them."""
+_recent: deque[str] = deque(maxlen=RECENT_LINES)
+
+
+class RecentLines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _recent.append(self.format(record))
+
+
+def recent_lines() -> list[str]:
+    """The last log lines of this process, oldest first, as JSON. Access log lines are not among
+    them.
+    """
+    return list(_recent)
 
 
 class JSONLines(logging.Formatter):
@@ -47,7 +65,7 @@ class JSONLines(logging.Formatter):
 
 
 class ShortLines(logging.Formatter):
-    """`12:00:01 w0 worker joined  worker=w1 slots=4`."""
+    """Formats lines like `12:00:01 w0 worker joined  worker=w1 slots=4`."""
 
     def __init__(self, process: str) -> None:
         super().__init__(datefmt="%H:%M:%S")
@@ -67,8 +85,8 @@ class ShortLines(logging.Formatter):
 
 
 def place_of(exc: BaseException) -> str:
-    """The kind of an error and where it was raised, innermost call first. Its message is left out:
-    it may quote what a client sent.
+    """The kind of an error and where it was raised, innermost call first. The message is left out,
+    because it may quote what a client sent.
     """
     calls = traceback.extract_tb(exc.__traceback__)[-MAX_CALLS:]
     places = [f"{Path(call.filename).name}:{call.lineno}" for call in reversed(calls)]
@@ -76,19 +94,23 @@ def place_of(exc: BaseException) -> str:
 
 
 def on_loop_failure(loop: object, context: dict[str, Any]) -> None:
-    """A loop's exception handler. asyncio's own prints the error with what it quotes."""
+    """The event loop's exception handler. asyncio's own would print the error with what it
+    quotes.
+    """
     exc = context.get("exception")
     at = place_of(exc) if isinstance(exc, BaseException) else ""
     logging.getLogger("loraplex.loop").error("a callback failed", extra={"at": at})
 
 
 def one_line(text: str) -> str:
-    """Without control characters: a name that holds line ends would write lines of its own."""
+    """The text without control characters. A name that contains line ends could otherwise forge
+    lines.
+    """
     return text.translate(_CONTROL)
 
 
 def bounded(line: str) -> str:
-    """No line is longer than MAX_LINE_CHARACTERS, whatever it quotes."""
+    """The line, cut to MAX_LINE_CHARACTERS."""
     return line if len(line) <= MAX_LINE_CHARACTERS else line[:MAX_LINE_CHARACTERS] + " ..."
 
 
@@ -103,11 +125,15 @@ def _short(value: Any) -> Any:
 
 
 def set_up(process: str, level: str = "info", json_lines: bool | None = None) -> None:
-    """Once per process, to stderr. JSON lines unless stderr is a terminal (or as told)."""
+    """Sets up logging to stderr, once per process. The lines are JSON unless stderr is a terminal;
+    `json_lines` overrides that.
+    """
     as_json = not sys.stderr.isatty() if json_lines is None else json_lines
     out = logging.StreamHandler(sys.stderr)
     out.setFormatter(JSONLines(process) if as_json else ShortLines(process))
+    kept = RecentLines()
+    kept.setFormatter(JSONLines(process))
     root = logging.getLogger("loraplex")
-    root.handlers[:] = [out]
+    root.handlers[:] = [out, kept]
     root.setLevel(level.upper())
     root.propagate = False

@@ -1,5 +1,5 @@
-"""Shell. A process that ends when its parent does, by the kernel's hand: no orphan serves on or
-holds a GPU. Linux only; elsewhere a no-op.
+"""Shell. The kernel ends a process when its parent ends, so no orphan goes on serving or holds a
+GPU. It works on Linux only; elsewhere it does nothing.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(sig: signal.Signals, parent: int | None = None) -> None:
-    """The kernel sends `sig` to this process when the thread that created it ends; at once if
-    `parent` (default: today's) is gone already.
+    """The kernel sends `sig` to this process when the thread that created it ends. The signal comes
+    at once if `parent` (default: the present one) has ended already.
     """
     if sys.platform != "linux":
         return
     expected = os.getppid() if parent is None else parent
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(sig), 0, 0, 0)
-    if os.getppid() != expected:  # it ended before the kernel was asked
+    if os.getppid() != expected:  # the parent ended before the kernel was asked to watch it
         os.kill(os.getpid(), sig)

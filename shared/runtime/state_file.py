@@ -1,5 +1,5 @@
-"""Shell. A small state that outlives processes and is shared by those of one machine: a msgspec
-struct in a JSON file, replaced as a whole.
+"""Shell. A small state that outlives processes and is shared by the processes of one machine. It is
+a msgspec struct in a JSON file that is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -10,19 +10,31 @@ import fcntl
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import msgspec
 
 from shared.errors import ConfigError
 
 POLL_S = 0.5
-"""How late another process's change is seen at most, besides the read itself."""
+"""Time between two looks at the file. A change of another process is seen at most this
+much late.
+"""
 T = TypeVar("T", bound=msgspec.Struct)
+Stamp: TypeAlias = tuple[int, int, int]
+
+
+def stamp_of(file: str | Path) -> Stamp:
+    """Differs once the file has changed; all zero for one that is not there."""
+    try:
+        s = os.stat(file)
+    except OSError:
+        return (0, 0, 0)
+    return (s.st_ino, s.st_mtime_ns, s.st_size)
 
 
 class StateFile(Generic[T]):
-    """Of type `kind`; a file that is not there reads as `kind()`, so every field needs a
+    """The state, of type `kind`. A missing file reads as `kind()`, so every field needs a
     default.
     """
 
@@ -32,7 +44,9 @@ class StateFile(Generic[T]):
         self._decoder = msgspec.json.Decoder(kind)
 
     def read(self) -> T:
-        """Raises ConfigError if somebody wrote what cannot be read; nothing is lost by it."""
+        """The state now. Raises ConfigError if the file cannot be read; the file is left
+        as it is.
+        """
         try:
             return self._decoder.decode(self.path.read_bytes())
         except FileNotFoundError:
@@ -41,11 +55,11 @@ class StateFile(Generic[T]):
             raise ConfigError(f"{self.path}: {exc}; mend the file or remove it") from exc
 
     def update(self, change: Callable[[T], T]) -> T:
-        """Reads, changes and writes while no other process does. Written aside, synced and renamed:
-        a reader sees all or nothing.
+        """Reads, changes and writes the state while no other process does. The file is written
+        aside, synced and renamed, so a reader sees all of the change or nothing.
 
-        Raises: ConfigError as `read`; OSError if the folder cannot be written; whatever `change`
-        raises, with nothing changed.
+        Raises ConfigError like `read`, OSError if the folder cannot be written, and whatever
+        `change` raises. Then nothing has changed.
         """
         with self._alone():
             changed = change(self.read())
@@ -58,24 +72,17 @@ class StateFile(Generic[T]):
         return changed
 
     async def changes(self) -> AsyncIterator[T]:
-        """The state now, and again whenever anybody has replaced it. A file that cannot be read is
-        passed over until it is mended.
+        """Yields the state now, and again whenever somebody has replaced it. A file that cannot be
+        read is skipped until it is repaired.
         """
         seen: object = None
         while True:
-            stamp = self._stamp()
+            stamp = stamp_of(self.path)
             if stamp != seen:
                 seen = stamp
                 with contextlib.suppress(ConfigError):
                     yield self.read()
             await asyncio.sleep(POLL_S)
-
-    def _stamp(self) -> tuple[int, int, int]:
-        try:
-            s = self.path.stat()
-        except OSError:
-            return (0, 0, 0)
-        return (s.st_ino, s.st_mtime_ns, s.st_size)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

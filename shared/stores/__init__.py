@@ -1,8 +1,9 @@
-"""Shell. Adapter stores: one small contract over a folder, or a bucket of S3, GCS or Azure."""
+"""Shell. Adapter stores. One small contract covers a folder, the buckets of S3, GCS and Azure, and
+the repositories of a Hugging Face hub.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -13,14 +14,6 @@ from shared.errors import ConfigError
 from shared.stores.listing import Skipped
 from shared.stores.transfer import Transfer
 
-# What S3 and GCS accept between them, including directory buckets and GCS names with dots and
-# underscores.
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
-_ACCESS_POINT = re.compile(
-    r"arn:aws[a-z-]*:s3[a-z-]*:[a-z0-9-]*:\d{12}:(?:accesspoint|outpost)[/:][A-Za-z0-9._-]+"
-    r"(?:[/:]accesspoint[/:][A-Za-z0-9._-]+)?(?=/|\Z)"
-)
-
 __all__ = [
     "AdapterStore",
     "Skipped",
@@ -28,16 +21,15 @@ __all__ = [
     "StoredFile",
     "Transfer",
     "open_store",
-    "parse_bucket_url",
 ]
 
 
 class AdapterStore(Protocol):
-    """Where adapters live. Every method may raise StoreUnavailable; none ever blocks the event
-    loop.
+    """Where adapters are stored. Every method may raise StoreUnavailable. None ever blocks the
+    event loop.
 
-    A store is an async context manager: entering opens its client, leaving closes it. `skipped` is
-    what the last complete listing left out.
+    A store is an async context manager: entering it opens its client, and leaving it closes the
+    client. `skipped` is what the last complete listing left out.
     """
 
     url: str
@@ -47,29 +39,35 @@ class AdapterStore(Protocol):
     async def __aexit__(self, *exc: object) -> None: ...
 
     async def exists(self) -> bool:
-        """Whether anything at all lies below the root."""
+        """Whether anything lies below the root."""
         ...
 
     def list(self) -> AsyncIterator[StoredAdapter]:
-        """Every adapter below the root, paginated underneath, in no particular order."""
+        """Every adapter below the root, in no particular order. The store is read page by page."""
         ...
 
     async def find(self, name: str) -> StoredAdapter | None:
-        """One adapter by name, asked of the store now; None where no `adapter_config.json` lies in
-        that folder.
+        """The adapter with this name, as the store shows it now. None if no `adapter_config.json`
+        lies in its folder.
+        """
+        ...
+
+    async def find_version(self, name: str, version: str) -> StoredAdapter | None:
+        """An older version that the store still keeps: by its digest, the beginning of it, or what
+        the store itself calls a version. None if it keeps none.
         """
         ...
 
     async def fetch(
         self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None
     ) -> None:
-        """Copies the adapter's files into the existing folder `into` (empty unless `transfer` says
-        otherwise), complete and as listed.
+        """Copies the adapter's files into the existing folder `into`, complete and as listed. The
+        folder is empty unless `transfer` says otherwise.
 
         Raises:
-            StoreUnavailable: the store failed; what `into` holds then is incomplete.
-            AdapterNotFound: a file is gone or has another version than listed: the adapter changed,
-                look it up again.
+            StoreUnavailable: the store failed. The contents of `into` are then incomplete.
+            AdapterNotFound: a file is gone, or has another version than listed. The adapter has
+                changed and must be looked up again.
         """
         ...
 
@@ -79,16 +77,19 @@ _OPTIONS = {
     "s3": frozenset({"endpoint_url", "region", "profile", "anonymous", "addressing_style"}),
     "gs": frozenset({"endpoint_url", "anonymous"}),
     "azure": frozenset({"endpoint_url", "anonymous"}),
+    "hf": frozenset({"endpoint_url", "anonymous"}),
 }
 
 
 def open_store(url: str, options: Mapping[str, object] | None = None) -> AdapterStore:
-    """The store for `s3://bucket/prefix`, `gs://bucket/prefix`, `file:///folder` or a plain path.
-    SDKs are imported on use only.
+    """The store for `s3://bucket/prefix`, `gs://bucket/prefix`, an `abfss://` URL, `hf://org`,
+    `file:///folder` or a plain path. An SDK is imported only if its store is used.
 
-    `options` (from the config's `store:` section) may hold `endpoint_url` and `anonymous` (S3,
-    GCS), `region`, `profile` and `addressing_style` (S3); credentials come only from each SDK's own
-    chain. Raises ConfigError for any other scheme, option or type, and for credentials in a URL.
+    `options` come from the config's `store:` section: `endpoint_url` and `anonymous` (all but
+    folders), `region`, `profile` and `addressing_style` (S3). Credentials come only from each SDK's
+    own chain.
+
+    Raises ConfigError for any other scheme, option or type, and for credentials in a URL.
     """
     scheme, sep, rest = url.partition("://")
     scheme = scheme if sep else "file"
@@ -99,14 +100,18 @@ def open_store(url: str, options: Mapping[str, object] | None = None) -> Adapter
     if scheme not in _OPTIONS:
         raise ConfigError(
             f"no adapter store for {scheme}://; use s3://bucket/prefix, "
-            "gs://bucket/prefix, abfss://container@account.dfs.core.windows.net/prefix, "
-            "file:///folder or a path"
+            "gs://bucket/prefix, abfss://container@account.dfs.core.windows.net/prefix, hf://org, "
+            "hf://org/repo@revision, file:///folder or a path"
         )
-    opts = _checked(scheme, options or {})
+    return _opened(scheme, rest if sep else url, url, _checked(scheme, options or {}))
+
+
+def _opened(scheme: str, folder: str, url: str, opts: Mapping[str, object]) -> AdapterStore:
+    """An SDK is imported only where a store needs it."""
     if scheme == "file":
         from shared.stores.local import LocalStore
 
-        return LocalStore(rest if sep else url)
+        return LocalStore(folder)
     if scheme == "s3":
         from shared.stores.s3 import S3Store
 
@@ -120,14 +125,23 @@ def open_store(url: str, options: Mapping[str, object] | None = None) -> Adapter
             ) from exc
 
         return AzureStore(url, **opts)  # type: ignore[arg-type]
+    if scheme == "hf":
+        try:
+            from shared.stores.hub import HubStore
+        except ImportError as exc:
+            raise ConfigError(
+                "a hub store needs huggingface_hub here: install loraplex[hub]"
+            ) from exc
+
+        return HubStore(url, **opts)  # type: ignore[arg-type]
     from shared.stores.gcs import GCSStore
 
     return GCSStore(url, **opts)  # type: ignore[arg-type]
 
 
 def _checked(scheme: str, options: Mapping[str, object]) -> dict[str, object]:
-    """The options that are set, refused by name or type before any SDK sees them. Values are never
-    quoted: they may hold a secret.
+    """The options that are set. Wrong names and types are refused before any SDK sees them. Values
+    are never quoted, because they may contain a secret.
     """
     given = {
         key: value for key, value in options.items() if value is not None and value is not False
@@ -156,29 +170,3 @@ def _checked(scheme: str, options: Mapping[str, object]) -> dict[str, object]:
                 param="endpoint_url",
             )
     return given
-
-
-def parse_bucket_url(url: str) -> tuple[str, str, bool]:
-    """(bucket, prefix, anonymous) of `scheme://bucket/prefix`. The prefix is empty or ends in `/`.
-
-    The bucket may also be the ARN of an access point: `s3://arn:aws:s3:REGION:ACCOUNT:accesspoint/
-    NAME/prefix`. `anonymous` is Ray's form `s3://anonymous@bucket/prefix`. Raises ConfigError for
-    no bucket or for credentials in the URL.
-    """
-    scheme, _, rest = url.partition("://")
-    if (point := _ACCESS_POINT.match(rest)) is not None:
-        prefix = rest[point.end() :].strip("/")
-        return point.group(), prefix and prefix + "/", False
-    host, _, path = rest.partition("/")
-    user, at, bucket = host.rpartition("@")
-    if at and user != "anonymous":
-        raise ConfigError(
-            f"a {scheme}:// URL must hold no credentials; the SDK's own chain provides them"
-        )
-    if not _BUCKET.fullmatch(bucket):
-        raise ConfigError(
-            f"no valid bucket name in the {scheme}:// URL; it must look like "
-            f"{scheme}://bucket/prefix"
-        )
-    prefix = path.strip("/")
-    return bucket, prefix and prefix + "/", bool(at)

@@ -1,4 +1,4 @@
-"""Shell. Adapters in a container of Azure Blob Storage. The only `import azure`."""
+"""Shell. Adapters in a container of Azure Blob Storage. No other module imports azure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared.adapters.identity import StoredFile
 from shared.errors import ConfigError, LoraplexError
 from shared.stores.bucket import Bucket
 from shared.stores.listing import Entry
-from shared.stores.objects import TransferCut, Trouble, changed, unavailable
+from shared.stores.object_store import StoreProblem, TransferCut, changed, unavailable
 from shared.stores.transfer import byte_range
 
 CONNECT_TIMEOUT_S = 5.0
@@ -27,7 +27,7 @@ REQUEST_TIMEOUT_S = 40.0
 MAX_ATTEMPTS = 3
 KEY_VARIABLES = ("AZURE_STORAGE_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN")
 _URLS = (
-    # Ray's and Hadoop's form
+    # the form of Ray and Hadoop
     re.compile(
         r"(?:abfss|azure)://(?P<container>[a-z0-9$-]{3,63})@(?P<account>[a-z0-9]{3,24})"
         r"\.(?:dfs|blob)\.(?P<cloud>core\.[a-z.]+)(?:/(?P<prefix>.*))?\Z"
@@ -43,8 +43,8 @@ class AzureStore(Bucket):
     """`abfss://container@account.dfs.core.windows.net/prefix`. A file's version is its ETag, and a
     fetch is conditional on it.
 
-    The key or token comes from the environment (KEY_VARIABLES), else from the identity of the
-    machine, if azure-identity is installed.
+    The key or token comes from the environment (KEY_VARIABLES). Without one it comes from the
+    machine's identity, if azure-identity is installed.
     """
 
     def __init__(self, url: str, endpoint_url: str | None = None, anonymous: bool = False) -> None:
@@ -91,7 +91,7 @@ class AzureStore(Bucket):
             identity = importlib.import_module("azure.identity.aio")
         except ImportError as exc:
             raise unavailable(
-                Trouble.NO_CREDENTIALS, f"set {KEY_VARIABLES[0]}, or install azure-identity"
+                StoreProblem.NO_CREDENTIALS, f"set {KEY_VARIABLES[0]}, or install azure-identity"
             ) from exc
         return await self._exit.enter_async_context(identity.DefaultAzureCredential())
 
@@ -139,18 +139,18 @@ async def _chunks(body: Any, adapter_name: str) -> AsyncGenerator[bytes, None]:
 
 
 def _translated(exc: Exception, adapter_name: str | None = None) -> LoraplexError:
-    """Our error for one of the SDK's. `adapter_name` is set where one file was asked for, so that
-    "not found" means the adapter.
+    """Our error for an error of the SDK. `adapter_name` is set if one file was requested. Then "not
+    found" means that the adapter has changed.
     """
     status = exc.status_code if isinstance(exc, sdk.HttpResponseError) else None
     if status in (404, 412):
-        return changed(adapter_name) if adapter_name else unavailable(Trouble.NO_BUCKET)
+        return changed(adapter_name) if adapter_name else unavailable(StoreProblem.NO_BUCKET)
     if status in (401, 403) or isinstance(exc, sdk.ClientAuthenticationError):
-        return unavailable(Trouble.ACCESS_DENIED)
+        return unavailable(StoreProblem.ACCESS_DENIED)
     if status in (429, 503):
-        return unavailable(Trouble.THROTTLED)
+        return unavailable(StoreProblem.THROTTLED)
     if status is not None:
-        return unavailable(Trouble.FAILED, str(status))
+        return unavailable(StoreProblem.FAILED, str(status))
     if isinstance(exc, ValueError):
-        return unavailable(Trouble.BROKEN_REPLY)
-    return unavailable(Trouble.UNREACHABLE)
+        return unavailable(StoreProblem.BROKEN_REPLY)
+    return unavailable(StoreProblem.UNREACHABLE)

@@ -1,9 +1,9 @@
-"""Shell. Lists a folder of adapters, and looks the next time only at what may have changed.
+"""Shell. Lists a folder of adapters. The next listing looks only at what may have changed.
 
-A *unit* is a topmost folder with an `adapter_config.json`, with all that lies below it: what it
-holds depends on nothing beside it. If a unit's folder and its files have the same inodes, sizes and
-times as at the last listing, its adapters are the same. A folder of a hundred thousand adapters
-then costs three `stat` per adapter; nothing is read, hashed or made anew.
+A *unit* is a topmost folder with an `adapter_config.json`, with everything below it. Its adapters
+depend on nothing outside of it. If the unit's folder and files have the same inodes, sizes and
+times as at the last listing, its adapters are unchanged. A folder of a hundred thousand adapters
+then costs three `stat` calls per adapter. Nothing is read, hashed or made again.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ import msgspec
 from shared.adapters.identity import CONFIG_FILE, StoredAdapter, may_be_part, name_problem
 from shared.stores.listing import Entry, Grouping, Skipped, SkipReason, join_skipped
 
-# How much of either end of a file is read for its version. Both ends of two trainings differ: the
-# tensors' order is alphabetical.
+# Bytes of each end of a file that are read for its version. Both ends differ between two trainings,
+# because the tensors are stored in alphabetical order.
 _SAMPLE_BYTES = 64 * 1024
 _MAX_DEPTH = 32
 _SETTLED_NS = 2_000_000_000
-"""A folder that changed less than this before it was read may change again without another time:
-file systems count in steps of up to 2 s.
+"""A folder that changed within this time before it was read may change again without a new time.
+File systems count time in steps of up to 2 s.
 """
 _BREATH = 512
 _BREATH_S = 0.0005
-"""So often, and so long, a listing leaves the interpreter to the event loop of its process, which
-otherwise gets it every 5 ms only.
+"""How long, and how often, a listing leaves the interpreter to the event loop of its process.
+Otherwise the loop would get it only every 5 ms.
 """
 _pack = struct.Struct("=QQqqq").pack
 _NONE = Skipped()
 _Found: TypeAlias = Sequence[tuple[str, bool, bool]]
-"""What a folder holds: (name, is it a folder?, is it a link?)."""
+"""The contents of a folder: (name, is it a folder?, is it a link?)."""
 
 
 class _Unit(msgspec.Struct, frozen=True, gc=False):
-    """What the last listing found. `stamps`: of the folder and each of `names`; `flat`: it had no
-    folders, so its own time tells of any change of names. Many units share their `names` and their
-    empty `skipped`.
+    """What the last listing found in a unit. `stamps` are those of the folder and of each of
+    `names`. `flat`: it had no folders, so the time of the unit's own folder shows any change of
+    names. Many units share their `names` and their empty `skipped`.
     """
 
     names: tuple[str, ...]
@@ -54,15 +54,15 @@ class _Unit(msgspec.Struct, frozen=True, gc=False):
 
 
 class FolderListing:
-    """Of one root. `scan` runs in a thread, one at a time."""
+    """The listings of one root. `scan` runs in a thread, one at a time."""
 
     def __init__(self, root: str) -> None:
         self._root = root
         self._units: dict[str, _Unit] = {}
 
     def scan(self, real_root: str) -> tuple[list[StoredAdapter], Skipped]:
-        """All adapters and what was left out. An adapter that has not changed is the same object as
-        last time.
+        """All adapters, and what was left out. An adapter that has not changed is the same object
+        as last time.
         """
         scan = _Scan(real_root, self._units)
         scan.folder(self._root, "", ())
@@ -71,7 +71,7 @@ class FolderListing:
 
 
 class _Scan:
-    """One listing under way."""
+    """One listing in progress."""
 
     def __init__(self, real_root: str, before: dict[str, _Unit]) -> None:
         self._real_root = real_root
@@ -88,7 +88,9 @@ class _Scan:
         return join_skipped([self._outside.skipped, *kept])
 
     def folder(self, path: str, key: str, above: tuple[tuple[int, int], ...]) -> None:
-        """`above` holds the folders on the way here: a link back to one of them would never end."""
+        """Lists a folder. `above` are the folders on the way to it: following a link back to one of
+        them would never end.
+        """
         known = self._before.get(key)
         if known is not None and known.flat and known.stamps == _stamps_of(path, known.names):
             self._keep(key, known)
@@ -107,14 +109,14 @@ class _Scan:
             self._keep(key, self._unit(path, key, above, status, found, known))
         else:
             for child, at, is_folder in self._inside(self._outside, path, key, found):
-                if is_folder:  # a file outside of all adapters is nobody's
+                if is_folder:  # files outside of all adapters are ignored
                     self.folder(at, child, (*above, here))
 
     def _inside(
         self, grouping: Grouping, path: str, key: str, found: _Found
     ) -> Iterator[tuple[str, str, bool]]:
-        """(key, path, is it a folder?) of what a listing may look at; `grouping` is told of the
-        rest.
+        """(key, path, is it a folder?) of everything that a listing may look at. `grouping` is told
+        what it may not look at.
         """
         for name, is_folder, is_link in found:
             child, at = (f"{key}/{name}" if key else name), f"{path}/{name}"
@@ -152,17 +154,13 @@ class _Scan:
             return msgspec.structs.replace(known, flat=flat)
         stamps, adapters = [_stamp(status)], []
         for child, at in files:
-            try:
-                with open_regular(at) as handle:
-                    file_status = os.fstat(handle.fileno())
-                    entry = Entry(
-                        child, file_status.st_size, f"{file_status.st_mtime_ns:x}-{sample(handle)}"
-                    )
-            except OSError:
-                # gone since, or not readable for us: the rest of the folder is as good as before
+            read = _read_entry(child, at)
+            if read is None:
+                # It is gone, or this process may not read it. The rest of the folder stays good.
                 grouping.skip(child, SkipReason.UNREADABLE)
                 continue
-            stamps.append(_stamp(file_status))
+            entry, stamp = read
+            stamps.append(stamp)
             adapters += grouping.add(entry)
         adapters += grouping.finish()
         return _Unit(
@@ -181,6 +179,17 @@ class _Scan:
             time.sleep(_BREATH_S)
 
 
+def _read_entry(key: str, path: str) -> tuple[Entry, bytes] | None:
+    """A file as an entry of the store, and its stamp. None if it cannot be read."""
+    try:
+        with open_regular(path) as handle:
+            status = os.fstat(handle.fileno())
+            version = f"{status.st_mtime_ns:x}-{sample(handle)}"
+            return Entry(key, status.st_size, version), _stamp(status)
+    except OSError:
+        return None
+
+
 def walk(
     real_root: str,
     grouping: Grouping,
@@ -188,13 +197,13 @@ def walk(
     key: str,
     above: tuple[tuple[int, int], ...] = (),
 ) -> Iterator[tuple[str, str]]:
-    """(key, path) of each file below a folder in ascending order of their keys, which is what
-    Grouping needs; it is told of what is left out.
+    """(key, path) of each file below a folder, in ascending order of the keys, as Grouping needs
+    them. `grouping` is told what is left out.
     """
     try:
         status = os.stat(folder)
         with os.scandir(folder) as entries:
-            # A folder's keys begin with its name and a slash, and "-" and "." sort before the
+            # The keys below a folder begin with its name and a slash. "-" and "." sort before the
             # slash.
             names = sorted((e.name + "/" if _is_folder(e) else e.name) for e in entries)
     except OSError:
@@ -219,13 +228,13 @@ def walk(
 
 
 def _skip_hidden(grouping: Grouping, key: str, path: str) -> None:
-    """Hidden files and folders are left out silently, as long as they are no adapters."""
+    """Hidden files and folders are left out silently, unless they are adapters."""
     if os.path.isfile(f"{path}/{CONFIG_FILE}"):
         grouping.skip(key, SkipReason.NAME, name_problem(key))
 
 
 def _link_out(path: str, real_root: str) -> SkipReason | None:
-    """Why a link is not followed; None if it is."""
+    """Why a link is not followed. None if it is followed."""
     to = os.path.realpath(path)
     if to == real_root:
         return SkipReason.LOOP
@@ -233,11 +242,14 @@ def _link_out(path: str, real_root: str) -> SkipReason | None:
 
 
 def below(path: str, real_root: str) -> bool:
+    """Whether the path leads to a place below the root."""
     return path.startswith(real_root.rstrip("/") + "/")
 
 
 def open_regular(path: str) -> BinaryIO:
-    """Opens a file for reading; a folder, pipe or device is "not found" instead of a hang."""
+    """Opens a file for reading. A folder, pipe or device counts as "not found"; opening it might
+    hang.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -269,7 +281,7 @@ def _stamp(status: os.stat_result) -> bytes:
 
 
 def _stamps_of(folder: str, names: Sequence[str]) -> bytes | None:
-    """None if any is gone."""
+    """The stamps of the folder's files. None if one is gone."""
     try:
         return b"".join(
             [_stamp(os.stat(folder)), *[_stamp(os.stat(f"{folder}/{name}")) for name in names]]

@@ -1,4 +1,4 @@
-"""Shell. Adapters in a Google Cloud Storage bucket. The only `import gcloud`."""
+"""Shell. Adapters in a Google Cloud Storage bucket. No other module imports gcloud."""
 
 from __future__ import annotations
 
@@ -6,51 +6,55 @@ import asyncio
 import io
 import os
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 from gcloud.aio.auth import Token
 from gcloud.aio.storage import Storage
 
-from shared.adapters.identity import StoredFile
+from shared.adapters.identity import StoredAdapter, StoredFile
 from shared.errors import LoraplexError
-from shared.stores import parse_bucket_url
-from shared.stores.bucket import Bucket
-from shared.stores.listing import Entry
-from shared.stores.objects import TransferCut, Trouble, changed, unavailable
+from shared.stores.bucket import Bucket, parse_bucket_url
+from shared.stores.history import MAX_OBJECT_VERSIONS, ObjectVersion, choose_state
+from shared.stores.listing import Entry, valid_name
+from shared.stores.object_store import StoreProblem, TransferCut, changed, unavailable
 from shared.stores.transfer import byte_range
 
 PUBLIC_ENDPOINT = "https://storage.googleapis.com"
-# The SDK's default asks for full control; nothing here writes.
+# The SDK would ask for full control by default. Nothing here writes.
 SCOPES = ["https://www.googleapis.com/auth/devstorage.read_only"]
 CONNECT_TIMEOUT_S = 5.0
-# Between two pieces of a reply. A file as a whole is bounded in objects.py.
+# Longest time between two pieces of a reply. transfer.py bounds a file as a whole.
 READ_TIMEOUT_S = 15.0
-# One list request, or a file's answer up to its first byte, one attempt of it.
+# Longest time of one list request, or of one attempt for a file up to its first byte.
 REQUEST_TIMEOUT_S = 20.0
-# Getting a token: the SDK itself retries five times with growing pauses.
+# Longest time to get a token. The SDK itself tries five times, with growing pauses.
 TOKEN_TIMEOUT_S = 30.0
 MAX_ATTEMPTS = 3
 BACKOFF_S = 0.2
-# More than the parts that a worker ever has in the air: a part must not wait for a connection while
-# its patience runs.
+# More than the parts that a worker downloads at once. A part must not wait for a connection,
+# because its time limit runs.
 MAX_CONNECTIONS = 160
 CHUNK_BYTES = 256 * 1024
 
 # https://cloud.google.com/storage/docs/retry-strategy
 _RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
-# Only what Entry needs: a full item is twenty times larger.
+# Only what Entry needs. A full item is twenty times larger.
 _FIELDS = "items(name,size,generation),nextPageToken"
+_ALL_FIELDS = "items(name,size,generation,timeCreated,timeDeleted),nextPageToken"
 
 
 class GCSStore(Bucket):
     """`gs://bucket/prefix`. A file's version is its generation, which a fetch compares with the
-    answer's.
+    answer's. Where the bucket has versioning, a file that was overwritten meanwhile is fetched by
+    its generation.
 
-    STORAGE_EMULATOR_HOST is honoured. To it, to an `http://` endpoint_url and where `anonymous` is
-    set no token is sent.
+    STORAGE_EMULATOR_HOST is honoured. No token is sent to it, to an `http://` endpoint_url, or if
+    `anonymous` is set.
     """
 
     def __init__(self, url: str, endpoint_url: str | None = None, anonymous: bool = False) -> None:
@@ -78,15 +82,15 @@ class GCSStore(Bucket):
             ),
         )
         try:
-            # An empty service file keeps the SDK from looking for credentials that are never sent.
+            # With an empty service file the SDK does not look for credentials that are never sent.
             empty = io.StringIO("{}") if self._tokenless else None
             self._token = await asyncio.to_thread(
                 Token, service_file=empty, session=self._session, scopes=SCOPES
             )
         except (OSError, ValueError, KeyError) as exc:
             await self._session.close()
-            raise unavailable(Trouble.NO_CREDENTIALS) from exc
-        # "Dev" means to this SDK: send no token. Its other meaning, no TLS verification, does not
+            raise unavailable(StoreProblem.NO_CREDENTIALS) from exc
+        # To this SDK "Dev" means: send no token. Its other meaning, no TLS verification, does not
         # apply to a session of our own.
         self._storage = Storage(
             session=self._session,
@@ -103,23 +107,56 @@ class GCSStore(Bucket):
             await self._session.close()
 
     async def pages(self, prefix: str) -> AsyncGenerator[Sequence[Entry], None]:
-        request = {"prefix": self._prefix + prefix, "fields": _FIELDS}
+        async for items in self._items({"prefix": self._prefix + prefix, "fields": _FIELDS}):
+            try:
+                page = [self._entry(item) for item in items]
+            except (AttributeError, KeyError, TypeError, ValueError) as exc:
+                raise unavailable(StoreProblem.BROKEN_REPLY) from exc
+            yield page
+
+    async def find_version(self, name: str, version: str) -> StoredAdapter | None:
+        """`version` is a digest, or the generation of one of the adapter's files."""
+        if not valid_name(name):
+            return None
+        found: list[ObjectVersion] = []
+        request = {"prefix": f"{self._prefix}{name}/", "fields": _ALL_FIELDS, "versions": "true"}
+        async for items in self._items(request):
+            try:
+                found += [one for item in items for one in self._moments(item)]
+            except (AttributeError, KeyError, TypeError, ValueError) as exc:
+                raise unavailable(StoreProblem.BROKEN_REPLY) from exc
+            if len(found) > MAX_OBJECT_VERSIONS:
+                break
+        found.sort(key=lambda one: one.since, reverse=True)
+        return choose_state(name, found, version)
+
+    def _moments(self, item: dict[str, Any]) -> Iterator[ObjectVersion]:
+        """When a generation came, and when it went."""
+        entry = self._entry(item)
+        came = datetime.fromisoformat(item["timeCreated"]).timestamp()
+        if went := item.get("timeDeleted"):
+            yield ObjectVersion(
+                datetime.fromisoformat(went).timestamp(), entry.key, entry.version, None
+            )
+        yield ObjectVersion(came, entry.key, entry.version, entry)
+
+    async def _items(self, request: dict[str, str]) -> AsyncGenerator[list[Any], None]:
+        """The items of a listing, page by page."""
         while True:
-            reply = await self._asked(
+            reply = await self._request(
                 lambda: self._storage.list_objects(
                     self._bucket, params=dict(request), timeout=_timeout(True)
                 )
             )
             try:
-                page = [self._entry(item) for item in reply.get("items", ())]
-                token = reply.get("nextPageToken")
-            except (AttributeError, KeyError, TypeError, ValueError) as exc:
-                raise unavailable(Trouble.BROKEN_REPLY) from exc
-            yield page
+                items, token = list(reply.get("items", ())), reply.get("nextPageToken")
+            except (AttributeError, TypeError) as exc:
+                raise unavailable(StoreProblem.BROKEN_REPLY) from exc
+            yield items
             if not token:
                 return
             if token == request.get("pageToken"):
-                raise unavailable(Trouble.BROKEN_REPLY, "a listing without end")
+                raise unavailable(StoreProblem.BROKEN_REPLY, "a listing without end")
             request["pageToken"] = token
 
     def _entry(self, item: dict[str, Any]) -> Entry:
@@ -132,46 +169,54 @@ class GCSStore(Bucket):
         self, adapter_name: str, file: StoredFile, offset: int, length: int
     ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
         key = f"{self._prefix}{adapter_name}/{file.path}"
-        # Asking for gzip turns off GCS's decompression on the way, which would change the size.
         ranged = byte_range(file, offset, length)
-        headers = {"Accept-Encoding": "gzip"} | ({"Range": ranged} if ranged else {})
-        # One attempt: a transfer counts its tries itself.
-        opened = await self._asked(
-            lambda: self._storage.download_stream(
-                self._bucket, key, headers=dict(headers), timeout=_timeout(False)
-            ),
-            adapter_name,
-            1,
-        )
+        # One attempt only, because a transfer counts its tries itself.
+        opened = await self._request(lambda: self._open(key, file, ranged), adapter_name, 1)
         async with opened as response:
             generation = response.headers.get("x-goog-generation")
             if generation not in (None, file.version):
                 raise changed(adapter_name)
             if ranged and response.status != 206:
-                raise unavailable(Trouble.BROKEN_REPLY, "no range support")
+                raise unavailable(StoreProblem.BROKEN_REPLY, "no range support")
             yield _chunks(response)
         if generation is None:
             await self._confirm(adapter_name, key, file)
 
+    async def _open(self, key: str, file: StoredFile, ranged: str) -> aiohttp.ClientResponse:
+        """Asks for the listed generation, which the SDK's own download cannot."""
+        assert self._session is not None
+        # Asking for gzip stops GCS from decompressing on the way, which would change the size.
+        headers = {"Accept-Encoding": "gzip"} | ({"Range": ranged} if ranged else {})
+        if not self._tokenless:
+            headers["Authorization"] = f"Bearer {await self._token.get()}"
+        return await self._session.get(
+            f"{self._endpoint_url}/storage/v1/b/{self._bucket}/o/{quote(key, safe='')}",
+            params={"alt": "media", "generation": file.version},
+            headers=headers,
+            timeout=_timeout(False),
+            auto_decompress=False,
+            raise_for_status=True,
+        )
+
     async def _confirm(self, adapter_name: str, key: str, file: StoredFile) -> None:
-        """For servers that do not say which generation they sent: it only grows, so if it is still
-        the listed one, that was sent.
+        """For servers that do not say which generation they sent. A generation only grows. So if
+        the object still has the listed one, that one was sent.
         """
-        item = await self._asked(
+        item = await self._request(
             lambda: self._storage.download_metadata(self._bucket, key, timeout=_timeout(True)),
             adapter_name,
         )
         if str(item.get("generation")) != file.version:
             raise changed(adapter_name)
 
-    async def _asked(
+    async def _request(
         self,
         request: Callable[[], Awaitable[Any]],
         adapter_name: str | None = None,
         attempts: int | None = None,
     ) -> Any:
-        """One request's answer, after retries: this SDK has none of its own. Foreign errors end
-        here.
+        """The answer to one request, after retries: this SDK has none of its own. The SDK's errors
+        become ours here.
         """
         await self._authorise()
         attempt = 1
@@ -186,7 +231,7 @@ class GCSStore(Bucket):
             attempt += 1
 
     async def _authorise(self) -> None:
-        """Makes sure of a token before the SDK asks for it: it lets one cancelled request cancel
+        """Gets a token before the SDK asks for one. In the SDK, one cancelled request would cancel
         the refresh that others wait for.
         """
         if self._tokenless:
@@ -195,9 +240,9 @@ class GCSStore(Bucket):
             self._asking = asyncio.ensure_future(self._token.get())
         done, _ = await asyncio.wait({self._asking}, timeout=TOKEN_TIMEOUT_S)
         if not done:
-            raise unavailable(Trouble.NO_CREDENTIALS, "no token in time")
+            raise unavailable(StoreProblem.NO_CREDENTIALS, "no token in time")
         if failure := self._asking.exception():
-            raise unavailable(Trouble.NO_CREDENTIALS) from failure
+            raise unavailable(StoreProblem.NO_CREDENTIALS) from failure
 
 
 def _timeout(whole_reply: bool) -> aiohttp.ClientTimeout:
@@ -223,21 +268,21 @@ def _retryable(exc: Exception) -> bool:
 
 
 def _translated(exc: Exception, adapter_name: str | None) -> LoraplexError:
-    """Our error for one of the SDK's. `adapter_name` is set where one file was asked for, so that
-    "not found" means the adapter.
+    """Our error for an error of the SDK. `adapter_name` is set if one file was requested. Then "not
+    found" means that the adapter has changed.
     """
     if isinstance(exc, aiohttp.ClientResponseError):
         if exc.status in (404, 412):
             return (
                 changed(adapter_name)
                 if adapter_name is not None
-                else unavailable(Trouble.NO_BUCKET)
+                else unavailable(StoreProblem.NO_BUCKET)
             )
         if exc.status in (401, 403):
-            return unavailable(Trouble.ACCESS_DENIED)
+            return unavailable(StoreProblem.ACCESS_DENIED)
         if exc.status in (429, 503):
-            return unavailable(Trouble.THROTTLED)
-        return unavailable(Trouble.FAILED, str(exc.status))
+            return unavailable(StoreProblem.THROTTLED)
+        return unavailable(StoreProblem.FAILED, str(exc.status))
     if isinstance(exc, ValueError) and not isinstance(exc, aiohttp.ClientError):
-        return unavailable(Trouble.BROKEN_REPLY)
-    return unavailable(Trouble.UNREACHABLE)
+        return unavailable(StoreProblem.BROKEN_REPLY)
+    return unavailable(StoreProblem.UNREACHABLE)

@@ -1,4 +1,6 @@
-"""Pure. Groups a store's keys into adapters: the folders that hold an `adapter_config.json`."""
+"""Pure. Groups a store's keys into adapters. An adapter is a folder with an
+`adapter_config.json`.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,11 @@ from shared.adapters.identity import (
 )
 
 DIGEST_HEX_CHARS = 16
-# The config, an index and the shards of the weights.
+# the config, an index and the shards of the weights
 MAX_FILES_PER_ADAPTER = 256
-# S3's and GCS's own limit for a key.
+# the limit of S3 and GCS for a key
 MAX_KEY_CHARS = 1024
-MAX_SHOWN = 100  # skipped folders that are told one by one
+MAX_SHOWN = 100  # skipped folders that are listed one by one
 
 
 class Entry(NamedTuple):
@@ -38,7 +40,7 @@ class Entry(NamedTuple):
 
 
 class SkipReason(Enum):
-    """Why a listing leaves out what lies where an adapter could."""
+    """Why a listing leaves out a folder that could be an adapter."""
 
     NAME = "name"
     LINK = "link_out"
@@ -56,7 +58,9 @@ _WORDS = {
 
 
 class SkippedFolder(msgspec.Struct, frozen=True):
-    """`key`: where it lies below the store's root, printable. `why`: for people."""
+    """`key` is where the folder lies below the store's root, printable. `why` is a sentence for
+    people.
+    """
 
     key: str
     reason: SkipReason
@@ -64,7 +68,9 @@ class SkippedFolder(msgspec.Struct, frozen=True):
 
 
 class Skipped(msgspec.Struct, frozen=True):
-    """What a listing left out: how many for which reason, and the first MAX_SHOWN of them."""
+    """What a listing left out: how many folders for which reason, and the first MAX_SHOWN
+    of them.
+    """
 
     counts: tuple[tuple[SkipReason, int], ...] = ()
     shown: tuple[SkippedFolder, ...] = ()
@@ -74,7 +80,7 @@ class Skipped(msgspec.Struct, frozen=True):
         return sum(count for _, count in self.counts)
 
     def why(self, key: str) -> str:
-        """Of one folder; "" if it was not skipped, or is not among those shown."""
+        """Why this folder was skipped. "" if it was not, or if it is not among those shown."""
         return next((s.why for s in self.shown if s.key == printable(key)), "")
 
 
@@ -88,7 +94,7 @@ def join_skipped(parts: Iterable[Skipped]) -> Skipped:
 
 
 def printable(key: str) -> str:
-    """Anybody's bytes, on their way to a log."""
+    """The key, safe for a log. Anybody may have written it."""
     short = key[:MAX_KEY_CHARS]
     return short if short.isprintable() else ascii(short)[1:-1]
 
@@ -104,18 +110,19 @@ def valid_path(path: str) -> bool:
 
 
 def valid_name(name: str) -> bool:
-    """Whether an adapter may have this name. A client's string that passes is safe below any
-    root.
+    """Whether an adapter may have this name. A client's string that passes is safe below
+    any root.
     """
     return not name_problem(name)
 
 
 def digest_of(name: str, files: Iterable[StoredFile]) -> str:
-    """16 hex characters over the sorted (path, size, version) of all files, paths taken from the
+    """16 hex characters over the sorted (path, size, version) of all files. The paths begin at the
     store's root.
 
-    From the root, because two adapters of one family often agree in every file's name and size, and
-    where a build clamps times also in their versions; they must not share a digest.
+    Two adapters of one family often have the same file names and sizes. If a build sets all times
+    to one value, they even have the same versions. Paths from the root keep their digests
+    different.
     """
     rows = sorted((f"{name}/{f.path}", f.size_bytes, f.version) for f in files)
     return hashlib.sha256(msgspec.json.encode(rows)).hexdigest()[:DIGEST_HEX_CHARS]
@@ -123,27 +130,27 @@ def digest_of(name: str, files: Iterable[StoredFile]) -> str:
 
 @dataclass(slots=True)
 class _Folder:
-    """A folder whose keys are still arriving. `files`: those that may be of an adapter."""
+    """A folder whose keys are still arriving. `files` are those that may belong to an adapter."""
 
     path: str
     is_adapter: bool = False
     files: list[Entry] = field(default_factory=list)
 
     def hold(self, entry: Entry) -> None:
-        """One more than an adapter may have is kept, which tells "full" from "too many" and bounds
-        what waits.
+        """Keeps the entry, up to one more than an adapter may have. That distinguishes "full" from
+        "too many" and bounds the memory.
         """
         if len(self.files) <= MAX_FILES_PER_ADAPTER:
             self.files.append(entry)
 
 
 class Grouping:
-    """Turns entries in ascending order of their keys (as S3 and GCS list them) into adapters, each
-    as soon as its folder has ended.
+    """Turns entries in ascending order of their keys, as S3 and GCS list them, into adapters. Each
+    adapter comes out as soon as its folder has ended.
 
-    Only the files that an adapter consists of count, in its folder itself; whatever else lies
-    there or below is nobody's. Only the folders on the way to the current key are held, each with
-    at most MAX_FILES_PER_ADAPTER + 1 entries: memory depends on depth, not on the size of the
+    Only the adapter's own files, directly in its folder, count. Anything else there or below is
+    ignored. Only the folders on the way to the current key are kept, each with at most
+    MAX_FILES_PER_ADAPTER + 1 entries. So memory depends on the depth and not on the size of the
     bucket. `skipped` counts what was left out.
     """
 
@@ -161,7 +168,7 @@ class Grouping:
         """The adapters that this entry shows to be complete.
 
         Raises:
-            OutOfOrder: the key sorts before the one added last.
+            OutOfOrder: the key sorts before the last one.
         """
         if entry.key < self._last_key:
             raise OutOfOrder("the store's keys are not in ascending order")
@@ -199,8 +206,8 @@ class Grouping:
             self._open.append(_Folder(path[:start]))
 
     def _leave(self, path: str | None) -> list[StoredAdapter]:
-        """Closes the open folders that do not lie on the way to `path` (None: all but the root,
-        which has no name and is no adapter).
+        """Closes the open folders that are not on the way to `path`. None closes all but the root,
+        which has no name and is no adapter.
         """
         complete: list[StoredAdapter] = []
         while len(self._open) > 1:
@@ -220,7 +227,7 @@ class Grouping:
             return []
         start = len(folder.path) + 1
         parts = adapter_parts([e.key[start:] for e in folder.files])
-        # Nearly every adapter has the same file names: interned, a thousand of them cost one.
+        # Nearly all adapters have the same file names. Interned, they take memory only once.
         files = tuple(
             StoredFile(sys.intern(name), e.size_bytes, e.version)
             for e in folder.files
@@ -230,8 +237,8 @@ class Grouping:
 
 
 def group(entries: Iterable[Entry]) -> tuple[list[StoredAdapter], Skipped]:
-    """All adapters among entries in any order, and what was left out. Holds all entries: for stores
-    that list in no order.
+    """All adapters among entries in any order, and what was left out. It holds all entries, for
+    stores that list in no order.
     """
     grouping = Grouping()
     adapters = [adapter for entry in sorted(entries) for adapter in grouping.add(entry)]

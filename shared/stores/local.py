@@ -1,4 +1,4 @@
-"""Shell. A folder of adapters: a local disk or a shared file system. All file work happens in
+"""Shell. A folder of adapters, on a local disk or a shared file system. All file work happens in
 threads.
 """
 
@@ -16,7 +16,7 @@ from shared.adapters.identity import CONFIG_FILE, StoredAdapter, StoredFile
 from shared.errors import ConfigError
 from shared.stores.folder_listing import FolderListing, below, open_regular, sample, walk
 from shared.stores.listing import Entry, Grouping, Skipped, valid_name
-from shared.stores.objects import TransferCut, Trouble, changed, unavailable
+from shared.stores.object_store import StoreProblem, TransferCut, changed, unavailable
 from shared.stores.transfer import Transfer, close_later, fetch_adapter
 
 _READ_BYTES = 4 << 20
@@ -25,9 +25,9 @@ _READ_BYTES = 4 << 20
 class LocalStore:
     """Adapters below one folder. Links are followed as long as they stay below it.
 
-    A file's version is its modification time and a hash of its two ends. The time alone does not
-    do: builds clamp it (container images, SOURCE_DATE_EPOCH), and two versions of an adapter have
-    the same size. The inode does not do: copies on two hosts must agree.
+    A file's version is its modification time and a hash of its two ends. The time alone is not
+    enough: builds set it to a constant (container images, SOURCE_DATE_EPOCH), and two versions of
+    an adapter have the same size. The inode cannot be used, because copies on two hosts must agree.
     """
 
     def __init__(self, root: str) -> None:
@@ -46,7 +46,9 @@ class LocalStore:
         return None
 
     async def exists(self) -> bool:
-        """A folder that is empty is there; raises StoreUnavailable without one."""
+        """Whether the folder exists, even if it is empty. Raises StoreUnavailable if it
+        does not.
+        """
         await asyncio.to_thread(self._real_root)
         return True
 
@@ -61,6 +63,9 @@ class LocalStore:
         if not valid_name(name):
             return None
         return await asyncio.to_thread(self._look_up, name)
+
+    async def find_version(self, name: str, version: str) -> StoredAdapter | None:
+        return None
 
     async def fetch(
         self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None
@@ -80,7 +85,7 @@ class LocalStore:
                 with open_regular(path) as handle:
                     adapters += grouping.add(Entry(key, *_version(handle)))
             except OSError:
-                continue  # gone since, or not readable for us
+                continue  # it is gone, or this process may not read it
         adapters += grouping.finish()
         return next((a for a in adapters if a.name == name), None)
 
@@ -89,9 +94,9 @@ class LocalStore:
             with os.scandir(self._root):
                 return os.path.realpath(self._root)
         except PermissionError as exc:
-            raise unavailable(Trouble.ACCESS_DENIED) from exc
+            raise unavailable(StoreProblem.ACCESS_DENIED) from exc
         except OSError as exc:
-            raise unavailable(Trouble.NO_FOLDER) from exc
+            raise unavailable(StoreProblem.NO_FOLDER) from exc
 
     @asynccontextmanager
     async def _stream(
@@ -111,11 +116,11 @@ class LocalStore:
         try:
             handle = open_regular(path)
         except PermissionError as exc:
-            raise unavailable(Trouble.ACCESS_DENIED) from exc
+            raise unavailable(StoreProblem.ACCESS_DENIED) from exc
         except FileNotFoundError as exc:
             raise changed(adapter_name) from exc
         except OSError as exc:
-            raise unavailable(Trouble.FAILED, exc.strerror or "") from exc
+            raise unavailable(StoreProblem.FAILED, exc.strerror or "") from exc
         if _version(handle) != (file.size_bytes, file.version):
             handle.close()
             raise changed(adapter_name)
@@ -131,14 +136,14 @@ async def _chunks(
             length -= len(chunk)
             yield chunk
         if await asyncio.to_thread(_version, handle) != (file.size_bytes, file.version):
-            raise changed(adapter_name)  # written in place while we read
+            raise changed(adapter_name)  # the file was overwritten while it was read
     except OSError as exc:
         raise TransferCut from exc
 
 
 def _reached(real_root: str, name: str) -> bool:
-    """Whether a listing gets to this folder: no step of the way leaves the root or leads back to a
-    folder above.
+    """Whether a listing gets to this folder. No step on the way may leave the root or lead back to
+    a folder above.
     """
     steps = name.split("/")
     folders = [

@@ -1,5 +1,5 @@
-"""Shell. A base model in a bucket, brought to this host's disk once: workers of the same host share
-it.
+"""Shell. Copies a base model from a bucket to this host's disk, once. All workers of the host share
+the copy.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ log = logging.getLogger("loraplex.mirror")
 
 MAX_FILES = 4096
 LEFT_OUT = (".git/", ".cache/", "original/")
-"""Folders of a model that no engine reads; `original/` holds the same weights once more."""
+"""Folders of a model that no engine reads. `original/` holds the same weights once more."""
 
 
 async def local_model(url: str, root: Path, options: Mapping[str, object] | None = None) -> Path:
-    """The folder below `root` that holds what lies at `url` now. It is complete, and another
-    version of the model gets another one. `options` as in open_store.
+    """The folder below `root` with the model that lies at `url` now. It is complete, and another
+    version of the model gets another folder. `options` are those of open_store.
 
-    Raises ConfigError where there is nothing or it cannot be had.
+    Raises ConfigError if there is no model, or if it cannot be copied.
     """
     above, _, name = url.rstrip("/").rpartition("/")
     if above.endswith("/"):
@@ -44,8 +44,8 @@ async def local_model(url: str, root: Path, options: Mapping[str, object] | None
     except ConfigError:
         raise
     except LoraplexError as exc:
-        told = exc.message.replace("adapter store", "bucket").replace("adapter", "model")
-        raise ConfigError(f"the model at {url} cannot be fetched: {told}") from exc
+        message = exc.message.replace("adapter store", "bucket").replace("adapter", "model")
+        raise ConfigError(f"the model at {url} cannot be fetched: {message}") from exc
 
 
 async def _mirrored(store: Bucket, url: str, name: str, root: Path) -> Path:
@@ -58,12 +58,14 @@ async def _mirrored(store: Bucket, url: str, name: str, root: Path) -> Path:
     with await asyncio.to_thread(_opened, root / f"{model.digest}.lock") as lock:
         await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
         if not await asyncio.to_thread(folder.is_dir):
-            log.info("model on its way", extra={"url": url, "bytes": model.size_bytes})
+            log.info(
+                "copying the base model to this host", extra={"url": url, "bytes": model.size_bytes}
+            )
             await asyncio.to_thread(shutil.rmtree, partial, True)
             await asyncio.to_thread(partial.mkdir)
             await fetch_adapter(model, partial, store._stream, Transfer())
             os.replace(partial, folder)
-            log.info("model is here", extra={"url": url, "folder": str(folder)})
+            log.info("base model copied to this host", extra={"url": url, "folder": str(folder)})
     return folder
 
 

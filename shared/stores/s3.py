@@ -1,4 +1,6 @@
-"""Shell. Adapters in an S3 bucket, or in anything that speaks S3. The only `import aiobotocore`."""
+"""Shell. Adapters in an S3 bucket, or in any store that speaks S3. No other module imports
+aiobotocore.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +18,33 @@ from aiobotocore.session import AioSession
 from botocore import exceptions as sdk
 from botocore.parsers import ResponseParserError
 
-from shared.adapters.identity import StoredFile
-from shared.errors import ConfigError, LoraplexError
-from shared.stores import parse_bucket_url
-from shared.stores.bucket import Bucket
-from shared.stores.listing import Entry
-from shared.stores.objects import TransferCut, Trouble, changed, unavailable
+from shared.adapters.identity import StoredAdapter, StoredFile
+from shared.errors import AdapterNotFound, ConfigError, LoraplexError
+from shared.stores.bucket import Bucket, parse_bucket_url
+from shared.stores.history import MAX_OBJECT_VERSIONS, ObjectVersion, choose_state
+from shared.stores.listing import Entry, valid_name
+from shared.stores.object_store import (
+    StoreFailure,
+    StoreProblem,
+    TransferCut,
+    changed,
+    unavailable,
+)
 from shared.stores.transfer import byte_range
 
 CONNECT_TIMEOUT_S = 5.0
-# Between two pieces of a reply. A file as a whole is bounded in objects.py.
+# Longest time between two pieces of a reply. transfer.py bounds a file as a whole.
 READ_TIMEOUT_S = 15.0
-# One list request, or a file's answer up to its first byte, with the SDK's retries.
+# Longest time of one list request, or of a file's answer up to its first byte, with the SDK's
+# retries.
 REQUEST_TIMEOUT_S = 40.0
 MAX_ATTEMPTS = 3
 MAX_LISTINGS = 32
-# More than the parts that a worker ever has in the air: a part must not wait for a connection while
-# its patience runs.
+# More than the parts that a worker downloads at once. A part must not wait for a connection,
+# because its time limit runs.
 MAX_TRANSFERS = 128
 CHUNK_BYTES = 256 * 1024
+MAX_KEPT = 10_000
 
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _DENIED = frozenset(
@@ -82,7 +92,9 @@ _FOREIGN = (sdk.ClientError, sdk.BotoCoreError, aiohttp.ClientError, ResponsePar
 
 
 class S3Store(Bucket):
-    """`s3://bucket/prefix`. A file's version is its ETag, and a fetch is conditional on it."""
+    """`s3://bucket/prefix`. A file's version is its ETag, and a fetch is conditional on it. Where
+    the bucket has versioning, a file that was overwritten meanwhile is fetched by its version id.
+    """
 
     def __init__(
         self,
@@ -101,6 +113,8 @@ class S3Store(Bucket):
         self._exit = AsyncExitStack()
         self._client: Any = None
         self._reader: Any = None
+        # (key, ETag) of files that were overwritten -> the version id that brings them
+        self._kept: dict[tuple[str, str], str] = {}
 
     async def __aenter__(self) -> S3Store:
         config = AioConfig(
@@ -118,8 +132,8 @@ class S3Store(Bucket):
                 "s3", endpoint_url=self._endpoint_url, region_name=self._region, config=config
             )
             self._client = await self._exit.enter_async_context(client)
-            # Files have a client of their own: a transfer counts its tries itself, and must not
-            # take the connections of listings.
+            # Files have a client of their own. A transfer counts its tries itself, and must not use
+            # up the connections of listings.
             config = config.merge(
                 AioConfig(
                     retries={"mode": "standard", "total_max_attempts": 1},
@@ -152,7 +166,7 @@ class S3Store(Bucket):
         if isinstance(theirs, dict) and theirs.get("addressing_style"):
             return None
         custom = self._endpoint_url or any(os.environ.get(name) for name in _ENDPOINT_VARIABLES)
-        # Servers of one's own seldom have a DNS name per bucket.
+        # Self-hosted servers seldom have a DNS name per bucket.
         return "path" if custom else "auto"
 
     async def __aexit__(self, *exc: object) -> None:
@@ -160,11 +174,57 @@ class S3Store(Bucket):
 
     async def pages(self, prefix: str) -> AsyncGenerator[Sequence[Entry], None]:
         if self._bucket.endswith("--x-s3"):
-            # Directory buckets (S3 Express) list in no order, and only by whole folders.
+            # Directory buckets (S3 Express) list whole folders only, in no order.
             yield sorted([entry async for page in self._raw_pages(prefix) for entry in page])
             return
         async for page in self._raw_pages(prefix):
             yield page
+
+    async def find_version(self, name: str, version: str) -> StoredAdapter | None:
+        """`version` is a digest, or the version id of one of the adapter's files."""
+        if not valid_name(name):
+            return None
+        return choose_state(name, await self._kept_objects(f"{name}/"), version)
+
+    async def _kept_objects(self, prefix: str) -> list[ObjectVersion]:
+        """As `_object_versions`, but empty where the store has no versions, or does not list them
+        for this key.
+        """
+        try:
+            return await self._object_versions(prefix)
+        except StoreFailure as exc:
+            if exc.trouble in (StoreProblem.ACCESS_DENIED, StoreProblem.FAILED):
+                return []
+            raise
+
+    async def _object_versions(self, prefix: str) -> list[ObjectVersion]:
+        """The kept versions of all objects below a prefix, the newest of each first. Only the
+        current ones if the bucket has no versioning.
+        """
+        request = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
+        found: list[ObjectVersion] = []
+        while len(found) < MAX_OBJECT_VERSIONS:
+            try:
+                async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                    reply = await self._client.list_object_versions(**request)
+            except _FOREIGN as exc:
+                raise _translated(exc) from exc
+            found += [self._object_version(item) for item in reply.get("Versions", ())]
+            found += [self._object_version(item) for item in reply.get("DeleteMarkers", ())]
+            follows = (reply.get("NextKeyMarker"), reply.get("NextVersionIdMarker"))
+            if not reply.get("IsTruncated"):
+                break
+            if follows == (request.get("KeyMarker"), request.get("VersionIdMarker")):
+                raise unavailable(StoreProblem.BROKEN_REPLY, "a listing without end")
+            request |= {"KeyMarker": follows[0], "VersionIdMarker": follows[1]}
+        return found
+
+    def _object_version(self, item: dict[str, Any]) -> ObjectVersion:
+        key = item["Key"].removeprefix(self._prefix)
+        since = item["LastModified"].timestamp()
+        if "ETag" not in item:
+            return ObjectVersion(since, key, "", None)
+        return ObjectVersion(since, key, item["VersionId"], self._entry(item))
 
     async def _raw_pages(self, prefix: str) -> AsyncGenerator[Sequence[Entry], None]:
         request = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
@@ -178,7 +238,7 @@ class S3Store(Bucket):
             if not reply.get("IsTruncated"):
                 return
             if reply.get("NextContinuationToken") in (None, request.get("ContinuationToken")):
-                raise unavailable(Trouble.BROKEN_REPLY, "a listing without end")
+                raise unavailable(StoreProblem.BROKEN_REPLY, "a listing without end")
             request["ContinuationToken"] = reply["NextContinuationToken"]
 
     def _entry(self, item: dict[str, Any]) -> Entry:
@@ -188,28 +248,61 @@ class S3Store(Bucket):
     async def _stream(
         self, adapter_name: str, file: StoredFile, offset: int, length: int
     ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+        key = f"{adapter_name}/{file.path}"
         request = {
             "Bucket": self._bucket,
-            "Key": f"{self._prefix}{adapter_name}/{file.path}",
+            "Key": self._prefix + key,
             "IfMatch": f'"{file.version}"',
         }
         ranged = byte_range(file, offset, length)
         if ranged:
             request["Range"] = ranged
-        try:
-            async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                reply = await self._reader.get_object(**request)
-        except _FOREIGN as exc:
-            raise _translated(exc, adapter_name) from exc
+        kept = self._kept.get((key, file.version))
+        reply = await self._opened(adapter_name, request | ({"VersionId": kept} if kept else {}))
+        if reply is None:
+            request["VersionId"] = await self._kept_version(adapter_name, key, file)
+            reply = await self._opened(adapter_name, request)
+        if reply is None:
+            raise changed(adapter_name)
         body = reply["Body"]
         try:
             if reply.get("ETag", "").strip('"') != file.version:
-                raise changed(adapter_name)  # a server that does not know If-Match
+                raise changed(adapter_name)  # the server ignored If-Match
             if ranged and reply["ResponseMetadata"]["HTTPStatusCode"] != 206:
-                raise unavailable(Trouble.BROKEN_REPLY, "no range support")
+                raise unavailable(StoreProblem.BROKEN_REPLY, "no range support")
             yield _chunks(body)
         finally:
             body.close()
+
+    async def _opened(self, adapter_name: str, request: dict[str, Any]) -> Any:
+        """The answer to a request for a file. None: it is not there, or not in this version."""
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                return await self._reader.get_object(**request)
+        except _FOREIGN as exc:
+            failure = _translated(exc, adapter_name)
+            if isinstance(failure, AdapterNotFound):
+                return None
+            raise failure from exc
+
+    async def _kept_version(self, adapter_name: str, key: str, file: StoredFile) -> str:
+        """The id under which the bucket still keeps this version of a file.
+
+        Raises AdapterNotFound if it keeps none.
+        """
+        objects = await self._kept_objects(key)
+        for version in objects:
+            if (
+                version.key == key
+                and version.entry is not None
+                and (version.entry.version, version.entry.size_bytes)
+                == (file.version, file.size_bytes)
+            ):
+                self._kept[key, file.version] = version.version_id
+                if len(self._kept) > MAX_KEPT:
+                    self._kept.pop(next(iter(self._kept)))
+                return version.version_id
+        raise changed(adapter_name)
 
 
 async def _chunks(body: Any) -> AsyncGenerator[bytes, None]:
@@ -221,8 +314,8 @@ async def _chunks(body: Any) -> AsyncGenerator[bytes, None]:
 
 
 def _translated(exc: Exception, adapter_name: str | None = None) -> LoraplexError:
-    """Our error for one of the SDK's. `adapter_name` is set where one file was asked for, so that
-    "not found" means the adapter.
+    """Our error for an error of the SDK. `adapter_name` is set if one file was requested. Then "not
+    found" means that the adapter has changed.
     """
     if isinstance(exc, sdk.ClientError):
         code = str(exc.response.get("Error", {}).get("Code", ""))
@@ -230,28 +323,28 @@ def _translated(exc: Exception, adapter_name: str | None = None) -> LoraplexErro
             code, exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), adapter_name
         )
     if isinstance(exc, _NO_CREDENTIALS):
-        return unavailable(Trouble.NO_CREDENTIALS)
-    if isinstance(exc, _UNREACHABLE):  # TimeoutError is an OSError
-        return unavailable(Trouble.UNREACHABLE)
+        return unavailable(StoreProblem.NO_CREDENTIALS)
+    if isinstance(exc, _UNREACHABLE):  # a TimeoutError is an OSError
+        return unavailable(StoreProblem.UNREACHABLE)
     if isinstance(exc, ResponseParserError):
-        return unavailable(Trouble.BROKEN_REPLY)
-    return unavailable(Trouble.FAILED, type(exc).__name__)
+        return unavailable(StoreProblem.BROKEN_REPLY)
+    return unavailable(StoreProblem.FAILED, type(exc).__name__)
 
 
 def _refused(code: str, status: int, adapter_name: str | None) -> LoraplexError:
     names = {code, str(status)}
     if code == "NoSuchBucket":
-        return unavailable(Trouble.NO_BUCKET)
+        return unavailable(StoreProblem.NO_BUCKET)
     if adapter_name is not None and names & _GONE:
         return changed(adapter_name)
     for known, trouble in (
-        (_DENIED, Trouble.ACCESS_DENIED),
-        (_THROTTLED, Trouble.THROTTLED),
-        (_WRONG_REGION, Trouble.WRONG_REGION),
+        (_DENIED, StoreProblem.ACCESS_DENIED),
+        (_THROTTLED, StoreProblem.THROTTLED),
+        (_WRONG_REGION, StoreProblem.WRONG_REGION),
     ):
         if names & known:
             return unavailable(trouble)
-    # The code is the other side's text; anything but a plain word is left out.
+    # The other side wrote the code. It is left out unless it is a plain word.
     return unavailable(
-        Trouble.FAILED, code if re.fullmatch(r"[A-Za-z0-9.]{1,64}", code) else str(status)
+        StoreProblem.FAILED, code if re.fullmatch(r"[A-Za-z0-9.]{1,64}", code) else str(status)
     )

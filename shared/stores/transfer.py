@@ -1,8 +1,8 @@
-"""Shell. Brings the files of one adapter from a store into a folder: in parts side by side, each
-going on where it was cut.
+"""Shell. Downloads the files of one adapter from a store into a folder. The parts come side by
+side, and each goes on where it was cut off.
 
-The first part in the air of every adapter needs nobody's leave; only the parts beside it share
-lanes with other adapters. So a stuck transfer takes nothing that another adapter could wait for.
+Every adapter may always download one part. Only the parts beside it come out of a budget, which all
+adapters share. So a stuck transfer holds nothing that another adapter waits for.
 """
 
 from __future__ import annotations
@@ -21,34 +21,35 @@ from typing import BinaryIO, TypeAlias
 from shared.adapters.identity import StoredAdapter, StoredFile
 from shared.errors import AdapterNotFound, LoraplexError, StoreUnavailable
 from shared.stores.listing import valid_path
-from shared.stores.objects import TransferCut, Trouble, transient, unavailable
+from shared.stores.object_store import StoreProblem, TransferCut, transient, unavailable
 
-# What S3's own guidance calls a good range (8 to 16 MB); a part that was cut short by a crash costs
-# at most this much again.
+# Within the range that S3's guidance recommends (8 to 16 MB). A part that a crash cut off costs at
+# most this much again.
 PART_BYTES = 8 << 20
-# Parts of one adapter in the air, and parts beyond the first of all adapters of a worker.
+# Parts of one adapter that are downloaded at once, and such parts beyond the first of all adapters
+# of a worker together.
 PARTS_PER_ADAPTER = 4
 SHARED_LANES = 16
-# A transfer may take GRACE_S per try plus its size at this rate, whatever its pieces do: a store
-# that trickles is a store that failed.
+# A transfer may take GRACE_S per try plus its size at this rate. A store that is slower has failed,
+# even if bytes trickle in.
 MIN_BYTES_PER_S = 256 * 1024
 GRACE_S = 30.0
 BACKOFF_S = 0.2
 MAX_BACKOFF_S = 5.0
-# Received pieces are gathered to this size before a thread writes them: a hop into a thread costs
-# some 0.1 ms.
+# Received pieces are gathered to this size before a thread writes them. Each hand-over to a thread
+# costs about 0.1 ms.
 WRITE_BYTES = 1 << 20
 
 Stream: TypeAlias = AbstractAsyncContextManager[AsyncGenerator[bytes, None]]
 OpenStream: TypeAlias = Callable[[str, StoredFile, int, int], Stream]
-"""(adapter's name, file, offset, length) -> its bytes."""
+"""(adapter's name, file, offset, length) -> these bytes."""
 PartId: TypeAlias = tuple[str, int]
 """(path of the file, number of the part)."""
 
 
 @dataclass(frozen=True, slots=True)
 class FilePart:
-    """`size_bytes` bytes of `file` from `offset` on; all parts of a file but the last have
+    """`size_bytes` bytes of `file`, from `offset` on. All parts but the last of a file have
     PART_BYTES.
     """
 
@@ -63,7 +64,7 @@ class FilePart:
 
 
 def parts_of(file: StoredFile) -> list[FilePart]:
-    """The parts of one file in order; none for an empty one."""
+    """The parts of one file in order. An empty file has none."""
     return [
         FilePart(file, number, offset, min(PART_BYTES, file.size_bytes - offset))
         for number, offset in enumerate(range(0, file.size_bytes, PART_BYTES))
@@ -71,22 +72,23 @@ def parts_of(file: StoredFile) -> list[FilePart]:
 
 
 def byte_range(file: StoredFile, offset: int, length: int) -> str:
-    """The Range header for these bytes; empty for the whole file."""
+    """The Range header for these bytes. "" for the whole file."""
     if offset + length < file.size_bytes:
         return f"bytes={offset}-{offset + length - 1}"
     return f"bytes={offset}-" if offset else ""
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class TransferRetries:
     """When a transfer has failed. A try ends when no byte comes for `stall_s` seconds (None: no
-    limit of ours); `tries` in a row that bring not one byte of a part end the transfer.
+    limit of ours). After `tries` tries in a row without a byte, the transfer ends.
     """
 
     stall_s: float | None
     tries: int
 
     def total_s(self, size_bytes: int) -> float | None:
+        """How long a transfer of this size may take, in seconds. None: no limit."""
         return (
             None
             if self.stall_s is None
@@ -95,14 +97,15 @@ class Pace:
 
 
 @dataclass(slots=True)
-class Lanes:
-    """Parts that may be in the air beside the first one of each adapter. Nobody waits for a lane:
-    who gets none goes on with what it has.
+class PartBudget:
+    """Counts the parts that are downloaded beside the first one of each adapter. Nobody waits:
+    a transfer that may not begin another part goes on with those it has.
     """
 
     free: int = SHARED_LANES
 
     def take(self) -> bool:
+        """Counts one more part. False: there are as many as may be."""
         if not self.free:
             return False
         self.free -= 1
@@ -123,16 +126,16 @@ def _no_part(_: FilePart, __: str) -> None: ...
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """How one adapter is to be brought. `done` are parts that lie in the folder already (their
-    files exist then).
+    """How one adapter is to be downloaded. The parts of `done` lie in the folder already, and their
+    files exist.
 
-    `on_bytes` runs on the loop for every piece; `on_part` in a thread, with the part's sha256, once
-    its bytes were given to the kernel. `on_idle` runs on the loop where the source waits for the
-    bytes itself: with the seconds since it got any.
+    `on_bytes` runs on the loop for every piece. `on_part` runs in a thread after the bytes of a
+    part were given to the kernel; it gets the part's sha256. `on_idle` runs on the loop while the
+    source itself waits for bytes. It gets the seconds since the source last got any.
     """
 
-    pace: Pace = field(default_factory=lambda: Pace(GRACE_S, 1))
-    lanes: Lanes = field(default_factory=Lanes)
+    pace: TransferRetries = field(default_factory=lambda: TransferRetries(GRACE_S, 1))
+    budget: PartBudget = field(default_factory=PartBudget)
     done: Mapping[PartId, str] = field(default_factory=dict)
     may_exist: bool = False
     on_bytes: Callable[[int], None] = _nothing
@@ -143,11 +146,12 @@ class Transfer:
 async def fetch_adapter(
     adapter: StoredAdapter, into: Path, open_stream: OpenStream, transfer: Transfer | None = None
 ) -> None:
-    """Every file of `adapter` below `into`, complete and of the listed version, or an exception.
-    Nothing foreign is ever overwritten.
+    """Downloads every file of `adapter` below `into`, complete and of the listed version. It never
+    overwrites a file that is not its own.
 
     Raises:
-        StoreUnavailable: the store failed beyond the pace's patience; what came is left in `into`.
+        StoreUnavailable: the store failed more often than the pace allows. What came stays in
+            `into`.
         AdapterNotFound: a file is gone or has another version than listed.
     """
     if not all(valid_path(file.path) for file in adapter.files):
@@ -159,13 +163,13 @@ async def fetch_adapter(
         async with asyncio.timeout(run.transfer.pace.total_s(adapter.size_bytes)):
             await run.whole()
     except TimeoutError as exc:
-        raise unavailable(Trouble.TOO_SLOW) from exc
+        raise unavailable(StoreProblem.TOO_SLOW) from exc
     except OSError as exc:
-        raise unavailable(Trouble.NOT_WRITABLE, exc.strerror or "") from exc
+        raise unavailable(StoreProblem.NOT_WRITABLE, exc.strerror or "") from exc
 
 
 class _Run:
-    """One transfer under way."""
+    """One transfer in progress."""
 
     def __init__(
         self, adapter: StoredAdapter, into: Path, open_stream: OpenStream, transfer: Transfer
@@ -189,21 +193,24 @@ class _Run:
         try:
             async with asyncio.TaskGroup() as group:
                 self._tasks.append(
-                    group.create_task(self._lane(group, False), name=f"fetch {self._adapter.name}")
+                    group.create_task(
+                        self._download_parts(group, False), name=f"fetch {self._adapter.name}"
+                    )
                 )
         except ExceptionGroup as failures:
             raise _foremost(failures) from failures
         finally:
-            while self._beside:  # lanes of tasks that were cancelled before they ever ran
+            # give back the budget of tasks that were cancelled before their first step
+            while self._beside:
                 self._beside -= 1
-                self.transfer.lanes.give()
-        # A TaskGroup takes a task that was cancelled from elsewhere for a finished one.
+                self.transfer.budget.give()
+        # A TaskGroup treats a task that was cancelled from outside as finished.
         if any(task.cancelled() for task in self._tasks):
             raise TransferCut
 
     def _create(self) -> None:
-        """All files, still empty. O_EXCL and O_NOFOLLOW: neither a foreign file nor a symlink is
-        written through.
+        """Makes all files, still empty. O_EXCL and O_NOFOLLOW keep it from writing through a
+        foreign file or a symlink.
         """
         flags = (
             os.O_WRONLY
@@ -217,35 +224,35 @@ class _Run:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(target, flags, 0o644))
 
-    async def _lane(self, group: asyncio.TaskGroup, shared: bool) -> None:
+    async def _download_parts(self, group: asyncio.TaskGroup, shared: bool) -> None:
         try:
             while self._queue:
                 part = self._queue.popleft()
                 self._widen(group)
                 await self._bring(part)
         except BaseException:
-            self._queue.clear()  # nobody begins another part
+            self._queue.clear()  # no task begins another part
             raise
         finally:
             if shared:
                 self._beside -= 1
-                self.transfer.lanes.give()
+                self.transfer.budget.give()
 
     def _widen(self, group: asyncio.TaskGroup) -> None:
         while (
             self._beside < min(PARTS_PER_ADAPTER - 1, len(self._queue))
-            and self.transfer.lanes.take()
+            and self.transfer.budget.take()
         ):
             self._beside += 1
             self._tasks.append(
                 group.create_task(
-                    self._lane(group, True), name=f"fetch beside {self._adapter.name}"
+                    self._download_parts(group, True), name=f"fetch beside {self._adapter.name}"
                 )
             )
 
     async def _bring(self, part: FilePart) -> None:
-        """One part, in as many tries as bring something, and `pace.tries` in a row that bring
-        nothing.
+        """Downloads one part. A try that brings bytes is followed by another one. After
+        `pace.tries` tries in a row without a byte it gives up.
         """
         handle = await asyncio.to_thread(_open_at, self._into / part.file.path, part.offset)
         try:
@@ -257,7 +264,8 @@ class _Run:
                     await self._receive(part, sink)
                     break
                 except StoreUnavailable as exc:
-                    # All bytes and still a failure is a wrong checksum: nothing to resume.
+                    # If all bytes came and it still failed, the checksum is wrong. There is nothing
+                    # to resume.
                     if not transient(exc) or sink.received_bytes == part.size_bytes:
                         raise
                     fruitless = 0 if sink.received_bytes > before else fruitless + 1
@@ -279,7 +287,7 @@ class _Run:
         offset, length = part.offset + sink.received_bytes, part.size_bytes - sink.received_bytes
         try:
             async with (
-                asyncio.timeout(stall_s) as patience,
+                asyncio.timeout(stall_s) as stall_timeout,
                 self._open_stream(self._adapter.name, part.file, offset, length) as chunks,
                 aclosing(chunks),
             ):
@@ -287,9 +295,9 @@ class _Run:
                     await sink.add(chunk)
                     self.transfer.on_bytes(len(chunk))
                     if stall_s is not None:
-                        patience.reschedule(loop.time() + stall_s)
+                        stall_timeout.reschedule(loop.time() + stall_s)
         except TimeoutError as exc:
-            raise unavailable(Trouble.TOO_SLOW) from exc
+            raise unavailable(StoreProblem.TOO_SLOW) from exc
         if sink.received_bytes < part.size_bytes:
             raise TransferCut
 
@@ -300,8 +308,8 @@ class _Run:
 
 
 def _foremost(failures: ExceptionGroup[Exception]) -> Exception:
-    """The failure that tells most: "it changed" before "it failed". A bug stays the group that it
-    came in.
+    """The failure that says most: "it changed" comes before "it failed". A bug stays in
+    its group.
     """
     known = [exc for exc in failures.exceptions if isinstance(exc, LoraplexError | OSError)]
     if len(known) < len(failures.exceptions):
@@ -316,21 +324,21 @@ def _open_at(target: Path, offset: int) -> BinaryIO:
 
 
 class _Sink:
-    """Gathers received pieces, hashes and writes them in a thread; refuses more than was asked
-    for.
+    """Gathers received pieces, and hashes and writes them in a thread. It refuses more bytes than
+    were requested.
     """
 
     def __init__(self, handle: BinaryIO, limit_bytes: int) -> None:
         self._handle = handle
         self._limit_bytes = limit_bytes
-        self._pieces: list[bytes] = []  # a list: joining them would copy every byte once more
+        self._pieces: list[bytes] = []  # a list, because joining would copy every byte once more
         self._waiting_bytes = 0
         self._hash = hashlib.sha256()
         self.received_bytes = 0
 
     async def add(self, piece: bytes) -> None:
         if self.received_bytes + len(piece) > self._limit_bytes:
-            raise unavailable(Trouble.BROKEN_REPLY, "more bytes than listed")
+            raise unavailable(StoreProblem.BROKEN_REPLY, "more bytes than listed")
         self.received_bytes += len(piece)
         self._pieces.append(piece)
         self._waiting_bytes += len(piece)
@@ -351,8 +359,8 @@ class _Sink:
 
 
 def close_later(handle: BinaryIO) -> None:
-    """Closes in a thread, without waiting: a thread that outlived our cancellation may hold the
-    file's lock, on a stuck disk for long.
+    """Closes in a thread and does not wait. A thread that is still writing may hold the file's
+    lock, on a stuck disk for long.
     """
     if not handle.closed:
         asyncio.get_running_loop().run_in_executor(None, _close, handle)

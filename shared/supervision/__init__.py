@@ -1,1 +1,3 @@
-"""Pure. What `serve` and its child processes tell each other about life and death."""
+"""Pure. The messages between `serve` and its child processes: who lives, who hangs, who
+has ended.
+"""

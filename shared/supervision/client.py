@@ -1,5 +1,5 @@
-"""Shell. A child's line to the `serve` that started it. A process that nobody supervises has none,
-and everything here does nothing then.
+"""Shell. A child's connection to the `serve` that started it. For a process that nobody supervises,
+everything here does nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from shared.supervision.messages import (
     MAX_REASON,
     PULSE_S,
     DecodeError,
+    ExitReason,
     FromSupervisor,
     Hello,
-    LastWords,
     Pulse,
     decode_from_supervisor,
     line,
@@ -26,12 +26,12 @@ from shared.supervision.messages import (
 log = logging.getLogger("loraplex.supervision")
 
 SUPERVISOR_ENV = "LORAPLEX_SUPERVISOR"
-"""Set by `serve` for its children: the path of its socket and the child's name, `PATH NAME`."""
+"""Set by `serve` for its children: the path of its socket and the child's name, as `PATH NAME`."""
 LAST_WORDS_S = 1.0
 
 
 def environment(path: object, process: str) -> dict[str, str]:
-    """What a child of this name is started with."""
+    """The environment variables for a child of this name."""
     return {SUPERVISOR_ENV: f"{path} {process}"}
 
 
@@ -44,9 +44,11 @@ async def report_to_supervisor(
     state: Callable[[], Pulse],
     on_message: Callable[[FromSupervisor], None] = lambda _: None,
     epoch: int = 0,
+    news: asyncio.Event | None = None,
 ) -> None:
-    """Sends a pulse every PULSE_S until it is cancelled, and hands over what `serve` says. Returns
-    where there is no supervisor, or when it has ended: this process then ends by the kernel's hand.
+    """Sends a pulse every PULSE_S and whenever `news` is set, until it is cancelled. Passes on what
+    `serve` says. Returns if there is no supervisor, or when the supervisor has ended. In the latter
+    case the kernel then ends this process.
     """
     mine = _mine()
     if mine is None:
@@ -55,15 +57,20 @@ async def report_to_supervisor(
     try:
         reader, writer = await asyncio.open_unix_connection(path)
     except OSError as exc:
-        log.warning("no line to the supervisor", extra={"error": exc.strerror})
+        log.warning("connection to the supervisor failed", extra={"error": exc.strerror})
         return
     with contextlib.closing(writer):
         writer.write(line(Hello(name, os.getpid(), epoch)))
+        wake = asyncio.Event() if news is None else news
         listening = asyncio.create_task(_listen(reader, on_message), name="supervisor's words")
+        listening.add_done_callback(lambda _: wake.set())
         try:
             while not listening.done():
+                wake.clear()
                 writer.write(line(state()))
-                await asyncio.wait([listening], timeout=PULSE_S)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PULSE_S):
+                        await wake.wait()
         finally:
             listening.cancel()
 
@@ -81,9 +88,9 @@ async def _listen(
             on_message(message)
 
 
-def say_last_words(reason: str) -> None:
-    """Tells `serve` why this process is about to end. Needs no event loop; never raises, and takes
-    at most a second.
+def report_exit_reason(reason: str) -> None:
+    """Tells `serve` why this process is about to end. It needs no event loop, never raises, and
+    takes at most a second.
     """
     mine = _mine()
     if mine is None:
@@ -92,4 +99,4 @@ def say_last_words(reason: str) -> None:
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as s:
         s.settimeout(LAST_WORDS_S)
         s.connect(path)
-        s.sendall(line(Hello(name, os.getpid())) + line(LastWords(reason[:MAX_REASON])))
+        s.sendall(line(Hello(name, os.getpid())) + line(ExitReason(reason[:MAX_REASON])))

@@ -1,7 +1,7 @@
-"""Pure. Every message between `serve` and its gateway and worker processes: one JSON line each, on
-a Unix socket in the run folder.
+"""Pure. Every message between `serve` and its gateway and worker processes. Each is one JSON line
+on a Unix socket in the run folder.
 
-The socket carries no requests and no tokens. Its one purpose is to know at once that a process
+The socket carries no requests and no tokens. Its only purpose is to know at once that a process
 lives, hangs or has ended, and to tell the gateways.
 """
 
@@ -16,7 +16,7 @@ import msgspec
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """The first line of a connection. `process` is the name that `serve` gave: g0, w1. A worker
-    says which `epoch` of its life this is, as in its heartbeats.
+    also says its `epoch`, as in its heartbeats.
     """
 
     process: str
@@ -25,44 +25,55 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Pulse(msgspec.Struct, frozen=True, tag="pulse"):
-    """Sent by the event loop every PULSE_S: a process that hangs or is stopped sends none.
-    `healthy`: it serves. `reason` says why not, where there is something to say.
+    """The event loop sends it every PULSE_S, so a process that hangs or is stopped sends none.
+    `healthy`: the process serves. `reason` says why it does not, if there is something to say.
+    `stage` is what its start is at.
     """
 
     healthy: bool
     reason: str = ""
+    stage: str = ""
 
 
-class LastWords(msgspec.Struct, frozen=True, tag="last_words"):
+class ExitReason(msgspec.Struct, frozen=True, tag="last_words"):
     """Why the process is about to end, if it knows."""
 
     reason: str
 
 
-ToSupervisor: TypeAlias = Hello | Pulse | LastWords
+ToSupervisor: TypeAlias = Hello | Pulse | ExitReason
 
 # ---- serve -> gateway ----------------------------------------------------------------------------
 
 
 class WorkerEnded(msgspec.Struct, frozen=True, tag="worker_ended"):
-    """The process of this life of the worker is gone. No lease has to run out for it."""
+    """The process of this life of the worker has ended. No lease has to run out for it. `killed`:
+    by a signal from outside.
+    """
 
     worker: str
     epoch: int
     reason: str
+    killed: bool = False
 
 
-class Verdicts(msgspec.Struct, frozen=True, tag="verdicts"):
-    """Of the models that cannot start: why. All of them, each time one changes."""
+class CannotStart(msgspec.Struct, frozen=True, tag="cannot_start"):
+    """The models that cannot start, each with the reason. Every message has all of them."""
 
     models: dict[str, str]
 
 
-FromSupervisor: TypeAlias = WorkerEnded | Verdicts
+class ConfigRefused(msgspec.Struct, frozen=True, tag="config_refused"):
+    """The config file has changed, and cannot be taken."""
+
+    reason: str
+
+
+FromSupervisor: TypeAlias = WorkerEnded | CannotStart | ConfigRefused
 
 PULSE_S = 0.5
 MAX_REASON = 500
-"""Characters of a reason that travel."""
+"""Characters of a reason that are sent."""
 
 _encode = msgspec.json.Encoder().encode
 decode_to_supervisor = msgspec.json.Decoder(ToSupervisor).decode

@@ -1,21 +1,29 @@
-"""Shell. Tests on real vLLM: all of this folder in one test process, so that vLLM is imported
-once.
-"""
+"""Shell. Tests on real vLLM. They all run in one test process, so vLLM is imported once."""
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from shared.runtime.children import Zygote
+from tests.engine.in_process import start_engine, worker_environment
 from tests.harness import Cluster, cluster, demo_config
-from worker.engine.factory import VLLM_CPU_ENV, VLLM_ENV
 
 HERE = Path(__file__).parent
+
+
+class ToldRecords(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups, whenever this file was loaded
@@ -26,8 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Scattered over the processes these tests would import vLLM in each, and a file whose tests
-    build on one another would fail now and then.
+    """Checks that all tests of this folder are in one group. In several processes each would import
+    vLLM, and a file whose tests build on one another would fail now and then.
     """
     grouped = hasattr(session.config, "workerinput") and getattr(
         session.config.option, "loadgroup", False
@@ -43,8 +51,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def demo(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
-    """One gateway, two vLLM workers with two slots each, all demo adapters. Tests must leave it as
-    they found it.
+    """One gateway and two vLLM workers with two slots each, with all demo adapters. Tests must
+    leave it as they found it.
     """
     folder = tmp_path_factory.mktemp("demo")
     async with cluster(demo_config(max_loras=2), folder, zygote) as c:
@@ -55,14 +63,22 @@ async def demo(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Asyn
 
 @pytest.fixture(scope="module")
 def vllm_environment() -> Iterator[None]:
-    """What a worker process sets before it imports vLLM; taken back, since other tests start
-    processes of their own.
+    """The environment of a worker process, for the tests of one module."""
+    with worker_environment():
+        yield
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Any]:
+    """One engine in this process, for test_fast_path.py and test_resume.py. The last test of the
+    latter kills it. `boot_log` has what was logged while it started.
     """
-    before = dict(os.environ)
-    for key, value in (
-        VLLM_ENV | VLLM_CPU_ENV | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    ).items():
-        os.environ.setdefault(key, value)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+    log, told = logging.getLogger("loraplex.vllm"), ToldRecords()
+    log.addHandler(told)
+    log.setLevel(logging.INFO)
+    with worker_environment():
+        engine = await start_engine(tmp_path_factory.mktemp("engine"))
+    log.removeHandler(told)
+    engine.boot_log = told.records
+    yield engine
+    await engine.stop()

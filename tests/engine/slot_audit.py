@@ -1,5 +1,6 @@
-"""Shell. Runs inside vLLM's worker: how often recorded copies were repeated, and whether the slots
-hold the bits that vLLM alone would have put there.
+"""Shell. Runs inside vLLM's worker. It counts how often recorded copies were repeated, and checks
+that the slots hold the bits that vLLM alone would have put there. What a GPU's kernels are told of
+the slots is checked, too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 
+from worker.engine.vllm.lora import gpu_lora
+from worker.engine.vllm.lora.presence import Presence
 from worker.engine.vllm.tensor_replay.slot_writer import SlotCopies
 
 repeated: list[int] = []
@@ -23,17 +26,24 @@ def begin(worker: Any) -> None:
         run(copies, block)
 
     SlotCopies.run = counted  # type: ignore[method-assign]
+    slots = worker._loraplex()
+    layers, count = gpu_lora.linear_layers(slots.manager), slots.manager.lora_slots
+    slots.writer._presence = Presence(layers, count)
 
 
-def audit(worker: Any, folders: dict[int, str]) -> tuple[int, list[int | None], bool, bool]:
-    """The copies repeated, the adapters in the slots, whether all bits are vLLM's, and whether they
-    differ from slot to slot.
+def audit(
+    worker: Any, folders: dict[int, str]
+) -> tuple[int, list[int | None], bool, bool, list[int]]:
+    """Returns five things: how many copies were repeated, the adapters in the slots, whether all
+    bits are vLLM's, whether the bits differ from slot to slot, and of how many slices with weights
+    in a slot the kernels are not told, and are told.
     """
     slots = worker._loraplex()
+    told = told_and_there(slots)
     manager, held = slots.manager, list(slots.manager.lora_index_to_id)
     ours = bits(manager)
     for module in manager.modules.values():
-        module.__dict__.pop("reset_lora", None)  # ours; the class has vLLM's
+        module.__dict__.pop("reset_lora", None)  # ours; the class still has vLLM's function
         for slot in range(len(held)):
             module.reset_lora(slot)
     worker.model_runner.lora_manager._lora_model_cls = LoRAModel
@@ -47,7 +57,19 @@ def audit(worker: Any, folders: dict[int, str]) -> tuple[int, list[int | None], 
     same = len(ours) == len(theirs) > 0 and all(
         torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)
     )
-    return len(repeated), held, same, any(not torch.equal(a[0], a[1]) for a in ours)
+    return len(repeated), held, same, any(not torch.equal(a[0], a[1]) for a in ours), told
+
+
+def told_and_there(slots: Any) -> list[int]:
+    presence, missed, both = slots.writer._presence, 0, 0
+    for row, (_, b) in enumerate(gpu_lora.linear_layers(slots.manager)):
+        for slot, int_id in enumerate(slots.manager.lora_index_to_id):
+            for i, one in enumerate(b):
+                if int_id is not None:
+                    told = bool(presence.on_device[row, slot] >> i & 1)
+                    there = bool(one[slot].any())
+                    missed, both = missed + (there and not told), both + (there and told)
+    return [missed, both]
 
 
 def bits(manager: Any) -> list[torch.Tensor]:

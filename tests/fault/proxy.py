@@ -1,4 +1,4 @@
-"""Shell. A TCP proxy between us and an HTTP server that does to chosen requests what networks and
+"""Shell. A TCP proxy in front of an HTTP server. It does to chosen requests what networks and
 stores do on bad days.
 """
 
@@ -16,8 +16,8 @@ PIECE_BYTES = 16 * 1024
 
 @dataclass(frozen=True)
 class Request:
-    """`path` is unquoted and without query; `range` the Range header or empty; `number` counts the
-    requests for this path from 0.
+    """One request. `path` is unquoted and without its query. `range` is the Range header or "".
+    `number` counts the requests for this path from 0.
     """
 
     method: str
@@ -29,9 +29,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Fault:
-    """`latency_s` before the answer begins; `status` instead of the server's answer; the connection
-    breaks `cut_after` bytes of the body; `bytes_per_s` at most; `stuck`: no answer at all, the
-    connection stays open.
+    """What happens to one request. `latency_s`: time before the answer begins. `status`: sent
+    instead of the server's answer. `cut_after`: the connection breaks after so many bytes of the
+    body. `bytes_per_s`: the highest rate. `stuck`: no answer comes, and the connection stays open.
     """
 
     latency_s: float = 0.0
@@ -46,7 +46,9 @@ Rule = Callable[[Request], Fault | None]
 
 @dataclass
 class FaultProxy:
-    """`rule` may be replaced at any time; `seen` are the requests in order of arrival."""
+    """The proxy. `rule` may be replaced at any time. `seen` are the requests in order of
+    arrival.
+    """
 
     upstream: str
     rule: Rule = lambda _: None
@@ -144,7 +146,7 @@ class FaultProxy:
 
 @asynccontextmanager
 async def fault_proxy(upstream: str) -> AsyncIterator[FaultProxy]:
-    """In front of `upstream` (http://host:port), on a free port of loopback."""
+    """A proxy in front of `upstream` (http://host:port), on a free port of loopback."""
     proxy = FaultProxy(upstream)
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()[:2]

@@ -1,4 +1,4 @@
-"""Shell. A gateway that is told to end (SIGTERM) while clients keep their connections: each request
+"""Shell. A gateway that is told to end (SIGTERM) while clients keep their connections. Each request
 is answered, and each answer says that the connection ends.
 """
 
@@ -79,7 +79,7 @@ async def test_a_request_on_a_kept_alive_connection_is_answered_and_is_its_last(
 async def test_clients_who_go_elsewhere_when_told_so_see_no_failure(
     adapters: Path, tmp_path: Path
 ) -> None:
-    """Each lane asks on one connection until an answer says that it ends."""
+    """Each client sends requests on one connection until an answer says that it ends."""
     async with cluster(sim_config(adapters), tmp_path) as c:
         await c.start_worker("w0")
         assert c.gateway is not None

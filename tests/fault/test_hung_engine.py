@@ -1,5 +1,5 @@
-"""Shell. An engine that hangs while its worker lives on: nothing new goes there, its streams go on
-elsewhere, and its worker is ended after a bound. A signal lets the simulated engine hang.
+"""Shell. An engine hangs while its worker lives on. It gets no new requests, its streams go on
+elsewhere, and its worker is ended after a bound. A signal makes the simulated engine hang.
 """
 
 from __future__ import annotations

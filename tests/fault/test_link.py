@@ -1,5 +1,5 @@
-"""Shell. Workers behind a proxy that resets, stalls, delays and swallows what goes by their TCP
-connections: every answer has exactly the text that is due, and nothing is left anywhere.
+"""Shell. Workers behind a proxy that resets, stalls, delays and swallows what their TCP connections
+carry. Every answer has exactly its expected text, and nothing is left anywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault.link_proxy import CONTROL, DATA, DOWN, UP, LinkProxy, link_proxy
+from bench.chaos.link_proxy import CONTROL, DATA, DOWN, UP, LinkProxy, link_proxy
 from tests.harness import Cluster, chat_body, cluster, sim_config
 
 END_S = 60.0
@@ -25,8 +25,8 @@ TOKENS = 60
 ITL_MS = 15
 LANES = 24
 NOTICE_S = 1.0
-"""A worker whose data does not pass gets no new requests after this."""
-SLACK_S = 2.0  # what a busy test machine adds
+"""A worker whose data does not pass gets no new requests after this time."""
+SLACK_S = 2.0  # time that a busy test machine adds
 ALL_WAYS = [(UP,), (DOWN,), (UP, DOWN)]
 
 
@@ -42,7 +42,7 @@ class Answer:
     longest_gap_s: float
 
     def due(self, tokens: int) -> bool:
-        """It has the text that is due, or a beginning of it and an honest error."""
+        """Whether the answer has its expected text, or a beginning of it and an honest error."""
         head = re.match(r"\[base=sim adapter=- digest=[0-9a-f-]+\]", self.text)
         text = (head.group() if head else "") + "".join(f" w{i}" for i in range(tokens - 1))
         return self.text == text if self.whole else bool(self.error) and text.startswith(self.text)
@@ -78,7 +78,7 @@ async def ask(c: Cluster, tokens: int = TOKENS) -> Answer:
 
 
 class Lanes:
-    """So many clients, each with one request after the other, until `finish`."""
+    """Clients that each send one request after the other, until `finish`."""
 
     def __init__(self, c: Cluster, lanes: int = LANES, tokens: int = TOKENS) -> None:
         self.answers: list[Answer] = []
@@ -99,13 +99,13 @@ class Lanes:
             self.answers.append(await ask(self._c, self._tokens))
 
     async def answered(self, more: int) -> None:
-        """Until so many more answers have ended."""
+        """Waits until so many more answers have ended."""
         due = len(self.answers) + more
         async with asyncio.timeout(END_S):
             while len(self.answers) < due:
                 for task in self._tasks:
                     if task.done():
-                        task.result()  # an answer that is none ends the test
+                        task.result()  # anything that is no answer ends the test
                 await asyncio.sleep(0.02)
 
     async def finish(self) -> list[Answer]:
@@ -146,7 +146,7 @@ def tcp_config(adapters: Path, lease_s: float = 3.0) -> dict[str, object]:
 
 
 async def serving(c: Cluster, workers: int) -> None:
-    """Until so many workers are sent requests."""
+    """Waits until so many workers get requests."""
     async with asyncio.timeout(END_S):
         while (await c.get("/ready"))[1]["workers"]["sim"] != workers:
             await asyncio.sleep(0.02)

@@ -1,5 +1,5 @@
-"""Shell. Workers that are killed, or leave, in the middle of answers: every client gets the answer
-that it would have got from one worker.
+"""Shell. Workers are killed, or leave, in the middle of answers. Every client gets the answer that
+it would have got from one worker.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ async def test_a_worker_that_leaves_at_once_hands_its_streams_over(
         for name in ("w0", "w1"):
             await c.start_worker(name)
         streams = await streaming(c, LONG, 16)
+        c.workers["w1"].signal(signal.SIGHUP)  # as for a reload, which a worker does not do
         c.workers["w0"].signal(signal.SIGTERM)
         assert await c.workers["w0"].wait(END_S) == 0
         async with asyncio.timeout(END_S):

@@ -1,5 +1,5 @@
-"""Shell. Processes that stand still for longer than their lease and then go on: every client gets
-an end, and only its own answer.
+"""Shell. Processes stand still for longer than their lease and then go on. Every client gets an
+end, and only its own answer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import aiohttp
 
 from tests.harness import Cluster, chat_body, cluster, make_adapter, sim_config
+from tests.loop_meter import HOLD_ENV
 
 END_S = 60.0
 TOKENS = 300
@@ -37,13 +38,13 @@ async def whole_until_cut(c: Cluster, model: str) -> None:
 
 
 def words(raw: bytes) -> list[str]:
-    """The tokens of a stream, its label left out."""
+    """The tokens of a stream, without its label."""
     text = "".join(WORDS.findall(raw.decode()))
     return text[text.index("]") + 1 :].split()
 
 
 def check_whole_or_failed(raws: Sequence[bytes], tokens: int = TOKENS) -> int:
-    """How many failed. No stream has a hole, and each ends once."""
+    """Returns how many failed. No stream has a hole, and each ends once."""
     failed = 0
     for raw in raws:
         assert raw.endswith(b"data: [DONE]\n\n") and raw.count(b"[DONE]") == 1, raw[-300:]
@@ -63,8 +64,8 @@ async def until(c: Cluster, name: str, value: float, **labels: str) -> None:
 
 
 async def quiet(c: Cluster, *workers: str) -> None:
-    """Nothing is left anywhere: not in the queue, not in the gateway's books, not on a worker as it
-    says itself.
+    """Nothing is left: in the queue, in the gateway's books, or on a worker, as the worker itself
+    says.
     """
     for worker in workers:
         await until(c, "loraplex_worker_up", 1, worker=worker)
@@ -115,8 +116,8 @@ async def test_requests_sent_to_a_lone_worker_that_stands_still_are_answered_whe
 async def test_when_the_gateway_stands_still_past_the_lease_no_stream_is_left_without_an_end(
     tmp_path: Path, adapters: Path
 ) -> None:
-    """Its workers have dropped its requests by then, and their beats may reach it before it looks
-    at their leases.
+    """The gateway's workers have dropped its requests by then. Their heartbeats may come before it
+    looks at their leases.
     """
     async with cluster(sim_config(adapters, sim={"itl_ms": 15}), tmp_path) as c:
         for name in ("w0", "w1"):
@@ -157,3 +158,39 @@ async def test_a_restarted_gateway_never_gets_what_its_earlier_life_had_asked_fo
             raws = await asyncio.gather(*(stream(c, "sim:new") for _ in range(STREAMS)))
         assert check_whole_or_failed(raws) == 0 and all(b"adapter=new " in raw for raw in raws)
         await quiet(c, "w0")
+
+
+HOLD_S = 2.0
+SHORT_LEASE_S = 0.6
+
+
+async def held(c: Cluster) -> list[bytes]:
+    """What streams yield that were under way while the loop of w0 was held."""
+    streams = [asyncio.create_task(stream(c)) for _ in range(STREAMS)]
+    await until(c, "loraplex_worker_load", STREAMS)
+    c.workers["w0"].signal(signal.SIGUSR2)
+    async with asyncio.timeout(END_S):
+        return await asyncio.gather(*streams)
+
+
+async def test_a_worker_whose_loop_a_request_holds_past_its_lease_keeps_its_streams(
+    tmp_path: Path, adapters: Path
+) -> None:
+    config = sim_config(adapters, sim={"itl_ms": 5}, lease_s=SHORT_LEASE_S)
+    async with cluster(config, tmp_path, measured=True) as c:
+        await c.start_worker("w0", env={HOLD_ENV: str(HOLD_S)})
+        assert check_whole_or_failed(await held(c)) == 0
+        assert c.gateway is not None and "worker lost" not in c.gateway.output()
+        assert "gateway lost" not in c.workers["w0"].output()
+        await quiet(c, "w0")
+
+
+async def test_a_worker_whose_loop_hangs_is_given_up_and_its_streams_move(
+    tmp_path: Path, adapters: Path
+) -> None:
+    config = sim_config(adapters, sim={"itl_ms": 5}, lease_s=SHORT_LEASE_S, hang_s=1.0)
+    async with cluster(config, tmp_path, measured=True) as c:
+        for name in ("w0", "w1"):
+            await c.start_worker(name, env={HOLD_ENV: str(5 * HOLD_S)})
+        assert check_whole_or_failed(await held(c)) == 0
+        assert c.gateway is not None and "worker lost" in c.gateway.output()

@@ -1,5 +1,5 @@
-"""Shell. Mutated requests and messages: whatever the bytes are, they are taken, refused by name, or
-dropped. LORAPLEX_FUZZ multiplies the numbers.
+"""Shell. Mutated requests and messages. Whatever the bytes are, they are accepted, refused with an
+error of ours, or dropped. LORAPLEX_FUZZ multiplies the numbers.
 """
 
 from __future__ import annotations
@@ -7,32 +7,16 @@ from __future__ import annotations
 import os
 import random
 
-from gateway.api.body_scan import check_large_body
-from gateway.api.schema import parse_body_fields
+from gateway.api.body.scan import check_large_body
+from gateway.api.body.schema import parse_body_fields
 from gateway.http.parser import SimpleRequest, parse
 from shared.errors import InvalidRequest
 from shared.link import messages
 from tests.hostile.attacks import HI, head, post
+from tests.hostile.mutation import mutated
 
 TIMES = int(os.environ.get("LORAPLEX_FUZZ", "1"))
 HTTP_REQUESTS, WIRE_MESSAGES = 50_000 * TIMES, 500_000 * TIMES
-WORDS = (b"\r\n", b"\r\n\r\n", b"\0", b":", b'"', b"\\", b"{", b"[", b"9" * 40, b"1e999", b"\xff")
-
-
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    out = bytearray(data)
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(len(out) + 1)
-        kind = rng.randrange(4)
-        if kind == 0:
-            out[at:at] = rng.choice(WORDS)
-        elif kind == 1:
-            del out[at : at + rng.randint(1, 8)]
-        elif kind == 2 and at < len(out):
-            out[at] = rng.randrange(256)
-        else:
-            out = out[:at]
-    return bytes(out)
 
 
 def test_mutated_requests_are_parsed_refused_or_left_to_others() -> None:
@@ -57,11 +41,11 @@ def test_mutated_requests_are_parsed_refused_or_left_to_others() -> None:
 
 def test_mutated_messages_decode_or_raise_what_their_readers_catch() -> None:
     rng = random.Random(17)
-    beat = messages.Heartbeat("w0", 1, 1, "sim", messages.WorkerState.SERVING, capacity=8)
+    heartbeat = messages.Heartbeat("w0", 1, 1, "sim", messages.WorkerState.SERVING, capacity=8)
     seeds = [
         messages.encode(messages.Step([(1, 0, b"a"), (2, messages.END, b"b")], [])),
         messages.encode(messages.Attach("w0", 1)),
-        messages.encode(beat),
+        messages.encode(heartbeat),
     ]
     decoded = 0
     for _ in range(WIRE_MESSAGES):

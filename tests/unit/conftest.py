@@ -1,13 +1,13 @@
-"""Settings of the whole folder: pure cores and shells on their seams, no socket, no sleep, all of
-it in seconds.
+"""Settings of the whole folder: pure cores, and shells tested at their seams. No test opens a
+socket or sleeps, and the whole folder takes seconds.
 """
 
 from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
 
-# Derandomised, so that a red run is red again; machines that share their cores are slow at times,
-# so no deadline per example.
+# Derandomised, so a red run is red again. No deadline per example, because machines with shared
+# cores are slow at times.
 settings.register_profile(
     "unit", max_examples=60, stateful_step_count=30, deadline=None, derandomize=True, database=None
 )

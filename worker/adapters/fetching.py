@@ -1,5 +1,5 @@
-"""Shell. Brings an adapter to this worker: from disk, from peers or from the store, then into the
-engine's host memory.
+"""Shell. Brings an adapter to this worker: from disk, from peers or from the store, and then into
+the engine's host memory.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ clock = time.monotonic
 
 @dataclass(frozen=True, slots=True)
 class FetchHint:
-    """What a gateway said of an adapter's files: the files in the store, if it sent them, and the
-    peer endpoints of workers that have them.
+    """What a gateway said about an adapter's files: the files in the store, if it sent them, and
+    the endpoints of peers that have them.
     """
 
     stored: StoredAdapter | None = None
@@ -35,17 +35,20 @@ class FetchHint:
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """An adapter on this host's disk. `came_from` is DISK if it was there already, else REMOTE;
-    `check_s` is what it cost to check what was there.
+    """An adapter on this host's disk. `came_from` is DISK if it was there before, else REMOTE.
+    `check_s` is how long the check of files that were there took.
     """
 
     cached: Cached
     came_from: Tier
     check_s: float
+    fetch_s: float = 0.0
 
 
 class AdapterFetcher:
-    """`sources` turns peer endpoints into places to download an adapter from."""
+    """Fetches adapters and prepares them for the engine. `sources` turns peer endpoints into places
+    to download from.
+    """
 
     def __init__(
         self,
@@ -60,8 +63,8 @@ class AdapterFetcher:
         self._int_ids = itertools.count(1)
 
     async def fetch(self, ref: AdapterRef, hint: FetchHint, check: Check) -> Fetched:
-        """The adapter on disk, validated and in use. An adapter that is on disk is served whatever
-        the store does.
+        """Brings the adapter to disk, validated and in use. The store is not asked for an adapter
+        that is on disk, so it may be down.
 
         Raises: AdapterNotFound, InvalidAdapter, StoreUnavailable.
         """
@@ -76,15 +79,22 @@ class AdapterFetcher:
         peers = self._sources(ref, hint.peers)
         cached = await self._cache.fetch(ref, stored, self._store, check, peers)
         self._note_fetch(ref, cached, find_s)
-        return Fetched(cached, Tier.REMOTE, 0.0)  # it was checked as it came
+        check_s = cached.times.validate_s
+        return Fetched(cached, Tier.REMOTE, check_s, max(0.0, clock() - start - check_s))
 
     async def prepare(self, ref: AdapterRef, fetched: Fetched) -> Loaded:
-        """The adapter in the engine's host memory, ready for a slot. Raises InvalidAdapter,
-        EngineFailure.
+        """Brings the adapter into the engine's host memory, ready for a slot. Raises InvalidAdapter
+        or EngineFailure.
         """
         cached = fetched.cached
         loaded = Loaded(
-            ref, next(self._int_ids), cached.folder, cached.facts.rank, cached.size_bytes
+            ref,
+            next(self._int_ids),
+            cached.folder,
+            cached.facts.rank,
+            cached.size_bytes,
+            fetched.fetch_s,
+            fetched.check_s,
         )
         start = clock()
         await self._engine.prepare(loaded)
@@ -97,7 +107,9 @@ class AdapterFetcher:
         return loaded
 
     async def _look_up(self, ref: AdapterRef) -> StoredAdapter:
-        """The gateway believed that the adapter was here and sent no files: ask the store."""
+        """Asks the store for the adapter's files. The gateway believed that they were here, so it
+        sent none.
+        """
         stored = await self._store.find(ref.name) if self._store is not None else None
         if stored is None or stored.digest != ref.digest:
             raise AdapterNotFound(
@@ -112,7 +124,7 @@ class AdapterFetcher:
             key.removesuffix("_s") + "_ms": round(seconds * 1e3, 1) for key, seconds in took.items()
         }
         sources = {"peer": cached.peer_bytes > 0, "store": cached.times.download_s > 0}
-        # if neither, another worker of this host brought it
+        # If neither gave bytes, another worker of this host downloaded it.
         origin = "+".join(name for name, had_part in sources.items() if had_part) or "host"
         log.info(
             "adapter fetched",

@@ -1,4 +1,4 @@
-"""Pure. What residency tells the agent to do."""
+"""Pure. The instructions that residency gives the agent."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from worker.engine.base import Loaded, Swap
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Bring the adapter to disk, validate it and prepare it in host memory; answer with `cached`
-    once it is there, then `fetched`, or `failed`.
+    """Bring the adapter to disk, validate it and prepare it in host memory. The agent answers with
+    `cached` once the files are on disk, and then with `fetched`. If anything fails it answers
+    `failed`.
     """
 
     adapter: AdapterRef
@@ -21,8 +22,8 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The request's adapter is in a slot: give the request to the engine. `came_from` is where the
-    adapter was when the request came for it.
+    """Give the request to the engine: its adapter is in a slot. `came_from` is where the adapter
+    was when the request came.
     """
 
     request: int
@@ -42,10 +43,10 @@ class Reject:
 
 @dataclass(frozen=True, slots=True)
 class CommandDone:
-    """The command with this number is done: `Residency.cache` or `Residency.evict` took it."""
+    """The operator's command with this number is done."""
 
     request: int
 
 
 Instruction: TypeAlias = Fetch | Swap | Start | Reject | CommandDone
-"""Answer a Swap, of which only one is under way at a time, with `swapped`."""
+"""The agent answers a Swap with `swapped`. Only one Swap is under way at a time."""

@@ -1,30 +1,28 @@
-"""Pure. The state of every adapter on this worker: ABSENT -> FETCHING -> CACHED -> LOADING ->
-RESIDENT -> WARM, and FAILED for a while.
+"""Pure. The state machine of every adapter on this worker: ABSENT -> FETCHING -> CACHED -> LOADING
+-> RESIDENT -> WARM, and FAILED for a while.
 
-Events come in, instructions go out. A fetch ends with the weights in the engine's host memory, in
-the form that a slot takes, so that only a copy is left to do between two engine steps. WARM is the
-CPU tier: the adapter is wanted by no request and in no slot, but still in host memory. Beyond
-`host_places` adapters or WARM_BYTES the least popular of them (see popularity.py) are dropped.
+Events come in, and instructions go out. A fetch ends with the weights in the engine's host memory,
+in the form that a slot takes. So only a copy is left to do between two engine steps. WARM is the
+CPU tier: the adapter is in host memory, but in no slot, and no request wants it. Beyond
+`host_places` adapters or WARM_BYTES the least popular ones (see popularity.py) are dropped.
 
-Fetches run side by side. Swaps run one at a time, because they run between engine steps, and each
-takes as many adapters as there are slots for them. A request that needs an adapter waits here and
-is started once the adapter is resident; from then on it holds the slot until it ends.
+Fetches run side by side. Swaps run one at a time, because they happen between engine steps. Each
+swap takes as many adapters as there are slots for them. A request that needs an adapter waits here
+and is started once the adapter is resident. From then on it holds the slot until it ends.
 
-When all slots are in use, adapters wait in order. An adapter that has waited longer than
-SLOT_PATIENCE_S closes a slot, and first the one that has gone longest without a new request. The
-running requests of a closed slot go on to their end, and new ones for its adapter wait in line. So
-a busy adapter cannot starve another one; vLLM's own scheduler would let it.
+If all slots are in use, adapters wait in line. An adapter that has waited longer than
+SLOT_WAIT_S closes a slot: that of the adapter that has gone longest without a new request. The
+running requests of a closed slot go on to their end, but new ones for its adapter wait in line. So
+a busy adapter cannot starve another one, as it could in vLLM's own scheduler.
 
-An operator's command (messages.AdapterCommand) has a number like a request. `want` and `finish`
-stand for a load, `cache` for the disk alone, and `evict` for leaving the engine.
+An operator's command (messages.AdapterCommand) has a number, as a request has. A load is `want` and
+`finish`. `cache` asks for the disk only, and `evict` for leaving the engine.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from collections.abc import Iterable, Mapping
 
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import (
@@ -32,19 +30,18 @@ from shared.link.messages import (
     ASKED_OF_GPU,
     MEMORY_NEEDED,
     SLOT_NEEDED,
-    STEADY_PER_S,
-    STEADY_SHARE,
     AdapterState,
     Tier,
 )
+from worker.adapters.entry import IN_SLOT, AdapterEntry, ResidencyStage
+from worker.adapters.failures import FailedAdapters, Failure
 from worker.adapters.instructions import CommandDone, Fetch, Instruction, Reject, Start
-from worker.adapters.popularity import STEADY_FADE_S, Popularity
-from worker.adapters.slot_table import Evict, Full, SlotOffer, SlotTable
+from worker.adapters.slot_eviction import SlotEviction
+from worker.adapters.slot_table import Evict, Full, SlotTable
 from worker.engine.base import Loaded, Swap
 
 __all__ = [
     "CommandDone",
-    "Failure",
     "Fetch",
     "Instruction",
     "Reject",
@@ -54,96 +51,61 @@ __all__ = [
     "Swap",
 ]
 
-SLOT_PATIENCE_S = 1.0
-"""In the simulator (128 closed-loop streams over 64 adapters and 16 slots, one worker) 0 to 1.5 s
-serve alike; 3 s let the p99 of TTFT grow by a third.
+SLOT_WAIT_S = 1.0
+"""How long an adapter waits in line before it closes a slot. In the simulator (128 closed-loop
+streams over 64 adapters and 16 slots, one worker) 0 to 1.5 s serve alike. With 3 s the p99 of TTFT
+is a third longer.
 """
 COUNT_S = 0.05
-"""What each waiting request weighs against age in the order of the line. A slot that serves many
-requests is worth more than a slot for one, but no request may wait for others for ever. In the same
-simulation, with steps of 9.7 ms at 64 sequences, 0.1 gives 1 to 2% more throughput than this for a
-p99 of TTFT 4 to 25% longer; 0 gives 0 to 2% less.
+"""In the order of the line, each waiting request of an adapter counts as much as this time of
+waiting. A slot that serves many requests is worth more than a slot for one, but no request may wait
+for ever.
+
+Measured in the same simulation, with steps of 9.7 ms at 64 sequences. 0.1 gives 1 to 2% more
+throughput, but the p99 of TTFT is 4 to 25% longer. 0 gives 0 to 2% less throughput.
 """
-FAILED_FOR_S = 5.0
-"""A failing adapter is not tried again within this time."""
-MAX_FAILED = 10_000
 WARM_BYTES = 4 << 30
-"""Host memory for adapters that are in no slot: 150 adapters of 26 MiB (rank 16 on an 8B model), or
-10 of 400 MiB.
+"""Host memory for adapters that are in no slot. It holds 150 adapters of 26 MiB (rank 16 on an 8B
+model), or 10 of 400 MiB.
 """
-
-
-class ResidencyStage(Enum):
-    FETCHING = "fetching"
-    CACHED = "cached"  # at hand, waits for a slot
-    LOADING = "loading"
-    RESIDENT = "resident"
-    CLOSING = "closing"  # resident, gives up its slot when its last request ends
-    UNLOADING = "unloading"
-    WARM = "warm"  # in the engine's host memory, in no slot, wanted by no request
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why an adapter cannot be served. It is not tried again before `until`."""
-
-    code: str
-    message: str
-    retryable: bool
-    until: float = 0.0
-
-
-@dataclass(slots=True)
-class _Entry:
-    stage: ResidencyStage
-    since: float
-    came_from: Tier
-    loaded: Loaded | None = None
-    # requests in order of arrival, and when that was
-    waiting: dict[int, float] = field(default_factory=dict)
-    cachers: dict[int, None] = field(default_factory=dict)  # want it on disk, while it is fetched
-    in_host: bool = False  # the engine holds the weights in host memory (in a slot as well, or not)
-    # what heartbeats say of it while it is WARM; always the same, so it is made once
-    when_warm: AdapterState | None = None
 
 
 class Residency:
-    """The adapters of one engine with `slots` slots and room for `host_places` adapters in host
+    """The adapters of one engine. It has `slots` slots and room for `host_places` adapters in host
     memory, those in slots included.
 
-    Requests are known by a number chosen by the caller. `lru`: the least recently used adapter
-    makes room, however popular it is. `loads` and `evictions` only grow.
+    The caller chooses a number for each request. With `lru` the least recently used adapter makes
+    room, however popular it is. The counters `loads` and `evictions` only grow.
     """
 
     def __init__(self, slots: int, host_places: int = 0, *, lru: bool = False) -> None:
-        self._lru = lru
         self.loads: Counter[str] = Counter()  # by the tier that the adapter came from
         self.evictions: Counter[str] = Counter()  # by `tier:reason`
-        self._popularity, self._recent = Popularity(), Popularity(STEADY_FADE_S)
+        self._eviction = SlotEviction(lru)
         self.slots = SlotTable(slots)
         self._host_places = max(slots, host_places)
         self._warm: dict[AdapterRef, int] = {}  # WARM adapters in order of demotion -> bytes
-        self._entries: dict[AdapterRef, _Entry] = {}
+        self._entries: dict[AdapterRef, AdapterEntry] = {}
         self._line: dict[AdapterRef, None] = {}  # CACHED adapters in order of arrival
         self._users: dict[int, AdapterRef] = {}  # started requests
         self._seekers: dict[int, AdapterRef] = {}  # waiting requests
         self._closing: dict[AdapterRef, None] = {}
-        self._failed: dict[AdapterRef, Failure] = {}
-        self._leaving: dict[AdapterRef, dict[int, None]] = {}  # evicted, not gone yet -> who asked
+        self._failed = FailedAdapters()
+        # evicted but not gone yet -> the commands that asked for it
+        self._leaving: dict[AdapterRef, dict[int, None]] = {}
         self._swap: Swap | None = None  # under way
 
     # ---- requests --------------------------------------------------------------------------------
 
     def want(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
-        """A request needs the adapter."""
-        self._popularity.note(adapter, now)
-        self._recent.note(adapter, now)
-        rejected = self._reject(request, adapter, now)
+        """A request needs the adapter. It is started, rejected, or waits."""
+        self._eviction.note(adapter, now)
+        rejected = self._failed.reject(request, adapter, now)
         if rejected:
             return [rejected]
         entry = self._entries.get(adapter)
         if entry is None:
-            entry = self._entries[adapter] = _Entry(ResidencyStage.FETCHING, now, Tier.REMOTE)
+            entry = self._entries[adapter] = AdapterEntry(ResidencyStage.FETCHING, now, Tier.REMOTE)
             self._seek(request, adapter, entry, now)
             return [Fetch(adapter)]
         if entry.stage is ResidencyStage.RESIDENT:
@@ -157,7 +119,7 @@ class Residency:
         return []
 
     def finish(self, request: int, now: float) -> list[Instruction]:
-        """The request has ended, or its client left while it waited. Idempotent."""
+        """The request has ended, or its client left while it waited. A second call does nothing."""
         adapter = self._users.pop(request, None)
         if adapter is not None:
             self.slots.release(adapter)
@@ -175,7 +137,7 @@ class Residency:
 
     def cache(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
         """A command wants the adapter on this host's disk, and no more."""
-        rejected = self._reject(request, adapter, now)
+        rejected = self._failed.reject(request, adapter, now)
         if rejected:
             return [rejected]
         entry = self._entries.get(adapter)
@@ -183,22 +145,22 @@ class Residency:
             return [CommandDone(request)]
         instructions: list[Instruction] = []
         if entry is None:
-            entry = self._entries[adapter] = _Entry(ResidencyStage.FETCHING, now, Tier.REMOTE)
+            entry = self._entries[adapter] = AdapterEntry(ResidencyStage.FETCHING, now, Tier.REMOTE)
             instructions.append(Fetch(adapter))
         entry.cachers[request] = None
         return instructions
 
     def evict(self, request: int, adapter: AdapterRef, now: float) -> list[Instruction]:
-        """Unpins the adapter. It leaves the engine as soon as no request uses it or waits for it;
-        requests that come meanwhile are served first.
+        """Unpins the adapter. It leaves the engine as soon as no request uses it or waits for it.
+        Requests that come meanwhile are served first.
         """
         self.slots.unpin(adapter)
         self._leaving.setdefault(adapter, {})[request] = None
         return self._advance(now)
 
     def pin(self, adapter: AdapterRef, now: float) -> list[Instruction]:
-        """The adapter is in a slot and keeps it, whatever was asked before. Other versions of the
-        same name are no longer pinned.
+        """Pins an adapter that is in a slot: it keeps the slot, whatever was asked before. Other
+        versions of the same name are no longer pinned.
         """
         self.slots.pin(adapter)
         if adapter in self._entries:
@@ -216,22 +178,23 @@ class Residency:
         return [*rejected, *self._advance(now)]
 
     def unpin(self, adapter: AdapterRef, now: float) -> list[Instruction]:
-        """From now on the adapter makes room like any other: at once, if it is idle and another
-        one waits for a slot.
+        """The adapter makes room like any other from now on. If it is idle and another one waits,
+        it does so at once.
         """
         self.slots.unpin(adapter)
         return self._advance(now)
 
     def tick(self, now: float) -> list[Instruction]:
-        """Each adapter in line that has waited long enough closes a slot, or takes one from an
-        adapter whose steady use is over.
+        """Called regularly. Each adapter that has waited long enough in line closes a slot, or
+        takes the slot of an adapter whose steady use has ended.
         """
         if not self._line:
             return []
-        kept = self._kept(now)
-        if not isinstance(self._room(kept, now), Full):
+        kept = self._eviction.kept(self.slots, now)
+        room = self._eviction.room(self.slots, now, kept=kept, closing=self._closing)
+        if not isinstance(room, Full):
             return self._advance(now)
-        late = sum(now - self._oldest(a) >= SLOT_PATIENCE_S for a in self._line)
+        late = sum(now - self._oldest(a) >= SLOT_WAIT_S for a in self._line)
         for _ in range(late - len(self._closing)):
             victim = self.slots.oldest_in_use({*self._closing, *kept})
             if victim is None:
@@ -243,8 +206,8 @@ class Residency:
     # ---- what became of the instructions ---------------------------------------------------------
 
     def cached(self, adapter: AdapterRef, now: float) -> list[Instruction]:
-        """The adapter's files are on disk and valid. If only the disk was asked for, it is done:
-        the agent sees that `adapters` no longer has it, and stops here.
+        """The adapter's files are on disk and valid. If only commands for the disk wait, they are
+        done: the adapter is no longer among `adapters`, which tells the agent to stop here.
         """
         entry = self._entries[adapter]
         done: list[Instruction] = [CommandDone(r) for r in entry.cachers]
@@ -254,7 +217,7 @@ class Residency:
         return done + self._advance(now)
 
     def fetched(self, loaded: Loaded, came_from: Tier, now: float) -> list[Instruction]:
-        """The adapter is valid and at hand."""
+        """The adapter is valid and in the engine's host memory."""
         entry = self._entries[loaded.ref]
         entry.loaded, entry.in_host = loaded, True
         done: list[Instruction] = [CommandDone(r) for r in entry.cachers]
@@ -265,43 +228,43 @@ class Residency:
         return done + self._advance(now)
 
     def failed(self, adapter: AdapterRef, failure: Failure, now: float) -> list[Instruction]:
-        """The fetch failed. Every request and command that waited is rejected, and for FAILED_FOR_S
-        the adapter is not tried again.
+        """The fetch failed. Every request and command that waited for it is rejected. The adapter
+        is not tried again for FAILED_FOR_S.
         """
         return self._fail(adapter, failure, now) + self._advance(now)
 
     def swapped(self, failures: Mapping[AdapterRef, Failure], now: float) -> list[Instruction]:
-        """The engine has performed the swap. Every request that waited starts, but for those of
-        adapters that the engine refused; nothing of these has stayed there.
+        """The engine has performed the swap. Every request that waited for an entered adapter
+        starts. `failures` are the adapters that the engine refused; nothing of them is left there.
         """
         swap, self._swap = self._swap, None
         assert swap is not None
-        told: list[Instruction] = []
+        instructions: list[Instruction] = []
         for gone in swap.unload:
-            told += [CommandDone(r) for r in self._leaving.pop(gone.ref, ())]
+            instructions += [CommandDone(r) for r in self._leaving.pop(gone.ref, ())]
             entry = self._entries[gone.ref]
-            if entry.waiting:  # requests came meanwhile
+            if entry.waiting:  # requests came while it was unloaded
                 entry.stage, entry.loaded = ResidencyStage.FETCHING, None
-                told.append(Fetch(gone.ref))
+                instructions.append(Fetch(gone.ref))
             else:
                 del self._entries[gone.ref]
         for entered in swap.enter:
             failure = failures.get(entered.ref)
             if failure is not None:
                 self.slots.vacate(entered.ref)
-                told += self._fail(entered.ref, failure, now)
+                instructions += self._fail(entered.ref, failure, now)
                 continue
             entry = self._entries[entered.ref]
             entry.stage, entry.since = ResidencyStage.RESIDENT, now
             self.loads[entry.came_from.name.lower()] += 1
-            told += self._start_waiting(entry, entry.came_from)
-        return told + self._advance(now)
+            instructions += self._start_waiting(entry, entry.came_from)
+        return instructions + self._advance(now)
 
     # ---- for heartbeats --------------------------------------------------------------------------
 
     def states(self, now: float, load_s: float) -> tuple[AdapterState, ...]:
-        """The adapters of this worker that are in a slot or on their way; `load_s` is the expected
-        time of a load.
+        """The adapters that are in a slot, in host memory or on their way. `load_s` is the expected
+        time of a load, in seconds.
         """
         warm, unloading = ResidencyStage.WARM, ResidencyStage.UNLOADING
         return tuple(
@@ -314,45 +277,43 @@ class Residency:
         )
 
     def adapters(self) -> Iterable[AdapterRef]:
-        """Every adapter that is on its way, in a slot or just leaving one: its files must stay on
-        disk.
+        """Every adapter that is on its way, in a slot, in host memory, or just leaving. Its files
+        must stay on disk.
         """
         return self._entries.keys()
 
     def came_from(self, adapter: AdapterRef) -> Tier:
-        """Where an adapter that is being loaded comes from."""
+        """The tier at which the load of this adapter began."""
         return self._entries[adapter].came_from
 
     @property
     def waiting(self) -> int:
+        """How many requests wait for an adapter."""
         return len(self._seekers)
 
     # ---- inside ----------------------------------------------------------------------------------
 
-    def _reject(self, request: int, adapter: AdapterRef, now: float) -> Reject | None:
-        """A rejection, if the adapter failed less than FAILED_FOR_S ago."""
-        failure = self._failed.get(adapter)
-        if failure is None:
-            return None
-        if now < failure.until:
-            return Reject(request, failure.code, failure.message, failure.retryable)
-        del self._failed[adapter]
-        return None
-
     def _advance(self, now: float) -> list[Instruction]:
-        """Removes evicted adapters that are idle by now, gives slots to the adapters in line in
-        their order, and makes room in host memory.
+        """Removes evicted adapters that are idle by now, gives slots to the adapters in line, and
+        makes room in host memory.
         """
-        told = self._tell_gone() if self._leaving else []
+        instructions = self._tell_gone() if self._leaving else []
         if self._swap is not None:
-            return told
+            return instructions
         unload = self._retire() if self._leaving else []
         enter: list[Loaded] = []
         victims: list[AdapterRef] = []
         coming: set[AdapterRef] = set()
-        kept = self._kept(now) if self._line else set()
+        kept = self._eviction.kept(self.slots, now) if self._line else set()
         for head in self._in_order():
-            room = self._room(kept, now, self._recent.per_s(head, now), coming)
+            room = self._eviction.room(
+                self.slots,
+                now,
+                kept=kept,
+                closing=self._closing,
+                coming=coming,
+                wanted_by=head,
+            )
             if isinstance(room, Full):
                 break
             if isinstance(room, Evict):
@@ -361,9 +322,9 @@ class Residency:
             self.slots.occupy(head)
             coming.add(head)
             enter.append(self._enter(head))
-        told += self._reopen()
+        instructions += self._reopen()
         if not (enter or unload) and sum(self._warm.values()) <= WARM_BYTES:
-            return told
+            return instructions
         unload += self._drop()
         excess = self._held() - self._host_places
         demote: list[Loaded] = []
@@ -374,10 +335,10 @@ class Residency:
             else:
                 demote.append(self._demote(victim, now))
         self._swap = Swap(tuple(enter), tuple(demote), tuple(unload))
-        return [*told, self._swap]
+        return [*instructions, self._swap]
 
     def _tell_gone(self) -> list[Instruction]:
-        """The eviction of an adapter that is not here is done at once."""
+        """Evicting an adapter that is not here is done at once."""
         gone = [a for a in self._leaving if a not in self._entries]
         return [CommandDone(r) for a in gone for r in self._leaving.pop(a)]
 
@@ -389,11 +350,7 @@ class Residency:
             if entry.stage is ResidencyStage.WARM:
                 del self._warm[adapter]
                 self.evictions[ASKED_OF_CPU] += 1
-            elif (
-                entry.stage in (ResidencyStage.RESIDENT, ResidencyStage.CLOSING)
-                and not entry.waiting
-                and self.slots.uses(adapter) == 0
-            ):
+            elif entry.stage in IN_SLOT and not entry.waiting and self.slots.uses(adapter) == 0:
                 self._closing.pop(adapter, None)
                 self.slots.vacate(adapter)
                 self.evictions[ASKED_OF_GPU] += 1
@@ -403,8 +360,8 @@ class Residency:
         return retired
 
     def _in_order(self) -> list[AdapterRef]:
-        """The adapters in line, by the age of their oldest request; every request that waits for an
-        adapter counts as COUNT_S of age.
+        """The adapters in line, the first to be served first. They are ordered by the age of their
+        oldest request, and each waiting request adds COUNT_S of age.
         """
         if isinstance(self.slots.room(), Full):
             return []
@@ -415,45 +372,10 @@ class Residency:
     def _oldest(self, adapter: AdapterRef) -> float:
         return next(iter(self._entries[adapter].waiting.values()))
 
-    def _room(
-        self,
-        kept: Collection[AdapterRef],
-        now: float,
-        per_s: float = 0.0,
-        coming: Collection[AdapterRef] = (),
-    ) -> SlotOffer:
-        """The slot for an adapter that is asked for `per_s` times a second. An adapter of `kept`
-        that is asked for more often keeps its slot even while it is idle.
-        """
-        room = self.slots.room(coming, self._warmth)
-        if (
-            not isinstance(room, Evict)
-            or room.victim not in kept
-            or self._recent.per_s(room.victim, now) <= per_s
-        ):
-            return room
-        return room if any(self.slots.uses(a) == 0 for a in self._closing) else Full()
-
-    def _kept(self, now: float) -> set[AdapterRef]:
-        """The adapters in steady use, while they have few of the slots, empty ones counted. The
-        gateway spares them as well for the requests that wait there; this rule is for a line at the
-        worker.
-        """
-        if self._lru:
-            return set()
-        held = self.slots.adapters()
-        pinned = {a for a in held if self.slots.pinned(a)}
-        steady = {a for a in held if a not in pinned and self._steady_per_s(a, now)}
-        few = STEADY_SHARE * (self.slots.size - len(pinned))
-        return steady if len(steady) <= few else set()
-
-    def _steady_per_s(self, adapter: AdapterRef, now: float) -> float:
-        """Requests a second of an adapter in steady use, and 0 for all others."""
-        per_s = self._recent.per_s(adapter, now)
-        return per_s if per_s >= STEADY_PER_S else 0.0
-
     def _vacate(self, idle: AdapterRef) -> AdapterRef:
-        """Frees the slot of a closed adapter that is idle, else of the one given."""
+        """Frees the slot of a closed adapter that is idle; without one, that of the given
+        adapter.
+        """
         victim = next((a for a in self._closing if self.slots.uses(a) == 0), idle)
         self._closing.pop(victim, None)
         self.slots.vacate(victim)
@@ -467,22 +389,16 @@ class Residency:
         return entry.loaded
 
     def _drop(self) -> list[Loaded]:
-        """Drops the least popular adapters, as many as it takes for the rest to fit host memory."""
+        """Drops the least popular adapters until the others fit host memory."""
         dropped: list[Loaded] = []
         while self._warm and (
             self._held() > self._host_places or sum(self._warm.values()) > WARM_BYTES
         ):
-            coldest = min(self._warm, key=self._warmth)
+            coldest = min(self._warm, key=self._eviction.warmth)
             del self._warm[coldest]
             self.evictions[MEMORY_NEEDED] += 1
             dropped.append(self._leave(coldest))
         return dropped
-
-    def _warmth(self, adapter: AdapterRef) -> float:
-        """The adapter with the least value makes room, in the slots and in host memory; among equal
-        ones the least recently used.
-        """
-        return 0.0 if self._lru else self._popularity.of(adapter)
 
     def _held(self) -> int:
         return sum(e.in_host for e in self._entries.values())
@@ -503,13 +419,15 @@ class Residency:
         assert entry.loaded is not None
         return entry.loaded
 
-    def _line_up(self, adapter: AdapterRef, entry: _Entry, came_from: Tier, now: float) -> None:
+    def _line_up(
+        self, adapter: AdapterRef, entry: AdapterEntry, came_from: Tier, now: float
+    ) -> None:
         entry.stage, entry.came_from, entry.since = ResidencyStage.CACHED, came_from, now
         self._line[adapter] = None
 
     def _reopen(self) -> list[Instruction]:
-        """No more slots stay closed than adapters wait for one. The other adapters stay, and the
-        requests that came for them meanwhile start.
+        """Opens closed slots again until no more are closed than adapters wait. The requests that
+        came for their adapters meanwhile start.
         """
         started: list[Instruction] = []
         while len(self._closing) > len(self._line):
@@ -519,7 +437,7 @@ class Residency:
             started += self._start_waiting(entry, Tier.GPU)
         return started
 
-    def _start_waiting(self, entry: _Entry, came_from: Tier) -> list[Instruction]:
+    def _start_waiting(self, entry: AdapterEntry, came_from: Tier) -> list[Instruction]:
         assert entry.loaded is not None
         started: list[Instruction] = []
         for request in entry.waiting:
@@ -530,9 +448,7 @@ class Residency:
 
     def _fail(self, adapter: AdapterRef, failure: Failure, now: float) -> list[Instruction]:
         entry = self._entries.pop(adapter)
-        self._failed[adapter] = replace(failure, until=now + FAILED_FOR_S)
-        while len(self._failed) > MAX_FAILED:
-            del self._failed[next(iter(self._failed))]
+        self._failed.note(adapter, failure, now)
         for request in entry.waiting:
             del self._seekers[request]
         return [
@@ -540,7 +456,7 @@ class Residency:
             for r in (*entry.waiting, *entry.cachers)
         ]
 
-    def _seek(self, request: int, adapter: AdapterRef, entry: _Entry, now: float) -> None:
+    def _seek(self, request: int, adapter: AdapterRef, entry: AdapterEntry, now: float) -> None:
         entry.waiting[request] = now
         self._seekers[request] = adapter
 
@@ -551,7 +467,7 @@ class Residency:
 
     def _forget(self, adapter: AdapterRef) -> None:
         """No request waits for the adapter any more. It stays WARM if the engine has it in host
-        memory; else only the disk cache keeps it.
+        memory. Else only the disk cache keeps it.
         """
         self._line.pop(adapter, None)
         entry = self._entries[adapter]
@@ -561,36 +477,18 @@ class Residency:
         else:
             del self._entries[adapter]
 
-    def _state(self, ref: AdapterRef, entry: _Entry, now: float, load_s: float) -> AdapterState:
-        in_slot = entry.stage in (ResidencyStage.RESIDENT, ResidencyStage.CLOSING)
-        warm = entry.stage is ResidencyStage.WARM
-        tier = (
-            Tier.GPU
-            if in_slot
-            else Tier.CPU
-            if entry.in_host
-            else Tier.REMOTE
-            if entry.stage is ResidencyStage.FETCHING
-            else Tier.DISK
+    def _state(
+        self, ref: AdapterRef, entry: AdapterEntry, now: float, load_s: float
+    ) -> AdapterState:
+        in_slot = entry.stage in IN_SLOT
+        state = entry.state(
+            ref,
+            now,
+            load_s,
+            uses=self.slots.uses(ref),
+            pinned=self.slots.pinned(ref),
+            steady=in_slot and self._eviction.is_steady(ref, now),
         )
-        size = entry.loaded.size_bytes if entry.loaded else 0
-        rank = entry.loaded.rank if entry.loaded else 0
-        loading = not (in_slot or warm or (entry.cachers and not entry.waiting))
-        eta_s = max(0.0, load_s - (now - entry.since)) if loading else 0.0
-        in_flight = self.slots.uses(ref) + len(entry.waiting)
-        steady = in_slot and self._steady_per_s(ref, now) > 0.0
-        state = AdapterState(
-            ref.name,
-            ref.digest,
-            tier,
-            loading,
-            eta_s,
-            in_flight,
-            rank,
-            size,
-            self.slots.pinned(ref),
-            steady,
-        )
-        if warm and not state.pinned:
+        if entry.stage is ResidencyStage.WARM and not state.pinned:
             entry.when_warm = state
         return state

@@ -1,4 +1,4 @@
-"""Shell. Performs one Swap in the engine, and says in the log what became of each adapter."""
+"""Shell. Performs one Swap in the engine and logs what became of each adapter."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import Tier
+from worker.adapters.failures import Failure
 from worker.adapters.load_times import LoadTimes
-from worker.adapters.residency import Failure
 from worker.engine.base import Engine, Loaded, Swap
 
 log = logging.getLogger("loraplex.agent")
@@ -19,7 +19,7 @@ clock = time.monotonic
 async def perform_swap(
     engine: Engine, swap: Swap, came_from: Callable[[AdapterRef], Tier], times: LoadTimes
 ) -> dict[AdapterRef, Failure]:
-    """Returns the adapters that the engine refused, with the reasons. Raises EngineFailure."""
+    """Returns the adapters that the engine refused, each with the reason. Raises EngineFailure."""
     start = clock()
     done = await engine.swap(swap)
     took = {"ms": round((clock() - start) * 1e3, 1), "stall_ms": round(done.stall_s * 1e3, 1)}

@@ -1,10 +1,10 @@
-"""Shell. Adapters on this host's disk, shared by all its workers. There is one download per version
-and host, and nothing is served that was not hashed.
+"""Shell. The adapters on this host's disk, shared by all its workers. Each version is downloaded
+once per host, and nothing is served that was not hashed.
 
-A process has either downloaded an adapter itself, and hashed it as it came, or it hashes all of it
-at its own first use. Afterwards one `lstat` per file tells whether anything wrote to it. The full
-hash costs 0.6 ms per MiB, once per process, on bytes that the engine is about to read anyway. It
-finds what no cheaper check does: a disk that lied about a sync, a flipped bit, an edited file.
+A process that downloads an adapter hashes it on the way. Any other process hashes all of it before
+its own first use. Afterwards one `lstat` per file tells whether anything wrote to it. The full hash
+costs 0.6 ms per MiB, once per process, on bytes that the engine is about to read anyway. It finds
+what no cheaper check does: a disk that lied about a sync, a flipped bit, an edited file.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import InvalidAdapter, StoreUnavailable
 from shared.stores import AdapterStore
-from shared.stores.objects import Trouble, unavailable
-from shared.stores.transfer import GRACE_S, Lanes, Pace, PartId
+from shared.stores.object_store import StoreProblem, unavailable
+from shared.stores.transfer import GRACE_S, PartBudget, PartId, TransferRetries
 from worker.disk import layout
 from worker.disk.download import Download, DownloadJob, Source
+from worker.disk.download_journal import DownloadJournal
 from worker.disk.folder import CacheFolder
-from worker.disk.journal import Journal
 from worker.disk.layout import FILES, EntryLock, Stamp, entry_key, lock_entry
 
 log = logging.getLogger("loraplex.disk_cache")
@@ -39,32 +39,31 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_DOWNLOADS = 64
-"""Downloads at once per worker; the others wait in line. Each has at least one connection of its
-own.
-"""
+"""Downloads at once per worker; further ones wait. Each has at least one connection of its own."""
 MAX_QUARANTINED = 10_000
 MAX_SEEN = 10_000
 """Versions that this process remembers as hashed and validated. A forgotten one is hashed again."""
 THREADS = 8
-"""Threads of the cache's own. A store may hang in the event loop's threads (a dead network file
-system), and that must not block the adapters that are on disk.
+"""Threads of the cache's own. The event loop's threads may all hang in a store (a dead network file
+system). That must not block the adapters that are on disk.
 """
 HEAVY_THREADS = 2
 """Threads for hashing and validating. More of them would only compete with the event loop for the
 interpreter.
 """
 POLL_SHARE, MIN_POLL_S, MAX_POLL_S = 0.05, 0.005, 0.1
-"""A process that waits for another one's download looks again after this share of the time that it
-has waited. It takes a few looks, and is at most 5 % late.
+"""A process that waits for another process's download looks again after this share of the time it
+has waited. So it looks a few times only, and sees the end at most 5% late.
 """
-DEFAULT_PATIENCE_S = 120.0
-SETTLE_PATIENCE_S = 30.0
+MAX_STILL_S = 120.0
+SETTLE_TIME_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class FetchTimes:
-    """Seconds of one fetch: the wait until the download could begin, the download from peers, the
-    download from the store, validation and sync (side by side), and making it visible.
+    """Seconds of one fetch. `wait_s`: until the download could begin. `peer_s` and `download_s`:
+    downloading from peers and from the store. `validate_s`: validation.
+    `settle_s`: making the entry visible.
     """
 
     wait_s: float = 0.0
@@ -76,10 +75,11 @@ class FetchTimes:
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """An adapter on disk that was hashed and validated and is in use. No process of this host
+    """An adapter on disk that was hashed and validated, and is in use. No process of this host
     removes it until `keep` is called without it.
 
-    `peer_bytes` of it came from other hosts just now.
+    `content` is the sha256 over its files. `peer_bytes` of them came from other hosts in this
+    fetch.
     """
 
     folder: Path
@@ -93,7 +93,7 @@ class Cached:
 @dataclass(frozen=True, slots=True)
 class CachedOnDisk:
     """The parts of an adapter that lie below `files` on this host, with their sha256. While other
-    parts are still downloaded, `moved_at` says when bytes last came (wall clock).
+    parts are still being downloaded, `moved_at` is the time at which bytes last came (wall clock).
     """
 
     files: Path
@@ -108,30 +108,35 @@ class _Verified:
 
 
 class DiskCache:
-    """The cache of one worker process. Other processes use the same `root` at the same time."""
+    """The disk cache of one worker process. Other processes use the same `root` at the same time.
 
-    def __init__(self, root: Path, budget_bytes: int, pace: Pace | None = None) -> None:
-        self._pace = pace or Pace(GRACE_S, 3)
+    `host` names this cache: it is equal in all processes that share the folder.
+    """
+
+    def __init__(self, root: Path, budget_bytes: int, pace: TransferRetries | None = None) -> None:
+        self._pace = pace or TransferRetries(GRACE_S, 3)
         self._cache_folder = CacheFolder(root, budget_bytes)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="disk")
         self._heavy = ThreadPoolExecutor(HEAVY_THREADS, thread_name_prefix="disk-heavy")
-        self._lanes = Lanes()
+        self._budget = PartBudget()
         self._gate = asyncio.Semaphore(MAX_DOWNLOADS)
         self._leases: dict[str, tuple[EntryLock, int]] = {}
         self._seen: OrderedDict[str, _Verified] = OrderedDict()
+        self._unsynced: set[str] = set()  # to be hashed once more, whatever was seen
         self._quarantine: OrderedDict[str, InvalidAdapter] = OrderedDict()
         self._underway: dict[str, tuple[StoredAdapter, float]] = {}
         self.host = layout.host_of(root)
 
     def has(self, ref: AdapterRef) -> bool:
-        """Whether the adapter seems to be here. Only `open` knows."""
+        """Whether an entry of the adapter exists. Only `open` knows whether it is good."""
         return self._cache_folder.entry(entry_key(ref)).is_dir()
 
     async def open(self, ref: AdapterRef, check: Check) -> Cached | None:
-        """Puts the adapter in use if it is on disk; None if it is not. Asks no store.
+        """Puts the adapter in use if it is on disk; returns None if it is not. Asks no store.
 
         Raises:
             InvalidAdapter: the adapter was found invalid before, or is found so now.
+            StoreUnavailable: the disk cannot be read or written.
         """
         key = entry_key(ref)
         if bad := self._quarantine.get(key):
@@ -145,15 +150,16 @@ class DiskCache:
         except InvalidAdapter as exc:
             raise self._quarantined(key, exc) from None
         except OSError as exc:
-            raise unavailable(Trouble.NOT_WRITABLE, exc.strerror or "") from exc
+            raise unavailable(StoreProblem.NOT_WRITABLE, exc.strerror or "") from exc
         if taken is None:
             return None
         held, manifest, seen = taken
         return self._lease(key, held, manifest, seen, FetchTimes(validate_s=clock() - start))
 
     def cached_on_disk(self, ref: AdapterRef) -> CachedOnDisk | None:
-        """For other hosts, called in a thread. What there is of an adapter that is complete, or
-        that this process is fetching or waits for while another process fetches it.
+        """What this host can give to other hosts; called in a thread. Returns the parts of an
+        adapter that is complete, or that this process fetches, even if it waits for another
+        process's download.
         """
         key = entry_key(ref)
         entry, partial = self._cache_folder.entry(key), self._cache_folder.partial(key)
@@ -171,7 +177,7 @@ class DiskCache:
         stored, began = underway
         return CachedOnDisk(
             partial / FILES,
-            Journal(partial, stored).listed_parts(),
+            DownloadJournal(partial, stored).listed_parts(),
             layout.moved_at(partial) or began,
         )
 
@@ -184,7 +190,7 @@ class DiskCache:
         peers: Sequence[Source] = (),
     ) -> Cached:
         """Puts the adapter in use: from disk, else from `peers`, else from the store. If another
-        process of this host is downloading it already, waits for that one.
+        process of this host is downloading it already, waits for that download.
 
         Raises:
             StoreUnavailable: the store failed more often than the pace allows, or the disk is full.
@@ -211,23 +217,24 @@ class DiskCache:
                     if isinstance(turn, EntryLock):
                         cached = await self._download(key, job, check, turn, clock() - start)
                 except OSError as exc:
-                    raise unavailable(Trouble.NOT_WRITABLE, exc.strerror or "") from exc
+                    raise unavailable(StoreProblem.NOT_WRITABLE, exc.strerror or "") from exc
             if cached is not None:
                 return cached
             await self._wait(key, start)
 
     def keep(self, refs: Iterable[AdapterRef]) -> None:
-        """Ends the use of every adapter that is not among `refs`. The caller names all that are in
-        use each time, so that no adapter stays in use by an oversight.
+        """Ends the use of every adapter that is not among `refs`. The caller names all adapters in
+        use each time, so none stays in use by mistake.
         """
         wanted = {entry_key(ref) for ref in refs}
         for key in [key for key in self._leases if key not in wanted]:
             held, size_bytes = self._leases.pop(key)
-            # it was in use until now, and ages from here on
+            # It was in use until now: its age counts from here.
             self._threads.submit(self._cache_folder.use, key, size_bytes)
             held.release()
 
     def close(self) -> None:
+        """Ends the use of all adapters. Never waits."""
         self.keep(())
         self._threads.shutdown(wait=False)
         self._heavy.shutdown(wait=False)
@@ -237,13 +244,13 @@ class DiskCache:
     def _take(
         self, key: str, ref: AdapterRef, check: Check
     ) -> tuple[EntryLock, layout.Manifest, _Verified] | None:
-        """Called in a thread. An adapter that is damaged on disk is thrown away."""
+        """Locks the entry and checks it; called in a thread. None if there is no good entry."""
         entry = self._cache_folder.entry(key)
         try:
             held = lock_entry(entry, exclusive=False)
         except FileNotFoundError:
             return None
-        if held is None:  # it is being removed or becomes visible at this moment
+        if held is None:  # another process is removing or publishing it at this moment
             return None
         try:
             return self._inspect(key, ref, check, held)
@@ -254,12 +261,16 @@ class DiskCache:
     def _inspect(
         self, key: str, ref: AdapterRef, check: Check, held: EntryLock
     ) -> tuple[EntryLock, layout.Manifest, _Verified] | None:
+        """Checks the locked entry: by `lstat` if this process has hashed it before, else by its
+        full hash. An entry that is damaged is removed.
+        """
         entry = self._cache_folder.entry(key)
         manifest = layout.read_manifest(entry)
         stamps = (
             layout.stamps(entry, manifest) if manifest is not None and manifest.ref == ref else None
         )
-        seen = self._seen.get(key)
+        seen = None if key in self._unsynced else self._seen.get(key)
+        self._unsynced.discard(key)
         known = seen is not None and seen.stamps == stamps
         if manifest is None or stamps is None or not (known or layout.is_whole(entry, manifest)):
             log.error(
@@ -281,6 +292,7 @@ class DiskCache:
         times: FetchTimes,
         peer_bytes: int = 0,
     ) -> Cached:
+        """Keeps the lock on the entry until `keep` ends its use."""
         self._seen[key] = seen
         self._seen.move_to_end(key)
         while len(self._seen) > MAX_SEEN:
@@ -303,9 +315,11 @@ class DiskCache:
     async def _download(
         self, key: str, job: DownloadJob, check: Check, held: EntryLock, wait_s: float
     ) -> Cached | None:
-        """None if another process removed the adapter right after it became visible."""
+        """Downloads, validates and publishes the adapter. None if another process removed it right
+        after it became visible.
+        """
         partial = self._cache_folder.partial(key)
-        download = Download(job, partial, self._pace, self._lanes)
+        download = Download(job, partial, self._pace, self._budget)
         keep = handed_over = False
         try:
             await download.resume(self._threads)
@@ -319,15 +333,15 @@ class DiskCache:
                 self._publish, key, manifest, held, download.peer_s + download.store_s
             )
         except (StoreUnavailable, asyncio.CancelledError):
-            keep = bool(download.parts)  # the next try goes on from here
+            keep = bool(download.parts)  # the next try goes on from these parts
             raise
         except InvalidAdapter as exc:
             raise self._quarantined(key, exc) from None
         finally:
             if not handed_over and keep:
-                held.release()  # at once: a process that makes room must find it unlocked
+                held.release()  # released at once, so a process that makes room finds it unlocked
             elif not handed_over:
-                # not awaited: this may run while being cancelled
+                # Not awaited, because this may run while the task is being cancelled.
                 self._threads.submit(self._end, partial, held)
         if lease is None:
             return None
@@ -335,11 +349,14 @@ class DiskCache:
         times = FetchTimes(
             wait_s, download.peer_s, download.store_s, checked - brought, clock() - checked
         )
-        return self._lease(key, own, manifest, _Verified(stamps, facts), times, download.peer_bytes)
+        seen = _Verified(stamps, facts)
+        cached = self._lease(key, own, manifest, seen, times, download.peer_bytes)
+        self._threads.submit(self._sync, key)
+        return cached
 
     async def _settle(self, files: Path, check: Check, download: Download) -> AdapterFacts:
-        """Validates and syncs. An adapter counts as invalid only by the store's own bytes, never by
-        those of a peer.
+        """Validates the files. An adapter counts as invalid only if the store's own bytes are
+        invalid; the bytes of a peer are downloaded again from the store.
         """
         try:
             return await self._settled(files, check)
@@ -349,23 +366,18 @@ class DiskCache:
             return await self._settled(files, check)
 
     async def _settled(self, files: Path, check: Check) -> AdapterFacts:
-        """Validates and syncs side by side."""
-        checking = asyncio.get_running_loop().run_in_executor(self._heavy, check, files)
-        syncing = asyncio.ensure_future(self._in_thread(layout.sync_files, files))
-        await asyncio.wait((checking, syncing))
-        syncing.result()
-        return checking.result()
+        return await asyncio.get_running_loop().run_in_executor(self._heavy, check, files)
 
     def _publish(
         self, key: str, manifest: layout.Manifest, held: EntryLock, cost_s: float
     ) -> tuple[EntryLock, tuple[Stamp, ...]] | None:
-        """Called in a thread; runs to its end even if the task is cancelled meanwhile. The lease
-        gets a lock of its own, and `held` is released here.
+        """Makes the download an entry; called in a thread, which runs to its end even if the task
+        is cancelled. The entry gets a lock of its own, and `held` is released.
         """
         entry = self._cache_folder.entry(key)
         try:
             if layout.stamps(self._cache_folder.partial(key), manifest) is None:
-                raise unavailable(Trouble.BROKEN_REPLY, "not all bytes are there")
+                raise unavailable(StoreProblem.BROKEN_REPLY, "not all bytes are there")
             if not self._cache_folder.publish(key, held, manifest, cost_s):
                 return None
             own = lock_entry(entry, exclusive=False)
@@ -374,6 +386,20 @@ class DiskCache:
         finally:
             self._end(self._cache_folder.partial(key), held)
 
+    def _sync(self, key: str) -> None:
+        """Writes an entry to the disk; called in a thread, while the adapter is in use already.
+
+        If the host loses power before, the next process finds a damaged entry by its hash. If the
+        disk refuses, what is in memory may be lost later, so this process hashes it once more.
+        """
+        try:
+            self._cache_folder.sync(key)
+        except OSError as exc:
+            log.warning(
+                "adapter was not synced to the disk", extra={"key": key, "reason": exc.strerror}
+            )
+            self._unsynced.add(key)  # `_seen` may be written after this
+
     def _end(self, partial: Path, held: EntryLock) -> None:
         """Removes a partial folder that no later try can go on from."""
         self._cache_folder.discard(partial, held)
@@ -381,21 +407,22 @@ class DiskCache:
     async def _wait(self, key: str, start: float) -> None:
         """Waits until the other process has the adapter, has failed, or is dead.
 
-        It looks again and again instead of blocking in flock: that would take a thread per adapter,
-        and nothing could cancel it.
+        It polls, because blocking in flock would take a thread per adapter that nothing could
+        cancel. Raises StoreUnavailable if the other process hangs.
         """
         stall_s = self._pace.stall_s
-        patience_s = (
-            DEFAULT_PATIENCE_S
-            if stall_s is None
-            else stall_s * self._pace.tries + SETTLE_PATIENCE_S
-        )
+        max_still_s = MAX_STILL_S if stall_s is None else stall_s * self._pace.tries + SETTLE_TIME_S
+        seen_at, still_since = 0.0, start
         while True:
             await asyncio.sleep(min(MAX_POLL_S, max(MIN_POLL_S, (clock() - start) * POLL_SHARE)))
             moved_at = await self._in_thread(self._cache_folder.moved_at, key)
             if moved_at is None:
                 return
-            if time.time() - moved_at > patience_s:
+            if moved_at != seen_at:
+                # read once, and then measured: the wall clock may be set meanwhile
+                age_s = 0.0 if seen_at else max(0.0, time.time() - moved_at)
+                seen_at, still_since = moved_at, clock() - age_s
+            if clock() - still_since > max_still_s:
                 raise StoreUnavailable(
                     "Another worker of this host began to fetch the adapter and hangs.",
                     retry_after_s=5.0,
@@ -404,7 +431,7 @@ class DiskCache:
     # ---- inside ----------------------------------------------------------------------------------
 
     def _quarantined(self, key: str, exc: InvalidAdapter) -> InvalidAdapter:
-        # the frames of its traceback would keep locks and buffers alive
+        # Without its traceback, whose frames would keep locks and buffers alive.
         self._quarantine[key] = exc.with_traceback(None)
         while len(self._quarantine) > MAX_QUARANTINED:
             self._quarantine.popitem(last=False)

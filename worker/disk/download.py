@@ -16,8 +16,8 @@ from typing import Protocol
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import StoreUnavailable
 from shared.stores import AdapterStore
-from shared.stores.transfer import FilePart, Lanes, Pace, PartId, Transfer
-from worker.disk.journal import Journal
+from shared.stores.transfer import FilePart, PartBudget, PartId, Transfer, TransferRetries
+from worker.disk.download_journal import DownloadJournal
 from worker.disk.layout import FILES
 
 log = logging.getLogger("loraplex.disk_cache")
@@ -25,18 +25,18 @@ clock = time.monotonic
 
 
 class Source(Protocol):
-    """A place to download an adapter's files from: a store, or another host."""
+    """A place to download an adapter's files from: a store, or a worker of another host."""
 
     async def fetch(
         self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None
     ) -> None:
-        """As AdapterStore.fetch. Raises PeerFailed if another source may still have the files."""
+        """Like AdapterStore.fetch. Raises PeerFailed if another source may still have the files."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class DownloadJob:
-    """What to download, and from where: `peers` are asked first, in their order."""
+    """What to download, and from where. The `peers` are asked first, in their order."""
 
     ref: AdapterRef
     stored: StoredAdapter
@@ -45,33 +45,35 @@ class DownloadJob:
 
 
 class Download:
-    """`parts` are the complete parts with their sha256. `peer_bytes` counts the bytes that came
-    from peers; `peer_s` and `store_s` are the seconds spent with either.
+    """One download. `parts` are the complete parts with their sha256. `peer_bytes` came from peers;
+    `peer_s` and `store_s` are the seconds spent with peers and with the store.
     """
 
-    def __init__(self, job: DownloadJob, partial: Path, pace: Pace, lanes: Lanes) -> None:
+    def __init__(
+        self, job: DownloadJob, partial: Path, pace: TransferRetries, budget: PartBudget
+    ) -> None:
         self._job, self._stored, self._files = job, job.stored, partial / FILES
-        self._pace, self._lanes = pace, lanes
-        self._journal = Journal(partial, job.stored)
+        self._pace, self._budget = pace, budget
+        self._journal = DownloadJournal(partial, job.stored)
         self.parts: dict[PartId, str] = {}
         self._from_store: set[PartId] = set()
         self.peer_bytes = 0
         self.peer_s = self.store_s = 0.0
 
     async def resume(self, threads: Executor) -> None:
-        """Takes over the parts that an earlier try left."""
+        """Takes over the complete parts that an earlier try left."""
         self.parts.update(
             await asyncio.get_running_loop().run_in_executor(threads, self._journal.whole_parts)
         )
         if self.parts:
             log.info(
-                "download goes on",
+                "download resumed",
                 extra={"adapter": str(self._job.ref), "parts": len(self.parts)},
             )
 
     async def bring(self) -> None:
-        """Downloads every missing part: from the peers in their order, and from the store what they
-        did not give.
+        """Downloads every missing part: first from the peers in their order, then what is still
+        missing from the store.
         """
         start = clock()
         for peer in self._job.peers:
@@ -81,7 +83,7 @@ class Download:
                 return
             except PeerFailed as exc:
                 log.info(
-                    "peer did not give all",
+                    "peer sent only a part of the adapter",
                     extra={
                         "adapter": str(self._job.ref),
                         "reason": exc.message,
@@ -92,8 +94,8 @@ class Download:
         await self._ask_store()
 
     async def doubt(self) -> bool:
-        """The files turned out to be invalid. If any part did not come from the store, downloads
-        those parts again from there and returns True.
+        """The files turned out to be invalid. If some parts did not come from the store, downloads
+        those again from the store and returns True.
         """
         doubtful = self.parts.keys() - self._from_store
         if doubtful:
@@ -115,7 +117,7 @@ class Download:
     def _transfer(self, on_part: Callable[[FilePart, str], None]) -> Transfer:
         return Transfer(
             pace=self._pace,
-            lanes=self._lanes,
+            budget=self._budget,
             done=dict(self.parts),
             may_exist=True,
             on_bytes=lambda _: self._journal.touch(),
@@ -139,4 +141,4 @@ class Download:
 
 
 class PeerFailed(StoreUnavailable):
-    """A peer did not give what it was asked for. Another source may."""
+    """A peer did not give what it was asked for. Another source may still have it."""

@@ -1,14 +1,14 @@
 """Pure. Which adapters leave the host's disk first: GreedyDual-Size with frequency (GDSF).
 
-An adapter is worth keeping for what it would cost to bring it back, as often as it was used, per
-byte that it takes:
+The worth of an adapter is the cost of bringing it back, times how often it was used, per byte that
+it takes:
 
     priority = clock + frequency x reload cost in seconds / bytes
 
 The adapter with the lowest priority is removed first. The clock is the priority of the last adapter
-that was removed. What was popular long ago ages by it: its priority stays where it was, while newly
-used adapters get priorities above the clock. (L. Cherkasova, "Improving WWW Proxies Performance
-with Greedy-Dual-Size-Frequency Caching Policy", HP Labs HPL-98-69R1, 1998.)
+that was removed. So what was popular long ago ages: its priority stays, while newly used adapters
+get priorities above the clock. (L. Cherkasova, "Improving WWW Proxies Performance with
+Greedy-Dual-Size-Frequency Caching Policy", HP Labs HPL-98-69R1, 1998.)
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class UseFrequency:
 
 @dataclass(frozen=True, slots=True)
 class EvictionCandidate:
-    """One adapter on disk. Whether it is in use is asked only when it is about to be removed: a
-    lock says so, not a list.
+    """One adapter on disk. Whether it is in use is asked only when it is about to be removed, by
+    trying its lock.
     """
 
     key: str
@@ -80,7 +80,7 @@ def bytes_to_free(
     used_bytes: int, incoming_bytes: int, budget_bytes: int, free_bytes: int, keep_free_bytes: int
 ) -> BytesToFree:
     """What has to be removed before `incoming_bytes` may come. Two limits hold: the budget (0:
-    there is none), and the disk, of which `keep_free_bytes` are left to others.
+    none), and the disk, of which `keep_free_bytes` are left to other programs.
     """
     over_budget = used_bytes + incoming_bytes - budget_bytes if budget_bytes else 0
     over_disk = incoming_bytes + keep_free_bytes - free_bytes

@@ -1,9 +1,9 @@
 """Shell. The cache's folder on disk: which process may download, which adapters are removed to make
-room, and when an adapter becomes visible. Every call blocks: call it in threads.
+room, and when an adapter becomes visible. Every call blocks, so call it in threads.
 
-Every change that other processes must see as a whole is a rename. Every question whether another
-process is working on a folder is a lock. So a process may die between any two lines, and the next
-one finds either the state before or the state after.
+A change that other processes must see as a whole is a rename. Whether another process works on a
+folder is answered by a lock. So a process may die between any two lines: the next process finds the
+state before or the state after.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shared.adapters.identity import StoredAdapter
 from shared.errors import ConfigError, InvalidAdapter, StoreUnavailable
 from shared.runtime.process import make_private
 from worker.disk import eviction, layout
-from worker.disk.journal import Journal
+from worker.disk.download_journal import DownloadJournal
 from worker.disk.layout import FILES, JOURNAL, EntryLock, Manifest, lock_entry
 
 log = logging.getLogger("loraplex.disk_cache")
@@ -32,8 +32,10 @@ PARTIAL_KEEP_S = 24 * 3600.0
 """A partial download that no process has continued for this long is removed."""
 KEEP_FREE_BYTES = 256 << 20
 """Space of the file system that the cache leaves to other programs, for example for their logs."""
-LOCK_PATIENCE_S = 5.0
-"""The folder's own lock is held for milliseconds. A process that holds it for longer hangs."""
+LOCK_TIMEOUT_S = 5.0
+"""Longest wait for the folder's own lock. It is held for milliseconds, so a process that holds it
+for longer hangs.
+"""
 LOCK_POLL_S = 0.002
 
 
@@ -45,8 +47,10 @@ class NoDownload(Enum):
 
 
 class CacheFolder:
-    """The adapters below `root`. They and the downloads in progress take at most `budget_bytes`
-    together (0: as much as the disk holds).
+    """The adapters below `root`. The entries and the downloads in progress take at most
+    `budget_bytes` together (0: as much as the disk holds).
+
+    Raises ConfigError if the folder cannot be made, or the file system has no locks.
     """
 
     def __init__(self, root: Path, budget_bytes: int) -> None:
@@ -57,8 +61,13 @@ class CacheFolder:
             root / "trash",
         )
         self._sizes: dict[tuple[str, int], int] = {}
-        for folder in (root, self._entries, self._partials, self._trash):
-            make_private(folder)
+        try:
+            for folder in (root, self._entries, self._partials, self._trash):
+                make_private(folder)
+        except OSError as exc:
+            raise ConfigError(
+                f"gateway.state_dir: cannot make {folder}: {exc.strerror}", param="state_dir"
+            ) from exc
         try:
             held = lock_entry(self._trash, exclusive=False)
         except OSError as exc:
@@ -72,16 +81,18 @@ class CacheFolder:
         self.empty_trash()
 
     def entry(self, key: str) -> Path:
+        """Where the complete adapter lies."""
         return self._entries / key
 
     def partial(self, key: str) -> Path:
+        """Where the adapter lies while it is being downloaded."""
         return self._partials / key
 
     # ---- a download's life -----------------------------------------------------------------------
 
     def begin(self, key: str, stored: StoredAdapter) -> EntryLock | NoDownload:
-        """Returns the exclusive right to download. The bytes are reserved then, and what an earlier
-        try left is still in place.
+        """Reserves the adapter's bytes and returns the exclusive right to download it. Parts that
+        an earlier try left are still in place.
 
         Raises:
             StoreUnavailable: there is no room, because every other adapter is in use.
@@ -102,13 +113,13 @@ class CacheFolder:
             held = lock_entry(partial, exclusive=True)
             if held is None:
                 return NoDownload.IN_PROGRESS
-            Journal(partial, stored).start()
+            DownloadJournal(partial, stored).start()
         self.empty_trash()
         return held
 
     def publish(self, key: str, held: EntryLock, manifest: Manifest, cost_s: float) -> bool:
-        """Makes a complete and synced download an entry, on which `held` then is a shared lock.
-        False if another process removed it in that moment.
+        """Makes a complete download an entry; `held` then is a shared lock on it. False if another
+        process removed the entry in that moment.
         """
         partial, entry = self.partial(key), self.entry(key)
         layout.write_manifest(partial, manifest)
@@ -120,16 +131,20 @@ class CacheFolder:
                 layout.read_clock(self._root),
             ),
         )
-        layout.sync(partial)
         with self._alone():
             partial.rename(entry)
-        layout.sync(self._entries)
         (entry / JOURNAL).unlink(missing_ok=True)
         return held.share() and held.holds(entry)
 
+    def sync(self, key: str) -> None:
+        """Writes an entry to the disk. An entry that is gone already is no error."""
+        with suppress(FileNotFoundError):
+            layout.sync_files(self.entry(key))
+        layout.sync(self._entries)
+
     def moved_at(self, key: str) -> float | None:
         """When another process's download last got bytes (wall clock). None if no process is
-        downloading.
+        downloading it.
         """
         partial = self.partial(key)
         try:
@@ -142,7 +157,7 @@ class CacheFolder:
         return None
 
     def use(self, key: str, size_bytes: int) -> None:
-        """Counts one use."""
+        """Counts one use of the entry."""
         entry = self.entry(key)
         layout.write_use_frequency(
             entry,
@@ -152,7 +167,7 @@ class CacheFolder:
         )
 
     def discard(self, folder: Path, held: EntryLock) -> None:
-        """Takes the folder out of sight at once, if it is still the one that `held` locks. Its
+        """Moves the folder out of sight at once, if it is still the one that `held` locks. Its
         bytes are freed as soon as no process uses them. Releases `held`.
         """
         try:
@@ -164,6 +179,7 @@ class CacheFolder:
         self.empty_trash()
 
     def empty_trash(self) -> None:
+        """Deletes the discarded folders that no process uses any more."""
         for folder in list(self._trash.iterdir()):
             try:
                 held = lock_entry(folder, exclusive=True)
@@ -181,10 +197,12 @@ class CacheFolder:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """A lock under which one process at a time scans, evicts and reserves."""
+        """Inside, no other process scans, evicts or reserves. Raises StoreUnavailable after
+        LOCK_TIMEOUT_S.
+        """
         fd = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            deadline = time.monotonic() + LOCK_PATIENCE_S
+            deadline = time.monotonic() + LOCK_TIMEOUT_S
             while True:
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -200,9 +218,12 @@ class CacheFolder:
             os.close(fd)
 
     def _make_room(self, incoming_bytes: int) -> None:
+        """Removes adapters until `incoming_bytes` fit. Raises StoreUnavailable if too much is in
+        use.
+        """
         sizes = self._scan()
         status = os.statvfs(self._root)
-        # Other downloads in progress will take their remaining bytes from what is free now.
+        # The remaining bytes of other downloads in progress are promised already.
         promised = sum(
             max(0, size - layout.size_on_disk(path))
             for path, size in sizes.items()
@@ -237,11 +258,11 @@ class CacheFolder:
             raise StoreUnavailable(
                 "The adapter cache of this host is full of adapters in use: "
                 "gateway.disk_cache_bytes or the disk is too small.",
-                retry_after_s=LOCK_PATIENCE_S,
+                retry_after_s=LOCK_TIMEOUT_S,
             )
 
     def _evict(self, key: str) -> bool:
-        """False if a process uses the adapter."""
+        """Removes an entry. False if a process uses it."""
         try:
             held = lock_entry(self.entry(key), exclusive=True)
         except FileNotFoundError:
@@ -253,8 +274,8 @@ class CacheFolder:
         return True
 
     def _scan(self) -> dict[Path, int]:
-        """Every entry and partial folder, with the bytes that it takes or will take. Sizes never
-        change, so each is read once per process.
+        """Every entry and partial folder, with the bytes that it takes or will take. These sizes
+        never change, so each is read once per process.
         """
         sizes: dict[Path, int] = {}
         known: dict[tuple[str, int], int] = {}
@@ -269,8 +290,8 @@ class CacheFolder:
         return sizes
 
     def _drop_idle_partials(self, sizes: dict[Path, int]) -> int:
-        """Returns the bytes that were freed. When room is short, half a download that no process
-        continues is worth less than any complete adapter.
+        """Removes the partial folders that no process works on, and returns the bytes that were
+        freed. When room is short, half a download is worth less than any complete adapter.
         """
         freed = 0
         for path, size in sizes.items():

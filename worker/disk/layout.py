@@ -1,5 +1,5 @@
-"""Shell. How adapters lie on disk: folders and the locks on them, manifests, and how often an entry
-is used.
+"""Shell. How adapters lie on disk: the folders and the locks on them, the manifests, and how often
+each entry is used.
 
     entries/<key>/    complete: files/ (the adapter as the engine gets it), `manifest` (what must be
                       in it), `uses` (how often it was used: a hint, never synced)
@@ -8,8 +8,8 @@ is used.
     lock  clock       one scan at a time, and the clock of the eviction policy
 
 The key is a hash of (base, name, digest), never a client's string. The lock on an entry is a
-`flock` on its folder: it follows the folder from partial/ to entries/, and a process that dies lets
-go of it.
+`flock` on its folder. It stays with the folder when that moves from partial/ to entries/. The
+kernel drops it when its process dies.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CLOCK = struct.Struct("<d")
 _READ_BYTES = 1 << 20
 
 
-class KeptFile(msgspec.Struct, frozen=True):
+class ManifestFile(msgspec.Struct, frozen=True):
     """One file of an entry; `parts` are the sha256 of its parts of PART_BYTES."""
 
     path: str
@@ -53,7 +53,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
     layout: int
     ref: AdapterRef
-    files: tuple[KeptFile, ...]
+    files: tuple[ManifestFile, ...]
     content: str
 
     @property
@@ -75,11 +75,11 @@ def is_key(name: str) -> bool:
 
 
 def host_of(root: Path) -> str:
-    """Names the disk cache at `root`. The name is equal for all processes that share the folder, on
-    this boot of this machine, whatever containers they run in.
+    """A name for the disk cache at `root`. All processes that share the folder on this boot of this
+    machine get the same name, whatever containers they run in.
 
-    It is not made of /etc/machine-id and the path: different machines started from one image have
-    the first in common, and containers the second.
+    It is not made of /etc/machine-id and the path. Machines started from one image share the first,
+    and containers share the second.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -93,8 +93,8 @@ def host_of(root: Path) -> str:
 
 
 class EntryLock:
-    """A locked folder. Released by `release`, or by the death of the process (and of children that
-    it forked without exec).
+    """A locked folder. `release` ends the lock, and so does the death of the process and of the
+    children that it forked without exec.
     """
 
     __slots__ = ("_fd",)
@@ -103,8 +103,8 @@ class EntryLock:
         self._fd = fd
 
     def share(self) -> bool:
-        """From exclusive to shared. False if another process took the lock: a conversion releases
-        it for a moment.
+        """Turns the exclusive lock into a shared one. The kernel releases the lock for a moment
+        meanwhile: returns False if another process took it.
         """
         try:
             fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -127,12 +127,13 @@ class EntryLock:
             os.close(fd)
 
     def __del__(self) -> None:
-        self.release()  # a thread's result that a cancelled task no longer takes
+        """Releases the lock that a thread returns to a task that was cancelled meanwhile."""
+        self.release()
 
 
 def lock_entry(folder: Path, *, exclusive: bool) -> EntryLock | None:
-    """Locks a folder without waiting; None if another lock on it excludes this one. Raises
-    FileNotFoundError if the folder is not there (any more).
+    """Locks a folder without waiting. None if another lock on it excludes this one. Raises
+    FileNotFoundError if the folder is gone.
     """
     held = EntryLock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     try:
@@ -143,7 +144,7 @@ def lock_entry(folder: Path, *, exclusive: bool) -> EntryLock | None:
     except OSError:
         held.release()
         raise
-    if not held.holds(folder):  # moved away between our open and our lock
+    if not held.holds(folder):  # the folder was moved between the open and the lock
         held.release()
         raise FileNotFoundError(folder)
     return held
@@ -153,8 +154,9 @@ def lock_entry(folder: Path, *, exclusive: bool) -> EntryLock | None:
 
 
 def manifest_of(ref: AdapterRef, stored: StoredAdapter, parts: Mapping[PartId, str]) -> Manifest:
+    """The manifest of a complete download. `parts` are the sha256 of all its parts."""
     files = tuple(
-        KeptFile(file.path, file.size_bytes, tuple(parts[part.id] for part in parts_of(file)))
+        ManifestFile(file.path, file.size_bytes, tuple(parts[part.id] for part in parts_of(file)))
         for file in sorted(stored.files, key=lambda f: f.path)
     )
     content = hashlib.sha256(msgspec.json.encode(files)).hexdigest()
@@ -171,18 +173,15 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes it under another name, syncs it, and renames it."""
+    """Writes it under another name, and renames it."""
     aside = folder / (MANIFEST + ".new")
-    with aside.open("wb") as handle:
-        handle.write(msgspec.json.encode(manifest))
-        handle.flush()
-        os.fsync(handle.fileno())
+    aside.write_bytes(msgspec.json.encode(manifest))
     aside.rename(folder / MANIFEST)
 
 
 def stamps(folder: Path, manifest: Manifest) -> tuple[Stamp, ...] | None:
-    """The files' stamps; None unless each is there, regular, and of the manifest's size. Costs one
-    `lstat` per file.
+    """The stamps of the files. None unless each file is there, is regular, and has the manifest's
+    size. Costs one `lstat` per file.
     """
     found = []
     for file in manifest.files:
@@ -197,7 +196,7 @@ def stamps(folder: Path, manifest: Manifest) -> tuple[Stamp, ...] | None:
 
 
 def is_whole(folder: Path, manifest: Manifest) -> bool:
-    """Reads and hashes every byte."""
+    """Whether every byte is as the manifest says. Reads and hashes them all."""
     for file in manifest.files:
         stored = StoredFile(file.path, file.size_bytes, "")
         try:
@@ -213,6 +212,7 @@ def is_whole(folder: Path, manifest: Manifest) -> bool:
 
 
 def hash_part(fd: int, part: FilePart) -> str:
+    """The sha256 (hex) of one part of an open file."""
     digest = hashlib.sha256()
     offset, end = part.offset, part.offset + part.size_bytes
     while offset < end and (piece := os.pread(fd, min(_READ_BYTES, end - offset), offset)):
@@ -222,6 +222,7 @@ def hash_part(fd: int, part: FilePart) -> str:
 
 
 def sync(path: Path) -> None:
+    """Syncs one file or folder to disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -230,7 +231,7 @@ def sync(path: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Every file and every folder below `folder`, and itself."""
+    """Syncs every file and folder below `folder`, and `folder` itself."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 
@@ -239,7 +240,7 @@ def sync_files(folder: Path) -> None:
 
 
 def planned_bytes(partial: Path) -> int:
-    """What a partial folder will take once it is complete."""
+    """How many bytes a partial folder will take once it is complete."""
     try:
         with (partial / JOURNAL).open("rb") as handle:
             word, _, number = handle.readline(40).partition(b" ")
@@ -257,7 +258,7 @@ def moved_at(partial: Path) -> float | None:
 
 
 def size_on_disk(folder: Path) -> int:
-    """The bytes that are allocated; holes in files do not count."""
+    """The bytes that are allocated below `folder`. Holes in files do not count."""
     total = 0
     for path in folder.rglob("*"):
         with suppress(OSError):
@@ -295,7 +296,7 @@ def write_clock(root: Path, clock: float) -> None:
 
 
 def _overwrite(path: Path, record: bytes) -> None:
-    """Writes in place and in one call: a reader sees the old or the new record."""
+    """Writes in place in one call, so a reader sees either the old or the new record."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         os.pwrite(fd, record, 0)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 
-import msgspec
-
 from shared.config.llm import LLMConfig
 from shared.errors import ConfigError
 from shared.runtime.process import count_gpus
+from shared.vllm_versions import cannot_import, is_tried, refusal
 from worker.engine.base import Engine
-from worker.engine.vllm.app.front_end import remove_variables
+from worker.engine.vllm.app.server_environment import remove_variables
+from worker.engine.vllm.boot.installed import vllm_version
 
 log = logging.getLogger("loraplex.engine")
 
@@ -37,8 +37,11 @@ VLLM_CPU_ENV = {
 
 
 VLLM_GPU_ENV = {
-    # a fork of a process that has used torch was seen to hang on CUDA
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    # vLLM's own place for them depends on whether this start had to compile: what one start has
+    # compiled the next one would not find
+    "TRITON_CACHE_DIR": os.path.join(
+        os.environ.get("VLLM_CACHE_ROOT") or os.path.expanduser("~/.cache/vllm"), "triton"
+    ),
 }
 
 
@@ -49,17 +52,18 @@ DEFAULT_SIM_CONTEXT_TOKENS = 8192
 
 
 def open_engine(model: LLMConfig, stream_gap_s: float = 0.0) -> Engine:
-    """The engine that the config names; vLLM is imported only here and only if it is asked for."""
+    """The engine that the config names. vLLM is imported only here, and only if the config asks for
+    it.
+    """
     if model.llm_engine == "sim":
         from worker.engine.sim.engine import SimEngine
 
-        timing = msgspec.structs.asdict(model.sim)
         return SimEngine(
             model.model_id,
+            model.sim,
             max_loras=model.max_loras,
             max_lora_rank=model.engine_kwargs.get("max_lora_rank", DEFAULT_SIM_RANK),
             max_model_len=model.engine_kwargs.get("max_model_len", DEFAULT_SIM_CONTEXT_TOKENS),
-            **timing,
         )
     gpu = model.gpus_per_worker > 0 and count_gpus() > 0
     for name in remove_variables(os.environ):
@@ -68,9 +72,12 @@ def open_engine(model: LLMConfig, stream_gap_s: float = 0.0) -> Engine:
         os.environ.setdefault(key, value)
     try:
         from worker.engine.vllm.engine import VLLMEngine
+
+        return VLLMEngine(model, stream_gap_s)
     except ImportError as exc:
-        raise ConfigError(
-            f"vLLM cannot be imported ({exc}); install loraplex[gpu] or loraplex[cpu], "
-            "or use llm_engine: sim"
-        ) from exc
-    return VLLMEngine(model, stream_gap_s)
+        raise ConfigError(cannot_import(vllm_version(), exc)) from exc
+    except AttributeError as exc:
+        version = vllm_version()
+        if version is None or is_tried(version):
+            raise
+        raise ConfigError(refusal(version, exc)) from exc

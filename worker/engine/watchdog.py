@@ -1,4 +1,4 @@
-"""Shell. Looks at an engine's progress for as long as the worker serves, and pings it."""
+"""Shell. Watches an engine's progress for as long as the worker serves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from shared.errors import EngineFailure
 from worker.engine.base import Engine
-from worker.engine.progress import LOOK_S, Healthy, Hung, ProgressWatch, Suspect
+from worker.engine.hang_detection import LOOK_S, Healthy, Hung, ProgressWatch, Suspect
 
 PING_S = 1.0
 clock = time.monotonic
@@ -22,7 +22,9 @@ async def watch_engine(
     on_suspect: Callable[[str], None],
     on_hung: Callable[[str], None],
 ) -> None:
-    """`on_suspect` hears each change: a reason, or "" once there is none. Ends with `on_hung`."""
+    """Pings the engine and judges it every LOOK_S. `on_suspect` is called at each change: with a
+    reason, or with "" when the engine is trusted again. Returns after it has called `on_hung`.
+    """
     watch = ProgressWatch(suspect_s, kill_s, clock())
     pinging = asyncio.create_task(_ping(engine, watch), name="engine pings")
     suspect = False
@@ -44,8 +46,8 @@ async def watch_engine(
 
 
 async def _ping(engine: Engine, watch: ProgressWatch) -> None:
-    """One at a time: a ping that is not answered is waited for."""
-    # an engine that died is acted on elsewhere
+    """Sends one ping and waits for its answer, however long it takes."""
+    # RequestTable and Engine.died report a dead engine.
     with contextlib.suppress(EngineFailure):
         while True:
             watch.pinged(clock())

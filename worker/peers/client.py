@@ -1,9 +1,9 @@
-"""Shell. Gets adapters from workers of other hosts: one connection per peer, a window of pieces on
-it, and a bound on everything.
+"""Shell. Downloads adapters from workers of other hosts. Each peer has one connection and a bounded
+number of pieces in flight.
 
-A peer that is dead, stuck, slow, of another secret or that gives bytes which are not those of its
-own hash costs SILENCE_S or so once, is left alone for a while, and the next one, or the store, goes
-on with the parts that are whole.
+A peer may be dead, stuck or slow, may have another secret, or may send bytes that do not match its
+own hash. That costs about SILENCE_S once. The peer is then left alone for a while, and the next
+peer, or the store, goes on with the parts that are complete.
 """
 
 from __future__ import annotations
@@ -22,24 +22,33 @@ from typing import Any
 from shared.adapters.identity import AdapterRef, StoredAdapter, StoredFile
 from shared.errors import StoreUnavailable
 from shared.link import messages
+from shared.link.peer_messages import (
+    PeerAnswer,
+    Piece,
+    PieceNotHere,
+    PieceNotYet,
+    PieceRequest,
+    decode_peer_answer,
+)
 from shared.link.sockets import DealerSocket, SendResult
 from shared.stores import transfer as transfers
-from shared.stores.objects import StoreFailure, Trouble
-from shared.stores.transfer import FilePart, Pace, PartId, Transfer, fetch_adapter
+from shared.stores.object_store import StoreFailure, StoreProblem
+from shared.stores.transfer import FilePart, PartId, Transfer, TransferRetries, fetch_adapter
 from worker.disk.download import PeerFailed
-from worker.peers import policy
+from worker.peers import peer_rules
 
 log = logging.getLogger("loraplex.peers")
 clock = time.monotonic
 
 MAX_CONNECTIONS = 32
+"""Open connections to peers; the one that was used longest ago is closed for a new one."""
 
 
 class Peers:
-    """The other hosts' workers, as one worker sees them."""
+    """The workers of other hosts, as one worker uses them."""
 
     def __init__(
-        self, context: Any, worker: str, epoch: int, secret: str | None, pace: Pace
+        self, context: Any, worker: str, epoch: int, secret: str | None, pace: TransferRetries
     ) -> None:
         self._context, self._worker, self._epoch, self._secret, self._pace = (
             context,
@@ -50,16 +59,17 @@ class Peers:
         )
         self._connections: OrderedDict[str, _PeerConnection] = OrderedDict()
         self._numbers = itertools.count(1)
-        self.standing = policy.Standing()
+        self.standing = peer_rules.PeerReputation()
 
     def sources(self, ref: AdapterRef, endpoints: Sequence[str]) -> list[PeerSource]:
-        """Those worth asking, in their order."""
+        """The peers of `endpoints` that are worth asking, in their order."""
         return [
             PeerSource(self, ref, endpoint, self._pace)
             for endpoint in self.standing.usable(endpoints, clock())
         ]
 
     def connection(self, endpoint: str) -> _PeerConnection:
+        """The open connection to this peer; opens one if there is none."""
         connection = self._connections.get(endpoint)
         if connection is None:
             connection = self._connections[endpoint] = _PeerConnection(
@@ -74,7 +84,7 @@ class Peers:
         return connection
 
     def give_up(self, endpoint: str) -> None:
-        """It failed: what it still sends goes nowhere."""
+        """Closes the connection to a peer that failed, and leaves it alone for a while."""
         self.standing.failed(endpoint, clock())
         connection = self._connections.pop(endpoint, None)
         if connection is not None:
@@ -87,33 +97,33 @@ class Peers:
 
 
 class _PeerConnection:
-    """Wants that are out at one peer, by number. Closing it fails them."""
+    """A connection to one peer, with its open piece requests by number. Closing it fails them."""
 
     def __init__(self, context: Any, endpoint: str, routing_id: bytes, secret: str | None) -> None:
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[messages.PeerAnswer]] = {}
-        self.window = asyncio.Semaphore(policy.PIECES_IN_FLIGHT)
+        self._waiting: dict[int, asyncio.Future[PeerAnswer]] = {}
+        self.window = asyncio.Semaphore(peer_rules.PIECES_IN_FLIGHT)
         self._client = DealerSocket(
             context,
             endpoint,
             routing_id,
             self._on_message,
             secret=secret,
-            high_water=policy.WANTS_PER_PEER,
-            max_message_bytes=policy.MAX_MESSAGE_BYTES,
+            high_water=peer_rules.WANTS_PER_PEER,
+            max_message_bytes=peer_rules.MAX_MESSAGE_BYTES,
         )
 
     def ask(
         self, adapter: AdapterRef, path: str, offset: int, size_bytes: int
-    ) -> asyncio.Future[messages.PeerAnswer]:
-        """Sends a want; `heard` waits for the answer. Raises PeerFailed if the peer takes no
-        more.
+    ) -> asyncio.Future[PeerAnswer]:
+        """Sends a request for one piece; `_heard` waits for its answer. Raises PeerFailed if the
+        peer takes no more requests.
         """
         number = next(self._numbers)
-        answer: asyncio.Future[messages.PeerAnswer] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[PeerAnswer] = asyncio.get_running_loop().create_future()
         if (
             self._client.send(
-                messages.encode(messages.PieceRequest(number, adapter, path, offset, size_bytes))
+                messages.encode(PieceRequest(number, adapter, path, offset, size_bytes))
             )
             is not SendResult.OK
         ):
@@ -124,9 +134,9 @@ class _PeerConnection:
 
     def ask_in_window(
         self, adapter: AdapterRef, path: str, offset: int, size_bytes: int
-    ) -> asyncio.Future[messages.PeerAnswer]:
-        """As `ask`, with a place of the window that the caller has acquired: given back with the
-        answer.
+    ) -> asyncio.Future[PeerAnswer]:
+        """Like `ask`, for a caller that has acquired a place in `window`. The place is released
+        when the answer comes or fails.
         """
         try:
             answer = self.ask(adapter, path, offset, size_bytes)
@@ -139,11 +149,12 @@ class _PeerConnection:
     def close(self) -> None:
         self._client.close()
         for answer in list(self._waiting.values()):
-            answer.set_result(messages.PieceNotHere(0))
+            if not answer.done():  # one that was given up in this turn is still listed
+                answer.set_result(PieceNotHere(0))
 
     def _on_message(self, data: bytes) -> None:
         try:
-            message = messages.decode_peer_answer(data)
+            message = decode_peer_answer(data)
         except messages.DecodeError:
             log.warning("undecodable answer of a peer dropped")
             return
@@ -153,9 +164,9 @@ class _PeerConnection:
 
 
 class PeerSource:
-    """One adapter at one peer, as a Source. `endpoint` names it in the log."""
+    """One adapter at one peer, as a download Source. `endpoint` names it in the log."""
 
-    def __init__(self, peers: Peers, ref: AdapterRef, endpoint: str, pace: Pace) -> None:
+    def __init__(self, peers: Peers, ref: AdapterRef, endpoint: str, pace: TransferRetries) -> None:
         self._peers, self._ref, self.endpoint = peers, ref, endpoint
         self._pace = pace
         self._claims: dict[PartId, str] = {}
@@ -164,6 +175,11 @@ class PeerSource:
     async def fetch(
         self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None
     ) -> None:
+        """Downloads the adapter's missing parts into `into`.
+
+        Raises PeerFailed if the peer does not give them; StoreFailure if this host's disk cannot be
+        written.
+        """
         wanted = transfer or Transfer()
         self._on_idle = wanted.on_idle
 
@@ -172,19 +188,19 @@ class PeerSource:
                 raise PeerFailed("its bytes are not those of its own hash")
             wanted.on_part(part, sha256)
 
-        # The connection bounds the time itself; a try that fails is the last, for the next source
-        # is better.
-        checked = replace(wanted, pace=Pace(None, 1), on_part=on_part)
+        # The connection bounds the time itself. A part is tried once only: after a failure the next
+        # source is better.
+        checked = replace(wanted, pace=TransferRetries(None, 1), on_part=on_part)
         try:
-            async with asyncio.timeout(self._pace.total_s(adapter.size_bytes) or policy.WAIT_S):
+            async with asyncio.timeout(self._pace.total_s(adapter.size_bytes) or peer_rules.WAIT_S):
                 await fetch_adapter(adapter, into, self._stream, checked)
         except _Absent as exc:
             raise PeerFailed(f"{self.endpoint}: {exc.message}") from exc
         except TimeoutError as exc:
             raise self._gave_up("too slow") from exc
         except StoreUnavailable as exc:
-            if isinstance(exc, StoreFailure) and exc.trouble is Trouble.NOT_WRITABLE:
-                raise  # our own disk
+            if isinstance(exc, StoreFailure) and exc.trouble is StoreProblem.NOT_WRITABLE:
+                raise  # our own disk failed, not the peer
             raise self._gave_up(exc.message) from exc
         self._peers.standing.served(self.endpoint)
 
@@ -204,21 +220,23 @@ class PeerSource:
     async def _pieces(
         self, file: StoredFile, offset: int, length: int
     ) -> AsyncGenerator[bytes, None]:
-        """One part. Its first piece is asked for alone: the part may not be there yet."""
+        """The bytes of one part, piece by piece. The first piece is requested alone, because the
+        peer may not have the part yet.
+        """
         connection = self._peers.connection(self.endpoint)
-        first, *rest = policy.pieces_of(offset, length)
+        first, *rest = peer_rules.pieces_of(offset, length)
         piece = await self._first(connection, file, *first)
         self._claims[file.path, offset // transfers.PART_BYTES] = piece.sha256
         began, received = clock(), len(piece.data)
         yield piece.data
-        left, out = deque(rest), deque[tuple[asyncio.Future[messages.PeerAnswer], int]]()
+        left, out = deque(rest), deque[tuple[asyncio.Future[PeerAnswer], int]]()
         try:
             while out or left:
-                # With pieces of our own on the way nobody waits for the window: another part may
-                # hold all of it.
+                # While pieces of this part are in flight, it does not wait for the window: other
+                # parts may hold all of it for long.
                 while (
                     left
-                    and len(out) < policy.PIECES_AHEAD
+                    and len(out) < peer_rules.PIECES_AHEAD
                     and not (out and connection.window.locked())
                 ):
                     await connection.window.acquire()
@@ -230,7 +248,7 @@ class PeerSource:
                 data = _piece(await _heard(answer), size_bytes).data
                 out.popleft()
                 received += len(data)
-                if policy.too_slow(received, clock() - began):
+                if peer_rules.too_slow(received, clock() - began):
                     raise PeerFailed("too slow")
                 yield data
         finally:
@@ -239,31 +257,33 @@ class PeerSource:
 
     async def _first(
         self, connection: _PeerConnection, file: StoredFile, offset: int, size_bytes: int
-    ) -> messages.Piece:
+    ) -> Piece:
+        """The first piece of a part. Asks again while the peer itself is still downloading."""
         while True:
             answer = await _heard(connection.ask(self._ref, file.path, offset, size_bytes))
-            if not isinstance(answer, messages.PieceNotYet):
+            if not isinstance(answer, PieceNotYet):
                 return _piece(answer, size_bytes)
-            if not 0.0 <= answer.idle_s <= policy.IDLE_S:
+            if not 0.0 <= answer.idle_s <= peer_rules.IDLE_S:
                 raise _Absent("waits for a download that does not move")
             self._on_idle(answer.idle_s)
 
 
-async def _heard(answer: asyncio.Future[messages.PeerAnswer]) -> messages.PeerAnswer:
-    """Raises PeerFailed after SILENCE_S without an answer."""
+async def _heard(answer: asyncio.Future[PeerAnswer]) -> PeerAnswer:
+    """The peer's answer. Raises PeerFailed after SILENCE_S without one."""
     try:
-        async with asyncio.timeout(policy.SILENCE_S):
+        async with asyncio.timeout(peer_rules.SILENCE_S):
             return await answer
     except TimeoutError as exc:
-        raise PeerFailed(f"no answer for {policy.SILENCE_S:g} s") from exc
+        raise PeerFailed(f"no answer for {peer_rules.SILENCE_S:g} s") from exc
 
 
 class _Absent(PeerFailed):
-    """The peer is well and does not have it."""
+    """The peer is well, but it does not have the adapter."""
 
 
-def _piece(answer: messages.PeerAnswer, size_bytes: int) -> messages.Piece:
-    if not isinstance(answer, messages.Piece):
+def _piece(answer: PeerAnswer, size_bytes: int) -> Piece:
+    """The piece in an answer. Raises PeerFailed if there is none, or if it has another size."""
+    if not isinstance(answer, Piece):
         raise _Absent("not there")
     if len(answer.data) != size_bytes:
         raise PeerFailed("a piece of another size than asked for")

@@ -1,9 +1,10 @@
-"""Shell. Gives the files of this host's disk cache to workers of other hosts, piece by piece, while
-they are whole or as their parts become so.
+"""Shell. Gives the files of this host's disk cache to workers of other hosts, piece by piece. A
+part is given as soon as it is complete, even while the rest of its adapter is still being
+downloaded.
 
-Every file is read in a thread, every want is a small task, and the socket has an I/O thread of its
-own: encrypting pieces delays no token. What a peer sends is never a path: a want is answered if it
-names a file and a part that the manifest or the listing names too.
+Files are read in threads, each request is a small task, and the socket has an I/O thread of its
+own. So the encryption of pieces delays no token. What a peer sends is never used as a path: a
+request is answered only if the manifest or the listing names the same file and part.
 """
 
 from __future__ import annotations
@@ -23,26 +24,35 @@ from typing import Any, TypeAlias
 from shared.adapters.identity import AdapterRef
 from shared.errors import LinkError
 from shared.link import messages
+from shared.link.peer_messages import (
+    PeerAnswer,
+    Piece,
+    PieceNotHere,
+    PieceNotYet,
+    PieceRequest,
+    decode_peer_question,
+)
 from shared.link.sockets import RouterSocket, SendResult
 from shared.stores import transfer
 from worker.disk.cache import CachedOnDisk, DiskCache
 from worker.disk.layout import entry_key
-from worker.peers import policy
+from worker.peers import peer_rules
 
 log = logging.getLogger("loraplex.peers")
 clock = time.monotonic
 
 PORTS_TRIED = 64
-"""Workers of one host share one config: each takes the first free port from the configured one
+"""The workers of one host share one config. Each takes the first free port, from the configured one
 on.
 """
 LOOK_S = 0.01
-"""What lies on disk is looked at again after so long while somebody waits for it: another process's
-download offers no event.
+"""While a request waits for a part, the disk is looked at this often. A download by another process
+offers no event to wait for.
 """
 KNOWN_ENTRIES = 256
-"""Whole adapters whose manifest is kept in memory."""
+"""Complete adapters whose manifests are kept in memory."""
 FULL_RETRY_S = 0.01
+"""While an asker's socket is full, the piece is offered to it again this often."""
 
 Look: TypeAlias = asyncio.Future[CachedOnDisk | None]
 
@@ -58,17 +68,17 @@ async def open_peer_server(
     named: str | None,
     gateway: str,
 ) -> AsyncIterator[str]:
-    """Serves while inside; yields the endpoint to tell other hosts: at the address `named`, else
-    the one that faces `gateway`.
+    """Serves while inside. Yields the endpoint that other hosts are told (see
+    peer_rules.advertised). Without `named` it is the address of this host on its way to `gateway`.
 
-    Raises LinkError if it cannot be bound.
+    Raises LinkError if no port can be bound.
     """
     outward = await asyncio.to_thread(_outward_address, gateway)
     tasks = asyncio.TaskGroup()
     serving = _PeerServer(context, endpoint, cache, tasks, secret, insecure)
     async with tasks:
         try:
-            where = policy.advertised(serving.endpoint, named, outward)
+            where = peer_rules.advertised(serving.endpoint, named, outward)
             log.info(
                 "adapters are given to peers", extra={"bound": serving.endpoint, "told": where}
             )
@@ -90,8 +100,8 @@ class _PeerServer:
         self._cache, self._group = cache, tasks
         self._server = self._bound(context, endpoint, secret, insecure)
         self.endpoint = self._server.endpoint
-        self._threads = ThreadPoolExecutor(policy.READS_AT_ONCE, thread_name_prefix="peer-read")
-        self._open = policy.OpenWants()
+        self._threads = ThreadPoolExecutor(peer_rules.READS_AT_ONCE, thread_name_prefix="peer-read")
+        self._open = peer_rules.OpenPieceRequests()
         self._tasks: set[asyncio.Task[None]] = set()
         self._known: OrderedDict[str, CachedOnDisk] = OrderedDict()
         self._looks: dict[str, Look] = {}
@@ -99,6 +109,7 @@ class _PeerServer:
     def _bound(
         self, context: Any, endpoint: str, secret: str | None, insecure: bool
     ) -> RouterSocket:
+        """Binds the first free port. Raises LinkError."""
         host, _, first = endpoint.rpartition(":")
         ports = [0] if int(first) == 0 else range(int(first), min(65536, int(first) + PORTS_TRIED))
         for port in ports:
@@ -109,8 +120,8 @@ class _PeerServer:
                     self._on_message,
                     secret=secret,
                     insecure=insecure,
-                    high_water=policy.HIGH_WATER_MESSAGES,
-                    max_message_bytes=policy.MAX_MESSAGE_BYTES,
+                    high_water=peer_rules.HIGH_WATER_MESSAGES,
+                    max_message_bytes=peer_rules.MAX_MESSAGE_BYTES,
                 )
             except LinkError as exc:
                 failure = exc
@@ -125,38 +136,39 @@ class _PeerServer:
 
     def _on_message(self, peer: bytes, data: bytes) -> None:
         try:
-            want = messages.decode_peer_question(data)
+            want = decode_peer_question(data)
         except messages.DecodeError:
             log.warning("undecodable message of a peer dropped")
             return
         if not self._open.take(peer):
-            self._server.send(peer, messages.encode(messages.PieceNotHere(want.number)))
+            self._server.send(peer, messages.encode(PieceNotHere(want.number)))
             return
         task = self._group.create_task(self._answer(peer, want), name=f"piece for {peer!r}")
         self._tasks.add(task)
-        # Not in a `finally` of the task: one that is cancelled before its first step never gets
-        # there.
+        # Not in a `finally` of the task: a task that is cancelled before its first step never
+        # enters it.
         task.add_done_callback(lambda _: self._over(peer, task))
 
     def _over(self, peer: bytes, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._open.give(peer)
 
-    async def _answer(self, peer: bytes, want: messages.PieceRequest) -> None:
+    async def _answer(self, peer: bytes, want: PieceRequest) -> None:
+        """Sends the answer. While the asker's socket is full it tries again, up to SILENCE_S."""
         answer = messages.encode(await self._found(want))
-        for _ in range(int(policy.SILENCE_S / FULL_RETRY_S)):
+        for _ in range(int(peer_rules.SILENCE_S / FULL_RETRY_S)):
             if self._server.send(peer, answer) is not SendResult.FULL:
                 return
-            # the asker does not read; its pieces wait here, where their number is bounded
+            # The asker does not read. Its pieces wait here, where OpenWants bounds their number.
             await asyncio.sleep(FULL_RETRY_S)
 
-    async def _found(self, want: messages.PieceRequest) -> messages.PeerAnswer:
+    async def _found(self, want: PieceRequest) -> PeerAnswer:
         """Answers as soon as the part is complete. Answers PieceNotYet after HOLD_S, and
-        PieceNotHere if there is nothing to wait for.
+        PieceNotHere if no download of the adapter makes progress.
         """
         part = want.offset // transfer.PART_BYTES
-        if not (0 < want.size_bytes <= policy.PIECE_BYTES and want.offset >= 0):
-            return messages.PieceNotHere(want.number)
+        if not (0 < want.size_bytes <= peer_rules.PIECE_BYTES and want.offset >= 0):
+            return PieceNotHere(want.number)
         began = clock()
         while True:
             there = await self._look(want.adapter)
@@ -164,22 +176,25 @@ class _PeerServer:
             if there is not None and (sha256 := there.parts.get((want.path, part))):
                 data = await self._read(there.files / want.path, want)
                 if data is not None:
-                    return messages.Piece(want.number, sha256, data)
-                # gone, or moved from partial to entries just now
+                    return Piece(want.number, sha256, data)
+                # the file was removed, or was moved from partial/ to entries/ just now
                 self._known.pop(entry_key(want.adapter), None)
                 there = None
             if there is None:
-                if waited_s > policy.GRACE_S:
-                    return messages.PieceNotHere(want.number)
-            elif there.moved_at is None or (idle_s := time.time() - there.moved_at) > policy.IDLE_S:
-                return messages.PieceNotHere(want.number)
-            elif waited_s > policy.HOLD_S:
-                return messages.PieceNotYet(want.number, max(0.0, idle_s))
+                if waited_s > peer_rules.GRACE_S:
+                    return PieceNotHere(want.number)
+            elif (
+                there.moved_at is None
+                or (idle_s := time.time() - there.moved_at) > peer_rules.IDLE_S
+            ):
+                return PieceNotHere(want.number)
+            elif waited_s > peer_rules.HOLD_S:
+                return PieceNotYet(want.number, max(0.0, idle_s))
             await asyncio.sleep(LOOK_S)
 
     async def _look(self, ref: AdapterRef) -> CachedOnDisk | None:
-        """What lies on disk; one look for all who ask for the same adapter at the same time, none
-        for one that is known to be whole.
+        """What this host's disk has of the adapter. All who ask for the same adapter at the same
+        time share one look. An adapter that is known to be complete needs none.
         """
         key = entry_key(ref)
         known = self._known.get(key)
@@ -199,14 +214,14 @@ class _PeerServer:
                 self._known.popitem(last=False)
         return there
 
-    async def _read(self, path: Path, want: messages.PieceRequest) -> bytes | None:
+    async def _read(self, path: Path, want: PieceRequest) -> bytes | None:
         return await asyncio.get_running_loop().run_in_executor(
             self._threads, _read, path, want.offset, want.size_bytes
         )
 
 
 def _read(path: Path, offset: int, size_bytes: int) -> bytes | None:
-    """In a thread. None if it is not there (any more) as it was."""
+    """Reads in a thread. None if the file is gone or too short."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -221,9 +236,9 @@ def _read(path: Path, offset: int, size_bytes: int) -> bytes | None:
 
 
 def _outward_address(gateway: str) -> str:
-    """This host's address on the way to `gateway`; nothing is sent."""
-    host, _, port = gateway.removeprefix("tcp://").rpartition(":")
-    if not gateway.startswith("tcp://"):
+    """The address by which this host reaches `gateway`. Nothing is sent to find it."""
+    host, _, port = gateway.partition("://")[2].rpartition(":")
+    if not gateway.startswith(("tcp://", "dns://")):
         return "127.0.0.1"  # the gateway is on this machine, and so are all workers
     try:
         family, kind, _, _, there = socket.getaddrinfo(

@@ -1,1 +1,1 @@
-"""Pure. An adapter is checked here before the engine sees it."""
+"""Pure. The checks that an adapter must pass before the engine gets it."""

@@ -1,7 +1,7 @@
-"""Shell. Checks one adapter as a worker would, without engine and gateway, and prints the verdict;
-for `loraplex adapters validate`.
+"""Shell. Checks one adapter as a worker would, without engine and gateway, and prints the verdict.
+It serves `loraplex adapters validate`.
 
-python -m worker.validation PATH_OR_URL --config CONFIG [--model BASE] [--json]
+    python -m worker.validation PATH_OR_URL --config CONFIG [--model BASE] [--json]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shared.config.llm import LLMConfig, Settings
 from shared.config.settings_file import read_settings
 from shared.errors import AdapterNotFound, ConfigError, InvalidAdapter, LoraplexError
 from shared.stores import open_store
-from shared.stores.transfer import Pace, Transfer
+from shared.stores.transfer import Transfer, TransferRetries
 from worker.validation.factory import DEFAULT_MAX_RANK, open_validator
 
 VALID, NOT_VALID, NOT_CHECKED = 0, 1, 2
@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     for name, level in (("VLLM_LOGGING_LEVEL", "ERROR"), ("TRANSFORMERS_VERBOSITY", "error")):
-        os.environ.setdefault(name, level)  # where vLLM has to be asked: the verdict alone matters
+        # if vLLM has to be asked, only the verdict should be seen
+        os.environ.setdefault(name, level)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         facts = asyncio.run(
@@ -73,11 +74,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 async def validate(path: str, model: LLMConfig) -> AdapterFacts:
-    """Fetches the adapter as a worker does, from the folder or bucket that holds it, and checks it.
+    """Fetches the adapter from its folder or bucket, as a worker does, and checks it.
 
     Raises:
-        InvalidAdapter, AdapterNotFound: no worker would serve it. ConfigError, StoreUnavailable: it
-            cannot be told.
+        InvalidAdapter, AdapterNotFound: no worker would serve it.
+        ConfigError, StoreUnavailable: it could not be checked.
     """
     validator = open_validator(
         model, int(model.engine_kwargs.get("max_lora_rank") or DEFAULT_MAX_RANK)
@@ -98,9 +99,9 @@ async def validate(path: str, model: LLMConfig) -> AdapterFacts:
                 "that an adapter may have."
             )
         pace = (
-            Pace(lora.download_timeout_s, lora.max_download_tries)
+            TransferRetries(lora.download_timeout_s, lora.max_download_tries)
             if lora is not None
-            else Pace(30.0, 3)
+            else TransferRetries(30.0, 3)
         )
         with tempfile.TemporaryDirectory(prefix="loraplex-validate-") as folder:
             await store.fetch(found, Path(folder), Transfer(pace=pace))
@@ -108,7 +109,7 @@ async def validate(path: str, model: LLMConfig) -> AdapterFacts:
 
 
 def choose_model(settings: Settings, model_id: str | None) -> LLMConfig:
-    """Raises ConfigError if it is not clear which one."""
+    """The model to check against. Raises ConfigError if it is not clear which one."""
     ids = ", ".join(m.model_id for m in settings.models)
     if model_id is None and len(settings.models) > 1:
         raise ConfigError(f"{settings.source} has several models: choose one with --model ({ids})")
@@ -119,7 +120,13 @@ def choose_model(settings: Settings, model_id: str | None) -> LLMConfig:
 
 
 def _split(path: str) -> tuple[str, str]:
-    """The store that would hold it, and its name there."""
+    """The store that holds the adapter, and the adapter's name in it."""
+    if path.startswith("hf://"):
+        org, _, name = path.removeprefix("hf://").rstrip("/").partition("/")
+        if not name:
+            raise ConfigError(f"{path} names no repository; write it as hf://org/repo")
+        repo, at, _ = name.partition("@")
+        return (path, repo) if at else (f"hf://{org}", name)
     if "://" in path and not path.startswith("file://"):
         root, _, name = path.rstrip("/").rpartition("/")
         if root.endswith((":/", "//")) or "//" not in root:

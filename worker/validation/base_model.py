@@ -1,8 +1,9 @@
-"""Shell. What adapters may change in a base model, where no engine runs: from its `config.json`
-where that suffices, else from vLLM's own class of it, built without weights.
+"""Shell. What adapters may change in a base model, where no engine runs. For the usual
+architectures the model's `config.json` tells. For the others vLLM's own model class does, built
+without weights.
 
-The config is enough for the usual architectures and costs a millisecond without torch. For the
-others vLLM is imported, which takes some ten seconds. A worker asks its running engine instead.
+The config costs a millisecond and needs no torch. Importing vLLM takes some ten seconds. A worker
+asks its running engine instead.
 """
 
 from __future__ import annotations
@@ -17,20 +18,30 @@ from shared.config.llm import LLMConfig
 from shared.errors import ConfigError
 
 CONFIG = "config.json"
-MAX_REASON = 300  # characters of a library's words
+MAX_REASON = 300  # characters kept of a library's error message
 
 
 def read_base_shapes(model: LLMConfig) -> BaseShapes:
-    """Of the model in a folder, or of a Hugging Face id once it is in the local cache. Blocking.
+    """The layers of a model in a folder, or of a Hugging Face id in the local cache. Blocking.
 
     Raises:
-        ConfigError: no config is there, or vLLM cannot build the model.
+        ConfigError: there is no config, or vLLM cannot build the model.
     """
     options = model.engine_kwargs
     source = str(options.get("hf_config_path") or model.model_source)
     config = _read_config(source, options.get("revision"))
     known = None if options.get("hf_overrides") else shapes_from_config(config)
     return known or _from_vllm(model, source)
+
+
+def base_folder(model: LLMConfig) -> Path | None:
+    """The folder with the model's weights. None: they are not on this host's disk."""
+    source = str(model.model_source)
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        config = _cached(source, model.engine_kwargs.get("revision"))
+        return None if config is None else config.parent
+    return folder
 
 
 def _read_config(source: str, revision: str | None) -> dict[str, Any]:
@@ -59,14 +70,14 @@ def _cached(source: str, revision: str | None) -> Path | None:
         return None
     try:
         found = try_to_load_from_cache(source, CONFIG, revision=revision)
-    except HFValidationError:  # a path, not an id
+    except HFValidationError:  # it is a path, not an id
         return None
     return Path(found) if isinstance(found, str) else None
 
 
 def _from_vllm(model: LLMConfig, source: str) -> BaseShapes:
     try:
-        from worker.engine.vllm.lora.offline import offline_layers
+        from worker.engine.vllm.lora.offline_layers import offline_layers
     except ImportError as exc:
         raise ConfigError(
             f"The layers of the base model `{source}` cannot be told without vLLM: {exc}"
@@ -75,7 +86,7 @@ def _from_vllm(model: LLMConfig, source: str) -> BaseShapes:
         return offline_layers(model).shapes()
     except Exception as exc:
         # vLLM and transformers raise whatever a model's class raises for a config that it does not
-        # understand; all of it means: this model cannot be built here
+        # understand. All of it means that this model cannot be built here.
         why = " ".join(str(exc).split())[:MAX_REASON] or type(exc).__name__
         raise ConfigError(
             f"The layers of the base model `{source}` cannot be told from its {CONFIG}: {why}."

@@ -1,10 +1,11 @@
-"""Shell. Compares what is served with PEFT and transformers in float32 on this host; for
+"""Shell. Compares what is served with PEFT and transformers in float32 on this host. It serves
 `loraplex adapters verify` and the tests.
 
-python -m worker.validation.oracle NAME --config CONFIG --url GATEWAY [--model BASE]
+    python -m worker.validation.oracle NAME --config CONFIG --url GATEWAY [--model BASE]
 
 Each token that was served must be PEFT's own greedy choice for the same prefix, and its logprob
-PEFT's. So one deviation does not make all later tokens look wrong.
+must be PEFT's. The prefix is the served one, so one deviation does not make all later tokens look
+wrong.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ SAME, DIFFERENT, NOT_COMPARED = 0, 1, 2
 PROMPT_TOKENS = (5, 11, 30)
 ANSWER_TOKENS = 16
 CLOSE = 0.02
-"""The largest difference of logprobs that float32 on other kernels makes; bfloat16 makes ten times
-it.
+"""The largest difference of logprobs that other float32 kernels cause. bfloat16 causes ten times as
+much.
 """
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One greedy answer: token ids, and the logprob of each token of the answer."""
+class GreedyAnswer:
+    """One greedy answer: the token ids, and the logprob of each token of the answer."""
 
     prompt: Sequence[int]
     tokens: Sequence[int]
@@ -49,9 +50,9 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Distance:
-    """`other`: tokens that the model would not have chosen, of `tokens`. `off`: the largest
-    difference of logprobs.
+class ReferenceDistance:
+    """How far what was served is from the reference. `other` of the `tokens` are not the
+    reference's choice. `off` is the largest difference of logprobs.
     """
 
     other: int
@@ -59,11 +60,14 @@ class Distance:
     off: float
 
     def within(self, close: float) -> bool:
+        """Whether no token differs and no logprob differs by more than `close`."""
         return self.other == 0 and self.off <= close
 
 
 def prompts(words: int) -> list[list[int]]:
-    """Token ids that any vocabulary has, apart from its first few, which are often special."""
+    """Token ids that any vocabulary has. The first few ids are left out, because they are often
+    special.
+    """
     return [
         [10 + (7 * n + 131 * i * i + 17 * i) % (words - 20) for i in range(n)]
         for n in PROMPT_TOKENS
@@ -71,7 +75,7 @@ def prompts(words: int) -> list[list[int]]:
 
 
 def request(model: str, prompt: Sequence[int], tokens: int = ANSWER_TOKENS) -> dict[str, Any]:
-    """The body for /v1/completions."""
+    """The body of a request to /v1/completions."""
     return {
         "model": model,
         "prompt": list(prompt),
@@ -83,13 +87,16 @@ def request(model: str, prompt: Sequence[int], tokens: int = ANSWER_TOKENS) -> d
     }
 
 
-def row(prompt: Sequence[int], body: Any) -> Row:
+def row(prompt: Sequence[int], body: Any) -> GreedyAnswer:
+    """The row that an answer of /v1/completions holds."""
     choice = body["choices"][0]
-    return Row(prompt, choice["token_ids"], choice["logprobs"]["token_logprobs"])
+    return GreedyAnswer(prompt, choice["token_ids"], choice["logprobs"]["token_logprobs"])
 
 
-def distance(model: Any, rows: Sequence[Row], close: float = CLOSE) -> Distance:
-    """`model`: a causal language model of transformers, with or without PEFT."""
+def distance(model: Any, rows: Sequence[GreedyAnswer], close: float = CLOSE) -> ReferenceDistance:
+    """The distance between the rows and a causal language model of transformers, with or without
+    PEFT.
+    """
     import torch
 
     other, off = 0, 0.0
@@ -101,11 +108,11 @@ def distance(model: Any, rows: Sequence[Row], close: float = CLOSE) -> Distance:
             mine = logprobs[torch.arange(len(r.tokens)), torch.tensor(r.tokens)]
             other += int((logprobs.max(-1).values - mine > close).sum())
             off = max(off, float((mine - torch.tensor(r.logprobs)).abs().max()))
-    return Distance(other, sum(len(r.tokens) for r in rows), off)
+    return ReferenceDistance(other, sum(len(r.tokens) for r in rows), off)
 
 
 def load_base(source: str, **more: Any) -> Any:
-    """In float32, with the plainest kernels."""
+    """The base model in float32, with the plainest kernels."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -137,9 +144,11 @@ def main(argv: list[str] | None = None) -> int:
     return SAME if same else DIFFERENT
 
 
-def verify(model: LLMConfig, name: str, url: str, close: float) -> tuple[Distance, Distance]:
-    """(from PEFT with the adapter, from the base without it). Raises LoraplexError: it cannot be
-    told.
+def verify(
+    model: LLMConfig, name: str, url: str, close: float
+) -> tuple[ReferenceDistance, ReferenceDistance]:
+    """Returns (the distance from PEFT with the adapter, the distance from the base without it).
+    Raises LoraplexError if they cannot be compared.
     """
     try:
         from peft import PeftModel
@@ -169,14 +178,14 @@ async def _fetch(model: LLMConfig, name: str, into: Path) -> None:
         await store.fetch(found, into)
 
 
-def _ask(url: str, model: str, prompt: Sequence[int]) -> Row:
+def _ask(url: str, model: str, prompt: Sequence[int]) -> GreedyAnswer:
     headers = {"content-type": "application/json"}
     if key := os.environ.get("LORAPLEX_API_KEY"):
         headers["authorization"] = f"Bearer {key}"
     data = json.dumps(request(model, prompt)).encode()
     try:
-        asked = urllib.request.Request(f"{url.rstrip('/')}/v1/completions", data, headers)
-        with urllib.request.urlopen(asked, timeout=120) as answer:
+        http_request = urllib.request.Request(f"{url.rstrip('/')}/v1/completions", data, headers)
+        with urllib.request.urlopen(http_request, timeout=120) as answer:
             return row(prompt, json.load(answer))
     except urllib.error.HTTPError as exc:
         raise ConfigError(f"{url} answered {exc.code}: {exc.read()[:300].decode()}") from exc

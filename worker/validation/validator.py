@@ -1,9 +1,9 @@
-"""Shell. Reads an adapter's folder for the checks of shared/adapters/checks.py: names, config, the
-weights' header, and every value once.
+"""Shell. Reads an adapter's folder for the checks of shared/adapters/checks.py: the names, the
+config, the header of the weights, and every value once.
 
-Blocking: call it in a thread. It neither imports torch nor maps memory, holds one piece of the file
-at a time, and leaves the file in the page cache, where the engine's own read then finds it. The
-time goes into the scan: 0.4 ms per MiB of bfloat16, 1.4 of float16, 0.2 of float32.
+It blocks, so call it in a thread. It neither imports torch nor maps memory, and it holds one piece
+of the file at a time. Afterwards the file is in the page cache, where the engine's own read finds
+it. The scan takes most of the time: 0.4 ms per MiB of bfloat16, 1.4 of float16, 0.2 of float32.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ import io
 import math
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.adapters.base_layers import BaseShapes
 from shared.adapters.checks import (
+    FLOATS,
     AdapterFacts,
     AdapterLimits,
     FileKind,
     FolderFile,
+    base_copy_of,
     check_change,
     check_files,
     check_index,
@@ -49,15 +51,20 @@ if TYPE_CHECKING:
     import numpy as np
 
 PACKED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
+_EMBEDDING = "embed_tokens"
+ROUNDING, SMALLEST = 2**-7, 1e-7
+"""bfloat16 keeps 8 bits of a value, and float16 nothing below 6e-8."""
+BASE_LIMITS = AdapterLimits(max_header_bytes=1 << 28)
 PIECE_BYTES = 1 << 19  # half a MiB: the piece and its float32 form stay in a core's cache
 
 
 class Validator:
-    """Checks folders against one base model. `shapes` None skips what needs them; `weights` False
-    reads no weights at all.
+    """Checks folders against one base model. It has no state, so threads may share it.
 
-    Both are for the simulated engine, whose adapters need not hold any. Stateless: threads may
-    share one.
+    `shapes` None skips the checks of shapes, and `weights` False reads no weights at all. Both
+    serve the simulated engine, whose adapters need not hold any. `targets` are the modules that the
+    engine adapts (None: all). `base` is the folder of the base model's own weights. Without it, the
+    copies of them that an adapter brings are not compared.
     """
 
     def __init__(
@@ -68,7 +75,9 @@ class Validator:
         *,
         weights: bool = True,
         targets: Collection[str] | None = None,
+        base: Path | None = None,
     ) -> None:
+        self._base = base
         self._targets = None if targets is None else adaptable(targets)
         self._shapes, self._max_rank, self._limits, self._weights = (
             shapes,
@@ -78,8 +87,8 @@ class Validator:
         )
 
     def check(self, folder: Path) -> AdapterFacts:
-        """Raises InvalidAdapter with the first failure; its message names no path outside the
-        folder.
+        """The facts of the adapter. Raises InvalidAdapter with the first failure. Its message names
+        no path outside the folder.
         """
         limits = self._limits
         files = _files(folder)
@@ -98,6 +107,7 @@ class Validator:
         norms: dict[str, float] = {}
         for name, header in headers.items():
             norms |= _scan(folder / name, header)
+            self._compare_copies(folder / name, header)
         for pair in pairs:
             check_change(pair, norms[pair.a.name], norms[pair.b.name], limits)
         modules = sorted({p.layer.removesuffix(".base_layer").rpartition(".")[2] for p in pairs})
@@ -110,10 +120,28 @@ class Validator:
             )
         return AdapterFacts(rank, size_bytes, tuple(modules))
 
+    def _compare_copies(self, path: Path, header: _Header) -> None:
+        """The engine leaves out the base's own weights that an adapter brings, and uses those that
+        it has. So they must be the same.
+        """
+        for copy in header.tensors:
+            module = base_copy_of(copy)
+            own = None if module is None or self._base is None else _base_tensor(self._base, module)
+            if own is None or own[2].shape != copy.shape:
+                continue  # shapes are judged by check_tensors
+            rows = _rows_that_differ((path, header.begin, copy), own)
+            if rows:
+                raise InvalidAdapter(
+                    f"The adapter brings its own {module}, and {rows} of its {copy.shape[0]} rows "
+                    "are not those of the base model served. The engine would use the base's. "
+                    "Train with these rows as they are, or serve the changed model as a base.",
+                    "embedding",
+                )
+
 
 def adaptable(targets: Collection[str]) -> frozenset[str]:
-    """The modules that the engine adapts if told so; of those that it packs into one layer, all or
-    none (vllm.lora.utils.is_in_target_modules).
+    """The modules that the engine adapts if it is given these targets. Of modules that it packs
+    into one layer, it adapts all or none (vllm.lora.utils.is_in_target_modules).
     """
     packed = [
         children
@@ -124,7 +152,7 @@ def adaptable(targets: Collection[str]) -> frozenset[str]:
 
 
 def _files(folder: Path) -> list[FolderFile]:
-    """Those of the folder that say anything of an adapter; links are not followed."""
+    """The files of the folder that belong to an adapter. Links are not followed."""
     inside = os.path.realpath(folder) + os.sep
     with os.scandir(folder) as entries:
         return [
@@ -155,7 +183,7 @@ def _read(path: Path, at_most: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """Of one weights file; the values begin at byte `begin`."""
+    """The header of one weights file. The values begin at byte `begin`."""
 
     begin: int
     tensors: list[Tensor]
@@ -184,8 +212,8 @@ def _fill(f: io.FileIO, into: memoryview) -> None:
 
 
 def _scan(path: Path, header: _Header) -> dict[str, float]:
-    """The norm of each tensor, by name. Raises InvalidAdapter: nonfinite, magnitude."""
-    import numpy as np  # here: only who reads weights needs it
+    """The norm of each tensor, by name. Raises InvalidAdapter (nonfinite, magnitude)."""
+    import numpy as np  # imported here, because only weights need it
 
     piece = bytearray(PIECE_BYTES)
     wide = np.empty(PIECE_BYTES // 2, np.float32)
@@ -209,7 +237,7 @@ def _scan(path: Path, header: _Header) -> dict[str, float]:
 
 
 def _floats(raw: memoryview, dtype: str, wide: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The values as float32; of other types in the buffer `wide`."""
+    """The values as float32. For other dtypes they are converted into the buffer `wide`."""
     import numpy as np
 
     if dtype == "F32":
@@ -224,3 +252,56 @@ def _floats(raw: memoryview, dtype: str, wide: np.ndarray[Any, Any]) -> np.ndarr
         np.copyto(bits, np.frombuffer(raw, "<u2"))
         np.left_shift(bits, 16, out=bits)
     return out
+
+
+# ---- copies of the base's weights ----------------------------------------------------------------
+
+_Place = tuple[Path, int, Tensor]  # a file, where its values begin, and one of its tensors
+
+
+def _base_tensor(base: Path, module: str) -> _Place | None:
+    """The base's own weight of the module. A head that the base does not have is its embedding.
+    None: it is not found, or more than one is.
+    """
+    try:
+        places = [
+            (file, header.begin, tensor)
+            for file in sorted(base.glob("*.safetensors"))
+            for header in [_header(file, BASE_LIMITS)]
+            for tensor in header.tensors
+            if tensor.dtype in FLOATS
+        ]
+    except (InvalidAdapter, OSError):  # the base's files are no adapter's fault
+        return None
+    for name in dict.fromkeys((module.rpartition(".")[2], _EMBEDDING)):
+        found = [p for p in places if f".{p[2].name}".endswith(f".{name}.weight")]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
+
+
+def _rows_that_differ(one: _Place, other: _Place) -> int:
+    """How many rows of two tensors of one shape differ by more than bfloat16 rounds."""
+    import numpy as np
+
+    columns = math.prod(one[2].shape[1:])
+    at_once = max(1, PIECE_BYTES // 8 // columns)
+    count = 0
+    with np.errstate(all="ignore"):
+        for mine, theirs in zip(_pieces(one, at_once), _pieces(other, at_once), strict=True):
+            far = np.abs(mine - theirs) > np.abs(theirs) * ROUNDING + SMALLEST
+            count += int(far.reshape(-1, columns).any(axis=1).sum())
+    return count
+
+
+def _pieces(place: _Place, rows: int) -> Iterator[np.ndarray[Any, Any]]:
+    """The values as float32, so many rows at a time."""
+    import numpy as np
+
+    path, begin, tensor = place
+    size = rows * math.prod(tensor.shape[1:]) * VALUE_BYTES[tensor.dtype]
+    with path.open("rb", buffering=0) as f:
+        f.seek(begin + tensor.begin)
+        for at in range(tensor.begin, tensor.end, size):
+            raw = _exactly(f, min(size, tensor.end - at))
+            yield _floats(memoryview(raw), tensor.dtype, np.empty(len(raw) // 2, np.float32))

@@ -16,10 +16,10 @@ COMPARED = ("A64", "C256", "D", "R")
 
 @dataclass(frozen=True, slots=True)
 class GatewayScenario:
-    """A closed loop of `clients`; ends after `requests` have been sent or `duration_s` has passed.
-    `pace_ms` is the time between two tokens of a stream; None asks for whole answers. `unit` is
-    what a cost is divided by. The clients begin within `ramp_s`: with 0 all at once, so that the
-    time to the first token is that of the last one in a queue of them all.
+    """A closed loop of `clients`. It ends after `requests` have been sent or `duration_s` has
+    passed. `pace_ms` is the time between two tokens of a stream. None asks for whole answers.
+    `unit` is what a cost is divided by. The clients begin within `ramp_s`: with 0 all at once, so
+    that the time to the first token is that of the last one in a queue of them all.
     """
 
     name: str

@@ -20,7 +20,7 @@ READY_S = 60.0
 
 
 class PeerSkipped(Exception):
-    """The peer cannot take part; the message says why."""
+    """The peer cannot take part. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)

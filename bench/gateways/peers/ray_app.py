@@ -3,9 +3,9 @@ deployment, streams in batches of 50 ms.
 
     PYTHON_OF_THE_PEER bench/gateways/peers/ray_app.py PORT
 
-Runs in Ray's own environment and imports nothing of this project. The server deployment makes the
-tokens itself, at the pace that the request's `seed` asks for (milliseconds), and the ingress
-renders them with pydantic, as Serve LLM's OpenAI ingress does. Its CPU counts as the gateway's, a
+It runs in Ray's own environment and imports nothing of this project. The server deployment makes
+the tokens itself, at the pace in the request's `seed` (milliseconds). The ingress renders them with
+pydantic, as Serve LLM's OpenAI ingress does. The server's CPU counts as the gateway's; it is a
 fifth of the whole.
 """
 

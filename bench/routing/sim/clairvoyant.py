@@ -90,12 +90,7 @@ def bound(
         wait_s += timing.prepared_in_s(facts.adapter_bytes) if tier > Tier.CPU else 0.0
         if tier is not Tier.GPU and request.adapter is not None:
             run.loads.append(LoadSeen(request.at_s, FLEET, adapter_name(request.adapter), tier))
-        ttft_s = (
-            wait_s
-            + timing.outside_s
-            + timing.step_s(1)
-            + request.prompt_tokens / timing.prefill_tokens_per_s
-        )
+        ttft_s = wait_s + timing.outside_s + timing.prefill_step_s(1, request.prompt_tokens)
         ended_s = request.at_s + ttft_s + (request.output_tokens - 1) * timing.step_s(1)
         run.outcomes.append(
             SimOutcome(request, ttft_s, request.at_s, ended_s, None, tier, FLEET, 1)
@@ -106,10 +101,8 @@ def bound(
 
 def _least_s(request: PlannedRequest, timing: Timing) -> float:
     """What an engine needs for an answer that is alone there."""
-    return (
-        request.prompt_tokens / timing.prefill_tokens_per_s
-        + request.output_tokens * timing.step_s(1)
-    )
+    first_s = timing.prefill_step_s(1, request.prompt_tokens)
+    return first_s + (request.output_tokens - 1) * timing.step_s(1)
 
 
 def capacity_bound(run: SimRun, workers: int, facts: WorkerFacts, timing: Timing) -> float:

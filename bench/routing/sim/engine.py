@@ -7,7 +7,8 @@ computed. A request costs about four events, however long its answer.
 
 As in vLLM's V1 scheduler: decodes go first, what is left of the step's token budget prefills
 waiting prompts first come first served, in chunks if need be; a load runs inside the loop, nothing
-else moves meanwhile, and between two loads there is a step if there is work.
+else moves meanwhile, and between two loads there is a step if there is work. A step is scheduled
+while the one before it runs, so what comes meanwhile is in the next but one.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from typing import Protocol
 
 from bench.routing.sim.agenda import Agenda
 from bench.routing.sim.timing import Timing
+from worker.engine.step_rates import StepRates
 
-EWMA = 0.2
-"""Weight of the newest step in the measured rates, as in worker/engine/vllm/engine.py."""
 HAIR = 1e-9
 """Of a step: a sum of steps may miss a boundary by rounding."""
 
@@ -37,6 +37,7 @@ class Sequence:
     prompt_tokens: int
     output_tokens: int
     unread_tokens: int = 0  # of the prompt
+    arrived: float = 0.0
     last_step: int = 0  # the step that yields its last token, once it decodes
     aborted: bool = False
 
@@ -73,10 +74,12 @@ class TimedEngine:
         self._step_s = 0.0  # of the present steps
         self._until_step = 0  # if DECODING: the step at whose end something changes
         self._wake = 0  # number of the event that counts; earlier ones are void
+        self._scheduled = 0.0  # when the step that begins next was scheduled
+        self._busy = False  # since before the present step
+        self._load_s = 0.0  # of loads since the last step
         self.decoding = 0
         self.tokens_held = 0
-        self.waiting_tokens = 0
-        self.measured_step_s = self.measured_prefill_tokens_per_s = 0.0
+        self.rates = StepRates()
         self.loading_s = self.busy_s = 0.0  # totals
 
     @property
@@ -84,8 +87,7 @@ class TimedEngine:
         return len(self._waiting)
 
     def add(self, sequence: Sequence) -> None:
-        sequence.unread_tokens = sequence.prompt_tokens
-        self.waiting_tokens += sequence.prompt_tokens
+        sequence.unread_tokens, sequence.arrived = sequence.prompt_tokens, self._agenda.now
         self._waiting.append(sequence)
         if self.decoding < self._timing.max_sequences:
             self._disturb()
@@ -104,7 +106,6 @@ class TimedEngine:
         sequence.aborted = True
         if sequence in self._waiting:
             self._waiting.remove(sequence)
-            self.waiting_tokens -= sequence.unread_tokens
             return
         if sequence.last_step:
             self._disturb()
@@ -118,6 +119,7 @@ class TimedEngine:
         now.
         """
         if self._doing is Doing.NOTHING:
+            self._scheduled, self._busy = self._agenda.now, False
             self._begin(may_load=True)
         elif self._doing is Doing.DECODING:
             ran = max(1, math.ceil((self._agenda.now - self._since) / self._step_s - HAIR))
@@ -135,40 +137,44 @@ class TimedEngine:
         if self._loads and (may_load or not (self._waiting or self._decoding)):
             self._doing = Doing.LOADING
             self._set_alarm(self._since + self._loads[0][0])
-        elif self._waiting and self.decoding < self._timing.max_sequences:
+        elif self._may_prefill():
             self._doing = Doing.PREFILLING
             self._set_alarm(self._since + self._pack())
         elif self._decoding:
             self._doing = Doing.DECODING
             self._step_s = self._timing.step_s(self.decoding)
-            # With a load waiting (it came during the last load) or a full house with a queue, still
-            # the first end is the next change.
-            self._until_step = self._steps + 1 if self._loads else self._decoding[0][0]
+            # With a full house and a queue, still the first end is the next change.
+            room = self.decoding < self._timing.max_sequences
+            soon = self._loads or (self._waiting and room)
+            self._until_step = self._steps + 1 if soon else self._decoding[0][0]
             self._set_alarm(self._since + (self._until_step - self._steps) * self._step_s)
         else:
             self._doing = Doing.NOTHING
+
+    def _may_prefill(self) -> bool:
+        if not self._waiting or self.decoding >= self._timing.max_sequences:
+            return False
+        # without a sequence that decodes nothing is scheduled ahead
+        if not self._timing.scheduled_ahead or not self._decoding:
+            self._scheduled = self._agenda.now
+        return self._waiting[0].arrived <= self._scheduled
 
     def _pack(self) -> float:
         """Fills one step with prompts; returns how long it takes."""
         budget, tokens = self._timing.step_tokens - self.decoding, 0
         self._chunks = []
         for sequence in self._waiting:
-            if self.decoding + len(self._chunks) >= self._timing.max_sequences or tokens >= budget:
+            full = self.decoding + len(self._chunks) >= self._timing.max_sequences
+            if full or tokens >= budget or sequence.arrived > self._scheduled:
                 break
             chunk = min(sequence.unread_tokens, budget - tokens)
             self._chunks.append((sequence, chunk))
             tokens += chunk
-        self._step_s = (
-            self._timing.step_s(self.decoding + len(self._chunks))
-            + tokens / self._timing.prefill_tokens_per_s
-        )
+        self._step_s = self._timing.prefill_step_s(self.decoding + len(self._chunks), tokens)
         for sequence, chunk in self._chunks:
             sequence.unread_tokens -= chunk
             if not sequence.unread_tokens:
                 self._waiting.popleft()
-        before = self.measured_prefill_tokens_per_s or tokens / self._step_s
-        self.measured_prefill_tokens_per_s = before + EWMA * (tokens / self._step_s - before)
-        self.waiting_tokens -= tokens
         return self._step_s
 
     def _on_alarm(self, wake: int) -> None:
@@ -178,24 +184,46 @@ class TimedEngine:
         if self._doing is Doing.LOADING:
             seconds, done = self._loads.popleft()
             self.loading_s += seconds
+            self._load_s += seconds
             # Whom `done` starts is in the next step; a load that it asks for waits for the end of
             # that step.
             self._doing = Doing.LOADING
             done()
+            self._scheduled = self._agenda.now
             self._begin(may_load=False)
             return
         first: list[Sequence] = []
         if self._doing is Doing.DECODING:
             ran = self._until_step - self._steps
-            self.measured_step_s += (1 - (1 - EWMA) ** ran) * (self._step_s - self.measured_step_s)
+            self._measure(ran)
             self._steps = self._until_step
+            self._scheduled = self._agenda.now - self._step_s
         else:
             self._steps += 1
+            self._measure(1)
+            self._scheduled = self._since
             first = self._prefilled()
         last = self._ended()
         if first or last:
             self._listener.on_step(first, last)
         self._begin(may_load=True)
+
+    def _measure(self, steps: int) -> None:
+        """As vLLM's steps are measured: from one end of a step to the next, so with the load before
+        it. The first step after a rest has no beginning.
+        """
+        load_s, self._load_s = self._load_s, 0.0
+        tokens = sum(
+            sequence.prompt_tokens for sequence, _ in self._chunks if not sequence.unread_tokens
+        )
+        if self._busy:
+            took_s = self._step_s + load_s
+            if tokens:
+                self.rates.prefill(took_s, tokens)
+            else:
+                self.rates.steps(took_s)
+                self.rates.steps(self._step_s, steps - 1)
+        self._busy = True
 
     def _prefilled(self) -> list[Sequence]:
         """The prompts that the step has read to the end, each with its first token."""

@@ -13,10 +13,10 @@ from bench.routing.sim.agenda import Agenda
 from bench.routing.sim.timing import Loader
 from bench.routing.sim.worker import WorkerFacts
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.dispatch.outbox import Transport
 from gateway.dispatch.queue.admission import Admission
 from gateway.dispatch.request import InFlightRequest
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
+from gateway.dispatch.workers.outbox import Transport
 from gateway.fleet.fleet import Fleet
 from gateway.telemetry.ended_request import EndedRequest
 from gateway.telemetry.prometheus import Metrics

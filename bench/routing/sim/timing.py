@@ -1,16 +1,21 @@
-"""Pure. How long things take on a simulated worker: a table measured on one H200 (Llama-8B shape,
-bf16, vLLM 0.32, 16 slots of rank 16).
+"""Pure. How long things take on a simulated worker: this project's rows for one H200 in
+docs/PERFORMANCE.md and bench/results/gpu-8b.md (Llama-8B shape, bf16, vLLM 0.32, adapters of rank
+16, prompts of about 130 tokens).
 
-Decode: mean time between tokens of N streams over 16 adapters, 128 tokens in and out. Prefill: the
-same runs' TTFTs, all streams sent at once: 363 ms for 64 prompts and 170 ms for 16, so 48 prompts
-of 128 tokens more took 193 ms more: 31,800 tokens/s. (Quotients of a single run mix in what does
-not grow with the prompt: 22,600 tokens/s from 64 prompts alone, 12,000 from 16.) One warm request
-alone had its first token after 18-23 ms; its step and its prompt account for 6.7 + 4.0 ms, the rest
-is the server around the engine, which delays but does not occupy it. Loads: a cold adapter of 26
-MiB took 60 ms, all of it inside the engine's loop. This project's workers read, cast and pin it
-beside the loop, one after another, in 27 to 45 ms; running streams then stand still for 5.3 to 6.6
-ms (median of `bench.engine.gpu --rows stall` on an H100 and an H200), of which the copy into the
-slot is half a millisecond.
+Decode: the time between two tokens of 1, 64, 256 and 512 streams over 16 adapters. Prefill: 63
+prompts more in one burst take 362 ms longer to the first token (64 streams, mean of three calls,
+beside one stream). A step with a prompt in it: beside 32 streams their longest gap is 20.2 ms for a
+warm prompt, where a step takes 7.4 and the prompt 5.7. Such a step does not run as one CUDA graph.
+Outside: a warm request alone has its first token after 20.5 ms; its step accounts for the rest.
+
+vLLM schedules a step while the one before it runs (`async_scheduling`). So a request that comes
+during a step is in the next but one.
+
+Loads: running streams stand still for 6.6 ms (vLLM: 26.6). A cold adapter's first token comes 92 ms
+later than a warm one's (vLLM: 24). The stop and the wait for it are 14 ms of them. The rest is done
+beside the engine, one adapter after another: checking, reading, casting and pinning.
+
+`python -m bench.routing.calibration` compares what all of it gives with the rows.
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ from typing import Literal, TypeAlias
 from shared.link.messages import Tier
 
 MIB = 1 << 20
+PROMPT = 130
+"""Tokens of a prompt in the rows."""
 Loader: TypeAlias = Literal["vllm", "own"]
 """How workers load adapters: as vLLM does, or as this project's do."""
 
@@ -32,16 +39,25 @@ class Timing:
     between, flat below, extended above.
     """
 
-    decode: tuple[tuple[int, float], ...] = ((1, 0.0067), (16, 0.0122), (64, 0.0153), (256, 0.0293))
-    prefill_tokens_per_s: float = 48 * 128 / (0.363 - 0.170)
-    outside_s: float = 0.0205 - 0.0067 - 128 * (0.363 - 0.170) / (48 * 128)
+    decode: tuple[tuple[int, float], ...] = (
+        (1, 0.0059),
+        (64, 0.0089),
+        (256, 0.0144),
+        (512, 0.0241),
+    )
+    prefill_tokens_per_s: float = 63 * PROMPT / (0.382 - 0.020)
+    mixed_s: float = 0.0202 - 0.0074 - 0.0057
+    """What a step with a prompt in it takes longer, however short the prompt is."""
+    outside_s: float = 0.0205 - 0.0059 - (0.0202 - 0.0074 - 0.0057) - 0.0057
     """Of a warm TTFT, what the engine is not busy with: HTTP, tokenizing, hand-overs."""
+    scheduled_ahead: bool = True
+    """Each step is scheduled while the one before it runs."""
     step_tokens: int = 8192
     """vLLM's max_num_batched_tokens for a server on this class of GPU; longer prompts are prefilled
     in chunks.
     """
     max_sequences: int = 256
-    load_s: float = 0.060
+    load_s: float = 0.0266
     prepare_s: float = 0.0
     """Before it, beside the engine and one adapter after another; 0: `load_s` is all of it."""
     load_bytes: int = 26 * MIB
@@ -58,7 +74,7 @@ class Timing:
     """A message from gateway to worker. (What comes back is there at once: the table's TTFTs
     include it.)
     """
-    beat_soon_s: float = 0.001
+    heartbeat_soon_s: float = 0.001
     """A changed residency is told after this long, so that changes at the same moment share a
     heartbeat.
     """
@@ -71,6 +87,10 @@ class Timing:
         at = min(bisect_right(table, (sequences, float("inf"))), len(table) - 1)
         (few, few_s), (many, many_s) = table[at - 1], table[at]
         return few_s + (many_s - few_s) * (sequences - few) / (many - few)
+
+    def prefill_step_s(self, sequences: int, prompt_tokens: int) -> float:
+        """One engine step that decodes `sequences` sequences, those of its prompts included."""
+        return self.step_s(sequences) + self.mixed_s + prompt_tokens / self.prefill_tokens_per_s
 
     def load_from_s(self, tier: Tier, size_bytes: int) -> float:
         """What a load stalls the engine for."""
@@ -103,5 +123,5 @@ def timing_of(loads: Loader) -> Timing:
     return (
         Timing()
         if loads == "vllm"
-        else replace(Timing(), load_s=0.006, prepare_s=0.036, activate_s=0.001)
+        else replace(Timing(), load_s=0.0066, prepare_s=0.078, activate_s=0.001)
     )

@@ -13,9 +13,8 @@ from bench.routing.sim.engine import Sequence, TimedEngine
 from bench.routing.sim.timing import Timing
 from bench.routing.sim.vllm_residency import VllmResidency
 from shared.adapters.identity import AdapterRef
-from shared.averages import blend
 from shared.link import messages
-from worker.adapters.load_times import LOAD_WEIGHT
+from worker.adapters.load_times import LoadTimes
 from worker.adapters.residency import Fetch, Instruction, Reject, Residency, Start
 from worker.engine.base import Loaded, Swap
 
@@ -24,6 +23,7 @@ HEARTBEAT_S = 0.1
 """The production default."""
 TOKENS_OF_CACHE = 256 * 4096
 """The KV cache's size, for `kv_usage`; no request ever waits for it here."""
+TASKS, MAX_MODEL_LEN = ("generate",), 4096
 OK_SSE = 200 << messages.STATUS_SHIFT | messages.SSE
 
 
@@ -100,15 +100,16 @@ class SimWorker:
         self._on_disk: set[AdapterRef] = set()
         self._origin: dict[AdapterRef, messages.Tier] = {}  # of adapters that are fetched
         self._int_id = self._last_sid = self._seq = 0
-        self._prepare_s = self._stall_s = 0.0
+        self._times = LoadTimes()
+        self._requests = 0
         self._prepared_until = 0.0
-        self._beat_due = False
+        self._heartbeat_due = False
 
     def join(self) -> None:
-        """Says hello, attaches its data socket, and beats from now on."""
-        self._beat()
+        """Says hello, attaches its data socket, and sends heartbeats from now on."""
+        self._heartbeat()
         self._send_data(self.peer, messages.encode(messages.Attach(self.id, self.epoch)))
-        self._agenda.after(self.facts.heartbeat_s, self._beat_for_ever)
+        self._agenda.after(self.facts.heartbeat_s, self._heartbeat_for_ever)
 
     def die(self) -> None:
         """Without a word."""
@@ -176,10 +177,11 @@ class SimWorker:
             else messages.Tier.REMOTE
         )
         self._origin[adapter] = tier
-        self._agenda.after(
-            self._timing.fetch_s(tier, self.facts.adapter_bytes), self._prepare, adapter
-        )
-        self._beat_soon()
+        fetch_s = self._timing.fetch_s(tier, self.facts.adapter_bytes)
+        if tier is messages.Tier.REMOTE:
+            self._times.fetched(fetch_s)
+        self._agenda.after(fetch_s, self._prepare, adapter)
+        self._heartbeat_soon()
 
     def _prepare(self, adapter: AdapterRef) -> None:
         if not self.facts.disk_warm:
@@ -191,7 +193,7 @@ class SimWorker:
         self._prepared_until = max(now, self._prepared_until) + self._timing.prepared_in_s(
             self.facts.adapter_bytes
         )
-        self._prepare_s = blend(self._prepare_s, self._prepared_until - now, LOAD_WEIGHT)
+        self._times.prepared(self._origin[adapter], 0.0, self._prepared_until - now)
         self._agenda.at(self._prepared_until, self._prepared, adapter)
 
     def _prepared(self, adapter: AdapterRef) -> None:
@@ -206,27 +208,26 @@ class SimWorker:
             self._timing.load_from_s(self.residency.came_from(a.ref), a.size_bytes)
             for a in swap.enter
         )
-        asked = self._agenda.now
-        self.engine.load(seconds, lambda: self._swapped(swap, asked))
+        self.engine.load(seconds, lambda: self._swapped(swap, seconds))
 
-    def _swapped(self, swap: Swap, asked: float) -> None:
+    def _swapped(self, swap: Swap, stall_s: float) -> None:
         if not self.alive:
             return
-        took = (self._agenda.now - asked) / max(1, len(swap.enter))
+        self._times.swapped(stall_s, [adapter.size_bytes for adapter in swap.enter])
         for adapter in swap.enter:
             origin = self.residency.came_from(adapter.ref)
             self.tally.loads += 1
             self.tally.cold_loads += origin is not messages.Tier.CPU
             if self.on_load is not None:
                 self.on_load(adapter.ref, origin)
-            self._stall_s = blend(self._stall_s, took, LOAD_WEIGHT)
         self._perform(self.residency.swapped({}, self._agenda.now))
-        self._beat_soon()
+        self._heartbeat_soon()
 
     def _start(self, job: TimedRequest) -> None:
         job.started = self._agenda.now
         job.sequence = Sequence(job.number, job.prompt_tokens, job.output_tokens)
         self._started += 1
+        self._requests += 1
         self.engine.add(job.sequence)
 
     def _forget(self, job: TimedRequest) -> None:
@@ -265,28 +266,26 @@ class SimWorker:
     def _tell(self, step: messages.Step) -> None:
         self._send_data(self.peer, messages.encode(step))
 
-    def _beat_for_ever(self) -> None:
+    def _heartbeat_for_ever(self) -> None:
         if self.alive:
-            self._beat()
+            self._heartbeat()
             self._perform(self.residency.tick(self._agenda.now))
-            self._agenda.after(self.facts.heartbeat_s, self._beat_for_ever)
+            self._agenda.after(self.facts.heartbeat_s, self._heartbeat_for_ever)
 
-    def _beat_soon(self) -> None:
-        if not self._beat_due:
-            self._beat_due = True
-            self._agenda.after(self._timing.beat_soon_s, self._beat_if_due)
+    def _heartbeat_soon(self) -> None:
+        if not self._heartbeat_due:
+            self._heartbeat_due = True
+            self._agenda.after(self._timing.heartbeat_soon_s, self._heartbeat_if_due)
 
-    def _beat_if_due(self) -> None:
-        if self._beat_due and self.alive:
-            self._beat()
+    def _heartbeat_if_due(self) -> None:
+        if self._heartbeat_due and self.alive:
+            self._heartbeat()
 
-    def _beat(self) -> None:
-        self._beat_due = False
+    def _heartbeat(self) -> None:
+        self._heartbeat_due = False
         self._seq += 1
-        facts, engine = self.facts, self.engine
-        load_s = self._prepare_s + self._stall_s
-        held = self.residency.states(self._agenda.now, load_s)
-        beat = messages.Heartbeat(
+        facts, engine, times = self.facts, self.engine, self._times
+        heartbeat = messages.Heartbeat(
             worker=self.id,
             epoch=self.epoch,
             seq=self._seq,
@@ -298,12 +297,20 @@ class SimWorker:
             waiting=len(self._jobs) - self._started,
             yours=len(self._jobs),
             acked=self._last_sid,
-            waiting_tokens=engine.waiting_tokens,
             kv_usage=engine.tokens_held / TOKENS_OF_CACHE,
-            adapters=held,
-            prefill_tokens_per_s=engine.measured_prefill_tokens_per_s,
-            step_s=engine.measured_step_s,
-            load_s=load_s,
-            stall_s=self._stall_s,
+            adapters=self.residency.states(self._agenda.now, times.load_s),
+            prefill_tokens_per_s=engine.rates.prefill_tokens_per_s,
+            step_s=engine.rates.step_s,
+            load_s=times.load_s,
+            stall_s=times.stall_s,
+            load_bytes=round(times.load_bytes),
+            fetch_s=times.fetch_s,
+            host=self.id,
+            tasks=TASKS,
+            max_model_len=MAX_MODEL_LEN,
+            adapter_loads=dict(self.residency.loads),
+            adapter_evictions=dict(self.residency.evictions),
+            engine_requests=self._requests,
+            stalled_s=times.stalled_s,
         )
-        self._send_control(self.peer, messages.encode(beat))
+        self._send_control(self.peer, messages.encode(heartbeat))

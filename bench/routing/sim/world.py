@@ -70,7 +70,8 @@ class World:
 @dataclass(slots=True, eq=False)
 class SimOutcome:
     """How one request went. Times are seconds of virtual time; `ttft_s` is None if no first token
-    came, `tier` None if it did not finish.
+    came, `tier` None if it did not finish. `load_s` is what it waited for its adapter at its
+    worker. `expected_s` is what the policy expected of its first token once it was sent.
     """
 
     request: PlannedRequest
@@ -81,6 +82,8 @@ class SimOutcome:
     tier: messages.Tier | None = None
     worker: str = ""
     ends: int = 0
+    load_s: float = 0.0
+    expected_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +143,15 @@ class _SimClient:
         if inflight is not None:
             outcome.sent_s = inflight.t_sent
             if inflight.done is not None:
-                outcome.tier = inflight.done.tier
+                outcome.tier, outcome.load_s = inflight.done.tier, inflight.done.load_s
             if inflight.choice is not None:
                 outcome.worker = inflight.choice.worker.id
+                if inflight.choice.cost is not None:
+                    outcome.expected_s = inflight.choice.cost.ttft_s
             # they know each other, and runs are made without the garbage collector
             self._inflight = None
         self._sim.open -= 1
+        self._sim.request_ended()
 
 
 class _Wires:
@@ -254,6 +260,9 @@ class Simulation:
         except LoraplexError as refusal:
             client.fail(refusal)
 
+    def request_ended(self) -> None:
+        """For those who send the next one then."""
+
     def _tick(self) -> None:
         self.dispatcher.tick()
         self.agenda.after(TICK_S, self._tick)
@@ -266,19 +275,28 @@ class Simulation:
                 self.world.timing,
                 self.agenda,
                 self._lengths.__getitem__,
-                self.dispatcher.on_control,
-                self.dispatcher.on_data,
+                self.dispatcher.inbox.on_control,
+                self.dispatcher.inbox.on_data,
             )
             worker.on_load = self._watch(worker.id)
             self.workers.append(worker)
             self._wires.workers[worker.peer] = worker
-            # Workers do not beat in step.
+            # Workers do not send heartbeats in step.
             self.agenda.after(
                 self._facts.heartbeat_s * (len(self.workers) * 0.618 % 1.0)
                 if self.agenda.now
                 else 0.0,
-                worker.join,
+                self._joins,
+                worker,
             )
+
+    def _joins(self, worker: SimWorker) -> None:
+        worker.join()
+        view = self.dispatcher.fleet.get(worker.id)
+        if view is not None and self.world.facts.disk_warm:
+            # what lies on a host's disk was fetched for somebody, and the gateway remembers it
+            for ref, _ in self._refs:
+                self.dispatcher.fleet.cached(view, ref)
 
     def _watch(self, worker: str) -> Callable[[AdapterRef, messages.Tier], None]:
         return lambda adapter, tier: self._run.loads.append(

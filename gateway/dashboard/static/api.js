@@ -1,16 +1,25 @@
 // How the page asks its gateway. The key stays in this variable: it is never stored.
 let key = "";
-export const setKey = (given) => { key = given.trim(); };
+export const setKey = (given) => {
+  key = given.trim();
+};
 
-const headers = (own) => (own ?? key ? { Authorization: `Bearer ${own ?? key}` } : {});
+const headers = (own) => ((own ?? key) ? { Authorization: `Bearer ${own ?? key}` } : {});
 
 export class Refused extends Error {
-  constructor(status, message) { super(message); this.status = status; }
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
 }
 
 async function refusal(answer) {
   let message = `The gateway answered ${answer.status}.`;
-  try { message = (await answer.json()).error.message; } catch { /* no body of ours */ }
+  try {
+    message = (await answer.json()).error.message;
+  } catch {
+    /* no body of ours */
+  }
   return new Refused(answer.status, message);
 }
 
@@ -23,16 +32,21 @@ export async function get(path) {
 /** The answer of an action: also of one that failed on some workers. */
 export async function post(path, body) {
   const answer = await fetch(path, {
-    method: "POST", headers: { ...headers(), "Content-Type": "application/json" },
+    method: "POST",
+    headers: { ...headers(), "Content-Type": "application/json" },
     body: body === undefined ? "" : JSON.stringify(body),
   });
   const text = await answer.text();
   let said = text;
-  try { said = JSON.parse(text); } catch { /* vLLM's own paths answer in plain text */ }
+  try {
+    said = JSON.parse(text);
+  } catch {
+    /* vLLM's own paths answer in plain text */
+  }
   return { ok: answer.status === 200, status: answer.status, said };
 }
 
-/** Calls `each` with the data of every event until the stream ends. EventSource cannot send a key. */
+/** Calls `each` with the data of every event until the stream ends. EventSource sends no key. */
 async function events(answer, each) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -48,7 +62,10 @@ async function events(answer, each) {
 }
 
 export async function live(adapters, signal, each) {
-  const answer = await fetch(`/admin/live?adapters=${adapters ? 1 : 0}`, { headers: headers(), signal });
+  const answer = await fetch(`/admin/live?adapters=${adapters ? 1 : 0}`, {
+    headers: headers(),
+    signal,
+  });
   if (!answer.ok) throw await refusal(answer);
   await events(answer, (data) => each(JSON.parse(data)));
 }
@@ -62,7 +79,9 @@ export async function models(apiKey) {
 /** Streams one chat answer. `head` gets the response's headers, `each` every piece of text. */
 export async function chat(body, apiKey, signal, head, each) {
   const answer = await fetch("/v1/chat/completions", {
-    method: "POST", signal, body: JSON.stringify(body),
+    method: "POST",
+    signal,
+    body: JSON.stringify(body),
     headers: { ...headers(apiKey || undefined), "Content-Type": "application/json" },
   });
   if (!answer.ok) throw await refusal(answer);

@@ -1,29 +1,114 @@
-import { html, useEffect, useState } from "/ui/vendor/htm-preact.js";
+import { html, useState } from "/ui/vendor/htm-preact.js";
 import { get } from "/ui/api.js";
-import { count, Note } from "/ui/parts.js";
+import { count, Meter, Note, useEvery } from "/ui/parts.js";
 
+const AGAIN_MS = 2000;
+const RATES = {
+  requests_per_minute: "requests/min",
+  tokens_per_minute: "tokens/min",
+  adapters_per_minute: "adapters/min",
+  concurrent_requests: "open requests",
+};
+const utcMinute = (s) => new Date(s * 1000).toISOString().slice(0, 16).replace("T", " ");
 const everything = (globs) => (globs.length === 1 && globs[0] === "*" ? "all" : globs.join(", "));
-const limitsOf = (limits) => Object.entries(limits).map(([name, n]) => `${name.replaceAll("_", " ")} ${count(n)}`).join(", ") || "none";
 
-export const Keys = ({ live }) => {
-  const [keys, setKeys] = useState([]);
+/** What is used up of each limit, and the limits that a request meets by itself. */
+const Limits = ({ limits, left }) => {
+  const names = Object.keys(limits);
+  if (!names.length) return html`<span class="dim">none</span>`;
+  return html`<div class="limits">
+    ${names.map((name) => {
+      if (!(name in left))
+        return html`<span>${name.replaceAll("_", " ")} ≤ ${count(limits[name])}</span>`;
+      const rest = Math.max(0, Math.floor(left[name])),
+        said = `${count(rest)} of ${count(limits[name])} ${RATES[name]} left`;
+      return html`<${Meter} value=${limits[name] - rest} of=${limits[name]} label=${said} />`;
+    })}
+  </div>`;
+};
+
+export const Keys = () => {
+  const [keys, setKeys] = useState(null);
   const [usage, setUsage] = useState([]);
   const [error, setError] = useState("");
-  useEffect(() => {
-    let going = true;
-    Promise.all([get("/admin/keys"), get("/admin/usage?by=key,base,adapter")]).then(([known, used]) => {
-      if (!going) return;
-      setKeys(known.keys); setUsage(used.usage); setError("");
-    }, (exc) => going && setError(exc.message));
-    return () => { going = false; };
-  }, [live.requests_seen]);
-  return html`<h2>Keys and usage</h2><${Note} text=${error} bad />
-    ${keys.length ? html`<div class="scroll"><table id="keys"><thead><tr><th>Key</th><th>Models</th><th>Adapters</th><th class="n">Weight</th><th>Limits</th><th>Expires</th></tr></thead>
-    <tbody>${keys.map((k) => html`<tr data-key=${k.key}><th scope="row">${k.key}</th><td>${everything(k.models)}</td><td>${everything(k.adapters)}</td><td class="n">${k.weight}</td><td>${limitsOf(k.limits)}</td>
-      <td>${k.expires === null ? "never" : new Date(k.expires * 1000).toISOString().slice(0, 16)}</td></tr>`)}</tbody></table></div>` : html`<p class="dim">This gateway asks its clients for no keys.</p>`}
+  useEvery(
+    AGAIN_MS,
+    (isCurrent) =>
+      Promise.all([get("/admin/keys"), get("/admin/usage?by=key,base,adapter")]).then(
+        ([known, used]) => {
+          if (!isCurrent()) return;
+          setKeys(known.keys);
+          setUsage(used.usage);
+          setError("");
+        },
+        (exc) => isCurrent() && setError(exc.message),
+      ),
+    [],
+  );
+  if (keys === null)
+    return html`<h2>Keys and usage</h2>
+      ${error ? html`<${Note} text=${error} bad />` : html`<p class="dim">Looking …</p>`}`;
+  return html`<h2>Keys and usage</h2>
+    <${Note} text=${error} bad />
+    ${
+      keys.length
+        ? html`<div class="scroll">
+            <table id="keys">
+              <thead>
+                <tr>
+                  <th>Key</th>
+                  <th>Models</th>
+                  <th>Adapters</th>
+                  <th class="n">Weight</th>
+                  <th class="wide">Limits, now</th>
+                  <th>Expires</th>
+                </tr>
+              </thead>
+              <tbody>
+                ${keys.map(
+                  (k) =>
+                    html`<tr key=${k.key} data-key=${k.key}>
+                      <th scope="row">${k.key}</th>
+                      <td class="globs">${everything(k.models)}</td>
+                      <td class="globs">${everything(k.adapters)}</td>
+                      <td class="n">${k.weight}</td>
+                      <td><${Limits} limits=${k.limits} left=${k.left} /></td>
+                      <td>${k.expires === null ? "never" : utcMinute(k.expires)}</td>
+                    </tr>`,
+                )}
+              </tbody>
+            </table>
+          </div>`
+        : html`<p class="dim">This gateway asks its clients for no keys.</p>`
+    }
     <h3>Usage of the last 24 hours</h3>
-    <div class="scroll"><table id="usage"><thead><tr><th>Key</th><th>Model</th><th class="n">Requests</th><th class="n">Prompt tokens</th><th class="n">Output tokens</th></tr></thead>
-    <tbody>${usage.map((u) => html`<tr><th scope="row">${u.key || "(no key)"}</th><td>${u.adapter ? `${u.base}:${u.adapter}` : u.base}</td>
-      <td class="n">${count(u.requests)}</td><td class="n">${count(u.prompt_tokens)}</td><td class="n">${count(u.output_tokens)}</td></tr>`)}</tbody></table></div>
-    ${usage.length ? null : html`<p>Nobody has used anything yet.</p>`}`;
+    ${
+      usage.length
+        ? html`<div class="scroll">
+            <table id="usage">
+              <thead>
+                <tr>
+                  <th>Key</th>
+                  <th>Model</th>
+                  <th class="n">Requests</th>
+                  <th class="n">Prompt tokens</th>
+                  <th class="n">Output tokens</th>
+                </tr>
+              </thead>
+              <tbody>
+                ${usage.map(
+                  (u) =>
+                    html`<tr>
+                      <th scope="row">${u.key || "(no key)"}</th>
+                      <td class="model">${u.adapter ? `${u.base}:${u.adapter}` : u.base}</td>
+                      <td class="n">${count(u.requests)}</td>
+                      <td class="n">${count(u.prompt_tokens)}</td>
+                      <td class="n">${count(u.output_tokens)}</td>
+                    </tr>`,
+                )}
+              </tbody>
+            </table>
+          </div>`
+        : html`<p class="empty">Nobody has used anything yet.</p>`
+    }`;
 };

@@ -1,73 +1,113 @@
-"""Pure. What there is to know of an overloaded queue: how fast it drains, how long a request will
-be worked on, and whose clients do not wait.
+"""Pure. What is known of an overloaded queue: how fast it drains, how long a request will take, and
+whose clients do not wait for their answers.
 
-Work that nobody waits for any more costs as much as work that counts. So a request that cannot be
-answered in its time is refused when it comes, or not begun. That needs the time to be known; where
-clients just leave, a queue in order of arrival serves only those that are about to. There the
-newest go first, as in adaptive LIFO (Maurer, "Fail at Scale", ACM Queue 13(8), 2015): whoever is
-served has hardly waited. Order of arrival is kinder to clients that do wait, so it holds until a
-tenth of a tenant's requests end without an answer that somebody waited for. CoDel's sign (the
-least wait of an interval) is not used: a long queue of patient clients is no fault.
+Work that nobody waits for costs as much as work that counts. So a request that cannot be answered
+in its time is refused when it comes, or not begun. That needs its deadline to be known. If clients
+just leave, a queue in order of arrival serves only those that are about to leave. For such tenants
+the newest request goes first, as in adaptive LIFO (Maurer, "Fail at Scale", ACM Queue 13(8), 2015):
+its client has hardly waited.
+
+Order of arrival is kinder to clients that do wait. So it holds until a tenth of a tenant's requests
+end without an answer that somebody waited for. CoDel's signal (the least wait of an interval) is
+not used, since a long queue of patient clients is no fault.
 """
 
 from __future__ import annotations
 
-WEIGHT = 1 / 32
-"""Of the newest value in a moving average: a few dozen requests are remembered."""
+from collections import defaultdict, deque
+
+REMEMBERED = 64
+"""Requests of which means are taken."""
+WEIGHT = 2 / REMEMBERED
+"""The weight of the newest value in a moving average that is as steady as such a mean."""
 LEAST_SERVED = 8
-"""Answers before their time on a worker is taken for known."""
+"""After so many answers, the time that they take counts as known."""
 LEFT_SHARE = 0.1
-"""Of a tenant's requests that end in vain, from which on its newest go first: below, no more than
-so much of the work is lost.
+"""If more than this share of a tenant's requests end in vain, its newest go first. Below it, no
+more than this share of the work is lost.
 """
 FORGOTTEN_SHARE = 1e-3
 
 
-class Drain:
-    """The answers of one base model."""
+class DrainRate:
+    """How fast requests are answered. It is told of every one, and asked for few. So the means are
+    taken when it is asked.
+    """
 
     def __init__(self) -> None:
-        self._served = 0
-        self._service_s = 0.0
-        self._output_tokens = 0.0
+        self._newest: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)
+        self._means: tuple[float, float] | None = None
 
     def served(self, service_s: float, output_tokens: int) -> None:
         """A request was answered, `service_s` after it was sent to a worker."""
-        self._served += 1
-        weight = max(WEIGHT, 1 / self._served)
-        self._service_s += weight * (service_s - self._service_s)
-        self._output_tokens += weight * (output_tokens - self._output_tokens)
+        self._newest.append((service_s, output_tokens))
+        self._means = None
 
     def service_s(self, output_tokens: int) -> float:
-        """How long a request with this limit (0: none) will be worked on; 0.0 if too little is
+        """How long a request with this token limit (0: none) will take. 0.0: too little is
         known.
         """
-        if self._served < LEAST_SERVED:
-            return 0.0
-        if 0 < output_tokens < self._output_tokens:
-            return self._service_s * output_tokens / self._output_tokens
-        return self._service_s
+        usual_s, usual_tokens = self._usual()
+        if 0 < output_tokens < usual_tokens:
+            return usual_s * output_tokens / usual_tokens
+        return usual_s
+
+    def _usual(self) -> tuple[float, float]:
+        """Seconds and output tokens of a request. Zeros: too little is known."""
+        newest = self._newest
+        if len(newest) < LEAST_SERVED:
+            return 0.0, 0.0
+        if self._means is None:
+            seconds, tokens = zip(*newest, strict=True)
+            self._means = sum(seconds) / len(newest), sum(tokens) / len(newest)
+        return self._means
 
     def wait_s(self, ahead: float, places: int) -> float:
-        """Until so many requests before it have been taken by so many places (Little's law); 0.0 if
+        """Seconds until `ahead` requests have been taken by `places` places (Little's law). 0.0:
         too little is known.
         """
         return ahead * self.service_s(0) / places if places else 0.0
 
     def stream_tokens_per_s(self) -> float:
-        """Output tokens of one stream; 0.0 if too little is known."""
-        return self._output_tokens / self._service_s if self.service_s(0) else 0.0
+        """The output tokens per second of one stream. 0.0: too little is known."""
+        usual_s, usual_tokens = self._usual()
+        return usual_tokens / usual_s if usual_s else 0.0
 
 
-class Impatience:
-    """Of each tenant, the share of its requests that ended before they were answered: because the
-    client left, or its time was over.
+class DrainRates:
+    """How fast requests are answered, by base model and by tenant. How long a queue takes is a
+    matter of all who wait in it. How long a request takes once it is sent is a matter of its own
+    tenant's requests: another one's may be a hundred times as long.
+    """
+
+    def __init__(self) -> None:
+        self._of_base: defaultdict[str, DrainRate] = defaultdict(DrainRate)
+        self._of_tenant: defaultdict[tuple[str, str], DrainRate] = defaultdict(DrainRate)
+
+    def of(self, base: str) -> DrainRate:
+        return self._of_base[base]
+
+    def of_tenant(self, base: str, tenant: str) -> DrainRate:
+        """Without keys everybody is the tenant ""."""
+        return self._of_tenant[base, tenant] if tenant else self._of_base[base]
+
+    def served(self, base: str, tenant: str, service_s: float, output_tokens: int) -> None:
+        self._of_base[base].served(service_s, output_tokens)
+        if tenant:
+            self._of_tenant[base, tenant].served(service_s, output_tokens)
+
+
+class AbandonmentRate:
+    """For each tenant, the share of its requests that ended before they were answered. Either the
+    client left, or the time was over.
     """
 
     def __init__(self) -> None:
         self._left: dict[str, float] = {}
 
     def ended(self, tenant: str, *, in_vain: bool) -> None:
+        if not in_vain and tenant not in self._left:
+            return
         before = self._left.get(tenant, 0.0)
         after = before + WEIGHT * (in_vain - before)
         if after > FORGOTTEN_SHARE:

@@ -1,9 +1,10 @@
-"""Pure. Who waits for one base model, kept in the order of their turns, so that a change costs what
-it changes and not what waits.
+"""Pure. The requests that wait for one base model, in the order of their turns. The cost of a
+change depends on the change, not on the length of the queue.
 
-Between tenants: the lower priority number, then the least served (weighted tokens), then who began
-to wait first. Within one tenant's requests of one priority: the adapter that was served least, then
-the oldest. So neither many adapters nor many requests get a tenant more than its share.
+Between tenants, the order is: the lower priority number, then the least served (weighted tokens),
+then the one that began to wait first. So neither many adapters nor many requests get a tenant more
+than its share. Within one tenant's requests of one priority the oldest goes first, adapter by
+adapter. No order has a shorter longest wait.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ Flow: TypeAlias = tuple[int, str, AdapterKey | None]
 """(priority, tenant, adapter)."""
 GroupTurn: TypeAlias = tuple[int, float, int]
 """(priority, served, number of the group): the turn of one tenant's requests of one priority."""
-FlowTurn: TypeAlias = tuple[int, int, Flow]
-"""(rank, number of the flow's oldest, flow); numbers differ, so flows are never compared."""
+FlowTurn: TypeAlias = tuple[int, Flow]
+"""(number of the flow's oldest, flow); numbers differ, so flows are never compared."""
 Turn: TypeAlias = tuple[GroupTurn, FlowTurn]
 ANYBODY: Flow = (0, "", None)
 
 
 @dataclass(slots=True, eq=False)
 class Ticket(Generic[T]):
-    """An item's place in the queue. `kept`: it gives way to nobody."""
+    """An item's place in the queue. `kept`: it is never given to another tenant."""
 
     base: str
     item: T
@@ -42,7 +43,7 @@ class Ticket(Generic[T]):
 
 @dataclass(slots=True)
 class _Waiting(Generic[T]):
-    """The places of one flow, oldest first."""
+    """The places of one flow, the oldest first."""
 
     turn: FlowTurn
     # keeps order and lets any place leave at once
@@ -61,18 +62,15 @@ class _Group:
 
 @dataclass(slots=True, eq=False)
 class _Tenant:
-    """`waiting` counts its places; `adapters` is what each of its adapters was served. `weight` is
-    its share beside others.
-    """
+    """`waiting` counts the tenant's places. `weight` is its share beside others."""
 
     waiting: int = 0
     weight: float = 1.0
-    adapters: ServiceCounters = field(default_factory=ServiceCounters)
     groups: dict[int, _Group] = field(default_factory=dict)  # by priority
 
 
 class WaitQueue(Generic[T]):
-    """The places of one base model, by flow, and the turns of tenants and of their flows."""
+    """The places of one base model by flow, and the turns of tenants and of their flows."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -82,25 +80,23 @@ class WaitQueue(Generic[T]):
         self._groups: list[tuple[GroupTurn, _Group]] = []
         self._groups_made = 0
         self._of_adapter: dict[AdapterKey | None, dict[Flow, None]] = {}
-        # one tenant's of one adapter, whatever the priority
-        self._of_account: dict[tuple[str, AdapterKey | None], dict[Flow, None]] = {}
 
     def waiting(self, tenant: str) -> int:
-        """Its places."""
+        """How many places the tenant has."""
         found = self._tenants.get(tenant)
         return found.waiting if found is not None else 0
 
-    def crowds(self) -> Iterator[tuple[float, str]]:
-        """(places per weight, tenant) of those that wait."""
+    def waiting_per_weight(self) -> Iterator[tuple[float, str]]:
+        """(places per weight, tenant) for each waiting tenant."""
         return ((t.waiting / t.weight, name) for name, t in self._tenants.items() if t.waiting)
 
     def ahead(self, tenant: str, weight: float) -> float:
-        """Places that are served before the tenant's next one, if all of them are alike."""
+        """How many places are served before the tenant's next one, if all of them are alike."""
         others = sum(t.weight for n, t in self._tenants.items() if t.waiting and n != tenant)
         return min(float(self.size), (self.waiting(tenant)) * (others + weight) / weight)
 
     def add(self, ticket: Ticket[T], weight: float = 1.0) -> None:
-        """The youngest, of a tenant with this weight."""
+        """Adds the youngest place, for a tenant with this weight."""
         flow = ticket.flow
         tenant = self._tenants.setdefault(flow[1], _Tenant())
         if not tenant.waiting:
@@ -109,13 +105,7 @@ class WaitQueue(Generic[T]):
         tenant.weight = weight
         waiting = self._flows.get(flow)
         if waiting is None:
-            flows = self._of_account.setdefault(flow[1:], {})
-            if not flows:
-                tenant.adapters.enter(flow[2])
-            flows[flow] = None
-            waiting = self._flows[flow] = _Waiting(
-                (tenant.adapters.rank(flow[2]), ticket.number, flow)
-            )
+            waiting = self._flows[flow] = _Waiting((ticket.number, flow))
             self._of_adapter.setdefault(flow[2], {})[flow] = None
             insort(self._group(tenant, flow).turns, waiting.turn)
         waiting.tickets[ticket] = None
@@ -128,24 +118,29 @@ class WaitQueue(Generic[T]):
         self.size -= 1
         tenant.waiting -= 1
         if waiting.tickets:
-            if ticket.number == waiting.turn[1]:
+            if ticket.number == waiting.turn[0]:
                 self._settle(tenant, waiting)
             return
         self._drop_flow(tenant, flow, waiting)
         if not tenant.waiting:
             self._served.leave(flow[1])
 
+    def expect(self, flow: Flow, tokens: float) -> None:
+        """A request was sent that will likely take so many weighted tokens. The number is negative
+        once it has ended.
+        """
+        tenant = self._tenants.setdefault(flow[1], _Tenant())
+        self._served.expect(flow[1], tokens / tenant.weight)
+        self._settle_groups(tenant)
+
     def charge(self, flow: Flow, tokens: float) -> None:
-        """Its tenant was served so many weighted tokens of its adapter."""
+        """The tenant was served so many weighted tokens."""
         tenant = self._tenants.setdefault(flow[1], _Tenant())
         self._served.charge(flow[1], tokens / tenant.weight)
         self._settle_groups(tenant)
-        tenant.adapters.charge(flow[2], tokens)
-        for other in self._of_account.get(flow[1:], ()):
-            self._settle(tenant, self._flows[other])
 
     def next(self, after: Turn | None, adapter: AdapterKey | None = None) -> Turn | None:
-        """The first turn after that one; with `adapter` the first of those who wait for it."""
+        """The first turn after this one. With `adapter`, the first one that waits for it."""
         if adapter is not None:
             return self._next_of_adapter(after, adapter)
         groups, at = self._groups, 0
@@ -159,8 +154,17 @@ class WaitQueue(Generic[T]):
                 at += 1
         return (groups[at][0], groups[at][1].turns[0]) if at < len(groups) else None
 
+    def turn_of(self, flow: Flow) -> Turn | None:
+        """None if nothing of the flow waits."""
+        waiting = self._flows.get(flow)
+        if waiting is None:
+            return None
+        return self._tenants[flow[1]].groups[flow[0]].turn, waiting.turn
+
     def next_tenant(self, after: Turn) -> Turn | None:
-        """The first turn of the next group: another tenant, or the same at another priority."""
+        """The first turn of the next group, which is another tenant, or the same one at another
+        priority.
+        """
         at = bisect_right(self._groups, after[0], key=_turn_of)
         if at == len(self._groups):
             return None
@@ -168,17 +172,17 @@ class WaitQueue(Generic[T]):
         return turn, group.turns[0]
 
     def oldest(self, turn: Turn) -> Ticket[T]:
-        return next(iter(self._flows[turn[1][2]].tickets))
+        return next(iter(self._flows[turn[1][1]].tickets))
 
     def newest(self, turn: Turn) -> Ticket[T]:
-        return next(reversed(self._flows[turn[1][2]].tickets))
+        return next(reversed(self._flows[turn[1][1]].tickets))
 
     def last_of(self, tenant: str, *, newest_first: bool) -> Ticket[T] | None:
-        """The place of a waiting tenant that it will miss least: of the largest priority number,
-        the one whose turn is last.
+        """The waiting place that the tenant will miss least: of its largest priority number, the
+        one with the last turn.
         """
         groups = self._tenants[tenant].groups
-        flows = [self._flows[turn[2]].tickets for turn in groups[max(groups)].turns]
+        flows = [self._flows[turn[1]].tickets for turn in groups[max(groups)].turns]
         ends = [next(iter(f)) if newest_first else next(reversed(f)) for f in flows]
         found = [ticket for ticket in ends if not ticket.kept]
         return (min if newest_first else max)(found, key=_number, default=None)
@@ -212,24 +216,17 @@ class WaitQueue(Generic[T]):
         del of_adapter[flow]
         if not of_adapter:
             del self._of_adapter[flow[2]]
-        flows = self._of_account[flow[1:]]
-        del flows[flow]
-        if not flows:
-            del self._of_account[flow[1:]]
-            tenant.adapters.leave(flow[2])
 
     def _settle(self, tenant: _Tenant, waiting: _Waiting[T]) -> None:
-        """Its oldest or its rank is another one."""
-        flow = waiting.turn[2]
-        turn = (tenant.adapters.rank(flow[2]), next(iter(waiting.tickets)).number, flow)
-        if turn != waiting.turn:
-            turns = tenant.groups[flow[0]].turns
-            del turns[bisect_left(turns, waiting.turn)]
-            waiting.turn = turn
-            insort(turns, turn)
+        """Its oldest is another one."""
+        flow = waiting.turn[1]
+        turns = tenant.groups[flow[0]].turns
+        del turns[bisect_left(turns, waiting.turn)]
+        waiting.turn = (next(iter(waiting.tickets)).number, flow)
+        insort(turns, waiting.turn)
 
     def _settle_groups(self, tenant: _Tenant) -> None:
-        """What it was served is another number."""
+        """Called when the tokens that a tenant was served have changed."""
         for group in tenant.groups.values():
             self._strike(group)
             group.turn = (group.priority, self._served[group.tenant], group.turn[2])

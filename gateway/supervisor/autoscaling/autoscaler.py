@@ -1,5 +1,5 @@
-"""Pure. One model's autoscaler: takes the reports of the gateway processes, remembers them for the
-length of its window, and decides.
+"""Pure. The autoscaler of one model. It collects the load reports of the gateway processes within
+its window, and decides how many workers the model should have.
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ from gateway.supervisor.autoscaling import bottlenecks
 from gateway.supervisor.autoscaling.decision import (
     ELAPSED_TOLERANCE_S,
     Decision,
-    Wish,
+    PendingChange,
+    Stay,
     decide,
     rules_of,
 )
-from gateway.supervisor.autoscaling.load import LoadWindow
+from gateway.supervisor.autoscaling.load_window import Aggregation, LoadWindow
 from gateway.supervisor.autoscaling.reports import ModelLoad, WorkerLoad
 from shared.config.deployment import TARGET_SHARE, AutoscalingConfig
 
 QUEUE = ""
-"""The name of a gateway's queue among its series; workers have names of their own."""
+"""The series name of a gateway's queue. The other series have the names of workers."""
 SHORTEST_SILENCE_S = 10.0
-"""A gateway process is forgotten after two intervals without a report, but not before this (Ray's
-RAY_SERVE_MIN_HANDLE_METRICS_TIMEOUT_S).
+"""A gateway process is forgotten after two report intervals without a report, but not earlier than
+this. It is Ray's RAY_SERVE_MIN_HANDLE_METRICS_TIMEOUT_S.
 """
 
 
 @dataclass
 class AutoscalingContext:
-    """What a policy of the user's is given: Ray's names, so that one written for Ray runs here."""
+    """The argument of a user's scaling policy. It has Ray's field names, so a policy written for
+    Ray runs here.
+    """
 
     deployment_name: str
     current_num_replicas: int
@@ -54,12 +57,14 @@ class AutoscalingContext:
         return max(0.0, self.total_num_requests - self.total_queued_requests)
 
 
-CustomPolicy: TypeAlias = Callable[[AutoscalingContext], tuple[float, dict[str, Any]]]
+PolicyAnswer: TypeAlias = tuple[float, dict[str, Any]] | None
+"""The number of workers, and the state for the next call. None: there is no answer."""
+CustomPolicy: TypeAlias = Callable[[AutoscalingContext], PolicyAnswer]
 
 
 class Autoscaler:
-    """Decides for one model. `capacity` is what a worker runs at once as far as the config tells;
-    workers that serve know better.
+    """Decides for one model. `capacity` is the number of requests that a worker runs at once
+    according to the config. Workers that serve report their own number, which then counts.
     """
 
     def __init__(
@@ -77,19 +82,27 @@ class Autoscaler:
         self._capacity = capacity
         self._policy = policy
         self._policy_state: dict[str, Any] = {}
-        self._wish = Wish()
+        self._pending_change = PendingChange()
         self._scaled_at: dict[int, float] = {}
-        self._requests = LoadWindow(config.look_back_period_s, config.aggregation_function)
-        self._amounts = LoadWindow(config.look_back_period_s, config.aggregation_function)
+        self._requests, self._amounts = (LoadWindow(*_window(config)) for _ in range(2))
         self._loads: dict[str, ModelLoad] = {}
-        self._heard: dict[str, float] = {}
+        self._last_report_at: dict[str, float] = {}
+
+    def configure(self, config: AutoscalingConfig, capacity: int) -> None:
+        """Other rules from now on. What was measured stays, unless it is measured otherwise now."""
+        before = self._config
+        self.rules, self._config, self._capacity = rules_of(config), config, capacity
+        if _window(before) != _window(config):
+            self._requests, self._amounts = (LoadWindow(*_window(config)) for _ in range(2))
+        self.wanted = self.rules.bounded(self.wanted)
 
     @property
     def silence_s(self) -> float:
         return max(2 * self._config.metrics_interval_s, SHORTEST_SILENCE_S)
 
-    def hear(self, process: str, load: ModelLoad, now: float) -> None:
-        self._heard[process] = now
+    def report(self, process: str, load: ModelLoad, now: float) -> None:
+        """Takes the report of one gateway process."""
+        self._last_report_at[process] = now
         self._loads[process] = load
         counts = {name: float(worker.requests) for name, worker in load.workers.items()}
         self._requests.record(process, {QUEUE: float(load.queued), **counts}, now)
@@ -97,18 +110,20 @@ class Autoscaler:
             self._amounts.record(name, {name: amount}, now)
 
     def forget(self, process: str) -> None:
-        """The process has ended: what it had counts no more."""
-        self._heard.pop(process, None)
+        """The process has ended, so its reports no longer count."""
+        self._last_report_at.pop(process, None)
         self._loads.pop(process, None)
         self._requests.forget(process)
 
     def serving(self) -> dict[str, WorkerLoad]:
-        """The workers that serve, as told by the processes that are heard of."""
+        """The workers that serve, according to the processes whose reports are recent."""
         return bottlenecks.workers_of(self._loads.values())
 
     def decide(self, now: float, running: list[str]) -> Decision:
-        """`running`: the workers that serve and stay."""
-        for process, at in list(self._heard.items()):
+        """The decision for `now`. `running` are the workers that serve and are not about to
+        leave.
+        """
+        for process, at in list(self._last_report_at.items()):
             if now - at + ELAPSED_TOLERANCE_S >= self.silence_s:
                 self.forget(process)
         ongoing = self._requests.value(now, {QUEUE, *running})
@@ -118,12 +133,12 @@ class Autoscaler:
             for name in (bottlenecks.ADAPTERS, bottlenecks.KV, bottlenecks.BACKLOG_S)
         }
         slots = min((load.slots for load in serving), default=0)
-        desired = None
+        desired: float | Stay | None = None
         if self._policy is not None and (running or ongoing <= 0):
             desired = self._ask_policy(self._policy, now, running, ongoing)
-        decision, self._wish = decide(
+        decision, self._pending_change = decide(
             self.rules,
-            self._wish,
+            self._pending_change,
             now,
             running=len(running),
             wanted=self.wanted,
@@ -138,7 +153,9 @@ class Autoscaler:
         return decision
 
     def target_ongoing(self, serving: list[WorkerLoad]) -> float:
-        """The configured one, else a share of what a worker runs at once."""
+        """Requests per worker to aim for: the configured number, or a share of what a worker runs
+        at once.
+        """
         if self._config.target_ongoing_requests is not None:
             return self._config.target_ongoing_requests
         capacity = min((load.capacity for load in serving if load.capacity), default=self._capacity)
@@ -146,8 +163,8 @@ class Autoscaler:
 
     def _ask_policy(
         self, policy: CustomPolicy, now: float, running: list[str], ongoing: float
-    ) -> float:
-        desired, self._policy_state = policy(
+    ) -> float | Stay:
+        answer = policy(
             AutoscalingContext(
                 deployment_name=self._model,
                 current_num_replicas=len(running),
@@ -164,4 +181,11 @@ class Autoscaler:
                 last_scale_down_time=self._scaled_at.get(-1),
             )
         )
+        if answer is None:
+            return "stay"
+        desired, self._policy_state = answer
         return float(desired)
+
+
+def _window(config: AutoscalingConfig) -> tuple[float, Aggregation]:
+    return config.look_back_period_s, config.aggregation_function

@@ -1,12 +1,13 @@
-"""Pure. What Ray does not count: adapters, KV cache and tokens that wait. Each as workers needed.
+"""Pure. Bottlenecks that Ray does not count: adapter slots, KV cache, and prompt tokens that wait.
+Each one is expressed in workers needed.
 
     slots      distinct adapters in flight or waiting / (slots of a worker x share)
     kv_usage   sum of the workers' KV cache usage / share
     ttft       seconds of prompt tokens that wait for their prefill / ttft_s
 
-Sums, not means: a mean would hide that one worker more has halved it. Occupancy is a level: a full
-KV cache that flows is healthy, so its share is below 1 and a moment above it is no reason yet (the
-delays of the decision see to that).
+These are sums and not means. With one worker more, a mean would fall while the need stays the same.
+A full KV cache is healthy while requests flow. So its target share is below 1, and the delays of
+the decision let short peaks pass.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from gateway.supervisor.autoscaling.reports import ModelLoad, WorkerLoad
 from shared.config.deployment import BottleneckConfig
 
 ADAPTERS, KV, BACKLOG_S = "adapters", "kv", "backlog_s"
-"""What is measured, by the names under which it is kept over time."""
+"""The names under which the measured amounts are kept over time."""
 
 
 def workers_of(loads: Iterable[ModelLoad]) -> dict[str, WorkerLoad]:
-    """Every worker that serves, as the gateway process knows it that has heard of it last.
+    """Every serving worker, as the gateway process with its newest heartbeat describes it.
     `requests` is the sum over all processes.
     """
     found: dict[str, WorkerLoad] = {}
@@ -40,12 +41,12 @@ def workers_of(loads: Iterable[ModelLoad]) -> dict[str, WorkerLoad]:
 
 
 def measure(loads: Iterable[ModelLoad]) -> dict[str, float]:
-    """The amounts of this moment, over all gateway processes."""
+    """The amounts at this moment, over all gateway processes."""
     loads = list(loads)
     workers = workers_of(loads).values()
     adapters = {name for load in loads for name in load.adapters}
     rates = [w.prefill_tokens_per_s for w in workers if w.prefill_tokens_per_s > 0]
-    tokens = sum(w.waiting_tokens for w in workers) + sum(load.queued_tokens for load in loads)
+    tokens = sum(load.queued_tokens for load in loads)
     return {
         ADAPTERS: float(len(adapters)),
         KV: sum(w.kv_usage for w in workers),
@@ -56,7 +57,9 @@ def measure(loads: Iterable[ModelLoad]) -> dict[str, float]:
 def needs(
     config: BottleneckConfig | None, measured: Mapping[str, float], slots_per_worker: int
 ) -> dict[Cause, int]:
-    """Workers that each bottleneck takes; without one that is switched off or unknown."""
+    """The workers that each bottleneck needs. A bottleneck that is switched off or unknown is left
+    out.
+    """
     found: dict[Cause, int] = {}
     if config is None:
         return found

@@ -5,17 +5,18 @@ With R workers that serve, P workers wanted so far, `ongoing` requests and a tar
 
     R = 0 and requests wait   max(ceil(gain), P), at once
     raw                       ongoing / T;  P while R = 0
-    wish                      ceil(R + gain x (raw - R)); one less if a gain below 1 would never
+    recommended               ceil(R + gain x (raw - R)); one less if a gain below 1 would never
                               get there; ceil(raw) while R = 0, and then at once
-    wish above P              acted on once it has lasted upscale_delay_s
-    wish below P              the same with downscale_delay_s, and never below 1; from 1 to 0 after
+    recommended above P       acted on once it has lasted upscale_delay_s
+    recommended below P       the same with downscale_delay_s, and never below 1; from 1 to 0 after
                               downscale_to_zero_delay_s
     otherwise                 both delays begin anew
 
-A wish counts as of the moment at which its delay is over: there is no limit to a step. What we add:
-`needs` of other bottlenecks (see bottlenecks.py) raise the wish before the delays. Sums of floats
-are a few units in the last place off, so a whole number is met with a tolerance: without it, a
-steady load exactly at its target would sometimes ask for one worker more.
+When a delay is over, the newest recommendation is carried out in one step, whatever its size. We
+add one rule to Ray's: `needs` of other bottlenecks (see bottlenecks.py) raise the recommendation
+before the delays. Sums of floats are a few units in the last place off, so numbers are rounded up
+with a tolerance. Without it, a steady load exactly at its target would sometimes ask for one worker
+more.
 """
 
 from __future__ import annotations
@@ -28,11 +29,17 @@ from typing import Literal, TypeAlias
 from shared.config.deployment import AutoscalingConfig
 
 ELAPSED_TOLERANCE_S = 1e-6
-"""Ray's: the difference of two large times may fall short of a delay by less."""
+"""Ray's tolerance: the difference of two large times may fall short of a delay by less than
+this.
+"""
+MOST_WORKERS = 1e9
+"""More than any `max_replicas`. A recommendation beyond it, even an endless one, counts as this."""
 WHOLE_TOLERANCE = 1e-9
-"""Far above the error of a mean of some thousand values, far below any load that matters."""
+"""Far above the error of a mean of some thousand values, and far below any load that matters."""
 
 Cause: TypeAlias = Literal["requests", "policy", "slots", "kv_usage", "ttft", "start", "nothing"]
+Stay: TypeAlias = Literal["stay"]
+"""What a policy without an answer asks for: as many workers as are wanted already."""
 Delay: TypeAlias = Literal["", "upscale_delay_s", "downscale_delay_s", "downscale_to_zero_delay_s"]
 
 
@@ -66,8 +73,10 @@ def rules_of(config: AutoscalingConfig) -> ScalingRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """More workers (1), fewer (-1) or neither (0), without a break since `since`."""
+class PendingChange:
+    """A change that waits for its delay: more workers (1), fewer (-1) or no change (0). The load
+    has asked for this direction without a break since `since`.
+    """
 
     direction: Literal[-1, 0, 1] = 0
     since: float = 0.0
@@ -77,14 +86,14 @@ class Wish:
 class Decision:
     """How many workers are wanted from now on, and why.
 
-    `wish` is what the load asks for before delays and bounds; `cause` says what asks for it;
-    `held_by` names the delay that holds it back, for `held_s` more seconds; `needs` are the
-    workers that each bottleneck would take.
+    `recommended` is the number that the load asks for, before delays and bounds. `cause` is what
+    asks for it. `held_by` names the delay that holds the change back, for `held_s` more seconds.
+    `needs` are the workers that each bottleneck needs.
     """
 
     wanted: int
     before: int
-    wish: int
+    recommended: int
     cause: Cause
     running: int
     ongoing: float
@@ -96,10 +105,10 @@ class Decision:
 
     @property
     def reason(self) -> str:
-        """One sentence for operators."""
+        """The decision as one sentence for operators."""
         sums = f"{self.ongoing:.4g} requests ongoing, target {self.target_ongoing:.4g} per worker"
-        needs = "".join(f", {name} need {count}" for name, count in self.needs)
-        text = f"{sums}{needs}: wish {self.wish} for {self.cause}"
+        needs = "".join(f", {name} need {count}" for name, count in self.needs if count)
+        text = f"{sums}{needs}: {self.recommended} recommended because of {self.cause}"
         if self.held_by:
             text += f", held back by {self.held_by} for {self.held_s:.1f} s"
         if self.bounded_by:
@@ -109,19 +118,20 @@ class Decision:
 
 def decide(
     rules: ScalingRules,
-    wish: Wish,
+    pending: PendingChange,
     now: float,
     *,
     running: int,
     wanted: int,
     ongoing: float,
     target_ongoing: float,
-    desired: float | None = None,
+    desired: float | Stay | None = None,
     needs: Mapping[Cause, int] | None = None,
-) -> tuple[Decision, Wish]:
-    """The decision of this moment, and the wish to hand in next time.
+) -> tuple[Decision, PendingChange]:
+    """The decision of this moment, and the pending change to hand in next time.
 
     Args:
+        pending: what the last call returned.
         running: workers that serve now. wanted: the last decision.
         ongoing: requests that run or wait, over the window.
         desired: what a policy of the user's asks for instead of `ongoing / target_ongoing`.
@@ -134,21 +144,17 @@ def decide(
         cause: Cause = "start"
         amount = result = max(whole(rules.upscale_gain), wanted)
     else:
-        cause, amount = _load_wish(rules, running, wanted, ongoing / target_ongoing, desired)
-        if running:
-            for name, need in needs.items():
-                if need > amount:
-                    cause, amount = name, need
-            result, delay, held_s, wish = _delayed(rules, wish, now, max(0, amount), wanted)
-        elif amount > 0:
+        by_requests = ongoing / target_ongoing
+        cause, amount = _recommended(rules, running, wanted, by_requests, desired, needs)
+        if not running and amount > 0:
             result = amount
         else:
-            result, delay, held_s, wish = _delayed(rules, wish, now, 0, wanted)
+            result, delay, held_s, pending = _delayed(rules, pending, now, max(0, amount), wanted)
     bounded = rules.bounded(result)
     decision = Decision(
         wanted=bounded,
         before=wanted,
-        wish=amount,
+        recommended=amount,
         cause=cause,
         running=running,
         ongoing=ongoing,
@@ -158,17 +164,25 @@ def decide(
         bounded_by=_bound(rules, amount if delay else result),
         needs=tuple(sorted(needs.items())),
     )
-    return decision, wish
+    return decision, pending
 
 
 def whole(amount: float) -> int:
-    """Workers, rounded up."""
-    return math.ceil(amount - WHOLE_TOLERANCE)
+    """The number of workers, rounded up."""
+    return math.ceil(max(-MOST_WORKERS, min(MOST_WORKERS, amount)) - WHOLE_TOLERANCE)
 
 
-def _load_wish(
-    rules: ScalingRules, running: int, wanted: int, by_requests: float, desired: float | None
+def _recommended(
+    rules: ScalingRules,
+    running: int,
+    wanted: int,
+    by_requests: float,
+    desired: float | Stay | None,
+    needs: Mapping[Cause, int],
 ) -> tuple[Cause, int]:
+    """What asks for how many workers, before delays and bounds."""
+    if desired == "stay":
+        return "policy", wanted
     if not running and desired is None:
         return "nothing", wanted
     cause: Cause = "requests" if desired is None else "policy"
@@ -179,15 +193,20 @@ def _load_wish(
     scaled = whole(running + gain * (raw - running))
     if whole(raw) < running and scaled == running:
         scaled -= 1
+    for name, need in needs.items():
+        if need > max(0, scaled):
+            cause, scaled = name, need
     return cause, scaled
 
 
 def _delayed(
-    rules: ScalingRules, wish: Wish, now: float, amount: int, wanted: int
-) -> tuple[int, Delay, float, Wish]:
-    """What the wish comes to now, and else which delay holds it back for how long."""
+    rules: ScalingRules, pending: PendingChange, now: float, amount: int, wanted: int
+) -> tuple[int, Delay, float, PendingChange]:
+    """(workers wanted now, the delay that holds `amount` back, its remaining seconds, the pending
+    change).
+    """
     if amount == wanted:
-        return wanted, "", 0.0, Wish()
+        return wanted, "", 0.0, PendingChange()
     direction: Literal[-1, 1] = 1 if amount > wanted else -1
     delay: Delay
     if direction > 0:
@@ -197,10 +216,10 @@ def _delayed(
     else:
         delay, delay_s = "downscale_delay_s", rules.downscale_delay_s
         amount = max(1, amount)
-    since = wish.since if wish.direction == direction else now
+    since = pending.since if pending.direction == direction else now
     if now - since + ELAPSED_TOLERANCE_S >= delay_s:
-        return amount, "", 0.0, Wish()
-    return wanted, delay, since + delay_s - now, Wish(direction, since)
+        return amount, "", 0.0, PendingChange()
+    return wanted, delay, since + delay_s - now, PendingChange(direction, since)
 
 
 def _bound(rules: ScalingRules, workers: int) -> Literal["", "min_replicas", "max_replicas"]:

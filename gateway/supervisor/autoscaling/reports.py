@@ -1,7 +1,7 @@
-"""Pure. What gateway processes tell their supervisor, and what it tells them: one JSON line each.
+"""Pure. The messages between gateway processes and their supervisor about load: one JSON line each.
 
-A report is a full snapshot: losing any one is harmless. Requests are those of the process that
-reports alone, so that the sum over all processes counts each once.
+A report is a full snapshot, so losing any one is harmless. Each process reports only its own
+requests, so the sum over all processes counts each request once.
 """
 
 from __future__ import annotations
@@ -9,20 +9,23 @@ from __future__ import annotations
 import msgspec
 
 MAX_ADAPTERS = 4096
-"""Names of adapters in one report. With more in flight than this, slots are long since short."""
+"""The most adapter names in one report. With more in flight, slots have been short for a long
+time.
+"""
 MAX_LINE_BYTES = 4 << 20
 
 
 class HeldAdapter(msgspec.Struct, frozen=True, array_like=True):
-    """An adapter in a slot of a worker that is in use: in flight, or in steady use."""
+    """An adapter in a worker's slot that has requests in flight or is in steady use."""
 
     name: str
     digest: str
 
 
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """One worker as a gateway process sees it. `requests` are those of this process; `seq` grows
-    with the worker's heartbeats.
+    """One worker as one gateway process sees it. `requests` are those of this process alone. `seq`
+    grows with every heartbeat of the worker. Of a worker that retires, `movable` are those of the
+    requests that another worker can continue.
     """
 
     serving: bool
@@ -32,17 +35,19 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     capacity: int = 0
     slots: int = 0
     kv_usage: float = 0.0
-    waiting_tokens: int = 0
     prefill_tokens_per_s: float = 0.0
     load_s: float = 0.0
     in_use: tuple[HeldAdapter, ...] = ()
+    movable: int = 0
 
     def with_requests(self, requests: int) -> WorkerLoad:
         return msgspec.structs.replace(self, requests=requests)
 
 
 class ModelLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """One base model in one gateway process. `adapters` are the names in flight or waiting."""
+    """One base model in one gateway process. `adapters` are the names with requests in flight or
+    waiting.
+    """
 
     queued: int = 0
     queued_tokens: int = 0
@@ -51,20 +56,27 @@ class ModelLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadReport(msgspec.Struct, frozen=True, tag="load"):
+    """The load of one gateway process, by base model."""
+
     process: str
     models: dict[str, ModelLoad]
 
 
-class Move(msgspec.Struct, frozen=True, array_like=True):
-    """Load the adapter on this worker: the one that has it is about to leave."""
+class AdapterHandover(msgspec.Struct, frozen=True, array_like=True):
+    """The adapter should be loaded on this worker, since the only worker that has it is about to
+    leave.
+    """
 
     adapter: HeldAdapter
     worker: str
 
 
 class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One base model as the supervisor sees it. `start_s` is how long its workers took to start,
-    None before the first; `eta_s` when the next one is expected to serve, None if none starts.
+    """One base model as the supervisor sees it.
+
+    `start_s` is how long its workers take to start (None: none has started yet). `eta_s` is when
+    the next one is expected to serve (None: none is starting). `retiring` are workers that take
+    nothing new.
     """
 
     wanted: int
@@ -83,10 +95,12 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     start_s: float | None = None
     eta_s: float | None = None
     retiring: tuple[str, ...] = ()
-    moves: tuple[Move, ...] = ()
+    handovers: tuple[AdapterHandover, ...] = ()
 
 
 class ScalingStatus(msgspec.Struct, frozen=True, tag="status"):
+    """The supervisor's word to all gateway processes, by base model."""
+
     models: dict[str, ModelStatus]
 
 

@@ -14,7 +14,8 @@ from typing import Any, get_args
 import pytest
 
 from gateway.cli.main import _parser
-from gateway.telemetry import prometheus
+from gateway.telemetry import collectors, metric_definitions, prometheus
+from shared.config import reload
 from shared.config.aliases import AliasConfig
 from shared.config.deployment import AutoscalingConfig, AutoscalingPolicy, BottleneckConfig
 from shared.config.gateway import (
@@ -24,8 +25,9 @@ from shared.config.gateway import (
     RequestBoundsConfig,
     RoutingPolicy,
     TLSConfig,
+    TracesConfig,
 )
-from shared.config.parts import LoraConfig, StoreConfig
+from shared.config.llm_sections import LoraConfig, StoreConfig
 from shared.errors import LoraplexError
 from tests.test_architecture import FLOORS
 from tests.unit.docs.prose import anchors, links, prose
@@ -39,7 +41,8 @@ TODAY = ["README.md", "CONTRIBUTING.md", *MANUALS]
 """Pages that speak of the tree as it is; notes and the changelog speak of their own day."""
 OPERATOR_PAGES = [
     "README.md",
-    *(f"docs/{n}.md" for n in ("CONFIG", "ADAPTERS", "OPERATIONS", "SCALING", "DEPLOY")),
+    *(f"docs/{n}.md" for n in ("ADAPTERS", "API", "CHART", "CONFIG", "DEPLOY", "OPERATIONS")),
+    *(f"docs/{n}.md" for n in ("SCALING", "SECURITY", "UI")),
 ]
 ENGINEER_PAGES = [
     f"docs/{n}.md"
@@ -55,7 +58,7 @@ _CODE = re.compile(r"`([^`\n]+)`")
 _PATH = re.compile(
     r"(?:gateway|worker|shared|bench|tests|examples|deploy|loraplex)(?:/[\w.*-]+)+/?"
 )
-_SERIES = re.compile(r"\bloraplex_[a-z_]+\b")
+_SERIES = re.compile(r"\b(?:loraplex|gen_ai)_[a-z_]+\b")
 _VERB = re.compile(r"(?<!from )\bloraplex ((?:adapters|aliases)(?: [a-z]+)?|[a-z]+)\b")
 _PYTHON_M = re.compile(r"python3? -m ((?:gateway|worker|bench|loraplex)[\w.]*)")
 _MAKE = re.compile(r"\bmake ([a-z][a-z-]+)\b")
@@ -194,6 +197,7 @@ def test_the_table_of_floors_is_the_one_that_is_enforced(package: str) -> None:
         (HTTPConfig, "http."),
         (RequestBoundsConfig, "bounds."),
         (TLSConfig, "tls."),
+        (TracesConfig, "traces."),
         (LoraConfig, ""),
         (StoreConfig, "store."),
     ],
@@ -201,7 +205,8 @@ def test_the_table_of_floors_is_the_one_that_is_enforced(package: str) -> None:
 )
 def test_the_config_page_has_every_key(section: Any, prefix: str) -> None:
     codes = set(_CODE.findall(read("docs/CONFIG.md")))
-    keys = set(section.__struct_fields__) - {*("link", "store", "aliases", "http", "bounds", "tls")}
+    sections = ("link", "store", "aliases", "http", "bounds", "tls", "traces")
+    keys = set(section.__struct_fields__) - set(sections)
     assert sorted(key for key in keys if f"{prefix}{key}" not in codes) == []
 
 
@@ -215,6 +220,18 @@ def test_the_defaults_on_the_config_page_are_those_of_the_code() -> None:
         if key in rows and rows[key] != (shown := _shown(getattr(given, key)))
     }
     assert wrong == {}
+
+
+def test_the_config_page_names_the_keys_that_take_effect_without_a_restart() -> None:
+    section = (
+        read("docs/CONFIG.md").partition("\n## Changes while it runs\n")[2].partition("\n## ")[0]
+    )
+    rows = re.findall(r"^\| `([a-z_]+)` \| (.*) \|$", section, re.M)
+    assert {of: tuple(_CODE.findall(keys)) for of, keys in rows} == {
+        "gateway": reload.GATEWAY_KEYS,
+        "lora_config": reload.LORA_KEYS,
+        "deployment_config": reload.DEPLOYMENT_KEYS,
+    }
 
 
 @pytest.mark.parametrize("section", [AutoscalingConfig, BottleneckConfig, AutoscalingPolicy])
@@ -275,9 +292,10 @@ def code_of(text: str) -> list[str]:
 def exported_series() -> set[str]:
     metrics = prometheus.Metrics()
     families = metrics.render([metrics.snapshot()], {}).decode()
-    named = {f"loraplex_{name}_total" for name in prometheus.COUNTERS}
-    named |= {f"loraplex_{name}" for name in (*prometheus.DISTRIBUTIONS, *prometheus.GAUGES)}
-    source = Path(prometheus.__file__).read_text("utf-8")
+    named = {f"loraplex_{name}_total" for name in metric_definitions.COUNTERS}
+    named |= {collectors.series_name(name) for name in metric_definitions.DISTRIBUTIONS}
+    named |= {f"loraplex_{name}" for name in metric_definitions.GAUGES}
+    source = Path(collectors.__file__).read_text("utf-8")
     named |= set(re.findall(r'"(loraplex_[a-z_]+)"', source))
     return named | set(re.findall(r"^# TYPE (loraplex_\w+) ", families, re.M))
 

@@ -1,3 +1,5 @@
+"""Moving averages."""
+
 from __future__ import annotations
 
 import pytest

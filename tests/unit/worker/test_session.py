@@ -1,3 +1,5 @@
+"""A worker's outbox: what leaves together, and what leaves no more."""
+
 from __future__ import annotations
 
 import asyncio
@@ -7,7 +9,7 @@ from worker.session import Outbox
 
 
 class Taker:
-    """The channel of an outbox: takes what it is sent, or nothing."""
+    """The channel of an outbox. It takes what it is sent, or nothing."""
 
     def __init__(self) -> None:
         self.takes = True

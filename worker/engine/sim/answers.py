@@ -1,6 +1,4 @@
-"""Pure. What the simulated engine reads of a request and what it answers, in vLLM's OpenAI
-shape.
-"""
+"""Pure. What the simulated engine reads from a request, and its answer in vLLM's OpenAI shape."""
 
 from __future__ import annotations
 
@@ -13,14 +11,16 @@ from shared.link.token_ids import unpack
 from worker.engine.base import EngineRequest
 
 TASKS = ("generate",)
-DEFAULT_OUTPUT_TOKENS = 16  # OpenAI's for completions
-_HOLE = "\0"  # where a token goes in an event; JSON never holds it unescaped
+DEFAULT_OUTPUT_TOKENS = 16  # OpenAI's default for completions
+SLICE_CHARACTERS = 256 << 10
+FINISH_REASON = "length"
+_HOLE = "\0"  # marks a token's place in an event; escaped JSON never contains it
 _encode = msgspec.json.Encoder().encode
 
 
 class Answer:
-    """One answer's bytes in vLLM's OpenAI shape. What repeats in every event is encoded once: under
-    load, events are all that this engine does.
+    """The bytes of one answer in vLLM's OpenAI shape. The parts that repeat in every event are
+    encoded once, because under load this engine does nothing but make events.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Answer:
             return
         head = {**head, "object": "chat.completion.chunk"} if self._chat else head
         self._before, self._after = self._split(head, None)
-        self._last_after = self._split(head, "length")[1]
+        self._last_after = self._split(head, FINISH_REASON)[1]
         role = {"delta": {"role": "assistant", "content": ""}}
         self._opening = _event({**head, "choices": [_choice(role, None)]}) if self._chat else b""
         with_usage = request.stream_options is not None and request.stream_options.include_usage
@@ -53,7 +53,7 @@ class Answer:
         ) + b"data: [DONE]\n\n"
 
     def event(self, number: int) -> bytes:
-        """The bytes of a stream that go out with token `number`, counted from 0."""
+        """The bytes of a stream that leave with token `number` (from 0)."""
         first, last = number == 0, number == self.max_tokens - 1
         if not (first or last):
             return b"%b w%d%b" % (self._before, number - 1, self._after)
@@ -62,17 +62,19 @@ class Answer:
         return (self._opening if first else b"") + self._before + token + after
 
     def body(self) -> bytes:
-        """The whole answer of a request without `stream`."""
+        """The whole answer to a request without `stream`."""
         text = " ".join([self._label, *(f"w{i}" for i in range(self.max_tokens - 1))])
-        said: dict[str, Any] = (
+        choice: dict[str, Any] = (
             {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
         )
-        return _encode({**self._head, "choices": [_choice(said, "length")], "usage": self._usage})
+        return _encode(
+            {**self._head, "choices": [_choice(choice, FINISH_REASON)], "usage": self._usage}
+        )
 
     def _split(self, head: dict[str, Any], finish_reason: str | None) -> tuple[bytes, bytes]:
-        """An event's bytes before and after its token."""
-        said: dict[str, Any] = {"delta": {"content": _HOLE}} if self._chat else {"text": _HOLE}
-        before, _, after = _event({**head, "choices": [_choice(said, finish_reason)]}).rpartition(
+        """The bytes of an event before and after its token."""
+        choice: dict[str, Any] = {"delta": {"content": _HOLE}} if self._chat else {"text": _HOLE}
+        before, _, after = _event({**head, "choices": [_choice(choice, finish_reason)]}).rpartition(
             _encode(_HOLE)[1:-1]
         )
         return before, after
@@ -88,7 +90,11 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     n: int | None = None
     max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+
+    @property
+    def limit_field(self) -> str:
+        """The field that bounds the answer's tokens."""
+        return "max_tokens"
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -103,24 +109,29 @@ class _Message(msgspec.Struct, frozen=True):
 
 class _ChatRequest(_Request, frozen=True, kw_only=True):
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
+    max_completion_tokens: int | None = None
+
+    @property
+    def limit_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     def prompt_tokens(self) -> int:
         return sum(
-            len(m.content.split())
+            words(m.content)
             if isinstance(m.content, str)
-            else sum(len(p.text.split()) for p in m.content or ())
+            else sum(words(p.text) for p in m.content or ())
             for m in self.messages
         )
 
 
 class _CompletionRequest(_Request, frozen=True, kw_only=True):
-    """`prompt` is text, tokens, or a list of one of these."""
+    """`prompt` is text, token ids, or a list of texts or of lists of token ids."""
 
     prompt: str | Annotated[list[str | int | list[int]], msgspec.Meta(min_length=1)]
 
     def prompt_tokens(self) -> int:
         if isinstance(self.prompt, str):
-            return len(self.prompt.split())
+            return words(self.prompt)
         if all(isinstance(p, int) for p in self.prompt):
             return len(self.prompt)
         if len(self.prompt) > 1:
@@ -128,13 +139,7 @@ class _CompletionRequest(_Request, frozen=True, kw_only=True):
                 "The simulated engine takes one prompt per request.", param="prompt"
             )
         only = self.prompt[0]
-        return (
-            len(only.split())
-            if isinstance(only, str)
-            else len(only)
-            if isinstance(only, list)
-            else 1
-        )
+        return words(only) if isinstance(only, str) else len(only) if isinstance(only, list) else 1
 
 
 _Decoder: TypeAlias = msgspec.json.Decoder[_ChatRequest] | msgspec.json.Decoder[_CompletionRequest]
@@ -153,11 +158,11 @@ _KINDS: dict[str, tuple[_Decoder, str, str]] = {
 
 
 def read_request(call: EngineRequest, base: str, max_model_len: int, created: int) -> Answer:
-    """The answer that the call is due; `created` is the time in seconds that it will carry.
+    """The answer to the call. `created` is the time that it carries, in seconds since 1970.
 
     Raises:
-        InvalidRequest: malformed, more than the model's context, or nothing that this engine does;
-            `param` names the field.
+        InvalidRequest: the request is malformed, is longer than the model's context, or asks for
+            what this engine does not do; `param` names the field.
     """
     if call.path not in _KINDS:
         raise InvalidRequest(
@@ -169,7 +174,7 @@ def read_request(call: EngineRequest, base: str, max_model_len: int, created: in
         raise InvalidRequest(
             "The simulated engine gives one choice per request: n must be 1.", param="n"
         )
-    # no real prompt is empty: chat templates and tokenizers add tokens of their own
+    # No real prompt is empty, because chat templates and tokenizers add tokens of their own.
     prompt_tokens = max(1, request.prompt_tokens())
     max_tokens = _output_tokens(request, prompt_tokens, max_model_len)
     adapter = call.adapter
@@ -181,11 +186,23 @@ def read_request(call: EngineRequest, base: str, max_model_len: int, created: in
     )
 
 
+def words(text: str) -> int:
+    """Counted piece by piece, so that other threads get their turn."""
+    if len(text) <= SLICE_CHARACTERS:
+        return len(text.split())
+    count, apart = 0, True  # whether the next piece begins after a space
+    for start in range(0, len(text), SLICE_CHARACTERS):
+        piece = text[start : start + SLICE_CHARACTERS]
+        joined = not (apart or piece[0].isspace())
+        count += len(piece.split()) - joined
+        apart = piece[-1].isspace()
+    return count
+
+
 def seen_tokens(call: EngineRequest, answer: Answer) -> int:
     """How many tokens of the answer the client has seen.
 
-    Raises CannotContinue if they are not the first ones of this answer, or there is none after
-    them.
+    Raises CannotContinue if they are not the first tokens of this answer, or if none follow them.
     """
     if not call.seen:
         return 0
@@ -208,18 +225,18 @@ def _decode(decoder: _Decoder, body: bytes) -> _ChatRequest | _CompletionRequest
 
 
 def _output_tokens(request: _Request, prompt_tokens: int, max_model_len: int) -> int:
-    """How many tokens the answer has: as asked for, or the default as far as the context
-    reaches.
+    """How many tokens the answer has: what the request asks for, else the default, within the
+    context.
     """
-    field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-    asked: int | None = getattr(request, field)
-    if asked is not None and asked < 1:
-        raise InvalidRequest(f"{field} must be at least 1, got {asked}.", param=field)
+    field = request.limit_field
+    limit: int | None = getattr(request, field)
+    if limit is not None and limit < 1:
+        raise InvalidRequest(f"{field} must be at least 1, got {limit}.", param=field)
     left = max_model_len - prompt_tokens
-    if left < (asked or 1):
+    if left < (limit or 1):
         raise InvalidRequest(
             f"This model's maximum context length is {max_model_len} tokens. You asked "
-            f"for {asked or 1} output tokens and your prompt "
+            f"for {limit or 1} output tokens and your prompt "
             f"contains {prompt_tokens}.",
             param=field
             if left > 0
@@ -227,11 +244,11 @@ def _output_tokens(request: _Request, prompt_tokens: int, max_model_len: int) ->
             if isinstance(request, _ChatRequest)
             else "prompt",
         )
-    return min(DEFAULT_OUTPUT_TOKENS, left) if asked is None else asked
+    return min(DEFAULT_OUTPUT_TOKENS, left) if limit is None else limit
 
 
-def _choice(said: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-    return {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
+def _choice(choice: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+    return {"index": 0, **choice, "logprobs": None, "finish_reason": finish_reason}
 
 
 def _event(chunk: dict[str, Any]) -> bytes:

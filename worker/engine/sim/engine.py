@@ -1,11 +1,12 @@
-"""Shell. A simulated engine: deterministic text, scripted timing, the slot rules of a real one. No
-model, no torch.
+"""Shell. A simulated engine: deterministic text, scripted timing, and the slot rules of a real
+engine. It has no model and needs no torch.
 
-What it models: one step loop that moves every running sequence by one token each `itl_ms`; one
-prefill lane beside it, first come first served; loads between steps, during which nothing else
-moves. A token is a word: prompts are counted in words, and the text is the label `[base=...
-adapter=... digest=...]` (the first token), then w0, w1, ... up to exactly `max_tokens`. A token's
-id is its place in the answer. Sampling parameters, `stop`, tools and logprobs are ignored.
+It models three things. A step loop moves every running sequence by one token per `itl_ms`. A
+prefill lane beside it takes prompts, first come first served. Loads happen between steps, and
+nothing else moves meanwhile. A token is a word. Prompts are counted in words. An answer's text is
+the label `[base=... adapter=... digest=...]` (the first token), then w0, w1, ... up to exactly
+`max_tokens`. A token's id is its place in the answer. Sampling parameters, `stop`, tools and
+logprobs are ignored.
 """
 
 from __future__ import annotations
@@ -15,72 +16,77 @@ import contextlib
 import signal
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from shared.adapters.identity import AdapterRef
+from shared.api_endpoints import errors_of
 from shared.averages import blend
-from shared.endpoints import errors_of
+from shared.config.engine import SimTiming
 from shared.error_bodies import error_body
 from shared.errors import EngineFailure, InvalidAdapter, InvalidRequest
-from shared.link.token_ids import pack
-from worker.engine.base import EngineFacts, EngineRequest, EngineStats, Loaded, Reply, Swap, Swapped
-from worker.engine.progress import EngineSigns
+from worker.engine.base import (
+    EngineFacts,
+    EngineRequest,
+    EngineStats,
+    Loaded,
+    Reply,
+    Storing,
+    Swap,
+    Swapped,
+)
+from worker.engine.hang_detection import EngineSigns
 from worker.engine.sim.answers import TASKS, Answer, read_request, seen_tokens
+from worker.engine.sim.sequence import SimSequence
 
 clock = time.monotonic
 
-MEASURE_WEIGHT = 0.2  # of the newest step or prefill in the moving averages
-# uvloop's timers round to whole milliseconds: one that fires this early is on time
+MEASURE_WEIGHT = 0.2  # weight of the newest step or prefill in the moving averages
+# uvloop's timers round to whole milliseconds. A timer that fires this much early is on time.
 TIMER_SLACK_S = 0.0006
 MB = 1e6
 FREEZE = signal.SIGUSR1
-"""Lets the engine hang while its process lives on; sent again, lets it go on."""
-ACTIVATE_S = 0.004  # an adapter in host memory gets into a slot
+"""This signal makes the engine hang while its process lives on. A second one lets it go on."""
+MAX_ON_LOOP_BYTES = 64 << 10
+"""Of a body; a longer one is read beside the loop."""
+ACTIVATE_S = 0.004  # how long an adapter takes from host memory into a slot
 HOST_PLACES_PER_SLOT = 5
 
 
 class SimEngine:
-    """Implements `worker.engine.Engine`. All times in milliseconds; loading an adapter takes
-    `load_ms` + `load_ms_per_mb` x its megabytes.
+    """Implements `worker.engine.base.Engine`.
 
-    An answer's first token comes `ttft_ms` after its prompt has left the prefill lane, with the
-    step that follows. At most `max_num_seqs` sequences prefill or decode; the others wait,
-    unbounded: the agent admits no more than `EngineFacts.capacity`.
+    An answer's first token comes with the step that follows `timing.ttft_ms` after its prefill. At
+    most `timing.max_num_seqs` sequences prefill or decode. The others wait without a bound of their
+    own: the agent admits no more than `EngineFacts.capacity`.
     """
+
+    stage = "starting"
 
     def __init__(
         self,
         base: str,
+        timing: SimTiming,
         *,
         max_loras: int = 16,
         max_lora_rank: int = 16,
         max_model_len: int = 4096,
-        max_num_seqs: int = 256,
-        ttft_ms: float = 5.0,
-        itl_ms: float = 20.0,
-        prefill_tokens_per_s: float = 8000.0,
-        load_ms: float = 60.0,
-        load_ms_per_mb: float = 1.2,
     ) -> None:
         self._base = base
         self._max_loras, self._max_lora_rank = max_loras, max_lora_rank
-        self._max_model_len, self._max_num_seqs = max_model_len, max_num_seqs
-        self._ttft_s, self._itl_s, self._prefill_rate = (
-            ttft_ms / 1e3,
-            itl_ms / 1e3,
-            prefill_tokens_per_s,
-        )
-        self._load_s, self._load_s_per_mb = load_ms / 1e3, load_ms_per_mb / 1e3
+        self._max_model_len, self._max_num_seqs = max_model_len, timing.max_num_seqs
+        self._ttft_s, self._itl_s = timing.ttft_ms / 1e3, timing.itl_ms / 1e3
+        self._prefill_rate = timing.prefill_tokens_per_s
+        self._load_s, self._load_s_per_mb = timing.load_ms / 1e3, timing.load_ms_per_mb / 1e3
         self._uses: dict[Loaded, int] = {}  # loaded adapters -> calls in flight
-        self._warm: set[Loaded] = set()  # in host memory, in no slot
+        self._warm: set[Loaded] = set()  # in host memory, but in no slot
         self._loads: deque[tuple[Loaded, asyncio.Future[None]]] = deque()
-        # Every sequence is in one of these, in the order of arrival.
-        self._waiting: OrderedDict[_Sequence, None] = OrderedDict()
-        self._prefilling: OrderedDict[_Sequence, None] = OrderedDict()
-        self._running: OrderedDict[_Sequence, None] = OrderedDict()
+        # Every sequence is in exactly one of these, in the order of arrival.
+        self._waiting: OrderedDict[SimSequence, None] = OrderedDict()
+        self._prefilling: OrderedDict[SimSequence, None] = OrderedDict()
+        self._running: OrderedDict[SimSequence, None] = OrderedDict()
         self._lane_free = 0.0  # when the prefill lane can take the next prompt
         self._stalled_until = 0.0
-        self._next_step = 0.0  # if something runs
+        self._next_step = 0.0  # valid while something runs
         self._step_began = 0.0
         self._step_s = self._measured_prefill_rate = 0.0
         self._wake = asyncio.Event()
@@ -94,7 +100,8 @@ class SimEngine:
     async def start(self) -> EngineFacts:
         self._task = asyncio.create_task(self._step_for_ever(), name="sim engine")
         self._task.add_done_callback(self._ended)
-        with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread
+        # signals can only be set in the main thread
+        with contextlib.suppress(ValueError, RuntimeError):
             asyncio.get_running_loop().add_signal_handler(FREEZE, self.freeze)
         return EngineFacts(
             "sim",
@@ -112,14 +119,14 @@ class SimEngine:
         self._check_alive()
         try:
             created = call.created or int(time.time())
-            answer = read_request(call, self._base, self._max_model_len, created)
+            answer = await self._read(call, created)
             seen = seen_tokens(call, answer)
         except InvalidRequest as exc:
             reply.head(exc.status, False, error_body(exc, errors_of(call.path)), True)
             return
         reply.prompt_tokens = answer.prompt_tokens
         done = asyncio.get_running_loop().create_future()
-        sequence = _Sequence(answer, reply, clock(), done, seen)
+        sequence = SimSequence(answer, reply, clock(), done, seen)
         if adapter is not None:
             self._uses[adapter] += 1
         self._waiting[sequence] = None
@@ -132,8 +139,14 @@ class SimEngine:
             if adapter is not None:
                 self._uses[adapter] -= 1
 
+    async def _read(self, call: EngineRequest, created: int) -> Answer:
+        arguments = call, self._base, self._max_model_len, created
+        if len(call.body) <= MAX_ON_LOOP_BYTES:
+            return read_request(*arguments)
+        return await asyncio.to_thread(read_request, *arguments)
+
     async def prepare(self, adapter: Loaded) -> None:
-        """Takes as long as a load would, but beside the steps."""
+        """Takes as long as a load would, but the steps go on meanwhile."""
         self._check_alive()
         self._check_rank(adapter)
         await asyncio.sleep(self._load_s + self._load_s_per_mb * adapter.size_bytes / MB)
@@ -156,6 +169,7 @@ class SimEngine:
         return Swapped(refused, clock() - began)
 
     async def load(self, adapter: Loaded) -> None:
+        """Puts one adapter into a slot."""
         assert len(self._uses) + len(self._loads) < self._max_loras, (
             f"no slot is free for {adapter}"
         )
@@ -170,15 +184,26 @@ class SimEngine:
         await loaded
 
     async def demote(self, adapter: Loaded) -> None:
+        """Takes one adapter out of its slot; it stays in host memory."""
         await self.unload(adapter)
         self._warm.add(adapter)
 
     async def unload(self, adapter: Loaded) -> None:
+        """Removes one adapter from its slot and from host memory."""
         assert adapter in self._uses or adapter in self._warm, f"{adapter} is not loaded"
         assert not self._uses.get(adapter), f"{adapter} is in flight"
         self._check_alive()
         self._uses.pop(adapter, None)
         self._warm.discard(adapter)
+
+    def stores(self, answer_id: str) -> Storing:
+        return Storing.NOT
+
+    def copies(self) -> Iterator[tuple[str, bytes]]:
+        return iter(())
+
+    def keep_copy(self, answer_id: str, copy: bytes) -> None:
+        return None
 
     def stats(self) -> EngineStats:
         tokens_held = sum(
@@ -190,9 +215,6 @@ class SimEngine:
             running=len(self._prefilling) + len(self._running),
             waiting=len(self._waiting),
             kv_usage=tokens_held / (self._max_num_seqs * self._max_model_len),
-            waiting_tokens=sum(
-                s.prefill_tokens for queue in (self._waiting, self._prefilling) for s in queue
-            ),
             prefill_tokens_per_s=self._measured_prefill_rate,
             step_s=self._step_s,
         )
@@ -214,7 +236,7 @@ class SimEngine:
         return None
 
     def freeze(self) -> None:
-        """The engine hangs while its process lives on, as with a stuck kernel; the second call lets
+        """The engine hangs while its process lives on, as with a stuck kernel. A second call lets
         it go on.
         """
         if self._thawed.is_set():
@@ -241,13 +263,15 @@ class SimEngine:
             now = clock()
             if due is not None and now >= due - TIMER_SLACK_S:
                 self._step(now, due)
-                # the frames of this step leave before the next, even if it is due
+                # The frames of this step leave before the next step, even if that is due.
                 await asyncio.sleep(0)
             while self._loads:
                 await self._load_first()
 
     async def _sleep_until(self, due: float | None) -> None:
-        """Until `due`, if there is one, or a call or load arrives while nothing decodes."""
+        """Sleeps until `due`, if there is such a time. While nothing decodes, a new call or load
+        ends it.
+        """
         self._wake.clear()
         if self._loads and not self._running:
             return
@@ -270,8 +294,8 @@ class SimEngine:
         return self._lane_free if self._waiting else None
 
     def _prefill(self, now: float) -> None:
-        """Sequences enter the prefill lane, one after another, as if each had entered the moment it
-        could.
+        """Moves sequences into the prefill lane, one after another, each at the moment the lane was
+        free.
         """
         while self._waiting and len(self._prefilling) + len(self._running) < self._max_num_seqs:
             sequence = next(iter(self._waiting))
@@ -284,7 +308,9 @@ class SimEngine:
             self._prefilling[sequence] = None
 
     def _step(self, now: float, due: float) -> None:
-        """What has left prefill joins, and every running sequence moves by one token."""
+        """Adds the sequences that have left prefill, and moves every running sequence by
+        one token.
+        """
         self._steps += 1
         if self._running:
             self._step_s = blend(self._step_s, now - self._step_began, MEASURE_WEIGHT)
@@ -294,8 +320,8 @@ class SimEngine:
             if not sequence.done.done():
                 sequence.done.set_result(None)
         self._step_began = now
-        # From when it was due, so that late timers do not add up; a step that came a whole interval
-        # late is not made up for.
+        # Counted from when it was due, so late timers do not add up. A step that came a whole
+        # interval late is not made up for.
         self._next_step = max(due + self._itl_s, now)
 
     def _join(self, now: float) -> None:
@@ -305,7 +331,7 @@ class SimEngine:
                 return
             del self._prefilling[sequence]
             self._running[sequence] = None
-            # includes stalls by loads
+            # stalls by loads are included
             took = sequence.ready - self._ttft_s - sequence.prefill_began
             self._measured_prefill_rate = blend(
                 self._measured_prefill_rate,
@@ -330,7 +356,7 @@ class SimEngine:
             loaded.set_result(None)
 
     def _stall(self, now: float, duration: float) -> None:
-        """Prefill and decode stand still and go on where they were."""
+        """Prefill and decode stand still for this long, then go on where they were."""
         self._prefill(now)
         for sequence in self._prefilling:
             if sequence.ready > now:
@@ -340,8 +366,8 @@ class SimEngine:
         self._step_began += duration
         self._stalled_until = now + duration
 
-    def _remove(self, sequence: _Sequence, now: float) -> None:
-        """Takes the sequence out wherever it is; nothing if it is out already."""
+    def _remove(self, sequence: SimSequence, now: float) -> None:
+        """Takes the sequence out, wherever it is. Does nothing if it is out already."""
         full = len(self._prefilling) + len(self._running) >= self._max_num_seqs
         lane_freed = bool(self._prefilling) and next(reversed(self._prefilling)) is sequence
         for queue in (self._waiting, self._prefilling, self._running):
@@ -353,10 +379,11 @@ class SimEngine:
         if lane_freed:
             self._lane_free = max(min(self._lane_free, now), self._stalled_until)
         if full:
-            self._lane_free = max(self._lane_free, now)  # nobody enters a place before it is free
+            # no sequence enters the lane before it is free
+            self._lane_free = max(self._lane_free, now)
 
     def _wake_if_idle(self) -> None:
-        if not self._running:  # else the next step sees it
+        if not self._running:  # while something runs, the next step sees it
             self._wake.set()
 
     def _check_rank(self, adapter: Loaded) -> None:
@@ -372,7 +399,7 @@ class SimEngine:
             raise EngineFailure(self._dead)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """The step loop is over: stopped, or broken by a bug."""
+        """The step loop has ended: it was stopped, or a bug broke it."""
         self._dead = "stopped" if task.cancelled() else f"step loop broke: {task.exception()!r}"
         pending: Iterable[asyncio.Future[None]] = [
             s.done for q in (self._waiting, self._prefilling, self._running) for s in q
@@ -382,52 +409,3 @@ class SimEngine:
                 future.set_exception(EngineFailure(self._dead))
         if not task.cancelled() and self._on_death is not None:
             self._on_death(self._dead)
-
-
-class _Sequence:
-    """One answer on its way through the engine, from the token after those that were `seen`.
-    `done` resolves with its last token.
-    """
-
-    __slots__ = (
-        "answer",
-        "arrived",
-        "begun",
-        "done",
-        "prefill_began",
-        "prefill_tokens",
-        "ready",
-        "reply",
-        "sent",
-    )
-
-    def __init__(
-        self,
-        answer: Answer,
-        reply: Reply,
-        arrived: float,
-        done: asyncio.Future[None],
-        seen: int,
-    ) -> None:
-        self.answer, self.reply, self.arrived, self.done = answer, reply, arrived, done
-        self.sent = seen
-        self.begun = False
-        self.prefill_tokens = answer.prompt_tokens + seen
-        self.prefill_began = self.ready = 0.0
-
-    def advance(self) -> bool:
-        """One token more. True if it was the last."""
-        answer, reply, number = self.answer, self.reply, self.sent
-        self.sent = reply.output_tokens = number + 1
-        last = self.sent == answer.max_tokens
-        if not answer.stream:
-            if last:
-                reply.head(200, False, answer.body(), True)
-            else:
-                reply.progress(pack((number,)))
-        elif self.begun:
-            reply.more(answer.event(number), last, pack((number,)))
-        else:
-            self.begun = True
-            reply.head(200, True, answer.event(number), last, pack((number,)))
-        return last

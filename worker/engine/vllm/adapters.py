@@ -1,4 +1,4 @@
-"""Shell. Adapters in and out of vLLM, from the front end's side: calls of
+"""Shell. Moves adapters in and out of vLLM, from the front end's side. It calls the functions of
 worker/engine/vllm/worker_extension.py on every rank, between engine steps.
 """
 
@@ -17,17 +17,17 @@ from shared.errors import EngineFailure, InvalidAdapter
 from worker.engine.base import Loaded, Swap, Swapped
 from worker.engine.vllm.lora.layers import join
 
-# a utility call waits behind the running step; one that hangs this long never answers (the engine
-# died)
+# A utility call waits for the running step. One that takes this long never answers: the engine
+# died.
 UTILITY_TIMEOUT_S = 300.0
-# between two looks at what is being prepared: one call for all of them, and none while there is
-# nothing
+# Time between two looks at what is being prepared. One call asks for all of them, and none is made
+# while nothing is being prepared.
 POLL_S = 0.005
 _PATH = re.compile(r"(/[\w.\-]+){2,}")
 
 
 class Adapters:
-    """What `worker.engine.Engine` says of `prepare` and `swap`."""
+    """Does `prepare` and `swap` of `worker.engine.base.Engine`."""
 
     def __init__(self, engine: AsyncLLM) -> None:
         self._engine = engine
@@ -36,13 +36,13 @@ class Adapters:
         self._poll: asyncio.Task[None] | None = None
 
     async def prepare(self, adapter: Loaded) -> None:
-        told = self._preparing[adapter.int_id] = asyncio.get_running_loop().create_future()
+        prepared = self._preparing[adapter.int_id] = asyncio.get_running_loop().create_future()
         self._new.append(adapter)
         if self._poll is None or self._poll.done():
             self._poll = asyncio.create_task(self._watch(), name="adapters being prepared")
-        failure = await told
+        failure = await prepared
         if failure:
-            # another rank may have it ready
+            # Another rank may have prepared it.
             await self._call("loraplex_swap", [], [], [adapter.int_id])
             raise _refusal(failure)
 
@@ -54,24 +54,24 @@ class Adapters:
             failure = next((words[i] for words, _ in ranks if words[i]), "")
             if failure:
                 refused[adapter.ref] = _refusal(failure)
-        if refused and len(ranks) > 1:  # one rank has refused it, the others have it
+        if refused and len(ranks) > 1:  # one rank refused it, but the others have loaded it
             await self._call(
                 "loraplex_swap", [], [], [a.int_id for a in swap.enter if a.ref in refused]
             )
         return Swapped(refused, max(seconds for _, seconds in ranks))
 
     async def rehearse(self, adapter: Loaded) -> None:
-        """Puts an adapter that changes nothing and has no files into a slot; the kernels, the
-        copies and the pinning then happen once.
+        """Puts an adapter that changes nothing, and has no files, into a slot. Kernels are
+        compiled, and memory is pinned, before the first real adapter comes.
         """
         await self._call("loraplex_rehearse", adapter.int_id)
 
     async def layers(self) -> BaseShapes:
-        """What adapters may change in the model, from the engine itself."""
+        """What adapters may change in the model, as the engine itself says."""
         return join(await self._call("loraplex_layers")).shapes()
 
     async def _watch(self) -> None:
-        """Until nothing is being prepared. Answers every caller, whatever happens."""
+        """Runs until nothing is being prepared. Answers every caller, whatever happens."""
         try:
             while self._preparing:
                 new, self._new = self._new, []
@@ -82,33 +82,33 @@ class Adapters:
                         self._answer(int_id, next((words for words in states if words), ""))
                 await asyncio.sleep(POLL_S)
         except EngineFailure as exc:
-            for told in self._preparing.values():
-                if not told.done():
-                    told.set_exception(EngineFailure(exc.message))
+            for prepared in self._preparing.values():
+                if not prepared.done():
+                    prepared.set_exception(EngineFailure(exc.message))
             self._preparing.clear()
 
     def _answer(self, int_id: int, failure: str) -> None:
-        told = self._preparing.pop(int_id)
-        if not told.done():  # else its caller was cancelled
-            told.set_result(failure)
+        prepared = self._preparing.pop(int_id)
+        if not prepared.done():  # the caller may have been cancelled
+            prepared.set_result(failure)
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
-        """One answer per rank. Raises EngineFailure."""
+        """Calls `method` on every rank. Returns one answer per rank. Raises EngineFailure."""
         try:
             async with asyncio.timeout(UTILITY_TIMEOUT_S):
                 answers: list[Any] = await self._engine.collective_rpc(method, args=args)
         except TimeoutError as exc:
             raise EngineFailure(f"{method} did not answer within {UTILITY_TIMEOUT_S:g} s") from exc
         except Exception as exc:
-            # vLLM raises a plain Exception with the engine's words; nobody knows then what is in
-            # the slots
+            # vLLM raises a plain Exception. Nobody knows then what is in the slots, so the engine
+            # is given up.
             raise EngineFailure(f"{method} failed: {_without_paths(str(exc))}") from exc
         return answers
 
 
 def lora_request(adapter: Loaded) -> LoRARequest:
-    """Name, id and path are unique per version: vLLM compares by name and keys its prefix cache by
-    (name, path).
+    """Name, id and path are unique per version: vLLM compares adapters by name, and keys its prefix
+    cache by name and path.
     """
     name, int_id, folder = _fields(adapter)
     return LoRARequest(lora_name=name, lora_int_id=int_id, lora_path=folder)

@@ -1,16 +1,31 @@
-"""Shell. Prints vLLM's arguments as JSON: name -> what its value may be. `loraplex check` reads the
-copy for vLLM 0.32 in shared/config/vllm_arguments.json, and asks this in a process of its own where
-another version is installed.
+"""Shell. vLLM's arguments: those of `vllm serve` for one model, and all that vLLM knows, as JSON.
 
-python -m worker.engine.vllm.arguments
+`loraplex check` uses a stored copy of the JSON for vLLM 0.32 (shared/config/vllm_arguments.json).
+If another version is installed, it runs this module in a process of its own:
+
+    python -m worker.engine.vllm.arguments
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib
 import json
+import logging
 import sys
 from typing import Any
+
+from shared.config import vllm_server_arguments
+from shared.config.llm import LLMConfig
+from shared.config.vllm_engine_arguments import NO_LONGER
+from shared.errors import ConfigError
+from worker.engine.vllm.lora import slot_count
+
+log = logging.getLogger("loraplex.engine")
+
+HOST_PLACES = 240
+"""Adapters in host memory beside those in slots. vLLM bounds their count only."""
 
 KINDS = {int: "int", float: "float"}
 TYPED = {
@@ -20,24 +35,113 @@ TYPED = {
 }
 
 
+def serve_args(model: LLMConfig) -> Any:
+    """The arguments of `vllm serve` for a model config: vLLM's defaults, the config's
+    engine_kwargs, and what Loraplex decides.
+
+    Raises:
+        ConfigError: vLLM refuses the combination.
+    """
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    server = server_arguments()
+    args = server.make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    try:
+        for key, value in _wanted(model).items():
+            if key in vllm_server_arguments.EVERY or key in NO_LONGER:
+                continue
+            default: Any = getattr(args, key, None)
+            if isinstance(value, dict) and hasattr(default, "__dataclass_fields__"):
+                value = dataclasses.replace(default, **value)  # vLLM's app reads its fields
+            setattr(args, key, value)
+        server.validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as exc:
+        raise ConfigError(f"vLLM refuses the engine_kwargs of `{model.model_id}`: {exc}") from exc
+    return args
+
+
+def server_arguments() -> Any:
+    """vLLM's module with the arguments of its own server. vLLM 0.33 has moved it."""
+    try:
+        return importlib.import_module("vllm.entrypoints.common.cli_args")
+    except ModuleNotFoundError:
+        return importlib.import_module("vllm.entrypoints.launchers.cli_args")
+
+
+def _wanted(model: LLMConfig) -> dict[str, Any]:
+    kwargs = model.engine_kwargs
+    wanted = {
+        "disable_fastapi_docs": True,
+        "use_tqdm_on_load": False,
+        **kwargs,
+        "model": model.model_source,
+        "served_model_name": [model.model_id],
+    }
+    if model.uses_lora:
+        slots = model.given_max_loras or _slots_by_memory(model) or model.max_loras
+        wanted |= {"enable_lora": True, "max_loras": slots}
+        # vLLM's default, as many as slots, would make every eviction a reload from disk. Residency
+        # bounds the bytes of what is kept.
+        wanted.setdefault("max_cpu_loras", slots + HOST_PLACES)
+        # accept both forms that PEFT writes for a mixture of experts
+        wanted.setdefault("enable_mixed_moe_lora_format", not wanted.get("enable_moe_shared_loras"))
+        wanted.setdefault(
+            "worker_extension_cls", "worker.engine.vllm.worker_extension.AdapterSlots"
+        )
+    if wanted.get("distributed_executor_backend") == "ray":
+        del wanted["distributed_executor_backend"]  # `loraplex check` warns of it
+    if kwargs.get("tensor_parallel_size", 1) * kwargs.get("pipeline_parallel_size", 1) > 1:
+        wanted.setdefault(
+            "distributed_executor_backend", "worker.engine.vllm.executor.SafeMultiprocExecutor"
+        )
+    return wanted
+
+
+def _slots_by_memory(model: LLMConfig) -> int | None:
+    """As many as the GPU has room for. None without a GPU, or where the model's config cannot be
+    read; then vLLM itself says what is wrong with it.
+    """
+    from vllm.platforms import current_platform
+    from vllm.transformers_utils.config import get_config
+
+    if not current_platform.is_cuda():
+        return None
+    trusted = bool(model.engine_kwargs.get("trust_remote_code", False))
+    try:
+        config = get_config(model.model_source, trusted).to_dict()
+    except (OSError, ValueError) as exc:
+        log.info("slots are not chosen by memory", extra={"reason": str(exc)[:200]})
+        return None
+    rank = int(model.engine_kwargs.get("max_lora_rank") or slot_count.DEFAULT_RANK)
+    one = slot_count.slot_bytes(config, rank)
+    if not one:
+        return None
+    pinned = len(model.lora_config.pin) if model.lora_config else 0
+    fitting = slot_count.slots_that_fit(current_platform.get_device_total_memory(), one)
+    slots = max(fitting, pinned + 1)  # one must stay for the others
+    log.info("slots chosen by memory", extra={"slots": slots, "slot_bytes": one, "rank": rank})
+    return slots
+
+
 def main() -> int:
     from vllm.version import __version__
 
-    told = {"version": __version__, "arguments": arguments()}
-    sys.stdout.write(json.dumps(told, sort_keys=True))
+    document = {"version": __version__, "arguments": arguments()}
+    sys.stdout.write(json.dumps(document, sort_keys=True))
     return 0
 
 
 def arguments() -> dict[str, dict[str, Any]]:
-    """`kind` is int, float, bool, text or any; `choices` are all there is, where vLLM says so."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    """Argument name -> its description. `kind` is int, float, bool, text or any. `choices` are all
+    allowed values, if vLLM names them.
+    """
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = make_arg_parser(FlexibleArgumentParser())
+    parser = server_arguments().make_arg_parser(FlexibleArgumentParser())
     known = {action.dest: _described(action) for action in parser._actions}
     known |= {name: {"kind": "any"} for name in vars(parser.parse_args([])) if name not in known}
     known["tool_call_parser"]["choices"] = sorted(ToolParserManager.list_registered())

@@ -1,7 +1,7 @@
 """Shell. vLLM's multiprocess executor for tensor parallel workers, with one correction.
 
-Upstream (0.32) stops reading replies at the first rank that failed and leaves the other ranks'
-replies queued: every later call gets the answer of an earlier one, and after some ten failed
+vLLM 0.32 stops reading replies at the first rank that failed, and leaves the replies of the other
+ranks queued. Every later call then gets the answer of an earlier one. After about ten failed
 adapter loads generation hangs for ever. Here every rank's reply is read before anything is raised.
 """
 
@@ -13,8 +13,8 @@ from vllm.v1.executor.multiproc_executor import FutureWrapper, MultiprocExecutor
 
 
 class SafeMultiprocExecutor(MultiprocExecutor):  # type: ignore[misc]
-    """Differs only for plain calls by name, which is what adapter loads and removals are; steps go
-    the upstream way.
+    """Differs from vLLM's only in calls by name, which adapter loads and removals are. Steps are
+    left to vLLM.
     """
 
     def collective_rpc(

@@ -1,9 +1,9 @@
-"""Shell. Runs in every process that vLLM starts: ends it when its parent ends, and corrects the
-kernels. Both ways to it lie in loraplex/start.py: vLLM's entry point, and the start of a spawned
-process.
+"""Shell. Runs in every process that vLLM starts. It ends the process when its parent ends, and
+corrects the kernels. loraplex/start.py has both ways to it: vLLM's entry point, and the start of a
+spawned process.
 
-Without this a worker that is killed leaves EngineCore alive, an orphan that holds the GPU (seen for
-more than 20 s with vLLM 0.32).
+Without it, a worker that is killed leaves EngineCore alive as an orphan that holds the GPU. With
+vLLM 0.32 that was seen for more than 20 s.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from worker.engine.vllm import patches
 
 
 def register() -> None:
-    """Does nothing in a vLLM that is not ours. The worker process itself outlives its parent until
-    it has drained.
+    """Prepares this process if it belongs to a worker of ours; else does nothing. The worker
+    process itself must outlive its parent until it has drained.
     """
     worker = os.environ.get(WORKER_PID_ENV)
     if worker is None:
         return
     if int(worker) != os.getpid():
         die_with_parent(signal.SIGKILL)
-        if not _lives(int(worker)):  # it ended before the kernel was asked
+        if not _lives(int(worker)):  # the parent ended before the kernel was asked to watch it
             os.kill(os.getpid(), signal.SIGKILL)
     patches.apply()
 

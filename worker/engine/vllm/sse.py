@@ -1,10 +1,11 @@
-"""Pure. The event stream of a plain chat or completion request, from pieces made once per request:
-per token only the text is escaped.
+"""Pure. Writes the event stream of a plain chat or completion request. Its constant pieces are made
+once per request, so only the text is escaped per token.
 
-Byte for byte what vLLM 0.32 writes through pydantic (its `chat_completion_stream_generator` and
-`completion_stream_generator`), for requests that ask for nothing beyond the text. Which requests
-those are is said here too (`is_plain_chat`, `is_plain_completion`); all others are left to vLLM.
-tests/engine/test_fast_path.py holds both against vLLM's own generators.
+The stream equals, byte for byte, what vLLM 0.32 or 0.33 writes with pydantic (its
+`chat_completion_stream_generator` and `completion_stream_generator`). It covers requests that ask
+for nothing beyond the text: `is_plain_chat` and `is_plain_completion` say which those are. All
+others are left to vLLM. tests/engine/requests/test_fast_path.py compares both with vLLM's own
+generators.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 import msgspec
 
 escape = msgspec.json.Encoder().encode
-"""A value as JSON; for strings the same escapes as pydantic's (short ones, \\u00xx for other
-control characters, everything else as UTF-8).
+r"""A value as JSON. Strings get the same escapes as in pydantic: short ones, \u00xx for other
+control characters, and everything else as UTF-8.
 """
 
 DONE = b"data: [DONE]\n\n"
@@ -45,20 +46,32 @@ _SAMPLING = frozenset(
         "bad_words",
     }
 )
-"""What decides which tokens come, and never how they are written."""
+"""Fields that decide which tokens come, but not how they are written."""
 _ENVELOPE = frozenset({"model", "stream", "stream_options", "n", "user"})
 PLAIN_CHAT = _SAMPLING | _ENVELOPE | {"messages", "max_completion_tokens"}
 PLAIN_COMPLETION = _SAMPLING | _ENVELOPE | {"prompt"}
 
 
 @dataclass(frozen=True, slots=True)
-class Chunks:
-    """One request's pieces. A chunk is `before`, the escaped text, and `after`; `opening` precedes
-    the first chunk.
+class ChunkFields:
+    """What a vLLM writes at the end of a choice, and at the end of a chunk with choices."""
 
-    The last chunk has the finish and stop reason between `reasons` and `ending`; `closing` ends the
-    chunk and, where usage is not asked for, carries the fingerprint; where it is, `usage` begins
-    one more event.
+    of_choice: bytes = b""
+    of_chunk: bytes = b""
+
+
+V0_32 = ChunkFields()
+V0_33 = ChunkFields(b',"weight_versions":null', b',"kv_transfer_params":null')
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """The constant pieces of one request's stream. A chunk is `before`, the escaped text, and
+    `after`; `opening` precedes the first chunk.
+
+    The last chunk has the finish reason and the stop reason between `reasons` and `ending`.
+    `closing` ends that chunk, and carries the fingerprint if no usage is asked for. If usage is
+    asked for, `usage` begins one more event.
     """
 
     opening: bytes
@@ -71,7 +84,7 @@ class Chunks:
     usage_closing: bytes
 
     def last(self, text: str, finish_reason: str, stop_reason: int | str | None) -> bytes:
-        """The chunk that says why the stream ends."""
+        """The chunk that gives the reason why the stream ends."""
         return b"".join(
             (
                 self.before,
@@ -86,7 +99,7 @@ class Chunks:
         )
 
     def end(self, prompt_tokens: int, output_tokens: int) -> bytes:
-        """What follows the last chunk."""
+        """The bytes that follow the last chunk."""
         if self.usage is None:
             return DONE
         counts = b'{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d}'
@@ -107,47 +120,60 @@ def chat_chunks(
     role: str,
     fingerprint: str | None,
     include_usage: bool,
+    fields: ChunkFields = V0_32,
 ) -> Chunks:
-    """Of `/v1/chat/completions`: the first event carries the role."""
+    """The pieces for `/v1/chat/completions`. The first event carries the role."""
     head = _head(request_id, b"chat.completion.chunk", created, model)
     return _chunks(
         head,
         fingerprint,
         include_usage,
-        opening=b'%b[{"index":0,"delta":{"role":%b,"content":""},"logprobs":null,"finish_reason":null}]'
+        fields,
+        opening=b'%b[{"index":0,"delta":{"role":%b,"content":""},"logprobs":null,'
+        b'"finish_reason":null}]'
         b',"prompt_token_ids":null,"prompt_text":null}\n\n' % (head, escape(role)),
         before=b'[{"index":0,"delta":{"content":',
-        after=b'},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n',
+        after=b'},"logprobs":null,"finish_reason":null,"token_ids":null}]%b}\n\n' % fields.of_chunk,
         reasons=b'},"logprobs":null,"finish_reason":',
-        ending=b',"token_ids":null}]',
+        ending=b',"token_ids":null%b}]' % fields.of_choice,
     )
 
 
 def completion_chunks(
-    request_id: str, created: int, model: str, fingerprint: str | None, include_usage: bool
+    request_id: str,
+    created: int,
+    model: str,
+    fingerprint: str | None,
+    include_usage: bool,
+    fields: ChunkFields = V0_32,
 ) -> Chunks:
-    """Of `/v1/completions`."""
+    """The pieces for `/v1/completions`."""
     return _chunks(
         _head(request_id, b"text_completion", created, model),
         fingerprint,
         include_usage,
+        fields,
         opening=b"",
         before=b'[{"index":0,"text":',
-        after=b',"logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,"token_ids":null}]}\n\n',
+        after=b',"logprobs":null,"finish_reason":null,"stop_reason":null,'
+        b'"prompt_token_ids":null,"token_ids":null%b}]%b}\n\n'
+        % (fields.of_choice, fields.of_chunk),
         reasons=b',"logprobs":null,"finish_reason":',
-        ending=b',"prompt_token_ids":null,"token_ids":null}]',
+        ending=b',"prompt_token_ids":null,"token_ids":null%b}]' % fields.of_choice,
     )
 
 
 def is_plain_chat(body: Mapping[str, Any]) -> bool:
-    """Whether a chat request's stream is text and nothing else. Says nothing about whether its
-    values are valid.
+    """Whether the stream of a chat request is text and nothing else. It does not check whether the
+    request's values are valid.
     """
     return _is_plain(body, PLAIN_CHAT)
 
 
 def is_plain_completion(body: Mapping[str, Any]) -> bool:
-    """The same for a completion request. Several prompts are several choices."""
+    """The same for a completion request. Several prompts count as several choices, so they are not
+    plain.
+    """
     prompt = body.get("prompt")
     one = isinstance(prompt, str) or (
         isinstance(prompt, list) and len(prompt) > 0 and type(prompt[0]) is int
@@ -179,6 +205,7 @@ def _chunks(
     head: bytes,
     fingerprint: str | None,
     include_usage: bool,
+    fields: ChunkFields,
     *,
     opening: bytes,
     before: bytes,
@@ -193,7 +220,7 @@ def _chunks(
         after=after,
         reasons=reasons,
         ending=ending,
-        closing=(b"" if include_usage else stamp) + b"}\n\n",
+        closing=(b"" if include_usage else stamp) + fields.of_chunk + b"}\n\n",
         usage=head + b'[],"usage":' if include_usage else None,
         usage_closing=stamp + b"}\n\n",
     )

@@ -1,18 +1,18 @@
-"""Shell. `python -m worker.engine.vllm.tune_kernels`: finds how vLLM's LoRA kernels should be
-launched on this GPU, and writes the tables that workers use.
+r"""Shell. Finds how vLLM's LoRA kernels should be launched on this GPU, and writes the tables that
+workers use.
 
-    python -m worker.engine.vllm.tune_kernels --out worker/engine/vllm/lora_kernels \\
+    python -m worker.engine.vllm.tune_kernels --out worker/engine/vllm/lora_kernels \
         --slots 16 --rank 16
 
-vLLM (0.32) launches its two kernels with one guess for every GPU and shape: 64 splits of K in
-blocks of 256, where a hidden size of 4,096 has work for 16; the rest add zeros to memory, once per
-adapter in the batch. The tables have vLLM's own format (VLLM_TUNED_CONFIG_FOLDER) and are found by
-worker/engine/vllm/patches.py. Shapes are those of a Llama layer; vLLM takes the nearest for others.
-Every candidate's result is compared with that of vLLM's own guess before its time counts. Takes
-some minutes, most of them for compiling the candidates.
+vLLM 0.32 launches its two kernels with one guess for every GPU and shape: 64 splits of K in blocks
+of 256. A hidden size of 4,096 has work for 16 of them. The others add zeros to memory, once per
+adapter in the batch. The tables have vLLM's own format (VLLM_TUNED_CONFIG_FOLDER), and
+worker/engine/vllm/patches.py finds them. The shapes are those of a Llama layer; vLLM takes the
+nearest for others. A candidate's time counts only if its result equals that of vLLM's own guess. It
+takes some minutes, most of them to compile the candidates.
 
-The tables are written anew after every shape, and what they have is not measured again: the same
-command goes on where the last one stopped, however that ended. To begin anew, delete them.
+The tables are written after every shape, and a shape that they have is not measured again. So the
+same command goes on where the last one stopped, however it ended. To begin anew, delete the tables.
 """
 
 from __future__ import annotations
@@ -36,20 +36,24 @@ from worker.engine.vllm.patches import gpu_file
 Config: TypeAlias = dict[str, Any]
 
 TOKENS = (64, 256, 128, 512, 32, 2048, 8192, 16, 4, 1)
-"""In order of importance: what a busy engine decodes, prefills, and what a quiet one decodes.
-Between them vLLM takes the nearest.
+"""Batch sizes, the most important first: what a busy engine decodes, what it prefills, and what a
+quiet engine decodes. Between them vLLM takes the nearest.
 """
 LAYERS = 8
-"""Copies of the weights that one measurement goes through: more than the GPU's cache holds, as in a
-model.
+"""Copies of the weights that one measurement goes through. They exceed the GPU's cache, as a
+model's layers do.
 """
 TOLERANCE = 0.05
 GAIN = 0.97
-"""A candidate must be that much faster than vLLM's guess; noise is not worth a table entry."""
+"""A candidate must take less than this share of the time of vLLM's guess. Noise is not worth an
+entry.
+"""
 
 
 def shrink_candidates(tokens: int, k: int) -> Iterator[Config]:
-    """block_k x split_k covers K at most once: what is beyond adds zeros."""
+    """Launches in which block_k x split_k covers K at most once. Anything beyond only adds
+    zeros.
+    """
     rows = (16, 32) if tokens <= 512 else (32, 64)
     for block_m, block_k, split_k, stages in itertools.product(
         rows, (64, 128, 256), (1, 4, 8, 16, 32), (2, 4)
@@ -90,7 +94,7 @@ class Bench:
     """The two kernels on random weights of `slots` adapters, each with its share of the tokens."""
 
     def __init__(self, slots: int, rank: int, hidden: int, outs: list[int], tokens: int) -> None:
-        utils._LORA_A_PTR_DICT.clear()  # keyed by addresses, which the next weights may get again
+        utils._LORA_A_PTR_DICT.clear()  # it is keyed by addresses, which the next weights may reuse
         utils._LORA_B_PTR_DICT.clear()
         g = torch.Generator("cuda").manual_seed(0)
         self.tokens, self.rank, self.outs = tokens, rank, outs
@@ -124,8 +128,9 @@ class Bench:
 
 
 def microseconds(op: Callable[[int], torch.Tensor]) -> float:
-    """Per launch, in a CUDA graph as the engine runs it; the least of five."""
-    for layer in range(LAYERS):  # vLLM looks addresses up at first use, which a graph cannot hold
+    """Time per launch in a CUDA graph, as the engine runs it. The least of five measurements."""
+    # vLLM looks up addresses at first use, and a graph cannot hold that
+    for layer in range(LAYERS):
         op(layer)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -145,7 +150,9 @@ def microseconds(op: Callable[[int], torch.Tensor]) -> float:
 
 
 class OutOfTime(Exception):
-    """Before all candidates of a shape were measured; the next run begins with it."""
+    """The time was up before all candidates of a shape were measured. The next run begins with that
+    shape.
+    """
 
 
 def best(
@@ -155,7 +162,7 @@ def best(
     candidates: Iterator[Config],
     until: float,
 ) -> tuple[Config, float, float]:
-    """(the fastest config that gives the same result, its time, the default's time). Raises
+    """Returns (the fastest config with the same result, its time, the default's time). Raises
     OutOfTime.
     """
     use(default)
@@ -168,13 +175,13 @@ def best(
             raise OutOfTime
         use(candidate)
         try:
-            # as well if it is no number
+            # also skips a result that is not a number
             if not (bench.result(op) - right).abs().max().item() <= TOLERANCE * scale:
                 continue
             took_us = microseconds(op)
         except Exception:
-            # triton raises its own errors for what this GPU cannot launch (registers, shared
-            # memory): not a candidate then
+            # Triton raises its own errors for what this GPU cannot launch (registers, shared
+            # memory). Such a config is no candidate.
             torch.cuda.synchronize()
             continue
         if took_us < found_us:
@@ -183,13 +190,13 @@ def best(
 
 
 def use(config: Config) -> None:
-    """The next launches take it."""
+    """Makes the next launches use this config."""
     chosen: Callable[..., Config] = lambda *_, **__: config  # noqa: E731
     lora_shrink_op.get_lora_op_configs = lora_expand_op.get_lora_op_configs = chosen
 
 
 class Table:
-    """One kernel's configs, [slots + 1][slices][tokens][k][n], as they are in its file."""
+    """The configs of one kernel, [slots + 1][slices][tokens][k][n], as in its file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -204,7 +211,7 @@ class Table:
         return True
 
     def put(self, keys: tuple[int, ...], config: Config) -> None:
-        """Into the file as well, which is whole at every moment."""
+        """Adds an entry and writes the file, which is complete at every moment."""
         table = self._configs
         for key in keys[:-1]:
             table = table.setdefault(str(key), {})

@@ -1,11 +1,11 @@
 """Shell. What Loraplex adds to vLLM's worker class (`worker_extension_cls`). The front end calls it
 by name on every rank, between engine steps.
 
-vLLM can only load into a slot or forget altogether (add_lora, remove_lora), one adapter per call,
-reading and pinning it inside the step loop: 60 ms for 26 MiB. Here a thread of the same process
-does all of that beforehand (`loraplex_prepare`), and one call between two steps takes what is
-prepared (`loraplex_swap`). The state stays vLLM's own: its two caches, its table of slots, its
-modules' buffers.
+vLLM can only load an adapter into a slot or remove it altogether (add_lora, remove_lora). It takes
+one adapter per call, and reads and pins it inside the step loop: 60 ms for 26 MiB. Here a thread of
+the same process does all of that beforehand (`loraplex_prepare`). One call between two steps then
+takes what is prepared (`loraplex_swap`). The state stays vLLM's own: its two caches, its table of
+slots, and its modules' buffers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 from worker.engine.vllm import patches
 
-# vLLM imports this module in every worker, before the model; its plugin hook needs the project to
-# be installed
+# vLLM imports this module in every worker, before the model. Its plugin hook would need the project
+# to be installed.
 patches.apply()
 
 from worker.engine.vllm.lora import layers as lora_layers  # noqa: E402
@@ -34,17 +34,17 @@ from worker.engine.vllm.tensor_replay.file_templates import (  # noqa: E402
 from worker.engine.vllm.tensor_replay.slot_writer import SlotWriter  # noqa: E402
 
 STAGED_BYTES = 4 << 30
-"""Size of the prepared adapters that no slot has taken yet. Beyond it an adapter is read inside the
+"""Size of the prepared adapters that no slot has taken yet. A further adapter is read inside the
 swap, which stalls the engine but needs no memory before.
 """
 SWITCH_S = 0.0005
-"""How long the preparing thread may keep the interpreter from the step loop; Python's own 5 ms are
-a third of a step.
+"""How long the preparing thread may keep the interpreter from the step loop. Python's default of 5
+ms is a third of a step.
 """
 
 
 class AdapterSlots:
-    """Mixed into vLLM's worker; called by the thread that runs the steps."""
+    """Mixed into vLLM's worker class. The thread that runs the steps calls it."""
 
     model_runner: Any
 
@@ -53,8 +53,8 @@ class AdapterSlots:
     ) -> list[str | None]:
         """Starts to prepare adapters, each a (name, int id, folder), and returns at once.
 
-        Per watched adapter: None while it is being prepared, "" once it is ready, else why it
-        cannot be.
+        Returns one entry per id in `watch`: None while the adapter is being prepared, "" once it is
+        ready, else the reason why it cannot be loaded.
         """
         staging = self._loraplex().staging
         for request in start:
@@ -64,11 +64,12 @@ class AdapterSlots:
     def loraplex_swap(
         self, enter: list[tuple[str, int, str]], demote: list[int], remove: list[int]
     ) -> tuple[list[str], float]:
-        """Frees slots and fills them; per adapter that was to enter "" or why it could not, and the
-        seconds that all of it took.
+        """Frees slots and fills them. Returns, per adapter of `enter`, "" or the reason why it
+        could not enter, and the seconds that all of it took.
 
-        `demote` leave their slots and stay in host memory, `remove` leave altogether; never one
-        that is in flight. Nothing stays of an adapter that fails, and the others do not notice.
+        Adapters of `demote` leave their slots and stay in host memory; those of `remove` leave
+        both. None of them is in flight. Nothing of an adapter that fails stays, and the other
+        adapters are not affected.
         """
         began = time.perf_counter()
         slots = self._loraplex()
@@ -79,7 +80,7 @@ class AdapterSlots:
         return [slots.enter(*request) for request in enter], time.perf_counter() - began
 
     def loraplex_rehearse(self, int_id: int) -> None:
-        """Puts an adapter of zeros into a slot, as vLLM does while it captures its graphs;
+        """Puts an adapter of zeros into a slot, as vLLM does while it captures its graphs.
         `loraplex_swap` takes it out again.
         """
         slots = self._loraplex()
@@ -93,11 +94,13 @@ class AdapterSlots:
         slots.writer.activate(int_id)
 
     def loraplex_layers(self) -> bytes:
-        """What adapters may change in this model, for worker/engine/vllm/lora/layers.py: `join`."""
+        """What adapters may change in this model, as bytes for `join` of
+        worker/engine/vllm/lora/layers.py.
+        """
         return lora_layers.pack(lora_layers.of_manager(self._loraplex().manager))
 
     def loraplex_slots(self) -> list[int]:
-        """The adapters that are in a slot, as the engine sees it."""
+        """The ids of the adapters that are in a slot, as the engine sees it."""
         return [
             int_id for int_id in self._loraplex().manager.lora_index_to_id if int_id is not None
         ]
@@ -110,8 +113,8 @@ class AdapterSlots:
 
 
 class _RankSlots:
-    """One rank's slots. `lora_manager` is vLLM's LRUCacheWorkerLoRAManager; its `_adapter_manager`
-    owns caches and modules.
+    """The slots of one rank. `lora_manager` is vLLM's LRUCacheWorkerLoRAManager; its
+    `_adapter_manager` owns caches and modules.
     """
 
     def __init__(self, lora_manager: Any) -> None:
@@ -124,10 +127,12 @@ class _RankSlots:
         self.manager.remove_adapter(int_id)
 
     def enter(self, name: str, int_id: int, folder: str) -> str:
+        """Puts the adapter into a slot. Returns "" or the reason why it could not."""
         try:
             self._enter(name, int_id, folder)
         except Exception as exc:
-            # whatever vLLM, safetensors or torch raise: this adapter fails, the engine must not
+            # vLLM, safetensors and torch raise errors of many kinds. This adapter fails; the engine
+            # must not.
             self.remove(int_id)
             return _words(exc)
         return ""
@@ -137,20 +142,20 @@ class _RankSlots:
         if manager.get_adapter(int_id) is None:
             lora = self.staging.take(int_id) or self.staging.read(name, int_id, folder)
             if len(manager) >= manager.capacity:
-                # vLLM would drop one that we believe is there
+                # vLLM would drop an adapter that residency counts as present.
                 raise RuntimeError("No room in host memory for another adapter.")
-            # the last step of its _add_adapter; `read` has done the others
+            # The last step of vLLM's _add_adapter; `read` has done the others.
             manager._registered_adapters[int_id] = lora
         if (
             len(manager._active_adapters) >= manager.lora_slots
             and int_id not in manager._active_adapters
         ):
-            raise RuntimeError("No slot is free.")  # vLLM would take one that may be in use
+            raise RuntimeError("No slot is free.")  # vLLM would take a slot that may be in use
         self.writer.activate(int_id)
 
 
 class _StagingArea:
-    """Adapters that are being prepared, or are prepared and wait for their slot. One thread reads
+    """Adapters that are being prepared, or that are prepared and wait for a slot. One thread reads
     files; every other call comes from the step loop.
     """
 
@@ -158,12 +163,13 @@ class _StagingArea:
         self._lora_manager = lora_manager
         manager = lora_manager._adapter_manager
         manager.model.hf_to_vllm_mapper = lora_layers.names_mapper(manager.model, manager.modules)
+        manager.model.lora_skip_prefixes = lora_layers.skipped_prefixes(manager.model)
         self._row_order = lora_layers.RowOrder(manager.model)
         self._lock = threading.Lock()
         self._ready: dict[int, Any] = {}  # int id -> LoRAModel
-        self._bytes: dict[int, int] = {}  # of those
+        self._bytes: dict[int, int] = {}  # size of each of those
         self._failed: dict[int, str] = {}
-        self._wanted: set[int] = set()  # being prepared, and not dropped meanwhile
+        self._wanted: set[int] = set()  # ids that are being prepared and were not dropped
         lora_manager._lora_model_cls = TracedLoRAModel
         self._templates = FileTemplates(lora_manager.lora_config.lora_dtype)
         device = manager.device
@@ -185,6 +191,7 @@ class _StagingArea:
         self._thread.submit(self._prepare, name, int_id, folder)
 
     def state(self, int_id: int) -> str | None:
+        """None while it is being prepared, "" once it is ready, else the reason why it failed."""
         with self._lock:
             return None if int_id in self._wanted else self._failed.get(int_id, "")
 
@@ -200,15 +207,15 @@ class _StagingArea:
             self._failed.pop(int_id, None)
 
     def read(self, name: str, int_id: int, folder: str) -> Any:
-        """What vLLM's add_adapter does before it registers an adapter, with all weights in one
-        pinned block at the end.
+        """Does what vLLM's add_adapter does before it registers an adapter, and puts all weights
+        into one pinned block.
         """
         return self._templates.read(
             Path(folder), int_id, lambda: self._load_by_vllm(name, int_id, folder)
         )
 
     def _load_by_vllm(self, name: str, int_id: int, folder: str) -> Any:
-        """Has vLLM read the adapter and checks that all of it will be applied."""
+        """Has vLLM read the adapter, and checks that all of it will be applied."""
         from vllm.lora.request import LoRARequest
 
         manager = self._lora_manager._adapter_manager
@@ -248,7 +255,9 @@ class _StagingArea:
 
 
 def _use_device(device: Any) -> None:
-    """A thread begins on device 0, and pinning there would cost rank 3 a context on it."""
+    """A new thread begins on device 0. If rank 3 pinned memory there, it would cost a context on
+    that device.
+    """
     import torch
 
     if device.type == "cuda":
@@ -256,7 +265,9 @@ def _use_device(device: Any) -> None:
 
 
 def _pin_later() -> None:
-    """vLLM pins each tensor as it reads it; `gather_into_block` pins them all at once."""
+    """Stops vLLM from pinning each tensor as it reads it; `gather_into_block` pins them all at
+    once.
+    """
     from vllm.lora import lora_model, model_manager
 
     lora_model.PIN_MEMORY = model_manager.PIN_MEMORY = False

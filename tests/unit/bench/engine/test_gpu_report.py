@@ -1,3 +1,5 @@
+"""Which rows a GPU run measures, and its table."""
+
 from __future__ import annotations
 
 import json
@@ -6,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench.engine.gpu import GpuRecord, GpuRow, read_arguments, rows
+from bench.engine.gpu import GpuRecord, GpuRow, rows
+from bench.engine.gpu_flags import read_arguments
 from bench.engine.gpu_report import ratios
 from bench.engine.gpu_servers import BESIDE_KV_GIB, GIB, SHARE, shared_gpu
 

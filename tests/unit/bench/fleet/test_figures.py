@@ -1,3 +1,5 @@
+"""What a fleet run shows of a worker's death, and of growth."""
+
 from __future__ import annotations
 
 import pytest
@@ -114,6 +116,7 @@ def test_throughput_is_back_when_it_stays_at_nine_tenths_of_what_it_was() -> Non
     assert recovery_s([100] * 40 + [50] * 40, 0.25, 10.0, 2.0) is None
     assert recovery_s([100] * 80, 0.25, 10.0, 2.0) == 0.0
     assert recovery_s([], 0.25, 10.0, 2.0) is None
+    assert recovery_s([100] * 80, 0.25, -1.0, 2.0) is None, "the load had not begun"
 
 
 def test_the_warm_up_does_not_lower_what_throughput_was() -> None:
@@ -143,6 +146,7 @@ def test_policies_are_shown_by_what_was_offered_lowest_first() -> None:
 def test_the_worst_second_is_told_as_a_share_of_what_was_before() -> None:
     assert lowest_share([100] * 40 + [25] * 4 + [100] * 20, 0.25, 10.0, 2.0) == pytest.approx(0.25)
     assert lowest_share([], 0.25, 10.0, 2.0) is None
+    assert lowest_share([100] * 80, 0.25, -1.0, 2.0) is None, "the load had not begun"
 
 
 def test_a_worker_serves_again_with_its_first_answer_after_the_restart() -> None:

@@ -1,3 +1,5 @@
+"""Which rows a fleet run measures, and which it has already."""
+
 from __future__ import annotations
 
 from hypothesis import given

@@ -1,3 +1,5 @@
+"""The figures of a load test, from its requests."""
+
 from __future__ import annotations
 
 import random

@@ -1,8 +1,11 @@
+"""The options of the load test, and which of them contradict each other."""
+
 from __future__ import annotations
 
 import pytest
 
-from bench.load.options import DEFAULT_REQUESTS, Options, UsageError, parse
+from bench.load.flags import DEFAULT_REQUESTS, UsageError
+from bench.load.options import Options, parse
 from bench.load.workload import BaseOnly, Bursts, Fixed, Gamma, LogNormal, Poisson, Zipf
 
 

@@ -1,3 +1,5 @@
+"""How the load test reads an answer: status, events, chunks and errors."""
+
 from __future__ import annotations
 
 import json
@@ -34,7 +36,7 @@ def _chunked(*payloads: bytes, content_type: str = "text/event-stream; charset=u
 
 
 def _read(*parts: bytes, stream: bool = True) -> LoadReply:
-    """Reads the parts at seconds 1, 2, 3, ..."""
+    """Reads the parts at the seconds 1, 2, 3, ..."""
     reply, now = LoadReply(stream=stream, meter=Meter()), 0.0
     for part in parts:
         now += 1.0

@@ -1,3 +1,5 @@
+"""Which requests a load test sends, and when."""
+
 from __future__ import annotations
 
 import random

@@ -1,3 +1,5 @@
+"""The capacity with all slots as one pool."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -22,7 +22,7 @@ def a_fleet(*workers: tuple[int, int, tuple[AdapterRef, ...]]) -> tuple[Fleet, l
     fleet = Fleet(10.0)
     for i, (capacity, running, held) in enumerate(workers):
         adapters = tuple(AdapterState(a.name, a.digest, Tier.GPU) for a in held)
-        fleet.beat(
+        fleet.heartbeat(
             Heartbeat(
                 f"w{i}",
                 1,

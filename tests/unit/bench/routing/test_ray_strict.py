@@ -24,7 +24,7 @@ def a_fleet(
     fleet = Fleet(10.0)
     for i, (running, held) in enumerate(workers):
         adapters = tuple(AdapterState(a.name, a.digest, Tier.GPU) for a in held)
-        fleet.beat(
+        fleet.heartbeat(
             Heartbeat(
                 f"w{i}", 1, 1, "tiny", WorkerState.SERVING, capacity, 16, running, adapters=adapters
             ),
@@ -91,9 +91,17 @@ def test_m1_is_not_tried_again_when_the_holder_frees_within_the_window() -> None
     fleet, workers = a_fleet((9, (PIRATE, HAIKU)), (9, ()))
     policy, request = RayStrict(9), RoutingRequest("tiny", PIRATE)
     assert isinstance(policy.choose(request, fleet, 0.0, random.Random(1)), Defer)
-    fleet.beat(
+    fleet.heartbeat(
         Heartbeat(
-            "w0", 1, 2, "tiny", WorkerState.SERVING, 256, 16, 0, adapters=workers[0].beat.adapters
+            "w0",
+            1,
+            2,
+            "tiny",
+            WorkerState.SERVING,
+            256,
+            16,
+            0,
+            adapters=workers[0].heartbeat.adapters,
         ),
         0.1,
     )
@@ -109,11 +117,11 @@ def test_rounds_back_off_as_ray_does() -> None:
 def test_requests_beyond_the_routing_tasks_wait_behind_the_others_even_for_an_idle_holder() -> None:
     """W4: two replicas, four tasks."""
     fleet, _ = a_fleet((9, (PIRATE,)), (0, (HAIKU, OTHER)), capacity=9)
-    fleet.beat(Heartbeat("w1", 1, 2, "tiny", WorkerState.SERVING, 9, 16, 9, adapters=()), 0.0)
+    fleet.heartbeat(Heartbeat("w1", 1, 2, "tiny", WorkerState.SERVING, 9, 16, 9, adapters=()), 0.0)
     policy, rng = RayStrict(9), random.Random(1)
     stuck = [RoutingRequest("tiny", PIRATE) for _ in range(4)]
     assert all(isinstance(policy.choose(request, fleet, 0.0, rng), Defer) for request in stuck)
-    fleet.beat(
+    fleet.heartbeat(
         Heartbeat(
             "w1",
             1,

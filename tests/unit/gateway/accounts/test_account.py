@@ -1,3 +1,5 @@
+"""What one key may use, and what it has used."""
+
 from __future__ import annotations
 
 from gateway.accounts.account import ANONYMOUS, Account

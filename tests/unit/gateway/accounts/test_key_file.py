@@ -1,3 +1,5 @@
+"""The keys file: what each line means, and what is refused."""
+
 from __future__ import annotations
 
 import hashlib

@@ -1,3 +1,5 @@
+"""Which account a key belongs to, also after the file has changed."""
+
 from __future__ import annotations
 
 import pytest
@@ -66,6 +68,30 @@ def test_operators_need_an_admin_key_and_an_ordinary_one_does_not_suffice() -> N
     with pytest.raises(Forbidden):
         KeyRing({digest_of(KEY): TENANT}, local=False).check_admin(f"Bearer {KEY}", 0.0)
     KeyRing({digest_of(KEY): TENANT}).check_admin(f"Bearer {KEY}", 0.0)
+
+
+def test_no_key_of_a_tenant_is_an_operators_even_where_only_this_machine_can_reach_it() -> None:
+    """A proxy on the same machine brings everybody's requests to a loopback address."""
+    ring = KeyRing({digest_of(KEY): TENANT}, local=True, apart=True)
+    for sent in (f"Bearer {KEY}", "Bearer wrong", ""):
+        with pytest.raises(Forbidden, match="admin_keys"):
+            ring.check_admin(sent, 0.0)
+
+
+def test_names_of_tenants_are_shown_to_whom_they_concern() -> None:
+    sent, operator = f"Bearer {KEY}", digest_of("operator")
+    expired = {digest_of(KEY): Account(name="a", expires=1.0)}
+    for ring, seen in (
+        (KeyRing(), {"": True, sent: True}),
+        (KeyRing({digest_of(KEY): TENANT}), {"": False, "Bearer wrong": False, sent: True}),
+        (KeyRing(expired), {sent: False}),
+        (
+            KeyRing({digest_of(KEY): TENANT}, [operator], apart=True),
+            {"": False, sent: False, "Bearer operator": True},
+        ),
+    ):
+        for authorization, expected in seen.items():
+            assert ring.sees_tenants(authorization, 2.0) is expected, authorization
 
 
 def test_no_error_repeats_the_key_that_was_sent() -> None:

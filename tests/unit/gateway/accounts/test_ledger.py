@@ -1,3 +1,5 @@
+"""The ledger: what each account has used, by time."""
+
 from __future__ import annotations
 
 import asyncio
@@ -12,17 +14,17 @@ from gateway.accounts.ledger import Ledger
 
 
 def around() -> tuple[float, float]:
-    """From well before this test to well after it, in seconds of the Unix epoch."""
+    """From well before this test to well after it, in seconds since 1970."""
     return time.time() - 300, time.time() + 300
 
 
 async def test_what_was_used_is_summed_by_key_base_and_adapter(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
-    ledger.note("a", "llama", "x", 10, 100)
-    ledger.note("a", "llama", "", 1, 2)
+    ledger.note(("a", "llama", "x"), 10, 100)
+    ledger.note(("a", "llama", ""), 1, 2)
     await ledger.flush()
-    ledger.note("a", "llama", "x", 10, 100)
-    ledger.note("b", "llama", "x", 5, 7)
+    ledger.note(("a", "llama", "x"), 10, 100)
+    ledger.note(("b", "llama", "x"), 5, 7)
     found = await ledger.query(*around(), ["key"])
     assert found == [
         {"key": "a", "requests": 3, "prompt_tokens": 21, "output_tokens": 202},
@@ -41,8 +43,8 @@ async def test_two_processes_write_to_the_same_files_and_either_tells_of_both(
     tmp_path: Path,
 ) -> None:
     one, two = Ledger(tmp_path), Ledger(tmp_path)
-    one.note("a", "llama", "", 1, 1)
-    two.note("a", "llama", "", 1, 1)
+    one.note(("a", "llama", ""), 1, 1)
+    two.note(("a", "llama", ""), 1, 1)
     await asyncio.gather(one.flush(), two.flush())
     assert (await two.query(*around(), ["key"]))[0]["requests"] == 2
     await one.close()
@@ -56,7 +58,7 @@ from gateway.accounts.ledger import Ledger
 
 async def main():
     ledger = Ledger(Path(sys.argv[1]))
-    ledger.note("a", "llama", "", 1, 1)
+    ledger.note(("a", "llama", ""), 1, 1)
     await ledger.flush()
     print("written", flush=True)
     await asyncio.sleep(60)
@@ -82,9 +84,9 @@ async def test_what_cannot_be_written_is_kept_until_it_can(tmp_path: Path) -> No
     folder = tmp_path / "usage"
     folder.write_text("in the way")
     ledger = Ledger(folder)
-    ledger.note("a", "llama", "", 1, 1)
+    ledger.note(("a", "llama", ""), 1, 1)
     await ledger.flush()
-    ledger.note("a", "llama", "", 1, 1)
+    ledger.note(("a", "llama", ""), 1, 1)
     await ledger.flush()
     folder.unlink()
     assert (await ledger.query(*around(), ["key"]))[0]["requests"] == 2
@@ -95,7 +97,7 @@ async def test_months_beyond_those_that_are_kept_are_removed(tmp_path: Path) -> 
     for month in ("2020-01", "2020-02", "2020-03"):
         sqlite3.connect(tmp_path / f"usage-{month}.sqlite").close()
     ledger = Ledger(tmp_path, months=2)
-    ledger.note("a", "llama", "", 1, 1)
+    ledger.note(("a", "llama", ""), 1, 1)
     await ledger.flush()
     names = sorted(name for name in os.listdir(tmp_path) if name.endswith(".sqlite"))
     assert len(names) == 2 and names[0] == "usage-2020-03.sqlite"
@@ -104,7 +106,7 @@ async def test_months_beyond_those_that_are_kept_are_removed(tmp_path: Path) -> 
 
 async def test_usage_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "usage")
-    ledger.note("a", "llama", "", 1, 1)
+    ledger.note(("a", "llama", ""), 1, 1)
     await ledger.flush()
     assert (tmp_path / "usage").stat().st_mode & 0o077 == 0
     assert all(p.stat().st_mode & 0o077 == 0 for p in (tmp_path / "usage").iterdir())

@@ -1,3 +1,5 @@
+"""Aliases: which adapter a user gets, and how shares are kept."""
+
 from __future__ import annotations
 
 import hashlib
@@ -9,9 +11,9 @@ from hypothesis import strategies as st
 
 from gateway.adapters.aliases import (
     Alias,
+    AliasShare,
     AliasState,
     RollbackRecord,
-    Share,
     from_config,
     in_force,
     pick,
@@ -20,13 +22,13 @@ from gateway.adapters.aliases import (
     without_alias,
 )
 from shared.config.aliases import AliasConfig, RollbackConfig, plain_alias
-from shared.config.parts import LoraConfig
+from shared.config.llm_sections import LoraConfig
 from shared.config.section import read_section
 from shared.errors import ConfigError
 
 USERS = [hashlib.sha256(str(i).encode()).digest() for i in range(4000)]
 SHARES = st.lists(
-    st.builds(Share, st.sampled_from(["v1", "v2", "v3", "v4", "v5"]), st.floats(0.1, 100)),
+    st.builds(AliasShare, st.sampled_from(["v1", "v2", "v3", "v4", "v5"]), st.floats(0.1, 100)),
     min_size=1,
     max_size=5,
     unique_by=lambda s: s.adapter,
@@ -34,11 +36,11 @@ SHARES = st.lists(
 TRIP = RollbackRecord("too many errors", 1.0)
 
 
-def shares(**weights: float) -> tuple[Share, ...]:
-    return tuple(Share(adapter, weight) for adapter, weight in weights.items())
+def shares(**weights: float) -> tuple[AliasShare, ...]:
+    return tuple(AliasShare(adapter, weight) for adapter, weight in weights.items())
 
 
-def who(alias: str, parts: tuple[Share, ...]) -> dict[bytes, str]:
+def who(alias: str, parts: tuple[AliasShare, ...]) -> dict[bytes, str]:
     return {user: pick(alias, parts, user).adapter for user in USERS}
 
 
@@ -51,12 +53,13 @@ def moved(before: dict[bytes, str], after: dict[bytes, str]) -> Counter[tuple[st
 
 @given(parts=SHARES, user=st.binary(max_size=40))
 def test_a_user_stays_with_one_share_in_whatever_order_they_stand_and_however_weights_are_scaled(
-    parts: tuple[Share, ...], user: bytes
+    parts: tuple[AliasShare, ...], user: bytes
 ) -> None:
     chosen = pick("prod", parts, user).adapter
     assert pick("prod", parts[::-1], user).adapter == chosen
     assert (
-        pick("prod", tuple(Share(s.adapter, s.weight * 8) for s in parts), user).adapter == chosen
+        pick("prod", tuple(AliasShare(s.adapter, s.weight * 8) for s in parts), user).adapter
+        == chosen
     )
 
 
@@ -80,9 +83,9 @@ def test_a_share_that_is_rolled_back_moves_its_own_users_and_nobody_else() -> No
 
 @given(parts=SHARES.filter(lambda p: len(p) > 1), factor=st.floats(1.1, 10))
 def test_a_weight_that_grows_moves_users_only_to_it(
-    parts: tuple[Share, ...], factor: float
+    parts: tuple[AliasShare, ...], factor: float
 ) -> None:
-    grown = (Share(parts[0].adapter, parts[0].weight * factor), *parts[1:])
+    grown = (AliasShare(parts[0].adapter, parts[0].weight * factor), *parts[1:])
     for user in USERS[:200]:
         before, after = pick("prod", parts, user), pick("prod", grown, user)
         assert after.adapter in (before.adapter, grown[0].adapter)
@@ -160,11 +163,13 @@ def test_two_gateways_that_roll_back_different_shares_leave_one() -> None:
         ([{"adapter": "v7", "weight": 90}, {"adapter": "v8", "weight": 10}], shares(v7=90, v8=10)),
         (
             {"shares": [{"adapter": "team/v7@0123abcd", "weight": 0.5}]},
-            (Share("team/v7@0123abcd", 0.5),),
+            (AliasShare("team/v7@0123abcd", 0.5),),
         ),
     ],
 )
-def test_an_alias_may_be_written_short_or_long(raw: object, expected: tuple[Share, ...]) -> None:
+def test_an_alias_may_be_written_short_or_long(
+    raw: object, expected: tuple[AliasShare, ...]
+) -> None:
     section, findings = read_section(AliasConfig, plain_alias(raw), ())
     assert section is not None and not findings
     assert from_config(section) == Alias(expected, RollbackConfig())

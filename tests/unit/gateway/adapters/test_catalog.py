@@ -1,3 +1,5 @@
+"""The catalog of adapters: listings of a real local store, and what is remembered of them."""
+
 from __future__ import annotations
 
 import asyncio
@@ -21,7 +23,7 @@ LIMIT_S = 20
 
 
 class Watched(LocalStore):
-    """The real local store, whose door can be held, and which writes down what it was asked."""
+    """The real local store. A test can hold its answers, and read what it was asked."""
 
     def __init__(self, root: str) -> None:
         super().__init__(root)
@@ -340,7 +342,7 @@ async def test_to_look_again_after_a_removal_is_not_found(root: Path) -> None:
 
 
 async def test_to_look_again_while_the_store_is_down_forgets_nothing(root: Path) -> None:
-    """What the store once showed stays usable while the store is down: workers may still hold that
+    """What the store once showed stays usable while it is down, because workers may still hold that
     version.
     """
     catalog, _ = a_catalog(root)

@@ -1,10 +1,12 @@
+"""Pins: which adapters are wanted, what workers are told, and how both are shown."""
+
 from __future__ import annotations
 
 import pytest
 
-from gateway.adapters.pins import Pins, PinState, orders
+from gateway.adapters.pins import Pins, PinState, missing_commands
 from gateway.adapters.usage import MAX_RECORDS, AdapterUsage
-from gateway.admin.views import STATES, row, state_of
+from gateway.admin.adapter_views import STATES, row, state_of
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import InvalidAdapter, InvalidRequest, Overloaded, TooManyPins
 from shared.link.messages import AdapterAction, AdapterState, Tier
@@ -82,12 +84,12 @@ def held(*states: AdapterState) -> dict[tuple[str, str], AdapterState]:
 def test_a_worker_is_told_what_it_lacks_and_an_old_version_stays_pinned_until_the_new_one_is(
     states: list[AdapterState], expected: list[tuple[AdapterAction, tuple[str, str]]]
 ) -> None:
-    assert list(orders({"a": "d"}, {"p": "d"}, held(*states), ())) == expected
+    assert list(missing_commands({"a": "d"}, {"p": "d"}, held(*states), ())) == expected
 
 
 def test_what_was_preloaded_once_may_leave_and_what_nobody_knows_is_left_alone() -> None:
-    assert list(orders({}, {"p": "d"}, {}, {("p", "d")})) == []
-    assert list(orders({"a": None}, {}, held(on("a", pinned=True)), ())) == []
+    assert list(missing_commands({}, {"p": "d"}, {}, {("p", "d")})) == []
+    assert list(missing_commands({"a": None}, {}, held(on("a", pinned=True)), ())) == []
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+"""Which version of an adapter answers while a new one is being prepared."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -8,11 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gateway.adapters import versions as module
-from gateway.adapters.version_queries import (
+from gateway.adapters.version_placement import (
     CacheVersion,
     LoadVersion,
-    NobodyServes,
     NothingToPrepare,
+    NoWorkerServes,
     Prepare,
     in_engines,
     in_flight,
@@ -321,7 +323,9 @@ def test_a_listing_of_very_many_names_looks_only_at_those_that_were_served() -> 
 def fleet(**workers: tuple[AdapterState, ...]) -> Fleet:
     found = Fleet(3.0)
     for name, adapters in workers.items():
-        found.beat(Heartbeat(name, 1, 1, "tiny", WorkerState.SERVING, 8, 4, adapters=adapters), 0.0)
+        found.heartbeat(
+            Heartbeat(name, 1, 1, "tiny", WorkerState.SERVING, 8, 4, adapters=adapters), 0.0
+        )
         found.attach(name, 1)
     return found
 
@@ -358,7 +362,7 @@ def test_where_no_engine_has_the_old_one_its_home_caches_it_if_it_was_served_lat
     home = Rendezvous().order(("a", "bbbb"), found.pool("tiny"))[0].id
     assert where(found) == home
     assert where(found, Prepare(A, B, False)) is NothingToPrepare
-    assert where(fleet()) is NobodyServes
+    assert where(fleet()) is NoWorkerServes
 
 
 def test_requests_in_flight_are_counted_over_all_engines_that_have_it() -> None:
@@ -377,8 +381,8 @@ DIGESTS = st.sampled_from(["d1", "d2", "d3", "bad"])
 
 
 class VersionMachine(RuleBasedStateMachine):
-    """The store changes at will, preparations end at will; what answers is compared with the
-    rules.
+    """The store changes at any time, and preparations end at any time. The version that answers is
+    compared with the rules.
     """
 
     def __init__(self) -> None:

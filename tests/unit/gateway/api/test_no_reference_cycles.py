@@ -1,25 +1,31 @@
+"""A request that has ended is freed at once, without the garbage collector."""
+
 from __future__ import annotations
 
 import asyncio
 import gc
 import random
 import time
+from pathlib import Path
 
 from gateway.accounts.keys import Keys
 from gateway.accounts.ledger import Ledger
 from gateway.accounts.limiter import Limiter
+from gateway.accounts.shared_limits import SharedLimits
 from gateway.adapters.resolver import Resolver
 from gateway.adapters.usage import AdapterUsage
 from gateway.api.accounting import Accounting
+from gateway.api.deadlines import Deadlines
 from gateway.api.exchange import GenerationServices, RequestLimits
 from gateway.api.generate import GenerationAPI
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.queue.admission import Admission
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.fleet.fleet import Fleet
-from gateway.http.browsers import BrowserPolicy
-from gateway.http.intake import BodyIntake, BodyLimits
-from gateway.http.server import Connection, ConnectionLimits, Server
+from gateway.http.body_reader import BodyLimits, BodyReader
+from gateway.http.browser_policy import BrowserPolicy
+from gateway.http.connection import Connection
+from gateway.http.server import ConnectionLimits, Server
 from gateway.routing.registry import make_policy
 from gateway.telemetry.access_log import AccessLog
 from gateway.telemetry.prometheus import Metrics
@@ -74,7 +80,7 @@ async def never(request: object) -> object:
     raise AssertionError("a plain request went to aiohttp")
 
 
-async def test_a_request_that_has_ended_leaves_nothing_for_the_collector() -> None:
+async def test_a_request_that_has_ended_leaves_nothing_for_the_collector(tmp_path: Path) -> None:
     metrics, fleet = Metrics(), Fleet(3.0, {})
     dispatcher = Dispatcher(
         fleet,
@@ -93,11 +99,12 @@ async def test_a_request_that_has_ended_leaves_nothing_for_the_collector() -> No
             resolver,
             metrics,
             Keys(),
-            Accounting(Limiter(), Ledger(), metrics),
+            Accounting(Limiter(SharedLimits(tmp_path / "limits", 0)), Ledger(), metrics),
             limits,
             AccessLog("g0", "error"),
             AdapterUsage(),
             asyncio.get_running_loop(),
+            Deadlines(asyncio.get_running_loop()),
         ),
         BrowserPolicy(GatewayConfig(host="0.0.0.0")),
     )
@@ -105,13 +112,15 @@ async def test_a_request_that_has_ended_leaves_nothing_for_the_collector() -> No
         never,
         fast_path=generation.fast_path,
         paths=frozenset({PATH}),
-        intake=BodyIntake(BodyLimits(1 << 20, 1 << 20)),
+        intake=BodyReader(BodyLimits(1 << 20, 1 << 20)),
         limits=ConnectionLimits(75.0),
     )
     peer = messages.identity("w0", 1)
-    beat = messages.Heartbeat("w0", 1, 1, "base", messages.WorkerState.SERVING, capacity=8, slots=2)
-    dispatcher.on_control(peer, messages.encode(beat))
-    dispatcher.on_data(peer, messages.encode(messages.Attach("w0", 1)))
+    heartbeat = messages.Heartbeat(
+        "w0", 1, 1, "base", messages.WorkerState.SERVING, capacity=8, slots=2
+    )
+    dispatcher.inbox.on_control(peer, messages.encode(heartbeat))
+    dispatcher.inbox.on_data(peer, messages.encode(messages.Attach("w0", 1)))
     connection, written = Connection(http_server), Written()
     connection.connection_made(written)
 
@@ -124,20 +133,20 @@ async def test_a_request_that_has_ended_leaves_nothing_for_the_collector() -> No
             messages.Done(sid, 10, 64, 0.0, 0.0, messages.Tier.GPU),
         )
         if stream:
-            dispatcher.on_data(
+            dispatcher.inbox.on_data(
                 peer,
                 messages.encode(
                     messages.Step([(sid, status | messages.SSE, b"data: {}\n\n", b"")], [])
                 ),
             )
-            dispatcher.on_data(
+            dispatcher.inbox.on_data(
                 peer,
                 messages.encode(
                     messages.Step([(sid, messages.END, b"data: [DONE]\n\n", b"")], [done])
                 ),
             )
         else:
-            dispatcher.on_data(
+            dispatcher.inbox.on_data(
                 peer,
                 messages.encode(messages.Step([(sid, status | messages.END, b"{}", b"")], [done])),
             )

@@ -1,3 +1,7 @@
+"""The dispatcher: from admission to the end of each request, with real parts and a link that is
+played.
+"""
+
 from __future__ import annotations
 
 import itertools
@@ -10,11 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gateway.dispatch.dispatcher import Dispatcher
-from gateway.dispatch.journal import JournalBounds
 from gateway.dispatch.lifecycle import MAX_ATTEMPTS, RequestPhase
 from gateway.dispatch.queue.admission import Admission
 from gateway.dispatch.request import ClientRequest, InFlightRequest, RequestedModel
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
+from gateway.dispatch.streams.journal import JournalBounds
 from gateway.fleet.fleet import Fleet
 from gateway.routing.registry import POLICIES, make_policy
 from gateway.telemetry.prometheus import Metrics
@@ -37,7 +41,7 @@ HEAD = 200 << messages.STATUS_SHIFT | messages.SSE
 
 
 class Wires:
-    """A Transport. What a worker gets is kept; `state` says what its data socket
+    """A Transport. It keeps what each worker gets. `state` says what the worker's data socket
     answers.
     """
 
@@ -71,14 +75,14 @@ class Wires:
 
 
 class Kept:
-    """A Sink that checks the order of what it is told. `takes` False: the client does not read."""
+    """A Sink that checks the order of its calls. With `takes` False the client does not read."""
 
     def __init__(self) -> None:
         self.status: int | None = None
         self.parts: list[bytes] = []
         self.comments: list[bytes] = []
         self.error: LoraplexError | None = None
-        self.ended = self.takes = False
+        self.ended = self.takes = self.sse = False
         self.takes = True
 
     def comment(self, text: bytes) -> None:
@@ -86,9 +90,9 @@ class Kept:
         self.comments.append(text)
 
     def head(self, status: int, sse: bool, data: bytes, end: bool) -> None:
-        assert self.status is None and not self.over, "a second head, or a head after the end"
-        self.status = status
-        self.parts.append(data)
+        assert not self.sse and not self.over, "a second head of a stream, or a head after the end"
+        self.status, self.sse = status, sse
+        self.parts = [data]
         self.ended = end
 
     def more(self, data: bytes, end: bool) -> bool:
@@ -112,7 +116,7 @@ JOURNALS = JournalBounds(1000, 1 << 20)
 
 
 class Room:
-    """A dispatcher with everything real around it but the link and the clock."""
+    """A dispatcher with real parts, except for the link and the clock."""
 
     def __init__(
         self,
@@ -138,7 +142,7 @@ class Room:
         )
         self._seq = itertools.count(1)
 
-    def beat(
+    def heartbeat(
         self,
         worker: str,
         epoch: int = 1,
@@ -146,17 +150,21 @@ class Room:
         state: messages.WorkerState = messages.WorkerState.SERVING,
         **more: object,
     ) -> None:
-        beat = messages.Heartbeat(worker, epoch, next(self._seq), "tiny", state, capacity=capacity)
-        beat = msgspec.structs.replace(beat, **more)
-        self.dispatcher.on_control(messages.identity(worker, epoch), messages.encode(beat))
+        heartbeat = messages.Heartbeat(
+            worker, epoch, next(self._seq), "tiny", state, capacity=capacity
+        )
+        heartbeat = msgspec.structs.replace(heartbeat, **more)
+        self.dispatcher.inbox.on_control(
+            messages.identity(worker, epoch), messages.encode(heartbeat)
+        )
 
     def attach(self, worker: str, epoch: int = 1) -> None:
-        self.dispatcher.on_data(
+        self.dispatcher.inbox.on_data(
             messages.identity(worker, epoch), messages.encode(messages.Attach(worker, epoch))
         )
 
     def worker(self, worker: str, epoch: int = 1, capacity: int = 1, **more: object) -> None:
-        self.beat(worker, epoch, capacity, **more)  # type: ignore[arg-type]
+        self.heartbeat(worker, epoch, capacity, **more)  # type: ignore[arg-type]
         self.attach(worker, epoch)
 
     def frames(
@@ -166,7 +174,7 @@ class Room:
         done: list[messages.Done] | None = None,
         epoch: int = 1,
     ) -> None:
-        self.dispatcher.on_data(
+        self.dispatcher.inbox.on_data(
             messages.identity(worker, epoch),
             messages.encode(messages.Step([(*f, b"")[:4] for f in frames], done or [])),
         )
@@ -181,7 +189,7 @@ class Room:
         leaving: bool = False,
     ) -> None:
         step = messages.Step([], [], [messages.Refused(sid, code, "why", retryable, leaving)])
-        self.dispatcher.on_data(messages.identity(worker, epoch), messages.encode(step))
+        self.dispatcher.inbox.on_data(messages.identity(worker, epoch), messages.encode(step))
 
     def inflight(
         self,
@@ -226,7 +234,9 @@ MakeRoom = Callable[..., Room]
 
 @pytest.fixture
 def make_room() -> Iterator[MakeRoom]:
-    """Whatever a test does, nothing of ours may raise, and the books agree at its end."""
+    """Makes rooms. At the end of the test nothing of ours may have raised, and the books must
+    agree.
+    """
     rooms: list[Room] = []
 
     def make(*args: object, **settings: object) -> Room:
@@ -253,13 +263,13 @@ def test_a_request_goes_to_a_worker_and_its_answer_to_the_client(room: Room) -> 
     assert room.wires.generated() == [
         ("w0", messages.Generate(inflight.sid, "/v1/completions", "r", b"{}"))
     ]
-    assert room.reserved() == {"w0": 1} and inflight.life.phase is RequestPhase.SENT
+    assert room.reserved() == {"w0": 1} and inflight.lifecycle.phase is RequestPhase.SENT
     room.frames("w0", (inflight.sid, HEAD, b"a"), (inflight.sid, 0, b"b"))
-    assert inflight.life.phase is RequestPhase.STREAMING and room.reserved() == {"w0": 1}
+    assert inflight.lifecycle.phase is RequestPhase.STREAMING and room.reserved() == {"w0": 1}
     room.frames("w0", (inflight.sid, messages.END, b"c"), done=[messages.Done(inflight.sid, 3, 4)])
     assert (sink.status, b"".join(sink.parts), sink.ended) == (200, b"abc", True)
     assert (
-        inflight.life.phase is RequestPhase.FINISHED
+        inflight.lifecycle.phase is RequestPhase.FINISHED
         and room.reserved() == {"w0": 0}
         and room.dispatcher.open_requests == 0
     )
@@ -273,7 +283,7 @@ def test_an_answer_in_one_frame_is_head_and_end(room: Room) -> None:
     room.frames("w0", (inflight.sid, 400 << messages.STATUS_SHIFT | messages.END, b"{}"))
     assert (
         (sink.status, sink.ended) == (400, True)
-        and inflight.life.phase is RequestPhase.FINISHED
+        and inflight.lifecycle.phase is RequestPhase.FINISHED
         and room.reserved() == {"w0": 0}
     )
 
@@ -282,20 +292,22 @@ def test_the_files_of_an_adapter_travel_unless_it_is_on_the_gpu(room: Room) -> N
     room.worker("w0", capacity=9)
     room.submit(PIRATE)
     loading = (messages.AdapterState("pirate", "d", messages.Tier.DISK, True),)
-    room.beat("w0", capacity=9, adapters=loading)
+    room.heartbeat("w0", capacity=9, adapters=loading)
     room.submit(PIRATE)
-    room.beat("w0", capacity=9, adapters=(messages.AdapterState("pirate", "d", messages.Tier.GPU),))
+    room.heartbeat(
+        "w0", capacity=9, adapters=(messages.AdapterState("pirate", "d", messages.Tier.GPU),)
+    )
     room.submit(PIRATE)
     room.submit()
     sent = [(m.adapter, m.stored) for _, m in room.wires.generated()]
     assert sent == [(PIRATE, STORED), (PIRATE, STORED), (PIRATE, None), (None, None)]
 
 
-def test_a_first_beat_is_welcomed_once(room: Room) -> None:
-    room.beat("w0")
-    room.beat("w0")
+def test_a_first_heartbeat_is_welcomed_once(room: Room) -> None:
+    room.heartbeat("w0")
+    room.heartbeat("w0")
     assert [(p, type(m)) for p, m in room.wires.control] == [(b"w0#1", messages.Welcome)]
-    room.beat("w0", epoch=2)
+    room.heartbeat("w0", epoch=2)
     assert [p for p, _ in room.wires.control] == [b"w0#1", b"w0#2"]
 
 
@@ -313,8 +325,8 @@ def test_messages_that_do_not_decode_are_counted_and_dropped(room: Room) -> None
     room.worker("w0")
     inflight, sink = room.submit()
     for junk in (b"", b"\xc1", b"junk", messages.encode(messages.Alive("g"))):
-        room.dispatcher.on_control(b"x", junk)
-        room.dispatcher.on_data(b"x", junk)
+        room.dispatcher.inbox.on_control(b"x", junk)
+        room.dispatcher.inbox.on_data(b"x", junk)
     assert room.counted("loraplex_undecodable_messages_total", socket="control") == 4
     assert room.counted("loraplex_undecodable_messages_total", socket="data") == 4
     room.frames("w0", (inflight.sid, HEAD | messages.END, b"x"))
@@ -323,12 +335,12 @@ def test_messages_that_do_not_decode_are_counted_and_dropped(room: Room) -> None
 
 def test_a_message_with_broken_text_is_counted_and_dropped_too(room: Room) -> None:
     attach = messages.encode(messages.Attach("aaaa", 1)).replace(b"aaaa", b"\xff\xff\xff\xff")
-    room.dispatcher.on_data(b"x", attach)
+    room.dispatcher.inbox.on_data(b"x", attach)
     assert room.counted("loraplex_undecodable_messages_total", socket="data") == 1
 
 
-def test_a_beat_of_another_protocol_is_counted_and_joins_nobody(room: Room) -> None:
-    room.beat("w0", protocol=messages.PROTOCOL_VERSION + 1)
+def test_a_heartbeat_of_another_protocol_is_counted_and_joins_nobody(room: Room) -> None:
+    room.heartbeat("w0", protocol=messages.PROTOCOL_VERSION + 1)
     assert (
         len(room.fleet) == 0
         and room.counted("loraplex_undecodable_messages_total", socket="protocol") == 1
@@ -343,24 +355,26 @@ def test_requests_without_room_wait_in_order_and_each_end_lets_the_next_one_go(r
     requests = [room.submit()[0] for _ in range(3)]
     assert room.dispatcher.queued("tiny") == 2 and len(room.wires.generated()) == 1
     for i, inflight in enumerate(requests):
-        assert len(room.wires.generated()) == i + 1 and inflight.life.phase is RequestPhase.SENT
+        assert (
+            len(room.wires.generated()) == i + 1 and inflight.lifecycle.phase is RequestPhase.SENT
+        )
         room.frames("w0", (inflight.sid, HEAD | messages.END, b"x"))
     assert room.dispatcher.open_requests == 0 and room.dispatcher.queued("tiny") == 0
 
 
-@pytest.mark.parametrize("news", ["beat", "attach"])
+@pytest.mark.parametrize("news", ["heartbeat", "attach"])
 def test_a_worker_that_comes_gets_what_waits(room: Room, news: str) -> None:
-    if news == "beat":
+    if news == "heartbeat":
         room.worker("w0", state=messages.WorkerState.JOINING, capacity=0)
     else:
-        room.beat("w0")
+        room.heartbeat("w0")
     inflight, _ = room.submit()
-    assert inflight.life.phase is RequestPhase.QUEUED
-    if news == "beat":
-        room.beat("w0")
+    assert inflight.lifecycle.phase is RequestPhase.QUEUED
+    if news == "heartbeat":
+        room.heartbeat("w0")
     else:
         room.attach("w0")
-    assert inflight.life.phase is RequestPhase.SENT and inflight.ticket is None
+    assert inflight.lifecycle.phase is RequestPhase.SENT and inflight.ticket is None
 
 
 def test_a_full_queue_is_overloaded_and_says_when_to_come_back(make_room: MakeRoom) -> None:
@@ -401,7 +415,7 @@ def test_a_request_that_waits_too_long_is_overloaded_and_was_never_sent(room: Ro
     room.dispatcher.tick()
     assert isinstance(sink.error, Overloaded) and sink.error.retry_after_s
     assert (
-        inflight.life.phase is RequestPhase.FAILED
+        inflight.lifecycle.phase is RequestPhase.FAILED
         and room.dispatcher.open_requests == 0
         and not room.wires.data
     )
@@ -415,7 +429,7 @@ def test_a_retryable_refusal_is_tried_again_under_a_new_stream(room: Room) -> No
     inflight, sink = room.submit()
     first = inflight.sid
     room.refuse("w0", first)
-    assert inflight.sid != first and inflight.life.phase is RequestPhase.SENT and not sink.over
+    assert inflight.sid != first and inflight.lifecycle.phase is RequestPhase.SENT and not sink.over
     assert room.counted("loraplex_retries_total") == 1 and room.reserved() == {"w0": 1}
     room.frames("w0", (first, HEAD, b"late"))
     assert sink.status is None and ("w0", first) in room.wires.cancelled()
@@ -439,8 +453,8 @@ def test_a_request_is_tried_a_bounded_number_of_times_and_then_fails_with_the_la
 def test_a_refused_request_goes_to_another_worker_if_there_is_one_with_room(
     make_room: MakeRoom, seed: int
 ) -> None:
-    """The one that refused has the least load now and, for an adapter, is its only holder: whoever
-    asks it again is refused again.
+    """The worker that refused has the least load, and it is the adapter's only holder. So it would
+    be asked again and refuse again.
     """
     room = make_room(seed=seed)
     room.worker(
@@ -456,21 +470,21 @@ def test_a_refused_request_goes_to_another_worker_if_there_is_one_with_room(
 def test_a_request_that_a_leaving_worker_gives_back_waits_for_another_one(
     room: Room,
 ) -> None:
-    """Word of the end comes on two sockets; before the heartbeats have said it, the same worker
-    would be asked until no attempt is left.
+    """The end of the worker is reported on two sockets. Before its heartbeats say it, the same
+    worker would be asked until no attempt is left.
     """
     room.worker("w0", capacity=8)
     requests = [room.submit() for _ in range(3)]
     for inflight, _ in requests:
         room.refuse("w0", inflight.sid, "engine_error", leaving=True)
-        room.beat("w0", capacity=8)  # it left the worker before the end did
-    assert [inflight.life.phase for inflight, _ in requests] == [RequestPhase.QUEUED] * 3 and len(
-        room.wires.generated()
-    ) == 3
+        room.heartbeat("w0", capacity=8)  # it left the worker before the end did
+    assert [inflight.lifecycle.phase for inflight, _ in requests] == [
+        RequestPhase.QUEUED
+    ] * 3 and len(room.wires.generated()) == 3
     later, _ = room.submit()
-    assert later.life.phase is RequestPhase.QUEUED
+    assert later.lifecycle.phase is RequestPhase.QUEUED
     room.worker("w0", epoch=2, capacity=8)
-    assert [inflight.life.phase for inflight, _ in [*requests, (later, None)]] == [
+    assert [inflight.lifecycle.phase for inflight, _ in [*requests, (later, None)]] == [
         RequestPhase.SENT
     ] * 4
 
@@ -479,7 +493,9 @@ def test_a_refusal_that_is_final_is_told_to_the_client(room: Room) -> None:
     room.worker("w0")
     inflight, sink = room.submit(PIRATE)
     room.refuse("w0", inflight.sid, "invalid_adapter", retryable=False)
-    assert isinstance(sink.error, InvalidAdapter) and inflight.life.phase is RequestPhase.FAILED
+    assert (
+        isinstance(sink.error, InvalidAdapter) and inflight.lifecycle.phase is RequestPhase.FAILED
+    )
     assert len(room.wires.generated()) == 1 and room.reserved() == {"w0": 0}
 
 
@@ -493,7 +509,7 @@ def test_a_version_that_the_store_does_not_show_is_looked_for_on_another_worker(
         inflight, _ = room.submit(PIRATE, elsewhere=elsewhere)
         first = inflight.choice.worker.id  # type: ignore[union-attr]
         room.refuse(first, inflight.sid, "adapter_not_found", retryable=False)
-        assert inflight.life.phase is phase
+        assert inflight.lifecycle.phase is phase
         assert (inflight.choice.worker.id != first) is elsewhere  # type: ignore[union-attr]
 
 
@@ -511,16 +527,16 @@ def test_a_refusal_after_the_first_frame_fails_the_stream_and_is_not_retried(roo
 
 def lose_by_lease(room: Room) -> None:
     room.now += LEASE_S
-    room.beat("w1")
+    room.heartbeat("w1")
     room.dispatcher.tick()
 
 
 def lose_by_restart(room: Room) -> None:
-    room.beat("w0", epoch=2, capacity=0)
+    room.heartbeat("w0", epoch=2, capacity=0)
 
 
 def lose_by_word(room: Room) -> None:
-    room.beat("w0", state=messages.WorkerState.STOPPED)
+    room.heartbeat("w0", state=messages.WorkerState.STOPPED)
 
 
 losses = pytest.mark.parametrize("lose", [lose_by_lease, lose_by_restart, lose_by_word])
@@ -537,7 +553,7 @@ def test_a_worker_lost_before_the_first_frame_costs_time_only(
     assert [w for w, _ in room.wires.generated()] == [
         "w0",
         "w1",
-    ] and inflight.life.phase is RequestPhase.SENT
+    ] and inflight.lifecycle.phase is RequestPhase.SENT
     room.frames("w1", (inflight.sid, HEAD | messages.END, b"x"))
     assert sink.ended and sink.error is None
 
@@ -554,7 +570,7 @@ def test_a_worker_lost_after_the_first_frame_ends_the_stream_with_an_error(
     assert (
         isinstance(sink.error, EngineFailure)
         and sink.parts == [b"x"]
-        and inflight.life.phase is RequestPhase.FAILED
+        and inflight.lifecycle.phase is RequestPhase.FAILED
     )
     assert len(room.wires.generated()) == 1 and room.dispatcher.open_requests == 0
 
@@ -565,20 +581,20 @@ def test_a_request_of_a_lost_worker_waits_if_nobody_else_has_room_and_goes_with_
     room.worker("w0")
     inflight, sink = room.submit()
     lose_by_word(room)
-    assert inflight.life.phase is RequestPhase.QUEUED and room.dispatcher.queued("tiny") == 1
+    assert inflight.lifecycle.phase is RequestPhase.QUEUED and room.dispatcher.queued("tiny") == 1
     room.worker("w1")
-    assert inflight.life.phase is RequestPhase.SENT and not sink.over
+    assert inflight.lifecycle.phase is RequestPhase.SENT and not sink.over
 
 
 def test_a_request_of_a_lost_worker_waits_even_if_the_queue_is_full(make_room: MakeRoom) -> None:
-    """It was let in once."""
+    """It has been admitted already."""
     room = make_room(max_queued=0)
     room.worker("w0")
     inflight, sink = room.submit()
     lose_by_word(room)
-    assert inflight.life.phase is RequestPhase.QUEUED and not sink.over
+    assert inflight.lifecycle.phase is RequestPhase.QUEUED and not sink.over
     room.worker("w1")
-    assert inflight.life.phase is RequestPhase.SENT
+    assert inflight.lifecycle.phase is RequestPhase.SENT
 
 
 # ---- what the link answers -----------------------------------------------------------------------
@@ -588,7 +604,7 @@ def test_a_worker_that_the_link_says_is_gone_is_removed_and_the_next_one_tried(r
     room.worker("w0")
     room.wires.state[b"w0#1"] = SendResult.GONE
     inflight, _ = room.submit()
-    assert inflight.life.phase is RequestPhase.QUEUED and len(room.fleet) == 0
+    assert inflight.lifecycle.phase is RequestPhase.QUEUED and len(room.fleet) == 0
     room.worker("w1")
     assert room.wires.generated() == [
         ("w1", messages.Generate(inflight.sid, "/v1/completions", "r", b"{}"))
@@ -601,28 +617,28 @@ def test_what_a_gone_worker_had_is_given_to_others(room: Room) -> None:
     room.worker("w1", capacity=3, running=2)
     room.wires.state[b"w0#1"] = SendResult.GONE
     inflight, _ = room.submit()
-    assert held.life.phase is inflight.life.phase or RequestPhase.QUEUED in (
-        held.life.phase,
-        inflight.life.phase,
+    assert held.lifecycle.phase is inflight.lifecycle.phase or RequestPhase.QUEUED in (
+        held.lifecycle.phase,
+        inflight.lifecycle.phase,
     )
     assert room.reserved() == {"w1": 1} and room.dispatcher.queued("tiny") == 1
 
 
 def test_a_gone_worker_found_while_the_queue_moves_sends_no_request_twice(room: Room) -> None:
-    """Its stream fails, which lets the queue move inside the move that found the worker gone."""
+    """Its stream fails, which moves the queue inside the move that found the worker gone."""
     room.worker("gone", capacity=1)
     streaming, sink = room.submit()
     room.frames("gone", (streaming.sid, HEAD, b"x"))
     room.wires.state[b"good#1"] = SendResult.FULL
     room.worker("good", capacity=8, running=5)
     waiting = [room.submit()[0] for _ in range(2)]
-    assert [f.life.phase for f in waiting] == [RequestPhase.QUEUED] * 2
+    assert [f.lifecycle.phase for f in waiting] == [RequestPhase.QUEUED] * 2
     room.wires.state[b"good#1"] = SendResult.OK
     room.wires.state[b"gone#1"] = SendResult.GONE
     # it has room and the lower load, so the head of the queue is offered to it first
-    room.beat("gone", capacity=4)
+    room.heartbeat("gone", capacity=4)
     assert isinstance(sink.error, EngineFailure)
-    assert [f.life.phase for f in waiting] == [RequestPhase.SENT] * 2 and room.reserved() == {
+    assert [f.lifecycle.phase for f in waiting] == [RequestPhase.SENT] * 2 and room.reserved() == {
         "good": 2
     }
     assert [w for w, _ in room.wires.generated()] == ["gone", "good", "good"]
@@ -633,13 +649,13 @@ def test_a_worker_whose_link_is_full_keeps_its_lease_and_gets_the_request_later(
     room.wires.state[b"w0#1"] = SendResult.FULL
     inflight, _ = room.submit()
     assert (
-        inflight.life.phase is RequestPhase.QUEUED
+        inflight.lifecycle.phase is RequestPhase.QUEUED
         and room.reserved() == {"w0": 0}
         and len(room.fleet) == 1
     )
     room.wires.state[b"w0#1"] = SendResult.OK
-    room.beat("w0")
-    assert inflight.life.phase is RequestPhase.SENT
+    room.heartbeat("w0")
+    assert inflight.lifecycle.phase is RequestPhase.SENT
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -651,7 +667,10 @@ def test_a_full_link_to_one_worker_does_not_keep_requests_from_another_with_room
     room.worker("free", capacity=8, running=4)
     room.wires.state[b"stuck#1"] = SendResult.FULL
     inflight, _ = room.submit()
-    assert inflight.life.phase is RequestPhase.SENT and room.reserved() == {"stuck": 0, "free": 1}
+    assert inflight.lifecycle.phase is RequestPhase.SENT and room.reserved() == {
+        "stuck": 0,
+        "free": 1,
+    }
 
 
 # ---- clients that leave --------------------------------------------------------------------------
@@ -661,7 +680,7 @@ def test_to_cancel_a_waiting_request_frees_its_place_and_tells_no_worker(room: R
     inflight, sink = room.submit()
     room.dispatcher.cancel(inflight)
     assert (
-        inflight.life.phase is RequestPhase.ABORTED
+        inflight.lifecycle.phase is RequestPhase.ABORTED
         and room.dispatcher.queued("tiny") == 0
         and not room.wires.data
         and not sink.over
@@ -683,10 +702,10 @@ def test_to_cancel_a_running_request_tells_its_worker_and_frees_the_room(
     room.dispatcher.cancel(inflight)
     assert (
         room.wires.cancelled() == [("w0", sid)]
-        and inflight.life.phase is RequestPhase.ABORTED
+        and inflight.lifecycle.phase is RequestPhase.ABORTED
         and not sink.over
     )
-    assert waiting.life.phase is RequestPhase.SENT and room.reserved() == {"w0": 1}
+    assert waiting.lifecycle.phase is RequestPhase.SENT and room.reserved() == {"w0": 1}
 
 
 def test_to_cancel_twice_or_after_the_end_is_nothing(room: Room) -> None:
@@ -694,7 +713,7 @@ def test_to_cancel_twice_or_after_the_end_is_nothing(room: Room) -> None:
     inflight, _ = room.submit()
     room.frames("w0", (inflight.sid, HEAD | messages.END, b"x"))
     room.dispatcher.cancel(inflight)
-    assert inflight.life.phase is RequestPhase.FINISHED and not room.wires.cancelled()
+    assert inflight.lifecycle.phase is RequestPhase.FINISHED and not room.wires.cancelled()
     other, _ = room.submit()
     room.dispatcher.cancel(other)
     room.dispatcher.cancel(other)
@@ -707,7 +726,7 @@ def test_to_cancel_a_request_that_waits_for_its_second_try_tells_no_worker(room:
     lose_by_word(room)
     room.dispatcher.cancel(inflight)
     assert (
-        inflight.life.phase is RequestPhase.ABORTED
+        inflight.lifecycle.phase is RequestPhase.ABORTED
         and not room.wires.cancelled()
         and room.dispatcher.queued("tiny") == 0
     )
@@ -719,7 +738,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_its_worker_told(room: Room) 
     room.frames("w0", (inflight.sid, HEAD, b"x"))
     sink.takes = False
     room.frames("w0", (inflight.sid, 0, b"y"), (inflight.sid, 0, b"z"))
-    assert inflight.life.phase is RequestPhase.ABORTED and room.wires.cancelled()[0] == (
+    assert inflight.lifecycle.phase is RequestPhase.ABORTED and room.wires.cancelled()[0] == (
         "w0",
         inflight.sid,
     )
@@ -736,7 +755,7 @@ def test_a_drain_serves_what_is_still_asked_until_its_time_is_over(room: Room) -
     assert room.dispatcher.draining
     waiting, _ = room.submit()
     room.frames("w0", (running.sid, HEAD | messages.END, b"x"))
-    assert waiting.life.phase is RequestPhase.SENT and room.dispatcher.open_requests == 1
+    assert waiting.lifecycle.phase is RequestPhase.SENT and room.dispatcher.open_requests == 1
     room.dispatcher.abort_all()
     assert room.dispatcher.open_requests == 0
     with pytest.raises(WorkerUnavailable):
@@ -752,7 +771,8 @@ def test_when_the_drains_time_is_over_whatever_is_open_ends(room: Room) -> None:
     room.dispatcher.abort_all()
     for inflight, sink in (sent, streaming, *waiting):
         assert (
-            isinstance(sink.error, WorkerUnavailable) and inflight.life.phase is RequestPhase.FAILED
+            isinstance(sink.error, WorkerUnavailable)
+            and inflight.lifecycle.phase is RequestPhase.FAILED
         )
     assert room.dispatcher.open_requests == 0 and room.reserved() == {"w0": 0}
     assert {w for w, _ in room.wires.cancelled()} == {"w0"}
@@ -774,8 +794,8 @@ worker_ids = st.sampled_from(WORKERS)
 
 
 class DispatcherMachine(RuleBasedStateMachine):
-    """Clients, workers and the link in any order. The Sink itself breaks the test if it is told
-    anything out of order or twice.
+    """Clients, workers and the link act in any order. The Sink fails the test if a call is out of
+    order or comes twice.
     """
 
     @initialize(
@@ -818,10 +838,10 @@ class DispatcherMachine(RuleBasedStateMachine):
     def client_leaves(self, data: st.DataObject) -> None:
         index = data.draw(st.integers(0, len(self.requests) - 1))
         inflight, _ = self.requests[index]
-        if not inflight.life.over:
+        if not inflight.lifecycle.over:
             self.cancelled.add(index)
         self.room.dispatcher.cancel(inflight)
-        assert inflight.life.over
+        assert inflight.lifecycle.over
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), takes=st.booleans())
@@ -834,8 +854,8 @@ class DispatcherMachine(RuleBasedStateMachine):
         running=st.integers(0, 2),
         state=st.sampled_from([1, 1, 1, 2, 3]),
     )
-    def worker_beats(self, worker: str, capacity: int, running: int, state: int) -> None:
-        self.room.beat(
+    def worker_heartbeats(self, worker: str, capacity: int, running: int, state: int) -> None:
+        self.room.heartbeat(
             worker, self.epoch[worker], capacity, messages.WorkerState(state), running=running
         )
         if state == 3:
@@ -843,7 +863,7 @@ class DispatcherMachine(RuleBasedStateMachine):
 
     @rule(worker=worker_ids, capacity=st.integers(1, 3))
     def worker_serves(self, worker: str, capacity: int) -> None:
-        self.room.beat(worker, self.epoch[worker], capacity)
+        self.room.heartbeat(worker, self.epoch[worker], capacity)
         self.worker_attaches(worker)
 
     @rule(worker=worker_ids)
@@ -883,7 +903,7 @@ class DispatcherMachine(RuleBasedStateMachine):
                 continue
             inflight = self.room.dispatcher._streams.get(sid)
             begun = inflight is not None and (
-                inflight.life.phase is RequestPhase.STREAMING
+                inflight.lifecycle.phase is RequestPhase.STREAMING
                 or any(f[0] == sid for f in step.frames)
             )
             if kind.startswith("refuse"):
@@ -898,7 +918,7 @@ class DispatcherMachine(RuleBasedStateMachine):
                 if kind == "end":
                     ended.add(sid)
         peer = messages.identity(data.draw(worker_ids), 1)
-        self.room.dispatcher.on_data(peer, messages.encode(step))
+        self.room.dispatcher.inbox.on_data(peer, messages.encode(step))
 
     @rule(seconds=st.sampled_from([0.1, LEASE_S, QUEUE_S]))
     def time_passes(self, seconds: float) -> None:
@@ -911,21 +931,21 @@ class DispatcherMachine(RuleBasedStateMachine):
             return
         room = self.room
         assert not room.counted("loraplex_internal_errors_total") and room.dispatcher.audit()
-        open_ = [f for f, _ in self.requests if not f.life.over]
+        open_ = [f for f, _ in self.requests if not f.lifecycle.over]
         assert room.dispatcher.open_requests == len(open_)
         assert room.dispatcher.queued("tiny") == sum(
-            f.life.phase is RequestPhase.QUEUED for f in open_
+            f.lifecycle.phase is RequestPhase.QUEUED for f in open_
         )
-        on_workers = {f.sid: f for f in open_ if f.life.phase is not RequestPhase.QUEUED}
+        on_workers = {f.sid: f for f in open_ if f.lifecycle.phase is not RequestPhase.QUEUED}
         assert room.dispatcher._streams._requests == on_workers
         assert {sid for w in room.fleet for sid in w.reserved} == on_workers.keys()
         sids = [m.sid for _, m in room.wires.generated()]
-        assert len(sids) == len(set(sids)) == sum(f.life.attempts for f, _ in self.requests), (
+        assert len(sids) == len(set(sids)) == sum(f.lifecycle.attempts for f, _ in self.requests), (
             "sent twice, or sent and not known"
         )
         for index, (inflight, sink) in enumerate(self.requests):
-            assert inflight.life.attempts <= MAX_ATTEMPTS
-            match inflight.life.phase:
+            assert inflight.lifecycle.attempts <= MAX_ATTEMPTS
+            match inflight.lifecycle.phase:
                 case RequestPhase.FINISHED:
                     assert sink.ended and sink.error is None
                 case RequestPhase.FAILED:
@@ -941,7 +961,7 @@ class DispatcherMachine(RuleBasedStateMachine):
         self.room.dispatcher.drain()
         self.room.dispatcher.abort_all()
         self.the_books_balance()
-        assert all(f.life.over for f, _ in self.requests)
+        assert all(f.lifecycle.over for f, _ in self.requests)
         assert self.room.dispatcher.open_requests == 0
         assert all(not w.reserved for w in self.room.fleet) and len(self.room.queue) == 0
 
@@ -953,14 +973,14 @@ TestDispatcherMachine = DispatcherMachine.TestCase
 
 
 def wait(room: Room, seconds: float) -> None:
-    """Time goes by in ticks; workers that beat stay."""
+    """Time goes by in ticks; workers whose heartbeats come stay."""
     for _ in range(round(seconds / 0.5)):
         room.now += 0.5
         for worker in list(room.fleet):
-            room.beat(
+            room.heartbeat(
                 worker.id,
-                capacity=worker.beat.capacity,
-                adapters=worker.beat.adapters,
+                capacity=worker.heartbeat.capacity,
+                adapters=worker.heartbeat.adapters,
                 yours=len(worker.reserved),
             )
         room.dispatcher.tick()
@@ -993,7 +1013,7 @@ def test_a_stream_hears_that_its_adapter_loads_and_then_that_its_first_token_is_
     _, sink = room.submit(PIRATE, streams=True)
     wait(room, 1.0)
     assert sink.comments == [b": loading adapter pirate\n\n"]
-    room.beat(
+    room.heartbeat(
         "w0",
         adapters=(messages.AdapterState("pirate", "d", messages.Tier.GPU, in_flight=1),),
         yours=1,
@@ -1033,7 +1053,7 @@ def test_a_queued_request_whose_time_is_over_leaves_the_queue_at_once(room: Room
     assert (
         isinstance(sink.error, DeadlineExceeded)
         and room.dispatcher.queued("tiny") == 0
-        and inflight.life.phase is RequestPhase.FAILED
+        and inflight.lifecycle.phase is RequestPhase.FAILED
     )
     room.dispatcher.give_up(inflight, DeadlineExceeded("again"))
     assert sink.error.message == "late" and not room.wires.cancelled()
@@ -1049,7 +1069,7 @@ def test_a_request_on_a_worker_whose_time_is_over_frees_its_place_and_the_worker
     assert isinstance(sink.error, DeadlineExceeded) and room.wires.cancelled() == [
         ("w0", inflight.sid)
     ]
-    assert waiting.life.phase is RequestPhase.SENT and room.reserved() == {"w0": 1}
+    assert waiting.lifecycle.phase is RequestPhase.SENT and room.reserved() == {"w0": 1}
     assert room.counted("loraplex_requests_total", base="tiny", outcome="failed") == 1
 
 
@@ -1066,7 +1086,7 @@ def test_a_worker_that_stops_is_forgotten_after_the_frames_that_came_before(room
     request, sink = room.submit()
     room.frames("w0", (request.sid, HEAD, b"a"), (request.sid, messages.END, b"b"))
     peer = messages.identity("w0", 1)
-    room.dispatcher.on_data(peer, messages.encode(messages.Stopped("w0", 1, "told to")))
+    room.dispatcher.inbox.on_data(peer, messages.encode(messages.Stopped("w0", 1, "told to")))
     assert sink.ended and sink.error is None and room.wires.forgotten == [peer]
     assert len(room.fleet) == 0
 
@@ -1076,11 +1096,11 @@ def test_requests_go_elsewhere_while_a_workers_data_connection_does_not_carry_an
 ) -> None:
     peer = messages.identity("w0", 1)
     room.worker("w0", capacity=9)
-    room.dispatcher.on_link(peer, carries=False, heard=True)
+    room.dispatcher.inbox.on_link(peer, carries=False, heard=True)
     room.submit()
     assert not room.wires.generated() and room.dispatcher.queued("tiny") == 1
     room.worker("w1", capacity=1)
     assert [worker for worker, _ in room.wires.generated()] == ["w1"]
     room.submit()
-    room.dispatcher.on_link(peer, carries=True, heard=True)
+    room.dispatcher.inbox.on_link(peer, carries=True, heard=True)
     assert [worker for worker, _ in room.wires.generated()] == ["w1", "w0"]

@@ -1,3 +1,5 @@
+"""A failure in one request touches no other."""
+
 from __future__ import annotations
 
 import math
@@ -75,12 +77,12 @@ def test_a_frame_that_raises_ends_its_own_stream_and_every_other_one_of_the_mess
         room.frames("w0", *[(sid, flags, payload) for sid in sids])
     for sink in (before_sink, after_sink):
         assert (sink.parts, sink.ended) == ([b"a", b"b", b"c"], True)
-    assert bad.life.over and ("w0", bad.sid) in room.wires.cancelled()
+    assert bad.lifecycle.over and ("w0", bad.sid) in room.wires.cancelled()
     if isinstance(error, ConnectionError):
-        assert bad.life.phase is RequestPhase.ABORTED and not bad_sink.failures
+        assert bad.lifecycle.phase is RequestPhase.ABORTED and not bad_sink.failures
         assert room.counted("loraplex_internal_errors_total") == 0
     else:
-        assert bad.life.phase is RequestPhase.FAILED
+        assert bad.lifecycle.phase is RequestPhase.FAILED
         assert [type(e) for e in bad_sink.failures] == [InternalError]
         assert room.counted("loraplex_internal_errors_total") == 1
     assert room.reserved() == {"w0": 0}
@@ -92,7 +94,7 @@ def test_a_sink_that_raises_when_it_hears_of_the_end_gives_its_place_back_all_th
     room.worker("w0")
     bad, sink = broken(room, "fail", RuntimeError())
     room.refuse("w0", bad.sid, retryable=False)
-    assert sink.failures and bad.life.over
+    assert sink.failures and bad.lifecycle.over
     assert room.reserved() == {"w0": 0}
     assert_books_agree(room)
 
@@ -101,8 +103,8 @@ def test_a_sink_that_raises_when_it_hears_of_the_end_gives_its_place_back_all_th
 def test_a_request_that_cannot_be_dispatched_fails_alone_and_holds_nothing(
     when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever of it breaks the books (an infinite number, say): the request whose end made room
-    for it is whole, and the next one gets the place.
+    """One of its values breaks the books (an infinite number, for example). The request whose end
+    made room for it is whole, and the next one gets the place.
     """
     room = Room()
     room.worker("w0")
@@ -111,7 +113,7 @@ def test_a_request_that_cannot_be_dispatched_fails_alone_and_holds_nothing(
     poison = room.dispatcher._placement._message
 
     def message(request: InFlightRequest, *rest: object) -> messages.Generate:
-        if request is bad and (when != "again" or request.life.attempts):
+        if request is bad and (when != "again" or request.lifecycle.attempts):
             raise OverflowError("cannot convert float infinity to integer")
         return poison(request, *rest)  # type: ignore[arg-type]
 
@@ -126,7 +128,7 @@ def test_a_request_that_cannot_be_dispatched_fails_alone_and_holds_nothing(
         if when == "again":
             room.refuse("w0", bad.sid)
     assert first_sink.ended and isinstance(bad_sink.error, InternalError)
-    assert bad.life.phase is RequestPhase.FAILED and room.reserved() == {"w0": 0}
+    assert bad.lifecycle.phase is RequestPhase.FAILED and room.reserved() == {"w0": 0}
     later, later_sink = room.submit()
     room.frames("w0", (later.sid, HEAD | END, b"x"))
     assert later_sink.ended
@@ -144,10 +146,10 @@ def test_accounts_that_raise_at_a_requests_end_leave_its_answer_whole_and_its_pl
     def settle(request: InFlightRequest) -> None:
         raise OverflowError(math.inf)
 
-    monkeypatch.setattr(room.dispatcher, "_settle_account", settle)
+    monkeypatch.setattr(room.dispatcher._settlement, "settle", settle)
     room.frames("w0", (ends.sid, HEAD | END, b"x"))
     assert end_sink.ended and end_sink.error is None
-    assert waits.life.phase is RequestPhase.SENT, "who waited has the place"
+    assert waits.lifecycle.phase is RequestPhase.SENT, "who waited has the place"
     room.frames("w0", (waits.sid, HEAD | END, b"x"))
     assert waits_sink.ended
     assert_books_agree(room)
@@ -161,7 +163,7 @@ def test_a_worker_that_is_lost_gives_back_every_request_though_one_of_them_raise
     room.frames("w0", (bad.sid, HEAD, b"x"), (good.sid, HEAD, b"x"))
     room.now += 100.0
     room.dispatcher.tick()
-    assert bad.life.over and isinstance(good_sink.error, LoraplexError)
+    assert bad.lifecycle.over and isinstance(good_sink.error, LoraplexError)
     assert_books_agree(room)
 
 
@@ -171,7 +173,7 @@ def test_a_comment_that_raises_is_one_streams_matter() -> None:
     _, good_sink = room.submit(streams=True)
     room.now += 1.5
     room.dispatcher.tick()
-    assert bad.life.over and good_sink.comments
+    assert bad.lifecycle.over and good_sink.comments
     assert room.dispatcher.open_requests == 1
 
 
@@ -181,10 +183,10 @@ def test_what_raises_inside_a_policy_before_anything_was_reserved_is_the_request
     room = Room()
     room.worker("w0")
 
-    def arrived(*_: object) -> None:
+    def choose(*_: object) -> None:
         raise ValueError
 
-    monkeypatch.setattr(room.dispatcher._policy, "arrived", arrived, raising=False)
+    monkeypatch.setattr(room.dispatcher._policy, "choose", choose, raising=False)
     inflight, sink = room.inflight()
     room.dispatcher.submit(inflight)
     assert isinstance(sink.error, InternalError)
@@ -222,7 +224,7 @@ def test_a_tick_finds_a_reservation_that_has_lost_its_stream_and_the_reverse_and
     assert room.counted("loraplex_reservation_repairs_total") >= 1
     room.frames("w0", (well.sid, HEAD | END, b"x"))
     assert well_sink.ended
-    if not hurt.life.over:
+    if not hurt.lifecycle.over:
         room.frames("w0", (hurt.sid, HEAD | END, b"x"))
     assert hurt_sink.ended or isinstance(hurt_sink.error, InternalError)
     assert room.reserved() == {"w0": 0} and room.dispatcher.open_requests == 0
@@ -240,4 +242,22 @@ def test_a_send_that_raises_leaves_no_reservation(monkeypatch: pytest.MonkeyPatc
     _, sink = room.submit()
     assert isinstance(sink.error, (InternalError, WorkerUnavailable))
     assert room.reserved() == {"w0": 0}
+    assert_books_agree(room)
+
+
+def test_a_worker_can_say_nothing_of_a_stream_that_another_one_has() -> None:
+    room = Room()
+    room.worker("w0", capacity=1)
+    mine, mine_sink = room.submit()
+    room.worker("w1", capacity=1)
+    other, other_sink = room.submit()
+    assert mine.choice is not None and other.choice is not None
+    assert (mine.choice.worker.id, other.choice.worker.id) == ("w0", "w1")
+    done = messages.Done(other.sid, 1, 10**9)
+    room.frames("w0", (other.sid, HEAD | END, b"not yours"), (mine.sid, HEAD, b"a"), done=[done])
+    room.refuse("w0", other.sid)
+    assert other_sink.parts == [] and not other_sink.over and other.done is None
+    room.frames("w1", (other.sid, HEAD | END, b"b"))
+    room.frames("w0", (mine.sid, END, b"c"))
+    assert (mine_sink.parts, other_sink.parts) == ([b"a", b"c"], [b"b"])
     assert_books_agree(room)

@@ -1,3 +1,5 @@
+"""The states of a request, and which events lead from one to the next."""
+
 from __future__ import annotations
 
 import itertools
@@ -10,6 +12,7 @@ from gateway.dispatch.lifecycle import (
     MAX_ATTEMPTS,
     NEXT,
     OVER,
+    RETRIES_AT_ONCE,
     RETRIES_PER_S,
     RequestEvent,
     RequestLifecycle,
@@ -17,7 +20,7 @@ from gateway.dispatch.lifecycle import (
     RetryBudget,
 )
 
-# Written down a second time on purpose: the table is the contract.
+# The table is written down a second time on purpose, because it is the contract.
 ALLOWED = {
     RequestPhase.QUEUED: {
         RequestEvent.DISPATCHED: RequestPhase.SENT,
@@ -117,6 +120,35 @@ def test_a_worker_that_begins_to_answer_gives_the_request_all_its_attempts_again
     assert life.attempts == 5 * MAX_ATTEMPTS
 
 
+def test_tokens_of_an_answer_that_is_sent_whole_give_it_all_its_attempts_again() -> None:
+    life = RequestLifecycle()
+    for _ in range(3 * MAX_ATTEMPTS):
+        life.on(RequestEvent.DISPATCHED)
+        life.progressed()
+        assert life.on_loss(retryable=True, died=True) is RequestPhase.QUEUED
+
+
+def test_a_worker_that_had_made_tokens_of_a_request_did_not_die_before_it_answered() -> None:
+    life = RequestLifecycle()
+    life.on(RequestEvent.DISPATCHED)
+    life.progressed()
+    for _ in range(2):
+        assert life.on_loss(retryable=True, died=True) is RequestPhase.QUEUED
+        life.on(RequestEvent.DISPATCHED)
+    assert life.on_loss(retryable=True, died=True) is RequestPhase.FAILED
+
+
+def test_workers_that_leave_and_hand_a_request_back_use_up_none_of_its_attempts() -> None:
+    life = RequestLifecycle()
+    for _ in range(3 * MAX_ATTEMPTS):
+        life.on(RequestEvent.DISPATCHED)
+        assert life.on_loss(retryable=True, handed_back=True) is RequestPhase.QUEUED
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        life.on(RequestEvent.DISPATCHED)
+        expected = RequestPhase.QUEUED if attempt < MAX_ATTEMPTS else RequestPhase.FAILED
+        assert life.on_loss(retryable=True) is expected
+
+
 def test_the_second_worker_that_dies_before_it_answers_is_the_last_one() -> None:
     life = RequestLifecycle()
     life.on(RequestEvent.DISPATCHED)
@@ -133,9 +165,10 @@ def test_workers_that_die_while_they_answer_are_not_the_requests_doing() -> None
         assert life.on_loss(retryable=True, died=True) is RequestPhase.QUEUED
 
 
-def test_all_streams_of_a_worker_may_be_retried_at_once_but_not_over_and_over() -> None:
+def test_all_streams_may_lose_some_workers_at_once_but_not_over_and_over() -> None:
     budget = RetryBudget()
-    assert all(budget.take(1000, 50.0) for _ in range(1000))
+    assert RETRIES_AT_ONCE >= 2, "two of three workers may die together, each with everything on it"
+    assert all(budget.take(1000, 50.0) for _ in range(1000 * RETRIES_AT_ONCE))
     assert not budget.take(1000, 50.0)
     taken = sum(budget.take(1000, 50.0 + tick / 100) for tick in range(2000) for _ in range(10))
     assert taken == pytest.approx(20 * RETRIES_PER_S * 1000, rel=0.01)

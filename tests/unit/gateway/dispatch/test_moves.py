@@ -1,19 +1,20 @@
-"""Streams that go on at another worker: by example, and as a model of many lives at once."""
+"""Streams that go on on another worker: by example, and as a model of many lives at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.dispatch.lifecycle import RequestPhase
+from gateway.dispatch.lifecycle import MAX_ATTEMPTS, RequestPhase
 from gateway.dispatch.request import InFlightRequest
-from gateway.dispatch.streams import CONTINUED
-from shared.errors import CannotContinue, EngineFailure
+from gateway.dispatch.streams.delivery import CONTINUED
+from shared.errors import CannotContinue, EngineFailure, ResponseNotFound, WorkerUnavailable
 from shared.link import messages
 from shared.link.token_ids import pack, unpack
 from tests.unit.gateway.dispatch.test_dispatcher import (
@@ -54,6 +55,37 @@ def sent(room: Room) -> tuple[str, messages.Generate]:
     return room.wires.generated()[-1]
 
 
+def on_stored(room: Room) -> tuple[InFlightRequest, Kept]:
+    """A request that goes on from an answer that w0 stores."""
+    inflight, sink = room.inflight(movable=True)
+    inflight.model = msgspec.structs.replace(inflight.model, only_on=(messages.identity("w0", 1),))
+    room.dispatcher.submit(inflight)
+    return inflight, sink
+
+
+@losses
+def test_a_request_that_goes_on_from_what_a_lost_worker_stored_fails_at_once(
+    room: Room, lose: Callable[[Room], None]
+) -> None:
+    room.worker("w0")
+    _, sink = on_stored(room)
+    room.worker("w1")
+    lose(room)
+    assert isinstance(sink.error, WorkerUnavailable)
+    assert [worker for worker, _ in room.wires.generated()] == ["w0"]
+    assert room.dispatcher.open_requests == 0
+
+
+def test_one_that_waits_for_such_a_worker_hears_that_it_is_gone(room: Room) -> None:
+    room.worker("w0")
+    room.submit()
+    _, sink = on_stored(room)
+    assert not sink.over
+    lose_by_word(room)
+    room.worker("w1")
+    assert isinstance(sink.error, ResponseNotFound)
+
+
 @losses
 def test_a_stream_of_a_lost_worker_goes_on_at_another_one_from_what_its_client_has_seen(
     room: Room, lose: Callable[[Room], None]
@@ -68,7 +100,7 @@ def test_a_stream_of_a_lost_worker_goes_on_at_another_one_from_what_its_client_h
     assert (message.request_id, message.adapter) == ("r", PIRATE)
     room.frames("w1", frame(message.sid, 3, first=True), frame(message.sid, 4, end=True))
     assert b"".join(sink.parts) == text(5) and sink.comments == [CONTINUED]
-    assert inflight.life.phase is RequestPhase.FINISHED and inflight.moves == 1
+    assert inflight.lifecycle.phase is RequestPhase.FINISHED and inflight.moves == 1
     assert room.dispatcher.open_requests == 0 and not any(room.reserved().values())
 
 
@@ -85,8 +117,9 @@ def test_late_frames_of_the_worker_before_are_dropped(room: Room) -> None:
 
 def test_a_stream_may_move_as_often_as_it_makes_progress(room: Room) -> None:
     inflight, sink = streaming(room, 1)
+    worker = "w0"
     for n in range(1, 10):
-        room.refuse("w0" if n == 1 else f"w{n - 1}", inflight.sid)
+        room.refuse(worker, inflight.sid)
         room.worker(f"w{n}", capacity=1)
         worker, _ = sent(room)
         room.frames(worker, frame(inflight.sid, n, first=True))
@@ -99,7 +132,7 @@ def test_a_worker_that_gives_a_stream_back_does_not_get_it_again_while_there_is_
     inflight, _ = streaming(room)
     room.worker("w1")
     room.refuse("w0", inflight.sid, leaving=True)
-    assert sent(room)[0] == "w1" and inflight.life.phase is RequestPhase.SENT
+    assert sent(room)[0] == "w1" and inflight.lifecycle.phase is RequestPhase.SENT
 
 
 def test_a_stream_that_lost_its_worker_goes_before_all_that_wait(room: Room) -> None:
@@ -107,8 +140,8 @@ def test_a_stream_that_lost_its_worker_goes_before_all_that_wait(room: Room) -> 
     waiting = [room.submit(streams=True)[0] for _ in range(3)]
     lose_by_word(room)
     room.worker("w1")
-    assert inflight.life.phase is RequestPhase.SENT
-    assert [w.life.phase for w in waiting] == [RequestPhase.QUEUED] * 3
+    assert inflight.lifecycle.phase is RequestPhase.SENT
+    assert [w.lifecycle.phase for w in waiting] == [RequestPhase.QUEUED] * 3
 
 
 @pytest.mark.parametrize(
@@ -134,7 +167,9 @@ def test_a_worker_that_cannot_continue_a_stream_ends_it_with_an_error(room: Room
     lose_by_word(room)
     room.worker("w1")
     room.refuse("w1", inflight.sid, CannotContinue.code, retryable=False)
-    assert isinstance(sink.error, CannotContinue) and inflight.life.phase is RequestPhase.FAILED
+    assert (
+        isinstance(sink.error, CannotContinue) and inflight.lifecycle.phase is RequestPhase.FAILED
+    )
 
 
 def test_a_stream_that_is_not_to_move_says_why_it_ends(room: Room) -> None:
@@ -164,6 +199,24 @@ def test_an_answer_that_is_sent_whole_goes_on_from_where_its_worker_was(room: Ro
     assert (sink.status, sink.parts, sink.error) == (200, [b"{}"], None)
 
 
+@losses
+def test_pieces_of_an_answer_that_is_sent_whole_are_not_seen_before_its_end(
+    room: Room, lose: Callable[[Room], None]
+) -> None:
+    room.worker("w0")
+    inflight, sink = room.submit(movable=True)
+    room.frames("w0", (inflight.sid, messages.TOKENS, b"", pack((0, 1))))
+    room.frames("w0", (inflight.sid, 200 << messages.STATUS_SHIFT, b'{"lost":'))
+    room.frames("w0", (inflight.sid, 0, b"1"))
+    lose(room)
+    assert not sink.over
+    room.worker("w1")
+    assert sent(room)[1].resume is not None and inflight.moves == 0
+    room.frames("w1", (inflight.sid, 200 << messages.STATUS_SHIFT, b'{"a":'))
+    room.frames("w1", (inflight.sid, messages.END, b"2}"))
+    assert (sink.status, sink.parts, sink.error) == (200, [b'{"a":', b"2}"], None)
+
+
 def test_an_answer_that_is_sent_whole_begins_anew_where_it_cannot_be_continued(room: Room) -> None:
     room.worker("w0")
     inflight, sink = room.submit(movable=True)
@@ -181,9 +234,9 @@ def test_a_request_that_two_workers_died_of_is_not_given_to_a_third(room: Room) 
     lose_by_word(room)
     room.worker("w1")
     room.worker("w2")
-    room.beat("w1", state=messages.WorkerState.STOPPED)
+    room.heartbeat("w1", state=messages.WorkerState.STOPPED)
     if sink.error is None:
-        room.beat("w2", state=messages.WorkerState.STOPPED)
+        room.heartbeat("w2", state=messages.WorkerState.STOPPED)
     assert isinstance(sink.error, EngineFailure) and "2 workers died" in sink.error.message
     assert len(room.wires.generated()) == 2
 
@@ -262,15 +315,15 @@ class MovesMachine(RuleBasedStateMachine):
         worker = data.draw(st.sampled_from(sorted(self.up)))
         self.up.discard(worker)
         if how == "word":
-            self.room.beat(worker, self.epoch[worker], state=messages.WorkerState.STOPPED)
+            self.room.heartbeat(worker, self.epoch[worker], state=messages.WorkerState.STOPPED)
         elif how == "lease":
             self.room.now += LEASE_S
             for other in self.up:
-                self.room.beat(other, self.epoch[other], 2)
+                self.room.heartbeat(other, self.epoch[other], 2)
             self.room.dispatcher.tick()
         self.epoch[worker] += 1
         if how == "restart":
-            self.room.beat(worker, self.epoch[worker], capacity=0)
+            self.room.heartbeat(worker, self.epoch[worker], capacity=0)
 
     @rule(data=st.data())
     def worker_gives_a_stream_back(self, data: st.DataObject) -> None:
@@ -296,7 +349,7 @@ class MovesMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.room.now += seconds
         for worker in self.up:
-            self.room.beat(worker, self.epoch[worker], 2)
+            self.room.heartbeat(worker, self.epoch[worker], 2)
         self.room.dispatcher.tick()
 
     @invariant()
@@ -306,7 +359,9 @@ class MovesMachine(RuleBasedStateMachine):
             tokens = seen.count(b"<")
             assert seen == text(tokens)
             assert (
-                sink.ended == (tokens == LENGTH) == (inflight.life.phase is RequestPhase.FINISHED)
+                sink.ended
+                == (tokens == LENGTH)
+                == (inflight.lifecycle.phase is RequestPhase.FINISHED)
             )
             if not sink.over and not inflight.journal.obstacle:
                 assert unpack(inflight.journal.seen).get(0, []) == list(range(tokens))
@@ -322,3 +377,34 @@ class MovesMachine(RuleBasedStateMachine):
 
 TestMovesMachine = MovesMachine.TestCase
 TestMovesMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
+def test_an_answer_that_is_sent_whole_may_move_as_often_as_its_workers_make_tokens(
+    room: Room,
+) -> None:
+    """One worker after another dies, in a rollout or otherwise."""
+    room.worker("w0")
+    inflight, sink = room.submit(movable=True)
+    for n in range(2 * MAX_ATTEMPTS):
+        room.frames(f"w{n}", (inflight.sid, messages.TOKENS, b"", pack((n,))))
+        room.heartbeat(f"w{n}", state=messages.WorkerState.STOPPED)
+        room.worker(f"w{n + 1}")
+    assert sink.error is None and sent(room)[0] == f"w{2 * MAX_ATTEMPTS}"
+
+
+def test_a_request_without_a_token_outlives_any_number_of_workers_that_leave(room: Room) -> None:
+    room.worker("w0")
+    inflight, sink = room.submit()
+    for n in range(2 * MAX_ATTEMPTS):
+        room.worker(f"w{n + 1}")
+        room.refuse(f"w{n}", inflight.sid, leaving=True)
+    assert sink.error is None and sent(room)[0] == f"w{2 * MAX_ATTEMPTS}"
+
+
+def test_workers_that_were_killed_from_outside_did_not_die_of_a_request(room: Room) -> None:
+    room.worker("w0")
+    _, sink = room.submit()
+    for n in range(2):
+        room.worker(f"w{n + 1}")
+        room.dispatcher.worker_ended(f"w{n}", 1, "killed by SIGKILL", killed=True)
+    assert sink.error is None and sent(room)[0] == "w2"

@@ -1,3 +1,5 @@
+"""Which host has which adapter on its disk."""
+
 from __future__ import annotations
 
 import msgspec
@@ -21,14 +23,14 @@ class Hosts:
         self.fleet = Fleet(3.0)
         self.seq = 0
 
-    def beat(
+    def heartbeat(
         self, worker: str, host: str, adapters: tuple[AdapterState, ...], epoch: int = 1
     ) -> None:
         self.seq += 1
-        beat = Heartbeat(
+        heartbeat = Heartbeat(
             worker, epoch, self.seq, "tiny", WorkerState.SERVING, 4, 4, adapters=adapters
         )
-        self.fleet.beat(msgspec.structs.replace(beat, host=host), 0.0)
+        self.fleet.heartbeat(msgspec.structs.replace(heartbeat, host=host), 0.0)
 
     def tier(self, worker: str) -> Tier:
         found = self.fleet.get(worker)
@@ -41,43 +43,43 @@ def test_what_a_worker_dropped_is_on_its_hosts_disk_for_all_workers_there_and_fo
 ):
     hosts = Hosts()
     for worker, host in (("w0", "a"), ("w1", "a"), ("w2", "b")):
-        hosts.beat(worker, host, NOTHING)
+        hosts.heartbeat(worker, host, NOTHING)
     assert [hosts.tier(w) for w in ("w0", "w1", "w2")] == [Tier.REMOTE] * 3
-    hosts.beat("w0", "a", holding(Tier.GPU))
+    hosts.heartbeat("w0", "a", holding(Tier.GPU))
     assert [hosts.tier(w) for w in ("w0", "w1", "w2")] == [Tier.GPU, Tier.DISK, Tier.REMOTE]
-    hosts.beat("w0", "a", NOTHING)
+    hosts.heartbeat("w0", "a", NOTHING)
     assert [hosts.tier(w) for w in ("w0", "w1", "w2")] == [Tier.DISK, Tier.DISK, Tier.REMOTE]
 
 
 def test_what_is_being_fetched_is_not_there_yet() -> None:
     hosts = Hosts()
-    hosts.beat("w0", "a", holding(Tier.REMOTE, loading=True))
-    hosts.beat("w1", "a", NOTHING)
+    hosts.heartbeat("w0", "a", holding(Tier.REMOTE, loading=True))
+    hosts.heartbeat("w1", "a", NOTHING)
     assert hosts.tier("w0") == hosts.tier("w1") == Tier.REMOTE
-    hosts.beat("w0", "a", holding(Tier.REMOTE))  # for the disk alone
-    hosts.beat("w0", "a", NOTHING)  # it failed, for all that is known
+    hosts.heartbeat("w0", "a", holding(Tier.REMOTE))  # for the disk alone
+    hosts.heartbeat("w0", "a", NOTHING)  # it failed, for all that is known
     assert hosts.tier("w1") is Tier.REMOTE
 
 
 def test_a_load_from_a_disk_that_has_it_is_no_fetch_though_the_worker_has_only_begun() -> None:
     hosts = Hosts()
-    hosts.beat("w0", "a", holding(Tier.CPU))
-    hosts.beat("w1", "a", holding(Tier.REMOTE, loading=True))
+    hosts.heartbeat("w0", "a", holding(Tier.CPU))
+    hosts.heartbeat("w1", "a", holding(Tier.REMOTE, loading=True))
     assert hosts.tier("w1") is Tier.DISK
 
 
 def test_a_disk_outlives_its_workers() -> None:
     hosts = Hosts()
-    hosts.beat("w0", "a", holding(Tier.GPU))
+    hosts.heartbeat("w0", "a", holding(Tier.GPU))
     assert hosts.fleet.unreachable("w0", 1) is not None
-    hosts.beat("w0", "a", NOTHING, epoch=2)
+    hosts.heartbeat("w0", "a", NOTHING, epoch=2)
     assert hosts.tier("w0") is Tier.DISK
 
 
 def test_a_worker_that_names_no_host_shares_no_disk() -> None:
     hosts = Hosts()
-    hosts.beat("w0", "", holding(Tier.GPU))
-    hosts.beat("w1", "", NOTHING)
+    hosts.heartbeat("w0", "", holding(Tier.GPU))
+    hosts.heartbeat("w1", "", NOTHING)
     assert hosts.tier("w1") is Tier.REMOTE
 
 
@@ -103,8 +105,8 @@ def test_an_adapter_of_another_base_model_is_another_adapter() -> None:
 
 def test_what_a_worker_was_told_to_fetch_is_on_its_disk_though_no_heartbeat_says_so() -> None:
     hosts = Hosts()
-    hosts.beat("w0", "a", NOTHING)
-    hosts.beat("w1", "a", NOTHING)
+    hosts.heartbeat("w0", "a", NOTHING)
+    hosts.heartbeat("w1", "a", NOTHING)
     worker = hosts.fleet.get("w0")
     assert worker is not None
     hosts.fleet.cached(worker, PIRATE)

@@ -1,3 +1,5 @@
+"""Which peers a worker is told to get an adapter from."""
+
 from __future__ import annotations
 
 from gateway.fleet.fleet import Fleet
@@ -20,7 +22,7 @@ def join(
 ) -> None:
     held = () if tier is None else (AdapterState("pirate", "d1", tier, loading),)
     endpoint = f"tcp://{worker}:1" if open_ else ""
-    beat = Heartbeat(
+    heartbeat = Heartbeat(
         worker,
         1,
         1,
@@ -32,7 +34,7 @@ def join(
         host=host or worker,
         peer_endpoint=endpoint,
     )
-    fleet.beat(beat, 0.0)
+    fleet.heartbeat(heartbeat, 0.0)
     fleet.attach(worker, 1)
 
 

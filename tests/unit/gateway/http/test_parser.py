@@ -1,3 +1,5 @@
+"""The parser of simple requests, against aiohttp's own."""
+
 from __future__ import annotations
 
 import asyncio
@@ -44,6 +46,11 @@ def test_the_first_of_two_fields_counts_and_a_value_that_looks_like_a_field_does
         and found.header("x-a") == "first"
         and found.header("x-c") is None
     )
+
+
+def test_a_head_with_very_many_fields_is_left_to_aiohttp() -> None:
+    few, many = (raw(*(b"X-%d:" % n for n in range(count))) for count in (90, 100))
+    assert isinstance(parse(few, MOST), SimpleRequest) and parse(many, MOST) is UNSUPPORTED
 
 
 def test_a_request_without_a_body_is_recognised() -> None:
@@ -208,7 +215,7 @@ def test_any_bytes_are_recognised_somehow(data: bytes) -> None:
 def test_a_head_that_is_known_is_read_as_one_that_is_not(
     bodies: list[bytes], noise: bytes, at: int
 ) -> None:
-    """However much of it is spoilt, and wherever: what is known never changes what is found."""
+    """However a head is spoilt, remembering it changes nothing in how it is read."""
     known = None
     for nth, body in enumerate(bodies):
         data = raw(b"X-A: 1", body=body)

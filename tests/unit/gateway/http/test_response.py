@@ -1,3 +1,5 @@
+"""What the response writer puts on the connection, read by an independent client."""
+
 from __future__ import annotations
 
 import asyncio
@@ -14,7 +16,7 @@ LIMIT_BYTES = 1000
 
 
 class Pipe(asyncio.Transport):
-    """A transport that keeps what is written; `unread_bytes` is what the client has not taken."""
+    """A transport that keeps what is written. `unread_bytes` is what the client has not read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +42,7 @@ def stream_on(pipe: Pipe, *, chunked: bool = True, close: bool = False) -> Respo
 
 
 class Client:
-    """What an independent HTTP/1.1 client reads off the pipe."""
+    """What an independent HTTP/1.1 client reads from the pipe."""
 
     def __init__(self, data: bytes, closed: bool = False) -> None:
         self.connection = h11.Connection(h11.CLIENT)
@@ -98,6 +100,16 @@ async def test_a_stream_arrives_whole_and_the_connection_can_be_used_again(pipe:
     assert client.complete and client.may_go_on
     assert client.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert client.headers["transfer-encoding"] == "chunked" and "connection" not in client.headers
+
+
+async def test_an_answer_that_another_worker_begins_anew_has_the_status_of_that_one(
+    pipe: Pipe,
+) -> None:
+    stream = stream_on(pipe)
+    stream.head(200, False, b'{"half', False)
+    stream.head(400, False, b'{"error": {}}', True)
+    client = Client(pipe.written)
+    assert (client.status, stream.status, client.body) == (400, 400, b'{"error": {}}')
 
 
 async def test_nothing_is_written_before_the_first_frame_and_the_head_leaves_with_it(
@@ -394,3 +406,15 @@ async def test_a_comment_for_a_client_that_was_cut_off_is_not_written(pipe: Pipe
     before, pipe.aborted = pipe.written, True
     stream.comment(COMMENT)
     assert pipe.written == before
+
+
+def test_a_whole_answer_in_pieces_is_one_body_and_a_new_attempt_begins_it_anew() -> None:
+    pipe = Pipe()
+    stream = stream_on(pipe)
+    stream.head(200, False, b'{"lost":', False)
+    stream.more(b"1", False)
+    stream.again()
+    stream.head(200, False, b'{"a":', False)
+    assert stream.more(b"2", False) and stream.more(b"}", True) and stream.finished
+    found = Client(pipe.written)
+    assert found.complete and found.body == b'{"a":2}'

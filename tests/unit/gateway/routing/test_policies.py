@@ -1,3 +1,5 @@
+"""The simple policy that users may choose."""
+
 from __future__ import annotations
 
 import random
@@ -22,7 +24,7 @@ def a_fleet(*workers: tuple[int, int, tuple[AdapterRef, ...]]) -> tuple[Fleet, l
     fleet = Fleet(10.0)
     for i, (capacity, running, held) in enumerate(workers):
         adapters = tuple(AdapterState(a.name, a.digest, Tier.GPU) for a in held)
-        fleet.beat(
+        fleet.heartbeat(
             Heartbeat(
                 f"w{i}",
                 1,
@@ -54,7 +56,7 @@ def chosen(
 def burst(
     fleet: Fleet, adapter: AdapterRef | None, requests: int, seed: int = 0
 ) -> list[tuple[str, ChoiceReason]]:
-    """Choices of a burst between two heartbeats: choose and reserve, no beat."""
+    """The choices of a burst between two heartbeats: choose and reserve, without a heartbeat."""
     rng = random.Random(seed)
     choices = []
     for sid in range(1, requests + 1):
@@ -132,7 +134,7 @@ def test_the_same_seed_makes_the_same_choices() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_burst_of_base_requests_between_two_beats_spreads(seed: int) -> None:
+def test_a_burst_of_base_requests_between_two_heartbeats_spreads(seed: int) -> None:
     fleet, workers = a_fleet(*[(16, 0, ())] * 4)
     burst(fleet, None, 32, seed)
     assert max(w.load for w in workers) - min(w.load for w in workers) <= 4
@@ -235,14 +237,16 @@ def test_no_policy_ever_chooses_a_worker_that_is_left_out(
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 def test_a_cold_adapter_goes_where_a_slot_is_empty_before_anybody_must_leave_one(name: str) -> None:
-    """Even if a worker without one has it in host memory, and less to do."""
+    """It does so even if a worker without an empty slot has it in host memory and has less
+    to do.
+    """
     fleet = Fleet(10.0)
-    beat = Heartbeat("w0", 1, 1, "tiny", WorkerState.SERVING, capacity=9, slots=1)
+    heartbeat = Heartbeat("w0", 1, 1, "tiny", WorkerState.SERVING, capacity=9, slots=1)
     there = AdapterState(HAIKU.name, HAIKU.digest, Tier.GPU)
     stash = AdapterState(PIRATE.name, PIRATE.digest, Tier.CPU)
-    fleet.beat(msgspec.structs.replace(beat, adapters=(there, stash)), 0.0)
-    other = msgspec.structs.replace(beat, worker="w1", slots=2, adapters=(there,), running=1)
-    fleet.beat(other, 0.0)
+    fleet.heartbeat(msgspec.structs.replace(heartbeat, adapters=(there, stash)), 0.0)
+    other = msgspec.structs.replace(heartbeat, worker="w1", slots=2, adapters=(there,), running=1)
+    fleet.heartbeat(other, 0.0)
     for worker in ("w0", "w1"):
         fleet.attach(worker, 1)
     policy = make_policy(name)

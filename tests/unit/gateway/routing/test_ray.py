@@ -1,3 +1,5 @@
+"""Routing as Ray does it."""
+
 from __future__ import annotations
 
 import random
@@ -20,7 +22,7 @@ def a_fleet(
     fleet = Fleet(10.0)
     for i, (running, held) in enumerate(workers):
         adapters = tuple(AdapterState(a.name, a.digest, Tier.GPU) for a in held)
-        fleet.beat(
+        fleet.heartbeat(
             Heartbeat(
                 f"w{i}", 1, 1, "tiny", WorkerState.SERVING, capacity, 16, running, adapters=adapters
             ),

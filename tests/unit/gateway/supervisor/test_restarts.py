@@ -7,13 +7,18 @@ import signal
 
 import pytest
 
-from gateway.supervisor.health import START_SILENCE_S, ProcessHealth, Trial, verdicts
+from gateway.supervisor.health import (
+    START_SILENCE_S,
+    ProcessHealth,
+    WorkerHealth,
+    models_that_cannot_start,
+)
 from gateway.supervisor.restarts import (
-    HOPELESS_TRIES,
+    FAILED_STARTS_LIMIT,
     MAX_WAIT_S,
     PROVEN_KILLED_S,
     PROVEN_S,
-    End,
+    ProcessExit,
     RestartHistory,
 )
 
@@ -27,13 +32,13 @@ def rng() -> random.Random:
 @pytest.mark.parametrize(
     "end",
     [
-        End(KILLED, PROVEN_KILLED_S),
-        End(128 + signal.SIGTERM, 1e6),
-        End(FAILED, PROVEN_S),
-        End(0, 0.1),
+        ProcessExit(KILLED, PROVEN_KILLED_S),
+        ProcessExit(128 + signal.SIGTERM, 1e6),
+        ProcessExit(FAILED, PROVEN_S),
+        ProcessExit(0, 0.1),
     ],
 )
-def test_a_process_that_had_served_starts_again_without_a_wait_every_time(end: End) -> None:
+def test_a_process_that_had_served_starts_again_without_a_wait_every_time(end: ProcessExit) -> None:
     history, chance = RestartHistory(), rng()
     assert [history.wait_s(end, chance) for _ in range(50)] == [0.0] * 50
 
@@ -41,14 +46,14 @@ def test_a_process_that_had_served_starts_again_without_a_wait_every_time(end: E
 @pytest.mark.parametrize(
     "end",
     [
-        End(FAILED, 0.0),
-        End(0, 0.0),
-        End(2, 0.0),
-        End(KILLED, PROVEN_KILLED_S - 0.1),
-        End(FAILED, PROVEN_S - 1),
+        ProcessExit(FAILED, 0.0),
+        ProcessExit(0, 0.0),
+        ProcessExit(2, 0.0),
+        ProcessExit(KILLED, PROVEN_KILLED_S - 0.1),
+        ProcessExit(FAILED, PROVEN_S - 1),
     ],
 )
-def test_one_that_never_gets_going_waits_longer_each_time_up_to_a_bound(end: End) -> None:
+def test_one_that_never_gets_going_waits_longer_each_time_up_to_a_bound(end: ProcessExit) -> None:
     history, chance = RestartHistory(), rng()
     waits = [history.wait_s(end, chance) for _ in range(2000)]
     assert all(wait > 0 for wait in waits)
@@ -58,22 +63,31 @@ def test_one_that_never_gets_going_waits_longer_each_time_up_to_a_bound(end: End
 
 def test_processes_that_fail_together_do_not_start_again_in_step() -> None:
     chance = rng()
-    waits = {RestartHistory().wait_s(End(FAILED, 0.0), chance) for _ in range(20)}
+    waits = {RestartHistory().wait_s(ProcessExit(FAILED, 0.0), chance) for _ in range(20)}
     assert len(waits) == 20
+
+
+def test_what_somebody_kills_waits_as_long_but_has_not_failed_to_start() -> None:
+    history, chance = RestartHistory(), rng()
+    for _ in range(3):
+        assert history.wait_s(ProcessExit(KILLED, 0.0, from_outside=True), chance) > 0
+    assert (history.failures, history.failed_starts) == (3, 0)
+    history.wait_s(ProcessExit(FAILED, 0.0), chance)
+    assert history.failed_starts == 1
 
 
 def test_a_life_that_proved_itself_ends_the_loop() -> None:
     history, chance = RestartHistory(), rng()
     for _ in range(5):
-        history.wait_s(End(FAILED, 0.0), chance)
-    history.wait_s(End(KILLED, 60.0), chance)
-    assert history.failures == 0 and history.wait_s(End(FAILED, 0.0), chance) <= 1
+        history.wait_s(ProcessExit(FAILED, 0.0), chance)
+    history.wait_s(ProcessExit(KILLED, 60.0), chance)
+    assert history.failures == 0 and history.wait_s(ProcessExit(FAILED, 0.0), chance) <= 1
 
 
 def test_a_process_hangs_once_it_is_silent_too_long_and_one_that_starts_may_be_silent_longer() -> (
     None
 ):
-    health = ProcessHealth("w0", 1, heard_at=0.0)
+    health = ProcessHealth("w0", 1, last_sign_at=0.0)
     assert not health.hangs(5.0, START_SILENCE_S) and health.hangs(5.0, START_SILENCE_S + 1)
     health.pulse(True, "", 100.0)
     assert not health.hangs(5.0, 105.0) and health.hangs(5.0, 105.1)
@@ -82,28 +96,37 @@ def test_a_process_hangs_once_it_is_silent_too_long_and_one_that_starts_may_be_s
 
 
 def test_how_long_it_has_served_counts_from_its_first_healthy_pulse() -> None:
-    health = ProcessHealth("w0", 1, heard_at=0.0)
+    health = ProcessHealth("w0", 1, last_sign_at=0.0)
     assert health.healthy_s(50.0) == 0
     for now in (10.0, 11.0, 12.0):
         health.pulse(True, "", now)
     assert health.healthy_s(15.0) == 5.0
 
 
-def failing(model: str, reason: str = "no weights") -> Trial:
-    return Trial(model, False, HOPELESS_TRIES, reason)
+def failing(model: str, reason: str = "no weights") -> WorkerHealth:
+    return WorkerHealth(model, False, FAILED_STARTS_LIMIT, reason)
 
 
 def test_a_model_cannot_start_once_all_its_workers_have_failed_often_enough() -> None:
-    assert verdicts([failing("bad")]) == {"bad": "no weights"}
-    assert verdicts([failing("bad"), failing("bad", "later")]) == {"bad": "no weights"}
-    assert verdicts([Trial("bad", False, HOPELESS_TRIES - 1, "no weights")]) == {}
+    assert models_that_cannot_start([failing("bad")]) == {"bad": "no weights"}
+    assert models_that_cannot_start([failing("bad"), failing("bad", "later")]) == {
+        "bad": "no weights"
+    }
+    assert (
+        models_that_cannot_start(
+            [WorkerHealth("bad", False, FAILED_STARTS_LIMIT - 1, "no weights")]
+        )
+        == {}
+    )
 
 
 def test_no_model_is_condemned_while_one_of_its_workers_serves_or_has_not_been_tried() -> None:
-    assert verdicts([failing("m"), Trial("m", True, 0, "")]) == {}
-    assert verdicts([failing("m"), Trial("m", False, 0, "")]) == {}
+    assert models_that_cannot_start([failing("m"), WorkerHealth("m", True, 0, "")]) == {}
+    assert models_that_cannot_start([failing("m"), WorkerHealth("m", False, 0, "")]) == {}
 
 
 def test_one_model_says_nothing_of_another() -> None:
-    found = verdicts([failing("bad"), Trial("good", True, 0, ""), Trial("new", False, 0, "")])
+    found = models_that_cannot_start(
+        [failing("bad"), WorkerHealth("good", True, 0, ""), WorkerHealth("new", False, 0, "")]
+    )
     assert set(found) == {"bad"}

@@ -8,7 +8,17 @@ import msgspec
 import pytest
 
 from gateway.telemetry.ended_request import EndedRequest
-from gateway.telemetry.recorder import COLUMNS, MAX_CODES, STEP_S, STEPS, Recorder, Spread
+from gateway.telemetry.recorder import (
+    COLUMNS,
+    MAX_CODES,
+    MAX_REFUSED,
+    STEP_S,
+    STEPS,
+    LatencyHistogram,
+    Recorder,
+    decode_steps,
+    encode_steps,
+)
 from shared.link.messages import Done, Tier
 
 
@@ -66,6 +76,31 @@ def test_its_memory_does_not_grow() -> None:
     assert [e.request_id for e in recorder.requests()] == ["r1799", "r1798", "r1797"]
 
 
+def test_a_flood_of_refused_requests_pushes_none_out_that_was_served() -> None:
+    recorder = Recorder()
+    recorder.ended(ended(100.0, request_id="served"))
+    for n in range(5 * MAX_REFUSED):
+        recorder.refused(ended(101.0 + n, request_id=f"r{n}", outcome="limited"))
+    recorder.ended(ended(102.5, request_id="later"))
+    found = [e.request_id for e in recorder.requests()]
+    assert len(found) == MAX_REFUSED + 2 and found[-2:] == ["later", "served"]
+
+
+def test_restarts_and_moves_are_counted_by_worker_and_news_are_kept_for_who_follows() -> None:
+    recorder = Recorder()
+    for epoch in (1, 1, 2, 3):
+        recorder.sample(100.0, 0, 0, {("w0", epoch): set(), ("w1", 7): set()})
+    recorder.moved("w1")
+    assert (recorder.restarts, recorder.moved_from) == ({"w0": 2}, {"w1": 1})
+    recorder.ended(ended(request_id="unseen"))
+    assert recorder.news() == []
+    recorder.follow(True)
+    recorder.ended(ended(request_id="one"))
+    recorder.refused(ended(request_id="two"))
+    assert [e.request_id for e in recorder.news()] == ["two", "one"]
+    assert recorder.news() == []
+
+
 def test_requests_are_found_by_key_adapter_worker_status_and_id_the_newest_first() -> None:
     recorder = Recorder()
     recorder.ended(ended(request_id="one", worker="w0"))
@@ -102,8 +137,28 @@ def test_candidates_are_kept_of_no_more_than_ten_decisions_a_second() -> None:
 
 @pytest.mark.parametrize("value_s", [0.0005, 0.002, 0.05, 1.0, 30.0])
 def test_a_quantile_is_wrong_by_a_tenth_at_most(value_s: float) -> None:
-    spread = Spread()
-    spread.observe(value_s)
-    found = spread.quantile(0.5)
+    histogram = LatencyHistogram()
+    histogram.observe(value_s)
+    found = histogram.quantile(0.5)
     assert found is not None and found == pytest.approx(max(value_s, 0.001), rel=0.1)
-    assert Spread().quantile(0.5) is None
+    assert LatencyHistogram().quantile(0.5) is None
+
+
+def test_the_last_hour_of_two_processes_is_one_by_its_sums() -> None:
+    one, two = Recorder(), Recorder()
+    one.ended(ended(100.0))
+    two.ended(ended(100.0, t_head=99.6))
+    keys = frozenset({"a", "b"})
+    for recorder in (one, two):
+        recorder.error("overloaded", 100.0)
+        recorder.sample(100.0, 1, 2, {("w0", 1): keys})
+    two.ended(ended(120.0))
+    others = decode_steps(encode_steps(two.steps))
+    series, alone = one.series(120.0, others=others), one.series(120.0)
+    assert [series["requests_per_s"][n] for n in (-3, -1)] == [2 / STEP_S, 1 / STEP_S]
+    assert (series["queued"][-3], series["ongoing"][-3]) == (2, 4)
+    assert series["loads"][-3] == alone["loads"][-3] == 2, "both have seen the same loads"
+    assert series["ttft_warm_p95_ms"][-3] == pytest.approx(600, rel=0.1)
+    assert alone["ttft_warm_p95_ms"][-3] == pytest.approx(200, rel=0.1)
+    assert one.errors(120.0, others) == {"overloaded": 2}
+    assert one.errors(120.0) == {"overloaded": 1}, "they were not added to its own"

@@ -1,5 +1,5 @@
-"""What an adapter must be: config, header, tensors, values; all of it from values, without a
-file.
+"""What an adapter must be: config, header, tensors and values. All of it is checked from values,
+without a file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shared.adapters.checks import (
     AdapterLimits,
     FileKind,
     FolderFile,
-    Pair,
+    LoraPair,
     check_change,
     check_files,
     check_index,
@@ -526,12 +526,14 @@ def test_values_that_are_no_weights_are_refused(norm: float, finite: bool, why: 
     [(2.0, 1e3, 1e3), (1e30, 1.0, 1.0), (1e6, 1e-3, 1.0), (2.0, math.nan, 1.0)],
 )
 def test_a_change_that_would_overflow_is_refused(scaling: float, a: float, b: float) -> None:
-    assert reason(check_change, Pair(Q0, Q0, A, B, scaling), a, b, AdapterLimits()) == "magnitude"
+    assert (
+        reason(check_change, LoraPair(Q0, Q0, A, B, scaling), a, b, AdapterLimits()) == "magnitude"
+    )
 
 
 def test_a_change_of_a_trained_size_passes() -> None:
     check_norm(A, 12.0, True)
-    check_change(Pair(Q0, Q0, A, B, 4.0), 12.0, 30.0, AdapterLimits())
+    check_change(LoraPair(Q0, Q0, A, B, 4.0), 12.0, 30.0, AdapterLimits())
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+"""Names, keys and files of adapters."""
+
 from __future__ import annotations
 
 import os

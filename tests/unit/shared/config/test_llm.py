@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from shared.config.arguments import Argument
 from shared.config.llm import (
     LORA_RANKS,
     UNLIMITED_REQUESTS,
@@ -26,6 +25,7 @@ from shared.config.llm import (
     check_engine_kwargs,
     rooted,
 )
+from shared.config.vllm_engine_arguments import Argument
 from shared.errors import ConfigError
 
 
@@ -283,7 +283,10 @@ def test_other_ranks_are_refused_with_the_list(rank: int) -> None:
             "write it without quotes or exponent: 2",
         ),
         ({"engine_kwargs": {"dtype": object}}, "engine_kwargs.dtype: expected text, numbers"),
-        ({"engine_kwargs": {"disable_log_stats": True}}, "log_engine_metrics"),
+        (
+            {"engine_kwargs": {"disable_log_stats": True}, "log_engine_metrics": False},
+            "statistics that routing needs",
+        ),
         ({"engine_kwargs": []}, "expected a mapping of keys, got a list"),
         ({"llm_engine": "SGLang"}, "'sim' or 'vLLM'"),
         ({"deployment_config": {"num_replicas": 0}}, "(at least 1)"),

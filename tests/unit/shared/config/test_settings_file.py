@@ -14,9 +14,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.config.arguments import Argument, wrong_arguments
 from shared.config.llm import LLMConfig, Settings, engine_kwargs_problems
 from shared.config.settings_file import app_from_args, load_settings, parse_settings
+from shared.config.vllm_engine_arguments import Argument, wrong_arguments
 from shared.errors import ConfigError
 from tests.harness import ROOT
 
@@ -175,6 +175,7 @@ def test_the_applications_form_takes_the_gateway_section_from_the_top_level() ->
         ("  deployments: [{name: x}]\n", 1),
         ("  import_path: ray.serve.llm:build_openai_app\n", 0),
         ("  import_path: gateway:build_openai_app\n", 0),
+        ("  import_path: ray.serve.llm.builders:build_openai_app\n", 0),
     ],
 )
 def test_an_applications_own_keys_are_accepted_and_warned_about_where_they_do_nothing(
@@ -197,9 +198,20 @@ def test_an_applications_own_keys_are_accepted_and_warned_about_where_they_do_no
         ("applications: [a]", "applications[0]: expected a mapping"),
         ("applications: 3", "expected a list with one application, got 3"),
         ("applications: [{args: {llm_configs: 3}}]", "expected a list of models, got 3"),
-        (SMALL + "http_options: {ssl_keyfile: k}\n", "does not terminate TLS"),
+        (SMALL + "http_options: {ssl_keyfile: k}\n", "in gateway.tls"),
         (SMALL + "http_options: {port: 99999}\n", "conf/c.yaml:3: http_options.port: expected"),
         (SMALL + "proxy_loc: x\n", "did you mean 'proxy_location'?"),
+        (
+            "applications: [{args: {prefill_config: {}}}]",
+            "prefill_config: prefill and decoding are not split",
+        ),
+        (SMALL + "  deployment_config: {max_concurrent_queries: 9}\n", "max_ongoing_requests"),
+        (
+            SMALL.replace("m}", "m, model_source: {bucket_uri: 's3://b', extra_files: [1]}}"),
+            "model_source.extra_files: is not supported",
+        ),
+        ("- model_loading_config: {model_id: m}\n", "expected keys such as llm_configs:"),
+        ("apiVersion: v1\nkind: RayService\nspec: {}\n", "spec.serveConfigV2 is missing"),
     ],
 )
 def test_what_a_file_cannot_mean_here_is_refused(text: str, part: str) -> None:
@@ -232,6 +244,8 @@ def test_rays_cluster_options_are_accepted_with_a_warning(key: str) -> None:
     [
         "runtime_env: {a: 1}",
         "placement_group_config: {bundles: []}",
+        "resources_per_bundle: {GPU: 1}",
+        "log_engine_metrics: false",
         "server_cls: 'a:B'",
         "callback_config: {callback_class: a}",
     ],
@@ -270,8 +284,10 @@ def test_empty_sections_are_as_good_as_none() -> None:
     assert loaded.models == parse(SMALL).models and loaded.warnings == ()
 
 
-def test_an_open_gateway_without_keys_is_warned_about() -> None:
+def test_an_open_gateway_without_keys_is_warned_about_by_the_key_that_opens_it() -> None:
     assert "no API keys" in parse(SMALL + "gateway: {host: 0.0.0.0}").warnings[0]
+    (rays,) = parse(SMALL + "http_options: {host: 0.0.0.0}").warnings
+    assert rays.startswith("conf/c.yaml:3: http_options.host: ") and "no API keys" in rays
     assert not parse(SMALL + "gateway: {host: 0.0.0.0, api_keys_env: KEYS}").warnings
 
 
@@ -283,8 +299,70 @@ def test_variables_are_filled_in_and_one_that_is_not_set_is_named() -> None:
         parse_settings(text, "c.yaml", no_files)
 
 
+@pytest.mark.parametrize(
+    ("written", "given", "read"),
+    [
+        ("${N}", "2", 2),
+        ("${N}", "0.5", 0.5),
+        ("${N}", "true", True),
+        ("${N}", "v2", "v2"),
+        ("${N}", "null", "null"),
+        ("${N}", "[1]", "[1]"),
+        ("${N:-3}", None, 3),
+        ("'${N}'", "2", "2"),
+        ('"${N}"', "true", "true"),
+        ("v${N}", "2", "v2"),
+        ("$${N}", "2", "${N}"),
+        ("a $${N} ${N}", "2", "a ${N} 2"),
+    ],
+)
+def test_a_variable_becomes_what_yaml_would_read_in_its_place(
+    written: str, given: str | None, read: object
+) -> None:
+    env = {} if given is None else {"N": given}
+    for text in (
+        SMALL + f"  engine_kwargs:\n    seed: {written}\n",
+        "applications:\n- import_path: ray.serve.llm:build_openai_app\n  args:\n"
+        + "".join(f"    {line}\n" for line in SMALL.splitlines())
+        + f"      engine_kwargs:\n        seed: {written}\n",
+    ):
+        loaded = parse_settings(text, "c.yaml", no_files, env=env)
+        seed = loaded.models[0].engine_kwargs["seed"]
+        assert seed == read and type(seed) is type(read)
+
+
+def test_a_variable_in_a_file_of_its_own_for_a_model_is_a_number_too() -> None:
+    part = "model_loading_config: {model_id: a}\nengine_kwargs:\n  seed: ${N}\n  dtype: '${N}'\n"
+    text = "llm_configs: [part.yaml]\n"
+    loaded = parse_settings(text, "c.yaml", lambda path: part, env={"N": "2"})
+    assert loaded.models[0].engine_kwargs == {"seed": 2, "dtype": "2"}
+
+
 def no_files(path: str) -> str:
     raise OSError(path)
+
+
+@pytest.mark.parametrize("form", ["first", "last", "empty ones"])
+def test_a_manifest_may_stand_among_others(form: str) -> None:
+    inside = "".join(f"    {line}\n" for line in SMALL.splitlines())
+    ours = f"kind: RayService\nspec:\n  serveConfigV2: |\n{inside}"
+    other = "kind: ConfigMap\ndata: {a: b}\n"
+    text = {
+        "first": f"{ours}---\n{other}",
+        "last": f"{other}---\n{ours}",
+        "empty ones": f"---\n{ours}---\n---\n# no more\n",
+    }[form]
+    assert parse_settings(text, "k.yaml", no_files).models == parse(SMALL).models
+    with pytest.raises(ConfigError, match=r"k.yaml:\d+: a second document begins here"):
+        parse_settings(f"{ours}---\n{ours}", "k.yaml", no_files)
+
+
+def test_what_a_manifest_holds_may_be_yaml_and_not_text() -> None:
+    inside = "".join(f"    {line}\n" for line in SMALL.splitlines())
+    text = f"kind: RayService\nspec:\n  serveConfigV2:\n{inside}"
+    assert parse_settings(text, "k.yaml", no_files).models == parse(SMALL).models
+    with pytest.raises(ConfigError, match=r"k.yaml:6: .*nonsense"):
+        parse_settings(text + "      nonsense: 1\n", "k.yaml", no_files)
 
 
 def test_a_manifest_of_kuberay_is_read_by_what_is_inside_and_lines_are_those_of_the_file() -> None:
@@ -303,6 +381,23 @@ def test_a_value_that_vllm_would_not_take_is_named(key: str, value: object) -> N
     assert not [*wrong_arguments({"seed": 1, "dtype": "half"}, known)]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "wrong"),
+    [
+        ("gpu_memory_utilization", 1.5, True),
+        ("gpu_memory_utilization", 0, True),
+        ("gpu_memory_utilization", 1, False),
+        ("max_num_seqs", 0, True),
+        ("max_num_seqs", 1, False),
+    ],
+)
+def test_a_number_that_vllm_would_refuse_later_is_named(
+    key: str, value: float, wrong: bool
+) -> None:
+    kinds = {"gpu_memory_utilization": Argument("float"), "max_num_seqs": Argument("int")}
+    assert [k for k, _ in wrong_arguments({key: value}, kinds)] == [key] * wrong
+
+
 @pytest.mark.parametrize("key", ["api_key", "lora_modules", "ssl_keyfile", "allowed_origins"])
 def test_what_belongs_to_vllms_own_server_is_refused_by_its_name(key: str) -> None:
     lines = refusal(SMALL + f"  engine_kwargs: {{{key}: x}}\n")
@@ -313,6 +408,26 @@ def test_what_belongs_to_vllms_own_server_is_refused_by_its_name(key: str) -> No
 def test_what_has_no_effect_is_a_warning(given: str) -> None:
     warnings = parse(SMALL + f"  engine_kwargs: {{{given}}}\n").warnings
     assert [given.partition(":")[0] in line for line in warnings] == [True]
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("task", "runner: pooling"),
+        ("rope_scaling", "hf_overrides"),
+        ("guided_decoding_backend", "structured_outputs_config"),
+    ],
+)
+def test_an_argument_that_vllm_replaced_is_refused_with_what_took_its_place(
+    key: str, instead: str
+) -> None:
+    ((found, text),) = wrong_arguments({key: "x"}, {"kda_decode_backend": Argument()})
+    assert found == key and f"engine_kwargs.{instead}" in text and "did you mean" not in text
+
+
+def test_a_key_that_holds_what_others_refer_to_may_stand_at_the_top() -> None:
+    text = "x-both: &both {llm_engine: sim}\n" + SMALL + "  <<: *both\n"
+    assert parse(text).models[0].llm_engine == "sim"
 
 
 def test_a_later_check_can_name_the_line() -> None:
@@ -356,6 +471,20 @@ def test_the_default_state_folder_is_in_the_home_of_the_user(tmp_path: Path) -> 
     assert load_settings(tmp_path / "c.yaml").gateway.state_dir == os.path.expanduser(
         "~/.cache/loraplex"
     )
+
+
+def test_a_model_file_of_an_app_takes_variables_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m.yaml").write_text('model_loading_config: {model_id: "${MODEL_OF_TEST}"}\n')
+    monkeypatch.setenv("MODEL_OF_TEST", "m")
+    assert LLMConfig.from_file(tmp_path / "m.yaml").model_id == "m"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "c.yaml").write_text(SMALL.replace("\n", "\r\n"), encoding)
+    assert load_settings(tmp_path / "c.yaml").models == parse(SMALL).models
 
 
 def test_an_app_is_built_from_configs_dicts_and_paths(tmp_path: Path) -> None:

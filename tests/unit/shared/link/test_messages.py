@@ -1,3 +1,5 @@
+"""Messages decode to what was encoded, and anything else is refused."""
+
 from __future__ import annotations
 
 import contextlib
@@ -18,7 +20,7 @@ STORED = StoredAdapter(
     "0123456789abcdef",
     (StoredFile("adapter_config.json", 7, "v1"), StoredFile("w.safetensors", 2**40, "v2")),
 )
-BEAT = wire.Heartbeat(
+HEARTBEAT = wire.Heartbeat(
     "w0",
     3,
     2**40,
@@ -38,7 +40,7 @@ STEP = wire.Step(
 )
 
 DIRECTIONS: dict[str, tuple[Callable[[bytes], Any], list[Any]]] = {
-    "worker control": (wire.decode_worker_control, [BEAT]),
+    "worker control": (wire.decode_worker_control, [HEARTBEAT]),
     "gateway control": (
         wire.decode_gateway_control,
         [
@@ -92,8 +94,8 @@ def test_messages_cannot_be_changed(message: Any) -> None:
 def test_fields_that_a_newer_peer_appends_are_ignored() -> None:
     array = [*msgspec.msgpack.decode(wire.encode(wire.Cancel(7))), "news", {"more": [1]}]
     assert wire.decode_gateway_data(msgspec.msgpack.encode(array)) == wire.Cancel(7)
-    mapping = {**msgspec.msgpack.decode(wire.encode(BEAT)), "news": [1, {"a": None}]}
-    assert wire.decode_worker_control(msgspec.msgpack.encode(mapping)) == BEAT
+    mapping = {**msgspec.msgpack.decode(wire.encode(HEARTBEAT)), "news": [1, {"a": None}]}
+    assert wire.decode_worker_control(msgspec.msgpack.encode(mapping)) == HEARTBEAT
 
 
 def test_fields_that_an_older_peer_lacks_have_their_defaults() -> None:
@@ -123,7 +125,7 @@ def test_a_message_of_another_shape_does_not_decode(value: object) -> None:
 
 @pytest.mark.parametrize("state", [-1, 4, 99, "SERVING"])
 def test_a_state_that_this_version_does_not_know_does_not_decode(state: object) -> None:
-    mapping = {**msgspec.msgpack.decode(wire.encode(BEAT)), "state": state}
+    mapping = {**msgspec.msgpack.decode(wire.encode(HEARTBEAT)), "state": state}
     with pytest.raises(wire.DecodeError):
         wire.decode_worker_control(msgspec.msgpack.encode(mapping))
 
@@ -160,11 +162,9 @@ def test_a_message_that_is_cut_short_does_not_decode(
 
 
 def test_text_that_is_no_utf8_does_not_decode() -> None:
-    """Invariant 9: whatever arrives, DecodeError is all that the link's callbacks have to
-    expect.
-    """
+    """Invariant 9: whatever arrives, the link's callbacks have to expect only DecodeError."""
     for decode, message, text in (
-        (wire.decode_worker_control, BEAT, b"tiny"),
+        (wire.decode_worker_control, HEARTBEAT, b"tiny"),
         (wire.decode_worker_data, wire.Attach("tiny", 1), b"tiny"),
         (wire.decode_gateway_data, wire.Generate(1, "tiny", "r", b""), b"tiny"),
         (wire.decode_gateway_control, wire.Alive("tiny"), b"tiny"),
@@ -176,7 +176,7 @@ def test_text_that_is_no_utf8_does_not_decode() -> None:
 @pytest.mark.parametrize(
     ("decode", "head"),
     [
-        (wire.decode_worker_control, b"\x82\xa4type\xa4beat\xa1x"),
+        (wire.decode_worker_control, b"\x82\xa4type\xa4heartbeat\xa1x"),
         (wire.decode_worker_data, b"\x95\xa4step\x90\x90\x90"),
         (wire.decode_gateway_data, b"\x93\xa6cancel\x01"),
     ],

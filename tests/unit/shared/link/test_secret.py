@@ -1,3 +1,5 @@
+"""Where the link's secret comes from."""
+
 from __future__ import annotations
 
 import stat

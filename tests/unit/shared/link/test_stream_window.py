@@ -1,3 +1,5 @@
+"""Channels over a link that loses, doubles, reorders and delays."""
+
 from __future__ import annotations
 
 import msgspec
@@ -7,11 +9,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from shared.link import messages, stream_window
-from shared.link.messages import Carried, Status
-from shared.link.stream_window import ASK_AGAIN_S, CONFIRM_EVERY, Arrival, Channel, Packet, Path
+from shared.link.messages import ChannelStatus, DataPacket
+from shared.link.stream_window import (
+    ASK_AGAIN_S,
+    CONFIRM_BYTES,
+    CONFIRM_EVERY,
+    Arrival,
+    Channel,
+    LinkPath,
+    Packet,
+)
 
 
-def sent(channel: Channel, body: bytes) -> Carried:
+def sent(channel: Channel, body: bytes) -> DataPacket:
     packet = channel.send(body)
     assert packet is not None
     return packet
@@ -36,11 +46,11 @@ def test_a_gap_is_asked_for_at_once_and_the_answer_fills_it() -> None:
     first, second, third = (sent(a, bytes([n])) for n in range(3))
     assert b.receive(first, 0.0) is Arrival.DELIVER and b.receive(third, 0.0) is Arrival.GAP
     (ask,) = b.replies()
-    assert ask == Status(7, 0, 1, missing=True)
-    a.hear(ask, 0.0)
+    assert ask == ChannelStatus(7, 0, 1, missing=True)
+    a.receive_status(ask, 0.0)
     again = a.replies()
-    assert [p.body for p in again if isinstance(p, Carried)] == [second.body, third.body]
-    assert [b.receive(p, 0.0) for p in again if isinstance(p, Carried)] == [Arrival.DELIVER] * 2
+    assert [p.body for p in again if isinstance(p, DataPacket)] == [second.body, third.body]
+    assert [b.receive(p, 0.0) for p in again if isinstance(p, DataPacket)] == [Arrival.DELIVER] * 2
     assert a.resent == 2
 
 
@@ -56,8 +66,8 @@ def test_a_gap_is_asked_for_once_until_the_answer_is_overdue() -> None:
 def test_the_last_body_is_missed_by_the_status_that_follows_it() -> None:
     a, b = pair()
     sent(a, b"lost")
-    assert b.hear(a.status(), 0.0) is Arrival.GAP
-    a.hear(b.replies()[0], 0.0)  # type: ignore[arg-type]
+    assert b.receive_status(a.status(), 0.0) is Arrival.GAP
+    a.receive_status(b.replies()[0], 0.0)  # type: ignore[arg-type]
     assert b.receive(a.replies()[0], 0.0) is Arrival.DELIVER  # type: ignore[arg-type]
 
 
@@ -75,7 +85,7 @@ def test_a_receiver_that_has_nothing_to_say_confirms_after_so_many() -> None:
         b.receive(sent(a, b"x"), 0.0)
     assert not b.owes
     b.receive(sent(a, b"x"), 0.0)
-    assert b.replies() == [Status(7, 0, CONFIRM_EVERY)] and not b.owes
+    assert b.replies() == [ChannelStatus(7, 0, CONFIRM_EVERY)] and not b.owes
 
 
 def test_a_full_window_takes_no_more_and_one_large_body_fits_an_empty_one(
@@ -86,7 +96,7 @@ def test_a_full_window_takes_no_more_and_one_large_body_fits_an_empty_one(
     first = sent(a, b"x" * 11)
     assert a.send(b"y") is None and a.sent == 1
     b.receive(first, 0.0)
-    a.hear(b.status(), 0.0)
+    a.receive_status(b.status(), 0.0)
     assert a.send(b"y") is not None
 
 
@@ -100,25 +110,30 @@ def test_what_could_not_leave_is_as_if_it_had_never_been_numbered() -> None:
 def test_packets_of_another_channel_change_nothing() -> None:
     a, b = Channel(1), Channel(2)
     assert b.receive(sent(a, b"late"), 0.0) is Arrival.STALE
-    assert b.hear(a.status(), 0.0) is Arrival.STALE and not b.owes and b.delivered == 0
+    assert b.receive_status(a.status(), 0.0) is Arrival.STALE and not b.owes and b.delivered == 0
 
 
 def test_a_confirmation_of_what_was_never_sent_is_not_believed() -> None:
     a, _ = pair()
     sent(a, b"x")
-    a.hear(Status(7, 0, 99), 0.0)
+    a.receive_status(ChannelStatus(7, 0, 99), 0.0)
     assert a.settled and a.acknowledged == 1 and sent(a, b"y").number == 2
 
 
 @pytest.mark.parametrize(
-    "message", [Carried(1 << 32, 1 << 40, 3, b"x"), Status(1, 2, 3, True, 4, 5), Status(0, 0, 0)]
+    "message",
+    [
+        DataPacket(1 << 32, 1 << 40, 3, b"x"),
+        ChannelStatus(1, 2, 3, True, 4, 5),
+        ChannelStatus(0, 0, 0),
+    ],
 )
 def test_packets_are_told_from_the_messages_of_the_control_socket(message: Packet) -> None:
     data = messages.encode(message)
     assert messages.is_packet(data) and messages.decode_packet(data) == message
-    beat = messages.Heartbeat("w", 1, 1, "b", messages.WorkerState.SERVING)
+    heartbeat = messages.Heartbeat("w", 1, 1, "b", messages.WorkerState.SERVING)
     others = (
-        beat,
+        heartbeat,
         messages.Welcome("g", "x", 1.0, 0.1),
         messages.Alive("g"),
         messages.Farewell("g"),
@@ -131,19 +146,19 @@ def test_packets_are_told_from_the_messages_of_the_control_socket(message: Packe
 
 
 def test_a_path_carries_as_of_the_ping_whose_echo_came_back() -> None:
-    near, far = Path(0.0), Path(0.0)
-    far.hear(near.ping(1.0), near.heard)
+    near, far = LinkPath(0.0), LinkPath(0.0)
+    far.receive_ping(near.ping(1.0), near.heard)
     near.ping(2.0)  # lost
-    near.hear(far.ping(1.5), far.heard)
+    near.receive_ping(far.ping(1.5), far.heard)
     assert near.since == 1.0 and far.since == 0.0
-    far.hear(near.ping(3.0), near.heard)  # echoes the far end's ping
+    far.receive_ping(near.ping(3.0), near.heard)  # echoes the far end's ping
     assert far.since == 1.5
 
 
 def test_a_path_that_carries_one_way_only_is_known_at_both_ends() -> None:
-    near, far = Path(0.0), Path(0.0)
+    near, far = LinkPath(0.0), LinkPath(0.0)
     for turn in range(1, 9):
-        far.hear(near.ping(float(turn)), near.heard)
+        far.receive_ping(near.ping(float(turn)), near.heard)
         far.ping(float(turn))  # never arrives
     assert near.since == far.since == 0.0
 
@@ -237,7 +252,7 @@ class Links(RuleBasedStateMachine):
     @precondition(lambda self: self.net["up"] or self.net["down"])
     @rule(data=st.data(), keep=st.booleans())
     def arrive(self, data: st.DataObject, keep: bool) -> None:
-        """Any packet, in any order; one that is kept arrives again."""
+        """Any packet, in any order. A packet that is kept arrives again."""
         way = data.draw(st.sampled_from([way for way in ("up", "down") if self.net[way]]))
         place = data.draw(st.integers(0, len(self.net[way]) - 1))
         packet = self.net[way][place]
@@ -258,8 +273,8 @@ class Links(RuleBasedStateMachine):
     def deliver(self, way: str, packet: Packet) -> None:
         end: Gateway | Worker = self.gateway if way == "up" else self.worker
         back = "down" if way == "up" else "up"
-        if isinstance(packet, Status):
-            if end.channel.hear(packet, self.now) is not Arrival.STALE and way == "down":
+        if isinstance(packet, ChannelStatus):
+            if end.channel.receive_status(packet, self.now) is not Arrival.STALE and way == "down":
                 self.net[back].append(end.channel.status())
         elif end.channel.receive(packet, self.now) is Arrival.DELIVER:
             if isinstance(end, Worker):
@@ -285,7 +300,9 @@ class Links(RuleBasedStateMachine):
 
     @rule()
     def the_worker_is_lost_or_restarts(self) -> None:
-        """The gateway hears a new life, or its lease ended: a new channel, nothing taken over."""
+        """The gateway hears of a new life, or the lease has ended. The new channel takes nothing
+        over.
+        """
         for stream in sorted(self.gateway.waiting):
             self.end(stream, "lost")
         channel = next(self.ids)
@@ -293,7 +310,7 @@ class Links(RuleBasedStateMachine):
 
     @rule()
     def the_gateway_restarts(self) -> None:
-        """Its clients' connections end with it; the worker hears of the new channel later."""
+        """The connections of its clients end with it. The worker hears of the new channel later."""
         for stream in sorted(self.gateway.waiting):
             self.end(stream, "lost")
         self.gateway = Gateway(next(self.ids))
@@ -314,8 +331,8 @@ class Links(RuleBasedStateMachine):
                 assert len(seen) == TOKENS
 
     def teardown(self) -> None:
-        """A network that carries again: every stream that waits is then whole, and nothing is left
-        in a window.
+        """The network works again. Then every waiting stream becomes whole, and no window holds
+        anything.
         """
         if self.gateway.channel.id != self.worker.channel.id:
             for stream in self.gateway.waiting:
@@ -342,3 +359,16 @@ class Links(RuleBasedStateMachine):
 
 TestLinks = Links.TestCase
 TestLinks.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_large_bodies_are_confirmed_without_waiting_for_a_ping() -> None:
+    a, b = pair()
+    for _ in range(2):
+        b.receive(sent(a, bytes(CONFIRM_BYTES // 2 + 1)), 0.0)
+    assert b.owes
+    (status,) = b.replies()
+    assert isinstance(status, ChannelStatus)
+    a.receive_status(status, 0.0)
+    assert a.window_bytes == 0
+    b.receive(sent(a, b"small"), 0.0)
+    assert not b.owes

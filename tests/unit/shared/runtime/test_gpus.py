@@ -16,6 +16,10 @@ from shared.runtime.process import count_gpus, visible_gpus
         ("2, 5", ["2", "5"]),
         ("GPU-3f,MIG-9", ["GPU-3f", "MIG-9"]),
         ("1,-1,2", ["1"]),
+        ("1,1,2", ["1", "2"]),
+        ("NoDevFiles", []),
+        (" 0 ,, 1", ["0"]),
+        ("MIG-GPU-3f2b-aa/1/0, MIG-9c-1", ["MIG-GPU-3f2b-aa/1/0", "MIG-9c-1"]),
     ],
 )
 def test_the_devices_that_cuda_would_show_keep_their_names(

@@ -16,7 +16,8 @@ from shared.adapters.identity import (
     StoredFile,
 )
 from shared.errors import ConfigError
-from shared.stores import open_store, parse_bucket_url
+from shared.stores import open_store
+from shared.stores.bucket import parse_bucket_url
 from shared.stores.listing import (
     MAX_FILES_PER_ADAPTER,
     MAX_SHOWN,

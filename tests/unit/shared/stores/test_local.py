@@ -1,3 +1,5 @@
+"""Listing a real folder of adapters, and what the next listing looks at again."""
+
 from __future__ import annotations
 
 import itertools
@@ -18,8 +20,8 @@ _times = itertools.count(10**18, 1000)
 
 
 def age(root: Path) -> None:
-    """As if all had been written long ago, each at another time: what is changed from now on shows,
-    whatever the steps of the file system's clock.
+    """Makes all files look as if they were written long ago, each at another time. So any change
+    from now on is seen, however coarse the file system's clock is.
     """
     for folder, _, files in os.walk(root):
         for path in (folder, *(os.path.join(folder, file) for file in files)):
@@ -86,7 +88,7 @@ CHANGES: list[Callable[[Path, str], None]] = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    return (tmp_path_factory.mktemp("root") for _ in itertools.count())  # type: ignore[return-value]
+    return (tmp_path_factory.mktemp("root") for _ in itertools.count())
 
 
 @given(
@@ -140,7 +142,7 @@ def test_what_has_not_changed_is_not_read_again_and_is_the_same_object(
 def test_a_folder_that_changed_a_moment_ago_is_looked_at_in_full_the_next_time(
     tmp_path: Path,
 ) -> None:
-    """Its time may be too coarse to tell of another change."""
+    """The folder's time may be too coarse to show another change."""
     put(tmp_path, "a")
     listing = FolderListing(str(tmp_path))
     listing.scan(str(tmp_path))

@@ -1,3 +1,5 @@
+"""Popularity: counts that fade."""
+
 from __future__ import annotations
 
 import math
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from shared.adapters.identity import AdapterRef
 from worker.adapters import popularity as heat
-from worker.adapters.popularity import FADE_S, Popularity
+from worker.adapters.popularity import FADE_S, FORGOTTEN, Popularity
 
 A, B = AdapterRef("tiny", "a", "d"), AdapterRef("tiny", "b", "d")
 
@@ -42,6 +44,7 @@ def test_the_order_is_that_of_the_faded_counts_however_late_it_is(
     known = Popularity()
     for adapter, at in sorted(requests, key=lambda request: request[1]):
         known.note(adapter, at)
+    last = max(at for _, at in requests) / FADE_S
     for adapter in (A, B):
         times = [at / FADE_S for who, at in requests if who is adapter]
         expected = (
@@ -49,6 +52,8 @@ def test_the_order_is_that_of_the_faded_counts_however_late_it_is(
             if times
             else -math.inf
         )
+        if expected < last - FORGOTTEN and known.of(adapter) == -math.inf:
+            continue
         assert known.of(adapter) == pytest.approx(expected)
 
 
@@ -64,6 +69,16 @@ def test_the_rate_is_that_of_requests_that_keep_coming_and_none_a_while_after_th
     assert known.per_s(A, end) == pytest.approx(per_s, rel=0.15)
     assert known.per_s(A, end + 100.0) < per_s / 1000
     assert known.per_s(B, end) == 0.0
+
+
+def test_what_has_faded_to_nothing_is_forgotten_and_the_rest_is_not() -> None:
+    known = Popularity()
+    for _ in range(5):
+        known.note(A, 0.0)
+    known.note(B, FORGOTTEN * FADE_S)
+    assert known.of(A) > -math.inf, "five requests take longer than one"
+    known.note(B, (FORGOTTEN + math.log(5.1)) * FADE_S)
+    assert known.of(A) == -math.inf < known.of(B)
 
 
 def test_it_remembers_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:

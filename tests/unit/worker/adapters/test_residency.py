@@ -1,3 +1,5 @@
+"""Residency: by example, and as a machine with an engine and a store that answer in any order."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,10 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from shared.adapters.identity import AdapterRef
 from shared.link.messages import Tier
 from worker.adapters import residency as module
+from worker.adapters.failures import FAILED_FOR_S, MAX_FAILED
 from worker.adapters.residency import (
-    FAILED_FOR_S,
-    MAX_FAILED,
-    SLOT_PATIENCE_S,
+    SLOT_WAIT_S,
     CommandDone,
     Failure,
     Fetch,
@@ -167,7 +168,9 @@ def test_loads_and_evictions_are_counted_by_tier_and_reason() -> None:
     assert residency.evictions == {"gpu:slot_needed": 2, "gpu:asked": 1, "cpu:asked": 1}
 
 
-def test_an_adapter_in_steady_use_stays_though_it_was_used_longest_ago_and_beats_say_so() -> None:
+def test_an_adapter_in_steady_use_stays_though_it_was_used_longest_ago_and_heartbeats_say_so() -> (
+    None
+):
     residency = Residency(2)
     resident(residency, 1, A)
     residency.finish(1, 0.0)
@@ -182,7 +185,7 @@ def test_an_adapter_in_steady_use_stays_though_it_was_used_longest_ago_and_beats
 
 
 def full_with_one_in_steady_use(slots: int = 4) -> Residency:
-    """A is idle for the moment; B, C, ... run request 2, 3, ..."""
+    """A is idle for the moment. B, C, ... run the requests 2, 3, ..."""
     residency = Residency(slots)
     resident(residency, 1, A)
     residency.finish(1, 0.0)
@@ -197,7 +200,7 @@ def full_with_one_in_steady_use(slots: int = 4) -> Residency:
 def test_the_idle_moment_of_an_adapter_in_steady_use_is_not_given_to_the_line() -> None:
     residency = full_with_one_in_steady_use()
     in_line(residency, 9, E)
-    assert residency.tick(SLOT_PATIENCE_S) == [] and stage(residency, B) is ResidencyStage.CLOSING
+    assert residency.tick(SLOT_WAIT_S) == [] and stage(residency, B) is ResidencyStage.CLOSING
     assert residency.finish(2, 1.5) == [Swap((on_disk(E),), (), (on_disk(B),))]
 
 
@@ -206,7 +209,7 @@ def test_nor_is_its_slot_closed_however_long_the_line_is() -> None:
     residency.want(1000, A, 0.0)
     for n in range(8):
         in_line(residency, 10 + n, AdapterRef("tiny", f"late{n}", "d"))
-    residency.tick(SLOT_PATIENCE_S)
+    residency.tick(SLOT_WAIT_S)
     assert [stage(residency, a) for a in (A, B, C, D)] == [
         ResidencyStage.RESIDENT,
         ResidencyStage.CLOSING,
@@ -228,14 +231,14 @@ def test_it_is_given_to_the_line_once_the_steady_use_is_over() -> None:
     assert residency.tick(30.0) == [Swap((on_disk(E),), (), (on_disk(A),))]
 
 
-def test_it_is_given_to_the_line_where_there_are_few_slots() -> None:
-    residency = full_with_one_in_steady_use(3)
+def test_one_is_kept_however_few_slots_there_are_if_another_is_left() -> None:
+    residency = full_with_one_in_steady_use(2)
     residency.want(9, E, 0.0)
-    assert residency.fetched(on_disk(E), Tier.DISK, 0.0) == [Swap((on_disk(E),), (), (on_disk(A),))]
+    assert residency.fetched(on_disk(E), Tier.DISK, 0.0) == []
 
 
 def test_pinned_slots_are_not_among_those_that_are_left_to_others() -> None:
-    residency = full_with_one_in_steady_use()
+    residency = full_with_one_in_steady_use(2)
     residency.pin(B, 0.0)
     residency.want(9, E, 0.0)
     assert residency.fetched(on_disk(E), Tier.DISK, 0.0) == [Swap((on_disk(E),), (), (on_disk(A),))]
@@ -420,30 +423,30 @@ def test_the_memory_of_failures_is_bounded_and_forgets_the_oldest() -> None:
     assert isinstance(residency.want(-2, refs[1], 0.0)[0], Reject)
 
 
-# ---- patience ------------------------------------------------------------------------------------
+# ---- how long an adapter waits for a slot -------------------------------------------------------
 
 
 def starving(now: float = 0.0) -> Residency:
-    """One slot, in use by request 1; request 2 for B waits since `now`."""
+    """One slot, in use by request 1. Request 2 for B has waited since `now`."""
     residency = Residency(1)
     resident(residency, 1, A)
     in_line(residency, 2, B, now)
     return residency
 
 
-def test_patience_ends_exactly_when_it_says() -> None:
+def test_the_wait_for_a_slot_ends_exactly_when_it_says() -> None:
     residency = starving()
-    residency.tick(SLOT_PATIENCE_S - 0.001)
+    residency.tick(SLOT_WAIT_S - 0.001)
     assert stage(residency, A) is ResidencyStage.RESIDENT
-    residency.tick(SLOT_PATIENCE_S)
+    residency.tick(SLOT_WAIT_S)
     assert stage(residency, A) is ResidencyStage.CLOSING
 
 
 def test_a_closing_adapter_lets_nobody_new_in_and_goes_with_its_last_request() -> None:
     residency = starving()
     residency.want(3, A, 0.0)
-    residency.tick(SLOT_PATIENCE_S)
-    assert residency.want(4, A, SLOT_PATIENCE_S) == []
+    residency.tick(SLOT_WAIT_S)
+    assert residency.want(4, A, SLOT_WAIT_S) == []
     assert residency.finish(1, 3.0) == []
     assert residency.finish(3, 3.0) == [Swap((on_disk(B),), (), (on_disk(A),))]
     assert residency.swapped({}, 3.0) == [Fetch(A), Start(2, on_disk(B), Tier.REMOTE)]
@@ -453,7 +456,7 @@ def test_a_closing_adapter_lets_nobody_new_in_and_goes_with_its_last_request() -
 
 def test_a_closing_adapter_reopens_and_its_waiters_start_when_the_line_empties() -> None:
     residency = starving()
-    residency.tick(SLOT_PATIENCE_S)
+    residency.tick(SLOT_WAIT_S)
     assert residency.want(3, A, 2.0) == []
     assert residency.finish(2, 2.0) == [Start(3, on_disk(A), Tier.GPU)]
     assert stage(residency, A) is ResidencyStage.RESIDENT
@@ -465,7 +468,7 @@ def test_a_closing_adapter_reopens_when_another_slot_served_the_line() -> None:
     resident(residency, 1, A)
     resident(residency, 2, B)
     in_line(residency, 3, C)
-    residency.tick(SLOT_PATIENCE_S)
+    residency.tick(SLOT_WAIT_S)
     assert stage(residency, A) is ResidencyStage.CLOSING
     assert residency.want(4, A, 2.0) == []
     assert residency.finish(2, 2.0) == [
@@ -514,7 +517,7 @@ def test_a_request_for_a_closed_adapter_keeps_its_age_in_line() -> None:
     resident(residency, 2, B)
     in_line(residency, 3, C)
     in_line(residency, 4, D)
-    residency.tick(SLOT_PATIENCE_S)
+    residency.tick(SLOT_WAIT_S)
     residency.want(5, A, 1.0)
     residency.finish(1, 2.0)
     residency.swapped({}, 2.0)
@@ -677,7 +680,7 @@ def test_what_is_evicted_leaves_in_the_same_swap_in_which_its_slot_is_given() ->
 
 def test_an_evicted_adapter_that_was_closing_is_counted_as_closing_no_longer() -> None:
     residency = starving()
-    residency.tick(SLOT_PATIENCE_S)
+    residency.tick(SLOT_WAIT_S)
     residency.evict(-1, A, 2.0)
     assert residency.finish(1, 2.0) == [Swap((on_disk(B),), (), (on_disk(A),))]
     assert not residency._closing
@@ -686,7 +689,7 @@ def test_an_evicted_adapter_that_was_closing_is_counted_as_closing_no_longer() -
 # ---- heartbeats ----------------------------------------------------------------------------------
 
 
-def test_what_a_beat_says_of_each_stage() -> None:
+def test_what_a_heartbeat_says_of_each_stage() -> None:
     residency = Residency(1)
     resident(residency, 1, A)
     residency.want(2, A, 0.0)
@@ -765,10 +768,10 @@ REFS = [A, B, C, D, E]
 
 
 class ResidencyMachine(RuleBasedStateMachine):
-    """Drives Residency as the agent does, with an engine and a store that answer in any order, fail
-    and are cancelled at any time.
+    """Drives Residency as the agent does. Its engine and its store answer in any order, fail, and
+    are cancelled at any time.
 
-    `engine` is what a real engine would hold: it breaks the test if it gets more adapters than
+    `engine` is what a real engine would hold. It fails the test if it gets more adapters than
     slots, or loses one that is in use.
     """
 
@@ -853,7 +856,7 @@ class ResidencyMachine(RuleBasedStateMachine):
                         asked == "evict" or self.now < self.failed_at[adapter_wanted] + FAILED_FOR_S
                     )
                     self.tell(request, "reject")
-                    # The agent forgets the job, which tells residency once more.
+                    # The agent forgets the job and tells residency once more.
                     self.perform(self.residency.finish(request, self.now))
 
     def tell(self, request: int, what: str) -> None:
@@ -959,7 +962,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.residency.failed(adapter, Failure("invalid_adapter", "no", False), self.now)
         )
 
-    @rule(seconds=st.sampled_from([0.0, 0.7, SLOT_PATIENCE_S, FAILED_FOR_S]))
+    @rule(seconds=st.sampled_from([0.0, 0.7, SLOT_WAIT_S, FAILED_FOR_S]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.perform(self.residency.tick(self.now))
@@ -1012,11 +1015,11 @@ class ResidencyMachine(RuleBasedStateMachine):
             if e.stage is not ResidencyStage.UNLOADING
         ]
         assert list(residency.states(self.now, 1.0)) == anew, (
-            "what a beat says of a warm adapter is out of date"
+            "what a heartbeat says of a warm adapter is out of date"
         )
 
     def settle(self) -> None:
-        """Store and engine answer everything that is open, well."""
+        """The store and the engine answer everything that is open, without a failure."""
         for _ in range(100):
             if self.fetching:
                 adapter = self.fetching.pop(0)
@@ -1044,14 +1047,14 @@ class ResidencyMachine(RuleBasedStateMachine):
         ], "something hangs"
 
     def everybody_gets_a_slot_in_the_end(self) -> None:
-        """Requests for resident adapters never stop coming, running ones end, time passes: those
-        who wait now are all served.
+        """Requests for resident adapters never stop coming, running ones end, and time passes.
+        Everybody who waits now is served.
         """
         patient = {r for r in self.wants if self.commands.get(r) != "evict"}
         for _ in range(4 * len(REFS)):
             if not patient & self.wants.keys():
                 return
-            self.now += SLOT_PATIENCE_S
+            self.now += SLOT_WAIT_S
             running = sorted(self.running)
             for adapter in sorted(self.engine, key=str):
                 self.a_request_comes(adapter)
@@ -1068,8 +1071,8 @@ TestResidencyMachine.settings = settings(max_examples=150)  # three slots and a 
 
 @pytest.mark.parametrize("slots", [1, 2, 4])
 def test_a_busy_adapter_cannot_starve_the_others(slots: int) -> None:
-    """Every slot always has a running request and new ones keep coming for what is resident: a cold
-    adapter is served within two patiences.
+    """Every slot always has a running request, and new ones keep coming for resident adapters. A
+    cold adapter is served within twice SLOT_WAIT_S.
     """
     residency = Residency(slots)
     busy = [AdapterRef("tiny", f"busy{i}", "d") for i in range(slots)]
@@ -1080,7 +1083,7 @@ def test_a_busy_adapter_cannot_starve_the_others(slots: int) -> None:
     running = dict(enumerate(busy))
     in_line(residency, 1000, C, 0.0)
     number, now = slots, 0.0
-    while now < 2 * SLOT_PATIENCE_S:
+    while now < 2 * SLOT_WAIT_S:
         now += 0.25
         instructions = residency.tick(now)
         for ref in busy:  # one more comes before the oldest ends: never idle by itself

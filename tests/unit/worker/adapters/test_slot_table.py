@@ -1,3 +1,5 @@
+"""The slot table, by example and against a plain list."""
+
 from __future__ import annotations
 
 import pytest
@@ -112,7 +114,7 @@ def test_the_slot_to_close_is_the_one_longest_without_a_new_request_and_never_a_
 
 
 class SlotMachine(RuleBasedStateMachine):
-    """Against a list in order of last use."""
+    """Compares the table with a list in order of last use."""
 
     @initialize(size=st.integers(0, 3))
     def start(self, size: int) -> None:

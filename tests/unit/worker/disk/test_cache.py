@@ -1,15 +1,19 @@
-"""Shell. The disk tier over real folders: two caches with one root stand for two processes (flock
-tells them apart by descriptor).
+"""Shell. The disk cache over real folders. Two caches with one root stand for two processes,
+because flock tells them apart by descriptor.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
+import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +22,13 @@ from shared.adapters.identity import AdapterRef, StoredAdapter, StoredFile
 from shared.errors import AdapterNotFound, InvalidAdapter, StoreUnavailable
 from shared.stores import transfer as transfer_module
 from shared.stores.local import LocalStore
-from shared.stores.objects import Trouble, unavailable
-from shared.stores.transfer import Lanes, Pace, Transfer
+from shared.stores.object_store import StoreProblem, unavailable
+from shared.stores.transfer import PartBudget, Transfer, TransferRetries
 from tests.store_servers import LocalPlace
+from worker.disk import cache as cache_module
+from worker.disk import layout
 from worker.disk.cache import DiskCache
+from worker.disk.folder import CacheFolder
 
 PART = 64 * 1024
 WEIGHTS = "adapter_model.safetensors"
@@ -34,7 +41,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class WatchedStore(LocalStore):
-    """A folder that notes what is read of it, and can be made to hang or to fail after a number of
+    """A folder that notes what is read of it. A test can make it hang, or fail after a number of
     reads.
     """
 
@@ -68,7 +75,7 @@ class Host:
         self.checked: list[Path] = []
 
     def cache(self, budget_bytes: int = 0, stall_s: float = 5.0, tries: int = 1) -> DiskCache:
-        return DiskCache(self.root, budget_bytes, Pace(stall_s, tries))
+        return DiskCache(self.root, budget_bytes, TransferRetries(stall_s, tries))
 
     def store(self) -> WatchedStore:
         return WatchedStore(str(self.place.folder))
@@ -165,12 +172,49 @@ async def test_who_waits_takes_over_from_a_download_that_dies_and_fetches_only_t
     assert 0 < len(second.asked) < 7
 
 
+@pytest.mark.parametrize("by_s", [-86_400.0, 86_400.0], ids=["back", "forward"])
+async def test_who_waits_for_a_download_is_not_misled_by_a_clock_that_is_set(
+    host: Host, monkeypatch: pytest.MonkeyPatch, by_s: float
+) -> None:
+    """It waits for as long as a download may stand still, no more and no less."""
+    looks, look = asyncio.Semaphore(0), CacheFolder.moved_at
+    loop = asyncio.get_running_loop()
+
+    def noted(folder: CacheFolder, key: str) -> float | None:
+        loop.call_soon_threadsafe(looks.release)
+        return look(folder, key)
+
+    monkeypatch.setattr(CacheFolder, "moved_at", noted)
+    monkeypatch.setattr(cache_module, "SETTLE_TIME_S", 0.5)
+    host.put("a", os.urandom(3 * PART))
+    ref, stored = await host.look_up("a")
+    stuck = host.store()
+    stuck.limit = 2
+    first = asyncio.create_task(host.cache().fetch(ref, stored, stuck, host.check))
+    await stuck.at_limit.wait()
+    waiting = asyncio.create_task(
+        host.cache(stall_s=0.0).fetch(ref, stored, host.store(), host.check)
+    )
+    async with asyncio.timeout(10):
+        for _ in range(2):  # the first one has been judged by the second
+            await looks.acquire()
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() + by_s)
+        for _ in range(5):
+            await looks.acquire()
+        assert not waiting.done()
+        with pytest.raises(StoreUnavailable, match="hangs"):
+            await waiting
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+
+
 async def test_a_part_that_was_damaged_while_it_lay_there_is_fetched_again(host: Host) -> None:
     weights = os.urandom(4 * PART)
     host.put("a", weights)
     ref, stored = await host.look_up("a")
     cut = host.store()
-    cut.limit, cut.failure = 4, unavailable(Trouble.UNREACHABLE)
+    cut.limit, cut.failure = 4, unavailable(StoreProblem.UNREACHABLE)
     with pytest.raises(StoreUnavailable):
         await host.cache().fetch(ref, stored, cut, host.check)
     (half,) = [path for path in host.files("partial") if path.name == WEIGHTS]
@@ -183,7 +227,7 @@ async def test_a_fetch_that_got_nothing_leaves_nothing(host: Host) -> None:
     host.put("a", b"x")
     ref, stored = await host.look_up("a")
     down = host.store()
-    down.limit, down.failure = 0, unavailable(Trouble.UNREACHABLE)
+    down.limit, down.failure = 0, unavailable(StoreProblem.UNREACHABLE)
     cache = host.cache()
     with pytest.raises(StoreUnavailable):
         await cache.fetch(ref, stored, down, host.check)
@@ -236,6 +280,51 @@ async def test_a_process_hashes_and_validates_an_entry_once(host: Host) -> None:
     assert len(host.checked) == 2
 
 
+async def test_an_adapter_is_used_before_the_disk_has_written_it(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.put("a", os.urandom(PART))
+    ref, stored = await host.look_up("a")
+    written, cache = threading.Event(), host.cache()
+    monkeypatch.setattr(layout, "sync", lambda path: written.wait(60))
+    try:
+        async with asyncio.timeout(30):
+            assert await cache.fetch(ref, stored, host.store(), host.check)
+    finally:
+        written.set()
+
+
+@pytest.mark.parametrize("during", [False, True], ids=["in a thread", "while it is opened"])
+async def test_what_the_disk_refuses_is_hashed_and_validated_once_more(
+    host: Host, monkeypatch: pytest.MonkeyPatch, during: bool
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EIO, "The disk is broken")
+
+    host.put("a", os.urandom(PART))
+    ref, stored = await host.look_up("a")
+    cache = host.cache()
+    monkeypatch.setattr(layout, "sync", refuse)
+    submit, lease, waiting = cache._threads.submit, cache._lease, list[Any]()
+
+    def later(job: Any, *args: Any) -> Any:
+        return waiting.append(args) if job == cache._sync else submit(job, *args)
+
+    def lease_after_sync(*args: Any) -> Any:
+        for key in waiting:
+            cache._sync(*key)
+        waiting.clear()
+        return lease(*args)
+
+    if during:
+        monkeypatch.setattr(cache._threads, "submit", later)
+        monkeypatch.setattr(cache, "_lease", lease_after_sync)
+    await cache.fetch(ref, stored, host.store(), host.check)
+    async with asyncio.timeout(30):
+        while len(host.checked) < 2:
+            assert await cache.open(ref, host.check)
+
+
 async def test_the_quota_holds_and_who_is_in_use_in_any_process_stays(host: Host) -> None:
     for name in "abcd":
         host.put(name, os.urandom(2 * PART))
@@ -272,7 +361,7 @@ async def test_what_the_last_process_left_half_done_goes_before_whole_adapters(h
     await cache.fetch(*a, host.store(), host.check)
     cache.keep(())
     cut = host.store()
-    cut.limit, cut.failure = 2, unavailable(Trouble.UNREACHABLE)
+    cut.limit, cut.failure = 2, unavailable(StoreProblem.UNREACHABLE)
     with pytest.raises(StoreUnavailable):
         await cache.fetch(*b, cut, host.check)
     await cache.fetch(*await host.look_up("c"), host.store(), host.check)
@@ -342,12 +431,12 @@ async def test_many_stuck_downloads_delay_no_other_one(host: Host) -> None:
 async def test_shared_lanes_are_given_back_whether_a_transfer_ends_well_or_not(host: Host) -> None:
     host.put("a", os.urandom(8 * PART))
     _, stored = await host.look_up("a")
-    lanes = Lanes(2)
-    for number, failure in enumerate([None, unavailable(Trouble.ACCESS_DENIED)]):
+    budget = PartBudget(2)
+    for number, failure in enumerate([None, unavailable(StoreProblem.ACCESS_DENIED)]):
         store = host.store()
         store.limit, store.failure = (10**9, None) if failure is None else (3, failure)
         into = host.root / str(number)
         into.mkdir(parents=True)
         with contextlib.suppress(StoreUnavailable):
-            await store.fetch(stored, into, Transfer(lanes=lanes))
-        assert lanes.free == 2
+            await store.fetch(stored, into, Transfer(budget=budget))
+        assert budget.free == 2

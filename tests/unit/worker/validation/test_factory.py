@@ -1,5 +1,5 @@
-"""What a worker does where it cannot tell its base model's shapes: it refuses to serve adapters,
-unless nobody could tell.
+"""What a worker does if it cannot find out its base model's shapes. It refuses to serve adapters,
+unless the engine is simulated.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The validator on real folders: good adapters, every kind of bad one, and values at every place of
-a file.
+"""The validator on real folders: good adapters, every kind of bad one, and bad values at every
+place of a file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shared.adapters.checks import AdapterLimits
 from shared.adapters.safetensors import VALUE_BYTES
 from shared.config.llm import LLMConfig
 from shared.errors import ConfigError, InvalidAdapter
-from tests.bad_adapters import CONFIG, KINDS, ON_DISK_ONLY, WEIGHTS, filled, safetensors
+from tests.bad_adapters import CONFIG, KINDS, ON_DISK_ONLY, WEIGHTS, filled, safetensors, stored
 from worker.validation.base_model import read_base_shapes
 from worker.validation.validator import PIECE_BYTES, Validator
 
@@ -96,8 +96,8 @@ def test_there_are_many_kinds_of_bad_adapters() -> None:
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_one_bad_value_is_found_wherever_it_is(tmp_path: Path, dtype: str, value: float) -> None:
-    """At the first and last place of a tensor that is read in several pieces, and at the seams
-    between them.
+    """At the first and last place of a tensor that is read in several pieces, and where two pieces
+    meet.
     """
     size = VALUE_BYTES[dtype]
     inputs = (2 * PIECE_BYTES // size) // RANK + 3
@@ -125,8 +125,8 @@ def test_one_bad_value_is_found_wherever_it_is(tmp_path: Path, dtype: str, value
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 def test_the_norm_is_that_of_the_values_in_every_type(tmp_path: Path, dtype: str) -> None:
-    """|A| = 20 and |B| = 50 make a change of 1000: a bound just below refuses it, one just above
-    does not.
+    """|A| = 20 and |B| = 50 make a change of 1000. A bound just below refuses it, and one just
+    above does not.
     """
     (tmp_path / CONFIG).write_text(
         json.dumps({"r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]})
@@ -256,7 +256,7 @@ def test_a_folder_without_a_model_is_a_config_error(tmp_path: Path, text: str | 
 
 
 def test_a_large_adapter_is_scanned_without_being_held(tmp_path: Path) -> None:
-    """64 MiB are read; the pieces and their wide form stay below two."""
+    """64 MiB are read. The pieces and their float32 form stay below 2 MiB."""
     import tracemalloc
 
     inputs = 1 << 20
@@ -279,3 +279,35 @@ def test_a_large_adapter_is_scanned_without_being_held(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 3 << 20
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize("module", ["model.embed_tokens", "lm_head"])
+def test_a_copy_of_the_bases_embedding_must_be_the_bases(
+    tmp_path: Path, dtype: str, module: str
+) -> None:
+    """The base and the copy are of two types, and their rows are read in several pieces."""
+    rows, columns = 9, PIECE_BYTES // 16
+    layer = next(name for name in BASE.modules if name.endswith("q_proj"))
+    outputs, inputs = BASE.modules[layer]
+    shapes = BaseShapes({layer: (outputs, inputs), module: (rows, columns)})
+    values = np.linspace(-0.7, 0.9, rows * columns, dtype=np.float32).reshape(rows, columns)
+    changed = values.copy()
+    changed[-1, -1] += 0.1
+    base, copies = tmp_path / "base", {"same": values, "changed": changed}
+    base.mkdir()
+    own = {"model.embed_tokens.weight": stored(values, "BF16")}
+    (base / "model.safetensors").write_bytes(safetensors(own))
+    for name, copy in copies.items():
+        folder = make_good(tmp_path / name)
+        tensors = {
+            f"base_model.model.{layer}.lora_A.weight": filled("F32", [RANK, inputs]),
+            f"base_model.model.{layer}.lora_B.weight": filled("F32", [outputs, RANK], 0.02),
+            f"base_model.model.{module}.base_layer.weight": stored(copy, dtype),
+        }
+        (folder / WEIGHTS).write_bytes(safetensors(tensors))
+        assert Validator(shapes, 16).check(folder).rank == RANK, "there is nothing to compare with"
+    assert Validator(shapes, 16, base=base).check(tmp_path / "same").rank == RANK
+    with pytest.raises(InvalidAdapter, match=f"1 of its {rows} rows") as caught:
+        Validator(shapes, 16, base=base).check(tmp_path / "changed")
+    assert caught.value.code == "invalid_adapter_embedding"

@@ -1,1 +1,3 @@
-"""Pure. vLLM's own app as a part of the engine: requests in, answers out, errors in our shape."""
+"""Pure. vLLM's own HTTP app as a part of the engine: requests in, answers out, errors in
+our shape.
+"""

@@ -1,4 +1,4 @@
-"""Pure. What vLLM answers instead of an answer, in the shape that every error has here."""
+"""Pure. Turns vLLM's error answers into the shape that every error has here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from shared.endpoints import ErrorFamily
+from shared.api_endpoints import ErrorFamily
 from shared.error_bodies import error_object
 from shared.errors import EngineFailure, InvalidRequest, RouteNotFound
 
@@ -16,7 +16,9 @@ _encode = msgspec.json.Encoder().encode
 _CODES = {400: InvalidRequest.code, 404: RouteNotFound.code}
 _LONG = ("maximum context length", "longer than the maximum model length", "too long")
 TOO_LONG = "context_length_exceeded"
-"""OpenAI's code; clients shorten the prompt and ask again."""
+"""OpenAI's code for a prompt that is too long. Clients that know it shorten the prompt and ask
+again.
+"""
 UNSAID = "The engine refused this request without a reason."
 _FLAG = re.compile(r"--([a-z][a-z0-9-]*)")
 _EVENT = re.compile(rb'(?:event: error\r?\n)?data: (\{.*"error".*\})', re.DOTALL)
@@ -25,10 +27,10 @@ _EVENT = re.compile(rb'(?:event: error\r?\n)?data: (\{.*"error".*\})', re.DOTALL
 def in_our_shape(
     status: int, body: bytes, family: ErrorFamily, arguments: Collection[str]
 ) -> bytes:
-    """The body of an answer with an error's `status`, whatever it was before.
+    """The body of an answer with an error's `status`, in our shape, whatever vLLM wrote.
 
-    `arguments` are the names of vLLM's arguments: a message that names one by its flag names the
-    config's key instead.
+    `arguments` are the names of vLLM's arguments. Where vLLM's message names a command-line flag,
+    ours names the config's key instead.
     """
     try:
         given = msgspec.json.decode(body)
@@ -41,7 +43,29 @@ def in_our_shape(
 def event_in_our_shape(
     data: bytes, family: ErrorFamily, arguments: Collection[str]
 ) -> bytes | None:
-    """One event of a stream that tells of an error; None for any other."""
+    """One event of a stream that reports an error, in our shape. None for any other event."""
+    found = _error_in(data, family, arguments)
+    if found is None:
+        return None
+    _, body, rest = found
+    line = b"data: " + body + rest
+    return line if family is ErrorFamily.OPENAI else b"event: error\n" + line
+
+
+def refusal(
+    data: bytes, family: ErrorFamily, arguments: Collection[str]
+) -> tuple[int, bytes] | None:
+    """The status and body to answer with, if the whole answer is this one error event.
+    Else None.
+    """
+    found = _error_in(data, family, arguments)
+    return None if found is None else found[:2]
+
+
+def _error_in(
+    data: bytes, family: ErrorFamily, arguments: Collection[str]
+) -> tuple[int, bytes, bytes] | None:
+    """The status and body in our shape, and the bytes that follow the event's line."""
     if b'"error"' not in data[:200]:
         return None
     found = _EVENT.match(data)
@@ -56,8 +80,7 @@ def event_in_our_shape(
         return None
     code = error.get("code")
     status = code if isinstance(code, int) and 400 <= code < 600 else 500
-    line = b"data: " + _encode(_object(status, error, family, arguments)) + data[found.end(1) :]
-    return line if family is ErrorFamily.OPENAI else b"event: error\n" + line
+    return status, _encode(_object(status, error, family, arguments)), data[found.end(1) :]
 
 
 def _object(

@@ -1,1 +1,1 @@
-"""Shell. What adapters are to vLLM: their files, and the layers that take them."""
+"""Shell. What adapters are to vLLM: their files, and the layers that they change."""

@@ -1,5 +1,5 @@
-"""Shell. Reads of an adapter's folder what vLLM's own reader does not: configs as editors and older
-trainers write them, weights in several files.
+"""Shell. Reads in an adapter's folder what vLLM's own reader does not: configs as editors and older
+trainers write them, and weights in several files.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ _FUSED = b".experts.base_layer.lora_A"
 
 
 def weight_files(folder: Path) -> list[Path]:
+    """The folder's weight files, in the order of their names."""
     names = choose_weights([path.name for path in folder.iterdir()])
     return [folder / name for name in names if name != WEIGHTS_INDEX_FILE]
 
 
 def has_fused_experts(folder: Path) -> bool:
-    """Whether the adapter holds all experts of a layer in one tensor (PEFT's
-    `target_parameters`).
-    """
+    """Whether the adapter has all experts of a layer in one tensor (PEFT's `target_parameters`)."""
     return any(_FUSED in header for header in _headers(folder))
 
 
@@ -35,7 +34,7 @@ def _headers(folder: Path) -> Iterator[bytes]:
 
 
 def read_tensors(folder: Path) -> dict[str, Any]:
-    """All tensors of all files."""
+    """All tensors of all weight files, by name."""
     import safetensors
 
     found: dict[str, Any] = {}
@@ -46,7 +45,7 @@ def read_tensors(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """With ranks as whole numbers, and without a byte order mark."""
+    """The adapter's config. Ranks become whole numbers, and a byte order mark is skipped."""
     config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_bytes())
     if isinstance(config.get("r"), float):
         config["r"] = int(config["r"])
@@ -57,7 +56,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def install() -> None:
-    """vLLM reads configs with `read_config`. Idempotent."""
+    """Makes vLLM read configs with `read_config`. A second call does nothing."""
     from vllm.lora.peft_helper import PEFTHelper
 
     def from_local_dir(

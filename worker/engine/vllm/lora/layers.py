@@ -1,10 +1,10 @@
-"""Shell. What adapters may change in a model as vLLM has built it: the names, shapes and kinds of
+"""Shell. What adapters may change in a model, as vLLM has built it: the names, shapes and kinds of
 its LoRA layers, read from vLLM's own objects.
 
-vLLM applies an adapter's tensors by name and leaves out any that it has no layer for, without a
-word. So the checks take the names from here: from the running engine (`registered`), or from the
-same class built without weights (worker/engine/vllm/lora/offline.py). A few layers are registered
-and yet not served right; they are refused with the reason.
+vLLM applies an adapter's tensors by name. It silently leaves out any tensor that it has no layer
+for. So the checks take the names from here. They come from the running engine (`of_manager`), or
+from the same class built without weights (worker/engine/vllm/lora/offline_layers.py). A few layers
+are registered and yet are not served right. Adapters for them are refused with the reason.
 """
 
 from __future__ import annotations
@@ -32,23 +32,33 @@ OWN_SHARDS = (
     "vLLM divides this layer's rows between the GPUs in its own way, and adapters in order; it is "
     "served with `tensor_parallel_size: 1`."
 )
+NO_EXPERT_KERNELS = "The engine of a CPU takes no adapters of quantized experts."
 NO_FUSED_EXPERTS = (
     "Its experts are one tensor (target_parameters), which this engine serves only with "
     "`enable_mixed_moe_lora_format: true` in engine_kwargs."
 )
 # Model classes of vLLM whose loader changes the order of rows (vllm/model_executor/models).
 ROWS_MOVED_BY = {"K2HorizonForCausalLM": ("q_proj", "k_proj")}
-# Layers of MLA attention of which vLLM's answers with an adapter are, to the digit, its answers
-# with the adapter merged into the weights (DeepSeek-V2 and V3; tests/engine/oracle).
+# Layers of MLA attention that vLLM serves right with an adapter. Its answers equal, to the digit,
+# those with the adapter merged into the weights (DeepSeek-V2 and V3; tests/engine/oracle).
 MLA_PROVEN = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj")
 
 
+NEWER_NAMES = (
+    (".block_sparse_moe.", ".mlp."),  # the Mixtral family
+    (".block_sparse_moe.gate", ".block_sparse_moe.router"),  # Granite MoE
+    (".block_sparse_moe.gate", ".block_sparse_moe.router.layer"),  # the same, transformers 4
+    ("vision_tower.vision_model.encoder.", "vision_tower.encoder."),  # towers of CLIP and SigLIP
+)
+"""Part of a name in vLLM -> what transformers says. A longer name comes behind its beginning."""
+CUT_ENCODERS = ("CLIPEncoder", "SiglipEncoder")
+"""Classes of vLLM that are built with fewer layers than their config says."""
 MAMBA_LOADER = "mamba_v2_sharded_weight_loader"  # of vllm/.../mamba/mamba_mixer2.py
 
 
 @dataclass
 class LayerTable:
-    """What `BaseShapes` says of a model, in a form that goes from one process to another."""
+    """The contents of `BaseShapes` for one model, in a form that can be sent between processes."""
 
     modules: dict[str, Shape] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -58,7 +68,7 @@ class LayerTable:
     mapper: Any = None  # vLLM's WeightsMapper
 
     def join(self, other: LayerTable) -> None:
-        """With what another rank has: pipeline stages have different layers."""
+        """Adds what another rank has. Pipeline stages have different layers."""
         self.modules |= other.modules
         self.refused |= other.refused
         self.experts |= other.experts
@@ -78,21 +88,37 @@ class LayerTable:
 def names_mapper(model: Any, layers: Collection[str]) -> Any:
     """vLLM's WeightsMapper for the names in adapters of this model, or None.
 
-    transformers 5 calls `mlp` what checkpoints of Mixtral and its like call `block_sparse_moe`, and
-    so do adapters trained with it; vLLM's own mapper does not know that yet.
+    Adapters use the names of transformers, which may be others than those of checkpoints. vLLM's
+    own mapper knows some of them.
     """
     from vllm.model_executor.models.utils import WeightsMapper
 
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     mapper = None if mapper is None else mapper.get_rename_mapper()
-    old, new = ".block_sparse_moe.", ".mlp."
-    if any(old in name for name in layers) and not any(new in name for name in layers):
-        mapper = WeightsMapper(orig_to_new_substr={new: old}) | (mapper or WeightsMapper())
+    for old, new in NEWER_NAMES:
+        if any(old in name for name in layers) and not any(new in name for name in layers):
+            mapper = WeightsMapper(orig_to_new_substr={new: old}) | (mapper or WeightsMapper())
     return mapper
 
 
+def skipped_prefixes(model: Any) -> list[str]:
+    """The beginnings of names in adapters that the model leaves out: its own, and the layers behind
+    the one from which a vision tower's features are taken. Transformers computes these, and throws
+    the result away. So adapters of the whole tower have weights for them, which change nothing.
+    """
+    found = list(getattr(model, "lora_skip_prefixes", None) or ())
+    for name, module in model.named_modules():
+        if type(module).__name__ in CUT_ENCODERS:
+            for i in range(len(module.layers), module.config.num_hidden_layers):
+                layer = f"{name}.layers.{i}."
+                found += [layer, *(layer.replace(*names) for names in NEWER_NAMES)]
+    return list(dict.fromkeys(found))
+
+
 def renaming(mapper: Any) -> Callable[[str], str]:
-    """An adapter's name of a module -> vLLM's, as vLLM does it when it reads the adapter."""
+    """A function from an adapter's name of a module to vLLM's name, as vLLM maps it when it reads
+    the adapter.
+    """
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
     def rename(module: str) -> str:
@@ -105,11 +131,14 @@ def renaming(mapper: Any) -> Callable[[str], str]:
 
 
 def pack(table: LayerTable) -> bytes:
+    """The table as bytes, for another process."""
     return pickle.dumps(table)
 
 
 def join(parts: Sequence[bytes]) -> LayerTable:
-    """Of all ranks: processes that this one has started."""
+    """The table of all ranks, from the bytes of each. They are pickles of processes that this one
+    started.
+    """
     tables: list[LayerTable] = [pickle.loads(part) for part in parts]
     for other in tables[1:]:
         tables[0].join(other)
@@ -117,15 +146,30 @@ def join(parts: Sequence[bytes]) -> LayerTable:
 
 
 def of_manager(manager: Any) -> LayerTable:
-    """Of a running engine: `manager` is vLLM's LoRAModelManager of one rank."""
+    """The table of a running engine. `manager` is vLLM's LoRAModelManager of one rank."""
     layers = {name: module.base_layer for name, module in manager.modules.items()}
+    closed = _closed_experts(manager.model)
     return table(
         manager.model,
-        layers,
+        layers | closed,
         manager.packed_modules_mapping,
         fused_experts=manager._is_3d_moe_model or manager._enable_mixed_moe_lora_format,
         split_experts=not manager._is_3d_moe_model,
+        closed_experts=closed,
     )
+
+
+def _closed_experts(model: Any) -> dict[str, Any]:
+    """name -> the experts that take no adapters on this engine (see cpu_experts.py)."""
+    from vllm.model_executor.layers.fused_moe import MoERunner
+    from vllm.platforms import current_platform
+
+    from worker.engine.vllm.lora import cpu_experts
+
+    if not current_platform.is_cpu():
+        return {}
+    found = {n: m for n, m in model.named_modules() if isinstance(m, MoERunner)}
+    return {n: m for n, m in found.items() if not cpu_experts.takes_adapters(m)}
 
 
 def table(
@@ -135,9 +179,14 @@ def table(
     *,
     fused_experts: bool,
     split_experts: bool,
+    closed_experts: Collection[str] = (),
 ) -> LayerTable:
-    """`layers`: name -> the layer below vLLM's LoRA layer. `packed`: last part of a name -> the
-    parts that checkpoints have instead. Experts come in one tensor (`fused`) or one by one.
+    """The table of a model.
+
+    `layers`: name -> the layer below vLLM's LoRA layer. `packed`: the last part of a name -> the
+    parts that checkpoints have in its place. `fused_experts` and `split_experts`: whether adapters
+    may have experts in one tensor, or one by one. `closed_experts`: names of those that take no
+    adapters.
     """
     from vllm.model_executor.layers.fused_moe import MoERunner
     from vllm.model_executor.layers.linear import LinearBase
@@ -148,7 +197,7 @@ def table(
     )
 
     found = LayerTable(
-        ignored=tuple(getattr(model, "lora_skip_prefixes", None) or ()),
+        ignored=tuple(skipped_prefixes(model)),
         mapper=names_mapper(model, layers),
     )
     for name, layer in layers.items():
@@ -156,6 +205,9 @@ def table(
             if split_experts:
                 found.modules |= dict(_split_experts(name, layer, model))
             _add_fused_experts(found, name, layer, fused_experts)
+            if name in closed_experts:
+                inside = (n for n in found.modules if n == name or n.startswith(f"{name}."))
+                found.refused |= dict.fromkeys(inside, NO_EXPERT_KERNELS)
         elif isinstance(layer, LinearBase):
             found.modules |= dict(_linear(name, layer, packed.get(name.rpartition(".")[2], ())))
         elif isinstance(layer, ParallelLMHead):
@@ -173,10 +225,10 @@ def table(
 
 def _linear(name: str, layer: Any, parts: Sequence[str]) -> Iterator[tuple[str, Shape]]:
     sizes = _output_sizes(layer)
-    if len(parts) < 2:  # as the checkpoint has it
+    if len(parts) < 2:  # the checkpoint has it as one layer, too
         yield name, (sum(sizes), layer.input_size)
         return
-    # where vLLM packs more slices than there are names, the first name has the rest of them
+    # Where vLLM packs more slices than there are names, the first name has the remaining ones.
     first = len(sizes) - len(parts) + 1
     parent = name.rpartition(".")[0]
     for part, size in zip(parts, (sum(sizes[:first]), *sizes[first:]), strict=True):
@@ -184,11 +236,11 @@ def _linear(name: str, layer: Any, parts: Sequence[str]) -> Iterator[tuple[str, 
 
 
 def _output_sizes(layer: Any) -> list[int]:
-    """Of all ranks together, as the checkpoint has them."""
+    """The sizes of all ranks together, as in the checkpoint."""
     from vllm.model_executor.layers.linear import QKVParallelLinear
 
     if isinstance(layer, QKVParallelLinear):
-        keys = layer.total_num_kv_heads  # each rank may have a copy of one
+        keys = layer.total_num_kv_heads  # ranks may have copies of the same key heads
         queries = layer.total_num_heads * layer.head_size
         return [queries, keys * layer.head_size, keys * layer.v_head_size]
     return list(getattr(layer, "output_sizes", None) or [layer.output_size])
@@ -205,7 +257,7 @@ def _split_experts(name: str, layer: Any, model: Any) -> Iterator[tuple[str, Sha
 
 
 def _add_fused_experts(found: LayerTable, name: str, layer: Any, served: bool) -> None:
-    """PEFT's `target_parameters`: the outer tensors are of down_proj, the inner ones of
+    """PEFT's `target_parameters`: the outer tensors belong to down_proj, the inner ones to
     gate_up_proj.
     """
     config = layer.moe_config
@@ -221,7 +273,7 @@ def _add_fused_experts(found: LayerTable, name: str, layer: Any, served: bool) -
 
 
 def _hidden_size(model: Any, name: str) -> int:
-    """The inputs of the head, which vLLM adapts in the logits processor's place."""
+    """The inputs of the head. vLLM adapts the head in the logits processor."""
     head = model.get_submodule(name)
     size: int = getattr(head, "hidden_size", None) or head.embedding_dim
     return size
@@ -242,8 +294,8 @@ def _not_served(model: Any, names: Collection[str]) -> Iterator[tuple[str, str]]
 
 
 def refused_by_mla(copied: str, names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """`copied`: the layer that the attention has copies of; those beside it are of the same
-    attention.
+    """`copied` is the layer that the attention has copies of. The layers beside it belong to the
+    same attention.
     """
     attention = copied.rpartition(".")[0] + "."
     for name in names:
@@ -266,7 +318,7 @@ def refused_by_order(
 def _own_shards(
     layers: Mapping[str, Any], packed: Mapping[str, Sequence[str]], names: Collection[str]
 ) -> Iterator[tuple[str, str]]:
-    """Mamba's `in_proj`: each GPU has rows of all its parts."""
+    """Mamba's `in_proj`, of which each GPU has rows of all parts."""
     for name, layer in layers.items():
         loader = getattr(getattr(layer, "weight", None), "weight_loader", None)
         own = getattr(loader, "__qualname__", "").startswith(MAMBA_LOADER)
@@ -278,8 +330,8 @@ def _own_shards(
 
 
 class RowOrder:
-    """Adapters get the order of rows that vLLM has given the base: in Llama 4 it reorders the query
-    and key rows of each head for its rotary embedding
+    """Brings the rows of an adapter into the order that vLLM has given to the base's rows. In Llama
+    4, vLLM reorders the query and key rows of each head for its rotary embedding
     (Llama4ForCausalLM.permute_qk_weight_for_rotary).
     """
 
@@ -297,7 +349,7 @@ class RowOrder:
         ]
 
     def apply(self, lora: Any) -> None:
-        """To a LoRAModel as read from its file."""
+        """Reorders a LoRAModel as it was read from its file."""
         for begin, heads in self._parts:
             for name, weights in lora.loras.items():
                 count = heads.get(name.rpartition(".")[2])
@@ -311,8 +363,8 @@ class RowOrder:
 
 
 def unapplied(manager: Any, lora: Any) -> list[str]:
-    """The layers of a LoRAModel, as read from its file, that no module of this rank takes. Empty
-    for a pipeline's stage, which has a part of the layers only.
+    """The layers of a LoRAModel, as read from its file, that no module of this rank takes. Always
+    empty for a pipeline stage, which has only a part of the layers.
     """
     from vllm.distributed import get_pp_group
     from vllm.lora.layers import FusedMoEWithLoRA

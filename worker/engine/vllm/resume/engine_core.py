@@ -1,5 +1,5 @@
-"""Shell. In the process of EngineCore: a grammar goes on from the tokens that were made elsewhere,
-which there are a part of the prompt.
+"""Shell. Runs in the process of EngineCore. A grammar goes on from the tokens that another worker
+has made; in this engine they are a part of the prompt.
 """
 
 from __future__ import annotations
@@ -7,12 +7,12 @@ from __future__ import annotations
 from typing import Any
 
 SEEN_TOKENS = "loraplex_seen_tokens"
-"""Among the extra arguments of the sampling parameters."""
+"""Key of the number of those tokens, among the extra arguments of the sampling parameters."""
 
 
 def install() -> None:
-    """Runs in every process that vLLM starts, see patches.py. Without it an answer that must follow
-    a JSON schema would begin a second object where it is continued.
+    """Runs in every process that vLLM starts (see patches.py). Without it, an answer that must
+    follow a JSON schema would begin a second object where it is continued.
     """
     from vllm.v1.structured_output import StructuredOutputManager
 

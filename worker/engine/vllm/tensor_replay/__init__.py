@@ -1,1 +1,1 @@
-"""Pure. What vLLM does for every adapter, tensor by tensor, is recorded once and then repeated."""
+"""Pure. What vLLM does for an adapter, tensor by tensor, is recorded once and then repeated."""

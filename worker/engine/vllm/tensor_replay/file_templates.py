@@ -1,14 +1,14 @@
-"""Shell. Reading adapters: vLLM's way of reading one is learned once per template, and repeated for
-other adapters in a few calls.
+"""Shell. Reading adapters. vLLM's way of reading one is recorded once per template, and repeated
+for other adapters in a few calls.
 
-Adapters of one training recipe differ in their values only: their files have the same header, and
-each tensor goes to the same place. vLLM finds that out anew for each of them, in some thousand
+The adapters of one training recipe differ in their values only. Their files have the same header,
+and each tensor goes to the same place. vLLM works that out again for each adapter, in some thousand
 Python calls. For an 8B model these take 100 ms of an interpreter that the step loop needs as well.
 
-A `FileTemplate` is what there is to know of reading such files: where the tensors lie in the file,
-which of them are scaled, and how vLLM arranges them. It is learned from what vLLM itself has made,
-and kept only if it gives the same bits. Adapters without a template (experts, classification heads,
-files of several dtypes) are read by vLLM each time.
+A `FileTemplate` says how to read such files: where the tensors lie in the file, which of them are
+scaled, and how vLLM arranges them. It is learned from what vLLM itself has made, and kept only if
+it yields the same bits. Adapters without a template are read by vLLM each time: those with experts,
+with classification heads, or with files of several dtypes.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 CONFIG = {f.name for f in fields(PEFTHelper)}
 
 TemplateKey = tuple[bytes, bytes]
-"""A file's header, and those fields of its config that vLLM reads."""
+"""The header of a file, and the fields of its config that vLLM reads."""
 
 
 class TracedLoRAModel(LoRAModel):  # type: ignore[misc]
     """What vLLM makes of a file, with the name of the tensor that each weight came from."""
 
-    names: dict[int, str] | None = None  # by address; None: not traced
-    scales: dict[int, float]  # of B, by address
+    names: dict[int, str] | None = None  # by address of the weight; None: not traced
+    scales: dict[int, float]  # scaling of the B matrices, by address
 
     @classmethod
     def from_lora_tensors(
@@ -59,7 +59,7 @@ class TracedLoRAModel(LoRAModel):  # type: ignore[misc]
         **more: Any,
     ) -> LoRAModel:
         more |= {"dtype": dtype, "peft_helper": peft_helper}
-        if peft_helper.modules_to_save:  # whose tensors keep their dtype
+        if peft_helper.modules_to_save:  # their tensors keep their dtype
             return super().from_lora_tensors(tensors=tensors, **more)
         cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         made = super().from_lora_tensors(tensors=cast, **more)
@@ -84,18 +84,20 @@ class TracedLoRAModel(LoRAModel):  # type: ignore[misc]
             return super().from_local_checkpoint(
                 lora_dir, expected_lora_modules, moe_ep_spec=moe_ep_spec, **more
             )
-        # vLLM cannot read an adapter of several files. What it would check is checked already.
+        # vLLM cannot read an adapter of several files. What vLLM would check here was checked
+        # already.
         return cls.from_lora_tensors(tensors=read_tensors(Path(lora_dir)), **more)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
-    """One tensor: where it begins in the block, in elements, and its shape."""
+    """One tensor of the block: its first element, and its shape."""
 
     at: int
     shape: tuple[int, ...]
 
     def of(self, block: torch.Tensor) -> torch.Tensor:
+        """The tensor, as a view of the block."""
         strides = [1]
         for size in reversed(self.shape[1:]):
             strides.append(strides[-1] * size)
@@ -104,16 +106,17 @@ class TensorPlace:
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """The weights of one layer. `a` and `b` have one entry per sub-module if vLLM packs several of
-    them into one, else a single one.
+    """The places of one layer's weights. `a` and `b` have one entry per sub-module if vLLM packs
+    several of them into one layer, else a single entry.
     """
 
     name: str
     a: tuple[TensorPlace | None, ...]
     b: tuple[TensorPlace | None, ...]
-    like: LoRALayerWeights = field(compare=False)  # what vLLM made, without its weights
+    like: LoRALayerWeights = field(compare=False)  # vLLM's own object, without its weights
 
     def weights(self, block: torch.Tensor) -> LoRALayerWeights:
+        """The layer's weights, as views of the block."""
         a, b = ([part and part.of(block) for part in parts] for parts in (self.a, self.b))
         made = copy(self.like)
         made.lora_a, made.lora_b = (
@@ -124,8 +127,8 @@ class LayerLayout:
 
 @dataclass(frozen=True, slots=True)
 class BlockLayout:
-    """Where everything is in the block. Adapters that differ in scaling or in the dtype of their
-    files have the same one.
+    """Where every tensor lies in the block. Adapters share a layout even if they differ in scaling
+    or in the dtype of their files.
     """
 
     elements: int
@@ -147,13 +150,13 @@ class FileTemplate:
     layout: BlockLayout
 
     def read(self, file: Path, int_id: int) -> LoRAModel:
-        """What vLLM would make of the file, its weights in one block, pinned where that can be.
-        Raises OSError, RuntimeError.
+        """What vLLM would make of the file. All its weights are in one block, which is pinned if
+        the platform can. Raises OSError or RuntimeError.
         """
         elements = self.layout.elements
         size = self.begin + elements * self.stored.itemsize
         if file.stat().st_size < size:
-            # to read beyond its end would kill the process
+            # reading beyond the end of the mapping would kill the process
             raise RuntimeError("The file is shorter than its header says.")
         values = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)[
             self.begin :
@@ -162,7 +165,7 @@ class FileTemplate:
         block.copy_(values)
         for scale, parts in self.scaled.items():
             for part in parts:
-                part.of(block).mul_(scale)  # _foreach_mul_ rounds otherwise
+                part.of(block).mul_(scale)  # _foreach_mul_ would round differently
         made = LoRAModel(
             int_id,
             self.rank,
@@ -181,8 +184,8 @@ class FileTemplates:
         self._known: OrderedDict[TemplateKey, FileTemplate] = OrderedDict()
 
     def read(self, folder: Path, int_id: int, load_by_vllm: Callable[[], Any]) -> Any:
-        """A LoRAModel of the folder; `load_by_vllm` has vLLM make it. Raises what vLLM raises, and
-        OSError.
+        """The LoRAModel of the folder. `load_by_vllm` has vLLM read it, if there is no template.
+        Raises OSError and what vLLM raises.
         """
         key, file = template_key(folder), folder / FILE
         template = self._find(key) if key else None
@@ -207,8 +210,8 @@ class FileTemplates:
             return template
 
     def _with_known_layout(self, template: FileTemplate) -> FileTemplate:
-        """The template with the very layout object of an equal one: a slot's copies are found by
-        it.
+        """The template, but with the layout object of an equal template. A slot's copies are found
+        by the identity of the layout.
         """
         with self._lock:
             known = next(
@@ -225,7 +228,7 @@ class FileTemplates:
 
 
 def template_key(folder: Path) -> TemplateKey | None:
-    """None if only vLLM can read the folder."""
+    """The key of the folder. None if only vLLM can read it."""
     try:
         with (folder / FILE).open("rb") as f:
             (size,) = struct.unpack("<Q", f.read(8))
@@ -233,10 +236,10 @@ def template_key(folder: Path) -> TemplateKey | None:
         config = json.loads((folder / "adapter_config.json").read_bytes())
         read = {name: value for name, value in config.items() if name in CONFIG}
         if isinstance(modules := read.get("target_modules"), list):
-            read["target_modules"] = sorted(modules)  # a set to PEFT, which writes it in any order
+            read["target_modules"] = sorted(modules)  # PEFT keeps a set and writes it in any order
         return (header, json.dumps(sorted(read.items())).encode()) if len(header) == size else None
     except (OSError, ValueError, AttributeError, TypeError, struct.error):
-        return None  # vLLM says what is wrong
+        return None  # vLLM reports what is wrong with it
 
 
 def _template(key: TemplateKey, made: Any, dtype: torch.dtype) -> FileTemplate | None:
@@ -292,8 +295,8 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def tensors(lora: Any) -> Iterator[tuple[Any, int | str, Any]]:
-    """Every tensor of a LoRAModel and where it hangs: (a list, its index) or (a layer's weights,
-    the attribute's name).
+    """Every tensor of a LoRAModel, with where it is kept: (a list, its index, the tensor), or (a
+    layer's weights, the attribute's name, the tensor).
     """
     for weights in lora.loras.values():
         for name in ("lora_a", "lora_b"):
@@ -307,8 +310,8 @@ def tensors(lora: Any) -> Iterator[tuple[Any, int | str, Any]]:
 
 
 def gather_into_block(lora: Any) -> None:
-    """Moves all weights into one block, pinned where that can be: one allocation per adapter
-    instead of hundreds, and copies that do not wait.
+    """Moves all weights into one block, pinned if the platform can. An adapter then takes one
+    allocation instead of hundreds, and copies from it do not block.
     """
     found = list(tensors(lora))
     sizes = [-(-tensor.nbytes // ALIGN_BYTES) * ALIGN_BYTES for _, _, tensor in found]

@@ -1,7 +1,7 @@
-"""Shell. Writing adapters into slots: the copies that vLLM makes for the first adapter of a layout
+"""Shell. Writing adapters into slots. The copies that vLLM makes for the first adapter of a layout
 are recorded, and repeated for the next ones in a few calls.
 
-A `CopyTarget` is where a part of an adapter's block goes in any slot. `SlotCopies` are the copies
+A `CopyTarget` is where a part of an adapter's block goes, in any slot. `SlotCopies` are the copies
 of a whole block into one slot.
 """
 
@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from worker.engine.vllm.lora import gpu_lora
 from worker.engine.vllm.tensor_replay.file_templates import EMPTY_LAYOUT, BlockLayout
 
 MAX_LAYOUTS = 8
-"""Layouts whose copies are remembered. Each costs some 800 bytes per tensor and slot."""
+"""Layouts whose copies are remembered. Each costs about 800 bytes per tensor and slot."""
 
 
 @dataclass(frozen=True, slots=True)
 class CopyTarget:
-    """Where a part of the block goes, in any slot: the number of the buffer, the offset in the
-    slot's row of it, shape and strides. `source_at` is where the part lies in the block.
+    """Where a part of the block goes: the buffer's number, the offset in the slot's row of that
+    buffer, shape and strides. `source_at` is where the part lies in the block.
     """
 
     buffer: int
@@ -37,14 +38,15 @@ class CopyTarget:
 @dataclass(frozen=True, slots=True)
 class SlotCopies:
     """The copies of a block into one slot. The block goes to the device in one piece, the `stage`.
-    Sources are views of the stage, and targets are views of the buffers.
+    The sources are views of the stage, and the targets are views of the buffers.
     """
 
     stage: torch.Tensor
-    # (targets, sources), those that lie densely apart from the others
+    # (targets, sources): one pair for the dense ones, one for the others
     pairs: tuple[tuple[list[torch.Tensor], list[torch.Tensor]], ...]
 
     def run(self, block: torch.Tensor) -> None:
+        """Copies the block into the slot."""
         self.stage.copy_(block, non_blocking=True)
         for targets, sources in self.pairs:
             torch._foreach_copy_(targets, sources)
@@ -54,8 +56,8 @@ class SlotWriter:
     """Writes adapters into slots, and knows the layout of what lies in each slot.
 
     vLLM zeroes every buffer of every module before it writes what the adapter has. Here the slot's
-    rows are zeroed in one call, and not at all where the next adapter overwrites exactly what the
-    last one wrote.
+    rows are zeroed in one call. They are not zeroed at all if the next adapter overwrites exactly
+    what the last one wrote.
     """
 
     def __init__(self, manager: Any) -> None:
@@ -65,8 +67,10 @@ class SlotWriter:
         self._known: OrderedDict[
             int, tuple[BlockLayout, list[CopyTarget], dict[int, SlotCopies]]
         ] = OrderedDict()
+        self._presence = gpu_lora.presence()
         self._stage: torch.Tensor | None = None
         self._buffers = _buffers(manager)
+        self._storages = [b.untyped_storage().data_ptr() for b in self._buffers or ()]
         if self._buffers is not None:
             for buffer in self._buffers:
                 buffer.zero_()
@@ -75,7 +79,7 @@ class SlotWriter:
             self._holds = [EMPTY_LAYOUT] * manager.lora_slots
 
     def activate(self, int_id: int) -> None:
-        """What vLLM's activate_adapter does. Raises what it raises."""
+        """Does what vLLM's activate_adapter does. Raises what that raises."""
         manager = self._manager
         if int_id in manager._active_adapters:
             return
@@ -94,17 +98,24 @@ class SlotWriter:
             manager._active_adapters[int_id] = None
             manager.lora_index_to_id[slot] = int_id
             copies.run(lora.block)
+            self._tell(slot, {self._storages[p.buffer] for p in self._known[id(layout)][1]})
         else:
             with WriteRecorder() as writes:
                 manager.activate_adapter(int_id)
+            written = {target.untyped_storage().data_ptr() for target, _ in writes.copied}
+            self._tell(slot, None if writes.other else written)
             if layout is not None and (places := self._places(writes, lora.block, slot)):
                 self._known[id(layout)] = layout, places, {}
                 if len(self._known) > MAX_LAYOUTS:
                     self._known.popitem(last=False)
         self._holds[slot] = layout
 
+    def _tell(self, slot: int, storages: set[int] | None) -> None:
+        if self._presence is not None:
+            self._presence.write(slot, storages, self._manager.lora_index_to_id)
+
     def _copies(self, layout: BlockLayout | None, slot: int) -> SlotCopies | None:
-        known = self._known.get(id(layout))  # the id stays its own while it is known
+        known = self._known.get(id(layout))  # a remembered layout is alive, so its id stays unique
         if known is None:
             return None
         self._known.move_to_end(id(layout))
@@ -113,7 +124,7 @@ class SlotWriter:
             try:
                 copies_of[slot] = self._into(places, known[0].elements, slot)
             except torch.OutOfMemoryError:
-                return None  # vLLM's own writing needs no stage
+                return None  # vLLM's own way of writing needs no stage
         return copies_of[slot]
 
     def _into(self, places: list[CopyTarget], elements: int, slot: int) -> SlotCopies:
@@ -135,8 +146,8 @@ class SlotWriter:
         return SlotCopies(stage[:elements], tuple(pair for pair in (dense, spread) if pair[0]))
 
     def _staged(self, elements: int) -> torch.Tensor:
-        """The stage, as large as the largest adapter so far. Copies keep the smaller stage that
-        they were made with.
+        """The stage, as large as the largest adapter so far. Older copies keep the smaller stage
+        that they were made with.
         """
         if self._stage is None or len(self._stage) < elements:
             assert self._buffers is not None
@@ -149,10 +160,12 @@ class SlotWriter:
     def _places(
         self, writes: WriteRecorder, block: torch.Tensor, slot: int
     ) -> list[CopyTarget] | None:
-        """None if the copies are not all that happened, or were not all made from the block."""
+        """The targets of the recorded copies. None if something other than copies happened, or if a
+        copy did not come from the block.
+        """
         if self._buffers is None or writes.other or writes.zeroed:
             return None
-        number = {buffer.untyped_storage().data_ptr(): n for n, buffer in enumerate(self._buffers)}
+        number = {storage: n for n, storage in enumerate(self._storages)}
         home = block.untyped_storage().data_ptr()
         places = []
         for target, source in writes.copied:
@@ -181,8 +194,8 @@ class SlotWriter:
 
 
 def _buffers(manager: Any) -> list[torch.Tensor] | None:
-    """The buffers whose first dimension is the slot, as vLLM's own reset shows. None if the reset
-    does more than set rows of them to zero.
+    """The buffers whose first dimension is the slot, found by watching vLLM's own reset. None if
+    that reset does more than set rows of them to zero.
     """
     with WriteRecorder() as writes:
         for module in manager.modules.values():
@@ -204,12 +217,12 @@ def _buffers(manager: Any) -> list[torch.Tensor] | None:
 
 
 def _zero_already(index: int) -> None:
-    """Takes the place of a module's reset_lora: the slot's rows are zero already."""
+    """Takes the place of a module's reset_lora, because the slot's rows are zero already."""
 
 
 class WriteRecorder(TorchFunctionMode):  # type: ignore[misc]
-    """Records what is written to tensors: (target, source) of each copy, (tensor, index) of what is
-    set to zero, and whether there was any other write.
+    """Records the writes to tensors: (target, source) of each copy, (tensor, index) of what is set
+    to zero, and whether there was any other write.
     """
 
     def __init__(self) -> None:

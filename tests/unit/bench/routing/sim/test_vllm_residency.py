@@ -1,3 +1,5 @@
+"""Adapters on a worker as vLLM itself keeps them."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.load.workload import PlannedRequest
+from bench.routing.report.figures import figures
 from bench.routing.sim.clairvoyant import bound, capacity_bound, hits_of
-from bench.routing.sim.figures import figures
 from bench.routing.sim.production import policies
 from bench.routing.sim.scenarios import SCENARIOS, CountedWindow, requests_of
-from bench.routing.sim.study import Case
 from bench.routing.sim.timing import Timing, timing_of
 from bench.routing.sim.worker import WorkerFacts
 from bench.routing.sim.world import Join, Loss, SimOutcome, SimRun, World, simulate
+from bench.routing.study.runs import Case
 from shared.link.messages import Tier
 
 WINDOW = CountedWindow(1.0, 3.0)
@@ -108,7 +108,7 @@ def test_one_worker_and_one_adapter_give_the_table(policy: str) -> None:
     """
     requests = _requests([1.0, 5.0, *[10.0] * 16], [0] * 18)
     run = simulate(World(policy, 1, 1, 0), requests)
-    alone = TIMING.outside_s + TIMING.step_s(1) + 128 / TIMING.prefill_tokens_per_s
+    alone = TIMING.outside_s + TIMING.prefill_step_s(1, 128)
     first, second, *together = run.outcomes
     assert (first.tier, second.tier) == (Tier.DISK, Tier.GPU)
     assert first.ttft_s == pytest.approx(alone + TIMING.load_s + TIMING.fetch_disk_s, abs=EARLY_S)
@@ -118,9 +118,8 @@ def test_one_worker_and_one_adapter_give_the_table(policy: str) -> None:
         127 * TIMING.step_s(1) - TIMING.outside_s, abs=EARLY_S
     )
     durations = [outcome.ended_s - 10.0 for outcome in together if outcome.ended_s is not None]
-    entry_s = (
-        TIMING.step_s(1) + TIMING.step_s(16) + 16 * 128 / TIMING.prefill_tokens_per_s
-    )  # the first goes ahead, the others follow together
+    # the first goes ahead, the others follow together
+    entry_s = TIMING.prefill_step_s(1, 128) + TIMING.prefill_step_s(16, 15 * 128)
     assert max(durations) == pytest.approx(entry_s + 127 * TIMING.step_s(16), abs=EARLY_S)
     assert [load.tier for load in run.loads] == [Tier.DISK]
 
@@ -318,7 +317,13 @@ def test_a_single_server_with_random_arrivals_waits_as_theory_says() -> None:
     adapters.
     """
     timing = Timing(
-        decode=((1, 0.001),), prefill_tokens_per_s=1e12, max_sequences=1, outside_s=0.0, link_s=1e-6
+        decode=((1, 0.001),),
+        prefill_tokens_per_s=1e12,
+        mixed_s=0.0,
+        scheduled_ahead=False,
+        max_sequences=1,
+        outside_s=0.0,
+        link_s=1e-6,
     )
     rng, at_s, rate, service_s = random.Random(7), 0.0, 6.0, 0.1
     times = [at_s := at_s + rng.expovariate(rate) for _ in range(12_000)]

@@ -1,3 +1,5 @@
+"""Admission: which requests are sent, wait, or are refused."""
+
 from __future__ import annotations
 
 from hypothesis import strategies as st
@@ -116,7 +118,7 @@ def test_a_pump_inside_a_pump_offers_no_item_twice() -> None:
 
 
 class AdmissionMachine(RuleBasedStateMachine):
-    """Against two plain lists."""
+    """Compares admission with two plain lists."""
 
     @initialize(size=st.integers(0, 5))
     def start(self, size: int) -> None:

@@ -1,9 +1,11 @@
+"""What is given up when more requests wait than can be served in time."""
+
 from __future__ import annotations
 
 import pytest
 
 from gateway.dispatch.queue.admission import Admission
-from gateway.dispatch.queue.overload import LEAST_SERVED, Drain, Impatience
+from gateway.dispatch.queue.overload import LEAST_SERVED, AbandonmentRate, DrainRate
 from gateway.routing.policy import Blocked
 
 
@@ -21,7 +23,7 @@ def taken(queue: Admission[str], count: int) -> list[str]:
 
 
 def test_nothing_is_said_of_a_rate_that_has_not_been_measured() -> None:
-    drain = Drain()
+    drain = DrainRate()
     for _ in range(LEAST_SERVED - 1):
         drain.served(100.0, 10)
     assert drain.wait_s(1000, 1) == 0.0 and drain.service_s(0) == 0.0
@@ -30,7 +32,7 @@ def test_nothing_is_said_of_a_rate_that_has_not_been_measured() -> None:
 
 
 def test_the_wait_is_that_of_those_before_over_the_places_that_serve_them() -> None:
-    drain = Drain()
+    drain = DrainRate()
     for _ in range(LEAST_SERVED):
         drain.served(2.0, 100)
     assert drain.wait_s(64, 32) == pytest.approx(4.0)
@@ -38,7 +40,7 @@ def test_the_wait_is_that_of_those_before_over_the_places_that_serve_them() -> N
 
 
 def test_a_request_for_few_tokens_takes_less_time_and_one_without_a_limit_the_usual() -> None:
-    drain = Drain()
+    drain = DrainRate()
     for _ in range(LEAST_SERVED):
         drain.served(2.0, 100)
     assert drain.service_s(10) == pytest.approx(0.2)
@@ -46,20 +48,20 @@ def test_a_request_for_few_tokens_takes_less_time_and_one_without_a_limit_the_us
 
 
 def test_a_tenant_is_impatient_once_a_tenth_of_its_requests_end_in_vain_and_only_it() -> None:
-    impatience = Impatience()
+    abandonment = AbandonmentRate()
     for n in range(200):
-        impatience.ended("rare", in_vain=n % 40 == 0)
-        impatience.ended("often", in_vain=n % 4 == 0)
-    assert impatience.newest_first("often") and not impatience.newest_first("rare")
+        abandonment.ended("rare", in_vain=n % 40 == 0)
+        abandonment.ended("often", in_vain=n % 4 == 0)
+    assert abandonment.newest_first("often") and not abandonment.newest_first("rare")
     for _ in range(200):
-        impatience.ended("often", in_vain=False)
-    assert not impatience.newest_first("often")
+        abandonment.ended("often", in_vain=False)
+    assert not abandonment.newest_first("often")
 
 
 def test_the_newest_go_first_where_clients_leave_and_the_oldest_where_they_wait() -> None:
     queue: Admission[str] = Admission(10, 60.0)
     for _ in range(30):
-        queue.impatience.ended("leaving", in_vain=True)
+        queue.abandonment.ended("leaving", in_vain=True)
     for tenant in ("leaving", "patient"):
         for n in range(3):
             queue.offer("tiny", f"{tenant}{n}", 0.0, (0, tenant, None))
@@ -83,7 +85,7 @@ def test_in_a_full_queue_whoever_has_most_places_gives_way_to_whoever_has_fewer(
 def test_where_clients_leave_a_full_queue_takes_the_newest_in_place_of_the_oldest() -> None:
     queue: Admission[str] = Admission(2, 60.0)
     for _ in range(30):
-        queue.impatience.ended("a", in_vain=True)
+        queue.abandonment.ended("a", in_vain=True)
     queue.offer("tiny", "old", 0.0, (0, "a", None))
     queue.offer("tiny", "new", 1.0, (0, "a", None))
     assert queue.give_way("tiny", "a", 1.0) == "old"

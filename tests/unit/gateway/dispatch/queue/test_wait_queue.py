@@ -1,3 +1,5 @@
+"""The queue of waiting requests: turns of tenants, and of each tenant's adapters."""
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -5,9 +7,9 @@ from collections import defaultdict
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.dispatch.queue.fairness import QUANTUM
 from gateway.dispatch.queue.wait_queue import Flow, Ticket, Turn, WaitQueue
 
+TOKENS = 4096.0
 PRIORITIES, TENANTS, ADAPTERS = (0, 1), ("x", "y"), (None, ("a", "d"), ("b", "d"), ("c", "d"))
 
 
@@ -19,30 +21,26 @@ def order(line: WaitQueue[int], adapter: tuple[str, str] | None = None) -> list[
 
 
 class LineMachine(RuleBasedStateMachine):
-    """Against turns that are made anew and sorted each time."""
+    """Compares the queue with turns that are made anew and sorted each time."""
 
     @initialize()
     def start(self) -> None:
         self.line: WaitQueue[int] = WaitQueue()
         self.places: list[Ticket[int]] = []
-        # of tenants (one number), and of a tenant's adapters (two): what they were served
-        self.served: defaultdict[tuple[object, ...], float] = defaultdict(float)
-        self.level: defaultdict[tuple[object, ...], float] = defaultdict(float)
+        self.served: defaultdict[str, float] = defaultdict(float)  # of tenants
+        self.level = 0.0
         self.groups: dict[tuple[int, str], int] = {}
         self.count = self.groups_made = 0
 
-    def waiting(self, level: tuple[object, ...]) -> set[tuple[object, ...]]:
-        """Who waits at one level: tenants, or the adapters of one."""
-        flows = [other.flow for other in self.places]
-        if not level:
-            return {(flow[1],) for flow in flows}
-        return {flow[1:] for flow in flows if flow[1:2] == level}
+    def waiting(self) -> set[str]:
+        """The tenants that wait."""
+        return {other.flow[1] for other in self.places}
 
-    def enter(self, who: tuple[object, ...]) -> None:
-        waiting = self.waiting(who[:-1])
-        if who not in waiting:
+    def enter(self, tenant: str) -> None:
+        waiting = self.waiting()
+        if tenant not in waiting:
             least = min((self.served[w] for w in waiting), default=0.0)
-            self.served[who] = max(self.served[who], self.level[who[:-1]], least)
+            self.served[tenant] = max(self.served[tenant], self.level, least)
 
     @rule(
         priority=st.sampled_from(PRIORITIES),
@@ -52,8 +50,7 @@ class LineMachine(RuleBasedStateMachine):
     def add(self, priority: int, tenant: str, adapter: tuple[str, str] | None) -> None:
         self.count += 1
         ticket = Ticket("tiny", self.count, 0.0, (priority, tenant, adapter), self.count)
-        self.enter((tenant,))
-        self.enter((tenant, adapter))
+        self.enter(tenant)
         if (priority, tenant) not in self.groups:
             self.groups_made += 1
             self.groups[priority, tenant] = self.groups_made
@@ -75,12 +72,11 @@ class LineMachine(RuleBasedStateMachine):
         quanta=st.sampled_from([-3.0, 0.4, 0.7, 5.0]),
     )
     def charge(self, tenant: str, adapter: tuple[str, str] | None, quanta: float) -> None:
-        for who in ((tenant,), (tenant, adapter)):
-            waiting = self.waiting(who[:-1])
-            if who in waiting:
-                self.level[who[:-1]] += max(0.0, quanta * QUANTUM) / len(waiting)
-            self.served[who] = max(0.0, self.served[who] + quanta * QUANTUM)
-        self.line.charge((0, tenant, adapter), quanta * QUANTUM)
+        waiting = self.waiting()
+        if tenant in waiting:
+            self.level += max(0.0, quanta * TOKENS) / len(waiting)
+        self.served[tenant] = max(0.0, self.served[tenant] + quanta * TOKENS)
+        self.line.charge((0, tenant, adapter), quanta * TOKENS)
 
     @invariant()
     def turns_are_those_of_a_fresh_sort(self) -> None:
@@ -89,16 +85,16 @@ class LineMachine(RuleBasedStateMachine):
             oldest.setdefault(ticket.flow, ticket)
         fresh = sorted(
             (
-                (f[0], self.served[f[1:2]], self.groups[f[:2]]),
-                (int(self.served[f[1:]] // QUANTUM), p.number, f),
+                (f[0], self.served[f[1]], self.groups[f[:2]]),
+                (p.number, f),
             )
             for f, p in oldest.items()
         )
         assert order(self.line) == fresh
         assert self.line.size == len(self.places)
         for adapter in ADAPTERS[1:]:
-            assert order(self.line, adapter) == [turn for turn in fresh if turn[1][2][2] == adapter]
-        assert [self.line.oldest(turn) for turn in fresh] == [oldest[turn[1][2]] for turn in fresh]
+            assert order(self.line, adapter) == [turn for turn in fresh if turn[1][1][2] == adapter]
+        assert [self.line.oldest(turn) for turn in fresh] == [oldest[turn[1][1]] for turn in fresh]
         for turn in fresh:
             after = self.line.next_tenant(turn)
             assert after == next((t for t in fresh if t[0] > turn[0]), None)

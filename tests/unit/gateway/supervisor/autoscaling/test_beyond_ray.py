@@ -36,7 +36,7 @@ def load(adapters: int = 0, workers: int = 1, queued_tokens: int = 0, **worker: 
 
 def test_more_adapters_in_use_than_slots_ask_for_a_worker_however_few_the_requests() -> None:
     s = scaler()
-    s.hear("g0", load(adapters=9, slots=4, requests=9), 0.0)
+    s.report("g0", load(adapters=9, slots=4, requests=9), 0.0)
     decision = s.decide(1.0, ["w0"])
     assert (decision.wanted, decision.cause) == (3, "slots")
     assert "slots need 3" in decision.reason
@@ -45,44 +45,44 @@ def test_more_adapters_in_use_than_slots_ask_for_a_worker_however_few_the_reques
 def test_adapters_are_counted_once_however_many_processes_have_them() -> None:
     s = scaler()
     for process in ("g0", "g1", "g2"):
-        s.hear(process, load(adapters=4, slots=4), 0.0)
+        s.report(process, load(adapters=4, slots=4), 0.0)
     assert s.decide(1.0, ["w0"]).wanted == 1
 
 
 def test_a_switched_off_bottleneck_asks_for_nothing() -> None:
     for off in (None, {"slots": None}):
         s = scaler(bottlenecks=off)
-        s.hear("g0", load(adapters=9, slots=4, kv_usage=0.1), 0.0)
+        s.report("g0", load(adapters=9, slots=4, kv_usage=0.1), 0.0)
         assert s.decide(1.0, ["w0"]).wanted == 1
 
 
 def test_workers_whose_kv_caches_are_full_ask_for_one_more_by_their_sum() -> None:
     s = scaler(2)
-    s.hear("g0", load(workers=2, kv_usage=0.95), 0.0)
+    s.report("g0", load(workers=2, kv_usage=0.95), 0.0)
     decision = s.decide(1.0, ["w0", "w1"])
     assert (decision.wanted, decision.cause) == (3, "kv_usage")
     s = scaler(2)
-    s.hear("g0", load(workers=2, kv_usage=0.85), 0.0)
-    assert s.decide(1.0, ["w0", "w1"]).wish <= 2
+    s.report("g0", load(workers=2, kv_usage=0.85), 0.0)
+    assert s.decide(1.0, ["w0", "w1"]).recommended <= 2
 
 
 def test_prompt_tokens_that_wait_longer_than_the_ttft_ask_for_workers() -> None:
     s = scaler(bottlenecks={"ttft_s": 2.0})
-    s.hear("g0", load(prefill_tokens_per_s=1000.0, waiting_tokens=3000, queued_tokens=2500), 0.0)
+    s.report("g0", load(prefill_tokens_per_s=1000.0, queued_tokens=5500), 0.0)
     decision = s.decide(1.0, ["w0"])
     assert (decision.wanted, decision.cause) == (3, "ttft")
 
 
 def test_a_bottleneck_keeps_workers_that_the_requests_alone_would_let_go() -> None:
     s = scaler(3, downscale_delay_s=0.0)
-    s.hear("g0", load(adapters=9, workers=3, slots=4), 0.0)
+    s.report("g0", load(adapters=9, workers=3, slots=4), 0.0)
     assert s.decide(1.0, ["w0", "w1", "w2"]).wanted == 3
 
 
 def test_the_delays_hold_for_bottlenecks_too() -> None:
     s = scaler(upscale_delay_s=30.0)
     for second in range(30):
-        s.hear("g0", load(adapters=9, slots=4), float(second))
+        s.report("g0", load(adapters=9, slots=4), float(second))
         assert s.decide(float(second), ["w0"]).wanted == 1
     assert s.decide(30.0, ["w0"]).wanted == 3
 
@@ -90,7 +90,7 @@ def test_the_delays_hold_for_bottlenecks_too() -> None:
 def test_without_a_target_it_is_a_share_of_what_the_worker_runs_at_once() -> None:
     s = scaler(target_ongoing_requests=None)
     assert s.target_ongoing([]) == pytest.approx(0.7 * 256)
-    s.hear("g0", load(capacity=10, requests=15), 0.0)
+    s.report("g0", load(capacity=10, requests=15), 0.0)
     decision = s.decide(1.0, ["w0"])
     assert decision.target_ongoing == pytest.approx(7.0) and decision.wanted == 3
 
@@ -102,8 +102,8 @@ def policy_of_two(ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
 def test_a_policy_of_ones_own_is_asked_and_its_answer_is_delayed_and_bounded_as_any() -> None:
     config = AutoscalingConfig(max_replicas=2, upscale_delay_s=5.0)
     s = Autoscaler("m", config, 1, 256, policy_of_two)
-    s.hear("g0", load(), 0.0)
-    assert (s.decide(1.0, ["w0"]).wanted, s.decide(1.0, ["w0"]).wish) == (1, 3)
+    s.report("g0", load(), 0.0)
+    assert (s.decide(1.0, ["w0"]).wanted, s.decide(1.0, ["w0"]).recommended) == (1, 3)
     decision = s.decide(6.0, ["w0"])
     assert (decision.wanted, decision.cause, decision.bounded_by) == (2, "policy", "max_replicas")
     assert s._policy_state == {"asked": 3}

@@ -6,21 +6,24 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from fractions import Fraction
 from typing import Any
 
 import pytest
 
 from gateway.supervisor.autoscaling.autoscaler import Autoscaler
-from gateway.supervisor.autoscaling.decision import Decision, ScalingRules, Wish, decide
-from gateway.supervisor.autoscaling.load import aggregate
+from gateway.supervisor.autoscaling.decision import Decision, PendingChange, ScalingRules, decide
+from gateway.supervisor.autoscaling.load_window import aggregate
 from gateway.supervisor.autoscaling.reports import ModelLoad, WorkerLoad
 from shared.config.deployment import AutoscalingConfig
 from tests.unit.gateway.supervisor.autoscaling.ray_formulas import RayDeployment, Series, measured
 
 TRACES = int(os.environ.get("AUTOSCALING_TRACES", "1000"))
 TICKS = 25
-LOOK_BACK_MS = 29_995
+PEAKS = (0, 0, 1, 4, 12)
+"""The most requests of one series, until the load changes."""
+LOOK_BACKS_MS = (1_995, 9_995, 29_995)
 """Between two ticks of 10 ms, so that floats and whole numbers drop the same points."""
 
 R1 = [(0.2, 5.0), (0.8, 7.0), (1.5, 6.0)]
@@ -88,7 +91,7 @@ def test_rays_golden_decisions(
 ) -> None:
     decision, _ = decide(
         rules(up, down),
-        Wish(),
+        PendingChange(),
         0.0,
         running=running,
         wanted=wanted,
@@ -104,9 +107,9 @@ def test_a_steady_load_at_its_target_is_never_one_worker_more_by_rounding() -> N
         points = [(now - 0.1 * n, 3.0) for n in range(20, -1, -1)]
         mean = aggregate([points, [(now - 1.9, 3.0)]], "mean", now + 0.05)
         decision, _ = decide(
-            rules(), Wish(), now, running=3, wanted=3, ongoing=mean, target_ongoing=2.0
+            rules(), PendingChange(), now, running=3, wanted=3, ongoing=mean, target_ongoing=2.0
         )
-        assert decision.wish == 3
+        assert decision.recommended == 3
 
 
 class Run:
@@ -126,7 +129,7 @@ class Run:
             rest = dict.fromkeys(names, 0)
             if names:
                 rest[names[0]] = ongoing
-            self.scaler.hear("g0", load(0 if names else ongoing, **rest), self.now)
+            self.scaler.report("g0", load(0 if names else ongoing, **rest), self.now)
             before = self.scaler.wanted
             self.last = self.scaler.decide(self.now, names)
             if self.scaler.wanted != before:
@@ -144,7 +147,7 @@ def test_more_load_is_acted_on_after_the_delay_and_one_equal_tick_begins_it_anew
     assert broken.history == [(50.1, 3)]
 
 
-def test_the_wish_that_counts_is_that_of_the_moment_the_delay_ends() -> None:
+def test_the_recommendation_that_counts_is_that_of_the_moment_the_delay_ends() -> None:
     assert Run(**QUICK).play(15, 6).play(16, 10).history == [(30.0, 5)]
 
 
@@ -177,7 +180,7 @@ def test_a_request_for_a_model_without_workers_starts_one_at_once() -> None:
 def test_what_waits_counts_as_much_as_what_runs() -> None:
     scaler = Autoscaler("m", config(**{**QUICK, "target_ongoing_requests": 1.0}), 1, 1)
     for tick in range(400):
-        scaler.hear("g0", load(queued=2, w0=1), tick / 10)
+        scaler.report("g0", load(queued=2, w0=1), tick / 10)
         scaler.decide(tick / 10, ["w0"])
     assert scaler.wanted == 3
 
@@ -192,33 +195,33 @@ def test_the_mean_of_a_sawtooth_is_its_middle_and_the_maximum_its_tip() -> None:
             1,
         )
         for tick in range(100):
-            scaler.hear("g0", load(w0=1 + tick % 8), tick * 0.5)
+            scaler.report("g0", load(w0=1 + tick % 8), tick * 0.5)
         decision = scaler.decide(50.0, ["w0"])
-        wanted[how] = decision.wish
+        wanted[how] = decision.recommended
     assert wanted == {"mean": 5, "max": 8, "min": 1}
 
 
 def test_a_process_that_ended_leaves_no_phantom_load() -> None:
     scaler = Autoscaler("m", config(target_ongoing_requests=1.0, upscale_delay_s=0.0), 1, 1)
-    scaler.hear("g0", load(w0=1), 0.0)
-    scaler.hear("g1", load(w0=9), 0.0)
+    scaler.report("g0", load(w0=1), 0.0)
+    scaler.report("g1", load(w0=9), 0.0)
     assert scaler.decide(1.0, ["w0"]).ongoing == 10
     scaler.forget("g1")
-    scaler.hear("g0", load(w0=1), 2.0)
+    scaler.report("g0", load(w0=1), 2.0)
     assert scaler.decide(2.0, ["w0"]).ongoing == 1
 
 
 def test_a_process_that_is_silent_is_forgotten_after_two_intervals_but_not_before_10_s() -> None:
     for interval_s, until in ((10.0, 20.0), (1.0, 10.0)):
         scaler = Autoscaler("m", config(metrics_interval_s=interval_s), 1, 1)
-        scaler.hear("g1", load(w0=9), 0.0)
+        scaler.report("g1", load(w0=9), 0.0)
         assert scaler.decide(until - 0.01, ["w0"]).ongoing == 9
         assert scaler.decide(until, ["w0"]).ongoing == 0
 
 
 def test_a_worker_that_left_leaves_no_load() -> None:
     scaler = Autoscaler("m", config(), 2, 1)
-    scaler.hear("g0", load(w0=1, w1=5), 0.0)
+    scaler.report("g0", load(w0=1, w1=5), 0.0)
     assert scaler.decide(1.0, ["w0", "w1"]).ongoing == 6
     assert scaler.decide(1.1, ["w0"]).ongoing == 1
 
@@ -247,10 +250,14 @@ def test_a_load_that_swings_around_the_target_changes_the_count_once_per_downsca
 def test_a_decision_says_what_it_counted_and_what_holds_it_back() -> None:
     run = Run(**QUICK).play(10, 9)
     assert run.last is not None
-    assert (run.last.wish, run.last.cause, run.last.held_by) == (5, "requests", "upscale_delay_s")
+    assert (run.last.recommended, run.last.cause, run.last.held_by) == (
+        5,
+        "requests",
+        "upscale_delay_s",
+    )
     assert run.last.held_s == pytest.approx(20.1)
     assert run.last.reason == (
-        "9 requests ongoing, target 2 per worker: wish 5 for requests, held back by "
+        "9 requests ongoing, target 2 per worker: 5 recommended because of requests, held back by "
         "upscale_delay_s for 20.1 s"
     )
     capped = Run(**{**QUICK, "max_replicas": 2}).play(31, 9).last
@@ -260,44 +267,46 @@ def test_a_decision_says_what_it_counted_and_what_holds_it_back() -> None:
 # ---- random traces -------------------------------------------------------------------------------
 
 
-def random_trace(seed: int) -> None:
+def random_trace(seed: int, met: Counter[str]) -> None:
+    """One random config and load. `met` counts what happened, so that no rule stays untried."""
     rng = random.Random(seed)
     how = rng.choice(("mean", "mean", "max", "min"))
-    least, most = sorted((rng.randint(0, 3), rng.randint(1, 12)))
+    look_back_ms = rng.choice(LOOK_BACKS_MS)
+    least, most = sorted((rng.choice((0, 0, 1, 3)), rng.choice((1, 4, 12, 50))))
     target = Fraction(rng.choice(("0.5", "1", "2", "2.5", "3", "7")))
-    up_delay, down_delay = (100 * rng.randint(0, 300) for _ in "ab")
-    zero_delay = rng.choice((None, 100 * rng.randint(0, 300)))
+    up_delay, down_delay = (100 * rng.randint(0, rng.choice((0, 50, 300))) for _ in "ab")
+    zero_delay = rng.choice((None, 100 * rng.randint(0, 50)))
     up, down = (Fraction(rng.choice(("1", "1", "0.3", "0.5", "2", "1.7"))) for _ in "ab")
     scaler = Autoscaler(
         "m",
         AutoscalingConfig(
             min_replicas=least,
-            max_replicas=max(most, 1),
+            max_replicas=most,
             target_ongoing_requests=float(target),
             upscale_delay_s=up_delay / 1000,
             downscale_delay_s=down_delay / 1000,
             downscale_to_zero_delay_s=None if zero_delay is None else zero_delay / 1000,
             upscaling_factor=float(up),
             downscaling_factor=float(down),
-            look_back_period_s=LOOK_BACK_MS / 1000,
+            look_back_period_s=look_back_ms / 1000,
             aggregation_function=how,
             bottlenecks=None,
         ),
         start := rng.randint(0, 12),
         1,
     )
-    ray = RayDeployment(least, max(most, 1), target, up_delay, down_delay, zero_delay, up, down)
-    wanted = max(least, min(max(most, 1), start))
+    ray = RayDeployment(least, most, target, up_delay, down_delay, zero_delay, up, down)
+    wanted = max(least, min(most, start))
     series: dict[tuple[str, str], Series] = {}
     heard: dict[str, int] = {}
     now_ms = 1_000_000
     running = rng.randint(0, wanted)
-    peak = rng.choice((0, 3, 12, 40))
+    peak = rng.choice(PEAKS)
     for _ in range(TICKS):
         now_ms += 10 * rng.choice((10, 50, 100, 600, 1000))
         now = now_ms / 1000
         if rng.random() < 0.2:
-            peak = rng.choice((0, 3, 12, 40))
+            peak = rng.choice(PEAKS)
         if rng.random() < 0.5:
             running = min(wanted, running + rng.randint(0, 3)) if running <= wanted else wanted
         names = [f"w{n}" for n in range(running)]
@@ -305,13 +314,15 @@ def random_trace(seed: int) -> None:
             known = names[: rng.randint(0, len(names))] if rng.random() < 0.1 else names
             values = {name: rng.randint(0, peak) for name in known}
             queued = rng.randint(0, peak) if rng.random() < 0.5 else 0
-            scaler.hear(process, load(queued, **values), now)
+            scaler.report(process, load(queued, **values), now)
             heard[process] = now_ms
             for key in [k for k in series if k[0] == process and k[1] not in {"", *values}]:
                 del series[key]
             for name, value in {"": queued, **values}.items():
-                points = [*series.get((process, name), []), (now_ms, value)]
-                series[process, name] = [(at, v) for at, v in points if at > now_ms - LOOK_BACK_MS]
+                points = series.setdefault((process, name), [])
+                points.append((now_ms, value))
+                while points[0][0] <= now_ms - look_back_ms:
+                    points.pop(0)
         if rng.random() < 0.05:
             scaler.forget("g1")
             series = {key: s for key, s in series.items() if key[0] != "g1"}
@@ -322,11 +333,27 @@ def random_trace(seed: int) -> None:
         counted = [s for (_, name), s in series.items() if name == "" or name in names]
         total = measured(counted, how, now_ms)
         decision = scaler.decide(now, names)
-        wanted = ray.tick(running, wanted, total, now_ms)
-        assert decision.ongoing == pytest.approx(float(total), abs=1e-9), seed
+        before, wanted = wanted, ray.tick(running, wanted, total, now_ms)
+        assert abs(decision.ongoing - float(total)) < 1e-9, seed
         assert decision.wanted == wanted, (seed, decision)
+        met.update((how, decision.held_by, decision.bounded_by, f"look back {look_back_ms}"))
+        met["up"] += wanted > before
+        met["down"] += wanted < before
+        met["to zero"] += before > 0 == wanted
+        met["from zero"] += before == 0 < wanted
+        met["idle at zero"] += before == wanted == 0
+        met["a factor changed it"] += decision.recommended != -(-total // target)
 
 
 def test_random_load_traces_are_decided_as_the_formulas_say() -> None:
+    met: Counter[str] = Counter()
     for seed in range(TRACES):
-        random_trace(seed)
+        random_trace(seed, met)
+    rules_met = {
+        *("mean", "max", "min", "up", "down", "to zero", "from zero", "idle at zero"),
+        *("upscale_delay_s", "downscale_delay_s", "downscale_to_zero_delay_s"),
+        *("min_replicas", "max_replicas", "a factor changed it"),
+        *(f"look back {ms}" for ms in LOOK_BACKS_MS),
+    }
+    assert all(met[rule] > TRACES // 50 for rule in rules_met), met
+    print(f"\n{TRACES} traces of {TICKS} ticks are equal; {dict(sorted(met.items()))}")

@@ -29,7 +29,8 @@ def test_a_chat_stream_is_what_vllm_writes() -> None:
     c = chat_chunks("chatcmpl-1", 1700000000, "demo", "assistant", "vllm-0.32.0", False)
     head = (
         b"data: "
-        b'{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,"model":"demo","choices":'
+        b'{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1700000000,'
+        b'"model":"demo","choices":'
     )
     delta = b'[{"index":0,"delta":{"content":"a\\"b"},"logprobs":null,"finish_reason":'
     assert c.opening == (
@@ -56,8 +57,8 @@ def test_a_completion_stream_is_what_vllm_writes() -> None:
     )
     assert c.before + escape("x") + c.after == head + b'[{"index":0,"text":"x"' + after
     assert (
-        b'"finish_reason":"length","stop_reason":null,"prompt_token_ids":null,"token_ids":null}]}\n\n'
-        in c.last("x", "length", None)
+        b'"finish_reason":"length","stop_reason":null,"prompt_token_ids":null,'
+        b'"token_ids":null}]}\n\n' in c.last("x", "length", None)
     )
     assert (
         c.end(3, 4)

@@ -1,0 +1,3 @@
+"""Pure. Processes that are killed, stopped, cut off, drained and replaced under load, and answers
+that are counted: `python -m bench.chaos`.
+"""

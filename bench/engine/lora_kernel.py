@@ -1,0 +1,254 @@
+"""Shell. `python -m bench.engine.lora_kernel`: the kernel for adapters of linear layers
+(worker/engine/vllm/lora/gpu_kernel.py) on this GPU: whether it is right, and what it costs.
+
+It needs torch and Triton alone. Where vLLM is installed, its own two kernels are measured, too.
+
+Right means: in bfloat16 the result is no further from the product in float64 than rounding
+explains. The cost is what a layer of the base model takes longer with adapters than without, in a
+CUDA graph of several layers, as the engine runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from worker.engine.vllm.lora import gpu_kernel
+
+LAYERS = 8
+"""Copies of the weights that one measurement goes through. They exceed the GPU's cache, as a
+model's layers do.
+"""
+PASSES = 5
+MOST_PROGRAMS = 2112
+"""That `--launch` may ask for."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """Tokens of one step: how many, of how many adapters, in an engine with so many slots."""
+
+    tokens: int
+    adapters: int
+    slots: int
+
+
+BATCHES = (
+    StepShape(1, 1, 16),
+    StepShape(64, 16, 16),
+    StepShape(256, 16, 16),
+    StepShape(256, 64, 64),
+)
+
+
+def shapes(hidden: int) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Layer -> (columns of x, columns of each slice of y), in the proportions of Llama-3.1-8B."""
+    kv, wide = hidden // 4, hidden * 7 // 2
+    return {
+        "qkv": (hidden, (hidden, kv, kv)),
+        "o": (hidden, (hidden,)),
+        "gate_up": (hidden, (wide, wide)),
+        "down": (wide, (hidden,)),
+    }
+
+
+class LayerCase:
+    """One layer's random weights, LAYERS times, and one step's tokens."""
+
+    def __init__(
+        self, batch: StepShape, rank: int, hidden: int, outs: Sequence[int], base_rows: bool = False
+    ) -> None:
+        g = torch.Generator("cuda").manual_seed(0)
+        self.batch, self.outs = batch, outs
+        loras = batch.slots + 1
+        if base_rows:
+            mapping = torch.randint(-1, batch.adapters, (batch.tokens,), device="cuda", generator=g)
+        else:
+            mapping = torch.arange(batch.tokens, device="cuda") % batch.adapters
+        self.mapping = mapping.int()
+        ids, counts = torch.unique(self.mapping, return_counts=True)
+        self.order = torch.sort(self.mapping, stable=True)[1].int()
+        self.ids = torch.full((loras,), -1, device="cuda", dtype=torch.int32)
+        self.ids[: len(ids)] = ids
+        self.counts = torch.zeros(loras, device="cuda", dtype=torch.int32)
+        self.counts[: len(counts)] = counts
+        self.starts = torch.zeros(loras + 1, device="cuda", dtype=torch.int32)
+        self.starts[1:] = self.counts.cumsum(0)
+        self.present = torch.full(
+            (batch.slots + 1,), (1 << len(outs)) - 1, device="cuda", dtype=torch.int32
+        )
+
+        def weights(*shape: int) -> torch.Tensor:
+            return (torch.randn(*shape, device="cuda", generator=g) * 0.02).bfloat16()
+
+        self.x = torch.randn(batch.tokens, hidden, device="cuda", generator=g).bfloat16()
+        self.y = torch.zeros(batch.tokens, sum(outs), device="cuda", dtype=torch.bfloat16)
+        self.base = [weights(hidden, sum(outs)) for _ in range(LAYERS)]
+        self.a = [tuple(weights(batch.slots, 1, rank, hidden) for _ in outs) for _ in range(LAYERS)]
+        self.b = [tuple(weights(batch.slots, 1, n, rank) for n in outs) for _ in range(LAYERS)]
+        self.scratch = gpu_kernel.Scratch.make(
+            batch.tokens, batch.slots, len(outs), rank, "cuda", MOST_PROGRAMS
+        )
+
+    def ours(self, layer: int, two: bool = False, **launch: Any) -> None:
+        if two:
+            self.ours(layer, product=gpu_kernel.SHRINK, **launch)
+            launch["product"] = gpu_kernel.EXPAND
+        gpu_kernel.add_lora(
+            self.y,
+            self.x,
+            self.a[layer],
+            self.b[layer],
+            self.order,
+            self.counts,
+            self.starts,
+            self.ids,
+            self.present,
+            self.scratch,
+            **launch,
+        )
+
+    def linear(self, layer: int) -> None:
+        torch.mm(self.x, self.base[layer], out=self.y)
+
+    def right(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(y after the layer, in float64; the most that rounding may change each value)."""
+        torch.mm(self.x, self.base[layer], out=self.y)
+        want, slack = self.y.double(), self.y.double().abs() * 2**-8
+        slots = self.mapping.long().clamp(min=0)
+        at = 0
+        for i, n in enumerate(self.outs):
+            on = ((self.present[slots] >> i) & 1).bool() & (self.mapping >= 0)
+            for slot in range(self.batch.slots):
+                rows = on & (self.mapping == slot)
+                if not rows.any():
+                    continue
+                a, b = self.a[layer][i][slot, 0].double(), self.b[layer][i][slot, 0].double()
+                shrunk = self.x[rows].double() @ a.T
+                want[rows, at : at + n] += shrunk @ b.T
+                slack[rows, at : at + n] += 2**-8 * (shrunk.abs() @ b.abs().T)
+            at += n
+        return want, slack + want.abs() * 2**-8 + 1e-3
+
+
+def wrong(case: LayerCase, **launch: Any) -> float:
+    """The largest error, as a part of what rounding explains. At most 1 is right."""
+    want, slack = case.right(0)
+    case.ours(0, **launch)
+    error = (case.y.double() - want).abs() / slack
+    return float("inf") if not error.isfinite().all() else error.max().item()
+
+
+def microseconds(*ops: Callable[[int], Any]) -> float:
+    """Time per layer in a CUDA graph. The least of PASSES measurements."""
+
+    def layers() -> None:
+        for layer, op in itertools.product(range(LAYERS), ops):
+            op(layer)
+
+    layers()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(4):
+            layers()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    graph.replay()
+    times: list[float] = []
+    for _ in range(PASSES):
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / LAYERS / 4)
+    return min(times)
+
+
+def theirs(case: LayerCase) -> Callable[[int], None] | None:
+    """vLLM's shrink and expand on the same weights, None where vLLM is not installed."""
+    try:
+        from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op, utils
+        from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
+    except ImportError:
+        return None
+    from worker.engine.vllm.patches import _lora_kernels_fit_the_gpu
+
+    _lora_kernels_fit_the_gpu()
+    utils._LORA_A_PTR_DICT.clear()  # keyed by addresses, which the next weights may reuse
+    utils._LORA_B_PTR_DICT.clear()
+    meta = LoRAKernelMeta.make(case.batch.slots, case.batch.tokens, "cuda")
+    meta.prepare_tensors(case.mapping)
+    arguments = meta.meta_args(case.batch.tokens, False)
+    middle = torch.empty(len(case.outs), case.batch.tokens, case.a[0][0].shape[-2], device="cuda")
+
+    def both(layer: int) -> None:
+        lora_shrink_op._lora_shrink(case.x, list(case.a[layer]), middle, *arguments, 1.0)
+        lora_expand_op._lora_expand(
+            middle, list(case.b[layer]), case.y, *arguments, offset_start=0, add_inputs=True
+        )
+
+    return both
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.engine.lora_kernel",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[4096])
+    parser.add_argument(
+        "--launch", default="[{}]", help="JSON: a list of arguments of the launch to compare"
+    )
+    parser.add_argument("--layers", default="qkv,o,gate_up,down")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench.engine.lora_kernel: no CUDA device here", file=sys.stderr)
+        return 2
+    launches = json.loads(args.launch)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print("layer rank tokens/adapters/slots: base us; added us (error) ...")
+    failed = False
+    for hidden, rank, batch in itertools.product(args.hidden, args.ranks, BATCHES):
+        for name, (k, outs) in shapes(hidden).items():
+            if name not in args.layers.split(","):
+                continue
+            case = LayerCase(batch, rank, k, outs)
+            base = microseconds(case.linear)
+            said = f"{name:8}{hidden:6}{rank:5} {batch.tokens}/{batch.adapters}/{batch.slots}:"
+            said += f" {base:6.1f};"
+            for launch in launches:
+                error = wrong(case, **launch)
+                failed = failed or not error <= 1
+                took = microseconds(case.linear, partial(case.ours, **launch))
+                said += f" {took - base:5.1f} ({error:.2f})"
+            case.present.zero_()
+            took = microseconds(case.linear, partial(case.ours, **launches[0]))
+            said += f"; absent {took - base:.1f}"
+            if (peer := theirs(case)) is not None:
+                said += f"; vLLM {microseconds(case.linear, peer) - base:.1f}"
+            print(said, flush=True)
+    for hidden, rank in ((4096, 16), (2048, 8), (2560, 64), (1000, 24), (8192, 128)):
+        for tokens, slots in ((3, 2), (77, 5), (512, 16), (200, 64)):
+            case = LayerCase(StepShape(tokens, slots, slots), rank, hidden, (hidden, 72, 200), True)
+            case.present = torch.randint(0, 8, (slots,), device="cuda", dtype=torch.int32)
+            case.present = torch.cat((case.present, case.present.new_ones(1)))
+            for _ in range(3):
+                error = wrong(case, **launches[0])
+                failed = failed or not error <= 1
+            print(f"mixed {hidden} rank {rank} {tokens} tokens, {slots} slots: error {error:.2f}")
+    print("FAILED" if failed else "all right")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Pure. What a routing study found: figures, tables and pictures."""

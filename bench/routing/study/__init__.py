@@ -1,0 +1,1 @@
+"""Pure. Studies of routing policies: their plans, their runs, and what came of them."""

@@ -1,0 +1,61 @@
+"""Pure. Recognises uploads that are still in progress. A store shows files and not uploads. So a
+new version that shares some files with the old one may be half an upload: a mixture that nobody
+made.
+
+A new version is taken at once if none of its files is the same as before, since the upload is then
+complete. Otherwise it is taken once it has not changed for `settle_s`. So a change of the config
+alone, or of the weights alone, takes effect that much later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from shared.adapters.identity import StoredAdapter
+
+MAX_PENDING = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    version: StoredAdapter
+    since: float
+
+
+class UploadWatch:
+    """Watches the adapters of one base model. Times are `time.monotonic()`."""
+
+    def __init__(self, settle_s: float) -> None:
+        self._settle_s = settle_s
+        self._pending: dict[str, _Pending] = {}
+
+    def look(self, before: StoredAdapter | None, seen: StoredAdapter, now: float) -> StoredAdapter:
+        """The version to use now: the one that the store shows, or for the moment the one
+        before.
+        """
+        if before is None or seen == before or not _share_a_file(before, seen):
+            self._pending.pop(seen.name, None)
+            return seen
+        pending = self._pending.get(seen.name)
+        if pending is None or pending.version != seen:
+            if pending is None and len(self._pending) >= MAX_PENDING:
+                return seen
+            self._pending[seen.name] = pending = _Pending(seen, now)
+        if now - pending.since < self._settle_s:
+            return before
+        del self._pending[seen.name]
+        return seen
+
+    def is_pending(self, name: str) -> bool:
+        """Whether a new version of this adapter waits until its upload is complete."""
+        return name in self._pending
+
+    def keep(self, names: Collection[str]) -> None:
+        """Forgets all other adapters, which the store no longer has."""
+        for name in [n for n in self._pending if n not in names]:
+            del self._pending[name]
+
+
+def _share_a_file(one: StoredAdapter, other: StoredAdapter) -> bool:
+    return not set(one.files).isdisjoint(other.files)

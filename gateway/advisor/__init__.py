@@ -1,0 +1,1 @@
+"""Pure. How many slots, workers and pins the traffic needs: closed forms, and what they advise."""

@@ -1,0 +1,236 @@
+"""Pure. How much one request may ask of a worker, which also serves others: the bounds of a body's
+lists, texts, sequences and grammars.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from shared.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from gateway.api.body.schema import BodyFields
+
+NOTHING = msgspec.Raw(b"")
+"""A field that the body does not have."""
+MAX_LIST_ITEMS = 1024
+"""The longest list that the engine goes through at every step: stop ids, biases, forbidden
+words.
+"""
+MAX_ALLOWED_IDS = 1 << 16
+"""The engine gets a copy of them for each choice."""
+MAX_BEAMS = 16
+"""All prompts together. Each of n beams is scored with 2 n tokens at every step."""
+MAX_PARTS = 3072
+"""The most items of all lists inside messages: content parts, tool calls. vLLM takes 10 us to read
+one.
+"""
+MESSAGES_PER_ITEM = 5
+"""One item of a response's `input` takes vLLM as long to read as so many messages of a chat: it has
+30 kinds of them to try.
+"""
+MAX_REPETITIONS = 10_000
+"""The largest `{m,n}` of a regular expression. As a grammar, it has a state for each repetition."""
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """How much one request may ask of a worker, which also serves others."""
+
+    max_messages: int = 2048
+    max_sequences: int = 64
+    max_prompt_bytes: int = 8 << 20
+    max_structured_choices: int = 1000
+    max_structured_bytes: int = 64 << 10
+
+
+DEFAULT_BOUNDS = Bounds()
+_decode_raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
+
+SMALL_BYTES = 2048
+"""A body up to this size cannot hold a list that is too long."""
+_REGEX_TOKENS = re.compile(
+    rb"\\\\.|(?P<open>\()|(?P<close>\))|(?P<times>\{(?P<least>[0-9]+)(?:,(?P<most>[0-9]*))?\})"
+)
+
+
+def check(fields: BodyFields, size: int, bounds: Bounds) -> None:
+    """`size` is that of the whole body, in bytes. Raises InvalidRequest, which names the field."""
+    if fields.n is not None or fields.prompt is not NOTHING:
+        count = sequences(fields)
+        if fields.use_beam_search and count > MAX_BEAMS:
+            raise InvalidRequest(f"A beam search has at most {MAX_BEAMS} beams.", param="n")
+        if count > bounds.max_sequences:
+            raise InvalidRequest(
+                f"The request asks for {count} sequences (prompts times `n`); at most "
+                f"{bounds.max_sequences} are served at once.",
+                param="prompt" if _is_list(fields.prompt) else "n",
+            )
+    if (
+        fields.structured_outputs is not NOTHING
+        or fields.response_format is not NOTHING
+        or fields.text is not NOTHING
+        or fields.output_config is not NOTHING
+    ):
+        _check_structured(fields, bounds)
+    if size <= SMALL_BYTES:
+        return
+    if len(fields.messages) > 3 * bounds.max_messages:
+        _check_items("messages", fields.messages, bounds.max_messages)
+    for name in ("messages", "input"):
+        _check_parts(name, getattr(fields, name))
+    _check_items("system", fields.system, MAX_PARTS)
+    for name in FREE:
+        if len(getattr(fields, name)) > MAX_FREE_BYTES:
+            raise InvalidRequest(f"`{name}` is larger than {MAX_FREE_BYTES} bytes.", param=name)
+    for name in SCORED:
+        _check_items(name, getattr(fields, name), bounds.max_messages)
+    _check_input(fields.input, bounds.max_messages)
+    _check_items("allowed_token_ids", fields.allowed_token_ids, MAX_ALLOWED_IDS)
+    for name in ("tools", "stop_token_ids", "logprob_token_ids", "bad_words"):
+        _check_items(name, getattr(fields, name), MAX_LIST_ITEMS)
+    if len(fields.logit_bias) > SMALL_BYTES:
+        _check_items("logit_bias", fields.logit_bias, MAX_LIST_ITEMS)
+
+
+def _check_items(name: str, raw: msgspec.Raw, most: int) -> None:
+    if len(raw) > most and _items(name, raw) > most:
+        raise InvalidRequest(f"`{name}` has more than {most} items.", param=name)
+
+
+def _check_input(raw: msgspec.Raw, most: int) -> None:
+    """Texts and lists of token ids to embed, or the items of a response."""
+    if len(raw) <= most // MESSAGES_PER_ITEM or not _is_list(raw):
+        return
+    count = _prompts(raw)
+    if bytes(memoryview(raw)[1:64]).lstrip()[:1] == b"{":
+        most //= MESSAGES_PER_ITEM
+    if count > most:
+        raise InvalidRequest(f"`input` has more than {most} items.", param="input")
+
+
+def _check_parts(name: str, raw: msgspec.Raw) -> None:
+    """The worker reads and checks the lists inside messages item by item."""
+    if len(raw) <= 2 * MAX_PARTS or not _is_list(raw) or bytes(raw).count(b",") <= MAX_PARTS:
+        return
+    parts = 0
+    for message in _decode_items(raw):
+        if _first(message) != ord("{"):
+            continue
+        lists = [v for v in _fields(name, message).values() if _is_list(v)]
+        parts += sum(len(_decode_items(value)) for value in lists)
+    if parts > MAX_PARTS:
+        raise InvalidRequest(
+            f"`{name}` has {parts} parts and tool calls; at most {MAX_PARTS} are served.",
+            param=name,
+        )
+
+
+def _items(name: str, raw: msgspec.Raw) -> int:
+    """The items of a list or an object. Anything else is left for the worker to refuse."""
+    if _is_list(raw):
+        return len(_decode_items(raw))
+    return len(_fields(name, raw)) if _first(raw) == ord("{") else 1
+
+
+def _fields(name: str, raw: msgspec.Raw) -> dict[str, msgspec.Raw]:
+    """The fields of an object in the field `name`. Raises InvalidRequest: what was not asked for
+    before was not looked at, so the name of a field may be no text.
+    """
+    try:
+        return _decode_raw_fields(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
+        raise InvalidRequest(f"`{name}` is not valid JSON.", param=name) from exc
+
+
+def _prompts(raw: msgspec.Raw) -> int:
+    """How many prompts there are. A prompt is a text or a list of token ids; a list of those is
+    several.
+    """
+    if not _is_list(raw):
+        return 1
+    after = bytes(memoryview(raw)[1:64]).lstrip()
+    return 1 if after[:1].isdigit() or after[:1] == b"-" else max(1, len(_decode_items(raw)))
+
+
+def _is_list(raw: msgspec.Raw) -> bool:
+    return _first(raw) == ord("[")
+
+
+def _first(raw: msgspec.Raw) -> int:
+    return memoryview(raw)[0] if len(raw) else 0
+
+
+FREE = (
+    "chat_template_kwargs",
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+    "vllm_xargs",
+    "kv_transfer_params",
+    "metadata",
+)
+"""Objects of any names, which vLLM copies and looks through on its loop."""
+MAX_FREE_BYTES = 64 << 10
+SCORED = (
+    "documents",
+    "queries",
+    "items",
+    "text_1",
+    "text_2",
+    "data_1",
+    "data_2",
+    "texts",
+    "inputs",
+    "images",
+)
+"""The lists of all paths whose items are embedded or scored, each as a request to the engine."""
+STRUCTURED = ("structured_outputs", "response_format", "text", "output_config")
+"""The fields of all paths from which the engine makes a grammar."""
+
+
+def _check_structured(fields: BodyFields, bounds: Bounds) -> None:
+    """A grammar is made of these fields before the first token, which can take seconds."""
+    for name in STRUCTURED:
+        raw = getattr(fields, name)
+        if len(raw) > bounds.max_structured_bytes:
+            raise InvalidRequest(
+                f"`{name}` is larger than {bounds.max_structured_bytes} bytes.", param=name
+            )
+        if repetitions(bytes(raw)) > MAX_REPETITIONS:
+            raise InvalidRequest(
+                f"`{name}` repeats more than {MAX_REPETITIONS} times in its `{{m,n}}`.", param=name
+            )
+    if _first(fields.structured_outputs) == ord("{"):
+        found = _fields("structured_outputs", fields.structured_outputs)
+        choices = found.get("choice", NOTHING)
+        _check_items("structured_outputs.choice", choices, bounds.max_structured_choices)
+
+
+def repetitions(text: bytes) -> int:
+    """How often the `{m,n}` of the regular expressions in a JSON text repeat what stands before
+    them. Numbers side by side are added. Numbers inside each other are multiplied.
+    """
+    open_groups, weight_before = [0], 1
+    for token in _REGEX_TOKENS.finditer(text):
+        if token.lastgroup == "open":
+            open_groups.append(0)
+        elif token.lastgroup == "close":
+            inside = open_groups.pop() if len(open_groups) > 1 else 0
+            open_groups[-1] += inside
+            weight_before = max(1, inside) if text[token.end() : token.end() + 1] == b"{" else 1
+        elif token.lastgroup == "times":
+            digits = token["most"] or token["least"]
+            open_groups[-1] += weight_before * int(digits[:9])
+            weight_before = 1
+        if open_groups[-1] > MAX_REPETITIONS:
+            break
+    return max(open_groups)
+
+
+def sequences(fields: BodyFields) -> int:
+    """How many sequences the engine makes of the request: its choices times its prompts."""
+    each = fields.n or 1
+    return each * _prompts(fields.prompt) if len(fields.prompt) else each

@@ -1,0 +1,211 @@
+"""Shell. `/v1/files` and `/v1/batches`, as OpenAI's clients call them. A key sees only its own
+files and batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from gateway.accounts.keys import Keys
+from gateway.api.body.multipart import form_file
+from gateway.batches.records import (
+    BATCHED,
+    LEAST_KEPT_S,
+    MOST_KEPT_S,
+    WINDOW,
+    shown_batch,
+    shown_file,
+    shown_list,
+)
+from gateway.batches.store import BatchStore
+from gateway.http.headers import AiohttpRequest, authorization_of
+from gateway.http.json_responses import to_json
+from shared.errors import InvalidRequest
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+FILES, BATCHES = "/v1/files", "/v1/batches"
+PURPOSE = "batch"
+ANCHOR = "created_at"
+"""The only moment from which a file's time can be counted, as at OpenAI."""
+DEFAULT_PAGE, MAX_PAGE, MAX_FILE_PAGE = 20, 100, 10_000
+MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_TEXT = 16, 64, 512
+"""The most metadata of a batch: keys, and characters of a key and of its text, as at OpenAI."""
+
+
+class _ExpiresAfter(msgspec.Struct):
+    seconds: int = MOST_KEPT_S
+    anchor: str = ANCHOR
+
+
+class _NewBatch(msgspec.Struct):
+    input_file_id: str
+    endpoint: str
+    completion_window: str = WINDOW
+    metadata: dict[str, str] | None = None
+    output_expires_after: _ExpiresAfter | None = None
+
+
+_seconds = re.compile(r"[0-9]{1,9}\Z").match
+_decode_new = msgspec.json.Decoder(_NewBatch).decode
+
+
+class BatchAPI:
+    """The handlers. Routes has checked the key before it calls one."""
+
+    def __init__(self, store: BatchStore, keys: Keys) -> None:
+        self._store, self._keys = store, keys
+
+    def routes(self) -> dict[tuple[str, str], Handler]:
+        return {
+            ("POST", FILES): self.upload,
+            ("GET", FILES): self.files,
+            ("POST", BATCHES): self.create,
+            ("GET", BATCHES): self.batches,
+        }
+
+    def below(self, method: str, path: str) -> Handler | None:
+        """The handler for a path with an id in it. None: there is no such path."""
+        root, _, rest = path.removeprefix("/v1/").partition("/")
+        _, _, what = rest.partition("/")
+        table: dict[tuple[str, str, str], Handler] = {
+            ("files", "GET", ""): self.file,
+            ("files", "DELETE", ""): self.delete,
+            ("files", "GET", "content"): self.content,
+            ("batches", "GET", ""): self.batch,
+            ("batches", "POST", "cancel"): self.cancel,
+        }
+        return table.get((root, method, what)) if rest else None
+
+    # ---- files -----------------------------------------------------------------------------------
+
+    async def upload(self, request: web.BaseRequest) -> web.Response:
+        body = await request.read()
+        found = await asyncio.to_thread(form_file, request.headers.get("Content-Type", ""), body)
+        if found.fields.get("purpose") != PURPOSE:
+            raise InvalidRequest(f"`purpose` must be `{PURPOSE}`.", param="purpose")
+        owner, kept_s = self._owner(request), _kept_s(found.fields)
+        file = await asyncio.to_thread(
+            self._store.add_file, owner, found.filename, PURPOSE, found.data, kept_s
+        )
+        return _json(shown_file(file))
+
+    async def files(self, request: web.BaseRequest) -> web.Response:
+        owner = self._owner(request)
+        files = await asyncio.to_thread(lambda: [*self._store.files(owner)])
+        purpose = request.query.get("purpose")
+        items = [shown_file(f) for f in files if purpose in (None, f.purpose)]
+        return _json(_page(request, items, MAX_FILE_PAGE, MAX_FILE_PAGE))
+
+    async def file(self, request: web.BaseRequest) -> web.Response:
+        file = await asyncio.to_thread(self._store.file, self._owner(request), _id(request))
+        return _json(shown_file(file))
+
+    async def content(self, request: web.BaseRequest) -> web.Response:
+        data = await asyncio.to_thread(self._store.content, self._owner(request), _id(request))
+        return web.Response(body=data, content_type="application/jsonl")
+
+    async def delete(self, request: web.BaseRequest) -> web.Response:
+        file_id = _id(request)
+        await asyncio.to_thread(self._store.delete_file, self._owner(request), file_id)
+        return _json({"id": file_id, "object": "file", "deleted": True})
+
+    # ---- batches ---------------------------------------------------------------------------------
+
+    async def create(self, request: web.BaseRequest) -> web.Response:
+        new = _new_batch(await request.read())
+        batch = await asyncio.to_thread(
+            self._store.add_batch,
+            self._owner(request),
+            new.endpoint,
+            new.input_file_id,
+            new.metadata,
+            (new.output_expires_after or _ExpiresAfter()).seconds,
+        )
+        return _json(shown_batch(batch))
+
+    async def batches(self, request: web.BaseRequest) -> web.Response:
+        owner = self._owner(request)
+        batches = await asyncio.to_thread(lambda: [*self._store.batches(owner)])
+        return _json(_page(request, [*map(shown_batch, batches)], DEFAULT_PAGE, MAX_PAGE))
+
+    async def batch(self, request: web.BaseRequest) -> web.Response:
+        batch = await asyncio.to_thread(self._store.batch, self._owner(request), _id(request))
+        return _json(shown_batch(batch))
+
+    async def cancel(self, request: web.BaseRequest) -> web.Response:
+        await request.read()  # nothing in it is of use; what is unread would be the next head
+        batch = await asyncio.to_thread(self._store.cancel, self._owner(request), _id(request))
+        return _json(shown_batch(batch))
+
+    def _owner(self, request: web.BaseRequest) -> str:
+        return self._keys.account_of(authorization_of(AiohttpRequest(request))).name
+
+
+def _new_batch(body: bytes) -> _NewBatch:
+    """Raises InvalidRequest."""
+    try:
+        new = _decode_new(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        raise InvalidRequest(f"The request body is not what this path takes: {exc}") from exc
+    if new.endpoint not in BATCHED:
+        raise InvalidRequest(f"`endpoint` must be one of {', '.join(BATCHED)}.", param="endpoint")
+    if new.completion_window != WINDOW:
+        raise InvalidRequest(f"`completion_window` must be {WINDOW}.", param="completion_window")
+    found = new.metadata or {}
+    if len(found) > MAX_METADATA or any(
+        len(key) > MAX_METADATA_KEY or len(text) > MAX_METADATA_TEXT for key, text in found.items()
+    ):
+        raise InvalidRequest(
+            f"`metadata` has at most {MAX_METADATA} keys of {MAX_METADATA_KEY} characters, with "
+            f"texts of {MAX_METADATA_TEXT} characters.",
+            param="metadata",
+        )
+    if new.output_expires_after is not None:
+        _check_kept("output_expires_after", new.output_expires_after)
+    return new
+
+
+def _kept_s(fields: Mapping[str, str]) -> int:
+    """How long an uploaded file is kept. Raises InvalidRequest."""
+    seconds = fields.get("expires_after[seconds]", str(MOST_KEPT_S))
+    after = _ExpiresAfter(
+        int(seconds) if _seconds(seconds) else 0, fields.get("expires_after[anchor]", ANCHOR)
+    )
+    _check_kept("expires_after", after)
+    return after.seconds
+
+
+def _check_kept(field: str, after: _ExpiresAfter) -> None:
+    """Raises InvalidRequest."""
+    if after.anchor != ANCHOR:
+        raise InvalidRequest(f"`{field}.anchor` must be `{ANCHOR}`.", param=field)
+    if not LEAST_KEPT_S <= after.seconds <= MOST_KEPT_S:
+        raise InvalidRequest(
+            f"`{field}.seconds` must be a whole number from {LEAST_KEPT_S} to {MOST_KEPT_S}.",
+            param=field,
+        )
+
+
+def _page(
+    request: web.BaseRequest, items: list[dict[str, Any]], usual: int, most: int
+) -> dict[str, Any]:
+    """Raises InvalidRequest for a limit that is not allowed."""
+    given = request.query.get("limit", str(usual))
+    if not (given.isascii() and given.isdigit() and 1 <= int(given[:9]) <= most):
+        raise InvalidRequest(f"`limit` must be a whole number from 1 to {most}.", param="limit")
+    return shown_list(items, request.query.get("after"), int(given))
+
+
+def _id(request: web.BaseRequest) -> str:
+    return request.path.split("/")[3]
+
+
+def _json(value: object) -> web.Response:
+    return web.Response(body=to_json(value), content_type="application/json")

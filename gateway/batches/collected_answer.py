@@ -1,0 +1,91 @@
+"""Shell. Answers a request that came from a file and not from a connection. It goes the way of all
+other requests, and its answer is collected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from gateway.accounts.account import Account
+from gateway.api.exchange import Exchange, GenerationServices
+from gateway.api.generate import read_aside
+from gateway.api.head_facts import HeadFacts
+from gateway.http.headers import request_id_of
+from gateway.http.response import ResponseWriter
+from shared.api_endpoints import errors_of
+from shared.error_bodies import error_body
+from shared.errors import InternalError, LoraplexError
+
+MAX_ANSWER_BYTES = 64 << 20
+
+
+class LineRequest:
+    """One line of a file, in place of a request that a parser has read."""
+
+    def __init__(self, path: str, headers: Mapping[str, str]) -> None:
+        self.path, self.method = path, "POST"
+        self.header: Callable[[str], str | None] = headers.get
+
+
+class CollectingTransport(asyncio.WriteTransport):
+    """A transport that keeps what is written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = bytearray()
+        self._closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += data
+
+    def writelines(self, list_of_data: object) -> None:
+        for data in list_of_data:  # type: ignore[attr-defined]
+            self.write(data)
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return self._closed
+
+    def close(self) -> None:
+        self._closed = True
+
+    def abort(self) -> None:
+        self._closed = True
+
+
+async def answer_line(
+    services: GenerationServices, account: Account, incoming: LineRequest, body: bytes
+) -> tuple[int, bytes, LoraplexError | None]:
+    """The status and the JSON body of the answer, and the error if the gateway itself refuses. The
+    request is cancelled with the task that waits for it.
+    """
+    family = errors_of(incoming.path)
+    transport = CollectingTransport()
+    stream = ResponseWriter(transport, MAX_ANSWER_BYTES, chunked=False, errors=family)
+    try:
+        fields = await read_aside(services, incoming, body)
+        facts = HeadFacts(account, incoming)
+        exchange = Exchange(services, facts, incoming, body, stream, fields=fields)
+        target = services.resolver.at_once(exchange.model)
+        if target is None:
+            target = await exchange.in_time(services.resolver.resolve(exchange.model, bytes))
+        ended = asyncio.Event()
+        exchange.attempt(target, ended.set)
+        try:
+            await ended.wait()
+        except asyncio.CancelledError:
+            exchange.cancel()
+            raise
+        if stream.error is not None:
+            raise stream.error
+    except LoraplexError as exc:
+        exc.request_id = exc.request_id or request_id_of(incoming)
+        return exc.status, error_body(exc, family), exc
+    head, blank, answer_body = bytes(transport.written).partition(b"\r\n\r\n")
+    if not blank:
+        failed = InternalError("The answer did not come to its end.")
+        return failed.status, error_body(failed, family), failed
+    return int(head.split(b" ", 2)[1]), answer_body, None

@@ -1,0 +1,347 @@
+"""Shell. Files and batches in the state folder, each account's in a folder of its own. Everything
+is found there again after a process was killed.
+
+    batches/OWNER/file-ID.json, file-ID.jsonl    a file: what is known of it, and its bytes
+    batches/OWNER/batch_ID.json                  a batch
+    batches/OWNER/batch_ID.out, .err             its results so far, in JSON lines
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from gateway.accounts.owned_ids import owner_tag
+from gateway.batches.records import (
+    ENDED,
+    MOST_KEPT_S,
+    Batch,
+    BatchStatus,
+    UserFile,
+    answered,
+)
+from shared.errors import (
+    BatchNotFound,
+    BodyTooLarge,
+    ConfigError,
+    FileNotFound,
+    InvalidRequest,
+)
+from shared.runtime.state_file import StateFile
+
+log = logging.getLogger("loraplex.batches")
+
+MAX_FILES = 1000
+MAX_KEPT_BYTES = 1 << 30
+MAX_OPEN_BATCHES, MAX_BATCHES = 100, 1000
+"""These bounds hold for each account. Of batches that have ended, the oldest are forgotten."""
+MAX_ALL_BYTES = 16 << 30
+"""This one holds for all of them together."""
+HALF_WRITTEN_S = 3600
+"""After this time a file of which nothing is known will never be completed."""
+_FILE_ID = re.compile(r"file-[0-9a-f]{24}\Z")
+_BATCH_ID = re.compile(r"batch_[0-9a-f]{24}\Z")
+_ID_BYTES = 12
+_T = TypeVar("_T", UserFile, Batch)
+
+
+class _BatchFile(msgspec.Struct, frozen=True):
+    """What the state file of a batch holds."""
+
+    batch: Batch | None = None
+
+
+class BatchStore:
+    """`folder` is made when the first file comes. Every call uses the disk, so call it in a
+    thread.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._adding = threading.Lock()  # two uploads at once must not both find room
+        self._ended: set[Path] = set()  # need not be read again
+
+    # ---- files -----------------------------------------------------------------------------------
+
+    def add_file(
+        self, owner: str, filename: str, purpose: str, data: bytes, kept_s: int = MOST_KEPT_S
+    ) -> UserFile:
+        """Raises BodyTooLarge if the account, or all accounts together, already keep too much."""
+        made = f"file-{secrets.token_hex(_ID_BYTES)}"
+        file = UserFile(made, owner, filename, purpose, len(data), int(time.time()), kept_s)
+        with self._adding:
+            self._check_room(owner, len(data))
+            folder = self._of(owner)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (folder / f"{file.id}.jsonl").write_bytes(data)
+            self._write(folder / f"{file.id}.json", file)
+        return file
+
+    def _check_room(self, owner: str, size_bytes: int) -> None:
+        """Raises BodyTooLarge."""
+        kept = list(self.files(owner))
+        if len(kept) >= MAX_FILES or sum(f.size_bytes for f in kept) + size_bytes > MAX_KEPT_BYTES:
+            raise BodyTooLarge(
+                f"At most {MAX_FILES} files and {MAX_KEPT_BYTES >> 20} MiB are kept for a key; "
+                "delete some."
+            )
+        if _size_of(self._folder.glob("*/*")) + size_bytes > MAX_ALL_BYTES:
+            raise BodyTooLarge(
+                f"At most {MAX_ALL_BYTES >> 30} GiB of files are kept for all keys together; "
+                "there is room again when some are deleted or expire."
+            )
+
+    def file(self, owner: str, file_id: str) -> UserFile:
+        """Raises FileNotFound. The message is the same for another account's file."""
+        if _FILE_ID.match(file_id):
+            found = self._read(self._of(owner) / f"{file_id}.json", UserFile)
+            if found is not None and found.owner == owner:
+                return found
+        raise FileNotFound(f"There is no file `{file_id[:100]}`.")
+
+    def files(self, owner: str) -> Iterator[UserFile]:
+        for path in self._of(owner).glob("file-*.json"):
+            found = self._read(path, UserFile)
+            if found is not None and found.owner == owner:
+                yield found
+
+    def content(self, owner: str, file_id: str) -> bytes:
+        """Raises FileNotFound."""
+        file = self.file(owner, file_id)
+        try:
+            return (self._of(owner) / f"{file.id}.jsonl").read_bytes()
+        except FileNotFoundError as exc:
+            raise FileNotFound(f"There is no file `{file_id[:100]}`.") from exc
+
+    def delete_file(self, owner: str, file_id: str) -> None:
+        """Raises FileNotFound, or InvalidRequest while a batch needs it."""
+        file = self.file(owner, file_id)
+        if any(b.input_file_id == file.id for b in self.batches(owner) if b.status not in ENDED):
+            raise InvalidRequest(f"A batch that has not ended needs the file `{file.id}`.")
+        self._remove(file)
+
+    def remove_expired(self, now: float) -> int:
+        """Removes files whose time is over and that no open batch needs, and batches that ended
+        long ago. Returns how many.
+        """
+        needed = {batch.input_file_id for batch in self.open_batches()}
+        removed = 0
+        for path in self._folder.glob("*/file-*.json"):
+            file = self._read(path, UserFile)
+            if file is not None and file.expires_at <= now and file.id not in needed:
+                self._remove(file)
+                removed += 1
+        for path in self._folder.glob("*/batch_*.json"):
+            batch = self._batch_in(path)
+            if batch is not None and batch.is_past(now):
+                self._forget(path)
+                removed += 1
+        for path in self._folder.glob("*/file-*.jsonl"):  # of a process killed between two writes
+            with contextlib.suppress(FileNotFoundError):
+                age_s = now - path.stat().st_mtime
+                if age_s > HALF_WRITTEN_S and not path.with_suffix(".json").exists():
+                    path.unlink()
+        return removed
+
+    def _remove(self, file: UserFile) -> None:
+        for ending in ("json", "jsonl"):
+            (self._of(file.owner) / f"{file.id}.{ending}").unlink(missing_ok=True)
+
+    def _forget(self, path: Path) -> None:
+        """Removes a batch that has ended, with the lock of its state."""
+        path.unlink(missing_ok=True)
+        path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
+        self._ended.discard(path)
+
+    # ---- batches ---------------------------------------------------------------------------------
+
+    def add_batch(
+        self,
+        owner: str,
+        endpoint: str,
+        input_file_id: str,
+        metadata: dict[str, str] | None,
+        results_kept_s: int = MOST_KEPT_S,
+    ) -> Batch:
+        """Raises FileNotFound, or InvalidRequest if too many batches are open."""
+        self.file(owner, input_file_id)
+        kept = sorted(self.batches(owner), key=lambda b: b.created_at)
+        ended = [b for b in kept if b.status in ENDED]
+        if len(kept) - len(ended) >= MAX_OPEN_BATCHES:
+            raise InvalidRequest(f"At most {MAX_OPEN_BATCHES} batches of a key may be open.")
+        for old in ended[: max(0, len(kept) + 1 - MAX_BATCHES)]:
+            self._forget(self._state(owner, old.id).path)
+        made = f"batch_{secrets.token_hex(_ID_BYTES)}"
+        batch = Batch(
+            made,
+            owner,
+            endpoint,
+            input_file_id,
+            int(time.time()),
+            metadata=metadata,
+            results_kept_s=results_kept_s,
+        )
+        self._state(owner, made).update(lambda _: _BatchFile(batch))
+        return batch
+
+    def batch(self, owner: str, batch_id: str) -> Batch:
+        """Raises BatchNotFound. The message is the same for another account's batch."""
+        if _BATCH_ID.match(batch_id):
+            found = self._state(owner, batch_id).read().batch
+            if found is not None and found.owner == owner:
+                return found
+        raise BatchNotFound(f"There is no batch `{batch_id[:100]}`.")
+
+    def batches(self, owner: str) -> Iterator[Batch]:
+        for path in self._of(owner).glob("batch_*.json"):
+            found = StateFile(path, _BatchFile).read().batch
+            if found is not None and found.owner == owner:
+                yield found
+
+    def open_batches(self) -> list[Batch]:
+        """The open batches of all accounts, the oldest first."""
+        found = []
+        for path in self._folder.glob("*/batch_*.json"):
+            if path in self._ended:
+                continue
+            batch = self._batch_in(path)
+            if batch is not None and batch.status not in ENDED:
+                found.append(batch)
+            elif batch is not None:
+                self._ended.add(path)
+        return sorted(found, key=lambda b: (b.created_at, b.id))
+
+    def cancel(self, owner: str, batch_id: str) -> Batch:
+        """Raises BatchNotFound."""
+        self.batch(owner, batch_id)
+
+        def cancelled(state: _BatchFile) -> _BatchFile:
+            batch = state.batch
+            if batch is None or batch.status in ENDED:
+                return state
+            return _BatchFile(batch.become(BatchStatus.CANCELLING, int(time.time())))
+
+        changed = self._state(owner, batch_id).update(cancelled).batch
+        if changed is None:  # forgotten meanwhile
+            raise BatchNotFound(f"There is no batch `{batch_id[:100]}`.")
+        return changed
+
+    def put(self, batch: Batch) -> Batch:
+        """Writes what the runner knows. A request to cancel the batch is kept."""
+
+        def merged(state: _BatchFile) -> _BatchFile:
+            before = state.batch
+            if (
+                before is not None
+                and before.status is BatchStatus.CANCELLING
+                and batch.status not in ENDED
+            ):
+                times = {**before.times, **batch.times}
+                return _BatchFile(msgspec.structs.replace(batch, status=before.status, times=times))
+            return _BatchFile(batch)
+
+        kept = self._state(batch.owner, batch.id).update(merged).batch
+        assert kept is not None
+        return kept
+
+    # ---- results ---------------------------------------------------------------------------------
+
+    def append(self, batch: Batch, lines: bytes, *, failed: bool) -> None:
+        with self._results(batch, failed).open("ab") as out:
+            out.write(lines)
+
+    def answered(self, batch: Batch, *, failed: bool) -> set[str]:
+        """The `custom_id` of all results. What is no whole result any more is removed, and asked
+        again.
+        """
+        path = self._results(batch, failed)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return set()
+        found, whole = answered(data)
+        if whole < len(data):
+            os.truncate(path, whole)
+        return found
+
+    def results_as_file(self, batch: Batch, *, failed: bool) -> str | None:
+        """The id of a file with these results, which is the same if asked again. None: there are
+        none.
+        """
+        path = self._results(batch, failed)
+        if not path.exists() or not path.stat().st_size:
+            return None
+        kind = "error" if failed else "output"
+        digits = batch.id.removeprefix("batch_")[:-1] + ("e" if failed else "0")
+        file = UserFile(
+            f"file-{digits}",
+            batch.owner,
+            f"{batch.id}_{kind}.jsonl",
+            "batch_output",
+            path.stat().st_size,
+            int(time.time()),
+            batch.results_kept_s,
+        )
+        content = path.with_name(f"{file.id}.jsonl")
+        content.unlink(missing_ok=True)
+        # The results keep their name until the batch has ended: a killed process looks for them.
+        os.link(path, content)
+        self._write(path.with_name(f"{file.id}.json"), file)
+        return file.id
+
+    def forget_results(self, batch: Batch) -> None:
+        """Removes the results of a batch that has ended. They are files by now."""
+        for failed in (False, True):
+            self._results(batch, failed).unlink(missing_ok=True)
+
+    # ---- inside ----------------------------------------------------------------------------------
+
+    def _of(self, owner: str) -> Path:
+        return self._folder / owner_tag(owner)
+
+    def _state(self, owner: str, batch_id: str) -> StateFile[_BatchFile]:
+        return StateFile(self._of(owner) / f"{batch_id}.json", _BatchFile)
+
+    def _results(self, batch: Batch, failed: bool) -> Path:
+        return self._of(batch.owner) / f"{batch.id}.{'err' if failed else 'out'}"
+
+    @staticmethod
+    def _batch_in(path: Path) -> Batch | None:
+        """None: it cannot be read, which is logged."""
+        try:
+            return StateFile(path, _BatchFile).read().batch
+        except ConfigError as exc:
+            log.error("a batch cannot be read", extra={"why": exc.message})
+            return None
+
+    @staticmethod
+    def _read(path: Path, kind: type[_T]) -> _T | None:
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=kind)
+        except (OSError, msgspec.MsgspecError):
+            return None
+
+    @staticmethod
+    def _write(path: Path, value: UserFile) -> None:
+        aside = path.with_name(f".{path.name}.new")
+        aside.write_bytes(msgspec.json.encode(value))
+        aside.rename(path)
+
+
+def _size_of(paths: Iterable[Path]) -> int:
+    """In bytes. A file that has just been removed counts nothing."""
+    size_bytes = 0
+    for path in paths:
+        with contextlib.suppress(OSError):
+            size_bytes += path.stat().st_size
+    return size_bytes

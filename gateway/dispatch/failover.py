@@ -1,0 +1,154 @@
+"""Shell. A worker gives a request back, or is lost. Another worker takes the request, or continues
+the answer that the client has begun to see. If none can, the client gets the error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gateway.dispatch.endings import RequestEndings
+from gateway.dispatch.lifecycle import MAX_DEATHS, RequestEvent, RequestPhase, RetryBudget
+from gateway.dispatch.request import InFlightRequest, message_of
+from gateway.dispatch.request_tables import RequestTables
+from gateway.dispatch.scheduler import Scheduler
+from gateway.dispatch.workers.membership import Membership
+from gateway.fleet.fleet import WorkerLost
+from gateway.telemetry.prometheus import Metrics
+from shared.errors import (
+    AdapterNotFound,
+    CannotContinue,
+    EngineFailure,
+    LoraplexError,
+    WorkerUnavailable,
+    from_refusal,
+)
+from shared.link import messages
+
+MAX_EARLIER = 8
+"""Workers of one request that are remembered, for whoever asks why it was slow."""
+
+
+class Failover:
+    """Decides what becomes of requests that have lost their worker. A budget bounds how many are
+    tried again.
+    """
+
+    def __init__(
+        self,
+        tables: RequestTables,
+        scheduler: Scheduler,
+        endings: RequestEndings,
+        membership: Membership,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._tables = tables
+        self._scheduler = scheduler
+        self._endings = endings
+        self._membership = membership
+        self._metrics = metrics
+        self._clock = clock
+        self._retries = RetryBudget()
+
+    def refused(self, request: InFlightRequest, refused: messages.Refused) -> None:
+        """The request's worker does not serve it."""
+        self._endings.isolated(request, self._on_refused, request, refused)
+
+    def worker_lost(self, lost: WorkerLost) -> None:
+        for sid in lost.streams:
+            request = self._tables.streams.get(sid)
+            if request is not None:
+                streaming = request.lifecycle.phase is RequestPhase.STREAMING
+                error = EngineFailure if streaming else WorkerUnavailable
+                why = "The worker that served this request was lost."
+                died = not lost.killed
+                self._endings.isolated(request, self._on_loss, request, error(why), True, died=died)
+
+    def diverged(self, request: InFlightRequest) -> None:
+        """The worker that should continue the answer makes another one."""
+        self._endings.cancel_on_worker(request, over=True)
+        self._tables.unreserve(request)
+        why = "The worker that was to continue this answer began another one."
+        request.lifecycle.on(RequestEvent.FAIL)
+        self._lost(request, CannotContinue(why), "answered_otherwise")
+
+    def _on_refused(self, request: InFlightRequest, refused: messages.Refused) -> None:
+        if request.choice is not None:
+            worker = request.choice.worker
+            request.refused_by |= {worker.id}
+            # else it would get the request again at once, and soon be asked for the last time
+            if refused.leaving:
+                self._membership.leaves(worker, refused.message)
+            elif refused.suspect:
+                self._membership.suspects(worker, refused.message)
+        others_may_have_it = request.model.elsewhere and refused.code == AdapterNotFound.code
+        error = from_refusal(refused.code, refused.message)
+        if isinstance(error, CannotContinue) and not request.journal.begun:
+            request.journal.give_up("contradicted")  # the client has seen nothing: from the start
+            others_may_have_it = True
+        died = refused.leaving and isinstance(error, EngineFailure)
+        retryable = refused.retryable or others_may_have_it
+        handed_back = refused.leaving and not died
+        self._on_loss(request, error, retryable, died=died, handed_back=handed_back)
+
+    def _on_loss(
+        self,
+        request: InFlightRequest,
+        error: LoraplexError,
+        retryable: bool,
+        *,
+        died: bool = False,
+        handed_back: bool = False,
+    ) -> None:
+        """Another worker takes the request. If none has room, it queues again as the first. If none
+        may have it, the client gets `error`.
+        """
+        self._tables.unreserve(request)
+        obstacle = self._obstacle(request, retryable)
+        after = request.lifecycle.on_loss(
+            retryable=not obstacle, died=died, handed_back=handed_back
+        )
+        if after is RequestPhase.FAILED:
+            if request.lifecycle.deaths >= MAX_DEATHS:
+                why = f"{MAX_DEATHS} workers died before they answered this request."
+                error = EngineFailure(f"{why} It is given to no other one.")
+            self._lost(request, error, obstacle or "attempts")
+            return
+        self._note_retry(request, error)
+        if self._scheduler.dispatch(request) is not None:
+            self._scheduler.queue(request, admitted=True)
+            if request.client_request.streams:
+                self._tables.keepalive.enter(request, self._clock())
+
+    def _obstacle(self, request: InFlightRequest, retryable: bool) -> str:
+        """Why no other worker can take the request. Empty: one can."""
+        if not retryable:
+            return "refused"
+        if request.journal.begun and request.journal.obstacle:
+            return request.journal.obstacle
+        only_on = request.model.only_on
+        if only_on and not any(w.routable for w in self._tables.fleet.lives(only_on)):
+            return "stored_there"
+        has_budget = self._retries.take(len(self._tables.open), self._clock())
+        return "" if has_budget else "retry_budget"
+
+    def _note_retry(self, request: InFlightRequest, error: LoraplexError) -> None:
+        request.done, request.stopped = None, False
+        request.t_lost = self._clock()
+        away_from = "" if request.choice is None else request.choice.worker.id
+        note = f"{away_from} had it: {message_of(error)}"
+        request.earlier = (*request.earlier[1 - MAX_EARLIER :], note)
+        if request.journal.begun:
+            request.moves += 1
+            self._metrics.moved(type(error).code, away_from)
+        else:
+            self._metrics.retried()
+
+    def _lost(self, request: InFlightRequest, error: LoraplexError, reason: str) -> None:
+        """The request is lost for good. Its phase says so already."""
+        if request.journal.begun:
+            self._metrics.lost(reason)
+            error = type(error)(f"{error.message} It cannot be continued elsewhere: {reason}.")
+        request.note_error(error)
+        request.sink.fail(error)
+        self._endings.close(request)

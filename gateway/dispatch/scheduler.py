@@ -1,0 +1,167 @@
+"""Shell. Sends each request to a worker, or queues it. Queued requests are sent in turn once
+something has become free.
+"""
+
+from __future__ import annotations
+
+import math
+
+from gateway.dispatch.endings import RequestEndings
+from gateway.dispatch.lifecycle import RequestEvent
+from gateway.dispatch.placement import Placement
+from gateway.dispatch.queue.waiting_time import WaitingTime
+from gateway.dispatch.request import InFlightRequest
+from gateway.dispatch.request_tables import RequestTables
+from gateway.dispatch.settings import TimeAndChance
+from gateway.dispatch.settlement import Settlement
+from gateway.routing.policy import Blocked, Defer
+from gateway.telemetry.prometheus import Metrics
+from shared.adapters.identity import AdapterKey
+from shared.errors import LoraplexError, Overloaded, ResponseNotFound
+
+NO_WORKER = "worker"
+"""What a request waits for where no worker of its model serves."""
+
+
+class Scheduler:
+    """Owns the way of a request from the queue to a worker."""
+
+    def __init__(
+        self,
+        tables: RequestTables,
+        placement: Placement,
+        endings: RequestEndings,
+        settlement: Settlement,
+        waiting_time: WaitingTime,
+        metrics: Metrics,
+        time_and_chance: TimeAndChance,
+    ) -> None:
+        self._tables = tables
+        self._admission = tables.admission
+        self._placement = placement
+        self._endings = endings
+        self._settlement = settlement
+        self._waiting_time = waiting_time
+        self._metrics = metrics
+        self._clock = time_and_chance.clock
+        self._call_at = time_and_chance.call_at
+        self._alarm = math.inf  # when the policy wants to be asked again, whatever happens
+        self._admitting: str | None = None
+
+    def dispatch(self, request: InFlightRequest) -> Blocked | None:
+        """What the request must wait for. None: it does not wait any more, because it was sent, or
+        has failed here.
+        """
+        try:
+            return self._place(request)
+        except Exception as exc:  # it is often called at the end of somebody else's request
+            self._endings.break_off(request, exc)
+            return None
+
+    def enqueue(self, request: InFlightRequest) -> LoraplexError | None:
+        """Queues a new request. Returns the error for its client if the queue is full or too long.
+
+        Where others wait, the new one may be the first that can be sent, so it is tried at once.
+        """
+        base = request.model.base
+        refusal = self._waiting_time.refusal(request)
+        if refusal is None and not self.queue(request):
+            after_s = self._waiting_time.retry_after_s(base)
+            refusal = self._admission.bound(base).refusal(after_s)
+        if refusal is None:
+            self.admit_waiting(base, request.key)
+        return refusal
+
+    def queue(self, request: InFlightRequest, *, admitted: bool = False) -> bool:
+        """Queues the request. False: the queue is full."""
+        for _ in range(2):
+            request.ticket = self._admission.offer(
+                request.model.base,
+                request,
+                self._clock(),
+                request.flow,
+                request.requester.weight,
+                admitted=admitted,
+            )
+            if request.ticket is not None or not self.make_way(request):
+                break
+        return request.ticket is not None
+
+    def make_way(self, request: InFlightRequest) -> bool:
+        """Removes one request from a full queue for this one. It belongs to a tenant with more
+        places.
+        """
+        base, requester = request.model.base, request.requester
+        gone = self._admission.give_way(base, requester.tenant, requester.weight)
+        if gone is None:
+            return False
+        late = Overloaded(
+            "The queue is full; this request has given its place to another one.",
+            retry_after_s=self._waiting_time.retry_after_s(base),
+        )
+        self._endings.isolated(gone, self._endings.fail, gone, late)
+        return True
+
+    def admit_waiting(self, base: str, key: AdapterKey | None = None) -> None:
+        """Something may have become free, perhaps for requests for the adapter `key`. Events that
+        this causes do not start it again from inside.
+        """
+        if self._admitting is None and base in self._admission.queues:
+            self._admitting = base
+            try:
+                self._admission.admit_waiting(base, self._dispatch_waiting, key)
+            finally:
+                self._admitting = None
+
+    def try_deferred(self) -> None:
+        """Tries all queues again if the policy has asked for that, and its time has come."""
+        if self._clock() >= self._alarm:
+            self._alarm = math.inf
+            for base in self._admission.bases():
+                self.admit_waiting(base)
+
+    def _dispatch_waiting(self, request: InFlightRequest) -> Blocked | None:
+        """Like `dispatch`, but a request that can no longer finish in its time is not begun. One
+        that goes on from what a worker stores ends with that worker.
+        """
+        only_on = request.model.only_on
+        if only_on and not self._tables.fleet.lives(only_on):
+            gone = ResponseNotFound("The workers that stored what this request refers to are gone.")
+            self._endings.isolated(request, self._endings.fail, request, gone)
+            return None
+        late = self._waiting_time.too_late(request, self._clock())
+        if late is not None:
+            self._endings.isolated(request, self._endings.fail, request, late)
+            return None
+        return self.dispatch(request)
+
+    def _place(self, request: InFlightRequest) -> Blocked | None:
+        now = self._clock()
+        explains = self._metrics.recorder.explains(now)
+        # the candidates as they are before the choice, which changes them
+        candidates = self._placement.candidates(request) if explains else ()
+        decision = self._placement.place(request, now)
+        if isinstance(decision, Defer):
+            served = self._tables.fleet.routable(request.model.base)
+            request.blocked = decision.blocked._value_ if served else NO_WORKER
+            if decision.until is not None:
+                self._ask_again(max(decision.until, now))
+            return decision.blocked
+        if request.ticket is not None:
+            self._tables.leave_queue(request)
+        request.lifecycle.on(RequestEvent.DISPATCHED)
+        self._tables.streams.add(request)
+        request.candidates = candidates
+        request.t_first_sent = request.t_first_sent or request.t_sent
+        if request.t_lost:
+            request.moved_s += request.t_sent - request.t_lost
+            request.t_lost = 0.0
+        self._settlement.charge(request, decision)
+        self._metrics.dispatched(request.model.base, decision.reason._value_)
+        return None
+
+    def _ask_again(self, when: float) -> None:
+        if when < self._alarm:
+            self._alarm = when
+            if self._call_at is not None:
+                self._call_at(when, self.try_deferred)

@@ -1,0 +1,65 @@
+"""Shell. What follows from a frame of a worker: a stream begins, ends, breaks or diverges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gateway.dispatch.endings import RequestEndings
+from gateway.dispatch.failover import Failover
+from gateway.dispatch.lifecycle import RequestEvent
+from gateway.dispatch.request import InFlightRequest
+from gateway.dispatch.streams.keepalive import StreamKeepalive
+from gateway.dispatch.workers.outbox import WorkerOutbox
+from gateway.telemetry.prometheus import Metrics
+from shared.link import messages
+
+
+class StreamEvents:
+    """Implements StreamOwner, which says when each method is called."""
+
+    def __init__(
+        self,
+        endings: RequestEndings,
+        failover: Failover,
+        keepalive: StreamKeepalive,
+        outbox: WorkerOutbox,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._endings = endings
+        self._failover = failover
+        self._keepalive = keepalive
+        self._outbox = outbox
+        self._metrics = metrics
+        self._clock = clock
+
+    def stream_began(self, request: InFlightRequest) -> None:
+        request.t_head = request.t_head or self._clock()
+        if request.client_request.streams:
+            self._keepalive.leave(request)
+        request.lifecycle.on(RequestEvent.HEAD)
+
+    def stream_answered(self, request: InFlightRequest) -> None:
+        self._endings.leave_client(request)
+
+    def stream_diverged(self, request: InFlightRequest) -> None:
+        self._failover.diverged(request)
+
+    def stream_ended(self, request: InFlightRequest) -> None:
+        self._endings.end(request, RequestEvent.END)
+
+    def stream_stuck(self, request: InFlightRequest) -> None:
+        self._metrics.slow_reader()
+        self._endings.cancel(request)
+
+    def stream_broke(self, request: InFlightRequest, exc: Exception) -> None:
+        """If the client has left, its stream is over, and nothing failed. Anything else is an error
+        of this code.
+        """
+        if isinstance(exc, ConnectionError) and not request.lifecycle.over:
+            self._endings.isolated(request, self._endings.cancel, request)
+        else:
+            self._endings.break_off(request, exc)
+
+    def stream_unknown(self, peer: bytes, sid: messages.StreamId) -> None:
+        self._outbox.cancel(peer, sid)  # the worker has not heard yet

@@ -1,0 +1,71 @@
+"""Shell. aiohttp's handler for one connection, and its log: errors have Loraplex's shape, and no
+log line quotes a request.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+
+from gateway.http.json_responses import answer
+from shared.errors import HeadersTooLarge, InternalError, InvalidRequest, LoraplexError
+from shared.runtime.log import place_of
+
+log = logging.getLogger("loraplex.http")
+
+MAX_HEADERS_BYTES = 64 << 10
+"""The longest request head, in one line or in many. Proxies that sign users in add 10 to 30 KB."""
+TOO_LARGE = f"The request's headers are longer than {MAX_HEADERS_BYTES} bytes."
+
+
+class AiohttpConnection(web.RequestHandler):
+    """aiohttp's handler. It answers requests that it cannot read with Loraplex's error object."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Raises ConnectionError if an answer has begun already."""
+        super().handle_error(request, status, exc, message)  # logs it, and raises
+        error: LoraplexError
+        if isinstance(exc, LineTooLong):
+            error = HeadersTooLarge(TOO_LARGE)
+        elif isinstance(exc, HttpProcessingError):
+            error = InvalidRequest("This is not a request in HTTP/1.1.")
+        else:
+            error = InternalError("The request failed inside the gateway.")
+        code, headers, body = answer(error, uuid.uuid4().hex)
+        made = web.Response(
+            status=code, body=body, content_type="application/json", headers=headers
+        )
+        made.force_close()
+        return made
+
+
+class ParserLog(logging.LoggerAdapter[logging.Logger]):
+    """The log that aiohttp gets. Its parser quotes malformed requests, and these may hold a key or
+    a prompt. Anybody can send such requests. So for them only the kind of error is logged, at level
+    debug. Any other exception is a fault of ours and is logged as an error.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(log, {})
+
+    def debug(self, msg: object, *args: object, **kwargs: Any) -> None:
+        return None
+
+    def exception(self, msg: object, *args: object, **kwargs: Any) -> None:
+        exc = kwargs.get("exc_info")
+        if isinstance(exc, HttpProcessingError):
+            log.debug("malformed request", extra={"kind": type(exc).__name__})
+        elif isinstance(exc, BaseException):
+            log.error("a connection failed", extra={"at": place_of(exc)})

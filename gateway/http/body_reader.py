@@ -1,0 +1,208 @@
+"""Shell. Reads request bodies that did not arrive together with their head.
+
+A body is read only when a handler asks for it, so the key was checked before. It must come within
+bounded time and at a minimum rate, and one bound holds for all unfinished bodies together. A
+compressed body is inflated in a thread, and its inflated size has the same bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import brotli
+from aiohttp import web
+from backports import zstd
+
+from shared.errors import BodyTimeout, BodyTooLarge, InvalidRequest, Overloaded, UnsupportedEncoding
+
+WINDOW_S = 10.0
+"""A client must send the minimum number of bytes in each window of this length. Else its request
+ends.
+"""
+MIN_BYTES_PER_S = 1024
+"""Slower than any network in use. A large body may take long at this rate. The bound for all
+unfinished bodies together limits how many can do so.
+"""
+TOO_MANY_BODIES = "Too many large requests are being received."
+INFLATE_STEP_BYTES = 256 << 10
+_WBITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
+ENCODINGS = (*_WBITS, "br", "zstd")
+NAMED_ENCODINGS = "gzip, deflate, br, zstd"
+_ZSTD: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 23}
+"""8 MiB of memory, which RFC 8878 asks every decoder to have. Brotli needs 16 MiB at most."""
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """`max_bytes` bounds one body, `max_unfinished_bytes` all bodies that are being received at a
+    time.
+    """
+
+    max_bytes: int
+    max_unfinished_bytes: int
+    window_s: float = WINDOW_S
+    min_bytes_per_s: int = MIN_BYTES_PER_S
+
+
+class BodyReader:
+    """`held_bytes` is the size of all bodies that are not complete yet."""
+
+    def __init__(self, limits: BodyLimits) -> None:
+        self.limits = limits
+        self.held_bytes = 0
+
+    def request_factory(self, loop: asyncio.AbstractEventLoop) -> Any:
+        """The request factory that aiohttp's server takes."""
+
+        def make(
+            message: Any, payload: Any, protocol: Any, writer: Any, task: Any
+        ) -> web.BaseRequest:
+            return BoundedRequest(self, message, payload, protocol, writer, task, loop)
+
+        return make
+
+    async def read(self, request: web.BaseRequest) -> bytes:
+        """The whole body, inflated.
+
+        Raises BodyTooLarge, BodyTimeout, Overloaded, UnsupportedEncoding or InvalidRequest.
+        """
+        encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding not in ("identity", *ENCODINGS):
+            unknown = UnsupportedEncoding(
+                "The request body's Content-Encoding is not known here; send it as it is, or with "
+                f"one of {NAMED_ENCODINGS}."
+            )
+            unknown.headers = {"Accept-Encoding": NAMED_ENCODINGS}
+            raise unknown
+        most = self.limits.max_bytes
+        if (request.content_length or 0) > most:
+            raise _too_large(most)
+        content = request.content
+        try:
+            if content.is_eof():
+                body = content.read_nowait()  # it came with its head: nothing to wait for
+            else:
+                body = await self._gather(request)
+        except web.RequestPayloadError as exc:
+            raise InvalidRequest(
+                "The request body could not be read; is its framing right?"
+            ) from exc
+        if len(body) > most:
+            raise _too_large(most)
+        if encoding == "identity":
+            return body
+        return await asyncio.to_thread(inflate, body, encoding, most)
+
+    async def _gather(self, request: web.BaseRequest) -> bytes:
+        limits, loop = self.limits, asyncio.get_running_loop()
+        if request.headers.get("Expect", "").lower() == "100-continue" and request.transport:
+            request.transport.write(CONTINUE)
+        body = bytearray()
+        try:
+            due, least = loop.time() + limits.window_s, 1
+            while not request.content.at_eof():
+                try:
+                    async with asyncio.timeout_at(due):
+                        chunk = await request.content.readany()
+                except TimeoutError as exc:
+                    raise _too_slow(limits) from exc
+                body += chunk
+                self._hold(len(chunk))
+                if len(body) > limits.max_bytes:
+                    raise _too_large(limits.max_bytes)
+                if loop.time() >= due:
+                    raise _too_slow(limits)
+                if len(body) >= least:
+                    due = loop.time() + limits.window_s
+                    least = len(body) + int(limits.window_s * limits.min_bytes_per_s)
+            return bytes(body)
+        finally:
+            self.held_bytes -= len(body)
+
+    def _hold(self, size: int) -> None:
+        self.held_bytes += size
+        if self.held_bytes > self.limits.max_unfinished_bytes:
+            raise Overloaded(TOO_MANY_BODIES, retry_after_s=1.0)
+
+
+class BoundedRequest(web.BaseRequest):
+    """aiohttp's request, with a body that BodyReader reads."""
+
+    def __init__(self, intake: BodyReader, *args: Any) -> None:
+        super().__init__(*args, client_max_size=intake.limits.max_bytes)
+        self._intake = intake
+
+    async def read(self) -> bytes:
+        if self._read_bytes is None:
+            self._read_bytes = await self._intake.read(self)
+        return self._read_bytes
+
+
+def inflate(data: bytes, encoding: str, most: int) -> bytes:
+    """The inflated data. `encoding` is one of ENCODINGS.
+
+    Raises BodyTooLarge as soon as it exceeds `most` bytes, and InvalidRequest if `data` is not one
+    whole stream.
+    """
+    found = bytearray()
+    pieces = {"br": _brotli_pieces, "zstd": _zstd_pieces}.get(encoding)
+    try:
+        for piece in pieces(data) if pieces else _zlib_pieces(data, _WBITS[encoding]):
+            found += piece
+            if len(found) > most:
+                raise _too_large(most)
+    except (zlib.error, brotli.error, zstd.ZstdError) as exc:
+        raise InvalidRequest("The compressed request body is broken.") from exc
+    return bytes(found)
+
+
+def _zlib_pieces(data: bytes, wbits: int) -> Iterator[bytes]:
+    decoder = zlib.decompressobj(wbits)
+    if wbits == 15 and len(data) > 0 and data[0] & 0x0F != 8:
+        decoder = zlib.decompressobj(-15)  # some clients leave zlib's header out
+    while data and not decoder.eof:
+        yield decoder.decompress(data, INFLATE_STEP_BYTES)
+        data = decoder.unconsumed_tail
+    if not decoder.eof:
+        yield decoder.flush(INFLATE_STEP_BYTES)
+    _check_end(ended=decoder.eof, rest=decoder.unused_data)
+
+
+def _zstd_pieces(data: bytes) -> Iterator[bytes]:
+    decoder = zstd.ZstdDecompressor(options=_ZSTD)
+    yield decoder.decompress(data, INFLATE_STEP_BYTES)
+    while not decoder.eof and not decoder.needs_input:
+        yield decoder.decompress(b"", INFLATE_STEP_BYTES)
+    _check_end(ended=decoder.eof, rest=decoder.unused_data)
+
+
+def _brotli_pieces(data: bytes) -> Iterator[bytes]:
+    """Brotli itself calls bytes behind the end broken."""
+    decoder = brotli.Decompressor()
+    piece = decoder.process(data, output_buffer_limit=INFLATE_STEP_BYTES)
+    while piece:
+        yield piece
+        piece = decoder.process(b"", output_buffer_limit=INFLATE_STEP_BYTES)
+    _check_end(ended=decoder.is_finished(), rest=b"")
+
+
+def _check_end(*, ended: bool, rest: bytes) -> None:
+    if not ended:
+        raise InvalidRequest("The compressed request body is not complete.")
+    if rest:
+        raise InvalidRequest("The compressed request body goes on after its end.")
+
+
+def _too_large(most: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request body is larger than {most} bytes.")
+
+
+def _too_slow(limits: BodyLimits) -> BodyTimeout:
+    return BodyTimeout(
+        f"The request body came too slowly: less than {limits.min_bytes_per_s} bytes a second."
+    )

@@ -1,0 +1,65 @@
+"""Shell. Processes that may open or write no more files. What is there is served, the rest is
+refused with a reason, and all is well once there is room again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+from pathlib import Path
+
+import aiohttp
+
+from bench.chaos.fleets import DisturbedFleet, Shape, served
+
+CONNECTIONS = 20
+END_S = 90.0
+
+
+async def ask(http: aiohttp.ClientSession, fleet: DisturbedFleet, model: str) -> tuple[int, str]:
+    body = {"model": model, "prompt": "a b", "max_tokens": 4}
+    async with http.post(fleet.url + "/v1/completions", json=body) as answer:
+        text = await answer.text()
+        assert "Traceback" not in text
+        return answer.status, text
+
+
+async def until_served(http: aiohttp.ClientSession, fleet: DisturbedFleet, model: str) -> None:
+    while (await ask(http, fleet, model))[0] != 200:
+        await asyncio.sleep(0.1)
+
+
+async def test_a_full_disk_and_a_lack_of_descriptors_stop_nothing_that_is_served(
+    tmp_path: Path,
+) -> None:
+    async with (
+        served(Shape("sim", workers=1), tmp_path, {}) as fleet,
+        aiohttp.ClientSession() as http,
+        asyncio.timeout(END_S),
+    ):
+        known, new = fleet.shape.models[:2]
+        assert (await ask(http, fleet, known))[0] == 200
+        worker, gateway = fleet.worker("w0"), fleet.gateways()[0]
+        for pid in (worker, gateway):  # no byte of any file can be written
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        assert (await ask(http, fleet, known))[0] == 200
+        status, text = await ask(http, fleet, new)
+        assert status == 503 and "store_unavailable" in text, text
+        for pid in (worker, gateway):
+            resource.prlimit(
+                pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            )
+        await until_served(http, fleet, new)
+
+        before = resource.prlimit(gateway, resource.RLIMIT_NOFILE)
+        held = len(os.listdir(f"/proc/{gateway}/fd"))
+        resource.prlimit(gateway, resource.RLIMIT_NOFILE, (held + 2, before[1]))
+        port = int(fleet.url.rpartition(":")[2])
+        opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(CONNECTIONS)]
+        assert (await ask(http, fleet, known))[0] == 200  # on a connection that was open
+        for _, writer in opened:
+            writer.close()
+        resource.prlimit(gateway, resource.RLIMIT_NOFILE, before)
+        async with aiohttp.ClientSession() as another:
+            await until_served(another, fleet, new)

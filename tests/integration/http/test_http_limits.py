@@ -1,0 +1,408 @@
+"""Shell. What one client can make a listener hold, over real TCP: silence, slowness, bodies that
+never end or that grow when they are decompressed, and many connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import json
+import tracemalloc
+import zlib
+from collections.abc import AsyncIterator, Callable
+
+import brotli
+import pytest
+from aiohttp import web
+from backports import zstd
+
+from gateway.http.body_reader import inflate
+from gateway.http.connection import MAX_GATHERED_BYTES
+from gateway.http.json_responses import answer
+from gateway.http.response import AlreadySent
+from gateway.http.server import ConnectionLimits
+from shared.errors import BodyTooLarge, InvalidRequest, LoraplexError
+from tests.integration.http.test_http_server import (
+    PATH,
+    WAIT_S,
+    Client,
+    Served,
+    client_of,
+    post,
+    serving,
+)
+
+SOON_S = 0.4
+QUICK = ConnectionLimits(idle_timeout_s=60.0, header_timeout_s=SOON_S)
+
+
+def head(*lines: str, method: str = "POST", path: str = PATH) -> bytes:
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: x", *lines, "", ""]).encode()
+
+
+@contextlib.asynccontextmanager
+async def answering(served: Served) -> AsyncIterator[Served]:
+    """The handler turns errors into answers, as the gateway's routes do."""
+    handle = served.handle
+
+    async def guarded(request: web.BaseRequest) -> web.StreamResponse:
+        try:
+            return await handle(request)
+        except LoraplexError as exc:
+            status, headers, body = answer(exc, "r")
+            return web.Response(status=status, headers=headers, body=body)
+
+    served.handle = guarded  # type: ignore[method-assign]
+    yield served
+
+
+async def status_of(client: Client) -> int:
+    async with asyncio.timeout(WAIT_S):
+        return int((await client.reader.readuntil(b"\r\n\r\n"))[9:12])
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"",
+        b"POST /v1",
+        head()[:-2],
+        b"PUT /x HTTP/1.1\r\nHost: x\r\n",  # not of the fast path's grammar
+        head("Transfer-Encoding: chunked")[:-2],
+        head("Content-Length: 1000") + b"{",
+    ],
+    ids=["silent", "line", "head", "other method", "chunked head", "small body"],
+)
+async def test_a_connection_that_stops_in_the_middle_of_a_request_is_closed(
+    beginning: bytes,
+) -> None:
+    async with serving(limits=QUICK) as served, client_of(served) as client:
+        client.send(beginning)
+        rest = await client.ended()
+        assert rest == b"" or rest.startswith(b"HTTP/1.1 408 ")
+
+
+def error_in(answered: bytes) -> dict[str, str]:
+    """Of an answer in HTTP/1.1 whose body is the one error object."""
+    lines, _, body = answered.partition(b"\r\n\r\n")
+    assert lines.startswith(b"HTTP/1.1 ") and b"application/json" in lines, answered
+    error: dict[str, str] = json.loads(body)["error"]
+    assert {*error} == {"message", "type", "param", "code"}
+    return error
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["Cookie: s=" + "a" * 12_000],
+        ["X-Token: " + "a" * 60_000],
+        [f"X-{n}: {'a' * 7000}" for n in range(8)],
+    ],
+    ids=["cookie", "token", "many"],
+)
+async def test_headers_of_sixty_kilobytes_are_served(lines: list[str]) -> None:
+    async with serving() as served, client_of(served) as client:
+        client.send(head("Content-Length: 2", *lines) + b"{}")
+        assert await status_of(client) == 200
+
+
+@pytest.mark.parametrize("lines", [1, 1000], ids=["one", "many"])
+async def test_headers_without_end_are_431_in_the_one_shape(lines: int) -> None:
+    async with serving() as served, client_of(served) as client:
+        long = [f"X-{n}: {'a' * (2_000_000 // lines)}" for n in range(lines)]
+        client.send(head("Content-Length: 2", *long) + b"{}")
+        assert error_in(await client.ended())["code"] == "headers_too_large"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\x16\x03\x01\r\n\r\n",
+        head("Content-Length: abc"),
+        head("a b: c"),
+    ],
+    ids=["version", "TLS", "length", "name"],
+)
+async def test_what_is_no_http_is_a_400_in_the_one_shape(sent: bytes) -> None:
+    async with serving() as served, client_of(served) as client:
+        client.send(sent)
+        assert error_in(await client.ended())["code"] == "invalid_request"
+
+
+async def test_a_request_that_is_too_slow_is_a_408_in_the_one_shape() -> None:
+    async with serving(limits=QUICK) as served, client_of(served) as client:
+        client.send(head()[:-2])
+        assert error_in(await client.ended())["code"] == "body_timeout"
+
+
+@pytest.mark.parametrize(
+    "framing", ["Content-Length: 200000", "Transfer-Encoding: chunked"], ids=["length", "chunked"]
+)
+async def test_a_body_that_stands_still_is_given_up_and_what_was_held_of_it_is_free(
+    framing: str,
+) -> None:
+    async with serving(window_s=SOON_S) as served, answering(served), client_of(served) as client:
+        client.send(head(framing) + b"5\r\nhello\r\n")
+        assert await status_of(client) == 408
+        assert served.intake.held_bytes == 0
+
+
+async def test_a_body_that_drips_is_given_up_though_it_never_stands_still() -> None:
+    async with serving(window_s=SOON_S) as served, answering(served), client_of(served) as client:
+        client.send(head("Content-Length: 200000"))
+
+        async def drip() -> None:
+            while True:
+                client.send(b" ")
+                await asyncio.sleep(SOON_S / 10)
+
+        dripping = asyncio.create_task(drip())
+        assert await status_of(client) == 408
+        dripping.cancel()
+
+
+async def test_all_unfinished_bodies_together_are_bounded() -> None:
+    async with (
+        serving(unfinished_bytes=300_000) as served,
+        answering(served),
+        client_of(served) as first,
+        client_of(served) as second,
+    ):
+        first.send(head("Content-Length: 250000") + b" " * 200_000)
+        async with asyncio.timeout(WAIT_S):
+            while served.intake.held_bytes < 200_000:
+                await asyncio.sleep(0.01)
+        second.send(head("Content-Length: 250000") + b" " * 200_000)
+        assert await status_of(second) == 503
+        first.send(b" " * 50_000)
+        assert await status_of(first) == 200
+        assert served.intake.held_bytes == 0
+
+
+async def test_small_bodies_that_are_gathered_before_the_key_is_looked_at_count_with_them() -> None:
+    part = head("Content-Length: 60000") + b" " * 50_000
+    async with (
+        serving(unfinished_bytes=80_000) as served,
+        client_of(served) as first,
+        client_of(served) as second,
+    ):
+        first.send(part)
+        async with asyncio.timeout(WAIT_S):
+            while served.intake.held_bytes < 50_000:
+                await asyncio.sleep(0.01)
+        second.send(part)
+        assert await status_of(second) == 503
+        first.send(b" " * 10_000)
+        (await served.next()).answer(b"ok")
+        assert (await first.answer())[1] == b"ok"
+        await second.ended()
+        async with asyncio.timeout(WAIT_S):
+            while served.intake.held_bytes:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_large_body_is_not_gathered_before_its_handler_asks_for_it() -> None:
+    async with serving() as served, client_of(served) as client:
+        asked = asyncio.Event()
+
+        async def refuse(request: web.BaseRequest) -> web.StreamResponse:
+            asked.set()
+            return web.Response(status=401)
+
+        served.handle = refuse  # type: ignore[method-assign]
+        client.send(head("Content-Length: 900000") + b" " * (MAX_GATHERED_BYTES + 1))
+        assert await status_of(client) == 401 and asked.is_set()
+        assert served.intake.held_bytes == 0
+        assert all(not c._unread for c in served.http_server.open_connections)
+
+
+async def test_silent_connections_make_room_and_requests_under_way_do_not() -> None:
+    limits = ConnectionLimits(60.0, 60.0, max_connections=4, max_per_client=100)
+    async with contextlib.AsyncExitStack() as stack:
+        served = await stack.enter_async_context(serving(limits=limits))
+        busy = await stack.enter_async_context(client_of(served))
+        busy.send(post())
+        pending = await served.next()
+        silent = [await stack.enter_async_context(client_of(served)) for _ in range(10)]
+        assert await silent[0].ended() == b""
+        late = await stack.enter_async_context(client_of(served))
+        late.send(post(b"late"))
+        other = await served.next()
+        other.answer(b"yes")
+        assert (await late.answer())[1] == b"yes"
+        pending.answer(b"still here")
+        assert (await busy.answer())[1] == b"still here"
+        assert len(served.http_server.open_connections) <= 4
+
+
+async def test_one_client_address_has_a_bounded_number_of_connections() -> None:
+    limits = ConnectionLimits(60.0, 60.0, max_connections=100, max_per_client=3)
+    async with contextlib.AsyncExitStack() as stack:
+        served = await stack.enter_async_context(serving(limits=limits))
+        kept = [await stack.enter_async_context(client_of(served)) for _ in range(3)]
+        for client in kept:
+            client.send(post())
+            (await served.next()).answer(b"ok")
+            await client.answer()
+        over = await stack.enter_async_context(client_of(served))
+        with contextlib.suppress(ConnectionResetError):
+            assert await over.ended() == b""
+        assert len(served.http_server.open_connections) == 3
+
+
+async def test_headers_without_end_are_cut_off() -> None:
+    async with serving(limits=ConnectionLimits(60.0, 60.0)) as served, client_of(served) as client:
+        client.send(b"PUT /x HTTP/1.1\r\nHost: x\r\n")
+        with contextlib.suppress(ConnectionError):
+            for n in range(120):
+                client.send(b"X-%d: %b\r\n" % (n, b"a" * 4000))
+                await client.writer.drain()
+        rest = b""
+        with contextlib.suppress(ConnectionError):
+            rest = await client.ended()
+        assert rest == b"" or rest.startswith(b"HTTP/1.1 4")
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "raw deflate", "br", "zstd"])
+async def test_a_compressed_body_is_inflated(encoding: str) -> None:
+    body = b"x" * 300_000
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -15)
+    data = {
+        "gzip": gzip.compress(body),
+        "deflate": zlib.compress(body),
+        "raw deflate": deflater.compress(body) + deflater.flush(),
+        "br": brotli.compress(body),
+        "zstd": zstd.compress(body),
+    }[encoding]
+    async with serving() as served, client_of(served) as client:
+        name = encoding.removeprefix("raw ")
+        client.send(head(f"Content-Encoding: {name}", f"Content-Length: {len(data)}") + data)
+        assert (await client.answer())[1] == b"aiohttp:" + body
+
+
+@pytest.mark.parametrize("encoding", ["compress", "gzip, gzip", "identity, deflate", "x"])
+async def test_other_encodings_are_415_and_the_answer_names_those_that_are_read(
+    encoding: str,
+) -> None:
+    async with serving() as served, answering(served), client_of(served) as client:
+        client.send(head(f"Content-Encoding: {encoding}", "Content-Length: 2") + b"{}")
+        top, _ = await client.answer()
+        assert (
+            top.startswith(b"HTTP/1.1 415 ") and b"Accept-Encoding: gzip, deflate, br, zstd" in top
+        )
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "br": brotli.compress,
+    "zstd": zstd.compress,
+}
+
+
+@pytest.mark.parametrize("encoding", COMPRESS)
+def test_a_bomb_is_too_large_as_soon_as_it_is_larger_than_a_body_may_be(encoding: str) -> None:
+    bomb = COMPRESS[encoding](b"\0" * (64 << 20))
+    tracemalloc.start()
+    with pytest.raises(BodyTooLarge):
+        inflate(bomb, encoding, 1 << 20)
+    _, most_held = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most_held < 4 << 20
+    with pytest.raises(InvalidRequest, match="complete"):
+        inflate(bomb[:-5], encoding, 65 << 20)
+    with pytest.raises(InvalidRequest):
+        inflate(b"no such thing at all", encoding, 1 << 20)
+
+
+@pytest.mark.parametrize("encoding", COMPRESS)
+def test_what_follows_a_compressed_body_is_not_left_out_in_silence(encoding: str) -> None:
+    compress = COMPRESS[encoding]
+    for rest in (compress(b"}"), b"rest"):
+        with pytest.raises(InvalidRequest, match=r"after its end|broken"):
+            inflate(compress(b"{") + rest, encoding, 1 << 20)
+
+
+def test_a_window_that_takes_more_memory_than_every_decoder_has_is_refused() -> None:
+    options: dict[int, int] = {
+        zstd.CompressionParameter.window_log: 27,
+        zstd.CompressionParameter.content_size_flag: 0,
+    }
+    compressor = zstd.ZstdCompressor(options=options)
+    data = compressor.compress(b"x" * (1 << 20)) + compressor.flush()
+    with pytest.raises(InvalidRequest, match="broken"):
+        inflate(data, "zstd", 64 << 20)
+
+
+LARGE = b"x" * (4 << 20)
+"""More than the sockets of a connection hold."""
+
+
+@contextlib.asynccontextmanager
+async def large_answers(
+    served: Served, client: Client, path: str
+) -> AsyncIterator[asyncio.Queue[None]]:
+    """The client asks for a large answer and reads nothing of it. Yields a queue that gets an item
+    for each further request that is begun.
+    """
+    begun: asyncio.Queue[None] = asyncio.Queue()
+
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        begun.put_nowait(None)
+        assert request.transport is not None
+        request.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(LARGE))
+        request.transport.write(LARGE)
+        return AlreadySent(request, 200, True)
+
+    served.handle, served.refuse = handle, path == "aiohttp"  # type: ignore[method-assign]
+    transport = client.writer.transport
+    assert isinstance(transport, asyncio.Transport)
+    transport.pause_reading()
+    client.send(post())
+    if path == "fast":
+        (await served.next()).answer(LARGE)
+    else:
+        await asyncio.wait_for(begun.get(), WAIT_S)
+    yield begun
+    if not transport.is_closing():
+        transport.resume_reading()
+        for _ in range(2):
+            assert len((await client.answer())[1]) == len(LARGE)
+        assert begun.qsize() == 1
+
+
+def waiting_requests(served: Served) -> int:
+    (connection,) = served.http_server.open_connections
+    inner = connection._aiohttp
+    return len(connection._unread) or (len(inner._messages) if inner is not None else 0)
+
+
+@pytest.mark.parametrize("path", ["fast", "aiohttp"])
+async def test_no_request_is_begun_while_its_client_reads_no_answer(path: str) -> None:
+    async with (
+        serving() as served,
+        client_of(served) as client,
+        large_answers(served, client, path) as begun,
+    ):
+        client.send(post())
+        async with asyncio.timeout(WAIT_S):
+            while begun.empty() and served.on_fast_path.empty() and not waiting_requests(served):
+                await asyncio.sleep(0.01)
+        assert begun.empty() and served.on_fast_path.empty()
+        served.refuse = True
+
+
+@pytest.mark.parametrize("path", ["fast", "aiohttp"])
+async def test_a_client_that_reads_nothing_of_a_whole_answer_is_cut_off(path: str) -> None:
+    limits = ConnectionLimits(idle_timeout_s=SOON_S, header_timeout_s=60.0)
+    async with (
+        serving(limits=limits) as served,
+        client_of(served) as client,
+        large_answers(served, client, path),
+    ):
+        async with asyncio.timeout(WAIT_S):
+            while served.http_server.open_connections:
+                await asyncio.sleep(0.01)
+        client.writer.transport.abort()

@@ -1,0 +1,140 @@
+"""Files and batches that are kept, and for how long and how much."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from gateway.batches import store as batch_store
+from gateway.batches.records import LEAST_KEPT_S, MOST_KEPT_S, BatchStatus, read_lines
+from gateway.batches.store import HALF_WRITTEN_S, BatchStore
+from shared.errors import BodyTooLarge, FileNotFound
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BatchStore:
+    return BatchStore(tmp_path / "batches")
+
+
+def test_a_file_goes_when_its_time_is_over_and_not_before(store: BatchStore) -> None:
+    brief = store.add_file("red", "a", "batch", b"1", LEAST_KEPT_S)
+    usual = store.add_file("red", "b", "batch", b"2")
+    assert usual.expires_at == usual.created_at + MOST_KEPT_S
+    assert store.remove_expired(brief.expires_at - 1) == 0
+    assert store.content("red", brief.id) == b"1"
+    assert store.remove_expired(brief.expires_at) == 1
+    with pytest.raises(FileNotFound):
+        store.content("red", brief.id)
+    assert [f.id for f in store.files("red")] == [usual.id]
+    assert store.remove_expired(usual.expires_at) == 1 and not [*store.files("red")]
+
+
+def test_a_file_that_an_open_batch_needs_stays_until_the_batch_has_ended(
+    store: BatchStore,
+) -> None:
+    file = store.add_file("red", "a", "batch", b"1", LEAST_KEPT_S)
+    batch = store.add_batch("red", CHAT, file.id, None)
+    assert store.remove_expired(file.expires_at + 1) == 0
+    assert store.content("red", file.id) == b"1"
+    store.put(batch.become(BatchStatus.COMPLETED, batch.created_at))
+    assert store.remove_expired(file.expires_at + 1) == 1
+
+
+def test_a_batch_is_forgotten_long_after_its_end_and_its_results_when_it_said(
+    store: BatchStore,
+) -> None:
+    file = store.add_file("red", "a", "batch", b"1")
+    batch = store.add_batch("red", CHAT, file.id, None, LEAST_KEPT_S)
+    store.append(batch, b'{"custom_id":"1"}\n', failed=False)
+    output = store.results_as_file(batch, failed=False)
+    assert output is not None
+    store.put(batch.become(BatchStatus.COMPLETED, batch.created_at, output_file_id=output))
+    assert store.remove_expired(batch.created_at + LEAST_KEPT_S + 1) == 1
+    assert [f.id for f in store.files("red")] == [file.id]
+    assert store.batch("red", batch.id).status is BatchStatus.COMPLETED
+    store.remove_expired(batch.created_at + MOST_KEPT_S + 1)
+    assert not [*store.batches("red")] and not [*store.files("red")]
+
+
+def test_what_a_killed_process_has_half_written_goes(store: BatchStore, tmp_path: Path) -> None:
+    file = store.add_file("red", "a", "batch", b"1")
+    (known,) = (tmp_path / "batches").glob("*/file-*.jsonl")
+    half = known.with_name("file-" + "0" * 24 + ".jsonl")
+    half.write_bytes(b"2")
+    made = half.stat().st_mtime
+    os.utime(known, (made, made))
+    store.remove_expired(made + HALF_WRITTEN_S)
+    assert half.exists()
+    store.remove_expired(made + HALF_WRITTEN_S + 1)
+    assert not half.exists() and store.content("red", file.id) == b"1"
+
+
+@pytest.mark.parametrize("rest", [b'{"custom_id":"2"', b"\0\0\0\n", b'{"custom_id":"2"}\0\n'])
+def test_what_is_left_of_a_result_after_a_kill_or_without_power_is_asked_again(
+    store: BatchStore, rest: bytes
+) -> None:
+    batch = store.add_batch("red", CHAT, store.add_file("red", "a", "batch", b"1").id, None)
+    store.append(batch, b'{"custom_id":"1"}\n' + rest, failed=False)
+    assert store.answered(batch, failed=False) == {"1"}
+    store.append(batch, b'{"custom_id":"2"}\n', failed=False)
+    assert store.answered(batch, failed=False) == {"1", "2"}
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\n\n"])
+def test_a_file_is_read_as_editors_write_it(mark: bytes, end: bytes) -> None:
+    line = b'{"custom_id": "%d", "url": "/v1/chat/completions", "body": {}}'
+    lines, errors = read_lines(mark + end.join(line % n for n in range(3)) + end, CHAT, 1000)
+    assert [one.custom_id for one in lines] == ["0", "1", "2"] and not errors
+
+
+@pytest.mark.parametrize(
+    ("path", "stream", "param"),
+    [
+        ("/v1/chat/completions", b"true", "body.stream"),
+        ("/v1/chat/completions", b'"yes"', "body.stream"),
+        ("/v1/chat/completions", b'"maybe"', "body"),
+        ("/v1/chat/completions", b'"false"', None),
+        ("/v1/embeddings", b"true", None),  # which has no such field
+    ],
+)
+def test_a_line_of_a_batch_does_not_stream(path: str, stream: bytes, param: str | None) -> None:
+    line = b'{"custom_id": "a", "url": "%b", "body": {"stream": %b}}' % (path.encode(), stream)
+    lines, errors = read_lines(line, path, 1000)
+    assert [one.param for one in errors] == ([param] if param else [])
+    assert len(lines) == (param is None)
+
+
+def test_a_key_and_all_keys_together_keep_no_more_than_is_allowed(
+    store: BatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_store, "MAX_FILES", 2)
+    store.add_file("red", "a", "batch", b"1")
+    store.add_file("red", "b", "batch", b"2")
+    with pytest.raises(BodyTooLarge, match="for a key"):
+        store.add_file("red", "c", "batch", b"3")
+    store.add_file("blue", "a", "batch", b"1" * 100)
+    monkeypatch.setattr(batch_store, "MAX_ALL_BYTES", 2000)
+    with pytest.raises(BodyTooLarge, match="all keys together"):
+        store.add_file("green", "a", "batch", b"1" * 1900)
+    store.add_file("green", "a", "batch", b"1")
+
+
+def test_of_the_batches_that_have_ended_a_key_keeps_only_the_newest(
+    store: BatchStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_store, "MAX_BATCHES", 3)
+    file = store.add_file("red", "a", "batch", b"1")
+    other = store.add_batch("blue", CHAT, store.add_file("blue", "b", "batch", b"1").id, None)
+    still = store.add_batch("red", CHAT, file.id, None)
+    for n in range(5):
+        batch = store.add_batch("red", CHAT, file.id, None)
+        store.put(batch.become(BatchStatus.CANCELLED, batch.created_at + n))
+        assert len([*store.batches("red")]) <= 3
+    assert {b.id for b in store.batches("red")} >= {still.id, batch.id}
+    assert {b.id for b in store.open_batches()} == {still.id, other.id}
+    assert len([*tmp_path.glob("batches/*/.batch_*.lock")]) <= 4

@@ -1,0 +1,58 @@
+"""Pure. The GPU's kernel for adapters in Triton's interpreter, and how its launches are cut. On a
+GPU: `python -m bench.engine.lora_kernel`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from worker.engine.vllm.lora import gpu_kernel
+
+ROOT = Path(__file__).parents[6]
+
+
+def test_each_token_gets_the_product_of_its_own_adapter_where_that_has_weights() -> None:
+    script = Path(__file__).with_name("interpreted_kernel.py")
+    done = subprocess.run(
+        [sys.executable, script], cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert all(difference < 1e-4 for difference in json.loads(done.stdout)), done.stdout
+
+
+def test_it_takes_the_place_of_vllm_s_layers() -> None:
+    """All names of vLLM that it replaces are there, and the operator's schema is one of torch's."""
+    script = (
+        "from worker.engine.vllm.lora import gpu_lora\n"
+        "from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU as wrapper\n"
+        "gpu_lora.install(); gpu_lora.install()\n"
+        "import torch; assert wrapper.loraplex and torch.ops.vllm.loraplex_lora_linear.default\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 64, 512])
+@pytest.mark.parametrize("slots", [1, 16, 64])
+def test_the_scratch_has_room_for_every_launch(tokens: int, slots: int) -> None:
+    scratch = gpu_kernel.Scratch.make(512, slots, 3, 16, "cpu")
+    groups = 3 * gpu_kernel.tiles(tokens, slots + 1)
+    parts = gpu_kernel.splits(groups)
+    assert groups <= scratch.arrived.size(1)
+    assert groups * parts * gpu_kernel.TILE_ROWS * 16 <= scratch.partial.numel()
+    assert parts & (parts - 1) == 0, "arrivals are counted modulo a power of two"
+
+
+def test_there_are_tiles_for_the_worst_mix_of_adapters() -> None:
+    """Each adapter may leave a tile that is not full."""
+    assert gpu_kernel.tiles(64, 17) >= sum(-(-n // 16) for n in [4] * 16)
+    assert gpu_kernel.tiles(3, 17) == 3
+    assert gpu_kernel.tiles(33, 2) >= 2 + 2

@@ -1,0 +1,59 @@
+"""Shell. What the kernels know of the slots."""
+
+from __future__ import annotations
+
+import torch
+
+from worker.engine.vllm.lora.presence import Presence
+
+
+def layer(slices: int, slots: int = 3) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    return (
+        [torch.zeros(slots, 1, 4, 8) for _ in range(slices)],
+        [torch.zeros(slots, 1, 8, 4) for _ in range(slices)],
+    )
+
+
+def storages(*buffers: torch.Tensor) -> set[int]:
+    return {buffer.untyped_storage().data_ptr() for buffer in buffers}
+
+
+def test_before_anything_is_written_every_layer_counts() -> None:
+    presence = Presence([layer(3), layer(1)], 3)
+    assert presence.wanted([1]).tolist() == [True, True]
+    assert presence.on_device.ne(0).all()
+
+
+def test_a_slot_has_the_slices_that_were_written_and_no_others() -> None:
+    qkv, o = layer(3), layer(1)
+    presence = Presence([qkv, o], 3)
+    presence.write(1, storages(qkv[1][0], qkv[1][2], qkv[0][0]), [None, 7, None])
+    assert presence.on_device[:, 1].tolist() == [0b101, 0]
+    assert presence.on_device[:, -1].ne(0).tolist() == [True, False], "over the slots in use"
+    assert presence.wanted([1]).tolist() == [True, False]
+    presence.write(1, storages(o[1][0]), [None, 8, None])
+    assert presence.on_device[:, 1].tolist() == [0, 1]
+    presence.write(0, storages(qkv[1][1]), [9, None, None])
+    assert presence.on_device[:, -1].ne(0).tolist() == [True, False], "slot 1 is empty now"
+    assert presence.wanted([]).tolist() == [False, False]
+
+
+def test_a_layer_is_known_by_its_first_weights() -> None:
+    qkv, o = layer(3), layer(1)
+    presence = Presence([qkv, o], 3)
+    assert [presence.row(it) for it in (qkv[0][0], o[0][0], qkv[0][1])] == [0, 1, None]
+
+
+def test_where_it_is_not_known_what_was_written_every_layer_counts() -> None:
+    qkv, o = layer(3), layer(1)
+    presence = Presence([qkv, o], 3)
+    presence.write(1, storages(o[1][0]), [None, 7, None])
+    presence.write(1, None, [None, 7, None])
+    assert presence.wanted([1]).all() and presence.on_device[:, -1].ne(0).all()
+
+
+def test_buffers_that_share_a_storage_count_together() -> None:
+    a, both = [torch.zeros(3, 1, 4, 8)] * 2, torch.zeros(2, 3, 1, 8, 4)
+    presence = Presence([(a, [both[0], both[1]])], 3)
+    presence.write(0, storages(both), [7, None, None])
+    assert presence.on_device[0, 0].item() == 0b11
