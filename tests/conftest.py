@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -40,16 +40,16 @@ async def zygote() -> AsyncIterator[Zygote]:
 
 
 @pytest.fixture(autouse=True)
-def own_logging() -> Iterator[None]:
-    """A command that runs in a test's own process sets up logging for that process. The next test
-    finds it as it was before.
+def own_logging() -> None:
+    """Each test begins with logging as a new process has it. A command that runs in a test's own
+    process sets it up for that process, and an engine there even sets the level of all loggers.
     """
-    ours, disabled = logging.getLogger("loraplex"), logging.root.manager.disable
-    handlers, level, propagate = ours.handlers[:], ours.level, ours.propagate
-    yield
-    ours.handlers[:], ours.propagate = handlers, propagate
-    ours.setLevel(level)
-    logging.disable(disabled)
+    ours = logging.getLogger("loraplex")
+    ours.handlers.clear()
+    ours.propagate = True
+    ours.setLevel(logging.NOTSET)
+    logging.root.setLevel(logging.WARNING)
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from worker.engine.vllm.lora import gpu_kernel
+from worker.engine.vllm.lora.step_metadata import TokenGroups, most_tiles, rows_of_a_tile
 
 LAYERS = 8
 """Copies of the weights that one measurement goes through. They exceed the GPU's cache, as a
@@ -46,7 +48,10 @@ BATCHES = (
     StepShape(64, 16, 16),
     StepShape(256, 16, 16),
     StepShape(256, 64, 64),
+    StepShape(1024, 16, 16),
+    StepShape(8192, 16, 16),
 )
+CALLS = 200
 
 
 def shapes(hidden: int) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -68,23 +73,14 @@ class LayerCase:
     ) -> None:
         g = torch.Generator("cuda").manual_seed(0)
         self.batch, self.outs = batch, outs
-        loras = batch.slots + 1
         if base_rows:
             mapping = torch.randint(-1, batch.adapters, (batch.tokens,), device="cuda", generator=g)
         else:
             mapping = torch.arange(batch.tokens, device="cuda") % batch.adapters
         self.mapping = mapping.int()
-        ids, counts = torch.unique(self.mapping, return_counts=True)
-        self.order = torch.sort(self.mapping, stable=True)[1].int()
-        self.ids = torch.full((loras,), -1, device="cuda", dtype=torch.int32)
-        self.ids[: len(ids)] = ids
-        self.counts = torch.zeros(loras, device="cuda", dtype=torch.int32)
-        self.counts[: len(counts)] = counts
-        self.starts = torch.zeros(loras + 1, device="cuda", dtype=torch.int32)
-        self.starts[1:] = self.counts.cumsum(0)
-        self.present = torch.full(
-            (batch.slots + 1,), (1 << len(outs)) - 1, device="cuda", dtype=torch.int32
-        )
+        self.groups = TokenGroups.of(self.mapping.cpu().numpy())
+        self.present = torch.full((batch.slots,), (1 << len(outs)) - 1, device="cuda").int()
+        self._tiles: dict[int, list[torch.Tensor]] = {}
 
         def weights(*shape: int) -> torch.Tensor:
             return (torch.randn(*shape, device="cuda", generator=g) * 0.02).bfloat16()
@@ -94,23 +90,29 @@ class LayerCase:
         self.base = [weights(hidden, sum(outs)) for _ in range(LAYERS)]
         self.a = [tuple(weights(batch.slots, 1, rank, hidden) for _ in outs) for _ in range(LAYERS)]
         self.b = [tuple(weights(batch.slots, 1, n, rank) for n in outs) for _ in range(LAYERS)]
-        self.scratch = gpu_kernel.Scratch.make(
-            batch.tokens, batch.slots, len(outs), rank, "cuda", MOST_PROGRAMS
+        self.scratch = gpu_kernel.Scratch(
+            torch.empty(MOST_PROGRAMS * 128 * max(16, rank * 2), device="cuda"),
+            torch.zeros(6, 4 * batch.tokens * len(outs), device="cuda", dtype=torch.int32),
         )
 
-    def ours(self, layer: int, two: bool = False, **launch: Any) -> None:
-        if two:
-            self.ours(layer, product=gpu_kernel.SHRINK, **launch)
-            launch["product"] = gpu_kernel.EXPAND
+    def tiles(self, rows: int) -> list[torch.Tensor]:
+        """Slot and tokens of each tile, as a step's block has them."""
+        if rows not in self._tiles:
+            most = most_tiles(self.batch.tokens, self.batch.slots, rows)
+            slot_of, rows_of = (torch.full(n, -1).int() for n in ((most,), (most, rows)))
+            for whole, part in zip((slot_of, rows_of), self.groups.tiles(rows), strict=True):
+                whole[: len(part)] = torch.from_numpy(part)
+            self._tiles[rows] = [slot_of.cuda(), rows_of.cuda()]
+        return self._tiles[rows]
+
+    def ours(self, layer: int, **launch: Any) -> None:
+        rows = launch.pop("rows", rows_of_a_tile(self.batch.tokens))
         gpu_kernel.add_lora(
             self.y,
             self.x,
             self.a[layer],
             self.b[layer],
-            self.order,
-            self.counts,
-            self.starts,
-            self.ids,
+            self.tiles(rows),
             self.present,
             self.scratch,
             **launch,
@@ -172,6 +174,18 @@ def microseconds(*ops: Callable[[int], Any]) -> float:
     return min(times)
 
 
+def host_microseconds(op: Callable[[int], Any]) -> float:
+    """Time of the host per call, where the GPU is faster than the host."""
+    op(0)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(CALLS):
+        op(0)
+    took = time.perf_counter() - began
+    torch.cuda.synchronize()
+    return took / CALLS * 1e6
+
+
 def theirs(case: LayerCase) -> Callable[[int], None] | None:
     """vLLM's shrink and expand on the same weights, None where vLLM is not installed."""
     try:
@@ -210,6 +224,8 @@ def main() -> int:
         "--launch", default="[{}]", help="JSON: a list of arguments of the launch to compare"
     )
     parser.add_argument("--layers", default="qkv,o,gate_up,down")
+    parser.add_argument("--tokens", type=int, nargs="+", help="only steps of so many tokens")
+    parser.add_argument("--only-times", action="store_true", help="without the odd shapes")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench.engine.lora_kernel: no CUDA device here", file=sys.stderr)
@@ -218,7 +234,8 @@ def main() -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print("layer rank tokens/adapters/slots: base us; added us (error) ...")
     failed = False
-    for hidden, rank, batch in itertools.product(args.hidden, args.ranks, BATCHES):
+    batches = [b for b in BATCHES if args.tokens is None or b.tokens in args.tokens]
+    for hidden, rank, batch in itertools.product(args.hidden, args.ranks, batches):
         for name, (k, outs) in shapes(hidden).items():
             if name not in args.layers.split(","):
                 continue
@@ -231,17 +248,22 @@ def main() -> int:
                 failed = failed or not error <= 1
                 took = microseconds(case.linear, partial(case.ours, **launch))
                 said += f" {took - base:5.1f} ({error:.2f})"
+            if batch.tokens == 1:
+                said += f"; host {host_microseconds(case.ours):.0f}"
             case.present.zero_()
             took = microseconds(case.linear, partial(case.ours, **launches[0]))
             said += f"; absent {took - base:.1f}"
             if (peer := theirs(case)) is not None:
                 said += f"; vLLM {microseconds(case.linear, peer) - base:.1f}"
+                if batch.tokens == 1:
+                    said += f", host {host_microseconds(peer):.0f}"
             print(said, flush=True)
-    for hidden, rank in ((4096, 16), (2048, 8), (2560, 64), (1000, 24), (8192, 128)):
-        for tokens, slots in ((3, 2), (77, 5), (512, 16), (200, 64)):
+    for hidden, rank in () if args.only_times else (
+        (4096, 16), (2048, 8), (2560, 64), (1000, 24), (8192, 128), (2048, 256), (1024, 512)
+    ):  # fmt: skip
+        for tokens, slots in ((3, 2), (77, 5), (512, 16), (200, 64), (1500, 3)):
             case = LayerCase(StepShape(tokens, slots, slots), rank, hidden, (hidden, 72, 200), True)
             case.present = torch.randint(0, 8, (slots,), device="cuda", dtype=torch.int32)
-            case.present = torch.cat((case.present, case.present.new_ones(1)))
             for _ in range(3):
                 error = wrong(case, **launches[0])
                 failed = failed or not error <= 1

@@ -4,8 +4,8 @@ B of each token's own adapter.
 vLLM launches three kernels per layer: zero a buffer, shrink, expand. While an engine decodes, each
 has little work, and most of its time is the launch. Here one launch does both products:
 
-- The tokens of an adapter are cut into tiles of TILE_ROWS. A tile of one slice (the q, k or v of a
-  qkv layer, say) is the work of `splits` programs.
+- The tokens of an adapter are cut into tiles (step_metadata.py). A tile of one slice (the q, k or v
+  of a qkv layer, say) is the work of `splits` programs.
 - Each program multiplies its share of the hidden dimension, and writes the product to `partial`.
 - It waits until the other programs of its tile have done so, and adds their products in a fixed
   order. Then it writes its share of the columns of y.
@@ -18,6 +18,7 @@ start as soon as others end. Nothing waits for ever.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,15 +26,19 @@ import torch
 import triton
 import triton.language as tl
 
-TILE_ROWS = 16
-"""Tokens of a tile. Tensor cores multiply no fewer rows."""
+from worker.engine.vllm.lora.step_metadata import LARGE_TILE_ROWS, SMALL_TILE, most_tiles
+
 MAX_SPLITS = 32
 PROGRAMS = 528
 """Programs that a launch aims at: four for each multiprocessor of a Hopper GPU."""
-BLOCK_K = 128
-BLOCK_N = 256
-BOTH, SHRINK, EXPAND = 0, 1, 2
-"""Which products a launch makes. Two launches of one product each need no waiting."""
+LARGE_SPLITS = 4
+"""Programs of a large tile, whatever the step: each other number would be compiled when it is first
+needed, while streams wait.
+"""
+MAX_BLOCK_K = 128
+MAX_BLOCK_N = 256
+A_VALUES, B_VALUES, Y_VALUES = 8192, 16384, 8192
+"""The most values of A, B and y that a program holds at once, so that any rank fits a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +55,16 @@ class Scratch:
         tokens: int, slots: int, slices: int, rank: int, device: Any, programs: int = PROGRAMS
     ) -> Scratch:
         """For launches of up to `tokens` tokens and `slices` slices."""
-        groups = range(1, tiles(tokens, slots + 1) * slices + 1)
-        most = max(n * splits(n, programs) for n in groups)
+        small = min(tokens, SMALL_TILE.most_tokens)
+        groups = [n * slices for n in range(1, most_tiles(small, slots, SMALL_TILE.rows) + 1)]
+        values = max(n * splits(n, programs) for n in groups) * SMALL_TILE.rows
+        if tokens > small:
+            groups.append(most_tiles(tokens, slots, LARGE_TILE_ROWS) * slices)
+            values = max(values, groups[-1] * LARGE_SPLITS * LARGE_TILE_ROWS)
         return Scratch(
-            torch.empty(most * TILE_ROWS * _padded(rank), dtype=torch.float32, device=device),
-            torch.zeros(MAX_SPLITS.bit_length(), len(groups), dtype=torch.int32, device=device),
+            torch.empty(values * _padded(rank), dtype=torch.float32, device=device),
+            torch.zeros(MAX_SPLITS.bit_length(), max(groups), dtype=torch.int32, device=device),
         )
-
-
-def tiles(tokens: int, loras: int) -> int:
-    """The most tiles that `tokens` tokens of up to `loras` adapters can have."""
-    return min(tokens, -(-tokens // TILE_ROWS) + loras)
 
 
 def splits(tile_count: int, programs: int = PROGRAMS) -> int:
@@ -77,29 +81,27 @@ def add_lora(
     x: torch.Tensor,
     a: tuple[torch.Tensor, ...],
     b: tuple[torch.Tensor, ...],
-    order: torch.Tensor,
-    counts: torch.Tensor,
-    starts: torch.Tensor,
-    ids: torch.Tensor,
+    tiles: Sequence[torch.Tensor],
     present: torch.Tensor,
     scratch: Scratch,
-    product: int = BOTH,
+    programs: int = PROGRAMS,
     **launch: Any,
 ) -> None:
     """Adds the adapters' part to y.
 
     x is [tokens, hidden]. y is [tokens, columns of all slices]. a[i] is [slots, 1, rank, hidden]
-    and b[i] is [slots, 1, columns of slice i, rank]. `order` has the tokens sorted by adapter;
-    `ids`, `counts` and `starts` have the slot (-1 for the base model), the number of tokens and the
-    first place in `order` of each adapter. They are those of vLLM's LoRAKernelMeta. Bit i of
-    present[slot] tells whether slice i of this layer has weights there. After the slots, `present`
-    has a value that is 0 if no slot has any.
+    and b[i] is [slots, 1, columns of slice i, rank]. `tiles` are the slot of each tile, -1 where
+    there is none, and its tokens (worker/engine/vllm/lora/step_metadata.py). Bit i of present[slot]
+    tells whether slice i of this layer has weights there.
     """
+    slot_of, rows_of = tiles
     tokens, hidden = x.shape
-    rank, columns = a[0].shape[-2], [t.shape[-2] for t in b]
-    count = tiles(tokens, ids.numel()) * len(b)
-    parts = splits(count, launch.pop("programs", PROGRAMS))
-    if scratch.partial.numel() < count * parts * TILE_ROWS * _padded(rank):
+    slots, rank, columns = a[0].shape[0], a[0].shape[-2], [t.shape[-2] for t in b]
+    rows, padded = rows_of.shape[1], _padded(rank)
+    count = most_tiles(tokens, slots, rows) * len(b)
+    parts = LARGE_SPLITS if rows == LARGE_TILE_ROWS else splits(count, programs)
+    parts = launch.pop("splits", parts)
+    if parts > 1 and scratch.partial.numel() < count * parts * rows * padded:
         raise ValueError(f"the scratch is too small for {count} times {parts} programs")
     _lora_linear[(count * parts,)](
         x,
@@ -110,25 +112,24 @@ def add_lora(
         b,
         scratch.partial,
         scratch.arrived[parts.bit_length() - 1],
-        order,
-        counts,
-        starts,
-        ids,
+        slot_of,
+        rows_of,
         present,
         HIDDEN=hidden,
         RANK=rank,
-        PADDED_RANK=_padded(rank),
+        PADDED_RANK=padded,
         SLICES=len(b),
         COLUMNS=tuple(columns),
         BEGINS=tuple(itertools.accumulate(columns, initial=0)),
-        LORAS=ids.numel(),
-        PADDED_LORAS=triton.next_power_of_2(ids.numel()),
+        SLOTS=slots,
+        PADDED_SLOTS=triton.next_power_of_2(slots),
         SPLITS=parts,
-        ROWS=TILE_ROWS,
-        BLOCK_K=launch.pop("block_k", BLOCK_K),
-        BLOCK_N=launch.pop("block_n", BLOCK_N),
-        PRODUCT=product,
-        **({"num_warps": 4, "num_stages": 3} | launch),
+        ROWS=rows,
+        BLOCK_K=launch.pop("block_k", min(MAX_BLOCK_K, max(16, A_VALUES // padded))),
+        BLOCK_N=launch.pop(
+            "block_n", min(MAX_BLOCK_N, Y_VALUES // rows, max(16, B_VALUES // padded))
+        ),
+        **({"num_warps": 4 if padded <= 128 else 8, "num_stages": 3} | launch),
     )
 
 
@@ -153,7 +154,6 @@ def _slice(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PRODUCT: tl.constexpr,
 ):
     """A program's share of a tile of a slice. a and b are of the tile's adapter, y begins with the
     slice's columns, and `partial` has the tile's SPLITS products.
@@ -163,25 +163,24 @@ def _slice(
     CELLS: tl.constexpr = ROWS * PADDED_RANK
     SHARE: tl.constexpr = ((HIDDEN + BLOCK_K - 1) // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K
 
-    if PRODUCT != 2:
-        product = tl.zeros((ROWS, PADDED_RANK), dtype=tl.float32)
-        for k in range(part * SHARE, min(HIDDEN, (part + 1) * SHARE), BLOCK_K):
-            at = k + tl.arange(0, BLOCK_K)
-            inputs = x + token[:, None] * x_stride + at[None, :]
-            weights = a + rank[None, :] * HIDDEN + at[:, None]
-            if HIDDEN % BLOCK_K == 0 and RANK == PADDED_RANK:
-                product = tl.dot(tl.load(inputs), tl.load(weights), product)
-            else:
-                inside = at < HIDDEN
-                there = inside[:, None] & (rank < RANK)[None, :]
-                product = tl.dot(
-                    tl.load(inputs, mask=inside[None, :], other=0.0),
-                    tl.load(weights, mask=there, other=0.0),
-                    product,
-                )
-        tl.store(partial + part * CELLS + cell, product)
+    product = tl.zeros((ROWS, PADDED_RANK), dtype=tl.float32)
+    for k in range(part * SHARE, min(HIDDEN, (part + 1) * SHARE), BLOCK_K):
+        at = k + tl.arange(0, BLOCK_K)
+        inputs = x + token[:, None] * x_stride + at[None, :]
+        weights = a + rank[None, :] * HIDDEN + at[:, None]
+        if HIDDEN % BLOCK_K == 0 and RANK == PADDED_RANK:
+            product = tl.dot(tl.load(inputs), tl.load(weights), product)
+        else:
+            inside = at < HIDDEN
+            there = inside[:, None] & (rank < RANK)[None, :]
+            product = tl.dot(
+                tl.load(inputs, mask=inside[None, :], other=0.0),
+                tl.load(weights, mask=there, other=0.0),
+                product,
+            )
 
-    if PRODUCT == 0 and SPLITS > 1:
+    if SPLITS > 1:
+        tl.store(partial + part * CELLS + cell, product)
         tl.debug_barrier()  # all threads of this program have written
         came = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu")
         whole = (came // SPLITS + 1) * SPLITS
@@ -190,24 +189,26 @@ def _slice(
             came = tl.atomic_add(arrived, 0, sem="acquire", scope="gpu")
         tl.debug_barrier()
 
-    if PRODUCT != 1:
         shrunk = tl.zeros((ROWS, PADDED_RANK), dtype=tl.float32)
         for q in tl.static_range(SPLITS):
             shrunk += tl.load(partial + q * CELLS + cell, cache_modifier=".cg")
         narrow = shrunk.to(b.dtype.element_ty)
-        for n in range(part * BLOCK_N, COLUMNS, SPLITS * BLOCK_N):
-            at = n + tl.arange(0, BLOCK_N)
-            weights = b + at[None, :] * RANK + rank[:, None]
-            if COLUMNS % BLOCK_N == 0 and RANK == PADDED_RANK:
-                added = tl.dot(narrow, tl.load(weights))
-                inside = live[:, None]
-            else:
-                there = (at < COLUMNS)[None, :] & (rank < RANK)[:, None]
-                added = tl.dot(narrow, tl.load(weights, mask=there, other=0.0))
-                inside = live[:, None] & (at < COLUMNS)[None, :]
-            outputs = y + token[:, None] * y_stride + at[None, :]
-            before = tl.load(outputs, mask=inside, other=0.0)
-            tl.store(outputs, (before + added).to(y.dtype.element_ty), mask=inside)
+    else:
+        narrow = product.to(b.dtype.element_ty)
+
+    for n in range(part * BLOCK_N, COLUMNS, SPLITS * BLOCK_N):
+        at = n + tl.arange(0, BLOCK_N)
+        weights = b + at[None, :] * RANK + rank[:, None]
+        outputs = y + token[:, None] * y_stride + at[None, :]
+        if COLUMNS % BLOCK_N == 0 and RANK == PADDED_RANK:
+            added = tl.dot(narrow, tl.load(weights))
+            inside = live[:, None]
+        else:
+            there = (at < COLUMNS)[None, :] & (rank < RANK)[:, None]
+            added = tl.dot(narrow, tl.load(weights, mask=there, other=0.0))
+            inside = live[:, None] & (at < COLUMNS)[None, :]
+        before = tl.load(outputs, mask=inside, other=0.0)
+        tl.store(outputs, (before + added).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -220,10 +221,8 @@ def _lora_linear(
     b,
     partial,
     arrived,
-    order,
-    counts,
-    starts,
-    ids,
+    slot_of,
+    rows_of,
     present,
     HIDDEN: tl.constexpr,
     RANK: tl.constexpr,
@@ -231,34 +230,24 @@ def _lora_linear(
     SLICES: tl.constexpr,
     COLUMNS: tl.constexpr,
     BEGINS: tl.constexpr,
-    LORAS: tl.constexpr,
-    PADDED_LORAS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PADDED_SLOTS: tl.constexpr,
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PRODUCT: tl.constexpr,
 ):
     group = tl.program_id(0) // SPLITS
     part = tl.program_id(0) % SPLITS
     tile = group // SLICES
 
-    # Which adapter the tile belongs to. Tiles are numbered adapter by adapter.
-    index = tl.arange(0, PADDED_LORAS)
-    slots = tl.load(ids + index, mask=index < LORAS, other=-1)
-    tokens = tl.load(counts + index, mask=index < LORAS, other=0)
-    if tl.load(present + LORAS - 1) == 0:
-        return
-    of_each = tl.where(slots >= 0, (tokens + ROWS - 1) // ROWS, 0)
-    lora = tl.sum((tl.cumsum(of_each, 0) <= tile).to(tl.int32), 0)
-    if lora >= LORAS:
-        return
-    slot = tl.load(ids + lora).to(tl.int64)
-    has = tl.load(present + slot)
-    first = (tile - tl.sum(tl.where(index < lora, of_each, 0), 0)) * ROWS
-    row = tl.arange(0, ROWS)
-    live = first + row < tl.load(counts + lora)
-    token = tl.load(order + tl.load(starts + lora) + first + row, mask=live, other=0).to(tl.int64)
+    index = tl.arange(0, PADDED_SLOTS)
+    slot = tl.load(slot_of + tile).to(tl.int64)
+    token = tl.load(rows_of + tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    of_each = tl.load(present + index, mask=index < SLOTS, other=0)
+    has = tl.sum(tl.where(index == slot, of_each, 0), 0)  # loaded beside the slot, not after it
+    live = token >= 0
+    token = tl.where(live, token, 0)
     for s in tl.static_range(SLICES):
         if (group % SLICES == s) & ((has >> s) & 1 != 0):
             _slice(
@@ -281,5 +270,4 @@ def _lora_linear(
                 ROWS,
                 BLOCK_K,
                 BLOCK_N,
-                PRODUCT,
             )

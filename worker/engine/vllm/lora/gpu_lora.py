@@ -1,8 +1,8 @@
 """Shell. Linear layers with adapters on GPUs, in place of vLLM 0.32's.
 
-A step of few tokens, as an engine decodes, takes one launch per layer (gpu_kernel.py). Larger steps
-take vLLM's two kernels, which nothing here does better. A layer for which no adapter of the step
-has weights is left out (presence.py): by the kernel itself in a CUDA graph, by the host elsewhere.
+A layer takes one launch (gpu_kernel.py). A layer for which no adapter of the step has weights is
+left out (presence.py): by the kernel itself in a CUDA graph, by the host elsewhere. What the
+kernels need to know of a step is made on the host (step_metadata.py).
 
 Steps that must not depend on their batch (VLLM_BATCH_INVARIANT) are vLLM's own. So are those of an
 engine that computes two parts of a batch at once: they would share one scratch.
@@ -15,11 +15,9 @@ from typing import Any
 import torch
 
 from worker.engine.vllm.lora.presence import Presence
+from worker.engine.vllm.lora.step_block import StepBlock
+from worker.engine.vllm.lora.step_metadata import SMALL_TILE, rows_of_a_tile
 
-MAX_TOKENS = 512
-"""Tokens of the largest step that takes one launch: the largest of vLLM's CUDA graphs. Above, a
-launch is a small part of a layer's time.
-"""
 TYPES = (torch.float16, torch.bfloat16)
 
 
@@ -53,20 +51,22 @@ def install() -> None:
         create(manager)
         config = get_current_vllm_config_or_none()
         if config is not None and config.parallel_config.use_ubatching:
-            PunicaWrapperGPU.add_lora_linear = linear
+            PunicaWrapperGPU.add_lora_linear, PunicaWrapperGPU.update_metadata = linear, update
             return
         layers = linear_layers(manager)
         _Layers.presence = presence = Presence(layers, manager.lora_slots)
-        _Layers.scratch = _scratch(layers, manager.lora_slots)
         for wrapper in manager.punica_wrapper_mapping.values():
+            wrapper.step = StepBlock(wrapper, manager.lora_slots)
             wrapper.wanted = torch.ones(len(presence), dtype=torch.bool)
+        _Layers.scratch = _scratch(layers, manager)
 
-    def update_metadata(self: Any, mapping: Any, index_to_id: Any, *args: Any, **more: Any) -> None:
-        update(self, mapping, index_to_id, *args, **more)
-        if _Layers.presence is not None and hasattr(self, "wanted"):
-            ids = set(mapping.prompt_mapping)
-            slots = [slot for slot, lora in enumerate(index_to_id) if lora in ids and lora]
-            self.wanted.copy_(_Layers.presence.wanted(slots))
+    def update_metadata(
+        self: Any, mapping: Any, index_to_id: Any, max_loras: int, vocab_size: int, **more: Any
+    ) -> None:
+        self.is_prefill = mapping.is_prefill
+        used = self.step.update(mapping, index_to_id, max_loras, vocab_size)
+        if _Layers.presence is not None:
+            self.wanted.copy_(_Layers.presence.wanted(used))
 
     def add_lora_linear(
         self: Any,
@@ -78,7 +78,12 @@ def install() -> None:
         output_slices: tuple[int, ...],
         **more: Any,
     ) -> None:
-        if scale != 1.0 or not more.get("add_inputs", True) or y.dtype not in TYPES:
+        if (
+            scale != 1.0
+            or not more.get("add_inputs", True)
+            or y.dtype not in TYPES
+            or not x.dtype == y.dtype == lora_a_stacked[0].dtype
+        ):
             linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **more)
             return
         torch.ops.vllm.loraplex_lora_linear(
@@ -86,7 +91,8 @@ def install() -> None:
             x,
             list(lora_a_stacked),
             list(lora_b_stacked),
-            *self.token_mapping_meta.meta_args(x.size(0), self.lora_config.specialize_active_lora),
+            self.step.tiles,
+            self.token_mapping_meta.no_lora_flag_cpu,
             self.wanted,
         )
 
@@ -107,14 +113,15 @@ def linear_layers(manager: Any) -> list[tuple[Any, Any]]:
     ]
 
 
-def _scratch(layers: list[tuple[Any, Any]], slots: int) -> Any:
+def _scratch(layers: list[tuple[Any, Any]], manager: Any) -> Any:
     from worker.engine.vllm.lora.gpu_kernel import Scratch
 
     if not layers:
         return None
+    tokens = max(len(w._token_lora_indices) for w in manager.punica_wrapper_mapping.values())
     rank = max(a[0].shape[-2] for a, _ in layers)
     slices = max(len(a) for a, _ in layers)
-    return Scratch.make(MAX_TOKENS, slots, slices, rank, layers[0][0][0].device)
+    return Scratch.make(tokens, manager.lora_slots, slices, rank, layers[0][0][0].device)
 
 
 def _lora_linear(
@@ -122,13 +129,8 @@ def _lora_linear(
     x: torch.Tensor,
     a: list[torch.Tensor],
     b: list[torch.Tensor],
-    token_lora_mapping: torch.Tensor,
-    token_indices_sorted_by_lora_ids: torch.Tensor,
-    num_tokens_per_lora: torch.Tensor,
-    lora_token_start_loc: torch.Tensor,
-    lora_ids: torch.Tensor,
+    tiles: list[torch.Tensor],
     no_lora_flag_cpu: torch.Tensor,
-    num_active_loras: torch.Tensor,
     wanted: torch.Tensor,
 ) -> None:
     """y += x A' B' with each token's own A and B; see gpu_kernel.add_lora. An operator, so that
@@ -139,36 +141,17 @@ def _lora_linear(
         return
     assert _Layers.presence is not None
     row = _Layers.presence.row(a[0])
-    captured = torch.cuda.is_current_stream_capturing()
-    if row is not None and not captured and not wanted[row]:
+    if not torch.cuda.is_current_stream_capturing() and not wanted[row]:
         return
-    if row is not None and tokens <= MAX_TOKENS and x.dtype is a[0].dtype:
-        from worker.engine.vllm.lora import gpu_kernel
+    from worker.engine.vllm.lora import gpu_kernel
 
-        gpu_kernel.add_lora(
-            y,
-            x if x.stride(1) == 1 else x.contiguous(),
-            tuple(a),
-            tuple(b),
-            token_indices_sorted_by_lora_ids,
-            num_tokens_per_lora,
-            lora_token_start_loc,
-            lora_ids,
-            _Layers.presence.on_device[row],
-            _Layers.scratch,
-        )
-        return
-    from vllm.lora.ops.triton_ops import lora_expand_op, lora_shrink_op
-
-    meta = (
-        token_lora_mapping,
-        token_indices_sorted_by_lora_ids,
-        num_tokens_per_lora,
-        lora_token_start_loc,
-        lora_ids,
-        no_lora_flag_cpu,
-        num_active_loras,
+    small = rows_of_a_tile(tokens) == SMALL_TILE.rows
+    gpu_kernel.add_lora(
+        y,
+        x if x.stride(1) == 1 else x.contiguous(),
+        tuple(a),
+        tuple(b),
+        tiles[:2] if small else tiles[2:],
+        _Layers.presence.on_device[row],
+        _Layers.scratch,
     )
-    shrunk = torch.empty((len(b), tokens, b[0].size(-1)), dtype=torch.float32, device=x.device)
-    lora_shrink_op._lora_shrink(x, a, shrunk, *meta, 1.0)
-    lora_expand_op._lora_expand(shrunk, b, y, *meta, offset_start=0, add_inputs=True)

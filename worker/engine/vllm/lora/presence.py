@@ -8,14 +8,13 @@ weights for a layer, that layer costs what it costs without adapters.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
 
 import torch
 
 
 class Presence:
-    """`on_device` is int32 [layers, slots + 1]. Bit i of [layer, slot] tells whether slice i has
-    weights in that slot. The value after the slots is 0 if no adapter has any for that layer.
+    """`on_device` is int32 [layers + 1, slots]. Bit i of [layer, slot] tells whether slice i has
+    weights in that slot. The last row is of layers that are not known: they may have any.
 
     Before anything was written, everything counts as present: vLLM measures and captures its graphs
     with adapters that it does not put into slots.
@@ -33,29 +32,26 @@ class Presence:
             device = a[0].device
             for i, one in enumerate(b):
                 self._bits.setdefault(one.untyped_storage().data_ptr(), []).append((row, 1 << i))
-        self._host = torch.full((len(self._row), slots + 1), -1, dtype=torch.int32)
+        self._host = torch.full((len(self._row) + 1, slots), -1, dtype=torch.int32)
         self.on_device = self._host.to(device)
 
     def __len__(self) -> int:
-        return len(self._row)
+        return len(self._host)
 
-    def row(self, a: torch.Tensor) -> int | None:
-        """The row of the layer whose first A this is. None if it is not known."""
-        return self._row.get(a.data_ptr())
+    def row(self, a: torch.Tensor) -> int:
+        """The row of the layer whose first A this is."""
+        return self._row.get(a.data_ptr(), len(self._row))
 
-    def write(self, slot: int, storages: Collection[int] | None, used: Sequence[Any]) -> None:
+    def write(self, slot: int, storages: Collection[int] | None) -> None:
         """Slot `slot` has weights in the buffers with these storages' addresses, and in no others.
         None: it may have some in any, since what is left out here answers like the base.
-        used[i] is None if slot i is empty.
         """
-        self._host[:, slot] = -1 if storages is None else 0
+        self._host[:-1, slot] = -1 if storages is None else 0
         for storage in storages or ():
             for row, bit in self._bits.get(storage, ()):
                 self._host[row, slot] |= bit
-        filled = [i for i, adapter in enumerate(used) if adapter is not None]
-        self._host[:, -1] = self._host[:, filled].ne(0).any(1)
         self.on_device.copy_(self._host, non_blocking=True)
 
     def wanted(self, slots: Collection[int]) -> torch.Tensor:
-        """bool [layers]: whether an adapter in one of these slots has weights for the layer."""
+        """bool [layers + 1]: whether an adapter in one of these slots has weights for the layer."""
         return self._host[:, list(slots)].ne(0).any(1)

@@ -112,7 +112,7 @@ class SlotWriter:
 
     def _tell(self, slot: int, storages: set[int] | None) -> None:
         if self._presence is not None:
-            self._presence.write(slot, storages, self._manager.lora_index_to_id)
+            self._presence.write(slot, storages)
 
     def _copies(self, layout: BlockLayout | None, slot: int) -> SlotCopies | None:
         known = self._known.get(id(layout))  # a remembered layout is alive, so its id stays unique

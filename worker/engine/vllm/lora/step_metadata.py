@@ -1,0 +1,89 @@
+"""Pure. What the kernels for adapters need to know of one step: which slot each token uses, and the
+tiles of tokens that share a slot.
+
+vLLM 0.32 finds this out on the GPU (torch.sort, torch.unique), and so waits four times for the step
+before to end. That costs an engine that works ahead of its GPU its lead, whenever a request comes
+or goes. The slots are known on the host. Here all is made there, in a block that one copy brings to
+the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Steps of up to `most_tokens` tokens have tiles of `rows` tokens."""
+
+    rows: int
+    most_tokens: int
+
+
+SMALL_TILE = Tiling(16, 512)
+"""As an engine decodes: many adapters, few tokens each. Tensor cores multiply no fewer rows. The
+largest of vLLM's CUDA graphs has so many tokens.
+"""
+LARGE_TILE_ROWS = 64
+"""As it reads prompts."""
+
+
+def rows_of_a_tile(tokens: int) -> int:
+    """The rows of the tiles that a launch for so many tokens uses."""
+    return SMALL_TILE.rows if tokens <= SMALL_TILE.most_tokens else LARGE_TILE_ROWS
+
+
+def most_tiles(tokens: int, slots: int, rows: int) -> int:
+    """The most tiles that `tokens` tokens of up to `slots` adapters can have."""
+    return min(tokens, tokens // rows + slots)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGroups:
+    """Tokens by their slot. `order` has them sorted; `slots`, `counts` and `starts` have, for each
+    slot in use (-1: the base model), how many there are and where they begin in `order`.
+    """
+
+    order: Ints
+    slots: Ints
+    counts: Ints
+    starts: Ints
+
+    @staticmethod
+    def of(slot_of: Ints) -> TokenGroups:
+        """`slot_of`: the slot of each token, -1 for the base model."""
+        order = np.argsort(slot_of, kind="stable").astype(np.int32)
+        slots, starts, counts = np.unique(slot_of[order], return_index=True, return_counts=True)
+        return TokenGroups(
+            order, slots.astype(np.int32), counts.astype(np.int32), starts.astype(np.int32)
+        )
+
+    def tiles(self, rows: int) -> tuple[Ints, Ints]:
+        """The slot of each tile, and its tokens: int32 [tiles] and [tiles, rows], -1 where a tile
+        is not full. Tokens of the base model are in none.
+        """
+        adapted = self.slots >= 0
+        slots, counts, starts = self.slots[adapted], self.counts[adapted], self.starts[adapted]
+        tiles = -(-counts // rows)
+        ends = np.cumsum(tiles)
+        count = int(ends[-1]) if len(ends) else 0
+        rows_of = np.full(count * rows, -1, np.int32)
+        begin = int(starts[0]) if len(starts) else len(self.order)
+        shift = np.repeat((ends - tiles) * rows - starts, counts)
+        rows_of[np.arange(begin, len(self.order)) + shift] = self.order[begin:]
+        return np.repeat(slots, tiles), rows_of.reshape(count, rows)
+
+
+def slots_of(ids: Sequence[int] | NDArray[np.integer], slot_by_id: dict[int, int]) -> Ints:
+    """The slot of each adapter id; 0 and less are the base model (-1). Raises KeyError for an id
+    that is in no slot.
+    """
+    distinct, which = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
+    slots = [slot_by_id[i] if i > 0 else -1 for i in distinct.tolist()]
+    return np.asarray(slots, np.int32)[which.reshape(-1)]
