@@ -425,9 +425,11 @@ class Agent:
     async def _fetch(self, ref: AdapterRef) -> None:
         hint = self._hints.pop(ref, FetchHint())
         try:
-            fetched = await self._fetcher.fetch(ref, hint, self._booted.check)
+            ahead = ref in self._residency.adapters()
+            fetched = await self._fetcher.fetch(ref, hint, self._booted.check, ahead=ahead)
             self._perform(self._residency.cached(ref, clock()))
             if ref not in self._residency.adapters():
+                self._fetcher.leave(fetched)
                 return  # only the files on disk were wanted
             loaded = await self._fetcher.prepare(ref, fetched)
         except EngineFailure as exc:

@@ -18,12 +18,14 @@ import asyncio
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 import uvloop
 
 import worker.__main__
+from shared.adapters.identity import AdapterRef
 from shared.config.settings_file import read_settings
 from shared.link.token_ids import pack
 from shared.runtime import log as runtime_log
@@ -361,6 +363,8 @@ class MockEngine:
         finally:
             self._lockstep.leave(stream)
 
+    def read_ahead(self, ref: AdapterRef, int_id: int, folder: Path) -> None: ...
+    def forget(self, int_id: int) -> None: ...
     async def prepare(self, adapter: Loaded) -> None: ...
     async def swap(self, swap: Swap) -> Swapped:
         return Swapped()

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import AdapterNotFound
@@ -16,7 +17,7 @@ from shared.link.messages import Tier
 from shared.stores import AdapterStore
 from worker.adapters.load_times import LoadTimes
 from worker.disk.cache import Cached, Check, DiskCache
-from worker.disk.download import Source
+from worker.disk.download import Source, nothing
 from worker.engine.base import Engine, Loaded
 
 log = logging.getLogger("loraplex.agent")
@@ -42,6 +43,7 @@ class Fetched:
     cached: Cached
     came_from: Tier
     check_s: float
+    int_id: int
     fetch_s: float = 0.0
 
 
@@ -62,25 +64,37 @@ class AdapterFetcher:
         self._sources, self._times = sources, times
         self._int_ids = itertools.count(1)
 
-    async def fetch(self, ref: AdapterRef, hint: FetchHint, check: Check) -> Fetched:
+    async def fetch(
+        self, ref: AdapterRef, hint: FetchHint, check: Check, *, ahead: bool
+    ) -> Fetched:
         """Brings the adapter to disk, validated and in use. The store is not asked for an adapter
-        that is on disk, so it may be down.
+        that is on disk, so it may be down. `ahead`: the engine may read it while it is checked;
+        `prepare` or `leave` must follow.
 
         Raises: AdapterNotFound, InvalidAdapter, StoreUnavailable.
         """
-        start = clock()
+        start, int_id = clock(), next(self._int_ids)
         cached = await self._cache.open(ref, check)
         if cached is not None:
-            return Fetched(cached, Tier.DISK, clock() - start)
+            return Fetched(cached, Tier.DISK, clock() - start, int_id)
         start = clock()
         stored = hint.stored or await self._look_up(ref)
         assert self._store is not None
         find_s = clock() - start
         peers = self._sources(ref, hint.peers)
-        cached = await self._cache.fetch(ref, stored, self._store, check, peers)
+        read_ahead = partial(self._engine.read_ahead, ref, int_id) if ahead else nothing
+        try:
+            cached = await self._cache.fetch(ref, stored, self._store, check, peers, read_ahead)
+        except BaseException:
+            self._engine.forget(int_id)
+            raise
         self._note_fetch(ref, cached, find_s)
         check_s = cached.times.validate_s
-        return Fetched(cached, Tier.REMOTE, check_s, max(0.0, clock() - start - check_s))
+        return Fetched(cached, Tier.REMOTE, check_s, int_id, max(0.0, clock() - start - check_s))
+
+    def leave(self, fetched: Fetched) -> None:
+        """The adapter is wanted on disk only."""
+        self._engine.forget(fetched.int_id)
 
     async def prepare(self, ref: AdapterRef, fetched: Fetched) -> Loaded:
         """Brings the adapter into the engine's host memory, ready for a slot. Raises InvalidAdapter
@@ -89,7 +103,7 @@ class AdapterFetcher:
         cached = fetched.cached
         loaded = Loaded(
             ref,
-            next(self._int_ids),
+            fetched.int_id,
             cached.folder,
             cached.facts.rank,
             cached.size_bytes,

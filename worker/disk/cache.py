@@ -26,7 +26,7 @@ from shared.stores import AdapterStore
 from shared.stores.object_store import StoreProblem, unavailable
 from shared.stores.transfer import GRACE_S, PartBudget, PartId, TransferRetries
 from worker.disk import layout
-from worker.disk.download import Download, DownloadJob, Source
+from worker.disk.download import Download, DownloadJob, Source, nothing
 from worker.disk.download_journal import DownloadJournal
 from worker.disk.folder import CacheFolder
 from worker.disk.layout import FILES, EntryLock, Stamp, entry_key, lock_entry
@@ -188,9 +188,13 @@ class DiskCache:
         store: AdapterStore,
         check: Check,
         peers: Sequence[Source] = (),
+        on_brought: Callable[[Path], None] = nothing,
     ) -> Cached:
         """Puts the adapter in use: from disk, else from `peers`, else from the store. If another
         process of this host is downloading it already, waits for that download.
+
+        `on_brought` is called with the folder of its files if they all came from the store just
+        now, before they are checked. They move to their place afterwards.
 
         Raises:
             StoreUnavailable: the store failed more often than the pace allows, or the disk is full.
@@ -201,7 +205,7 @@ class DiskCache:
         key = entry_key(ref)
         self._underway[key] = stored, time.time()
         try:
-            return await self._fetch(key, DownloadJob(ref, stored, store, peers), check)
+            return await self._fetch(key, DownloadJob(ref, stored, store, peers, on_brought), check)
         finally:
             self._underway.pop(key, None)
 
@@ -325,6 +329,8 @@ class DiskCache:
             await download.resume(self._threads)
             await download.bring()
             brought = clock()
+            if not download.peer_bytes:
+                job.on_brought(partial / FILES)
             facts = await self._settle(partial / FILES, check, download)
             checked = clock()
             manifest = layout.manifest_of(job.ref, job.stored, download.parts)

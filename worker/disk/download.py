@@ -34,14 +34,20 @@ class Source(Protocol):
         ...
 
 
+def nothing(_: Path) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class DownloadJob:
-    """What to download, and from where. The `peers` are asked first, in their order."""
+    """What to download, and from where. The `peers` are asked first, in their order. `on_brought`
+    gets the folder of the files, once all came from the store and before they are checked.
+    """
 
     ref: AdapterRef
     stored: StoredAdapter
     store: AdapterStore
     peers: Sequence[Source] = ()
+    on_brought: Callable[[Path], None] = nothing
 
 
 class Download:

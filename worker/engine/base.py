@@ -188,6 +188,17 @@ class Engine(Protocol):
 
     async def start(self) -> EngineFacts: ...
     async def serve(self, call: EngineRequest, reply: Reply) -> None: ...
+    def read_ahead(self, ref: AdapterRef, int_id: int, folder: Path) -> None:
+        """The files are complete, but not checked yet. The engine may begin to bring their values
+        into host memory. Nothing uses them before `prepare` with the same id; otherwise `forget`
+        follows.
+        """
+        ...
+
+    def forget(self, int_id: int) -> None:
+        """Drops what was read ahead."""
+        ...
+
     async def prepare(self, adapter: Loaded) -> None:
         """Brings the weights into host memory, ready for a slot, while the engine runs on. Raises
         InvalidAdapter if the engine refuses them.

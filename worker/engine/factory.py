@@ -37,6 +37,10 @@ VLLM_CPU_ENV = {
 
 
 VLLM_GPU_ENV = {
+    # Memory that a GPU copies from is pinned for each new adapter, and no kernel starts meanwhile:
+    # 25 ms for 26 MiB, 3 to 5 ms this way.
+    "PYTORCH_CUDA_ALLOC_CONF": "pinned_use_cuda_host_register:True,"
+    f"pinned_num_register_threads:{min(8, os.cpu_count() or 1)}",
     # vLLM's own place for them depends on whether this start had to compile: what one start has
     # compiled the next one would not find
     "TRITON_CACHE_DIR": os.path.join(

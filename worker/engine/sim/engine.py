@@ -17,6 +17,7 @@ import signal
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from shared.adapters.identity import AdapterRef
 from shared.api_endpoints import errors_of
@@ -144,6 +145,9 @@ class SimEngine:
         if len(call.body) <= MAX_ON_LOOP_BYTES:
             return read_request(*arguments)
         return await asyncio.to_thread(read_request, *arguments)
+
+    def read_ahead(self, ref: AdapterRef, int_id: int, folder: Path) -> None: ...
+    def forget(self, int_id: int) -> None: ...
 
     async def prepare(self, adapter: Loaded) -> None:
         """Takes as long as a load would, but the steps go on meanwhile."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from pathlib import Path
 from typing import Any
 
 from vllm.lora.request import LoRARequest
@@ -31,15 +32,23 @@ class Adapters:
 
     def __init__(self, engine: AsyncLLM) -> None:
         self._engine = engine
-        self._new: list[Loaded] = []
+        self._new: list[tuple[str, int, str, bool]] = []  # the last: whether it was checked
+        self._gone: list[int] = []
         self._preparing: dict[int, asyncio.Future[str]] = {}
         self._poll: asyncio.Task[None] | None = None
 
+    def read_ahead(self, ref: AdapterRef, int_id: int, folder: Path) -> None:
+        self._new.append((_name(ref), int_id, str(folder), False))
+        self._ask()
+
+    def forget(self, int_id: int) -> None:
+        self._gone.append(int_id)
+        self._ask()
+
     async def prepare(self, adapter: Loaded) -> None:
         prepared = self._preparing[adapter.int_id] = asyncio.get_running_loop().create_future()
-        self._new.append(adapter)
-        if self._poll is None or self._poll.done():
-            self._poll = asyncio.create_task(self._watch(), name="adapters being prepared")
+        self._new.append((*_fields(adapter), True))
+        self._ask()
         failure = await prepared
         if failure:
             # Another rank may have prepared it.
@@ -70,13 +79,18 @@ class Adapters:
         """What adapters may change in the model, as the engine itself says."""
         return join(await self._call("loraplex_layers")).shapes()
 
+    def _ask(self) -> None:
+        if self._poll is None or self._poll.done():
+            self._poll = asyncio.create_task(self._watch(), name="adapters being prepared")
+
     async def _watch(self) -> None:
         """Runs until nothing is being prepared. Answers every caller, whatever happens."""
         try:
-            while self._preparing:
+            while self._preparing or self._new or self._gone:
                 new, self._new = self._new, []
+                gone, self._gone = self._gone, []
                 watched = list(self._preparing)
-                ranks = await self._call("loraplex_prepare", [_fields(a) for a in new], watched)
+                ranks = await self._call("loraplex_prepare", new, watched, gone)
                 for int_id, states in zip(watched, zip(*ranks, strict=True), strict=True):
                     if None not in states:
                         self._answer(int_id, next((words for words in states if words), ""))
@@ -115,11 +129,11 @@ def lora_request(adapter: Loaded) -> LoRARequest:
 
 
 def _fields(adapter: Loaded) -> tuple[str, int, str]:
-    return (
-        f"{adapter.ref.base}:{adapter.ref.name}@{adapter.ref.digest}",
-        adapter.int_id,
-        str(adapter.folder),
-    )
+    return _name(adapter.ref), adapter.int_id, str(adapter.folder)
+
+
+def _name(ref: AdapterRef) -> str:
+    return f"{ref.base}:{ref.name}@{ref.digest}"
 
 
 def _refusal(words: str) -> InvalidAdapter:

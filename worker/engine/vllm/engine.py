@@ -37,6 +37,7 @@ from vllm.version import __version__ as vllm_version
 
 from loraplex.start import WORKER_PID_ENV
 from shared import vllm_versions
+from shared.adapters.identity import AdapterRef
 from shared.api_endpoints import RESPONSES_PATH
 from shared.config.llm import LLMConfig
 from shared.errors import CannotContinue, EngineFailure, LoraplexError
@@ -269,6 +270,14 @@ class VLLMEngine:
         PROGRESS.set(progress)
         assert self._bridge is not None
         await self._bridge.serve(call, reply, progress)
+
+    def read_ahead(self, ref: AdapterRef, int_id: int, folder: Path) -> None:
+        assert self._adapters is not None
+        self._adapters.read_ahead(ref, int_id, folder)
+
+    def forget(self, int_id: int) -> None:
+        assert self._adapters is not None
+        self._adapters.forget(int_id)
 
     async def prepare(self, adapter: Loaded) -> None:
         assert self._adapters is not None

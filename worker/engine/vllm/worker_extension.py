@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,18 @@ class AdapterSlots:
     model_runner: Any
 
     def loraplex_prepare(
-        self, start: list[tuple[str, int, str]], watch: list[int]
+        self, start: list[tuple[str, int, str, bool]], watch: list[int], drop: Sequence[int] = ()
     ) -> list[str | None]:
-        """Starts to prepare adapters, each a (name, int id, folder), and returns at once.
+        """Starts to prepare adapters, and returns at once. Each is a (name, int id, folder, whether
+        it was checked). One that was not is read if its header is known, so only values differ.
+        Those of `drop` are not wanted any more.
 
         Returns one entry per id in `watch`: None while the adapter is being prepared, "" once it is
         ready, else the reason why it cannot be loaded.
         """
         staging = self._loraplex().staging
+        for int_id in drop:
+            staging.drop(int_id)
         for request in start:
             staging.start(*request)
         return [staging.state(int_id) for int_id in watch]
@@ -121,6 +126,17 @@ class _RankSlots:
         self.manager = lora_manager._adapter_manager
         self.staging = _StagingArea(lora_manager)
         self.writer = SlotWriter(self.manager)
+        apply = lora_manager._apply_adapters
+
+        def apply_adapters(requests: Collection[Any]) -> None:
+            """vLLM looks after each adapter of each step: 2 ms for 64 of them. Here they are in
+            their slots before their requests come.
+            """
+            active = self.manager._active_adapters
+            if not all(request.lora_int_id in active for request in requests):
+                apply(requests)
+
+        lora_manager._apply_adapters = apply_adapters
 
     def remove(self, int_id: int) -> None:
         self.staging.drop(int_id)
@@ -151,7 +167,8 @@ class _RankSlots:
             and int_id not in manager._active_adapters
         ):
             raise RuntimeError("No slot is free.")  # vLLM would take a slot that may be in use
-        self.writer.activate(int_id)
+        if self.writer.activate(int_id):
+            self.staging.later(self.writer.make_all_copies)
 
 
 class _StagingArea:
@@ -169,7 +186,8 @@ class _StagingArea:
         self._ready: dict[int, Any] = {}  # int id -> LoRAModel
         self._bytes: dict[int, int] = {}  # size of each of those
         self._failed: dict[int, str] = {}
-        self._wanted: set[int] = set()  # ids that are being prepared and were not dropped
+        # Ids that are being prepared and were not dropped, with the folder once it was checked.
+        self._wanted: dict[int, str] = {}
         lora_manager._lora_model_cls = TracedLoRAModel
         self._templates = FileTemplates(lora_manager.lora_config.lora_dtype)
         device = manager.device
@@ -179,16 +197,18 @@ class _StagingArea:
         _pin_later()
         sys.setswitchinterval(SWITCH_S)
 
-    def start(self, name: str, int_id: int, folder: str) -> None:
+    def start(self, name: str, int_id: int, folder: str, checked: bool = True) -> None:
         with self._lock:
-            if (
-                int_id in self._wanted
-                or int_id in self._ready
-                or sum(self._bytes.values()) > STAGED_BYTES
-            ):
+            if int_id in self._ready or sum(self._bytes.values()) > STAGED_BYTES:
                 return
-            self._wanted.add(int_id)
-        self._thread.submit(self._prepare, name, int_id, folder)
+            under_way = int_id in self._wanted
+            self._wanted[int_id] = folder if checked else ""
+        if not under_way:
+            self._thread.submit(self._prepare, name, int_id, folder)
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Does it in the thread that reads files."""
+        self._thread.submit(work)
 
     def state(self, int_id: int) -> str | None:
         """None while it is being prepared, "" once it is ready, else the reason why it failed."""
@@ -197,7 +217,7 @@ class _StagingArea:
 
     def take(self, int_id: int) -> Any | None:
         with self._lock:
-            self._wanted.discard(int_id)
+            self._wanted.pop(int_id, None)
             self._bytes.pop(int_id, None)
             return self._ready.pop(int_id, None)
 
@@ -238,20 +258,35 @@ class _StagingArea:
         return lora
 
     def _prepare(self, name: str, int_id: int, folder: str) -> None:
-        made, failure = None, ""
-        try:
-            made = self.read(name, int_id, folder)
-        except Exception as exc:  # as in _RankSlots.enter
-            failure = _words(exc)
+        made, failure = self._read_ahead(int_id, folder), ""
+        if made is None:
+            with self._lock:
+                folder = self._wanted.get(int_id, "")
+                if not folder:  # `start` comes again once it is checked
+                    self._wanted.pop(int_id, None)
+                    return
+            try:
+                made = self.read(name, int_id, folder)
+            except Exception as exc:  # as in _RankSlots.enter
+                failure = _words(exc)
         with self._lock:
             if int_id not in self._wanted:
                 return
-            self._wanted.discard(int_id)
+            del self._wanted[int_id]
             if made is None:
                 self._failed[int_id] = failure
             else:
                 self._ready[int_id] = made
                 self._bytes[int_id] = sum(t.nbytes for _, _, t in tensors(made))
+
+    def _read_ahead(self, int_id: int, folder: str) -> Any | None:
+        """The adapter, if all that is new of it are its values and they can be read. Its folder
+        moves once it is checked.
+        """
+        try:
+            return self._templates.read_known(Path(folder), int_id)
+        except (OSError, RuntimeError):
+            return None
 
 
 def _use_device(device: Any) -> None:

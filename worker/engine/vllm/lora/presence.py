@@ -46,10 +46,11 @@ class Presence:
         """Slot `slot` has weights in the buffers with these storages' addresses, and in no others.
         None: it may have some in any, since what is left out here answers like the base.
         """
-        self._host[:-1, slot] = -1 if storages is None else 0
+        bits = [-1 if storages is None else 0] * len(self._row)
         for storage in storages or ():
             for row, bit in self._bits.get(storage, ()):
-                self._host[row, slot] |= bit
+                bits[row] |= bit
+        self._host[:-1, slot] = torch.tensor(bits, dtype=torch.int32)
         self.on_device.copy_(self._host, non_blocking=True)
 
     def wanted(self, slots: Collection[int]) -> torch.Tensor:

@@ -188,9 +188,9 @@ class FileTemplates:
         Raises OSError and what vLLM raises.
         """
         key, file = template_key(folder), folder / FILE
-        template = self._find(key) if key else None
-        if template is not None:
-            return template.read(file, int_id)
+        known = self._read_by(key, file, int_id)
+        if known is not None:
+            return known
         made = load_by_vllm()
         template = _template(key, made, self._dtype) if key else None
         if key is not None and template is not None:
@@ -201,6 +201,14 @@ class FileTemplates:
                 return again
         gather_into_block(made)
         return made
+
+    def read_known(self, folder: Path, int_id: int) -> Any | None:
+        """Like `read`, but None if there is no template. Raises OSError or RuntimeError."""
+        return self._read_by(template_key(folder), folder / FILE, int_id)
+
+    def _read_by(self, key: TemplateKey | None, file: Path, int_id: int) -> Any | None:
+        template = self._find(key) if key else None
+        return template.read(file, int_id) if template else None
 
     def _find(self, key: TemplateKey) -> FileTemplate | None:
         with self._lock:

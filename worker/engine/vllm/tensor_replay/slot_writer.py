@@ -7,7 +7,9 @@ of a whole block into one slot.
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from worker.engine.vllm.lora import gpu_lora
 from worker.engine.vllm.tensor_replay.file_templates import EMPTY_LAYOUT, BlockLayout
 
+PAUSE_S = 0.002
 MAX_LAYOUTS = 8
 """Layouts whose copies are remembered. Each costs about 800 bytes per tensor and slot."""
 
@@ -78,11 +81,13 @@ class SlotWriter:
                 module.reset_lora = _zero_already
             self._holds = [EMPTY_LAYOUT] * manager.lora_slots
 
-    def activate(self, int_id: int) -> None:
-        """Does what vLLM's activate_adapter does. Raises what that raises."""
-        manager = self._manager
+    def activate(self, int_id: int) -> bool:
+        """Does what vLLM's activate_adapter does. Raises what that raises. Returns whether a layout
+        became known, whose copies `make_all_copies` can make.
+        """
+        manager, learned = self._manager, False
         if int_id in manager._active_adapters:
-            return
+            return False
         lora = manager.get_adapter(int_id)
         slot = manager.lora_index_to_id.index(None)
         layout = getattr(lora, "layout", None)
@@ -106,9 +111,24 @@ class SlotWriter:
             self._tell(slot, None if writes.other else written)
             if layout is not None and (places := self._places(writes, lora.block, slot)):
                 self._known[id(layout)] = layout, places, {}
+                learned = True
+                with suppress(torch.OutOfMemoryError):
+                    self._staged(layout.elements)  # here, because steps use the stage
                 if len(self._known) > MAX_LAYOUTS:
                     self._known.popitem(last=False)
         self._holds[slot] = layout
+        return learned
+
+    def make_all_copies(self) -> None:
+        """Makes the copies into each slot, which take a few ms for each. It is called in another
+        thread than the steps, and leaves them the interpreter in between.
+        """
+        for layout, places, copies_of in list(self._known.values()):
+            for slot in range(len(self._holds)):
+                if slot not in copies_of:
+                    with suppress(torch.OutOfMemoryError):
+                        copies_of[slot] = self._into(places, layout.elements, slot)
+                    time.sleep(PAUSE_S)
 
     def _tell(self, slot: int, storages: set[int] | None) -> None:
         if self._presence is not None:

@@ -1,4 +1,4 @@
-"""Pure. The tokens of a step, by their slots."""
+"""Shell. The tokens of a step, by their slots."""
 
 from __future__ import annotations
 
