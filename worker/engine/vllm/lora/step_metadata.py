@@ -1,4 +1,4 @@
-"""Shell. What the kernels for adapters need to know of one step: which slot each token uses, and the
+"""Shell. What the kernels for adapters need to know of a step: which slot each token uses, and the
 tiles of tokens that share a slot.
 
 vLLM 0.32 finds this out on the GPU (torch.sort, torch.unique), and so waits four times for the step
