@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import sqlite3
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ COLUMNS = ("key", "base", "adapter")
 PERIODS = {"hour": 3600, "day": 86_400}
 OTHER = "_other"
 _TABLE = """
+PRAGMA journal_mode=WAL;
 CREATE TABLE IF NOT EXISTS usage (
     at REAL NOT NULL, key TEXT NOT NULL, base TEXT NOT NULL, adapter TEXT NOT NULL,
     requests INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL);
@@ -161,13 +164,14 @@ class Ledger:
         for old in earlier[: max(0, len(earlier) - self.months + 1)]:
             for left in self.folder.glob(f"{old.name}*"):
                 left.unlink(missing_ok=True)
+        if not current.exists():
+            _create(current)
         connection = _connect(current)
-        connection.execute("PRAGMA journal_mode=WAL")
         # A commit outlives this process at once; only a machine that fails loses some of them.
         connection.execute("PRAGMA synchronous=NORMAL")
         # Rows are appended. SQLite would keep 2 MB of pages that nobody reads again.
         connection.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
-        connection.executescript(_TABLE)
+        connection.executescript(_TABLE)  # a file of before may lack it
         self._file = _File(month, connection)
         return connection
 
@@ -210,8 +214,22 @@ class Ledger:
             found.output_tokens += one.output_tokens
 
 
+def _create(path: Path) -> None:
+    """Makes the file as a whole, so that no other process finds it without its table. Of several
+    that do so at once, one wins.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
+    draft.touch(mode=0o600)
+    try:
+        with contextlib.closing(_connect(draft)) as connection:
+            connection.executescript(_TABLE)
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        draft.unlink()
+
+
 def _connect(path: Path) -> sqlite3.Connection:
-    path.touch(mode=0o600)
     return sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False)
 
 

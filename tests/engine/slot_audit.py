@@ -27,7 +27,7 @@ def begin(worker: Any) -> None:
 
     SlotCopies.run = counted  # type: ignore[method-assign]
     slots = worker._loraplex()
-    layers, count = gpu_lora.linear_layers(slots.manager), slots.manager.lora_slots
+    layers, count = adapted_layers(slots.manager), slots.manager.lora_slots
     slots.writer._presence = Presence(layers, count)
 
 
@@ -60,9 +60,13 @@ def audit(
     return len(repeated), held, same, any(not torch.equal(a[0], a[1]) for a in ours), told
 
 
+def adapted_layers(manager: Any) -> list[tuple[Any, Any]]:
+    return gpu_lora.linear_layers(manager) + gpu_lora.heads(manager)
+
+
 def told_and_there(slots: Any) -> list[int]:
     presence, missed, both = slots.writer._presence, 0, 0
-    for row, (_, b) in enumerate(gpu_lora.linear_layers(slots.manager)):
+    for row, (_, b) in enumerate(adapted_layers(slots.manager)):
         for slot, int_id in enumerate(slots.manager.lora_index_to_id):
             for i, one in enumerate(b):
                 if int_id is not None:

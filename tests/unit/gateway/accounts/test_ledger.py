@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from gateway.accounts.ledger import Ledger
 
 
@@ -49,6 +51,24 @@ async def test_two_processes_write_to_the_same_files_and_either_tells_of_both(
     assert (await two.query(*around(), ["key"]))[0]["requests"] == 2
     await one.close()
     await two.close()
+
+
+async def test_whoever_comes_first_in_a_month_none_of_many_fails(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file is made by all of them at once, while others ask for what it has."""
+    for round_ in range(20):
+        folder = tmp_path / str(round_)
+        folder.mkdir()
+        ledgers = [Ledger(folder) for _ in range(6)]
+        for ledger in ledgers[:4]:
+            ledger.note(("a", "llama", ""), 1, 1)
+        await asyncio.gather(*(ledger.query(*around(), ["key"]) for ledger in ledgers))
+        assert (await ledgers[0].query(*around(), ["key"]))[0]["requests"] == 4
+        assert {path.name[:6] for path in folder.iterdir()} == {"usage-"}
+        for ledger in ledgers:
+            await ledger.close()
+    assert not caplog.records
 
 
 KILLED = """

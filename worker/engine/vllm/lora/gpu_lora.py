@@ -4,6 +4,9 @@ A layer takes one launch (gpu_kernel.py). A layer for which no adapter of the st
 left out (presence.py): by the kernel itself in a CUDA graph, by the host elsewhere. What the
 kernels need to know of a step is made on the host (step_metadata.py).
 
+The head is no part of vLLM's graphs. vLLM computes an adapter's part of all logits in each step,
+and compiles a kernel anew for some numbers of rows, while streams wait. Few adapters have a head.
+
 Steps that must not depend on their batch (VLLM_BATCH_INVARIANT) are vLLM's own. So are those of an
 engine that computes two parts of a batch at once: they would share one scratch.
 """
@@ -45,16 +48,17 @@ def install() -> None:
         return
     direct_register_custom_op("loraplex_lora_linear", _lora_linear, mutates_args=["y"])
     create, linear = LoRAModelManager._create_lora_modules, PunicaWrapperGPU.add_lora_linear
-    update = PunicaWrapperGPU.update_metadata
+    update, logits = PunicaWrapperGPU.update_metadata, PunicaWrapperGPU.add_lora_logits
 
     def create_lora_modules(manager: Any) -> None:
         create(manager)
         config = get_current_vllm_config_or_none()
         if config is not None and config.parallel_config.use_ubatching:
             PunicaWrapperGPU.add_lora_linear, PunicaWrapperGPU.update_metadata = linear, update
+            PunicaWrapperGPU.add_lora_logits = logits
             return
         layers = linear_layers(manager)
-        _Layers.presence = presence = Presence(layers, manager.lora_slots)
+        _Layers.presence = presence = Presence(layers + heads(manager), manager.lora_slots)
         for wrapper in manager.punica_wrapper_mapping.values():
             wrapper.step = StepBlock(wrapper, manager.lora_slots)
             wrapper.wanted = torch.ones(len(presence), dtype=torch.bool)
@@ -96,9 +100,24 @@ def install() -> None:
             self.wanted,
         )
 
+    def add_lora_logits(
+        self: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        scale: float,
+        **more: Any,
+    ) -> None:
+        assert _Layers.presence is not None
+        row = _Layers.presence.row(lora_a_stacked)
+        if torch.cuda.is_current_stream_capturing() or self.wanted[row]:
+            logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, **more)
+
     LoRAModelManager._create_lora_modules = create_lora_modules
     PunicaWrapperGPU.update_metadata = update_metadata
     PunicaWrapperGPU.add_lora_linear = add_lora_linear
+    PunicaWrapperGPU.add_lora_logits = add_lora_logits
     PunicaWrapperGPU.loraplex = True
 
 
@@ -110,6 +129,17 @@ def linear_layers(manager: Any) -> list[tuple[Any, Any]]:
         (module.lora_a_stacked, module.lora_b_stacked)
         for module in manager.modules.values()
         if isinstance(module, BaseLinearLayerWithLoRA)
+    ]
+
+
+def heads(manager: Any) -> list[tuple[Any, Any]]:
+    """The A and the B of each head that can have adapters."""
+    from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
+
+    return [
+        ((module.lora_a_stacked,), (module.lora_b_stacked,))
+        for module in manager.modules.values()
+        if isinstance(module, LogitsProcessorWithLoRA)
     ]
 
 

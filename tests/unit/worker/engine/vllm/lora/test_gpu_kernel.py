@@ -41,6 +41,44 @@ def test_it_takes_the_place_of_vllm_s_layers() -> None:
     assert done.returncode == 0, done.stderr
 
 
+HEAD = """
+import torch
+from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU as wrapper
+from worker.engine.vllm.lora import gpu_lora
+from worker.engine.vllm.lora.presence import Presence
+
+asked = []
+wrapper.add_lora_logits = lambda self, *more, **named: asked.append(more)
+torch.cuda.is_current_stream_capturing = lambda: False
+gpu_lora.install()
+a, b, other = torch.zeros(3, 1, 4, 8), torch.zeros(3, 1, 9, 4), torch.zeros(3, 1, 4, 8)
+head = gpu_lora._Layers.presence = Presence([((a,), (b,))], 3)
+step = object.__new__(wrapper)
+
+def asks(slots, first):
+    step.wanted = head.wanted(slots)
+    asked.clear()
+    step.add_lora_logits(torch.zeros(2, 9), torch.zeros(2, 8), first, b, 1.0)
+    return len(asked)
+
+assert asks([1], a) == 1, "before anything is written"
+for slot in range(3):
+    head.write(slot, {b.untyped_storage().data_ptr()} if slot == 2 else set())
+assert asks([0, 1], a) == 0 and asks([], a) == 0
+assert asks([0, 2], a) == 1
+assert asks([0], other) == 1, "a head that is not known"
+torch.cuda.is_current_stream_capturing = lambda: True
+assert asks([0], a) == 1, "a graph is for any adapters"
+"""
+
+
+def test_a_head_is_left_out_only_if_no_adapter_of_the_step_has_one() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HEAD], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 16, 17, 64, 512, 513, 8192])
 @pytest.mark.parametrize("slots", [1, 16, 64])
 def test_the_scratch_has_room_for_every_launch(tokens: int, slots: int) -> None:
