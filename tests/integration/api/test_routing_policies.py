@@ -140,9 +140,10 @@ async def test_explain_names_each_worker_with_its_costs(tmp_path: Path, adapters
         await listed(c, 2)
         [sent] = await burst(c, ["sim:pirate"], max_tokens=1)
         async with asyncio.timeout(60):
-            while (await explained(c, "sim:pirate"))["workers"][0]["tier"] != "gpu":
+            found = await explained(c, "sim:pirate")
+            while len(found["workers"]) < 3 or found["workers"][0]["tier"] != "gpu":
                 await asyncio.sleep(0.02)
-        found = await explained(c, "sim:pirate")
+                found = await explained(c, "sim:pirate")
         assert found["policy"] == "expected-ttft" and found["queued"] == 0
         assert found["workers"][0]["worker"] == sent["x-loraplex-worker"]
         assert {w["worker"] for w in found["workers"]} == {"w0", "w1", "w2"}
