@@ -46,7 +46,6 @@ from typing import Any
 
 import uvloop
 
-from bench import ROOT
 from bench.engine.gpu_flags import KINDS, read_arguments
 from bench.engine.gpu_report import Recorded, line, ratios, table
 from bench.engine.gpu_servers import (
@@ -71,7 +70,6 @@ SLOW_STEP_S = {"zipf": 0.05, "uniform": 0.03, "base": 0.025}
 """How long one output token of a stream takes on a slow machine, its share of the wait and the
 prefill included. The longest time of a row is estimated from it.
 """
-KERNELS = ROOT / "worker" / "engine" / "vllm" / "lora_kernels"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +158,7 @@ class GpuRecord:
 
     def __init__(self, path: Path, label: str) -> None:
         self.path, self._label, self.rows = path, label, list[Recorded]()
-        self._gpu, self._kernels = gpu()[0], sorted(p.name for p in KERNELS.glob("*.json"))
+        self._gpu = gpu()[0]
         kept = path.read_text() if path.exists() else ""
         # the last run was killed while it wrote a line
         self._cut_off = bool(kept) and not kept.endswith("\n")
@@ -187,13 +185,7 @@ class GpuRecord:
             "arguments": arguments,
             "gpu": self._gpu,
         }
-        self.rows.append(
-            {
-                **facts,
-                "lora_kernels": self._kernels if server == "loraplex" else [],
-                "figures": figures,
-            }
-        )
+        self.rows.append({**facts, "figures": figures})
         with self.path.open("a") as f:
             f.write("\n" * self._cut_off + json.dumps(self.rows[-1]) + "\n")
         self._cut_off = False

@@ -193,9 +193,6 @@ def theirs(case: LayerCase) -> Callable[[int], None] | None:
         from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
     except ImportError:
         return None
-    from worker.engine.vllm.patches import _lora_kernels_fit_the_gpu
-
-    _lora_kernels_fit_the_gpu()
     utils._LORA_A_PTR_DICT.clear()  # keyed by addresses, which the next weights may reuse
     utils._LORA_B_PTR_DICT.clear()
     meta = LoRAKernelMeta.make(case.batch.slots, case.batch.tokens, "cuda")

@@ -7,23 +7,13 @@ right already. For each there is a test on the real engine that fails without it
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from worker.engine.vllm.boot import stages
 from worker.engine.vllm.lora import files as adapter_files
 from worker.engine.vllm.resume import engine_core
-
-KERNELS = Path(__file__).parent / "lora_kernels"
-RELATIVES = {(9, 0): "NVIDIA H200"}
-"""Compute capability -> the GPU whose tables a GPU without tables of its own uses. Its registers
-and shared memory are no larger than theirs, so the same launches fit. Tables of its own would be
-better still, but vLLM's guess was made for none of them.
-"""
 
 
 def apply() -> None:
@@ -48,7 +38,6 @@ def apply() -> None:
     elif current_platform.is_cuda():
         from worker.engine.vllm.lora import gpu_lora
 
-        _lora_kernels_fit_the_gpu()
         gpu_lora.install()
 
 
@@ -293,57 +282,3 @@ def _logits_with_slots_of(scored: list[slice]) -> Any:
         punica_cpu.bgmv_expand(shrunk, lora_b, y, slots, add_inputs=True)
 
     return add_lora_logits
-
-
-def _lora_kernels_fit_the_gpu() -> None:
-    """Gives vLLM's LoRA kernels launch tables for this GPU.
-
-    vLLM brings no tables: it launches the kernels with one guess for every GPU, unless
-    VLLM_TUNED_CONFIG_FOLDER has a table. Ours are made by worker/engine/vllm/tune_kernels.py. A
-    folder that the user has set comes first. Setting that variable here instead would also change
-    the kernels of MoE models.
-    """
-    from vllm.lora.ops.triton_ops import utils
-
-    theirs = utils.load_lora_op_config
-    if getattr(theirs, "loraplex", False) or utils.is_batch_invariant:
-        return
-
-    @functools.lru_cache
-    def load_lora_op_config(op_type: str, add_inputs: bool | None) -> dict[str, Any] | None:
-        import torch
-
-        table: dict[str, Any] | None = theirs(op_type, add_inputs)
-        for gpu in (
-            torch.cuda.get_device_name(),
-            RELATIVES.get(torch.cuda.get_device_capability()),
-        ):
-            if table is None and gpu is not None:
-                table = kernel_table(KERNELS, gpu, op_type, add_inputs)
-        return table
-
-    load_lora_op_config.loraplex = True  # type: ignore[attr-defined]
-    utils.load_lora_op_config = load_lora_op_config
-
-
-def kernel_table(folder: Path, gpu: str, op: str, add_inputs: bool | None) -> dict[str, Any] | None:
-    """The table [slots + 1][slices][tokens][k][n] -> launch config for this GPU, or None."""
-    path = folder / gpu_file(gpu, op, add_inputs)
-    if not path.exists():
-        return None
-    return {slots: _Nearest(by_slices) for slots, by_slices in json.loads(path.read_text()).items()}
-
-
-def gpu_file(gpu: str, op: str, add_inputs: bool | None) -> str:
-    """The name that vLLM gives to the file of a kernel's table."""
-    kind = f"EXPAND_{str(add_inputs).upper()}" if op == "expand" else op.upper()
-    return f"{gpu.replace(' ', '_').replace('-', '_')}_{kind}.json"
-
-
-class _Nearest(dict[str, Any]):
-    """A table that answers an unknown key with its nearest one. vLLM does so at every other level,
-    but fails at this one: here a layer of four slices gets what three slices have.
-    """
-
-    def __missing__(self, key: str) -> Any:
-        return self[min(self, key=lambda k: abs(int(k) - int(key)))]
