@@ -72,12 +72,12 @@ class StepBlock:
         """Brings a step's values to the GPU. `id_of` has the adapter's id of each slot. Returns the
         slots that the step uses. Raises KeyError for an adapter that is in no slot.
         """
-        slot_by_id = {adapter: slot for slot, adapter in enumerate(id_of) if adapter is not None}
-        tokens = slots_of(mapping.index_mapping, slot_by_id)
-        prompts = slots_of(mapping.prompt_mapping, slot_by_id)
+        tokens = slots_of(mapping.index_mapping, id_of)
+        prompts = slots_of(mapping.prompt_mapping, id_of)
         # The allocator of pinned memory keeps it until the copy is done.
-        host = torch.full((self._size,), -1, dtype=torch.int32, pin_memory=self._block.is_cuda)
-        values = {name: self._view(host, name).numpy() for name in self._places}
+        host = torch.empty(self._size, dtype=torch.int32, pin_memory=self._block.is_cuda)
+        host.numpy().fill(-1)  # torch would wake its threads for it
+        values = self._parts(host.numpy())
         self._write_indices(values, tokens, prompts, max_loras, vocab_size)
         groups = self._write_meta(values, "token", tokens)
         self._write_meta(values, "prompt", prompts)
@@ -101,6 +101,15 @@ class StepBlock:
         at, dtype, shape = self._places[name]
         words = math.prod(shape) * dtype.itemsize // 4
         return block[at : at + words].view(dtype).view(shape)
+
+    def _parts(self, block: Ints) -> dict[str, np.ndarray[Any, Any]]:
+        """The same of all places, on the host."""
+        return {
+            name: block[at : at + math.prod(shape) * dtype.itemsize // 4]
+            .view(np.int64 if dtype is torch.int64 else np.int32)
+            .reshape(shape)
+            for name, (at, dtype, shape) in self._places.items()
+        }
 
     def _write_indices(
         self,

@@ -58,11 +58,12 @@ class TokenGroups:
     @staticmethod
     def of(slot_of: Ints) -> TokenGroups:
         """`slot_of`: the slot of each token, -1 for the base model."""
-        order = np.argsort(slot_of, kind="stable").astype(np.int32)
-        slots, starts, counts = np.unique(slot_of[order], return_index=True, return_counts=True)
-        return TokenGroups(
-            order, slots.astype(np.int32), counts.astype(np.int32), starts.astype(np.int32)
-        )
+        order = np.argsort(slot_of.astype(np.int16), kind="stable").astype(np.int32)
+        each = np.bincount(slot_of + 1)
+        (used,) = each.nonzero()
+        counts: Ints = each[used].astype(np.int32)
+        starts: Ints = (np.cumsum(counts) - counts).astype(np.int32)
+        return TokenGroups(order, (used - 1).astype(np.int32), counts, starts)
 
     def tiles(self, rows: int) -> tuple[Ints, Ints]:
         """The slot of each tile, and its tokens: int32 [tiles] and [tiles, rows], -1 where a tile
@@ -80,10 +81,15 @@ class TokenGroups:
         return np.repeat(slots, tiles), rows_of.reshape(count, rows)
 
 
-def slots_of(ids: Sequence[int] | NDArray[np.integer], slot_by_id: dict[int, int]) -> Ints:
-    """The slot of each adapter id; 0 and less are the base model (-1). Raises KeyError for an id
-    that is in no slot.
+def slots_of(ids: Sequence[int], id_of: Sequence[int | None]) -> Ints:
+    """The slot of each of these adapter ids; 0 is the base model (-1). `id_of` has the id of each
+    slot. Raises KeyError for an id that is in no slot.
     """
-    distinct, which = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
-    slots = [slot_by_id[i] if i > 0 else -1 for i in distinct.tolist()]
-    return np.asarray(slots, np.int32)[which.reshape(-1)]
+    slot_by_id = sorted([(0, -1), *((i, slot) for slot, i in enumerate(id_of) if i is not None)])
+    known, slots = (np.array(column) for column in zip(*slot_by_id, strict=True))
+    wanted = np.asarray(ids, dtype=np.int64)
+    at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+    if (known[at] != wanted).any():
+        raise KeyError(f"no slot has the adapter {wanted[known[at] != wanted][0]}")
+    found: Ints = slots.astype(np.int32)[at]
+    return found

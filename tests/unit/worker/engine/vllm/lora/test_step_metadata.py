@@ -32,7 +32,8 @@ def test_there_are_tiles_for_the_worst_mix_of_adapters() -> None:
 
 
 def test_an_adapter_without_a_slot_is_an_error_and_no_base_model() -> None:
-    assert slots_of([7, 0, 9, 7], {7: 2, 9: 0}).tolist() == [2, -1, 0, 2]
-    assert slots_of([], {}).tolist() == []
-    with pytest.raises(KeyError):
-        slots_of([8], {7: 2})
+    assert slots_of([7, 0, 9, 7], [9, None, 7]).tolist() == [2, -1, 0, 2]
+    assert slots_of([], [None]).tolist() == []
+    for stranger in (8, 1, 99, -1):
+        with pytest.raises(KeyError):
+            slots_of([7, stranger], [9, None, 7])
