@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from pathlib import Path
 
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import AdapterNotFound
@@ -82,11 +82,19 @@ class AdapterFetcher:
         assert self._store is not None
         find_s = clock() - start
         peers = self._sources(ref, hint.peers)
-        read_ahead = partial(self._engine.read_ahead, ref, int_id) if ahead else nothing
+        read: list[Path] = []
+
+        def on_brought(files: Path) -> None:
+            read.append(files)
+            self._engine.read_ahead(ref, int_id, files)
+
         try:
-            cached = await self._cache.fetch(ref, stored, self._store, check, peers, read_ahead)
+            cached = await self._cache.fetch(
+                ref, stored, self._store, check, peers, on_brought if ahead else nothing
+            )
         except BaseException:
-            self._engine.forget(int_id)
+            if read:
+                self._engine.forget(int_id)
             raise
         self._note_fetch(ref, cached, find_s)
         check_s = cached.times.validate_s

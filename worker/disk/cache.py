@@ -329,7 +329,7 @@ class DiskCache:
             await download.resume(self._threads)
             await download.bring()
             brought = clock()
-            if not download.peer_bytes:
+            if download.from_store_alone:
                 job.on_brought(partial / FILES)
             facts = await self._settle(partial / FILES, check, download)
             checked = clock()

@@ -99,6 +99,11 @@ class Download:
         self.peer_s = clock() - start if self._job.peers else 0.0
         await self._ask_store()
 
+    @property
+    def from_store_alone(self) -> bool:
+        """Whether every part came from the store, in this try."""
+        return not self.parts.keys() - self._from_store
+
     async def doubt(self) -> bool:
         """The files turned out to be invalid. If some parts did not come from the store, downloads
         those again from the store and returns True.

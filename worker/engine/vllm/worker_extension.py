@@ -168,7 +168,12 @@ class _RankSlots:
         ):
             raise RuntimeError("No slot is free.")  # vLLM would take a slot that may be in use
         if self.writer.activate(int_id):
-            self.staging.later(self.writer.make_all_copies)
+            self.staging.later(self._make_copies)
+
+    def _make_copies(self) -> None:
+        """For one slot at a time, so that adapters can be prepared in between."""
+        if self.writer.make_next_copies():
+            self.staging.later(self._make_copies)
 
 
 class _StagingArea:

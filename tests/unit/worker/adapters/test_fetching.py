@@ -10,7 +10,7 @@ import pytest
 
 from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import AdapterRef
-from shared.errors import InvalidAdapter
+from shared.errors import AdapterNotFound, InvalidAdapter
 from shared.stores.local import LocalStore
 from worker.adapters.fetching import AdapterFetcher, FetchHint
 from worker.adapters.load_times import LoadTimes
@@ -102,6 +102,23 @@ async def test_files_that_were_there_are_not_read_ahead(tmp_path: Path) -> None:
     await one.fetch(ahead=False)
     await one.fetch()
     assert all(what == "check" for what, _ in one.engine.told)
+
+
+async def test_a_download_that_failed_before_it_was_whole_leaves_nothing_to_forget(
+    tmp_path: Path,
+) -> None:
+    one = OneAdapter(tmp_path)
+    stored = await one.store.find("a")
+    assert stored is not None
+    (tmp_path / "store" / "a" / WEIGHTS).write_bytes(b"others")
+    one.store.find = lambda name: _at_once(stored)  # type: ignore[method-assign]
+    with pytest.raises(AdapterNotFound):
+        await one.fetch()
+    assert one.engine.told == []
+
+
+async def _at_once(stored: Any) -> Any:
+    return stored
 
 
 async def test_bytes_of_peers_are_checked_first(tmp_path: Path) -> None:

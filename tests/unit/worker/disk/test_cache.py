@@ -440,3 +440,29 @@ async def test_shared_lanes_are_given_back_whether_a_transfer_ends_well_or_not(h
         with contextlib.suppress(StoreUnavailable):
             await store.fetch(stored, into, Transfer(budget=budget))
         assert budget.free == 2
+
+
+async def test_files_are_shown_before_their_check_only_if_all_came_from_the_store_just_now(
+    host: Host,
+) -> None:
+    """The check may ask for other parts once more."""
+    host.put("whole", os.urandom(3 * PART))
+    host.put("cut", os.urandom(9 * PART))
+    shown: list[Path] = []
+
+    def note(files: Path) -> None:
+        assert not host.checked and (files / WEIGHTS).is_file()
+        shown.append(files)
+
+    ref, stored = await host.look_up("cut")
+    store = host.store()
+    store.limit, store.failure = 6, unavailable(StoreProblem.FAILED, "down")
+    with pytest.raises(StoreUnavailable):
+        await host.cache().fetch(ref, stored, store, host.check, (), note)
+    await host.cache().fetch(ref, stored, host.store(), host.check, (), note)
+    assert not shown, "it went on from an earlier try"
+    host.checked.clear()
+    ref, stored = await host.look_up("whole")
+    await host.cache().fetch(ref, stored, host.store(), host.check, (), note)
+    await host.cache().fetch(ref, stored, host.store(), host.check, (), note)
+    assert len(shown) == 1, "the second time they were there"

@@ -83,7 +83,7 @@ class SlotWriter:
 
     def activate(self, int_id: int) -> bool:
         """Does what vLLM's activate_adapter does. Raises what that raises. Returns whether a layout
-        became known, whose copies `make_all_copies` can make.
+        became known, whose copies `make_next_copies` can make.
         """
         manager, learned = self._manager, False
         if int_id in manager._active_adapters:
@@ -119,16 +119,20 @@ class SlotWriter:
         self._holds[slot] = layout
         return learned
 
-    def make_all_copies(self) -> None:
-        """Makes the copies into each slot, which take a few ms for each. It is called in another
-        thread than the steps, and leaves them the interpreter in between.
+    def make_next_copies(self) -> bool:
+        """Makes the copies into one slot, which takes a few ms. It is called in another thread than
+        the steps, and leaves them the interpreter afterwards. Returns False if there are all.
         """
         for layout, places, copies_of in list(self._known.values()):
-            for slot in range(len(self._holds)):
-                if slot not in copies_of:
-                    with suppress(torch.OutOfMemoryError):
-                        copies_of[slot] = self._into(places, layout.elements, slot)
-                    time.sleep(PAUSE_S)
+            slot = next((n for n in range(len(self._holds)) if n not in copies_of), None)
+            if slot is not None:
+                try:
+                    copies_of[slot] = self._into(places, layout.elements, slot)
+                except torch.OutOfMemoryError:
+                    return False
+                time.sleep(PAUSE_S)
+                return True
+        return False
 
     def _tell(self, slot: int, storages: set[int] | None) -> None:
         if self._presence is not None:
