@@ -60,6 +60,15 @@ def audit(
     return len(repeated), held, same, any(not torch.equal(a[0], a[1]) for a in ours), told
 
 
+def told_of_heads(worker: Any) -> list[int]:
+    """In how many slots an adapter has a head, and of how many of them the kernels are told."""
+    slots = worker._loraplex()
+    presence, heads = slots.writer._presence, gpu_lora.heads(slots.manager)
+    (row,) = {presence.row(a[0]) for a, _ in heads}
+    there = [bool(b[0][slot].any()) for _, b in heads for slot in range(slots.manager.lora_slots)]
+    return [sum(there), int(presence.on_device[row].ne(0).sum())]
+
+
 def adapted_layers(manager: Any) -> list[tuple[Any, Any]]:
     return gpu_lora.linear_layers(manager) + gpu_lora.heads(manager)
 

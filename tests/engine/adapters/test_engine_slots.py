@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from examples.demo.styles import HELD_OUT
 from tests.harness import DEMO, ROOT, demo_config
@@ -36,11 +38,11 @@ class Reply:
     def more(self, data, end, tokens=b""): pass
     def progress(self, tokens): pass
 
-async def main(config, question, pirate, shouting, unfit, gone):
+async def main(config, question, pirate, shouting, unfit, gone, head):
     engine = open_engine(LLMConfig(**config))
     facts = await engine.start()
-    folders = [pirate, shouting, unfit, pirate, gone]
-    a, b, bad, c, missing = [
+    folders = [pirate, shouting, unfit, pirate, gone, head]
+    a, b, bad, c, missing, of_head = [
         Loaded(AdapterRef("demo", f"a{i}", "d"), i, Path(f), 8, 0)
         for i, f in enumerate(folders, 1)
     ]
@@ -85,6 +87,10 @@ async def main(config, question, pirate, shouting, unfit, gone):
     await engine.prepare(b)
     assert not await swap((b,))
     said["fifth"] = [await text(b)]
+    await engine.prepare(of_head)
+    assert not await swap((of_head,), (c,))
+    said["head"] = await engine._engine.collective_rpc(slot_audit.told_of_heads)
+    assert not await swap((c,), (), (of_head,))
     folders = {c.int_id: pirate, b.int_id: shouting}
     said["audit"] = await engine._engine.collective_rpc(slot_audit.audit, args=(folders,))
     await engine.stop()
@@ -106,6 +112,7 @@ async def hear(tmp_path: Path, **engine: Any) -> dict[str, Any]:
         str(DEMO / "adapters" / "shouting"),
         str(unfit),
         str(tmp_path / "no" / "such"),
+        str(adapter_of_the_head(tmp_path / "head")),
     ]
     model = json.dumps(
         demo_config(max_loras=2, engine={"max_lora_rank": 8, **engine})["llm_configs"][0]
@@ -126,6 +133,25 @@ async def hear(tmp_path: Path, **engine: Any) -> dict[str, Any]:
     return said
 
 
+def adapter_of_the_head(folder: Path) -> Path:
+    """It changes nothing but the head of the demo model."""
+    base = json.loads((DEMO / "model" / "config.json").read_text())
+    config = json.loads((DEMO / "adapters" / "pirate" / "adapter_config.json").read_text())
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config, "r": 8, "target_modules": ["lm_head"]})
+    )
+    shapes = {"A": (8, base["hidden_size"]), "B": (base["vocab_size"], 8)}
+    save_file(
+        {
+            f"base_model.model.lm_head.lora_{half}.weight": torch.ones(n)
+            for half, n in shapes.items()
+        },
+        folder / "adapter_model.safetensors",
+    )
+    return folder
+
+
 def check(said: dict[str, Any], tmp_path: Path, ranks: int = 1) -> None:
     assert said["slots"] == 2 and said["start"] == [[], [[]] * ranks]
     assert said["prepared"] == [[], [[]] * ranks], "prepared beside the slots"
@@ -142,11 +168,12 @@ def check(said: dict[str, Any], tmp_path: Path, ranks: int = 1) -> None:
     )
     assert said["third"] == [pirate] and said["fourth"] == [pirate]
     assert said["fifth"] == [shouting]
+    assert said["head"] == [[1, 1]] * ranks, "it alone has a head, and a GPU is told so"
     told = [rank.pop() for rank in said["audit"]]
     assert all(missed == 0 < both for missed, both in told), (
         "what a GPU's kernels are not told of answers like the base"
     )
-    assert said["audit"] == [[5, [4, 2], True, True]] * ranks, (
+    assert said["audit"] == [[6, [4, 2], True, True]] * ranks, (
         "all but the first went a known way, into whatever slot, and what lies there "
         "is bit for bit what vLLM alone would have put there"
     )
