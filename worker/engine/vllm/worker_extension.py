@@ -133,7 +133,7 @@ class _RankSlots:
             their slots before their requests come.
             """
             active = self.manager._active_adapters
-            if not all(request.lora_int_id in active for request in requests):
+            if not all(request.lora_int_id in active for request in requests if request):
                 apply(requests)
 
         lora_manager._apply_adapters = apply_adapters
