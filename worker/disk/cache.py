@@ -163,23 +163,24 @@ class DiskCache:
         """
         key = entry_key(ref)
         entry, partial = self._cache_folder.entry(key), self._cache_folder.partial(key)
-        manifest = layout.read_manifest(entry)
-        if manifest is not None and manifest.ref == ref:
-            parts = {
-                (file.path, number): sha256
-                for file in manifest.files
-                for number, sha256 in enumerate(file.parts)
-            }
-            return CachedOnDisk(entry / FILES, parts, None)
-        underway = self._underway.get(key)
-        if underway is None:
-            return None
-        stored, began = underway
-        return CachedOnDisk(
-            partial / FILES,
-            DownloadJournal(partial, stored).listed_parts(),
-            layout.moved_at(partial) or began,
-        )
+        underway = self._underway.get(key)  # first: what is over is published
+        for _ in range(2):  # it may be published between a look at the one and at the other
+            manifest = layout.read_manifest(entry)
+            if manifest is not None and manifest.ref == ref:
+                parts = {
+                    (file.path, number): sha256
+                    for file in manifest.files
+                    for number, sha256 in enumerate(file.parts)
+                }
+                return CachedOnDisk(entry / FILES, parts, None)
+            if underway is None:
+                return None
+            listed = DownloadJournal(partial, underway[0]).listed_parts()
+            moved_at = layout.moved_at(partial)
+            if moved_at is not None:
+                return CachedOnDisk(partial / FILES, listed, moved_at)
+        assert underway is not None
+        return CachedOnDisk(partial / FILES, {}, underway[1])
 
     async def fetch(
         self,

@@ -169,10 +169,9 @@ class _PeerServer:
         part = want.offset // transfer.PART_BYTES
         if not (0 < want.size_bytes <= peer_rules.PIECE_BYTES and want.offset >= 0):
             return PieceNotHere(want.number)
-        began = clock()
+        began = known_at = clock()
         while True:
             there = await self._look(want.adapter)
-            waited_s = clock() - began
             if there is not None and (sha256 := there.parts.get((want.path, part))):
                 data = await self._read(there.files / want.path, want)
                 if data is not None:
@@ -180,15 +179,20 @@ class _PeerServer:
                 # the file was removed, or was moved from partial/ to entries/ just now
                 self._known.pop(entry_key(want.adapter), None)
                 there = None
+            now = clock()
             if there is None:
-                if waited_s > peer_rules.GRACE_S:
+                # not since it began: a part that it has waited for may be on the move just now
+                if now - known_at > peer_rules.GRACE_S:
                     return PieceNotHere(want.number)
-            elif (
+                await asyncio.sleep(LOOK_S)
+                continue
+            known_at = now
+            if (
                 there.moved_at is None
                 or (idle_s := time.time() - there.moved_at) > peer_rules.IDLE_S
             ):
                 return PieceNotHere(want.number)
-            elif waited_s > peer_rules.HOLD_S:
+            if now - began > peer_rules.HOLD_S:
                 return PieceNotYet(want.number, max(0.0, idle_s))
             await asyncio.sleep(LOOK_S)
 
