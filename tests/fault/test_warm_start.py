@@ -21,6 +21,13 @@ async def tier_of(c: Cluster, name: str) -> str:
     return headers["x-loraplex-adapter-tier"]
 
 
+async def listed(c: Cluster) -> None:
+    """The gateway knows the store's adapters. Before, it cannot name those that are preloaded."""
+    async with asyncio.timeout(LIMIT_S):
+        while (await c.get("/v1/models"))[1]["data"][-1]["id"] == "sim":
+            await asyncio.sleep(0.02)
+
+
 async def serving_from_the_begin(c: Cluster, name: str) -> float:
     """Adapters in the worker's slots in the first state that shows that it serves."""
     await c.start_worker(name)
@@ -79,9 +86,7 @@ async def test_what_is_pinned_or_preloaded_is_there_before_the_first_request(
     adapters: Path, tmp_path: Path
 ) -> None:
     async with cluster(config(adapters, pin=["a"], preload=["b"]), tmp_path) as c:
-        async with asyncio.timeout(LIMIT_S):
-            while (await c.get("/v1/models"))[1]["data"][-1]["id"] == "sim":
-                await asyncio.sleep(0.02)
+        await listed(c)
         assert await serving_from_the_begin(c, "w0") == 2
 
 
@@ -89,6 +94,7 @@ async def test_a_gateway_that_says_nothing_holds_no_worker_back(
     adapters: Path, tmp_path: Path
 ) -> None:
     async with cluster(config(adapters, preload=["a"]), tmp_path) as c:
+        await listed(c)
         async with asyncio.timeout(LIMIT_S):
             await c.start_worker("w0", gateways=[f"ipc://{tmp_path}/nobody"])
         assert await tier_of(c, "a") == "gpu"
