@@ -218,7 +218,7 @@ def _create(path: Path) -> None:
     """Makes the file as a whole, so that no other process finds it without its table. Of several
     that do so at once, one wins.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex}")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     draft.touch(mode=0o600)
     try:
         with contextlib.closing(_connect(draft)) as connection:

@@ -184,16 +184,15 @@ class _PeerServer:
                 # not since it began: a part that it has waited for may be on the move just now
                 if now - known_at > peer_rules.GRACE_S:
                     return PieceNotHere(want.number)
-                await asyncio.sleep(LOOK_S)
-                continue
-            known_at = now
-            if (
-                there.moved_at is None
-                or (idle_s := time.time() - there.moved_at) > peer_rules.IDLE_S
-            ):
-                return PieceNotHere(want.number)
-            if now - began > peer_rules.HOLD_S:
-                return PieceNotYet(want.number, max(0.0, idle_s))
+            else:
+                known_at = now
+                if (
+                    there.moved_at is None
+                    or (idle_s := time.time() - there.moved_at) > peer_rules.IDLE_S
+                ):
+                    return PieceNotHere(want.number)
+                if now - began > peer_rules.HOLD_S:
+                    return PieceNotYet(want.number, max(0.0, idle_s))
             await asyncio.sleep(LOOK_S)
 
     async def _look(self, ref: AdapterRef) -> CachedOnDisk | None:

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from worker.engine.vllm.lora.step_metadata import LARGE_TILE_ROWS, SMALL_TILE, most_tiles
+from worker.engine.vllm.lora.step_metadata import LARGE_ROWS, SMALL_ROWS, SMALL_TOKENS, most_tiles
 
 MAX_SPLITS = 32
 PROGRAMS = 528
@@ -55,12 +55,12 @@ class Scratch:
         tokens: int, slots: int, slices: int, rank: int, device: Any, programs: int = PROGRAMS
     ) -> Scratch:
         """For launches of up to `tokens` tokens and `slices` slices."""
-        small = min(tokens, SMALL_TILE.most_tokens)
-        groups = [n * slices for n in range(1, most_tiles(small, slots, SMALL_TILE.rows) + 1)]
-        values = max(n * splits(n, programs) for n in groups) * SMALL_TILE.rows
+        small = min(tokens, SMALL_TOKENS)
+        groups = [n * slices for n in range(1, most_tiles(small, slots, SMALL_ROWS) + 1)]
+        values = max(n * splits(n, programs) for n in groups) * SMALL_ROWS
         if tokens > small:
-            groups.append(most_tiles(tokens, slots, LARGE_TILE_ROWS) * slices)
-            values = max(values, groups[-1] * LARGE_SPLITS * LARGE_TILE_ROWS)
+            groups.append(most_tiles(tokens, slots, LARGE_ROWS) * slices)
+            values = max(values, groups[-1] * LARGE_SPLITS * LARGE_ROWS)
         return Scratch(
             torch.empty(values * _padded(rank), dtype=torch.float32, device=device),
             torch.zeros(MAX_SPLITS.bit_length(), max(groups), dtype=torch.int32, device=device),
@@ -99,7 +99,7 @@ def add_lora(
     slots, rank, columns = a[0].shape[0], a[0].shape[-2], [t.shape[-2] for t in b]
     rows, padded = rows_of.shape[1], _padded(rank)
     count = most_tiles(tokens, slots, rows) * len(b)
-    parts = LARGE_SPLITS if rows == LARGE_TILE_ROWS else splits(count, programs)
+    parts = LARGE_SPLITS if rows == LARGE_ROWS else splits(count, programs)
     parts = launch.pop("splits", parts)
     if parts > 1 and scratch.partial.numel() < count * parts * rows * padded:
         raise ValueError(f"the scratch is too small for {count} times {parts} programs")

@@ -19,7 +19,7 @@ import torch
 
 from worker.engine.vllm.lora.presence import Presence
 from worker.engine.vllm.lora.step_block import StepBlock
-from worker.engine.vllm.lora.step_metadata import SMALL_TILE, rows_of_a_tile
+from worker.engine.vllm.lora.step_metadata import SMALL_ROWS, rows_of_a_tile
 
 TYPES = (torch.float16, torch.bfloat16)
 
@@ -175,13 +175,12 @@ def _lora_linear(
         return
     from worker.engine.vllm.lora import gpu_kernel
 
-    small = rows_of_a_tile(tokens) == SMALL_TILE.rows
     gpu_kernel.add_lora(
         y,
         x if x.stride(1) == 1 else x.contiguous(),
         tuple(a),
         tuple(b),
-        tiles[:2] if small else tiles[2:],
+        tiles[:2] if rows_of_a_tile(tokens) == SMALL_ROWS else tiles[2:],
         _Layers.presence.on_device[row],
         _Layers.scratch,
     )

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from worker.engine.vllm.lora.step_metadata import (
-    LARGE_TILE_ROWS,
-    SMALL_TILE,
+    LARGE_ROWS,
+    SMALL_ROWS,
+    SMALL_TOKENS,
     Ints,
     TokenGroups,
     most_tiles,
@@ -26,6 +27,21 @@ from worker.engine.vllm.lora.step_metadata import (
 
 ALIGN = 32
 """int32 values. Triton compiles a kernel anew for addresses of another alignment."""
+
+
+INDICES = (
+    "_token_lora_indices",
+    "_sampler_indices",
+    "_sampler_indices_padded",
+    "_embeddings_indices",
+)
+META = (
+    "token_lora_mapping",
+    "token_indices_sorted_by_lora_ids",
+    "active_lora_ids",
+    "num_tokens_per_lora",
+    "lora_token_start_loc",
+)
 
 
 class StepMapping(Protocol):
@@ -49,13 +65,10 @@ class StepBlock:
         for name, tensor in old.items():
             self._place(name, tensor.dtype, tuple(tensor.shape))
         tokens = len(wrapper._token_lora_indices)
-        for size, rows, most in (
-            ("small", SMALL_TILE.rows, min(tokens, SMALL_TILE.most_tokens)),
-            ("large", LARGE_TILE_ROWS, tokens),
-        ):
+        for rows, most in ((SMALL_ROWS, min(tokens, SMALL_TOKENS)), (LARGE_ROWS, tokens)):
             tiles = most_tiles(most, slots, rows)
-            self._place(f"{size}.slots", torch.int32, (tiles,))
-            self._place(f"{size}.rows", torch.int32, (tiles, rows))
+            self._place(f"slots of {rows}", torch.int32, (tiles,))
+            self._place(f"tiles of {rows}", torch.int32, (tiles, rows))
         self._block = torch.full((self._size,), -1, dtype=torch.int32, device=wrapper.device)
         on_device = {name: self._view(self._block, name) for name in self._places}
         for name, tensor in old.items():
@@ -63,7 +76,9 @@ class StepBlock:
             of, _, attribute = name.rpartition(".")
             setattr(meta[of] if of else wrapper, attribute, on_device[name])
         self.tiles = [
-            on_device[f"{size}.{part}"] for size in ("small", "large") for part in ("slots", "rows")
+            on_device[f"{part} of {rows}"]
+            for rows in (SMALL_ROWS, LARGE_ROWS)
+            for part in ("slots", "tiles")
         ]
 
     def update(
@@ -81,14 +96,11 @@ class StepBlock:
         self._write_indices(values, tokens, prompts, max_loras, vocab_size)
         groups = self._write_meta(values, "token", tokens)
         self._write_meta(values, "prompt", prompts)
-        for size, rows, most in (
-            ("small", SMALL_TILE.rows, SMALL_TILE.most_tokens),
-            ("large", LARGE_TILE_ROWS, len(tokens)),
-        ):
-            if len(tokens) <= most:
-                slots, rows_of = groups.tiles(rows)
-                values[f"{size}.slots"][: len(slots)] = slots
-                values[f"{size}.rows"][: len(slots)] = rows_of
+        # A step of few tokens may be made longer, up to a graph's size, so it has both kinds.
+        for rows in (SMALL_ROWS, LARGE_ROWS) if len(tokens) <= SMALL_TOKENS else (LARGE_ROWS,):
+            slots, tiles = groups.tiles(rows)
+            values[f"slots of {rows}"][: len(slots)] = slots
+            values[f"tiles of {rows}"][: len(slots)] = tiles
         self._block.copy_(host, non_blocking=True)
         return [slot for slot in groups.slots.tolist() if slot >= 0]
 
@@ -150,18 +162,3 @@ class StepBlock:
         values[f"{of}.num_tokens_per_lora"][:found] = groups.counts[:found]
         values[f"{of}.lora_token_start_loc"][1 : found + 1] = np.cumsum(groups.counts[:found])
         return groups
-
-
-INDICES = (
-    "_token_lora_indices",
-    "_sampler_indices",
-    "_sampler_indices_padded",
-    "_embeddings_indices",
-)
-META = (
-    "token_lora_mapping",
-    "token_indices_sorted_by_lora_ids",
-    "active_lora_ids",
-    "num_tokens_per_lora",
-    "lora_token_start_loc",
-)

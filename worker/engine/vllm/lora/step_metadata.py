@@ -18,25 +18,17 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """Steps of up to `most_tokens` tokens have tiles of `rows` tokens."""
-
-    rows: int
-    most_tokens: int
-
-
-SMALL_TILE = Tiling(16, 512)
-"""As an engine decodes: many adapters, few tokens each. Tensor cores multiply no fewer rows. The
-largest of vLLM's CUDA graphs has so many tokens.
+SMALL_TOKENS = 512
+"""Tokens of the largest of vLLM's CUDA graphs. Steps of up to so many tokens have small tiles."""
+SMALL_ROWS, LARGE_ROWS = 16, 64
+"""Tokens of a tile: as an engine decodes (many adapters, few tokens each; tensor cores multiply no
+fewer rows), and as it reads prompts.
 """
-LARGE_TILE_ROWS = 64
-"""As it reads prompts."""
 
 
 def rows_of_a_tile(tokens: int) -> int:
     """The rows of the tiles that a launch for so many tokens uses."""
-    return SMALL_TILE.rows if tokens <= SMALL_TILE.most_tokens else LARGE_TILE_ROWS
+    return SMALL_ROWS if tokens <= SMALL_TOKENS else LARGE_ROWS
 
 
 def most_tiles(tokens: int, slots: int, rows: int) -> int:
