@@ -60,6 +60,11 @@ def audit(
     return len(repeated), held, same, any(not torch.equal(a[0], a[1]) for a in ours), told
 
 
+def staged(worker: Any) -> list[int]:
+    """The adapters that were read and wait for a slot."""
+    return sorted(worker._loraplex().staging._ready)
+
+
 def told_of_heads(worker: Any) -> list[int]:
     """In how many slots an adapter has a head, and of how many of them the kernels are told."""
     slots = worker._loraplex()

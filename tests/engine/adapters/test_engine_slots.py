@@ -20,7 +20,7 @@ from examples.demo.styles import HELD_OUT
 from tests.harness import DEMO, ROOT, demo_config
 
 PROGRAM = """
-import asyncio, json, sys
+import asyncio, json, shutil, sys
 from pathlib import Path
 from shared.adapters.identity import AdapterRef
 from shared.config.llm import LLMConfig
@@ -91,6 +91,25 @@ async def main(config, question, pirate, shouting, unfit, gone, head):
     assert not await swap((of_head,), (c,))
     said["head"] = await engine._engine.collective_rpc(slot_audit.told_of_heads)
     assert not await swap((c,), (), (of_head,))
+    async def staged_are(*int_ids):
+        ranks = []
+        async with asyncio.timeout(60):
+            while not ranks or any(rank != list(int_ids) for rank in ranks):
+                ranks = await engine._engine.collective_rpc(slot_audit.staged)
+    moving, moved = Path(head).with_name("partial"), Path(head).with_name("entry")
+    shutil.copytree(pirate, moving)
+    engine.read_ahead(AdapterRef("demo", "a7", "d"), 7, moving)
+    engine.read_ahead(AdapterRef("demo", "a8", "d"), 8, moving)
+    await staged_are(7, 8)
+    engine.forget(7)
+    await staged_are(8)
+    moving.rename(moved)
+    (moved / "adapter_model.safetensors").unlink()  # what was read is used, and nothing again
+    ahead = Loaded(AdapterRef("demo", "a8", "d"), 8, moved, 8, 0)
+    await engine.prepare(ahead)
+    assert not await swap((ahead,), (c,))
+    said["ahead"] = await text(ahead)
+    assert not await swap((c,), (), (ahead,))
     folders = {c.int_id: pirate, b.int_id: shouting}
     said["audit"] = await engine._engine.collective_rpc(slot_audit.audit, args=(folders,))
     await engine.stop()
@@ -168,12 +187,13 @@ def check(said: dict[str, Any], tmp_path: Path, ranks: int = 1) -> None:
     )
     assert said["third"] == [pirate] and said["fourth"] == [pirate]
     assert said["fifth"] == [shouting]
+    assert said["ahead"] == pirate, "read before it was checked, and served from that"
     assert said["head"] == [[1, 1]] * ranks, "it alone has a head, and a GPU is told so"
     told = [rank.pop() for rank in said["audit"]]
     assert all(missed == 0 < both for missed, both in told), (
         "what a GPU's kernels are not told of answers like the base"
     )
-    assert said["audit"] == [[6, [4, 2], True, True]] * ranks, (
+    assert said["audit"] == [[8, [4, 2], True, True]] * ranks, (
         "all but the first went a known way, into whatever slot, and what lies there "
         "is bit for bit what vLLM alone would have put there"
     )
