@@ -331,7 +331,7 @@ class GatewaySession:
         if end.channel.window_bytes <= ROOM_BYTES:
             self._has_room.set()
 
-    def _deliver(self, body: bytes) -> None:
+    def _deliver(self, body: memoryview) -> None:
         """Hands over one message that the channel has delivered in order."""
         try:
             message = messages.decode_gateway_data(body)

@@ -173,7 +173,9 @@ class PlayedGateway:
     def packet(self, message: messages.WorkerData) -> bytes:
         self._number += 1
         body = messages.encode(message)
-        return messages.encode(messages.DataPacket(self._channel, self._number, self._acked, body))
+        return messages.encode(
+            messages.DataPacket(self._channel, self._number, self._acked, memoryview(body))
+        )
 
     def arrive(self, packets: Sequence[bytes]) -> None:
         """The worker's packets arrive."""

@@ -20,7 +20,7 @@ def test_taking_steps_off_a_channel(per_unit: PerUnit, streams: int) -> None:
     frames: list[messages.Frame] = [(1000 + n, 0, EVENT, b"") for n in range(streams)]
     step = messages.encode(messages.Step(frames))
     packets = [
-        messages.encode(messages.DataPacket(1 << 31, number + 1, 1 << 20, step))
+        messages.encode(messages.DataPacket(1 << 31, number + 1, 1 << 20, memoryview(step)))
         for number in range(STEPS)
     ]
     assert len(packets[-1]) / len(step) < MAX_RATIO[streams]

@@ -52,7 +52,7 @@ class LinkEnd:
         channel: int,
         send_data: Send,
         send_control: Send,
-        deliver: Callable[[bytes], None],
+        deliver: Callable[[memoryview], None],
         now: float,
     ) -> None:
         self.channel = Channel(channel)

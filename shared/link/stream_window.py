@@ -98,7 +98,7 @@ class Channel:
         self.window_bytes += len(body)
         self.sent += 1
         self._confirm()
-        return DataPacket(self.id, self.sent, self.delivered, body)
+        return DataPacket(self.id, self.sent, self.delivered, memoryview(body))
 
     def take_back(self) -> None:
         """Undoes the last `send`, whose packet did not leave."""
@@ -159,7 +159,7 @@ class Channel:
         if self._resends:
             first = self.acknowledged + 1
             packets += [
-                DataPacket(self.id, number, self.delivered, body)
+                DataPacket(self.id, number, self.delivered, memoryview(body))
                 for number, body in enumerate(self._unconfirmed, first)
             ]
             self.resent += len(packets)

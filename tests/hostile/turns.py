@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import mmap
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 from tests.harness import Cluster
@@ -15,9 +16,11 @@ from tests.hostile.attacks import corpus
 
 ANSWER_S = 30.0
 HOLD_MS = 50.0
-"""On a core that needs YARDSTICK_MS for the yardstick, and in proportion on a slower one."""
-YARDSTICK_MS = 10.0
+"""On a core that needs JSON_MS and COPY_MS for the yardsticks; in proportion on a slower one."""
+JSON_MS, COPY_MS = 10.0, 15.0
 YARDSTICK, TIMES = [{"role": "user", "content": "words", "n": n} for n in range(1000)], 12
+COPIED = bytes(20_000_000)
+"""As long as the largest body. On some machines new memory costs more than what is done with it."""
 AGAIN = 2
 """How often a turn that was too long is tried again. A garbage collection, or a cache that a
 neighbour has emptied, is not caused by the attack.
@@ -28,14 +31,27 @@ def hold_ms() -> float:
     """How long a turn may be on this machine, as it is now. A neighbour on the other half of a core
     makes all CPU time longer, also that of the yardstick.
     """
-    return HOLD_MS * max(1.0, min(_yardstick_ms() for _ in range(3)) / YARDSTICK_MS)
+    slower = [min(_ms(yardstick) for _ in range(3)) / ms for yardstick, ms in YARDSTICKS]
+    return HOLD_MS * max(1.0, *slower)
 
 
-def _yardstick_ms() -> float:
+def _ms(work: Callable[[], object]) -> float:
     before = time.thread_time()
+    work()
+    return (time.thread_time() - before) * 1e3
+
+
+def _read_json() -> None:
     for _ in range(TIMES):
         json.loads(json.dumps(YARDSTICK))
-    return (time.thread_time() - before) * 1e3
+
+
+def _copy() -> None:
+    with mmap.mmap(-1, len(COPIED)) as new:
+        new.write(COPIED)
+
+
+YARDSTICKS = ((_read_json, JSON_MS), (_copy, COPY_MS))
 
 
 async def longest_turns_ms(c: Cluster, data: bytes) -> dict[str, float]:

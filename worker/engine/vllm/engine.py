@@ -62,8 +62,9 @@ from worker.engine.base import (
 from worker.engine.hang_detection import EngineSigns
 from worker.engine.vllm import logprobs, patches
 from worker.engine.vllm.adapters import Adapters, lora_request
-from worker.engine.vllm.app import embedding_forms, pooling_batches
+from worker.engine.vllm.app import embedding_forms, large_bodies, pooling_batches
 from worker.engine.vllm.app.bridge import AppBridge
+from worker.engine.vllm.app.large_bodies import a_turn_for
 from worker.engine.vllm.arguments import serve_args
 from worker.engine.vllm.boot.engine_warm_up import Rehearsal
 from worker.engine.vllm.boot.stages import BootStages, boot_stages, failure_of, took_s
@@ -209,6 +210,7 @@ class VLLMEngine:
     async def _build_app(self, engine: ResumableLLM, supported: tuple[str, ...]) -> None:
         """Builds vLLM's own app for this engine, with adapters by version."""
         embedding_forms.install()
+        large_bodies.install()
         if "generate" not in self._tasks:
             pooling_batches.install()
         self._app = build_app(self._args, supported, engine.model_config)
@@ -262,6 +264,8 @@ class VLLMEngine:
         CREATED.set(call.created)
         PROGRESS.set(None)
         ANSWER_IDS.set(AnswerIds(call.answer_id) if call.answer_id else None)
+        # The message, the fast path and the app each read a large body. Each gets a turn for it.
+        await a_turn_for(call.body)
         # the fast path tells vLLM of no trace
         traced = bool(call.traceparent) and self._traces
         if self.fast is not None and not traced and await self.fast.serve(call, reply):

@@ -28,6 +28,7 @@ from worker.engine.base import EngineRequest, Reply, Storing
 from worker.engine.vllm.app.anthropic_errors import pass_errors
 from worker.engine.vllm.app.errors import event_in_our_shape, in_our_shape, refusal
 from worker.engine.vllm.app.json_pieces import CHUNK_BYTES
+from worker.engine.vllm.app.large_bodies import a_turn_for
 from worker.engine.vllm.app.responses import WORK, BackgroundWork, StoredResponses, with_id
 from worker.engine.vllm.app.written_answers import WRITTEN
 from worker.engine.vllm.resume.answer_progress import Progress
@@ -181,6 +182,7 @@ def _receive(call: EngineRequest, gone: asyncio.Event) -> Callable[[], Awaitable
         nonlocal unread
         if unread:
             unread = False
+            await a_turn_for(body)
             return {"type": "http.request", "body": body, "more_body": False}
         await gone.wait()
         return {"type": "http.disconnect"}
