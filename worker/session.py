@@ -353,7 +353,7 @@ class GatewaySession:
         end = self._end
         if stood_still or end is None:
             return
-        if end.path.heard and end.judge(now):
+        if end.path.heard and end.judge(now) and not self._silent:  # who has ended is not missed
             message = "carries again" if end.carries else "does not carry"
             log.warning("data connection %s", message, extra={"gateway": self.endpoint})
         if not end.carries and now - self._data_opened > REOPEN_S:

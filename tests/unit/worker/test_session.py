@@ -1,11 +1,20 @@
-"""A worker's outbox: what leaves together, and what leaves no more."""
+"""A worker's outbox: what leaves together, and what leaves no more. What a session says of a link
+that fell silent.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
 
 from shared.link import messages
-from worker.session import Outbox
+from shared.link.sockets import RouterSocket
+from worker.session import GatewaySession, Outbox
 
 
 class Taker:
@@ -60,3 +69,64 @@ async def test_a_channel_that_takes_no_more_is_over_and_its_owner_is_told_once()
     outbox.frame(1, messages.END, b"y")  # without what came before, it must not arrive
     await turns()
     assert told == [True] and not taker.steps
+
+
+class PlayedGateway:
+    """Welcomes each worker, and answers its pings until it `ends`."""
+
+    def __init__(self, context: zmq.Context[Any], folder: Path) -> None:
+        self.data = RouterSocket(context, f"ipc://{folder}/data", self._data_in)
+        self.control = RouterSocket(context, f"ipc://{folder}/control", self._control_in)
+        self.endpoint = f"ipc://{folder}/control"
+        self._peer = b""
+        self._answers = True
+
+    def greet(self, peer: bytes) -> None:
+        self._peer = peer
+        welcome = messages.Welcome("g0", self.data.endpoint, 30.0, 0.1, channel=7)
+        self.control.send(peer, messages.encode(welcome))
+
+    def end(self, *, farewell: bool) -> None:
+        self._answers = False
+        if farewell:
+            self.control.send(self._peer, messages.encode(messages.Farewell("g0")))
+
+    def close(self) -> None:
+        for link in (self.control, self.data):
+            link.close(0)
+
+    def _control_in(self, peer: bytes, data: bytes) -> None:
+        pass
+
+    def _data_in(self, peer: bytes, data: bytes) -> None:
+        packet = messages.decode_packet(data)
+        if self._answers and type(packet) is messages.ChannelStatus:
+            echo = messages.ChannelStatus(7, 0, packet.sent, ping=1, echo=packet.ping)
+            self.data.send(peer, messages.encode(echo))
+
+
+@pytest.mark.parametrize("farewell", [True, False], ids=["said farewell", "fell silent"])
+async def test_a_link_is_complained_of_unless_its_gateway_has_said_farewell(
+    farewell: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    context: zmq.Context[Any] = zmq.Context()
+    gateway = PlayedGateway(context, tmp_path)
+    session = GatewaySession(context, gateway.endpoint, "w0", 1, None)
+    try:
+        async with asyncio.timeout(30):
+            session.open(lambda _, __: None, lambda _, __: None)
+            while session._end is None:
+                gateway.greet(messages.identity("w0", 1))
+                await asyncio.sleep(0.01)
+            while not session._end.path.heard:
+                session._end.ping(asyncio.get_running_loop().time())
+                await asyncio.sleep(0.01)
+            gateway.end(farewell=farewell)
+            while session._end.carries:
+                await asyncio.sleep(0.01)
+    finally:
+        session.close()
+        gateway.close()
+        context.term()
+    assert ("does not carry" in caplog.text) is not farewell
