@@ -13,8 +13,8 @@ from shared.adapters.identity import AdapterRef
 from worker.session import GatewaySession
 
 ANSWER_S = 1.0
-"""How long the worker waits until each gateway has answered. A gateway that is down never
-answers.
+"""How long the worker waits until each gateway has answered. A gateway that is down never answers.
+One that is heard does, however busy it is.
 """
 
 
@@ -53,11 +53,16 @@ class InitialAdapters:
 
     async def wait(self, sessions: Callable[[], Iterable[GatewaySession]], most_s: float) -> float:
         """Waits until every gateway has answered and every load has ended, for at most `most_s`.
-        Returns the seconds that it took.
+        For gateways that are silent, ANSWER_S is enough. Returns the seconds that it took.
         """
         begin = time.monotonic()
+
+        def settled() -> bool:
+            heard = (session for session in sessions() if not session.silent)
+            return not self._open and self._answered.issuperset(heard)
+
         await self._until(lambda: self._answered.issuperset(sessions()), min(ANSWER_S, most_s))
-        await self._until(lambda: not self._open, begin + most_s - time.monotonic())
+        await self._until(settled, begin + most_s - time.monotonic())
         return time.monotonic() - begin
 
     async def _until(self, holds: Callable[[], bool], most_s: float) -> None:
@@ -65,4 +70,5 @@ class InitialAdapters:
             async with asyncio.timeout(most_s):
                 while not holds():
                     self._news.clear()
-                    await self._news.wait()
+                    with contextlib.suppress(TimeoutError):  # a gateway may fall silent meanwhile
+                        await asyncio.wait_for(self._news.wait(), ANSWER_S)

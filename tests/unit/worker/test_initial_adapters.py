@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any, cast
 
 from shared.adapters.identity import AdapterRef
@@ -10,7 +11,14 @@ from worker.initial_adapters import ANSWER_S, InitialAdapters
 from worker.session import GatewaySession
 
 LONG_S = 60.0
-G0, G1 = (cast(GatewaySession, object()) for _ in range(2))
+
+
+@dataclass(eq=False)
+class Gateway:
+    silent: bool
+
+
+G0, G1 = (cast(GatewaySession, Gateway(silent=True)) for _ in range(2))
 
 
 def refs(*names: str) -> list[AdapterRef]:
@@ -49,3 +57,17 @@ async def test_neither_a_silent_gateway_nor_a_load_without_end_is_waited_for_bey
     initial.receive(G0, refs("a"))
     initial.begun(-1)
     assert await initial.wait(lambda: [G0], 0.05) >= 0.05
+
+
+async def test_a_gateway_that_is_heard_is_waited_for_longer_until_it_falls_silent() -> None:
+    initial, busy, dying = InitialAdapters(2), Gateway(silent=False), Gateway(silent=False)
+    sessions = cast(list[GatewaySession], [busy, dying])
+    waiting = asyncio.create_task(initial.wait(lambda: sessions, LONG_S))
+    done, _ = await asyncio.wait([waiting], timeout=1.5 * ANSWER_S)
+    assert not done
+    initial.receive(sessions[0], refs("a"))
+    done, _ = await asyncio.wait([waiting], timeout=0.5 * ANSWER_S)
+    assert not done
+    dying.silent = True
+    async with asyncio.timeout(LONG_S):
+        assert await waiting < LONG_S
