@@ -52,7 +52,9 @@ def queue_bounds(settings: Settings) -> dict[str, QueueBound]:
 def dispatch_settings(settings: Settings) -> DispatchSettings:
     g = settings.gateway
     journals = JournalBounds(g.resume_max_tokens, g.resume_max_bytes)
-    return DispatchSettings(g.max_concurrent_requests, g.progress_s or 0.0, journals)
+    return DispatchSettings(
+        g.max_concurrent_requests, g.progress_s or 0.0, journals, g.http.max_open_body_bytes
+    )
 
 
 def request_limits(settings: Settings) -> RequestLimits:

@@ -25,6 +25,7 @@ from gateway.api.head_facts import HeadFacts, facts_of
 from gateway.api.idempotency import OpenKeys, answer_key
 from gateway.api.refusals import note_refusal
 from gateway.api.stored_responses import LONGEST_WAIT_S, LOOK_S, ResponseFinder
+from gateway.http.body_reader import BoundedRequest
 from gateway.http.browser_policy import BrowserPolicy
 from gateway.http.connection import PendingAnswer
 from gateway.http.headers import (
@@ -197,6 +198,7 @@ class GenerationAPI:
     ) -> web.StreamResponse:
         finished, stream = asyncio.Event(), exchange.stream
         exchange.attempt(target, finished.set)
+        cast(BoundedRequest, request).let_go()  # the dispatcher counts it from now on
         try:
             await finished.wait()
         except asyncio.CancelledError:

@@ -72,7 +72,7 @@ class Dispatcher:
     ) -> None:
         self.fleet, self._policy, self.policy = fleet, policy, policy.name
         self._admission, self._metrics = admission, metrics
-        self._max_requests, self._journals = settings.max_requests, settings.journals
+        self._bounds = settings
         self.clock = clock = time_and_chance.clock
         self.on_nobody_serves: Callable[[], None] = lambda: None
         """Called when a request waits for a model that has no worker: one should be started."""
@@ -172,10 +172,17 @@ class Dispatcher:
     def _let_in(self, request: InFlightRequest) -> None:
         if self._closed:
             raise _shutting_down()
-        full = self._open.full(request.requester.tenant, self._max_requests)
+        tenant, bounds = request.requester.tenant, self._bounds
+        if self._open.too_large(tenant, len(request.client_request.body), bounds.max_body_bytes):
+            raise Overloaded(
+                f"The bodies of all open requests have too many bytes (limit "
+                f"{bounds.max_body_bytes}).",
+                retry_after_s=1.0,
+            )
+        full = self._open.full(tenant, bounds.max_requests)
         if full and not self._scheduler.make_way(request):
             raise Overloaded(
-                f"Too many requests at once (limit {self._max_requests}).", retry_after_s=1.0
+                f"Too many requests at once (limit {bounds.max_requests}).", retry_after_s=1.0
             )
         try:
             self._enter(request)
@@ -187,7 +194,7 @@ class Dispatcher:
     def _enter(self, request: InFlightRequest) -> None:
         base = request.model.base
         request.routing_request = routing_request_of(request)
-        self._open.add(request, request.requester.tenant)
+        self._open.add(request, request.requester.tenant, len(request.client_request.body))
         # Where others wait it takes its turn among them.
         if base in self._admission.queues or self._scheduler.dispatch(request) is not None:
             why = self.why_unavailable(base)
@@ -226,7 +233,7 @@ class Dispatcher:
 
     def configure(self, settings: DispatchSettings) -> None:
         """Takes changed limits. The interval of comments stays."""
-        self._max_requests, self._journals = settings.max_requests, settings.journals
+        self._bounds = settings
 
     def drain(self) -> None:
         """This process is no longer ready. Requests on open connections are still served."""
@@ -307,7 +314,7 @@ class Dispatcher:
         self._settlement.expire(now)
         self._send_comments(now)
         journals = (request.journal for request in self._streams)
-        self._metrics.journal_bytes = keep_within(journals, self._journals)
+        self._metrics.journal_bytes = keep_within(journals, self._bounds.journals)
         self._scheduler.try_deferred()
 
     # ---- the supervisor's side -------------------------------------------------------------------

@@ -12,12 +12,14 @@ from gateway.dispatch.streams.journal import NO_JOURNALS, JournalBounds
 @dataclass(frozen=True, slots=True)
 class DispatchSettings:
     """`keepalive_s` is the time between two comments to a stream that waits (0: no comments).
-    `journals` bounds what is kept of what clients have seen.
+    `journals` bounds what is kept of what clients have seen. `max_body_bytes` bounds the bodies of
+    all open requests together.
     """
 
     max_requests: int
     keepalive_s: float = 0.0
     journals: JournalBounds = NO_JOURNALS
+    max_body_bytes: int = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 A body is read only when a handler asks for it, so the key was checked before. It must come within
 bounded time and at a minimum rate, and one bound holds for all unfinished bodies together. A
-compressed body is inflated in a thread, and its inflated size has the same bound.
+compressed body is inflated in a thread, and its inflated size has the same bound. A body counts
+until its handler has ended, or has given it to what counts it itself.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class BodyLimits:
 
 
 class BodyReader:
-    """`held_bytes` is the size of all bodies that are not complete yet."""
+    """`held_bytes` is the size of all bodies that are not complete yet, or are looked at."""
 
     def __init__(self, limits: BodyLimits) -> None:
         self.limits = limits
@@ -112,7 +113,7 @@ class BodyReader:
                 except TimeoutError as exc:
                     raise _too_slow(limits) from exc
                 body += chunk
-                self._hold(len(chunk))
+                self.hold(len(chunk))
                 if len(body) > limits.max_bytes:
                     raise _too_large(limits.max_bytes)
                 if loop.time() >= due:
@@ -124,7 +125,8 @@ class BodyReader:
         finally:
             self.held_bytes -= len(body)
 
-    def _hold(self, size: int) -> None:
+    def hold(self, size: int) -> None:
+        """Raises Overloaded if it is too much. It is held even so."""
         self.held_bytes += size
         if self.held_bytes > self.limits.max_unfinished_bytes:
             raise Overloaded(TOO_MANY_BODIES, retry_after_s=1.0)
@@ -136,11 +138,22 @@ class BoundedRequest(web.BaseRequest):
     def __init__(self, intake: BodyReader, *args: Any) -> None:
         super().__init__(*args, client_max_size=intake.limits.max_bytes)
         self._intake = intake
+        self._held = 0
 
     async def read(self) -> bytes:
         if self._read_bytes is None:
-            self._read_bytes = await self._intake.read(self)
+            body = await self._intake.read(self)
+            self._held = len(body)
+            self._intake.hold(len(body))
+            self._read_bytes = body
         return self._read_bytes
+
+    def let_go(self) -> None:
+        """The body counts no longer, and is not kept here: aiohttp's requests are in reference
+        cycles, and live on for a while. Idempotent.
+        """
+        self._intake.held_bytes -= self._held
+        self._held, self._read_bytes = 0, b""
 
 
 def inflate(data: bytes, encoding: str, most: int) -> bytes:

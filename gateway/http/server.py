@@ -13,7 +13,7 @@ from aiohttp import HttpVersion11, web
 from aiohttp.web_protocol import ERROR
 
 from gateway.http.aiohttp_connection import MAX_HEADERS_BYTES, AiohttpConnection, ParserLog
-from gateway.http.body_reader import BodyLimits, BodyReader
+from gateway.http.body_reader import BodyLimits, BodyReader, BoundedRequest
 from gateway.http.connection import LINGER_S, Connection, FastPath
 from gateway.http.handshake import Handshake
 from gateway.http.parser import MAX_ON_LOOP_BYTES
@@ -53,7 +53,7 @@ class Server(web.Server):
         **settings: Any,
     ) -> None:
         super().__init__(
-            handler,
+            _letting_go(handler),
             request_factory=self._to_request,
             keepalive_timeout=limits.idle_timeout_s,
             # BodyReader inflates a body, and only when a handler asks for it
@@ -170,3 +170,16 @@ class Server(web.Server):
         await super().shutdown(timeout)
         for connection in [*self.open_connections]:
             connection.abort()
+
+
+def _letting_go(handler: Any) -> Any:
+    """The handler, after which the body of its request no longer counts."""
+
+    async def handle(request: BoundedRequest) -> web.StreamResponse:
+        try:
+            response: web.StreamResponse = await handler(request)
+            return response
+        finally:
+            request.let_go()
+
+    return handle

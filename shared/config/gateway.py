@@ -130,6 +130,7 @@ class HTTPConfig(Section, frozen=True, kw_only=True):
     max_connections: Positive = 8192
     max_connections_per_client: Annotated[int, Meta(ge=0)] = 0
     max_unfinished_body_bytes: Positive = 256 * _MIB
+    max_open_body_bytes: Positive = 1024 * _MIB
 
 
 class RequestBoundsConfig(Section, frozen=True, kw_only=True):

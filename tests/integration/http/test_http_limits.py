@@ -265,6 +265,27 @@ async def test_headers_without_end_are_cut_off() -> None:
         assert rest == b"" or rest.startswith(b"HTTP/1.1 4")
 
 
+async def test_inflated_bodies_are_bounded_together_until_their_handlers_have_ended() -> None:
+    body = gzip.compress(bytes(200_000))
+    request = head("Content-Encoding: gzip", f"Content-Length: {len(body)}") + body
+    async with (
+        serving(unfinished_bytes=300_000) as served,
+        answering(served),
+        client_of(served) as first,
+        client_of(served) as second,
+    ):
+        served.hold = asyncio.Event()
+        first.send(request)
+        async with asyncio.timeout(WAIT_S):
+            while served.intake.held_bytes < 200_000:
+                await asyncio.sleep(0.01)
+        second.send(request)
+        assert await status_of(second) == 503
+        served.hold.set()
+        assert await status_of(first) == 200
+        assert served.intake.held_bytes == 0
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "raw deflate", "br", "zstd"])
 async def test_a_compressed_body_is_inflated(encoding: str) -> None:
     body = b"x" * 300_000

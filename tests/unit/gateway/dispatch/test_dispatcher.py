@@ -125,6 +125,7 @@ class Room:
         seed: int = 0,
         policy: str = "residency-p2c",
         keepalive_s: float = 0.0,
+        max_body_bytes: int = 1 << 20,
     ) -> None:
         self.now = 100.0
         self.wires = Wires()
@@ -137,7 +138,7 @@ class Room:
             self.queue,
             self.wires,
             self.metrics,
-            DispatchSettings(max_requests, keepalive_s, journals=JOURNALS),
+            DispatchSettings(max_requests, keepalive_s, JOURNALS, max_body_bytes),
             TimeAndChance(lambda: self.now, random.Random(seed)),
         )
         self._seq = itertools.count(1)
@@ -404,6 +405,17 @@ def test_more_open_requests_than_allowed_are_overloaded_at_once(make_room: MakeR
     with pytest.raises(Overloaded):
         room.submit()
     assert len(room.wires.generated()) == 2
+
+
+def test_bodies_of_waiting_and_running_requests_are_bounded_together(make_room: MakeRoom) -> None:
+    room = make_room(max_body_bytes=5)  # each has two bytes
+    room.worker("w0", capacity=1)
+    running, _ = room.submit()
+    room.submit()
+    with pytest.raises(Overloaded):
+        room.submit()
+    room.dispatcher.cancel(running)
+    room.submit()
 
 
 def test_a_request_that_waits_too_long_is_overloaded_and_was_never_sent(room: Room) -> None:

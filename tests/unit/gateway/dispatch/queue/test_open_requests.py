@@ -34,3 +34,19 @@ def test_a_place_that_is_given_back_is_free_once() -> None:
     places.discard("one")
     places.discard("one")
     assert [*places] == ["two"] and not places.full("a", 2)
+
+
+def test_one_tenants_bodies_leave_room_for_those_of_others() -> None:
+    places = OpenRequests[str]()
+    places.add("large", "a", 60)
+    assert places.too_large("a", 31, 100) and not places.too_large("a", 30, 100)
+    assert places.too_large("b", 41, 100) and not places.too_large("b", 40, 100)
+
+
+def test_the_bytes_of_a_request_that_has_ended_are_free() -> None:
+    places = OpenRequests[str]()
+    places.add("large", "", 100)
+    assert places.too_large("", 1, 100)
+    places.discard("large")
+    places.discard("large")
+    assert not places.too_large("", 100, 100)
