@@ -25,7 +25,7 @@ from shared.adapters.identity import (
     WEIGHTS_INDEX_FILE,
     choose_weights,
 )
-from shared.adapters.peft_config import PeftLoraConfig
+from shared.adapters.peft_config import EMBEDDING, HEAD, PeftLoraConfig
 from shared.adapters.safetensors import Tensor
 from shared.adapters.strict_json import parse_object, shown
 from shared.errors import InvalidAdapter
@@ -182,7 +182,7 @@ def check_tensors(
     """The pairs of A and B in the order of their modules' names. The engine applies exactly these.
 
     Raises:
-        InvalidAdapter: empty, tensor, dtype, pair, module, shape, experts.
+        InvalidAdapter: empty, tensor, dtype, pair, module, pattern, shape, experts.
     """
     halves: dict[str, dict[str, Tensor]] = {}
     for t in sorted(tensors, key=lambda t: t.name):
@@ -209,6 +209,8 @@ def check_tensors(
             halves.setdefault(match[1], {})[embedding + (match[2] or match[3])] = t
     if not halves:
         raise InvalidAdapter(f"{WEIGHTS_FILE} holds no tensors.", "empty")
+    if config.tied:
+        _check_tied(halves)
     if shapes is not None:
         _check_layers(halves, shapes)
     return [_pair(module, found, config, shapes) for module, found in halves.items()]
@@ -227,6 +229,19 @@ def _check_copy(tensor: Tensor, module: str, shapes: BaseShapes | None) -> None:
             f"The adapter brings {shown(module)} of the shape {list(tensor.shape)}: its base had "
             f"another vocabulary than the one served, which has {list(shape)}.",
             "shape",
+        )
+
+
+def _check_tied(modules: Collection[str]) -> None:
+    """On a base whose head is its embedding, PEFT gives both the one adapter (and saves it for
+    both). The engine applies what is there.
+    """
+    found = {module.rpartition(".")[2] for module in modules} & {HEAD, EMBEDDING}
+    if len(found) == 1:
+        raise InvalidAdapter(
+            f"By its config (`ensure_weight_tying`) the adapter changes {shown(EMBEDDING)} and "
+            f"{shown(HEAD)} alike, and it has weights only for {shown(found.pop())}.",
+            "pair",
         )
 
 
@@ -290,6 +305,12 @@ def _pair(
             f"The adapter changes {shown(module)}, which its own config leaves out "
             "(`target_modules`, `exclude_modules`, `layers_to_transform`), as PEFT would.",
             "module",
+        )
+    if not config.is_read_alike(module):
+        raise InvalidAdapter(
+            f"For {shown(module)}, which is adapted as a parameter (`target_parameters`), "
+            "`rank_pattern` or `alpha_pattern` say one thing to PEFT and another to the engine.",
+            "pattern",
         )
     shape = None if shapes is None else shapes.modules[layer]
     experts = 1 if shapes is None else shapes.experts.get(layer, 1)

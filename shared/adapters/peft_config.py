@@ -39,6 +39,7 @@ _UNSUPPORTED = (
 CONVERTIBLE = ("LOHA", "LOKR", "ADALORA")
 CONVERT_IT = "`loraplex adapters convert FOLDER` makes a plain LoRA of it."
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+HEAD, EMBEDDING = "lm_head", "embed_tokens"
 MAX_PATTERNS = 1000
 MAX_PATTERN_CHARACTERS = 300
 MAX_REPEATS = 2
@@ -98,17 +99,19 @@ def _matches(names: frozenset[str] | re.Pattern[str], module: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PeftLoraConfig:
-    """What the checks need of the config. `parameters`: what `target_parameters` names, for example
-    `mlp.experts.down_proj`.
+    """What the checks need of the config. `parameters`: what `target_parameters` names, or their
+    endings, for example `mlp.experts.down_proj`. PEFT itself writes `down_proj` there if the layers
+    of experts are among `target_modules`. `tied`: the head has the embedding's adapter.
     """
 
     rank: int
     alpha: float
     rank_stabilised: bool
     covered: CoveredModules
-    parameters: tuple[str, ...]
+    parameters: frozenset[str]
     ranks: ModulePatterns
     alphas: ModulePatterns
+    tied: bool = False
 
     def rank_of(self, module: str) -> int:
         return int(self.ranks.value(_parameter(module)) or self.rank)
@@ -121,11 +124,18 @@ class PeftLoraConfig:
 
     def covers(self, module: str) -> bool:
         """Whether the config names the module. PEFT leaves out the tensors of any other."""
+        if module in self.covered or (self.tied and module.rpartition(".")[2] == HEAD):
+            return True
+        return any(e in self.parameters for e in endings(_whole_parameter(module)))
+
+    def is_read_alike(self, module: str) -> bool:
+        """Whether the engine finds the same rank and scaling as PEFT, which looks for a layer that
+        is adapted as a parameter (`mlp.gate.weight`) under the parameter's name.
+        """
         if module in self.covered:
             return True
-        owner = module.removesuffix(".base_layer")
-        owners = {p.rpartition(".")[0] for p in self.parameters}
-        return any(e in owners for e in endings(owner))
+        names = (_parameter(module), _whole_parameter(module))
+        return all(len({p.value(name) for name in names}) == 1 for p in (self.ranks, self.alphas))
 
 
 def _parameter(module: str) -> str:
@@ -135,6 +145,12 @@ def _parameter(module: str) -> str:
     if module.endswith(".experts.base_layer"):
         return module.removesuffix("base_layer") + "gate_up_proj"
     return module + ".down_proj" if module.endswith(".experts") else module
+
+
+def _whole_parameter(module: str) -> str:
+    """The name of the parameter that an adapter of `target_parameters` changes."""
+    found = _parameter(module)
+    return found if found != module else f"{module}.weight"
 
 
 def check_config(raw: bytes, max_rank: int) -> PeftLoraConfig:
@@ -155,10 +171,17 @@ def check_config(raw: bytes, max_rank: int) -> PeftLoraConfig:
     _check_features(config)
     ranks = _patterns(config, "rank_pattern", lambda value, key: _rank(value, key, max_rank))
     alphas = _patterns(config, "alpha_pattern", _alpha)
-    parameters = _names(config.get("target_parameters"), "target_parameters")
+    parameters = frozenset(_names(config.get("target_parameters"), "target_parameters"))
     covered = _covered(config, bool(parameters))
     return PeftLoraConfig(
-        rank, alpha, bool(config.get("use_rslora")), covered, parameters, ranks, alphas
+        rank,
+        alpha,
+        bool(config.get("use_rslora")),
+        covered,
+        parameters,
+        ranks,
+        alphas,
+        bool(config.get("ensure_weight_tying")),
     )
 
 

@@ -503,6 +503,53 @@ def test_experts_in_one_tensor_have_the_ranks_of_all() -> None:
     assert reason(check_tensors, tensors(wrong), config, base) == "shape"
 
 
+def test_parameters_that_are_named_by_their_last_part_are_of_experts_alone() -> None:
+    # what PEFT writes with transformers 5 where the layers of experts are `target_modules`
+    made = {
+        "target_parameters": ["gate_up_proj", "down_proj", "gate.weight"],
+        "rank_pattern": {r".*\.gate_up_proj": 16},
+        "alpha_pattern": {r".*\.gate_up_proj": 32},
+    }
+    config = check_config(config_of(**made), 16)
+    inner, gate = f"{EXPERTS}.base_layer", "model.layers.0.mlp.gate"
+    assert (config.rank_of(inner), config.rank_of(EXPERTS)) == (16, 8)
+    assert all(map(config.covers, (inner, EXPERTS, gate, Q0)))
+    assert not config.covers("model.layers.0.mlp.down_proj")
+    assert not config.covers("model.layers.0.self_attn.k_proj")
+
+
+@pytest.mark.parametrize("name", ["mlp.gate", r"gate\.weight"])
+@pytest.mark.parametrize("kind", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_peft_and_the_engine_read_in_two_ways_is_refused(
+    kind: str, name: str
+) -> None:
+    gate = "model.layers.0.mlp.gate"
+    base = BaseShapes({gate: (4, 64)})
+    found = tensors({f"{gate}.lora_A": (8, 64), f"{gate}.lora_B": (4, 8)})
+    parameters = {"target_modules": None, "target_parameters": ["mlp.gate.weight"]}
+    split = check_config(config_of(**parameters, **{kind: {name: 4}}), 16)
+    assert reason(check_tensors, found, split, base) == "pattern"
+    for alike in ({kind: {"mlp.gate.*": 8}}, {kind: {"q_proj": 4}}):
+        check_tensors(found, check_config(config_of(**parameters, **alike), 16), base)
+    module = check_config(config_of(target_modules=["gate"], alpha_pattern={"mlp.gate": 4}), 16)
+    check_tensors(found, module, base)
+
+
+def test_a_head_that_is_tied_to_the_embedding_has_its_adapter_and_not_without_it() -> None:
+    tied = {"target_modules": ["q_proj", "model.embed_tokens"], "ensure_weight_tying": True}
+    head = tensors({"lm_head.lora_A": (8, 64), "lm_head.lora_B": (100, 8)})
+    embedding = [
+        Tensor("base_model.model.model.embed_tokens.lora_embedding_A", "F32", (8, 100), 0, 0),
+        Tensor("base_model.model.model.embed_tokens.lora_embedding_B", "F32", (64, 8), 0, 0),
+    ]
+    config = check_config(config_of(**tied), 16)
+    assert len(check_tensors([*head, *embedding], config, BASE)) == 2
+    for half in (head, embedding):
+        assert reason(check_tensors, half, config, BASE) == "pair"
+    untied = check_config(config_of(**tied | {"ensure_weight_tying": False}), 16)
+    assert reason(check_tensors, [*head, *embedding], untied, BASE) == "module"
+
+
 # ---- values --------------------------------------------------------------------------------------
 
 A, B = tensors({f"{Q0}.lora_A": (8, 64), f"{Q0}.lora_B": (64, 8)})
