@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 from aiohttp import web
+from aiohttp.payload import BufferedReaderPayload
 
 from gateway.accounts.keys import Keys
 from gateway.api.body.multipart import form_file
@@ -52,7 +53,8 @@ class _NewBatch(msgspec.Struct):
     output_expires_after: _ExpiresAfter | None = None
 
 
-_seconds = re.compile(r"[0-9]{1,9}\Z").match
+_number = re.compile(r"[0-9]{1,9}\Z").match
+"""Of a longer one Python may refuse to make a number."""
 _decode_new = msgspec.json.Decoder(_NewBatch).decode
 
 
@@ -108,8 +110,10 @@ class BatchAPI:
         return _json(shown_file(file))
 
     async def content(self, request: web.BaseRequest) -> web.Response:
-        data = await asyncio.to_thread(self._store.content, self._owner(request), _id(request))
-        return web.Response(body=data, content_type="application/jsonl")
+        """The content goes out as fast as its client reads it, and is not held meanwhile."""
+        file = await asyncio.to_thread(self._store.open_content, self._owner(request), _id(request))
+        body = BufferedReaderPayload(file, filename=None, content_type="application/jsonl")
+        return web.Response(body=body)
 
     async def delete(self, request: web.BaseRequest) -> web.Response:
         file_id = _id(request)
@@ -176,7 +180,7 @@ def _kept_s(fields: Mapping[str, str]) -> int:
     """How long an uploaded file is kept. Raises InvalidRequest."""
     seconds = fields.get("expires_after[seconds]", str(MOST_KEPT_S))
     after = _ExpiresAfter(
-        int(seconds) if _seconds(seconds) else 0, fields.get("expires_after[anchor]", ANCHOR)
+        int(seconds) if _number(seconds) else 0, fields.get("expires_after[anchor]", ANCHOR)
     )
     _check_kept("expires_after", after)
     return after.seconds
@@ -198,7 +202,7 @@ def _page(
 ) -> dict[str, Any]:
     """Raises InvalidRequest for a limit that is not allowed."""
     given = request.query.get("limit", str(usual))
-    if not (given.isascii() and given.isdigit() and 1 <= int(given[:9]) <= most):
+    if not (_number(given) and 1 <= int(given) <= most):
         raise InvalidRequest(f"`limit` must be a whole number from 1 to {most}.", param="limit")
     return shown_list(items, request.query.get("after"), int(given))
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import msgspec
 
@@ -117,9 +117,14 @@ class BatchStore:
 
     def content(self, owner: str, file_id: str) -> bytes:
         """Raises FileNotFound."""
+        with self.open_content(owner, file_id) as file:
+            return file.read()
+
+    def open_content(self, owner: str, file_id: str) -> BinaryIO:
+        """Raises FileNotFound."""
         file = self.file(owner, file_id)
         try:
-            return (self._of(owner) / f"{file.id}.jsonl").read_bytes()
+            return (self._of(owner) / f"{file.id}.jsonl").open("rb")
         except FileNotFoundError as exc:
             raise FileNotFound(f"There is no file `{file_id[:100]}`.") from exc
 

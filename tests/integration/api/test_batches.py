@@ -5,11 +5,14 @@ else, by its owner's key, and also if the gateway is killed while it is at it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import resource
 import signal
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import openai
@@ -40,6 +43,10 @@ async def teams(tmp_path: Path) -> AsyncIterator[Cluster]:
 def line(number: int, model: str = "sim:pirate", url: str = CHAT, **more: Any) -> dict[str, Any]:
     body = chat_body(model, f"question {number}", max_tokens=8) | more
     return {"custom_id": f"r{number}", "method": "POST", "url": url, "body": body}
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def jsonl(lines: Iterable[Mapping[str, Any]]) -> bytes:
@@ -238,6 +245,40 @@ async def test_an_upload_that_is_none_is_a_400(teams: Cluster) -> None:
         assert (await ask(teams, "GET", f"/v1/batches?{query}"))[0] == 400
     async with teams.http.put(teams.url + "/v1/batches", headers=bearer("red")) as answer:
         assert answer.status == 405 and "POST" in answer.headers["Allow"]
+
+
+async def test_clients_that_do_not_read_a_file_hold_none_of_it_in_the_gateway(
+    teams: Cluster,
+) -> None:
+    data = b"x" * (24 << 20)
+    _, file = await upload(teams, data)
+    address = urlsplit(teams.url)
+    request = (
+        f"GET /v1/files/{file['id']}/content HTTP/1.1\r\nHost: h\r\n"
+        f"Authorization: {bearer('red')['Authorization']}\r\n\r\n"
+    )
+    assert teams.gateway is not None
+    before = resident_bytes(teams.gateway.pid)
+    async with contextlib.AsyncExitStack() as clients:
+        for _ in range(8):
+            reader, writer = await asyncio.open_connection(
+                address.hostname, address.port, limit=1 << 10
+            )
+            clients.callback(writer.close)
+            writer.write(request.encode())
+            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), WAIT_S)  # and nothing more
+        assert resident_bytes(teams.gateway.pid) - before < 2 * len(data)
+        assert (await ask(teams, "GET", f"/v1/files/{file['id']}/content"))[1] == data
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/batches"])
+@pytest.mark.parametrize(
+    "limit", ["000000001" + "0" * 5000, "0000000019999", "-1", "1e3", ""], ids=lambda v: v[:14]
+)
+async def test_a_limit_of_a_list_that_is_no_short_number_is_a_400(
+    teams: Cluster, path: str, limit: str
+) -> None:
+    assert (await ask(teams, "GET", f"{path}?limit={limit}"))[0] == 400
 
 
 async def test_a_file_and_the_results_of_a_batch_are_kept_for_as_long_as_asked(
