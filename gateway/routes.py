@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import cast
 
 from aiohttp import web
 
@@ -19,7 +20,7 @@ from gateway.api.models import ModelList, model_card, where
 from gateway.api.openapi import docs_page, openapi
 from gateway.batches.batch_api import BatchAPI
 from gateway.dashboard.pages import Pages
-from gateway.http.body_reader import BodyLimits, BodyReader
+from gateway.http.body_reader import BodyLimits, BodyReader, BoundedRequest
 from gateway.http.browser_policy import BrowserPolicy
 from gateway.http.headers import AiohttpRequest, authorization_of, request_id_of
 from gateway.http.json_responses import answer, to_json
@@ -257,11 +258,13 @@ class Routes:
 
     def _guarded(self, handler: Handler, *, admin: bool = False) -> Handler:
         """The handler behind a check of the key. Errors become answers."""
-        check = self._keys.check_admin if admin else self._keys.account_of
 
         async def checked(request: web.BaseRequest) -> web.StreamResponse:
             self._browsers.check(request.method, request.headers.get, admin=admin)
-            check(authorization_of(AiohttpRequest(request)))
+            if admin:
+                self._keys.check_admin(authorization_of(AiohttpRequest(request)))
+            else:
+                cast(BoundedRequest, request).tenant = self._account_of(request).name
             return await handler(request)
 
         return self._answered(checked)

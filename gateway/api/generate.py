@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import cast
 
 from aiohttp import web
@@ -126,7 +126,8 @@ class GenerationAPI:
         incoming, stream = AiohttpRequest(request), self._writer(request)
         account = exchange = None
         try:
-            fields = await read_aside(services, incoming, body)
+            aside = cast(BoundedRequest, request).aside
+            fields = await read_aside(services, incoming, body, aside)
             account = services.keys.account_of(authorization_of(incoming))
             facts = HeadFacts(account, incoming)
             exchange = Exchange(services, facts, incoming, body, stream, fields=fields)
@@ -217,7 +218,10 @@ class GenerationAPI:
 
 
 async def read_aside(
-    services: GenerationServices, incoming: IncomingRequest, body: bytes
+    services: GenerationServices,
+    incoming: IncomingRequest,
+    body: bytes,
+    aside: Callable[..., Awaitable[schema.BodyFields]] = asyncio.to_thread,
 ) -> schema.BodyFields | None:
     """The fields of a large body, read in a thread beside the event loop. None: the body is
     small.
@@ -226,7 +230,7 @@ async def read_aside(
     if endpoint is None or len(body) <= min(MAX_ON_LOOP_BYTES, bounds.max_prompt_bytes):
         return None
     kind = incoming.header("content-type") or schema.JSON_TYPE
-    return await asyncio.to_thread(_read_large, endpoint, kind, body, bounds)
+    return await aside(_read_large, endpoint, kind, body, bounds)
 
 
 def _read_large(

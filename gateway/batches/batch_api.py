@@ -4,7 +4,6 @@ files and batches.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -25,6 +24,7 @@ from gateway.batches.records import (
     shown_list,
 )
 from gateway.batches.store import BatchStore
+from gateway.http.body_reader import aside
 from gateway.http.headers import AiohttpRequest, authorization_of
 from gateway.http.json_responses import to_json
 from shared.errors import InvalidRequest
@@ -89,42 +89,43 @@ class BatchAPI:
 
     async def upload(self, request: web.BaseRequest) -> web.Response:
         body = await request.read()
-        found = await asyncio.to_thread(form_file, request.headers.get("Content-Type", ""), body)
+        found = await aside(request, form_file, request.headers.get("Content-Type", ""), body)
         if found.fields.get("purpose") != PURPOSE:
             raise InvalidRequest(f"`purpose` must be `{PURPOSE}`.", param="purpose")
         owner, kept_s = self._owner(request), _kept_s(found.fields)
-        file = await asyncio.to_thread(
-            self._store.add_file, owner, found.filename, PURPOSE, found.data, kept_s
+        file = await aside(
+            request, self._store.add_file, owner, found.filename, PURPOSE, found.data, kept_s
         )
         return _json(shown_file(file))
 
     async def files(self, request: web.BaseRequest) -> web.Response:
         owner = self._owner(request)
-        files = await asyncio.to_thread(lambda: [*self._store.files(owner)])
+        files = await aside(request, lambda: [*self._store.files(owner)])
         purpose = request.query.get("purpose")
         items = [shown_file(f) for f in files if purpose in (None, f.purpose)]
         return _json(_page(request, items, MAX_FILE_PAGE, MAX_FILE_PAGE))
 
     async def file(self, request: web.BaseRequest) -> web.Response:
-        file = await asyncio.to_thread(self._store.file, self._owner(request), _id(request))
+        file = await aside(request, self._store.file, self._owner(request), _id(request))
         return _json(shown_file(file))
 
     async def content(self, request: web.BaseRequest) -> web.Response:
         """The content goes out as fast as its client reads it, and is not held meanwhile."""
-        file = await asyncio.to_thread(self._store.open_content, self._owner(request), _id(request))
+        file = await aside(request, self._store.open_content, self._owner(request), _id(request))
         body = BufferedReaderPayload(file, filename=None, content_type="application/jsonl")
         return web.Response(body=body)
 
     async def delete(self, request: web.BaseRequest) -> web.Response:
         file_id = _id(request)
-        await asyncio.to_thread(self._store.delete_file, self._owner(request), file_id)
+        await aside(request, self._store.delete_file, self._owner(request), file_id)
         return _json({"id": file_id, "object": "file", "deleted": True})
 
     # ---- batches ---------------------------------------------------------------------------------
 
     async def create(self, request: web.BaseRequest) -> web.Response:
         new = _new_batch(await request.read())
-        batch = await asyncio.to_thread(
+        batch = await aside(
+            request,
             self._store.add_batch,
             self._owner(request),
             new.endpoint,
@@ -136,16 +137,16 @@ class BatchAPI:
 
     async def batches(self, request: web.BaseRequest) -> web.Response:
         owner = self._owner(request)
-        batches = await asyncio.to_thread(lambda: [*self._store.batches(owner)])
+        batches = await aside(request, lambda: [*self._store.batches(owner)])
         return _json(_page(request, [*map(shown_batch, batches)], DEFAULT_PAGE, MAX_PAGE))
 
     async def batch(self, request: web.BaseRequest) -> web.Response:
-        batch = await asyncio.to_thread(self._store.batch, self._owner(request), _id(request))
+        batch = await aside(request, self._store.batch, self._owner(request), _id(request))
         return _json(shown_batch(batch))
 
     async def cancel(self, request: web.BaseRequest) -> web.Response:
         await request.read()  # nothing in it is of use; what is unread would be the next head
-        batch = await asyncio.to_thread(self._store.cancel, self._owner(request), _id(request))
+        batch = await aside(request, self._store.cancel, self._owner(request), _id(request))
         return _json(shown_batch(batch))
 
     def _owner(self, request: web.BaseRequest) -> str:

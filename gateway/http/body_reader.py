@@ -1,24 +1,29 @@
 """Shell. Reads request bodies that did not arrive together with their head.
 
 A body is read only when a handler asks for it, so the key was checked before. It must come within
-bounded time and at a minimum rate, and one bound holds for all unfinished bodies together. A
-compressed body is inflated in a thread, and its inflated size has the same bound. A body counts
-until its handler has ended, or has given it to what counts it itself.
+bounded time and at a minimum rate, and one bound holds for all unfinished bodies together, of which
+some is kept for other tenants. A compressed body is inflated in a thread, and its inflated size has
+the same bound. A body counts until its handler has ended, or has given it to what counts it itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import brotli
 from aiohttp import web
 from backports import zstd
 
+from gateway.http.held_bytes import HeldBytes
+from gateway.http.turns import Turns
 from shared.errors import BodyTimeout, BodyTooLarge, InvalidRequest, Overloaded, UnsupportedEncoding
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 WINDOW_S = 10.0
 """A client must send the minimum number of bytes in each window of this length. Else its request
@@ -51,11 +56,16 @@ class BodyLimits:
 
 
 class BodyReader:
-    """`held_bytes` is the size of all bodies that are not complete yet, or are looked at."""
+    """`held` are the bodies that are not complete yet, or are looked at."""
 
     def __init__(self, limits: BodyLimits) -> None:
         self.limits = limits
-        self.held_bytes = 0
+        self.held = HeldBytes()
+        self.turns = Turns()
+
+    @property
+    def held_bytes(self) -> int:
+        return self.held.total
 
     def request_factory(self, loop: asyncio.AbstractEventLoop) -> Any:
         """The request factory that aiohttp's server takes."""
@@ -67,7 +77,7 @@ class BodyReader:
 
         return make
 
-    async def read(self, request: web.BaseRequest) -> bytes:
+    async def read(self, request: BoundedRequest) -> bytes:
         """The whole body, inflated.
 
         Raises BodyTooLarge, BodyTimeout, Overloaded, UnsupportedEncoding or InvalidRequest.
@@ -97,63 +107,78 @@ class BodyReader:
             raise _too_large(most)
         if encoding == "identity":
             return body
-        return await asyncio.to_thread(inflate, body, encoding, most)
+        request.hold(len(body))
+        return await request.aside(inflate, body, encoding, most)
 
-    async def _gather(self, request: web.BaseRequest) -> bytes:
+    async def _gather(self, request: BoundedRequest) -> bytes:
         limits, loop = self.limits, asyncio.get_running_loop()
         if request.headers.get("Expect", "").lower() == "100-continue" and request.transport:
             request.transport.write(CONTINUE)
         body = bytearray()
-        try:
-            due, least = loop.time() + limits.window_s, 1
-            while not request.content.at_eof():
-                try:
-                    async with asyncio.timeout_at(due):
-                        chunk = await request.content.readany()
-                except TimeoutError as exc:
-                    raise _too_slow(limits) from exc
-                body += chunk
-                self.hold(len(chunk))
-                if len(body) > limits.max_bytes:
-                    raise _too_large(limits.max_bytes)
-                if loop.time() >= due:
-                    raise _too_slow(limits)
-                if len(body) >= least:
-                    due = loop.time() + limits.window_s
-                    least = len(body) + int(limits.window_s * limits.min_bytes_per_s)
-            return bytes(body)
-        finally:
-            self.held_bytes -= len(body)
-
-    def hold(self, size: int) -> None:
-        """Raises Overloaded if it is too much. It is held even so."""
-        self.held_bytes += size
-        if self.held_bytes > self.limits.max_unfinished_bytes:
-            raise Overloaded(TOO_MANY_BODIES, retry_after_s=1.0)
+        due, least = loop.time() + limits.window_s, 1
+        while not request.content.at_eof():
+            try:
+                async with asyncio.timeout_at(due):
+                    chunk = await request.content.readany()
+            except TimeoutError as exc:
+                raise _too_slow(limits) from exc
+            body += chunk
+            request.hold(len(body))
+            if len(body) > limits.max_bytes:
+                raise _too_large(limits.max_bytes)
+            if loop.time() >= due:
+                raise _too_slow(limits)
+            if len(body) >= least:
+                due = loop.time() + limits.window_s
+                least = len(body) + int(limits.window_s * limits.min_bytes_per_s)
+        return bytes(body)
 
 
 class BoundedRequest(web.BaseRequest):
-    """aiohttp's request, with a body that BodyReader reads."""
+    """aiohttp's request, with a body that BodyReader reads. `tenant` is known once the key was
+    checked.
+    """
 
     def __init__(self, intake: BodyReader, *args: Any) -> None:
         super().__init__(*args, client_max_size=intake.limits.max_bytes)
         self._intake = intake
         self._held = 0
+        self.tenant = ""
 
     async def read(self) -> bytes:
         if self._read_bytes is None:
             body = await self._intake.read(self)
-            self._held = len(body)
-            self._intake.hold(len(body))
+            self.hold(len(body))
             self._read_bytes = body
         return self._read_bytes
+
+    async def aside(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Calls in a thread when it is the tenant's turn."""
+        return await self._intake.turns.run(self.tenant, call, *args, **kwargs)
+
+    def hold(self, size: int) -> None:
+        """So much of the body is held now. Raises Overloaded if it is too much."""
+        held, most = self._intake.held, self._intake.limits.max_unfinished_bytes
+        held.add(self.tenant, size - self._held)
+        self._held = size
+        if held.beyond(self.tenant, most):
+            raise Overloaded(TOO_MANY_BODIES, retry_after_s=1.0)
 
     def let_go(self) -> None:
         """The body counts no longer, and is not kept here: aiohttp's requests are in reference
         cycles, and live on for a while. Idempotent.
         """
-        self._intake.held_bytes -= self._held
+        self._intake.held.add(self.tenant, -self._held)
         self._held, self._read_bytes = 0, b""
+
+
+async def aside(
+    request: web.BaseRequest, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """Calls in a thread when it is the turn of the request's tenant. Requests come from
+    BodyReader's factory.
+    """
+    return await cast(BoundedRequest, request).aside(call, *args, **kwargs)
 
 
 def inflate(data: bytes, encoding: str, most: int) -> bytes:

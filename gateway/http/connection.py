@@ -342,7 +342,7 @@ class Connection(asyncio.Protocol):
         too much.
         """
         bodies = self._http_server.bodies
-        bodies.held_bytes += size_bytes - self._held
+        bodies.held.add("", size_bytes - self._held)  # no key has been looked at
         self._held = size_bytes
         return bodies.held_bytes <= bodies.limits.max_unfinished_bytes
 

@@ -74,8 +74,9 @@ class LocalStore:
 
     def _look_up(self, name: str) -> StoredAdapter | None:
         real_root = self._real_root()
-        if not _reached(real_root, name) or not os.path.isfile(
-            os.path.join(real_root, name, CONFIG_FILE)
+        # A name that nobody has costs one look, however many parts it has.
+        if not os.path.isfile(os.path.join(real_root, name, CONFIG_FILE)) or not _reached(
+            real_root, name
         ):
             return None
         grouping = Grouping()

@@ -17,7 +17,7 @@ import pytest
 from aiohttp import web
 from backports import zstd
 
-from gateway.http.body_reader import inflate
+from gateway.http.body_reader import BoundedRequest, inflate
 from gateway.http.connection import MAX_GATHERED_BYTES
 from gateway.http.json_responses import answer
 from gateway.http.response import AlreadySent
@@ -179,6 +179,33 @@ async def test_all_unfinished_bodies_together_are_bounded() -> None:
         first.send(b" " * 50_000)
         assert await status_of(first) == 200
         assert served.intake.held_bytes == 0
+
+
+async def test_unfinished_bodies_of_one_tenant_leave_room_for_another_s() -> None:
+    async with (
+        serving(unfinished_bytes=300_000) as served,
+        client_of(served) as first,
+        client_of(served) as second,
+        client_of(served) as other,
+    ):
+        plain = served.handle
+
+        async def of_tenant(request: web.BaseRequest) -> web.StreamResponse:
+            assert isinstance(request, BoundedRequest)
+            request.tenant = request.path.rpartition("/")[2]
+            return await plain(request)
+
+        served.handle = of_tenant  # type: ignore[method-assign]
+        async with answering(served):
+            unfinished = b"POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n"
+            first.send(unfinished % 250_000 + b" " * 200_000)
+            async with asyncio.timeout(WAIT_S):
+                while served.intake.held_bytes < 200_000:
+                    await asyncio.sleep(0.01)
+            second.send(unfinished % 80_000 + b" " * 80_000)
+            assert await status_of(second) == 503
+            other.send(unfinished.replace(b"/a", b"/b") % 80_000 + b" " * 80_000)
+            assert await status_of(other) == 200
 
 
 async def test_small_bodies_that_are_gathered_before_the_key_is_looked_at_count_with_them() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from shared.stores import folder_listing
 from shared.stores.folder_listing import FolderListing
+from shared.stores.local import LocalStore
 
 NAMES = ["a", "b", "team/a", "team/b", "a/inner", "bad name/x", ".hidden/x"]
 _times = itertools.count(10**18, 1000)
@@ -153,3 +154,19 @@ def test_a_folder_that_changed_a_moment_ago_is_looked_at_in_full_the_next_time(
     os.utime(tmp_path / "a", ns=(status.st_atime_ns, status.st_mtime_ns))
     adapters, _ = listing.scan(str(tmp_path))
     assert "adapter_model-00001-of-00002.safetensors" in {f.path for f in adapters[0].files}
+
+
+async def test_a_name_of_many_parts_that_nobody_has_costs_no_more_than_a_short_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved: list[str] = []
+    real = os.path.realpath
+
+    def counted(path: str) -> str:
+        resolved.append(path)
+        return real(path)
+
+    monkeypatch.setattr(os.path, "realpath", counted)
+    for name in ("x", "/".join("x" * 90)):
+        assert await LocalStore(str(tmp_path)).find(name) is None
+    assert len(resolved) == 2  # the root, each time
