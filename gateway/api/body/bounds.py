@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from gateway.api.body.schema_cost import check_schemas
 from shared.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -203,6 +204,7 @@ def _check_structured(fields: BodyFields, bounds: Bounds) -> None:
             raise InvalidRequest(
                 f"`{name}` repeats more than {MAX_REPETITIONS} times in its `{{m,n}}`.", param=name
             )
+        check_schemas(name, bytes(raw))
     if _first(fields.structured_outputs) == ord("{"):
         found = _fields("structured_outputs", fields.structured_outputs)
         choices = found.get("choice", NOTHING)
@@ -223,7 +225,7 @@ def repetitions(text: bytes) -> int:
             weight_before = max(1, inside) if text[token.end() : token.end() + 1] == b"{" else 1
         elif token.lastgroup == "times":
             digits = token["most"] or token["least"]
-            open_groups[-1] += weight_before * int(digits[:9])
+            open_groups[-1] += weight_before * int(digits.lstrip(b"0")[:9] or b"0")
             weight_before = 1
         if open_groups[-1] > MAX_REPETITIONS:
             break

@@ -1,0 +1,68 @@
+"""Schemas whose grammar would hold up everybody else's are refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from gateway.api.body.schema import parse_body_fields
+from shared.errors import InvalidRequest
+
+
+def counted(count: int, **bounds: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"a{i}": {} for i in range(count)}, **bounds}
+
+
+def lengths(count: int) -> dict[str, Any]:
+    return {"properties": {f"a{i}": {"type": "string", "maxLength": i} for i in range(count)}}
+
+
+COSTLY = [
+    counted(300, minProperties=1),
+    counted(300, maxProperties=10),
+    {"$defs": {f"d{i}": counted(30, minProperties=1) for i in range(3)}},
+    lengths(17),
+    {"anyOf": [{"type": "number", "minimum": -1e300 + i, "maximum": 1e300} for i in range(20)]},
+    {"maximum": 10**400},
+]
+CHEAP = [
+    counted(300),
+    counted(300, maxProperties=2),
+    counted(50, minProperties=1),
+    lengths(16),
+    {"properties": {f"a{i}": {"maxLength": 255, "minimum": 0} for i in range(500)}},
+    {"properties": {"minProperties": {"type": "integer"}, "x": {"maxProperties": "no number"}}},
+]
+
+
+def bodies(schema: dict[str, Any]) -> list[bytes]:
+    named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    plain = json.dumps({"prompt": "x", "response_format": named})
+    return [
+        plain.encode(),
+        plain.replace("Properties", r"\u0050roperties").replace("Length", r"\u004cength").encode(),
+        json.dumps({"structured_outputs": {"json": schema}}).encode(),
+        json.dumps({"structured_outputs": {"json": json.dumps(schema)}}).encode(),
+        json.dumps({"text": {"format": {"type": "json_schema", "schema": schema}}}).encode(),
+    ]
+
+
+@pytest.mark.parametrize("schema", COSTLY, ids=lambda s: str(s)[:40])
+def test_a_schema_that_takes_long_is_refused_wherever_it_stands(schema: dict[str, Any]) -> None:
+    for body in bodies(schema):
+        with pytest.raises(InvalidRequest):
+            parse_body_fields(body)
+
+
+@pytest.mark.parametrize("schema", CHEAP, ids=lambda s: str(s)[:40])
+def test_a_schema_of_usual_size_passes(schema: dict[str, Any]) -> None:
+    for body in bodies(schema):
+        parse_body_fields(body)
+
+
+@pytest.mark.parametrize("regex", ["a{0000000000100000}", "(a{000000000010000}b){00000000010000}"])
+def test_zeros_before_a_number_of_repetitions_do_not_hide_it(regex: str) -> None:
+    with pytest.raises(InvalidRequest, match="repeats"):
+        parse_body_fields(json.dumps({"structured_outputs": {"regex": regex}}).encode())
