@@ -15,7 +15,7 @@ MAX_COUNTED = 2500
 """Of an object with `minProperties` or `maxProperties`, a grammar has a rule for each property and
 each number of properties before it: 0.2 ms each.
 """
-MAX_LENGTHS = 16
+MAX_LENGTHS = 32
 """Each pair of `minLength` and `maxLength` that differs from the others takes 0.1 s."""
 MAX_DIGITS = 10_000
 """Of all bounds of numbers together: 40 us each."""

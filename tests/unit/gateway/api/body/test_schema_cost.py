@@ -23,7 +23,7 @@ COSTLY = [
     counted(300, minProperties=1),
     counted(300, maxProperties=10),
     {"$defs": {f"d{i}": counted(30, minProperties=1) for i in range(3)}},
-    lengths(17),
+    lengths(33),
     {"anyOf": [{"type": "number", "minimum": -1e300 + i, "maximum": 1e300} for i in range(20)]},
     {"maximum": 10**400},
 ]
@@ -31,7 +31,7 @@ CHEAP = [
     counted(300),
     counted(300, maxProperties=2),
     counted(50, minProperties=1),
-    lengths(16),
+    lengths(32),
     {"properties": {f"a{i}": {"maxLength": 255, "minimum": 0} for i in range(500)}},
     {"properties": {"minProperties": {"type": "integer"}, "x": {"maxProperties": "no number"}}},
 ]
