@@ -5,6 +5,7 @@ against vLLM's own list of arguments.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import msgspec
@@ -133,7 +134,9 @@ def engine_findings(values: Mapping[str, Any]) -> Iterator[Finding]:
         return
     yield from (Finding((*_KWARGS, key), text) for key, text in _not_plain(kwargs))
     typed, findings = _typed(engine, kwargs)
-    yield from under(_KWARGS, findings)
+    for found in under(_KWARGS, findings):
+        # the key stays in `engine_kwargs`, so the model's values cannot be used without it
+        yield replace(found, severity="error") if found.severity == "stray" else found
     if "lora_config" in values:
         yield from _lora_rules(engine, typed, values["lora_config"])
     for key in (*vllm_server_arguments.IGNORED, *NO_LONGER):

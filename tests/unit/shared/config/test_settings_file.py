@@ -400,8 +400,15 @@ def test_a_number_that_vllm_would_refuse_later_is_named(
 
 @pytest.mark.parametrize("key", ["api_key", "lora_modules", "ssl_keyfile", "allowed_origins"])
 def test_what_belongs_to_vllms_own_server_is_refused_by_its_name(key: str) -> None:
-    lines = refusal(SMALL + f"  engine_kwargs: {{{key}: x}}\n")
-    assert len(lines) == 1 and f"engine_kwargs.{key}" in lines[0]
+    (line,) = refusal(SMALL + f"  engine_kwargs: {{{key}: x}}\n")
+    assert line.startswith(f"conf/c.yaml:3: llm_configs[0].engine_kwargs.{key}: ")
+
+
+def test_one_key_of_engine_kwargs_that_is_refused_hides_nothing_else_of_the_file() -> None:
+    text = SMALL + "  llm_engine: sim\n  engine_kwargs: {sim: {ttft: 1}}\ngateway: {prot: 1}\n"
+    kwargs, gateway = refusal(text)
+    assert kwargs.startswith("conf/c.yaml:4: llm_configs[0].engine_kwargs.sim.ttft: unknown key")
+    assert gateway.startswith("conf/c.yaml:5: gateway.prot: unknown key")
 
 
 @pytest.mark.parametrize("given", ["host: h", "device: auto", "distributed_executor_backend: ray"])
