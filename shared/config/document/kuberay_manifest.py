@@ -25,7 +25,11 @@ def out_of_manifest(document: Document) -> Document:
         return Document(document.source, problems=[*document.problems, problem])
     if not isinstance(inside, str):
         return document
-    inner = read_document(inside, document.source)
     above = document.lines.get(MANIFEST_KEY, 0)
-    inner.lines = {path: line + above for path, line in inner.lines.items()}
+    inner = read_document("\n" * above + inside, document.source)
+    if inner.value is None and not inner.problems:
+        name = ".".join(MANIFEST_KEY)
+        inner.problems.append(
+            f"{document.source}:{above}: {name}: is empty; expected applications: with one entry"
+        )
     return inner

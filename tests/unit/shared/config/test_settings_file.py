@@ -5,6 +5,7 @@ understands.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,23 @@ def test_a_manifest_of_kuberay_is_read_by_what_is_inside_and_lines_are_those_of_
     assert read.models[0].model_id == parse(SMALL).models[0].model_id
     with pytest.raises(ConfigError, match=r"k.yaml:[5-9]: "):
         parse_settings(text + "      nonsense: 1\n", "k.yaml", no_files)
+
+
+@pytest.mark.parametrize(
+    ("inside", "line", "words"),
+    [
+        ("llm_configs: []\nllm_configs: []\n", 5, "stands twice (first in line 4)"),
+        ("llm_configs:\n\t- x\n", 5, "not valid YAML"),
+        ("", 3, "spec.serveConfigV2: is empty"),
+    ],
+)
+def test_a_mistake_in_the_text_of_a_manifest_is_told_with_its_line_in_the_file(
+    inside: str, line: int, words: str
+) -> None:
+    text = "kind: RayService\nspec:\n  serveConfigV2: |\n" + textwrap.indent(inside, "    ")
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(text, "k.yaml", no_files)
+    assert caught.value.message.startswith(f"k.yaml:{line}: ") and words in caught.value.message
 
 
 @pytest.mark.parametrize(("key", "value"), [("seed", "x"), ("seed", True), ("dtype", "banana")])
