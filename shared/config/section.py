@@ -311,6 +311,8 @@ def _spelling(raw: object, field: FieldInfo) -> str:
             )
     if isinstance(raw, str) and "true or false" in words:
         return "; write true or false without quotes"
+    if isinstance(raw, bool | int | float) and words.startswith(("text", "some text")):
+        return "; put it in quotes"  # YAML reads no, on and 3.5 as something else
     return ""
 
 

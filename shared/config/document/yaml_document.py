@@ -71,7 +71,7 @@ def read_document(text: str, source: str) -> Document:
     except yaml.MarkedYAMLError as exc:
         mark = exc.problem_mark or exc.context_mark
         place = source if mark is None else f"{source}:{mark.line + 1}"
-        hint = _hint(text, mark)
+        hint = _began(exc, mark) + _hint(text, mark)
         document.problems.append(f"{place}: not valid YAML: {exc.problem or exc.context}{hint}")
     except yaml.YAMLError as exc:
         document.problems.append(f"{source}: not valid YAML: {' '.join(str(exc).split())}")
@@ -114,6 +114,16 @@ def _hint(text: str, mark: yaml.Mark | None) -> str:
     if "{{" in line:
         return f"; {TEMPLATE}"
     return "; indent with spaces, not with tabs" if "\t" in line else ""
+
+
+def _began(exc: yaml.MarkedYAMLError, mark: yaml.Mark | None) -> str:
+    """Where the thing began that has no right end. A quote that is never closed is noticed lines
+    later.
+    """
+    began = exc.context_mark
+    if began is None or mark is None or exc.problem is None or began.line == mark.line:
+        return ""
+    return f" {exc.context} that begins in line {began.line + 1}"
 
 
 TEMPLATE = "is {{ ... }} of a template left to be filled in?"

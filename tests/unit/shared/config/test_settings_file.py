@@ -343,6 +343,19 @@ def no_files(path: str) -> str:
     raise OSError(path)
 
 
+@pytest.mark.parametrize("written", ["no", "3.5", "7"])
+def test_a_name_that_yaml_reads_as_something_else_is_to_be_put_in_quotes(written: str) -> None:
+    (line,) = refusal(SMALL.replace("m}", f"{written}}}"))
+    assert "model_id: expected some text, got" in line and line.endswith("; put it in quotes")
+    (line,) = refusal(SMALL + f"  lora_config: {{dynamic_lora_loading_path: /a, pin: {written}}}\n")
+    assert "quotes" not in line
+
+
+def test_a_quote_that_is_never_closed_is_told_with_the_line_where_it_begins() -> None:
+    (line,) = refusal(SMALL.replace("m}", '"m}') + "# more\n" * 9)
+    assert "found unexpected end of stream" in line and line.endswith("that begins in line 2")
+
+
 @pytest.mark.parametrize("form", ["first", "last", "empty ones"])
 def test_a_manifest_may_stand_among_others(form: str) -> None:
     inside = "".join(f"    {line}\n" for line in SMALL.splitlines())
