@@ -105,9 +105,9 @@ def wrong_arguments(
 def _wrong_value(value: object, argument: Argument) -> str | None:
     if argument.kind != "any" and not _fits(value, argument.kind):
         return f"expected {_WORDS[argument.kind]}, got {shown(value)}"
-    if argument.choices and isinstance(value, str) and value not in argument.choices:
+    if argument.choices and argument.kind == "any" and value not in argument.choices:
         choices = argument.choices
-        match = nearest(value, choices)
+        match = nearest(value, choices) if isinstance(value, str) else None
         if len(choices) <= _MANY_CHOICES:
             return f"{shown(value)} is none of {', '.join(choices)}"
         hint = f"did you mean '{match}'?" if match else f"there are {', '.join(choices)}"

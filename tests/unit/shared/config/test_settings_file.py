@@ -405,7 +405,10 @@ def test_a_mistake_in_the_text_of_a_manifest_is_told_with_its_line_in_the_file(
     assert caught.value.message.startswith(f"k.yaml:{line}: ") and words in caught.value.message
 
 
-@pytest.mark.parametrize(("key", "value"), [("seed", "x"), ("seed", True), ("dtype", "banana")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seed", "x"), ("seed", True), ("dtype", "banana"), ("dtype", True), ("dtype", ["half"])],
+)
 def test_a_value_that_vllm_would_not_take_is_named(key: str, value: object) -> None:
     known = {"seed": Argument("int"), "dtype": Argument("any", ("auto", "half"))}
     assert [k for k, _ in wrong_arguments({key: value}, known)] == [key]
