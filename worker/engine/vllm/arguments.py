@@ -52,7 +52,9 @@ def serve_args(model: LLMConfig) -> Any:
                 continue
             default: Any = getattr(args, key, None)
             if isinstance(value, dict) and hasattr(default, "__dataclass_fields__"):
-                value = dataclasses.replace(default, **value)  # vLLM's app reads its fields
+                # vLLM's app reads its fields. Some defaults are no values that vLLM takes, so the
+                # others are not handed over.
+                value = type(default)(**value)
             setattr(args, key, value)
         server.validate_parsed_serve_args(args)
     except (TypeError, ValueError) as exc:

@@ -1,0 +1,32 @@
+"""What a config says of vLLM's arguments, and what vLLM makes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shared.config.llm import LLMConfig
+from tests.engine.in_process import worker_environment
+from tests.harness import DEMO
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ("compilation_config", {"cudagraph_capture_sizes": [1, 2]}),
+        ("compilation_config", {"debug_dump_path": None, "backend": "eager"}),
+        ("structured_outputs_config", {"backend": "xgrammar"}),
+        ("eplb_config", {"window_size": 10}),
+    ],
+)
+def test_a_section_of_vllm_may_be_given_in_part(key: str, part: dict[str, Any]) -> None:
+    with worker_environment():
+        from worker.engine.vllm.arguments import serve_args
+
+        model = LLMConfig(
+            model_loading_config={"model_id": "demo", "model_source": str(DEMO / "model")},
+            engine_kwargs={key: part},
+        )
+        made = getattr(serve_args(model), key)
+    assert {name: getattr(made, name) for name in part} == part
