@@ -4,7 +4,7 @@ configuration gives them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -48,10 +48,19 @@ REPLACED: Mapping[str, str] = {
     "qlora_adapter_name_or_path": "put the adapter into lora_config.dynamic_lora_loading_path",
     "enable_prompt_adapter": "vLLM serves no prompt adapters any more; remove it",
     "max_prompt_adapters": "vLLM serves no prompt adapters any more; remove it",
+    "compilation_config.level": "set engine_kwargs.compilation_config.mode",
     "enable_lora_bias": "vLLM serves no biases of adapters any more; remove it",
 }
 """Arguments that vLLM no longer has and on which answers depend -> what takes their place."""
-_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "text": "text",
+    "list": "a list",
+    "mapping": "a mapping of keys",
+}
+_FORMS = {"bool": bool, "text": str, "list": (list, tuple), "mapping": Mapping}
 _PLUGINS = {"tool_call_parser": "tool_parser_plugin", "reasoning_parser": "reasoning_parser_plugin"}
 """Arguments to whose choices a plugin may add -> the argument that names the plugin."""
 _MANY_CHOICES = 12
@@ -62,10 +71,13 @@ _COUNTS = frozenset(("max_num_seqs", "max_num_batched_tokens", "block_size"))
 
 
 class Argument(msgspec.Struct, frozen=True):
-    """One argument of vLLM. `choices` are all allowed values; empty if vLLM does not name them."""
+    """One argument of vLLM. `choices` are all allowed values and `keys` those of a mapping; empty
+    if vLLM does not name them.
+    """
 
-    kind: Literal["int", "float", "bool", "any"] = "any"
+    kind: Literal["int", "float", "bool", "text", "list", "mapping", "any"] = "any"
     choices: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
 
 
 class KnownArguments(msgspec.Struct, frozen=True):
@@ -81,7 +93,9 @@ read_known_arguments = msgspec.json.Decoder(KnownArguments).decode
 def wrong_arguments(
     kwargs: Mapping[str, Any], known: Mapping[str, Argument]
 ) -> Iterator[tuple[str, str]]:
-    """(key, what is wrong) for each key of `engine_kwargs` that vLLM would refuse."""
+    """(key, what is wrong) for each key of `engine_kwargs` that vLLM would refuse. A key inside a
+    mapping is `compilation_config.mode`.
+    """
     for key, value in kwargs.items():
         if key in NO_LONGER or key in vllm_server_arguments.EVERY:
             continue
@@ -95,6 +109,8 @@ def wrong_arguments(
             problem = _wrong_value(value, known[key]) or _out_of_bounds(key, value)
             if problem is not None and (key, value) != ("distributed_executor_backend", "ray"):
                 yield key, problem
+            elif known[key].keys and isinstance(value, Mapping):
+                yield from _unknown_keys(key, value, known[key].keys)
     if kwargs.get("enable_auto_tool_choice") and not kwargs.get("tool_call_parser"):
         yield (
             "enable_auto_tool_choice",
@@ -102,10 +118,22 @@ def wrong_arguments(
         )
 
 
+def _unknown_keys(
+    key: str, value: Mapping[str, Any], known: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    for name in value:
+        inner = f"{key}.{name}"
+        if name in known:
+            continue
+        match = nearest(name, known)
+        hint = REPLACED.get(inner) or (f"did you mean '{match}'?" if match else "remove it")
+        yield inner, f"vLLM's {key} has no such key; {hint}"
+
+
 def _wrong_value(value: object, argument: Argument) -> str | None:
     if argument.kind != "any" and not _fits(value, argument.kind):
         return f"expected {_WORDS[argument.kind]}, got {shown(value)}"
-    if argument.choices and argument.kind == "any" and value not in argument.choices:
+    if argument.choices and argument.kind in ("any", "text") and value not in argument.choices:
         choices = argument.choices
         match = nearest(value, choices) if isinstance(value, str) else None
         if len(choices) <= _MANY_CHOICES:
@@ -127,8 +155,8 @@ def _out_of_bounds(key: str, value: object) -> str | None:
 
 
 def _fits(value: object, kind: str) -> bool:
-    if kind == "bool":
-        return isinstance(value, bool)
+    if kind in _FORMS:
+        return isinstance(value, _FORMS[kind])
     if isinstance(value, bool):
         return False
     return isinstance(value, int) or (kind == "float" and isinstance(value, float))

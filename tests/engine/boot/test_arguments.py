@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
+from gateway.cli.check import KEPT
 from shared.config.llm import LLMConfig
+from shared.config.vllm_engine_arguments import Argument, read_known_arguments
 from tests.engine.in_process import worker_environment
 from tests.harness import DEMO
 
@@ -30,3 +33,16 @@ def test_a_section_of_vllm_may_be_given_in_part(key: str, part: dict[str, Any]) 
         )
         made = getattr(serve_args(model), key)
     assert {name: getattr(made, name) for name in part} == part
+
+
+def test_the_kept_copy_of_vllms_arguments_is_what_the_installed_vllm_says() -> None:
+    with worker_environment():
+        from vllm.version import __version__
+
+        from worker.engine.vllm.arguments import arguments
+
+        found = msgspec.convert(arguments(), dict[str, Argument])
+    kept = read_known_arguments(KEPT.read_bytes())
+    if kept.version != __version__:
+        pytest.skip(f"the copy is of vLLM {kept.version}")
+    assert found == kept.arguments

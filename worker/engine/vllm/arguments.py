@@ -9,11 +9,14 @@ If another version is installed, it runs this module in a process of its own:
 from __future__ import annotations
 
 import argparse
+import collections.abc
 import dataclasses
 import importlib
 import json
 import logging
 import sys
+import types
+import typing
 from typing import Any
 
 from shared.config import vllm_server_arguments
@@ -28,6 +31,15 @@ HOST_PLACES = 240
 """Adapters in host memory beside those in slots. vLLM bounds their count only."""
 
 KINDS = {int: "int", float: "float"}
+BY_TYPE = {
+    int: "int",
+    float: "float",
+    bool: "bool",
+    str: "text",
+    list: "list",
+    set: "list",
+    dict: "mapping",
+}
 TYPED = {
     "human_readable_int": "int",
     "human_readable_int_or_auto": "any",
@@ -134,9 +146,11 @@ def main() -> int:
 
 
 def arguments() -> dict[str, dict[str, Any]]:
-    """Argument name -> its description. `kind` is int, float, bool, text or any. `choices` are all
-    allowed values, if vLLM names them.
+    """Argument name -> its description. `kind` is int, float, bool, text, list, mapping or any.
+    `choices` are all allowed values and `keys` those of a mapping, if vLLM names them.
     """
+    from vllm.config import SpeculativeConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
     from vllm.reasoning import ReasoningParserManager
@@ -146,12 +160,48 @@ def arguments() -> dict[str, dict[str, Any]]:
     parser = server_arguments().make_arg_parser(FlexibleArgumentParser())
     known = {action.dest: _described(action) for action in parser._actions}
     known |= {name: {"kind": "any"} for name in vars(parser.parse_args([])) if name not in known}
+    for field in dataclasses.fields(AsyncEngineArgs):
+        if field.name in known:
+            known[field.name] |= _typed(field.type)
+    known["speculative_config"]["keys"] = _keys(SpeculativeConfig)
     known["tool_call_parser"]["choices"] = sorted(ToolParserManager.list_registered())
     known["reasoning_parser"]["choices"] = sorted(ReasoningParserManager.list_registered())
     known["load_format"]["choices"] = sorted(_LOAD_FORMAT_TO_MODEL_LOADER)
     known["quantization"]["choices"] = sorted(QUANTIZATION_METHODS)
     del known["help"]
     return known
+
+
+def _typed(hint: object) -> dict[str, Any]:
+    """What a value in a file must be, by the type of vLLM's own field. A command line takes more:
+    it reads `8k`, and JSON in text.
+    """
+    parts = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if any(typing.get_origin(part) is typing.Literal for part in parts):
+        return {}  # the parser has its choices
+    kinds = {_kind(part) for part in parts if part is not types.NoneType} - {"callable"}
+    if len(kinds) != 1:
+        return {"kind": "any"}
+    (kind,) = kinds
+    configs = [part for part in parts if dataclasses.is_dataclass(part)]
+    return {"kind": kind, "keys": _keys(configs[0])} if configs else {"kind": kind}
+
+
+def _is_union(hint: object) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+def _kind(hint: Any) -> str:
+    origin = typing.get_origin(hint) or hint
+    if origin is collections.abc.Callable:
+        return "callable"  # a file cannot hold one
+    if dataclasses.is_dataclass(origin):
+        return "mapping"
+    return BY_TYPE.get(origin, "any") if isinstance(origin, type) else "any"
+
+
+def _keys(config: Any) -> list[str]:
+    return sorted(field.name for field in dataclasses.fields(config) if field.init)
 
 
 def _described(action: argparse.Action) -> dict[str, Any]:

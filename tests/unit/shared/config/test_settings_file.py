@@ -15,9 +15,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.cli.check import KEPT
 from shared.config.llm import LLMConfig, Settings, engine_kwargs_problems
 from shared.config.settings_file import app_from_args, load_settings, parse_settings
-from shared.config.vllm_engine_arguments import Argument, wrong_arguments
+from shared.config.vllm_engine_arguments import Argument, read_known_arguments, wrong_arguments
 from shared.errors import ConfigError
 from tests.harness import ROOT
 
@@ -413,6 +414,31 @@ def test_a_value_that_vllm_would_not_take_is_named(key: str, value: object) -> N
     known = {"seed": Argument("int"), "dtype": Argument("any", ("auto", "half"))}
     assert [k for k, _ in wrong_arguments({key: value}, known)] == [key]
     assert not [*wrong_arguments({"seed": 1, "dtype": "half"}, known)]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "wrong"),
+    [
+        ({"max_model_len": "8k"}, "max_model_len"),
+        ({"revision": 1.0}, "revision"),
+        ({"lora_target_modules": "q_proj"}, "lora_target_modules"),
+        ({"lora_target_modules": ["q_proj"]}, None),
+        ({"limit_mm_per_prompt": "image=2"}, "limit_mm_per_prompt"),
+        ({"compilation_config": 3}, "compilation_config"),
+        ({"compilation_config": {"level": 3}}, "compilation_config.level"),
+        ({"compilation_config": {"mode": 3}}, None),
+        ({"speculative_config": {"metod": "ngram"}}, "speculative_config.metod"),
+        ({"kv_transfer_config": {"kv_roll": "kv_both"}}, "kv_transfer_config.kv_roll"),
+        ({"hf_overrides": {"anything": 1}}, None),
+        ({"hf_token": "from-a-variable"}, None),
+        ({"max_lora_rank": 16}, None),
+    ],
+)
+def test_a_value_of_another_form_and_a_key_inside_that_vllm_does_not_have_are_named(
+    kwargs: dict[str, Any], wrong: str | None
+) -> None:
+    known = read_known_arguments(KEPT.read_bytes()).arguments
+    assert [key for key, _ in wrong_arguments(kwargs, known)] == ([wrong] if wrong else [])
 
 
 @pytest.mark.parametrize(
