@@ -60,7 +60,12 @@ _WORDS = {
     "list": "a list",
     "mapping": "a mapping of keys",
 }
-_FORMS = {"bool": bool, "text": str, "list": (list, tuple), "mapping": Mapping}
+_FORMS: Mapping[str, type | tuple[type, ...]] = {
+    "bool": bool,
+    "text": str,
+    "list": (list, tuple),
+    "mapping": Mapping,
+}
 _PLUGINS = {"tool_call_parser": "tool_parser_plugin", "reasoning_parser": "reasoning_parser_plugin"}
 """Arguments to whose choices a plugin may add -> the argument that names the plugin."""
 _MANY_CHOICES = 12
