@@ -18,6 +18,7 @@ from gateway.cli.client import (
     read_key,
     show_table,
 )
+from gateway.cli.numbers import seconds
 from loraplex.start import command
 
 DONE = {
@@ -78,7 +79,7 @@ def _add_action(actions: Any, common: argparse.ArgumentParser, action: str, text
     doing.add_argument("name", metavar="NAME")
     doing.add_argument(
         "--timeout",
-        type=float,
+        type=seconds,
         default=60.0,
         metavar="SECONDS",
         help="how long to wait for the workers (default 60)",

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from gateway.cli.client import (
     read_key,
     show_table,
 )
+from gateway.cli.numbers import count, seconds, share
 from loraplex.start import command
 
 COMPARED = ("model", "", "simulator", "formulas", "error of the formulas")
@@ -52,14 +52,14 @@ def add_parser(verbs: Any) -> None:
         help="a gateway's log in JSON lines instead of a running gateway; of several, put together",
     )
     parser.add_argument(
-        "--miss-rate", type=_share, default=Goal().miss_rate, help="wanted (default %(default)s)"
+        "--miss-rate", type=share, default=Goal().miss_rate, help="wanted (default %(default)s)"
     )
-    parser.add_argument("--ttft-p99", type=_seconds, metavar="SECONDS", help="wanted")
+    parser.add_argument("--ttft-p99", type=seconds, metavar="SECONDS", help="wanted")
     for name, default in (("workers", 1), ("slots", 16), ("capacity", 256)):
         text = "of the fleet" if name == "workers" else "of one worker"
         parser.add_argument(
             f"--{name}",
-            type=_count,
+            type=count,
             default=default,
             help=f"{text}, with --from (default {default})",
         )
@@ -71,27 +71,6 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print everything, as JSON")
     parser.set_defaults(run=run)
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"a share between 0 and 1 is needed, got {text}")
-    return share
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"a time of more than 0 seconds is needed, got {text}")
-    return seconds
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"at least 1 is needed, got {text}")
-    return count
 
 
 def run(args: argparse.Namespace) -> int:

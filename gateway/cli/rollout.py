@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from gateway.cli.client import CommandFailed, GatewayClient, gateway_flags, read_key
+from gateway.cli.numbers import seconds, seconds_or_none
 
 
 def add_parser(verbs: Any) -> None:
@@ -21,10 +22,14 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--model", help="workers of this base model alone")
     parser.add_argument("--worker", help="this worker alone; does not wait for its successor")
     parser.add_argument(
-        "--wait", type=float, default=0.0, metavar="S", help="before streams move (default: 0)"
+        "--wait",
+        type=seconds_or_none,
+        default=0.0,
+        metavar="S",
+        help="before streams move (default: 0)",
     )
     parser.add_argument(
-        "--timeout", type=float, default=600.0, metavar="S", help="for a worker to come back"
+        "--timeout", type=seconds, default=600.0, metavar="S", help="for a worker to come back"
     )
     parser.set_defaults(run=run)
 

@@ -63,6 +63,23 @@ async def test_a_wrong_address_is_answered_with_one_line_that_names_the_option(
     assert "Traceback" not in text
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["adapters", "pin", "a", "--timeout", "nan"], "--timeout: a time of more than 0 seconds"),
+        (["rollout", "--wait", "inf"], "--wait: a time of 0 seconds or more is needed"),
+        (["advise", "--slots", "4.5"], "--slots: a whole number of at least 1 is needed"),
+        (["advise", "--ttft-p99", "soon"], "--ttft-p99: a number is needed, got soon"),
+        (["bench", "load", "--rate", "fast"], "--rate: fast is no number"),
+    ],
+    ids=lambda value: "-".join(value[-2:]) if isinstance(value, list) else None,
+)
+async def test_an_option_that_takes_another_number_says_which(argv: list[str], said: str) -> None:
+    status, text = await loraplex(*argv)
+    assert status == 2 and said in text.splitlines()[-1], text
+    assert "Traceback" not in text
+
+
 async def test_the_load_test_is_reached_by_the_command() -> None:
     status, text = await loraplex("bench", "load", "--help")
     assert status == 0 and "--adapters-from-models" in text
