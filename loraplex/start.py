@@ -92,6 +92,7 @@ def _stop(signum: int, frame: object) -> None:
 
 def cli() -> int:
     """The `loraplex` command."""
+    _open_streams()
     with _ended_by_ctrl_c():
         claim(*PACKAGES)
         main = importlib.import_module("gateway.cli.main").main
@@ -99,6 +100,15 @@ def cli() -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)  # the interpreter's own end would print a traceback
     return status
+
+
+def _open_streams() -> None:
+    """Cron jobs and scripts may close the standard streams. A socket would take such a number, and
+    libuv ends a process that closes a socket of that number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the process's life)
 
 
 def register() -> None:

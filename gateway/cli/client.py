@@ -115,8 +115,9 @@ class GatewayClient:
         timeout_s: float = 60.0,
     ) -> tuple[int, Any]:
         """(status, answer) of one request. The answer is decoded JSON, or text if it is no JSON."""
-        url = f"{self.url}{urllib.parse.quote(path)}" + (
-            f"?{urllib.parse.urlencode(query)}" if query else ""
+        # a name of the command line may hold bytes that are no text; the gateway says so
+        url = f"{self.url}{urllib.parse.quote(path, errors='surrogateescape')}" + (
+            f"?{urllib.parse.urlencode(query, errors='surrogateescape')}" if query else ""
         )
         data = json.dumps(body).encode() if method in ("POST", "PUT") else None
         kind = {"Content-Type": "application/json"} if data is not None else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import json
 import os
@@ -75,6 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
+    except OSError as exc:
+        if exc.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"loraplex: the output cannot be written: {exc.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):
             print("stopped", file=sys.stderr)
@@ -285,15 +292,21 @@ def _greet(settings: Settings, port: int, example: str | None) -> None:
     stream = json.dumps(
         {"model": model, "stream": True, "messages": [{"role": "user", "content": "Hello!"}]}
     )
-    print(
+    text = (
         f"\nLoraplex serves at {url}/v1  (Ctrl-C stops it)\n\n"
         f"  curl {url}/v1/models{key}\n"
         f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'\n"
         f"  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' "
         f"-d '{stream}'\n"
-        f"  {_this_command()} adapters ls --url {url}\n",
-        flush=True,
+        f"  {_this_command()} adapters ls --url {url}\n"
     )
+    try:
+        print(text, flush=True)
+    except OSError as exc:
+        if exc.errno != errno.ENOSPC:
+            raise
+        # a full disk is no reason to stop serving, as it is none for the log; the rest is dropped
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _this_command() -> str:

@@ -12,13 +12,12 @@ from loraplex import __version__
 from tests.harness import ROOT
 
 CONFIG = str(ROOT / "examples/sim.yaml")
+LORAPLEX = str(Path(sys.executable).with_name("loraplex"))
 STOP_S = 60.0
 
 
-async def loraplex(*argv: str) -> tuple[int, str]:
-    process = await asyncio.create_subprocess_exec(
-        str(Path(sys.executable).with_name("loraplex")), *argv, stdout=-1, stderr=-1
-    )
+async def loraplex(*argv: str | bytes) -> tuple[int, str]:
+    process = await asyncio.create_subprocess_exec(LORAPLEX, *argv, stdout=-1, stderr=-1)
     async with asyncio.timeout(STOP_S):
         out, err = await process.communicate()
     assert process.returncode is not None
@@ -78,6 +77,30 @@ async def test_an_option_that_takes_another_number_says_which(argv: list[str], s
     status, text = await loraplex(*argv)
     assert status == 2 and said in text.splitlines()[-1], text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("streams", "status", "said"),
+    [
+        (">/dev/full", 1, "loraplex: the output cannot be written: No space left on device\n"),
+        (">&-", 0, ""),
+        ("<&- >/dev/null", 0, ""),
+    ],
+)
+async def test_an_output_that_takes_nothing_is_no_traceback(
+    streams: str, status: int, said: str
+) -> None:
+    shell = ["sh", "-c", f'exec "$0" check "$1" {streams}', LORAPLEX, CONFIG]
+    process = await asyncio.create_subprocess_exec(*shell, stderr=-1)
+    async with asyncio.timeout(STOP_S):
+        _, err = await process.communicate()
+    assert (process.returncode, err.decode()) == (status, said)
+
+
+async def test_a_name_that_is_no_text_is_no_traceback() -> None:
+    async with asyncio.timeout(STOP_S):
+        status, text = await loraplex("adapters", "show", b"\xe9", "--url", "http://127.0.0.1:9")
+    assert status == 1 and "no gateway answers" in text and "Traceback" not in text
 
 
 async def test_the_load_test_is_reached_by_the_command() -> None:

@@ -100,6 +100,27 @@ async def chat(url: str, model: str = "sim", **more: object) -> dict[str, object
         }
 
 
+@pytest.mark.parametrize("streams", [">/dev/full", "<&- >&-"], ids=["full disk", "closed"])
+async def test_serve_goes_on_where_its_greeting_cannot_be_written(
+    tmp_path: Path, streams: str
+) -> None:
+    shell = f'exec "$0" serve "$1" {streams}'
+    config = write_config(tmp_path, 1)
+    process, log = await start(tmp_path, "sh", "-c", shell, LORAPLEX, str(config))
+    try:
+        async with asyncio.timeout(START_S):
+            while '"state":"serving"' not in log.read_text():
+                assert process.returncode is None, log.read_text()
+                await asyncio.sleep(0.1)
+        found = re.search(r'"url":"([^"]+)"', log.read_text())
+        assert found and (await chat(found[1]))["status"] == 200
+        process.terminate()
+        assert await process.wait() == 0 and "Traceback" not in log.read_text()
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 async def test_serve_prints_the_url_and_three_lines_that_work_once_all_workers_serve(
     tmp_path: Path,
 ) -> None:
