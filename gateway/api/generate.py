@@ -49,6 +49,7 @@ from shared.api_endpoints import (
     errors_of,
 )
 from shared.errors import EngineFailure, LoraplexError, WorkerUnavailable
+from shared.other_forms import is_true
 
 
 class GenerationAPI:
@@ -167,7 +168,7 @@ class GenerationAPI:
         account = services.keys.account_of(authorization_of(incoming))
         answer_id = incoming.path.removeprefix(RESPONSES_PATH + "/").partition("/")[0]
         path = incoming.path + (f"?{request.query_string}" if request.query_string else "")
-        streams = schema.is_true(request.query.get("stream", ""))
+        streams = is_true(request.query.get("stream", ""))
         facts = HeadFacts(account, incoming)
         until = services.loop.time() + LONGEST_WAIT_S
         while True:

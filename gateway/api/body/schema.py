@@ -10,8 +10,6 @@ other fields are passed on unread.
 from __future__ import annotations
 
 import functools
-import math
-import re
 from collections.abc import Callable
 from typing import Annotated, Any, cast
 
@@ -22,6 +20,7 @@ from gateway.api.body.bounds import DEFAULT_BOUNDS, NOTHING, Bounds, check
 from gateway.api.body.multipart import form_values
 from shared.api_endpoints import Endpoint, ModelIn
 from shared.errors import BodyTooLarge, InvalidRequest
+from shared.other_forms import boolean, integer, is_true
 
 MAX_MODEL_CHARACTERS = 1024
 """The longest model name: a base id, an adapter and a digest. It is repeated in messages and
@@ -184,41 +183,10 @@ def _with_only(names: frozenset[str]) -> type[BodyFields]:
 
 # ---- other forms of the same values --------------------------------------------------------------
 
-_INTEGER = re.compile(r"\s*[+-]?[0-9]+(?:_[0-9]+)*(?:\.0*)?\s*\Z")
-MAX_INTEGER_CHARACTERS = 4096
-"""Python refuses to read a longer number. vLLM takes one whose digits are nearly all zeros."""
-_TRUE = frozenset(("1", "on", "t", "true", "y", "yes"))
-_FALSE = frozenset(("0", "off", "f", "false", "n", "no"))
-
-
-def _integer(value: object) -> int | None:
-    """The number, as pydantic would take it. None: pydantic would refuse it."""
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return int(value) if math.isfinite(value) and value.is_integer() else None
-    if isinstance(value, str) and len(value) <= MAX_INTEGER_CHARACTERS and _INTEGER.match(value):
-        return int(value.strip().partition(".")[0])
-    return None
-
-
-def _boolean(value: object) -> bool | None:
-    if isinstance(value, (bool, int, float)):
-        return bool(value) if value in (0, 1) else None
-    if isinstance(value, str):
-        word = value.lower()
-        return True if word in _TRUE else False if word in _FALSE else None
-    return None
-
-
-def is_true(text: str) -> bool:
-    """Whether a field of a form or of a query means true."""
-    return text.lower() in _TRUE
-
 
 def _between(least: int, most: int) -> Callable[[object], int]:
     def read(value: object) -> int:
-        found = _integer(value)
+        found = integer(value)
         if found is None or not least <= found <= most:
             raise ValueError(f"a whole number from {least} to {most}")
         return found
@@ -227,7 +195,7 @@ def _between(least: int, most: int) -> Callable[[object], int]:
 
 
 def _flag(value: object) -> bool:
-    found = _boolean(value)
+    found = boolean(value)
     if found is None:
         raise ValueError("true or false")
     return found

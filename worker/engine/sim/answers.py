@@ -8,12 +8,15 @@ import msgspec
 
 from shared.errors import CannotContinue, InvalidRequest
 from shared.link.token_ids import unpack
+from shared.other_forms import boolean, integer
 from worker.engine.base import EngineRequest
 
 TASKS = ("generate",)
 DEFAULT_OUTPUT_TOKENS = 16  # OpenAI's default for completions
 SLICE_CHARACTERS = 256 << 10
 FINISH_REASON = "length"
+_COUNTS = frozenset(("n", "max_tokens", "max_completion_tokens"))
+_FLAGS = frozenset(("stream",))
 _HOLE = "\0"  # marks a token's place in an event; escaped JSON never contains it
 _encode = msgspec.json.Encoder().encode
 
@@ -214,7 +217,10 @@ def seen_tokens(call: EngineRequest, answer: Answer) -> int:
 
 def _decode(decoder: _Decoder, body: bytes) -> _ChatRequest | _CompletionRequest:
     try:
-        return decoder.decode(body)
+        try:
+            return decoder.decode(body)
+        except msgspec.ValidationError:  # in another form, perhaps
+            return msgspec.convert(_in_jsons_forms(body), decoder.type, strict=False)
     except msgspec.ValidationError as exc:
         text = str(exc)
         missing = text.partition("missing required field `")[2].partition("`")[0]
@@ -222,6 +228,16 @@ def _decode(decoder: _Decoder, body: bytes) -> _ChatRequest | _CompletionRequest
         raise InvalidRequest(text, param=".".join(filter(None, (inside, missing))) or None) from exc
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise InvalidRequest(f"The request body is not valid JSON: {exc}") from exc
+
+
+def _in_jsons_forms(body: bytes) -> Any:
+    """The body with numbers and booleans in JSON's own form, where pydantic would read them."""
+    given = msgspec.json.decode(body)
+    for fields, reader in ((_COUNTS, integer), (_FLAGS, boolean)):
+        for name in fields & given.keys() if isinstance(given, dict) else ():
+            read = reader(given[name])
+            given[name] = given[name] if read is None else read
+    return given
 
 
 def _output_tokens(request: _Request, prompt_tokens: int, max_model_len: int) -> int:

@@ -219,14 +219,24 @@ async def test_the_base_model_is_named_without_an_adapter() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "tokens"),
-    [({}, 16), ({"max_tokens": 2}, 2), ({"max_tokens": 2, "max_completion_tokens": 3}, 3)],
+    [
+        ({}, 16),
+        ({"max_tokens": 2}, 2),
+        ({"max_tokens": 2, "max_completion_tokens": 3}, 3),
+        # as vLLM's pydantic takes them
+        ({"max_tokens": 4.0}, 4),
+        ({"max_tokens": " +1_0.0 "}, 10),
+        ({"max_tokens": True}, 1),
+        ({"max_tokens": 2, "stream": "yes"}, 2),
+        ({"max_tokens": 2, "stream": 1.0, "n": "1"}, 2),
+    ],
 )
 async def test_the_number_of_tokens_is_as_asked_or_sixteen(
     fields: dict[str, Any], tokens: int
 ) -> None:
     async with started() as engine:
         reply = await answer(
-            engine, chat(stream=True, stream_options={"include_usage": True}, **fields)
+            engine, chat(**{"stream": True, "stream_options": {"include_usage": True}, **fields})
         )
     assert len(reply.parts) == tokens == reply.output_tokens
     assert reply.events[-1]["usage"] == {
@@ -325,7 +335,7 @@ BAD: list[tuple[str, bytes, str | None]] = [
     (CHAT, b'{"messages": []}', "messages"),
     (CHAT, b'{"messages": "hi"}', "messages"),
     (CHAT, b'{"messages": [{"content": "hi"}]}', "messages[0].role"),
-    (CHAT, chat(stream="yes").body, "stream"),
+    (CHAT, chat(stream="maybe").body, "stream"),
     (CHAT, chat(max_tokens="five").body, "max_tokens"),
     (CHAT, chat(max_tokens=0).body, "max_tokens"),
     (CHAT, chat(max_tokens=-(10**30)).body, "max_tokens"),
