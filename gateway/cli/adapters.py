@@ -16,9 +16,9 @@ from gateway.cli.client import (
     GatewayClient,
     common_flags,
     read_key,
+    seconds,
     show_table,
 )
-from gateway.cli.numbers import seconds
 from loraplex.start import command
 
 DONE = {

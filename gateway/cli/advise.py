@@ -25,11 +25,13 @@ from gateway.advisor.traffic import Traffic, from_access_log
 from gateway.cli.client import (
     CommandFailed,
     GatewayClient,
+    count,
     gateway_flags,
     read_key,
+    seconds,
+    share,
     show_table,
 )
-from gateway.cli.numbers import count, seconds, share
 from loraplex.start import command
 
 COMPARED = ("model", "", "simulator", "formulas", "error of the formulas")

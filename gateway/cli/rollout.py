@@ -7,8 +7,14 @@ import json
 import sys
 from typing import Any
 
-from gateway.cli.client import CommandFailed, GatewayClient, gateway_flags, read_key
-from gateway.cli.numbers import seconds, seconds_or_none
+from gateway.cli.client import (
+    CommandFailed,
+    GatewayClient,
+    gateway_flags,
+    read_key,
+    seconds,
+    seconds_or_none,
+)
 
 
 def add_parser(verbs: Any) -> None:
