@@ -25,7 +25,7 @@ from shared.api_endpoints import (
 from shared.error_bodies import error_body
 from shared.errors import AnswerIncomplete, CannotContinue, EngineFailure, InvalidRequest
 from worker.engine.base import EngineRequest, Reply, Storing
-from worker.engine.vllm.app.anthropic_errors import pass_errors
+from worker.engine.vllm.app.anthropic_errors import leave_refusals_unlogged, pass_errors
 from worker.engine.vllm.app.errors import event_in_our_shape, in_our_shape, refusal
 from worker.engine.vllm.app.json_pieces import CHUNK_BYTES
 from worker.engine.vllm.app.large_bodies import a_turn_for
@@ -67,6 +67,7 @@ class AppBridge:
         messages = getattr(app.state, "anthropic_serving_messages", None)
         if messages is not None:
             pass_errors(messages)
+            leave_refusals_unlogged()
 
     def stores(self, answer_id: str) -> Storing:
         return Storing.NOT if self._kept is None else self._kept.has(answer_id)
