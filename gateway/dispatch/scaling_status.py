@@ -43,12 +43,15 @@ class ScalingState:
             *(b for b, status in self.models.items() if status.scales and not status.min_replicas),
         }
 
-    def awaited(self, fleet: Fleet) -> dict[str, float]:
-        """Base models without a worker for which one is starting -> in how many seconds it serves
-        (0: unknown). Requests for them may wait for as long as the request itself may take.
+    def awaited(self, fleet: Fleet) -> dict[str, float | None]:
+        """Base models without a worker for which one is starting, or is to start -> in how many
+        seconds it serves (0: unknown; None: once another model's worker leaves a GPU). Requests for
+        them may wait for as long as the request itself may take.
         """
-        starting = {b: s.eta_s or 0.0 for b, s in self.models.items() if s.starting}
-        awaited = dict.fromkeys(self.elsewhere, 0.0) | starting
+        from_zero = {b: s for b, s in self.models.items() if b in self.from_zero and s.wanted}
+        awaited: dict[str, float | None] = dict.fromkeys(self.elsewhere, 0.0)
+        awaited |= {b: None if s.without_gpus else 0.0 for b, s in from_zero.items()}
+        awaited |= {b: s.eta_s or 0.0 for b, s in self.models.items() if s.starting}
         return {base: eta_s for base, eta_s in awaited.items() if not fleet.routable(base)}
 
     def start_s(self, base: str) -> float | None:

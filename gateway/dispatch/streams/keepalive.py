@@ -15,7 +15,7 @@ from gateway.dispatch.lifecycle import RequestPhase
 from gateway.dispatch.request import InFlightRequest
 from shared.link.messages import Tier
 
-NOBODY_AWAITED: Mapping[str, float] = {}
+NOBODY_AWAITED: Mapping[str, float | None] = {}
 
 
 class StreamKeepalive:
@@ -55,14 +55,18 @@ class StreamKeepalive:
 def comment(
     request: InFlightRequest,
     tickets: Mapping[InFlightRequest, int],
-    awaited: Mapping[str, float] = NOBODY_AWAITED,
+    awaited: Mapping[str, float | None] = NOBODY_AWAITED,
 ) -> bytes:
     """One SSE comment that says what the request waits for. `tickets` are positions in the queue.
     `awaited` are base models whose first worker is starting, with the seconds until it serves (0:
-    unknown). An adapter's name holds no character that has a meaning here.
+    unknown; None: it waits for a GPU). An adapter's name holds no character that has a meaning
+    here.
     """
     if request.lifecycle.phase is RequestPhase.QUEUED:
-        if (seconds := awaited.get(request.model.base)) is not None:
+        if request.model.base in awaited:
+            seconds = awaited[request.model.base]
+            if seconds is None:
+                return b": waiting for a free GPU to start a worker\n\n"
             about = b", about %d s" % math.ceil(seconds) if seconds else b""
             return b": starting a worker%b\n\n" % about
         return b": queued, position about %d\n\n" % tickets.get(request, 1)

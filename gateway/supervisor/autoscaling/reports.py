@@ -76,7 +76,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     `start_s` is how long its workers take to start (None: none has started yet). `eta_s` is when
     the next one is expected to serve (None: none is starting). `retiring` are workers that take
-    nothing new.
+    nothing new. For `without_gpus` of the wanted workers this machine has no GPUs now.
     """
 
     wanted: int
@@ -96,6 +96,7 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     eta_s: float | None = None
     retiring: tuple[str, ...] = ()
     handovers: tuple[AdapterHandover, ...] = ()
+    without_gpus: int = 0
 
 
 class ScalingStatus(msgspec.Struct, frozen=True, tag="status"):

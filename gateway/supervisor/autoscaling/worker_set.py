@@ -296,6 +296,7 @@ class WorkerSet:
             eta_s=eta_s,
             retiring=tuple(m.name for m in workers if m.retired_since is not None),
             handovers=self._handovers(name),
+            without_gpus=max(0, model.scaler.wanted - model.granted),
         )
 
     def _handovers(self, model: str) -> tuple[AdapterHandover, ...]:

@@ -21,6 +21,7 @@ from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.dispatch.streams.journal import JournalBounds
 from gateway.fleet.fleet import Fleet
 from gateway.routing.registry import POLICIES, make_policy
+from gateway.supervisor.autoscaling.reports import ModelStatus
 from gateway.telemetry.prometheus import Metrics
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import (
@@ -996,6 +997,16 @@ def wait(room: Room, seconds: float) -> None:
                 yours=len(worker.reserved),
             )
         room.dispatcher.tick()
+
+
+def test_a_stream_for_a_model_at_zero_waits_for_a_gpu_and_hears_it(make_room: MakeRoom) -> None:
+    room = make_room(keepalive_s=QUEUE_S)
+    waits = ModelStatus(wanted=1, max_replicas=2, scales=True, without_gpus=1)
+    room.dispatcher.on_scaling({"tiny": waits})
+    _, sink = room.submit(streams=True)
+    wait(room, 2 * QUEUE_S + 1)
+    assert set(sink.comments) == {b": waiting for a free GPU to start a worker\n\n"}
+    assert not sink.over
 
 
 def test_a_queued_stream_hears_where_it_stands_and_one_that_is_no_stream_hears_nothing(

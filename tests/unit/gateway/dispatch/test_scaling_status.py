@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from gateway.dispatch.scaling_status import ScalingState, model_loads
 from gateway.fleet.fleet import Fleet
 from gateway.supervisor.autoscaling.reports import HeldAdapter, ModelStatus
@@ -29,6 +31,17 @@ def test_a_model_is_awaited_while_its_first_worker_starts_and_only_then() -> Non
     assert state.awaited(fleet()) == {}
     state.models = {"m": ModelStatus(wanted=0, start_s=9.0)}
     assert state.awaited(Fleet(3.0)) == {} and state.start_s("m") == 9.0
+
+
+def test_a_model_at_zero_is_awaited_while_other_models_have_all_gpus() -> None:
+    state = ScalingState()
+    waits = ModelStatus(wanted=1, max_replicas=2, scales=True, without_gpus=1)
+    state.models = {"m": waits}
+    assert state.awaited(Fleet(3.0)) == {"m": None} and state.awaited(fleet()) == {}
+    state.models = {"m": msgspec.structs.replace(waits, without_gpus=0)}
+    assert state.awaited(Fleet(3.0)) == {"m": 0.0}  # a GPU is free, and the start has not begun
+    state.models = {"m": msgspec.structs.replace(waits, min_replicas=1)}
+    assert state.awaited(Fleet(3.0)) == {}  # its worker was lost, and may not come back
 
 
 def test_where_something_else_starts_workers_a_model_without_a_least_number_is_awaited() -> None:
