@@ -220,7 +220,10 @@ def _decode(decoder: _Decoder, body: bytes) -> _ChatRequest | _CompletionRequest
         try:
             return decoder.decode(body)
         except msgspec.ValidationError:  # in another form, perhaps
-            return msgspec.convert(_in_jsons_forms(body), decoder.type, strict=False)
+            read: _ChatRequest | _CompletionRequest = msgspec.convert(
+                _in_jsons_forms(body), decoder.type, strict=False
+            )
+            return read
     except msgspec.ValidationError as exc:
         text = str(exc)
         missing = text.partition("missing required field `")[2].partition("`")[0]
