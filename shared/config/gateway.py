@@ -269,7 +269,10 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
             yield Finding(("lease_s",), text, other=("heartbeat_s",))
         host = values.get("host")
         keys = [values.get(key) for key in ("api_keys_env", "api_keys_file", "keys_file")]
-        if host is not None and not is_loopback(host) and keys == [None] * 3:
+        if host is not None and not _is_host(host):
+            text = f"expected an address or a name, without http:// and port, got {shown(host)}"
+            yield Finding(("host",), text)
+        elif host is not None and not is_loopback(host) and keys == [None] * 3:
             text = (
                 f"{shown(host)} is reachable from other machines and no API keys are "
                 "required; set keys_file, api_keys_env or api_keys_file"
@@ -294,6 +297,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def _is_host(text: str) -> bool:
+    """Whether it may be a name or an address; only an IPv6 address holds colons."""
+    try:
+        return bool(ipaddress.ip_address(text.strip("[]")))
+    except ValueError:
+        return not set(text) & set(":/ ")
 
 
 def _variable_rule(key: str, name: str | None) -> Iterator[Finding]:

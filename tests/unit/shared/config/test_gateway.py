@@ -96,6 +96,17 @@ def test_a_link_beyond_this_machine_needs_a_secret_or_an_explicit_word(how: dict
     assert link.data == "tcp://10.0.0.1:7001"
 
 
+@pytest.mark.parametrize("host", ["localhost:8000", "http://x", "127.0.0.1:80", "a b", "[::1]:80"])
+def test_a_host_with_anything_beside_it_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match="host: expected an address or a name"):
+        GatewayConfig(host=host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::1]", "fe80::1%eth0", "my-host.example.org"])
+def test_an_address_or_a_name_is_a_host(host: str) -> None:
+    assert GatewayConfig(host=host).host == host
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost"])
 def test_these_hosts_are_this_machine(host: str) -> None:
     assert is_loopback(host)
