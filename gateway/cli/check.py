@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import operator
+import os
 import re
 import subprocess
 import sys
@@ -17,8 +19,15 @@ import msgspec
 
 from gateway.supervisor.autoscaling.custom_policy import load_policy
 from loraplex.start import command
+from shared.config.gateway import GatewayConfig
 from shared.config.llm import LLMConfig, Settings, engine_kwargs_problems
-from shared.config.vllm_engine_arguments import Argument, KnownArguments, read_known_arguments
+from shared.config.vllm_engine_arguments import (
+    FILES,
+    Argument,
+    KnownArguments,
+    names_file,
+    read_known_arguments,
+)
 from shared.errors import ConfigError, LoraplexError
 from shared.stores import open_store
 from shared.stores.listing import SkippedFolder
@@ -34,7 +43,6 @@ ABSENT = (
     StoreProblem.NO_PREFIX,
     StoreProblem.NO_REPOSITORY,
 )
-FILES = ("chat_template", "tool_parser_plugin", "reasoning_parser_plugin")
 
 
 def warnings() -> list[str]:
@@ -68,15 +76,25 @@ def missing_policy(model: LLMConfig) -> str | None:
 
 
 def missing_files(kwargs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, problem) for each file that is named and does not exist. A template may also be given
-    as text.
-    """
+    """(key, problem) for each file that is named and does not exist."""
     for key in FILES:
         value = kwargs.get(key)
-        if not isinstance(value, str) or "{" in value or "\n" in value:
-            continue
-        if not Path(value).expanduser().is_file():
+        if names_file(value) and not Path(value).expanduser().is_file():
             yield key, f"there is no file '{value[:200]}'"
+
+
+def missing_gateway_files(gateway: GatewayConfig) -> Iterator[str]:
+    """A line for each file of keys or certificates, and each variable, that is not on this host. It
+    may be on the host of the gateway.
+    """
+    for key in ("keys_file", "api_keys_file", "admin_keys_file", "tls.certificate", "tls.key"):
+        path = operator.attrgetter(key)(gateway)
+        if path is not None and not Path(path).expanduser().exists():
+            yield f"gateway.{key}: there is no file '{path[:200]}' on this host"
+    for key in ("api_keys_env", "admin_keys_env"):
+        name = getattr(gateway, key)
+        if name is not None and not os.environ.get(name):
+            yield f"gateway.{key}: the variable {name} is not set here"
 
 
 def known_arguments() -> Mapping[str, Argument]:

@@ -386,6 +386,8 @@ def _check(args: argparse.Namespace) -> int:
         if (missing := check.missing_policy(m)) is not None:
             print(f"warning: {m.model_id}: {missing}", file=sys.stderr)
     g = settings.gateway
+    for missing in check.missing_gateway_files(g):
+        print(f"warning: {missing}", file=sys.stderr)
     for note in notes:
         print(note)
     scheme = "https" if g.tls.certificate else "http"

@@ -26,7 +26,7 @@ from shared.config.deployment import (
     DeploymentConfig,
 )
 from shared.config.engine import LORA_RANKS, SimTiming, engine_findings, sim_timing
-from shared.config.gateway import GatewayConfig, LinkConfig
+from shared.config.gateway import GatewayConfig, LinkConfig, TLSConfig
 from shared.config.llm_sections import (
     DEFAULT_MAX_LORAS,
     AcceleratorConfig,
@@ -36,7 +36,7 @@ from shared.config.llm_sections import (
     Text,
 )
 from shared.config.section import Finding, Section
-from shared.config.vllm_engine_arguments import Argument, wrong_arguments
+from shared.config.vllm_engine_arguments import FILES, Argument, names_file, wrong_arguments
 
 __all__ = [
     "DEFAULT_MAX_LORAS",
@@ -324,8 +324,8 @@ def engine_kwargs_problems(settings: Settings, known: Mapping[str, Argument]) ->
 
 
 def rooted(config: LLMConfig, base_dir: str, home: str | None = None) -> LLMConfig:
-    """The config with absolute local paths. Adapters and ./model folders are relative to
-    `base_dir`, and ~ stands for `home`.
+    """The config with absolute local paths. Adapters, ./model folders and files of engine_kwargs
+    are relative to `base_dir`, and ~ stands for `home`.
     """
     loading, lora = config.model_loading_config, config.lora_config
     source, tokenizer = (
@@ -339,14 +339,30 @@ def rooted(config: LLMConfig, base_dir: str, home: str | None = None) -> LLMConf
             lora,
             dynamic_lora_loading_path=path if "://" in path else local_path(path, base_dir, home),
         )
-    return msgspec.structs.replace(config, model_loading_config=loading, lora_config=lora)
+    files = {
+        key: local_path(path, base_dir, home)
+        for key in FILES
+        if names_file(path := config.engine_kwargs.get(key))
+    }
+    return msgspec.structs.replace(
+        config,
+        model_loading_config=loading,
+        lora_config=lora,
+        engine_kwargs={**config.engine_kwargs, **files},
+    )
 
 
 def rooted_gateway(config: GatewayConfig, base_dir: str, home: str | None = None) -> GatewayConfig:
     """The gateway section with absolute local paths."""
-    keys, api, admin = (
+    keys, api, admin, certificate, tls_key = (
         None if path is None else local_path(path, base_dir, home)
-        for path in (config.keys_file, config.api_keys_file, config.admin_keys_file)
+        for path in (
+            config.keys_file,
+            config.api_keys_file,
+            config.admin_keys_file,
+            config.tls.certificate,
+            config.tls.key,
+        )
     )
     return msgspec.structs.replace(
         config,
@@ -354,6 +370,7 @@ def rooted_gateway(config: GatewayConfig, base_dir: str, home: str | None = None
         keys_file=keys,
         api_keys_file=api,
         admin_keys_file=admin,
+        tls=TLSConfig(certificate=certificate, key=tls_key),
     )
 
 

@@ -5,7 +5,7 @@ configuration gives them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import msgspec
 
@@ -69,6 +69,8 @@ _FORMS: Mapping[str, type | tuple[type, ...]] = {
 _PLUGINS = {"tool_call_parser": "tool_parser_plugin", "reasoning_parser": "reasoning_parser_plugin"}
 """Arguments to whose choices a plugin may add -> the argument that names the plugin."""
 _MANY_CHOICES = 12
+FILES = ("chat_template", "tool_parser_plugin", "reasoning_parser_plugin")
+"""Arguments that name a file."""
 _SHARES = frozenset(("gpu_memory_utilization",))
 """Numbers above 0 and up to 1."""
 _COUNTS = frozenset(("max_num_seqs", "max_num_batched_tokens", "block_size"))
@@ -93,6 +95,11 @@ class KnownArguments(msgspec.Struct, frozen=True):
 
 
 read_known_arguments = msgspec.json.Decoder(KnownArguments).decode
+
+
+def names_file(value: object) -> TypeGuard[str]:
+    """Whether a value of one of FILES is a file's name. A template may also be given as text."""
+    return isinstance(value, str) and "{" not in value and "\n" not in value
 
 
 def wrong_arguments(

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from shared.config.gateway import GatewayConfig, TLSConfig
 from shared.config.llm import (
     LORA_RANKS,
     UNLIMITED_REQUESTS,
@@ -24,6 +25,7 @@ from shared.config.llm import (
     StoreConfig,
     check_engine_kwargs,
     rooted,
+    rooted_gateway,
 )
 from shared.config.vllm_engine_arguments import Argument
 from shared.errors import ConfigError
@@ -491,6 +493,22 @@ def test_local_paths_start_at_the_folder_of_the_file() -> None:
         "/home/me/tok",
         "/etc/loraplex/adapters",
     )
+
+
+def test_files_of_engine_kwargs_start_at_the_folder_of_the_config_and_templates_stay_text() -> None:
+    kwargs = {"chat_template": "t.jinja", "tool_parser_plugin": "~/p.py", "seed": 1}
+    assert rooted(made(engine_kwargs=kwargs), "/etc", "/home/me").engine_kwargs == {
+        "chat_template": "/etc/t.jinja",
+        "tool_parser_plugin": "/home/me/p.py",
+        "seed": 1,
+    }
+    text = {"chat_template": "{{ messages }}"}
+    assert rooted(made(engine_kwargs=text), "/etc", None).engine_kwargs == text
+
+
+def test_a_certificate_starts_at_the_folder_of_the_config() -> None:
+    given = GatewayConfig(tls=TLSConfig(certificate="c.pem", key="/k.pem"))
+    assert rooted_gateway(given, "/etc").tls == TLSConfig(certificate="/etc/c.pem", key="/k.pem")
 
 
 @pytest.mark.parametrize("source", ["Qwen/Qwen2.5-0.5B-Instruct", "s3://b/x"])

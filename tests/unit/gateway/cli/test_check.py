@@ -1,0 +1,31 @@
+"""What `loraplex check` says of files and variables that are not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gateway.cli.check import missing_gateway_files
+from shared.config.gateway import GatewayConfig, TLSConfig
+
+
+def test_every_file_and_variable_that_is_not_here_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here := tmp_path / "keys").write_text("x")
+    monkeypatch.setenv("SET_KEYS", "x")
+    monkeypatch.delenv("UNSET_KEYS", raising=False)
+    present = GatewayConfig(api_keys_file=str(here), api_keys_env="SET_KEYS")
+    assert [*missing_gateway_files(present)] == []
+    gone = str(tmp_path / "gone")
+    absent = GatewayConfig(
+        keys_file=gone,
+        admin_keys_env="UNSET_KEYS",
+        tls=TLSConfig(certificate=gone, key=str(here)),
+    )
+    assert [line.partition(":")[0] for line in missing_gateway_files(absent)] == [
+        "gateway.keys_file",
+        "gateway.tls.certificate",
+        "gateway.admin_keys_env",
+    ]
