@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.cli.client import DEFAULT_URL, CommandFailed, opener_for
+from gateway.cli.client import DEFAULT_URL, CommandFailed, number, opener_for
 from shared.errors import ConfigError
 
 KEY_ENV = "LORAPLEX_API_KEY"
@@ -55,7 +55,7 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("--system", help="the system prompt")
     parser.add_argument("--prompt", help="ask this alone and end")
     parser.add_argument("--max-tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--temperature", type=number)
     parser.set_defaults(run=run)
 
 

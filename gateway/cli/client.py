@@ -97,6 +97,21 @@ def count(text: str) -> int:
     return int(given)
 
 
+def port(text: str) -> int:
+    """A TCP port. The event loop would take a larger one for its last 16 bits."""
+    given = count(text)
+    if given > 65535:
+        raise argparse.ArgumentTypeError(f"a port from 1 to 65535 is needed, got {text}")
+    return given
+
+
+def number(text: str) -> float:
+    given = _number(text)
+    if not math.isfinite(given):
+        raise argparse.ArgumentTypeError(f"a number is needed, got {text}")
+    return given
+
+
 def _number(text: str) -> float:
     try:
         return float(text)

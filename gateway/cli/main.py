@@ -28,6 +28,7 @@ from gateway.cli import rollout as rollout_command
 from gateway.cli import status as status_command
 from gateway.cli import top as top_command
 from gateway.cli import why as why_command
+from gateway.cli.client import port
 from loraplex import __version__
 from loraplex.start import STOPPED, command
 from shared.config.llm import TARGET_SHARE, LLMConfig, Settings
@@ -192,7 +193,7 @@ def _add_worker(verbs: Any) -> None:
     )
     worker.add_argument(
         "--probe-port",
-        type=int,
+        type=port,
         metavar="PORT",
         help="answer GET /live, /started and /ready there, for Kubernetes",
     )
