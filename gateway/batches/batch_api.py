@@ -201,11 +201,14 @@ def _check_kept(field: str, after: _ExpiresAfter) -> None:
 def _page(
     request: web.BaseRequest, items: list[dict[str, Any]], usual: int, most: int
 ) -> dict[str, Any]:
-    """Raises InvalidRequest for a limit that is not allowed."""
+    """Raises InvalidRequest for a limit or an order that is not allowed."""
     given = request.query.get("limit", str(usual))
     if not (_number(given) and 1 <= int(given) <= most):
         raise InvalidRequest(f"`limit` must be a whole number from 1 to {most}.", param="limit")
-    return shown_list(items, request.query.get("after"), int(given))
+    order = request.query.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest("`order` must be `asc` or `desc`.", param="order")
+    return shown_list(items, request.query.get("after"), int(given), order == "desc")
 
 
 def _id(request: web.BaseRequest) -> str:

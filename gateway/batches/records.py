@@ -302,10 +302,12 @@ def shown_batch(batch: Batch) -> dict[str, Any]:
     }
 
 
-def shown_list(items: Iterable[Mapping[str, Any]], after: str | None, limit: int) -> dict[str, Any]:
-    """One page of a list, the newest first. It begins after the item with the id `after`."""
-    found = sorted(items, key=lambda item: (item["created_at"], item["id"]), reverse=True)
-    if after is not None:
+def shown_list(
+    items: Iterable[Mapping[str, Any]], after: str | None, limit: int, newest_first: bool = True
+) -> dict[str, Any]:
+    """One page of a list. It begins after the item with the id `after`."""
+    found = sorted(items, key=lambda item: (item["created_at"], item["id"]), reverse=newest_first)
+    if after:
         at = next((n for n, item in enumerate(found) if item["id"] == after), len(found))
         found = found[at + 1 :]
     page = found[:limit]

@@ -241,7 +241,7 @@ async def test_an_upload_that_is_none_is_a_400(teams: Cluster) -> None:
     assert (await ask(teams, "POST", "/v1/files", body={"purpose": "batch"}))[0] == 400
     for path in ("/v1/files/..%2f..%2fx", "/v1/files/x/content", "/v1/batches/..", "/v1/batches/x"):
         assert (await ask(teams, "GET", path))[0] == 404
-    for query in ("limit=0", "limit=x", "limit=-1"):
+    for query in ("limit=0", "limit=x", "limit=-1", "order=new"):
         assert (await ask(teams, "GET", f"/v1/batches?{query}"))[0] == 400
     async with teams.http.put(teams.url + "/v1/batches", headers=bearer("red")) as answer:
         assert answer.status == 405 and "POST" in answer.headers["Allow"]
