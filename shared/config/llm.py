@@ -340,9 +340,9 @@ def rooted(config: LLMConfig, base_dir: str, home: str | None = None) -> LLMConf
             dynamic_lora_loading_path=path if "://" in path else local_path(path, base_dir, home),
         )
     files = {
-        key: local_path(path, base_dir, home)
+        key: local_path(name, base_dir, home)
         for key in FILES
-        if names_file(path := config.engine_kwargs.get(key))
+        if names_file(name := config.engine_kwargs.get(key))
     }
     return msgspec.structs.replace(
         config,
