@@ -140,10 +140,18 @@ def look_at_stores(settings: Settings) -> tuple[list[str], list[str]]:
     """
     errors: list[str] = []
     notes: list[str] = []
-    for model in settings.models:
-        for problem, text in asyncio.run(_look_at(model)):
+    seen = asyncio.run(_look_at_all(settings.models))
+    for model, found in zip(settings.models, seen, strict=True):
+        for problem, text in found:
             (errors if problem in ABSENT else notes).append(f"{model.model_id}: {text}")
     return errors, notes
+
+
+async def _look_at_all(
+    models: Sequence[LLMConfig],
+) -> list[list[tuple[StoreProblem | None, str]]]:
+    """At once: each store may take LOOK_S."""
+    return await asyncio.gather(*(_look_at(model) for model in models))
 
 
 async def _look_at(model: LLMConfig) -> list[tuple[StoreProblem | None, str]]:

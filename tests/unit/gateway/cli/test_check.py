@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
+from gateway.cli import check
 from gateway.cli.check import missing_gateway_files
 from shared.config.gateway import GatewayConfig, TLSConfig
+from shared.config.llm import LLMConfig, Settings
+from shared.stores.object_store import StoreProblem
 
 
 def test_every_file_and_variable_that_is_not_here_is_named(
@@ -29,3 +33,20 @@ def test_every_file_and_variable_that_is_not_here_is_named(
         "gateway.tls.certificate",
         "gateway.admin_keys_env",
     ]
+
+
+def test_all_stores_are_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("a", "b", "c")
+    meeting = asyncio.Barrier(len(names))
+
+    async def look(model: LLMConfig) -> list[tuple[StoreProblem | None, str]]:
+        async with asyncio.timeout(10):
+            await meeting.wait()
+        return [(None, "looked at")]
+
+    monkeypatch.setattr(check, "_look_at", look)
+    models = tuple(LLMConfig(model_loading_config={"model_id": name}) for name in names)
+    assert check.look_at_stores(Settings(models=models)) == (
+        [],
+        [f"{name}: looked at" for name in names],
+    )
