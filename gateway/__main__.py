@@ -198,10 +198,10 @@ async def _alive(gateway: GatewayProcess) -> None:
     """Tells the workers that this gateway lives. Greets workers that have not opened their data
     connection yet.
     """
-    message = messages.encode(messages.Alive(gateway.name))
     while True:
         await asyncio.sleep(ALIVE_S)
         for worker in list(gateway.fleet):
+            message = messages.encode(messages.Alive(gateway.name, worker.heartbeat.seq))
             gateway.link.send_control(worker.peer, message)
             if worker.attached_epoch != worker.heartbeat.epoch:
                 gateway.dispatcher.greet(worker)

@@ -16,13 +16,16 @@ from shared.link.sockets import DealerSocket, SendResult
 
 log = logging.getLogger("loraplex.session")
 
-UNHEARD_S = 10.0  # after so long without an answer, one warning is logged
+UNHEARD_S = 10.0
+"""After so long without a first answer, one warning is logged, and a new connection is tried."""
 REOPEN_S = 1.5
 """A connection that has carried nothing for this long is opened anew. A router or firewall on the
 way may have forgotten it and may drop its packets silently.
 """
 ROOM_BYTES = 4 << 20
 """What may be on its way to the gateway before a large answer goes on."""
+LATE_HEARTBEATS = 3
+"""A gateway that has had none of so many heartbeats is sent them by a new connection."""
 LATE_S = 3 * PING_S
 """If the timer's turn comes this late, this process stood still. The silence is then not the
 gateway's.
@@ -136,12 +139,14 @@ class GatewaySession:
         self._data_endpoint = ""
         self._end: LinkEnd | None = None
         self._seq = 0
+        self._heard_seq = 0  # the last heartbeat that the gateway has had, as it says
         self._heard = self._control_heard = self._ticked = time.monotonic()
         self._control_opened = self._data_opened = self._heard
         self._timer: asyncio.TimerHandle | None = None
         self._settled = asyncio.Event()
         self._has_room = asyncio.Event()
         self._lease_s = 0.0
+        self._reopen_s = UNHEARD_S  # of control; a gateway that never answered may not be up yet
         self._silent = True
         self._complained = False
         self.heartbeat_at = self._heard
@@ -257,9 +262,13 @@ class GatewaySession:
         except messages.DecodeError:
             log.warning("undecodable message dropped", extra={"gateway": self.endpoint})
             return
-        self._heard = self._control_heard = time.monotonic()
+        self._heard = time.monotonic()
         self._silent = False
-        if isinstance(message, messages.Welcome):
+        if not isinstance(message, messages.Alive) or message.seq != self._heard_seq:
+            self._control_heard = self._heard
+        if isinstance(message, messages.Alive):
+            self._heard_seq = message.seq
+        elif isinstance(message, messages.Welcome):
             self._welcomed(message)
         elif isinstance(message, messages.Farewell):
             self._lose("ended")
@@ -278,6 +287,7 @@ class GatewaySession:
             self._lose("it greeted us anew")
             self._silent = False
         self._lease_s = welcome.lease_s
+        self._reopen_s = max(REOPEN_S, LATE_HEARTBEATS * welcome.heartbeat_s)
         self._data_endpoint = _reachable(welcome.data_endpoint, self.endpoint)
         self._open_data()
         self.outbox.close()
@@ -350,16 +360,21 @@ class GatewaySession:
         self._timer = asyncio.get_running_loop().call_later(PING_S, self._tick)
         stood_still = now - self._ticked > LATE_S
         self._ticked = now
-        end = self._end
-        if stood_still or end is None:
+        if stood_still:
+            self._control_heard = now
             return
-        if end.path.heard and end.judge(now) and not self._silent:  # who has ended is not missed
+        if now - max(self._control_heard, self._control_opened) > self._reopen_s:
+            self._open_control()
+        end = self._end
+        if end is None:
+            return
+        dead = now - self._data_opened > REOPEN_S
+        # a gateway that has said farewell is not missed
+        if (end.path.heard or dead) and end.judge(now) and not self._silent:
             message = "carries again" if end.carries else "does not carry"
             log.warning("data connection %s", message, extra={"gateway": self.endpoint})
-        if not end.carries and now - self._data_opened > REOPEN_S:
+        if dead and not end.carries:
             self._open_data()
-        if self._lease_s and now - max(self._control_heard, self._control_opened) > REOPEN_S:
-            self._open_control()
 
 
 def _reachable(data: str, control: str) -> str:

@@ -33,6 +33,8 @@ class LinkProxy:
         """A connection is reset once so many more bytes have passed, in the middle of whatever they
         are.
         """
+        self.dies_after_bytes: dict[tuple[str, str], int] = {}
+        """The next connection carries so many bytes and then nothing more, while it stays open."""
         self.refuses = False
         self._moves = asyncio.Event()
         self._pairs: set[tuple[str, asyncio.StreamWriter, asyncio.StreamWriter]] = set()
@@ -114,6 +116,7 @@ class LinkProxy:
         """What is read waits for its time in a queue, so that a delay does not slow the flow."""
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+        lives_for = self.dies_after_bytes.pop((kind, way), None)
 
         async def read() -> None:
             while data := await reader.read(PIECE_BYTES):
@@ -136,6 +139,9 @@ class LinkProxy:
                         b"tcp://127.0.0.1:%d" % self.ports[DATA],
                         b"tcp://127.0.0.1:%d" % self.mine[DATA],
                     )
+                if lives_for is not None:
+                    data = data[:lives_for]
+                    lives_for -= len(data)
                 left = self._left(kind, way, len(data))
                 writer.write(data[swallow:left])
                 await writer.drain()

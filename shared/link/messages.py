@@ -187,10 +187,12 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
 
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
     """The gateway's own heartbeat. A worker that hears none for `lease_s` aborts that gateway's
-    requests.
+    requests. `seq` is the last heartbeat that the gateway had of the worker: while it stays the
+    same, the control connection does not carry the worker's.
     """
 
     gateway: str
+    seq: int = 0
 
 
 class Farewell(msgspec.Struct, frozen=True, tag="farewell"):

@@ -19,6 +19,7 @@ import pytest
 
 from bench.chaos.link_proxy import CONTROL, DATA, DOWN, UP, LinkProxy, link_proxy
 from tests.harness import Cluster, chat_body, cluster, sim_config
+from worker.session import UNHEARD_S
 
 END_S = 60.0
 TOKENS = 60
@@ -116,18 +117,25 @@ class Lanes:
 
 
 @asynccontextmanager
+async def proxy_of(c: Cluster) -> AsyncIterator[LinkProxy]:
+    """A proxy before the gateway, by which the workers join that are started from now on."""
+    facts = json.loads((c.folder / "run" / "g0.json").read_text())
+    ports = [int(facts[kind].rpartition(":")[2]) for kind in (CONTROL, DATA)]
+    async with link_proxy(*ports) as proxy:
+        c.control = proxy.control
+        yield proxy
+
+
+@asynccontextmanager
 async def behind_proxies(
     c: Cluster, names: Sequence[str], beside: Sequence[str] = ()
 ) -> AsyncIterator[dict[str, LinkProxy]]:
     """Workers with a proxy each, and others without one."""
-    facts = json.loads((c.folder / "run" / "g0.json").read_text())
     direct = c.control
-    ports = [int(facts[kind].rpartition(":")[2]) for kind in (CONTROL, DATA)]
     async with AsyncExitStack() as stack:
         proxies = {}
         for name in names:
-            proxies[name] = await stack.enter_async_context(link_proxy(*ports))
-            c.control = proxies[name].control
+            proxies[name] = await stack.enter_async_context(proxy_of(c))
             await c.start_worker(name)
         c.control = direct
         for name in beside:
@@ -233,6 +241,41 @@ async def test_one_connection_that_stalls_is_noticed_within_a_second_and_its_str
         check_all_whole(answers)
         assert max(a.longest_gap_s for a in answers) < NOTICE_S + SLACK_S
         await nothing_left(c, "w0", "w1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "way", "after_bytes", "most_s"),
+    [
+        (DATA, UP, 64, 5.0),  # in ZeroMQ's handshake
+        (DATA, DOWN, 64, 5.0),
+        (CONTROL, UP, 600, 5.0),  # after the welcome; what the gateway says still comes
+        (CONTROL, DOWN, 150, UNHEARD_S + 5.0),  # before it: the gateway may not be up yet
+    ],
+)
+async def test_a_worker_joins_although_its_first_connection_dies_without_a_word(
+    tmp_path: Path, adapters: Path, kind: str, way: str, after_bytes: int, most_s: float
+) -> None:
+    async with cluster(tcp_config(adapters), tmp_path) as c, proxy_of(c) as proxy:
+        proxy.dies_after_bytes[kind, way] = after_bytes
+        await c.start_worker("w0", serving=False)
+        async with asyncio.timeout(most_s + SLACK_S):
+            while (await c.get("/ready"))[0] != 200:
+                await asyncio.sleep(0.02)
+        assert not proxy.dies_after_bytes, "it died"
+        check_all_whole([await ask(c)])
+
+
+async def test_a_data_connection_that_never_opens_is_told_of(
+    tmp_path: Path, adapters: Path
+) -> None:
+    async with cluster(tcp_config(adapters), tmp_path) as c, proxy_of(c) as proxy:
+        proxy.stall([DATA])
+        worker = await c.start_worker("w0", serving=False)
+        assert c.gateway is not None
+        async with asyncio.timeout(END_S):
+            for process in (worker, c.gateway):
+                while "data connection does not carry" not in process.output():
+                    await asyncio.sleep(0.02)
 
 
 async def test_when_nothing_passes_at_all_each_stream_ends_honestly_and_the_worker_comes_back(
