@@ -259,15 +259,12 @@ def serve(settings: Settings, read: Callable[[], Settings] | None = None) -> int
     follow_parent()
     runtime_log.set_up("serve", settings.gateway.log_level)
 
+    def ready(port: int, example: str | None) -> None:
+        with contextlib.suppress(OSError):  # stdout is on a full disk, or nobody reads it
+            _greet(settings, port, example)
+
     config = FollowedConfig(settings.source, settings, read or (lambda: settings))
-    return uvloop.run(
-        supervise(
-            settings,
-            config,
-            _say,
-            lambda port, model: _greet(settings, port, model),
-        )
-    )
+    return uvloop.run(supervise(settings, config, _say, ready))
 
 
 def _say(line: str) -> None:

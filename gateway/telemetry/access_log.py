@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 
@@ -47,7 +48,9 @@ class AccessLog:
             self._lines.append(one_line(line).encode(errors="replace"))
 
     def flush(self) -> None:
+        """Lines that cannot be written now, on a full disk, say, are lost."""
         if self._lines:
-            sys.stderr.write(b"\n".join([*self._lines, b""]).decode())
-            sys.stderr.flush()
-            self._lines.clear()
+            lines, self._lines = self._lines, []
+            with contextlib.suppress(OSError):
+                sys.stderr.write(b"\n".join([*lines, b""]).decode())
+                sys.stderr.flush()

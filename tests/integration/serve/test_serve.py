@@ -139,6 +139,28 @@ async def test_serve_prints_the_url_and_three_lines_that_work_once_all_workers_s
             assert b'"error"' not in out and (b'"object"' in out), (line, out)
 
 
+async def test_serve_serves_although_its_greeting_cannot_be_written(tmp_path: Path) -> None:
+    full, log = os.open("/dev/full", os.O_WRONLY), tmp_path / "serve.log"
+    with log.open("wb") as stderr:
+        path = write_config(tmp_path)
+        argv = (LORAPLEX, "serve", str(path))
+        process = await asyncio.create_subprocess_exec(*argv, stdout=full, stderr=stderr, cwd=ROOT)
+    os.close(full)
+    noted = tmp_path / "state" / "start-times.json"  # written just before the greeting
+    try:
+        async with asyncio.timeout(START_S):
+            while not noted.exists():
+                await asyncio.sleep(0.02)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(2.0):
+                await process.wait()
+        assert "Traceback" not in log.read_text()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+
+
 async def test_ctrl_c_ends_everything_and_leaves_nothing_behind(tmp_path: Path) -> None:
     async with served(tmp_path) as s:
         family = s.family()
