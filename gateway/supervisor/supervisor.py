@@ -324,8 +324,8 @@ class Supervisor:
         """Raises ConfigError, with nothing changed, for what this machine cannot do."""
         if self._devices:
             check_gpus(planned.settings, len(self._devices))
+        write_settings(planned.settings, self._run_dir)
         self._settings = planned.settings
-        write_settings(self._settings, self._run_dir)
         self._starter.configure(self._settings)
         configure(self._worker_set, self._settings)
         logging.getLogger("loraplex").setLevel(self._settings.gateway.log_level.upper())

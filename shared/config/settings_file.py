@@ -81,19 +81,25 @@ def read_settings(path: str) -> Settings:
     Raises ConfigError with every problem of the file.
     """
     if path.endswith(SERVE_SETTINGS):
-        return msgspec.json.decode(Path(path).read_bytes(), type=Settings)
+        try:
+            return msgspec.json.decode(Path(path).read_bytes(), type=Settings)
+        except OSError as exc:
+            raise ConfigError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
     return load_settings(path)
 
 
 def write_settings(settings: Settings, run_dir: Path) -> Path:
     """Writes the settings for child processes, aside and renamed: a reader sees all or nothing.
-    Returns the file.
+    Returns the file. Raises ConfigError if it cannot be written.
     """
     path = run_dir / f"loraplex{SERVE_SETTINGS}"
     aside = path.with_name(f".{path.name}.new")
-    aside.write_bytes(msgspec.json.encode(settings))
-    aside.chmod(0o600)
-    aside.rename(path)
+    try:
+        aside.write_bytes(msgspec.json.encode(settings))
+        aside.chmod(0o600)
+        aside.rename(path)
+    except OSError as exc:
+        raise ConfigError(f"{path}: cannot be written: {exc.strerror or exc}") from exc
     return path
 
 

@@ -40,12 +40,20 @@ class DirectChild:
 
 
 async def start(argv: Sequence[str], env: Mapping[str, str]) -> Child:
-    """Starts a child directly."""
+    """Starts a child directly. Raises ConfigError if this machine has no room for another one."""
+    return DirectChild(await _spawn(argv, env, stdin=asyncio.subprocess.DEVNULL))
+
+
+async def _spawn(
+    argv: Sequence[str], env: Mapping[str, str], *, stdin: int, stdout: int | None = None
+) -> asyncio.subprocess.Process:
     full = {**os.environ, **env, PARENT_ENV: str(os.getpid())}
-    process = await asyncio.create_subprocess_exec(
-        *argv, env=full, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
-    )
-    return DirectChild(process)
+    try:
+        return await asyncio.create_subprocess_exec(
+            *argv, env=full, stdin=stdin, stdout=stdout, start_new_session=True
+        )
+    except OSError as exc:  # too many open files or processes, or too little memory
+        raise ConfigError(f"no process can be started: {exc.strerror or exc}") from exc
 
 
 class ForkedChild:
@@ -74,15 +82,10 @@ class Zygote:
     @classmethod
     async def open(cls, env: Mapping[str, str]) -> Zygote:
         """Starts the zygote and waits until it has imported vLLM (6 to 15 s). The zygote ends if
-        that is cancelled. Raises ConfigError if it cannot import vLLM.
+        that is cancelled. Raises ConfigError if it cannot be started or cannot import vLLM.
         """
-        process = await asyncio.create_subprocess_exec(
-            *command("worker.zygote"),
-            env={**os.environ, **env, PARENT_ENV: str(os.getpid())},
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,
-        )
+        pipe = asyncio.subprocess.PIPE
+        process = await _spawn(command("worker.zygote"), env, stdin=pipe, stdout=pipe)
         self = cls(process)
         assert process.stdout is not None
         try:

@@ -5,8 +5,10 @@ refused with a reason, and all is well once there is room again.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import resource
+import signal
 from pathlib import Path
 
 import aiohttp
@@ -14,7 +16,7 @@ import aiohttp
 from bench.chaos.fleets import DisturbedFleet, Shape, served
 
 CONNECTIONS = 20
-END_S = 90.0
+END_S = 60.0
 
 
 async def ask(http: aiohttp.ClientSession, fleet: DisturbedFleet, model: str) -> tuple[int, str]:
@@ -63,3 +65,43 @@ async def test_a_full_disk_and_a_lack_of_descriptors_stop_nothing_that_is_served
         resource.prlimit(gateway, resource.RLIMIT_NOFILE, before)
         async with aiohttp.ClientSession() as another:
             await until_served(another, fleet, new)
+
+
+async def test_serve_without_room_goes_on_and_starts_workers_once_there_is_some(
+    tmp_path: Path,
+) -> None:
+    async with (
+        served(Shape("sim", workers=2), tmp_path, {}) as fleet,
+        aiohttp.ClientSession() as http,
+        asyncio.timeout(END_S),
+    ):
+        known, serve = fleet.shape.models[0], fleet.processes[0].pid
+
+        async def said(words: str) -> None:
+            while words not in (tmp_path / "serve.log").read_text():
+                await asyncio.sleep(0.1)
+
+        resource.prlimit(serve, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        fleet.configure(resume_max_tokens=100_001)
+        await said("settings.json: cannot be written: File too large")
+        resource.prlimit(
+            serve, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        )
+
+        pid = fleet.worker("w0")
+        before = _no_more_descriptors(serve)
+        os.kill(pid, signal.SIGKILL)
+        await said("no process can be started: Too many open files")
+        assert (await ask(http, fleet, known))[0] == 200
+        resource.prlimit(serve, resource.RLIMIT_NOFILE, before)
+        await fleet.until_serving(2)
+        assert (await ask(http, fleet, known))[0] == 200
+
+
+def _no_more_descriptors(pid: int) -> tuple[int, int]:
+    """The process can open nothing more. Returns what it could before."""
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    held = {int(fd) for fd in os.listdir(f"/proc/{pid}/fd")}
+    free = next(fd for fd in itertools.count() if fd not in held)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, before[1]))
+    return before

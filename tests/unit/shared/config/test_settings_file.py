@@ -17,7 +17,13 @@ from hypothesis import strategies as st
 
 from gateway.cli.check import KEPT
 from shared.config.llm import LLMConfig, Settings, engine_kwargs_problems
-from shared.config.settings_file import app_from_args, load_settings, parse_settings
+from shared.config.settings_file import (
+    SERVE_SETTINGS,
+    app_from_args,
+    load_settings,
+    parse_settings,
+    read_settings,
+)
 from shared.config.vllm_engine_arguments import Argument, read_known_arguments, wrong_arguments
 from shared.errors import ConfigError
 from tests.harness import ROOT
@@ -671,3 +677,8 @@ _MODELS = st.fixed_dictionaries(
 )
 def test_no_structure_raises_anything_but_a_config_error(value: Any) -> None:
     loads_or_refuses(yaml.safe_dump(value))
+
+
+def test_settings_of_serve_that_cannot_be_read_are_a_mistake_and_no_crash(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read_settings(str(tmp_path / f"loraplex{SERVE_SETTINGS}"))
