@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -27,14 +27,17 @@ from gateway.batches.store import BatchStore
 from gateway.http.body_reader import aside
 from gateway.http.headers import AiohttpRequest, authorization_of
 from gateway.http.json_responses import to_json
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, Overloaded
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+T = TypeVar("T")
 
 FILES, BATCHES = "/v1/files", "/v1/batches"
 PURPOSE = "batch"
 ANCHOR = "created_at"
 """The only moment from which a file's time can be counted, as at OpenAI."""
+FULL_RETRY_AFTER_S = 30.0
+"""A disk that is full is so for a while."""
 DEFAULT_PAGE, MAX_PAGE, MAX_FILE_PAGE = 20, 100, 10_000
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_TEXT = 16, 64, 512
 """The most metadata of a batch: keys, and characters of a key and of its text, as at OpenAI."""
@@ -93,8 +96,13 @@ class BatchAPI:
         if found.fields.get("purpose") != PURPOSE:
             raise InvalidRequest(f"`purpose` must be `{PURPOSE}`.", param="purpose")
         owner, kept_s = self._owner(request), _kept_s(found.fields)
+<<<<<<< HEAD
         file = await aside(
             request, self._store.add_file, owner, found.filename, PURPOSE, found.data, kept_s
+=======
+        file = await _written(
+            lambda: self._store.add_file(owner, found.filename, PURPOSE, found.data, kept_s)
+>>>>>>> e98797b (A gateway that can open no more files keeps its streams, also where it keeps files for batches)
         )
         return _json(shown_file(file))
 
@@ -124,6 +132,7 @@ class BatchAPI:
 
     async def create(self, request: web.BaseRequest) -> web.Response:
         new = _new_batch(await request.read())
+<<<<<<< HEAD
         batch = await aside(
             request,
             self._store.add_batch,
@@ -132,6 +141,13 @@ class BatchAPI:
             new.input_file_id,
             new.metadata,
             (new.output_expires_after or _ExpiresAfter()).seconds,
+=======
+        owner, kept_s = self._owner(request), (new.output_expires_after or _ExpiresAfter()).seconds
+        batch = await _written(
+            lambda: self._store.add_batch(
+                owner, new.endpoint, new.input_file_id, new.metadata, kept_s
+            )
+>>>>>>> e98797b (A gateway that can open no more files keeps its streams, also where it keeps files for batches)
         )
         return _json(shown_batch(batch))
 
@@ -146,11 +162,27 @@ class BatchAPI:
 
     async def cancel(self, request: web.BaseRequest) -> web.Response:
         await request.read()  # nothing in it is of use; what is unread would be the next head
+<<<<<<< HEAD
         batch = await aside(request, self._store.cancel, self._owner(request), _id(request))
         return _json(shown_batch(batch))
+=======
+        owner, batch_id = self._owner(request), _id(request)
+        return _json(shown_batch(await _written(lambda: self._store.cancel(owner, batch_id))))
+>>>>>>> e98797b (A gateway that can open no more files keeps its streams, also where it keeps files for batches)
 
     def _owner(self, request: web.BaseRequest) -> str:
         return self._keys.account_of(authorization_of(AiohttpRequest(request))).name
+
+
+async def _written(write: Callable[[], T]) -> T:
+    """What `write` returns, which uses the disk. Raises what it raises, and Overloaded if nothing
+    can be written now.
+    """
+    try:
+        return await asyncio.to_thread(write)
+    except OSError as exc:
+        why = f"Files and batches cannot be kept now: {exc.strerror}."
+        raise Overloaded(why, retry_after_s=FULL_RETRY_AFTER_S) from exc
 
 
 def _new_batch(body: bytes) -> _NewBatch:

@@ -77,7 +77,7 @@ class BatchRunner:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._remove_expired(), name="expired files")
             while True:
-                found = await asyncio.to_thread(self._store.open_batches)
+                found = await self._open_batches()
                 now, waiting = time.monotonic(), [b for b in found if b.id not in self._places]
                 while (batch := next_to_run(waiting, self._turns(), self._ran_last)) is not None:
                     waiting.remove(batch)
@@ -86,6 +86,15 @@ class BatchRunner:
                 if late is not None:
                     self._places[late.id].gives_way.set()
                 await asyncio.sleep(LOOK_S)
+
+    async def _open_batches(self) -> list[Batch]:
+        """None while the folder cannot be read. Those that run go on."""
+        try:
+            return await asyncio.to_thread(self._store.open_batches)
+        except OSError as exc:
+            log.error("batches cannot be read", extra={"why": str(exc)})
+            await asyncio.sleep(MOST_WAIT_S)
+            return []
 
     def _turns(self) -> list[RunningBatch]:
         return [place.turn for place in self._places.values()]

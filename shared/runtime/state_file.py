@@ -53,6 +53,8 @@ class StateFile(Generic[T]):
             return self._kind()
         except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
             raise ConfigError(f"{self.path}: {exc}; mend the file or remove it") from exc
+        except OSError as exc:
+            raise ConfigError(f"{self.path}: cannot be read: {exc.strerror or exc}") from exc
 
     def update(self, change: Callable[[T], T]) -> T:
         """Reads, changes and writes the state while no other process does. The file is written
@@ -79,9 +81,10 @@ class StateFile(Generic[T]):
         while True:
             stamp = stamp_of(self.path)
             if stamp != seen:
-                seen = stamp
                 with contextlib.suppress(ConfigError):
-                    yield self.read()
+                    state = self.read()
+                    seen = stamp
+                    yield state
             await asyncio.sleep(POLL_S)
 
     @contextlib.contextmanager

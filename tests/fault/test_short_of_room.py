@@ -14,6 +14,7 @@ from pathlib import Path
 import aiohttp
 
 from bench.chaos.fleets import DisturbedFleet, Shape, served
+from tests.harness import cluster, sim_config
 
 CONNECTIONS = 20
 END_S = 60.0
@@ -96,6 +97,35 @@ async def test_serve_without_room_goes_on_and_starts_workers_once_there_is_some(
         resource.prlimit(serve, resource.RLIMIT_NOFILE, before)
         await fleet.until_serving(2)
         assert (await ask(http, fleet, known))[0] == 200
+
+
+async def test_a_gateway_that_keeps_files_outlives_a_full_disk_and_a_lack_of_descriptors(
+    tmp_path: Path, adapters: Path
+) -> None:
+    async with cluster(sim_config(adapters), tmp_path) as c, asyncio.timeout(END_S):
+        await c.start_worker("w0")
+        assert c.gateway is not None
+
+        async def upload() -> tuple[int, str]:
+            form = aiohttp.FormData({"purpose": "batch"})
+            form.add_field("file", b"{}", filename="lines.jsonl")
+            async with c.http.post(c.url + "/v1/files", data=form) as answer:
+                return answer.status, await answer.text()
+
+        assert (await upload())[0] == 200
+        pid, unlimited = c.gateway.pid, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        status, text = await upload()
+        assert status == 503 and "File too large" in text, text
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+        assert (await upload())[0] == 200
+
+        before = _no_more_descriptors(pid)
+        while "batches cannot be read" not in c.gateway.output():
+            await asyncio.sleep(0.1)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        assert (await c.chat("sim"))[0] == 200
+        assert c.gateway.waiter.returncode is None
 
 
 def _no_more_descriptors(pid: int) -> tuple[int, int]:

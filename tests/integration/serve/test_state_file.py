@@ -131,3 +131,17 @@ async def test_changes_of_anybody_are_seen_and_a_spoiled_file_is_passed_over(
         aside.rename(file.path)
         assert (await waiting).by == {"mended": 1}
     await changes.aclose()
+
+
+async def test_a_file_that_cannot_be_opened_ends_nobody_who_follows_it(tmp_path: Path) -> None:
+    file = a_file(tmp_path)
+    file.path.mkdir(parents=True)
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        file.read()
+    changes = file.changes()
+    waiting = asyncio.ensure_future(anext(changes))
+    await asyncio.sleep(0)
+    file.path.rmdir()
+    async with asyncio.timeout(LIMIT_S):
+        assert await waiting == Counts()
+    await changes.aclose()
