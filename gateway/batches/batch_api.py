@@ -4,6 +4,7 @@ files and batches.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
@@ -96,13 +97,9 @@ class BatchAPI:
         if found.fields.get("purpose") != PURPOSE:
             raise InvalidRequest(f"`purpose` must be `{PURPOSE}`.", param="purpose")
         owner, kept_s = self._owner(request), _kept_s(found.fields)
-<<<<<<< HEAD
-        file = await aside(
-            request, self._store.add_file, owner, found.filename, PURPOSE, found.data, kept_s
-=======
         file = await _written(
-            lambda: self._store.add_file(owner, found.filename, PURPOSE, found.data, kept_s)
->>>>>>> e98797b (A gateway that can open no more files keeps its streams, also where it keeps files for batches)
+            request,
+            lambda: self._store.add_file(owner, found.filename, PURPOSE, found.data, kept_s),
         )
         return _json(shown_file(file))
 
@@ -132,22 +129,12 @@ class BatchAPI:
 
     async def create(self, request: web.BaseRequest) -> web.Response:
         new = _new_batch(await request.read())
-<<<<<<< HEAD
-        batch = await aside(
-            request,
-            self._store.add_batch,
-            self._owner(request),
-            new.endpoint,
-            new.input_file_id,
-            new.metadata,
-            (new.output_expires_after or _ExpiresAfter()).seconds,
-=======
         owner, kept_s = self._owner(request), (new.output_expires_after or _ExpiresAfter()).seconds
         batch = await _written(
+            request,
             lambda: self._store.add_batch(
                 owner, new.endpoint, new.input_file_id, new.metadata, kept_s
-            )
->>>>>>> e98797b (A gateway that can open no more files keeps its streams, also where it keeps files for batches)
+            ),
         )
         return _json(shown_batch(batch))
 
@@ -162,24 +149,20 @@ class BatchAPI:
 
     async def cancel(self, request: web.BaseRequest) -> web.Response:
         await request.read()  # nothing in it is of use; what is unread would be the next head
-<<<<<<< HEAD
-        batch = await aside(request, self._store.cancel, self._owner(request), _id(request))
-        return _json(shown_batch(batch))
-=======
         owner, batch_id = self._owner(request), _id(request)
-        return _json(shown_batch(await _written(lambda: self._store.cancel(owner, batch_id))))
->>>>>>> e98797b (A gateway that can open no more files keeps its streams, also where it keeps files for batches)
+        work = functools.partial(self._store.cancel, owner, batch_id)
+        return _json(shown_batch(await _written(request, work)))
 
     def _owner(self, request: web.BaseRequest) -> str:
         return self._keys.account_of(authorization_of(AiohttpRequest(request))).name
 
 
-async def _written(write: Callable[[], T]) -> T:
-    """What `write` returns, which uses the disk. Raises what it raises, and Overloaded if nothing
-    can be written now.
+async def _written(request: web.BaseRequest, write: Callable[[], T]) -> T:
+    """What `write` returns, which uses the disk, once it is the tenant's turn. Raises what it
+    raises, and Overloaded if nothing can be written now.
     """
     try:
-        return await asyncio.to_thread(write)
+        return await aside(request, write)
     except OSError as exc:
         why = f"Files and batches cannot be kept now: {exc.strerror}."
         raise Overloaded(why, retry_after_s=FULL_RETRY_AFTER_S) from exc

@@ -8,6 +8,7 @@ then costs three `stat` calls per adapter. Nothing is read, hashed or made again
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -29,6 +30,7 @@ _SETTLED_NS = 2_000_000_000
 """A folder that changed within this time before it was read may change again without a new time.
 File systems count time in steps of up to 2 s.
 """
+_OWN_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _BREATH = 512
 _BREATH_S = 0.0005
 """How long, and how often, a listing leaves the interpreter to the event loop of its process.
@@ -99,7 +101,8 @@ class _Scan:
             status = os.stat(path)
             with os.scandir(path) as entries:
                 found = [(e.name, _is_folder(e), e.is_symlink()) for e in entries]
-        except OSError:
+        except OSError as exc:
+            raise_own_shortage(exc)
             self._outside.skip(key, SkipReason.UNREADABLE)
             return
         here = (status.st_dev, status.st_ino)
@@ -186,8 +189,17 @@ def _read_entry(key: str, path: str) -> tuple[Entry, bytes] | None:
             status = os.fstat(handle.fileno())
             version = f"{status.st_mtime_ns:x}-{sample(handle)}"
             return Entry(key, status.st_size, version), _stamp(status)
-    except OSError:
+    except OSError as exc:
+        raise_own_shortage(exc)
         return None
+
+
+def raise_own_shortage(error: OSError) -> None:
+    """Raises the error again if it is this machine's shortage and says nothing of the file. What a
+    listing then left out would be taken for gone.
+    """
+    if error.errno in _OWN_SHORTAGES:
+        raise error
 
 
 def walk(
@@ -206,7 +218,8 @@ def walk(
             # The keys below a folder begin with its name and a slash. "-" and "." sort before the
             # slash.
             names = sorted((e.name + "/" if _is_folder(e) else e.name) for e in entries)
-    except OSError:
+    except OSError as exc:
+        raise_own_shortage(exc)
         grouping.skip(key, SkipReason.UNREADABLE)
         return
     here = (status.st_dev, status.st_ino)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +14,14 @@ from urllib.parse import unquote
 
 from shared.adapters.identity import CONFIG_FILE, StoredAdapter, StoredFile
 from shared.errors import ConfigError
-from shared.stores.folder_listing import FolderListing, below, open_regular, sample, walk
+from shared.stores.folder_listing import (
+    FolderListing,
+    below,
+    open_regular,
+    raise_own_shortage,
+    sample,
+    walk,
+)
 from shared.stores.listing import Entry, Grouping, Skipped, valid_name
 from shared.stores.object_store import StoreProblem, TransferCut, changed, unavailable
 from shared.stores.transfer import Transfer, close_later, fetch_adapter
@@ -53,16 +60,17 @@ class LocalStore:
         return True
 
     async def list(self) -> AsyncIterator[StoredAdapter]:
-        adapters, self.skipped = await asyncio.to_thread(
-            lambda: self._listing.scan(self._real_root())
-        )
+        adapters, self.skipped = await asyncio.to_thread(self._scan)
         for adapter in adapters:
             yield adapter
 
     async def find(self, name: str) -> StoredAdapter | None:
         if not valid_name(name):
             return None
-        return await asyncio.to_thread(self._look_up, name)
+        try:
+            return await asyncio.to_thread(self._look_up, name)
+        except OSError as exc:
+            raise unavailable(StoreProblem.FAILED, exc.strerror or "") from exc
 
     async def find_version(self, name: str, version: str) -> StoredAdapter | None:
         return None
@@ -71,6 +79,12 @@ class LocalStore:
         self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None
     ) -> None:
         await fetch_adapter(adapter, into, self._stream, transfer)
+
+    def _scan(self) -> tuple[Sequence[StoredAdapter], Skipped]:
+        try:
+            return self._listing.scan(self._real_root())
+        except OSError as exc:
+            raise unavailable(StoreProblem.FAILED, exc.strerror or "") from exc
 
     def _look_up(self, name: str) -> StoredAdapter | None:
         real_root = self._real_root()
@@ -85,7 +99,8 @@ class LocalStore:
             try:
                 with open_regular(path) as handle:
                     adapters += grouping.add(Entry(key, *_version(handle)))
-            except OSError:
+            except OSError as exc:
+                raise_own_shortage(exc)
                 continue  # it is gone, or this process may not read it
         adapters += grouping.finish()
         return next((a for a in adapters if a.name == name), None)
@@ -96,8 +111,10 @@ class LocalStore:
                 return os.path.realpath(self._root)
         except PermissionError as exc:
             raise unavailable(StoreProblem.ACCESS_DENIED) from exc
-        except OSError as exc:
+        except (FileNotFoundError, NotADirectoryError) as exc:
             raise unavailable(StoreProblem.NO_FOLDER) from exc
+        except OSError as exc:
+            raise unavailable(StoreProblem.FAILED, exc.strerror or "") from exc
 
     @asynccontextmanager
     async def _stream(

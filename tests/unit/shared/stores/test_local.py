@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.errors import StoreUnavailable
 from shared.stores import folder_listing
 from shared.stores.folder_listing import FolderListing
 from shared.stores.local import LocalStore
@@ -170,3 +173,35 @@ async def test_a_name_of_many_parts_that_nobody_has_costs_no_more_than_a_short_o
     for name in ("x", "/".join("x" * 90)):
         assert await LocalStore(str(tmp_path)).find(name) is None
     assert len(resolved) == 2  # the root, each time
+
+
+@contextlib.contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)  # the lowest one
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_listing_without_descriptors_fails_and_takes_no_adapter_for_gone(tmp_path: Path) -> None:
+    put(tmp_path, "a")
+    listing = FolderListing(str(tmp_path))
+    whole = listing.scan(str(tmp_path))
+    put(tmp_path, "a", b"others")
+    with no_more_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        listing.scan(str(tmp_path))
+    assert len(listing.scan(str(tmp_path))[0]) == len(whole[0]) == 1
+
+
+async def test_a_folder_that_cannot_be_opened_for_lack_of_descriptors_is_not_called_missing(
+    tmp_path: Path,
+) -> None:
+    put(tmp_path, "a")
+    store = LocalStore(str(tmp_path))
+    assert await store.find("a") is not None  # its thread is there from now on
+    with no_more_descriptors(), pytest.raises(StoreUnavailable, match="Too many open files"):
+        await store.find("a")
