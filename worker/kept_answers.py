@@ -158,6 +158,10 @@ class KeptAnswers:
     def get(self, tag: bytes) -> KeptAnswer | None:
         return self._answers.get(tag)
 
+    def holds(self, answer: KeptAnswer) -> bool:
+        """Whether somebody may still ask for it. False: it was dropped."""
+        return self._answers.get(answer.key.tag) is answer
+
     def begin(
         self, number: int, message: messages.Generate, first: AnswerListener
     ) -> KeptAnswer | None:
@@ -200,7 +204,7 @@ class KeptAnswers:
         return [a for a in gone if not a.ended and not a.listeners]
 
     def _drop(self, answer: KeptAnswer) -> None:
-        if self._answers.get(answer.key.tag) is answer:
+        if self.holds(answer):
             del self._answers[answer.key.tag]
             self._total_bytes -= answer.size_bytes
         answer.grown = lambda _: None

@@ -311,6 +311,8 @@ class RequestTable:
                 self._leave(request, request.kept, session, sid)
                 if over and not request.kept.listeners:
                     self._end(request)
+                else:
+                    self._end_unheard(request, request.kept)
             elif request.message.background and not over:
                 self._go_on_alone(request)
             else:
@@ -329,6 +331,7 @@ class RequestTable:
                         refused = messages.Refused(listener.sid, code, message, True)
                         session.outbox.refuse(refused)
                         self._leave(request, kept, session, listener.sid)
+                self._end_unheard(request, kept)
             elif session is not None and request.message.background:
                 session.outbox.refuse(messages.Refused(request.message.sid, code, message, True))
                 self._go_on_alone(request)
@@ -399,6 +402,13 @@ class RequestTable:
         if self._by_stream.get((session, sid)) is request:
             del self._by_stream[session, sid]
             session.open_requests -= 1
+
+    def _end_unheard(self, request: OpenRequest, kept: KeptAnswer) -> None:
+        """Ends an answer that nobody listens to and nobody can ask for: it was too large to keep,
+        or one of too many.
+        """
+        if not (kept.listeners or self._kept.holds(kept) or request.message.background):
+            self._end(request)
 
     def _end(self, request: OpenRequest) -> None:
         if request.task is not None:

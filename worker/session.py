@@ -264,7 +264,7 @@ class GatewaySession:
             return
         self._heard = time.monotonic()
         self._silent = False
-        if not isinstance(message, messages.Alive) or message.seq != self._heard_seq:
+        if not isinstance(message, messages.Alive) or message.seq != self._heard_seq or not message.seq:
             self._control_heard = self._heard
         if isinstance(message, messages.Alive):
             self._heard_seq = message.seq

@@ -16,6 +16,7 @@ from worker.session import GatewaySession, Outbox
 from worker.settings import KeepBounds
 
 ID = "resp_1"
+MOST_KEPT = 8
 
 
 class Holding:
@@ -45,7 +46,7 @@ class Worker:
     def __init__(self, tasks: asyncio.TaskGroup) -> None:
         self.engine = Holding()
         self.ended: list[int] = []
-        bounds = KeepBounds(60.0, 8, 1 << 20)
+        bounds = KeepBounds(60.0, MOST_KEPT, 1 << 20)
         engine: Any = self.engine
         self.table = RequestTable(engine, self.ended.append, print, bounds)
         self.table.tasks = tasks
@@ -135,3 +136,23 @@ async def test_its_gateway_sends_it_again_and_only_the_later_attempt_goes_on(
     await worker.begin(2, sid=8)
     assert worker.ended == [1] and worker.engine.running == 1
     assert not (await worker.found()).alone
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["the gateway is lost", "the client has left"])
+async def test_an_answer_that_nobody_can_ask_for_ends_with_its_last_listener(
+    worker: Worker, lost: bool
+) -> None:
+    for number in range(MOST_KEPT + 1):
+        key = messages.AnswerKey(b"tag %d" % number, b"digest")
+        message = messages.Generate(number, "/v1/completions", "r", b"{}", key=key)
+        worker.table.accept(number, worker.session, message)
+        worker.table.start(number, None)
+    await turns()
+    worker.table.expire(0.0)  # one too many is kept
+    if lost:
+        worker.table.refuse_all("worker_unavailable", "why", worker.session)
+    else:
+        for number in range(MOST_KEPT + 1):
+            worker.table.cancel(worker.session, number)
+    await turns()
+    assert worker.ended == [0] and worker.engine.running == MOST_KEPT
