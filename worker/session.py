@@ -264,11 +264,13 @@ class GatewaySession:
             return
         self._heard = time.monotonic()
         self._silent = False
-        if not isinstance(message, messages.Alive) or message.seq != self._heard_seq or not message.seq:
-            self._control_heard = self._heard
         if isinstance(message, messages.Alive):
+            # it has had nothing since; a gateway of before this field says 0
+            if message.seq and message.seq == self._heard_seq:
+                return
             self._heard_seq = message.seq
-        elif isinstance(message, messages.Welcome):
+        self._control_heard = self._heard
+        if isinstance(message, messages.Welcome):
             self._welcomed(message)
         elif isinstance(message, messages.Farewell):
             self._lose("ended")

@@ -259,12 +259,10 @@ def serve(settings: Settings, read: Callable[[], Settings] | None = None) -> int
     follow_parent()
     runtime_log.set_up("serve", settings.gateway.log_level)
 
-    def ready(port: int, example: str | None) -> None:
-        with contextlib.suppress(OSError):  # stdout is on a full disk, or nobody reads it
-            _greet(settings, port, example)
-
     config = FollowedConfig(settings.source, settings, read or (lambda: settings))
-    return uvloop.run(supervise(settings, config, _say, ready))
+    return uvloop.run(
+        supervise(settings, config, _say, lambda port, example: _greet(settings, port, example))
+    )
 
 
 def _say(line: str) -> None:
@@ -300,10 +298,7 @@ def _greet(settings: Settings, port: int, example: str | None) -> None:
     )
     try:
         print(text, flush=True)
-    except OSError as exc:
-        if exc.errno != errno.ENOSPC:
-            raise
-        # a full disk is no reason to stop serving, as it is none for the log; the rest is dropped
+    except OSError:  # a full disk, or nobody who reads it, is no reason to stop serving
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
