@@ -20,9 +20,13 @@ class Inputs:
 
     def __init__(self) -> None:
         self.go, self.started, self.ended = asyncio.Event(), 0, 0
+        self.goes_at = -1
+        """They go on once so many have started."""
 
     async def one(self, number: int, fails: bool = False) -> AsyncGenerator[str, None]:
         self.started += 1
+        if self.started == self.goes_at:
+            self.go.set()
         try:
             await self.go.wait()
             if fails:
@@ -66,7 +70,7 @@ async def test_others_have_turns_between_those_that_start() -> None:
 async def test_the_first_error_is_raised_and_all_others_end() -> None:
     inputs = Inputs()
     generators = [inputs.one(n, fails=n == 150) for n in range(COUNT)]
-    asyncio.get_running_loop().call_later(0.01, inputs.go.set)
+    inputs.goes_at = COUNT
     with pytest.raises(ValueError, match="150 is wrong"):
         async with aclosing(batches.merge(*generators)) as merged:
             async for _ in merged:
