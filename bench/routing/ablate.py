@@ -79,8 +79,8 @@ def _never(*_: object) -> bool:
     return False
 
 
-def _unshared(self: policy.ExpectedTTFT, *given: Any) -> Any:
-    return _CHEAPEST(self, *given[:4])
+def _unshared(self: policy.ExpectedTTFT, *given: Any, only_copy: bool = False) -> Any:
+    return _CHEAPEST(self, *given[:4], only_copy=only_copy)
 
 
 def _homes_alone(self: policy.ExpectedTTFT, key: Any, pool: Any, *given: Any) -> Any:

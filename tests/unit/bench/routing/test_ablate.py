@@ -19,6 +19,12 @@ def test_a_change_changes_something_and_is_undone(change: Change) -> None:
     assert getattr(change.owner, change.attribute) is before
 
 
+@pytest.mark.parametrize("change", CHANGES, ids=[change.name for change in CHANGES])
+def test_a_changed_policy_still_serves(change: Change) -> None:
+    mean_s, _, _ = ablate.figures(Run("default", "own", 1.0, 1, change.name), 4.0)
+    assert mean_s < 1.0
+
+
 def test_an_interval_that_holds_one_is_not_sure() -> None:
     assert not ratio_of([(1.3, 1.0), (0.8, 1.0), (1.1, 1.0)]).sure
     assert ratio_of([(1.3, 1.0), (1.31, 1.0), (1.29, 1.0)]).sure
