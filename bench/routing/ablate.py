@@ -80,7 +80,8 @@ def _never(*_: object) -> bool:
 
 
 def _unshared(self: policy.ExpectedTTFT, *given: Any, only_copy: bool = False) -> Any:
-    return _CHEAPEST(self, *given[:4], only_copy=only_copy)
+    request, key, workers, now = given[:4]
+    return _CHEAPEST(self, request, key, workers, now, only_copy=only_copy)
 
 
 def _homes_alone(self: policy.ExpectedTTFT, key: Any, pool: Any, *given: Any) -> Any:

@@ -13,10 +13,13 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 LATEST_S = 300.0
 """However many large values are made meanwhile."""
 
+_of_request: ContextVar[list[contextlib.ExitStack]] = ContextVar("of_request")
+"""What ends with the request. Empty once it has ended, for tasks that outlive it."""
 _lock = threading.Lock()
 _large_values = 0
 
@@ -41,6 +44,27 @@ def large_value() -> Iterator[None]:
     finally:
         with _lock:
             _large_values -= 1
+
+
+@contextlib.contextmanager
+def request() -> Iterator[None]:
+    """All that is done for one request, to the end of whatever it has begun."""
+    with contextlib.ExitStack() as values:
+        open_values = [values]
+        token = _of_request.set(open_values)
+        try:
+            yield
+        finally:
+            _of_request.reset(token)
+            open_values.clear()
+
+
+def keep_large_value() -> None:
+    """The request's large value is in memory until the request ends: it is made, waits for the
+    others of its answer, and is written.
+    """
+    for values in _of_request.get([]):
+        values.enter_context(large_value())
 
 
 async def collect_for_ever(every_s: float) -> None:

@@ -41,6 +41,7 @@ from shared.adapters.identity import AdapterRef
 from shared.api_endpoints import RESPONSES_PATH
 from shared.config.llm import LLMConfig
 from shared.errors import CannotContinue, EngineFailure, LoraplexError
+from shared.runtime import garbage
 from shared.runtime.descendants import (
     command_line,
     descendants,
@@ -273,7 +274,8 @@ class VLLMEngine:
         progress = self._progress(call, reply)
         PROGRESS.set(progress)
         assert self._bridge is not None
-        await self._bridge.serve(call, reply, progress)
+        with garbage.request():
+            await self._bridge.serve(call, reply, progress)
 
     def read_ahead(self, ref: AdapterRef, int_id: int, folder: Path) -> None:
         assert self._adapters is not None

@@ -55,6 +55,7 @@ _threads = ThreadPoolExecutor(2, thread_name_prefix="logprobs")
 
 
 async def _in_thread(work: Callable[[], Any]) -> Any:
+    garbage.keep_large_value()
     context = contextvars.copy_context()
 
     def run() -> Any:

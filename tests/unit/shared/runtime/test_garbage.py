@@ -57,6 +57,34 @@ async def test_they_are_not_looked_for_while_a_large_value_is_made() -> None:
 
 
 @pytest.mark.usefixtures("collecting")
+async def test_a_large_value_of_a_request_lasts_until_all_of_the_request_has_ended() -> None:
+    nodes: list[weakref.ref[Node]] = []
+    ended = asyncio.Event()
+
+    async def outlives_it() -> None:
+        await ended.wait()
+        garbage.keep_large_value()
+
+    async def made() -> None:
+        garbage.keep_large_value()
+        with garbage.large_value():
+            nodes.append(lost_node())
+
+    with garbage.request():
+        outliving = asyncio.create_task(outlives_it())
+        await asyncio.gather(made(), made())
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert all(node() is not None for node in nodes)
+    for node in nodes:
+        await until_gone(node)
+    ended.set()
+    await outliving
+    garbage.keep_large_value()  # of no request
+    await until_gone(lost_node())
+
+
+@pytest.mark.usefixtures("collecting")
 async def test_large_values_without_end_put_it_off_for_a_while_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
