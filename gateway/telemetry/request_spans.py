@@ -8,7 +8,7 @@ for is named `loraplex.*`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
 
@@ -34,19 +34,23 @@ SPAN_NAMES = {"moved": "move"}
 """Phases whose spans have another name."""
 MAX_READ_BYTES = 1 << 20
 """The parameters of a longer body are not read again for its trace."""
+MAX_STOP_CHARACTERS = 1024
+"""Longer lists of stop sequences are left out: a span may wait long for a slow collector."""
+Int64: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""OTLP has no larger ones. A body with one is refused by the engine."""
 
 
 class AskedParameters(msgspec.Struct):
     """The fields of a request's body that have an attribute."""
 
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    max_output_tokens: int | None = None
+    max_tokens: Int64 | None = None
+    max_completion_tokens: Int64 | None = None
+    max_output_tokens: Int64 | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    n: int | None = None
+    top_k: Int64 | None = None
+    seed: Int64 | None = None
+    n: Int64 | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     stop: str | list[str] | None = None
@@ -83,6 +87,7 @@ def asked_attributes(body: bytes) -> Attributes:
         parameters = _read_parameters(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return {}
+    stop = [parameters.stop] if isinstance(parameters.stop, str) else parameters.stop or []
     most = parameters.max_completion_tokens or parameters.max_tokens or parameters.max_output_tokens
     facts: dict[str, AttributeValue | None] = {
         "gen_ai.request.max_tokens": most,
@@ -93,9 +98,9 @@ def asked_attributes(body: bytes) -> Attributes:
         "gen_ai.request.choice.count": parameters.n if parameters.n != 1 else None,
         "gen_ai.request.frequency_penalty": parameters.frequency_penalty,
         "gen_ai.request.presence_penalty": parameters.presence_penalty,
-        "gen_ai.request.stop_sequences": [parameters.stop]
-        if isinstance(parameters.stop, str)
-        else parameters.stop,
+        "gen_ai.request.stop_sequences": stop
+        if stop and sum(len(text) + 1 for text in stop) <= MAX_STOP_CHARACTERS
+        else None,
     }
     return {name: value for name, value in facts.items() if value is not None}
 

@@ -81,6 +81,16 @@ class _ExportLog(logging.Handler):
             log.warning("traces cannot be sent", extra={"reason": record.getMessage()})
 
 
+def _listen_to_the_library() -> None:
+    """What it says of sending is for operators. What it says of a client's headers is for nobody:
+    a `tracestate` that it cannot read is left out.
+    """
+    library, ours = logging.getLogger("opentelemetry"), _ExportLog()
+    library.handlers, library.propagate = [logging.NullHandler()], False
+    for part in ("sdk", "exporter"):
+        library.getChild(part).handlers = [ours]
+
+
 class RequestTrace:
     """A request that is traced. `traceparent` and `tracestate` are passed on to the worker. A
     `parent_id` of 0: the trace begins here.
@@ -144,8 +154,7 @@ class Traces:
                 f"gateway.traces.endpoint: OpenTelemetry is not installed ({exc}); "
                 "install loraplex[traces]"
             ) from exc
-        library = logging.getLogger("opentelemetry")
-        library.handlers, library.propagate = [_ExportLog()], False
+        _listen_to_the_library()
         self._otel: Any = trace
         self._sample, self._prompts, self._clock = config.sample, config.prompts, clock
         self._ids = _Ids()

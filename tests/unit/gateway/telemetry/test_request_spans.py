@@ -81,5 +81,20 @@ def test_what_was_asked_of_the_model_is_told_without_the_prompt() -> None:
     assert facts["gen_ai.request.max_tokens"] == 5 and facts["gen_ai.request.temperature"] == 0.0
     assert facts["gen_ai.request.stop_sequences"] == ["x"]
     assert "gen_ai.request.choice.count" not in facts and "secret" not in str(facts)
-    for odd in (b"", b"\xff", b"[]", b'{"n":"two"}', b"[" * 100_000):
+    assert "gen_ai.request.seed" in asked_attributes(b'{"seed":9223372036854775807}')
+    for odd in (
+        b"",
+        b"\xff",
+        b'{"seed":9223372036854775808}',
+        b'{"top_k":-9223372036854775809}',
+        b"[]",
+        b'{"n":"two"}',
+        b"[" * 100_000,
+    ):
         assert asked_attributes(odd) == {}
+
+
+@pytest.mark.parametrize("stop", ["x" * 2000, ["x" * 600, "y" * 600], [""] * 2000, []])
+def test_a_span_that_waits_for_its_collector_holds_no_long_stop_sequences(stop: object) -> None:
+    body = msgspec.json.encode({"stop": stop, "max_tokens": 5})
+    assert asked_attributes(body) == {"gen_ai.request.max_tokens": 5}

@@ -93,3 +93,17 @@ def test_a_collector_that_never_answers_holds_neither_a_request_nor_the_end_of_t
             trace.ended(ended)
         sent.close()
         assert time.monotonic() - began < traces.EXPORT_TIMEOUT_S
+
+
+@pytest.mark.parametrize("tracestate", ["foo bar", "A=1,b=2"])
+def test_a_tracestate_that_cannot_be_read_is_no_fault_of_the_collector(
+    caplog: pytest.LogCaptureFixture, tracestate: str
+) -> None:
+    sent = Traces(TracesConfig(endpoint="http://127.0.0.1:1/v1/traces"), "g0")
+    headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": tracestate}
+    trace = sent.begin(headers.get, 1.0, b"{}")
+    assert trace is not None
+    with caplog.at_level("WARNING", "loraplex.traces"):
+        trace.ended(EndedRequest("m", "a", "finished", None, 1.0, 1.1, 1.2, 1.3))
+    sent.close()
+    assert not any(tracestate.split(",")[0] in str(vars(line)) for line in caplog.records)
