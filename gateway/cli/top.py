@@ -152,7 +152,8 @@ def _worker(w: dict[str, Any]) -> dict[str, object]:
 
 def _request(r: dict[str, Any]) -> dict[str, object]:
     model = r["base"] if r["adapter"] is None else f"{r['base']}:{r['adapter']}"
-    shown = (r["id"], model, r["worker"], r["code"] or r["outcome"], r["tier"])
+    refused = r["engine_status"] and f"engine: {r['engine_status']}"
+    shown = (r["id"], model, r["worker"], r["code"] or refused or r["outcome"], r["tier"])
     cells = (*shown, r["ttft_ms"], r["total_ms"])
     return {
         name: "-" if cell is None else cell

@@ -163,12 +163,12 @@ class Trace(Protocol):
 class InFlightRequest(msgspec.Struct, eq=False):
     """One request at the gateway, from submit to its end.
 
-    `moves` counts the workers that were lost after a
-    part of its answer was sent. `code` is that of the error that its client got. Fields about its
-    choice are as in EndedRequest. Times are set by the dispatcher, on its clock. Since `t_lost` no
-    worker has the request. `expected_service` is what it was expected to take at its sends, in
-    weighted tokens. `answer_lines` are the worker's header lines, which stand before the gateway's
-    own. `stopped` means that its worker was told to stop, and says what the request has used.
+    `moves` counts the workers that were lost after a part of its answer was sent. `code` is that of
+    the error that its client got. `engine_status` and fields about its choice are as in
+    EndedRequest. Times are set by the dispatcher, on its clock. Since `t_lost` no worker has the
+    request. `expected_service` is what it was expected to take at its sends, in weighted tokens.
+    `answer_lines` are the worker's header lines, which stand before the gateway's own. `stopped`
+    means that its worker was told to stop, and says what the request has used.
 
     Every request makes one of these, and a Struct is made in a third of the time that a class with
     as many attributes takes.
@@ -197,6 +197,7 @@ class InFlightRequest(msgspec.Struct, eq=False):
     trace: Trace | None = None
     code: str = ""
     message: str = ""
+    engine_status: int = 0
     blocked: str = ""
     earlier: tuple[str, ...] = ()
     candidates: tuple[Mapping[str, object], ...] = ()

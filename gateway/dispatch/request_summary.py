@@ -31,7 +31,7 @@ def ended_request(request: InFlightRequest, outcome: str) -> EndedRequest:
         request.code,
         "" if choice is None else choice.worker.id,
         "" if choice is None else choice.reason._value_,
-        "" if choice is None else choice.tier._name_.lower(),
+        "" if choice is None or adapter is None else choice.tier._name_.lower(),
         None if choice is None else choice.cost,
         request.candidates,
         request.blocked,
@@ -44,4 +44,5 @@ def ended_request(request: InFlightRequest, outcome: str) -> EndedRequest:
         request.message,
         request.earlier,
         "" if request.trace is None else request.trace.id,
+        request.engine_status,
     )

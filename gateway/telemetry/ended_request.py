@@ -76,3 +76,5 @@ class EndedRequest(msgspec.Struct, frozen=True, gc=False):
     """Of each worker that had it before the last one: the worker, and why it did not finish."""
     trace_id: str = ""
     """The trace of a request that is traced, else empty."""
+    engine_status: int = 0
+    """The HTTP status with which the engine refused it. 0: it did not."""

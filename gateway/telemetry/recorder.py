@@ -258,7 +258,7 @@ class Recorder:
                 (not tenant or ended.tenant == tenant)
                 and (not adapter or adapter in (ended.adapter, f"{ended.base}:{ended.adapter}"))
                 and (not worker or ended.worker == worker)
-                and (not status or status in (ended.outcome, ended.code))
+                and (not status or status in _statuses(ended))
             ):
                 yield ended
 
@@ -346,6 +346,12 @@ def _row(step: Interval | None) -> Sequence[float | None]:
 
 def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1e3, 3)
+
+
+def _statuses(ended: EndedRequest) -> tuple[str, ...]:
+    if ended.engine_status:
+        return ended.outcome, str(ended.engine_status)
+    return ended.outcome, ended.code
 
 
 def newest(found: Iterable[EndedRequest], most: int) -> list[EndedRequest]:

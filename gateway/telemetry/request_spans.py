@@ -110,6 +110,7 @@ def request_span(
 ) -> RequestSpan:
     """The span of the whole request, from its arrival on."""
     done, model = e.done, model_of(e)
+    error = e.code or (str(e.engine_status) if e.engine_status else "")
     facts: dict[str, AttributeValue] = {
         **parameters,
         "gen_ai.operation.name": operation(e.path),
@@ -124,18 +125,18 @@ def request_span(
         "loraplex.adapter.digest": e.digest,
         "loraplex.adapter.tier": e.tier if e.adapter is not None else "",
         "loraplex.key": e.tenant,
-        "error.type": e.code,
+        "error.type": error,
     }
     if done is not None:
         facts["gen_ai.usage.input_tokens"] = done.prompt_tokens
         facts["gen_ai.usage.output_tokens"] = done.output_tokens
         if done.finish_reasons:
             facts["gen_ai.response.finish_reasons"] = done.finish_reasons.split(",")
-    if e.t_head and e.streamed:
+    if e.t_head and e.streamed and not e.engine_status:
         facts["gen_ai.response.time_to_first_chunk"] = e.t_head - e.t_start
     known = {name: value for name, value in facts.items() if value != ""}
     return RequestSpan(
-        f"{operation(e.path)} {model}", min(arrived, e.t_start), e.t_end, known, e.code
+        f"{operation(e.path)} {model}", min(arrived, e.t_start), e.t_end, known, error
     )
 
 

@@ -127,7 +127,7 @@ def _on_worker(e: EndedRequest, spent: Mapping[str, float]) -> Iterator[str]:
             f"It waited {spent['wait']:.0f} ms on the worker, {behind}, "
             "before the engine began with it."
         )
-    if e.t_head and e.streamed:
+    if e.t_head and e.streamed and not e.engine_status:
         yield f"Its first token came {(e.t_head - e.t_start) * 1e3:.0f} ms after its arrival."
         yield from _expectation(e)
     elif e.outcome == OPEN:
@@ -183,6 +183,8 @@ def _ending(e: EndedRequest) -> str:
         return f"was given up by its client, {_left_at(e)},"
     if e.outcome in NOT_LET_IN:
         return f"was turned away ({e.code})" if e.code else "was turned away"
+    if e.engine_status:
+        return f"was refused by the engine ({e.engine_status})"
     return e.outcome if not e.code else f"{e.outcome} ({e.code})"
 
 

@@ -30,6 +30,7 @@ def row(e: EndedRequest, wall: float, process: str) -> Timeline:
         "worker": e.worker or None,
         "outcome": e.outcome,
         "code": e.code or None,
+        "engine_status": e.engine_status or None,
         "tier": e.tier or None,
         "reason": e.reason or None,
         "moves": e.moves,
@@ -78,4 +79,4 @@ def _expected(e: EndedRequest) -> Mapping[str, object] | None:
 
 def _seen(e: EndedRequest) -> bool:
     """Whether a client saw the first token come."""
-    return bool(e.t_head) and e.streamed
+    return bool(e.t_head) and e.streamed and not e.engine_status

@@ -9,7 +9,7 @@ const WORDS = {
   key: (r) => [r.key],
   adapter: (r) => [r.adapter, `${r.base}:${r.adapter}`],
   worker: (r) => [r.worker],
-  status: (r) => [r.outcome, r.code],
+  status: (r) => [r.outcome, r.code, r.engine_status && String(r.engine_status)],
 };
 const matches = (r, asked) => FILTERS.every((f) => !asked[f] || WORDS[f](r).includes(asked[f]));
 
@@ -96,7 +96,8 @@ export const Requests = ({ live }) => {
                 <td class="model" title=${modelOf(r)}>${modelOf(r)}</td>
                 <td>${r.worker ?? "–"}</td>
                 <td>
-                  <span class=${`state ${r.outcome}`}>${r.code ?? r.outcome}</span
+                  <span class=${`state ${r.engine_status ? "refused" : r.outcome}`}
+                    >${r.code ?? (r.engine_status ? `engine: ${r.engine_status}` : r.outcome)}</span
                   >${r.moves ? html` <span class="state moved-mark">moved</span>` : null}
                 </td>
                 <td>${r.adapter === null ? "–" : (r.tier ?? "–")}</td>

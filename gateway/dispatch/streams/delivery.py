@@ -17,6 +17,7 @@ from shared.link import messages
 CONTINUED = b": continued by another worker\n\n"
 """Sent to the client of a stream that was moved. Clients skip comments."""
 OK = 200
+LEAST_ERROR_STATUS = 400
 
 
 class StreamOwner(Protocol):
@@ -146,15 +147,17 @@ class FrameDelivery:
         self, request: InFlightRequest, flags: int, payload: bytes, tokens: bytes
     ) -> None:
         sse, end, journal = bool(flags & messages.SSE), bool(flags & messages.END), request.journal
+        status = flags >> messages.STATUS_SHIFT
+        request.engine_status = status if status >= LEAST_ERROR_STATUS else 0
         if flags & messages.ANSWERED:
             journal.begun = True
-            request.sink.head(flags >> messages.STATUS_SHIFT, False, payload, True)
+            request.sink.head(status, False, payload, True)
             self._owner.stream_answered(request)
             return
         if flags & messages.LINES:
             lines, _, payload = payload.partition(b"\r\n\r\n")
             request.answer_lines = lines + b"\r\n"
-        request.sink.head(flags >> messages.STATUS_SHIFT, sse, payload, end)
+        request.sink.head(status, sse, payload, end)
         if end:
             self._owner.stream_ended(request)
             return

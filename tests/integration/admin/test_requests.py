@@ -206,3 +206,21 @@ async def test_each_of_several_processes_shows_the_requests_and_the_last_hour_of
         finally:
             for task in waits:
                 task.cancel()
+
+
+async def test_what_the_engine_refused_is_not_told_as_finished(one: Cluster) -> None:
+    body = chat_body("sim:a", n=2, stream=True)  # the simulated engine gives one choice
+    status, _, _ = await one.post("/v1/chat/completions", body, {"x-request-id": "r"})
+    assert status == 400
+    _, found = await one.get("/admin/requests/r")
+    assert (found["engine_status"], found["ttft_ms"]) == (400, None)
+    assert found["words"][0].startswith("The request for sim:a was refused by the engine (400)")
+    assert not any("first token" in sentence for sentence in found["words"])
+    assert await ids(one, "status=400") == ["r"] and await ids(one, "status=finished") == ["r"]
+    _, shown = await loraplex(one, "top", "--once")
+    assert "engine: 400" in shown
+
+
+async def test_a_request_of_the_base_model_has_no_tier_of_an_adapter(one: Cluster) -> None:
+    await ask(one, "sim", "r")
+    assert (await one.get("/admin/requests/r"))[1]["tier"] is None

@@ -50,6 +50,7 @@ REQUESTS = [
         "worker": "w0",
         "outcome": "finished",
         "code": None,
+        "engine_status": None,
         "tier": "gpu",
         "ttft_ms": 3.0,
         "total_ms": 50.0,
