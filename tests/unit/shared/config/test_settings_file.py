@@ -378,6 +378,23 @@ def test_a_manifest_may_stand_among_others(form: str) -> None:
         parse_settings(f"{ours}---\n{ours}", "k.yaml", no_files)
 
 
+def test_a_manifest_may_be_an_item_of_a_list_as_kubectl_writes_it() -> None:
+    def item(kind: str) -> str:
+        inside = "".join(f"      {line}\n" for line in SMALL.splitlines())
+        return f"- kind: {kind}\n  spec:\n    serveConfigV2: |\n{inside}"
+
+    head, other = "apiVersion: v1\nitems:\n", "- kind: ConfigMap\n  data: {a: b}\n"
+    text = head + other + item("RayService")
+    tail = "kind: List\nmetadata: {resourceVersion: ''}\n"
+    assert parse_settings(text + tail, "k.yaml", no_files).models == parse(SMALL).models
+    with pytest.raises(ConfigError, match=r"k.yaml:(8|9|10): .*nonsense"):
+        parse_settings(text + "        nonsense: 1\n" + tail, "k.yaml", no_files)
+    with pytest.raises(ConfigError, match=r"k.yaml:\d+: items\[2\]: a second RayService"):
+        parse_settings(text + item("RayService") + tail, "k.yaml", no_files)
+    with pytest.raises(ConfigError, match=r"spec.serveConfigV2 is missing"):
+        parse_settings(head + other + tail, "k.yaml", no_files)
+
+
 def test_what_a_manifest_holds_may_be_yaml_and_not_text() -> None:
     inside = "".join(f"    {line}\n" for line in SMALL.splitlines())
     text = f"kind: RayService\nspec:\n  serveConfigV2:\n{inside}"
