@@ -35,7 +35,7 @@ from shared.config.llm_sections import (
     StoreConfig,
     Text,
 )
-from shared.config.section import Finding, Section
+from shared.config.section import Finding, Section, shown
 from shared.config.vllm_engine_arguments import FILES, Argument, names_file, wrong_arguments
 
 __all__ = [
@@ -264,6 +264,7 @@ class LLMConfig(Section, frozen=True, kw_only=True):
         if values.get("log_engine_metrics") is False:
             text = "has no effect here: routing needs these figures"
             yield Finding(("log_engine_metrics",), text, "warning")
+        yield from _named_with_their_model(values)
         deployment = values.get("deployment_config")
         scaling = deployment.autoscaling_config if deployment is not None else None
         if scaling is not None and scaling.scales and scaling.target_ongoing_requests is None:
@@ -274,6 +275,22 @@ class LLMConfig(Section, frozen=True, kw_only=True):
                 "how many)",
                 "warning",
             )
+
+
+def _named_with_their_model(values: Mapping[str, Any]) -> Iterator[Finding]:
+    """Adapters to pin or preload that are written as requests name them."""
+    loading, lora = values.get("model_loading_config"), values.get("lora_config")
+    if loading is None or lora is None:
+        return
+    prefix = f"{loading.model_id}:"
+    for key in ("preload", "pin"):
+        for n, name in enumerate(getattr(lora, key)):
+            if name.startswith(prefix):
+                text = (
+                    f"{shown(name)} names the model, too; a folder of just this name is looked "
+                    f"for. Write {shown(name.removeprefix(prefix))} for the model's adapter"
+                )
+                yield Finding(("lora_config", key, n), text, "warning")
 
 
 class Settings(Struct, frozen=True, kw_only=True):

@@ -19,6 +19,10 @@ _OTHER_TLS = (
 )
 _NOT_SPLIT = "prefill and decoding are not split over workers; list the model under llm_configs"
 _LOGS = "logs are JSON lines; set gateway.log_level"
+_ANYSCALE = (
+    "is a key of Anyscale's services; Loraplex runs where you start it, in the environment that it "
+    "finds there; remove it"
+)
 
 
 class LLMServingArgs(Section, frozen=True, kw_only=True):
@@ -139,6 +143,18 @@ class ConfigFile(LLMServingArgs, frozen=True, kw_only=True):
         "logging_config": _LOGS,
         "tracing_config": "set gateway.traces",
         "target_capacity": "all workers are started",
+    }
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **LLMServingArgs.REFUSED,
+        **dict.fromkeys(
+            (
+                *("name", "cloud", "project", "tags", "compute_config", "working_dir", "excludes"),
+                *("image_uri", "containerfile", "registry_login_secret", "ray_version"),
+                *("requirements", "py_modules", "py_executable", "env_vars"),
+                *("query_auth_token_enabled", "ray_gcs_external_storage_config"),
+            ),
+            _ANYSCALE,
+        ),
     }
 
     applications: Any = None

@@ -226,6 +226,12 @@ def test_what_a_file_cannot_mean_here_is_refused(text: str, part: str) -> None:
     assert any(part in line for line in refusal(text))
 
 
+def test_keys_of_anyscales_services_are_told_as_such() -> None:
+    keys = "name: s\ncompute_config: c\nworking_dir: .\nquery_auth_token_enabled: false\n"
+    for line in refusal(SMALL + keys):
+        assert "is a key of Anyscale's services" in line and "did you mean" not in line
+
+
 def test_http_options_say_where_to_listen_unless_the_gateway_section_does() -> None:
     loaded = parse(SMALL + "http_options: {host: 127.0.0.2, port: 8123}\n")
     assert (loaded.gateway.host, loaded.gateway.port, loaded.warnings) == ("127.0.0.2", 8123, ())
@@ -356,6 +362,15 @@ def test_a_name_that_yaml_reads_as_something_else_is_to_be_put_in_quotes(written
     assert "model_id: expected some text, got" in line and line.endswith("; put it in quotes")
     (line,) = refusal(SMALL + f"  lora_config: {{dynamic_lora_loading_path: /a, pin: {written}}}\n")
     assert "quotes" not in line
+
+
+@pytest.mark.parametrize("key", ["pin", "preload"])
+def test_an_adapter_that_is_named_with_its_model_is_warned_about(key: str) -> None:
+    lora = f"  lora_config: {{dynamic_lora_loading_path: /a, {key}: ['m:a', b]}}\n"
+    lora += "  engine_kwargs: {enable_lora: true}\n"
+    (warning,) = parse(SMALL + lora).warnings
+    assert f"lora_config.{key}[0]: the text 'm:a' names the model, too" in warning
+    assert "'a'" in warning
 
 
 def test_a_quote_that_is_never_closed_is_told_with_the_line_where_it_begins() -> None:
