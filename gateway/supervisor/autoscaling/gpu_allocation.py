@@ -1,8 +1,9 @@
 """Pure. Divides one machine's GPUs among the workers of several models.
 
 Every model first gets its min_replicas, in the order of the file. The rest goes one worker at a
-time to the model with the smallest share of what it wants. Among equals it goes to a model that
-already has the worker, then to the first in the file.
+time to the model with the smallest share of what it wants. Among equals it goes to a model with
+requests, then to one that already has the worker, then to the first in the file. So a model at zero
+that is asked for gets the GPU of a worker that nobody asks for, whatever delay keeps that one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class GpuDemand:
     """What one model wants, in workers. `gpus` is the number that each of its workers takes (0:
-    none). `least` is its min_replicas, and `present` the workers that it has now.
+    none). `least` is its min_replicas, and `present` the workers that it has now. `idle`: none of
+    its requests runs or waits, nor did one within its look_back_period_s.
     """
 
     model: str
@@ -22,6 +24,7 @@ class GpuDemand:
     least: int
     wanted: int
     present: int = 0
+    idle: bool = False
 
 
 def share(demands: Sequence[GpuDemand], total: int) -> dict[str, int]:
@@ -42,9 +45,9 @@ def share(demands: Sequence[GpuDemand], total: int) -> dict[str, int]:
         free -= chosen.gpus
 
 
-def _turn(demand: GpuDemand, has: int) -> tuple[float, bool]:
+def _turn(demand: GpuDemand, has: int) -> tuple[float, bool, bool]:
     """The model with the lowest value gets the next worker. Among equals, `min` takes the first."""
-    return (has / demand.wanted, has >= demand.present)
+    return (has / demand.wanted, demand.idle, has >= demand.present)
 
 
 class GpuDevices:

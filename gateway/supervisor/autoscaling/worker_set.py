@@ -199,11 +199,19 @@ class WorkerSet:
                 model.scaler.rules.min_workers,
                 model.scaler.wanted,
                 sum(m.stays for m in self._of(name)),
+                self._idle(name),
             )
             for name, model in self._models.items()
         ]
         for name, granted in share(demands, len(self._devices)).items():
             self._models[name].granted = granted
+
+    def _idle(self, model: str) -> bool:
+        """Whether no request of the model runs or waits, nor did one in the window of its load."""
+        decision = self._models[model].decision
+        reported = [models[model] for models in self._loads.values() if model in models]
+        open_now = sum(m.queued + sum(w.requests for w in m.workers.values()) for m in reported)
+        return decision is not None and decision.ongoing <= 0 and not open_now
 
     def _fit(self, model_name: str, now: float) -> list[Action]:
         """Starts the workers that are missing, and marks surplus ones as leaving."""

@@ -89,6 +89,15 @@ def test_of_equals_the_one_that_has_the_worker_keeps_it() -> None:
     assert share([GpuDemand("a", 1, 0, 1, 0), GpuDemand("b", 1, 0, 1, 1)], 1) == {"a": 0, "b": 1}
 
 
+def test_of_equals_one_that_nobody_asks_for_keeps_no_worker_from_the_other() -> None:
+    idle = GpuDemand("b", 1, 0, 1, 1, idle=True)
+    assert share([GpuDemand("a", 1, 0, 1, 0), idle], 1) == {"a": 1, "b": 0}
+    assert share([GpuDemand("a", 1, 0, 1, 0, idle=True), idle], 1) == {"a": 0, "b": 1}
+    assert share([GpuDemand("a", 1, 0, 1, 0), idle], 2) == {"a": 1, "b": 1}
+    least = GpuDemand("b", 1, 1, 1, 1, idle=True)
+    assert share([GpuDemand("a", 1, 0, 1, 0), least], 1) == {"a": 0, "b": 1}
+
+
 def test_workers_without_gpus_are_not_limited_by_them() -> None:
     assert share([GpuDemand("a", 0, 1, 7), GpuDemand("b", 1, 0, 1)], 0) == {"a": 7, "b": 0}
 

@@ -246,3 +246,31 @@ def test_the_least_of_one_model_comes_before_the_wants_of_another() -> None:
         ("m", ("1",)),
         ("n", ("2",)),
     ]
+
+
+def test_a_request_for_a_model_at_zero_takes_the_gpu_of_one_that_nobody_asks_for() -> None:
+    m = Machine({"other": model(0, 1), "m": model(1, 1, downscale_delay_s=600.0)}, ("0",))
+    m.serve("w0", 1)
+    assert m.step() == [StartWorker("w0", "m", ("0",))]
+    waits = LoadReport("g1", {"other": ModelLoad(queued=1)})
+    m.force.report(waits, m.now + 1.0)
+    assert m.step() == [] and m.status().retiring == ()  # a request of its own runs
+    m.serve("w0", 0)
+    for _ in range(2):
+        m.force.report(waits, m.now + 1.0)
+        assert m.step() == []
+    assert m.status().retiring == ("w0",)
+    m.serve("w0", 0, serving=False)
+    m.force.report(waits, m.now + 1.0)
+    assert m.step() == [EndWorker("w0")]
+    m.force.gone("w0")
+    m.serving.clear()
+    m.force.report(waits, m.now + 1.0)
+    assert m.step() == [StartWorker("w0", "other", ("0",))]
+
+
+def test_a_model_that_nobody_asks_for_keeps_its_gpu_while_nobody_else_is_asked_for() -> None:
+    m = Machine({"other": model(1, 1), "m": model(1, 1, downscale_delay_s=600.0)}, ("0",))
+    assert m.force.step(m.now) == [StartWorker("w0", "other", ("0",))]
+    m.force.report(LoadReport("g1", {"other": ModelLoad(queued=0)}), m.now + 1.0)
+    assert m.step() == []
