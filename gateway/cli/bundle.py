@@ -72,7 +72,7 @@ def _gathered(client: GatewayClient, config: Path | None) -> dict[str, bytes]:
             text = config.read_text()
         except (OSError, UnicodeDecodeError) as exc:
             raise ConfigError(f"--config: cannot read {config}: {exc}") from exc
-    known = [*_known_secrets(text), client.key]
+    known = [*_known_secrets(text, config), client.key]
     if config is not None:
         files["config.yaml"] = without_secrets(text, known).encode()
     client.call("GET", "/health", {}, timeout_s=ANSWER_S)
@@ -90,17 +90,19 @@ def _gathered(client: GatewayClient, config: Path | None) -> dict[str, bytes]:
     return files
 
 
-def _known_secrets(config: str) -> list[str]:
+def _known_secrets(config: str, source: Path | None) -> list[str]:
     """Secrets that this machine holds: the values of variables whose names say so, and of those
-    variables and key files that the config names.
+    variables and key files that the config names. Relative paths start at the folder of `source`,
+    the config's file.
     """
+    folder = Path() if source is None else source.parent
     found = [value for name, value in os.environ.items() if SECRET_VARIABLE.search(name)]
     for probe in CONFIG_PROBES.finditer(config):
         if probe["how"].endswith("_env"):
             found += os.environ.get(probe["where"], "").split(",")
             continue
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            path = Path(probe["where"]).expanduser()
+            path = folder / Path(probe["where"]).expanduser()
             if path.stat().st_size <= MAX_SECRET_FILE_BYTES:
                 found += path.read_text().splitlines()
     return [secret.strip() for secret in found if secret.strip()]

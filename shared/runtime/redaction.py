@@ -25,7 +25,7 @@ _SECRET_LINE = re.compile(
 )
 _ITEM = re.compile(r"^(?P<indent>[ \t]*)-[ \t]+\S")
 _CREDENTIALS = (
-    re.compile(r"(?<=://)[^/@\s\"']+(?=@)"),
+    re.compile(r"(?<=://)[^/\s\"']+(?=@)"),
     re.compile(r"\b(?:bearer|basic|apikey|token)[ \t]+[A-Za-z0-9._~+/=-]{6,}", re.I),
     re.compile(r"\b(?:sk|pk|hf|ghp|gho|glpat|xox[abp]|lp)[-_][A-Za-z0-9_-]{8,}"),
     re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b"),

@@ -35,7 +35,7 @@ async def test_a_bundle_has_states_requests_logs_and_versions_and_no_prompt_and_
     config = tmp_path / "mine.yaml"
     admins = tmp_path / "admins"
     admins.write_text(f"{ADMIN}\n")
-    config.write_text(CONFIG.format(key=KEY, admins=admins))
+    config.write_text(CONFIG.format(key=KEY, admins=admins.name))  # of the config's folder
     target = tmp_path / "bundle.tar.gz"
     async with cluster(sim_config(adapters), tmp_path) as c:
         await c.start_worker("w0")

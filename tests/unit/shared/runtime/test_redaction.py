@@ -33,6 +33,7 @@ IN_A_LOG = (
     f'{{"headers": {{"authorization": "Bearer {S}"}}}}',
     f"GET https://bucket/x?X-Amz-Credential={S}&X-Amz-Signature={S}&y=1",
     f"cannot read s3://{S}:{S}@host/x",
+    f"cannot read s3://user:a@{S}@host/x",
     f"token sk-{S}",
     f"AKIA{S.upper()}",
     f"eyJ{S}.{S}.{S}",
