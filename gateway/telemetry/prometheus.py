@@ -338,18 +338,20 @@ class Metrics:
 
     def restore(self, before: Snapshot) -> None:
         """Adds the counts of this process from before its restart, so that no counter ever
-        falls.
+        falls. Names that have series count for the bounds as before.
         """
         self._counters.add(before)
-        self._adapters |= {
-            (key[1], key[2])
-            for key in self._counters.counters
-            if key[0] == "adapter_requests" and key[2] != OTHER
-        }
-        for key in [*self._counters.counters]:
-            if key[0] == "usage_requests" and key[1] != OTHER:
-                of = (key[1], key[2], key[3])
-                self._usage[of] = UsageSeries(self._counters, of)
+        for counted in [*self._counters.counters]:
+            match counted:
+                case "adapter_requests", base, adapter if adapter != OTHER:
+                    self._adapters.add((base, adapter))
+                case "alias_requests", base, alias, adapter, _:
+                    self._aliases.add((base, alias, adapter))
+                case "key_requests", key, _ if key != OTHER:
+                    self._keys.add(key)
+                case "usage_requests", key, base, adapter if key != OTHER:
+                    of = (key, base, adapter)
+                    self._usage[of] = UsageSeries(self._counters, of)
 
     def render(
         self,

@@ -16,7 +16,7 @@ from gateway.fleet.fleet import Fleet
 from gateway.routing.policy import CostBreakdown
 from gateway.telemetry.collectors import FleetCollector
 from gateway.telemetry.ended_request import EndedRequest
-from gateway.telemetry.metric_definitions import LOST_REASONS, USAGE_LABELS
+from gateway.telemetry.metric_definitions import ADAPTER_LABELS, LOST_REASONS, USAGE_LABELS
 from gateway.telemetry.prometheus import Metrics
 from shared.link.messages import Heartbeat, WorkerState
 
@@ -48,6 +48,25 @@ def test_requests_are_counted_by_key_up_to_a_bound_and_not_where_nobody_has_one(
     assert metrics.value(count, {"key": "k0", "outcome": "refused"}) == 1
     assert metrics.value(count, {"key": "_other", "outcome": "finished"}) == 10
     assert metrics.value(count, {"key": "", "outcome": "finished"}) is None
+
+
+def test_names_of_before_a_restart_count_for_the_bounds_of_labels() -> None:
+    before, metrics = Metrics(), Metrics()
+    ended = EndedRequest("a", None, "finished", None, 1.0, 1.0, 1.0, 2.0)
+    for number in range(USAGE_LABELS):
+        before.finished(msgspec.structs.replace(ended, tenant=f"k{number}"))
+    for number in range(ADAPTER_LABELS):
+        before.alias_request("a", f"v{number}", "x", failed=False)
+    metrics.restore(before.snapshot())
+    metrics.finished(msgspec.structs.replace(ended, tenant="new"))
+    metrics.alias_request("a", "new", "x", failed=False)
+    metrics.alias_rollback("a", "v0")
+    count, aliases = "loraplex_key_requests_total", "loraplex_alias_requests_total"
+    assert metrics.value(count, {"key": "new", "outcome": "finished"}) is None
+    assert metrics.value(count, {"key": "_other", "outcome": "finished"}) == 1
+    other = {"base": "a", "alias": "_other", "adapter": "_other", "outcome": "ok"}
+    assert metrics.value(aliases, other) == 1
+    assert metrics.value("loraplex_alias_rollbacks_total", {"base": "a", "alias": "v0"}) == 1
 
 
 def test_what_routing_expected_is_put_beside_what_happened_where_both_are_known() -> None:
