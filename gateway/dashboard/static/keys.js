@@ -9,8 +9,14 @@ const RATES = {
   adapters_per_minute: "adapters/min",
   concurrent_requests: "open requests",
 };
-const utcMinute = (s) => new Date(s * 1000).toISOString().slice(0, 16).replace("T", " ");
+const utcMinute = (s) => `${new Date(s * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
 const everything = (globs) => (globs.length === 1 && globs[0] === "*" ? "all" : globs.join(", "));
+
+const Expires = ({ at }) => {
+  if (at === null) return "never";
+  if (at * 1000 > Date.now()) return utcMinute(at);
+  return html`<span class="bad-text">expired ${utcMinute(at)}</span>`;
+};
 
 /** What is used up of each limit, and the limits that a request meets by itself. */
 const Limits = ({ limits, left }) => {
@@ -73,7 +79,7 @@ export const Keys = () => {
                       <td class="globs">${everything(k.adapters)}</td>
                       <td class="n">${k.weight}</td>
                       <td><${Limits} limits=${k.limits} left=${k.left} /></td>
-                      <td>${k.expires === null ? "never" : utcMinute(k.expires)}</td>
+                      <td><${Expires} at=${k.expires} /></td>
                     </tr>`,
                 )}
               </tbody>

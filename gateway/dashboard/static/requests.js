@@ -164,8 +164,9 @@ const Decision = ({ timeline }) => {
   const names = shown.length ? Object.keys(shown[0].terms_ms) : [];
   return html`<h4>Decision</h4>
     <p>
-      Its cost was put at ${ms(expected)}; from its dispatch to its first token it took${" "}
-      ${ms(happened)}.
+      Its cost was put at
+      ${happened === null ? null : ` ${ms(expected)}; from its dispatch to its first token it took`}
+      ${` ${ms(happened ?? expected)}.`}
     </p>
     ${
       shown.length
@@ -185,7 +186,7 @@ const Decision = ({ timeline }) => {
                   (c) =>
                     html`<tr class=${c.worker === worker ? "chosen" : ""}>
                       <th scope="row">${c.worker}${c.worker === worker ? " ✓" : ""}</th>
-                      <td>${c.tier}</td>
+                      <td>${c.tier ?? "–"}</td>
                       <td class="n">${c.cost_ms}</td>
                       ${names.map((t) => html`<td class="n">${c.terms_ms[t]}</td>`)}
                       <td>${c.note}</td>

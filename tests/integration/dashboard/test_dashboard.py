@@ -203,6 +203,36 @@ async def test_the_key_is_asked_for_and_kept_nowhere(
         await page.open("about:blank")
 
 
+async def test_a_key_that_has_expired_is_shown_so_and_times_say_their_zone(
+    tmp_path: Path, adapters: Path, page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_ADMIN_KEYS", "the-admin-key")
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(
+        f"keys:\n- {{name: old, sha256: {'a' * 64}, expires: 2020-01-01}}\n"
+        f"- {{name: new, sha256: {'b' * 64}, expires: 2999-01-01}}\n"
+    )
+    config = sim_config(adapters, admin_keys_env="TEST_ADMIN_KEYS", keys_file=str(keys))
+    async with cluster(config, tmp_path) as c:
+        await page.open(f"{c.url}/ui")
+        await page.type("#key", "the-admin-key")
+        await page.click(".key button")
+        await view(page, "keys")
+        shown = "[...document.querySelectorAll('main tbody td:last-child')].map((d) => d.innerText)"
+        expected = ["2999-01-01 00:00 UTC", "expired 2020-01-01 00:00 UTC"]
+        await page.until(f"{shown}.sort()", _is(expected))
+        await page.open("about:blank")
+
+
+async def test_what_was_answered_whole_is_told_without_a_first_token(
+    two: Cluster, ui: Page
+) -> None:
+    await view(ui, "requests")
+    await ui.click('[data-request="r0"] button')
+    told = await ui.text("#timeline h4 + p")
+    assert told.startswith("Its cost was put at ") and "first token" not in told and "–" not in told
+
+
 async def test_a_thousand_adapters_on_sixty_four_workers_stay_smooth(ui: Page) -> None:
     """The page's own work for a step of scrolling. A reader notices 100 ms."""
     await ui.run((Path(__file__).parent / "big_fleet.js").read_text())
