@@ -31,6 +31,7 @@ from gateway.cli import why as why_command
 from gateway.cli.client import port
 from loraplex import __version__
 from loraplex.start import STOPPED, command
+from shared.config.deployment import MAX_WORKERS
 from shared.config.llm import TARGET_SHARE, LLMConfig, Settings
 from shared.config.settings_file import FollowedConfig, read_settings
 from shared.errors import ConfigError, LoraplexError
@@ -235,7 +236,7 @@ def _load(path: str) -> Settings:
 
 def _serve(args: argparse.Namespace) -> int:
     def read() -> Settings:
-        return _with_options(args, read_settings(args.config))
+        return _with_options(args, read_settings(args.config, again=True))
 
     return serve(_with_options(args, _load(args.config)), read)
 
@@ -325,6 +326,8 @@ def _with_workers(settings: Settings, workers: int) -> Settings:
     if workers < 1:
         raise ConfigError("--workers must be at least 1")
     first = settings.models[0]
+    if workers > MAX_WORKERS:
+        raise ConfigError(f"--workers {workers}: at most {MAX_WORKERS}")
     deployment = msgspec.structs.replace(
         first.deployment_config, num_replicas=workers, autoscaling_config=None
     )

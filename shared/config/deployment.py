@@ -14,7 +14,9 @@ from msgspec import Meta
 from shared.config.llm_sections import Positive, Seconds, SecondsOrNone
 from shared.config.section import Finding, Section, shown
 
-Count = Annotated[int, Meta(ge=0)]
+MAX_WORKERS = 1000
+"""Of one model, to begin with. Each is a process of this machine; more is a slip of the pen."""
+Count = Annotated[int, Meta(ge=0, le=MAX_WORKERS)]
 Factor = Annotated[float, Meta(gt=0)]
 
 # Ray LLM's default of max_ongoing_requests and target_ongoing_requests. It means "never full" and
@@ -221,7 +223,7 @@ class DeploymentConfig(Section, frozen=True, kw_only=True):
         "max_concurrent_queries": "is called max_ongoing_requests by now",
     }
 
-    num_replicas: Positive | Literal["auto"] | None = None
+    num_replicas: Annotated[int, Meta(ge=1, le=MAX_WORKERS)] | Literal["auto"] | None = None
     autoscaling_config: AutoscalingConfig | None = None
     max_ongoing_requests: Positive = UNLIMITED_REQUESTS
     max_queued_requests: Annotated[int, Meta(ge=-1)] = -1

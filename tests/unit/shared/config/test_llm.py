@@ -291,7 +291,8 @@ def test_other_ranks_are_refused_with_the_list(rank: int) -> None:
         ),
         ({"engine_kwargs": []}, "expected a mapping of keys, got a list"),
         ({"llm_engine": "SGLang"}, "'sim' or 'vLLM'"),
-        ({"deployment_config": {"num_replicas": 0}}, "(at least 1)"),
+        ({"deployment_config": {"num_replicas": 0}}, "(at least 1, at most 1000)"),
+        ({"deployment_config": {"num_replicas": 10**12}}, "(at least 1, at most 1000)"),
         ({"deployment_config": {"num_replicas": True}}, "got true"),
         (
             {"deployment_config": {"num_replicas": 2, "autoscaling_config": {}}},
