@@ -300,7 +300,9 @@ def main(argv: list[str] | None = None) -> int:
                     f"gateway.state_dir: {state_dir} is in use by another gateway (pid {owner}); "
                     "stop that one, or choose another state_dir"
                 )
-            config = FollowedConfig(args.config, settings, lambda: read_settings(args.config))
+            config = FollowedConfig(
+                args.config, settings, lambda: read_settings(args.config, again=True)
+            )
             return uvloop.run(serve(settings, config, args.index, run_dir))
     except LoraplexError as exc:
         report_exit_reason(exc.message)

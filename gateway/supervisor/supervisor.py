@@ -324,7 +324,11 @@ class Supervisor:
         """Raises ConfigError, with nothing changed, for what this machine cannot do."""
         if self._devices:
             check_gpus(planned.settings, len(self._devices))
-        write_settings(planned.settings, self._run_dir)
+        try:
+            write_settings(planned.settings, self._run_dir)
+        except ConfigError:
+            self._source.retry()
+            raise
         self._settings = planned.settings
         self._starter.configure(self._settings)
         configure(self._worker_set, self._settings)

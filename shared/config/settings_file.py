@@ -8,7 +8,10 @@ from __future__ import annotations
 import asyncio
 import codecs
 import contextlib
+import math
 import os
+import stat
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -36,19 +39,24 @@ SERVE_SETTINGS = ".settings.json"
 """
 POLL_S = 0.5
 """Between two looks at a file. A change is read once two looks have found the same."""
+RETRY_S = 5.0
+"""After this long, a file that could not be used is read again. What was wrong may have been beside
+it: no descriptors, no permission, an included file that was not there yet.
+"""
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 """How files of PowerShell begin; YAML allows it."""
 _MAX_FILE_BYTES = 4 * MAX_CHARS  # UTF-8 takes at most four bytes for a character
 
 
-def load_settings(path: str | os.PathLike[str]) -> Settings:
-    """The settings in a YAML file. Relative paths in it start at its folder.
+def load_settings(path: str | os.PathLike[str], again: bool = False) -> Settings:
+    """The settings in a YAML file. Relative paths in it start at its folder. The file may be a
+    pipe, unless it is read `again`.
 
     Raises ConfigError with one line per problem.
     """
     source = os.fspath(path)
     try:
-        text = _read(source)
+        text = _read(source, pipe=not again)
     except OSError as exc:
         raise ConfigError(f"{source}: cannot be read: {exc.strerror or exc}") from exc
     except UnicodeDecodeError as exc:
@@ -74,9 +82,9 @@ def app_from_args(args: object) -> Settings:
     )
 
 
-def read_settings(path: str) -> Settings:
+def read_settings(path: str, again: bool = False) -> Settings:
     """The settings in a config file (YAML), or in the JSON file that `serve` wrote for its
-    children.
+    children. `again`: it was read before, by this process.
 
     Raises ConfigError with every problem of the file.
     """
@@ -85,7 +93,7 @@ def read_settings(path: str) -> Settings:
             return msgspec.json.decode(Path(path).read_bytes(), type=Settings)
         except OSError as exc:
             raise ConfigError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
-    return load_settings(path)
+    return load_settings(path, again)
 
 
 def write_settings(settings: Settings, run_dir: Path) -> Path:
@@ -113,29 +121,39 @@ class FollowedConfig:
         self._files = _files_of(path, settings)
         self._seen = self._stamps()
         self._read_now = asyncio.Event()
+        self._retry_at = math.inf
 
     def ask(self) -> None:
         """Read it now, whether it looks changed or not."""
         self._read_now.set()
 
+    def retry(self) -> None:
+        """Read it once more in RETRY_S: what was read last could not be taken."""
+        self._retry_at = time.monotonic() + RETRY_S
+
     async def changes(self) -> AsyncIterator[Settings | ConfigError]:
-        """Each new state of the files, or what is wrong with it."""
-        before = self._seen
+        """Each new state of the files, or what is wrong with it. A mistake is told once."""
+        before, told = self._seen, ""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):
                     await self._read_now.wait()
-            stamps = self._stamps()
-            settled, before = stamps == before != self._seen, stamps
-            if not settled and not self._read_now.is_set():
+            stamps, asked = self._stamps(), self._read_now.is_set()
+            quiet, before = stamps == before, stamps
+            new = asked or (quiet and stamps != self._seen)
+            if not new and not (quiet and time.monotonic() >= self._retry_at):
                 continue
             self._read_now.clear()
-            self._seen = stamps
+            self._seen, self._retry_at = stamps, math.inf
             try:
                 settings = await asyncio.to_thread(self._read)
             except ConfigError as exc:
-                yield exc
+                self.retry()
+                if new or exc.message != told:
+                    told = exc.message
+                    yield exc
                 continue
+            told = ""
             included = _files_of(self._path, settings) - self._files
             self._files |= included
             self._seen = before = {**stamps, **{file: stamp_of(file) for file in included}}
@@ -153,8 +171,17 @@ def _files_of(path: str, settings: Settings) -> set[str]:
     return {os.path.abspath(file) for file in (path, *files) if file and os.path.exists(file)}
 
 
-def _read(path: str) -> str:
-    with Path(path).open("rb") as file:
+def _read(path: str, pipe: bool = False) -> str:
+    """Only what a person gives at the start may be a `pipe`. Later one without a writer would hold
+    its reader for ever, and with it the end of this process.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags if pipe else flags | os.O_NONBLOCK)
+
+    with open(path, "rb", opener=opener) as file:
+        if not pipe and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ConfigError(f"{path}: is no plain file; pipes are not read again")
         data = file.read(_MAX_FILE_BYTES + 1)
     if len(data) > _MAX_FILE_BYTES:
         raise ConfigError(

@@ -15,7 +15,7 @@ import psutil
 import yaml
 
 from tests.harness import Cluster, cluster, make_adapter, replace_file, second_gateway, sim_config
-from tests.integration.serve.test_serve import LORAPLEX, served, write_config
+from tests.integration.serve.test_serve import LORAPLEX, chat, served, write_config
 from tests.processes import command_line
 
 LIMIT_S = 60
@@ -131,6 +131,25 @@ async def test_serve_reads_it_for_all_its_processes_and_starts_the_workers_that_
 
         await until(refused)
         assert s.process.returncode is None and "llm_configs" in s.log.read_text()
+
+
+async def test_a_config_that_becomes_a_pipe_or_asks_for_too_many_workers_holds_no_end_of_serve(
+    tmp_path: Path,
+) -> None:
+    async with served(tmp_path, replicas=1) as s, asyncio.timeout(LIMIT_S):
+
+        async def said(words: str) -> None:
+            while words not in s.log.read_text():
+                await asyncio.sleep(0.05)
+
+        write_config(tmp_path, replicas=10**12)
+        await said("at most 1000")
+        (tmp_path / "config.yaml").unlink()
+        os.mkfifo(tmp_path / "config.yaml")
+        await said("is no plain file")
+        assert (await chat(s.url))["status"] == 200
+        s.process.terminate()
+        assert await s.process.wait() == 0
 
 
 async def test_a_serve_whose_terminal_is_closed_ends(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
+from shared.config import settings_file
 from shared.config.llm import Settings
 from shared.config.reload import plan
 from shared.config.settings_file import (
@@ -128,3 +131,45 @@ async def test_a_file_is_followed_with_those_that_it_includes_and_a_mistake_is_t
         assert isinstance(found, Settings) and found.models[0].workers == 2
         file.ask()
         assert await anext(changes) == found, "who asks is answered though nothing has changed"
+
+
+async def test_a_file_that_could_not_be_read_is_read_once_what_was_missing_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings_file, "RETRY_S", 0.01)
+    main, model = tmp_path / "c.yaml", "{model_loading_config: {model_id: m}}"
+    main.write_text(f"llm_configs: [{model}]\n")
+    file = FollowedConfig(str(main), load_settings(main), lambda: load_settings(main, again=True))
+    changes = file.changes()
+    async with asyncio.timeout(LIMIT_S):
+        coming = asyncio.ensure_future(anext(changes))
+        replace_file(main, f"llm_configs: [{model}, other.yaml]\n".encode())
+        wrong = await coming
+        assert isinstance(wrong, ConfigError) and "other.yaml" in wrong.message
+        coming = asyncio.ensure_future(anext(changes))
+        await asyncio.wait([coming], timeout=2 * settings_file.POLL_S)
+        assert not coming.done(), "a mistake is told once"
+        (tmp_path / "other.yaml").write_text("model_loading_config: {model_id: other}\n")
+        found = await coming
+        assert isinstance(found, Settings) and len(found.models) == 2
+
+
+@pytest.mark.parametrize("which", ["c.yaml", "m.yaml"])
+def test_a_pipe_without_a_writer_holds_no_reader_of_a_changed_file(
+    tmp_path: Path, which: str
+) -> None:
+    main, included = tmp_path / "c.yaml", tmp_path / "m.yaml"
+    included.write_text("model_loading_config: {model_id: m}\n")
+    main.write_text("llm_configs: [m.yaml]\n")
+    (tmp_path / which).unlink()
+    os.mkfifo(tmp_path / which)
+    with pytest.raises(ConfigError, match="is no plain file"):
+        load_settings(main, again=True)
+
+
+def test_the_file_of_a_start_may_be_a_pipe() -> None:
+    there, here = os.pipe()
+    os.write(here, b"llm_configs: [{model_loading_config: {model_id: m}}]\n")
+    os.close(here)
+    assert load_settings(f"/dev/fd/{there}").models[0].model_id == "m"
+    os.close(there)
