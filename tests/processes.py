@@ -1,8 +1,26 @@
-"""Shell. What processes are, for tests that look for them while some end."""
+"""Shell. What processes are, for tests that look for them while some end, and what they may open."""
 
 from __future__ import annotations
 
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import psutil
+
+
+@contextmanager
+def no_descriptors_left() -> Iterator[None]:
+    """Inside, this process can open nothing more."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)  # the lowest that is free
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def command_line(process: psutil.Process) -> list[str]:

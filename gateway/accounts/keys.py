@@ -33,6 +33,7 @@ class Keys:
         self._gateway = gateway
         self.ring = ring if gateway is None else read_ring(gateway)
         self._seen = self._stamps()
+        self._told = ""
 
     def account_of(self, authorization: str) -> Account:
         """The account behind the value of an Authorization header. Raises InvalidApiKey."""
@@ -49,16 +50,22 @@ class Keys:
             self.look()
 
     def look(self) -> None:
-        """Reads the files again if one of them has changed."""
+        """Reads the files again if one of them has changed. One that could not be opened is tried
+        again with the next look: its revoked keys must not stay because descriptors were short.
+        """
         stamps = self._stamps()
         if stamps == self._seen or self._gateway is None:
             return
-        self._seen = stamps
         try:
             self.ring = read_ring(self._gateway)
         except ConfigError as exc:
-            log.error("keys not read again", extra={"why": exc.message})
+            if not isinstance(exc.__cause__, OSError):
+                self._seen = stamps
+            if exc.message != self._told:
+                log.error("keys not read again", extra={"why": exc.message})
+            self._told = exc.message
         else:
+            self._seen, self._told = stamps, ""
             log.info("keys read again", extra={"keys": len(self.ring.accounts)})
 
     def _stamps(self) -> list[Stamp]:

@@ -25,6 +25,7 @@ class Certificate:
     def __init__(self, certificate: Path, key: Path) -> None:
         self._files = (certificate, key)
         self._seen = self._stamps()
+        self._told = ""
         self.context = self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
 
     async def run(self) -> None:
@@ -34,18 +35,22 @@ class Certificate:
             self.look()
 
     def look(self) -> None:
-        """Loads the files again if one of them has changed."""
+        """Loads the files again if one of them has changed. What fails is tried again with the next
+        look: it may have lacked a descriptor, or permission.
+        """
         stamps = self._stamps()
         if stamps == self._seen:
             return
-        self._seen = stamps
         try:
             # tried on another one first: a half of a pair must not get into the live one
             self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
             self._load(self.context)
         except ConfigError as exc:
-            log.error("certificate not read again", extra={"why": exc.message})
+            if exc.message != self._told:
+                log.error("certificate not read again", extra={"why": exc.message})
+            self._told = exc.message
         else:
+            self._seen, self._told = stamps, ""
             log.info("certificate read again")
 
     def _load(self, context: ssl.SSLContext) -> ssl.SSLContext:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import ssl
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ from gateway.http.tls import open_certificate
 from shared.config.gateway import TLSConfig
 from shared.errors import ConfigError
 from tests.harness import cluster, sim_config
+from tests.processes import no_descriptors_left
 
 
 def make_certificate(folder: Path, name: str) -> None:
@@ -86,3 +88,25 @@ def test_files_that_are_no_pair_are_an_error_at_the_start_and_change_nothing_lat
     certificate.look()
     with pytest.raises(ConfigError):
         open_certificate(files)
+
+
+def test_a_certificate_that_could_not_be_opened_is_loaded_once_it_can_be(tmp_path: Path) -> None:
+    said: list[str] = []
+    make_certificate(tmp_path, "first")
+    files = TLSConfig(certificate=str(tmp_path / "cert.pem"), key=str(tmp_path / "key.pem"))
+    certificate = open_certificate(files)
+    assert certificate is not None
+    make_certificate(tmp_path, "second")
+    log = logging.getLogger("loraplex.http")
+    log.addFilter(lambda record: bool(said.append(record.getMessage())))
+    before = log.level
+    log.setLevel("INFO")
+    try:
+        with no_descriptors_left():
+            certificate.look()
+            certificate.look()
+        certificate.look()
+    finally:
+        log.setLevel(before)
+        log.filters.pop()
+    assert said == ["certificate not read again", "certificate read again"]
