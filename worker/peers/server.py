@@ -188,7 +188,8 @@ class _PeerServer:
                 known_at = now
                 if (
                     there.moved_at is None
-                    or (idle_s := time.time() - there.moved_at) > peer_rules.IDLE_S
+                    # a time far ahead was written before the clock was set back: it tells nothing
+                    or abs(idle_s := time.time() - there.moved_at) > peer_rules.IDLE_S
                 ):
                     return PieceNotHere(want.number)
                 if now - began > peer_rules.HOLD_S:

@@ -62,3 +62,11 @@ async def test_one_that_nobody_downloads_is_said_to_be_missing_after_the_grace(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert await answer(Disk(lambda: None), monkeypatch) == PieceNotHere(1)
+
+
+@pytest.mark.parametrize("set_by_s", [-3600.0, 3600.0])
+async def test_a_download_that_last_moved_before_the_clock_was_set_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, set_by_s: float
+) -> None:
+    still = CachedOnDisk(Path("partial"), {}, 1000.0 - set_by_s)
+    assert await answer(Disk(lambda: still), monkeypatch) == PieceNotHere(1)
