@@ -128,14 +128,18 @@ class WorkerAdmin:
 
     async def _until_replaced(self, worker: WorkerView, serving: int, back_s: float) -> None:
         """Raises NotDoneInTime if the worker does not end, or if no other one serves in its
-        place.
+        place. None has to where fewer are wanted by now.
         """
         fleet, base = self._dispatcher.fleet, worker.heartbeat.base
+
+        def missing() -> bool:
+            scaling = self._dispatcher.scaling.get(base)
+            least = serving if scaling is None else min(serving, scaling.wanted)
+            return len(fleet.routable(base)) < least
+
         try:
             async with asyncio.timeout(back_s):
-                while (  # noqa: ASYNC110 - rare
-                    fleet.get(worker.id) is worker or len(fleet.routable(base)) < serving
-                ):
+                while fleet.get(worker.id) is worker or missing():  # noqa: ASYNC110 - rare
                     await asyncio.sleep(LOOK_S)
         except TimeoutError as exc:
             raise NotDoneInTime(

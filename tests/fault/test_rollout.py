@@ -13,7 +13,7 @@ import aiohttp
 
 from tests.fault.test_stalls import check_whole_or_failed, stream, words
 from tests.harness import chat_body, cluster, make_adapter, sim_config
-from tests.integration.serve.test_serve import served
+from tests.integration.serve.test_serve import served, write_config
 from tests.processes import command_line
 
 END_S = 60.0
@@ -54,6 +54,21 @@ async def test_a_rollout_replaces_every_worker_of_serve_and_fails_no_request(
         assert steps[-1] == {"done": 2}, steps
         after = {p.pid for p in s.family() if "--worker" in command_line(p)}
         assert len(after) == 2 and not after & before
+
+
+async def test_a_rollout_does_not_wait_for_workers_that_are_no_longer_wanted(
+    tmp_path: Path,
+) -> None:
+    async with (
+        served(tmp_path, replicas=3) as s,
+        aiohttp.ClientSession() as http,
+        http.post(f"{s.url}/admin/rollout?timeout_s=15", json={}) as answer,
+    ):
+        steps = [json.loads(await answer.content.readline())]
+        write_config(tmp_path, replicas=1)
+        s.process.send_signal(signal.SIGHUP)
+        steps += [json.loads(line) async for line in answer.content]
+    assert "done" in steps[-1], steps
 
 
 async def test_a_drained_worker_gives_its_streams_to_others_without_waiting_for_them(
