@@ -286,11 +286,11 @@ def main(argv: list[str] | None = None) -> int:
         state_dir = Path(settings.gateway.state_dir).expanduser()
         run_dir = args.run_dir or state_dir / "run"
         link = settings.gateway.link
-        too_long = len(str(run_dir.absolute())) > MAX_RUN_DIR
+        too_long = len(os.fsencode(run_dir.absolute())) > MAX_RUN_DIR
         if too_long and "ipc" in (link.control, link.data):
             raise ConfigError(
                 f"gateway.state_dir: {run_dir} is too long for the sockets in it, because Linux "
-                f"allows {MAX_SOCKET_PATH} characters for the path of one; choose a shorter one"
+                f"allows {MAX_SOCKET_PATH} bytes for the path of one; choose a shorter one"
             )
         for folder in (state_dir, run_dir):
             _make(folder)

@@ -1,4 +1,4 @@
-"""Shell. What processes are, for tests that look for them while some end, and what they may open."""
+"""Shell. What processes are, for tests that look for them while some end; what they may open."""
 
 from __future__ import annotations
 

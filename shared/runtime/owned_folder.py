@@ -18,10 +18,10 @@ from shared.runtime.shared_memory import SUFFIX, remove_segments
 PREFIX = "loraplex-"
 _OWNER = "owner.lock"
 MAX_SOCKET_PATH = 107
-"""Characters that Linux allows for the path of a socket."""
+"""Bytes that Linux allows for the path of a socket."""
 MAX_PID_DIGITS = 16
 MAX_RUN_DIR = MAX_SOCKET_PATH - len("/supervisor.sock")
-"""The longest path of a folder with the sockets of gateways and supervisor."""
+"""The longest path of a folder with the sockets of gateways and supervisor, in bytes."""
 MAX_BASE = MAX_RUN_DIR - len(f"/{PREFIX}12345678")
 """The longest path of a folder in which a temporary folder with such sockets is made."""
 
@@ -48,7 +48,7 @@ def temporary_folder() -> Iterator[Path]:
 def _base() -> Path:
     """The system's temporary folder, or /tmp where its name is too long for sockets in it."""
     found = Path(tempfile.gettempdir())
-    return found if len(str(found)) <= MAX_BASE else Path("/tmp")
+    return found if len(os.fsencode(found)) <= MAX_BASE else Path("/tmp")
 
 
 def sweep() -> None:

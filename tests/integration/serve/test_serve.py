@@ -346,3 +346,18 @@ async def test_help_names_every_verb() -> None:
     assert process.returncode == 0 and all(
         verb in out.decode() for verb in ("serve", "gateway", "worker", "check")
     )
+
+
+async def test_a_state_dir_whose_sockets_linux_would_not_allow_is_refused_by_its_name(
+    tmp_path: Path,
+) -> None:
+    """Linux counts bytes, of this letter three."""
+    config = write_config(tmp_path)
+    state = "/tmp/" + "本" * 32
+    config.write_text(
+        yaml.safe_dump(yaml.safe_load(config.read_text()) | {"gateway": {"state_dir": state}})
+    )
+    process, log = await start(tmp_path, LORAPLEX, "gateway", str(config))
+    async with asyncio.timeout(START_S):
+        assert await process.wait() == 2
+    assert f"gateway.state_dir: {state}/run is too long" in log.read_text()
