@@ -60,9 +60,10 @@ class CacheFolder:
             root / "partial",
             root / "trash",
         )
+        self._folders = (root, self._entries, self._partials, self._trash)
         self._sizes: dict[tuple[str, int], int] = {}
         try:
-            for folder in (root, self._entries, self._partials, self._trash):
+            for folder in self._folders:
                 make_private(folder)
         except OSError as exc:
             raise ConfigError(
@@ -104,6 +105,8 @@ class CacheFolder:
                 "too_large",
             )
         partial = self.partial(key)
+        for folder in self._folders:  # who tidies up may have taken them, if they were empty
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._alone():
             if self.entry(key).is_dir():
                 return NoDownload.CACHED

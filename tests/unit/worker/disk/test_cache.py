@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import shutil
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -117,6 +118,19 @@ async def test_what_was_fetched_is_served_without_the_store(host: Host) -> None:
     later = await host.cache().open(ref, host.check)
     assert later is not None and later.folder == first.folder and later.content == first.content
     assert host.files("partial") == host.files("trash") == []
+
+
+@pytest.mark.parametrize("gone", ["", "entries", "partial", "trash"])
+async def test_folders_that_somebody_removed_meanwhile_are_made_again(
+    host: Host, gone: str
+) -> None:
+    host.put("a", b"weights")
+    host.put("b", b"weights of another")
+    cache = host.cache()
+    await cache.fetch(*await host.look_up("a"), host.store(), host.check)
+    shutil.rmtree(host.root / gone)
+    found = await cache.fetch(*await host.look_up("b"), host.store(), host.check)
+    assert (found.folder / WEIGHTS).read_bytes() == b"weights of another"
 
 
 async def test_equal_content_has_an_equal_hash_whatever_its_version(host: Host) -> None:
