@@ -77,8 +77,11 @@ _RENDERED = frozenset(
     {"chat_template_kwargs", "media_io_kwargs", "messages", "mm_processor_kwargs"}
 )
 _CLAUDE = frozenset(
-    {"chat_template_kwargs", "messages", "model", "output_config", "system", "tools"}
-)
+    {
+        "chat_template_kwargs", "messages", "model", "output_config", "system", "tool_choice",
+        "tools",
+    }
+)  # fmt: skip
 _POOLED = _OPENAI | _RENDERED | {"input"}
 _COMPARED = _OPENAI | {"chat_template_kwargs", "documents", "mm_processor_kwargs"}
 _SOUND = frozenset({"model", "stream"})
@@ -88,7 +91,9 @@ CHAT = Endpoint(
     GENERATE,
     DONE_ENDS,
     ("max_completion_tokens", "max_tokens"),
-    fields=_SAMPLED | _RENDERED | {"documents", "max_completion_tokens", "tools", "top_logprobs"},
+    fields=_SAMPLED
+    | _RENDERED
+    | {"documents", "max_completion_tokens", "tool_choice", "tools", "top_logprobs"},
 )
 _SCORES = Endpoint(
     "scores",
@@ -127,6 +132,7 @@ ENDPOINTS: dict[str, Endpoint] = {
             "stream",
             "structured_outputs",
             "text",
+            "tool_choice",
             "tools",
             "top_k",
             "top_logprobs",

@@ -75,6 +75,7 @@ def check(fields: BodyFields, size: int, bounds: Bounds) -> None:
         or fields.response_format is not NOTHING
         or fields.text is not NOTHING
         or fields.output_config is not NOTHING
+        or fields.tools is not NOTHING
     ):
         _check_structured(fields, bounds)
     if size <= SMALL_BYTES:
@@ -195,20 +196,64 @@ STRUCTURED = ("structured_outputs", "response_format", "text", "output_config")
 def _check_structured(fields: BodyFields, bounds: Bounds) -> None:
     """A grammar is made of these fields before the first token, which can take seconds."""
     for name in STRUCTURED:
-        raw = getattr(fields, name)
-        if len(raw) > bounds.max_structured_bytes:
-            raise InvalidRequest(
-                f"`{name}` is larger than {bounds.max_structured_bytes} bytes.", param=name
-            )
-        if repetitions(bytes(raw)) > MAX_REPETITIONS:
-            raise InvalidRequest(
-                f"`{name}` repeats more than {MAX_REPETITIONS} times in its `{{m,n}}`.", param=name
-            )
-        check_schemas(name, bytes(raw))
+        _check_grammar(name, bytes(getattr(fields, name)), bounds)
+    _check_grammar("tools", _constrained(fields), bounds)
     if _first(fields.structured_outputs) == ord("{"):
         found = _fields("structured_outputs", fields.structured_outputs)
         choices = found.get("choice", NOTHING)
         _check_items("structured_outputs.choice", choices, bounds.max_structured_choices)
+
+
+def _check_grammar(name: str, raw: bytes, bounds: Bounds) -> None:
+    if len(raw) > bounds.max_structured_bytes:
+        raise InvalidRequest(
+            f"`{name}` is larger than {bounds.max_structured_bytes} bytes.", param=name
+        )
+    if repetitions(raw) > MAX_REPETITIONS:
+        raise InvalidRequest(
+            f"`{name}` repeats more than {MAX_REPETITIONS} times in its `{{m,n}}`.", param=name
+        )
+    check_schemas(name, raw)
+
+
+def _constrained(fields: BodyFields) -> bytes:
+    """What the engine makes a grammar of in `tools`, as a list: tools that are `strict`, or all of
+    them where `tool_choice` demands a call. Their descriptions are no part of it.
+    """
+    tools = _tools(fields.tools)
+    for tool in [*tools]:
+        tools += _tools(tool.get("tools", NOTHING))  # a namespace
+        if len(tools) > MAX_LIST_ITEMS:
+            raise InvalidRequest(f"`tools` has more than {MAX_LIST_ITEMS} items.", param="tools")
+    for tool in [*tools]:
+        function = tool.get("function", NOTHING)
+        tools += [_fields("tools", function)] if _first(function) == ord("{") else []
+    demanded = _demands_call(fields.tool_choice)
+    parts = []
+    for tool in tools:
+        if demanded or bytes(tool.get("strict", NOTHING)) not in (b"", b"null", b"false"):
+            for name in ("description", "function", "tools"):
+                tool.pop(name, None)
+            parts.append(b",".join(tool.values()))
+    return b"[%b]" % b",".join(filter(None, parts)) if parts else b""
+
+
+def _tools(raw: msgspec.Raw) -> list[dict[str, msgspec.Raw]]:
+    _check_items("tools", raw, MAX_LIST_ITEMS)
+    items = _decode_items(raw) if _is_list(raw) else []
+    return [_fields("tools", item) for item in items if _first(item) == ord("{")]
+
+
+def _demands_call(choice: msgspec.Raw) -> bool:
+    """Whether `tool_choice` is neither missing nor `auto` or `none`, as a text or a type. It may
+    name a function without a type.
+    """
+    if _first(choice) == ord("{"):
+        return bytes(_fields("tool_choice", choice).get("type", NOTHING)) not in _LEFT_OPEN
+    return bool(choice) and bytes(choice) not in (*_LEFT_OPEN, b"null")
+
+
+_LEFT_OPEN = (b'"auto"', b'"none"')
 
 
 def repetitions(text: bytes) -> int:

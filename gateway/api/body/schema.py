@@ -83,6 +83,7 @@ class BodyFields(msgspec.Struct, frozen=True, gc=False):
     structured_outputs: msgspec.Raw = NOTHING
     response_format: msgspec.Raw = NOTHING
     tools: msgspec.Raw = NOTHING
+    tool_choice: msgspec.Raw = NOTHING
     stop_token_ids: msgspec.Raw = NOTHING
     logprob_token_ids: msgspec.Raw = NOTHING
     logit_bias: msgspec.Raw = NOTHING

@@ -68,7 +68,7 @@ return_prompt_text return_token_ids return_token_offsets return_token_strs
 return_tokens_as_token_ids routed_experts_prompt_start seed service_tier session_id
 skip_special_tokens spaces_between_special_tokens stop stop_sequences store
 stream_continuous_usage_stats stream_include_usage stream_interval stream_options suffix task
-temperature thinking thinking_token_budget timestamp_granularities to_language tokens tool_choice
+temperature thinking thinking_token_budget timestamp_granularities to_language tokens
 top_n top_p truncate truncate_prompt_tokens truncation truncation_side use_activation watermarking
 """
 """Fields of vLLM whose size and value cost no more than their bytes, so that nobody bounds them.

@@ -95,6 +95,12 @@ TOO_MUCH: dict[str, bytes] = {
     "deep regex": b'"structured_outputs":{"regex":"((((a{9}){9}){9}){9}){9}"}',
     "open regex": b'"structured_outputs":{"regex":"a{20000,}"}',
     "pattern": b'"response_format":{"schema":{"pattern":"(ab{999}){999}"}}',
+    "strict tools": b'"tools":[{"strict":true,"parameters":{"enum":["%b"]}}]' % (b"a" * 70_000),
+    "demanded tools": b'"tool_choice":"required","tools":[{"function":{"parameters":{"x":"%b"}}}]'
+    % (b"a" * 70_000),
+    "pattern of a tool": b'"tools":[{"strict":true,"parameters":{"pattern":"(ab{999}){999}"}}]',
+    "tools of a namespace": b'"tools":[{"tools":%b}]' % many(b"{}", 2000),
+    "tools of namespaces": b'"tools":' + many(b'{"tools":%b}' % many(b"{}", 100), 20),
     "inputs": b'"input":' + many(b'"a"', 2049),
     "parts": b'"messages":[{"role":"user","content":%b}]' % many(TEXT_PART, 3073),
     "parts of many messages": b'"messages":'
@@ -120,6 +126,10 @@ ENOUGH: dict[str, bytes] = {
     "many commas": b'"messages":[{"role":"user","content":"%b"}]' % (b"a," * 10_000),
     "patterns beside each other": b'"response_format":{"a":"[a-z]{1,64}","b":"(x{2,30}){9}"}',
     "escaped brackets": b'"structured_outputs":{"regex":"\\\\(a\\\\){1,500}"}',
+    "tools that the engine does not hold to their schemas": b'"tool_choice":"auto","tools":'
+    + many(b'{"function":{"strict":false,"parameters":{"x":"%b"}}}' % (b"a" * 5000), 100),
+    "tools with long descriptions": b'"tool_choice":{"type":"any"},"tools":'
+    + many(b'{"name":"f","description":"%b","input_schema":{}}' % (b"a" * 5000), 100),
     "an input of ids": b'"input":' + many(b"17", 100_000),
     "no list at all": b'"messages":7,"prompt":{},"stop_token_ids":"x","logit_bias":[1]',
 }

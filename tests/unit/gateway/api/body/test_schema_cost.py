@@ -62,6 +62,50 @@ def test_a_schema_of_usual_size_passes(schema: dict[str, Any]) -> None:
         parse_body_fields(body)
 
 
+def with_tools(schema: dict[str, Any], choice: Any, strict: Any) -> list[bytes]:
+    """A chat, a response (also with a namespace) and a message."""
+    function = {"name": "f", "parameters": schema, "strict": strict}
+    forms: list[dict[str, Any]] = [
+        {"type": "function", "function": function},
+        {"type": "function", **function},
+        {"type": "namespace", "name": "n", "tools": [{"type": "function", **function}]},
+        {"name": "f", "input_schema": schema, "strict": strict},
+    ]
+    return [json.dumps({"tools": [{}, form], "tool_choice": choice}).encode() for form in forms]
+
+
+DEMANDED = [
+    "required",
+    {"type": "any"},
+    {"type": "tool", "name": "auto"},
+    {"function": {"name": "auto"}},
+]
+LEFT_OPEN = [None, "auto", "none", {"type": "auto"}, {"type": "none"}]
+
+
+@pytest.mark.parametrize("schema", COSTLY, ids=lambda s: str(s)[:40])
+def test_a_schema_that_takes_long_is_refused_in_tools_that_are_strict_or_demanded(
+    schema: dict[str, Any],
+) -> None:
+    for choice, strict in [(c, True) for c in LEFT_OPEN] + [(c, None) for c in DEMANDED]:
+        for body in with_tools(schema, choice, strict):
+            with pytest.raises(InvalidRequest, match="`tools`"):
+                parse_body_fields(body)
+
+
+@pytest.mark.parametrize("choice", LEFT_OPEN)
+def test_a_schema_of_tools_that_becomes_no_grammar_passes(choice: Any) -> None:
+    for strict in (None, False):
+        for body in with_tools(COSTLY[0], choice, strict):
+            parse_body_fields(body)
+
+
+@pytest.mark.parametrize("choice", DEMANDED)
+def test_a_usual_schema_of_tools_that_are_demanded_passes(choice: Any) -> None:
+    for body in with_tools(CHEAP[0], choice, True):
+        parse_body_fields(body)
+
+
 @pytest.mark.parametrize("regex", ["a{0000000000100000}", "(a{000000000010000}b){00000000010000}"])
 def test_zeros_before_a_number_of_repetitions_do_not_hide_it(regex: str) -> None:
     with pytest.raises(InvalidRequest, match="repeats"):
