@@ -367,6 +367,6 @@ def _targets(found: Any, optional: bool) -> frozenset[str] | re.Pattern[str] | N
 
 def _expression(text: str) -> re.Pattern[str] | None:
     """None if it is not evaluated: the tensors show what it stands for."""
-    if text == "all-linear" or _cost(text) > MAX_REPEATS:
+    if text.lower() == "all-linear" or _cost(text) > MAX_REPEATS:
         return None
     return re.compile(text)

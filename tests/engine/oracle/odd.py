@@ -169,6 +169,7 @@ EDITED: dict[str, tuple[dict[str, Any], str]] = {
         RIGHT,
     ),
     "eva": ({"init_lora_weights": "eva", "eva_config": {"rho": 2.0}}, RIGHT),
+    "all-linear-in-capitals": ({"target_modules": "ALL-Linear"}, RIGHT),
     "fan-in-fan-out": ({"fan_in_fan_out": True}, RIGHT),
     "nothing-to-save": ({"modules_to_save": [], "layer_replication": []}, RIGHT),
     "corda": ({"init_lora_weights": "corda"}, "refused: invalid_adapter_unsupported"),

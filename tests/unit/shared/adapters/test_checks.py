@@ -169,6 +169,11 @@ def test_a_config_as_peft_writes_it_passes(changes: dict[str, Any]) -> None:
     check_config(config_of(**changes), 16)
 
 
+@pytest.mark.parametrize("name", ["all-linear", "All-Linear", "ALL-LINEAR"])
+def test_all_linear_covers_layers_in_any_case_of_letters(name: str) -> None:
+    assert check_config(config_of(target_modules=name), 16).covers(Q0)
+
+
 def test_ranks_and_scalings_follow_the_patterns_as_peft_reads_them() -> None:
     patterns = {
         "rank_pattern": {"0.self_attn.q_proj": 2, "q_proj": 4, "roj": 16},
