@@ -465,6 +465,10 @@ KINDS: dict[str, Kind] = {
     ),
     "full-weight": Kind(
         "tensor",
+        lambda d: d.tensors.update({"base_model.model.model.norm.weight": filled("F32", [64])}),
+    ),
+    "copy-of-another-vocabulary": Kind(
+        "shape",
         lambda d: d.tensors.update({"base_model.model.lm_head.weight": filled("F32", [64, 64])}),
     ),
     # values

@@ -154,9 +154,11 @@ def _refuse_pickles(names: Collection[str]) -> None:
 _NAME = re.compile(
     r"base_model\.model\.([A-Za-z0-9_.]{1,300})\.lora_(?:([AB])\.weight|embedding_([AB]))\Z"
 )
-# PEFT saves the base's own embedding beside an adapter of it. The engine leaves that copy out.
+# PEFT saves the base's own embedding beside an adapter of it (`base_layer`), or beside any adapter
+# (`save_embedding_layers=True`). The engine leaves that copy out.
 _BASE_COPY = re.compile(
-    r"base_model\.model\.((?:[A-Za-z0-9_]+\.){0,8}(?:embed_tokens|lm_head))\.base_layer\.weight\Z"
+    r"base_model\.model\.((?:[A-Za-z0-9_]+\.){0,8}(?:embed_tokens|lm_head))"
+    r"(?:\.base_layer)?\.weight\Z"
 )
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 LARGEST_F16 = 65504.0

@@ -14,6 +14,7 @@ import os
 import stat
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +64,8 @@ class Validator:
 
     `shapes` None skips the checks of shapes, and `weights` False reads no weights at all. Both
     serve the simulated engine, whose adapters need not hold any. `targets` are the modules that the
-    engine adapts (None: all). `base` is the folder of the base model's own weights. Without it, the
-    copies of them that an adapter brings are not compared.
+    engine adapts (None: all). `base` is the folder of the base model's own weights. Copies of them
+    that an adapter brings are refused where they cannot be compared.
     """
 
     def __init__(
@@ -126,10 +127,25 @@ class Validator:
         """
         for copy in header.tensors:
             module = base_copy_of(copy)
-            own = None if module is None or self._base is None else _base_tensor(self._base, module)
-            if own is None or own[2].shape != copy.shape:
-                continue  # shapes are judged by check_tensors
-            rows = _rows_that_differ((path, header.begin, copy), own)
+            if module is None:
+                continue
+            own = [] if self._base is None else _base_tensors(self._base, module)
+            if not own:
+                raise InvalidAdapter(
+                    f"The adapter brings its own {module}, and its base has no weights here to "
+                    "compare them with. The engine would use the base's. Save the adapter with "
+                    "PEFT's `save_embedding_layers=False`.",
+                    "embedding",
+                )
+            if copy.shape not in [place[2].shape for place in own]:
+                raise InvalidAdapter(
+                    f"The adapter brings {module} of the shape {list(copy.shape)}: its base had "
+                    "another vocabulary than the one served, which has "
+                    f"{list(own[0][2].shape)}.",
+                    "shape",
+                )
+            here = (path, header.begin, copy)
+            rows = max(_rows_that_differ(here, o) for o in own if o[2].shape == copy.shape)
             if rows:
                 raise InvalidAdapter(
                     f"The adapter brings its own {module}, and {rows} of its {copy.shape[0]} rows "
@@ -259,25 +275,39 @@ def _floats(raw: memoryview, dtype: str, wide: np.ndarray[Any, Any]) -> np.ndarr
 _Place = tuple[Path, int, Tensor]  # a file, where its values begin, and one of its tensors
 
 
-def _base_tensor(base: Path, module: str) -> _Place | None:
-    """The base's own weight of the module. A head that the base does not have is its embedding.
-    None: it is not found, or more than one is.
+def _base_tensors(base: Path, module: str) -> list[_Place]:
+    """The base's own weights of the module. A head that the base does not have is its embedding. Of
+    several, those whose names have most in common with the module's. Raises OSError.
     """
-    try:
-        places = [
-            (file, header.begin, tensor)
-            for file in sorted(base.glob("*.safetensors"))
-            for header in [_header(file, BASE_LIMITS)]
-            for tensor in header.tensors
-            if tensor.dtype in FLOATS
-        ]
-    except (InvalidAdapter, OSError):  # the base's files are no adapter's fault
-        return None
-    for name in dict.fromkeys((module.rpartition(".")[2], _EMBEDDING)):
+    places = [
+        (file, header.begin, tensor)
+        for file in sorted(base.glob("*.safetensors"))
+        for header in _base_headers(file)
+        for tensor in header.tensors
+        if tensor.dtype in FLOATS
+    ]
+    *above, last = module.split(".")
+    for name in dict.fromkeys((last, _EMBEDDING)):
+        wanted = [*above, name]
         found = [p for p in places if f".{p[2].name}".endswith(f".{name}.weight")]
+        alike = [_parts_alike(p[2].name.split(".")[:-1], wanted) for p in found]
         if found:
-            return found[0] if len(found) == 1 else None
-    return None
+            return [p for p, parts in zip(found, alike, strict=True) if parts == max(alike)]
+    return []
+
+
+def _base_headers(file: Path) -> list[_Header]:
+    """None of a file that is gone or no safetensors: that is no adapter's fault."""
+    try:
+        return [_header(file, BASE_LIMITS)]
+    except (InvalidAdapter, FileNotFoundError):
+        return []
+
+
+def _parts_alike(one: list[str], other: list[str]) -> int:
+    """How many last parts two names have in common."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _rows_that_differ(one: _Place, other: _Place) -> int:

@@ -19,6 +19,7 @@ from tests.engine.oracle.bases import ATTENTION, MLP, Base, fill, load, make_ada
 
 RIGHT = "right"
 PLAIN = "plain"
+WITH_EMBEDDINGS = "saved-with-embeddings"
 LINEAR = [*ATTENTION, *MLP]
 Tensors = dict[str, torch.Tensor]
 BEGIN = "base_model.model."
@@ -208,6 +209,7 @@ FILES = {
 VERDICTS = {
     **{name: verdict for name, (_, verdict) in (MADE | CHANGED | EDITED).items()},
     **FILES,
+    WITH_EMBEDDINGS: RIGHT,
 }
 
 
@@ -220,6 +222,7 @@ def make_odd_adapters(base: Base, at: Path, store: Path) -> None:
         model = peft.get_peft_model(copy.deepcopy(untouched), config)
         fill(model, seed)
         model.save_pretrained(store / name)
+    saved_with_embeddings(untouched, store / WITH_EMBEDDINGS)
     plain = store / PLAIN
     make_adapter(base, at, plain, LINEAR, 0)
     for name, (change, _) in CHANGED.items():
@@ -233,6 +236,13 @@ def make_odd_adapters(base: Base, at: Path, store: Path) -> None:
     for name in FILES:
         shutil.copytree(plain, store / name)
         _files(name, store / name)
+
+
+def saved_with_embeddings(untouched: Any, folder: Path) -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=LINEAR)
+    model = peft.get_peft_model(copy.deepcopy(untouched), config)
+    fill(model, 0)
+    model.save_pretrained(folder, save_embedding_layers=True)
 
 
 def _change(folder: Path, change: Callable[[Tensors], Tensors]) -> None:

@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_kind_is_accepted_or_refused_with_its_code(made: Path) -> None:
     config = json.loads((made / "base" / "config.json").read_text())
-    validator = Validator(shapes_from_config(config), MAX_RANK)
+    validator = Validator(shapes_from_config(config), MAX_RANK, base=made / "base")
     found: dict[str, str] = {}
     for name in VERDICTS:
         try:

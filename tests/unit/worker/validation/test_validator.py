@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -283,8 +284,9 @@ def test_a_large_adapter_is_scanned_without_being_held(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 @pytest.mark.parametrize("module", ["model.embed_tokens", "lm_head"])
+@pytest.mark.parametrize("end", [".base_layer", ""])
 def test_a_copy_of_the_bases_embedding_must_be_the_bases(
-    tmp_path: Path, dtype: str, module: str
+    tmp_path: Path, dtype: str, module: str, end: str
 ) -> None:
     """The base and the copy are of two types, and their rows are read in several pieces."""
     rows, columns = 9, PIECE_BYTES // 16
@@ -303,11 +305,48 @@ def test_a_copy_of_the_bases_embedding_must_be_the_bases(
         tensors = {
             f"base_model.model.{layer}.lora_A.weight": filled("F32", [RANK, inputs]),
             f"base_model.model.{layer}.lora_B.weight": filled("F32", [outputs, RANK], 0.02),
-            f"base_model.model.{module}.base_layer.weight": stored(copy, dtype),
+            f"base_model.model.{module}{end}.weight": stored(copy, dtype),
         }
         (folder / WEIGHTS).write_bytes(safetensors(tensors))
-        assert Validator(shapes, 16).check(folder).rank == RANK, "there is nothing to compare with"
     assert Validator(shapes, 16, base=base).check(tmp_path / "same").rank == RANK
     with pytest.raises(InvalidAdapter, match=f"1 of its {rows} rows") as caught:
         Validator(shapes, 16, base=base).check(tmp_path / "changed")
     assert caught.value.code == "invalid_adapter_embedding"
+
+
+def with_copy(folder: Path, layer: str, copy: np.ndarray[Any, Any]) -> Path:
+    outputs, inputs = BASE.modules[layer]
+    tensors = {
+        f"base_model.model.{layer}.lora_A.weight": filled("F32", [RANK, inputs]),
+        f"base_model.model.{layer}.lora_B.weight": filled("F32", [outputs, RANK], 0.02),
+        "base_model.model.model.embed_tokens.weight": stored(copy, "F32"),
+    }
+    (make_good(folder) / WEIGHTS).write_bytes(safetensors(tensors))
+    return folder
+
+
+def test_a_copy_is_compared_with_the_weights_whose_name_is_nearest(tmp_path: Path) -> None:
+    layer = next(name for name in BASE.modules if name.endswith("q_proj"))
+    values = np.linspace(-0.7, 0.9, 32, dtype=np.float32).reshape(8, 4)
+    base = tmp_path / "base"
+    base.mkdir()
+    own = {
+        "language.model.embed_tokens.weight": stored(values, "F32"),
+        "audio.embed_tokens.weight": stored(-values, "F32"),
+    }
+    (base / "model.safetensors").write_bytes(safetensors(own))
+    (base / "dangling.safetensors").symlink_to("nowhere")
+    validator = Validator(BaseShapes({layer: BASE.modules[layer]}), 16, base=base)
+    assert validator.check(with_copy(tmp_path / "same", layer, values)).rank == RANK
+    for name, copy, reason in [("others", -values, "embedding"), ("more", values[:7], "shape")]:
+        with pytest.raises(InvalidAdapter) as caught:
+            validator.check(with_copy(tmp_path / name, layer, copy))
+        assert caught.value.reason == reason
+
+
+def test_a_copy_that_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    layer = next(name for name in BASE.modules if name.endswith("q_proj"))
+    folder = with_copy(tmp_path / "a", layer, np.ones((8, 4), np.float32))
+    for base in (None, tmp_path):
+        with pytest.raises(InvalidAdapter, match="save_embedding_layers"):
+            Validator(BaseShapes({layer: BASE.modules[layer]}), 16, base=base).check(folder)

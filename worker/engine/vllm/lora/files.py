@@ -55,9 +55,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def is_base_copy(name: str) -> bool:
+    """Whether the tensor is the base's own, which the engine leaves out. vLLM knows those of layers
+    that are adapted; PEFT saves the others under the base's names.
+    """
+    module, _, last = name.removesuffix(".weight").rpartition(".")
+    if last == "base_layer":
+        last = module.rpartition(".")[2]
+    return name.endswith(".weight") and last in ("embed_tokens", "lm_head")
+
+
 def install() -> None:
-    """Makes vLLM read configs with `read_config`. A second call does nothing."""
+    """Makes vLLM read configs with `read_config`, and leave out all copies of the base's weights. A
+    second call does nothing.
+    """
+    from vllm.lora import lora_model
     from vllm.lora.peft_helper import PEFTHelper
+
+    lora_model.is_base_embedding_weights = is_base_copy
 
     def from_local_dir(
         cls: type[PEFTHelper], lora_path: str, max_position_embeddings: int | None
