@@ -366,8 +366,8 @@ KINDS: dict[str, Kind] = {
     "pickle-only": Kind("pickle", after=pickle_only),
     "config-huge": Kind("too_large", config(notes="x" * (2 << 20))),
     # config
-    "config-empty": Kind("config", config_text("")),
-    "config-cut": Kind("config", config_text('{"r": 8, ')),
+    "config-empty": Kind("incomplete", config_text("")),
+    "config-cut": Kind("incomplete", config_text('{"r": 8, ')),
     "config-list": Kind("config", config_text("[1, 2]")),
     "config-not-utf8": Kind(
         "config", after=lambda f: void((f / CONFIG).write_bytes(b'{"r": "\xff\xfe"}'))

@@ -120,7 +120,7 @@ def check_index(raw: bytes, found: Mapping[str, Sequence[str]]) -> None:
     """Every tensor that the index names must be in the file that it names, and in no other.
     `found`: file -> the names of its tensors. Raises InvalidAdapter (config, incomplete).
     """
-    index = parse_object(raw, WEIGHTS_INDEX_FILE, "config")
+    index = parse_object(raw, WEIGHTS_INDEX_FILE, "config", if_cut="incomplete")
     where = index.get("weight_map")
     if not isinstance(where, dict):
         raise InvalidAdapter(f"{WEIGHTS_INDEX_FILE} has no `weight_map`.", "config")

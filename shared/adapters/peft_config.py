@@ -157,9 +157,10 @@ def check_config(raw: bytes, max_rank: int) -> PeftLoraConfig:
     """Checks the bytes of an `adapter_config.json`.
 
     Raises:
-        InvalidAdapter: config, duplicate_key, type, rank, alpha, unsupported, pattern, target.
+        InvalidAdapter: config, incomplete, duplicate_key, type, rank, alpha, unsupported, pattern,
+            target.
     """
-    config = parse_object(raw, CONFIG_FILE, "config")
+    config = parse_object(raw, CONFIG_FILE, "config", if_cut="incomplete")
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         hint = f" {CONVERT_IT}" if kind in CONVERTIBLE else ""

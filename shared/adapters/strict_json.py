@@ -12,8 +12,11 @@ from shared.errors import InvalidAdapter
 SHOWN_CHARACTERS = 120
 
 
-def parse_object(raw: bytes, what: str, reason: str) -> dict[str, Any]:
-    """A JSON object. `what` names the source in messages, and `reason` becomes the error's code.
+def parse_object(
+    raw: bytes, what: str, reason: str, *, if_cut: str | None = None
+) -> dict[str, Any]:
+    """A JSON object. `what` names the source in messages, and `reason` becomes the error's code, or
+    `if_cut` where the text ends too early.
 
     Raises:
         InvalidAdapter: it is not one object in UTF-8, or a key is there twice (reason
@@ -31,8 +34,11 @@ def parse_object(raw: bytes, what: str, reason: str) -> dict[str, Any]:
     except UnicodeDecodeError as exc:
         raise InvalidAdapter(f"There is text in {what} that is not UTF-8.", reason) from exc
     except json.JSONDecodeError as exc:
+        text = exc.doc.rstrip()
+        cut = exc.msg != "Extra data" and (exc.pos >= len(text) or not text.endswith("}"))
         raise InvalidAdapter(
-            f"There is no valid JSON in {what}: {exc.msg} at character {exc.pos}.", reason
+            f"There is no valid JSON in {what}: {exc.msg} at character {exc.pos}.",
+            if_cut if if_cut and cut else reason,
         ) from exc
     except ValueError as exc:  # also raised for a number with more digits than Python converts
         raise InvalidAdapter(f"There is a number in {what} that is too long.", reason) from exc

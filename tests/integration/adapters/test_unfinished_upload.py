@@ -53,7 +53,7 @@ async def test_so_it_does_in_azure(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             await client.create_container()
 
             async def put(key: str, data: bytes) -> None:
-                await client.upload_blob(f"all/{key}", data)
+                await client.upload_blob(f"all/{key}", data, overwrite=True)
 
             url = f"abfss://loras@{AZURE_ACCOUNT}.dfs.core.windows.net/all"
             await _ends_with_the_upload(url, {"endpoint_url": endpoint}, put, tmp_path)
@@ -66,26 +66,33 @@ async def _ends_with_the_upload(
     complete: within those two seconds the store was looked at again.
     """
     whole = make_adapter(tmp_path, "whole")
-    await put("new/adapter_config.json", (whole / "adapter_config.json").read_bytes())
+    config_text = (whole / "adapter_config.json").read_bytes()
+    weights = (whole / "adapter_model.safetensors").read_bytes()
+    await put("new/adapter_config.json", config_text)
+    await put("cut/adapter_model.safetensors", weights)
+    await put("cut/adapter_config.json", config_text[:20])
     config = sim_config(url, catalog_refresh_s=3600.0)  # the next listing would come after an hour
     config["llm_configs"][0]["lora_config"]["store"] = options
     async with cluster(config, tmp_path) as c, asyncio.timeout(LIMIT_S):
         await c.start_worker("w0")
 
-        async def ask() -> int:
-            body = chat_body("sim:new", max_tokens=2)
+        async def ask(name: str, expected: str) -> int:
+            body = chat_body(f"sim:{name}", max_tokens=2)
             async with c.http.post(f"{c.url}/v1/chat/completions", json=body) as answer:
                 if answer.status != 200:
                     assert answer.status == 422, await answer.text()
                     assert answer.headers["Retry-After"] == "2"
                     code = (await answer.json())["error"]["code"]
-                    assert code == "invalid_adapter_missing_file"
+                    assert code == f"invalid_adapter_{expected}"
                 return answer.status
 
-        for _ in range(3):  # the first look at the store and the ones that follow the refusal
-            assert await ask() == 422
-        weights = (whole / "adapter_model.safetensors").read_bytes()
-        await put("new/adapter_model.safetensors", weights)
-        if await ask() == 422:
-            await asyncio.sleep(2)  # as the client was told
-            assert await ask() == 200
+        for name, expected, missing, data in (
+            ("new", "missing_file", "adapter_model.safetensors", weights),
+            ("cut", "incomplete", "adapter_config.json", config_text),
+        ):
+            for _ in range(3):  # the first look at the store and the ones that follow the refusal
+                assert await ask(name, expected) == 422
+            await put(f"{name}/{missing}", data)
+            if await ask(name, expected) == 422:
+                await asyncio.sleep(2)  # as the client was told
+                assert await ask(name, expected) == 200

@@ -276,6 +276,14 @@ def test_what_is_not_one_object_is_refused(raw: bytes) -> None:
     assert reason(parse_object, raw, "it", "config") == "config"
 
 
+def test_a_config_that_is_cut_anywhere_is_an_unfinished_upload() -> None:
+    whole = config_of(base_model_name_or_path="ü\\", rank_pattern={"a.b": 8}, use_rslora=None)
+    for size in range(len(whole)):
+        assert reason(check_config, whole[:size], 16) == "incomplete", whole[:size]
+    for broken in (whole[:40] + whole[42:], whole + b"x", b"[]", whole.replace(b":", b"", 1)):
+        assert reason(check_config, broken, 16) != "incomplete", broken
+
+
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
