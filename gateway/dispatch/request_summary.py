@@ -45,4 +45,6 @@ def ended_request(request: InFlightRequest, outcome: str) -> EndedRequest:
         request.earlier,
         "" if request.trace is None else request.trace.id,
         request.engine_status,
+        request.used.prompt_tokens,
+        request.used.output_tokens,
     )

@@ -78,3 +78,11 @@ class EndedRequest(msgspec.Struct, frozen=True, gc=False):
     """The trace of a request that is traced, else empty."""
     engine_status: int = 0
     """The HTTP status with which the engine refused it. 0: it did not."""
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    """What was worked on. Before the worker reports it: what the client got, or an estimate."""
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether its tokens are known."""
+        return self.done is not None or self.output_tokens > 0

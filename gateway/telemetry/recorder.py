@@ -172,11 +172,9 @@ class Recorder:
         if t_head:
             ttft_s = t_head - ended.t_start
             (step.cold if done is not None and done.load_s > 0 else step.warm).observe(ttft_s)
-        if done is None:
-            return
-        step.prompt_tokens += done.prompt_tokens
-        step.output_tokens += done.output_tokens
-        if t_head and not ended.moves and done.output_tokens > 1:
+        step.prompt_tokens += ended.prompt_tokens
+        step.output_tokens += ended.output_tokens
+        if done is not None and t_head and not ended.moves and done.output_tokens > 1:
             step.itl_s += ended.t_end - t_head
             step.itl_n += done.output_tokens - 1
 

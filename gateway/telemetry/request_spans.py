@@ -127,11 +127,11 @@ def request_span(
         "loraplex.key": e.tenant,
         "error.type": error,
     }
-    if done is not None:
-        facts["gen_ai.usage.input_tokens"] = done.prompt_tokens
-        facts["gen_ai.usage.output_tokens"] = done.output_tokens
-        if done.finish_reasons:
-            facts["gen_ai.response.finish_reasons"] = done.finish_reasons.split(",")
+    if e.is_counted:
+        facts["gen_ai.usage.input_tokens"] = e.prompt_tokens
+        facts["gen_ai.usage.output_tokens"] = e.output_tokens
+    if done is not None and done.finish_reasons:
+        facts["gen_ai.response.finish_reasons"] = done.finish_reasons.split(",")
     if e.t_head and e.streamed and not e.engine_status:
         facts["gen_ai.response.time_to_first_chunk"] = e.t_head - e.t_start
     known = {name: value for name, value in facts.items() if value != ""}

@@ -19,7 +19,6 @@ def row(e: EndedRequest, wall: float, process: str) -> Timeline:
     """One row of the list. `wall` is added to its times to get seconds since 1970. `process` is the
     gateway process that had it.
     """
-    done = e.done
     return {
         "process": process,
         "id": e.request_id,
@@ -37,8 +36,8 @@ def row(e: EndedRequest, wall: float, process: str) -> Timeline:
         "trace_id": e.trace_id or None,
         "ttft_ms": round((e.t_head - e.t_start) * 1e3, 1) if _seen(e) else None,
         "total_ms": round((e.t_end - e.t_start) * 1e3, 1),
-        "prompt_tokens": done.prompt_tokens if done is not None else None,
-        "output_tokens": done.output_tokens if done is not None else None,
+        "prompt_tokens": e.prompt_tokens if e.is_counted else None,
+        "output_tokens": e.output_tokens if e.is_counted else None,
         "phases_ms": phases_ms(e),
     }
 

@@ -132,6 +132,12 @@ async def test_a_request_that_is_still_open_is_told_of_so_far(one: Cluster) -> N
         _, told = await one.get("/admin/requests/long")
         assert (told["outcome"], told["worker"]) == ("open", "w0")
         assert "is still open" in told["words"][0]
+        while b"w5" not in await answer.content.readline():
+            pass
+    async with asyncio.timeout(STOP_S):
+        while (left := (await one.get("/admin/requests/long"))[1])["outcome"] == "open":
+            await asyncio.sleep(0.02)
+    assert left["outcome"] == "aborted" and 5 <= left["output_tokens"] < 2000
 
 
 async def test_the_live_events_and_the_last_hour_have_the_fleets_figures(one: Cluster) -> None:

@@ -27,11 +27,24 @@ def ended(at: float = 100.0, **more: Any) -> EndedRequest:
     found = EndedRequest(
         "base", "a", "finished", Done(1, 10, 5), at - 1, at - 1, at - 0.8, at, "r1", "key1"
     )
-    return msgspec.structs.replace(found, **more)
+    found = msgspec.structs.replace(found, **more)
+    if found.done is None:
+        return found
+    of = found.done
+    return msgspec.structs.replace(
+        found, prompt_tokens=of.prompt_tokens, output_tokens=of.output_tokens
+    )
 
 
 def last(recorder: Recorder, now: float, column: str) -> float | None:
     return recorder.series(now)[column][-1]
+
+
+def test_the_tokens_of_an_answer_that_its_client_left_count() -> None:
+    recorder = Recorder()
+    recorder.ended(ended(done=None, outcome="aborted", prompt_tokens=10, output_tokens=4))
+    assert sum(n or 0.0 for n in recorder.series(105.0)["output_tokens_per_s"]) > 0
+    assert sum(n or 0.0 for n in recorder.series(105.0)["itl_ms"]) == 0
 
 
 def test_a_step_has_the_figures_of_the_requests_that_ended_in_it() -> None:

@@ -22,7 +22,7 @@ COLD = EndedRequest(
     "base", "a", "finished", Done(1, 10, 11, 0.08, 0.06, Tier.REMOTE, 0.03, 0.02),
     10.0, 10.1, 10.3, 10.6, "r", worker="w0", reason="cold", tier="remote", digest="d",
     cost=CostBreakdown(queue_s=0.02, load_s=0.05), t_first_sent=10.1, attempts=1,
-    path="/v1/chat/completions",
+    path="/v1/chat/completions", prompt_tokens=10, output_tokens=11,
 )  # fmt: skip
 
 
