@@ -2,6 +2,7 @@ import { html, useEffect, useRef, useState } from "/ui/vendor/htm-preact.js";
 import { chat, models } from "/ui/api.js";
 import { ms, Note } from "/ui/parts.js";
 
+const NEEDS_KEY = "The models are shown to holders of an API key. Type one above.";
 const orFirst = (found, chosen, at) =>
   found.includes(chosen) ? chosen : (found[at] ?? found[0] ?? "");
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
@@ -78,7 +79,7 @@ export const Playground = () => {
   // kept while it is typed: the page is drawn anew every second
   const [typed, setTyped] = useState("");
   const [answers, setAnswers] = useState([{}, {}]);
-  const [error, setError] = useState("");
+  const [error, setError] = useState(null);
   const running = useRef(null);
   useEffect(() => {
     let going = true; // the answer for an earlier key may come last
@@ -86,11 +87,11 @@ export const Playground = () => {
       (found) => {
         if (going) {
           setKnown(found);
-          setError("");
+          setError(null);
           choose(([a, b]) => [orFirst(found, a, 0), orFirst(found, b, 1)]);
         }
       },
-      (exc) => going && setError(exc.message),
+      (exc) => going && setError(exc),
     );
     return () => {
       going = false;
@@ -137,6 +138,7 @@ export const Playground = () => {
     setAnswers([{ began: true }, { began: true }]);
     [0, 1].forEach((side) => ask(side, running.current.signal));
   };
+  const keyIsMissing = error?.status === 401 && !apiKey;
   return html`<h2>Playground</h2>
     <form class="ask" onSubmit=${start}>
       <label class="grow"
@@ -170,7 +172,7 @@ export const Playground = () => {
         <button class="primary" id="ask">Ask both</button>
       </div>
     </form>
-    <${Note} text=${error} bad />
+    <${Note} text=${keyIsMissing ? NEEDS_KEY : error?.message} bad=${!keyIsMissing} />
     <div class="sides">
       ${[0, 1].map(
         (side) =>

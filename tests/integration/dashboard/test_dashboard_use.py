@@ -249,6 +249,13 @@ async def test_hostile_globs_messages_and_ids_stay_text_and_a_limit_shows_what_i
         await page.until(
             "document.querySelector('#timeline').innerText", _says("<script>window.hit=2")
         )
+        await view(page, "playground")
+        note = ".ask + .note"
+        await page.until(f"document.querySelector('{note}')?.innerText", _says("an API key"))
+        assert await page.run(f"document.querySelector('{note}').className") == "note"
+        await page.type(".ask input[type=password]", "wrong")
+        await page.press("Enter")
+        await page.until(f"document.querySelector('{note}')?.className", _is("note bad"))
         await view(page, "keys")
         assert HOSTILE_GLOB in await page.text("#keys tbody")
         limits = await page.text("#keys .limits")
