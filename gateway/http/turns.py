@@ -31,7 +31,12 @@ class Turns:
         work = functools.partial(call, *args, **kwargs)
         job = asyncio.get_running_loop().run_in_executor(None, work)
         job.add_done_callback(functools.partial(_ended, lock))
-        return await asyncio.shield(job)
+        try:
+            return await asyncio.shield(job)
+        finally:
+            # an exception of it knows this frame, which would know it: the body would stay in
+            # memory until garbage is looked for
+            del job
 
 
 def _ended(lock: asyncio.Lock, job: asyncio.Future[T]) -> None:

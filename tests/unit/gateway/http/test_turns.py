@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import threading
+import weakref
 
 from gateway.http.turns import Turns
 
@@ -47,3 +50,27 @@ async def test_a_turn_lasts_until_its_work_has_ended_although_its_caller_has_lef
         assert not after.done()
         free.set()
         assert await after
+
+
+class Body:
+    """One that a weak reference may know."""
+
+
+async def test_what_a_work_that_failed_was_given_is_not_kept_until_garbage_is_looked_for() -> None:
+    def refuse(body: Body) -> None:
+        raise ValueError(body)
+
+    async def asked() -> weakref.ref[Body]:
+        body = Body()
+        with contextlib.suppress(ValueError):
+            await Turns().run("a", refuse, body)
+        return weakref.ref(body)
+
+    gc.disable()
+    try:
+        kept = await asked()
+        async with asyncio.timeout(10):
+            while kept() is not None:  # the thread lets go of it last
+                await asyncio.sleep(0.001)
+    finally:
+        gc.enable()
