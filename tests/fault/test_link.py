@@ -249,7 +249,7 @@ async def test_one_connection_that_stalls_is_noticed_within_a_second_and_its_str
         (DATA, UP, 64, 5.0),  # in ZeroMQ's handshake
         (DATA, DOWN, 64, 5.0),
         (CONTROL, UP, 600, 5.0),  # after the welcome; what the gateway says still comes
-        (CONTROL, DOWN, 150, UNHEARD_S + 5.0),  # before it: the gateway may not be up yet
+        (CONTROL, DOWN, 150, UNHEARD_S + 15.0),  # before it: the gateway may not be up yet
     ],
 )
 async def test_a_worker_joins_although_its_first_connection_dies_without_a_word(

@@ -126,6 +126,10 @@ class Membership:
             _log(event)
             if isinstance(event, WorkerJoined) and peer is not None:
                 self._outbox.welcome(peer)
+            elif isinstance(event, WorkerChanged) and event.now is messages.WorkerState.SERVING:
+                worker = self._fleet.get(event.worker)
+                if worker is not None and not worker.carries:  # not told of while it booted
+                    log.warning("data connection does not carry", extra={"worker": event.worker})
             elif isinstance(event, WorkerLost):
                 self._outbox.forget(messages.identity(event.worker, event.epoch))
                 self._on_lost(event)
