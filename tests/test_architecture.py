@@ -78,7 +78,15 @@ FLOORS = {
     "shared": [
         {"config", "link", "stores", "supervision"},
         {"adapters", "runtime", "error_bodies"},
-        {"errors", "averages", "api_endpoints", "other_forms", "vllm_versions"},
+        {
+            "errors",
+            "averages",
+            "api_endpoints",
+            "held_bytes",
+            "lenient_values",
+            "option_numbers",
+            "vllm_versions",
+        },
     ],
 }
 """The rooms of each package, top floor first. A room may import only rooms of the floors

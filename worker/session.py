@@ -24,7 +24,7 @@ way may have forgotten it and may drop its packets silently.
 """
 ROOM_BYTES = 4 << 20
 """What may be on its way to the gateway before a large answer goes on."""
-LATE_HEARTBEATS = 3
+UNHEARD_HEARTBEATS = 3
 """A gateway that has had none of so many heartbeats is sent them by a new connection."""
 LATE_S = 3 * PING_S
 """If the timer's turn comes this late, this process stood still. The silence is then not the
@@ -289,7 +289,7 @@ class GatewaySession:
             self._lose("it greeted us anew")
             self._silent = False
         self._lease_s = welcome.lease_s
-        self._reopen_s = max(REOPEN_S, LATE_HEARTBEATS * welcome.heartbeat_s)
+        self._reopen_s = max(REOPEN_S, UNHEARD_HEARTBEATS * welcome.heartbeat_s)
         self._data_endpoint = _reachable(welcome.data_endpoint, self.endpoint)
         self._open_data()
         self.outbox.close()
@@ -370,12 +370,12 @@ class GatewaySession:
         end = self._end
         if end is None:
             return
-        dead = now - self._data_opened > REOPEN_S
+        had_time = now - self._data_opened > REOPEN_S
         # a gateway that has said farewell is not missed
-        if (end.path.heard or dead) and end.judge(now) and not self._silent:
+        if (end.path.heard or had_time) and end.judge(now) and not self._silent:
             message = "carries again" if end.carries else "does not carry"
             log.warning("data connection %s", message, extra={"gateway": self.endpoint})
-        if dead and not end.carries:
+        if had_time and not end.carries:
             self._open_data()
 
 

@@ -6,6 +6,7 @@ import argparse
 from typing import NoReturn
 
 from bench.load.workload import Length, parse_length
+from shared.option_numbers import count, natural, positive, share
 
 DEFAULT_REQUESTS = 200
 
@@ -49,7 +50,7 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
     add("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
     add(
         "--timeout",
-        type=_positive,
+        type=positive,
         default=120.0,
         metavar="S",
         help="of one request, seconds (default %(default)s)",
@@ -59,7 +60,7 @@ def _add_server_flags(parser: argparse.ArgumentParser) -> None:
 def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("adapters").add_argument
     add("--adapters", metavar="A,B,C", help="their names")
-    add("--num-adapters", type=_count, metavar="N", help="N names made with --adapter-format")
+    add("--num-adapters", type=count, metavar="N", help="N names made with --adapter-format")
     add("--adapter-format", default="adapter-{:04d}", help="default %(default)s, from 0")
     add(
         "--adapters-from-models",
@@ -76,10 +77,10 @@ def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
         choices=("base", "distinct", "uniform", "zipf", "identical"),
         help="default: zipf if there are adapters, else base",
     )
-    add("--alpha", type=_positive, default=1.0, help="of the Zipf mix (default %(default)s)")
+    add("--alpha", type=positive, default=1.0, help="of the Zipf mix (default %(default)s)")
     add(
         "--base-share",
-        type=_share,
+        type=share,
         default=0.0,
         metavar="SHARE",
         help="share of requests that go to the base model (default 0)",
@@ -90,7 +91,7 @@ def _add_arrival_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "arrivals: open loop with --rate, closed loop with --concurrency"
     ).add_argument
-    add("--rate", type=_positive, metavar="R", help="requests per second")
+    add("--rate", type=positive, metavar="R", help="requests per second")
     add(
         "--arrivals",
         choices=("poisson", "gamma", "constant", "bursts", "at-once"),
@@ -98,34 +99,34 @@ def _add_arrival_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--cv",
-        type=_positive,
+        type=positive,
         default=2.0,
         help="of gamma arrivals: 1 is Poisson, above is burstier (default %(default)s)",
     )
     add(
         "--burst",
-        type=_count,
+        type=count,
         default=16,
         metavar="N",
         help="requests per burst (default %(default)s)",
     )
-    add("--concurrency", type=_count, metavar="C", help="requests in flight at any time")
+    add("--concurrency", type=count, metavar="C", help="requests in flight at any time")
     add(
         "--ramp",
-        type=_positive,
+        type=positive,
         metavar="S",
         help="closed loop: the callers begin spread over S seconds (default: all at once)",
     )
     add(
         "--requests",
-        type=_count,
+        type=count,
         metavar="N",
         help=f"end after N requests (default {DEFAULT_REQUESTS} if there is no --duration)",
     )
-    add("--duration", type=_positive, metavar="S", help="end after S seconds")
+    add("--duration", type=positive, metavar="S", help="end after S seconds")
     add(
         "--max-open",
-        type=_count,
+        type=count,
         default=10_000,
         metavar="N",
         help="open loop: at N in flight, requests are not sent but counted as errors",
@@ -152,14 +153,14 @@ def _add_request_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--prefixes",
-        type=_natural,
+        type=natural,
         default=0,
         metavar="N",
         help="shared prefixes to choose from (default 0)",
     )
     add(
         "--prefix-tokens",
-        type=_natural,
+        type=natural,
         default=0,
         metavar="N",
         help="length of a shared prefix, on top of --prompt-tokens",
@@ -181,35 +182,35 @@ def _add_request_flags(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="fields for every request's body, e.g. '{\"temperature\": 0.7}'",
     )
-    add("--seed", type=_natural, default=0)
+    add("--seed", type=natural, default=0)
 
 
 def _add_warm_up_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("warm-up, not counted").add_argument
-    add("--warmup", type=_natural, default=0, metavar="N", help="N requests before the test")
+    add("--warmup", type=natural, default=0, metavar="N", help="N requests before the test")
     add("--warm-adapters", action="store_true", help="each adapter once before the test")
 
 
 def _add_result_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("result").add_argument
-    add("--slo-ttft-ms", type=_positive, metavar="MS", help="goodput: time to first token")
+    add("--slo-ttft-ms", type=positive, metavar="MS", help="goodput: time to first token")
     add(
         "--slo-itl-ms",
-        type=_positive,
+        type=positive,
         metavar="MS",
         help="goodput: mean time per output token after the first, of each request",
     )
-    add("--slo-e2e-ms", type=_positive, metavar="MS", help="goodput: time to the whole answer")
+    add("--slo-e2e-ms", type=positive, metavar="MS", help="goodput: time to the whole answer")
     add(
         "--max-error-rate",
-        type=_share,
+        type=share,
         default=0.0,
         metavar="SHARE",
         help="exit 1 above it (default 0)",
     )
     add("--json", metavar="FILE", help="write everything as JSON")
     add("--plot", metavar="FILE", help="write a PNG")
-    add("--top", type=_count, default=20, metavar="N", help="adapters listed (default %(default)s)")
+    add("--top", type=count, default=20, metavar="N", help="adapters listed (default %(default)s)")
     add("--quiet", action="store_true", help="no progress on stderr")
 
 
@@ -223,45 +224,3 @@ def _length(text: str) -> Length:
         return parse_length(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _positive(text: str) -> float:
-    number = _number(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-def _count(text: str) -> int:
-    number = _whole(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return number
-
-
-def _natural(text: str) -> int:
-    number = _whole(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return number
-
-
-def _share(text: str) -> float:
-    number = _number(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return number
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no number") from None
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number") from None

@@ -79,8 +79,15 @@ def _never(*_: object) -> bool:
     return False
 
 
-def _unshared(self: policy.ExpectedTTFT, *given: Any, only_copy: bool = False) -> Any:
-    request, key, workers, now = given[:4]
+def _unshared(
+    self: policy.ExpectedTTFT,
+    request: Any,
+    key: Any,
+    workers: Any,
+    now: float,
+    shared_by: float = 1.0,
+    only_copy: bool = False,
+) -> Any:
     return _CHEAPEST(self, request, key, workers, now, only_copy=only_copy)
 
 

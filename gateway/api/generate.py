@@ -49,7 +49,7 @@ from shared.api_endpoints import (
     errors_of,
 )
 from shared.errors import EngineFailure, LoraplexError, WorkerUnavailable
-from shared.other_forms import is_true
+from shared.lenient_values import is_true
 
 
 class GenerationAPI:

@@ -88,7 +88,7 @@ class BatchRunner:
                 await asyncio.sleep(LOOK_S)
 
     async def _open_batches(self) -> list[Batch]:
-        """None while the folder cannot be read. Those that run go on."""
+        """The empty list while the folder cannot be read. Batches that run go on."""
         try:
             return await asyncio.to_thread(self._store.open_batches)
         except OSError as exc:

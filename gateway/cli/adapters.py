@@ -16,10 +16,10 @@ from gateway.cli.client import (
     GatewayClient,
     common_flags,
     read_key,
-    seconds,
     show_table,
 )
 from loraplex.start import command
+from shared.option_numbers import seconds
 
 DONE = {
     "load": "loaded",

@@ -25,14 +25,12 @@ from gateway.advisor.traffic import Traffic, from_access_log
 from gateway.cli.client import (
     CommandFailed,
     GatewayClient,
-    count,
     gateway_flags,
     read_key,
-    seconds,
-    share,
     show_table,
 )
 from loraplex.start import command
+from shared.option_numbers import count, seconds, some_share
 
 COMPARED = ("model", "", "simulator", "formulas", "error of the formulas")
 COLUMNS = ("model", "adapters", "in flight", "slots", "slots wanted", "workers", "workers wanted")
@@ -54,7 +52,10 @@ def add_parser(verbs: Any) -> None:
         help="a gateway's log in JSON lines instead of a running gateway; of several, put together",
     )
     parser.add_argument(
-        "--miss-rate", type=share, default=Goal().miss_rate, help="wanted (default %(default)s)"
+        "--miss-rate",
+        type=some_share,
+        default=Goal().miss_rate,
+        help="wanted (default %(default)s)",
     )
     parser.add_argument("--ttft-p99", type=seconds, metavar="SECONDS", help="wanted")
     for name, default in (("workers", 1), ("slots", 16), ("capacity", 256)):

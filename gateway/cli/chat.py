@@ -18,8 +18,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.cli.client import DEFAULT_URL, CommandFailed, number, opener_for
+from gateway.cli.client import DEFAULT_URL, CommandFailed, opener_for
 from shared.errors import ConfigError
+from shared.option_numbers import number
 
 KEY_ENV = "LORAPLEX_API_KEY"
 ENDS = ("/exit", "/quit")

@@ -1,13 +1,10 @@
-"""Shell. What the commands of the CLI share: requests to a running gateway, numbers in options,
-and printed tables.
-"""
+"""Shell. What the commands of the CLI share: requests to a running gateway, and printed tables."""
 
 from __future__ import annotations
 
 import argparse
 import http.client
 import json
-import math
 import os
 import urllib.error
 import urllib.parse
@@ -64,59 +61,6 @@ def common_flags(instead: str) -> argparse.ArgumentParser:
     common.add_argument("--base", help=f"base model, where there are several; {instead}")
     common.add_argument("--json", action="store_true", help="print the gateway's own answer")
     return common
-
-
-def seconds(text: str) -> float:
-    """A time above 0."""
-    given = _number(text)
-    if not 0 < given < math.inf:
-        raise argparse.ArgumentTypeError(f"a time of more than 0 seconds is needed, got {text}")
-    return given
-
-
-def seconds_or_none(text: str) -> float:
-    """A time of 0 or more."""
-    given = _number(text)
-    if not 0 <= given < math.inf:
-        raise argparse.ArgumentTypeError(f"a time of 0 seconds or more is needed, got {text}")
-    return given
-
-
-def share(text: str) -> float:
-    given = _number(text)
-    if not 0 < given <= 1:
-        raise argparse.ArgumentTypeError(f"a share between 0 and 1 is needed, got {text}")
-    return given
-
-
-def count(text: str) -> int:
-    """A whole number from 1 on."""
-    given = _number(text)
-    if not 1 <= given < math.inf or not given.is_integer():
-        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is needed, got {text}")
-    return int(given)
-
-
-def port(text: str) -> int:
-    """A TCP port. The event loop would take a larger one for its last 16 bits."""
-    given = count(text)
-    if given > 65535:
-        raise argparse.ArgumentTypeError(f"a port from 1 to 65535 is needed, got {text}")
-    return given
-
-
-def number(text: str) -> float:
-    given = _number(text)
-    if not math.isfinite(given):
-        raise argparse.ArgumentTypeError(f"a number is needed, got {text}")
-    return given
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"a number is needed, got {text}") from None
 
 
 def read_key(file: Path | None) -> str:

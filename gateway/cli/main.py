@@ -28,13 +28,13 @@ from gateway.cli import rollout as rollout_command
 from gateway.cli import status as status_command
 from gateway.cli import top as top_command
 from gateway.cli import why as why_command
-from gateway.cli.client import port
 from loraplex import __version__
 from loraplex.start import STOPPED, command
 from shared.config.deployment import MAX_WORKERS
 from shared.config.llm import TARGET_SHARE, LLMConfig, Settings
 from shared.config.settings_file import FollowedConfig, read_settings
 from shared.errors import ConfigError, LoraplexError
+from shared.option_numbers import port
 from shared.runtime.process import follow_parent
 
 UNREAD = 141
@@ -76,12 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(_parser().parse_args(argv))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return UNREAD
     except OSError as exc:
         if exc.errno != errno.ENOSPC:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         print(f"loraplex: the output cannot be written: {exc.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -89,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("stopped", file=sys.stderr)
         return STOPPED
     return status
+
+
+def _drop_output() -> None:
+    """What is printed from now on goes nowhere, and so does what waits to be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -300,7 +305,7 @@ def _greet(settings: Settings, port: int, example: str | None) -> None:
     try:
         print(text, flush=True)
     except OSError:  # a full disk, or nobody who reads it, is no reason to stop serving
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
 
 
 def _this_command() -> str:

@@ -12,9 +12,8 @@ from gateway.cli.client import (
     GatewayClient,
     gateway_flags,
     read_key,
-    seconds,
-    seconds_or_none,
 )
+from shared.option_numbers import seconds, seconds_or_none
 
 
 def add_parser(verbs: Any) -> None:

@@ -18,9 +18,9 @@ import brotli
 from aiohttp import web
 from backports import zstd
 
-from gateway.http.held_bytes import HeldBytes
 from gateway.http.turns import Turns
 from shared.errors import BodyTimeout, BodyTooLarge, InvalidRequest, Overloaded, UnsupportedEncoding
+from shared.held_bytes import HeldBytes
 
 P = ParamSpec("P")
 T = TypeVar("T")

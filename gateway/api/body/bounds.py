@@ -189,6 +189,8 @@ SCORED = (
     "images",
 )
 """The lists of all paths whose items are embedded or scored, each as a request to the engine."""
+_LEFT_OPEN = (b'"auto"', b'"none"')
+"""Values of `tool_choice` that demand no call."""
 STRUCTURED = ("structured_outputs", "response_format", "text", "output_config")
 """The fields of all paths from which the engine makes a grammar."""
 
@@ -251,9 +253,6 @@ def _demands_call(choice: msgspec.Raw) -> bool:
     if _first(choice) == ord("{"):
         return bytes(_fields("tool_choice", choice).get("type", NOTHING)) not in _LEFT_OPEN
     return bool(choice) and bytes(choice) not in (*_LEFT_OPEN, b"null")
-
-
-_LEFT_OPEN = (b'"auto"', b'"none"')
 
 
 def repetitions(text: bytes) -> int:

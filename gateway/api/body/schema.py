@@ -20,7 +20,7 @@ from gateway.api.body.bounds import DEFAULT_BOUNDS, NOTHING, Bounds, check
 from gateway.api.body.multipart import form_values
 from shared.api_endpoints import Endpoint, ModelIn
 from shared.errors import BodyTooLarge, InvalidRequest
-from shared.other_forms import boolean, integer, is_true
+from shared.lenient_values import boolean, integer, is_true
 
 MAX_MODEL_CHARACTERS = 1024
 """The longest model name: a base id, an adapter and a digest. It is repeated in messages and

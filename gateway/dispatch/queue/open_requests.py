@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-from gateway.http.held_bytes import KEPT_SHARE, HeldBytes
+from shared.held_bytes import KEPT_SHARE, HeldBytes
 
 T = TypeVar("T")
 

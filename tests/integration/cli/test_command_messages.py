@@ -69,7 +69,7 @@ async def test_a_wrong_address_is_answered_with_one_line_that_names_the_option(
         (["rollout", "--wait", "inf"], "--wait: a time of 0 seconds or more is needed"),
         (["advise", "--slots", "4.5"], "--slots: a whole number of at least 1 is needed"),
         (["advise", "--ttft-p99", "soon"], "--ttft-p99: a number is needed, got soon"),
-        (["bench", "load", "--rate", "fast"], "--rate: fast is no number"),
+        (["bench", "load", "--rate", "fast"], "--rate: a number is needed, got fast"),
         (["chat", "m", "--temperature", "nan"], "--temperature: a number is needed, got nan"),
         (["worker", CONFIG, "--probe-port", "99999"], "--probe-port: a port from 1 to 65535"),
     ],

@@ -7,8 +7,8 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 from shared.errors import CannotContinue, InvalidRequest
+from shared.lenient_values import boolean, integer
 from shared.link.token_ids import unpack
-from shared.other_forms import boolean, integer
 from worker.engine.base import EngineRequest
 
 TASKS = ("generate",)

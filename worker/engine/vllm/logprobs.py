@@ -60,8 +60,7 @@ async def _in_thread(work: Callable[[], Any]) -> Any:
 
     def run() -> Any:
         BESIDE.set(True)
-        with garbage.large_value():
-            return work()
+        return work()
 
     return await asyncio.get_running_loop().run_in_executor(_threads, context.run, run)
 

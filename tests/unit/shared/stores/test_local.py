@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
-import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from shared.errors import StoreUnavailable
 from shared.stores import folder_listing
 from shared.stores.folder_listing import FolderListing
 from shared.stores.local import LocalStore
+from tests.processes import no_descriptors_left
 
 NAMES = ["a", "b", "team/a", "team/b", "a/inner", "bad name/x", ".hidden/x"]
 _times = itertools.count(10**18, 1000)
@@ -175,24 +174,12 @@ async def test_a_name_of_many_parts_that_nobody_has_costs_no_more_than_a_short_o
     assert len(resolved) == 2  # the root, each time
 
 
-@contextlib.contextmanager
-def no_more_descriptors() -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.open(os.devnull, os.O_RDONLY)  # the lowest one
-    os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
 def test_a_listing_without_descriptors_fails_and_takes_no_adapter_for_gone(tmp_path: Path) -> None:
     put(tmp_path, "a")
     listing = FolderListing(str(tmp_path))
     whole = listing.scan(str(tmp_path))
     put(tmp_path, "a", b"others")
-    with no_more_descriptors(), pytest.raises(OSError, match="Too many open files"):
+    with no_descriptors_left(), pytest.raises(OSError, match="Too many open files"):
         listing.scan(str(tmp_path))
     assert len(listing.scan(str(tmp_path))[0]) == len(whole[0]) == 1
 
@@ -203,5 +190,5 @@ async def test_a_folder_that_cannot_be_opened_for_lack_of_descriptors_is_not_cal
     put(tmp_path, "a")
     store = LocalStore(str(tmp_path))
     assert await store.find("a") is not None  # its thread is there from now on
-    with no_more_descriptors(), pytest.raises(StoreUnavailable, match="Too many open files"):
+    with no_descriptors_left(), pytest.raises(StoreUnavailable, match="Too many open files"):
         await store.find("a")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from gateway.http.held_bytes import HeldBytes
+from shared.held_bytes import HeldBytes
 
 
 def test_a_tenant_that_holds_half_leaves_the_last_tenth_to_others() -> None:

@@ -1,5 +1,5 @@
-"""Pure. Other forms of the same values, as vLLM's pydantic takes them: 5.0, "5" and true for 5;
-"yes", "on" and 1.0 for true.
+"""Pure. Numbers and booleans as vLLM's pydantic takes them: 5.0 and "5" for 5, true for 1; "yes",
+"on" and 1.0 for true.
 """
 
 from __future__ import annotations
