@@ -19,6 +19,7 @@ from typing import Any
 import aiohttp
 
 from tests.harness import START_S, STOP_S
+from tests.processes import kill_with_family
 
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
@@ -170,5 +171,4 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         async with asyncio.timeout(STOP_S):
             await process.wait()
     except TimeoutError:
-        process.kill()
-        await process.wait()
+        await kill_with_family(process)

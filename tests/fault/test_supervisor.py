@@ -24,7 +24,7 @@ from tests.fault.test_stalls import check_whole_or_failed
 from tests.harness import chat_body
 from tests.integration.serve.test_processes import pid_of
 from tests.integration.serve.test_serve import Served, chat, served
-from tests.processes import command_line
+from tests.processes import command_line, lives, still_alive
 
 END_S = 90.0
 HANG_S = 1.0
@@ -52,7 +52,7 @@ async def until_serving(s: Served, workers: int) -> None:
 
 async def until_gone(process: psutil.Process) -> None:
     async with asyncio.timeout(END_S):
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        while lives(process):
             await asyncio.sleep(0.02)
 
 
@@ -214,7 +214,7 @@ async def test_a_killed_serve_leaves_nothing_and_one_that_is_told_twice_to_end_c
         family = s.family()
         (first,) = (path for path in held_by(temporary) if path.name.startswith(PREFIX))
         s.process.send_signal(signal.SIGKILL)
-        await asyncio.to_thread(psutil.wait_procs, family, 30)
+        assert not await still_alive(family, END_S)
         assert first.exists()
     async with served(tmp_path) as s:
         assert not first.exists()

@@ -4,17 +4,15 @@ yet its processes end with their worker.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.harness import ROOT, cluster, demo_config
-from tests.processes import called
+from tests.processes import called, family_of, still_alive
 
 END_S = 30.0
 PACKAGES = ("loraplex", "gateway", "worker", "shared")
@@ -38,10 +36,9 @@ async def test_a_killed_worker_of_a_checkout_that_is_not_installed_leaves_no_eng
     }
     async with cluster(demo_config(max_loras=2), tmp_path) as c:
         worker = await c.start_worker("w0", env=env)
-        family = psutil.Process(worker.pid).children(recursive=True)
+        family = family_of(worker.pid)
         engines = [p for p in family if "EngineCore" in called(p)]
         assert engines or method == "spawn", family
         assert family
         os.kill(worker.pid, signal.SIGKILL)
-        _, alive = await asyncio.to_thread(psutil.wait_procs, family, END_S)
-        assert not alive
+        assert not await still_alive(family, END_S)

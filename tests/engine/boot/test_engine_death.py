@@ -8,12 +8,10 @@ import asyncio
 import signal
 from pathlib import Path
 
-import psutil
-
 from examples.demo.styles import HELD_OUT
 from shared.runtime.children import Zygote
 from tests.harness import cluster, demo_config
-from tests.processes import called
+from tests.processes import called, family_of
 
 # far less than the engine's own patience with a call that is not answered
 # (worker.vllm_adapters.UTILITY_TIMEOUT_S)
@@ -26,11 +24,7 @@ async def test_a_worker_whose_engine_dies_while_an_adapter_loads_ends_and_a_new_
     async with cluster(demo_config(max_loras=2), tmp_path, zygote) as c:
         worker = await c.start_worker("w0")
         await c.text("demo:haiku", HELD_OUT[0], max_tokens=2)
-        core = next(
-            p
-            for p in psutil.Process(worker.pid).children(recursive=True)
-            if "EngineCore" in called(p)
-        )
+        core = next(p for p in family_of(worker.pid) if "EngineCore" in called(p))
         core.send_signal(signal.SIGSTOP)
         asked = [
             asyncio.create_task(c.chat(f"demo:{name}", HELD_OUT[0], max_tokens=2))

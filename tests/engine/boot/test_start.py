@@ -5,16 +5,15 @@ that Ctrl-C is obeyed whatever it is at.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 from tests.harness import demo_config
 from tests.integration.serve.test_serve import LORAPLEX, start
+from tests.processes import family_of, kill_with_family, lives
 
 STAGES = ["importing vLLM", "loading the model"]
 """Those that last for seconds everywhere."""
@@ -38,13 +37,6 @@ async def until_said(log: Path, word: str) -> None:
             await asyncio.sleep(0.05)
 
 
-def lives(process: psutil.Process) -> bool:
-    """A zombie has ended; whoever adopted it has not noticed yet."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
 @pytest.mark.parametrize("stage", [STAGES[0], pytest.param(STAGES[1], marks=pytest.mark.long)])
 async def test_ctrl_c_ends_a_start_in_every_stage_before_it_has_come_to_its_end(
     tmp_path: Path, stage: str
@@ -52,7 +44,7 @@ async def test_ctrl_c_ends_a_start_in_every_stage_before_it_has_come_to_its_end(
     process, log = await starting(tmp_path)
     try:
         await until_said(log, stage)
-        family = psutil.Process(process.pid).children(recursive=True)
+        family = family_of(process.pid)
         process.send_signal(signal.SIGINT)
         async with asyncio.timeout(START_S):
             assert await process.wait() == 0, log.read_text()
@@ -63,6 +55,4 @@ async def test_ctrl_c_ends_a_start_in_every_stage_before_it_has_come_to_its_end(
         assert not [p for p in family if lives(p)]
         assert process.stdout is not None and not await process.stdout.read()  # no address
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        await kill_with_family(process)

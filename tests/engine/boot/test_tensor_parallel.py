@@ -20,7 +20,7 @@ from shared.runtime.owned_folder import sweep
 from shared.runtime.shared_memory import SEGMENTS
 from tests.engine.requests.test_moves import text
 from tests.harness import DEMO, Cluster, cluster, demo_config
-from tests.processes import called
+from tests.processes import called, family_of, still_alive
 
 
 @dataclass
@@ -32,7 +32,7 @@ class TwoRanks:
 
     def family(self, worker: str) -> list[psutil.Process]:
         """The processes below the worker: EngineCore and its ranks."""
-        return psutil.Process(self.cluster.workers[worker].pid).children(recursive=True)
+        return family_of(self.cluster.workers[worker].pid)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -105,5 +105,4 @@ def segments(family: list[psutil.Process]) -> set[str]:
 
 
 async def until_gone(family: list[psutil.Process]) -> None:
-    _, alive = await asyncio.to_thread(psutil.wait_procs, family, 20)
-    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+    assert not await still_alive(family, 20)

@@ -16,15 +16,11 @@ import aiohttp
 import psutil
 
 from tests.harness import ROOT
-from tests.processes import command_line
+from tests.processes import command_line, family_of, kill_with_family, still_alive
 
 
 def sockets(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_socket()]
-
-
-def family_of(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
 
 
 def zygotes(family: list[psutil.Process]) -> list[psutil.Process]:
@@ -85,12 +81,9 @@ async def test_a_zygote_that_is_killed_is_replaced_and_serve_leaves_nothing_behi
             family = family_of(process.pid)
             process.send_signal(signal.SIGTERM)
             assert await process.wait() == 0
-        _, alive = await asyncio.to_thread(psutil.wait_procs, family, 20)
-        assert not alive
+        assert not await still_alive(family, 20)
         assert not sockets(temporary)
         assert "Traceback" not in log.read_text()
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        await kill_with_family(process)
         shutil.rmtree(temporary)

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import openai
-import psutil
 import pytest
 import yaml
 
 from examples.demo.styles import HELD_OUT, is_style
 from shared.runtime.children import Zygote
 from tests.harness import DEMO, ROOT, Cluster, chat_body, cluster, demo_config
+from tests.processes import family_of, lives, still_alive
 
 ADAPTERS = sorted(p.name for p in (DEMO / "adapters").iterdir())
 STYLES = {"demo": "plain", **{f"demo:{name}": name for name in ADAPTERS}}
@@ -148,7 +148,7 @@ async def test_a_client_that_leaves_stops_generation_within_100_ms(
     """
     async with cluster(demo_config(), tmp_path, zygote) as c:
         worker = await c.start_worker("w0")
-        core = psutil.Process(worker.pid).children(recursive=True)[0]
+        core = family_of(worker.pid)[0]
 
         async def cpu_s_of_next(seconds: float) -> float:
             before = sum(core.cpu_times()[:2])
@@ -180,7 +180,7 @@ async def test_a_stream_through_drain_is_complete_and_nothing_stays_behind(
 ) -> None:
     async with cluster(demo_config(), tmp_path, zygote) as c:
         worker = await c.start_worker("w0")
-        family = psutil.Process(worker.pid).children(recursive=True)
+        family = family_of(worker.pid)
         assert family
         reading = asyncio.create_task(
             _read_all(c, chat_body("demo:pirate", max_tokens=300, ignore_eos=True, stream=True))
@@ -194,7 +194,7 @@ async def test_a_stream_through_drain_is_complete_and_nothing_stays_behind(
                 await asyncio.sleep(0.01)
         assert (await reading).endswith(b"data: [DONE]\n\n")
         assert await worker.wait() == 0
-        assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        assert not [p for p in family if lives(p)]
 
 
 async def test_a_killed_worker_takes_its_engine_along_and_a_stream_without_another_ends_in_error(
@@ -204,13 +204,12 @@ async def test_a_killed_worker_takes_its_engine_along_and_a_stream_without_anoth
     config = demo_config(lease_s=1.0, queue_timeout_s=2.0)
     async with cluster(config, tmp_path, zygote) as c:
         worker = await c.start_worker("w0")
-        family = psutil.Process(worker.pid).children(recursive=True)
+        family = family_of(worker.pid)
         body = chat_body("demo", max_tokens=900, ignore_eos=True, stream=True)
         async with c.http.post(c.url + "/v1/chat/completions", json=body) as answer:
             assert (await answer.content.readline()).startswith(b"data:")
             worker.signal(signal.SIGKILL)
-            _, alive = await asyncio.to_thread(psutil.wait_procs, family, 10)
-            assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+            assert not await still_alive(family, 10)
             text = await answer.read()
         assert b'"error"' in text and text.endswith(b"data: [DONE]\n\n"), text[-500:]
 

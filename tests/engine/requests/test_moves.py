@@ -18,7 +18,7 @@ from examples.demo.styles import HELD_OUT
 from shared.runtime.children import Zygote
 from tests.engine.requests.test_resume import CALLED, SCHEMA, heard
 from tests.harness import Cluster, chat_body, cluster, demo_config
-from tests.processes import called
+from tests.processes import called, family_of
 
 END_S = 120.0
 MODELS = ("demo", "demo:pirate", "demo:haiku")
@@ -138,9 +138,7 @@ async def is_stored(c: Cluster, said: str, response_id: str) -> None:
 
 
 def engine_of(pid: int) -> psutil.Process:
-    return next(
-        p for p in psutil.Process(pid).children(recursive=True) if "EngineCore" in called(p)
-    )
+    return next(p for p in family_of(pid) if "EngineCore" in called(p))
 
 
 @pytest.mark.parametrize("what", ["worker", "engine"])

@@ -14,11 +14,11 @@ import signal
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from loraplex.start import command
 from tests.integration.serve.test_serve import LORAPLEX, served, write_config
+from tests.processes import family_of, lives
 
 ENDS_WITHIN_S = 20.0
 PRESSED = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
@@ -67,12 +67,12 @@ async def test_ctrl_c_while_the_gateway_is_imported_waits_for_nothing(tmp_path: 
         while not (tmp_path / "reached").exists():
             assert process.returncode is None, await process.communicate()
             await asyncio.sleep(0.02)
-        (gateway,) = psutil.Process(process.pid).children()
+        (gateway,) = family_of(process.pid)
         process.send_signal(signal.SIGINT)
         out, err = await process.communicate()
     assert process.returncode == 0 and not out and b"Traceback" not in err, err
     assert b"did not start" not in err
-    assert not gateway.is_running()
+    assert not lives(gateway)
     assert not [*(tmp_path / "tmp").iterdir()]
 
 

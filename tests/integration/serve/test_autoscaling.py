@@ -20,7 +20,7 @@ import yaml
 
 from tests.harness import chat_body, make_adapter, sim_config
 from tests.integration.serve.test_serve import LORAPLEX, start
-from tests.processes import command_line
+from tests.processes import command_line, family_of, kill, kill_with_family
 
 WAIT_S = 120.0
 QUICK = {
@@ -99,8 +99,7 @@ class Scaled:
         return found[0]
 
     def processes(self, word: str) -> list[psutil.Process]:
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        return [p for p in family if word in command_line(p)]
+        return [p for p in family_of(self.process.pid) if word in command_line(p)]
 
 
 @asynccontextmanager
@@ -159,12 +158,7 @@ async def serving(
         async with s.http:
             yield s
     finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+        await kill_with_family(process)
 
 
 async def test_load_steps_up_and_down_to_zero_and_back_fail_no_request_and_cut_no_stream(
@@ -330,7 +324,7 @@ async def test_the_load_of_several_gateway_processes_counts_together_and_ends_wi
             status = await s.until(wanted=3, serving=3)
             assert 4 < status["ongoing"] <= 6 and status["cause"] == "requests"
             for process in s.processes("--index"):
-                process.kill()
+                kill(process)
             async with asyncio.timeout(WAIT_S):
                 while True:  # the gateways come back without their requests
                     try:

@@ -16,7 +16,7 @@ import yaml
 
 from tests.harness import Cluster, cluster, make_adapter, replace_file, second_gateway, sim_config
 from tests.integration.serve.test_serve import LORAPLEX, chat, served, write_config
-from tests.processes import command_line
+from tests.processes import command_line, family_of, kill, lives
 
 LIMIT_S = 60
 
@@ -162,13 +162,12 @@ async def test_a_serve_whose_terminal_is_closed_ends(tmp_path: Path) -> None:
     try:
 
         async def family() -> bool:
-            return len(process.children(recursive=True)) == 3
+            return len(family_of(pid)) == 3
 
         await until(family)
         os.close(terminal)
         assert await asyncio.to_thread(os.waitpid, pid, 0) == (pid, 0)
     finally:
-        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            for child in process.children(recursive=True):
-                child.kill()
-            process.kill()
+        if lives(process):
+            for member in [*family_of(pid), process]:
+                kill(member)

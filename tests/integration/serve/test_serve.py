@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from tests.harness import ROOT, chat_body, make_adapter, sim_config
-from tests.processes import command_line
+from tests.processes import command_line, family_of, kill_with_family, lives, still_alive
 
 START_S = 120.0  # generous: vLLM may have to be imported on two busy cores
 LORAPLEX = str(Path(sys.executable).parent / "loraplex")
@@ -34,7 +34,7 @@ class Served:
     log: Path
 
     def family(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+        return family_of(self.process.pid)
 
     def named(self, word: str) -> psutil.Process:
         return next(p for p in self.family() if word in command_line(p))
@@ -81,11 +81,7 @@ async def served(
         assert found
         yield Served(process, found[1], greeting, log)
     finally:
-        if process.returncode is None:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
-            process.kill()
-        await process.wait()
+        await kill_with_family(process)
 
 
 async def chat(url: str, model: str = "sim", **more: object) -> dict[str, object]:
@@ -168,7 +164,7 @@ async def test_ctrl_c_ends_everything_and_leaves_nothing_behind(tmp_path: Path) 
         s.process.send_signal(signal.SIGINT)
         async with asyncio.timeout(30):
             assert await s.process.wait() == 0
-        assert not [p for p in family if p.is_running()]
+        assert not [p for p in family if lives(p)]
         assert "Traceback" not in s.log.read_text()
 
 
@@ -176,8 +172,7 @@ async def test_a_killed_serve_takes_its_children_along(tmp_path: Path) -> None:
     async with served(tmp_path) as s:
         family = s.family()
         s.process.send_signal(signal.SIGKILL)
-        _, alive = await asyncio.to_thread(psutil.wait_procs, family, 30)
-        assert not alive
+        assert not await still_alive(family, 30)
 
 
 async def test_a_killed_worker_and_a_killed_gateway_come_back(tmp_path: Path) -> None:
@@ -299,8 +294,7 @@ async def test_gateway_and_worker_started_apart_find_each_other_over_tcp_with_a_
             assert "stranger" not in await answer_.text()
     finally:
         for process in started:
-            process.kill()
-            await process.wait()
+            await kill_with_family(process)
 
 
 async def test_the_python_example_of_ray_runs_with_only_its_imports_changed(tmp_path: Path) -> None:
