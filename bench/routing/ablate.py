@@ -87,13 +87,18 @@ def _unshared(
     now: float,
     shared_by: float = 1.0,
     only_copy: bool = False,
+    chance: float | None = None,
 ) -> Any:
-    return _CHEAPEST(self, request, key, workers, now, only_copy=only_copy)
+    return _CHEAPEST(self, request, key, workers, now, only_copy=only_copy, chance=chance)
 
 
 def _homes_alone(self: policy.ExpectedTTFT, key: Any, pool: Any, *given: Any) -> Any:
     others = _OTHERS(self, key, pool, *given)
     return [w for w in others if w.tier_at(key) is not Tier.CPU] or others
+
+
+def _own_chance(workers: Any) -> None:
+    """No chance is given, so each worker has its own."""
 
 
 def _load_without_stall(*given: Any) -> tuple[float, float]:
@@ -116,6 +121,7 @@ _DEFAULT = policy.ExpectedTTFT
 CHANGES: tuple[Change, ...] = (
     Change("running sequences cost nothing", price, "CROWD_S", 0.0),
     Change("slots cost nothing", price, "_no_slot", _nothing),
+    Change("second copies have the worker's own chance", policy, "mean_chance", _own_chance),
     Change("no price for the wait in line", price, "_in_line", _nothing),
     Change("stalls cost nothing", price, "_load_s", _load_without_stall),
     Change("loads ahead cost nothing", price, "_load_s", _load_not_behind_others),

@@ -18,14 +18,14 @@ If the lines are full, it waits in the gateway.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from itertools import islice
 
 from gateway.fleet.fleet import Fleet
 from gateway.fleet.pool import Pool
 from gateway.fleet.rendezvous import Rendezvous
 from gateway.fleet.worker_view import WorkerView
-from gateway.routing.expected_ttft.price import Learned, price
+from gateway.routing.expected_ttft.price import Learned, mean_chance, price
 from gateway.routing.policy import (
     NONE_EXCLUDED,
     Blocked,
@@ -92,7 +92,8 @@ class ExpectedTTFT(StatelessPolicy):
             others = self._others(key, pool, holders, excluded)
             users = sum([w.in_flight(key) for w in holders.values()]) if best is not None else 0
             shared_by = 1.0 + users / (1 + len(holders))
-            other = self._cheapest(request, key, others, now, shared_by)
+            chance = None if best is None else mean_chance(_some(pool, rng))
+            other = self._cheapest(request, key, others, now, shared_by, chance=chance)
             # whoever joins a copy that is on its way waits for it; the next ones do not
             if other is not None and (
                 best is None or other[0].total_s < best[0].total_s - best[0].load_s
@@ -111,10 +112,7 @@ class ExpectedTTFT(StatelessPolicy):
         rng: random.Random,
         excluded: Set[WorkerId],
     ) -> Decision:
-        workers = pool.workers
-        if len(workers) > MOST_PRICED:
-            workers = rng.sample(workers, MOST_PRICED)
-        able = [w for w in workers if w.accepts(excluded)] or (
+        able = [w for w in _some(pool, rng) if w.accepts(excluded)] or (
             [w for w in pool.workers if w.accepts(excluded)]
         )
         best = self._cheapest(request, None, able, now)
@@ -161,12 +159,13 @@ class ExpectedTTFT(StatelessPolicy):
         now: float,
         shared_by: float = 1.0,
         only_copy: bool = False,
+        chance: float | None = None,
     ) -> tuple[CostBreakdown, WorkerView] | None:
         best: tuple[CostBreakdown, WorkerView] | None = None
         learned, near = self._learned.get(request.base, NOTHING), self._near(request)
         for w in workers:
             prefix_s = AFFINITY_S if w.id in near else 0.0
-            cost = price(request, key, w, learned, now, shared_by, prefix_s, only_copy)
+            cost = price(request, key, w, learned, now, shared_by, prefix_s, only_copy, chance)
             if best is None or cost.total_s < best[0].total_s:
                 best = cost, w
         return best
@@ -225,7 +224,8 @@ class ExpectedTTFT(StatelessPolicy):
         key = None if request.adapter is None else key_of(request.adapter)
         learned, near = self._learned.get(request.base, NOTHING), self._near(request)
         pool, found = fleet.pool(request.base), []
-        only_copy = key is not None and len(pool.holders.get(key, NOBODY)) == 1
+        holders = NOBODY if key is None else pool.holders.get(key, NOBODY)
+        only_copy, chance = len(holders) == 1, mean_chance(pool.workers) if holders else None
         for w in pool.workers:
             note = ""
             if not w.has_room:
@@ -233,7 +233,16 @@ class ExpectedTTFT(StatelessPolicy):
             elif key is not None and not w.takes(key):
                 note = "no slot"
             prefix_s = AFFINITY_S if w.id in near else 0.0
-            cost = price(request, key, w, learned, now, prefix_s=prefix_s, only_copy=only_copy)
+            cost = price(
+                request,
+                key,
+                w,
+                learned,
+                now,
+                prefix_s=prefix_s,
+                only_copy=only_copy,
+                chance=None if w.id in holders else chance,
+            )
             found.append(Candidate(w, tier_of(w, request.adapter), not note, note, cost))
         return sorted(found, key=lambda c: (not c.eligible, c.cost.total_s))
 
@@ -254,6 +263,11 @@ def _is_quiet(worker: WorkerView, pool: Pool) -> bool:
     time to a first token, and a decision takes 8 us of a core instead of 62 (16 workers).
     """
     return worker.load * len(pool.workers) <= pool.load
+
+
+def _some(pool: Pool, rng: random.Random) -> Sequence[WorkerView]:
+    workers = pool.workers
+    return workers if len(workers) <= MOST_PRICED else rng.sample(workers, MOST_PRICED)
 
 
 def _blocked(pool: Pool, excluded: Set[WorkerId]) -> Blocked:

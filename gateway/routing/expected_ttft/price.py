@@ -13,12 +13,16 @@ what other requests lose by it.
 
 The chance: slots fill and empty like a birth-death process. With `u` of them in use, one more is
 taken while one is given back with a probability of about u / slots. So `free` more are taken in a
-row with (u / slots) ^ free: next to nothing while slots abound, and one when none is free.
+row with (u / slots) ^ free: next to nothing while slots abound, and one when none is free. A second
+copy has the chance of the average worker: it stays as long as its crowd, so a worker with free
+slots at this moment says little about it.
 
 The wait: of `slots` slots that are all in use, one becomes free every service time / slots.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import msgspec
 
@@ -62,9 +66,11 @@ def price(
     shared_by: float = 1.0,
     prefix_s: float = 0.0,
     only_copy: bool = False,
+    chance: float | None = None,
 ) -> CostBreakdown:
     """`key` None: the base model. As many requests as `shared_by` will use what is loaded for this
-    one, so each pays its share of the load. `only_copy`: no other worker has the adapter.
+    one, so each pays its share of the load. `only_copy`: no other worker has the adapter. `chance`:
+    that the next adapter finds no slot; None: the worker's own.
     """
     heartbeat, load = worker.heartbeat, worker.load
     tokens = worker.unseen_tokens + request.prompt_tokens
@@ -77,7 +83,8 @@ def price(
         # one in steady use keeps its slot anyhow, and the only copy in flight needs one anywhere
         if heartbeat.slots and key not in worker.steady and not (only_copy and users):
             wait_s, in_line = learned.service_s / heartbeat.slots, _in_line(worker)
-            slot_s = wait_s * (in_line or _no_slot(worker)) / (1 + users)
+            puts_off = in_line or (_no_slot(worker) if chance is None else chance)
+            slot_s = wait_s * puts_off / (1 + users)
             if not users and not loaded:
                 line_s = wait_s * in_line
         if not loaded:
@@ -87,11 +94,16 @@ def price(
     return CostBreakdown(queue_s, line_s, slot_s, load_s, stall_s, outside_s, prefix_s)
 
 
+def mean_chance(workers: Collection[WorkerView]) -> float:
+    """The chance that an adapter finds no slot on one of these workers; there is at least one."""
+    return sum(_no_slot(worker) for worker in workers) / len(workers)
+
+
 def _no_slot(worker: WorkerView) -> float:
-    """The chance that the next adapter finds none once this one has taken its own. While one is
-    free.
-    """
+    """The chance that the next adapter finds none once this one has taken its own."""
     slots, used = worker.heartbeat.slots, worker.occupied
+    if used >= slots:
+        return 1.0 if slots else 0.0  # none: without limit
     return (used / slots) ** (slots - used)
 
 

@@ -232,6 +232,21 @@ def test_where_slots_are_short_an_adapters_requests_gather_in_its_larger_copy(ro
     assert room.to(PIRATE) == ("more", ChoiceReason.RESIDENT)
 
 
+@pytest.mark.parametrize(("used", "reason"), [(4, ChoiceReason.RESIDENT), (0, ChoiceReason.SPILL)])
+def test_a_second_copy_is_not_made_in_a_slot_that_is_free_for_a_moment(
+    room: Room, used: int, reason: ChoiceReason
+) -> None:
+    """It stays as long as its crowd. The slots of all others say whether it is in the way."""
+    room.worker("holder", on("pirate", in_flight=30), running=30, step_s=0.2)
+    for name in ("w1", "w2", "w3"):
+        busy = 2 if name == "w1" else used
+        others = [on(f"{name}{n}", in_flight=1) for n in range(busy)]
+        room.worker(name, *others, running=busy, stall_s=0.006, load_s=0.042)
+    costs = {w: candidate.cost.slot_s for w, candidate in room.explained(PIRATE).items()}
+    assert costs["holder"] == 0.0 and (costs["w1"] > 0.2) is (used == 4)
+    assert room.to(PIRATE)[1] is reason
+
+
 def test_nobody_stands_in_line_where_another_worker_has_a_slot_to_give(room: Room) -> None:
     names = [f"w{n}" for n in range(6)]
     for n, name in enumerate(names):
