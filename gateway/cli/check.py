@@ -91,8 +91,8 @@ def missing_gateway_files(gateway: GatewayConfig) -> Iterator[str]:
         path = operator.attrgetter(key)(gateway)
         if path is not None and not Path(path).expanduser().exists():
             yield f"gateway.{key}: there is no file '{path[:200]}' on this host"
-    for key in ("api_keys_env", "admin_keys_env"):
-        name = getattr(gateway, key)
+    for key in ("api_keys_env", "admin_keys_env", "link.secret_env"):
+        name = operator.attrgetter(key)(gateway)
         if name is not None and not os.environ.get(name):
             yield f"gateway.{key}: the variable {name} is not set here"
 
