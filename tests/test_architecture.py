@@ -25,7 +25,7 @@ DOORS = {
     "botocore": {"shared/stores/s3.py"},
     "gcloud": {"shared/stores/gcs.py"},
     "azure": {"shared/stores/azure.py"},
-    "huggingface_hub": {"shared/stores/hub.py", "worker/validation/base_model.py"},
+    "huggingface_hub": {"shared/stores/hub_client.py", "worker/validation/base_model.py"},
     "aiohttp": {
         "gateway/http/*.py",
         "gateway/api/*.py",
