@@ -72,7 +72,7 @@ FLOORS = {
             "requests",
             "initial_adapters",
         },
-        {"adapters", "kept_answers", "peers", "validation"},
+        {"adapters", "peers", "validation"},
         {"engine", "disk", "session", "settings"},
     ],
     "shared": [

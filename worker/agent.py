@@ -45,7 +45,7 @@ from worker.heartbeat import HeartbeatSender, WorkerStatus
 from worker.initial_adapters import InitialAdapters
 from worker.peers.client import Peers
 from worker.probes import ProbedState, open_probes
-from worker.requests import RequestTable
+from worker.requests.request_table import RequestTable
 from worker.session import GatewaySession
 from worker.settings import WorkerSettings
 
