@@ -586,8 +586,8 @@ async def test_a_dead_engine_breaks_the_stream_without_a_word_to_the_client(engi
     task = asyncio.create_task(engine.serve(call, written))
     async with asyncio.timeout(30):
         await written.first.wait()
-        assert engine._processes
-        for pid in engine._processes:
+        assert engine._processes.pids
+        for pid in engine._processes.pids:
             os.kill(pid, signal.SIGKILL)
         with pytest.raises(EngineFailure):
             await task
