@@ -64,13 +64,11 @@ FLOORS = {
         {"agent"},
         {
             "boot",
-            "commands",
             "gateways",
             "heartbeat",
             "loop_watch",
             "probes",
             "requests",
-            "initial_adapters",
         },
         {"adapters", "peers", "validation"},
         {"engine", "disk", "session", "settings"},
