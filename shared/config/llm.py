@@ -68,7 +68,7 @@ _PLACEMENT = (
     "parallel sizes ask for"
 )
 
-Engine = Literal["vLLM", "sim"]
+EngineName = Literal["vLLM", "sim"]
 _ENGINES = {"vllm": "vLLM", "sim": "sim"}
 
 
@@ -106,7 +106,7 @@ class LLMConfig(Section, frozen=True, kw_only=True):
     }
 
     model_loading_config: ModelLoadingConfig
-    llm_engine: Engine = "vLLM"
+    llm_engine: EngineName = "vLLM"
     engine_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
     runtime_env: dict[str, Any] | None = None
     accelerator_type: Text | None = None
