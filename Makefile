@@ -1,5 +1,5 @@
 # make demo | test | test-long | conformance | scaling | chaos | soak | hostile | check | format
-# make bench | bench-load | bench-growth | bench-micro | bench-engine | bench-cold | bench-fleet
+# make bench | bench-growth | bench-micro | bench-engine | bench-cold | bench-fleet
 # make docs | demo-model | oracle | screenshots | chart-page | lock | sbom | clean
 VENV   ?= .venv
 HOST   ?= 127.0.0.1
@@ -9,7 +9,7 @@ JOBS   ?= 3
 PY      = $(VENV)/bin/python
 
 .PHONY: setup demo test test-long conformance scaling chaos soak hostile check format bench \
-  bench-growth bench-engine bench-cold bench-micro bench-fleet bench-load oracle screenshots \
+  bench-growth bench-engine bench-cold bench-micro bench-fleet oracle screenshots \
   chart-page docs demo-model lock sbom clean
 
 setup:
@@ -41,7 +41,7 @@ chaos: setup
 soak: setup
 	@$(PY) -m bench.chaos.soak $(ARGS)
 
-# More than 1,100 requests to Loraplex and to vLLM's own server: where the answers differ, by kind.
+# More than 1,200 requests to Loraplex and to vLLM's own server: where the answers differ, by kind.
 # Five minutes.
 conformance: setup
 	@AUTOSCALING_TRACES=$${AUTOSCALING_TRACES:-100000} $(PY) -m pytest -k random \
@@ -59,10 +59,6 @@ check: setup
 
 format: setup
 	@$(VENV)/bin/ruff format . && $(VENV)/bin/ruff check --fix .
-
-# The table in README: a gateway and two workers are started, loaded and stopped.
-bench-load: setup
-	@$(PY) -m bench.readme
 
 # Gateways side by side: every peer that can be installed, one mock engine, interleaved.
 bench: setup

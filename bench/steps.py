@@ -49,7 +49,7 @@ TOKENS = {"sim": 100, "vllm": 200}
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class FleetLook:
     """The fleet at one moment. `present` are processes, those that leave too."""
 
     at_s: float
@@ -62,7 +62,7 @@ class Look:
 class StepRun:
     """What was seen. `begins_s` are the moments of the steps, and of the end."""
 
-    looks: list[Look] = field(default_factory=list)
+    looks: list[FleetLook] = field(default_factory=list)
     begins_s: list[float] = field(default_factory=list)
     ttfts_s: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -148,7 +148,7 @@ async def _watch(http: aiohttp.ClientSession, url: str, model: str, run: StepRun
         async with http.get(url) as answer:
             told = (await answer.json())["models"][model]
         present = told["serving"] + told["starting"] + told["draining"]
-        run.looks.append(Look(time.monotonic(), told["wanted"], told["serving"], present))
+        run.looks.append(FleetLook(time.monotonic(), told["wanted"], told["serving"], present))
         await asyncio.sleep(LOOK_S)
 
 

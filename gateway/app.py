@@ -44,7 +44,7 @@ from gateway.admin.usage import UsageAdmin
 from gateway.admin.workers import WorkerAdmin
 from gateway.api.accounting import Accounting
 from gateway.api.deadlines import Deadlines
-from gateway.api.exchange import GenerationServices
+from gateway.api.services import GenerationServices
 from gateway.batches.batch_api import BatchAPI
 from gateway.batches.runner import BatchRunner
 from gateway.batches.store import BatchStore

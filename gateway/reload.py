@@ -15,7 +15,7 @@ from gateway.adapters.aliases import Alias, from_config
 from gateway.adapters.pins import Pins
 from gateway.adapters.reconciler import Reconciler
 from gateway.api.body.bounds import Bounds
-from gateway.api.exchange import GenerationServices, RequestLimits
+from gateway.api.services import GenerationServices, RequestLimits
 from gateway.dispatch.queue.admission import Admission, QueueBound
 from gateway.dispatch.request import InFlightRequest
 from gateway.dispatch.settings import DispatchSettings

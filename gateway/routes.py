@@ -14,10 +14,10 @@ from gateway.accounts.account import Account
 from gateway.adapters.catalog import Catalog
 from gateway.admin.operator_api import OperatorAPI
 from gateway.admin.parameters import Handler
-from gateway.api.exchange import GenerationServices, RequestLimits
 from gateway.api.generate import GenerationAPI
 from gateway.api.models import ModelList, model_card, where
 from gateway.api.openapi import docs_page, openapi
+from gateway.api.services import GenerationServices, RequestLimits
 from gateway.batches.batch_api import BatchAPI
 from gateway.dashboard.pages import Pages
 from gateway.http.body_reader import BodyLimits, BodyReader, BoundedRequest

@@ -64,4 +64,5 @@ def __getattr__(name: str) -> object:
     claim("gateway", "shared")
     from loraplex import surface
 
-    return getattr(surface, name)
+    value = globals()[name] = getattr(surface, name)  # so that it is asked for once
+    return value

@@ -1,5 +1,5 @@
 """Shell. The centre of a worker. The agent composes the engine, the adapters, the requests and the
-sessions with the gateways, and it performs the instructions that residency gives.
+sessions with the gateways, and it leads the worker from its start to its end.
 
 Everything that the requests yield in one turn of the event loop leaves as one message per gateway.
 """
@@ -11,11 +11,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Coroutine, Iterable
-from typing import Any
 
-from shared.adapters.checks import AdapterFacts
-from shared.adapters.identity import AdapterRef
 from shared.errors import EngineFailure, LoraplexError, WorkerUnavailable
 from shared.link import messages
 from shared.link.messages import WorkerState
@@ -23,29 +19,19 @@ from shared.runtime import garbage
 from shared.stores import AdapterStore
 from shared.supervision.client import report_to_supervisor
 from shared.supervision.messages import Pulse
-from worker.adapters.failures import Failure
 from worker.adapters.fetching import AdapterFetcher, FetchHint
 from worker.adapters.load_times import LoadTimes
-from worker.adapters.residency import (
-    CommandDone,
-    Fetch,
-    Instruction,
-    Reject,
-    Residency,
-    Start,
-)
-from worker.adapters.swapping import perform_swap
-from worker.boot import BootedEngine, boot
-from worker.commands import CommandRunner
+from worker.adapters.residency import Residency
+from worker.adapters.residency_driver import ResidencyDriver
+from worker.boot import boot
 from worker.disk.cache import DiskCache
-from worker.engine.base import Engine, EngineFacts, Swap
+from worker.engine.base import Engine, EngineFacts
 from worker.engine.watchdog import watch_engine
 from worker.gateways import Gateways
 from worker.heartbeat import HeartbeatSender, WorkerStatus
-from worker.initial_adapters import InitialAdapters
 from worker.peers.client import Peers
 from worker.probes import ProbedState, open_probes
-from worker.requests import RequestTable
+from worker.requests.request_table import RequestTable
 from worker.session import GatewaySession
 from worker.settings import WorkerSettings
 
@@ -77,28 +63,28 @@ class Agent:
         self._gateways = gateways
         self._state, self._reason = WorkerState.JOINING, ""
         self._drain_s = settings.drain_s
-        self._initial_adapters = InitialAdapters(0, active=False)
         self._suspect = ""  # why the engine is not trusted for now
-        # Placeholders until the engine has started: no slots, and nothing is fetched.
-        self._booted = BootedEngine(EngineFacts("", 0, 0, 0, 0), lambda _: AdapterFacts(0, 0, ()))
-        self._residency = Residency(0)
-        self._times = LoadTimes()
-        self._fetcher = AdapterFetcher(engine, store, cache, peers.sources, self._times)
-        self._hints: dict[AdapterRef, FetchHint] = {}  # for fetches that have not begun yet
-        self._commands = CommandRunner()
+        self._facts = EngineFacts("", 0, 0, 0, 0)  # until the engine has started
         self._requests = RequestTable(
             engine, self._on_request_end, self._on_engine_death, settings.keep_answers
         )
         self._heartbeats = HeartbeatSender(
             settings, gateways, self._status, cache.host, peer_endpoint
         )
+        times = LoadTimes()
+        self._adapters = ResidencyDriver(
+            engine,
+            AdapterFetcher(engine, store, cache, peers.sources, times),
+            times,
+            self._requests,
+            self._heartbeats.send,
+            self._on_engine_death,
+        )
         self._numbers = itertools.count(1)
         self._stopping, self._idle = asyncio.Event(), asyncio.Event()
         # A worker that hangs right after it has begun to serve would else be given as long as one
         # that boots.
         self._news = asyncio.Event()
-        self._tasks: asyncio.TaskGroup | None = None
-        self._loads: set[asyncio.Task[None]] = set()  # fetches and swaps
         self.exit_code = 0
 
     async def run(self) -> None:
@@ -108,7 +94,7 @@ class Agent:
             open_probes(self._settings.probe_port, self._probed, self._told_to_drain),
             asyncio.TaskGroup() as tasks,
         ):
-            self._tasks = self._requests.tasks = tasks
+            self._adapters.tasks = self._requests.tasks = tasks
             following = tasks.create_task(self._gateways.follow(), name="gateways")
             heartbeats = tasks.create_task(self._heartbeats.run(), name="heartbeat")
             ticks = tasks.create_task(self._tick_for_ever(), name="residency ticks")
@@ -129,9 +115,7 @@ class Agent:
             ticks.cancel()
             pulses.cancel()
             collecting.cancel()
-            # No request waits for these loads any more, and a dead engine would never answer them.
-            for load in self._loads:
-                load.cancel()
+            self._adapters.cancel_loads()
         await self._engine.stop()
         self._gateways.close()
 
@@ -153,16 +137,19 @@ class Agent:
     async def _boot(self) -> None:
         """Boots the engine, then watches it."""
         try:
-            self._booted = await boot(self._engine, self._settings)
+            booted = await boot(self._engine, self._settings)
         except LoraplexError as exc:
             log.error("engine did not start: %s", exc.message)
             self.exit_code = 1
             self.stop(exc.message)
             return
-        facts = self._booted.facts
-        self._residency = Residency(facts.slots, facts.host_places, lru=self._settings.lru)
+        facts = self._facts = booted.facts
+        residency = Residency(facts.slots, facts.host_places, lru=self._settings.lru)
+        self._adapters.engine_started(residency, booted.check)
         self._engine.died(self._on_engine_death)
-        await self._load_first(facts.slots)
+        if facts.slots and self._settings.warm_up_s:
+            sessions, most_s = self._gateways, self._settings.warm_up_s
+            await self._adapters.load_first(facts.slots, lambda: sessions, most_s)
         log.info(
             "serving",
             extra={
@@ -174,17 +161,6 @@ class Agent:
         )
         self._become(WorkerState.SERVING, "")
         await self._watch()
-
-    async def _load_first(self, slots: int) -> None:
-        """What gateways want loaded before the first request, in bounded time."""
-        if not slots or not self._settings.warm_up_s:
-            return
-        self._initial_adapters = InitialAdapters(slots)
-        self._heartbeats.send()
-        took_s = await self._initial_adapters.wait(lambda: self._gateways, self._settings.warm_up_s)
-        self._initial_adapters.active = False
-        if count := len(self._initial_adapters.adapters):
-            log.info("warmed up", extra={"adapters": count, "seconds": round(took_s, 2)})
 
     async def _watch(self) -> None:
         settings = self._settings
@@ -269,14 +245,17 @@ class Agent:
         self._news.set()
         self._heartbeats.send()
 
+    @property
+    def _serving(self) -> bool:
+        return self._state is WorkerState.SERVING
+
     def _pulse(self) -> Pulse:
-        return Pulse(self._state is WorkerState.SERVING, self._reason, self._engine.stage)
+        return Pulse(self._serving, self._reason, self._engine.stage)
 
     def _probed(self) -> ProbedState:
-        serving = self._state is WorkerState.SERVING
         why = self._suspect or self._reason or self._state.name.lower()
         return ProbedState(
-            self._state is not WorkerState.JOINING, serving and not self._suspect, why
+            self._state is not WorkerState.JOINING, self._serving and not self._suspect, why
         )
 
     def _told_to_drain(self) -> None:
@@ -286,27 +265,28 @@ class Agent:
 
     def _status(self) -> WorkerStatus:
         running = self._requests.running
+        residency, times = self._adapters.residency, self._adapters.times
         return WorkerStatus(
             state=self._state,
             reason=self._reason,
-            facts=self._booted.facts,
+            facts=self._facts,
             stats=self._engine.stats(),
             running=running,
             waiting=len(self._requests) - running,
-            adapters=self._residency.states(clock(), self._times.load_s),
-            times=self._times,
-            loads=dict(self._residency.loads),
-            evictions=dict(self._residency.evictions),
+            adapters=residency.states(clock(), times.load_s),
+            times=times,
+            loads=dict(residency.loads),
+            evictions=dict(residency.evictions),
             suspect=self._suspect,
-            warming=self._initial_adapters.active,
+            warming=self._adapters.warming,
             engine_requests=self._requests.started,
             failed=bool(self.exit_code),
         )
 
     async def _tick_for_ever(self) -> None:
         while True:
-            self._perform(self._residency.tick(clock()))
-            self._cache.keep(self._residency.adapters())
+            self._adapters.tick()
+            self._cache.keep(self._adapters.residency.adapters())
             self._requests.expire(clock())
             await asyncio.sleep(self._settings.heartbeat_s)
 
@@ -325,8 +305,7 @@ class Agent:
         self._requests.refuse_all(
             WorkerUnavailable.code, f"The worker lost its gateway ({reason}).", session
         )
-        for number in self._commands.forget(session):
-            self._perform(self._residency.finish(number, clock()))
+        self._adapters.forget(session)
 
     def _on_message(self, session: GatewaySession, message: messages.GatewayData) -> None:
         match message:
@@ -337,9 +316,9 @@ class Agent:
             case messages.FindAnswer():
                 self._requests.find(session, message)
             case messages.WarmUp(adapters):
-                self._warm_up(session, adapters)
+                self._adapters.warm_up(session, adapters, serving=self._serving)
             case messages.AdapterCommand():
-                self._command(session, message)
+                self._adapters.command(session, message, serving=self._serving)
             case messages.KeepCopy(answer_id, data):
                 self._engine.keep_copy(answer_id, data)
             case messages.DrainWorker(wait_s, reason):
@@ -351,7 +330,7 @@ class Agent:
     def _generate(self, session: GatewaySession, message: messages.Generate) -> None:
         if message.key is not None and self._requests.join(session, message):
             return
-        if self._state is not WorkerState.SERVING or self._suspect:
+        if not self._serving or self._suspect:
             session.outbox.refuse(
                 messages.Refused(
                     message.sid,
@@ -367,106 +346,14 @@ class Agent:
         self._requests.accept(number, session, message)
         if message.adapter is None:
             self._requests.start(number, None)
-            return
-        self._seek(message, message.adapter, self._residency.want(number, message.adapter, clock()))
-
-    def _warm_up(self, session: GatewaySession, adapters: Iterable[AdapterRef]) -> None:
-        """Loads adapters for which no request has come yet. They take empty slots only."""
-        for adapter in self._initial_adapters.receive(session, adapters):
-            slots = self._residency.slots
-            if self._initial_adapters.active or (
-                self._state is WorkerState.SERVING and len(slots) < slots.size
-            ):
-                number = -next(self._numbers)
-                self._initial_adapters.begun(number)
-                self._perform(self._residency.want(number, adapter, clock()))
-
-    def _command(self, session: GatewaySession, message: messages.AdapterCommand) -> None:
-        number, serving = -next(self._numbers), self._state is WorkerState.SERVING
-        self._seek(
-            message,
-            message.adapter,
-            self._commands.begin(number, session, message, serving, self._residency, clock()),
-        )
-
-    def _seek(
-        self,
-        message: messages.Generate | messages.AdapterCommand,
-        adapter: AdapterRef,
-        instructions: list[Instruction],
-    ) -> None:
-        """Performs the instructions. If one of them is a fetch, it uses the adapter's files and
-        peers that `message` names.
-        """
-        if any(isinstance(instruction, Fetch) for instruction in instructions):
-            self._hints[adapter] = FetchHint(message.stored, message.peers)
-        self._perform(instructions)
-
-    # ---- acting on instructions ------------------------------------------------------------------
-
-    def _perform(self, instructions: list[Instruction]) -> None:
-        for instruction in instructions:
-            match instruction:
-                case Fetch(adapter):
-                    self._run_load(self._fetch(adapter), f"fetch {adapter}")
-                case Swap():
-                    self._run_load(self._swap(instruction), "swap")
-                # commands and early loads have negative numbers, requests positive ones
-                case Start(number) | Reject(number) | CommandDone(number) if number < 0:
-                    self._initial_adapters.settled(number)
-                    self._perform(self._commands.settle(instruction, self._residency, clock()))
-                case Start(number, adapter, came_from):
-                    self._requests.start(number, adapter, came_from)
-                case Reject(number, code, message, retryable):
-                    self._requests.refuse(number, code, message, retryable)
-        if any(isinstance(instruction, Fetch | Swap) for instruction in instructions):
-            self._heartbeats.send()  # tell the gateways at once that residency has changed
-
-    async def _fetch(self, ref: AdapterRef) -> None:
-        hint = self._hints.pop(ref, FetchHint())
-        try:
-            ahead = ref in self._residency.adapters()
-            fetched = await self._fetcher.fetch(ref, hint, self._booted.check, ahead=ahead)
-            self._perform(self._residency.cached(ref, clock()))
-            if ref not in self._residency.adapters():
-                self._fetcher.leave(fetched)
-                return  # only the files on disk were wanted
-            loaded = await self._fetcher.prepare(ref, fetched)
-        except EngineFailure as exc:
-            self._on_engine_death(exc.message)
-            return
-        except LoraplexError as exc:
-            log.warning(
-                "adapter not fetched",
-                extra={"adapter": str(ref), "code": exc.code, "reason": exc.message},
-            )
-            failure = Failure(exc.code, exc.message, exc.retryable)
-            self._perform(self._residency.failed(ref, failure, clock()))
-            self._heartbeats.send()
-            return
-        self._perform(self._residency.fetched(loaded, fetched.came_from, clock()))
-
-    async def _swap(self, swap: Swap) -> None:
-        try:
-            failures = await perform_swap(
-                self._engine, swap, self._residency.came_from, self._times
-            )
-        except EngineFailure as exc:
-            self._on_engine_death(exc.message)
-            return
-        self._perform(self._residency.swapped(failures, clock()))
-        self._heartbeats.send()
-
-    def _run_load(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        assert self._tasks is not None
-        task = self._tasks.create_task(work, name=name)
-        self._loads.add(task)
-        task.add_done_callback(self._loads.discard)
+        else:
+            hint = FetchHint(message.stored, message.peers)
+            self._adapters.want(number, message.adapter, hint)
 
     # ---- when a request has ended ----------------------------------------------------------------
 
     def _on_request_end(self, number: int) -> None:
-        self._perform(self._residency.finish(number, clock()))
+        self._adapters.finish(number)
         self._wake_if_idle()
 
     def _wake_if_idle(self) -> None:

@@ -47,7 +47,7 @@ ENGINE_KILL_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ClusterShape:
     """Which engine, and how many of what. `engine`: sim or vllm."""
 
     engine: str
@@ -73,7 +73,7 @@ class Shape:
 class DisturbedFleet:
     """A running cluster. `processes`: those that we started; `proxies` by the worker's name."""
 
-    shape: Shape
+    shape: ClusterShape
     folder: Path
     url: str
     http: aiohttp.ClientSession
@@ -168,7 +168,7 @@ class DisturbedFleet:
 
 @contextlib.asynccontextmanager
 async def served(
-    shape: Shape, folder: Path, gateway: Mapping[str, object]
+    shape: ClusterShape, folder: Path, gateway: Mapping[str, object]
 ) -> AsyncIterator[DisturbedFleet]:
     """`loraplex serve`, once all workers serve. Raises NotStarted."""
     (port,) = free_ports(1)
@@ -182,7 +182,7 @@ async def served(
 
 @contextlib.asynccontextmanager
 async def linked(
-    shape: Shape, folder: Path, settings: Mapping[str, object]
+    shape: ClusterShape, folder: Path, settings: Mapping[str, object]
 ) -> AsyncIterator[DisturbedFleet]:
     """A gateway and workers that join it over TCP, each through a proxy. Raises NotStarted."""
     (port,) = free_ports(1)
@@ -212,7 +212,7 @@ async def linked(
 
 @contextlib.asynccontextmanager
 async def _fleet(
-    shape: Shape, folder: Path, port: int, processes: list[Process]
+    shape: ClusterShape, folder: Path, port: int, processes: list[Process]
 ) -> AsyncIterator[DisturbedFleet]:
     timeout = aiohttp.ClientTimeout(total=5)
     # a connection of its own for each look: a gateway that was told to end keeps none
@@ -229,7 +229,9 @@ async def _fleet(
             process.stop()
 
 
-def _write_config(shape: Shape, folder: Path, port: int, settings: Mapping[str, object]) -> Path:
+def _write_config(
+    shape: ClusterShape, folder: Path, port: int, settings: Mapping[str, object]
+) -> Path:
     lora: dict[str, Any] = {"max_num_adapters_per_replica": ADAPTERS}
     if shape.engine == "sim":
         store = folder / "adapters"

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from bench.chaos.clients import Clients, questions
 from bench.chaos.figures import ChaosRow
-from bench.chaos.fleets import DisturbedFleet, Shape, linked, served
+from bench.chaos.fleets import ClusterShape, DisturbedFleet, linked, served
 from bench.chaos.judge import Verdict
 from bench.chaos.scenarios import NotAsPromised, Scenario, until_ready
 from bench.process import NotStarted
@@ -67,7 +67,7 @@ class ChaosRun:
     async def run(self) -> ChaosRow:
         """Raises NotStarted if the cluster does not even start."""
         effort, scenario = self._effort, self._scenario
-        shape = Shape(effort.engine, effort.workers, scenario.gateways)
+        shape = ClusterShape(effort.engine, effort.workers, scenario.gateways)
         start = linked if scenario.linked else served
         with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
             async with start(shape, Path(folder), self._gateway) as fleet:

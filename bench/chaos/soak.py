@@ -30,7 +30,7 @@ from pathlib import Path
 from random import Random
 
 from bench.chaos.clients import AskedQuestion, Clients, questions
-from bench.chaos.fleets import DisturbedFleet, Shape, served
+from bench.chaos.fleets import ClusterShape, DisturbedFleet, served
 from bench.chaos.judge import Due, Verdict
 from bench.chaos.scenarios import STOPPED_S, NotAsPromised, gone, send
 from bench.chaos.slopes import MB, RSS, SoakReport, SoakSample, slopes
@@ -271,7 +271,7 @@ async def soak(
     names: int = NAMES,
 ) -> SoakReport:
     """Raises NotStarted."""
-    rng, shape = Random(seed), Shape("sim", workers=3)
+    rng, shape = Random(seed), ClusterShape("sim", workers=3)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         async with served(shape, Path(folder), SETTINGS) as fleet:
             asked = questions(shape.models, HELD_OUT[:1])

@@ -62,7 +62,7 @@ ENGINE = {
 """Of both; every adapter has a slot, so that what is compared is serving and not loading."""
 ENV = VLLM_ENV | VLLM_CPU_ENV | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 PARTS = ("gateway", "front end", "engine")
-Figures: TypeAlias = dict[str, Any]
+EngineFigures: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def compare(flags: argparse.Namespace) -> list[Figures]:
+async def compare(flags: argparse.Namespace) -> list[EngineFigures]:
     """One entry for each server, load and round. Within a round the servers take turns."""
-    made: list[Figures] = []
+    made: list[EngineFigures] = []
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(
             stack.enter_context(
@@ -179,7 +179,7 @@ async def compare(flags: argparse.Namespace) -> list[Figures]:
 
 async def one(
     server: RunningServer, kind: str, streams: int, requests: int, tokens: int
-) -> Figures:
+) -> EngineFigures:
     """One load on one server."""
     flags = [
         "--url",
@@ -293,7 +293,7 @@ async def vllm(folder: Path) -> AsyncIterator[RunningServer]:
         server.stop()
 
 
-def table(made: Sequence[Figures]) -> str:
+def table(made: Sequence[EngineFigures]) -> str:
     """Medians over the rounds."""
     head = (
         "| streams | server | output tok/s (min to max) | TTFT p50 ms | ITL p50 / p99 ms | "
@@ -306,7 +306,7 @@ def table(made: Sequence[Figures]) -> str:
     return "\n".join([head, "|---" * 9 + "|", *rows, *_ratios(made)])
 
 
-def _ratios(made: Sequence[Figures]) -> list[str]:
+def _ratios(made: Sequence[EngineFigures]) -> list[str]:
     """Loraplex over vLLM, round by round, since both halves of a ratio then ran within the same
     seconds.
     """
@@ -335,7 +335,7 @@ def _ratios(made: Sequence[Figures]) -> list[str]:
     return lines if len(lines) > 3 else []
 
 
-def _line(rounds: Sequence[Figures]) -> str:
+def _line(rounds: Sequence[EngineFigures]) -> str:
     first, speeds = rounds[0], [m["tokens_per_s"] for m in rounds]
 
     def middle(key: str) -> float:

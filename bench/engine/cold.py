@@ -31,7 +31,7 @@ import msgspec
 import uvloop
 
 from bench.engine.bucket import CREDENTIALS
-from bench.engine.cold_parts import PARTS, Figures
+from bench.engine.cold_parts import PARTS, ColdFigures
 from bench.process import NotStarted
 from bench.provenance import commit, cpu_model, versions
 
@@ -95,13 +95,13 @@ def _read_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 async def _in_folder(
-    part: Callable[[Path, argparse.Namespace], Awaitable[Figures]], flags: argparse.Namespace
-) -> Figures:
+    part: Callable[[Path, argparse.Namespace], Awaitable[ColdFigures]], flags: argparse.Namespace
+) -> ColdFigures:
     with tempfile.TemporaryDirectory(prefix="bench-cold-", ignore_cleanup_errors=True) as folder:
         return await part(Path(folder), flags)
 
 
-def table(made: Figures, name: str = "") -> str:
+def table(made: ColdFigures, name: str = "") -> str:
     """Every figure has a line of its own. Seconds are shown as milliseconds."""
     if "rows" in made:
         return "\n\n".join([*(table(row) for row in made["rows"]), f"target: {made['target']}"])
@@ -121,7 +121,7 @@ def table(made: Figures, name: str = "") -> str:
     return "\n".join(lines)
 
 
-def about(arguments: Sequence[str]) -> Figures:
+def about(arguments: Sequence[str]) -> ColdFigures:
     return {
         "schema": "loraplex.bench.cold/1",
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

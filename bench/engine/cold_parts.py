@@ -44,7 +44,7 @@ BEFORE_S = 8.0  # the warm adapter is measured alone for so long
 WARM_STREAMS = 2
 ASKS_FOR_MODELS = 300
 TIMEOUT_S = 120.0
-Figures: TypeAlias = dict[str, Any]
+ColdFigures: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Warm:
 # ---- one after another ---------------------------------------------------------------------------
 
 
-async def first(folder: Path, flags: argparse.Namespace) -> Figures:
+async def first(folder: Path, flags: argparse.Namespace) -> ColdFigures:
     """Asks for one cold adapter after the other, and for each a few times more once it is warm."""
     names = ["warm-up", *(f"cold-{number:03d}" for number in range(flags.rounds))]
     async with (
@@ -99,7 +99,7 @@ async def first(folder: Path, flags: argparse.Namespace) -> Figures:
 
 def _taken_apart(
     c: ColdCluster, name: str, cold_s: float, warm_s: float, bytes_per_s: float
-) -> Figures:
+) -> ColdFigures:
     fetched = next(e for e in c.events("w0", "adapter fetched") if f":{name}@" in e["adapter"])
     load_s = (
         sum(
@@ -141,7 +141,7 @@ async def _store_times(line: LocalBucket, name: str) -> tuple[float, float]:
 # ---- all at once ---------------------------------------------------------------------------------
 
 
-async def many(folder: Path, flags: argparse.Namespace) -> Figures:
+async def many(folder: Path, flags: argparse.Namespace) -> ColdFigures:
     """Asks for `--many` cold adapters in the same moment, and for a warm one all the time."""
     names = [f"cold-{number:03d}" for number in range(flags.many)]
     async with (
@@ -248,9 +248,9 @@ def _fill(bucket: LocalBucket, names: Sequence[str]) -> None:
 # ---- a full bucket -------------------------------------------------------------------------------
 
 
-async def catalog(folder: Path, flags: argparse.Namespace) -> Figures:
+async def catalog(folder: Path, flags: argparse.Namespace) -> ColdFigures:
     """Measures gateways without workers: an empty one, and one for each number of adapters."""
-    rows: list[Figures] = []
+    rows: list[ColdFigures] = []
     async with open_bucket(folder) as bucket:
         for count in (0, *flags.adapters):
             own = LocalBucket(f"of-{count}", bucket.endpoint)
@@ -270,7 +270,7 @@ async def catalog(folder: Path, flags: argparse.Namespace) -> Figures:
     return {"rows": rows, "target": "models p99 < 20 ms; < 2,048 bytes per known adapter"}
 
 
-async def _catalog_of(folder: Path, bucket: LocalBucket, count: int) -> Figures:
+async def _catalog_of(folder: Path, bucket: LocalBucket, count: int) -> ColdFigures:
     async with cluster(folder, bucket) as c:
         listed = functools.partial(c.events, "gateway", "adapters listed")
         await until(listed, c.gateway, BOOT_S, "the gateway's listing")
@@ -293,7 +293,7 @@ async def _catalog_of(folder: Path, bucket: LocalBucket, count: int) -> Figures:
     return {"adapters": count, "list_s": listed_s, "models": _spread(times), "rss_bytes": rss}
 
 
-def _spread(times: Sequence[float]) -> Figures:
+def _spread(times: Sequence[float]) -> ColdFigures:
     ordered = sorted(times) or [0.0]
     return {
         "count": len(times),
@@ -303,7 +303,7 @@ def _spread(times: Sequence[float]) -> Figures:
     }
 
 
-PARTS: dict[str, Callable[[Path, argparse.Namespace], Awaitable[Figures]]] = {
+PARTS: dict[str, Callable[[Path, argparse.Namespace], Awaitable[ColdFigures]]] = {
     "first": first,
     "many": many,
     "catalog": catalog,

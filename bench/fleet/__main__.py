@@ -40,7 +40,7 @@ from typing import Any
 from bench.fleet.cluster import FleetCluster
 from bench.fleet.figures import RecordedRow, line, table
 from bench.fleet.flags import SIM_SEQUENCES, VLLM_STREAMS, read_flags
-from bench.fleet.plan import FleetRow, FleetTimes, Plan, fit, rows, with_capacity
+from bench.fleet.plan import FleetPlan, FleetRow, FleetTimes, fit, rows, with_capacity
 from bench.fleet.run import Runner, Volume, read
 from bench.fleet.served import PAIR, Served, real, simulated
 from bench.load.__main__ import raise_open_files_limit
@@ -126,7 +126,7 @@ async def _measure(
         )
         if flags.heat and any(row.part != "mixed" for row in wanted):
             await Runner(
-                cluster, _volume(flags, most), Plan((), _times(flags)), lambda: None, ()
+                cluster, _volume(flags, most), FleetPlan((), _times(flags)), lambda: None, ()
             ).heat(most, flags.heat)
         plan = fit(wanted, _times(flags), _left_s(flags))
         _say(plan)
@@ -192,7 +192,7 @@ def _times(flags: argparse.Namespace) -> FleetTimes:
     )
 
 
-def _say(plan: Plan) -> None:
+def _say(plan: FleetPlan) -> None:
     print(
         f"{len(plan.rows)} rows, {plan.times.warm_s:g} + {plan.times.measure_s:.1f} s of load each",
         flush=True,
@@ -201,7 +201,7 @@ def _say(plan: Plan) -> None:
         print(f"does not fit into the time: {row.key}", flush=True)
 
 
-def _common(flags: argparse.Namespace, served: Served, plan: Plan) -> dict[str, Any]:
+def _common(flags: argparse.Namespace, served: Served, plan: FleetPlan) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "run": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

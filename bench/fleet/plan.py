@@ -68,7 +68,7 @@ class FleetTimes:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class FleetPlan:
     """`rows` run in this order. `left_out` do not fit and wait for another call."""
 
     rows: tuple[FleetRow, ...]
@@ -137,12 +137,12 @@ def seconds(planned: Sequence[FleetRow], times: FleetTimes) -> float:
     return sum(times.of(row, first_of_gateway=first) for row, first in gateways(planned))
 
 
-def fit(wanted: Sequence[FleetRow], times: FleetTimes, left_s: float | None) -> Plan:
+def fit(wanted: Sequence[FleetRow], times: FleetTimes, left_s: float | None) -> FleetPlan:
     """What takes at most `left_s`: fewer repetitions, then less measured time, then fewer rows, the
     last ones left out first.
     """
     if left_s is None:
-        return Plan(tuple(wanted), times)
+        return FleetPlan(tuple(wanted), times)
     kept = list(wanted)
     for fewer in range(max((row.repetition for row in kept), default=0), 0, -1):
         if seconds(kept, times) <= left_s:
@@ -152,4 +152,4 @@ def fit(wanted: Sequence[FleetRow], times: FleetTimes, left_s: float | None) -> 
         kept.pop()
     each_s = (left_s - seconds(kept, replace(times, measure_s=0.0))) / len(kept) if kept else 0.0
     times = replace(times, measure_s=min(times.measure_s, max(times.least_measure_s, each_s)))
-    return Plan(tuple(kept), times, tuple(row for row in wanted if row not in kept))
+    return FleetPlan(tuple(kept), times, tuple(row for row in wanted if row not in kept))

@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.fleet import figures as fig
 from bench.fleet.cluster import MIXED, FleetCluster, FleetGateway, cpu_s, load
-from bench.fleet.plan import OURS, FleetRow, Plan, gateways
+from bench.fleet.plan import OURS, FleetPlan, FleetRow, gateways
 from bench.fleet.served import MODEL, PAIR
 from bench.load.measure import BIN_S
 from bench.process import NotStarted
@@ -45,7 +45,7 @@ class Runner:
         self,
         cluster: FleetCluster,
         volume: Volume,
-        plan: Plan,
+        plan: FleetPlan,
         left_s: Callable[[], float | None],
         done: Sequence[fig.RecordedRow],
     ) -> None:

@@ -34,7 +34,7 @@ from bench.load.report import document
 from bench.process import ProcessUsage, spent_s
 from bench.provenance import RESULTS, commit
 
-Row: TypeAlias = dict[str, Any]
+GrowthRow: TypeAlias = dict[str, Any]
 
 STREAMS = (1, 4, 16, 64, 256, 1_000, 2_000, 4_000)
 WORKERS = (1, 10, 50, 100, 200)
@@ -77,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def _rows(
-    name: str, levels: Sequence[int], one: Callable[[int], Awaitable[Row]]
-) -> list[Row]:
+    name: str, levels: Sequence[int], one: Callable[[int], Awaitable[GrowthRow]]
+) -> list[GrowthRow]:
     rows = []
     for level in levels:
         rows.append({name: level, **await one(level)})
@@ -89,14 +89,14 @@ async def _rows(
 # ---- the parts -----------------------------------------------------------------------------------
 
 
-async def with_streams(streams: int) -> Row:
+async def with_streams(streams: int) -> GrowthRow:
     """So many streams at once, as fast as two cores allow."""
     async with one_peer(Loraplex()) as (running, _):
         pace_ms = max(FASTEST_PACE_MS, streams * 1_000 // MOST_TOKENS_PER_S)
         return {"pace_ms": pace_ms, **await _streams(running, streams, TOKENS, pace_ms)}
 
 
-async def with_workers(workers: int) -> Row:
+async def with_workers(workers: int) -> GrowthRow:
     """So many workers, each with its heartbeats ten times a second."""
     async with one_peer(Loraplex(workers=workers)) as (running, _):
         return {
@@ -106,7 +106,7 @@ async def with_workers(workers: int) -> Row:
         }
 
 
-async def with_adapters(adapters: int) -> Row:
+async def with_adapters(adapters: int) -> GrowthRow:
     """The store has so many adapters. Requests go to a few of them."""
     with tempfile.TemporaryDirectory(prefix="bench-adapters-") as folder:
         await asyncio.to_thread(write_adapters, Path(folder), adapters)
@@ -126,7 +126,7 @@ async def with_adapters(adapters: int) -> Row:
             return {**await _idle(running), **await _whole_answers(running, to_adapters), **models}
 
 
-async def with_processes(processes: int) -> Row:
+async def with_processes(processes: int) -> GrowthRow:
     """So many gateway processes behind one port."""
     async with one_peer(Loraplex(processes=processes)) as (running, _):
         return {
@@ -138,7 +138,7 @@ async def with_processes(processes: int) -> Row:
 # ---- what is measured ----------------------------------------------------------------------------
 
 
-async def _streams(running: Running, streams: int, tokens: int, pace_ms: int) -> Row:
+async def _streams(running: Running, streams: int, tokens: int, pace_ms: int) -> GrowthRow:
     flags = [
         f"--concurrency={streams}",
         f"--requests={streams if streams >= 1_000 else 2 * streams}",
@@ -155,7 +155,7 @@ async def _streams(running: Running, streams: int, tokens: int, pace_ms: int) ->
     }
 
 
-async def _whole_answers(running: Running, more: Sequence[str] = ()) -> Row:
+async def _whole_answers(running: Running, more: Sequence[str] = ()) -> GrowthRow:
     flags = ["--concurrency=64", "--requests=4000", "--duration=4", "--output-tokens=64", *more]
     made, cpu_s = await _load(running, flags, stream=False, pace_ms=0)
     good = made["requests"]["succeeded"]
@@ -167,14 +167,14 @@ async def _whole_answers(running: Running, more: Sequence[str] = ()) -> Row:
     }
 
 
-async def _idle(running: Running) -> Row:
+async def _idle(running: Running) -> GrowthRow:
     """CPU of a gateway that has nothing to do but to hear its workers, as a share of one core."""
     before = _usage(running)
     await asyncio.sleep(IDLE_S)
     return {"idle_core_share": round(_spent_s(before, _usage(running)) / IDLE_S, 4)}
 
 
-async def _models(running: Running, adapters: int) -> Row:
+async def _models(running: Running, adapters: int) -> GrowthRow:
     """`GET /v1/models`, one after another, once the store's listing is known."""
     took: list[float] = []
     async with aiohttp.ClientSession() as client:
@@ -267,7 +267,7 @@ def write_adapter(folder: Path, weight: float = 0.0) -> None:
 Axes: TypeAlias = tuple[tuple[str, str], ...]
 """What is drawn: (key of a row, label)."""
 
-PARTS: dict[str, tuple[Sequence[int], Callable[[int], Awaitable[Row]], Axes]] = {
+PARTS: dict[str, tuple[Sequence[int], Callable[[int], Awaitable[GrowthRow]], Axes]] = {
     "streams": (
         STREAMS,
         with_streams,
@@ -291,7 +291,7 @@ PARTS: dict[str, tuple[Sequence[int], Callable[[int], Awaitable[Row]], Axes]] = 
 }
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[GrowthRow]) -> str:
     heads = list(rows[0])
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     return "\n".join(
@@ -308,7 +308,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _write(
-    out: Path, name: str, rows: Sequence[Row], text: str, axes: Axes, arguments: Sequence[str]
+    out: Path, name: str, rows: Sequence[GrowthRow], text: str, axes: Axes, arguments: Sequence[str]
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -332,7 +332,7 @@ def _write(
     _draw(stem.with_suffix(".png"), name, rows, axes)
 
 
-def _draw(path: Path, name: str, rows: Sequence[Row], axes: Axes) -> None:
+def _draw(path: Path, name: str, rows: Sequence[GrowthRow], axes: Axes) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained", dpi=110)

@@ -295,7 +295,7 @@ def raise_open_files_limit() -> None:
 
 
 def _load_facts(options: Options, target: LoadTarget, load: wl.Workload) -> dict[str, Any]:
-    def tagged(part: wl.Arrival | wl.Mix | wl.Length) -> dict[str, Any]:
+    def tagged(part: wl.ArrivalProcess | wl.Mix | wl.Length) -> dict[str, Any]:
         return {"kind": type(part).__name__.lower(), **dataclasses.asdict(part)}
 
     pace = dataclasses.asdict(options.pace)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from bench.load.flags import DEFAULT_REQUESTS, UsageError, make_parser
 from bench.load.measure import Slo
 from bench.load.workload import (
-    Arrival,
+    ArrivalProcess,
     AtOnce,
     BaseOnly,
     Bursts,
@@ -192,7 +192,7 @@ def _workload(flags: argparse.Namespace) -> Workload:
     )
 
 
-def _arrival(flags: argparse.Namespace) -> Arrival:
+def _arrival(flags: argparse.Namespace) -> ArrivalProcess:
     if flags.concurrency:
         if flags.rate or flags.arrivals:
             raise UsageError("--concurrency is a closed loop: it has no --rate and no --arrivals")

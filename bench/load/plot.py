@@ -1,5 +1,5 @@
-"""Shell. The picture of a load run: four panels in one PNG. The only module that imports
-matplotlib, and only when it draws.
+"""Shell. The picture of a load run: four panels in one PNG. matplotlib is imported only when it
+draws.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class FlashCrowd:
     hold_s: float = math.inf
 
 
-Arrival: TypeAlias = Poisson | Gamma | Constant | Bursts | AtOnce | FlashCrowd
+ArrivalProcess: TypeAlias = Poisson | Gamma | Constant | Bursts | AtOnce | FlashCrowd
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ class Workload:
     one drawn per request (0: none).
     """
 
-    arrival: Arrival
+    arrival: ArrivalProcess
     mix: Mix
     adapters: int
     prompt: Length
@@ -209,7 +209,7 @@ def _rng(workload: Workload, concern: str) -> random.Random:
     return random.Random(f"{workload.seed}/{concern}")
 
 
-def arrival_times_s(arrival: Arrival, rng: random.Random) -> Iterator[float]:
+def arrival_times_s(arrival: ArrivalProcess, rng: random.Random) -> Iterator[float]:
     """Seconds since the start of the load, never falling, without end (but for a FlashCrowd out of
     nothing).
 

@@ -35,7 +35,7 @@ know better.
 """
 RETRY_S = 10.0
 MAX_OPEN = 64  # commands of this process without an answer yet; further ones wait
-Command: TypeAlias = tuple[AdapterAction, AdapterKey]
+DueCommand: TypeAlias = tuple[AdapterAction, AdapterKey]
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class _SentCommands:
     """Each adapter is unpinned once. If it is pinned again, a gateway of another machine wants it;
     the two would otherwise undo each other for ever.
     """
-    due: dict[Command, float] = field(default_factory=dict)
+    due: dict[DueCommand, float] = field(default_factory=dict)
     """Command -> earliest time to send it. A command that is no longer due is forgotten."""
 
 

@@ -338,7 +338,7 @@ class Versions:
             self._older.popitem(last=False)
 
     def _retire(self, adapter: StoredAdapter, now: float) -> None:
-        self._retired[adapter.name, adapter.digest] = _Retired(now, now)
+        self._retired[key_of(adapter)] = _Retired(now, now)
         if len(self._retired) > MAX_RETIRED:
             self._retired.popitem(last=False)
 

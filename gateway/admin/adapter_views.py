@@ -21,7 +21,7 @@ STATES = ("listed", "cached", "warm", "loading", "loaded", "pinned", "invalid")
 a slot; pinned in a slot; the newest version was refused.
 """
 Holder: TypeAlias = tuple[WorkerId, AdapterState]
-Row: TypeAlias = dict[str, object]
+AdapterRow: TypeAlias = dict[str, object]
 
 
 def holders(workers: Iterable[WorkerView]) -> dict[str, list[Holder]]:
@@ -77,7 +77,7 @@ def row(
     held: Sequence[Holder],
     record: UsageRecord | None,
     change: VersionChange | None = None,
-) -> Row:
+) -> AdapterRow:
     """`digest` and `bytes` are of the store's newest version, or of a worker's if the store has
     none any more.
 
@@ -114,7 +114,7 @@ def names_of(
     return sorted([*in_order, *extra]) if extra else in_order
 
 
-def _holder(worker: WorkerId, state: AdapterState) -> Row:
+def _holder(worker: WorkerId, state: AdapterState) -> AdapterRow:
     return {
         "worker": worker,
         "digest": state.digest,

@@ -91,7 +91,7 @@ class AdapterAdmin:
         last_base, _, last_name = request.query.get("after", "").partition(":")
         brief = request.query.get("workers") == "0"
         records = self._usage.with_others((await self._usage_elsewhere("", "")).records)
-        rows: list[adapter_views.Row] = []
+        rows: list[adapter_views.AdapterRow] = []
         follows = None
         for base in bases:
             if base < last_base:
@@ -118,7 +118,7 @@ class AdapterAdmin:
         begin_after: str,
         wanted: str | None,
         records: Mapping[AdapterName, UsageRecord],
-    ) -> AsyncGenerator[adapter_views.Row, None]:
+    ) -> AsyncGenerator[adapter_views.AdapterRow, None]:
         """The rows of one base model in the state `wanted` (None: any), beginning after a name."""
         fleet = self._context.dispatcher.fleet
         held = adapter_views.holders(w for w in fleet if w.heartbeat.base == base)

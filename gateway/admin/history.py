@@ -38,7 +38,7 @@ PREFIX = "/admin/requests/"
 PAGE = 100
 
 T = TypeVar("T")
-Row: TypeAlias = dict[str, Any]
+RequestRow: TypeAlias = dict[str, Any]
 AskOthers: TypeAlias = Callable[[bytes], Awaitable[Mapping[str, bytes]]]
 """See ProcessAggregator.ask_others."""
 
@@ -82,7 +82,7 @@ class LogQuestion(msgspec.Struct, frozen=True, tag="log"):
     """Its last log lines."""
 
 
-Question: TypeAlias = (
+HistoryQuestion: TypeAlias = (
     StoryQuestion | ListQuestion | NewsQuestion | HourQuestion | UsageQuestion | LogQuestion
 )
 
@@ -102,14 +102,14 @@ class ProcessNews(msgspec.Struct, frozen=True):
     """
 
     until: float
-    rows: list[Row]
+    rows: list[RequestRow]
     open_requests: int
     queued: dict[str, int]
     moved: dict[str, int]
 
 
-_read_question = msgspec.json.Decoder(Question).decode
-_read_rows = msgspec.json.Decoder(list[Row]).decode
+_read_question = msgspec.json.Decoder(HistoryQuestion).decode
+_read_rows = msgspec.json.Decoder(list[RequestRow]).decode
 _read_usage = msgspec.json.Decoder(UsageElsewhere).decode
 _read_news = msgspec.json.Decoder(ProcessNews).decode
 
@@ -194,7 +194,7 @@ class HistoryAdmin:
 
     def answer(self, question: bytes) -> bytes:
         """What this process tells another one. Empty: nothing."""
-        asked: Question = _read_question(question)
+        asked: HistoryQuestion = _read_question(question)
         match asked:
             case StoryQuestion(request_id):
                 return self._story(request_id)
@@ -236,7 +236,7 @@ class HistoryAdmin:
             "processes": dict(sorted(({self._process: True} | answered).items())),
         }
 
-    def _rows(self, asked: ListQuestion) -> list[Row]:
+    def _rows(self, asked: ListQuestion) -> list[RequestRow]:
         wall = wall_offset()
         found = self._recorder.requests(
             tenant=asked.tenant, adapter=asked.adapter, worker=asked.worker, status=asked.status

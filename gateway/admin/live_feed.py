@@ -14,7 +14,7 @@ from gateway.accounts.keys import Keys
 from gateway.accounts.limiter import Limiter
 from gateway.admin import live_feed_views
 from gateway.admin.autoscale import ScalingAdmin
-from gateway.admin.history import ProcessNews, Row, queued_in
+from gateway.admin.history import ProcessNews, RequestRow, queued_in
 from gateway.admin.parameters import Handler, json_answer
 from gateway.admin.requests.timeline import row
 from gateway.dispatch.dispatcher import Dispatcher
@@ -58,7 +58,7 @@ class LiveSnapshot:
         self._process, self._news = process, news
         self._asking = asyncio.Lock()
         self._others: dict[str, ProcessNews] = {}
-        self._rows_elsewhere: list[Row] = []
+        self._rows_elsewhere: list[RequestRow] = []
         """The last ones of other processes, the newest first."""
         self.number = 0
         """Of the last event. It never falls."""
@@ -90,7 +90,7 @@ class LiveSnapshot:
     def _due(self) -> bool:
         return not self.made_at or time.monotonic() - self.made_at >= EVERY_S
 
-    def _refresh(self, elsewhere: list[Row]) -> None:
+    def _refresh(self, elsewhere: list[RequestRow]) -> None:
         """`elsewhere`: the requests of other processes that have ended since the last event."""
         if not self._due():
             return
@@ -143,14 +143,14 @@ class LiveSnapshot:
     def _first(self) -> bytes:
         return self._with(newest(self._recorder.requests(), MAX_NEWS), self._rows_elsewhere)
 
-    def _with(self, requests: list[EndedRequest], elsewhere: list[Row]) -> bytes:
+    def _with(self, requests: list[EndedRequest], elsewhere: list[RequestRow]) -> bytes:
         wall = wall_offset()
         rows = [row(ended, wall, self._process) for ended in requests]
         shown = _in_order([*rows, *elsewhere])[:MAX_NEWS] if elsewhere else rows
         return to_json({**self._facts, "requests": shown})
 
 
-def _in_order(rows: Iterable[Row]) -> list[Row]:
+def _in_order(rows: Iterable[RequestRow]) -> list[RequestRow]:
     """The newest first."""
     return sorted(rows, key=lambda row: str(row["at"]), reverse=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import msgspec
 
@@ -12,10 +13,10 @@ from gateway.fleet.worker_view import WorkerView
 from gateway.telemetry.recorder import Recorder
 from shared.link.messages import AdapterState
 
-Row = dict[str, object]
+LiveRow: TypeAlias = dict[str, object]
 
 
-def worker(w: WorkerView, recorder: Recorder, moved_elsewhere: int) -> Row:
+def worker(w: WorkerView, recorder: Recorder, moved_elsewhere: int) -> LiveRow:
     """`restarts` and `moved` (streams that others went on with) are counted since the gateway
     processes began. `moved_elsewhere` are the streams of other processes.
     """
@@ -53,7 +54,7 @@ def held(states: Iterable[AdapterState]) -> list[Sequence[object]]:
     ]
 
 
-def account(account: Account, left: Mapping[str, float]) -> Row:
+def account(account: Account, left: Mapping[str, float]) -> LiveRow:
     """`left` of each limit now, by its name."""
     limits = msgspec.structs.asdict(account.limits)
     return {

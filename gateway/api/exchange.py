@@ -8,22 +8,18 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
-from gateway.accounts.keys import Keys
 from gateway.accounts.owned_ids import stored_id
-from gateway.adapters.resolver import ResolvedModel, Resolver
-from gateway.adapters.usage import AdapterUsage
+from gateway.adapters.resolver import ResolvedModel
 from gateway.api.access_record import access_record, head_lines
 from gateway.api.account_limits import allowed_body
-from gateway.api.accounting import Accounting, RequestCharge
+from gateway.api.accounting import RequestCharge
 from gateway.api.body import schema
-from gateway.api.body.bounds import DEFAULT_BOUNDS, Bounds, sequences
-from gateway.api.deadlines import Deadlines
+from gateway.api.body.bounds import sequences
 from gateway.api.head_facts import HeadFacts
+from gateway.api.services import GenerationServices
 from gateway.api.stored_responses import StoredResponse
-from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.request import (
     ClientRequest,
     InFlightRequest,
@@ -39,8 +35,6 @@ from gateway.http.headers import (
     new_request_id,
 )
 from gateway.http.response import ResponseWriter
-from gateway.telemetry.access_log import AccessLog
-from gateway.telemetry.prometheus import Metrics
 from gateway.telemetry.traces import RequestTrace, Traces
 from shared.adapters.identity import AdapterRef
 from shared.api_endpoints import (
@@ -68,38 +62,6 @@ MAX_LOOKS = 3
 """How often the version of one request is looked up again. A second time is needed where the worker
 that had it was lost meanwhile.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class RequestLimits:
-    """The limits that hold for every request, whatever its account."""
-
-    max_body_bytes: int
-    slow_reader_bytes: int
-    request_timeout_s: float
-    resume: bool = False
-    bounds: Bounds = DEFAULT_BOUNDS
-    max_unfinished_body_bytes: int = 256 << 20
-    keep_answers_s: float = 0.0
-
-
-@dataclass(slots=True)
-class GenerationServices:
-    """The parts of this gateway process that requests for tokens need. `limits` is replaced when
-    the config changes.
-    """
-
-    dispatcher: Dispatcher
-    resolver: Resolver
-    metrics: Metrics
-    keys: Keys
-    accounting: Accounting
-    limits: RequestLimits
-    access: AccessLog
-    usage: AdapterUsage
-    loop: asyncio.AbstractEventLoop
-    deadlines: Deadlines
-    traces: Traces | None = None
 
 
 class Exchange:

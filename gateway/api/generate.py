@@ -20,10 +20,11 @@ from gateway.adapters.resolver import ResolvedModel
 from gateway.api.body import schema
 from gateway.api.body.bounds import Bounds
 from gateway.api.body.scan import check_large_body
-from gateway.api.exchange import Exchange, GenerationServices
+from gateway.api.exchange import Exchange
 from gateway.api.head_facts import HeadFacts, facts_of
 from gateway.api.idempotency import OpenKeys, answer_key
 from gateway.api.refusals import note_refusal
+from gateway.api.services import GenerationServices
 from gateway.api.stored_responses import LONGEST_WAIT_S, LOOK_S, ResponseFinder
 from gateway.http.body_reader import BoundedRequest
 from gateway.http.browser_policy import BrowserPolicy

@@ -8,7 +8,8 @@ Requests without a valid key are not noted: anybody can send them.
 from __future__ import annotations
 
 from gateway.accounts.account import Account
-from gateway.api.exchange import Exchange, GenerationServices
+from gateway.api.exchange import Exchange
+from gateway.api.services import GenerationServices
 from gateway.dispatch.request import message_of
 from gateway.dispatch.request_summary import INVALID, LIMITED, REFUSED
 from gateway.http.headers import IncomingRequest, request_id_of

@@ -8,9 +8,10 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from gateway.accounts.account import Account
-from gateway.api.exchange import Exchange, GenerationServices
+from gateway.api.exchange import Exchange
 from gateway.api.generate import read_aside
 from gateway.api.head_facts import HeadFacts
+from gateway.api.services import GenerationServices
 from gateway.http.headers import request_id_of
 from gateway.http.response import ResponseWriter
 from shared.api_endpoints import errors_of

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from gateway.accounts.account import ANONYMOUS, LOWEST_PRIORITY, Account
-from gateway.api.exchange import GenerationServices
+from gateway.api.services import GenerationServices
 from gateway.batches.collected_answer import LineRequest, answer_line
 from gateway.batches.records import (
     Batch,

@@ -4,6 +4,7 @@ adapter stores. vLLM is not imported if a list of its arguments is kept for the 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import importlib.util
 import operator
@@ -20,7 +21,8 @@ import msgspec
 from gateway.supervisor.autoscaling.custom_policy import load_policy
 from loraplex.start import command
 from shared.config.gateway import GatewayConfig
-from shared.config.llm import LLMConfig, Settings, engine_kwargs_problems
+from shared.config.llm import TARGET_SHARE, LLMConfig, Settings, engine_kwargs_problems
+from shared.config.settings_file import read_settings
 from shared.config.vllm_engine_arguments import (
     FILES,
     Argument,
@@ -43,6 +45,89 @@ ABSENT = (
     StoreProblem.NO_PREFIX,
     StoreProblem.NO_REPOSITORY,
 )
+
+
+def add_parser(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "check",
+        help="check a config",
+        description="Check a config, including engine_kwargs against vLLM's own arguments.",
+    )
+    parser.add_argument("config", metavar="CONFIG")
+    parser.set_defaults(run=run)
+
+
+def load(path: str) -> Settings:
+    """Reads a configuration and prints its warnings. Raises ConfigError."""
+    settings = read_settings(path)
+    for text in settings.warnings:
+        _warn(text)
+    return settings
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = load(args.config)
+    if any(m.llm_engine == "vLLM" for m in settings.models):
+        for text in warnings():
+            _warn(text)
+    if any(m.llm_engine == "vLLM" and m.engine_kwargs for m in settings.models):
+        found = problems(settings)
+        if found:
+            raise ConfigError("\n".join(found))
+    errors, notes = look_at_stores(settings)
+    if errors:
+        raise ConfigError("\n".join(errors))
+    for model in settings.models:
+        _describe(model)
+    g = settings.gateway
+    for missing in missing_gateway_files(g):
+        _warn(missing)
+    for note in notes:
+        print(note)
+    scheme = "https" if g.tls.certificate else "http"
+    print(f"gateway: {scheme}://{g.host}:{g.port}, {g.processes} process(es)\nok")
+    return 0
+
+
+def _describe(model: LLMConfig) -> None:
+    """Prints what the config starts for the model."""
+    gpus = f", {model.gpus_per_worker} GPU each" if model.gpus_per_worker else ""
+    path, slots = model.adapters_path, _slots(model)
+    adapters = f"adapters from {path}, {slots} a worker" if path else "no adapters"
+    engine, workers = model.llm_engine, model.workers
+    print(f"{model.model_id}: {engine}, {workers} worker(s){gpus}, {adapters}")
+    if (line := _scaling_line(model)) is not None:
+        print(f"  {line}")
+    if (missing := missing_policy(model)) is not None:
+        _warn(f"{model.model_id}: {missing}")
+
+
+def _slots(model: LLMConfig) -> str:
+    if model.given_max_loras is None and model.gpus_per_worker:
+        return "as many slots as the GPU has room for"
+    return f"{model.max_loras} slots"
+
+
+def _scaling_line(model: LLMConfig) -> str | None:
+    """Between which bounds the model scales, and at which load."""
+    scaling = model.deployment_config.autoscaling_config
+    if scaling is None or not scaling.scales:
+        return None
+    how = (
+        "as given"
+        if scaling.target_ongoing_requests is not None
+        else f"{TARGET_SHARE:.0%} of the {model.runs_at_once} that a worker runs at once; its own "
+        "number holds once it serves"
+    )
+    return (
+        f"scales from {scaling.min_replicas or 'zero'} to {scaling.max_replicas}: "
+        "one worker for each "
+        f"{model.target_ongoing_requests:g} requests ({how})"
+    )
 
 
 def warnings() -> list[str]:
@@ -91,8 +176,8 @@ def missing_gateway_files(gateway: GatewayConfig) -> Iterator[str]:
         path = operator.attrgetter(key)(gateway)
         if path is not None and not Path(path).expanduser().exists():
             yield f"gateway.{key}: there is no file '{path[:200]}' on this host"
-    for key in ("api_keys_env", "admin_keys_env"):
-        name = getattr(gateway, key)
+    for key in ("api_keys_env", "admin_keys_env", "link.secret_env"):
+        name = operator.attrgetter(key)(gateway)
         if name is not None and not os.environ.get(name):
             yield f"gateway.{key}: the variable {name} is not set here"
 

@@ -31,7 +31,7 @@ from gateway.cli import why as why_command
 from loraplex import __version__
 from loraplex.start import STOPPED, command
 from shared.config.deployment import MAX_WORKERS
-from shared.config.llm import TARGET_SHARE, LLMConfig, Settings
+from shared.config.llm import Settings
 from shared.config.settings_file import FollowedConfig, read_settings
 from shared.errors import ConfigError, LoraplexError
 from shared.option_numbers import port
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(verbs)
     _add_gateway(verbs)
     _add_worker(verbs)
-    _add_check(verbs)
+    check.add_parser(verbs)
     _add_bench(verbs)
     _add_completion(verbs)
     chat_command.add_parser(verbs)
@@ -206,16 +206,6 @@ def _add_worker(verbs: Any) -> None:
     worker.set_defaults(run=_worker)
 
 
-def _add_check(verbs: Any) -> None:
-    check = verbs.add_parser(
-        "check",
-        help="check a config",
-        description="Check a config, including engine_kwargs against vLLM's own arguments.",
-    )
-    check.add_argument("config", metavar="CONFIG")
-    check.set_defaults(run=_check)
-
-
 def _add_bench(verbs: Any) -> None:
     bench = verbs.add_parser("bench", help="measure a running server")
     bench.add_argument("what", choices=["load"], help="see `loraplex bench load --help`")
@@ -232,18 +222,11 @@ def _add_completion(verbs: Any) -> None:
     complete.set_defaults(run=_completion)
 
 
-def _load(path: str) -> Settings:
-    settings = read_settings(path)
-    for warning in settings.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    return settings
-
-
 def _serve(args: argparse.Namespace) -> int:
     def read() -> Settings:
         return _with_options(args, read_settings(args.config, again=True))
 
-    return serve(_with_options(args, _load(args.config)), read)
+    return serve(_with_options(args, check.load(args.config)), read)
 
 
 def _with_options(args: argparse.Namespace, settings: Settings) -> Settings:
@@ -341,14 +324,14 @@ def _with_workers(settings: Settings, workers: int) -> Settings:
 
 
 def _gateway(args: argparse.Namespace) -> int:
-    _load(args.config)
+    check.load(args.config)
     if args.index < 0:
         raise ConfigError(f"--index {args.index}: expected 0 or more")
     os.execv(sys.executable, command("gateway", args.config, "--index", str(args.index)))
 
 
 def _worker(args: argparse.Namespace) -> int:
-    _load(args.config)
+    check.load(args.config)
     rest = [part for endpoint in args.gateway for part in ("--gateway", endpoint)]
     rest += ["--model", args.model] if args.model else []
     rest += ["--worker", args.worker] if args.worker else []
@@ -360,64 +343,6 @@ def _worker(args: argparse.Namespace) -> int:
 def _completion(args: argparse.Namespace) -> int:
     print(completion.script(args.shell, completion.words(_parser())), end="")
     return 0
-
-
-def _check(args: argparse.Namespace) -> int:
-    settings = _load(args.config)
-    if any(m.llm_engine == "vLLM" for m in settings.models):
-        for warning in check.warnings():
-            print(f"warning: {warning}", file=sys.stderr)
-    if any(m.llm_engine == "vLLM" and m.engine_kwargs for m in settings.models):
-        found = check.problems(settings)
-        if found:
-            raise ConfigError("\n".join(found))
-    errors, notes = check.look_at_stores(settings)
-    if errors:
-        raise ConfigError("\n".join(errors))
-    for m in settings.models:
-        gpus = f", {m.gpus_per_worker} GPU each" if m.gpus_per_worker else ""
-        adapters = (
-            f"adapters from {m.adapters_path}, {_slots(m)} a worker"
-            if m.adapters_path
-            else "no adapters"
-        )
-        print(f"{m.model_id}: {m.llm_engine}, {m.workers} worker(s){gpus}, {adapters}")
-        if (line := _scaling_line(m)) is not None:
-            print(f"  {line}")
-        if (missing := check.missing_policy(m)) is not None:
-            print(f"warning: {m.model_id}: {missing}", file=sys.stderr)
-    g = settings.gateway
-    for missing in check.missing_gateway_files(g):
-        print(f"warning: {missing}", file=sys.stderr)
-    for note in notes:
-        print(note)
-    scheme = "https" if g.tls.certificate else "http"
-    print(f"gateway: {scheme}://{g.host}:{g.port}, {g.processes} process(es)\nok")
-    return 0
-
-
-def _slots(model: LLMConfig) -> str:
-    if model.given_max_loras is None and model.gpus_per_worker:
-        return "as many slots as the GPU has room for"
-    return f"{model.max_loras} slots"
-
-
-def _scaling_line(model: LLMConfig) -> str | None:
-    """Between which bounds the model scales, and at which load."""
-    scaling = model.deployment_config.autoscaling_config
-    if scaling is None or not scaling.scales:
-        return None
-    how = (
-        "as given"
-        if scaling.target_ongoing_requests is not None
-        else f"{TARGET_SHARE:.0%} of the {model.runs_at_once} that a worker runs at once; its own "
-        "number holds once it serves"
-    )
-    return (
-        f"scales from {scaling.min_replicas or 'zero'} to {scaling.max_replicas}: "
-        "one worker for each "
-        f"{model.target_ongoing_requests:g} requests ({how})"
-    )
 
 
 if __name__ == "__main__":

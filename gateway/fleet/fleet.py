@@ -30,6 +30,7 @@ from typing import TypeAlias
 import msgspec
 
 from gateway.fleet.disk_index import DiskIndex
+from gateway.fleet.past_lives import PastLives
 from gateway.fleet.pool import NOWHERE, Pool
 from gateway.fleet.worker_view import WorkerView
 from shared.adapters.identity import AdapterKey, AdapterRef, key_of
@@ -91,31 +92,6 @@ JOINING_LEASE_S = 30.0
 """The least lease of a worker whose engine still boots: imports may hold its interpreter for
 seconds. It has no requests yet.
 """
-MOST_ENDED = 10_000
-"""Lives that are remembered after their end. A late heartbeat is seconds old, and a worker does not
-restart that often in seconds.
-"""
-
-FAILED_STARTS = 2
-"""In a row, after which a worker is not waited for. One may be an accident. `serve` says the same
-of the workers that it has started (FAILED_STARTS_LIMIT).
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class FailedStarts:
-    """`count` lives of one worker in a row that have ended before they served."""
-
-    base: str
-    count: int
-    reason: str
-    at: float
-
-
-SUCCESSOR_S = 600.0
-"""After this time a worker of the same name is another one. The slowest restart, of a large model
-on a GPU, takes a few minutes.
-"""
 
 
 class Fleet:
@@ -137,13 +113,8 @@ class Fleet:
         self._most = dict(most or {})
         self._workers: dict[WorkerId, WorkerView] = {}
         self._by_stream: dict[StreamId, WorkerView] = {}
-        # Lives that are over, so that a late heartbeat does not revive them. True: the worker has
-        # said so itself.
-        self._ended: dict[tuple[WorkerId, int], bool] = {}
+        self._past = PastLives()
         self._pools: dict[str, Pool] = {}
-        self._failed_starts: dict[WorkerId, FailedStarts] = {}
-        # of workers that are gone: base model, adapters in slots, how long that matters
-        self._last_held: dict[WorkerId, tuple[str, tuple[AdapterKey, ...], float]] = {}
         self._disk_index = DiskIndex()
 
     def configure(self, most: Mapping[str, int]) -> None:
@@ -188,7 +159,9 @@ class Fleet:
         if worker is not None and heartbeat.epoch == worker.heartbeat.epoch:
             if heartbeat.seq <= worker.heartbeat.seq:
                 return []
-        elif self._is_over(heartbeat.worker, heartbeat.epoch):
+        elif self._past.is_over(
+            heartbeat.worker, heartbeat.epoch, replaced=heartbeat.worker in self._workers
+        ):
             return []
         most = self._most.get(heartbeat.base)
         if most is not None and most < heartbeat.capacity:
@@ -206,7 +179,7 @@ class Fleet:
             return [lost] if lost is not None else []
         events: list[FleetEvent] = []
         if worker and heartbeat.epoch != worker.heartbeat.epoch:
-            self._over(worker.id, worker.heartbeat.epoch, reported=False)
+            self._past.end(worker.id, worker.heartbeat.epoch, reported=False)
             events.append(self._remove(worker, "restarted"))
             worker = None
         if worker is None:
@@ -223,7 +196,7 @@ class Fleet:
             worker.update(heartbeat, now)
         if heartbeat.state is WorkerState.SERVING:
             worker.served = True
-            self._failed_starts.pop(worker.id, None)
+            self._past.serves(worker.id)
         self._pool_of(worker).settle(worker)
         return events
 
@@ -242,25 +215,15 @@ class Fleet:
         return True
 
     def cannot_start(self, base: str, now: float) -> str | None:
-        """Why no worker of the base model can start, whoever started it: each one that is known has
-        failed FAILED_STARTS times in a row. None: one may.
-        """
-        tried = {
-            worker: failed
-            for worker, failed in self._failed_starts.items()
-            if failed.base == base and now - failed.at < SUCCESSOR_S
-        }
-        new = [w for w in self._workers.values() if w.heartbeat.base == base and w.id not in tried]
-        if not tried or new or any(f.count < FAILED_STARTS for f in tried.values()):
-            return None
-        return max(tried.values(), key=lambda f: f.at).reason
+        """Why no worker of the base model can start, whoever started it. None: one may."""
+        present = [w.id for w in self._workers.values() if w.heartbeat.base == base]
+        return self._past.cannot_start(base, present, now)
 
     def predecessor(self, worker: WorkerView, now: float) -> list[AdapterRef]:
         """What the life of the worker before this one had in its slots, the most wanted first.
         Empty where there was none, or too long ago.
         """
-        base, keys, until = self._last_held.get(worker.id, ("", (), 0.0))
-        return [AdapterRef(base, *k) for k in keys if base == worker.heartbeat.base and now < until]
+        return self._past.last_held(worker.id, worker.heartbeat.base, now)
 
     def heard(self, worker_id: WorkerId, epoch: int, now: float) -> None:
         """This life of the worker has sent something over its data connection; that renews its
@@ -296,7 +259,7 @@ class Fleet:
         process is gone. Whatever still arrives from it is ignored. `killed` from outside, it has
         not failed.
         """
-        self._over(worker_id, epoch, reported=True)
+        self._past.end(worker_id, epoch, reported=True)
         worker = self._workers.get(worker_id)
         if worker is None or worker.heartbeat.epoch != epoch:
             return None
@@ -392,27 +355,6 @@ class Fleet:
         joining = heartbeat.state is WorkerState.JOINING
         return max(self._lease_s, JOINING_LEASE_S) if joining else self._lease_s
 
-    def _is_over(self, worker_id: WorkerId, epoch: int) -> bool:
-        """Whether this life has ended. A life that another one replaced may come back after its
-        successor has gone: then two processes had the same name.
-        """
-        reported = self._ended.get((worker_id, epoch))
-        return reported is not None and (reported or worker_id in self._workers)
-
-    def _over(self, worker_id: WorkerId, epoch: int, *, reported: bool) -> None:
-        self._ended[worker_id, epoch] = reported
-        if len(self._ended) > MOST_ENDED:
-            del self._ended[next(iter(self._ended))]
-
-    def _note_failed_start(self, worker: WorkerView, reason: str) -> None:
-        before = self._failed_starts.pop(worker.id, None)
-        count = 1 if before is None else before.count + 1
-        self._failed_starts[worker.id] = FailedStarts(
-            worker.heartbeat.base, count, reason, worker.heartbeat_at
-        )
-        if len(self._failed_starts) > MOST_ENDED:
-            del self._failed_starts[next(iter(self._failed_starts))]
-
     def _pool_of(self, worker: WorkerView) -> Pool:
         pool = self._pools.get(worker.heartbeat.base)
         if pool is None:
@@ -428,14 +370,13 @@ class Fleet:
         heartbeat = worker.heartbeat
         unserved = heartbeat.failed or heartbeat.state is WorkerState.JOINING
         if unserved and not worker.served and not killed:
-            self._note_failed_start(worker, heartbeat.reason or f"a worker was lost: {reason}")
+            why = heartbeat.reason or f"a worker was lost: {reason}"
+            self._past.failed_to_start(worker.id, heartbeat.base, why, worker.heartbeat_at)
         if worker.loaded:
-            held = (worker.heartbeat.base, worker.most_wanted(), worker.heartbeat_at + SUCCESSOR_S)
-            self._last_held[worker.id] = held
-            if len(self._last_held) > MOST_ENDED:
-                del self._last_held[next(iter(self._last_held))]
+            held = worker.most_wanted()
+            self._past.held(worker.id, heartbeat.base, held, worker.heartbeat_at)
         worker.forget_reservations()
-        return WorkerLost(worker.id, worker.heartbeat.epoch, streams, reason)
+        return WorkerLost(worker.id, heartbeat.epoch, streams, reason, killed)
 
 
 def _changes(before: Heartbeat, now: Heartbeat) -> list[FleetEvent]:

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import msgspec
 
-Key: TypeAlias = tuple[str, ...]
+SeriesKey: TypeAlias = tuple[str, ...]
 """(series, label values ...). The series is a key of COUNTERS or DISTRIBUTIONS in
 metric_definitions.py.
 """
@@ -60,10 +60,10 @@ class Snapshot(msgspec.Struct, frozen=True):
     """
 
     process: str
-    counters: tuple[tuple[Key, float], ...] = ()
-    distributions: tuple[tuple[Key, tuple[int, ...], float], ...] = ()
-    gauges: tuple[tuple[Key, float], ...] = ()
-    exemplars: tuple[tuple[Key, int, Exemplar], ...] = ()
+    counters: tuple[tuple[SeriesKey, float], ...] = ()
+    distributions: tuple[tuple[SeriesKey, tuple[int, ...], float], ...] = ()
+    gauges: tuple[tuple[SeriesKey, float], ...] = ()
+    exemplars: tuple[tuple[SeriesKey, int, Exemplar], ...] = ()
 
 
 class CounterSet:
@@ -73,34 +73,34 @@ class CounterSet:
 
     def __init__(self, bounds: Mapping[str, Sequence[float]]) -> None:
         self._bounds = bounds
-        self.counters: dict[Key, Count] = {}
-        self.distributions: dict[Key, Distribution] = {}
-        self.exemplars: dict[tuple[Key, int], Exemplar] = {}
+        self.counters: dict[SeriesKey, Count] = {}
+        self.distributions: dict[SeriesKey, Distribution] = {}
+        self.exemplars: dict[tuple[SeriesKey, int], Exemplar] = {}
         """The newest of each bucket, so there are never more than buckets."""
 
-    def counter(self, key: Key) -> Count:
+    def counter(self, key: SeriesKey) -> Count:
         """The counter with this key, made at its first use."""
         found = self.counters.get(key)
         if found is None:
             found = self.counters[key] = Count()
         return found
 
-    def count(self, key: Key, by: float = 1) -> None:
+    def count(self, key: SeriesKey, by: float = 1) -> None:
         found = self.counters.get(key) or self.counter(key)
         found.total += by
 
-    def distribution(self, key: Key) -> Distribution:
+    def distribution(self, key: SeriesKey) -> Distribution:
         """The distribution with this key, made at its first use."""
         found = self.distributions.get(key)
         if found is None:
             found = self.distributions[key] = Distribution(self._bounds[key[0]])
         return found
 
-    def exemplify(self, key: Key, exemplar: Exemplar) -> None:
+    def exemplify(self, key: SeriesKey, exemplar: Exemplar) -> None:
         """Notes a traced request whose value was observed in the distribution with this key."""
         self.exemplars[key, bisect_left(self._bounds[key[0]], exemplar.value)] = exemplar
 
-    def snapshot(self, process: str, gauges: Iterable[tuple[Key, float]] = ()) -> Snapshot:
+    def snapshot(self, process: str, gauges: Iterable[tuple[SeriesKey, float]] = ()) -> Snapshot:
         distributions = tuple(
             (key, tuple(d.counts), d.total) for key, d in self.distributions.items()
         )

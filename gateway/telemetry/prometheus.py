@@ -21,7 +21,7 @@ from gateway.telemetry.collectors import (
     VersionCollector,
     WithoutTenants,
 )
-from gateway.telemetry.counters import Count, CounterSet, Exemplar, Key, Snapshot
+from gateway.telemetry.counters import Count, CounterSet, Exemplar, SeriesKey, Snapshot
 from gateway.telemetry.ended_request import EndedRequest
 from gateway.telemetry.metric_definitions import (
     ADAPTER_LABELS,
@@ -37,7 +37,7 @@ from gateway.telemetry.request_spans import operation
 OPEN_METRICS = "application/openmetrics-text"
 OPEN_METRICS_TYPE = f"{OPEN_METRICS}; version=1.0.0; charset=utf-8"
 PLAIN_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-SHOWN_AT_ONCE: list[Key] = [
+SHOWN_AT_ONCE: list[SeriesKey] = [
     *((name,) for name, (_, labels) in COUNTERS.items() if not labels),
     *(("streams_lost", reason) for reason in LOST_REASONS),
 ]
@@ -285,7 +285,7 @@ class Metrics:
         """Only with traces. A request that is traced itself is noted as an exemplar, too."""
         base, done, traced = ended.base, ended.done, bool(ended.trace_id)
 
-        def observe(key: Key, seconds: float) -> None:
+        def observe(key: SeriesKey, seconds: float) -> None:
             self._counters.distribution(key).observe(seconds)
             if traced:
                 self._exemplify(key, seconds, ended.trace_id)
@@ -309,7 +309,7 @@ class Metrics:
             each_s = (ended.t_end - ended.t_head) / (done.output_tokens - 1)
             observe(("gen_ai_server_time_per_output_token_seconds", *labels), each_s)
 
-    def _exemplify(self, key: Key, seconds: float, trace_id: str) -> None:
+    def _exemplify(self, key: SeriesKey, seconds: float, trace_id: str) -> None:
         self._counters.exemplify(key, Exemplar(trace_id, seconds, time.time()))
 
     # ---- reading ---------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ class Metrics:
         return self._registry([self.snapshot()], {}).get_sample_value(name, dict(labels))
 
     def snapshot(self) -> Snapshot:
-        gauges: list[tuple[Key, float]] = [
+        gauges: list[tuple[SeriesKey, float]] = [
             (("queue_depth", base, self.process), float(depth()))
             for base, depth in self._sources.queued.items()
         ]

@@ -26,7 +26,7 @@ from shared.config.deployment import (
     DeploymentConfig,
 )
 from shared.config.engine import LORA_RANKS, SimTiming, engine_findings, sim_timing
-from shared.config.gateway import GatewayConfig, LinkConfig, TLSConfig
+from shared.config.gateway import GatewayConfig, LinkConfig
 from shared.config.llm_sections import (
     DEFAULT_MAX_LORAS,
     AcceleratorConfig,
@@ -36,7 +36,7 @@ from shared.config.llm_sections import (
     Text,
 )
 from shared.config.section import Finding, Section, shown
-from shared.config.vllm_engine_arguments import FILES, Argument, names_file, wrong_arguments
+from shared.config.vllm_engine_arguments import Argument, wrong_arguments
 
 __all__ = [
     "DEFAULT_MAX_LORAS",
@@ -57,7 +57,6 @@ __all__ = [
     "Settings",
     "SimTiming",
     "StoreConfig",
-    "check_engine_kwargs",
     "engine_kwargs_problems",
 ]
 
@@ -69,7 +68,7 @@ _PLACEMENT = (
     "parallel sizes ask for"
 )
 
-Engine = Literal["vLLM", "sim"]
+EngineName = Literal["vLLM", "sim"]
 _ENGINES = {"vllm": "vLLM", "sim": "sim"}
 
 
@@ -107,7 +106,7 @@ class LLMConfig(Section, frozen=True, kw_only=True):
     }
 
     model_loading_config: ModelLoadingConfig
-    llm_engine: Engine = "vLLM"
+    llm_engine: EngineName = "vLLM"
     engine_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
     runtime_env: dict[str, Any] | None = None
     accelerator_type: Text | None = None
@@ -312,21 +311,9 @@ class Settings(Struct, frozen=True, kw_only=True):
         return next((model for model in self.models if model.model_id == model_id), None)
 
 
-def check_engine_kwargs(config: LLMConfig, known: Mapping[str, Argument]) -> list[str]:
-    """One line for each of the model's engine_kwargs that vLLM does not have. `known` are vLLM's
-    own arguments.
-    """
-    if config.llm_engine == "sim":
-        return []
-    return [
-        f"{config.model_id}: engine_kwargs.{key}: {text}"
-        for key, text in wrong_arguments(config.engine_kwargs, known)
-    ]
-
-
 def engine_kwargs_problems(settings: Settings, known: Mapping[str, Argument]) -> list[str]:
-    """The same for all models of a file. Each line has its place: `file:line: key: what is
-    wrong`.
+    """One line for each engine_kwarg of a model that vLLM does not have, with its place:
+    `file:line: key: what is wrong`. `known` are vLLM's own arguments.
     """
     lines = []
     for model, path in zip(settings.models, settings.model_paths, strict=True):
@@ -338,68 +325,3 @@ def engine_kwargs_problems(settings: Settings, known: Mapping[str, Argument]) ->
                 f"{settings.places.get(dotted_key, settings.source)}: {dotted_key}: {text}"
             )
     return lines
-
-
-def rooted(config: LLMConfig, base_dir: str, home: str | None = None) -> LLMConfig:
-    """The config with absolute local paths. Adapters, ./model folders and files of engine_kwargs
-    are relative to `base_dir`, and ~ stands for `home`.
-    """
-    loading, lora = config.model_loading_config, config.lora_config
-    source, tokenizer = (
-        _explicit(path, base_dir, home)
-        for path in (config.model_loading_config.model_source, loading.tokenizer_source)
-    )
-    loading = msgspec.structs.replace(loading, model_source=source, tokenizer_source=tokenizer)
-    if lora is not None and lora.dynamic_lora_loading_path is not None:
-        path = lora.dynamic_lora_loading_path
-        lora = msgspec.structs.replace(
-            lora,
-            dynamic_lora_loading_path=path if "://" in path else local_path(path, base_dir, home),
-        )
-    files = {
-        key: local_path(name, base_dir, home)
-        for key in FILES
-        if names_file(name := config.engine_kwargs.get(key))
-    }
-    return msgspec.structs.replace(
-        config,
-        model_loading_config=loading,
-        lora_config=lora,
-        engine_kwargs={**config.engine_kwargs, **files},
-    )
-
-
-def rooted_gateway(config: GatewayConfig, base_dir: str, home: str | None = None) -> GatewayConfig:
-    """The gateway section with absolute local paths."""
-    keys, api, admin, certificate, tls_key = (
-        None if path is None else local_path(path, base_dir, home)
-        for path in (
-            config.keys_file,
-            config.api_keys_file,
-            config.admin_keys_file,
-            config.tls.certificate,
-            config.tls.key,
-        )
-    )
-    return msgspec.structs.replace(
-        config,
-        state_dir=local_path(config.state_dir, base_dir, home),
-        keys_file=keys,
-        api_keys_file=api,
-        admin_keys_file=admin,
-        tls=TLSConfig(certificate=certificate, key=tls_key),
-    )
-
-
-def local_path(path: str, base_dir: str, home: str | None) -> str:
-    """`path` as seen from `base_dir`. Without `home`, ~ stays as it is."""
-    if path == "~" or path.startswith("~/"):
-        return path if home is None else os.path.normpath(home + path[1:])
-    return os.path.normpath(os.path.join(base_dir, path))
-
-
-def _explicit(source: Any, base_dir: str, home: str | None) -> Any:
-    """A model source is a path only if it looks like one: org/name is a Hugging Face id."""
-    if isinstance(source, str) and source.startswith(("./", "../", "~/", "/")):
-        return local_path(source, base_dir, home)
-    return source

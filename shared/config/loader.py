@@ -16,7 +16,8 @@ from shared.config.document.kuberay_manifest import out_of_manifest
 from shared.config.document.placeholders import filled_in
 from shared.config.document.yaml_document import Document, read_document
 from shared.config.gateway import GatewayConfig
-from shared.config.llm import LLMConfig, Settings, rooted, rooted_gateway
+from shared.config.llm import LLMConfig, Settings
+from shared.config.local_paths import rooted, rooted_gateway
 from shared.config.ray_serve import Application, ConfigFile, LLMServingArgs
 from shared.config.section import (
     Finding,

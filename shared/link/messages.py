@@ -303,7 +303,7 @@ class AdapterAction(IntEnum):
     """What an operator, or a new version, asks of a worker for one adapter."""
 
     CACHE = 0  # onto the disk, validated
-    LOAD = 1  # into a slot, where the least recently used idle adapter makes room
+    LOAD = 1  # into a slot, where the idle adapter that is wanted least makes room
     PIN = 2  # like LOAD, and it never makes room for another one
     UNPIN = 3
     EVICT = 4  # out of the engine, as soon as its requests have ended

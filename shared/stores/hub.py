@@ -1,4 +1,4 @@
-"""Shell. Adapters in repositories of a Hugging Face hub. No other module imports huggingface_hub.
+"""Shell. Adapters in repositories of a Hugging Face hub.
 
 A repository with an `adapter_config.json` is one adapter, and so is each of its folders with one.
 All files of an adapter come from one commit, which the listing names and the fetch asks for.
@@ -7,22 +7,17 @@ All files of an adapter come from one commit, which the listing names and the fe
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
-from huggingface_hub import constants, get_async_session, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, validate_repo_id
-
 from shared.adapters.identity import CONFIG_FILE, StoredAdapter, StoredFile, may_be_part
 from shared.errors import ConfigError, LoraplexError
+from shared.stores.hub_client import ANSWER_TIMEOUT_S, HubClient, may_be_repo
 from shared.stores.listing import (
     Entry,
     Grouping,
@@ -32,23 +27,14 @@ from shared.stores.listing import (
     join_skipped,
     valid_name,
 )
-from shared.stores.object_store import StoreProblem, TransferCut, changed, transient, unavailable
-from shared.stores.transfer import Transfer, byte_range, fetch_adapter
+from shared.stores.object_store import StoreProblem, unavailable
+from shared.stores.transfer import Transfer, fetch_adapter
 
-CONNECT_TIMEOUT_S = 4.0
-# Longest time between two pieces of a file. transfer.py bounds a file as a whole.
-READ_TIMEOUT_S = 15.0
-# Longest time of one question with its retries. A client waits for the answer.
-ANSWER_TIMEOUT_S = 4.5
 # Longest time of one page of a listing, for which nobody waits.
 PAGE_TIMEOUT_S = 40.0
-MAX_ATTEMPTS = 3
-BACKOFF_S = 0.2
 # Repositories of a listing that are asked for at once, of those that changed.
 QUESTIONS_AT_ONCE = 8
 MAX_REPOSITORIES = 100_000
-MAX_REPLY_BYTES = 64 << 20
-CHUNK_BYTES = 256 * 1024
 # Commits that are looked through for a version by its digest, the newest first.
 MAX_COMMITS = 30
 MAX_COMMIT_PAGES = 10
@@ -62,9 +48,6 @@ _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 # what a hub would take for a commit, whole or abbreviated
 _HEXADECIMAL = re.compile(r"[0-9a-f]{4,40}\Z")
 _REVISION = re.compile(r"[\w./-]{1,200}\Z", re.ASCII)
-# The HTTP library behind huggingface_hub has another name in each major version.
-_HTTP_ERROR = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
-_FOREIGN: tuple[type[Exception], ...] = (_HTTP_ERROR, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +63,8 @@ class HubStore:
     """`hf://org` has all repositories of an organisation or user, `hf://org/repo@revision` one of
     them, pinned. An adapter's name is its repository's, with the folder behind it if there is one.
 
-    HF_ENDPOINT, HF_TOKEN and the token of `hf auth login` are respected. The digest is made of the
-    contents, so a commit that changes only the README makes no new version.
+    The digest is made of the contents, so a commit that changes only the README makes no new
+    version.
     """
 
     def __init__(self, url: str, endpoint_url: str | None = None, anonymous: bool = False) -> None:
@@ -89,26 +72,17 @@ class HubStore:
         if found is None:
             raise ConfigError("a hub store must look like hf://org or hf://org/repo@revision")
         self._org, self._repo, self._revision = found["org"], found["repo"], found["revision"]
-        endpoint = endpoint_url or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
-        self._endpoint = endpoint.rstrip("/")
-        self._anonymous = anonymous
+        self._hub = HubClient(endpoint_url, anonymous)
         self.url = url.rstrip("/")
         self.skipped = Skipped()
-        self._exit = AsyncExitStack()
-        self._session: Any = None
-        self._headers: dict[str, str] = {}
         self._snapshots: dict[str, _Snapshot] = {}  # of the last listing, by repository
 
     async def __aenter__(self) -> HubStore:
-        # reading the token may refresh it over the network
-        self._headers = await asyncio.to_thread(
-            build_hf_headers, token=False if self._anonymous else None, library_name="loraplex"
-        )
-        self._session = await self._exit.enter_async_context(get_async_session())
+        await self._hub.__aenter__()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._exit.aclose()
+        await self._hub.__aexit__(*exc)
 
     async def exists(self) -> bool:
         if self._repo is not None:
@@ -164,11 +138,7 @@ class HubStore:
     # ---- what the hub shows ----------------------------------------------------------------------
 
     def _may_be(self, repo: str) -> bool:
-        try:
-            validate_repo_id(f"{self._org}/{repo}")
-        except HFValidationError:
-            return False
-        return True
+        return may_be_repo(f"{self._org}/{repo}")
 
     async def _pinned_repo(self) -> _Snapshot:
         snapshot = await self._snapshot(self._repo, self._revision)
@@ -221,7 +191,7 @@ class HubStore:
         """(name, newest commit) of each repository that may hold an adapter."""
         query, seen = urlencode({"author": self._org, "full": "true", "limit": 1000}), 0
         while True:
-            answer = await self._request(f"/api/models?{query}", PAGE_TIMEOUT_S)
+            answer = await self._hub.ask(f"/api/models?{query}", PAGE_TIMEOUT_S)
             if answer is None:
                 return
             rows, link = answer
@@ -249,7 +219,7 @@ class HubStore:
             return
         begin, query = f"/api/models/{self._org}/{repo}/commits/main", ""
         for _ in range(MAX_COMMIT_PAGES):
-            answer = await self._request(begin + query)
+            answer = await self._hub.ask(begin + query)
             if answer is None:
                 return
             for row in _rows(answer[0]):
@@ -263,7 +233,7 @@ class HubStore:
     ) -> _Snapshot | None:
         """None: the hub has no such repository or revision, or does not show it."""
         at = f"/revision/{quote(revision, safe='')}" if revision else ""
-        answer = await self._request(f"/api/models/{self._org}/{repo}{at}?blobs=true", timeout_s)
+        answer = await self._hub.ask(f"/api/models/{self._org}/{repo}{at}?blobs=true", timeout_s)
         if answer is None:
             return None
         info = answer[0]
@@ -271,90 +241,15 @@ class HubStore:
             raise unavailable(StoreProblem.BROKEN_REPLY)
         return _snapshot_of(repo, commit, info.get("siblings") or [])
 
-    # ---- how it is asked -------------------------------------------------------------------------
-
-    async def _request(
-        self, path: str, timeout_s: float = ANSWER_TIMEOUT_S
-    ) -> tuple[Any, str] | None:
-        """The JSON of one answer, and the link to the page behind it. None: not found."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                for attempt in range(1, MAX_ATTEMPTS + 1):
-                    try:
-                        return await self._ask_once(path, timeout_s)
-                    except LoraplexError as exc:
-                        failure = exc
-                        if attempt == MAX_ATTEMPTS or not _worth_another_try(exc):
-                            raise
-                    await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
-                raise failure
-        except TimeoutError as exc:
-            raise unavailable(StoreProblem.UNREACHABLE, "no answer in time") from exc
-
-    async def _ask_once(self, path: str, timeout_s: float) -> tuple[Any, str] | None:
-        body = bytearray()
-        waits = (CONNECT_TIMEOUT_S, timeout_s, timeout_s, timeout_s)
-        try:
-            async with self._session.stream(
-                "GET", self._endpoint + path, headers=self._headers, timeout=waits
-            ) as response:
-                problem = _problem(response.status_code, response.headers)
-                if problem is StoreProblem.NO_REPOSITORY:
-                    return None
-                if problem is not None:
-                    raise unavailable(problem, _detail(problem, response.status_code))
-                async for piece in response.aiter_bytes():
-                    body += piece
-                    if len(body) > MAX_REPLY_BYTES:
-                        raise unavailable(StoreProblem.BROKEN_REPLY, "too long")
-                return json.loads(body), response.links.get("next", {}).get("url", "")
-        except _FOREIGN as exc:
-            raise _unreachable(exc) from exc
-        except ValueError as exc:
-            raise unavailable(StoreProblem.BROKEN_REPLY) from exc
-
     @asynccontextmanager
     async def _stream(
         self, adapter_name: str, file: StoredFile, offset: int, length: int
     ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
         repo, _, folder = adapter_name.partition("/")
         path = f"{folder}/{file.path}" if folder else file.path
-        url = hf_hub_url(
-            f"{self._org}/{repo}", path, revision=file.version, endpoint=self._endpoint
-        )
-        ranged = byte_range(file, offset, length)
-        headers = {**self._headers, "accept-encoding": "identity"}
-        waits = (CONNECT_TIMEOUT_S, READ_TIMEOUT_S, READ_TIMEOUT_S, READ_TIMEOUT_S)
-        if ranged:
-            headers["range"] = ranged
-        opened = self._session.stream("GET", url, headers=headers, timeout=waits)
-        try:
-            response = await opened.__aenter__()
-        except _FOREIGN as exc:
-            raise _unreachable(exc) from exc
-        try:
-            problem = _problem(response.status_code, response.headers)
-            if problem is StoreProblem.NO_REPOSITORY:
-                raise changed(adapter_name)
-            if problem is not None:
-                raise unavailable(problem, _detail(problem, response.status_code))
-            # A large file is a link to another host, and only the hub itself names the commit.
-            first = (*response.history, response)[0]
-            if first.headers.get("x-repo-commit") not in (None, file.version):
-                raise changed(adapter_name)
-            if ranged and response.status_code != 206:
-                raise unavailable(StoreProblem.BROKEN_REPLY, "no range support")
-            yield _chunks(response)
-        finally:
-            await opened.__aexit__(None, None, None)
-
-
-async def _chunks(response: Any) -> AsyncGenerator[bytes, None]:
-    try:
-        async for chunk in response.aiter_raw(CHUNK_BYTES):
-            yield chunk
-    except _FOREIGN as exc:
-        raise TransferCut from exc
+        repo_id = f"{self._org}/{repo}"
+        async with self._hub.stream(adapter_name, repo_id, path, file, offset, length) as chunks:
+            yield chunks
 
 
 def _snapshot_of(repo: str, commit: str, siblings: Any) -> _Snapshot:
@@ -377,36 +272,6 @@ def _pinned(adapter: StoredAdapter, commit: str) -> StoredAdapter:
     """The digest follows the contents; where the files come from is the commit."""
     files = tuple(StoredFile(f.path, f.size_bytes, commit) for f in adapter.files)
     return StoredAdapter(adapter.name, adapter.digest, files)
-
-
-def _problem(status: int, headers: Mapping[str, str]) -> StoreProblem | None:
-    """What a status of the hub means. NO_REPOSITORY: not there, or not shown to this token."""
-    code, message = headers.get("x-error-code"), headers.get("x-error-message", "")
-    if status in (200, 206):
-        return None
-    if code == "GatedRepo":
-        return StoreProblem.GATED
-    # To clients without a token the hub says 401 of repositories that do not exist.
-    hidden = code == "RepoNotFound" or message.startswith("Invalid username or password")
-    if status == 404 or (status == 401 and hidden):
-        return StoreProblem.NO_REPOSITORY
-    if status in (401, 403):
-        return StoreProblem.HUB_DENIED
-    return StoreProblem.THROTTLED if status == 429 else StoreProblem.FAILED
-
-
-def _detail(problem: StoreProblem, status: int) -> str:
-    return str(status) if problem is StoreProblem.FAILED else ""
-
-
-def _worth_another_try(error: LoraplexError) -> bool:
-    trouble = getattr(error, "trouble", None)
-    return trouble is not StoreProblem.THROTTLED and transient(error)  # type: ignore[arg-type]
-
-
-def _unreachable(exc: Exception) -> LoraplexError:
-    offline = isinstance(exc, OfflineModeIsEnabled)
-    return unavailable(StoreProblem.UNREACHABLE, "HF_HUB_OFFLINE is set" if offline else "")
 
 
 def _rows(value: Any) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import aiohttp
 
-from bench.chaos.fleets import DisturbedFleet, Shape, served
+from bench.chaos.fleets import ClusterShape, DisturbedFleet, served
 from tests.harness import cluster, sim_config
 
 CONNECTIONS = 20
@@ -37,7 +37,7 @@ async def test_a_full_disk_and_a_lack_of_descriptors_stop_nothing_that_is_served
     tmp_path: Path,
 ) -> None:
     async with (
-        served(Shape("sim", workers=1), tmp_path, {}) as fleet,
+        served(ClusterShape("sim", workers=1), tmp_path, {}) as fleet,
         aiohttp.ClientSession() as http,
         asyncio.timeout(END_S),
     ):
@@ -72,7 +72,7 @@ async def test_serve_without_room_goes_on_and_starts_workers_once_there_is_some(
     tmp_path: Path,
 ) -> None:
     async with (
-        served(Shape("sim", workers=2), tmp_path, {}) as fleet,
+        served(ClusterShape("sim", workers=2), tmp_path, {}) as fleet,
         aiohttp.ClientSession() as http,
         asyncio.timeout(END_S),
     ):

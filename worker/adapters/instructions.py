@@ -1,4 +1,4 @@
-"""Pure. The instructions that residency gives the agent."""
+"""Pure. The instructions that residency gives its driver."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from worker.engine.base import Loaded, Swap
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Bring the adapter to disk, validate it and prepare it in host memory. The agent answers with
+    """Bring the adapter to disk, validate it and prepare it in host memory. The driver answers with
     `cached` once the files are on disk, and then with `fetched`. If anything fails it answers
     `failed`.
     """
@@ -49,4 +49,4 @@ class CommandDone:
 
 
 Instruction: TypeAlias = Fetch | Swap | Start | Reject | CommandDone
-"""The agent answers a Swap with `swapped`. Only one Swap is under way at a time."""
+"""The driver answers a Swap with `swapped`. Only one Swap is under way at a time."""

@@ -207,7 +207,7 @@ class Residency:
 
     def cached(self, adapter: AdapterRef, now: float) -> list[Instruction]:
         """The adapter's files are on disk and valid. If only commands for the disk wait, they are
-        done: the adapter is no longer among `adapters`, which tells the agent to stop here.
+        done: the adapter is no longer among `adapters`, which tells the driver to stop here.
         """
         entry = self._entries[adapter]
         done: list[Instruction] = [CommandDone(r) for r in entry.cachers]

@@ -58,7 +58,7 @@ class Hung:
     reason: str
 
 
-Verdict: TypeAlias = Healthy | Suspect | Hung
+EngineVerdict: TypeAlias = Healthy | Suspect | Hung
 
 
 class ProgressWatch:
@@ -83,7 +83,7 @@ class ProgressWatch:
         """The engine has answered the ping."""
         self._pinged_at = None
 
-    def look(self, signs: EngineSigns, now: float) -> Verdict:
+    def look(self, signs: EngineSigns, now: float) -> EngineVerdict:
         """The verdict as of now."""
         self._forgive(now)
         # Its requests are taken away once it is suspect. From then on only a step clears it, not

@@ -4,7 +4,6 @@ worker, and tells it what to load first. For a lost worker it hands back its req
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterable
 
@@ -101,7 +100,7 @@ class Membership:
         """The worker's process is gone. WorkerLost says what `killed` means."""
         lost = self._fleet.ended(worker_id, epoch, reason, killed=killed)
         if lost is not None:
-            self._apply([dataclasses.replace(lost, killed=killed)])
+            self._apply([lost])
 
     def suspects(self, worker: WorkerView, reason: str) -> None:
         """The worker reports that its engine makes no progress."""

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 from gateway.supervisor.autoscaling import bottlenecks
 from gateway.supervisor.autoscaling.decision import (
     ELAPSED_TOLERANCE_S,
-    Decision,
     PendingChange,
+    ScalingDecision,
     Stay,
     decide,
     rules_of,
@@ -119,7 +119,7 @@ class Autoscaler:
         """The workers that serve, according to the processes whose reports are recent."""
         return bottlenecks.workers_of(self._loads.values())
 
-    def decide(self, now: float, running: list[str]) -> Decision:
+    def decide(self, now: float, running: list[str]) -> ScalingDecision:
         """The decision for `now`. `running` are the workers that serve and are not about to
         leave.
         """

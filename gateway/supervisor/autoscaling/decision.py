@@ -83,7 +83,7 @@ class PendingChange:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ScalingDecision:
     """How many workers are wanted from now on, and why.
 
     `recommended` is the number that the load asks for, before delays and bounds. `cause` is what
@@ -127,7 +127,7 @@ def decide(
     target_ongoing: float,
     desired: float | Stay | None = None,
     needs: Mapping[Cause, int] | None = None,
-) -> tuple[Decision, PendingChange]:
+) -> tuple[ScalingDecision, PendingChange]:
     """The decision of this moment, and the pending change to hand in next time.
 
     Args:
@@ -151,7 +151,7 @@ def decide(
         else:
             result, delay, held_s, pending = _delayed(rules, pending, now, max(0, amount), wanted)
     bounded = rules.bounded(result)
-    decision = Decision(
+    decision = ScalingDecision(
         wanted=bounded,
         before=wanted,
         recommended=amount,

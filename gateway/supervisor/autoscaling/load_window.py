@@ -15,9 +15,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 Aggregation: TypeAlias = Literal["mean", "max", "min"]
-Point: TypeAlias = tuple[float, float]
+LoadPoint: TypeAlias = tuple[float, float]
 """(time in seconds, value)."""
-Key: TypeAlias = tuple[str, str]
+SourceKey: TypeAlias = tuple[str, str]
 """(source, series): a gateway process, and its queue or one worker."""
 
 ROUNDED_PER_S = 100
@@ -30,7 +30,7 @@ back.
 """
 
 
-def total_over_time(series: Sequence[Sequence[Point]]) -> list[Point]:
+def total_over_time(series: Sequence[Sequence[LoadPoint]]) -> list[LoadPoint]:
     """The sum of all step functions, with a point at every moment at which one of them changes."""
     reported = [points for points in series if points]
     if len(reported) < 2:
@@ -51,7 +51,7 @@ def total_over_time(series: Sequence[Sequence[Point]]) -> list[Point]:
     return summed
 
 
-def aggregate(series: Sequence[Sequence[Point]], how: Aggregation, now: float) -> float:
+def aggregate(series: Sequence[Sequence[LoadPoint]], how: Aggregation, now: float) -> float:
     """The load as one number. 0 if no source has reported."""
     total = total_over_time(series)
     if not total:
@@ -68,7 +68,7 @@ def aggregate(series: Sequence[Sequence[Point]], how: Aggregation, now: float) -
     return _mean(total, opens, max(now, total[-1][0] + SHORTEST_S))
 
 
-def _mean(total: Sequence[Point], opens: float, closes: float) -> float:
+def _mean(total: Sequence[LoadPoint], opens: float, closes: float) -> float:
     weighted = 0.0
     first = bisect_right(total, opens, key=lambda point: point[0]) - 1
     for n in range(first, len(total)):
@@ -84,7 +84,7 @@ class LoadWindow:
     def __init__(self, look_back_s: float, how: Aggregation) -> None:
         self._look_back_s = look_back_s
         self._how = how
-        self._series: dict[Key, list[Point]] = {}
+        self._series: dict[SourceKey, list[LoadPoint]] = {}
 
     def record(self, source: str, values: Mapping[str, float], now: float) -> None:
         """Notes all values of one source at `now`. A series that is missing from `values` has

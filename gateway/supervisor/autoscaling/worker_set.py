@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from gateway.supervisor.autoscaling.autoscaler import Autoscaler
-from gateway.supervisor.autoscaling.decision import Decision
+from gateway.supervisor.autoscaling.decision import ScalingDecision
 from gateway.supervisor.autoscaling.gpu_allocation import GpuDemand, GpuDevices, share
 from gateway.supervisor.autoscaling.reports import (
     AdapterHandover,
@@ -95,7 +95,7 @@ class ScaledModel:
     gpus: int
     start_s: float = 0.0
     granted: int = 0
-    decision: Decision | None = None
+    decision: ScalingDecision | None = None
 
 
 class WorkerSet:

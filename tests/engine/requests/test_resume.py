@@ -470,7 +470,7 @@ async def test_of_an_event_in_pieces_the_last_one_has_the_tokens(
     engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the event would come again, to a client that has a part of it."""
-    monkeypatch.setattr("worker.engine.vllm.app.bridge.PIECE_BYTES", 512)
+    monkeypatch.setattr("worker.engine.vllm.app.app_answer.PIECE_BYTES", 512)
     path, body = response(stream=True)
     whole = await answer(engine, path, body)
     *before, last = whole.parts
@@ -586,8 +586,8 @@ async def test_a_dead_engine_breaks_the_stream_without_a_word_to_the_client(engi
     task = asyncio.create_task(engine.serve(call, written))
     async with asyncio.timeout(30):
         await written.first.wait()
-        assert engine._processes
-        for pid in engine._processes:
+        assert engine._processes.pids
+        for pid in engine._processes.pids:
             os.kill(pid, signal.SIGKILL)
         with pytest.raises(EngineFailure):
             await task

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.steps import Look, StepRun, clairvoyant_s, passes, report
+from bench.steps import FleetLook, StepRun, clairvoyant_s, passes, report
 
 STEPS = (1, 4, 0)
 BEGINS_S = [100.0, 110.0, 120.0, 130.0]
@@ -18,11 +18,11 @@ def run(*, up_after_s: float = 3.0, down_after_s: float = 1.0) -> StepRun:
     for n in range(61):
         at_s = 100 + n / 2
         if at_s < 110:
-            look = Look(at_s, 1, 1, 1)
+            look = FleetLook(at_s, 1, 1, 1)
         elif at_s < 120:
-            look = Look(at_s, 4, 4 if at_s >= 110 + up_after_s else 1, 4)
+            look = FleetLook(at_s, 4, 4 if at_s >= 110 + up_after_s else 1, 4)
         else:
-            look = Look(at_s, 0, 0, 4 if at_s < 120 + down_after_s else 0)
+            look = FleetLook(at_s, 0, 0, 4 if at_s < 120 + down_after_s else 0)
         found.looks.append(look)
     return found
 

@@ -13,8 +13,11 @@ from typing import Any, get_args
 
 import pytest
 
+from gateway.api.body import bounds, scan
 from gateway.cli.main import _parser
+from gateway.http import aiohttp_connection
 from gateway.telemetry import collectors, metric_definitions, prometheus
+from shared.api_endpoints import MOST_COUNTED_BYTES
 from shared.config import reload
 from shared.config.aliases import AliasConfig
 from shared.config.deployment import AutoscalingConfig, AutoscalingPolicy, BottleneckConfig
@@ -159,6 +162,18 @@ def test_a_command_that_a_page_names_is_one_of_the_clis(page: str) -> None:
 
 
 @every_page_of_today
+def test_an_option_that_a_page_names_is_one_of_its_commands(page: str) -> None:
+    known = options()
+    wrong = []
+    for code in code_of(read(page).replace("\\\n", " ")):
+        for verb, rest in re.findall(r"(?<!from )\bloraplex ([a-z]+(?: [a-z]+)?)([^\n|;`]*)", code):
+            command = verb if verb in known else verb.partition(" ")[0]
+            given = re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", rest)
+            wrong += [f"{command} {o}" for o in given if o not in known.get(command, {o})]
+    assert wrong == []
+
+
+@every_page_of_today
 def test_a_make_target_that_a_page_names_exists(page: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.M))
     named = {m for code in code_of(read(page)) for m in _MAKE.findall(code)}
@@ -250,6 +265,26 @@ def test_the_operations_page_has_every_metric() -> None:
     assert sorted(exported_series() - named) == []
 
 
+@pytest.mark.parametrize(
+    ("what", "bound"),
+    [
+        ("objects of any names", f"{bounds.MAX_FREE_BYTES >> 10} KiB each"),
+        ("beams", f"{bounds.MAX_BEAMS}"),
+        ("a head", f"{aiohttp_connection.MAX_HEADERS_BYTES >> 10} KiB"),
+        ("a request for token ids", f"{MOST_COUNTED_BYTES >> 10} KiB; "),
+        ("values of a body", f"{scan.MAX_VALUES:,}; {scan.MAX_TEXTS:,} texts"),
+        ("messages", f"{bounds.DEFAULT_BOUNDS.max_messages}, with {bounds.MAX_PARTS} "),
+        ("text of a request", f"{bounds.DEFAULT_BOUNDS.max_prompt_bytes >> 20} MiB"),
+        ("prompts times", f"{bounds.DEFAULT_BOUNDS.max_sequences}"),
+        ("structured output", f"{bounds.MAX_REPETITIONS:,} repetitions"),
+    ],
+)
+def test_the_security_page_has_the_bounds_of_the_code(what: str, bound: str) -> None:
+    rows = [line.split("|") for line in read("docs/SECURITY.md").splitlines()]
+    shown = [row[2].strip() for row in rows if len(row) > 3 and row[1].strip().startswith(what)]
+    assert len(shown) == 1 and bound in shown[0]
+
+
 def test_the_adapters_page_has_every_option_of_an_alias() -> None:
     assert {"shares", "rollback"} <= set(AliasConfig.__struct_fields__)
     assert all(word in read("docs/ADAPTERS.md") for word in AliasConfig.__struct_fields__)
@@ -305,6 +340,16 @@ def verbs() -> set[str]:
     for verb, parser in _subparsers(_parser()).items():
         found |= {verb, *(f"{verb} {action}" for action in _subparsers(parser))}
     return found
+
+
+def options() -> dict[str, set[str]]:
+    """The options of each verb and of each of its actions. `bench load` reads its own."""
+    found = {}
+    for verb, parser in _subparsers(_parser()).items():
+        for name, one in {"": parser, **_subparsers(parser)}.items():
+            strings = {text for action in one._actions for text in action.option_strings}
+            found[f"{verb} {name}".strip()] = strings
+    return {verb: of for verb, of in found.items() if verb != "bench"}
 
 
 def _subparsers(parser: Any) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
+
+import pytest
 
 from tests.harness import ROOT
 
@@ -36,3 +39,18 @@ def test_lines_have_at_most_a_hundred_columns() -> None:
         if len(line) > COLUMNS and not (path.suffix == ".md" and line.lstrip().startswith("|"))
     ]
     assert long == []
+
+
+def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_commits_that_blame_passes_over_are_in_the_history() -> None:
+    if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+        pytest.skip("the history is not here")
+    lines = (ROOT / ".git-blame-ignore-revs").read_text("utf-8").splitlines()
+    revisions = [line for line in lines if not line.startswith("#")]
+    lost = [r for r in revisions if git("merge-base", "--is-ancestor", r, "HEAD").returncode]
+    assert revisions and lost == []

@@ -5,6 +5,7 @@ others say what to do instead.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ def test_a_deployment_is_an_app_of_one_model() -> None:
 def test_a_name_that_only_ray_has_says_what_to_do_instead(name: str) -> None:
     with pytest.raises(ImportError, match=f"`{name}` of ray.serve.llm"):
         exec(f"from loraplex import {name}")
+
+
+def test_a_name_that_is_used_again_and_again_changes_nothing_in_the_process() -> None:
+    assert loraplex.LLMConfig is LLMConfig
+    before = list(sys.meta_path)
+    assert all(loraplex.LLMConfig is LLMConfig for _ in range(3))
+    assert sys.meta_path == before
 
 
 def test_a_name_that_nobody_has_is_no_attribute() -> None:

@@ -12,7 +12,6 @@ being read: in vLLM 0.32 such a load kills the engine if it fails.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import os
 import signal
@@ -42,13 +41,6 @@ from shared.api_endpoints import RESPONSES_PATH
 from shared.config.llm import LLMConfig
 from shared.errors import CannotContinue, EngineFailure, LoraplexError
 from shared.runtime import garbage
-from shared.runtime.descendants import (
-    command_line,
-    descendants,
-    kill_all,
-    on_exit,
-    out_of_memory_kills,
-)
 from shared.runtime.parent_death import die_with_parent
 from worker.engine.base import (
     EngineFacts,
@@ -69,6 +61,7 @@ from worker.engine.vllm.app.large_bodies import a_turn_for
 from worker.engine.vllm.arguments import serve_args
 from worker.engine.vllm.boot.engine_warm_up import Rehearsal
 from worker.engine.vllm.boot.stages import BootStages, boot_stages, failure_of, took_s
+from worker.engine.vllm.engine_processes import EngineProcesses
 from worker.engine.vllm.fast_path import FastServing
 from worker.engine.vllm.resume import long_prompts
 from worker.engine.vllm.resume.answer_ids import ANSWER_IDS, AnswerIds
@@ -133,9 +126,7 @@ class VLLMEngine:
         self._adapters: Adapters | None = None
         self._watch: asyncio.Task[None] | None = None
         self._pace: asyncio.Task[None] | None = None
-        self._earlier: set[int] = set()  # processes below this one that are not the engine's
-        self._processes: list[int] = []  # EngineCore and its ranks
-        self._forget_exits: list[Callable[[], None]] = []
+        self._processes = EngineProcesses()
         self._broken = False
         self._stage = "loading the model"
         self._boot_stages: BootStages | None = None  # while vLLM boots
@@ -158,7 +149,7 @@ class VLLMEngine:
             raise EngineFailure(vllm_versions.refusal(vllm_version, why)) from exc
 
     async def _start(self) -> EngineFacts:
-        self._earlier = set(descendants())
+        self._processes.boot()
         try:
             self._engine = await self._booted()
         except Exception as exc:
@@ -181,7 +172,7 @@ class VLLMEngine:
             self._model.model_id, config, self._tasks, adapters, self._serve_alone
         ).run()
         self._watch = asyncio.create_task(self._watch_engine(), name="engine-watch")
-        self._watch_processes()
+        self._processes.watch(self._die)
         # With any other logger vLLM keeps the statistics itself, and no step is reported here.
         if StepStats.current is not None and engine.logger_manager is StepStats.current:
             StepStats.current.pacing = self._pacing
@@ -336,11 +327,9 @@ class VLLMEngine:
         for task in (self._watch, self._pace):
             if task is not None:
                 task.cancel()
-        for forget in self._forget_exits:
-            forget()
+        self._processes.unwatch()
         if self._broken:
-            # a stopped or stuck process would only be waited for
-            kill_all([below for p in self._processes for below in (*descendants(p), p)])
+            self._processes.kill()  # a stopped or stuck process would only be waited for
         if self._engine is not None:
             if self._engine.output_handler is not None:
                 # Otherwise it may see that the engine is gone before it is told to end, and log
@@ -399,24 +388,6 @@ class VLLMEngine:
         while not self._engine.errored:  # noqa: ASYNC110 - vLLM has no event for it
             await asyncio.sleep(DEATH_POLL_S)
         self._die("EngineCore failed; its own words are in the log above")
-
-    def _watch_processes(self) -> None:
-        """Watches EngineCore and its ranks, one by one. vLLM itself takes 9 s to notice that a rank
-        was killed.
-        """
-        self._processes = [
-            p
-            for p in descendants()
-            if p not in self._earlier and "resource_tracker" not in command_line(p)
-        ]
-        kills = out_of_memory_kills()
-
-        def ended(pid: int) -> None:
-            short = out_of_memory_kills() > kills
-            why = ": the machine or container is out of memory" if short else ""
-            self._die(f"process {pid} of the engine has ended{why}")
-
-        self._forget_exits = [on_exit(p, functools.partial(ended, p)) for p in self._processes]
 
     def broken(self) -> None:
         """The engine hangs: `stop` kills it at once."""

@@ -16,8 +16,8 @@ from gateway.adapters.resolver import Resolver
 from gateway.adapters.usage import AdapterUsage
 from gateway.api.accounting import Accounting
 from gateway.api.deadlines import Deadlines
-from gateway.api.exchange import GenerationServices, RequestLimits
 from gateway.api.generate import GenerationAPI
+from gateway.api.services import GenerationServices, RequestLimits
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.queue.admission import Admission
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance

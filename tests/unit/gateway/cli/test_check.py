@@ -9,7 +9,7 @@ import pytest
 
 from gateway.cli import check
 from gateway.cli.check import missing_gateway_files
-from shared.config.gateway import GatewayConfig, TLSConfig
+from shared.config.gateway import GatewayConfig, LinkConfig, TLSConfig
 from shared.config.llm import LLMConfig, Settings
 from shared.stores.object_store import StoreProblem
 
@@ -27,11 +27,13 @@ def test_every_file_and_variable_that_is_not_here_is_named(
         keys_file=gone,
         admin_keys_env="UNSET_KEYS",
         tls=TLSConfig(certificate=gone, key=str(here)),
+        link=LinkConfig(secret_env="UNSET_KEYS"),
     )
     assert [line.partition(":")[0] for line in missing_gateway_files(absent)] == [
         "gateway.keys_file",
         "gateway.tls.certificate",
         "gateway.admin_keys_env",
+        "gateway.link.secret_env",
     ]
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gateway.fleet.fleet import (
-    SUCCESSOR_S,
     Fleet,
     FleetEvent,
     WorkerChanged,
@@ -19,6 +18,7 @@ from gateway.fleet.fleet import (
     WorkerLost,
     WorkerView,
 )
+from gateway.fleet.past_lives import SUCCESSOR_S
 from gateway.routing.policy import Choice, Defer, RoutingRequest
 from gateway.routing.registry import POLICIES, make_policy
 from shared.adapters.identity import AdapterRef
@@ -110,17 +110,6 @@ def test_a_life_that_was_replaced_may_come_back_once_its_successor_is_gone() -> 
     fleet.heartbeat(heartbeat(epoch=2, seq=1), 0.0)
     assert [lost.epoch for lost in fleet.expire(LEASE_S)] == [2]
     assert fleet.heartbeat(heartbeat(epoch=1, seq=2), LEASE_S) == [WorkerJoined("w0")]
-
-
-def test_no_more_ended_lives_are_remembered_than_the_bound(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("gateway.fleet.fleet.MOST_ENDED", 3)
-    fleet = Fleet(LEASE_S)
-    for epoch in range(1, 9):
-        fleet.heartbeat(heartbeat(epoch=epoch), 0.0)
-        fleet.ended("w0", epoch, "why")
-    assert len(fleet._ended) == 3
 
 
 # ---- what carries --------------------------------------------------------------------------------
@@ -739,7 +728,8 @@ def test_a_worker_that_serves_or_has_served_or_was_told_to_end_has_not_failed_to
         fleet.ended("w0", epoch, "SIGTERM")
     for epoch in (8, 9):
         fleet.heartbeat(heartbeat("w0", epoch, state=WorkerState.JOINING), 5.0)
-        fleet.ended("w0", epoch, "killed by SIGKILL", killed=True)
+        lost = fleet.ended("w0", epoch, "killed by SIGKILL", killed=True)
+        assert lost is not None and lost.killed
     assert fleet.cannot_start("tiny", 5.0) is None
 
 

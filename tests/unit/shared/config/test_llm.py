@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from shared.config.gateway import GatewayConfig, TLSConfig
 from shared.config.llm import (
     LORA_RANKS,
     UNLIMITED_REQUESTS,
@@ -23,9 +22,7 @@ from shared.config.llm import (
     Settings,
     SimTiming,
     StoreConfig,
-    check_engine_kwargs,
-    rooted,
-    rooted_gateway,
+    engine_kwargs_problems,
 )
 from shared.config.vllm_engine_arguments import Argument
 from shared.errors import ConfigError
@@ -455,13 +452,13 @@ def test_the_simulated_engine_refuses_what_it_does_not_simulate(kwargs: dict[str
 
 
 def test_engine_kwargs_are_checked_against_vllms_own_names() -> None:
-    config = made(engine_kwargs={"max_model_length": 9, "dtype": "auto", "zzz": 1})
-    near, far = check_engine_kwargs(
-        config, dict.fromkeys(("max_model_len", "dtype", "seed"), Argument())
-    )
+    model = made(engine_kwargs={"max_model_length": 9, "dtype": "auto", "zzz": 1})
+    simulated = made(llm_engine="sim", engine_kwargs={"sim": {}})
+    settings = Settings(models=(model, simulated), model_paths=("llm_configs[0]", "llm_configs[1]"))
+    known = dict.fromkeys(("max_model_len", "dtype", "seed"), Argument())
+    near, far = engine_kwargs_problems(settings, known)
     assert "engine_kwargs.max_model_length" in near and "did you mean 'max_model_len'?" in near
     assert "engine_kwargs.zzz" in far and "did you mean" not in far
-    assert check_engine_kwargs(made(llm_engine="sim", engine_kwargs={"sim": {}}), {}) == []
 
 
 def test_settings_survive_the_way_to_a_worker_process() -> None:
@@ -476,52 +473,3 @@ def test_settings_survive_the_way_to_a_worker_process() -> None:
     again = msgspec.json.decode(sent, type=Settings)
     assert msgspec.json.encode(again) == sent and again.models[0].workers == 1
     assert again.model("m") is not None and again.model("n") is None
-
-
-def test_local_paths_start_at_the_folder_of_the_file() -> None:
-    config = made(
-        model_loading_config={
-            "model_id": "m",
-            "model_source": "./model",
-            "tokenizer_source": "~/tok",
-        },
-        engine_kwargs={"enable_lora": True},
-        lora_config={"dynamic_lora_loading_path": "adapters"},
-    )
-    config = rooted(config, "/etc/loraplex", "/home/me")
-    assert (config.model_source, config.tokenizer_source, config.adapters_path) == (
-        "/etc/loraplex/model",
-        "/home/me/tok",
-        "/etc/loraplex/adapters",
-    )
-
-
-def test_files_of_engine_kwargs_start_at_the_folder_of_the_config_and_templates_stay_text() -> None:
-    kwargs = {"chat_template": "t.jinja", "tool_parser_plugin": "~/p.py", "seed": 1}
-    assert rooted(made(engine_kwargs=kwargs), "/etc", "/home/me").engine_kwargs == {
-        "chat_template": "/etc/t.jinja",
-        "tool_parser_plugin": "/home/me/p.py",
-        "seed": 1,
-    }
-    text = {"chat_template": "{{ messages }}"}
-    assert rooted(made(engine_kwargs=text), "/etc", None).engine_kwargs == text
-
-
-def test_a_certificate_starts_at_the_folder_of_the_config() -> None:
-    given = GatewayConfig(tls=TLSConfig(certificate="c.pem", key="/k.pem"))
-    assert rooted_gateway(given, "/etc").tls == TLSConfig(certificate="/etc/c.pem", key="/k.pem")
-
-
-@pytest.mark.parametrize("source", ["Qwen/Qwen2.5-0.5B-Instruct", "s3://b/x"])
-def test_ids_and_urls_are_not_mistaken_for_paths(source: str) -> None:
-    config = made(
-        lora_config={"dynamic_lora_loading_path": "s3://b/x"}, engine_kwargs={"enable_lora": True}
-    )
-    config = rooted(config, "/etc", None)
-    assert config.adapters_path == "s3://b/x"
-    model = rooted(
-        made(model_loading_config={"model_id": "m", "model_source": "Qwen/Qwen2.5-0.5B-Instruct"}),
-        "/etc",
-        None,
-    )
-    assert model.model_source == "Qwen/Qwen2.5-0.5B-Instruct"

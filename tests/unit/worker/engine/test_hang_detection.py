@@ -8,11 +8,11 @@ from worker.engine.hang_detection import (
     LOOK_S,
     PREFILL_FACTOR,
     EngineSigns,
+    EngineVerdict,
     Healthy,
     Hung,
     ProgressWatch,
     Suspect,
-    Verdict,
 )
 
 SUSPECT_S, KILL_S = 5.0, 20.0
@@ -28,8 +28,8 @@ class Watched:
         self.answers = True
         self._pinged = False
 
-    def run(self, seconds: float, steps_per_look: int = 0, **signs: float) -> Verdict:
-        verdict: Verdict = Healthy()
+    def run(self, seconds: float, steps_per_look: int = 0, **signs: float) -> EngineVerdict:
+        verdict: EngineVerdict = Healthy()
         steps = self.signs.steps
         for _ in range(round(seconds / LOOK_S)):
             self.now += LOOK_S

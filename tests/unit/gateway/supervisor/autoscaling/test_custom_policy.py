@@ -15,7 +15,7 @@ from gateway.cli.main import main
 from gateway.supervisor.autoscaling import custom_policy
 from gateway.supervisor.autoscaling.autoscaler import Autoscaler, AutoscalingContext
 from gateway.supervisor.autoscaling.custom_policy import load_policy
-from gateway.supervisor.autoscaling.decision import Decision
+from gateway.supervisor.autoscaling.decision import ScalingDecision
 from gateway.supervisor.autoscaling.reports import ModelLoad, WorkerLoad
 from shared.config.deployment import AutoscalingConfig, AutoscalingPolicy
 
@@ -58,7 +58,7 @@ def scaler(policy: Any, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Autosca
     return s
 
 
-def decide(s: Autoscaler, now: float) -> Decision:
+def decide(s: Autoscaler, now: float) -> ScalingDecision:
     return s.decide(now, ["w0", "w1"])
 
 

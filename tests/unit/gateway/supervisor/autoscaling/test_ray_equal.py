@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 
 from gateway.supervisor.autoscaling.autoscaler import Autoscaler
-from gateway.supervisor.autoscaling.decision import Decision, PendingChange, ScalingRules, decide
+from gateway.supervisor.autoscaling.decision import (
+    PendingChange,
+    ScalingDecision,
+    ScalingRules,
+    decide,
+)
 from gateway.supervisor.autoscaling.load_window import aggregate
 from gateway.supervisor.autoscaling.reports import ModelLoad, WorkerLoad
 from shared.config.deployment import AutoscalingConfig
@@ -120,7 +125,7 @@ class Run:
         self.now, self.tick_s = 1000.0, tick_s
         self.began = self.now
         self.history: list[tuple[float, int]] = []
-        self.last: Decision | None = None
+        self.last: ScalingDecision | None = None
 
     def play(self, seconds: float, ongoing: int) -> Run:
         """Every request runs on the first worker, or waits if there is none."""

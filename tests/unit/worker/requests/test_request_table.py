@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from shared.link import messages
 from worker.engine.base import EngineRequest, Reply, Storing
-from worker.requests import RequestTable
+from worker.requests.request_table import RequestTable
 from worker.session import GatewaySession, Outbox
 from worker.settings import KeepBounds
 

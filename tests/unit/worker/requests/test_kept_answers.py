@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shared.link import messages
 from shared.link.messages import END, SSE, STATUS_SHIFT, TOKENS, AnswerKey, Done, Generate, Refused
-from worker.kept_answers import MAX_UNHEARD, AnswerListener, KeptAnswer, KeptAnswers
+from worker.requests.kept_answers import MAX_UNHEARD, AnswerListener, KeptAnswer, KeptAnswers
 from worker.settings import KeepBounds
 
 KEY = AnswerKey(b"tag", b"digest")

@@ -15,7 +15,7 @@ from worker.session import GatewaySession
 
 MAX_OPEN = 4096
 """Open commands of all gateways together; each gateway sends at most 1,000 to one worker."""
-Answer: TypeAlias = Start | Reject | CommandDone
+CommandAnswer: TypeAlias = Start | Reject | CommandDone
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class CommandRunner:
             case _:
                 assert_never(message.action)
 
-    def settle(self, answer: Answer, residency: Residency, now: float) -> list[Instruction]:
+    def settle(self, answer: CommandAnswer, residency: Residency, now: float) -> list[Instruction]:
         """Answers the command with this number and forgets it. If no command has the number, it was
         a prefetch, or its gateway has gone.
         """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from shared.adapters.identity import AdapterRef
-from worker.initial_adapters import ANSWER_S, InitialAdapters
+from worker.adapters.initial_adapters import ANSWER_S, InitialAdapters
 from worker.session import GatewaySession
 
 LONG_S = 60.0
