@@ -25,6 +25,7 @@ CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 15.0
 REQUEST_TIMEOUT_S = 40.0
 MAX_ATTEMPTS = 3
+BACKOFF_S = 0.5
 KEY_VARIABLES = ("AZURE_STORAGE_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN")
 _URLS = (
     # the form of Ray and Hadoop
@@ -72,8 +73,11 @@ class AzureStore(Bucket):
             credential=credential,
             connection_timeout=CONNECT_TIMEOUT_S,
             read_timeout=READ_TIMEOUT_S,
+            # without these three the SDK waits for 15 s before it tries again
             retry_total=MAX_ATTEMPTS - 1,
-            retry_backoff_factor=0.2,
+            initial_backoff=BACKOFF_S,
+            increment_base=BACKOFF_S,
+            random_jitter_range=BACKOFF_S / 2,
         )
         self._client = await self._exit.enter_async_context(client)
         return self

@@ -17,6 +17,7 @@ from aiohttp import web
 from shared.adapters.identity import StoredAdapter, StoredFile
 from shared.errors import AdapterNotFound, ConfigError, StoreUnavailable
 from shared.stores import AdapterStore, Skipped, open_store
+from shared.stores import azure as azure_module
 from shared.stores import gcs as gcs_module
 from shared.stores import s3 as s3_module
 from shared.stores import transfer as transfer_module
@@ -363,12 +364,25 @@ FILE = StoredFile("adapter_model.safetensors", 100_000, "7")
 ADAPTER = StoredAdapter("a", "0" * 16, (FILE,))
 
 
+URLS = {
+    "s3": "s3://bucket/p",
+    "gcs": "gs://bucket/p",
+    "azure": "abfss://bucket@account.dfs.core.windows.net/p",
+}
+
+
 def bad_day(kind: str, url: str) -> AbstractAsyncContextManager[AdapterStore]:
-    return open_store("s3://bucket/p" if kind == "s3" else "gs://bucket/p", {"endpoint_url": url})
+    return open_store(URLS[kind], {"endpoint_url": url})
 
 
 @pytest.fixture(params=["s3", "gcs"])
 def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=list(URLS))
+def any_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a2V5")
     return str(request.param)
 
 
@@ -377,6 +391,7 @@ def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Switches off retries. They take seconds and do not matter to these tests."""
     monkeypatch.setattr(gcs_module, "MAX_ATTEMPTS", 1)
     monkeypatch.setattr(s3_module, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(azure_module, "MAX_ATTEMPTS", 1)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +407,7 @@ def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("one_attempt")
 async def test_each_refusal_has_its_own_words_and_quotes_nothing(
-    kind: str, status: int, words: str, tmp_path: Path
+    any_kind: str, status: int, words: str, tmp_path: Path
 ) -> None:
     async def respond(request: web.Request) -> web.Response:
         return web.Response(
@@ -400,7 +415,7 @@ async def test_each_refusal_has_its_own_words_and_quotes_nothing(
             text="<Error><Code>hunter2 hunter2</Code><Message>hunter2</Message></Error>",
         )
 
-    async with http_server(respond) as url, bad_day(kind, url) as store:
+    async with http_server(respond) as url, bad_day(any_kind, url) as store:
         for attempt in (store.find("a"), store.fetch(ADAPTER, tmp_path)):
             with pytest.raises(StoreUnavailable, match=words) as caught:
                 await attempt
@@ -409,27 +424,38 @@ async def test_each_refusal_has_its_own_words_and_quotes_nothing(
 
 
 @pytest.mark.usefixtures("one_attempt")
-async def test_a_reply_that_is_no_listing_is_an_error_and_not_an_empty_store(kind: str) -> None:
+async def test_a_reply_that_is_no_listing_is_an_error_and_not_an_empty_store(any_kind: str) -> None:
     async def respond(request: web.Request) -> web.Response:
         return web.Response(
             text="<html>Sign in to the hotel's network</html", content_type="text/html"
         )
 
-    async with http_server(respond) as url, bad_day(kind, url) as store:
+    async with http_server(respond) as url, bad_day(any_kind, url) as store:
         with pytest.raises(StoreUnavailable):
             await listed(store)
 
 
-async def test_one_failure_of_the_server_is_retried(kind: str) -> None:
+AZURE_LISTING = (
+    "<EnumerationResults><Prefix>p/</Prefix><Blobs><Blob><Name>p/a/adapter_config.json</Name>"
+    "<Properties><Last-Modified>Mon, 30 Nov 2026 09:00:00 GMT</Last-Modified><Etag>1</Etag>"
+    "<Content-Length>2</Content-Length><BlobType>BlockBlob</BlobType></Properties></Blob></Blobs>"
+    "<NextMarker/></EnumerationResults>"
+)
+RETRIED_S = 8.0  # less than a client waits for an unknown name
+
+
+async def test_one_failure_of_the_server_is_retried(any_kind: str) -> None:
     answers = iter([500])
 
     async def respond(request: web.Request) -> web.Response:
         if status := next(answers, None):
             return web.Response(status=status)
-        if kind == "gcs":
+        if any_kind == "gcs":
             return web.json_response(
                 {"items": [{"name": "p/a/adapter_config.json", "size": "2", "generation": "1"}]}
             )
+        if any_kind == "azure":
+            return web.Response(text=AZURE_LISTING, content_type="application/xml")
         item = (
             "<Contents><Key>p/a/adapter_config.json</Key><Size>2</Size>"
             "<ETag>&quot;1&quot;</ETag></Contents>"
@@ -438,7 +464,11 @@ async def test_one_failure_of_the_server_is_retried(kind: str) -> None:
             text=f"<ListBucketResult>{item}</ListBucketResult>", content_type="application/xml"
         )
 
-    async with http_server(respond) as url, bad_day(kind, url) as store:
+    async with (
+        asyncio.timeout(RETRIED_S),
+        http_server(respond) as url,
+        bad_day(any_kind, url) as store,
+    ):
         assert set(await listed(store)) == {"a"}
 
 
