@@ -18,7 +18,13 @@ from shared.adapters.identity import StoredFile
 from shared.errors import ConfigError, LoraplexError
 from shared.stores.bucket import Bucket
 from shared.stores.listing import Entry
-from shared.stores.object_store import StoreProblem, TransferCut, changed, unavailable
+from shared.stores.object_store import (
+    MALFORMED,
+    StoreProblem,
+    TransferCut,
+    changed,
+    unavailable,
+)
 from shared.stores.transfer import byte_range
 
 CONNECT_TIMEOUT_S = 5.0
@@ -102,17 +108,20 @@ class AzureStore(Bucket):
     async def pages(self, prefix: str) -> AsyncGenerator[Sequence[Entry], None]:
         found = self._client.list_blobs(name_starts_with=self._prefix + prefix).by_page()
         while True:
+            before = found.continuation_token
             try:
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):
                     page = [self._entry(item) async for item in await anext(found)]
             except StopAsyncIteration:
                 return
-            except (sdk.AzureError, OSError, ValueError) as exc:
+            except (sdk.AzureError, OSError, *MALFORMED) as exc:
                 raise _translated(exc) from exc
             yield page
+            if before and found.continuation_token == before:
+                raise unavailable(StoreProblem.BROKEN_REPLY, "a listing without end")
 
     def _entry(self, item: Any) -> Entry:
-        return Entry(item.name.removeprefix(self._prefix), item.size, item.etag.strip('"'))
+        return Entry(item.name.removeprefix(self._prefix), int(item.size), item.etag.strip('"'))
 
     @asynccontextmanager
     async def _stream(
@@ -155,6 +164,6 @@ def _translated(exc: Exception, adapter_name: str | None = None) -> LoraplexErro
         return unavailable(StoreProblem.THROTTLED)
     if status is not None:
         return unavailable(StoreProblem.FAILED, str(status))
-    if isinstance(exc, ValueError):
+    if isinstance(exc, MALFORMED):
         return unavailable(StoreProblem.BROKEN_REPLY)
     return unavailable(StoreProblem.UNREACHABLE)

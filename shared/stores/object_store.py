@@ -13,6 +13,8 @@ from shared.adapters.identity import CONFIG_FILE, StoredAdapter
 from shared.errors import AdapterNotFound, StoreUnavailable
 from shared.stores.listing import Entry, Grouping, OutOfOrder, valid_name
 
+# what it raises to read a reply that has another form than it should
+MALFORMED = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 # seconds that a throttled client is told to wait
 THROTTLED_RETRY_AFTER_S = 5.0
 

@@ -24,6 +24,7 @@ from shared.stores.bucket import Bucket, parse_bucket_url
 from shared.stores.history import MAX_OBJECT_VERSIONS, ObjectVersion, choose_state
 from shared.stores.listing import Entry, valid_name
 from shared.stores.object_store import (
+    MALFORMED,
     StoreFailure,
     StoreProblem,
     TransferCut,
@@ -207,10 +208,10 @@ class S3Store(Bucket):
             try:
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):
                     reply = await self._client.list_object_versions(**request)
-            except _FOREIGN as exc:
+                items = (*reply.get("Versions", ()), *reply.get("DeleteMarkers", ()))
+                found += [self._object_version(item) for item in items]
+            except (*_FOREIGN, *MALFORMED) as exc:
                 raise _translated(exc) from exc
-            found += [self._object_version(item) for item in reply.get("Versions", ())]
-            found += [self._object_version(item) for item in reply.get("DeleteMarkers", ())]
             follows = (reply.get("NextKeyMarker"), reply.get("NextVersionIdMarker"))
             if not reply.get("IsTruncated"):
                 break
@@ -232,9 +233,12 @@ class S3Store(Bucket):
             try:
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):
                     reply = await self._client.list_objects_v2(**request)
-            except _FOREIGN as exc:
+                if reply.keys() <= {"ResponseMetadata"}:
+                    raise unavailable(StoreProblem.BROKEN_REPLY, "no listing")
+                page = [self._entry(item) for item in reply.get("Contents", ())]
+            except (*_FOREIGN, *MALFORMED) as exc:
                 raise _translated(exc) from exc
-            yield [self._entry(item) for item in reply.get("Contents", ())]
+            yield page
             if not reply.get("IsTruncated"):
                 return
             if reply.get("NextContinuationToken") in (None, request.get("ContinuationToken")):
@@ -326,7 +330,7 @@ def _translated(exc: Exception, adapter_name: str | None = None) -> LoraplexErro
         return unavailable(StoreProblem.NO_CREDENTIALS)
     if isinstance(exc, _UNREACHABLE):  # a TimeoutError is an OSError
         return unavailable(StoreProblem.UNREACHABLE)
-    if isinstance(exc, ResponseParserError):
+    if isinstance(exc, (ResponseParserError, *MALFORMED)):
         return unavailable(StoreProblem.BROKEN_REPLY)
     return unavailable(StoreProblem.FAILED, type(exc).__name__)
 

@@ -423,6 +423,27 @@ async def test_each_refusal_has_its_own_words_and_quotes_nothing(
             assert (caught.value.retry_after_s is not None) == (words == "slow down")
 
 
+S3_ITEM = (
+    "<Contents><Key>p/a/adapter_config.json</Key><Size>2</Size>"
+    "<ETag>&quot;1&quot;</ETag></Contents>"
+)
+S3_LISTING = f"<ListBucketResult>{S3_ITEM}</ListBucketResult>"
+GCS_LISTING = '{"items": [{"name": "p/a/adapter_config.json", "size": "2", "generation": "1"}]}'
+AZURE_LISTING = (
+    "<EnumerationResults><Prefix>p/</Prefix><Blobs><Blob><Name>p/a/adapter_config.json</Name>"
+    "<Properties><Last-Modified>Mon, 30 Nov 2026 09:00:00 GMT</Last-Modified><Etag>1</Etag>"
+    "<Content-Length>2</Content-Length><BlobType>BlockBlob</BlobType></Properties></Blob></Blobs>"
+    "<NextMarker/></EnumerationResults>"
+)
+LISTINGS = {"s3": S3_LISTING, "gcs": GCS_LISTING, "azure": AZURE_LISTING}
+RETRIED_S = 8.0  # less than a client waits for an unknown name
+
+
+def listing_reply(kind: str, text: str) -> web.Response:
+    form = "application/json" if kind == "gcs" else "application/xml"
+    return web.Response(text=text, content_type=form)
+
+
 @pytest.mark.usefixtures("one_attempt")
 async def test_a_reply_that_is_no_listing_is_an_error_and_not_an_empty_store(any_kind: str) -> None:
     async def respond(request: web.Request) -> web.Response:
@@ -435,13 +456,55 @@ async def test_a_reply_that_is_no_listing_is_an_error_and_not_an_empty_store(any
             await listed(store)
 
 
-AZURE_LISTING = (
-    "<EnumerationResults><Prefix>p/</Prefix><Blobs><Blob><Name>p/a/adapter_config.json</Name>"
-    "<Properties><Last-Modified>Mon, 30 Nov 2026 09:00:00 GMT</Last-Modified><Etag>1</Etag>"
-    "<Content-Length>2</Content-Length><BlobType>BlockBlob</BlobType></Properties></Blob></Blobs>"
-    "<NextMarker/></EnumerationResults>"
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("s3", ""),
+        ("s3", "<html><body>Sign in</body></html>"),
+        *(
+            ("s3", S3_LISTING.replace(part, other))
+            for part, other in (
+                ("<Key>p/a/adapter_config.json</Key>", ""),
+                ("<Size>2</Size>", ""),
+                ("<Size>2<", "<Size>two<"),
+                ("<ETag>&quot;1&quot;</ETag>", ""),
+                ("</Size>", "</Size><LastModified>yesterday</LastModified>"),
+            )
+        ),
+        ("gcs", ""),
+        ("gcs", "[]"),
+        ("gcs", GCS_LISTING.replace('"2"', "Infinity")),
+        ("gcs", GCS_LISTING.replace('"size": "2", ', "")),
+        ("azure", ""),
+        ("azure", "<html><body>Sign in</body></html>"),
+        ("azure", "<EnumerationResults/>"),
+        ("azure", AZURE_LISTING.replace("<NextMarker/>", "<NextMarker>2</NextMarker>")),
+        *(
+            ("azure", AZURE_LISTING.replace(part, other))
+            for part, other in (
+                ("<Name>p/a/adapter_config.json</Name>", ""),
+                ("<Content-Length>2</Content-Length>", ""),
+                ("<Content-Length>2<", "<Content-Length>two<"),
+                ("<Etag>1</Etag>", ""),
+                ("Mon, 30 Nov 2026 09:00:00 GMT", "yesterday"),
+            )
+        ),
+    ],
 )
-RETRIED_S = 8.0  # less than a client waits for an unknown name
+@pytest.mark.usefixtures("one_attempt")
+async def test_a_listing_that_lacks_something_or_never_ends_is_an_error(
+    kind: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a2V5")
+
+    async def respond(request: web.Request) -> web.Response:
+        return listing_reply(kind, text)
+
+    async with http_server(respond) as url, bad_day(kind, url) as store:
+        for attempt in (listed(store), store.find("a")):
+            async with asyncio.timeout(RETRIED_S):
+                with pytest.raises(StoreUnavailable, match="makes no sense"):
+                    await attempt
 
 
 async def test_one_failure_of_the_server_is_retried(any_kind: str) -> None:
@@ -450,19 +513,7 @@ async def test_one_failure_of_the_server_is_retried(any_kind: str) -> None:
     async def respond(request: web.Request) -> web.Response:
         if status := next(answers, None):
             return web.Response(status=status)
-        if any_kind == "gcs":
-            return web.json_response(
-                {"items": [{"name": "p/a/adapter_config.json", "size": "2", "generation": "1"}]}
-            )
-        if any_kind == "azure":
-            return web.Response(text=AZURE_LISTING, content_type="application/xml")
-        item = (
-            "<Contents><Key>p/a/adapter_config.json</Key><Size>2</Size>"
-            "<ETag>&quot;1&quot;</ETag></Contents>"
-        )
-        return web.Response(
-            text=f"<ListBucketResult>{item}</ListBucketResult>", content_type="application/xml"
-        )
+        return listing_reply(any_kind, LISTINGS[any_kind])
 
     async with (
         asyncio.timeout(RETRIED_S),
