@@ -24,6 +24,7 @@ from shared.stores.object_store import (
     TransferCut,
     changed,
     unavailable,
+    unreachable,
 )
 from shared.stores.transfer import byte_range
 
@@ -166,4 +167,4 @@ def _translated(exc: Exception, adapter_name: str | None = None) -> LoraplexErro
         return unavailable(StoreProblem.FAILED, str(status))
     if isinstance(exc, MALFORMED):
         return unavailable(StoreProblem.BROKEN_REPLY)
-    return unavailable(StoreProblem.UNREACHABLE)
+    return unreachable(exc)

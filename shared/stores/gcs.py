@@ -27,6 +27,7 @@ from shared.stores.object_store import (
     TransferCut,
     changed,
     unavailable,
+    unreachable,
 )
 from shared.stores.transfer import byte_range
 
@@ -291,4 +292,4 @@ def _translated(exc: Exception, adapter_name: str | None) -> LoraplexError:
         return unavailable(StoreProblem.FAILED, str(exc.status))
     if isinstance(exc, ValueError) and not isinstance(exc, aiohttp.ClientError):
         return unavailable(StoreProblem.BROKEN_REPLY)
-    return unavailable(StoreProblem.UNREACHABLE)
+    return unreachable(exc)

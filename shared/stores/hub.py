@@ -32,7 +32,14 @@ from shared.stores.listing import (
     join_skipped,
     valid_name,
 )
-from shared.stores.object_store import StoreProblem, TransferCut, changed, transient, unavailable
+from shared.stores.object_store import (
+    StoreProblem,
+    TransferCut,
+    changed,
+    transient,
+    unavailable,
+    unreachable,
+)
 from shared.stores.transfer import Transfer, byte_range, fetch_adapter
 
 CONNECT_TIMEOUT_S = 4.0
@@ -406,7 +413,7 @@ def _worth_another_try(error: LoraplexError) -> bool:
 
 def _unreachable(exc: Exception) -> LoraplexError:
     offline = isinstance(exc, OfflineModeIsEnabled)
-    return unavailable(StoreProblem.UNREACHABLE, "HF_HUB_OFFLINE is set" if offline else "")
+    return unreachable(exc, "HF_HUB_OFFLINE is set" if offline else "")
 
 
 def _rows(value: Any) -> list[dict[str, Any]]:

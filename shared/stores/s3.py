@@ -30,6 +30,7 @@ from shared.stores.object_store import (
     TransferCut,
     changed,
     unavailable,
+    unreachable,
 )
 from shared.stores.transfer import byte_range
 
@@ -329,7 +330,7 @@ def _translated(exc: Exception, adapter_name: str | None = None) -> LoraplexErro
     if isinstance(exc, _NO_CREDENTIALS):
         return unavailable(StoreProblem.NO_CREDENTIALS)
     if isinstance(exc, _UNREACHABLE):  # a TimeoutError is an OSError
-        return unavailable(StoreProblem.UNREACHABLE)
+        return unreachable(exc)
     if isinstance(exc, (ResponseParserError, *MALFORMED)):
         return unavailable(StoreProblem.BROKEN_REPLY)
     return unavailable(StoreProblem.FAILED, type(exc).__name__)

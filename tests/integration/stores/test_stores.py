@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import ssl
+import subprocess
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -505,6 +507,39 @@ async def test_a_listing_that_lacks_something_or_never_ends_is_an_error(
             async with asyncio.timeout(RETRIED_S):
                 with pytest.raises(StoreUnavailable, match="makes no sense"):
                     await attempt
+
+
+def make_certificate(certificate: Path, key: Path) -> None:
+    what = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    whose = ["-subj", "/CN=store", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*what, *whose, *files], check=True, capture_output=True)
+
+
+async def test_a_store_whose_certificate_nobody_vouches_for_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a2V5")
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make_certificate(certificate, key)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+
+    async def respond(request: web.Request) -> web.Response:
+        return listing_reply("s3", S3_LISTING)
+
+    async with http_server(respond, context) as url:
+        for where in (*URLS.values(), "hf://org"):
+            options = {"endpoint_url": url} | ({"anonymous": True} if where == URLS["gcs"] else {})
+            into = tmp_path / where.partition(":")[0]
+            into.mkdir()
+            async with open_store(where, options) as store:
+                for attempt in (listed(store), store.fetch(ADAPTER, into)):
+                    with pytest.raises(StoreUnavailable, match="certificate is not valid, or not"):
+                        await attempt
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+        async with bad_day("s3", url) as store:
+            assert set(await listed(store)) == {"a"}
 
 
 async def test_one_failure_of_the_server_is_retried(any_kind: str) -> None:
