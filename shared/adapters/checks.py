@@ -116,14 +116,19 @@ def check_files(files: Sequence[FolderFile], limits: AdapterLimits) -> int:
     return total
 
 
+def indexed_shards(raw: bytes, names: Sequence[str]) -> list[str]:
+    """Those files of `names` that the index names. Others are left from an earlier upload with
+    another number of shards. Raises InvalidAdapter (config, incomplete).
+    """
+    wanted = {file for file in _weight_map(raw).values() if isinstance(file, str)}
+    return [name for name in names if name in wanted]
+
+
 def check_index(raw: bytes, found: Mapping[str, Sequence[str]]) -> None:
     """Every tensor that the index names must be in the file that it names, and in no other.
     `found`: file -> the names of its tensors. Raises InvalidAdapter (config, incomplete).
     """
-    index = parse_object(raw, WEIGHTS_INDEX_FILE, "config", if_cut="incomplete")
-    where = index.get("weight_map")
-    if not isinstance(where, dict):
-        raise InvalidAdapter(f"{WEIGHTS_INDEX_FILE} has no `weight_map`.", "config")
+    where = _weight_map(raw)
     held = {(name, file) for file, names in found.items() for name in names}
     for name, file in where.items():
         if not isinstance(file, str) or (name, file) not in held:
@@ -137,6 +142,14 @@ def check_index(raw: bytes, found: Mapping[str, Sequence[str]]) -> None:
             f"The files hold {len(held)} tensors, {WEIGHTS_INDEX_FILE} names {len(where)}.",
             "incomplete",
         )
+
+
+def _weight_map(raw: bytes) -> dict[str, object]:
+    index = parse_object(raw, WEIGHTS_INDEX_FILE, "config", if_cut="incomplete")
+    where = index.get("weight_map")
+    if not isinstance(where, dict):
+        raise InvalidAdapter(f"{WEIGHTS_INDEX_FILE} has no `weight_map`.", "config")
+    return where
 
 
 def _refuse_pickles(names: Collection[str]) -> None:
