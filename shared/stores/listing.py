@@ -80,8 +80,9 @@ class Skipped(msgspec.Struct, frozen=True):
         return sum(count for _, count in self.counts)
 
     def why(self, key: str) -> str:
-        """Why this folder was skipped. "" if it was not, or if it is not among those shown."""
-        return next((s.why for s in self.shown if s.key == printable(key)), "")
+        """Why this folder, or one above it, was skipped. "" if none was, or none that is shown."""
+        path = printable(key) + "/"
+        return next((s.why for s in self.shown if path.startswith(s.key + "/")), "")
 
 
 def join_skipped(parts: Iterable[Skipped]) -> Skipped:
