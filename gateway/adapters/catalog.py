@@ -81,7 +81,7 @@ class Catalog:
         self._fresh.clear()
         async for seen in self._store.list():
             before = self._known.get(seen.name)
-            adapter = self._settling.look(self._worth_keeping(before), seen, time.monotonic())
+            adapter = self._look(before, seen)
             named += before is not None
             if before == adapter:
                 # so that equal ones are there once, however many requests hold one
@@ -102,6 +102,9 @@ class Catalog:
             if found is not None:
                 known[name] = found
         if complete:
+            if named < len(self._known):
+                for name in self._known.keys() - known.keys():
+                    self._settling.gone(self._known[name])
             self._settling.keep(known)
             self._tell(self._store.skipped, empty=not known)
         if not len(known) == len(self._known) == named or not self.listed:
@@ -235,6 +238,11 @@ class Catalog:
         """
         return self._settling.is_pending(name)
 
+    def _look(self, before: StoredAdapter | None, seen: StoredAdapter) -> StoredAdapter:
+        """The version to use of an adapter that the store shows, `before` of it being known."""
+        before = before or self._settling.last(seen.name)
+        return self._settling.look(self._worth_keeping(before), seen, time.monotonic())
+
     def _worth_keeping(self, version: StoredAdapter | None) -> StoredAdapter | None:
         if version is None or self._refused.get(version.name, ("",))[0] == version.digest:
             return None
@@ -275,8 +283,10 @@ class Catalog:
                 "The adapter store did not answer in time.", retry_after_s=5.0
             ) from exc
         if adapter is not None:
-            before = None if whole else self._worth_keeping(self._known.get(name))
-            adapter = self._settling.look(before, adapter, time.monotonic())
+            if whole:
+                self._settling.look(None, adapter, time.monotonic())
+            else:
+                adapter = self._look(self._known.get(name), adapter)
         self._fresh[name] = adapter
         if len(self._fresh) > MAX_NEGATIVE:
             del self._fresh[next(iter(self._fresh))]
@@ -285,6 +295,8 @@ class Catalog:
                 self._swap(name, adapter)
             self.versions.found(adapter, time.monotonic())
             return adapter
+        if (before := self._known.get(name)) is not None:
+            self._settling.gone(before)
         self.miss(name)
         return None
 
