@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from gateway.adapters.upload_watch import UploadWatch
+from gateway.adapters.upload_watch import UploadWatch, is_whole
 from gateway.adapters.versions import Versions
 from shared.adapters.identity import StoredAdapter
 from shared.errors import AdapterNotFound, LoraplexError, StoreUnavailable
@@ -240,8 +240,10 @@ class Catalog:
 
     def _look(self, before: StoredAdapter | None, seen: StoredAdapter) -> StoredAdapter:
         """The version to use of an adapter that the store shows, `before` of it being known."""
-        before = before or self._settling.last(seen.name)
-        return self._settling.look(self._worth_keeping(before), seen, time.monotonic())
+        keep = self._worth_keeping(before)
+        if before is None or (keep is not None and seen != keep and not is_whole(keep)):
+            keep = self._worth_keeping(self._settling.last(seen.name))
+        return self._settling.look(keep, seen, time.monotonic())
 
     def _worth_keeping(self, version: StoredAdapter | None) -> StoredAdapter | None:
         if version is None or self._refused.get(version.name, ("",))[0] == version.digest:

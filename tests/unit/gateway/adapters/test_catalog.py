@@ -169,6 +169,20 @@ async def test_a_config_that_was_gone_for_a_moment_does_not_make_half_an_upload_
     assert new not in (None, old) and not catalog.is_settling("pirate")
 
 
+async def test_a_listing_between_config_and_weights_does_not_delay_a_new_adapter(
+    root: Path,
+) -> None:
+    catalog = Catalog("tiny", Watched(str(root)), refresh_s=3600.0, settle_s=3600.0)
+    put(root, "fresh")
+    weights = root / "fresh" / "adapter_model.safetensors"
+    weights.unlink()
+    await catalog.refresh()
+    assert len(catalog.known["fresh"].files) == 1
+    weights.write_bytes(b"weights")
+    await catalog.refresh()
+    assert len(catalog.known["fresh"].files) == 2
+
+
 async def test_who_says_that_an_upload_is_whole_is_believed(root: Path) -> None:
     catalog = Catalog("tiny", Watched(str(root)), refresh_s=3600.0, settle_s=3600.0)
     await catalog.refresh()
