@@ -168,7 +168,7 @@ class GCSStore(Bucket):
 
     def _entry(self, item: dict[str, Any]) -> Entry:
         return Entry(
-            item["name"].removeprefix(self._prefix), int(item["size"]), str(item["generation"])
+            item["name"].removeprefix(self._prefix), int(item["size"]), str(int(item["generation"]))
         )
 
     @asynccontextmanager

@@ -7,7 +7,6 @@ All files of an adapter come from one commit, which the listing names and the fe
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
+import msgspec
 from huggingface_hub import constants, get_async_session, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, validate_repo_id
@@ -314,10 +314,10 @@ class HubStore:
                     body += piece
                     if len(body) > MAX_REPLY_BYTES:
                         raise unavailable(StoreProblem.BROKEN_REPLY, "too long")
-                return json.loads(body), response.links.get("next", {}).get("url", "")
+                return msgspec.json.decode(body), response.links.get("next", {}).get("url", "")
         except _FOREIGN as exc:
             raise _unreachable(exc) from exc
-        except ValueError as exc:
+        except msgspec.DecodeError as exc:
             raise unavailable(StoreProblem.BROKEN_REPLY) from exc
 
     @asynccontextmanager

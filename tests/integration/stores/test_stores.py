@@ -477,6 +477,7 @@ async def test_a_reply_that_is_no_listing_is_an_error_and_not_an_empty_store(any
         ("gcs", "[]"),
         ("gcs", GCS_LISTING.replace('"2"', "Infinity")),
         ("gcs", GCS_LISTING.replace('"size": "2", ', "")),
+        ("gcs", GCS_LISTING.replace('"1"', '"\\ud800"')),
         ("azure", ""),
         ("azure", "<html><body>Sign in</body></html>"),
         ("azure", "<EnumerationResults/>"),
