@@ -12,6 +12,7 @@ from typing import Any
 
 from azure.core import MatchConditions
 from azure.core import exceptions as sdk
+from azure.storage.blob import StorageErrorCode
 from azure.storage.blob.aio import ContainerClient
 
 from shared.adapters.identity import StoredFile
@@ -34,6 +35,7 @@ REQUEST_TIMEOUT_S = 40.0
 MAX_ATTEMPTS = 3
 BACKOFF_S = 0.5
 KEY_VARIABLES = ("AZURE_STORAGE_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN")
+_ARCHIVED = (StorageErrorCode.BLOB_ARCHIVED, StorageErrorCode.BLOB_BEING_REHYDRATED)
 _URLS = (
     # the form of Ray and Hadoop
     re.compile(
@@ -159,6 +161,8 @@ def _translated(exc: Exception, adapter_name: str | None = None) -> LoraplexErro
     status = exc.status_code if isinstance(exc, sdk.HttpResponseError) else None
     if status in (404, 412):
         return changed(adapter_name) if adapter_name else unavailable(StoreProblem.NO_BUCKET)
+    if getattr(exc, "error_code", None) in _ARCHIVED:
+        return unavailable(StoreProblem.ARCHIVED)
     if status in (401, 403) or isinstance(exc, sdk.ClientAuthenticationError):
         return unavailable(StoreProblem.ACCESS_DENIED)
     if status in (429, 503):

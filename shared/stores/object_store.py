@@ -27,6 +27,7 @@ class StoreProblem(Enum):
     ACCESS_DENIED = (
         "the adapter store denied access: check the credentials and the bucket's permissions"
     )
+    ARCHIVED = "a file of the adapter is archived: restore it in the adapter store"
     HUB_DENIED = "the hub denied access: check HF_TOKEN"
     GATED = (
         "the hub gives this repository only to those who accepted its terms: accept them, and set "

@@ -80,6 +80,7 @@ _WRONG_REGION = frozenset(
         "301",
     }
 )
+_ARCHIVED = frozenset({"InvalidObjectState"})
 _GONE = frozenset({"NoSuchKey", "PreconditionFailed", "404", "412"})
 _NO_CREDENTIALS = (
     sdk.NoCredentialsError,
@@ -343,6 +344,7 @@ def _refused(code: str, status: int, adapter_name: str | None) -> LoraplexError:
     if adapter_name is not None and names & _GONE:
         return changed(adapter_name)
     for known, trouble in (
+        (_ARCHIVED, StoreProblem.ARCHIVED),  # also a 403
         (_DENIED, StoreProblem.ACCESS_DENIED),
         (_THROTTLED, StoreProblem.THROTTLED),
         (_WRONG_REGION, StoreProblem.WRONG_REGION),

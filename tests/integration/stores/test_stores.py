@@ -441,6 +441,27 @@ LISTINGS = {"s3": S3_LISTING, "gcs": GCS_LISTING, "azure": AZURE_LISTING}
 RETRIED_S = 8.0  # less than a client waits for an unknown name
 
 
+@pytest.mark.parametrize("kind", ["s3", "azure"])
+@pytest.mark.usefixtures("one_attempt")
+async def test_a_file_that_is_archived_is_not_taken_for_one_that_is_denied(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a2V5")
+
+    async def respond(request: web.Request) -> web.Response:
+        code = {"s3": "InvalidObjectState", "azure": "BlobArchived"}[kind]
+        return web.Response(
+            status={"s3": 403, "azure": 409}[kind],
+            headers={"x-ms-error-code": code},
+            text=f"<Error><Code>{code}</Code><Message>Archived</Message></Error>",
+            content_type="application/xml",
+        )
+
+    async with http_server(respond) as url, bad_day(kind, url) as store:
+        with pytest.raises(StoreUnavailable, match="archived: restore it"):
+            await store.fetch(ADAPTER, tmp_path)
+
+
 def listing_reply(kind: str, text: str) -> web.Response:
     form = "application/json" if kind == "gcs" else "application/xml"
     return web.Response(text=text, content_type=form)
