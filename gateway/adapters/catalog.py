@@ -17,13 +17,21 @@ from collections.abc import Mapping
 from gateway.adapters.upload_watch import UploadWatch, is_whole
 from gateway.adapters.versions import Versions
 from shared.adapters.identity import StoredAdapter
-from shared.errors import AdapterNotFound, LoraplexError, StoreUnavailable
+from shared.errors import (
+    UNFINISHED_RETRY_AFTER_S,
+    AdapterNotFound,
+    LoraplexError,
+    StoreUnavailable,
+)
 from shared.stores import AdapterStore, Skipped
 
 log = logging.getLogger("loraplex.catalog")
 
 MAX_ADAPTERS = 100_000  # per base model; more are not listed, but still found by name
-NEGATIVE_TTL_S = 5.0  # a name that was not found is not asked for again within this time
+NEGATIVE_TTL_S = UNFINISHED_RETRY_AFTER_S
+"""A name that was not found is not asked for again within this time. It may be an upload whose
+config comes last, so it waits no longer than one whose weights do.
+"""
 KEPT_TTL_S = 30.0  # a tag of a hub may point elsewhere after this time
 MAX_NEGATIVE = 10_000
 LOOK_AGAIN_S = 1.0
