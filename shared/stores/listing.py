@@ -57,6 +57,9 @@ _WORDS = {
 }
 
 
+_CLOSED = (SkipReason.LINK, SkipReason.LOOP, SkipReason.UNREADABLE)
+
+
 class SkippedFolder(msgspec.Struct, frozen=True):
     """`key` is where the folder lies below the store's root, printable. `why` is a sentence for
     people.
@@ -65,6 +68,10 @@ class SkippedFolder(msgspec.Struct, frozen=True):
     key: str
     reason: SkipReason
     why: str
+
+    def hides(self, path: str) -> bool:
+        """Whether the folder with this path lies below, where nobody has looked."""
+        return self.reason in _CLOSED and path.startswith(self.key + "/")
 
 
 class Skipped(msgspec.Struct, frozen=True):
@@ -80,9 +87,11 @@ class Skipped(msgspec.Struct, frozen=True):
         return sum(count for _, count in self.counts)
 
     def why(self, key: str) -> str:
-        """Why this folder, or one above it, was skipped. "" if none was, or none that is shown."""
-        path = printable(key) + "/"
-        return next((s.why for s in self.shown if path.startswith(s.key + "/")), "")
+        """Why this folder was skipped, alone or with one above it. "" if it was not, or if the
+        reason is not among those shown.
+        """
+        path = printable(key)
+        return next((s.why for s in self.shown if s.key == path or s.hides(path)), "")
 
 
 def join_skipped(parts: Iterable[Skipped]) -> Skipped:

@@ -172,6 +172,15 @@ def test_of_many_skipped_folders_all_are_counted_and_the_first_are_shown() -> No
     assert skipped.total == 300 and len(skipped.shown) == MAX_SHOWN
 
 
+def test_only_a_folder_that_nobody_has_looked_into_hides_what_lies_below() -> None:
+    grouping = Grouping()
+    grouping.skip("closed", SkipReason.UNREADABLE)
+    grouping.skip("full", SkipReason.TOO_MANY_FILES)
+    why = grouping.skipped.why
+    assert why("closed/a") == why("closed") != "" != why("full")
+    assert why("full/a") == why("closed-too") == ""
+
+
 def test_the_digest_is_the_same_in_any_order_and_differs_by_path_size_version_and_name() -> None:
     one, two = StoredFile("x", 1, "v"), StoredFile("y", 2, "v")
     digest = digest_of("a", [one, two])
