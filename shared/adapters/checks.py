@@ -24,6 +24,7 @@ from shared.adapters.identity import (
     WEIGHTS_FILE,
     WEIGHTS_INDEX_FILE,
     choose_weights,
+    has_all_weights,
 )
 from shared.adapters.peft_config import EMBEDDING, HEAD, PeftLoraConfig
 from shared.adapters.safetensors import Tensor
@@ -77,7 +78,7 @@ class AdapterFacts:
 
 def check_files(files: Sequence[FolderFile], limits: AdapterLimits) -> int:
     """Returns the size in bytes of the config and the weights together. Other files are ignored.
-    Raises InvalidAdapter (missing_file, pickle, link, too_large).
+    Raises InvalidAdapter (missing_file, incomplete, pickle, link, too_large).
     """
     by_name = {f.path: f for f in files}
     if CONFIG_FILE not in by_name:
@@ -86,6 +87,11 @@ def check_files(files: Sequence[FolderFile], limits: AdapterLimits) -> int:
     if not weights:
         _refuse_pickles(by_name)
         raise InvalidAdapter(f"{WEIGHTS_FILE} is missing.", "missing_file")
+    if not has_all_weights(by_name):
+        raise InvalidAdapter(
+            "Some of the files that the weights are in are missing: the upload is not complete.",
+            "incomplete",
+        )
     read = [by_name[name] for name in (CONFIG_FILE, *weights)]
     for f in read:
         if f.kind is FileKind.LINK_OUTSIDE:

@@ -662,6 +662,8 @@ def test_an_index_must_name_what_its_files_hold(where: Any, why: str) -> None:
             "missing_file",
         ),
         (files({"adapter_model.bin": 1}, without="adapter_model.safetensors"), "pickle"),
+        (files(dict([*SHARDS.items()][:1]), without="adapter_model.safetensors"), "incomplete"),
+        (files(dict([*SHARDS.items()][:2]), without="adapter_model.safetensors"), "incomplete"),
         (
             files(
                 {"adapter_model.safetensors": 1},
