@@ -15,7 +15,7 @@ from azure.core import exceptions as sdk
 from azure.storage.blob import StorageErrorCode
 from azure.storage.blob.aio import ContainerClient
 
-from shared.adapters.identity import StoredFile
+from shared.adapters.identity import StoredFile, may_be_part
 from shared.errors import ConfigError, LoraplexError
 from shared.stores.bucket import Bucket
 from shared.stores.listing import Entry
@@ -124,7 +124,10 @@ class AzureStore(Bucket):
                 raise unavailable(StoreProblem.BROKEN_REPLY, "a listing without end")
 
     def _entry(self, item: Any) -> Entry:
-        return Entry(item.name.removeprefix(self._prefix), int(item.size), item.etag.strip('"'))
+        name = item.name.removeprefix(self._prefix)
+        # a folder of a hierarchical namespace is listed, too, and may have no size
+        is_folder = item.size is None and not may_be_part(name.rpartition("/")[2])
+        return Entry(name, 0 if is_folder else int(item.size), item.etag.strip('"'))
 
     @asynccontextmanager
     async def _stream(

@@ -683,6 +683,26 @@ async def test_a_store_that_trickles_is_given_up_at_the_deadline(
         stopped.set()
 
 
+async def test_folders_that_azure_lists_before_their_neighbours_are_no_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So does an account with a hierarchical namespace."""
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a2V5")
+    begin, blob, end = AZURE_LISTING.partition("<Blob>")[0], "", "</Blobs></EnumerationResults>"
+    for name in ("a", "a/adapter_config.json", "a-b", "a-b/adapter_config.json"):
+        size = "<Content-Length>2</Content-Length>" if "." in name else ""
+        blob += (
+            f"<Blob><Name>p/{name}</Name><Properties><Etag>1</Etag>{size}"
+            "<BlobType>BlockBlob</BlobType></Properties></Blob>"
+        )
+
+    async def respond(request: web.Request) -> web.Response:
+        return listing_reply("azure", begin + blob + end)
+
+    async with http_server(respond) as url, bad_day("azure", url) as store:
+        assert set(await listed(store)) == {"a", "a-b"}
+
+
 async def test_a_directory_bucket_that_lists_in_no_order_is_sorted_first() -> None:
     async def respond(request: web.Request) -> web.Response:
         keys = [
