@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -304,19 +305,21 @@ Respond = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @asynccontextmanager
-async def http_server(respond: Respond) -> AsyncIterator[str]:
-    """An HTTP server of the test's own. `respond` makes every answer, for replies that no emulator
-    gives.
+async def http_server(
+    respond: Respond, certificate: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
+    """An HTTP server of the test's own, with a certificate an HTTPS server. `respond` makes every
+    answer, for replies that no emulator gives.
     """
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", respond)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=certificate)
         await site.start()
         host, port = runner.addresses[0][:2]
-        yield f"http://{host}:{port}"
+        yield f"{'https' if certificate else 'http'}://{host}:{port}"
     finally:
         await runner.cleanup()
 

@@ -14,16 +14,24 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from gateway.adapters.upload_watch import UploadWatch
+from gateway.adapters.upload_watch import UploadWatch, is_whole
 from gateway.adapters.versions import Versions
 from shared.adapters.identity import StoredAdapter
-from shared.errors import AdapterNotFound, LoraplexError, StoreUnavailable
+from shared.errors import (
+    UNFINISHED_RETRY_AFTER_S,
+    AdapterNotFound,
+    LoraplexError,
+    StoreUnavailable,
+)
 from shared.stores import AdapterStore, Skipped
 
 log = logging.getLogger("loraplex.catalog")
 
 MAX_ADAPTERS = 100_000  # per base model; more are not listed, but still found by name
-NEGATIVE_TTL_S = 5.0  # a name that was not found is not asked for again within this time
+NEGATIVE_TTL_S = UNFINISHED_RETRY_AFTER_S
+"""A name that was not found is not asked for again within this time. It may be an upload whose
+config comes last, so it waits no longer than one whose weights do.
+"""
 KEPT_TTL_S = 30.0  # a tag of a hub may point elsewhere after this time
 MAX_NEGATIVE = 10_000
 LOOK_AGAIN_S = 1.0
@@ -81,7 +89,7 @@ class Catalog:
         self._fresh.clear()
         async for seen in self._store.list():
             before = self._known.get(seen.name)
-            adapter = self._settling.look(self._worth_keeping(before), seen, time.monotonic())
+            adapter = self._look(before, seen)
             named += before is not None
             if before == adapter:
                 # so that equal ones are there once, however many requests hold one
@@ -102,6 +110,9 @@ class Catalog:
             if found is not None:
                 known[name] = found
         if complete:
+            if named < len(self._known):
+                for name in self._known.keys() - known.keys():
+                    self._settling.gone(self._known[name])
             self._settling.keep(known)
             self._tell(self._store.skipped, empty=not known)
         if not len(known) == len(self._known) == named or not self.listed:
@@ -235,6 +246,13 @@ class Catalog:
         """
         return self._settling.is_pending(name)
 
+    def _look(self, before: StoredAdapter | None, seen: StoredAdapter) -> StoredAdapter:
+        """The version to use of an adapter that the store shows, `before` of it being known."""
+        keep = self._worth_keeping(before)
+        if before is None or (keep is not None and seen != keep and not is_whole(keep)):
+            keep = self._worth_keeping(self._settling.last(seen.name))
+        return self._settling.look(keep, seen, time.monotonic())
+
     def _worth_keeping(self, version: StoredAdapter | None) -> StoredAdapter | None:
         if version is None or self._refused.get(version.name, ("",))[0] == version.digest:
             return None
@@ -275,8 +293,10 @@ class Catalog:
                 "The adapter store did not answer in time.", retry_after_s=5.0
             ) from exc
         if adapter is not None:
-            before = None if whole else self._worth_keeping(self._known.get(name))
-            adapter = self._settling.look(before, adapter, time.monotonic())
+            if whole:
+                self._settling.look(None, adapter, time.monotonic())
+            else:
+                adapter = self._look(self._known.get(name), adapter)
         self._fresh[name] = adapter
         if len(self._fresh) > MAX_NEGATIVE:
             del self._fresh[next(iter(self._fresh))]
@@ -285,6 +305,8 @@ class Catalog:
                 self._swap(name, adapter)
             self.versions.found(adapter, time.monotonic())
             return adapter
+        if (before := self._known.get(name)) is not None:
+            self._settling.gone(before)
         self.miss(name)
         return None
 

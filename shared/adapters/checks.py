@@ -24,6 +24,7 @@ from shared.adapters.identity import (
     WEIGHTS_FILE,
     WEIGHTS_INDEX_FILE,
     choose_weights,
+    has_all_weights,
 )
 from shared.adapters.peft_config import EMBEDDING, HEAD, PeftLoraConfig
 from shared.adapters.safetensors import Tensor
@@ -77,7 +78,7 @@ class AdapterFacts:
 
 def check_files(files: Sequence[FolderFile], limits: AdapterLimits) -> int:
     """Returns the size in bytes of the config and the weights together. Other files are ignored.
-    Raises InvalidAdapter (missing_file, pickle, link, too_large).
+    Raises InvalidAdapter (missing_file, incomplete, pickle, link, too_large).
     """
     by_name = {f.path: f for f in files}
     if CONFIG_FILE not in by_name:
@@ -86,6 +87,11 @@ def check_files(files: Sequence[FolderFile], limits: AdapterLimits) -> int:
     if not weights:
         _refuse_pickles(by_name)
         raise InvalidAdapter(f"{WEIGHTS_FILE} is missing.", "missing_file")
+    if not has_all_weights(by_name):
+        raise InvalidAdapter(
+            "Some of the files that the weights are in are missing: the upload is not complete.",
+            "incomplete",
+        )
     read = [by_name[name] for name in (CONFIG_FILE, *weights)]
     for f in read:
         if f.kind is FileKind.LINK_OUTSIDE:
@@ -116,14 +122,19 @@ def check_files(files: Sequence[FolderFile], limits: AdapterLimits) -> int:
     return total
 
 
+def indexed_shards(raw: bytes, names: Sequence[str]) -> list[str]:
+    """Those files of `names` that the index names. Others are left from an earlier upload with
+    another number of shards. Raises InvalidAdapter (config, incomplete).
+    """
+    wanted = {file for file in _weight_map(raw).values() if isinstance(file, str)}
+    return [name for name in names if name in wanted]
+
+
 def check_index(raw: bytes, found: Mapping[str, Sequence[str]]) -> None:
     """Every tensor that the index names must be in the file that it names, and in no other.
     `found`: file -> the names of its tensors. Raises InvalidAdapter (config, incomplete).
     """
-    index = parse_object(raw, WEIGHTS_INDEX_FILE, "config", if_cut="incomplete")
-    where = index.get("weight_map")
-    if not isinstance(where, dict):
-        raise InvalidAdapter(f"{WEIGHTS_INDEX_FILE} has no `weight_map`.", "config")
+    where = _weight_map(raw)
     held = {(name, file) for file, names in found.items() for name in names}
     for name, file in where.items():
         if not isinstance(file, str) or (name, file) not in held:
@@ -137,6 +148,14 @@ def check_index(raw: bytes, found: Mapping[str, Sequence[str]]) -> None:
             f"The files hold {len(held)} tensors, {WEIGHTS_INDEX_FILE} names {len(where)}.",
             "incomplete",
         )
+
+
+def _weight_map(raw: bytes) -> dict[str, object]:
+    index = parse_object(raw, WEIGHTS_INDEX_FILE, "config", if_cut="incomplete")
+    where = index.get("weight_map")
+    if not isinstance(where, dict):
+        raise InvalidAdapter(f"{WEIGHTS_INDEX_FILE} has no `weight_map`.", "config")
+    return where
 
 
 def _refuse_pickles(names: Collection[str]) -> None:

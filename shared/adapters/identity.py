@@ -48,7 +48,7 @@ def has_all_weights(names: Collection[str]) -> bool:
     """
     _, *shards = choose_weights(names) or ("",)
     counts = [int(found[1]) for name in shards if (found := SHARD.fullmatch(name))]
-    return WEIGHTS_FILE in names or (bool(counts) and len(counts) == max(counts))
+    return WEIGHTS_FILE in names or any(counts.count(n) == n for n in set(counts))
 
 
 def adapter_parts(names: Collection[str]) -> frozenset[str]:

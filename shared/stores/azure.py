@@ -12,20 +12,30 @@ from typing import Any
 
 from azure.core import MatchConditions
 from azure.core import exceptions as sdk
+from azure.storage.blob import StorageErrorCode
 from azure.storage.blob.aio import ContainerClient
 
-from shared.adapters.identity import StoredFile
+from shared.adapters.identity import StoredFile, may_be_part
 from shared.errors import ConfigError, LoraplexError
 from shared.stores.bucket import Bucket
 from shared.stores.listing import Entry
-from shared.stores.object_store import StoreProblem, TransferCut, changed, unavailable
+from shared.stores.object_store import (
+    MALFORMED,
+    StoreProblem,
+    TransferCut,
+    changed,
+    unavailable,
+    unreachable,
+)
 from shared.stores.transfer import byte_range
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 15.0
 REQUEST_TIMEOUT_S = 40.0
 MAX_ATTEMPTS = 3
+BACKOFF_S = 0.5
 KEY_VARIABLES = ("AZURE_STORAGE_KEY", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN")
+_ARCHIVED = (StorageErrorCode.BLOB_ARCHIVED, StorageErrorCode.BLOB_BEING_REHYDRATED)
 _URLS = (
     # the form of Ray and Hadoop
     re.compile(
@@ -72,8 +82,11 @@ class AzureStore(Bucket):
             credential=credential,
             connection_timeout=CONNECT_TIMEOUT_S,
             read_timeout=READ_TIMEOUT_S,
+            # without these three the SDK waits for 15 s before it tries again
             retry_total=MAX_ATTEMPTS - 1,
-            retry_backoff_factor=0.2,
+            initial_backoff=BACKOFF_S,
+            increment_base=BACKOFF_S,
+            random_jitter_range=BACKOFF_S / 2,
         )
         self._client = await self._exit.enter_async_context(client)
         return self
@@ -98,17 +111,23 @@ class AzureStore(Bucket):
     async def pages(self, prefix: str) -> AsyncGenerator[Sequence[Entry], None]:
         found = self._client.list_blobs(name_starts_with=self._prefix + prefix).by_page()
         while True:
+            before = found.continuation_token
             try:
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):
                     page = [self._entry(item) async for item in await anext(found)]
             except StopAsyncIteration:
                 return
-            except (sdk.AzureError, OSError, ValueError) as exc:
+            except (sdk.AzureError, OSError, *MALFORMED) as exc:
                 raise _translated(exc) from exc
             yield page
+            if before and found.continuation_token == before:
+                raise unavailable(StoreProblem.BROKEN_REPLY, "a listing without end")
 
     def _entry(self, item: Any) -> Entry:
-        return Entry(item.name.removeprefix(self._prefix), item.size, item.etag.strip('"'))
+        name = item.name.removeprefix(self._prefix)
+        # a folder of a hierarchical namespace is listed, too, and may have no size
+        is_folder = item.size is None and not may_be_part(name.rpartition("/")[2])
+        return Entry(name, 0 if is_folder else int(item.size), item.etag.strip('"'))
 
     @asynccontextmanager
     async def _stream(
@@ -145,12 +164,14 @@ def _translated(exc: Exception, adapter_name: str | None = None) -> LoraplexErro
     status = exc.status_code if isinstance(exc, sdk.HttpResponseError) else None
     if status in (404, 412):
         return changed(adapter_name) if adapter_name else unavailable(StoreProblem.NO_BUCKET)
+    if getattr(exc, "error_code", None) in _ARCHIVED:
+        return unavailable(StoreProblem.ARCHIVED)
     if status in (401, 403) or isinstance(exc, sdk.ClientAuthenticationError):
         return unavailable(StoreProblem.ACCESS_DENIED)
     if status in (429, 503):
         return unavailable(StoreProblem.THROTTLED)
     if status is not None:
         return unavailable(StoreProblem.FAILED, str(status))
-    if isinstance(exc, ValueError):
+    if isinstance(exc, MALFORMED):
         return unavailable(StoreProblem.BROKEN_REPLY)
-    return unavailable(StoreProblem.UNREACHABLE)
+    return unreachable(exc)

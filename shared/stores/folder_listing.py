@@ -157,11 +157,11 @@ class _Scan:
             return msgspec.structs.replace(known, flat=flat)
         stamps, adapters = [_stamp(status)], []
         for child, at in files:
-            read = _read_entry(child, at)
-            if read is None:
-                # It is gone, or this process may not read it. The rest of the folder stays good.
+            read = read_entry(child, at)
+            if read is None or not read[1]:
                 grouping.skip(child, SkipReason.UNREADABLE)
-                continue
+            if read is None:
+                continue  # the rest of the folder stays good
             entry, stamp = read
             stamps.append(stamp)
             adapters += grouping.add(entry)
@@ -182,16 +182,32 @@ class _Scan:
             time.sleep(_BREATH_S)
 
 
-def _read_entry(key: str, path: str) -> tuple[Entry, bytes] | None:
-    """A file as an entry of the store, and its stamp. None if it cannot be read."""
+def read_entry(key: str, path: str) -> tuple[Entry, bytes] | None:
+    """A file as an entry of the store, and its stamp. None if it is gone.
+
+    A file that this process may not read has an entry and no stamp: its fetch says so, where a
+    missing file would be taken for an unfinished upload.
+    """
     try:
         with open_regular(path) as handle:
             status = os.fstat(handle.fileno())
-            version = f"{status.st_mtime_ns:x}-{sample(handle)}"
-            return Entry(key, status.st_size, version), _stamp(status)
+            return Entry(key, status.st_size, _version(handle, status)), _stamp(status)
+    except PermissionError:
+        return _denied_entry(key, path)
     except OSError as exc:
         raise_own_shortage(exc)
         return None
+
+
+def _denied_entry(key: str, path: str) -> tuple[Entry, bytes] | None:
+    try:
+        status = os.stat(path)
+    except OSError as exc:
+        raise_own_shortage(exc)
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return Entry(key, status.st_size, f"{status.st_mtime_ns:x}-denied"), b""
 
 
 def raise_own_shortage(error: OSError) -> None:
@@ -270,14 +286,17 @@ def open_regular(path: str) -> BinaryIO:
     return os.fdopen(fd, "rb")
 
 
-def sample(handle: BinaryIO) -> str:
-    """A hash of both ends of a file."""
-    fd = handle.fileno()
-    size = os.fstat(fd).st_size
-    ends = os.pread(fd, _SAMPLE_BYTES, 0) + os.pread(
-        fd, _SAMPLE_BYTES, max(_SAMPLE_BYTES, size - _SAMPLE_BYTES)
-    )
-    return hashlib.blake2b(ends, digest_size=8).hexdigest()
+def version_of(handle: BinaryIO) -> tuple[int, str]:
+    """The size of an open file in bytes, and its version."""
+    status = os.fstat(handle.fileno())
+    return status.st_size, _version(handle, status)
+
+
+def _version(handle: BinaryIO, status: os.stat_result) -> str:
+    """The time of change, and a hash of both ends of the file."""
+    fd, end = handle.fileno(), max(_SAMPLE_BYTES, status.st_size - _SAMPLE_BYTES)
+    ends = os.pread(fd, _SAMPLE_BYTES, 0) + os.pread(fd, _SAMPLE_BYTES, end)
+    return f"{status.st_mtime_ns:x}-{hashlib.blake2b(ends, digest_size=8).hexdigest()}"
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

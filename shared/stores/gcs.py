@@ -21,7 +21,14 @@ from shared.errors import LoraplexError
 from shared.stores.bucket import Bucket, parse_bucket_url
 from shared.stores.history import MAX_OBJECT_VERSIONS, ObjectVersion, choose_state
 from shared.stores.listing import Entry, valid_name
-from shared.stores.object_store import StoreProblem, TransferCut, changed, unavailable
+from shared.stores.object_store import (
+    MALFORMED,
+    StoreProblem,
+    TransferCut,
+    changed,
+    unavailable,
+    unreachable,
+)
 from shared.stores.transfer import byte_range
 
 PUBLIC_ENDPOINT = "https://storage.googleapis.com"
@@ -110,7 +117,7 @@ class GCSStore(Bucket):
         async for items in self._items({"prefix": self._prefix + prefix, "fields": _FIELDS}):
             try:
                 page = [self._entry(item) for item in items]
-            except (AttributeError, KeyError, TypeError, ValueError) as exc:
+            except MALFORMED as exc:
                 raise unavailable(StoreProblem.BROKEN_REPLY) from exc
             yield page
 
@@ -123,7 +130,7 @@ class GCSStore(Bucket):
         async for items in self._items(request):
             try:
                 found += [one for item in items for one in self._moments(item)]
-            except (AttributeError, KeyError, TypeError, ValueError) as exc:
+            except MALFORMED as exc:
                 raise unavailable(StoreProblem.BROKEN_REPLY) from exc
             if len(found) > MAX_OBJECT_VERSIONS:
                 break
@@ -150,7 +157,7 @@ class GCSStore(Bucket):
             )
             try:
                 items, token = list(reply.get("items", ())), reply.get("nextPageToken")
-            except (AttributeError, TypeError) as exc:
+            except MALFORMED as exc:
                 raise unavailable(StoreProblem.BROKEN_REPLY) from exc
             yield items
             if not token:
@@ -161,7 +168,7 @@ class GCSStore(Bucket):
 
     def _entry(self, item: dict[str, Any]) -> Entry:
         return Entry(
-            item["name"].removeprefix(self._prefix), int(item["size"]), str(item["generation"])
+            item["name"].removeprefix(self._prefix), int(item["size"]), str(int(item["generation"]))
         )
 
     @asynccontextmanager
@@ -285,4 +292,4 @@ def _translated(exc: Exception, adapter_name: str | None) -> LoraplexError:
         return unavailable(StoreProblem.FAILED, str(exc.status))
     if isinstance(exc, ValueError) and not isinstance(exc, aiohttp.ClientError):
         return unavailable(StoreProblem.BROKEN_REPLY)
-    return unavailable(StoreProblem.UNREACHABLE)
+    return unreachable(exc)

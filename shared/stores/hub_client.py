@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import msgspec
 from huggingface_hub import constants, get_async_session, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, validate_repo_id
 
 from shared.adapters.identity import StoredFile
 from shared.errors import LoraplexError
-from shared.stores.object_store import StoreProblem, TransferCut, changed, transient, unavailable
+from shared.stores.object_store import (
+    StoreProblem,
+    TransferCut,
+    changed,
+    transient,
+    unavailable,
+    unreachable,
+)
 from shared.stores.transfer import byte_range
 
 CONNECT_TIMEOUT_S = 4.0
@@ -98,10 +105,10 @@ class HubClient:
                     body += piece
                     if len(body) > MAX_REPLY_BYTES:
                         raise unavailable(StoreProblem.BROKEN_REPLY, "too long")
-                return json.loads(body), response.links.get("next", {}).get("url", "")
+                return msgspec.json.decode(body), response.links.get("next", {}).get("url", "")
         except _FOREIGN as exc:
             raise _unreachable(exc) from exc
-        except ValueError as exc:
+        except msgspec.DecodeError as exc:
             raise unavailable(StoreProblem.BROKEN_REPLY) from exc
 
     @asynccontextmanager
@@ -172,4 +179,4 @@ def _worth_another_try(error: LoraplexError) -> bool:
 
 def _unreachable(exc: Exception) -> LoraplexError:
     offline = isinstance(exc, OfflineModeIsEnabled)
-    return unavailable(StoreProblem.UNREACHABLE, "HF_HUB_OFFLINE is set" if offline else "")
+    return unreachable(exc, "HF_HUB_OFFLINE is set" if offline else "")

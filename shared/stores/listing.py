@@ -57,6 +57,9 @@ _WORDS = {
 }
 
 
+_CLOSED = (SkipReason.LINK, SkipReason.LOOP, SkipReason.UNREADABLE)
+
+
 class SkippedFolder(msgspec.Struct, frozen=True):
     """`key` is where the folder lies below the store's root, printable. `why` is a sentence for
     people.
@@ -65,6 +68,10 @@ class SkippedFolder(msgspec.Struct, frozen=True):
     key: str
     reason: SkipReason
     why: str
+
+    def hides(self, path: str) -> bool:
+        """Whether the folder with this path lies below, where nobody has looked."""
+        return self.reason in _CLOSED and path.startswith(self.key + "/")
 
 
 class Skipped(msgspec.Struct, frozen=True):
@@ -80,8 +87,11 @@ class Skipped(msgspec.Struct, frozen=True):
         return sum(count for _, count in self.counts)
 
     def why(self, key: str) -> str:
-        """Why this folder was skipped. "" if it was not, or if it is not among those shown."""
-        return next((s.why for s in self.shown if s.key == printable(key)), "")
+        """Why this folder was skipped, alone or with one above it. "" if it was not, or if the
+        reason is not among those shown.
+        """
+        path = printable(key)
+        return next((s.why for s in self.shown if s.key == path or s.hides(path)), "")
 
 
 def join_skipped(parts: Iterable[Skipped]) -> Skipped:
@@ -145,8 +155,12 @@ class _Folder:
 
 
 class Grouping:
-    """Turns entries in ascending order of their keys, as S3 and GCS list them, into adapters. Each
+    """Turns entries in ascending order of their keys, as stores list them, into adapters. Each
     adapter comes out as soon as its folder has ended.
+
+    Buckets list in the order of characters. Azure accounts with a hierarchical namespace (Data Lake
+    Gen2) list each folder before its neighbours (`a/x`, then `a-b/x`). In both orders no folder is
+    listed in two pieces.
 
     Only the adapter's own files, directly in its folder, count. Anything else there or below is
     ignored. Only the folders on the way to the current key are kept, each with at most
@@ -156,7 +170,8 @@ class Grouping:
 
     def __init__(self) -> None:
         self._open = [_Folder("")]
-        self._last_key = ""
+        self._last_key = self._last_by_folders = ""
+        self._by_characters = self._by_folders = True
         self._counts: Counter[SkipReason] = Counter()
         self._shown: list[SkippedFolder] = []
 
@@ -168,11 +183,9 @@ class Grouping:
         """The adapters that this entry shows to be complete.
 
         Raises:
-            OutOfOrder: the key sorts before the last one.
+            OutOfOrder: the keys so far are in neither order.
         """
-        if entry.key < self._last_key:
-            raise OutOfOrder("the store's keys are not in ascending order")
-        self._last_key = entry.key
+        self._check_order(entry.key)
         path, _, file_name = entry.key.rpartition("/")
         if not may_be_part(file_name):
             return []
@@ -186,6 +199,14 @@ class Grouping:
         if file_name == CONFIG_FILE:
             self._open[-1].is_adapter = True
         return complete
+
+    def _check_order(self, key: str) -> None:
+        by_folders = key.replace("/", "\0")  # sorts before every other character
+        self._by_characters = self._by_characters and key >= self._last_key
+        self._by_folders = self._by_folders and by_folders >= self._last_by_folders
+        self._last_key, self._last_by_folders = key, by_folders
+        if not (self._by_characters or self._by_folders):
+            raise OutOfOrder("the store's keys are not in ascending order")
 
     def skip(self, key: str, reason: SkipReason, why: str = "") -> None:
         """Counts a folder that its store cannot show."""

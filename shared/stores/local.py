@@ -18,11 +18,11 @@ from shared.stores.folder_listing import (
     FolderListing,
     below,
     open_regular,
-    raise_own_shortage,
-    sample,
+    read_entry,
+    version_of,
     walk,
 )
-from shared.stores.listing import Entry, Grouping, Skipped, valid_name
+from shared.stores.listing import Grouping, Skipped, valid_name
 from shared.stores.object_store import StoreProblem, TransferCut, changed, unavailable
 from shared.stores.transfer import Transfer, close_later, fetch_adapter
 
@@ -96,12 +96,9 @@ class LocalStore:
         grouping = Grouping()
         adapters: list[StoredAdapter] = []
         for key, path in walk(real_root, grouping, os.path.join(self._root, name), name):
-            try:
-                with open_regular(path) as handle:
-                    adapters += grouping.add(Entry(key, *_version(handle)))
-            except OSError as exc:
-                raise_own_shortage(exc)
-                continue  # it is gone, or this process may not read it
+            read = read_entry(key, path)
+            if read is not None:
+                adapters += grouping.add(read[0])
         adapters += grouping.finish()
         return next((a for a in adapters if a.name == name), None)
 
@@ -139,7 +136,7 @@ class LocalStore:
             raise changed(adapter_name) from exc
         except OSError as exc:
             raise unavailable(StoreProblem.FAILED, exc.strerror or "") from exc
-        if _version(handle) != (file.size_bytes, file.version):
+        if version_of(handle) != (file.size_bytes, file.version):
             handle.close()
             raise changed(adapter_name)
         return handle
@@ -153,7 +150,7 @@ async def _chunks(
         while length and (chunk := await asyncio.to_thread(handle.read, min(length, _READ_BYTES))):
             length -= len(chunk)
             yield chunk
-        if await asyncio.to_thread(_version, handle) != (file.size_bytes, file.version):
+        if await asyncio.to_thread(version_of, handle) != (file.size_bytes, file.version):
             raise changed(adapter_name)  # the file was overwritten while it was read
     except OSError as exc:
         raise TransferCut from exc
@@ -168,8 +165,3 @@ def _reached(real_root: str, name: str) -> bool:
         os.path.realpath(os.path.join(real_root, *steps[: i + 1])) for i in range(len(steps))
     ]
     return all(below(folder, real_root) for folder in folders) and len(set(folders)) == len(folders)
-
-
-def _version(handle: BinaryIO) -> tuple[int, str]:
-    status = os.fstat(handle.fileno())
-    return status.st_size, f"{status.st_mtime_ns:x}-{sample(handle)}"

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from shared.adapters.identity import StoredAdapter, StoredFile
 from shared.errors import ConfigError, LoraplexError
@@ -79,7 +79,9 @@ async def _files(store: Bucket, prefix: str) -> list[StoredFile]:
                     found.append(StoredFile(path, entry.size_bytes, entry.version))
             if len(found) > MAX_FILES:
                 raise ConfigError(f"more than {MAX_FILES} files: is this the folder of one model?")
-    return found
+    # some stores list folders, too
+    folders = {str(above) for file in found for above in PurePosixPath(file.path).parents}
+    return [file for file in found if file.path not in folders]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ one operation, `pages`.
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from enum import Enum
@@ -13,6 +14,8 @@ from shared.adapters.identity import CONFIG_FILE, StoredAdapter
 from shared.errors import AdapterNotFound, StoreUnavailable
 from shared.stores.listing import Entry, Grouping, OutOfOrder, valid_name
 
+# what it raises to read a reply that has another form than it should
+MALFORMED = (AttributeError, KeyError, OverflowError, TypeError, ValueError)
 # seconds that a throttled client is told to wait
 THROTTLED_RETRY_AFTER_S = 5.0
 
@@ -24,6 +27,7 @@ class StoreProblem(Enum):
     ACCESS_DENIED = (
         "the adapter store denied access: check the credentials and the bucket's permissions"
     )
+    ARCHIVED = "a file of the adapter is archived: restore it in the adapter store"
     HUB_DENIED = "the hub denied access: check HF_TOKEN"
     GATED = (
         "the hub gives this repository only to those who accepted its terms: accept them, and set "
@@ -35,6 +39,10 @@ class StoreProblem(Enum):
     NO_FOLDER = "the adapter folder does not exist or is not a folder"
     WRONG_REGION = "the adapter store's bucket lies in another region: set `region`"
     UNREACHABLE = "the adapter store is unreachable"
+    UNTRUSTED = (
+        "the adapter store's TLS certificate is not valid, or not trusted here: name its authority "
+        "in SSL_CERT_FILE, or in AWS_CA_BUNDLE for S3"
+    )
     THROTTLED = "the adapter store asked to slow down"
     TOO_SLOW = "the adapter store is too slow: the transfer was given up"
     CUT = "the adapter store cut the transfer"
@@ -72,6 +80,16 @@ def unavailable(trouble: StoreProblem, detail: str = "") -> StoreUnavailable:
     other side wrote.
     """
     return StoreFailure(trouble, detail)
+
+
+def unreachable(exc: BaseException, detail: str = "") -> StoreUnavailable:
+    """The error for a connection that failed. SDKs wrap the reason."""
+    reason: BaseException | None = exc
+    while reason is not None:
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            return unavailable(StoreProblem.UNTRUSTED)
+        reason = reason.__cause__ or reason.__context__
+    return unavailable(StoreProblem.UNREACHABLE, detail)
 
 
 def transient(error: StoreUnavailable) -> bool:

@@ -24,11 +24,13 @@ from shared.stores.bucket import Bucket, parse_bucket_url
 from shared.stores.history import MAX_OBJECT_VERSIONS, ObjectVersion, choose_state
 from shared.stores.listing import Entry, valid_name
 from shared.stores.object_store import (
+    MALFORMED,
     StoreFailure,
     StoreProblem,
     TransferCut,
     changed,
     unavailable,
+    unreachable,
 )
 from shared.stores.transfer import byte_range
 
@@ -78,6 +80,7 @@ _WRONG_REGION = frozenset(
         "301",
     }
 )
+_ARCHIVED = frozenset({"InvalidObjectState"})
 _GONE = frozenset({"NoSuchKey", "PreconditionFailed", "404", "412"})
 _NO_CREDENTIALS = (
     sdk.NoCredentialsError,
@@ -207,10 +210,10 @@ class S3Store(Bucket):
             try:
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):
                     reply = await self._client.list_object_versions(**request)
-            except _FOREIGN as exc:
+                items = (*reply.get("Versions", ()), *reply.get("DeleteMarkers", ()))
+                found += [self._object_version(item) for item in items]
+            except (*_FOREIGN, *MALFORMED) as exc:
                 raise _translated(exc) from exc
-            found += [self._object_version(item) for item in reply.get("Versions", ())]
-            found += [self._object_version(item) for item in reply.get("DeleteMarkers", ())]
             follows = (reply.get("NextKeyMarker"), reply.get("NextVersionIdMarker"))
             if not reply.get("IsTruncated"):
                 break
@@ -232,9 +235,12 @@ class S3Store(Bucket):
             try:
                 async with asyncio.timeout(REQUEST_TIMEOUT_S):
                     reply = await self._client.list_objects_v2(**request)
-            except _FOREIGN as exc:
+                if reply.keys() <= {"ResponseMetadata"}:
+                    raise unavailable(StoreProblem.BROKEN_REPLY, "no listing")
+                page = [self._entry(item) for item in reply.get("Contents", ())]
+            except (*_FOREIGN, *MALFORMED) as exc:
                 raise _translated(exc) from exc
-            yield [self._entry(item) for item in reply.get("Contents", ())]
+            yield page
             if not reply.get("IsTruncated"):
                 return
             if reply.get("NextContinuationToken") in (None, request.get("ContinuationToken")):
@@ -325,8 +331,8 @@ def _translated(exc: Exception, adapter_name: str | None = None) -> LoraplexErro
     if isinstance(exc, _NO_CREDENTIALS):
         return unavailable(StoreProblem.NO_CREDENTIALS)
     if isinstance(exc, _UNREACHABLE):  # a TimeoutError is an OSError
-        return unavailable(StoreProblem.UNREACHABLE)
-    if isinstance(exc, ResponseParserError):
+        return unreachable(exc)
+    if isinstance(exc, (ResponseParserError, *MALFORMED)):
         return unavailable(StoreProblem.BROKEN_REPLY)
     return unavailable(StoreProblem.FAILED, type(exc).__name__)
 
@@ -338,6 +344,7 @@ def _refused(code: str, status: int, adapter_name: str | None) -> LoraplexError:
     if adapter_name is not None and names & _GONE:
         return changed(adapter_name)
     for known, trouble in (
+        (_ARCHIVED, StoreProblem.ARCHIVED),  # also a 403
         (_DENIED, StoreProblem.ACCESS_DENIED),
         (_THROTTLED, StoreProblem.THROTTLED),
         (_WRONG_REGION, StoreProblem.WRONG_REGION),

@@ -12,7 +12,7 @@ import io
 import math
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -31,6 +31,7 @@ from shared.adapters.checks import (
     check_index,
     check_norm,
     check_tensors,
+    indexed_shards,
 )
 from shared.adapters.identity import (
     CONFIG_FILE,
@@ -98,12 +99,8 @@ class Validator:
         rank = max([config.rank, *(int(r) for _, r in config.ranks.pairs)])
         if not self._weights:
             return AdapterFacts(rank, size_bytes, ())
-        names = choose_weights([f.path for f in files])
-        headers = {n: _header(folder / n, limits) for n in names if n != WEIGHTS_INDEX_FILE}
+        headers = self._headers(folder, choose_weights([f.path for f in files]))
         tensors = [t for header in headers.values() for t in header.tensors]
-        if WEIGHTS_INDEX_FILE in names:
-            index = _read(folder / WEIGHTS_INDEX_FILE, limits.max_header_bytes)
-            check_index(index, {n: [t.name for t in h.tensors] for n, h in headers.items()})
         pairs = check_tensors(tensors, config, self._shapes)
         norms: dict[str, float] = {}
         for name, header in headers.items():
@@ -120,6 +117,16 @@ class Validator:
                 "target_modules",
             )
         return AdapterFacts(rank, size_bytes, tuple(modules))
+
+    def _headers(self, folder: Path, names: Sequence[str]) -> dict[str, _Header]:
+        """The headers of the weights, by file."""
+        limits = self._limits
+        if WEIGHTS_INDEX_FILE not in names:
+            return {name: _header(folder / name, limits) for name in names}
+        index = _read(folder / WEIGHTS_INDEX_FILE, limits.max_header_bytes)
+        headers = {n: _header(folder / n, limits) for n in indexed_shards(index, names)}
+        check_index(index, {n: [t.name for t in h.tensors] for n, h in headers.items()})
+        return headers
 
     def _compare_copies(self, path: Path, header: _Header) -> None:
         """The engine leaves out the base's own weights that an adapter brings, and uses those that

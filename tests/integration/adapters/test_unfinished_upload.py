@@ -63,7 +63,8 @@ async def _ends_with_the_upload(
     url: str, options: dict[str, object], put: Put, tmp_path: Path
 ) -> None:
     """A client that waits as long as Retry-After says is refused at most once after the upload is
-    complete: within those two seconds the store was looked at again.
+    complete: within those two seconds the store was looked at again. So it is if the config comes
+    last, and nothing is an adapter before.
     """
     whole = make_adapter(tmp_path, "whole")
     config_text = (whole / "adapter_config.json").read_bytes()
@@ -76,15 +77,21 @@ async def _ends_with_the_upload(
     async with cluster(config, tmp_path) as c, asyncio.timeout(LIMIT_S):
         await c.start_worker("w0")
 
-        async def ask(name: str, expected: str) -> int:
+        async def ask(name: str, expected: str = "") -> int:
             body = chat_body(f"sim:{name}", max_tokens=2)
             async with c.http.post(f"{c.url}/v1/chat/completions", json=body) as answer:
-                if answer.status != 200:
+                if answer.status not in (200, 404):
                     assert answer.status == 422, await answer.text()
                     assert answer.headers["Retry-After"] == "2"
                     code = (await answer.json())["error"]["code"]
                     assert code == f"invalid_adapter_{expected}"
                 return answer.status
+
+        await put("bare/adapter_model.safetensors", weights)
+        assert await ask("bare") == 404
+        await put("bare/adapter_config.json", config_text)
+        await asyncio.sleep(2)
+        assert await ask("bare") == 200
 
         for name, expected, missing, data in (
             ("new", "missing_file", "adapter_model.safetensors", weights),

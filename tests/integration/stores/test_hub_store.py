@@ -233,7 +233,9 @@ async def test_a_hub_that_fails_once_is_asked_again(hub: HubServer) -> None:
         assert await store.find("pirate") is not None
 
 
-@pytest.mark.parametrize("reply", [b"<html>", b"[]", b'{"sha": "x"}', b'{"sha": null}'])
+@pytest.mark.parametrize(
+    "reply", [b"<html>", b"[]", b'{"sha": "x"}', b'{"sha": null}', b'{"sha": "\\ud800"}', b"\xff"]
+)
 async def test_a_reply_that_makes_no_sense_is_unavailable(hub: HubServer, reply: bytes) -> None:
     hub.refuse = lambda _: web.Response(body=reply)
     async with open_store("hf://acme") as store:

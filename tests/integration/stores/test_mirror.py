@@ -19,7 +19,9 @@ _numbers = itertools.count()
 def place(moto_url: str, store_credentials: None) -> S3Place:
     place = S3Place(moto_url, f"models-{next(_numbers)}", "llama/")
     place.put("config.json", b"{}")
-    place.put("part/model.safetensors", b"w" * 100_000)
+    place.put("deep", b"")  # as Data Lake Gen2 lists folders
+    place.put("deep/part", b"")
+    place.put("deep/part/model.safetensors", b"w" * 100_000)
     place.put("original/consolidated.pth", b"x")
     return place
 
@@ -32,8 +34,8 @@ async def test_a_model_is_brought_whole_and_once_however_many_workers_ask(
     assert len(folders) == 1
     folder = folders.pop()
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    assert found == {"config.json", "part/model.safetensors"}
-    assert (folder / "part/model.safetensors").read_bytes() == b"w" * 100_000
+    assert found == {"config.json", "deep/part/model.safetensors"}
+    assert (folder / "deep/part/model.safetensors").read_bytes() == b"w" * 100_000
     (folder / "config.json").write_bytes(b"kept")
     await local_model(place.url, tmp_path, place.options)
     assert (folder / "config.json").read_bytes() == b"kept"

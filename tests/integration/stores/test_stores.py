@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import ssl
+import subprocess
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -17,6 +19,7 @@ from aiohttp import web
 from shared.adapters.identity import StoredAdapter, StoredFile
 from shared.errors import AdapterNotFound, ConfigError, StoreUnavailable
 from shared.stores import AdapterStore, Skipped, open_store
+from shared.stores import azure as azure_module
 from shared.stores import gcs as gcs_module
 from shared.stores import s3 as s3_module
 from shared.stores import transfer as transfer_module
@@ -363,12 +366,25 @@ FILE = StoredFile("adapter_model.safetensors", 100_000, "7")
 ADAPTER = StoredAdapter("a", "0" * 16, (FILE,))
 
 
+URLS = {
+    "s3": "s3://bucket/p",
+    "gcs": "gs://bucket/p",
+    "azure": "abfss://bucket@account.dfs.core.windows.net/p",
+}
+
+
 def bad_day(kind: str, url: str) -> AbstractAsyncContextManager[AdapterStore]:
-    return open_store("s3://bucket/p" if kind == "s3" else "gs://bucket/p", {"endpoint_url": url})
+    return open_store(URLS[kind], {"endpoint_url": url})
 
 
 @pytest.fixture(params=["s3", "gcs"])
 def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=list(URLS))
+def any_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a2V5")
     return str(request.param)
 
 
@@ -377,6 +393,7 @@ def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Switches off retries. They take seconds and do not matter to these tests."""
     monkeypatch.setattr(gcs_module, "MAX_ATTEMPTS", 1)
     monkeypatch.setattr(s3_module, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(azure_module, "MAX_ATTEMPTS", 1)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +409,7 @@ def one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("one_attempt")
 async def test_each_refusal_has_its_own_words_and_quotes_nothing(
-    kind: str, status: int, words: str, tmp_path: Path
+    any_kind: str, status: int, words: str, tmp_path: Path
 ) -> None:
     async def respond(request: web.Request) -> web.Response:
         return web.Response(
@@ -400,7 +417,7 @@ async def test_each_refusal_has_its_own_words_and_quotes_nothing(
             text="<Error><Code>hunter2 hunter2</Code><Message>hunter2</Message></Error>",
         )
 
-    async with http_server(respond) as url, bad_day(kind, url) as store:
+    async with http_server(respond) as url, bad_day(any_kind, url) as store:
         for attempt in (store.find("a"), store.fetch(ADAPTER, tmp_path)):
             with pytest.raises(StoreUnavailable, match=words) as caught:
                 await attempt
@@ -408,37 +425,158 @@ async def test_each_refusal_has_its_own_words_and_quotes_nothing(
             assert (caught.value.retry_after_s is not None) == (words == "slow down")
 
 
+S3_ITEM = (
+    "<Contents><Key>p/a/adapter_config.json</Key><Size>2</Size>"
+    "<ETag>&quot;1&quot;</ETag></Contents>"
+)
+S3_LISTING = f"<ListBucketResult>{S3_ITEM}</ListBucketResult>"
+GCS_LISTING = '{"items": [{"name": "p/a/adapter_config.json", "size": "2", "generation": "1"}]}'
+AZURE_LISTING = (
+    "<EnumerationResults><Prefix>p/</Prefix><Blobs><Blob><Name>p/a/adapter_config.json</Name>"
+    "<Properties><Last-Modified>Mon, 30 Nov 2026 09:00:00 GMT</Last-Modified><Etag>1</Etag>"
+    "<Content-Length>2</Content-Length><BlobType>BlockBlob</BlobType></Properties></Blob></Blobs>"
+    "<NextMarker/></EnumerationResults>"
+)
+LISTINGS = {"s3": S3_LISTING, "gcs": GCS_LISTING, "azure": AZURE_LISTING}
+RETRIED_S = 8.0  # less than a client waits for an unknown name
+
+
+@pytest.mark.parametrize("kind", ["s3", "azure"])
 @pytest.mark.usefixtures("one_attempt")
-async def test_a_reply_that_is_no_listing_is_an_error_and_not_an_empty_store(kind: str) -> None:
+async def test_a_file_that_is_archived_is_not_taken_for_one_that_is_denied(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a2V5")
+
+    async def respond(request: web.Request) -> web.Response:
+        code = {"s3": "InvalidObjectState", "azure": "BlobArchived"}[kind]
+        return web.Response(
+            status={"s3": 403, "azure": 409}[kind],
+            headers={"x-ms-error-code": code},
+            text=f"<Error><Code>{code}</Code><Message>Archived</Message></Error>",
+            content_type="application/xml",
+        )
+
+    async with http_server(respond) as url, bad_day(kind, url) as store:
+        with pytest.raises(StoreUnavailable, match="archived: restore it"):
+            await store.fetch(ADAPTER, tmp_path)
+
+
+def listing_reply(kind: str, text: str) -> web.Response:
+    form = "application/json" if kind == "gcs" else "application/xml"
+    return web.Response(text=text, content_type=form)
+
+
+@pytest.mark.usefixtures("one_attempt")
+async def test_a_reply_that_is_no_listing_is_an_error_and_not_an_empty_store(any_kind: str) -> None:
     async def respond(request: web.Request) -> web.Response:
         return web.Response(
             text="<html>Sign in to the hotel's network</html", content_type="text/html"
         )
 
-    async with http_server(respond) as url, bad_day(kind, url) as store:
+    async with http_server(respond) as url, bad_day(any_kind, url) as store:
         with pytest.raises(StoreUnavailable):
             await listed(store)
 
 
-async def test_one_failure_of_the_server_is_retried(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("s3", ""),
+        ("s3", "<html><body>Sign in</body></html>"),
+        *(
+            ("s3", S3_LISTING.replace(part, other))
+            for part, other in (
+                ("<Key>p/a/adapter_config.json</Key>", ""),
+                ("<Size>2</Size>", ""),
+                ("<Size>2<", "<Size>two<"),
+                ("<ETag>&quot;1&quot;</ETag>", ""),
+                ("</Size>", "</Size><LastModified>yesterday</LastModified>"),
+            )
+        ),
+        ("gcs", ""),
+        ("gcs", "[]"),
+        ("gcs", GCS_LISTING.replace('"2"', "Infinity")),
+        ("gcs", GCS_LISTING.replace('"size": "2", ', "")),
+        ("gcs", GCS_LISTING.replace('"1"', '"\\ud800"')),
+        ("azure", ""),
+        ("azure", "<html><body>Sign in</body></html>"),
+        ("azure", "<EnumerationResults/>"),
+        ("azure", AZURE_LISTING.replace("<NextMarker/>", "<NextMarker>2</NextMarker>")),
+        *(
+            ("azure", AZURE_LISTING.replace(part, other))
+            for part, other in (
+                ("<Name>p/a/adapter_config.json</Name>", ""),
+                ("<Content-Length>2</Content-Length>", ""),
+                ("<Content-Length>2<", "<Content-Length>two<"),
+                ("<Etag>1</Etag>", ""),
+                ("Mon, 30 Nov 2026 09:00:00 GMT", "yesterday"),
+            )
+        ),
+    ],
+)
+@pytest.mark.usefixtures("one_attempt")
+async def test_a_listing_that_lacks_something_or_never_ends_is_an_error(
+    kind: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a2V5")
+
+    async def respond(request: web.Request) -> web.Response:
+        return listing_reply(kind, text)
+
+    async with http_server(respond) as url, bad_day(kind, url) as store:
+        for attempt in (listed(store), store.find("a")):
+            async with asyncio.timeout(RETRIED_S):
+                with pytest.raises(StoreUnavailable, match="makes no sense"):
+                    await attempt
+
+
+def make_certificate(certificate: Path, key: Path) -> None:
+    what = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    whose = ["-subj", "/CN=store", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*what, *whose, *files], check=True, capture_output=True)
+
+
+async def test_a_store_whose_certificate_nobody_vouches_for_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a2V5")
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make_certificate(certificate, key)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+
+    async def respond(request: web.Request) -> web.Response:
+        return listing_reply("s3", S3_LISTING)
+
+    async with http_server(respond, context) as url:
+        for where in (*URLS.values(), "hf://org"):
+            options = {"endpoint_url": url} | ({"anonymous": True} if where == URLS["gcs"] else {})
+            into = tmp_path / where.partition(":")[0]
+            into.mkdir()
+            async with open_store(where, options) as store:
+                for attempt in (listed(store), store.fetch(ADAPTER, into)):
+                    with pytest.raises(StoreUnavailable, match="certificate is not valid, or not"):
+                        await attempt
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+        async with bad_day("s3", url) as store:
+            assert set(await listed(store)) == {"a"}
+
+
+async def test_one_failure_of_the_server_is_retried(any_kind: str) -> None:
     answers = iter([500])
 
     async def respond(request: web.Request) -> web.Response:
         if status := next(answers, None):
             return web.Response(status=status)
-        if kind == "gcs":
-            return web.json_response(
-                {"items": [{"name": "p/a/adapter_config.json", "size": "2", "generation": "1"}]}
-            )
-        item = (
-            "<Contents><Key>p/a/adapter_config.json</Key><Size>2</Size>"
-            "<ETag>&quot;1&quot;</ETag></Contents>"
-        )
-        return web.Response(
-            text=f"<ListBucketResult>{item}</ListBucketResult>", content_type="application/xml"
-        )
+        return listing_reply(any_kind, LISTINGS[any_kind])
 
-    async with http_server(respond) as url, bad_day(kind, url) as store:
+    async with (
+        asyncio.timeout(RETRIED_S),
+        http_server(respond) as url,
+        bad_day(any_kind, url) as store,
+    ):
         assert set(await listed(store)) == {"a"}
 
 
@@ -543,6 +681,26 @@ async def test_a_store_that_trickles_is_given_up_at_the_deadline(
             with pytest.raises(StoreUnavailable, match="too slow"):
                 await store.fetch(ADAPTER, tmp_path)
         stopped.set()
+
+
+async def test_folders_that_azure_lists_before_their_neighbours_are_no_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So does an account with a hierarchical namespace."""
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a2V5")
+    begin, blob, end = AZURE_LISTING.partition("<Blob>")[0], "", "</Blobs></EnumerationResults>"
+    for name in ("a", "a/adapter_config.json", "a-b", "a-b/adapter_config.json"):
+        size = "<Content-Length>2</Content-Length>" if "." in name else ""
+        blob += (
+            f"<Blob><Name>p/{name}</Name><Properties><Etag>1</Etag>{size}"
+            "<BlobType>BlockBlob</BlobType></Properties></Blob>"
+        )
+
+    async def respond(request: web.Request) -> web.Response:
+        return listing_reply("azure", begin + blob + end)
+
+    async with http_server(respond) as url, bad_day("azure", url) as store:
+        assert set(await listed(store)) == {"a", "a-b"}
 
 
 async def test_a_directory_bucket_that_lists_in_no_order_is_sorted_first() -> None:

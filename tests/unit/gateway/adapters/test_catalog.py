@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -141,6 +142,45 @@ async def test_to_look_again_does_not_take_half_of_an_upload(root: Path) -> None
     put(root, "pirate", b"others")
     assert await catalog.look_again("pirate") != old, "all of it is new"
     assert not catalog.is_settling("pirate")
+
+
+@pytest.mark.parametrize("by_listing", [True, False])
+async def test_a_config_that_was_gone_for_a_moment_does_not_make_half_an_upload_a_version(
+    root: Path, by_listing: bool
+) -> None:
+    catalog = Catalog("tiny", Watched(str(root)), refresh_s=3600.0, settle_s=3600.0)
+    await catalog.refresh()
+    old = catalog.known["pirate"]
+
+    async def look() -> StoredAdapter | None:
+        if by_listing:
+            await catalog.refresh()
+        else:
+            with contextlib.suppress(AdapterNotFound):
+                await catalog.look_again("pirate")
+        return catalog.known.get("pirate")
+
+    (root / "pirate" / "adapter_config.json").unlink()
+    assert await look() is None
+    put_config(root, "pirate", '{"r": 4}')
+    assert await look() == old and catalog.is_settling("pirate")
+    (root / "pirate" / "adapter_model.safetensors").write_bytes(b"others")
+    new = await look()
+    assert new not in (None, old) and not catalog.is_settling("pirate")
+
+
+async def test_a_listing_between_config_and_weights_does_not_delay_a_new_adapter(
+    root: Path,
+) -> None:
+    catalog = Catalog("tiny", Watched(str(root)), refresh_s=3600.0, settle_s=3600.0)
+    put(root, "fresh")
+    weights = root / "fresh" / "adapter_model.safetensors"
+    weights.unlink()
+    await catalog.refresh()
+    assert len(catalog.known["fresh"].files) == 1
+    weights.write_bytes(b"weights")
+    await catalog.refresh()
+    assert len(catalog.known["fresh"].files) == 2
 
 
 async def test_who_says_that_an_upload_is_whole_is_believed(root: Path) -> None:

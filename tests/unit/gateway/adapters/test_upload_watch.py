@@ -11,8 +11,10 @@ SETTLE_S = 12.0
 
 
 def version(config: int, weights: int) -> StoredAdapter:
-    files = (StoredFile("adapter_config.json", 5, f"c{config}"), StoredFile("w", 9, f"w{weights}"))
-    return StoredAdapter("a", f"{config}-{weights}", files)
+    files = [StoredFile("adapter_config.json", 5, f"c{config}")]
+    if weights:
+        files.append(StoredFile("adapter_model.safetensors", 9, f"w{weights}"))
+    return StoredAdapter("a", f"{config}-{weights}", tuple(files))
 
 
 OLD, NEW = version(1, 1), version(2, 2)
@@ -58,3 +60,14 @@ def test_of_an_adapter_that_is_gone_nothing_is_kept() -> None:
     settling.look(OLD, version(2, 1), 0.0)
     settling.keep(set())
     assert settling.look(OLD, version(2, 1), SETTLE_S) == OLD
+
+
+def test_while_an_adapter_has_no_weights_its_last_whole_version_is_remembered() -> None:
+    settling, bare = UploadWatch(SETTLE_S), version(1, 0)
+    assert settling.look(OLD, bare, 0.0) == OLD
+    assert settling.look(OLD, bare, SETTLE_S) == bare == settling.look(bare, bare, 2 * SETTLE_S)
+    last = settling.last("a")
+    assert last == OLD
+    assert settling.look(last, version(1, 2), 3 * SETTLE_S) == OLD
+    assert settling.look(last, NEW, 3 * SETTLE_S + 1) == NEW
+    assert settling.last("a") is None

@@ -28,7 +28,7 @@ from shared.adapters.checks import (
     check_norm,
     check_tensors,
 )
-from shared.adapters.identity import choose_weights
+from shared.adapters.identity import choose_weights, has_all_weights
 from shared.adapters.peft_config import check_config
 from shared.adapters.safetensors import Tensor, header_length, parse_header
 from shared.adapters.strict_json import parse_object, shown
@@ -626,6 +626,12 @@ def test_the_weights_are_one_file_or_an_index_and_its_shards() -> None:
     assert choose_weights([n for n in SHARDS if "index" not in n]) == ()
 
 
+def test_shards_of_another_number_do_not_make_an_upload_incomplete() -> None:
+    stale = "adapter_model-00001-of-00003.safetensors"
+    assert has_all_weights([*SHARDS, stale])
+    assert not has_all_weights([*list(SHARDS)[:2], stale])
+
+
 @pytest.mark.parametrize(
     ("where", "why"),
     [
@@ -656,6 +662,8 @@ def test_an_index_must_name_what_its_files_hold(where: Any, why: str) -> None:
             "missing_file",
         ),
         (files({"adapter_model.bin": 1}, without="adapter_model.safetensors"), "pickle"),
+        (files(dict([*SHARDS.items()][:1]), without="adapter_model.safetensors"), "incomplete"),
+        (files(dict([*SHARDS.items()][:2]), without="adapter_model.safetensors"), "incomplete"),
         (
             files(
                 {"adapter_model.safetensors": 1},

@@ -172,6 +172,15 @@ def test_of_many_skipped_folders_all_are_counted_and_the_first_are_shown() -> No
     assert skipped.total == 300 and len(skipped.shown) == MAX_SHOWN
 
 
+def test_only_a_folder_that_nobody_has_looked_into_hides_what_lies_below() -> None:
+    grouping = Grouping()
+    grouping.skip("closed", SkipReason.UNREADABLE)
+    grouping.skip("full", SkipReason.TOO_MANY_FILES)
+    why = grouping.skipped.why
+    assert why("closed/a") == why("closed") != "" != why("full")
+    assert why("full/a") == why("closed-too") == ""
+
+
 def test_the_digest_is_the_same_in_any_order_and_differs_by_path_size_version_and_name() -> None:
     one, two = StoredFile("x", 1, "v"), StoredFile("y", 2, "v")
     digest = digest_of("a", [one, two])
@@ -192,6 +201,14 @@ def test_keys_out_of_order_are_refused_rather_than_split_an_adapter() -> None:
     grouping.add(Entry(f"b/{CONFIG_FILE}", 1, "v"))
     with pytest.raises(OutOfOrder):
         grouping.add(Entry(f"a/{CONFIG_FILE}", 1, "v"))
+
+
+def test_keys_that_follow_no_one_order_are_refused() -> None:
+    grouping = Grouping()
+    for folder in ("a", "a-b"):  # by folders
+        grouping.add(Entry(f"{folder}/{CONFIG_FILE}", 1, "v"))
+    with pytest.raises(OutOfOrder):  # from here on by characters
+        grouping.add(Entry(f"a/{WEIGHTS_FILE}", 1, "v"))
 
 
 def test_an_adapter_comes_as_soon_as_its_folder_has_ended() -> None:
@@ -233,6 +250,12 @@ def _model(keys: set[str]) -> dict[str, set[str]]:
 @given(st.sets(_KEY, max_size=60))
 def test_grouping_a_stream_agrees_with_the_rule(keys: set[str]) -> None:
     assert {name: paths(a) for name, a in streamed(entries(*keys)).items()} == _model(keys)
+
+
+@given(st.sets(_KEY, max_size=60))
+def test_a_store_that_lists_each_folder_before_its_neighbours_agrees_too(keys: set[str]) -> None:
+    by_folders = sorted(entries(*keys), key=lambda entry: entry.key.split("/"))
+    assert {name: paths(a) for name, a in streamed(by_folders).items()} == _model(keys)
 
 
 @given(st.sets(_KEY, max_size=40), st.randoms())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from shared.stores.local import LocalStore
 from tests.processes import no_descriptors_left
 
 NAMES = ["a", "b", "team/a", "team/b", "a/inner", "bad name/x", ".hidden/x"]
+NOBODY = 65534
 _times = itertools.count(10**18, 1000)
 
 
@@ -192,3 +196,48 @@ async def test_a_folder_that_cannot_be_opened_for_lack_of_descriptors_is_not_cal
     assert await store.find("a") is not None  # its thread is there from now on
     with no_descriptors_left(), pytest.raises(StoreUnavailable, match="Too many open files"):
         await store.find("a")
+
+
+@contextlib.contextmanager
+def folder_of_somebody() -> Iterator[Path]:
+    """A folder of a user who is not root, in a process that runs as that user. Root may read
+    everything.
+    """
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(NOBODY)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+async def test_a_file_that_may_not_be_read_is_there_and_its_fetch_says_why(file: str) -> None:
+    await asyncio.to_thread(int)  # imports what threads need while everything may be read
+    with folder_of_somebody() as root:
+        put(root / "store", "a")
+        (root / "store" / "a" / file).chmod(0)
+        async with LocalStore(str(root / "store")) as store:
+            (adapter,) = [adapter async for adapter in store.list()]
+            assert len(adapter.files) == 2 and await store.find("a") == adapter
+            assert [skipped.key for skipped in store.skipped.shown] == [f"a/{file}"]
+            (root / "into").mkdir()
+            with pytest.raises(StoreUnavailable, match="denied access"):
+                await store.fetch(adapter, root / "into")
+            (root / "store" / "a" / file).chmod(0o600)
+            assert await store.find("a") != adapter
+
+
+async def test_who_asks_for_an_adapter_below_a_closed_folder_is_told_of_it() -> None:
+    await asyncio.to_thread(int)
+    with folder_of_somebody() as root:
+        put(root, "team/a")
+        (root / "team").chmod(0)
+        async with LocalStore(str(root)) as store:
+            assert [adapter async for adapter in store.list()] == []
+            assert "check its permissions" in store.skipped.why("team/a")
+            assert store.skipped.why("team-b") == ""
+        (root / "team").chmod(0o700)

@@ -19,6 +19,7 @@ from shared.adapters.safetensors import VALUE_BYTES
 from shared.config.llm import LLMConfig
 from shared.errors import ConfigError, InvalidAdapter
 from tests.bad_adapters import CONFIG, KINDS, ON_DISK_ONLY, WEIGHTS, filled, safetensors, stored
+from worker.engine.vllm.lora.files import weight_files
 from worker.validation.base_model import read_base_shapes
 from worker.validation.validator import PIECE_BYTES, Validator
 
@@ -208,6 +209,10 @@ def test_weights_in_several_files_are_read_as_one(tmp_path: Path) -> None:
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": where}))
     (folder / WEIGHTS).unlink()
     assert Validator(BASE, 16).check(folder).modules == ("q_proj",)
+    # left from an earlier upload, which had another number of files
+    (folder / "adapter_model-00001-of-00003.safetensors").write_bytes(safetensors(part))
+    assert Validator(BASE, 16).check(folder).modules == ("q_proj",)
+    assert {path.name for path in weight_files(folder)} == set(where.values())
     (folder / "adapter_model-00002-of-00002.safetensors").unlink()
     with pytest.raises(InvalidAdapter, match="not complete") as refused:
         Validator(BASE, 16).check(folder)

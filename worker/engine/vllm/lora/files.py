@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shared.adapters.checks import indexed_shards
 from shared.adapters.identity import CONFIG_FILE, WEIGHTS_INDEX_FILE, choose_weights
 
 _FUSED = b".experts.base_layer.lora_A"
@@ -18,7 +19,10 @@ _FUSED = b".experts.base_layer.lora_A"
 def weight_files(folder: Path) -> list[Path]:
     """The folder's weight files, in the order of their names."""
     names = choose_weights([path.name for path in folder.iterdir()])
-    return [folder / name for name in names if name != WEIGHTS_INDEX_FILE]
+    if WEIGHTS_INDEX_FILE not in names:
+        return [folder / name for name in names]
+    index = (folder / WEIGHTS_INDEX_FILE).read_bytes()
+    return [folder / name for name in indexed_shards(index, names)]
 
 
 def has_fused_experts(folder: Path) -> bool:
