@@ -196,6 +196,9 @@ def _other_paths() -> Iterator[tuple[str, bytes]]:
     yield "token ids for text", to("/detokenize", tokens=[*range(10, 1000)] * 100)
     yield "much text for token ids", to("/tokenize", prompt="hello " * 1_000_000)
     yield "300,000 texts to score", to("/score", text_1="a", text_2=["b"] * 300_000)
+    yield "numbers as items of a response", to("/v1/responses", input=[1] * 60_000)
+    yield "unknown items of a response", to("/v1/responses", input=[{"a": 1}] * 409)
+    yield "texts among token ids", to("/v1/completions", prompt=[1] + ["a"] * 250_000)
     prompt = [10 + n % 1000 for n in range(900)]
     yield (
         "echo of a prompt",
