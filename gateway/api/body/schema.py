@@ -68,6 +68,7 @@ class BodyFields(msgspec.Struct, frozen=True, gc=False):
     media_io_kwargs: msgspec.Raw = NOTHING
     vllm_xargs: msgspec.Raw = NOTHING
     kv_transfer_params: msgspec.Raw = NOTHING
+    ec_transfer_params: msgspec.Raw = NOTHING
     metadata: msgspec.Raw = NOTHING
     allowed_token_ids: msgspec.Raw = NOTHING
     documents: msgspec.Raw = NOTHING
@@ -89,6 +90,8 @@ class BodyFields(msgspec.Struct, frozen=True, gc=False):
     logit_bias: msgspec.Raw = NOTHING
     bad_words: msgspec.Raw = NOTHING
     background: bool | None = False
+    previous_input_messages: msgspec.Raw = NOTHING
+    repetition_detection: msgspec.Raw = NOTHING
 
     def limit(self, endpoint: Endpoint) -> int | None:
         """The limit of the answer's tokens, as the engine reads it on this path."""
