@@ -245,6 +245,27 @@ async def test_what_a_killed_worker_had_not_begun_to_answer_is_answered_by_anoth
         assert await c.metric("loraplex_retries_total") == 4
 
 
+async def test_a_request_that_two_workers_died_of_is_refused_from_then_on_and_others_are_not(
+    tmp_path: Path, adapters: Path
+) -> None:
+    async with cluster(sim_config(adapters, sim={"ttft_ms": 1500}), tmp_path) as c:
+        deadly = asyncio.create_task(c.chat("sim", "deadly", max_tokens=2))
+        for name in ("w0", "w1"):
+            await c.start_worker(name, serving=False)
+            async with asyncio.timeout(60):
+                while not await c.metric("loraplex_worker_load", worker=name):
+                    await asyncio.sleep(0.01)
+            c.workers[name].signal(signal.SIGKILL)
+        assert (await deadly)[0] == 500
+        await c.start_worker("w2")
+        for _ in range(2):
+            status, body, _ = await c.chat("sim", "deadly", max_tokens=2)
+            assert (status, body["error"]["code"]) == (500, "engine_error")
+            assert "refused" in body["error"]["message"]
+        assert (await c.chat("sim", "harmless", max_tokens=2))[0] == 200
+        assert c.workers["w2"].waiter.returncode is None
+
+
 async def test_api_keys_are_asked_for(tmp_path: Path, adapters: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("secret-one\nsecret-two\n")
