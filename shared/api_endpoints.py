@@ -166,7 +166,7 @@ ENDPOINTS: dict[str, Endpoint] = {
         "tokens",
         ANY_TASK,
         most_bytes=MOST_COUNTED_BYTES,
-        fields=_RENDERED | {"model", "prompt", "tools"},
+        fields=_RENDERED | {"model", "prompt", "return_token_strs", "tools"},
     ),
     "/detokenize": Endpoint(
         "text of tokens", ANY_TASK, most_bytes=MOST_COUNTED_BYTES, fields=frozenset({"model"})

@@ -129,7 +129,7 @@ def largest_allowed() -> Iterator[tuple[str, bytes]]:
                     "name": "s",
                     "schema": {
                         "type": "object",
-                        "properties": {f"p{n}": {"type": "string"} for n in range(2000)},
+                        "properties": {f"p{n}": {"type": "string"} for n in range(500)},
                     },
                 },
             }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from gateway.api.body.schema_cost import check_schemas
+from gateway.api.body.schema_cost import check_schemas, unescaped
 from shared.errors import InvalidRequest
 from shared.lenient_values import integer
 
@@ -236,7 +236,7 @@ def _check_grammar(name: str, raw: bytes, bounds: Bounds) -> None:
         raise InvalidRequest(
             f"`{name}` is larger than {bounds.max_structured_bytes} bytes.", param=name
         )
-    if repetitions(raw) > MAX_REPETITIONS:
+    if repetitions(unescaped(name, raw)) > MAX_REPETITIONS:
         raise InvalidRequest(
             f"`{name}` repeats more than {MAX_REPETITIONS} times in its `{{m,n}}`.", param=name
         )
