@@ -266,6 +266,19 @@ async def test_a_request_that_two_workers_died_of_is_refused_from_then_on_and_ot
         assert c.workers["w2"].waiter.returncode is None
 
 
+async def test_a_page_that_has_bound_its_name_to_loopback_reads_nothing_without_keys(
+    tmp_path: Path, adapters: Path
+) -> None:
+    paths = ("/metrics", "/ready", "/ui", "/version", "/v1/models", "/admin/live")
+    async with cluster(sim_config(adapters), tmp_path) as c:
+        for path in (*paths, "/health"):
+            for host, there in (("pages.example", 403), ("localhost", 200)):
+                async with c.http.get(c.url + path, headers={"Host": host}) as answer:
+                    expected = 200 if path == "/health" else there
+                    ready = path == "/ready" and answer.status == 503  # no worker yet
+                    assert answer.status == expected or (expected == 200 and ready), (path, host)
+
+
 async def test_api_keys_are_asked_for(tmp_path: Path, adapters: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("secret-one\nsecret-two\n")
