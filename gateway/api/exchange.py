@@ -335,7 +335,7 @@ class Exchange:
             Requester(
                 account.name,
                 facts.session,
-                account.clamped(head.priority or 0 if facts.priority is None else facts.priority),
+                account.clamped(head.priority or 0) if facts.priority is None else facts.priority,
                 account.weight,
             ),
         )
