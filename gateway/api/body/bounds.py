@@ -30,6 +30,10 @@ MAX_PARTS = 3072
 """The most items of all lists inside messages: content parts, tool calls. vLLM takes 10 us to read
 one.
 """
+MAX_ARGUMENT_VALUES = 300_000
+"""Of the arguments of tool calls, which are texts of JSON: vLLM reads those of earlier turns on its
+loop.
+"""
 MESSAGES_PER_ITEM = 5
 """One item of a response's `input` takes vLLM as long to read as so many messages of a chat: it has
 30 kinds of them to try.
@@ -142,12 +146,20 @@ def _check_parts(name: str, raw: msgspec.Raw) -> None:
     """The worker reads and checks the lists inside messages item by item."""
     if len(raw) <= 2 * MAX_PARTS or not _is_list(raw) or bytes(raw).count(b",") <= MAX_PARTS:
         return
-    parts = 0
+    parts = values = 0
     for message in _decode_items(raw):
         if _first(message) != ord("{"):
             continue
-        lists = [v for v in _fields(name, message).values() if _is_list(v)]
+        fields = _fields(name, message)
+        lists = [v for v in fields.values() if _is_list(v)]
         parts += sum(len(_decode_items(value)) for value in lists)
+        for holder in ("arguments", "tool_calls"):
+            values += bytes(fields.get(holder, NOTHING)).count(b",")
+    if values > MAX_ARGUMENT_VALUES:
+        raise InvalidRequest(
+            f"Arguments of tool calls in `{name}` have more than {MAX_ARGUMENT_VALUES} values.",
+            param=name,
+        )
     if parts > MAX_PARTS:
         raise InvalidRequest(
             f"`{name}` has {parts} parts and tool calls; at most {MAX_PARTS} are served.",

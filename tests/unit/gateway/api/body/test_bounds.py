@@ -248,6 +248,20 @@ def test_the_earlier_messages_of_a_response_are_bounded_like_its_items() -> None
         parse_body_fields(body(b'"previous_input_messages":' + many(b"{}", 410) + b" " * 2048))
 
 
+def test_the_arguments_of_earlier_tool_calls_are_bounded() -> None:
+    """They are texts, so what is in them was not counted with the values of the body."""
+    for count, passes in ((1000, True), (300_001, False)):
+        text = b'"{\\"a\\":[%b0]}"' % (b"0," * count)
+        call = b'{"role":"assistant","tool_calls":[{"function":{"arguments":%b}}]}' % text
+        item = b'{"type":"function_call","arguments":%b}' % text
+        for asked in (b'"messages":[%b]' % call, b'"input":[%b]' % item):
+            if passes:
+                parse_body_fields(body(asked))
+            else:
+                with pytest.raises(InvalidRequest, match="more than 300000 values"):
+                    parse_body_fields(body(asked))
+
+
 def test_a_search_for_long_patterns_is_refused() -> None:
     """Patterns of thousands of tokens hold the engine for seconds at every step."""
     for most in (b"128", b'"128"', b"128.0", b"null", b"true", b"{}", b"1e400", b'"x"'):
