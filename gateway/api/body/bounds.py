@@ -134,7 +134,7 @@ def _check_pattern(raw: msgspec.Raw) -> None:
     given = _fields("repetition_detection", raw).get("max_pattern_size", NOTHING)
     try:
         most = integer(_decode_any(given)) if len(given) else None
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         most = None
     if most is not None and most > MAX_PATTERN_TOKENS:
         raise InvalidRequest(
