@@ -98,11 +98,11 @@ class Routes:
         table: dict[tuple[str, str], Handler] = {
             ("GET", "/v1/models"): self._guarded(self.models),
             ("GET", "/health"): self.health,
-            ("GET", "/ready"): self.ready,
-            ("GET", "/metrics"): self.metrics,
-            ("GET", "/version"): self.version,
-            ("GET", "/openapi.json"): self.openapi,
-            ("GET", "/docs"): self.docs,
+            ("GET", "/ready"): self._open(self.ready),
+            ("GET", "/metrics"): self._open(self.metrics),
+            ("GET", "/version"): self._open(self.version),
+            ("GET", "/openapi.json"): self._open(self.openapi),
+            ("GET", "/docs"): self._open(self.docs),
         }
         for path in ENDPOINTS:
             table["POST", path] = self._guarded(self._generation.aiohttp_path)
@@ -111,7 +111,7 @@ class Routes:
         for route, handler in self._operators.routes().items():
             table[route] = self._guarded(handler, admin=True)
         for route, handler in self._pages.routes().items():
-            table[route] = self._answered(handler)
+            table[route] = self._open(handler)
         heads = {("HEAD", path): table["GET", path] for method, path in table if method == "GET"}
         return table | heads
 
@@ -265,6 +265,17 @@ class Routes:
                 self._keys.check_admin(authorization_of(AiohttpRequest(request)))
             else:
                 cast(BoundedRequest, request).tenant = self._account_of(request).name
+            return await handler(request)
+
+        return self._answered(checked)
+
+    def _open(self, handler: Handler) -> Handler:
+        """The handler for everybody who knows the gateway by one of its names. A page that has
+        bound its own name to 127.0.0.1 does not.
+        """
+
+        async def checked(request: web.BaseRequest) -> web.StreamResponse:
+            self._browsers.check_host(request.headers.get)
             return await handler(request)
 
         return self._answered(checked)

@@ -69,9 +69,10 @@ class Endpoint:
 # Fields that several paths have. Those of a family are in OpenAI's words or in Anthropic's.
 _OPENAI = frozenset({"model", "priority", "user"})
 _SAMPLED = _OPENAI | {
-    "allowed_token_ids", "bad_words", "kv_transfer_params", "logit_bias", "logprob_token_ids",
-    "max_tokens", "min_tokens", "n", "prompt_logprobs", "response_format", "stop_token_ids",
-    "stream", "structured_outputs", "top_k", "use_beam_search", "vllm_xargs",
+    "allowed_token_ids", "bad_words", "ec_transfer_params", "kv_transfer_params", "logit_bias",
+    "logprob_token_ids", "max_tokens", "min_tokens", "n", "prompt_logprobs",
+    "repetition_detection", "response_format", "stop_token_ids", "stream", "structured_outputs",
+    "top_k", "use_beam_search", "vllm_xargs",
 }  # fmt: skip
 _RENDERED = frozenset(
     {"chat_template_kwargs", "media_io_kwargs", "messages", "mm_processor_kwargs"}
@@ -121,11 +122,13 @@ ENDPOINTS: dict[str, Endpoint] = {
         | (_RENDERED - {"messages"})
         | {
             "background",
+            "ec_transfer_params",
             "input",
             "kv_transfer_params",
             "logit_bias",
             "max_output_tokens",
             "metadata",
+            "previous_input_messages",
             "previous_response_id",
             "prompt",
             "stop_token_ids",
@@ -146,7 +149,15 @@ ENDPOINTS: dict[str, Endpoint] = {
         ("max_tokens",),
         ErrorFamily.ANTHROPIC,
         fields=_CLAUDE
-        | {"kv_transfer_params", "max_tokens", "metadata", "stream", "top_k", "vllm_xargs"},
+        | {
+            "ec_transfer_params",
+            "kv_transfer_params",
+            "max_tokens",
+            "metadata",
+            "stream",
+            "top_k",
+            "vllm_xargs",
+        },
     ),
     "/v1/messages/count_tokens": Endpoint(
         "token counts", GENERATE, errors=ErrorFamily.ANTHROPIC, fields=_CLAUDE
@@ -155,7 +166,7 @@ ENDPOINTS: dict[str, Endpoint] = {
         "tokens",
         ANY_TASK,
         most_bytes=MOST_COUNTED_BYTES,
-        fields=_RENDERED | {"model", "prompt", "tools"},
+        fields=_RENDERED | {"model", "prompt", "return_token_strs", "tools"},
     ),
     "/detokenize": Endpoint(
         "text of tokens", ANY_TASK, most_bytes=MOST_COUNTED_BYTES, fields=frozenset({"model"})

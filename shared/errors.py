@@ -265,6 +265,10 @@ class EngineFailure(LoraplexError):
     code = "engine_error"
 
 
+class WorkersDied(EngineFailure):
+    """The same request has cost two workers, so no other one gets it for a while."""
+
+
 class CannotContinue(LoraplexError):
     """An answer that began on another worker cannot go on on this one as it would have gone on
     there.
@@ -289,7 +293,8 @@ def _descendants(cls: type[LoraplexError]) -> list[type[LoraplexError]]:
     return [c for child in cls.__subclasses__() for c in (child, *_descendants(child))]
 
 
-_OWN_PROCESS = (ConfigError, LinkError, InternalError)  # workers never send these codes
+# workers never send these
+_OWN_PROCESS = (ConfigError, LinkError, InternalError, WorkersDied)
 _BY_CODE = {c.code: c for c in _descendants(LoraplexError) if c not in _OWN_PROCESS}
 
 

@@ -31,6 +31,7 @@ from shared.errors import (
     LoraplexError,
     Overloaded,
     StoreUnavailable,
+    WorkersDied,
     WorkerUnavailable,
 )
 from shared.link.messages import WorkerId
@@ -45,10 +46,10 @@ SETTLING_RETRY_S = 2.0
 BACK_S = 5.0
 """A worker with the wanted version that is silent for longer counts as lost."""
 LOOK_S = 0.05  # between two looks whether it is back
-NOT_THE_ADAPTERS = (DeadlineExceeded, Overloaded)
+NOT_THE_ADAPTERS = (DeadlineExceeded, Overloaded, WorkersDied)
 """Errors that say nothing about an adapter. A client chooses its own deadline and the length of its
-answer, and other tenants make the queue. If a share were judged by such errors, any tenant could
-have it rolled back.
+answer, other tenants make the queue, and a refused request was tried on no worker. If a share were
+judged by such errors, any tenant could have it rolled back.
 """
 
 

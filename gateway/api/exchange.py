@@ -180,7 +180,7 @@ class Exchange:
         The version may have become outdated after it was listed. Then the current version is tried
         before `done` is called, MAX_LOOKS times at most.
 
-        Raises Overloaded, RateLimited or WorkerUnavailable. The exchange is then over.
+        Raises Overloaded, RateLimited, WorkerUnavailable or WorkersDied. The exchange is then over.
         """
         self._done = done
         try:
@@ -230,6 +230,7 @@ class Exchange:
         self.target = target
         self._check_task(target)
         inflight = self._inflight(target)
+        services.dispatcher.check_deadly(inflight)
         charge = self._charge = services.accounting.admit(self.account, inflight)
         self.inflight = inflight
         self._limit_lines = charge.header_lines or b""
@@ -296,7 +297,7 @@ class Exchange:
             Requester(
                 account.name,
                 facts.session,
-                account.clamped(head.priority or 0 if facts.priority is None else facts.priority),
+                account.clamped(head.priority or 0) if facts.priority is None else facts.priority,
                 account.weight,
             ),
         )

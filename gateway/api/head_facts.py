@@ -26,7 +26,7 @@ _PRIORITY = re.compile(r"-?[0-9]{1,9}\Z")
 
 class HeadFacts:
     """`account` is the one of the head's key in `ring`. `priority` and `timeout_s` None: the client
-    gives none. `given_id` empty: likewise.
+    gives none. `priority` is within the account's range. `given_id` empty: likewise.
 
     Raises InvalidRequest for a header that cannot be served.
     """
@@ -50,7 +50,8 @@ class HeadFacts:
         self.content_type = header("content-type") or JSON_TYPE
         self.given_id = given_id(incoming)
         self.session = (header("x-session-id") or "")[:MAX_SESSION]
-        self.priority = _priority(header("x-loraplex-priority"))
+        priority = _priority(header("x-loraplex-priority"))
+        self.priority = None if priority is None else account.clamped(priority)
         self.timeout_s = _timeout_s(header(TIMEOUT_HEADER))
         self.may_move = header(RESUME_HEADER) != "off"
 

@@ -28,7 +28,7 @@ from gateway.batches.store import BatchStore
 from gateway.http.body_reader import aside
 from gateway.http.headers import AiohttpRequest, authorization_of
 from gateway.http.json_responses import to_json
-from shared.errors import InvalidRequest, Overloaded
+from shared.errors import BodyTooLarge, InvalidRequest, Overloaded
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 T = TypeVar("T")
@@ -42,6 +42,12 @@ FULL_RETRY_AFTER_S = 30.0
 DEFAULT_PAGE, MAX_PAGE, MAX_FILE_PAGE = 20, 100, 10_000
 MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_TEXT = 16, 64, 512
 """The most metadata of a batch: keys, and characters of a key and of its text, as at OpenAI."""
+
+
+MAX_NEW_BATCH_BYTES = 128 << 10
+"""Of a request for a batch: as much as its metadata may take with every character escaped. It is
+read on the loop.
+"""
 
 
 class _ExpiresAfter(msgspec.Struct):
@@ -169,7 +175,9 @@ async def _written(request: web.BaseRequest, write: Callable[[], T]) -> T:
 
 
 def _new_batch(body: bytes) -> _NewBatch:
-    """Raises InvalidRequest."""
+    """Raises InvalidRequest or BodyTooLarge."""
+    if len(body) > MAX_NEW_BATCH_BYTES:
+        raise BodyTooLarge(f"A request for a batch may have at most {MAX_NEW_BATCH_BYTES} bytes.")
     try:
         new = _decode_new(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:

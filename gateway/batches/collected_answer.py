@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
-from gateway.accounts.account import Account
+from gateway.accounts.account import LOWEST_PRIORITY, Account
 from gateway.api.exchange import Exchange
 from gateway.api.generate import read_aside
 from gateway.api.head_facts import HeadFacts
@@ -61,7 +61,7 @@ async def answer_line(
     services: GenerationServices, account: Account, incoming: LineRequest, body: bytes
 ) -> tuple[int, bytes, LoraplexError | None]:
     """The status and the JSON body of the answer, and the error if the gateway itself refuses. The
-    request is cancelled with the task that waits for it.
+    request waits behind all others. It is cancelled with the task that waits for it.
     """
     family = errors_of(incoming.path)
     transport = CollectingTransport()
@@ -69,6 +69,7 @@ async def answer_line(
     try:
         fields = await read_aside(services, incoming, body)
         facts = HeadFacts(account, incoming)
+        facts.priority = LOWEST_PRIORITY  # also beyond the account's range
         exchange = Exchange(services, facts, incoming, body, stream, fields=fields)
         target = services.resolver.at_once(exchange.model)
         if target is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from msgspec import structs
 
-from gateway.accounts.account import ANONYMOUS, LOWEST_PRIORITY, Account
+from gateway.accounts.account import ANONYMOUS, Account
 from gateway.api.services import GenerationServices
 from gateway.batches.collected_answer import LineRequest, answer_line
 from gateway.batches.records import (
@@ -196,7 +196,6 @@ class BatchRunner:
         headers = {
             "content-type": "application/json",
             "x-request-id": request_id,
-            "x-loraplex-priority": str(LOWEST_PRIORITY),
         }
         wait_s = LEAST_WAIT_S
         while time.time() < run.batch.expires_at and not run.gives_way.is_set():

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
+from gateway.dispatch.deadly_requests import DeadlyRequests
 from gateway.dispatch.endings import RequestEndings
 from gateway.dispatch.failover import Failover
 from gateway.dispatch.placement import Placement
@@ -107,7 +108,10 @@ class Dispatcher:
         self._scheduler = Scheduler(
             tables, place, end, settlement, waiting, metrics, time_and_chance
         )
-        self._failover = failover = Failover(tables, self._scheduler, end, members, metrics, clock)
+        self._deadly = deadly = DeadlyRequests()
+        self._failover = failover = Failover(
+            tables, self._scheduler, end, members, metrics, deadly, clock
+        )
         events = StreamEvents(end, failover, self._keepalive, outbox, metrics, clock)
         delivery = FrameDelivery(tables.streams, events)
         self.inbox = WorkerInbox(
@@ -149,6 +153,12 @@ class Dispatcher:
     def explain(self, routing_request: RoutingRequest) -> list[Candidate]:
         """Every worker that could get such a request now, the best first, with its costs."""
         return self._placement.explain(routing_request)
+
+    def check_deadly(self, request: InFlightRequest) -> None:
+        """Raises WorkersDied if workers died of the same request a while ago."""
+        refusal = self._deadly.refusal(request, self.clock())
+        if refusal is not None:
+            raise refusal
 
     def submit(self, request: InFlightRequest) -> None:
         """Sends the request to a worker, or queues it.

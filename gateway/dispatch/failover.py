@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from gateway.dispatch.deadly_requests import DeadlyRequests
 from gateway.dispatch.endings import RequestEndings
 from gateway.dispatch.lifecycle import MAX_DEATHS, RequestEvent, RequestPhase, RetryBudget
 from gateway.dispatch.request import InFlightRequest, message_of
@@ -40,6 +41,7 @@ class Failover:
         endings: RequestEndings,
         membership: Membership,
         metrics: Metrics,
+        deadly: DeadlyRequests,
         clock: Callable[[], float],
     ) -> None:
         self._tables = tables
@@ -47,6 +49,7 @@ class Failover:
         self._endings = endings
         self._membership = membership
         self._metrics = metrics
+        self._deadly = deadly
         self._clock = clock
         self._retries = RetryBudget()
 
@@ -112,6 +115,7 @@ class Failover:
             if request.lifecycle.deaths >= MAX_DEATHS:
                 why = f"{MAX_DEATHS} workers died before they answered this request."
                 error = EngineFailure(f"{why} It is given to no other one.")
+                self._deadly.note(request, self._clock())
             self._lost(request, error, obstacle or "attempts")
             return
         self._note_retry(request, error)

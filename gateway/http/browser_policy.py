@@ -50,14 +50,8 @@ class BrowserPolicy:
 
     def check(self, method: str, header: Header, *, admin: bool) -> None:
         """Raises Forbidden, or UnsupportedEncoding for a body type that any page could send."""
+        self.check_host(header, admin=admin)
         host = header("host") or ""
-        if (self._checks_host_of_admin if admin else self.checks_host) and not self.knows_host(
-            host
-        ):
-            raise Forbidden(
-                "This gateway has no keys and is not known by this Host; name it in "
-                "gateway.allowed_hosts."
-            )
         if method in SAFE_METHODS or not (admin or self.keyless):
             return
         origin = header("origin")
@@ -69,6 +63,15 @@ class BrowserPolicy:
         kind = (header("content-type") or "application/json").partition(";")[0].strip().lower()
         if admin and kind != "application/json":
             raise UnsupportedEncoding("Send this with Content-Type: application/json.")
+
+    def check_host(self, header: Header, *, admin: bool = False) -> None:
+        """Raises Forbidden."""
+        checks = self._checks_host_of_admin if admin else self.checks_host
+        if checks and not self.knows_host(header("host") or ""):
+            raise Forbidden(
+                "This gateway has no keys and is not known by this Host; name it in "
+                "gateway.allowed_hosts."
+            )
 
     def cors_headers(self, origin: str | None) -> Mapping[str, str]:
         """The headers of an answer to this origin. Empty: the origin is not allowed."""

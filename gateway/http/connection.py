@@ -182,6 +182,8 @@ class Connection(asyncio.Protocol):
                 assert self._transport is not None
                 self._transport.pause_reading()
             self._unread += data
+            if not self._hold(len(self._unread)) and self._transport is not None:
+                self._transport.abort()
             return
         if self._unread:
             self._unread += data
@@ -262,6 +264,7 @@ class Connection(asyncio.Protocol):
         if self._unread and self._transport is not None:
             data = bytes(self._unread)
             self._unread.clear()
+            self._hold(0)
             self._transport.resume_reading()
             self._parse(data)
 
@@ -338,13 +341,14 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def _hold(self, size_bytes: int) -> bool:
-        """So much of a request waits here for its rest. False: of all connections together it is
-        too much.
+        """So much of a request waits here for its rest, or for its turn. False: of all connections
+        together it is too much. No key has been looked at, so each client has its share.
         """
         bodies = self._http_server.bodies
-        bodies.held.add("", size_bytes - self._held)  # no key has been looked at
+        client = f"from {self.client}" if self.client else ""
+        bodies.held.add(client, size_bytes - self._held)
         self._held = size_bytes
-        return bodies.held_bytes <= bodies.limits.max_unfinished_bytes
+        return not bodies.held.beyond(client, bodies.limits.max_unfinished_bytes)
 
     def close_if_late(self, now: float) -> None:
         """Closes the connection if it was idle, or has been receiving one request, for too long.

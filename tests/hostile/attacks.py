@@ -25,6 +25,10 @@ NUMBERS = (
     b'"1' + b"0" * 400 + b'"',
 )
 FIELDS = ("max_tokens", "max_completion_tokens", "n", "priority", "min_tokens")
+BATCH = b'{"input_file_id":"f","endpoint":"%b","metadata":{%b}}' % (
+    CHAT.encode(),
+    b",".join(b'"%d":""' % n for n in range(1_000_000)),
+)
 
 
 def head(*lines: str, method: str = "POST", path: str = CHAT, key: str | None = KEY) -> bytes:
@@ -129,7 +133,7 @@ def largest_allowed() -> Iterator[tuple[str, bytes]]:
                     "name": "s",
                     "schema": {
                         "type": "object",
-                        "properties": {f"p{n}": {"type": "string"} for n in range(2000)},
+                        "properties": {f"p{n}": {"type": "string"} for n in range(500)},
                     },
                 },
             }
@@ -196,6 +200,13 @@ def _other_paths() -> Iterator[tuple[str, bytes]]:
     yield "token ids for text", to("/detokenize", tokens=[*range(10, 1000)] * 100)
     yield "much text for token ids", to("/tokenize", prompt="hello " * 1_000_000)
     yield "300,000 texts to score", to("/score", text_1="a", text_2=["b"] * 300_000)
+    yield (
+        "metadata of a batch",
+        head(f"Content-Length: {len(BATCH)}", path="/v1/batches") + BATCH,
+    )
+    yield "numbers as items of a response", to("/v1/responses", input=[1] * 60_000)
+    yield "unknown items of a response", to("/v1/responses", input=[{"a": 1}] * 409)
+    yield "texts among token ids", to("/v1/completions", prompt=[1] + ["a"] * 250_000)
     prompt = [10 + n % 1000 for n in range(900)]
     yield (
         "echo of a prompt",

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from gateway.api.body.schema_cost import check_schemas
+from gateway.api.body.schema_cost import check_schemas, unescaped
 from shared.errors import InvalidRequest
+from shared.lenient_values import integer
 
 if TYPE_CHECKING:
     from gateway.api.body.schema import BodyFields
@@ -29,9 +30,17 @@ MAX_PARTS = 3072
 """The most items of all lists inside messages: content parts, tool calls. vLLM takes 10 us to read
 one.
 """
+MAX_ARGUMENT_VALUES = 300_000
+"""Of the arguments of tool calls, which are texts of JSON: vLLM reads those of earlier turns on its
+loop.
+"""
 MESSAGES_PER_ITEM = 5
 """One item of a response's `input` takes vLLM as long to read as so many messages of a chat: it has
 30 kinds of them to try.
+"""
+MAX_PATTERN_TOKENS = 128
+"""The longest pattern that is looked for in an answer. The engine compares up to a quarter of its
+square of tokens at every step of every choice.
 """
 MAX_REPETITIONS = 10_000
 """The largest `{m,n}` of a regular expression. As a grammar, it has a state for each repetition."""
@@ -48,6 +57,7 @@ class Bounds(msgspec.Struct, frozen=True):
 
 
 DEFAULT_BOUNDS = Bounds()
+_decode_any = msgspec.json.Decoder().decode
 _decode_raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
@@ -78,6 +88,8 @@ def check(fields: BodyFields, size: int, bounds: Bounds) -> None:
         or fields.tools is not NOTHING
     ):
         _check_structured(fields, bounds)
+    if fields.repetition_detection is not NOTHING:
+        _check_pattern(fields.repetition_detection)
     if size <= SMALL_BYTES:
         return
     if len(fields.messages) > 3 * bounds.max_messages:
@@ -91,6 +103,8 @@ def check(fields: BodyFields, size: int, bounds: Bounds) -> None:
     for name in SCORED:
         _check_items(name, getattr(fields, name), bounds.max_messages)
     _check_input(fields.input, bounds.max_messages)
+    most = bounds.max_messages // MESSAGES_PER_ITEM
+    _check_items("previous_input_messages", fields.previous_input_messages, most)
     _check_items("allowed_token_ids", fields.allowed_token_ids, MAX_ALLOWED_IDS)
     for name in ("tools", "stop_token_ids", "logprob_token_ids", "bad_words"):
         _check_items(name, getattr(fields, name), MAX_LIST_ITEMS)
@@ -114,16 +128,38 @@ def _check_input(raw: msgspec.Raw, most: int) -> None:
         raise InvalidRequest(f"`input` has more than {most} items.", param="input")
 
 
+def _check_pattern(raw: msgspec.Raw) -> None:
+    if _first(raw) != ord("{"):
+        return
+    given = _fields("repetition_detection", raw).get("max_pattern_size", NOTHING)
+    try:
+        most = integer(_decode_any(given)) if len(given) else None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        most = None
+    if most is not None and most > MAX_PATTERN_TOKENS:
+        raise InvalidRequest(
+            f"`max_pattern_size` may be at most {MAX_PATTERN_TOKENS}.", param="repetition_detection"
+        )
+
+
 def _check_parts(name: str, raw: msgspec.Raw) -> None:
     """The worker reads and checks the lists inside messages item by item."""
     if len(raw) <= 2 * MAX_PARTS or not _is_list(raw) or bytes(raw).count(b",") <= MAX_PARTS:
         return
-    parts = 0
+    parts = values = 0
     for message in _decode_items(raw):
         if _first(message) != ord("{"):
             continue
-        lists = [v for v in _fields(name, message).values() if _is_list(v)]
+        fields = _fields(name, message)
+        lists = [v for v in fields.values() if _is_list(v)]
         parts += sum(len(_decode_items(value)) for value in lists)
+        for holder in ("arguments", "tool_calls"):
+            values += bytes(fields.get(holder, NOTHING)).count(b",")
+    if values > MAX_ARGUMENT_VALUES:
+        raise InvalidRequest(
+            f"Arguments of tool calls in `{name}` have more than {MAX_ARGUMENT_VALUES} values.",
+            param=name,
+        )
     if parts > MAX_PARTS:
         raise InvalidRequest(
             f"`{name}` has {parts} parts and tool calls; at most {MAX_PARTS} are served.",
@@ -172,6 +208,7 @@ FREE = (
     "media_io_kwargs",
     "vllm_xargs",
     "kv_transfer_params",
+    "ec_transfer_params",
     "metadata",
 )
 """Objects of any names, which vLLM copies and looks through on its loop."""
@@ -211,7 +248,7 @@ def _check_grammar(name: str, raw: bytes, bounds: Bounds) -> None:
         raise InvalidRequest(
             f"`{name}` is larger than {bounds.max_structured_bytes} bytes.", param=name
         )
-    if repetitions(raw) > MAX_REPETITIONS:
+    if repetitions(unescaped(name, raw)) > MAX_REPETITIONS:
         raise InvalidRequest(
             f"`{name}` repeats more than {MAX_REPETITIONS} times in its `{{m,n}}`.", param=name
         )

@@ -68,6 +68,7 @@ class BodyFields(msgspec.Struct, frozen=True, gc=False):
     media_io_kwargs: msgspec.Raw = NOTHING
     vllm_xargs: msgspec.Raw = NOTHING
     kv_transfer_params: msgspec.Raw = NOTHING
+    ec_transfer_params: msgspec.Raw = NOTHING
     metadata: msgspec.Raw = NOTHING
     allowed_token_ids: msgspec.Raw = NOTHING
     documents: msgspec.Raw = NOTHING
@@ -89,6 +90,9 @@ class BodyFields(msgspec.Struct, frozen=True, gc=False):
     logit_bias: msgspec.Raw = NOTHING
     bad_words: msgspec.Raw = NOTHING
     background: bool | None = False
+    previous_input_messages: msgspec.Raw = NOTHING
+    repetition_detection: msgspec.Raw = NOTHING
+    return_token_strs: bool | None = False
 
     def limit(self, endpoint: Endpoint) -> int | None:
         """The limit of the answer's tokens, as the engine reads it on this path."""
@@ -116,12 +120,10 @@ def read_fields(
     Raises InvalidRequest or BodyTooLarge.
     """
     most = endpoint.most_bytes
-    if most and len(body) > most // 4 and b"return_token_strs" in body:
-        most //= 4  # vLLM writes a text beside each id
     if most and len(body) > most:
-        raise BodyTooLarge(f"Such a request for {endpoint.what} may have at most {most} bytes.")
+        raise _too_large(endpoint, most)
     if content_type == JSON_TYPE and endpoint.model_in is not ModelIn.FORM:  # as nearly always
-        return parse_body_fields(body, bounds, endpoint.fields)
+        return _parsed(endpoint, body, bounds)
     kind = content_type.partition(";")[0].strip().lower()
     expected = FORM_TYPE if endpoint.model_in is ModelIn.FORM else JSON_TYPE
     if kind != expected and (kind or expected == FORM_TYPE):
@@ -133,7 +135,18 @@ def read_fields(
         values = form_values(content_type, body)
         stream = is_true(values.get("stream", ""))
         return BodyFields(model=values.get("model") or None, stream=stream)
-    return parse_body_fields(body, bounds, endpoint.fields)
+    return _parsed(endpoint, body, bounds)
+
+
+def _parsed(endpoint: Endpoint, body: bytes, bounds: Bounds) -> BodyFields:
+    fields = parse_body_fields(body, bounds, endpoint.fields)
+    if fields.return_token_strs and len(body) > endpoint.most_bytes // 4:
+        raise _too_large(endpoint, endpoint.most_bytes // 4)  # vLLM writes a text beside each id
+    return fields
+
+
+def _too_large(endpoint: Endpoint, most: int) -> BodyTooLarge:
+    return BodyTooLarge(f"Such a request for {endpoint.what} may have at most {most} bytes.")
 
 
 NOT_UTF8 = "The request body is not valid UTF-8."
@@ -206,6 +219,7 @@ _READERS: dict[str, Callable[[object], object]] = {
     "stream": _flag,
     "use_beam_search": _flag,
     "background": _flag,
+    "return_token_strs": _flag,
     "priority": _between(-MAX_PRIORITY, MAX_PRIORITY),
     **dict.fromkeys(
         ("max_tokens", "max_completion_tokens", "max_output_tokens", "n", "min_tokens"),

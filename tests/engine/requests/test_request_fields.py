@@ -58,13 +58,13 @@ ENOUGH: dict[str, tuple[dict[str, Any], ...]] = {
 
 LEFT_UNREAD = """
 add_generation_prompt add_special_tokens cache_salt chat_template continue_final_message
-data dimensions ec_transfer_params echo embed_dtype embedding_types enable_response_messages
+data dimensions echo embed_dtype embedding_types enable_response_messages
 encoding_format endianness file frequency_penalty hotwords ignore_eos include include_reasoning
 include_stop_str_in_output input_type instruction instructions language length_penalty logprobs
 max_tokens_per_doc max_tokens_per_query max_tool_calls min_p mm_payload output_dimension padding
-parallel_tool_calls presence_penalty previous_input_messages prompt_cache_key prompt_embeds query
-reasoning reasoning_effort repetition_detection repetition_penalty request_id return_mm_kwargs
-return_prompt_text return_token_ids return_token_offsets return_token_strs
+parallel_tool_calls presence_penalty prompt_cache_key prompt_embeds query
+reasoning reasoning_effort repetition_penalty request_id return_mm_kwargs
+return_prompt_text return_token_ids return_token_offsets
 return_tokens_as_token_ids routed_experts_prompt_start seed service_tier session_id
 skip_special_tokens spaces_between_special_tokens stop stop_sequences store
 stream_continuous_usage_stats stream_include_usage stream_interval stream_options suffix task

@@ -236,6 +236,16 @@ async def test_a_batch_that_cannot_be_is_a_400(teams: Cluster, wrong: dict[str, 
     assert status == 400 and refused["error"]["code"] == "invalid_request"
 
 
+async def test_a_request_for_a_batch_is_bounded_before_it_is_read(teams: Cluster) -> None:
+    """It is read on the loop, and a million keys would take half a second."""
+    body = {"input_file_id": "f", "endpoint": CHAT, "metadata": {"a": "x" * (128 << 10)}}
+    status, answer = await ask(teams, "POST", "/v1/batches", body=body)
+    assert (status, answer["error"]["code"]) == (413, "body_too_large")
+    largest = {"\U0001f600" * 60 + str(n): "\U0001f600" * 512 for n in range(16)}
+    status, answer = await ask(teams, "POST", "/v1/batches", body=body | {"metadata": largest})
+    assert (status, answer["error"]["code"]) == (404, "file_not_found")
+
+
 async def test_an_upload_that_is_none_is_a_400(teams: Cluster) -> None:
     assert (await upload(teams, b"{}", purpose="fine-tune"))[0] == 400
     assert (await ask(teams, "POST", "/v1/files", body={"purpose": "batch"}))[0] == 400

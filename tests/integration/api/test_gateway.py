@@ -245,6 +245,40 @@ async def test_what_a_killed_worker_had_not_begun_to_answer_is_answered_by_anoth
         assert await c.metric("loraplex_retries_total") == 4
 
 
+async def test_a_request_that_two_workers_died_of_is_refused_from_then_on_and_others_are_not(
+    tmp_path: Path, adapters: Path
+) -> None:
+    async with cluster(sim_config(adapters, sim={"ttft_ms": 1500}), tmp_path) as c:
+        deadly = asyncio.create_task(c.chat("sim", "deadly", max_tokens=2))
+        for name in ("w0", "w1"):
+            await c.start_worker(name, serving=False)
+            async with asyncio.timeout(60):
+                while not await c.metric("loraplex_worker_load", worker=name):
+                    await asyncio.sleep(0.01)
+            c.workers[name].signal(signal.SIGKILL)
+        assert (await deadly)[0] == 500
+        await c.start_worker("w2")
+        for _ in range(2):
+            status, body, _ = await c.chat("sim", "deadly", max_tokens=2)
+            assert (status, body["error"]["code"]) == (500, "engine_error")
+            assert "refused" in body["error"]["message"]
+        assert (await c.chat("sim", "harmless", max_tokens=2))[0] == 200
+        assert c.workers["w2"].waiter.returncode is None
+
+
+async def test_a_page_that_has_bound_its_name_to_loopback_reads_nothing_without_keys(
+    tmp_path: Path, adapters: Path
+) -> None:
+    paths = ("/metrics", "/ready", "/ui", "/version", "/v1/models", "/admin/live")
+    async with cluster(sim_config(adapters), tmp_path) as c:
+        for path in (*paths, "/health"):
+            for host, there in (("pages.example", 403), ("localhost", 200)):
+                async with c.http.get(c.url + path, headers={"Host": host}) as answer:
+                    expected = 200 if path == "/health" else there
+                    ready = path == "/ready" and answer.status == 503  # no worker yet
+                    assert answer.status == expected or (expected == 200 and ready), (path, host)
+
+
 async def test_api_keys_are_asked_for(tmp_path: Path, adapters: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("secret-one\nsecret-two\n")

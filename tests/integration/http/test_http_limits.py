@@ -230,6 +230,42 @@ async def test_small_bodies_that_are_gathered_before_the_key_is_looked_at_count_
                 await asyncio.sleep(0.01)
 
 
+async def test_unfinished_bodies_of_one_client_without_a_key_leave_room_for_another() -> None:
+    part = head("Content-Length: 60000") + b" " * 45_000
+    async with contextlib.AsyncExitStack() as stack:
+        served = await stack.enter_async_context(serving(unfinished_bytes=500_000))
+        for _ in range(20):
+            flooding = await stack.enter_async_context(client_of(served))
+            flooding.send(part)
+        intake, connections = served.intake, served.http_server.open_connections
+        async with asyncio.timeout(WAIT_S):
+            while len(connections) > 11 or intake.held_bytes < 400_000:
+                await asyncio.sleep(0.01)
+        honest = await stack.enter_async_context(client_of(served, "127.0.0.2"))
+        before = intake.held_bytes
+        honest.send(part)
+        async with asyncio.timeout(WAIT_S):
+            while intake.held_bytes < before + 45_000:
+                await asyncio.sleep(0.01)
+        honest.send(b" " * 15_000)
+        (await served.next()).answer(b"ok")
+        assert (await honest.answer())[1] == b"ok"
+
+
+async def test_what_is_sent_behind_a_request_that_is_being_answered_counts_with_them() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        served = await stack.enter_async_context(serving(unfinished_bytes=300_000))
+        clients = [await stack.enter_async_context(client_of(served)) for _ in range(8)]
+        for client in clients:
+            client.send(post())
+            await served.next()
+            client.send(b" " * 100_000)
+        async with asyncio.timeout(WAIT_S):
+            while len(served.http_server.open_connections) == len(clients):
+                await asyncio.sleep(0.01)
+        assert served.intake.held_bytes <= 300_000
+
+
 async def test_a_large_body_is_not_gathered_before_its_handler_asks_for_it() -> None:
     async with serving() as served, client_of(served) as client:
         asked = asyncio.Event()

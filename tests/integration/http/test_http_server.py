@@ -132,8 +132,10 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def client_of(served: Served) -> AsyncIterator[Client]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+async def client_of(served: Served, address: str = "127.0.0.1") -> AsyncIterator[Client]:
+    reader, writer = await asyncio.open_connection(
+        "127.0.0.1", served.port, local_addr=(address, 0)
+    )
     try:
         yield Client(reader, writer)
     finally:

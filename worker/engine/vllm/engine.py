@@ -55,7 +55,12 @@ from worker.engine.base import (
 from worker.engine.hang_detection import EngineSigns
 from worker.engine.vllm import logprobs, patches
 from worker.engine.vllm.adapters import Adapters, lora_request
-from worker.engine.vllm.app import embedding_forms, large_bodies, pooling_batches
+from worker.engine.vllm.app import (
+    embedding_forms,
+    first_errors,
+    large_bodies,
+    pooling_batches,
+)
 from worker.engine.vllm.app.bridge import AppBridge
 from worker.engine.vllm.app.large_bodies import a_turn_for
 from worker.engine.vllm.arguments import serve_args
@@ -206,6 +211,7 @@ class VLLMEngine:
         if "generate" not in self._tasks:
             pooling_batches.install()
         self._app = build_app(self._args, supported, engine.model_config)
+        first_errors.install(self._app)
         await init_app_state(engine, self._app.state, self._args, supported)
         # vLLM's error handler sets this where uvicorn would be told to end.
         self._app.state.server = SimpleNamespace(should_exit=False)

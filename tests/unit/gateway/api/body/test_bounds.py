@@ -242,6 +242,37 @@ def test_the_items_of_a_response_are_bounded_tighter_than_texts_to_embed() -> No
         parse_body_fields(body(b'"input":' + many(item, 410)))
 
 
+def test_the_earlier_messages_of_a_response_are_bounded_like_its_items() -> None:
+    parse_body_fields(body(b'"previous_input_messages":' + many(b"{}", 409)))
+    with pytest.raises(InvalidRequest, match="more than 409 items"):
+        parse_body_fields(body(b'"previous_input_messages":' + many(b"{}", 410) + b" " * 2048))
+
+
+def test_the_arguments_of_earlier_tool_calls_are_bounded() -> None:
+    """They are texts, so what is in them was not counted with the values of the body."""
+    for count, passes in ((1000, True), (300_001, False)):
+        text = b'"{\\"a\\":[%b0]}"' % (b"0," * count)
+        call = b'{"role":"assistant","tool_calls":[{"function":{"arguments":%b}}]}' % text
+        item = b'{"type":"function_call","arguments":%b}' % text
+        for asked in (b'"messages":[%b]' % call, b'"input":[%b]' % item):
+            if passes:
+                parse_body_fields(body(asked))
+            else:
+                with pytest.raises(InvalidRequest, match="more than 300000 values"):
+                    parse_body_fields(body(asked))
+
+
+def test_a_search_for_long_patterns_is_refused() -> None:
+    """Patterns of thousands of tokens hold the engine for seconds at every step."""
+    for most in (b"128", b'"128"', b"128.0", b"null", b"true", b"{}", b"1e400", b'"x"'):
+        parse_body_fields(body(b'"repetition_detection":{"max_pattern_size":%b}' % most))
+    parse_body_fields(body(b'"repetition_detection":{},"n":2'))
+    parse_body_fields(body(b'"repetition_detection":null,"n":2'))
+    for more in (b"129", b'"129"', b"1e3", b"1" + b"0" * 400, b'"1' + b"0" * 400 + b'"'):
+        with pytest.raises(InvalidRequest, match="at most 128"):
+            parse_body_fields(body(b'"repetition_detection":{"max_pattern_size":%b}' % more))
+
+
 @pytest.mark.parametrize("field", bounds.STRUCTURED)
 def test_a_schema_is_bounded_in_whatever_field_it_comes(field: str) -> None:
     large = b'{"format":{"schema":"%b"}}' % (b"x" * (64 << 10))
