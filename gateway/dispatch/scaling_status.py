@@ -111,6 +111,7 @@ def _model_load(
 def _worker_load(worker: WorkerView, movable: Mapping[str, int]) -> WorkerLoad:
     heartbeat = worker.heartbeat
     in_use = worker.steady | worker.busy.keys() | worker.others_busy
+    busiest = sorted(in_use, key=lambda key: (-worker.in_flight(key), key))
     return WorkerLoad(
         serving=worker.routable,
         epoch=heartbeat.epoch,
@@ -121,6 +122,7 @@ def _worker_load(worker: WorkerView, movable: Mapping[str, int]) -> WorkerLoad:
         kv_usage=heartbeat.kv_usage,
         prefill_tokens_per_s=heartbeat.prefill_tokens_per_s,
         load_s=heartbeat.load_s,
-        in_use=tuple(HeldAdapter(*key) for key in sorted(in_use)[:MAX_ADAPTERS]),
+        in_use=tuple(HeldAdapter(*key) for key in busiest[:MAX_ADAPTERS]),
         movable=min(len(worker.reserved), movable.get(worker.id, 0)),
+        idle=tuple(HeldAdapter(*key) for key in sorted(worker.loaded - in_use)[:MAX_ADAPTERS]),
     )

@@ -16,7 +16,7 @@ MAX_LINE_BYTES = 4 << 20
 
 
 class HeldAdapter(msgspec.Struct, frozen=True, array_like=True):
-    """An adapter in a worker's slot that has requests in flight or is in steady use."""
+    """An adapter in a worker's slot, or on its way there."""
 
     name: str
     digest: str
@@ -25,7 +25,8 @@ class HeldAdapter(msgspec.Struct, frozen=True, array_like=True):
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     """One worker as one gateway process sees it. `requests` are those of this process alone. `seq`
     grows with every heartbeat of the worker. Of a worker that retires, `movable` are those of the
-    requests that another worker can continue.
+    requests that another worker can continue. Adapters `in_use` have requests in flight or are in
+    steady use, the busiest first; `idle` are the others in its slots.
     """
 
     serving: bool
@@ -39,6 +40,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     load_s: float = 0.0
     in_use: tuple[HeldAdapter, ...] = ()
     movable: int = 0
+    idle: tuple[HeldAdapter, ...] = ()
 
     def with_requests(self, requests: int) -> WorkerLoad:
         return msgspec.structs.replace(self, requests=requests)

@@ -376,15 +376,16 @@ async def test_the_adapters_of_a_worker_that_leaves_are_loaded_elsewhere_before_
     tmp_path: Path,
 ) -> None:
     """There are two workers, and each is the only holder of an adapter in use. Then one is
-    enough.
+    enough. The other leaves as soon as its adapter is loaded, while its stream runs.
     """
-    async with scaled_by_hand(tmp_path) as (s, wanted):
+    async with scaled_by_hand(tmp_path, drain_s=0.5) as (s, wanted):
         await s.until(serving=2)
-        both = [asyncio.create_task(s.stream(240, name)) for name in ("pirate", "haiku")]
+        both = [asyncio.create_task(s.stream(600, name)) for name in ("pirate", "haiku")]
         await s.until(ongoing=2)
         wanted.write_text("1")
-        await asyncio.gather(*both)
         await s.until(serving=1, draining=0, wanted=1)
+        assert not any(stream.done() for stream in both)
+        await asyncio.gather(*both)
         async with s.http.get(s.url + "/admin/adapters") as answer:
             rows = {row["name"]: row for row in (await answer.json())["adapters"]}
         holders = {name: [w["tier"] for w in row["workers"]] for name, row in rows.items()}

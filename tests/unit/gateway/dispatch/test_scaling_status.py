@@ -65,4 +65,5 @@ def test_the_report_counts_this_process_requests_and_names_every_adapter_in_use(
     assert load["m"].adapters == ("ours", "theirs")
     told = load["m"].workers["w0"]
     assert (told.serving, told.requests, told.capacity, told.slots) == (True, 1, 8, 4)
-    assert told.in_use == tuple(HeldAdapter(n, "1") for n in ("ours", "steady", "theirs"))
+    assert told.in_use == tuple(HeldAdapter(n, "1") for n in ("ours", "theirs", "steady"))
+    assert told.idle == (HeldAdapter("idle", "1"),)
