@@ -67,8 +67,8 @@ def rules_of(config: AutoscalingConfig) -> ScalingRules:
         config.upscale_delay_s,
         config.downscale_delay_s,
         config.downscale_delay_s if to_zero_s is None else to_zero_s,
-        config.upscale_gain,
-        config.downscale_gain,
+        config.get_upscaling_factor(),
+        config.get_downscaling_factor(),
     )
 
 
