@@ -194,6 +194,30 @@ async def test_load_steps_up_and_down_to_zero_and_back_fail_no_request_and_cut_n
         assert lost and all('"requests":0' in line for line in lost), lost
 
 
+async def test_more_requests_than_the_first_worker_takes_wait_on_for_it_after_a_long_start(
+    tmp_path: Path,
+) -> None:
+    """They have waited for longer than `queue_timeout_s` when it begins to serve."""
+    config = sim_config(
+        tmp_path / "adapters",
+        sim={"itl_ms": 5, "max_num_seqs": 2},
+        state_dir=str(tmp_path / "state"),
+        queue_timeout_s=2.0,
+        progress_s=2.5,
+    )
+    scaling = {**QUICK, "initial_replicas": 0, "max_replicas": 1}
+    config["llm_configs"][0]["deployment_config"] = {"autoscaling_config": scaling}
+    async with serving(tmp_path, config) as s:
+        held = asyncio.create_task(s.hold_the_next_worker())
+
+        def go_on() -> None:  # its first bytes are the first comment
+            if held.result().status() == psutil.STATUS_STOPPED:
+                held.result().resume()
+
+        await asyncio.gather(*(s.stream(10, on_begin=go_on) for _ in range(12)))
+        assert all(text.startswith(": starting a worker") for text in s.streams)
+
+
 async def test_a_batch_wakes_a_model_that_sleeps_and_is_whole_before_it_sleeps_again(
     tmp_path: Path,
 ) -> None:
