@@ -67,6 +67,7 @@ class Admission(Generic[T]):
         # all places, in the order of their deadlines: all wait equally long
         self._arrivals: dict[Ticket[T], None] = {}
         self._last_number = 0
+        self._back_at: dict[str, float] = {}
         self.abandonment = AbandonmentRate()
 
     def configure(
@@ -83,6 +84,16 @@ class Admission(Generic[T]):
     def depth(self, base: str) -> int:
         queue = self.queues.get(base)
         return queue.size if queue else 0
+
+    def turned_away(self, base: str, back_at: float) -> None:
+        """A client was refused while no worker served, and told to ask again at `back_at`."""
+        self._back_at[base] = back_at
+
+    def demand(self, base: str, now: float) -> int:
+        """Items that wait for a worker. A client that was turned away counts as one until it is to
+        ask again: if nobody may wait, it is all that tells that a worker is to be started.
+        """
+        return self.depth(base) + (self._back_at.get(base, now) > now)
 
     def bound(self, base: str) -> QueueBound:
         return self._bounds.get(base, UNBOUND)

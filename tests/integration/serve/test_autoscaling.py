@@ -218,6 +218,19 @@ async def test_more_requests_than_the_first_worker_takes_wait_on_for_it_after_a_
         assert all(text.startswith(": starting a worker") for text in s.streams)
 
 
+async def test_where_nobody_may_wait_a_request_that_is_refused_starts_a_worker_all_the_same(
+    tmp_path: Path,
+) -> None:
+    async with scaled(
+        tmp_path, {"initial_replicas": 0}, deployment={"max_queued_requests": 0}
+    ) as s:
+        await s.until(serving=0)
+        body = chat_body("sim", max_tokens=1)
+        async with s.http.post(s.url + "/v1/chat/completions", json=body) as answer:
+            assert answer.status == 503 and answer.headers["Retry-After"]
+        await s.until(serving=1)
+
+
 async def test_a_batch_wakes_a_model_that_sleeps_and_is_whole_before_it_sleeps_again(
     tmp_path: Path,
 ) -> None:
