@@ -18,6 +18,7 @@ from gateway.supervisor.autoscaling.reports import (
     ModelStatus,
     WorkerLoad,
 )
+from shared.link.messages import WorkerState
 
 NONE_MOVABLE: Mapping[str, int] = MappingProxyType({})
 
@@ -46,10 +47,12 @@ class ScalingState:
     def awaited(self, fleet: Fleet) -> dict[str, float | None]:
         """Base models without a worker for which one is starting, or is to start -> in how many
         seconds it serves (0: unknown; None: once another model's worker leaves a GPU). Requests for
-        them may wait for as long as the request itself may take.
+        them may wait for as long as the request itself may take. Who starts it does not matter: its
+        heartbeats tell.
         """
         from_zero = {b: s for b, s in self.models.items() if b in self.from_zero and s.wanted}
-        awaited: dict[str, float | None] = dict.fromkeys(self.elsewhere, 0.0)
+        joining = (w.heartbeat.base for w in fleet if w.heartbeat.state is WorkerState.JOINING)
+        awaited: dict[str, float | None] = dict.fromkeys((*self.elsewhere, *joining), 0.0)
         awaited |= {b: None if s.without_gpus else 0.0 for b, s in from_zero.items()}
         awaited |= {b: s.eta_s or 0.0 for b, s in self.models.items() if s.starting}
         return {base: eta_s for base, eta_s in awaited.items() if not fleet.routable(base)}
