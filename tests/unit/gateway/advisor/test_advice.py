@@ -127,6 +127,8 @@ def test_an_access_log_is_read_and_what_is_no_request_is_passed_over() -> None:
         line(112.1, "b", load_ms=40.0, ttft_ms=400.0),
         line(122.1, None),
         line(130.0, "c", total_ms=None),
+        line(120.0, "d", queue_ms=None, load_ms=None, total_ms=0.2, status=503),  # refused
+        line(120.0, "d", load_ms=None, status=499),  # its client left before its worker told
     ]
     models, unreadable = from_access_log(lines)
     (found,) = models.values()
@@ -136,6 +138,12 @@ def test_an_access_log_is_read_and_what_is_no_request_is_passed_over() -> None:
     assert found.span_s == pytest.approx(22.1) and found.held.sum_s == pytest.approx(5.96)
     assert (found.loads.count, found.warm.count) == (1, 2)
     assert found.warm.sum_s == pytest.approx(0.1)
+
+
+def test_the_time_of_a_whole_answer_is_no_time_to_a_first_token() -> None:
+    whole = line(102.1, "a", ttft_ms=2100.0, streamed=False)
+    (found,) = from_access_log([line(100.0, "a"), whole])[0].values()
+    assert (found.counts, found.held.count, found.warm.count) == ({"a": 2}, 2, 1)
 
 
 @pytest.mark.parametrize(
