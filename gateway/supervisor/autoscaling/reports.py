@@ -78,7 +78,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     `start_s` is how long its workers take to start (None: none has started yet). `eta_s` is when
     the next one is expected to serve (None: none is starting). `retiring` are workers that take
-    nothing new. For `without_gpus` of the wanted workers this machine has no GPUs now.
+    nothing new. For `without_gpus` of the wanted workers this machine has no GPUs now. The fields
+    of the last decision are explained there.
     """
 
     wanted: int
@@ -94,6 +95,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     held_s: float = 0.0
     ongoing: float = 0.0
     target_ongoing: float = 0.0
+    recommended: int = 0
+    needs: dict[str, int] = {}
     start_s: float | None = None
     eta_s: float | None = None
     retiring: tuple[str, ...] = ()

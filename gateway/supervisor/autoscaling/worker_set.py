@@ -301,6 +301,8 @@ class WorkerSet:
             held_s=round(decision.held_s, 1) if decision else 0.0,
             ongoing=decision.ongoing if decision else 0.0,
             target_ongoing=decision.target_ongoing if decision else 0.0,
+            recommended=decision.recommended if decision else 0,
+            needs={str(name): count for name, count in decision.needs} if decision else {},
             start_s=model.start_s or None,
             eta_s=eta_s,
             retiring=tuple(m.name for m in workers if m.retired_since is not None),

@@ -84,6 +84,8 @@ def test_the_time_of_a_start_is_measured_and_promised() -> None:
     m.step(8.0)
     assert (m.status().start_s, m.force.complete()) == (8.0, False)
     assert (m.status().starting, m.status().eta_s) == (2, 8.0)
+    assert (m.status().recommended, m.status().cause) == (3, "requests")
+    assert m.status().needs == {"kv_usage": 0, "slots": 0}
     m.step(3.0)
     assert m.status().eta_s == 5.0
 
