@@ -337,7 +337,8 @@ class Dispatcher:
         """The load of each base model, as it is reported to the supervisor."""
         retiring = self._scaling.retiring
         movable = movable_by_worker(self._open, retiring) if retiring else NONE_MOVABLE
-        loads = model_loads(self.fleet, self._admission.items(), bases, movable)
+        waiting, shrinking = self._admission.items(), self._scaling.shrinking
+        loads = model_loads(self.fleet, waiting, bases, movable, shrinking)
         now = self.clock()
         return {
             base: msgspec.structs.replace(load, queued=self._admission.demand(base, now))

@@ -37,6 +37,11 @@ class ScalingState:
         return frozenset(name for status in self.models.values() for name in status.retiring)
 
     @property
+    def shrinking(self) -> set[str]:
+        """Base models of which a worker leaves: what lies idle on the others is of interest."""
+        return {base for base, status in self.models.items() if status.draining}
+
+    @property
     def from_zero(self) -> set[str]:
         """Base models that may have no worker, because a request starts one."""
         return {
@@ -81,9 +86,10 @@ def model_loads(
     waiting: Iterable[InFlightRequest],
     bases: Iterable[str],
     movable: Mapping[str, int] = NONE_MOVABLE,
+    shrinking: Collection[str] = (),
 ) -> dict[str, ModelLoad]:
-    """The load of every base model: its queue, the adapters in flight or waiting, and each
-    worker.
+    """The load of every base model: its queue, the adapters in flight or waiting, and each worker.
+    Idle adapters are told of base models in `shrinking` alone: they may be thousands.
     """
     queues: dict[str, list[InFlightRequest]] = {base: [] for base in bases}
     for request in waiting:
@@ -93,11 +99,17 @@ def model_loads(
     for worker in fleet:
         if worker.heartbeat.base in workers:
             workers[worker.heartbeat.base].append(worker)
-    return {base: _model_load(queue, workers[base], movable) for base, queue in queues.items()}
+    return {
+        base: _model_load(queue, workers[base], movable, base in shrinking)
+        for base, queue in queues.items()
+    }
 
 
 def _model_load(
-    queue: list[InFlightRequest], workers: list[WorkerView], movable: Mapping[str, int]
+    queue: list[InFlightRequest],
+    workers: list[WorkerView],
+    movable: Mapping[str, int],
+    with_idle: bool,
 ) -> ModelLoad:
     adapters = {request.key[0] for request in queue if request.key is not None}
     for worker in workers:
@@ -107,14 +119,15 @@ def _model_load(
         queued=len(queue),
         queued_tokens=sum(request.client_request.prompt_tokens for request in queue),
         adapters=tuple(sorted(adapters)[:MAX_ADAPTERS]),
-        workers={worker.id: _worker_load(worker, movable) for worker in workers},
+        workers={worker.id: _worker_load(worker, movable, with_idle) for worker in workers},
     )
 
 
-def _worker_load(worker: WorkerView, movable: Mapping[str, int]) -> WorkerLoad:
+def _worker_load(worker: WorkerView, movable: Mapping[str, int], with_idle: bool) -> WorkerLoad:
     heartbeat = worker.heartbeat
     in_use = worker.steady | worker.busy.keys() | worker.others_busy
     busiest = sorted(in_use, key=lambda key: (-worker.in_flight(key), key))
+    idle = sorted(worker.loaded - in_use) if with_idle else ()
     return WorkerLoad(
         serving=worker.routable,
         epoch=heartbeat.epoch,
@@ -127,5 +140,5 @@ def _worker_load(worker: WorkerView, movable: Mapping[str, int]) -> WorkerLoad:
         load_s=heartbeat.load_s,
         in_use=tuple(HeldAdapter(*key) for key in busiest[:MAX_ADAPTERS]),
         movable=min(len(worker.reserved), movable.get(worker.id, 0)),
-        idle=tuple(HeldAdapter(*key) for key in sorted(worker.loaded - in_use)[:MAX_ADAPTERS]),
+        idle=tuple(HeldAdapter(*key) for key in idle[:MAX_ADAPTERS]),
     )

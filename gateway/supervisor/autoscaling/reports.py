@@ -26,7 +26,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     """One worker as one gateway process sees it. `requests` are those of this process alone. `seq`
     grows with every heartbeat of the worker. Of a worker that retires, `movable` are those of the
     requests that another worker can continue. Adapters `in_use` have requests in flight or are in
-    steady use, the busiest first; `idle` are the others in its slots.
+    steady use, the busiest first; `idle` are the others in its slots, while a worker of the model
+    leaves.
     """
 
     serving: bool

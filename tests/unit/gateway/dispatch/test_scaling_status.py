@@ -71,4 +71,6 @@ def test_the_report_counts_this_process_requests_and_names_every_adapter_in_use(
     told = load["m"].workers["w0"]
     assert (told.serving, told.requests, told.capacity, told.slots) == (True, 1, 8, 4)
     assert told.in_use == tuple(HeldAdapter(n, "1") for n in ("ours", "theirs", "steady"))
+    assert told.idle == ()
+    told = model_loads(workers, [], ["m"], shrinking={"m"})["m"].workers["w0"]
     assert told.idle == (HeldAdapter("idle", "1"),)
