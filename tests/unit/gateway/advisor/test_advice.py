@@ -84,6 +84,15 @@ def test_requests_for_the_base_model_never_miss() -> None:
     assert halved.miss_rate == pytest.approx(alone.miss_rate / 2)
 
 
+def test_where_no_answer_was_streamed_it_is_said_what_a_first_token_is_then() -> None:
+    whole = Traffic(span_s=100.0)
+    whole.add("a", 2.0, None, None)
+    fleet = FleetSize(1, 16, 256)
+    assert "waits alone" in advise(whole, fleet, Goal(ttft_p99_s=1.0)).words[-1]
+    whole.add("a", 2.0, 0.1, None)
+    assert "waits alone" not in " ".join(advise(whole, fleet, Goal(ttft_p99_s=1.0)).words)
+
+
 def test_nothing_seen_is_said() -> None:
     found = advise(Traffic(), FLEET, Goal())
     assert found.words == ("No requests have been seen yet.",) and found.workers is None
