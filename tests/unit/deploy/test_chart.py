@@ -111,6 +111,9 @@ def test_a_wrong_field_would_be_noticed() -> None:
             "meta/llama: an HPA selects",
         ),
         ({"gateway": {"autoscaling": {"minReplicas": 9}}}, "minReplicas is more than maxReplicas"),
+        ({"gateway": {"podAnnotations": {"a": True}}}, "got boolean, want string"),
+        ({"workers": {"nodeSelector": {"gpu": 1}}}, "got number, want string"),
+        ({"models": {"demo": {"extraEnv": [{"name": "A", "value": 1}]}}}, "want string"),
         (of_model({"model_loading_config": {"model_id": "${NAME}"}}), "must know the model_id"),
         (of_model({"engine_kwargs": {"tensor_parallel_size": "${TP}"}}), 'is the text "${TP}"'),
         (of_model({"engine_kwargs": {"max_num_seqs": "${N:-8}"}}), "must know the number"),
@@ -338,6 +341,7 @@ SCALINGS: list[dict[str, Any]] = [
     {"autoscaling_config": {"max_replicas": 4}, "max_ongoing_requests": 33},
     {"autoscaling_config": {"max_replicas": 4, "initial_replicas": 2, "downscale_delay_s": 0}},
     {"autoscaling_config": {"max_replicas": 4, "downscale_to_zero_delay_s": 45}},
+    {"autoscaling_config": {"max_replicas": 10**9, "downscale_to_zero_delay_s": 2 * 10**6}},
 ]
 
 
