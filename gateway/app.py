@@ -278,11 +278,18 @@ def _gauge_sources(
     settings: Settings, fleet: Fleet, admission: Admission[InFlightRequest], catalogs: Catalogs
 ) -> GaugeSources:
     queued = {m.model_id: functools.partial(admission.depth, m.model_id) for m in settings.models}
+    demand = {
+        m.model_id: functools.partial(_demand, admission, m.model_id) for m in settings.models
+    }
     refused = {
         c.base: functools.partial(c.versions.count, VersionStage.REFUSED) for c in _listed(catalogs)
     }
     skipped = {c.base: functools.partial(_skipped, c) for c in _listed(catalogs)}
-    return GaugeSources(fleet, queued, refused, skipped, lambda: len(asyncio.all_tasks()))
+    return GaugeSources(fleet, queued, demand, refused, skipped, lambda: len(asyncio.all_tasks()))
+
+
+def _demand(admission: Admission[InFlightRequest], base: str) -> int:
+    return admission.demand(base, time.monotonic())
 
 
 def _skipped(catalog: Catalog) -> dict[str, int]:

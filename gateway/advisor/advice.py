@@ -195,7 +195,13 @@ def advise(traffic: Traffic, fleet: FleetSize, goal: Goal) -> Advice:
         oversubscribed=bool(fleet.workers) and demand.in_flight > fleet.all_slots,
         words=(),
     )
-    return msgspec.structs.replace(advice, words=tuple(_words(advice, goal)))
+    words = [*_words(advice, goal)]
+    if traffic.requests and not traffic.warm.count:
+        words.append(
+            "No streamed answer with its adapter in a slot has been seen: times to the first token "
+            "here are waits alone."
+        )
+    return msgspec.structs.replace(advice, words=tuple(words))
 
 
 def _words(advice: Advice, goal: Goal) -> Sequence[str]:

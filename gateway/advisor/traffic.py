@@ -128,6 +128,8 @@ class LoggedRequest(msgspec.Struct):
     total_ms: Milliseconds | None = None
     prompt_tokens: Tokens | None = None
     output_tokens: Tokens | None = None
+    streamed: bool = True
+    """Of an answer that is not, the first token comes with the last."""
 
 
 _decode = msgspec.json.Decoder(LoggedRequest).decode
@@ -135,8 +137,8 @@ _decode = msgspec.json.Decoder(LoggedRequest).decode
 
 def from_access_log(lines: Iterable[str | bytes]) -> tuple[Mapping[str, Traffic], int]:
     """The traffic of each base model, and how many lines cannot be read. Lines of other events are
-    passed over. The lines may be in any order: logs that were rotated are often put together
-    newest first.
+    passed over, and those of requests that a running gateway would not count. The lines may be in
+    any order: logs that were rotated are often put together newest first.
     """
     found: dict[str, Traffic] = {}
     first: dict[str, float] = {}
@@ -152,15 +154,18 @@ def from_access_log(lines: Iterable[str | bytes]) -> tuple[Mapping[str, Traffic]
             continue
         if seen.event != "request" or not seen.model or seen.total_ms is None:
             continue
+        if seen.queue_ms is None or seen.load_ms is None:
+            continue  # it was refused, or it ended before its worker said what it took
         base = seen.model if seen.adapter is None else seen.model.partition(":")[0]
         traffic = found.setdefault(base, Traffic())
         began = seen.ts - seen.total_ms / 1000
         first[base] = min(began, first.get(base, began))
         last[base] = max(seen.ts, last.get(base, seen.ts))
         traffic.span_s = last[base] - first[base]
-        queued_s = (seen.queue_ms or 0.0) / 1000
-        load_s = (seen.load_ms or 0.0) / 1000
-        ttft_s = None if seen.ttft_ms is None else max(0.0, seen.ttft_ms / 1000 - queued_s)
+        queued_s, load_s = seen.queue_ms / 1000, seen.load_ms / 1000
+        ttft_s = None
+        if seen.streamed and seen.ttft_ms is not None:
+            ttft_s = max(0.0, seen.ttft_ms / 1000 - queued_s)
         traffic.add(
             seen.adapter,
             seen.total_ms / 1000 - queued_s,

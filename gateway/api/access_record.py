@@ -43,6 +43,7 @@ class AccessRecord(msgspec.Struct, frozen=True, gc=False):
     """How often another worker continued the answer."""
     key: str | None
     """The name of its account."""
+    streamed: bool
 
 
 def head_lines(inflight: InFlightRequest, policy: str) -> bytes:
@@ -96,6 +97,7 @@ def access_record(
         error.code if error else None,
         inflight.moves or None,
         inflight.requester.tenant or None,
+        inflight.client_request.streams,
     )
 
 

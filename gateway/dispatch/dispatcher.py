@@ -76,7 +76,7 @@ class Dispatcher:
         self._bounds = settings
         self.clock = clock = time_and_chance.clock
         self.on_nobody_serves: Callable[[], None] = lambda: None
-        """Called when a request waits for a model that has no worker: one should be started."""
+        """Called when a request comes for a model that has no worker: one should be started."""
         self._draining = self._closed = False
         self._lost_at = -math.inf  # when a worker was lost last
         self._cannot_start: dict[str, str] = {}
@@ -209,12 +209,12 @@ class Dispatcher:
         if base in self._admission.queues or self._scheduler.dispatch(request) is not None:
             why = self.why_unavailable(base)
             refusal = _cannot_start(base, why) if why else self._scheduler.enqueue(request)
+            if not self.fleet.routable(base):
+                self.on_nobody_serves()
             if refusal is not None:
                 self._open.discard(request)
                 self._policy.left(request.routing_request, self.clock())
                 raise refusal
-            if not self.fleet.routable(base):
-                self.on_nobody_serves()
         if request.client_request.streams and not request.lifecycle.over:
             self._keepalive.enter(request, request.t_start)
 
@@ -347,7 +347,13 @@ class Dispatcher:
         """The load of each base model, as it is reported to the supervisor."""
         retiring = self._scaling.retiring
         movable = movable_by_worker(self._open, retiring) if retiring else NONE_MOVABLE
-        return model_loads(self.fleet, self._admission.items(), bases, movable)
+        waiting, shrinking = self._admission.items(), self._scaling.shrinking
+        loads = model_loads(self.fleet, waiting, bases, movable, shrinking)
+        now = self.clock()
+        return {
+            base: msgspec.structs.replace(load, queued=self._admission.demand(base, now))
+            for base, load in loads.items()
+        }
 
     def on_scaling(self, models: Mapping[str, ModelStatus]) -> None:
         """Called with the supervisor's report. Workers that retire get no new requests."""

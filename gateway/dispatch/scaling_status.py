@@ -18,6 +18,7 @@ from gateway.supervisor.autoscaling.reports import (
     ModelStatus,
     WorkerLoad,
 )
+from shared.link.messages import WorkerState
 
 NONE_MOVABLE: Mapping[str, int] = MappingProxyType({})
 
@@ -36,6 +37,11 @@ class ScalingState:
         return frozenset(name for status in self.models.values() for name in status.retiring)
 
     @property
+    def shrinking(self) -> set[str]:
+        """Base models of which a worker leaves: what lies idle on the others is of interest."""
+        return {base for base, status in self.models.items() if status.draining}
+
+    @property
     def from_zero(self) -> set[str]:
         """Base models that may have no worker, because a request starts one."""
         return {
@@ -46,10 +52,12 @@ class ScalingState:
     def awaited(self, fleet: Fleet) -> dict[str, float | None]:
         """Base models without a worker for which one is starting, or is to start -> in how many
         seconds it serves (0: unknown; None: once another model's worker leaves a GPU). Requests for
-        them may wait for as long as the request itself may take.
+        them may wait for as long as the request itself may take. Who starts it does not matter: its
+        heartbeats tell.
         """
         from_zero = {b: s for b, s in self.models.items() if b in self.from_zero and s.wanted}
-        awaited: dict[str, float | None] = dict.fromkeys(self.elsewhere, 0.0)
+        joining = (w.heartbeat.base for w in fleet if w.heartbeat.state is WorkerState.JOINING)
+        awaited: dict[str, float | None] = dict.fromkeys((*self.elsewhere, *joining), 0.0)
         awaited |= {b: None if s.without_gpus else 0.0 for b, s in from_zero.items()}
         awaited |= {b: s.eta_s or 0.0 for b, s in self.models.items() if s.starting}
         return {base: eta_s for base, eta_s in awaited.items() if not fleet.routable(base)}
@@ -78,9 +86,10 @@ def model_loads(
     waiting: Iterable[InFlightRequest],
     bases: Iterable[str],
     movable: Mapping[str, int] = NONE_MOVABLE,
+    shrinking: Collection[str] = (),
 ) -> dict[str, ModelLoad]:
-    """The load of every base model: its queue, the adapters in flight or waiting, and each
-    worker.
+    """The load of every base model: its queue, the adapters in flight or waiting, and each worker.
+    Idle adapters are told of base models in `shrinking` alone: they may be thousands.
     """
     queues: dict[str, list[InFlightRequest]] = {base: [] for base in bases}
     for request in waiting:
@@ -90,11 +99,17 @@ def model_loads(
     for worker in fleet:
         if worker.heartbeat.base in workers:
             workers[worker.heartbeat.base].append(worker)
-    return {base: _model_load(queue, workers[base], movable) for base, queue in queues.items()}
+    return {
+        base: _model_load(queue, workers[base], movable, base in shrinking)
+        for base, queue in queues.items()
+    }
 
 
 def _model_load(
-    queue: list[InFlightRequest], workers: list[WorkerView], movable: Mapping[str, int]
+    queue: list[InFlightRequest],
+    workers: list[WorkerView],
+    movable: Mapping[str, int],
+    with_idle: bool,
 ) -> ModelLoad:
     adapters = {request.key[0] for request in queue if request.key is not None}
     for worker in workers:
@@ -104,13 +119,15 @@ def _model_load(
         queued=len(queue),
         queued_tokens=sum(request.client_request.prompt_tokens for request in queue),
         adapters=tuple(sorted(adapters)[:MAX_ADAPTERS]),
-        workers={worker.id: _worker_load(worker, movable) for worker in workers},
+        workers={worker.id: _worker_load(worker, movable, with_idle) for worker in workers},
     )
 
 
-def _worker_load(worker: WorkerView, movable: Mapping[str, int]) -> WorkerLoad:
+def _worker_load(worker: WorkerView, movable: Mapping[str, int], with_idle: bool) -> WorkerLoad:
     heartbeat = worker.heartbeat
     in_use = worker.steady | worker.busy.keys() | worker.others_busy
+    busiest = sorted(in_use, key=lambda key: (-worker.in_flight(key), key))
+    idle = sorted(worker.loaded - in_use) if with_idle else ()
     return WorkerLoad(
         serving=worker.routable,
         epoch=heartbeat.epoch,
@@ -121,6 +138,7 @@ def _worker_load(worker: WorkerView, movable: Mapping[str, int]) -> WorkerLoad:
         kv_usage=heartbeat.kv_usage,
         prefill_tokens_per_s=heartbeat.prefill_tokens_per_s,
         load_s=heartbeat.load_s,
-        in_use=tuple(HeldAdapter(*key) for key in sorted(in_use)[:MAX_ADAPTERS]),
+        in_use=tuple(HeldAdapter(*key) for key in busiest[:MAX_ADAPTERS]),
         movable=min(len(worker.reserved), movable.get(worker.id, 0)),
+        idle=tuple(HeldAdapter(*key) for key in idle[:MAX_ADAPTERS]),
     )

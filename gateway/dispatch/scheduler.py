@@ -68,6 +68,8 @@ class Scheduler:
         if refusal is None and not self.queue(request):
             after_s = self._waiting_time.retry_after_s(base)
             refusal = self._admission.bound(base).refusal(after_s)
+            if not self._tables.fleet.routable(base):
+                self._admission.turned_away(base, self._clock() + after_s)
         if refusal is None:
             self.admit_waiting(base, request.key)
         return refusal

@@ -266,7 +266,9 @@ class VersionCollector(Collector):
 
 
 class ScalingCollector(Collector):
-    """The supervisor's numbers of workers. Empty if no supervisor has reported."""
+    """The supervisor's numbers of workers, and the reason of its last decision on each model. Empty
+    if no supervisor has reported.
+    """
 
     def __init__(self, models: Mapping[str, ModelStatus]) -> None:
         self._models = models
@@ -274,13 +276,41 @@ class ScalingCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         workers = GaugeMetricFamily(
             "loraplex_workers",
-            "Workers of this machine: wanted, serving, starting and draining.",
+            "Workers of this machine: recommended, wanted, serving, starting and draining.",
             labels=["base", "state"],
         )
+        requests = GaugeMetricFamily(
+            "loraplex_scaling_requests",
+            "What the decision on workers counts: requests ongoing, and the target of a worker.",
+            labels=["base", "what"],
+        )
+        needs = GaugeMetricFamily(
+            "loraplex_scaling_needs",
+            "Workers that each other bottleneck needs.",
+            labels=["base", "bottleneck"],
+        )
+        cause = GaugeMetricFamily(
+            "loraplex_scaling_cause",
+            "1 for what asks for the recommended number of workers.",
+            labels=["base", "cause"],
+        )
+        held = GaugeMetricFamily(
+            "loraplex_scaling_held_seconds",
+            "For how much longer a delay holds the recommended number back.",
+            labels=["base", "delay"],
+        )
         for base, status in self._models.items():
-            for state in ("wanted", "serving", "starting", "draining"):
+            for state in ("recommended", "wanted", "serving", "starting", "draining"):
                 workers.add_metric([base, state], getattr(status, state))
-        return [workers]
+            requests.add_metric([base, "ongoing"], status.ongoing)
+            requests.add_metric([base, "target"], status.target_ongoing)
+            for bottleneck, count in status.needs.items():
+                needs.add_metric([base, bottleneck], count)
+            if status.cause:
+                cause.add_metric([base, status.cause], 1)
+            if status.held_by:
+                held.add_metric([base, status.held_by], status.held_s)
+        return [workers, requests, needs, cause, held]
 
 
 def series_name(name: str) -> str:

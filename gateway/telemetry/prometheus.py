@@ -48,13 +48,15 @@ FINISHED = "finished"
 class GaugeSources:
     """Callables for the numbers that are read only at a scrape.
 
-    They are keyed by base model. `queued` counts the requests in the queue. `refused` counts the
-    adapters with a newest version that is invalid. `skipped` counts the folders of the store that
-    are no valid adapters, by reason. `tasks` counts the tasks on the event loop of the process.
+    They are keyed by base model. `queued` counts the requests in the queue, and `demand` those that
+    a worker is to be there for (see Admission.demand). `refused` counts the adapters with a newest
+    version that is invalid. `skipped` counts the folders of the store that are no valid adapters,
+    by reason. `tasks` counts the tasks on the event loop of the process.
     """
 
     fleet: Fleet | None = None
     queued: Mapping[str, Callable[[], int]] = field(default_factory=dict)
+    demand: Mapping[str, Callable[[], int]] = field(default_factory=dict)
     refused: Mapping[str, Callable[[], int]] = field(default_factory=dict)
     skipped: Mapping[str, Callable[[], Mapping[str, int]]] = field(default_factory=dict)
     tasks: Callable[[], int] = int
@@ -331,8 +333,8 @@ class Metrics:
         if self._sources.fleet is not None:
             own = self._sources.fleet.own_requests()
             gauges += [
-                (("ongoing_requests", base, self.process), float(depth() + own.get(base, 0)))
-                for base, depth in self._sources.queued.items()
+                (("ongoing_requests", base, self.process), float(demand() + own.get(base, 0)))
+                for base, demand in self._sources.demand.items()
             ]
         return self._counters.snapshot(self.process, gauges)
 

@@ -116,15 +116,19 @@ class AutoscalingConfig(Section, frozen=True, kw_only=True):
         """Whether the bounds leave a choice."""
         return self.min_replicas < self.max_replicas
 
-    @property
-    def upscale_gain(self) -> float:
+    # Ray's names: scaling policies call these three
+
+    def get_upscaling_factor(self) -> float:
         """The factor on each step up. Ray's precedence among the old and new names holds."""
         return self.upscaling_factor or self.upscale_smoothing_factor or self.smoothing_factor
 
-    @property
-    def downscale_gain(self) -> float:
+    def get_downscaling_factor(self) -> float:
         """The factor on each step down, with the same precedence."""
         return self.downscaling_factor or self.downscale_smoothing_factor or self.smoothing_factor
+
+    def get_target_ongoing_requests(self) -> float | None:
+        """The given number. None: it is derived. A policy always gets the number that holds."""
+        return self.target_ongoing_requests
 
     @classmethod
     def prepare(cls, given: dict[str, Any]) -> dict[str, Any]:

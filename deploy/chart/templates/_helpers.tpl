@@ -26,12 +26,27 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   {{- default "default" .Values.serviceAccount.name }}{{ end -}}
 {{- end -}}
 
-{{/* The config file as given: a map, or the text of a file (--set-file config=...). */}}
+{{/* The config file as given: a map, or the text of a file (--set-file config=...). Of the manifest
+     of a RayService, which may stand among others or in a List, what is in it. */}}
 {{- define "loraplex.given" -}}
 {{- $given := .Values.config -}}
-{{- if kindIs "string" $given }}{{ $given = fromYaml $given }}{{ end -}}
-{{- if hasKey $given "Error" }}{{ fail (printf "config: is no YAML: %s" $given.Error) }}{{ end -}}
-{{- toJson $given -}}
+{{- $all := list $given -}}
+{{- if kindIs "string" $given -}}
+{{- $all = list -}}
+{{- range regexSplit "(?m)^---([ \\t\\r].*)?$" $given -1 }}{{ with fromYaml . }}
+  {{- $all = append $all . }}{{ end }}{{ end -}}
+{{- end -}}
+{{- range $all -}}
+{{- if and (hasKey . "Error") (kindIs "string" $given) }}
+  {{- fail (printf "config: is no YAML: %s" .Error) }}{{ end -}}
+{{- if eq (toString .kind) "List" }}{{ $all = concat $all (.items | default list) }}{{ end -}}
+{{- end -}}
+{{- $found := last $all | default dict -}}
+{{- range $all }}{{ if .kind }}{{ with (.spec | default dict).serveConfigV2 -}}
+{{- $found = . }}{{ if kindIs "string" . }}{{ $found = fromYaml . }}{{ end -}}
+{{- end }}{{ end }}{{ end -}}
+{{- if hasKey $found "Error" }}{{ fail (printf "config: is no YAML: %s" $found.Error) }}{{ end -}}
+{{- toJson $found -}}
 {{- end -}}
 
 {{/* Where models and gateway stand in it: the arguments of Ray's application, or the file. */}}
@@ -39,6 +54,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $given := include "loraplex.given" . | fromJson -}}
 {{- $args := $given -}}
 {{- if $given.applications }}{{ $args = (first $given.applications).args | default dict }}{{ end -}}
+{{- if kindIs "invalid" $args.gateway }}{{ $_ := set $args "gateway" $given.gateway }}{{ end -}}
 {{- if not $args.llm_configs }}
   {{- fail (printf "%s, by --set-file config=FILE or below config: in the values"
     "config: has no llm_configs; give the file that `loraplex serve` takes") }}{{ end -}}
@@ -79,7 +95,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "loraplex.file" -}}
 {{- $file := include "loraplex.given" . | fromJson -}}
 {{- $args := $file -}}
-{{- if $file.applications }}{{ $args = (first $file.applications).args }}{{ end -}}
+{{- if $file.applications }}
+  {{- $args = (first $file.applications).args }}{{ $_ := unset $file "gateway" }}{{ end -}}
 {{- $_ := set $args "gateway" (include "loraplex.gateway" . | fromJson) -}}
 {{- toPrettyJson $file -}}
 {{- end -}}
@@ -95,6 +112,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if not (kindIs "string" $id) }}
   {{- fail "config: each of llm_configs needs a model_loading_config.model_id, as text" }}
   {{- end -}}
+{{- if contains "${" $id }}
+  {{- fail (printf "config: model %s: the chart must know the model_id; write it out" $id) }}
+  {{- end -}}
 {{- $ids = append $ids $id -}}
 {{- $slug := regexReplaceAll "[^a-z0-9]+" (lower $id) "-" | trunc 24 | trimAll "-" -}}
 {{- if ne $slug $id }}{{ $slug = printf "%s-%s" $slug (sha256sum $id | trunc 6) | trimPrefix "-" }}
@@ -103,11 +123,20 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
     (get $root.Values.models $id | default dict) -}}
 {{- $engine := .engine_kwargs | default dict -}}
 {{- $deployment := .deployment_config | default dict -}}
+{{- $numbers := dict "scaling" (pick ($deployment.autoscaling_config | default dict) "min_replicas"
+    "max_replicas" "initial_replicas" "target_ongoing_requests" "upscale_delay_s"
+    "downscale_delay_s" "downscale_to_zero_delay_s")
+    "engine" (pick $engine "tensor_parallel_size" "pipeline_parallel_size" "max_num_seqs")
+    "deployment" (pick $deployment "num_replicas" "max_ongoing_requests") -}}
+{{- range $numbers }}{{ range $key, $value := . }}
+  {{- if and (kindIs "string" $value) (ne $value "auto") }}
+  {{- fail (printf "config: model %s: %s is the text %q, and the chart must know the number; %s" $id
+    $key $value "write it out") }}{{ end }}{{ end }}{{ end -}}
 {{- $sim := eq (lower (.llm_engine | default "vLLM")) "sim" -}}
 {{- $gpus := mul (int ($engine.tensor_parallel_size | default 1))
     (int ($engine.pipeline_parallel_size | default 1)) -}}
-{{- if or $sim (eq (toString (.accelerator_config | default dict).kind) "cpu") }}{{ $gpus = 0 }}
-  {{- end -}}
+{{- $kind := toString (.accelerator_config | default dict).kind -}}
+{{- if or (eq $kind "cpu") (and $sim (ne $kind "gpu")) }}{{ $gpus = 0 }}{{ end -}}
 {{- $scaling := $deployment.autoscaling_config -}}
 {{- if eq (toString $deployment.num_replicas) "auto" }}
   {{- $scaling = merge (dict) ($scaling | default dict) (dict "max_replicas" 100
@@ -174,6 +203,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{/* Seconds that a draining process may take, as a whole number. */}}
 {{- define "loraplex.drainSeconds" -}}
 {{- $gateway := include "loraplex.gateway" . | fromJson -}}
+{{- range $key, $value := pick $gateway "drain_s" "kill_s" }}{{ if kindIs "string" $value }}
+  {{- fail (printf "config: gateway.%s is the text %q, and the chart must know the number; %s" $key
+    $value "write it out") }}{{ end }}{{ end -}}
 {{- $drain := ternary 20 $gateway.drain_s (kindIs "invalid" $gateway.drain_s) -}}
 {{- $kill := ternary 5 $gateway.kill_s (kindIs "invalid" $gateway.kill_s) -}}
 {{- ceil (addf $drain $kill) -}}

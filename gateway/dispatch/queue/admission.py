@@ -8,7 +8,7 @@ is full, the tenant with the most places gives one to a tenant with fewer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -64,9 +64,10 @@ class Admission(Generic[T]):
         self.timeout_s = timeout_s
         self.queues: dict[str, WaitQueue[T]] = {}
         """Of the base models for which an item waits. Others only look whether there is one."""
-        # all places; all wait equally long, so the order of arrival is that of the deadlines
+        # all places, in the order of their deadlines: all wait equally long
         self._arrivals: dict[Ticket[T], None] = {}
         self._last_number = 0
+        self._back_at: dict[str, float] = {}
         self.abandonment = AbandonmentRate()
 
     def configure(
@@ -83,6 +84,16 @@ class Admission(Generic[T]):
     def depth(self, base: str) -> int:
         queue = self.queues.get(base)
         return queue.size if queue else 0
+
+    def turned_away(self, base: str, back_at: float) -> None:
+        """A client was refused while no worker served, and told to ask again at `back_at`."""
+        self._back_at[base] = back_at
+
+    def demand(self, base: str, now: float) -> int:
+        """Items that wait for a worker. A client that was turned away counts as one until it is to
+        ask again: if nobody may wait, it is all that tells that a worker is to be started.
+        """
+        return self.depth(base) + (self._back_at.get(base, now) > now)
 
     def bound(self, base: str) -> QueueBound:
         return self._bounds.get(base, UNBOUND)
@@ -186,7 +197,7 @@ class Admission(Generic[T]):
             self._offer_all(queue, adapter, dispatch)
 
     def items(self) -> list[T]:
-        """All waiting items, the oldest first."""
+        """All waiting items, those whose time is over next first."""
         return [ticket.item for ticket in self._arrivals]
 
     def positions(self) -> dict[T, int]:
@@ -199,16 +210,20 @@ class Admission(Generic[T]):
             ahead[ticket.base] = found[ticket.item] = ahead.get(ticket.base, 0) + 1
         return found
 
-    def expire(self, now: float, held: Container[str] = ()) -> list[T]:
-        """Removes and returns the items whose time is over. Items of base models in `held` stay,
-        since a worker is starting for them.
+    def expire(self, now: float, held: Collection[str] = ()) -> list[T]:
+        """Removes and returns the items whose time is over. For items of base models in `held` a
+        worker is starting: their time begins once it serves.
         """
+        waiting = [t for t in self._arrivals if t.base in held] if held else []
+        for ticket in waiting:
+            del self._arrivals[ticket]
+            ticket.deadline = now + self.timeout_s
+            self._arrivals[ticket] = None
         late: list[Ticket[T]] = []
         for ticket in self._arrivals:
             if ticket.deadline > now:
                 break
-            if ticket.base not in held:
-                late.append(ticket)
+            late.append(ticket)
         for ticket in late:
             self.leave(ticket)
         return [ticket.item for ticket in late]

@@ -41,7 +41,9 @@ def make_worker_set(settings: Settings, devices: list[str]) -> WorkerSet:
 
 
 def check_gpus(settings: Settings, found: int) -> None:
-    """Raises ConfigError if the least number of workers needs more."""
+    """Raises ConfigError if the least number of workers needs more, or if they leave too few for a
+    worker of a model that may have none: its requests would wait for ever.
+    """
     least = sum(m.gpus_per_worker * _scaling(m).min_replicas for m in settings.models)
     if least > found:
         raise ConfigError(
@@ -49,6 +51,13 @@ def check_gpus(settings: Settings, found: int) -> None:
             f"than the {found} found; "
             "lower num_replicas (or min_replicas), or tensor_parallel_size"
         )
+    for model in settings.models:
+        if not _scaling(model).min_replicas and model.gpus_per_worker > found - least:
+            raise ConfigError(
+                f"model {model.model_id} could never have a worker: one needs "
+                f"{model.gpus_per_worker} GPU(s), and of the {found} found others always keep "
+                f"{least}; lower their num_replicas (or min_replicas), or its tensor_parallel_size"
+            )
 
 
 def _model(config: LLMConfig, has_gpus: bool) -> ScaledModel:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from msgspec.structs import replace
+
 from gateway.supervisor.autoscaling import bottlenecks
 from gateway.supervisor.autoscaling.decision import (
     ELAPSED_TOLERANCE_S,
@@ -133,9 +135,10 @@ class Autoscaler:
             for name in (bottlenecks.ADAPTERS, bottlenecks.KV, bottlenecks.BACKLOG_S)
         }
         slots = min((load.slots for load in serving), default=0)
+        target = self.target_ongoing(serving)
         desired: float | Stay | None = None
         if self._policy is not None and (running or ongoing <= 0):
-            desired = self._ask_policy(self._policy, now, running, ongoing)
+            desired = self._ask_policy(self._policy, now, running, ongoing, target)
         decision, self._pending_change = decide(
             self.rules,
             self._pending_change,
@@ -143,7 +146,7 @@ class Autoscaler:
             running=len(running),
             wanted=self.wanted,
             ongoing=ongoing,
-            target_ongoing=self.target_ongoing(serving),
+            target_ongoing=target,
             desired=desired,
             needs=bottlenecks.needs(self._config.bottlenecks, amounts, slots),
         )
@@ -162,7 +165,12 @@ class Autoscaler:
         return max(1.0, TARGET_SHARE * capacity)
 
     def _ask_policy(
-        self, policy: CustomPolicy, now: float, running: list[str], ongoing: float
+        self,
+        policy: CustomPolicy,
+        now: float,
+        running: list[str],
+        ongoing: float,
+        target_ongoing: float,
     ) -> float | Stay:
         answer = policy(
             AutoscalingContext(
@@ -175,7 +183,7 @@ class Autoscaler:
                 capacity_adjusted_min_replicas=self.rules.min_workers,
                 capacity_adjusted_max_replicas=self.rules.max_workers,
                 current_time=now,
-                config=self._config,
+                config=replace(self._config, target_ongoing_requests=target_ongoing),
                 policy_state=dict(self._policy_state),
                 last_scale_up_time=self._scaled_at.get(1),
                 last_scale_down_time=self._scaled_at.get(-1),

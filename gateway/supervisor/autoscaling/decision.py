@@ -67,8 +67,8 @@ def rules_of(config: AutoscalingConfig) -> ScalingRules:
         config.upscale_delay_s,
         config.downscale_delay_s,
         config.downscale_delay_s if to_zero_s is None else to_zero_s,
-        config.upscale_gain,
-        config.downscale_gain,
+        config.get_upscaling_factor(),
+        config.get_downscaling_factor(),
     )
 
 
@@ -150,9 +150,11 @@ def decide(
             result = amount
         else:
             result, delay, held_s, pending = _delayed(rules, pending, now, max(0, amount), wanted)
-    bounded = rules.bounded(result)
+    bound = _bound(rules, amount if delay else result)
+    if rules.bounded(amount) == wanted:
+        delay, held_s = "", 0.0  # the bound is what keeps the number, however long it lasts
     decision = ScalingDecision(
-        wanted=bounded,
+        wanted=rules.bounded(result),
         before=wanted,
         recommended=amount,
         cause=cause,
@@ -161,7 +163,7 @@ def decide(
         target_ongoing=target_ongoing,
         held_by=delay,
         held_s=held_s,
-        bounded_by=_bound(rules, amount if delay else result),
+        bounded_by=bound,
         needs=tuple(sorted(needs.items())),
     )
     return decision, pending

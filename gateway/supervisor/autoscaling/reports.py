@@ -16,7 +16,7 @@ MAX_LINE_BYTES = 4 << 20
 
 
 class HeldAdapter(msgspec.Struct, frozen=True, array_like=True):
-    """An adapter in a worker's slot that has requests in flight or is in steady use."""
+    """An adapter in a worker's slot, or on its way there."""
 
     name: str
     digest: str
@@ -25,7 +25,9 @@ class HeldAdapter(msgspec.Struct, frozen=True, array_like=True):
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     """One worker as one gateway process sees it. `requests` are those of this process alone. `seq`
     grows with every heartbeat of the worker. Of a worker that retires, `movable` are those of the
-    requests that another worker can continue.
+    requests that another worker can continue. Adapters `in_use` have requests in flight or are in
+    steady use, the busiest first; `idle` are the others in its slots, while a worker of the model
+    leaves.
     """
 
     serving: bool
@@ -39,6 +41,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     load_s: float = 0.0
     in_use: tuple[HeldAdapter, ...] = ()
     movable: int = 0
+    idle: tuple[HeldAdapter, ...] = ()
 
     def with_requests(self, requests: int) -> WorkerLoad:
         return msgspec.structs.replace(self, requests=requests)
@@ -76,7 +79,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     `start_s` is how long its workers take to start (None: none has started yet). `eta_s` is when
     the next one is expected to serve (None: none is starting). `retiring` are workers that take
-    nothing new. For `without_gpus` of the wanted workers this machine has no GPUs now.
+    nothing new. For `without_gpus` of the wanted workers this machine has no GPUs now. The fields
+    of the last decision are explained there.
     """
 
     wanted: int
@@ -92,6 +96,8 @@ class ModelStatus(msgspec.Struct, frozen=True, kw_only=True):
     held_s: float = 0.0
     ongoing: float = 0.0
     target_ongoing: float = 0.0
+    recommended: int = 0
+    needs: dict[str, int] = {}
     start_s: float | None = None
     eta_s: float | None = None
     retiring: tuple[str, ...] = ()

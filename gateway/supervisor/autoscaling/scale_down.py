@@ -9,8 +9,9 @@ loads nothing elsewhere first, so it may kill the only holder of an adapter (ray
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from gateway.supervisor.autoscaling.reports import AdapterHandover, HeldAdapter, WorkerLoad
 
@@ -34,7 +35,7 @@ def choose_victims(present: Sequence[ScaleDownCandidate], count: int) -> list[st
     chosen: list[str] = []
     while len(chosen) < count and left:
         holders = Counter(
-            adapter for worker in left if worker.load for adapter in worker.load.in_use
+            adapter for worker in left if worker.load for adapter in _held_by(worker.load)
         )
         victim = min(left, key=lambda worker: _cost(worker, holders))
         left.remove(victim)
@@ -42,32 +43,36 @@ def choose_victims(present: Sequence[ScaleDownCandidate], count: int) -> list[st
     return chosen
 
 
-def adapters_held_only_by(victim: str, serving: Mapping[str, WorkerLoad]) -> list[HeldAdapter]:
-    """The adapters in use on this worker that no other serving worker has."""
-    mine = serving.get(victim)
-    elsewhere = {
-        adapter for name, load in serving.items() if name != victim for adapter in load.in_use
-    }
-    return [a for a in mine.in_use if a not in elsewhere] if mine is not None else []
+def adapters_to_move(
+    leaving: Iterable[WorkerLoad], stayers: Mapping[str, WorkerLoad]
+) -> list[HeldAdapter]:
+    """The adapters in use on workers that leave that no worker that stays has in a slot, the
+    busiest of each worker first. Two that leave at once may be the only holders of the same one.
+    """
+    elsewhere = {adapter for load in stayers.values() for adapter in _held_by(load)}
+    by_rank = zip_longest(*(load.in_use for load in leaving))
+    in_use = dict.fromkeys(adapter for rank in by_rank for adapter in rank if adapter is not None)
+    return [adapter for adapter in in_use if adapter not in elsewhere]
 
 
 def handovers(
     adapters: Sequence[HeldAdapter], stayers: Mapping[str, WorkerLoad]
 ) -> list[AdapterHandover]:
-    """Gives each adapter to the worker with the most unused slots. An adapter for which no slot is
-    free stays where it is until its requests have ended.
+    """Gives each adapter to the worker with the most unused slots. The last ones, for which no slot
+    is free, stay where they are until their requests have ended.
     """
-    free = {name: load.slots - len(load.in_use) for name, load in stayers.items()}
+    free = {name: max(0, load.slots - len(load.in_use)) for name, load in stayers.items()}
     found = []
-    for adapter in adapters:
-        if not free:
-            break
+    # by name: another order of the same adapters gives none of them another place
+    for adapter in sorted(adapters[: sum(free.values())], key=lambda a: (a.name, a.digest)):
         name = max(sorted(free), key=lambda n: free[n])
-        if free[name] <= 0:
-            break
         free[name] -= 1
         found.append(AdapterHandover(adapter, name))
     return found
+
+
+def _held_by(load: WorkerLoad) -> tuple[HeldAdapter, ...]:
+    return load.in_use + load.idle
 
 
 def _cost(

@@ -26,7 +26,7 @@ from gateway.supervisor.autoscaling.reports import (
 )
 from gateway.supervisor.autoscaling.scale_down import (
     ScaleDownCandidate,
-    adapters_held_only_by,
+    adapters_to_move,
     choose_victims,
     handovers,
 )
@@ -243,8 +243,9 @@ class WorkerSet:
             return []
         serving = self._serving(worker.model)
         if worker.retired_since is None:
-            sole = adapters_held_only_by(worker.name, serving)
-            if sole and self._stayers(worker.model) and now - worker.leaves_since < self._warm_s:
+            mine, stayers = serving.get(worker.name), self._stayers(worker.model)
+            to_move = mine is not None and stayers and adapters_to_move([mine], stayers)
+            if to_move and now - worker.leaves_since < self._warm_s:
                 return []
             worker.retired_since = now
         quiet = not self._requests_that_hold(worker) and worker.name not in serving
@@ -300,6 +301,8 @@ class WorkerSet:
             held_s=round(decision.held_s, 1) if decision else 0.0,
             ongoing=decision.ongoing if decision else 0.0,
             target_ongoing=decision.target_ongoing if decision else 0.0,
+            recommended=decision.recommended if decision else 0,
+            needs={str(name): count for name, count in decision.needs} if decision else {},
             start_s=model.start_s or None,
             eta_s=eta_s,
             retiring=tuple(m.name for m in workers if m.retired_since is not None),
@@ -308,10 +311,11 @@ class WorkerSet:
         )
 
     def _handovers(self, model: str) -> tuple[AdapterHandover, ...]:
-        serving, found = self._serving(model), []
-        for worker in self._of(model):
-            if worker.leaves_since is not None and worker.retired_since is None:
-                found += handovers(
-                    adapters_held_only_by(worker.name, serving), self._stayers(model)
-                )
-        return tuple(found)
+        """Of all workers that leave together: they share the free slots of those that stay."""
+        serving, stayers = self._serving(model), self._stayers(model)
+        leaving = [
+            serving[w.name]
+            for w in self._of(model)
+            if not w.stays and w.retired_since is None and w.name in serving
+        ]
+        return tuple(handovers(adapters_to_move(leaving, stayers), stayers))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -144,6 +145,26 @@ async def test_an_error_after_comments_is_an_event_that_the_openai_sdk_raises(
                     pass
         assert caught.value.code == "overloaded"
         assert await c.metric("loraplex_error_responses_total", code="overloaded") == 1
+
+
+async def test_a_request_waits_on_while_a_worker_starts_whoever_starts_it(
+    tmp_path: Path, adapters: Path
+) -> None:
+    """It has waited for longer than `queue_timeout_s` when its worker serves."""
+    async with cluster(sim_config(adapters, progress_s=0.3, queue_timeout_s=0.5), tmp_path) as c:
+        worker = await c.start_worker("w0", serving=False)
+        async with asyncio.timeout(END_S):
+            while await c.metric("loraplex_worker_up", worker="w0", state="joining") != 1:
+                await asyncio.sleep(0)
+        worker.signal(signal.SIGSTOP)
+        reader, writer = await connect(c)
+        writer.write(raw_request(chat_body("sim", max_tokens=3, stream=True)))
+        async with asyncio.timeout(END_S):
+            for _ in range(3):
+                await reader.readuntil(b": starting a worker\n\n")
+            worker.signal(signal.SIGCONT)
+            await reader.readuntil(b"data: [DONE]")
+        writer.close()
 
 
 async def test_no_comment_is_sent_where_the_config_says_so(tmp_path: Path, adapters: Path) -> None:

@@ -194,6 +194,43 @@ async def test_load_steps_up_and_down_to_zero_and_back_fail_no_request_and_cut_n
         assert lost and all('"requests":0' in line for line in lost), lost
 
 
+async def test_more_requests_than_the_first_worker_takes_wait_on_for_it_after_a_long_start(
+    tmp_path: Path,
+) -> None:
+    """They have waited for longer than `queue_timeout_s` when it begins to serve."""
+    config = sim_config(
+        tmp_path / "adapters",
+        sim={"itl_ms": 5, "max_num_seqs": 2},
+        state_dir=str(tmp_path / "state"),
+        queue_timeout_s=2.0,
+        progress_s=2.5,
+    )
+    scaling = {**QUICK, "initial_replicas": 0, "max_replicas": 1}
+    config["llm_configs"][0]["deployment_config"] = {"autoscaling_config": scaling}
+    async with serving(tmp_path, config) as s:
+        held = asyncio.create_task(s.hold_the_next_worker())
+
+        def go_on() -> None:  # its first bytes are the first comment
+            if held.result().status() == psutil.STATUS_STOPPED:
+                held.result().resume()
+
+        await asyncio.gather(*(s.stream(10, on_begin=go_on) for _ in range(12)))
+        assert all(text.startswith(": starting a worker") for text in s.streams)
+
+
+async def test_where_nobody_may_wait_a_request_that_is_refused_starts_a_worker_all_the_same(
+    tmp_path: Path,
+) -> None:
+    async with scaled(
+        tmp_path, {"initial_replicas": 0}, deployment={"max_queued_requests": 0}
+    ) as s:
+        await s.until(serving=0)
+        body = chat_body("sim", max_tokens=1)
+        async with s.http.post(s.url + "/v1/chat/completions", json=body) as answer:
+            assert answer.status == 503 and answer.headers["Retry-After"]
+        await s.until(serving=1)
+
+
 async def test_a_batch_wakes_a_model_that_sleeps_and_is_whole_before_it_sleeps_again(
     tmp_path: Path,
 ) -> None:
@@ -376,15 +413,16 @@ async def test_the_adapters_of_a_worker_that_leaves_are_loaded_elsewhere_before_
     tmp_path: Path,
 ) -> None:
     """There are two workers, and each is the only holder of an adapter in use. Then one is
-    enough.
+    enough. The other leaves as soon as its adapter is loaded, while its stream runs.
     """
-    async with scaled_by_hand(tmp_path) as (s, wanted):
+    async with scaled_by_hand(tmp_path, drain_s=0.5) as (s, wanted):
         await s.until(serving=2)
-        both = [asyncio.create_task(s.stream(240, name)) for name in ("pirate", "haiku")]
+        both = [asyncio.create_task(s.stream(600, name)) for name in ("pirate", "haiku")]
         await s.until(ongoing=2)
         wanted.write_text("1")
-        await asyncio.gather(*both)
         await s.until(serving=1, draining=0, wanted=1)
+        assert not any(stream.done() for stream in both)
+        await asyncio.gather(*both)
         async with s.http.get(s.url + "/admin/adapters") as answer:
             rows = {row["name"]: row for row in (await answer.json())["adapters"]}
         holders = {name: [w["tier"] for w in row["workers"]] for name, row in rows.items()}

@@ -111,6 +111,15 @@ def test_a_wrong_field_would_be_noticed() -> None:
             "meta/llama: an HPA selects",
         ),
         ({"gateway": {"autoscaling": {"minReplicas": 9}}}, "minReplicas is more than maxReplicas"),
+        ({"gateway": {"podAnnotations": {"a": True}}}, "got boolean, want string"),
+        ({"workers": {"nodeSelector": {"gpu": 1}}}, "got number, want string"),
+        ({"models": {"demo": {"extraEnv": [{"name": "A", "value": 1}]}}}, "want string"),
+        (of_model({"model_loading_config": {"model_id": "${NAME}"}}), "must know the model_id"),
+        (of_model({"engine_kwargs": {"tensor_parallel_size": "${TP}"}}), 'is the text "${TP}"'),
+        (of_model({"engine_kwargs": {"max_num_seqs": "${N:-8}"}}), "must know the number"),
+        (of_model({"deployment_config": {"num_replicas": "${N}"}}), "num_replicas is the text"),
+        (scaled(min_replicas="${N}", max_replicas=2), "min_replicas is the text"),
+        ({"config": {**CONFIG, "gateway": {"drain_s": "${N}"}}}, "gateway.drain_s is the text"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_word_on_why(
@@ -332,6 +341,7 @@ SCALINGS: list[dict[str, Any]] = [
     {"autoscaling_config": {"max_replicas": 4}, "max_ongoing_requests": 33},
     {"autoscaling_config": {"max_replicas": 4, "initial_replicas": 2, "downscale_delay_s": 0}},
     {"autoscaling_config": {"max_replicas": 4, "downscale_to_zero_delay_s": 45}},
+    {"autoscaling_config": {"max_replicas": 10**9, "downscale_to_zero_delay_s": 2 * 10**6}},
 ]
 
 
@@ -442,6 +452,51 @@ def test_the_file_of_serve_and_of_compose_is_the_charts_too(file: str, tmp_path:
     assert [m.deployment_config for m in taken.models] == [
         m.deployment_config for m in given.models
     ]
+
+
+def in_rays_forms() -> dict[str, str]:
+    """CONFIG and a section `gateway`, written in each way that `serve` takes."""
+    gateway = {"drain_s": 77, "bounds": {"max_sequences": 5}}
+    application = {"name": "llm", "import_path": "ray.serve.llm:build_openai_app", "args": CONFIG}
+    below = {"applications": [application], "gateway": gateway}
+    inside = {"applications": [{**application, "args": {**CONFIG, "gateway": gateway}}]}
+    service = {"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": "a"}}
+    as_text = {**service, "spec": {"serveConfigV2": yaml.safe_dump(below)}}
+    other = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "b"}}
+    documents = {
+        "models": [{**CONFIG, "gateway": gateway}],
+        "application": [inside],
+        "gateway beside it": [below],
+        "manifest": [as_text],
+        "manifest as a map": [{**service, "spec": {"serveConfigV2": inside}}],
+        "manifest among others": [other, as_text, other],
+        "list": [{"apiVersion": "v1", "kind": "List", "items": [other, as_text]}],
+    }
+    found = {name: yaml.safe_dump_all(items) for name, items in documents.items()}
+    begun = f"--- # ours\n{found['models']}...\n"
+    return {**found, "marked": f"---\n{found['models']}", "marked and ended": begun}
+
+
+@pytest.mark.parametrize("form", in_rays_forms())
+def test_every_form_of_rays_file_that_serve_takes_is_the_charts_too(
+    form: str, tmp_path: Path
+) -> None:
+    text = in_rays_forms()[form]
+    (tmp_path / "given.yaml").write_text(text)
+    given = load_settings(str(tmp_path / "given.yaml"))
+    objects = render({"config": text})
+    taken = settings_of(objects, tmp_path)
+    assert taken.models == given.models
+    assert (taken.gateway.drain_s, taken.gateway.bounds) == (77, given.gateway.bounds)
+    (worker,) = workers_of(objects)
+    assert pod_of(worker)["terminationGracePeriodSeconds"] == 77 + given.gateway.kill_s
+
+
+def test_a_rehearsal_on_gpus_gets_them() -> None:
+    (worker,) = workers_of(
+        render(of_model({"llm_engine": "sim", "accelerator_config": {"kind": "gpu"}}))
+    )
+    assert container_of(worker)["resources"]["limits"] == {"nvidia.com/gpu": 1}
 
 
 def test_a_large_whole_number_stays_one(tmp_path: Path) -> None:

@@ -84,6 +84,15 @@ def test_requests_for_the_base_model_never_miss() -> None:
     assert halved.miss_rate == pytest.approx(alone.miss_rate / 2)
 
 
+def test_where_no_answer_was_streamed_it_is_said_what_a_first_token_is_then() -> None:
+    whole = Traffic(span_s=100.0)
+    whole.add("a", 2.0, None, None)
+    fleet = FleetSize(1, 16, 256)
+    assert "waits alone" in advise(whole, fleet, Goal(ttft_p99_s=1.0)).words[-1]
+    whole.add("a", 2.0, 0.1, None)
+    assert "waits alone" not in " ".join(advise(whole, fleet, Goal(ttft_p99_s=1.0)).words)
+
+
 def test_nothing_seen_is_said() -> None:
     found = advise(Traffic(), FLEET, Goal())
     assert found.words == ("No requests have been seen yet.",) and found.workers is None
@@ -127,6 +136,8 @@ def test_an_access_log_is_read_and_what_is_no_request_is_passed_over() -> None:
         line(112.1, "b", load_ms=40.0, ttft_ms=400.0),
         line(122.1, None),
         line(130.0, "c", total_ms=None),
+        line(120.0, "d", queue_ms=None, load_ms=None, total_ms=0.2, status=503),  # refused
+        line(120.0, "d", load_ms=None, status=499),  # its client left before its worker told
     ]
     models, unreadable = from_access_log(lines)
     (found,) = models.values()
@@ -136,6 +147,12 @@ def test_an_access_log_is_read_and_what_is_no_request_is_passed_over() -> None:
     assert found.span_s == pytest.approx(22.1) and found.held.sum_s == pytest.approx(5.96)
     assert (found.loads.count, found.warm.count) == (1, 2)
     assert found.warm.sum_s == pytest.approx(0.1)
+
+
+def test_the_time_of_a_whole_answer_is_no_time_to_a_first_token() -> None:
+    whole = line(102.1, "a", ttft_ms=2100.0, streamed=False)
+    (found,) = from_access_log([line(100.0, "a"), whole])[0].values()
+    assert (found.counts, found.held.count, found.warm.count) == ({"a": 2}, 2, 1)
 
 
 @pytest.mark.parametrize(

@@ -398,6 +398,25 @@ def test_without_any_worker_a_full_queue_still_says_when_to_come_back(make_room:
     assert caught.value.retry_after_s
 
 
+def test_who_is_turned_away_while_no_worker_serves_counts_as_load_until_it_is_to_come_back(
+    make_room: MakeRoom,
+) -> None:
+    room = make_room(max_queued=0)
+    asked: list[None] = []
+    room.dispatcher.on_nobody_serves = lambda: asked.append(None)
+    with pytest.raises(Overloaded) as caught:
+        room.submit()
+    assert asked and caught.value.retry_after_s
+    assert room.dispatcher.loads(["tiny"])["tiny"].queued == 1
+    room.now += caught.value.retry_after_s
+    assert room.dispatcher.loads(["tiny"])["tiny"].queued == 0
+    room.worker("w0")
+    room.submit()
+    with pytest.raises(Overloaded):
+        room.submit()
+    assert room.dispatcher.loads(["tiny"])["tiny"].queued == 0, "a busy worker is no missing one"
+
+
 def test_more_open_requests_than_allowed_are_overloaded_at_once(make_room: MakeRoom) -> None:
     room = make_room(max_requests=2)
     room.worker("w0", capacity=9)

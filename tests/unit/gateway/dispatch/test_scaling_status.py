@@ -11,13 +11,10 @@ from shared.adapters.identity import AdapterRef
 from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 
-def fleet(*adapters: AdapterState) -> Fleet:
+def fleet(*adapters: AdapterState, state: WorkerState = WorkerState.SERVING) -> Fleet:
     found = Fleet(3.0)
     found.heartbeat(
-        Heartbeat(
-            "w0", 1, 1, "m", WorkerState.SERVING, capacity=8, slots=4, adapters=adapters, running=2
-        ),
-        0.0,
+        Heartbeat("w0", 1, 1, "m", state, capacity=8, slots=4, adapters=adapters, running=2), 0.0
     )
     found.attach("w0", 1)
     return found
@@ -51,6 +48,14 @@ def test_where_something_else_starts_workers_a_model_without_a_least_number_is_a
     assert state.awaited(Fleet(3.0)) == {"m": 0.0} and state.awaited(fleet()) == {}
 
 
+def test_a_worker_that_anybody_starts_is_awaited_once_it_is_heard_of() -> None:
+    state = ScalingState()
+    assert state.awaited(fleet(state=WorkerState.JOINING)) == {"m": 0.0}
+    assert state.awaited(fleet(state=WorkerState.DRAINING)) == {}
+    state.models = {"m": ModelStatus(wanted=1, starting=1, start_s=9.0, eta_s=4.0)}
+    assert state.awaited(fleet(state=WorkerState.JOINING)) == {"m": 4.0}
+
+
 def test_the_report_counts_this_process_requests_and_names_every_adapter_in_use() -> None:
     workers = fleet(
         AdapterState("theirs", "1", Tier.GPU, in_flight=1),
@@ -65,4 +70,7 @@ def test_the_report_counts_this_process_requests_and_names_every_adapter_in_use(
     assert load["m"].adapters == ("ours", "theirs")
     told = load["m"].workers["w0"]
     assert (told.serving, told.requests, told.capacity, told.slots) == (True, 1, 8, 4)
-    assert told.in_use == tuple(HeldAdapter(n, "1") for n in ("ours", "steady", "theirs"))
+    assert told.in_use == tuple(HeldAdapter(n, "1") for n in ("ours", "theirs", "steady"))
+    assert told.idle == ()
+    told = model_loads(workers, [], ["m"], shrinking={"m"})["m"].workers["w0"]
+    assert told.idle == (HeldAdapter("idle", "1"),)

@@ -14,6 +14,7 @@ from gateway.dispatch.streams.journal import (
 )
 from gateway.fleet.fleet import Fleet
 from gateway.routing.policy import CostBreakdown
+from gateway.supervisor.autoscaling.reports import ModelStatus
 from gateway.telemetry.collectors import FleetCollector
 from gateway.telemetry.ended_request import EndedRequest
 from gateway.telemetry.metric_definitions import ADAPTER_LABELS, LOST_REASONS, USAGE_LABELS
@@ -133,6 +134,34 @@ def test_a_request_over_a_limit_is_counted_by_key_and_limit_and_its_key_within_t
     assert metrics.value(count, {"key": "k", "limit": "requests_per_minute"}) == 1
     assert metrics.value(count, {"key": "_other", "limit": "n"}) == 11
     assert metrics.value("loraplex_key_requests_total", {"key": "k", "outcome": "limited"}) == 1
+
+
+def test_a_scaling_decision_is_exported_with_its_reason() -> None:
+    metrics = Metrics()
+    held = ModelStatus(
+        wanted=2,
+        serving=2,
+        recommended=5,
+        cause="slots",
+        needs={"slots": 5, "kv_usage": 1},
+        ongoing=7.5,
+        target_ongoing=4.0,
+        held_by="upscale_delay_s",
+        held_s=12.5,
+    )
+    metrics.watch_scaling(lambda: {"m": held, "new": ModelStatus(wanted=1)})
+    lines = scraped(metrics).splitlines()
+    for said in (
+        'workers{base="m",state="recommended"} 5.0',
+        'workers{base="m",state="wanted"} 2.0',
+        'scaling_requests{base="m",what="ongoing"} 7.5',
+        'scaling_requests{base="m",what="target"} 4.0',
+        'scaling_needs{base="m",bottleneck="slots"} 5.0',
+        'scaling_cause{base="m",cause="slots"} 1.0',
+        'scaling_held_seconds{base="m",delay="upscale_delay_s"} 12.5',
+    ):
+        assert f"loraplex_{said}" in lines
+    assert not [x for x in lines if x.startswith("loraplex_scaling_cause") and '"new"' in x]
 
 
 def test_why_answers_break_off_is_shown_before_any_has() -> None:

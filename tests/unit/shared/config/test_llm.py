@@ -158,7 +158,7 @@ def test_gain_takes_the_new_name_before_the_deprecated_ones() -> None:
     scaling = AutoscalingConfig(
         smoothing_factor=2.0, upscale_smoothing_factor=3.0, upscaling_factor=4.0
     )
-    assert (scaling.upscale_gain, scaling.downscale_gain) == (4.0, 2.0)
+    assert (scaling.get_upscaling_factor(), scaling.get_downscaling_factor()) == (4.0, 2.0)
 
 
 @pytest.mark.parametrize(

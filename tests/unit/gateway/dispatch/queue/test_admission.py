@@ -234,4 +234,7 @@ def test_who_waits_for_a_worker_that_starts_is_not_given_up() -> None:
     admission.offer("asleep", "a", 0.0)
     admission.offer("busy", "b", 0.0)
     assert admission.expire(5.0, {"asleep"}) == ["b"]
-    assert admission.expire(5.0) == ["a"]
+    admission.offer("busy", "c", 5.5)
+    # the worker serves: who could not be sent to it yet waits as long as anybody
+    assert admission.expire(5.9) == [] and admission.items() == ["a", "c"]
+    assert admission.expire(6.0) == ["a"] and admission.expire(6.5) == ["c"]

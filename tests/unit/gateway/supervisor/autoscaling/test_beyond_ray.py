@@ -109,6 +109,20 @@ def test_a_policy_of_ones_own_is_asked_and_its_answer_is_delayed_and_bounded_as_
     assert s._policy_state == {"asked": 3}
 
 
+def rays_own_policy(ctx: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+    """As Ray 2.60's replica_queue_length_autoscaling_policy reckons."""
+    target = ctx.config.get_target_ongoing_requests()
+    assert target == ctx.config.target_ongoing_requests is not None
+    return ctx.current_num_replicas * (ctx.total_num_requests / target), {}
+
+
+def test_a_policy_learns_the_target_that_holds_where_none_is_given() -> None:
+    config = AutoscalingConfig(max_replicas=9, upscale_delay_s=0.0)
+    s = Autoscaler("m", config, 1, 256, rays_own_policy)
+    s.report("g0", load(capacity=10, requests=15), 0.0)
+    assert s.decide(1.0, ["w0"]).wanted == 3
+
+
 def test_a_report_survives_its_way_over_a_socket() -> None:
     report = LoadReport(
         "g0", {"m": load(adapters=2, slots=3, in_use=(HeldAdapter("a", "1"),), requests=1)}

@@ -265,8 +265,9 @@ def test_a_decision_says_what_it_counted_and_what_holds_it_back() -> None:
         "9 requests ongoing, target 2 per worker: 5 recommended because of requests, held back by "
         "upscale_delay_s for 20.1 s"
     )
-    capped = Run(**{**QUICK, "max_replicas": 2}).play(31, 9).last
-    assert capped is not None and capped.bounded_by == "max_replicas"
+    capped = Run(**{**QUICK, "max_replicas": 2}).play(31, 9).play(5, 9).last
+    assert capped is not None and (capped.bounded_by, capped.held_by) == ("max_replicas", "")
+    assert capped.reason.endswith("5 recommended because of requests, bounded by max_replicas")
 
 
 # ---- random traces -------------------------------------------------------------------------------

@@ -9,15 +9,16 @@ from gateway.supervisor.autoscaling.gpu_allocation import GpuDemand, GpuDevices,
 from gateway.supervisor.autoscaling.reports import AdapterHandover, HeldAdapter, WorkerLoad
 from gateway.supervisor.autoscaling.scale_down import (
     ScaleDownCandidate,
-    adapters_held_only_by,
+    adapters_to_move,
     choose_victims,
     handovers,
 )
 
 
-def load(*adapters: str, requests: int = 0, slots: int = 4) -> WorkerLoad:
-    held = tuple(HeldAdapter(name, "1") for name in adapters)
-    return WorkerLoad(serving=True, requests=requests, slots=slots, in_use=held)
+def load(*adapters: str, requests: int = 0, slots: int = 4, idle: str = "") -> WorkerLoad:
+    """`idle`: one letter for each."""
+    in_use, other = (tuple(HeldAdapter(a, "1") for a in names) for names in (adapters, idle))
+    return WorkerLoad(serving=True, requests=requests, slots=slots, in_use=in_use, idle=other)
 
 
 def test_a_worker_that_does_not_serve_yet_leaves_first() -> None:
@@ -60,19 +61,35 @@ def test_fewer_streams_leave_before_more() -> None:
 
 
 def test_adapters_that_nobody_else_has_go_to_the_emptiest_workers() -> None:
-    serving = {
-        "w0": load("a", "b", "c"),
-        "w1": load("a", slots=2),
-        "w2": load("d", "e", slots=4),
-    }
-    sole = adapters_held_only_by("w0", serving)
-    assert [adapter.name for adapter in sole] == ["b", "c"]
-    del serving["w0"]
-    found = handovers(sole, serving)
-    assert found == [AdapterHandover(sole[0], "w2"), AdapterHandover(sole[1], "w1")]
-    assert handovers([*sole, *sole, *sole], {"w1": load("a", slots=2)}) == [
-        AdapterHandover(sole[0], "w1")
+    stayers = {"w1": load("a", slots=2), "w2": load("d", "e", slots=4)}
+    moving = adapters_to_move([load("a", "b", "c")], stayers)
+    assert [adapter.name for adapter in moving] == ["b", "c"]
+    found = handovers(moving, stayers)
+    assert found == [AdapterHandover(moving[0], "w2"), AdapterHandover(moving[1], "w1")]
+
+
+def test_where_slots_are_short_the_busiest_adapters_get_them() -> None:
+    stayers = {"w1": load("a", slots=2)}
+    moving = adapters_to_move([load("c", "b"), load("d", "e")], stayers)
+    assert [adapter.name for adapter in moving] == ["c", "d", "b", "e"]
+    assert handovers(moving, stayers) == [AdapterHandover(HeldAdapter("c", "1"), "w1")]
+    assert handovers(moving, {"w1": load("a", "b", "c", slots=2)}) == []
+
+
+def test_another_order_of_the_adapters_gives_none_of_them_another_place() -> None:
+    stayers = {"w1": load(slots=1), "w2": load(slots=1)}
+    one_way, other_way = (adapters_to_move([load(*names)], stayers) for names in ("bc", "cb"))
+    assert handovers(one_way, stayers) == handovers(other_way, stayers)
+
+
+def test_an_adapter_that_lies_idle_on_a_worker_that_stays_is_there_already() -> None:
+    assert adapters_to_move([load("a")], {"w1": load(idle="a")}) == []
+    present = [
+        ScaleDownCandidate("w0", 0, load("a")),
+        ScaleDownCandidate("w1", 1, load("b")),
+        ScaleDownCandidate("w2", 2, load("c", "d", idle="a")),
     ]
+    assert choose_victims(present, 1) == ["w0"]
 
 
 def test_every_model_gets_its_least_before_any_gets_more() -> None:

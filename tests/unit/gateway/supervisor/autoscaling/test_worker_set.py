@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from gateway.supervisor.autoscaling.autoscaler import Autoscaler
-from gateway.supervisor.autoscaling.reports import HeldAdapter, LoadReport, ModelLoad, WorkerLoad
+from gateway.supervisor.autoscaling.reports import (
+    AdapterHandover,
+    HeldAdapter,
+    LoadReport,
+    ModelLoad,
+    WorkerLoad,
+)
 from gateway.supervisor.autoscaling.worker_set import (
     WARM_S,
     EndWorker,
@@ -76,6 +84,8 @@ def test_the_time_of_a_start_is_measured_and_promised() -> None:
     m.step(8.0)
     assert (m.status().start_s, m.force.complete()) == (8.0, False)
     assert (m.status().starting, m.status().eta_s) == (2, 8.0)
+    assert (m.status().recommended, m.status().cause) == (3, "requests")
+    assert m.status().needs == {"kv_usage": 0, "slots": 0}
     m.step(3.0)
     assert m.status().eta_s == 5.0
 
@@ -180,6 +190,36 @@ def test_the_only_holder_of_adapters_in_use_waits_until_others_have_them() -> No
     m.serve(stayer, 1, "a", "b")
     m.step()
     assert leaving in ("a", "b") and m.status().retiring == (victim,)
+
+
+def three_workers_of_which_two_leave(*adapters: tuple[str, ...]) -> Machine:
+    """The first has all the requests. `adapters`: of the two that leave."""
+    m = Machine({"m": model(3, min_replicas=1)})
+    m.force.step(m.now)
+    for name in ("w0", "w1", "w2"):
+        m.serve(name, 2)
+    assert m.step() == []
+    m.serve("w0", 2, "x", "y", "z")
+    for name, held in zip(("w1", "w2"), adapters, strict=True):
+        m.serve(name, 0, *held)
+    m.step()
+    assert (m.status().wanted, m.status().draining) == (1, 2)
+    return m
+
+
+def test_two_that_leave_at_once_do_not_count_on_each_other_for_an_adapter() -> None:
+    m = three_workers_of_which_two_leave(("a",), ("a",))
+    assert m.status().handovers == (AdapterHandover(HeldAdapter("a", "1"), "w0"),)
+    assert m.status().retiring == ()
+    idle_there = msgspec.structs.replace(m.serving["w0"], idle=(HeldAdapter("a", "1"),))
+    m.serving["w0"] = idle_there
+    m.step()
+    assert m.status().retiring == ("w1", "w2")
+
+
+def test_two_that_leave_at_once_are_not_promised_the_same_slot() -> None:
+    m = three_workers_of_which_two_leave(("a",), ("b",))  # w0 has one slot left
+    assert m.status().handovers == (AdapterHandover(HeldAdapter("a", "1"), "w0"),)
 
 
 def test_it_retires_all_the_same_when_nobody_has_room_for_them_in_time() -> None:
