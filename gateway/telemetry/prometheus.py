@@ -247,7 +247,7 @@ class Metrics:
         series.duration.observe(ended.t_end - start)
         if ended.t_sent:
             series.queue.observe(ended.t_sent - start)
-        if ended.t_head:
+        if ended.t_head and not ended.engine_status:
             cold = done is not None and done.load_s > 0
             ttft = series.ttft_cold if cold else series.ttft_warm
             ttft.observe(ended.t_head - start)
@@ -296,7 +296,7 @@ class Metrics:
         observe(("gen_ai_server_request_duration_seconds", *labels), duration_s)
         if traced:
             self._exemplify(("request_seconds", base), duration_s, ended.trace_id)
-        if not ended.t_head:
+        if not ended.t_head or ended.engine_status:
             return
         ttft_s = ended.t_head - ended.t_start
         if traced:

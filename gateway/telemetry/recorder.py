@@ -159,24 +159,23 @@ class Recorder:
         step = self._step(ended.t_end)
         step.requests += 1
         step.moved += ended.moves
-        done, t_head = ended.done, ended.t_head if ended.streamed else 0.0
+        step.prompt_tokens += ended.prompt_tokens
+        step.output_tokens += ended.output_tokens
+        done, ttft_s = ended.done, ended.first_token_s
         if ended.t_sent and done is not None:
             self.traffic.current(ended.base, ended.t_end).add(
                 ended.adapter,
                 ended.t_end - ended.t_sent,
-                t_head - ended.t_sent if t_head else None,
+                ended.t_head - ended.t_sent if ttft_s is not None else None,
                 done.load_s or None,
                 done.prompt_tokens,
                 done.output_tokens,
             )
-        if t_head:
-            ttft_s = t_head - ended.t_start
+        if ttft_s is not None:
             (step.cold if done is not None and done.load_s > 0 else step.warm).observe(ttft_s)
-        step.prompt_tokens += ended.prompt_tokens
-        step.output_tokens += ended.output_tokens
-        if done is not None and t_head and not ended.moves and done.output_tokens > 1:
-            step.itl_s += ended.t_end - t_head
-            step.itl_n += done.output_tokens - 1
+            if done is not None and not ended.moves and done.output_tokens > 1:
+                step.itl_s += ended.t_end - ended.t_head
+                step.itl_n += done.output_tokens - 1
 
     def refused(self, ended: EndedRequest) -> None:
         """Records a request that was not let in."""

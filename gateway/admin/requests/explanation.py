@@ -63,7 +63,7 @@ def words(e: EndedRequest) -> Iterator[str]:
     yield f"{who} {_ending(e)} after {total_ms:.0f} ms."
     if e.message:
         yield f"Its client was told: {e.message}"
-    if e.outcome not in NOT_LET_IN:
+    if e.outcome not in NOT_LET_IN or e.t_sent:
         yield from _most(spent, total_ms)
     if not e.t_sent:
         if spent["queue"] >= WORTH_SAYING_MS and e.outcome not in NOT_LET_IN:
@@ -127,8 +127,8 @@ def _on_worker(e: EndedRequest, spent: Mapping[str, float]) -> Iterator[str]:
             f"It waited {spent['wait']:.0f} ms on the worker, {behind}, "
             "before the engine began with it."
         )
-    if e.t_head and e.streamed and not e.engine_status:
-        yield f"Its first token came {(e.t_head - e.t_start) * 1e3:.0f} ms after its arrival."
+    if e.first_token_s is not None:
+        yield f"Its first token came {e.first_token_s * 1e3:.0f} ms after its arrival."
         yield from _expectation(e)
     elif e.outcome == OPEN:
         yield "No token has come yet."
@@ -181,10 +181,10 @@ def _ending(e: EndedRequest) -> str:
         return "is still open,"
     if e.outcome == "aborted":
         return f"was given up by its client, {_left_at(e)},"
-    if e.outcome in NOT_LET_IN:
-        return f"was turned away ({e.code})" if e.code else "was turned away"
     if e.engine_status:
         return f"was refused by the engine ({e.engine_status})"
+    if e.outcome in NOT_LET_IN:
+        return f"was turned away ({e.code})" if e.code else "was turned away"
     return e.outcome if not e.code else f"{e.outcome} ({e.code})"
 
 

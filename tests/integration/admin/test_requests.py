@@ -222,7 +222,8 @@ async def test_what_the_engine_refused_is_not_told_as_finished(one: Cluster) -> 
     assert (found["engine_status"], found["ttft_ms"]) == (400, None)
     assert found["words"][0].startswith("The request for sim:a was refused by the engine (400)")
     assert not any("first token" in sentence for sentence in found["words"])
-    assert await ids(one, "status=400") == ["r"] and await ids(one, "status=finished") == ["r"]
+    assert await ids(one, "status=400") == await ids(one, "status=invalid") == ["r"]
+    assert await ids(one, "status=finished") == []
     _, shown = await loraplex(one, "top", "--once")
     assert "engine: 400" in shown
 

@@ -69,6 +69,13 @@ def test_an_answer_that_came_whole_has_no_first_token_and_no_gaps() -> None:
     assert last(recorder, 101.0, "itl_ms") is last(recorder, 101.0, "ttft_warm_p50_ms") is None
 
 
+def test_what_the_engine_refused_has_no_first_token() -> None:
+    recorder = Recorder()
+    recorder.ended(ended(outcome="invalid", engine_status=400))
+    assert last(recorder, 101.0, "requests_per_s") == 1 / STEP_S
+    assert last(recorder, 101.0, "ttft_warm_p50_ms") is None
+
+
 def test_time_without_requests_is_empty_and_older_than_an_hour_is_forgotten() -> None:
     recorder = Recorder()
     recorder.ended(ended(100.0))
