@@ -110,8 +110,7 @@ def _workers(e: EndedRequest, spent: Mapping[str, float]) -> Iterator[str]:
         yield f"Before that, {earlier}"
     yield f"{e.worker} got it{_because(e)}."
     if e.attempts > 1:
-        lost_ms = spent["lost"] + spent["moved"]
-        yield f"{e.attempts} workers were tried; that cost {lost_ms:.0f} ms."
+        yield f"{e.attempts} workers were tried; that cost {_lost_ms(e, spent):.0f} ms."
     if e.moves:
         yield f"Its answer had begun, and another worker went on with it ({_times(e.moves)})."
 
@@ -132,7 +131,7 @@ def _on_worker(e: EndedRequest, spent: Mapping[str, float]) -> Iterator[str]:
         yield from _expectation(e)
     elif e.outcome == OPEN:
         yield "No token has come yet."
-    if e.done is not None and e.done.output_tokens > 1 and spent["decode"]:
+    if e.done is not None and e.done.output_tokens > 1 and spent["decode"] and not e.moves:
         each_ms = spent["decode"] / e.done.output_tokens
         yield f"{e.done.output_tokens} tokens took {spent['decode']:.0f} ms, {each_ms:.1f} ms each."
 
@@ -165,7 +164,12 @@ def _savings(e: EndedRequest) -> Iterator[tuple[float, str]]:
         yield spent["wait"], "One more adapter slot (max_loras), or a pin"
     else:
         yield spent["wait"], "A worker with fewer requests on it"
-    yield spent["lost"] + spent["moved"], "Workers that do not give requests back or die"
+    yield _lost_ms(e, spent), "Workers that do not give requests back or die"
+
+
+def _lost_ms(e: EndedRequest, spent: Mapping[str, float]) -> float:
+    """What its workers before the last one have cost. The tokens of an answer that moved count."""
+    return spent["moved"] + (0.0 if e.moves else spent["lost"])
 
 
 def _adapter_ms(spent: Mapping[str, float]) -> float:
