@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import merge
 from itertools import islice, takewhile
 from typing import TypeAlias
@@ -138,7 +138,7 @@ class Recorder:
         """Worker -> how often a new life of it has come since this process began to look."""
         self.moved_from: dict[str, int] = {}
         """Worker -> streams that it had begun and another one went on with."""
-        self._loaded: dict[tuple[str, int], Set[object]] = {}
+        self._changes: dict[tuple[str, int], tuple[int, int]] = {}
         self._explained_at = -1.0 / EXPLAINED_PER_S
         self.traffic = TrafficCounter()
 
@@ -199,23 +199,20 @@ class Recorder:
         now: float,
         queued: int,
         ongoing: int,
-        loaded: Mapping[tuple[str, int], Set[object]],
+        changes: Mapping[tuple[str, int], tuple[int, int]],
     ) -> None:
-        """Records the state of the fleet at `now`. `loaded` maps (worker, epoch) to what is in the
-        slots. The caller never changes a set after it was passed here.
+        """Records the state of the fleet at `now`. `changes` maps (worker, epoch) to the loads into
+        its slots and the evictions from them so far.
         """
         step = self._step(now)
         step.queued = max(step.queued, queued)
         step.ongoing = max(step.ongoing, ongoing)
-        for life, keys in loaded.items():
+        for life, (loads, evictions) in changes.items():
             self._note_life(*life)
-            before = self._loaded.get(life)
-            if before is not None and before is not keys:
-                step.loads += len(keys - before)
-                step.evictions += len(before - keys)
-            elif before is None:
-                step.loads += len(keys)
-        self._loaded = dict(loaded)
+            loads_before, evictions_before = self._changes.get(life, (0, 0))
+            step.loads += loads - loads_before
+            step.evictions += evictions - evictions_before
+        self._changes = dict(changes)
 
     def _note_life(self, worker: str, epoch: int) -> None:
         known = self._lives.get(worker)
