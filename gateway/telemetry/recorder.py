@@ -278,6 +278,10 @@ class Recorder:
         """
         last = int(now // STEP_S)
         by_number = merged((*self._steps, *others))
+        # each process sees all of them, but not in the same step; its first one may be half a step
+        for own in islice(self._steps, 1, None):
+            by_number[own.number].loads = own.loads
+            by_number[own.number].evictions = own.evictions
         rows = [_row(by_number.get(n)) for n in range(last - steps + 1, last + 1)]
         return {name: [row[at] for row in rows] for at, name in enumerate(COLUMNS)}
 

@@ -164,6 +164,18 @@ def test_a_quantile_is_wrong_by_a_tenth_at_most(value_s: float) -> None:
     assert LatencyHistogram().quantile(0.5) is None
 
 
+def test_a_load_that_two_processes_see_in_two_steps_is_one() -> None:
+    one, two = Recorder(), Recorder()
+    for at, seen in ((85.0, (0, 0)), (99.9, (0, 0)), (100.5, (3, 2)), (111.0, (3, 2))):
+        one.sample(at, 0, 0, {("w0", 1): seen})
+    for at, seen in ((75.0, (0, 0)), (85.0, (5, 0)), (99.9, (8, 2)), (111.0, (8, 2))):
+        two.sample(at, 0, 0, {("w0", 1): seen})
+    others = decode_steps(encode_steps(two.steps))
+    hour = one.series(115.0, others=others)
+    assert [hour["loads"][n] for n in (-4, -3, -2, -1)] == [5, 0, 3, 0]
+    assert sum(n or 0 for n in hour["evictions"]) == 2
+
+
 def test_the_last_hour_of_two_processes_is_one_by_its_sums() -> None:
     one, two = Recorder(), Recorder()
     one.ended(ended(100.0))
