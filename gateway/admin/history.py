@@ -109,6 +109,7 @@ class ProcessNews(msgspec.Struct, frozen=True):
 
 
 _read_question = msgspec.json.Decoder(Question).decode
+_read_story = msgspec.json.Decoder(Row).decode
 _read_rows = msgspec.json.Decoder(list[Row]).decode
 _read_usage = msgspec.json.Decoder(UsageElsewhere).decode
 _read_news = msgspec.json.Decoder(ProcessNews).decode
@@ -164,18 +165,21 @@ class HistoryAdmin:
         return web.Response(body=lines, content_type="text/plain", charset="utf-8")
 
     async def request(self, request: web.BaseRequest) -> web.Response:
-        """`/admin/requests/{id}`. Raises RequestNotFound."""
+        """`/admin/requests/{id}`: the newest with this id, whichever process had it. Raises
+        RequestNotFound.
+        """
         request_id = unquote(request.path.removeprefix(PREFIX))
-        found = self._story(request_id)
-        if not found and is_request_id(request_id):
+        stories = [self._story(request_id)]
+        if is_request_id(request_id):
             told = await self._ask_others(to_json(StoryQuestion(request_id)))
-            found = next((story for story in told.values() if story), b"")
-        if not found:
+            stories += _read(told, _read_story).values()
+        found = max((s for s in stories if s), key=lambda story: str(story["at"]), default=None)
+        if found is None:
             raise RequestNotFound(
                 f"The request `{request_id[:128]}` is not open, and not among the last "
                 f"{MAX_REQUESTS} that ended in a gateway process of this machine."
             )
-        return web.Response(body=found, content_type="application/json")
+        return json_answer(found)
 
     async def series(self, request: web.BaseRequest) -> web.Response:
         """The last hour in steps of ten seconds, the newest step last."""
@@ -197,7 +201,8 @@ class HistoryAdmin:
         asked: Question = _read_question(question)
         match asked:
             case StoryQuestion(request_id):
-                return self._story(request_id)
+                story = self._story(request_id)
+                return b"" if story is None else to_json(story)
             case ListQuestion() as filters:
                 return to_json(self._rows(filters))
             case NewsQuestion(seen):
@@ -257,11 +262,11 @@ class HistoryAdmin:
             self._recorder.moved_from,
         )
 
-    def _story(self, request_id: str) -> bytes:
+    def _story(self, request_id: str) -> Row | None:
         found = self._dispatcher.open_request(request_id) or self._recorder.find(request_id)
         if found is None:
-            return b""
-        return to_json(timeline.timeline(found, wall_offset(), self._process))
+            return None
+        return timeline.timeline(found, wall_offset(), self._process)
 
 
 def queued_in(others: Iterable[ProcessNews]) -> Mapping[str, int]:

@@ -214,6 +214,25 @@ async def test_each_of_several_processes_shows_the_requests_and_the_last_hour_of
                 task.cancel()
 
 
+async def test_of_requests_with_one_id_in_several_processes_the_newest_is_told(
+    tmp_path: Path, adapters: Path
+) -> None:
+    async with (
+        cluster(sim_config(adapters, processes=2), tmp_path) as c,
+        second_gateway(c) as other,
+    ):
+        await c.start_worker("w0", gateways=[other.control])
+        async with asyncio.timeout(STOP_S):
+            while (await other.get("/ready"))[0] != 200:
+                await asyncio.sleep(0.02)
+        for gateway, elsewhere, name in ((c, other, "g0"), (other, c, "g1"), (c, other, "g0")):
+            await ask(gateway, "sim", "again")
+            assert (await gateway.get("/admin/requests/again"))[1]["process"] == name
+            async with asyncio.timeout(STOP_S):
+                while (await elsewhere.get("/admin/requests/again"))[1]["process"] != name:
+                    await asyncio.sleep(0.02)
+
+
 async def test_what_the_engine_refused_is_not_told_as_finished(one: Cluster) -> None:
     body = chat_body("sim:a", n=2, stream=True)  # the simulated engine gives one choice
     status, _, _ = await one.post("/v1/chat/completions", body, {"x-request-id": "r"})
