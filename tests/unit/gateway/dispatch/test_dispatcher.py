@@ -302,7 +302,7 @@ def test_what_the_engine_refuses_is_counted_as_what_it_is_and_has_no_first_token
     room.now += 0.1
     room.frames("w0", (inflight.sid, status << messages.STATUS_SHIFT | messages.END, b"{}"))
     assert room.counted("loraplex_requests_total", base="tiny", outcome=outcome) == 1
-    ttft = room.counted("loraplex_ttft_seconds_count", base="tiny", cold="no")
+    ttft = room.counted("loraplex_ttft_seconds_count", base="tiny", cold="no", streamed="no")
     assert ttft == (outcome == "finished")
     assert access_record(inflight, "tiny", status, None).outcome == outcome
 

@@ -141,6 +141,15 @@ def test_who_may_not_see_tenants_finds_no_name_of_theirs_in_any_series(exemplars
     assert "theirs" not in scraped(metrics, tenants=False, exemplars=exemplars)
 
 
+def test_an_answer_that_comes_whole_is_no_slow_first_token() -> None:
+    metrics = Metrics()
+    metrics.finished(msgspec.structs.replace(TRACED, streamed=False))
+    labels = {"base": "a", "cold": "no"}
+    count = "loraplex_ttft_seconds_count"
+    assert metrics.value(count, labels | {"streamed": "no"}) == 1
+    assert metrics.value(count, labels | {"streamed": "yes"}) == 0
+
+
 def test_a_request_over_a_limit_is_counted_by_key_and_limit_and_its_key_within_the_bound() -> None:
     metrics = Metrics()
     limited = msgspec.structs.replace(TRACED, outcome="limited", tenant="k")
