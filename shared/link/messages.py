@@ -236,8 +236,9 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", array_like=True):
     `movable`: the gateway wants the answer's tokens beside its bytes, so that another worker can
     continue it. `resume`: the answer has begun on another worker.
 
-    `traceparent` names the span that the engine's own spans belong to (W3C Trace Context); empty:
-    the request is not traced. `tracestate` is what came with it from other tracing systems.
+    `traceparent` names the span that the engine's own spans belong to (W3C Trace Context), and says
+    whether the request is sampled; empty: the gateway makes no traces. `tracestate` is what came
+    with it from other tracing systems.
 
     `key`: the worker keeps the answer for who asks again. `background`: the answer is made to its
     end whether or not somebody listens, because its client may ask for it by its id.
