@@ -50,13 +50,16 @@ class StoryQuestion(msgspec.Struct, frozen=True, tag="story"):
 
 
 class ListQuestion(msgspec.Struct, frozen=True, tag="list"):
-    """The rows of its requests that match all filters, as a list of JSON objects."""
+    """The rows of its requests that match all filters, as a list of JSON objects. `whole`: with all
+    that is known of each.
+    """
 
     most: int
     tenant: str = ""
     adapter: str = ""
     worker: str = ""
     status: str = ""
+    whole: bool = False
 
 
 class NewsQuestion(msgspec.Struct, frozen=True, tag="news"):
@@ -143,15 +146,17 @@ class HistoryAdmin:
 
     async def requests(self, request: web.BaseRequest) -> web.Response:
         """The newest requests first. `?key=`, `?adapter=`, `?worker=` and `?status=` filter
-        them.
+        them. With `?whole=1` each has its decision and its story, and there are PAGE at most.
         """
         asked = request.query
+        whole = asked.get("whole") == "1"
         question = ListQuestion(
-            int(number(request, "limit", PAGE, MAX_REQUESTS)),
+            int(number(request, "limit", PAGE, PAGE if whole else MAX_REQUESTS)),
             asked.get("key", ""),
             asked.get("adapter", ""),
             asked.get("worker", ""),
             asked.get("status", ""),
+            whole,
         )
         told = _read(await self._ask_others(to_json(question)), _read_rows)
         rows = [*self._rows(question), *(row for theirs in told.values() for row in theirs or ())]
@@ -242,11 +247,11 @@ class HistoryAdmin:
         }
 
     def _rows(self, asked: ListQuestion) -> list[Row]:
-        wall = wall_offset()
+        wall, shown = wall_offset(), timeline.timeline if asked.whole else timeline.row
         found = self._recorder.requests(
             tenant=asked.tenant, adapter=asked.adapter, worker=asked.worker, status=asked.status
         )
-        return [timeline.row(e, wall, self._process) for e in newest(found, asked.most)]
+        return [shown(e, wall, self._process) for e in newest(found, asked.most)]
 
     def _usage_of(self, base: str, name: str) -> UsageElsewhere:
         traffic = self._recorder.traffic.traffic(base, self._dispatcher.clock())
