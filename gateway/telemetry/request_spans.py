@@ -136,7 +136,7 @@ def request_span(
         facts["gen_ai.response.time_to_first_chunk"] = e.first_token_s
     known = {name: value for name, value in facts.items() if value != ""}
     return RequestSpan(
-        f"{operation(e.path)} {model}", min(arrived, e.t_start), e.t_end, known, error
+        f"{operation(e.path)} {model}".rstrip(), min(arrived, e.t_start), e.t_end, known, error
     )
 
 
