@@ -415,8 +415,8 @@ class Agent:
                 case Start(number) | Reject(number) | CommandDone(number) if number < 0:
                     self._initial_adapters.settled(number)
                     self._perform(self._commands.settle(instruction, self._residency, clock()))
-                case Start(number, adapter, came_from):
-                    self._requests.start(number, adapter, came_from)
+                case Start(number, adapter, came_from, slot_wait_s):
+                    self._requests.start(number, adapter, came_from, slot_wait_s)
                 case Reject(number, code, message, retryable):
                     self._requests.refuse(number, code, message, retryable)
         if any(isinstance(instruction, Fetch | Swap) for instruction in instructions):

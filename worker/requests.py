@@ -50,6 +50,7 @@ class OpenRequest:
     task: asyncio.Task[None] | None = None
     started: float = 0.0
     came_from: messages.Tier = messages.Tier.GPU
+    slot_wait_s: float = 0.0
     adapter: Loaded | None = None
     reply: StreamReply | None = None
     alone: bool = False
@@ -159,7 +160,8 @@ class StreamReply:
         """Reports what the request has used up to now."""
         request = self._request
         wait_s = request.started - request.arrived
-        load_s = wait_s if request.came_from is not messages.Tier.GPU else 0.0
+        was_loaded = request.came_from is not messages.Tier.GPU
+        load_s = wait_s - request.slot_wait_s if was_loaded else 0.0
         fetch_s = check_s = 0.0
         if request.adapter is not None and request.came_from >= messages.Tier.DISK:
             # who came while it was under way has waited for a part of them
@@ -282,12 +284,14 @@ class RequestTable:
         number: int,
         adapter: Loaded | None,
         came_from: messages.Tier = messages.Tier.GPU,
+        slot_wait_s: float = 0.0,
     ) -> None:
-        """Gives the request to the engine. Its adapter is in a slot by now."""
+        """Gives the request to the engine. Its adapter is in a slot by now (see Start)."""
         assert self.tasks is not None
         request = self._open[number]
         self.started += 1
         request.started, request.came_from, request.adapter = clock(), came_from, adapter
+        request.slot_wait_s = slot_wait_s
         request.task = self.tasks.create_task(
             self._run(request, adapter), name=f"request {request.message.sid}"
         )

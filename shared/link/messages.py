@@ -357,9 +357,10 @@ continued elsewhere.
 class Done(msgspec.Struct, frozen=True, array_like=True):
     """Facts of a finished request, for the access log and the metrics. `wait_s` is the time from
     its arrival at the worker to its start in the engine. `load_s` is the part of it that was spent
-    on its adapter, which came from `tier`; `fetch_s` and `check_s` are the parts of that in which
-    the adapter's files were brought to the worker, and checked. `finish_reasons` says why each of
-    its choices ended, with commas between them ("": the answer does not say).
+    on its adapter, which came from `tier`, without the wait for a slot that others used. `fetch_s`
+    and `check_s` are the parts of that in which the adapter's files were brought to the worker, and
+    checked. `finish_reasons` says why each of its choices ended, with commas between them ("": the
+    answer does not say).
     """
 
     sid: StreamId

@@ -140,6 +140,20 @@ async def test_a_request_that_is_still_open_is_told_of_so_far(one: Cluster) -> N
     assert left["outcome"] == "aborted" and 5 <= left["output_tokens"] < 2000
 
 
+async def test_a_request_that_waited_for_a_slot_is_told_so(one: Cluster) -> None:
+    body = chat_body("sim:a", max_tokens=150, stream=True)
+    async with one.http.post(one.url + "/v1/chat/completions", json=body) as answer:
+        await answer.content.readline()
+        waits = asyncio.create_task(ask(one, "sim:b", "waits"))
+        await answer.read()
+        await waits
+    _, told = await one.get("/admin/requests/waits")
+    spent = told["phases_ms"]
+    assert spent["wait"] > spent["load"] + spent["fetch"] + spent["check"] > 40, spent
+    assert "for a slot that others used" in " ".join(told["words"])
+    assert told["faster"][0].startswith("One more adapter slot (max_loras)")
+
+
 async def test_the_live_events_and_the_last_hour_have_the_fleets_figures(one: Cluster) -> None:
     await ask(one, "sim:a", "r1")
     await until_seen(one, "loads")
