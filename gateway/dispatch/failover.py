@@ -28,6 +28,9 @@ from shared.link import messages
 MAX_EARLIER = 8
 """Workers of one request that are remembered, for whoever asks why it was slow."""
 
+WORKER_LOST = "worker_lost"
+"""The reason of a move whose worker died, hung or was cut off. Its engine did nothing wrong."""
+
 
 class Failover:
     """Decides what becomes of requests that have lost their worker. A budget bounds how many are
@@ -64,8 +67,15 @@ class Failover:
                 streaming = request.lifecycle.phase is RequestPhase.STREAMING
                 error = EngineFailure if streaming else WorkerUnavailable
                 why = "The worker that served this request was lost."
-                died = not lost.killed
-                self._endings.isolated(request, self._on_loss, request, error(why), True, died=died)
+                self._endings.isolated(
+                    request,
+                    self._on_loss,
+                    request,
+                    error(why),
+                    True,
+                    died=not lost.killed,
+                    moved_by=WORKER_LOST,
+                )
 
     def diverged(self, request: InFlightRequest) -> None:
         """The worker that should continue the answer makes another one."""
@@ -102,9 +112,11 @@ class Failover:
         *,
         died: bool = False,
         handed_back: bool = False,
+        moved_by: str = "",
     ) -> None:
         """Another worker takes the request. If none has room, it queues again as the first. If none
-        may have it, the client gets `error`.
+        may have it, the client gets `error`. `moved_by` is the reason of a move; empty: the error's
+        code.
         """
         self._tables.unreserve(request)
         obstacle = self._obstacle(request, retryable)
@@ -118,7 +130,7 @@ class Failover:
                 self._deadly.note(request, self._clock())
             self._lost(request, error, obstacle or "attempts")
             return
-        self._note_retry(request, error)
+        self._note_retry(request, error, moved_by or type(error).code)
         if self._scheduler.dispatch(request) is not None:
             self._scheduler.queue(request, admitted=True)
             if request.client_request.streams:
@@ -136,7 +148,7 @@ class Failover:
         has_budget = self._retries.take(len(self._tables.open), self._clock())
         return "" if has_budget else "retry_budget"
 
-    def _note_retry(self, request: InFlightRequest, error: LoraplexError) -> None:
+    def _note_retry(self, request: InFlightRequest, error: LoraplexError, reason: str) -> None:
         request.done, request.stopped = None, False
         request.t_lost = self._clock()
         away_from = "" if request.choice is None else request.choice.worker.id
@@ -144,7 +156,7 @@ class Failover:
         request.earlier = (*request.earlier[1 - MAX_EARLIER :], note)
         if request.journal.begun:
             request.moves += 1
-            self._metrics.moved(type(error).code, away_from)
+            self._metrics.moved(reason, away_from)
         else:
             self._metrics.retried()
 

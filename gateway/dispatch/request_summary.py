@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gateway.dispatch.lifecycle import RequestPhase
 from gateway.dispatch.request import InFlightRequest
 from gateway.telemetry.ended_request import EndedRequest
 
@@ -12,6 +13,19 @@ LIMITED, INVALID = "limited", "invalid"
 """Outcomes of requests that never came to the dispatcher: their key was over its limits, or the
 request itself could not be served.
 """
+
+
+LEAST_SERVER_ERROR = 500
+
+
+def outcome_of(request: InFlightRequest) -> str:
+    """How a request that was let in has ended. What the engine has refused did not finish, although
+    its answer came whole: it was invalid, or else the engine failed on it.
+    """
+    phase, status = request.lifecycle.phase, request.engine_status
+    if not status or phase is not RequestPhase.FINISHED:
+        return phase._value_
+    return INVALID if status < LEAST_SERVER_ERROR else RequestPhase.FAILED._value_
 
 
 def ended_request(request: InFlightRequest, outcome: str) -> EndedRequest:

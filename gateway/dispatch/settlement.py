@@ -12,7 +12,7 @@ from gateway.dispatch.queue import fairness
 from gateway.dispatch.queue.admission import Admission
 from gateway.dispatch.queue.overload import DrainRates
 from gateway.dispatch.request import NOTHING_USED, InFlightRequest, UsedTokens
-from gateway.dispatch.request_summary import ended_request
+from gateway.dispatch.request_summary import ended_request, outcome_of
 from gateway.routing.policy import Choice, ChoiceReason, Policy
 from gateway.telemetry.prometheus import Metrics
 from shared.link import messages, token_ids
@@ -80,7 +80,7 @@ class Settlement:
             self._unsettled[request.sid] = request
         else:
             self._charge_for(request)
-        ended = ended_request(request, request.lifecycle.phase._value_)
+        ended = ended_request(request, outcome_of(request))
         self._metrics.finished(ended)
         if request.trace is not None:
             request.trace.ended(ended)

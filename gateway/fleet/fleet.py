@@ -269,6 +269,11 @@ class Fleet:
         """The worker says that the adapter's files are on its host's disk."""
         self._disk_index.put(worker.heartbeat.host, adapter.base, [key_of(adapter)])
 
+    def on_disk(self, base: str, key: AdapterKey) -> list[str]:
+        """The hosts of the base model's workers that have the files on disk, as far as known."""
+        hosts = {w.heartbeat.host for w in self._workers.values() if w.heartbeat.base == base}
+        return sorted(host for host in hosts if self._disk_index.has(host, base, key))
+
     def leaves(self, worker_id: WorkerId, epoch: int, reason: str) -> WorkerChanged | None:
         """This life of the worker has refused a request because it takes no more. A heartbeat that
         was on its way cannot change that.

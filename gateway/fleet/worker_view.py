@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from gateway.fleet.disk_index import DiskIndex
 from shared.adapters.identity import AdapterKey, AdapterRef, key_of
 from shared.link.messages import (
+    ASKED_OF_GPU,
+    SLOT_NEEDED,
     AdapterState,
     Heartbeat,
     StreamId,
@@ -67,6 +69,8 @@ class WorkerView:
     counted: tuple[int, int, bool] | None = None
 
     id: WorkerId = field(init=False)
+    # (loads, evictions) of its slots before this gateway knew it
+    changes_before: tuple[int, int] = field(init=False)
     peer: bytes = field(init=False)  # this life of it, as the link addresses it
 
     def __post_init__(self) -> None:
@@ -75,7 +79,16 @@ class WorkerView:
         self.seed = int.from_bytes(
             hashlib.blake2b(self.heartbeat.worker.encode(), digest_size=8).digest(), "big"
         )
+        self.changes_before = _slot_changes(self.heartbeat)
         self._read(self.heartbeat)
+
+    @property
+    def slot_changes(self) -> tuple[int, int]:
+        """How often an adapter has come into a slot, and how often one has left it, since this
+        gateway knows the worker.
+        """
+        loads, evictions = _slot_changes(self.heartbeat)
+        return loads - self.changes_before[0], evictions - self.changes_before[1]
 
     @property
     def has_room(self) -> bool:
@@ -321,3 +334,9 @@ class WorkerView:
         self.others_busy = in_flight if self.others else set()
         known = {key: None for key in self.idle if key in idle}
         self.idle = known | idle
+
+
+def _slot_changes(heartbeat: Heartbeat) -> tuple[int, int]:
+    left = heartbeat.adapter_evictions
+    evictions = left.get(SLOT_NEEDED, 0) + left.get(ASKED_OF_GPU, 0)
+    return sum(heartbeat.adapter_loads.values()), evictions

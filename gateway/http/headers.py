@@ -15,6 +15,7 @@ import msgspec
 from aiohttp import web
 
 from gateway.http.json_responses import REQUEST_ID
+from gateway.http.parser import LIST_FIELD
 from shared.errors import DeadlineExceeded
 
 TIMEOUT_HEADER = "x-loraplex-timeout-ms"
@@ -40,7 +41,9 @@ class IncomingRequest(Protocol):
     @property
     def method(self) -> str: ...
     @property
-    def header(self) -> Callable[[str], str | None]: ...
+    def header(self) -> Callable[[str], str | None]:
+        """The value of a field, the first if there are several. Those of LIST_FIELD are joined."""
+        ...
 
 
 class AiohttpRequest:
@@ -48,7 +51,12 @@ class AiohttpRequest:
 
     def __init__(self, request: web.BaseRequest) -> None:
         self.path, self.method = request.path.rstrip("/") or "/", request.method
-        self.header: Callable[[str], str | None] = request.headers.get
+        self._headers = request.headers
+
+    def header(self, name: str) -> str | None:
+        if name == LIST_FIELD:
+            return ",".join(self._headers.getall(name, ())) or None
+        return self._headers.get(name)
 
 
 def authorization_of(incoming: IncomingRequest) -> str:

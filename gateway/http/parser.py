@@ -20,6 +20,8 @@ MAX_HEAD_BYTES: Final = 8190
 """The longest head that is read here; it is aiohttp's own bound for a single line."""
 MAX_FIELDS: Final = 100
 """Of a head that is read here. Each takes many times its length while the connection lasts."""
+LIST_FIELD: Final = "tracestate"
+"""W3C Trace Context lets a sender split this one list over several fields."""
 _FIELD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n"
 _HEAD = re.compile(rb"(GET|HEAD|POST) (/[!-~]*) HTTP/1\.1\r\n((?:" + _FIELD + rb")*)\r\n")
 _UNSUPPORTED_FIELDS = re.compile(
@@ -35,9 +37,9 @@ class RequestHead:
     """The bytes of a request before its body, read once. A client that keeps its connection sends
     the same head again and again; only the length of the body differs.
 
-    `fields` are the values by name in lower case, of several fields of one name the first, decoded
-    as aiohttp does it. `before` and `after` are the bytes around the digits of `Content-Length`.
-    `after` is empty if the request has no such field.
+    `fields` are the values by name in lower case, of several fields of one name the first (those of
+    LIST_FIELD are joined), decoded as aiohttp does it. `before` and `after` are the bytes around
+    the digits of `Content-Length`. `after` is empty if the request has no such field.
 
     `facts` is for whoever answers its requests: what was found out about them already.
     """
@@ -51,7 +53,11 @@ class RequestHead:
         self.fields: dict[str, str] = {}
         for line in fields.decode("utf-8", "surrogateescape").split("\r\n")[:-1]:
             name, _, value = line.partition(":")
-            self.fields.setdefault(name.lower(), value.strip(" \t"))
+            name, value = name.lower(), value.strip(" \t")
+            if name == LIST_FIELD and name in self.fields:
+                self.fields[name] += f",{value}"
+            else:
+                self.fields.setdefault(name, value)
 
 
 class SimpleRequest:

@@ -29,7 +29,7 @@ from gateway.telemetry.metric_definitions import (
 )
 from shared.link.messages import EVICTIONS, Tier
 
-TENANT_LABELS = {"key", "adapter", "adapter_name", "alias"}
+TENANT_LABELS = {"key", "adapter", "adapter_name", "alias", "gen_ai_request_model"}
 """Labels with values from which one tenant could learn of another."""
 
 

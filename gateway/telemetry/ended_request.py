@@ -40,8 +40,8 @@ class EndedRequest(msgspec.Struct, frozen=True, gc=False):
     base: str
     adapter: str | None
     outcome: str
-    """finished, failed or aborted. Not let in: refused, limited (by a limit of its key), or invalid
-    (nobody could serve it).
+    """finished, failed or aborted. Invalid: nobody could serve it, or the engine refused it. Not
+    let in: refused, or limited (by a limit of its key).
     """
     done: Done | None
     """What the worker measured. None: the worker never reported the end."""
@@ -81,6 +81,12 @@ class EndedRequest(msgspec.Struct, frozen=True, gc=False):
     prompt_tokens: int = 0
     output_tokens: int = 0
     """What was worked on. Before the worker reports it: what the client got, or an estimate."""
+
+    @property
+    def first_token_s(self) -> float | None:
+        """From its arrival to its first token. None: no client saw that one come."""
+        seen = self.t_head and self.streamed and not self.engine_status
+        return self.t_head - self.t_start if seen else None
 
     @property
     def is_counted(self) -> bool:

@@ -9,7 +9,6 @@ from gateway.telemetry.prometheus import GaugeSources
 from gateway.telemetry.recorder import Recorder
 
 SAMPLE_S = 1.0
-"""An adapter that is loaded and evicted between two samples is not recorded."""
 
 
 class FleetSampler:
@@ -29,6 +28,6 @@ class FleetSampler:
         fleet = self._sources.fleet
         assert fleet is not None
         queued = sum(depth() for depth in self._sources.queued.values())
-        loaded = {(w.id, w.heartbeat.epoch): w.loaded for w in fleet}
+        changes = {(w.id, w.heartbeat.epoch): w.slot_changes for w in fleet}
         ongoing = queued + sum(fleet.own_requests().values())
-        self._recorder.sample(self._clock(), queued, ongoing, loaded)
+        self._recorder.sample(self._clock(), queued, ongoing, changes)

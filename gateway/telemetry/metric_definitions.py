@@ -77,8 +77,9 @@ COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
 GEN_AI_LABELS = ("gen_ai_operation_name", "gen_ai_request_model")
 DISTRIBUTIONS: dict[str, tuple[str, tuple[str, ...], Sequence[float]]] = {
     "ttft_seconds": (
-        "Time from a request's arrival to its first bytes.",
-        ("base", "cold"),
+        "Time from a request's arrival to its first bytes; of an answer that is not streamed, to "
+        "its end.",
+        ("base", "cold", "streamed"),
         TTFT_BUCKETS_S,
     ),
     "queue_seconds": ("Time from a request's arrival to its dispatch.", ("base",), TTFT_BUCKETS_S),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -65,6 +66,10 @@ class GaugeSources:
 NO_GAUGES = GaugeSources()
 
 
+def _ttft_key(base: str, cold: bool, streamed: bool) -> SeriesKey:
+    return "ttft_seconds", base, "yes" if cold else "no", "yes" if streamed else "no"
+
+
 class ModelSeries:
     """The series of one base model that nearly every request changes."""
 
@@ -75,8 +80,7 @@ class ModelSeries:
         "over_expected",
         "prompt_tokens",
         "queue",
-        "ttft_cold",
-        "ttft_warm",
+        "ttft",
     )
 
     def __init__(self, counters: CounterSet, base: str) -> None:
@@ -84,8 +88,9 @@ class ModelSeries:
         self.finished = counters.counter(("requests", base, FINISHED))
         self.duration = distribution(("request_seconds", base))
         self.queue = distribution(("queue_seconds", base))
-        self.ttft_cold = distribution(("ttft_seconds", base, "yes"))
-        self.ttft_warm = distribution(("ttft_seconds", base, "no"))
+        self.ttft = {
+            of: distribution(_ttft_key(base, *of)) for of in product((True, False), repeat=2)
+        }
         self.over_expected = distribution(("ttft_over_expected", base))
         self.prompt_tokens = counters.counter(("prompt_tokens", base))
         self.output_tokens = counters.counter(("output_tokens", base))
@@ -249,10 +254,9 @@ class Metrics:
         series.duration.observe(ended.t_end - start)
         if ended.t_sent:
             series.queue.observe(ended.t_sent - start)
-        if ended.t_head:
+        if ended.t_head and not ended.engine_status:
             cold = done is not None and done.load_s > 0
-            ttft = series.ttft_cold if cold else series.ttft_warm
-            ttft.observe(ended.t_head - start)
+            series.ttft[cold, ended.streamed].observe(ended.t_head - start)
             # of one attempt, and where a client saw its first bytes: else another wait was expected
             if ended.cost is not None and ended.streamed and ended.attempts == 1:
                 expected_s = ended.cost.ttft_s
@@ -298,12 +302,12 @@ class Metrics:
         observe(("gen_ai_server_request_duration_seconds", *labels), duration_s)
         if traced:
             self._exemplify(("request_seconds", base), duration_s, ended.trace_id)
-        if not ended.t_head:
+        if not ended.t_head or ended.engine_status:
             return
         ttft_s = ended.t_head - ended.t_start
         if traced:
-            cold = "yes" if done is not None and done.load_s > 0 else "no"
-            self._exemplify(("ttft_seconds", base, cold), ttft_s, ended.trace_id)
+            cold = done is not None and done.load_s > 0
+            self._exemplify(_ttft_key(base, cold, ended.streamed), ttft_s, ended.trace_id)
         if not ended.streamed:
             return
         observe(("gen_ai_server_time_to_first_token_seconds", *labels), ttft_s)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import merge
 from itertools import islice, takewhile
 from typing import TypeAlias
@@ -138,7 +138,7 @@ class Recorder:
         """Worker -> how often a new life of it has come since this process began to look."""
         self.moved_from: dict[str, int] = {}
         """Worker -> streams that it had begun and another one went on with."""
-        self._loaded: dict[tuple[str, int], Set[object]] = {}
+        self._changes: dict[tuple[str, int], tuple[int, int]] = {}
         self._explained_at = -1.0 / EXPLAINED_PER_S
         self.traffic = TrafficCounter()
 
@@ -159,24 +159,23 @@ class Recorder:
         step = self._step(ended.t_end)
         step.requests += 1
         step.moved += ended.moves
-        done, t_head = ended.done, ended.t_head if ended.streamed else 0.0
+        step.prompt_tokens += ended.prompt_tokens
+        step.output_tokens += ended.output_tokens
+        done, ttft_s = ended.done, ended.first_token_s
         if ended.t_sent and done is not None:
             self.traffic.current(ended.base, ended.t_end).add(
                 ended.adapter,
                 ended.t_end - ended.t_sent,
-                t_head - ended.t_sent if t_head else None,
+                ended.t_head - ended.t_sent if ttft_s is not None else None,
                 done.load_s or None,
                 done.prompt_tokens,
                 done.output_tokens,
             )
-        if t_head:
-            ttft_s = t_head - ended.t_start
+        if ttft_s is not None:
             (step.cold if done is not None and done.load_s > 0 else step.warm).observe(ttft_s)
-        step.prompt_tokens += ended.prompt_tokens
-        step.output_tokens += ended.output_tokens
-        if done is not None and t_head and not ended.moves and done.output_tokens > 1:
-            step.itl_s += ended.t_end - t_head
-            step.itl_n += done.output_tokens - 1
+            if done is not None and not ended.moves and done.output_tokens > 1:
+                step.itl_s += ended.t_end - ended.t_head
+                step.itl_n += done.output_tokens - 1
 
     def refused(self, ended: EndedRequest) -> None:
         """Records a request that was not let in."""
@@ -200,23 +199,20 @@ class Recorder:
         now: float,
         queued: int,
         ongoing: int,
-        loaded: Mapping[tuple[str, int], Set[object]],
+        changes: Mapping[tuple[str, int], tuple[int, int]],
     ) -> None:
-        """Records the state of the fleet at `now`. `loaded` maps (worker, epoch) to what is in the
-        slots. The caller never changes a set after it was passed here.
+        """Records the state of the fleet at `now`. `changes` maps (worker, epoch) to the loads into
+        its slots and the evictions from them so far.
         """
         step = self._step(now)
         step.queued = max(step.queued, queued)
         step.ongoing = max(step.ongoing, ongoing)
-        for life, keys in loaded.items():
+        for life, (loads, evictions) in changes.items():
             self._note_life(*life)
-            before = self._loaded.get(life)
-            if before is not None and before is not keys:
-                step.loads += len(keys - before)
-                step.evictions += len(before - keys)
-            elif before is None:
-                step.loads += len(keys)
-        self._loaded = dict(loaded)
+            loads_before, evictions_before = self._changes.get(life, (0, 0))
+            step.loads += loads - loads_before
+            step.evictions += evictions - evictions_before
+        self._changes = dict(changes)
 
     def _note_life(self, worker: str, epoch: int) -> None:
         known = self._lives.get(worker)
@@ -282,6 +278,10 @@ class Recorder:
         """
         last = int(now // STEP_S)
         by_number = merged((*self._steps, *others))
+        # each process sees all of them, but not in the same step; its first one may be half a step
+        for own in islice(self._steps, 1, None):
+            by_number[own.number].loads = own.loads
+            by_number[own.number].evictions = own.evictions
         rows = [_row(by_number.get(n)) for n in range(last - steps + 1, last + 1)]
         return {name: [row[at] for row in rows] for at, name in enumerate(COLUMNS)}
 

@@ -132,11 +132,11 @@ def request_span(
         facts["gen_ai.usage.output_tokens"] = e.output_tokens
     if done is not None and done.finish_reasons:
         facts["gen_ai.response.finish_reasons"] = done.finish_reasons.split(",")
-    if e.t_head and e.streamed and not e.engine_status:
-        facts["gen_ai.response.time_to_first_chunk"] = e.t_head - e.t_start
+    if e.first_token_s is not None:
+        facts["gen_ai.response.time_to_first_chunk"] = e.first_token_s
     known = {name: value for name, value in facts.items() if value != ""}
     return RequestSpan(
-        f"{operation(e.path)} {model}", min(arrived, e.t_start), e.t_end, known, error
+        f"{operation(e.path)} {model}".rstrip(), min(arrived, e.t_start), e.t_end, known, error
     )
 
 

@@ -182,6 +182,20 @@ class Traces:
             return None
         return RequestTrace(self, random.getrandbits(128) | 1, 0, "", arrived, body)
 
+    @staticmethod
+    def for_engine(
+        trace: RequestTrace | None, header: Callable[[str], str | None]
+    ) -> tuple[str, str]:
+        """The `traceparent` and `tracestate` that the engine gets. A request that is not sampled
+        (None) says so: without them, the engine would begin a trace of its own.
+        """
+        if trace is not None:
+            return trace.traceparent, trace.tracestate
+        given = incoming_trace(header)
+        if given is not None:
+            return f"00-{given.trace_id:032x}-{given.parent_id:016x}-00", given.state
+        return f"00-{random.getrandbits(128) | 1:032x}-{random.getrandbits(64) | 1:016x}-00", ""
+
     def close(self) -> None:
         """Sends what is left. It waits for at most CLOSE_S, whatever the collector does: the SDK
         knows no time limit (opentelemetry-python#4568), so a thread waits for it.

@@ -236,8 +236,9 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", array_like=True):
     `movable`: the gateway wants the answer's tokens beside its bytes, so that another worker can
     continue it. `resume`: the answer has begun on another worker.
 
-    `traceparent` names the span that the engine's own spans belong to (W3C Trace Context); empty:
-    the request is not traced. `tracestate` is what came with it from other tracing systems.
+    `traceparent` names the span that the engine's own spans belong to (W3C Trace Context), and says
+    whether the request is sampled; empty: the gateway makes no traces. `tracestate` is what came
+    with it from other tracing systems.
 
     `key`: the worker keeps the answer for who asks again. `background`: the answer is made to its
     end whether or not somebody listens, because its client may ask for it by its id.
@@ -356,9 +357,10 @@ continued elsewhere.
 class Done(msgspec.Struct, frozen=True, array_like=True):
     """Facts of a finished request, for the access log and the metrics. `wait_s` is the time from
     its arrival at the worker to its start in the engine. `load_s` is the part of it that was spent
-    on its adapter, which came from `tier`; `fetch_s` and `check_s` are the parts of that in which
-    the adapter's files were brought to the worker, and checked. `finish_reasons` says why each of
-    its choices ended, with commas between them ("": the answer does not say).
+    on its adapter, which came from `tier`, without the wait for a slot that others used. `fetch_s`
+    and `check_s` are the parts of that in which the adapter's files were brought to the worker, and
+    checked. `finish_reasons` says why each of its choices ended, with commas between them ("": the
+    answer does not say).
     """
 
     sid: StreamId

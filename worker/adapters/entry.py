@@ -33,6 +33,9 @@ class AdapterEntry:
     since: float
     came_from: Tier
     loaded: Loaded | None = None
+    # since when it waits in line because no slot can be had, and when it got one
+    full_since: float | None = None
+    entered: float = 0.0
     # waiting requests in order of arrival -> when each came
     waiting: dict[int, float] = field(default_factory=dict)
     # commands that want the adapter on disk, while it is being fetched
@@ -49,6 +52,12 @@ class AdapterEntry:
         if self.in_host:
             return Tier.CPU
         return Tier.REMOTE if self.stage is ResidencyStage.FETCHING else Tier.DISK
+
+    def slot_wait_s(self, came: float) -> float:
+        """How long a request that came at `came` has waited for others to give up a slot."""
+        if self.full_since is None:
+            return 0.0
+        return max(0.0, self.entered - max(self.full_since, came))
 
     def is_loading(self) -> bool:
         """Whether the adapter is on its way into a slot."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from shared.adapters.identity import AdapterRef
@@ -23,12 +23,14 @@ class Fetch:
 @dataclass(frozen=True, slots=True)
 class Start:
     """Give the request to the engine: its adapter is in a slot. `came_from` is where the adapter
-    was when the request came.
+    was when the request came. `slot_wait_s` is how long the request has waited for a slot that
+    others used.
     """
 
     request: int
     adapter: Loaded
     came_from: Tier
+    slot_wait_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

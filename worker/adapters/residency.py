@@ -321,7 +321,10 @@ class Residency:
                 self.evictions[SLOT_NEEDED] += 1
             self.slots.occupy(head)
             coming.add(head)
-            enter.append(self._enter(head))
+            enter.append(self._enter(head, now))
+        for left in self._line:
+            entry = self._entries[left]
+            entry.full_since = now if entry.full_since is None else entry.full_since
         instructions += self._reopen()
         if not (enter or unload) and sum(self._warm.values()) <= WARM_BYTES:
             return instructions
@@ -381,10 +384,10 @@ class Residency:
         self.slots.vacate(victim)
         return victim
 
-    def _enter(self, adapter: AdapterRef) -> Loaded:
+    def _enter(self, adapter: AdapterRef, now: float) -> Loaded:
         entry = self._entries[adapter]
         del self._line[adapter]
-        entry.stage = ResidencyStage.LOADING
+        entry.stage, entry.entered = ResidencyStage.LOADING, now
         assert entry.loaded is not None
         return entry.loaded
 
@@ -423,6 +426,7 @@ class Residency:
         self, adapter: AdapterRef, entry: AdapterEntry, came_from: Tier, now: float
     ) -> None:
         entry.stage, entry.came_from, entry.since = ResidencyStage.CACHED, came_from, now
+        entry.full_since = None
         self._line[adapter] = None
 
     def _reopen(self) -> list[Instruction]:
@@ -440,9 +444,10 @@ class Residency:
     def _start_waiting(self, entry: AdapterEntry, came_from: Tier) -> list[Instruction]:
         assert entry.loaded is not None
         started: list[Instruction] = []
-        for request in entry.waiting:
+        for request, came in entry.waiting.items():
             del self._seekers[request]
-            started.append(self._start(request, entry.loaded, came_from))
+            slot_wait_s = 0.0 if came_from is Tier.GPU else entry.slot_wait_s(came)
+            started.append(self._start(request, entry.loaded, came_from, slot_wait_s))
         entry.waiting.clear()
         return started
 
@@ -460,10 +465,12 @@ class Residency:
         entry.waiting[request] = now
         self._seekers[request] = adapter
 
-    def _start(self, request: int, adapter: Loaded, came_from: Tier) -> Start:
+    def _start(
+        self, request: int, adapter: Loaded, came_from: Tier, slot_wait_s: float = 0.0
+    ) -> Start:
         self.slots.acquire(adapter.ref)
         self._users[request] = adapter.ref
-        return Start(request, adapter, came_from)
+        return Start(request, adapter, came_from, slot_wait_s)
 
     def _forget(self, adapter: AdapterRef) -> None:
         """No request waits for the adapter any more. It stays WARM if the engine has it in host

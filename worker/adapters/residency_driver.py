@@ -39,7 +39,13 @@ clock = time.monotonic
 class WaitingRequests(Protocol):
     """The requests that may wait for an adapter, by their numbers (see RequestTable)."""
 
-    def start(self, number: int, adapter: Loaded | None, came_from: messages.Tier) -> None: ...
+    def start(
+        self,
+        number: int,
+        adapter: Loaded | None,
+        came_from: messages.Tier,
+        slot_wait_s: float,
+    ) -> None: ...
     def refuse(self, number: int, code: str, message: str, retryable: bool) -> None: ...
 
 
@@ -150,8 +156,8 @@ class ResidencyDriver:
                 case Start(number) | Reject(number) | CommandDone(number) if number < 0:
                     self._initial.settled(number)
                     self._perform(self._commands.settle(instruction, self.residency, clock()))
-                case Start(number, adapter, came_from):
-                    self._requests.start(number, adapter, came_from)
+                case Start(number, adapter, came_from, slot_wait_s):
+                    self._requests.start(number, adapter, came_from, slot_wait_s)
                 case Reject(number, code, message, retryable):
                     self._requests.refuse(number, code, message, retryable)
         if any(isinstance(instruction, Fetch | Swap) for instruction in instructions):

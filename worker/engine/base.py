@@ -80,7 +80,9 @@ class EngineRequest:
     follow from it.
     """
     traceparent: str = ""
-    """The span that the engine's own spans belong to; "": the request is not traced."""
+    """The span that the engine's own spans belong to. Its flag says whether they are wanted. "":
+    the gateway makes no traces.
+    """
     tracestate: str = ""
     """What goes with it for other tracing systems."""
     background: bool = False

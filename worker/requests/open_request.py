@@ -33,6 +33,7 @@ class OpenRequest:
     task: asyncio.Task[None] | None = None
     started: float = 0.0
     came_from: messages.Tier = messages.Tier.GPU
+    slot_wait_s: float = 0.0
     adapter: Loaded | None = None
     reply: StreamReply | None = None
     alone: bool = False
@@ -142,7 +143,8 @@ class StreamReply:
         """Reports what the request has used up to now."""
         request = self._request
         wait_s = request.started - request.arrived
-        load_s = wait_s if request.came_from is not messages.Tier.GPU else 0.0
+        was_loaded = request.came_from is not messages.Tier.GPU
+        load_s = wait_s - request.slot_wait_s if was_loaded else 0.0
         fetch_s = check_s = 0.0
         if request.adapter is not None and request.came_from >= messages.Tier.DISK:
             # who came while it was under way has waited for a part of them

@@ -130,12 +130,14 @@ class RequestTable:
         number: int,
         adapter: Loaded | None,
         came_from: messages.Tier = messages.Tier.GPU,
+        slot_wait_s: float = 0.0,
     ) -> None:
-        """Gives the request to the engine. Its adapter is in a slot by now."""
+        """Gives the request to the engine. Its adapter is in a slot by now (see Start)."""
         assert self.tasks is not None
         request = self._open[number]
         self.started += 1
         request.started, request.came_from, request.adapter = clock(), came_from, adapter
+        request.slot_wait_s = slot_wait_s
         request.task = self.tasks.create_task(
             self._run(request, adapter), name=f"request {request.message.sid}"
         )

@@ -59,6 +59,7 @@ class TimedRequest:
     sequence: Sequence | None = None
     started: float = 0.0
     came_from: messages.Tier = messages.Tier.GPU
+    slot_wait_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -159,9 +160,9 @@ class SimWorker:
                     self._fetch(adapter)
                 case Swap():
                     self._swap(instruction)
-                case Start(number, _, came_from):
+                case Start(number, _, came_from, slot_wait_s):
                     job = self._jobs[number]
-                    job.came_from = came_from
+                    job.came_from, job.slot_wait_s = came_from, slot_wait_s
                     self._start(job)
                 case Reject(number, code, message, retryable):
                     job = self._jobs[number]
@@ -254,7 +255,8 @@ class SimWorker:
                 continue
             frames.append((job.sid, messages.END, b"", b""))
             wait_s = job.started - job.arrived
-            load_s = wait_s if job.came_from is not messages.Tier.GPU else 0.0
+            was_loaded = job.came_from is not messages.Tier.GPU
+            load_s = wait_s - job.slot_wait_s if was_loaded else 0.0
             done.append(
                 messages.Done(
                     job.sid, job.prompt_tokens, job.output_tokens, wait_s, load_s, job.came_from

@@ -63,7 +63,7 @@ def words(e: EndedRequest) -> Iterator[str]:
     yield f"{who} {_ending(e)} after {total_ms:.0f} ms."
     if e.message:
         yield f"Its client was told: {e.message}"
-    if e.outcome not in NOT_LET_IN:
+    if e.outcome not in NOT_LET_IN or e.t_sent:
         yield from _most(spent, total_ms)
     if not e.t_sent:
         if spent["queue"] >= WORTH_SAYING_MS and e.outcome not in NOT_LET_IN:
@@ -110,8 +110,7 @@ def _workers(e: EndedRequest, spent: Mapping[str, float]) -> Iterator[str]:
         yield f"Before that, {earlier}"
     yield f"{e.worker} got it{_because(e)}."
     if e.attempts > 1:
-        lost_ms = spent["lost"] + spent["moved"]
-        yield f"{e.attempts} workers were tried; that cost {lost_ms:.0f} ms."
+        yield f"{e.attempts} workers were tried; that cost {_lost_ms(e, spent):.0f} ms."
     if e.moves:
         yield f"Its answer had begun, and another worker went on with it ({_times(e.moves)})."
 
@@ -127,12 +126,12 @@ def _on_worker(e: EndedRequest, spent: Mapping[str, float]) -> Iterator[str]:
             f"It waited {spent['wait']:.0f} ms on the worker, {behind}, "
             "before the engine began with it."
         )
-    if e.t_head and e.streamed and not e.engine_status:
-        yield f"Its first token came {(e.t_head - e.t_start) * 1e3:.0f} ms after its arrival."
+    if e.first_token_s is not None:
+        yield f"Its first token came {e.first_token_s * 1e3:.0f} ms after its arrival."
         yield from _expectation(e)
     elif e.outcome == OPEN:
         yield "No token has come yet."
-    if e.done is not None and e.done.output_tokens > 1 and spent["decode"]:
+    if e.done is not None and e.done.output_tokens > 1 and spent["decode"] and not e.moves:
         each_ms = spent["decode"] / e.done.output_tokens
         yield f"{e.done.output_tokens} tokens took {spent['decode']:.0f} ms, {each_ms:.1f} ms each."
 
@@ -165,7 +164,12 @@ def _savings(e: EndedRequest) -> Iterator[tuple[float, str]]:
         yield spent["wait"], "One more adapter slot (max_loras), or a pin"
     else:
         yield spent["wait"], "A worker with fewer requests on it"
-    yield spent["lost"] + spent["moved"], "Workers that do not give requests back or die"
+    yield _lost_ms(e, spent), "Workers that do not give requests back or die"
+
+
+def _lost_ms(e: EndedRequest, spent: Mapping[str, float]) -> float:
+    """What its workers before the last one have cost. The tokens of an answer that moved count."""
+    return spent["moved"] + (0.0 if e.moves else spent["lost"])
 
 
 def _adapter_ms(spent: Mapping[str, float]) -> float:
@@ -181,10 +185,10 @@ def _ending(e: EndedRequest) -> str:
         return "is still open,"
     if e.outcome == "aborted":
         return f"was given up by its client, {_left_at(e)},"
-    if e.outcome in NOT_LET_IN:
-        return f"was turned away ({e.code})" if e.code else "was turned away"
     if e.engine_status:
         return f"was refused by the engine ({e.engine_status})"
+    if e.outcome in NOT_LET_IN:
+        return f"was turned away ({e.code})" if e.code else "was turned away"
     return e.outcome if not e.code else f"{e.outcome} ({e.code})"
 
 

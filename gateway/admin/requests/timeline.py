@@ -34,7 +34,7 @@ def row(e: EndedRequest, wall: float, process: str) -> Timeline:
         "reason": e.reason or None,
         "moves": e.moves,
         "trace_id": e.trace_id or None,
-        "ttft_ms": round((e.t_head - e.t_start) * 1e3, 1) if _seen(e) else None,
+        "ttft_ms": None if e.first_token_s is None else round(e.first_token_s * 1e3, 1),
         "total_ms": round((e.t_end - e.t_start) * 1e3, 1),
         "prompt_tokens": e.prompt_tokens if e.is_counted else None,
         "output_tokens": e.output_tokens if e.is_counted else None,
@@ -59,7 +59,7 @@ def timeline(e: EndedRequest, wall: float, process: str) -> Timeline:
             "chosen_terms_ms": None if expected is None else expected["terms_ms"],
             "expected_ms": None if expected is None else expected["cost_ms"],
             "happened_ms": round((e.t_head - e.t_sent) * 1e3, 2)
-            if _seen(e) and e.t_head > e.t_sent
+            if e.first_token_s is not None and e.t_head > e.t_sent
             else None,
         },
         "words": list(words(e)),
@@ -74,8 +74,3 @@ def _expected(e: EndedRequest) -> Mapping[str, object] | None:
     if e.cost is not None:
         return {"cost_ms": round(e.cost.total_s * 1e3, 2), "terms_ms": e.cost.terms_ms()}
     return next((c for c in e.candidates if c["worker"] == e.worker), None)
-
-
-def _seen(e: EndedRequest) -> bool:
-    """Whether a client saw the first token come."""
-    return bool(e.t_head) and e.streamed and not e.engine_status

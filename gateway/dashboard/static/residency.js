@@ -22,6 +22,7 @@ async function listing() {
 }
 
 const NOT_HERE = { kind: "none", mark: "", said: "not here" };
+const ON_DISK = { kind: "none disk", mark: MARKS.disk, said: TIERS.disk };
 
 /** The share of each load that is done, from the longest time that was left of it. */
 const begun = new Map();
@@ -33,8 +34,8 @@ function progress(worker, name, etaS) {
   return most > 0 ? Math.round(100 * (1 - etaS / most)) : 0;
 }
 
-function cellOf(worker, held) {
-  if (!held) return NOT_HERE;
+function cellOf(worker, held, onDisk) {
+  if (!held) return onDisk ? ON_DISK : NOT_HERE;
   const [name, tier, loading, pinned, inFlight, etaS] = held;
   if (loading) {
     const done = progress(worker, name, etaS);
@@ -57,8 +58,8 @@ function cellOf(worker, held) {
   };
 }
 
-const Cell = ({ worker, held }) => {
-  const { kind, mark, said, done } = cellOf(worker, held);
+const Cell = ({ worker, held, onDisk }) => {
+  const { kind, mark, said, done } = cellOf(worker, held, onDisk);
   return html`<span
     role="cell"
     class=${`cell ${kind}`}
@@ -101,6 +102,8 @@ export const Residency = ({ live }) => {
   const inSight = shown.slice(first, first + Math.ceil(height / ROW_PX) + 10);
   const workers = live.workers;
   const held = (w, r) => r.base === w.base && live.held[w.id]?.get(r.name);
+  // the files lie on the host's disk, for all its workers
+  const onDisk = (w, r) => r.base === w.base && r.on_disk?.includes(w.host);
   const scrolled = (event) => {
     const at = event.target.scrollTop;
     cancelAnimationFrame(frame.current);
@@ -160,7 +163,10 @@ export const Residency = ({ live }) => {
                 >
                 <span role="cell" class="hits">${count(r.hits)}</span
                 ><span role="cell" class=${`in-state ${r.state}`}>${r.state}</span>
-                ${workers.map((w) => html`<${Cell} worker=${w.id} held=${held(w, r)} />`)}
+                ${workers.map(
+                  (w) =>
+                    html`<${Cell} worker=${w.id} held=${held(w, r)} onDisk=${onDisk(w, r)} />`,
+                )}
               </div>`,
           )}
         </div>
@@ -291,6 +297,10 @@ const Facts = ({ found, requests }) => {
     <dd>${tiers.join(", ")}; of the last ${count(requests.length)}</dd>
     <dt>On</dt>
     <dd>${found.workers.map(heldAs).join("; ") || "no worker"}</dd>
+    <dt>On disk of</dt>
+    <dd>
+      ${found.on_disk.map((host) => host.slice(0, 10)).join(", ") || "no host, as far as known"}
+    </dd>
   </dl>`;
 };
 

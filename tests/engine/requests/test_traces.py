@@ -5,10 +5,11 @@ that another worker went on with.
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from shared.runtime.children import Zygote
-from tests.harness import chat_body, cluster, demo_config
+from tests.harness import Cluster, chat_body, cluster, demo_config
 from tests.otlp_collector import CollectedSpan, collector
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -19,6 +20,21 @@ HTTP = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
 def ours(spans: list[CollectedSpan]) -> list[CollectedSpan]:
     """Without those of the requests that a worker makes itself before it serves."""
     return [span for span in spans if span.trace_id == TRACE]
+
+
+LAST = "c" * 32
+UNSAMPLED: tuple[dict[str, str], ...] = ({}, {"traceparent": f"00-{'a' * 32}-{PARENT}-00"})
+"""Headers of clients that leave it to the gateway, which samples none here, and that say no."""
+
+
+async def answered(c: Cluster, last: str, headers: Sequence[Mapping[str, str]]) -> None:
+    """Streamed or not, with each of the headers, and then once in the trace `last`."""
+    traced = {"traceparent": f"00-{last}-{PARENT}-01"}
+    for number, given in enumerate((*headers, traced)):
+        for streamed in (True, False):
+            body = chat_body("demo:pirate", "Hello!", stream=streamed, max_tokens=2)
+            named = {"x-request-id": f"{'last' if given is traced else 'unsampled'}-{number}"}
+            assert (await c.post("/v1/chat/completions", body, named | dict(given)))[0] == 200
 
 
 async def test_one_trace_leads_from_the_client_to_the_engine_that_went_on(
@@ -49,6 +65,11 @@ async def test_one_trace_leads_from_the_client_to_the_engine_that_went_on(
             spans = await traces.until(
                 lambda spans: {ENGINE_SPAN, "chat demo:pirate"} <= {s.name for s in ours(spans)}
             )
+            await answered(c, LAST, UNSAMPLED)
+            await traces.until(
+                lambda spans: (LAST, ENGINE_SPAN) in [(s.trace_id, s.name) for s in spans]
+            )
+    assert not [span for span in spans if "unsampled" in str(span.attributes)]
     whole = next(span for span in spans if span.name == "chat demo:pirate")
     engine = next(span for span in ours(spans) if span.name == ENGINE_SPAN)
     assert (whole.trace_id, whole.parent_id) == (TRACE, PARENT)

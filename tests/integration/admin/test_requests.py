@@ -140,6 +140,20 @@ async def test_a_request_that_is_still_open_is_told_of_so_far(one: Cluster) -> N
     assert left["outcome"] == "aborted" and 5 <= left["output_tokens"] < 2000
 
 
+async def test_a_request_that_waited_for_a_slot_is_told_so(one: Cluster) -> None:
+    body = chat_body("sim:a", max_tokens=150, stream=True)
+    async with one.http.post(one.url + "/v1/chat/completions", json=body) as answer:
+        await answer.content.readline()
+        waits = asyncio.create_task(ask(one, "sim:b", "waits"))
+        await answer.read()
+        await waits
+    _, told = await one.get("/admin/requests/waits")
+    spent = told["phases_ms"]
+    assert spent["wait"] > spent["load"] + spent["fetch"] + spent["check"] > 40, spent
+    assert "for a slot that others used" in " ".join(told["words"])
+    assert told["faster"][0].startswith("One more adapter slot (max_loras)")
+
+
 async def test_the_live_events_and_the_last_hour_have_the_fleets_figures(one: Cluster) -> None:
     await ask(one, "sim:a", "r1")
     await until_seen(one, "loads")
@@ -214,6 +228,25 @@ async def test_each_of_several_processes_shows_the_requests_and_the_last_hour_of
                 task.cancel()
 
 
+async def test_of_requests_with_one_id_in_several_processes_the_newest_is_told(
+    tmp_path: Path, adapters: Path
+) -> None:
+    async with (
+        cluster(sim_config(adapters, processes=2), tmp_path) as c,
+        second_gateway(c) as other,
+    ):
+        await c.start_worker("w0", gateways=[other.control])
+        async with asyncio.timeout(STOP_S):
+            while (await other.get("/ready"))[0] != 200:
+                await asyncio.sleep(0.02)
+        for gateway, elsewhere, name in ((c, other, "g0"), (other, c, "g1"), (c, other, "g0")):
+            await ask(gateway, "sim", "again")
+            assert (await gateway.get("/admin/requests/again"))[1]["process"] == name
+            async with asyncio.timeout(STOP_S):
+                while (await elsewhere.get("/admin/requests/again"))[1]["process"] != name:
+                    await asyncio.sleep(0.02)
+
+
 async def test_what_the_engine_refused_is_not_told_as_finished(one: Cluster) -> None:
     body = chat_body("sim:a", n=2, stream=True)  # the simulated engine gives one choice
     status, _, _ = await one.post("/v1/chat/completions", body, {"x-request-id": "r"})
@@ -222,7 +255,8 @@ async def test_what_the_engine_refused_is_not_told_as_finished(one: Cluster) -> 
     assert (found["engine_status"], found["ttft_ms"]) == (400, None)
     assert found["words"][0].startswith("The request for sim:a was refused by the engine (400)")
     assert not any("first token" in sentence for sentence in found["words"])
-    assert await ids(one, "status=400") == ["r"] and await ids(one, "status=finished") == ["r"]
+    assert await ids(one, "status=400") == await ids(one, "status=invalid") == ["r"]
+    assert await ids(one, "status=finished") == []
     _, shown = await loraplex(one, "top", "--once")
     assert "engine: 400" in shown
 

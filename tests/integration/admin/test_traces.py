@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from multidict import CIMultiDict
 
 from tests.fault.test_link import ask
 from tests.harness import chat_body, cluster, make_adapter, sim_config
@@ -97,6 +98,25 @@ async def test_the_trace_of_an_answer_whose_worker_is_killed_shows_the_move(
         assert {"lost", "move"} <= {span.name for span in spans}
     assert named(spans, "routing").attributes["loraplex.routing.attempts"] == 2
     assert whole.attributes["loraplex.worker"] != busy
+
+
+@pytest.mark.parametrize("more", [{}, {"te": "trailers"}])  # aiohttp reads what is unusual
+async def test_a_tracestate_in_several_fields_is_one(
+    tmp_path: Path, adapters: Path, more: dict[str, str]
+) -> None:
+    async with collector() as traces:
+        config = sim_config(adapters, traces={"endpoint": traces.url, "sample": 0})
+        async with cluster(config, tmp_path) as c:
+            await c.start_worker("w0")
+            states = [("tracestate", "a=1"), ("tracestate", "b=2,c=3")]
+            headers = CIMultiDict([("traceparent", TRACEPARENT), *states, *more.items()])
+            body = chat_body("sim", "hi", max_tokens=1)
+            async with c.http.post(
+                c.url + "/v1/chat/completions", json=body, headers=headers
+            ) as answer:
+                assert answer.status == 200
+            spans = await traces.until(lambda spans: bool(spans))
+    assert {span.state for span in spans} == {"a=1,b=2,c=3"}
 
 
 async def test_a_client_that_does_not_sample_is_not_traced_and_a_broken_header_is_none(

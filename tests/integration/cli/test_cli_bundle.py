@@ -55,6 +55,9 @@ async def test_a_bundle_has_states_requests_logs_and_versions_and_no_prompt_and_
         text = {name: file.read().decode() for name, file in files.items() if file is not None}
     requests = json.loads(text["admin-requests.json"])["requests"]
     assert [r["outcome"] for r in requests] == ["invalid", "invalid", "finished"]
+    assert "w0" in [c["worker"] for c in requests[-1]["decision"]["candidates"]]
+    (worker,) = json.loads(text["admin-live.json"])["workers"]
+    assert (worker["id"], worker["state"]) == ("w0", "serving")
     assert "worker joined" in text["admin-logs.txt"]
     assert "loraplex_worker_up" in text["metrics.txt"]
     assert "loraplex" in json.loads(text["about.json"])["packages"]

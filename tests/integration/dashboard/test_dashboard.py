@@ -105,6 +105,23 @@ async def test_the_matrix_shows_each_adapter_in_its_tier_and_a_pin_is_done_by_a_
     await ui.until("document.querySelectorAll('[data-adapter]').length", _is(1))
 
 
+async def test_what_lies_on_a_hosts_disk_alone_is_shown_so(two: Cluster, ui: Page) -> None:
+    cells = (
+        "[...document.querySelectorAll('[data-adapter=\"team/d\"] .cell')].map((c) => c.ariaLabel)"
+    )
+    await view(ui, "residency")
+    assert await ui.until(cells, len) == ["w0: not here", "w1: not here"]
+    await ui.click('[data-adapter="team/d"] button')
+    await ui.until("document.querySelector('#adapter dl')?.innerText", _says("as far as known"))
+    await ui.click('#adapter [data-action="prefetch"]')
+    await ui.until("document.querySelector('#adapter .note')?.innerText", _says("prefetch: done"))
+    await ui.until(cells, _is(["w0: on disk", "w1: on disk"]))
+    _, row = await two.get("/admin/adapters/team/d")
+    (host,) = row["on_disk"]
+    assert row["state"] == "cached" and row["workers"] == []
+    await ui.until("document.querySelector('#adapter dl')?.innerText", _says(host[:10]))
+
+
 async def test_requests_are_listed_filtered_and_told_one_by_one(two: Cluster, ui: Page) -> None:
     await view(ui, "requests")
     rows = "[...document.querySelectorAll('#requests tbody tr')].map((r) => r.dataset.request)"

@@ -121,7 +121,6 @@ class VLLMEngine:
         patches.apply()
         os.register_at_fork(after_in_child=lambda: die_with_parent(signal.SIGKILL))
         self._args = serve_args(model)
-        self._traces = bool(self._args.otlp_traces_endpoint)
         self._engine: ResumableLLM | None = None
         self._app: Any = None
         self._tasks: tuple[str, ...] = ()
@@ -264,9 +263,7 @@ class VLLMEngine:
         ANSWER_IDS.set(AnswerIds(call.answer_id) if call.answer_id else None)
         # The message, the fast path and the app each read a large body. Each gets a turn for it.
         await a_turn_for(call.body)
-        # the fast path tells vLLM of no trace
-        traced = bool(call.traceparent) and self._traces
-        if self.fast is not None and not traced and await self.fast.serve(call, reply):
+        if self.fast is not None and await self.fast.serve(call, reply):
             return
         progress = self._progress(call, reply)
         PROGRESS.set(progress)

@@ -116,6 +116,7 @@ class FastServing:
         self._tap = EngineTap(engine)
         self._routes: dict[str, Route] = {}
         self._numbers = itertools.count(1)
+        self._traces = bool(getattr(args, "otlp_traces_endpoint", None))
         self.served = 0
         if not is_tried(vllm_version) or any(getattr(args, name, None) for name in UNUSUAL_ARGS):
             return
@@ -222,9 +223,12 @@ class FastServing:
             return None
         if not isinstance(body, dict) or not route.is_plain(body):
             return None
-        raw = SimpleNamespace(
-            headers=Headers({"x-request-id": call.request_id}), state=SimpleNamespace()
-        )
+        headers = {"x-request-id": call.request_id}
+        if self._traces and call.traceparent:
+            headers["traceparent"] = call.traceparent
+            if call.tracestate:
+                headers["tracestate"] = call.tracestate
+        raw = SimpleNamespace(headers=Headers(headers), state=SimpleNamespace())
         try:
             made = await route.create(route.parse(body), raw)
         except Exception:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from gateway.api.access_record import access_record
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.lifecycle import MAX_ATTEMPTS, RequestPhase
 from gateway.dispatch.queue.admission import Admission
@@ -288,6 +289,22 @@ def test_an_answer_in_one_frame_is_head_and_end(room: Room) -> None:
         and inflight.lifecycle.phase is RequestPhase.FINISHED
         and room.reserved() == {"w0": 0}
     )
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome"), [(400, "invalid"), (404, "invalid"), (500, "failed"), (200, "finished")]
+)
+def test_what_the_engine_refuses_is_counted_as_what_it_is_and_has_no_first_token(
+    room: Room, status: int, outcome: str
+) -> None:
+    room.worker("w0")
+    inflight, _ = room.submit()
+    room.now += 0.1
+    room.frames("w0", (inflight.sid, status << messages.STATUS_SHIFT | messages.END, b"{}"))
+    assert room.counted("loraplex_requests_total", base="tiny", outcome=outcome) == 1
+    ttft = room.counted("loraplex_ttft_seconds_count", base="tiny", cold="no", streamed="no")
+    assert ttft == (outcome == "finished")
+    assert access_record(inflight, "tiny", status, None).outcome == outcome
 
 
 def test_the_files_of_an_adapter_travel_unless_it_is_on_the_gpu(room: Room) -> None:

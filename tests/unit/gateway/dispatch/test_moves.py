@@ -101,6 +101,7 @@ def test_a_stream_of_a_lost_worker_goes_on_at_another_one_from_what_its_client_h
     room.frames("w1", frame(message.sid, 3, first=True), frame(message.sid, 4, end=True))
     assert b"".join(sink.parts) == text(5) and sink.comments == [CONTINUED]
     assert inflight.lifecycle.phase is RequestPhase.FINISHED and inflight.moves == 1
+    assert room.counted("loraplex_streams_moved_total", reason="worker_lost") == 1
     assert room.dispatcher.open_requests == 0 and not any(room.reserved().values())
 
 

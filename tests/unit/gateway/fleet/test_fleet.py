@@ -83,6 +83,20 @@ def test_the_first_heartbeat_joins_and_the_second_says_nothing() -> None:
     assert len(fleet) == 1
 
 
+def test_a_gateway_that_comes_later_counts_the_changes_of_slots_from_then_on() -> None:
+    evictions = {"gpu:slot_needed": 900, "gpu:asked": 1, "cpu:memory_needed": 500}
+    old = msgspec.structs.replace(
+        heartbeat(seq=1), adapter_loads={"cpu": 800, "disk": 110}, adapter_evictions=evictions
+    )
+    fleet, worker = serving(old)
+    assert worker.slot_changes == (0, 0)
+    more = evictions | {"gpu:slot_needed": 902, "gpu:asked": 2, "cpu:memory_needed": 600}
+    loads = {"cpu": 803, "disk": 111}
+    newer = msgspec.structs.replace(old, seq=2, adapter_loads=loads, adapter_evictions=more)
+    fleet.heartbeat(newer, 1.0)
+    assert worker.slot_changes == (4, 3)
+
+
 @pytest.mark.parametrize("seq", [4, 5])
 def test_a_heartbeat_that_is_not_newer_changes_nothing_and_does_not_extend_the_lease(
     seq: int,

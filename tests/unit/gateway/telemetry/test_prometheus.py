@@ -18,8 +18,8 @@ from gateway.supervisor.autoscaling.reports import ModelStatus
 from gateway.telemetry.collectors import FleetCollector
 from gateway.telemetry.ended_request import EndedRequest
 from gateway.telemetry.metric_definitions import ADAPTER_LABELS, LOST_REASONS, USAGE_LABELS
-from gateway.telemetry.prometheus import Metrics
-from shared.link.messages import Heartbeat, WorkerState
+from gateway.telemetry.prometheus import GaugeSources, Metrics
+from shared.link.messages import AdapterState, Heartbeat, Tier, WorkerState
 
 
 def state_of(fleet: Fleet) -> list[str]:
@@ -122,6 +122,33 @@ def test_exemplars_of_all_processes_are_joined_and_without_traces_there_are_none
     off = Metrics()
     off.finished(msgspec.structs.replace(TRACED, trace_id=""))
     assert off.snapshot().exemplars == ()
+
+
+@pytest.mark.parametrize("exemplars", [False, True])
+def test_who_may_not_see_tenants_finds_no_name_of_theirs_in_any_series(exemplars: bool) -> None:
+    fleet = Fleet(1.0)
+    held = (AdapterState("theirs", "d", Tier.GPU),)
+    beat = Heartbeat("w0", 1, 1, "a", WorkerState.SERVING, 8, 2, adapters=held)
+    fleet.heartbeat(beat, 0.0)
+    metrics = Metrics(gauge_sources=GaugeSources(fleet=fleet))
+    metrics.gen_ai = True
+    ended = msgspec.structs.replace(TRACED, adapter="theirs", tenant="theirs")
+    metrics.finished(ended)
+    metrics.refused(msgspec.structs.replace(ended, outcome="limited"), "requests_per_minute")
+    metrics.used(("theirs", "a", "theirs"), 1, 1)
+    metrics.alias_request("a", "theirs", "theirs", failed=False)
+    metrics.alias_rollback("a", "theirs")
+    assert scraped(metrics, exemplars=exemplars).count("theirs") > 7
+    assert "theirs" not in scraped(metrics, tenants=False, exemplars=exemplars)
+
+
+def test_an_answer_that_comes_whole_is_no_slow_first_token() -> None:
+    metrics = Metrics()
+    metrics.finished(msgspec.structs.replace(TRACED, streamed=False))
+    labels = {"base": "a", "cold": "no"}
+    count = "loraplex_ttft_seconds_count"
+    assert metrics.value(count, labels | {"streamed": "no"}) == 1
+    assert metrics.value(count, labels | {"streamed": "yes"}) == 0
 
 
 def test_a_request_over_a_limit_is_counted_by_key_and_limit_and_its_key_within_the_bound() -> None:

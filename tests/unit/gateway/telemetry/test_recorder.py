@@ -69,6 +69,13 @@ def test_an_answer_that_came_whole_has_no_first_token_and_no_gaps() -> None:
     assert last(recorder, 101.0, "itl_ms") is last(recorder, 101.0, "ttft_warm_p50_ms") is None
 
 
+def test_what_the_engine_refused_has_no_first_token() -> None:
+    recorder = Recorder()
+    recorder.ended(ended(outcome="invalid", engine_status=400))
+    assert last(recorder, 101.0, "requests_per_s") == 1 / STEP_S
+    assert last(recorder, 101.0, "ttft_warm_p50_ms") is None
+
+
 def test_time_without_requests_is_empty_and_older_than_an_hour_is_forgotten() -> None:
     recorder = Recorder()
     recorder.ended(ended(100.0))
@@ -102,7 +109,7 @@ def test_a_flood_of_refused_requests_pushes_none_out_that_was_served() -> None:
 def test_restarts_and_moves_are_counted_by_worker_and_news_are_kept_for_who_follows() -> None:
     recorder = Recorder()
     for epoch in (1, 1, 2, 3):
-        recorder.sample(100.0, 0, 0, {("w0", epoch): set(), ("w1", 7): set()})
+        recorder.sample(100.0, 0, 0, {("w0", epoch): (0, 0), ("w1", 7): (0, 0)})
     recorder.moved("w1")
     assert (recorder.restarts, recorder.moved_from) == ({"w0": 2}, {"w1": 1})
     recorder.ended(ended(request_id="unseen"))
@@ -132,15 +139,15 @@ def test_requests_are_found_by_key_adapter_worker_status_and_id_the_newest_first
     assert recorder.find("three") is None
 
 
-def test_loads_and_evictions_are_what_changed_in_the_slots() -> None:
-    recorder, before = Recorder(), {("b", "x"), ("b", "y")}
-    recorder.sample(1.0, 3, 5, {("w0", 1): before})
-    recorder.sample(2.0, 1, 2, {("w0", 1): before})
-    recorder.sample(3.0, 0, 0, {("w0", 1): {("b", "y"), ("b", "z")}})
-    assert (last(recorder, 3.0, "loads"), last(recorder, 3.0, "evictions")) == (3, 1)
+def test_loads_and_evictions_are_what_the_workers_have_counted() -> None:
+    recorder = Recorder()
+    recorder.sample(1.0, 3, 5, {("w0", 1): (2, 0)})
+    recorder.sample(2.0, 1, 2, {("w0", 1): (2, 0)})
+    recorder.sample(3.0, 0, 0, {("w0", 1): (42, 40), ("w1", 9): (1, 0)})
+    assert (last(recorder, 3.0, "loads"), last(recorder, 3.0, "evictions")) == (43, 40)
     assert (last(recorder, 3.0, "queued"), last(recorder, 3.0, "ongoing")) == (3, 5)
-    recorder.sample(4.0, 0, 0, {("w0", 2): set()})  # a new life has lost all, and evicted nothing
-    assert last(recorder, 4.0, "evictions") == 1
+    recorder.sample(4.0, 0, 0, {("w0", 2): (3, 1)})  # a new life counts from its begin
+    assert (last(recorder, 4.0, "loads"), last(recorder, 4.0, "evictions")) == (46, 41)
 
 
 def test_candidates_are_kept_of_no_more_than_ten_decisions_a_second() -> None:
@@ -157,14 +164,25 @@ def test_a_quantile_is_wrong_by_a_tenth_at_most(value_s: float) -> None:
     assert LatencyHistogram().quantile(0.5) is None
 
 
+def test_a_load_that_two_processes_see_in_two_steps_is_one() -> None:
+    one, two = Recorder(), Recorder()
+    for at, seen in ((85.0, (0, 0)), (99.9, (0, 0)), (100.5, (3, 2)), (111.0, (3, 2))):
+        one.sample(at, 0, 0, {("w0", 1): seen})
+    for at, seen in ((75.0, (0, 0)), (85.0, (5, 0)), (99.9, (8, 2)), (111.0, (8, 2))):
+        two.sample(at, 0, 0, {("w0", 1): seen})
+    others = decode_steps(encode_steps(two.steps))
+    hour = one.series(115.0, others=others)
+    assert [hour["loads"][n] for n in (-4, -3, -2, -1)] == [5, 0, 3, 0]
+    assert sum(n or 0 for n in hour["evictions"]) == 2
+
+
 def test_the_last_hour_of_two_processes_is_one_by_its_sums() -> None:
     one, two = Recorder(), Recorder()
     one.ended(ended(100.0))
     two.ended(ended(100.0, t_head=99.6))
-    keys = frozenset({"a", "b"})
     for recorder in (one, two):
         recorder.error("overloaded", 100.0)
-        recorder.sample(100.0, 1, 2, {("w0", 1): keys})
+        recorder.sample(100.0, 1, 2, {("w0", 1): (2, 0)})
     two.ended(ended(120.0))
     others = decode_steps(encode_steps(two.steps))
     series, alone = one.series(120.0, others=others), one.series(120.0)

@@ -70,6 +70,30 @@ def test_requests_that_come_while_the_adapter_is_on_its_way_share_one_fetch_and_
     assert residency.swapped({}, 0.0) == [Start(r, on_disk(A), Tier.DISK) for r in (1, 2, 3)]
 
 
+def test_the_wait_for_a_slot_is_told_apart_from_the_load() -> None:
+    residency = Residency(1)
+    resident(residency, 1, A)
+    assert residency.want(2, B, 1.0) == [Fetch(B)]
+    assert residency.fetched(on_disk(B), Tier.REMOTE, 3.0) == []  # A is in use
+    assert residency.want(3, B, 4.0) == []
+    assert residency.finish(1, 5.0) == [Swap((on_disk(B),), (), (on_disk(A),))]
+    assert residency.want(4, B, 5.5) == []
+    started = residency.swapped({}, 6.0)
+    waits = {s.request: s.slot_wait_s for s in started if isinstance(s, Start)}
+    assert waits == {2: 2.0, 3: 1.0, 4: 0.0}
+
+
+def test_who_waits_for_the_swap_of_another_adapter_waits_for_no_slot() -> None:
+    residency = Residency(2)
+    assert residency.want(1, A, 0.0) == [Fetch(A)]
+    assert residency.fetched(on_disk(A), Tier.REMOTE, 0.0) == [Swap((on_disk(A),))]
+    in_line(residency, 2, B)
+    _, swap = residency.swapped({}, 3.0)
+    assert swap == Swap((on_disk(B),))
+    (started,) = residency.swapped({}, 4.0)
+    assert isinstance(started, Start) and started.slot_wait_s == 0.0
+
+
 def test_fetches_run_side_by_side_and_what_comes_during_a_swap_enters_together_with_the_next() -> (
     None
 ):

@@ -39,7 +39,9 @@ class ToldRequests:
         self.told: list[tuple[int, str]] = []
         self.news = asyncio.Event()
 
-    def start(self, number: int, adapter: Loaded | None, came_from: Tier) -> None:
+    def start(
+        self, number: int, adapter: Loaded | None, came_from: Tier, slot_wait_s: float
+    ) -> None:
         self.tell(number, f"starts from {came_from.name}")
 
     def refuse(self, number: int, code: str, message: str, retryable: bool) -> None:

@@ -98,6 +98,15 @@ def test_the_words_say_what_it_waited_for(e: EndedRequest, said: str) -> None:
     assert said in " ".join(words(e))
 
 
+def test_the_tokens_that_a_lost_worker_made_of_an_answer_that_moved_are_no_loss() -> None:
+    said = " ".join(words(MOVED))
+    assert "2 workers were tried; that cost 100 ms." in said
+    assert " each." not in said, "the last worker has made a part of the tokens"
+    lost = "Workers that do not give requests back or die"
+    assert [*advice(MOVED)] == [f"{lost} (about 100 ms)"]
+    assert f"{lost} (about 400 ms)" in [*advice(FAILED_OVER)]
+
+
 def test_the_advice_is_what_would_have_saved_most_first() -> None:
     assert [*advice(WARM)] == []
     assert next(iter(advice(COLD))) == "A pin: loraplex adapters pin a (about 60 ms)"
