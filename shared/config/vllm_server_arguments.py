@@ -1,6 +1,6 @@
-"""Pure. The arguments of `vllm serve` for its own HTTP server, whose place the gateway takes. An
-argument is refused if the user would wrongly rely on it. Otherwise a warning says that it has no
-effect.
+"""Pure. The arguments of `vllm serve` for its own HTTP server and for several servers together,
+whose place the gateway takes. An argument is refused if the user would wrongly rely on it.
+Otherwise a warning says that it has no effect.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ REFUSED: Mapping[str, str] = {
     ),
     "headless": "the gateway starts workers itself; set deployment_config.num_replicas",
     "tokens_only": "clients of this gateway get text; remove it",
+    "config": "names a file of vLLM's arguments, which nothing here reads; write them under "
+    "engine_kwargs",
+    "model_tag": "is set from model_loading_config.model_source; remove it",
+    "grpc": "clients of this gateway speak HTTP; remove it",
 }
+_WATCHED = "the gateway starts workers, and watches and balances them, itself"
 IGNORED: Mapping[str, str] = {
     "host": "set gateway.host",
     "port": "set gateway.port",
@@ -43,5 +48,27 @@ IGNORED: Mapping[str, str] = {
     "h11_max_header_count": "the gateway reads requests by its own bounds",
     "h11_max_incomplete_event_size": "the gateway reads requests by its own bounds",
     "api_server_count": "set gateway.processes",
+    "grpc_port": "there is no gRPC endpoint; requests come by HTTP",
+    "enable_scale_out": "those paths are not served",
+    "sse_keep_alive_interval": "set gateway.progress_s",
+    **dict.fromkeys(
+        (
+            "data_parallel_address",
+            "data_parallel_backend",
+            "data_parallel_external_lb",
+            "data_parallel_hybrid_lb",
+            "data_parallel_multi_port_external_lb",
+            "data_parallel_rank",
+            "data_parallel_rpc_port",
+            "data_parallel_size_local",
+            "data_parallel_start_rank",
+            "data_parallel_supervisor_port",
+            "dp_supervisor_probe_failure_threshold",
+            "dp_supervisor_probe_interval_s",
+            "dp_supervisor_probe_timeout_s",
+        ),
+        _WATCHED,
+    ),
+    **dict.fromkeys(("master_addr", "master_port", "node_rank"), "a worker runs on one machine"),
 }
 EVERY = frozenset({*REFUSED, *IGNORED})

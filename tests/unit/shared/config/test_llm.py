@@ -277,6 +277,7 @@ def test_other_ranks_are_refused_with_the_list(rank: int) -> None:
         ),
         ({"engine_kwargs": {"served_model_name": "x"}}, "model_loading_config.model_id"),
         ({"engine_kwargs": {"data_parallel_size": 2}}, "num_replicas"),
+        ({"engine_kwargs": {"nnodes": 2}}, "runs on one machine"),
         ({"engine_kwargs": {"max_loras": 0}}, "expected a whole number (at least 1), got 0"),
         ({"engine_kwargs": {"max_loras": 4, "max_cpu_loras": 2}}, "less than max_loras (4)"),
         ({"engine_kwargs": {"enable_lora": "yes"}}, "expected true or false, got the text 'yes'"),

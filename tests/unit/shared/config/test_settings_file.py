@@ -496,7 +496,13 @@ def test_a_number_that_vllm_would_refuse_later_is_named(
     assert [k for k, _ in wrong_arguments({key: value}, kinds)] == [key] * wrong
 
 
-@pytest.mark.parametrize("key", ["api_key", "lora_modules", "ssl_keyfile", "allowed_origins"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("api_key", "lora_modules", "ssl_keyfile", "allowed_origins", "config", "model_tag"),
+        *("grpc", "worker_extension_cls"),
+    ],
+)
 def test_what_belongs_to_vllms_own_server_is_refused_by_its_name(key: str) -> None:
     (line,) = refusal(SMALL + f"  engine_kwargs: {{{key}: x}}\n")
     assert line.startswith(f"conf/c.yaml:3: llm_configs[0].engine_kwargs.{key}: ")
@@ -509,7 +515,14 @@ def test_one_key_of_engine_kwargs_that_is_refused_hides_nothing_else_of_the_file
     assert gateway.startswith("conf/c.yaml:5: gateway.prot: unknown key")
 
 
-@pytest.mark.parametrize("given", ["host: h", "device: auto", "distributed_executor_backend: ray"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("host: h", "device: auto", "distributed_executor_backend: ray", "grpc_port: 1"),
+        *("enable_scale_out: true", "sse_keep_alive_interval: 5", "node_rank: 1"),
+        *("data_parallel_rank: 1", "dp_supervisor_probe_timeout_s: 1"),
+    ],
+)
 def test_what_has_no_effect_is_a_warning(given: str) -> None:
     warnings = parse(SMALL + f"  engine_kwargs: {{{given}}}\n").warnings
     assert [given.partition(":")[0] in line for line in warnings] == [True]
