@@ -508,6 +508,24 @@ def test_what_belongs_to_vllms_own_server_is_refused_by_its_name(key: str) -> No
     assert line.startswith(f"conf/c.yaml:3: llm_configs[0].engine_kwargs.{key}: ")
 
 
+@pytest.mark.parametrize(
+    ("more", "env", "named"),
+    [
+        ("", {"VLLM_API_KEY": "k"}, ["gateway.api_keys_env: VLLM_API_KEY"]),
+        ("", {"VLLM_API_KEY": "k", "VLLM_SERVER_DEV_MODE": "1"}, ["VLLM_API_KEY", "DEV_MODE"]),
+        ("gateway: {api_keys_env: VLLM_API_KEY}\n", {"VLLM_API_KEY": "k"}, []),
+        ("  llm_engine: sim\n", {"VLLM_API_KEY": "k"}, []),
+        ("", {"VLLM_CPU_KVCACHE_SPACE": "4"}, []),
+    ],
+)
+def test_a_variable_for_vllms_own_server_is_named_where_nothing_else_does_what_it_does(
+    more: str, env: dict[str, str], named: list[str]
+) -> None:
+    warnings = parse_settings(SMALL + more, "c.yaml", no_files, env=env).warnings
+    assert len(warnings) == len(named)
+    assert all(name in line for name, line in zip(named, warnings, strict=True))
+
+
 def test_one_key_of_engine_kwargs_that_is_refused_hides_nothing_else_of_the_file() -> None:
     text = SMALL + "  llm_engine: sim\n  engine_kwargs: {sim: {ttft: 1}}\ngateway: {prot: 1}\n"
     kwargs, gateway = refusal(text)
