@@ -328,6 +328,7 @@ def test_variables_are_filled_in_and_one_that_is_not_set_is_named() -> None:
         ("v${N}", "2", "v2"),
         ("$${N}", "2", "${N}"),
         ("a $${N} ${N}", "2", "a ${N} 2"),
+        ("'$${1} $${N'", "2", "${1} ${N"),
     ],
 )
 def test_a_variable_becomes_what_yaml_would_read_in_its_place(
@@ -343,6 +344,15 @@ def test_a_variable_becomes_what_yaml_would_read_in_its_place(
         loaded = parse_settings(text, "c.yaml", no_files, env=env)
         seed = loaded.models[0].engine_kwargs["seed"]
         assert seed == read and type(seed) is type(read)
+
+
+@pytest.mark.parametrize(
+    "form", ["${N:?none}", "${N-x}", "${N", "${}", "${1}", "${ N }", "a ${N.b} ${N}", "${N:-${N}}"]
+)
+def test_another_form_of_a_variable_is_refused_and_not_taken_for_text(form: str) -> None:
+    text = SMALL + f"  engine_kwargs:\n    seed: '{form}'\n"
+    with pytest.raises(ConfigError, match=r"^c.yaml:4: .*seed: .* is neither \$\{NAME\} nor"):
+        parse_settings(text, "c.yaml", no_files, env={"N": "2"})
 
 
 def test_a_variable_in_a_file_of_its_own_for_a_model_is_a_number_too() -> None:
