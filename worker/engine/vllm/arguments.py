@@ -91,6 +91,8 @@ def _wanted(model: LLMConfig) -> dict[str, Any]:
         "model": model.model_source,
         "served_model_name": [model.model_id],
     }
+    if model.model_loading_config.tokenizer_source:
+        wanted.setdefault("tokenizer", model.tokenizer_source)
     if model.uses_lora:
         slots = model.given_max_loras or _slots_by_memory(model) or model.max_loras
         wanted |= {"enable_lora": True, "max_loras": slots}

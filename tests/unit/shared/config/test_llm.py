@@ -358,6 +358,22 @@ def test_other_ranks_are_refused_with_the_list(rank: int) -> None:
             {"model_loading_config": {"model_id": "m", "model_source": "abfss://b/m"}},
             "download it first",
         ),
+        *(
+            ({"model_loading_config": {"model_id": "m", "model_source": source}}, said)
+            for source, said in (
+                ("hf://org/m", "expected one of a Hugging Face id, a local folder, s3://"),
+                ("https://host/m", "expected one of a Hugging Face id"),
+                ("S3://b/m", "expected one of a Hugging Face id"),
+                ({"bucket_uri": "ftp://b/m"}, "expected one of a Hugging Face id"),
+                ("s3://", "names no bucket"),
+                ("gs:///m", "names no bucket"),
+                ("", "is empty"),
+            )
+        ),
+        (
+            {"model_loading_config": {"model_id": "m", "tokenizer_source": "s3://b/t"}},
+            "tokenizer_source: expected one of a Hugging Face id, a local folder, got",
+        ),
         ({"model_loading_config": {"model_id": ""}}, "expected some text"),
         ({"model_loading_config": {"model_id": "a:b"}}, "separates a base model from its adapter"),
         ({"model_loading_config": {"model_id": "a\nb"}}, "'a\\nb' contains control characters"),
@@ -511,6 +527,13 @@ def test_files_of_engine_kwargs_start_at_the_folder_of_the_config_and_templates_
 def test_a_certificate_starts_at_the_folder_of_the_config() -> None:
     given = GatewayConfig(tls=TLSConfig(certificate="c.pem", key="/k.pem"))
     assert rooted_gateway(given, "/etc").tls == TLSConfig(certificate="/etc/c.pem", key="/k.pem")
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [("s3a://b/m", "s3://b/m"), ("file:///srv/m/", "/srv/m"), ("a/b", "a/b")]
+)
+def test_a_model_source_may_be_written_as_an_adapter_path_may(given: str, read: str) -> None:
+    assert made(model_loading_config={"model_id": "m", "model_source": given}).model_source == read
 
 
 @pytest.mark.parametrize("source", ["Qwen/Qwen2.5-0.5B-Instruct", "s3://b/x"])
