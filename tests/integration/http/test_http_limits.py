@@ -98,8 +98,9 @@ def error_in(answered: bytes) -> dict[str, str]:
         ["Cookie: s=" + "a" * 12_000],
         ["X-Token: " + "a" * 60_000],
         [f"X-{n}: {'a' * 7000}" for n in range(8)],
+        [f"X-{n:04}: {'a' * 24}" for n in range(1000)],
     ],
-    ids=["cookie", "token", "many"],
+    ids=["cookie", "token", "many", "short"],
 )
 async def test_headers_of_sixty_kilobytes_are_served(lines: list[str]) -> None:
     async with serving() as served, client_of(served) as client:
@@ -112,6 +113,12 @@ async def test_headers_without_end_are_431_in_the_one_shape(lines: int) -> None:
     async with serving() as served, client_of(served) as client:
         long = [f"X-{n}: {'a' * (2_000_000 // lines)}" for n in range(lines)]
         client.send(head("Content-Length: 2", *long) + b"{}")
+        assert error_in(await client.ended())["code"] == "headers_too_large"
+
+
+async def test_more_headers_than_anybody_needs_are_431_in_the_one_shape() -> None:
+    async with serving() as served, client_of(served) as client:
+        client.send(head("Content-Length: 2", *(f"X-{n}: a" for n in range(5000))) + b"{}")
         assert error_in(await client.ended())["code"] == "headers_too_large"
 
 
