@@ -95,6 +95,13 @@ async def test_a_page_may_call_every_path_of_the_api_if_its_origin_may(
     assert headers.get("Access-Control-Allow-Origin") == may
 
 
+@pytest.mark.parametrize("path", ["/version", "/openapi.json", "/v1/models", "/v1/models/sim"])
+async def test_a_page_may_read_what_the_api_says_of_itself(small: Cluster, path: str) -> None:
+    async with small.http.get(small.url + path, headers={"Origin": PAGE}) as answer:
+        assert answer.status == 200
+        assert answer.headers.get("Access-Control-Allow-Origin") == PAGE
+
+
 @pytest.mark.parametrize("path", ["/metrics", "/admin/adapters", "/health"])
 async def test_no_page_reads_what_operators_ask_for(small: Cluster, path: str) -> None:
     async with small.http.get(small.url + path, headers={"Origin": PAGE}) as answer:

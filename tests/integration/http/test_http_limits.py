@@ -87,6 +87,7 @@ def error_in(answered: bytes) -> dict[str, str]:
     """Of an answer in HTTP/1.1 whose body is the one error object."""
     lines, _, body = answered.partition(b"\r\n\r\n")
     assert lines.startswith(b"HTTP/1.1 ") and b"application/json" in lines, answered
+    assert b"\r\nDate: " in lines
     error: dict[str, str] = json.loads(body)["error"]
     assert {*error} == {"message", "type", "param", "code"}
     return error
