@@ -313,6 +313,18 @@ async def test_a_file_and_the_results_of_a_batch_are_kept_for_as_long_as_asked(
     assert (await ask(teams, "GET", f"/v1/files/{output.id}/content"))[0] == 200
 
 
+async def test_a_line_that_goes_on_from_a_stored_response_is_asked_where_that_lies(
+    teams: Cluster,
+) -> None:
+    """Nobody has this one, which the gateway finds out. A worker would be asked in vain."""
+    path = "/v1/responses"
+    body = {"model": "sim", "input": "and?", "previous_response_id": "resp_" + "0" * 32}
+    one = {"custom_id": "r", "method": "POST", "url": path, "body": body}
+    batch = await ended(teams, await batch_of(teams, jsonl([one]), endpoint=path))
+    (answer,) = await results(teams, batch["error_file_id"])
+    assert answer["response"]["body"]["error"]["code"] == "response_not_found"
+
+
 @pytest.mark.parametrize("wrong", ["3599", "2592001", "x", "1e4", ""])
 async def test_a_time_that_is_too_short_or_too_long_or_none_is_a_400(
     teams: Cluster, wrong: str
