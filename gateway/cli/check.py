@@ -97,6 +97,16 @@ def missing_gateway_files(gateway: GatewayConfig) -> Iterator[str]:
             yield f"gateway.{key}: the variable {name} is not set here"
 
 
+def missing_model_folders(model: LLMConfig) -> Iterator[str]:
+    """A line for each local path of the model that is not on this host. It may be on the
+    workers'.
+    """
+    tokenizer = model.model_loading_config.tokenizer_source or ""
+    for key, path in (("model_source", model.model_source), ("tokenizer_source", tokenizer)):
+        if path.startswith(("/", "~")) and not Path(path).expanduser().exists():
+            yield f"{model.model_id}: {key}: there is no '{path[:200]}' on this host"
+
+
 def known_arguments() -> Mapping[str, Argument]:
     """vLLM's arguments: the copy in the source tree if it is of the installed version, else vLLM's
     answer.

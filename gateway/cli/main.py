@@ -386,6 +386,9 @@ def _check(args: argparse.Namespace) -> int:
             print(f"  {line}")
         if (missing := check.missing_policy(m)) is not None:
             print(f"warning: {m.model_id}: {missing}", file=sys.stderr)
+        if m.llm_engine == "vLLM":
+            for missing in check.missing_model_folders(m):
+                print(f"warning: {missing}", file=sys.stderr)
     g = settings.gateway
     for missing in check.missing_gateway_files(g):
         print(f"warning: {missing}", file=sys.stderr)
