@@ -69,7 +69,13 @@ class Routes:
         self._pages = Pages(services.keys)
         self._created = int(time.time())
         self._contexts: dict[str, int] = {}
-        self._models = ModelList(catalogs, services.resolver.aliases, self._created, self._context)
+        self._models = ModelList(
+            catalogs,
+            services.resolver.aliases,
+            self._created,
+            self._context,
+            services.dispatcher.fleet.routable,
+        )
         self._routes: dict[tuple[str, str], Handler] = {}
         self._server: Server | None = None
 
