@@ -20,7 +20,7 @@ MAX_FORM_VALUE_BYTES = 1024
 
 def form_values(content_type: str, body: bytes) -> dict[str, str]:
     """The fields `model` and `stream`, if the body has them. Files are skipped. Raises
-    InvalidRequest.
+    InvalidRequest, also where one of them may have been missed: another model would answer.
     """
     found = _BOUNDARY.search(content_type)
     if found is None:
@@ -28,7 +28,7 @@ def form_values(content_type: str, body: bytes) -> dict[str, str]:
     mark = b"--" + (found[1] or found[2]).encode(errors="replace")
     fields: dict[str, str] = {}
     at = 0 if body.startswith(mark) else body.find(b"\r\n" + mark) + 2
-    for _ in range(MAX_FORM_PARTS):
+    for _ in range(MAX_FORM_PARTS + 1):
         start = at + len(mark) + 2
         end = body.find(b"\r\n" + mark, start)
         if at < 0 or end < 0:
@@ -37,11 +37,16 @@ def form_values(content_type: str, body: bytes) -> dict[str, str]:
             b"\r\n\r\n"
         )
         name = _NAME.search(head)
-        if blank and name is not None and b"filename" not in head.lower():
+        if name is not None and b"filename" not in head.lower():
             key = (name[1] or name[2] or b"").decode(errors="replace")
-            if key in ("model", "stream") and len(value) <= MAX_FORM_VALUE_BYTES:
+            if key in ("model", "stream"):
+                if not blank or len(value) > MAX_FORM_VALUE_BYTES:
+                    text = f"`{key}` must have at most {MAX_FORM_VALUE_BYTES} bytes."
+                    raise InvalidRequest(text, param=key)
                 fields[key] = value.decode(errors="replace").strip()
         at = end + 2
+    else:
+        raise InvalidRequest(f"The form has more than {MAX_FORM_PARTS} parts.")
     return fields
 
 
