@@ -306,7 +306,7 @@ class Exchange:
                 if self.endpoint.model_in is ModelIn.FORM
                 else estimated_tokens(body),
                 self._most_tokens or 0,
-                schema.prefix_hash(ref.digest if ref is not None else "", body),
+                schema.prefix_hash(ref.digest if ref is not None else "", body, self.endpoint),
                 bool(head.stream) and self.endpoint.streams,
                 self._created or int(time.time()),
                 services.limits.resume and facts.may_move,

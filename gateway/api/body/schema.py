@@ -273,13 +273,16 @@ PREFIX_WITHIN_BYTES = 64 << 10
 """How far into the body the beginning of the prompt is searched for."""
 
 
-def prefix_hash(digest: str, body: bytes) -> int:
+_PROMPTS = tuple((name, b'"%b"' % name.encode()) for name in ("messages", "input", "prompt"))
+
+
+def prefix_hash(digest: str, body: bytes, endpoint: Endpoint) -> int:
     """A hash of the adapter's digest and the first bytes of the first prompt or message. 0: there
-    is none.
+    is none, or none of which the engine keeps a cache that is worth a way.
     """
-    start = body.find(b'"messages"', 0, PREFIX_WITHIN_BYTES)
-    if start < 0:
-        start = body.find(b'"prompt"', 0, PREFIX_WITHIN_BYTES)
-    if start < 0:
+    if not endpoint.streams or endpoint.model_in is ModelIn.FORM:
         return 0
-    return hash((digest, body[start : start + PREFIX_BYTES])) or 1
+    for name, key in _PROMPTS:
+        if name in endpoint.fields and (start := body.find(key, 0, PREFIX_WITHIN_BYTES)) >= 0:
+            return hash((digest, body[start : start + PREFIX_BYTES])) or 1
+    return 0
