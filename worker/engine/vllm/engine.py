@@ -63,7 +63,7 @@ from worker.engine.base import (
 from worker.engine.hang_detection import EngineSigns
 from worker.engine.vllm import logprobs, patches
 from worker.engine.vllm.adapters import Adapters, lora_request
-from worker.engine.vllm.app import embedding_forms, large_bodies, pooling_batches
+from worker.engine.vllm.app import embedding_forms, large_bodies, pooling_batches, speech_usage
 from worker.engine.vllm.app.bridge import AppBridge
 from worker.engine.vllm.app.large_bodies import a_turn_for
 from worker.engine.vllm.arguments import serve_args
@@ -212,6 +212,7 @@ class VLLMEngine:
         """Builds vLLM's own app for this engine, with adapters by version."""
         embedding_forms.install()
         large_bodies.install()
+        speech_usage.install()
         if "generate" not in self._tasks:
             pooling_batches.install()
         self._app = build_app(self._args, supported, engine.model_config)
