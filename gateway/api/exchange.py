@@ -165,7 +165,9 @@ class Exchange:
         self._path = incoming.path if kept is None or not kept.path else kept.path
         services.resolver.check_scope(account, self.model)
         self._most_tokens = asked = self.head.limit(self.endpoint)
-        self._body = allowed_body(account, self.head, body, self.endpoint, asked)
+        self._body = allowed_body(
+            account, self.head, body, self.endpoint, asked, facts.content_type
+        )
         self.request_id = facts.given_id or new_request_id()
         self.deadline = self._deadline()
         self.target: ResolvedModel

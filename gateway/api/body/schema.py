@@ -131,8 +131,12 @@ def read_fields(
         )
     if endpoint.model_in is ModelIn.FORM:
         values = form_values(content_type, body)
-        stream = is_true(values.get("stream", ""))
-        return BodyFields(model=values.get("model") or None, stream=stream)
+        stream, limit = is_true(values.get("stream", "")), values.get("max_completion_tokens")
+        return BodyFields(
+            model=values.get("model") or None,
+            stream=stream,
+            max_completion_tokens=_count("max_completion_tokens", limit) if limit else None,
+        )
     return parse_body_fields(body, bounds, endpoint.fields)
 
 
@@ -200,6 +204,13 @@ def _flag(value: object) -> bool:
     if found is None:
         raise ValueError("true or false")
     return found
+
+
+def _count(name: str, text: str) -> int:
+    try:
+        return _between(0, MAX_COUNT)(text)
+    except ValueError as exc:
+        raise InvalidRequest(f"`{name}` must be {exc}.", param=name) from exc
 
 
 _READERS: dict[str, Callable[[object], object]] = {
