@@ -69,7 +69,13 @@ class Routes:
         self._pages = Pages(services.keys)
         self._created = int(time.time())
         self._contexts: dict[str, int] = {}
-        self._models = ModelList(catalogs, services.resolver.aliases, self._created, self._context)
+        self._models = ModelList(
+            catalogs,
+            services.resolver.aliases,
+            self._created,
+            self._context,
+            services.dispatcher.fleet.routable,
+        )
         self._routes: dict[tuple[str, str], Handler] = {}
         self._server: Server | None = None
 
@@ -310,9 +316,12 @@ def _body_limits(limits: RequestLimits) -> BodyLimits:
     return BodyLimits(limits.max_body_bytes, limits.max_unfinished_body_bytes)
 
 
+_FOR_PAGES = frozenset({*ENDPOINTS, "/version", "/openapi.json"})
+
+
 def _is_api(path: str) -> bool:
     """Whether pages that may call the API may call this path."""
-    return path.startswith("/v1/") or _canonical(path) in ENDPOINTS
+    return path.startswith("/v1/") or _canonical(path) in _FOR_PAGES
 
 
 def _canonical(path: str) -> str:

@@ -85,7 +85,8 @@ _CLAUDE = frozenset(
 )  # fmt: skip
 _POOLED = _OPENAI | _RENDERED | {"input"}
 _COMPARED = _OPENAI | {"chat_template_kwargs", "documents", "mm_processor_kwargs"}
-_SOUND = frozenset({"model", "stream"})
+_SOUND = frozenset({"max_completion_tokens", "model", "stream"})
+_SOUND_LIMIT = ("max_completion_tokens",)
 
 CHAT = Endpoint(
     "chat completions",
@@ -183,10 +184,10 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/classify": Endpoint("classification", CLASSIFY, fields=_POOLED),
     "/pooling": Endpoint("pooling", POOL, fields=_POOLED),
     "/v1/audio/transcriptions": Endpoint(
-        "transcription", TRANSCRIBE, DONE_ENDS, model_in=_FORM, fields=_SOUND
+        "transcription", TRANSCRIBE, DONE_ENDS, _SOUND_LIMIT, model_in=_FORM, fields=_SOUND
     ),
     "/v1/audio/translations": Endpoint(
-        "translation", TRANSCRIBE, DONE_ENDS, model_in=_FORM, fields=_SOUND
+        "translation", TRANSCRIBE, DONE_ENDS, _SOUND_LIMIT, model_in=_FORM, fields=_SOUND
     ),
 }
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import re
 
-_INTEGER = re.compile(r"\s*[+-]?[0-9]+(?:_[0-9]+)*(?:\.0*)?\s*\Z")
+_INTEGER = re.compile(r"\s*[+-]?[0-9]+(?:_[0-9]+)*(?:\.0+)?\s*\Z")
 MAX_INTEGER_CHARACTERS = 4096
 """Python refuses to read a longer number. vLLM takes one whose digits are nearly all zeros."""
 _TRUE = frozenset(("1", "on", "t", "true", "y", "yes"))

@@ -7,18 +7,25 @@ from __future__ import annotations
 import msgspec
 
 from gateway.accounts.account import UNLIMITED, Account
+from gateway.api.body.multipart import form_with
 from gateway.api.body.schema import NOT_UTF8, BodyFields
-from shared.api_endpoints import Endpoint
+from shared.api_endpoints import Endpoint, ModelIn
 from shared.errors import BodyTooLarge, InvalidRequest, LoraplexError
 
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def allowed_body(
-    account: Account, head: BodyFields, body: bytes, endpoint: Endpoint, asked: int | None
+    account: Account,
+    head: BodyFields,
+    body: bytes,
+    endpoint: Endpoint,
+    asked: int | None,
+    content_type: str = "",
 ) -> bytes:
     """The body for the worker: unchanged, except for fields that the account fixes. Who asks for a
-    stored answer sends none. `asked` is the limit of output tokens that the client gives.
+    stored answer sends none. `asked` is the limit of output tokens that the client gives, and
+    `content_type` tells where the parts of a form begin.
 
     Raises InvalidRequest or BodyTooLarge if the request exceeds the account's limits.
     """
@@ -42,6 +49,8 @@ def allowed_body(
     if head.priority is not None and account.clamped(head.priority) != head.priority:
         # an engine that schedules by priority reads it as well
         fixed["priority"] = account.clamped(head.priority)
+    if fixed and endpoint.model_in is ModelIn.FORM:
+        return form_with(content_type, body, fixed)
     return with_fields(body, fixed) if fixed else body
 
 

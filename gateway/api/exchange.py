@@ -127,7 +127,9 @@ class Exchange:
         self._path = incoming.path if kept is None or not kept.path else kept.path
         services.resolver.check_scope(account, self.model)
         self._most_tokens = asked = self.head.limit(self.endpoint)
-        self._body = allowed_body(account, self.head, body, self.endpoint, asked)
+        self._body = allowed_body(
+            account, self.head, body, self.endpoint, asked, facts.content_type
+        )
         self.request_id = facts.given_id or new_request_id()
         self.deadline = self._deadline()
         self.target: ResolvedModel
@@ -272,7 +274,7 @@ class Exchange:
                 if self.endpoint.model_in is ModelIn.FORM
                 else estimated_tokens(body),
                 self._most_tokens or 0,
-                schema.prefix_hash(ref.digest if ref is not None else "", body),
+                schema.prefix_hash(ref.digest if ref is not None else "", body, self.endpoint),
                 bool(head.stream) and self.endpoint.streams,
                 self._created or int(time.time()),
                 services.limits.resume and facts.may_move,

@@ -5,7 +5,6 @@ files and batches.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ from aiohttp.payload import BufferedReaderPayload
 
 from gateway.accounts.keys import Keys
 from gateway.api.body.multipart import form_file
+from gateway.api.body.schema import BYTE_ORDER_MARK
 from gateway.batches.records import (
     BATCHED,
     LEAST_KEPT_S,
@@ -29,6 +29,7 @@ from gateway.http.body_reader import aside
 from gateway.http.headers import AiohttpRequest, authorization_of
 from gateway.http.json_responses import to_json
 from shared.errors import BodyTooLarge, InvalidRequest, Overloaded
+from shared.lenient_values import integer
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 T = TypeVar("T")
@@ -51,7 +52,7 @@ read on the loop.
 
 
 class _ExpiresAfter(msgspec.Struct):
-    seconds: int = MOST_KEPT_S
+    seconds: int | float | str | bool = MOST_KEPT_S  # in all forms that other numbers may have
     anchor: str = ANCHOR
 
 
@@ -63,8 +64,6 @@ class _NewBatch(msgspec.Struct):
     output_expires_after: _ExpiresAfter | None = None
 
 
-_number = re.compile(r"[0-9]{1,9}\Z").match
-"""Of a longer one Python may refuse to make a number."""
 _decode_new = msgspec.json.Decoder(_NewBatch).decode
 
 
@@ -134,8 +133,9 @@ class BatchAPI:
     # ---- batches ---------------------------------------------------------------------------------
 
     async def create(self, request: web.BaseRequest) -> web.Response:
-        new = _new_batch(await request.read())
-        owner, kept_s = self._owner(request), (new.output_expires_after or _ExpiresAfter()).seconds
+        new = _new_batch((await request.read()).removeprefix(BYTE_ORDER_MARK))
+        kept_s = _seconds("output_expires_after", new.output_expires_after or _ExpiresAfter())
+        owner = self._owner(request)
         batch = await _written(
             request,
             lambda: self._store.add_batch(
@@ -195,43 +195,42 @@ def _new_batch(body: bytes) -> _NewBatch:
             f"texts of {MAX_METADATA_TEXT} characters.",
             param="metadata",
         )
-    if new.output_expires_after is not None:
-        _check_kept("output_expires_after", new.output_expires_after)
     return new
 
 
 def _kept_s(fields: Mapping[str, str]) -> int:
     """How long an uploaded file is kept. Raises InvalidRequest."""
-    seconds = fields.get("expires_after[seconds]", str(MOST_KEPT_S))
     after = _ExpiresAfter(
-        int(seconds) if _number(seconds) else 0, fields.get("expires_after[anchor]", ANCHOR)
+        fields.get("expires_after[seconds]", MOST_KEPT_S),
+        fields.get("expires_after[anchor]", ANCHOR),
     )
-    _check_kept("expires_after", after)
-    return after.seconds
+    return _seconds("expires_after", after)
 
 
-def _check_kept(field: str, after: _ExpiresAfter) -> None:
+def _seconds(field: str, after: _ExpiresAfter) -> int:
     """Raises InvalidRequest."""
     if after.anchor != ANCHOR:
         raise InvalidRequest(f"`{field}.anchor` must be `{ANCHOR}`.", param=field)
-    if not LEAST_KEPT_S <= after.seconds <= MOST_KEPT_S:
+    seconds = integer(after.seconds)
+    if seconds is None or not LEAST_KEPT_S <= seconds <= MOST_KEPT_S:
         raise InvalidRequest(
             f"`{field}.seconds` must be a whole number from {LEAST_KEPT_S} to {MOST_KEPT_S}.",
             param=field,
         )
+    return seconds
 
 
 def _page(
     request: web.BaseRequest, items: list[dict[str, Any]], usual: int, most: int
 ) -> dict[str, Any]:
     """Raises InvalidRequest for a limit or an order that is not allowed."""
-    given = request.query.get("limit", str(usual))
-    if not (_number(given) and 1 <= int(given) <= most):
+    limit = integer(request.query.get("limit", usual))
+    if limit is None or not 1 <= limit <= most:
         raise InvalidRequest(f"`limit` must be a whole number from 1 to {most}.", param="limit")
     order = request.query.get("order", "desc")
     if order not in ("asc", "desc"):
         raise InvalidRequest("`order` must be `asc` or `desc`.", param="order")
-    return shown_list(items, request.query.get("after"), int(given), order == "desc")
+    return shown_list(items, request.query.get("after"), limit, order == "desc")
 
 
 def _id(request: web.BaseRequest) -> str:

@@ -12,11 +12,12 @@ from gateway.api.exchange import Exchange
 from gateway.api.generate import read_aside
 from gateway.api.head_facts import HeadFacts
 from gateway.api.services import GenerationServices
+from gateway.api.stored_responses import ResponseFinder
 from gateway.http.headers import request_id_of
 from gateway.http.response import ResponseWriter
-from shared.api_endpoints import errors_of
+from shared.api_endpoints import ErrorFamily, errors_of
 from shared.error_bodies import error_body
-from shared.errors import InternalError, LoraplexError
+from shared.errors import InternalError, InvalidRequest, LoraplexError
 
 MAX_ANSWER_BYTES = 64 << 20
 
@@ -71,6 +72,11 @@ async def answer_line(
         facts = HeadFacts(account, incoming)
         facts.priority = LOWEST_PRIORITY  # also beyond the account's range
         exchange = Exchange(services, facts, incoming, body, stream, fields=fields)
+        if exchange.previous:
+            dispatcher = services.dispatcher
+            finder = ResponseFinder(dispatcher.answers, dispatcher.may_move)
+            stored = finder.find(account, exchange.previous)
+            exchange.goes_on_from(await exchange.in_time(stored))
         target = services.resolver.at_once(exchange.model)
         if target is None:
             target = await exchange.in_time(services.resolver.resolve(exchange.model, bytes))
@@ -86,8 +92,21 @@ async def answer_line(
     except LoraplexError as exc:
         exc.request_id = exc.request_id or request_id_of(incoming)
         return exc.status, error_body(exc, family), exc
-    head, blank, answer_body = bytes(transport.written).partition(b"\r\n\r\n")
+    return collected(bytes(transport.written), family)
+
+
+def collected(written: bytes, family: ErrorFamily) -> tuple[int, bytes, LoraplexError | None]:
+    """The same of the bytes of a whole answer. What is no JSON cannot stand in a line of it."""
+    head, blank, body = written.partition(b"\r\n\r\n")
+    error: LoraplexError | None = None
     if not blank:
-        failed = InternalError("The answer did not come to its end.")
-        return failed.status, error_body(failed, family), failed
-    return int(head.split(b" ", 2)[1]), answer_body, None
+        error = InternalError("The answer did not come to its end.")
+    elif b"\r\ncontent-type: application/json" not in head.lower():
+        error = InvalidRequest(
+            "Answers that are no JSON have no place in a batch; leave `encoding_format` out or ask "
+            "for another.",
+            param="encoding_format",
+        )
+    if error is not None:
+        return error.status, error_body(error, family), error
+    return int(head.split(b" ", 2)[1]), body, None

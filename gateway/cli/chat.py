@@ -157,7 +157,9 @@ def _events(url: str, body: object, facts: AnswerFacts) -> Iterator[dict[str, An
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get(KEY_ENV, "").strip():
         headers["Authorization"] = f"Bearer {key}"
-    address, opener = f"{url.rstrip('/')}/v1/chat/completions", opener_for(url)
+    # `serve` prints its address with /v1, as clients take it
+    base = url.rstrip("/").removesuffix("/v1")
+    address, opener = f"{base}/v1/chat/completions", opener_for(url)
     try:
         request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         with opener.open(request, timeout=SILENCE_S) as answer:

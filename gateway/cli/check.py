@@ -104,6 +104,9 @@ def _describe(model: LLMConfig) -> None:
         print(f"  {line}")
     if (missing := missing_policy(model)) is not None:
         _warn(f"{model.model_id}: {missing}")
+    if model.llm_engine == "vLLM":
+        for text in missing_model_folders(model):
+            _warn(text)
 
 
 def _slots(model: LLMConfig) -> str:
@@ -180,6 +183,16 @@ def missing_gateway_files(gateway: GatewayConfig) -> Iterator[str]:
         name = operator.attrgetter(key)(gateway)
         if name is not None and not os.environ.get(name):
             yield f"gateway.{key}: the variable {name} is not set here"
+
+
+def missing_model_folders(model: LLMConfig) -> Iterator[str]:
+    """A line for each local path of the model that is not on this host. It may be on the
+    workers'.
+    """
+    tokenizer = model.model_loading_config.tokenizer_source or ""
+    for key, path in (("model_source", model.model_source), ("tokenizer_source", tokenizer)):
+        if path.startswith(("/", "~")) and not Path(path).expanduser().exists():
+            yield f"{model.model_id}: {key}: there is no '{path[:200]}' on this host"
 
 
 def known_arguments() -> Mapping[str, Argument]:

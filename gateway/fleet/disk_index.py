@@ -43,3 +43,7 @@ class DiskIndex:
 
     def has(self, host: str, base: str, key: AdapterKey) -> bool:
         return (host, base, key) in self._seen
+
+    def marks(self) -> list[tuple[str, str, AdapterKey]]:
+        """(host, base, key) of each adapter."""
+        return [*self._seen]

@@ -20,6 +20,10 @@ log = logging.getLogger("loraplex.http")
 MAX_HEADERS_BYTES = 64 << 10
 """The longest request head, in one line or in many. Proxies that sign users in add 10 to 30 KB."""
 TOO_LARGE = f"The request's headers are longer than {MAX_HEADERS_BYTES} bytes."
+MAX_HEADER_FIELDS = 1024
+"""32 KB of short ones. Each takes a multiple of its length here."""
+TOO_MANY = f"The request has more than {MAX_HEADER_FIELDS} headers."
+_TOO_MANY_OF_AIOHTTP = "Too many headers"
 
 
 class AiohttpConnection(web.RequestHandler):
@@ -39,6 +43,8 @@ class AiohttpConnection(web.RequestHandler):
         error: LoraplexError
         if isinstance(exc, LineTooLong):
             error = HeadersTooLarge(TOO_LARGE)
+        elif isinstance(exc, HttpProcessingError) and _TOO_MANY_OF_AIOHTTP in exc.message:
+            error = HeadersTooLarge(TOO_MANY)
         elif isinstance(exc, HttpProcessingError):
             error = InvalidRequest("This is not a request in HTTP/1.1.")
         else:

@@ -29,6 +29,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Protocol, cast
 
 from aiohttp import web
+from aiohttp.helpers import rfc822_formatted_time
 
 from gateway.http.aiohttp_connection import MAX_HEADERS_BYTES, TOO_LARGE
 from gateway.http.body_reader import MIN_BYTES_PER_S, TOO_MANY_BODIES
@@ -88,6 +89,7 @@ def refusal(error: LoraplexError) -> bytes:
     headers |= {
         "Content-Type": "application/json",
         "Content-Length": str(len(body)),
+        "Date": rfc822_formatted_time(),
         "Connection": "close",
     }
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())

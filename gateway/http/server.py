@@ -12,7 +12,12 @@ from typing import Any, TypeAlias
 from aiohttp import HttpVersion11, web
 from aiohttp.web_protocol import ERROR
 
-from gateway.http.aiohttp_connection import MAX_HEADERS_BYTES, AiohttpConnection, ParserLog
+from gateway.http.aiohttp_connection import (
+    MAX_HEADER_FIELDS,
+    MAX_HEADERS_BYTES,
+    AiohttpConnection,
+    ParserLog,
+)
 from gateway.http.body_reader import BodyLimits, BodyReader, BoundedRequest
 from gateway.http.connection import LINGER_S, Connection, FastPath
 from gateway.http.handshake import Handshake
@@ -63,6 +68,7 @@ class Server(web.Server):
             access_log=None,
             max_line_size=MAX_HEADERS_BYTES,
             max_field_size=MAX_HEADERS_BYTES,
+            max_headers=MAX_HEADER_FIELDS,
             # Without it aiohttp lets a handler run on after its client has left, and the engine
             # would go on generating.
             handler_cancellation=True,

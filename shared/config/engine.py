@@ -32,6 +32,7 @@ class _LoraKwargs(Section, frozen=True, kw_only=True):
     REFUSED: ClassVar[Mapping[str, str]] = {
         "model": "is set from model_loading_config.model_source; remove it",
         "served_model_name": "is set from model_loading_config.model_id; remove it",
+        "worker_extension_cls": "is Loraplex's own, which puts adapters into slots; remove it",
         **vllm_server_arguments.REFUSED,
     }
 
@@ -65,6 +66,7 @@ class VllmKwargs(_LoraKwargs, frozen=True, kw_only=True):
     tensor_parallel_size: Positive = 1
     pipeline_parallel_size: Positive = 1
     data_parallel_size: Positive = 1
+    nnodes: Positive = 1
     distributed_executor_backend: Any = None
 
     @classmethod
@@ -75,6 +77,12 @@ class VllmKwargs(_LoraKwargs, frozen=True, kw_only=True):
                 ("data_parallel_size",),
                 "the gateway balances between workers itself; set "
                 "deployment_config.num_replicas instead",
+            )
+        if values.get("nnodes", 1) != 1:
+            yield Finding(
+                ("nnodes",),
+                "a worker runs on one machine, and would wait for the others; choose one with "
+                "enough GPUs and remove it",
             )
         if values.get("distributed_executor_backend") == "ray":
             yield Finding(

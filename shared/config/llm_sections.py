@@ -51,6 +51,9 @@ class ModelLoadingConfig(Section, frozen=True, kw_only=True):
             and isinstance(source["bucket_uri"], str)
         ):
             given["model_source"] = source["bucket_uri"]
+        for key in ("model_source", "tokenizer_source"):
+            if isinstance(given.get(key), str) and given[key]:
+                given[key] = _plain(given[key])
         return given
 
     @classmethod
@@ -76,12 +79,26 @@ class ModelLoadingConfig(Section, frozen=True, kw_only=True):
                 f"{shown(source)} is in a cloud that is not supported; s3:// and gs:// are, or "
                 "download it first and give the local folder",
             )
-        elif source == "":
-            yield Finding(
-                ("model_source",),
-                "is empty; give a Hugging Face id or a local folder, or leave it out "
-                "to use model_id",
-            )
+        elif isinstance(source, str):
+            yield from _source_rules("model_source", source, BUCKETS)
+        yield from _source_rules("tokenizer_source", values.get("tokenizer_source") or "x", ())
+
+
+def _source_rules(key: str, source: str, clouds: tuple[str, ...]) -> Iterator[Finding]:
+    """Of a source that is text. `clouds` are the beginnings of addresses from which it is
+    brought.
+    """
+    scheme, separator, rest = source.partition("://")
+    if not source:
+        yield Finding(
+            (key,),
+            "is empty; give a Hugging Face id or a local folder, or leave it out to use model_id",
+        )
+    elif separator and scheme + separator not in clouds:
+        forms = ", ".join(("a Hugging Face id", "a local folder", *(f"{c}..." for c in clouds)))
+        yield Finding((key,), f"expected one of {forms}, got {shown(source)}")
+    elif separator and not rest.partition("/")[0]:
+        yield Finding((key,), f"{shown(source)} names no bucket; write {scheme}://bucket/folder")
 
 
 def _model_id_rules(model_id: str) -> Iterator[Finding]:

@@ -30,6 +30,7 @@ from shared.config.section import (
     shown,
     warning_lines,
 )
+from shared.config.vllm_server_arguments import variable_warnings
 from shared.errors import ConfigError
 
 ReadFile = Callable[[str], str]
@@ -227,6 +228,8 @@ def _settings(
     _refuse_twins(report, models)
     report.raise_if_errors()
     assert gateway is not None
+    if any(model.llm_engine == "vLLM" for model, _ in models):
+        report.warnings += variable_warnings(origin.env, gateway.asks_for_keys)
     return Settings(
         models=tuple(model for model, _ in models),
         gateway=rooted_gateway(gateway, origin.base_dir, origin.home),

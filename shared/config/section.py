@@ -92,11 +92,7 @@ class Section(Struct, frozen=True, kw_only=True):
                 exclude_defaults and not field.required and value == _default(field)
             ):
                 continue
-            if isinstance(value, Section):
-                value = value.model_dump(
-                    exclude_none=exclude_none, exclude_defaults=exclude_defaults
-                )
-            found[name] = _plain(value)
+            found[name] = _plain(value, exclude_none, exclude_defaults)
         return found
 
     def model_dump_json(self, *, indent: int | None = None, exclude_none: bool = False) -> str:
@@ -337,12 +333,14 @@ def _printable(text: str) -> str:
     return escaped + ("..." if len(text) > _SHOWN_CHARS else "")
 
 
-def _plain(value: Any) -> Any:
-    """As JSON would give it back: it has no tuples."""
+def _plain(value: Any, exclude_none: bool, exclude_defaults: bool) -> Any:
+    """As JSON would give it back: it has neither tuples nor sections."""
+    if isinstance(value, Section):
+        return value.model_dump(exclude_none=exclude_none, exclude_defaults=exclude_defaults)
     if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: _plain(part, exclude_none, exclude_defaults) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_plain(part, exclude_none, exclude_defaults) for part in value]
     return value
 
 

@@ -60,6 +60,7 @@ _WORDS = {
     "list": "a list",
     "mapping": "a mapping of keys",
 }
+_NUMBERS = ("int", "float")
 _FORMS: Mapping[str, type | tuple[type, ...]] = {
     "bool": bool,
     "text": str,
@@ -71,20 +72,21 @@ _PLUGINS = {"tool_call_parser": "tool_parser_plugin", "reasoning_parser": "reaso
 _MANY_CHOICES = 12
 FILES = ("chat_template", "tool_parser_plugin", "reasoning_parser_plugin")
 """Arguments that name a file."""
-_SHARES = frozenset(("gpu_memory_utilization",))
-"""Numbers above 0 and up to 1."""
-_COUNTS = frozenset(("max_num_seqs", "max_num_batched_tokens", "block_size"))
-"""Numbers that are at least 1. Those that Loraplex reads itself are checked where it does."""
 
 
 class Argument(msgspec.Struct, frozen=True):
     """One argument of vLLM. `choices` are all allowed values and `keys` those of a mapping; empty
-    if vLLM does not name them.
+    if vLLM does not name them. A number is at least `least`, more than `above`, at most `most` and
+    less than `below`, where vLLM says so.
     """
 
     kind: Literal["int", "float", "bool", "text", "list", "mapping", "any"] = "any"
     choices: tuple[str, ...] = ()
-    keys: tuple[str, ...] = ()
+    keys: dict[str, Argument] = {}
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
 
 
 class KnownArguments(msgspec.Struct, frozen=True):
@@ -118,11 +120,11 @@ def wrong_arguments(
             more = f"; did you mean '{match}'?" if match else "; remove it"
             yield key, f"vLLM has no such engine argument{more}"
         elif value is not None and not (key in _PLUGINS and kwargs.get(_PLUGINS[key])):
-            problem = _wrong_value(value, known[key]) or _out_of_bounds(key, value)
+            problem = _wrong_value(value, known[key]) or _out_of_bounds(value, known[key])
             if problem is not None and (key, value) != ("distributed_executor_backend", "ray"):
                 yield key, problem
             elif known[key].keys and isinstance(value, Mapping):
-                yield from _unknown_keys(key, value, known[key].keys)
+                yield from _wrong_keys(key, value, known[key].keys)
     if kwargs.get("enable_auto_tool_choice") and not kwargs.get("tool_call_parser"):
         yield (
             "enable_auto_tool_choice",
@@ -130,40 +132,73 @@ def wrong_arguments(
         )
 
 
-def _unknown_keys(
-    key: str, value: Mapping[str, Any], known: Sequence[str]
+def _wrong_keys(
+    key: str, value: Mapping[str, Any], known: Mapping[str, Argument]
 ) -> Iterator[tuple[str, str]]:
-    for name in value:
+    for name, part in value.items():
         inner = f"{key}.{name}"
         if name in known:
+            problem = _wrong_part(part, known[name]) or _out_of_bounds(part, known[name])
+            if problem is not None:
+                yield inner, problem
             continue
         match = nearest(name, known)
         hint = REPLACED.get(inner) or (f"did you mean '{match}'?" if match else "remove it")
         yield inner, f"vLLM's {key} has no such key; {hint}"
 
 
+def _wrong_part(value: object, argument: Argument) -> str | None:
+    """The same as `_wrong_value` inside of a mapping. There vLLM takes a number as text, and an
+    enumeration by its names in any case.
+    """
+    if argument.kind in _NUMBERS and not isinstance(value, int | float | None):
+        if not isinstance(value, str) or _number(value) is None:
+            return f"expected {_WORDS[argument.kind]}, got {shown(value)}"
+    elif isinstance(value, str) and argument.choices:
+        taken = {"auto", *(choice.lower() for choice in argument.choices)}
+        return None if value.lower() in taken else _no_choice(value, argument.choices)
+    return None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
 def _wrong_value(value: object, argument: Argument) -> str | None:
     if argument.kind != "any" and not _fits(value, argument.kind):
         return f"expected {_WORDS[argument.kind]}, got {shown(value)}"
     if argument.choices and argument.kind in ("any", "text") and value not in argument.choices:
-        choices = argument.choices
-        match = nearest(value, choices) if isinstance(value, str) else None
-        if len(choices) <= _MANY_CHOICES:
-            return f"{shown(value)} is none of {', '.join(choices)}"
-        hint = f"did you mean '{match}'?" if match else f"there are {', '.join(choices)}"
-        return f"{shown(value)} is not known to vLLM; {hint}"
+        return _no_choice(value, argument.choices)
     return None
 
 
-def _out_of_bounds(key: str, value: object) -> str | None:
-    """What vLLM itself would refuse only after it has loaded the model's config."""
+def _no_choice(value: object, choices: Sequence[str]) -> str:
+    match = nearest(value, choices) if isinstance(value, str) else None
+    if len(choices) <= _MANY_CHOICES:
+        return f"{shown(value)} is none of {', '.join(choices)}"
+    hint = f"did you mean '{match}'?" if match else f"there are {', '.join(choices)}"
+    return f"{shown(value)} is not known to vLLM; {hint}"
+
+
+def _out_of_bounds(value: object, argument: Argument) -> str | None:
+    """What vLLM itself would refuse only once it makes its configuration, or later."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    if key in _SHARES and not 0 < value <= 1:
-        return f"expected a share above 0 and up to 1, got {value:g}"
-    if key in _COUNTS and value < 1:
-        return f"expected at least 1, got {value:g}"
-    return None
+    a = argument
+    wrong = (
+        (a.least is not None and value < a.least)
+        or (a.above is not None and value <= a.above)
+        or (a.most is not None and value > a.most)
+        or (a.below is not None and value >= a.below)
+    )
+    if not wrong:
+        return None
+    words = (("at least", a.least), ("above", a.above), ("at most", a.most), ("below", a.below))
+    bounds = [f"{word} {bound:g}" for word, bound in words if bound is not None]
+    return f"expected a number {' and '.join(bounds)}, got {value:g}"
 
 
 def _fits(value: object, kind: str) -> bool:

@@ -133,8 +133,12 @@ def read_fields(
         )
     if endpoint.model_in is ModelIn.FORM:
         values = form_values(content_type, body)
-        stream = is_true(values.get("stream", ""))
-        return BodyFields(model=values.get("model") or None, stream=stream)
+        stream, limit = is_true(values.get("stream", "")), values.get("max_completion_tokens")
+        return BodyFields(
+            model=values.get("model") or None,
+            stream=stream,
+            max_completion_tokens=_count("max_completion_tokens", limit) if limit else None,
+        )
     return _parsed(endpoint, body, bounds)
 
 
@@ -215,6 +219,13 @@ def _flag(value: object) -> bool:
     return found
 
 
+def _count(name: str, text: str) -> int:
+    try:
+        return _between(0, MAX_COUNT)(text)
+    except ValueError as exc:
+        raise InvalidRequest(f"`{name}` must be {exc}.", param=name) from exc
+
+
 _READERS: dict[str, Callable[[object], object]] = {
     "stream": _flag,
     "use_beam_search": _flag,
@@ -287,13 +298,16 @@ PREFIX_WITHIN_BYTES = 64 << 10
 """How far into the body the beginning of the prompt is searched for."""
 
 
-def prefix_hash(digest: str, body: bytes) -> int:
+_PROMPTS = tuple((name, b'"%b"' % name.encode()) for name in ("messages", "input", "prompt"))
+
+
+def prefix_hash(digest: str, body: bytes, endpoint: Endpoint) -> int:
     """A hash of the adapter's digest and the first bytes of the first prompt or message. 0: there
-    is none.
+    is none, or none of which the engine keeps a cache that is worth a way.
     """
-    start = body.find(b'"messages"', 0, PREFIX_WITHIN_BYTES)
-    if start < 0:
-        start = body.find(b'"prompt"', 0, PREFIX_WITHIN_BYTES)
-    if start < 0:
+    if not endpoint.streams or endpoint.model_in is ModelIn.FORM:
         return 0
-    return hash((digest, body[start : start + PREFIX_BYTES])) or 1
+    for name, key in _PROMPTS:
+        if name in endpoint.fields and (start := body.find(key, 0, PREFIX_WITHIN_BYTES)) >= 0:
+            return hash((digest, body[start : start + PREFIX_BYTES])) or 1
+    return 0

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shared.config.document.yaml_document import Document, read_scalar
-from shared.config.section import Finding, Path
+from shared.config.section import Finding, Path, shown
 
-_NAME = re.compile(r"\$?\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^${}]*))?\}")
-"""With two dollar signs it is text, and stays with one."""
+_PLACE = re.compile(r"\$\$\{|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)(?::-([^${}]*))?\})?")
+"""With two dollar signs it is text, and stays with one. Without a name it is of another form."""
+_OTHER = re.compile(r"\$\{[^}]*\}?")
 
 
 def filled_in(
@@ -40,21 +41,28 @@ class _Filling:
                 return [self.filled(v, (*path, n)) for n, v in enumerate(value)]
             case str() if "${" in value:
                 self.findings += _missing(value, self.env, path)
-                text = _NAME.sub(self._value_of, value)
-                one = _NAME.fullmatch(value) and not value.startswith("$$")
+                text = _PLACE.sub(self._value_of, value)
+                one = _PLACE.fullmatch(value)
                 return read_scalar(text) if one and path[self.depth :] not in self.quoted else text
             case _:
                 return value
 
     def _value_of(self, found: re.Match[str]) -> str:
-        if found[0].startswith("$$"):
-            return found[0][1:]
+        if found[1] is None:
+            return "${"
         return self.env.get(found[1], found[2] or "")
 
 
 def _missing(text: str, env: Mapping[str, str], path: Path) -> Iterator[Finding]:
-    for found in _NAME.finditer(text):
-        if found[1] not in env and found[2] is None and not found[0].startswith("$$"):
+    for found in _PLACE.finditer(text):
+        if found[0] == "${":
+            other = _OTHER.match(text, found.start())
+            yield Finding(
+                path,
+                f"{shown(other and other[0])} is neither ${{NAME}} nor ${{NAME:-default}}, which "
+                "are filled in; write $${ for text",
+            )
+        elif found[1] is not None and found[1] not in env and found[2] is None:
             yield Finding(
                 path, f"the environment variable {found[1]} is not set; export it before starting"
             )

@@ -35,6 +35,28 @@ def test_a_section_of_vllm_may_be_given_in_part(key: str, part: dict[str, Any]) 
     assert {name: getattr(made, name) for name in part} == part
 
 
+@pytest.mark.parametrize(
+    ("loading", "kwargs", "expected"),
+    [
+        ({"tokenizer_source": "org/tokens"}, {}, "org/tokens"),
+        ({"tokenizer_source": "org/tokens"}, {"tokenizer": "org/other"}, "org/other"),
+        ({}, {}, None),
+    ],
+)
+def test_the_tokenizer_is_the_one_that_the_config_names(
+    loading: dict[str, Any], kwargs: dict[str, Any], expected: str | None
+) -> None:
+    with worker_environment():
+        from worker.engine.vllm.arguments import serve_args
+
+        model = LLMConfig(
+            model_loading_config={"model_id": "demo", "model_source": str(DEMO / "model")}
+            | loading,
+            engine_kwargs=kwargs,
+        )
+        assert serve_args(model).tokenizer == expected
+
+
 def test_the_kept_copy_of_vllms_arguments_is_what_the_installed_vllm_says() -> None:
     with worker_environment():
         from vllm.version import __version__

@@ -81,6 +81,32 @@ async def test_the_embedding_base_scores_reranks_and_pools(mixed: Cluster) -> No
     assert status == 200, body
 
 
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/embeddings", {"input": ["gravity", "soup and bread"]}),
+        ("/v1/embeddings", {"input": "gravity", "encoding_format": "bytes"}),
+        ("/v2/embed", {"texts": ["gravity"], "embedding_types": ["float"]}),
+        ("/pooling", {"input": "gravity"}),
+        ("/score", {"text_1": "gravity", "text_2": ["gravity", "soup"]}),
+        ("/v1/rerank", {"query": "gravity", "documents": ["soup", "gravity"]}),
+    ],
+)
+async def test_the_tokens_of_what_is_pooled_are_counted(
+    mixed: Cluster, path: str, asked: dict[str, Any]
+) -> None:
+    name = "loraplex_prompt_tokens_total"
+    before = await mixed.metric(name, base="vectors")
+    async with mixed.http.post(mixed.url + path, json={"model": "vectors", **asked}) as answer:
+        assert answer.status == 200
+        told = answer.headers.get("metadata") or await answer.text()
+    counted = await mixed.metric(name, base="vectors") - before
+    facts = json.loads(told)
+    meta = facts.get("meta", {}).get("billed_units", {}).get("input_tokens")
+    usage = facts.get("usage", {})
+    assert counted == (meta or usage.get("prompt_tokens") or usage["total_tokens"]) > 0
+
+
 async def test_each_of_many_inputs_gets_its_own_vector_in_every_form(mixed: Cluster) -> None:
     texts = [f"text number {n}" for n in range(150)]
 

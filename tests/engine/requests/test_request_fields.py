@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from gateway.api.body.multipart import READ
 from gateway.api.body.schema import ALL_FIELDS, JSON_TYPE, MAX_MODEL_CHARACTERS, read_fields
 from shared.api_endpoints import ENDPOINTS, ModelIn
 from shared.errors import InvalidRequest
@@ -122,7 +123,7 @@ def vllm_takes(path: str, body: dict[str, Any]) -> list[Any]:
 def test_the_fields_of_a_path_are_those_of_vllms_own_class(path: str) -> None:
     there = {n for n in fields_of(path) & ALL_FIELDS if (path, n) not in MEANT_OTHERWISE}
     if ENDPOINTS[path].model_in is ModelIn.FORM:
-        there &= {"model", "stream"}  # other fields of a form are few and short: see multipart.py
+        there &= {*READ}  # other fields of a form are few and short: see multipart.py
     assert ENDPOINTS[path].fields == there
     assert set(ENDPOINTS[path].limit_fields) <= there | {"max_completion_tokens"}
 

@@ -80,3 +80,20 @@ async def test_a_transcription_that_moves_is_the_one_that_stays(
         rest = await transcription(hearing, wave, whole.tokens(cut), **fields)
         assert heard(whole.data(cut) + rest.data()) == due, f"cut after {cut} parts"
         assert unpack(whole.tokens(cut) + rest.tokens()) == unpack(whole.tokens())
+
+
+@pytest.mark.parametrize("form", ["json", "verbose_json"])
+async def test_a_transcription_that_is_answered_whole_costs_what_a_streamed_one_does(
+    hearing: Any, form: str
+) -> None:
+    wave = sound(1.0)
+    streamed = await transcription(hearing, wave, temperature="0")
+    whole = await transcription(
+        hearing, wave, temperature="0", stream="false", response_format=form
+    )
+    assert whole.output_tokens > 1 and whole.prompt_tokens > 1
+    if form == "json":  # the other has times among its tokens
+        assert (whole.prompt_tokens, whole.output_tokens) == (
+            streamed.prompt_tokens,
+            streamed.output_tokens,
+        )

@@ -5,6 +5,7 @@ else, by its owner's key, and also if the gateway is killed while it is at it.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import json
 import resource
@@ -321,6 +322,31 @@ async def test_a_file_and_the_results_of_a_batch_are_kept_for_as_long_as_asked(
         while (await ask(teams, "GET", f"/v1/files/{file.id}"))[0] == 200:
             await asyncio.sleep(0.05)
     assert (await ask(teams, "GET", f"/v1/files/{output.id}/content"))[0] == 200
+
+
+async def test_a_line_that_goes_on_from_a_stored_response_is_asked_where_that_lies(
+    teams: Cluster,
+) -> None:
+    """Nobody has this one, which the gateway finds out. A worker would be asked in vain."""
+    path = "/v1/responses"
+    body = {"model": "sim", "input": "and?", "previous_response_id": "resp_" + "0" * 32}
+    one = {"custom_id": "r", "method": "POST", "url": path, "body": body}
+    batch = await ended(teams, await batch_of(teams, jsonl([one]), endpoint=path))
+    (answer,) = await results(teams, batch["error_file_id"])
+    assert answer["response"]["body"]["error"]["code"] == "response_not_found"
+
+
+@pytest.mark.parametrize("seconds", ["7200", 7200.0, "7200.0"])
+async def test_numbers_and_a_byte_order_mark_are_taken_as_on_other_paths(
+    teams: Cluster, seconds: object
+) -> None:
+    _, file = await upload(teams, b"{}", **{"expires_after[seconds]": str(seconds)})
+    assert file["expires_at"] == file["created_at"] + 7200
+    asked = {"input_file_id": file["id"], "endpoint": CHAT}
+    asked["output_expires_after"] = {"anchor": "created_at", "seconds": seconds}
+    body = codecs.BOM_UTF8 + json.dumps(asked).encode()
+    assert (await ask(teams, "POST", "/v1/batches", data=body))[0] == 200
+    assert (await ask(teams, "GET", "/v1/batches?limit=1.0"))[0] == 200
 
 
 @pytest.mark.parametrize("wrong", ["3599", "2592001", "x", "1e4", ""])

@@ -4,6 +4,7 @@ a model answers if it cannot do what it is asked for.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -95,6 +96,13 @@ async def test_a_page_may_call_every_path_of_the_api_if_its_origin_may(
     assert headers.get("Access-Control-Allow-Origin") == may
 
 
+@pytest.mark.parametrize("path", ["/version", "/openapi.json", "/v1/models", "/v1/models/sim"])
+async def test_a_page_may_read_what_the_api_says_of_itself(small: Cluster, path: str) -> None:
+    async with small.http.get(small.url + path, headers={"Origin": PAGE}) as answer:
+        assert answer.status == 200
+        assert answer.headers.get("Access-Control-Allow-Origin") == PAGE
+
+
 @pytest.mark.parametrize("path", ["/metrics", "/admin/adapters", "/health"])
 async def test_no_page_reads_what_operators_ask_for(small: Cluster, path: str) -> None:
     async with small.http.get(small.url + path, headers={"Origin": PAGE}) as answer:
@@ -157,6 +165,19 @@ async def test_models_tell_their_context_and_where_their_weights_are(small: Clus
     _, one = await small.get("/v1/models/sim:pirate")
     assert one["max_model_len"] == 8192 and one["parent"] == "sim"
     assert {"loraplex_state", "loraplex_tier"} <= {*one}
+    by_id = {m["id"]: m for m in listed["data"]}
+    assert by_id["sim"]["loraplex_state"] == "ready" and "loraplex_tier" not in by_id["sim"]
+    assert {"loraplex_state", "loraplex_tier"} <= {*by_id["sim:pirate"]}
+    await small.post("/v1/chat/completions", chat_body("sim:pirate", max_tokens=1))
+    async with asyncio.timeout(30):
+        while True:
+            _, listed = await small.get("/v1/models")
+            (found,) = (m for m in listed["data"] if m["id"] == "sim:pirate")
+            if found["loraplex_tier"] == "gpu":
+                break
+            await asyncio.sleep(0.05)
+    assert found["loraplex_state"] == "ready"
+    assert found == (await small.get("/v1/models/sim:pirate"))[1]
 
 
 async def test_every_answer_has_a_date(small: Cluster) -> None:

@@ -48,6 +48,9 @@ async def test_a_conversation_shows_the_answers_and_who_gave_them(
         status, out, err = await talk(c.url, "hello\n/clear\nagain\n/exit\n", "--max-tokens", "4")
         assert status == 0 and out.count("adapter=pirate") == 2
         assert err.count("worker w0") == 2 and err.count("4 tokens]") == 2 and "tokens/s" in err
+        for url in (c.url + "/", c.url + "/v1", c.url + "/v1/"):
+            status, out, _ = await talk(url, "", "--prompt", "hi", "--max-tokens", "2")
+            assert status == 0 and "adapter=pirate" in out
         status, out, err = await talk(c.url, "", "--prompt", "hi", "--max-tokens", "100000")
         assert status == 1 and "8192 tokens" in err and "Traceback" not in err
 

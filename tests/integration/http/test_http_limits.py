@@ -87,6 +87,7 @@ def error_in(answered: bytes) -> dict[str, str]:
     """Of an answer in HTTP/1.1 whose body is the one error object."""
     lines, _, body = answered.partition(b"\r\n\r\n")
     assert lines.startswith(b"HTTP/1.1 ") and b"application/json" in lines, answered
+    assert b"\r\nDate: " in lines
     error: dict[str, str] = json.loads(body)["error"]
     assert {*error} == {"message", "type", "param", "code"}
     return error
@@ -98,8 +99,9 @@ def error_in(answered: bytes) -> dict[str, str]:
         ["Cookie: s=" + "a" * 12_000],
         ["X-Token: " + "a" * 60_000],
         [f"X-{n}: {'a' * 7000}" for n in range(8)],
+        [f"X-{n:04}: {'a' * 24}" for n in range(1000)],
     ],
-    ids=["cookie", "token", "many"],
+    ids=["cookie", "token", "many", "short"],
 )
 async def test_headers_of_sixty_kilobytes_are_served(lines: list[str]) -> None:
     async with serving() as served, client_of(served) as client:
@@ -112,6 +114,12 @@ async def test_headers_without_end_are_431_in_the_one_shape(lines: int) -> None:
     async with serving() as served, client_of(served) as client:
         long = [f"X-{n}: {'a' * (2_000_000 // lines)}" for n in range(lines)]
         client.send(head("Content-Length: 2", *long) + b"{}")
+        assert error_in(await client.ended())["code"] == "headers_too_large"
+
+
+async def test_more_headers_than_anybody_needs_are_431_in_the_one_shape() -> None:
+    async with serving() as served, client_of(served) as client:
+        client.send(head("Content-Length: 2", *(f"X-{n}: a" for n in range(5000))) + b"{}")
         assert error_in(await client.ended())["code"] == "headers_too_large"
 
 

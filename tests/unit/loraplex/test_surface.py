@@ -42,6 +42,15 @@ def test_a_dump_leaves_out_what_is_not_wanted() -> None:
     assert {*few} == {*GIVEN} and LLMConfig(**few) == config
 
 
+def test_the_dumped_arguments_of_an_app_are_plain_values_at_every_depth() -> None:
+    config = LLMConfig(model_loading_config={"model_id": "m"})
+    args = LLMServingArgs(llm_configs=[config, "other.yaml"])
+    assert args.model_dump()["llm_configs"] == [config.model_dump(), "other.yaml"]
+    (few, _) = args.model_dump(exclude_defaults=True)["llm_configs"]
+    assert few == {"model_loading_config": {"model_id": "m"}}
+    assert json.loads(args.model_dump_json()) == args.model_dump()
+
+
 def test_a_copy_may_differ_and_a_deep_one_shares_nothing() -> None:
     config = LLMConfig(**GIVEN)
     other = config.model_copy(update={"accelerator_type": "H100"})

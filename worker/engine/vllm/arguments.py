@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections.abc
 import dataclasses
+import enum
 import importlib
 import json
 import logging
@@ -40,6 +41,7 @@ BY_TYPE = {
     set: "list",
     dict: "mapping",
 }
+BOUNDS = {"ge": "least", "gt": "above", "le": "most", "lt": "below"}
 TYPED = {
     "human_readable_int": "int",
     "human_readable_int_or_auto": "any",
@@ -91,6 +93,8 @@ def _wanted(model: LLMConfig) -> dict[str, Any]:
         "model": model.model_source,
         "served_model_name": [model.model_id],
     }
+    if model.model_loading_config.tokenizer_source:
+        wanted.setdefault("tokenizer", model.tokenizer_source)
     if model.uses_lora:
         slots = model.given_max_loras or _slots_by_memory(model) or model.max_loras
         wanted |= {"enable_lora": True, "max_loras": slots}
@@ -147,7 +151,8 @@ def main() -> int:
 
 def arguments() -> dict[str, dict[str, Any]]:
     """Argument name -> its description. `kind` is int, float, bool, text, list, mapping or any.
-    `choices` are all allowed values and `keys` those of a mapping, if vLLM names them.
+    `choices` are all allowed values and `keys` those of a mapping, if vLLM names them. So are the
+    bounds of a number.
     """
     from vllm.config import SpeculativeConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -159,10 +164,11 @@ def arguments() -> dict[str, dict[str, Any]]:
 
     parser = server_arguments().make_arg_parser(FlexibleArgumentParser())
     known = {action.dest: _described(action) for action in parser._actions}
+    bounds = _bounds_by_name()
     known |= {name: {"kind": "any"} for name in vars(parser.parse_args([])) if name not in known}
     for field in dataclasses.fields(AsyncEngineArgs):
         if field.name in known:
-            known[field.name] |= _typed(field.type)
+            known[field.name] |= _typed(field.type) | bounds.get(field.name, {})
     known["speculative_config"]["keys"] = _keys(SpeculativeConfig)
     known["tool_call_parser"]["choices"] = sorted(ToolParserManager.list_registered())
     known["reasoning_parser"]["choices"] = sorted(ReasoningParserManager.list_registered())
@@ -200,8 +206,61 @@ def _kind(hint: Any) -> str:
     return BY_TYPE.get(origin, "any") if isinstance(origin, type) else "any"
 
 
-def _keys(config: Any) -> list[str]:
-    return sorted(field.name for field in dataclasses.fields(config) if field.init)
+def _keys(config: Any) -> dict[str, dict[str, Any]]:
+    return {f.name: _key(config, f.name) for f in dataclasses.fields(config) if f.init}
+
+
+def _key(config: Any, name: str) -> dict[str, Any]:
+    """One key of a mapping. Where vLLM turns a value into another before it looks at it, only the
+    names of an enumeration can be told.
+    """
+    field = getattr(config, "__pydantic_fields__", {}).get(name)
+    if field is None:
+        return {}
+    hint = field.annotation
+    parts = [p for p in (typing.get_args(hint) if _is_union(hint) else (hint,)) if p is not None]
+    parts = [part for part in parts if part is not types.NoneType]
+    if len(parts) == 1 and isinstance(parts[0], type) and issubclass(parts[0], enum.Enum):
+        return {"choices": sorted(parts[0].__members__)}
+    if name in _changed_before(config):
+        return {}
+    found: dict[str, Any] = _bounds(field)
+    literals = [typing.get_args(p) for p in parts if typing.get_origin(p) is typing.Literal]
+    if literals and len(literals) == len(parts):
+        found["choices"] = sorted(str(choice) for some in literals for choice in some)
+    elif (kind := _typed(hint).get("kind")) in KINDS.values():
+        found["kind"] = kind
+    return found
+
+
+def _changed_before(config: Any) -> set[str]:
+    """The fields whose values vLLM turns into others before it checks them."""
+    validators = config.__pydantic_decorators__.field_validators.values()
+    return {name for v in validators if v.info.mode != "after" for name in v.info.fields}
+
+
+def _bounds_by_name() -> dict[str, dict[str, float]]:
+    """Of vLLM's arguments: their names are those of the fields of its configuration. The draft of a
+    speculative configuration has some of the same names.
+    """
+    import vllm.config
+
+    found: dict[str, dict[str, float]] = {}
+    for config in vars(vllm.config).values():
+        if isinstance(config, type) and config is not vllm.config.SpeculativeConfig:
+            for name, field in getattr(config, "__pydantic_fields__", {}).items():
+                found.setdefault(name, {}).update(_bounds(field))
+    return found
+
+
+def _bounds(field: Any) -> dict[str, float]:
+    """The bounds of a number, as pydantic has them."""
+    return {
+        word: getattr(one, theirs)
+        for one in field.metadata
+        for theirs, word in BOUNDS.items()
+        if isinstance(getattr(one, theirs, None), int | float)
+    }
 
 
 def _described(action: argparse.Action) -> dict[str, Any]:

@@ -60,6 +60,7 @@ from worker.engine.vllm.app import (
     first_errors,
     large_bodies,
     pooling_batches,
+    speech_usage,
 )
 from worker.engine.vllm.app.bridge import AppBridge
 from worker.engine.vllm.app.large_bodies import a_turn_for
@@ -207,6 +208,7 @@ class VLLMEngine:
         """Builds vLLM's own app for this engine, with adapters by version."""
         embedding_forms.install()
         large_bodies.install()
+        speech_usage.install()
         if "generate" not in self._tasks:
             pooling_batches.install()
         self._app = build_app(self._args, supported, engine.model_config)

@@ -7,13 +7,17 @@ import pytest
 
 from gateway.accounts.account import Account, AccountLimits
 from gateway.api.account_limits import allowed_body
-from gateway.api.body.schema import BodyFields, parse_body_fields
-from shared.api_endpoints import ENDPOINTS, endpoint_of
+from gateway.api.body.multipart import form_values
+from gateway.api.body.schema import BodyFields, parse_body_fields, read_fields
+from shared.api_endpoints import ENDPOINTS, ModelIn, endpoint_of
 from shared.errors import InvalidRequest
 
 LIMITED = Account("a", limits=AccountLimits(output_tokens=10, n=2))
 FIELDS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-GENERATING = [path for path, endpoint in ENDPOINTS.items() if endpoint.limit_fields]
+GENERATING = [
+    path for path, e in ENDPOINTS.items() if e.limit_fields and e.model_in is ModelIn.JSON
+]
+FORM = "multipart/form-data; boundary=b"
 
 
 def sent_on(account: Account, path: str, body: bytes) -> bytes:
@@ -72,3 +76,28 @@ def test_a_body_with_a_name_that_is_no_text_is_refused_where_a_field_is_fixed() 
     body = b'{"model":"m","priority":-1,"\xff":1}'
     with pytest.raises(InvalidRequest, match="UTF-8"):
         sent_on(Account(), GENERATING[0], body)
+
+
+def form(preamble: bytes = b"", **fields: str) -> bytes:
+    part = '--b\r\nContent-Disposition: form-data; name="{}"\r\n\r\n{}\r\n'
+    return preamble + "".join(part.format(*it) for it in fields.items()).encode() + b"--b--\r\n"
+
+
+def form_on(path: str, body: bytes) -> bytes:
+    head, endpoint = read_fields(ENDPOINTS[path], FORM, body), ENDPOINTS[path]
+    return allowed_body(LIMITED, head, body, endpoint, head.limit(endpoint), FORM)
+
+
+@pytest.mark.parametrize("path", ["/v1/audio/transcriptions", "/v1/audio/translations"])
+@pytest.mark.parametrize("preamble", [b"", b"a word before\r\n"])
+def test_a_form_gets_the_accounts_limit_and_is_refused_beyond_it(
+    path: str, preamble: bytes
+) -> None:
+    found = form_on(path, form(preamble, model="m"))
+    assert form_values(FORM, found) == {"model": "m", "max_completion_tokens": "10"}
+    small = form(preamble, model="m", max_completion_tokens="3.0")
+    assert form_on(path, small) == small
+    for wrong in ("11", "11.0", "x", "-1"):
+        with pytest.raises(InvalidRequest) as caught:
+            form_on(path, form(preamble, max_completion_tokens=wrong))
+        assert caught.value.param == "max_completion_tokens"

@@ -1,8 +1,9 @@
-"""A line of a file waits behind everything else, whatever priorities its key may use."""
+"""A line of a file waits behind everything else, and its answer stands in the results as JSON."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
 from pathlib import Path
@@ -19,15 +20,25 @@ from gateway.adapters.usage import AdapterUsage
 from gateway.api.accounting import Accounting
 from gateway.api.deadlines import Deadlines
 from gateway.api.exchange import GenerationServices, RequestLimits
-from gateway.batches.collected_answer import LineRequest, answer_line
+from gateway.batches.collected_answer import (
+    CollectingTransport,
+    LineRequest,
+    answer_line,
+    collected,
+)
+from gateway.batches.records import Batch, answered, result_line
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.queue.admission import Admission
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.fleet.fleet import Fleet
+from gateway.http.response import ResponseWriter
 from gateway.routing.registry import make_policy
 from gateway.telemetry.access_log import AccessLog
 from gateway.telemetry.prometheus import Metrics
+from shared.api_endpoints import ErrorFamily
 from tests.unit.gateway.api.test_no_reference_cycles import NoAliases, Wires
+
+VECTORS = b"\x00\n\xff" * 8
 
 
 def services_in(folder: Path) -> GenerationServices:
@@ -70,3 +81,28 @@ async def test_a_line_has_the_lowest_priority(priorities: tuple[int, int], tmp_p
     line.cancel()
     with pytest.raises(asyncio.CancelledError):
         await line
+
+
+def whole(status: int, body: bytes, lines: bytes = b"") -> bytes:
+    """An answer as it is written to a client."""
+    transport = CollectingTransport()
+    stream = ResponseWriter(transport, 1 << 20, chunked=False)
+    stream.describe(lambda: lines)
+    stream.head(status, False, body, True)
+    return bytes(transport.written)
+
+
+@pytest.mark.parametrize("status", [200, 400, 503])
+def test_a_json_answer_stands_in_its_line_as_it_is(status: int) -> None:
+    assert collected(whole(status, b'{"a": 1}'), ErrorFamily.OPENAI) == (status, b'{"a": 1}', None)
+
+
+@pytest.mark.parametrize(
+    "written", [whole(200, VECTORS, b"content-type: application/octet-stream\r\n"), b""]
+)
+def test_an_answer_of_bytes_is_an_error_and_the_file_can_be_read(written: bytes) -> None:
+    status, body, error = collected(written, ErrorFamily.OPENAI)
+    assert error is not None and error.status == status >= 400
+    line = result_line(Batch("b", "o", "/v1/embeddings", "f", 0), "r1", "q", status, body)
+    assert answered(line) == ({"r1"}, len(line))
+    assert json.loads(line)["response"]["body"]["error"]["code"] == error.code

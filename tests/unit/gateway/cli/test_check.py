@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gateway.cli import check
-from gateway.cli.check import missing_gateway_files
+from gateway.cli.check import missing_gateway_files, missing_model_folders
 from shared.config.gateway import GatewayConfig, LinkConfig, TLSConfig
 from shared.config.llm import LLMConfig, Settings
 from shared.stores.object_store import StoreProblem
@@ -35,6 +35,17 @@ def test_every_file_and_variable_that_is_not_here_is_named(
         "gateway.admin_keys_env",
         "gateway.link.secret_env",
     ]
+
+
+def test_a_folder_of_a_model_that_is_not_here_is_named(tmp_path: Path) -> None:
+    def missing(**loading: str) -> list[str]:
+        model = LLMConfig(model_loading_config={"model_id": "m"} | loading)
+        return [line.split(": ")[1] for line in missing_model_folders(model)]
+
+    here, gone = str(tmp_path), str(tmp_path / "gone")
+    assert missing(model_source=here) == missing(model_source="org/m") == missing() == []
+    assert missing(model_source=gone) == ["model_source"]
+    assert missing(model_source="s3://b/m", tokenizer_source=gone) == ["tokenizer_source"]
 
 
 def test_all_stores_are_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

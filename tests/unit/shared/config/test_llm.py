@@ -274,6 +274,7 @@ def test_other_ranks_are_refused_with_the_list(rank: int) -> None:
         ),
         ({"engine_kwargs": {"served_model_name": "x"}}, "model_loading_config.model_id"),
         ({"engine_kwargs": {"data_parallel_size": 2}}, "num_replicas"),
+        ({"engine_kwargs": {"nnodes": 2}}, "runs on one machine"),
         ({"engine_kwargs": {"max_loras": 0}}, "expected a whole number (at least 1), got 0"),
         ({"engine_kwargs": {"max_loras": 4, "max_cpu_loras": 2}}, "less than max_loras (4)"),
         ({"engine_kwargs": {"enable_lora": "yes"}}, "expected true or false, got the text 'yes'"),
@@ -353,6 +354,22 @@ def test_other_ranks_are_refused_with_the_list(rank: int) -> None:
         (
             {"model_loading_config": {"model_id": "m", "model_source": "abfss://b/m"}},
             "download it first",
+        ),
+        *(
+            ({"model_loading_config": {"model_id": "m", "model_source": source}}, said)
+            for source, said in (
+                ("hf://org/m", "expected one of a Hugging Face id, a local folder, s3://"),
+                ("https://host/m", "expected one of a Hugging Face id"),
+                ("S3://b/m", "expected one of a Hugging Face id"),
+                ({"bucket_uri": "ftp://b/m"}, "expected one of a Hugging Face id"),
+                ("s3://", "names no bucket"),
+                ("gs:///m", "names no bucket"),
+                ("", "is empty"),
+            )
+        ),
+        (
+            {"model_loading_config": {"model_id": "m", "tokenizer_source": "s3://b/t"}},
+            "tokenizer_source: expected one of a Hugging Face id, a local folder, got",
         ),
         ({"model_loading_config": {"model_id": ""}}, "expected some text"),
         ({"model_loading_config": {"model_id": "a:b"}}, "separates a base model from its adapter"),
@@ -473,3 +490,10 @@ def test_settings_survive_the_way_to_a_worker_process() -> None:
     again = msgspec.json.decode(sent, type=Settings)
     assert msgspec.json.encode(again) == sent and again.models[0].workers == 1
     assert again.model("m") is not None and again.model("n") is None
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [("s3a://b/m", "s3://b/m"), ("file:///srv/m/", "/srv/m"), ("a/b", "a/b")]
+)
+def test_a_model_source_may_be_written_as_an_adapter_path_may(given: str, read: str) -> None:
+    assert made(model_loading_config={"model_id": "m", "model_source": given}).model_source == read

@@ -328,6 +328,7 @@ def test_variables_are_filled_in_and_one_that_is_not_set_is_named() -> None:
         ("v${N}", "2", "v2"),
         ("$${N}", "2", "${N}"),
         ("a $${N} ${N}", "2", "a ${N} 2"),
+        ("'$${1} $${N'", "2", "${1} ${N"),
     ],
 )
 def test_a_variable_becomes_what_yaml_would_read_in_its_place(
@@ -343,6 +344,15 @@ def test_a_variable_becomes_what_yaml_would_read_in_its_place(
         loaded = parse_settings(text, "c.yaml", no_files, env=env)
         seed = loaded.models[0].engine_kwargs["seed"]
         assert seed == read and type(seed) is type(read)
+
+
+@pytest.mark.parametrize(
+    "form", ["${N:?none}", "${N-x}", "${N", "${}", "${1}", "${ N }", "a ${N.b} ${N}", "${N:-${N}}"]
+)
+def test_another_form_of_a_variable_is_refused_and_not_taken_for_text(form: str) -> None:
+    text = SMALL + f"  engine_kwargs:\n    seed: '{form}'\n"
+    with pytest.raises(ConfigError, match=r"^c.yaml:4: .*seed: .* is neither \$\{NAME\} nor"):
+        parse_settings(text, "c.yaml", no_files, env={"N": "2"})
 
 
 def test_a_variable_in_a_file_of_its_own_for_a_model_is_a_number_too() -> None:
@@ -470,6 +480,37 @@ def test_a_value_that_vllm_would_not_take_is_named(key: str, value: object) -> N
         ({"hf_overrides": {"anything": 1}}, None),
         ({"hf_token": "from-a-variable"}, None),
         ({"max_lora_rank": 16}, None),
+        ({"compilation_config": {"mode": "banana"}}, "compilation_config.mode"),
+        ({"compilation_config": {"mode": "vllm_compile", "cudagraph_mode": "piecewise"}}, None),
+        ({"structured_outputs_config": {"backend": "banana"}}, "structured_outputs_config.backend"),
+        ({"structured_outputs_config": {"backend": "xgrammar"}}, None),
+        ({"speculative_config": {"method": "nosuch"}}, "speculative_config.method"),
+        *(
+            ({"speculative_config": {"num_speculative_tokens": n}}, wrong)
+            for n, wrong in (
+                ("many", "speculative_config.num_speculative_tokens"),
+                (0, "speculative_config.num_speculative_tokens"),
+                ("3", None),
+                (3, None),
+                (None, None),
+            )
+        ),
+        ({"kv_transfer_config": {"kv_role": "both"}}, "kv_transfer_config.kv_role"),
+        ({"attention_config": {"backend": "flash_attn"}}, None),
+        ({"eplb_config": {"window_size": [1]}}, "eplb_config.window_size"),
+        ({"max_model_len": -5}, "max_model_len"),
+        ({"max_model_len": -1}, None),
+        ({"max_logprobs": -7}, "max_logprobs"),
+        ({"cpu_offload_gb": -1}, "cpu_offload_gb"),
+        ({"cpu_offload_gb": 0}, None),
+        ({"stream_interval": 0}, "stream_interval"),
+        ({"watermark": 1.0}, "watermark"),
+        ({"watermark": 0.5}, None),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization"),
+        ({"gpu_memory_utilization": 1}, None),
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"max_num_seqs": 1}, None),
     ],
 )
 def test_a_value_of_another_form_and_a_key_inside_that_vllm_does_not_have_are_named(
@@ -480,26 +521,33 @@ def test_a_value_of_another_form_and_a_key_inside_that_vllm_does_not_have_are_na
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "wrong"),
+    "key",
     [
-        ("gpu_memory_utilization", 1.5, True),
-        ("gpu_memory_utilization", 0, True),
-        ("gpu_memory_utilization", 1, False),
-        ("max_num_seqs", 0, True),
-        ("max_num_seqs", 1, False),
+        *("api_key", "lora_modules", "ssl_keyfile", "allowed_origins", "config", "model_tag"),
+        *("grpc", "worker_extension_cls"),
     ],
 )
-def test_a_number_that_vllm_would_refuse_later_is_named(
-    key: str, value: float, wrong: bool
-) -> None:
-    kinds = {"gpu_memory_utilization": Argument("float"), "max_num_seqs": Argument("int")}
-    assert [k for k, _ in wrong_arguments({key: value}, kinds)] == [key] * wrong
-
-
-@pytest.mark.parametrize("key", ["api_key", "lora_modules", "ssl_keyfile", "allowed_origins"])
 def test_what_belongs_to_vllms_own_server_is_refused_by_its_name(key: str) -> None:
     (line,) = refusal(SMALL + f"  engine_kwargs: {{{key}: x}}\n")
     assert line.startswith(f"conf/c.yaml:3: llm_configs[0].engine_kwargs.{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("more", "env", "named"),
+    [
+        ("", {"VLLM_API_KEY": "k"}, ["gateway.api_keys_env: VLLM_API_KEY"]),
+        ("", {"VLLM_API_KEY": "k", "VLLM_SERVER_DEV_MODE": "1"}, ["VLLM_API_KEY", "DEV_MODE"]),
+        ("gateway: {api_keys_env: VLLM_API_KEY}\n", {"VLLM_API_KEY": "k"}, []),
+        ("  llm_engine: sim\n", {"VLLM_API_KEY": "k"}, []),
+        ("", {"VLLM_CPU_KVCACHE_SPACE": "4"}, []),
+    ],
+)
+def test_a_variable_for_vllms_own_server_is_named_where_nothing_else_does_what_it_does(
+    more: str, env: dict[str, str], named: list[str]
+) -> None:
+    warnings = parse_settings(SMALL + more, "c.yaml", no_files, env=env).warnings
+    assert len(warnings) == len(named)
+    assert all(name in line for name, line in zip(named, warnings, strict=True))
 
 
 def test_one_key_of_engine_kwargs_that_is_refused_hides_nothing_else_of_the_file() -> None:
@@ -509,7 +557,14 @@ def test_one_key_of_engine_kwargs_that_is_refused_hides_nothing_else_of_the_file
     assert gateway.startswith("conf/c.yaml:5: gateway.prot: unknown key")
 
 
-@pytest.mark.parametrize("given", ["host: h", "device: auto", "distributed_executor_backend: ray"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("host: h", "device: auto", "distributed_executor_backend: ray", "grpc_port: 1"),
+        *("enable_scale_out: true", "sse_keep_alive_interval: 5", "node_rank: 1"),
+        *("data_parallel_rank: 1", "dp_supervisor_probe_timeout_s: 1"),
+    ],
+)
 def test_what_has_no_effect_is_a_warning(given: str) -> None:
     warnings = parse(SMALL + f"  engine_kwargs: {{{given}}}\n").warnings
     assert [given.partition(":")[0] in line for line in warnings] == [True]

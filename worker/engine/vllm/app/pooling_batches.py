@@ -6,6 +6,9 @@ vLLM 0.32 reads, starts and ends all inputs of a request in one turn each: 2,048
 
 A model with a vector for each token answers with as many numbers as its inputs have tokens times
 dimensions. Their number is bounded, because the worker has all of them in memory.
+
+vLLM tells the tokens of such a request to its client alone. Here they are noted where its other
+paths have them, so keys are charged for them.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 from pydantic import BaseModel
@@ -31,6 +35,8 @@ AT_ONCE = 32
 """Inputs that are read, started or ended in one turn of the loop: 5 ms."""
 MOST_NUMBERS = 2048 * 4096
 """Numbers of one answer of a model with a vector for each token: 32 MiB, and 160 MB as JSON."""
+METADATA = "request_metadata"
+"""Where the state of a request has what it has used."""
 ANSWERS = {
     classify: ["ClassificationResponse"],
     embed: ["EmbeddingResponse", "CohereEmbedResponse"],
@@ -45,6 +51,7 @@ def install() -> None:
         return
     base.merge_async_iterators = merge
     base.PoolingBaseServing._preprocessing = _read
+    base.PoolingBaseServing._collect_batch = _noting(base.PoolingBaseServing._collect_batch)
     embed_protocol._pack_binary_embeddings = _by_slices(embed_protocol._pack_binary_embeddings)
     for module, names in ANSWERS.items():
         module.JSONResponse = WrittenResponse
@@ -104,6 +111,21 @@ async def _read(self: Any, io_processor: Any, ctx: Any) -> None:
         inputs += await asyncio.gather(*map(io_processor.render_async, some))
     _check_numbers(ctx, inputs, self.model_config)
     ctx.engine_inputs = inputs
+
+
+def _noting(collect: Callable[..., Any]) -> Callable[..., Any]:
+    """`PoolingBaseServing._collect_batch`, which a request may call for one part after another."""
+
+    async def _collect_batch(self: Any, ctx: Any) -> None:
+        await collect(self, ctx)
+        state = ctx.raw_request.state
+        metadata = getattr(state, METADATA, None)
+        before = metadata.final_usage_info.prompt_tokens if metadata is not None else 0
+        tokens = before + sum(len(one.prompt_token_ids) for one in ctx.final_res_batch)
+        usage = SimpleNamespace(prompt_tokens=tokens, completion_tokens=0)
+        setattr(state, METADATA, SimpleNamespace(final_usage_info=usage))
+
+    return _collect_batch
 
 
 def _check_numbers(ctx: Any, inputs: list[Any], model_config: Any) -> None:

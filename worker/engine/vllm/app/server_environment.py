@@ -6,19 +6,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
-VARIABLES = (
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING",
-    "VLLM_API_KEY",
-    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE",
-    "VLLM_ENABLE_COHERE_API",
-    "VLLM_ENABLE_RESPONSES_API_STORE",
-    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE",
-    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH",
-    "VLLM_LORA_RESOLVER_CACHE_DIR",
-    "VLLM_LORA_RESOLVER_HF_REPO_LIST",
-    "VLLM_SERVER_DEV_MODE",
-)
-"""Some of these would close every path to the gateway; others would open paths around it."""
+from shared.config.vllm_server_arguments import VARIABLES
 
 
 def remove_variables(environment: MutableMapping[str, str]) -> list[str]:

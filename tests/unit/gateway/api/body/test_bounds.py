@@ -212,7 +212,34 @@ def test_escapes_are_counted_as_json_has_them() -> None:
 
 def test_the_beginning_of_a_prompt_is_looked_for_in_the_beginning_of_a_body() -> None:
     far = body(b'"x":"%b","prompt":"a"' % (b"y" * schema.PREFIX_WITHIN_BYTES))
-    assert schema.prefix_hash("d", far) == 0 != schema.prefix_hash("d", body(b'"prompt":"a"'))
+    one = ENDPOINTS["/v1/completions"]
+    near = body(b'"prompt":"a"')
+    assert schema.prefix_hash("d", far, one) == 0 != schema.prefix_hash("d", near, one)
+
+
+@pytest.mark.parametrize(
+    ("path", "begins"),
+    [
+        ("/v1/chat/completions", b'{"messages":["X"'),
+        ("/v1/completions", b'{"prompt":"X'),
+        ("/v1/messages", b'{"messages":["X"'),
+        ("/v1/responses", b'{"prompt":null,"input":["X"'),
+    ],
+)
+def test_requests_that_begin_alike_have_one_prefix_on_every_path_that_generates(
+    path: str, begins: bytes
+) -> None:
+    def prefix(rest: bytes, digest: str = "d") -> int:
+        return schema.prefix_hash(digest, begins + b"b" * 600 + rest, ENDPOINTS[path])
+
+    assert prefix(b"1") == prefix(b"2") != prefix(b"1", "other")
+    other = begins.replace(b"X", b"Y") + b"b" * 600
+    assert prefix(b"1") != schema.prefix_hash("d", other, ENDPOINTS[path]) != 0
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/pooling", "/tokenize"])
+def test_what_generates_nothing_has_no_prefix(path: str) -> None:
+    assert schema.prefix_hash("d", b'{"input":"a","messages":[]}', ENDPOINTS[path]) == 0
 
 
 @pytest.mark.parametrize("field", bounds.SCORED)

@@ -53,3 +53,28 @@ def test_a_form_streams_where_the_engine_reads_true(word: str, streams: bool) ->
 def test_a_form_without_a_boundary_is_refused(kind: str) -> None:
     with pytest.raises(InvalidRequest, match="no boundary"):
         form_values(kind, b"--b\r\n")
+
+
+MODEL = HEAD + b'name="model"\r\n\r\n'
+OTHER = HEAD + b'name="x"\r\n\r\n1'
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [MODEL + b"m" * 1025],
+        [MODEL.replace(b"\r\n\r\n", b"\r\nX: " + b"y" * 2048 + b"\r\n\r\n") + b"ears"],
+        [*[OTHER] * 64, MODEL + b"ears"],
+    ],
+    ids=["long name", "long head", "many parts"],
+)
+def test_a_form_whose_model_cannot_be_read_is_refused_and_not_answered_by_the_base(
+    parts: list[bytes],
+) -> None:
+    with pytest.raises(InvalidRequest):
+        form_values("multipart/form-data; boundary=b", form(b"b", *parts))
+
+
+def test_a_form_of_64_parts_is_read() -> None:
+    parts = [*[OTHER] * 63, MODEL + b"ears"]
+    assert form_values("multipart/form-data; boundary=b", form(b"b", *parts)) == {"model": "ears"}

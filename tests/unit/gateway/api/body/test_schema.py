@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from gateway.adapters.model_names import split_model
 from gateway.api.body import schema
-from gateway.api.models import model_card, model_list
+from gateway.api.models import model_card, model_list, nearest
 from gateway.http.json_responses import error_body, error_event
 from shared import errors
-from shared.adapters.identity import MAX_NAME_LENGTH
+from shared.adapters.identity import MAX_NAME_LENGTH, AdapterKey
 from shared.api_endpoints import ENDPOINTS, ErrorFamily
 from shared.error_bodies import error_type
 from shared.errors import from_refusal
+from shared.link.messages import AdapterState, Tier
 
 BASES = ["tiny", "Qwen/Qwen2.5-0.5B-Instruct", "org/sub/model"]
 
@@ -404,6 +405,37 @@ def test_a_model_list_holds_bases_and_adapters_with_their_parent() -> None:
         "permission": cards[0]["permission"],
     }
     assert listed["data"][1]["parent"] == "tiny" and listed["data"][1]["root"] == "pirate"
+
+
+def test_a_model_list_tells_the_state_and_the_nearest_tier_of_each_adapter() -> None:
+    def of(tier: Tier) -> dict[AdapterKey, AdapterState]:
+        return {
+            ("a", "1"): AdapterState("a", "1", tier),
+            ("old", "0"): AdapterState("old", "0", tier),
+        }
+
+    held: dict[str, list[tuple[str, dict[AdapterKey, AdapterState]]]] = {
+        "tiny": [("h1", of(Tier.CPU)), ("h2", of(Tier.GPU))],
+        "idle": [],
+    }
+    disks = [("h1", "tiny", ("b", "1")), ("gone", "tiny", ("c", "1")), ("h1", "idle", ("a", "1"))]
+    names = {"a": "1", "b": "1", "c": "1", "old": "2", "alias": ""}
+    places = {**nearest(held, disks), "down": None}
+    listed = json.loads(
+        model_list({"tiny": names, "down": {"a": "1"}, "else": {"a": "1"}}, 5, {}, places)
+    )
+    assert {m["id"]: (m.get("loraplex_state"), m.get("loraplex_tier")) for m in listed["data"]} == {
+        "tiny": ("ready", None),
+        "tiny:a": ("ready", "gpu"),
+        "tiny:b": ("cold", "disk"),
+        "tiny:c": ("cold", "remote"),
+        "tiny:old": ("cold", "remote"),
+        "tiny:alias": (None, None),
+        "down": ("no_worker", None),
+        "down:a": ("no_worker", None),
+        "else": (None, None),
+        "else:a": (None, None),
+    }
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "n", "priority"])
