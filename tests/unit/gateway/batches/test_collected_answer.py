@@ -19,7 +19,7 @@ from gateway.adapters.resolver import Resolver
 from gateway.adapters.usage import AdapterUsage
 from gateway.api.accounting import Accounting
 from gateway.api.deadlines import Deadlines
-from gateway.api.exchange import GenerationServices, RequestLimits
+from gateway.api.services import GenerationServices, RequestLimits
 from gateway.batches.collected_answer import (
     CollectingTransport,
     LineRequest,
