@@ -52,7 +52,7 @@ class HeadFacts:
         self.session = (header("x-session-id") or "")[:MAX_SESSION]
         self.priority = _priority(header("x-loraplex-priority"))
         self.timeout_s = _timeout_s(header(TIMEOUT_HEADER))
-        self.may_move = header(RESUME_HEADER) != "off"
+        self.may_move = (header(RESUME_HEADER) or "").strip().lower() != "off"
 
 
 def facts_of(request: SimpleRequest, ring: KeyRing, now: float) -> HeadFacts | None:
