@@ -61,7 +61,7 @@ class Failover:
                 streaming = request.lifecycle.phase is RequestPhase.STREAMING
                 error = EngineFailure if streaming else WorkerUnavailable
                 why = "The worker that served this request was lost."
-                died = not lost.killed
+                died = not (lost.killed or lost.silent)
                 self._endings.isolated(request, self._on_loss, request, error(why), True, died=died)
 
     def diverged(self, request: InFlightRequest) -> None:

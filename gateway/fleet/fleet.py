@@ -75,6 +75,7 @@ class WorkerChanged:
 class WorkerLost:
     """The life of the worker is over. `streams` are this gateway's requests that it had; each is
     returned exactly once. `killed`: by a signal from outside, so none of them was the cause.
+    `silent`: it may stand still or be cut off, and live.
     """
 
     worker: WorkerId
@@ -82,6 +83,7 @@ class WorkerLost:
     streams: tuple[StreamId, ...]
     reason: str
     killed: bool = False
+    silent: bool = False
 
 
 FleetEvent: TypeAlias = WorkerJoined | WorkerChanged | WorkerLost
@@ -345,7 +347,8 @@ class Fleet:
                 self._pool_of(worker).settle(worker)
         silent = [w for w in self._workers.values() if w.lease_until <= now]
         return [
-            self._remove(w, f"no heartbeat for {self._lease_of(w.heartbeat):g} s") for w in silent
+            self._remove(w, f"no heartbeat for {self._lease_of(w.heartbeat):g} s", silent=True)
+            for w in silent
         ]
 
     def unreachable(self, worker_id: WorkerId, epoch: int) -> WorkerLost | None:
@@ -354,7 +357,7 @@ class Fleet:
         """
         worker = self._workers.get(worker_id)
         return (
-            self._remove(worker, "connection lost")
+            self._remove(worker, "connection lost", silent=True)
             if worker and worker.heartbeat.epoch == epoch
             else None
         )
@@ -419,7 +422,9 @@ class Fleet:
             pool = self._pools[worker.heartbeat.base] = Pool()
         return pool
 
-    def _remove(self, worker: WorkerView, reason: str, *, killed: bool = False) -> WorkerLost:
+    def _remove(
+        self, worker: WorkerView, reason: str, *, killed: bool = False, silent: bool = False
+    ) -> WorkerLost:
         del self._workers[worker.id]
         self._pool_of(worker).remove(worker)
         streams = tuple(worker.reserved)
@@ -435,7 +440,7 @@ class Fleet:
             if len(self._last_held) > MOST_ENDED:
                 del self._last_held[next(iter(self._last_held))]
         worker.forget_reservations()
-        return WorkerLost(worker.id, worker.heartbeat.epoch, streams, reason)
+        return WorkerLost(worker.id, worker.heartbeat.epoch, streams, reason, silent=silent)
 
 
 def _changes(before: Heartbeat, now: Heartbeat) -> list[FleetEvent]:

@@ -443,3 +443,17 @@ def test_workers_that_were_killed_from_outside_did_not_die_of_a_request(room: Ro
         room.worker(f"w{n + 1}")
         room.dispatcher.worker_ended(f"w{n}", 1, "killed by SIGKILL", killed=True)
     assert sink.error is None and sent(room)[0] == "w2"
+
+
+def test_workers_that_fell_silent_may_live_and_did_not_die_of_a_request(room: Room) -> None:
+    room.worker("w0")
+    _, sink = room.submit()
+    for n in range(2):
+        room.worker(f"w{n + 1}")
+        room.now += LEASE_S
+        room.heartbeat(f"w{n + 1}")
+        room.dispatcher.tick()
+    assert sink.error is None and sent(room)[0] == "w2"
+    room.now += LEASE_S
+    room.dispatcher.tick()
+    assert isinstance(sink.error, WorkerUnavailable), "but it is not tried for ever"
