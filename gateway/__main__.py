@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import resource
@@ -34,6 +35,7 @@ from shared.config.settings_file import FollowedConfig, read_settings
 from shared.errors import ConfigError, LoraplexError
 from shared.link import messages
 from shared.link.link_end import PING_S
+from shared.link.stream_window import SLOWEST_BYTES_PER_S
 from shared.runtime import garbage
 from shared.runtime import log as runtime_log
 from shared.runtime.owned_folder import MAX_RUN_DIR, MAX_SOCKET_PATH, exclusive
@@ -58,7 +60,9 @@ log = logging.getLogger("loraplex.gateway")
 TICK_S = PING_S
 STALL_S = 2 * TICK_S
 MIN_OWN_FILES = 96  # files beside client connections: sockets to workers and stores, state files
-ALIVE_S = 0.5
+PINGS_PER_ALIVE = 2
+MUCH_BYTES = int(SLOWEST_BYTES_PER_S * PING_S)
+"""A worker hears at once that so much is on its way to it, since pings may come late."""
 SHUTDOWN_S = 1.0  # after the drain, handlers that still write get this long
 QUIET_S = 1.0  # a connection that was silent for this long can be closed without harm
 LOOK_S = 0.05
@@ -198,11 +202,14 @@ async def _alive(gateway: GatewayProcess) -> None:
     """Tells the workers that this gateway lives. Greets workers that have not opened their data
     connection yet.
     """
-    while True:
-        await asyncio.sleep(ALIVE_S)
+    for turn in itertools.count():
+        await asyncio.sleep(PING_S)
         for worker in list(gateway.fleet):
-            message = messages.encode(messages.Alive(gateway.name, worker.heartbeat.seq))
-            gateway.link.send_control(worker.peer, message)
+            coming_bytes = gateway.link.coming_bytes(worker.peer)
+            if turn % PINGS_PER_ALIVE and coming_bytes < MUCH_BYTES:
+                continue
+            alive = messages.Alive(gateway.name, worker.heartbeat.seq, coming_bytes)
+            gateway.link.send_control(worker.peer, messages.encode(alive))
             if worker.attached_epoch != worker.heartbeat.epoch:
                 gateway.dispatcher.greet(worker)
 

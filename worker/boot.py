@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from shared.runtime import garbage
-from shared.runtime.descendants import descendants
+from shared.runtime.descendants import descendants, is_stopped, kill_all
 from shared.runtime.process import give_large_blocks_back
 from shared.runtime.shared_memory import SUFFIX, note_segments
 from worker.disk.cache import Check
@@ -21,6 +22,9 @@ from worker.validation.factory import open_validator
 
 GC_THRESHOLD = (700, 10, 1 << 30)
 """Python's own, but old objects are looked at by the Agent alone."""
+log = logging.getLogger("loraplex.boot")
+
+STOPPED_LOOK_S = 0.5
 NOTE_S = 2.0
 """Between two looks at the shared memory of an engine that boots."""
 
@@ -38,7 +42,7 @@ async def boot(engine: Engine, settings: WorkerSettings) -> BootedEngine:
 
     Raises LoraplexError, with the reason, if the worker cannot serve.
     """
-    async with _noting_segments(settings):
+    async with _noting_segments(settings), _killing_stopped_processes(settings):
         facts = await engine.start()
     validator = await asyncio.to_thread(
         open_validator, settings.model, facts.max_lora_rank, facts.layers
@@ -46,6 +50,31 @@ async def boot(engine: Engine, settings: WorkerSettings) -> BootedEngine:
     garbage.freeze(*GC_THRESHOLD)
     give_large_blocks_back()  # not before: the engine's own process would inherit it
     return BootedEngine(facts, validator.check)
+
+
+@contextlib.asynccontextmanager
+async def _killing_stopped_processes(settings: WorkerSettings) -> AsyncIterator[None]:
+    """The watchdog looks at an engine that serves. One that boots may be silent for minutes, but a
+    process of it that a signal has stopped will never go on, and the engine waits for it for ever.
+    Time for which this process itself stood still does not count, since it does not look then.
+    """
+    patience = (settings.engine_suspect_s + settings.engine_kill_s) / STOPPED_LOOK_S
+
+    async def look_for_ever() -> None:
+        looks: dict[int, int] = {}
+        while True:
+            await asyncio.sleep(STOPPED_LOOK_S)
+            stopped = await asyncio.to_thread(lambda: list(filter(is_stopped, descendants())))
+            looks = {pid: looks.get(pid, 0) + 1 for pid in stopped}
+            for pid in (pid for pid, count in looks.items() if count > patience):
+                log.error("a process of the engine was stopped while it boots", extra={"pid": pid})
+                kill_all([pid])
+
+    looking = asyncio.create_task(look_for_ever(), name="stopped processes")
+    try:
+        yield
+    finally:
+        looking.cancel()
 
 
 @contextlib.asynccontextmanager

@@ -20,7 +20,8 @@ UNHEARD_S = 10.0
 """After so long without a first answer, one warning is logged, and a new connection is tried."""
 REOPEN_S = 1.5
 """A connection that has carried nothing for this long is opened anew. A router or firewall on the
-way may have forgotten it and may drop its packets silently.
+way may have forgotten it and may drop its packets silently. If the next one carries nothing either,
+it is given twice the time, up to UNHEARD_S: it may be busy with a large body on a slow network.
 """
 ROOM_BYTES = 4 << 20
 """What may be on its way to the gateway before a large answer goes on."""
@@ -147,6 +148,7 @@ class GatewaySession:
         self._has_room = asyncio.Event()
         self._lease_s = 0.0
         self._reopen_s = UNHEARD_S  # of control; a gateway that never answered may not be up yet
+        self._data_reopens = self._control_reopens = 0  # since it last carried something
         self._silent = True
         self._complained = False
         self.heartbeat_at = self._heard
@@ -265,11 +267,13 @@ class GatewaySession:
         self._heard = time.monotonic()
         self._silent = False
         if isinstance(message, messages.Alive):
+            if self._end is not None:
+                self._end.coming_bytes = message.coming_bytes
             # it has had nothing since; a gateway of before this field says 0
             if message.seq and message.seq == self._heard_seq:
                 return
             self._heard_seq = message.seq
-        self._control_heard = self._heard
+        self._control_heard, self._control_reopens = self._heard, 0
         if isinstance(message, messages.Welcome):
             self._welcomed(message)
         elif isinstance(message, messages.Farewell):
@@ -365,18 +369,28 @@ class GatewaySession:
         if stood_still:
             self._control_heard = now
             return
-        if now - max(self._control_heard, self._control_opened) > self._reopen_s:
+        silent_s = now - max(self._control_heard, self._control_opened)
+        if silent_s > _patience_s(self._reopen_s, self._control_reopens):
+            self._control_reopens += 1
             self._open_control()
         end = self._end
         if end is None:
             return
-        had_time = now - self._data_opened > REOPEN_S
+        had_time = now - self._data_opened > _patience_s(REOPEN_S, self._data_reopens)
         # a gateway that has said farewell is not missed
         if (end.path.heard or had_time) and end.judge(now) and not self._silent:
             message = "carries again" if end.carries else "does not carry"
             log.warning("data connection %s", message, extra={"gateway": self.endpoint})
-        if had_time and not end.carries:
+        if end.carries:
+            self._data_reopens = 0
+        elif had_time:
+            self._data_reopens += 1
             self._open_data()
+
+
+def _patience_s(seconds: float, reopened: int) -> float:
+    """How long a connection may carry nothing that was opened so often without success."""
+    return max(seconds, min(seconds * 2.0 ** min(reopened, 16), UNHEARD_S))
 
 
 def _reachable(data: str, control: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import struct
 from collections.abc import AsyncIterator, Iterable
@@ -27,6 +28,7 @@ class LinkProxy:
         self.ports = {CONTROL: control_port, DATA: data_port}
         self.mine: dict[str, int] = {}
         self.delay_s: dict[tuple[str, str], float] = {}
+        self.bytes_per_s: dict[tuple[str, str], float] = {}
         self.stalled: set[tuple[str, str]] = set()
         self.swallow_bytes: dict[tuple[str, str], int] = {}
         self.cut_after_bytes: dict[tuple[str, str], int] = {}
@@ -129,7 +131,8 @@ class LinkProxy:
                 due, data = await queue.get()
                 if not data:
                     raise EOFError
-                await asyncio.sleep(due - loop.time())
+                slowly_s = len(data) / self.bytes_per_s.get((kind, way), math.inf)
+                await asyncio.sleep(max(0.0, due - loop.time()) + slowly_s)
                 while (kind, way) in self.stalled:
                     self._moves.clear()
                     await self._moves.wait()

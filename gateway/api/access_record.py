@@ -42,6 +42,8 @@ class AccessRecord(msgspec.Struct, frozen=True, gc=False):
     error: str | None
     moves: int | None
     """How often another worker continued the answer."""
+    lost: str | None
+    """Why no other worker could continue it."""
     key: str | None
     """The name of its account."""
     streamed: bool
@@ -62,6 +64,8 @@ def head_lines(inflight: InFlightRequest, policy: str) -> bytes:
         version = f"{in_header(adapter.name)}@{adapter.digest[:SHOWN_DIGEST]}"
         tier = choice.tier._name_.lower()
         lines += f"x-loraplex-adapter: {version}\r\nx-loraplex-adapter-tier: {tier}\r\n"
+    if inflight.earlier:  # a stream that has begun has a comment where it moved
+        lines += f"x-loraplex-moves: {len(inflight.earlier)}\r\n"
     return inflight.answer_lines + lines.encode()
 
 
@@ -97,6 +101,7 @@ def access_record(
         used.output_tokens if used is not None else None,
         error.code if error else None,
         inflight.moves or None,
+        inflight.lost or None,
         inflight.requester.tenant or None,
         inflight.client_request.streams,
     )

@@ -53,7 +53,7 @@ class HeadFacts:
         priority = _priority(header("x-loraplex-priority"))
         self.priority = None if priority is None else account.clamped(priority)
         self.timeout_s = _timeout_s(header(TIMEOUT_HEADER))
-        self.may_move = header(RESUME_HEADER) != "off"
+        self.may_move = (header(RESUME_HEADER) or "").strip().lower() != "off"
 
 
 def facts_of(request: SimpleRequest, ring: KeyRing, now: float) -> HeadFacts | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 from gateway.dispatch.lifecycle import RequestEvent, RequestPhase
-from gateway.dispatch.request import NO_CLIENT, InFlightRequest
+from gateway.dispatch.request import NO_CLIENT, InFlightRequest, cannot_go_on
 from gateway.dispatch.request_tables import RequestTables
 from gateway.dispatch.settlement import Settlement
 from gateway.dispatch.workers.outbox import WorkerOutbox
@@ -18,6 +18,8 @@ from shared.errors import DeadlineExceeded, LoraplexError
 from shared.link import messages
 
 P = ParamSpec("P")
+NO_WORKER = "no_worker"
+"""Why an answer cannot be continued that has waited for another worker until its time was over."""
 
 
 class RequestEndings:
@@ -88,6 +90,8 @@ class RequestEndings:
     def fail(self, request: InFlightRequest, error: LoraplexError) -> None:
         if isinstance(error, DeadlineExceeded) and request.sink is not NO_CLIENT:
             self._note_abandoned(request)
+        if request.journal.begun and request.lifecycle.phase is RequestPhase.QUEUED:
+            error = cannot_go_on(request, error, NO_WORKER)
         request.note_error(error)
         request.sink.fail(error)
         self.end(request, RequestEvent.FAIL)

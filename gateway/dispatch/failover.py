@@ -9,7 +9,7 @@ from collections.abc import Callable
 from gateway.dispatch.deadly_requests import DeadlyRequests
 from gateway.dispatch.endings import RequestEndings
 from gateway.dispatch.lifecycle import MAX_DEATHS, RequestEvent, RequestPhase, RetryBudget
-from gateway.dispatch.request import InFlightRequest, message_of
+from gateway.dispatch.request import InFlightRequest, cannot_go_on, message_of
 from gateway.dispatch.request_tables import RequestTables
 from gateway.dispatch.scheduler import Scheduler
 from gateway.dispatch.workers.membership import Membership
@@ -73,7 +73,7 @@ class Failover:
                     request,
                     error(why),
                     True,
-                    died=not lost.killed,
+                    died=not (lost.killed or lost.silent),
                     moved_by=WORKER_LOST,
                 )
 
@@ -155,16 +155,14 @@ class Failover:
         note = f"{away_from} had it: {message_of(error)}"
         request.earlier = (*request.earlier[1 - MAX_EARLIER :], note)
         if request.journal.begun:
-            request.moves += 1
-            self._metrics.moved(reason, away_from)
+            request.moving = reason
         else:
             self._metrics.retried()
 
     def _lost(self, request: InFlightRequest, error: LoraplexError, reason: str) -> None:
         """The request is lost for good. Its phase says so already."""
         if request.journal.begun:
-            self._metrics.lost(reason)
-            error = type(error)(f"{error.message} It cannot be continued elsewhere: {reason}.")
+            error = cannot_go_on(request, error, reason)
         request.note_error(error)
         request.sink.fail(error)
         self._endings.close(request)

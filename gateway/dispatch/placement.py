@@ -152,7 +152,7 @@ class Placement:
             client_request.content_type,
             client_request.answer_id,
             client_request.traceparent,
-            None if seen else client_request.key,
+            client_request.key,
             client_request.tracestate,
             client_request.background,
         )

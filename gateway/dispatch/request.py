@@ -163,12 +163,14 @@ class Trace(Protocol):
 class InFlightRequest(msgspec.Struct, eq=False):
     """One request at the gateway, from submit to its end.
 
-    `moves` counts the workers that were lost after a part of its answer was sent. `code` is that of
-    the error that its client got. `engine_status` and fields about its choice are as in
-    EndedRequest. Times are set by the dispatcher, on its clock. Since `t_lost` no worker has the
-    request. `expected_service` is what it was expected to take at its sends, in weighted tokens.
-    `answer_lines` are the worker's header lines, which stand before the gateway's own. `stopped`
-    means that its worker was told to stop, and says what the request has used.
+    `moves` counts the workers that continued an answer that had begun. While one is waited for,
+    `moving` is what ended the attempt before, as a reason of moves. `lost` says why no other worker could
+    continue the answer. `code` is that of the error that its client got. `engine_status` and fields
+    about its choice are as in EndedRequest. Times are set by the dispatcher, on its clock. Since
+    `t_lost` no worker has the request. `expected_service` is what it was expected to take at its
+    sends, in weighted tokens. `answer_lines` are the worker's header lines, which stand before the
+    gateway's own. `stopped` means that its worker was told to stop, and says what the request has
+    used.
 
     Every request makes one of these, and a Struct is made in a third of the time that a class with
     as many attributes takes.
@@ -183,6 +185,8 @@ class InFlightRequest(msgspec.Struct, eq=False):
     lifecycle: RequestLifecycle = msgspec.field(default_factory=RequestLifecycle)
     journal: StreamJournal = msgspec.field(default_factory=StreamJournal)
     moves: int = 0
+    moving: str = ""
+    lost: str = ""
     sid: messages.StreamId = 0
     peer: bytes = b""
     answer_lines: bytes = b""
@@ -224,6 +228,14 @@ class InFlightRequest(msgspec.Struct, eq=False):
     def note_error(self, error: LoraplexError) -> None:
         """What the client is told, for whoever asks later what became of the request."""
         self.code, self.message = error.code, message_of(error)
+
+
+def cannot_go_on(request: InFlightRequest, error: LoraplexError, reason: str) -> LoraplexError:
+    """Notes why no other worker continues an answer that its client has begun to see. Returns what
+    its client is told.
+    """
+    request.lost = reason
+    return type(error)(f"{error.message} It cannot be continued elsewhere: {reason}.")
 
 
 def message_of(error: LoraplexError) -> str:

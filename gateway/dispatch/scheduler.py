@@ -142,6 +142,7 @@ class Scheduler:
         explains = self._metrics.recorder.explains(now)
         # the candidates as they are before the choice, which changes them
         candidates = self._placement.candidates(request) if explains else ()
+        away_from = "" if request.choice is None else request.choice.worker.id
         decision = self._placement.place(request, now)
         if isinstance(decision, Defer):
             served = self._tables.fleet.routable(request.model.base)
@@ -158,6 +159,10 @@ class Scheduler:
         if request.t_lost:
             request.moved_s += request.t_sent - request.t_lost
             request.t_lost = 0.0
+        if request.moving:
+            request.moves += 1
+            self._metrics.moved(request.moving, away_from)
+            request.moving = ""
         self._settlement.charge(request, decision)
         self._metrics.dispatched(request.model.base, decision.reason._value_)
         return None

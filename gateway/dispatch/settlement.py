@@ -82,6 +82,8 @@ class Settlement:
             self._charge_for(request)
         ended = ended_request(request, outcome_of(request))
         self._metrics.finished(ended)
+        if request.lost:
+            self._metrics.lost(request.lost)
         if request.trace is not None:
             request.trace.ended(ended)
 

@@ -76,6 +76,7 @@ class WorkerChanged:
 class WorkerLost:
     """The life of the worker is over. `streams` are this gateway's requests that it had; each is
     returned exactly once. `killed`: by a signal from outside, so none of them was the cause.
+    `silent`: it may stand still or be cut off, and live.
     """
 
     worker: WorkerId
@@ -83,6 +84,7 @@ class WorkerLost:
     streams: tuple[StreamId, ...]
     reason: str
     killed: bool = False
+    silent: bool = False
 
 
 FleetEvent: TypeAlias = WorkerJoined | WorkerChanged | WorkerLost
@@ -313,7 +315,8 @@ class Fleet:
                 self._pool_of(worker).settle(worker)
         silent = [w for w in self._workers.values() if w.lease_until <= now]
         return [
-            self._remove(w, f"no heartbeat for {self._lease_of(w.heartbeat):g} s") for w in silent
+            self._remove(w, f"no heartbeat for {self._lease_of(w.heartbeat):g} s", silent=True)
+            for w in silent
         ]
 
     def unreachable(self, worker_id: WorkerId, epoch: int) -> WorkerLost | None:
@@ -322,7 +325,7 @@ class Fleet:
         """
         worker = self._workers.get(worker_id)
         return (
-            self._remove(worker, "connection lost")
+            self._remove(worker, "connection lost", silent=True)
             if worker and worker.heartbeat.epoch == epoch
             else None
         )
@@ -366,7 +369,9 @@ class Fleet:
             pool = self._pools[worker.heartbeat.base] = Pool()
         return pool
 
-    def _remove(self, worker: WorkerView, reason: str, *, killed: bool = False) -> WorkerLost:
+    def _remove(
+        self, worker: WorkerView, reason: str, *, killed: bool = False, silent: bool = False
+    ) -> WorkerLost:
         del self._workers[worker.id]
         self._pool_of(worker).remove(worker)
         streams = tuple(worker.reserved)
@@ -381,7 +386,7 @@ class Fleet:
             held = worker.most_wanted()
             self._past.held(worker.id, heartbeat.base, held, worker.heartbeat_at)
         worker.forget_reservations()
-        return WorkerLost(worker.id, heartbeat.epoch, streams, reason, killed)
+        return WorkerLost(worker.id, heartbeat.epoch, streams, reason, killed, silent)
 
 
 def _changes(before: Heartbeat, now: Heartbeat) -> list[FleetEvent]:

@@ -18,7 +18,7 @@ USAGE_LABELS = 500
 OTHER = "_other"
 LOST_REASONS = (
     *("off", "not_journaled", "too_long", "no_memory", "contradicted", "answered_otherwise"),
-    *("stored_there", "refused", "retry_budget", "attempts"),
+    *("stored_there", "refused", "retry_budget", "attempts", "no_worker"),
 )
 """Why an answer can break off (see dispatch). They are shown from the start: Prometheus sees no
 increase where a series begins.

@@ -14,7 +14,13 @@ from typing import TypeAlias
 from shared.link import messages
 from shared.link.messages import DataPacket
 from shared.link.sockets import SendResult
-from shared.link.stream_window import Arrival, Channel, LinkPath, Packet
+from shared.link.stream_window import (
+    SLOWEST_BYTES_PER_S,
+    Arrival,
+    Channel,
+    LinkPath,
+    Packet,
+)
 
 Send: TypeAlias = Callable[[bytes], SendResult]
 
@@ -25,7 +31,7 @@ noticed and a delivered one is confirmed.
 SUSPECT_S = 0.6
 """A connection carries while its newest echo belongs to a ping younger than this. Older means that
 two pings in a row are overdue. With PING_S and one round trip, a stalled connection is known within
-a second.
+a second. Large bodies before a ping give it time.
 """
 
 
@@ -33,15 +39,18 @@ class LinkEnd:
     """One end of a channel. `deliver` gets the bodies of the other end in order, each once.
 
     `carries`: whether the data connection carries, as of the last `judge`. `heard`: whether
-    anything has come by either connection since the owner reset it.
+    anything has come by either connection since the owner reset it. `coming_bytes`: what the other
+    end says is on its way here, before a ping of its own.
     """
 
     __slots__ = (
         "_deliver",
+        "_late_bytes",
         "_send_control",
         "_send_data",
         "carries",
         "channel",
+        "coming_bytes",
         "gaps",
         "heard",
         "path",
@@ -59,7 +68,7 @@ class LinkEnd:
         self.path = LinkPath(now)
         self.carries = True
         self.heard = False
-        self.gaps = 0
+        self.gaps = self.coming_bytes = self._late_bytes = 0
         self._send_data, self._send_control, self._deliver = send_data, send_control, deliver
 
     def send(self, body: bytes) -> bool:
@@ -113,7 +122,8 @@ class LinkEnd:
         """Pings the data connection, even if it does not carry. Only so can it be seen to carry
         again.
         """
-        status = self.channel.status(self.path.ping(now), self.path.heard)
+        ping = self.path.ping(now, self.channel.window_bytes)
+        status = self.channel.status(ping, self.path.heard)
         self._send_data(messages.encode(status))
 
     def doubt(self) -> None:
@@ -124,11 +134,18 @@ class LinkEnd:
         """Judges whether the data connection carries. Returns True if that has changed. Bodies that
         are not confirmed are then sent by the other connection at once.
         """
-        carries = now - self.path.since < SUSPECT_S
+        age_s = now - self.path.since
+        fresh = age_s < SUSPECT_S
+        late_bytes = self.path.ahead_bytes + self.coming_bytes
+        # what has arrived meanwhile has held up an echo that is still to come
+        self._late_bytes = late_bytes if fresh else max(late_bytes, self._late_bytes)
+        carries = fresh or (
+            self.carries and age_s < SUSPECT_S + self._late_bytes / SLOWEST_BYTES_PER_S
+        )
         if carries is self.carries:
             return False
         self.carries = carries
-        self.channel.resend()
+        self.channel.resend(now)
         if self.channel.owes:
             self.flush()
         return True

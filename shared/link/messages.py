@@ -188,11 +188,13 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
     """The gateway's own heartbeat. A worker that hears none for `lease_s` aborts that gateway's
     requests. `seq` is the last heartbeat that the gateway had of the worker: while it stays the
-    same, the control connection does not carry the worker's.
+    same, the control connection does not carry the worker's. `coming_bytes` are on their way to the
+    worker before the oldest ping that it has not answered.
     """
 
     gateway: str
     seq: int = 0
+    coming_bytes: int = 0
 
 
 class Farewell(msgspec.Struct, frozen=True, tag="farewell"):

@@ -32,6 +32,11 @@ CONFIRM_BYTES = 1 << 20
 """The same in bytes, for who waits for room to send more."""
 ASK_AGAIN_S = 0.1
 """A gap that is still there after this time is asked for again. A round trip should be shorter."""
+SLOWEST_BYTES_PER_S = 5 << 20
+"""What is on its way may take as long as at this speed before it counts as late: a gateway whose 1
+Gbit/s 25 workers share. Large bodies that are only slow would else be sent again and again, which
+slows them further until none arrives.
+"""
 MAX_PINGS = 64
 """Unanswered pings per connection that are remembered. Older ones need no answer."""
 
@@ -57,6 +62,7 @@ class Channel:
         "_asks",
         "_confirmed",
         "_resends",
+        "_resent_until",
         "_unconfirmed",
         "_unconfirmed_bytes",
         "acknowledged",
@@ -81,6 +87,7 @@ class Channel:
         self._unconfirmed_bytes = 0  # of what was delivered since then
         self._asks = self._resends = False
         self._asked_at = -math.inf
+        self._resent_until = -math.inf  # what was sent again may be on its way until then
 
     @property
     def settled(self) -> bool:
@@ -133,19 +140,22 @@ class Channel:
             return Arrival.STALE
         if status.acked > self.acknowledged:
             self._acknowledge(status.acked)
-        if status.missing and self._unconfirmed:
-            self._resends = self.owes = True
+        if status.missing and now >= self._resent_until:
+            self.resend(now)
         if status.sent > self.delivered:
             self._ask(now)
             return Arrival.GAP
         return Arrival.DELIVER
 
-    def resend(self) -> None:
-        """Sends every unconfirmed body again, because they went by a connection that may
-        not carry.
+    def resend(self, now: float = -math.inf) -> None:
+        """Sends every unconfirmed body again, because they went by a connection that may not carry.
+        Until they have had time to arrive, the other end asks for them in vain.
         """
         if self._unconfirmed:
             self._resends = self.owes = True
+            takes_s = self.window_bytes / SLOWEST_BYTES_PER_S
+            if takes_s > ASK_AGAIN_S:
+                self._resent_until = now + takes_s
 
     def status(self, ping: int = 0, echo: int = 0) -> ChannelStatus:
         self._confirm()
@@ -190,7 +200,8 @@ class LinkPath:
     """Whether one connection carries both ways. Each end numbers its pings and echoes the last ping
     that it received. So an echo proves that both ways carried.
 
-    `since` is when the newest ping left whose echo has come back.
+    `since` is when the newest ping left whose echo has come back. A ping waits for the bytes that
+    were sent before it.
     """
 
     __slots__ = ("_pings", "_sent", "heard", "since")
@@ -199,16 +210,21 @@ class LinkPath:
         self.since = now
         self.heard = 0  # the other end's last ping
         self._sent = 0
-        self._pings: deque[tuple[int, float]] = deque(maxlen=MAX_PINGS)
+        self._pings: deque[tuple[int, float, int]] = deque(maxlen=MAX_PINGS)
 
-    def ping(self, now: float) -> int:
+    @property
+    def ahead_bytes(self) -> int:
+        """What was on its way before the oldest ping that has no echo yet."""
+        return self._pings[0][2] if self._pings else 0
+
+    def ping(self, now: float, ahead_bytes: int = 0) -> int:
         """The number of the next ping."""
         self._sent += 1
-        self._pings.append((self._sent, now))
+        self._pings.append((self._sent, now, ahead_bytes))
         return self._sent
 
     def receive_ping(self, ping: int, echo: int) -> None:
         self.heard = max(self.heard, ping)
         while self._pings and self._pings[0][0] <= echo:
-            _, sent_at = self._pings.popleft()
+            _, sent_at, _ = self._pings.popleft()
             self.since = max(self.since, sent_at)

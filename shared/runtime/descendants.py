@@ -36,6 +36,15 @@ def command_line(pid: int) -> str:
         return ""
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped the process. It goes on with SIGCONT alone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] == "T"
+
+
 def on_exit(pid: int, callback: Callable[[], None]) -> Callable[[], None]:
     """Calls `callback` on the running loop as soon as the process has ended, whoever its parent is.
     Returns a function that cancels it.

@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 
 from gateway.api.idempotency import REJOIN_S
+from gateway.dispatch.streams.delivery import CONTINUED
 from gateway.dispatch.workers.commands import FIND_S
 from tests.fault.test_stalls import words
 from tests.harness import Cluster, chat_body, cluster, make_adapter, second_gateway, sim_config
@@ -90,6 +91,55 @@ async def test_a_stream_of_a_killed_gateway_is_had_whole_at_another_one_and_made
             assert data_of(await answer.read()) == data_of(raw), "and again once it has ended"
         assert await generations(other) == 1
         assert await other.metric("loraplex_output_tokens_total") == TOKENS, "charged once"
+
+
+async def lose_worker(c: Cluster) -> None:
+    """The one that has the answer."""
+    loaded = [
+        name for name in c.workers if await c.metric("loraplex_worker_load", worker=name) != 0
+    ]
+    c.workers[loaded[0]].signal(signal.SIGKILL)
+
+
+async def test_a_stream_that_moved_and_lost_its_gateway_is_had_whole_and_not_made_again(
+    adapters: Path, tmp_path: Path
+) -> None:
+    async with two_gateways(adapters, tmp_path) as (c, other):
+        body, begun = chat_body("sim:pirate", max_tokens=3 * TOKENS, stream=True), b""
+        assert c.gateway is not None
+        async with asyncio.timeout(END_S):
+            with pytest.raises(aiohttp.ClientError):
+                async with asks(c, body) as answer:
+                    begun += await answer.content.readany()
+                    await lose_worker(c)
+                    async for piece in answer.content.iter_any():
+                        begun += piece
+                        if CONTINUED in begun and piece.startswith(b"data: "):
+                            c.gateway.signal(signal.SIGKILL)
+            async with asks(other, body) as answer:
+                raw = await answer.read()
+                assert answer.status == 200 and answer.headers["idempotent-replayed"] == "true"
+        assert data_of(raw).startswith(data_of(begun)), "the same id, time and bytes"
+        assert words(raw) == [f"w{n}" for n in range(3 * TOKENS - 1)]
+        assert await generations(other) == 1, "at the worker that is left"
+
+
+async def test_an_answer_that_moved_and_is_sent_whole_is_had_after_its_client_has_left(
+    adapters: Path, tmp_path: Path
+) -> None:
+    async with two_gateways(adapters, tmp_path) as (c, _):
+        body = chat_body("sim:pirate", max_tokens=3 * TOKENS)
+        async with asyncio.timeout(END_S):
+            first = asyncio.ensure_future(asks(c, body))
+            while not await c.metric("loraplex_engine_requests_total"):
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(TOKENS * SLOW["itl_ms"] / 1e3)  # tokens that move along
+            await lose_worker(c)
+            first.cancel()
+            async with asks(c, body) as answer:
+                assert answer.status == 200 and answer.headers["idempotent-replayed"] == "true"
+                assert json.loads(await answer.read())["usage"]["completion_tokens"] == 3 * TOKENS
+        assert await generations(c) == 1, "at the worker that is left"
 
 
 async def test_an_answer_that_is_sent_whole_is_had_from_another_gateway_and_made_once(

@@ -19,7 +19,7 @@ import pytest
 
 from bench.chaos.link_proxy import CONTROL, DATA, DOWN, UP, LinkProxy, link_proxy
 from tests.harness import Cluster, chat_body, cluster, sim_config
-from worker.session import UNHEARD_S
+from worker.session import REOPEN_S, UNHEARD_S
 
 END_S = 60.0
 TOKENS = 60
@@ -27,6 +27,7 @@ ITL_MS = 15
 LANES = 24
 NOTICE_S = 1.0
 """A worker whose data does not pass gets no new requests after this time."""
+SIZE_BYTES = 4_000_000
 SLACK_S = 2.0  # time that a busy test machine adds
 ALL_WAYS = [(UP,), (DOWN,), (UP, DOWN)]
 
@@ -241,6 +242,21 @@ async def test_one_connection_that_stalls_is_noticed_within_a_second_and_its_str
         check_all_whole(answers)
         assert max(a.longest_gap_s for a in answers) < NOTICE_S + SLACK_S
         await nothing_left(c, "w0", "w1")
+
+
+async def test_a_large_body_arrives_by_connections_that_take_seconds_for_it(
+    tmp_path: Path, adapters: Path
+) -> None:
+    async with (
+        cluster(tcp_config(adapters), tmp_path) as c,
+        behind_proxies(c, ["w0"]) as proxies,
+    ):
+        slow = SIZE_BYTES / (2 * REOPEN_S)
+        proxies["w0"].bytes_per_s = {(DATA, DOWN): slow, (CONTROL, DOWN): slow}
+        body = chat_body("sim", "x" * SIZE_BYTES, max_tokens=TOKENS)
+        async with asyncio.timeout(END_S):
+            assert (await c.post("/v1/chat/completions", body))[0] == 200
+        await nothing_left(c, "w0")
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ async def test_answers_that_are_sent_whole_are_not_lost_either(
         for name in ("w0", "w1"):
             await c.start_worker(name)
         due = await c.text("sim:pirate", max_tokens=LONG)
-        asked = [asyncio.create_task(c.text("sim:pirate", max_tokens=LONG)) for _ in range(12)]
+        asked = [asyncio.create_task(c.chat("sim:pirate", max_tokens=LONG)) for _ in range(12)]
         async with asyncio.timeout(END_S):
             while await c.metric("loraplex_worker_load") < 12:
                 await asyncio.sleep(0.02)
@@ -85,7 +85,9 @@ async def test_answers_that_are_sent_whole_are_not_lost_either(
             await c.workers[name].wait()
             await c.start_worker(name)
         async with asyncio.timeout(END_S):
-            assert {await one for one in asked} == {due}
+            answers = [await one for one in asked]
+        assert {answer["choices"][0]["message"]["content"] for _, answer, _ in answers} == {due}
+        assert any(int(headers.get("x-loraplex-moves", "0")) for *_, headers in answers)
         await nothing_left(c, "w0")
         await nothing_left(c, "w1")
 
@@ -137,3 +139,7 @@ async def test_a_stream_that_is_not_to_move_ends_with_the_reason(
         assert raw.endswith(b"data: [DONE]\n\n")
         assert await c.metric("loraplex_streams_lost_total", reason="off") == 1
         assert await c.metric("loraplex_streams_moved_total") == 0
+        assert c.gateway is not None
+        async with asyncio.timeout(END_S):
+            while '"lost":"off"' not in c.gateway.output():
+                await asyncio.sleep(0.05)

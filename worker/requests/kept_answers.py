@@ -16,9 +16,11 @@ from typing import Protocol
 
 import msgspec
 
+from shared.errors import WorkerUnavailable
 from shared.link import messages
 from worker.settings import KeepBounds
 
+OK = 200
 MAX_UNHEARD = 32
 """Answers that are generated while nobody listens, each until its time is over. Beyond that the one
 that was left first is given up, because they take places of the engine.
@@ -58,9 +60,14 @@ class KeptAnswer:
     ) -> None:
         self.number, self.key = number, key
         self.request_id, self.created = message.request_id, message.created
-        self.listeners = [first]
+        self._first, self.listeners = first, [first]
         self.unheard_since = math.inf
         self.ended = False
+        # Of an answer that has begun on another worker. Its engine renders the begin once more, and
+        # who joins before that has happened waits for it.
+        self._elsewhere = b"" if message.resume is None else message.resume.tokens
+        self._awaits_begin = message.resume is not None
+        self._joined_early: list[AnswerListener] = []
         self.size_bytes = 0
         self.grown: Callable[[int], None] = lambda _: None
         self.refused: Callable[[], None] = lambda: None
@@ -73,9 +80,25 @@ class KeptAnswer:
     # ---- from its request ------------------------------------------------------------------------
 
     def frame(self, sid: messages.StreamId, flags: int, data: bytes, tokens: bytes = b"") -> None:
+        if self._awaits_begin:
+            self._take_begin(flags)
         self._record(flags, data, tokens)
         for listener in self.listeners:
             listener.sink.frame(listener.sid, flags, data, tokens)
+
+    def seen(self, data: bytes) -> None:
+        """Bytes of a stream that its client has had from another worker. Of several choices one may
+        lag behind, so some come after the first frame.
+        """
+        if self._head is None:
+            self._head = (OK << messages.STATUS_SHIFT | messages.SSE, data, self._elsewhere)
+        else:
+            self._body += data
+        self._add(len(data))
+        if not self._awaits_begin:
+            for listener in self.listeners:
+                if listener is not self._first:
+                    listener.sink.frame(listener.sid, 0, data)
 
     def done(self, done: messages.Done) -> None:
         """What the answer has used so far is charged once, to the listener who came last. The
@@ -95,6 +118,15 @@ class KeptAnswer:
 
     def join(self, listener: AnswerListener) -> None:
         """Sends everything there is, and what follows if the answer has not ended."""
+        if self._awaits_begin:
+            self._joined_early.append(listener)
+        else:
+            self._send_all(listener)
+        if not self.ended:
+            self.listeners.append(listener)
+            self.unheard_since = math.inf
+
+    def _send_all(self, listener: AnswerListener) -> None:
         sink, sid, end = listener.sink, listener.sid, messages.END if self.ended else 0
         if self._early:
             sink.frame(sid, messages.TOKENS, b"", bytes(self._early))
@@ -105,9 +137,6 @@ class KeptAnswer:
                 sink.frame(sid, end, bytes(self._body), words)
         if self.ended:
             sink.done(self._bill(listener, charge=True))
-        else:
-            self.listeners.append(listener)
-            self.unheard_since = math.inf
 
     def leave(self, session: object, sid: messages.StreamId, now: float) -> None:
         """The listener wants no more of it."""
@@ -116,6 +145,24 @@ class KeptAnswer:
             self.unheard_since = min(self.unheard_since, now)
 
     # ---- inside ----------------------------------------------------------------------------------
+
+    def _take_begin(self, flags: int) -> None:
+        """The first frame of an answer that goes on here comes next. Its begin is known: what
+        `seen` was called with of a stream, and the tokens alone of an answer that is sent whole.
+        """
+        self._awaits_begin = False
+        if flags == messages.TOKENS or not flags & messages.SSE:
+            self._early += self._elsewhere
+        elif self._head is None:
+            self.refused()
+        for listener in self._joined_early:
+            if flags & messages.SSE and self._head is None:
+                why = "The begin of this answer is not known here."
+                refused = messages.Refused(listener.sid, WorkerUnavailable.code, why, True)
+                listener.sink.refuse(refused)
+            elif listener in self.listeners:
+                self._send_all(listener)
+        self._joined_early.clear()
 
     def _record(self, flags: int, data: bytes, tokens: bytes) -> None:
         self.ended = bool(flags & messages.END)
@@ -127,8 +174,11 @@ class KeptAnswer:
             self._body += data
             self._words += tokens
             self._wordless = self._wordless or not (tokens or self.ended)
-        self.size_bytes += len(data) + len(tokens)
-        self.grown(len(data) + len(tokens))
+        self._add(len(data) + len(tokens))
+
+    def _add(self, size_bytes: int) -> None:
+        self.size_bytes += size_bytes
+        self.grown(size_bytes)
 
     def _bill(self, listener: AnswerListener, *, charge: bool) -> messages.Done:
         used, before = self._used, self._charged
@@ -168,9 +218,18 @@ class KeptAnswers:
         """Begins to keep the answer. None if the request does not ask for it, if its answer has
         begun elsewhere, or if no answer is kept here.
         """
+        return None if message.resume is not None else self.go_on(number, message, first)
+
+    def go_on(
+        self, number: int, message: messages.Generate, first: AnswerListener
+    ) -> KeptAnswer | None:
+        """Like `begin`, also for an answer that has begun elsewhere."""
         key = message.key
-        if key is None or message.resume is not None or not self._bounds.keep_s:
+        if key is None or not self._bounds.keep_s:
             return None
+        before = self._answers.get(key.tag)
+        if before is not None:
+            self._drop(before)
         answer = self._answers[key.tag] = KeptAnswer(number, message, key, first)
         answer.grown, answer.refused = self._grow, functools.partial(self._drop, answer)
         return answer

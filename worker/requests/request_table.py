@@ -77,9 +77,12 @@ class RequestTable:
             self._end(alone)
         request = OpenRequest(number, session, session.outbox, message, clock())
         first = AnswerListener(session, session.outbox, message.sid)
-        kept = self._kept.begin(number, message, first)
+        before = self._kept.get(message.key.tag) if message.key is not None else None
+        kept = self._kept.go_on(number, message, first)
         if kept is not None:
             request.kept = request.outbox = kept
+        if before is not None and before.number in self._open:  # it was lost here, and is back
+            self._end_unheard(self._open[before.number], before)
         self._open[number] = request
         self._by_stream[session, message.sid] = request
         session.open_requests += 1
@@ -201,7 +204,8 @@ class RequestTable:
         message = request.message
         reply = request.reply = StreamReply(request)
         try:
-            await self._engine.serve(_engine_request(message, adapter), reply)
+            on_seen = request.kept.seen if request.kept is not None else None
+            await self._engine.serve(_engine_request(message, adapter, on_seen), reply)
         except (CannotContinue, AnswerIncomplete) as exc:
             request.outbox.refuse(
                 messages.Refused(message.sid, exc.code, exc.message, retryable=False)
@@ -280,7 +284,9 @@ class RequestTable:
         self._on_end(request.number)
 
 
-def _engine_request(message: messages.Generate, adapter: Loaded | None) -> EngineRequest:
+def _engine_request(
+    message: messages.Generate, adapter: Loaded | None, on_seen: Callable[[bytes], None] | None
+) -> EngineRequest:
     return EngineRequest(
         message.path,
         message.request_id,
@@ -296,4 +302,5 @@ def _engine_request(message: messages.Generate, adapter: Loaded | None) -> Engin
         message.traceparent,
         message.tracestate,
         message.background,
+        on_seen,
     )

@@ -205,9 +205,9 @@ class AnswerFinder:
     async def find(self, base: str, tag: bytes) -> KeptOn | None:
         """None: every worker of the base model that can be reached reports that it does not keep
         the answer. A worker that stands still is waited for until it has left the fleet: else the
-        answer would be made twice.
+        answer would be made twice. Then the others are asked again, for what it had has moved.
         """
-        without: set[bytes] = set()
+        without, asked = set[bytes](), set[bytes]()
         for turn in itertools.count():
             workers = [
                 worker
@@ -215,7 +215,11 @@ class AnswerFinder:
                 if worker.heartbeat.base == base and worker.reachable and worker.peer not in without
             ]
             if not workers:
-                break
+                if asked <= without:
+                    break
+                without, asked = set(), set()
+                continue
+            asked |= {worker.peer for worker in workers}
             if turn:
                 await asyncio.sleep(AGAIN_S)
             # whoever always takes longer than one wait is heard in the end

@@ -129,6 +129,11 @@ class LinkTransport:
     def send_control(self, peer: bytes, data: bytes) -> SendResult:
         return self.control.send(peer, data)
 
+    def coming_bytes(self, peer: bytes) -> int:
+        """See Alive."""
+        end = self._ends.get(peer)
+        return end.path.ahead_bytes if end is not None else 0
+
     def tick(self) -> None:
         """Pings every worker and judges its data connection. Call it every PING_S."""
         now = time.monotonic()

@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +129,7 @@ async def answer(
     *,
     adapter: bool = True,
     name: str = "request-1",
+    on_seen: Callable[[bytes], None] | None = None,
 ) -> Sent:
     sent = Sent()
     call = EngineRequest(
@@ -141,6 +142,7 @@ async def answer(
         movable=True,
         answer_id=id_of(body) if path == RESPONSES else "",
         background=bool(body.get("background")),
+        on_seen=on_seen,
     )
     await engine.serve(call, sent)
     assert sent.ended
@@ -214,6 +216,18 @@ async def test_an_answer_that_moves_is_the_one_that_stays(engine: Any, case: str
             whole.prompt_tokens,
             whole.output_tokens,
         )
+
+
+@pytest.mark.parametrize("case", ["usage", "json schema", "two choices", "completion with echo"])
+async def test_what_the_client_has_is_rendered_once_more_for_who_asks_again(
+    engine: Any, case: str
+) -> None:
+    path, body = CASES[case]
+    whole = await answer(engine, path, body)
+    for cut in cuts(len(whole.parts)):
+        seen: list[bytes] = []
+        rest = await answer(engine, path, body, whole.tokens(cut), on_seen=seen.append)
+        assert heard(b"".join(seen) + rest.data()) == heard(whole.data()), f"cut after {cut} parts"
 
 
 async def test_every_cut_of_an_answer_with_half_characters_is_right(engine: Any) -> None:

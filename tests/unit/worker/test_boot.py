@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import signal
 from pathlib import Path
+
+import pytest
 
 from shared.config.engine import SimTiming
 from shared.config.llm import LLMConfig
+from shared.errors import EngineFailure
 from worker.boot import boot
+from worker.engine.base import EngineFacts
 from worker.engine.sim.engine import SimEngine
 from worker.settings import WorkerSettings
 
@@ -26,3 +32,27 @@ async def test_what_a_worker_has_imported_is_never_walked_by_the_collector_again
         gc.unfreeze()
         gc.set_threshold(*thresholds)
         await engine.stop()
+
+
+class WaitsForItsProcess(SimEngine):
+    """Boots until its process ends, as vLLM does until its process is ready or has ended."""
+
+    async def start(self) -> EngineFacts:
+        process = await asyncio.create_subprocess_exec("sleep", "600")
+        try:
+            process.send_signal(signal.SIGSTOP)
+            status = await process.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+        raise EngineFailure(f"its process ended with {status}")
+
+
+async def test_an_engine_whose_process_is_stopped_while_it_boots_does_not_boot_for_ever(
+    tmp_path: Path,
+) -> None:
+    model = LLMConfig(model_loading_config={"model_id": "tiny"}, llm_engine="sim")
+    settings = WorkerSettings("w0", 1, model, (), tmp_path, engine_suspect_s=0.5, engine_kill_s=0.5)
+    async with asyncio.timeout(60.0):
+        with pytest.raises(EngineFailure, match=f"{-signal.SIGKILL}"):
+            await boot(WaitsForItsProcess("tiny", SimTiming()), settings)

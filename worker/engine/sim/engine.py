@@ -126,6 +126,8 @@ class SimEngine:
             reply.head(exc.status, False, error_body(exc, errors_of(call.path)), True)
             return
         reply.prompt_tokens = answer.prompt_tokens
+        if call.on_seen is not None and answer.stream and seen:
+            call.on_seen(b"".join(map(answer.event, range(seen))))
         done = asyncio.get_running_loop().create_future()
         sequence = SimSequence(answer, reply, clock(), done, seen)
         if adapter is not None:

@@ -146,6 +146,8 @@ class FastServing:
         Raises:
             EngineFailure: the engine is dead.
         """
+        if call.seen and call.on_seen is not None:
+            return False  # it does not render once more what the client has
         draft = await self._draft(call)
         if draft is None:
             return False

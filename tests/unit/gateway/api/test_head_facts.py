@@ -39,6 +39,14 @@ def test_the_same_head_is_read_once() -> None:
     assert other is not None and (other.session, other.timeout_s) == ("t", None)
 
 
+@pytest.mark.parametrize("off", ["off", "OFF", "Off "])
+def test_an_answer_that_is_not_to_move_is_told_by_its_head_in_any_case_of_letters(off: str) -> None:
+    facts = facts_of(request(f"x-loraplex-resume: {off}"), ring(), NOW)
+    assert facts is not None and not facts.may_move
+    facts = facts_of(request("x-loraplex-resume: on"), ring(), NOW)
+    assert facts is not None and facts.may_move
+
+
 def test_a_key_that_was_revoked_is_refused_on_a_connection_that_had_it() -> None:
     first = request()
     assert facts_of(first, ring(), NOW) is not None

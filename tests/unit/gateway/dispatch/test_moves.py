@@ -14,13 +14,20 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from gateway.dispatch.lifecycle import MAX_ATTEMPTS, RequestPhase
 from gateway.dispatch.request import InFlightRequest
 from gateway.dispatch.streams.delivery import CONTINUED
-from shared.errors import CannotContinue, EngineFailure, ResponseNotFound, WorkerUnavailable
+from shared.errors import (
+    CannotContinue,
+    DeadlineExceeded,
+    EngineFailure,
+    ResponseNotFound,
+    WorkerUnavailable,
+)
 from shared.link import messages
 from shared.link.token_ids import pack, unpack
 from tests.unit.gateway.dispatch.test_dispatcher import (
     HEAD,
     LEASE_S,
     PIRATE,
+    QUEUE_S,
     Kept,
     Room,
     lose_by_word,
@@ -178,6 +185,34 @@ def test_a_stream_that_is_not_to_move_says_why_it_ends(room: Room) -> None:
     room.worker("w1")
     lose_by_word(room)
     assert isinstance(sink.error, EngineFailure) and "off" in sink.error.message
+
+
+def in_the_queue(room: Room, inflight: InFlightRequest) -> None:
+    room.now += QUEUE_S + 1.0
+    room.dispatcher.tick()
+
+
+def at_its_deadline(room: Room, inflight: InFlightRequest) -> None:
+    room.dispatcher.give_up(inflight, DeadlineExceeded("Too late."))
+
+
+def with_its_model(room: Room, inflight: InFlightRequest) -> None:
+    room.dispatcher.cannot_start({"tiny": "its folder is empty"})
+
+
+@pytest.mark.parametrize("ends", [in_the_queue, at_its_deadline, with_its_model])
+def test_a_stream_that_no_worker_takes_says_so_and_counts_as_lost_and_not_as_moved(
+    room: Room, ends: Callable[[Room, InFlightRequest], None]
+) -> None:
+    inflight, sink = streaming(room)
+    lose_by_word(room)
+    assert not sink.over
+    ends(room, inflight)
+    assert sink.error is not None
+    assert sink.error.message.endswith("It cannot be continued elsewhere: no_worker.")
+    assert (inflight.moves, inflight.lost) == (0, "no_worker")
+    assert room.counted("loraplex_streams_lost_total", reason="no_worker") == 1
+    assert room.counted("loraplex_streams_moved_total", reason=EngineFailure.code) == 0
 
 
 def test_a_stream_of_which_bytes_came_without_tokens_cannot_move(room: Room) -> None:
@@ -409,3 +444,17 @@ def test_workers_that_were_killed_from_outside_did_not_die_of_a_request(room: Ro
         room.worker(f"w{n + 1}")
         room.dispatcher.worker_ended(f"w{n}", 1, "killed by SIGKILL", killed=True)
     assert sink.error is None and sent(room)[0] == "w2"
+
+
+def test_workers_that_fell_silent_may_live_and_did_not_die_of_a_request(room: Room) -> None:
+    room.worker("w0")
+    _, sink = room.submit()
+    for n in range(2):
+        room.worker(f"w{n + 1}")
+        room.now += LEASE_S
+        room.heartbeat(f"w{n + 1}")
+        room.dispatcher.tick()
+    assert sink.error is None and sent(room)[0] == "w2"
+    room.now += LEASE_S
+    room.dispatcher.tick()
+    assert isinstance(sink.error, WorkerUnavailable), "but it is not tried for ever"

@@ -9,6 +9,7 @@ import pytest
 from shared.link import messages
 from shared.link.link_end import PING_S, SUSPECT_S, LinkEnd
 from shared.link.sockets import SendResult
+from shared.link.stream_window import SLOWEST_BYTES_PER_S
 
 
 class Line:
@@ -17,6 +18,16 @@ class Line:
     def __init__(self) -> None:
         self.queue: dict[str, list[bytes]] = {"up": [], "down": []}
         self.does: dict[str, str] = {"up": "carry", "down": "carry"}
+        self.bytes_per_s: float | None = None
+        self.may_pass = 0.0
+
+    def passing(self, way: str) -> list[bytes]:
+        """What arrives now; the rest waits."""
+        queue, passing = self.queue[way], list[bytes]()
+        while queue and (self.bytes_per_s is None or len(queue[0]) <= self.may_pass):
+            passing.append(queue.pop(0))
+            self.may_pass -= len(passing[-1])
+        return passing
 
     def sender(self, way: str) -> Callable[[bytes], SendResult]:
         def send(data: bytes) -> SendResult:
@@ -51,6 +62,9 @@ class Pair:
             if self.now >= until:
                 return
             self.now += PING_S
+            for line in self.lines.values():
+                line.may_pass += PING_S * (line.bytes_per_s or 0.0)
+            self.worker.coming_bytes = self.gateway.path.ahead_bytes  # as Alive says
             self.gateway.judge(self.now)
             if self.worker.path.heard:
                 self.worker.judge(self.now)
@@ -62,8 +76,7 @@ class Pair:
                 for way, end in (("up", self.gateway), ("down", self.worker)):
                     if line.does[way] == "stall":
                         continue
-                    packets, line.queue[way] = line.queue[way], []
-                    for data in packets:
+                    for data in line.passing(way):
                         packet = end.arrive(data, self.now, by_data=name == "data")
                         if end is self.worker and getattr(packet, "ping", 0):
                             end.ping(self.now)
@@ -100,6 +113,35 @@ def test_a_data_connection_that_stalls_is_known_within_a_second_and_the_control_
     pair.run(1.0)
     assert pair.gateway.carries and pair.worker.carries
     assert (pair.got["up"], pair.got["down"]) == ([b"token", b"more"], [b"request"])
+
+
+def test_a_large_body_on_a_slow_connection_is_waited_for_and_sent_once(pair: Pair) -> None:
+    pair.run(1.0)
+    pair.lines["data"].bytes_per_s = 1.5 * SLOWEST_BYTES_PER_S
+    body = bytes(3 * SLOWEST_BYTES_PER_S)
+    pair.gateway.offer(body)
+    for _ in range(20):
+        pair.run(PING_S)
+        assert pair.gateway.carries and pair.worker.carries
+    assert pair.got["down"] == [body] and pair.gateway.channel.resent == 0
+    pair.lines["data"].does["down"] = "stall"
+    pair.run(1.0)
+    assert not pair.gateway.carries and not pair.worker.carries
+
+
+def test_a_connection_that_stalls_within_a_large_body_is_known_when_that_should_have_arrived(
+    pair: Pair,
+) -> None:
+    pair.run(1.0)
+    pair.lines["data"].does["down"] = "stall"
+    body = bytes(3 * SLOWEST_BYTES_PER_S)
+    pair.gateway.offer(body)
+    pair.run(2.0)
+    assert pair.gateway.carries and not pair.got["down"]
+    for _ in range(10):
+        pair.gateway.offer(body)  # what comes later gives no more time
+        pair.run(PING_S)
+    assert not pair.gateway.carries and pair.got["down"]
 
 
 def test_what_no_connection_takes_is_refused_and_not_sent_later(pair: Pair) -> None:

@@ -14,6 +14,7 @@ from shared.link.stream_window import (
     ASK_AGAIN_S,
     CONFIRM_BYTES,
     CONFIRM_EVERY,
+    SLOWEST_BYTES_PER_S,
     Arrival,
     Channel,
     LinkPath,
@@ -61,6 +62,23 @@ def test_a_gap_is_asked_for_once_until_the_answer_is_overdue() -> None:
     b.replies()
     assert b.receive(packets[2], 0.0) is Arrival.GAP and not b.owes
     assert b.receive(packets[3], ASK_AGAIN_S) is Arrival.GAP and b.owes
+
+
+def test_large_bodies_that_were_sent_again_have_time_to_arrive_before_they_are_sent_once_more() -> (
+    None
+):
+    a, b = pair()
+    sent(a, bytes(SLOWEST_BYTES_PER_S))
+    ask = ChannelStatus(7, 0, 0, missing=True)
+    for now, sends in ((1.0, True), (1.2, False), (1.9, False), (2.0, True)):
+        a.receive_status(ask, now)
+        assert a.owes is sends
+        a.replies()
+    a.receive_status(b.status(), 2.1)
+    a.receive_status(ChannelStatus(7, 0, 1), 2.2)
+    sent(a, b"next")
+    a.receive_status(ChannelStatus(7, 0, 1, missing=True), 3.0)
+    assert a.owes
 
 
 def test_the_last_body_is_missed_by_the_status_that_follows_it() -> None:

@@ -172,6 +172,35 @@ def test_nothing_is_kept_without_a_key_or_of_an_answer_that_began_elsewhere_or_i
     assert off.begin(1, asked(), listener) is None
 
 
+def test_an_answer_that_began_elsewhere_is_kept_once_its_begin_was_rendered_here() -> None:
+    kept, gateway, late = KeptAnswers(BOUNDS), Gateway(), Gateway()
+    answer = kept.go_on(1, asked(resume=b"aaaabbbb"), AnswerListener(gateway, gateway, 7))
+    assert answer is not None
+    early = Gateway()
+    answer.join(AnswerListener(early, early, 8))
+    for _, data, _ in FRAMES[:2]:
+        answer.seen(data)
+    assert not early.frames
+    answer.frame(7, OK, FRAMES[2][1], FRAMES[2][2])
+    answer.seen(b"data: lag\n\n")  # of another choice
+    answer.frame(7, *FRAMES[3])
+    answer.join(AnswerListener(late, late, 9))
+    due = b"".join([*(f[1] for f in FRAMES[:3]), b"data: lag\n\n", FRAMES[3][1]])
+    assert late.whole()[:2] == early.whole()[:2] == (due, b"aaaabbbbcccc")
+    assert gateway.whole()[0] == FRAMES[2][1] + FRAMES[3][1]
+
+
+def test_a_stream_whose_begin_was_rendered_elsewhere_alone_is_not_kept() -> None:
+    kept, gateway = KeptAnswers(BOUNDS), Gateway()
+    answer = kept.go_on(1, asked(resume=b"aaaa"), AnswerListener(gateway, gateway, 7))
+    assert answer is not None
+    early = Gateway()
+    answer.join(AnswerListener(early, early, 8))
+    answer.frame(7, OK, *FRAMES[1][1:])
+    assert not kept.holds(answer) and len(gateway.frames) == 1
+    assert [refused.sid for refused in early.refused] == [8]
+
+
 def test_a_refusal_reaches_all_who_listen_under_their_own_ids() -> None:
     kept = KeptAnswers(BOUNDS)
     answer, first = begun(kept)

@@ -156,3 +156,20 @@ async def test_an_answer_that_nobody_can_ask_for_ends_with_its_last_listener(
             worker.table.cancel(worker.session, number)
     await turns()
     assert worker.ended == [0] and worker.engine.running == MOST_KEPT
+
+
+async def test_an_answer_that_moves_back_ends_what_its_worker_went_on_with_alone(
+    worker: Worker,
+) -> None:
+    key = messages.AnswerKey(b"tag", b"digest")
+    for number, resume in ((1, None), (2, messages.Resume(b"aaaa"))):
+        message = messages.Generate(
+            number, "/v1/completions", "r", b"{}", key=key, movable=True, resume=resume
+        )
+        worker.table.accept(number, worker.session, message)
+        worker.table.start(number, None)
+        await turns()
+        if resume is None:
+            worker.table.refuse_all("worker_unavailable", "why", worker.session)
+            assert worker.engine.running == 1, "somebody may ask for it"
+    assert worker.ended == [1] and worker.engine.running == 1

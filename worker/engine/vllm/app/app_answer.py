@@ -50,6 +50,7 @@ class AppAnswer:
         "_finished",
         "_gone",
         "_held",
+        "_on_seen",
         "_parts",
         "_progress",
         "_reply",
@@ -81,6 +82,7 @@ class AppAnswer:
         self.goes_on = False
         """Whether the client has its answer while the rest is made in the background."""
         self._progress, self._arguments = progress, arguments
+        self._on_seen = call.on_seen
         self._held = b""
         if progress is not None:
             progress.on_complete = self._complete
@@ -122,6 +124,8 @@ class AppAnswer:
             self._held += data
         else:
             self._written.clear()
+            if self._sse and self._on_seen is not None:
+                self._on_seen(data)
         if end:
             self._count()
             self.ended = True
