@@ -166,11 +166,11 @@ class InFlightRequest(msgspec.Struct, eq=False):
     `moves` counts the workers that continued an answer that had begun. While one is waited for,
     `moving` is what ended the attempt before, as a reason of moves. `lost` says why no other worker
     could continue the answer. `code` is that of the error that its client got. `engine_status` and
-    fields about its choice are as in EndedRequest. Times are set by the dispatcher, on its clock. Since
-    `t_lost` no worker has the request. `expected_service` is what it was expected to take at its
-    sends, in weighted tokens. `answer_lines` are the worker's header lines, which stand before the
-    gateway's own. `stopped` means that its worker was told to stop, and says what the request has
-    used.
+    fields about its choice are as in EndedRequest. Times are set by the dispatcher, on its clock.
+    Since `t_lost` no worker has the request. `expected_service` is what it was expected to take at
+    its sends, in weighted tokens. `answer_lines` are the worker's header lines, which stand before
+    the gateway's own. `stopped` means that its worker was told to stop, and says what the request
+    has used.
 
     Every request makes one of these, and a Struct is made in a third of the time that a class with
     as many attributes takes.
