@@ -98,7 +98,9 @@ def test_a_json_answer_stands_in_its_line_as_it_is(status: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "written", [whole(200, VECTORS, b"content-type: application/octet-stream\r\n"), b""]
+    "written",
+    [whole(200, VECTORS, b"content-type: application/octet-stream\r\n"), b""],
+    ids=["bytes", "nothing"],
 )
 def test_an_answer_of_bytes_is_an_error_and_the_file_can_be_read(written: bytes) -> None:
     status, body, error = collected(written, ErrorFamily.OPENAI)
