@@ -35,6 +35,7 @@ from shared.config.settings_file import FollowedConfig, read_settings
 from shared.errors import ConfigError, LoraplexError
 from shared.link import messages
 from shared.link.link_end import PING_S
+from shared.link.sockets import SendResult
 from shared.link.stream_window import SLOWEST_BYTES_PER_S
 from shared.runtime import garbage
 from shared.runtime import log as runtime_log
@@ -209,7 +210,8 @@ async def _alive(gateway: GatewayProcess) -> None:
             if turn % PINGS_PER_ALIVE and coming_bytes < MUCH_BYTES:
                 continue
             alive = messages.Alive(gateway.name, worker.heartbeat.seq, coming_bytes)
-            gateway.link.send_control(worker.peer, messages.encode(alive))
+            sent = gateway.link.send_control(worker.peer, messages.encode(alive))
+            gateway.fleet.connected(worker, sent is not SendResult.GONE)
             if worker.attached_epoch != worker.heartbeat.epoch:
                 gateway.dispatcher.greet(worker)
 

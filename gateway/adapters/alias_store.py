@@ -5,10 +5,10 @@ file that all processes of the machine share.
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from gateway.adapters import aliases
 from gateway.adapters.alias_rollback import OutcomeCount, ShareOutcomes
@@ -22,6 +22,20 @@ log = logging.getLogger("loraplex.aliases")
 FILE = "aliases.json"
 MAX_UNWRITTEN = 100
 """Rollbacks on their way to the file; there are at most as many as shares."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rollback:
+    """A share of `found`, an alias of the base model `base`, that is rolled back."""
+
+    base: str
+    found: ActiveAliases
+    adapter: str
+    record: RollbackRecord
+
+    def of(self, state: AliasState) -> AliasState:
+        """The state with it. See aliases.with_rollback."""
+        return aliases.with_rollback(state, self.base, self.found, self.adapter, self.record)
 
 
 class AliasStore:
@@ -39,9 +53,8 @@ class AliasStore:
         self._configured, self._file, self._metrics, self._clock = configured, file, metrics, clock
         self._in_force: dict[str, dict[str, ActiveAliases]] = {}
         self._shares: dict[tuple[str, str], tuple[Alias, ShareOutcomes]] = {}
-        self._unwritten: asyncio.Queue[tuple[str, ActiveAliases, str, RollbackRecord]] = (
-            asyncio.Queue(MAX_UNWRITTEN)
-        )
+        self._unwritten: asyncio.Queue[_Rollback] = asyncio.Queue()
+        self._pending: dict[_Rollback, None] = {}  # those that the file does not have yet
         self._state = AliasState()
         self._apply(file.read())
 
@@ -69,18 +82,18 @@ class AliasStore:
             return  # the alias has changed since the request came
         self._metrics.alias_request(base, name, adapter, failed)
         reason = self._counts(base, found).note(adapter, failed, self._clock())
-        if reason is None or adapter in found.rollbacks or self._unwritten.full():
+        if reason is None or adapter in found.rollbacks or len(self._pending) >= MAX_UNWRITTEN:
             return
-        rollback = RollbackRecord(reason, round(time.time(), 3))
-        changed = aliases.with_rollback(self._state, base, found, adapter, rollback)
-        if changed is not self._state:
+        rollback = _Rollback(base, found, adapter, RollbackRecord(reason, round(time.time(), 3)))
+        if rollback.of(self._state) is not self._state:
             log.error(
                 "share of an alias rolled back",
                 extra={"base": base, "alias": name, "adapter": adapter, "reason": reason},
             )
             self._metrics.alias_rollback(base, name)
-            self._apply(changed)
-            self._unwritten.put_nowait((base, found, adapter, rollback))
+            self._pending[rollback] = None
+            self._apply(self._state)
+            self._unwritten.put_nowait(rollback)
 
     def count(self, base: str, found: ActiveAliases, adapter: str) -> OutcomeCount:
         """This process's requests of a share within its window."""
@@ -106,27 +119,21 @@ class AliasStore:
 
     async def _write_rollbacks(self) -> None:
         while True:
-            base, found, adapter, rollback = await self._unwritten.get()
+            rollback = await self._unwritten.get()
             try:
-                await self._update(
-                    functools.partial(
-                        aliases.with_rollback,
-                        base=base,
-                        found=found,
-                        adapter=adapter,
-                        rollback=rollback,
-                    )
-                )
+                await self._update(rollback.of)
             except LoraplexError as exc:
                 log.error(
                     "rollback not saved",
                     extra={
-                        "base": base,
-                        "alias": found.name,
-                        "adapter": adapter,
+                        "base": rollback.base,
+                        "alias": rollback.found.name,
+                        "adapter": rollback.adapter,
                         "reason": exc.message,
                     },
                 )
+            finally:
+                del self._pending[rollback]
 
     async def _update(self, change: Callable[[AliasState], AliasState]) -> None:
         try:
@@ -143,6 +150,8 @@ class AliasStore:
             ) from exc
 
     def _apply(self, state: AliasState) -> None:
+        for rollback in self._pending:
+            state = rollback.of(state)
         self._state = state
         bases = {*self._configured, *state.bases}
         changed = {

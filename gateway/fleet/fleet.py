@@ -76,7 +76,7 @@ class WorkerChanged:
 class WorkerLost:
     """The life of the worker is over. `streams` are this gateway's requests that it had; each is
     returned exactly once. `killed`: by a signal from outside, so none of them was the cause.
-    `silent`: it may stand still or be cut off, and live.
+    `silent`: its connection stands, so it may stand still or be cut off, and live.
     """
 
     worker: WorkerId
@@ -315,9 +315,15 @@ class Fleet:
                 self._pool_of(worker).settle(worker)
         silent = [w for w in self._workers.values() if w.lease_until <= now]
         return [
-            self._remove(w, f"no heartbeat for {self._lease_of(w.heartbeat):g} s", silent=True)
+            self._remove(
+                w, f"no heartbeat for {self._lease_of(w.heartbeat):g} s", silent=w.connected
+            )
             for w in silent
         ]
+
+    def connected(self, worker: WorkerView, connected: bool) -> None:
+        """Whether the worker's control connection stands. A process that is over has none."""
+        worker.connected = connected
 
     def unreachable(self, worker_id: WorkerId, epoch: int) -> WorkerLost | None:
         """The link says that this life of the worker is gone. The worker may come back with its
@@ -325,7 +331,7 @@ class Fleet:
         """
         worker = self._workers.get(worker_id)
         return (
-            self._remove(worker, "connection lost", silent=True)
+            self._remove(worker, "connection lost")
             if worker and worker.heartbeat.epoch == epoch
             else None
         )

@@ -45,6 +45,7 @@ class WorkerView:
     heartbeat_at: float = 0.0
     attached_epoch: int = -1
     carries: bool = True  # whether its data connection carries messages in both directions
+    connected: bool = True  # whether its control connection stood when something was sent last
     silent: bool = False  # its heartbeats are overdue
     served: bool = False  # this life of it, at any time
     warmed_up: bool = False  # see Fleet.to_warm_up

@@ -458,3 +458,17 @@ def test_workers_that_fell_silent_may_live_and_did_not_die_of_a_request(room: Ro
     room.now += LEASE_S
     room.dispatcher.tick()
     assert isinstance(sink.error, WorkerUnavailable), "but it is not tried for ever"
+
+
+def test_silent_workers_whose_connections_are_gone_died_of_a_request(room: Room) -> None:
+    room.worker("w0")
+    _, sink = room.submit()
+    for n in range(2):
+        room.worker(f"w{n + 1}")
+        worker = room.fleet.get(f"w{n}")
+        assert worker is not None
+        room.fleet.connected(worker, False)
+        room.now += LEASE_S
+        room.heartbeat(f"w{n + 1}")
+        room.dispatcher.tick()
+    assert isinstance(sink.error, EngineFailure) and "2 workers died" in sink.error.message
