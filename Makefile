@@ -1,4 +1,5 @@
-# make demo | test | test-long | conformance | scaling | chaos | soak | hostile | check | format
+# make demo | test | test-long | conformance | clients | scaling | chaos | soak | hostile
+# make check | format
 # make bench | bench-growth | bench-micro | bench-engine | bench-cold | bench-fleet
 # make docs | demo-model | oracle | screenshots | chart-page | lock | sbom | clean
 VENV   ?= .venv
@@ -8,8 +9,8 @@ WORKERS ?= 2
 JOBS   ?= 3
 PY      = $(VENV)/bin/python
 
-.PHONY: setup demo test test-long conformance scaling chaos soak hostile check format bench \
-  bench-growth bench-engine bench-cold bench-micro bench-fleet oracle screenshots \
+.PHONY: setup demo test test-long conformance clients scaling chaos soak hostile check format \
+  bench bench-growth bench-engine bench-cold bench-micro bench-fleet oracle screenshots \
   chart-page docs demo-model lock sbom clean
 
 setup:
@@ -47,6 +48,11 @@ conformance: setup
 	@AUTOSCALING_TRACES=$${AUTOSCALING_TRACES:-100000} $(PY) -m pytest -k random \
 	  tests/unit/gateway/supervisor/autoscaling/test_ray_equal.py
 	@$(PY) -m tests.conformance $(ARGS)
+
+# The field's clients, newest versions, on real vLLM with base and adapters: a table. A minute, once
+# they are installed.
+clients: setup
+	@$(PY) -m tests.clients $(ARGS)
 
 # Attacks beside honest streams, twenty times as many mutations as in `make test`, then ten million
 # messages and a million requests to real processes: ten minutes on two idle cores.
