@@ -66,3 +66,8 @@ def __getattr__(name: str) -> object:
 
     value = globals()[name] = getattr(surface, name)  # so that it is asked for once
     return value
+
+
+def __dir__() -> list[str]:
+    """For shells, which complete what it lists."""
+    return sorted({*globals(), *__all__})

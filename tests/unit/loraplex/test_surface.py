@@ -5,6 +5,7 @@ others say what to do instead.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -113,3 +114,9 @@ def test_a_name_that_is_used_again_and_again_changes_nothing_in_the_process() ->
 
 def test_a_name_that_nobody_has_is_no_attribute() -> None:
     assert not hasattr(loraplex, "nosuch")
+
+
+def test_names_are_listed_before_they_are_used() -> None:
+    listed = "import loraplex; print(*dir(loraplex))"
+    found = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True)
+    assert set(loraplex.__all__) <= set(found.stdout.split())
