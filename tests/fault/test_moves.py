@@ -12,8 +12,10 @@ from pathlib import Path
 
 import aiohttp
 
+from shared.link.token_ids import BYTES_PER_TOKEN
 from tests.fault.test_link import Lanes, ask, check_all_whole, nothing_left
 from tests.harness import Cluster, chat_body, cluster, make_adapter, sim_config
+from worker.requests.open_request import PROGRESS_TOKENS
 
 END_S = 60.0
 LONG = 400  # tokens: some seconds
@@ -77,15 +79,20 @@ async def test_answers_that_are_sent_whole_are_not_lost_either(
             await c.start_worker(name)
         due = await c.text("sim:pirate", max_tokens=LONG)
         asked = [asyncio.create_task(c.chat("sim:pirate", max_tokens=LONG)) for _ in range(12)]
-        async with asyncio.timeout(END_S):
-            while await c.metric("loraplex_worker_load") < 12:
-                await asyncio.sleep(0.02)
+        told = 0.0
         for name in ("w0", "w1"):
+            # all tell of tokens before their worker dies: it is given to no third one else
+            told += 12 * 2 * PROGRESS_TOKENS * BYTES_PER_TOKEN
+            async with asyncio.timeout(END_S):
+                while await c.metric("loraplex_journal_bytes") < told:
+                    await asyncio.sleep(0.02)
+            told = await c.metric("loraplex_journal_bytes")
             c.workers[name].signal(signal.SIGKILL)
             await c.workers[name].wait()
             await c.start_worker(name)
         async with asyncio.timeout(END_S):
             answers = [await one for one in asked]
+        assert {status for status, *_ in answers} == {200}, answers
         assert {answer["choices"][0]["message"]["content"] for _, answer, _ in answers} == {due}
         assert any(int(headers.get("x-loraplex-moves", "0")) for *_, headers in answers)
         await nothing_left(c, "w0")
