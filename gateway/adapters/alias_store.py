@@ -53,8 +53,8 @@ class AliasStore:
         self._configured, self._file, self._metrics, self._clock = configured, file, metrics, clock
         self._in_force: dict[str, dict[str, ActiveAliases]] = {}
         self._shares: dict[tuple[str, str], tuple[Alias, ShareOutcomes]] = {}
-        self._unwritten: asyncio.Queue[_Rollback] = asyncio.Queue()
-        self._pending: dict[_Rollback, None] = {}  # those that the file does not have yet
+        self._unwritten: dict[_Rollback, None] = {}  # the file does not have them yet
+        self._to_write = asyncio.Event()
         self._state = AliasState()
         self._apply(file.read())
 
@@ -82,7 +82,7 @@ class AliasStore:
             return  # the alias has changed since the request came
         self._metrics.alias_request(base, name, adapter, failed)
         reason = self._counts(base, found).note(adapter, failed, self._clock())
-        if reason is None or adapter in found.rollbacks or len(self._pending) >= MAX_UNWRITTEN:
+        if reason is None or adapter in found.rollbacks or len(self._unwritten) >= MAX_UNWRITTEN:
             return
         rollback = _Rollback(base, found, adapter, RollbackRecord(reason, round(time.time(), 3)))
         if rollback.of(self._state) is not self._state:
@@ -91,9 +91,9 @@ class AliasStore:
                 extra={"base": base, "alias": name, "adapter": adapter, "reason": reason},
             )
             self._metrics.alias_rollback(base, name)
-            self._pending[rollback] = None
+            self._unwritten[rollback] = None
+            self._to_write.set()
             self._apply(self._state)
-            self._unwritten.put_nowait(rollback)
 
     def count(self, base: str, found: ActiveAliases, adapter: str) -> OutcomeCount:
         """This process's requests of a share within its window."""
@@ -118,8 +118,8 @@ class AliasStore:
                 self._apply(state)
 
     async def _write_rollbacks(self) -> None:
-        while True:
-            rollback = await self._unwritten.get()
+        while await self._to_write.wait():
+            rollback = next(iter(self._unwritten))
             try:
                 await self._update(rollback.of)
             except LoraplexError as exc:
@@ -133,7 +133,9 @@ class AliasStore:
                     },
                 )
             finally:
-                del self._pending[rollback]
+                del self._unwritten[rollback]
+                if not self._unwritten:
+                    self._to_write.clear()
 
     async def _update(self, change: Callable[[AliasState], AliasState]) -> None:
         try:
@@ -150,7 +152,7 @@ class AliasStore:
             ) from exc
 
     def _apply(self, state: AliasState) -> None:
-        for rollback in self._pending:
+        for rollback in self._unwritten:
             state = rollback.of(state)
         self._state = state
         bases = {*self._configured, *state.bases}

@@ -4,6 +4,7 @@ the answer that the client has begun to see. If none can, the client gets the er
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from gateway.dispatch.deadly_requests import DeadlyRequests
@@ -24,6 +25,8 @@ from shared.errors import (
     from_refusal,
 )
 from shared.link import messages
+
+log = logging.getLogger("loraplex.dispatcher")
 
 MAX_EARLIER = 8
 """Workers of one request that are remembered, for whoever asks why it was slow."""
@@ -128,6 +131,15 @@ class Failover:
                 why = f"{MAX_DEATHS} workers died before they answered this request."
                 error = EngineFailure(f"{why} It is given to no other one.")
                 self._deadly.note(request, self._clock())
+                log.error(
+                    "workers died of a request",
+                    extra={
+                        "request": request.client_request.request_id,
+                        "tenant": request.requester.tenant,
+                        "base": request.model.base,
+                        "earlier": request.earlier,
+                    },
+                )
             self._lost(request, error, obstacle or "attempts")
             return
         self._note_retry(request, error, moved_by or type(error).code)

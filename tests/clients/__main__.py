@@ -37,14 +37,14 @@ ANY = "as any model"
 """What a call says whose right answer is the same for all models."""
 
 
-async def installed(call: str, *argv: str | Path) -> None:
+async def installed(what: str, *argv: str | Path) -> None:
     """Raises SystemExit with what it said if it fails."""
     process = await asyncio.create_subprocess_exec(
         *map(str, argv), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     out, _ = await process.communicate()
     if process.returncode:
-        sys.exit(f"{call} cannot be installed:\n{out.decode(errors='replace')}")
+        sys.exit(f"{what} cannot be installed:\n{out.decode(errors='replace')}")
 
 
 async def prepare() -> tuple[Path, Path]:
@@ -108,7 +108,6 @@ async def ask_all(only: str) -> dict[str, dict[str, str]]:
                 if len(set(due.values())) < len(MODELS):
                     sys.exit(f"the models cannot be told apart: {due}")
                 for model in MODELS:
-                    found.setdefault("curl: chat", {})[model] = ""
                     for argv in (
                         (python, HERE / "python_calls.py", c.url, model, PROMPT),
                         ("node", node / "node_calls.mjs", c.url, model, PROMPT),

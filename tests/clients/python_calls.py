@@ -71,9 +71,20 @@ def counted() -> str:
     return ANY if found.input_tokens > 0 else "none"
 
 
-def parsed(mood: Mood | None) -> str:
-    assert mood is not None
+def parsed(mood: Mood | None, completion: Any) -> str:
+    assert mood is not None and completion.model == MODEL
     return ANY
+
+
+def openai_parse() -> str:
+    found = openai_client.chat.completions.parse(**STRUCTURED, response_format=Mood)
+    return parsed(found.choices[0].message.parsed, found)
+
+
+def instructor_schema() -> str:
+    client = instructor.from_openai(openai_client, mode=instructor.Mode.JSON_SCHEMA)
+    create = client.chat.completions.create_with_completion
+    return parsed(*create(**STRUCTURED, response_model=Mood, max_retries=0))
 
 
 def langchain(**more: Any) -> Any:
@@ -105,11 +116,7 @@ CALLS: dict[str, Callable[[], str | Awaitable[str]]] = {
     ),
     "openai: chat, async": in_async,
     "openai: chat.completions.stream": chat_stream_helper,
-    "openai: chat.completions.parse": lambda: parsed(
-        openai_client.chat.completions.parse(**STRUCTURED, response_format=Mood)
-        .choices[0]
-        .message.parsed
-    ),
+    "openai: chat.completions.parse": openai_parse,
     "openai: responses": lambda: openai_client.responses.create(**RESPONSE).output_text,
     "openai: responses, streamed": lambda: joined(
         openai_client.responses.create(**RESPONSE, stream=True), response_delta
@@ -136,11 +143,7 @@ CALLS: dict[str, Callable[[], str | Awaitable[str]]] = {
         llama_index().stream_chat([ChatMessage(role="user", content=PROMPT)]),
         lambda part: part.delta,
     ),
-    "instructor: JSON_SCHEMA": lambda: parsed(
-        instructor.from_openai(
-            openai_client, mode=instructor.Mode.JSON_SCHEMA
-        ).chat.completions.create(**STRUCTURED, response_model=Mood, max_retries=0)
-    ),
+    "instructor: JSON_SCHEMA": instructor_schema,
 }
 
 

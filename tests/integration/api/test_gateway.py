@@ -257,6 +257,7 @@ async def test_a_request_that_two_workers_died_of_is_refused_from_then_on_and_ot
                     await asyncio.sleep(0.01)
             c.workers[name].signal(signal.SIGKILL)
         assert (await deadly)[0] == 500
+        assert c.gateway is not None and "workers died of a request" in c.gateway.output()
         await c.start_worker("w2")
         for _ in range(2):
             status, body, _ = await c.chat("sim", "deadly", max_tokens=2)

@@ -80,34 +80,36 @@ async def never(request: object) -> object:
     raise AssertionError("a plain request went to aiohttp")
 
 
-async def test_a_request_that_has_ended_leaves_nothing_for_the_collector(tmp_path: Path) -> None:
-    metrics, fleet = Metrics(), Fleet(3.0, {})
+def services_in(folder: Path, settings: DispatchSettings | None = None) -> GenerationServices:
+    """Those of a gateway with the base model `base`, whose workers hear nothing."""
+    loop, metrics, fleet = asyncio.get_running_loop(), Metrics(), Fleet(3.0, {})
     dispatcher = Dispatcher(
         fleet,
         make_policy("expected-ttft"),
         Admission(100, 60.0),
         Wires(),
         metrics,
-        DispatchSettings(100, keepalive_s=5.0),
+        settings or DispatchSettings(100),
         TimeAndChance(time.monotonic, random.Random(1)),
     )
-    resolver = Resolver({"base": None}, NoAliases(), fleet)  # type: ignore[dict-item, arg-type]
-    limits = RequestLimits(1 << 20, 1 << 20, 600.0)
-    generation = GenerationAPI(
-        GenerationServices(
-            dispatcher,
-            resolver,
-            metrics,
-            Keys(),
-            Accounting(Limiter(SharedLimits(tmp_path / "limits", 0)), Ledger(), metrics),
-            limits,
-            AccessLog("g0", "error"),
-            AdapterUsage(),
-            asyncio.get_running_loop(),
-            Deadlines(asyncio.get_running_loop()),
-        ),
-        BrowserPolicy(GatewayConfig(host="0.0.0.0")),
+    return GenerationServices(
+        dispatcher,
+        Resolver({"base": None}, NoAliases(), fleet),  # type: ignore[dict-item, arg-type]
+        metrics,
+        Keys(),
+        Accounting(Limiter(SharedLimits(folder / "limits", 0)), Ledger(), metrics),
+        RequestLimits(1 << 20, 1 << 20, 600.0),
+        AccessLog("g0", "error"),
+        AdapterUsage(),
+        loop,
+        Deadlines(loop),
     )
+
+
+async def test_a_request_that_has_ended_leaves_nothing_for_the_collector(tmp_path: Path) -> None:
+    services = services_in(tmp_path, DispatchSettings(100, keepalive_s=5.0))
+    dispatcher = services.dispatcher
+    generation = GenerationAPI(services, BrowserPolicy(GatewayConfig(host="0.0.0.0")))
     http_server = Server(
         never,
         fast_path=generation.fast_path,
