@@ -89,6 +89,7 @@ async def serve(settings: Settings, config: FollowedConfig, index: int, run_dir:
         certificate = open_certificate(settings.gateway.tls)
         http = await stack.enter_async_context(_http(gateway.routes, settings, certificate))
         port = http.port
+        gateway.live.listens_at(port)
         _announce(run_dir, index, port, gateway.link)
         log.info(
             "listening",

@@ -48,6 +48,7 @@ from gateway.api.services import GenerationServices
 from gateway.batches.batch_api import BatchAPI
 from gateway.batches.runner import BatchRunner
 from gateway.batches.store import BatchStore
+from gateway.dispatch.deadly.requests import DeadlyRequests
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.queue.admission import Admission
 from gateway.dispatch.request import InFlightRequest
@@ -69,7 +70,7 @@ from gateway.routes import Routes
 from gateway.routing.registry import make_policy
 from gateway.supervisor.autoscaling.reports import ModelStatus
 from gateway.supervisor.autoscaling.scaling_client import ScalingClient
-from gateway.supervisor.link_addresses import link_addresses
+from gateway.supervisor.link_addresses import is_only_gateway, link_addresses
 from gateway.telemetry.access_log import AccessLog
 from gateway.telemetry.aggregation import ProcessAggregator
 from gateway.telemetry.fleet_sampler import FleetSampler
@@ -85,6 +86,8 @@ LATE_HEARTBEATS = 3
 """A worker gets no new requests once its heartbeats are late by this many intervals."""
 LIMITS_FILE = "limits.v2"  # a new name for each new meaning of its numbers
 """The file in the run folder with the limits that all gateway processes of the machine share."""
+DEADLY_FILE = "deadly.v1"
+"""Likewise the file with what they know of requests that workers died of."""
 
 Catalogs = Mapping[str, Catalog | None]
 """Base model -> its catalog. None: it has no adapter store."""
@@ -211,12 +214,15 @@ class _Core:
 @contextlib.asynccontextmanager
 async def _open_core(settings: Settings, index: int, run_dir: Path) -> AsyncIterator[_Core]:
     name = f"g{index}"
-    async with _catalogs(settings) as catalogs:
+    async with _catalogs(settings) as catalogs, contextlib.AsyncExitStack() as stack:
         fleet, admission = _fleet(settings), _admission(settings)
         gauge_sources = _gauge_sources(settings, fleet, admission, catalogs)
         metrics = Metrics(name, gauge_sources, clock=time.monotonic)
         aggregator = _aggregator(settings, index, run_dir, metrics)
         link = LinkTransport(link_addresses(settings, index, run_dir), settings, name, metrics)
+        alone = is_only_gateway(settings)
+        deadly = DeadlyRequests(run_dir / DEADLY_FILE, alone=alone, now=time.monotonic())
+        stack.callback(deadly.close)
         dispatcher = Dispatcher(
             fleet,
             make_policy(settings.gateway.routing_policy),
@@ -225,6 +231,7 @@ async def _open_core(settings: Settings, index: int, run_dir: Path) -> AsyncIter
             metrics,
             dispatch_settings(settings),
             TimeAndChance(time.monotonic, random.Random(), _call_at),
+            deadly,
         )
         with link.open(dispatcher.inbox):
             yield _Core(

@@ -67,6 +67,7 @@ def request_limits(settings: Settings) -> RequestLimits:
         Bounds(**msgspec.structs.asdict(g.bounds)),
         g.http.max_unfinished_body_bytes,
         g.keep_answers_s or 0.0,
+        g.private_prefix_cache,
     )
 
 
@@ -125,6 +126,11 @@ class LiveSettings:
     def __init__(self, settings: Settings, config: FollowedConfig, parts: Configurable) -> None:
         self.settings = settings
         self._config, self._parts = config, parts
+
+    def listens_at(self, port: int) -> None:
+        """The real port is none that is to be changed, where the file said 0."""
+        gateway = msgspec.structs.replace(self.settings.gateway, port=port)
+        self.settings = msgspec.structs.replace(self.settings, gateway=gateway)
 
     def ask(self) -> None:
         """Has the file read now, without waiting for the next check."""

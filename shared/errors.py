@@ -265,8 +265,22 @@ class EngineFailure(LoraplexError):
     code = "engine_error"
 
 
+class OnTrial(WorkerUnavailable):
+    """The worker has another request that may kill workers. If both were there and it died, nobody
+    could tell of which.
+    """
+
+    code = "on_trial"
+
+
 class WorkersDied(EngineFailure):
-    """The same request has cost two workers, so no other one gets it for a while."""
+    """Workers died of the request, or of the same one a while ago, so no other one gets it. Clients
+    of OpenAI's kind are told not to ask again by themselves.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.headers = {"x-should-retry": "false"}
 
 
 class CannotContinue(LoraplexError):

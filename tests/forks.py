@@ -47,10 +47,15 @@ class ForkedProcess:
     @property
     def returncode(self) -> int | None:
         """The exit status once it has ended: -n if signal n ended it."""
-        if self._status is None and select.select([self._ended], [], [], 0)[0]:
+        if self._status is None and self._has_ended():
             self._status = int(os.read(self._ended, 16))
             os.close(self._ended)
         return self._status
+
+    def _has_ended(self) -> bool:
+        looked = select.poll()  # `select` takes no descriptor above 1023
+        looked.register(self._ended, select.POLLIN)
+        return bool(looked.poll(0))
 
     async def wait(self) -> int:
         while (status := self.returncode) is None:

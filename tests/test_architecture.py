@@ -36,6 +36,7 @@ DOORS = {
         "gateway/supervisor/*.py",
         "shared/stores/s3.py",
         "shared/stores/gcs.py",
+        "worker/engine/vllm/tenants/media_addresses.py",
     },
     "prometheus_client": {"gateway/telemetry/*.py"},
     "opentelemetry": {"gateway/telemetry/traces.py"},

@@ -66,7 +66,7 @@ engine would not start.
 
 
 async def serve(
-    settings: WorkerSettings, make_engine: Callable[[LLMConfig, float], Engine] = open_engine
+    settings: WorkerSettings, make_engine: Callable[[LLMConfig, float, float], Engine] = open_engine
 ) -> int:
     """Runs one worker until it is stopped. Returns the exit status.
 
@@ -74,7 +74,7 @@ async def serve(
     """
     settings = await _with_local_model(settings)
     model = settings.model
-    engine = make_engine(model, settings.stream_gap_s)
+    engine = make_engine(model, settings.stream_gap_s, settings.grammar_cpu_s)
     context = open_context()
     secret = link_secret(
         settings.secret_env, settings.insecure, settings.gateways, settings.state_dir
@@ -197,6 +197,7 @@ def worker_settings(
         peer_host=peer_host,
         insecure=g.link.insecure,
         stream_gap_s=g.stream_gap_s or 0.0,
+        grammar_cpu_s=g.grammar_cpu_s or 0.0,
         lru=g.routing_policy == "ray",
         engine_suspect_s=g.engine_suspect_s,
         engine_kill_s=g.engine_kill_s,

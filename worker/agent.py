@@ -12,7 +12,7 @@ import itertools
 import logging
 import time
 
-from shared.errors import EngineFailure, LoraplexError, WorkerUnavailable
+from shared.errors import EngineFailure, LoraplexError, OnTrial, WorkerUnavailable
 from shared.link import messages
 from shared.link.messages import WorkerState
 from shared.runtime import garbage
@@ -225,7 +225,7 @@ class Agent:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS_S):
                 for answer_id, copy in self._engine.copies():
-                    session.outbox.copy(messages.StoredCopy(answer_id, copy))
+                    session.outbox.send(messages.StoredCopy(answer_id, copy))
                     await session.room()
 
     async def _send_last_frames(self) -> None:
@@ -319,6 +319,10 @@ class Agent:
                 self._adapters.warm_up(session, adapters, serving=self._serving)
             case messages.AdapterCommand():
                 self._adapters.command(session, message, serving=self._serving)
+            case messages.KnownDeaths():
+                for other in self._gateways:
+                    if other is not session:
+                        other.outbox.send(message)
             case messages.KeepCopy(answer_id, data):
                 self._engine.keep_copy(answer_id, data)
             case messages.DrainWorker(wait_s, reason):
@@ -341,6 +345,10 @@ class Agent:
                     bool(self._suspect),
                 )
             )
+            return
+        if not self._requests.admits(message):
+            why = "The worker has another request that may kill workers."
+            session.outbox.refuse(messages.Refused(message.sid, OnTrial.code, why, True))
             return
         number = next(self._numbers)
         self._requests.accept(number, session, message)

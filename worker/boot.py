@@ -49,7 +49,7 @@ async def boot(engine: Engine, settings: WorkerSettings) -> BootedEngine:
     )
     garbage.freeze(*GC_THRESHOLD)
     give_large_blocks_back()  # not before: the engine's own process would inherit it
-    return BootedEngine(facts, validator.check)
+    return BootedEngine(facts, validator)
 
 
 @contextlib.asynccontextmanager

@@ -86,10 +86,10 @@ class Outbox:
         self._found.append(found)
         self._schedule()
 
-    def copy(self, copy: messages.StoredCopy) -> None:
-        """Sends a copy of an answer that is stored here, before what is added from now on."""
+    def send(self, message: messages.StoredCopy | messages.KnownDeaths) -> None:
+        """Sends it before what is added from now on."""
         self.flush()
-        if not self._closed and not self._send(messages.encode(copy)):
+        if not self._closed and not self._send(messages.encode(message)):
             self._overflow()
 
     def flush(self) -> None:

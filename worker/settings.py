@@ -28,8 +28,9 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `download_timeout_s` is how long a download may go without a byte (None: no bound). The worker
     binds `peer` to give files to workers of other hosts ("": it binds nothing). They are told
     `peer_host` (a host or host:port), if it is set. `stream_gap_s` is the longest gap between two
-    events of a stream while the CPU is short. `lru`: see Residency. An engine that makes no
-    progress for `engine_suspect_s` is suspect, and after `engine_kill_s` more it is killed.
+    events of a stream while the CPU is short. `grammar_cpu_s` is the CPU time that a grammar may
+    take for each token (0: no bound). `lru`: see Residency. An engine that makes no progress for
+    `engine_suspect_s` is suspect, and after `engine_kill_s` more it is killed.
     A new worker loads what gateways want loaded for at most `warm_up_s` before it serves.
     `probe_port` answers probes of Kubernetes (None: nothing does). `run_dir` is a folder that
     somebody else removes after the end of this process.
@@ -50,6 +51,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peer_host: str | None = None
     insecure: bool = False
     stream_gap_s: float = 0.0
+    grammar_cpu_s: float = 0.0
     lru: bool = False
     engine_suspect_s: float = 5.0
     engine_kill_s: float = 20.0

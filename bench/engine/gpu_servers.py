@@ -30,8 +30,8 @@ COLD_ADAPTERS = 16
 """That no row but `stall` asks for."""
 RANK = 16
 GIB = 1 << 30
-SHARE = 0.45
-"""Of the GPU's memory, for each of two servers that are up at once."""
+USED = 0.9
+"""Of the GPU's memory, by all servers that are up at once."""
 BESIDE_KV_GIB = 25
 """Weights (15 GiB), adapters, activations, graphs and the CUDA context of one server; the rest of
 its share is KV cache.
@@ -151,22 +151,22 @@ def engine_arguments(shape: str, slots: int, *, defaults: bool) -> dict[str, Any
     return wanted
 
 
-def shared_gpu(memory_bytes: int, kv_gib: float | None) -> dict[str, Any]:
-    """What both servers get if they are up at once: the same KV cache, said in bytes, since neither
-    can measure what is free.
+def shared_gpu(memory_bytes: int, kv_gib: float | None, servers: int = 2) -> dict[str, Any]:
+    """What each of `servers` gets if they are up at once on one GPU: the same KV cache, said in
+    bytes, since none can measure what is free.
 
-    `memory_bytes` is the GPU's, 0 if there is none. Raises SystemExit if two servers do not fit.
+    `memory_bytes` is the GPU's, 0 if there is none. Raises SystemExit if they do not fit.
     """
     if not memory_bytes:
         return {}
-    kv = kv_gib or SHARE * memory_bytes / GIB - BESIDE_KV_GIB
-    if kv < 1 or 2 * (kv + BESIDE_KV_GIB) > memory_bytes / GIB:
+    share = USED / servers
+    kv = kv_gib or share * memory_bytes / GIB - BESIDE_KV_GIB
+    if kv < 1 or servers * (kv + BESIDE_KV_GIB) > memory_bytes / GIB:
         raise SystemExit(
-            f"bench.engine.gpu: two servers with {max(kv, 0):.0f} GiB of KV cache each "
-            f"do not fit a GPU of {memory_bytes / GIB:.0f} GiB; run them one "
-            "after the other (without --together)"
+            f"{servers} servers with {max(kv, 0):.0f} GiB of KV cache each do not fit a GPU of "
+            f"{memory_bytes / GIB:.0f} GiB"
         )
-    return {"gpu_memory_utilization": SHARE, "kv_cache_memory_bytes": int(kv * GIB)}
+    return {"gpu_memory_utilization": share, "kv_cache_memory_bytes": int(kv * GIB)}
 
 
 def gpu() -> tuple[str, int]:

@@ -32,14 +32,12 @@ import uvloop
 
 from bench import ROOT
 from bench.engine.gpu_servers import (
-    BESIDE_KV_GIB,
-    GIB,
     SHAPES,
-    SHARE,
     engine_arguments,
     gpu,
     make_adapters,
     make_model,
+    shared_gpu,
 )
 from bench.process import Process, free_ports, tree
 
@@ -136,9 +134,7 @@ class Load:
 
 def _config(work: Path, shape: str, memory: int, port: int, graphs: Sequence[int]) -> Path:
     arguments = engine_arguments(shape, SLOTS, defaults=False)
-    if memory:
-        kv = SHARE * memory / GIB - BESIDE_KV_GIB
-        arguments |= {"gpu_memory_utilization": SHARE, "kv_cache_memory_bytes": int(kv * GIB)}
+    arguments |= shared_gpu(memory, None)
     if graphs:
         arguments["cudagraph_capture_sizes"] = list(graphs)
     config = {

@@ -6,6 +6,10 @@ example on 2, 4 and 8 GPUs. With the simulated engine it needs none.
     python -m bench.fleet --engine vllm --workers 8 --budget 560 --parts mixed
     python -m bench.fleet --engine vllm --workers 4 --budget 560 --parts policies --rps 8,10
         # a load whose adapters all fit into the slots
+    python -m bench.fleet --engine vllm --workers 2 --share-gpu --parts policies \
+        --policies expected-ttft,ray --adapters 128 --slots 8 --streams 8 \
+        --shares 0.7,1,1.4,2 --timeout 30
+        # two workers on one GPU, with few slots: beyond what they can carry
     python -m bench.fleet --engine sim --workers 2,4,8
         # a rehearsal without a GPU
 
@@ -13,8 +17,10 @@ The parts are:
 
     scale     a closed loop over all adapters saturates a fleet of every size
     base      the same with the base model alone
-    policies  each policy gets Poisson arrivals at 70% and 95% of the largest fleet's capacity, or
-              at --rps requests per second and worker. Only the gateway is restarted in between
+    policies  each policy gets Poisson arrivals at --shares of the largest fleet's capacity, or at
+              --rps requests per second and worker, in turns. Only the gateway is restarted in
+              between. With as many --streams as --slots the capacity is that of the slots, one
+              request in each
     kill      one worker is killed at 70% of the capacity, or at the lowest of --rps
     mixed     a worker with tensor parallel 2 and a model of its own joins the single workers
 
@@ -34,6 +40,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +66,10 @@ SIM_CROWD = 1.5
 """So many streams are open for each sequence of the simulated engine. If there were only as many
 streams as places, some places would be empty.
 """
+HEAT_STREAMS = 64
+"""At least, for each worker: beyond the capacity more requests run at once than in a closed loop of
+few streams.
+"""
 RESERVE_S = 10.0  # to end everything and draw
 LEAST_MEASURE_S = 8.0
 
@@ -74,7 +85,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done = read(out)
     try:
         wanted = with_capacity(
-            rows(flags.parts, flags.workers, flags.policies, flags.repetitions, flags.rps),
+            rows(
+                flags.parts,
+                flags.workers,
+                flags.policies,
+                flags.repetitions,
+                flags.rps,
+                flags.shares,
+            ),
             {row["key"] for row in done},
         )
         skipped = asyncio.run(_measure(flags, gpus, wanted, done, out)) if wanted else []
@@ -96,7 +114,7 @@ async def _measure(
 ) -> list[FleetRow]:
     most = max(row.workers for row in wanted)
     singles = max(0, gpus - 2) if gpus else most
-    if (gpus and gpus < most) or ("mixed" in flags.parts and not singles):
+    if (gpus and gpus < most and not flags.share_gpu) or ("mixed" in flags.parts and not singles):
         raise NotStarted(
             f"{most} workers{' and a pair' if 'mixed' in flags.parts else ''} need "
             f"more GPUs than the {gpus} found"
@@ -111,6 +129,7 @@ async def _measure(
         or max(1, most // WORKERS_PER_GATEWAY_PROCESS if (os.cpu_count() or 1) > most else 1),
         boot_s=BOOT_S[flags.engine],
         gpus=gpus,
+        share_gpu=flags.share_gpu,
     )
     try:
         first = most if any(row.part != "mixed" for row in wanted) else cluster.mixed_singles
@@ -125,9 +144,11 @@ async def _measure(
             flush=True,
         )
         if flags.heat and any(row.part != "mixed" for row in wanted):
-            await Runner(
-                cluster, _volume(flags, most), FleetPlan((), _times(flags)), lambda: None, ()
-            ).heat(most, flags.heat)
+            volume = _volume(flags, most)
+            volume = replace(volume, streams=max(volume.streams, HEAT_STREAMS))
+            await Runner(cluster, volume, FleetPlan((), _times(flags)), lambda: None, ()).heat(
+                most, flags.heat
+            )
         plan = fit(wanted, _times(flags), _left_s(flags))
         _say(plan)
         runner = Runner(cluster, _volume(flags, most), plan, lambda: _left_s(flags), done)
@@ -162,7 +183,8 @@ def _served(flags: argparse.Namespace) -> Served:
         return simulated(
             flags.work, flags.adapters, flags.slots, flags.slow, flags.streams or SIM_SEQUENCES
         )
-    return real(flags.work, flags.adapters, flags.slots, flags.shape)
+    sharing = max(flags.workers) if flags.share_gpu else 1
+    return real(flags.work, flags.adapters, flags.slots, flags.shape, sharing)
 
 
 def _volume(flags: argparse.Namespace, most: int) -> Volume:
@@ -176,6 +198,7 @@ def _volume(flags: argparse.Namespace, most: int) -> Volume:
         streams,
         flags.output_tokens,
         flags.generators or (max(1, most // WORKERS_PER_GENERATOR) if spare else 1),
+        flags.timeout,
     )
 
 

@@ -65,7 +65,9 @@ def cpu_s(before: Sequence[ProcessUsage], after: Sequence[ProcessUsage]) -> floa
 
 @dataclass
 class FleetCluster:
-    """`sizes` are those of the fleets; `boot_s` bounds a worker's start."""
+    """`sizes` are those of the fleets; `boot_s` bounds a worker's start. `share_gpu`: all workers
+    are on the first GPU.
+    """
 
     served: Served
     work: Path
@@ -74,6 +76,7 @@ class FleetCluster:
     gateway_processes: int
     boot_s: float
     gpus: int
+    share_gpu: bool = False
     workers: dict[str, Process] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=lambda: free_ports(1)[0])
@@ -157,6 +160,10 @@ class FleetCluster:
         env = {PARENT_ENV: str(os.getpid())}
         if self.served.engine == "vllm" and self.gpus:
             devices = [number] if model == MODEL else [number, number + 1]
+            if self.share_gpu:
+                devices = [0]
+                # two that compile the same model at once must not write the same files
+                env |= {"VLLM_CACHE_ROOT": str(self.work / f"cache-{number}")}
             env |= {
                 "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
                 "VLLM_WORKER_MULTIPROC_METHOD": "spawn",

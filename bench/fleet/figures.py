@@ -23,6 +23,7 @@ tenth over a few seconds.
 """
 HOLD_S = 2.0
 """... if it stays there on average for so long."""
+GIVEN_UP = "timeout"
 LATE_S = 0.010
 BUSY = 0.85
 
@@ -95,7 +96,8 @@ def tokens_within(outcomes: Sequence[LoadOutcome], from_s: float, until_s: float
 
 def figures(seen: Seen, from_s: float, until_s: float) -> dict[str, Any]:
     """The load between two moments: tokens that came then, requests that were due then. `cold`: the
-    adapter was in no slot as the request came.
+    adapter was in no slot as the request came. A request that was given up before its first token
+    counts with its age then.
     """
     due = [o for o in seen.outcomes if from_s <= o.scheduled_s < until_s]
     good = [o for o in due if o.error is None]
@@ -104,7 +106,9 @@ def figures(seen: Seen, from_s: float, until_s: float) -> dict[str, Any]:
         "window_s": until_s - from_s,
         "output_tokens_per_s": tokens_within(seen.outcomes, from_s, until_s) / (until_s - from_s),
         "requests": {"due": len(due), "succeeded": len(good), **failures(due)},
-        "ttft": latency(o.ttft_s for o in good),
+        "ttft": latency(
+            o.e2e_s if o.ttft_s is None else o.ttft_s for o in due if o.error in (None, GIVEN_UP)
+        ),
         "ttft_warm": latency(o.ttft_s for o in good if o.tier == "gpu"),
         "ttft_cold": latency(o.ttft_s for o in good if o.tier not in (None, "gpu")),
         "tpot": latency(o.tpot_s for o in good),
@@ -230,9 +234,12 @@ def medians(rows: Sequence[RecordedRow]) -> dict[tuple[str, str], dict[str, floa
         if row["part"] == "policies":
             cell = found.setdefault((row["policy"], pace(row)), {})
             for name in ("ttft", "ttft_warm", "ttft_cold"):
-                for rank in ("p50", "p99"):
+                for rank in ("mean", "p50", "p99"):
                     if row["figures"][name]:
                         cell.setdefault(f"{name}_{rank}", []).append(row["figures"][name][rank])
+            if row.get("expected_over_actual"):
+                ratio = row["expected_over_actual"]["p50"]
+                cell.setdefault("expected_over_actual", []).append(ratio)
             cell.setdefault("loads_per_1000", []).append(row["loads"]["per_1000_requests"])
             cell.setdefault("tokens_per_s", []).append(row["figures"]["output_tokens_per_s"])
             cell.setdefault("failed", []).append(
@@ -270,12 +277,17 @@ def line(row: RecordedRow) -> str:
             f"back after {_s(k['throughput_back_s'])}",
             f"worker serves again after {_s(k['worker_serves_again_s'])}",
         ]
+    if row.get("expected_over_actual"):
+        shown.append(f"expected/actual {row['expected_over_actual']['p50']:.2f}")
     shown += [] if f["generator"]["kept_up"] else ["GENERATOR LATE"]
     return "  ".join(shown)
 
 
 def _ms(times: Mapping[str, float] | None) -> str:
-    return "-" if times is None else f"{times['p50'] * 1e3:,.0f}/{times['p99'] * 1e3:,.0f} ms"
+    """Mean, median and 99th percentile."""
+    if times is None:
+        return "-"
+    return "/".join(f"{times[name] * 1e3:,.0f}" for name in ("mean", "p50", "p99")) + " ms"
 
 
 def _s(time_s: float | None) -> str:
@@ -313,6 +325,7 @@ def _policy_table(rows: Sequence[RecordedRow]) -> str:
     if not cells:
         return ""
     names = (
+        "ttft_mean",
         "ttft_p50",
         "ttft_p99",
         "ttft_warm_p50",
@@ -323,30 +336,49 @@ def _policy_table(rows: Sequence[RecordedRow]) -> str:
     head = " | ".join(
         name.replace("_", " ")
         .replace("ttft", "TTFT")
+        .replace("mean", "mean ms")
         .replace("p50", "p50 ms")
         .replace("p99", "p99 ms")
         for name in names
     )
     lines = [
-        f"| load | policy | {head} | loads/1,000 | tok/s | failed |",
-        "|---" * (len(names) + 5) + "|",
+        f"| load | policy | {head} | expected/actual | loads/1,000 | tok/s | failed |",
+        "|---" * (len(names) + 6) + "|",
     ]
     order = paces(rows)
     for policy, at in sorted(cells, key=lambda key: (order.index(key[1]), key[0] != OURS, key[0])):
         cell = cells[policy, at]
         shown = " | ".join(f"{cell[name] * 1e3:,.0f}" if name in cell else "-" for name in names)
-        rest = f"{cell['loads_per_1000']:.0f} | {cell['tokens_per_s']:,.0f} | {cell['failed']:g}"
+        ratio = cell.get("expected_over_actual")
+        rest = "- | " if ratio is None else f"{ratio:.2f} | "
+        rest += f"{cell['loads_per_1000']:.0f} | {cell['tokens_per_s']:,.0f} | {cell['failed']:g}"
         lines.append(f"| {at} | {policy} | {shown} | {rest} |")
-    return "\n".join([*lines, *_to_ray(cells), *_mixed_runs(rows)])
+    return "\n".join([*lines, *_to_ray(rows), *_mixed_runs(rows)])
 
 
-def _to_ray(cells: Mapping[tuple[str, str], Mapping[str, float]]) -> list[str]:
+def _to_ray(rows: Sequence[RecordedRow]) -> list[str]:
+    """Pairs have the same requests at the same moments, so it is pairs that are compared."""
+    waits = {
+        (row["policy"], pace(row), row.get("repetition", 0)): row["figures"]["ttft"]
+        for row in rows
+        if row["part"] == "policies" and row["figures"]["ttft"]
+    }
     made = []
-    for policy, at in sorted(cells):
-        other = cells.get(("ray", at))
-        if policy == OURS and other and "ttft_p99" in other and "ttft_p99" in cells[policy, at]:
-            ratio = cells[policy, at]["ttft_p99"] / other["ttft_p99"]
-            made.append(f"\np99 TTFT of {OURS} to ray's at {at}: {ratio:.2f}")
+    for at in paces(rows):
+        pairs = [
+            (waits[OURS, at, again], ray)
+            for (policy, offered, again), ray in waits.items()
+            if (policy, offered) == ("ray", at) and (OURS, at, again) in waits
+        ]
+        if pairs:
+            mean, p99 = (
+                statistics.geometric_mean(ours[name] / ray[name] for ours, ray in pairs)
+                for name in ("mean", "p99")
+            )
+            made.append(
+                f"\nTTFT of {OURS} to ray's at {at}: mean {mean:.2f}, p99 {p99:.2f} "
+                f"(pairs: {len(pairs)})"
+            )
     return made
 
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.fleet.plan import PARTS, POLICIES
+from bench.fleet.plan import PARTS, POLICIES, SHARES
 from bench.provenance import RESULTS
 
 HEAT_S = {"sim": 0.0, "vllm": 20.0}
 SIM_SEQUENCES = 32
 VLLM_STREAMS = 256
+TIMEOUT_S = 130.0
 
 
 def read_flags(arguments: Sequence[str] | None, description: str) -> argparse.Namespace:
@@ -26,6 +27,8 @@ def read_flags(arguments: Sequence[str] | None, description: str) -> argparse.Na
     _add_served_flags(parser)
     _add_file_flags(parser)
     flags = parser.parse_args(arguments)
+    if flags.share_gpu and "mixed" in flags.parts:
+        parser.error("--share-gpu: the pair of the part `mixed` has two GPUs")
     flags.heat = HEAT_S[flags.engine] if flags.heat is None else flags.heat
     return flags
 
@@ -60,6 +63,13 @@ def _add_choice_flags(parser: argparse.ArgumentParser) -> None:
         help="policies and kill at so many requests/s a worker, instead of shares of the capacity",
     )
     parser.add_argument(
+        "--shares",
+        type=_rates,
+        default=list(SHARES),
+        metavar="F,F",
+        help="of the capacity, for the policies (default 0.7,0.95)",
+    )
+    parser.add_argument(
         "--repetitions", type=int, default=1, help="of the policies (default %(default)s)"
     )
 
@@ -87,6 +97,13 @@ def _add_time_flags(parser: argparse.ArgumentParser) -> None:
         help="of each load, counted (default %(default)s)",
     )
     parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT_S,
+        metavar="S",
+        help="of one request. It bounds a load beyond the capacity (default %(default)s)",
+    )
+    parser.add_argument(
         "--heat",
         type=float,
         metavar="S",
@@ -101,6 +118,11 @@ def _add_served_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help=f"per worker in a closed loop (default {VLLM_STREAMS}); sim: places ({SIM_SEQUENCES})",
+    )
+    parser.add_argument(
+        "--share-gpu",
+        action="store_true",
+        help="all workers on the first GPU, with equal shares of its memory",
     )
     parser.add_argument("--adapters", type=int, default=256)
     parser.add_argument("--slots", type=int, default=16, help="per worker (default %(default)s)")

@@ -82,9 +82,11 @@ def rows(
     policies: Sequence[str],
     repetitions: int,
     rps: Sequence[float] = (),
+    shares: Sequence[float] = SHARES,
 ) -> list[FleetRow]:
-    """Repetitions of the policies are interleaved, so that a machine that drifts drifts for all of
-    them. `rps`: instead of shares of the capacity.
+    """The policies take turns at each load, so that a machine that drifts drifts for all of them.
+    Every other turn is the other way round, so that neighbours share a gateway. `rps`: instead of
+    `shares` of the capacity.
     """
     made: list[FleetRow] = []
     most = max(workers)
@@ -93,12 +95,13 @@ def rows(
     if "base" in parts:
         made += [FleetRow("base", n) for n in sorted(workers)]
     if "policies" in parts:
+        paces = [(None, rate) for rate in rps] if rps else [(share, None) for share in shares]
         for again in range(repetitions):
-            for policy in policies:
-                if rps:
-                    made += [FleetRow("policies", most, policy, None, again, rate) for rate in rps]
-                else:
-                    made += [FleetRow("policies", most, policy, share, again) for share in SHARES]
+            for nth, (share, rate) in enumerate(paces, again):
+                made += [
+                    FleetRow("policies", most, policy, share, again, rate)
+                    for policy in (reversed(policies) if nth % 2 else policies)
+                ]
     if "kill" in parts:
         made.append(
             FleetRow("kill", most, OURS, None if rps else KILL_SHARE, rps=min(rps) if rps else None)

@@ -20,22 +20,24 @@ from bench.fleet.plan import OURS, FleetPlan, FleetRow, gateways
 from bench.fleet.served import MODEL, PAIR
 from bench.load.measure import BIN_S
 from bench.process import NotStarted
+from bench.routing.predicted import KEPT, predictions, quartiles
 
 RESTART_AFTER_S = 1.0  # as `loraplex serve` does
-REQUEST_TIMEOUT_S = 130.0
 SEED = 7
 FLUSH_AT_ONCE = 4  # requests per worker
+LEAST_RATIOS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """Of every load. `streams` are per worker, in a closed loop; `generators` processes drive
-    it.
+    """Of every load. `streams` are per worker, in a closed loop; `generators` processes drive it. A
+    request that has not ended after `timeout_s` is given up.
     """
 
     streams: int
     output_tokens: int
     generators: int
+    timeout_s: float
 
 
 class Runner:
@@ -121,9 +123,12 @@ class Runner:
         ) as going:
             seen = await going.seen()
         from_s, until_s = times.warm_s, times.warm_s + times.measure_s
-        return self._figures(
+        made = self._figures(
             row, gateway, seen, (from_s, until_s), (began, begun_at), cpu_s(before, gateway.usage())
         )
+        if row.policy == OURS and not row.saturated:
+            made |= await asyncio.to_thread(_predicted, gateway.url, made["figures"]["requests"])
+        return made
 
     def _figures(
         self,
@@ -203,7 +208,7 @@ class Runner:
             f"--prompt-tokens={served.prompt_words}",
             f"--output-tokens={output_tokens}",
             f"--seed={seed}",
-            f"--timeout={REQUEST_TIMEOUT_S}",
+            f"--timeout={self._volume.timeout_s}",
             "--ignore-eos",
         ]
 
@@ -314,6 +319,18 @@ class Runner:
             model: fig.figures(one, *window) for model, one in zip((MODEL, PAIR), both, strict=True)
         }
         return made
+
+
+def _predicted(url: str, requests: Mapping[str, Any]) -> dict[str, Any]:
+    """The first tokens' times that routing expected over those that they took, of the row's last
+    requests.
+    """
+    ratios = [p.ratio for p in predictions(url, min(KEPT, requests["due"]))]
+    if len(ratios) < LEAST_RATIOS:
+        return {}
+    first, middle, third = quartiles(ratios)
+    found = {"count": len(ratios), "p25": first, "p50": middle, "p75": third}
+    return {"expected_over_actual": found}
 
 
 def read(path: Path) -> list[Mapping[str, Any]]:

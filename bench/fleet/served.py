@@ -93,9 +93,18 @@ def simulated(work: Path, adapters: int, slots: int, slow: float, sequences: int
     )
 
 
-def real(work: Path, adapters: int, slots: int, shape: str) -> Served:
-    """vLLM with dummy weights in a known shape, as in bench.gpu."""
-    from bench.engine.gpu_servers import RANK, engine_arguments, make_adapters, make_model
+def real(work: Path, adapters: int, slots: int, shape: str, sharing: int = 1) -> Served:
+    """vLLM with dummy weights in a known shape, as in bench.gpu. `sharing` workers are on one
+    GPU.
+    """
+    from bench.engine.gpu_servers import (
+        RANK,
+        engine_arguments,
+        gpu,
+        make_adapters,
+        make_model,
+        shared_gpu,
+    )
 
     model, root = work / f"model-{shape}", work / shape / f"adapters-{adapters}"
     if not (model / "config.json").exists():
@@ -103,6 +112,8 @@ def real(work: Path, adapters: int, slots: int, shape: str) -> Served:
     if not root.exists():
         make_adapters(root, adapters, shape, cold=0)
     arguments = engine_arguments(shape, slots, defaults=False)
+    if sharing > 1:
+        arguments |= shared_gpu(gpu()[1], None, sharing)
 
     def entry(name: str, more: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -5,9 +5,8 @@ Every change is made under a file lock. A process that alone uses the table keep
 takes it once, not with every request. It gives the lock back soon after another one has come: both
 hold a place in a second file, by which they know of each other.
 
-The kernel releases the lock if its holder dies. If a holder stands still, the others wait for
-LOCK_S and then go on without the lock. One lost count is better than a gateway that stands still as
-well.
+If the lock's holder stands still, the others wait for LOCK_S and then go on without it. One lost
+count is better than a gateway that stands still as well.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from shared.errors import ConfigError
+from shared.runtime.file_lock import RANGE_LOCK, FileLock
 
 MAX_PROCESSES = 64
 FIRST_OPEN = 6
@@ -44,57 +44,11 @@ ROW_PROBES, PROBES = 256, 16
 """Places that are tried for an account and for a pair. Two of 5,000 accounts would meet in 16, and
 none does in 256.
 """
-LOCK_S = 0.02
-"""A holder needs only microseconds, but it may have to wait for a core."""
 HANDOVER_S = 1.0
 """How long a process that comes waits for one that keeps the lock, and looks for others ten times a
 second. Its loop may be busy.
 """
-USERS = struct.Struct("hhqqi4x")
-"""The kernel's `struct flock`: kind of lock, whence, start, length (0: all), pid."""
 _HASH_BITS = 52  # a float holds such numbers exactly
-
-
-class LimitsLock:
-    """The lock of the module's docstring. While it is `kept`, to enter and leave it costs nothing.
-
-    It is a class, because a context manager made from a generator would cost as much as the lock
-    itself.
-    """
-
-    def __init__(self, file: int) -> None:
-        self._file = file
-        self._locked = False
-        self.kept = False
-
-    def __enter__(self) -> None:
-        if not self.kept:
-            self.take(LOCK_S)
-
-    def __exit__(self, *_: object) -> None:
-        if not self.kept:
-            self.give_back()
-
-    def take(self, within_s: float) -> bool:
-        """Whether it was taken."""
-        until = 0.0
-        while True:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self._locked = True
-                return True
-            except OSError:
-                now = time.monotonic()
-                until = until or now + within_s
-                if now >= until:
-                    return False
-                os.sched_yield()
-
-    def give_back(self) -> None:
-        self.kept = False
-        if self._locked:
-            self._locked = False
-            fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
 class SharedLimits:
@@ -126,9 +80,9 @@ class SharedLimits:
             raise ConfigError(f"{path} cannot be made: {exc.strerror}") from exc
         self.map = mmap.mmap(self._file, size)
         self.cells = memoryview(self.map).cast("d")
-        self.alone = LimitsLock(self._file)
+        self.alone = FileLock(self._file)
         """A context in which no other process changes anything."""
-        fcntl.fcntl(self._users, fcntl.F_OFD_SETLK, USERS.pack(fcntl.F_RDLCK, 0, 0, 0, 0))
+        fcntl.fcntl(self._users, fcntl.F_OFD_SETLK, RANGE_LOCK.pack(fcntl.F_RDLCK, 0, 0, 0, 0))
         self.alone.take(HANDOVER_S)
         try:
             self._forget_earlier_life(clock())
@@ -145,8 +99,8 @@ class SharedLimits:
         """Keeps the lock if no other process uses the table, and gives it back if one does. Returns
         whether that has changed: what is known of the table is then of a time before.
         """
-        query = USERS.pack(fcntl.F_WRLCK, 0, 0, 0, 0)
-        others = USERS.unpack(fcntl.fcntl(self._users, fcntl.F_OFD_GETLK, query))[0]
+        query = RANGE_LOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0)
+        others = RANGE_LOCK.unpack(fcntl.fcntl(self._users, fcntl.F_OFD_GETLK, query))[0]
         shared, lock = others != fcntl.F_UNLCK, self.alone
         if lock.kept is not shared:
             return False

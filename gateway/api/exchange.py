@@ -265,6 +265,7 @@ class Exchange:
             trace = self._trace(services.traces)
             traceparent, tracestate = services.traces.for_engine(trace, self._incoming.header)
         background = self._path == RESPONSES_PATH and bool(head.background)
+        salt = account.name if services.limits.private_prefix_cache else ""
         inflight = InFlightRequest(
             ClientRequest(
                 self._path,
@@ -274,7 +275,9 @@ class Exchange:
                 if self.endpoint.model_in is ModelIn.FORM
                 else estimated_tokens(body),
                 self._most_tokens or 0,
-                schema.prefix_hash(ref.digest if ref is not None else "", body, self.endpoint),
+                schema.prefix_hash(
+                    salt + (ref.digest if ref is not None else ""), body, self.endpoint
+                ),
                 bool(head.stream) and self.endpoint.streams,
                 self._created or int(time.time()),
                 services.limits.resume and facts.may_move,
@@ -304,6 +307,7 @@ class Exchange:
                 facts.session,
                 account.clamped(head.priority or 0) if facts.priority is None else facts.priority,
                 account.weight,
+                salt,
             ),
         )
         inflight.trace = trace

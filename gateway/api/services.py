@@ -28,6 +28,7 @@ class RequestLimits:
     bounds: Bounds = DEFAULT_BOUNDS
     max_unfinished_body_bytes: int = 256 << 20
     keep_answers_s: float = 0.0
+    private_prefix_cache: bool = False
 
 
 @dataclass(slots=True)

@@ -1,5 +1,5 @@
 """Shell. `loraplex check`: checks a configuration against vLLM's own arguments and against its
-adapter stores. vLLM is not imported if a list of its arguments is kept for the installed version.
+adapter stores. vLLM is asked, in a process of its own, for what only it knows.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from loraplex.start import command
 from shared.config.gateway import GatewayConfig
 from shared.config.llm import TARGET_SHARE, LLMConfig, Settings, engine_kwargs_problems
 from shared.config.settings_file import read_settings
+from shared.config.vllm.refusals import VllmVerdict, read_verdicts, refusal_lines
 from shared.config.vllm_engine_arguments import (
     FILES,
     Argument,
@@ -31,6 +32,7 @@ from shared.config.vllm_engine_arguments import (
     read_known_arguments,
 )
 from shared.errors import ConfigError, LoraplexError
+from shared.runtime.process import PARENT_ENV
 from shared.stores import open_store
 from shared.stores.listing import SkippedFolder
 from shared.stores.object_store import StoreFailure, StoreProblem
@@ -39,6 +41,11 @@ from shared.vllm_versions import cannot_import, is_tried, warning
 KEPT = Path(__file__).parents[2] / "shared" / "config" / "vllm_arguments.json"
 _VERSION = re.compile(r"""^__version__ = .*?['"]([^'"+]+)""", re.MULTILINE)
 LOOK_S = 10.0
+UNASKED = (
+    "vLLM is not installed here, so engine_kwargs were compared with a list of its arguments. Not "
+    "checked were values that do not go together, chat templates, and what the model allows; run "
+    "`loraplex check` where vLLM is"
+)
 ABSENT = (
     StoreProblem.NO_BUCKET,
     StoreProblem.NO_FOLDER,
@@ -71,6 +78,7 @@ def _warn(text: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     settings = load(args.config)
+    remarks: list[str] = []
     if any(m.llm_engine == "vLLM" for m in settings.models):
         for text in warnings():
             _warn(text)
@@ -78,6 +86,11 @@ def run(args: argparse.Namespace) -> int:
         found = problems(settings)
         if found:
             raise ConfigError("\n".join(found))
+        refused, doubts, remarks = refusal_lines(settings, _verdicts(settings.models))
+        for text in doubts:
+            _warn(text)
+        if refused:
+            raise ConfigError("\n".join(refused))
     errors, notes = look_at_stores(settings)
     if errors:
         raise ConfigError("\n".join(errors))
@@ -86,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     g = settings.gateway
     for missing in missing_gateway_files(g):
         _warn(missing)
-    for note in notes:
+    for note in (*remarks, *notes):
         print(note)
     scheme = "https" if g.tls.certificate else "http"
     print(f"gateway: {scheme}://{g.host}:{g.port}, {g.processes} process(es)\nok")
@@ -230,6 +243,29 @@ def _ask_vllm() -> KnownArguments:
     except (IndexError, msgspec.MsgspecError) as exc:
         last = answer.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise ConfigError(cannot_import(installed_version(), last or "without a word")) from exc
+
+
+def _verdicts(models: Sequence[LLMConfig]) -> list[VllmVerdict | None]:
+    """What vLLM makes of the engine_kwargs of each model. None: it was not asked."""
+    asked = [model for model in models if model.llm_engine == "vLLM" and model.engine_kwargs]
+    if installed_version() is None:
+        _warn(UNASKED)
+        return [None] * len(models)
+    print("asking vLLM for its verdict (about 10 s) ...", file=sys.stderr, flush=True)
+    answer = subprocess.run(
+        command("worker.engine.vllm.boot.refusals"),
+        input=msgspec.json.encode(asked),
+        env={**os.environ, PARENT_ENV: str(os.getpid())},
+        capture_output=True,
+        check=False,
+    )
+    try:
+        found = iter(read_verdicts(answer.stdout.splitlines()[-1]))
+    except (IndexError, msgspec.MsgspecError):
+        last = answer.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        _warn(f"vLLM could not be asked whether it takes the engine_kwargs: {last}")
+        return [None] * len(models)
+    return [next(found) if model in asked else None for model in models]
 
 
 def look_at_stores(settings: Settings) -> tuple[list[str], list[str]]:

@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
-from gateway.dispatch.deadly_requests import DeadlyRequests
+from gateway.dispatch.deadly.news import DeathNews
+from gateway.dispatch.deadly.requests import DeadlyRequests
+from gateway.dispatch.deadly.trials import Trials
 from gateway.dispatch.endings import RequestEndings
 from gateway.dispatch.failover import Failover
 from gateway.dispatch.placement import Placement
@@ -58,7 +60,8 @@ MOVE_S = 2.0
 
 class Dispatcher:
     """`policy` decides where each request goes, `fleet` knows the workers, and `transport` carries
-    the messages. `inbox` takes what the workers send.
+    the messages. `inbox` takes what the workers send. `deadly` is what all gateway processes know
+    of requests that kill workers. None: this process is the only one.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Dispatcher:
         metrics: Metrics,
         settings: DispatchSettings,
         time_and_chance: TimeAndChance,
+        deadly: DeadlyRequests | None = None,
     ) -> None:
         self.fleet, self._policy, self.policy = fleet, policy, policy.name
         self._admission, self._metrics = admission, metrics
@@ -91,8 +95,14 @@ class Dispatcher:
         self._settlement = settlement = Settlement(policy, admission, metrics, drains)
         self._waiting_time = waiting = WaitingTime(fleet, admission, drains, self._scaling)
 
+        self._deadly = deadly = DeadlyRequests() if deadly is None else deadly
+        trials = Trials(tables.streams, deadly)
+
         sids = itertools.count(1)
         self._outbox = outbox = WorkerOutbox(transport)
+        self._news = DeathNews(fleet, outbox)
+        if not deadly.alone:
+            deadly.tell = self._news.tell
         on_room = self._admit_waiting
         self._membership = members = Membership(
             fleet, policy, outbox, clock, self._on_lost, on_room
@@ -101,21 +111,24 @@ class Dispatcher:
         self._commands = commands = WorkerCommands(fleet, outbox, sids, unreachable)
         self.answers = commands.answers
         self._placement = place = Placement(
-            fleet, policy, outbox, sids, time_and_chance, unreachable
+            fleet, policy, outbox, sids, time_and_chance, trials, unreachable
         )
 
-        self._endings = end = RequestEndings(tables, settlement, outbox, errors, clock, on_room)
+        self._endings = end = RequestEndings(
+            tables, settlement, outbox, deadly, errors, clock, on_room
+        )
         self._scheduler = Scheduler(
-            tables, place, end, settlement, waiting, metrics, time_and_chance
+            tables, place, end, settlement, waiting, metrics, deadly, time_and_chance
         )
-        self._deadly = deadly = DeadlyRequests()
         self._failover = failover = Failover(
-            tables, self._scheduler, end, members, metrics, deadly, clock
+            tables, self._scheduler, end, members, metrics, deadly, trials, clock
         )
-        events = StreamEvents(end, failover, self._keepalive, outbox, metrics, clock)
+        events = StreamEvents(
+            end, failover, self._keepalive, outbox, metrics, deadly, clock, on_room
+        )
         delivery = FrameDelivery(tables.streams, events)
         self.inbox = WorkerInbox(
-            tables.streams, delivery, failover, settlement, members, commands, metrics
+            tables.streams, delivery, failover, settlement, members, commands, metrics, self._heard
         )
 
     # ---- the client's side -----------------------------------------------------------------------
@@ -155,10 +168,10 @@ class Dispatcher:
         return self._placement.explain(routing_request)
 
     def check_deadly(self, request: InFlightRequest) -> None:
-        """Raises WorkersDied if workers died of the same request a while ago."""
-        refusal = self._deadly.refusal(request, self.clock())
-        if refusal is not None:
-            raise refusal
+        """Call it before `submit`. Raises WorkersDied if workers died of the same request a while
+        ago, and ModelUnavailable if they died of several from there.
+        """
+        self._deadly.recall(request, self.clock())
 
     def submit(self, request: InFlightRequest) -> None:
         """Sends the request to a worker, or queues it.
@@ -318,10 +331,9 @@ class Dispatcher:
         if self._draining:
             self._give_up_waiting()
         for request in self._admission.expire(now, self._scaling.awaited(self.fleet)):
-            after_s = self._waiting_time.retry_after_s(request.model.base)
-            late = Overloaded("No worker became free in time.", retry_after_s=after_s)
-            self._endings.time_out(request, late)
+            self._endings.time_out(request, self._scheduler.too_late(request.model.base))
         self._settlement.expire(now)
+        self._news.tell_waiting()
         self._send_comments(now)
         journals = (request.journal for request in self._streams)
         self._metrics.journal_bytes = keep_within(journals, self._bounds.journals)
@@ -380,6 +392,9 @@ class Dispatcher:
 
     def _admit_waiting(self, base: str, key: AdapterKey | None = None) -> None:
         self._scheduler.admit_waiting(base, key)
+
+    def _heard(self, known: messages.KnownDeaths) -> None:
+        self._deadly.heard(known, self.clock())
 
     def _on_lost(self, lost: WorkerLost) -> None:
         self._lost_at = self.clock()

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ParamSpec
 
+from gateway.dispatch.deadly.requests import DeadlyRequests
 from gateway.dispatch.lifecycle import RequestEvent, RequestPhase
 from gateway.dispatch.request import NO_CLIENT, InFlightRequest, cannot_go_on
 from gateway.dispatch.request_tables import RequestTables
@@ -35,6 +36,7 @@ class RequestEndings:
         tables: RequestTables,
         settlement: Settlement,
         outbox: WorkerOutbox,
+        deadly: DeadlyRequests,
         unexpected_errors: UnexpectedErrors,
         clock: Callable[[], float],
         on_room: Callable[[str, AdapterKey | None], None],
@@ -42,6 +44,7 @@ class RequestEndings:
         self._tables = tables
         self._settlement = settlement
         self._outbox = outbox
+        self._deadly = deadly
         self._unexpected_errors = unexpected_errors
         self._clock = clock
         self._on_room = on_room
@@ -92,9 +95,16 @@ class RequestEndings:
             self._note_abandoned(request)
         if request.journal.begun and request.lifecycle.phase is RequestPhase.QUEUED:
             error = cannot_go_on(request, error, NO_WORKER)
+        self.tell(request, error)
+        self.end(request, RequestEvent.FAIL)
+
+    def tell(self, request: InFlightRequest, error: LoraplexError) -> None:
+        """The client hears why it gets no answer, or no more of it. If workers died of the request,
+        that is noted first: the client may ask again at once, at another process.
+        """
+        self._note_deaths(request)
         request.note_error(error)
         request.sink.fail(error)
-        self.end(request, RequestEvent.FAIL)
 
     def end(self, request: InFlightRequest, event: RequestEvent) -> None:
         request.lifecycle.on(event)
@@ -107,6 +117,10 @@ class RequestEndings:
         """
         self._tables.forget(request)
         request.t_end = self._clock()
+        if request.lifecycle.phase is RequestPhase.FINISHED:
+            self._deadly.forget(request, request.t_end)
+        elif request.lifecycle.phase is RequestPhase.ABORTED:
+            self._note_deaths(request)  # of one that failed `tell` has noted them
         self._settlement.settle(request)
         if request.model.base in self._tables.admission.queues:
             self._on_room(request.model.base, request.key)
@@ -152,6 +166,10 @@ class RequestEndings:
                 undo()
             except Exception as again:
                 self._unexpected_errors.note(again, request.client_request.request_id)
+
+    def _note_deaths(self, request: InFlightRequest) -> None:
+        if request.lifecycle.deaths:
+            self._deadly.note(request, self._clock(), ended=True)
 
     def _note_abandoned(self, request: InFlightRequest) -> None:
         self._tables.admission.abandonment.ended(request.requester.tenant, in_vain=True)

@@ -7,9 +7,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from gateway.dispatch.deadly_requests import DeadlyRequests
+from gateway.dispatch.deadly.requests import DeadlyRequests
+from gateway.dispatch.deadly.trials import Trials
 from gateway.dispatch.endings import RequestEndings
-from gateway.dispatch.lifecycle import MAX_DEATHS, RequestEvent, RequestPhase, RetryBudget
+from gateway.dispatch.lifecycle import DEADLY, RequestEvent, RequestPhase, RetryBudget
 from gateway.dispatch.request import InFlightRequest, cannot_go_on, message_of
 from gateway.dispatch.request_tables import RequestTables
 from gateway.dispatch.scheduler import Scheduler
@@ -21,6 +22,8 @@ from shared.errors import (
     CannotContinue,
     EngineFailure,
     LoraplexError,
+    OnTrial,
+    WorkersDied,
     WorkerUnavailable,
     from_refusal,
 )
@@ -48,6 +51,7 @@ class Failover:
         membership: Membership,
         metrics: Metrics,
         deadly: DeadlyRequests,
+        trials: Trials,
         clock: Callable[[], float],
     ) -> None:
         self._tables = tables
@@ -56,6 +60,7 @@ class Failover:
         self._membership = membership
         self._metrics = metrics
         self._deadly = deadly
+        self._trials = trials
         self._clock = clock
         self._retries = RetryBudget()
 
@@ -89,6 +94,10 @@ class Failover:
         self._lost(request, CannotContinue(why), "answered_otherwise")
 
     def _on_refused(self, request: InFlightRequest, refused: messages.Refused) -> None:
+        if refused.code == OnTrial.code:
+            self._trials.refused(request, self._clock())
+            self._scheduler.take_back(request)
+            return
         if request.choice is not None:
             worker = request.choice.worker
             request.refused_by |= {worker.id}
@@ -121,16 +130,22 @@ class Failover:
         may have it, the client gets `error`. `moved_by` is the reason of a move; empty: the error's
         code.
         """
+        alone = died and self._alone(request)
         self._tables.unreserve(request)
-        obstacle = self._obstacle(request, retryable)
+        obstacle = self._obstacle(request, retryable, handed_back)
+        deaths = request.lifecycle.deaths
         after = request.lifecycle.on_loss(
-            retryable=not obstacle, died=died, handed_back=handed_back
+            retryable=not obstacle,
+            died=died,
+            alone=alone,
+            known_deadly=self._deadly.deadly(request, self._clock()),
+            handed_back=handed_back,
         )
+        if request.lifecycle.deaths > deaths and after is RequestPhase.QUEUED:
+            self._deadly.note(request, self._clock(), ended=False)
         if after is RequestPhase.FAILED:
-            if request.lifecycle.deaths >= MAX_DEATHS:
-                why = f"{MAX_DEATHS} workers died before they answered this request."
-                error = EngineFailure(f"{why} It is given to no other one.")
-                self._deadly.note(request, self._clock())
+            if request.lifecycle.deaths >= DEADLY:
+                error = WorkersDied("Workers died of this request. It is given to no other one.")
                 log.error(
                     "workers died of a request",
                     extra={
@@ -143,13 +158,27 @@ class Failover:
             self._lost(request, error, obstacle or "attempts")
             return
         self._note_retry(request, error, moved_by or type(error).code)
-        if self._scheduler.dispatch(request) is not None:
-            self._scheduler.queue(request, admitted=True)
-            if request.client_request.streams:
-                self._tables.keepalive.enter(request, self._clock())
+        self._scheduler.place_again(request)
 
-    def _obstacle(self, request: InFlightRequest, retryable: bool) -> str:
-        """Why no other worker can take the request. Empty: one can."""
+    def _alone(self, request: InFlightRequest) -> bool:
+        """The request's worker has died. Returns whether no other request there had lost one since
+        it last made progress. Where several processes give requests to it, nobody knows.
+        """
+        life, now = request.lifecycle, self._clock()
+        if not life.accompanied and self._deadly.suspicion(request, now).deaths:
+            there = self._tables.streams.of_peer(request.peer).requests.values()
+            suspected = [
+                other.lifecycle for other in there if self._deadly.suspicion(other, now).deaths
+            ]
+            for other in suspected:  # also for those that hear of the death later
+                other.accompanied = len(suspected) > 1
+        return self._deadly.alone and not life.accompanied
+
+    def _obstacle(self, request: InFlightRequest, retryable: bool, handed_back: bool) -> str:
+        """Why no other worker can take the request. Empty: one can. What a worker hands back as it
+        leaves is no retry: a drain ends, and a rollout of all workers must not use up what keeps
+        streams when one dies.
+        """
         if not retryable:
             return "refused"
         if request.journal.begun and request.journal.obstacle:
@@ -157,12 +186,13 @@ class Failover:
         only_on = request.model.only_on
         if only_on and not any(w.routable for w in self._tables.fleet.lives(only_on)):
             return "stored_there"
-        has_budget = self._retries.take(len(self._tables.open), self._clock())
-        return "" if has_budget else "retry_budget"
+        if handed_back or self._retries.take(len(self._tables.open), self._clock()):
+            return ""
+        return "retry_budget"
 
     def _note_retry(self, request: InFlightRequest, error: LoraplexError, reason: str) -> None:
         request.done, request.stopped = None, False
-        request.t_lost = self._clock()
+        request.t_lost, request.wait_until = self._clock(), 0.0
         away_from = "" if request.choice is None else request.choice.worker.id
         note = f"{away_from} had it: {message_of(error)}"
         request.earlier = (*request.earlier[1 - MAX_EARLIER :], note)
@@ -175,6 +205,5 @@ class Failover:
         """The request is lost for good. Its phase says so already."""
         if request.journal.begun:
             error = cannot_go_on(request, error, reason)
-        request.note_error(error)
-        request.sink.fail(error)
+        self._endings.tell(request, error)
         self._endings.close(request)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
 
+from gateway.dispatch.deadly.requests import Suspicion
+from gateway.dispatch.deadly.trials import Trials
 from gateway.dispatch.request import InFlightRequest
 from gateway.dispatch.settings import TimeAndChance
 from gateway.dispatch.workers.outbox import WorkerOutbox
@@ -47,6 +49,7 @@ class Placement:
         outbox: WorkerOutbox,
         sids: Iterator[messages.StreamId],
         time_and_chance: TimeAndChance,
+        trials: Trials,
         on_unreachable: Callable[[WorkerView], None],
     ) -> None:
         self._fleet = fleet
@@ -55,6 +58,7 @@ class Placement:
         self._sids = sids
         self._clock = time_and_chance.clock
         self._rng = time_and_chance.rng
+        self._trials = trials
         self._on_unreachable = on_unreachable
 
     def place(self, request: InFlightRequest, now: float) -> Decision:
@@ -62,20 +66,29 @@ class Placement:
         where and when. After a Defer nothing has happened.
         """
         full: Set[messages.WorkerId] = NONE_EXCLUDED
+        apart, suspicion = False, self._trials.suspicion(request, now)
+        request.suspicion = suspicion.deaths
         while True:
             choice = self._choose(request, full, now)
             if isinstance(choice, Defer):
-                return choice
-            sid, worker = next(self._sids), choice.worker
+                request.apart = request.apart or apart
+                # not ROOM: the others in the queue may have those workers
+                return Defer(Blocked.SLOT, self._trials.over_at(choice.until)) if apart else choice
+            worker = choice.worker
+            if suspicion.deaths and not self._trials.admits(request, worker.peer, now):
+                full, apart = full | {worker.id}, True
+                continue
+            sid = next(self._sids)
             prompt_tokens = request.client_request.prompt_tokens
             try:
                 self._fleet.reserve(worker, sid, request.model.adapter, prompt_tokens)
-                sent = self._outbox.send(worker, self._message(request, sid, choice))
+                sent = self._outbox.send(worker, self._message(request, sid, choice, suspicion))
             except BaseException:
                 self._fleet.release(sid)
                 raise
             if sent is SendResult.OK:
                 request.sid, request.choice, request.t_sent = sid, choice, now
+                request.apart = False
                 return choice
             self._fleet.release(sid)
             if sent is SendResult.FULL:
@@ -127,7 +140,11 @@ class Placement:
         return Choice(worker, ChoiceReason.KEPT, tier_of(worker, request.model.adapter))
 
     def _message(
-        self, request: InFlightRequest, sid: messages.StreamId, choice: Choice
+        self,
+        request: InFlightRequest,
+        sid: messages.StreamId,
+        choice: Choice,
+        suspicion: Suspicion,
     ) -> messages.Generate:
         """The message to the worker. It names the adapter's files if the worker must load them, and
         peers that have them if they are not even in its memory.
@@ -155,4 +172,6 @@ class Placement:
             client_request.key,
             client_request.tracestate,
             client_request.background,
+            request.requester.cache_salt,
+            *suspicion,
         )

@@ -86,13 +86,14 @@ class RequestedModel(msgspec.Struct, frozen=True, gc=False):
 
 class Requester(msgspec.Struct, frozen=True, gc=False):
     """Who asks. A lower `priority` goes first. `weight` is the tenant's share when several tenants
-    wait.
+    wait. Requests share the engine's prefix cache with those of the same `cache_salt` alone.
     """
 
     tenant: str = ""
     session: str = ""
     priority: int = 0
     weight: float = 1.0
+    cache_salt: str = ""
 
 
 class Sink(Protocol):
@@ -140,6 +141,9 @@ class UsedTokens(msgspec.Struct, frozen=True, gc=False):
 
 FIRST_IN_LINE = -(1 << 40)
 """The priority of a request that has lost its worker. No client can give one as low."""
+ON_TRIAL: AdapterKey = ("", "on trial")
+ON_TRIAL_THERE: AdapterKey = ("", "on trial where something is stored")
+"""In place of an adapter in a flow. No adapter has an empty name."""
 NOTHING_USED = UsedTokens()
 MAX_MESSAGE = 400
 UNKNOWN_REQUESTER = Requester()
@@ -167,10 +171,13 @@ class InFlightRequest(msgspec.Struct, eq=False):
     `moving` is what ended the attempt before, as a reason of moves. `lost` says why no other worker
     could continue the answer. `code` is that of the error that its client got. `engine_status` and
     fields about its choice are as in EndedRequest. Times are set by the dispatcher, on its clock.
-    Since `t_lost` no worker has the request. `expected_service` is what it was expected to take at
-    its sends, in weighted tokens. `answer_lines` are the worker's header lines, which stand before
-    the gateway's own. `stopped` means that its worker was told to stop, and says what the request
-    has used.
+    Since `t_lost` no worker has the request. If trials of others keep it from workers, it waits
+    until `wait_until`. `expected_service` is what it was expected to take at its sends, in weighted
+    tokens. `answer_lines` are the worker's header lines, which stand before the gateway's own.
+    `stopped` means that its worker was told to stop, and says what the request has used. `apart`:
+    it waits because it may share no worker with others of which workers died. `suspicion`: so many
+    workers died of it, or of a copy of it, as it seemed when it was placed last.
+    `digest`: see key_of_request. It is made once somebody asks for it.
 
     Every request makes one of these, and a Struct is made in a third of the time that a class with
     as many attributes takes.
@@ -203,6 +210,8 @@ class InFlightRequest(msgspec.Struct, eq=False):
     message: str = ""
     engine_status: int = 0
     blocked: str = ""
+    apart: bool = False
+    suspicion: int = 0
     earlier: tuple[str, ...] = ()
     candidates: tuple[Mapping[str, object], ...] = ()
     t_start: float = 0.0
@@ -211,7 +220,9 @@ class InFlightRequest(msgspec.Struct, eq=False):
     t_end: float = 0.0
     t_first_sent: float = 0.0
     t_lost: float = 0.0
+    wait_until: float = 0.0
     moved_s: float = 0.0
+    digest: bytes = b""
 
     def __post_init__(self) -> None:
         if self.model.adapter is not None:
@@ -221,9 +232,18 @@ class InFlightRequest(msgspec.Struct, eq=False):
 
     @property
     def flow(self) -> Flow:
-        """Whose turn in the queue it uses. One that has lost a worker goes first."""
-        priority = FIRST_IN_LINE if self.earlier else self.requester.priority
-        return (priority, self.requester.tenant, self.key)
+        """Whose turn in the queue it uses. One that has lost a worker goes first. All that wait for
+        trials have one flow, whatever their adapters, and others pass them. So do those that may
+        have any worker pass those that may not.
+        """
+        key = self.key
+        if self.apart:
+            key = ON_TRIAL_THERE if self.model.only_on else ON_TRIAL
+        return (
+            FIRST_IN_LINE if self.earlier else self.requester.priority,
+            self.requester.tenant,
+            key,
+        )
 
     def note_error(self, error: LoraplexError) -> None:
         """What the client is told, for whoever asks later what became of the request."""

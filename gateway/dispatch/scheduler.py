@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 
+from gateway.dispatch.deadly.requests import DeadlyRequests
 from gateway.dispatch.endings import RequestEndings
 from gateway.dispatch.lifecycle import RequestEvent
 from gateway.dispatch.placement import Placement
@@ -34,6 +35,7 @@ class Scheduler:
         settlement: Settlement,
         waiting_time: WaitingTime,
         metrics: Metrics,
+        deadly: DeadlyRequests,
         time_and_chance: TimeAndChance,
     ) -> None:
         self._tables = tables
@@ -43,6 +45,7 @@ class Scheduler:
         self._settlement = settlement
         self._waiting_time = waiting_time
         self._metrics = metrics
+        self._deadly = deadly
         self._clock = time_and_chance.clock
         self._call_at = time_and_chance.call_at
         self._alarm = math.inf  # when the policy wants to be asked again, whatever happens
@@ -84,10 +87,42 @@ class Scheduler:
                 request.flow,
                 request.requester.weight,
                 admitted=admitted,
+                deadline=request.wait_until or None,
             )
             if request.ticket is not None or not self.make_way(request):
                 break
         return request.ticket is not None
+
+    def take_back(self, request: InFlightRequest) -> None:
+        """The request's worker has another trial: it is as if the request had not been sent. It is
+        placed again, or has waited for too long.
+        """
+        now = self._clock()
+        self._tables.unreserve(request)
+        request.lifecycle.not_begun()
+        self._settlement.take_back(request)
+        if request.lifecycle.attempts:
+            request.t_lost = request.t_lost or now
+        else:  # no worker has had it yet, so none was lost
+            request.t_sent = request.t_first_sent = 0.0
+            request.choice = None
+        request.wait_until = request.wait_until or now + self._admission.timeout_s
+        if now < request.wait_until:
+            self.place_again(request)
+        else:
+            self._endings.time_out(request, self.too_late(request.model.base))
+
+    def place_again(self, request: InFlightRequest) -> None:
+        """The request has lost its worker. If no other one takes it, it waits as the first."""
+        if self.dispatch(request) is not None:
+            self.queue(request, admitted=True)
+            if request.client_request.streams:
+                self._tables.keepalive.enter(request, self._clock())
+
+    def too_late(self, base: str) -> Overloaded:
+        """The error for a request that has waited for as long as the queue allows."""
+        after_s = self._waiting_time.retry_after_s(base)
+        return Overloaded("No worker became free in time.", retry_after_s=after_s)
 
     def make_way(self, request: InFlightRequest) -> bool:
         """Removes one request from a full queue for this one. It belongs to a tenant with more
@@ -123,19 +158,28 @@ class Scheduler:
                 self.admit_waiting(base)
 
     def _dispatch_waiting(self, request: InFlightRequest) -> Blocked | None:
-        """Like `dispatch`, but a request that can no longer finish in its time is not begun. One
-        that goes on from what a worker stores ends with that worker.
+        """Like `dispatch`, but a request that can no longer finish in its time is not begun, nor
+        one of which workers have died meanwhile. One that goes on from what a worker stores ends
+        with that worker.
         """
         only_on = request.model.only_on
         if only_on and not self._tables.fleet.lives(only_on):
             gone = ResponseNotFound("The workers that stored what this request refers to are gone.")
             self._endings.isolated(request, self._endings.fail, request, gone)
             return None
-        late = self._waiting_time.too_late(request, self._clock())
-        if late is not None:
-            self._endings.isolated(request, self._endings.fail, request, late)
+        why = self._refusal(request, self._clock())
+        if why is not None:
+            self._endings.isolated(request, self._endings.fail, request, why)
             return None
         return self.dispatch(request)
+
+    def _refusal(self, request: InFlightRequest, now: float) -> LoraplexError | None:
+        """Why a request that waits is not begun any more. None: it may be."""
+        try:
+            self._deadly.check(request, now)
+        except LoraplexError as exc:
+            return exc
+        return self._waiting_time.too_late(request, now)
 
     def _place(self, request: InFlightRequest) -> Blocked | None:
         now = self._clock()
@@ -147,10 +191,16 @@ class Scheduler:
         if isinstance(decision, Defer):
             served = self._tables.fleet.routable(request.model.base)
             request.blocked = decision.blocked._value_ if served else NO_WORKER
+            if request.apart and request.ticket is not None and request.ticket.flow != request.flow:
+                request.wait_until = request.ticket.deadline
+                self._tables.leave_queue(request)
+                self.queue(request, admitted=True)
             if decision.until is not None:
                 self._ask_again(max(decision.until, now))
             return decision.blocked
         if request.ticket is not None:
+            if request.suspicion:  # the worker may refuse it
+                request.wait_until = request.ticket.deadline
             self._tables.leave_queue(request)
         request.lifecycle.on(RequestEvent.DISPATCHED)
         self._tables.streams.add(request)

@@ -46,7 +46,8 @@ class Settlement:
     def charge(self, request: InFlightRequest, choice: Choice) -> None:
         """The request was sent. The policy is told, and the tokens that the request will likely
         take count against its tenant's turn. If an adapter is loaded for it, the tenant is charged
-        the tokens that the engine could have made meanwhile.
+        the tokens that the engine could have made meanwhile. It is not for a request of which
+        workers died: one that had the adapter is gone, and this one may refuse it for a trial.
         """
         routing_request, base = request.routing_request, request.model.base
         self._policy.sent(routing_request, choice, request.t_sent)
@@ -57,10 +58,17 @@ class Settlement:
         request.expected_service += expected
         self._admission.expect(base, request.flow, expected)
         # whoever joins a load that is under way waits for it, and has not caused it
-        if choice.reason in LOADS and cost is not None:
+        if choice.reason in LOADS and cost is not None and not request.suspicion:
             load_s = cost.load_s + cost.stall_s
             lost_tokens = load_s * self._drains.of(base).stream_tokens_per_s()
             self._admission.charge(base, request.flow, fairness.service(0, lost_tokens))
+
+    def take_back(self, request: InFlightRequest) -> None:
+        """The request was sent in vain, and takes no tokens yet."""
+        base = request.model.base
+        if base in self._admission.queues:
+            self._admission.expect(base, request.flow, -request.expected_service)
+        request.expected_service = 0.0
 
     def settle(self, request: InFlightRequest) -> None:
         """The request has ended: its phase and its times are final."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from gateway.dispatch.deadly.requests import DeadlyRequests
 from gateway.dispatch.endings import RequestEndings
 from gateway.dispatch.failover import Failover
 from gateway.dispatch.lifecycle import RequestEvent
@@ -15,7 +16,12 @@ from shared.link import messages
 
 
 class StreamEvents:
-    """Implements StreamOwner, which says when each method is called."""
+    """Implements StreamOwner, which says when each method is called.
+
+    Args:
+        on_acquitted: called with the base model of a request of which workers had died, as it
+            seemed, and which has made progress. Others of the kind may have its worker now.
+    """
 
     def __init__(
         self,
@@ -24,20 +30,31 @@ class StreamEvents:
         keepalive: StreamKeepalive,
         outbox: WorkerOutbox,
         metrics: Metrics,
+        deadly: DeadlyRequests,
         clock: Callable[[], float],
+        on_acquitted: Callable[[str], None],
     ) -> None:
         self._endings = endings
         self._failover = failover
         self._keepalive = keepalive
         self._outbox = outbox
         self._metrics = metrics
+        self._deadly = deadly
         self._clock = clock
+        self._on_acquitted = on_acquitted
 
-    def stream_began(self, request: InFlightRequest) -> None:
+    def stream_began(self, request: InFlightRequest, *, in_background: bool) -> None:
         request.t_head = request.t_head or self._clock()
         if request.client_request.streams:
             self._keepalive.leave(request)
-        request.lifecycle.on(RequestEvent.HEAD)
+        deaths = request.lifecycle.deaths
+        request.lifecycle.on(RequestEvent.ANSWERED if in_background else RequestEvent.HEAD)
+        self._acquit(request, deaths)
+
+    def stream_progressed(self, request: InFlightRequest) -> None:
+        deaths = request.lifecycle.deaths
+        request.lifecycle.progressed()
+        self._acquit(request, deaths)
 
     def stream_answered(self, request: InFlightRequest) -> None:
         self._endings.leave_client(request)
@@ -63,3 +80,9 @@ class StreamEvents:
 
     def stream_unknown(self, peer: bytes, sid: messages.StreamId) -> None:
         self._outbox.cancel(peer, sid)  # the worker has not heard yet
+
+    def _acquit(self, request: InFlightRequest, deaths: int) -> None:
+        """It has made progress. Before that, so many workers had died of it, as it seemed."""
+        if deaths and not request.lifecycle.deaths:
+            self._deadly.forget(request, self._clock())
+            self._on_acquitted(request.model.base)

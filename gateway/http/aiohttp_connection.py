@@ -4,8 +4,10 @@ log line quotes a request.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -26,10 +28,28 @@ TOO_MANY = f"The request has more than {MAX_HEADER_FIELDS} headers."
 _TOO_MANY_OF_AIOHTTP = "Too many headers"
 
 
-class AiohttpConnection(web.RequestHandler):
-    """aiohttp's handler. It answers requests that it cannot read with Loraplex's error object."""
+class AiohttpTransport:
+    """A connection's transport as aiohttp gets it. Closing it is left to the connection."""
 
-    __slots__ = ()
+    __slots__ = ("_transport", "close", "write")
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self._transport, self.write, self.close = transport, transport.write, close
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class AiohttpConnection(web.RequestHandler):
+    """aiohttp's handler. It answers requests that it cannot read with Loraplex's error object, and
+    has `refused` them then: more of them may be on its way.
+    """
+
+    __slots__ = ("refused",)
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.refused = False
 
     def handle_error(
         self,
@@ -40,6 +60,7 @@ class AiohttpConnection(web.RequestHandler):
     ) -> web.StreamResponse:
         """Raises ConnectionError if an answer has begun already."""
         super().handle_error(request, status, exc, message)  # logs it, and raises
+        self.refused = True
         error: LoraplexError
         if isinstance(exc, LineTooLong):
             error = HeadersTooLarge(TOO_LARGE)

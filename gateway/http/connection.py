@@ -14,6 +14,7 @@ Rules of this module:
 - An idle connection is closed after `idle_timeout_s`. A request that does not arrive completely in
   time is closed, too.
 - A shutdown lets the current request finish.
+- After its last answer a connection is closed for writing first, and for reading by its client.
 - A connection returns from aiohttp to the fast path only if aiohttp got nothing but simple
   requests. Otherwise its parser might still hold a part of the next one.
 """
@@ -21,17 +22,23 @@ Rules of this module:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import math
 import uuid
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from aiohttp import web
 from aiohttp.helpers import rfc822_formatted_time
 
-from gateway.http.aiohttp_connection import MAX_HEADERS_BYTES, TOO_LARGE
+from gateway.http.aiohttp_connection import (
+    MAX_HEADERS_BYTES,
+    TOO_LARGE,
+    AiohttpConnection,
+    AiohttpTransport,
+)
 from gateway.http.body_reader import MIN_BYTES_PER_S, TOO_MANY_BODIES
 from gateway.http.json_responses import answer
 from gateway.http.parser import (
@@ -51,9 +58,7 @@ MAX_GATHERED_BYTES = 64 << 10
 several pieces is read by aiohttp, which pauses the client until a handler asks for the body.
 """
 LINGER_S = 5.0
-"""How long a connection stays open after its request was refused. A client that is still sending
-would otherwise not read the answer.
-"""
+"""How long a connection stays open after its last answer, for its client to close it."""
 IPV6_NETWORK_BYTES = 8
 """As much as one customer of a provider gets."""
 HEAD_END = b"\r\n\r\n"
@@ -141,7 +146,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._pending: PendingAnswer | None = None
-        self._aiohttp: web.RequestHandler | None = None
+        self._aiohttp: AiohttpConnection | None = None
         # aiohttp keeps the connection: its parser may hold a part of the next request
         self._aiohttp_for_good = False
         self._last_head: RequestHead | None = None  # of the last request
@@ -151,7 +156,7 @@ class Connection(asyncio.Protocol):
         self._held = 0  # bytes of it that count as an unfinished body
         self._head_bytes = 0  # of a head that aiohttp has not got completely
         self._tail = b""  # the last bytes of that head
-        self._lingers = False  # its request was refused; further bytes are thrown away
+        self._lingers = False  # it has sent all it sends; further bytes are thrown away
         self._close_at = self._give_up_at = math.inf
         self._full = False  # the client has not taken the answers so far
         self._unsent = 0  # bytes of them that waited here at the last look
@@ -256,7 +261,7 @@ class Connection(asyncio.Protocol):
             return
         self._restart_timer()
         if not keep_alive or self._http_server.closing:
-            transport.close()
+            self._end()
             return
         if self._unread and not self._full:
             self._next()
@@ -274,11 +279,11 @@ class Connection(asyncio.Protocol):
         self._aiohttp_for_good = for_good
         inner = self._aiohttp = self._http_server.aiohttp_path()
         assert self._transport is not None
-        inner.connection_made(self._transport)
+        inner.connection_made(cast(Any, AiohttpTransport(self._transport, self._end)))
         self._head_bytes, self._tail = 0, b""
         self._feed(inner, data, waits=True)
 
-    def _feed(self, inner: web.RequestHandler, data: bytes, waits: bool = False) -> None:
+    def _feed(self, inner: AiohttpConnection, data: bytes, waits: bool = False) -> None:
         """Gives the data to aiohttp. `waits` means that aiohttp has no complete request head yet.
         aiohttp bounds neither the time nor the total size of a head, so both are bounded here.
         """
@@ -302,19 +307,13 @@ class Connection(asyncio.Protocol):
         found = (self._tail + data).find(HEAD_END)
         return self._head_bytes + (len(data) if found < 0 else found)
 
-    def _refuse(self, inner: web.RequestHandler, error: LoraplexError) -> None:
-        """Answers with the error and stops sending. The connection stays open for a while, since
-        its client may still be sending and would otherwise not read the answer.
-        """
+    def _refuse(self, inner: AiohttpConnection, error: LoraplexError) -> None:
         assert self._transport is not None
         self._transport.write(refusal(error))
         self._retire(inner)
-        self._lingers, self._head_bytes = True, 0
-        self._close_at = self._loop.time() + LINGER_S
-        if self._transport.can_write_eof():
-            self._transport.write_eof()
+        self._end(refused=True)
 
-    def _retire(self, inner: web.RequestHandler) -> None:
+    def _retire(self, inner: AiohttpConnection) -> None:
         """Takes the connection back from aiohttp, which has answered everything it was given."""
         self._aiohttp = None
         inner.transport = None  # or aiohttp would close it
@@ -323,10 +322,34 @@ class Connection(asyncio.Protocol):
 
     # ---- the connection's end --------------------------------------------------------------------
 
+    def _end(self, *, refused: bool = False) -> None:
+        """Sends no more after what has been written. The connection stays open until its client
+        closes it, LINGER_S at most. If it closed while the client was still sending, the client's
+        kernel would throw the answer away (RFC 9112, section 9.6). TLS cannot close one side, so a
+        client of HTTP/1.0 would wait for the end: there it stays open after a refusal only.
+        """
+        transport = self._transport
+        if transport is None or transport.is_closing() or self._lingers:
+            return
+        refused = refused or (self._aiohttp is not None and self._aiohttp.refused)
+        if not transport.can_write_eof() and not refused:
+            transport.close()
+            return
+        self._lingers, self._head_bytes = True, 0
+        self._unread.clear()
+        self._hold(0)
+        self._rested_at = self._loop.time()
+        self._close_at = self._rested_at + LINGER_S
+        transport.resume_reading()
+        if transport.can_write_eof():
+            with contextlib.suppress(OSError):  # its client has reset it: it is lost soon
+                transport.write_eof()
+
     @property
     def waits(self) -> bool:
-        """Whether it waits for a request, or for the rest of one."""
-        return self._pending is None and (self._aiohttp is None or _is_idle(self._aiohttp))
+        """Whether it waits for a request, for the rest of one, or for its client to close it."""
+        idle = self._lingers or self._aiohttp is None or _is_idle(self._aiohttp)
+        return self._pending is None and idle
 
     def _restart_timer(self) -> None:
         now = self._rested_at = self._loop.time()
@@ -340,7 +363,7 @@ class Connection(asyncio.Protocol):
         self._close_at = min(soon, self._give_up_at)
         if not self._hold(len(self._unread)) and self._transport is not None:
             self._transport.write(refusal(Overloaded(TOO_MANY_BODIES, retry_after_s=1.0)))
-            self._transport.close()
+            self._end(refused=True)
 
     def _hold(self, size_bytes: int) -> bool:
         """So much of a request waits here for its rest, or for its turn. False: of all connections
@@ -368,14 +391,16 @@ class Connection(asyncio.Protocol):
             return
         if self._unread or self._head_bytes:
             transport.write(refusal(BodyTimeout(TOO_SLOW)))
-        transport.close()
+            self._end(refused=True)
+        else:
+            transport.close()
 
     def _is_read(self, transport: asyncio.Transport, now: float) -> bool:
         """Whether a whole answer waits for its client to read on. A client that reads nothing of it
         for `idle_timeout_s` is cut off.
         """
-        waits = self._aiohttp is None or _waits_for_reader(self._aiohttp)
-        unsent = transport.get_write_buffer_size() if waits and not self._lingers else 0
+        waits = self._lingers or self._aiohttp is None or _waits_for_reader(self._aiohttp)
+        unsent = transport.get_write_buffer_size() if waits else 0
         if unsent < self._unsent or not unsent or self._stuck_at == math.inf:
             idle_s = self._http_server.limits.idle_timeout_s
             self._stuck_at = now + idle_s if unsent else math.inf
@@ -391,7 +416,7 @@ class Connection(asyncio.Protocol):
     def quiet_since(self, when: float) -> bool:
         """Whether no request was under way at any time since `when`."""
         idle = self._pending is None and not self._unread
-        if self._aiohttp is not None:
+        if self._aiohttp is not None and not self._lingers:
             idle = idle and _is_idle(self._aiohttp)
         return idle and self._rested_at <= when
 

@@ -98,7 +98,7 @@ class Server(web.Server):
     def __call__(self) -> Connection:  # type: ignore[override]
         return Connection(self)
 
-    def aiohttp_path(self) -> web.RequestHandler:
+    def aiohttp_path(self) -> AiohttpConnection:
         """A new aiohttp handler for one connection."""
         return AiohttpConnection(self, loop=self._loop, **self._kwargs)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from shared.config.llm import Settings
 
+IPC = "ipc"
+
 
 @dataclass(frozen=True, slots=True)
 class LinkAddresses:
@@ -29,8 +31,16 @@ def link_addresses(settings: Settings, index: int, run_dir: Path) -> LinkAddress
     )
 
 
+def is_only_gateway(settings: Settings) -> bool:
+    """Whether no other gateway process can have the same workers. Those that come by TCP may know
+    of gateways on other machines.
+    """
+    g = settings.gateway
+    return g.processes == 1 and g.link.control == IPC
+
+
 def _endpoint(wanted: str, kind: str, index: int, run_dir: Path) -> str:
-    if wanted == "ipc":
+    if wanted == IPC:
         return f"ipc://{run_dir}/g{index}.{kind}"
     host, _, port = wanted.rpartition(":")
     return wanted if port in ("0", "*") else f"{host}:{int(port) + 2 * index}"

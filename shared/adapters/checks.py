@@ -41,7 +41,7 @@ class AdapterLimits:
     # an adapter of rank 512 on all layers of a 70-billion-parameter model fits
     max_bytes: int = 8 << 30
     max_config_bytes: int = 1 << 20
-    # about 130 bytes per tensor: enough for every one of 256 experts
+    # of all files together; about 130 bytes per tensor: enough for every one of 256 experts
     max_header_bytes: int = 16 << 20
     max_change: float = 1e4
 
@@ -102,19 +102,24 @@ def check_files(files: Sequence[FolderFile], limits: AdapterLimits) -> int:
             raise InvalidAdapter(
                 f"{shown(f.path)} is neither a plain file nor a link to one.", "link"
             )
-    for f in read:
+    return check_sizes({f.path: f.size_bytes for f in read}, limits)
+
+
+def check_sizes(sizes: Mapping[str, int], limits: AdapterLimits) -> int:
+    """Returns the sum. `sizes`: file -> bytes, in a folder or as a store lists it. Raises
+    InvalidAdapter (too_large).
+    """
+    for path, size in sizes.items():
         limit = (
             limits.max_config_bytes
-            if f.path == CONFIG_FILE
+            if path == CONFIG_FILE
             else limits.max_header_bytes
-            if f.path == WEIGHTS_INDEX_FILE
+            if path == WEIGHTS_INDEX_FILE
             else limits.max_bytes
         )
-        if f.size_bytes > limit:
-            raise InvalidAdapter(
-                f"{shown(f.path)} has {f.size_bytes} bytes, more than {limit}.", "too_large"
-            )
-    total = sum(f.size_bytes for f in read)
+        if size > limit:
+            raise InvalidAdapter(f"{shown(path)} has {size} bytes, more than {limit}.", "too_large")
+    total = sum(sizes.values())
     if total > limits.max_bytes:
         raise InvalidAdapter(
             f"The adapter has {total} bytes, more than {limits.max_bytes}.", "too_large"
@@ -182,6 +187,10 @@ _BASE_COPY = re.compile(
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 LARGEST_F16 = 65504.0
 MAX_NAMED = 3  # layers that one message names
+MAX_BASE_COPIES = 4
+"""The embedding and the head, perhaps under two names. Each is compared with the base's, row by
+row.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +215,7 @@ def check_tensors(
         InvalidAdapter: empty, tensor, dtype, pair, module, pattern, shape, experts.
     """
     halves: dict[str, dict[str, Tensor]] = {}
+    copies = 0
     for t in sorted(tensors, key=lambda t: t.name):
         if t.dtype not in FLOATS:
             raise InvalidAdapter(
@@ -216,6 +226,7 @@ def check_tensors(
         copied = base_copy_of(t)
         if copied is not None:
             _check_copy(t, copied, shapes)
+            copies += 1
             continue
         match = _NAME.match(t.name)
         if match is None:
@@ -228,6 +239,12 @@ def check_tensors(
         if shapes is None or not shapes.ignores(match[1]):
             embedding = "" if match[2] else "embedding_"
             halves.setdefault(match[1], {})[embedding + (match[2] or match[3])] = t
+    if copies > MAX_BASE_COPIES:
+        raise InvalidAdapter(
+            f"The adapter brings {copies} copies of the base's embedding or head; there are at "
+            f"most {MAX_BASE_COPIES}.",
+            "embedding",
+        )
     if not halves:
         raise InvalidAdapter(f"{WEIGHTS_FILE} holds no tensors.", "empty")
     if config.tied:

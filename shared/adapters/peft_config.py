@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import re._parser as re_parser  # type: ignore[import-not-found]
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +40,8 @@ CONVERT_IT = "`loraplex adapters convert FOLDER` makes a plain LoRA of it."
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
 MAX_PATTERNS = 1000
+MAX_LAYERS_PATTERNS = 16
+"""A model has one or two lists of layers. All of these are tried with each layer's name."""
 MAX_PATTERN_CHARACTERS = 300
 MAX_REPEATS = 2
 """Unbounded repetitions (`.*`) in one expression. Each multiplies the time of a failing match by
@@ -49,6 +50,13 @@ the length of the name, about 60 characters.
 MAX_REPEATS_IN_ALL = 16
 # bounded repetitions in one expression, such as `?` and `{2}`: a name has few digits
 MAX_SHORT_REPEATS = 4
+MAX_WAYS = 32
+"""Ways to choose among alternatives of which several match the same text, as in `(.|[^x])(.|[^x])`,
+and among lengths of bounded repetitions. A match that fails tries them all, and gives the
+interpreter to no other thread meanwhile.
+"""
+MAX_WAYS_IN_ALL = 4 * MAX_PATTERNS  # most are names, with one each; a number of digits has three
+DIGITS_IN_A_ROW = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,10 +258,12 @@ def _patterns(
         raise InvalidAdapter(
             f"{shown(name)} must be an object of at most {MAX_PATTERNS} entries.", "pattern"
         )
-    pairs, repeats = [], 0.0
+    pairs, repeats, ways = [], 0.0, 0
     for key, value in found.items():
         repeats += (cost := _cost(key))
-        if cost > MAX_REPEATS or repeats > MAX_REPEATS_IN_ALL:
+        if cost <= MAX_REPEATS:
+            ways += _ways(re_parser.parse(key))
+        if cost > MAX_REPEATS or repeats > MAX_REPEATS_IN_ALL or ways > MAX_WAYS_IN_ALL:
             raise InvalidAdapter(
                 f"The pattern {shown(key)} in {shown(name)} is no expression that is evaluated: "
                 "it is too long, or repeats too much.",
@@ -263,20 +273,26 @@ def _patterns(
     return ModulePatterns(tuple(pairs))
 
 
+_UNCLEAR = re.compile(r"\[\^?\[|\[[^\]]*(?:--|&&|~~|\|\|)")
+"""Sets of characters that Python warns of, because it may read them in another way some day. The
+warning cannot be caught: `warnings.catch_warnings` is of the whole process, and adapters are
+checked in threads. Warnings of others became errors, and could stay so for good.
+"""
+
+
 def _cost(pattern: str) -> float:
     """How many unbounded repetitions an expression has. Infinite if it is not a valid expression,
     or has something whose time could explode.
     """
-    if not pattern or len(pattern) > MAX_PATTERN_CHARACTERS:
+    if not pattern or len(pattern) > MAX_PATTERN_CHARACTERS or _UNCLEAR.search(pattern):
         return math.inf
     try:
-        with warnings.catch_warnings(action="error"):
-            parsed = re_parser.parse(pattern)
-            re.compile(whole_pattern(pattern))
+        parsed = re_parser.parse(pattern)
+        re.compile(whole_pattern(pattern))
     except (re.error, RecursionError, OverflowError, Warning):
         return math.inf
     long, short = _repeats(parsed, inside=False)
-    return long if short <= MAX_SHORT_REPEATS else math.inf
+    return long if short <= MAX_SHORT_REPEATS and _ways(parsed) <= MAX_WAYS else math.inf
 
 
 def whole_pattern(pattern: str) -> str:
@@ -296,7 +312,7 @@ def _repeats(parsed: Any, inside: bool) -> tuple[float, float]:
         parts: list[tuple[Any, bool]] = []
         if name in ("MAX_REPEAT", "MIN_REPEAT") and not inside:
             _, most, repeated = value
-            digits = [(str(o), str(v)) for o, v in repeated] == _DIGITS
+            digits = _is_digit(repeated)
             short += most <= MAX_SHORT_REPEATS or digits
             long += most > MAX_SHORT_REPEATS and not digits
             parts = [(repeated, True)]
@@ -310,6 +326,36 @@ def _repeats(parsed: Any, inside: bool) -> tuple[float, float]:
             more = _repeats(part, within)
             long, short = long + more[0], short + more[1]
     return long, short
+
+
+def _ways(parsed: Any) -> int:
+    """In how many ways an expression may match one text, at most, but for unbounded repetitions."""
+    ways = 1
+    for op, value in parsed:
+        if str(op) == "SUBPATTERN":
+            ways *= _ways(value[-1])
+        elif str(op) == "BRANCH":
+            ways *= _ways_of_one(value[1])
+        elif str(op) in ("MAX_REPEAT", "MIN_REPEAT"):
+            least, most, repeated = value
+            ways *= DIGITS_IN_A_ROW if _is_digit(repeated) else _short(least, most)
+    return ways
+
+
+def _short(least: int, most: int) -> int:
+    return most - least + 1 if most <= MAX_SHORT_REPEATS else 1
+
+
+def _is_digit(repeated: Any) -> bool:
+    return [(str(op), str(value)) for op, value in repeated] == _DIGITS
+
+
+def _ways_of_one(alternatives: Any) -> int:
+    """Of names, those match the same text that others begin with (`1` and `12`)."""
+    names = [[value for _, value in a] for a in alternatives]
+    if all(str(op) == "LITERAL" for a in alternatives for op, _ in a):
+        return max(sum(one[: len(o)] == o for o in names) for one in names)
+    return sum(map(_ways, alternatives))
 
 
 _DIGITS = [(str(op), str(value)) for op, value in re_parser.parse(r"\d")]
@@ -341,11 +387,19 @@ def _covered(config: Mapping[str, Any], optional: bool) -> CoveredModules:
         return CoveredModules(targets, without)
     patterns = config.get("layers_pattern") or [r"[^.]*"]
     patterns = [patterns] if isinstance(patterns, str) else patterns
+    names = _names(patterns, "layers_pattern")
+    if len(names) > MAX_LAYERS_PATTERNS:
+        raise InvalidAdapter(
+            f"`layers_pattern` must have at most {MAX_LAYERS_PATTERNS} entries.", "pattern"
+        )
     begin = []
-    for pattern in _names(patterns, "layers_pattern"):
+    for pattern in names:
         if _cost(pattern) > MAX_REPEATS:
             raise InvalidAdapter(f"`layers_pattern` {shown(pattern)} repeats too much.", "pattern")
-        begin.append(re.compile(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\."))
+        found = re.compile(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.")
+        if found.groups > 1:  # PEFT takes what the first one holds for the layer's number
+            raise InvalidAdapter(f"`layers_pattern` {shown(pattern)} has a group.", "pattern")
+        begin.append(found)
     return CoveredModules(targets, without, frozenset(numbers), tuple(begin))
 
 

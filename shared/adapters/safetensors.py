@@ -25,6 +25,8 @@ VALUE_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
 }
 MAX_DIMENSIONS = 8
+MAX_METADATA = 10_000
+"""Nobody here reads them, but the engine's library makes objects of all at once, between steps."""
 _KEYS = {"dtype", "shape", "data_offsets"}
 
 
@@ -71,8 +73,12 @@ def parse_header(raw: bytes, data_bytes: int) -> list[Tensor]:
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _broken(f"`{METADATA}` must map text to text")
+    if len(metadata) > MAX_METADATA:
+        raise _broken(f"`{METADATA}` has more than {MAX_METADATA} entries")
     tensors = sorted(
-        (_tensor(name, value) for name, value in header.items()), key=lambda t: (t.begin, t.end)
+        # the order of their begins; of those that begin together, the empty ones come first
+        (_tensor(name, value) for name, value in header.items()),
+        key=lambda t: t.begin + t.end,
     )
     at = 0
     for t in tensors:

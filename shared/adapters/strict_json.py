@@ -5,11 +5,22 @@ parsers differ in which of the two values they use.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from shared.errors import InvalidAdapter
 
 SHOWN_CHARACTERS = 120
+PIECE_CHARACTERS = 1 << 16
+"""What is parsed in one call. Python's parser gives the interpreter to no other thread before it
+ends: 16 MiB held the event loop of a worker for 0.3 to 2 s, which is longer than its lease.
+"""
+SHORT_CHARACTERS = 256  # nearly every value of a header
+MAX_ITEMS = 10_000  # of a list that is longer than a piece
+MAX_VALUES = 1_200_000
+"""Commas and brackets of a long text. One tensor has eight in a header; what they become in memory
+is ten or twenty times as large as the text.
+"""
 
 
 def parse_object(
@@ -24,7 +35,12 @@ def parse_object(
     """
     try:
         # Editors on Windows write a byte order mark first. It carries no meaning.
-        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_once)
+        text = raw.decode("utf-8-sig")
+        value = (
+            json.loads(text, object_pairs_hook=_once)
+            if len(text) <= PIECE_CHARACTERS
+            else _in_pieces(text)
+        )
     except _DuplicateKey as exc:
         raise InvalidAdapter(
             f"The key {shown(exc.key)} is given twice in {what}.", "duplicate_key"
@@ -78,3 +94,89 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise _DuplicateKey(key)
             seen.add(key)
     return value
+
+
+# ---- long texts ----------------------------------------------------------------------------------
+
+_SPACE = re.compile(r"[ \t\n\r]{0,65536}")
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
+def _in_pieces(text: str) -> dict[str, Any]:
+    """The object, of which each member has at most PIECE_CHARACTERS, or is an object or a list of
+    such. Other threads get their turn after each member. Raises as `json.loads` does.
+    """
+    if sum(text.count(c) for c in ",[{") > MAX_VALUES:
+        raise json.JSONDecodeError(f"More than {MAX_VALUES} values", text, 0)
+    value, at = _members(text, _after_space(text, 0), 1)
+    at = _after_space(text, at)
+    if at < len(text):
+        raise json.JSONDecodeError("Extra data", text, at)
+    return value
+
+
+def _members(text: str, at: int, deeper: int) -> tuple[dict[str, Any], int]:
+    """The object that begins there, and where it ends."""
+    found: dict[str, Any] = {}
+    at = _after(text, at, "{")
+    if text.startswith("}", at):
+        return found, at + 1
+    while True:
+        if not text.startswith('"', at):
+            raise json.JSONDecodeError("Expecting property name in double quotes", text, at)
+        key, at = _value(text, at, 0)
+        if key in found:
+            raise _DuplicateKey(key)
+        found[key], at = _value(text, _after(text, _after_space(text, at), ":"), deeper)
+        at = _after_space(text, at)
+        if text.startswith("}", at):
+            return found, at + 1
+        at = _after(text, at, ",")
+
+
+def _value(text: str, at: int, deeper: int) -> tuple[Any, int]:
+    """The value that begins there, and where it ends."""
+    for size in (SHORT_CHARACTERS, PIECE_CHARACTERS):
+        piece, is_rest = text[at : at + size], at + size >= len(text)
+        try:
+            value, end = _DECODER.raw_decode(piece)
+        except json.JSONDecodeError as exc:
+            if is_rest:
+                raise json.JSONDecodeError(exc.msg, text, at + exc.pos) from None
+        else:
+            if is_rest or end < len(piece):  # else it may be the begin of a number
+                return value, at + end
+    if deeper and text.startswith("{", at):
+        return _members(text, at, deeper - 1)
+    if deeper and text.startswith("[", at):
+        return _items(text, at)
+    raise json.JSONDecodeError("No value, or one that is too long", text, at)
+
+
+def _items(text: str, at: int) -> tuple[list[Any], int]:
+    """The list that begins there, and where it ends: the full names of an adapter's layers may be
+    longer than a piece.
+    """
+    found: list[Any] = []
+    at = _after(text, at, "[")
+    while len(found) < MAX_ITEMS:
+        item, at = _value(text, at, 0)
+        found.append(item)
+        at = _after_space(text, at)
+        if text.startswith("]", at):
+            return found, at + 1
+        at = _after(text, at, ",")
+    raise json.JSONDecodeError(f"More than {MAX_ITEMS} items", text, at)
+
+
+def _after(text: str, at: int, mark: str) -> int:
+    """Where something follows behind the mark, which must be there."""
+    if not text.startswith(mark, at):
+        raise json.JSONDecodeError(f"Expecting {mark!r}", text, at)
+    return _after_space(text, at + 1)
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found is not None
+    return found.end()

@@ -94,7 +94,8 @@ class VllmKwargs(_LoraKwargs, frozen=True, kw_only=True):
 
 class SimTiming(Section, frozen=True, kw_only=True):
     """The timing of the simulated engine, in milliseconds. A load costs load_ms + load_ms_per_mb x
-    megabytes.
+    megabytes. A prompt with the word `deadly_word` ends the engine before its first token, and with
+    a number behind the word (`word7`) after so many tokens. Empty: no prompt does.
     """
 
     ttft_ms: SecondsOrNone = 5.0
@@ -103,6 +104,7 @@ class SimTiming(Section, frozen=True, kw_only=True):
     load_ms: SecondsOrNone = 60.0
     load_ms_per_mb: SecondsOrNone = 1.2
     max_num_seqs: Positive = 256
+    deadly_word: str = ""
 
 
 class SimKwargs(_LoraKwargs, frozen=True, kw_only=True):

@@ -135,7 +135,7 @@ class HTTPConfig(Section, frozen=True, kw_only=True):
 
 class RequestBoundsConfig(Section, frozen=True, kw_only=True):
     """How much one request may ask of a worker. `max_sequences` bounds its number of prompts times
-    `n`.
+    `n`. With `processor_options` it may say to what sizes vLLM scales pictures.
     """
 
     max_messages: Positive = 2048
@@ -143,6 +143,7 @@ class RequestBoundsConfig(Section, frozen=True, kw_only=True):
     max_prompt_bytes: Positive = 8 * _MIB
     max_structured_choices: Positive = 1000
     max_structured_bytes: Positive = 64 * _KIB
+    processor_options: bool = False
 
 
 class TLSConfig(Section, frozen=True, kw_only=True):
@@ -186,6 +187,9 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
 
     `allowed_origins` are web pages that may call `/v1` from a browser ("*": all). A gateway on
     loopback without keys answers only to its own names; `allowed_hosts` adds more.
+
+    With `private_prefix_cache`, the engine reuses what it has computed for a prompt's beginning for
+    the account alone whose prompt that was.
     """
 
     REFUSED: ClassVar[Mapping[str, str]] = {
@@ -230,6 +234,7 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     admin_keys_env: Text | None = None
     admin_keys_file: Text | None = None
     stream_gap_s: SecondsOrNone | None = 0.04
+    grammar_cpu_s: SecondsOrNone | None = 0.01  # a decode step of a large model
     http: HTTPConfig = msgspec.field(default_factory=HTTPConfig)
     bounds: RequestBoundsConfig = msgspec.field(default_factory=RequestBoundsConfig)
     tls: TLSConfig = msgspec.field(default_factory=TLSConfig)
@@ -239,6 +244,7 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     resume: bool = True
     resume_max_tokens: Positive = 131_072  # 512 KiB per stream
     resume_max_bytes: Positive = 256 * _MIB
+    private_prefix_cache: bool = False
 
     @property
     def asks_for_keys(self) -> bool:
@@ -278,6 +284,9 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
                 "required; set keys_file, api_keys_env or api_keys_file"
             )
             yield Finding(("host",), text, "warning")
+        if values.get("private_prefix_cache") and keys == [None] * 3:
+            text = "has no effect without API keys, because all requests are of one account"
+            yield Finding(("private_prefix_cache",), text, "warning")
 
 
 def is_endpoint(text: str) -> bool:

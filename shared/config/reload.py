@@ -23,6 +23,7 @@ GATEWAY_KEYS = (
     "resume",
     "resume_max_tokens",
     "resume_max_bytes",
+    "private_prefix_cache",
     "allowed_origins",
     "allowed_hosts",
     "log_level",

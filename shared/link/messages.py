@@ -225,6 +225,13 @@ class AnswerKey(msgspec.Struct, frozen=True, array_like=True):
     digest: bytes
 
 
+SUSPECTED = 2
+"""Workers that died in a row while they had a request, without progress between. It, or one that
+was with it, may be what killed them. From then on it shares no worker with another one of which any
+died.
+"""
+
+
 class Generate(msgspec.Struct, frozen=True, tag="generate", array_like=True):
     """One request. `body` is the client's JSON as it came. `adapter` is the version that was
     resolved for it. `stored` are that version's files, if the worker may need them. `peers` are the
@@ -244,6 +251,12 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", array_like=True):
 
     `key`: the worker keeps the answer for who asks again. `background`: the answer is made to its
     end whether or not somebody listens, because its client may ask for it by its id.
+
+    `cache_salt`: the engine's prefix cache is shared with requests of the same one alone.
+
+    `deaths`: so many workers died in a row while they had the request, without progress between. It
+    is answered with a frame of TAKEN, or refused with OnTrial. With `to_its_end` nothing but its
+    end is progress.
     """
 
     sid: StreamId
@@ -264,6 +277,9 @@ class Generate(msgspec.Struct, frozen=True, tag="generate", array_like=True):
     key: AnswerKey | None = None
     tracestate: str = ""
     background: bool = False
+    cache_salt: str = ""
+    deaths: int = 0
+    to_its_end: bool = False
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", array_like=True):
@@ -292,6 +308,22 @@ class KeepCopy(msgspec.Struct, frozen=True, tag="keep_copy", array_like=True):
 
     answer_id: str
     data: bytes
+
+
+class KnownDeaths(msgspec.Struct, frozen=True, tag="known_deaths", array_like=True):
+    """So many workers died of a request that has ended without its answer, one of them after it had
+    `begun` to answer. 0: workers died of one that has not ended yet. `forgotten`: it got further,
+    so they did not die of it. A gateway tells a worker, and that tells its other gateways.
+
+    `length` is that of the request's body in bytes, and `digest` one of what makes it the same
+    request: 16 bytes.
+    """
+
+    length: int
+    digest: bytes
+    deaths: int
+    begun: bool = False
+    forgotten: bool = False
 
 
 class WarmUp(msgspec.Struct, frozen=True, tag="warm_up", array_like=True):
@@ -334,7 +366,7 @@ class DrainWorker(msgspec.Struct, frozen=True, tag="drain", array_like=True):
 
 
 GatewayData: TypeAlias = (
-    Generate | Cancel | WarmUp | FindAnswer | AdapterCommand | DrainWorker | KeepCopy
+    Generate | Cancel | WarmUp | FindAnswer | AdapterCommand | DrainWorker | KeepCopy | KnownDeaths
 )
 
 # ---- worker -> gateway, data ---------------------------------------------------------------------
@@ -344,6 +376,7 @@ SSE = 2  # in a head: the body is an event stream
 TOKENS = 4  # no bytes for the client: tokens of an answer that will be sent whole
 LINES = 8  # in a head: header lines of the answer and an empty line stand before its first bytes
 ANSWERED = 16  # in a head: its client's answer is whole; the rest is made in the background
+TAKEN = 32  # no bytes for the client: the worker has a request of which others died, and begins it
 STATUS_SHIFT = 8  # in a head: flags >> STATUS_SHIFT is the HTTP status; 0 in every other frame
 
 Frame: TypeAlias = tuple[StreamId, int, bytes, bytes]
@@ -445,7 +478,7 @@ class Stopped(msgspec.Struct, frozen=True, tag="stopped", array_like=True):
     reason: str
 
 
-WorkerData: TypeAlias = Attach | Step | Stopped | StoredCopy
+WorkerData: TypeAlias = Attach | Step | Stopped | StoredCopy | KnownDeaths
 
 # ---- both ways: what carries the data ------------------------------------------------------------
 

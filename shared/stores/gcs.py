@@ -135,7 +135,7 @@ class GCSStore(Bucket):
             if len(found) > MAX_OBJECT_VERSIONS:
                 break
         found.sort(key=lambda one: one.since, reverse=True)
-        return choose_state(name, found, version)
+        return await asyncio.to_thread(choose_state, name, found, version)
 
     def _moments(self, item: dict[str, Any]) -> Iterator[ObjectVersion]:
         """When a generation came, and when it went."""

@@ -6,7 +6,7 @@ when each came. Taken in this order, they show every state that the adapter's fo
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import NamedTuple
@@ -15,6 +15,10 @@ from shared.adapters.identity import StoredAdapter, has_all_weights, may_be_part
 from shared.stores.listing import Entry, group
 
 MAX_OBJECT_VERSIONS = 5_000  # of one adapter that are looked through
+MAX_STATE_FILES = 40_000
+"""Files of all states together. An adapter of two files has fewer in as many versions. One of 250
+shards would have a million, which took 4 s of CPU for each version that somebody asked for.
+"""
 
 
 class ObjectVersion(NamedTuple):
@@ -33,26 +37,30 @@ def states(
     name: str, objects: Iterable[ObjectVersion]
 ) -> Iterator[tuple[StoredAdapter, dict[str, float]]]:
     """The states that the adapter was in, the newest first. Each comes with the ids of its files
-    and since when they are there.
+    and since when they are there. The oldest are left out where they are too much to look through.
 
     `objects` may come in any order, but those of one key in descending order of time, as stores
     list them. Stores count time in whole seconds. Of one second, the first versions of all keys are
     taken together, then the second ones, and so on.
     """
     now: dict[str, ObjectVersion] = {}
-    found: list[tuple[StoredAdapter, dict[str, float]]] = []
+    found: deque[list[ObjectVersion]] = deque()
+    size = 0
     for _, step in groupby(_in_order(name, objects), key=lambda one: one[0]):
         for _, version in step:
             if version.entry is not None:
                 now[version.key] = version
             elif version.version_id in ("", now.get(version.key, version).version_id):
                 now.pop(version.key, None)
-        adapters, _ = group(o.entry for o in now.values() if o.entry is not None)
+        found.append(list(now.values()))
+        size += len(now)
+        while size > MAX_STATE_FILES:
+            size -= len(found.popleft())
+    for state in reversed(found):
+        adapters, _ = group(o.entry for o in state if o.entry is not None)
         for adapter in adapters:
             paths = {f"{name}/{file.path}" for file in adapter.files}
-            since = {o.version_id: o.since for o in now.values() if o.key in paths}
-            found.append((adapter, since))
-    return reversed(found)
+            yield adapter, {o.version_id: o.since for o in state if o.key in paths}
 
 
 def choose_state(name: str, objects: Iterable[ObjectVersion], version: str) -> StoredAdapter | None:

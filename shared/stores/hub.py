@@ -27,7 +27,7 @@ from shared.stores.listing import (
     join_skipped,
     valid_name,
 )
-from shared.stores.object_store import StoreProblem, unavailable
+from shared.stores.object_store import StoreFailure, StoreProblem, unavailable
 from shared.stores.transfer import Transfer, fetch_adapter
 
 # Longest time of one page of a listing, for which nobody waits.
@@ -165,8 +165,15 @@ class HubStore:
         found: dict[str, _Snapshot] = {}
 
         async def look(repo: str, commit: str) -> None:
-            async with gate:
-                snapshot = await self._snapshot(repo, commit, PAGE_TIMEOUT_S)
+            try:
+                async with gate:
+                    snapshot = await self._snapshot(repo, commit, PAGE_TIMEOUT_S)
+            except StoreFailure as exc:
+                if exc.trouble is not StoreProblem.BROKEN_REPLY:
+                    raise
+                # Its own doing, as with a list of files above all bounds. Others are listed, and
+                # it stays what it was.
+                snapshot = self._snapshots.get(repo)
             if snapshot is None:
                 lost.skip(repo, SkipReason.UNREADABLE)
             else:

@@ -24,9 +24,9 @@ from shared.stores.folder_listing import (
 )
 from shared.stores.listing import Grouping, Skipped, valid_name
 from shared.stores.object_store import StoreProblem, TransferCut, changed, unavailable
-from shared.stores.transfer import Transfer, close_later, fetch_adapter
+from shared.stores.transfer import FetchedPiece, FileBytes, Transfer, close_later, fetch_adapter
 
-_READ_BYTES = 4 << 20
+_PIECE_BYTES = 4 << 20
 
 
 class LocalStore:
@@ -116,14 +116,14 @@ class LocalStore:
     @asynccontextmanager
     async def _stream(
         self, adapter_name: str, file: StoredFile, offset: int, length: int
-    ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
-        handle = await asyncio.to_thread(self._open_listed, adapter_name, file)
+    ) -> AsyncIterator[AsyncGenerator[FetchedPiece, None]]:
+        handle = await asyncio.to_thread(self._open_listed, adapter_name, file, offset)
         try:
-            yield _chunks(handle, adapter_name, file, offset, length)
+            yield _chunks(handle, adapter_name, file, length)
         finally:
             close_later(handle)
 
-    def _open_listed(self, adapter_name: str, file: StoredFile) -> BinaryIO:
+    def _open_listed(self, adapter_name: str, file: StoredFile, offset: int) -> BinaryIO:
         real_root = self._real_root()
         path = os.path.realpath(os.path.join(real_root, adapter_name, file.path))
         if not valid_name(adapter_name) or not below(path, real_root):
@@ -139,17 +139,16 @@ class LocalStore:
         if version_of(handle) != (file.size_bytes, file.version):
             handle.close()
             raise changed(adapter_name)
+        handle.seek(offset)
         return handle
 
 
 async def _chunks(
-    handle: BinaryIO, adapter_name: str, file: StoredFile, offset: int, length: int
-) -> AsyncGenerator[bytes, None]:
+    handle: BinaryIO, adapter_name: str, file: StoredFile, length: int
+) -> AsyncGenerator[FetchedPiece, None]:
+    for begin in range(0, length, _PIECE_BYTES):
+        yield FileBytes(handle, min(_PIECE_BYTES, length - begin))
     try:
-        await asyncio.to_thread(handle.seek, offset)
-        while length and (chunk := await asyncio.to_thread(handle.read, min(length, _READ_BYTES))):
-            length -= len(chunk)
-            yield chunk
         if await asyncio.to_thread(version_of, handle) != (file.size_bytes, file.version):
             raise changed(adapter_name)  # the file was overwritten while it was read
     except OSError as exc:

@@ -187,7 +187,8 @@ class S3Store(Bucket):
         """`version` is a digest, or the version id of one of the adapter's files."""
         if not valid_name(name):
             return None
-        return choose_state(name, await self._kept_objects(f"{name}/"), version)
+        objects = await self._kept_objects(f"{name}/")
+        return await asyncio.to_thread(choose_state, name, objects, version)
 
     async def _kept_objects(self, prefix: str) -> list[ObjectVersion]:
         """As `_object_versions`, but empty where the store has no versions, or does not list them

@@ -70,8 +70,8 @@ def vllm_environment() -> Iterator[None]:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Any]:
-    """One engine in this process, for test_fast_path.py and test_resume.py. The last test of the
-    latter kills it. `boot_log` has what was logged while it started.
+    """One engine in this process. Tests must leave it as they found it. `boot_log` has what was
+    logged while it started.
     """
     log, told = logging.getLogger("loraplex.vllm"), ToldRecords()
     log.addHandler(told)

@@ -12,7 +12,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 
 from worker.engine.vllm.lora import gpu_lora
-from worker.engine.vllm.lora.presence import Presence
+from worker.engine.vllm.lora.presence import RANK_AT, Presence
 from worker.engine.vllm.tensor_replay.slot_writer import SlotCopies
 
 repeated: list[int] = []
@@ -36,7 +36,7 @@ def audit(
 ) -> tuple[int, list[int | None], bool, bool, list[int]]:
     """Returns five things: how many copies were repeated, the adapters in the slots, whether all
     bits are vLLM's, whether the bits differ from slot to slot, and of how many slices with weights
-    in a slot the kernels are not told, and are told.
+    in a slot the kernels are not told, or not of all ranks, and are told.
     """
     slots = worker._loraplex()
     told = told_and_there(slots)
@@ -80,11 +80,14 @@ def adapted_layers(manager: Any) -> list[tuple[Any, Any]]:
 
 def told_and_there(slots: Any) -> list[int]:
     presence, missed, both = slots.writer._presence, 0, 0
-    for row, (_, b) in enumerate(adapted_layers(slots.manager)):
+    for row, (a, b) in enumerate(adapted_layers(slots.manager)):
         for slot, int_id in enumerate(slots.manager.lora_index_to_id):
             for i, one in enumerate(b):
                 if int_id is not None:
-                    told = bool(presence.on_device[row, slot] >> i & 1)
+                    said = int(presence.on_device[row, slot])
+                    rank = said >> RANK_AT & 0xFFFF
+                    beyond = a[i][slot, 0, rank:].any() or one[slot, 0, :, rank:].any()
+                    told = bool(said >> i & 1 and not beyond)
                     there = bool(one[slot].any())
                     missed, both = missed + (there and not told), both + (there and told)
     return [missed, both]

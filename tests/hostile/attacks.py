@@ -9,6 +9,8 @@ import json
 import zlib
 from collections.abc import Iterator
 
+from backports import zstd
+
 from gateway.api.body.bounds import MAX_PARTS
 
 KEY = "tenant-a-key-000000"
@@ -255,11 +257,14 @@ def _framing() -> Iterator[tuple[str, bytes]]:
 
 def _encodings() -> Iterator[tuple[str, bytes]]:
     bomb = zlib.compress(bytes(200 << 20), 9)
-    for name, data in (
+    for what, data in (
         ("deflate", bomb),
         ("gzip", gzip.compress(bytes(100 << 20), 9)),
+        ("gzip members", gzip.compress(b"") * 50_000),
+        ("zstd frames", zstd.compress(b"") * 80_000),
         ("br", b"x"),
     ):
+        name, _, _ = what.partition(" ")
         for who, key in (("", KEY), (", no key", None)):
             lines = (f"Content-Encoding: {name}", f"Content-Length: {len(data)}")
-            yield f"{name} bomb{who}", head(*lines, key=key) + data
+            yield f"{what} bomb{who}", head(*lines, key=key) + data

@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
 from shared.adapters.identity import AdapterRef
-from shared.errors import EngineFailure, LoraplexError
+from shared.errors import EngineFailure, InternalError, LoraplexError
 from shared.link import messages
 from worker.adapters.commands import CommandRunner
 from worker.adapters.failures import Failure
@@ -34,6 +34,8 @@ from worker.session import GatewaySession
 
 log = logging.getLogger("loraplex.agent")
 clock = time.monotonic
+
+UNEXPECTED = "A fault of Loraplex kept the adapter from being loaded. The worker's log has it."
 
 
 class WaitingRequests(Protocol):
@@ -177,12 +179,15 @@ class ResidencyDriver:
         except EngineFailure as exc:
             self._on_engine_death(exc.message)
             return
-        except LoraplexError as exc:
+        except Exception as exc:
+            # What nobody expected of an adapter fails its requests, and nobody else's.
+            error = exc if isinstance(exc, LoraplexError) else InternalError(UNEXPECTED)
             log.warning(
                 "adapter not fetched",
-                extra={"adapter": str(ref), "code": exc.code, "reason": exc.message},
+                extra={"adapter": str(ref), "code": error.code, "reason": error.message},
+                exc_info=None if error is exc else exc,
             )
-            failure = Failure(exc.code, exc.message, exc.retryable)
+            failure = Failure(error.code, error.message, error.retryable)
             self._perform(self.residency.failed(ref, failure, clock()))
             self._changed()
             return

@@ -1,10 +1,10 @@
 """Shell. The adapters on this host's disk, shared by all its workers. Each version is downloaded
 once per host, and nothing is served that was not hashed.
 
-A process that downloads an adapter hashes it on the way. Any other process hashes all of it before
-its own first use. Afterwards one `lstat` per file tells whether anything wrote to it. The full hash
-costs 0.6 ms per MiB, once per process, on bytes that the engine is about to read anyway. It finds
-what no cheaper check does: a disk that lied about a sync, a flipped bit, an edited file.
+A process that downloads an adapter hashes it on the way, checks it, and leaves its verdict with the
+entry once that is synced. From then on one `lstat` per file tells each process of the host whether
+anything wrote to it. The full hash, 0.6 ms per MiB, is taken where there is no verdict, or one of
+other rules or of an earlier boot of the host. So it finds what a crash of the host or an edit did.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeAlias, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import AdapterRef, StoredAdapter
@@ -26,15 +27,14 @@ from shared.stores import AdapterStore
 from shared.stores.object_store import StoreProblem, unavailable
 from shared.stores.transfer import GRACE_S, PartBudget, PartId, TransferRetries
 from worker.disk import layout
-from worker.disk.download import Download, DownloadJob, Source, nothing
+from worker.disk.download import Download, DownloadJob, FolderCheck, Source, nothing
 from worker.disk.download_journal import DownloadJournal
 from worker.disk.folder import CacheFolder
-from worker.disk.layout import FILES, EntryLock, Stamp, entry_key, lock_entry
+from worker.disk.layout import FILES, EntryLock, EntryVerdict, Stamp, entry_key, lock_entry
 
 log = logging.getLogger("loraplex.disk_cache")
 clock = time.monotonic
 
-Check: TypeAlias = Callable[[Path], AdapterFacts]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -57,6 +57,15 @@ has waited. So it looks a few times only, and sees the end at most 5% late.
 """
 MAX_STILL_S = 120.0
 SETTLE_TIME_S = 30.0
+
+
+class Check(Protocol):
+    """What every adapter must pass. Checks with equal `rules` say the same of the same files."""
+
+    @property
+    def rules(self) -> str: ...
+
+    def begin(self, folder: Path) -> FolderCheck: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,16 +275,20 @@ class DiskCache:
     def _inspect(
         self, key: str, ref: AdapterRef, check: Check, held: EntryLock
     ) -> tuple[EntryLock, layout.Manifest, _Verified] | None:
-        """Checks the locked entry: by `lstat` if this process has hashed it before, else by its
-        full hash. An entry that is damaged is removed.
+        """Checks the locked entry: by `lstat` if it was hashed before, else by its full hash. An
+        entry that is damaged is removed.
         """
         entry = self._cache_folder.entry(key)
         manifest = layout.read_manifest(entry)
         stamps = (
             layout.stamps(entry, manifest) if manifest is not None and manifest.ref == ref else None
         )
-        seen = None if key in self._unsynced else self._seen.get(key)
-        self._unsynced.discard(key)
+        seen = verdict = None
+        if key in self._unsynced:
+            self._unsynced.discard(key)
+        else:
+            verdict = layout.read_verdict(entry)
+            seen = self._seen.get(key) or self._seen_by_others(verdict, check.rules)
         known = seen is not None and seen.stamps == stamps
         if manifest is None or stamps is None or not (known or layout.is_whole(entry, manifest)):
             log.error(
@@ -284,9 +297,17 @@ class DiskCache:
             self._cache_folder.discard(entry, held)
             return None
         if seen is None or not known:
-            seen = _Verified(stamps, check(entry / FILES))
+            seen = _Verified(stamps, check.begin(entry / FILES).facts())
+            if verdict is not None:  # so it was synced once
+                self._note_verdict(key, seen, check.rules)
         self._cache_folder.use(key, manifest.size_bytes)
         return held, manifest, seen
+
+    def _seen_by_others(self, verdict: EntryVerdict | None, rules: str) -> _Verified | None:
+        """What a process of this host found by the same rules, perhaps in an earlier life."""
+        if verdict is None or (verdict.host, verdict.rules) != (self.host, rules):
+            return None
+        return _Verified(verdict.stamps, verdict.facts)
 
     def _lease(
         self,
@@ -324,7 +345,9 @@ class DiskCache:
         after it became visible.
         """
         partial = self._cache_folder.partial(key)
-        download = Download(job, partial, self._pace, self._budget)
+        download = Download(
+            job, partial, self._pace, self._budget, lambda: check.begin(partial / FILES)
+        )
         keep = handed_over = False
         try:
             await download.resume(self._threads)
@@ -332,7 +355,7 @@ class DiskCache:
             brought = clock()
             if download.from_store_alone:
                 job.on_brought(partial / FILES)
-            facts = await self._settle(partial / FILES, check, download)
+            facts = await self._settle(download)
             checked = clock()
             manifest = layout.manifest_of(job.ref, job.stored, download.parts)
             handed_over = True
@@ -358,22 +381,20 @@ class DiskCache:
         )
         seen = _Verified(stamps, facts)
         cached = self._lease(key, own, manifest, seen, times, download.peer_bytes)
-        self._threads.submit(self._sync, key)
+        self._threads.submit(self._sync, key, seen, check.rules)
         return cached
 
-    async def _settle(self, files: Path, check: Check, download: Download) -> AdapterFacts:
+    async def _settle(self, download: Download) -> AdapterFacts:
         """Validates the files. An adapter counts as invalid only if the store's own bytes are
         invalid; the bytes of a peer are downloaded again from the store.
         """
+        loop = asyncio.get_running_loop()
         try:
-            return await self._settled(files, check)
+            return await loop.run_in_executor(self._heavy, download.check.facts)
         except InvalidAdapter:
             if not await download.doubt():
                 raise
-            return await self._settled(files, check)
-
-    async def _settled(self, files: Path, check: Check) -> AdapterFacts:
-        return await asyncio.get_running_loop().run_in_executor(self._heavy, check, files)
+            return await loop.run_in_executor(self._heavy, download.check.facts)
 
     def _publish(
         self, key: str, manifest: layout.Manifest, held: EntryLock, cost_s: float
@@ -393,14 +414,35 @@ class DiskCache:
         finally:
             self._end(self._cache_folder.partial(key), held)
 
-    def _sync(self, key: str) -> None:
-        """Writes an entry to the disk; called in a thread, while the adapter is in use already.
+    def _note_verdict(self, key: str, seen: _Verified, rules: str) -> None:
+        """Spares others the hash and the check. Where it cannot be written, nothing is lost: the
+        entry is gone, or the disk is full.
+        """
+        with suppress(OSError):
+            layout.write_verdict(
+                self._cache_folder.entry(key),
+                EntryVerdict(self.host, rules, seen.stamps, seen.facts),
+            )
+
+    def _sync(self, key: str, seen: _Verified, rules: str) -> None:
+        """Writes an entry to the disk, hashes what lies there, and writes the verdict; called in a
+        thread, while the adapter is in use already.
 
         If the host loses power before, the next process finds a damaged entry by its hash. If the
-        disk refuses, what is in memory may be lost later, so this process hashes it once more.
+        disk refuses, what is in memory may be lost later, so this process hashes it once more. Then
+        there is no verdict either, ever: the kernel tells of lost pages once, so a sync that
+        succeeds afterwards says nothing.
         """
         try:
             self._cache_folder.sync(key)
+            entry = self._cache_folder.entry(key)
+            manifest = layout.read_manifest(entry)
+            if (
+                manifest is not None
+                and layout.stamps(entry, manifest) == seen.stamps
+                and layout.is_whole(entry, manifest)
+            ):
+                self._note_verdict(key, seen, rules)
         except OSError as exc:
             log.warning(
                 "adapter was not synced to the disk", extra={"key": key, "reason": exc.strerror}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import StoreUnavailable
 from shared.stores import AdapterStore
@@ -31,6 +32,20 @@ class Source(Protocol):
         self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None
     ) -> None:
         """Like AdapterStore.fetch. Raises PeerFailed if another source may still have the files."""
+        ...
+
+
+class FolderCheck(Protocol):
+    """The check of one folder."""
+
+    def look(self, part: FilePart) -> None:
+        """A part has come, and will not change any more. The check may look at it now; it is called
+        in a thread, and refuses nothing.
+        """
+        ...
+
+    def facts(self) -> AdapterFacts:
+        """All parts are there. Blocks. Raises InvalidAdapter."""
         ...
 
 
@@ -53,13 +68,23 @@ class DownloadJob:
 class Download:
     """One download. `parts` are the complete parts with their sha256. `peer_bytes` came from peers;
     `peer_s` and `store_s` are the seconds spent with peers and with the store.
+
+    `begin` begins a check of the files. Each source has its own, which looks at parts as they come;
+    `check` is that of the last source. A thread that nobody waits for may still end a part of the
+    source before: it must not count.
     """
 
     def __init__(
-        self, job: DownloadJob, partial: Path, pace: TransferRetries, budget: PartBudget
+        self,
+        job: DownloadJob,
+        partial: Path,
+        pace: TransferRetries,
+        budget: PartBudget,
+        begin: Callable[[], FolderCheck],
     ) -> None:
         self._job, self._stored, self._files = job, job.stored, partial / FILES
-        self._pace, self._budget = pace, budget
+        self._pace, self._budget, self._begin = pace, budget, begin
+        self.check = begin()
         self._journal = DownloadJournal(partial, job.stored)
         self.parts: dict[PartId, str] = {}
         self._from_store: set[PartId] = set()
@@ -126,6 +151,13 @@ class Download:
         self.store_s += clock() - start
 
     def _transfer(self, on_part: Callable[[FilePart, str], None]) -> Transfer:
+        check = self.check = self._begin()
+
+        def on_part_of_source(part: FilePart, sha256: str) -> None:
+            if check is self.check:
+                on_part(part, sha256)
+                check.look(part)
+
         return Transfer(
             pace=self._pace,
             budget=self._budget,
@@ -133,7 +165,7 @@ class Download:
             may_exist=True,
             on_bytes=lambda _: self._journal.touch(),
             on_idle=self._journal.moved,
-            on_part=on_part,
+            on_part=on_part_of_source,
         )
 
     # ---- in threads ------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
+from shared.adapters.checks import AdapterLimits, check_sizes
 from shared.adapters.identity import StoredAdapter
 from shared.errors import ConfigError, InvalidAdapter, StoreUnavailable
 from shared.runtime.process import make_private
@@ -97,8 +98,10 @@ class CacheFolder:
 
         Raises:
             StoreUnavailable: there is no room, because every other adapter is in use.
-            InvalidAdapter: the adapter alone is larger than the budget.
+            InvalidAdapter: the adapter alone is larger than the budget, or than any may be. Then
+                no other adapter makes room for it.
         """
+        check_sizes({file.path: file.size_bytes for file in stored.files}, AdapterLimits())
         if self._budget_bytes and stored.size_bytes > self._budget_bytes:
             raise InvalidAdapter(
                 f"The adapter takes {stored.size_bytes} bytes; the server's disk cache holds less.",

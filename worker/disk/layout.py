@@ -2,7 +2,8 @@
 each entry is used.
 
     entries/<key>/    complete: files/ (the adapter as the engine gets it), `manifest` (what must be
-                      in it), `uses` (how often it was used: a hint, never synced)
+                      in it), `verdict` (what a process found when it hashed and checked it),
+                      `uses` (how often it was used: a hint, never synced)
     partial/<key>/    being downloaded: files/ with holes, `journal` (which parts are complete)
     trash/            waits for deletion
     lock  clock       one scan at a time, and the clock of the eviction policy
@@ -26,12 +27,13 @@ from pathlib import Path
 
 import msgspec
 
+from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import AdapterRef, StoredAdapter, StoredFile
 from shared.stores.transfer import FilePart, PartId, parts_of
 from worker.disk.eviction import UseFrequency
 
 LAYOUT = 1
-FILES, MANIFEST, JOURNAL, USES = "files", "manifest", "journal", "uses"
+FILES, MANIFEST, JOURNAL, USES, VERDICT = "files", "manifest", "journal", "uses", "verdict"
 _KEY = re.compile(r"[0-9a-f]{32}")
 _USES = struct.Struct("<Qdd")
 _CLOCK = struct.Struct("<d")
@@ -63,6 +65,17 @@ class Manifest(msgspec.Struct, frozen=True):
 
 Stamp = tuple[int, int, int, int]
 """(inode, size, mtime, ctime) of a file: equal as long as nothing wrote to it."""
+
+
+class EntryVerdict(msgspec.Struct, frozen=True):
+    """A process of `host` (see `host_of`) has hashed the entry, checked it by `rules` and synced
+    it, while its files had these stamps.
+    """
+
+    host: str
+    rules: str
+    stamps: tuple[Stamp, ...]
+    facts: AdapterFacts
 
 
 def entry_key(ref: AdapterRef) -> str:
@@ -173,10 +186,26 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
+    _replace(folder / MANIFEST, manifest)
+
+
+def read_verdict(folder: Path) -> EntryVerdict | None:
+    """None if there is no verdict, or it cannot be read."""
+    try:
+        return msgspec.json.decode((folder / VERDICT).read_bytes(), type=EntryVerdict)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def write_verdict(folder: Path, verdict: EntryVerdict) -> None:
+    _replace(folder / VERDICT, verdict)
+
+
+def _replace(path: Path, record: msgspec.Struct) -> None:
     """Writes it under another name, and renames it."""
-    aside = folder / (MANIFEST + ".new")
-    aside.write_bytes(msgspec.json.encode(manifest))
-    aside.rename(folder / MANIFEST)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.new")
+    aside.write_bytes(msgspec.json.encode(record))
+    aside.rename(path)
 
 
 def stamps(folder: Path, manifest: Manifest) -> tuple[Stamp, ...] | None:

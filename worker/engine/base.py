@@ -89,6 +89,8 @@ class EngineRequest:
     """Whether the client asks later for what the engine stores. The answer that it gets at once may
     be whole long before.
     """
+    cache_salt: str = ""
+    """The engine's prefix cache is shared with requests of the same one alone."""
     on_seen: Callable[[bytes], None] | None = None
     """Takes the bytes of a stream that its client has already, rendered once more, before the first
     ones that it has not. None: nobody wants them.

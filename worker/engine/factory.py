@@ -55,7 +55,7 @@ DEFAULT_SIM_RANK = 64
 DEFAULT_SIM_CONTEXT_TOKENS = 8192
 
 
-def open_engine(model: LLMConfig, stream_gap_s: float = 0.0) -> Engine:
+def open_engine(model: LLMConfig, stream_gap_s: float = 0.0, grammar_cpu_s: float = 0.0) -> Engine:
     """The engine that the config names. vLLM is imported only here, and only if the config asks for
     it.
     """
@@ -77,7 +77,7 @@ def open_engine(model: LLMConfig, stream_gap_s: float = 0.0) -> Engine:
     try:
         from worker.engine.vllm.engine import VLLMEngine
 
-        return VLLMEngine(model, stream_gap_s)
+        return VLLMEngine(model, stream_gap_s, grammar_cpu_s)
     except ImportError as exc:
         raise ConfigError(cannot_import(vllm_version(), exc)) from exc
     except AttributeError as exc:

@@ -9,6 +9,7 @@ from shared.link import messages
 from shared.link.token_ids import BYTES_PER_TOKEN
 from worker.engine.base import Loaded
 from worker.requests.kept_answers import FrameSink, KeptAnswer
+from worker.requests.trials import Trial
 from worker.session import GatewaySession
 
 PROGRESS_TOKENS = 16
@@ -36,6 +37,8 @@ class OpenRequest:
     slot_wait_s: float = 0.0
     adapter: Loaded | None = None
     reply: StreamReply | None = None
+    trial: Trial | None = None
+    """Set if workers died of the request, as it seems."""
     alone: bool = False
     """Whether it goes on in the background without its gateway."""
 
@@ -91,6 +94,7 @@ class StreamReply:
         """The first frame: the HTTP status, and whether the answer is an event stream. `end`: it is
         also the last.
         """
+        self._progressed()
         self._request.outbox.frame(
             self._sid,
             status << messages.STATUS_SHIFT
@@ -104,7 +108,9 @@ class StreamReply:
             self._end()
 
     def answered(self, status: int, data: bytes) -> None:
-        """The whole answer for the client. The rest is made in the background."""
+        """The whole answer for the client. The rest is made in the background. It is no progress:
+        the engine has made nothing yet.
+        """
         flags = status << messages.STATUS_SHIFT | messages.ANSWERED
         self._request.outbox.frame(self._sid, flags, data)
 
@@ -126,6 +132,7 @@ class StreamReply:
             return
         self._unsent += tokens
         if len(self._unsent) >= PROGRESS_TOKENS * BYTES_PER_TOKEN:
+            self._progressed()
             self._request.outbox.frame(self._sid, messages.TOKENS, b"", self._unsent)
             self._unsent = b""
 
@@ -133,7 +140,11 @@ class StreamReply:
         """The engine stores the answer, which ends now. `copy` is for another worker."""
         request = self._request
         if not request.alone:
-            request.session.outbox.copy(messages.StoredCopy(request.message.answer_id, copy))
+            request.session.outbox.send(messages.StoredCopy(request.message.answer_id, copy))
+
+    def _progressed(self) -> None:
+        if self._request.trial is not None:
+            self._request.trial.progressed()
 
     def _end(self) -> None:
         self.ended = True

@@ -19,6 +19,7 @@ from shared.link import messages
 from worker.engine.base import Engine, EngineRequest, Loaded, Storing
 from worker.requests.kept_answers import AnswerListener, KeptAnswer, KeptAnswers
 from worker.requests.open_request import NOBODY, OpenRequest, StreamReply
+from worker.requests.trials import OpenTrials
 from worker.session import GatewaySession
 from worker.settings import KeepBounds
 
@@ -50,6 +51,7 @@ class RequestTable:
         self._on_end, self._on_engine_death = on_end, on_engine_death
         self._open: dict[int, OpenRequest] = {}
         self._by_stream: dict[tuple[GatewaySession, messages.StreamId], OpenRequest] = {}
+        self._trials = OpenTrials()
         self.tasks: asyncio.TaskGroup | None = None
         self.started = 0
         """Requests that were given to the engine so far."""
@@ -65,6 +67,10 @@ class RequestTable:
     def running(self) -> int:
         """How many requests the engine has; the others wait for their adapters."""
         return sum(request.task is not None for request in self._open.values())
+
+    def admits(self, message: messages.Generate) -> bool:
+        """Whether a request of which workers died may come in now (see OpenTrials)."""
+        return self._trials.admits(_what(message), message.deaths)
 
     def accept(
         self, number: int, session: GatewaySession, message: messages.Generate
@@ -83,6 +89,10 @@ class RequestTable:
             request.kept = request.outbox = kept
         if before is not None and before.number in self._open:  # it was lost here, and is back
             self._end_unheard(self._open[before.number], before)
+        if message.deaths:
+            what, deaths, to_its_end = _what(message), message.deaths, message.to_its_end
+            request.trial = self._trials.begin(number, what, deaths, to_its_end)
+            session.outbox.frame(message.sid, messages.TAKEN, b"")  # kept answers are without it
         self._open[number] = request
         self._by_stream[session, message.sid] = request
         session.open_requests += 1
@@ -274,6 +284,7 @@ class RequestTable:
         """Removes the request. A second call does nothing."""
         if self._open.pop(request.number, None) is None:
             return
+        self._trials.end(request.number)
         if (kept := request.kept) is not None:
             for listener in list(kept.listeners):
                 assert isinstance(listener.session, GatewaySession)
@@ -282,6 +293,11 @@ class RequestTable:
         elif not request.alone:
             self._forget_stream(request)
         self._on_end(request.number)
+
+
+def _what(message: messages.Generate) -> object:
+    """The same for each copy of a request."""
+    return message.path, message.adapter, message.body
 
 
 def _engine_request(
@@ -302,5 +318,6 @@ def _engine_request(
         message.traceparent,
         message.tracestate,
         message.background,
+        message.cache_salt,
         on_seen,
     )

@@ -3,21 +3,24 @@ config, the header of the weights, and every value once.
 
 It blocks, so call it in a thread. It neither imports torch nor maps memory, and it holds one piece
 of the file at a time. Afterwards the file is in the page cache, where the engine's own read finds
-it. The scan takes most of the time: 0.4 ms per MiB of bfloat16, 1.4 of float16, 0.2 of float32.
+it.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
+import importlib.metadata
 import math
 import os
 import stat
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from shared.adapters import strict_json
 from shared.adapters.base_layers import BaseShapes
 from shared.adapters.checks import (
     FLOATS,
@@ -25,6 +28,7 @@ from shared.adapters.checks import (
     AdapterLimits,
     FileKind,
     FolderFile,
+    LoraPair,
     base_copy_of,
     check_change,
     check_files,
@@ -35,29 +39,29 @@ from shared.adapters.checks import (
 )
 from shared.adapters.identity import (
     CONFIG_FILE,
+    WEIGHTS_FILE,
     WEIGHTS_INDEX_FILE,
     choose_weights,
     may_be_part,
 )
 from shared.adapters.peft_config import check_config
-from shared.adapters.safetensors import (
-    LENGTH_BYTES,
-    VALUE_BYTES,
-    Tensor,
-    header_length,
-    parse_header,
-)
+from shared.adapters.safetensors import VALUE_BYTES, Tensor
 from shared.errors import InvalidAdapter
-
-if TYPE_CHECKING:
-    import numpy as np
+from shared.stores.transfer import PARTS_PER_ADAPTER, FilePart
+from worker.validation.values import PIECE_BYTES, WeightsFile, read_header
 
 PACKED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
 _EMBEDDING = "embed_tokens"
 ROUNDING, SMALLEST = 2**-7, 1e-7
 """bfloat16 keeps 8 bits of a value, and float16 nothing below 6e-8."""
 BASE_LIMITS = AdapterLimits(max_header_bytes=1 << 28)
-PIECE_BYTES = 1 << 19  # half a MiB: the piece and its float32 form stay in a core's cache
+# Enough for 8,000 tensors. Each adapter that is being downloaded may hold so much.
+EARLY_LIMITS = AdapterLimits(max_header_bytes=1 << 20)
+_CODE = sorted(
+    path
+    for folder in (Path(__file__).parent, Path(strict_json.__file__).parent)
+    for path in folder.glob("*.py")
+)
 
 
 class Validator:
@@ -66,7 +70,8 @@ class Validator:
     `shapes` None skips the checks of shapes, and `weights` False reads no weights at all. Both
     serve the simulated engine, whose adapters need not hold any. `targets` are the modules that the
     engine adapts (None: all). `base` is the folder of the base model's own weights. Copies of them
-    that an adapter brings are refused where they cannot be compared.
+    that an adapter brings are refused where they cannot be compared. Validators with equal `rules`
+    say the same of the same files.
     """
 
     def __init__(
@@ -87,11 +92,20 @@ class Validator:
             limits or AdapterLimits(),
             weights,
         )
+        self.rules = self._rules()
 
     def check(self, folder: Path) -> AdapterFacts:
         """The facts of the adapter. Raises InvalidAdapter with the first failure. Its message names
         no path outside the folder.
         """
+        return self._check(folder, None)
+
+    def begin(self, folder: Path) -> FolderValidation:
+        """The check of a folder whose files may still be on their way."""
+        return FolderValidation(self._check, folder / WEIGHTS_FILE, looks=self._weights)
+
+    def _check(self, folder: Path, early: WeightsFile | None) -> AdapterFacts:
+        """`early`: what was looked at before the folder was whole."""
         limits = self._limits
         files = _files(folder)
         size_bytes = check_files(files, limits)
@@ -99,15 +113,9 @@ class Validator:
         rank = max([config.rank, *(int(r) for _, r in config.ranks.pairs)])
         if not self._weights:
             return AdapterFacts(rank, size_bytes, ())
-        headers = self._headers(folder, choose_weights([f.path for f in files]))
-        tensors = [t for header in headers.values() for t in header.tensors]
-        pairs = check_tensors(tensors, config, self._shapes)
-        norms: dict[str, float] = {}
-        for name, header in headers.items():
-            norms |= _scan(folder / name, header)
-            self._compare_copies(folder / name, header)
-        for pair in pairs:
-            check_change(pair, norms[pair.a.name], norms[pair.b.name], limits)
+        found = self._headers(folder, choose_weights([f.path for f in files]), early)
+        pairs = check_tensors([t for file in found for t in file.tensors], config, self._shapes)
+        self._check_values(found, pairs)
         modules = sorted({p.layer.removesuffix(".base_layer").rpartition(".")[2] for p in pairs})
         if self._targets is not None and not self._targets.issuperset(modules):
             beyond = ", ".join(m for m in modules if m not in self._targets)
@@ -118,21 +126,79 @@ class Validator:
             )
         return AdapterFacts(rank, size_bytes, tuple(modules))
 
-    def _headers(self, folder: Path, names: Sequence[str]) -> dict[str, _Header]:
-        """The headers of the weights, by file."""
+    def _rules(self) -> str:
+        """A hash of all that the verdict on given files depends on, and of the code itself."""
+        shapes, base = self._shapes, self._base
+        parts = [
+            *(path.read_bytes() for path in _CODE),
+            # its version stands for `rename`, which is the model class's
+            _version("vllm"),
+            (self._max_rank, self._limits, self._weights),
+            None if self._targets is None else sorted(self._targets),
+            shapes
+            and (
+                sorted(shapes.modules.items()),
+                sorted(shapes.refused.items()),
+                sorted(shapes.experts.items()),
+                sorted(shapes.embeddings),
+                shapes.ignored,
+            ),
+            base
+            and [
+                (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+                for path in sorted(base.glob("*.safetensors"))
+                if path.is_file()
+            ],
+        ]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _headers(
+        self, folder: Path, names: Sequence[str], early: WeightsFile | None
+    ) -> list[WeightsFile]:
+        """The files of the weights, with their headers."""
         limits = self._limits
         if WEIGHTS_INDEX_FILE not in names:
-            return {name: _header(folder / name, limits) for name in names}
+            return [read_header(folder / name, limits, known=early) for name in names]
         index = _read(folder / WEIGHTS_INDEX_FILE, limits.max_header_bytes)
-        headers = {n: _header(folder / n, limits) for n in indexed_shards(index, names)}
-        check_index(index, {n: [t.name for t in h.tensors] for n, h in headers.items()})
-        return headers
+        shards: dict[str, WeightsFile] = {}
+        for name in indexed_shards(index, names):
+            # all headers are held together, and 250 of them would take many times their 4 GiB
+            held = sum(len(shard.header) for shard in shards.values())
+            left = replace(limits, max_header_bytes=limits.max_header_bytes - held)
+            shards[name] = read_header(folder / name, left)
+        check_index(index, {n: [t.name for t in shard.tensors] for n, shard in shards.items()})
+        return list(shards.values())
 
-    def _compare_copies(self, path: Path, header: _Header) -> None:
+    def _check_values(self, files: Collection[WeightsFile], pairs: Sequence[LoraPair]) -> None:
+        """A norm is at most the largest magnitude times the root of the number of values. Where
+        that bound passes, the norm itself, which costs more, is not needed.
+        """
+        bounds: dict[str, float] = {}
+        file_of: dict[str, WeightsFile] = {}
+        for file in files:
+            largest = file.largest()
+            for t in file.tensors:
+                bounds[t.name] = largest[t.name] * math.sqrt(math.prod(t.shape))
+                file_of[t.name] = file
+                finite = math.isfinite(largest[t.name])
+                try:
+                    check_norm(t, bounds[t.name], finite)
+                except InvalidAdapter:
+                    check_norm(t, file.norm(t), finite)
+            self._compare_copies(file)
+        for pair in pairs:
+            a, b = pair.a, pair.b
+            try:
+                check_change(pair, bounds[a.name], bounds[b.name], self._limits)
+            except InvalidAdapter:
+                norms = file_of[a.name].norm(a), file_of[b.name].norm(b)
+                check_change(pair, *norms, self._limits)
+
+    def _compare_copies(self, file: WeightsFile) -> None:
         """The engine leaves out the base's own weights that an adapter brings, and uses those that
         it has. So they must be the same.
         """
-        for copy in header.tensors:
+        for copy in file.tensors:
             module = base_copy_of(copy)
             if module is None:
                 continue
@@ -144,15 +210,14 @@ class Validator:
                     "PEFT's `save_embedding_layers=False`.",
                     "embedding",
                 )
-            if copy.shape not in [place[2].shape for place in own]:
+            if copy.shape not in [tensor.shape for _, tensor in own]:
                 raise InvalidAdapter(
                     f"The adapter brings {module} of the shape {list(copy.shape)}: its base had "
                     "another vocabulary than the one served, which has "
-                    f"{list(own[0][2].shape)}.",
+                    f"{list(own[0][1].shape)}.",
                     "shape",
                 )
-            here = (path, header.begin, copy)
-            rows = max(_rows_that_differ(here, o) for o in own if o[2].shape == copy.shape)
+            rows = max(_rows_that_differ((file, copy), o) for o in own if o[1].shape == copy.shape)
             if rows:
                 raise InvalidAdapter(
                     f"The adapter brings its own {module}, and {rows} of its {copy.shape[0]} rows "
@@ -160,6 +225,43 @@ class Validator:
                     "Train with these rows as they are, or serve the changed model as a base.",
                     "embedding",
                 )
+
+
+class FolderValidation:
+    """The check of one folder. Values can be looked at as they come; `facts` looks at the others
+    and gives the verdict. The parts that are looked at must not change any more.
+    """
+
+    def __init__(
+        self, check: Callable[[Path, WeightsFile | None], AdapterFacts], weights: Path, looks: bool
+    ) -> None:
+        self._check, self._path = check, weights
+        self._early: WeightsFile | None = None
+        self._tries = PARTS_PER_ADAPTER if looks else 0
+        self._lock = threading.Lock()
+
+    def look(self, part: FilePart) -> None:
+        """Looks at the values of a part that has come; called in a thread. It refuses nothing."""
+        if part.file.path != WEIGHTS_FILE:
+            return  # shards are looked at afterwards, so that only one header is held
+        with suppress(Exception):  # whatever is wrong with it, `facts` finds it again and says so
+            early = self._header(part.file.size_bytes)
+            if early is not None:
+                early.look(part.offset, part.offset + part.size_bytes)
+
+    def facts(self) -> AdapterFacts:
+        """The files are complete. The same as `Validator.check`."""
+        return self._check(self._path.parent, self._early)
+
+    def _header(self, size_bytes: int) -> WeightsFile | None:
+        """The header, if it has come. What is read too early, or changes later, is no harm: `facts`
+        compares it with the header of the whole file.
+        """
+        with self._lock:
+            if self._early is None and self._tries:
+                self._tries -= 1  # one that is broken is not parsed again for each part
+                self._early = read_header(self._path, EARLY_LIMITS, size_bytes)
+            return self._early
 
 
 def adaptable(targets: Collection[str]) -> frozenset[str]:
@@ -172,6 +274,13 @@ def adaptable(targets: Collection[str]) -> frozenset[str]:
         if parent in targets or not children.isdisjoint(targets)
     ]
     return frozenset(targets).union(*packed)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _files(folder: Path) -> list[FolderFile]:
@@ -204,82 +313,9 @@ def _read(path: Path, at_most: int) -> bytes:
         return f.read(at_most)
 
 
-@dataclass(frozen=True, slots=True)
-class _Header:
-    """The header of one weights file. The values begin at byte `begin`."""
-
-    begin: int
-    tensors: list[Tensor]
-
-
-def _header(path: Path, limits: AdapterLimits) -> _Header:
-    with path.open("rb", buffering=0) as f:
-        size = os.fstat(f.fileno()).st_size
-        length = header_length(_exactly(f, min(size, LENGTH_BYTES)), size, limits.max_header_bytes)
-        begin = LENGTH_BYTES + length
-        return _Header(begin, parse_header(_exactly(f, length), size - begin))
-
-
-def _exactly(f: io.FileIO, count: int) -> bytes:
-    data = bytearray(count)
-    _fill(f, memoryview(data))
-    return bytes(data)
-
-
-def _fill(f: io.FileIO, into: memoryview) -> None:
-    while into:
-        count = f.readinto(into)
-        if not count:
-            raise InvalidAdapter("The weights became shorter while they were read.", "header")
-        into = into[count:]
-
-
-def _scan(path: Path, header: _Header) -> dict[str, float]:
-    """The norm of each tensor, by name. Raises InvalidAdapter (nonfinite, magnitude)."""
-    import numpy as np  # imported here, because only weights need it
-
-    piece = bytearray(PIECE_BYTES)
-    wide = np.empty(PIECE_BYTES // 2, np.float32)
-    norms = {}
-    with path.open("rb", buffering=0) as f, np.errstate(all="ignore"):
-        f.seek(header.begin)
-        for t in header.tensors:
-            squares, finite = 0.0, True
-            for begin in range(t.begin, t.end, PIECE_BYTES):
-                count = min(PIECE_BYTES, t.end - begin)
-                _fill(f, memoryview(piece)[:count])
-                values = _floats(memoryview(piece)[:count], t.dtype, wide)
-                part = float(np.einsum("i,i->", values, values))
-                squares += part
-                if not math.isfinite(part) and not np.isfinite(values).all():
-                    finite = False
-                    break
-            norms[t.name] = math.sqrt(squares) if squares >= 0 else math.inf
-            check_norm(t, norms[t.name], finite)
-    return norms
-
-
-def _floats(raw: memoryview, dtype: str, wide: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The values as float32. For other dtypes they are converted into the buffer `wide`."""
-    import numpy as np
-
-    if dtype == "F32":
-        return np.frombuffer(raw, "<f4")
-    out = wide[: len(raw) // VALUE_BYTES[dtype]]
-    if dtype == "F64":
-        np.copyto(out, np.frombuffer(raw, "<f8"), casting="same_kind")
-    elif dtype == "F16":
-        np.copyto(out, np.frombuffer(raw, "<f2"))
-    else:  # bfloat16 is the upper half of a float32
-        bits = out.view(np.uint32)
-        np.copyto(bits, np.frombuffer(raw, "<u2"))
-        np.left_shift(bits, 16, out=bits)
-    return out
-
-
 # ---- copies of the base's weights ----------------------------------------------------------------
 
-_Place = tuple[Path, int, Tensor]  # a file, where its values begin, and one of its tensors
+_Place = tuple[WeightsFile, Tensor]
 
 
 def _base_tensors(base: Path, module: str) -> list[_Place]:
@@ -287,26 +323,26 @@ def _base_tensors(base: Path, module: str) -> list[_Place]:
     several, those whose names have most in common with the module's. Raises OSError.
     """
     places = [
-        (file, header.begin, tensor)
-        for file in sorted(base.glob("*.safetensors"))
-        for header in _base_headers(file)
-        for tensor in header.tensors
+        (file, tensor)
+        for path in sorted(base.glob("*.safetensors"))
+        for file in _base_headers(path)
+        for tensor in file.tensors
         if tensor.dtype in FLOATS
     ]
     *above, last = module.split(".")
     for name in dict.fromkeys((last, _EMBEDDING)):
         wanted = [*above, name]
-        found = [p for p in places if f".{p[2].name}".endswith(f".{name}.weight")]
-        alike = [_parts_alike(p[2].name.split(".")[:-1], wanted) for p in found]
+        found = [p for p in places if f".{p[1].name}".endswith(f".{name}.weight")]
+        alike = [_parts_alike(p[1].name.split(".")[:-1], wanted) for p in found]
         if found:
             return [p for p, parts in zip(found, alike, strict=True) if parts == max(alike)]
     return []
 
 
-def _base_headers(file: Path) -> list[_Header]:
+def _base_headers(path: Path) -> list[WeightsFile]:
     """None of a file that is gone or no safetensors: that is no adapter's fault."""
     try:
-        return [_header(file, BASE_LIMITS)]
+        return [read_header(path, BASE_LIMITS)]
     except (InvalidAdapter, FileNotFoundError):
         return []
 
@@ -321,24 +357,15 @@ def _rows_that_differ(one: _Place, other: _Place) -> int:
     """How many rows of two tensors of one shape differ by more than bfloat16 rounds."""
     import numpy as np
 
-    columns = math.prod(one[2].shape[1:])
-    at_once = max(1, PIECE_BYTES // 8 // columns)
+    columns = math.prod(one[1].shape[1:])
+    rows = max(1, PIECE_BYTES // 8 // columns)
+    pieces = (
+        file.pieces(tensor, rows * columns * VALUE_BYTES[tensor.dtype])
+        for file, tensor in (one, other)
+    )
     count = 0
     with np.errstate(all="ignore"):
-        for mine, theirs in zip(_pieces(one, at_once), _pieces(other, at_once), strict=True):
+        for mine, theirs in zip(*pieces, strict=True):
             far = np.abs(mine - theirs) > np.abs(theirs) * ROUNDING + SMALLEST
             count += int(far.reshape(-1, columns).any(axis=1).sum())
     return count
-
-
-def _pieces(place: _Place, rows: int) -> Iterator[np.ndarray[Any, Any]]:
-    """The values as float32, so many rows at a time."""
-    import numpy as np
-
-    path, begin, tensor = place
-    size = rows * math.prod(tensor.shape[1:]) * VALUE_BYTES[tensor.dtype]
-    with path.open("rb", buffering=0) as f:
-        f.seek(begin + tensor.begin)
-        for at in range(tensor.begin, tensor.end, size):
-            raw = _exactly(f, min(size, tensor.end - at))
-            yield _floats(memoryview(raw), tensor.dtype, np.empty(len(raw) // 2, np.float32))

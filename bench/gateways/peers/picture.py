@@ -37,6 +37,7 @@ def draw(made: Mapping[str, Any], path: str) -> None:
 
 def _bars(panel: Any, values: Mapping[str, Mapping[str, float]], title: str) -> None:
     names = list(values)
+    panel.set_visible(bool(names))  # a load that was not asked for
     middles = [values[n]["median"] for n in names]
     errors = [
         [values[n]["median"] - values[n]["least"] for n in names],

@@ -54,6 +54,10 @@ class Bounds(msgspec.Struct, frozen=True):
     max_prompt_bytes: int = 8 << 20
     max_structured_choices: int = 1000
     max_structured_bytes: int = 64 << 10
+    processor_options: bool = False
+    """Whether clients may choose to what sizes pictures are scaled, and how many frames of a video
+    are read.
+    """
 
 
 DEFAULT_BOUNDS = Bounds()
@@ -61,6 +65,19 @@ _decode_any = msgspec.json.Decoder().decode
 _decode_raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
+OF_TOKENIZERS = frozenset(
+    {
+        "max_length",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    }
+)
+"""Arguments of `apply_chat_template` that are none of a chat template's."""
 SMALL_BYTES = 2048
 """A body up to this size cannot hold a list that is too long."""
 _REGEX_TOKENS = re.compile(
@@ -90,6 +107,10 @@ def check(fields: BodyFields, size: int, bounds: Bounds) -> None:
         _check_structured(fields, bounds)
     if fields.repetition_detection is not NOTHING:
         _check_pattern(fields.repetition_detection)
+    if fields.mm_processor_kwargs is not NOTHING or fields.media_io_kwargs is not NOTHING:
+        _check_processor_options(fields, bounds)
+    if fields.chat_template_kwargs is not NOTHING:
+        _check_template_arguments(fields.chat_template_kwargs)
     if size <= SMALL_BYTES:
         return
     if len(fields.messages) > 3 * bounds.max_messages:
@@ -128,6 +149,34 @@ def _check_input(raw: msgspec.Raw, most: int) -> None:
         raise InvalidRequest(f"`input` has more than {most} items.", param="input")
 
 
+def _check_processor_options(fields: BodyFields, bounds: Bounds) -> None:
+    """`{"size": {"height": 30000, "width": 30000}}` has a picture of one pixel take 10 GB."""
+    for name in ("mm_processor_kwargs", "media_io_kwargs"):
+        given = bytes(getattr(fields, name)).translate(None, b" \t\r\n")
+        if given not in (b"", b"null", b"{}") and not bounds.processor_options:
+            raise InvalidRequest(
+                f"`{name}` is not taken from clients here, since it decides how much memory a "
+                "picture takes. Operators allow it with gateway.bounds.processor_options.",
+                param=name,
+            )
+
+
+def _check_template_arguments(raw: msgspec.Raw) -> None:
+    """`{"tokenize": true, "padding": "max_length", "max_length": 2000000000}` has the tokenizer
+    pad a prompt of one word to that many tokens: 110 bytes each. vLLM takes all arguments of the
+    tokenizer's function, and those of clients before its own.
+    """
+    if _first(raw) != ord("{") or len(raw) > MAX_FREE_BYTES:
+        return
+    for name in _fields("chat_template_kwargs", raw):
+        if name in OF_TOKENIZERS:
+            raise InvalidRequest(
+                f"`chat_template_kwargs` has `{name}`, which is for the tokenizer and not for the "
+                "template.",
+                param="chat_template_kwargs",
+            )
+
+
 def _check_pattern(raw: msgspec.Raw) -> None:
     if _first(raw) != ord("{"):
         return
@@ -147,7 +196,12 @@ def _check_parts(name: str, raw: msgspec.Raw) -> None:
     if len(raw) <= 2 * MAX_PARTS or not _is_list(raw) or bytes(raw).count(b",") <= MAX_PARTS:
         return
     parts = values = 0
-    for message in _decode_items(raw):
+    messages = _decode_items(raw)
+    for several in [*messages]:  # conversations to embed, each a list of messages
+        if _is_list(several) and b"{" in bytes(several):
+            messages += _decode_items(several)
+            parts = len(messages)
+    for message in messages:
         if _first(message) != ord("{"):
             continue
         fields = _fields(name, message)

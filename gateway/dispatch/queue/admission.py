@@ -64,7 +64,7 @@ class Admission(Generic[T]):
         self.timeout_s = timeout_s
         self.queues: dict[str, WaitQueue[T]] = {}
         """Of the base models for which an item waits. Others only look whether there is one."""
-        # all places, in the order of their deadlines: all wait equally long
+        # all places, in the order in which they came
         self._arrivals: dict[Ticket[T], None] = {}
         self._last_number = 0
         self._back_at: dict[str, float] = {}
@@ -110,9 +110,10 @@ class Admission(Generic[T]):
         weight: float = 1.0,
         *,
         admitted: bool = False,
+        deadline: float | None = None,
     ) -> Ticket[T] | None:
         """The item's place in the queue, or None if the queue is full. An item that was `admitted`
-        before is never turned away.
+        before is never turned away. `deadline`: of one that has waited before, which goes on.
         """
         queue = self.queues.get(base)
         most = self.bound(base).max_queued
@@ -122,7 +123,8 @@ class Admission(Generic[T]):
         if queue is None:
             queue = self.queues[base] = WaitQueue()
         self._last_number += 1
-        ticket = Ticket(base, item, now + self.timeout_s, flow, self._last_number, admitted)
+        until = now + self.timeout_s if deadline is None else deadline
+        ticket = Ticket(base, item, until, flow, self._last_number, admitted)
         self._arrivals[ticket] = None
         queue.add(ticket, weight)
         return ticket
@@ -197,7 +199,7 @@ class Admission(Generic[T]):
             self._offer_all(queue, adapter, dispatch)
 
     def items(self) -> list[T]:
-        """All waiting items, those whose time is over next first."""
+        """All waiting items, in the order in which they came."""
         return [ticket.item for ticket in self._arrivals]
 
     def positions(self) -> dict[T, int]:
@@ -219,11 +221,7 @@ class Admission(Generic[T]):
             del self._arrivals[ticket]
             ticket.deadline = now + self.timeout_s
             self._arrivals[ticket] = None
-        late: list[Ticket[T]] = []
-        for ticket in self._arrivals:
-            if ticket.deadline > now:
-                break
-            late.append(ticket)
+        late = [ticket for ticket in self._arrivals if ticket.deadline <= now]
         for ticket in late:
             self.leave(ticket)
         return [ticket.item for ticket in late]

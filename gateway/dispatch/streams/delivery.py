@@ -23,8 +23,14 @@ LEAST_ERROR_STATUS = 400
 class StreamOwner(Protocol):
     """Decides what follows from a frame."""
 
-    def stream_began(self, request: InFlightRequest) -> None:
-        """The first frame of this attempt has come. The client gets it next."""
+    def stream_began(self, request: InFlightRequest, *, in_background: bool) -> None:
+        """The first frame of this attempt has come. The client gets it next. `in_background`: it is
+        all that the client gets, and the worker has made no token of the answer yet.
+        """
+        ...
+
+    def stream_progressed(self, request: InFlightRequest) -> None:
+        """The worker has made tokens of a whole answer, which the client gets at its end."""
         ...
 
     def stream_answered(self, request: InFlightRequest) -> None:
@@ -132,12 +138,15 @@ class FrameDelivery:
     ) -> None:
         request.journal.tokens += tokens
         if flags == messages.TOKENS:
-            request.lifecycle.progressed()
+            self._owner.stream_progressed(request)
+            return
+        if flags == messages.TAKEN:
+            request.lifecycle.taken = True
             return
         if flags == messages.END:  # of what was made in the background
             self._owner.stream_ended(request)
             return
-        self._owner.stream_began(request)
+        self._owner.stream_began(request, in_background=bool(flags & messages.ANSWERED))
         if request.journal.begun:
             self._deliver_rest(request, flags, payload)
         else:

@@ -1,7 +1,7 @@
 """Pure. Keeps waiting streams alive with SSE comments. Clients skip them, and proxies take them as
 a sign of life.
 
-A request enters once, and leaves once with its first frame or its end. One sweep over all of them
+A request enters, and leaves with its first frame or its end. One sweep over all of them
 finds the comments that are due. So there is no timer and no task per request, and no cost per
 token.
 """
@@ -32,8 +32,9 @@ class StreamKeepalive:
         return len(self._due)
 
     def enter(self, request: InFlightRequest, now: float) -> None:
+        """Idempotent. The turn of one that waits already stays."""
         if self._every_s:
-            self._due[request] = now + self._every_s
+            self._due.setdefault(request, now + self._every_s)
 
     def leave(self, request: InFlightRequest) -> None:
         """Idempotent."""

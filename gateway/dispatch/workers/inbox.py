@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gateway.dispatch.failover import Failover
 from gateway.dispatch.settlement import Settlement
 from gateway.dispatch.streams.delivery import FrameDelivery
@@ -14,7 +16,8 @@ from shared.link import messages
 
 class WorkerInbox:
     """Implements LinkEvents. `on_data` runs for every engine step of every worker. A message that
-    does not decode is counted and dropped.
+    does not decode is counted and dropped. `on_deaths` is told what other gateways know of requests
+    that workers died of.
     """
 
     def __init__(
@@ -26,6 +29,7 @@ class WorkerInbox:
         membership: Membership,
         commands: WorkerCommands,
         metrics: Metrics,
+        on_deaths: Callable[[messages.KnownDeaths], None],
     ) -> None:
         self._streams = streams
         self._delivery = delivery
@@ -34,6 +38,7 @@ class WorkerInbox:
         self._membership = membership
         self._commands = commands
         self._metrics = metrics
+        self._on_deaths = on_deaths
 
     def on_control(self, peer: bytes, data: bytes) -> None:
         try:
@@ -63,6 +68,9 @@ class WorkerInbox:
             return
         if type(message) is messages.StoredCopy:
             self._commands.keep_copy(peer, message)
+            return
+        if type(message) is messages.KnownDeaths:
+            self._on_deaths(message)
             return
         assert type(message) is messages.Step
         requests = self._streams.of_peer(peer).requests

@@ -227,22 +227,12 @@ class ExpectedTTFT(StatelessPolicy):
         holders = NOBODY if key is None else pool.holders.get(key, NOBODY)
         only_copy, chance = len(holders) == 1, mean_chance(pool.workers) if holders else None
         for w in pool.workers:
-            note = ""
-            if not w.has_room:
-                note = "no room"
-            elif key is not None and not w.takes(key):
+            note = "" if w.has_room else "no room"
+            if not note and key is not None and not w.takes(key):
                 note = "no slot"
             prefix_s = AFFINITY_S if w.id in near else 0.0
-            cost = price(
-                request,
-                key,
-                w,
-                learned,
-                now,
-                prefix_s=prefix_s,
-                only_copy=only_copy,
-                chance=None if w.id in holders else chance,
-            )
+            others = None if w.id in holders else chance
+            cost = price(request, key, w, learned, now, 1.0, prefix_s, only_copy, others)
             found.append(Candidate(w, tier_of(w, request.adapter), not note, note, cost))
         return sorted(found, key=lambda c: (not c.eligible, c.cost.total_s))
 

@@ -23,7 +23,7 @@ import worker.__main__ as program
 from shared.config.settings_file import read_settings
 
 opened = []
-make = lambda model, gap_s: opened.append(program.open_engine(model, gap_s)) or opened[-1]
+make = lambda *how: opened.append(program.open_engine(*how)) or opened[-1]
 
 async def main(config, control):
     settings = program.worker_settings(read_settings(config), None, "w0", [control])

@@ -4,15 +4,19 @@ vLLM's own here: a test decides which headers are known, and when a file has bee
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from shared.adapters.identity import AdapterRef
+from worker.engine.base import Loaded
+from worker.engine.vllm import adapters
 from worker.engine.vllm.worker_extension import _StagingArea
 
 
@@ -106,3 +110,32 @@ def test_nothing_stays_of_one_that_is_refused(area: Area, folders: tuple[str, st
     area.done()
     area.drop(1)
     assert (area._ready, area._bytes, area._wanted, area._failed) == ({}, {}, {}, {})
+
+
+class NotingEngine:
+    """Notes what each call asks for. All that is watched is ready."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.called = asyncio.Event()
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        self.calls.append((method, *args))
+        self.called.set()
+        return [["" for _ in args[1]]]
+
+
+async def test_what_is_asked_for_does_not_wait_until_the_next_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(adapters, "POLL_S", 3600.0)
+    engine = NotingEngine()
+    asked = adapters.Adapters(cast(Any, engine))
+    ref = AdapterRef("base", "a", "0" * 16)
+    asked.read_ahead(ref, 1, Path("/partial"))
+    async with asyncio.timeout(60.0):
+        await engine.called.wait()
+        await asked.prepare(Loaded(ref, 1, Path("/entry"), 8, 0, 0.0, 0.0))
+    assert [call[1][0][2:] for call in engine.calls] == [("/partial", False), ("/entry", True)]
+    assert asked._poll is not None
+    asked._poll.cancel()

@@ -5,6 +5,7 @@ Templates are used only where that is certain.
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ from safetensors.torch import load_file, save_file
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
+from worker.engine.vllm.lora import files
+from worker.engine.vllm.lora.files import read_tensors
 from worker.engine.vllm.tensor_replay.file_templates import (
     MAX_TEMPLATES,
     FileTemplates,
     TracedLoRAModel,
+    template_key,
     tensors,
 )
+
+files.install()
 
 MODULES = ["q_proj", "o_proj", "down_proj"]
 RANK, SIZE = 8, 24
@@ -134,6 +140,54 @@ def test_another_scaling_is_another_template(tmp_path: Path, other: dict[str, An
     reader.read(adapter(tmp_path / "a", 0, alpha_pattern={"o_proj": 5, "self_attn.o_proj": 7}))
     folder = adapter(tmp_path / "b", 1, **other)
     assert same(reader.read(folder), theirs(folder)) and reader.asked == 2
+
+
+def test_copies_of_the_bases_weights_take_no_memory(tmp_path: Path) -> None:
+    """They may be 8 GiB, pinned in host memory for each version of the adapter that somebody asks
+    for.
+    """
+    reader = Reader()
+    for seed in range(2):
+        plain, folder = adapter(tmp_path / f"p{seed}", seed), adapter(tmp_path / f"c{seed}", seed)
+        held = load_file(folder / "adapter_model.safetensors")
+        for name in ("model.embed_tokens", "lm_head", "model.x.embed_tokens.base_layer"):
+            held[f"base_model.model.{name}.weight"] = torch.ones(4000, SIZE, dtype=torch.bfloat16)
+        save_file(held, folder / "adapter_model.safetensors")
+        read = reader.read(folder)
+        assert same(read, theirs(plain))
+        assert {t.untyped_storage().nbytes() < 40_000 for t in bits(read)} == {True}
+    assert reader.asked == 2
+
+
+def test_copies_of_the_bases_weights_are_not_even_read(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "a", 0)
+    held = load_file(folder / "adapter_model.safetensors")
+    copy = {"base_model.model.lm_head.weight": torch.ones(4000, SIZE, dtype=torch.bfloat16)}
+    save_file(held | copy, folder / "adapter_model.safetensors")
+    assert read_tensors(folder).keys() == held.keys()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        b'{"x":[' + b"[]," * 10_000_000 + b"[]]}",
+        b'{"x":[' + b"[]," * 300_000 + b"[]]}",
+        b"{" + b'"x":' * 5000,
+        b"[]",
+        b"",
+    ],
+    ids=["28 MiB", "900 KiB", "deep", "list", "empty"],
+)
+def test_a_config_that_is_not_checked_yet_does_not_hold_the_steps(
+    tmp_path: Path, config: bytes
+) -> None:
+    """It is read ahead, in the process that runs the steps. 28 MiB of JSON held them for 12 s."""
+    folder = adapter(tmp_path / "a", 0)
+    assert template_key(folder) is not None
+    (folder / "adapter_config.json").write_bytes(config)
+    began = time.thread_time()
+    assert template_key(folder) is None
+    assert time.thread_time() - began < 1.0
 
 
 def test_a_file_of_two_dtypes_is_vllms_business_each_time(tmp_path: Path) -> None:

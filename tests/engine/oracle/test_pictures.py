@@ -35,12 +35,15 @@ LAYERS = {
 }
 
 
-def chat(model: str, image: Image.Image) -> dict[str, Any]:
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+def chat(model: str, image: Image.Image | None, **named: str) -> dict[str, Any]:
+    """`named`: the name that the client gives the picture."""
+    url = None
+    if image is not None:
+        data = io.BytesIO()
+        image.save(data, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
     content = [
-        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image_url", "image_url": {"url": url}, **named},
         {"type": "text", "text": "What is this?"},
     ]
     return {
@@ -54,13 +57,23 @@ def chat(model: str, image: Image.Image) -> dict[str, Any]:
     }
 
 
+SEES = importlib.util.find_spec("torchvision") is not None
+needs_eyes = pytest.mark.skipif(not SEES, reason="vLLM needs torchvision here")
+
+
+def base_that_sees(folder: Path) -> tuple[Path, Path]:
+    """(base model, store): the folders, of which the second is still to be made."""
+    at = make_base(BASE, folder / "base")
+    (at / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    return at, folder / "store"
+
+
 @pytest.mark.long
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="vLLM needs it here")
+@needs_eyes
 async def test_a_picture_in_a_chat_is_answered_with_the_adapter_that_is_asked(
     tmp_path: Path, zygote: Zygote
 ) -> None:
-    at, store = make_base(BASE, tmp_path / "base"), tmp_path / "store"
-    (at / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    at, store = base_that_sees(tmp_path)
     for seed, (name, (inside, layers)) in enumerate(LAYERS.items()):
         make_adapter(replace(BASE, inside=inside), at, store / name, layers, seed)
     picture = picture_for(BASE, at, 1)
@@ -80,3 +93,33 @@ async def test_a_picture_in_a_chat_is_answered_with_the_adapter_that_is_asked(
                 adapted = peft.PeftModel.from_pretrained(copy.deepcopy(o.plain), store / name)
                 mine = with_pictures(adapted.eval().float(), picture)
                 assert distance(mine, [row]).within(BASE.close), name
+
+
+@pytest.mark.long
+@needs_eyes
+async def test_a_picture_is_what_was_sent_whatever_others_have_sent_by_its_name(
+    tmp_path: Path, zygote: Zygote
+) -> None:
+    at, store = base_that_sees(tmp_path)
+    store.mkdir()
+    one, another = (picture_for(BASE, at, seed).image for seed in (1, 2))
+    async with oracle(BASE, at, store, tmp_path, zygote) as o:
+
+        async def said(image: Image.Image | None, **named: str) -> tuple[int, Any]:
+            url = f"{o.cluster.url}/v1/chat/completions"
+            async with o.cluster.http.post(url, json=chat("tiny", image, **named)) as answer:
+                found = await answer.json()
+                if answer.status == 200:
+                    tokens = found["choices"][0]["logprobs"]["content"]
+                    found = [round(token["logprob"], 4) for token in tokens]
+                return answer.status, found
+
+        status, unnamed = await said(another)
+        assert status == 200 and await said(one) != (200, unnamed), "the test could not fail"
+        await said(one, uuid="logo")
+        assert await said(another, uuid="logo") == (200, unnamed)
+        status, error = await said(None, uuid="logo")
+        assert status == 400 and "`uuid`" in error["error"]["message"], error
+        status, error = await said(Image.new("RGB", (13_500, 13_500)))
+        assert status == 400 and "pixels together" in error["error"]["message"], error
+        assert await said(another) == (200, unnamed)

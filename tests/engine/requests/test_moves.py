@@ -158,7 +158,8 @@ async def test_answers_of_a_worker_that_is_killed_go_on_at_another_one(
     async with asyncio.timeout(END_S), asyncio.TaskGroup() as tasks:
         # on a busy machine some streams end before others have begun; these run on either worker
         for _ in range(4):
-            tasks.create_task(text(c, "demo", HELD_OUT[4], max_tokens=900))
+            long = text(c, "demo", HELD_OUT[4], max_tokens=900, ignore_eos=True)
+            tasks.create_task(long)
         # twice, so that either worker has some of every kind
         others = [tasks.create_task(of_any_kind(c, *kind)) for kind in kinds * 2]
         streams = [

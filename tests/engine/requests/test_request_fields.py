@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from gateway.api.body.bounds import Bounds
 from gateway.api.body.multipart import READ
 from gateway.api.body.schema import ALL_FIELDS, JSON_TYPE, MAX_MODEL_CHARACTERS, read_fields
 from shared.api_endpoints import ENDPOINTS, ModelIn
@@ -81,6 +82,8 @@ MEANT_OTHERWISE = {
     *((f"/v1/audio/{what}s", "prompt") for what in ("transcription", "translation")),
 }
 """Fields that bear the name of another one, and that the gateway does not read."""
+
+BOUNDS = Bounds(processor_options=True)
 
 
 @functools.cache
@@ -203,7 +206,7 @@ def test_what_vllm_takes_is_taken_and_read_as_vllm_reads_it(path: str) -> None:
                 theirs = vllm_takes(path, body)
                 try:
                     ours = getattr(
-                        read_fields(endpoint, JSON_TYPE, json.dumps(body).encode()), name
+                        read_fields(endpoint, JSON_TYPE, json.dumps(body).encode(), BOUNDS), name
                     )
                 except InvalidRequest as exc:
                     if name not in endpoint.fields or (theirs and not beyond(name, value)):
@@ -222,5 +225,7 @@ def test_a_field_that_a_path_does_not_have_is_not_looked_at(path: str) -> None:
     body = {"model": "m", **ENOUGH[path][0]}
     for name in sorted(ALL_FIELDS - endpoint.fields):
         for value in (5, "x", True, ["a"] * 5000, {"a": math.pi}):
-            read = read_fields(endpoint, JSON_TYPE, json.dumps({**body, name: value}).encode())
-            assert read == read_fields(endpoint, JSON_TYPE, json.dumps(body).encode())
+            read = read_fields(
+                endpoint, JSON_TYPE, json.dumps({**body, name: value}).encode(), BOUNDS
+            )
+            assert read == read_fields(endpoint, JSON_TYPE, json.dumps(body).encode(), BOUNDS)

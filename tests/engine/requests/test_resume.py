@@ -12,6 +12,7 @@ import signal
 import zlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ import pytest_asyncio
 
 from shared.errors import CannotContinue, EngineFailure
 from shared.link.token_ids import pack, unpack
-from tests.engine.in_process import ADAPTERS, start_engine
+from tests.engine.in_process import ADAPTERS, start_engine, worker_environment
 from tests.engine.requests.test_fast_path import Written, serve_plain
 from tests.engine.requests.test_fast_path import chat as plain_chat
 from worker.engine.base import EngineRequest, Storing
@@ -589,10 +590,14 @@ async def test_the_ids_of_a_response_s_tool_call_move_along(parsing: Any) -> Non
         assert same(whole.data(cut) + rest.data()) == same(whole.data()), f"cut after {cut} parts"
 
 
-# ---- last, as it kills the engine ----------------------------------------------------------------
+# ---- an engine of its own, as it is killed -------------------------------------------------------
 
 
-async def test_a_dead_engine_breaks_the_stream_without_a_word_to_the_client(engine: Any) -> None:
+async def test_a_dead_engine_breaks_the_stream_without_a_word_to_the_client(
+    tmp_path: Path,
+) -> None:
+    with worker_environment():
+        engine = await start_engine(tmp_path)
     written = Written()
     call = EngineRequest(
         CHAT, "last", json.dumps(plain_chat(max_tokens=900, ignore_eos=True)).encode(), None
@@ -608,3 +613,4 @@ async def test_a_dead_engine_breaks_the_stream_without_a_word_to_the_client(engi
         with pytest.raises(EngineFailure):
             await serve_plain(engine, plain_chat())
     assert b'"error"' not in written.data and b"[DONE]" not in written.data
+    await engine.stop()

@@ -33,6 +33,7 @@ from shared.stores import transfer as transfer_module
 from shared.stores.transfer import TransferRetries
 from tests.store_servers import LocalPlace
 from tests.unit.worker.disk.test_cache import WatchedStore
+from tests.unit.worker.disk.whole_check import WholeCheck
 from worker.disk.cache import Cached, DiskCache
 from worker.peers import peer_rules
 from worker.peers.client import Peers
@@ -52,10 +53,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_rules, "HOLD_S", 0.2)
 
 
-def check(folder: Path) -> AdapterFacts:
+def _check(folder: Path) -> AdapterFacts:
     if (folder / WEIGHTS).read_bytes().startswith(b"bad"):
         raise InvalidAdapter("It is bad.", "nonfinite")
     return AdapterFacts(8, 0, ())
+
+
+check = WholeCheck(_check)
 
 
 @dataclass

@@ -23,6 +23,7 @@ from shared.stores.transfer import TransferRetries
 from tests.fault.proxy import Fault, FaultProxy, fault_proxy
 from tests.harness import cluster, sim_config
 from tests.store_servers import GCSPlace, S3Place, moto_process
+from tests.unit.worker.disk.whole_check import WholeCheck
 from worker.disk.cache import Cached, DiskCache
 
 pytestmark = pytest.mark.usefixtures("store_credentials")
@@ -59,8 +60,11 @@ class Site:
         return await cache.fetch(ref, stored, self.store, check)
 
 
-def check(folder: Path) -> AdapterFacts:
+def _check(folder: Path) -> AdapterFacts:
     return AdapterFacts(8, 0, ())
+
+
+check = WholeCheck(_check)
 
 
 @asynccontextmanager

@@ -253,10 +253,11 @@ async def test_a_request_that_two_workers_died_of_is_refused_from_then_on_and_ot
         for name in ("w0", "w1"):
             await c.start_worker(name, serving=False)
             async with asyncio.timeout(60):
-                while not await c.metric("loraplex_worker_load", worker=name):
+                while not await c.metric("loraplex_engine_requests_total", worker=name):
                     await asyncio.sleep(0.01)
             c.workers[name].signal(signal.SIGKILL)
-        assert (await deadly)[0] == 500
+        status, _, headers = await deadly
+        assert (status, headers["x-should-retry"]) == (500, "false")
         assert c.gateway is not None and "workers died of a request" in c.gateway.output()
         await c.start_worker("w2")
         for _ in range(2):

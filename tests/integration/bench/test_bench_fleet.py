@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.harness import ROOT
 
 SMALL = [
@@ -81,11 +83,29 @@ def test_every_part_yields_its_row_and_a_second_call_only_what_is_missing(tmp_pa
     assert ended.returncode == 0, ended.stderr
     assert again[: len(made)] == made
     assert [row["key"] for row in again[len(made) :]] == [
-        f"policies/2/{policy}/{share}/0"
-        for policy in ("ray", "residency-p2c")
-        for share in ("70%", "95%")
+        f"policies/2/{turn}/0"
+        for turn in ("ray/70%", "residency-p2c/70%", "residency-p2c/95%", "ray/95%")
     ]
     assert {row["policy"] for row in again[len(made) :]} == {"ray", "residency-p2c"}
+
+
+def test_beyond_the_capacity_policies_take_turns_and_predictions_are_told(tmp_path: Path) -> None:
+    more = ["--policies=expected-ttft,ray", "--shares=0.5,2", "--timeout=5", "--share-gpu"]
+    ended, made = fleet(tmp_path, "--workers=2", "--parts=policies", *more)
+    assert ended.returncode == 0, ended.stderr
+    assert [row["key"] for row in made] == [
+        "scale/2/expected-ttft/saturated/0",
+        "policies/2/expected-ttft/50%/0",
+        "policies/2/ray/50%/0",
+        "policies/2/ray/200%/0",
+        "policies/2/expected-ttft/200%/0",
+    ]
+    assert made[3]["rate_rps"] == made[4]["rate_rps"] == pytest.approx(4 * made[1]["rate_rps"])
+    for row in made[1:]:
+        assert row["figures"]["ttft"]["max"] <= 5.1
+        assert ("expected_over_actual" in row) == (row["policy"] == "expected-ttft"), row["key"]
+    assert made[4]["expected_over_actual"]["count"] > 0
+    assert "expected/actual" in ended.stdout
 
 
 def test_rows_for_which_there_is_no_time_are_named_and_left_for_another_call(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from gateway.http.server import ConnectionLimits, Server
 
 PATH = "/v1/completions"
 WAIT_S = 60.0
+RECEIVE_BYTES = 1 << 16
 
 
 @dataclass
@@ -73,6 +75,12 @@ class Served:
         self.aiohttp_path.append(f"{request.method} {request.path}")
         return web.Response(body=b"aiohttp:" + body)
 
+    async def until_held(self, size_bytes: int) -> None:
+        """Until so much of unfinished bodies has come."""
+        async with asyncio.timeout(WAIT_S):
+            while self.intake.held_bytes < size_bytes:
+                await asyncio.sleep(0.01)
+
     async def next(self) -> FastPathRequest:
         return await asyncio.wait_for(self.on_fast_path.get(), WAIT_S)
 
@@ -113,6 +121,22 @@ class Client:
 
     def send(self, data: bytes) -> None:
         self.writer.write(data)
+
+    def reads_nothing(self) -> asyncio.Transport:
+        """It stops reading. Its socket takes little more, while those of some machines hold tens of
+        megabytes.
+        """
+        transport = self.writer.transport
+        assert isinstance(transport, asyncio.Transport)
+        transport.pause_reading()
+        own: socket.socket = transport.get_extra_info("socket")
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
+        return transport
+
+    async def begins(self) -> bytes:
+        """The version and status of the next answer."""
+        async with asyncio.timeout(WAIT_S):
+            return await self.reader.readexactly(len(b"HTTP/1.1 200"))
 
     async def answer(self) -> tuple[bytes, bytes]:
         """(head, body) of the next answer."""

@@ -121,6 +121,7 @@ async def test_serve_reads_it_for_all_its_processes_and_starts_the_workers_that_
 
         await until(three)
         await until(everywhere)
+        assert "gateway.port" not in s.log.read_text(), "the port that was found for 0 is none"
         assert gateways == {p.pid for p in s.family() if "--index" in command_line(p)}
         replace_file(path, b"llm_configs: 5\n")
 

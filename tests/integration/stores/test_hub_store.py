@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -77,6 +77,37 @@ async def test_a_second_listing_asks_only_for_what_changed(hub: HubServer) -> No
         after = await listed(store)
     assert len(hub.asked) == 2, hub.asked
     assert {n for n in after if after[n].digest != before[n].digest} == {"a3"}
+
+
+async def test_a_repository_whose_answer_makes_no_sense_keeps_no_other_from_being_listed(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.stores.hub_client.MAX_REPLY_BYTES", 10_000)
+    for name in ("a", "large", "z"):
+        hub.commit(f"acme/{name}", WHOLE)
+    async with open_store("hf://acme") as store:
+        before = await listed(store)
+        hub.commit("acme/a", {**WHOLE, "adapter_config.json": b'{"r": 4}'})
+        hub.commit("acme/new", {**WHOLE, **{f"junk/{n}": b"" for n in range(1000)}})
+        hub.commit("acme/large", {**WHOLE, **{f"junk/{n}": b"" for n in range(1000)}})
+        monkeypatch.setattr(hub, "_listing", listing_without_junk(hub))
+        after = await listed(store)
+        assert after.keys() == {"a", "large", "z"}
+        assert after["large"] == before["large"] and after["a"] != before["a"]
+        assert store.skipped.total == 1 and "cannot be read" in store.skipped.why("new")
+
+
+def listing_without_junk(hub: HubServer) -> Callable[[web.Request], web.Response]:
+    """A hub shows only the first files of each repository there."""
+
+    def listing(request: web.Request) -> web.Response:
+        rows = [
+            {"id": repo, "sha": commits[0][0], "siblings": [{"rfilename": CONFIG_FILE}]}
+            for repo, commits in hub.repos.items()
+        ]
+        return web.json_response(rows)
+
+    return listing
 
 
 @pytest.mark.parametrize("part_bytes", [8 << 20, 1024])

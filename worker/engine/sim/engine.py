@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import signal
 import time
 from collections import OrderedDict, deque
@@ -78,6 +79,8 @@ class SimEngine:
         self._ttft_s, self._itl_s = timing.ttft_ms / 1e3, timing.itl_ms / 1e3
         self._prefill_rate = timing.prefill_tokens_per_s
         self._load_s, self._load_s_per_mb = timing.load_ms / 1e3, timing.load_ms_per_mb / 1e3
+        word = re.escape(timing.deadly_word.encode())
+        self._deadly = re.compile(rb"\b" + word + rb"(\d*)\b") if word else None
         self._uses: dict[Loaded, int] = {}  # loaded adapters -> calls in flight
         self._warm: set[Loaded] = set()  # in host memory, but in no slot
         self._loads: deque[tuple[Loaded, asyncio.Future[None]]] = deque()
@@ -129,7 +132,7 @@ class SimEngine:
         if call.on_seen is not None and answer.stream and seen:
             call.on_seen(b"".join(map(answer.event, range(seen))))
         done = asyncio.get_running_loop().create_future()
-        sequence = SimSequence(answer, reply, clock(), done, seen)
+        sequence = SimSequence(answer, reply, clock(), done, seen, self._dies_at(call.body))
         if adapter is not None:
             self._uses[adapter] += 1
         self._waiting[sequence] = None
@@ -147,6 +150,11 @@ class SimEngine:
         if len(call.body) <= MAX_ON_LOOP_BYTES:
             return read_request(*arguments)
         return await asyncio.to_thread(read_request, *arguments)
+
+    def _dies_at(self, body: bytes) -> int | None:
+        """The number of the token at which the prompt ends the engine. None: it does not."""
+        found = self._deadly.search(body) if self._deadly is not None else None
+        return None if found is None else int(found[1] or 0)
 
     def read_ahead(self, ref: AdapterRef, int_id: int, folder: Path) -> None: ...
     def forget(self, int_id: int) -> None: ...

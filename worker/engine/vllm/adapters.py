@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from worker.engine.vllm.lora.layers import join
 # A utility call waits for the running step. One that takes this long never answers: the engine
 # died.
 UTILITY_TIMEOUT_S = 300.0
-# Time between two looks at what is being prepared. One call asks for all of them, and none is made
-# while nothing is being prepared.
-POLL_S = 0.005
+# Time between two looks at what is being prepared, if nothing else is asked for meanwhile. One call
+# asks for all of them, and none is made while nothing is being prepared. While steps run, each call
+# waits for the end of one, so this is the time of an idle engine alone.
+POLL_S = 0.002
 _PATH = re.compile(r"(/[\w.\-]+){2,}")
 
 
@@ -35,6 +37,7 @@ class Adapters:
         self._new: list[tuple[str, int, str, bool]] = []  # the last: whether it was checked
         self._gone: list[int] = []
         self._preparing: dict[int, asyncio.Future[str]] = {}
+        self._asked = asyncio.Event()
         self._poll: asyncio.Task[None] | None = None
 
     def read_ahead(self, ref: AdapterRef, int_id: int, folder: Path) -> None:
@@ -80,6 +83,7 @@ class Adapters:
         return join(await self._call("loraplex_layers")).shapes()
 
     def _ask(self) -> None:
+        self._asked.set()
         if self._poll is None or self._poll.done():
             self._poll = asyncio.create_task(self._watch(), name="adapters being prepared")
 
@@ -87,6 +91,7 @@ class Adapters:
         """Runs until nothing is being prepared. Answers every caller, whatever happens."""
         try:
             while self._preparing or self._new or self._gone:
+                self._asked.clear()
                 new, self._new = self._new, []
                 gone, self._gone = self._gone, []
                 watched = list(self._preparing)
@@ -94,7 +99,9 @@ class Adapters:
                 for int_id, states in zip(watched, zip(*ranks, strict=True), strict=True):
                     if None not in states:
                         self._answer(int_id, next((words for words in states if words), ""))
-                await asyncio.sleep(POLL_S)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_S):
+                        await self._asked.wait()
         except EngineFailure as exc:
             for prepared in self._preparing.values():
                 if not prepared.done():

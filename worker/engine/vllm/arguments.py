@@ -109,9 +109,10 @@ def _wanted(model: LLMConfig) -> dict[str, Any]:
     if wanted.get("distributed_executor_backend") == "ray":
         del wanted["distributed_executor_backend"]  # `loraplex check` warns of it
     if kwargs.get("tensor_parallel_size", 1) * kwargs.get("pipeline_parallel_size", 1) > 1:
-        wanted.setdefault(
-            "distributed_executor_backend", "worker.engine.vllm.executor.SafeMultiprocExecutor"
-        )
+        from worker.engine.vllm.executor import SafeMultiprocExecutor
+
+        # the class itself: of one that is named vLLM does not see that it can do pipelines
+        wanted.setdefault("distributed_executor_backend", SafeMultiprocExecutor)
     return wanted
 
 

@@ -69,11 +69,15 @@ from worker.engine.vllm.boot.engine_warm_up import Rehearsal
 from worker.engine.vllm.boot.stages import BootStages, boot_stages, failure_of, took_s
 from worker.engine.vllm.engine_processes import EngineProcesses
 from worker.engine.vllm.fast_path import FastServing
+from worker.engine.vllm.grammars.metering import TOKEN_CPU_ENV
 from worker.engine.vllm.resume import long_prompts
 from worker.engine.vllm.resume.answer_ids import ANSWER_IDS, AnswerIds
 from worker.engine.vllm.resume.answer_progress import Progress
 from worker.engine.vllm.resume.resumable_llm import CREATED, PROGRESS, ResumableLLM, install
 from worker.engine.vllm.step_stats import StepStats
+from worker.engine.vllm.tenants import install as tenants
+from worker.engine.vllm.tenants.cache_salt import CACHE_SALT
+from worker.engine.vllm.tenants.own_requests import OWN
 from worker.engine.vllm.write_interval import LOOK_S, WriteInterval
 
 log = logging.getLogger("loraplex.vllm")
@@ -111,14 +115,18 @@ class PinnedAdapters(dict[str, LoRARequest]):
 class VLLMEngine:
     """AsyncLLM for one model config. Its EngineCore is a child process that dies with this one.
     `stream_gap_s` is the longest gap between two events of a stream while the CPU is short.
+    `grammar_cpu_s` is the CPU time that a grammar may take for each token (0: no bound).
     """
 
-    def __init__(self, model: LLMConfig, stream_gap_s: float = 0.0) -> None:
+    def __init__(
+        self, model: LLMConfig, stream_gap_s: float = 0.0, grammar_cpu_s: float = 0.0
+    ) -> None:
         self._model = model
         self._pacing = WriteInterval(stream_gap_s)
         # Processes that vLLM spawns get both through its plugin hook. Forked ones would not: vLLM
         # remembers there that the hook has run.
         os.environ[WORKER_PID_ENV] = str(os.getpid())
+        os.environ[TOKEN_CPU_ENV] = str(grammar_cpu_s)
         patches.apply()
         os.register_at_fork(after_in_child=lambda: die_with_parent(signal.SIGKILL))
         self._args = serve_args(model)
@@ -164,6 +172,7 @@ class VLLMEngine:
             raise EngineFailure(f"vLLM did not start: {said}") from exc
         engine = self._engine
         assert engine is not None
+        tenants.install(engine, self._args.allowed_media_domains)
         self._stage = "making the server"
         self._adapters = Adapters(engine)
         supported = tuple(await engine.get_supported_tasks())
@@ -261,7 +270,9 @@ class VLLMEngine:
         PINNED.set(lora_request(call.adapter) if call.adapter else None)
         ASKED.set(call.model)
         CREATED.set(call.created)
+        CACHE_SALT.set(call.cache_salt)
         PROGRESS.set(None)
+        OWN.set(set())
         ANSWER_IDS.set(AnswerIds(call.answer_id) if call.answer_id else None)
         # The message, the fast path and the app each read a large body. Each gets a turn for it.
         await a_turn_for(call.body)

@@ -12,6 +12,7 @@ import tempfile
 from typing import Any
 
 from worker.engine.vllm.boot import stages
+from worker.engine.vllm.grammars import metering
 from worker.engine.vllm.lora import files as adapter_files
 from worker.engine.vllm.resume import engine_core
 
@@ -23,6 +24,7 @@ def apply() -> None:
     _leave_no_temporary_files()
     stages.install()
     adapter_files.install()
+    metering.install()
     engine_core.install()
     _second_names_take_adapters()
     _towers_count_all_their_tokens()

@@ -11,7 +11,7 @@ import pytest
 from bench.engine.gpu import GpuRecord, GpuRow, rows
 from bench.engine.gpu_flags import read_arguments
 from bench.engine.gpu_report import ratios
-from bench.engine.gpu_servers import BESIDE_KV_GIB, GIB, SHARE, shared_gpu
+from bench.engine.gpu_servers import BESIDE_KV_GIB, GIB, USED, shared_gpu
 
 
 def test_rows_come_in_order_of_importance_and_levels_of_both_kinds_are_free() -> None:
@@ -46,10 +46,12 @@ def test_what_is_not_known_is_refused(argv: str, capsys: pytest.CaptureFixture[s
     assert argv.split()[0] in capsys.readouterr().err
 
 
-def test_two_servers_on_one_gpu_get_the_same_cache_and_fit_with_what_they_need_beside_it() -> None:
-    for gib in (79, 140):
-        made = shared_gpu(gib * GIB, None)
-        assert 2 * (made["kv_cache_memory_bytes"] / GIB + BESIDE_KV_GIB) <= 2 * SHARE * gib + 0.1
+def test_servers_on_one_gpu_get_the_same_cache_and_fit_with_what_they_need_beside_it() -> None:
+    for gib, servers in ((79, 2), (140, 2), (140, 4)):
+        made = shared_gpu(gib * GIB, None, servers)
+        each = made["kv_cache_memory_bytes"] / GIB + BESIDE_KV_GIB
+        assert servers * each <= USED * gib + 0.1
+        assert servers * made["gpu_memory_utilization"] == pytest.approx(USED)
     assert shared_gpu(140 * GIB, 20.0)["kv_cache_memory_bytes"] == 20 * GIB
     for memory, kv in ((48, None), (79, 20.0)):
         with pytest.raises(SystemExit):

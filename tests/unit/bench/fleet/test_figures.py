@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -123,21 +125,52 @@ def test_the_warm_up_does_not_lower_what_throughput_was() -> None:
     assert recovery_s([0] * 20 + [100] * 20 + [60] * 40, 0.25, 10.0, 5.0) is None
 
 
-def test_policies_are_shown_by_what_was_offered_lowest_first() -> None:
-    def row(**more: object) -> dict[str, object]:
-        ttft = {"p50": 0.1, "p99": 0.2}
-        figures = {"ttft": ttft, "ttft_warm": None, "ttft_cold": None, "output_tokens_per_s": 1.0}
-        figures["requests"] = {"failed_before_first_byte": 0, "broken_off": 0}
-        return {
-            "part": "policies",
-            "run": "1",
-            "figures": figures,
-            "loads": {"per_1000_requests": 0.0},
-            **more,
-        }
+def test_a_request_that_was_given_up_waited_as_long_as_it_lived_and_a_refused_one_did_not() -> None:
+    given_up = replace(_nothing(1.0, "timeout"), ended_s=31.0)
+    made = figures(Seen(0.0, [_answer(1.0), given_up, _nothing(1.0)], {}), 0.0, 2.0)
+    assert made["ttft"]["count"] == 2 and made["ttft"]["max"] == 30.0
+    assert made["requests"]["succeeded"] == 1
 
-    old = row(policy="ray", share=0.7)
-    made = [row(policy="ray", share=None, rps=10.5), old, row(policy="ray", share=None, rps=8.0)]
+
+def _row(*, ttft_s: float = 0.1, **more: object) -> dict[str, object]:
+    ttft = dict.fromkeys(("mean", "p50", "p99"), ttft_s)
+    figures = {"ttft": ttft, "ttft_warm": None, "ttft_cold": None, "output_tokens_per_s": 1.0}
+    figures["requests"] = {"failed_before_first_byte": 0, "broken_off": 0}
+    return {
+        "part": "policies",
+        "run": "1",
+        "figures": figures,
+        "loads": {"per_1000_requests": 0.0},
+        **more,
+    }
+
+
+def test_the_table_has_what_routing_expected_where_it_expects_anything() -> None:
+    ours = [
+        _row(policy="expected-ttft", share=0.7, expected_over_actual={"p50": median})
+        for median in (0.9, 1.0, 1.3)
+    ]
+    shown = table([*ours, _row(policy="ray", share=0.7)])
+    head, _, mine, rays = (line.split("|") for line in shown.splitlines()[:4])
+    at = head.index(" expected/actual ")
+    assert (mine[at], rays[at]) == (" 1.00 ", " - ")
+    assert "mean 1.00, p99 1.00 (pairs: 1)" in shown
+
+
+def test_policies_are_compared_in_pairs_of_the_same_requests() -> None:
+    pairs = ((0.1, 0.2, 0), (0.8, 0.4, 1))
+    rows = [
+        _row(policy=policy, share=1.4, repetition=again, ttft_s=ttft_s)
+        for ours, rays, again in pairs
+        for policy, ttft_s in (("expected-ttft", ours), ("ray", rays))
+    ]
+    alone = _row(policy="ray", share=1.4, repetition=2, ttft_s=9.0)
+    assert "140% of capacity: mean 1.00, p99 1.00 (pairs: 2)" in table([*rows, alone])
+
+
+def test_policies_are_shown_by_what_was_offered_lowest_first() -> None:
+    old = _row(policy="ray", share=0.7)
+    made = [_row(policy="ray", share=None, rps=10.5), old, _row(policy="ray", share=None, rps=8.0)]
     assert paces(made) == ["8 requests/s a worker", "10.5 requests/s a worker", "70% of capacity"]
     shown = [line.split("|")[1].strip() for line in table(made).splitlines()[2:]]
     assert shown == paces(made)

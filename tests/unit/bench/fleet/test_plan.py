@@ -23,16 +23,19 @@ TIMES = FleetTimes(
 )
 
 
-def test_repetitions_of_the_policies_are_interleaved_at_the_largest_size() -> None:
+def test_policies_take_turns_at_each_load_and_each_goes_first_as_often() -> None:
     made = rows(["policies"], [2, 8, 4], ["a", "b"], 2)
     assert {row.workers for row in made} == {8}
-    assert [(r.policy, r.share) for r in made] == 2 * [
-        ("a", 0.70),
-        ("a", 0.95),
-        ("b", 0.70),
-        ("b", 0.95),
-    ]
+    turns = [("a", 0.70), ("b", 0.70), ("b", 0.95), ("a", 0.95)]
+    others = [("b", 0.70), ("a", 0.70), ("a", 0.95), ("b", 0.95)]
+    assert [(r.policy, r.share) for r in made] == turns + others
+    assert [first for _, first in gateways(made)] == 2 * [True, True, False, True]
     assert len({row.key for row in made}) == len(made)
+
+
+def test_other_shares_of_the_capacity_can_be_asked_for() -> None:
+    made = rows(["policies"], [2], ["a"], 1, shares=[0.7, 2.0])
+    assert [row.key for row in made] == ["policies/2/a/70%/0", "policies/2/a/200%/0"]
 
 
 def test_scaling_goes_from_the_smallest_fleet_to_the_largest() -> None:
@@ -62,10 +65,13 @@ def test_two_shares_of_one_policy_share_their_gateway_and_a_repetition_starts_an
 def test_given_rates_take_the_place_of_shares_and_need_no_capacity() -> None:
     made = rows(["policies", "kill"], [2, 4], ["a", "b"], 1, [8.0, 10.5])
     assert [(r.policy, r.share, r.rps) for r in made[:4]] == [
-        (p, None, rate) for p in ("a", "b") for rate in (8.0, 10.5)
+        ("a", None, 8.0),
+        ("b", None, 8.0),
+        ("b", None, 10.5),
+        ("a", None, 10.5),
     ]
-    assert [first for _, first in gateways(made)] == [True, False, True, False, True]
-    assert made[1].key == "policies/4/a/10.5rps/0" and made[4].rps == 8.0
+    assert [first for _, first in gateways(made)] == [True, True, False, True, True]
+    assert made[3].key == "policies/4/a/10.5rps/0" and made[4].rps == 8.0
     assert with_capacity(made, set()) == made
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from gateway.dispatch.lifecycle import RequestPhase
+from gateway.dispatch.lifecycle import DEADLY, RequestPhase
 from gateway.dispatch.request import InFlightRequest
 from shared.errors import WorkerUnavailable
 from shared.link import messages
@@ -145,3 +145,18 @@ def test_the_next_life_of_the_worker_that_stored_it_does_not_get_it(room: Room) 
     room.worker("w0", epoch=2)
     assert isinstance(sink.error, WorkerUnavailable)
     assert len(room.wires.generated()) == 1
+
+
+def test_one_that_kills_its_workers_before_it_has_made_a_token_is_deadly(room: Room) -> None:
+    """Its client has the id at once, which proves nothing of what comes after."""
+    inflight, _ = in_background(room)
+    for n in range(DEADLY):
+        room.worker(f"w{n}")
+        room.takes(f"w{n}")
+        room.frames(f"w{n}", (inflight.sid, ANSWERED, b"queued"))
+        room.dies(f"w{n}")
+        room.worker(f"w{n + 1}")
+        if inflight.lifecycle.over:
+            break
+    assert inflight.lifecycle.phase is RequestPhase.FAILED
+    assert inflight.lifecycle.deaths == DEADLY

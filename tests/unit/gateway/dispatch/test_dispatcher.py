@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gateway.api.access_record import access_record
+from gateway.dispatch.deadly.requests import DeadlyRequests
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.lifecycle import MAX_ATTEMPTS, RequestPhase
 from gateway.dispatch.queue.admission import Admission
@@ -128,6 +129,7 @@ class Room:
         policy: str = "residency-p2c",
         keepalive_s: float = 0.0,
         max_body_bytes: int = 1 << 20,
+        deadly: DeadlyRequests | None = None,
     ) -> None:
         self.now = 100.0
         self.wires = Wires()
@@ -142,6 +144,7 @@ class Room:
             self.metrics,
             DispatchSettings(max_requests, keepalive_s, JOURNALS, max_body_bytes),
             TimeAndChance(lambda: self.now, random.Random(seed)),
+            deadly,
         )
         self._seq = itertools.count(1)
 
@@ -181,6 +184,18 @@ class Room:
             messages.identity(worker, epoch),
             messages.encode(messages.Step([(*f, b"")[:4] for f in frames], done or [])),
         )
+
+    def takes(self, worker: str) -> None:
+        """The worker says that it begins the requests of which others died."""
+        for request in [*self.dispatcher._streams]:
+            sent = request.lifecycle.phase is RequestPhase.SENT
+            if sent and request.lifecycle.deaths and request.peer == f"{worker}#1".encode():
+                self.frames(worker, (request.sid, messages.TAKEN, b""))
+
+    def dies(self, worker: str) -> None:
+        """It has taken all its requests before."""
+        self.takes(worker)
+        self.heartbeat(worker, state=messages.WorkerState.STOPPED)
 
     def refuse(
         self,

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.dispatch.lifecycle import (
+    DEADLY,
     MAX_ATTEMPTS,
     NEXT,
     OVER,
@@ -19,6 +20,7 @@ from gateway.dispatch.lifecycle import (
     RequestPhase,
     RetryBudget,
 )
+from shared.link.messages import SUSPECTED
 
 # The table is written down a second time on purpose, because it is the contract.
 ALLOWED = {
@@ -29,6 +31,7 @@ ALLOWED = {
     },
     RequestPhase.SENT: {
         RequestEvent.HEAD: RequestPhase.STREAMING,
+        RequestEvent.ANSWERED: RequestPhase.STREAMING,
         RequestEvent.RETRY: RequestPhase.QUEUED,
         RequestEvent.FAIL: RequestPhase.FAILED,
         RequestEvent.CANCEL: RequestPhase.ABORTED,
@@ -133,9 +136,8 @@ def test_a_worker_that_had_made_tokens_of_a_request_did_not_die_before_it_answer
     life.on(RequestEvent.DISPATCHED)
     life.progressed()
     for _ in range(2):
-        assert life.on_loss(retryable=True, died=True) is RequestPhase.QUEUED
-        life.on(RequestEvent.DISPATCHED)
-    assert life.on_loss(retryable=True, died=True) is RequestPhase.FAILED
+        assert died(life) is RequestPhase.QUEUED
+    assert died(life) is RequestPhase.FAILED
 
 
 def test_workers_that_leave_and_hand_a_request_back_use_up_none_of_its_attempts() -> None:
@@ -149,20 +151,96 @@ def test_workers_that_leave_and_hand_a_request_back_use_up_none_of_its_attempts(
         assert life.on_loss(retryable=True) is expected
 
 
-def test_the_second_worker_that_dies_before_it_answers_is_the_last_one() -> None:
+def died(life: RequestLifecycle, *, alone: bool = False) -> RequestPhase:
+    """One more worker that had it has died of it, perhaps."""
+    if life.phase is RequestPhase.QUEUED:
+        life.on(RequestEvent.DISPATCHED)
+        life.taken = True
+    return life.on_loss(retryable=True, died=True, alone=alone)
+
+
+def test_the_second_death_in_a_row_is_the_last_one_if_no_other_can_be_the_cause() -> None:
+    life = RequestLifecycle()
+    assert died(life, alone=True) is RequestPhase.QUEUED
+    assert died(life, alone=True) is RequestPhase.FAILED and life.deaths == DEADLY
+
+
+def test_the_third_death_in_a_row_is_the_last_one_whoever_was_there() -> None:
+    life = RequestLifecycle()
+    assert [died(life) for _ in range(SUSPECTED)] == [RequestPhase.QUEUED] * SUSPECTED
+    assert died(life) is RequestPhase.FAILED and life.deaths == DEADLY
+
+
+def test_workers_that_die_before_they_have_taken_a_request_did_not_die_of_it() -> None:
+    life = RequestLifecycle()
+    died(life)
+    for _ in range(MAX_ATTEMPTS):
+        life.on(RequestEvent.DISPATCHED)
+        assert life.on_loss(retryable=True, died=True) is RequestPhase.QUEUED
+    assert life.deaths == 1
+    assert [died(life), died(life)] == [RequestPhase.QUEUED, RequestPhase.FAILED]
+
+
+def test_a_request_that_no_worker_is_said_to_take_is_not_tried_for_ever() -> None:
+    life = RequestLifecycle()
+    died(life)
+    tried = 1
+    while not life.over:
+        life.on(RequestEvent.DISPATCHED)
+        life.on_loss(retryable=True, died=True)
+        tried += 1
+    assert tried == 2 * MAX_ATTEMPTS
+
+
+def test_what_a_worker_did_not_begin_is_as_if_it_had_not_been_sent() -> None:
+    life = RequestLifecycle()
+    died(life)
+    before = (life.attempts, life.in_vain, life.deaths, [*life.history])
+    for _ in range(100):
+        life.on(RequestEvent.DISPATCHED)
+        life.not_begun()
+    assert (life.attempts, life.in_vain, life.deaths, life.history) == before
+
+
+def test_a_request_goes_on_where_the_same_one_has_ended() -> None:
+    life = RequestLifecycle(deaths=1)
+    life.goes_on_from(2, True)
+    assert life.deaths == 2 and life.to_its_end
+    life.goes_on_from(1, False)
+    assert life.deaths == 2 and life.to_its_end
+
+
+def test_a_request_of_which_a_copy_was_deadly_is_given_to_no_other_worker() -> None:
     life = RequestLifecycle()
     life.on(RequestEvent.DISPATCHED)
-    assert life.on_loss(retryable=True, died=True) is RequestPhase.QUEUED
+    assert life.on_loss(retryable=True, known_deadly=True) is RequestPhase.FAILED
+    assert life.deaths == DEADLY
+
+
+def test_a_stream_that_two_workers_died_of_at_the_same_place_is_given_to_no_third() -> None:
+    life = RequestLifecycle()
     life.on(RequestEvent.DISPATCHED)
-    assert life.on_loss(retryable=True, died=True) is RequestPhase.FAILED
+    life.on(RequestEvent.HEAD)
+    assert died(life, alone=True) is RequestPhase.QUEUED
+    assert died(life, alone=True) is RequestPhase.FAILED
 
 
-def test_workers_that_die_while_they_answer_are_not_the_requests_doing() -> None:
+def test_workers_that_die_each_at_another_place_of_an_answer_are_not_the_requests_doing() -> None:
     life = RequestLifecycle()
     for _ in range(10):
         life.on(RequestEvent.DISPATCHED)
         life.on(RequestEvent.HEAD)
-        assert life.on_loss(retryable=True, died=True) is RequestPhase.QUEUED
+        assert died(life, alone=True) is RequestPhase.QUEUED
+
+
+def test_progress_proves_nothing_after_a_death_in_the_middle_of_an_earlier_answer() -> None:
+    life = RequestLifecycle(deaths=1, to_its_end=True)
+    life.on(RequestEvent.DISPATCHED)
+    life.on(RequestEvent.HEAD)
+    assert died(life, alone=True) is RequestPhase.QUEUED, "that it was alone proves nothing either"
+    life.on(RequestEvent.DISPATCHED)
+    life.on(RequestEvent.HEAD)
+    assert died(life) is RequestPhase.FAILED
 
 
 def test_all_streams_may_lose_some_workers_at_once_but_not_over_and_over() -> None:

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.dispatch.lifecycle import MAX_ATTEMPTS, RequestPhase
+from gateway.dispatch.lifecycle import MAX_ATTEMPTS, MIN_OPEN, RETRIES_AT_ONCE, RequestPhase
 from gateway.dispatch.request import InFlightRequest
 from gateway.dispatch.streams.delivery import CONTINUED
 from shared.errors import (
@@ -270,10 +270,10 @@ def test_a_request_that_two_workers_died_of_is_not_given_to_a_third(room: Room) 
     lose_by_word(room)
     room.worker("w1")
     room.worker("w2")
-    room.heartbeat("w1", state=messages.WorkerState.STOPPED)
+    room.dies("w1")
     if sink.error is None:
-        room.heartbeat("w2", state=messages.WorkerState.STOPPED)
-    assert isinstance(sink.error, EngineFailure) and "2 workers died" in sink.error.message
+        room.dies("w2")
+    assert isinstance(sink.error, EngineFailure) and "Workers died" in sink.error.message
     assert len(room.wires.generated()) == 2
 
 
@@ -428,6 +428,20 @@ def test_an_answer_that_is_sent_whole_may_move_as_often_as_its_workers_make_toke
     assert sink.error is None and sent(room)[0] == f"w{2 * MAX_ATTEMPTS}"
 
 
+def test_workers_that_leave_one_after_the_other_use_up_nothing_that_a_lost_one_needs(
+    room: Room,
+) -> None:
+    inflight, sink = streaming(room)
+    left = RETRIES_AT_ONCE * MIN_OPEN + 1  # more than may be retried at once
+    for n in range(left):
+        room.worker(f"w{n + 1}")
+        room.refuse(f"w{n}", inflight.sid, leaving=True)
+        room.frames(f"w{n + 1}", frame(inflight.sid, n + 3, first=True))
+    room.worker("last")
+    room.heartbeat(f"w{left}", state=messages.WorkerState.STOPPED)
+    assert sink.error is None and sent(room)[0] == "last"
+
+
 def test_a_request_without_a_token_outlives_any_number_of_workers_that_leave(room: Room) -> None:
     room.worker("w0")
     inflight, sink = room.submit()
@@ -468,7 +482,8 @@ def test_silent_workers_whose_connections_are_gone_died_of_a_request(room: Room)
         worker = room.fleet.get(f"w{n}")
         assert worker is not None
         room.fleet.connected(worker, False)
+        room.takes(f"w{n}")
         room.now += LEASE_S
         room.heartbeat(f"w{n + 1}")
         room.dispatcher.tick()
-    assert isinstance(sink.error, EngineFailure) and "2 workers died" in sink.error.message
+    assert isinstance(sink.error, EngineFailure) and "Workers died" in sink.error.message

@@ -8,14 +8,17 @@ import itertools
 import json
 import math
 import struct
+import threading
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.adapters import strict_json
 from shared.adapters.base_layers import BaseShapes, shapes_from_config
 from shared.adapters.checks import (
     AdapterLimits,
@@ -197,6 +200,16 @@ def test_ranks_and_scalings_follow_the_patterns_as_peft_reads_them() -> None:
         ".*.*.*x",
         "(?:ab|abc)*x",
         "(x?)(y?)(z?)z?a?",
+        "(.|[^~]|[^!])" * 20 + "!",
+        "(?:.|[^~])" * 6 + "!",
+        "(?:a|aa)" * 6 + "!",
+        "(?:a|(?:b|.)|.)" * 4,
+        "(a||aa)(b||bb)(c||cc)(d||dd)",
+        ".{0,3}.{0,3}.{0,3}.*.*!",
+        "[[a]_proj",
+        "[^[a]_proj",
+        "[a--b]_proj",
+        "[a-z&&b]_proj",
         r"(x)\1",
         "(?=x)x",
         "(?i)x",
@@ -209,9 +222,68 @@ def test_a_pattern_whose_time_could_explode_is_refused(pattern: str) -> None:
     assert reason(check_config, config_of(rank_pattern={pattern: 8}), 16) == "pattern"
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(self_attn|mlp).(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+        r"model\.layers\.(" + "|".join(map(str, range(80))) + r")\.(self_attn|mlp)\.(q|k|up)_proj",
+        r"(layers\.(0|1)\.self_attn\.(q|k)_proj|layers\.2\.mlp\.(up|down)_proj)",
+        ".*(language_model|text_model).*(q_proj|v_proj)",
+    ],
+)
+def test_alternatives_of_names_are_quick_and_pass(pattern: str) -> None:
+    check_config(config_of(rank_pattern={pattern: 8}), 16)
+    assert check_config(config_of(target_modules=pattern), 16).covered.targets is not None
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
+def test_an_expression_whose_time_could_explode_is_not_evaluated(key: str) -> None:
+    config = check_config(config_of(**{key: "(.|[^~]|[^!])" * 20 + "!"}), 16)
+    began = time.thread_time()
+    config.covers(Q0)
+    assert time.thread_time() - began < 0.1
+
+
+def test_checks_in_threads_change_nothing_for_the_warnings_of_others() -> None:
+    raw = config_of(
+        target_modules=r".*\.(q|v)_proj", rank_pattern={f"{n}.q_proj": 8 for n in range(300)}
+    )
+    before = [*warnings.filters]
+    threads = [threading.Thread(target=check_config, args=(raw, 16)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert warnings.filters == before
+        time.sleep(0.001)
+    assert warnings.filters == before
+
+
 def test_many_patterns_that_search_are_refused() -> None:
     patterns = {f".*{i}.*x": 8 for i in range(9)}
     assert reason(check_config, config_of(rank_pattern=patterns), 16) == "pattern"
+
+
+def test_many_patterns_with_many_ways_are_refused() -> None:
+    for count, refused in ((125, False), (126, True)):
+        patterns = {"(.|[^~])" * 5 + f"{i}!": 8 for i in range(count)}
+        if refused:
+            assert reason(check_config, config_of(rank_pattern=patterns), 16) == "pattern"
+        else:
+            check_config(config_of(rank_pattern=patterns), 16)
+    names = {rf"layers\.\d+\.self_attn\.q_proj{i}": 8 for i in range(1000)}
+    check_config(config_of(rank_pattern=names), 16)
+
+
+def test_many_patterns_of_layers_are_refused() -> None:
+    """200,000 of them fit into a config, and each is compiled and tried with each layer's name."""
+    patterns = {"layers_to_transform": [0], "layers_pattern": [f".*{i}" for i in range(17)]}
+    assert reason(check_config, config_of(**patterns), 16) == "pattern"
+
+
+@pytest.mark.parametrize("pattern", ["(layers)", "lay(e)rs", "(?P<n>layers)"])
+def test_a_pattern_of_layers_with_a_group_is_refused(pattern: str) -> None:
+    config = config_of(layers_to_transform=[0], layers_pattern=pattern)
+    assert reason(check_config, config, 16) == "pattern"
 
 
 @pytest.mark.parametrize("pattern", [r"\d+\d+\d?" + "." * 150 + "x", ".*.*.?x", "[a-z.]+.*x"])
@@ -276,6 +348,72 @@ def test_what_is_not_one_object_is_refused(raw: bytes) -> None:
     assert reason(parse_object, raw, "it", "config") == "config"
 
 
+def long_text(**members: Any) -> str:
+    """Longer than what is parsed in one call."""
+    plain = {f"p{n}": {"dtype": "F32", "shape": [n, 1]} for n in range(3000)}
+    return json.dumps({**plain, **members}, indent=1)
+
+
+@given(st.dictionaries(st.text(max_size=9), JSON, max_size=4), st.integers(0, 3))
+@settings(max_examples=25, deadline=None)
+def test_a_long_text_is_read_as_a_short_one(members: dict[str, Any], indent: int) -> None:
+    large = {f"{n:0300}": "file" for n in range(2000)}
+    text = long_text(weight_map=large, **members)
+    assert parse_object(text.encode(), "it", "config") == json.loads(text)
+    names = [f"model.layers.{n}.self_attn.q_proj" for n in range(5000)]
+    lists = {"a": large, "target_modules": names, "b": 1}
+    text = json.dumps(lists, ensure_ascii=False, indent=indent or None)
+    assert parse_object(text.encode(), "it", "config") == json.loads(text)
+
+
+@pytest.mark.parametrize("at", [10, 70_000, 100_000, -2, -1])
+@pytest.mark.parametrize("wrong", ["", "x", '"', "{", "}", "]", ",", ":", "\\", '"p1":1,'])
+def test_a_long_text_with_a_fault_is_judged_as_a_short_one(
+    at: int, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = long_text(a={f"{n:0300}": 1 for n in range(300)})
+    raw = (text[:at] + wrong + text[at + 1 :]).encode()
+
+    def verdict() -> object:
+        try:
+            return parse_object(raw, "it", "config")
+        except InvalidAdapter as refused:
+            return refused.code
+
+    in_pieces = verdict()
+    monkeypatch.setattr(strict_json, "PIECE_CHARACTERS", len(raw))
+    assert in_pieces == verdict()
+
+
+@pytest.mark.parametrize("where", ["top", "below"])
+def test_a_key_that_is_twice_in_a_long_text_is_refused(where: str) -> None:
+    twice = {"top": '"p7": 1, ', "below": f'"w": {{"x": 1, "y": "{"." * 70_000}", "x": 1}}, '}
+    text = "{" + twice[where] + long_text()[1:]
+    assert reason(parse_object, text.encode(), "it", "config") in ("duplicate_key", "config")
+    text = text.replace("." * 70_000, "." * 50_000)
+    assert reason(parse_object, text.encode(), "it", "config") == "duplicate_key"
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        '"a":[' + "[]," * 5_000_000 + "[]]",
+        '"a":[' + "[]," * 200_000 + "[]]",
+        '"a":[' + "1e9," * 200_000 + "1]",
+        '"a":' + " " * 3_000_000 + "1",
+        '"a":{"b":{' + ",".join(f'"{n}":1' for n in range(100_000)) + "}}",
+        ",".join(f'"{n}":""' for n in range(1_300_000)),
+    ],
+    ids=["lists", "fewer lists", "numbers", "spaces", "deep", "members"],
+)
+def test_a_text_that_would_hold_the_interpreter_is_refused_at_once(member: str) -> None:
+    """A worker that gives its event loop no turn for 0.9 s is lost to its gateways."""
+    raw = ("{" + member + "}").encode()
+    began = time.thread_time()
+    assert reason(parse_object, raw, "it", "header") == "header"
+    assert time.thread_time() - began < 0.5
+
+
 def test_a_config_that_is_cut_anywhere_is_an_unfinished_upload() -> None:
     whole = config_of(base_model_name_or_path="ü\\", rank_pattern={"a.b": 8}, use_rslora=None)
     for size in range(len(whole)):
@@ -314,6 +452,15 @@ def test_tensors_come_in_the_order_of_their_values() -> None:
         header(b=entry(0, 8), a=entry(8, 12), __metadata__={"format": "pt"}) + b"   ", 12
     )
     assert [(t.name, t.begin, t.end) for t in found] == [("b", 0, 8), ("a", 8, 12)]
+
+
+def test_a_header_with_much_metadata_is_refused() -> None:
+    for count, refused in ((10_000, False), (10_001, True)):
+        raw = header(a=entry(0, 12), __metadata__={f"{n}": "" for n in range(count)})
+        if refused:
+            assert reason(parse_header, raw, 12) == "header"
+        else:
+            parse_header(raw, 12)
 
 
 @pytest.mark.parametrize(
@@ -727,3 +874,14 @@ def test_fused_layers_have_the_sum_of_their_parts() -> None:
 )
 def test_what_the_config_does_not_say_is_not_guessed(changes: dict[str, Any]) -> None:
     assert shapes_from_config(LLAMA | changes) is None
+
+
+@pytest.mark.parametrize(("copies", "why"), [(4, None), (5, "embedding")])
+def test_an_adapter_brings_few_copies_of_the_bases_embedding(copies: int, why: str | None) -> None:
+    """Under a name of its own each would pass, and be compared with the base's, for seconds."""
+    named = {f"m{n}.embed_tokens": (100, 64) for n in range(copies)}
+    found, config = tensors({**WHOLE, **named}), check_config(config_of(), 16)
+    if why is None:
+        assert len(check_tensors(found, config, None)) == 2
+    else:
+        assert reason(check_tensors, found, config, None) == why

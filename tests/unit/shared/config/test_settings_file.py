@@ -169,6 +169,12 @@ def test_a_model_file_that_cannot_be_read_is_named() -> None:
 APP = "applications:\n- args:\n    llm_configs:\n    - model_loading_config: {model_id: m}\n"
 
 
+def test_a_prefix_cache_for_each_account_is_warned_about_where_all_are_one() -> None:
+    for keys, warnings in (("", 1), (", api_keys_env: KEYS", 0), (", keys_file: keys.yaml", 0)):
+        gateway = f"gateway: {{private_prefix_cache: true{keys}}}\n"
+        assert len(parse(APP + gateway).warnings) == warnings, keys
+
+
 def test_the_applications_form_takes_the_gateway_section_from_the_top_level() -> None:
     loaded = parse(APP + "gateway: {port: 9000}\n")
     assert (loaded.models[0].model_id, loaded.gateway.port) == ("m", 9000)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 
-from shared.stores.history import ObjectVersion, choose_state, states
+from shared.stores.history import MAX_OBJECT_VERSIONS, ObjectVersion, choose_state, states
 from shared.stores.listing import Entry
 
 CONFIG, WEIGHTS = "a/adapter_config.json", "a/adapter_model.safetensors"
@@ -97,3 +98,21 @@ def test_a_replaced_config_leaves_an_object_s_id_with_the_state_of_its_upload() 
     uploaded = [put(2, WEIGHTS, "w1"), put(1, CONFIG, "c1")]
     found = choose_state("a", [put(9, CONFIG, "c2"), *uploaded], "id-w1")
     assert found == choose_state("a", uploaded, "id-w1") is not None
+
+
+def test_an_adapter_of_many_files_with_many_versions_is_quickly_looked_through() -> None:
+    """Anybody who may use it can ask for a version that it does not have, again and again."""
+    shards = [f"a/adapter_model-{n:05d}-of-00250.safetensors" for n in range(250)]
+    keys = [CONFIG, INDEX, *shards]
+    objects = [put(at, keys[at % 252], f"{at}") for at in range(MAX_OBJECT_VERSIONS)]
+    newest, *_ = [adapter for adapter, _ in states("a", reversed(objects))]
+    began = time.thread_time()
+    assert choose_state("a", objects[::-1], "nobody") is None
+    assert time.thread_time() - began < 1.5
+    assert choose_state("a", objects[::-1], newest.digest) == newest
+    assert len(newest.files) == 252
+
+
+def test_all_versions_of_an_adapter_of_two_files_are_looked_through() -> None:
+    objects = [put(at, (CONFIG, WEIGHTS)[at % 2], f"{at}") for at in range(MAX_OBJECT_VERSIONS)]
+    assert len(seen(*objects)) == MAX_OBJECT_VERSIONS

@@ -12,6 +12,7 @@ from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import AdapterRef
 from shared.errors import AdapterNotFound, InvalidAdapter
 from shared.stores.local import LocalStore
+from tests.unit.worker.disk.whole_check import WholeCheck
 from worker.adapters.fetching import AdapterFetcher, FetchHint
 from worker.adapters.load_times import LoadTimes
 from worker.disk.cache import DiskCache
@@ -47,6 +48,7 @@ class OneAdapter:
         (folder / "store" / "a").mkdir(parents=True)
         (folder / "store" / "a" / "adapter_config.json").write_text("{}")
         (folder / "store" / "a" / WEIGHTS).write_bytes(b"values")
+        self.check = WholeCheck(self._check)
         self.store = LocalStore(str(folder / "store"))
         self._fetcher = AdapterFetcher(
             cast(Engine, self.engine),
@@ -56,7 +58,7 @@ class OneAdapter:
             LoadTimes(),
         )
 
-    def check(self, folder: Path) -> AdapterFacts:
+    def _check(self, folder: Path) -> AdapterFacts:
         self.engine.told.append(("check", 0))
         if not self.valid:
             raise InvalidAdapter("It is bad.", "nonfinite")

@@ -13,6 +13,7 @@ from shared.config.engine import SimTiming
 from shared.errors import EngineFailure, InvalidAdapter
 from shared.link.messages import Tier
 from shared.stores.local import LocalStore
+from tests.unit.worker.disk.whole_check import WholeCheck
 from worker.adapters.fetching import AdapterFetcher, FetchHint
 from worker.adapters.load_times import LoadTimes
 from worker.adapters.residency import Residency
@@ -71,7 +72,7 @@ class Driven:
             self._changed,
             lambda reason: self.requests.tell(0, f"dead: {reason}"),
         )
-        self.driver.engine_started(Residency(SLOTS, SLOTS), self._check)
+        self.driver.engine_started(Residency(SLOTS, SLOTS), WholeCheck(self._check))
 
     def _changed(self) -> None:
         self.heard += 1
@@ -126,3 +127,16 @@ async def test_a_request_for_a_bad_adapter_is_refused_and_gateways_hear_of_it(
 async def test_a_swap_that_finds_the_engine_dead_is_told_of(tmp_path: Path) -> None:
     async with driven(tmp_path, DyingEngine) as one:
         assert await one.want(1) == [(0, "dead: gone")]
+
+
+async def test_what_nobody_expected_of_an_adapter_fails_its_requests_alone(tmp_path: Path) -> None:
+    """The worker's tasks end with the first one that raises."""
+
+    def broken(folder: Path) -> AdapterFacts:
+        raise ExceptionGroup("of parts", [ValueError("buffer size")])
+
+    async with driven(tmp_path) as one:
+        one.driver.engine_started(Residency(SLOTS, SLOTS), WholeCheck(broken))
+        assert await one.want(1) == [(1, "internal_error")]
+        one.driver.engine_started(Residency(SLOTS, SLOTS), WholeCheck(one._check))
+        assert (await one.want(2))[-1] == (2, "starts from REMOTE")

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from shared.errors import AdapterNotFound, InvalidAdapter, StoreUnavailable
 from shared.stores import transfer as transfer_module
 from shared.stores.local import LocalStore
 from shared.stores.object_store import StoreProblem, unavailable
-from shared.stores.transfer import PartBudget, Transfer, TransferRetries
+from shared.stores.transfer import FilePart, PartBudget, Transfer, TransferRetries, parts_of
 from tests.store_servers import LocalPlace
+from tests.unit.worker.disk.whole_check import WholeCheck
 from worker.disk import cache as cache_module
 from worker.disk import layout
 from worker.disk.cache import DiskCache
+from worker.disk.download import PeerFailed
 from worker.disk.folder import CacheFolder
 
 PART = 64 * 1024
@@ -74,6 +77,7 @@ class Host:
         self.place = LocalPlace(folder / "store")
         self.root = folder / "cache"
         self.checked: list[Path] = []
+        self.check = WholeCheck(self._check)
 
     def cache(self, budget_bytes: int = 0, stall_s: float = 5.0, tries: int = 1) -> DiskCache:
         return DiskCache(self.root, budget_bytes, TransferRetries(stall_s, tries))
@@ -85,7 +89,7 @@ class Host:
         self.place.put(f"{name}/adapter_config.json", b'{"r": 8}')
         self.place.put(f"{name}/{WEIGHTS}", weights)
 
-    def check(self, folder: Path) -> AdapterFacts:
+    def _check(self, folder: Path) -> AdapterFacts:
         self.checked.append(folder)
         if (folder / WEIGHTS).read_bytes().startswith(b"bad"):
             raise InvalidAdapter("It is bad.", "nonfinite")
@@ -98,6 +102,12 @@ class Host:
 
     def files(self, kind: str) -> list[Path]:
         return [path for path in (self.root / kind).rglob("*") if path.is_file()]
+
+
+def end(cache: DiskCache) -> None:
+    """The process ends, once it has done what it does in the background."""
+    cache.close()
+    cache._threads.shutdown(wait=True)
 
 
 @pytest.fixture
@@ -126,8 +136,9 @@ async def test_folders_that_somebody_removed_meanwhile_are_made_again(
 ) -> None:
     host.put("a", b"weights")
     host.put("b", b"weights of another")
-    cache = host.cache()
-    await cache.fetch(*await host.look_up("a"), host.store(), host.check)
+    before, cache = host.cache(), host.cache()
+    await before.fetch(*await host.look_up("a"), host.store(), host.check)
+    end(before)
     shutil.rmtree(host.root / gone)
     found = await cache.fetch(*await host.look_up("b"), host.store(), host.check)
     assert (found.folder / WEIGHTS).read_bytes() == b"weights of another"
@@ -282,16 +293,99 @@ async def test_a_damaged_entry_is_never_served_and_comes_back_whole(
     assert (again.folder / WEIGHTS).read_bytes() == weights
 
 
-async def test_a_process_hashes_and_validates_an_entry_once(host: Host) -> None:
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
+    """The entries of which every byte is hashed. Threads of other tests may still hash theirs."""
+    folders: list[Path] = []
+    is_whole = layout.is_whole
+
+    def noting(folder: Path, manifest: layout.Manifest) -> bool:
+        if folder.is_relative_to(tmp_path):
+            folders.append(folder)
+        return is_whole(folder, manifest)
+
+    monkeypatch.setattr(layout, "is_whole", noting)
+    return folders
+
+
+async def test_an_entry_is_hashed_and_checked_once_also_across_restarts(
+    host: Host, hashed: list[Path]
+) -> None:
+    host.put("a", os.urandom(PART))
+    ref, stored = await host.look_up("a")
+    for start in range(3):
+        cache = host.cache()
+        for _ in range(3):
+            assert await cache.open(ref, host.check) or not start
+            await cache.fetch(ref, stored, host.store(), host.check)
+            cache.keep(())  # it leaves its slot
+        end(cache)
+    assert len(host.checked) == 1 and len(hashed) == 1
+
+
+@pytest.mark.parametrize("what", ["file", "rules", "boot", "verdict", "no verdict"])
+async def test_what_changed_since_an_entry_was_checked_has_it_hashed_and_checked_again(
+    host: Host, hashed: list[Path], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    host.put("a", os.urandom(PART))
+    ref, stored = await host.look_up("a")
+    cache, check = host.cache(), host.check
+    found = await cache.fetch(ref, stored, host.store(), check)
+    end(cache)
+    verdict = found.folder.parent / layout.VERDICT
+    match what:
+        case "file":  # the same bytes, written once more
+            (found.folder / WEIGHTS).write_bytes((found.folder / WEIGHTS).read_bytes())
+        case "rules":
+            check = replace(check, rules="others")
+        case "boot":
+            monkeypatch.setattr(layout, "host_of", lambda root: "of another boot")
+        case "verdict":
+            verdict.write_bytes(b"{")
+        case "no verdict":
+            verdict.unlink()
+    for _ in range(2):
+        cache = host.cache()
+        assert await cache.open(ref, check)
+        end(cache)
+    # A new verdict counts from then on. There is none where nobody knows that the entry was synced.
+    again = 2 if "verdict" in what else 1
+    assert (len(host.checked), len(hashed)) == (1 + again, 1 + again)
+
+
+async def test_a_verdict_that_cannot_be_written_keeps_nobody_from_an_adapter(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path, verdict: layout.EntryVerdict) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     host.put("a", os.urandom(PART))
     ref, stored = await host.look_up("a")
     cache = host.cache()
     await cache.fetch(ref, stored, host.store(), host.check)
-    for _ in range(3):
-        await cache.open(ref, host.check)
-    assert len(host.checked) == 1
-    await host.cache().open(ref, host.check)
-    assert len(host.checked) == 2
+    end(cache)
+    monkeypatch.setattr(layout, "write_verdict", full)
+    assert await host.cache().open(ref, replace(host.check, rules="others"))
+
+
+async def test_an_entry_that_the_disk_refused_is_hashed_by_the_next_process(
+    host: Host, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EIO, "The disk is broken")
+
+    host.put("a", os.urandom(PART))
+    ref, stored = await host.look_up("a")
+    with monkeypatch.context() as broken:
+        broken.setattr(layout, "sync", refuse)
+        cache = host.cache()
+        await cache.fetch(ref, stored, host.store(), host.check)
+        end(cache)
+    for _ in range(2):  # the kernel tells of lost pages once, so a later sync says nothing
+        cache = host.cache()
+        assert await cache.open(ref, host.check)
+        end(cache)
+    assert len(hashed) == 2
 
 
 async def test_an_adapter_is_used_before_the_disk_has_written_it(
@@ -388,6 +482,26 @@ async def test_an_adapter_larger_than_the_quota_is_the_adapters_fault(host: Host
         await host.cache(PART).fetch(*await host.look_up("a"), host.store(), host.check)
 
 
+@pytest.mark.parametrize("large", [WEIGHTS, "adapter_config.json"])
+async def test_an_adapter_larger_than_any_may_be_is_not_fetched_and_removes_no_other(
+    host: Host, large: str
+) -> None:
+    host.put("first", b"x" * 1000)
+    host.put("large", b"x" * 1000)
+    cache, store = host.cache(9 << 30), host.store()
+    await cache.fetch(*await host.look_up("first"), store, host.check)
+    cache.keep(())
+    store.asked.clear()
+    ref, stored = await host.look_up("large")
+    files = tuple(
+        StoredFile(f.path, (8 << 30) + 1 if f.path == large else 1, f.version) for f in stored.files
+    )
+    with pytest.raises(InvalidAdapter, match="more than") as refused:
+        await cache.fetch(ref, StoredAdapter("large", ref.digest, files), store, host.check)
+    assert refused.value.code == "invalid_adapter_too_large"
+    assert not store.asked and len(host.files("entries")) > 0
+
+
 async def test_an_invalid_version_is_fetched_once_and_the_next_version_again(host: Host) -> None:
     host.put("a", b"bad" + bytes(PART))
     cache, store = host.cache(), host.store()
@@ -480,3 +594,117 @@ async def test_files_are_shown_before_their_check_only_if_all_came_from_the_stor
     await host.cache().fetch(ref, stored, host.store(), host.check, (), note)
     await host.cache().fetch(ref, stored, host.store(), host.check, (), note)
     assert len(shown) == 1, "the second time they were there"
+
+
+class LookingCheck:
+    """Looks at each part as it comes, and refuses a folder of which one began with `bad`."""
+
+    rules = "looks"
+
+    def __init__(self) -> None:
+        self.begun: list[LookedAt] = []
+
+    def begin(self, folder: Path) -> LookedAt:
+        self.begun.append(LookedAt(folder))
+        return self.begun[-1]
+
+
+class LookedAt:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.parts: dict[tuple[str, int], bytes] = {}
+        self.bad = False
+
+    def look(self, part: FilePart) -> None:
+        with (self._folder / part.file.path).open("rb") as f:
+            f.seek(part.offset)
+            self.parts[part.id] = f.read(part.size_bytes)
+        self.bad = self.bad or self.parts[part.id].startswith(b"bad")
+
+    def facts(self) -> AdapterFacts:
+        if self.bad:
+            raise InvalidAdapter("It is bad.", "nonfinite")
+        return AdapterFacts(8, 0, ())
+
+
+async def test_each_part_is_looked_at_once_it_is_whole_unless_it_was_there(host: Host) -> None:
+    weights = os.urandom(9 * PART + 5)
+    host.put("a", weights)
+    ref, stored = await host.look_up("a")
+    store, check = host.store(), LookingCheck()
+    store.limit, store.failure = 6, unavailable(StoreProblem.FAILED, "down")
+    with pytest.raises(StoreUnavailable):
+        await host.cache().fetch(ref, stored, store, check)
+    await host.cache().fetch(ref, stored, host.store(), check)
+    first, second = (begun.parts for begun in check.begun if begun.parts)
+    assert first and second and not first.keys() & second.keys()
+    looked = first | second
+    assert b"".join(looked[WEIGHTS, number] for number in range(10)) == weights
+
+
+async def test_a_thread_that_still_ends_a_peers_part_does_not_count_for_the_store(
+    host: Host,
+) -> None:
+    """The peer fails while a thread has a part of it. That ends after the store's bytes came."""
+
+    class Peer:
+        async def fetch(self, adapter: StoredAdapter, into: Path, transfer: Any = None) -> None:
+            self.transfer = transfer
+            raise PeerFailed("The peer is gone.")
+
+    class LateStore(WatchedStore):
+        async def fetch(self, adapter: StoredAdapter, into: Path, transfer: Any = None) -> None:
+            await super().fetch(adapter, into, transfer)
+            (part, *_) = parts_of(next(f for f in adapter.files if f.path == WEIGHTS))
+            peer.transfer.on_part(part, "0" * 64)
+
+    weights, peer = os.urandom(2 * PART), Peer()
+    host.put("a", weights)
+    ref, stored = await host.look_up("a")
+    check, cache = LookingCheck(), host.cache()
+    found = await cache.fetch(ref, stored, LateStore(str(host.place.folder)), check, (peer,))
+    assert [len(begun.parts) for begun in check.begun][1] == 0, "the peer's own check"
+    end(cache)
+    assert await host.cache().open(ref, check), "its hashes are the store's"
+    assert (found.folder / WEIGHTS).read_bytes() == weights
+
+
+async def test_what_was_written_after_the_download_is_not_taken_for_hashed(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.put("a", os.urandom(PART))
+    ref, stored = await host.look_up("a")
+    cache = host.cache()
+    publish = cache._publish
+
+    def written_to_before(key: str, *more: Any) -> Any:
+        path = cache._cache_folder.partial(key) / layout.FILES / WEIGHTS
+        path.write_bytes(os.urandom(PART))
+        return publish(key, *more)
+
+    monkeypatch.setattr(cache, "_publish", written_to_before)
+    await cache.fetch(ref, stored, host.store(), host.check)
+    end(cache)
+    assert await host.cache().open(ref, host.check) is None, "it is damaged"
+
+
+async def test_what_was_seen_of_a_peers_bytes_does_not_count_for_the_stores(host: Host) -> None:
+    class Peer:
+        async def fetch(self, adapter: StoredAdapter, into: Path, transfer: Any = None) -> None:
+            await transfer_module.fetch_adapter(adapter, into, bad_bytes, transfer)
+
+    @asynccontextmanager
+    async def bad_bytes(
+        name: str, file: StoredFile, offset: int, length: int
+    ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+        async def chunks() -> AsyncGenerator[bytes, None]:
+            yield b"bad".ljust(length)[:length]
+
+        yield chunks()
+
+    weights = os.urandom(2 * PART)
+    host.put("a", weights)
+    ref, stored = await host.look_up("a")
+    check = LookingCheck()
+    found = await host.cache().fetch(ref, stored, host.store(), check, (Peer(),))
+    assert (found.folder / WEIGHTS).read_bytes() == weights

@@ -173,3 +173,94 @@ async def test_an_answer_that_moves_back_ends_what_its_worker_went_on_with_alone
             worker.table.refuse_all("worker_unavailable", "why", worker.session)
             assert worker.engine.running == 1, "somebody may ask for it"
     assert worker.ended == [1] and worker.engine.running == 1
+
+
+# ---- requests of which workers died --------------------------------------------------------------
+
+
+class Answering:
+    """An engine whose requests do what `steps` says, one after the other."""
+
+    def __init__(self) -> None:
+        self.steps: asyncio.Queue[str] = asyncio.Queue()
+
+    async def serve(self, call: EngineRequest, reply: Reply) -> None:
+        while (step := await self.steps.get()) != "end":
+            if step == "head":
+                reply.head(200, True, b"a", False)
+            elif step == "answered":
+                reply.answered(200, b"queued")
+            elif step == "tokens":
+                reply.progress(bytes(4 * 16))
+        reply.more(b"", True)
+
+    def stores(self, answer_id: str) -> Storing:
+        return Storing.NOT
+
+
+def died_of(sid: int, deaths: int, *, to_its_end: bool = False) -> messages.Generate:
+    return messages.Generate(
+        sid, "/v1/completions", "r", b"%d" % sid, movable=True, deaths=deaths, to_its_end=to_its_end
+    )
+
+
+def flags_of(worker: Worker, sid: int) -> list[int]:
+    steps = [step for step in worker.sent if isinstance(step, messages.Step)]
+    return [flags for step in steps for of, flags, *_ in step.frames if of == sid]
+
+
+@pytest_asyncio.fixture
+async def answering() -> AsyncIterator[Worker]:
+    async with asyncio.TaskGroup() as tasks:
+        worker = Worker(tasks)
+        worker.table._engine = worker.engine = Answering()  # type: ignore[assignment]
+        yield worker
+        worker.table.refuse_all("worker_unavailable", "over")
+
+
+async def test_the_gateway_hears_that_it_is_taken_before_the_engine_has_it(
+    answering: Worker,
+) -> None:
+    answering.table.accept(1, answering.session, died_of(7, 1))
+    answering.table.accept(2, answering.session, died_of(8, 0))
+    await turns()
+    assert flags_of(answering, 7) == [messages.TAKEN] and not flags_of(answering, 8)
+
+
+@pytest.mark.parametrize("step", ["head", "tokens", "end"])
+@pytest.mark.parametrize("to_its_end", [False, True])
+async def test_another_trial_may_begin_once_the_request_has_made_progress_or_has_ended(
+    answering: Worker, step: str, to_its_end: bool
+) -> None:
+    table, engine = answering.table, answering.engine
+    assert isinstance(engine, Answering)
+    table.accept(1, answering.session, died_of(7, 2, to_its_end=to_its_end))
+    table.start(1, None)
+    await turns()
+    assert not table.admits(died_of(8, 1)) and table.admits(died_of(8, 0))
+    engine.steps.put_nowait(step)
+    await turns()
+    assert table.admits(died_of(8, 2)) is (step == "end" or not to_its_end)
+
+
+async def test_another_trial_may_begin_once_the_gateway_has_cancelled_the_request(
+    answering: Worker,
+) -> None:
+    answering.table.accept(1, answering.session, died_of(7, 2))
+    answering.table.cancel(answering.session, 7)
+    assert answering.table.admits(died_of(8, 2))
+
+
+async def test_that_the_client_has_the_id_of_what_is_made_later_ends_no_trial(
+    answering: Worker,
+) -> None:
+    table, engine = answering.table, answering.engine
+    assert isinstance(engine, Answering)
+    table.accept(1, answering.session, died_of(7, 2))
+    table.start(1, None)
+    engine.steps.put_nowait("answered")
+    await turns()
+    assert not table.admits(died_of(8, 1))
+    engine.steps.put_nowait("tokens")
+    await turns()
+    assert table.admits(died_of(8, 1))

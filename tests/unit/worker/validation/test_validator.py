@@ -5,8 +5,12 @@ place of a file.
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +19,18 @@ import pytest
 
 from shared.adapters.base_layers import BaseShapes, shapes_from_config
 from shared.adapters.checks import AdapterLimits
-from shared.adapters.safetensors import VALUE_BYTES
+from shared.adapters.identity import CONFIG_FILE, WEIGHTS_FILE, StoredFile
+from shared.adapters.safetensors import VALUE_BYTES, Tensor
 from shared.config.llm import LLMConfig
 from shared.errors import ConfigError, InvalidAdapter
+from shared.stores import transfer
+from shared.stores.transfer import FilePart, parts_of
 from tests.bad_adapters import CONFIG, KINDS, ON_DISK_ONLY, WEIGHTS, filled, safetensors, stored
 from worker.engine.vllm.lora.files import weight_files
+from worker.validation import values
 from worker.validation.base_model import read_base_shapes
-from worker.validation.validator import PIECE_BYTES, Validator
+from worker.validation.validator import Validator
+from worker.validation.values import PIECE_BYTES, read_header
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -144,6 +153,45 @@ def test_the_norm_is_that_of_the_values_in_every_type(tmp_path: Path, dtype: str
         Validator(None, 16, AdapterLimits(max_change=999.9)).check(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_large_value_is_not_taken_for_a_large_norm(
+    tmp_path: Path, dtype: str, sign: int
+) -> None:
+    """Among 10,000 values, which would be beyond all measure if all of them were as large."""
+    (tmp_path / CONFIG).write_text(
+        json.dumps({"r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]})
+    )
+    name = "base_model.model.m.q_proj.lora_"
+    a, b = np.zeros((1, 10_000)), np.zeros((10_000, 1))
+    a[0, 7], b[9, 0] = sign * 1024, sign * 1.5
+    values = {f"{name}A.weight": stored(a, dtype), f"{name}B.weight": stored(b, dtype)}
+    (tmp_path / WEIGHTS).write_bytes(safetensors(values))
+    Validator(None, 16, AdapterLimits(max_change=1536.1)).check(tmp_path)
+    with pytest.raises(InvalidAdapter, match=r"1\.54e\+03"):
+        Validator(None, 16, AdapterLimits(max_change=1535.9)).check(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize("scale", [0.0, 1e-7, 1.0, 1e3])
+def test_the_largest_magnitude_is_found_by_its_bits(
+    tmp_path: Path, dtype: str, scale: float
+) -> None:
+    rng = np.random.default_rng(5)
+    tensors = {
+        "mixed": stored(rng.normal(0, scale, 999), dtype),
+        "below zero": stored(-rng.random(999) * scale, dtype),
+        "above zero": stored(rng.random(999) * scale, dtype),
+        "none": stored(np.empty(0), dtype),
+    }
+    (tmp_path / WEIGHTS).write_bytes(safetensors(tensors))
+    file = read_header(tmp_path / WEIGHTS, AdapterLimits())
+    largest = file.largest()
+    for t in file.tensors:
+        values = [abs(value) for piece in file.pieces(t, PIECE_BYTES) for value in piece]
+        assert largest[t.name] == max(values, default=0.0), t.name
+
+
 def test_an_adapter_for_modules_that_the_server_leaves_out_is_refused_with_their_names(
     good: Path,
 ) -> None:
@@ -217,6 +265,21 @@ def test_weights_in_several_files_are_read_as_one(tmp_path: Path) -> None:
     with pytest.raises(InvalidAdapter, match="not complete") as refused:
         Validator(BASE, 16).check(folder)
     assert refused.value.code == "invalid_adapter_incomplete"
+
+
+def test_the_headers_of_all_files_are_bounded_together(tmp_path: Path, good: Path) -> None:
+    """250 headers of 16 MiB each would take 20 GiB of memory."""
+    header = read_header(good / WEIGHTS, AdapterLimits()).header
+    (tmp_path / CONFIG).write_bytes((good / CONFIG).read_bytes())
+    shards = [f"adapter_model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
+    for name in shards:
+        (tmp_path / name).write_bytes((good / WEIGHTS).read_bytes())
+    index = {"weight_map": {name: name for name in shards}}
+    (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    for room, why in ((3 * len(header), "incomplete"), (3 * len(header) - 1, "header")):
+        with pytest.raises(InvalidAdapter) as refused:
+            Validator(BASE, 16, AdapterLimits(max_header_bytes=room)).check(tmp_path)
+        assert refused.value.code == f"invalid_adapter_{why}"
 
 
 def test_without_weights_only_the_config_is_read(tmp_path: Path) -> None:
@@ -355,3 +418,175 @@ def test_a_copy_that_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     for base in (None, tmp_path):
         with pytest.raises(InvalidAdapter, match="save_embedding_layers"):
             Validator(BaseShapes({layer: BASE.modules[layer]}), 16, base=base).check(folder)
+
+
+# ---- values that are looked at while the file comes ----------------------------------------------
+
+
+class Coming:
+    """A file of weights that comes part by part into the folder of a check that has begun."""
+
+    def __init__(self, folder: Path, whole: Path) -> None:
+        self.folder, self.raw = folder, (whole / WEIGHTS).read_bytes()
+        folder.mkdir()
+        (folder / CONFIG).write_bytes((whole / CONFIG).read_bytes())
+        (folder / WEIGHTS).touch()
+        self.check = Validator(BASE, 16).begin(folder)
+        self.parts = parts_of(StoredFile(WEIGHTS, len(self.raw), ""))
+
+    def come(self, part: FilePart) -> None:
+        with (self.folder / WEIGHTS).open("r+b") as f:
+            f.seek(part.offset)
+            f.write(self.raw[part.offset : part.offset + part.size_bytes])
+        self.check.look(part)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "PART_BYTES", 4096)
+    monkeypatch.setattr(values, "PIECE_BYTES", 512)
+
+
+ORDERS: list[Callable[[list[FilePart]], list[FilePart]]] = [
+    lambda parts: parts,
+    lambda parts: parts[::-1],
+    lambda parts: parts[1::2],  # the others are of an earlier try
+]
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_good_file_passes_in_whatever_order_its_parts_come(
+    tmp_path: Path, good: Path, order: Callable[[list[FilePart]], list[FilePart]]
+) -> None:
+    coming = Coming(tmp_path / "coming", good)
+    for part in order(coming.parts):
+        coming.come(part)
+    (coming.folder / WEIGHTS).write_bytes(coming.raw)
+    assert coming.check.facts() == Validator(BASE, 16).check(good)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", [*KINDS, *ON_DISK_ONLY])
+def test_a_bad_file_is_refused_in_the_same_words_whether_it_was_looked_at_before_or_not(
+    tmp_path: Path, good: Path, name: str, order: Callable[[list[FilePart]], list[FilePart]]
+) -> None:
+    bad = (KINDS | ON_DISK_ONLY)[name].make(good, tmp_path / "store" / "bad")
+    with pytest.raises(InvalidAdapter) as afterwards:
+        Validator(BASE, 16).check(bad)
+    if not all((bad / name).is_file() for name in (CONFIG, WEIGHTS)):
+        return
+    coming = Coming(tmp_path / "coming", bad)
+    for part in order(coming.parts):
+        coming.come(part)
+    shutil.rmtree(coming.folder)
+    shutil.copytree(bad, coming.folder, symlinks=True)
+    with pytest.raises(InvalidAdapter) as caught:
+        coming.check.facts()
+    assert (caught.value.code, caught.value.message) == (
+        afterwards.value.code,
+        afterwards.value.message,
+    )
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_values_that_were_looked_at_are_not_read_again(
+    tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearly all: those of blocks that lie in two parts are left for the end."""
+    coming = Coming(tmp_path / "coming", good)
+    looked = list[int]()
+    largest = values._largest
+    monkeypatch.setattr(
+        values,
+        "_largest",
+        lambda raw, *more: looked.append(len(raw)) or largest(raw, *more),
+    )
+    for part in coming.parts:
+        coming.come(part)
+    early = sum(looked)
+    coming.check.facts()
+    assert early > len(coming.raw) * 0.6
+    assert sum(looked) == sum(
+        t.end - t.begin for t in read_header(good / WEIGHTS, AdapterLimits()).tensors
+    )
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_what_was_looked_at_by_another_header_does_not_count(tmp_path: Path, good: Path) -> None:
+    """The first part came twice: first with a header that calls all values float16."""
+    raw = (good / WEIGHTS).read_bytes()
+    spoiled = bytearray(raw)
+    spoiled[-2:] = b"\x80\x7f"  # infinite as bfloat16, a NaN as float16
+    spoiled[-4:-2] = b"\xff\x7b"  # the largest float16
+    (good / WEIGHTS).write_bytes(spoiled)
+    coming = Coming(tmp_path / "coming", good)
+    coming.raw = bytes(spoiled[:-2]) + b"\0\0"
+    coming.raw = coming.raw.replace(b'"BF16"', b'"F16" ')
+    for part in coming.parts:
+        coming.come(part)
+    (coming.folder / WEIGHTS).write_bytes(spoiled)
+    with pytest.raises(InvalidAdapter, match="NaN or infinite"):
+        coming.check.facts()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Validator(BASE, 8),
+        Validator(None, 16),
+        Validator(BASE, 16, AdapterLimits(max_change=1.0)),
+        Validator(BASE, 16, weights=False),
+        Validator(BASE, 16, targets=["q_proj"]),
+        Validator(BaseShapes({**BASE.modules, "more": (1, 1)}), 16),
+    ],
+)
+def test_validators_that_may_say_otherwise_have_other_rules(other: Validator) -> None:
+    assert Validator(BASE, 16).rules == Validator(BASE, 16).rules != other.rules
+
+
+def test_the_rules_are_others_once_the_base_has_other_weights(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    before = Validator(BASE, 16, base=tmp_path).rules
+    (tmp_path / "model.safetensors").write_bytes(b"22")
+    assert before != Validator(BASE, 16, base=tmp_path).rules
+
+
+@pytest.mark.parametrize("between", [("I8", 3, 3), ("BOOL", 1, 1), ("I16", 1, 2)])
+def test_a_type_that_is_no_float_between_floats_is_refused_and_ends_no_look(
+    tmp_path: Path, between: tuple[str, int, int]
+) -> None:
+    """Its bytes are a multiple of no float's."""
+    dtype, count, size = between
+    header = {
+        "base_model.model.q_proj.lora_A.weight": ["F16", [1, 1], 0, 2],
+        "between": [dtype, [count], 2, 2 + size],
+        "base_model.model.q_proj.lora_B.weight": ["F16", [1, 1], 2 + size, 4 + size],
+    }
+    text = json.dumps(
+        {n: {"dtype": d, "shape": s, "data_offsets": [b, e]} for n, (d, s, b, e) in header.items()}
+    ).encode()
+    raw = len(text).to_bytes(8, "little") + text + bytes(4 + size)
+    (tmp_path / WEIGHTS_FILE).write_bytes(raw)
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
+    begun = Validator(None, 8).begin(tmp_path)
+    begun.look(FilePart(StoredFile(WEIGHTS_FILE, len(raw), "v"), 0, 0, len(raw)))
+    with pytest.raises(InvalidAdapter):
+        begun.facts()
+    values.read_header(tmp_path / WEIGHTS_FILE, AdapterLimits()).look(0, len(raw))
+
+
+def test_a_file_of_many_small_tensors_takes_time_in_proportion() -> None:
+    def took(count: int) -> float:
+        tensors = [Tensor(f"t{n}", "F16", (1,), 2 * n, 2 * n + 2) for n in range(count)]
+        best = math.inf
+        for _ in range(3):
+            began = time.process_time()
+            values._blocks_of(tensors)
+            best = min(best, time.process_time() - began)
+        return best
+
+    few, many = took(8_000), took(64_000)  # all in one block
+    assert many < 24 * few, (few, many)

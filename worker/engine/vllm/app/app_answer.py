@@ -11,12 +11,14 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from shared.api_endpoints import Endpoint, ErrorFamily
-from shared.errors import AnswerIncomplete
+from shared.error_bodies import answer_event
+from shared.errors import AnswerIncomplete, EngineFailure
 from worker.engine.base import EngineRequest, Reply
 from worker.engine.vllm.app.errors import event_in_our_shape, in_our_shape, refusal
 from worker.engine.vllm.app.json_pieces import CHUNK_BYTES
 from worker.engine.vllm.app.responses import BackgroundWork
 from worker.engine.vllm.app.written_answers import WRITTEN
+from worker.engine.vllm.grammars.errors import TokensSoFar
 from worker.engine.vllm.resume.answer_progress import Progress
 
 FINISH = b'"finish_reason":"'
@@ -62,6 +64,7 @@ class AppAnswer:
         "ended",
         "goes_on",
         "state",
+        "used",
     )
 
     def __init__(
@@ -79,6 +82,7 @@ class AppAnswer:
         self.state: dict[str, Any] = {}
         self.copy: Callable[[], bytes] = bytes
         """What is stored of the answer, for another worker. Empty: nothing is."""
+        self.used = TokensSoFar()
         self.goes_on = False
         """Whether the client has its answer while the rest is made in the background."""
         self._progress, self._arguments = progress, arguments
@@ -145,12 +149,23 @@ class AppAnswer:
         self._reply.more(b"", True)
 
     def fail(self, status: int, body: bytes) -> None:
-        """The app has broken off. If no status has left yet, the client gets this one."""
-        if self._sse and not self._begun and not self.ended:
-            self._refuse(status, in_our_shape(status, body, self._endpoint.errors, self._arguments))
+        """The app has broken off a stream. If no status has left yet, the client gets this one.
+        After that, what is wrong with the request itself is the last event.
+        """
+        if not self._sse or self.ended:
+            return
+        error = in_our_shape(status, body, self._endpoint.errors, self._arguments)
+        if not self._begun:
+            self._refuse(status, error)
+        elif status < EngineFailure.status:
+            self._held += answer_event(error, self._endpoint.errors)
+            self._count()
+            self.ended = True
+            self._put(True)
 
     def _refuse(self, status: int, body: bytes) -> None:
         self._begun = self.ended = True
+        self._count()
         self._reply.head(status, False, body, True)
 
     def _complete(self) -> None:
@@ -251,3 +266,6 @@ class AppAnswer:
         if usage is not None:
             self._reply.prompt_tokens = usage.prompt_tokens or 0
             self._reply.output_tokens = usage.completion_tokens or 0
+        else:  # it was ended in its middle, or was none
+            self._reply.prompt_tokens = self.used.prompt_tokens
+            self._reply.output_tokens = self.used.output_tokens

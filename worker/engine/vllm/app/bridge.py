@@ -25,6 +25,7 @@ from worker.engine.vllm.app.anthropic_errors import leave_refusals_unlogged, pas
 from worker.engine.vllm.app.app_answer import ENDED, AppAnswer
 from worker.engine.vllm.app.large_bodies import a_turn_for
 from worker.engine.vllm.app.responses import WORK, BackgroundWork, StoredResponses, with_id
+from worker.engine.vllm.grammars.errors import USED
 from worker.engine.vllm.resume.answer_progress import Progress
 
 log = logging.getLogger("loraplex.vllm")
@@ -104,6 +105,8 @@ class AppBridge:
         work: BackgroundWork,
     ) -> None:
         WORK.set(work)
+        USED.set(answer.used)
+        failure: Exception | None = None
         try:
             await self._app(_scope(call, answer.state), _receive(call, gone), answer.send)
         except Exception as exc:
@@ -113,11 +116,13 @@ class AppBridge:
                 "request failed in the engine's app",
                 extra={"request": call.request_id, "error": type(exc).__name__},
             )
-            moves_on = progress is not None and progress.failure is not None
-            if self._kept is not None and not self._errored() and not moves_on:
-                answer.fail(*self._kept.in_words(exc))
+            failure = exc
         finally:
             work.close()
+        failure = failure or work.failure
+        moves_on = self._errored() or (progress is not None and progress.failure is not None)
+        if failure is not None and self._kept is not None and not moves_on:
+            answer.fail(*self._kept.in_words(failure))
         self._check(progress)
         if not answer.ended and (work.broken or not gone.is_set()):
             raise AnswerIncomplete(ENDED)

@@ -30,11 +30,14 @@ from vllm.exceptions import VLLMValidationError
 
 from worker.engine.vllm.app.json_pieces import encode, give_up
 from worker.engine.vllm.app.written_answers import Written, WrittenResponse
+from worker.engine.vllm.tenants.pooled_media import read_inputs
 
 AT_ONCE = 32
 """Inputs that are read, started or ended in one turn of the loop: 5 ms."""
 MOST_NUMBERS = 2048 * 4096
 """Numbers of one answer of a model with a vector for each token: 32 MiB, and 160 MB as JSON."""
+MOST_TOKENS = 8 << 20
+"""Of all inputs of a request: as many as there are bytes in the longest text."""
 METADATA = "request_metadata"
 """Where the state of a request has what it has used."""
 ANSWERS = {
@@ -103,12 +106,21 @@ async def merge(*iterators: AsyncGenerator[Any, None]) -> AsyncGenerator[tuple[i
 
 async def _read(self: Any, io_processor: Any, ctx: Any) -> None:
     """Takes the place of `PoolingBaseServing._preprocessing`."""
-    requests = io_processor.get_request_factory_online(ctx)
+    requests = await read_inputs(io_processor, ctx)
     if len(requests) == 0:
         raise ValueError("You must pass at least one prompt")
     inputs: list[Any] = []
+    tokens = 0
     for some in _slices(requests):
-        inputs += await asyncio.gather(*map(io_processor.render_async, some))
+        read = await asyncio.gather(*map(io_processor.render_async, some))
+        inputs += read
+        tokens += _tokens(read)
+        if tokens > MOST_TOKENS:
+            raise VLLMValidationError(
+                f"The inputs have more than {MOST_TOKENS} tokens together, with their padding and "
+                "with what they are compared to. Send fewer inputs.",
+                parameter="input",
+            )
     _check_numbers(ctx, inputs, self.model_config)
     ctx.engine_inputs = inputs
 
@@ -137,7 +149,7 @@ def _check_numbers(ctx: Any, inputs: list[Any], model_config: Any) -> None:
         width = getattr(model_config.hf_config, "num_labels", 1)
     else:
         return
-    tokens = sum(len(it["prompts"].get("prompt_token_ids") or ()) for it in inputs)
+    tokens = _tokens(inputs)
     most = MOST_NUMBERS // max(1, width)
     if tokens > most:
         raise VLLMValidationError(
@@ -146,6 +158,10 @@ def _check_numbers(ctx: Any, inputs: list[Any], model_config: Any) -> None:
             parameter="input",
             value=tokens,
         )
+
+
+def _tokens(inputs: list[Any]) -> int:
+    return sum(len(it["prompts"].get("prompt_token_ids") or ()) for it in inputs)
 
 
 def _slices(items: Any) -> Iterator[Any]:

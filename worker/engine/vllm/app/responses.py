@@ -5,6 +5,7 @@ here number, size and age are bounded.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections import OrderedDict, deque
@@ -98,6 +99,7 @@ class BackgroundWork:
         self._written = 0
         self._changed = asyncio.Event()
         self._closed = self.broken = False
+        self.failure: Exception | None = None
 
     def begun(self) -> None:
         """This task makes the response."""
@@ -122,8 +124,8 @@ class BackgroundWork:
         self._closed = True
         self._changed.set()
 
-    def fail(self) -> None:
-        self.broken = True
+    def fail(self, exc: Exception) -> None:
+        self.failure, self.broken = exc, True
         self._on_failure()
 
     async def until_written(self, events: int) -> None:
@@ -163,6 +165,7 @@ class StoredResponses:
         serving._run_background_request = self._make_in_background
         self._whole = serving.responses_full_generator
         serving.responses_full_generator = self._counted
+        serving._convert_generation_error_to_streaming_response = _raise
 
     def has(self, answer_id: str) -> Storing:
         if self._serving.response_store.get(answer_id) is None:
@@ -261,10 +264,10 @@ class StoredResponses:
                     grown.set()
                     if work is not None:
                         await work.until_written(len(events))
-        except Exception:
+        except Exception as exc:
             self._fail(request.request_id)
             if work is not None:
-                work.fail()
+                work.fail(exc)
             raise
         finally:
             grown.set()
@@ -283,17 +286,35 @@ class StoredResponses:
             response.status = "failed"
 
 
+def _raise(exc: Exception) -> None:
+    """In place of what words an exception of the engine. In a stream of a response vLLM takes these
+    words for an event, and raises another exception, of what is wrong with that.
+    """
+    raise exc
+
+
 class _Copy(msgspec.Struct):
     response: dict[str, Any]
     messages: list[Any] | None
 
 
 def with_id(body: bytes, answer_id: str) -> bytes:
-    """The request body with the id that its answer gets. An id that the client wrote is
-    replaced.
+    """The request body with the id that its answer gets. An id that the client wrote is replaced:
+    it could be that of another tenant's answer.
     """
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return body  # vLLM reports what is wrong with it
+        return _with_id_leniently(body, answer_id)
     return msgspec.json.encode({**fields, "request_id": answer_id})
+
+
+def _with_id_leniently(body: bytes, answer_id: str) -> bytes:
+    """For what vLLM reads and msgspec does not, as half of a surrogate pair in a name."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return body  # vLLM reports what is wrong with it
+    if not isinstance(fields, dict):
+        return body
+    return json.dumps({**fields, "request_id": answer_id}).encode()

@@ -4,14 +4,18 @@ trainers write them, and weights in several files.
 
 from __future__ import annotations
 
-import json
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from shared.adapters.checks import indexed_shards
+from shared.adapters.checks import AdapterLimits, indexed_shards
 from shared.adapters.identity import CONFIG_FILE, WEIGHTS_INDEX_FILE, choose_weights
+from shared.adapters.peft_config import MAX_PATTERNS, whole_pattern
+from shared.adapters.strict_json import parse_object
+from shared.errors import InvalidAdapter
 
 _FUSED = b".experts.base_layer.lora_A"
 
@@ -38,19 +42,41 @@ def _headers(folder: Path) -> Iterator[bytes]:
 
 
 def read_tensors(folder: Path) -> dict[str, Any]:
-    """All tensors of all weight files, by name."""
+    """The tensors of all weight files, by name, but for copies of the base's own."""
     import safetensors
 
     found: dict[str, Any] = {}
     for path in weight_files(folder):
         with safetensors.safe_open(path, framework="pt") as f:
-            found |= {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            own = [name for name in f.keys() if not is_base_copy(name)]  # noqa: SIM118
+            found |= {name: f.get_tensor(name) for name in own}
     return found
+
+
+def brings_base_copies(path: Path) -> bool:
+    """Whether a weights file holds tensors of the base, which take gigabytes."""
+    import safetensors
+
+    with safetensors.safe_open(path, framework="pt") as f:
+        return any(is_base_copy(name) for name in f.keys())  # noqa: SIM118
+
+
+def parsed_config(folder: Path) -> dict[str, Any]:
+    """The adapter's config as it is written. The folder may not be checked yet, and the thread that
+    runs the steps shares its interpreter: so not more is read than the checks let pass, and that in
+    pieces. Raises OSError or InvalidAdapter.
+    """
+    limit = AdapterLimits().max_config_bytes
+    with (folder / CONFIG_FILE).open("rb") as f:
+        raw = f.read(limit + 1)
+    if len(raw) > limit:
+        raise InvalidAdapter(f"{CONFIG_FILE} has more than {limit} bytes.", "too_large")
+    return parse_object(raw, CONFIG_FILE, "config")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The adapter's config. Ranks become whole numbers, and a byte order mark is skipped."""
-    config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_bytes())
+    config = parsed_config(folder)
     if isinstance(config.get("r"), float):
         config["r"] = int(config["r"])
     ranks = config.get("rank_pattern")
@@ -69,9 +95,25 @@ def is_base_copy(name: str) -> bool:
     return name.endswith(".weight") and last in ("embed_tokens", "lm_head")
 
 
+@lru_cache(2 * MAX_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(whole_pattern(pattern))
+
+
+def match_pattern(patterns: Mapping[str, Any], module: str) -> Any:
+    """The value of the first expression that matches the module's name, as it was checked and as
+    PEFT reads it. None if no expression matches.
+
+    vLLM takes the package `regex`, which reads other things into the same text. To Python's `re`
+    the `{e}` of `(?:q_proj){e}` is three letters, to `regex` it lets anything match. So the engine
+    took an alpha that the checks never saw.
+    """
+    return next((value for key, value in patterns.items() if _compiled(key).match(module)), None)
+
+
 def install() -> None:
-    """Makes vLLM read configs with `read_config`, and leave out all copies of the base's weights. A
-    second call does nothing.
+    """Makes vLLM read configs with `read_config` and their expressions with `match_pattern`, and
+    leave out all copies of the base's weights. A second call does nothing.
     """
     from vllm.lora import lora_model
     from vllm.lora.peft_helper import PEFTHelper
@@ -86,3 +128,4 @@ def install() -> None:
         return cls.from_dict(config)
 
     PEFTHelper.from_local_dir = classmethod(from_local_dir)
+    PEFTHelper._match_pattern = staticmethod(match_pattern)

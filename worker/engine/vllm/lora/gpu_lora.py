@@ -1,8 +1,9 @@
 """Shell. Linear layers with adapters on GPUs, in place of vLLM 0.32's.
 
-A layer takes one launch (gpu_kernel.py). A layer for which no adapter of the step has weights is
-left out (presence.py): by the kernel itself in a CUDA graph, by the host elsewhere. What the
-kernels need to know of a step is made on the host (step_metadata.py).
+A layer takes one launch: token_kernel.py in steps of few tokens, else tile_kernel.py. A layer for
+which no adapter of the step has weights is left out (presence.py): by the kernel itself in a CUDA
+graph, by the host elsewhere. What the kernels need to know of a step is made on the host
+(step_metadata.py).
 
 The head is no part of vLLM's graphs. vLLM computes an adapter's part of all logits in each step,
 and compiles a kernel anew for some numbers of rows, while streams wait. Few adapters have a head.
@@ -28,7 +29,8 @@ class _Layers:
     """What the layers of this process share. There is one engine per process."""
 
     presence: Presence | None = None
-    scratch: Any = None
+    token_scratch: Any = None
+    tile_scratch: Any = None
 
 
 def presence() -> Presence | None:
@@ -62,7 +64,8 @@ def install() -> None:
         for wrapper in manager.punica_wrapper_mapping.values():
             wrapper.step = StepBlock(wrapper, manager.lora_slots)
             wrapper.wanted = torch.ones(len(presence), dtype=torch.bool)
-        _Layers.scratch = _scratch(layers, manager)
+        if layers:
+            _make_scratch(layers, manager)
 
     def update_metadata(
         self: Any, mapping: Any, index_to_id: Any, max_loras: int, vocab_size: int, **more: Any
@@ -95,6 +98,7 @@ def install() -> None:
             x,
             list(lora_a_stacked),
             list(lora_b_stacked),
+            self.token_mapping_meta.token_lora_mapping,
             self.step.tiles,
             self.token_mapping_meta.no_lora_flag_cpu,
             self.wanted,
@@ -143,15 +147,15 @@ def heads(manager: Any) -> list[tuple[Any, Any]]:
     ]
 
 
-def _scratch(layers: list[tuple[Any, Any]], manager: Any) -> Any:
-    from worker.engine.vllm.lora.gpu_kernel import Scratch
+def _make_scratch(layers: list[tuple[Any, Any]], manager: Any) -> None:
+    from worker.engine.vllm.lora.tile_kernel import TileScratch
+    from worker.engine.vllm.lora.token_kernel import TokenScratch
 
-    if not layers:
-        return None
     tokens = max(len(w._token_lora_indices) for w in manager.punica_wrapper_mapping.values())
     rank = max(a[0].shape[-2] for a, _ in layers)
-    slices = max(len(a) for a, _ in layers)
-    return Scratch.make(tokens, manager.lora_slots, slices, rank, layers[0][0][0].device)
+    slices, device = max(len(a) for a, _ in layers), layers[0][0][0].device
+    _Layers.token_scratch = TokenScratch.make(slices, rank, device)
+    _Layers.tile_scratch = TileScratch.make(tokens, manager.lora_slots, slices, rank, device)
 
 
 def _lora_linear(
@@ -159,11 +163,12 @@ def _lora_linear(
     x: torch.Tensor,
     a: list[torch.Tensor],
     b: list[torch.Tensor],
+    slot_of: torch.Tensor,
     tiles: list[torch.Tensor],
     no_lora_flag_cpu: torch.Tensor,
     wanted: torch.Tensor,
 ) -> None:
-    """y += x A' B' with each token's own A and B; see gpu_kernel.add_lora. An operator, so that
+    """y += x A' B' with each token's own A and B; see token_kernel.py. An operator, so that
     torch.compile leaves its inside alone.
     """
     tokens = x.size(0)
@@ -173,14 +178,12 @@ def _lora_linear(
     row = _Layers.presence.row(a[0])
     if not torch.cuda.is_current_stream_capturing() and not wanted[row]:
         return
-    from worker.engine.vllm.lora import gpu_kernel
+    from worker.engine.vllm.lora import tile_kernel, token_kernel
 
-    gpu_kernel.add_lora(
-        y,
-        x if x.stride(1) == 1 else x.contiguous(),
-        tuple(a),
-        tuple(b),
-        tiles[:2] if rows_of_a_tile(tokens) == SMALL_ROWS else tiles[2:],
-        _Layers.presence.on_device[row],
-        _Layers.scratch,
-    )
+    x = x if x.stride(1) == 1 else x.contiguous()
+    present = _Layers.presence.on_device[row]
+    if tokens <= token_kernel.FEW_TOKENS:
+        token_kernel.add_lora(y, x, tuple(a), tuple(b), slot_of, present, _Layers.token_scratch)
+        return
+    tiles = tiles[:2] if rows_of_a_tile(tokens) == SMALL_ROWS else tiles[2:]
+    tile_kernel.add_lora(y, x, tuple(a), tuple(b), tiles, present, _Layers.tile_scratch)

@@ -1,20 +1,25 @@
-"""Shell. Which slices of which linear layers have adapter weights in which slot, for the GPU's
-kernels and for the host.
+"""Shell. Which slices of which linear layers have adapter weights in which slot, and of what rank,
+for the GPU's kernels and for the host.
 
 An adapter of q, k, v and o has no weights for the MLP's layers. Where no adapter of a step has
-weights for a layer, that layer costs what it costs without adapters.
+weights for a layer, that layer costs what it costs without adapters. An adapter whose rank is less
+than `max_lora_rank` costs little more than its own rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
+
+RANK_AT = 16
+"""The bit at which a rank begins. Below are the bits of the slices."""
 
 
 class Presence:
     """`on_device` is int32 [layers + 1, slots]. Bit i of [layer, slot] tells whether slice i has
-    weights in that slot. The last row is of layers that are not known: they may have any.
+    weights in that slot. From bit RANK_AT on it has the largest rank of these weights. The last row
+    is of layers that are not known: they may have any.
 
     Before anything was written, everything counts as present: vLLM measures and captures its graphs
     with adapters that it does not put into slots.
@@ -28,6 +33,8 @@ class Presence:
         self._bits: dict[int, list[tuple[int, int]]] = {}  # address of a B -> rows and bits
         device = torch.device("cpu")
         for a, b in layers:
+            if len(b) > RANK_AT:
+                continue  # more slices than bits: it stays unknown
             row = self._row.setdefault(a[0].data_ptr(), len(self._row))
             device = a[0].device
             for i, one in enumerate(b):
@@ -42,15 +49,20 @@ class Presence:
         """The row of the layer whose first A this is."""
         return self._row.get(a.data_ptr(), len(self._row))
 
-    def write(self, slot: int, storages: Collection[int] | None) -> None:
+    def write(self, slot: int, columns: Mapping[int, int] | None) -> None:
         """Slot `slot` has weights in the buffers with these storages' addresses, and in no others.
-        None: it may have some in any, since what is left out here answers like the base.
+        `columns` says how many columns were written: those of a B are its rank. None: it may have
+        some in any, since what is left out here answers like the base.
         """
-        bits = [-1 if storages is None else 0] * len(self._row)
-        for storage in storages or ():
+        bits, ranks = [0] * len(self._row), [0] * len(self._row)
+        for storage, rank in (columns or {}).items():
             for row, bit in self._bits.get(storage, ()):
                 bits[row] |= bit
-        self._host[:-1, slot] = torch.tensor(bits, dtype=torch.int32)
+                ranks[row] = max(ranks[row], rank)
+        values = [b | r << RANK_AT for b, r in zip(bits, ranks, strict=True)]
+        self._host[:-1, slot] = torch.tensor(
+            [-1] * len(values) if columns is None else values, dtype=torch.int32
+        )
         self.on_device.copy_(self._host, non_blocking=True)
 
     def wanted(self, slots: Collection[int]) -> torch.Tensor:

@@ -40,6 +40,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from shared.errors import EngineFailure
 from shared.link.token_ids import pack
 from worker.engine.vllm import logprobs
+from worker.engine.vllm.grammars.errors import unless_too_costly
 from worker.engine.vllm.resume import long_prompts
 from worker.engine.vllm.resume.answer_ids import ids_of_answer
 from worker.engine.vllm.resume.answer_progress import Progress
@@ -150,12 +151,18 @@ class ResumableLLM(AsyncLLM):  # type: ignore[misc]
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **more: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        if sampling_params.prompt_logprobs is None:
-            return self._generate(prompt, logprobs.flat(sampling_params), request_id, more)
-        logprobs.check_streamed(sampling_params, prompt)
-        return logprobs.with_prompt_logprobs(
-            self._generate(prompt, sampling_params, request_id, more)
-        )
+        if sampling_params.structured_outputs is None:
+            return self._scored(prompt, sampling_params, request_id, more)
+        return unless_too_costly(self._scored(prompt, sampling_params, request_id, more))
+
+    def _scored(
+        self, prompt: Any, params: SamplingParams, request_id: str, more: dict[str, Any]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs, with the log probabilities of the prompt if they are asked for."""
+        if params.prompt_logprobs is None:
+            return self._generate(prompt, logprobs.flat(params), request_id, more)
+        logprobs.check_streamed(params, prompt)
+        return logprobs.with_prompt_logprobs(self._generate(prompt, params, request_id, more))
 
     def _generate(
         self, prompt: Any, params: SamplingParams, request_id: str, more: dict[str, Any]

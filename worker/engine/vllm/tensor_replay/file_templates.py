@@ -8,12 +8,13 @@ Python calls. For an 8B model these take 100 ms of an interpreter that the step 
 A `FileTemplate` says how to read such files: where the tensors lie in the file, which of them are
 scaled, and how vLLM arranges them. It is learned from what vLLM itself has made, and kept only if
 it yields the same bits. Adapters without a template are read by vLLM each time: those with experts,
-with classification heads, or with files of several dtypes.
+with classification heads, with weights that are left out, or with files of several dtypes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 import threading
 from collections import OrderedDict
@@ -29,7 +30,9 @@ from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.utils.torch_utils import PIN_MEMORY
 
-from worker.engine.vllm.lora.files import read_tensors
+from shared.adapters.strict_json import parse_object
+from shared.errors import InvalidAdapter
+from worker.engine.vllm.lora.files import brings_base_copies, parsed_config, read_tensors
 
 MAX_TEMPLATES = 16
 """Templates that are remembered. Each costs its header and some hundred bytes per tensor."""
@@ -80,12 +83,13 @@ class TracedLoRAModel(LoRAModel):  # type: ignore[misc]
         **more: Any,
     ) -> LoRAModel:
         more["peft_helper"] = peft_helper
-        if (Path(lora_dir) / FILE).is_file():
+        file = Path(lora_dir) / FILE
+        if file.is_file() and (moe_ep_spec is not None or not brings_base_copies(file)):
             return super().from_local_checkpoint(
                 lora_dir, expected_lora_modules, moe_ep_spec=moe_ep_spec, **more
             )
-        # vLLM cannot read an adapter of several files. What vLLM would check here was checked
-        # already.
+        # vLLM cannot read an adapter of several files, and it reads copies of the base's weights
+        # before it leaves them out. What vLLM would check here was checked already.
         return cls.from_lora_tensors(tensors=read_tensors(Path(lora_dir)), **more)
 
 
@@ -154,15 +158,13 @@ class FileTemplate:
         the platform can. Raises OSError or RuntimeError.
         """
         elements = self.layout.elements
-        size = self.begin + elements * self.stored.itemsize
-        if file.stat().st_size < size:
-            # reading beyond the end of the mapping would kill the process
-            raise RuntimeError("The file is shorter than its header says.")
-        values = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)[
-            self.begin :
-        ].view(self.stored)
         block = torch.empty(elements, dtype=self.dtype, pin_memory=PIN_MEMORY)
-        block.copy_(values)
+        if self.stored is self.dtype:
+            _fill(block, file, self.begin)
+        else:
+            values = torch.empty(elements, dtype=self.stored)
+            _fill(values, file, self.begin)
+            block.copy_(values)
         for scale, parts in self.scaled.items():
             for part in parts:
                 part.of(block).mul_(scale)  # _foreach_mul_ would round differently
@@ -173,6 +175,20 @@ class FileTemplate:
         )
         made.layout, made.block = self.layout, block
         return made
+
+
+def _fill(tensor: torch.Tensor, file: Path, begin: int) -> None:
+    """Reads the bytes from `begin` on. A mapping of the file would cost a fault for each of its
+    pages, and the process if the file became shorter.
+    """
+    rest = memoryview(tensor.view(torch.uint8).numpy())
+    with file.open("rb", buffering=0) as f:
+        f.seek(begin)
+        while rest:
+            count = f.readinto(rest)
+            if not count:
+                raise RuntimeError("The file is shorter than its header says.")
+            rest = rest[count:]
 
 
 class FileTemplates:
@@ -241,12 +257,12 @@ def template_key(folder: Path) -> TemplateKey | None:
         with (folder / FILE).open("rb") as f:
             (size,) = struct.unpack("<Q", f.read(8))
             header = f.read(size) if size <= HEADER_BYTES else b""
-        config = json.loads((folder / "adapter_config.json").read_bytes())
+        config = parsed_config(folder)
         read = {name: value for name, value in config.items() if name in CONFIG}
         if isinstance(modules := read.get("target_modules"), list):
             read["target_modules"] = sorted(modules)  # PEFT keeps a set and writes it in any order
         return (header, json.dumps(sorted(read.items())).encode()) if len(header) == size else None
-    except (OSError, ValueError, AttributeError, TypeError, struct.error):
+    except (OSError, ValueError, TypeError, struct.error, InvalidAdapter):
         return None  # vLLM reports what is wrong with it
 
 
@@ -254,7 +270,7 @@ def _template(key: TemplateKey, made: Any, dtype: torch.dtype) -> FileTemplate |
     names: dict[int, str] | None = getattr(made, "names", None)
     if names is None:
         return None
-    header = json.loads(key[0])
+    header = parse_object(key[0], FILE, "header")  # in pieces: the steps need the interpreter
     header.pop("__metadata__", None)
     stored = {DTYPES.get(tensor["dtype"]) for tensor in header.values()}
     (stored_as,) = stored if len(stored) == 1 else (None,)
@@ -266,13 +282,16 @@ def _template(key: TemplateKey, made: Any, dtype: torch.dtype) -> FileTemplate |
         for name, tensor in header.items()
     }
     scaled: dict[float, list[TensorPlace]] = {}
+    used = 0
 
     def found(tensor: torch.Tensor | None) -> TensorPlace | None:
         if tensor is None:
             return None
+        nonlocal used
         part = parts[names[tensor.data_ptr()]]
         if part.shape != tuple(tensor.shape):
             raise KeyError
+        used += math.prod(part.shape)
         if (scale := made.scales.get(tensor.data_ptr(), 1)) != 1:
             scaled.setdefault(scale, []).append(part)
         return part
@@ -290,6 +309,10 @@ def _template(key: TemplateKey, made: Any, dtype: torch.dtype) -> FileTemplate |
     except KeyError:
         return None  # made of several tensors, or of a part of one
     elements = max(tensor["data_offsets"][1] for tensor in header.values()) // stored_as.itemsize
+    if used < elements:
+        # The block would hold what is left out (copies of the base's embedding) for as long as the
+        # adapter stays in host memory.
+        return None
     return FileTemplate(
         made.rank, begin, stored_as, dtype, scaled, BlockLayout(elements, tuple(layers))
     )

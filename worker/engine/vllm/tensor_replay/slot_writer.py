@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -103,11 +104,13 @@ class SlotWriter:
             manager._active_adapters[int_id] = None
             manager.lora_index_to_id[slot] = int_id
             copies.run(lora.block)
-            self._tell(slot, {self._storages[p.buffer] for p in self._known[id(layout)][1]})
+            self._tell(
+                slot, ((self._storages[p.buffer], p.shape[-1]) for p in self._known[id(layout)][1])
+            )
         else:
             with WriteRecorder() as writes:
                 manager.activate_adapter(int_id)
-            written = {target.untyped_storage().data_ptr() for target, _ in writes.copied}
+            written = ((t.untyped_storage().data_ptr(), t.shape[-1]) for t, _ in writes.copied)
             self._tell(slot, None if writes.other else written)
             if layout is not None and (places := self._places(writes, lora.block, slot)):
                 self._known[id(layout)] = layout, places, {}
@@ -134,9 +137,14 @@ class SlotWriter:
                 return True
         return False
 
-    def _tell(self, slot: int, storages: set[int] | None) -> None:
-        if self._presence is not None:
-            self._presence.write(slot, storages)
+    def _tell(self, slot: int, written: Iterable[tuple[int, int]] | None) -> None:
+        """`written`: the storage of each copy's target, and its columns."""
+        if self._presence is None:
+            return
+        columns: dict[int, int] = {}
+        for storage, count in written or ():
+            columns[storage] = max(count, columns.get(storage, 0))
+        self._presence.write(slot, None if written is None else columns)
 
     def _copies(self, layout: BlockLayout | None, slot: int) -> SlotCopies | None:
         known = self._known.get(id(layout))  # a remembered layout is alive, so its id stays unique

@@ -23,6 +23,16 @@ def body(fields: bytes) -> bytes:
     return b'{"model":"m",' + fields + b"}"
 
 
+def held_s(call: Callable[[], object]) -> float:
+    """The least CPU time of some calls: others use the same caches and cores."""
+    took = []
+    for _ in range(5):
+        begun = time.thread_time()
+        call()
+        took.append(time.thread_time() - begun)
+    return min(took)
+
+
 def many(item: bytes, count: int) -> bytes:
     return b"[" + b",".join([item] * count) + b"]"
 
@@ -94,6 +104,10 @@ TOO_MUCH: dict[str, bytes] = {
     "regex": b'"structured_outputs":{"regex":"(a{1,1000}){1,1000}"}',
     "deep regex": b'"structured_outputs":{"regex":"((((a{9}){9}){9}){9}){9}"}',
     "open regex": b'"structured_outputs":{"regex":"a{20000,}"}',
+    "sizes of pictures": b'"mm_processor_kwargs":{"size":{"height":30000,"width":30000}}',
+    "frames of a video": b'"media_io_kwargs":{"video":{"num_frames":-1}}',
+    "tokens to pad a prompt to": b'"chat_template_kwargs":{"tokenize":true,"padding":"max_length"}',
+    "escaped names": b'"chat_template_kwargs":{"a":{},"max\\u005flength":2000000000}',
     "pattern": b'"response_format":{"schema":{"pattern":"(ab{999}){999}"}}',
     "strict tools": b'"tools":[{"strict":true,"parameters":{"enum":["%b"]}}]' % (b"a" * 70_000),
     "demanded tools": b'"tool_choice":"required","tools":[{"function":{"parameters":{"x":"%b"}}}]'
@@ -106,6 +120,9 @@ TOO_MUCH: dict[str, bytes] = {
     "parts of many messages": b'"messages":'
     + many(b'{"role":"user","content":%b}' % many(TEXT_PART, 2), 1537),
     "tool calls": b'"messages":[{"role":"assistant","tool_calls":%b}]' % many(b"{}", 3073),
+    "messages of conversations": b'"messages":'
+    + many(many(b'{"role":"user","content":"hi"}', 100), 40),
+    "parts of conversations": b'"input":[[{"role":"user","content":%b}]]' % many(TEXT_PART, 3073),
     "names that are no text": b'"messages":[{"\xff":%b}]' % many(b"1", 5000),
 }
 
@@ -130,7 +147,12 @@ ENOUGH: dict[str, bytes] = {
     + many(b'{"function":{"strict":false,"parameters":{"x":"%b"}}}' % (b"a" * 5000), 100),
     "tools with long descriptions": b'"tool_choice":{"type":"any"},"tools":'
     + many(b'{"name":"f","description":"%b","input_schema":{}}' % (b"a" * 5000), 100),
+    "inputs of ids": b'"input":' + many(many(b"17", 1000), 100),
+    "conversations": b'"messages":' + many(many(b'{"role":"user","content":"hi"}', 10), 200),
     "an input of ids": b'"input":' + many(b"17", 100_000),
+    "no sizes of pictures": b'"mm_processor_kwargs":{ },"media_io_kwargs":null',
+    "arguments of a template": b'"chat_template_kwargs":{"thinking":false,"x":{"padding":1}}',
+    "no arguments of a template": b'"chat_template_kwargs":null',
     "no list at all": b'"messages":7,"prompt":{},"stop_token_ids":"x","logit_bias":[1]',
 }
 
@@ -141,6 +163,7 @@ def test_what_people_ask_for_is_not(kind: str) -> None:
 
 
 def test_bounds_are_those_of_the_config() -> None:
+    parse_body_fields(body(TOO_MUCH["sizes of pictures"]), Bounds(processor_options=True))
     parse_body_fields(body(b'"n":100'), Bounds(max_sequences=100))
     with pytest.raises(InvalidRequest):
         parse_body_fields(body(b'"n":3'), Bounds(max_sequences=2))
@@ -172,9 +195,7 @@ def test_a_large_picture_is_taken_and_decoded_at_once() -> None:
         % (b"A" * 24 * MIB)
     )
     check_large_body(picture, TEXT)
-    begun = time.thread_time()
-    parse_body_fields(picture)
-    assert time.thread_time() - begun < HOLD_S
+    assert held_s(lambda: parse_body_fields(picture)) < HOLD_S
 
 
 @pytest.mark.parametrize("kind", ["ids", "backslashes", "nesting", "text", "words"])
@@ -187,13 +208,11 @@ def test_what_is_let_through_is_decoded_without_holding_the_interpreter(kind: st
         "words": lambda: body(b'"x":' + many(b'"a"', MAX_TEXTS - 100)),
     }[kind]()
     check_large_body(data, TEXT)
-    begun = time.thread_time()
     if kind == "nesting":
         with pytest.raises(InvalidRequest):
             parse_body_fields(data)
     else:
-        parse_body_fields(data)
-    assert time.thread_time() - begun < HOLD_S
+        assert held_s(lambda: parse_body_fields(data)) < HOLD_S
 
 
 @pytest.mark.parametrize(
@@ -321,9 +340,11 @@ def test_a_request_for_token_ids_has_a_bound_of_its_own() -> None:
 @pytest.mark.parametrize("field", bounds.FREE)
 def test_an_object_of_any_names_is_bounded(field: str) -> None:
     pairs = b",".join(b'"k%d":1' % n for n in range(20_000))
+    allowed = Bounds(processor_options=True)
     with pytest.raises(InvalidRequest, match="larger than 65536 bytes"):
-        parse_body_fields(body(b'"%b":{%b}' % (field.encode(), pairs)))
-    parse_body_fields(body(b'"%b":{%b}' % (field.encode(), pairs[:60_000].rpartition(b",")[0])))
+        parse_body_fields(body(b'"%b":{%b}' % (field.encode(), pairs)), allowed)
+    fewer = pairs[:60_000].rpartition(b",")[0]
+    parse_body_fields(body(b'"%b":{%b}' % (field.encode(), fewer)), allowed)
 
 
 def test_allowed_token_ids_are_bounded() -> None:

@@ -177,6 +177,29 @@ async def cancel(*tasks: asyncio.Task[None]) -> None:
     await asyncio.wait(tasks)
 
 
+# ---- a deadly prompt -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prompt", "tokens"), [("deadly", 0), ("it is deadly3", 3)])
+async def test_a_prompt_with_the_deadly_word_ends_the_engine_before_its_token(
+    prompt: str, tokens: int
+) -> None:
+    async with started(deadly_word="deadly") as engine:
+        deaths: list[str] = []
+        engine.died(deaths.append)
+        frames = Frames()
+        with pytest.raises(EngineFailure):
+            await engine.serve(completion(stream=True, prompt=prompt), frames)
+        assert len(frames.parts) == tokens and len(deaths) == 1
+
+
+@pytest.mark.parametrize("prompt", ["deadlyish", "undeadly", "alive"])
+async def test_other_prompts_and_engines_without_such_a_word_are_not_ended(prompt: str) -> None:
+    async with started(deadly_word="deadly") as engine, started() as another:
+        assert (await answer(engine, completion(prompt=prompt))).status == 200
+        assert (await answer(another, completion(prompt="deadly"))).status == 200
+
+
 # ---- answers -------------------------------------------------------------------------------------
 
 

@@ -118,3 +118,25 @@ def test_the_numbers_of_all_tokens_are_bounded_by_what_each_has(task: str, most:
         batches._check_numbers(context, inputs(most + 1), model)
     context.pooling_params.task = "embed"
     batches._check_numbers(context, inputs(most + 1), model)
+
+
+async def test_inputs_that_grow_in_the_worker_are_bounded_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`padding` makes each text as long as the model takes, and a query is in each of its pairs."""
+    monkeypatch.setattr(batches, "MOST_TOKENS", 1000 * batches.AT_ONCE)
+    read = 0
+
+    class Processor:
+        def get_request_factory_online(self, context: object) -> range:
+            return range(2048)
+
+        async def render_async(self, number: int) -> dict[str, object]:
+            nonlocal read
+            read += 1
+            return {"prompts": {"prompt_token_ids": [5] * 600}}
+
+    serving = SimpleNamespace(model_config=None)
+    with pytest.raises(VLLMValidationError, match="Send fewer inputs"):
+        await batches._read(serving, Processor(), SimpleNamespace())
+    assert read == 2 * batches.AT_ONCE

@@ -1,14 +1,18 @@
 """Shell. One launch for the adapters of a linear layer on a GPU: y += x @ A.T @ B.T, with the A and
 B of each token's own adapter.
 
-vLLM launches three kernels per layer: zero a buffer, shrink, expand. While an engine decodes, each
-has little work, and most of its time is the launch. Here one launch does both products:
+It is for steps of more tokens than token_kernel.py takes. vLLM launches three kernels per layer:
+zero a buffer, shrink, expand. While an engine decodes, each has little work, and most of its time
+is the launch. Here one launch does both products:
 
 - The tokens of an adapter are cut into tiles (step_metadata.py). A tile of one slice (the q, k or v
   of a qkv layer, say) is the work of `splits` programs.
 - Each program multiplies its share of the hidden dimension, and writes the product to `partial`.
 - It waits until the other programs of its tile have done so, and adds their products in a fixed
   order. Then it writes its share of the columns of y.
+
+A program multiplies as many rows of A as the adapter's rank needs, out of RANKS. With all that
+`max_lora_rank` allows, adapters of rank 16 took twice as long in slots for rank 64.
 
 Programs of one tile have neighbouring numbers. The GPU starts programs in the order of their
 numbers, so at most one tile waits for programs that have not started, and those that it waits for
@@ -26,7 +30,9 @@ import torch
 import triton
 import triton.language as tl
 
+from worker.engine.vllm.lora.presence import RANK_AT
 from worker.engine.vllm.lora.step_metadata import LARGE_ROWS, SMALL_ROWS, SMALL_TOKENS, most_tiles
+from worker.engine.vllm.lora.token_kernel import padded_rank
 
 MAX_SPLITS = 32
 PROGRAMS = 528
@@ -37,12 +43,14 @@ needed, while streams wait.
 """
 MAX_BLOCK_K = 128
 MAX_BLOCK_N = 256
+RANKS = (16, 64)
+"""Ranks that programs are made for, beside the largest."""
 A_VALUES, B_VALUES, Y_VALUES = 8192, 16384, 8192
 """The most values of A, B and y that a program holds at once, so that any rank fits a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scratch:
+class TileScratch:
     """What the programs of a tile tell each other. One of it serves all layers, because launches of
     one stream follow each other.
     """
@@ -53,7 +61,7 @@ class Scratch:
     @staticmethod
     def make(
         tokens: int, slots: int, slices: int, rank: int, device: Any, programs: int = PROGRAMS
-    ) -> Scratch:
+    ) -> TileScratch:
         """For launches of up to `tokens` tokens and `slices` slices."""
         small = min(tokens, SMALL_TOKENS)
         groups = [n * slices for n in range(1, most_tiles(small, slots, SMALL_ROWS) + 1)]
@@ -61,8 +69,8 @@ class Scratch:
         if tokens > small:
             groups.append(most_tiles(tokens, slots, LARGE_ROWS) * slices)
             values = max(values, groups[-1] * LARGE_SPLITS * LARGE_ROWS)
-        return Scratch(
-            torch.empty(values * _padded(rank), dtype=torch.float32, device=device),
+        return TileScratch(
+            torch.empty(values * padded_rank(rank), dtype=torch.float32, device=device),
             torch.zeros(MAX_SPLITS.bit_length(), max(groups), dtype=torch.int32, device=device),
         )
 
@@ -72,10 +80,6 @@ def splits(tile_count: int, programs: int = PROGRAMS) -> int:
     return min(MAX_SPLITS, 1 << max(0, (programs // tile_count).bit_length() - 1))
 
 
-def _padded(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
-
-
 def add_lora(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -83,7 +87,7 @@ def add_lora(
     b: tuple[torch.Tensor, ...],
     tiles: Sequence[torch.Tensor],
     present: torch.Tensor,
-    scratch: Scratch,
+    scratch: TileScratch,
     programs: int = PROGRAMS,
     **launch: Any,
 ) -> None:
@@ -91,16 +95,18 @@ def add_lora(
 
     x is [tokens, hidden]. y is [tokens, columns of all slices]. a[i] is [slots, 1, rank, hidden]
     and b[i] is [slots, 1, columns of slice i, rank]. `tiles` are the slot of each tile, -1 where
-    there is none, and its tokens (worker/engine/vllm/lora/step_metadata.py). Bit i of present[slot]
-    tells whether slice i of this layer has weights there.
+    there is none, and its tokens (step_metadata.py). present[slot] tells which slices of this layer
+    have weights there, and of what rank (presence.py).
     """
     slot_of, rows_of = tiles
     tokens, hidden = x.shape
     slots, rank, columns = a[0].shape[0], a[0].shape[-2], [t.shape[-2] for t in b]
-    rows, padded = rows_of.shape[1], _padded(rank)
+    rows, padded = rows_of.shape[1], padded_rank(rank)
     count = most_tiles(tokens, slots, rows) * len(b)
     parts = LARGE_SPLITS if rows == LARGE_ROWS else splits(count, programs)
     parts = launch.pop("splits", parts)
+    ranks = tuple(sorted({*(r for r in RANKS if r < padded), padded}))
+    block_k, block_n = launch.pop("block_k", 0), launch.pop("block_n", 0)
     if parts > 1 and scratch.partial.numel() < count * parts * rows * padded:
         raise ValueError(f"the scratch is too small for {count} times {parts} programs")
     _lora_linear[(count * parts,)](
@@ -117,7 +123,9 @@ def add_lora(
         present,
         HIDDEN=hidden,
         RANK=rank,
-        PADDED_RANK=padded,
+        RANKS=ranks,
+        ABOVE=(0, *ranks[:-1]),
+        RANK_AT=RANK_AT,
         SLICES=len(b),
         COLUMNS=tuple(columns),
         BEGINS=tuple(itertools.accumulate(columns, initial=0)),
@@ -125,9 +133,9 @@ def add_lora(
         PADDED_SLOTS=triton.next_power_of_2(slots),
         SPLITS=parts,
         ROWS=rows,
-        BLOCK_K=launch.pop("block_k", min(MAX_BLOCK_K, max(16, A_VALUES // padded))),
-        BLOCK_N=launch.pop(
-            "block_n", min(MAX_BLOCK_N, Y_VALUES // rows, max(16, B_VALUES // padded))
+        BLOCKS_K=tuple(block_k or min(MAX_BLOCK_K, max(16, A_VALUES // r)) for r in ranks),
+        BLOCKS_N=tuple(
+            block_n or min(MAX_BLOCK_N, Y_VALUES // rows, max(16, B_VALUES // r)) for r in ranks
         ),
         **({"num_warps": 4 if padded <= 128 else 8, "num_stages": 3} | launch),
     )
@@ -168,7 +176,7 @@ def _slice(
         at = k + tl.arange(0, BLOCK_K)
         inputs = x + token[:, None] * x_stride + at[None, :]
         weights = a + rank[None, :] * HIDDEN + at[:, None]
-        if HIDDEN % BLOCK_K == 0 and RANK == PADDED_RANK:
+        if HIDDEN % BLOCK_K == 0 and PADDED_RANK <= RANK:
             product = tl.dot(tl.load(inputs), tl.load(weights), product)
         else:
             inside = at < HIDDEN
@@ -200,7 +208,7 @@ def _slice(
         at = n + tl.arange(0, BLOCK_N)
         weights = b + at[None, :] * RANK + rank[:, None]
         outputs = y + token[:, None] * y_stride + at[None, :]
-        if COLUMNS % BLOCK_N == 0 and RANK == PADDED_RANK:
+        if COLUMNS % BLOCK_N == 0 and PADDED_RANK <= RANK:
             added = tl.dot(narrow, tl.load(weights))
             inside = live[:, None]
         else:
@@ -226,7 +234,9 @@ def _lora_linear(
     present,
     HIDDEN: tl.constexpr,
     RANK: tl.constexpr,
-    PADDED_RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    ABOVE: tl.constexpr,
+    RANK_AT: tl.constexpr,
     SLICES: tl.constexpr,
     COLUMNS: tl.constexpr,
     BEGINS: tl.constexpr,
@@ -234,8 +244,8 @@ def _lora_linear(
     PADDED_SLOTS: tl.constexpr,
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCKS_K: tl.constexpr,
+    BLOCKS_N: tl.constexpr,
 ):
     group = tl.program_id(0) // SPLITS
     part = tl.program_id(0) % SPLITS
@@ -248,26 +258,30 @@ def _lora_linear(
     has = tl.sum(tl.where(index == slot, of_each, 0), 0)  # loaded beside the slot, not after it
     live = token >= 0
     token = tl.where(live, token, 0)
+    rank = tl.minimum((has >> RANK_AT) & 0xFFFF, RANK)
+    place = partial + group * SPLITS * ROWS * RANKS[len(RANKS) - 1]
     for s in tl.static_range(SLICES):
         if (group % SLICES == s) & ((has >> s) & 1 != 0):
-            _slice(
-                x,
-                x_stride,
-                y + BEGINS[s],
-                y_stride,
-                a[s] + slot * RANK * HIDDEN,
-                b[s] + slot * COLUMNS[s] * RANK,
-                partial + group * SPLITS * ROWS * PADDED_RANK,
-                arrived + group,
-                token,
-                live,
-                part,
-                HIDDEN,
-                COLUMNS[s],
-                RANK,
-                PADDED_RANK,
-                SPLITS,
-                ROWS,
-                BLOCK_K,
-                BLOCK_N,
-            )
+            for r in tl.static_range(len(RANKS)):
+                if (rank > ABOVE[r]) & (rank <= RANKS[r]):
+                    _slice(
+                        x,
+                        x_stride,
+                        y + BEGINS[s],
+                        y_stride,
+                        a[s] + slot * RANK * HIDDEN,
+                        b[s] + slot * COLUMNS[s] * RANK,
+                        place,
+                        arrived + group,
+                        token,
+                        live,
+                        part,
+                        HIDDEN,
+                        COLUMNS[s],
+                        RANK,
+                        RANKS[r],
+                        SPLITS,
+                        ROWS,
+                        BLOCKS_K[r],
+                        BLOCKS_N[r],
+                    )

@@ -1,0 +1,1 @@
+"""Shell. Requests that workers die of: how the innocent are told from them."""

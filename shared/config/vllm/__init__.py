@@ -1,0 +1,1 @@
+"""Pure. What the installed vLLM says of a configuration."""

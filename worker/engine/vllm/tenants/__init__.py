@@ -1,0 +1,1 @@
+"""Shell. What keeps the tenants of one engine apart."""

@@ -1,0 +1,175 @@
+"""Shell. What the pictures of requests take in the worker's memory. A file of half a megabyte may
+be a picture of half a gigabyte, and a request may have hundreds of them. Without a bound one
+request could have the kernel kill the worker.
+
+A request with too many pixels is refused before any is decoded. Others wait for their turn until
+earlier pictures have left the memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import weakref
+from collections import deque
+from typing import Any
+
+from PIL import Image
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
+
+from worker.engine.vllm.tenants import picture_files
+from worker.engine.vllm.tenants.media_names import content_parsers
+
+MAX_PIXELS = 178_956_970
+"""Of all pictures of a request. vLLM and Pillow allow as many for one. They take 0.5 GiB as RGB."""
+MAX_PIXELS_AT_ONCE = 4 * MAX_PIXELS
+
+
+class PixelBudget:
+    """At most `most` pixels are held at once. Who comes first gets them first."""
+
+    def __init__(self, most: int) -> None:
+        self._free = most
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def take(self, pixels: int) -> None:
+        """Waits for them. `pixels` are at most as many as the budget has."""
+        if not self._waiting and pixels <= self._free:
+            self._free -= pixels
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((pixels, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                with contextlib.suppress(ValueError):  # it may have been passed over already
+                    self._waiting.remove((pixels, turn))
+                self._next()
+            else:
+                self.give_back(pixels)  # it had its turn in the same moment
+            raise
+
+    def give_back(self, pixels: int) -> None:
+        self._free += pixels
+        self._next()
+
+    def _next(self) -> None:
+        while self._waiting and self._waiting[0][0] <= self._free:
+            pixels, turn = self._waiting.popleft()
+            if not turn.done():
+                self._free -= pixels
+                turn.set_result(None)
+
+
+class HeldPixels:
+    """The pixels of one request, until the last of its pictures has been forgotten."""
+
+    def __init__(self, budget: PixelBudget, pixels: int) -> None:
+        self._budget, self._pixels = budget, pixels
+        self._loop = asyncio.get_running_loop()
+        self._left = 0
+
+    def until_forgotten(self, pictures: list[object]) -> None:
+        self._left = len(pictures)
+        if not pictures:
+            self.give_back()
+        for picture in pictures:
+            weakref.finalize(picture, self._forgotten).atexit = False
+
+    def _forgotten(self) -> None:
+        """In any thread: pictures are forgotten where they are used last."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._one_less)
+
+    def _one_less(self) -> None:
+        self._left -= 1
+        if not self._left:
+            self.give_back()
+
+    def give_back(self) -> None:
+        self._budget.give_back(self._pixels)
+
+
+def bound_pictures() -> None:
+    """Called once for each process."""
+    kind = content_parsers().AsyncMultiModalContentParser
+    parse, decode = kind.parse_image, kind._image_with_uuid_async
+    resolve = AsyncMultiModalItemTracker.resolve_items
+    if hasattr(parse, "bounded"):
+        return
+    picture_files.serve_usual_formats()
+    budget = PixelBudget(MAX_PIXELS_AT_ONCE)
+
+    @functools.wraps(parse)
+    def parse_noting(parser: Any, image_url: str | None, uuid: str | None = None) -> None:
+        parse(parser, image_url, uuid)
+        if image_url:
+            tracker = parser._tracker
+            if not hasattr(tracker, "pictures"):
+                tracker.pictures = []
+            tracker.pictures.append((parser, image_url))
+
+    @functools.wraps(decode)
+    async def decode_fetched(parser: Any, url: str | None, uuid: str | None) -> Any:
+        return await decode(parser, getattr(parser._tracker, "fetched", {}).get(url, url), uuid)
+
+    @functools.wraps(resolve)
+    async def resolve_bounded(tracker: Any) -> Any:
+        pixels = await _pixels(tracker)
+        if not pixels:
+            return await resolve(tracker)
+        await budget.take(pixels)
+        held = HeldPixels(budget, pixels)
+        try:
+            media, names = await resolve(tracker)
+        except BaseException:
+            held.give_back()
+            raise
+        held.until_forgotten([*_pictures_in(media)])
+        return media, names
+
+    parse_noting.bounded = True  # type: ignore[attr-defined]
+    kind.parse_image, kind._image_with_uuid_async = parse_noting, decode_fetched
+    AsyncMultiModalItemTracker.resolve_items = resolve_bounded
+
+
+async def _pixels(tracker: Any) -> int:
+    """Of all pictures of a request. Those that are elsewhere are fetched first: until then nobody
+    knows how large they are. Raises VLLMValidationError if they are too large together.
+    """
+    pictures = getattr(tracker, "pictures", ())
+    elsewhere = {url: parser for parser, url in pictures if picture_files.is_elsewhere(url)}
+    if elsewhere:
+        connector = next(iter(elsewhere.values()))._connector
+        tracker.fetched = await picture_files.fetch(connector, elsewhere)
+    pixels = 0
+    for _, url in pictures:
+        found = tracker.fetched[url] if url in elsewhere else url
+        pixels += await picture_files.pixels_beside_the_loop(found)
+        check(pixels)
+    return pixels
+
+
+def check(pixels: int) -> None:
+    """Raises VLLMValidationError if a request has too many."""
+    if pixels > MAX_PIXELS:
+        raise VLLMValidationError(
+            f"The pictures of a request may have at most {MAX_PIXELS} pixels together. Send fewer "
+            "or smaller ones.",
+            parameter="image_url",
+        )
+
+
+def _pictures_in(media: Any) -> list[object]:
+    """vLLM wraps each picture together with the bytes that it came from."""
+    found: list[object] = []
+    for items in (media or {}).values():
+        for item in items if isinstance(items, list) else ():
+            picture = item.get("image", item) if isinstance(item, dict) else item
+            picture = getattr(picture, "media", picture)
+            if isinstance(picture, Image.Image):
+                found.append(picture)
+    return found
