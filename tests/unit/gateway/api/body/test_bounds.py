@@ -192,7 +192,7 @@ def test_a_large_body_that_is_costly_is_refused_before_it_is_decoded(kind: str) 
 def test_a_large_picture_is_taken_and_decoded_at_once() -> None:
     picture = body(
         b'"messages":[{"content":[{"image_url":{"url":"data:image/png;base64,%b"}}]}]'
-        % (b"A" * 24 * MIB)
+        % (b"A" * 16 * MIB)
     )
     check_large_body(picture, TEXT)
     assert held_s(lambda: parse_body_fields(picture)) < HOLD_S
