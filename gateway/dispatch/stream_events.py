@@ -49,12 +49,14 @@ class StreamEvents:
             self._keepalive.leave(request)
         deaths = request.lifecycle.deaths
         request.lifecycle.on(RequestEvent.ANSWERED if in_background else RequestEvent.HEAD)
-        self._acquit(request, deaths)
+        if deaths:
+            self._acquit(request)
 
     def stream_progressed(self, request: InFlightRequest) -> None:
         deaths = request.lifecycle.deaths
         request.lifecycle.progressed()
-        self._acquit(request, deaths)
+        if deaths:
+            self._acquit(request)
 
     def stream_answered(self, request: InFlightRequest) -> None:
         self._endings.leave_client(request)
@@ -81,8 +83,8 @@ class StreamEvents:
     def stream_unknown(self, peer: bytes, sid: messages.StreamId) -> None:
         self._outbox.cancel(peer, sid)  # the worker has not heard yet
 
-    def _acquit(self, request: InFlightRequest, deaths: int) -> None:
-        """It has made progress. Before that, so many workers had died of it, as it seemed."""
-        if deaths and not request.lifecycle.deaths:
+    def _acquit(self, request: InFlightRequest) -> None:
+        """It has made progress, and workers had died of it before, as it seemed."""
+        if not request.lifecycle.deaths:
             self._deadly.forget(request, self._clock())
             self._on_acquitted(request.model.base)

@@ -346,7 +346,12 @@ class DiskCache:
         """
         partial = self._cache_folder.partial(key)
         download = Download(
-            job, partial, self._pace, self._budget, lambda: check.begin(partial / FILES)
+            job,
+            partial,
+            self._pace,
+            self._budget,
+            lambda: check.begin(partial / FILES),
+            self._heavy,
         )
         keep = handed_over = False
         try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -17,7 +18,14 @@ from shared.adapters.checks import AdapterFacts
 from shared.adapters.identity import AdapterRef, StoredAdapter
 from shared.errors import StoreUnavailable
 from shared.stores import AdapterStore
-from shared.stores.transfer import FilePart, PartBudget, PartId, Transfer, TransferRetries
+from shared.stores.transfer import (
+    PARTS_PER_ADAPTER,
+    FilePart,
+    PartBudget,
+    PartId,
+    Transfer,
+    TransferRetries,
+)
 from worker.disk.download_journal import DownloadJournal
 from worker.disk.layout import FILES
 
@@ -39,8 +47,8 @@ class FolderCheck(Protocol):
     """The check of one folder."""
 
     def look(self, part: FilePart) -> None:
-        """A part has come, and will not change any more. The check may look at it now; it is called
-        in a thread, and refuses nothing.
+        """A part has come, and will not change any more. The check may look at it now, even while
+        `facts` runs; it is called in a thread, and refuses nothing.
         """
         ...
 
@@ -71,7 +79,8 @@ class Download:
 
     `begin` begins a check of the files. Each source has its own, which looks at parts as they come;
     `check` is that of the last source. A thread that nobody waits for may still end a part of the
-    source before: it must not count.
+    source before: it must not count. The check looks in the threads of `looks`, and no part waits
+    for it: the engine may read the files meanwhile.
     """
 
     def __init__(
@@ -81,8 +90,10 @@ class Download:
         pace: TransferRetries,
         budget: PartBudget,
         begin: Callable[[], FolderCheck],
+        looks: Executor,
     ) -> None:
         self._job, self._stored, self._files = job, job.stored, partial / FILES
+        self._looks, self._may_look = looks, threading.Semaphore(PARTS_PER_ADAPTER)
         self._pace, self._budget, self._begin = pace, budget, begin
         self.check = begin()
         self._journal = DownloadJournal(partial, job.stored)
@@ -156,7 +167,7 @@ class Download:
         def on_part_of_source(part: FilePart, sha256: str) -> None:
             if check is self.check:
                 on_part(part, sha256)
-                check.look(part)
+                self._look(check, part)
 
         return Transfer(
             pace=self._pace,
@@ -177,6 +188,20 @@ class Download:
     def _on_peer_part(self, part: FilePart, sha256: str) -> None:
         self.peer_bytes += part.size_bytes
         self._note(part, sha256)
+
+    def _look(self, check: FolderCheck, part: FilePart) -> None:
+        """Few parts wait for a look, since others' checks wait behind them. `facts` looks at what
+        was left out.
+        """
+
+        def look() -> None:
+            try:
+                check.look(part)
+            finally:
+                self._may_look.release()
+
+        if self._may_look.acquire(blocking=False):
+            self._looks.submit(look)
 
     def _note(self, part: FilePart, sha256: str) -> None:
         self.parts[part.id] = sha256

@@ -81,6 +81,8 @@ class DeadlyRequests:
         life = request.lifecycle
         if life.deaths:
             return Suspicion(life.deaths, life.to_its_end)
+        if self._table.empty(now):
+            return NO_SUSPICION
         died = self.of(request, now)
         return NO_SUSPICION if died is None else Suspicion(1, died.begun)
 
@@ -99,6 +101,8 @@ class DeadlyRequests:
 
     def recall(self, request: InFlightRequest, now: float) -> None:
         """A new request goes on counting where the same one has ended. Raises as `check` does."""
+        if self._table.empty(now):
+            return
         self.check(request, now)
         died = self.of(request, now)
         if died is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Set
 
 from gateway.dispatch.deadly.death_table import RowKey
-from gateway.dispatch.deadly.requests import DeadlyRequests, Suspicion, key_of_request
+from gateway.dispatch.deadly.requests import DeadlyRequests, key_of_request
 from gateway.dispatch.request import InFlightRequest
 from gateway.dispatch.streams.stream_table import StreamTable
 from shared.link.messages import SUSPECTED
@@ -32,14 +32,11 @@ class Trials:
     def __init__(self, streams: StreamTable, deadly: DeadlyRequests) -> None:
         self._streams = streams
         self._deadly = deadly
+        self.suspicion = deadly.suspicion
         self._occupied: dict[bytes, float] = {}
         """Lives of workers that have a trial of another gateway: when to ask them again."""
         self._copies: dict[bytes, tuple[float, Set[RowKey]]] = {}
         """Lives of workers: until when it holds, and what was found there."""
-
-    def suspicion(self, request: InFlightRequest, now: float) -> Suspicion:
-        """See DeadlyRequests.suspicion."""
-        return self._deadly.suspicion(request, now)
 
     def admits(self, request: InFlightRequest, peer: bytes, now: float) -> bool:
         """Whether the request, which is suspected or a copy of one that is, may go to this life of

@@ -5,9 +5,12 @@ vLLM's own here: a test decides which headers are known, and when a file has bee
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,8 +18,11 @@ from typing import Any, cast
 import pytest
 
 from shared.adapters.identity import AdapterRef
+from shared.errors import InvalidAdapter
 from worker.engine.base import Loaded
-from worker.engine.vllm import adapters
+from worker.engine.vllm.adapters import front_end
+from worker.engine.vllm.adapters.front_end import Adapters
+from worker.engine.vllm.adapters.ready_socket import ReadySocket, tell
 from worker.engine.vllm.worker_extension import _StagingArea
 
 
@@ -45,6 +51,7 @@ class Area(_StagingArea):
         self._ready, self._bytes, self._failed, self._wanted = {}, {}, {}, {}
         self.templates = self._templates = Templates()  # type: ignore[assignment]
         self._thread = ThreadPoolExecutor(1)
+        self.ready_socket = ""
 
     def done(self) -> None:
         self.templates.go_on.set()
@@ -113,29 +120,149 @@ def test_nothing_stays_of_one_that_is_refused(area: Area, folders: tuple[str, st
 
 
 class NotingEngine:
-    """Notes what each call asks for. All that is watched is ready."""
+    """Notes what each call asks for. `state` is what each of `ranks` says of all that is watched.
+    The last argument of a call is where the ranks tell of what is ready.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, state: str | None = "", ranks: int = 1) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.state, self._ranks = state, ranks
         self.called = asyncio.Event()
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
         self.calls.append((method, *args))
         self.called.set()
-        return [["" for _ in args[1]]]
+        return [[self.state for _ in args[1]] for _ in range(self._ranks)]
 
 
-async def test_what_is_asked_for_does_not_wait_until_the_next_look(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(adapters, "POLL_S", 3600.0)
+@asynccontextmanager
+async def asked_of(engine: NotingEngine) -> AsyncIterator[Adapters]:
+    adapters = Adapters(cast(Any, engine))
+    try:
+        async with asyncio.timeout(60.0):
+            yield adapters
+    finally:
+        adapters.close()
+        if adapters._poll is not None:
+            adapters._poll.cancel()
+    assert not adapters._told and not adapters._preparing, "nothing stays of what is over"
+
+
+def loaded(int_id: int = 1) -> Loaded:
+    return Loaded(REF, int_id, Path("/entry"), 8, 0, 0.0, 0.0)
+
+
+REF = AdapterRef("base", "a", "0" * 16)
+
+
+@pytest.fixture
+def never_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_end, "ASK_AGAIN_S", 3600.0)
+
+
+@pytest.mark.usefixtures("never_again")
+async def test_what_is_asked_for_does_not_wait_until_the_next_look() -> None:
     engine = NotingEngine()
-    asked = adapters.Adapters(cast(Any, engine))
-    ref = AdapterRef("base", "a", "0" * 16)
-    asked.read_ahead(ref, 1, Path("/partial"))
-    async with asyncio.timeout(60.0):
+    async with asked_of(engine) as adapters:
+        adapters.read_ahead(REF, 1, Path("/partial"))
         await engine.called.wait()
-        await asked.prepare(Loaded(ref, 1, Path("/entry"), 8, 0, 0.0, 0.0))
+        await adapters.prepare(loaded())
     assert [call[1][0][2:] for call in engine.calls] == [("/partial", False), ("/entry", True)]
-    assert asked._poll is not None
-    asked._poll.cancel()
+
+
+@pytest.mark.usefixtures("never_again")
+async def test_an_adapter_is_ready_once_the_last_rank_has_told_of_it() -> None:
+    engine = NotingEngine(None, ranks=2)
+    async with asked_of(engine) as adapters:
+        prepared = asyncio.create_task(adapters.prepare(loaded()))
+        await engine.called.wait()
+        socket = engine.calls[0][-1]
+        tell(socket, 7, "")  # nobody wants it
+        tell(socket, 1, "")
+        while len(adapters._told[1]) < 1:
+            await asyncio.sleep(0)
+        assert not prepared.done()
+        tell(socket, 1, "")
+        await prepared
+        assert adapters._poll is not None
+        await adapters._poll  # nobody is left to ask for
+    assert len(engine.calls) == 1
+
+
+@pytest.mark.usefixtures("never_again")
+async def test_what_was_read_ahead_on_all_ranks_is_ready_without_a_further_call() -> None:
+    engine = NotingEngine(None)
+    async with asked_of(engine) as adapters:
+        adapters.read_ahead(REF, 1, Path("/partial"))
+        await engine.called.wait()
+        tell(engine.calls[0][-1], 1, "")
+        while not adapters._told[1]:
+            await asyncio.sleep(0)
+        await adapters.prepare(loaded())
+    assert len(engine.calls) == 1
+
+
+async def test_a_rank_whose_words_are_lost_is_asked() -> None:
+    engine = NotingEngine(None)
+    async with asked_of(engine) as adapters:
+        prepared = asyncio.create_task(adapters.prepare(loaded()))
+        await engine.called.wait()
+        engine.state = ""
+        await prepared
+
+
+@pytest.mark.usefixtures("never_again")
+async def test_the_reason_of_one_rank_is_the_answer() -> None:
+    engine = NotingEngine(None, ranks=2)
+    async with asked_of(engine) as adapters:
+        prepared = asyncio.create_task(adapters.prepare(loaded()))
+        await engine.called.wait()
+        tell(engine.calls[0][-1], 1, "")
+        tell(engine.calls[0][-1], 1, "it has no weights, " + "really " * 1000)
+        with pytest.raises(InvalidAdapter, match="it has no weights"):
+            await prepared
+
+
+@pytest.mark.usefixtures("never_again")
+async def test_what_is_no_message_changes_nothing() -> None:
+    engine = NotingEngine(None)
+    async with asked_of(engine) as adapters:
+        prepared = asyncio.create_task(adapters.prepare(loaded()))
+        await engine.called.wait()
+        path = engine.calls[0][-1]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as foreign:
+            for data in (b"", b"[]", b"[1]", b'["1",""]', b"\xff" * 10_000, b'[1,""'):
+                foreign.sendto(data, path)
+        tell(path, 1, "")
+        await prepared
+    tell(path, 1, "")  # nobody listens any more
+    assert not os.path.exists(path)  # noqa: ASYNC240
+
+
+async def test_a_rank_tells_of_what_it_has_prepared_and_of_what_it_cannot(
+    area: Area, folders: tuple[str, str]
+) -> None:
+    told: list[tuple[int, str]] = []
+    all_told = asyncio.Event()
+
+    def on_ready(int_id: int, words: str) -> None:
+        told.append((int_id, words))
+        if len(told) == 2:
+            all_told.set()
+
+    def refuse(*_: object) -> Any:
+        raise RuntimeError("it has no weights")
+
+    ready = ReadySocket(on_ready)
+    area.ready_socket = ready.path
+    area.templates.go_on.set()
+    area.start("a", 1, folders[0], False)
+    area.done()
+    area.templates.known, area.templates.read = False, refuse  # type: ignore[method-assign]
+    area.start("b", 2, folders[0], False)  # it has to wait until it is checked
+    area.done()
+    area.start("b", 2, folders[1], True)
+    async with asyncio.timeout(60.0):
+        await all_told.wait()
+    ready.close()
+    assert told == [(1, ""), (2, "it has no weights")]

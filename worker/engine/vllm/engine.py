@@ -54,7 +54,7 @@ from worker.engine.base import (
 )
 from worker.engine.hang_detection import EngineSigns
 from worker.engine.vllm import logprobs, patches
-from worker.engine.vllm.adapters import Adapters, lora_request
+from worker.engine.vllm.adapters.front_end import Adapters, lora_request
 from worker.engine.vllm.app import (
     embedding_forms,
     first_errors,
@@ -344,6 +344,8 @@ class VLLMEngine:
             if task is not None:
                 task.cancel()
         self._processes.unwatch()
+        if self._adapters is not None:
+            self._adapters.close()
         if self._broken:
             self._processes.kill()  # a stopped or stuck process would only be waited for
         if self._engine is not None:

@@ -24,6 +24,7 @@ from worker.engine.vllm import patches
 # to be installed.
 patches.apply()
 
+from worker.engine.vllm.adapters.ready_socket import tell  # noqa: E402
 from worker.engine.vllm.lora import layers as lora_layers  # noqa: E402
 from worker.engine.vllm.lora.files import has_fused_experts  # noqa: E402
 from worker.engine.vllm.tensor_replay.file_templates import (  # noqa: E402
@@ -50,16 +51,21 @@ class AdapterSlots:
     model_runner: Any
 
     def loraplex_prepare(
-        self, start: list[tuple[str, int, str, bool]], watch: list[int], drop: Sequence[int] = ()
+        self,
+        start: list[tuple[str, int, str, bool]],
+        watch: list[int],
+        drop: Sequence[int] = (),
+        ready_socket: str = "",
     ) -> list[str | None]:
         """Starts to prepare adapters, and returns at once. Each is a (name, int id, folder, whether
         it was checked). One that was not is read if its header is known, so only values differ.
-        Those of `drop` are not wanted any more.
+        Those of `drop` are not wanted any more. What is prepared later is told to `ready_socket`.
 
         Returns one entry per id in `watch`: None while the adapter is being prepared, "" once it is
         ready, else the reason why it cannot be loaded.
         """
         staging = self._loraplex().staging
+        staging.ready_socket = ready_socket
         for int_id in drop:
             staging.drop(int_id)
         for request in start:
@@ -196,6 +202,7 @@ class _StagingArea:
         lora_manager._lora_model_cls = TracedLoRAModel
         self._templates = FileTemplates(lora_manager.lora_config.lora_dtype)
         device = manager.device
+        self.ready_socket = ""  # where to tell of what is prepared
         self._thread = ThreadPoolExecutor(
             1, "loraplex-prepare", initializer=_use_device, initargs=(device,)
         )
@@ -283,6 +290,8 @@ class _StagingArea:
             else:
                 self._ready[int_id] = made
                 self._bytes[int_id] = sum(t.nbytes for _, _, t in tensors(made))
+        if self.ready_socket:
+            tell(self.ready_socket, int_id, failure)
 
     def _read_ahead(self, int_id: int, folder: str) -> Any | None:
         """The adapter, if all that is new of it are its values and they can be read. Its folder

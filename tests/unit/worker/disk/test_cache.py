@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,14 @@ from shared.errors import AdapterNotFound, InvalidAdapter, StoreUnavailable
 from shared.stores import transfer as transfer_module
 from shared.stores.local import LocalStore
 from shared.stores.object_store import StoreProblem, unavailable
-from shared.stores.transfer import FilePart, PartBudget, Transfer, TransferRetries, parts_of
+from shared.stores.transfer import (
+    PARTS_PER_ADAPTER,
+    FilePart,
+    PartBudget,
+    Transfer,
+    TransferRetries,
+    parts_of,
+)
 from tests.store_servers import LocalPlace
 from tests.unit.worker.disk.whole_check import WholeCheck
 from worker.disk import cache as cache_module
@@ -54,6 +61,7 @@ class WatchedStore(LocalStore):
         self.asked: list[tuple[str, int]] = []
         self.limit = 10**9
         self.failure: Exception | None = None
+        self.fails_once: Callable[[], object] = lambda: True
         self.at_limit, self.go = asyncio.Event(), asyncio.Event()
 
     @asynccontextmanager
@@ -63,6 +71,8 @@ class WatchedStore(LocalStore):
         if len(self.asked) >= self.limit:
             self.at_limit.set()
             if self.failure is not None:
+                while not self.fails_once():
+                    await asyncio.sleep(0)
                 raise self.failure
             await self.go.wait()
         self.asked.append((file.path, offset))
@@ -470,6 +480,7 @@ async def test_what_the_last_process_left_half_done_goes_before_whole_adapters(h
     cache.keep(())
     cut = host.store()
     cut.limit, cut.failure = 2, unavailable(StoreProblem.UNREACHABLE)
+    cut.fails_once = lambda: (there := cache.cached_on_disk(b[0])) and there.parts
     with pytest.raises(StoreUnavailable):
         await cache.fetch(*b, cut, host.check)
     await cache.fetch(*await host.look_up("c"), host.store(), host.check)
@@ -597,37 +608,43 @@ async def test_files_are_shown_before_their_check_only_if_all_came_from_the_stor
 
 
 class LookingCheck:
-    """Looks at each part as it comes, and refuses a folder of which one began with `bad`."""
+    """Looks at parts as they come, and refuses a folder of which one begins with `bad`. A look
+    waits until `go`.
+    """
 
     rules = "looks"
 
     def __init__(self) -> None:
         self.begun: list[LookedAt] = []
+        self.go = threading.Event()
+        self.go.set()
 
     def begin(self, folder: Path) -> LookedAt:
-        self.begun.append(LookedAt(folder))
+        self.begun.append(LookedAt(folder, self.go))
         return self.begun[-1]
 
 
 class LookedAt:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, go: threading.Event) -> None:
+        self._folder, self._go = folder, go
+        self.asked: list[tuple[str, int]] = []
         self.parts: dict[tuple[str, int], bytes] = {}
-        self.bad = False
 
     def look(self, part: FilePart) -> None:
+        self.asked.append(part.id)
+        assert self._go.wait(60)
         with (self._folder / part.file.path).open("rb") as f:
             f.seek(part.offset)
             self.parts[part.id] = f.read(part.size_bytes)
-        self.bad = self.bad or self.parts[part.id].startswith(b"bad")
 
     def facts(self) -> AdapterFacts:
-        if self.bad:
+        seen = [*self.parts.values(), (self._folder / WEIGHTS).read_bytes()]
+        if any(data.startswith(b"bad") for data in seen):
             raise InvalidAdapter("It is bad.", "nonfinite")
         return AdapterFacts(8, 0, ())
 
 
-async def test_each_part_is_looked_at_once_it_is_whole_unless_it_was_there(host: Host) -> None:
+async def test_parts_are_looked_at_once_they_are_whole_unless_they_were_there(host: Host) -> None:
     weights = os.urandom(9 * PART + 5)
     host.put("a", weights)
     ref, stored = await host.look_up("a")
@@ -635,11 +652,31 @@ async def test_each_part_is_looked_at_once_it_is_whole_unless_it_was_there(host:
     store.limit, store.failure = 6, unavailable(StoreProblem.FAILED, "down")
     with pytest.raises(StoreUnavailable):
         await host.cache().fetch(ref, stored, store, check)
-    await host.cache().fetch(ref, stored, host.store(), check)
-    first, second = (begun.parts for begun in check.begun if begun.parts)
-    assert first and second and not first.keys() & second.keys()
-    looked = first | second
-    assert b"".join(looked[WEIGHTS, number] for number in range(10)) == weights
+    cache = host.cache()
+    await cache.fetch(ref, stored, host.store(), check)
+    cache._heavy.shutdown(wait=True)
+    first, second = (begun.parts for begun in check.begun if begun.asked)
+    assert second and not first.keys() & second.keys()
+    for (path, number), seen in (first | second).items():
+        at = number * PART
+        assert path != WEIGHTS or seen == weights[at : at + PART]
+
+
+async def test_a_download_ends_while_its_first_parts_are_still_looked_at(host: Host) -> None:
+    """Few looks wait, since the checks of other adapters wait behind them."""
+    host.put("a", os.urandom(20 * PART))
+    ref, stored = await host.look_up("a")
+    cache, check, brought = host.cache(), LookingCheck(), asyncio.Event()
+    check.go.clear()
+    fetched = asyncio.create_task(
+        cache.fetch(ref, stored, host.store(), check, (), lambda _: brought.set())
+    )
+    async with asyncio.timeout(60):
+        await brought.wait()
+    waiting = cache._heavy._work_queue.qsize()
+    check.go.set()
+    assert (await fetched).facts.rank == 8
+    assert 0 < waiting <= PARTS_PER_ADAPTER
 
 
 async def test_a_thread_that_still_ends_a_peers_part_does_not_count_for_the_store(

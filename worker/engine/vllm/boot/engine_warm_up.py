@@ -15,7 +15,7 @@ from typing import Any
 from shared.adapters.identity import AdapterRef
 from shared.errors import EngineFailure
 from worker.engine.base import EngineRequest, Loaded, Reply, Swap
-from worker.engine.vllm.adapters import Adapters
+from worker.engine.vllm.adapters.front_end import Adapters
 from worker.engine.vllm.boot.warm_up_requests import WARM_UP_TOKENS, WARM_UPS, prefills, warm_up
 
 log = logging.getLogger("loraplex.vllm")

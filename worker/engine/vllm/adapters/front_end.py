@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,14 @@ from shared.adapters.base_layers import BaseShapes
 from shared.adapters.identity import AdapterRef
 from shared.errors import EngineFailure, InvalidAdapter
 from worker.engine.base import Loaded, Swap, Swapped
+from worker.engine.vllm.adapters.ready_socket import ReadySocket
 from worker.engine.vllm.lora.layers import join
 
 # A utility call waits for the running step. One that takes this long never answers: the engine
 # died.
 UTILITY_TIMEOUT_S = 300.0
-# Time between two looks at what is being prepared, if nothing else is asked for meanwhile. One call
-# asks for all of them, and none is made while nothing is being prepared. While steps run, each call
-# waits for the end of one, so this is the time of an idle engine alone.
-POLL_S = 0.002
+# The ranks tell what they have prepared. Time until they are asked, in case that was lost.
+ASK_AGAIN_S = 0.25
 _PATH = re.compile(r"(/[\w.\-]+){2,}")
 
 
@@ -37,21 +37,31 @@ class Adapters:
         self._new: list[tuple[str, int, str, bool]] = []  # the last: whether it was checked
         self._gone: list[int] = []
         self._preparing: dict[int, asyncio.Future[str]] = {}
+        self._told: dict[int, list[str]] = {}  # int id -> what ranks said, while it is wanted
+        self._ranks = 0
+        self._ready = ReadySocket(self._on_ready)
         self._asked = asyncio.Event()
         self._poll: asyncio.Task[None] | None = None
 
+    def close(self) -> None:
+        self._ready.close()
+
     def read_ahead(self, ref: AdapterRef, int_id: int, folder: Path) -> None:
+        self._told[int_id] = []
         self._new.append((_name(ref), int_id, str(folder), False))
         self._ask()
 
     def forget(self, int_id: int) -> None:
+        self._told.pop(int_id, None)
         self._gone.append(int_id)
         self._ask()
 
     async def prepare(self, adapter: Loaded) -> None:
         prepared = self._preparing[adapter.int_id] = asyncio.get_running_loop().create_future()
-        self._new.append((*_fields(adapter), True))
-        self._ask()
+        self._told.setdefault(adapter.int_id, [])
+        if not self._all_told(adapter.int_id):  # else it was read ahead, and nothing is left to do
+            self._new.append((*_fields(adapter), True))
+            self._ask()
         failure = await prepared
         if failure:
             # Another rank may have prepared it.
@@ -95,23 +105,45 @@ class Adapters:
                 new, self._new = self._new, []
                 gone, self._gone = self._gone, []
                 watched = list(self._preparing)
-                ranks = await self._call("loraplex_prepare", new, watched, gone)
+                ranks = await self._call("loraplex_prepare", new, watched, gone, self._ready.path)
+                self._ranks = len(ranks)
                 for int_id, states in zip(watched, zip(*ranks, strict=True), strict=True):
                     if None not in states:
-                        self._answer(int_id, next((words for words in states if words), ""))
+                        self._answer(int_id, states)
+                    else:
+                        self._all_told(int_id)
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(POLL_S):
+                    async with asyncio.timeout(ASK_AGAIN_S):
                         await self._asked.wait()
         except EngineFailure as exc:
             for prepared in self._preparing.values():
                 if not prepared.done():
                     prepared.set_exception(EngineFailure(exc.message))
             self._preparing.clear()
+            self._told.clear()
 
-    def _answer(self, int_id: int, failure: str) -> None:
-        prepared = self._preparing.pop(int_id)
+    def _on_ready(self, int_id: int, words: str) -> None:
+        if int_id in self._told:
+            self._told[int_id].append(words)
+            self._all_told(int_id)
+
+    def _all_told(self, int_id: int) -> bool:
+        """Whether all ranks have told of it; then whoever waits for it has the answer."""
+        told = self._told.get(int_id, [])
+        if not 0 < self._ranks <= len(told):
+            return False
+        self._answer(int_id, told)
+        return True
+
+    def _answer(self, int_id: int, ranks: Sequence[str]) -> None:
+        prepared = self._preparing.pop(int_id, None)
+        if prepared is None:  # read ahead, or answered on the other way
+            return
+        del self._told[int_id]
+        if not self._preparing:
+            self._asked.set()  # nobody is left to look for
         if not prepared.done():  # the caller may have been cancelled
-            prepared.set_result(failure)
+            prepared.set_result(next((words for words in ranks if words), ""))
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
         """Calls `method` on every rank. Returns one answer per rank. Raises EngineFailure."""

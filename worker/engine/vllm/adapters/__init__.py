@@ -1,0 +1,1 @@
+"""Shell. Brings adapters into the engine, from the side of the process that serves."""
