@@ -39,9 +39,10 @@ MAX_BACKOFF_S = 5.0
 # Received pieces are gathered to this size before a thread writes them. Each hand-over to a thread
 # costs about 0.1 ms.
 WRITE_BYTES = 1 << 20
-# What is hashed and written in one call. It stays in a core's cache. Linux looks for a large page
-# of memory for a large write, and ext4 took five times as long for calls of 4 MiB.
-CALL_BYTES = 1 << 18
+# What is read, hashed and written in one call each. Each call waits for the interpreter, which a
+# busy loop has for milliseconds. It stays in a core's cache. Linux looks for a large page of memory
+# for a large write, and ext4 took five times as long for calls of 4 MiB.
+CALL_BYTES = 1 << 20
 
 
 class FileBytes(NamedTuple):

@@ -30,7 +30,7 @@ from shared.errors import InvalidAdapter
 if TYPE_CHECKING:
     import numpy as np
 
-PIECE_BYTES = 1 << 19  # half a MiB: the piece and its float32 form stay in a core's cache
+PIECE_BYTES = 1 << 20  # a piece stays in a core's cache
 
 
 class _Block(NamedTuple):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -22,8 +23,17 @@ from shared.errors import InvalidAdapter
 from worker.engine.base import Loaded
 from worker.engine.vllm.adapters import front_end
 from worker.engine.vllm.adapters.front_end import Adapters
-from worker.engine.vllm.adapters.ready_socket import ReadySocket, tell
-from worker.engine.vllm.worker_extension import _StagingArea
+from worker.engine.vllm.adapters.prepare_link import (
+    FOLDER_ENV,
+    Drop,
+    Prepare,
+    PrepareLink,
+    RankLink,
+    Ready,
+    Request,
+    rank_link,
+)
+from worker.engine.vllm.worker_extension import STAGED_BYTES, _StagingArea
 
 
 class Templates:
@@ -51,7 +61,7 @@ class Area(_StagingArea):
         self._ready, self._bytes, self._failed, self._wanted = {}, {}, {}, {}
         self.templates = self._templates = Templates()  # type: ignore[assignment]
         self._thread = ThreadPoolExecutor(1)
-        self.ready_socket = ""
+        self.link = None
 
     def done(self) -> None:
         self.templates.go_on.set()
@@ -121,31 +131,47 @@ def test_nothing_stays_of_one_that_is_refused(area: Area, folders: tuple[str, st
 
 class NotingEngine:
     """Notes what each call asks for. `state` is what each of `ranks` says of all that is watched.
-    The last argument of a call is where the ranks tell of what is ready.
+    `links` are those of them that the link reaches, and `requests` what came on it.
     """
 
-    def __init__(self, state: str | None = "", ranks: int = 1) -> None:
+    def __init__(self, state: str | None = "", ranks: int = 1, linked: int | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self.state, self._ranks = state, ranks
+        self.state, self.ranks = state, ranks
         self.called = asyncio.Event()
+        self.requests = queue.SimpleQueue[Request]()
+        self.linked = ranks if linked is None else linked
+        self.links: list[RankLink] = []
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
         self.calls.append((method, *args))
         self.called.set()
-        return [[self.state for _ in args[1]] for _ in range(self._ranks)]
+        return [[self.state for _ in args[1]] for _ in range(self.ranks)]
+
+    async def request(self) -> Request:
+        """The next one on the link."""
+        return await asyncio.to_thread(self.requests.get, timeout=60.0)
+
+    def tell(self, int_id: int, failure: str = "", rank: int = 0) -> None:
+        self.links[rank].tell(Ready(int_id, failure))
 
 
 @asynccontextmanager
 async def asked_of(engine: NotingEngine) -> AsyncIterator[Adapters]:
-    adapters = Adapters(cast(Any, engine))
+    link = PrepareLink()
+    folder = Path(os.environ[FOLDER_ENV])
+    engine.links = [RankLink(folder, engine.requests.put) for _ in range(engine.linked)]
+    adapters = Adapters(cast(Any, engine), link, engine.ranks)
     try:
         async with asyncio.timeout(60.0):
             yield adapters
     finally:
-        adapters.close()
+        link.close()
         if adapters._poll is not None:
             adapters._poll.cancel()
     assert not adapters._told and not adapters._preparing, "nothing stays of what is over"
+    assert FOLDER_ENV not in os.environ
+    assert not folder.exists()  # noqa: ASYNC240
+    engine.tell(1) if engine.links else None  # nobody listens any more
 
 
 def loaded(int_id: int = 1) -> Loaded:
@@ -153,53 +179,54 @@ def loaded(int_id: int = 1) -> Loaded:
 
 
 REF = AdapterRef("base", "a", "0" * 16)
+AHEAD = Prepare(f"base:a@{'0' * 16}", 1, "/partial", False)
+CHECKED = Prepare(f"base:a@{'0' * 16}", 1, "/entry", True)
 
 
 @pytest.fixture
-def never_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def never_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front_end, "ASK_AGAIN_S", 3600.0)
 
 
-@pytest.mark.usefixtures("never_again")
-async def test_what_is_asked_for_does_not_wait_until_the_next_look() -> None:
-    engine = NotingEngine()
-    async with asked_of(engine) as adapters:
-        adapters.read_ahead(REF, 1, Path("/partial"))
-        await engine.called.wait()
-        await adapters.prepare(loaded())
-    assert [call[1][0][2:] for call in engine.calls] == [("/partial", False), ("/entry", True)]
-
-
-@pytest.mark.usefixtures("never_again")
-async def test_an_adapter_is_ready_once_the_last_rank_has_told_of_it() -> None:
+@pytest.mark.usefixtures("never_asked")
+async def test_an_adapter_is_ready_once_the_last_rank_has_told_of_it_without_a_call() -> None:
     engine = NotingEngine(None, ranks=2)
     async with asked_of(engine) as adapters:
         prepared = asyncio.create_task(adapters.prepare(loaded()))
-        await engine.called.wait()
-        socket = engine.calls[0][-1]
-        tell(socket, 7, "")  # nobody wants it
-        tell(socket, 1, "")
+        assert [await engine.request() for _ in range(2)] == [CHECKED] * 2
+        engine.tell(7)  # nobody wants it
+        engine.tell(1)
         while len(adapters._told[1]) < 1:
             await asyncio.sleep(0)
         assert not prepared.done()
-        tell(socket, 1, "")
+        engine.tell(1, rank=1)
         await prepared
         assert adapters._poll is not None
         await adapters._poll  # nobody is left to ask for
-    assert len(engine.calls) == 1
+    assert not engine.calls
 
 
-@pytest.mark.usefixtures("never_again")
-async def test_what_was_read_ahead_on_all_ranks_is_ready_without_a_further_call() -> None:
+@pytest.mark.usefixtures("never_asked")
+async def test_what_was_read_ahead_on_all_ranks_is_ready_at_once() -> None:
     engine = NotingEngine(None)
     async with asked_of(engine) as adapters:
         adapters.read_ahead(REF, 1, Path("/partial"))
-        await engine.called.wait()
-        tell(engine.calls[0][-1], 1, "")
+        assert await engine.request() == AHEAD
+        engine.tell(1)
         while not adapters._told[1]:
             await asyncio.sleep(0)
         await adapters.prepare(loaded())
-    assert len(engine.calls) == 1
+    assert not engine.calls and engine.requests.empty()
+
+
+@pytest.mark.usefixtures("never_asked")
+async def test_one_that_is_not_wanted_any_more_is_dropped_and_forgotten() -> None:
+    engine = NotingEngine(None)
+    async with asked_of(engine) as adapters:
+        adapters.read_ahead(REF, 1, Path("/partial"))
+        adapters.forget(1)
+        assert [await engine.request() for _ in range(2)] == [AHEAD, Drop(1)]
+        engine.tell(1)  # it was ready just then
 
 
 async def test_a_rank_whose_words_are_lost_is_asked() -> None:
@@ -211,58 +238,93 @@ async def test_a_rank_whose_words_are_lost_is_asked() -> None:
         await prepared
 
 
-@pytest.mark.usefixtures("never_again")
+@pytest.mark.parametrize(("ranks", "linked"), [(1, 0), (2, 1), (1, 2)])
+async def test_ranks_that_the_link_does_not_reach_are_called(ranks: int, linked: int) -> None:
+    engine = NotingEngine(None, ranks, linked)
+    async with asked_of(engine) as adapters:
+        adapters.read_ahead(REF, 1, Path("/partial"))
+        adapters.read_ahead(REF, 2, Path("/partial"))
+        adapters.forget(2)
+        await engine.called.wait()
+        prepared = asyncio.create_task(adapters.prepare(loaded()))
+        engine.state = ""
+        await prepared
+    started = [start[2:] for call in engine.calls for start in call[1]]
+    assert started == [("/partial", False)] * 2 + [("/entry", True)]
+    assert [2] in [list(call[3]) for call in engine.calls] and engine.requests.empty()
+
+
+async def test_a_rank_that_has_ended_is_called() -> None:
+    engine = NotingEngine()
+    async with asked_of(engine) as adapters:
+        engine.links[0]._socket.shutdown(socket.SHUT_RD)
+        await adapters.prepare(loaded())
+    assert engine.calls
+
+
+@pytest.mark.usefixtures("never_asked")
 async def test_the_reason_of_one_rank_is_the_answer() -> None:
     engine = NotingEngine(None, ranks=2)
     async with asked_of(engine) as adapters:
         prepared = asyncio.create_task(adapters.prepare(loaded()))
-        await engine.called.wait()
-        tell(engine.calls[0][-1], 1, "")
-        tell(engine.calls[0][-1], 1, "it has no weights, " + "really " * 1000)
+        engine.tell(1)
+        engine.tell(1, "it has no weights, " + "really " * 1000, rank=1)
         with pytest.raises(InvalidAdapter, match="it has no weights"):
             await prepared
 
 
-@pytest.mark.usefixtures("never_again")
+@pytest.mark.usefixtures("never_asked")
 async def test_what_is_no_message_changes_nothing() -> None:
     engine = NotingEngine(None)
     async with asked_of(engine) as adapters:
         prepared = asyncio.create_task(adapters.prepare(loaded()))
-        await engine.called.wait()
-        path = engine.calls[0][-1]
+        folder = Path(os.environ[FOLDER_ENV])
+        assert await engine.request() == CHECKED
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as foreign:
-            for data in (b"", b"[]", b"[1]", b'["1",""]', b"\xff" * 10_000, b'[1,""'):
-                foreign.sendto(data, path)
-        tell(path, 1, "")
+            for path in folder.iterdir():  # noqa: ASYNC240
+                for data in (b"", b"[]", b'{"type":"ready"}', b"\xff" * 10_000, b"{"):
+                    foreign.sendto(data, str(path))
+        adapters.forget(9)
+        assert await engine.request() == Drop(9)
+        engine.tell(1)
         await prepared
-    tell(path, 1, "")  # nobody listens any more
-    assert not os.path.exists(path)  # noqa: ASYNC240
 
 
 async def test_a_rank_tells_of_what_it_has_prepared_and_of_what_it_cannot(
     area: Area, folders: tuple[str, str]
 ) -> None:
-    told: list[tuple[int, str]] = []
+    told: list[Ready] = []
     all_told = asyncio.Event()
 
-    def on_ready(int_id: int, words: str) -> None:
-        told.append((int_id, words))
-        if len(told) == 2:
+    def on_ready(ready: Ready) -> None:
+        told.append(ready)
+        if len(told) == 3:
             all_told.set()
 
     def refuse(*_: object) -> Any:
         raise RuntimeError("it has no weights")
 
-    ready = ReadySocket(on_ready)
-    area.ready_socket = ready.path
+    link = PrepareLink()
+    link.listen(on_ready)
+    area.link = rank_link(area._on_request)
     area.templates.go_on.set()
-    area.start("a", 1, folders[0], False)
-    area.done()
-    area.templates.known, area.templates.read = False, refuse  # type: ignore[method-assign]
-    area.start("b", 2, folders[0], False)  # it has to wait until it is checked
-    area.done()
-    area.start("b", 2, folders[1], True)
+    assert link.send(Prepare("a", 1, folders[0], False), 1)
     async with asyncio.timeout(60.0):
+        while not told:
+            await asyncio.sleep(0)
+        area.templates.known, area.templates.read = False, refuse  # type: ignore[method-assign]
+        for start in (Prepare("b", 2, folders[0], False), Prepare("b", 2, folders[1], True)):
+            assert link.send(start, 1)
+        while len(told) < 2:
+            await asyncio.sleep(0)
+        area._bytes[9] = STAGED_BYTES + 1
+        assert link.send(
+            Prepare("c", 3, folders[0], False), 1
+        )  # it has to wait until it is checked
+        assert link.send(Prepare("c", 3, folders[1], True), 1)
         await all_told.wait()
-    ready.close()
-    assert told == [(1, ""), (2, "it has no weights")]
+        assert link.send(Drop(1), 1)
+        while 1 in area._ready:
+            await asyncio.sleep(0)
+    link.close()
+    assert told == [Ready(1, ""), Ready(2, "it has no weights"), Ready(3, "")]

@@ -55,6 +55,7 @@ from worker.engine.base import (
 from worker.engine.hang_detection import EngineSigns
 from worker.engine.vllm import logprobs, patches
 from worker.engine.vllm.adapters.front_end import Adapters, lora_request
+from worker.engine.vllm.adapters.prepare_link import PrepareLink
 from worker.engine.vllm.app import (
     embedding_forms,
     first_errors,
@@ -137,6 +138,7 @@ class VLLMEngine:
         self.fast: FastServing | None = None
         self._on_death: Callable[[str], None] | None = None
         self._adapters: Adapters | None = None
+        self._link: PrepareLink | None = None
         self._watch: asyncio.Task[None] | None = None
         self._pace: asyncio.Task[None] | None = None
         self._processes = EngineProcesses()
@@ -163,6 +165,7 @@ class VLLMEngine:
 
     async def _start(self) -> EngineFacts:
         self._processes.boot()
+        self._link = PrepareLink()
         try:
             self._engine = await self._booted()
         except Exception as exc:
@@ -174,7 +177,8 @@ class VLLMEngine:
         assert engine is not None
         tenants.install(engine, self._args.allowed_media_domains)
         self._stage = "making the server"
-        self._adapters = Adapters(engine)
+        ranks = engine.vllm_config.parallel_config.world_size
+        self._adapters = Adapters(engine, self._link, ranks)
         supported = tuple(await engine.get_supported_tasks())
         # What a model's pooler could do is more than what it is configured for.
         only = engine.model_config.get_pooling_task(supported)
@@ -344,8 +348,8 @@ class VLLMEngine:
             if task is not None:
                 task.cancel()
         self._processes.unwatch()
-        if self._adapters is not None:
-            self._adapters.close()
+        if self._link is not None:
+            self._link.close()
         if self._broken:
             self._processes.kill()  # a stopped or stuck process would only be waited for
         if self._engine is not None:

@@ -24,7 +24,7 @@ from worker.engine.vllm import patches
 # to be installed.
 patches.apply()
 
-from worker.engine.vllm.adapters.ready_socket import tell  # noqa: E402
+from worker.engine.vllm.adapters.prepare_link import Drop, Ready, Request, rank_link  # noqa: E402
 from worker.engine.vllm.lora import layers as lora_layers  # noqa: E402
 from worker.engine.vllm.lora.files import has_fused_experts  # noqa: E402
 from worker.engine.vllm.tensor_replay.file_templates import (  # noqa: E402
@@ -51,21 +51,16 @@ class AdapterSlots:
     model_runner: Any
 
     def loraplex_prepare(
-        self,
-        start: list[tuple[str, int, str, bool]],
-        watch: list[int],
-        drop: Sequence[int] = (),
-        ready_socket: str = "",
+        self, start: list[tuple[str, int, str, bool]], watch: list[int], drop: Sequence[int] = ()
     ) -> list[str | None]:
         """Starts to prepare adapters, and returns at once. Each is a (name, int id, folder, whether
         it was checked). One that was not is read if its header is known, so only values differ.
-        Those of `drop` are not wanted any more. What is prepared later is told to `ready_socket`.
+        Those of `drop` are not wanted any more.
 
         Returns one entry per id in `watch`: None while the adapter is being prepared, "" once it is
         ready, else the reason why it cannot be loaded.
         """
         staging = self._loraplex().staging
-        staging.ready_socket = ready_socket
         for int_id in drop:
             staging.drop(int_id)
         for request in start:
@@ -202,20 +197,25 @@ class _StagingArea:
         lora_manager._lora_model_cls = TracedLoRAModel
         self._templates = FileTemplates(lora_manager.lora_config.lora_dtype)
         device = manager.device
-        self.ready_socket = ""  # where to tell of what is prepared
         self._thread = ThreadPoolExecutor(
             1, "loraplex-prepare", initializer=_use_device, initargs=(device,)
         )
         _pin_later()
         sys.setswitchinterval(SWITCH_S)
+        self.link = rank_link(self._on_request)
 
     def start(self, name: str, int_id: int, folder: str, checked: bool = True) -> None:
         with self._lock:
-            if int_id in self._ready or sum(self._bytes.values()) > STAGED_BYTES:
+            if int_id in self._ready:
                 return
+            full = sum(self._bytes.values()) > STAGED_BYTES
             under_way = int_id in self._wanted
-            self._wanted[int_id] = folder if checked else ""
-        if not under_way:
+            if not full:
+                self._wanted[int_id] = folder if checked else ""
+        if full:
+            if checked:  # the swap reads it
+                self._tell(int_id, "")
+        elif not under_way:
             self._thread.submit(self._prepare, name, int_id, folder)
 
     def later(self, work: Callable[[], None]) -> None:
@@ -237,6 +237,17 @@ class _StagingArea:
         self.take(int_id)
         with self._lock:
             self._failed.pop(int_id, None)
+
+    def _on_request(self, request: Request) -> None:
+        """In the link's thread."""
+        if isinstance(request, Drop):
+            self.drop(request.int_id)
+        else:
+            self.start(request.name, request.int_id, request.folder, request.checked)
+
+    def _tell(self, int_id: int, failure: str) -> None:
+        if self.link is not None:
+            self.link.tell(Ready(int_id, failure))
 
     def read(self, name: str, int_id: int, folder: str) -> Any:
         """Does what vLLM's add_adapter does before it registers an adapter, and puts all weights
@@ -290,8 +301,7 @@ class _StagingArea:
             else:
                 self._ready[int_id] = made
                 self._bytes[int_id] = sum(t.nbytes for _, _, t in tensors(made))
-        if self.ready_socket:
-            tell(self.ready_socket, int_id, failure)
+        self._tell(int_id, failure)
 
     def _read_ahead(self, int_id: int, folder: str) -> Any | None:
         """The adapter, if all that is new of it are its values and they can be read. Its folder

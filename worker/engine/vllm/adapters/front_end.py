@@ -18,54 +18,50 @@ from shared.adapters.base_layers import BaseShapes
 from shared.adapters.identity import AdapterRef
 from shared.errors import EngineFailure, InvalidAdapter
 from worker.engine.base import Loaded, Swap, Swapped
-from worker.engine.vllm.adapters.ready_socket import ReadySocket
+from worker.engine.vllm.adapters.prepare_link import Drop, Prepare, PrepareLink, Ready
 from worker.engine.vllm.lora.layers import join
 
 # A utility call waits for the running step. One that takes this long never answers: the engine
 # died.
 UTILITY_TIMEOUT_S = 300.0
-# The ranks tell what they have prepared. Time until they are asked, in case that was lost.
-ASK_AGAIN_S = 0.25
+# Time until ranks are asked which do not tell by themselves what they have prepared.
+ASK_AGAIN_S = 0.02
 _PATH = re.compile(r"(/[\w.\-]+){2,}")
 
 
 class Adapters:
     """Does `prepare` and `swap` of `worker.engine.base.Engine`."""
 
-    def __init__(self, engine: AsyncLLM) -> None:
-        self._engine = engine
-        self._new: list[tuple[str, int, str, bool]] = []  # the last: whether it was checked
+    def __init__(self, engine: AsyncLLM, link: PrepareLink, ranks: int) -> None:
+        self._engine, self._link, self._ranks = engine, link, ranks
+        self._new: list[Prepare] = []  # for which the link was no use
         self._gone: list[int] = []
         self._preparing: dict[int, asyncio.Future[str]] = {}
         self._told: dict[int, list[str]] = {}  # int id -> what ranks said, while it is wanted
-        self._ranks = 0
-        self._ready = ReadySocket(self._on_ready)
         self._asked = asyncio.Event()
         self._poll: asyncio.Task[None] | None = None
-
-    def close(self) -> None:
-        self._ready.close()
+        link.listen(self._on_ready)
 
     def read_ahead(self, ref: AdapterRef, int_id: int, folder: Path) -> None:
         self._told[int_id] = []
-        self._new.append((_name(ref), int_id, str(folder), False))
-        self._ask()
+        self._start(Prepare(_name(ref), int_id, str(folder), False))
 
     def forget(self, int_id: int) -> None:
         self._told.pop(int_id, None)
-        self._gone.append(int_id)
-        self._ask()
+        if not self._link.send(Drop(int_id), self._ranks):
+            self._gone.append(int_id)
+            self._ask()
 
     async def prepare(self, adapter: Loaded) -> None:
-        prepared = self._preparing[adapter.int_id] = asyncio.get_running_loop().create_future()
-        self._told.setdefault(adapter.int_id, [])
-        if not self._all_told(adapter.int_id):  # else it was read ahead, and nothing is left to do
-            self._new.append((*_fields(adapter), True))
-            self._ask()
+        int_id = adapter.int_id
+        prepared = self._preparing[int_id] = asyncio.get_running_loop().create_future()
+        self._told.setdefault(int_id, [])
+        if not self._all_told(int_id):  # else it was read ahead, and nothing is left to do
+            self._start(Prepare(*_fields(adapter), True))
         failure = await prepared
         if failure:
             # Another rank may have prepared it.
-            await self._call("loraplex_swap", [], [], [adapter.int_id])
+            await self._call("loraplex_swap", [], [], [int_id])
             raise _refusal(failure)
 
     async def swap(self, swap: Swap) -> Swapped:
@@ -92,6 +88,11 @@ class Adapters:
         """What adapters may change in the model, as the engine itself says."""
         return join(await self._call("loraplex_layers")).shapes()
 
+    def _start(self, start: Prepare) -> None:
+        if not self._link.send(start, self._ranks):
+            self._new.append(start)
+        self._ask()
+
     def _ask(self) -> None:
         self._asked.set()
         if self._poll is None or self._poll.done():
@@ -102,19 +103,15 @@ class Adapters:
         try:
             while self._preparing or self._new or self._gone:
                 self._asked.clear()
-                new, self._new = self._new, []
+                if not self._new and not self._gone and await self._something_new():
+                    continue
+                new, self._new = [(n.name, n.int_id, n.folder, n.checked) for n in self._new], []
                 gone, self._gone = self._gone, []
                 watched = list(self._preparing)
-                ranks = await self._call("loraplex_prepare", new, watched, gone, self._ready.path)
-                self._ranks = len(ranks)
+                ranks = await self._call("loraplex_prepare", new, watched, gone)
                 for int_id, states in zip(watched, zip(*ranks, strict=True), strict=True):
                     if None not in states:
                         self._answer(int_id, states)
-                    else:
-                        self._all_told(int_id)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(ASK_AGAIN_S):
-                        await self._asked.wait()
         except EngineFailure as exc:
             for prepared in self._preparing.values():
                 if not prepared.done():
@@ -122,15 +119,22 @@ class Adapters:
             self._preparing.clear()
             self._told.clear()
 
-    def _on_ready(self, int_id: int, words: str) -> None:
-        if int_id in self._told:
-            self._told[int_id].append(words)
-            self._all_told(int_id)
+    async def _something_new(self) -> bool:
+        """Waits for it, or until the ranks are to be asked."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ASK_AGAIN_S):
+                return await self._asked.wait()
+        return False
+
+    def _on_ready(self, ready: Ready) -> None:
+        if ready.int_id in self._told:
+            self._told[ready.int_id].append(ready.failure)
+            self._all_told(ready.int_id)
 
     def _all_told(self, int_id: int) -> bool:
         """Whether all ranks have told of it; then whoever waits for it has the answer."""
         told = self._told.get(int_id, [])
-        if not 0 < self._ranks <= len(told):
+        if len(told) < self._ranks:
             return False
         self._answer(int_id, told)
         return True
