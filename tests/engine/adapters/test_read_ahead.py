@@ -26,11 +26,11 @@ from worker.engine.vllm.adapters.front_end import Adapters
 from worker.engine.vllm.adapters.prepare_link import (
     FOLDER_ENV,
     Drop,
-    Prepare,
     PrepareLink,
     RankLink,
     Ready,
     Request,
+    ToPrepare,
     rank_link,
 )
 from worker.engine.vllm.worker_extension import STAGED_BYTES, _StagingArea
@@ -179,8 +179,8 @@ def loaded(int_id: int = 1) -> Loaded:
 
 
 REF = AdapterRef("base", "a", "0" * 16)
-AHEAD = Prepare(f"base:a@{'0' * 16}", 1, "/partial", False)
-CHECKED = Prepare(f"base:a@{'0' * 16}", 1, "/entry", True)
+AHEAD = ToPrepare(f"base:a@{'0' * 16}", 1, "/partial", False)
+CHECKED = ToPrepare(f"base:a@{'0' * 16}", 1, "/entry", True)
 
 
 @pytest.fixture
@@ -308,20 +308,20 @@ async def test_a_rank_tells_of_what_it_has_prepared_and_of_what_it_cannot(
     link.listen(on_ready)
     area.link = rank_link(area._on_request)
     area.templates.go_on.set()
-    assert link.send(Prepare("a", 1, folders[0], False), 1)
+    assert link.send(ToPrepare("a", 1, folders[0], False), 1)
     async with asyncio.timeout(60.0):
         while not told:
             await asyncio.sleep(0)
         area.templates.known, area.templates.read = False, refuse  # type: ignore[method-assign]
-        for start in (Prepare("b", 2, folders[0], False), Prepare("b", 2, folders[1], True)):
+        for start in (ToPrepare("b", 2, folders[0], False), ToPrepare("b", 2, folders[1], True)):
             assert link.send(start, 1)
         while len(told) < 2:
             await asyncio.sleep(0)
         area._bytes[9] = STAGED_BYTES + 1
         assert link.send(
-            Prepare("c", 3, folders[0], False), 1
+            ToPrepare("c", 3, folders[0], False), 1
         )  # it has to wait until it is checked
-        assert link.send(Prepare("c", 3, folders[1], True), 1)
+        assert link.send(ToPrepare("c", 3, folders[1], True), 1)
         await all_told.wait()
         assert link.send(Drop(1), 1)
         while 1 in area._ready:

@@ -18,7 +18,7 @@ from shared.adapters.base_layers import BaseShapes
 from shared.adapters.identity import AdapterRef
 from shared.errors import EngineFailure, InvalidAdapter
 from worker.engine.base import Loaded, Swap, Swapped
-from worker.engine.vllm.adapters.prepare_link import Drop, Prepare, PrepareLink, Ready
+from worker.engine.vllm.adapters.prepare_link import Drop, PrepareLink, Ready, ToPrepare
 from worker.engine.vllm.lora.layers import join
 
 # A utility call waits for the running step. One that takes this long never answers: the engine
@@ -34,7 +34,7 @@ class Adapters:
 
     def __init__(self, engine: AsyncLLM, link: PrepareLink, ranks: int) -> None:
         self._engine, self._link, self._ranks = engine, link, ranks
-        self._new: list[Prepare] = []  # for which the link was no use
+        self._new: list[ToPrepare] = []  # for which the link was no use
         self._gone: list[int] = []
         self._preparing: dict[int, asyncio.Future[str]] = {}
         self._told: dict[int, list[str]] = {}  # int id -> what ranks said, while it is wanted
@@ -44,7 +44,7 @@ class Adapters:
 
     def read_ahead(self, ref: AdapterRef, int_id: int, folder: Path) -> None:
         self._told[int_id] = []
-        self._start(Prepare(_name(ref), int_id, str(folder), False))
+        self._start(ToPrepare(_name(ref), int_id, str(folder), False))
 
     def forget(self, int_id: int) -> None:
         self._told.pop(int_id, None)
@@ -57,7 +57,7 @@ class Adapters:
         prepared = self._preparing[int_id] = asyncio.get_running_loop().create_future()
         self._told.setdefault(int_id, [])
         if not self._all_told(int_id):  # else it was read ahead, and nothing is left to do
-            self._start(Prepare(*_fields(adapter), True))
+            self._start(ToPrepare(*_fields(adapter), True))
         failure = await prepared
         if failure:
             # Another rank may have prepared it.
@@ -88,7 +88,7 @@ class Adapters:
         """What adapters may change in the model, as the engine itself says."""
         return join(await self._call("loraplex_layers")).shapes()
 
-    def _start(self, start: Prepare) -> None:
+    def _start(self, start: ToPrepare) -> None:
         if not self._link.send(start, self._ranks):
             self._new.append(start)
         self._ask()

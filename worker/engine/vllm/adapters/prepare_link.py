@@ -29,7 +29,7 @@ MAX_BYTES = 16384
 MAX_WORDS = 500  # characters of a failure
 
 
-class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
+class ToPrepare(msgspec.Struct, frozen=True, tag="prepare"):
     """`checked`: whether the adapter was checked. One that was not is read only if its header is
     known.
     """
@@ -53,7 +53,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     failure: str
 
 
-Request: TypeAlias = Prepare | Drop
+Request: TypeAlias = ToPrepare | Drop
 
 _encode = msgspec.json.Encoder().encode
 _decode_request = msgspec.json.Decoder(Request).decode
