@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -75,6 +75,21 @@ class TileScratch:
         )
 
 
+class CompiledLaunch(NamedTuple):
+    """A program that Triton has compiled, and the values that are compiled into it."""
+
+    program: Any
+    constants: tuple[Any, ...]
+
+
+ALIGNMENT = 16
+"""Bytes. Triton compiles another program for a tensor that begins elsewhere."""
+_compiled: dict[tuple[Any, ...], CompiledLaunch] = {}
+"""By all that Triton compiles another program for. It has a table of its own, but to find a program
+in it costs more than the launch, and a step outside of the graphs has 128 launches.
+"""
+
+
 def splits(tile_count: int, programs: int = PROGRAMS) -> int:
     """Programs per tile: a power of two, so that launches of so many tiles fill the GPU."""
     return min(MAX_SPLITS, 1 << max(0, (programs // tile_count).bit_length() - 1))
@@ -98,6 +113,7 @@ def add_lora(
     there is none, and its tokens (step_metadata.py). present[slot] tells which slices of this layer
     have weights there, and of what rank (presence.py).
     """
+    tuned = bool(launch)
     slot_of, rows_of = tiles
     tokens, hidden = x.shape
     slots, rank, columns = a[0].shape[0], a[0].shape[-2], [t.shape[-2] for t in b]
@@ -109,7 +125,7 @@ def add_lora(
     block_k, block_n = launch.pop("block_k", 0), launch.pop("block_n", 0)
     if parts > 1 and scratch.partial.numel() < count * parts * rows * padded:
         raise ValueError(f"the scratch is too small for {count} times {parts} programs")
-    _lora_linear[(count * parts,)](
+    tensors = (
         x,
         x.stride(0),
         y,
@@ -121,24 +137,38 @@ def add_lora(
         slot_of,
         rows_of,
         present,
-        HIDDEN=hidden,
-        RANK=rank,
-        RANKS=ranks,
-        ABOVE=(0, *ranks[:-1]),
-        RANK_AT=RANK_AT,
-        SLICES=len(b),
-        COLUMNS=tuple(columns),
-        BEGINS=tuple(itertools.accumulate(columns, initial=0)),
-        SLOTS=slots,
-        PADDED_SLOTS=triton.next_power_of_2(slots),
-        SPLITS=parts,
-        ROWS=rows,
-        BLOCKS_K=tuple(block_k or min(MAX_BLOCK_K, max(16, A_VALUES // r)) for r in ranks),
-        BLOCKS_N=tuple(
+    )
+    grid = (count * parts, 1, 1)
+    shape = (rank, slots, rows, parts, hidden, *columns, x.dtype, x.stride(0), y.stride(0))
+    pointers = (x, y, *tensors[6:], *a, *b)
+    key = (*shape, *(t.data_ptr() % ALIGNMENT == 0 for t in pointers))
+    if not tuned and (compiled := _compiled.get(key)):
+        compiled.program[grid](*tensors, *compiled.constants)
+        return
+    constants = {
+        "HIDDEN": hidden,
+        "RANK": rank,
+        "RANKS": ranks,
+        "ABOVE": (0, *ranks[:-1]),
+        "RANK_AT": RANK_AT,
+        "SLICES": len(b),
+        "COLUMNS": tuple(columns),
+        "BEGINS": tuple(itertools.accumulate(columns, initial=0)),
+        "SLOTS": slots,
+        "PADDED_SLOTS": triton.next_power_of_2(slots),
+        "SPLITS": parts,
+        "ROWS": rows,
+        "BLOCKS_K": tuple(block_k or min(MAX_BLOCK_K, max(16, A_VALUES // r)) for r in ranks),
+        "BLOCKS_N": tuple(
             block_n or min(MAX_BLOCK_N, Y_VALUES // rows, max(16, B_VALUES // r)) for r in ranks
         ),
-        **({"num_warps": 4 if padded <= 128 else 8, "num_stages": 3} | launch),
-    )
+    }
+    warps = 4 if padded <= 128 else 8
+    options = {"num_warps": warps, "num_stages": 3} | launch
+    program = _lora_linear[grid](*tensors, **constants, **options)
+    if program is not None and not tuned:  # Triton's interpreter has none
+        in_order = _lora_linear.arg_names[len(tensors) :]
+        _compiled[key] = CompiledLaunch(program, tuple(constants[name] for name in in_order))
 
 
 @triton.jit
