@@ -54,6 +54,7 @@ def refused(found: VllmVerdict) -> list[tuple[str, ...]]:
 
 
 REFUSED: list[dict[str, Any]] = [
+    {"block_size": 7},
     {"max_model_len": 0},
     {"max_model_len": -5},
     {"max_model_len": 1 << 30},
@@ -105,6 +106,7 @@ def test_what_vllm_refuses_at_the_start_is_found_before_and_at_its_keys(
         },
         {"compilation_config": {"cudagraph_capture_sizes": [1, 2]}},
         {"pipeline_parallel_size": 2},
+        {"block_size": 128},
     ],
     ids=str,
 )

@@ -158,11 +158,31 @@ def _refusal_of(model: LLMConfig, kwargs: Mapping[str, Any]) -> BaseException | 
     model = msgspec.structs.replace(model, engine_kwargs=dict(kwargs), lora_config=lora)
     try:
         args = serve_args(model)
-        AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
+            UsageContext.OPENAI_API_SERVER
+        )
+        if "block_size" in kwargs:
+            _choose_attention(config)
         _compile(args.chat_template)
     except Exception as exc:  # vLLM raises whatever its configuration, model or plugins raise
         return exc.__cause__ if isinstance(exc, ConfigError) and exc.__cause__ else exc
     return None
+
+
+def _choose_attention(config: Any) -> None:
+    """vLLM does so once the weights are loaded. Raises ValueError if no kernel takes the blocks."""
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.selector import get_attn_backend
+    from vllm.v1.worker.utils import select_common_block_size
+
+    model, cache = config.model_config, config.cache_config
+    if model.is_attention_free or model.is_hybrid:  # vLLM changes the size for these
+        return
+    with set_current_vllm_config(config):
+        backend = get_attn_backend(
+            model.get_head_size(), model.dtype, cache.cache_dtype, use_mla=model.use_mla
+        )
+    select_common_block_size(cache.block_size, [backend])
 
 
 def _compile(template: str | None) -> None:
