@@ -229,6 +229,19 @@ async def test_one_that_is_not_wanted_any_more_is_dropped_and_forgotten() -> Non
         engine.tell(1)  # it was ready just then
 
 
+async def test_one_whose_caller_has_left_holds_up_no_other() -> None:
+    engine = NotingEngine(None)
+    async with asked_of(engine) as adapters:
+        left = asyncio.create_task(adapters.prepare(loaded()))
+        assert await engine.request() == CHECKED
+        other = asyncio.create_task(adapters.prepare(loaded(2)))
+        left.cancel()
+        await asyncio.wait([left])
+        adapters.forget(1)
+        engine.state = ""  # neither is being prepared there
+        await other
+
+
 async def test_a_rank_whose_words_are_lost_is_asked() -> None:
     engine = NotingEngine(None)
     async with asked_of(engine) as adapters:

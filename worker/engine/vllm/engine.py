@@ -165,8 +165,8 @@ class VLLMEngine:
 
     async def _start(self) -> EngineFacts:
         self._processes.boot()
-        self._link = PrepareLink()
         try:
+            link = self._link = PrepareLink()
             self._engine = await self._booted()
         except Exception as exc:
             # vLLM raises whatever its model, platform or kernels raise. All of it means that it did
@@ -178,7 +178,7 @@ class VLLMEngine:
         tenants.install(engine, self._args.allowed_media_domains)
         self._stage = "making the server"
         ranks = engine.vllm_config.parallel_config.world_size
-        self._adapters = Adapters(engine, self._link, ranks)
+        self._adapters = Adapters(engine, link, ranks)
         supported = tuple(await engine.get_supported_tasks())
         # What a model's pooler could do is more than what it is configured for.
         only = engine.model_config.get_pooling_task(supported)

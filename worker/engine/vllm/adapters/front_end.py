@@ -143,7 +143,7 @@ class Adapters:
         prepared = self._preparing.pop(int_id, None)
         if prepared is None:  # read ahead, or answered on the other way
             return
-        del self._told[int_id]
+        self._told.pop(int_id, None)  # `forget` may have come first
         if not self._preparing:
             self._asked.set()  # nobody is left to look for
         if not prepared.done():  # the caller may have been cancelled
