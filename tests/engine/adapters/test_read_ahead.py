@@ -59,6 +59,7 @@ class Area(_StagingArea):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._ready, self._bytes, self._failed, self._wanted = {}, {}, {}, {}
+        self._over = {}
         self.templates = self._templates = Templates()  # type: ignore[assignment]
         self._thread = ThreadPoolExecutor(1)
         self.link = None
@@ -100,7 +101,7 @@ def test_an_adapter_of_a_new_kind_waits_until_it_is_checked(
     area.templates.known = False
     area.start("a", 1, folders[0], False)
     area.done()
-    assert area.take(1) is None and not area.templates.read_by_vllm
+    assert not area._ready and not area.templates.read_by_vllm
     area.start("a", 1, folders[1], True)
     area.done()
     assert area.state(1) == "" and area.templates.read_by_vllm == ["entry"]
@@ -152,7 +153,7 @@ class NotingEngine:
         return await asyncio.to_thread(self.requests.get, timeout=60.0)
 
     def tell(self, int_id: int, failure: str = "", rank: int = 0) -> None:
-        self.links[rank].tell(Ready(int_id, failure))
+        self.links[rank].tell(int_id, failure)
 
 
 @asynccontextmanager
@@ -263,8 +264,84 @@ async def test_ranks_that_the_link_does_not_reach_are_called(ranks: int, linked:
         engine.state = ""
         await prepared
     started = [start[2:] for call in engine.calls for start in call[1]]
-    assert started == [("/partial", False)] * 2 + [("/entry", True)]
+    assert started[:3] == [("/partial", False)] * 2 + [("/entry", True)]
     assert [2] in [list(call[3]) for call in engine.calls] and engine.requests.empty()
+
+
+async def test_a_rank_whose_words_are_lost_is_asked_although_others_keep_coming() -> None:
+    engine = NotingEngine()
+    async with asked_of(engine) as adapters:
+        prepared = asyncio.create_task(adapters.prepare(loaded()))
+        number = 1
+        while not prepared.done():
+            number += 1
+            adapters.read_ahead(REF, number, Path("/partial"))
+            adapters.forget(number)
+            await asyncio.sleep(0.002)
+        await prepared
+
+
+async def test_what_a_full_link_did_not_take_does_not_make_others_count_as_ready() -> None:
+    """The rank says "ready" of what it never heard of. So a call begins all that it asks for."""
+    engine = NotingEngine()
+    async with asked_of(engine) as adapters:
+        held = threading.Event()
+        engine.links[0]._on_request = lambda _: held.wait(60) and None  # type: ignore[assignment]
+        everyone = [asyncio.create_task(adapters.prepare(loaded(n))) for n in range(1, 40)]
+        await asyncio.gather(*everyone)
+        held.set()
+    for _, starts, watched, _ in engine.calls:
+        assert {*watched} <= {int_id for _, int_id, *_ in starts}
+
+
+async def test_what_is_forgotten_before_its_call_arrives_is_not_prepared(
+    area: Area, folders: tuple[str, str]
+) -> None:
+    area.templates.go_on.set()
+    area.drop(1)
+    area.start("a", 1, folders[0], False)
+    area.start("a", 1, folders[1], True)
+    area.start("b", 2, folders[1], True)
+    area.done()
+    assert area.take(1) is None and area.take(2) is not None
+    area.start("b", 2, folders[1], True)  # its datagram came after the call
+    area.done()
+    assert not area._ready and not area._wanted
+
+
+async def test_one_that_is_being_read_is_not_ready_because_there_is_no_room_for_others(
+    area: Area, folders: tuple[str, str]
+) -> None:
+    told: list[Ready] = []
+    link = PrepareLink()
+    link.listen(told.append)
+    area.link = rank_link(area._on_request)
+    area.start("a", 1, folders[0], False)
+    area._bytes[9] = STAGED_BYTES + 1
+    area.start("a", 1, folders[1], True)
+    area.start("b", 2, folders[1], True)
+    async with asyncio.timeout(60.0):
+        while not told:
+            await asyncio.sleep(0)
+        assert [ready.int_id for ready in told] == [2]
+        await asyncio.to_thread(area.done)
+        while len(told) < 2:
+            await asyncio.sleep(0)
+    link.close()
+
+
+async def test_any_words_can_be_told() -> None:
+    told: list[Ready] = []
+    link = PrepareLink()
+    link.listen(told.append)
+    rank = rank_link(lambda _: None)
+    assert rank is not None
+    rank.tell(1, "\udcff" * 501)
+    async with asyncio.timeout(60.0):
+        while not told:
+            await asyncio.sleep(0)
+    link.close()
+    assert told[0].failure == "?" * 500
 
 
 async def test_a_rank_that_has_ended_is_called() -> None:
@@ -340,4 +417,5 @@ async def test_a_rank_tells_of_what_it_has_prepared_and_of_what_it_cannot(
         while 1 in area._ready:
             await asyncio.sleep(0)
     link.close()
-    assert told == [Ready(1, ""), Ready(2, "it has no weights"), Ready(3, "")]
+    words = [(ready.int_id, ready.failure) for ready in told]
+    assert words == [(1, ""), (2, "it has no weights"), (3, "")]

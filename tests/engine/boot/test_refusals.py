@@ -5,6 +5,7 @@ of it.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -112,6 +113,16 @@ def test_what_vllm_refuses_at_the_start_is_found_before_and_at_its_keys(
 )
 def test_what_vllm_takes_is_not_refused(kwargs: dict[str, Any]) -> None:
     assert verdict(kwargs) == VllmVerdict()
+
+
+def test_a_model_without_a_cache_takes_blocks_of_any_size(tmp_path: Path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((DEMO / "model" / file).read_bytes())
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 128, "vocab_size": 4096, "max_position_embeddings": 512}
+    bert = {"architectures": ["BertModel"], "model_type": "bert", "torch_dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(bert | sizes))
+    assert verdict({"block_size": 20}, str(tmp_path)) == VllmVerdict()
 
 
 def test_all_that_vllm_refuses_is_told_at_once() -> None:

@@ -24,7 +24,12 @@ from worker.engine.vllm import patches
 # to be installed.
 patches.apply()
 
-from worker.engine.vllm.adapters.prepare_link import Drop, Ready, Request, rank_link  # noqa: E402
+from worker.engine.vllm.adapters.prepare_link import (  # noqa: E402
+    Drop,
+    RankLink,
+    Request,
+    rank_link,
+)
 from worker.engine.vllm.lora import layers as lora_layers  # noqa: E402
 from worker.engine.vllm.lora.files import has_fused_experts  # noqa: E402
 from worker.engine.vllm.tensor_replay.file_templates import (  # noqa: E402
@@ -39,6 +44,7 @@ STAGED_BYTES = 4 << 30
 """Size of the prepared adapters that no slot has taken yet. A further adapter is read inside the
 swap, which stalls the engine but needs no memory before.
 """
+MAX_OVER = 4096
 SWITCH_S = 0.0005
 """How long the preparing thread may keep the interpreter from the step loop. Python's default of 5
 ms is a third of a step.
@@ -192,6 +198,7 @@ class _StagingArea:
         self._ready: dict[int, Any] = {}  # int id -> LoRAModel
         self._bytes: dict[int, int] = {}  # size of each of those
         self._failed: dict[int, str] = {}
+        self._over: dict[int, None] = {}  # ids that were taken or dropped: a start comes too late
         # Ids that are being prepared and were not dropped, with the folder once it was checked.
         self._wanted: dict[int, str] = {}
         lora_manager._lora_model_cls = TracedLoRAModel
@@ -202,18 +209,19 @@ class _StagingArea:
         )
         _pin_later()
         sys.setswitchinterval(SWITCH_S)
+        self.link: RankLink | None = None
         self.link = rank_link(self._on_request)
 
     def start(self, name: str, int_id: int, folder: str, checked: bool = True) -> None:
         with self._lock:
-            if int_id in self._ready:
+            if int_id in self._ready or int_id in self._failed or int_id in self._over:
                 return
             full = sum(self._bytes.values()) > STAGED_BYTES
             under_way = int_id in self._wanted
             if not full:
                 self._wanted[int_id] = folder if checked else ""
         if full:
-            if checked:  # the swap reads it
+            if checked and not under_way:  # the swap reads it
                 self._tell(int_id, "")
         elif not under_way:
             self._thread.submit(self._prepare, name, int_id, folder)
@@ -229,6 +237,9 @@ class _StagingArea:
 
     def take(self, int_id: int) -> Any | None:
         with self._lock:
+            self._over[int_id] = None
+            if len(self._over) > MAX_OVER:
+                del self._over[next(iter(self._over))]
             self._wanted.pop(int_id, None)
             self._bytes.pop(int_id, None)
             return self._ready.pop(int_id, None)
@@ -247,7 +258,7 @@ class _StagingArea:
 
     def _tell(self, int_id: int, failure: str) -> None:
         if self.link is not None:
-            self.link.tell(Ready(int_id, failure))
+            self.link.tell(int_id, failure)
 
     def read(self, name: str, int_id: int, folder: str) -> Any:
         """Does what vLLM's add_adapter does before it registers an adapter, and puts all weights

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,14 @@ class Adapters:
         self._engine, self._link, self._ranks = engine, link, ranks
         self._new: list[ToPrepare] = []  # for which the link was no use
         self._gone: list[int] = []
-        self._preparing: dict[int, asyncio.Future[str]] = {}
-        self._told: dict[int, list[str]] = {}  # int id -> what ranks said, while it is wanted
+        self._preparing: dict[int, tuple[ToPrepare, asyncio.Future[str]]] = {}
+        self._told: dict[int, dict[str, str]] = {}  # int id -> what ranks said, while it is wanted
         self._asked = asyncio.Event()
         self._poll: asyncio.Task[None] | None = None
         link.listen(self._on_ready)
 
     def read_ahead(self, ref: AdapterRef, int_id: int, folder: Path) -> None:
-        self._told[int_id] = []
+        self._told[int_id] = {}
         self._start(ToPrepare(_name(ref), int_id, str(folder), False))
 
     def forget(self, int_id: int) -> None:
@@ -53,11 +53,12 @@ class Adapters:
             self._ask()
 
     async def prepare(self, adapter: Loaded) -> None:
-        int_id = adapter.int_id
-        prepared = self._preparing[int_id] = asyncio.get_running_loop().create_future()
-        self._told.setdefault(int_id, [])
+        int_id, wanted = adapter.int_id, ToPrepare(*_fields(adapter), True)
+        prepared: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._preparing[int_id] = wanted, prepared
+        self._told.setdefault(int_id, {})
         if not self._all_told(int_id):  # else it was read ahead, and nothing is left to do
-            self._start(ToPrepare(*_fields(adapter), True))
+            self._start(wanted)
         failure = await prepared
         if failure:
             # Another rank may have prepared it.
@@ -88,9 +89,9 @@ class Adapters:
         """What adapters may change in the model, as the engine itself says."""
         return join(await self._call("loraplex_layers")).shapes()
 
-    def _start(self, start: ToPrepare) -> None:
-        if not self._link.send(start, self._ranks):
-            self._new.append(start)
+    def _start(self, wanted: ToPrepare) -> None:
+        if not self._link.send(wanted, self._ranks):
+            self._new.append(wanted)
         self._ask()
 
     def _ask(self) -> None:
@@ -100,49 +101,51 @@ class Adapters:
 
     async def _watch(self) -> None:
         """Runs until nothing is being prepared. Answers every caller, whatever happens."""
+        clock = asyncio.get_running_loop().time
+        ask_at = clock() + ASK_AGAIN_S
         try:
             while self._preparing or self._new or self._gone:
                 self._asked.clear()
-                if not self._new and not self._gone and await self._something_new():
+                if not self._new and not self._gone and clock() < ask_at:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout_at(ask_at):
+                            await self._asked.wait()
                     continue
-                new, self._new = [(n.name, n.int_id, n.folder, n.checked) for n in self._new], []
+                new, self._new = self._new, []
                 gone, self._gone = self._gone, []
+                # What the link has not delivered yet would count as ready.
+                new += [wanted for wanted, _ in self._preparing.values() if wanted not in new]
+                starts = [(n.name, n.int_id, n.folder, n.checked) for n in new]
                 watched = list(self._preparing)
-                ranks = await self._call("loraplex_prepare", new, watched, gone)
+                ranks = await self._call("loraplex_prepare", starts, watched, gone)
+                ask_at = clock() + ASK_AGAIN_S
                 for int_id, states in zip(watched, zip(*ranks, strict=True), strict=True):
                     if None not in states:
                         self._answer(int_id, states)
         except EngineFailure as exc:
-            for prepared in self._preparing.values():
+            for _, prepared in self._preparing.values():
                 if not prepared.done():
                     prepared.set_exception(EngineFailure(exc.message))
             self._preparing.clear()
             self._told.clear()
 
-    async def _something_new(self) -> bool:
-        """Waits for it, or until the ranks are to be asked."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(ASK_AGAIN_S):
-                return await self._asked.wait()
-        return False
-
     def _on_ready(self, ready: Ready) -> None:
         if ready.int_id in self._told:
-            self._told[ready.int_id].append(ready.failure)
+            self._told[ready.int_id][ready.rank] = ready.failure
             self._all_told(ready.int_id)
 
     def _all_told(self, int_id: int) -> bool:
         """Whether all ranks have told of it; then whoever waits for it has the answer."""
-        told = self._told.get(int_id, [])
+        told = self._told.get(int_id, {})
         if len(told) < self._ranks:
             return False
-        self._answer(int_id, told)
+        self._answer(int_id, told.values())
         return True
 
-    def _answer(self, int_id: int, ranks: Sequence[str]) -> None:
-        prepared = self._preparing.pop(int_id, None)
-        if prepared is None:  # read ahead, or answered on the other way
+    def _answer(self, int_id: int, ranks: Iterable[str]) -> None:
+        if int_id not in self._preparing:  # read ahead, or answered on the other way
             return
+        _, prepared = self._preparing.pop(int_id)
         self._told.pop(int_id, None)  # `forget` may have come first
         if not self._preparing:
             self._asked.set()  # nobody is left to look for

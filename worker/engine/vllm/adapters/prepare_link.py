@@ -2,8 +2,8 @@
 what is ready: datagrams between Unix sockets in a private folder. A call by name is answered
 between two steps only, and the steps wait for it.
 
-A rank that is not reached is told by a call, and is asked from time to time. So nothing depends on
-a datagram.
+A queue of datagrams is short (net.unix.max_dgram_qlen: ten). A rank that is not reached is told by
+a call, and is asked from time to time. So nothing depends on a datagram, or on the order of both.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ class Drop(msgspec.Struct, frozen=True, tag="drop"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """One rank has prepared the adapter, or says why it cannot."""
+    """The rank has prepared the adapter, or says why it cannot."""
 
     int_id: int
     failure: str
+    rank: str
 
 
 Request: TypeAlias = ToPrepare | Drop
@@ -112,13 +113,15 @@ class RankLink:
         """Raises OSError if the front end has gone."""
         self._front = str(folder / FRONT)
         self._on_request = on_request
-        self._socket = _bound(folder / f"{secrets.token_hex(4)}{RANK}")
+        self._name = f"{secrets.token_hex(4)}{RANK}"
+        self._socket = _bound(folder / self._name)
         threading.Thread(target=self._run, name="loraplex-prepare-link", daemon=True).start()
 
-    def tell(self, ready: Ready) -> None:
+    def tell(self, int_id: int, failure: str) -> None:
         """Never waits, and raises nothing."""
-        data = _encode(Ready(ready.int_id, ready.failure[:MAX_WORDS]))
+        words = failure[:MAX_WORDS].encode("utf-8", "replace").decode()
         with suppress(OSError):
+            data = _encode(Ready(int_id, words, self._name))
             self._socket.sendto(data, socket.MSG_DONTWAIT, self._front)
 
     def _run(self) -> None:

@@ -170,19 +170,34 @@ def _refusal_of(model: LLMConfig, kwargs: Mapping[str, Any]) -> BaseException | 
 
 
 def _choose_attention(config: Any) -> None:
-    """vLLM does so once the weights are loaded. Raises ValueError if no kernel takes the blocks."""
+    """vLLM does so once the weights are loaded. Raises ValueError if no kernel takes the blocks.
+    Whatever else it would say of the kernels is not asked for: it depends on the layers.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.v1.attention.selector import get_attn_backend
     from vllm.v1.worker.utils import select_common_block_size
 
     model, cache = config.model_config, config.cache_config
-    if model.is_attention_free or model.is_hybrid:  # vLLM changes the size for these
-        return
-    with set_current_vllm_config(config):
-        backend = get_attn_backend(
+    cacheless = model.is_attention_free or model.attn_type == "encoder_only"
+    if cacheless or model.is_hybrid or cache.kv_cache_dtype_skip_layers:
+        return  # vLLM has no such cache for these, or changes the size
+
+    def choose() -> Any:
+        return get_attn_backend(
             model.get_head_size(), model.dtype, cache.cache_dtype, use_mla=model.use_mla
         )
-    select_common_block_size(cache.block_size, [backend])
+
+    with set_current_vllm_config(config):
+        try:
+            backend = choose()
+        except Exception as refused:  # each platform raises its own
+            cache.user_specified_block_size = False
+            try:
+                choose()
+            except Exception:
+                return  # it is not for the size
+            raise refused
+        select_common_block_size(cache.block_size, [backend])
 
 
 def _compile(template: str | None) -> None:

@@ -139,9 +139,10 @@ def add_lora(
         present,
     )
     grid = (count * parts, 1, 1)
-    shape = (rank, slots, rows, parts, hidden, *columns, x.dtype, x.stride(0), y.stride(0))
+    shape = (rank, slots, rows, parts, hidden, *columns, x.stride(0), y.stride(0))
+    types = (x.dtype, y.dtype, a[0].dtype, b[0].dtype)
     pointers = (x, y, *tensors[6:], *a, *b)
-    key = (*shape, *(t.data_ptr() % ALIGNMENT == 0 for t in pointers))
+    key = (*shape, *types, *(t.data_ptr() % ALIGNMENT == 0 for t in pointers))
     if not tuned and (compiled := _compiled.get(key)):
         compiled.program[grid](*tensors, *compiled.constants)
         return
