@@ -44,7 +44,6 @@ STAGED_BYTES = 4 << 30
 """Size of the prepared adapters that no slot has taken yet. A further adapter is read inside the
 swap, which stalls the engine but needs no memory before.
 """
-MAX_OVER = 4096
 SWITCH_S = 0.0005
 """How long the preparing thread may keep the interpreter from the step loop. Python's default of 5
 ms is a third of a step.
@@ -198,7 +197,6 @@ class _StagingArea:
         self._ready: dict[int, Any] = {}  # int id -> LoRAModel
         self._bytes: dict[int, int] = {}  # size of each of those
         self._failed: dict[int, str] = {}
-        self._over: dict[int, None] = {}  # ids that were taken or dropped: a start comes too late
         # Ids that are being prepared and were not dropped, with the folder once it was checked.
         self._wanted: dict[int, str] = {}
         lora_manager._lora_model_cls = TracedLoRAModel
@@ -214,7 +212,7 @@ class _StagingArea:
 
     def start(self, name: str, int_id: int, folder: str, checked: bool = True) -> None:
         with self._lock:
-            if int_id in self._ready or int_id in self._failed or int_id in self._over:
+            if int_id in self._ready or int_id in self._failed:
                 return
             full = sum(self._bytes.values()) > STAGED_BYTES
             under_way = int_id in self._wanted
@@ -237,9 +235,6 @@ class _StagingArea:
 
     def take(self, int_id: int) -> Any | None:
         with self._lock:
-            self._over[int_id] = None
-            if len(self._over) > MAX_OVER:
-                del self._over[next(iter(self._over))]
             self._wanted.pop(int_id, None)
             self._bytes.pop(int_id, None)
             return self._ready.pop(int_id, None)

@@ -36,6 +36,7 @@ class Adapters:
         self._engine, self._link, self._ranks = engine, link, ranks
         self._new: list[ToPrepare] = []  # for which the link was no use
         self._gone: list[int] = []
+        self._called: set[int] = set()  # ids that were begun by a call, while they are wanted
         self._preparing: dict[int, tuple[ToPrepare, asyncio.Future[str]]] = {}
         self._told: dict[int, dict[str, str]] = {}  # int id -> what ranks said, while it is wanted
         self._asked = asyncio.Event()
@@ -48,7 +49,10 @@ class Adapters:
 
     def forget(self, int_id: int) -> None:
         self._told.pop(int_id, None)
-        if not self._link.send(Drop(int_id), self._ranks):
+        self._new = [wanted for wanted in self._new if wanted.int_id != int_id]
+        dropped = self._link.send(Drop(int_id), self._ranks)
+        if not dropped or int_id in self._called:  # that call may still be on its way
+            self._called.discard(int_id)
             self._gone.append(int_id)
             self._ask()
 
@@ -117,6 +121,7 @@ class Adapters:
                 new += [wanted for wanted, _ in self._preparing.values() if wanted not in new]
                 starts = [(n.name, n.int_id, n.folder, n.checked) for n in new]
                 watched = list(self._preparing)
+                self._called.update(n.int_id for n in new)
                 ranks = await self._call("loraplex_prepare", starts, watched, gone)
                 ask_at = clock() + ASK_AGAIN_S
                 for int_id, states in zip(watched, zip(*ranks, strict=True), strict=True):
@@ -128,6 +133,7 @@ class Adapters:
                     prepared.set_exception(EngineFailure(exc.message))
             self._preparing.clear()
             self._told.clear()
+            self._called.clear()
 
     def _on_ready(self, ready: Ready) -> None:
         if ready.int_id in self._told:
@@ -147,6 +153,7 @@ class Adapters:
             return
         _, prepared = self._preparing.pop(int_id)
         self._told.pop(int_id, None)  # `forget` may have come first
+        self._called.discard(int_id)
         if not self._preparing:
             self._asked.set()  # nobody is left to look for
         if not prepared.done():  # the caller may have been cancelled
