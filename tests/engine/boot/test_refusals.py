@@ -125,6 +125,32 @@ def test_a_model_without_a_cache_takes_blocks_of_any_size(tmp_path: Path) -> Non
     assert verdict({"block_size": 20}, str(tmp_path)) == VllmVerdict()
 
 
+@pytest.mark.parametrize("for_its_size", [True, False])
+def test_blocks_are_refused_only_if_the_kernels_are_refused_for_their_size(
+    monkeypatch: pytest.MonkeyPatch, for_its_size: bool
+) -> None:
+    """On GPUs vLLM says so while it chooses a kernel, and has many other reasons to."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention import selector
+
+    choose = type(current_platform).get_attn_backend_cls
+
+    def choose_or_refuse(cls: Any, *asked: Any, attn_selector_config: Any, **more: Any) -> Any:
+        if attn_selector_config.block_size is not None or not for_its_size:
+            raise ValueError("No valid attention backend found")
+        return choose(*asked, attn_selector_config=attn_selector_config, **more)
+
+    monkeypatch.setattr(
+        type(current_platform), "get_attn_backend_cls", classmethod(choose_or_refuse)
+    )
+    selector._cached_get_attn_backend.cache_clear()
+    try:
+        found = verdict({"block_size": 128})
+    finally:
+        selector._cached_get_attn_backend.cache_clear()
+    assert refused(found) == ([("block_size",)] if for_its_size else []), found
+
+
 def test_all_that_vllm_refuses_is_told_at_once() -> None:
     found = verdict({"max_model_len": 0, "chat_template": BAD_TEMPLATE, "optimization_level": "x"})
     assert {*refused(found)} == {("max_model_len",), ("chat_template",), ("optimization_level",)}

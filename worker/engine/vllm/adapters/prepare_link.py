@@ -68,7 +68,7 @@ class PrepareLink:
 
     def __init__(self) -> None:
         # beside vLLM's sockets, in the folder that `serve` removes whatever happens
-        self._folder = Path(tempfile.mkdtemp(dir=os.environ.get("VLLM_RPC_BASE_PATH")))
+        self._folder = Path(tempfile.mkdtemp(dir=os.environ.get("VLLM_RPC_BASE_PATH") or None))
         os.environ[FOLDER_ENV] = str(self._folder)
         self._socket = _bound(self._folder / FRONT)
         self._socket.setblocking(False)

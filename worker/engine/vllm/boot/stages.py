@@ -70,7 +70,7 @@ class BootStages:
 def boot_stages() -> Iterator[BootStages]:
     """Inside, the stages of this process and of those that it starts are noted."""
     # beside vLLM's sockets, in the folder that `serve` removes whatever happens
-    handle, path = tempfile.mkstemp(".stages", dir=os.environ.get("VLLM_RPC_BASE_PATH"))
+    handle, path = tempfile.mkstemp(".stages", dir=os.environ.get("VLLM_RPC_BASE_PATH") or None)
     os.close(handle)
     os.environ[STAGES_ENV] = path
     try:
