@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
@@ -24,9 +24,7 @@ from shared.stores.folder_listing import (
 )
 from shared.stores.listing import Grouping, Skipped, valid_name
 from shared.stores.object_store import StoreProblem, TransferCut, changed, unavailable
-from shared.stores.transfer import FetchedPiece, FileBytes, Transfer, close_later, fetch_adapter
-
-_PIECE_BYTES = 4 << 20
+from shared.stores.transfer import Transfer, copy_adapter
 
 
 class LocalStore:
@@ -78,7 +76,7 @@ class LocalStore:
     async def fetch(
         self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None
     ) -> None:
-        await fetch_adapter(adapter, into, self._stream, transfer)
+        await copy_adapter(adapter, into, self._listed, transfer)
 
     def _scan(self) -> tuple[Sequence[StoredAdapter], Skipped]:
         try:
@@ -113,21 +111,13 @@ class LocalStore:
         except OSError as exc:
             raise unavailable(StoreProblem.FAILED, exc.strerror or "") from exc
 
-    @asynccontextmanager
-    async def _stream(
-        self, adapter_name: str, file: StoredFile, offset: int, length: int
-    ) -> AsyncIterator[AsyncGenerator[FetchedPiece, None]]:
-        handle = await asyncio.to_thread(self._open_listed, adapter_name, file, offset)
-        try:
-            yield _chunks(handle, adapter_name, file, length)
-        finally:
-            close_later(handle)
-
-    def _open_listed(self, adapter_name: str, file: StoredFile, offset: int) -> BinaryIO:
+    @contextmanager
+    def _listed(self, adapter_name: str, file: StoredFile, offset: int) -> Iterator[BinaryIO]:
         real_root = self._real_root()
         path = os.path.realpath(os.path.join(real_root, adapter_name, file.path))
         if not valid_name(adapter_name) or not below(path, real_root):
             raise changed(adapter_name)
+        listed = file.size_bytes, file.version
         try:
             handle = open_regular(path)
         except PermissionError as exc:
@@ -136,21 +126,18 @@ class LocalStore:
             raise changed(adapter_name) from exc
         except OSError as exc:
             raise unavailable(StoreProblem.FAILED, exc.strerror or "") from exc
-        if version_of(handle) != (file.size_bytes, file.version):
-            handle.close()
-            raise changed(adapter_name)
-        handle.seek(offset)
-        return handle
+        with handle:
+            if _version(handle) != listed:
+                raise changed(adapter_name)
+            handle.seek(offset)
+            yield handle
+            if _version(handle) != listed:
+                raise changed(adapter_name)  # the file was overwritten while it was read
 
 
-async def _chunks(
-    handle: BinaryIO, adapter_name: str, file: StoredFile, length: int
-) -> AsyncGenerator[FetchedPiece, None]:
-    for begin in range(0, length, _PIECE_BYTES):
-        yield FileBytes(handle, min(_PIECE_BYTES, length - begin))
+def _version(handle: BinaryIO) -> tuple[int, str]:
     try:
-        if await asyncio.to_thread(version_of, handle) != (file.size_bytes, file.version):
-            raise changed(adapter_name)  # the file was overwritten while it was read
+        return version_of(handle)
     except OSError as exc:
         raise TransferCut from exc
 

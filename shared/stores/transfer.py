@@ -8,20 +8,21 @@ adapters share. So a stuck transfer holds nothing that another adapter waits for
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import random
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, suppress
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeAlias
+from typing import BinaryIO, TypeAlias
 
 from shared.adapters.identity import StoredAdapter, StoredFile
 from shared.errors import AdapterNotFound, LoraplexError, StoreUnavailable
 from shared.stores.listing import valid_path
 from shared.stores.object_store import StoreProblem, TransferCut, transient, unavailable
+from shared.stores.sink import PartSink
 
 # Within the range that S3's guidance recommends (8 to 16 MB). A part that a crash cut off costs at
 # most this much again.
@@ -36,29 +37,14 @@ MIN_BYTES_PER_S = 256 * 1024
 GRACE_S = 30.0
 BACKOFF_S = 0.2
 MAX_BACKOFF_S = 5.0
-# Received pieces are gathered to this size before a thread writes them. Each hand-over to a thread
-# costs about 0.1 ms.
-WRITE_BYTES = 1 << 20
-# What is read, hashed and written in one call each. Each call waits for the interpreter, which a
-# busy loop has for milliseconds. It stays in a core's cache. Linux looks for a large page of memory
-# for a large write, and ext4 took five times as long for calls of 4 MiB.
-CALL_BYTES = 1 << 20
 
-
-class FileBytes(NamedTuple):
-    """Bytes that come next in an open file. A store whose bytes lie in files gives these in place
-    of the bytes: they are read, hashed and written in one call of a thread, by way of a buffer that
-    stays in a core's cache. New memory for each piece costs more than its read.
-    """
-
-    handle: BinaryIO
-    length: int
-
-
-FetchedPiece: TypeAlias = bytes | FileBytes
-Stream: TypeAlias = AbstractAsyncContextManager[AsyncGenerator[FetchedPiece, None]]
+Stream: TypeAlias = AbstractAsyncContextManager[AsyncGenerator[bytes, None]]
 OpenStream: TypeAlias = Callable[[str, StoredFile, int, int], Stream]
 """(adapter's name, file, offset, length) -> these bytes."""
+OpenFile: TypeAlias = Callable[[str, StoredFile, int], AbstractContextManager[BinaryIO]]
+"""(adapter's name, file, offset) -> the stored file, open at that byte. Called in a thread. Leaving
+it raises AdapterNotFound if the file changed meanwhile.
+"""
 PartId: TypeAlias = tuple[str, int]
 """(path of the file, number of the part)."""
 
@@ -145,9 +131,9 @@ class Transfer:
     """How one adapter is to be downloaded. The parts of `done` lie in the folder already, and their
     files exist.
 
-    `on_bytes` runs on the loop for every piece. `on_part` runs in a thread after the bytes of a
-    part were given to the kernel; it gets the part's sha256. `on_idle` runs on the loop while the
-    source itself waits for bytes. It gets the seconds since the source last got any.
+    `on_bytes` runs for every piece, on the loop or in a thread. `on_part` runs in a thread after
+    the bytes of a part were given to the kernel; it gets the part's sha256. `on_idle` runs on the
+    loop while the source itself waits for bytes. It gets the seconds since the source last got any.
     """
 
     pace: TransferRetries = field(default_factory=lambda: TransferRetries(GRACE_S, 1))
@@ -170,11 +156,22 @@ async def fetch_adapter(
             `into`.
         AdapterNotFound: a file is gone or has another version than listed.
     """
+    await _whole(_StreamTransfer(adapter, into, transfer or Transfer(), open_stream))
+
+
+async def copy_adapter(
+    adapter: StoredAdapter, into: Path, open_file: OpenFile, transfer: Transfer | None = None
+) -> None:
+    """Like fetch_adapter, from a store whose bytes lie in files."""
+    await _whole(_FileTransfer(adapter, into, transfer or Transfer(), open_file))
+
+
+async def _whole(run: _Run) -> None:
+    adapter = run.adapter
     if not all(valid_path(file.path) for file in adapter.files):
         raise AdapterNotFound(
             f"The adapter `{adapter.name}` has a file outside of its folder.", param="model"
         )
-    run = _Run(adapter, into, open_stream, transfer or Transfer())
     try:
         async with asyncio.timeout(run.transfer.pace.total_s(adapter.size_bytes)):
             await run.whole()
@@ -184,15 +181,12 @@ async def fetch_adapter(
         raise unavailable(StoreProblem.NOT_WRITABLE, exc.strerror or "") from exc
 
 
-class _Run:
+class _Run(ABC):
     """One transfer in progress."""
 
-    def __init__(
-        self, adapter: StoredAdapter, into: Path, open_stream: OpenStream, transfer: Transfer
-    ) -> None:
-        self._adapter = adapter
+    def __init__(self, adapter: StoredAdapter, into: Path, transfer: Transfer) -> None:
+        self.adapter = adapter
         self._into = into
-        self._open_stream = open_stream
         self.transfer = transfer
         parts = [
             part
@@ -210,7 +204,7 @@ class _Run:
             async with asyncio.TaskGroup() as group:
                 self._tasks.append(
                     group.create_task(
-                        self._download_parts(group, False), name=f"fetch {self._adapter.name}"
+                        self._download_parts(group, False), name=f"fetch {self.adapter.name}"
                     )
                 )
         except ExceptionGroup as failures:
@@ -235,7 +229,7 @@ class _Run:
             | os.O_CLOEXEC
             | (0 if self.transfer.may_exist else os.O_EXCL)
         )
-        for file in self._adapter.files:
+        for file in self.adapter.files:
             target = self._into / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(target, flags, 0o644))
@@ -262,7 +256,7 @@ class _Run:
             self._beside += 1
             self._tasks.append(
                 group.create_task(
-                    self._download_parts(group, True), name=f"fetch beside {self._adapter.name}"
+                    self._download_parts(group, True), name=f"fetch beside {self.adapter.name}"
                 )
             )
 
@@ -270,16 +264,13 @@ class _Run:
         """Downloads one part. A try that brings bytes is followed by another one. After
         `pace.tries` tries in a row without a byte it gives up.
         """
-        target = self._into / part.file.path
-        handle = await asyncio.to_thread(_open_at, target, part.offset)
+        sink = self._sink(part)
         try:
-            sink = _Sink(handle, part.size_bytes)
             fruitless = 0
             while True:
                 before = sink.received_bytes
                 try:
-                    await self._receive(part, sink)
-                    break
+                    return await self._receive(part, sink)
                 except StoreUnavailable as exc:
                     # If all bytes came and it still failed, the checksum is wrong. There is nothing
                     # to resume.
@@ -290,42 +281,87 @@ class _Run:
                     if fruitless >= self.transfer.pace.tries:
                         raise
                     if sink.abandoned:
-                        close_later(handle)
-                        handle = await asyncio.to_thread(_open_at, target, part.offset)
-                        sink = _Sink(handle, part.size_bytes)
+                        sink.close_later()
+                        sink = self._sink(part)
                 if fruitless:
                     await asyncio.sleep(
                         min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (fruitless - 1))
                         * random.uniform(0.5, 1.5)
                     )
-            await asyncio.to_thread(self._finish, part, sink)
         finally:
-            close_later(handle)
+            sink.close_later()
 
-    async def _receive(self, part: FilePart, sink: _Sink) -> None:
-        """One try."""
+    def _sink(self, part: FilePart) -> PartSink:
+        return PartSink(self._into / part.file.path, part.offset, part.size_bytes)
+
+    @abstractmethod
+    async def _receive(self, part: FilePart, sink: PartSink) -> None:
+        """One try. Ends with `_finish` once all bytes came."""
+
+    def _finish(self, part: FilePart, sink: PartSink) -> None:
+        self.transfer.on_part(part, sink.finish())
+
+
+class _StreamTransfer(_Run):
+    def __init__(
+        self, adapter: StoredAdapter, into: Path, transfer: Transfer, open_stream: OpenStream
+    ) -> None:
+        super().__init__(adapter, into, transfer)
+        self._open_stream = open_stream
+
+    async def _receive(self, part: FilePart, sink: PartSink) -> None:
         stall_s = self.transfer.pace.stall_s
         loop = asyncio.get_running_loop()
         offset, length = part.offset + sink.received_bytes, part.size_bytes - sink.received_bytes
         try:
             async with (
                 asyncio.timeout(stall_s) as stall_timeout,
-                self._open_stream(self._adapter.name, part.file, offset, length) as chunks,
-                aclosing(chunks),
+                self._open_stream(self.adapter.name, part.file, offset, length) as pieces,
+                aclosing(pieces),
             ):
-                async for chunk in chunks:
-                    self.transfer.on_bytes(await sink.add(chunk))
+                async for piece in pieces:
+                    await sink.add(piece)
+                    self.transfer.on_bytes(len(piece))
                     if stall_s is not None:
                         stall_timeout.reschedule(loop.time() + stall_s)
         except TimeoutError as exc:
             raise unavailable(StoreProblem.TOO_SLOW) from exc
         if sink.received_bytes < part.size_bytes:
             raise TransferCut
+        await asyncio.to_thread(self._finish, part, sink)
 
-    def _finish(self, part: FilePart, sink: _Sink) -> None:
-        sink.write()
-        sink.close()
-        self.transfer.on_part(part, sink.sha256())
+
+class _FileTransfer(_Run):
+    """A part is one turn of a thread: the loop of a busy process lets others wait for milliseconds
+    at each hand-over.
+    """
+
+    def __init__(
+        self, adapter: StoredAdapter, into: Path, transfer: Transfer, open_file: OpenFile
+    ) -> None:
+        super().__init__(adapter, into, transfer)
+        self._open_file = open_file
+
+    async def _receive(self, part: FilePart, sink: PartSink) -> None:
+        turn = asyncio.get_running_loop().run_in_executor(None, self._copy, part, sink)
+        try:
+            while True:
+                before = sink.received_bytes
+                await asyncio.wait({turn}, timeout=self.transfer.pace.stall_s)
+                if turn.done():
+                    return turn.result()
+                if sink.received_bytes == before:
+                    raise unavailable(StoreProblem.TOO_SLOW)
+        finally:
+            if not turn.done():
+                sink.abandoned = True
+                turn.cancel()
+
+    def _copy(self, part: FilePart, sink: PartSink) -> None:
+        at = part.offset + sink.received_bytes
+        with self._open_file(self.adapter.name, part.file, at) as source:
+            sink.copy(source, self.transfer.on_bytes)
+        self._finish(part, sink)
 
 
 def _foremost(failures: ExceptionGroup[Exception]) -> Exception:
@@ -336,90 +372,3 @@ def _foremost(failures: ExceptionGroup[Exception]) -> Exception:
     if len(known) < len(failures.exceptions):
         return failures
     return next((exc for exc in known if isinstance(exc, AdapterNotFound)), known[0])
-
-
-def _open_at(target: Path, offset: int) -> BinaryIO:
-    handle = os.fdopen(os.open(target, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b")
-    handle.seek(offset)
-    return handle
-
-
-class _Sink:
-    """Gathers received pieces, and hashes and writes them in a thread. It refuses more bytes than
-    were requested.
-    """
-
-    def __init__(self, handle: BinaryIO, limit_bytes: int) -> None:
-        self._handle = handle
-        self._limit_bytes = limit_bytes
-        self._pieces: list[bytes] = []  # a list, because joining would copy every byte once more
-        self._waiting_bytes = 0
-        self._hash = hashlib.sha256()
-        self.received_bytes = 0
-        self.abandoned = False
-        """Nobody waits for a thread that still reads or writes. Once it has read, it finds the
-        target closed. Nobody else may use this meanwhile.
-        """
-
-    async def add(self, piece: FetchedPiece) -> int:
-        """How many bytes came. Raises TransferCut if the file of the piece cannot be read."""
-        count = piece.length if isinstance(piece, FileBytes) else len(piece)
-        if self.received_bytes + count > self._limit_bytes:
-            raise unavailable(StoreProblem.BROKEN_REPLY, "more bytes than listed")
-        if isinstance(piece, FileBytes):
-            await self._in_thread(lambda: self._copy(piece))
-            return count
-        self.received_bytes += count
-        self._pieces.append(piece)
-        self._waiting_bytes += count
-        if self._waiting_bytes >= WRITE_BYTES:
-            await self._in_thread(self.write)
-        return count
-
-    async def _in_thread(self, work: Callable[[], None]) -> None:
-        try:
-            await asyncio.to_thread(work)
-        except asyncio.CancelledError:
-            self.abandoned = True
-            raise
-
-    def write(self) -> None:
-        pieces, self._pieces, self._waiting_bytes = self._pieces, [], 0
-        for piece in pieces:
-            whole = memoryview(piece)
-            for at in range(0, len(whole), CALL_BYTES):
-                self._hash.update(whole[at : at + CALL_BYTES])
-                self._handle.write(whole[at : at + CALL_BYTES])
-
-    def _copy(self, piece: FileBytes) -> None:
-        left, buffer = piece.length, memoryview(bytearray(CALL_BYTES))
-        while left:
-            try:
-                count = piece.handle.readinto(buffer[:left])  # type: ignore[attr-defined]
-            except OSError as exc:
-                raise TransferCut from exc
-            if not count:
-                raise TransferCut
-            self._hash.update(buffer[:count])
-            self._handle.write(buffer[:count])
-            self.received_bytes += count
-            left -= count
-
-    def close(self) -> None:
-        self._handle.close()
-
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
-
-
-def close_later(handle: BinaryIO) -> None:
-    """Closes in a thread and does not wait. A thread that is still writing may hold the file's
-    lock, on a stuck disk for long.
-    """
-    if not handle.closed:
-        asyncio.get_running_loop().run_in_executor(None, _close, handle)
-
-
-def _close(handle: BinaryIO) -> None:
-    with suppress(OSError):
-        handle.close()

@@ -7,8 +7,8 @@ import hashlib
 import io
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ import pytest
 
 from shared.adapters.identity import StoredAdapter, StoredFile
 from shared.errors import StoreUnavailable
-from shared.stores import transfer
+from shared.stores import sink
+from shared.stores.sink import CALL_BYTES, WRITE_BYTES
 from shared.stores.transfer import (
-    CALL_BYTES,
-    FetchedPiece,
-    FileBytes,
     FilePart,
     Transfer,
     TransferRetries,
+    copy_adapter,
     fetch_adapter,
 )
 
@@ -67,23 +66,17 @@ async def fetch(into: Path, handles: list[Any], tries: int = 2) -> list[str]:
     """The sha256 of the parts that came. Each try reads the next of the handles."""
     came: list[str] = []
 
-    @asynccontextmanager
-    async def stream(
-        name: str, file: StoredFile, offset: int, length: int
-    ) -> AsyncIterator[AsyncGenerator[FetchedPiece, None]]:
+    @contextmanager
+    def opened(name: str, file: StoredFile, offset: int) -> Iterator[Any]:
         handle = handles.pop(0)
         handle.seek(offset)
-
-        async def pieces() -> AsyncGenerator[FetchedPiece, None]:
-            yield FileBytes(handle, length)
-
-        yield pieces()
+        yield handle
 
     def on_part(part: FilePart, sha256: str) -> None:
         came.append(sha256)
 
     how = Transfer(pace=TransferRetries(STALL_S, tries), on_part=on_part)
-    await fetch_adapter(stored(), into, stream, how)
+    await copy_adapter(stored(), into, opened, how)
     return came
 
 
@@ -149,8 +142,8 @@ class StuckTarget(io.BytesIO):
 def test_a_write_that_stands_still_and_goes_on_later_changes_no_hash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, came, targets = os.urandom(transfer.WRITE_BYTES), list[str](), list[StuckTarget]()
-    opened = transfer._open_at
+    whole, came, targets = os.urandom(WRITE_BYTES), list[str](), list[StuckTarget]()
+    opened = sink.open_at
 
     def open_at(target: Path, offset: int) -> Any:
         if targets:
@@ -161,8 +154,8 @@ def test_a_write_that_stands_still_and_goes_on_later_changes_no_hash(
     @asynccontextmanager
     async def stream(
         name: str, file: StoredFile, offset: int, length: int
-    ) -> AsyncIterator[AsyncGenerator[FetchedPiece, None]]:
-        async def pieces() -> AsyncGenerator[FetchedPiece, None]:
+    ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+        async def pieces() -> AsyncGenerator[bytes, None]:
             if tries:
                 targets[0].go_on.set()
                 await asyncio.to_thread(targets[0].wrote.wait, STALL_S / 2)
@@ -172,7 +165,7 @@ def test_a_write_that_stands_still_and_goes_on_later_changes_no_hash(
         yield pieces()
 
     tries = list[int]()
-    monkeypatch.setattr(transfer, "_open_at", open_at)
+    monkeypatch.setattr(sink, "open_at", open_at)
     adapter = StoredAdapter("a", "digest", (StoredFile("weights", len(whole), "v"),))
     how = Transfer(pace=TransferRetries(STALL_S, 2), on_part=lambda _, sha256: came.append(sha256))
     asyncio.run(fetch_adapter(adapter, tmp_path, stream, how))

@@ -42,6 +42,7 @@ from worker.disk.download import PeerFailed
 from worker.disk.folder import CacheFolder
 
 PART = 64 * 1024
+PIECE_BYTES = PART // 4
 WEIGHTS = "adapter_model.safetensors"
 pytestmark = pytest.mark.usefixtures("small_parts")
 
@@ -52,8 +53,8 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class WatchedStore(LocalStore):
-    """A folder that notes what is read of it. A test can make it hang, or fail after a number of
-    reads.
+    """A folder whose bytes come as a stream. It notes what is read of it. A test can make it hang,
+    or fail after a number of reads.
     """
 
     def __init__(self, root: str) -> None:
@@ -63,6 +64,11 @@ class WatchedStore(LocalStore):
         self.failure: Exception | None = None
         self.fails_once: Callable[[], object] = lambda: True
         self.at_limit, self.go = asyncio.Event(), asyncio.Event()
+
+    async def fetch(
+        self, adapter: StoredAdapter, into: Path, transfer: Transfer | None = None
+    ) -> None:
+        await transfer_module.fetch_adapter(adapter, into, self._stream, transfer)
 
     @asynccontextmanager
     async def _stream(
@@ -76,8 +82,13 @@ class WatchedStore(LocalStore):
                 raise self.failure
             await self.go.wait()
         self.asked.append((file.path, offset))
-        async with super()._stream(adapter_name, file, offset, length) as chunks:
-            yield chunks
+        with self._listed(adapter_name, file, offset) as handle:
+
+            async def pieces() -> AsyncGenerator[bytes, None]:
+                for at in range(0, length, PIECE_BYTES):
+                    yield handle.read(min(PIECE_BYTES, length - at))
+
+            yield pieces()
 
 
 class Host:
