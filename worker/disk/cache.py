@@ -29,7 +29,7 @@ from shared.stores.transfer import GRACE_S, PartBudget, PartId, TransferRetries
 from worker.disk import layout
 from worker.disk.download import Download, DownloadJob, FolderCheck, Source, nothing
 from worker.disk.download_journal import DownloadJournal
-from worker.disk.folder import CacheFolder
+from worker.disk.folder import CacheFolder, NoDownload
 from worker.disk.layout import FILES, EntryLock, EntryVerdict, Stamp, entry_key, lock_entry
 
 log = logging.getLogger("loraplex.disk_cache")
@@ -114,6 +114,12 @@ class CachedOnDisk:
 class _Verified:
     stamps: tuple[Stamp, ...]
     facts: AdapterFacts
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    held: EntryLock
+    download: Download
 
 
 class DiskCache:
@@ -220,18 +226,19 @@ class DiskCache:
             self._underway.pop(key, None)
 
     async def _fetch(self, key: str, job: DownloadJob, check: Check) -> Cached:
-        start = clock()
+        start, cached = clock(), None
+        if bad := self._quarantine.get(key):
+            raise bad.with_traceback(None)
         while True:
-            cached = await self.open(job.ref, check)
-            if cached is not None:
-                return cached
             async with self._gate:
                 try:
-                    turn = await self._in_thread(self._cache_folder.begin, key, job.stored)
-                    if isinstance(turn, EntryLock):
-                        cached = await self._download(key, job, check, turn, clock() - start)
+                    begun = await self._in_thread(self._begin, key, job, check)
+                    if isinstance(begun, _Begun):
+                        cached = await self._download(key, job, check, begun, clock() - start)
                 except OSError as exc:
                     raise unavailable(StoreProblem.NOT_WRITABLE, exc.strerror or "") from exc
+            if begun is NoDownload.CACHED:
+                cached = await self.open(job.ref, check)
             if cached is not None:
                 return cached
             await self._wait(key, start)
@@ -338,24 +345,36 @@ class DiskCache:
 
     # ---- from the store --------------------------------------------------------------------------
 
+    def _begin(self, key: str, job: DownloadJob, check: Check) -> _Begun | NoDownload:
+        """Takes the right to download, and what an earlier try left; called in a thread."""
+        held = self._cache_folder.begin(key, job.stored)
+        if isinstance(held, NoDownload):
+            return held
+        partial = self._cache_folder.partial(key)
+        try:
+            download = Download(
+                job,
+                partial,
+                self._pace,
+                self._budget,
+                lambda: check.begin(partial / FILES),
+                self._heavy,
+            )
+            download.resume()
+        except BaseException:
+            held.release()
+            raise
+        return _Begun(held, download)
+
     async def _download(
-        self, key: str, job: DownloadJob, check: Check, held: EntryLock, wait_s: float
+        self, key: str, job: DownloadJob, check: Check, begun: _Begun, wait_s: float
     ) -> Cached | None:
         """Downloads, validates and publishes the adapter. None if another process removed it right
         after it became visible.
         """
-        partial = self._cache_folder.partial(key)
-        download = Download(
-            job,
-            partial,
-            self._pace,
-            self._budget,
-            lambda: check.begin(partial / FILES),
-            self._heavy,
-        )
+        held, download, partial = begun.held, begun.download, self._cache_folder.partial(key)
         keep = handed_over = False
         try:
-            await download.resume(self._threads)
             await download.bring()
             brought = clock()
             if download.from_store_alone:

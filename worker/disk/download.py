@@ -4,7 +4,6 @@ are complete, and notes them in the journal.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
@@ -102,11 +101,9 @@ class Download:
         self.peer_bytes = 0
         self.peer_s = self.store_s = 0.0
 
-    async def resume(self, threads: Executor) -> None:
-        """Takes over the complete parts that an earlier try left."""
-        self.parts.update(
-            await asyncio.get_running_loop().run_in_executor(threads, self._journal.whole_parts)
-        )
+    def resume(self) -> None:
+        """Takes over the complete parts that an earlier try left. Blocks."""
+        self.parts.update(self._journal.whole_parts())
         if self.parts:
             log.info(
                 "download resumed",
