@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 
@@ -44,11 +45,17 @@ from shared.adapters.identity import (
     choose_weights,
     may_be_part,
 )
-from shared.adapters.peft_config import check_config
+from shared.adapters.peft_config import PeftLoraConfig, check_config
 from shared.adapters.safetensors import VALUE_BYTES, Tensor
 from shared.errors import InvalidAdapter
 from shared.stores.transfer import PARTS_PER_ADAPTER, FilePart
-from worker.validation.values import PIECE_BYTES, WeightsFile, read_header
+from worker.validation.values import (
+    KNOWN_HEADER_BYTES,
+    KNOWN_RECIPES,
+    PIECE_BYTES,
+    WeightsFile,
+    read_header,
+)
 
 PACKED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
 _EMBEDDING = "embed_tokens"
@@ -65,7 +72,7 @@ _CODE = sorted(
 
 
 class Validator:
-    """Checks folders against one base model. It has no state, so threads may share it.
+    """Checks folders against one base model. Threads may share it.
 
     `shapes` None skips the checks of shapes, and `weights` False reads no weights at all. Both
     serve the simulated engine, whose adapters need not hold any. `targets` are the modules that the
@@ -93,6 +100,7 @@ class Validator:
             weights,
         )
         self.rules = self._rules()
+        self._known_pairs = lru_cache(KNOWN_RECIPES)(self._pairs)
 
     def check(self, folder: Path) -> AdapterFacts:
         """The facts of the adapter. Raises InvalidAdapter with the first failure. Its message names
@@ -114,7 +122,9 @@ class Validator:
         if not self._weights:
             return AdapterFacts(rank, size_bytes, ())
         found = self._headers(folder, choose_weights([f.path for f in files]), early)
-        pairs = check_tensors([t for file in found for t in file.tensors], config, self._shapes)
+        small = sum(len(file.header) for file in found) <= KNOWN_HEADER_BYTES
+        check = self._known_pairs if small else self._pairs
+        pairs = check(tuple(t for file in found for t in file.tensors), config)
         self._check_values(found, pairs)
         modules = sorted({p.layer.removesuffix(".base_layer").rpartition(".")[2] for p in pairs})
         if self._targets is not None and not self._targets.issuperset(modules):
@@ -151,6 +161,9 @@ class Validator:
             ],
         ]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _pairs(self, tensors: tuple[Tensor, ...], config: PeftLoraConfig) -> Sequence[LoraPair]:
+        return check_tensors(tensors, config, self._shapes)
 
     def _headers(
         self, folder: Path, names: Sequence[str], early: WeightsFile | None

@@ -21,6 +21,7 @@ import pytest
 from shared.adapters.identity import AdapterRef
 from shared.errors import InvalidAdapter
 from worker.engine.base import Loaded
+from worker.engine.vllm import worker_extension
 from worker.engine.vllm.adapters import front_end
 from worker.engine.vllm.adapters.front_end import Adapters
 from worker.engine.vllm.adapters.prepare_link import (
@@ -40,7 +41,7 @@ class Templates:
     """Reads a folder once `go_on` is set. `known`: whether its header is."""
 
     def __init__(self) -> None:
-        self.known, self.read_by_vllm = True, list[str]()
+        self.known, self.read_by_vllm, self.weights = True, list[str](), 0
         self.go_on, self.reads = threading.Event(), threading.Event()
 
     def read_known(self, folder: Path, int_id: int) -> Any | None:
@@ -48,11 +49,15 @@ class Templates:
         assert self.go_on.wait(60.0)
         if not folder.is_dir():
             raise FileNotFoundError(folder)
-        return SimpleNamespace(loras={}, folder=folder.name) if self.known else None
+        return self._made(folder) if self.known else None
 
     def read(self, folder: Path, int_id: int, load_by_vllm: Any) -> Any:
         self.read_by_vllm.append(folder.name)
-        return SimpleNamespace(loras={}, folder=folder.name)
+        return self._made(folder)
+
+    def _made(self, folder: Path) -> Any:
+        layer = SimpleNamespace(lora_a=SimpleNamespace(nbytes=self.weights), lora_b=None)
+        return SimpleNamespace(loras={"layer": layer}, folder=folder.name)
 
 
 class Area(_StagingArea):
@@ -118,6 +123,19 @@ def test_one_that_is_checked_while_it_is_read_comes_from_its_new_place(
     assert area.state(1) is None
     area.done()
     assert area.state(1) == "" and area.take(1).folder == "entry"
+
+
+def test_memory_for_the_next_adapter_is_pinned_only_after_this_one_is_ready(
+    area: Area, folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned = list[tuple[int, str | None]]()
+    monkeypatch.setattr(
+        worker_extension, "pin_spare", lambda count: pinned.append((count, area.state(1)))
+    )
+    area.templates.weights = 3
+    area.start("a", 1, folders[1], True)
+    area.done()
+    assert pinned == [(3, "")]
 
 
 def test_nothing_stays_of_one_that_is_refused(area: Area, folders: tuple[str, str]) -> None:

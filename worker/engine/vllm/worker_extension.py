@@ -36,6 +36,7 @@ from worker.engine.vllm.tensor_replay.file_templates import (  # noqa: E402
     FileTemplates,
     TracedLoRAModel,
     gather_into_block,
+    pin_spare,
     tensors,
 )
 from worker.engine.vllm.tensor_replay.slot_writer import SlotWriter  # noqa: E402
@@ -306,8 +307,10 @@ class _StagingArea:
                 self._failed[int_id] = failure
             else:
                 self._ready[int_id] = made
-                self._bytes[int_id] = sum(t.nbytes for _, _, t in tensors(made))
+                size_bytes = self._bytes[int_id] = sum(t.nbytes for _, _, t in tensors(made))
         self._tell(int_id, failure)
+        if made is not None:
+            pin_spare(size_bytes)
 
     def _read_ahead(self, int_id: int, folder: str) -> Any | None:
         """The adapter, if all that is new of it are its values and they can be read. Its folder

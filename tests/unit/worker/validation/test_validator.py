@@ -27,6 +27,7 @@ from shared.stores import transfer
 from shared.stores.transfer import FilePart, parts_of
 from tests.bad_adapters import CONFIG, KINDS, ON_DISK_ONLY, WEIGHTS, filled, safetensors, stored
 from worker.engine.vllm.lora.files import weight_files
+from worker.validation import validator as validator_module
 from worker.validation import values
 from worker.validation.base_model import read_base_shapes
 from worker.validation.validator import Validator
@@ -511,6 +512,53 @@ def test_values_that_were_looked_at_are_not_read_again(
     assert sum(looked) == sum(
         t.end - t.begin for t in read_header(good / WEIGHTS, AdapterLimits()).tensors
     )
+
+
+def test_what_one_adapter_of_a_recipe_was_found_to_be_is_said_of_no_other(
+    tmp_path: Path, good: Path
+) -> None:
+    """The header and the config are known from the first. Each of the others differs in one file,
+    and the last not at all.
+    """
+    validator = Validator(BASE, 16)
+    facts = validator.check(good)
+    raw, config = (good / WEIGHTS).read_bytes(), json.loads((good / CONFIG).read_text())
+
+    def checked(name: str, weights: bytes, **more: object) -> tuple[int, tuple[str, ...]]:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / WEIGHTS).write_bytes(weights)
+        (folder / CONFIG).write_text(json.dumps(config | more))
+        found = validator.check(folder)
+        return found.rank, found.modules
+
+    for name, weights, more, code in (
+        ("value", raw[:-2] + b"\x80\x7f", {}, "nonfinite"),
+        ("rank", raw, {"r": RANK - 1}, "shape"),
+        ("targets", raw, {"target_modules": ["q_proj", "v_proj"]}, "module"),
+        ("scaling", raw, {"lora_alpha": 1e6}, "magnitude"),
+        ("short", raw[:-2], {}, "header"),
+    ):
+        with pytest.raises(InvalidAdapter) as caught:
+            checked(name, weights, **more)
+        assert caught.value.reason == code, name
+    assert checked("same", raw) == (facts.rank, facts.modules)
+
+
+def test_what_a_recipe_says_is_worked_out_once(
+    tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worked_out, check = list[int](), validator_module.check_tensors
+    monkeypatch.setattr(
+        validator_module,
+        "check_tensors",
+        lambda tensors, *more: worked_out.append(len(tensors)) or check(tensors, *more),
+    )
+    other = shutil.copytree(good, tmp_path / "other")
+    (other / WEIGHTS).write_bytes((good / WEIGHTS).read_bytes()[:-2] + b"\0\0")
+    validator = Validator(BASE, 16)
+    assert validator.check(good) == validator.check(other)
+    assert len(worked_out) == 1
 
 
 @pytest.mark.usefixtures("small_parts")

@@ -19,6 +19,7 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -356,3 +357,12 @@ def gather_into_block(lora: Any) -> None:
         else:
             setattr(where, key, view)
         at += size
+
+
+def pin_spare(size_bytes: int) -> None:
+    """Pins memory for one more adapter of this size and leaves it to torch, which keeps it for the
+    next. To pin 26 MiB takes 15 ms, for which a cold adapter would wait.
+    """
+    if PIN_MEMORY:
+        with suppress(RuntimeError):  # no room: the next one finds out
+            torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
