@@ -1,9 +1,10 @@
-"""Shell. `python -m bench.micro.cold_file [--dtype F16]`: what it costs to bring an adapter of 26
-MiB from a folder to the disk cache, without an engine.
+"""Shell. `python -m bench.micro.cold_file [--dtype F16] [--busy 1.5]`: what it costs to bring an
+adapter of 26 MiB from a folder to the disk cache, without an engine.
 
 The adapter has rank 16 on q, k, v and o of an 8B model. The table has CPU and wall ms, median and
 least of the rounds: all of a fetch, its phases, and each of its parts alone in one thread. On a
-shared machine the CPU times count.
+shared machine the CPU times count. `--busy`: of each 5 ms the loop works for so many, as that of a
+worker does which streams.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from worker.validation.values import read_header
 LAYERS, RANK, HIDDEN = 32, 16, 4096
 OUTPUTS = {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024, "o_proj": 4096}
 READ_BYTES = 1 << 20
+STEP_S = 0.005  # of an engine with an 8B model
 PAUSE_S = 0.5  # the disk writes the adapter before, which is no part of a fetch
 VALUES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 
@@ -41,13 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.micro.cold_file")
     parser.add_argument("--dtype", choices=VALUES, default="BF16")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--busy", type=float, default=0.0, metavar="MS")
     parser.add_argument("--folder", type=Path, help="where to write; default: the system's own")
     flags = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=flags.folder) as made:
         folder = Path(made)
         write_adapter(folder / "store" / "a", flags.dtype)
         print("| what | CPU ms, median and least | wall ms, median and least |\n|---|---|---|")
-        asyncio.run(_fetches(folder, flags.rounds))
+        asyncio.run(_fetches(folder, flags.rounds, flags.busy / 1e3))
         _parts(folder, flags.rounds)
     return 0
 
@@ -78,7 +81,16 @@ def write_adapter(folder: Path, dtype: str) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(config))
 
 
-async def _fetches(folder: Path, rounds: int) -> None:
+async def _work(busy_s: float) -> None:
+    while True:
+        until = time.perf_counter() + busy_s
+        while time.perf_counter() < until:
+            pass
+        await asyncio.sleep(STEP_S - busy_s)
+
+
+async def _fetches(folder: Path, rounds: int, busy_s: float) -> None:
+    work = asyncio.create_task(_work(busy_s), name="busy loop") if busy_s else None
     store, check = LocalStore(str(folder / "store")), Validator(None, RANK)
     cache = DiskCache(folder / "cache", 0)
     stored = await store.find("a")
@@ -94,9 +106,11 @@ async def _fetches(folder: Path, rounds: int) -> None:
         cpu.append(time.process_time() - cpu_began)
         for phase, took_s in asdict(cached.times).items():
             phases.setdefault(phase.removesuffix("_s"), []).append(took_s)
-    _row("a fetch", cpu, wall)
+    _row("a fetch", [] if busy_s else cpu, wall)
     for phase, took in phases.items():
         _row(f"its phase {phase}", [], took)
+    if work is not None:
+        work.cancel()
     cache.close()
 
 
@@ -125,7 +139,7 @@ def _parts(folder: Path, rounds: int) -> None:
         "read from the page cache": read,
         "sha256": digest,
         "write to the page cache": write,
-        "header": lambda: read_header(path, limits),
+        "header of a known recipe": lambda: read_header(path, limits),
         "look at all values": lambda: read_header(path, limits).look(0, len(raw)),
         "check of all": lambda: check(path.parent),
     }
