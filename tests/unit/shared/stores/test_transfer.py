@@ -87,6 +87,51 @@ def test_a_thread_that_stands_still_and_goes_on_later_changes_nothing(tmp_path: 
     assert (tmp_path / "weights").read_bytes() == WHOLE
 
 
+def test_a_thread_that_stands_still_in_open_and_goes_on_later_writes_nothing(
+    tmp_path: Path,
+) -> None:
+    came, go_on, left = list[str](), threading.Event(), threading.Event()
+
+    class Whole(io.BytesIO):
+        """While it is read, the one before goes on, and has time to do harm."""
+
+        def readinto(self, buffer: Any) -> int:
+            go_on.set()
+            assert left.wait(30)
+            return super().readinto(buffer)
+
+    @contextmanager
+    def opened(name: str, file: StoredFile, offset: int) -> Iterator[Any]:
+        tries.append(offset)
+        if len(tries) > 1:
+            yield Whole(WHOLE)
+            return
+        try:
+            assert go_on.wait(30)
+            yield io.BytesIO(bytes(len(WHOLE)))
+        finally:
+            left.set()
+
+    tries = list[int]()
+    how = Transfer(pace=TransferRetries(STALL_S, 2), on_part=lambda _, sha256: came.append(sha256))
+    asyncio.run(copy_adapter(stored(), tmp_path, opened, how))
+    assert came == [hashlib.sha256(WHOLE).hexdigest()] and tries == [0, 0]
+    assert (tmp_path / "weights").read_bytes() == WHOLE
+
+
+async def test_a_part_of_a_file_is_one_turn_of_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one makes the files. A busy loop lets each turn wait for milliseconds."""
+    loop, turns = asyncio.get_running_loop(), list[Any]()
+    run = loop.run_in_executor
+    monkeypatch.setattr(
+        loop, "run_in_executor", lambda *more: turns.append(more) or run(*more), raising=False
+    )
+    assert len(await fetch(tmp_path, [io.BytesIO(WHOLE)])) == 1
+    assert len(turns) == 2
+
+
 async def test_a_file_that_is_too_short_is_read_once_more_from_where_it_ended(
     tmp_path: Path,
 ) -> None:
