@@ -15,6 +15,7 @@ from tests.engine.requests.test_resume import Sent, cuts, heard
 from tests.harness import demo_config
 from tests.tiny_whisper import make_whisper, sound
 from worker.engine.base import EngineRequest
+from worker.engine.vllm.boot.warm_up_requests import warm_up
 
 PATH = "/v1/audio/transcriptions"
 LONGER_THAN_A_WINDOW_S = 31.0
@@ -97,3 +98,10 @@ async def test_a_transcription_that_is_answered_whole_costs_what_a_streamed_one_
             streamed.prompt_tokens,
             streamed.output_tokens,
         )
+
+
+async def test_the_warm_up_of_a_model_that_only_hears_is_answered(hearing: Any) -> None:
+    asked, sent = warm_up("hearing", hearing._tasks, {}), Sent()
+    call = EngineRequest(asked.path, "warm-up", asked.body, None, content_type=asked.content_type)
+    await hearing.serve(call, sent)
+    assert sent.status == 200, sent.data()

@@ -5,7 +5,6 @@ compiles kernels inside the step loop, which would stall every stream.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -88,10 +87,12 @@ class Rehearsal:
         )
 
     async def _ask(self, extra: dict[str, Any], adapter: Loaded | None) -> None:
-        path, fields = warm_up(self._tasks)
-        body = json.dumps({"model": self._base, **fields, **extra}).encode()
+        asked = warm_up(self._base, self._tasks, extra)
+        call = EngineRequest(
+            asked.path, "warm-up", asked.body, adapter, content_type=asked.content_type
+        )
         discard = DiscardReply()
-        await self._serve(EngineRequest(path, "warm-up", body, adapter), discard)
+        await self._serve(call, discard)
         status = discard.status
         if status >= 500 or status in NOT_THE_REQUEST:
             refusal = discard.data.decode(errors="replace")[:SHOWN_CHARS]

@@ -4,7 +4,11 @@ request of each kind compiles kernels inside the step loop.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import io
+import json
+import wave
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 WARM_UP_TOKENS = 2
@@ -30,8 +34,24 @@ WARM_UPS: tuple[dict[str, Any], ...] = (
 """One request each: greedy, seeded with logprobs, sampled with penalties, structured."""
 
 
-def warm_up(tasks: Collection[str]) -> tuple[str, dict[str, Any]]:
-    """(path, body without its model) of a small request that a model with these tasks answers."""
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """One request to the engine."""
+
+    path: str
+    body: bytes
+    content_type: str = "application/json"
+
+
+def warm_up(model: str, tasks: Collection[str], extra: Mapping[str, Any]) -> WarmUp:
+    """A small request that a model with these tasks answers. `extra`: more fields of its body."""
+    if "transcription" in tasks and "generate" not in tasks:
+        return WarmUp("/v1/audio/transcriptions", _form(model, _silence()), FORM)
+    path, fields = _small(tasks)
+    return WarmUp(path, json.dumps({"model": model, **fields, **extra}).encode())
+
+
+def _small(tasks: Collection[str]) -> tuple[str, dict[str, Any]]:
     if "generate" in tasks:
         return "/v1/completions", {"prompt": [1, 1], "max_tokens": WARM_UP_TOKENS}
     if "embed" in tasks:
@@ -39,6 +59,31 @@ def warm_up(tasks: Collection[str]) -> tuple[str, dict[str, Any]]:
     if "classify" in tasks:
         return "/classify", {"input": "warm"}
     return "/pooling", {"input": [1, 1]}
+
+
+FORM = "multipart/form-data; boundary=part"
+
+
+def _form(model: str, sound: bytes) -> bytes:
+    part = b"--part\r\nContent-Disposition: form-data; name="
+    return b"".join(
+        (
+            part + b'"model"\r\n\r\n' + model.encode() + b"\r\n",
+            part + b'"file"; filename="warm-up.wav"\r\nContent-Type: audio/wav\r\n\r\n' + sound,
+            b"\r\n--part--\r\n",
+        )
+    )
+
+
+def _silence() -> bytes:
+    """A tenth of a second, as a WAV file."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as made:
+        made.setnchannels(1)
+        made.setsampwidth(2)
+        made.setframerate(16_000)
+        made.writeframes(bytes(2 * 1600))
+    return file.getvalue()
 
 
 MOST_PROMPTS = 64
