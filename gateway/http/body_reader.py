@@ -151,6 +151,11 @@ class BoundedRequest(web.BaseRequest):
         self._held = 0
         self.tenant = ""
 
+    @property
+    def path(self) -> str:
+        """The path without a slash at its end: with one, it means the same."""
+        return self.rel_url.path.rstrip("/") or "/"
+
     async def read(self) -> bytes:
         if self._read_bytes is None:
             body = await self._intake.read(self)

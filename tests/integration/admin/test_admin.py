@@ -101,6 +101,28 @@ async def test_questions_that_make_no_sense_say_why(
     assert got == status and word in body["error"]["message"], body
 
 
+async def test_a_slash_at_the_end_of_a_path_means_nothing_to_operators_either(
+    tmp_path: Path, adapters: Path
+) -> None:
+    for name in ("a", "a/pin"):
+        make_adapter(adapters, name)
+    async with cluster(sim_config(adapters), tmp_path) as c:
+        await c.start_worker("w0")
+        assert (await c.get("/admin/adapters/a/"))[1]["name"] == "a"
+        status, pinned = await act(c, "a", "pin/")
+        assert status == 200 and pinned["adapter"] == "a"
+        status, alias = await c.put("/admin/aliases/prod/", {"adapter": "a"})
+        assert status == 200 and alias["model"] == "sim:prod"
+        assert (await c.delete("/admin/aliases/prod/"))[0] == 200
+        _, _, headers = await c.chat("sim:a", max_tokens=1)
+        request_id = headers["x-request-id"]
+        assert (await c.get(f"/admin/requests/{request_id}/"))[1]["id"] == request_id
+        for page in ("/ui/", "/ui//", "/ui/style.css/"):
+            assert (await c.get(page))[0] == 200, page
+        assert await c.metric("loraplex_internal_errors_total") == 0
+        assert (await c.post("/admin/workers/w0/drain/", b""))[1]["worker"] == "w0"
+
+
 async def test_ten_thousand_adapters_are_listed_without_holding_up_requests(
     tmp_path: Path, adapters: Path
 ) -> None:
