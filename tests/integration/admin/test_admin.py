@@ -457,3 +457,21 @@ async def test_without_admin_keys_only_a_gateway_of_this_machine_alone_answers(
             assert await ask(c, "GET", "/admin/adapters", key) == 403
         async with c.http.get(c.url + "/admin/adapters") as answer:
             assert "gateway.admin_keys_env" in (await answer.json())["error"]["message"]
+
+
+async def test_the_live_feed_takes_the_key_where_all_paths_do_and_answers_head_without_a_body(
+    tmp_path: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_ADMIN_KEYS", "boss")
+    async with cluster(sim_config(adapters, admin_keys_env="TEST_ADMIN_KEYS"), tmp_path) as c:
+        async with c.http.get(c.url + "/admin/live", headers={"x-api-key": "boss"}) as answer:
+            assert (await answer.content.readline()).startswith(b"data: {")
+        host, port = c.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = "{} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer boss\r\n\r\n"
+        writer.write((head.format("HEAD /admin/live") + head.format("GET /health")).encode())
+        async with asyncio.timeout(STOP_S):
+            assert b"text/event-stream" in await reader.readuntil(b"\r\n\r\n")
+            assert b"application/json" in await reader.readuntil(b"\r\n\r\n")
+            assert json.loads(await reader.readuntil(b"}")) == {"status": "ok"}
+        writer.close()
