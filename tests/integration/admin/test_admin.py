@@ -89,6 +89,8 @@ async def test_the_table_comes_in_pages(two: Cluster) -> None:
         ("/admin/adapters?limit=0", 400, "limit"),
         ("/admin/adapters?limit=x", 400, "limit"),
         ("/admin/adapters?state=odd", 400, "`listed`"),
+        ("/admin/explain?model=sim&prompt_tokens=x", 400, "prompt_tokens"),
+        (f"/admin/explain?model=sim&prompt_tokens={'9' * 5000}", 400, "prompt_tokens"),
         ("/admin/adapters?base=nope", 400, "`sim`"),
         ("/admin/adapters/nobody", 404, "does not exist"),
         ("/admin/adapters/..%2Fx", 404, "not valid"),
