@@ -291,7 +291,11 @@ class Connection(asyncio.Protocol):
         if waits and self._head_end(data) > MAX_HEADERS_BYTES:
             self._refuse(inner, HeadersTooLarge(TOO_LARGE))
             return
+        held = self._held if inner.reads_ahead else 0
         inner.data_received(data)
+        if not self._hold(held + len(data) if inner.reads_ahead else 0):
+            self.abort()
+            return
         if not waits:
             return
         if getattr(inner, "_messages", True):
@@ -316,6 +320,7 @@ class Connection(asyncio.Protocol):
     def _retire(self, inner: AiohttpConnection) -> None:
         """Takes the connection back from aiohttp, which has answered everything it was given."""
         self._aiohttp = None
+        self._hold(0)
         inner.transport = None  # or aiohttp would close it
         inner.connection_lost(None)
         self._restart_timer()
@@ -380,6 +385,8 @@ class Connection(asyncio.Protocol):
         While aiohttp works on a request, other bounds apply.
         """
         transport = self._transport
+        if self._held and self._aiohttp is not None and not self._aiohttp.reads_ahead:
+            self._hold(0)  # it has got to it
         if transport is None or self._pending is not None or self._is_read(transport, now):
             return
         if self._close_at == math.inf and transport.is_closing():

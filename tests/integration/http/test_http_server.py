@@ -54,6 +54,8 @@ class Served:
     on_fast_path: asyncio.Queue[FastPathRequest] = field(default_factory=asyncio.Queue)
     aiohttp_path: list[str] = field(default_factory=list)
     hold: asyncio.Event | None = None
+    begun: int = 0
+    waiting: int = 0
     refuse: bool = False
 
     def fast_path(
@@ -69,8 +71,10 @@ class Served:
         return pending
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        self.begun += 1
         body = await request.read()
         if self.hold is not None:
+            self.waiting += 1
             await self.hold.wait()
         self.aiohttp_path.append(f"{request.method} {request.path}")
         return web.Response(body=b"aiohttp:" + body)
