@@ -26,9 +26,11 @@ MAX_HEADER_FIELDS = 1024
 """32 KB of short ones. Each takes a multiple of its length here."""
 TOO_MANY = f"The request has more than {MAX_HEADER_FIELDS} headers."
 _TOO_MANY_OF_AIOHTTP = "Too many headers"
+PARSED_HEAD = 25
+"""A head of short lines takes so many times its length once it is parsed."""
 MAX_READ_AHEAD = 2
-"""Requests that are parsed before it is their turn. A head takes 25 times its length once it is
-parsed, so what follows them waits as bytes. aiohttp's own bound is 32, and is no argument of it.
+"""Requests that are parsed before it is their turn. What follows them waits as bytes. aiohttp's own
+bound is 32, and is no argument of it.
 """
 web_protocol.MAX_MSG_QUEUE_SIZE = MAX_READ_AHEAD
 

@@ -35,6 +35,7 @@ from aiohttp.helpers import rfc822_formatted_time
 
 from gateway.http.aiohttp_connection import (
     MAX_HEADERS_BYTES,
+    PARSED_HEAD,
     TOO_LARGE,
     AiohttpConnection,
     AiohttpTransport,
@@ -305,6 +306,8 @@ class Connection(asyncio.Protocol):
             self._close_at = self._loop.time() + self._http_server.limits.header_timeout_s
         self._head_bytes += len(data)
         self._tail = (self._tail + data[-len(HEAD_END) :])[-len(HEAD_END) + 1 :]
+        if not self._hold(self._head_bytes * PARSED_HEAD):  # its lines are parsed as they come
+            self._refuse(inner, Overloaded(TOO_MANY_BODIES, retry_after_s=1.0))
 
     def _head_end(self, data: bytes) -> int:
         """How long the head is with these bytes, up to its end if they hold it."""
@@ -385,7 +388,8 @@ class Connection(asyncio.Protocol):
         While aiohttp works on a request, other bounds apply.
         """
         transport = self._transport
-        if self._held and self._aiohttp is not None and not self._aiohttp.reads_ahead:
+        inner = self._aiohttp
+        if self._held and inner is not None and not (self._head_bytes or inner.reads_ahead):
             self._hold(0)  # it has got to it
         if transport is None or self._pending is not None or self._is_read(transport, now):
             return

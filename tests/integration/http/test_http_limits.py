@@ -272,6 +272,22 @@ async def test_what_is_sent_behind_a_request_that_is_being_answered_counts_with_
         assert served.intake.held_bytes <= 300_000
 
 
+async def test_unfinished_heads_count_as_much_as_they_take() -> None:
+    part = head(*(f"X-{n}: {n}" for n in range(1000)), method="PUT")[:-2]
+    async with contextlib.AsyncExitStack() as stack:
+        served = await stack.enter_async_context(serving(unfinished_bytes=100 * len(part)))
+        clients = [await stack.enter_async_context(client_of(served)) for _ in range(8)]
+        for client in clients:
+            client.send(part)
+        assert await clients[-1].begins() == b"HTTP/1.1 503"
+        assert 50 * len(part) <= served.intake.held_bytes <= 100 * len(part)
+        clients[0].send(b"\r\n")
+        assert (await clients[0].answer())[1] == b"aiohttp:"
+    async with asyncio.timeout(WAIT_S):
+        while served.intake.held_bytes:
+            await asyncio.sleep(0.01)
+
+
 CHUNKED = head("Transfer-Encoding: chunked") + b"2\r\n{}\r\n0\r\n\r\n"
 """It is aiohttp's, and so is all that follows it."""
 
