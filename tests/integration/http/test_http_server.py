@@ -294,6 +294,22 @@ async def test_a_request_behind_one_that_aiohttp_still_answers_waits_for_it() ->
         assert [(await client.answer())[1] for _ in range(2)] == [b"aiohttp:", b"aiohttp:1"]
 
 
+@pytest.mark.parametrize(("version", "told"), [("1.1", b"HTTP/1.1 100"), ("1.0", b"")])
+async def test_only_a_client_that_knows_it_is_told_to_go_on(version: str, told: bytes) -> None:
+    async with serving() as served, client_of(served) as client:
+        lines = f"POST {PATH} HTTP/{version}\r\nHost: x\r\nExpect: 100-continue"
+        client.send(f"{lines}\r\nContent-Length: 2\r\n\r\n".encode())
+        if told:
+            assert await client.begins() == told
+            await client.reader.readuntil(b"\r\n\r\n")
+        else:
+            async with asyncio.timeout(WAIT_S):
+                while not served.begun:
+                    await asyncio.sleep(0.01)
+        client.send(b"{}")
+        assert await client.begins() == f"HTTP/{version} 200".encode()
+
+
 async def test_a_client_that_leaves_cancels_its_request() -> None:
     async with serving() as served:
         async with client_of(served) as client:
