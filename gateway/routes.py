@@ -133,7 +133,7 @@ class Routes:
         return response
 
     async def _find(self, request: web.BaseRequest) -> web.StreamResponse:
-        path = _canonical(request.path)
+        path = request.path
         handler = self._routes.get((request.method, path)) or self._below(request.method, path)
         if handler is None:
             found = self._operators.below(request.method, path)
@@ -169,7 +169,7 @@ class Routes:
         return web.Response(body=await self._models.body(account), content_type="application/json")
 
     async def model(self, request: web.BaseRequest) -> web.Response:
-        model = _canonical(request.path).removeprefix("/v1/models/")
+        model = request.path.removeprefix("/v1/models/")
         self._resolver.check_scope(self._account_of(request), model)
         target = await self._resolver.resolve(model, bytes)
         base, ref = target.base, target.adapter
@@ -249,7 +249,7 @@ class Routes:
 
     async def nowhere(self, request: web.BaseRequest) -> web.StreamResponse:
         """The answer for a path without a handler: 405 if other methods have one, else 404."""
-        path = _canonical(request.path)
+        path = request.path
         allowed = self._allowed(path)
         if not allowed:
             found = RouteNotFound(f"There is no {path[:200]} here; /docs lists what there is.")
@@ -321,9 +321,4 @@ _FOR_PAGES = frozenset({*ENDPOINTS, "/version", "/openapi.json"})
 
 def _is_api(path: str) -> bool:
     """Whether pages that may call the API may call this path."""
-    return path.startswith("/v1/") or _canonical(path) in _FOR_PAGES
-
-
-def _canonical(path: str) -> str:
-    """The path without a slash at its end: with one, it means the same."""
-    return path.rstrip("/") or "/"
+    return path.startswith("/v1/") or path in _FOR_PAGES

@@ -184,15 +184,12 @@ class AdapterAdmin:
         milliseconds.
         """
         target = await self._resolver.resolve(request.query.get("model", ""), bytes)
-        tokens = request.query.get("prompt_tokens", "")
-        prompt_tokens = (
-            min(int(tokens), MAX_EXPLAINED_TOKENS) if tokens.isdecimal() else EXPLAINED_TOKENS
-        )
+        prompt_tokens = number(request, "prompt_tokens", EXPLAINED_TOKENS, MAX_EXPLAINED_TOKENS)
         routing_request = self._context.routing_request(
             target.base,
             target.adapter,
             target.stored,
-            prompt_tokens,
+            int(prompt_tokens),
             request.headers.get("x-session-id", ""),
         )
         found = self._context.dispatcher.explain(routing_request)

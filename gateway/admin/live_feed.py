@@ -18,6 +18,7 @@ from gateway.admin.history import ProcessNews, RequestRow, queued_in
 from gateway.admin.parameters import Handler, json_answer
 from gateway.admin.requests.timeline import row
 from gateway.dispatch.dispatcher import Dispatcher
+from gateway.http.headers import AiohttpRequest, authorization_of
 from gateway.http.json_responses import to_json
 from gateway.telemetry.ended_request import EndedRequest
 from gateway.telemetry.prometheus import Metrics
@@ -199,6 +200,8 @@ class LiveFeedAdmin:
         head = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
         answer, snapshot = web.StreamResponse(headers=head), self._snapshot
         await answer.prepare(request)
+        if request.method == "HEAD":
+            return answer
         with_adapters = request.query.get("adapters") == "1"
         seen = 0
         while not self._dispatcher.draining and self._may_listen(request):
@@ -214,7 +217,7 @@ class LiveFeedAdmin:
 
     def _may_listen(self, request: web.BaseRequest) -> bool:
         try:
-            self._keys.check_admin(request.headers.get("Authorization", ""))
+            self._keys.check_admin(authorization_of(AiohttpRequest(request)))
         except LoraplexError:
             return False
         return True

@@ -43,7 +43,7 @@ class Pages:
             for path in STATIC.rglob("*")
             if path.suffix in TYPES
         }
-        self._files["/ui"] = self._files["/ui/"] = self._files["/ui/index.html"]
+        self._files["/ui"] = self._files["/ui/index.html"]
 
     def routes(self) -> Mapping[tuple[str, str], Handler]:
         return {("GET", path): self.page for path in self._files}

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from aiohttp import web
+from aiohttp import web, web_protocol
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
 from gateway.http.json_responses import answer
@@ -26,6 +26,13 @@ MAX_HEADER_FIELDS = 1024
 """32 KB of short ones. Each takes a multiple of its length here."""
 TOO_MANY = f"The request has more than {MAX_HEADER_FIELDS} headers."
 _TOO_MANY_OF_AIOHTTP = "Too many headers"
+PARSED_HEAD = 25
+"""A head of short lines takes so many times its length once it is parsed."""
+MAX_READ_AHEAD = 2
+"""Requests that are parsed before it is their turn. What follows them waits as bytes. aiohttp's own
+bound is 32, and is no argument of it.
+"""
+web_protocol.MAX_MSG_QUEUE_SIZE = MAX_READ_AHEAD
 
 
 class AiohttpTransport:
@@ -50,6 +57,23 @@ class AiohttpConnection(web.RequestHandler):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.refused = False
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether it holds more than the request that it answers, and parts of that."""
+        next_one = not self._request_in_progress  # the first of them is about to be answered
+        return self._upgraded or len(self._messages) > next_one
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Goes on with the bytes behind the request. Where the body came after its head, aiohttp's
+        parser still counts it as waiting, stops behind it, and would wait for the next bytes.
+        """
+        finished = await super().finish_response(request, resp, start_time)
+        if self._parser is not None and not self._messages and request.content.is_eof():
+            self.data_received(b"")
+        return finished
 
     def handle_error(
         self,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
 import brotli
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from backports import zstd
 
 from gateway.http.turns import Turns
@@ -118,7 +118,9 @@ class BodyReader:
 
     async def _gather(self, request: BoundedRequest) -> bytes:
         limits, loop = self.limits, asyncio.get_running_loop()
-        if request.headers.get("Expect", "").lower() == "100-continue" and request.transport:
+        expects = request.headers.get("Expect", "").lower() == "100-continue"
+        # a client of HTTP/1.0 would take it for the answer (RFC 9110, 10.1.1)
+        if expects and request.version >= HttpVersion11 and request.transport:
             request.transport.write(CONTINUE)
         body = bytearray()
         due, least = loop.time() + limits.window_s, 1
@@ -150,6 +152,11 @@ class BoundedRequest(web.BaseRequest):
         self._intake = intake
         self._held = 0
         self.tenant = ""
+
+    @property
+    def path(self) -> str:
+        """The path without a slash at its end: with one, it means the same."""
+        return self.rel_url.path.rstrip("/") or "/"
 
     async def read(self) -> bytes:
         if self._read_bytes is None:

@@ -35,6 +35,7 @@ from aiohttp.helpers import rfc822_formatted_time
 
 from gateway.http.aiohttp_connection import (
     MAX_HEADERS_BYTES,
+    PARSED_HEAD,
     TOO_LARGE,
     AiohttpConnection,
     AiohttpTransport,
@@ -291,7 +292,11 @@ class Connection(asyncio.Protocol):
         if waits and self._head_end(data) > MAX_HEADERS_BYTES:
             self._refuse(inner, HeadersTooLarge(TOO_LARGE))
             return
+        held = self._held if inner.reads_ahead else 0
         inner.data_received(data)
+        if not self._hold(held + len(data) if inner.reads_ahead else 0):
+            self.abort()
+            return
         if not waits:
             return
         if getattr(inner, "_messages", True):
@@ -301,6 +306,8 @@ class Connection(asyncio.Protocol):
             self._close_at = self._loop.time() + self._http_server.limits.header_timeout_s
         self._head_bytes += len(data)
         self._tail = (self._tail + data[-len(HEAD_END) :])[-len(HEAD_END) + 1 :]
+        if not self._hold(self._head_bytes * PARSED_HEAD):  # its lines are parsed as they come
+            self._refuse(inner, Overloaded(TOO_MANY_BODIES, retry_after_s=1.0))
 
     def _head_end(self, data: bytes) -> int:
         """How long the head is with these bytes, up to its end if they hold it."""
@@ -316,6 +323,7 @@ class Connection(asyncio.Protocol):
     def _retire(self, inner: AiohttpConnection) -> None:
         """Takes the connection back from aiohttp, which has answered everything it was given."""
         self._aiohttp = None
+        self._hold(0)
         inner.transport = None  # or aiohttp would close it
         inner.connection_lost(None)
         self._restart_timer()
@@ -380,6 +388,9 @@ class Connection(asyncio.Protocol):
         While aiohttp works on a request, other bounds apply.
         """
         transport = self._transport
+        inner = self._aiohttp
+        if self._held and inner is not None and not (self._head_bytes or inner.reads_ahead):
+            self._hold(0)  # it has got to it
         if transport is None or self._pending is not None or self._is_read(transport, now):
             return
         if self._close_at == math.inf and transport.is_closing():

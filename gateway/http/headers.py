@@ -47,10 +47,10 @@ class IncomingRequest(Protocol):
 
 
 class AiohttpRequest:
-    """A request that aiohttp has read. A slash at the end of the path has no meaning."""
+    """A request that aiohttp has read."""
 
     def __init__(self, request: web.BaseRequest) -> None:
-        self.path, self.method = request.path.rstrip("/") or "/", request.method
+        self.path, self.method = request.path, request.method
         self._headers = request.headers
 
     def header(self, name: str) -> str | None:

@@ -89,6 +89,8 @@ async def test_the_table_comes_in_pages(two: Cluster) -> None:
         ("/admin/adapters?limit=0", 400, "limit"),
         ("/admin/adapters?limit=x", 400, "limit"),
         ("/admin/adapters?state=odd", 400, "`listed`"),
+        ("/admin/explain?model=sim&prompt_tokens=x", 400, "prompt_tokens"),
+        (f"/admin/explain?model=sim&prompt_tokens={'9' * 5000}", 400, "prompt_tokens"),
         ("/admin/adapters?base=nope", 400, "`sim`"),
         ("/admin/adapters/nobody", 404, "does not exist"),
         ("/admin/adapters/..%2Fx", 404, "not valid"),
@@ -99,6 +101,28 @@ async def test_questions_that_make_no_sense_say_why(
 ) -> None:
     got, body = await two.get(path)
     assert got == status and word in body["error"]["message"], body
+
+
+async def test_a_slash_at_the_end_of_a_path_means_nothing_to_operators_either(
+    tmp_path: Path, adapters: Path
+) -> None:
+    for name in ("a", "a/pin"):
+        make_adapter(adapters, name)
+    async with cluster(sim_config(adapters), tmp_path) as c:
+        await c.start_worker("w0")
+        assert (await c.get("/admin/adapters/a/"))[1]["name"] == "a"
+        status, pinned = await act(c, "a", "pin/")
+        assert status == 200 and pinned["adapter"] == "a"
+        status, alias = await c.put("/admin/aliases/prod/", {"adapter": "a"})
+        assert status == 200 and alias["model"] == "sim:prod"
+        assert (await c.delete("/admin/aliases/prod/"))[0] == 200
+        _, _, headers = await c.chat("sim:a", max_tokens=1)
+        request_id = headers["x-request-id"]
+        assert (await c.get(f"/admin/requests/{request_id}/"))[1]["id"] == request_id
+        for page in ("/ui/", "/ui//", "/ui/style.css/"):
+            assert (await c.get(page))[0] == 200, page
+        assert await c.metric("loraplex_internal_errors_total") == 0
+        assert (await c.post("/admin/workers/w0/drain/", b""))[1]["worker"] == "w0"
 
 
 async def test_ten_thousand_adapters_are_listed_without_holding_up_requests(
@@ -435,3 +459,21 @@ async def test_without_admin_keys_only_a_gateway_of_this_machine_alone_answers(
             assert await ask(c, "GET", "/admin/adapters", key) == 403
         async with c.http.get(c.url + "/admin/adapters") as answer:
             assert "gateway.admin_keys_env" in (await answer.json())["error"]["message"]
+
+
+async def test_the_live_feed_takes_the_key_where_all_paths_do_and_answers_head_without_a_body(
+    tmp_path: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_ADMIN_KEYS", "boss")
+    async with cluster(sim_config(adapters, admin_keys_env="TEST_ADMIN_KEYS"), tmp_path) as c:
+        async with c.http.get(c.url + "/admin/live", headers={"x-api-key": "boss"}) as answer:
+            assert (await answer.content.readline()).startswith(b"data: {")
+        host, port = c.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = "{} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer boss\r\n\r\n"
+        writer.write((head.format("HEAD /admin/live") + head.format("GET /health")).encode())
+        async with asyncio.timeout(STOP_S):
+            assert b"text/event-stream" in await reader.readuntil(b"\r\n\r\n")
+            assert b"application/json" in await reader.readuntil(b"\r\n\r\n")
+            assert json.loads(await reader.readuntil(b"}")) == {"status": "ok"}
+        writer.close()

@@ -272,6 +272,79 @@ async def test_what_is_sent_behind_a_request_that_is_being_answered_counts_with_
         assert served.intake.held_bytes <= 300_000
 
 
+async def test_unfinished_heads_count_as_much_as_they_take() -> None:
+    part = head(*(f"X-{n}: {n}" for n in range(1000)), method="PUT")[:-2]
+    async with contextlib.AsyncExitStack() as stack:
+        served = await stack.enter_async_context(serving(unfinished_bytes=100 * len(part)))
+        clients = [await stack.enter_async_context(client_of(served)) for _ in range(8)]
+        for client in clients:
+            client.send(part)
+        assert await clients[-1].begins() == b"HTTP/1.1 503"
+        assert 50 * len(part) <= served.intake.held_bytes <= 100 * len(part)
+        clients[0].send(b"\r\n")
+        assert (await clients[0].answer())[1] == b"aiohttp:"
+    async with asyncio.timeout(WAIT_S):
+        while served.intake.held_bytes:
+            await asyncio.sleep(0.01)
+
+
+CHUNKED = head("Transfer-Encoding: chunked") + b"2\r\n{}\r\n0\r\n\r\n"
+"""It is aiohttp's, and so is all that follows it."""
+
+
+async def test_nor_does_what_is_sent_behind_a_request_that_aiohttp_answers() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        served = await stack.enter_async_context(serving(unfinished_bytes=300_000))
+        served.hold = asyncio.Event()
+        clients = [await stack.enter_async_context(client_of(served)) for _ in range(8)]
+        for client in clients:
+            client.send(CHUNKED)
+        async with asyncio.timeout(WAIT_S):
+            while served.waiting < len(clients):
+                await asyncio.sleep(0.01)
+        for client in clients:
+            client.send(head("Content-Length: 100000") + b" " * 100_000)
+        async with asyncio.timeout(WAIT_S):
+            while len(served.http_server.open_connections) == len(clients):
+                await asyncio.sleep(0.01)
+        assert 100_000 <= served.intake.held_bytes <= 300_000
+        served.hold.set()
+        async with asyncio.timeout(WAIT_S):
+            while served.intake.held_bytes:
+                await asyncio.sleep(0.01)
+
+
+async def test_heads_behind_a_request_are_not_parsed_before_it_is_nearly_their_turn() -> None:
+    count = 30
+    heads = head(*(f"X-{n}: {n}" for n in range(1000)), method="GET") * count
+    async with serving() as served, client_of(served) as client:
+        served.hold = asyncio.Event()
+        client.send(CHUNKED)
+        async with asyncio.timeout(WAIT_S):
+            while not served.waiting:
+                await asyncio.sleep(0.01)
+        tracemalloc.start()
+        client.send(heads)
+        await served.until_held(10_000)
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert held < 4 * len(heads)  # 25 times as much if they were
+        served.hold.set()
+        for _ in range(1 + count):
+            assert (await client.answer())[1].startswith(b"aiohttp:")
+
+
+async def test_requests_behind_a_body_that_came_late_are_all_answered() -> None:
+    async with serving() as served, client_of(served) as client:
+        client.send(CHUNKED[:-5])
+        async with asyncio.timeout(WAIT_S):
+            while not served.begun:
+                await asyncio.sleep(0.01)
+        client.send(CHUNKED[-5:] + head(method="GET") * 40)  # aiohttp alone stops behind the 31st
+        for _ in range(41):
+            assert (await client.answer())[1].startswith(b"aiohttp:")
+
+
 async def test_a_large_body_is_not_gathered_before_its_handler_asks_for_it() -> None:
     async with serving() as served, client_of(served) as client:
         asked = asyncio.Event()

@@ -54,6 +54,8 @@ class Served:
     on_fast_path: asyncio.Queue[FastPathRequest] = field(default_factory=asyncio.Queue)
     aiohttp_path: list[str] = field(default_factory=list)
     hold: asyncio.Event | None = None
+    begun: int = 0
+    waiting: int = 0
     refuse: bool = False
 
     def fast_path(
@@ -69,8 +71,10 @@ class Served:
         return pending
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        self.begun += 1
         body = await request.read()
         if self.hold is not None:
+            self.waiting += 1
             await self.hold.wait()
         self.aiohttp_path.append(f"{request.method} {request.path}")
         return web.Response(body=b"aiohttp:" + body)
@@ -288,6 +292,22 @@ async def test_a_request_behind_one_that_aiohttp_still_answers_waits_for_it() ->
         await client.writer.drain()
         served.hold.set()
         assert [(await client.answer())[1] for _ in range(2)] == [b"aiohttp:", b"aiohttp:1"]
+
+
+@pytest.mark.parametrize(("version", "told"), [("1.1", b"HTTP/1.1 100"), ("1.0", b"")])
+async def test_only_a_client_that_knows_it_is_told_to_go_on(version: str, told: bytes) -> None:
+    async with serving() as served, client_of(served) as client:
+        lines = f"POST {PATH} HTTP/{version}\r\nHost: x\r\nExpect: 100-continue"
+        client.send(f"{lines}\r\nContent-Length: 2\r\n\r\n".encode())
+        if told:
+            assert await client.begins() == told
+            await client.reader.readuntil(b"\r\n\r\n")
+        else:
+            async with asyncio.timeout(WAIT_S):
+                while not served.begun:
+                    await asyncio.sleep(0.01)
+        client.send(b"{}")
+        assert await client.begins() == f"HTTP/{version} 200".encode()
 
 
 async def test_a_client_that_leaves_cancels_its_request() -> None:
