@@ -13,6 +13,7 @@ from worker.engine.vllm.tenants.own_requests import abort_own_only
 from worker.engine.vllm.tenants.picture_memory import bound_pictures
 from worker.engine.vllm.tenants.pooled_media import bound_pooled_media
 from worker.engine.vllm.tenants.sound_memory import bound_sounds
+from worker.engine.vllm.tenants.video_memory import bound_videos
 
 
 def install(engine: AsyncLLM, allowed_media_domains: Collection[str] | None) -> None:
@@ -24,5 +25,6 @@ def install(engine: AsyncLLM, allowed_media_domains: Collection[str] | None) -> 
     drop_media_names()
     bound_pictures()
     bound_sounds()
+    bound_videos()
     bound_pooled_media()
     fetch_from_public_addresses(allowed_media_domains)
