@@ -35,7 +35,7 @@ WARM_UPS: tuple[dict[str, Any], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class WarmUp:
+class WarmUpRequest:
     """One request to the engine."""
 
     path: str
@@ -43,12 +43,12 @@ class WarmUp:
     content_type: str = "application/json"
 
 
-def warm_up(model: str, tasks: Collection[str], extra: Mapping[str, Any]) -> WarmUp:
+def warm_up(model: str, tasks: Collection[str], extra: Mapping[str, Any]) -> WarmUpRequest:
     """A small request that a model with these tasks answers. `extra`: more fields of its body."""
     if "transcription" in tasks and "generate" not in tasks:
-        return WarmUp("/v1/audio/transcriptions", _form(model, _silence()), FORM)
+        return WarmUpRequest("/v1/audio/transcriptions", _form(model, _silence()), FORM)
     path, fields = _small(tasks)
-    return WarmUp(path, json.dumps({"model": model, **fields, **extra}).encode())
+    return WarmUpRequest(path, json.dumps({"model": model, **fields, **extra}).encode())
 
 
 def _small(tasks: Collection[str]) -> tuple[str, dict[str, Any]]:
