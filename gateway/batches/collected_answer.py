@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from gateway.accounts.account import LOWEST_PRIORITY, Account
 from gateway.api.exchange import Exchange
-from gateway.api.generate import read_aside
+from gateway.api.generate import read_aside, user_of
 from gateway.api.head_facts import HeadFacts
 from gateway.api.services import GenerationServices
 from gateway.api.stored_responses import ResponseFinder
@@ -79,7 +79,10 @@ async def answer_line(
             exchange.goes_on_from(await exchange.in_time(stored))
         target = services.resolver.at_once(exchange.model)
         if target is None:
-            target = await exchange.in_time(services.resolver.resolve(exchange.model, bytes))
+            resolver = services.resolver
+            target = await exchange.in_time(
+                resolver.resolve(exchange.model, lambda: user_of(exchange, incoming))
+            )
         ended = asyncio.Event()
         exchange.attempt(target, ended.set)
         try:

@@ -33,9 +33,12 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 @pytest_asyncio.fixture(loop_scope="session")
 async def teams(tmp_path: Path) -> AsyncIterator[Cluster]:
     (tmp_path / "adapters").mkdir()
-    make_adapter(tmp_path / "adapters", "pirate")
+    for name in ("pirate", "haiku"):
+        make_adapter(tmp_path / "adapters", name)
     keys = keys_file(tmp_path / "keys.yaml", red={}, blue={"adapters": '["none"]'})
     config = sim_config(tmp_path / "adapters", keys_file=str(keys), sim={"itl_ms": 4})
+    shares = [{"adapter": "pirate", "weight": 50}, {"adapter": "haiku", "weight": 50}]
+    config["llm_configs"][0]["lora_config"]["aliases"] = {"prod": {"shares": shares}}
     async with cluster(config, tmp_path) as c:
         await c.start_worker("w0")
         yield c
@@ -113,6 +116,21 @@ async def test_every_line_is_answered_as_if_it_had_been_asked_alone(teams: Clust
     assert bad["r100"]["status_code"] == 404
     assert bad["r100"]["body"]["error"]["code"] == "adapter_not_found"
     assert bad["r101"]["status_code"] == 400
+
+
+async def test_a_user_has_the_same_share_of_an_alias_in_a_batch_as_beside_it(
+    teams: Cluster,
+) -> None:
+    users = [{"user": f"u{n}"} for n in range(20)] + [{}]  # the last one is known by its key
+    asked = [line(n, "sim:prod", **user) for n, user in enumerate(users)]
+    batch = await ended(teams, await batch_of(teams, jsonl(asked)))
+    found = {
+        r["custom_id"]: r["response"]["body"]["choices"]
+        for r in await results(teams, batch["output_file_id"])
+    }
+    for one in asked:
+        _, alone = await ask(teams, "POST", CHAT, body=one["body"])
+        assert found[one["custom_id"]] == alone["choices"]
 
 
 async def test_openais_client_makes_waits_for_and_reads_a_batch(teams: Cluster) -> None:
