@@ -127,33 +127,39 @@ class BatchRunner:
 
     async def _run(self, batch: Batch, gives_way: asyncio.Event) -> None:
         """Runs one batch from where it is to its end, or until it gives way."""
-        bounds = self._services.limits.bounds
-        try:
-            data = await asyncio.to_thread(self._store.content, batch.owner, batch.input_file_id)
-            lines, errors = await asyncio.to_thread(
-                read_lines, data, batch.endpoint, bounds.max_prompt_bytes
-            )
-        except LoraplexError as exc:
-            lines, errors = [], [LineError(exc.code, exc.message)]
-        if self._account(batch.owner) is None:
-            errors = [LineError(InvalidApiKey.code, KEY_GONE)]
-        if errors:
-            await self._put(batch.become(BatchStatus.FAILED, _now(), errors=tuple(errors)))
-            return
         done, failed = await self._answered(batch)
+        batch = _counted(batch, batch.total, len(done), len(failed))
+        if batch.status is BatchStatus.CANCELLING:
+            await self._end(batch)
+            return
+        lines, errors = await self._lines(batch)
+        if errors:
+            await self._end(batch, tuple(errors))
+            return
         if batch.status is BatchStatus.VALIDATING:
             batch = batch.become(BatchStatus.IN_PROGRESS, _now())
         batch = await self._put(_counted(batch, len(lines), len(done), len(failed)))
         left = (line for line in lines if line.custom_id not in done | failed)
         run = _BatchRun(batch, left, gives_way, completed=len(done), failed=len(failed))
         log.info("batch runs", extra={"batch": batch.id, "lines": len(lines), "done": len(done)})
-        if batch.status is not BatchStatus.CANCELLING:
+        if batch.status is not BatchStatus.CANCELLING:  # meanwhile
             await self._ask_all(run)
         left_over = run.completed + run.failed < run.batch.total
         if gives_way.is_set() and left_over and run.batch.status is not BatchStatus.CANCELLING:
             log.info("batch gives way", extra={"batch": batch.id})
         else:
-            await self._end(run)
+            await self._end(_counted(run.batch, run.batch.total, run.completed, run.failed))
+
+    async def _lines(self, batch: Batch) -> tuple[list[BatchLine], list[LineError]]:
+        """(its requests, why they cannot be asked)."""
+        if self._account(batch.owner) is None:
+            return [], [LineError(InvalidApiKey.code, KEY_GONE)]
+        bounds = self._services.limits.bounds
+        try:
+            data = await asyncio.to_thread(self._store.content, batch.owner, batch.input_file_id)
+        except LoraplexError as exc:
+            return [], [LineError(exc.code, exc.message)]
+        return await asyncio.to_thread(read_lines, data, batch.endpoint, bounds.max_prompt_bytes)
 
     async def _answered(self, batch: Batch) -> tuple[set[str], set[str]]:
         done = await asyncio.to_thread(self._store.answered, batch, failed=False)
@@ -216,17 +222,22 @@ class BatchRunner:
             wait_s = min(MOST_WAIT_S, 2 * wait_s)
         return None
 
-    async def _end(self, run: _BatchRun) -> None:
+    async def _end(self, batch: Batch, errors: tuple[LineError, ...] = ()) -> None:
+        """What is answered by now becomes files, also if the rest cannot be asked (`errors`)."""
         status = BatchStatus.COMPLETED
-        if run.batch.status is BatchStatus.CANCELLING:
+        if errors:
+            status = BatchStatus.FAILED
+        elif batch.status is BatchStatus.CANCELLING:
             status = BatchStatus.CANCELLED
-        elif time.time() >= run.batch.expires_at:
+        elif time.time() >= batch.expires_at:
             status = BatchStatus.EXPIRED
-        batch = run.batch.become(BatchStatus.FINALIZING, _now())
+        if not errors:
+            batch = batch.become(BatchStatus.FINALIZING, _now())
         output = await asyncio.to_thread(self._store.results_as_file, batch, failed=False)
         error = await asyncio.to_thread(self._store.results_as_file, batch, failed=True)
-        batch = _counted(batch, batch.total, run.completed, run.failed)
-        ended = batch.become(status, _now(), output_file_id=output, error_file_id=error)
+        ended = batch.become(
+            status, _now(), output_file_id=output, error_file_id=error, errors=errors
+        )
         await self._put(ended)
         await asyncio.to_thread(self._store.forget_results, batch)
         log.info("batch ended", extra={"batch": batch.id, "as": status.value})

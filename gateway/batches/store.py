@@ -151,7 +151,12 @@ class BatchStore:
             if batch is not None and batch.is_past(now):
                 self._forget(path)
                 removed += 1
-        for path in self._folder.glob("*/file-*.jsonl"):  # of a process killed between two writes
+        # the rest is of processes that were killed between two writes
+        for path in (*self._folder.glob("*/batch_*.out"), *self._folder.glob("*/batch_*.err")):
+            batch_path = path.with_suffix(".json")
+            if batch_path in self._ended or not batch_path.exists():
+                path.unlink(missing_ok=True)  # its results are files by now
+        for path in self._folder.glob("*/file-*.jsonl"):
             with contextlib.suppress(FileNotFoundError):
                 age_s = now - path.stat().st_mtime
                 if age_s > HALF_WRITTEN_S and not path.with_suffix(".json").exists():

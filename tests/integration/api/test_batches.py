@@ -218,6 +218,52 @@ async def test_a_cancelled_batch_keeps_what_is_answered(teams: Cluster) -> None:
     assert (await ask(teams, "DELETE", f"/v1/files/{batch['input_file_id']}"))[0] == 200
 
 
+async def test_a_batch_that_is_cancelled_while_others_have_all_places_ends_at_once(
+    teams: Cluster,
+) -> None:
+    lines = jsonl(line(n, max_tokens=400) for n in range(300))
+    made = [await batch_of(teams, lines) for _ in range(BATCHES_AT_ONCE + 1)]
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            found = [(await ask(teams, "GET", f"/v1/batches/{b['id']}"))[1] for b in made]
+            waiting = [b for b in found if b["status"] == "validating"]
+            if len(waiting) == 1:
+                break
+            await asyncio.sleep(0.05)
+    await ask(teams, "POST", f"/v1/batches/{waiting[0]['id']}/cancel")
+    assert (await ended(teams, waiting[0]))["status"] == "cancelled"
+    assert (await ask(teams, "DELETE", f"/v1/files/{waiting[0]['input_file_id']}"))[0] == 200
+    listed = (await ask(teams, "GET", "/v1/batches"))[1]["data"]
+    assert [b["status"] for b in listed].count("in_progress") == BATCHES_AT_ONCE
+
+
+async def test_what_a_key_was_answered_before_it_was_revoked_is_there_when_it_is_valid_again(
+    teams: Cluster, tmp_path: Path
+) -> None:
+    """The gateway starts anew meanwhile."""
+    batch = await batch_of(teams, jsonl(line(n, max_tokens=60) for n in range(200)))
+    async with asyncio.timeout(WAIT_S):
+        while not (await ask(teams, "GET", f"/v1/batches/{batch['id']}"))[1]["request_counts"][
+            "completed"
+        ]:
+            await asyncio.sleep(0.05)
+    await teams.stop()
+    keys_file(tmp_path / "keys.yaml", blue={})
+    await teams.start_gateway()
+    (state,) = (tmp_path / "state" / "batches").glob(f"*/{batch['id']}.json")
+    async with asyncio.timeout(WAIT_S):
+        while json.loads(state.read_bytes())["batch"]["status"] not in ENDED:
+            await asyncio.sleep(0.05)
+    await teams.stop()
+    keys_file(tmp_path / "keys.yaml", red={}, blue={})
+    await teams.start_gateway()
+    _, found = await ask(teams, "GET", f"/v1/batches/{batch['id']}")
+    assert found["status"] == "failed" and found["errors"]["data"][0]["code"] == "invalid_api_key"
+    kept = await results(teams, found["output_file_id"])
+    assert len(kept) == found["request_counts"]["completed"] > 0
+    assert not state.with_suffix(".out").exists()
+
+
 @pytest.mark.parametrize(
     ("lines", "code"),
     [

@@ -73,6 +73,22 @@ def test_what_a_killed_process_has_half_written_goes(store: BatchStore, tmp_path
     assert not half.exists() and store.content("red", file.id) == b"1"
 
 
+def test_results_that_a_killed_process_had_made_files_take_no_room_of_their_own(
+    store: BatchStore, tmp_path: Path
+) -> None:
+    """It was killed after the batch had ended, and before it removed their first name."""
+    file = store.add_file("red", "a", "batch", b"1")
+    ended, still = (store.add_batch("red", CHAT, file.id, None) for _ in range(2))
+    for batch in (ended, still):
+        for failed in (False, True):
+            store.append(batch, b'{"custom_id":"1"}\n', failed=failed)
+    output = store.results_as_file(ended, failed=False)
+    store.put(ended.become(BatchStatus.COMPLETED, ended.created_at, output_file_id=output))
+    store.remove_expired(ended.created_at)
+    assert {path.stem for path in tmp_path.glob("batches/*/batch_*.[!j]*")} == {still.id}
+    assert output is not None and store.content("red", output)
+
+
 @pytest.mark.parametrize("rest", [b'{"custom_id":"2"', b"\0\0\0\n", b'{"custom_id":"2"}\0\n'])
 def test_what_is_left_of_a_result_after_a_kill_or_without_power_is_asked_again(
     store: BatchStore, rest: bytes
