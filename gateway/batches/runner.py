@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msgspec import structs
 
@@ -48,13 +48,16 @@ KEY_GONE = "The key of this batch is no longer valid."
 
 @dataclass(slots=True)
 class _BatchRun:
-    """One batch that is running. `gives_way` is set once another key shall have its place."""
+    """One batch that is running. `gives_way` is set once another key shall have its place, or it is
+    cancelled. `asking` are the tasks that wait for an answer.
+    """
 
     batch: Batch
     lines: Iterator[BatchLine]
     gives_way: asyncio.Event
     completed: int = 0
     failed: int = 0
+    asking: set[asyncio.Task[object] | None] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +179,18 @@ class BatchRunner:
                 total = run.batch.total
                 run.batch = await self._put(_counted(run.batch, total, run.completed, run.failed))
                 if run.batch.status is BatchStatus.CANCELLING:
+                    run.gives_way.set()
                     for task in askers:
-                        task.cancel()
+                        if task in run.asking:  # the others write what they have, and then end
+                            task.cancel()
 
     async def _ask_lines(self, run: _BatchRun) -> None:
+        me = asyncio.current_task()
         for line in run.lines:
             request_id = secrets.token_hex(16)
+            run.asking.add(me)
             answer = await self._ask(run, line, request_id)
+            run.asking.discard(me)
             if answer is None and run.gives_way.is_set():
                 return
             if answer is None:

@@ -218,6 +218,22 @@ async def test_a_cancelled_batch_keeps_what_is_answered(teams: Cluster) -> None:
     assert (await ask(teams, "DELETE", f"/v1/files/{batch['input_file_id']}"))[0] == 200
 
 
+async def test_the_counts_of_a_cancelled_batch_are_those_of_its_results(teams: Cluster) -> None:
+    """What is refused at once is mostly being written."""
+    for _ in range(3):
+        batch = await batch_of(teams, jsonl(line(n, "sim:nobody") for n in range(30_000)))
+        async with asyncio.timeout(WAIT_S):
+            while not (await ask(teams, "GET", f"/v1/batches/{batch['id']}"))[1]["request_counts"][
+                "failed"
+            ]:
+                await asyncio.sleep(0.05)
+        await ask(teams, "POST", f"/v1/batches/{batch['id']}/cancel")
+        found = await ended(teams, batch)
+        told = await results(teams, found["error_file_id"])
+        assert found["status"] == "cancelled"
+        assert len(told) == found["request_counts"]["failed"]
+
+
 async def test_a_batch_that_is_cancelled_while_others_have_all_places_ends_at_once(
     teams: Cluster,
 ) -> None:
