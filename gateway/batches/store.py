@@ -276,11 +276,11 @@ class BatchStore:
         """
         path = self._results(batch, failed)
         try:
-            data = path.read_bytes()
+            with path.open("rb") as lines:  # one by one: together they may be larger than memory
+                found, whole = answered(lines)
         except FileNotFoundError:
             return set()
-        found, whole = answered(data)
-        if whole < len(data):
+        if whole < path.stat().st_size:
             os.truncate(path, whole)
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,19 @@ def test_what_is_left_of_a_result_after_a_kill_or_without_power_is_asked_again(
     assert store.answered(batch, failed=False) == {"1"}
     store.append(batch, b'{"custom_id":"2"}\n', failed=False)
     assert store.answered(batch, failed=False) == {"1", "2"}
+
+
+def test_results_are_looked_through_without_being_held(store: BatchStore) -> None:
+    """All results of a batch may be larger than memory."""
+    batch = store.add_batch("red", CHAT, store.add_file("red", "a", "batch", b"1").id, None)
+    for number in range(32):
+        result = b'{"custom_id":"%d","response":"%b"}\n' % (number, b"x" * (1 << 20))
+        store.append(batch, result, failed=False)
+    tracemalloc.start()
+    assert len(store.answered(batch, failed=False)) == 32
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 8 << 20
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])

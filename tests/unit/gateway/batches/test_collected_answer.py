@@ -63,5 +63,5 @@ def test_an_answer_of_bytes_is_an_error_and_the_file_can_be_read(written: bytes)
     status, body, error = collected(written, ErrorFamily.OPENAI)
     assert error is not None and error.status == status >= 400
     line = result_line(Batch("b", "o", "/v1/embeddings", "f", 0), "r1", "q", status, body)
-    assert answered(line) == ({"r1"}, len(line))
+    assert answered([line]) == ({"r1"}, len(line))
     assert json.loads(line)["response"]["body"]["error"]["code"] == error.code
