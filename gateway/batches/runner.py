@@ -41,7 +41,9 @@ LOOK_S = 1.0
 SWEEP_S = 60.0
 """The time between two looks for files whose time is over."""
 LATER = frozenset((429, 503, 504))
-"""With these statuses there is no room now, and the line is asked again later."""
+"""With these statuses there is no room now, and the line is asked again later. It is not if it was
+on a worker for long enough: it would take as many tokens again, and again in vain.
+"""
 LEAST_WAIT_S, MOST_WAIT_S = 1.0, 30.0
 KEY_GONE = "The key of this batch is no longer valid."
 
@@ -220,10 +222,10 @@ class BatchRunner:
             if account is None:
                 return InvalidApiKey.status, error_body(InvalidApiKey(KEY_GONE))
             incoming = LineRequest(run.batch.endpoint, headers)
-            status, body, error = await answer_line(self._services, account, incoming, line.body)
-            if status not in LATER:
-                return status, body
-            told_s = error.retry_after_s if error is not None else None
+            answer = await answer_line(self._services, account, incoming, line.body)
+            if answer.final or answer.status not in LATER:
+                return answer.status, answer.body
+            told_s = answer.error.retry_after_s if answer.error is not None else None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(MOST_WAIT_S, max(wait_s, told_s or 0.0))):
                     await run.gives_way.wait()

@@ -208,6 +208,25 @@ async def test_a_line_may_use_what_its_key_may_use(teams: Cluster) -> None:
     assert batch["request_counts"] == {"total": 2, "completed": 1, "failed": 1}
 
 
+async def test_a_line_that_takes_longer_than_any_request_may_is_not_asked_again(
+    tmp_path: Path,
+) -> None:
+    """Its key would be charged for it again and again, for a day."""
+    (tmp_path / "adapters").mkdir()
+    keys = keys_file(tmp_path / "keys.yaml", red={})
+    config = sim_config(
+        tmp_path / "adapters", keys_file=str(keys), sim={"itl_ms": 20}, request_timeout_s=0.5
+    )
+    async with cluster(config, tmp_path) as c:
+        await c.start_worker("w0")
+        batch = await ended(c, await batch_of(c, jsonl([line(1, "sim", max_tokens=1000)])))
+        assert batch["request_counts"] == {"total": 1, "completed": 0, "failed": 1}
+        (answer,) = await results(c, batch["error_file_id"])
+        assert answer["response"]["status_code"] == 504
+        assert answer["response"]["body"]["error"]["code"] == "deadline_exceeded"
+        assert await c.metric("loraplex_engine_requests_total") == 1
+
+
 async def test_a_cancelled_batch_keeps_what_is_answered(teams: Cluster) -> None:
     batch = await batch_of(teams, jsonl(line(n, max_tokens=400) for n in range(300)))
     status, found = await ask(teams, "POST", f"/v1/batches/{batch['id']}/cancel")
