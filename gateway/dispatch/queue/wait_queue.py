@@ -179,8 +179,10 @@ class WaitQueue(Generic[T]):
 
     def last_of(self, tenant: str, *, newest_first: bool) -> Ticket[T] | None:
         """The waiting place that the tenant will miss least: of its largest priority number, the
-        one with the last turn.
+        one with the last turn. None: it has none that can be given away.
         """
+        if not self.waiting(tenant):
+            return None
         groups = self._tenants[tenant].groups
         flows = [self._flows[turn[1]].tickets for turn in groups[max(groups)].turns]
         ends = [next(iter(f)) if newest_first else next(reversed(f)) for f in flows]

@@ -82,6 +82,21 @@ def test_in_a_full_queue_whoever_has_most_places_gives_way_to_whoever_has_fewer(
     assert queue.give_way("tiny", "b", 1.0) is None and queue.give_way("tiny", "a", 1.0) is None
 
 
+def test_in_a_full_queue_a_tenants_batch_gives_way_to_its_other_requests() -> None:
+    queue: Admission[str] = Admission(5, 60.0)
+    for n in range(2):
+        queue.offer("tiny", f"a{n}", 0.0, (9, "a", None))
+    for n in range(3):
+        queue.offer("tiny", f"b{n}", 0.0, (9, "b", None))
+    assert queue.give_way("tiny", "a", 1.0, 9) is None
+    assert queue.give_way("tiny", "a", 1.0, 0) == "a1"  # b has as many places as a would have
+    queue.offer("tiny", "a first", 1.0, (0, "a", None))
+    assert queue.give_way("tiny", "b", 1.0, 9) is None
+    assert queue.give_way("tiny", "b", 1.0, 0) == "b2"
+    assert queue.give_way("tiny", "a", 1.0, 0) == "a0"
+    assert queue.give_way("tiny", "a", 1.0, 0) is None
+
+
 def test_where_clients_leave_a_full_queue_takes_the_newest_in_place_of_the_oldest() -> None:
     queue: Admission[str] = Admission(2, 60.0)
     for _ in range(30):
