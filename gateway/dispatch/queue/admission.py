@@ -129,10 +129,12 @@ class Admission(Generic[T]):
         queue.add(ticket, weight)
         return ticket
 
-    def ahead(self, base: str, tenant: str, weight: float) -> float:
-        """How many items are served before the tenant's next one, if all of them are alike."""
+    def ahead(self, base: str, tenant: str, weight: float, priority: int = 0) -> float:
+        """How many items are served before the tenant's next one of this priority, if all of them
+        are alike.
+        """
         queue = self.queues.get(base)
-        return queue.ahead(tenant, weight) if queue is not None else 0.0
+        return queue.ahead(tenant, weight, priority) if queue is not None else 0.0
 
     def give_way(self, base: str, tenant: str, weight: float, priority: int = 0) -> T | None:
         """The item that leaves a full queue for the tenant's next one, which has this priority.
