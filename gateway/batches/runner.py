@@ -30,7 +30,7 @@ from gateway.batches.records import (
 from gateway.batches.store import BatchStore
 from gateway.batches.turns import RunningBatch, next_to_run, to_yield
 from shared.error_bodies import error_body
-from shared.errors import InvalidApiKey, LoraplexError
+from shared.errors import ConfigError, InvalidApiKey, LoraplexError
 
 log = logging.getLogger("loraplex.batches")
 
@@ -122,10 +122,10 @@ class BatchRunner:
             await asyncio.sleep(SWEEP_S)
 
     async def _try(self, batch: Batch, gives_way: asyncio.Event) -> None:
-        """A batch whose results cannot be written waits. The others go on."""
+        """A batch whose files cannot be read or written waits. The others go on."""
         try:
             await self._run(batch, gives_way)
-        except* OSError as exc:
+        except* (OSError, ConfigError) as exc:
             why = str(exc.exceptions[0])
             log.error("batch paused", extra={"batch": batch.id, "why": why})
             await asyncio.sleep(MOST_WAIT_S)

@@ -142,7 +142,10 @@ class BatchStore:
         needed = {batch.input_file_id for batch in self.open_batches()}
         removed = 0
         for path in self._folder.glob("*/file-*.json"):
-            file = self._read(path, UserFile)
+            try:
+                file = self._read(path, UserFile)
+            except OSError:
+                continue
             if file is not None and file.expires_at <= now and file.id not in needed:
                 self._remove(file)
                 removed += 1
@@ -213,8 +216,9 @@ class BatchStore:
         raise BatchNotFound(f"There is no batch `{batch_id[:100]}`.")
 
     def batches(self, owner: str) -> Iterator[Batch]:
+        """Raises ConfigError if the disk cannot be read now."""
         for path in self._of(owner).glob("batch_*.json"):
-            found = StateFile(path, _BatchFile).read().batch
+            found = self._batch_in(path, or_raise=True)
             if found is not None and found.owner == owner:
                 yield found
 
@@ -326,19 +330,24 @@ class BatchStore:
         return self._of(batch.owner) / f"{batch.id}.{'err' if failed else 'out'}"
 
     @staticmethod
-    def _batch_in(path: Path) -> Batch | None:
-        """None: it cannot be read, which is logged."""
+    def _batch_in(path: Path, *, or_raise: bool = False) -> Batch | None:
+        """None: it cannot be read, which is logged. With `or_raise` only a broken one is None: of
+        others it is not known that they have ended.
+        """
         try:
             return StateFile(path, _BatchFile).read().batch
         except ConfigError as exc:
+            if or_raise and isinstance(exc.__cause__, OSError):
+                raise
             log.error("a batch cannot be read", extra={"why": exc.message})
             return None
 
     @staticmethod
     def _read(path: Path, kind: type[_T]) -> _T | None:
+        """None: there is none, or it is broken. Raises OSError if the disk cannot be read now."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=kind)
-        except (OSError, msgspec.MsgspecError):
+        except (FileNotFoundError, msgspec.MsgspecError):
             return None
 
     @staticmethod

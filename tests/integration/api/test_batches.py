@@ -346,6 +346,39 @@ async def test_a_request_for_a_batch_is_bounded_before_it_is_read(teams: Cluster
     assert (status, answer["error"]["code"]) == (404, "file_not_found")
 
 
+async def test_a_batch_whose_record_cannot_be_read_harms_nothing_else(teams: Cluster) -> None:
+    broken = await batch_of(teams, jsonl(line(n, max_tokens=400) for n in range(300)))
+    other = await batch_of(teams, jsonl([line(1)]))
+    (record,) = (teams.folder / "state" / "batches").glob(f"*/{broken['id']}.json")
+    async with asyncio.timeout(WAIT_S):
+        while json.loads(record.read_bytes())["batch"]["status"] != "in_progress":
+            await asyncio.sleep(0.05)
+    record.write_bytes(b"")
+    assert teams.gateway is not None
+    async with asyncio.timeout(WAIT_S):
+        while "batch paused" not in teams.gateway.output():
+            await asyncio.sleep(0.05)
+    assert (await ended(teams, other))["status"] == "completed"
+    listed = (await ask(teams, "GET", "/v1/batches"))[1]["data"]
+    assert [b["id"] for b in listed] == [other["id"]]
+    status, told = await ask(teams, "GET", f"/v1/batches/{broken['id']}")
+    assert status == 503 and str(teams.folder) not in told["error"]["message"]
+
+
+async def test_a_file_that_cannot_be_read_now_is_not_said_to_be_missing(teams: Cluster) -> None:
+    _, file = await upload(teams, jsonl([line(1)]))
+    (record,) = (teams.folder / "state" / "batches").glob(f"*/{file['id']}.json")
+    record.unlink()
+    record.mkdir()  # the superuser may read all else
+    asked = {"input_file_id": file["id"], "endpoint": CHAT}
+    for method, path, body in (
+        ("GET", f"/v1/files/{file['id']}", None),
+        ("GET", "/v1/files", None),
+        ("POST", "/v1/batches", asked),
+    ):
+        assert (await ask(teams, method, path, body=body))[0] == 503
+
+
 async def test_an_upload_that_is_none_is_a_400(teams: Cluster) -> None:
     assert (await upload(teams, b"{}", purpose="fine-tune"))[0] == 400
     assert (await ask(teams, "POST", "/v1/files", body={"purpose": "batch"}))[0] == 400

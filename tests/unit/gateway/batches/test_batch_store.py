@@ -11,7 +11,7 @@ import pytest
 from gateway.batches import store as batch_store
 from gateway.batches.records import LEAST_KEPT_S, MOST_KEPT_S, BatchStatus, read_lines
 from gateway.batches.store import HALF_WRITTEN_S, BatchStore
-from shared.errors import BodyTooLarge, FileNotFound
+from shared.errors import BodyTooLarge, ConfigError, FileNotFound
 
 CHAT = "/v1/chat/completions"
 
@@ -72,6 +72,24 @@ def test_what_a_killed_process_has_half_written_goes(store: BatchStore, tmp_path
     assert half.exists()
     store.remove_expired(made + HALF_WRITTEN_S + 1)
     assert not half.exists() and store.content("red", file.id) == b"1"
+
+
+def test_a_batch_does_not_fail_for_a_disk_that_cannot_be_read_now(
+    store: BatchStore, tmp_path: Path
+) -> None:
+    """For the runner a missing file is the end of its batch, and an OSError a pause."""
+    file = store.add_file("red", "a", "batch", b"1")
+    batch = store.add_batch("red", CHAT, file.id, None)
+    for record in tmp_path.glob("batches/*/[fb]*.json"):
+        record.unlink()
+        record.mkdir()
+    with pytest.raises(IsADirectoryError):
+        store.content("red", file.id)
+    with pytest.raises(ConfigError):
+        store.put(batch)
+    with pytest.raises(ConfigError):
+        list(store.batches("red"))
+    assert not store.open_batches() and not store.remove_expired(file.expires_at)
 
 
 def test_results_that_a_killed_process_had_made_files_take_no_room_of_their_own(
