@@ -30,7 +30,7 @@ from gateway.batches.records import (
 from gateway.batches.store import BatchStore
 from gateway.batches.turns import RunningBatch, next_to_run, to_yield
 from shared.error_bodies import error_body
-from shared.errors import ConfigError, InvalidApiKey, LoraplexError
+from shared.errors import BodyTooLarge, ConfigError, InvalidApiKey, LoraplexError
 
 log = logging.getLogger("loraplex.batches")
 
@@ -40,6 +40,8 @@ LOOK_S = 1.0
 """The time between two searches for new batches, and between two writes of a batch's counts."""
 SWEEP_S = 60.0
 """The time between two looks for files whose time is over."""
+ROOM_S = 5.0
+"""The time between two looks whether there is room for more results."""
 LATER = frozenset((429, 503, 504))
 """With these statuses there is no room now, and the line is asked again later. It is not if it was
 on a worker for long enough: it would take as many tokens again, and again in vain.
@@ -77,10 +79,12 @@ class BatchRunner:
         self._store, self._services = store, services
         self._places: dict[str, _Place] = {}
         self._ran_last: dict[str, float] = {}
+        self._full: dict[str, BodyTooLarge] = {}  # by owner: why no more results may be kept
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._remove_expired(), name="expired files")
+            tasks.create_task(self._look_for_room(), name="room for results")
             while True:
                 found = await self._open_batches()
                 now, waiting = time.monotonic(), [b for b in found if b.id not in self._places]
@@ -121,6 +125,13 @@ class BatchRunner:
                     log.info("expired files removed", extra={"files": removed})
             await asyncio.sleep(SWEEP_S)
 
+    async def _look_for_room(self) -> None:
+        while True:
+            owners = {turn.owner for turn in self._turns()}
+            with contextlib.suppress(OSError):  # then what was found last holds
+                self._full = await asyncio.to_thread(self._store.full, owners)
+            await asyncio.sleep(ROOM_S)
+
     async def _try(self, batch: Batch, gives_way: asyncio.Event) -> None:
         """A batch whose files cannot be read or written waits. The others go on."""
         try:
@@ -144,6 +155,7 @@ class BatchRunner:
         if batch.status is BatchStatus.VALIDATING:
             batch = batch.become(BatchStatus.IN_PROGRESS, _now())
         batch = await self._put(_counted(batch, len(lines), len(done), len(failed)))
+        self._full |= await asyncio.to_thread(self._store.full, (batch.owner,))
         left = (line for line in lines if line.custom_id not in done | failed)
         run = _BatchRun(batch, left, gives_way, completed=len(done), failed=len(failed))
         log.info("batch runs", extra={"batch": batch.id, "lines": len(lines), "done": len(done)})
@@ -179,7 +191,10 @@ class BatchRunner:
             while not all(task.done() for task in askers):
                 await asyncio.wait(askers, timeout=LOOK_S)
                 total = run.batch.total
-                run.batch = await self._put(_counted(run.batch, total, run.completed, run.failed))
+                full = self._full.get(run.batch.owner)
+                why = (LineError(full.code, full.message),) if full is not None else ()
+                counted = _counted(run.batch, total, run.completed, run.failed)
+                run.batch = await self._put(structs.replace(counted, errors=why))
                 if run.batch.status is BatchStatus.CANCELLING:
                     run.gives_way.set()
                     for task in askers:
@@ -215,8 +230,10 @@ class BatchRunner:
         }
         wait_s = LEAST_WAIT_S
         while time.time() < run.batch.expires_at and not run.gives_way.is_set():
-            if self._services.dispatcher.draining:
-                await asyncio.sleep(LOOK_S)  # what is left is for the next life
+            if self._services.dispatcher.draining or run.batch.owner in self._full:
+                await asyncio.sleep(
+                    LOOK_S
+                )  # what is left is for the next life, or when there is room
                 continue
             account = self._account(run.batch.owner)
             if account is None:

@@ -89,17 +89,28 @@ class BatchStore:
 
     def _check_room(self, owner: str, size_bytes: int) -> None:
         """Raises BodyTooLarge."""
-        kept = list(self.files(owner))
-        if len(kept) >= MAX_FILES or sum(f.size_bytes for f in kept) + size_bytes > MAX_KEPT_BYTES:
-            raise BodyTooLarge(
-                f"At most {MAX_FILES} files and {MAX_KEPT_BYTES >> 20} MiB are kept for a key; "
-                "delete some."
-            )
-        if _size_of(self._folder.glob("*/*")) + size_bytes > MAX_ALL_BYTES:
-            raise BodyTooLarge(
+        if len(list(self.files(owner))) >= MAX_FILES:
+            raise BodyTooLarge(f"At most {MAX_FILES} files are kept for a key; delete some.")
+        full = self.full((owner,), size_bytes).get(owner)
+        if full is not None:
+            raise full
+
+    def full(self, owners: Iterable[str], more_bytes: int = 0) -> dict[str, BodyTooLarge]:
+        """Why some of these accounts may not keep so many bytes more. The results of batches that
+        run count as well.
+        """
+        if _size_of(self._folder.glob("*/*")) + more_bytes > MAX_ALL_BYTES:
+            text = (
                 f"At most {MAX_ALL_BYTES >> 30} GiB of files are kept for all keys together; "
                 "there is room again when some are deleted or expire."
             )
+            return {owner: BodyTooLarge(text) for owner in owners}
+        text = f"At most {MAX_KEPT_BYTES >> 20} MiB are kept for a key; delete some files."
+        return {
+            owner: BodyTooLarge(text)
+            for owner in owners
+            if _size_of(self._of(owner).glob("*")) + more_bytes > MAX_KEPT_BYTES
+        }
 
     def file(self, owner: str, file_id: str) -> UserFile:
         """Raises FileNotFound. The message is the same for another account's file."""
@@ -358,9 +369,10 @@ class BatchStore:
 
 
 def _size_of(paths: Iterable[Path]) -> int:
-    """In bytes. A file that has just been removed counts nothing."""
-    size_bytes = 0
+    """In bytes. A file that has just been removed counts nothing, and one with two names once."""
+    sizes: dict[int, int] = {}
     for path in paths:
         with contextlib.suppress(OSError):
-            size_bytes += path.stat().st_size
-    return size_bytes
+            found = path.stat()
+            sizes[found.st_ino] = found.st_size
+    return sum(sizes.values())
