@@ -175,6 +175,16 @@ class Exchange:
         inflight = getattr(self, "inflight", None)
         return inflight is not None and bool(inflight.t_sent)
 
+    @property
+    def took_too_long(self) -> bool:
+        """Of one whose time is over: whether most of it went by on its worker. So more time in the
+        queue was not what it lacked.
+        """
+        inflight: InFlightRequest | None = getattr(self, "inflight", None)
+        if inflight is None or not inflight.t_sent:
+            return False
+        return inflight.t_end - inflight.t_sent > self.deadline.after_s / 2
+
     def attempt(self, target: ResolvedModel, done: Callable[[], object]) -> None:
         """Has `target` answer the request. `done` is called once the answer has ended, in a later
         turn of the event loop. It is not called after `cancel`.

@@ -148,7 +148,7 @@ class GenerationAPI:
         target = resolver.at_once(exchange.model)
         if target is None:
             target = await exchange.in_time(
-                resolver.resolve(exchange.model, lambda: _user(incoming, exchange.head))
+                resolver.resolve(exchange.model, lambda: user_of(exchange, incoming))
             )
         key = answer_key(exchange.account, incoming, body)
         if key is None:
@@ -253,14 +253,15 @@ class _Refused:
 REFUSED = _Refused()
 
 
-def _user(incoming: IncomingRequest, head: schema.BodyFields) -> bytes:
+def user_of(exchange: Exchange, incoming: IncomingRequest) -> bytes:
     """The user, by whom the share of an alias is chosen: the body's `user`, else the API key, else
     the session, else a new one for every request.
     """
-    user = bytes(head.user)
+    user = bytes(exchange.head.user)
     if user not in (b"", b"null", b'""'):
         return b"u" + user
-    key = caller_of(authorization_of(incoming))
+    # a line of a batch has the account of its key, and no header with it
+    key = exchange.account.name or caller_of(authorization_of(incoming))
     session = (incoming.header("x-session-id") or "")[:MAX_SESSION]
     if key or session:
         return f"k{key}".encode() if key else b"s" + session.encode(errors="replace")

@@ -28,7 +28,7 @@ from gateway.batches.store import BatchStore
 from gateway.http.body_reader import aside
 from gateway.http.headers import AiohttpRequest, authorization_of
 from gateway.http.json_responses import to_json
-from shared.errors import BodyTooLarge, InvalidRequest, Overloaded
+from shared.errors import BodyTooLarge, ConfigError, InvalidRequest, Overloaded
 from shared.lenient_values import integer
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
@@ -102,7 +102,7 @@ class BatchAPI:
         if found.fields.get("purpose") != PURPOSE:
             raise InvalidRequest(f"`purpose` must be `{PURPOSE}`.", param="purpose")
         owner, kept_s = self._owner(request), _kept_s(found.fields)
-        file = await _written(
+        file = await _stored(
             request,
             lambda: self._store.add_file(owner, found.filename, PURPOSE, found.data, kept_s),
         )
@@ -110,24 +110,24 @@ class BatchAPI:
 
     async def files(self, request: web.BaseRequest) -> web.Response:
         owner = self._owner(request)
-        files = await aside(request, lambda: [*self._store.files(owner)])
+        files = await _stored(request, lambda: [*self._store.files(owner)])
         purpose = request.query.get("purpose")
         items = [shown_file(f) for f in files if purpose in (None, f.purpose)]
         return _json(_page(request, items, MAX_FILE_PAGE, MAX_FILE_PAGE))
 
     async def file(self, request: web.BaseRequest) -> web.Response:
-        file = await aside(request, self._store.file, self._owner(request), _id(request))
+        file = await _stored(request, self._store.file, self._owner(request), _id(request))
         return _json(shown_file(file))
 
     async def content(self, request: web.BaseRequest) -> web.Response:
         """The content goes out as fast as its client reads it, and is not held meanwhile."""
-        file = await aside(request, self._store.open_content, self._owner(request), _id(request))
+        file = await _stored(request, self._store.open_content, self._owner(request), _id(request))
         body = BufferedReaderPayload(file, filename=None, content_type="application/jsonl")
         return web.Response(body=body)
 
     async def delete(self, request: web.BaseRequest) -> web.Response:
         file_id = _id(request)
-        await aside(request, self._store.delete_file, self._owner(request), file_id)
+        await _stored(request, self._store.delete_file, self._owner(request), file_id)
         return _json({"id": file_id, "object": "file", "deleted": True})
 
     # ---- batches ---------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ class BatchAPI:
         new = _new_batch((await request.read()).removeprefix(BYTE_ORDER_MARK))
         kept_s = _seconds("output_expires_after", new.output_expires_after or _ExpiresAfter())
         owner = self._owner(request)
-        batch = await _written(
+        batch = await _stored(
             request,
             lambda: self._store.add_batch(
                 owner, new.endpoint, new.input_file_id, new.metadata, kept_s
@@ -146,32 +146,35 @@ class BatchAPI:
 
     async def batches(self, request: web.BaseRequest) -> web.Response:
         owner = self._owner(request)
-        batches = await aside(request, lambda: [*self._store.batches(owner)])
+        batches = await _stored(request, lambda: [*self._store.batches(owner)])
         return _json(_page(request, [*map(shown_batch, batches)], DEFAULT_PAGE, MAX_PAGE))
 
     async def batch(self, request: web.BaseRequest) -> web.Response:
-        batch = await aside(request, self._store.batch, self._owner(request), _id(request))
+        batch = await _stored(request, self._store.batch, self._owner(request), _id(request))
         return _json(shown_batch(batch))
 
     async def cancel(self, request: web.BaseRequest) -> web.Response:
         await request.read()  # nothing in it is of use; what is unread would be the next head
         owner, batch_id = self._owner(request), _id(request)
         work = functools.partial(self._store.cancel, owner, batch_id)
-        return _json(shown_batch(await _written(request, work)))
+        return _json(shown_batch(await _stored(request, work)))
 
     def _owner(self, request: web.BaseRequest) -> str:
         return self._keys.account_of(authorization_of(AiohttpRequest(request))).name
 
 
-async def _written(request: web.BaseRequest, write: Callable[[], T]) -> T:
-    """What `write` returns, which uses the disk, once it is the tenant's turn. Raises what it
-    raises, and Overloaded if nothing can be written now.
+async def _stored(request: web.BaseRequest, use: Callable[..., T], *args: Any) -> T:
+    """What `use` returns, which uses the disk, once it is the tenant's turn. Raises what it raises,
+    and Overloaded if nothing can be read or written now.
     """
     try:
-        return await aside(request, write)
-    except OSError as exc:
-        why = f"Files and batches cannot be kept now: {exc.strerror}."
-        raise Overloaded(why, retry_after_s=FULL_RETRY_AFTER_S) from exc
+        return await aside(request, use, *args)
+    except (OSError, ConfigError) as exc:
+        cause = exc if isinstance(exc, OSError) else exc.__cause__
+        why = cause.strerror if isinstance(cause, OSError) else "a record is broken"
+        raise Overloaded(
+            f"Files and batches cannot be used now: {why}.", retry_after_s=FULL_RETRY_AFTER_S
+        ) from exc
 
 
 def _new_batch(body: bytes) -> _NewBatch:

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from gateway.accounts.account import LOWEST_PRIORITY, Account
 from gateway.api.exchange import Exchange
-from gateway.api.generate import read_aside
+from gateway.api.generate import read_aside, user_of
 from gateway.api.head_facts import HeadFacts
 from gateway.api.services import GenerationServices
 from gateway.api.stored_responses import ResponseFinder
@@ -17,9 +18,21 @@ from gateway.http.headers import request_id_of
 from gateway.http.response import ResponseWriter
 from shared.api_endpoints import ErrorFamily, errors_of
 from shared.error_bodies import error_body
-from shared.errors import InternalError, InvalidRequest, LoraplexError
+from shared.errors import DeadlineExceeded, InternalError, InvalidRequest, LoraplexError
 
 MAX_ANSWER_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LineAnswer:
+    """The status and the JSON body of an answer. `error` is the gateway's own. `final`: it would be
+    the same if the line were asked again.
+    """
+
+    status: int
+    body: bytes
+    error: LoraplexError | None = None
+    final: bool = False
 
 
 class LineRequest:
@@ -60,13 +73,12 @@ class CollectingTransport(asyncio.WriteTransport):
 
 async def answer_line(
     services: GenerationServices, account: Account, incoming: LineRequest, body: bytes
-) -> tuple[int, bytes, LoraplexError | None]:
-    """The status and the JSON body of the answer, and the error if the gateway itself refuses. The
-    request waits behind all others. It is cancelled with the task that waits for it.
-    """
+) -> LineAnswer:
+    """The request waits behind all others. It is cancelled with the task that waits for it."""
     family = errors_of(incoming.path)
     transport = CollectingTransport()
     stream = ResponseWriter(transport, MAX_ANSWER_BYTES, chunked=False, errors=family)
+    exchange: Exchange | None = None
     try:
         fields = await read_aside(services, incoming, body)
         facts = HeadFacts(account, incoming)
@@ -79,7 +91,10 @@ async def answer_line(
             exchange.goes_on_from(await exchange.in_time(stored))
         target = services.resolver.at_once(exchange.model)
         if target is None:
-            target = await exchange.in_time(services.resolver.resolve(exchange.model, bytes))
+            resolver = services.resolver
+            target = await exchange.in_time(
+                resolver.resolve(exchange.model, lambda: user_of(exchange, incoming))
+            )
         ended = asyncio.Event()
         exchange.attempt(target, ended.set)
         try:
@@ -91,11 +106,13 @@ async def answer_line(
             raise stream.error
     except LoraplexError as exc:
         exc.request_id = exc.request_id or request_id_of(incoming)
-        return exc.status, error_body(exc, family), exc
+        late = isinstance(exc, DeadlineExceeded)
+        final = late and exchange is not None and exchange.took_too_long
+        return LineAnswer(exc.status, error_body(exc, family), exc, final)
     return collected(bytes(transport.written), family)
 
 
-def collected(written: bytes, family: ErrorFamily) -> tuple[int, bytes, LoraplexError | None]:
+def collected(written: bytes, family: ErrorFamily) -> LineAnswer:
     """The same of the bytes of a whole answer. What is no JSON cannot stand in a line of it."""
     head, blank, body = written.partition(b"\r\n\r\n")
     error: LoraplexError | None = None
@@ -108,5 +125,5 @@ def collected(written: bytes, family: ErrorFamily) -> tuple[int, bytes, Loraplex
             param="encoding_format",
         )
     if error is not None:
-        return error.status, error_body(error, family), error
-    return int(head.split(b" ", 2)[1]), body, None
+        return LineAnswer(error.status, error_body(error, family), error)
+    return LineAnswer(int(head.split(b" ", 2)[1]), body)

@@ -235,18 +235,21 @@ def _line(request_id: str, custom_id: str, response: Any, error: Any) -> bytes:
     return _encode(made) + b"\n"
 
 
-def answered(data: bytes) -> tuple[set[str], int]:
-    """(the `custom_id` of each result, the bytes of them all). Behind the last whole one there may
-    be what a killed process, or a host without power, has left of a line.
+def answered(lines: Iterable[bytes]) -> tuple[set[str], int]:
+    """(the `custom_id` of each result, the bytes of them all). The lines have their ends. Behind
+    the last whole one there may be what a killed process, or a host without power, has left of a
+    line.
     """
     found: set[str] = set()
     whole = 0
-    for text in data.split(b"\n")[:-1]:
+    for text in lines:
+        if not text.endswith(b"\n"):
+            break
         try:
             found.add(_decode_done(text).custom_id)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             break
-        whole += len(text) + 1
+        whole += len(text)
     return found, whole
 
 

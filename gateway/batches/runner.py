@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msgspec import structs
 
@@ -30,7 +30,7 @@ from gateway.batches.records import (
 from gateway.batches.store import BatchStore
 from gateway.batches.turns import RunningBatch, next_to_run, to_yield
 from shared.error_bodies import error_body
-from shared.errors import InvalidApiKey, LoraplexError
+from shared.errors import BodyTooLarge, ConfigError, InvalidApiKey, LoraplexError
 
 log = logging.getLogger("loraplex.batches")
 
@@ -40,21 +40,28 @@ LOOK_S = 1.0
 """The time between two searches for new batches, and between two writes of a batch's counts."""
 SWEEP_S = 60.0
 """The time between two looks for files whose time is over."""
+ROOM_S = 5.0
+"""The time between two looks whether there is room for more results."""
 LATER = frozenset((429, 503, 504))
-"""With these statuses there is no room now, and the line is asked again later."""
+"""With these statuses there is no room now, and the line is asked again later. It is not if it was
+on a worker for long enough: it would take as many tokens again, and again in vain.
+"""
 LEAST_WAIT_S, MOST_WAIT_S = 1.0, 30.0
 KEY_GONE = "The key of this batch is no longer valid."
 
 
 @dataclass(slots=True)
 class _BatchRun:
-    """One batch that is running. `gives_way` is set once another key shall have its place."""
+    """One batch that is running. `gives_way` is set once another key shall have its place, or it is
+    cancelled. `asking` are the tasks that wait for an answer.
+    """
 
     batch: Batch
     lines: Iterator[BatchLine]
     gives_way: asyncio.Event
     completed: int = 0
     failed: int = 0
+    asking: set[asyncio.Task[object] | None] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +79,12 @@ class BatchRunner:
         self._store, self._services = store, services
         self._places: dict[str, _Place] = {}
         self._ran_last: dict[str, float] = {}
+        self._full: dict[str, BodyTooLarge] = {}  # by owner: why no more results may be kept
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._remove_expired(), name="expired files")
+            tasks.create_task(self._look_for_room(), name="room for results")
             while True:
                 found = await self._open_batches()
                 now, waiting = time.monotonic(), [b for b in found if b.id not in self._places]
@@ -116,44 +125,58 @@ class BatchRunner:
                     log.info("expired files removed", extra={"files": removed})
             await asyncio.sleep(SWEEP_S)
 
+    async def _look_for_room(self) -> None:
+        while True:
+            owners = {turn.owner for turn in self._turns()}
+            with contextlib.suppress(OSError):  # then what was found last holds
+                self._full = await asyncio.to_thread(self._store.full, owners)
+            await asyncio.sleep(ROOM_S)
+
     async def _try(self, batch: Batch, gives_way: asyncio.Event) -> None:
-        """A batch whose results cannot be written waits. The others go on."""
+        """A batch whose files cannot be read or written waits. The others go on."""
         try:
             await self._run(batch, gives_way)
-        except* OSError as exc:
+        except* (OSError, ConfigError) as exc:
             why = str(exc.exceptions[0])
             log.error("batch paused", extra={"batch": batch.id, "why": why})
             await asyncio.sleep(MOST_WAIT_S)
 
     async def _run(self, batch: Batch, gives_way: asyncio.Event) -> None:
         """Runs one batch from where it is to its end, or until it gives way."""
-        bounds = self._services.limits.bounds
-        try:
-            data = await asyncio.to_thread(self._store.content, batch.owner, batch.input_file_id)
-            lines, errors = await asyncio.to_thread(
-                read_lines, data, batch.endpoint, bounds.max_prompt_bytes
-            )
-        except LoraplexError as exc:
-            lines, errors = [], [LineError(exc.code, exc.message)]
-        if self._account(batch.owner) is None:
-            errors = [LineError(InvalidApiKey.code, KEY_GONE)]
-        if errors:
-            await self._put(batch.become(BatchStatus.FAILED, _now(), errors=tuple(errors)))
-            return
         done, failed = await self._answered(batch)
+        batch = _counted(batch, batch.total, len(done), len(failed))
+        if batch.status is BatchStatus.CANCELLING:
+            await self._end(batch)
+            return
+        lines, errors = await self._lines(batch)
+        if errors:
+            await self._end(batch, tuple(errors))
+            return
         if batch.status is BatchStatus.VALIDATING:
             batch = batch.become(BatchStatus.IN_PROGRESS, _now())
         batch = await self._put(_counted(batch, len(lines), len(done), len(failed)))
+        self._full |= await asyncio.to_thread(self._store.full, (batch.owner,))
         left = (line for line in lines if line.custom_id not in done | failed)
         run = _BatchRun(batch, left, gives_way, completed=len(done), failed=len(failed))
         log.info("batch runs", extra={"batch": batch.id, "lines": len(lines), "done": len(done)})
-        if batch.status is not BatchStatus.CANCELLING:
+        if batch.status is not BatchStatus.CANCELLING:  # meanwhile
             await self._ask_all(run)
         left_over = run.completed + run.failed < run.batch.total
         if gives_way.is_set() and left_over and run.batch.status is not BatchStatus.CANCELLING:
             log.info("batch gives way", extra={"batch": batch.id})
         else:
-            await self._end(run)
+            await self._end(_counted(run.batch, run.batch.total, run.completed, run.failed))
+
+    async def _lines(self, batch: Batch) -> tuple[list[BatchLine], list[LineError]]:
+        """(its requests, why they cannot be asked)."""
+        if self._account(batch.owner) is None:
+            return [], [LineError(InvalidApiKey.code, KEY_GONE)]
+        bounds = self._services.limits.bounds
+        try:
+            data = await asyncio.to_thread(self._store.content, batch.owner, batch.input_file_id)
+        except LoraplexError as exc:
+            return [], [LineError(exc.code, exc.message)]
+        return await asyncio.to_thread(read_lines, data, batch.endpoint, bounds.max_prompt_bytes)
 
     async def _answered(self, batch: Batch) -> tuple[set[str], set[str]]:
         done = await asyncio.to_thread(self._store.answered, batch, failed=False)
@@ -168,15 +191,23 @@ class BatchRunner:
             while not all(task.done() for task in askers):
                 await asyncio.wait(askers, timeout=LOOK_S)
                 total = run.batch.total
-                run.batch = await self._put(_counted(run.batch, total, run.completed, run.failed))
+                full = self._full.get(run.batch.owner)
+                why = (LineError(full.code, full.message),) if full is not None else ()
+                counted = _counted(run.batch, total, run.completed, run.failed)
+                run.batch = await self._put(structs.replace(counted, errors=why))
                 if run.batch.status is BatchStatus.CANCELLING:
+                    run.gives_way.set()
                     for task in askers:
-                        task.cancel()
+                        if task in run.asking:  # the others write what they have, and then end
+                            task.cancel()
 
     async def _ask_lines(self, run: _BatchRun) -> None:
+        me = asyncio.current_task()
         for line in run.lines:
             request_id = secrets.token_hex(16)
+            run.asking.add(me)
             answer = await self._ask(run, line, request_id)
+            run.asking.discard(me)
             if answer is None and run.gives_way.is_set():
                 return
             if answer is None:
@@ -199,34 +230,41 @@ class BatchRunner:
         }
         wait_s = LEAST_WAIT_S
         while time.time() < run.batch.expires_at and not run.gives_way.is_set():
-            if self._services.dispatcher.draining:
-                await asyncio.sleep(LOOK_S)  # what is left is for the next life
+            if self._services.dispatcher.draining or run.batch.owner in self._full:
+                await asyncio.sleep(
+                    LOOK_S
+                )  # what is left is for the next life, or when there is room
                 continue
             account = self._account(run.batch.owner)
             if account is None:
                 return InvalidApiKey.status, error_body(InvalidApiKey(KEY_GONE))
             incoming = LineRequest(run.batch.endpoint, headers)
-            status, body, error = await answer_line(self._services, account, incoming, line.body)
-            if status not in LATER:
-                return status, body
-            told_s = error.retry_after_s if error is not None else None
+            answer = await answer_line(self._services, account, incoming, line.body)
+            if answer.final or answer.status not in LATER:
+                return answer.status, answer.body
+            told_s = answer.error.retry_after_s if answer.error is not None else None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(MOST_WAIT_S, max(wait_s, told_s or 0.0))):
                     await run.gives_way.wait()
             wait_s = min(MOST_WAIT_S, 2 * wait_s)
         return None
 
-    async def _end(self, run: _BatchRun) -> None:
+    async def _end(self, batch: Batch, errors: tuple[LineError, ...] = ()) -> None:
+        """What is answered by now becomes files, also if the rest cannot be asked (`errors`)."""
         status = BatchStatus.COMPLETED
-        if run.batch.status is BatchStatus.CANCELLING:
+        if errors:
+            status = BatchStatus.FAILED
+        elif batch.status is BatchStatus.CANCELLING:
             status = BatchStatus.CANCELLED
-        elif time.time() >= run.batch.expires_at:
+        elif time.time() >= batch.expires_at:
             status = BatchStatus.EXPIRED
-        batch = run.batch.become(BatchStatus.FINALIZING, _now())
+        if not errors:
+            batch = batch.become(BatchStatus.FINALIZING, _now())
         output = await asyncio.to_thread(self._store.results_as_file, batch, failed=False)
         error = await asyncio.to_thread(self._store.results_as_file, batch, failed=True)
-        batch = _counted(batch, batch.total, run.completed, run.failed)
-        ended = batch.become(status, _now(), output_file_id=output, error_file_id=error)
+        ended = batch.become(
+            status, _now(), output_file_id=output, error_file_id=error, errors=errors
+        )
         await self._put(ended)
         await asyncio.to_thread(self._store.forget_results, batch)
         log.info("batch ended", extra={"batch": batch.id, "as": status.value})

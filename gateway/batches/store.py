@@ -89,17 +89,28 @@ class BatchStore:
 
     def _check_room(self, owner: str, size_bytes: int) -> None:
         """Raises BodyTooLarge."""
-        kept = list(self.files(owner))
-        if len(kept) >= MAX_FILES or sum(f.size_bytes for f in kept) + size_bytes > MAX_KEPT_BYTES:
-            raise BodyTooLarge(
-                f"At most {MAX_FILES} files and {MAX_KEPT_BYTES >> 20} MiB are kept for a key; "
-                "delete some."
-            )
-        if _size_of(self._folder.glob("*/*")) + size_bytes > MAX_ALL_BYTES:
-            raise BodyTooLarge(
+        if len(list(self.files(owner))) >= MAX_FILES:
+            raise BodyTooLarge(f"At most {MAX_FILES} files are kept for a key; delete some.")
+        full = self.full((owner,), size_bytes).get(owner)
+        if full is not None:
+            raise full
+
+    def full(self, owners: Iterable[str], more_bytes: int = 0) -> dict[str, BodyTooLarge]:
+        """Why some of these accounts may not keep so many bytes more. The results of batches that
+        run count as well.
+        """
+        if _size_of(self._folder.glob("*/*")) + more_bytes > MAX_ALL_BYTES:
+            text = (
                 f"At most {MAX_ALL_BYTES >> 30} GiB of files are kept for all keys together; "
                 "there is room again when some are deleted or expire."
             )
+            return {owner: BodyTooLarge(text) for owner in owners}
+        text = f"At most {MAX_KEPT_BYTES >> 20} MiB are kept for a key; delete some files."
+        return {
+            owner: BodyTooLarge(text)
+            for owner in owners
+            if _size_of(self._of(owner).glob("*")) + more_bytes > MAX_KEPT_BYTES
+        }
 
     def file(self, owner: str, file_id: str) -> UserFile:
         """Raises FileNotFound. The message is the same for another account's file."""
@@ -142,7 +153,10 @@ class BatchStore:
         needed = {batch.input_file_id for batch in self.open_batches()}
         removed = 0
         for path in self._folder.glob("*/file-*.json"):
-            file = self._read(path, UserFile)
+            try:
+                file = self._read(path, UserFile)
+            except OSError:
+                continue
             if file is not None and file.expires_at <= now and file.id not in needed:
                 self._remove(file)
                 removed += 1
@@ -151,7 +165,12 @@ class BatchStore:
             if batch is not None and batch.is_past(now):
                 self._forget(path)
                 removed += 1
-        for path in self._folder.glob("*/file-*.jsonl"):  # of a process killed between two writes
+        # the rest is of processes that were killed between two writes
+        for path in (*self._folder.glob("*/batch_*.out"), *self._folder.glob("*/batch_*.err")):
+            batch_path = path.with_suffix(".json")
+            if batch_path in self._ended or not batch_path.exists():
+                path.unlink(missing_ok=True)  # its results are files by now
+        for path in self._folder.glob("*/file-*.jsonl"):
             with contextlib.suppress(FileNotFoundError):
                 age_s = now - path.stat().st_mtime
                 if age_s > HALF_WRITTEN_S and not path.with_suffix(".json").exists():
@@ -208,8 +227,9 @@ class BatchStore:
         raise BatchNotFound(f"There is no batch `{batch_id[:100]}`.")
 
     def batches(self, owner: str) -> Iterator[Batch]:
+        """Raises ConfigError if the disk cannot be read now."""
         for path in self._of(owner).glob("batch_*.json"):
-            found = StateFile(path, _BatchFile).read().batch
+            found = self._batch_in(path, or_raise=True)
             if found is not None and found.owner == owner:
                 yield found
 
@@ -271,11 +291,11 @@ class BatchStore:
         """
         path = self._results(batch, failed)
         try:
-            data = path.read_bytes()
+            with path.open("rb") as lines:  # one by one: together they may be larger than memory
+                found, whole = answered(lines)
         except FileNotFoundError:
             return set()
-        found, whole = answered(data)
-        if whole < len(data):
+        if whole < path.stat().st_size:
             os.truncate(path, whole)
         return found
 
@@ -321,19 +341,24 @@ class BatchStore:
         return self._of(batch.owner) / f"{batch.id}.{'err' if failed else 'out'}"
 
     @staticmethod
-    def _batch_in(path: Path) -> Batch | None:
-        """None: it cannot be read, which is logged."""
+    def _batch_in(path: Path, *, or_raise: bool = False) -> Batch | None:
+        """None: it cannot be read, which is logged. With `or_raise` only a broken one is None: of
+        others it is not known that they have ended.
+        """
         try:
             return StateFile(path, _BatchFile).read().batch
         except ConfigError as exc:
+            if or_raise and isinstance(exc.__cause__, OSError):
+                raise
             log.error("a batch cannot be read", extra={"why": exc.message})
             return None
 
     @staticmethod
     def _read(path: Path, kind: type[_T]) -> _T | None:
+        """None: there is none, or it is broken. Raises OSError if the disk cannot be read now."""
         try:
             return msgspec.json.decode(path.read_bytes(), type=kind)
-        except (OSError, msgspec.MsgspecError):
+        except (FileNotFoundError, msgspec.MsgspecError):
             return None
 
     @staticmethod
@@ -344,9 +369,10 @@ class BatchStore:
 
 
 def _size_of(paths: Iterable[Path]) -> int:
-    """In bytes. A file that has just been removed counts nothing."""
-    size_bytes = 0
+    """In bytes. A file that has just been removed counts nothing, and one with two names once."""
+    sizes: dict[int, int] = {}
     for path in paths:
         with contextlib.suppress(OSError):
-            size_bytes += path.stat().st_size
-    return size_bytes
+            found = path.stat()
+            sizes[found.st_ino] = found.st_size
+    return sum(sizes.values())

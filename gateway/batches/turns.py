@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gateway.batches.records import Batch
+from gateway.batches.records import Batch, BatchStatus
 
 BATCHES_AT_ONCE = 4
 TURN_S = 30.0
@@ -28,8 +28,12 @@ def next_to_run(
     waiting: Sequence[Batch], running: Sequence[RunningBatch], ran_last: Mapping[str, float]
 ) -> Batch | None:
     """The batch for a free place: of the key with the fewest that run, then of the one whose turn
-    was the longest ago, then the oldest. None: there is no free place, or nobody waits.
+    was the longest ago, then the oldest. One that is cancelled asks nothing, and needs no place.
+    None: there is no free place, or nobody waits.
     """
+    cancelled = next((b for b in waiting if b.status is BatchStatus.CANCELLING), None)
+    if cancelled is not None:
+        return cancelled
     if len(running) >= BATCHES_AT_ONCE:
         return None
     of_owner = Counter(run.owner for run in running)

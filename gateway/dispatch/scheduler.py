@@ -126,10 +126,12 @@ class Scheduler:
 
     def make_way(self, request: InFlightRequest) -> bool:
         """Removes one request from a full queue for this one. It belongs to a tenant with more
-        places.
+        places, or is of the same tenant and may wait longer.
         """
         base, requester = request.model.base, request.requester
-        gone = self._admission.give_way(base, requester.tenant, requester.weight)
+        gone = self._admission.give_way(
+            base, requester.tenant, requester.weight, requester.priority
+        )
         if gone is None:
             return False
         late = Overloaded(

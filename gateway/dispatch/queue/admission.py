@@ -129,24 +129,29 @@ class Admission(Generic[T]):
         queue.add(ticket, weight)
         return ticket
 
-    def ahead(self, base: str, tenant: str, weight: float) -> float:
-        """How many items are served before the tenant's next one, if all of them are alike."""
+    def ahead(self, base: str, tenant: str, weight: float, priority: int = 0) -> float:
+        """How many items are served before the tenant's next one of this priority, if all of them
+        are alike.
+        """
         queue = self.queues.get(base)
-        return queue.ahead(tenant, weight) if queue is not None else 0.0
+        return queue.ahead(tenant, weight, priority) if queue is not None else 0.0
 
-    def give_way(self, base: str, tenant: str, weight: float) -> T | None:
-        """The item that leaves a full queue for the tenant's next one. None: no tenant has more
-        places than this one, and its own items matter as much.
+    def give_way(self, base: str, tenant: str, weight: float, priority: int = 0) -> T | None:
+        """The item that leaves a full queue for the tenant's next one, which has this priority.
+        None: no tenant has more places than this one, and its own items matter as much.
         """
         queue = self.queues.get(base)
         if queue is None:
             return None
         most, largest = max(queue.waiting_per_weight())
         newest_first = self.abandonment.newest_first(largest)
-        if largest != tenant and most <= (queue.waiting(tenant) + 1) / weight:
-            return None
-        if largest == tenant and not newest_first:
-            return None
+        if largest == tenant or most <= (queue.waiting(tenant) + 1) / weight:
+            own = queue.last_of(tenant, newest_first=self.abandonment.newest_first(tenant))
+            if own is not None and own.flow[0] > priority:  # as the lines of its batches
+                self.leave(own)
+                return own.item
+            if largest != tenant or not newest_first:
+                return None
         ticket = queue.last_of(largest, newest_first=newest_first)
         if ticket is None:
             return None

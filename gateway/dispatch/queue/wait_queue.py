@@ -52,11 +52,12 @@ class _Waiting(Generic[T]):
 
 @dataclass(slots=True, eq=False)
 class _Group:
-    """One tenant's flows of one priority."""
+    """One tenant's flows of one priority. `waiting` counts their places."""
 
     priority: int
     tenant: str
     turn: GroupTurn
+    waiting: int = 0
     turns: list[FlowTurn] = field(default_factory=list)
 
 
@@ -90,10 +91,24 @@ class WaitQueue(Generic[T]):
         """(places per weight, tenant) for each waiting tenant."""
         return ((t.waiting / t.weight, name) for name, t in self._tenants.items() if t.waiting)
 
-    def ahead(self, tenant: str, weight: float) -> float:
-        """How many places are served before the tenant's next one, if all of them are alike."""
-        others = sum(t.weight for n, t in self._tenants.items() if t.waiting and n != tenant)
-        return min(float(self.size), (self.waiting(tenant)) * (others + weight) / weight)
+    def ahead(self, tenant: str, weight: float, priority: int = 0) -> float:
+        """How many places are served before the tenant's next one, if all of them are alike. Those
+        with a larger priority number are not.
+        """
+        before = own = same = 0
+        shares = weight
+        for _, group in self._groups:
+            if group.priority > priority:
+                break
+            if group.priority < priority:
+                before += group.waiting
+                continue
+            same += group.waiting
+            if group.tenant == tenant:
+                own = group.waiting
+            else:
+                shares += self._tenants[group.tenant].weight
+        return before + min(float(same), own * shares / weight)
 
     def add(self, ticket: Ticket[T], weight: float = 1.0) -> None:
         """Adds the youngest place, for a tenant with this weight."""
@@ -109,6 +124,7 @@ class WaitQueue(Generic[T]):
             self._of_adapter.setdefault(flow[2], {})[flow] = None
             insort(self._group(tenant, flow).turns, waiting.turn)
         waiting.tickets[ticket] = None
+        tenant.groups[flow[0]].waiting += 1
         self.size += 1
 
     def remove(self, ticket: Ticket[T]) -> None:
@@ -117,6 +133,7 @@ class WaitQueue(Generic[T]):
         del waiting.tickets[ticket]
         self.size -= 1
         tenant.waiting -= 1
+        tenant.groups[flow[0]].waiting -= 1
         if waiting.tickets:
             if ticket.number == waiting.turn[0]:
                 self._settle(tenant, waiting)
@@ -179,8 +196,10 @@ class WaitQueue(Generic[T]):
 
     def last_of(self, tenant: str, *, newest_first: bool) -> Ticket[T] | None:
         """The waiting place that the tenant will miss least: of its largest priority number, the
-        one with the last turn.
+        one with the last turn. None: it has none that can be given away.
         """
+        if not self.waiting(tenant):
+            return None
         groups = self._tenants[tenant].groups
         flows = [self._flows[turn[1]].tickets for turn in groups[max(groups)].turns]
         ends = [next(iter(f)) if newest_first else next(reversed(f)) for f in flows]

@@ -49,7 +49,7 @@ class WaitingTime:
         timeout_s = request.client_request.timeout_s
         drain, places = self._drains.of(base), self._places(base)
         service_s = self._service_s(request)
-        ahead = self._admission.ahead(base, requester.tenant, requester.weight)
+        ahead = self._admission.ahead(base, requester.tenant, requester.weight, requester.priority)
         wait_s = drain.wait_s(ahead, places)
         if places and wait_s > self._admission.timeout_s:
             return Overloaded(

@@ -33,9 +33,12 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 @pytest_asyncio.fixture(loop_scope="session")
 async def teams(tmp_path: Path) -> AsyncIterator[Cluster]:
     (tmp_path / "adapters").mkdir()
-    make_adapter(tmp_path / "adapters", "pirate")
+    for name in ("pirate", "haiku"):
+        make_adapter(tmp_path / "adapters", name)
     keys = keys_file(tmp_path / "keys.yaml", red={}, blue={"adapters": '["none"]'})
     config = sim_config(tmp_path / "adapters", keys_file=str(keys), sim={"itl_ms": 4})
+    shares = [{"adapter": "pirate", "weight": 50}, {"adapter": "haiku", "weight": 50}]
+    config["llm_configs"][0]["lora_config"]["aliases"] = {"prod": {"shares": shares}}
     async with cluster(config, tmp_path) as c:
         await c.start_worker("w0")
         yield c
@@ -115,6 +118,21 @@ async def test_every_line_is_answered_as_if_it_had_been_asked_alone(teams: Clust
     assert bad["r101"]["status_code"] == 400
 
 
+async def test_a_user_has_the_same_share_of_an_alias_in_a_batch_as_beside_it(
+    teams: Cluster,
+) -> None:
+    users = [{"user": f"u{n}"} for n in range(20)] + [{}]  # the last one is known by its key
+    asked = [line(n, "sim:prod", **user) for n, user in enumerate(users)]
+    batch = await ended(teams, await batch_of(teams, jsonl(asked)))
+    found = {
+        r["custom_id"]: r["response"]["body"]["choices"]
+        for r in await results(teams, batch["output_file_id"])
+    }
+    for one in asked:
+        _, alone = await ask(teams, "POST", CHAT, body=one["body"])
+        assert found[one["custom_id"]] == alone["choices"]
+
+
 async def test_openais_client_makes_waits_for_and_reads_a_batch(teams: Cluster) -> None:
     client = openai.AsyncOpenAI(base_url=teams.url + "/v1", api_key="red", max_retries=0)
     file = await client.files.create(file=("in.jsonl", jsonl([line(1)])), purpose="batch")
@@ -190,6 +208,25 @@ async def test_a_line_may_use_what_its_key_may_use(teams: Cluster) -> None:
     assert batch["request_counts"] == {"total": 2, "completed": 1, "failed": 1}
 
 
+async def test_a_line_that_takes_longer_than_any_request_may_is_not_asked_again(
+    tmp_path: Path,
+) -> None:
+    """Its key would be charged for it again and again, for a day."""
+    (tmp_path / "adapters").mkdir()
+    keys = keys_file(tmp_path / "keys.yaml", red={})
+    config = sim_config(
+        tmp_path / "adapters", keys_file=str(keys), sim={"itl_ms": 20}, request_timeout_s=0.5
+    )
+    async with cluster(config, tmp_path) as c:
+        await c.start_worker("w0")
+        batch = await ended(c, await batch_of(c, jsonl([line(1, "sim", max_tokens=1000)])))
+        assert batch["request_counts"] == {"total": 1, "completed": 0, "failed": 1}
+        (answer,) = await results(c, batch["error_file_id"])
+        assert answer["response"]["status_code"] == 504
+        assert answer["response"]["body"]["error"]["code"] == "deadline_exceeded"
+        assert await c.metric("loraplex_engine_requests_total") == 1
+
+
 async def test_a_cancelled_batch_keeps_what_is_answered(teams: Cluster) -> None:
     batch = await batch_of(teams, jsonl(line(n, max_tokens=400) for n in range(300)))
     status, found = await ask(teams, "POST", f"/v1/batches/{batch['id']}/cancel")
@@ -198,6 +235,68 @@ async def test_a_cancelled_batch_keeps_what_is_answered(teams: Cluster) -> None:
     assert batch["status"] == "cancelled" and batch["cancelled_at"]
     assert batch["request_counts"]["completed"] < 300
     assert (await ask(teams, "DELETE", f"/v1/files/{batch['input_file_id']}"))[0] == 200
+
+
+async def test_the_counts_of_a_cancelled_batch_are_those_of_its_results(teams: Cluster) -> None:
+    """What is refused at once is mostly being written."""
+    for _ in range(3):
+        batch = await batch_of(teams, jsonl(line(n, "sim:nobody") for n in range(30_000)))
+        async with asyncio.timeout(WAIT_S):
+            while not (await ask(teams, "GET", f"/v1/batches/{batch['id']}"))[1]["request_counts"][
+                "failed"
+            ]:
+                await asyncio.sleep(0.05)
+        await ask(teams, "POST", f"/v1/batches/{batch['id']}/cancel")
+        found = await ended(teams, batch)
+        told = await results(teams, found["error_file_id"])
+        assert found["status"] == "cancelled"
+        assert len(told) == found["request_counts"]["failed"]
+
+
+async def test_a_batch_that_is_cancelled_while_others_have_all_places_ends_at_once(
+    teams: Cluster,
+) -> None:
+    lines = jsonl(line(n, max_tokens=400) for n in range(300))
+    made = [await batch_of(teams, lines) for _ in range(BATCHES_AT_ONCE + 1)]
+    async with asyncio.timeout(WAIT_S):
+        while True:
+            found = [(await ask(teams, "GET", f"/v1/batches/{b['id']}"))[1] for b in made]
+            waiting = [b for b in found if b["status"] == "validating"]
+            if len(waiting) == 1:
+                break
+            await asyncio.sleep(0.05)
+    await ask(teams, "POST", f"/v1/batches/{waiting[0]['id']}/cancel")
+    assert (await ended(teams, waiting[0]))["status"] == "cancelled"
+    assert (await ask(teams, "DELETE", f"/v1/files/{waiting[0]['input_file_id']}"))[0] == 200
+    listed = (await ask(teams, "GET", "/v1/batches"))[1]["data"]
+    assert [b["status"] for b in listed].count("in_progress") == BATCHES_AT_ONCE
+
+
+async def test_what_a_key_was_answered_before_it_was_revoked_is_there_when_it_is_valid_again(
+    teams: Cluster, tmp_path: Path
+) -> None:
+    """The gateway starts anew meanwhile."""
+    batch = await batch_of(teams, jsonl(line(n, max_tokens=60) for n in range(200)))
+    async with asyncio.timeout(WAIT_S):
+        while not (await ask(teams, "GET", f"/v1/batches/{batch['id']}"))[1]["request_counts"][
+            "completed"
+        ]:
+            await asyncio.sleep(0.05)
+    await teams.stop()
+    keys_file(tmp_path / "keys.yaml", blue={})
+    await teams.start_gateway()
+    (state,) = (tmp_path / "state" / "batches").glob(f"*/{batch['id']}.json")
+    async with asyncio.timeout(WAIT_S):
+        while json.loads(state.read_bytes())["batch"]["status"] not in ENDED:
+            await asyncio.sleep(0.05)
+    await teams.stop()
+    keys_file(tmp_path / "keys.yaml", red={}, blue={})
+    await teams.start_gateway()
+    _, found = await ask(teams, "GET", f"/v1/batches/{batch['id']}")
+    assert found["status"] == "failed" and found["errors"]["data"][0]["code"] == "invalid_api_key"
+    kept = await results(teams, found["output_file_id"])
+    assert len(kept) == found["request_counts"]["completed"] > 0
+    assert not state.with_suffix(".out").exists()
 
 
 @pytest.mark.parametrize(
@@ -245,6 +344,39 @@ async def test_a_request_for_a_batch_is_bounded_before_it_is_read(teams: Cluster
     largest = {"\U0001f600" * 60 + str(n): "\U0001f600" * 512 for n in range(16)}
     status, answer = await ask(teams, "POST", "/v1/batches", body=body | {"metadata": largest})
     assert (status, answer["error"]["code"]) == (404, "file_not_found")
+
+
+async def test_a_batch_whose_record_cannot_be_read_harms_nothing_else(teams: Cluster) -> None:
+    broken = await batch_of(teams, jsonl(line(n, max_tokens=400) for n in range(300)))
+    other = await batch_of(teams, jsonl([line(1)]))
+    (record,) = (teams.folder / "state" / "batches").glob(f"*/{broken['id']}.json")
+    async with asyncio.timeout(WAIT_S):
+        while json.loads(record.read_bytes())["batch"]["status"] != "in_progress":
+            await asyncio.sleep(0.05)
+    record.write_bytes(b"")
+    assert teams.gateway is not None
+    async with asyncio.timeout(WAIT_S):
+        while "batch paused" not in teams.gateway.output():
+            await asyncio.sleep(0.05)
+    assert (await ended(teams, other))["status"] == "completed"
+    listed = (await ask(teams, "GET", "/v1/batches"))[1]["data"]
+    assert [b["id"] for b in listed] == [other["id"]]
+    status, told = await ask(teams, "GET", f"/v1/batches/{broken['id']}")
+    assert status == 503 and str(teams.folder) not in told["error"]["message"]
+
+
+async def test_a_file_that_cannot_be_read_now_is_not_said_to_be_missing(teams: Cluster) -> None:
+    _, file = await upload(teams, jsonl([line(1)]))
+    (record,) = (teams.folder / "state" / "batches").glob(f"*/{file['id']}.json")
+    record.unlink()
+    record.mkdir()  # the superuser may read all else
+    asked = {"input_file_id": file["id"], "endpoint": CHAT}
+    for method, path, body in (
+        ("GET", f"/v1/files/{file['id']}", None),
+        ("GET", "/v1/files", None),
+        ("POST", "/v1/batches", asked),
+    ):
+        assert (await ask(teams, method, path, body=body))[0] == 503
 
 
 async def test_an_upload_that_is_none_is_a_400(teams: Cluster) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from gateway.batches import store as batch_store
 from gateway.batches.records import LEAST_KEPT_S, MOST_KEPT_S, BatchStatus, read_lines
 from gateway.batches.store import HALF_WRITTEN_S, BatchStore
-from shared.errors import BodyTooLarge, FileNotFound
+from shared.errors import BodyTooLarge, ConfigError, FileNotFound
 
 CHAT = "/v1/chat/completions"
 
@@ -73,6 +74,40 @@ def test_what_a_killed_process_has_half_written_goes(store: BatchStore, tmp_path
     assert not half.exists() and store.content("red", file.id) == b"1"
 
 
+def test_a_batch_does_not_fail_for_a_disk_that_cannot_be_read_now(
+    store: BatchStore, tmp_path: Path
+) -> None:
+    """For the runner a missing file is the end of its batch, and an OSError a pause."""
+    file = store.add_file("red", "a", "batch", b"1")
+    batch = store.add_batch("red", CHAT, file.id, None)
+    for record in tmp_path.glob("batches/*/[fb]*.json"):
+        record.unlink()
+        record.mkdir()
+    with pytest.raises(IsADirectoryError):
+        store.content("red", file.id)
+    with pytest.raises(ConfigError):
+        store.put(batch)
+    with pytest.raises(ConfigError):
+        list(store.batches("red"))
+    assert not store.open_batches() and not store.remove_expired(file.expires_at)
+
+
+def test_results_that_a_killed_process_had_made_files_take_no_room_of_their_own(
+    store: BatchStore, tmp_path: Path
+) -> None:
+    """It was killed after the batch had ended, and before it removed their first name."""
+    file = store.add_file("red", "a", "batch", b"1")
+    ended, still = (store.add_batch("red", CHAT, file.id, None) for _ in range(2))
+    for batch in (ended, still):
+        for failed in (False, True):
+            store.append(batch, b'{"custom_id":"1"}\n', failed=failed)
+    output = store.results_as_file(ended, failed=False)
+    store.put(ended.become(BatchStatus.COMPLETED, ended.created_at, output_file_id=output))
+    store.remove_expired(ended.created_at)
+    assert {path.stem for path in tmp_path.glob("batches/*/batch_*.[!j]*")} == {still.id}
+    assert output is not None and store.content("red", output)
+
+
 @pytest.mark.parametrize("rest", [b'{"custom_id":"2"', b"\0\0\0\n", b'{"custom_id":"2"}\0\n'])
 def test_what_is_left_of_a_result_after_a_kill_or_without_power_is_asked_again(
     store: BatchStore, rest: bytes
@@ -82,6 +117,19 @@ def test_what_is_left_of_a_result_after_a_kill_or_without_power_is_asked_again(
     assert store.answered(batch, failed=False) == {"1"}
     store.append(batch, b'{"custom_id":"2"}\n', failed=False)
     assert store.answered(batch, failed=False) == {"1", "2"}
+
+
+def test_results_are_looked_through_without_being_held(store: BatchStore) -> None:
+    """All results of a batch may be larger than memory."""
+    batch = store.add_batch("red", CHAT, store.add_file("red", "a", "batch", b"1").id, None)
+    for number in range(32):
+        result = b'{"custom_id":"%d","response":"%b"}\n' % (number, b"x" * (1 << 20))
+        store.append(batch, result, failed=False)
+    tracemalloc.start()
+    assert len(store.answered(batch, failed=False)) == 32
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 8 << 20
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])

@@ -11,6 +11,7 @@ import pytest
 from gateway.accounts.account import LOWEST_PRIORITY, Account
 from gateway.batches.collected_answer import (
     CollectingTransport,
+    LineAnswer,
     LineRequest,
     answer_line,
     collected,
@@ -51,7 +52,8 @@ def whole(status: int, body: bytes, lines: bytes = b"") -> bytes:
 
 @pytest.mark.parametrize("status", [200, 400, 503])
 def test_a_json_answer_stands_in_its_line_as_it_is(status: int) -> None:
-    assert collected(whole(status, b'{"a": 1}'), ErrorFamily.OPENAI) == (status, b'{"a": 1}', None)
+    found = collected(whole(status, b'{"a": 1}'), ErrorFamily.OPENAI)
+    assert found == LineAnswer(status, b'{"a": 1}')
 
 
 @pytest.mark.parametrize(
@@ -60,8 +62,10 @@ def test_a_json_answer_stands_in_its_line_as_it_is(status: int) -> None:
     ids=["bytes", "nothing"],
 )
 def test_an_answer_of_bytes_is_an_error_and_the_file_can_be_read(written: bytes) -> None:
-    status, body, error = collected(written, ErrorFamily.OPENAI)
-    assert error is not None and error.status == status >= 400
-    line = result_line(Batch("b", "o", "/v1/embeddings", "f", 0), "r1", "q", status, body)
-    assert answered(line) == ({"r1"}, len(line))
+    found = collected(written, ErrorFamily.OPENAI)
+    error = found.error
+    assert error is not None and error.status == found.status >= 400
+    batch = Batch("b", "o", "/v1/embeddings", "f", 0)
+    line = result_line(batch, "r1", "q", found.status, found.body)
+    assert answered([line]) == ({"r1"}, len(line))
     assert json.loads(line)["response"]["body"]["error"]["code"] == error.code

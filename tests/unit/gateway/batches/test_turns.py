@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.batches.records import Batch, read_lines
+from gateway.batches.records import Batch, BatchStatus, read_lines
 from gateway.batches.turns import BATCHES_AT_ONCE, TURN_S, RunningBatch, next_to_run, to_yield
 
 CHAT = "/v1/chat/completions"
@@ -26,6 +26,12 @@ def test_a_free_place_goes_to_the_key_with_the_fewest_and_then_to_who_waited_lon
     assert next_to_run(waiting, running("a", 1), {"b": 9.0, "c": 8.0}) == waiting[3]
     assert next_to_run(waiting, running("x", BATCHES_AT_ONCE), {}) is None
     assert next_to_run([], [], {}) is None
+
+
+def test_a_batch_that_was_cancelled_while_it_waited_needs_no_place() -> None:
+    cancelled = batch("a", 2).become(BatchStatus.CANCELLING, 2)
+    waiting = [batch("b", 1), cancelled]
+    assert next_to_run(waiting, running("x", BATCHES_AT_ONCE), {}) == cancelled
 
 
 def test_a_key_that_has_all_places_gives_one_to_another_that_waits() -> None:

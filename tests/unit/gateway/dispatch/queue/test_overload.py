@@ -82,6 +82,21 @@ def test_in_a_full_queue_whoever_has_most_places_gives_way_to_whoever_has_fewer(
     assert queue.give_way("tiny", "b", 1.0) is None and queue.give_way("tiny", "a", 1.0) is None
 
 
+def test_in_a_full_queue_a_tenants_batch_gives_way_to_its_other_requests() -> None:
+    queue: Admission[str] = Admission(5, 60.0)
+    for n in range(2):
+        queue.offer("tiny", f"a{n}", 0.0, (9, "a", None))
+    for n in range(3):
+        queue.offer("tiny", f"b{n}", 0.0, (9, "b", None))
+    assert queue.give_way("tiny", "a", 1.0, 9) is None
+    assert queue.give_way("tiny", "a", 1.0, 0) == "a1"  # b has as many places as a would have
+    queue.offer("tiny", "a first", 1.0, (0, "a", None))
+    assert queue.give_way("tiny", "b", 1.0, 9) is None
+    assert queue.give_way("tiny", "b", 1.0, 0) == "b2"
+    assert queue.give_way("tiny", "a", 1.0, 0) == "a0"
+    assert queue.give_way("tiny", "a", 1.0, 0) is None
+
+
 def test_where_clients_leave_a_full_queue_takes_the_newest_in_place_of_the_oldest() -> None:
     queue: Admission[str] = Admission(2, 60.0)
     for _ in range(30):
@@ -100,3 +115,18 @@ def test_a_tenant_waits_for_its_own_queue_and_for_the_shares_of_others() -> None
     assert queue.ahead("tiny", "new", 1.0) == 0.0
     assert queue.ahead("tiny", "b", 1.0) == 10.0
     assert queue.ahead("tiny", "a", 1.0) == 105.0
+
+
+def test_a_request_does_not_wait_for_what_goes_behind_it() -> None:
+    """As the lines of batches do. What goes before all of the tenant's is waited for as it is."""
+    queue: Admission[str] = Admission(1000, 60.0)
+    for priority, tenant, number in ((9, "a", 100), (9, "b", 10), (5, "a", 3), (0, "b", 2)):
+        for _ in range(number):
+            queue.offer("tiny", tenant, 0.0, (priority, tenant, None))
+    assert queue.ahead("tiny", "a", 1.0, 0) == 0.0
+    assert queue.ahead("tiny", "b", 1.0, 0) == 2.0
+    assert queue.ahead("tiny", "a", 1.0, 5) == 5.0
+    assert queue.ahead("tiny", "a", 1.0, 9) == 115.0
+    assert queue.ahead("tiny", "b", 1.0, 9) == 5.0 + 20.0
+    assert len(taken(queue, 5)) == 5
+    assert queue.ahead("tiny", "a", 1.0, 9) == 110.0
