@@ -233,7 +233,7 @@ class BatchRunner:
             if self._services.dispatcher.draining or run.batch.owner in self._full:
                 await asyncio.sleep(
                     LOOK_S
-                )  # what is left is for the next life, or when there is room
+                )  # the rest is for the next life, or for when there is room
                 continue
             account = self._account(run.batch.owner)
             if account is None:
