@@ -231,9 +231,8 @@ class BatchRunner:
         wait_s = LEAST_WAIT_S
         while time.time() < run.batch.expires_at and not run.gives_way.is_set():
             if self._services.dispatcher.draining or run.batch.owner in self._full:
-                await asyncio.sleep(
-                    LOOK_S
-                )  # the rest is for the next life, or for when there is room
+                # the rest is for the next life, or for when there is room
+                await asyncio.sleep(LOOK_S)
                 continue
             account = self._account(run.batch.owner)
             if account is None:
