@@ -139,10 +139,27 @@ async def test_requests_are_listed_filtered_and_told_one_by_one(two: Cluster, ui
 
 async def test_the_last_hour_is_drawn_from_the_gateways_own_memory(two: Cluster, ui: Page) -> None:
     await view(ui, "time")
-    shown = await ui.until("document.querySelector('[data-chart=\"requests_per_s\"] b')?.innerText")
+    latest = "document.querySelector('[data-chart=\"requests_per_s\"] b')?.innerText.trim()"
+    shown = await ui.until(latest, lambda now: now not in (None, "–"))
     _, hour = await two.get("/admin/series")
     values = [v for v in hour["series"]["requests_per_s"] if v]
     assert float(shown) <= max(values) + 0.1 and sum(values) * hour["step_s"] == pytest.approx(4)
+
+
+async def test_ten_seconds_that_are_not_over_are_not_shown_as_the_latest(ui: Page) -> None:
+    """A second into them, a rate over all ten would be a tenth of what it is."""
+    await ui.run(
+        "(() => { const real = window.fetch; window.fetch = async (path, given) => {"
+        "  const answer = await real(path, given);"
+        "  if (path !== '/admin/series') return answer;"
+        "  const hour = await answer.json();"
+        "  hour.series.requests_per_s.splice(-3, 3, 20, 20, 2);"
+        "  return new Response(JSON.stringify(hour)); }; })()"
+    )
+    await view(ui, "time")
+    shown = "document.querySelector('[data-chart=\"requests_per_s\"] b')?.innerText.trim()"
+    await ui.until(shown)
+    assert await ui.run(shown) == "20"
 
 
 async def test_two_models_answer_side_by_side_in_the_playground(two: Cluster, ui: Page) -> None:
