@@ -188,6 +188,26 @@ async def test_keys_have_their_usage(two: Cluster, ui: Page) -> None:
         ]
 
 
+async def test_of_ten_thousand_usages_the_largest_are_shown_and_seldom_asked_for(
+    two: Cluster, ui: Page
+) -> None:
+    await ui.run(
+        "(() => { const real = window.fetch; window.fetch = (path, given) => {"
+        "  if (!path.startsWith('/admin/usage')) return real(path, given);"
+        "  window.summed = (window.summed ?? 0) + 1;"
+        "  const usage = [...Array(10000).keys()].map((n) => ({key: 'k', base: 'sim',"
+        "    adapter: `a${n}`, requests: 1, prompt_tokens: 1, output_tokens: 10000 - n}));"
+        "  return Promise.resolve(new Response(JSON.stringify({usage}))); }; })()"
+    )
+    await view(ui, "keys")
+    await ui.until("document.querySelectorAll('#usage tbody tr').length", _is(200))
+    assert "sim:a199\t" in await ui.text("#usage tbody")
+    async with asyncio.timeout(STOP_S):
+        while sum(url.endswith("/admin/keys") for url in ui.asked) < 3:
+            await asyncio.sleep(0.05)
+    assert await ui.run("window.summed") == 1
+
+
 async def test_names_of_adapters_stay_text(two: Cluster, adapters: Path, ui: Page) -> None:
     for name in HOSTILE:
         make_adapter(adapters, name)
