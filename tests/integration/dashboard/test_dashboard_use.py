@@ -8,6 +8,7 @@ would do the same with 40 MB more, and with a driver process that has to be ende
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import signal
 from collections.abc import AsyncIterator
@@ -315,6 +316,28 @@ async def test_a_gateway_that_restarts_and_a_worker_that_goes_are_said_and_then_
         await c.start_gateway()
         await page.until("document.querySelector('.live-status').className", _is("live-status"))
         await page.open("about:blank")
+
+
+async def test_a_page_beyond_the_sixteenth_waits_as_it_is_told_and_counts_as_no_overload(
+    tmp_path: Path, adapters: Path, page: Page
+) -> None:
+    async with cluster(sim_config(adapters), tmp_path) as c, contextlib.AsyncExitStack() as stack:
+        for _ in range(16):
+            await stack.enter_async_context(c.http.get(c.url + "/admin/live"))
+        await page.open("about:blank")
+        script = (
+            "window.waits = []; const real = window.setTimeout;"
+            "window.setTimeout = (f, ms) => (waits.push(ms), real(f, ms));"
+        )
+        added = await page.send("Page.addScriptToEvaluateOnNewDocument", source=script)
+        await page.open(f"{c.url}/ui")
+        await page.until("document.querySelector('.live-status')?.innerText", _says("already"))
+        await page.send("Page.removeScriptToEvaluateOnNewDocument", **added)
+        # preact has shorter ones of its own
+        assert await page.run("waits.filter((ms) => ms >= 1000)") == [5000]
+        await page.open("about:blank")
+        assert await c.metric("loraplex_error_responses_total", code="too_many_pages") >= 1
+        assert await c.metric("loraplex_error_responses_total", code="overloaded") == 0
 
 
 async def test_ten_pages_get_the_same_events_and_one_that_does_not_read_costs_them_nothing(
