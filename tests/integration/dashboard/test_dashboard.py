@@ -299,6 +299,24 @@ async def test_a_thousand_adapters_on_sixty_four_workers_stay_smooth(ui: Page) -
     assert await ui.run("document.querySelectorAll('[data-adapter]').length") < 60
 
 
+async def test_of_more_adapters_than_it_lists_the_matrix_says_so(ui: Page) -> None:
+    await ui.run(
+        "(() => { const real = window.fetch; window.fetch = (path, given) => {"
+        "  if (!path.startsWith('/admin/adapters?')) return real(path, given);"
+        "  const from = Number(new URL(path, location).searchParams.get('after').slice(5));"
+        "  const adapters = [...Array(1000).keys()].map((n) => ({base: 'sim',"
+        "    name: `a${String(from + n + 1).padStart(5, '0')}`, hits: 0, state: 'listed'}));"
+        "  const next = from < 11000 ? `sim:a${String(from + 1000).padStart(5, '0')}` : null;"
+        "  return Promise.resolve(new Response(JSON.stringify({adapters, next}))); }; })()"
+    )
+    await view(ui, "residency")
+    await ui.until(
+        "document.querySelector('#matched').innerText", _says("the first 10,000 adapters")
+    )
+    await ui.type("#search", "a11000")
+    await ui.until("document.querySelector('.empty')?.innerText", _says("No adapter of these"))
+
+
 def _says(part: str) -> Any:
     return lambda seen: part in (seen or "")
 
