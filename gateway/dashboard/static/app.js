@@ -118,6 +118,7 @@ const App = () => {
     setTries((n) => n + 1);
   };
   const View = VIEWS[view][1];
+  // a screen reader reads out each change of a status: the time, which changes always, is in none
   return html`<a
       class="skip"
       href="#main"
@@ -137,9 +138,10 @@ const App = () => {
             >`,
         )}
       </nav>
-      <span class=${state.lost ? "live-status lost" : "live-status"} role="status"
-        >${state.lost || (live ? clock(live.at * 1000) : "")}</span
-      >
+      <span class=${state.lost ? "live-status lost" : "live-status"}>
+        <span role="status">${state.lost}</span>
+        ${live && !state.lost ? clock(live.at * 1000) : ""}
+      </span>
     </header>
     <main id="main" tabindex="-1">
       ${

@@ -46,7 +46,10 @@ const Side = ({ side, known, model, setModel, answer, body }) =>
         ${known.map((m) => html`<option value=${m}>${m}</option>`)}
       </select></label
     >
-    <output class=${answer.began && !answer.error ? "answer asked" : "answer"} aria-live="polite"
+    <output
+      class=${answer.began && !answer.error ? "answer asked" : "answer"}
+      aria-live="polite"
+      aria-busy=${answer.began && !answer.ended ? "true" : "false"}
       >${answer.text}</output
     >
     <${Note} text=${answer.error} bad />
@@ -130,6 +133,7 @@ export const Playground = () => {
     } catch (exc) {
       if (!signal.aborted) note(side, { error: exc.message });
     }
+    if (!signal.aborted) note(side, { ended: true });
   };
   const start = (event) => {
     event.preventDefault();

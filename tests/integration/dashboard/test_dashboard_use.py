@@ -128,6 +128,30 @@ async def test_everything_is_done_by_keyboard_alone(small: Cluster, ui: Page) ->
     assert await ui.run(FOCUSED) == SHOWN_ID
 
 
+async def test_a_screen_reader_is_told_no_time_every_second_and_an_answer_once(ui: Page) -> None:
+    """It reads out what changes in a live region; of one that is busy, once it is not any more."""
+    await ui.run(
+        "window.told = []; new MutationObserver((all) => { for (const {target} of all) {"
+        "  const e = target.nodeType === 1 ? target : target.parentElement;"
+        "  const live = e?.closest('[role=status], [role=alert], [aria-live], output');"
+        "  if (live && live.ariaBusy !== 'true') told.push(e.innerText); } })"
+        ".observe(document.body, {subtree: true, childList: true, characterData: true})"
+    )
+    time = "document.querySelector('.live-status').innerText"
+    for _ in range(2):
+        shown = await ui.run(time)
+        await ui.until(time, lambda now, shown=shown: now != shown)
+    assert await ui.run("told") == []
+    await view(ui, "playground")
+    await ui.until("document.querySelectorAll('#side-1 option').length", _is(4))
+    await ui.run("told.length = 0")
+    await ui.click("#ask")
+    for side in (0, 1):
+        answer = f"document.querySelector('#side-{side} .answer')"
+        await ui.until(f"{answer}.ariaBusy === 'false' && {answer}.innerText.length > 5")
+    assert len(await ui.run("told")) <= 2
+
+
 @pytest.mark.parametrize("name", VIEWS)
 async def test_a_phone_shows_each_view_without_scrolling_sideways(ui: Page, name: str) -> None:
     await ui.look(width=PHONE_PX, height=740)
