@@ -225,6 +225,35 @@ async def test_a_large_fleet_is_drawn_within_a_tenth_of_a_second_while_it_moves(
     assert each_ms < FRAME_MS, (each_ms, sorted(frames)[-10:])
 
 
+async def test_a_token_costs_the_playground_no_more_where_there_are_many_models(ui: Page) -> None:
+    """It measures the tokens a second that it shows: what it draws between them must not count."""
+
+    async def answered_s() -> float:
+        used_s = await ui.cpu_s()
+        await ui.click("#ask")
+        for side in (0, 1):
+            answer = f"document.querySelector('#side-{side} .answer')"
+            await ui.until(f"{answer}.ariaBusy === 'false' && {answer}.innerText.length > 5")
+        return await ui.cpu_s() - used_s
+
+    await view(ui, "playground")
+    await ui.until("document.querySelectorAll('#side-1 option').length", _is(4))
+    few_s = await answered_s()
+    await ui.run(
+        "(() => { const real = window.fetch; window.fetch = async (path, given) => {"
+        "  const answer = await real(path, given);"
+        "  if (path !== '/v1/models') return answer;"
+        "  const {data} = await answer.json();"
+        "  for (let n = 0; n < 20000; n += 1) data.push({id: `sim:z${n}`});"
+        "  return new Response(JSON.stringify({data})); }; })()"
+    )
+    await view(ui, "fleet")
+    await view(ui, "playground")
+    await ui.until("document.querySelectorAll('#side-1 option').length", _is(20004))
+    many_s = await answered_s()
+    assert many_s < 5 * few_s, (few_s, many_s)
+
+
 async def test_a_page_that_nobody_sees_asks_for_nothing_and_goes_on_when_it_is_seen(
     small: Cluster, ui: Page
 ) -> None:
