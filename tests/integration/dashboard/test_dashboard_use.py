@@ -254,6 +254,27 @@ async def test_a_token_costs_the_playground_no_more_where_there_are_many_models(
     assert many_s < 5 * few_s, (few_s, many_s)
 
 
+async def test_rows_that_have_left_the_page_leave_its_memory(ui: Page) -> None:
+    """As those of the requests do, many a second, in a page that is open for days."""
+    await ui.run(
+        "import('/ui/vendor/htm-preact.js').then(({html, render}) => {"
+        "  const box = document.body.appendChild(document.createElement('div'));"
+        "  let last = 0;"
+        "  window.draw = (times) => { for (; times; times -= 1) {"
+        "    last += 20; const rows = [...Array(100).keys()].map((n) => last - n);"
+        "    render(html`<table><tbody>${rows.map((n) => html`<tr key=${n}>"
+        "      <th>row</th><td>${n}</td></tr>`)}</tbody></table>`, box); } }; })"
+    )
+
+    async def nodes_after(draws: int) -> int:
+        await ui.run(f"draw({draws})")
+        await ui.send("HeapProfiler.collectGarbage")
+        return int((await ui.send("Memory.getDOMCounters"))["nodes"])
+
+    few = await nodes_after(50)
+    assert await nodes_after(500) < 2 * few
+
+
 async def test_a_page_that_nobody_sees_asks_for_nothing_and_goes_on_when_it_is_seen(
     small: Cluster, ui: Page
 ) -> None:
