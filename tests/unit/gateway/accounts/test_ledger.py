@@ -69,7 +69,8 @@ async def test_whoever_comes_first_in_a_month_none_of_many_fails(
         assert {path.name[:6] for path in folder.iterdir()} == {"usage-"}
         for ledger in ledgers:
             await ledger.close()
-    assert not caplog.records
+    # another test's thread may still say that its collector of traces is gone
+    assert not [r for r in caplog.records if r.name == "loraplex.usage"]
 
 
 KILLED = """
