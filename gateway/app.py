@@ -126,7 +126,7 @@ async def open_gateway(
         core = await stack.enter_async_context(_open_core(settings, index, run_dir))
         fleet, dispatcher, metrics = core.fleet, core.dispatcher, core.metrics
         scaling_client = _scaling_client(settings, run_dir, index, dispatcher)
-        metrics.watch_scaling(lambda: dispatcher.scaling)
+        metrics.watch_scaling(lambda: dispatcher.scaling, lambda: dispatcher.from_zero)
         aliases = AliasStore(configured_aliases(settings), _alias_file(settings), metrics)
         table = SharedLimits(run_dir / LIMITS_FILE, index)
         stack.callback(table.close)

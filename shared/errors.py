@@ -200,6 +200,12 @@ class RateLimited(Overloaded):
     status = 429
 
 
+class TooManyPages(Overloaded):
+    """So many pages at /ui are open already. That says nothing of the load by clients."""
+
+    code = "too_many_pages"
+
+
 class DeadlineExceeded(LoraplexError):
     """The request took longer than the client allowed (`x-loraplex-timeout-ms`), or than the server
     allows any request.

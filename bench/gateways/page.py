@@ -36,7 +36,7 @@ VIEWS: dict[str, View] = {
     "residency": (True, (("/admin/adapters?after=&workers=0", 10.0),)),
     "requests": (False, ()),
     "time": (False, (("/admin/series", 5.0),)),
-    "keys": (False, (("/admin/keys", 2.0), ("/admin/usage?by=key,base,adapter", 2.0))),
+    "keys": (False, (("/admin/keys", 2.0), ("/admin/usage?by=key,base,adapter", 60.0))),
 }
 MANY = 10
 SETTLE_S = 2.0

@@ -1,6 +1,6 @@
 """Shell. The usage ledger: how much each key used of each model. Twice a second it is appended to
 SQLite files in state_dir, one file per month. All gateway processes of a machine write to the same
-files. Each uses a thread of its own, and any of them can answer queries.
+files. Each has a thread that writes and one that answers queries.
 
 A process that is killed loses at most the last FLUSH_S. While a file cannot be written, the counts
 are kept in memory and the write is tried again.
@@ -72,6 +72,10 @@ class Ledger:
     _writer: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="usage")
     )
+    _reader: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="usage-reader")
+    )
+    """A query of a busy day takes seconds. What is used meanwhile must not wait for it."""
     _failing: bool = False
 
     def note(
@@ -124,6 +128,7 @@ class Ledger:
     async def close(self) -> None:
         await self.flush()
         self._writer.shutdown(wait=True)
+        self._reader.shutdown(wait=True, cancel_futures=True)
         if self._file.connection is not None:
             self._file.connection.close()
 
@@ -135,10 +140,10 @@ class Ledger:
         """
         await self.flush()
         return await asyncio.get_running_loop().run_in_executor(
-            self._writer, self._read, since, until, tuple(by)
+            self._reader, self._read, since, until, tuple(by)
         )
 
-    # ---- in the writer's thread ------------------------------------------------------------------
+    # ---- in the threads: _read in the reader's, all else in the writer's ------------------------
 
     def _write(self, taken: dict[tuple[str, str, str], UsageSum]) -> None:
         now = time.time()

@@ -24,7 +24,7 @@ from gateway.telemetry.ended_request import EndedRequest
 from gateway.telemetry.prometheus import Metrics
 from gateway.telemetry.recorder import MAX_NEWS, Recorder, newest
 from gateway.telemetry.wall_clock import wall_offset
-from shared.errors import LoraplexError, Overloaded
+from shared.errors import LoraplexError, TooManyPages
 from shared.link.messages import AdapterState, WorkerId
 
 MAX_LISTENERS = 16
@@ -175,11 +175,11 @@ class LiveFeedAdmin:
         """`?adapters=1` adds what each worker holds. The stream ends when this process drains, when
         the key becomes invalid, or when the listener does not read.
 
-        Raises Overloaded if there are MAX_LISTENERS already.
+        Raises TooManyPages if there are MAX_LISTENERS already.
         """
         metrics = self._metrics
         if metrics.live_listeners >= MAX_LISTENERS:
-            raise Overloaded(f"{MAX_LISTENERS} pages are open already.", retry_after_s=5.0)
+            raise TooManyPages(f"{MAX_LISTENERS} pages are open already.", retry_after_s=5.0)
         metrics.live_listeners += 1
         try:
             return await self._stream(request)

@@ -87,15 +87,18 @@ class TrafficCounter:
         self._began: float | None = None
         self._now: dict[str, Traffic] = {}
         self._before: dict[str, Traffic] = {}
+        self._before_s = 0.0
+        """How long the window before lasted. A model that nobody asked for then was seen as long.
+        """
 
     def current(self, base: str, now: float) -> Traffic:
         """To which a request that ends now is to be added."""
         if self._began is None:
             self._began = now
-        elif now - self._began >= WINDOW_S:
-            for traffic in self._now.values():
-                traffic.span_s = WINDOW_S
-            self._before = self._now if now - self._began < 2 * WINDOW_S else {}
+        elif (lasted_s := now - self._began) >= WINDOW_S:
+            # it goes on until the next request, and what it counted came in its first WINDOW_S
+            old = lasted_s >= 2 * WINDOW_S
+            self._before, self._before_s = ({}, WINDOW_S) if old else (self._now, lasted_s)
             self._now, self._began = {}, now
         current = self._now.get(base)
         if current is None:
@@ -106,7 +109,8 @@ class TrafficCounter:
         """What has been counted of this model."""
         if self._began is None:
             return Traffic()
-        current = self._now.get(base, Traffic()).plus(Traffic(now - self._began))
+        span = Traffic(now - self._began + self._before_s)
+        current = self._now.get(base, Traffic()).plus(span)
         before = self._before.get(base)
         return current if before is None else current.plus(before)
 

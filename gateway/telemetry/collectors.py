@@ -267,11 +267,11 @@ class VersionCollector(Collector):
 
 class ScalingCollector(Collector):
     """The supervisor's numbers of workers, and the reason of its last decision on each model. Empty
-    if no supervisor has reported.
+    if no supervisor has reported. `from_zero` are the base models that may have no worker.
     """
 
-    def __init__(self, models: Mapping[str, ModelStatus]) -> None:
-        self._models = models
+    def __init__(self, models: Mapping[str, ModelStatus], from_zero: Iterable[str] = ()) -> None:
+        self._models, self._from_zero = models, from_zero
 
     def collect(self) -> Iterable[Metric]:
         workers = GaugeMetricFamily(
@@ -310,7 +310,14 @@ class ScalingCollector(Collector):
                 cause.add_metric([base, status.cause], 1)
             if status.held_by:
                 held.add_metric([base, status.held_by], status.held_s)
-        return [workers, requests, needs, cause, held]
+        zero = GaugeMetricFamily(
+            "loraplex_scales_to_zero",
+            "1 for a base model that may have no worker, because a request starts one.",
+            labels=["base"],
+        )
+        for base in sorted(self._from_zero):
+            zero.add_metric([base], 1)
+        return [workers, requests, needs, cause, held, zero]
 
 
 def series_name(name: str) -> str:

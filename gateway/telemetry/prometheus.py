@@ -5,7 +5,7 @@ gets.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -136,13 +136,20 @@ class Metrics:
         self._keys: set[str] = set()
         self._of_key: dict[tuple[str, str], Count] = {}
         self._scaling: Callable[[], Mapping[str, ModelStatus]] = dict
+        self._from_zero: Callable[[], Iterable[str]] = tuple
         self._of_base: dict[str, ModelSeries] = {}
         for key in SHOWN_AT_ONCE:
             self._counters.count(key, 0)
 
-    def watch_scaling(self, scaling: Callable[[], Mapping[str, ModelStatus]]) -> None:
-        """`scaling` returns the supervisor's last report on each base model."""
-        self._scaling = scaling
+    def watch_scaling(
+        self,
+        scaling: Callable[[], Mapping[str, ModelStatus]],
+        from_zero: Callable[[], Iterable[str]] = tuple,
+    ) -> None:
+        """`scaling` returns the supervisor's last report on each base model. `from_zero` returns
+        the base models that may have no worker, because a request starts one.
+        """
+        self._scaling, self._from_zero = scaling, from_zero
 
     # ---- counting --------------------------------------------------------------------------------
 
@@ -387,7 +394,7 @@ class Metrics:
         if self._sources.fleet is not None:
             registry.register(FleetCollector(self._sources.fleet))
         registry.register(VersionCollector(self._sources.refused, self._sources.skipped))
-        registry.register(ScalingCollector(self._scaling()))
+        registry.register(ScalingCollector(self._scaling(), self._from_zero()))
         return registry
 
     def _adapter_label(self, base: str, adapter: str) -> str:

@@ -185,8 +185,9 @@ class Recorder:
 
     def moved(self, worker: str) -> None:
         """Counts a stream that has lost this worker and goes on elsewhere."""
-        if worker in self.moved_from or len(self.moved_from) < MAX_WORKERS:
-            self.moved_from[worker] = self.moved_from.get(worker, 0) + 1
+        if worker not in self.moved_from and len(self.moved_from) >= MAX_WORKERS:
+            del self.moved_from[next(iter(self.moved_from))]  # pods have a new name each time
+        self.moved_from[worker] = self.moved_from.get(worker, 0) + 1
 
     def error(self, code: str, now: float) -> None:
         """Counts an error that the gateway answered, whichever path was asked."""

@@ -7,9 +7,10 @@ export const setKey = (given) => {
 const headers = (own) => ((own ?? key) ? { Authorization: `Bearer ${own ?? key}` } : {});
 
 export class Refused extends Error {
-  constructor(status, message) {
+  constructor(status, message, retryAfterS = 0) {
     super(message);
     this.status = status;
+    this.retryAfterS = retryAfterS;
   }
 }
 
@@ -20,7 +21,7 @@ async function refusal(answer) {
   } catch {
     /* no body of ours */
   }
-  return new Refused(answer.status, message);
+  return new Refused(answer.status, message, Number(answer.headers.get("Retry-After")));
 }
 
 export async function get(path) {

@@ -87,11 +87,11 @@ const App = () => {
     const stop = new AbortController();
     let timer = 0;
     let heard = false;
-    const again = (lost) => {
+    const again = (lost, waitMs = AGAIN_MS) => {
       if (stop.signal.aborted) return;
       setState((s) => ({ ...s, lost }));
       // at once if it had spoken: the key may be revoked, and then nothing stays in sight
-      timer = setTimeout(() => setTries((n) => n + 1), heard ? 0 : AGAIN_MS);
+      timer = setTimeout(() => setTries((n) => n + 1), heard ? 0 : waitMs);
     };
     listen(withAdapters, stop.signal, (event) => {
       heard = true;
@@ -104,7 +104,8 @@ const App = () => {
         if (exc.status === 401 || exc.status === 403) {
           setLive(null);
           setState({ asks: true, said: tries ? exc.message : "", lost: "" });
-        } else again(exc.status ? exc.message : "The gateway cannot be reached. Trying again …");
+        } else if (exc.status) again(exc.message, Math.max(AGAIN_MS, 1000 * exc.retryAfterS));
+        else again("The gateway cannot be reached. Trying again …");
       },
     );
     return () => {
@@ -117,6 +118,7 @@ const App = () => {
     setTries((n) => n + 1);
   };
   const View = VIEWS[view][1];
+  // a screen reader reads out each change of a status: the time, which changes always, is in none
   return html`<a
       class="skip"
       href="#main"
@@ -136,9 +138,10 @@ const App = () => {
             >`,
         )}
       </nav>
-      <span class=${state.lost ? "live-status lost" : "live-status"} role="status"
-        >${state.lost || (live ? clock(live.at * 1000) : "")}</span
-      >
+      <span class=${state.lost ? "live-status lost" : "live-status"}>
+        <span role="status">${state.lost}</span>
+        ${live && !state.lost ? clock(live.at * 1000) : ""}
+      </span>
     </header>
     <main id="main" tabindex="-1">
       ${

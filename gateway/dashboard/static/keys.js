@@ -3,6 +3,8 @@ import { get } from "/ui/api.js";
 import { count, Meter, Note, useEvery } from "/ui/parts.js";
 
 const AGAIN_MS = 2000;
+const USAGE_AGAIN_MS = 60000; // a day of a busy gateway takes its ledger seconds to sum
+const SHOWN = 200;
 const RATES = {
   requests_per_minute: "requests/min",
   tokens_per_minute: "tokens/min",
@@ -33,24 +35,31 @@ const Limits = ({ limits, left }) => {
   </div>`;
 };
 
-export const Keys = () => {
-  const [keys, setKeys] = useState(null);
-  const [usage, setUsage] = useState([]);
+/** What a path answers, asked again and again, and why it did not the last time. */
+function useAnswer(everyMs, path) {
+  const [answer, setAnswer] = useState(null);
   const [error, setError] = useState("");
   useEvery(
-    AGAIN_MS,
+    everyMs,
     (isCurrent) =>
-      Promise.all([get("/admin/keys"), get("/admin/usage?by=key,base,adapter")]).then(
-        ([known, used]) => {
+      get(path).then(
+        (found) => {
           if (!isCurrent()) return;
-          setKeys(known.keys);
-          setUsage(used.usage);
+          setAnswer(found);
           setError("");
         },
         (exc) => isCurrent() && setError(exc.message),
       ),
     [],
   );
+  return [answer, error];
+}
+
+export const Keys = () => {
+  const [known, keysError] = useAnswer(AGAIN_MS, "/admin/keys");
+  const [used, usageError] = useAnswer(USAGE_AGAIN_MS, "/admin/usage?by=key,base,adapter");
+  const error = keysError || usageError;
+  const keys = known && known.keys;
   if (keys === null)
     return html`<h2>Keys and usage</h2>
       ${error ? html`<${Note} text=${error} bad />` : html`<p class="dim">Looking …</p>`}`;
@@ -87,34 +96,47 @@ export const Keys = () => {
           </div>`
         : html`<p class="dim">This gateway asks its clients for no keys.</p>`
     }
-    <h3>Usage of the last 24 hours</h3>
-    ${
-      usage.length
-        ? html`<div class="scroll">
-            <table id="usage">
-              <thead>
-                <tr>
-                  <th>Key</th>
-                  <th>Model</th>
-                  <th class="n">Requests</th>
-                  <th class="n">Prompt tokens</th>
-                  <th class="n">Output tokens</th>
-                </tr>
-              </thead>
-              <tbody>
-                ${usage.map(
-                  (u) =>
-                    html`<tr>
-                      <th scope="row">${u.key || "(no key)"}</th>
-                      <td class="model">${u.adapter ? `${u.base}:${u.adapter}` : u.base}</td>
-                      <td class="n">${count(u.requests)}</td>
-                      <td class="n">${count(u.prompt_tokens)}</td>
-                      <td class="n">${count(u.output_tokens)}</td>
-                    </tr>`,
-                )}
-              </tbody>
-            </table>
-          </div>`
-        : html`<p class="empty">Nobody has used anything yet.</p>`
-    }`;
+    <${Usage} usage=${used && used.usage} />`;
 };
+
+const Usage = ({ usage }) =>
+  html`<h3>Usage of the last 24 hours</h3>
+    ${
+      usage === null
+        ? html`<p class="dim">Looking …</p>`
+        : usage.length
+          ? html`<div class="scroll">
+                <table id="usage">
+                  <thead>
+                    <tr>
+                      <th>Key</th>
+                      <th>Model</th>
+                      <th class="n">Requests</th>
+                      <th class="n">Prompt tokens</th>
+                      <th class="n">Output tokens</th>
+                    </tr>
+                  </thead>
+                  <tbody>
+                    ${usage.slice(0, SHOWN).map(
+                      (u) =>
+                        html`<tr>
+                          <th scope="row">${u.key || "(no key)"}</th>
+                          <td class="model">${u.adapter ? `${u.base}:${u.adapter}` : u.base}</td>
+                          <td class="n">${count(u.requests)}</td>
+                          <td class="n">${count(u.prompt_tokens)}</td>
+                          <td class="n">${count(u.output_tokens)}</td>
+                        </tr>`,
+                    )}
+                  </tbody>
+                </table>
+              </div>
+              ${
+                usage.length > SHOWN
+                  ? html`<p class="dim">
+                      The ${SHOWN} rows with the most output tokens. <code>/admin/usage</code> has
+                      more.
+                    </p>`
+                  : null
+              }`
+          : html`<p class="empty">Nobody has used anything yet.</p>`
+    }`;

@@ -1,4 +1,4 @@
-import { html, useEffect, useRef, useState } from "/ui/vendor/htm-preact.js";
+import { html, useEffect, useMemo, useRef, useState } from "/ui/vendor/htm-preact.js";
 import { chat, models } from "/ui/api.js";
 import { ms, Note } from "/ui/parts.js";
 
@@ -38,15 +38,22 @@ const pythonOf = (body) => {
   ].join("\n");
 };
 
-const Side = ({ side, known, model, setModel, answer, body }) =>
-  html`<section class="side" id=${`side-${side}`}>
+const Options = ({ known }) => known.map((m) => html`<option value=${m}>${m}</option>`);
+
+const Side = ({ side, known, model, setModel, answer, body }) => {
+  // the same ones while an answer comes, token by token: there may be thousands
+  const options = useMemo(() => html`<${Options} known=${known} />`, [known]);
+  return html`<section class="side" id=${`side-${side}`}>
     <label
       >Model${" "}
       <select value=${model} onChange=${(e) => setModel(e.target.value)}>
-        ${known.map((m) => html`<option value=${m}>${m}</option>`)}
+        ${options}
       </select></label
     >
-    <output class=${answer.began && !answer.error ? "answer asked" : "answer"} aria-live="polite"
+    <output
+      class=${answer.began && !answer.error ? "answer asked" : "answer"}
+      aria-live="polite"
+      aria-busy=${answer.began && !answer.ended ? "true" : "false"}
       >${answer.text}</output
     >
     <${Note} text=${answer.error} bad />
@@ -69,6 +76,7 @@ const Side = ({ side, known, model, setModel, answer, body }) =>
       <pre>${pythonOf(body)}</pre>
     </details>
   </section>`;
+};
 
 export const Playground = () => {
   const [known, setKnown] = useState([]);
@@ -130,6 +138,7 @@ export const Playground = () => {
     } catch (exc) {
       if (!signal.aborted) note(side, { error: exc.message });
     }
+    if (!signal.aborted) note(side, { ended: true });
   };
   const start = (event) => {
     event.preventDefault();

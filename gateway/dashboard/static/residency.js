@@ -10,6 +10,7 @@ const MARKS = { gpu: "G", cpu: "H", disk: "D", remote: "" };
 const QUERY = "&workers=0"; // the matrix knows from the stream where each is
 const TIERS = { gpu: "in a slot", cpu: "in host memory", disk: "on disk", remote: "not here" };
 
+/** The first adapters by their names, and whether there are more. */
 async function listing() {
   const rows = [];
   let after = "";
@@ -18,7 +19,7 @@ async function listing() {
     rows.push(...found.adapters);
     after = found.next;
   }
-  return rows;
+  return { rows, more: after !== null };
 }
 
 const NOT_HERE = { kind: "none", mark: "", said: "not here" };
@@ -71,7 +72,7 @@ const Cell = ({ worker, held, onDisk }) => {
 };
 
 export const Residency = ({ live }) => {
-  const [rows, setRows] = useState(null);
+  const [listed, setListed] = useState({ rows: null, more: false });
   const [search, setSearch] = useState("");
   const [top, setTop] = useState(0);
   const [opened, open] = useState(null);
@@ -83,7 +84,7 @@ export const Residency = ({ live }) => {
       listing().then(
         (found) => {
           if (isCurrent()) {
-            setRows(found);
+            setListed(found);
             setError("");
           }
         },
@@ -91,6 +92,7 @@ export const Residency = ({ live }) => {
       ),
     [],
   );
+  const { rows, more } = listed;
   const shown = useMemo(() => {
     const sought = search.toLowerCase();
     return (rows ?? [])
@@ -123,7 +125,11 @@ export const Residency = ({ live }) => {
           }}
       /></label>
       <span id="matched" role="status"
-        >${plural(shown.length, "adapter")}, ${plural(workers.length, "worker")}</span
+        >${
+          more
+            ? `${count(shown.length)} of the first ${count(rows.length)} adapters by name`
+            : plural(shown.length, "adapter")
+        }, ${plural(workers.length, "worker")}</span
       >
     </div>
     <ul class="legend">
@@ -180,7 +186,9 @@ export const Residency = ({ live }) => {
         : rows.length
           ? shown.length
             ? null
-            : html`<p class="empty">No adapter has “${search}” in its name.</p>`
+            : html`<p class="empty">
+                No adapter${more ? " of these" : ""} has “${search}” in its name.
+              </p>`
           : html`<p class="empty">
               No adapters yet: put folders into the store, or ask for one by its name.
             </p>`

@@ -44,16 +44,19 @@ function runs(values, most) {
   return found;
 }
 
-/** Without the empty time before the first value of any series. */
+/**
+ * Without the last step, which is not over: its counts would be too low. And without the empty time
+ * before the first value of any series.
+ */
 function trimmed(series) {
   const all = Object.values(series),
-    length = all[0].length;
+    length = all[0].length - 1;
   const first = Math.min(
     ...all.map((values) => values.findIndex((v) => v !== null)).map((at) => (at < 0 ? length : at)),
   );
   const from = Math.max(0, Math.min(first, length - LEAST));
   return Object.fromEntries(
-    Object.entries(series).map(([name, values]) => [name, values.slice(from)]),
+    Object.entries(series).map(([name, values]) => [name, values.slice(from, length)]),
   );
 }
 

@@ -62,14 +62,14 @@ window.checks = (() => {
       }
       return [...weak].slice(0, 10);
     },
-    /** Elements that reach beyond the window, except inside of what scrolls by itself. */
-    beyondTheEdge() {
+    /** Elements that reach beyond so many pixels, except inside of what scrolls by itself. */
+    beyondTheEdge(widthPx) {
       return [...document.body.querySelectorAll("*")]
         .filter((e) => {
           const box = e.getBoundingClientRect();
           return (
             box.width &&
-            box.right > innerWidth + 1 &&
+            box.right > widthPx + 1 &&
             !e.closest(".scroll, .matrix, nav, pre, .skip, .hide")
           );
         })

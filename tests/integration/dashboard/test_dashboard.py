@@ -139,10 +139,27 @@ async def test_requests_are_listed_filtered_and_told_one_by_one(two: Cluster, ui
 
 async def test_the_last_hour_is_drawn_from_the_gateways_own_memory(two: Cluster, ui: Page) -> None:
     await view(ui, "time")
-    shown = await ui.until("document.querySelector('[data-chart=\"requests_per_s\"] b')?.innerText")
+    latest = "document.querySelector('[data-chart=\"requests_per_s\"] b')?.innerText.trim()"
+    shown = await ui.until(latest, lambda now: now not in (None, "–"))
     _, hour = await two.get("/admin/series")
     values = [v for v in hour["series"]["requests_per_s"] if v]
     assert float(shown) <= max(values) + 0.1 and sum(values) * hour["step_s"] == pytest.approx(4)
+
+
+async def test_ten_seconds_that_are_not_over_are_not_shown_as_the_latest(ui: Page) -> None:
+    """A second into them, a rate over all ten would be a tenth of what it is."""
+    await ui.run(
+        "(() => { const real = window.fetch; window.fetch = async (path, given) => {"
+        "  const answer = await real(path, given);"
+        "  if (path !== '/admin/series') return answer;"
+        "  const hour = await answer.json();"
+        "  hour.series.requests_per_s.splice(-3, 3, 20, 20, 2);"
+        "  return new Response(JSON.stringify(hour)); }; })()"
+    )
+    await view(ui, "time")
+    shown = "document.querySelector('[data-chart=\"requests_per_s\"] b')?.innerText.trim()"
+    await ui.until(shown)
+    assert await ui.run(shown) == "20"
 
 
 async def test_two_models_answer_side_by_side_in_the_playground(two: Cluster, ui: Page) -> None:
@@ -169,6 +186,26 @@ async def test_keys_have_their_usage(two: Cluster, ui: Page) -> None:
         assert line.split("\t")[2:] == [
             str(used[n]) for n in ("requests", "prompt_tokens", "output_tokens")
         ]
+
+
+async def test_of_ten_thousand_usages_the_largest_are_shown_and_seldom_asked_for(
+    two: Cluster, ui: Page
+) -> None:
+    await ui.run(
+        "(() => { const real = window.fetch; window.fetch = (path, given) => {"
+        "  if (!path.startsWith('/admin/usage')) return real(path, given);"
+        "  window.summed = (window.summed ?? 0) + 1;"
+        "  const usage = [...Array(10000).keys()].map((n) => ({key: 'k', base: 'sim',"
+        "    adapter: `a${n}`, requests: 1, prompt_tokens: 1, output_tokens: 10000 - n}));"
+        "  return Promise.resolve(new Response(JSON.stringify({usage}))); }; })()"
+    )
+    await view(ui, "keys")
+    await ui.until("document.querySelectorAll('#usage tbody tr').length", _is(200))
+    assert "sim:a199\t" in await ui.text("#usage tbody")
+    async with asyncio.timeout(STOP_S):
+        while sum(url.endswith("/admin/keys") for url in ui.asked) < 3:
+            await asyncio.sleep(0.05)
+    assert await ui.run("window.summed") == 1
 
 
 async def test_names_of_adapters_stay_text(two: Cluster, adapters: Path, ui: Page) -> None:
@@ -260,6 +297,24 @@ async def test_a_thousand_adapters_on_sixty_four_workers_stay_smooth(ui: Page) -
     await ui.run("document.querySelector('.matrix').scrollTop = 14000")
     await ui.until("document.querySelector('[data-adapter=\"a0500\"]') !== null")
     assert await ui.run("document.querySelectorAll('[data-adapter]').length") < 60
+
+
+async def test_of_more_adapters_than_it_lists_the_matrix_says_so(ui: Page) -> None:
+    await ui.run(
+        "(() => { const real = window.fetch; window.fetch = (path, given) => {"
+        "  if (!path.startsWith('/admin/adapters?')) return real(path, given);"
+        "  const from = Number(new URL(path, location).searchParams.get('after').slice(5));"
+        "  const adapters = [...Array(1000).keys()].map((n) => ({base: 'sim',"
+        "    name: `a${String(from + n + 1).padStart(5, '0')}`, hits: 0, state: 'listed'}));"
+        "  const next = from < 11000 ? `sim:a${String(from + 1000).padStart(5, '0')}` : null;"
+        "  return Promise.resolve(new Response(JSON.stringify({adapters, next}))); }; })()"
+    )
+    await view(ui, "residency")
+    await ui.until(
+        "document.querySelector('#matched').innerText", _says("the first 10,000 adapters")
+    )
+    await ui.type("#search", "a11000")
+    await ui.until("document.querySelector('.empty')?.innerText", _says("No adapter of these"))
 
 
 def _says(part: str) -> Any:

@@ -8,6 +8,7 @@ would do the same with 40 MB more, and with a driver process that has to be ende
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import signal
 from collections.abc import AsyncIterator
@@ -127,15 +128,42 @@ async def test_everything_is_done_by_keyboard_alone(small: Cluster, ui: Page) ->
     assert await ui.run(FOCUSED) == SHOWN_ID
 
 
+async def test_a_screen_reader_is_told_no_time_every_second_and_an_answer_once(ui: Page) -> None:
+    """It reads out what changes in a live region; of one that is busy, once it is not any more."""
+    await ui.run(
+        "window.told = []; new MutationObserver((all) => { for (const {target} of all) {"
+        "  const e = target.nodeType === 1 ? target : target.parentElement;"
+        "  const live = e?.closest('[role=status], [role=alert], [aria-live], output');"
+        "  if (live && live.ariaBusy !== 'true') told.push(e.innerText); } })"
+        ".observe(document.body, {subtree: true, childList: true, characterData: true})"
+    )
+    time = "document.querySelector('.live-status').innerText"
+    for _ in range(2):
+        shown = await ui.run(time)
+        await ui.until(time, lambda now, shown=shown: now != shown)
+    assert await ui.run("told") == []
+    await view(ui, "playground")
+    await ui.until("document.querySelectorAll('#side-1 option').length", _is(4))
+    await ui.run("told.length = 0")
+    await ui.click("#ask")
+    for side in (0, 1):
+        answer = f"document.querySelector('#side-{side} .answer')"
+        await ui.until(f"{answer}.ariaBusy === 'false' && {answer}.innerText.length > 5")
+    assert len(await ui.run("told")) <= 2
+
+
 @pytest.mark.parametrize("name", VIEWS)
 async def test_a_phone_shows_each_view_without_scrolling_sideways(ui: Page, name: str) -> None:
     await ui.look(width=PHONE_PX, height=740)
     await view(ui, name)
     await ui.until("document.querySelector('main h2') !== null")
     await ui.run("new Promise((done) => setTimeout(done, 300))")
-    beyond = await ui.run("checks.beyondTheEdge()")
+    if name == "playground":
+        await ui.until("document.querySelectorAll('#side-1 option').length", _is(4))
+    beyond = await ui.run(f"checks.beyondTheEdge({PHONE_PX})")
     assert beyond == [], f"{name}: {beyond}"
-    assert await ui.run("document.documentElement.scrollWidth <= innerWidth")
+    # not innerWidth: a phone shows what is wider than itself smaller, and that grows
+    assert await ui.run("document.documentElement.scrollWidth") <= PHONE_PX
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -195,6 +223,56 @@ async def test_a_large_fleet_is_drawn_within_a_tenth_of_a_second_while_it_moves(
     turns = await ui.run("window.turns")
     assert turns >= 4 and len(frames) >= 3, (turns, len(frames))
     assert each_ms < FRAME_MS, (each_ms, sorted(frames)[-10:])
+
+
+async def test_a_token_costs_the_playground_no_more_where_there_are_many_models(ui: Page) -> None:
+    """It measures the tokens a second that it shows: what it draws between them must not count."""
+
+    async def answered_s() -> float:
+        used_s = await ui.cpu_s()
+        await ui.click("#ask")
+        for side in (0, 1):
+            answer = f"document.querySelector('#side-{side} .answer')"
+            await ui.until(f"{answer}.ariaBusy === 'false' && {answer}.innerText.length > 5")
+        return await ui.cpu_s() - used_s
+
+    await view(ui, "playground")
+    await ui.until("document.querySelectorAll('#side-1 option').length", _is(4))
+    few_s = await answered_s()
+    await ui.run(
+        "(() => { const real = window.fetch; window.fetch = async (path, given) => {"
+        "  const answer = await real(path, given);"
+        "  if (path !== '/v1/models') return answer;"
+        "  const {data} = await answer.json();"
+        "  for (let n = 0; n < 20000; n += 1) data.push({id: `sim:z${n}`});"
+        "  return new Response(JSON.stringify({data})); }; })()"
+    )
+    await view(ui, "fleet")
+    await view(ui, "playground")
+    await ui.until("document.querySelectorAll('#side-1 option').length", _is(20004))
+    many_s = await answered_s()
+    assert many_s < 5 * few_s, (few_s, many_s)
+
+
+async def test_rows_that_have_left_the_page_leave_its_memory(ui: Page) -> None:
+    """As those of the requests do, many a second, in a page that is open for days."""
+    await ui.run(
+        "import('/ui/vendor/htm-preact.js').then(({html, render}) => {"
+        "  const box = document.body.appendChild(document.createElement('div'));"
+        "  let last = 0;"
+        "  window.draw = (times) => { for (; times; times -= 1) {"
+        "    last += 20; const rows = [...Array(100).keys()].map((n) => last - n);"
+        "    render(html`<table><tbody>${rows.map((n) => html`<tr key=${n}>"
+        "      <th>row</th><td>${n}</td></tr>`)}</tbody></table>`, box); } }; })"
+    )
+
+    async def nodes_after(draws: int) -> int:
+        await ui.run(f"draw({draws})")
+        await ui.send("HeapProfiler.collectGarbage")
+        return int((await ui.send("Memory.getDOMCounters"))["nodes"])
+
+    few = await nodes_after(50)
+    assert await nodes_after(500) < 2 * few
 
 
 async def test_a_page_that_nobody_sees_asks_for_nothing_and_goes_on_when_it_is_seen(
@@ -312,6 +390,28 @@ async def test_a_gateway_that_restarts_and_a_worker_that_goes_are_said_and_then_
         await c.start_gateway()
         await page.until("document.querySelector('.live-status').className", _is("live-status"))
         await page.open("about:blank")
+
+
+async def test_a_page_beyond_the_sixteenth_waits_as_it_is_told_and_counts_as_no_overload(
+    tmp_path: Path, adapters: Path, page: Page
+) -> None:
+    async with cluster(sim_config(adapters), tmp_path) as c, contextlib.AsyncExitStack() as stack:
+        for _ in range(16):
+            await stack.enter_async_context(c.http.get(c.url + "/admin/live"))
+        await page.open("about:blank")
+        script = (
+            "window.waits = []; const real = window.setTimeout;"
+            "window.setTimeout = (f, ms) => (waits.push(ms), real(f, ms));"
+        )
+        added = await page.send("Page.addScriptToEvaluateOnNewDocument", source=script)
+        await page.open(f"{c.url}/ui")
+        await page.until("document.querySelector('.live-status')?.innerText", _says("already"))
+        await page.send("Page.removeScriptToEvaluateOnNewDocument", **added)
+        # preact has shorter ones of its own
+        assert await page.run("waits.filter((ms) => ms >= 1000)") == [5000]
+        await page.open("about:blank")
+        assert await c.metric("loraplex_error_responses_total", code="too_many_pages") >= 1
+        assert await c.metric("loraplex_error_responses_total", code="overloaded") == 0
 
 
 async def test_ten_pages_get_the_same_events_and_one_that_does_not_read_costs_them_nothing(

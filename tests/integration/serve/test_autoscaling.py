@@ -337,6 +337,8 @@ async def test_at_zero_an_unknown_adapter_is_404_at_once_and_a_full_queue_503_wi
             s.url + "/v1/chat/completions", json=chat_body("sim:nobody", max_tokens=1)
         )
         assert answer.status == 404 and (await s.status())["wanted"] == 0
+        async with s.http.get(s.url + "/metrics") as metrics:
+            assert 'loraplex_scales_to_zero{base="sim"} 1.0' in await metrics.text()
 
         async def ask() -> tuple[int, str | None]:
             body = chat_body("sim", max_tokens=1)

@@ -116,10 +116,22 @@ def test_what_was_counted_longer_ago_than_an_hour_is_forgotten() -> None:
     assert (found.warm.count, found.loads.count) == (1, 1)
     counter.current("m", WINDOW_S + 1).add("b", 1.0, 0.1, None)
     found = counter.traffic("m", WINDOW_S + 11)
-    assert found.counts == {"a": 2, "b": 1} and found.span_s == WINDOW_S + 10
+    assert found.counts == {"a": 2, "b": 1} and found.span_s == WINDOW_S + 11
     counter.current("m", 5 * WINDOW_S).add("c", 1.0, 0.1, None)
     assert counter.traffic("m", 5 * WINDOW_S).counts == {"c": 1}
     assert counter.traffic("other", 5 * WINDOW_S).requests == 0
+
+
+def test_the_time_without_requests_counts_for_how_often_they_come() -> None:
+    counter = TrafficCounter()
+    counter.current("m", 0.0).add("a", 2.0, 0.1, None)
+    counter.current("other", 1.9 * WINDOW_S).add("b", 2.0, 0.1, None)
+    assert counter.traffic("m", 1.9 * WINDOW_S + 10).span_s == pytest.approx(1.9 * WINDOW_S + 10)
+    found = counter.traffic("other", 1.9 * WINDOW_S + 10)
+    assert found.counts == {"b": 1} and found.span_s == pytest.approx(1.9 * WINDOW_S + 10)
+    counter.current("m", 10 * WINDOW_S).add("a", 2.0, 0.1, None)
+    found = counter.traffic("m", 10 * WINDOW_S + 10)
+    assert (found.counts, found.span_s) == ({"a": 1}, WINDOW_S + 10)
 
 
 def line(ts: float, adapter: str | None, **more: object) -> str:

@@ -176,7 +176,7 @@ def test_a_scaling_decision_is_exported_with_its_reason() -> None:
         held_by="upscale_delay_s",
         held_s=12.5,
     )
-    metrics.watch_scaling(lambda: {"m": held, "new": ModelStatus(wanted=1)})
+    metrics.watch_scaling(lambda: {"m": held, "new": ModelStatus(wanted=1)}, lambda: {"new"})
     lines = scraped(metrics).splitlines()
     for said in (
         'workers{base="m",state="recommended"} 5.0',
@@ -189,6 +189,9 @@ def test_a_scaling_decision_is_exported_with_its_reason() -> None:
     ):
         assert f"loraplex_{said}" in lines
     assert not [x for x in lines if x.startswith("loraplex_scaling_cause") and '"new"' in x]
+    assert [x for x in lines if x.startswith("loraplex_scales_to_zero{")] == [
+        'loraplex_scales_to_zero{base="new"} 1.0'
+    ]
 
 
 def test_why_answers_break_off_is_shown_before_any_has() -> None:

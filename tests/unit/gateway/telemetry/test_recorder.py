@@ -12,6 +12,7 @@ from gateway.telemetry.recorder import (
     COLUMNS,
     MAX_CODES,
     MAX_REFUSED,
+    MAX_WORKERS,
     STEP_S,
     STEPS,
     LatencyHistogram,
@@ -119,6 +120,15 @@ def test_restarts_and_moves_are_counted_by_worker_and_news_are_kept_for_who_foll
     recorder.refused(ended(request_id="two"))
     assert [e.request_id for e in recorder.news()] == ["two", "one"]
     assert recorder.news() == []
+
+
+def test_moves_of_new_workers_are_counted_however_many_there_were_before() -> None:
+    recorder = Recorder()
+    for n in range(MAX_WORKERS + 5):
+        recorder.moved(f"pod-{n}")
+    recorder.moved(f"pod-{MAX_WORKERS + 4}")
+    assert len(recorder.moved_from) == MAX_WORKERS and "pod-0" not in recorder.moved_from
+    assert recorder.moved_from[f"pod-{MAX_WORKERS + 4}"] == 2
 
 
 def test_requests_are_found_by_key_adapter_worker_status_and_id_the_newest_first() -> None:
