@@ -160,7 +160,7 @@ async def test_what_was_fetched_is_decoded_and_fetched_no_second_time() -> None:
     parser, tracker = tracker_with(web)
     for n in (1, 2, 1):
         parser.parse_image(f"https://elsewhere/{n}.png")
-    with pytest.raises(ValueError, match="data:image/any;base64"):
+    with pytest.raises(ValueError, match="data:media/any;base64"):
         await asyncio.wait_for(tracker.resolve_items(), 60)
     assert (web.fetched, web.decoded) == (2, 3)
 
@@ -168,9 +168,9 @@ async def test_what_was_fetched_is_decoded_and_fetched_no_second_time() -> None:
 async def test_what_a_request_has_fetched_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.exceptions import VLLMValidationError
 
-    from worker.engine.vllm.tenants import picture_files
+    from worker.engine.vllm.tenants import media_files
 
-    monkeypatch.setattr(picture_files, "MAX_FETCHED_BYTES", 10_000)
+    monkeypatch.setattr(media_files, "MAX_FETCHED_BYTES", 10_000)
     web = Web(bytes(1000))
     parser, tracker = tracker_with(web)
     for n in range(100):
@@ -202,14 +202,14 @@ def test_one_that_no_library_would_decode_is_refused_like_that() -> None:
 
 
 async def test_no_more_pixels_are_held_than_there_are_and_nobody_is_passed() -> None:
-    from worker.engine.vllm.tenants.picture_memory import PixelBudget
+    from worker.engine.vllm.tenants.media_budget import MediaBudget
 
     for seed in range(50):
-        dice, budget, held = random.Random(seed), PixelBudget(100), 0
+        dice, budget, held = random.Random(seed), MediaBudget(100), 0
         begun: list[int] = []
 
         async def hold(
-            n: int, budget: PixelBudget = budget, dice: random.Random = dice, begun: Any = begun
+            n: int, budget: MediaBudget = budget, dice: random.Random = dice, begun: Any = begun
         ) -> None:
             nonlocal held
             pixels = dice.randint(1, 100)
@@ -236,12 +236,12 @@ async def test_no_more_pixels_are_held_than_there_are_and_nobody_is_passed() -> 
 
 
 async def test_pixels_are_given_back_once_the_last_picture_is_forgotten_in_any_thread() -> None:
-    from worker.engine.vllm.tenants.picture_memory import HeldPixels, PixelBudget
+    from worker.engine.vllm.tenants.media_budget import HeldMedia, MediaBudget
 
-    budget = PixelBudget(10)
+    budget = MediaBudget(10)
     await budget.take(10)
     pictures: list[object] = [Image.new("RGB", (1, 1)) for _ in range(3)]
-    HeldPixels(budget, 10).until_forgotten(pictures)
+    HeldMedia(budget, 10).until_forgotten(pictures)
     waiting = asyncio.create_task(budget.take(10))
     pictures.pop()
     gc.collect()

@@ -8,89 +8,20 @@ earlier pictures have left the memory.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import functools
-import weakref
-from collections import deque
 from typing import Any
 
 from PIL import Image
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
-from worker.engine.vllm.tenants import picture_files
+from worker.engine.vllm.tenants import media_files, picture_files
+from worker.engine.vllm.tenants.media_budget import HeldMedia, MediaBudget
 from worker.engine.vllm.tenants.media_names import content_parsers
 
 MAX_PIXELS = 178_956_970
 """Of all pictures of a request. vLLM and Pillow allow as many for one. They take 0.5 GiB as RGB."""
 MAX_PIXELS_AT_ONCE = 4 * MAX_PIXELS
-
-
-class PixelBudget:
-    """At most `most` pixels are held at once. Who comes first gets them first."""
-
-    def __init__(self, most: int) -> None:
-        self._free = most
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    async def take(self, pixels: int) -> None:
-        """Waits for them. `pixels` are at most as many as the budget has."""
-        if not self._waiting and pixels <= self._free:
-            self._free -= pixels
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.append((pixels, turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.cancelled():
-                with contextlib.suppress(ValueError):  # it may have been passed over already
-                    self._waiting.remove((pixels, turn))
-                self._next()
-            else:
-                self.give_back(pixels)  # it had its turn in the same moment
-            raise
-
-    def give_back(self, pixels: int) -> None:
-        self._free += pixels
-        self._next()
-
-    def _next(self) -> None:
-        while self._waiting and self._waiting[0][0] <= self._free:
-            pixels, turn = self._waiting.popleft()
-            if not turn.done():
-                self._free -= pixels
-                turn.set_result(None)
-
-
-class HeldPixels:
-    """The pixels of one request, until the last of its pictures has been forgotten."""
-
-    def __init__(self, budget: PixelBudget, pixels: int) -> None:
-        self._budget, self._pixels = budget, pixels
-        self._loop = asyncio.get_running_loop()
-        self._left = 0
-
-    def until_forgotten(self, pictures: list[object]) -> None:
-        self._left = len(pictures)
-        if not pictures:
-            self.give_back()
-        for picture in pictures:
-            weakref.finalize(picture, self._forgotten).atexit = False
-
-    def _forgotten(self) -> None:
-        """In any thread: pictures are forgotten where they are used last."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._one_less)
-
-    def _one_less(self) -> None:
-        self._left -= 1
-        if not self._left:
-            self.give_back()
-
-    def give_back(self) -> None:
-        self._budget.give_back(self._pixels)
 
 
 def bound_pictures() -> None:
@@ -101,7 +32,7 @@ def bound_pictures() -> None:
     if hasattr(parse, "bounded"):
         return
     picture_files.serve_usual_formats()
-    budget = PixelBudget(MAX_PIXELS_AT_ONCE)
+    budget = MediaBudget(MAX_PIXELS_AT_ONCE)
 
     @functools.wraps(parse)
     def parse_noting(parser: Any, image_url: str | None, uuid: str | None = None) -> None:
@@ -122,7 +53,7 @@ def bound_pictures() -> None:
         if not pixels:
             return await resolve(tracker)
         await budget.take(pixels)
-        held = HeldPixels(budget, pixels)
+        held = HeldMedia(budget, pixels)
         try:
             media, names = await resolve(tracker)
         except BaseException:
@@ -141,10 +72,10 @@ async def _pixels(tracker: Any) -> int:
     knows how large they are. Raises VLLMValidationError if they are too large together.
     """
     pictures = getattr(tracker, "pictures", ())
-    elsewhere = {url: parser for parser, url in pictures if picture_files.is_elsewhere(url)}
+    elsewhere = {url: parser for parser, url in pictures if media_files.is_elsewhere(url)}
     if elsewhere:
         connector = next(iter(elsewhere.values()))._connector
-        tracker.fetched = await picture_files.fetch(connector, elsewhere)
+        tracker.fetched = await media_files.fetch(connector, elsewhere, "pictures")
     pixels = 0
     for _, url in pictures:
         found = tracker.fetched[url] if url in elsewhere else url

@@ -2,22 +2,29 @@
 them; a request may have hundreds. vLLM 0.33 bounds all of a request together, too.
 
 Their size is known only once they are decoded. So those of a request are decoded one after the
-other, until they are too large together.
+other, until they are too large together. Before that the request takes what it may have at most out
+of what all requests may hold, and gives back the rest afterwards.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+import numpy as np
 from vllm.exceptions import VLLMValidationError
+from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
+from worker.engine.vllm.tenants import media_files
+from worker.engine.vllm.tenants.media_budget import HeldMedia, MediaBudget
 from worker.engine.vllm.tenants.media_names import content_parsers
 
 MAX_BYTES = 512 << 20
 """Of a request. Each sound may take half as many."""
+MAX_BYTES_AT_ONCE = 4 * MAX_BYTES
+FETCHED = "sounds and videos"
 Decode = Callable[[Any, str | None, str | None], Awaitable[tuple[Any, str | None]]]
 
 
@@ -41,13 +48,64 @@ class DecodedBytes:
 def bound_sounds() -> None:
     """Called once for each process."""
     parser = content_parsers().AsyncMultiModalContentParser
+    if hasattr(parser.parse_audio, "bounded"):
+        return
+    parser.parse_audio, parser.parse_video = (
+        _noting(parser.parse_audio),
+        _noting(parser.parse_video),
+    )
     for name, kind in (
         ("_audio_with_uuid_async", "input_audio"),
         ("_video_with_uuid_async", "video_url"),
     ):
-        decode = getattr(parser, name)
-        if not hasattr(decode, "bounded"):
-            setattr(parser, name, _bounded(decode, kind))
+        setattr(parser, name, _bounded(getattr(parser, name), kind))
+    resolve, budget = AsyncMultiModalItemTracker.resolve_items, MediaBudget(MAX_BYTES_AT_ONCE)
+
+    @functools.wraps(resolve)
+    async def resolve_bounded(tracker: Any) -> Any:
+        noted = getattr(tracker, "sounds", ())
+        if not noted:
+            return await resolve(tracker)
+        elsewhere = {url: parser for parser, url in noted if media_files.is_elsewhere(url)}
+        if elsewhere:
+            connector = next(iter(elsewhere.values()))._connector
+            tracker.fetched_sounds = await media_files.fetch(connector, elsewhere, FETCHED)
+        await budget.take(MAX_BYTES)
+        held = HeldMedia(budget, MAX_BYTES)
+        try:
+            media, names = await resolve(tracker)
+        except BaseException:
+            held.give_back()
+            raise
+        arrays = [*_arrays_in(media)]
+        held.until_forgotten(arrays, sum(array.nbytes for array in arrays))
+        return media, names
+
+    AsyncMultiModalItemTracker.resolve_items = resolve_bounded
+
+
+def _noting(parse: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(parse)
+    def parse_noting(parser: Any, url: str | None, uuid: str | None = None) -> None:
+        parse(parser, url, uuid)
+        if url:
+            tracker = parser._tracker
+            if not hasattr(tracker, "sounds"):
+                tracker.sounds = []
+            tracker.sounds.append((parser, url))
+
+    parse_noting.bounded = True  # type: ignore[attr-defined]
+    return parse_noting
+
+
+def _arrays_in(media: Any) -> Iterator[np.ndarray[Any, Any]]:
+    """A sound is an array with its rate, a video an array with facts about it."""
+    media = getattr(media, "media", media)
+    if isinstance(media, np.ndarray):
+        yield media
+    elif isinstance(media, dict | list | tuple):
+        for part in media.values() if isinstance(media, dict) else media:
+            yield from _arrays_in(part)
 
 
 def _bounded(decode: Decode, kind: str) -> Decode:
@@ -58,20 +116,17 @@ def _bounded(decode: Decode, kind: str) -> Decode:
         tracker = parser._tracker
         if not hasattr(tracker, "decoded"):
             tracker.decoded = DecodedBytes()
+        fetched = getattr(tracker, "fetched_sounds", {})
         async with tracker.decoded.turn:
             tracker.decoded.check(kind)
-            found = await decode(parser, url, uuid)
+            found = await decode(parser, fetched.get(url, url), uuid)
             tracker.decoded.bytes += size_of(found[0])
             tracker.decoded.check(kind)
             return found
 
-    decode_in_turn.bounded = True  # type: ignore[attr-defined]
     return decode_in_turn
 
 
 def size_of(decoded: Any) -> int:
-    """In bytes. A sound is an array with its rate, a video an array with facts about it."""
-    decoded = getattr(decoded, "media", decoded)
-    if isinstance(decoded, tuple | list):
-        return sum(size_of(part) for part in decoded)
-    return int(getattr(decoded, "nbytes", 0))
+    """In bytes."""
+    return sum(array.nbytes for array in _arrays_in(decoded))
