@@ -76,15 +76,21 @@ class BatchStore:
     def add_file(
         self, owner: str, filename: str, purpose: str, data: bytes, kept_s: int = MOST_KEPT_S
     ) -> UserFile:
-        """Raises BodyTooLarge if the account, or all accounts together, already keep too much."""
+        """Raises BodyTooLarge if the account, or all accounts together, already keep too much, and
+        OSError if the disk cannot be written. Then nothing of it is kept.
+        """
         made = f"file-{secrets.token_hex(_ID_BYTES)}"
         file = UserFile(made, owner, filename, purpose, len(data), int(time.time()), kept_s)
         with self._adding:
             self._check_room(owner, len(data))
             folder = self._of(owner)
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            (folder / f"{file.id}.jsonl").write_bytes(data)
-            self._write(folder / f"{file.id}.json", file)
+            try:
+                (folder / f"{file.id}.jsonl").write_bytes(data)
+                self._write(folder / f"{file.id}.json", file)
+            except OSError:  # a part of it would take the room that is left
+                self._remove(file)
+                raise
         return file
 
     def _check_room(self, owner: str, size_bytes: int) -> None:
@@ -364,8 +370,12 @@ class BatchStore:
     @staticmethod
     def _write(path: Path, value: UserFile) -> None:
         aside = path.with_name(f".{path.name}.new")
-        aside.write_bytes(msgspec.json.encode(value))
-        aside.rename(path)
+        try:
+            aside.write_bytes(msgspec.json.encode(value))
+            aside.rename(path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
 
 
 def _size_of(paths: Iterable[Path]) -> int:

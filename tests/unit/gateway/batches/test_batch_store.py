@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import tracemalloc
 from pathlib import Path
 
@@ -72,6 +73,22 @@ def test_what_a_killed_process_has_half_written_goes(store: BatchStore, tmp_path
     assert half.exists()
     store.remove_expired(made + HALF_WRITTEN_S + 1)
     assert not half.exists() and store.content("red", file.id) == b"1"
+
+
+def test_an_upload_that_the_disk_has_no_room_for_leaves_nothing_there(
+    store: BatchStore, tmp_path: Path
+) -> None:
+    room_bytes, before = 1000, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, before[1]))
+    try:
+        for _ in range(3):
+            with pytest.raises(OSError, match="too large"):
+                store.add_file("red", "a", "batch", bytes(2 * room_bytes))
+        with pytest.raises(OSError, match="too large"):
+            store.add_file("red", "a" * 2 * room_bytes, "batch", b"{}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_batch_does_not_fail_for_a_disk_that_cannot_be_read_now(
