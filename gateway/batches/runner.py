@@ -118,7 +118,7 @@ class BatchRunner:
         while True:
             try:
                 removed = await asyncio.to_thread(self._store.remove_expired, time.time())
-            except OSError as exc:
+            except (OSError, ConfigError) as exc:
                 log.error("expired files are not removed", extra={"why": str(exc)})
             else:
                 if removed:

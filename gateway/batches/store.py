@@ -154,9 +154,9 @@ class BatchStore:
 
     def remove_expired(self, now: float) -> int:
         """Removes files whose time is over and that no open batch needs, and batches that ended
-        long ago. Returns how many.
+        long ago. Returns how many. Raises ConfigError while it is not known what a batch needs.
         """
-        needed = {batch.input_file_id for batch in self.open_batches()}
+        needed = {batch.input_file_id for batch in self.open_batches(or_raise=True)}
         removed = 0
         for path in self._folder.glob("*/file-*.json"):
             try:
@@ -239,13 +239,15 @@ class BatchStore:
             if found is not None and found.owner == owner:
                 yield found
 
-    def open_batches(self) -> list[Batch]:
-        """The open batches of all accounts, the oldest first."""
+    def open_batches(self, *, or_raise: bool = False) -> list[Batch]:
+        """The open batches of all accounts, the oldest first. With `or_raise` it raises ConfigError
+        if any of them cannot be read now.
+        """
         found = []
         for path in self._folder.glob("*/batch_*.json"):
             if path in self._ended:
                 continue
-            batch = self._batch_in(path)
+            batch = self._batch_in(path, or_raise=or_raise)
             if batch is not None and batch.status not in ENDED:
                 found.append(batch)
             elif batch is not None:

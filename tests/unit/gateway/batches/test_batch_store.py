@@ -106,7 +106,24 @@ def test_a_batch_does_not_fail_for_a_disk_that_cannot_be_read_now(
         store.put(batch)
     with pytest.raises(ConfigError):
         list(store.batches("red"))
-    assert not store.open_batches() and not store.remove_expired(file.expires_at)
+    assert not store.open_batches()
+
+
+def test_a_file_stays_while_it_is_not_known_whether_a_batch_needs_it(
+    store: BatchStore, tmp_path: Path
+) -> None:
+    file = store.add_file("red", "a", "batch", b"1", LEAST_KEPT_S)
+    batch = store.add_batch("red", CHAT, file.id, None)
+    (record,) = tmp_path.glob(f"batches/*/{batch.id}.json")
+    whole = record.rename(tmp_path / "whole")
+    record.mkdir()  # as where no more files can be opened
+    with pytest.raises(ConfigError):
+        store.remove_expired(file.expires_at)
+    assert store.content("red", file.id) == b"1"
+    record.rmdir()
+    whole.write_bytes(b"")  # nobody will ever know
+    whole.rename(record)
+    assert store.remove_expired(file.expires_at) == 1
 
 
 def test_results_that_a_killed_process_had_made_files_take_no_room_of_their_own(
