@@ -70,6 +70,7 @@ class BatchStore:
         self._folder = folder
         self._adding = threading.Lock()  # two uploads at once must not both find room
         self._ended: set[Path] = set()  # need not be read again
+        self._unread: dict[Path, str] = {}  # those that could not be read, and why
 
     # ---- files -----------------------------------------------------------------------------------
 
@@ -348,18 +349,21 @@ class BatchStore:
     def _results(self, batch: Batch, failed: bool) -> Path:
         return self._of(batch.owner) / f"{batch.id}.{'err' if failed else 'out'}"
 
-    @staticmethod
-    def _batch_in(path: Path, *, or_raise: bool = False) -> Batch | None:
+    def _batch_in(self, path: Path, *, or_raise: bool = False) -> Batch | None:
         """None: it cannot be read, which is logged. With `or_raise` only a broken one is None: of
         others it is not known that they have ended.
         """
         try:
-            return StateFile(path, _BatchFile).read().batch
+            batch = StateFile(path, _BatchFile).read().batch
         except ConfigError as exc:
             if or_raise and isinstance(exc.__cause__, OSError):
                 raise
-            log.error("a batch cannot be read", extra={"why": exc.message})
+            if self._unread.get(path) != exc.message:  # it is looked at every second
+                self._unread[path] = exc.message
+                log.error("a batch cannot be read", extra={"why": exc.message})
             return None
+        self._unread.pop(path, None)
+        return batch
 
     @staticmethod
     def _read(path: Path, kind: type[_T]) -> _T | None:

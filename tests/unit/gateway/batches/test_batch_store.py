@@ -109,6 +109,23 @@ def test_a_batch_does_not_fail_for_a_disk_that_cannot_be_read_now(
     assert not store.open_batches()
 
 
+def test_a_record_that_cannot_be_read_is_logged_once_and_not_at_each_look(
+    store: BatchStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = store.add_file("red", "a", "batch", b"1")
+    batch = store.add_batch("red", CHAT, file.id, None)
+    (record,) = tmp_path.glob(f"batches/*/{batch.id}.json")
+    whole = record.read_bytes()
+    for _ in range(2):
+        caplog.clear()
+        record.write_bytes(b"")
+        for _ in range(3):
+            assert not store.open_batches() and not [*store.batches("red")]
+        assert len(caplog.records) == 1
+        record.write_bytes(whole)
+        assert store.open_batches() == [batch]
+
+
 def test_a_file_stays_while_it_is_not_known_whether_a_batch_needs_it(
     store: BatchStore, tmp_path: Path
 ) -> None:
