@@ -318,6 +318,7 @@ class Exchange:
                 account.clamped(head.priority or 0) if facts.priority is None else facts.priority,
                 account.weight,
                 salt,
+                facts.in_batch,
             ),
         )
         inflight.trace = trace

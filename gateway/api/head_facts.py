@@ -26,7 +26,8 @@ _PRIORITY = re.compile(r"-?[0-9]{1,9}\Z")
 
 class HeadFacts:
     """`account` is the one of the head's key in `ring`. `priority` and `timeout_s` None: the client
-    gives none. `priority` is within the account's range. `given_id` empty: likewise.
+    gives none. `priority` is within the account's range. `given_id` empty: likewise. `in_batch` is
+    for whoever answers the lines of files to say.
 
     Raises InvalidRequest for a header that cannot be served.
     """
@@ -35,6 +36,7 @@ class HeadFacts:
         "account",
         "content_type",
         "given_id",
+        "in_batch",
         "may_move",
         "priority",
         "ring",
@@ -49,6 +51,7 @@ class HeadFacts:
         self.account, self.ring = account, ring
         self.content_type = header("content-type") or JSON_TYPE
         self.given_id = given_id(incoming)
+        self.in_batch = False
         self.session = (header("x-session-id") or "")[:MAX_SESSION]
         priority = _priority(header("x-loraplex-priority"))
         self.priority = None if priority is None else account.clamped(priority)

@@ -82,6 +82,7 @@ async def answer_line(
     try:
         fields = await read_aside(services, incoming, body)
         facts = HeadFacts(account, incoming)
+        facts.in_batch = True
         facts.priority = LOWEST_PRIORITY  # also beyond the account's range
         exchange = Exchange(services, facts, incoming, body, stream, fields=fields)
         if exchange.previous:

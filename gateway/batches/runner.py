@@ -118,7 +118,7 @@ class BatchRunner:
         while True:
             try:
                 removed = await asyncio.to_thread(self._store.remove_expired, time.time())
-            except OSError as exc:
+            except (OSError, ConfigError) as exc:
                 log.error("expired files are not removed", extra={"why": str(exc)})
             else:
                 if removed:
@@ -129,7 +129,8 @@ class BatchRunner:
         while True:
             owners = {turn.owner for turn in self._turns()}
             with contextlib.suppress(OSError):  # then what was found last holds
-                self._full = await asyncio.to_thread(self._store.full, owners)
+                # every file of all keys is looked at, so not for nobody
+                self._full = await asyncio.to_thread(self._store.full, owners) if owners else {}
             await asyncio.sleep(ROOM_S)
 
     async def _try(self, batch: Batch, gives_way: asyncio.Event) -> None:

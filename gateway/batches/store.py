@@ -70,21 +70,28 @@ class BatchStore:
         self._folder = folder
         self._adding = threading.Lock()  # two uploads at once must not both find room
         self._ended: set[Path] = set()  # need not be read again
+        self._unread: dict[Path, str] = {}  # those that could not be read, and why
 
     # ---- files -----------------------------------------------------------------------------------
 
     def add_file(
         self, owner: str, filename: str, purpose: str, data: bytes, kept_s: int = MOST_KEPT_S
     ) -> UserFile:
-        """Raises BodyTooLarge if the account, or all accounts together, already keep too much."""
+        """Raises BodyTooLarge if the account, or all accounts together, already keep too much, and
+        OSError if the disk cannot be written. Then nothing of it is kept.
+        """
         made = f"file-{secrets.token_hex(_ID_BYTES)}"
         file = UserFile(made, owner, filename, purpose, len(data), int(time.time()), kept_s)
         with self._adding:
             self._check_room(owner, len(data))
             folder = self._of(owner)
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            (folder / f"{file.id}.jsonl").write_bytes(data)
-            self._write(folder / f"{file.id}.json", file)
+            try:
+                (folder / f"{file.id}.jsonl").write_bytes(data)
+                self._write(folder / f"{file.id}.json", file)
+            except OSError:  # a part of it would take the room that is left
+                self._remove(file)
+                raise
         return file
 
     def _check_room(self, owner: str, size_bytes: int) -> None:
@@ -148,9 +155,9 @@ class BatchStore:
 
     def remove_expired(self, now: float) -> int:
         """Removes files whose time is over and that no open batch needs, and batches that ended
-        long ago. Returns how many.
+        long ago. Returns how many. Raises ConfigError while it is not known what a batch needs.
         """
-        needed = {batch.input_file_id for batch in self.open_batches()}
+        needed = {batch.input_file_id for batch in self.open_batches(or_raise=True)}
         removed = 0
         for path in self._folder.glob("*/file-*.json"):
             try:
@@ -233,13 +240,15 @@ class BatchStore:
             if found is not None and found.owner == owner:
                 yield found
 
-    def open_batches(self) -> list[Batch]:
-        """The open batches of all accounts, the oldest first."""
+    def open_batches(self, *, or_raise: bool = False) -> list[Batch]:
+        """The open batches of all accounts, the oldest first. With `or_raise` it raises ConfigError
+        if any of them cannot be read now.
+        """
         found = []
         for path in self._folder.glob("*/batch_*.json"):
             if path in self._ended:
                 continue
-            batch = self._batch_in(path)
+            batch = self._batch_in(path, or_raise=or_raise)
             if batch is not None and batch.status not in ENDED:
                 found.append(batch)
             elif batch is not None:
@@ -340,18 +349,21 @@ class BatchStore:
     def _results(self, batch: Batch, failed: bool) -> Path:
         return self._of(batch.owner) / f"{batch.id}.{'err' if failed else 'out'}"
 
-    @staticmethod
-    def _batch_in(path: Path, *, or_raise: bool = False) -> Batch | None:
+    def _batch_in(self, path: Path, *, or_raise: bool = False) -> Batch | None:
         """None: it cannot be read, which is logged. With `or_raise` only a broken one is None: of
         others it is not known that they have ended.
         """
         try:
-            return StateFile(path, _BatchFile).read().batch
+            batch = StateFile(path, _BatchFile).read().batch
         except ConfigError as exc:
             if or_raise and isinstance(exc.__cause__, OSError):
                 raise
-            log.error("a batch cannot be read", extra={"why": exc.message})
+            if self._unread.get(path) != exc.message:  # it is looked at every second
+                self._unread[path] = exc.message
+                log.error("a batch cannot be read", extra={"why": exc.message})
             return None
+        self._unread.pop(path, None)
+        return batch
 
     @staticmethod
     def _read(path: Path, kind: type[_T]) -> _T | None:
@@ -364,8 +376,12 @@ class BatchStore:
     @staticmethod
     def _write(path: Path, value: UserFile) -> None:
         aside = path.with_name(f".{path.name}.new")
-        aside.write_bytes(msgspec.json.encode(value))
-        aside.rename(path)
+        try:
+            aside.write_bytes(msgspec.json.encode(value))
+            aside.rename(path)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
 
 
 def _size_of(paths: Iterable[Path]) -> int:

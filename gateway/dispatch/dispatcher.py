@@ -25,7 +25,7 @@ from gateway.dispatch.queue.admission import Admission
 from gateway.dispatch.queue.overload import DrainRates
 from gateway.dispatch.queue.waiting_time import MAX_RETRY_AFTER_S, WaitingTime
 from gateway.dispatch.request import NO_CLIENT, InFlightRequest, routing_request_of
-from gateway.dispatch.request_summary import OPEN, REFUSED, ended_request
+from gateway.dispatch.request_summary import OPEN, ended_request, refused_as
 from gateway.dispatch.request_tables import RequestTables
 from gateway.dispatch.scaling_status import (
     NONE_MOVABLE,
@@ -186,7 +186,7 @@ class Dispatcher:
         except LoraplexError as refusal:
             request.note_error(refusal)
             request.t_end = self.clock()
-            ended = ended_request(request, REFUSED)
+            ended = ended_request(request, refused_as(request))
             self._metrics.refused(ended)
             if request.trace is not None:
                 request.trace.ended(ended)

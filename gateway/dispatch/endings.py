@@ -172,4 +172,6 @@ class RequestEndings:
             self._deadly.note(request, self._clock(), ended=True)
 
     def _note_abandoned(self, request: InFlightRequest) -> None:
+        if request.requester.in_batch:
+            return  # its client does wait
         self._tables.admission.abandonment.ended(request.requester.tenant, in_vain=True)

@@ -86,7 +86,8 @@ class RequestedModel(msgspec.Struct, frozen=True, gc=False):
 
 class Requester(msgspec.Struct, frozen=True, gc=False):
     """Who asks. A lower `priority` goes first. `weight` is the tenant's share when several tenants
-    wait. Requests share the engine's prefix cache with those of the same `cache_salt` alone.
+    wait. Requests share the engine's prefix cache with those of the same `cache_salt` alone. One
+    `in_batch` is asked again if its turn does not come.
     """
 
     tenant: str = ""
@@ -94,6 +95,7 @@ class Requester(msgspec.Struct, frozen=True, gc=False):
     priority: int = 0
     weight: float = 1.0
     cache_salt: str = ""
+    in_batch: bool = False
 
 
 class Sink(Protocol):

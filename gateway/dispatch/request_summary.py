@@ -5,6 +5,7 @@ from __future__ import annotations
 from gateway.dispatch.lifecycle import RequestPhase
 from gateway.dispatch.request import InFlightRequest
 from gateway.telemetry.ended_request import EndedRequest
+from shared.errors import DeadlineExceeded, Overloaded, RateLimited
 
 REFUSED = "refused"
 OPEN = "open"
@@ -16,6 +17,8 @@ request itself could not be served.
 
 
 LEAST_SERVER_ERROR = 500
+NO_TURN = frozenset((Overloaded.code, RateLimited.code, DeadlineExceeded.code))
+"""The codes of requests for which there was no room, or none in time."""
 
 
 def outcome_of(request: InFlightRequest) -> str:
@@ -23,9 +26,23 @@ def outcome_of(request: InFlightRequest) -> str:
     its answer came whole: it was invalid, or else the engine failed on it.
     """
     phase, status = request.lifecycle.phase, request.engine_status
+    if phase is RequestPhase.FAILED and _goes_on_waiting(request):
+        return RequestPhase.ABORTED._value_
     if not status or phase is not RequestPhase.FINISHED:
         return phase._value_
     return INVALID if status < LEAST_SERVER_ERROR else RequestPhase.FAILED._value_
+
+
+def refused_as(request: InFlightRequest) -> str:
+    """How a request has ended that was not let in."""
+    return RequestPhase.ABORTED._value_ if _goes_on_waiting(request) else REFUSED
+
+
+def _goes_on_waiting(request: InFlightRequest) -> bool:
+    """Whether it is a line of a batch whose turn has not come. It is asked again, and its client
+    has seen no error.
+    """
+    return request.requester.in_batch and not request.t_sent and request.code in NO_TURN
 
 
 def ended_request(request: InFlightRequest, outcome: str) -> EndedRequest:

@@ -40,8 +40,8 @@ class EndedRequest(msgspec.Struct, frozen=True, gc=False):
     base: str
     adapter: str | None
     outcome: str
-    """finished, failed or aborted. Invalid: nobody could serve it, or the engine refused it. Not
-    let in: refused, or limited (by a limit of its key).
+    """finished, failed or aborted (its client left, or its batch asks again). Invalid: nobody could
+    serve it, or the engine refused it. Not let in: refused, or limited (by a limit of its key).
     """
     done: Done | None
     """What the worker measured. None: the worker never reported the end."""

@@ -187,7 +187,7 @@ class Recorder:
         """Counts a stream that has lost this worker and goes on elsewhere."""
         if worker not in self.moved_from and len(self.moved_from) >= MAX_WORKERS:
             del self.moved_from[next(iter(self.moved_from))]  # pods have a new name each time
-        self.moved_from[worker] = self.moved_from.get(worker, 0) + 1
+        self.moved_from[worker] = self.moved_from.pop(worker, 0) + 1  # it is the newest now
 
     def error(self, code: str, now: float) -> None:
         """Counts an error that the gateway answered, whichever path was asked."""
@@ -216,7 +216,7 @@ class Recorder:
         self._changes = dict(changes)
 
     def _note_life(self, worker: str, epoch: int) -> None:
-        known = self._lives.get(worker)
+        known = self._lives.pop(worker, None)  # those that are there stay behind those that are not
         if known is None and len(self._lives) >= MAX_WORKERS:
             oldest = next(iter(self._lives))
             del self._lives[oldest]

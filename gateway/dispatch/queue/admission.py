@@ -138,7 +138,8 @@ class Admission(Generic[T]):
 
     def give_way(self, base: str, tenant: str, weight: float, priority: int = 0) -> T | None:
         """The item that leaves a full queue for the tenant's next one, which has this priority.
-        None: no tenant has more places than this one, and its own items matter as much.
+        None: no tenant has more places than this one, and its own items matter as much. Or all that
+        might leave matters more.
         """
         queue = self.queues.get(base)
         if queue is None:
@@ -153,7 +154,7 @@ class Admission(Generic[T]):
             if largest != tenant or not newest_first:
                 return None
         ticket = queue.last_of(largest, newest_first=newest_first)
-        if ticket is None:
+        if ticket is None or ticket.flow[0] < priority:  # it is served first, whoever waits here
             return None
         self.leave(ticket)
         return ticket.item

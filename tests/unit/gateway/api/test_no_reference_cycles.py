@@ -20,6 +20,7 @@ from gateway.api.generate import GenerationAPI
 from gateway.api.services import GenerationServices, RequestLimits
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.queue.admission import Admission
+from gateway.dispatch.request import InFlightRequest
 from gateway.dispatch.settings import DispatchSettings, TimeAndChance
 from gateway.fleet.fleet import Fleet
 from gateway.http.body_reader import BodyLimits, BodyReader
@@ -80,13 +81,17 @@ async def never(request: object) -> object:
     raise AssertionError("a plain request went to aiohttp")
 
 
-def services_in(folder: Path, settings: DispatchSettings | None = None) -> GenerationServices:
+def services_in(
+    folder: Path,
+    settings: DispatchSettings | None = None,
+    admission: Admission[InFlightRequest] | None = None,
+) -> GenerationServices:
     """Those of a gateway with the base model `base`, whose workers hear nothing."""
     loop, metrics, fleet = asyncio.get_running_loop(), Metrics(), Fleet(3.0, {})
     dispatcher = Dispatcher(
         fleet,
         make_policy("expected-ttft"),
-        Admission(100, 60.0),
+        Admission(100, 60.0) if admission is None else admission,
         Wires(),
         metrics,
         settings or DispatchSettings(100),

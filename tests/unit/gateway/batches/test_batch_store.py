@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import tracemalloc
 from pathlib import Path
 
@@ -74,6 +75,22 @@ def test_what_a_killed_process_has_half_written_goes(store: BatchStore, tmp_path
     assert not half.exists() and store.content("red", file.id) == b"1"
 
 
+def test_an_upload_that_the_disk_has_no_room_for_leaves_nothing_there(
+    store: BatchStore, tmp_path: Path
+) -> None:
+    room_bytes, before = 1000, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, before[1]))
+    try:
+        for _ in range(3):
+            with pytest.raises(OSError, match="too large"):
+                store.add_file("red", "a", "batch", bytes(2 * room_bytes))
+        with pytest.raises(OSError, match="too large"):
+            store.add_file("red", "a" * 2 * room_bytes, "batch", b"{}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_a_batch_does_not_fail_for_a_disk_that_cannot_be_read_now(
     store: BatchStore, tmp_path: Path
 ) -> None:
@@ -89,7 +106,41 @@ def test_a_batch_does_not_fail_for_a_disk_that_cannot_be_read_now(
         store.put(batch)
     with pytest.raises(ConfigError):
         list(store.batches("red"))
-    assert not store.open_batches() and not store.remove_expired(file.expires_at)
+    assert not store.open_batches()
+
+
+def test_a_record_that_cannot_be_read_is_logged_once_and_not_at_each_look(
+    store: BatchStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = store.add_file("red", "a", "batch", b"1")
+    batch = store.add_batch("red", CHAT, file.id, None)
+    (record,) = tmp_path.glob(f"batches/*/{batch.id}.json")
+    whole = record.read_bytes()
+    for _ in range(2):
+        caplog.clear()
+        record.write_bytes(b"")
+        for _ in range(3):
+            assert not store.open_batches() and not [*store.batches("red")]
+        assert len(caplog.records) == 1
+        record.write_bytes(whole)
+        assert store.open_batches() == [batch]
+
+
+def test_a_file_stays_while_it_is_not_known_whether_a_batch_needs_it(
+    store: BatchStore, tmp_path: Path
+) -> None:
+    file = store.add_file("red", "a", "batch", b"1", LEAST_KEPT_S)
+    batch = store.add_batch("red", CHAT, file.id, None)
+    (record,) = tmp_path.glob(f"batches/*/{batch.id}.json")
+    whole = record.rename(tmp_path / "whole")
+    record.mkdir()  # as where no more files can be opened
+    with pytest.raises(ConfigError):
+        store.remove_expired(file.expires_at)
+    assert store.content("red", file.id) == b"1"
+    record.rmdir()
+    whole.write_bytes(b"")  # nobody will ever know
+    whole.rename(record)
+    assert store.remove_expired(file.expires_at) == 1
 
 
 def test_results_that_a_killed_process_had_made_files_take_no_room_of_their_own(

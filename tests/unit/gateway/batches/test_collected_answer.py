@@ -17,6 +17,8 @@ from gateway.batches.collected_answer import (
     collected,
 )
 from gateway.batches.records import Batch, answered, result_line
+from gateway.dispatch.queue.admission import Admission
+from gateway.dispatch.request import InFlightRequest
 from gateway.http.response import ResponseWriter
 from shared.api_endpoints import ErrorFamily
 from tests.unit.gateway.api.test_no_reference_cycles import services_in
@@ -39,6 +41,29 @@ async def test_a_line_has_the_lowest_priority(priorities: tuple[int, int], tmp_p
     line.cancel()
     with pytest.raises(asyncio.CancelledError):
         await line
+
+
+async def test_a_line_whose_turn_does_not_come_has_not_failed(tmp_path: Path) -> None:
+    """It is asked again, and alerts tell of requests that have failed."""
+    admission: Admission[InFlightRequest] = Admission(1, timeout_s=0.0)
+    services = services_in(tmp_path, admission=admission)
+    incoming = LineRequest("/v1/completions", {"content-type": "application/json"})
+    body = b'{"model":"base","prompt":"hello"}'
+    for ask in range(1, 9):
+        lines = [
+            asyncio.create_task(answer_line(services, Account("a"), incoming, body))
+            for _ in range(2)  # one waits in vain, the other finds the queue full
+        ]
+        async with asyncio.timeout(10):
+            while not any(line.done() for line in lines):
+                await asyncio.sleep(0)
+        services.dispatcher.tick()
+        assert [answer.status for answer in await asyncio.gather(*lines)] == [503, 503]
+        shown = services.metrics.render([services.metrics.snapshot()], {}).decode()
+        assert f'loraplex_requests_total{{base="base",outcome="aborted"}} {ask}.0' in shown
+        assert f'loraplex_key_requests_total{{key="a",outcome="aborted"}} {2 * ask}.0' in shown
+        assert 'outcome="failed"' not in shown and 'outcome="refused"' not in shown
+    assert not admission.abandonment.newest_first("a")
 
 
 def whole(status: int, body: bytes, lines: bytes = b"") -> bytes:

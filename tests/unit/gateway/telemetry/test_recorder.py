@@ -131,6 +131,19 @@ def test_moves_of_new_workers_are_counted_however_many_there_were_before() -> No
     assert recorder.moved_from[f"pod-{MAX_WORKERS + 4}"] == 2
 
 
+def test_a_worker_that_stays_keeps_its_counts_however_many_come_and_go() -> None:
+    recorder = Recorder()
+    for epoch in (1, 2, 3):
+        recorder.sample(0.0, 0, 0, {("w0", epoch): (0, 0)})
+    for n in range(2 * MAX_WORKERS):
+        recorder.moved("w0")
+        recorder.moved(f"pod-{n}")
+        recorder.sample(0.0, 0, 0, {("w0", 3): (0, 0), (f"pod-{n}", 1): (0, 0)})
+    assert recorder.restarts == {"w0": 2}
+    assert recorder.moved_from["w0"] == 2 * MAX_WORKERS
+    assert len(recorder.moved_from) == MAX_WORKERS
+
+
 def test_requests_are_found_by_key_adapter_worker_status_and_id_the_newest_first() -> None:
     recorder = Recorder()
     recorder.ended(ended(request_id="one", worker="w0"))

@@ -97,6 +97,20 @@ def test_in_a_full_queue_a_tenants_batch_gives_way_to_its_other_requests() -> No
     assert queue.give_way("tiny", "a", 1.0, 0) is None
 
 
+def test_in_a_full_queue_no_batch_takes_the_place_of_a_request_that_is_served_before_it() -> None:
+    queue: Admission[str] = Admission(4, 60.0)
+    for n in range(4):
+        queue.offer("tiny", f"b{n}", 0.0, (0, "b", None))
+    assert queue.give_way("tiny", "a", 1.0, 9) is None
+    assert queue.give_way("tiny", "a", 1.0, 0) == "b3"
+    queue.offer("tiny", "b batch", 0.0, (9, "b", None))
+    assert queue.give_way("tiny", "a", 1.0, 9) == "b batch"
+    for _ in range(30):
+        queue.abandonment.ended("b", in_vain=True)
+    assert queue.give_way("tiny", "b", 1.0, 9) is None
+    assert queue.give_way("tiny", "b", 1.0, 0) == "b0"
+
+
 def test_where_clients_leave_a_full_queue_takes_the_newest_in_place_of_the_oldest() -> None:
     queue: Admission[str] = Admission(2, 60.0)
     for _ in range(30):
