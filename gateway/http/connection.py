@@ -381,7 +381,7 @@ class Connection(asyncio.Protocol):
         client = f"from {self.client}" if self.client else ""
         bodies.held.add(client, size_bytes - self._held)
         self._held = size_bytes
-        return not bodies.held.beyond(client, bodies.limits.max_unfinished_bytes)
+        return not size_bytes or not bodies.held.beyond(client, bodies.limits.max_unfinished_bytes)
 
     def close_if_late(self, now: float) -> None:
         """Closes the connection if it was idle, or has been receiving one request, for too long.

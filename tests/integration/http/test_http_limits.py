@@ -334,6 +334,22 @@ async def test_heads_behind_a_request_are_not_parsed_before_it_is_nearly_their_t
             assert (await client.answer())[1].startswith(b"aiohttp:")
 
 
+async def test_who_holds_nothing_is_not_cut_off_for_what_others_of_its_address_hold() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        served = await stack.enter_async_context(serving(unfinished_bytes=300_000))
+        part = head("Content-Length: 60000") + b" " * 45_000
+        for held in range(1, 5):
+            holding = await stack.enter_async_context(client_of(served))
+            holding.send(part)
+            await served.until_held(held * 45_000)
+        with_key = await stack.enter_async_context(client_of(served, "127.0.0.2"))
+        with_key.send(head("Content-Length: 100000") + b" " * 95_000)
+        await served.until_held(275_000)
+        honest = await stack.enter_async_context(client_of(served))
+        honest.send(head(method="GET"))
+        assert (await honest.answer())[1] == b"aiohttp:"
+
+
 async def test_requests_behind_a_body_that_came_late_are_all_answered() -> None:
     async with serving() as served, client_of(served) as client:
         client.send(CHUNKED[:-5])
