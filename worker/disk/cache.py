@@ -362,7 +362,7 @@ class DiskCache:
             )
             download.resume()
         except BaseException:
-            held.release()
+            self._end(partial, held)  # the next try could not read it either
             raise
         return _Begun(held, download)
 

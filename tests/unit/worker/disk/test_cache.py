@@ -269,6 +269,26 @@ async def test_a_part_that_was_damaged_while_it_lay_there_is_fetched_again(host:
     assert (got.folder / WEIGHTS).read_bytes() == weights
 
 
+async def test_parts_that_the_disk_cannot_read_any_more_keep_the_next_try_from_nothing(
+    host: Host,
+) -> None:
+    weights = os.urandom(4 * PART)
+    host.put("a", weights)
+    ref, stored = await host.look_up("a")
+    cut = host.store()
+    cut.limit, cut.failure = 4, unavailable(StoreProblem.UNREACHABLE)
+    with pytest.raises(StoreUnavailable):
+        await host.cache().fetch(ref, stored, cut, host.check)
+    (half,) = [path for path in host.files("partial") if path.name == WEIGHTS]
+    half.unlink()
+    half.mkdir()  # it can be opened, but not read
+    cache = host.cache()
+    with pytest.raises(StoreUnavailable):
+        await cache.fetch(ref, stored, host.store(), host.check)
+    got = await cache.fetch(ref, stored, host.store(), host.check)
+    assert (got.folder / WEIGHTS).read_bytes() == weights
+
+
 async def test_a_fetch_that_got_nothing_leaves_nothing(host: Host) -> None:
     host.put("a", b"x")
     ref, stored = await host.look_up("a")
