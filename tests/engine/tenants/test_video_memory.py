@@ -71,8 +71,32 @@ async def decoded(
 async def test_a_film_is_decoded_if_its_frames_fit(
     film: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    frames = await decoded(film, READ * FRAME_BYTES, monkeypatch)
+    frames = await decoded(film, READ * FRAME_BYTES + len(film), monkeypatch)
     assert frames.shape == (READ, SIZE[1], SIZE[0], 3)
+
+
+async def test_the_files_of_films_count_since_they_are_kept(
+    film: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A film of a few frames may be a file of 256 MiB where it is fetched."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.multimodal.media import MediaConnector
+
+    from worker.engine.vllm.tenants import sound_memory, video_memory
+
+    video_memory.bound_videos()
+    sound_memory.bound_sounds()
+    monkeypatch.setattr(sound_memory, "MAX_BYTES", 5 << 20)
+    parser, tracker = parser_of("AsyncMultiModalContentParser")
+    parser._connector = MediaConnector()
+    kind, _, data = film.partition(",")
+    padded = base64.b64decode(data) + bytes(1 << 20)
+    for _ in range(8):
+        parser.parse_video(f"{kind},{base64.b64encode(padded).decode()}")
+    found = await asyncio.gather(*(item() for item in tracker.items), return_exceptions=True)
+    refused = [one for one in found if isinstance(one, VLLMValidationError)]
+    taken = READ * FRAME_BYTES + len(padded)
+    assert len(found) - len(refused) == (5 << 20) // taken > 0
 
 
 async def test_of_a_film_that_does_not_fit_no_frame_is_decoded(

@@ -33,7 +33,7 @@ class DecodedBytes:
         if self.bytes > MAX_BYTES:
             raise VLLMValidationError(
                 f"The sounds and videos of a request may take {MAX_BYTES >> 20} MiB together once "
-                "they are decoded. Send fewer or shorter ones.",
+                "they are decoded, the files of the videos included. Send fewer or shorter ones.",
                 parameter=kind,
             )
 
@@ -70,8 +70,11 @@ def _bounded(decode: Decode, kind: str) -> Decode:
 
 
 def size_of(decoded: Any) -> int:
-    """In bytes. A sound is an array with its rate, a video an array with facts about it."""
+    """In bytes. A sound is an array with its rate, a video an array with facts about it. vLLM keeps
+    the file of a video with it. One that is fetched may have 256 MiB, and few frames.
+    """
+    file = getattr(decoded, "original_bytes", b"")
     decoded = getattr(decoded, "media", decoded)
     if isinstance(decoded, tuple | list):
-        return sum(size_of(part) for part in decoded)
-    return int(getattr(decoded, "nbytes", 0))
+        return len(file) + sum(size_of(part) for part in decoded)
+    return len(file) + int(getattr(decoded, "nbytes", 0))
