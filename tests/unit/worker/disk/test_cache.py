@@ -598,6 +598,31 @@ async def test_many_stuck_downloads_delay_no_other_one(host: Host) -> None:
     await asyncio.gather(*hanging, return_exceptions=True)
 
 
+async def test_what_another_process_has_brought_waits_for_no_stuck_download(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "MAX_DOWNLOADS", 1)
+    host.put("a", b"x")
+    host.put("b", b"y")
+    mine, other = host.cache(stall_s=60.0), host.cache(stall_s=60.0)
+    slow, stuck = host.store(), host.store()
+    slow.limit = stuck.limit = 0
+    async with asyncio.TaskGroup() as group:
+        brings = group.create_task(other.fetch(*await host.look_up("a"), slow, host.check))
+        await slow.at_limit.wait()
+        waits = group.create_task(mine.fetch(*await host.look_up("a"), host.store(), host.check))
+        hangs = group.create_task(mine.fetch(*await host.look_up("b"), stuck, host.check))
+        await stuck.at_limit.wait()
+        slow.limit = 10
+        slow.go.set()
+        await brings
+        async with asyncio.timeout(10):
+            assert (await waits).content == brings.result().content
+        hangs.cancel()
+    end(mine)
+    end(other)
+
+
 async def test_shared_lanes_are_given_back_whether_a_transfer_ends_well_or_not(host: Host) -> None:
     host.put("a", os.urandom(8 * PART))
     _, stored = await host.look_up("a")
