@@ -12,6 +12,7 @@ from typing import Any
 
 from aiohttp import web, web_protocol
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 
 from gateway.http.json_responses import answer
 from shared.errors import HeadersTooLarge, InternalError, InvalidRequest, LoraplexError
@@ -49,14 +50,28 @@ class AiohttpTransport:
 
 class AiohttpConnection(web.RequestHandler):
     """aiohttp's handler. It answers requests that it cannot read with Loraplex's error object, and
-    has `refused` them then: more of them may be on its way.
+    has `refused` them then: more of them may be on its way. `body` is that of the newest request.
+    If that is the `last` one, what follows it is nothing.
     """
 
-    __slots__ = ("refused",)
+    __slots__ = ("body", "last", "refused")
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.refused = False
+        self.refused = self.last = False
+        self.body: StreamReader = EMPTY_PAYLOAD
+
+    @property
+    def awaits_head(self) -> bool:
+        """Whether the next byte is the first of a request's head, or belongs to one."""
+        over = self.body.is_eof() and not self.last
+        return over and not self._messages and not self._upgraded
+
+    @property
+    def answers(self) -> bool:
+        """Whether it has got a request and does not wait for another one yet."""
+        waits = self._waiter is not None and not self._waiter.done()
+        return self._request_count > 0 and not waits
 
     @property
     def reads_ahead(self) -> bool:

@@ -282,17 +282,17 @@ class Connection(asyncio.Protocol):
         assert self._transport is not None
         inner.connection_made(cast(Any, AiohttpTransport(self._transport, self._end)))
         self._head_bytes, self._tail = 0, b""
-        self._feed(inner, data, waits=True)
+        self._feed(inner, data)
 
-    def _feed(self, inner: AiohttpConnection, data: bytes, waits: bool = False) -> None:
-        """Gives the data to aiohttp. `waits` means that aiohttp has no complete request head yet.
-        aiohttp bounds neither the time nor the total size of a head, so both are bounded here.
+    def _feed(self, inner: AiohttpConnection, data: bytes) -> None:
+        """Gives the data to aiohttp. It bounds neither the time nor the total size of a head, so
+        both are bounded here. A head may come while the request before it is still being answered.
         """
-        waits = waits or bool(self._head_bytes) or _is_idle(inner)
+        waits = inner.awaits_head
         if waits and self._head_end(data) > MAX_HEADERS_BYTES:
             self._refuse(inner, HeadersTooLarge(TOO_LARGE))
             return
-        held = self._held if inner.reads_ahead else 0
+        held = self._held if inner.reads_ahead else self._head_bytes
         inner.data_received(data)
         if not self._hold(held + len(data) if inner.reads_ahead else 0):
             self.abort()
@@ -302,7 +302,7 @@ class Connection(asyncio.Protocol):
         if getattr(inner, "_messages", True):
             self._head_bytes, self._tail, self._close_at = 0, b"", math.inf
             return
-        if not self._head_bytes:
+        if not inner.answers and (not self._head_bytes or self._close_at == math.inf):
             self._close_at = self._loop.time() + self._http_server.limits.header_timeout_s
         self._head_bytes += len(data)
         self._tail = (self._tail + data[-len(HEAD_END) :])[-len(HEAD_END) + 1 :]
@@ -316,6 +316,9 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, inner: AiohttpConnection, error: LoraplexError) -> None:
         assert self._transport is not None
+        if inner.answers:
+            self.abort()  # the refusal would stand in the middle of the answer
+            return
         self._transport.write(refusal(error))
         self._retire(inner)
         self._end(refused=True)
@@ -381,7 +384,7 @@ class Connection(asyncio.Protocol):
         client = f"from {self.client}" if self.client else ""
         bodies.held.add(client, size_bytes - self._held)
         self._held = size_bytes
-        return not bodies.held.beyond(client, bodies.limits.max_unfinished_bytes)
+        return not size_bytes or not bodies.held.beyond(client, bodies.limits.max_unfinished_bytes)
 
     def close_if_late(self, now: float) -> None:
         """Closes the connection if it was idle, or has been receiving one request, for too long.

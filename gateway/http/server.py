@@ -102,12 +102,13 @@ class Server(web.Server):
         """A new aiohttp handler for one connection."""
         return AiohttpConnection(self, loop=self._loop, **self._kwargs)
 
-    def _to_request(self, message: Any, *more: Any) -> web.BaseRequest:
+    def _to_request(self, message: Any, payload: Any, protocol: Any, *more: Any) -> web.BaseRequest:
+        protocol.body, protocol.last = payload, message.should_close
         if message is ERROR:  # an unreadable request is answered in HTTP/1.1
             message = message._replace(version=HttpVersion11)
         if self.leaving:  # the answer then says `Connection: close`
             message = message._replace(should_close=True)
-        request: web.BaseRequest = self._read_request(message, *more)
+        request: web.BaseRequest = self._read_request(message, payload, protocol, *more)
         return request
 
     def over_tls(self, context: ssl.SSLContext) -> Callable[[], asyncio.Protocol]:

@@ -242,6 +242,9 @@ class DiskCache:
             if cached is not None:
                 return cached
             await self._wait(key, start)
+            cached = await self.open(job.ref, check)  # of another process: that takes no turn
+            if cached is not None:
+                return cached
 
     def keep(self, refs: Iterable[AdapterRef]) -> None:
         """Ends the use of every adapter that is not among `refs`. The caller names all adapters in
@@ -362,7 +365,7 @@ class DiskCache:
             )
             download.resume()
         except BaseException:
-            held.release()
+            self._end(partial, held)  # the next try could not read it either
             raise
         return _Begun(held, download)
 

@@ -334,6 +334,63 @@ async def test_heads_behind_a_request_are_not_parsed_before_it_is_nearly_their_t
             assert (await client.answer())[1].startswith(b"aiohttp:")
 
 
+@pytest.mark.parametrize(
+    "line", [b"X: " + b"x" * 50_000 + b"\r\n", b"X: x\r\n"], ids=["of long lines", "of short"]
+)
+async def test_a_head_behind_a_request_that_aiohttp_answers_is_bounded_as_any_other(
+    line: bytes,
+) -> None:
+    async with serving(unfinished_bytes=100_000) as served, client_of(served) as client:
+        served.hold = asyncio.Event()
+        client.send(CHUNKED)
+        async with asyncio.timeout(WAIT_S):
+            while not served.waiting:
+                await asyncio.sleep(0.01)
+            client.send(head(method="GET")[:-2])
+            with pytest.raises(ConnectionError):
+                for _ in range(1000):
+                    client.send(line)
+                    await client.writer.drain()
+                    await asyncio.sleep(0)
+                await client.ended()
+        async with asyncio.timeout(WAIT_S):
+            while served.intake.held_bytes:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_head_that_begins_behind_a_request_and_stops_is_closed() -> None:
+    limits = ConnectionLimits(idle_timeout_s=WAIT_S, header_timeout_s=SOON_S)
+    async with serving(limits=limits) as served, client_of(served) as client:
+        served.hold = asyncio.Event()
+        client.send(CHUNKED)
+        async with asyncio.timeout(WAIT_S):
+            while not served.waiting:
+                await asyncio.sleep(0.01)
+        client.send(head(method="GET")[:-2])
+        await served.until_held(100)
+        await asyncio.sleep(2 * SOON_S)  # the answer before it takes longer than a head may
+        served.hold.set()
+        assert (await client.answer())[1] == b"aiohttp:{}"
+        client.send(b"X: x\r\n")
+        assert (await client.ended()).startswith(b"HTTP/1.1 408 ")
+
+
+async def test_who_holds_nothing_is_not_cut_off_for_what_others_of_its_address_hold() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        served = await stack.enter_async_context(serving(unfinished_bytes=300_000))
+        part = head("Content-Length: 60000") + b" " * 45_000
+        for held in range(1, 5):
+            holding = await stack.enter_async_context(client_of(served))
+            holding.send(part)
+            await served.until_held(held * 45_000)
+        with_key = await stack.enter_async_context(client_of(served, "127.0.0.2"))
+        with_key.send(head("Content-Length: 100000") + b" " * 95_000)
+        await served.until_held(275_000)
+        honest = await stack.enter_async_context(client_of(served))
+        honest.send(head(method="GET"))
+        assert (await honest.answer())[1] == b"aiohttp:"
+
+
 async def test_requests_behind_a_body_that_came_late_are_all_answered() -> None:
     async with serving() as served, client_of(served) as client:
         client.send(CHUNKED[:-5])

@@ -269,6 +269,26 @@ async def test_a_part_that_was_damaged_while_it_lay_there_is_fetched_again(host:
     assert (got.folder / WEIGHTS).read_bytes() == weights
 
 
+async def test_parts_that_the_disk_cannot_read_any_more_keep_the_next_try_from_nothing(
+    host: Host,
+) -> None:
+    weights = os.urandom(4 * PART)
+    host.put("a", weights)
+    ref, stored = await host.look_up("a")
+    cut = host.store()
+    cut.limit, cut.failure = 4, unavailable(StoreProblem.UNREACHABLE)
+    with pytest.raises(StoreUnavailable):
+        await host.cache().fetch(ref, stored, cut, host.check)
+    (half,) = [path for path in host.files("partial") if path.name == WEIGHTS]
+    half.unlink()
+    half.mkdir()  # it can be opened, but not read
+    cache = host.cache()
+    with pytest.raises(StoreUnavailable):
+        await cache.fetch(ref, stored, host.store(), host.check)
+    got = await cache.fetch(ref, stored, host.store(), host.check)
+    assert (got.folder / WEIGHTS).read_bytes() == weights
+
+
 async def test_a_fetch_that_got_nothing_leaves_nothing(host: Host) -> None:
     host.put("a", b"x")
     ref, stored = await host.look_up("a")
@@ -576,6 +596,31 @@ async def test_many_stuck_downloads_delay_no_other_one(host: Host) -> None:
     for task in hanging:
         task.cancel()
     await asyncio.gather(*hanging, return_exceptions=True)
+
+
+async def test_what_another_process_has_brought_waits_for_no_stuck_download(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "MAX_DOWNLOADS", 1)
+    host.put("a", b"x")
+    host.put("b", b"y")
+    mine, other = host.cache(stall_s=60.0), host.cache(stall_s=60.0)
+    slow, stuck = host.store(), host.store()
+    slow.limit = stuck.limit = 0
+    async with asyncio.TaskGroup() as group:
+        brings = group.create_task(other.fetch(*await host.look_up("a"), slow, host.check))
+        await slow.at_limit.wait()
+        waits = group.create_task(mine.fetch(*await host.look_up("a"), host.store(), host.check))
+        hangs = group.create_task(mine.fetch(*await host.look_up("b"), stuck, host.check))
+        await stuck.at_limit.wait()
+        slow.limit = 10
+        slow.go.set()
+        await brings
+        async with asyncio.timeout(10):
+            assert (await waits).content == brings.result().content
+        hangs.cancel()
+    end(mine)
+    end(other)
 
 
 async def test_shared_lanes_are_given_back_whether_a_transfer_ends_well_or_not(host: Host) -> None:

@@ -40,7 +40,7 @@ class DecodedBytes:
         if self.bytes > MAX_BYTES:
             raise VLLMValidationError(
                 f"The sounds and videos of a request may take {MAX_BYTES >> 20} MiB together once "
-                "they are decoded. Send fewer or shorter ones.",
+                "they are decoded, the files of the videos included. Send fewer or shorter ones.",
                 parameter=kind,
             )
 
@@ -78,7 +78,7 @@ def bound_sounds() -> None:
             held.give_back()
             raise
         arrays = [*_arrays_in(media)]
-        held.until_forgotten(arrays, sum(array.nbytes for array in arrays))
+        held.until_forgotten(arrays, tracker.decoded.bytes)
         return media, names
 
     AsyncMultiModalItemTracker.resolve_items = resolve_bounded
@@ -128,5 +128,6 @@ def _bounded(decode: Decode, kind: str) -> Decode:
 
 
 def size_of(decoded: Any) -> int:
-    """In bytes."""
-    return sum(array.nbytes for array in _arrays_in(decoded))
+    """In bytes. vLLM keeps the file of a video beside its frames."""
+    file = getattr(decoded, "original_bytes", b"")
+    return len(file) + sum(array.nbytes for array in _arrays_in(decoded))

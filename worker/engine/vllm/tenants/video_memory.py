@@ -9,7 +9,8 @@ from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media.video import VideoMediaIO
-from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
+from vllm.multimodal.video import VideoLoader
+from vllm.multimodal.video_decoders import opencv
 
 from worker.engine.vllm.tenants import sound_memory
 from worker.engine.vllm.tenants.picture_files import pixels_of
@@ -23,23 +24,41 @@ FRAMES = "video/jpeg"
 """vLLM's type of a `data:` URL with one picture for each frame, and commas between them."""
 
 
+class _Bounded(VideoLoader):  # type: ignore[misc]
+    """Put before one of vLLM's loaders. Some of them list all frames before they choose, and some
+    read them in their own way.
+    """
+
+    @classmethod
+    def _prepare_source(cls, source: Any) -> Any:
+        if source.total_frames_num > MAX_FRAMES:
+            raise VLLMValidationError(
+                f"The video says that it has {source.total_frames_num} frames; {MAX_FRAMES} are "
+                "served. Send a shorter one.",
+                parameter="video_url",
+            )
+        return super()._prepare_source(source)
+
+    @classmethod
+    def read_frames(cls, cap: Any, frame_idx: list[int], *more: Any, **named: Any) -> Any:
+        _check(int(cap.get(WIDTH)) * int(cap.get(HEIGHT)) * len(frame_idx))
+        return super().read_frames(cap, frame_idx, *more, **named)
+
+
+@functools.cache
+def _bounded(loader: type) -> type:
+    return type(loader.__name__, (_Bounded, loader), {})
+
+
 def bound_videos() -> None:
     """Called once for each process."""
-    read, load = OpenCVVideoBackendMixin.read_frames, VideoMediaIO.load_base64
+    decode, load = opencv.decode_opencv, VideoMediaIO.load_base64
     if hasattr(load, "bounded"):
         return
 
-    def read_bounded(
-        _: type[Any], /, cap: Any, frame_idx: list[int], total_frames_num: int, **more: Any
-    ) -> Any:
-        if total_frames_num > MAX_FRAMES:
-            raise VLLMValidationError(
-                f"The video says that it has {total_frames_num} frames; {MAX_FRAMES} are served. "
-                "Send a shorter one.",
-                parameter="video_url",
-            )
-        _check(int(cap.get(WIDTH)) * int(cap.get(HEIGHT)) * len(frame_idx))
-        return read(cap, frame_idx, total_frames_num, **more)
+    @functools.wraps(decode)
+    def decode_bounded(loader: type, *more: Any, **named: Any) -> Any:
+        return decode(_bounded(loader), *more, **named)
 
     @functools.wraps(load)
     def load_bounded(media: VideoMediaIO, media_type: str, data: str) -> Any:
@@ -53,7 +72,7 @@ def bound_videos() -> None:
         return load(media, media_type, data)
 
     load_bounded.bounded = True  # type: ignore[attr-defined]
-    OpenCVVideoBackendMixin.read_frames = classmethod(read_bounded)
+    opencv.decode_opencv = decode_bounded
     VideoMediaIO.load_base64 = load_bounded
 
 
