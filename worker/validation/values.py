@@ -140,28 +140,31 @@ def read_header(
     if known is not None and (known.path, known.size_bytes, known.header) == (path, size, header):
         return known
     places = _known_places if length <= KNOWN_HEADER_BYTES else _places
-    return WeightsFile(path, size, header, *places(header, size - LENGTH_BYTES - length))
+    value_bytes = size - LENGTH_BYTES - length
+    return WeightsFile(path, size, header, *places(header, value_bytes, PIECE_BYTES))
 
 
-def _places(header: bytes, value_bytes: int) -> tuple[Sequence[Tensor], Sequence[_Block]]:
+def _places(
+    header: bytes, value_bytes: int, piece_bytes: int
+) -> tuple[Sequence[Tensor], Sequence[_Block]]:
     tensors = parse_header(header, value_bytes)
-    return tensors, _blocks_of(tensors)
+    return tensors, _blocks_of(tensors, piece_bytes)
 
 
 _known_places = lru_cache(KNOWN_RECIPES)(_places)
 
 
-def _blocks_of(tensors: Sequence[Tensor]) -> list[_Block]:
+def _blocks_of(tensors: Sequence[Tensor], piece_bytes: int) -> list[_Block]:
     """Of tensors of floats; any other type is refused by its name."""
     blocks: list[_Block] = []
     for number, t in enumerate(tensors):
-        for begin in range(t.begin, t.end if t.dtype in FLOATS else t.begin, PIECE_BYTES):
-            end = min(begin + PIECE_BYTES, t.end)
+        for begin in range(t.begin, t.end if t.dtype in FLOATS else t.begin, piece_bytes):
+            end = min(begin + piece_bytes, t.end)
             last = blocks[-1] if blocks else None
             if (
                 last is None
                 or last.end != begin  # a tensor of another type lies between
-                or end - last.begin > PIECE_BYTES
+                or end - last.begin > piece_bytes
                 or tensors[last.starts[0][1]].dtype != t.dtype
             ):
                 blocks.append(_Block(begin, end, [(begin, number)]))

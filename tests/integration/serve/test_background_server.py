@@ -8,8 +8,12 @@ import asyncio
 import os
 import signal
 import sys
+import tempfile
 from asyncio.subprocess import Process
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.harness import ROOT
 from tests.processes import family_of, kill_with_family, lives
@@ -55,6 +59,13 @@ except KeyboardInterrupt:
 START_S = 90.0
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Its name is short: a server leaves a temporary folder whose name is too long for sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as made:
+        yield Path(made)
+
+
 async def script(folder: Path, what: str, workers: int = 1) -> Process:
     (folder / "tmp").mkdir()
     text = (APP + what).format(folder=folder, workers=workers)
@@ -71,26 +82,26 @@ def left_in(folder: Path) -> list[str]:
     return os.listdir(folder / "tmp")
 
 
-async def test_a_server_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
-    process = await script(tmp_path, FROM_A_THREAD)
+async def test_a_server_outlives_the_thread_that_started_it(folder: Path) -> None:
+    process = await script(folder, FROM_A_THREAD)
     async with asyncio.timeout(START_S):
         out, said = await process.communicate()
     assert out.split() == [b"200"] * 20, said.decode()
 
 
 async def test_a_server_whose_object_nobody_keeps_goes_on_and_its_files_go_with_the_process(
-    tmp_path: Path,
+    folder: Path,
 ) -> None:
-    process = await script(tmp_path, FROM_NOBODY)
+    process = await script(folder, FROM_NOBODY)
     async with asyncio.timeout(START_S):
         out, said = await process.communicate()
         assert out.split() == [b"200", b"2"], said.decode()
-        while left_in(tmp_path):  # the server ends with its parent, a little later
+        while left_in(folder):  # the server ends with its parent, a little later
             await asyncio.sleep(0.02)
 
 
-async def test_a_start_that_is_interrupted_leaves_no_process_and_no_file(tmp_path: Path) -> None:
-    process = await script(tmp_path, INTERRUPTED, workers=8)
+async def test_a_start_that_is_interrupted_leaves_no_process_and_no_file(folder: Path) -> None:
+    process = await script(folder, INTERRUPTED, workers=8)
     assert process.stdout is not None and process.stderr is not None
     try:
         async with asyncio.timeout(START_S):
@@ -100,7 +111,7 @@ async def test_a_start_that_is_interrupted_leaves_no_process_and_no_file(tmp_pat
             process.send_signal(signal.SIGINT)
             drained = asyncio.create_task(process.stderr.read())
             assert await process.stdout.readline() == b"interrupted\n"
-            assert not [p for p in started if lives(p)] and left_in(tmp_path) == []
+            assert not [p for p in started if lives(p)] and left_in(folder) == []
     finally:
         await kill_with_family(process)
     await drained
