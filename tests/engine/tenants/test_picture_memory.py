@@ -241,7 +241,7 @@ async def test_pixels_are_given_back_once_the_last_picture_is_forgotten_in_any_t
     budget = MediaBudget(10)
     await budget.take(10)
     pictures: list[object] = [Image.new("RGB", (1, 1)) for _ in range(3)]
-    HeldMedia(budget, 10).until_forgotten(pictures)
+    HeldMedia(budget, 10).until_forgotten(pictures, 10)
     waiting = asyncio.create_task(budget.take(10))
     pictures.pop()
     gc.collect()

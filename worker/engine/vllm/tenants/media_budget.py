@@ -8,7 +8,10 @@ import asyncio
 import contextlib
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
+
+Resolved: TypeAlias = tuple[Any, Any]
 
 
 class MediaBudget:
@@ -56,9 +59,9 @@ class HeldMedia:
         self._loop = asyncio.get_running_loop()
         self._left = 0
 
-    def until_forgotten(self, media: Sequence[object], amount: int | None = None) -> None:
-        """`amount`: what they take after all, if that is less."""
-        if amount is not None and amount < self._amount:
+    def until_forgotten(self, media: Sequence[object], amount: int) -> None:
+        """`amount`: what they take after all, which may be less."""
+        if amount < self._amount:
             self._budget.give_back(self._amount - amount)
             self._amount = amount
         self._left = len(media)
@@ -79,3 +82,23 @@ class HeldMedia:
 
     def give_back(self) -> None:
         self._budget.give_back(self._amount)
+
+
+async def hold(
+    budget: MediaBudget,
+    amount: int,
+    resolve: Callable[[], Awaitable[Resolved]],
+    what_of: Callable[[Any], tuple[Sequence[object], int]],
+) -> Resolved:
+    """What `resolve` returns, vLLM's (media, names), once there is room for `amount`. `what_of` the
+    media says which objects are held, and how much they take.
+    """
+    await budget.take(amount)
+    held = HeldMedia(budget, amount)
+    try:
+        media, names = await resolve()
+    except BaseException:
+        held.give_back()
+        raise
+    held.until_forgotten(*what_of(media))
+    return media, names

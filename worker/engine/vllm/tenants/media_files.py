@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Collection
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pybase64
-from vllm import envs
 from vllm.exceptions import VLLMValidationError
 
 MAX_FETCHED_BYTES = 64 << 20
@@ -36,14 +37,34 @@ class _MediaFile:
         return filepath.read_bytes()
 
 
-def is_elsewhere(url: str) -> bool:
-    return url[:5].lower() != "data:"
+def noting(parse: Callable[..., None], kind: str) -> Callable[..., None]:
+    """A parser's method for one kind of media, which notes its URLs at the request's tracker."""
+
+    @functools.wraps(parse)
+    def parse_noting(parser: Any, url: str | None, uuid: str | None = None) -> None:
+        parse(parser, url, uuid)
+        if url:
+            of_kind = vars(parser._tracker).setdefault("noted", defaultdict(list))[kind]
+            of_kind.append((parser, url))
+
+    parse_noting.bounded = True  # type: ignore[attr-defined]
+    return parse_noting
 
 
-async def fetch(connector: Any, urls: Collection[str], what: str) -> dict[str, str]:
-    """The `data:` URLs of these media. `what` they are, for a refusal. Raises what vLLM raises if
-    one cannot be fetched, and VLLMValidationError if they are too large together.
+def noted(tracker: Any, kind: str) -> Sequence[tuple[Any, str]]:
+    """Each URL of this kind, with the parser that noted it."""
+    found: Sequence[tuple[Any, str]] = vars(tracker).get("noted", {}).get(kind, ())
+    return found
+
+
+async def fetch_elsewhere(
+    media: Sequence[tuple[Any, str]], what: str, timeout_s: int
+) -> dict[str, str]:
+    """The `data:` URLs of those media that are no such URLs. `what` they are, for a refusal. Raises
+    what vLLM raises if one cannot be fetched, and VLLMValidationError if they are too large
+    together.
     """
+    parsers = {url: parser for parser, url in media if url[:5].lower() != "data:"}
     places, fetched = asyncio.Semaphore(FETCHED_AT_ONCE), 0
 
     def check() -> None:
@@ -54,26 +75,18 @@ async def fetch(connector: Any, urls: Collection[str], what: str) -> dict[str, s
                 parameter="url",
             )
 
-    async def one(url: str) -> str:
+    async def one(url: str, connector: Any) -> str:
         nonlocal fetched
         async with places:
             check()
-            data = await connector.load_from_url_async(
-                url, _MediaFile(), fetch_timeout=TIMEOUTS_S[what]()
-            )
+            data = await connector.load_from_url_async(url, _MediaFile(), fetch_timeout=timeout_s)
             fetched += len(data)
             check()
             return "data:media/any;base64," + base64.b64encode(data).decode()
 
-    tasks = [asyncio.create_task(one(url)) for url in urls]
+    tasks = [asyncio.create_task(one(url, p._connector)) for url, p in parsers.items()]
     try:
-        return dict(zip(urls, await asyncio.gather(*tasks), strict=True))
+        return dict(zip(parsers, await asyncio.gather(*tasks), strict=True))
     finally:
         for task in tasks:
             task.cancel()
-
-
-TIMEOUTS_S = {
-    "pictures": lambda: envs.VLLM_IMAGE_FETCH_TIMEOUT,
-    "sounds and videos": lambda: max(envs.VLLM_AUDIO_FETCH_TIMEOUT, envs.VLLM_VIDEO_FETCH_TIMEOUT),
-}

@@ -12,16 +12,18 @@ import functools
 from typing import Any
 
 from PIL import Image
+from vllm import envs
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
 from worker.engine.vllm.tenants import media_files, picture_files
-from worker.engine.vllm.tenants.media_budget import HeldMedia, MediaBudget
+from worker.engine.vllm.tenants.media_budget import MediaBudget, hold
 from worker.engine.vllm.tenants.media_names import content_parsers
 
 MAX_PIXELS = 178_956_970
 """Of all pictures of a request. vLLM and Pillow allow as many for one. They take 0.5 GiB as RGB."""
 MAX_PIXELS_AT_ONCE = 4 * MAX_PIXELS
+PICTURES = "pictures"
 
 
 def bound_pictures() -> None:
@@ -34,15 +36,6 @@ def bound_pictures() -> None:
     picture_files.serve_usual_formats()
     budget = MediaBudget(MAX_PIXELS_AT_ONCE)
 
-    @functools.wraps(parse)
-    def parse_noting(parser: Any, image_url: str | None, uuid: str | None = None) -> None:
-        parse(parser, image_url, uuid)
-        if image_url:
-            tracker = parser._tracker
-            if not hasattr(tracker, "pictures"):
-                tracker.pictures = []
-            tracker.pictures.append((parser, image_url))
-
     @functools.wraps(decode)
     async def decode_fetched(parser: Any, url: str | None, uuid: str | None) -> Any:
         return await decode(parser, getattr(parser._tracker, "fetched", {}).get(url, url), uuid)
@@ -52,18 +45,12 @@ def bound_pictures() -> None:
         pixels = await _pixels(tracker)
         if not pixels:
             return await resolve(tracker)
-        await budget.take(pixels)
-        held = HeldMedia(budget, pixels)
-        try:
-            media, names = await resolve(tracker)
-        except BaseException:
-            held.give_back()
-            raise
-        held.until_forgotten([*_pictures_in(media)])
-        return media, names
+        return await hold(
+            budget, pixels, lambda: resolve(tracker), lambda media: (_pictures_in(media), pixels)
+        )
 
-    parse_noting.bounded = True  # type: ignore[attr-defined]
-    kind.parse_image, kind._image_with_uuid_async = parse_noting, decode_fetched
+    kind.parse_image = media_files.noting(parse, PICTURES)
+    kind._image_with_uuid_async = decode_fetched
     AsyncMultiModalItemTracker.resolve_items = resolve_bounded
 
 
@@ -71,15 +58,13 @@ async def _pixels(tracker: Any) -> int:
     """Of all pictures of a request. Those that are elsewhere are fetched first: until then nobody
     knows how large they are. Raises VLLMValidationError if they are too large together.
     """
-    pictures = getattr(tracker, "pictures", ())
-    elsewhere = {url: parser for parser, url in pictures if media_files.is_elsewhere(url)}
-    if elsewhere:
-        connector = next(iter(elsewhere.values()))._connector
-        tracker.fetched = await media_files.fetch(connector, elsewhere, "pictures")
+    pictures = media_files.noted(tracker, PICTURES)
+    tracker.fetched = await media_files.fetch_elsewhere(
+        pictures, PICTURES, envs.VLLM_IMAGE_FETCH_TIMEOUT
+    )
     pixels = 0
     for _, url in pictures:
-        found = tracker.fetched[url] if url in elsewhere else url
-        pixels += await picture_files.pixels_beside_the_loop(found)
+        pixels += await picture_files.pixels_beside_the_loop(tracker.fetched.get(url, url))
         check(pixels)
     return pixels
 

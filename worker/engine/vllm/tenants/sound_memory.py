@@ -14,17 +14,18 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import numpy as np
+from vllm import envs
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import AsyncMultiModalItemTracker
 
 from worker.engine.vllm.tenants import media_files
-from worker.engine.vllm.tenants.media_budget import HeldMedia, MediaBudget
+from worker.engine.vllm.tenants.media_budget import MediaBudget, hold
 from worker.engine.vllm.tenants.media_names import content_parsers
 
 MAX_BYTES = 512 << 20
 """Of a request. Each sound may take half as many."""
 MAX_BYTES_AT_ONCE = 4 * MAX_BYTES
-FETCHED = "sounds and videos"
+SOUNDS = "sounds and videos"
 Decode = Callable[[Any, str | None, str | None], Awaitable[tuple[Any, str | None]]]
 
 
@@ -50,10 +51,8 @@ def bound_sounds() -> None:
     parser = content_parsers().AsyncMultiModalContentParser
     if hasattr(parser.parse_audio, "bounded"):
         return
-    parser.parse_audio, parser.parse_video = (
-        _noting(parser.parse_audio),
-        _noting(parser.parse_video),
-    )
+    for method in ("parse_audio", "parse_video"):
+        setattr(parser, method, media_files.noting(getattr(parser, method), SOUNDS))
     for name, kind in (
         ("_audio_with_uuid_async", "input_audio"),
         ("_video_with_uuid_async", "video_url"),
@@ -63,39 +62,19 @@ def bound_sounds() -> None:
 
     @functools.wraps(resolve)
     async def resolve_bounded(tracker: Any) -> Any:
-        noted = getattr(tracker, "sounds", ())
-        if not noted:
+        sounds = media_files.noted(tracker, SOUNDS)
+        if not sounds:
             return await resolve(tracker)
-        elsewhere = {url: parser for parser, url in noted if media_files.is_elsewhere(url)}
-        if elsewhere:
-            connector = next(iter(elsewhere.values()))._connector
-            tracker.fetched_sounds = await media_files.fetch(connector, elsewhere, FETCHED)
-        await budget.take(MAX_BYTES)
-        held = HeldMedia(budget, MAX_BYTES)
-        try:
-            media, names = await resolve(tracker)
-        except BaseException:
-            held.give_back()
-            raise
-        arrays = [*_arrays_in(media)]
-        held.until_forgotten(arrays, tracker.decoded.bytes)
-        return media, names
+        timeout_s = max(envs.VLLM_AUDIO_FETCH_TIMEOUT, envs.VLLM_VIDEO_FETCH_TIMEOUT)
+        tracker.fetched_sounds = await media_files.fetch_elsewhere(sounds, SOUNDS, timeout_s)
+        return await hold(
+            budget,
+            MAX_BYTES,
+            lambda: resolve(tracker),
+            lambda media: ([*_arrays_in(media)], tracker.decoded.bytes),
+        )
 
     AsyncMultiModalItemTracker.resolve_items = resolve_bounded
-
-
-def _noting(parse: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(parse)
-    def parse_noting(parser: Any, url: str | None, uuid: str | None = None) -> None:
-        parse(parser, url, uuid)
-        if url:
-            tracker = parser._tracker
-            if not hasattr(tracker, "sounds"):
-                tracker.sounds = []
-            tracker.sounds.append((parser, url))
-
-    parse_noting.bounded = True  # type: ignore[attr-defined]
-    return parse_noting
 
 
 def _arrays_in(media: Any) -> Iterator[np.ndarray[Any, Any]]:
